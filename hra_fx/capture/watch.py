@@ -1,0 +1,99 @@
+"""What a graph cannot hold: state of the process that a forward sets, asks for or draws from while it is traced.
+
+A trace runs the forward once. A context such as autocast is left out of the graph, a question such as "is grad enabled"
+is answered for good, a random number is drawn for good. Each is seen at the moment that it happens, so code that is
+there but does not run (gradient checkpointing that is off) costs nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.utils.checkpoint
+
+from hra_fx.errors import CaptureError
+
+_FORBIDDEN: tuple[tuple[Any, str, str], ...] = (
+    (torch.autocast, "__enter__", "it runs under its own autocast, which a graph drops"),
+    (torch.no_grad, "__enter__", "it runs under no_grad, which a graph drops"),
+    (torch.enable_grad, "__enter__", "it runs under enable_grad, which a graph drops"),
+    (torch.set_grad_enabled, "__init__", "it sets grad mode, which a graph drops"),
+    (torch.inference_mode, "__enter__", "it runs under inference_mode, which a graph drops"),
+    (torch.autograd.Function, "apply", "it calls a custom autograd function, whose backward a graph drops"),
+    (torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", "it checkpoints activations, which a graph drops"),
+    (torch, "is_grad_enabled", "it asks whether grad is enabled, which may change between calls"),
+    (torch, "is_inference_mode_enabled", "it asks whether inference mode is on, which may change between calls"),
+    (torch, "is_autocast_enabled", "it asks whether autocast is on, which may change between calls"),
+)
+
+
+#: Parts of torch that act for the model's code that called or decorated with them; the rest of torch is excused.
+_ON_BEHALF = ("torch.utils._contextlib", "torch.amp.autocast_mode", "torch.utils.checkpoint")
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[list[str]]:
+    """Run a trace; raises `CaptureError` as soon as it touches what a graph cannot hold, or drew a random number.
+
+    Yields the list of reasons so far, which the tracer adds to: a forward that catches the error is refused all the same.
+    The random states of Python, numpy and torch are put back in any case. Other threads are let alone.
+    """
+    refused: list[str] = []
+    generators = _random_states()
+    try:
+        with contextlib.ExitStack() as stack:
+            for owner, name, reason in _FORBIDDEN:
+                stack.enter_context(mock.patch.object(owner, name, _refusing(owner.__dict__[name], reason, refused)))
+            yield refused
+        if refused:
+            raise CaptureError(refused[0])
+        for before, get, _ in generators:
+            if not _equal(before, get()):
+                raise CaptureError("it draws random numbers outside of torch operators on its input")
+    finally:
+        for before, _, put in generators:
+            put(before)
+
+
+def _refusing(original: Any, reason: str, refused: list[str]) -> Any:
+    thread = threading.get_ident()
+    bound = isinstance(original, classmethod)
+    call = original.__func__ if bound else original
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        # torch asks and sets these for itself all the time; only the model's own code counts.
+        excused = caller.split(".")[0] == "torch" and caller not in _ON_BEHALF
+        if threading.get_ident() != thread or excused:
+            return call(*args, **kwargs)
+        refused.append(reason)
+        raise CaptureError(reason)
+
+    return classmethod(refuse) if bound else refuse
+
+
+def _random_states() -> list[tuple[Any, Callable[[], Any], Callable[[Any], Any]]]:
+    sources: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
+        (random.getstate, random.setstate),
+        (torch.get_rng_state, torch.set_rng_state),
+    ]
+    if numpy := sys.modules.get("numpy"):
+        sources.append((numpy.random.get_state, numpy.random.set_state))
+    if torch.cuda.is_initialized():
+        sources.append((torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
+    return [(get(), get, put) for get, put in sources]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    if hasattr(a, "shape"):
+        return bool((a == b).all())
+    return bool(a == b)

@@ -1,0 +1,61 @@
+"""The carriers of sites: a Linear or Conv2d that applies its own reflections, by whatever path it is called.
+
+A region's graph that already read the reflection hands it over as the second argument. Any other caller (a method such
+as timm's `forward_features`, `nn.Sequential(*model.children())`, a hook, a second parent) gives the input alone and gets
+the same result, so the layer itself is the one place where an adapter cannot be missed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from hra_fx.carrier.swap import Carrier
+from hra_fx.reflection import Conv2dReflection, LinearReflection
+
+
+class LinearCarrier(Carrier):
+    """A Linear over its reflected input."""
+
+    hra_u: LinearReflection
+
+    @classmethod
+    def wrap(cls, base: type[nn.Module]) -> Callable[..., Any]:
+        """`base.forward` at `x Q^T`, where `reflected` is not given."""
+
+        @functools.wraps(base.forward)
+        def forward(self: LinearCarrier, input: Tensor, reflected: Tensor | None = None) -> Any:
+            # A pre-hook may have changed the input after a region's graph reflected it.
+            if reflected is None or self._forward_pre_hooks:
+                reflected = self.hra_u(input)
+            return base.forward(self, reflected)
+
+        return forward
+
+
+class Conv2dCarrier(Carrier):
+    """A Conv2d whose output is corrected by what its reflections read of the input."""
+
+    hra_u: Conv2dReflection
+    weight: Tensor
+
+    @classmethod
+    def wrap(cls, base: type[nn.Module]) -> Callable[..., Any]:
+        """`base.forward` less `project(read)`, where `read` is not given: that of the input."""
+
+        @functools.wraps(base.forward)
+        def forward(self: Conv2dCarrier, input: Tensor, read: tuple[Tensor, Tensor] | None = None) -> Any:
+            if read is None or self._forward_pre_hooks:
+                read = self.hra_u(input)
+            output = base.forward(self, input)
+            return output if read is None else output - self.hra_u.project(read, self.weight)
+
+        return forward
+
+
+def carrier_for(layer: nn.Module) -> type[Carrier]:
+    """The carrier for a kind of layer."""
+    return Conv2dCarrier if isinstance(layer, nn.Conv2d) else LinearCarrier

@@ -1,0 +1,96 @@
+"""Which selected layers can carry reflections: each refusal names the layer, the reason and the way out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from hra_fx.config import HRAConfig
+from hra_fx.errors import UnsupportedLayerError
+from hra_fx.inert import weight_readers
+from hra_fx.site import REFLECTION
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_EXCLUDE = "Leave it out with exclude_modules"
+
+
+def check(model: nn.Module, sites: Mapping[str, nn.Module], config: HRAConfig) -> None:
+    """Refuse a model or a site that cannot be adapted rightly.
+
+    Args:
+        model: the model.
+        sites: path -> selected layer.
+        config: the configuration of the adapter.
+
+    Raises:
+        UnsupportedLayerError: naming the first such layer.
+    """
+    readers = weight_readers(model, sites)
+    for path, module in model.named_modules():
+        if reason := _why_not_model(module):
+            raise UnsupportedLayerError(f"{path or 'the model'}: {reason}")
+    for path, layer in sites.items():
+        reason = _why_not_state(layer) or _why_not_weight(layer) or _why_not_rank(layer, config)
+        if path in readers:
+            reason = reason or (
+                f"{readers[path]} reads its weight directly and need not call it, so that reflections would not be seen. "
+                f"{_EXCLUDE}"
+            )
+        if reason:
+            raise UnsupportedLayerError(f"{path} ({type(layer).__name__}): {reason}.")
+
+
+def _why_not_model(module: nn.Module) -> str | None:
+    if "_hf_hook" in vars(module):
+        return (
+            "accelerate dispatches or offloads it by a hook that swaps weights around each call, under the feet of any "
+            "rewrite. Load the model without device_map, or call accelerate.hooks.remove_hook_from_submodules(model) first."
+        )
+    if type(module).__module__.startswith("peft.tuners") and hasattr(module, "base_layer"):
+        return "a PEFT adapter is already inside. Call merge_and_unload() or unload() on it first."
+    return None
+
+
+def _why_not_state(layer: nn.Module) -> str | None:
+    if "forward" in vars(layer):
+        return f"its forward is set on the instance, which no rewrite can see through. Remove it, or l{_EXCLUDE[1:]}"
+    if hasattr(layer, REFLECTION):
+        return f"it has an attribute {REFLECTION!r} already. Rename that, or l{_EXCLUDE[1:]}"
+    if type(layer).forward not in (nn.Linear.forward, nn.Conv2d.forward):
+        return f"its class has a forward of its own, which need not be linear in its weight. {_EXCLUDE}"
+    if parametrize.is_parametrized(layer, "weight") or "weight" not in layer._parameters:
+        return (
+            "its weight is computed from other parameters at every call, and cannot be folded into. Call "
+            f"torch.nn.utils.parametrize.remove_parametrizations (or remove_weight_norm) first, or l{_EXCLUDE[1:]}"
+        )
+    return None
+
+
+def _why_not_weight(layer: nn.Module) -> str | None:
+    weight = layer._parameters["weight"]
+    if weight is None or is_lazy(weight):
+        return "its weight is not initialised yet. Run the model once first"
+    if weight.is_meta:
+        return "its weight is on the meta device, without data. Load the weights first"
+    if type(weight.data) is not Tensor or weight.dtype not in _DTYPES:
+        kind = type(weight.data).__name__ if type(weight.data) is not Tensor else str(weight.dtype)
+        return f"its weight is a {kind}, which is not a plain floating-point tensor. {_EXCLUDE}"
+    if not weight.numel():
+        return f"its weight is empty, of shape {tuple(weight.shape)}. {_EXCLUDE}"
+    return None
+
+
+def _why_not_rank(layer: nn.Module, config: HRAConfig) -> str | None:
+    weight = layer._parameters["weight"]
+    width = math.prod(weight.shape[1:]) if weight is not None else 0
+    if config.apply_GS and config.r > width:
+        return (
+            f"Gram-Schmidt makes r={config.r} vectors orthonormal, and its inputs have only {width} dimensions. "
+            f"Lower r to {width} or less, set apply_GS=False, or l{_EXCLUDE[1:]}"
+        )
+    return None

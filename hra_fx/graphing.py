@@ -1,0 +1,58 @@
+"""`graphs`: the rewritten regions as GraphModules, for pictures, exporters and further passes."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from hra_fx.adapted import regions_of, require_sites
+from hra_fx.capture.region import Region
+from hra_fx.site import kind_of
+from passes.insert import InsertPass
+from passes.match import MatchPass
+
+
+def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
+    """The rewritten regions of a transformed model, for the mode (train or eval) that each is in.
+
+    Args:
+        model: a transformed model.
+
+    Returns:
+        module path -> GraphModule over the model's own modules and parameters; the key is `""` for a model that was captured
+        whole, and the layer's path for a layer that is a region by itself. The graphs are copies: changing one does not
+        change what the model runs.
+
+    Raises:
+        AdapterError: the model has no reflections.
+
+    Example:
+        >>> from hra_fx import HRAConfig, transform
+        >>> model = transform(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), HRAConfig(r=2, target_modules=["0"]))
+        >>> [node.target for node in graphs(model)[""].graph.nodes if node.op == "call_module"]
+        ['0.hra_u', '0', '1']
+    """
+    sites = require_sites(model)
+    found: dict[str, fx.GraphModule] = {}
+    covered: set[str] = set()
+    for path, module in regions_of(model).items():
+        region: Region = module._hra_region
+        found[path] = region.graph_module(module, module.training)
+        covered |= {f"{path}.{site}".lstrip(".") for site in region.sites}
+    for path, layer in sites.items():
+        if path not in covered:
+            found[path] = _alone(path, layer)
+    return dict(sorted(found.items()))
+
+
+def _alone(path: str, layer: nn.Module) -> fx.GraphModule:
+    """A graph of the one call; its root holds the layer under its own name."""
+    name = path.rpartition(".")[2]
+    root = nn.Module()
+    root.add_module(name, layer)
+    graph = fx.Graph()
+    graph.output(graph.call_module(name, (graph.placeholder("input"),)))
+    module = fx.GraphModule(root, graph, type(layer).__name__)
+    MatchPass({path: kind_of(layer)}, path.rpartition(".")[0])(module)
+    InsertPass()(module)
+    module.training = layer.training
+    return module

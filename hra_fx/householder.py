@@ -1,0 +1,203 @@
+r"""The mathematics of Householder reflection adaptation (HRA, https://arxiv.org/abs/2405.17484), as pure functions.
+
+A *chain* `U: (d, k)` holds the vectors of `k` reflections in its columns, and stands for the orthogonal matrix
+
+    Q = H_1 H_2 ... H_k,        H_i = I - 2 u_i u_i^T / (u_i^T u_i)             (paper, eq. 3)
+
+which is never formed. Its compact WY form (Schreiber and Van Loan 1989, https://doi.org/10.1137/0910005) needs one
+upper triangular `T: (k, k)`:
+
+    Q = I - U T U^T,            T^-1 = diag(|u_i|^2 / 2) + strictly_upper(U^T U)
+
+A weight is adapted as `W -> W Q`, so a row of inputs as `x -> x Q^T`. With Gram-Schmidt the paper's product collapses to
+`Q = I - 2 V V^T` with orthonormal `V`, which is again a plain chain: that of the columns of `V`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which Gram matrices, `T` and QR of vectors of `dtype` are computed: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    device = tensor.device.type
+    if device != "meta" and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+def compact_wy(chain: Tensor) -> Tensor:
+    """The factor `T` of `Q = I - U T U^T`.
+
+    A zero column stands for the identity (PEFT gives NaN there), and its gradient is finite.
+
+    Args:
+        chain: `U: (d, k)`, floating.
+
+    Returns:
+        `T: (k, k)`, upper triangular, float32 or wider, also under autocast.
+
+    Example:
+        >>> U = torch.tensor([[3.0], [4.0]])
+        >>> torch.eye(2) - U @ compact_wy(U) @ U.T
+        tensor([[ 0.2800, -0.9600],
+                [-0.9600, -0.2800]])
+    """
+    with _without_autocast(chain):
+        vectors = chain.to(working_dtype(chain.dtype))
+        gram = vectors.mT @ vectors
+        squares = gram.diagonal()
+        # A square below the smallest normal number has no usable inverse: such a column reflects nothing.
+        halves = torch.where(squares > torch.finfo(gram.dtype).tiny, squares / 2, 1.0)
+        inverse = gram.triu(1) + torch.diag(halves)
+        identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+        return torch.linalg.solve_triangular(inverse, identity, upper=True)
+
+
+def reflect(x: Tensor, chain: Tensor, factor: Tensor) -> Tensor:
+    """Rows `x` turned by the chain, `x Q^T = x - (x U) T^T U^T`: what a Linear with weight `W Q` sees of `x`.
+
+    Args:
+        x: `(..., d)`; the products run in its dtype.
+        chain: `U: (d, k)`.
+        factor: `T: (k, k)` of `compact_wy(chain)`.
+
+    Returns:
+        `(..., d)` in the dtype of `x`.
+
+    Example:
+        >>> U = torch.tensor([[1.0], [0.0]])
+        >>> reflect(torch.tensor([[2.0, 5.0]]), U, compact_wy(U))
+        tensor([[-2.,  5.]])
+    """
+    # U T is made before the cast, so that a narrow dtype rounds the small factor once and not T and U apart.
+    turned = (chain.to(factor.dtype) @ factor).to(x.dtype)
+    return x - ((x @ chain.to(x.dtype)) @ turned.mT).to(x.dtype)
+
+
+def rotate(weight: Tensor, chain: Tensor, factor: Tensor) -> Tensor:
+    """The folded weight `W Q = W - (W U) T U^T`.
+
+    Args:
+        weight: `(out, d)`, any further dimensions already flattened into `d`.
+        chain: `U: (d, k)`, the dtype of `weight`.
+        factor: `T: (k, k)`, the dtype of `weight`.
+
+    Returns:
+        `(out, d)`.
+
+    Example:
+        >>> U = torch.tensor([[1.0], [0.0]])
+        >>> rotate(torch.tensor([[2.0, 5.0]]), U, compact_wy(U))
+        tensor([[-2.,  5.]])
+    """
+    return weight - (weight @ chain) @ factor @ chain.mT
+
+
+def orthonormalize(vectors: Tensor) -> Tensor:
+    """Gram-Schmidt by Householder QR: the thin factor `V` of `U = V R` with a positive diagonal of `R`.
+
+    PEFT runs the classical recurrence, whose loss of orthogonality grows with the square of the condition number.
+
+    Args:
+        vectors: `U: (d, r)` with `r <= d`, of full column rank (see `dependence`).
+
+    Returns:
+        `V: (d, r)` with `V^T V = I`, float32 or wider, also under autocast.
+
+    Example:
+        >>> orthonormalize(torch.tensor([[3.0, 1.0], [0.0, 2.0]]))
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    with _without_autocast(vectors):
+        basis, triangle = torch.linalg.qr(vectors.to(working_dtype(vectors.dtype)))
+        signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(basis.dtype)
+        # Adding zero turns the -0.0 that a flipped sign leaves into 0.0.
+        return basis * signs + 0.0
+
+
+def dependence(vectors: Tensor) -> float:
+    """How far the columns of `U: (d, r)` are from being dependent: `min |R_ii| / max |R_ii|` of `U = V R`, in [0, 1].
+
+    Near the epsilon of the dtype of `U` the Gram-Schmidt basis is rounding noise: there is no such `Q`.
+
+    Example:
+        >>> dependence(torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
+        0.0
+    """
+    diagonal = torch.linalg.qr(vectors.detach().double(), mode="r").R.diagonal().abs()
+    largest = float(diagonal.max())
+    return float(diagonal.min()) / largest if largest > 0 else 0.0
+
+
+def start(d: int, r: int, *, apply_GS: bool, init_weights: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Fresh vectors `U: (d, r)`, drawn from torch's default generator on the CPU.
+
+    `init_weights=True` draws half of the columns and takes each twice, as PEFT does (the same numbers for the same seed
+    where `r` is even), since `H H = I`; the last column of an odd rank stays single. Gram-Schmidt needs independent
+    columns, so there all are drawn. What is left of the start is taken back by `anchor`.
+
+    Example:
+        >>> U = start(5, 3, apply_GS=False, init_weights=True)
+        >>> bool((U[:, 0] == U[:, 1]).all()), U.shape
+        (True, torch.Size([5, 3]))
+    """
+    paired = init_weights and not apply_GS
+    drawn = torch.zeros(d, (r + 1) // 2 if paired else r, dtype=dtype)
+    nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
+    return drawn.repeat_interleave(2, dim=1)[:, :r].contiguous() if paired else drawn
+
+
+def anchor(vectors: Tensor, *, apply_GS: bool) -> Tensor | None:
+    """The frozen prefix `A` that undoes the start: with `Q = Q(A) Q(U)`, training begins at `Q = I` exactly.
+
+    Gram-Schmidt can never be the identity by itself (`I - 2 V V^T` has `r` eigenvalues -1) and neither can an odd number
+    of reflections (determinant -1). Both starts are their own inverse, so the anchor is what the start turns: all of `V`,
+    or the single last column.
+
+    Args:
+        vectors: `U: (d, r)` as `start(..., init_weights=True)` gave it.
+        apply_GS: whether the adapter runs Gram-Schmidt.
+
+    Returns:
+        `A: (d, r)` for Gram-Schmidt, `(d, 1)` for an odd rank, `None` where the start is the identity already.
+
+    Example:
+        >>> anchor(start(5, 3, apply_GS=False, init_weights=True), apply_GS=False).shape
+        torch.Size([5, 1])
+    """
+    if apply_GS:
+        return orthonormalize(vectors).to(vectors.dtype)
+    return vectors[:, -1:].clone() if vectors.shape[1] % 2 else None
+
+
+def principal_block(chain: Tensor, factor: Tensor) -> Tensor:
+    """`Q` seen inside the span of its vectors, where alone it differs from the identity.
+
+    With `U = V R` (thin QR), `Q = I - V (R T R^T) V^T`: the block is `I - R T R^T`. It is as orthogonal as `Q` is, and its
+    eigenvalues are those of `Q`, less the ones that the rest of the space adds.
+
+    Args:
+        chain: `U: (d, k)`.
+        factor: `T: (k, k)`, in the precision whose effect is asked for.
+
+    Returns:
+        `(m, m)` with `m = min(d, k)`, float64, on the CPU.
+
+    Example:
+        >>> U = torch.tensor([[0.0], [2.0]])
+        >>> principal_block(U, compact_wy(U))
+        tensor([[-1.]], dtype=torch.float64)
+    """
+    vectors, inner = (matrix.detach().to("cpu", torch.float64) for matrix in (chain, factor))
+    triangle = torch.linalg.qr(vectors, mode="r").R
+    return torch.eye(triangle.shape[0], dtype=triangle.dtype) - triangle @ inner @ triangle.mT

@@ -1,0 +1,197 @@
+"""The module that owns a site's reflection vectors: `<layer>.hra_u`, a `ParameterDict` that can be called.
+
+Keys and shapes are PEFT's (`hra_u.<adapter>`, `(d, r)`), so a `state_dict` reads the same. An anchored adapter
+(`householder.anchor`) keeps its frozen prefix as the buffer `hra_u.<adapter>_anchor` beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hra_fx import householder
+from hra_fx.errors import AdapterError
+from hra_fx.site import REFLECTION, SiteKind, SiteLayer, width_of
+
+_ANCHOR = "_anchor"
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What one adapter is at one site.
+
+    Attributes:
+        r: number of trained vectors.
+        apply_GS: whether Gram-Schmidt makes them orthonormal first.
+        init_weights: start at the identity (anchored where that takes an anchor), or at random as PEFT's `False`.
+    """
+
+    r: int
+    apply_GS: bool = False
+    init_weights: bool = True
+
+
+class Reflection(nn.ParameterDict):
+    """The adapters of one site: adapter name -> `U: (d, r)`; calling it reflects what the site reads.
+
+    Attributes:
+        kind: the kind of site.
+        width: `d`.
+        specs: adapter name -> `AdapterSpec`.
+        active: names of the adapters in use, in the order of the product `W Q_a Q_b ...`.
+    """
+
+    kind: SiteKind
+
+    def __init__(self, width: int) -> None:
+        """An empty container for vectors of length `width`."""
+        super().__init__()
+        self.width = width
+        self.specs: dict[str, AdapterSpec] = {}
+        self.active: tuple[str, ...] = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it as a module: `nn.ParameterDict` refuses to be called."""
+        return nn.Module.__call__(self, *args, **kwargs)
+
+    def add(self, name: str, spec: AdapterSpec, like: Tensor, *, on_meta: bool = False) -> None:
+        """Add an adapter with fresh vectors, and make it the active one.
+
+        The vectors come in the dtype of `like`, float32 at least (as PEFT's `autocast_adapter_dtype=True`), on its device;
+        `on_meta` makes them without data.
+
+        Raises:
+            AdapterError: the name cannot be a parameter's name here.
+        """
+        if not name or "." in name or name.endswith(_ANCHOR) or hasattr(self, name):
+            raise AdapterError(
+                f"adapter name {name!r}: it names a parameter inside the model, so it must not be empty, hold a dot, end in "
+                f"{_ANCHOR!r} or be an attribute of torch.nn.ParameterDict. Choose another name."
+            )
+        dtype = householder.working_dtype(like.dtype)
+        vectors = householder.start(
+            self.width, spec.r, apply_GS=spec.apply_GS, init_weights=spec.init_weights, dtype=dtype
+        )
+        anchor = householder.anchor(vectors, apply_GS=spec.apply_GS) if spec.init_weights else None
+        device = torch.device("meta") if on_meta else like.device
+        self[name] = nn.Parameter(vectors.to(device))
+        if anchor is not None:
+            self.register_buffer(name + _ANCHOR, anchor.to(device))
+        self.specs[name] = spec
+        self.active = (name,)
+
+    def anchor(self, name: str) -> Tensor | None:
+        """The frozen prefix `A` of an adapter, `(d, 1)` or `(d, r)`, if it has one."""
+        return getattr(self, name + _ANCHOR, None)
+
+    def chain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The adapter as plain reflections: `[A | U]`, or `[A | V]` with Gram-Schmidt; `(d, k)`, computed in `dtype`."""
+        vectors: Tensor = self[name] if dtype is None else self[name].to(dtype)
+        if self.specs[name].apply_GS:
+            vectors = householder.orthonormalize(vectors)
+        anchor = self.anchor(name)
+        return vectors if anchor is None else torch.cat([anchor.to(vectors.dtype), vectors], dim=1)
+
+    def active_chain(self, dtype: torch.dtype | None = None) -> Tensor | None:
+        """All active adapters as one chain, `W Q_a Q_b` in their order; `None` where none is active."""
+        chains = [self.chain(name, dtype) for name in self.active]
+        if not chains:
+            return None
+        return chains[0] if len(chains) == 1 else torch.cat(chains, dim=1)
+
+    def extra_repr(self) -> str:
+        """One line instead of one for each parameter."""
+        return ", ".join(
+            f"{name}: d={self.width}, r={spec.r}" + (", GS" if spec.apply_GS else "") for name, spec in self.specs.items()
+        )
+
+
+class LinearReflection(Reflection):
+    """Reflects the input of a Linear: `x -> x Q^T`."""
+
+    kind = "linear"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x: (..., d)` to `(..., d)`, the same dtype."""
+        chain = self.active_chain()
+        return x if chain is None else householder.reflect(x, chain, householder.compact_wy(chain))
+
+
+class Conv2dReflection(Reflection):
+    """Reads every patch of a Conv2d's input in the coordinates of the reflection vectors.
+
+    With `W` seen as `(out, d)` and `p` a patch, `(W Q) p = W p - (W U) (T U^T p)`: the parenthesis on the right is a
+    convolution with `k` filters, made here; the layer subtracts its 1x1 image under `W U` (`project`). No patch is ever
+    unfolded, and no rotated weight made, so the gradient of a whole weight is never needed either.
+    """
+
+    kind = "conv2d"
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        """An empty container for a convolution, of which only the geometry is kept."""
+        super().__init__(width_of(conv))
+        self.patch = tuple(conv.weight.shape[1:])
+        self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups
+        self.padding_mode = conv.padding_mode
+        self.padding = conv.padding
+        # torch's own list for F.pad, from which the other padding modes work ('same' included).
+        self.border = list(conv._reversed_padding_repeated_twice)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Coordinates of the patches.
+
+        Args:
+            x: `(n, c, h, w)` or `(c, h, w)`.
+
+        Returns:
+            `T U^T p` for every patch and group, `(n, groups * k, h', w')`, and the chain `U: (d, k)` itself, both in the
+            dtype of `x`; `None` where no adapter is active.
+        """
+        chain = self.active_chain()
+        if chain is None:
+            return None
+        factor = householder.compact_wy(chain)
+        filters = (factor @ chain.to(factor.dtype).mT).to(x.dtype).reshape(-1, *self.patch).repeat(self.groups, 1, 1, 1)
+        if self.padding_mode == "zeros":
+            coordinates = F.conv2d(x, filters, None, self.stride, self.padding, self.dilation, self.groups)
+        else:
+            padded = F.pad(x, self.border, mode=self.padding_mode)
+            coordinates = F.conv2d(padded, filters, None, self.stride, 0, self.dilation, self.groups)
+        return coordinates, chain.to(x.dtype)
+
+    def project(self, read: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
+        """What the layer has to subtract from its output.
+
+        Args:
+            read: what `forward` gave.
+            weight: `W: (out, c / groups, kh, kw)`.
+
+        Returns:
+            `(W U) (T U^T p)` for every patch, `(n, out, h', w')`.
+        """
+        coordinates, chain = read
+        mixing = weight.flatten(1).to(chain.dtype) @ chain
+        return F.conv2d(coordinates, mixing[..., None, None], groups=self.groups)
+
+
+def reflection_for(layer: SiteLayer) -> Reflection:
+    """An empty container of the kind that fits a layer.
+
+    Example:
+        >>> box = reflection_for(nn.Linear(6, 4))
+        >>> box.add("default", AdapterSpec(r=2), nn.Linear(6, 4).weight)
+        >>> box
+        LinearReflection(default: d=6, r=2)
+    """
+    return Conv2dReflection(layer) if isinstance(layer, nn.Conv2d) else LinearReflection(width_of(layer))
+
+
+def reflection_of(layer: nn.Module) -> Reflection | None:
+    """The reflections that a layer carries, if any."""
+    reflection = layer._modules.get(REFLECTION)
+    return reflection if isinstance(reflection, Reflection) else None
+

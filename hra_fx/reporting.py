@@ -1,0 +1,182 @@
+"""`report`: where the reflections are, in what region, and what they do; data first, a table on request."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from hra_fx import householder
+from hra_fx.adapted import record_of, regions_of, require_sites
+from hra_fx.reflection import Reflection
+from hra_fx.site import describe
+
+RegionKind = Literal["whole", "shared", "alone"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One adapter at one layer.
+
+    Attributes:
+        path: the layer.
+        region: `"whole"` (the model was captured whole), `"shared"` (a part of it was) or `"alone"` (the layer).
+        region_path: the root of the region.
+        region_sites: number of sites in the region.
+        region_reason: why the region is not larger; empty for a whole model.
+        site: kind and shape of the layer.
+        adapter: name of the adapter.
+        d: length of its vectors.
+        r: number of its trained vectors.
+        parameters: `d * r`.
+        rotation: `|Q - I|_F`.
+        angle: largest angle by which `Q` turns a plane, in radians; pi where it reflects.
+        orthogonality: `|Q^T Q - I|_F` of `Q` in the precision in which the forward computes it.
+    """
+
+    path: str
+    region: RegionKind
+    region_path: str
+    region_sites: int
+    region_reason: str
+    site: str
+    adapter: str
+    d: int
+    r: int
+    parameters: int
+    rotation: float
+    angle: float
+    orthogonality: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """The rows of a model; prints as a table.
+
+    Attributes:
+        rows: one for each adapter of each layer, in model order.
+    """
+
+    rows: tuple[Row, ...]
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        """The rows."""
+        return iter(self.rows)
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """The rows as plain dictionaries, ready for JSON or a data frame."""
+        return [dataclasses.asdict(row) for row in self.rows]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The table, and below it each reason why a region is not larger, once."""
+        yield _table(self)
+        reasons = dict.fromkeys(row.region_reason for row in self.rows if row.region_reason)
+        if reasons:
+            yield Text("Why regions are not larger:", style="bold")
+            yield from (Text(f"  {line}") for line in _condensed(list(reasons)))
+
+    def __str__(self) -> str:
+        """The table as text, as wide as the terminal, at least 120 columns where there is none."""
+        console = Console(width=max(120, Console().width), no_color=True, highlight=False)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+    __repr__ = __str__
+
+
+def report(model: nn.Module) -> Report:
+    """Describe every adapted layer of a transformed model.
+
+    Args:
+        model: a transformed model.
+
+    Returns:
+        A `Report`: rows as data, and a table when printed.
+
+    Raises:
+        AdapterError: the model has no reflections.
+
+    Example:
+        >>> from hra_fx import HRAConfig, transform
+        >>> model = transform(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), HRAConfig(r=2, target_modules=["0"]))
+        >>> row = report(model).rows[0]
+        >>> row.path, row.region, row.d, row.r, row.rotation
+        ('0', 'whole', 6, 2, 0.0)
+    """
+    sites = require_sites(model)
+    regions = {path: module._hra_region for path, module in regions_of(model).items()}
+    home = {f"{path}.{site}".lstrip("."): path for path, region in regions.items() for site in region.sites}
+    record = record_of(model)
+    alone = record.alone if record else {}
+    rows: list[Row] = []
+    for path, layer in sites.items():
+        root = home.get(path, path)
+        region = regions.get(root)
+        kind: RegionKind = "alone" if region is None else "whole" if not root else "shared"
+        reason = region.reason if region else alone.get(path, "")
+        for name in layer.hra_u:
+            turned = _turn(layer.hra_u, name)
+            d, r = layer.hra_u[name].shape
+            size = len(region.sites) if region else 1
+            rows.append(Row(path, kind, root, size, reason, describe(layer), name, d, r, d * r, *turned))
+    return Report(tuple(rows))
+
+
+def _turn(reflection: Reflection, name: str) -> tuple[float, float, float]:
+    """Rotation, largest angle and orthogonality error of one adapter."""
+    chain = reflection.chain(name).detach()
+    if chain.is_meta:
+        return (float("nan"),) * 3
+    block = householder.principal_block(chain, householder.compact_wy(chain))
+    identity = torch.eye(block.shape[0], dtype=block.dtype)
+    if not bool(torch.isfinite(block).all()):
+        return (float("nan"),) * 3
+    angles = torch.linalg.eigvals(block).angle().abs()
+    norms = (torch.linalg.matrix_norm(matrix) for matrix in (block - identity, block.mT @ block - identity))
+    rotation, orthogonality = (float(norm) for norm in norms)
+    return rotation, float(angles.max()), orthogonality
+
+
+def _table(report: Report) -> Table:
+    total = sum(row.parameters for row in report.rows)
+    table = Table(box=box.SIMPLE_HEAD, title=f"{len(report)} sites, {total:,} trained parameters", title_justify="left")
+    table.add_column("layer", overflow="fold")
+    table.add_column("site")
+    table.add_column("region", overflow="fold")
+    table.add_column("adapter")
+    for name in ("d", "r", "parameters", "|Q - I|", "angle", "|Q'Q - I|"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in report.rows:
+        numbers = (str(row.d), str(row.r), f"{row.parameters:,}", f"{row.rotation:.3f}")
+        angle = f"{row.angle * 180 / torch.pi:.1f}°"
+        table.add_row(row.path, row.site, _region(row), row.adapter, *numbers, angle, f"{row.orthogonality:.0e}")
+    return table
+
+
+def _region(row: Row) -> str:
+    if row.region == "alone":
+        return "alone"
+    where = "whole model" if row.region == "whole" else row.region_path
+    return f"{where}, with {row.region_sites - 1} others"
+
+
+def _condensed(reasons: list[str]) -> list[str]:
+    """Reasons that differ only in a layer's number, once, with the number of times."""
+    counted: dict[str, int] = {}
+    for reason in reasons:
+        key = ".".join("*" if part.isdigit() else part for part in reason.split("."))
+        counted[key] = counted.get(key, 0) + 1
+    return [f"{reason} ({count} times)" if count > 1 else reason for reason, count in counted.items()]

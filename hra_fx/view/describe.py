@@ -1,0 +1,70 @@
+"""Words and figures for a leaf: the name of a module below its parent, its class and shape, its reflections."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hra_fx import householder
+from hra_fx.reflection import reflection_of
+from hra_fx.site import describe
+from hra_fx.view.tree import Mark
+
+
+def name_of(path: str) -> str:
+    """The last part of a qualified name, with the one before it where the last is only a number.
+
+    >>> name_of("encoder.layer.0.query"), name_of("encoder.layer.0")
+    ('query', 'layer.0')
+    """
+    parts = path.split(".")
+    start = -2 if len(parts) > 1 and parts[-1].partition("@")[0].isdigit() else -1
+    return ".".join(parts[start:])
+
+
+def describe_module(module: nn.Module) -> str:
+    """Class and shape of a layer, the class of another module.
+
+    >>> describe_module(nn.Linear(4, 8)), describe_module(nn.ReLU())
+    ('Linear 4→8', 'ReLU')
+    """
+    if not isinstance(module, nn.Linear | nn.Conv2d):
+        return type(module).__name__
+    text = describe(module).replace("->", "→")
+    if isinstance(module, nn.Conv2d) and set(module.stride) != {1}:
+        text += f", stride {module.stride[0] if len(set(module.stride)) == 1 else module.stride}"
+    return text
+
+
+def reflecting(path: str, layer: nn.Module) -> tuple[Mark, int, int]:
+    """A site's mark, the length `d` of its reflection vectors and how many are in use.
+
+    Raises:
+        ValueError: the layer carries no reflections.
+    """
+    reflection = reflection_of(layer)
+    if reflection is None:
+        raise ValueError(f"{path}: not adapted")
+    rank = sum(int(reflection[name].shape[1]) for name in reflection.active)
+    with torch.no_grad():
+        chain = reflection.active_chain()
+        return Mark(path, None if chain is None else rotation_of(chain)), reflection.width, rank
+
+
+def rotation_of(chain: Tensor) -> float | None:
+    """`|Q - I|_F` of a product of reflections, from `r x r` matrices only; `None` without numbers (meta tensors).
+
+    With `Q = I - U T U^T` and `G = U^T U` it is `sqrt(tr(T^T G T G))`.
+
+    Args:
+        chain: `U`, `(d, r)`.
+
+    >>> round(rotation_of(torch.eye(3)[:, :1]), 6)
+    2.0
+    """
+    if chain.is_meta:
+        return None
+    vectors = chain.double()
+    factor = householder.compact_wy(vectors)
+    gram = vectors.mT @ vectors
+    return float(torch.trace(factor.mT @ gram @ factor @ gram).clamp(min=0).sqrt())

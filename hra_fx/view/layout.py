@@ -1,0 +1,233 @@
+"""Layered layout of one scope (after Sugiyama et al. 1981, https://doi.org/10.1109/TSMC.1981.4308636).
+
+Boxes are put in layers from top to bottom (topological generations, so many to a layer at most), an edge over several
+layers gets a place of its own in each layer between, so it never crosses a box; the order in a layer comes from sweeps of
+barycentres; x is `columns`'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+
+from hra_fx.view.columns import GAP_X, LANE, Node, Size, columns
+
+GAP_Y = 24.0
+_PER_LAYER = 5
+_SWEEPS = 12
+
+_IN, _OUT = -1, -2  # the borders of the scope, as box numbers
+
+
+@dataclass(frozen=True)
+class Route:
+    """An edge: vertical pieces `(x, from y, to y)`, joined by curves in the gaps between layers.
+
+    Attributes:
+        source: the box it leaves, `None` for the scope's upper border.
+        target: the box it enters, `None` for the lower border.
+        pieces: from top to bottom.
+    """
+
+    source: int | None
+    target: int | None
+    pieces: tuple[tuple[float, float, float], ...]
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """A laid-out scope: its size, the upper left corners of its boxes, its edges, and x of its ports."""
+
+    width: float
+    height: float
+    corners: tuple[tuple[float, float], ...]
+    routes: tuple[Route, ...] = ()
+    enter: float = 0.0
+    leave: float = 0.0
+
+
+def layered(
+    sizes: Sequence[Size],
+    edges: Sequence[tuple[int, int]],
+    inputs: Sequence[int] = (),
+    outputs: Sequence[int] = (),
+) -> Arrangement:
+    """Place boxes so that every edge goes down.
+
+    Args:
+        sizes: the boxes, in a topological order.
+        edges: `(i, j)`, i < j.
+        inputs: boxes that get an edge from the upper border.
+        outputs: boxes that get an edge to the lower border.
+    """
+    return _Layering(sizes, edges, inputs, outputs).arrangement()
+
+
+def in_rows(sizes: Sequence[Size], limit: float) -> Arrangement:
+    """Place boxes from left to right in rows of at most `limit`, in their order and without edges."""
+    corners: list[tuple[float, float]] = []
+    x = y = row = width = 0.0
+    for size in sizes:
+        if x and x + size.width > limit:
+            x, y, row = 0.0, y + row + GAP_X, 0.0
+        corners.append((x, y))
+        x += size.width + GAP_X
+        row = max(row, size.height)
+        width = max(width, x - GAP_X)
+    return Arrangement(width, y + row, tuple(corners), enter=width / 2, leave=width / 2)
+
+
+class _Layering:
+    def __init__(
+        self,
+        sizes: Sequence[Size],
+        edges: Sequence[tuple[int, int]],
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+    ) -> None:
+        self.sizes = dict(enumerate(sizes))
+        self.sizes[_IN] = self.sizes[_OUT] = Size(0, 0)
+        self.links = [(_IN, box) for box in inputs] + list(edges) + [(box, _OUT) for box in outputs]
+        self.level = _levels(len(sizes), edges, inputs, outputs)
+        self.graph: nx.DiGraph[Node] = nx.DiGraph()
+        self.graph.add_nodes_from((box, -1) for box in self.level)
+        for source, target in self.links:
+            nx.add_path(self.graph, self.chain(source, target))
+        depth = max(self.level.values(), default=0) + 1
+        self.rows: list[list[Node]] = [[] for _ in range(depth)]
+        for node in self.graph:
+            self.rows[self.row(node)].append(node)
+
+    def chain(self, source: int, target: int) -> list[Node]:
+        """An edge as nodes of neighbouring layers; edges of one source share their lanes."""
+        lanes = [(source, level) for level in range(self.level[source] + 1, self.level[target])]
+        return [(source, -1), *lanes, (target, -1)]
+
+    def row(self, node: Node) -> int:
+        return self.level[node[0]] if node[1] < 0 else node[1]
+
+    def size(self, node: Node) -> Size:
+        return self.sizes[node[0]] if node[1] < 0 else Size(LANE, 0)
+
+    def arrangement(self) -> Arrangement:
+        self.order()
+        x = columns(self.rows, self.graph, self.size)
+        tops: list[float] = []
+        bottoms: list[float] = []
+        y = 0.0
+        for row in self.rows:
+            tops.append(y)
+            bottoms.append(y + max((self.size(node).height for node in row), default=0))
+            y = bottoms[-1] + GAP_Y
+        left = min((x[node] - self.size(node).width / 2 for node in x), default=0.0)
+        right = max((x[node] + self.size(node).width / 2 for node in x), default=0.0)
+        x = {node: value - left for node, value in x.items()}
+        middle = [(top + bottom) / 2 for top, bottom in zip(tops, bottoms, strict=True)]
+        top_of = {box: middle[level] - self.sizes[box].height / 2 for box, level in self.level.items()}
+        corners = tuple(
+            (x[box, -1] - self.sizes[box].width / 2, top_of[box]) for box in sorted(self.level) if box >= 0
+        )
+        ends = self.ends(x)
+        routes = tuple(self.route(link, x, ends, top_of, tops, bottoms) for link in self.links)
+        width = right - left
+        return Arrangement(
+            width, bottoms[-1], corners, routes, x.get((_IN, -1), width / 2), x.get((_OUT, -1), width / 2)
+        )
+
+    def route(
+        self,
+        link: tuple[int, int],
+        x: dict[Node, float],
+        ends: dict[tuple[int, int], float],
+        top_of: dict[int, float],
+        tops: list[float],
+        bottoms: list[float],
+    ) -> Route:
+        source, target = link
+        start = x[source, -1] + self.sizes[source].leave
+        begin = top_of[source] + self.sizes[source].height
+        pieces = [(start, begin, bottoms[self.level[source]])]
+        pieces += [(x[lane], tops[lane[1]], bottoms[lane[1]]) for lane in self.chain(source, target)[1:-1]]
+        pieces.append((ends[link], tops[self.level[target]], top_of[target]))
+        return Route(source if source >= 0 else None, target if target >= 0 else None, tuple(pieces))
+
+    def ends(self, x: dict[Node, float]) -> dict[tuple[int, int], float]:
+        """Where edges enter: the straight one at the entry itself, the others beside it, on the side they come from."""
+        ends: dict[tuple[int, int], float] = {}
+        for target in {target for _, target in self.links}:
+            entry = x[target, -1] + self.sizes[target].enter
+            coming: list[tuple[float, int]] = []
+            for source in [source for source, other in self.links if other == target]:
+                last = self.chain(source, target)[-2]
+                coming.append((x[last] + (self.sizes[source].leave if last[1] < 0 else 0.0) - entry, source))
+            straight = min(coming, key=lambda pair: (abs(pair[0]), pair[1]))
+            room = max(self.sizes[target].width / 2 - abs(self.sizes[target].enter) - 10, 0.0)
+            for side in (-1, 1):
+                others = sorted(
+                    (pair for pair in coming if pair != straight and (pair[0] > 0) == (side > 0)),
+                    key=lambda pair: side * pair[0],
+                )
+                step = min(16.0, room / max(len(others), 1))
+                for place, (_, source) in enumerate(others, start=1):
+                    ends[source, target] = entry + side * step * place
+            ends[straight[1], target] = entry
+        return ends
+
+    def order(self) -> None:
+        """Sweep down and up by barycentres, and keep the order with the fewest crossings."""
+        best, fewest = [list(row) for row in self.rows], self.crossings()
+        for sweep in range(_SWEEPS):
+            down = sweep % 2 == 0
+            rows = self.rows if down else self.rows[::-1]
+            place = {node: float(index) for row in self.rows for index, node in enumerate(row)}
+            for row in rows[1:]:
+                near = self.graph.pred if down else self.graph.succ
+                centre = {
+                    node: sum(place[other] for other in near[node]) / len(near[node]) if near[node] else place[node]
+                    for node in row
+                }
+                row.sort(key=lambda node: (centre[node], place[node]))
+                place.update((node, float(index)) for index, node in enumerate(row))
+            crossings = self.crossings()
+            if crossings < fewest:
+                best, fewest = [list(row) for row in self.rows], crossings
+        self.rows = best
+
+    def crossings(self) -> int:
+        place = {node: index for row in self.rows for index, node in enumerate(row)}
+        total = 0
+        for row in self.rows:
+            ends = [place[below] for node in row for below in sorted(self.graph.succ[node], key=place.__getitem__)]
+            total += sum(upper > lower for i, upper in enumerate(ends) for lower in ends[i + 1 :])
+        return total
+
+def _levels(
+    count: int, edges: Sequence[tuple[int, int]], inputs: Sequence[int], outputs: Sequence[int]
+) -> dict[int, int]:
+    """A layer for every box: below all that it reads, and no layer too full; what reads nothing just above its reader."""
+    sources: dict[int, list[int]] = {box: [] for box in range(count)}
+    readers: dict[int, list[int]] = {box: [] for box in range(count)}
+    for source, target in edges:
+        sources[target].append(source)
+        readers[source].append(target)
+    level: dict[int, int] = {}
+    filled: dict[int, int] = {}
+    for box in range(count):
+        low = max((level[source] + 1 for source in sources[box]), default=1)
+        while filled.get(low, 0) >= _PER_LAYER:
+            low += 1
+        level[box] = low
+        filled[low] = filled.get(low, 0) + 1
+    for box in reversed(range(count)):
+        if not sources[box] and readers[box] and box not in inputs:
+            level[box] = max(level[box], min(level[reader] for reader in readers[box]) - 1)
+    # The borders are layers of their own; without them the boxes begin at the top.
+    shift = 0 if inputs else -1
+    levels = {box: value + shift for box, value in level.items()}
+    if inputs:
+        levels[_IN] = 0
+    if outputs:
+        levels[_OUT] = max(levels.values(), default=0) + 1
+    return levels

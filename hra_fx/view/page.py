@@ -1,0 +1,151 @@
+"""The page: title, legend, and the panels packed into columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from xml.etree.ElementTree import Element, SubElement, tostring
+
+from hra_fx.view.boxes import Box, place
+from hra_fx.view.panels import Panel
+from hra_fx.view.svg import (
+    AMBER_LINE,
+    AMBER_PALE,
+    BLUE,
+    BLUE_LINE,
+    BLUE_PALE,
+    CARD,
+    EDGE,
+    FAINT,
+    FONT,
+    INK,
+    PAPER,
+    RULE,
+    VIOLET_LINE,
+    VIOLET_PALE,
+    draw,
+    shape,
+    write,
+)
+from hra_fx.view.text import clean, shorten, width
+
+_MARGIN, _GAP, _INSET, _CAPTION = 32.0, 20.0, 24.0, 56.0
+_TOP = 128.0
+_WIDEST = 1560.0
+
+
+@dataclass(frozen=True)
+class Heading:
+    """The words above a picture: its title and one line of facts."""
+
+    title: str
+    facts: str
+
+
+@dataclass(frozen=True)
+class _Sheet:
+    panel: Panel
+    box: Box
+    title: str
+    note: str
+
+    @property
+    def width(self) -> float:
+        words = max(width(self.title, 14, bold=True) + 30, width(self.note, 11))
+        return max(self.box.size.width, words) + 2 * _INSET
+
+    @property
+    def height(self) -> float:
+        return self.box.size.height + _CAPTION + _INSET
+
+
+def page(panels: Sequence[Panel], heading: Heading) -> str:
+    """The text of an SVG file; the same bytes for the same panels."""
+    sheets = [_sheet(panel) for panel in panels]
+    places, wide, high = _packed(sheets)
+    wide = max(wide, 1000.0)
+    root = Element(
+        "svg",
+        {
+            "xmlns": "http://www.w3.org/2000/svg",
+            "viewBox": f"0 0 {round(wide)} {round(high)}",
+            "width": str(round(wide)),
+            "height": str(round(high)),
+            "font-family": FONT,
+        },
+    )
+    SubElement(root, "title").text = clean(heading.title)
+    marker = shape(shape(root, "defs"), "marker", id="arrow", viewBox="0 0 8 8", refX="7", refY="4")
+    marker.attrib.update(markerWidth="7", markerHeight="7", orient="auto")
+    shape(marker, "path", d="M0 0.6L8 4L0 7.4z", fill=EDGE)
+    shape(root, "rect", width="100%", height="100%", fill=PAPER)
+    _head(root, heading)
+    for sheet, (x, y) in zip(sheets, places, strict=True):
+        _draw_sheet(root, sheet, x, y)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + tostring(root, encoding="unicode") + "\n"
+
+
+def _sheet(panel: Panel) -> _Sheet:
+    box = place(panel.block, root=True)
+    if not panel.letter:
+        return _Sheet(panel, box, "Overview", "every adapted layer is in one of these boxes")
+    note = ", ".join(clean(name) for name in panel.used)
+    if len(panel.used) > 1:
+        note += f"; sizes of {clean(panel.used[0])}"
+    return _Sheet(panel, box, box.detail, shorten(note, 60))
+
+
+def _packed(sheets: Sequence[_Sheet]) -> tuple[list[tuple[float, float]], float, float]:
+    """Columns from left to right, filled from above; as low as the widest page allows."""
+    tallest = max(sheet.height for sheet in sheets)
+    total = sum(sheet.height + _GAP for sheet in sheets)
+    for step in range(21):
+        limit = tallest + (total - tallest) * step / 20
+        places, wide, high = _columns(sheets, limit)
+        if wide <= _WIDEST:
+            break
+    return places, wide, high
+
+
+def _columns(sheets: Sequence[_Sheet], limit: float) -> tuple[list[tuple[float, float]], float, float]:
+    places: list[tuple[float, float]] = []
+    x, y, column, lowest = _MARGIN, 0.0, 0.0, 0.0
+    for sheet in sheets:
+        if y and y + sheet.height > limit:
+            x, y, column = x + column + _GAP, 0.0, 0.0
+        places.append((x, _TOP + y))
+        y += sheet.height + _GAP
+        column, lowest = max(column, sheet.width), max(lowest, y - _GAP)
+    return places, x + column + _MARGIN, _TOP + lowest + _MARGIN
+
+
+def _draw_sheet(root: Element, sheet: _Sheet, x: float, y: float) -> None:
+    group = shape(root, "g", class_="panel")
+    shape(group, "rect", x=x, y=y, width=sheet.width, height=sheet.height, rx=10.0, fill=CARD, stroke=RULE)
+    left = x + _INSET
+    if sheet.panel.letter:
+        shape(group, "circle", cx=left + 11, cy=y + 23, r=11.0, fill=BLUE)
+        write(group, left + 11, y + 27.5, sheet.panel.letter, 12.5, "#ffffff", bold=True, anchor="middle")
+        left += 30
+    write(group, left, y + 28, sheet.title, 14, INK, bold=True)
+    write(group, x + _INSET, y + 46, sheet.note, 11, FAINT)
+    middle = x + (sheet.width - sheet.box.size.width) / 2
+    draw(group, sheet.box, middle, y + _CAPTION + 4, counted=not sheet.panel.letter)
+
+
+def _head(root: Element, heading: Heading) -> None:
+    write(root, _MARGIN, 46, clean(heading.title), 22, INK, bold=True)
+    write(root, _MARGIN, 70, clean(heading.facts), 13, FAINT)
+    x = _MARGIN
+    for fill, line, dashes, words in (
+        (VIOLET_PALE, VIOLET_LINE, "", "reflection: r vectors of length d; turn = |Q − I|"),
+        (CARD, VIOLET_LINE, "", "adapted layer"),
+        (CARD, "#bfc8d4", "", "other operation"),
+        (BLUE_PALE, BLUE_LINE, "", "closed module, its inside in the panel of that letter"),
+        (AMBER_PALE, AMBER_LINE, "4 3", "Python module, not captured"),
+    ):
+        swatch = shape(root, "rect", x=x, y=88.0, width=24.0, height=15.0, rx=4.0, fill=fill, stroke=line)
+        if dashes:
+            swatch.set("stroke-dasharray", dashes)
+        write(root, x + 31, 100, words, 12, FAINT)
+        x += 31 + width(words, 12) + 18

@@ -1,0 +1,168 @@
+"""What is drawn where: an overview of the model, and one panel for each kind of block that the overview keeps closed.
+
+The boxes of all panels together stay within a budget, so that the picture fits a page. Every site is in exactly one box
+of the overview; a panel only shows the inside of such boxes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field, replace
+from math import ceil
+from string import ascii_uppercase
+
+from hra_fx.view.repeats import merge_repeats, runs_where, signature
+from hra_fx.view.tree import Item, Leaf, Scope, contract, cut, span
+
+BUDGET = 60
+_OVERVIEW = 24
+_PANEL = 20
+#: A scope with more items than this shows neighbours that differ in size only as one.
+_ROOMY = 8
+#: A block that is used in several places stays closed unless it is as small as this.
+_SMALL = 3
+
+
+@dataclass(frozen=True)
+class Block:
+    """A box of a panel: a leaf, a closed scope, or an open one with its parts.
+
+    Attributes:
+        item: what it stands for.
+        parts: the blocks inside an open scope, `None` for a single box.
+        letter: the panel that shows the inside, if any.
+    """
+
+    item: Item
+    parts: tuple[Block, ...] | None = None
+    letter: str = ""
+
+    def boxes(self) -> Iterator[Block]:
+        """The blocks that are single boxes."""
+        if self.parts is None:
+            yield self
+        else:
+            for part in self.parts:
+                yield from part.boxes()
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One drawing: `letter` is empty for the overview; `used` names the blocks whose inside it shows."""
+
+    letter: str
+    block: Block
+    used: tuple[str, ...] = ()
+
+
+def plan(root: Scope, budget: int = BUDGET) -> list[Panel]:
+    """The overview, then the panels of the blocks that stay closed, in order of appearance.
+
+    Args:
+        root: the tree of a model.
+        budget: at most so many boxes in all.
+    """
+    return _Planner(budget).panels(_fitted(root, min(budget, _OVERVIEW)))
+
+
+@dataclass
+class _Planner:
+    budget: int
+    opened: dict[int, Scope] = field(default_factory=dict)  # by identity; holds the scopes alive
+    letters: dict[Hashable, str] = field(default_factory=dict)
+    used: dict[str, list[str]] = field(default_factory=dict)
+
+    def panels(self, root: Scope) -> list[Panel]:
+        """Open scopes panel by panel until the budget is spent, then build the blocks."""
+        left = self.budget - self._open(root, min(self.budget, _OVERVIEW))
+        drawn = [("", root)]
+        for _, scope in drawn:  # grows while it is read
+            for closed in self._closed(scope):
+                looks = _looks(closed)
+                if looks not in self.letters:
+                    if not _worth_a_panel(closed) or len(closed.items) > left or len(drawn) > len(ascii_uppercase):
+                        continue
+                    self.letters[looks] = ascii_uppercase[len(drawn) - 1]
+                    left -= self._open(closed, min(left, _PANEL))
+                    drawn.append((self.letters[looks], closed))
+                self.used.setdefault(self.letters[looks], []).append(span(closed))
+        return [
+            Panel(letter, self._block(scope), tuple(dict.fromkeys(self.used.get(letter, ())))) for letter, scope in drawn
+        ]
+
+    def _open(self, root: Scope, limit: int) -> int:
+        """Open what fits, outer scopes first; all blocks that look alike, or none. Returns the number of boxes."""
+        self.opened[id(root)] = root
+        boxes = len(root.items)
+        while True:
+            groups: dict[Hashable, list[Scope]] = {}
+            for scope in sorted(self._closed(root), key=lambda scope: scope.path.count(".")):
+                groups.setdefault(_looks(scope), []).append(scope)
+            for group in groups.values():
+                more = sum(len(scope.items) - 1 for scope in group)
+                if boxes + more <= limit and (len(group) == 1 or len(group[0].items) <= _SMALL):
+                    self.opened.update((id(scope), scope) for scope in group)
+                    boxes += more
+                    break
+            else:
+                return boxes
+
+    def _closed(self, scope: Scope) -> Iterator[Scope]:
+        """The closed scopes with sites that can be seen in a panel."""
+        for item in scope.items:
+            if isinstance(item, Scope) and id(item) in self.opened:
+                yield from self._closed(item)
+            elif isinstance(item, Scope) and item.marks:
+                yield item
+
+    def _block(self, item: Item, *, root: bool = True) -> Block:
+        if isinstance(item, Leaf):
+            return Block(item)
+        if id(item) in self.opened and (root or _looks(item) not in self.letters):
+            return Block(item, tuple(self._block(part, root=False) for part in item.items))
+        return Block(item, letter=self.letters.get(_looks(item), "") if item.marks else "")
+
+
+def _looks(scope: Scope) -> Hashable:
+    return signature(replace(scope, count=1), sizes=False)
+
+
+def _worth_a_panel(scope: Scope) -> bool:
+    return bool(scope.marks) and len(scope.items) > 1
+
+
+def _fitted(scope: Scope, limit: int) -> Scope:
+    """The scope, and all inside it, with at most `limit` items each: blocks that differ in size only drawn once, then
+    runs of operations in one box, then runs of everything."""
+    items = tuple(_fitted(item, _PANEL) if isinstance(item, Scope) else item for item in scope.items)
+    scope = replace(scope, items=items)
+    if len(scope.items) > _ROOMY:
+        scope = merge_repeats(scope, sizes=False)
+    if len(scope.items) > limit:
+        scope = contract(scope, runs_where(len(scope.items), lambda index: _plain(scope, index)), _gathered)
+    if len(scope.items) > limit:
+        scope = contract(scope, _slices(scope, limit), _gathered)
+    return scope
+
+
+def _plain(scope: Scope, index: int) -> bool:
+    pair = scope.items[index - 1 : index + 1]
+    return all(isinstance(item, Leaf) and item.kind in ("op", "module", "eager") for item in pair)
+
+
+def _slices(scope: Scope, limit: int) -> list[range]:
+    """Equal runs of the items between the inputs and the outputs."""
+    kinds = [item.kind if isinstance(item, Leaf) else "scope" for item in scope.items]
+    inner = [index for index, kind in enumerate(kinds) if kind not in ("input", "output")]
+    first, last = inner[0], inner[-1]
+    room = max(limit - (len(kinds) - (last + 1 - first)), 1)
+    size = max(ceil((last + 1 - first) / room), 2)
+    runs = [range(start, min(start + size, last + 1)) for start in range(first, last + 1, size)]
+    return [run for run in runs if len(run) > 1]
+
+
+def _gathered(scope: Scope, run: range) -> Item:
+    first, last = scope.items[run[0]], scope.items[run[-1]]
+    name = f"{first.name} … {last.last or last.name}"
+    inside = cut(scope, run, name, f"{len(run)} steps")
+    return _fitted(inside, _PANEL) if inside.marks else inside  # without sites it is never opened

@@ -1,0 +1,93 @@
+"""Neighbours that look alike are drawn once: `encoder.layer.0 … encoder.layer.5` as one block with "× 6".
+
+Two items look alike when their signatures are equal: the same classes, names (less a trailing number), operations and
+edges all the way down, and, unless asked otherwise, the same shapes and ranks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+
+from hra_fx.view.tree import Item, Leaf, Scope, contract
+
+_NUMBER = re.compile(r"(?:@?\d+)+$")
+
+
+def signature(item: Item, *, sizes: bool) -> Hashable:
+    """What two items must have in common to be drawn as one, their own names left out.
+
+    Args:
+        item: the item.
+        sizes: whether shapes and ranks count too.
+    """
+    if isinstance(item, Leaf):
+        detail = item.detail if sizes else item.detail.partition(" ")[0]
+        own = (item.width, item.rank) if sizes else ()
+        return (item.kind, detail, item.op, item.count, own, "" if item.kind != "op" else item.name)
+    inner = tuple((stem(part.name), signature(part, sizes=sizes)) for part in item.items)
+    return (item.class_name, item.eager, item.count, inner, item.edges, item.inputs, item.outputs)
+
+
+def stem(name: str) -> str:
+    """A name without the number at its end.
+
+    >>> stem("layer.11"), stem("denselayer3"), stem("query")
+    ('layer.', 'denselayer', 'query')
+    """
+    return _NUMBER.sub("", name)
+
+
+def runs_where(length: int, follows: Callable[[int], bool]) -> list[range]:
+    """Maximal runs, of two at least, of indices each of which `follows` the one before it.
+
+    >>> runs_where(6, lambda index: index in (1, 2, 5))
+    [range(0, 3), range(4, 6)]
+    """
+    runs: list[range] = []
+    start = 0
+    for index in range(1, length + 1):
+        if index < length and follows(index):
+            continue
+        if index - start > 1:
+            runs.append(range(start, index))
+        start = index
+    return runs
+
+
+def merge_repeats(scope: Scope, *, sizes: bool = True) -> Scope:
+    """The scope with every run of neighbours that look alike drawn once. In a captured graph they must form a chain.
+
+    Args:
+        scope: the scope.
+        sizes: whether their shapes have to agree; where not, what is drawn says that they vary.
+    """
+    looks = [(stem(item.name), signature(item, sizes=sizes)) for item in scope.items]
+    edges = set(scope.edges)
+
+    def follows(index: int) -> bool:
+        item = scope.items[index]
+        drawable = isinstance(item, Scope) or item.kind in ("site", "module")
+        linked = scope.eager or (index - 1, index) in edges
+        return drawable and linked and item.count == 1 and looks[index - 1] == looks[index]
+
+    return contract(scope, runs_where(len(scope.items), follows), lambda whole, run: _once(whole, run, varied=not sizes))
+
+
+def _once(scope: Scope, run: range, *, varied: bool) -> Item:
+    items = [scope.items[index] for index in run]
+    merged = _overlay(items)
+    if isinstance(merged, Scope):
+        return replace(merged, count=len(items), last=items[-1].name, varied=varied)
+    return replace(merged, count=len(items), last=items[-1].name)
+
+
+def _overlay(items: list[Item]) -> Item:
+    """The first item, with the marks of all of them at every leaf."""
+    first = items[0]
+    if isinstance(first, Leaf):
+        return replace(first, marks=tuple(mark for item in items for mark in item.marks))
+    scopes = [item for item in items if isinstance(item, Scope)]
+    columns = zip(*(scope.items for scope in scopes), strict=True)
+    return replace(first, items=tuple(_overlay(list(column)) for column in columns))

@@ -1,0 +1,200 @@
+"""From the flat graph of leaves to the tree of scopes: grouped by the module that made each call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import networkx as nx
+
+from hra_fx.view.describe import name_of
+from hra_fx.view.repeats import merge_repeats, runs_where
+from hra_fx.view.tree import Item, Leaf, Scope, contract
+
+#: Several leaves in one box: names are listed up to this length.
+_LETTERS_SHOWN = 28
+_Group: TypeAlias = "str | tuple[str, int]"  # a leaf's key, or a call's name and its depth
+
+
+def scope_tree(picture: nx.DiGraph[str], title: str) -> Scope:
+    """The tree of a model, with chains of operations joined and neighbours that look alike drawn once.
+
+    Args:
+        picture: what `graph.adapted_graph` gave.
+        title: the name of the root.
+    """
+    return _Nesting(picture).scope("", title, list(picture), 0)
+
+
+@dataclass
+class _Nesting:
+    picture: nx.DiGraph[str]
+
+    def leaf(self, key: str) -> Leaf:
+        leaf: Leaf = self.picture.nodes[key]["leaf"]
+        return leaf
+
+    def scope(self, call: str, name: str, keys: list[str], depth: int) -> Scope:
+        """The scope of one call of a module.
+
+        Args:
+            call: its name in the places of leaves.
+            name: what to call it.
+            keys: the leaves inside, in order.
+            depth: how many entries of their places are behind us.
+        """
+        path = call.rpartition("@")[0] if call.rpartition("@")[2].isdigit() and "@" in call else call
+        entering, leaving, keys = self._ports(path, keys)
+        groups = self._acyclic_groups(keys, depth)
+        members: dict[_Group, list[str]] = {}
+        for key in keys:
+            members.setdefault(groups[key], []).append(key)
+        order = _topological(self.picture, groups, list(members))
+        place = {group: index for index, group in enumerate(order)}
+        scope = Scope(
+            path=path,
+            name=name,
+            class_name=self.picture.graph["classes"].get(path, ""),
+            eager=not self._is_captured(path),
+            items=tuple(self._item(group, members[group]) for group in order),
+            edges=tuple(sorted({(place[a], place[b]) for a, b in _between(self.picture, groups)})),
+            inputs=tuple(sorted({place[groups[key]] for key in entering})),
+            outputs=tuple(sorted({place[groups[key]] for key in leaving})),
+        )
+        return merge_repeats(_gather_plain(_join_operations(scope)))
+
+    def _is_captured(self, path: str) -> bool:
+        parts = path.split(".") if path else []
+        regions = self.picture.graph["regions"]
+        return any(".".join(parts[:end]) in regions for end in range(len(parts) + 1))
+
+    def _ports(self, path: str, keys: list[str]) -> tuple[set[str], set[str], list[str]]:
+        """Leaves that read from outside, leaves that are read outside, and the leaves without those that a border shows:
+        of a region inside a model the output, and the input where there is only one."""
+        inside = set(keys)
+        entering = {key for key in keys if any(source not in inside for source in self.picture.pred[key])}
+        leaving = {key for key in keys if any(reader not in inside for reader in self.picture.succ[key])}
+        if not path or path not in self.picture.graph["regions"]:
+            return entering, leaving, keys
+        inputs = [key for key in keys if self.leaf(key).kind == "input"]
+        outputs = [key for key in keys if self.leaf(key).kind == "output"]
+        border = set(outputs) | (set(inputs) if len(inputs) == 1 else set())
+        if len(border) == len(keys):
+            return entering, leaving, keys
+        entering |= {reader for key in border & set(inputs) for reader in self.picture.succ[key]}
+        leaving |= {source for key in outputs for source in self.picture.pred[key]}
+        return entering - border, leaving - border, [key for key in keys if key not in border]
+
+    def _acyclic_groups(self, keys: list[str], depth: int) -> dict[str, _Group]:
+        """Which item each leaf belongs to. A module whose calls are interleaved with others is not drawn as one box:
+        contracting it would make a cycle, so its own items are put directly here."""
+        opened: set[_Group] = set()
+        while True:
+            groups = {key: self._group(key, depth, opened) for key in keys}
+            quotient: nx.DiGraph[_Group] = nx.DiGraph()
+            quotient.add_edges_from(_between(self.picture, groups))
+            tangled = [part for part in nx.strongly_connected_components(quotient) if len(part) > 1]
+            if not tangled:
+                return groups
+            opened |= {group for part in tangled for group in part if not isinstance(group, str)}
+
+    def _group(self, key: str, depth: int, opened: set[_Group]) -> _Group:
+        place = self.leaf(key).place
+        while depth < len(place) and (place[depth], depth) in opened:
+            depth += 1
+        return (place[depth], depth) if depth < len(place) else key
+
+    def _item(self, group: _Group, keys: list[str]) -> Item:
+        if isinstance(group, str):
+            return self.leaf(group)
+        call, depth = group
+        return _unwrap(self.scope(call, name_of(call), keys, depth + 1))
+
+
+def _between(picture: nx.DiGraph[str], groups: dict[str, _Group]) -> list[tuple[_Group, _Group]]:
+    """Edges of the leaves as edges of their groups."""
+    return [
+        (group, groups[reader])
+        for key, group in groups.items()
+        for reader in picture.succ[key]
+        if reader in groups and groups[reader] != group
+    ]
+
+
+def _topological(picture: nx.DiGraph[str], groups: dict[str, _Group], members: list[_Group]) -> list[_Group]:
+    first = {group: index for index, group in enumerate(members)}
+    quotient: nx.DiGraph[_Group] = nx.DiGraph()
+    quotient.add_nodes_from(members)
+    quotient.add_edges_from(_between(picture, groups))
+    return list(nx.lexicographical_topological_sort(quotient, key=first.__getitem__))
+
+
+def _join_operations(scope: Scope) -> Scope:
+    """Chains of plain operations, each read by the next one only, in one box."""
+    readers = {index: [j for i, j in scope.edges if i == index] for index in range(len(scope.items))}
+    sources = {index: [i for i, j in scope.edges if j == index] for index in range(len(scope.items))}
+
+    def follows(index: int) -> bool:
+        return (
+            all(isinstance(item, Leaf) and item.kind == "op" for item in scope.items[index - 1 : index + 1])
+            and readers[index - 1] == [index]
+            and sources[index] == [index - 1]
+            and index not in scope.inputs
+            and index - 1 not in scope.outputs
+        )
+
+    def join(scope: Scope, run: range) -> Item:
+        leaves = _leaves(scope, run)
+        return replace(_listing(leaves, " > "), detail=", ".join(leaf.detail for leaf in leaves if leaf.detail))
+
+    return contract(scope, runs_where(len(scope.items), follows), join)
+
+
+def _gather_plain(scope: Scope) -> Scope:
+    """In a module that stays Python: neighbours without adapters in one box."""
+
+    def follows(index: int) -> bool:
+        return all(isinstance(item, Leaf) and item.kind == "eager" for item in scope.items[index - 1 : index + 1])
+
+    def gather(scope: Scope, run: range) -> Item:
+        return replace(_listing(_leaves(scope, run), ", "), detail=f"{len(run)} modules")
+
+    return contract(scope, runs_where(len(scope.items), follows), gather)
+
+
+def _leaves(scope: Scope, run: range) -> list[Leaf]:
+    return [item for item in scope.items[run[0] : run[-1] + 1] if isinstance(item, Leaf)]
+
+
+def _listing(leaves: list[Leaf], separator: str) -> Leaf:
+    """One leaf under the names of several."""
+    names = [leaf.name for leaf in leaves]
+    shown = names[0]
+    for index, name in enumerate(names[1:], start=1):
+        if len(shown) + len(name) > _LETTERS_SHOWN:
+            shown += f" + {len(names) - index}"
+            break
+        shown += f", {name}"
+    return replace(leaves[0], name=shown, target=separator.join(names))
+
+
+def _unwrap(scope: Scope) -> Item:
+    """A scope with one item is drawn as that item, under both names; as itself where the item is its whole forward."""
+    if len(scope.items) != 1:
+        return scope
+    item = scope.items[0]
+    if isinstance(item, Leaf) and item.kind == "op":
+        return replace(item, name=scope.name, detail=scope.class_name, kind="module", target=scope.path)
+    return replace(item, name=_below(scope.name, item.name), last=item.last and _below(scope.name, item.last))
+
+
+def _below(outer: str, inner: str) -> str:
+    """Two names as one, where the inner may repeat the last part of the outer.
+
+    >>> _below("blocks", "blocks.0"), _below("encoder", "layer.0")
+    ('blocks.0', 'encoder.layer.0')
+    """
+    parts = outer.split(".")
+    if inner.split(".")[0] == parts[-1]:
+        parts.pop()
+    return ".".join([*parts, inner])

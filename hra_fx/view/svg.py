@@ -1,0 +1,181 @@
+"""Placed boxes to SVG elements: colours, shapes and text. Pale fills with dark text; contrast is 7:1 or better."""
+
+from __future__ import annotations
+
+from xml.etree.ElementTree import Element, SubElement
+
+from hra_fx.view.boxes import DETAIL, HEADER, NAME, STRIP, Box
+from hra_fx.view.layout import Route
+from hra_fx.view.text import width
+
+FONT = "'Segoe UI', Roboto, 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
+INK, FAINT, RULE = "#1f2733", "#505b6b", "#d4dae3"
+PAPER, CARD = "#f6f7fa", "#ffffff"
+VIOLET, VIOLET_PALE, VIOLET_LINE = "#43247a", "#e6dcf9", "#8a68cf"
+AMBER, AMBER_PALE, AMBER_LINE = "#5c430c", "#fdf6e3", "#c9a64f"
+BLUE, BLUE_PALE, BLUE_LINE = "#17406d", "#e3eefb", "#7ba3d0"
+EDGE = "#8893a4"
+
+#: Fill, border and text colour of every look.
+LOOKS = {
+    "port": ("#eceff4", "#b4bdca", INK),
+    "site": (CARD, VIOLET_LINE, INK),
+    "plain": (CARD, "#bfc8d4", INK),
+    "eager": (AMBER_PALE, AMBER_LINE, AMBER),
+    "closed": (BLUE_PALE, BLUE_LINE, BLUE),
+}
+
+
+def number(value: float) -> str:
+    """A coordinate with at most one decimal.
+
+    >>> number(3.04), number(2.55)
+    ('3', '2.5')
+    """
+    return f"{value:.1f}".removesuffix(".0")
+
+
+def shape(parent: Element, tag: str, **attributes: str | float) -> Element:
+    """Add an element; numbers are rounded, `_` in names becomes `-`."""
+    texts = {
+        name.rstrip("_").replace("_", "-"): value if isinstance(value, str) else number(value)
+        for name, value in attributes.items()
+    }
+    return SubElement(parent, tag, texts)
+
+
+def write(
+    parent: Element, x: float, y: float, text: str, size: float, fill: str, *, bold: bool = False, anchor: str = "start"
+) -> Element:
+    """Add one line of text with its base line at `y`."""
+    element = shape(parent, "text", x=x, y=y, font_size=size, fill=fill)
+    if bold:
+        element.set("font-weight", "600")
+    if anchor != "start":
+        element.set("text-anchor", anchor)
+    element.text = text
+    return element
+
+
+def draw(parent: Element, box: Box, x: float, y: float, *, counted: bool) -> None:
+    """Draw a box and all inside it.
+
+    Args:
+        parent: the element that gets the shapes.
+        box: the box.
+        x: its left edge.
+        y: its upper edge.
+        counted: whether its boxes carry `data-sites`, as those of the overview do.
+    """
+    group = shape(parent, "g", class_=box.look)
+    SubElement(group, "title").text = box.tip
+    if box.look in ("open", "root"):
+        _draw_open(group, box, x, y, counted=counted)
+        return
+    if counted:
+        group.set("data-sites", str(box.sites))
+    if box.look == "site":
+        _draw_site(group, box, x, y)
+    elif box.look == "closed":
+        _draw_closed(group, box, x, y)
+    else:
+        _draw_line(group, box, x, y)
+
+
+def _frame(group: Element, box: Box, x: float, y: float, radius: float) -> str:
+    fill, line, ink = LOOKS[box.look]
+    frame = shape(
+        group, "rect", x=x, y=y, width=box.size.width, height=box.size.height, rx=radius, fill=fill, stroke=line
+    )
+    if box.look == "eager":
+        frame.set("stroke-dasharray", "4 3")
+    return ink
+
+
+def _draw_line(group: Element, box: Box, x: float, y: float) -> None:
+    """A box with one line: name, then detail."""
+    ink = _frame(group, box, x, y, box.size.height / 2 if box.look == "port" else 5)
+    base = y + box.size.height / 2 + 4.5
+    middle = x + (box.size.width - (width(box.count, DETAIL, bold=True) + 22 if box.count else 0)) / 2
+    line = write(group, middle, base, box.name, NAME, ink, anchor="middle")
+    if box.detail:
+        part = shape(line, "tspan", dx=7.0, font_size=DETAIL, fill=FAINT if box.look != "eager" else AMBER)
+        part.text = box.detail
+    _badge(group, box, x + box.size.width - 8, y + 5, VIOLET if box.look == "site" else FAINT)
+
+
+def _draw_site(group: Element, box: Box, x: float, y: float) -> None:
+    """The reflection as a strip on top of the layer that it feeds."""
+    wide = box.size.width
+    _frame(group, box, x, y, 6)
+    top = f"M{number(x)} {number(y + STRIP)}v{number(6 - STRIP)}a6 6 0 0 1 6 -6h{number(wide - 12)}a6 6 0 0 1 6 6v{number(STRIP - 6)}z"
+    shape(group, "path", d=top, fill=VIOLET_PALE, stroke=VIOLET_LINE)
+    write(group, x + wide / 2, y + 13.5, box.strip, DETAIL, VIOLET, bold=True, anchor="middle")
+    middle = x + (wide - (width(box.count, DETAIL, bold=True) + 22 if box.count else 0)) / 2
+    write(group, middle, y + STRIP + 16, box.name, NAME, INK, bold=True, anchor="middle")
+    write(group, x + wide / 2, y + STRIP + 31.5, box.detail, DETAIL, FAINT, anchor="middle")
+    _badge(group, box, x + wide - 8, y + STRIP + 4, VIOLET)
+
+
+def _draw_closed(group: Element, box: Box, x: float, y: float) -> None:
+    """A closed module: a stack if it stands for several, with the letter of the panel that opens it."""
+    fill, line, _ = LOOKS["closed"]
+    if box.count:
+        shape(group, "rect", x=x + 4, y=y + 4, width=box.size.width, height=box.size.height, rx=6, fill=fill, stroke=line)
+    ink = _frame(group, box, x, y, 6)
+    left = x + 13
+    if box.letter:
+        _disc(group, box.letter, x + 22, y + box.size.height / 2)
+        left += 30
+    write(group, left, y + 20, box.name, NAME, ink, bold=True)
+    write(group, left, y + 36.5, box.detail, DETAIL, ink)
+    _badge(group, box, x + box.size.width - 8, y + 8, BLUE)
+
+
+def _disc(group: Element, letter: str, x: float, y: float) -> None:
+    shape(group, "circle", cx=x, cy=y, r=11.0, fill=BLUE)
+    write(group, x, y + 4.5, letter, 12.5, "#ffffff", bold=True, anchor="middle")
+
+
+def _badge(group: Element, box: Box, right: float, y: float, colour: str) -> None:
+    if not box.count:
+        return
+    wide = width(box.count, DETAIL, bold=True) + 10
+    shape(group, "rect", x=right - wide, y=y, width=wide, height=16.0, rx=8.0, fill=CARD, stroke=colour)
+    write(group, right - wide / 2, y + 12, box.count, DETAIL, colour, bold=True, anchor="middle")
+
+
+def _draw_open(group: Element, box: Box, x: float, y: float, *, counted: bool) -> None:
+    if box.look == "open":
+        shape(
+            group, "rect", x=x, y=y, width=box.size.width, height=box.size.height, rx=8.0, fill="#f3f5f9", stroke=RULE
+        )
+        title = write(group, x + 13, y + 18, box.name, NAME, INK, bold=True)
+        part = shape(title, "tspan", dx=8.0, font_size=DETAIL, fill=FAINT, font_weight="400")
+        part.text = box.detail
+        _badge(group, box, x + box.size.width - 8, y + 6, BLUE)
+    left, top = x + box.body[0], y + box.body[1]
+    drawn: set[str] = set()
+    for route in box.routes:
+        line = path_of(route, left, top)
+        if line not in drawn:
+            drawn.add(line)
+            edge = shape(group, "path", d=line, fill="none", stroke=EDGE, stroke_width=1.3, class_="edge")
+            if route.target is not None:
+                edge.set("marker-end", "url(#arrow)")
+    for part_box in box.parts:
+        draw(group, part_box, left + part_box.x, top + part_box.y, counted=counted)
+
+
+def path_of(route: Route, left: float, top: float) -> str:
+    """The path data of an edge: straight down beside boxes, curved in the gaps between layers."""
+    x, begin, end = route.pieces[0]
+    words = [f"M{number(left + x)} {number(top + begin)}", f"V{number(top + end)}"]
+    for (x0, _, y0), (x1, y1, y2) in zip(route.pieces, route.pieces[1:], strict=False):
+        if x0 == x1:
+            words.append(f"V{number(top + y1)}")
+        else:
+            bend = number(top + (y0 + y1) / 2)
+            words.append(f"C{number(left + x0)} {bend} {number(left + x1)} {bend} {number(left + x1)} {number(top + y1)}")
+        words.append(f"V{number(top + y2)}")
+    return "".join(words)

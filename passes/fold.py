@@ -1,0 +1,30 @@
+"""fold: the graph without its reflections, for weights that hold them."""
+
+from __future__ import annotations
+
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from hra_fx.site import META, SiteNote
+
+
+class FoldPass(PassBase):
+    """Takes back what `insert` did: the graph is the base model's again, node for node and without marks."""
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Rewrite the graph and recompile it."""
+        graph = graph_module.graph
+        noted = [node for node in graph.nodes if isinstance(node.meta.get(META), SiteNote)]
+        # Backwards, so that every reflection has lost its readers by the time that it is erased.
+        for node in reversed(noted):
+            if node.meta.pop(META).role == "layer":
+                node.args = node.args[:1]
+            else:
+                graph.erase_node(node)
+        if noted:
+            graph_module.recompile()
+        return PassResult(graph_module, bool(noted))
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        """The graph is well formed."""
+        graph_module.graph.lint()

@@ -1,0 +1,58 @@
+"""verify: the rules that every rewritten graph keeps, checked on the graph alone, naming the node that breaks one."""
+
+from __future__ import annotations
+
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from hra_fx.errors import GraphInvariantError
+from hra_fx.site import META, REFLECTION, SiteNote
+
+
+class VerifyPass(PassBase):
+    """Checks a graph and changes nothing.
+
+    The rules: the graph is well formed; every marked call reads one reflection, of its own layer and of the very value
+    that the layer reads; every reflection is read by calls of its layer and by nothing else; nothing calls a reflection
+    without a mark.
+
+    Raises:
+        GraphInvariantError: a rule is broken.
+    """
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Check every node."""
+        graph_module.graph.lint()
+        for node in graph_module.graph.nodes:
+            note = node.meta.get(META)
+            if not isinstance(note, SiteNote):
+                if node.op == "call_module" and str(node.target).endswith(f".{REFLECTION}"):
+                    raise _broken(node, "calls a reflection, and carries no mark")
+            elif note.role == "layer":
+                _check_layer(node)
+            else:
+                _check_reflection(node)
+        return PassResult(graph_module, False)
+
+
+def _check_layer(node: fx.Node) -> None:
+    if len(node.args) != 2 or node.kwargs:
+        raise _broken(node, f"is a site's call with {len(node.args)} arguments, where the input and its reflection are due")
+    value, reflection = node.args
+    if not isinstance(reflection, fx.Node) or reflection.target != f"{node.target}.{REFLECTION}":
+        raise _broken(node, f"is a call of {node.target} over {reflection}, which is no reflection of that layer")
+    if reflection.args != (value,):
+        raise _broken(node, f"reads {value}, while its reflection reads {reflection.args[0]}")
+
+
+def _check_reflection(node: fx.Node) -> None:
+    layer = str(node.target).removesuffix(f".{REFLECTION}")
+    if not node.users:
+        raise _broken(node, "is a reflection that nothing reads")
+    for user in node.users:
+        if user.target != layer:
+            raise _broken(node, f"is a reflection of {layer} and is read by {user.name!r}")
+
+
+def _broken(node: fx.Node, rule: str) -> GraphInvariantError:
+    return GraphInvariantError(f"node {node.name!r}: {rule}. The rewrite is unsafe to run; please report the model.")
