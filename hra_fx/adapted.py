@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from hra_fx.carrier.layer import Conv2dCarrier, LinearCarrier
+from hra_fx.carrier.layer import Conv2dCarrier, LinearCarrier, SiteCarrier
 from hra_fx.carrier.region import RegionCarrier
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
@@ -45,7 +45,7 @@ def drop_record(model: nn.Module) -> None:
     vars(model).pop(_ATTRIBUTE, None)
 
 
-def sites_of(model: nn.Module) -> dict[str, LinearCarrier | Conv2dCarrier]:
+def sites_of(model: nn.Module) -> dict[str, SiteCarrier]:
     """Path -> layer, for every layer in `model` that carries reflections; each layer once."""
     return {
         path: module for path, module in model.named_modules() if isinstance(module, (LinearCarrier, Conv2dCarrier))
@@ -57,7 +57,7 @@ def regions_of(model: nn.Module) -> dict[str, RegionCarrier]:
     return {path: module for path, module in model.named_modules() if isinstance(module, RegionCarrier)}
 
 
-def require_sites(model: nn.Module) -> dict[str, LinearCarrier | Conv2dCarrier]:
+def require_sites(model: nn.Module) -> dict[str, SiteCarrier]:
     """`sites_of`, for callers that need some.
 
     Raises:
@@ -65,5 +65,7 @@ def require_sites(model: nn.Module) -> dict[str, LinearCarrier | Conv2dCarrier]:
     """
     sites = sites_of(model)
     if not sites:
-        raise AdapterError(f"{type(model).__name__}: it has no reflections. Call hra_fx.transform(model, config) first.")
+        raise AdapterError(
+            f"{type(model).__name__}: it has no reflections. Call hra_fx.transform(model, config) first."
+        )
     return sites

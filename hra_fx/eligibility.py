@@ -38,7 +38,7 @@ def check(model: nn.Module, sites: Mapping[str, nn.Module], config: HRAConfig) -
         reason = _why_not_state(layer) or _why_not_weight(layer) or _why_not_rank(layer, config)
         if path in readers:
             reason = reason or (
-                f"{readers[path]} reads its weight directly and need not call it, so that reflections would not be seen. "
+                f"{readers[path]} reads its weight directly and need not call it, so reflections would not be seen. "
                 f"{_EXCLUDE}"
             )
         if reason:
@@ -49,7 +49,8 @@ def _why_not_model(module: nn.Module) -> str | None:
     if "_hf_hook" in vars(module):
         return (
             "accelerate dispatches or offloads it by a hook that swaps weights around each call, under the feet of any "
-            "rewrite. Load the model without device_map, or call accelerate.hooks.remove_hook_from_submodules(model) first."
+            "rewrite. Load the model without device_map, or call accelerate.hooks.remove_hook_from_submodules(model) "
+            "first."
         )
     if type(module).__module__.startswith("peft.tuners") and hasattr(module, "base_layer"):
         return "a PEFT adapter is already inside. Call merge_and_unload() or unload() on it first."

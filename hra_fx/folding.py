@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hra_fx import householder
 from hra_fx.adapted import drop_record, record_of, regions_of, require_sites
-from hra_fx.carrier.layer import Conv2dCarrier, LinearCarrier
+from hra_fx.carrier.layer import SiteCarrier
 from hra_fx.carrier.swap import is_outermost, unswap
 from hra_fx.errors import AdapterError, FoldError
 from hra_fx.reflection import Reflection
@@ -79,9 +79,9 @@ class FoldPlan:
 def fold(model: M, adapter_names: Sequence[str] | None = None) -> M:
     """Fold the reflections into the weights, `W <- W Q`, in place; the model is a plain base model again.
 
-    Classes, graph, `state_dict` keys and `requires_grad` are those from before `transform`; only weights differ. All new
-    weights are computed, in float64 where the device has it, and found finite before the first is written. `plan_fold`
-    does the first half, and shows what rounding costs each layer.
+    Classes, graph, `state_dict` keys and `requires_grad` are those from before `transform`; only weights differ. All
+    new weights are computed, in float64 where the device has it, and found finite before the first is written.
+    `plan_fold` does the first half, and shows what rounding costs each layer.
 
     Args:
         model: a transformed model.
@@ -116,29 +116,31 @@ def plan_fold(model: nn.Module, adapter_names: Sequence[str] | None = None) -> F
     """
     sites = require_sites(model)
     _check_names(sites, adapter_names)
-    for path, module in (sites | regions_of(model)).items():
+    for path, module in [*sites.items(), *regions_of(model).items()]:
         if not is_outermost(module):
             raise FoldError(
-                f"{path or 'the model'}: another tool put a class of its own over it ({type(module).__name__}). Take that "
-                "off first (for FSDP: gather the weights into a plain model)."
+                f"{path or 'the model'}: another tool put a class of its own over it ({type(module).__name__}). Take "
+                "that off first (for FSDP: gather the weights into a plain model)."
             )
     ties = tied_to(model, {f"{path}.weight": layer.weight for path, layer in sites.items()})
     for name, others in ties.items():
         raise FoldError(
             f"{name}: it shares its memory with {', '.join(others)}, which the fold would change too. Untie it first "
-            "(layer.weight = torch.nn.Parameter(layer.weight.detach().clone()), and config.tie_word_embeddings = False), or "
-            "leave the layer out with exclude_modules."
+            "(layer.weight = torch.nn.Parameter(layer.weight.detach().clone()), and "
+            "config.tie_word_embeddings = False), or leave the layer out with exclude_modules."
         )
     return FoldPlan(model, [_folded(path, layer) for path, layer in sites.items()])
 
 
-def _check_names(sites: dict[str, LinearCarrier | Conv2dCarrier], names: Sequence[str] | None) -> None:
+def _check_names(sites: dict[str, SiteCarrier], names: Sequence[str] | None) -> None:
     present = {name for layer in sites.values() for name in layer.hra_u}
     if names is not None and set(names) != present:
-        raise AdapterError(f"adapter_names={list(names)}: the model has {sorted(present)}. Give these, or None for all.")
+        raise AdapterError(
+            f"adapter_names={list(names)}: the model has {sorted(present)}. Give these, or None for all."
+        )
 
 
-def _folded(path: str, layer: LinearCarrier | Conv2dCarrier) -> FoldedLayer:
+def _folded(path: str, layer: SiteCarrier) -> FoldedLayer:
     weight = layer.weight.detach()
     _check_vectors(path, layer.hra_u, weight)
     dtype = torch.float32 if weight.device.type == "mps" else torch.float64
@@ -160,7 +162,7 @@ def _check_vectors(path: str, reflection: Reflection, weight: Tensor) -> None:
             raise FoldError(f"{path}: its weight or its vectors {name!r} are on the meta device. Load them first.")
         if reflection.specs[name].apply_GS and householder.dependence(vectors) < 8 * torch.finfo(vectors.dtype).eps:
             raise FoldError(
-                f"{path}: the vectors of {name!r} are linearly dependent, and Gram-Schmidt of such vectors is rounding noise. "
+                f"{path}: the vectors of {name!r} are linearly dependent, and Gram-Schmidt of such vectors is noise. "
                 "Train with apply_GS=False, or with init_weights=True from hra_fx, which starts them apart."
             )
 

@@ -18,9 +18,9 @@ def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
         model: a transformed model.
 
     Returns:
-        module path -> GraphModule over the model's own modules and parameters; the key is `""` for a model that was captured
-        whole, and the layer's path for a layer that is a region by itself. The graphs are copies: changing one does not
-        change what the model runs.
+        module path -> GraphModule over the model's own modules and parameters; the key is `""` for a model that was
+        captured whole, and the layer's path for a layer that is a region by itself. The graphs are copies: changing one
+        does not change what the model runs.
 
     Raises:
         AdapterError: the model has no reflections.

@@ -9,8 +9,8 @@ upper triangular `T: (k, k)`:
 
     Q = I - U T U^T,            T^-1 = diag(|u_i|^2 / 2) + strictly_upper(U^T U)
 
-A weight is adapted as `W -> W Q`, so a row of inputs as `x -> x Q^T`. With Gram-Schmidt the paper's product collapses to
-`Q = I - 2 V V^T` with orthonormal `V`, which is again a plain chain: that of the columns of `V`.
+A weight is adapted as `W -> W Q`, so a row of inputs as `x -> x Q^T`. With Gram-Schmidt the paper's product collapses
+to `Q = I - 2 V V^T` with orthonormal `V`, which is again a plain chain: that of the columns of `V`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def compact_wy(chain: Tensor) -> Tensor:
         halves = torch.where(squares > torch.finfo(gram.dtype).tiny, squares / 2, 1.0)
         inverse = gram.triu(1) + torch.diag(halves)
         identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-        return torch.linalg.solve_triangular(inverse, identity, upper=True)
+        factor: Tensor = torch.linalg.solve_triangular(inverse, identity, upper=True)
+    return factor
 
 
 def reflect(x: Tensor, chain: Tensor, factor: Tensor) -> Tensor:
@@ -122,7 +123,8 @@ def orthonormalize(vectors: Tensor) -> Tensor:
         basis, triangle = torch.linalg.qr(vectors.to(working_dtype(vectors.dtype)))
         signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(basis.dtype)
         # Adding zero turns the -0.0 that a flipped sign leaves into 0.0.
-        return basis * signs + 0.0
+        positive: Tensor = basis * signs + 0.0
+    return positive
 
 
 def dependence(vectors: Tensor) -> float:
@@ -160,9 +162,9 @@ def start(d: int, r: int, *, apply_GS: bool, init_weights: bool, dtype: torch.dt
 def anchor(vectors: Tensor, *, apply_GS: bool) -> Tensor | None:
     """The frozen prefix `A` that undoes the start: with `Q = Q(A) Q(U)`, training begins at `Q = I` exactly.
 
-    Gram-Schmidt can never be the identity by itself (`I - 2 V V^T` has `r` eigenvalues -1) and neither can an odd number
-    of reflections (determinant -1). Both starts are their own inverse, so the anchor is what the start turns: all of `V`,
-    or the single last column.
+    Gram-Schmidt can never be the identity by itself (`I - 2 V V^T` has `r` eigenvalues -1) and neither can an odd
+    number of reflections (determinant -1). Both starts are their own inverse, so the anchor is what the start turns:
+    all of `V`, or the single last column.
 
     Args:
         vectors: `U: (d, r)` as `start(..., init_weights=True)` gave it.
@@ -183,8 +185,8 @@ def anchor(vectors: Tensor, *, apply_GS: bool) -> Tensor | None:
 def principal_block(chain: Tensor, factor: Tensor) -> Tensor:
     """`Q` seen inside the span of its vectors, where alone it differs from the identity.
 
-    With `U = V R` (thin QR), `Q = I - V (R T R^T) V^T`: the block is `I - R T R^T`. It is as orthogonal as `Q` is, and its
-    eigenvalues are those of `Q`, less the ones that the rest of the space adds.
+    With `U = V R` (thin QR), `Q = I - V (R T R^T) V^T`: the block is `I - R T R^T`. It is as orthogonal as `Q` is, and
+    its eigenvalues are those of `Q`, less the ones that the rest of the space adds.
 
     Args:
         chain: `U: (d, k)`.
@@ -199,5 +201,5 @@ def principal_block(chain: Tensor, factor: Tensor) -> Tensor:
         tensor([[-1.]], dtype=torch.float64)
     """
     vectors, inner = (matrix.detach().to("cpu", torch.float64) for matrix in (chain, factor))
-    triangle = torch.linalg.qr(vectors, mode="r").R
+    triangle: Tensor = torch.linalg.qr(vectors, mode="r").R
     return torch.eye(triangle.shape[0], dtype=triangle.dtype) - triangle @ inner @ triangle.mT

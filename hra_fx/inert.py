@@ -1,8 +1,8 @@
 """Layers that are held but not called: another module reads their weight itself, and would not see their reflections.
 
-So do `nn.MultiheadAttention` (`out_proj`), torchvision's Swin (`qkv`, `proj`), timm's EVA (`qkv`) and transformers' Mamba
-(`dt_proj`). PEFT adapts such layers without effect, and changes the output when it merges. The sources of a module's class
-tell, whether or not it can be traced.
+So do `nn.MultiheadAttention` (`out_proj`), torchvision's Swin (`qkv`, `proj`), timm's EVA (`qkv`) and transformers'
+Mamba (`dt_proj`). PEFT adapts such layers without effect, and changes the output when it merges. The sources of a
+module's class tell, whether or not it can be traced.
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
 
 from hra_fx.carrier.swap import original_class
 
 #: What may be asked of a weight without using it.
-_METADATA = frozenset({"dtype", "device", "shape", "ndim", "size", "dim", "numel", "is_cuda", "requires_grad", "element_size"})
+_METADATA = frozenset(
+    {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "is_cuda", "requires_grad", "element_size"}
+)
+
 
 def weight_readers(model: nn.Module, sites: Iterable[str]) -> dict[str, str]:
     """Sites whose weight the code of another module reads.
@@ -38,7 +42,7 @@ def weight_readers(model: nn.Module, sites: Iterable[str]) -> dict[str, str]:
     wanted = set(sites)
     found: dict[str, str] = {}
     for path, module in model.named_modules():
-        kind = original_class(module)
+        kind: Any = original_class(module)
         for child, method in _reads(kind):
             site = f"{path}.{child}".lstrip(".")
             if site in wanted:
@@ -47,8 +51,8 @@ def weight_readers(model: nn.Module, sites: Iterable[str]) -> dict[str, str]:
 
 
 @functools.cache
-def _reads(kind: type[nn.Module]) -> tuple[tuple[str, str], ...]:
-    """Pairs of a path below `self` whose `weight` or `bias` is used, and the method that does, as far as forward reaches."""
+def _reads(kind: Any) -> tuple[tuple[str, str], ...]:
+    """Pairs of a path below `self` whose weight is used, and the method that does: forward and what it calls."""
     methods = _methods(kind)
     reached, pending = set[str](), ["forward"]
     while pending:
@@ -57,10 +61,12 @@ def _reads(kind: type[nn.Module]) -> tuple[tuple[str, str], ...]:
             reached.add(name)
             chains = (_names_below_self(node) for node in ast.walk(methods[name]))
             pending.extend(chain[0] for chain in chains if len(chain) == 1)
-    return tuple(dict.fromkeys((child, name) for name in methods if name in reached for child in _used_weights(methods[name])))
+    return tuple(
+        dict.fromkeys((child, name) for name in methods if name in reached for child in _used_weights(methods[name]))
+    )
 
 
-def _methods(kind: type[nn.Module]) -> dict[str, ast.FunctionDef]:
+def _methods(kind: Any) -> dict[str, ast.FunctionDef]:
     methods: dict[str, ast.FunctionDef] = {}
     for base in reversed(kind.__mro__):
         if issubclass(base, nn.Module) and base is not nn.Module:
@@ -69,7 +75,7 @@ def _methods(kind: type[nn.Module]) -> dict[str, ast.FunctionDef]:
 
 
 @functools.cache
-def _source(kind: type) -> ast.AST:
+def _source(kind: Any) -> ast.AST:
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(kind)))
     except (OSError, TypeError, SyntaxError):  # made in a console or by exec: there is nothing to read
@@ -79,7 +85,11 @@ def _source(kind: type) -> ast.AST:
 def _used_weights(method: ast.FunctionDef) -> Iterator[str]:
     parents = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
     for node in ast.walk(method):
-        if not isinstance(node, ast.Attribute) or node.attr not in ("weight", "bias") or not isinstance(node.ctx, ast.Load):
+        if (
+            not isinstance(node, ast.Attribute)
+            or node.attr not in ("weight", "bias")
+            or not isinstance(node.ctx, ast.Load)
+        ):
             continue
         names = _names_below_self(node.value)
         if names and not _is_question(node, parents[node]):

@@ -61,16 +61,16 @@ class Reflection(nn.ParameterDict):
     def add(self, name: str, spec: AdapterSpec, like: Tensor, *, on_meta: bool = False) -> None:
         """Add an adapter with fresh vectors, and make it the active one.
 
-        The vectors come in the dtype of `like`, float32 at least (as PEFT's `autocast_adapter_dtype=True`), on its device;
-        `on_meta` makes them without data.
+        The vectors come in the dtype of `like`, float32 at least (as PEFT's `autocast_adapter_dtype=True`), on its
+        device; `on_meta` makes them without data.
 
         Raises:
             AdapterError: the name cannot be a parameter's name here.
         """
         if not name or "." in name or name.endswith(_ANCHOR) or hasattr(self, name):
             raise AdapterError(
-                f"adapter name {name!r}: it names a parameter inside the model, so it must not be empty, hold a dot, end in "
-                f"{_ANCHOR!r} or be an attribute of torch.nn.ParameterDict. Choose another name."
+                f"adapter name {name!r}: it names a parameter inside the model, so it must not be empty, hold a dot, "
+                f"end in {_ANCHOR!r} or be an attribute of torch.nn.ParameterDict. Choose another name."
             )
         dtype = householder.working_dtype(like.dtype)
         vectors = householder.start(
@@ -89,7 +89,7 @@ class Reflection(nn.ParameterDict):
         return getattr(self, name + _ANCHOR, None)
 
     def chain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The adapter as plain reflections: `[A | U]`, or `[A | V]` with Gram-Schmidt; `(d, k)`, computed in `dtype`."""
+        """The adapter as plain reflections: `[A | U]`, or `[A | V]` with Gram-Schmidt; `(d, k)`, made in `dtype`."""
         vectors: Tensor = self[name] if dtype is None else self[name].to(dtype)
         if self.specs[name].apply_GS:
             vectors = householder.orthonormalize(vectors)
@@ -106,7 +106,8 @@ class Reflection(nn.ParameterDict):
     def extra_repr(self) -> str:
         """One line instead of one for each parameter."""
         return ", ".join(
-            f"{name}: d={self.width}, r={spec.r}" + (", GS" if spec.apply_GS else "") for name, spec in self.specs.items()
+            f"{name}: d={self.width}, r={spec.r}" + (", GS" if spec.apply_GS else "")
+            for name, spec in self.specs.items()
         )
 
 
@@ -148,8 +149,8 @@ class Conv2dReflection(Reflection):
             x: `(n, c, h, w)` or `(c, h, w)`.
 
         Returns:
-            `T U^T p` for every patch and group, `(n, groups * k, h', w')`, and the chain `U: (d, k)` itself, both in the
-            dtype of `x`; `None` where no adapter is active.
+            `T U^T p` for every patch and group, `(n, groups * k, h', w')`, and the chain `U: (d, k)` itself, both in
+            the dtype of `x`; `None` where no adapter is active.
         """
         chain = self.active_chain()
         if chain is None:
@@ -194,4 +195,3 @@ def reflection_of(layer: nn.Module) -> Reflection | None:
     """The reflections that a layer carries, if any."""
     reflection = layer._modules.get(REFLECTION)
     return reflection if isinstance(reflection, Reflection) else None
-

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +20,8 @@ from hra_fx import householder
 from hra_fx.adapted import record_of, regions_of, require_sites
 from hra_fx.reflection import Reflection
 from hra_fx.site import describe
+
+_UNLIMITED = 10_000
 
 RegionKind = Literal["whole", "shared", "alone"]
 
@@ -81,15 +85,19 @@ class Report:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The table, and below it each reason why a region is not larger, once."""
-        yield _table(self)
+        tables = (_table(self, _SPARE[:dropped]) for dropped in range(len(_SPARE) + 1))
+        wide = Console(width=_UNLIMITED)
+        fitting = (table for table in tables if wide.measure(table).maximum <= options.max_width)
+        yield next(fitting, _table(self, _SPARE))
         reasons = dict.fromkeys(row.region_reason for row in self.rows if row.region_reason)
         if reasons:
             yield Text("Why regions are not larger:", style="bold")
             yield from (Text(f"  {line}") for line in _condensed(list(reasons)))
 
     def __str__(self) -> str:
-        """The table as text, as wide as the terminal, at least 120 columns where there is none."""
-        console = Console(width=max(120, Console().width), no_color=True, highlight=False)
+        """The table as text, as wide as it takes: nothing is cut off."""
+        width = Console(width=_UNLIMITED).measure(_table(self)).maximum
+        console = Console(width=max(100, width), no_color=True, highlight=False)
         with console.capture() as capture:
             console.print(self)
         return capture.get()
@@ -113,8 +121,8 @@ def report(model: nn.Module) -> Report:
         >>> from hra_fx import HRAConfig, transform
         >>> model = transform(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), HRAConfig(r=2, target_modules=["0"]))
         >>> row = report(model).rows[0]
-        >>> row.path, row.region, row.d, row.r, row.rotation
-        ('0', 'whole', 6, 2, 0.0)
+        >>> row.path, row.region, row.d, row.r, row.rotation < 1e-6
+        ('0', 'whole', 6, 2, True)
     """
     sites = require_sites(model)
     regions = {path: module._hra_region for path, module in regions_of(model).items()}
@@ -125,7 +133,9 @@ def report(model: nn.Module) -> Report:
     for path, layer in sites.items():
         root = home.get(path, path)
         region = regions.get(root)
-        kind: RegionKind = "alone" if region is None else "whole" if not root else "shared"
+        kind: _UNLIMITED = 10_000
+
+RegionKind = "alone" if region is None else "whole" if not root else "shared"
         reason = region.reason if region else alone.get(path, "")
         for name in layer.hra_u:
             turned = _turn(layer.hra_u, name)
@@ -139,44 +149,62 @@ def _turn(reflection: Reflection, name: str) -> tuple[float, float, float]:
     """Rotation, largest angle and orthogonality error of one adapter."""
     chain = reflection.chain(name).detach()
     if chain.is_meta:
-        return (float("nan"),) * 3
+        return (math.nan,) * 3
     block = householder.principal_block(chain, householder.compact_wy(chain))
     identity = torch.eye(block.shape[0], dtype=block.dtype)
     if not bool(torch.isfinite(block).all()):
-        return (float("nan"),) * 3
+        return (math.nan,) * 3
     angles = torch.linalg.eigvals(block).angle().abs()
     norms = (torch.linalg.matrix_norm(matrix) for matrix in (block - identity, block.mT @ block - identity))
     rotation, orthogonality = (float(norm) for norm in norms)
     return rotation, float(angles.max()), orthogonality
 
 
-def _table(report: Report) -> Table:
+_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "layer": lambda row: row.path,
+    "site": lambda row: row.site,
+    "region": lambda row: _region(row),
+    "adapter": lambda row: row.adapter,
+    "d": lambda row: str(row.d),
+    "r": lambda row: str(row.r),
+    "params": lambda row: f"{row.parameters:,}",
+    "|Q - I|": lambda row: f"{row.rotation:.3f}",
+    "angle": lambda row: f"{math.degrees(row.angle):.1f}°",
+    "|Q'Q - I|": lambda row: f"{row.orthogonality:.0e}",
+}
+#: Columns that a narrow terminal does without, first to go first.
+_SPARE = ("|Q'Q - I|", "site", "d", "region")
+
+
+def _table(report: Report, without: Collection[str] = ()) -> Table:
     total = sum(row.parameters for row in report.rows)
-    table = Table(box=box.SIMPLE_HEAD, title=f"{len(report)} sites, {total:,} trained parameters", title_justify="left")
-    table.add_column("layer", overflow="fold")
-    table.add_column("site")
-    table.add_column("region", overflow="fold")
-    table.add_column("adapter")
-    for name in ("d", "r", "parameters", "|Q - I|", "angle", "|Q'Q - I|"):
-        table.add_column(name, justify="right", no_wrap=True)
+    adapters = list(dict.fromkeys(row.adapter for row in report.rows))
+    title = f"{len(report)} sites, {total:,} trained parameters, adapter {', '.join(adapters)}"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    columns = {name: show for name, show in _COLUMNS.items() if name not in without}
+    if len(adapters) == 1:
+        del columns["adapter"]
+    for name in columns:
+        words = name in ("layer", "site", "region", "adapter")
+        table.add_column(name, overflow="fold", justify="left" if words else "right", no_wrap=not words)
     for row in report.rows:
-        numbers = (str(row.d), str(row.r), f"{row.parameters:,}", f"{row.rotation:.3f}")
-        angle = f"{row.angle * 180 / torch.pi:.1f}°"
-        table.add_row(row.path, row.site, _region(row), row.adapter, *numbers, angle, f"{row.orthogonality:.0e}")
+        table.add_row(*(show(row) for show in columns.values()))
     return table
 
 
 def _region(row: Row) -> str:
     if row.region == "alone":
         return "alone"
-    where = "whole model" if row.region == "whole" else row.region_path
-    return f"{where}, with {row.region_sites - 1} others"
+    if row.region == "whole":
+        return f"whole, {row.region_sites} sites"
+    # The root of a region is a beginning of the layer's own path, and stands beside it.
+    return f"…{row.region_path.rpartition('.')[2]}, {row.region_sites} sites"
 
 
 def _condensed(reasons: list[str]) -> list[str]:
     """Reasons that differ only in a layer's number, once, with the number of times."""
     counted: dict[str, int] = {}
     for reason in reasons:
-        key = ".".join("*" if part.isdigit() else part for part in reason.split("."))
+        key = re.sub(r"(?<=\.)\d+(?=[. ])", "*", reason)
         counted[key] = counted.get(key, 0) + 1
     return [f"{reason} ({count} times)" if count > 1 else reason for reason, count in counted.items()]

@@ -58,7 +58,7 @@ def width_of(layer: SiteLayer) -> int:
     return layer.weight[0].numel()
 
 
-def describe(layer: SiteLayer) -> str:
+def describe(layer: nn.Module) -> str:
     """A few words for tables and errors.
 
     Example:
@@ -67,6 +67,8 @@ def describe(layer: SiteLayer) -> str:
     """
     if isinstance(layer, nn.Linear):
         return f"Linear {layer.in_features}->{layer.out_features}"
+    if not isinstance(layer, nn.Conv2d):
+        return type(layer).__name__
     size = "x".join(map(str, layer.kernel_size))
     groups = f", groups {layer.groups}" if layer.groups > 1 else ""
     return f"Conv2d {layer.in_channels}->{layer.out_channels} {size}{groups}"

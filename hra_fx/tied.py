@@ -34,7 +34,9 @@ def tied_to(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, list[str]
         held.setdefault(_storage(tensor), []).append((name, tensor))
     found: dict[str, list[str]] = {}
     for name, weight in weights.items():
-        others = [other for other, tensor in held.get(_storage(weight), []) if other != name and _overlap(weight, tensor)]
+        others = [
+            other for other, tensor in held.get(_storage(weight), []) if other != name and _overlap(weight, tensor)
+        ]
         if others:
             found[name] = others
     return found
@@ -60,5 +62,5 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 def _extent(tensor: Tensor) -> tuple[int, int]:
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     length = 1 + sum((size - 1) * stride for size, stride in steps) if tensor.numel() else 0
-    start = tensor.storage_offset() * tensor.element_size()
-    return start, start + length * tensor.element_size()
+    start = int(tensor.storage_offset()) * tensor.element_size()
+    return start, start + int(length) * tensor.element_size()

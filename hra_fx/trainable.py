@@ -28,8 +28,8 @@ class Changes:
 def freeze(model: nn.Module, config: HRAConfig) -> Changes:
     """Leave only the reflections trainable, and what the configuration asks for besides.
 
-    Biases: none, all in the model (`"all"`), or those of the adapted layers (`"hra_only"`). Modules in `modules_to_save`
-    are trained in place. With `inference_mode` nothing is.
+    Biases: none, all in the model (`"all"`), or those of the adapted layers (`"hra_only"`). Modules in
+    `modules_to_save` are trained in place. With `inference_mode` nothing is.
     """
     sites = sites_of(model)
     adapted = {f"{path}.bias" for path in sites}

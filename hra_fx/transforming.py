@@ -33,8 +33,8 @@ def transform(model: M, config: HRAConfig, adapter_name: str = "default", *, low
 
     The model stays the object, and the class, that it was; its `state_dict` keeps every key and gains
     `<layer>.hra_u.<adapter>` of shape `(d, r)`, with `d = in_features` or `in_channels // groups * kh * kw` (and
-    `<layer>.hra_u.<adapter>_anchor`, where `init_weights=True` takes one to start at the identity). Its own parameters are
-    shared and frozen, as `config.bias` and `config.modules_to_save` leave them.
+    `<layer>.hra_u.<adapter>_anchor`, where `init_weights=True` takes one to start at the identity). Its own parameters
+    are shared and frozen, as `config.bias` and `config.modules_to_save` leave them.
 
     Args:
         model: any module with Linear or Conv2d layers.
@@ -92,8 +92,8 @@ def _is_done(model: nn.Module, config: HRAConfig, adapter_name: str) -> bool:
     if carried := sites_of(model):
         names = ", ".join(dict.fromkeys(name for layer in carried.values() for name in layer.hra_u))
         raise AdapterError(
-            f"adapter {adapter_name!r}: {next(iter(carried))} carries reflections already, of {names}. One adapter at a time: "
-            "call hra_fx.fold first."
+            f"adapter {adapter_name!r}: {next(iter(carried))} carries reflections already, of {names}. One adapter at "
+            "a time: call hra_fx.fold first."
         )
     return False
 

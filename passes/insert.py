@@ -3,8 +3,8 @@ r"""insert: the reflection before each marked call.
     y = layer(x)        becomes        h = layer.hra_u(x);  y = layer(x, h)
 
 For a Linear, `h = x Q^T` and the layer computes `h W^T = x (W Q)^T`. For a Conv2d, `h` holds the coordinates of the
-patches and the layer subtracts their image (`hra_fx.reflection.Conv2dReflection`). The layer still gets `x` as its first
-argument, so that hooks on it see what they saw before.
+patches and the layer subtracts their image (`hra_fx.reflection.Conv2dReflection`). The layer still gets `x` as its
+first argument, so that hooks on it see what they saw before.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hra_fx.site import META, REFLECTION, SiteNote
 
 
 class InsertPass(PassBase):
-    """Gives every call that `match` marked its reflection: one visible node a call. Running it again changes nothing."""
+    """Gives every call that `match` marked its reflection, one visible node a call; a second run changes nothing."""
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite the graph and recompile it."""

@@ -37,7 +37,9 @@ class VerifyPass(PassBase):
 
 def _check_layer(node: fx.Node) -> None:
     if len(node.args) != 2 or node.kwargs:
-        raise _broken(node, f"is a site's call with {len(node.args)} arguments, where the input and its reflection are due")
+        raise _broken(
+            node, f"is a site's call with {len(node.args)} arguments, where the input and its reflection are due"
+        )
     value, reflection = node.args
     if not isinstance(reflection, fx.Node) or reflection.target != f"{node.target}.{REFLECTION}":
         raise _broken(node, f"is a call of {node.target} over {reflection}, which is no reflection of that layer")

@@ -40,16 +40,15 @@ def optional_arguments(forward: Callable[..., Any]) -> list[str]:
 def why_not_root(module: nn.Module, *, is_model: bool) -> str | None:
     """Why a module cannot be the root of a region, if it cannot.
 
-    Only the model itself may have optional arguments, which the graph then holds at their defaults (a call that gives one
-    runs the Python forward): how inner modules are called is not known without a call.
+    Only the model itself may have optional arguments, which the graph then holds at their defaults (a call that gives
+    one runs the Python forward): how inner modules are called is not known without a call.
     """
     if "forward" in vars(module):
         return "its forward is set on the instance, and a class cannot override that"
     if isinstance(module, fx.GraphModule):
         return "it is a GraphModule, whose forward is its user's own graph"
-    if optional := optional_arguments(type(module).forward):
-        if not is_model:
-            return f"forward has optional arguments ({', '.join(optional)}), and no call is known that fixes them"
+    if not is_model and (optional := optional_arguments(type(module).forward)):
+        return f"forward has optional arguments ({', '.join(optional)}), and no call is known that fixes them"
     return None
 
 

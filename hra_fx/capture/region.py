@@ -31,7 +31,9 @@ class Region:
         self.reason = reason
         self._arguments = tuple(required_arguments(original_class(root).forward))
         self._by_mode = traces.train is not traces.eval
-        self._watched = tuple(path for path, _ in root.named_modules() if not _is_below(path, traces.called - sites, sites))
+        self._watched = tuple(
+            path for path, _ in root.named_modules() if not _is_below(path, traces.called - sites, sites)
+        )
         self._facts: tuple[Fact, ...] = ()
         self._unbind()
 

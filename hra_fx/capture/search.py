@@ -61,7 +61,12 @@ def find_regions(model: nn.Module, sites: Mapping[str, nn.Module]) -> Findings:
 
 
 def _refuse_or_capture(
-    findings: Findings, path: str, module: nn.Module, below: Mapping[str, nn.Module], recorded: tuple[type, ...], why: str
+    findings: Findings,
+    path: str,
+    module: nn.Module,
+    below: Mapping[str, nn.Module],
+    recorded: tuple[type, ...],
+    why: str,
 ) -> str | None:
     if path and len(below) == 1:
         return "it holds one site, for which a region gains nothing"
@@ -72,8 +77,9 @@ def _refuse_or_capture(
         for site, reader in functional_reads(graph, below).items():
             raise UnsupportedLayerError(
                 f"{path}.{site}: ".lstrip(".")
-                + f"{path or 'the model'} ({type(module).__name__}) reads its weight directly, at node {reader.name!r} of its "
-                "graph, so that reflections of the layer would not be seen. Leave it out with exclude_modules."
+                + f"{path or 'the model'} ({type(module).__name__}) reads its weight directly, at node "
+                f"{reader.name!r} of its graph, so that reflections of the layer would not be seen. "
+                "Leave it out with exclude_modules."
             )
     if missed := sorted(set(below) - traces.called):
         return f"its traced forward does not call {missed[0]}"

@@ -15,9 +15,9 @@ _NOT_OPENED = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, ty
 class Snapshot:
     """The attributes of every module of a tree, and of the plain objects that they hold, as they were.
 
-    Attributes hold by identity, containers (dict, list, set) by the identity of what is in them, tensors by their version,
-    so rebinding, appending and writing in place are all seen. Plain tensors are kept by value as well, since a trace runs
-    on them; parameters and buffers are proxies during a trace and cannot be written.
+    Attributes hold by identity, containers (dict, list, set) by the identity of what is in them, tensors by their
+    version, so rebinding, appending and writing in place are all seen. Plain tensors are kept by value as well, since a
+    trace runs on them; parameters and buffers are proxies during a trace and cannot be written.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -79,10 +79,10 @@ def _owners(root: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in root.named_modules():
         yield name, module
         for key, value in vars(module).items():
-            if isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, _NOT_OPENED):
-                if id(value) not in seen:
-                    seen.add(id(value))
-                    yield f"{name}.{key}", value
+            opened = isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, _NOT_OPENED)
+            if opened and id(value) not in seen:
+                seen.add(id(value))
+                yield f"{name}.{key}", value
 
 
 def _tensors(attributes: dict[str, Any]) -> Iterator[tuple[Tensor, bool]]:

@@ -21,14 +21,16 @@ class RegionProxy(fx.Proxy):
     becomes the graph.
     """
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The type, for torch alone."""
         # isinstance() asks for this after looking at the type itself; torch asks it of everything that it handles.
         if not _asked_by_torch():
             _refuse(self, "it asks for the type of a value (isinstance), and a traced value has none")
         return type(self)
 
     def __getattr__(self, name: str) -> Attribute:
+        """An attribute that tensors have."""
         if not hasattr(torch.Tensor, name) and not _asked_by_torch():
             _refuse(self, f"it reads {name!r} of a value, which a tensor does not have")
         return RegionAttribute(self, name)
@@ -52,8 +54,8 @@ def _asked_by_torch() -> bool:
 class RegionTracer(fx.Tracer):
     """Traces one module into a graph of calls to sites, to torch's own modules and to operators.
 
-    Optional arguments of the root keep their defaults and are no placeholders; buffers are read as parameters are, so that
-    writing one becomes a node and not an act of the trace.
+    Optional arguments of the root keep their defaults and are no placeholders; buffers are read as parameters are, so
+    that writing one becomes a node and not an act of the trace.
     """
 
     proxy_buffer_attributes = True
@@ -73,16 +75,19 @@ class RegionTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Sites, other Linear and Conv2d, and what fx itself takes for leaves."""
-        return m in self._sites or isinstance(m, (nn.Linear, nn.Conv2d)) or super().is_leaf_module(m, module_qualified_name)
+        return (
+            m in self._sites
+            or isinstance(m, (nn.Linear, nn.Conv2d))
+            or super().is_leaf_module(m, module_qualified_name)
+        )
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Call or inline a child; raises `CaptureError` for one that a graph cannot stand for."""
         path = self.path_of_module(m)
-        if not self.is_leaf_module(m, path):
-            if reason := why_not_inlined(m, self._recorded):
-                raise CaptureError(f"{path}: {reason}")
+        if not self.is_leaf_module(m, path) and (reason := why_not_inlined(m, self._recorded)):
+            raise CaptureError(f"{path}: {reason}")
         return super().call_module(m, forward, args, kwargs)
 
     def create_args_for_root(

@@ -27,7 +27,11 @@ _FORBIDDEN: tuple[tuple[Any, str, str], ...] = (
     (torch.set_grad_enabled, "__init__", "it sets grad mode, which a graph drops"),
     (torch.inference_mode, "__enter__", "it runs under inference_mode, which a graph drops"),
     (torch.autograd.Function, "apply", "it calls a custom autograd function, whose backward a graph drops"),
-    (torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", "it checkpoints activations, which a graph drops"),
+    (
+        torch.utils.checkpoint,
+        "_checkpoint_without_reentrant_generator",
+        "it checkpoints activations, which a graph drops",
+    ),
     (torch, "is_grad_enabled", "it asks whether grad is enabled, which may change between calls"),
     (torch, "is_inference_mode_enabled", "it asks whether inference mode is on, which may change between calls"),
     (torch, "is_autocast_enabled", "it asks whether autocast is on, which may change between calls"),
@@ -42,8 +46,8 @@ _ON_BEHALF = ("torch.utils._contextlib", "torch.amp.autocast_mode", "torch.utils
 def watching() -> Iterator[list[str]]:
     """Run a trace; raises `CaptureError` as soon as it touches what a graph cannot hold, or drew a random number.
 
-    Yields the list of reasons so far, which the tracer adds to: a forward that catches the error is refused all the same.
-    The random states of Python, numpy and torch are put back in any case. Other threads are let alone.
+    Yields the list of reasons so far, which the tracer adds to: a forward that catches the error is refused all the
+    same. The random states of Python, numpy and torch are put back in any case. Other threads are let alone.
     """
     refused: list[str] = []
     generators = _random_states()
@@ -86,7 +90,7 @@ def _random_states() -> list[tuple[Any, Callable[[], Any], Callable[[Any], Any]]
     ]
     if numpy := sys.modules.get("numpy"):
         sources.append((numpy.random.get_state, numpy.random.set_state))
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         sources.append((torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
     return [(get(), get, put) for get, put in sources]
 

@@ -1,15 +1,15 @@
 """The carriers of sites: a Linear or Conv2d that applies its own reflections, by whatever path it is called.
 
 A region's graph that already read the reflection hands it over as the second argument. Any other caller (a method such
-as timm's `forward_features`, `nn.Sequential(*model.children())`, a hook, a second parent) gives the input alone and gets
-the same result, so the layer itself is the one place where an adapter cannot be missed.
+as timm's `forward_features`, `nn.Sequential(*model.children())`, a hook, a second parent) gives the input alone and
+gets the same result, so the layer itself is the one place where an adapter cannot be missed.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ class LinearCarrier(Carrier):
     """A Linear over its reflected input."""
 
     hra_u: LinearReflection
+    weight: nn.Parameter
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> Callable[..., Any]:
@@ -40,7 +41,7 @@ class Conv2dCarrier(Carrier):
     """A Conv2d whose output is corrected by what its reflections read of the input."""
 
     hra_u: Conv2dReflection
-    weight: Tensor
+    weight: nn.Parameter
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> Callable[..., Any]:
@@ -56,6 +57,9 @@ class Conv2dCarrier(Carrier):
         return forward
 
 
-def carrier_for(layer: nn.Module) -> type[Carrier]:
+SiteCarrier: TypeAlias = LinearCarrier | Conv2dCarrier
+
+
+def carrier_for(layer: nn.Module) -> type[SiteCarrier]:
     """The carrier for a kind of layer."""
     return Conv2dCarrier if isinstance(layer, nn.Conv2d) else LinearCarrier

@@ -6,7 +6,6 @@ registers under the name that it had (transformers keys tables by `str(type(mode
 
 from __future__ import annotations
 
-import functools
 import types
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -14,6 +13,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 C = TypeVar("C", bound="Carrier")
+
+_SWAPPED: dict[tuple[type, type], Any] = {}
 
 
 class Carrier(nn.Module):
@@ -33,9 +34,15 @@ class Carrier(nn.Module):
         return (_rebuild, (carrier_of(self), original_class(self), make, tuple(arguments)), *rest)
 
 
-@functools.cache
 def swapped_class(carrier: type[C], base: type[nn.Module]) -> type[C]:
     """The subclass of `carrier` and `base`, one for each pair."""
+    if (carrier, base) not in _SWAPPED:
+        _SWAPPED[carrier, base] = _make(carrier, base)
+    made: type[C] = _SWAPPED[carrier, base]
+    return made
+
+
+def _make(carrier: type[C], base: type[nn.Module]) -> type[C]:
     names = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -75,5 +82,7 @@ def is_outermost(module: nn.Module) -> bool:
     return "_hra_carrier" in vars(type(module))
 
 
-def _rebuild(carrier: type[Carrier], base: type[nn.Module], make: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def _rebuild(
+    carrier: type[Carrier], base: type[nn.Module], make: Callable[..., Any], arguments: tuple[Any, ...]
+) -> Any:
     return make(swapped_class(carrier, base), *arguments)

@@ -15,10 +15,11 @@ NAME, DETAIL = 12.5, 11.0  # font sizes
 STRIP = 19.0  # height of the reflection on top of its layer
 HEADER = 27.0  # height of an open scope's title
 _PAD = 14.0
-_ROW = 780.0  # widest row of a scope without edges
+_ROW = 960.0  # widest row of a scope without edges
 _LETTERS = 34
 
-Look: TypeAlias = Literal["port", "site", "plain", "eager", "closed", "open", "root"]
+Look: TypeAlias = Literal["port", "site", "plain", "eager", "closed", "captured", "python", "root"]
+_OPEN = ("captured", "python", "root")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Box:
 
     def leaves(self) -> Iterator[Box]:
         """The boxes without parts."""
-        if self.look in ("open", "root"):
+        if self.look in _OPEN:
             for part in self.parts:
                 yield from part.leaves()
         else:
@@ -81,7 +82,7 @@ def _site(leaf: Leaf) -> Box:
     strip = f"r {leaf.rank} · d {leaf.width}" if leaf.rank else "no adapter in use"
     rotations = [mark.rotation for mark in leaf.marks if mark.rotation is not None]
     if rotations:
-        strip += f" · turn {sum(rotations) / len(rotations):.2f}"
+        strip += f" · |Q−I| {sum(rotations) / len(rotations):.2f}"
     if not leaf.marks:
         strip = "same layer, called again"
     wide = max(
@@ -95,6 +96,7 @@ def _site(leaf: Leaf) -> Box:
 
 def _leaf(leaf: Leaf) -> Box:
     name, detail, count = shorten(clean(span(leaf)), _LETTERS), shorten(clean(leaf.detail), _LETTERS), _count(leaf)
+    detail = "" if detail == name else detail
     wide = width(name, NAME) + (7 + width(detail, DETAIL) if detail else 0) + _count_width(count) + 2 * _PAD
     tip = clean_lines([f"{leaf.target} ({leaf.op})", leaf.detail])
     if leaf.kind in ("input", "output"):
@@ -127,7 +129,7 @@ def _open(scope: Scope, blocks: tuple[Block, ...], *, root: bool) -> Box:
         high = top + inner.height + (0 if scope.outputs else 12)
     size = Size(wide, high, left + inner.enter - wide / 2, left + inner.leave - wide / 2)
     return Box(
-        "root" if root else "open",
+        "root" if root else "python" if scope.eager else "captured",
         size,
         name,
         detail,

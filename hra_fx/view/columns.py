@@ -52,7 +52,7 @@ def columns(
     """
     lines = _lines(rows, graph, size)
     apart = _distances(rows, lines, size)
-    x = _middle(apart, len({line.number for line in lines.values()}))
+    x = _middle(apart)
     pulls: dict[int, list[tuple[int, float]]] = {number: [] for number in x}
     for upper, lower in graph.edges:
         above, below = lines[upper], lines[lower]
@@ -64,7 +64,82 @@ def columns(
         for number in sorted(x, reverse=sweep % 2 == 1):
             if pulls[number]:
                 wanted = sum(x[other] + bend for other, bend in pulls[number]) / len(pulls[number])
-                low = max((x[left] + apart[left][number] for left in apart.pred[number]), default=wanted)
-                high = min((x[right] - apart[number][right] for right in apart.succ[number]), default=wanted)
+                low = max((x[left] + apart[left][number]["gap"] for left in apart.pred[number]), default=wanted)
+                high = min((x[right] - apart[number][right]["gap"] for right in apart.succ[number]), default=wanted)
                 x[number] = max(low, min(wanted, high))
     return {node: x[line.number] + line.shift for node, line in lines.items()}
+
+
+def _lines(
+    rows: Sequence[Sequence[Node]], graph: nx.DiGraph[Node], size: Callable[[Node], Size]
+) -> dict[Node, _Line]:
+    """Align every node with at most one above it: lanes with lanes, boxes with boxes, the longest way down first."""
+    below: dict[Node, int] = {}
+    for row in reversed(rows):
+        below.update((node, max((below[reader] + 1 for reader in graph.succ[node]), default=0)) for node in row)
+    lines: dict[Node, _Line] = {}
+    count = 0
+    for upper_row, row in zip([[], *rows[:-1]], rows, strict=True):
+        partner = _partners(upper_row, row, graph, below)
+        for node in row:
+            if node in partner:
+                above = lines[partner[node]]
+                shift = above.shift + size(partner[node]).leave - size(node).enter
+                lines[node] = _Line(above.number, shift)
+            else:
+                lines[node] = _Line(count, 0.0)
+                count += 1
+    return lines
+
+
+def _partners(
+    upper_row: Sequence[Node], row: Sequence[Node], graph: nx.DiGraph[Node], below: dict[Node, int]
+) -> dict[Node, Node]:
+    """For the nodes of a layer the one above to align with; no two of the edges chosen cross or meet."""
+    upper_place = {node: index for index, node in enumerate(upper_row)}
+    place = {node: index for index, node in enumerate(row)}
+    edges = [(upper, node) for node in row for upper in graph.pred[node]]
+    edges.sort(key=lambda edge: (_kind(*edge), -below[edge[1]], place[edge[1]], upper_place[edge[0]]))
+    chosen: list[tuple[int, int]] = []
+    partner: dict[Node, Node] = {}
+    for upper, node in edges:
+        here = (upper_place[upper], place[node])
+        if all((here[0] - a) * (here[1] - b) > 0 for a, b in chosen):
+            chosen.append(here)
+            partner[node] = upper
+    return partner
+
+
+def _kind(upper: Node, lower: Node) -> int:
+    """Boxes with boxes come first, then lanes with lanes, then the ends of lanes."""
+    is_lane = (upper[1] >= 0, lower[1] >= 0)
+    return {(False, False): 0, (True, True): 1}.get(is_lane, 2)
+
+
+def _distances(
+    rows: Sequence[Sequence[Node]], lines: dict[Node, _Line], size: Callable[[Node], Size]
+) -> nx.DiGraph[int]:
+    """How far apart two lines must be at least, because of nodes that stand side by side."""
+    apart: nx.DiGraph[int] = nx.DiGraph()
+    apart.add_nodes_from(range(len({line.number for line in lines.values()})))
+    for row in rows:
+        for left, right in zip(row, row[1:], strict=False):
+            space = GAP_X if left[1] < 0 and right[1] < 0 else GAP_X / 2
+            a, b = lines[left], lines[right]
+            gap = (size(left).width + size(right).width) / 2 + space + a.shift - b.shift
+            known = apart.get_edge_data(a.number, b.number, {"gap": gap})["gap"]
+            apart.add_edge(a.number, b.number, gap=max(gap, known))
+    return apart
+
+
+def _middle(apart: nx.DiGraph[int]) -> dict[int, float]:
+    """Midway between the leftmost and the rightmost places; both keep the distances, so what is between does too."""
+    order = list(nx.lexicographical_topological_sort(apart))
+    left: dict[int, float] = {}
+    for number in order:
+        left[number] = max((left[other] + apart[other][number]["gap"] for other in apart.pred[number]), default=0.0)
+    most = max(left.values(), default=0.0)
+    right: dict[int, float] = {}
+    for number in reversed(order):
+        right[number] = min((right[other] - apart[number][other]["gap"] for other in apart.succ[number]), default=most)
+    return {number: (left[number] + right[number]) / 2 for number in sorted(order)}

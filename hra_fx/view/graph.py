@@ -109,7 +109,7 @@ class _Builder:
         elif id(module) in self.visited:
             self._add_eager(path, f"same module as {self.visited[id(module)]}")
         elif path not in self.busy:
-            if not _is_pass_through(module) and (module._parameters or module._modules or not _is_container(module)):
+            if any(True for _ in module.parameters()):  # dropout and the like are no landmarks
                 self._add_eager(path, type(module).__name__)
         else:
             self.visited[id(module)] = path
@@ -209,10 +209,6 @@ def _input_keys(values: Mapping[fx.Node, _Value]) -> Iterator[str]:
     for node, value in values.items():
         if node.op == "placeholder":
             yield from value.sources
-
-
-def _is_container(module: nn.Module) -> bool:
-    return isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
 
 
 def _note(node: fx.Node) -> SiteNote | None:

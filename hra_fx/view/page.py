@@ -9,16 +9,14 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 from hra_fx.view.boxes import Box, place
 from hra_fx.view.panels import Panel
 from hra_fx.view.svg import (
-    AMBER_LINE,
-    AMBER_PALE,
     BLUE,
-    BLUE_LINE,
-    BLUE_PALE,
     CARD,
     EDGE,
     FAINT,
     FONT,
+    FRAMES,
     INK,
+    LOOKS,
     PAPER,
     RULE,
     VIOLET_LINE,
@@ -30,8 +28,21 @@ from hra_fx.view.svg import (
 from hra_fx.view.text import clean, shorten, width
 
 _MARGIN, _GAP, _INSET, _CAPTION = 32.0, 20.0, 24.0, 56.0
-_TOP = 128.0
+_TOP = 146.0
 _WIDEST = 1560.0
+_NAMES = 3  # blocks named above a panel
+
+
+#: The looks that a legend explains: look, fill, border, dashes, words.
+_LEGEND = (
+    ("site", VIOLET_PALE, VIOLET_LINE, "", "reflection: r vectors of length d, and how far it turns"),
+    ("site", *LOOKS["site"][:2], "", "the layer it feeds"),
+    ("plain", *LOOKS["plain"][:2], "", "other operation"),
+    ("closed", *LOOKS["closed"][:2], "", "closed module; its letter is the panel that opens it"),
+    ("captured", *FRAMES["captured"], "module inside a captured graph"),
+    ("python", *FRAMES["python"], "module that runs as Python: order of definition, no edges"),
+    ("eager", *LOOKS["eager"][:2], "4 3", "Python module without adapters"),
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,7 @@ def page(panels: Sequence[Panel], heading: Heading) -> str:
     marker.attrib.update(markerWidth="7", markerHeight="7", orient="auto")
     shape(marker, "path", d="M0 0.6L8 4L0 7.4z", fill=EDGE)
     shape(root, "rect", width="100%", height="100%", fill=PAPER)
-    _head(root, heading)
+    _head(root, heading, set().union(*(_looks(sheet.box) for sheet in sheets)), wide)
     for sheet, (x, y) in zip(sheets, places, strict=True):
         _draw_sheet(root, sheet, x, y)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + tostring(root, encoding="unicode") + "\n"
@@ -89,10 +100,15 @@ def _sheet(panel: Panel) -> _Sheet:
     box = place(panel.block, root=True)
     if not panel.letter:
         return _Sheet(panel, box, "Overview", "every adapted layer is in one of these boxes")
-    note = ", ".join(clean(name) for name in panel.used)
-    if len(panel.used) > 1:
-        note += f"; sizes of {clean(panel.used[0])}"
-    return _Sheet(panel, box, box.detail, shorten(note, 60))
+    return _Sheet(panel, box, box.detail, _used(panel.used))
+
+
+def _used(names: Sequence[str]) -> str:
+    """Which blocks a panel stands for: as many names as fit, and whose sizes are shown."""
+    shown = [shorten(clean(name), 40) for name in names[:_NAMES]]
+    rest = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
+    sizes = f"; sizes of {shown[0]}" if len(names) > 1 else ""
+    return ", ".join(shown) + rest + sizes
 
 
 def _packed(sheets: Sequence[_Sheet]) -> tuple[list[tuple[float, float]], float, float]:
@@ -133,19 +149,23 @@ def _draw_sheet(root: Element, sheet: _Sheet, x: float, y: float) -> None:
     draw(group, sheet.box, middle, y + _CAPTION + 4, counted=not sheet.panel.letter)
 
 
-def _head(root: Element, heading: Heading) -> None:
+def _head(root: Element, heading: Heading, looks: set[str], wide: float) -> None:
+    """Title, facts and the legend of what the picture has."""
     write(root, _MARGIN, 46, clean(heading.title), 22, INK, bold=True)
     write(root, _MARGIN, 70, clean(heading.facts), 13, FAINT)
-    x = _MARGIN
-    for fill, line, dashes, words in (
-        (VIOLET_PALE, VIOLET_LINE, "", "reflection: r vectors of length d; turn = |Q − I|"),
-        (CARD, VIOLET_LINE, "", "adapted layer"),
-        (CARD, "#bfc8d4", "", "other operation"),
-        (BLUE_PALE, BLUE_LINE, "", "closed module, its inside in the panel of that letter"),
-        (AMBER_PALE, AMBER_LINE, "4 3", "Python module, not captured"),
-    ):
-        swatch = shape(root, "rect", x=x, y=88.0, width=24.0, height=15.0, rx=4.0, fill=fill, stroke=line)
+    x, y = _MARGIN, 88.0
+    for look, fill, line, dashes, words in _LEGEND:
+        if look not in looks:
+            continue
+        need = 31 + width(words, 12) + 18
+        if x > _MARGIN and x + need > wide:
+            x, y = _MARGIN, y + 22
+        swatch = shape(root, "rect", x=x, y=y, width=24.0, height=15.0, rx=4.0, fill=fill, stroke=line)
         if dashes:
             swatch.set("stroke-dasharray", dashes)
-        write(root, x + 31, 100, words, 12, FAINT)
-        x += 31 + width(words, 12) + 18
+        write(root, x + 31, y + 12, words, 12, FAINT)
+        x += need
+
+
+def _looks(box: Box) -> set[str]:
+    return {box.look}.union(*map(_looks, box.parts))

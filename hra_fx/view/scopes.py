@@ -9,10 +9,12 @@ import networkx as nx
 
 from hra_fx.view.describe import name_of
 from hra_fx.view.repeats import merge_repeats, runs_where
-from hra_fx.view.tree import Item, Leaf, Scope, contract
+from hra_fx.view.tree import Item, Leaf, Scope, contract, splice
 
 #: Several leaves in one box: names are listed up to this length.
 _LETTERS_SHOWN = 28
+#: A captured module with so many leaves at most is drawn without a frame.
+_SMALL = 3
 _Group: TypeAlias = "str | tuple[str, int]"  # a leaf's key, or a call's name and its depth
 
 
@@ -61,7 +63,7 @@ class _Nesting:
             inputs=tuple(sorted({place[groups[key]] for key in entering})),
             outputs=tuple(sorted({place[groups[key]] for key in leaving})),
         )
-        return merge_repeats(_gather_plain(_join_operations(scope)))
+        return _open_small(merge_repeats(_gather_plain(_join_operations(scope))))
 
     def _is_captured(self, path: str) -> bool:
         parts = path.split(".") if path else []
@@ -160,6 +162,17 @@ def _gather_plain(scope: Scope) -> Scope:
         return replace(_listing(_leaves(scope, run), ", "), detail=f"{len(run)} modules")
 
     return contract(scope, runs_where(len(scope.items), follows), gather)
+
+
+def _open_small(scope: Scope) -> Scope:
+    """Put the leaves of small captured modules directly here: a downsample branch of two layers needs no frame."""
+    return scope if scope.eager else splice(scope, _is_small, _below)
+
+
+def _is_small(scope: Scope) -> bool:
+    leaves_only = all(isinstance(item, Leaf) for item in scope.items)
+    one_way = len(scope.inputs) == len(scope.outputs) == 1
+    return leaves_only and one_way and scope.count == 1 and len(scope.items) <= _SMALL and bool(scope.marks)
 
 
 def _leaves(scope: Scope, run: range) -> list[Leaf]:

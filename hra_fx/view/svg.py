@@ -25,6 +25,9 @@ LOOKS = {
     "closed": (BLUE_PALE, BLUE_LINE, BLUE),
 }
 
+#: Fill, border and dashes of modules that show their inside.
+FRAMES = {"captured": ("#eff3f8", "#c3cedb", ""), "python": ("#fffdf8", AMBER_LINE, "4 3")}
+
 
 def number(value: float) -> str:
     """A coordinate with at most one decimal.
@@ -69,7 +72,7 @@ def draw(parent: Element, box: Box, x: float, y: float, *, counted: bool) -> Non
     """
     group = shape(parent, "g", class_=box.look)
     SubElement(group, "title").text = box.tip
-    if box.look in ("open", "root"):
+    if box.look not in LOOKS:
         _draw_open(group, box, x, y, counted=counted)
         return
     if counted:
@@ -146,10 +149,11 @@ def _badge(group: Element, box: Box, right: float, y: float, colour: str) -> Non
 
 
 def _draw_open(group: Element, box: Box, x: float, y: float, *, counted: bool) -> None:
-    if box.look == "open":
-        shape(
-            group, "rect", x=x, y=y, width=box.size.width, height=box.size.height, rx=8.0, fill="#f3f5f9", stroke=RULE
-        )
+    if box.look in FRAMES:
+        fill, line, dashes = FRAMES[box.look]
+        frame = shape(group, "rect", x=x, y=y, width=box.size.width, height=box.size.height, rx=8.0, fill=fill, stroke=line)
+        if dashes:
+            frame.set("stroke-dasharray", dashes)
         title = write(group, x + 13, y + 18, box.name, NAME, INK, bold=True)
         part = shape(title, "tspan", dx=8.0, font_size=DETAIL, fill=FAINT, font_weight="400")
         part.text = box.detail

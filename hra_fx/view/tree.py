@@ -141,6 +141,35 @@ def cut(scope: Scope, run: range, name: str, class_name: str) -> Scope:
     )
 
 
+def splice(scope: Scope, small: Callable[[Scope], bool], rename: Callable[[str, str], str]) -> Scope:
+    """The opposite of `contract`: scopes that are `small` are replaced by their items.
+
+    Args:
+        scope: the scope.
+        small: which scopes inside it; such a scope must have one input and one output, or edges would be made up.
+        rename: the name of an item out of that of its scope and its own.
+    """
+    items: list[Item] = []
+    edges: set[tuple[int, int]] = set()
+    enter: list[int] = []
+    leave: list[int] = []
+    for item in scope.items:
+        base = len(items)
+        if isinstance(item, Scope) and small(item):
+            items += [replace(part, name=rename(item.name, part.name)) for part in item.items]
+            edges |= {(base + i, base + j) for i, j in item.edges}
+            enter.append(base + item.inputs[0])
+            leave.append(base + item.outputs[0])
+        else:
+            items.append(item)
+            enter.append(base)
+            leave.append(base)
+    edges |= {(leave[i], enter[j]) for i, j in scope.edges}
+    inputs = tuple(sorted({enter[i] for i in scope.inputs}))
+    outputs = tuple(sorted({leave[i] for i in scope.outputs}))
+    return replace(scope, items=tuple(items), edges=tuple(sorted(edges)), inputs=inputs, outputs=outputs)
+
+
 def span(item: Item) -> str:
     """The name of an item, or of the first and the last that it stands for.
 

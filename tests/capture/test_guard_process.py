@@ -1,0 +1,435 @@
+"""Guard: state of the process. A context is dropped from a graph, a question or a random draw is answered for good."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from capture.checks import adapt, assert_close, assert_equals_oracle, assert_refused, differ, fresh, inputs, naive, oracle, seed
+from capture.models import Two
+from torch import Tensor, is_grad_enabled, nn
+from torch.utils.checkpoint import checkpoint
+
+import hra_fx
+
+X = inputs(4, 6)
+
+
+class Autocast(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).float()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden = torch.mm(hidden, hidden.t()) @ hidden
+        return self.second(hidden.double())
+
+
+class AutocastOff(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        with torch.amp.autocast("cpu", enabled=False):
+            hidden = hidden * 2
+        return self.second(hidden)
+
+
+class AutocastDecorated(Two):
+    @torch.autocast("cpu", dtype=torch.bfloat16)
+    def middle(self, hidden: Tensor) -> Tensor:
+        return torch.mm(hidden, hidden.t()) @ hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.middle(self.first(x).float()).double())
+
+
+class NoGrad(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            hidden = self.first(x)
+        return self.second(hidden)
+
+
+class NoGradDecorated(Two):
+    @torch.no_grad()
+    def start(self, x: Tensor) -> Tensor:
+        return self.first(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.start(x))
+
+
+class EnableGrad(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return self.second(torch.tanh(self.first(x)))
+
+
+class EnableGradDecorated(Two):
+    @torch.enable_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+class SetGrad(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(False):
+            hidden = self.first(x)
+        return self.second(hidden)
+
+
+class SetGradCall(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        before = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)
+        hidden = self.first(x)
+        torch.set_grad_enabled(before)
+        return self.second(hidden)
+
+
+class SetGradDecorated(Two):
+    @torch.set_grad_enabled(False)
+    def start(self, x: Tensor) -> Tensor:
+        return self.first(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.start(x))
+
+
+class Inference(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            hidden = self.first(x)
+        return self.second(hidden.clone())
+
+
+class InferenceDecorated(Two):
+    @torch.inference_mode()
+    def start(self, x: Tensor) -> Tensor:
+        return self.first(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.start(x).clone())
+
+
+class Straight(torch.autograd.Function):
+    """Rounds, and lets three times the gradient through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 3
+
+
+straight = Straight.apply
+
+
+class CustomFunction(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(Straight.apply(self.first(x)))
+
+
+class CustomFunctionBoundBefore(Two):
+    """`apply` taken off the class when the module is imported, as most code does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(straight(self.first(x)))
+
+
+class Checkpoint(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(checkpoint(self.middle, self.first(x), use_reentrant=False))
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        return torch.tanh(F.dropout(hidden, 0.3, self.training))
+
+
+class ReentrantCheckpoint(Checkpoint):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.utils.checkpoint.checkpoint(self.middle, self.first(x), use_reentrant=True))
+
+
+class AsksGrad(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return self.second(hidden * 2 if torch.is_grad_enabled() else hidden)
+
+
+class AsksGradByName(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return self.second(hidden * 2 if is_grad_enabled() else hidden)
+
+
+class AsksInference(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return self.second(hidden * 2 if torch.is_inference_mode_enabled() else hidden)
+
+
+class AsksAutocast(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return self.second((hidden * 2 if torch.is_autocast_enabled("cpu") else hidden).to(x.dtype))
+
+
+class PythonDice(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x) * random.random())
+
+
+class NumpyDice(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x) * float(np.random.rand()))
+
+
+class TorchDice(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x) * torch.rand(8, dtype=torch.float64))
+
+
+class UnusedDice(Two):
+    """The number is not used, the state of the generator is what other code goes on with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        random.random()
+        return self.second(self.first(x))
+
+
+class Reseeds(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return self.second(F.dropout(self.first(x), 0.5, True))
+
+
+class ForksRng(Two):
+    """Leaves the generator as it found it: only what is drawn in between tells."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            hidden = F.dropout(hidden, 0.5, True)
+        return self.second(hidden)
+
+
+class PutsRngBack(Two):
+    """The same by hand."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, state = self.first(x), torch.get_rng_state()
+        torch.manual_seed(3)
+        hidden = F.dropout(hidden, 0.5, True)
+        torch.set_rng_state(state)
+        return self.second(hidden)
+
+
+CASES: list[tuple[type[nn.Module], str]] = [
+    (Autocast, "it runs under its own autocast"),
+    (AutocastOff, "it runs under its own autocast"),
+    (AutocastDecorated, "it runs under its own autocast"),
+    (NoGrad, "it runs under no_grad"),
+    (NoGradDecorated, "it runs under no_grad"),
+    (EnableGrad, "it runs under enable_grad"),
+    (EnableGradDecorated, "it runs under enable_grad"),
+    (SetGrad, "it sets grad mode"),
+    (SetGradCall, "grad"),
+    (SetGradDecorated, "it sets grad mode"),
+    (Inference, "it runs under inference_mode"),
+    (InferenceDecorated, "it runs under inference_mode"),
+    (CustomFunction, "it calls a custom autograd function"),
+    (CustomFunctionBoundBefore, "custom autograd function"),
+    (Checkpoint, "it checkpoints activations"),
+    (ReentrantCheckpoint, "custom autograd function"),
+    (AsksGrad, "it asks whether grad is enabled"),
+    (AsksGradByName, "grad is enabled"),
+    (AsksInference, "it asks whether inference mode is on"),
+    (AsksAutocast, "it asks whether autocast is on"),
+    (PythonDice, "it draws random numbers outside of torch operators on its input"),
+    (NumpyDice, "it draws random numbers outside of torch operators on its input"),
+    (TorchDice, "it draws random numbers outside of torch operators on its input"),
+    (UnusedDice, "it draws random numbers outside of torch operators on its input"),
+    (Reseeds, "it draws random numbers outside of torch operators on its input"),
+    (ForksRng, ""),
+    (PutsRngBack, ""),
+]
+
+
+@pytest.mark.parametrize(("model", "reason"), CASES, ids=[model.__name__ for model, _ in CASES])
+def test_what_a_graph_cannot_hold_refuses_the_region(model: type[nn.Module], reason: str) -> None:
+    adapted, base = adapt(model(), r=2)
+    assert_refused(adapted, reason)
+    _assert_right(adapted, base)
+
+
+def _assert_right(adapted: nn.Module, base: nn.Module) -> None:
+    """In grad mode, without, in inference mode, and under autocast: what each question or context makes a difference for."""
+    assert_equals_oracle(adapted, base, X)
+    plain = oracle(adapted, base)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            assert_close(_seeded(adapted, X), _seeded(plain, X))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, expected = _seeded(adapted, X.float().double()), _seeded(plain, X.float().double())
+    assert found.dtype == expected.dtype and found.requires_grad == _seeded(adapted, X).requires_grad
+    assert (found.float() - expected.float()).abs().max() < 0.5 * expected.float().abs().max()
+
+
+def _seeded(model: Callable[..., Any], *args: Any) -> Any:
+    seed(4)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad")  # a checkpoint without grad mode
+        return model(*args)
+
+
+@pytest.mark.parametrize(
+    "model", [Autocast, AutocastDecorated, NoGrad, NoGradDecorated, SetGrad, SetGradCall, SetGradDecorated, Inference]
+)
+def test_naive_trace_drops_a_context(model: type[nn.Module]) -> None:
+    base = fresh(model())
+    assert _gradient_differs(naive(base), base) or differ(naive(base)(X), base(X))
+
+
+@pytest.mark.parametrize("model", [EnableGrad, EnableGradDecorated])
+def test_naive_trace_drops_enable_grad(model: type[nn.Module]) -> None:
+    base = fresh(model())
+    graph = naive(base)
+    with torch.no_grad():
+        assert base(X).requires_grad and not graph(X).requires_grad
+
+
+@pytest.mark.parametrize("model", [CustomFunction, CustomFunctionBoundBefore])
+def test_naive_trace_drops_the_backward_of_a_custom_function(model: type[nn.Module]) -> None:
+    base = fresh(model())
+    graph = naive(base)
+    assert not differ(graph(X), base(X)), "the outputs say nothing"
+    assert _gradient_differs(graph, base)
+
+
+@pytest.mark.parametrize("model", [Checkpoint, ReentrantCheckpoint])
+def test_naive_trace_drops_a_checkpoint(model: type[nn.Module]) -> None:
+    """It saves all activations: the part under the checkpoint is not run again in backward."""
+    base = fresh(model())
+    graph = naive(base)
+    assert "checkpoint" not in graph.code.lower()
+
+
+@pytest.mark.parametrize("model", [AsksGrad, AsksGradByName])
+def test_naive_trace_answers_a_question_for_good(model: type[nn.Module]) -> None:
+    base = fresh(model())
+    graph = naive(base)
+    with torch.no_grad():
+        assert differ(graph(X), base(X))
+
+
+@pytest.mark.parametrize("model", [PythonDice, NumpyDice, TorchDice])
+def test_naive_trace_throws_the_dice_once(model: type[nn.Module]) -> None:
+    graph = naive(fresh(model()))
+    assert not differ(graph(X), graph(X)), "naive: the same number at every call"
+
+
+@pytest.mark.parametrize("model", [Reseeds, ForksRng, PutsRngBack])
+def test_naive_trace_forgets_the_seed(model: type[nn.Module]) -> None:
+    base = fresh(model())
+    assert not differ(base(X), base(X))
+    graph = naive(base)
+    assert differ(graph(X), graph(X))
+
+
+def _gradient_differs(graph: nn.Module, base: nn.Module) -> bool:
+    grads = []
+    for model in (graph, base):
+        model.zero_grad(set_to_none=True)
+        model(X).sum().backward()
+        grads.append([torch.zeros(1) if p.grad is None else p.grad.clone() for _, p in sorted(model.named_parameters())])
+    return differ(*grads)
+
+
+@pytest.mark.parametrize("model", [PythonDice, NumpyDice, TorchDice, Reseeds, UnusedDice])
+def test_random_states_are_as_they_were(model: type[nn.Module]) -> None:
+    subject = fresh(model())
+    seed(3)
+    config = hra_fx.HRAConfig(r=2, target_modules=["first", "second"], init_weights=False)
+    hra_fx.transform(subject, config)
+    after = random.random(), float(np.random.rand())
+    seed(3)
+    assert after == (random.random(), float(np.random.rand()))
+    # torch's own generator moves by the start of the vectors, and by nothing else.
+    seed(3)
+    hra_fx.transform(fresh(Two()), config)
+    expected = torch.rand(1)
+    seed(3)
+    hra_fx.transform(fresh(model()), config)
+    assert torch.equal(torch.rand(1), expected)
+
+
+class Quiet(Two):
+    """Has all of it in its source, and runs none of it."""
+
+    checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        if self.checkpointing:
+            hidden = checkpoint(torch.tanh, hidden, use_reentrant=False)
+        return self.second(hidden)
+
+
+def test_code_that_does_not_run_costs_nothing() -> None:
+    adapted, base = adapt(Quiet())
+    assert hra_fx.report(adapted).rows[0].region == "whole"
+    assert_equals_oracle(adapted, base, X)
+
+
+class Swallows(Two):
+    """Catches whatever is raised in there, a refusal too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        try:
+            with torch.no_grad():
+                hidden = hidden * 2
+        except Exception:
+            hidden = hidden * 3
+        return self.second(hidden)
+
+
+def test_a_refusal_that_the_model_catches_is_a_refusal() -> None:
+    adapted, base = adapt(Swallows())
+    assert_refused(adapted, "it runs under no_grad")
+    assert_equals_oracle(adapted, base, X)
+
+
+def test_patches_are_gone_after_a_trace() -> None:
+    watched = (torch.no_grad.__enter__, torch.autocast.__enter__, torch.is_grad_enabled, torch.autograd.Function.apply)
+    adapt(NoGrad()), adapt(CustomFunction()), adapt(AsksGrad()), adapt(Autocast())
+    assert watched == (torch.no_grad.__enter__, torch.autocast.__enter__, torch.is_grad_enabled, torch.autograd.Function.apply)
+
+
+def test_other_threads_go_on_during_a_trace() -> None:
+    import threading
+
+    class Waits(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            worker = threading.Thread(target=other)
+            worker.start()
+            worker.join()
+            return self.second(self.first(x))
+
+    seen: list[bool] = []
+
+    def other() -> None:
+        with torch.no_grad():
+            seen.append(torch.is_grad_enabled())
+        seen.append(torch.is_grad_enabled())
+
+    adapted, base = adapt(Waits())
+    assert seen == [False, True] * (len(seen) // 2) and seen
+    assert hra_fx.report(adapted).rows[0].region == "whole"

@@ -1,0 +1,55 @@
+"""The dense oracle: every reflection as an explicit `(d, d)` float64 matrix, multiplied one after another.
+
+Nothing of hra_fx is used here, so that a test against it never compares the library with itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def dense_reflection(vector: Tensor) -> Tensor:
+    """`I - 2 u u^T / |u|^2: (d, d)` in float64; a zero vector gives the identity. Differentiable."""
+    u = vector.double()
+    eye = torch.eye(u.numel(), dtype=torch.float64)
+    largest = u.detach().abs().max()
+    if largest == 0:
+        return eye
+    # Divided by its largest entry first, so that no square overflows or vanishes: a reflection has no scale.
+    u = u / largest
+    return eye - 2 * torch.outer(u, u) / (u @ u)
+
+
+def dense_product(chain: Tensor) -> Tensor:
+    """`Q = H_1 H_2 ... H_k: (d, d)` of a chain `U: (d, k)`, in float64. Differentiable."""
+    product = torch.eye(chain.shape[0], dtype=torch.float64)
+    for column in chain.unbind(dim=1):
+        product = product @ dense_reflection(column)
+    return product
+
+
+def dense_gs(vectors: Tensor) -> Tensor:
+    """Gram-Schmidt of `U: (d, r)` in float64 by the textbook recurrence, each projection run twice. Differentiable.
+
+    The second run removes what rounding left of the first (Kahan and Parlett's "twice is enough").
+    """
+    basis: list[Tensor] = []
+    for column in vectors.double().unbind(dim=1):
+        v = column
+        for _ in range(2):
+            for b in basis:
+                v = v - (b @ v) * b
+        basis.append(v / v.norm())
+    return torch.stack(basis, dim=1)
+
+
+def dense_q(vectors: Tensor, *, apply_GS: bool = False, anchor: Tensor | None = None) -> Tensor:
+    """`Q: (d, d)` of an adapter in float64: `Q(A) Q(U)`, with Gram-Schmidt `Q(A) Q(V)`. Differentiable."""
+    product = dense_product(dense_gs(vectors) if apply_GS else vectors)
+    return product if anchor is None else dense_product(anchor) @ product
+
+
+def dense_weight(weight: Tensor, q: Tensor) -> Tensor:
+    """`W Q` in float64 and the shape of `weight`, seen as `(out, d)`. Differentiable."""
+    return (weight.double().flatten(1) @ q).view(weight.shape)

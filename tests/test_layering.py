@@ -1,0 +1,153 @@
+"""The dependency rule, read from the sources: imports between files are acyclic, and passes know only the vocabulary."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import networkx as nx
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("hra_fx", "passes")
+LAZY = "hra_fx"
+VOCABULARY = ("errors", "config", "selection", "householder", "site", "reflection")
+PASSES_MAY_READ = {"hra_fx.site", "hra_fx.errors"}
+SHADOWED = ("transform", "fold", "report", "graphs")
+
+
+def _module_name(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {_module_name(file): file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))}
+
+
+def _absolute(name: str, node: ast.ImportFrom) -> str:
+    """The module that a `from ... import` names, relative dots resolved."""
+    if not node.level:
+        return node.module or ""
+    package = name.split(".") if FILES[name].name == "__init__.py" else name.split(".")[:-1]
+    base = package[: len(package) - node.level + 1]
+    return ".".join([*base, *(node.module or "").split(".")]).rstrip(".")
+
+
+def _imports(name: str) -> Iterator[tuple[str, int]]:
+    """Every module of ours that a file imports, anywhere in it, with the line: a name that is a file itself counts as it."""
+    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = _absolute(name, node)
+            targets = [f"{module}.{alias.name}" for alias in node.names]
+            targets = [target if target in FILES else module for target in targets]
+        else:
+            continue
+        yield from ((target, node.lineno) for target in targets if target.split(".")[0] in PACKAGES)
+
+
+def _graph() -> nx.DiGraph:
+    graph = nx.DiGraph()
+    graph.add_nodes_from(FILES)
+    # What the package hands on lazily is the users' way in; it takes part in no import.
+    graph.add_edges_from((name, target) for name in FILES if name != LAZY for target, _ in _imports(name))
+    return graph
+
+
+def test_imports_are_found_wherever_they_stand() -> None:
+    graph = _graph()
+    assert len(FILES) > 30
+    assert graph.has_edge("hra_fx.transforming", "passes.insert")
+    assert graph.has_edge("hra_fx.reporting", "hra_fx.householder"), "`from hra_fx import householder` is a file"
+    assert graph.has_edge("passes.fold", "hra_fx.site")
+
+
+def test_every_import_of_ours_is_a_file() -> None:
+    unknown = {(name, target) for name in FILES for target, _ in _imports(name) if target not in FILES}
+    assert not unknown
+
+
+def test_imports_between_files_are_acyclic() -> None:
+    cycles = [" -> ".join([*cycle, cycle[0]]) for cycle in nx.simple_cycles(_graph(), length_bound=6)]
+    assert nx.is_directed_acyclic_graph(_graph()), cycles
+
+
+def test_no_file_imports_through_the_lazy_names() -> None:
+    found = [f"{FILES[name].name}:{line}" for name in FILES if name != LAZY for target, line in _imports(name) if target == LAZY]
+    assert not found, "import the name from its own file"
+
+
+def test_no_file_imports_a_name_that_starts_with_an_underscore() -> None:
+    private = []
+    for name, file in FILES.items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and _absolute(name, node).split(".")[0] in PACKAGES:
+                private += [f"{name}: {alias.name}" for alias in node.names if alias.name.startswith("_")]
+    assert not private
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("passes.")])
+def test_a_pass_reads_only_the_vocabulary_of_sites_and_errors(name: str) -> None:
+    assert {target for target, _ in _imports(name)} <= PASSES_MAY_READ
+
+
+@pytest.mark.parametrize("name", VOCABULARY)
+def test_the_vocabulary_does_not_know_the_passes(name: str) -> None:
+    reached = nx.descendants(_graph(), f"hra_fx.{name}")
+    assert not {module for module in reached if module.split(".")[0] == "passes"}
+
+
+@pytest.mark.parametrize("name", VOCABULARY)
+def test_the_vocabulary_does_not_know_capture_and_carriers(name: str) -> None:
+    reached = nx.descendants(_graph(), f"hra_fx.{name}")
+    assert not {module for module in reached if module.startswith(("hra_fx.capture", "hra_fx.carrier"))}
+
+
+def test_no_file_of_the_package_is_named_as_a_public_function() -> None:
+    import hra_fx
+
+    public = {name for name in hra_fx.__all__ if callable(getattr(hra_fx, name))}
+    assert set(SHADOWED) <= public
+    assert not {f"hra_fx.{name}" for name in public} & FILES.keys()
+
+
+def _run_in_fresh_interpreter(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sys, hra_fx; assert 'torch' not in sys.modules, 'importing the package should cost nothing'",
+        "import hra_fx; hra_fx.transform; import passes.fold",
+        "import passes.fold; import hra_fx; hra_fx.fold",
+        "import passes; import hra_fx.site",
+    ],
+    ids=["hra_fx alone", "hra_fx first", "passes.fold first", "passes first"],
+)
+def test_either_package_can_be_imported_first(code: str) -> None:
+    _run_in_fresh_interpreter(code)
+
+
+def test_each_public_name_survives_the_import_of_every_submodule() -> None:
+    """Each file alone in an order of its own would take minutes; one process imports all, then looks at the names."""
+    names = [name for name in FILES if not name.endswith("__main__")]
+    _run_in_fresh_interpreter(
+        "import importlib, types, hra_fx\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+        f"for name in {SHADOWED!r}: assert isinstance(getattr(hra_fx, name), types.FunctionType), name\n"
+        "for name in hra_fx.__all__: assert callable(getattr(hra_fx, name)), name\n"
+        "assert set(hra_fx.__all__) <= set(dir(hra_fx))\n"
+    )
+
+
+def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
+    import hra_fx
+
+    with pytest.raises(AttributeError, match="no attribute 'transfrom'"):
+        _ = hra_fx.transfrom
