@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import hra_fx
 
@@ -32,19 +33,41 @@ def shuffled(size: int, batch_size: int, generator: torch.Generator) -> list[lis
     return [order[start : start + batch_size] for start in range(0, size, batch_size)]
 
 
-def train_head(head: nn.Linear, features: Tensor, labels: Tensor, batches: list[list[int]], lr: float) -> None:
-    """The baseline: train a linear head on features that were computed once.
+def bar(batches: list[list[int]], label: str) -> tqdm[list[int]]:
+    """A progress bar over batches."""
+    return tqdm(batches, desc=f"{label:<20}", unit="batch", ncols=100, mininterval=0.5)
 
-    The frozen model gives the same features each time, so this is head-only training exactly, only faster.
+
+def fit(
+    loss_of: Callable[[list[int]], Tensor],
+    groups: Sequence[tuple[Iterable[nn.Parameter], float]],
+    batches: list[list[int]],
+    label: str,
+) -> None:
+    """Train with AdamW, one cycle of warming up and cooling down.
+
+    Args:
+        loss_of: the loss of a batch, given as indices.
+        groups: parameters, and the highest learning rate of each group.
+        batches: what to train on, in this order.
+        label: what the progress bar says.
     """
-    optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=len(batches), pct_start=0.1)
-    for batch in batches:
-        loss = nn.functional.cross_entropy(head(features[batch]), labels[batch])
+    rates = [rate for _, rate in groups]
+    optimizer = torch.optim.AdamW([{"params": list(group)} for group, _ in groups], lr=rates[0], weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=len(batches), pct_start=0.1)
+    progress = bar(batches, label)
+    for batch in progress:
+        loss = loss_of(batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+        progress.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+
+
+def reflections(model: nn.Module) -> list[nn.Parameter]:
+    """The vectors that `hra_fx.transform` added and left trainable."""
+    return [value for name, value in model.named_parameters() if ".hra_u." in name and value.requires_grad]
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -55,7 +78,8 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 def write_adapters(model: nn.Module, folder: Path) -> None:
     """Write the report and the picture of an adapted model into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.txt").write_text(str(hra_fx.report(model)), encoding="utf-8")
+    with open(folder / "report.txt", "w", encoding="utf-8") as file:
+        Console(file=file, width=180).print(hra_fx.report(model))
     hra_fx.visualize(model, folder / "adapters.svg")
 
 
@@ -73,6 +97,15 @@ def export_onnx(model: nn.Module, example: dict[str, Tensor], dynamic: dict[str,
             dynamic_shapes=dynamic,
             verbose=False,
         )
+
+
+def check_fold(folded: Tensor, adapted: Tensor, model: nn.Module, keys: list[str]) -> tuple[str, str]:
+    """The folded model must compute what the adapted model did, with the base model's keys; gives a row to print."""
+    difference = float((folded - adapted).abs().max())
+    require(difference < 1e-3, f"the folded model gives the same logits (largest difference {difference:.1e})")
+    require(bool((folded.argmax(1) == adapted.argmax(1)).all()), "the folded model gives the same predictions")
+    require(list(model.state_dict()) == keys, "the folded model has the base model's state_dict keys")
+    return "folded against adapted, largest difference of a logit", f"{difference:.1e}"
 
 
 def onnx_difference(model: nn.Module, inputs: dict[str, Tensor], file: Path) -> float:

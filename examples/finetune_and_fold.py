@@ -24,18 +24,20 @@ import transformers
 from _data import minilm_folder, newsgroups
 from _shared import (
     accuracy,
+    bar,
+    check_fold,
     console,
     export_onnx,
+    fit,
     onnx_difference,
+    reflections,
     require,
     show,
     shuffled,
-    train_head,
     trainable,
     write_adapters,
 )
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import hra_fx
 
@@ -109,47 +111,25 @@ def apply(function: Callable[..., Tensor], texts: Texts, label: str) -> Tensor:
 
 def train(model: Classifier, texts: Texts, batches: list[list[int]]) -> None:
     """Train what `transform` left trainable: reflections and head."""
-    head = list(model.head.parameters())
-    reflections = [parameter for parameter in model.encoder.parameters() if parameter.requires_grad]
-    groups = [{"params": reflections, "lr": LR_REFLECTIONS}, {"params": head, "lr": LR_HEAD}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    rates = [LR_REFLECTIONS, LR_HEAD]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=len(batches), pct_start=0.1)
-    progress = bar(batches, "train HRA and head")
-    for batch in progress:
-        loss = nn.functional.cross_entropy(model(**texts.batch(batch)), texts.labels[batch])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        progress.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
-
-
-def bar(batches: list[list[int]], label: str) -> tqdm[list[int]]:
-    """A progress bar over batches."""
-    return tqdm(batches, desc=f"{label:<20}", unit="batch", ncols=100, mininterval=0.5)
+    groups = [(reflections(model), LR_REFLECTIONS), (model.head.parameters(), LR_HEAD)]
+    cross_entropy = nn.functional.cross_entropy
+    fit(lambda batch: cross_entropy(model(**texts.batch(batch)), texts.labels[batch]), groups, batches, "train HRA and head")
 
 
 def run_baseline(model: Classifier, train_texts: Texts, test_texts: Texts, batches: list[list[int]]) -> Tensor:
-    """Train the head alone on the frozen encoder; gives its logits of the held-out texts, and restores the head."""
+    """Train the head alone on the frozen encoder; gives its logits of the held-out texts, and restores the head.
+
+    The frozen encoder gives the same features each time: computed once, they make this head-only training, only faster.
+    """
     start = copy.deepcopy(model.head.state_dict())
-    features = apply(model.embed, train_texts, "embed training texts")
-    train_head(model.head, features, train_texts.labels, batches, LR_HEAD)
+    features, labels = apply(model.embed, train_texts, "embed training texts"), train_texts.labels
+    cross_entropy = nn.functional.cross_entropy
+    groups = [(model.head.parameters(), LR_HEAD)]
+    fit(lambda batch: cross_entropy(model.head(features[batch]), labels[batch]), groups, batches, "train head only")
     with torch.no_grad():
         logits: Tensor = model.head(apply(model.embed, test_texts, "embed held-out texts"))
     model.head.load_state_dict(start)
     return logits
-
-
-def fold_and_check(model: Classifier, adapted: Tensor, texts: Texts, keys: list[str]) -> tuple[str, str]:
-    """Fold; the model must be the base model in shape and the adapted model in what it computes."""
-    model = hra_fx.fold(model)
-    folded = apply(model, texts, "evaluate folded")
-    difference = float((folded - adapted).abs().max())
-    require(difference < 1e-3, f"the folded model gives the same logits (largest difference {difference:.1e})")
-    require(bool((folded.argmax(1) == adapted.argmax(1)).all()), "the folded model gives the same predictions")
-    require(list(model.state_dict()) == keys, "the folded model has the base model's state_dict keys")
-    return "folded against adapted, largest difference of a logit", f"{difference:.1e}"
 
 
 def export_and_check(model: Classifier, texts: Texts, file: Path) -> tuple[str, str]:
@@ -184,8 +164,10 @@ def main(train_size: int, test_size: int, epochs: int, output: Path) -> None:
     adapted = apply(model, test_texts, "evaluate HRA")
     write_adapters(model, output)
 
+    model = hra_fx.fold(model)
+    folded = apply(model, test_texts, "evaluate folded")
     checks = [
-        fold_and_check(model, adapted, test_texts, keys),
+        check_fold(folded, adapted, model, keys),
         export_and_check(model, test_texts, output / "classifier.onnx"),
     ]
     size = sum(parameter.numel() for parameter in model.encoder.parameters())

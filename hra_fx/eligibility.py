@@ -64,6 +64,8 @@ def _why_not_state(layer: nn.Module) -> str | None:
         return f"it has an attribute {REFLECTION!r} already. Rename that, or l{_EXCLUDE[1:]}"
     if type(layer).forward not in (nn.Linear.forward, nn.Conv2d.forward):
         return f"its class has a forward of its own, which need not be linear in its weight. {_EXCLUDE}"
+    if type(layer).__call__ is not nn.Module.__call__:
+        return f"its class has a __call__ of its own, which no rewrite can see through. {_EXCLUDE}"
     if parametrize.is_parametrized(layer, "weight") or "weight" not in layer._parameters:
         return (
             "its weight is computed from other parameters at every call, and cannot be folded into. Call "

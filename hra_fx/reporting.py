@@ -133,9 +133,7 @@ def report(model: nn.Module) -> Report:
     for path, layer in sites.items():
         root = home.get(path, path)
         region = regions.get(root)
-        kind: _UNLIMITED = 10_000
-
-RegionKind = "alone" if region is None else "whole" if not root else "shared"
+        kind: RegionKind = "alone" if region is None else "whole" if not root else "shared"
         reason = region.reason if region else alone.get(path, "")
         for name in layer.hra_u:
             turned = _turn(layer.hra_u, name)

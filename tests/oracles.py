@@ -53,3 +53,13 @@ def dense_q(vectors: Tensor, *, apply_GS: bool = False, anchor: Tensor | None = 
 def dense_weight(weight: Tensor, q: Tensor) -> Tensor:
     """`W Q` in float64 and the shape of `weight`, seen as `(out, d)`. Differentiable."""
     return (weight.double().flatten(1) @ q).view(weight.shape)
+
+
+def relative_error(actual: Tensor, wanted: Tensor, floor: float = 0.0) -> float:
+    """`|actual - wanted|_F / max(|wanted|_F, floor)` in float64, after a check that the shapes agree; 0 where both are 0.
+
+    `floor` is for a quantity whose true value may vanish, such as the gradient of `U` where `Q = -I` for every `U`.
+    """
+    assert actual.shape == wanted.shape, (actual.shape, wanted.shape)
+    difference = float((actual.detach().double() - wanted.detach().double()).norm())
+    return difference / max(float(wanted.detach().double().norm()), floor) if difference else 0.0

@@ -1,26 +1,33 @@
 """What a graph took for granted about the modules that it dissolved, and whether it still holds.
 
 A traced forward has read attributes, followed children and passed by hooks that a user may change afterwards
-(`model.drop_rate = 0.5`, `model.layer4.append(block)`, a hook for Grad-CAM). So each call of a region looks first, at
-about a microsecond a module; where anything differs, the Python forward runs, which is always right.
+(`model.drop_rate = 0.5`, `model.layer4.append(block)`, a hook for Grad-CAM). So each call of a region looks first, at a
+few microseconds a module; where anything differs, the Python forward runs, which is always right.
 """
 
 from __future__ import annotations
 
-import copy
+import collections
+import enum
+import functools
 import operator
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from hra_fx.capture.admission import HOOKS
 from hra_fx.carrier.swap import original_class
+from hra_fx.errors import CaptureError
 
-_MODULE_KEYS = frozenset(vars(nn.Module()))
-_PLAIN = (bool, int, float, complex, str, bytes, type(None))
-_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
+_DATA = (bool, int, float, complex, str, bytes, type(None))
+#: Values that stay what they are, and are compared by identity or by name.
+_FIXED = (
+    *(type, types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType, types.MethodType),
+    *(functools.partial, enum.Enum, torch.dtype, torch.device, torch.layout, torch.memory_format, nn.Module),
+)
 
 
 class Fact(NamedTuple):
@@ -29,80 +36,156 @@ class Fact(NamedTuple):
     path: str
     type: str
     children: tuple[str, ...]
-    absent: tuple[bool, ...]
+    absent: frozenset[str]
     attributes: dict[str, Any]
 
 
 class Watch(NamedTuple):
-    """A fact bound to a live module, in the form that is quickest to check."""
+    """A fact bound to a live object, in the form that is quickest to check."""
 
     namespace: dict[str, Any]
-    children: tuple[nn.Module | None, ...]
-    absent: tuple[bool, ...]
     read: Callable[[dict[str, Any]], Any]
     values: Any
-    size: int
-    dissolved: bool
+    shadows: frozenset[str]
 
-    def holds(self, training: bool | None) -> bool:
-        """Whether the module is as it was: children, presence of parameters, plain attributes.
-
-        For a dissolved one also: no hooks, no new attributes, and the mode `training`, unless that is `None`.
-        """
-        namespace = self.namespace
+    def holds(self) -> bool:
+        """Whether the attributes that were read are what they were, and nothing hides one of the class."""
         try:
-            return (
-                self.read(namespace) == self.values
-                and tuple(namespace["_modules"].values()) == self.children
-                and _absent(namespace["_parameters"]) == self.absent
-                and (not self.dissolved or self._is_untouched(training))
-            )
+            same = self.read(self.namespace) == self.values
         except KeyError:
             return False
-
-    def _is_untouched(self, training: bool | None) -> bool:
-        namespace = self.namespace
-        in_mode = training is None or namespace["training"] is training
-        return in_mode and len(namespace) == self.size and not any(namespace[hooks] for hooks in HOOKS)
+        return bool(same) and self.shadows.isdisjoint(self.namespace)
 
 
-def fact(path: str, module: nn.Module, *, opaque: bool) -> Fact:
-    """Take down the facts of a module; of an `opaque` one, which is called, not its attributes."""
-    attributes = {} if opaque else _attributes(module)
-    plain = {key: value for key, value in attributes.items() if not isinstance(value, _FUNCTIONS)}
+class ModuleWatch(NamedTuple):
+    """What is watched of a module beside its attributes."""
+
+    module: nn.Module
+    kind: type
+    of_class: Callable[[type], Any]
+    class_values: Any
+    children: tuple[nn.Module | None, ...]
+    absent: frozenset[str]
+    names: frozenset[str]
+    role: str
+
+    def holds(self, training: bool | None) -> bool:
+        """Whether class, children and presence of tensors are what they were.
+
+        Below the root also: no hooks and no forward of its own; and for a dissolved one the mode `training`, unless that
+        is `None`.
+        """
+        namespace = vars(self.module)
+        return (
+            tuple(namespace["_modules"].values()) == self.children
+            and _absent(self.module, self.names) == self.absent
+            and self.of_class(self.kind) == self.class_values
+            and (self.role == "root" or _is_bare(namespace))
+            and (self.role != "dissolved" or training is None or namespace["training"] is training)
+        )
+
+
+def _is_bare(namespace: dict[str, Any]) -> bool:
+    return not any(namespace[hooks] for hooks in HOOKS) and "forward" not in namespace
+
+
+def fact(path: str, module: nn.Module, names: frozenset[str]) -> Fact:
+    """Take down the facts of a module.
+
+    Args:
+        path: its path below the root of the region.
+        module: the module.
+        names: of the attributes that were read of it.
+
+    Raises:
+        CaptureError: one of them is of a kind that may change unseen.
+    """
+    attributes = {name: _data(f"{path}.{name}".lstrip("."), value) for name, value in _own(module, names).items()}
     kind = original_class(module)
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    return Fact(path, name, tuple(module._modules), _absent(module._parameters), plain)
+    kept = {name: value for name, value in attributes.items() if value is not _UNNAMED}
+    return Fact(path, f"{kind.__module__}.{kind.__qualname__}", tuple(module._modules), _absent(module, names), kept)
 
 
-def watch(module: nn.Module, *, opaque: bool, dissolved: bool) -> Watch:
-    """Bind to a module as it is now."""
-    attributes = {} if opaque else _attributes(module)
-    read: Callable[[dict[str, Any]], Any] = operator.itemgetter(*attributes) if attributes else _nothing
-    namespace = vars(module)
-    absent = _absent(module._parameters)
+def watch(module: nn.Module, names: frozenset[str], role: str) -> tuple[ModuleWatch, list[Watch]]:
+    """Bind to a module as it is now, and to the plain objects that it reads.
+
+    Args:
+        module: the module.
+        names: of the attributes that were read of it.
+        role: `"root"`, `"dissolved"` or `"site"`.
+    """
+    own = _own(module, names)
+    kind = original_class(module)
+    held = (*own, *module._parameters, *module._buffers, *module._modules)
+    of_class = sorted(name for name in names if name not in held and hasattr(kind, name))
+    ask: Callable[[type], Any] = operator.attrgetter(*of_class) if of_class else _nothing
     children = tuple(module._modules.values())
-    return Watch(namespace, children, absent, read, read(attributes), len(namespace), dissolved)
+    absent = _absent(module, names)
+    whole = ModuleWatch(module, kind, ask, ask(kind), children, absent, names, role)
+    shadows = names - set(own) - {"forward"}
+    attributes = {name: value for name, value in own.items() if not isinstance(value, Tensor)}
+    objects = (vars(value) for value in attributes.values() if _is_object(value))
+    return whole, [_watch(vars(module), attributes, shadows), *(_watch(space, space, frozenset()) for space in objects)]
 
 
-def _nothing(namespace: dict[str, Any]) -> None:
+def _watch(namespace: dict[str, Any], attributes: dict[str, Any], shadows: frozenset[str]) -> Watch:
+    read: Callable[[dict[str, Any]], Any] = operator.itemgetter(*attributes) if attributes else _nothing
+    frozen = {name: _frozen(value) for name, value in attributes.items()}
+    return Watch(namespace, read, read(frozen), shadows)
+
+
+def _own(module: nn.Module, names: frozenset[str]) -> dict[str, Any]:
+    namespace = vars(module)
+    return {name: namespace[name] for name in sorted(names) if name in namespace}
+
+
+def _nothing(anything: Any) -> None:
     return None
 
 
-def _absent(parameters: dict[str, Any]) -> tuple[bool, ...]:
-    return tuple(value is None for value in parameters.values())
+def _absent(module: nn.Module, names: frozenset[str]) -> frozenset[str]:
+    """Parameters, buffers and children among `names` that are registered as `None`."""
+    registered = (module._parameters, module._buffers, module._modules)
+    return frozenset(
+        name for tensors in registered for name, value in tensors.items() if value is None and name in names
+    )
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    kept = {key: value for key, value in vars(module).items() if key not in _MODULE_KEYS}
-    return {
-        key: copy.deepcopy(value) for key, value in kept.items() if _is_plain(value) or isinstance(value, _FUNCTIONS)
-    }
+_UNNAMED = object()
 
 
-def _is_plain(value: Any) -> bool:
-    if type(value) in (tuple, list, set, frozenset):
-        return all(_is_plain(item) for item in value)
-    if type(value) is dict:
-        return all(_is_plain(item) for pair in value.items() for item in pair)
-    return isinstance(value, _PLAIN)
+def _data(name: str, value: Any) -> Any:
+    """A value as plain data, for comparison with that of a copy."""
+    if isinstance(value, _DATA):
+        return value
+    if isinstance(value, (Tensor, *_FIXED)):
+        return _UNNAMED
+    if isinstance(value, dict):
+        return {_data(name, key): _data(f"{name}[{key!r}]", item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, collections.deque)):
+        return [_data(f"{name}[{place}]", item) for place, item in enumerate(value)]
+    if isinstance(value, (set, frozenset)):
+        return {_data(name, item) for item in value}
+    if _is_object(value):
+        inside = dict(vars(value))
+        if not any(_is_object(item) for item in inside.values()):
+            return {key: _data(f"{name}.{key}", item) for key, item in inside.items()}
+    raise CaptureError(f"its forward reads {name}, a {type(value).__name__}, which may change unseen")
+
+
+def _is_object(value: Any) -> bool:
+    known = isinstance(value, (*_DATA, *_FIXED, Tensor, dict, list, tuple, set, frozenset, collections.deque))
+    return not known and isinstance(getattr(value, "__dict__", None), dict)
+
+
+def _frozen(value: Any) -> Any:
+    """The same containers anew, so that a later change of the originals shows."""
+    if isinstance(value, dict):
+        return {key: _frozen(item) for key, item in value.items()}
+    if isinstance(value, collections.deque):
+        return collections.deque(_frozen(item) for item in value)
+    if isinstance(value, list):
+        return [_frozen(item) for item in value]
+    if isinstance(value, tuple):
+        return tuple(_frozen(item) for item in value)
+    return set(value) if isinstance(value, set) else value

@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from hra_fx.capture.admission import required_arguments
-from hra_fx.capture.facts import Fact, Watch, fact, watch
+from hra_fx.capture.facts import Fact, ModuleWatch, Watch, fact, watch
 from hra_fx.capture.trace import Traces
 from hra_fx.carrier.swap import original_class
+from hra_fx.errors import CaptureError
 
 
 class Region:
@@ -25,21 +27,26 @@ class Region:
     """
 
     def __init__(self, root: nn.Module, traces: Traces, sites: frozenset[str], reason: str) -> None:
-        """A region over `root` whose graphs are not rewritten yet."""
+        """A region over `root` whose graphs are not rewritten yet.
+
+        Raises:
+            CaptureError: the graphs rest on something that may change unseen.
+        """
         self.graphs: dict[bool, fx.Graph] = {True: traces.train, False: traces.eval}
         self.sites = sites
         self.reason = reason
         self._arguments = tuple(required_arguments(original_class(root).forward))
         self._by_mode = traces.train is not traces.eval
-        self._watched = tuple(
-            path for path, _ in root.named_modules() if not _is_below(path, traces.called - sites, sites)
-        )
-        self._facts: tuple[Fact, ...] = ()
+        called = traces.called - sites
+        paths = (path for path, _ in root.named_modules() if not _is_below(path, called, sites))
+        self._reads = {path: traces.reads.get(path, frozenset()) for path in paths}
+        self._facts: tuple[Fact, ...] = self._take_down(root)
         self._unbind()
 
     def _unbind(self) -> None:
         self._bound = False
-        self._watches: tuple[Watch, ...] | None = None
+        self._watches: tuple[Watch, ...] = ()
+        self._modules: tuple[ModuleWatch, ...] = ()
         self._programs: dict[bool, Callable[..., Any]] = {}
 
     def settle(self, root: nn.Module) -> None:
@@ -50,18 +57,21 @@ class Region:
     def program(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[..., Any] | None:
         """The compiled graph for a call, or `None` where the Python forward has to run.
 
-        That is so while torch.compile, torch.export or another fx tracer reads the model, where an optional argument is
-        given, and where a fact no longer holds.
+        That is so while torch.compile, torch.export or another fx tracer reads the model; where an argument is optional,
+        is no tensor, or is given twice (a forward may ask `is None`, or `x is y`); under global hooks; and where a fact
+        no longer holds.
         """
-        if kwargs or len(args) != len(self._arguments) or torch.compiler.is_compiling():
+        if kwargs or len(args) != len(self._arguments) or torch.compiler.is_compiling() or _has_any_global_hook():  # type: ignore[no-untyped-call]
             return None
-        if any(isinstance(value, fx.Proxy) for value in args):
+        if not all(isinstance(value, Tensor) for value in args) or len({id(value) for value in args}) < len(args):
             return None
         if not self._bound:
             self._bind(root)
         training = root.training
         mode = training if self._by_mode else None
-        if self._watches is None or not all(item.holds(mode) for item in self._watches):
+        if not self._modules or not all(item.holds(mode) for item in self._modules):
+            return None
+        if not all(item.holds() for item in self._watches):
             return None
         if training not in self._programs:
             self._programs[training] = type(self.graph_module(root, training)).forward
@@ -75,23 +85,30 @@ class Region:
 
     def _bind(self, root: nn.Module) -> None:
         self._bound = True
+        try:
+            facts = self._take_down(root)
+        except CaptureError:
+            return
         # A copy or an unpickled model may have been edited before its first call.
-        if self._take_down(root) == self._facts:
-            self._watches = tuple(
-                watch(part, opaque=path in self.sites, dissolved=bool(path) and path not in self.sites)
-                for path, part in self._parts(root)
-            )
+        if facts != self._facts:
+            return
+        bound = [watch(part, self._reads[path], self._role(path)) for path, part in self._parts(root)]
+        self._modules = tuple(module for module, _ in bound)
+        self._watches = tuple(item for _, items in bound for item in items)
+
+    def _role(self, path: str) -> str:
+        return "site" if path in self.sites else "dissolved" if path else "root"
 
     def _take_down(self, root: nn.Module) -> tuple[Fact, ...]:
-        return tuple(fact(path, part, opaque=path in self.sites) for path, part in self._parts(root))
+        return tuple(fact(path, part, self._reads[path]) for path, part in self._parts(root))
 
     def _parts(self, root: nn.Module) -> list[tuple[str, nn.Module]]:
-        return [(path, part) for path, part in root.named_modules() if path in self._watched]
+        return [(path, part) for path, part in root.named_modules() if path in self._reads]
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what is bound to the live modules."""
         state = dict(vars(self))
-        del state["_bound"], state["_watches"], state["_programs"]
+        del state["_bound"], state["_watches"], state["_modules"], state["_programs"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -72,7 +72,7 @@ def _refuse_or_capture(
         return "it holds one site, for which a region gains nothing"
     if reason := why_not_root(module, is_model=not path):
         return reason
-    traces = trace(module, set(below.values()), recorded)
+    traces = trace(module, below, recorded)
     for graph in (traces.train, traces.eval):
         for site, reader in functional_reads(graph, below).items():
             raise UnsupportedLayerError(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import fx, nn
 
-from hra_fx.capture.snapshot import Snapshot
+from hra_fx.capture.reading import ReadingLog
+from hra_fx.capture.sandbox import differences, sandbox
+from hra_fx.capture.surroundings import unchanged_surroundings
 from hra_fx.capture.tracer import RegionTracer
 from hra_fx.capture.watch import watching
+from hra_fx.carrier.swap import below
 from hra_fx.errors import CaptureError
 
 
@@ -22,71 +24,76 @@ class Traces:
         train: the graph of the forward in train mode.
         eval: the graph of the forward in eval mode.
         called: paths of the modules that are called in either.
+        reads: path of a module that is dissolved in the graphs -> names of the attributes that were read of it.
     """
 
     train: fx.Graph
     eval: fx.Graph
     called: frozenset[str]
+    reads: dict[str, frozenset[str]]
 
 
-def trace(module: nn.Module, sites: set[nn.Module], recorded: tuple[type, ...]) -> Traces:
-    """Trace a module in both modes.
+def trace(module: nn.Module, sites: Collection[str], recorded: tuple[type, ...]) -> Traces:
+    """Trace copies of a module in both modes; the module itself is not run.
+
+    Args:
+        module: the root of the region to be.
+        sites: paths, below the root, of layers that must stay calls.
+        recorded: classes whose outputs transformers collects by hooks.
 
     Raises:
-        CaptureError: fx cannot trace it, or the graph would not say all that the forward does. The module is as it was.
+        CaptureError: fx cannot trace it, or the graph would not say all that the forward does.
     """
-    train, evaluation = (_trace_once(module, mode, sites, recorded) for mode in (True, False))
-    if _code(train) == _code(evaluation):
-        train = evaluation
+    runs = {mode: _trace_once(module, mode, sites, recorded) for mode in (True, False)}
+    graphs = {mode: graph for mode, (graph, _) in runs.items()}
+    if _code(graphs[True]) == _code(graphs[False]):
+        graphs[True] = graphs[False]
     else:
-        for graph, mode in ((train, True), (evaluation, False)):
-            if _code(_trace_once(module, mode, sites, recorded)) != _code(graph):
+        for mode in (False, True):
+            if _code(_trace_once(module, mode, sites, recorded)[0]) != _code(graphs[mode]):
                 raise CaptureError("two traces of it differ: its forward depends on something that changes")
-    nodes = [*train.nodes, *evaluation.nodes]
+    nodes = [*graphs[True].nodes, *graphs[False].nodes]
     called = frozenset(str(node.target) for node in nodes if node.op == "call_module")
     read = frozenset(str(node.target) for node in nodes if node.op == "get_attr")
     if unused := _unused_state(module, called, read):
         raise CaptureError(f"{unused} has parameters or buffers, and is not used by the traced forward")
-    return Traces(train, evaluation, called)
+    logs = [log for _, log in runs.values()]
+    reads = {path: logs[0].get(path, frozenset()) | logs[1].get(path, frozenset()) for path in logs[0].keys() | logs[1]}
+    return Traces(graphs[True], graphs[False], called, reads)
 
 
-def _trace_once(module: nn.Module, training: bool, sites: set[nn.Module], recorded: tuple[type, ...]) -> fx.Graph:
-    with _mode(module, training):
-        before = Snapshot(module)
+def _trace_once(
+    module: nn.Module, training: bool, sites: Collection[str], recorded: tuple[type, ...]
+) -> tuple[fx.Graph, dict[str, frozenset[str]]]:
+    twin = sandbox(module, training)
+    log = ReadingLog()
+    with unchanged_surroundings(twin), watching() as refused:
+        tracer = RegionTracer({twin.get_submodule(path) for path in sites}, recorded, refused)
+        dissolved = {
+            path: part for path, part in twin.named_modules() if not path or not tracer.is_leaf_module(part, path)
+        }
+        for part in dissolved.values():
+            log.put_on(part)
         try:
-            with watching() as refused:
-                tracer = RegionTracer(sites, recorded, refused)
-                graph = tracer.trace(module)
+            graph = _plain(tracer.trace(twin))
         except CaptureError:
             raise
         except Exception as error:  # whatever the model's own code makes of a proxy
             line = str(error).strip().split("\n")[0]
             raise CaptureError(f"fx cannot trace it ({type(error).__name__}: {line[:160]})") from error
-        finally:
-            changes = before.changes()
-            before.restore()
-        if changes:
-            raise CaptureError(f"its forward changes or makes {', '.join(changes[:3])} outside of the graph")
-    return _plain(graph)
-
-
-@contextlib.contextmanager
-def _mode(module: nn.Module, training: bool) -> Iterator[None]:
-    # Set directly: a train() of the model's own may keep parts in eval mode, which the region checks at each call.
-    before = [(part, part.training) for part in module.modules()]
-    try:
-        for part, _ in before:
-            part.training = training
-        yield
-    finally:
-        for part, mode in before:
-            part.training = mode
+    if changes := differences(module, twin, training):
+        raise CaptureError(f"its forward changes or makes {', '.join(changes[:3])} outside of the graph")
+    return graph, {path: log.reads(part) for path, part in dissolved.items()}
 
 
 def _plain(graph: fx.Graph) -> fx.Graph:
     """The graph without its tie to our tracer, which GraphModule would use again to unpickle it."""
     copy = fx.Graph()
     copy.output(copy.graph_copy(graph, val_map={}))
+    for node in copy.nodes:
+        if stack := node.meta.get("nn_module_stack"):
+            # The classes of the copy that was traced log reads; the graph is of the classes below them.
+            node.meta["nn_module_stack"] = {key: (path, below(kind)) for key, (path, kind) in stack.items()}
     return copy
 
 

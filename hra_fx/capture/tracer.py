@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
@@ -26,29 +26,34 @@ class RegionProxy(fx.Proxy):
         """The type, for torch alone."""
         # isinstance() asks for this after looking at the type itself; torch asks it of everything that it handles.
         if not _asked_by_torch():
-            _refuse(self, "it asks for the type of a value (isinstance), and a traced value has none")
+            _tracer(self).refuse("it asks for the type of a value (isinstance), and a traced value has none")
         return type(self)
 
     def __getattr__(self, name: str) -> Attribute:
         """An attribute that tensors have."""
         if not hasattr(torch.Tensor, name) and not _asked_by_torch():
-            _refuse(self, f"it reads {name!r} of a value, which a tensor does not have")
+            _tracer(self).refuse(f"it reads {name!r} of a value, which a tensor does not have")
         return RegionAttribute(self, name)
+
+    def _as_number(self) -> NoReturn:
+        _tracer(self).refuse("it takes a value for a Python number, or asks for its length")
+
+    __len__ = __int__ = __float__ = __complex__ = __index__ = _as_number
 
 
 class RegionAttribute(RegionProxy, Attribute):
     """An attribute of a traced value, as guarded as the value itself."""
 
 
-def _refuse(proxy: RegionProxy, reason: str) -> None:
+def _tracer(proxy: RegionProxy) -> RegionTracer:
     tracer: RegionTracer = object.__getattribute__(proxy, "tracer")
-    tracer.refused.append(reason)
-    raise CaptureError(reason)
+    return tracer
 
 
 def _asked_by_torch() -> bool:
+    # Only fx and the dispatch of operators: torch.is_tensor asks on behalf of the model.
     caller = sys._getframe(2).f_globals.get("__name__", "")
-    return bool(caller == "torch" or caller.startswith("torch."))
+    return bool(caller.startswith(("torch.fx", "torch.overrides", "torch.nn", "torch._jit_internal")))
 
 
 class RegionTracer(fx.Tracer):
@@ -73,6 +78,23 @@ class RegionTracer(fx.Tracer):
         self._recorded = recorded
         self.refused = refused
 
+    def refuse(self, reason: str) -> NoReturn:
+        """Give up, even if the forward catches the error."""
+        self.refused.append(reason)
+        raise CaptureError(reason)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """A branch on a value."""
+        self.refuse("it branches on a value (if, while, and, or, not, assert)")
+
+    def iter(self, obj: fx.Proxy) -> NoReturn:
+        """A loop over a value."""
+        self.refuse("it loops over a value, or unpacks one in a way that does not tell how many there are")
+
+    def keys(self, obj: fx.Proxy) -> NoReturn:
+        """A value given as keyword arguments."""
+        self.refuse("it unpacks a value as keyword arguments")
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Sites, other Linear and Conv2d, and what fx itself takes for leaves."""
         return (
@@ -87,7 +109,7 @@ class RegionTracer(fx.Tracer):
         """Call or inline a child; raises `CaptureError` for one that a graph cannot stand for."""
         path = self.path_of_module(m)
         if not self.is_leaf_module(m, path) and (reason := why_not_inlined(m, self._recorded)):
-            raise CaptureError(f"{path}: {reason}")
+            self.refuse(f"{path}: {reason}")
         return super().call_module(m, forward, args, kwargs)
 
     def create_args_for_root(

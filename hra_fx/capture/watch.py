@@ -16,22 +16,34 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.autograd.function
 import torch.utils.checkpoint
 
 from hra_fx.errors import CaptureError
+
+_SEEDS = "it sets the state of a random generator, which a graph does not"
 
 _FORBIDDEN: tuple[tuple[Any, str, str], ...] = (
     (torch.autocast, "__enter__", "it runs under its own autocast, which a graph drops"),
     (torch.no_grad, "__enter__", "it runs under no_grad, which a graph drops"),
     (torch.enable_grad, "__enter__", "it runs under enable_grad, which a graph drops"),
     (torch.set_grad_enabled, "__init__", "it sets grad mode, which a graph drops"),
+    (torch.set_grad_enabled, "__enter__", "it sets grad mode, which a graph drops"),
     (torch.inference_mode, "__enter__", "it runs under inference_mode, which a graph drops"),
-    (torch.autograd.Function, "apply", "it calls a custom autograd function, whose backward a graph drops"),
+    # Looked up by Function.apply, which may have been bound to a name long before.
+    (
+        torch.autograd.function,
+        "_is_setup_context_defined",
+        "it calls a custom autograd function, whose backward is lost",
+    ),
     (
         torch.utils.checkpoint,
         "_checkpoint_without_reentrant_generator",
         "it checkpoints activations, which a graph drops",
     ),
+    *((home, name, _SEEDS) for home in (torch, torch.random) for name in ("manual_seed", "seed", "set_rng_state")),
+    (torch.random, "fork_rng", _SEEDS),
+    (random, "seed", _SEEDS),
     (torch, "is_grad_enabled", "it asks whether grad is enabled, which may change between calls"),
     (torch, "is_inference_mode_enabled", "it asks whether inference mode is on, which may change between calls"),
     (torch, "is_autocast_enabled", "it asks whether autocast is on, which may change between calls"),
@@ -39,7 +51,7 @@ _FORBIDDEN: tuple[tuple[Any, str, str], ...] = (
 
 
 #: Parts of torch that act for the model's code that called or decorated with them; the rest of torch is excused.
-_ON_BEHALF = ("torch.utils._contextlib", "torch.amp.autocast_mode", "torch.utils.checkpoint")
+_ON_BEHALF = ("torch.utils._contextlib", "torch.amp.autocast_mode", "torch.utils.checkpoint", "torch.autograd.function")
 
 
 @contextlib.contextmanager
@@ -68,19 +80,17 @@ def watching() -> Iterator[list[str]]:
 
 def _refusing(original: Any, reason: str, refused: list[str]) -> Any:
     thread = threading.get_ident()
-    bound = isinstance(original, classmethod)
-    call = original.__func__ if bound else original
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         caller = sys._getframe(1).f_globals.get("__name__", "")
         # torch asks and sets these for itself all the time; only the model's own code counts.
         excused = caller.split(".")[0] == "torch" and caller not in _ON_BEHALF
         if threading.get_ident() != thread or excused:
-            return call(*args, **kwargs)
+            return original(*args, **kwargs)
         refused.append(reason)
         raise CaptureError(reason)
 
-    return classmethod(refuse) if bound else refuse
+    return refuse
 
 
 def _random_states() -> list[tuple[Any, Callable[[], Any], Callable[[Any], Any]]]:

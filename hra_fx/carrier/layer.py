@@ -29,8 +29,7 @@ class LinearCarrier(Carrier):
 
         @functools.wraps(base.forward)
         def forward(self: LinearCarrier, input: Tensor, reflected: Tensor | None = None) -> Any:
-            # A pre-hook may have changed the input after a region's graph reflected it.
-            if reflected is None or self._forward_pre_hooks:
+            if reflected is None:
                 reflected = self.hra_u(input)
             return base.forward(self, reflected)
 
@@ -49,7 +48,7 @@ class Conv2dCarrier(Carrier):
 
         @functools.wraps(base.forward)
         def forward(self: Conv2dCarrier, input: Tensor, read: tuple[Tensor, Tensor] | None = None) -> Any:
-            if read is None or self._forward_pre_hooks:
+            if read is None:
                 read = self.hra_u(input)
             output = base.forward(self, input)
             return output if read is None else output - self.hra_u.project(read, self.weight)

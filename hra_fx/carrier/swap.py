@@ -73,7 +73,12 @@ def carrier_of(module: nn.Module) -> type[Carrier] | None:
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module without its carrier, nor what another tool (FSDP) put over it."""
-    base: type[nn.Module] = getattr(type(module), "_hra_carrier", (None, type(module)))[1]
+    return below(type(module))
+
+
+def below(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class under a swapped one; a class that is not swapped is given back."""
+    base: type[nn.Module] = getattr(kind, "_hra_carrier", (None, kind))[1]
     return base
 
 

@@ -15,7 +15,7 @@ NAME, DETAIL = 12.5, 11.0  # font sizes
 STRIP = 19.0  # height of the reflection on top of its layer
 HEADER = 27.0  # height of an open scope's title
 _PAD = 14.0
-_ROW = 960.0  # widest row of a scope without edges
+_ROW, _ROW_OVERVIEW = 1020.0, 240.0  # widest row of a scope without edges
 _LETTERS = 34
 
 Look: TypeAlias = Literal["port", "site", "plain", "eager", "closed", "captured", "python", "root"]
@@ -83,6 +83,8 @@ def _site(leaf: Leaf) -> Box:
     rotations = [mark.rotation for mark in leaf.marks if mark.rotation is not None]
     if rotations:
         strip += f" · |Q−I| {sum(rotations) / len(rotations):.2f}"
+    if leaf.op == "eager":
+        strip = f"r {leaf.rank} · d {leaf.width} · not called here"
     if not leaf.marks:
         strip = "same layer, called again"
     wide = max(
@@ -118,8 +120,16 @@ def _closed(scope: Scope, letter: str) -> Box:
 def _open(scope: Scope, blocks: tuple[Block, ...], *, root: bool) -> Box:
     parts = [place(block) for block in blocks]
     sizes = [part.size for part in parts]
-    inner = in_rows(sizes, _ROW) if scope.eager else layered(sizes, scope.edges, scope.inputs, scope.outputs)
-    name, detail, count = shorten(clean(span(scope)), _LETTERS), shorten(clean(scope.class_name), _LETTERS), _count(scope)
+    inner = (
+        in_rows(sizes, _ROW if scope.path else _ROW_OVERVIEW)
+        if scope.eager
+        else layered(sizes, scope.edges, scope.inputs, scope.outputs)
+    )
+    name, detail, count = (
+        shorten(clean(span(scope)), _LETTERS),
+        shorten(clean(scope.class_name), _LETTERS),
+        _count(scope),
+    )
     title = width(name, NAME, bold=True) + 8 + width(detail, DETAIL) + _count_width(count) + 2 * _PAD
     if root:
         left, top, wide, high = 0.0, 0.0, inner.width, inner.height

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import TypeAlias
 
 import networkx as nx
@@ -40,9 +41,7 @@ class _Line:
     shift: float
 
 
-def columns(
-    rows: Sequence[Sequence[Node]], graph: nx.DiGraph[Node], size: Callable[[Node], Size]
-) -> dict[Node, float]:
+def columns(rows: Sequence[Sequence[Node]], graph: nx.DiGraph[Node], size: Callable[[Node], Size]) -> dict[Node, float]:
     """x of the middle of every node.
 
     Args:
@@ -64,28 +63,31 @@ def columns(
         for number in sorted(x, reverse=sweep % 2 == 1):
             if pulls[number]:
                 wanted = sum(x[other] + bend for other, bend in pulls[number]) / len(pulls[number])
-                low = max((x[left] + apart[left][number]["gap"] for left in apart.pred[number]), default=wanted)
-                high = min((x[right] - apart[number][right]["gap"] for right in apart.succ[number]), default=wanted)
+                low = max((x[left] + apart[left][number]["gap"] for left in apart.pred[number]), default=-inf)
+                high = min((x[right] - apart[number][right]["gap"] for right in apart.succ[number]), default=inf)
                 x[number] = max(low, min(wanted, high))
     return {node: x[line.number] + line.shift for node, line in lines.items()}
 
 
-def _lines(
-    rows: Sequence[Sequence[Node]], graph: nx.DiGraph[Node], size: Callable[[Node], Size]
-) -> dict[Node, _Line]:
-    """Align every node with at most one above it: lanes with lanes, boxes with boxes, the longest way down first."""
+def _lines(rows: Sequence[Sequence[Node]], graph: nx.DiGraph[Node], size: Callable[[Node], Size]) -> dict[Node, _Line]:
+    """Align every node with at most one above it: boxes with boxes first, then lanes with lanes, the
+    longest paths first."""
+    above: dict[Node, int] = {}
     below: dict[Node, int] = {}
+    for row in rows:
+        above.update((node, max((above[source] + 1 for source in graph.pred[node]), default=0)) for node in row)
     for row in reversed(rows):
         below.update((node, max((below[reader] + 1 for reader in graph.succ[node]), default=0)) for node in row)
+    length = {(upper, node): above[upper] + below[node] for upper, node in graph.edges}
     lines: dict[Node, _Line] = {}
     count = 0
     for upper_row, row in zip([[], *rows[:-1]], rows, strict=True):
-        partner = _partners(upper_row, row, graph, below)
+        partner = _partners(upper_row, row, graph, length)
         for node in row:
             if node in partner:
-                above = lines[partner[node]]
-                shift = above.shift + size(partner[node]).leave - size(node).enter
-                lines[node] = _Line(above.number, shift)
+                over = lines[partner[node]]
+                shift = over.shift + size(partner[node]).leave - size(node).enter
+                lines[node] = _Line(over.number, shift)
             else:
                 lines[node] = _Line(count, 0.0)
                 count += 1
@@ -93,13 +95,13 @@ def _lines(
 
 
 def _partners(
-    upper_row: Sequence[Node], row: Sequence[Node], graph: nx.DiGraph[Node], below: dict[Node, int]
+    upper_row: Sequence[Node], row: Sequence[Node], graph: nx.DiGraph[Node], length: dict[tuple[Node, Node], int]
 ) -> dict[Node, Node]:
     """For the nodes of a layer the one above to align with; no two of the edges chosen cross or meet."""
     upper_place = {node: index for index, node in enumerate(upper_row)}
     place = {node: index for index, node in enumerate(row)}
     edges = [(upper, node) for node in row for upper in graph.pred[node]]
-    edges.sort(key=lambda edge: (_kind(*edge), -below[edge[1]], place[edge[1]], upper_place[edge[0]]))
+    edges.sort(key=lambda edge: (_kind(*edge), -length[edge], place[edge[1]], upper_place[edge[0]]))
     chosen: list[tuple[int, int]] = []
     partner: dict[Node, Node] = {}
     for upper, node in edges:

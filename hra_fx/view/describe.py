@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hra_fx import householder
-from hra_fx.reflection import reflection_of
+from hra_fx.reflection import Reflection
 from hra_fx.site import describe
 from hra_fx.view.tree import Mark
 
@@ -36,15 +36,8 @@ def describe_module(module: nn.Module) -> str:
     return text
 
 
-def reflecting(path: str, layer: nn.Module) -> tuple[Mark, int, int]:
-    """A site's mark, the length `d` of its reflection vectors and how many are in use.
-
-    Raises:
-        ValueError: the layer carries no reflections.
-    """
-    reflection = reflection_of(layer)
-    if reflection is None:
-        raise ValueError(f"{path}: not adapted")
+def reflecting(path: str, reflection: Reflection) -> tuple[Mark, int, int]:
+    """A site's mark, the length `d` of its reflection vectors and how many are in use."""
     rank = sum(int(reflection[name].shape[1]) for name in reflection.active)
     with torch.no_grad():
         chain = reflection.active_chain()

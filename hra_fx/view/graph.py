@@ -16,7 +16,7 @@ import networkx as nx
 import torch
 from torch import fx, nn
 
-from hra_fx.reflection import reflection_of
+from hra_fx.adapted import sites_of
 from hra_fx.site import META, SiteNote
 from hra_fx.view.describe import describe_module, name_of, reflecting
 from hra_fx.view.tree import Leaf
@@ -33,11 +33,6 @@ class _Value:
     sources: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
     is_shape: bool = False
-
-
-def adapted_sites(model: nn.Module) -> dict[str, nn.Module]:
-    """Every adapted layer once, by the first of its names."""
-    return {name: module for name, module in model.named_modules() if reflection_of(module) is not None}
 
 
 def adapted_graph(model: nn.Module, graphs: Mapping[str, fx.GraphModule]) -> nx.DiGraph[str]:
@@ -90,7 +85,7 @@ class _Builder:
     drawn: dict[str, str] = field(default_factory=dict)  # site -> the leaf that has its mark
 
     def __post_init__(self) -> None:
-        self.sites = adapted_sites(self.model)
+        self.sites = sites_of(self.model)
         self.first_name = {id(module): name for name, module in self.sites.items()}
         self.visited: dict[int, str] = {}
         self.busy = {""} | {prefix for path in (*self.graphs, *self.sites) for prefix in _prefixes(path)}
@@ -132,9 +127,9 @@ class _Builder:
         self._add(f"module:{path}", Leaf(name_of(path), detail, "eager", "eager", path, place))
 
     def _site_leaf(self, path: str, op: str, place: tuple[str, ...]) -> Leaf:
-        layer = self.model.get_submodule(path)
-        path = self.first_name[id(layer)]
-        mark, width, rank = reflecting(path, layer)
+        path = self.first_name[id(self.model.get_submodule(path))]
+        layer = self.sites[path]
+        mark, width, rank = reflecting(path, layer.hra_u)
         marks = () if path in self.drawn else (mark,)
         name = name_of(path) or type(layer).__name__
         return Leaf(name, describe_module(layer), "site", op, path, place, marks, width, rank)

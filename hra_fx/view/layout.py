@@ -16,6 +16,7 @@ from hra_fx.view.columns import GAP_X, LANE, Node, Size, columns
 
 GAP_Y = 24.0
 _PER_LAYER = 5
+_UNEVEN = 3.5  # boxes whose heights differ more do not share a row
 _SWEEPS = 12
 
 _IN, _OUT = -1, -2  # the borders of the scope, as box numbers
@@ -66,11 +67,13 @@ def layered(
 
 
 def in_rows(sizes: Sequence[Size], limit: float) -> Arrangement:
-    """Place boxes from left to right in rows of at most `limit`, in their order and without edges."""
+    """Place boxes from left to right in rows of at most `limit`, in their order and without edges; a
+    very tall box does not share a row with a low one."""
     corners: list[tuple[float, float]] = []
     x = y = row = width = 0.0
     for size in sizes:
-        if x and x + size.width > limit:
+        uneven = max(size.height, row) > _UNEVEN * min(size.height, row)
+        if x and (x + size.width > limit or uneven):
             x, y, row = 0.0, y + row + GAP_X, 0.0
         corners.append((x, y))
         x += size.width + GAP_X
@@ -126,9 +129,7 @@ class _Layering:
         x = {node: value - left for node, value in x.items()}
         middle = [(top + bottom) / 2 for top, bottom in zip(tops, bottoms, strict=True)]
         top_of = {box: middle[level] - self.sizes[box].height / 2 for box, level in self.level.items()}
-        corners = tuple(
-            (x[box, -1] - self.sizes[box].width / 2, top_of[box]) for box in sorted(self.level) if box >= 0
-        )
+        corners = tuple((x[box, -1] - self.sizes[box].width / 2, top_of[box]) for box in sorted(self.level) if box >= 0)
         ends = self.ends(x)
         routes = tuple(self.route(link, x, ends, top_of, tops, bottoms) for link in self.links)
         width = right - left
@@ -202,6 +203,7 @@ class _Layering:
             ends = [place[below] for node in row for below in sorted(self.graph.succ[node], key=place.__getitem__)]
             total += sum(upper > lower for i, upper in enumerate(ends) for lower in ends[i + 1 :])
         return total
+
 
 def _levels(
     count: int, edges: Sequence[tuple[int, int]], inputs: Sequence[int], outputs: Sequence[int]

@@ -27,10 +27,10 @@ from hra_fx.view.svg import (
 )
 from hra_fx.view.text import clean, shorten, width
 
-_MARGIN, _GAP, _INSET, _CAPTION = 32.0, 20.0, 24.0, 56.0
+_MARGIN, _GAP, _INSET = 32.0, 20.0, 24.0
 _TOP = 146.0
-_WIDEST = 1560.0
-_NAMES = 3  # blocks named above a panel
+_NARROWEST, _WIDEST = 760.0, 1680.0
+_NAMES = 40  # letters for the names of blocks above a panel
 
 
 #: The looks that a legend explains: look, fill, border, dashes, words.
@@ -38,7 +38,7 @@ _LEGEND = (
     ("site", VIOLET_PALE, VIOLET_LINE, "", "reflection: r vectors of length d, and how far it turns"),
     ("site", *LOOKS["site"][:2], "", "the layer it feeds"),
     ("plain", *LOOKS["plain"][:2], "", "other operation"),
-    ("closed", *LOOKS["closed"][:2], "", "closed module; its letter is the panel that opens it"),
+    ("closed", *LOOKS["closed"][:2], "", "closed module; the panel of its letter opens it"),
     ("captured", *FRAMES["captured"], "module inside a captured graph"),
     ("python", *FRAMES["python"], "module that runs as Python: order of definition, no edges"),
     ("eager", *LOOKS["eager"][:2], "4 3", "Python module without adapters"),
@@ -58,23 +58,27 @@ class _Sheet:
     panel: Panel
     box: Box
     title: str
-    note: str
+    notes: tuple[str, ...]
 
     @property
     def width(self) -> float:
-        words = max(width(self.title, 14, bold=True) + 30, width(self.note, 11))
+        words = max(width(self.title, 14, bold=True) + 30, *(width(note, 11) for note in self.notes))
         return max(self.box.size.width, words) + 2 * _INSET
 
     @property
     def height(self) -> float:
-        return self.box.size.height + _CAPTION + _INSET
+        return self.box.size.height + self.caption + _INSET
+
+    @property
+    def caption(self) -> float:
+        return 44 + 15.0 * len(self.notes)
 
 
 def page(panels: Sequence[Panel], heading: Heading) -> str:
     """The text of an SVG file; the same bytes for the same panels."""
     sheets = [_sheet(panel) for panel in panels]
     places, wide, high = _packed(sheets)
-    wide = max(wide, 1000.0)
+    wide = max(wide, _NARROWEST, width(heading.facts, 13) + 2 * _MARGIN)
     root = Element(
         "svg",
         {
@@ -99,28 +103,27 @@ def page(panels: Sequence[Panel], heading: Heading) -> str:
 def _sheet(panel: Panel) -> _Sheet:
     box = place(panel.block, root=True)
     if not panel.letter:
-        return _Sheet(panel, box, "Overview", "every adapted layer is in one of these boxes")
+        return _Sheet(panel, box, "Overview", (f"{box.sites} sites (adapted layers) in these boxes",))
     return _Sheet(panel, box, box.detail, _used(panel.used))
 
 
-def _used(names: Sequence[str]) -> str:
-    """Which blocks a panel stands for: as many names as fit, and whose sizes are shown."""
-    shown = [shorten(clean(name), 40) for name in names[:_NAMES]]
-    rest = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
-    sizes = f"; sizes of {shown[0]}" if len(names) > 1 else ""
-    return ", ".join(shown) + rest + sizes
+def _used(names: Sequence[str]) -> tuple[str, ...]:
+    """Which blocks a panel stands for, as many names as fit, and whose sizes are shown."""
+    shown = [shorten(clean(name), 40) for name in names]
+    fit = 1
+    while fit < len(shown) and len(", ".join(shown[: fit + 1])) <= _NAMES:
+        fit += 1
+    rest = f" and {len(names) - fit} more" if len(names) > fit else ""
+    sizes = (f"sizes of {shown[0].partition(' × ')[0]}",) if len(names) > 1 else ()
+    return (", ".join(shown[:fit]) + rest, *sizes)
 
 
 def _packed(sheets: Sequence[_Sheet]) -> tuple[list[tuple[float, float]], float, float]:
-    """Columns from left to right, filled from above; as low as the widest page allows."""
+    """Columns from left to right, filled from above, on the smallest page that is not too wide."""
     tallest = max(sheet.height for sheet in sheets)
     total = sum(sheet.height + _GAP for sheet in sheets)
-    for step in range(21):
-        limit = tallest + (total - tallest) * step / 20
-        places, wide, high = _columns(sheets, limit)
-        if wide <= _WIDEST:
-            break
-    return places, wide, high
+    tried = [_columns(sheets, tallest + (total - tallest) * step / 20) for step in range(21)]
+    return min(tried, key=lambda columns: (max(columns[1], _WIDEST), columns[1] * columns[2]))
 
 
 def _columns(sheets: Sequence[_Sheet], limit: float) -> tuple[list[tuple[float, float]], float, float]:
@@ -144,9 +147,10 @@ def _draw_sheet(root: Element, sheet: _Sheet, x: float, y: float) -> None:
         write(group, left + 11, y + 27.5, sheet.panel.letter, 12.5, "#ffffff", bold=True, anchor="middle")
         left += 30
     write(group, left, y + 28, sheet.title, 14, INK, bold=True)
-    write(group, x + _INSET, y + 46, sheet.note, 11, FAINT)
+    for line, note in enumerate(sheet.notes):
+        write(group, x + _INSET, y + 48 + 15 * line, note, 11, FAINT)
     middle = x + (sheet.width - sheet.box.size.width) / 2
-    draw(group, sheet.box, middle, y + _CAPTION + 4, counted=not sheet.panel.letter)
+    draw(group, sheet.box, middle, y + sheet.caption, counted=not sheet.panel.letter)
 
 
 def _head(root: Element, heading: Heading, looks: set[str], wide: float) -> None:

@@ -19,7 +19,7 @@ _OVERVIEW = 24
 _PANEL = 20
 #: A scope with more items than this shows neighbours that differ in size only as one.
 _ROOMY = 8
-#: A block that is used in several places stays closed unless it is as small as this.
+#: A block that is used several times stays closed in the overview unless it is as small as this.
 _SMALL = 3
 
 
@@ -85,9 +85,10 @@ class _Planner:
                     self.letters[looks] = ascii_uppercase[len(drawn) - 1]
                     left -= self._open(closed, min(left, _PANEL))
                     drawn.append((self.letters[looks], closed))
-                self.used.setdefault(self.letters[looks], []).append(span(closed))
+                self.used.setdefault(self.letters[looks], []).append(_full_name(closed))
         return [
-            Panel(letter, self._block(scope), tuple(dict.fromkeys(self.used.get(letter, ())))) for letter, scope in drawn
+            Panel(letter, self._block(scope), tuple(dict.fromkeys(self.used.get(letter, ()))))
+            for letter, scope in drawn
         ]
 
     def _open(self, root: Scope, limit: int) -> int:
@@ -100,7 +101,8 @@ class _Planner:
                 groups.setdefault(_looks(scope), []).append(scope)
             for group in groups.values():
                 more = sum(len(scope.items) - 1 for scope in group)
-                if boxes + more <= limit and (len(group) == 1 or len(group[0].items) <= _SMALL):
+                once = len(group) == 1 and (group[0].count == 1 or root.path)
+                if boxes + more <= limit and (once or len(group[0].items) <= _SMALL):
                     self.opened.update((id(scope), scope) for scope in group)
                     boxes += more
                     break
@@ -121,6 +123,11 @@ class _Planner:
         if id(item) in self.opened and (root or _looks(item) not in self.letters):
             return Block(item, tuple(self._block(part, root=False) for part in item.items))
         return Block(item, letter=self.letters.get(_looks(item), "") if item.marks else "")
+
+
+def _full_name(scope: Scope) -> str:
+    name = scope.path if scope.path.endswith(scope.name) else span(scope)
+    return f"{name} × {scope.count}" if scope.count > 1 else name
 
 
 def _looks(scope: Scope) -> Hashable:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch import fx, nn
 
+from hra_fx.adapted import sites_of
 from hra_fx.errors import VisualizeError
-from hra_fx.reflection import reflection_of
-from hra_fx.view.graph import adapted_graph, adapted_sites
+from hra_fx.view.graph import adapted_graph
 from hra_fx.view.page import Heading, page
 from hra_fx.view.panels import plan
 from hra_fx.view.scopes import scope_tree
@@ -76,7 +76,7 @@ def draw(model: nn.Module, graphs: Mapping[str, fx.GraphModule]) -> str:
 
 def facts(model: nn.Module, graphs: Mapping[str, fx.GraphModule]) -> str:
     """One line: how many sites, their ranks and parameters, how the model was captured."""
-    boxes = [box for box in map(reflection_of, adapted_sites(model).values()) if box is not None]
+    boxes = [layer.hra_u for layer in sites_of(model).values()]
     ranks = sorted({sum(box[name].shape[1] for name in box.active) for box in boxes})
     adapter = sum(parameter.numel() for box in boxes for parameter in box.parameters())
     base = sum(parameter.numel() for parameter in model.parameters()) - adapter
@@ -91,7 +91,7 @@ def _number(count: int, noun: str) -> str:
 
 
 def _require_adapters(model: nn.Module) -> None:
-    if not adapted_sites(model):
+    if not sites_of(model):
         raise VisualizeError(
             f"model: {type(model).__name__} has no adapted layer, so there is nothing to draw. "
             "Call hra_fx.transform(model, config) first."

@@ -1,6 +1,6 @@
 """Neighbours that look alike are drawn once: `encoder.layer.0 … encoder.layer.5` as one block with "× 6".
 
-Two items look alike when their signatures are equal: the same classes, names (less a trailing number), operations and
+Two items look alike when their signatures are equal: the same classes, names (less their numbers), operations and
 edges all the way down, and, unless asked otherwise, the same shapes and ranks.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from hra_fx.view.tree import Item, Leaf, Scope, contract
 
-_NUMBER = re.compile(r"(?:@?\d+)+$")
+_NUMBER = re.compile(r"@?\d+")
 
 
 def signature(item: Item, *, sizes: bool) -> Hashable:
@@ -31,10 +31,10 @@ def signature(item: Item, *, sizes: bool) -> Hashable:
 
 
 def stem(name: str) -> str:
-    """A name without the number at its end.
+    """A name without its numbers.
 
-    >>> stem("layer.11"), stem("denselayer3"), stem("query")
-    ('layer.', 'denselayer', 'query')
+    >>> stem("layer.11"), stem("block.3.mlp"), stem("query")
+    ('layer.', 'block..mlp', 'query')
     """
     return _NUMBER.sub("", name)
 
@@ -72,7 +72,9 @@ def merge_repeats(scope: Scope, *, sizes: bool = True) -> Scope:
         linked = scope.eager or (index - 1, index) in edges
         return drawable and linked and item.count == 1 and looks[index - 1] == looks[index]
 
-    return contract(scope, runs_where(len(scope.items), follows), lambda whole, run: _once(whole, run, varied=not sizes))
+    return contract(
+        scope, runs_where(len(scope.items), follows), lambda whole, run: _once(whole, run, varied=not sizes)
+    )
 
 
 def _once(scope: Scope, run: range, *, varied: bool) -> Item:

@@ -15,6 +15,11 @@ from hra_fx.view.tree import Item, Leaf, Scope, contract, splice
 _LETTERS_SHOWN = 28
 #: A captured module with so many leaves at most is drawn without a frame.
 _SMALL = 3
+#: Operations that only move or rename numbers; neighbours of this sort share a box.
+_VIEWS = frozenset(
+    "chunk contiguous expand expand_as flatten getitem movedim mT narrow permute repeat reshape roll select split squeeze "
+    "swapaxes T to transpose type type_as unbind unflatten unsqueeze view view_as float".split()
+)
 _Group: TypeAlias = "str | tuple[str, int]"  # a leaf's key, or a call's name and its depth
 
 
@@ -132,13 +137,13 @@ def _topological(picture: nx.DiGraph[str], groups: dict[str, _Group], members: l
 
 
 def _join_operations(scope: Scope) -> Scope:
-    """Chains of plain operations, each read by the next one only, in one box."""
+    """Chains of operations that only move numbers, each read by the next one only, in one box."""
     readers = {index: [j for i, j in scope.edges if i == index] for index in range(len(scope.items))}
     sources = {index: [i for i, j in scope.edges if j == index] for index in range(len(scope.items))}
 
     def follows(index: int) -> bool:
         return (
-            all(isinstance(item, Leaf) and item.kind == "op" for item in scope.items[index - 1 : index + 1])
+            all(isinstance(item, Leaf) and item.name in _VIEWS for item in scope.items[index - 1 : index + 1])
             and readers[index - 1] == [index]
             and sources[index] == [index - 1]
             and index not in scope.inputs

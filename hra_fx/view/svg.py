@@ -124,7 +124,9 @@ def _draw_closed(group: Element, box: Box, x: float, y: float) -> None:
     """A closed module: a stack if it stands for several, with the letter of the panel that opens it."""
     fill, line, _ = LOOKS["closed"]
     if box.count:
-        shape(group, "rect", x=x + 4, y=y + 4, width=box.size.width, height=box.size.height, rx=6, fill=fill, stroke=line)
+        shape(
+            group, "rect", x=x + 4, y=y + 4, width=box.size.width, height=box.size.height, rx=6, fill=fill, stroke=line
+        )
     ink = _frame(group, box, x, y, 6)
     left = x + 13
     if box.letter:
@@ -151,7 +153,9 @@ def _badge(group: Element, box: Box, right: float, y: float, colour: str) -> Non
 def _draw_open(group: Element, box: Box, x: float, y: float, *, counted: bool) -> None:
     if box.look in FRAMES:
         fill, line, dashes = FRAMES[box.look]
-        frame = shape(group, "rect", x=x, y=y, width=box.size.width, height=box.size.height, rx=8.0, fill=fill, stroke=line)
+        frame = shape(
+            group, "rect", x=x, y=y, width=box.size.width, height=box.size.height, rx=8.0, fill=fill, stroke=line
+        )
         if dashes:
             frame.set("stroke-dasharray", dashes)
         title = write(group, x + 13, y + 18, box.name, NAME, INK, bold=True)
@@ -180,6 +184,8 @@ def path_of(route: Route, left: float, top: float) -> str:
             words.append(f"V{number(top + y1)}")
         else:
             bend = number(top + (y0 + y1) / 2)
-            words.append(f"C{number(left + x0)} {bend} {number(left + x1)} {bend} {number(left + x1)} {number(top + y1)}")
+            words.append(
+                f"C{number(left + x0)} {bend} {number(left + x1)} {bend} {number(left + x1)} {number(top + y1)}"
+            )
         words.append(f"V{number(top + y2)}")
     return "".join(words)

@@ -7,7 +7,7 @@ import re
 #: Widths in em, for the widest of the usual sans-serif fonts (DejaVu Sans), so that no text leaves its box.
 _WIDTHS = {
     **dict.fromkeys("ijl.,:;'|! I", 0.34),
-    **dict.fromkeys("frt()[]{}/-\"", 0.42),
+    **dict.fromkeys('frt()[]{}/-"', 0.42),
     **dict.fromkeys("mwMW@%…→", 0.97),
     **dict.fromkeys("ABCDEFGHKNOPQRSTUVXYZ&<>+=×", 0.74),
 }

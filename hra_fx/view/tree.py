@@ -178,5 +178,7 @@ def span(item: Item) -> str:
     """
     if not item.last or item.last == item.name:
         return item.name
-    same = len(commonprefix([item.name, item.last]).rstrip("0123456789"))
-    return f"{item.name} … {item.last[same:]}"
+    before = len(commonprefix([item.name, item.last]).rstrip("0123456789"))
+    first, last = item.name[before:], item.last[before:]
+    after = len(commonprefix([first[::-1], last[::-1]]).rstrip("0123456789"))
+    return f"{item.name[: len(item.name) - after]} … {last}"

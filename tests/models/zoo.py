@@ -245,7 +245,7 @@ EFFICIENTNET = Case(
     _image("x"),
     _image("x"),
     (32, 48),
-    {"": 50},
+    {"": 11},
 )
 BERT = Case(
     "bert", _bert, ["query", "key", "value", "dense", "classifier"], _text, _text_floats, (7, 11), {}, 14
