@@ -7,7 +7,7 @@ import io
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import onnxruntime
 import torch
@@ -19,6 +19,9 @@ from tqdm import tqdm
 
 import hra_fx
 
+Groups = Sequence[tuple[Iterable[nn.Parameter], float]]
+T = TypeVar("T")
+
 console = Console(highlight=False)
 
 
@@ -27,20 +30,24 @@ def trainable(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def shuffled(size: int, batch_size: int, generator: torch.Generator) -> list[list[int]]:
-    """The indices below `size` in a new order, in batches."""
-    order = torch.randperm(size, generator=generator).tolist()
-    return [order[start : start + batch_size] for start in range(0, size, batch_size)]
+def epochs_of(size: int, epochs: int, batch_size: int) -> list[list[int]]:
+    """Batches of the indices below `size`, in a new order each epoch."""
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(epochs):
+        order = torch.randperm(size, generator=generator).tolist()
+        batches += [order[start : start + batch_size] for start in range(0, size, batch_size)]
+    return batches
 
 
-def bar(batches: list[list[int]], label: str) -> tqdm[list[int]]:
+def bar(batches: Sequence[T], label: str) -> tqdm[T]:
     """A progress bar over batches."""
     return tqdm(batches, desc=f"{label:<20}", unit="batch", ncols=100, mininterval=0.5)
 
 
 def fit(
     loss_of: Callable[[list[int]], Tensor],
-    groups: Sequence[tuple[Iterable[nn.Parameter], float]],
+    groups: Groups,
     batches: list[list[int]],
     label: str,
 ) -> None:
@@ -48,7 +55,7 @@ def fit(
 
     Args:
         loss_of: the loss of a batch, given as indices.
-        groups: parameters, and the highest learning rate of each group.
+        groups: parameters, each with its highest learning rate.
         batches: what to train on, in this order.
         label: what the progress bar says.
     """

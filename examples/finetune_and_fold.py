@@ -27,17 +27,18 @@ from _shared import (
     bar,
     check_fold,
     console,
+    epochs_of,
     export_onnx,
     fit,
     onnx_difference,
     reflections,
     require,
     show,
-    shuffled,
     trainable,
     write_adapters,
 )
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 import hra_fx
 
@@ -112,8 +113,12 @@ def apply(function: Callable[..., Tensor], texts: Texts, label: str) -> Tensor:
 def train(model: Classifier, texts: Texts, batches: list[list[int]]) -> None:
     """Train what `transform` left trainable: reflections and head."""
     groups = [(reflections(model), LR_REFLECTIONS), (model.head.parameters(), LR_HEAD)]
-    cross_entropy = nn.functional.cross_entropy
-    fit(lambda batch: cross_entropy(model(**texts.batch(batch)), texts.labels[batch]), groups, batches, "train HRA and head")
+    fit(
+        lambda batch: cross_entropy(model(**texts.batch(batch)), texts.labels[batch]),
+        groups,
+        batches,
+        "train HRA and head",
+    )
 
 
 def run_baseline(model: Classifier, train_texts: Texts, test_texts: Texts, batches: list[list[int]]) -> Tensor:
@@ -123,7 +128,6 @@ def run_baseline(model: Classifier, train_texts: Texts, test_texts: Texts, batch
     """
     start = copy.deepcopy(model.head.state_dict())
     features, labels = apply(model.embed, train_texts, "embed training texts"), train_texts.labels
-    cross_entropy = nn.functional.cross_entropy
     groups = [(model.head.parameters(), LR_HEAD)]
     fit(lambda batch: cross_entropy(model.head(features[batch]), labels[batch]), groups, batches, "train head only")
     with torch.no_grad():
@@ -154,8 +158,7 @@ def main(train_size: int, test_size: int, epochs: int, output: Path) -> None:
     train_texts, test_texts, classes = load(train_size, test_size)
     model = Classifier(classes).eval()  # one short run: dropout stays off, in the baseline and with HRA
     keys = list(model.state_dict())
-    generator = torch.Generator().manual_seed(0)
-    batches = [batch for _ in range(epochs) for batch in shuffled(train_size, BATCH, generator)]
+    batches = epochs_of(train_size, epochs, BATCH)
 
     head_only = run_baseline(model, train_texts, test_texts, batches)
     model = hra_fx.transform(model, CONFIG)

@@ -15,37 +15,41 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torchvision
 from _data import mnist
 from _shared import (
+    Groups,
     accuracy,
     bar,
+    check_fold,
     console,
+    epochs_of,
     export_onnx,
+    fit,
     onnx_difference,
+    reflections,
     require,
     show,
-    shuffled,
-    train_head,
     trainable,
     write_adapters,
 )
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 import hra_fx
 
 BATCH = 32
 PRETRAIN_EPOCHS = 3
+LR_PRETRAIN = 2e-3
 ADAPT_IMAGES = 500
 ADAPT_EPOCHS = 8
 LR_HEAD = 3e-3
 LR_REFLECTIONS = 1e-2
-CONFIG = hra_fx.HRAConfig(
-    r=8, target_modules=["conv1", "conv2", "downsample.0", "fc.0"], modules_to_save=["fc.2"]
-)
+CONFIG = hra_fx.HRAConfig(r=8, target_modules=["conv1", "conv2", "downsample.0", "fc.0"], modules_to_save=["fc.2"])
 
 
 def resnet() -> torchvision.models.ResNet:
@@ -55,41 +59,58 @@ def resnet() -> torchvision.models.ResNet:
     return model
 
 
-def load(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images `(n, 3, 28, 28)` and classes 0..4 of the digits 0 to 4, then of 5 to 9, each shuffled."""
+@dataclass(frozen=True)
+class Digits:
+    """Images, float32 `(n, 3, 28, 28)`, and their classes 0..4, int64 `(n,)`."""
+
+    images: Tensor
+    labels: Tensor
+
+    def split(self, size: int) -> tuple[Digits, Digits]:
+        """The first `size`, and the rest."""
+        return Digits(self.images[:size], self.labels[:size]), Digits(self.images[size:], self.labels[size:])
+
+
+def load(seed: int = 0) -> tuple[Digits, Digits]:
+    """The 2500 digits 0 to 4 and the 2500 digits 5 to 9, each in random order."""
     images, labels = mnist()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    images, labels = (images[order].expand(-1, 3, -1, -1) - 0.1307) / 0.3081, labels[order]  # MNIST's mean and deviation
+    # less the mean of MNIST, in units of its deviation
+    images, labels = (images[order].expand(-1, 3, -1, -1) - 0.1307) / 0.3081, labels[order]
     low = labels < 5
-    return images[low], labels[low], images[~low], labels[~low] - 5
+    return Digits(images[low], labels[low]), Digits(images[~low], labels[~low] - 5)
 
 
 @torch.no_grad()
 def apply(model: nn.Module, images: Tensor, label: str) -> Tensor:
-    """The model's outputs for all images, in eval mode."""
-    return torch.cat([model(images[batch]) for batch in bar(list(torch.arange(len(images)).split(128)), label)])
+    """The model's outputs for all images."""
+    return torch.cat([model(part) for part in bar(images.split(128), label)])
 
 
-def pretrain(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+def pretrain(model: nn.Module, digits: Digits) -> None:
     """Train all of the model from random weights, batch normalisation included; leaves it in eval mode."""
-    generator = torch.Generator().manual_seed(0)
-    batches = [batch for _ in range(PRETRAIN_EPOCHS) for batch in shuffled(len(images), BATCH, generator)]
     model.train()
-    fit(lambda batch: cross_entropy(model(images[batch]), labels[batch]), [(model.parameters(), 2e-3)], batches, "pretrain 0-4")
+    batches = epochs_of(len(digits.labels), PRETRAIN_EPOCHS, BATCH)
+    train(model, digits, [(model.parameters(), LR_PRETRAIN)], batches, "pretrain on 0-4")
     model.eval()
 
 
-def run_baseline(model: nn.Module, images: Tensor, labels: Tensor, batches: list[list[int]], unseen: Tensor) -> Tensor:
+def train(model: nn.Module, digits: Digits, groups: Groups, batches: list[list[int]], label: str) -> None:
+    """Train the parameters in `groups` on some digits, in the mode that the model is in."""
+    fit(lambda batch: cross_entropy(model(digits.images[batch]), digits.labels[batch]), groups, batches, label)
+
+
+def run_baseline(model: nn.Module, digits: Digits, unseen: Tensor, batches: list[list[int]]) -> Tensor:
     """Train `fc.2` alone; gives its logits of `unseen`, and restores it.
 
     The frozen layers below give the same features each time: computed once, they make this head-only training.
     """
     head, model.fc[2] = model.fc[2], nn.Identity()
-    features, unseen_features = apply(model, images, "features"), apply(model, unseen, "features, held out")
+    features = Digits(apply(model, digits.images, "features"), digits.labels)
+    unseen_features = apply(model, unseen, "features, held out")
     model.fc[2] = head
     start = copy.deepcopy(head.state_dict())
-    groups = [(head.parameters(), LR_HEAD)]
-    fit(lambda batch: cross_entropy(head(features[batch]), labels[batch]), groups, batches, "train head only")
+    train(head, features, [(head.parameters(), LR_HEAD)], batches, "train head only")
     with torch.no_grad():
         logits: Tensor = head(unseen_features)
     head.load_state_dict(start)
@@ -108,20 +129,46 @@ def main(output: Path) -> None:
     """The whole run; what it wrote lies in `output`."""
     began = time.perf_counter()
     torch.manual_seed(0)
-    first, first_labels, images, labels = load()
+    first, second = load()
+    known, known_unseen = first.split(2000)
+    few, unseen = second.split(ADAPT_IMAGES)
     model = resnet()
-    pretrain(model, first[:2000], first_labels[:2000])
-    known = accuracy(apply(model, first[2000:], "evaluate 0-4"), first_labels[2000:])
+    pretrain(model, known)
+    before = accuracy(apply(model, known_unseen.images, "evaluate 0-4"), known_unseen.labels)
 
     model.fc[2] = nn.Linear(128, 5)  # a fresh classification layer for 5 to 9
     keys = list(model.state_dict())
-    images, unseen, labels, unseen_labels = *images.split([ADAPT_IMAGES, 2500 - ADAPT_IMAGES]), *labels.split([ADAPT_IMAGES, 2500 - ADAPT_IMAGES])
-    generator = torch.Generator().manual_seed(0)
-    batches = [batch for _ in range(ADAPT_EPOCHS) for batch in shuffled(ADAPT_IMAGES, BATCH, generator)]
-    head_only = run_baseline(model, images, labels, batches, unseen)
-
+    size = sum(parameter.numel() for parameter in model.parameters())
+    batches = epochs_of(ADAPT_IMAGES, ADAPT_EPOCHS, BATCH)
+    head_only = run_baseline(model, few, unseen.images, batches)
     model = hra_fx.transform(model, CONFIG)
+    trained = trainable(model)
     groups = [(reflections(model), LR_REFLECTIONS), (model.fc[2].parameters(), LR_HEAD)]
-    fit(lambda batch: cross_entropy(model(images[batch]), labels[batch]), groups, batches, "train HRA and head")
-    adapted = apply(model, unseen, "evaluate HRA")
+    train(model, few, groups, batches, "train HRA and head")
+    adapted = apply(model, unseen.images, "evaluate HRA")
     write_adapters(model, output)
+
+    model = hra_fx.fold(model)
+    checks = [
+        check_fold(apply(model, unseen.images, "evaluate folded"), adapted, model, keys),
+        export_and_check(model, unseen.images, output / "resnet.onnx"),
+    ]
+    in_head = sum(parameter.numel() for parameter in model.fc[2].parameters())
+    images = f"{ADAPT_IMAGES} images of 5 to 9, {len(unseen.labels)} held out"
+    show(
+        f"ResNet-18 ({size:,} parameters, {before:.1%} on 0 to 4): {images}",
+        ("trained", "accuracy", "below the head", "in the head"),
+        [
+            ("head only", f"{accuracy(head_only, unseen.labels):.1%}", "0", f"{in_head:,}"),
+            ("HRA, r = 8", f"{accuracy(adapted, unseen.labels):.1%}", f"{trained - in_head:,}", f"{in_head:,}"),
+        ],
+    )
+    show("The folded model: the base model's keys, the same predictions", ("check", "figure"), checks)
+    seconds = time.perf_counter() - began
+    console.print(f"Written to {output}/: report.txt, adapters.svg, resnet.onnx   ({seconds:.0f} s)")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("demo_output/vision"), help="folder to write to")
+    main(parser.parse_args().output)

@@ -34,6 +34,33 @@ def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[objec
     return contextlib.nullcontext()
 
 
+def normalize(chain: Tensor) -> Tensor:
+    """The same reflections by vectors of length one, since a reflection does not depend on the length.
+
+    It keeps narrow dtypes in range (`U` and `U T` have scales that are inverse to each other) and float32 from under-
+    and overflow in `|u|^2`. The lengths count as constants, which leaves the gradient as it is: `Q` does not change
+    along `u`.
+
+    Args:
+        chain: `U: (d, k)`; a zero column stays zero.
+
+    Returns:
+        `(d, k)`.
+
+    Example:
+        >>> normalize(torch.tensor([[3e-30, 0.0], [4e-30, 0.0]]))
+        tensor([[0.6000, 0.0000],
+                [0.8000, 0.0000]])
+    """
+    with torch.no_grad():
+        # In two steps, for the squares of a column may leave the range though its entries do not.
+        largest = chain.abs().amax(dim=0)
+        largest = torch.where(largest > 0, largest, 1.0)
+        lengths = torch.linalg.vector_norm(chain / largest, dim=0)
+        lengths = torch.where(lengths > 0, lengths, 1.0)
+    return chain / largest / lengths
+
+
 def compact_wy(chain: Tensor) -> Tensor:
     """The factor `T` of `Q = I - U T U^T`.
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import ast
 import functools
-import inspect
-import textwrap
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
 from hra_fx.carrier.swap import original_class
+from hra_fx.sources import names_below_self, reached_methods
 
 #: What may be asked of a weight without using it.
 _METADATA = frozenset(
@@ -53,33 +52,8 @@ def weight_readers(model: nn.Module, sites: Iterable[str]) -> dict[str, str]:
 @functools.cache
 def _reads(kind: Any) -> tuple[tuple[str, str], ...]:
     """Pairs of a path below `self` whose weight is used, and the method that does: forward and what it calls."""
-    methods = _methods(kind)
-    reached, pending = set[str](), ["forward"]
-    while pending:
-        name = pending.pop()
-        if name in methods and name not in reached:
-            reached.add(name)
-            chains = (_names_below_self(node) for node in ast.walk(methods[name]))
-            pending.extend(chain[0] for chain in chains if len(chain) == 1)
-    return tuple(
-        dict.fromkeys((child, name) for name in methods if name in reached for child in _used_weights(methods[name]))
-    )
-
-
-def _methods(kind: Any) -> dict[str, ast.FunctionDef]:
-    methods: dict[str, ast.FunctionDef] = {}
-    for base in reversed(kind.__mro__):
-        if issubclass(base, nn.Module) and base is not nn.Module:
-            methods |= {node.name: node for node in ast.walk(_source(base)) if isinstance(node, ast.FunctionDef)}
-    return methods
-
-
-@functools.cache
-def _source(kind: Any) -> ast.AST:
-    try:
-        return ast.parse(textwrap.dedent(inspect.getsource(kind)))
-    except (OSError, TypeError, SyntaxError):  # made in a console or by exec: there is nothing to read
-        return ast.Module(body=[], type_ignores=[])
+    methods = reached_methods(kind).items()
+    return tuple(dict.fromkeys((child, name) for name, method in methods for child in _used_weights(method)))
 
 
 def _used_weights(method: ast.FunctionDef) -> Iterator[str]:
@@ -91,17 +65,9 @@ def _used_weights(method: ast.FunctionDef) -> Iterator[str]:
             or not isinstance(node.ctx, ast.Load)
         ):
             continue
-        names = _names_below_self(node.value)
+        names = names_below_self(node.value)
         if names and not _is_question(node, parents[node]):
             yield ".".join(names)
-
-
-def _names_below_self(node: ast.AST) -> list[str]:
-    names: list[str] = []
-    while isinstance(node, ast.Attribute):
-        names.append(node.attr)
-        node = node.value
-    return names[::-1] if isinstance(node, ast.Name) and node.id == "self" else []
 
 
 def _is_question(node: ast.Attribute, parent: ast.AST) -> bool:

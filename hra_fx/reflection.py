@@ -97,11 +97,11 @@ class Reflection(nn.ParameterDict):
         return vectors if anchor is None else torch.cat([anchor.to(vectors.dtype), vectors], dim=1)
 
     def active_chain(self, dtype: torch.dtype | None = None) -> Tensor | None:
-        """All active adapters as one chain, `W Q_a Q_b` in their order; `None` where none is active."""
+        """All active adapters as one chain of unit vectors, `W Q_a Q_b` in their order; `None` where none is."""
         chains = [self.chain(name, dtype) for name in self.active]
         if not chains:
             return None
-        return chains[0] if len(chains) == 1 else torch.cat(chains, dim=1)
+        return householder.normalize(chains[0] if len(chains) == 1 else torch.cat(chains, dim=1))
 
     def extra_repr(self) -> str:
         """One line instead of one for each parameter."""

@@ -56,7 +56,7 @@ def dense_weight(weight: Tensor, q: Tensor) -> Tensor:
 
 
 def relative_error(actual: Tensor, wanted: Tensor, floor: float = 0.0) -> float:
-    """`|actual - wanted|_F / max(|wanted|_F, floor)` in float64, after a check that the shapes agree; 0 where both are 0.
+    """`|actual - wanted|_F / max(|wanted|_F, floor)` in float64, with equal shapes; 0 where both are 0.
 
     `floor` is for a quantity whose true value may vanish, such as the gradient of `U` where `Q = -I` for every `U`.
     """

@@ -105,7 +105,7 @@ def test_a_zero_column_is_the_identity_and_its_gradient_finite(position: int, dt
     chain.requires_grad_()
     q = explicit(chain)
     assert relative_error(q, dense_product(without)) < (1e-12 if dtype == torch.float64 else 1e-6)
-    (q * normal(8, 9, 9)).sum().backward()
+    (q * normal(8, 9, 9)).sum().backward()  # type: ignore[no-untyped-call]
     assert chain.grad is not None
     assert bool(torch.isfinite(chain.grad).all())
 
@@ -115,7 +115,7 @@ def test_all_columns_zero_is_the_identity() -> None:
     x = normal(9, 2, 4, dtype=torch.float32)
     y = reflect(x, chain, compact_wy(chain))
     assert torch.equal(y, x)
-    y.sum().backward()
+    y.sum().backward()  # type: ignore[no-untyped-call]
     assert chain.grad is not None
     assert bool(torch.isfinite(chain.grad).all())
 
@@ -128,7 +128,7 @@ def test_float32_columns_of_any_normal_size(scale: float) -> None:
     x = normal(11, 5, 32, dtype=torch.float32)
     y = reflect(x, chain, compact_wy(chain))
     assert relative_error(y, x.double() @ dense_product(chain).mT) < 1e-5
-    y.square().mean().backward()
+    y.square().mean().backward()  # type: ignore[no-untyped-call]
     assert chain.grad is not None
     assert bool(torch.isfinite(chain.grad).all())
 
@@ -140,7 +140,7 @@ def test_a_float32_column_whose_square_underflows_is_the_identity() -> None:
     chain.requires_grad_()
     q = explicit(chain)
     assert relative_error(q, dense_product(chain[:, ::2])) < 1e-6
-    q.sum().backward()
+    q.sum().backward()  # type: ignore[no-untyped-call]
     assert chain.grad is not None
     assert bool(torch.isfinite(chain.grad).all())
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import fx, nn
 
+from hra_fx.carrier.swap import original_class
 from hra_fx.errors import CaptureError
+from hra_fx.sources import reached_methods
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -47,6 +51,8 @@ def why_not_root(module: nn.Module, *, is_model: bool) -> str | None:
         return "its forward is set on the instance, and a class cannot override that"
     if isinstance(module, fx.GraphModule):
         return "it is a GraphModule, whose forward is its user's own graph"
+    if question := _unseen_question(_kind(module)):
+        return question
     if not is_model and (optional := optional_arguments(type(module).forward)):
         return f"forward has optional arguments ({', '.join(optional)}), and no call is known that fixes them"
     return None
@@ -58,6 +64,8 @@ def why_not_inlined(module: nn.Module, recorded: tuple[type, ...]) -> str | None
         return "it has hooks, which would not run"
     if "forward" in vars(module):
         return "its forward is set on the instance"
+    if question := _unseen_question(_kind(module)):
+        return question
     if hasattr(module, "gradient_checkpointing") and hasattr(module, "_gradient_checkpointing_func"):
         return "it may checkpoint its activations, which would not happen"
     if any(c.__name__ == "GradientCheckpointingLayer" for c in type(module).__mro__):
@@ -78,3 +86,25 @@ def recorded_classes(model: nn.Module) -> tuple[type, ...]:
                 if isinstance(target, type):
                     found.append(target)
     return tuple(dict.fromkeys(found))
+
+
+def _kind(module: nn.Module) -> Any:
+    return original_class(module)
+
+
+_QUESTIONS = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_tensor")
+
+
+@functools.cache
+def _unseen_question(kind: Any) -> str | None:
+    """A question in a forward that its trace would not notice: `type(value)`, or one of torch under its bare name."""
+    for method in reached_methods(kind).values():
+        for node in ast.walk(method):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+                continue
+            of_self = bool(node.args) and isinstance(node.args[0], ast.Name) and node.args[0].id == "self"
+            if node.func.id == "type" and not of_self:
+                return "it asks for the type of a value (type), and a traced value has none"
+            if node.func.id in _QUESTIONS:
+                return f"it asks {node.func.id}(), whose answer may change between calls"
+    return None

@@ -65,20 +65,19 @@ class ModuleWatch(NamedTuple):
     of_class: Callable[[type], Any]
     class_values: Any
     children: tuple[nn.Module | None, ...]
-    absent: frozenset[str]
-    names: frozenset[str]
+    registered: tuple[tuple[dict[str, Any], str, bool], ...]
     role: str
 
     def holds(self, training: bool | None) -> bool:
         """Whether class, children and presence of tensors are what they were.
 
-        Below the root also: no hooks and no forward of its own; and for a dissolved one the mode `training`, unless that
-        is `None`.
+        Below the root also: no hooks and no forward of its own; and for a dissolved one the mode `training`, unless
+        that is `None`.
         """
         namespace = vars(self.module)
         return (
             tuple(namespace["_modules"].values()) == self.children
-            and _absent(self.module, self.names) == self.absent
+            and all((space.get(name) is None) is absent for space, name, absent in self.registered)
             and self.of_class(self.kind) == self.class_values
             and (self.role == "root" or _is_bare(namespace))
             and (self.role != "dissolved" or training is None or namespace["training"] is training)
@@ -120,8 +119,11 @@ def watch(module: nn.Module, names: frozenset[str], role: str) -> tuple[ModuleWa
     of_class = sorted(name for name in names if name not in held and hasattr(kind, name))
     ask: Callable[[type], Any] = operator.attrgetter(*of_class) if of_class else _nothing
     children = tuple(module._modules.values())
-    absent = _absent(module, names)
-    whole = ModuleWatch(module, kind, ask, ask(kind), children, absent, names, role)
+    spaces = (module._parameters, module._buffers)
+    registered = tuple(
+        (space, name, value is None) for space in spaces for name, value in space.items() if name in names
+    )
+    whole = ModuleWatch(module, kind, ask, ask(kind), children, registered, role)
     shadows = names - set(own) - {"forward"}
     attributes = {name: value for name, value in own.items() if not isinstance(value, Tensor)}
     objects = (vars(value) for value in attributes.values() if _is_object(value))

@@ -57,9 +57,9 @@ class Region:
     def program(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[..., Any] | None:
         """The compiled graph for a call, or `None` where the Python forward has to run.
 
-        That is so while torch.compile, torch.export or another fx tracer reads the model; where an argument is optional,
-        is no tensor, or is given twice (a forward may ask `is None`, or `x is y`); under global hooks; and where a fact
-        no longer holds.
+        That is so while torch.compile, torch.export or another fx tracer reads the model; where an argument is
+        optional, is no tensor, or is given twice (a forward may ask `is None`, or `x is y`); under global hooks; and
+        where a fact no longer holds.
         """
         if kwargs or len(args) != len(self._arguments) or torch.compiler.is_compiling() or _has_any_global_hook():  # type: ignore[no-untyped-call]
             return None

@@ -53,6 +53,8 @@ def differences(module: nn.Module, twin: nn.Module, training: bool) -> list[str]
     found: list[str] = []
     while pairs:
         name, before, after = pairs.popleft()
+        if name.endswith(".training") and isinstance(after, bool):
+            before = training
         if before is after or id(after) in seen:
             continue
         seen.add(id(after))
@@ -61,10 +63,9 @@ def differences(module: nn.Module, twin: nn.Module, training: bool) -> list[str]
             same = _same_value(before, after)
         else:
             same = original_class(before) is original_class(after) and parts[0].keys() == parts[1].keys()
+            same = same and (not _has_hidden_state(before) or _same_value(before, after))
             if same:
                 pairs.extend((f"{name}.{key}", parts[0][key], parts[1][key]) for key in parts[0])
-        if name.endswith(".training") and isinstance(after, bool):
-            same = after is training
         if not same:
             found.append(name.strip("."))
     return found
@@ -84,6 +85,14 @@ def _parts(value: Any) -> dict[Any, Any] | None:
     parts |= {f"{key}": item for key, item in _attributes(value)}
     known = isinstance(value, (dict, list, tuple, set, frozenset, collections.deque)) or hasattr(value, "__dict__")
     return parts if parts or known else None
+
+
+def _has_hidden_state(value: Any) -> bool:
+    """Whether a value pickles in a way of its own, so that its attributes need not be all of it (random.Random)."""
+    if isinstance(value, (nn.Module, dict, list, tuple, set, frozenset, collections.deque)):
+        return False
+    kind: Any = type(value)
+    return kind.__reduce__ is not object.__reduce__ or kind.__reduce_ex__ is not object.__reduce_ex__
 
 
 def _attributes(value: Any) -> Iterator[tuple[str, Any]]:

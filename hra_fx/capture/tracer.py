@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -77,6 +78,7 @@ class RegionTracer(fx.Tracer):
         self._sites = sites
         self._recorded = recorded
         self.refused = refused
+        self._thread = threading.get_ident()
 
     def refuse(self, reason: str) -> NoReturn:
         """Give up, even if the forward catches the error."""
@@ -97,16 +99,21 @@ class RegionTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Sites, other Linear and Conv2d, and what fx itself takes for leaves."""
-        return (
-            m in self._sites
-            or isinstance(m, (nn.Linear, nn.Conv2d))
-            or super().is_leaf_module(m, module_qualified_name)
-        )
+        if m in self._sites:
+            return True
+        leaf = isinstance(m, (nn.Linear, nn.Conv2d)) or super().is_leaf_module(m, module_qualified_name)
+        if leaf and type(m).__call__ is not nn.Module.__call__:
+            # It would be traced along by that __call__, and run again by the node.
+            self.refuse(f"{module_qualified_name}: its class has a __call__ of its own")
+        return leaf
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Call or inline a child; raises `CaptureError` for one that a graph cannot stand for."""
+        if threading.get_ident() != self._thread:
+            # fx patches the call of modules for the whole process; another model may be running.
+            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if not self.is_leaf_module(m, path) and (reason := why_not_inlined(m, self._recorded)):
             self.refuse(f"{path}: {reason}")

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from hra_fx.view.layout import Arrangement, Route, Size, in_rows, layered
+from hra_fx.view.columns import Size
+from hra_fx.view.layout import Arrangement, Route, in_rows, layered
 from hra_fx.view.panels import Block
 from hra_fx.view.text import clean, shorten, width
 from hra_fx.view.tree import Leaf, Scope, span
@@ -82,9 +83,9 @@ def _site(leaf: Leaf) -> Box:
     strip = f"r {leaf.rank} · d {leaf.width}" if leaf.rank else "no adapter in use"
     rotations = [mark.rotation for mark in leaf.marks if mark.rotation is not None]
     if rotations:
-        strip += f" · |Q−I| {sum(rotations) / len(rotations):.2f}"
+        strip += f" · |Q-I| {sum(rotations) / len(rotations):.2f}"
     if leaf.op == "eager":
-        strip = f"r {leaf.rank} · d {leaf.width} · not called here"
+        strip = f"r {leaf.rank} · d {leaf.width} · not called"
     if not leaf.marks:
         strip = "same layer, called again"
     wide = max(
@@ -120,16 +121,12 @@ def _closed(scope: Scope, letter: str) -> Box:
 def _open(scope: Scope, blocks: tuple[Block, ...], *, root: bool) -> Box:
     parts = [place(block) for block in blocks]
     sizes = [part.size for part in parts]
-    inner = (
-        in_rows(sizes, _ROW if scope.path else _ROW_OVERVIEW)
-        if scope.eager
-        else layered(sizes, scope.edges, scope.inputs, scope.outputs)
-    )
-    name, detail, count = (
-        shorten(clean(span(scope)), _LETTERS),
-        shorten(clean(scope.class_name), _LETTERS),
-        _count(scope),
-    )
+    if scope.eager:
+        inner = in_rows(sizes, _ROW if scope.path else _ROW_OVERVIEW)
+    else:
+        inner = layered(sizes, scope.edges, scope.inputs, scope.outputs)
+    name, detail = shorten(clean(span(scope)), _LETTERS), shorten(clean(scope.class_name), _LETTERS)
+    count = _count(scope)
     title = width(name, NAME, bold=True) + 8 + width(detail, DETAIL) + _count_width(count) + 2 * _PAD
     if root:
         left, top, wide, high = 0.0, 0.0, inner.width, inner.height

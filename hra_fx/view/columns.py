@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import inf
 from typing import TypeAlias
 
@@ -125,7 +126,7 @@ def _distances(
     apart: nx.DiGraph[int] = nx.DiGraph()
     apart.add_nodes_from(range(len({line.number for line in lines.values()})))
     for row in rows:
-        for left, right in zip(row, row[1:], strict=False):
+        for left, right in pairwise(row):
             space = GAP_X if left[1] < 0 and right[1] < 0 else GAP_X / 2
             a, b = lines[left], lines[right]
             gap = (size(left).width + size(right).width) / 2 + space + a.shift - b.shift

@@ -1,8 +1,8 @@
 """Layered layout of one scope (after Sugiyama et al. 1981, https://doi.org/10.1109/TSMC.1981.4308636).
 
-Boxes are put in layers from top to bottom (topological generations, so many to a layer at most), an edge over several
-layers gets a place of its own in each layer between, so it never crosses a box; the order in a layer comes from sweeps of
-barycentres; x is `columns`'.
+Boxes are put in layers from top to bottom (topological generations, so many to a layer at most). An edge over several
+layers gets a place of its own, a lane, in each layer between, so it never crosses a box; edges of one source share
+lanes. The order in a layer comes from sweeps of barycentres, x from `columns`.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ class _Layering:
 def _levels(
     count: int, edges: Sequence[tuple[int, int]], inputs: Sequence[int], outputs: Sequence[int]
 ) -> dict[int, int]:
-    """A layer for every box: below all that it reads, and no layer too full; what reads nothing just above its reader."""
+    """A layer for every box: below all that it reads, no layer too full, what reads nothing just above its reader."""
     sources: dict[int, list[int]] = {box: [] for box in range(count)}
     readers: dict[int, list[int]] = {box: [] for box in range(count)}
     for source, target in edges:

@@ -29,13 +29,13 @@ from hra_fx.view.text import clean, shorten, width
 
 _MARGIN, _GAP, _INSET = 32.0, 20.0, 24.0
 _TOP = 146.0
-_NARROWEST, _WIDEST = 760.0, 1680.0
+_NARROWEST, _WIDEST, _ASPECT = 760.0, 1680.0, 1.4
 _NAMES = 40  # letters for the names of blocks above a panel
 
 
 #: The looks that a legend explains: look, fill, border, dashes, words.
 _LEGEND = (
-    ("site", VIOLET_PALE, VIOLET_LINE, "", "reflection: r vectors of length d, and how far it turns"),
+    ("site", VIOLET_PALE, VIOLET_LINE, "", "reflection: r vectors of length d; |Q-I| is how far they turn"),
     ("site", *LOOKS["site"][:2], "", "the layer it feeds"),
     ("plain", *LOOKS["plain"][:2], "", "other operation"),
     ("closed", *LOOKS["closed"][:2], "", "closed module; the panel of its letter opens it"),
@@ -119,11 +119,11 @@ def _used(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _packed(sheets: Sequence[_Sheet]) -> tuple[list[tuple[float, float]], float, float]:
-    """Columns from left to right, filled from above, on the smallest page that is not too wide."""
+    """Columns from left to right, filled from above, on the page that is best to look at and not too wide."""
     tallest = max(sheet.height for sheet in sheets)
     total = sum(sheet.height + _GAP for sheet in sheets)
     tried = [_columns(sheets, tallest + (total - tallest) * step / 20) for step in range(21)]
-    return min(tried, key=lambda columns: (max(columns[1], _WIDEST), columns[1] * columns[2]))
+    return min(tried, key=lambda page: (max(page[1], _WIDEST), max(page[1] / _ASPECT, page[2]), page[1]))
 
 
 def _columns(sheets: Sequence[_Sheet], limit: float) -> tuple[list[tuple[float, float]], float, float]:

@@ -17,7 +17,7 @@ from hra_fx.view.tree import Item, Leaf, Scope, contract, cut, span
 BUDGET = 60
 _OVERVIEW = 24
 _PANEL = 20
-#: A scope with more items than this shows neighbours that differ in size only as one.
+#: Inside a model, a scope with more items than this shows neighbours that differ in size only as one.
 _ROOMY = 8
 #: A block that is used several times stays closed in the overview unless it is as small as this.
 _SMALL = 3
@@ -86,10 +86,8 @@ class _Planner:
                     left -= self._open(closed, min(left, _PANEL))
                     drawn.append((self.letters[looks], closed))
                 self.used.setdefault(self.letters[looks], []).append(_full_name(closed))
-        return [
-            Panel(letter, self._block(scope), tuple(dict.fromkeys(self.used.get(letter, ()))))
-            for letter, scope in drawn
-        ]
+        names = {letter: tuple(dict.fromkeys(used)) for letter, used in self.used.items()}
+        return [Panel(letter, self._block(scope), names.get(letter, ())) for letter, scope in drawn]
 
     def _open(self, root: Scope, limit: int) -> int:
         """Open what fits, outer scopes first; all blocks that look alike, or none. Returns the number of boxes."""
@@ -143,10 +141,10 @@ def _fitted(scope: Scope, limit: int) -> Scope:
     runs of operations in one box, then runs of everything."""
     items = tuple(_fitted(item, _PANEL) if isinstance(item, Scope) else item for item in scope.items)
     scope = replace(scope, items=items)
-    if len(scope.items) > _ROOMY:
+    if len(scope.items) > (_ROOMY if scope.path else limit):
         scope = merge_repeats(scope, sizes=False)
     if len(scope.items) > limit:
-        scope = contract(scope, runs_where(len(scope.items), lambda index: _plain(scope, index)), _gathered)
+        scope = contract(scope, runs_where(len(scope.items), lambda index: _plain(scope, index)), _operations)
     if len(scope.items) > limit:
         scope = contract(scope, _slices(scope, limit), _gathered)
     return scope
@@ -155,6 +153,21 @@ def _fitted(scope: Scope, limit: int) -> Scope:
 def _plain(scope: Scope, index: int) -> bool:
     pair = scope.items[index - 1 : index + 1]
     return all(isinstance(item, Leaf) and item.kind in ("op", "module", "eager") for item in pair)
+
+
+def _operations(scope: Scope, run: range) -> Item:
+    """A run of leaves without sites as one leaf."""
+    leaves = [item for item in scope.items[run[0] : run[-1] + 1] if isinstance(item, Leaf)]
+    kinds = dict.fromkeys(
+        leaf.detail.partition(" ")[0] if leaf.kind == "module" else _last(leaf.name) for leaf in leaves
+    )
+    name = span(replace(leaves[0], last=leaves[-1].last or leaves[-1].name))
+    targets = ", ".join(leaf.target for leaf in leaves)
+    return replace(leaves[0], name=name, detail=", ".join(kinds), target=targets, count=1, last="")
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _slices(scope: Scope, limit: int) -> list[range]:

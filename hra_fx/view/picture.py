@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from hra_fx.adapted import sites_of
 from hra_fx.errors import VisualizeError
+from hra_fx.graphing import graphs
 from hra_fx.view.graph import adapted_graph
 from hra_fx.view.page import Heading, page
 from hra_fx.view.panels import plan
@@ -43,8 +44,6 @@ def visualize(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         ...     hra_fx.visualize(model, folder + "/adapters.svg").read_text()[:38]
         '<?xml version="1.0" encoding="UTF-8"?>'
     """
-    from hra_fx import graphs
-
     file = Path(path)
     if file.suffix.lower() not in FORMATS:
         raise VisualizeError(
@@ -58,30 +57,30 @@ def visualize(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     return file
 
 
-def draw(model: nn.Module, graphs: Mapping[str, fx.GraphModule]) -> str:
+def draw(model: nn.Module, regions: Mapping[str, fx.GraphModule]) -> str:
     """The text of the SVG picture of a model and its captured graphs.
 
     Args:
         model: a model that went through `hra_fx.transform`.
-        graphs: its regions, module path -> graph.
+        regions: its captured graphs by module path.
 
     Raises:
         VisualizeError: a model without adapters.
     """
     _require_adapters(model)
     name = type(model).__name__
-    tree = scope_tree(adapted_graph(model, graphs), name)
-    return page(plan(tree), Heading(f"{name} with HRA", facts(model, graphs)))
+    tree = scope_tree(adapted_graph(model, regions), name)
+    return page(plan(tree), Heading(f"{name} with HRA", facts(model, regions)))
 
 
-def facts(model: nn.Module, graphs: Mapping[str, fx.GraphModule]) -> str:
+def facts(model: nn.Module, regions: Mapping[str, fx.GraphModule]) -> str:
     """One line: how many sites, their ranks and parameters, how the model was captured."""
     boxes = [layer.hra_u for layer in sites_of(model).values()]
     ranks = sorted({sum(box[name].shape[1] for name in box.active) for box in boxes})
     adapter = sum(parameter.numel() for box in boxes for parameter in box.parameters())
     base = sum(parameter.numel() for parameter in model.parameters()) - adapter
     span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    captured = "captured whole" if "" in graphs else f"{_number(len(graphs), 'captured region')}"
+    captured = "captured whole" if "" in regions else f"{_number(len(regions), 'captured region')}"
     words = f"{_number(len(boxes), 'adapted layer')} · r = {span} · {adapter:,} adapter parameters"
     return f"{words} ({adapter / max(base, 1):.2%} of {base:,}) · {captured}"
 

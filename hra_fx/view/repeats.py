@@ -72,9 +72,8 @@ def merge_repeats(scope: Scope, *, sizes: bool = True) -> Scope:
         linked = scope.eager or (index - 1, index) in edges
         return drawable and linked and item.count == 1 and looks[index - 1] == looks[index]
 
-    return contract(
-        scope, runs_where(len(scope.items), follows), lambda whole, run: _once(whole, run, varied=not sizes)
-    )
+    runs = runs_where(len(scope.items), follows)
+    return contract(scope, runs, lambda whole, run: _once(whole, run, varied=not sizes))
 
 
 def _once(scope: Scope, run: range, *, varied: bool) -> Item:

@@ -17,8 +17,9 @@ _LETTERS_SHOWN = 28
 _SMALL = 3
 #: Operations that only move or rename numbers; neighbours of this sort share a box.
 _VIEWS = frozenset(
-    "chunk contiguous expand expand_as flatten getitem movedim mT narrow permute repeat reshape roll select split squeeze "
-    "swapaxes T to transpose type type_as unbind unflatten unsqueeze view view_as float".split()
+    {"chunk", "contiguous", "expand", "expand_as", "flatten", "float", "getitem", "mT", "movedim", "narrow", "permute"}
+    | {"repeat", "reshape", "roll", "select", "split", "squeeze", "swapaxes", "T", "to", "transpose", "type"}
+    | {"type_as", "unbind", "unflatten", "unsqueeze", "view", "view_as"}
 )
 _Group: TypeAlias = "str | tuple[str, int]"  # a leaf's key, or a call's name and its depth
 
@@ -76,8 +77,8 @@ class _Nesting:
         return any(".".join(parts[:end]) in regions for end in range(len(parts) + 1))
 
     def _ports(self, path: str, keys: list[str]) -> tuple[set[str], set[str], list[str]]:
-        """Leaves that read from outside, leaves that are read outside, and the leaves without those that a border shows:
-        of a region inside a model the output, and the input where there is only one."""
+        """Leaves that read from outside, leaves that are read outside, and all leaves but those that a border
+        shows: the output of a region inside a model, and its input where there is only one."""
         inside = set(keys)
         entering = {key for key in keys if any(source not in inside for source in self.picture.pred[key])}
         leaving = {key for key in keys if any(reader not in inside for reader in self.picture.succ[key])}

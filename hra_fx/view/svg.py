@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from xml.etree.ElementTree import Element, SubElement
 
-from hra_fx.view.boxes import DETAIL, HEADER, NAME, STRIP, Box
+from hra_fx.view.boxes import DETAIL, NAME, STRIP, Box
 from hra_fx.view.layout import Route
 from hra_fx.view.text import width
 
@@ -86,13 +87,19 @@ def draw(parent: Element, box: Box, x: float, y: float, *, counted: bool) -> Non
 
 
 def _frame(group: Element, box: Box, x: float, y: float, radius: float) -> str:
+    """The outline of a single box; returns the colour of its text."""
     fill, line, ink = LOOKS[box.look]
-    frame = shape(
-        group, "rect", x=x, y=y, width=box.size.width, height=box.size.height, rx=radius, fill=fill, stroke=line
-    )
-    if box.look == "eager":
-        frame.set("stroke-dasharray", "4 3")
+    _outline(group, box, x, y, radius, fill, line, "4 3" if box.look == "eager" else "")
     return ink
+
+
+def _outline(
+    group: Element, box: Box, x: float, y: float, radius: float, fill: str, line: str, dashes: str = ""
+) -> None:
+    wide, high = box.size.width, box.size.height
+    frame = shape(group, "rect", x=x, y=y, width=wide, height=high, rx=radius, fill=fill, stroke=line)
+    if dashes:
+        frame.set("stroke-dasharray", dashes)
 
 
 def _draw_line(group: Element, box: Box, x: float, y: float) -> None:
@@ -111,7 +118,9 @@ def _draw_site(group: Element, box: Box, x: float, y: float) -> None:
     """The reflection as a strip on top of the layer that it feeds."""
     wide = box.size.width
     _frame(group, box, x, y, 6)
-    top = f"M{number(x)} {number(y + STRIP)}v{number(6 - STRIP)}a6 6 0 0 1 6 -6h{number(wide - 12)}a6 6 0 0 1 6 6v{number(STRIP - 6)}z"
+    corner = STRIP - 6
+    top = f"M{number(x)} {number(y + STRIP)}v{number(-corner)}a6 6 0 0 1 6 -6h{number(wide - 12)}"
+    top += f"a6 6 0 0 1 6 6v{number(corner)}z"
     shape(group, "path", d=top, fill=VIOLET_PALE, stroke=VIOLET_LINE)
     write(group, x + wide / 2, y + 13.5, box.strip, DETAIL, VIOLET, bold=True, anchor="middle")
     middle = x + (wide - (width(box.count, DETAIL, bold=True) + 22 if box.count else 0)) / 2
@@ -124,9 +133,7 @@ def _draw_closed(group: Element, box: Box, x: float, y: float) -> None:
     """A closed module: a stack if it stands for several, with the letter of the panel that opens it."""
     fill, line, _ = LOOKS["closed"]
     if box.count:
-        shape(
-            group, "rect", x=x + 4, y=y + 4, width=box.size.width, height=box.size.height, rx=6, fill=fill, stroke=line
-        )
+        _outline(group, box, x + 4, y + 4, 6, fill, line)
     ink = _frame(group, box, x, y, 6)
     left = x + 13
     if box.letter:
@@ -152,12 +159,7 @@ def _badge(group: Element, box: Box, right: float, y: float, colour: str) -> Non
 
 def _draw_open(group: Element, box: Box, x: float, y: float, *, counted: bool) -> None:
     if box.look in FRAMES:
-        fill, line, dashes = FRAMES[box.look]
-        frame = shape(
-            group, "rect", x=x, y=y, width=box.size.width, height=box.size.height, rx=8.0, fill=fill, stroke=line
-        )
-        if dashes:
-            frame.set("stroke-dasharray", dashes)
+        _outline(group, box, x, y, 8, *FRAMES[box.look])
         title = write(group, x + 13, y + 18, box.name, NAME, INK, bold=True)
         part = shape(title, "tspan", dx=8.0, font_size=DETAIL, fill=FAINT, font_weight="400")
         part.text = box.detail
@@ -179,13 +181,11 @@ def path_of(route: Route, left: float, top: float) -> str:
     """The path data of an edge: straight down beside boxes, curved in the gaps between layers."""
     x, begin, end = route.pieces[0]
     words = [f"M{number(left + x)} {number(top + begin)}", f"V{number(top + end)}"]
-    for (x0, _, y0), (x1, y1, y2) in zip(route.pieces, route.pieces[1:], strict=False):
+    for (x0, _, y0), (x1, y1, y2) in pairwise(route.pieces):
         if x0 == x1:
             words.append(f"V{number(top + y1)}")
         else:
-            bend = number(top + (y0 + y1) / 2)
-            words.append(
-                f"C{number(left + x0)} {bend} {number(left + x1)} {bend} {number(left + x1)} {number(top + y1)}"
-            )
+            bend, there = number(top + (y0 + y1) / 2), number(left + x1)
+            words.append(f"C{number(left + x0)} {bend} {there} {bend} {there} {number(top + y1)}")
         words.append(f"V{number(top + y2)}")
     return "".join(words)

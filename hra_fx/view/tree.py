@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from os.path import commonprefix
 from typing import Literal, TypeAlias
 
 LeafKind: TypeAlias = Literal["input", "output", "site", "module", "op", "eager"]
@@ -178,7 +177,15 @@ def span(item: Item) -> str:
     """
     if not item.last or item.last == item.name:
         return item.name
-    before = len(commonprefix([item.name, item.last]).rstrip("0123456789"))
+    before = len(_common_start(item.name, item.last))
     first, last = item.name[before:], item.last[before:]
-    after = len(commonprefix([first[::-1], last[::-1]]).rstrip("0123456789"))
+    after = len(_common_start(first[::-1], last[::-1]))
     return f"{item.name[: len(item.name) - after]} … {last}"
+
+
+def _common_start(first: str, last: str) -> str:
+    """What two names have in common at the start, up to the number in which they differ."""
+    length = 0
+    while length < min(len(first), len(last)) and first[length] == last[length]:
+        length += 1
+    return first[:length].rstrip("0123456789")

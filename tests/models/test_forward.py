@@ -69,6 +69,8 @@ def test_eval(case: Case, batch: int, size: int) -> None:
     args, kwargs = (tuple(inputs.values()), {}) if case in VISION else ((), inputs)
     with torch.no_grad(), graphs_in_use(model) as used:
         output = model(*args, **kwargs)
+    assert used == dict.fromkeys(case.regions, True)
+    with torch.no_grad():
         assert_same(output, run_oracle(base, model, inputs))
         assert_same(model(**inputs), output)
         moved = [a - b for a, b in zip(tensors(output), tensors(base(**inputs)), strict=True)]

@@ -12,7 +12,9 @@ every = pytest.mark.parametrize("case", EVERY, ids=lambda case: case.name)
 
 def loss_of(output: object) -> Tensor:
     """A number that depends on every value of an output."""
-    terms = [(tensor * torch.linspace(-1, 1, tensor.numel()).double().view_as(tensor)).sum() for tensor in tensors(output)]
+    terms = [
+        (tensor * torch.linspace(-1, 1, tensor.numel()).double().view_as(tensor)).sum() for tensor in tensors(output)
+    ]
     return torch.stack(terms).sum()
 
 
@@ -58,12 +60,14 @@ def test_gradient_checkpointing(case: Case, reentrant: bool) -> None:
     results, counts = [], []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            # The later name, where transformers has it: the earlier one warns there.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": reentrant})
         calls.clear()
         model.zero_grad()
         torch.manual_seed(5)
         loss = loss_of(model(**inputs))
-        grown = [parameter for parameter in vectors_of(model).values()]
+        grown = list(vectors_of(model).values())
         for value in inputs.values():
             value.grad = None
         loss.backward()
@@ -83,7 +87,8 @@ def test_a_few_steps_of_sgd(case: Case) -> None:
         base, model = adapted(case)
         base.train()
         model.train()
-        inputs = case.floats(2, case.sizes[0])
+        # Batch statistics of two values are signs, which rounding turns: more images, larger ones.
+        inputs = case.floats(4, case.sizes[1])
         optimizer = torch.optim.SGD(vectors_of(model).values(), lr=1e-3)
         for step in range(3):
             torch.manual_seed(step)

@@ -1,7 +1,8 @@
 """The models of these tests, tiny and with random weights, and the oracle that they are held against.
 
 The oracle knows nothing of the library but the names of its parameters: it is the base model, run by
-`torch.func.functional_call` with each adapted weight replaced by `W Q`, made of one reflection after the other in float64.
+`torch.func.functional_call` with each adapted weight replaced by `W Q`, made of one reflection after the
+other in float64.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ Inputs = dict[str, Tensor]
 class Case:
     """One model: how to build it, what to adapt, and what `transform` is expected to capture.
 
-    `inputs(batch, size)` gives keyword arguments; `floats(batch, size)` the same with floating-point values only, for the
-    gradient of the input. `regions` is region path -> number of sites, `alone` the number of sites in none.
+    `inputs(batch, size)` gives keyword arguments; `floats(batch, size)` the same with floating-point values only, for
+    the gradient of the input. `regions` is region path -> number of sites, `alone` the number of sites in none.
     """
 
     name: str
@@ -212,7 +213,9 @@ def _opt() -> nn.Module:
 
 
 def _t5() -> nn.Module:
-    config = transformers.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
+    config = transformers.T5Config(
+        vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
     return transformers.T5ForConditionalGeneration(config)
 
 
@@ -236,7 +239,13 @@ TIMM_VIT = Case(
     "timm_vit", _timm_vit, ["proj", "qkv", "fc1", "fc2", "head"], _image("x"), _image("x"), (32, 32), {"": 10}
 )
 CONVNEXT = Case(
-    "timm_convnext", _timm_convnext, r"stem\.0|.*(conv_dw|fc\d?|downsample\.1)", _image("x"), _image("x"), (64, 96), {"": 20}
+    "timm_convnext",
+    _timm_convnext,
+    r"stem\.0|.*(conv_dw|fc\d?|downsample\.1)",
+    _image("x"),
+    _image("x"),
+    (64, 96),
+    {"": 20},
 )
 EFFICIENTNET = Case(
     "timm_efficientnet",
@@ -247,12 +256,8 @@ EFFICIENTNET = Case(
     (32, 48),
     {"": 11},
 )
-BERT = Case(
-    "bert", _bert, ["query", "key", "value", "dense", "classifier"], _text, _text_floats, (7, 11), {}, 14
-)
-OPT = Case(
-    "opt", _opt, ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"], _text, _text_floats, (7, 11), {}, 12
-)
+BERT = Case("bert", _bert, ["query", "key", "value", "dense", "classifier"], _text, _text_floats, (7, 11), {}, 14)
+OPT = Case("opt", _opt, ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"], _text, _text_floats, (7, 11), {}, 12)
 T5 = Case("t5", _t5, ["q", "k", "v", "o", "wi", "wo"], _pair, _pair_floats, (7, 11), {}, 32)
 LLAMA = Case(
     "llama",

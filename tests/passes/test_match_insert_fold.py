@@ -29,6 +29,8 @@ class Net(nn.Module):
         self.conv = nn.Conv2d(2, 3, 3)
         self.body = nn.ModuleDict({"shared": nn.Linear(12, 12), "fc_1": nn.Linear(12, 12)})
         self.other = nn.Linear(12, 2)
+        for site in (self.conv, *self.body.values()):
+            site.add_module("hra_u", nn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.conv(x)).flatten(1)
@@ -181,10 +183,6 @@ def test_insert_refuses_a_call_without_a_traced_input() -> None:
         InsertPass()(graph)
 
 
-def base_graph() -> fx.Graph:
-    return traced().graph
-
-
 def test_fold_takes_back_what_insert_did() -> None:
     base, graph = traced(), inserted(traced())
     result = FoldPass()(graph)
@@ -216,11 +214,6 @@ def test_isomorphism_tells_a_graph_with_reflections_from_one_without() -> None:
     """The oracle of these tests can fail."""
     base, graph = traced(), inserted(traced())
     assert not nx.is_isomorphic(structure(base.graph), structure(graph.graph))
-    swapped = traced(nn.Sequential(nn.Linear(2, 2), nn.Tanh()))
-    other = traced(nn.Sequential(nn.Tanh(), nn.Linear(2, 2)))
-    assert nx.is_isomorphic(structure(swapped.graph), structure(other.graph))
-    with pytest.raises(AssertionError):
-        assert_isomorphic(swapped.graph, other.graph)
     minus, reverse = (fx.symbolic_trace(function) for function in (lambda a, b: a - b.relu(), lambda a, b: b.relu() - a))
     with pytest.raises(AssertionError):
         assert_isomorphic(minus.graph, reverse.graph)

@@ -40,6 +40,7 @@ def node_of(graph: fx.GraphModule, target: str) -> fx.Node:
 def drop_the_reflection(graph: fx.GraphModule) -> None:
     node = node_of(graph, "second")
     node.args = node.args[:1]
+    graph.graph.erase_node(node_of(graph, "second.hra_u"))
 
 
 def add_an_argument(graph: fx.GraphModule) -> None:
@@ -60,11 +61,13 @@ def read_the_reflection_of_another_layer(graph: fx.GraphModule) -> None:
 def read_a_value_for_a_reflection(graph: fx.GraphModule) -> None:
     node = node_of(graph, "second")
     node.args = (node.args[0], node.args[0])
+    graph.graph.erase_node(node_of(graph, "second.hra_u"))
 
 
 def read_a_number_for_a_reflection(graph: fx.GraphModule) -> None:
     node = node_of(graph, "second")
     node.args = (node.args[0], 3.0)
+    graph.graph.erase_node(node_of(graph, "second.hra_u"))
 
 
 def reflect_another_value(graph: fx.GraphModule) -> None:

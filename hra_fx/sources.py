@@ -1,0 +1,70 @@
+"""The source of module classes as syntax trees: what a forward says, whether or not it can be traced."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+from typing import Any
+
+from torch import nn
+
+
+def reached_methods(kind: Any) -> dict[str, ast.FunctionDef]:
+    """The methods of a module class that its forward reaches through `self`, itself included.
+
+    A class without source (made in a console or by exec) has none.
+
+    Example:
+        >>> list(reached_methods(nn.Bilinear))
+        ['forward']
+    """
+    methods: dict[str, ast.FunctionDef] = {}
+    for base in reversed(kind.__mro__):
+        if issubclass(base, nn.Module) and base is not nn.Module and (tree := _definition(base)):
+            methods |= {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    reached: dict[str, ast.FunctionDef] = {}
+    pending = ["forward"]
+    while pending:
+        name = pending.pop()
+        if name in methods and name not in reached:
+            reached[name] = methods[name]
+            chains = (names_below_self(node) for node in ast.walk(methods[name]))
+            pending.extend(chain[0] for chain in chains if len(chain) == 1)
+    return reached
+
+
+def names_below_self(node: ast.AST) -> list[str]:
+    """`["a", "b"]` for the expression `self.a.b`, else nothing."""
+    names: list[str] = []
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    return names[::-1] if isinstance(node, ast.Name) and node.id == "self" else []
+
+
+def _definition(kind: type) -> ast.ClassDef | None:
+    try:
+        path = inspect.getsourcefile(kind)
+        return _classes(path).get(kind.__qualname__) if path else None
+    except (OSError, TypeError, SyntaxError, UnicodeDecodeError):
+        return None
+
+
+@functools.cache
+def _classes(path: str) -> dict[str, ast.ClassDef]:
+    """Every class of a file by its qualified name. `inspect.getsource` would parse the file for each class anew."""
+    found: dict[str, ast.ClassDef] = {}
+    with open(path, encoding="utf-8") as file:
+        pending: list[tuple[str, ast.AST]] = [("", ast.parse(file.read()))]
+    while pending:
+        prefix, node = pending.pop()
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef):
+                found[f"{prefix}{child.name}"] = child
+                pending.append((f"{prefix}{child.name}.", child))
+            elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                pending.append((f"{prefix}{child.name}.<locals>.", child))
+            elif isinstance(child, ast.stmt):
+                pending.append((prefix, child))
+    return found

@@ -1,0 +1,178 @@
+"""Carriers: an adapted module goes by the names of its class, and gets that class back."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from capture.checks import adapt, assert_equals_oracle, fresh, inputs
+from capture.models import Convolutions, Host, Stack, Two
+from torch import nn
+
+import hra_fx
+from hra_fx.adapted import regions_of, sites_of
+from hra_fx.carrier.layer import Conv2dCarrier, LinearCarrier
+from hra_fx.carrier.region import RegionCarrier
+from hra_fx.carrier.swap import carrier_of, is_outermost, original_class, swap, swapped_class, unswap
+
+X = inputs(4, 6)
+
+
+class Special(nn.Linear):
+    """A subclass of a Linear that keeps its forward."""
+
+    class Nested(nn.Linear):
+        """With a qualified name."""
+
+
+class Specials(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Special(6, 8), Special.Nested(8, 5)
+
+
+@pytest.mark.parametrize("make", [Two, Stack, Host, Convolutions, Specials])
+def test_names_and_classes(make: type[nn.Module]) -> None:
+    adapted, base = adapt(make())
+    swapped = 0
+    for (name, before), part in zip(base.named_modules(), (adapted.get_submodule(n) for n, _ in base.named_modules()), strict=True):
+        old, new = type(before), type(part)
+        assert isinstance(part, old) and issubclass(new, old)
+        assert (new.__name__, new.__qualname__, new.__module__, new.__doc__) == (
+            old.__name__,
+            old.__qualname__,
+            old.__module__,
+            old.__doc__,
+        )
+        assert str(new) == str(old) and repr(new) == repr(old)
+        assert original_class(part) is old, name
+        assert part._get_name() == before._get_name()
+        swapped += new is not old
+    assert swapped == len(sites_of(adapted)) + len(regions_of(adapted))
+    assert adapted.extra_repr() == base.extra_repr()
+
+
+def test_one_class_for_each_pair() -> None:
+    first, _ = adapt(Two())
+    second, _ = adapt(Two())
+    assert type(first) is type(second) and type(first.first) is type(first.second) is type(second.first)
+    assert swapped_class(LinearCarrier, nn.Linear) is type(first.first)
+    assert swapped_class(Conv2dCarrier, nn.Conv2d) is not type(first.first)
+    assert carrier_of(first) is RegionCarrier and carrier_of(first.first) is LinearCarrier
+    assert carrier_of(nn.Linear(2, 2)) is None
+    assert is_outermost(first) and not is_outermost(nn.Linear(2, 2))
+
+
+def test_swap_and_back() -> None:
+    layer = nn.Linear(2, 2)
+    before = dict(vars(layer))
+    swap(layer, LinearCarrier)
+    assert type(layer) is not nn.Linear and vars(layer) == before
+    unswap(layer)
+    assert type(layer) is nn.Linear and vars(layer) == before
+    unswap(layer)
+    assert type(layer) is nn.Linear
+
+
+def test_signature_of_forward_stays() -> None:
+    import inspect
+
+    adapted, base = adapt(Stack())
+    assert inspect.signature(type(adapted).forward) == inspect.signature(type(base).forward)
+    assert type(adapted).forward.__doc__ == type(base).forward.__doc__
+    assert inspect.signature(adapted.stem.forward) == inspect.signature(base.stem.forward)
+
+
+@pytest.mark.parametrize("make", [Two, Stack, Host, Convolutions, Specials])
+def test_classes_and_attributes_after_fold_are_the_base_models(make: type[nn.Module]) -> None:
+    adapted, base = adapt(make())
+    hra_fx.fold(adapted)
+    assert [(name, type(part)) for name, part in adapted.named_modules()] == [
+        (name, type(part)) for name, part in base.named_modules()
+    ]
+    for part, before in zip(adapted.modules(), base.modules(), strict=True):
+        assert vars(part).keys() == vars(before).keys()
+    assert list(adapted.state_dict()) == list(base.state_dict())
+
+
+def test_another_tools_class_on_top_is_refused_by_fold() -> None:
+    """As FSDP's `fully_shard` does, which puts a class of its own over the module's."""
+    for path in ("", "first"):
+        adapted, base = adapt(Two())
+        part = adapted.get_submodule(path)
+        ours = type(part)
+        part.__class__ = type(f"FSDP{ours.__name__}", (Sharded, ours), {})
+        weights = {name: value.clone() for name, value in adapted.state_dict().items()}
+        assert original_class(part) is (Two if not path else nn.Linear)
+        assert not is_outermost(part)
+        assert_equals_oracle(adapted, base, X)
+        with pytest.raises(hra_fx.FoldError, match=f"{path or 'the model'}: another tool put a class of its own over it"):
+            hra_fx.fold(adapted)
+        assert all(torch.equal(value, weights[name]) for name, value in adapted.state_dict().items())
+        part.__class__ = ours
+        hra_fx.fold(adapted)
+        assert type(adapted) is Two
+
+
+class Sharded:
+    """What another tool mixes in."""
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_every_protocol_of_pickle(protocol: int) -> None:
+    adapted, base = adapt(Stack())
+    again = pickle.loads(pickle.dumps(adapted, protocol))
+    assert type(again) is type(adapted) and again is not adapted
+    assert_equals_oracle(again, base, X)
+
+
+def test_a_module_with_a_reduce_of_its_own() -> None:
+    model = Reduces()
+    adapted, base = adapt(model)
+    for again in (copy.deepcopy(adapted), pickle.loads(pickle.dumps(adapted))):
+        assert type(again) is type(adapted) and again.restored == 1
+        assert_equals_oracle(again, base, X)
+
+
+class Reduces(Two):
+    """Restores itself by way of `__setstate__`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.restored = 0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.restored += 1
+
+
+def test_a_part_that_is_saved_alone() -> None:
+    adapted, base = adapt(Stack())
+    for path in ("stem", "blocks.0", "blocks"):
+        file = io.BytesIO()
+        torch.save(adapted.get_submodule(path), file)
+        file.seek(0)
+        again = torch.load(file, weights_only=False)
+        part = adapted.get_submodule(path)
+        assert type(again) is type(part)
+        assert again.state_dict().keys() == part.state_dict().keys()
+        if path != "blocks":
+            x = inputs(3, 6 if path == "stem" else 8)
+            assert torch.equal(again.eval()(x), part.eval()(x))
+
+
+def test_a_carrier_alone_has_no_forward() -> None:
+    from hra_fx.carrier.swap import Carrier
+
+    with pytest.raises(NotImplementedError):
+        Carrier.wrap(nn.Linear)
+
+
+def test_fresh_model_is_not_touched_by_swaps_of_another() -> None:
+    adapt(Two())
+    plain = fresh(Two())
+    assert type(plain) is Two and "forward" in vars(Two) and not hasattr(plain.first, "hra_u")

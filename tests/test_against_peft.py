@@ -1,0 +1,210 @@
+"""Against PEFT itself, where it is right: the same vectors give the same outputs, gradients, weights and start."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any, TypeAlias
+
+import peft
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from oracles import relative_error
+from torch import Tensor, nn
+
+from hra_fx import HRAConfig, fold, transform
+
+Layer: TypeAlias = nn.Linear | nn.Conv2d
+F64 = torch.float64
+quick = settings(max_examples=25, deadline=None, derandomize=True)
+seeds = st.integers(0, 2**31 - 1)
+
+# Kernels, strides and paddings with which PEFT's unmerged convolution is right: square, zeros, no dilation, no groups.
+RIGHT_CONVOLUTIONS: list[dict[str, Any]] = [
+    {"kernel_size": 1},
+    {"kernel_size": 3},
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": 2, "stride": 2, "padding": 1, "bias": False},
+    {"kernel_size": 5, "stride": 3, "padding": 2},
+]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+def by_peft(model: nn.Module, **fields: Any) -> Any:
+    """A copy of `model` with PEFT's HRA injected into every direct child that has a weight."""
+    config = peft.HRAConfig(target_modules=targets(model), **fields)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The symmetric initialization")
+        return peft.inject_adapter_in_model(config, copy.deepcopy(model))
+
+
+def by_us(model: nn.Module, **fields: Any) -> Any:
+    return transform(copy.deepcopy(model), HRAConfig(target_modules=targets(model), **fields))
+
+
+def targets(model: nn.Module) -> list[str]:
+    return [name for name, child in model.named_children() if isinstance(child, (nn.Linear, nn.Conv2d))]
+
+
+def both(base: Layer, r: int, *, apply_GS: bool, seed: int = 0) -> tuple[Any, Any]:
+    """PEFT's model and ours over `base`, at the same random vectors in float64."""
+    model = nn.Sequential(base)
+    fields: dict[str, Any] = {"r": r, "apply_GS": apply_GS, "init_weights": False}
+    theirs, ours = by_peft(model, **fields).double(), by_us(model, **fields)
+    vectors = normal(seed, *ours[0].hra_u["default"].shape)
+    for adapted in (theirs, ours):
+        with torch.no_grad():
+            adapted[0].hra_u["default"].copy_(vectors)
+    for bias in (theirs[0].base_layer.bias, ours[0].bias):
+        if bias is not None:
+            bias.requires_grad_()
+    return theirs, ours
+
+
+def grads(model: Any, x: Tensor) -> list[Tensor]:
+    """Output, and the gradients of input, vectors and bias."""
+    x = x.clone().requires_grad_()
+    output = model(x)
+    leaves = [x, model[0].hra_u["default"]]
+    bias = getattr(model[0], "base_layer", model[0]).bias
+    if bias is not None:
+        leaves.append(bias)
+    return [output, *torch.autograd.grad(output, leaves, normal(99, *output.shape))]
+
+
+def agree(theirs: Any, ours: Any, x: Tensor, floor: float = 0.0) -> None:
+    for wanted, got in zip(grads(theirs, x), grads(ours, x), strict=True):
+        assert relative_error(got, wanted, floor=floor) < 1e-9
+
+
+@pytest.mark.parametrize("apply_GS", [False, True])
+@pytest.mark.parametrize("r", range(1, 34))
+def test_linear(r: int, apply_GS: bool) -> None:
+    agree(*both(nn.Linear(48, 20, dtype=F64), r, apply_GS=apply_GS), normal(1, 5, 48))
+
+
+@pytest.mark.parametrize("apply_GS", [False, True])
+@pytest.mark.parametrize("r", [*range(1, 9), 16, 17, 32, 33])
+def test_conv2d(r: int, apply_GS: bool) -> None:
+    base = nn.Conv2d(5, 4, 3, padding=1, dtype=F64)
+    agree(*both(base, r, apply_GS=apply_GS), normal(1, 2, 5, 6, 7))
+
+
+@pytest.mark.parametrize("apply_GS", [False, True])
+@pytest.mark.parametrize("kind", RIGHT_CONVOLUTIONS, ids=str)
+def test_conv2d_kinds(kind: dict[str, Any], apply_GS: bool) -> None:
+    base = nn.Conv2d(6, 4, **kind, dtype=F64)
+    agree(*both(base, 4, apply_GS=apply_GS), normal(1, 2, 6, 9, 8))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 3), (2, 3, 4)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_shapes(shape: tuple[int, ...], bias: bool) -> None:
+    agree(*both(nn.Linear(9, 14, bias=bias, dtype=F64), 3, apply_GS=False), normal(1, *shape, 9))
+
+
+def test_more_reflections_than_dimensions() -> None:
+    agree(*both(nn.Linear(4, 6, dtype=F64), 9, apply_GS=False), normal(1, 5, 4))
+
+
+@quick
+@given(st.integers(2, 20), st.integers(1, 20), st.integers(1, 33), st.booleans(), st.booleans(), seeds)
+def test_any_linear(d: int, out: int, r: int, apply_GS: bool, bias: bool, seed: int) -> None:
+    # PEFT's recurrence loses digits with the square of the condition number: keep it well below d vectors.
+    r = min(r, (d + 1) // 2) if apply_GS else r
+    theirs, ours = both(nn.Linear(d, out, bias=bias, dtype=F64), r, apply_GS=apply_GS, seed=seed)
+    agree(theirs, ours, normal(seed, 5, d), floor=1.0)
+
+
+@pytest.mark.parametrize("apply_GS", [False, True])
+@pytest.mark.parametrize("r", [1, 2, 3, 8])
+@pytest.mark.parametrize("base", [nn.Linear(20, 12, dtype=F64), nn.Conv2d(3, 4, 3, padding=1, dtype=F64)], ids=str)
+def test_fold_writes_the_weight_that_peft_merges(base: Layer, r: int, apply_GS: bool) -> None:
+    theirs, ours = both(base, r, apply_GS=apply_GS)
+    theirs[0].merge()
+    fold(ours)
+    assert relative_error(ours[0].weight, theirs[0].base_layer.weight) < 1e-12
+
+
+@pytest.mark.parametrize("apply_GS", [False, True])
+@pytest.mark.parametrize("r", [1, 2, 3, 8])
+@pytest.mark.parametrize("base", [nn.Linear(20, 12, dtype=F64), nn.Conv2d(3, 4, 3, padding=1, dtype=F64)], ids=str)
+def test_an_anchored_adapter_is_a_plain_chain_of_pefts(base: Layer, r: int, apply_GS: bool) -> None:
+    model = nn.Sequential(base)
+    ours = by_us(model, r=r, apply_GS=apply_GS)
+    reflection = ours[0].hra_u
+    prefix = reflection.anchor("default")
+    with torch.no_grad():
+        reflection["default"].add_(normal(3, *reflection["default"].shape))
+    chain = reflection.chain("default").detach()
+    assert chain.shape[1] == r + (0 if prefix is None else prefix.shape[1])
+    theirs = by_peft(model, r=chain.shape[1], apply_GS=False).double()
+    with torch.no_grad():
+        theirs[0].hra_u["default"].copy_(chain)
+    x = normal(1, *((5, 20) if isinstance(base, nn.Linear) else (2, 3, 6, 7)))
+    assert relative_error(ours(x), theirs(x)) < 1e-9
+    assert relative_error(ours(x), model(x)) > 1e-2
+    theirs[0].merge()
+    assert relative_error(fold(ours)[0].weight, theirs[0].base_layer.weight) < 1e-12
+
+
+def some_layers(dtype: torch.dtype) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, dtype=dtype),
+        nn.Flatten(),
+        nn.Linear(24, 10, dtype=dtype),
+        nn.ReLU(),
+        nn.Linear(10, 4, dtype=dtype),
+    )
+
+
+@pytest.mark.parametrize(
+    ("r", "apply_GS", "init_weights"),
+    [(2, False, True), (8, False, True), (1, False, False), (2, False, False), (3, True, False), (8, True, False)],
+)
+def test_the_same_seed_draws_pefts_vectors(r: int, apply_GS: bool, init_weights: bool) -> None:
+    """An even rank's identity start, and every random start; odd and Gram-Schmidt identity starts are ours alone."""
+    model = some_layers(torch.float32)
+    torch.manual_seed(7)
+    theirs = by_peft(model, r=r, apply_GS=apply_GS, init_weights=init_weights)
+    after_theirs = torch.rand(3)
+    torch.manual_seed(7)
+    ours = by_us(model, r=r, apply_GS=apply_GS, init_weights=init_weights)
+    after_ours = torch.rand(3)
+    for name in targets(model):
+        wanted = theirs.get_submodule(name).hra_u["default"]
+        got = ours.get_submodule(name).hra_u["default"]
+        assert got.dtype == wanted.dtype
+        assert torch.equal(got, wanted)
+        assert ours.get_submodule(name).hra_u.anchor("default") is None
+    assert torch.equal(after_ours, after_theirs)
+
+
+@pytest.mark.parametrize(("r", "apply_GS"), [(1, False), (4, False), (5, False), (4, True)])
+def test_the_parameters_are_pefts_by_name_and_count(r: int, apply_GS: bool) -> None:
+    model = some_layers(torch.float32)
+    # PEFT's names hold the wrapped layer's "base_layer", which ours have no need of; those of the vectors are equal.
+    wanted = {n: p.shape for n, p in by_peft(model, r=r, apply_GS=apply_GS).named_parameters() if p.requires_grad}
+    got = {n: p.shape for n, p in by_us(model, r=r, apply_GS=apply_GS).named_parameters() if p.requires_grad}
+    assert got == wanted
+
+
+def test_the_layers_where_peft_is_wrong_are_not_its() -> None:
+    """So that it shows if PEFT is put right: a dilated convolution, which its own merge contradicts."""
+    base = nn.Conv2d(3, 4, 3, dilation=2, dtype=F64)
+    theirs, ours = both(base, 2, apply_GS=False)
+    x = normal(1, 2, 3, 9, 9)
+    unmerged = theirs(x)
+    theirs[0].merge()
+    merged = theirs(x)
+    assert unmerged.shape != merged.shape
+    assert relative_error(ours(x), merged) < 1e-9

@@ -1,0 +1,431 @@
+"""What is refused, in what words, and that the model is as it was then; and what must not be refused."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+
+import accelerate
+import peft
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+import transformers
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import hra_fx
+from hra_fx.errors import ConfigError, HRAError, SelectionError, UnsupportedLayerError
+
+
+def config(*targets: str, **fields: object) -> hra_fx.HRAConfig:
+    return hra_fx.HRAConfig(**({"r": 3, "target_modules": list(targets)} | fields))
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def picture(model: nn.Module) -> list[object]:
+    """Classes, attributes, keys, flags and identities: all that `transform` could change."""
+    modules = [
+        (path, id(m), type(m), sorted(vars(m)), m.training, list(m._modules)) for path, m in model.named_modules()
+    ]
+    return [modules, [(name, id(p), p.requires_grad, p._version) for name, p in model.named_parameters()]]
+
+
+def refused(model: nn.Module, settings: hra_fx.HRAConfig, kind: type[HRAError] = UnsupportedLayerError) -> str:
+    """The message of the refusal, after a look that the model is as it was."""
+    before = picture(model)
+    with pytest.raises(kind) as caught:
+        hra_fx.transform(model, settings)
+    assert picture(model) == before
+    return str(caught.value)
+
+
+# ---- the layer itself ----
+
+
+class ScaledLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, 2 * self.weight, self.bias)
+
+
+class ScaledConv(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class NamedLinear(nn.Linear):
+    """A subclass without a forward of its own."""
+
+
+def with_layer(layer: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(plain=nn.Linear(6, 6), odd=layer))
+
+
+def with_instance_forward() -> nn.Module:
+    layer = nn.Linear(6, 6)
+    layer.forward = lambda x: x
+    return layer
+
+
+def with_attribute() -> nn.Module:
+    layer = nn.Linear(6, 6)
+    layer.hra_u = "mine"
+    return layer
+
+
+def with_old_weight_norm() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(nn.Linear(6, 6))
+
+
+def with_weight(weight: Tensor) -> nn.Module:
+    layer = nn.Linear(6, 6)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+class Marked(Tensor):
+    """A tensor subclass, such as a quantised or distributed one is."""
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    "meta": (lambda: nn.Linear(6, 6, device="meta"), "meta device, without data", "Load the weights first"),
+    "instance forward": (with_instance_forward, "forward is set on the instance", "Remove it"),
+    "own attribute": (with_attribute, "attribute 'hra_u' already", "Rename that"),
+    "own forward, Linear": (lambda: ScaledLinear(6, 6), "forward of its own", "exclude_modules"),
+    "own forward, Conv2d": (lambda: ScaledConv(6, 6, 3), "forward of its own", "exclude_modules"),
+    "LazyLinear": (
+        lambda: nn.LazyLinear(6),
+        "not initialised yet",
+        "Run the model once first",
+    ),
+    "LazyConv2d": (lambda: nn.LazyConv2d(6, 3), "not initialised yet", "Run the model once first"),
+    "weight_norm": (
+        lambda: parametrizations.weight_norm(nn.Linear(6, 6)),
+        "its weight is computed from other parameters",
+        "remove_parametrizations",
+    ),
+    "spectral_norm": (
+        lambda: parametrizations.spectral_norm(nn.Conv2d(6, 6, 3)),
+        "its weight is computed from other parameters",
+        "remove_parametrizations",
+    ),
+    "orthogonal": (
+        lambda: parametrizations.orthogonal(nn.Linear(6, 6)),
+        "its weight is computed from other parameters",
+        "remove_parametrizations",
+    ),
+    "old weight_norm": (with_old_weight_norm, "its weight is computed from other parameters", "remove_weight_norm"),
+    "old spectral_norm": (
+        lambda: nn.utils.spectral_norm(nn.Linear(6, 6)),
+        "its weight is computed from other parameters",
+        "exclude_modules",
+    ),
+    "int8": (lambda: with_weight(torch.ones(6, 6, dtype=torch.int8)), "its weight is a torch.int8", "exclude_modules"),
+    "complex": (
+        lambda: nn.Linear(6, 6, dtype=torch.complex64),
+        "its weight is a torch.complex64",
+        "exclude_modules",
+    ),
+    "float8": (
+        lambda: with_weight(torch.ones(6, 6).to(torch.float8_e4m3fn)),
+        "its weight is a torch.float8_e4m3fn",
+        "exclude_modules",
+    ),
+    "subclass": (
+        lambda: with_weight(torch.ones(6, 6).as_subclass(Marked)),
+        "its weight is a Marked, which is not a plain floating-point tensor",
+        "exclude_modules",
+    ),
+    "empty": (lambda: with_weight(torch.ones(0, 6)), r"its weight is empty, of shape (0, 6)", "exclude_modules"),
+    "no weight": (lambda: without_weight(), "not initialised yet", "Run the model once first"),
+}
+
+
+def without_weight() -> nn.Module:
+    layer = nn.Linear(6, 6)
+    layer.weight = None
+    return layer
+
+
+@pytest.mark.parametrize(("make", "reason", "way_out"), LAYERS.values(), ids=LAYERS.keys())
+def test_layer_is_refused(make: Callable[[], nn.Module], reason: str, way_out: str) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Lazy modules are a new feature", UserWarning)
+        model = with_layer(make())
+    kind = type(model[1]).__name__
+    message = refused(model, config("plain", "odd"))
+    assert message.startswith(f"odd ({kind}): ")
+    assert reason in message
+    assert way_out in message
+    assert message.endswith(".")
+
+
+@pytest.mark.parametrize("make", [make for make, _, _ in LAYERS.values()], ids=LAYERS.keys())
+def test_layer_is_no_trouble_where_it_is_not_selected(make: Callable[[], nn.Module]) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Lazy modules are a new feature", UserWarning)
+        model = with_layer(make())
+    hra_fx.transform(model, config("plain"))
+    assert [row.path for row in hra_fx.report(model)] == ["plain"]
+
+
+def test_subclass_without_a_forward_is_adapted() -> None:
+    model = hra_fx.transform(with_layer(NamedLinear(6, 6)), config("odd"))
+    assert isinstance(model[1], NamedLinear)
+    assert type(model[1]).__name__ == "NamedLinear"
+
+
+@pytest.mark.parametrize(
+    ("layer", "width"), [(nn.Linear(4, 9), 4), (nn.Conv2d(6, 6, (1, 3), groups=6), 3)], ids=["Linear", "Conv2d"]
+)
+def test_more_vectors_than_dimensions(layer: nn.Module, width: int) -> None:
+    model = nn.Sequential(layer)
+    message = refused(model, config("0", r=width + 1, apply_GS=True))
+    assert f"r={width + 1} vectors orthonormal" in message and f"only {width} dimensions" in message
+    assert f"Lower r to {width} or less" in message and "apply_GS=False" in message
+    hra_fx.transform(model, config("0", r=width + 1))
+    hra_fx.transform(hra_fx.fold(model), config("0", r=width, apply_GS=True))
+
+
+# ---- the model ----
+
+
+@pytest.mark.parametrize("way", ["cpu_offload", "dispatch_model", "one hook"])
+def test_accelerate(way: str) -> None:
+    model = mlp()
+    if way == "cpu_offload":
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    elif way == "dispatch_model":
+        accelerate.dispatch_model(model, {"0": "cpu", "1": "cpu", "2": "cpu"}, force_hooks=True)
+    else:
+        accelerate.hooks.add_hook_to_module(model[2], accelerate.hooks.ModelHook())
+    message = refused(model, config("0"))
+    assert "accelerate dispatches or offloads it by a hook" in message
+    assert "accelerate.hooks.remove_hook_from_submodules(model)" in message
+    accelerate.hooks.remove_hook_from_submodules(model)
+    hra_fx.transform(model, config("0", "2"))
+
+
+def test_disk_offload(tmp_path: object) -> None:
+    model = mlp()
+    accelerate.disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+    assert "accelerate" in refused(model, config("0"))
+
+
+def test_peft_adapter_inside() -> None:
+    wrapped = peft.get_peft_model(mlp(), peft.LoraConfig(r=2, target_modules=["0"]))
+    message = refused(wrapped, config("2"))
+    assert message.startswith("base_model.model.0: a PEFT adapter is already inside. ")
+    assert "merge_and_unload() or unload()" in message
+    hra_fx.transform(wrapped.merge_and_unload(), config("0", "2"))
+
+
+@pytest.mark.parametrize("kind", [peft.HRAConfig, peft.OFTConfig, peft.IA3Config], ids=lambda kind: kind.__name__)
+def test_other_peft_adapters(kind: type) -> None:
+    fields = {
+        peft.HRAConfig: {"r": 2},
+        peft.OFTConfig: {"oft_block_size": 2, "r": 0},
+        peft.IA3Config: {"feedforward_modules": []},
+    }
+    wrapped = peft.get_peft_model(mlp(), kind(target_modules=["0"], **fields[kind]))
+    assert "a PEFT adapter is already inside" in refused(wrapped, config("2"))
+
+
+# ---- weights that another module reads ----
+
+
+def swin() -> nn.Module:
+    sizes = {"patch_size": [4, 4], "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": [4, 4]}
+    return torchvision.models.SwinTransformer(**sizes, num_classes=2)
+
+
+def eva() -> nn.Module:
+    return timm.create_model("eva02_tiny_patch14_224", img_size=28, embed_dim=24, depth=1, num_heads=2, num_classes=2)
+
+
+def mamba() -> nn.Module:
+    return transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1))
+
+
+class KeptReader(nn.Module):
+    """Reads a weight in a helper that its forward calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.helper(x))
+
+    def helper(self, x: Tensor) -> Tensor:
+        return x @ self.lin.weight.T
+
+
+class FunctionalReader(nn.Module):
+    """Never calls the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.linear(x, self.lin.weight, self.lin.bias))
+
+
+READERS: dict[str, tuple[Callable[[], nn.Module], str, str, str]] = {
+    "MultiheadAttention": (
+        lambda: nn.Sequential(nn.MultiheadAttention(4, 2), nn.Linear(4, 4)),
+        "out_proj",
+        "0.out_proj",
+        "0 (MultiheadAttention.forward)",
+    ),
+    "TransformerEncoderLayer.linear1": (
+        lambda: nn.TransformerEncoderLayer(8, 2, 16),
+        "linear1",
+        "linear1",
+        "the model (TransformerEncoderLayer.forward)",
+    ),
+    "TransformerEncoderLayer.linear2": (
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1),
+        "linear2",
+        "layers.0.linear2",
+        "layers.0 (TransformerEncoderLayer.forward)",
+    ),
+    "swin qkv": (swin, "qkv", "features.1.0.attn.qkv", "features.1.0.attn (ShiftedWindowAttention.forward)"),
+    "swin proj": (swin, "proj", "features.1.0.attn.proj", "features.1.0.attn (ShiftedWindowAttention.forward)"),
+    "eva qkv": (eva, "qkv", "blocks.0.attn.qkv", "blocks.0.attn (EvaAttention.forward)"),
+    "mamba dt_proj": (mamba, "dt_proj", "backbone.layers.0.mixer.dt_proj", "backbone.layers.0.mixer (MambaMixer."),
+    "mamba x_proj": (mamba, "x_proj", "backbone.layers.0.mixer.x_proj", "backbone.layers.0.mixer (MambaMixer."),
+    "mamba out_proj": (mamba, "out_proj", "backbone.layers.0.mixer.out_proj", "backbone.layers.0.mixer (MambaMixer."),
+    "helper": (KeptReader, "lin", "lin", "the model (KeptReader.helper)"),
+    "functional": (FunctionalReader, "lin", "lin", "the model (FunctionalReader.forward)"),
+}
+
+
+@pytest.mark.parametrize(("make", "target", "path", "reader"), READERS.values(), ids=READERS.keys())
+def test_inert_layer_is_refused(make: Callable[[], nn.Module], target: str, path: str, reader: str) -> None:
+    model = make()
+    message = refused(model, config(target))
+    assert message.startswith(f"{path} (")
+    assert f"{reader}" in message
+    assert "reads its weight directly and need not call it" in message
+    assert message.endswith("Leave it out with exclude_modules.")
+
+
+@pytest.mark.parametrize(
+    ("make", "targets"),
+    [(swin, ["mlp.0", "mlp.3", "head"]), (eva, ["proj", "head"]), (mamba, ["in_proj"])],
+    ids=["swin", "eva", "mamba"],
+)
+def test_other_layers_of_these_models_are_adapted(make: Callable[[], nn.Module], targets: list[str]) -> None:
+    model = make().double().eval()
+    size = 28 if make is eva else 32
+    inputs = torch.randint(0, 16, (2, 5)) if make is mamba else torch.randn(2, 3, size, size).double()
+    hra_fx.transform(model, hra_fx.HRAConfig(r=3, target_modules=targets))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".hra_u." in name:
+                parameter.normal_()
+        first = model(inputs)
+        second = hra_fx.fold(model)(inputs)
+    if make is mamba:
+        first, second = first.logits, second.logits
+    torch.testing.assert_close(first, second, rtol=1e-8, atol=1e-9)
+
+
+# ---- what must not be refused ----
+
+
+def test_t5_asks_for_the_dtype_of_a_weight() -> None:
+    settings = transformers.T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    model = hra_fx.transform(transformers.T5EncoderModel(settings), config("wo", "wi"))
+    assert len(hra_fx.report(model)) == 2
+
+
+def test_timm_patch_embedding_reads_its_weight_outside_of_forward() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=1)
+    hra_fx.transform(model, config("patch_embed.proj"))
+    assert [row.path for row in hra_fx.report(model)] == ["patch_embed.proj"]
+
+
+class Asking(nn.Module):
+    """Asks of a weight what it is, and uses a weight in a method that forward never reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.lin.bias is not None and isinstance(self.lin.weight, Tensor):
+            x = x.to(self.lin.weight.dtype).reshape(-1, self.lin.weight.shape[1])
+        return self.lin(x)
+
+    def reset(self) -> None:
+        nn.init.zeros_(self.lin.weight)
+
+
+def test_questions_about_a_weight_are_not_reads() -> None:
+    hra_fx.transform(Asking(), config("lin"))
+
+
+# ---- bad input, end to end ----
+
+
+@pytest.mark.parametrize("r", [0, -1, 2.0, "8", None, True])
+def test_rank(r: object) -> None:
+    with pytest.raises(ConfigError, match=r"r: .* is no rank\. It must be an int > 0"):
+        hra_fx.transform(mlp(), hra_fx.HRAConfig(r=r, target_modules=["0"]))
+
+
+def test_unknown_field() -> None:
+    with pytest.raises(ConfigError, match="rank: not a field of HRAConfig; did you mean 'r'"):
+        hra_fx.transform(mlp(), hra_fx.HRAConfig(rank=8, target_modules=["0"]))
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+def test_regex_that_does_not_compile(field: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{field}: '\(0' is not a regular expression"):
+        hra_fx.transform(mlp(), hra_fx.HRAConfig(**({"target_modules": ["0"]} | {field: "(0"})))
+
+
+def test_layers_pattern_without_indices() -> None:
+    with pytest.raises(ConfigError, match="`layers_pattern` is specified, `layers_to_transform` must also"):
+        hra_fx.transform(mlp(), hra_fx.HRAConfig(target_modules=["0"], layers_pattern="layers"))
+
+
+@pytest.mark.parametrize(
+    ("layer", "kind"),
+    [
+        (nn.Embedding(3, 4), "Embedding"),
+        (nn.Conv1d(3, 4, 1), "Conv1d"),
+        (nn.ConvTranspose2d(3, 4, 1), "ConvTranspose2d"),
+        (nn.LayerNorm(4), "LayerNorm"),
+        (nn.Sequential(nn.Linear(4, 4)), "Sequential"),
+        (transformers.pytorch_utils.Conv1D(4, 4), "Conv1D"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_target_of_another_type(layer: nn.Module, kind: str) -> None:
+    model = nn.ModuleDict({"proj": layer, "lin": nn.Linear(4, 4)})
+    message = refused(model, config("proj", "lin"), SelectionError)
+    assert message.startswith(f"proj: target_modules names it, but it is a {kind}, ")
+
+
+def test_nothing_matched_names_near_misses() -> None:
+    model = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "v_proj": nn.Linear(4, 4)})
+    message = refused(model, config("qproj"), SelectionError)
+    assert "names no module of ModuleDict" in message
+    assert "did you mean 'q_proj'" in message
+
+
+def test_nothing_left_after_exclusion() -> None:
+    message = refused(mlp(), config("0", exclude_modules=["0"]), SelectionError)
+    assert "nothing is left after exclude_modules=['0']" in message

@@ -1,0 +1,182 @@
+"""From models to leaves and scopes: every site once, values as they flow in the captured graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import networkx as nx
+import pytest
+import torch
+import torchvision
+import transformers
+from torch import Tensor, nn
+
+import hra_fx
+from hra_fx.view.describe import rotation_of
+from hra_fx.view.graph import adapted_graph
+from hra_fx.view.scopes import scope_tree
+from hra_fx.view.tree import Item, Leaf, Scope
+
+
+def adapted(model: nn.Module, targets: str | list[str] = r".*(fc|conv|lin|\d)\d*", r: int = 2) -> nn.Module:
+    return hra_fx.transform(model.eval(), hra_fx.HRAConfig(r=r, target_modules=targets))
+
+
+def tree(model: nn.Module) -> Scope:
+    return scope_tree(adapted_graph(model, hra_fx.graphs(model)), "model")
+
+
+def leaves(item: Item) -> Iterator[Leaf]:
+    if isinstance(item, Leaf):
+        yield item
+    else:
+        for part in item.items:
+            yield from leaves(part)
+
+
+def scopes(item: Item) -> Iterator[Scope]:
+    if isinstance(item, Scope):
+        yield item
+        for part in item.items:
+            yield from scopes(part)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(4, 4)
+        self.act = nn.ReLU()
+        self.fc2 = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(self.act(self.fc1(x)))
+
+
+class Shared(nn.Module):
+    """One block called three times, and one layer called in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Residual()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.block(self.fc(self.block(self.block(x)))))
+
+
+class Pair(nn.Module):
+    """Both layers belong to one module whose own forward is never called, so their order is the caller's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(4, 4), nn.Linear(4, 4)
+
+
+class Interleaved(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = Pair(), Pair()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b.fc2(self.a.fc2(self.b.fc1(self.a.fc1(x))))
+
+
+def test_sites_reach_each_other_as_in_the_captured_graph() -> None:
+    model = adapted(torchvision.models.resnet18(), r".*(conv\d|downsample\.0|fc)")
+    captured = hra_fx.graphs(model)[""]
+    flow = nx.DiGraph((source, node) for node in captured.graph.nodes for source in node.all_input_nodes)
+    layers = {node: node.meta["hra"].path for node in flow if "hra" in node.meta and node.meta["hra"].role == "layer"}
+    want = {(layers[a], layers[b]) for a in layers for b in nx.descendants(flow, a) & layers.keys()}
+    picture = adapted_graph(model, {"": captured})
+    drawn = {key: data["leaf"].target for key, data in picture.nodes(data=True) if data["leaf"].kind == "site"}
+    assert {(drawn[a], drawn[b]) for a in drawn for b in nx.descendants(picture, a) & drawn.keys()} == want
+    assert len(drawn) == 21
+
+
+def test_a_residual_block_keeps_its_skip_edge() -> None:
+    (block,) = [
+        scope for scope in scopes(tree(adapted(nn.Sequential(Residual(), nn.Tanh())))) if scope.class_name == "Residual"
+    ]
+    assert [item.name for item in block.items] == ["fc1", "act", "fc2", "add"]
+    assert block.edges == ((0, 1), (1, 2), (2, 3))
+    assert block.inputs == (0, 3)
+    assert block.outputs == (3,)
+
+
+def test_identical_blocks_are_counted_and_different_ones_are_not() -> None:
+    model = adapted(nn.Sequential(*(Residual() for _ in range(5)), nn.Linear(4, 3)))
+    blocks = [scope for scope in scopes(tree(model)) if scope.class_name == "Residual"]
+    assert [(scope.count, len(scope.marks)) for scope in blocks] == [(5, 10)]
+    hra_fx.transform(
+        other := nn.Sequential(Residual(), Residual()).eval(), hra_fx.HRAConfig(r=2, target_modules=["0.fc1"])
+    )
+    assert [scope.count for scope in scopes(tree(other)) if scope.class_name == "Residual"] == [1, 1]
+
+
+def test_a_shared_layer_is_one_site_however_often_it_is_called() -> None:
+    drawn = [leaf for leaf in leaves(tree(adapted(Shared()))) if leaf.kind == "site"]
+    marks = [mark.path for leaf in drawn for mark in leaf.marks]
+    assert sorted(marks) == ["block.fc1", "block.fc2", "fc"]
+    assert any(not leaf.marks for leaf in drawn)
+
+
+def test_calls_of_two_modules_that_alternate_are_no_cycle() -> None:
+    root = tree(adapted(Interleaved()))
+    assert [item.name for item in root.items if isinstance(item, Leaf) and item.kind == "site"] == [
+        "fc1",
+        "fc1",
+        "fc2",
+        "fc2",
+    ]
+    assert all(i < j for i, j in root.edges)
+    assert len(root.marks) == 4
+
+
+def test_parts_that_stay_python_are_marked_and_have_no_edges() -> None:
+    config = transformers.BertConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=6, num_attention_heads=2, vocab_size=11
+    )
+    root = tree(adapted(transformers.BertModel(config), ["query", "key", "value", "dense"]))
+    assert root.eager
+    (layer,) = [scope for scope in scopes(root) if scope.class_name == "BertLayer"]
+    assert layer.count == 6
+    assert layer.eager
+    assert layer.edges == ()
+    assert len(layer.marks) == 36
+    assert [leaf.name for leaf in leaves(root) if leaf.kind == "eager"][0] == "embeddings"
+
+
+def test_parameters_are_folded_into_what_reads_them_and_identities_are_left_out() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4))
+            self.skip = nn.Identity()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.skip(self.fc(x) * self.scale).reshape(x.shape[0], -1)
+
+    root = tree(adapted(Net()))
+    assert [(item.name, item.detail) for item in root.items if isinstance(item, Leaf)] == [
+        ("x", ""),
+        ("fc", "Linear 4→4"),
+        ("mul", "scale"),
+        ("reshape", ""),
+        ("output", ""),
+    ]
+    assert root.edges == ((0, 1), (1, 2), (2, 3), (3, 4))
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 9])
+def test_the_rotation_is_that_of_the_dense_product(k: int) -> None:
+    torch.manual_seed(k)
+    chain = torch.randn(12, k, dtype=torch.float64)
+    dense = torch.eye(12, dtype=torch.float64)
+    for u in chain.T:
+        dense = dense @ (torch.eye(12, dtype=torch.float64) - 2 * torch.outer(u, u) / (u @ u))
+    assert rotation_of(chain) == pytest.approx(float(torch.linalg.norm(dense - torch.eye(12))), rel=1e-10)
+
+
+def test_no_rotation_without_numbers() -> None:
+    assert rotation_of(torch.empty(4, 2, device="meta")) is None

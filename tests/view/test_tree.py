@@ -1,0 +1,101 @@
+"""Contracting, cutting and splicing scopes."""
+
+from __future__ import annotations
+
+import networkx as nx
+import pytest
+
+from hra_fx.view.repeats import merge_repeats, runs_where
+from hra_fx.view.tree import Item, Leaf, Mark, Scope, contract, cut, span, splice
+
+
+def leaf(name: str, detail: str = "", *marks: str, kind: str = "module") -> Leaf:
+    return Leaf(name, detail, kind, "call_module", name, (), tuple(Mark(mark) for mark in marks))  # type: ignore[arg-type]
+
+
+def chain(*items: Item, eager: bool = False, name: str = "m", extra: tuple[tuple[int, int], ...] = ()) -> Scope:
+    edges = () if eager else tuple(sorted({*((i, i + 1) for i in range(len(items) - 1)), *extra}))
+    return Scope(name, name, "Net", eager, items, edges, (0,), (len(items) - 1,))
+
+
+def test_contracting_keeps_outer_edges_and_ports() -> None:
+    scope = chain(*map(leaf, "abcde"), extra=((0, 3), (1, 4)))
+    got = contract(scope, [range(1, 4)], lambda whole, run: cut(whole, run, "bcd", "steps"))
+    assert [item.name for item in got.items] == ["a", "bcd", "e"]
+    assert got.edges == ((0, 1), (1, 2))
+    inner = got.items[1]
+    assert isinstance(inner, Scope)
+    assert inner.edges == ((0, 1), (1, 2))
+    assert inner.inputs == (0, 2)
+    assert inner.outputs == (0, 2)
+
+
+@pytest.mark.parametrize("start", range(4))
+@pytest.mark.parametrize("length", [2, 3])
+def test_a_contracted_run_makes_no_cycle(start: int, length: int) -> None:
+    scope = chain(*map(leaf, "abcdefg"), extra=((0, 2), (1, 3), (2, 6), (0, 5)))
+    got = contract(scope, [range(start, start + length)], lambda whole, run: leaf("x"))
+    assert nx.is_directed_acyclic_graph(nx.DiGraph(got.edges))
+    assert all(i < j for i, j in got.edges)
+
+
+def test_splicing_undoes_cutting() -> None:
+    scope = chain(*map(leaf, "abcde"))
+    closed = contract(scope, [range(1, 4)], lambda whole, run: cut(whole, run, "inner", "steps"))
+    assert splice(closed, lambda inner: True, lambda outer, inner: inner) == scope
+
+
+def test_blocks_that_look_alike_are_drawn_once_with_all_their_sites() -> None:
+    blocks = [
+        chain(leaf("fc", "Linear 4→4", f"h.{i}.fc", kind="site"), leaf("act", "ReLU"), name=f"h.{i}") for i in range(4)
+    ]
+    got = merge_repeats(chain(*blocks, leaf("head")))
+    assert [span(item) for item in got.items] == ["h.0 … 3", "head"]
+    assert got.items[0].count == 4
+    assert [mark.path for mark in got.items[0].marks] == [f"h.{i}.fc" for i in range(4)]
+
+
+def test_another_shape_class_or_name_is_not_merged() -> None:
+    kinds = [leaf("fc1", "Linear 4→4"), leaf("fc2", "Linear 4→8"), leaf("fc3", "ReLU"), leaf("act3", "ReLU")]
+    scope = chain(*kinds)
+    assert merge_repeats(scope) == scope
+
+
+def test_sizes_may_vary_where_asked() -> None:
+    blocks = [chain(leaf("fc", f"Linear {i}→4", f"h.{i}", kind="site"), name=f"h.{i}") for i in range(3)]
+    assert len(merge_repeats(chain(*blocks)).items) == 3
+    (merged,) = merge_repeats(chain(*blocks), sizes=False).items
+    assert isinstance(merged, Scope)
+    assert merged.varied
+    assert merged.count == 3
+
+
+def test_blocks_side_by_side_are_not_a_chain() -> None:
+    branches = [chain(leaf("fc", "Linear 4→4"), name=f"b.{i}") for i in range(3)]
+    scope = Scope("m", "m", "Net", False, (leaf("x"), *branches, leaf("sum")), tuple((0, i) for i in (1, 2, 3)))
+    assert merge_repeats(scope) == scope
+
+
+def test_runs() -> None:
+    assert runs_where(0, lambda index: True) == []
+    assert runs_where(1, lambda index: True) == []
+    assert runs_where(5, lambda index: True) == [range(0, 5)]
+    assert runs_where(5, lambda index: index != 2) == [range(0, 2), range(2, 5)]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "shown"),
+    [
+        ("layer.0", "layer.11", "layer.0 … 11"),
+        ("block.1.layer", "block.3.layer", "block.1 … 3.layer"),
+        ("layer.10", "layer.12", "layer.10 … 12"),
+        ("fc", "", "fc"),
+        ("f", "f@1", "f … f@1"),
+        ("bn", "pool", "bn … pool"),
+    ],
+)
+def test_spans(first: str, last: str, shown: str) -> None:
+    assert span(Leaf(first, "", "module", "call_module", first, (), count=2, last=last)) in (
+        shown,
+        shown.replace("f@1", "@1"),
+    )
