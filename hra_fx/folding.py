@@ -150,9 +150,13 @@ def _folded(path: str, layer: SiteCarrier) -> FoldedLayer:
     narrow = exact.to(weight.dtype)
     if not bool(torch.isfinite(narrow).all()):
         raise FoldError(f"{path}: the folded weight is not finite. Look for NaN or inf in its weight and in hra_u.")
-    norm = torch.linalg.matrix_norm
-    rounding = norm(narrow.to(dtype) - exact) / norm(exact)
-    return FoldedLayer(path, narrow.view_as(weight), float(rounding), float(norm(exact - wide) / norm(wide)))
+    rounding, change = _relative(narrow.to(dtype) - exact, exact), _relative(exact - wide, wide)
+    return FoldedLayer(path, narrow.view_as(weight), rounding, change)
+
+
+def _relative(difference: Tensor, whole: Tensor) -> float:
+    size = float(torch.linalg.matrix_norm(whole))
+    return float(torch.linalg.matrix_norm(difference)) / size if size else 0.0
 
 
 def _check_vectors(path: str, reflection: Reflection, weight: Tensor) -> None:
@@ -167,6 +171,8 @@ def _check_vectors(path: str, reflection: Reflection, weight: Tensor) -> None:
             )
 
 
-def _versions(model: nn.Module) -> list[int]:
+def _versions(model: nn.Module) -> list[tuple[int, int]]:
+    """Identity and version of every tensor that a fold reads; a tensor made in inference mode has no version."""
     sites = require_sites(model).values()
-    return [tensor._version for layer in sites for tensor in (layer.weight, *layer.hra_u.parameters())]
+    read = (t for layer in sites for t in (layer.weight, *layer.hra_u.parameters(), *layer.hra_u.buffers()))
+    return [(id(tensor), -1 if tensor.is_inference() else tensor._version) for tensor in read]

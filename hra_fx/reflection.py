@@ -149,8 +149,8 @@ class Conv2dReflection(Reflection):
             x: `(n, c, h, w)` or `(c, h, w)`.
 
         Returns:
-            `T U^T p` for every patch and group, `(n, groups * k, h', w')`, and the chain `U: (d, k)` itself, both in
-            the dtype of `x`; `None` where no adapter is active.
+            `T U^T p` for every patch and group, `(n, groups * k, h', w')`, in the dtype of `x`, and the chain
+            `U: (d, k)` itself; `None` where no adapter is active.
         """
         chain = self.active_chain()
         if chain is None:
@@ -162,7 +162,7 @@ class Conv2dReflection(Reflection):
         else:
             padded = F.pad(x, self.border, mode=self.padding_mode)
             coordinates = F.conv2d(padded, filters, None, self.stride, 0, self.dilation, self.groups)
-        return coordinates, chain.to(x.dtype)
+        return coordinates, chain
 
     def project(self, read: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
         """What the layer has to subtract from its output.
@@ -175,7 +175,7 @@ class Conv2dReflection(Reflection):
             `(W U) (T U^T p)` for every patch, `(n, out, h', w')`.
         """
         coordinates, chain = read
-        mixing = weight.flatten(1).to(chain.dtype) @ chain
+        mixing = (weight.flatten(1).to(chain.dtype) @ chain).to(coordinates.dtype)
         return F.conv2d(coordinates, mixing[..., None, None], groups=self.groups)
 
 

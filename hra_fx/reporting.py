@@ -145,13 +145,11 @@ def report(model: nn.Module) -> Report:
 
 def _turn(reflection: Reflection, name: str) -> tuple[float, float, float]:
     """Rotation, largest angle and orthogonality error of one adapter."""
-    chain = reflection.chain(name).detach()
-    if chain.is_meta:
+    chain = householder.normalize(reflection.chain(name).detach())
+    if chain.is_meta or not bool(torch.isfinite(chain).all()):
         return (math.nan,) * 3
     block = householder.principal_block(chain, householder.compact_wy(chain))
     identity = torch.eye(block.shape[0], dtype=block.dtype)
-    if not bool(torch.isfinite(block).all()):
-        return (math.nan,) * 3
     angles = torch.linalg.eigvals(block).angle().abs()
     norms = (torch.linalg.matrix_norm(matrix) for matrix in (block - identity, block.mT @ block - identity))
     rotation, orthogonality = (float(norm) for norm in norms)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
+import torch
 from torch import fx, nn
 
 from hra_fx.adapted import Record, drop_record, keep_record, record_of, sites_of
@@ -69,7 +70,8 @@ def transform(model: M, config: HRAConfig, adapter_name: str = "default", *, low
     }
     findings = find_regions(model, sites)
     spec = AdapterSpec(config.r, config.apply_GS, config.init_weights)
-    with _all_or_nothing() as undo:
+    # Vectors made in inference mode could never be trained.
+    with torch.inference_mode(False), _all_or_nothing() as undo:
         for layer in sites.values():
             _attach(layer, adapter_name, spec, undo, on_meta=low_cpu_mem_usage)
         kinds = {path: kind_of(layer) for path, layer in sites.items()}

@@ -101,11 +101,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "own attribute": (with_attribute, "attribute 'hra_u' already", "Rename that"),
     "own forward, Linear": (lambda: ScaledLinear(6, 6), "forward of its own", "exclude_modules"),
     "own forward, Conv2d": (lambda: ScaledConv(6, 6, 3), "forward of its own", "exclude_modules"),
-    "LazyLinear": (
-        lambda: nn.LazyLinear(6),
-        "not initialised yet",
-        "Run the model once first",
-    ),
+    "LazyLinear": (lambda: nn.LazyLinear(6), "not initialised yet", "Run the model once first"),
     "LazyConv2d": (lambda: nn.LazyConv2d(6, 3), "not initialised yet", "Run the model once first"),
     "weight_norm": (
         lambda: parametrizations.weight_norm(nn.Linear(6, 6)),
@@ -129,11 +125,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         "exclude_modules",
     ),
     "int8": (lambda: with_weight(torch.ones(6, 6, dtype=torch.int8)), "its weight is a torch.int8", "exclude_modules"),
-    "complex": (
-        lambda: nn.Linear(6, 6, dtype=torch.complex64),
-        "its weight is a torch.complex64",
-        "exclude_modules",
-    ),
+    "complex": (lambda: nn.Linear(6, 6, dtype=torch.complex64), "its weight is a torch.complex64", "exclude_modules"),
     "float8": (
         lambda: with_weight(torch.ones(6, 6).to(torch.float8_e4m3fn)),
         "its weight is a torch.float8_e4m3fn",

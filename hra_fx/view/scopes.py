@@ -64,7 +64,7 @@ class _Nesting:
             name=name,
             class_name=self.picture.graph["classes"].get(path, ""),
             eager=not self._is_captured(path),
-            items=tuple(self._item(group, members[group]) for group in order),
+            items=tuple(self._item(group, members[group], depth) for group in order),
             edges=tuple(sorted({(place[a], place[b]) for a, b in _between(self.picture, groups)})),
             inputs=tuple(sorted({place[groups[key]] for key in entering})),
             outputs=tuple(sorted({place[groups[key]] for key in leaving})),
@@ -112,11 +112,13 @@ class _Nesting:
             depth += 1
         return (place[depth], depth) if depth < len(place) else key
 
-    def _item(self, group: _Group, keys: list[str]) -> Item:
+    def _item(self, group: _Group, keys: list[str], depth: int) -> Item:
         if isinstance(group, str):
-            return self.leaf(group)
-        call, depth = group
-        return _unwrap(self.scope(call, name_of(call), keys, depth + 1))
+            leaf = self.leaf(group)
+            tangled = [name_of(call) for call in leaf.place[depth:]]  # modules that could not be drawn as one box
+            return replace(leaf, name=".".join([*tangled, leaf.name]))
+        call, level = group
+        return _unwrap(self.scope(call, name_of(call), keys, level + 1))
 
 
 def _between(picture: nx.DiGraph[str], groups: dict[str, _Group]) -> list[tuple[_Group, _Group]]:

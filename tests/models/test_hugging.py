@@ -19,7 +19,9 @@ def test_greedy_generation(case: Case, use_cache: bool) -> None:
     plain = base.generate(**inputs, **settings)
     assert torch.equal(actual.sequences, expected.sequences)
     assert_same(actual.scores, expected.scores)
-    assert not torch.equal(actual.sequences, plain.sequences)
+    assert not torch.allclose(actual.scores[0], plain.scores[0])
+    # An untrained T5, whose embedding is its output layer, repeats the token that it was given.
+    assert case is T5 or not torch.equal(actual.sequences, plain.sequences)
 
 
 @pytest.mark.parametrize("case", HUGGING, ids=lambda case: case.name)

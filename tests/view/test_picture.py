@@ -75,7 +75,7 @@ def test_all_boxes_are_on_the_page(resnet: nn.Module) -> None:
     wide, high = float(root.get("width", "0")), float(root.get("height", "0"))
     boxes = list(rectangles(root))
     assert len(boxes) > 30
-    assert all(0 <= x and 0 <= y and right <= wide and bottom <= high for x, y, right, bottom in boxes)
+    assert all(x >= 0 and y >= 0 and right <= wide and bottom <= high for x, y, right, bottom in boxes)
     assert wide <= 1700
 
 
@@ -167,7 +167,7 @@ def test_other_endings_are_refused_with_those_that_work(name: str, tmp_path: Pat
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(hra_fx.VisualizeError, match="nowhere.*does not exist"):
+    with pytest.raises(hra_fx.VisualizeError, match=r"nowhere.*does not exist"):
         hra_fx.visualize(small("a"), tmp_path / "nowhere" / "a.svg")
 
 

@@ -18,7 +18,7 @@ from hra_fx.view.scopes import scope_tree
 from hra_fx.view.tree import Item, Leaf, Scope
 
 
-def adapted(model: nn.Module, targets: str | list[str] = r".*(fc|conv|lin|\d)\d*", r: int = 2) -> nn.Module:
+def adapted(model: nn.Module, targets: str | list[str] = r"(.*\.)?fc\d*", r: int = 2) -> nn.Module:
     return hra_fx.transform(model.eval(), hra_fx.HRAConfig(r=r, target_modules=targets))
 
 
@@ -104,7 +104,7 @@ def test_a_residual_block_keeps_its_skip_edge() -> None:
 
 
 def test_identical_blocks_are_counted_and_different_ones_are_not() -> None:
-    model = adapted(nn.Sequential(*(Residual() for _ in range(5)), nn.Linear(4, 3)))
+    model = adapted(nn.Sequential(*(Residual() for _ in range(5)), nn.ReLU()))
     blocks = [scope for scope in scopes(tree(model)) if scope.class_name == "Residual"]
     assert [(scope.count, len(scope.marks)) for scope in blocks] == [(5, 10)]
     hra_fx.transform(
@@ -123,10 +123,10 @@ def test_a_shared_layer_is_one_site_however_often_it_is_called() -> None:
 def test_calls_of_two_modules_that_alternate_are_no_cycle() -> None:
     root = tree(adapted(Interleaved()))
     assert [item.name for item in root.items if isinstance(item, Leaf) and item.kind == "site"] == [
-        "fc1",
-        "fc1",
-        "fc2",
-        "fc2",
+        "a.fc1",
+        "b.fc1",
+        "a.fc2",
+        "b.fc2",
     ]
     assert all(i < j for i, j in root.edges)
     assert len(root.marks) == 4
@@ -143,7 +143,7 @@ def test_parts_that_stay_python_are_marked_and_have_no_edges() -> None:
     assert layer.eager
     assert layer.edges == ()
     assert len(layer.marks) == 36
-    assert [leaf.name for leaf in leaves(root) if leaf.kind == "eager"][0] == "embeddings"
+    assert next(leaf.name for leaf in leaves(root) if leaf.kind == "eager") == "embeddings"
 
 
 def test_parameters_are_folded_into_what_reads_them_and_identities_are_left_out() -> None:
