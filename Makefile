@@ -23,10 +23,10 @@ demo: $(VENV)/demo.stamp ## Adapt MiniLM to 20 Newsgroups, fold it, export it (a
 	$(BIN)/python examples/finetune_and_fold.py --output $(OUT)
 
 demo-vision: $(VENV)/demo.stamp ## The same for a ResNet and handwritten digits.
-	$(BIN)/python examples/resnet_mnist.py --output $(OUT)
+	$(BIN)/python examples/resnet_mnist.py --output $(OUT)/vision
 
 test: $(VENV)/test.stamp ## Run the tests and the examples in the docstrings.
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_FLAGS)
 
 check: $(VENV)/test.stamp ## Lint, formatting, types, and which file may import which.
 	$(BIN)/ruff check .

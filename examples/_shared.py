@@ -125,11 +125,12 @@ def onnx_difference(model: nn.Module, inputs: dict[str, Tensor], file: Path) -> 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a small table; all columns but the first are aligned right."""
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
+    table = Table(box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left")
     for row in rows:
         table.add_row(*row)
+    console.print(f"\n  {title}", style="bold", soft_wrap=True)
     console.print(table)
 
 

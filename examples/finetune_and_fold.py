@@ -113,12 +113,11 @@ def apply(function: Callable[..., Tensor], texts: Texts, label: str) -> Tensor:
 def train(model: Classifier, texts: Texts, batches: list[list[int]]) -> None:
     """Train what `transform` left trainable: reflections and head."""
     groups = [(reflections(model), LR_REFLECTIONS), (model.head.parameters(), LR_HEAD)]
-    fit(
-        lambda batch: cross_entropy(model(**texts.batch(batch)), texts.labels[batch]),
-        groups,
-        batches,
-        "train HRA and head",
-    )
+
+    def loss(batch: list[int]) -> Tensor:
+        return cross_entropy(model(**texts.batch(batch)), texts.labels[batch])
+
+    fit(loss, groups, batches, "train HRA and head")
 
 
 def run_baseline(model: Classifier, train_texts: Texts, test_texts: Texts, batches: list[list[int]]) -> Tensor:

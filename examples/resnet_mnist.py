@@ -2,9 +2,9 @@
 
     python examples/resnet_mnist.py
 
-A torchvision ResNet-18 learns the digits 0 to 4 (real MNIST images) from random weights. Then 500 images of 5 to 9 must do
-for a fresh classification layer: alone on the frozen network (the baseline), or with reflections in every convolution and
-the hidden layer, which turn what the network has learnt.
+A torchvision ResNet-18 learns the digits 0 to 4 (real MNIST images) from random weights. Then 500 images of 5 to 9 must
+do for a fresh classification layer: alone on the frozen network (the baseline), or with reflections in each convolution
+and the hidden layer, which turn what the network has learnt.
 
 Batch normalisation keeps the statistics of 0 to 4 throughout (the model stays in eval mode): they are the base model's
 buffers, not the adapter's, and must be the same after folding; and both runs then differ in the reflections alone.

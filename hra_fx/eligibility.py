@@ -14,6 +14,7 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import UnsupportedLayerError
 from hra_fx.inert import weight_readers
 from hra_fx.site import REFLECTION
+from hra_fx.sources import can_be_written
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _EXCLUDE = "Leave it out with exclude_modules"
@@ -35,7 +36,7 @@ def check(model: nn.Module, sites: Mapping[str, nn.Module], config: HRAConfig) -
         if reason := _why_not_model(module):
             raise UnsupportedLayerError(f"{path or 'the model'}: {reason}")
     for path, layer in sites.items():
-        reason = _why_not_state(layer) or _why_not_weight(layer) or _why_not_rank(layer, config)
+        reason = _why_not_name(path) or _why_not_state(layer) or _why_not_weight(layer) or _why_not_rank(layer, config)
         if path in readers:
             reason = reason or (
                 f"{readers[path]} reads its weight directly and need not call it, so reflections would not be seen. "
@@ -57,8 +58,21 @@ def _why_not_model(module: nn.Module) -> str | None:
     return None
 
 
+def _why_not_name(path: str) -> str | None:
+    if can_be_written(path):
+        return None
+    return "the code of a graph cannot hold its name (a quotation mark, backslash or line break is in it). Rename it"
+
+
+def has_redundant_forward(layer: nn.Module) -> bool:
+    """Whether an instance's forward is the one of its class all the same: accelerate leaves that behind."""
+    forward = vars(layer).get("forward")
+    own = getattr(forward, "__self__", None) is layer
+    return own and getattr(forward, "__func__", None) is type(layer).forward
+
+
 def _why_not_state(layer: nn.Module) -> str | None:
-    if "forward" in vars(layer):
+    if "forward" in vars(layer) and not has_redundant_forward(layer):
         return f"its forward is set on the instance, which no rewrite can see through. Remove it, or l{_EXCLUDE[1:]}"
     if hasattr(layer, REFLECTION):
         return f"it has an attribute {REFLECTION!r} already. Rename that, or l{_EXCLUDE[1:]}"

@@ -17,9 +17,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+# Seen as one node each by an fx tracer that goes into a reflection, where their branches would stop it.
+for _name in ("normalize", "compact_wy", "reflect", "orthonormalize"):
+    fx.wrap(_name)
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -230,3 +235,37 @@ def principal_block(chain: Tensor, factor: Tensor) -> Tensor:
     vectors, inner = (matrix.detach().to("cpu", torch.float64) for matrix in (chain, factor))
     triangle: Tensor = torch.linalg.qr(vectors, mode="r").R
     return torch.eye(triangle.shape[0], dtype=triangle.dtype) - triangle @ inner @ triangle.mT
+
+
+class Turn(NamedTuple):
+    """What a chain does, in numbers.
+
+    Attributes:
+        rotation: `|Q - I|_F`.
+        angle: the largest angle by which `Q` turns a plane, in radians; pi where it reflects.
+        orthogonality: `|Q^T Q - I|_F` for `T` in the precision of the chain.
+    """
+
+    rotation: float
+    angle: float
+    orthogonality: float
+
+
+def turn(chain: Tensor) -> Turn:
+    """How far a chain is from the identity, from `k x k` matrices only; NaN for one without data, or not finite.
+
+    Args:
+        chain: `U: (d, k)`.
+
+    Example:
+        >>> turn(torch.tensor([[1.0], [0.0]])).rotation
+        2.0
+    """
+    vectors = normalize(chain.detach())
+    if vectors.is_meta or not bool(torch.isfinite(vectors).all()):
+        return Turn(math.nan, math.nan, math.nan)
+    block = principal_block(vectors, compact_wy(vectors))
+    identity = torch.eye(block.shape[0], dtype=block.dtype)
+    norms = (torch.linalg.matrix_norm(matrix) for matrix in (block - identity, block.mT @ block - identity))
+    rotation, orthogonality = (float(norm) for norm in norms)
+    return Turn(rotation, float(torch.linalg.eigvals(block).angle().abs().max()), orthogonality)

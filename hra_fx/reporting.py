@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
@@ -18,7 +17,6 @@ from torch import nn
 
 from hra_fx import householder
 from hra_fx.adapted import record_of, regions_of, require_sites
-from hra_fx.reflection import Reflection
 from hra_fx.site import describe
 
 _UNLIMITED = 10_000
@@ -136,24 +134,11 @@ def report(model: nn.Module) -> Report:
         kind: RegionKind = "alone" if region is None else "whole" if not root else "shared"
         reason = region.reason if region else alone.get(path, "")
         for name in layer.hra_u:
-            turned = _turn(layer.hra_u, name)
+            turned = householder.turn(layer.hra_u.chain(name))
             d, r = layer.hra_u[name].shape
             size = len(region.sites) if region else 1
             rows.append(Row(path, kind, root, size, reason, describe(layer), name, d, r, d * r, *turned))
     return Report(tuple(rows))
-
-
-def _turn(reflection: Reflection, name: str) -> tuple[float, float, float]:
-    """Rotation, largest angle and orthogonality error of one adapter."""
-    chain = householder.normalize(reflection.chain(name).detach())
-    if chain.is_meta or not bool(torch.isfinite(chain).all()):
-        return (math.nan,) * 3
-    block = householder.principal_block(chain, householder.compact_wy(chain))
-    identity = torch.eye(block.shape[0], dtype=block.dtype)
-    angles = torch.linalg.eigvals(block).angle().abs()
-    norms = (torch.linalg.matrix_norm(matrix) for matrix in (block - identity, block.mT @ block - identity))
-    rotation, orthogonality = (float(norm) for norm in norms)
-    return rotation, float(angles.max()), orthogonality
 
 
 _COLUMNS: dict[str, Callable[[Row], str]] = {

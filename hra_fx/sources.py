@@ -43,6 +43,14 @@ def names_below_self(node: ast.AST) -> list[str]:
     return names[::-1] if isinstance(node, ast.Name) and node.id == "self" else []
 
 
+def can_be_written(name: str) -> bool:
+    """Whether fx can write a module's name into the code of a graph, which it does between bare quotation marks."""
+    try:
+        return bool(ast.literal_eval(f'"{name}"') == name)
+    except (SyntaxError, ValueError):
+        return False
+
+
 def _definition(kind: type) -> ast.ClassDef | None:
     try:
         path = inspect.getsourcefile(kind)

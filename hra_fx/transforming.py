@@ -16,7 +16,7 @@ from hra_fx.carrier.layer import carrier_for
 from hra_fx.carrier.region import RegionCarrier
 from hra_fx.carrier.swap import swap, unswap
 from hra_fx.config import HRAConfig
-from hra_fx.eligibility import check
+from hra_fx.eligibility import check, has_redundant_forward
 from hra_fx.errors import AdapterError, ConfigError
 from hra_fx.reflection import AdapterSpec, Reflection, reflection_for
 from hra_fx.selection import select
@@ -114,6 +114,8 @@ def _attach(layer: SiteLayer, name: str, spec: AdapterSpec, undo: ExitStack, *, 
     reflection.train(layer.training)
     undo.callback(layer._modules.pop, REFLECTION, None)
     layer.add_module(REFLECTION, reflection)
+    if has_redundant_forward(layer):  # which would go before that of the swapped class
+        undo.callback(setattr, layer, "forward", vars(layer).pop("forward"))
     swap(layer, carrier_for(layer))
     undo.callback(unswap, layer)
 

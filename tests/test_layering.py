@@ -1,4 +1,4 @@
-"""The dependency rule, read from the sources: imports between files are acyclic, and passes know only the vocabulary."""
+"""The dependency rule, read from the sources: imports between files are acyclic, passes know the vocabulary."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _absolute(name: str, node: ast.ImportFrom) -> str:
 
 
 def _imports(name: str) -> Iterator[tuple[str, int]]:
-    """Every module of ours that a file imports, anywhere in it, with the line: a name that is a file itself counts as it."""
+    """Every file of ours that a file imports, anywhere in it, with the line."""
     for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
@@ -77,7 +77,13 @@ def test_imports_between_files_are_acyclic() -> None:
 
 
 def test_no_file_imports_through_the_lazy_names() -> None:
-    found = [f"{FILES[name].name}:{line}" for name in FILES if name != LAZY for target, line in _imports(name) if target == LAZY]
+    found = [
+        f"{FILES[name].name}:{line}"
+        for name in FILES
+        if name != LAZY
+        for target, line in _imports(name)
+        if target == LAZY
+    ]
     assert not found, "import the name from its own file"
 
 

@@ -101,8 +101,9 @@ def fact(path: str, module: nn.Module, names: frozenset[str]) -> Fact:
     """
     attributes = {name: _data(f"{path}.{name}".lstrip("."), value) for name, value in _own(module, names).items()}
     kind = original_class(module)
-    kept = {name: value for name, value in attributes.items() if value is not _UNNAMED}
-    return Fact(path, f"{kind.__module__}.{kind.__qualname__}", tuple(module._modules), _absent(module, names), kept)
+    return Fact(
+        path, f"{kind.__module__}.{kind.__qualname__}", tuple(module._modules), _absent(module, names), attributes
+    )
 
 
 def watch(module: nn.Module, names: frozenset[str], role: str) -> tuple[ModuleWatch, list[Watch]]:
@@ -153,15 +154,23 @@ def _absent(module: nn.Module, names: frozenset[str]) -> frozenset[str]:
     )
 
 
-_UNNAMED = object()
+def _called(value: Any) -> str:
+    """What a function, a class or a dtype is called: by its name, and a function by its line too."""
+    if isinstance(value, functools.partial):
+        return f"partial {_called(value.func)} {value.args} {value.keywords}"
+    line = getattr(getattr(value, "__code__", None), "co_firstlineno", "")
+    name = getattr(value, "__qualname__", None)
+    return f"{getattr(value, '__module__', '')}.{name} {line}" if name else repr(value)
 
 
 def _data(name: str, value: Any) -> Any:
     """A value as plain data, for comparison with that of a copy."""
     if isinstance(value, _DATA):
         return value
-    if isinstance(value, (Tensor, *_FIXED)):
-        return _UNNAMED
+    if isinstance(value, (Tensor, nn.Module)):
+        return None
+    if isinstance(value, _FIXED):
+        return _called(value)
     if isinstance(value, dict):
         return {_data(name, key): _data(f"{name}[{key!r}]", item) for key, item in value.items()}
     if isinstance(value, (list, tuple, collections.deque)):

@@ -62,10 +62,13 @@ def differences(module: nn.Module, twin: nn.Module, training: bool) -> list[str]
         if parts[0] is None or parts[1] is None:
             same = _same_value(before, after)
         else:
-            same = original_class(before) is original_class(after) and parts[0].keys() == parts[1].keys()
+            odd = sorted(f"{key}" for key in parts[0].keys() ^ parts[1].keys())
+            found.extend(f"{name}.{key}".strip(".") for key in odd)
+            same = original_class(before) is original_class(after) and not odd
             same = same and (not _has_hidden_state(before) or _same_value(before, after))
             if same:
                 pairs.extend((f"{name}.{key}", parts[0][key], parts[1][key]) for key in parts[0])
+            same = same or bool(odd)
         if not same:
             found.append(name.strip("."))
     return found

@@ -14,6 +14,7 @@ from hra_fx.capture.tracer import RegionTracer
 from hra_fx.capture.watch import watching
 from hra_fx.carrier.swap import below
 from hra_fx.errors import CaptureError
+from hra_fx.sources import can_be_written
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ def _trace_once(
         except Exception as error:  # whatever the model's own code makes of a proxy
             line = str(error).strip().split("\n")[0]
             raise CaptureError(f"fx cannot trace it ({type(error).__name__}: {line[:160]})") from error
+    if unsayable := [node.target for node in graph.nodes if not can_be_written(str(node.target))]:
+        raise CaptureError(f"no code can hold the name {unsayable[0]!r}")
     if changes := differences(module, twin, training):
         raise CaptureError(f"its forward changes or makes {', '.join(changes[:3])} outside of the graph")
     return graph, {path: log.reads(part) for path, part in dissolved.items()}

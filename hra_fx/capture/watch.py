@@ -63,6 +63,8 @@ def watching() -> Iterator[list[str]]:
     """
     refused: list[str] = []
     generators = _random_states()
+    # set_grad_enabled acts when it is made, which may be before it is refused.
+    grad = torch.is_grad_enabled()
     try:
         with contextlib.ExitStack() as stack:
             for owner, name, reason in _FORBIDDEN:
@@ -74,6 +76,7 @@ def watching() -> Iterator[list[str]]:
             if not _equal(before, get()):
                 raise CaptureError("it draws random numbers outside of torch operators on its input")
     finally:
+        torch.set_grad_enabled(grad)
         for before, _, put in generators:
             put(before)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hra_fx import householder
 from hra_fx.reflection import Reflection
@@ -41,23 +43,5 @@ def reflecting(path: str, reflection: Reflection) -> tuple[Mark, int, int]:
     rank = sum(int(reflection[name].shape[1]) for name in reflection.active)
     with torch.no_grad():
         chain = reflection.active_chain()
-        return Mark(path, None if chain is None else rotation_of(chain)), reflection.width, rank
-
-
-def rotation_of(chain: Tensor) -> float | None:
-    """`|Q - I|_F` of a product of reflections, from `r x r` matrices only; `None` without numbers (meta tensors).
-
-    With `Q = I - U T U^T` and `G = U^T U` it is `sqrt(tr(T^T G T G))`.
-
-    Args:
-        chain: `U`, `(d, r)`.
-
-    >>> round(rotation_of(torch.eye(3)[:, :1]), 6)
-    2.0
-    """
-    if chain.is_meta:
-        return None
-    vectors = chain.double()
-    factor = householder.compact_wy(vectors)
-    gram = vectors.mT @ vectors
-    return float(torch.trace(factor.mT @ gram @ factor @ gram).clamp(min=0).sqrt())
+    rotation = math.nan if chain is None else householder.turn(chain).rotation
+    return Mark(path, None if math.isnan(rotation) else rotation), reflection.width, rank

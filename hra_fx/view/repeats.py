@@ -63,7 +63,7 @@ def merge_repeats(scope: Scope, *, sizes: bool = True) -> Scope:
         scope: the scope.
         sizes: whether their shapes have to agree; where not, what is drawn says that they vary.
     """
-    looks = [(stem(item.name), _home(item), signature(item, sizes=sizes)) for item in scope.items]
+    looks = [(stem(item.name), signature(item, sizes=sizes)) for item in scope.items]
     edges = set(scope.edges)
 
     def follows(index: int) -> bool:
@@ -74,11 +74,6 @@ def merge_repeats(scope: Scope, *, sizes: bool = True) -> Scope:
 
     runs = runs_where(len(scope.items), follows)
     return contract(scope, runs, lambda whole, run: _once(whole, run, varied=not sizes))
-
-
-def _home(item: Item) -> Hashable:
-    """The module that an item is defined in: neighbours from different ones are no repetition."""
-    return item.place if isinstance(item, Leaf) else item.path.rpartition(".")[0]
 
 
 def _once(scope: Scope, run: range, *, varied: bool) -> Item:

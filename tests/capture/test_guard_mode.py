@@ -1,4 +1,4 @@
-"""Guard: a graph knows one mode. Traced naively, these run in the mode they were traced in; here, each mode has its graph."""
+"""Guard: a graph knows one mode. A naive trace stays in the mode it was made in; here, each mode has its graph."""
 
 from __future__ import annotations
 

@@ -165,7 +165,9 @@ def test_a_layer_that_checkpoints_runs_again_in_backward() -> None:
     for model in (adapted, plain):
         layer = model.middle
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = lambda f, *args: torch.utils.checkpoint.checkpoint(f, *args, use_reentrant=False)
+        layer._gradient_checkpointing_func = lambda f, *args: torch.utils.checkpoint.checkpoint(
+            f, *args, use_reentrant=False
+        )
         count: list[int] = []
         layer.up.register_forward_hook(lambda *_, count=count: count.append(1))
         x = X.clone().requires_grad_()

@@ -20,7 +20,7 @@ ADDED = {"_hra_record", "_hra_region"}
 
 
 def picture(model: nn.Module) -> dict[str, Any]:
-    """All that there is to see of a model: classes, attributes by identity, containers by content, tensors, versions."""
+    """All that there is to see of a model: classes, attributes, containers, tensors, versions."""
     seen: dict[str, Any] = {}
     for path, part in model.named_modules():
         seen[f"{path}:class"] = type(part)
@@ -123,7 +123,7 @@ ERRORS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 def test_an_error_leaves_the_model_as_it_was(name: str) -> None:
     make, options = ERRORS[name]
     model = make()
-    before = {key: value for key, value in _safe(model).items()}
+    before = _safe(model)
     state = torch.get_rng_state()
     fields = {"r": 2, "target_modules": [n for n, p in model.named_modules() if isinstance(p, nn.Linear)], **options}
     with pytest.raises(HRAError):

@@ -39,7 +39,9 @@ class Specials(Two):
 def test_names_and_classes(make: type[nn.Module]) -> None:
     adapted, base = adapt(make())
     swapped = 0
-    for (name, before), part in zip(base.named_modules(), (adapted.get_submodule(n) for n, _ in base.named_modules()), strict=True):
+    for (name, before), part in zip(
+        base.named_modules(), (adapted.get_submodule(n) for n, _ in base.named_modules()), strict=True
+    ):
         old, new = type(before), type(part)
         assert isinstance(part, old) and issubclass(new, old)
         assert (new.__name__, new.__qualname__, new.__module__, new.__doc__) == (
@@ -110,7 +112,9 @@ def test_another_tools_class_on_top_is_refused_by_fold() -> None:
         assert original_class(part) is (Two if not path else nn.Linear)
         assert not is_outermost(part)
         assert_equals_oracle(adapted, base, X)
-        with pytest.raises(hra_fx.FoldError, match=f"{path or 'the model'}: another tool put a class of its own over it"):
+        with pytest.raises(
+            hra_fx.FoldError, match=f"{path or 'the model'}: another tool put a class of its own over it"
+        ):
             hra_fx.fold(adapted)
         assert all(torch.equal(value, weights[name]) for name, value in adapted.state_dict().items())
         part.__class__ = ours
@@ -151,7 +155,7 @@ class Reduces(Two):
 
 
 def test_a_part_that_is_saved_alone() -> None:
-    adapted, base = adapt(Stack())
+    adapted, _ = adapt(Stack())
     for path in ("stem", "blocks.0", "blocks"):
         file = io.BytesIO()
         torch.save(adapted.get_submodule(path), file)

@@ -53,7 +53,9 @@ def structure(graph: fx.Graph) -> nx.MultiDiGraph:
         found.add_node(node.name, key=(node.op, node.target))
         places = [(str(place), value) for place, value in enumerate(node.args)] + sorted(node.kwargs.items())
         for place, value in places:
-            fx.node.map_arg(value, lambda source, place=place, node=node: found.add_edge(source.name, node.name, place=place))
+            fx.node.map_arg(
+                value, lambda source, place=place, node=node: found.add_edge(source.name, node.name, place=place)
+            )
     return found
 
 
@@ -63,7 +65,9 @@ def assert_isomorphic(a: fx.Graph, b: fx.Graph) -> None:
         structure(a),
         structure(b),
         node_match=lambda left, right: left["key"] == right["key"],
-        edge_match=lambda left, right: sorted(e["place"] for e in left.values()) == sorted(e["place"] for e in right.values()),
+        edge_match=lambda left, right: (
+            sorted(e["place"] for e in left.values()) == sorted(e["place"] for e in right.values())
+        ),
     )
 
 
@@ -136,7 +140,12 @@ def test_insert_adds_one_node_a_call() -> None:
     assert isinstance(result, PassResult) and result.modified and result.graph_module is graph
     assert len(graph.graph.nodes) == before + 4
     reflections = [node for node in graph.graph.nodes if META in node.meta and node.meta[META].role == "reflection"]
-    assert [node.target for node in reflections] == ["conv.hra_u", "body.shared.hra_u", "body.shared.hra_u", "body.fc_1.hra_u"]
+    assert [node.target for node in reflections] == [
+        "conv.hra_u",
+        "body.shared.hra_u",
+        "body.shared.hra_u",
+        "body.fc_1.hra_u",
+    ]
     for node in reflections:
         (layer,) = node.users
         assert f"{layer.target}.hra_u" == node.target
@@ -214,7 +223,9 @@ def test_isomorphism_tells_a_graph_with_reflections_from_one_without() -> None:
     """The oracle of these tests can fail."""
     base, graph = traced(), inserted(traced())
     assert not nx.is_isomorphic(structure(base.graph), structure(graph.graph))
-    minus, reverse = (fx.symbolic_trace(function) for function in (lambda a, b: a - b.relu(), lambda a, b: b.relu() - a))
+    minus, reverse = (
+        fx.symbolic_trace(function) for function in (lambda a, b: a - b.relu(), lambda a, b: b.relu() - a)
+    )
     with pytest.raises(AssertionError):
         assert_isomorphic(minus.graph, reverse.graph)
 

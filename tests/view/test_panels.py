@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import pytest
 import timm
@@ -61,21 +62,21 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str | list[str]]] = {
     "opt": (opt, "all-linear"),
     "flat": (
         lambda: nn.Sequential(*(m for i in range(150) for m in (nn.Linear(4 + i % 3, 4 + (i + 1) % 3), nn.ReLU()))),
-        r"\d+[02468]?",
+        r"\d*[02468]",
     ),
     "wide": (Wide, r"branch\.\d+"),
     "one layer": (lambda: nn.Sequential(nn.Linear(4, 4)), ["0"]),
 }
 
 
+@cache
 def adapted(name: str) -> nn.Module:
     make, targets = MODELS[name]
     model = make().eval()
-    if name == "flat":
-        targets = [path for path, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     return hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=targets))
 
 
+@cache
 def planned(model: nn.Module, budget: int = BUDGET) -> list[Panel]:
     return plan(scope_tree(adapted_graph(model, hra_fx.graphs(model)), "model"), budget)
 

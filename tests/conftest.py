@@ -1,4 +1,4 @@
-"""One thread: these models are so small that a second one only waits, long where other tests run beside."""
+"""One thread: the models of tests are so small that a second one only waits, long where other tests run beside."""
 
 from __future__ import annotations
 
