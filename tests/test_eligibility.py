@@ -14,37 +14,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import transformers
+from adapting import config
+from refusals import mlp, refused
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import hra_fx
-from hra_fx.errors import ConfigError, HRAError, SelectionError, UnsupportedLayerError
-
-
-def config(*targets: str, **fields: object) -> hra_fx.HRAConfig:
-    return hra_fx.HRAConfig(**({"r": 3, "target_modules": list(targets)} | fields))
-
-
-def mlp() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
-
-
-def picture(model: nn.Module) -> list[object]:
-    """Classes, attributes, keys, flags and identities: all that `transform` could change."""
-    modules = [
-        (path, id(m), type(m), sorted(vars(m)), m.training, list(m._modules)) for path, m in model.named_modules()
-    ]
-    return [modules, [(name, id(p), p.requires_grad, p._version) for name, p in model.named_parameters()]]
-
-
-def refused(model: nn.Module, settings: hra_fx.HRAConfig, kind: type[HRAError] = UnsupportedLayerError) -> str:
-    """The message of the refusal, after a look that the model is as it was."""
-    before = picture(model)
-    with pytest.raises(kind) as caught:
-        hra_fx.transform(model, settings)
-    assert picture(model) == before
-    return str(caught.value)
-
 
 # ---- the layer itself ----
 
@@ -366,58 +341,3 @@ class Asking(nn.Module):
 
 def test_questions_about_a_weight_are_not_reads() -> None:
     hra_fx.transform(Asking(), config("lin"))
-
-
-# ---- bad input, end to end ----
-
-
-@pytest.mark.parametrize("r", [0, -1, 2.0, "8", None, True])
-def test_rank(r: object) -> None:
-    with pytest.raises(ConfigError, match=r"r: .* is no rank\. It must be an int > 0"):
-        hra_fx.transform(mlp(), hra_fx.HRAConfig(r=r, target_modules=["0"]))
-
-
-def test_unknown_field() -> None:
-    with pytest.raises(ConfigError, match="rank: not a field of HRAConfig; did you mean 'r'"):
-        hra_fx.transform(mlp(), hra_fx.HRAConfig(rank=8, target_modules=["0"]))
-
-
-@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
-def test_regex_that_does_not_compile(field: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{field}: '\(0' is not a regular expression"):
-        hra_fx.transform(mlp(), hra_fx.HRAConfig(**({"target_modules": ["0"]} | {field: "(0"})))
-
-
-def test_layers_pattern_without_indices() -> None:
-    with pytest.raises(ConfigError, match="`layers_pattern` is specified, `layers_to_transform` must also"):
-        hra_fx.transform(mlp(), hra_fx.HRAConfig(target_modules=["0"], layers_pattern="layers"))
-
-
-@pytest.mark.parametrize(
-    ("layer", "kind"),
-    [
-        (nn.Embedding(3, 4), "Embedding"),
-        (nn.Conv1d(3, 4, 1), "Conv1d"),
-        (nn.ConvTranspose2d(3, 4, 1), "ConvTranspose2d"),
-        (nn.LayerNorm(4), "LayerNorm"),
-        (nn.Sequential(nn.Linear(4, 4)), "Sequential"),
-        (transformers.pytorch_utils.Conv1D(4, 4), "Conv1D"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_target_of_another_type(layer: nn.Module, kind: str) -> None:
-    model = nn.ModuleDict({"proj": layer, "lin": nn.Linear(4, 4)})
-    message = refused(model, config("proj", "lin"), SelectionError)
-    assert message.startswith(f"proj: target_modules names it, but it is a {kind}, ")
-
-
-def test_nothing_matched_names_near_misses() -> None:
-    model = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "v_proj": nn.Linear(4, 4)})
-    message = refused(model, config("qproj"), SelectionError)
-    assert "names no module of ModuleDict" in message
-    assert "did you mean 'q_proj'" in message
-
-
-def test_nothing_left_after_exclusion() -> None:
-    message = refused(mlp(), config("0", exclude_modules=["0"]), SelectionError)
-    assert "nothing is left after exclude_modules=['0']" in message

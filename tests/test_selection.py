@@ -1,19 +1,26 @@
-"""select() against the real PEFT on whole models, and every error's words."""
+"""select() against the real PEFT on whole models."""
 
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import peft
 import pytest
-import torch
-import transformers
 from hypothesis import HealthCheck, given, settings, strategies as st
+from named_models import (
+    MAKERS,
+    Nested,
+    built,
+    tiny_bert,
+    tiny_llama,
+    tiny_llama_classifier,
+    tiny_opt,
+    tiny_t5,
+    tiny_vit,
+)
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_HRA_TARGET_MODULES_MAPPING as PEFT_DEFAULTS
 from torch import nn
 
@@ -21,94 +28,6 @@ from hra_fx.config import HRAConfig
 from hra_fx.default_targets import DEFAULT_TARGETS
 from hra_fx.errors import HRAWarning, SelectionError
 from hra_fx.selection import is_target, resolve_targets, saved_modules, select
-
-
-class Block(nn.Module):
-    """Names that are endings of each other (q, seq, proj.q), experts with an index of their own, other layer types."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q = nn.Linear(4, 4)
-        self.seq = nn.Linear(4, 4)
-        self.proj = nn.ModuleDict({"q": nn.Linear(4, 4), "conv": nn.Conv2d(4, 4, 3)})
-        self.experts = nn.ModuleList(nn.ModuleDict({"w1": nn.Linear(4, 4), "q": nn.Linear(4, 4)}) for _ in range(2))
-        self.norm = nn.LayerNorm(4)
-
-
-class Nested(nn.Module):
-    """Two module lists, layers at the root, a shared block and an embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q = nn.Linear(4, 4)
-        self.embed = nn.Embedding(5, 4)
-        self.stem = nn.Conv2d(4, 4, 1)
-        self.conv1d = nn.Conv1d(4, 4, 1)
-        self.layers = nn.ModuleList(Block() for _ in range(3))
-        self.encoder = nn.ModuleDict({"h": nn.ModuleList(Block() for _ in range(2))})
-        self.encoder["again"] = self.layers[1]
-        self.tower = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 4), nn.Conv2d(4, 4, 1)))
-        self.head = nn.Linear(4, 2)
-        self.sub_head = nn.Linear(4, 2)
-
-
-SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-
-
-def tiny_bert() -> nn.Module:
-    return transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL, vocab_size=11))
-
-
-def tiny_roberta() -> nn.Module:
-    return transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**SMALL, vocab_size=11))
-
-
-def tiny_opt() -> nn.Module:
-    sizes = {"hidden_size": 8, "ffn_dim": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 11}
-    config = transformers.OPTConfig(**sizes, max_position_embeddings=16, word_embed_proj_dim=8)
-    return transformers.OPTForCausalLM(config)
-
-
-def tiny_t5() -> nn.Module:
-    config = transformers.T5Config(vocab_size=11, d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
-    return transformers.T5ForConditionalGeneration(config)
-
-
-def tiny_llama() -> nn.Module:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, vocab_size=11))
-
-
-def tiny_llama_classifier() -> nn.Module:
-    return transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**SMALL, vocab_size=11))
-
-
-def tiny_vit() -> nn.Module:
-    config = transformers.ViTConfig(**SMALL, image_size=8, patch_size=4)
-    return transformers.ViTForImageClassification(config)
-
-
-def tiny_gpt2() -> nn.Module:
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11))
-
-
-MAKERS: list[Callable[[], nn.Module]] = [
-    Nested,
-    tiny_bert,
-    tiny_roberta,
-    tiny_opt,
-    tiny_t5,
-    tiny_llama,
-    tiny_llama_classifier,
-    tiny_vit,
-    tiny_gpt2,
-]
-
-
-@cache
-def built(make: Callable[[], nn.Module]) -> nn.Module:
-    """Every model is made once; neither side may change it (PEFT gets a copy)."""
-    torch.manual_seed(0)
-    return make().requires_grad_(False)
 
 
 def peft_layers(model: nn.Module, **kwargs: Any) -> list[str] | None:
@@ -129,9 +48,6 @@ def our_layers(model: nn.Module, **kwargs: Any) -> list[str] | None:
             return list(select(model, HRAConfig(**kwargs)))
         except SelectionError:
             return None
-
-
-# ---- against PEFT ----
 
 
 @st.composite
@@ -368,133 +284,3 @@ def test_saved_modules_end_with_an_entry() -> None:
     assert "encoder.again.norm" in saved_modules(model, HRAConfig(modules_to_save=["norm"]))
     assert saved_modules(model, HRAConfig(modules_to_save=["nope"])) == {}
     assert saved_modules(model, HRAConfig()) == saved_modules(model, HRAConfig(modules_to_save=[])) == {}
-
-
-# ---- what errors say ----
-
-Case = tuple[Callable[[], nn.Module], dict[str, Any], str]
-
-
-def bare_linear() -> nn.Module:
-    return nn.Linear(2, 2)
-
-
-def ten_blocks() -> nn.Module:
-    return nn.ModuleDict({"h": nn.ModuleList(nn.ModuleDict({"q": nn.Linear(2, 2)}) for _ in range(10))})
-
-
-NO_NAME: list[Case] = [
-    (
-        tiny_bert,
-        {"target_modules": ["qeury"]},
-        "names no module of BertForSequenceClassification; did you mean 'query'?",
-    ),
-    (tiny_bert, {"target_modules": ["Query", "valeu"]}, "did you mean 'query' or 'value'?"),
-    (tiny_bert, {"target_modules": ["self.qery"]}, "did you mean 'self.query' or 'self.key' or 'self.value'?"),
-    (tiny_bert, {"target_modules": ["a.b.c.query1"]}, "did you mean 'query'?"),
-    (
-        tiny_bert,
-        {"target_modules": ["xyz"]},
-        ". The names to choose from are 'query', 'key', 'value', 'dense', 'classif",
-    ),
-    (tiny_bert, {"target_modules": "qeury"}, "did you mean ['query']?"),
-    (
-        tiny_bert,
-        {"target_modules": "query"},
-        "must match the whole path; to match the end of it write the list ['query'].",
-    ),
-    (tiny_bert, {"target_modules": "layer.0.*qu"}, "only a part of 'bert.encoder.layer.0.attention.self.query'."),
-    (
-        tiny_bert,
-        {"target_modules": [".*query"]},
-        "In a list '.*query' is a name, not a regular expression: give the str",
-    ),
-    (
-        tiny_bert,
-        {"target_modules": []},
-        "target_modules: [] names nothing. The layers of BertForSequenceClassification",
-    ),
-    (tiny_opt, {"target_modules": ["("]}, "The names to choose from are"),
-    (Nested, {}, "there is no default for Nested, which has no config.model_type. Give target_modules. The Linear"),
-    (tiny_vit, {}, "there is no default for model_type 'vit'. Give target_modules. The Linear and Conv2d layers of"),
-    (nn.ReLU, {}, "It has no layer to adapt."),
-    (nn.ReLU, {"target_modules": ["q"]}, "target_modules: ReLU has no Linear or Conv2d layer to adapt."),
-    (bare_linear, {"target_modules": "all-linear"}, "the model is itself a Linear, and only layers inside it can be"),
-]
-ALL_LEFT_OUT: list[Case] = [
-    (
-        tiny_opt,
-        {"layers_to_transform": [7]},
-        "target_modules: ['q_proj', 'v_proj'], the default for 'opt', names 6 modules such as "
-        "'model.decoder.layers.0.self_attn.v_proj', but nothing is left after layers_to_transform=[7] "
-        "(their layer indices are 0, 1, 2).",
-    ),
-    (
-        tiny_opt,
-        {"target_modules": ["fc1"], "layers_to_transform": 1, "layers_pattern": "h"},
-        "layers_to_transform=1 with layers_pattern='h' (no layer index is found in their paths)",
-    ),
-    (
-        ten_blocks,
-        {"target_modules": ["q"], "layers_to_transform": 10, "layers_pattern": "h"},
-        "layers_to_transform=10 with layers_pattern='h' (their layer indices are 0 to 9)",
-    ),
-    (
-        Nested,
-        {"target_modules": ["head"], "exclude_modules": "he.*"},
-        "['head'] names 1 module such as 'head', but nothing is left after exclude_modules='he.*'.",
-    ),
-    (
-        tiny_opt,
-        {"target_modules": ["fc1"], "exclude_modules": ["0.fc1"], "layers_to_transform": 0, "modules_to_save": ["2"]},
-        "nothing is left after exclude_modules=['0.fc1'] and layers_to_transform=0 "
-        "(their layer indices are 0, 1, 2) and modules_to_save=['2'].",
-    ),
-]
-WRONG_TYPE: list[Case] = [
-    (
-        tiny_bert,
-        {"target_modules": ["attention"]},
-        "bert.encoder.layer.0.attention: target_modules names it, but it is a BertAttention, and only nn.Linear and"
-        " nn.Conv2d can be adapted. To adapt the layers inside it write target_modules=["
-        "'attention.self.query', 'attention.self.key', 'attention.self.value', 'attention.output.dense'].",
-    ),
-    (tiny_bert, {"target_modules": ["encoder"]}, "write target_modules=['query', 'key', 'value', 'dense']."),
-    (Nested, {"target_modules": ["experts.0"]}, "write target_modules=['experts.0.w1', 'experts.0.q']."),
-    (Nested, {"target_modules": ["embed"]}, "embed: target_modules names it, but it is a Embedding"),
-    (Nested, {"target_modules": ["conv1d"]}, "Name it no more, or add exclude_modules=['conv1d']."),
-    (Nested, {"target_modules": ".*norm|.*head"}, "layers.0.norm: target_modules names it, but it is a LayerNorm"),
-    (tiny_gpt2, {}, "transformer.h.0.attn.c_attn: target_modules names it, but it is a Conv1D"),
-    (tiny_gpt2, {"target_modules": "all-linear"}, "Replace it by an nn.Linear with the transposed weight, or name"),
-]
-TO_SAVE: list[Case] = [
-    (tiny_bert, {"modules_to_save": ["clasifier"]}, "no module is called 'clasifier'; did you mean 'classifier'?"),
-    (tiny_bert, {"modules_to_save": ["classifier", "zzzz"]}, "modules_to_save: no module is called 'zzzz'. The names"),
-    (
-        Nested,
-        {"target_modules": ["sub_head"], "modules_to_save": ["head"]},
-        "sub_head: is to be adapted, and modules_to_save=['head'] saves 'sub_head' in full. "
-        "Add exclude_modules=['sub_head'], or write the whole name of what is to be saved.",
-    ),
-]
-
-
-@pytest.mark.parametrize(("make", "kwargs", "message"), NO_NAME + ALL_LEFT_OUT + WRONG_TYPE + TO_SAVE)
-def test_messages(make: Callable[[], nn.Module], kwargs: dict[str, Any], message: str) -> None:
-    with pytest.raises(SelectionError, match=re.escape(message)) as caught:
-        select(built(make), HRAConfig(**kwargs))
-    assert isinstance(caught.value, ValueError)
-
-
-@pytest.mark.parametrize("excluded", [["fc3"], "fc1", r".*\.fc3"])
-def test_unused_exclusion_warns(excluded: Any) -> None:
-    config = HRAConfig(target_modules=["fc1"], exclude_modules=excluded)
-    with pytest.warns(HRAWarning, match="exclude_modules: .* leaves no module out") as caught:
-        assert len(select(built(tiny_opt), config)) == 3
-    assert len(caught) == 1
-
-
-def test_used_exclusion_is_silent() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        select(built(tiny_opt), HRAConfig(target_modules=["fc1"], exclude_modules=["fc2"]))

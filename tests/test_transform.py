@@ -1,4 +1,4 @@
-"""`hra_fx.transform`: what it makes of a model, what it refuses, and that a refusal leaves nothing behind."""
+"""`hra_fx.transform`: what it makes of a model, a second time too, and which arguments it refuses."""
 
 from __future__ import annotations
 
@@ -6,40 +6,11 @@ import copy
 
 import pytest
 import torch
+from adapting import config, mlp, picture, randomise
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.errors import AdapterError, ConfigError, SelectionError, UnsupportedLayerError
-
-
-def config(*targets: str, **fields: object) -> hra_fx.HRAConfig:
-    return hra_fx.HRAConfig(**({"r": 3, "target_modules": list(targets)} | fields))
-
-
-def mlp() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 4))
-
-
-def picture(model: nn.Module) -> dict[str, object]:
-    """All that `transform` could change, by identity."""
-    return {
-        "classes": [(path, type(module), id(module)) for path, module in model.named_modules()],
-        "vars": [
-            (path, key, id(value)) for path, module in model.named_modules() for key, value in vars(module).items()
-        ],
-        "modes": [module.training for module in model.modules()],
-        "parameters": [(name, id(p), p.requires_grad, p._version) for name, p in model.named_parameters()],
-        "keys": list(model.state_dict()),
-    }
-
-
-def randomise(model: nn.Module) -> None:
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".hra_u." in name:
-                parameter.normal_()
-
+from hra_fx.errors import AdapterError, ConfigError, SelectionError
 
 # ---- what it makes ----
 
@@ -146,6 +117,24 @@ def test_the_random_state_is_used_by_the_vectors_alone() -> None:
     torch.manual_seed(7)
     assert torch.equal(*draws)
     assert not torch.equal(draws[0], hra_fx.transform(mlp(), config("0"))[0].hra_u["default"])
+
+
+def test_a_layer_that_reads_a_buffer_is_rotated_too() -> None:
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.register_buffer("start", torch.ones(1, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(x + self.lin(self.start))
+
+    model = hra_fx.transform(Constant().double(), config("lin", "out"))
+    assert {row.region for row in hra_fx.report(model)} == {"whole"}
+    randomise(model)
+    x = torch.randn(2, 4, dtype=torch.float64)
+    before = model(x)
+    torch.testing.assert_close(hra_fx.fold(model)(x), before, rtol=1e-10, atol=1e-12)
 
 
 # ---- twice ----
@@ -294,113 +283,3 @@ def test_a_root_that_is_a_layer_itself_is_never_matched() -> None:
             hra_fx.transform(layer, settings)
     model = hra_fx.transform(nn.Sequential(layer), hra_fx.HRAConfig(target_modules=".*"))
     assert next(iter(hra_fx.report(model))).path == "0"
-
-
-# ---- all or nothing ----
-
-
-class ReadsThroughAName(nn.Module):
-    """Reads the weight of `a` by `getattr`, which no look at the source finds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Linear(4, 4)
-        self.b = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(nn.functional.linear(x, getattr(getattr(self, "a"), "weight")))  # noqa: B009
-
-
-def test_refusal_during_capture_leaves_the_model_as_it_was() -> None:
-    class Whole(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.branching, self.late = Branching(), ReadsThroughAName()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.late(self.branching(x))
-
-    class Branching(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.mlp = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.mlp(x) if x.sum() > 0 else x
-
-    model = Whole()
-    model.late.a.weight.requires_grad_(False)
-    before = picture(model)
-    with pytest.raises(UnsupportedLayerError, match=r"late\.a: late \(ReadsThroughAName\) reads its weight directly"):
-        hra_fx.transform(model, config("mlp.0", "mlp.1", "a", "b"))
-    assert picture(model) == before
-    hra_fx.transform(model, config("mlp.0", "mlp.1", "b"))
-
-
-def test_refusal_of_the_last_layer_leaves_the_first_as_it_was() -> None:
-    model = nn.Sequential(*mlp(), nn.Linear(2, 2))
-    model[0].bias.requires_grad_(False)
-    before = picture(model)
-    with pytest.raises(UnsupportedLayerError, match=r"^4 \(Linear\): Gram-Schmidt"):
-        hra_fx.transform(model, config("0", "3", "4", apply_GS=True))
-    assert picture(model) == before
-
-
-def test_refusal_after_layers_and_regions_are_rewritten_leaves_nothing() -> None:
-    """The model refuses the attribute in which `transform` keeps its record: the very last step fails."""
-
-    class Sealed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = mlp()
-            self.sealed = True
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.body(x)
-
-        def __setattr__(self, name: str, value: object) -> None:
-            if vars(self).get("sealed") and name == "_hra_record":
-                raise RuntimeError("sealed")
-            super().__setattr__(name, value)
-
-    model = Sealed()
-    model.body[0].bias.requires_grad_(False)
-    before = picture(model)
-    with pytest.raises(RuntimeError, match="sealed"):
-        hra_fx.transform(model, config("0", "3"))
-    assert picture(model) == before
-    assert model(torch.randn(2, 6)).shape == (2, 4)
-
-
-class Stubborn(nn.Parameter):
-    """A parameter whose flag cannot be set, as that of a lazy module."""
-
-    def requires_grad_(self, requires_grad: bool = True) -> Stubborn:
-        raise RuntimeError("stubborn")
-
-
-def test_an_error_while_flags_are_set_gives_them_back() -> None:
-    model = mlp()
-    model[3].weight = Stubborn(model[3].weight.detach())
-    before = picture(model)
-    with pytest.raises(RuntimeError, match="stubborn"):
-        hra_fx.transform(model, config("0"))
-    assert picture(model) == before
-
-
-def test_a_layer_that_reads_a_buffer_is_rotated_too() -> None:
-    class Constant(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lin, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
-            self.register_buffer("start", torch.ones(1, 4))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.out(x + self.lin(self.start))
-
-    model = hra_fx.transform(Constant().double(), config("lin", "out"))
-    assert {row.region for row in hra_fx.report(model)} == {"whole"}
-    randomise(model)
-    x = torch.randn(2, 4, dtype=torch.float64)
-    before = model(x)
-    torch.testing.assert_close(hra_fx.fold(model)(x), before, rtol=1e-10, atol=1e-12)

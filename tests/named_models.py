@@ -1,0 +1,98 @@
+"""Whole models, small, for what a configuration names in them: one made of awkward names, the rest of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import transformers
+from torch import nn
+
+
+class Block(nn.Module):
+    """Names that are endings of each other (q, seq, proj.q), experts with an index of their own, other layer types."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(4, 4)
+        self.seq = nn.Linear(4, 4)
+        self.proj = nn.ModuleDict({"q": nn.Linear(4, 4), "conv": nn.Conv2d(4, 4, 3)})
+        self.experts = nn.ModuleList(nn.ModuleDict({"w1": nn.Linear(4, 4), "q": nn.Linear(4, 4)}) for _ in range(2))
+        self.norm = nn.LayerNorm(4)
+
+
+class Nested(nn.Module):
+    """Two module lists, layers at the root, a shared block and an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(4, 4)
+        self.embed = nn.Embedding(5, 4)
+        self.stem = nn.Conv2d(4, 4, 1)
+        self.conv1d = nn.Conv1d(4, 4, 1)
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+        self.encoder = nn.ModuleDict({"h": nn.ModuleList(Block() for _ in range(2))})
+        self.encoder["again"] = self.layers[1]
+        self.tower = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 4), nn.Conv2d(4, 4, 1)))
+        self.head = nn.Linear(4, 2)
+        self.sub_head = nn.Linear(4, 2)
+
+
+SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+def tiny_bert() -> nn.Module:
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL, vocab_size=11))
+
+
+def tiny_roberta() -> nn.Module:
+    return transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**SMALL, vocab_size=11))
+
+
+def tiny_opt() -> nn.Module:
+    sizes = {"hidden_size": 8, "ffn_dim": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 11}
+    config = transformers.OPTConfig(**sizes, max_position_embeddings=16, word_embed_proj_dim=8)
+    return transformers.OPTForCausalLM(config)
+
+
+def tiny_t5() -> nn.Module:
+    config = transformers.T5Config(vocab_size=11, d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def tiny_llama() -> nn.Module:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, vocab_size=11))
+
+
+def tiny_llama_classifier() -> nn.Module:
+    return transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**SMALL, vocab_size=11))
+
+
+def tiny_vit() -> nn.Module:
+    config = transformers.ViTConfig(**SMALL, image_size=8, patch_size=4)
+    return transformers.ViTForImageClassification(config)
+
+
+def tiny_gpt2() -> nn.Module:
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11))
+
+
+MAKERS: list[Callable[[], nn.Module]] = [
+    Nested,
+    tiny_bert,
+    tiny_roberta,
+    tiny_opt,
+    tiny_t5,
+    tiny_llama,
+    tiny_llama_classifier,
+    tiny_vit,
+    tiny_gpt2,
+]
+
+
+@cache
+def built(make: Callable[[], nn.Module]) -> nn.Module:
+    """Every model is made once; neither side may change it (PEFT gets a copy)."""
+    torch.manual_seed(0)
+    return make().requires_grad_(False)

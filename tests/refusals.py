@@ -1,0 +1,30 @@
+"""A refusal of `transform`, with the look that it left the model as it was."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+import hra_fx
+from hra_fx.errors import HRAError, UnsupportedLayerError
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def picture(model: nn.Module) -> list[object]:
+    """Classes, attributes, keys, flags and identities: all that `transform` could change."""
+    modules = [
+        (path, id(m), type(m), sorted(vars(m)), m.training, list(m._modules)) for path, m in model.named_modules()
+    ]
+    return [modules, [(name, id(p), p.requires_grad, p._version) for name, p in model.named_parameters()]]
+
+
+def refused(model: nn.Module, settings: hra_fx.HRAConfig, kind: type[HRAError] = UnsupportedLayerError) -> str:
+    """The message of the refusal, after a look that the model is as it was."""
+    before = picture(model)
+    with pytest.raises(kind) as caught:
+        hra_fx.transform(model, settings)
+    assert picture(model) == before
+    return str(caught.value)
