@@ -63,6 +63,8 @@ def require_sites(model: nn.Module) -> dict[str, SiteCarrier]:
     Raises:
         AdapterError: there are none.
     """
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"model: {model!r} is no torch.nn.Module. Give a transformed model.")
     sites = sites_of(model)
     if not sites:
         raise AdapterError(

@@ -29,9 +29,10 @@ def check(model: nn.Module, sites: Mapping[str, nn.Module], config: HRAConfig) -
         config: the configuration of the adapter.
 
     Raises:
-        UnsupportedLayerError: naming the first such layer.
+        UnsupportedLayerError: naming every such layer, and the reason of the first.
     """
     readers = weight_readers(model, sites)
+    refused: dict[str, str] = {}
     for path, module in model.named_modules():
         if reason := _why_not_model(module):
             raise UnsupportedLayerError(f"{path or 'the model'}: {reason}")
@@ -43,7 +44,11 @@ def check(model: nn.Module, sites: Mapping[str, nn.Module], config: HRAConfig) -
                 f"{_EXCLUDE}"
             )
         if reason:
-            raise UnsupportedLayerError(f"{path} ({type(layer).__name__}): {reason}.")
+            refused[path] = f"{path} ({type(layer).__name__}): {reason}."
+    if refused:
+        first, *others = refused
+        also = f" Refused as well: {', '.join(others)}." if others else ""
+        raise UnsupportedLayerError(refused[first] + also)
 
 
 def _why_not_model(module: nn.Module) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -34,7 +34,7 @@ class FoldedLayer:
     """
 
     path: str
-    weight: Tensor
+    weight: Tensor = field(repr=False)
     rounding: float
     change: float
 
@@ -51,6 +51,12 @@ class FoldPlan:
         self.layers = layers
         self._model = model
         self._versions = _versions(model)
+
+    def __str__(self) -> str:
+        """One line a layer: how far the weight moves, and what rounding to its dtype costs."""
+        width = max(len(layer.path) for layer in self.layers)
+        lines = (f"{layer.path:<{width}}  {layer.change:8.4f}  {layer.rounding:.1e}" for layer in self.layers)
+        return "\n".join([f"{'layer':<{width}}  {'change':>8}  rounding", *lines])
 
     def apply(self) -> nn.Module:
         """Write the weights and take the reflections, regions and classes off; returns the model.
@@ -76,7 +82,7 @@ class FoldPlan:
         return self._model
 
 
-def fold(model: M, adapter_names: Sequence[str] | None = None) -> M:
+def fold(model: M, adapter_names: str | Sequence[str] | None = None) -> M:
     """Fold the reflections into the weights, `W <- W Q`, in place; the model is a plain base model again.
 
     Classes, graph, `state_dict` keys and `requires_grad` are those from before `transform`; only weights differ. All
@@ -85,7 +91,7 @@ def fold(model: M, adapter_names: Sequence[str] | None = None) -> M:
 
     Args:
         model: a transformed model.
-        adapter_names: which adapters to fold; `None` for all.
+        adapter_names: which adapters to fold, one name or several; `None` for all.
 
     Returns:
         `model`.
@@ -105,7 +111,7 @@ def fold(model: M, adapter_names: Sequence[str] | None = None) -> M:
     return model
 
 
-def plan_fold(model: nn.Module, adapter_names: Sequence[str] | None = None) -> FoldPlan:
+def plan_fold(model: nn.Module, adapter_names: str | Sequence[str] | None = None) -> FoldPlan:
     """Compute what `fold` would write, and write nothing. Arguments and errors are those of `fold`.
 
     Example:
@@ -115,7 +121,7 @@ def plan_fold(model: nn.Module, adapter_names: Sequence[str] | None = None) -> F
         [('0', True)]
     """
     sites = require_sites(model)
-    _check_names(sites, adapter_names)
+    _check_names(sites, [adapter_names] if isinstance(adapter_names, str) else adapter_names)
     for path, module in [*sites.items(), *regions_of(model).items()]:
         if not is_outermost(module):
             raise FoldError(

@@ -103,6 +103,20 @@ class Reflection(nn.ParameterDict):
             return None
         return householder.normalize(chains[0] if len(chains) == 1 else torch.cat(chains, dim=1))
 
+    def _chain_for(self, x: Tensor) -> Tensor | None:
+        """The active chain to go with `x`.
+
+        Raises:
+            AdapterError: it has no data yet. Operators would mix in uninitialised memory without an error.
+        """
+        chain = self.active_chain()
+        if chain is not None and chain.is_meta and not x.is_meta:
+            raise AdapterError(
+                f"hra_u of width {self.width}: the vectors of {', '.join(self.active)} are on the meta device, and "
+                "hold no data. Fill them first: model.load_state_dict(state, strict=False, assign=True)."
+            )
+        return chain
+
     def extra_repr(self) -> str:
         """One line instead of one for each parameter."""
         return ", ".join(
@@ -118,7 +132,7 @@ class LinearReflection(Reflection):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x: (..., d)` to `(..., d)`, the same dtype."""
-        chain = self.active_chain()
+        chain = self._chain_for(x)
         return x if chain is None else householder.reflect(x, chain, householder.compact_wy(chain))
 
 
@@ -152,7 +166,7 @@ class Conv2dReflection(Reflection):
             `T U^T p` for every patch and group, `(n, groups * k, h', w')`, in the dtype of `x`, and the chain
             `U: (d, k)` itself; `None` where no adapter is active.
         """
-        chain = self.active_chain()
+        chain = self._chain_for(x)
         if chain is None:
             return None
         factor = householder.compact_wy(chain)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TypeVar
@@ -21,7 +23,7 @@ from hra_fx.errors import AdapterError, ConfigError
 from hra_fx.reflection import AdapterSpec, Reflection, reflection_for
 from hra_fx.selection import select
 from hra_fx.site import REFLECTION, SiteKind, SiteLayer, kind_of
-from hra_fx.trainable import freeze
+from hra_fx.trainable import Changes, freeze
 from passes.insert import InsertPass
 from passes.match import MatchPass
 from passes.verify import VerifyPass
@@ -59,8 +61,7 @@ def transform(model: M, config: HRAConfig, adapter_name: str = "default", *, low
         >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         ['0.hra_u.default', '2.hra_u.default']
     """
-    if not isinstance(config, HRAConfig):
-        raise ConfigError(f"config: a {type(config).__name__}, where an hra_fx.HRAConfig is due.")
+    config = _checked(model, config, adapter_name)
     if _is_done(model, config, adapter_name):
         return model
     selected = select(model, config)
@@ -81,17 +82,42 @@ def transform(model: M, config: HRAConfig, adapter_name: str = "default", *, low
     return model
 
 
+def _checked(model: nn.Module, config: HRAConfig, adapter_name: str) -> HRAConfig:
+    """A copy of the configuration, validated again, for its fields may have been set since it was made."""
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"model: {model!r} is no torch.nn.Module. Give the model itself, not its name or class.")
+    if not isinstance(config, HRAConfig):
+        kind = f"{type(config).__module__}.{type(config).__qualname__}"
+        raise ConfigError(
+            f"config: a {kind}, where an hra_fx.HRAConfig is due. Make one from its fields: hra_fx.HRAConfig(r=..., "
+            "target_modules=...), or from the JSON of PEFT's with hra_fx.HRAConfig.from_pretrained(folder)."
+        )
+    if not isinstance(adapter_name, str):
+        raise AdapterError(f"adapter_name: {adapter_name!r} is no string. Give a name such as 'default'.")
+    return copy.deepcopy(dataclasses.replace(config))
+
+
 def _is_done(model: nn.Module, config: HRAConfig, adapter_name: str) -> bool:
     record = record_of(model)
+    carried = sites_of(model)
+    if record and not carried:  # its parts were folded one by one
+        Changes(record.requires_grad).restore(model)
+        drop_record(model)
+        record = None
     present = record.configs if record else {}
     if present.get(adapter_name) == config:
+        if odd := sorted(select(model, config).keys() ^ carried.keys()):
+            raise AdapterError(
+                f"adapter {adapter_name!r}: the model was transformed and changed since, so that {odd[0]} is not in "
+                "step with its configuration. Fold it (hra_fx.fold) and transform it again."
+            )
         return True
     if adapter_name in present:
         raise AdapterError(
             f"adapter {adapter_name!r}: the model has it already, with another configuration. Fold it first, or choose "
             "another name."
         )
-    if carried := sites_of(model):
+    if carried:
         names = ", ".join(dict.fromkeys(name for layer in carried.values() for name in layer.hra_u))
         raise AdapterError(
             f"adapter {adapter_name!r}: {next(iter(carried))} carries reflections already, of {names}. One adapter at "

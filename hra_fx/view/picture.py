@@ -80,7 +80,9 @@ def facts(model: nn.Module, regions: Mapping[str, fx.GraphModule]) -> str:
     adapter = sum(parameter.numel() for box in boxes for parameter in box.parameters())
     base = sum(parameter.numel() for parameter in model.parameters()) - adapter
     span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    captured = "captured whole" if "" in regions else f"{_number(len(regions), 'captured region')}"
+    alone = len(regions.keys() & sites_of(model).keys())
+    parts = (_number(len(regions) - alone, "captured region"), f"{_number(alone, 'layer')} alone")
+    captured = "captured whole" if "" in regions else ", ".join(parts)
     words = f"{_number(len(boxes), 'adapted layer')} · r = {span} · {adapter:,} adapter parameters"
     return f"{words} ({adapter / max(base, 1):.2%} of {base:,}) · {captured}"
 
