@@ -184,9 +184,9 @@ def main(train_size: int, test_size: int, epochs: int, output: Path) -> None:
         results,
     )
     show("The folded model: the base model's keys, the same predictions", ("check", "figure"), checks)
-    console.print(
-        f"Written to {output}/: report.txt, adapters.svg, classifier.onnx   ({time.perf_counter() - began:.0f} s)"
-    )
+    seconds = time.perf_counter() - began
+    written = f"Written to {output}/: report.txt, adapters.svg, classifier.onnx   ({seconds:.0f} s)"
+    console.print(written, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hra_fx import householder
-from hra_fx.adapted import drop_record, record_of, regions_of, require_sites
+from hra_fx.adapted import drop_record, record_of, regions_of, require_sites, sites_of
 from hra_fx.carrier.layer import SiteCarrier
 from hra_fx.carrier.swap import is_outermost, unswap
 from hra_fx.errors import AdapterError, FoldError
@@ -54,7 +54,7 @@ class FoldPlan:
 
     def __str__(self) -> str:
         """One line a layer: how far the weight moves, and what rounding to its dtype costs."""
-        width = max(len(layer.path) for layer in self.layers)
+        width = max((len(layer.path) for layer in self.layers), default=5)
         lines = (f"{layer.path:<{width}}  {layer.change:8.4f}  {layer.rounding:.1e}" for layer in self.layers)
         return "\n".join([f"{'layer':<{width}}  {'change':>8}  rounding", *lines])
 
@@ -66,7 +66,7 @@ class FoldPlan:
         """
         if _versions(self._model) != self._versions:
             raise FoldError("the model changed since the fold was planned. Plan again.")
-        sites = require_sites(self._model)
+        sites = sites_of(self._model)
         with torch.no_grad():
             for layer in self.layers:
                 sites[layer.path].weight.copy_(layer.weight)
@@ -76,9 +76,10 @@ class FoldPlan:
         for module in regions_of(self._model).values():
             unswap(module)
             del vars(module)["_hra_region"]
-        if record := record_of(self._model):
-            Changes(record.requires_grad).restore(self._model)
-            drop_record(self._model)
+        for part in self._model.modules():
+            if record := record_of(part):
+                Changes(record.requires_grad).restore(part)
+                drop_record(part)
         return self._model
 
 
@@ -120,7 +121,8 @@ def plan_fold(model: nn.Module, adapter_names: str | Sequence[str] | None = None
         >>> [(layer.path, layer.rounding < 1e-7) for layer in plan_fold(model).layers]
         [('0', True)]
     """
-    sites = require_sites(model)
+    # Where parts were folded one by one, the whole has nothing left but its region and its record.
+    sites = sites_of(model) if regions_of(model) or record_of(model) else require_sites(model)
     _check_names(sites, [adapter_names] if isinstance(adapter_names, str) else adapter_names)
     for path, module in [*sites.items(), *regions_of(model).items()]:
         if not is_outermost(module):
@@ -128,7 +130,7 @@ def plan_fold(model: nn.Module, adapter_names: str | Sequence[str] | None = None
                 f"{path or 'the model'}: another tool put a class of its own over it ({type(module).__name__}). Take "
                 "that off first (for FSDP: gather the weights into a plain model)."
             )
-    ties = tied_to(model, {f"{path}.weight": layer.weight for path, layer in sites.items()})
+    ties = tied_to(model, {f"{path}.weight".lstrip("."): layer.weight for path, layer in sites.items()})
     for name, others in ties.items():
         raise FoldError(
             f"{name}: it shares its memory with {', '.join(others)}, which the fold would change too. Untie it first "
@@ -148,6 +150,13 @@ def _check_names(sites: dict[str, SiteCarrier], names: Sequence[str] | None) -> 
 
 def _folded(path: str, layer: SiteCarrier) -> FoldedLayer:
     weight = layer.weight.detach()
+    if layer.weight.is_inference() or any(
+        step == 0 < size - 1 for step, size in zip(weight.stride(), weight.shape, strict=True)
+    ):
+        raise FoldError(
+            f"{path}: its weight cannot be written (made in inference mode, or expanded from fewer numbers). Replace "
+            "it first: layer.weight = torch.nn.Parameter(layer.weight.detach().clone())."
+        )
     _check_vectors(path, layer.hra_u, weight)
     dtype = torch.float32 if weight.device.type == "mps" else torch.float64
     chain = layer.hra_u.active_chain(dtype)
@@ -179,6 +188,6 @@ def _check_vectors(path: str, reflection: Reflection, weight: Tensor) -> None:
 
 def _versions(model: nn.Module) -> list[tuple[int, int]]:
     """Identity and version of every tensor that a fold reads; a tensor made in inference mode has no version."""
-    sites = require_sites(model).values()
+    sites = sites_of(model).values()
     read = (t for layer in sites for t in (layer.weight, *layer.hra_u.parameters(), *layer.hra_u.buffers()))
     return [(id(tensor), -1 if tensor.is_inference() else tensor._version) for tensor in read]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import keyword
+
 from torch import fx, nn
 
-from hra_fx.adapted import regions_of, require_sites
+from hra_fx.adapted import regions_of, require_sites, sites_of
 from hra_fx.capture.region import Region
-from hra_fx.site import kind_of
+from hra_fx.site import META, SiteNote, kind_of
 from passes.insert import InsertPass
-from passes.match import MatchPass
 
 
 def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
@@ -36,6 +37,8 @@ def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
     covered: set[str] = set()
     for path, module in regions_of(model).items():
         region: Region = module._hra_region
+        if not region.sites <= sites_of(module).keys():  # a part was folded since, and the Python forward runs
+            continue
         found[path] = region.graph_module(module, module.training)
         covered |= {f"{path}.{site}".lstrip(".") for site in region.sites}
     for path, layer in sites.items():
@@ -47,12 +50,13 @@ def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
 def _alone(path: str, layer: nn.Module) -> fx.GraphModule:
     """A graph of the one call; its root holds the layer under its own name."""
     name = path.rpartition(".")[2]
+    name = "layer" if keyword.iskeyword(name) else name
     root = nn.Module()
     root.add_module(name, layer)
     graph = fx.Graph()
     graph.output(graph.call_module(name, (graph.placeholder("input"),)))
     module = fx.GraphModule(root, graph, type(layer).__name__)
-    MatchPass({path: kind_of(layer)}, path.rpartition(".")[0])(module)
+    graph.find_nodes(op="call_module")[0].meta[META] = SiteNote(path, kind_of(layer), "layer")
     InsertPass()(module)
     module.training = layer.training
     return module

@@ -186,7 +186,7 @@ def start(d: int, r: int, *, apply_GS: bool, init_weights: bool, dtype: torch.dt
         (True, torch.Size([5, 3]))
     """
     paired = init_weights and not apply_GS
-    drawn = torch.zeros(d, (r + 1) // 2 if paired else r, dtype=dtype)
+    drawn = torch.zeros(d, (r + 1) // 2 if paired else r, dtype=dtype, device="cpu")
     nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
     return drawn.repeat_interleave(2, dim=1)[:, :r].contiguous() if paired else drawn
 

@@ -16,7 +16,7 @@ from rich.text import Text
 from torch import nn
 
 from hra_fx import householder
-from hra_fx.adapted import record_of, regions_of, require_sites
+from hra_fx.adapted import record_of, regions_of, require_sites, sites_of
 from hra_fx.site import describe
 
 _UNLIMITED = 10_000
@@ -123,7 +123,8 @@ def report(model: nn.Module) -> Report:
         ('0', 'whole', 6, 2, True)
     """
     sites = require_sites(model)
-    regions = {path: module._hra_region for path, module in regions_of(model).items()}
+    whole = ((path, module, module._hra_region) for path, module in regions_of(model).items())
+    regions = {path: region for path, module, region in whole if region.sites <= sites_of(module).keys()}
     home = {f"{path}.{site}".lstrip("."): path for path, region in regions.items() for site in region.sites}
     record = record_of(model)
     alone = record.alone if record else {}

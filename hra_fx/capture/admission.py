@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from hra_fx.carrier.swap import original_class
 from hra_fx.errors import CaptureError
-from hra_fx.sources import reached_methods
+from hra_fx.sources import names_below_self, reached_methods
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -95,16 +95,28 @@ def _kind(module: nn.Module) -> Any:
 _QUESTIONS = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_tensor")
 
 
+def _asks_identity(node: ast.Compare) -> bool:
+    """`a is b` or `a.b is ...`; not `a is None` (arguments are known to be tensors), and not of what `self` holds."""
+    if not any(isinstance(operation, (ast.Is, ast.IsNot)) for operation in node.ops):
+        return False
+    sides = [side for side in (node.left, *node.comparators) if not isinstance(side, ast.Constant)]
+    foreign = [side for side in sides if not names_below_self(side)]
+    attribute = any(isinstance(side, ast.Attribute) for side in foreign)
+    return attribute or (len(foreign) > 1 and all(isinstance(side, ast.Name) for side in foreign))
+
+
 @functools.cache
 def _unseen_question(kind: Any) -> str | None:
     """A question in a forward that its trace would not notice: `type(value)`, or one of torch under its bare name."""
     for method in reached_methods(kind).values():
         for node in ast.walk(method):
+            if isinstance(node, ast.Compare) and _asks_identity(node):
+                return "it asks whether a value is the same object as another, and a traced value never is"
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
                 continue
             of_self = bool(node.args) and isinstance(node.args[0], ast.Name) and node.args[0].id == "self"
-            if node.func.id == "type" and not of_self:
-                return "it asks for the type of a value (type), and a traced value has none"
+            if node.func.id in ("type", "callable") and not of_self:
+                return f"it asks for the type of a value ({node.func.id}), and a traced value has none"
             if node.func.id in _QUESTIONS:
                 return f"it asks {node.func.id}(), whose answer may change between calls"
     return None

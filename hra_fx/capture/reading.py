@@ -14,22 +14,31 @@ class ReadingLog:
     """Reads of attributes, module by module, of the modules that it was put on.
 
     Attributes that every `nn.Module` has are left out, `forward` excepted.
+
+    Attributes:
+        writes: names of attributes that were set, also where the old value was set again later.
     """
 
     def __init__(self) -> None:
         """An empty log."""
         self._reads: dict[int, set[str]] = {}
+        self.writes: list[str] = []
 
     def put_on(self, module: nn.Module) -> None:
         """Watch one module from now on, by a subclass of its own class; only for modules that are thrown away after."""
         base = type(module)
-        reads = self._reads.setdefault(id(module), set())
+        reads, writes = self._reads.setdefault(id(module), set()), self.writes
 
         def __getattribute__(self: nn.Module, name: str) -> Any:
             reads.add(name)
             return base.__getattribute__(self, name)
 
+        def __setattr__(self: nn.Module, name: str, value: Any) -> None:
+            writes.append(name)
+            base.__setattr__(self, name, value)
+
         names = {
+            "__setattr__": __setattr__,
             "__module__": base.__module__,
             "__getattribute__": __getattribute__,
             "forward": base.forward,

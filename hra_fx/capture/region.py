@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,7 +45,7 @@ class Region:
         self._unbind()
 
     def _unbind(self) -> None:
-        self._bound = False
+        self._root: weakref.ref[nn.Module] | None = None
         self._watches: tuple[Watch, ...] = ()
         self._modules: tuple[ModuleWatch, ...] = ()
         self._programs: dict[bool, Callable[..., Any]] = {}
@@ -65,8 +66,11 @@ class Region:
             return None
         if not all(isinstance(value, Tensor) for value in args) or len({id(value) for value in args}) < len(args):
             return None
-        if not self._bound:
+        if self._root is None:
             self._bind(root)
+        # A shallow copy and a replica of DataParallel share this object, and not the attributes that it watches.
+        if self._root is None or self._root() is not root:
+            return None
         training = root.training
         mode = training if self._by_mode else None
         if not self._modules or not all(item.holds(mode) for item in self._modules):
@@ -84,7 +88,7 @@ class Region:
         return module
 
     def _bind(self, root: nn.Module) -> None:
-        self._bound = True
+        self._root = weakref.ref(root)
         try:
             facts = self._take_down(root)
         except CaptureError:
@@ -108,7 +112,7 @@ class Region:
     def __getstate__(self) -> dict[str, Any]:
         """All but what is bound to the live modules."""
         state = dict(vars(self))
-        del state["_bound"], state["_watches"], state["_modules"], state["_programs"]
+        del state["_root"], state["_watches"], state["_modules"], state["_programs"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

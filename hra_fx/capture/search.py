@@ -48,6 +48,12 @@ def find_regions(model: nn.Module, sites: Mapping[str, nn.Module]) -> Findings:
         if module in layers:
             findings.alone[path] = why
             return
+        # A container is never called, and a part with one site gains nothing over the layer alone: the reason is that
+        # of the parent.
+        if path and (len(below) == 1 or type(module).forward is nn.Module.forward):
+            for name, child in module.named_children():
+                visit(f"{path}.{name}", child, why)
+            return
         try:
             reason = _refuse_or_capture(findings, path, module, below, recorded, why)
         except CaptureError as error:
@@ -68,8 +74,6 @@ def _refuse_or_capture(
     recorded: tuple[type, ...],
     why: str,
 ) -> str | None:
-    if path and len(below) == 1:
-        return "it holds one site, for which a region gains nothing"
     if reason := why_not_root(module, is_model=not path):
         return reason
     traces = trace(module, below, recorded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -73,19 +74,22 @@ def _trace_once(
         dissolved = {
             path: part for path, part in twin.named_modules() if not path or not tracer.is_leaf_module(part, path)
         }
-        for part in dissolved.values():
-            log.put_on(part)
         try:
+            for part in twin.modules():
+                log.put_on(part)
             graph = _plain(tracer.trace(twin))
         except CaptureError:
             raise
         except Exception as error:  # whatever the model's own code makes of a proxy
             line = str(error).strip().split("\n")[0]
             raise CaptureError(f"fx cannot trace it ({type(error).__name__}: {line[:160]})") from error
-    if unsayable := [node.target for node in graph.nodes if not can_be_written(str(node.target))]:
+    names = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr", "placeholder")]
+    if unsayable := [name for name in names if not can_be_written(name) or _has_keyword(name)]:
         raise CaptureError(f"no code can hold the name {unsayable[0]!r}")
     if changes := differences(module, twin, training):
         raise CaptureError(f"its forward changes or makes {', '.join(changes[:3])} outside of the graph")
+    if log.writes:
+        raise CaptureError(f"its forward sets {log.writes[0]!r} for a while, and a graph does not")
     return graph, {path: log.reads(part) for path, part in dissolved.items()}
 
 
@@ -98,6 +102,10 @@ def _plain(graph: fx.Graph) -> fx.Graph:
             # The classes of the copy that was traced log reads; the graph is of the classes below them.
             node.meta["nn_module_stack"] = {key: (path, below(kind)) for key, (path, kind) in stack.items()}
     return copy
+
+
+def _has_keyword(name: str) -> bool:
+    return any(keyword.iskeyword(part) for part in name.split("."))
 
 
 def _code(graph: fx.Graph) -> str:

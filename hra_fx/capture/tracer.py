@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import threading
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from torch import fx, nn
 from torch.fx.proxy import Attribute
 
 from hra_fx.capture.admission import required_arguments, why_not_inlined
+from hra_fx.capture.augmented import SPECIAL_METHODS
 from hra_fx.errors import CaptureError
 
 
@@ -40,6 +42,24 @@ class RegionProxy(fx.Proxy):
         _tracer(self).refuse("it takes a value for a Python number, or asks for its length")
 
     __len__ = __int__ = __float__ = __complex__ = __index__ = _as_number
+
+    def _as_key(self) -> int:
+        if not _asked_by_torch():
+            _tracer(self).refuse("it looks a value up in a set or dictionary")
+        return object.__hash__(self)
+
+    __hash__ = _as_key
+
+
+def _augmenting(act: Callable[[Any, Any], Any]) -> Callable[[RegionProxy, Any], Any]:
+    def method(self: RegionProxy, other: Any) -> Any:
+        return _tracer(self).create_proxy("call_function", act, (self, other), {})
+
+    return method
+
+
+for _name, _act in SPECIAL_METHODS.items():
+    setattr(RegionProxy, _name, _augmenting(_act))
 
 
 class RegionAttribute(RegionProxy, Attribute):
@@ -118,6 +138,14 @@ class RegionTracer(fx.Tracer):
         if not self.is_leaf_module(m, path) and (reason := why_not_inlined(m, self._recorded)):
             self.refuse(f"{path}: {reason}")
         return super().call_module(m, forward, args, kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        """An argument of a node; containers of other kinds than Python's own would come out as those."""
+        kind = type(a)  # not isinstance, which asks a proxy for its class
+        container = issubclass(kind, (list, dict)) and kind not in (list, dict)
+        if (container or dataclasses.is_dataclass(kind)) and not kind.__module__.startswith("torch.fx"):
+            self.refuse(f"it makes or returns a {kind.__name__}, which would come out as a plain container")
+        return super().create_arg(a)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None

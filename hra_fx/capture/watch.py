@@ -23,6 +23,8 @@ from hra_fx.errors import CaptureError
 
 _SEEDS = "it sets the state of a random generator, which a graph does not"
 
+_SETTINGS = "it asks for a setting of the process, which may change between calls"
+
 _FORBIDDEN: tuple[tuple[Any, str, str], ...] = (
     (torch.autocast, "__enter__", "it runs under its own autocast, which a graph drops"),
     (torch.no_grad, "__enter__", "it runs under no_grad, which a graph drops"),
@@ -46,6 +48,8 @@ _FORBIDDEN: tuple[tuple[Any, str, str], ...] = (
     (random, "seed", _SEEDS),
     (torch, "is_grad_enabled", "it asks whether grad is enabled, which may change between calls"),
     (torch, "is_inference_mode_enabled", "it asks whether inference mode is on, which may change between calls"),
+    *((torch, name, _SETTINGS) for name in ("get_default_dtype", "is_autocast_cpu_enabled", "get_autocast_dtype")),
+    *((torch, name, _SETTINGS) for name in ("get_autocast_gpu_dtype", "are_deterministic_algorithms_enabled")),
     (torch, "is_autocast_enabled", "it asks whether autocast is on, which may change between calls"),
 )
 
@@ -87,7 +91,7 @@ def _refusing(original: Any, reason: str, refused: list[str]) -> Any:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         caller = sys._getframe(1).f_globals.get("__name__", "")
         # torch asks and sets these for itself all the time; only the model's own code counts.
-        excused = caller.split(".")[0] == "torch" and caller not in _ON_BEHALF
+        excused = caller.split(".")[0] == "torch" and (caller not in _ON_BEHALF or reason is _SETTINGS)
         if threading.get_ident() != thread or excused:
             return original(*args, **kwargs)
         refused.append(reason)
