@@ -191,8 +191,8 @@ def main(train_size: int, test_size: int, epochs: int, output: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", type=int, default=8000, help="training texts (default 8000)")
-    parser.add_argument("--test", type=int, default=2000, help="held-out texts (default 2000)")
+    parser.add_argument("--train", type=int, default=5000, help="training texts (default 5000)")
+    parser.add_argument("--test", type=int, default=1500, help="held-out texts (default 1500)")
     parser.add_argument("--epochs", type=int, default=1, help="passes over the training texts (default 1)")
     parser.add_argument(
         "--output", type=Path, default=Path("demo_output"), help="folder to write to (default demo_output)"
