@@ -14,10 +14,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hra_fx.adding import add_adapter as add_adapter, combine as combine, delete_adapter as delete_adapter
+    from hra_fx.checkpoint.loading import load_adapter as load_adapter
+    from hra_fx.checkpoint.saving import save_adapter as save_adapter
     from hra_fx.config import HRAConfig as HRAConfig
     from hra_fx.errors import (
         AdapterError as AdapterError,
         CaptureError as CaptureError,
+        CheckpointError as CheckpointError,
         ConfigError as ConfigError,
         FoldError as FoldError,
         GraphInvariantError as GraphInvariantError,
@@ -29,7 +33,12 @@ if TYPE_CHECKING:
     )
     from hra_fx.folding import fold as fold, plan_fold as plan_fold
     from hra_fx.graphing import graphs as graphs
+    from hra_fx.merging import merge_adapter as merge_adapter, unmerge_adapter as unmerge_adapter
+    from hra_fx.model import HRAModel as HRAModel
+    from hra_fx.orthogonality import orthogonality_loss as orthogonality_loss
     from hra_fx.reporting import report as report
+    from hra_fx.scaling import set_scale as set_scale
+    from hra_fx.switching import disable_adapters as disable_adapters, set_adapter as set_adapter
     from hra_fx.transforming import transform as transform
     from hra_fx.view import visualize as visualize
 
@@ -37,16 +46,29 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "HRAConfig": "config",
+    "HRAModel": "model",
+    "add_adapter": "adding",
+    "combine": "adding",
+    "delete_adapter": "adding",
+    "disable_adapters": "switching",
     "fold": "folding",
     "graphs": "graphing",
+    "load_adapter": "checkpoint.loading",
+    "merge_adapter": "merging",
+    "orthogonality_loss": "orthogonality",
     "plan_fold": "folding",
     "report": "reporting",
+    "save_adapter": "checkpoint.saving",
+    "set_adapter": "switching",
+    "set_scale": "scaling",
     "transform": "transforming",
+    "unmerge_adapter": "merging",
     "visualize": "view",
     **dict.fromkeys(
         (
             "AdapterError",
             "CaptureError",
+            "CheckpointError",
             "ConfigError",
             "FoldError",
             "GraphInvariantError",

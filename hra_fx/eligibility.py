@@ -11,9 +11,11 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from hra_fx.config import HRAConfig
+from hra_fx.copies import Copies
 from hra_fx.errors import UnsupportedLayerError
 from hra_fx.inert import weight_readers
-from hra_fx.site import REFLECTION
+from hra_fx.reflection import reflection_of
+from hra_fx.site import REFLECTION, SAVED
 from hra_fx.sources import can_be_written
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -77,6 +79,11 @@ def has_redundant_forward(layer: nn.Module) -> bool:
 
 
 def _why_not_state(layer: nn.Module) -> str | None:
+    copies = layer._modules.get(SAVED)
+    if isinstance(copies, Copies) and "weight" in copies.in_place:
+        return "another adapter saves it in full (modules_to_save). Fold or delete that one first"
+    if reflection_of(layer) is not None:
+        return None  # it was found fit when its first adapter came
     if "forward" in vars(layer) and not has_redundant_forward(layer):
         return f"its forward is set on the instance, which no rewrite can see through. Remove it, or l{_EXCLUDE[1:]}"
     if hasattr(layer, REFLECTION):

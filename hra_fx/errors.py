@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "AdapterError",
     "CaptureError",
+    "CheckpointError",
     "ConfigError",
     "FoldError",
     "GraphInvariantError",
@@ -55,6 +56,10 @@ class CaptureError(HRAError):
 class AdapterError(HRAError, ValueError):
     """An adapter name or an adapter state that does not fit: an unknown name, a name that is taken or not usable as a
     module name, or an operation that the current state does not allow."""
+
+
+class CheckpointError(HRAError, ValueError):
+    """A file of an adapter that is missing, damaged, or does not fit the model; it names the file, and the key."""
 
 
 class FoldError(HRAError):

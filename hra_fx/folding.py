@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from hra_fx import householder
-from hra_fx.adapted import drop_record, record_of, regions_of, require_sites, sites_of
-from hra_fx.carrier.layer import SiteCarrier
-from hra_fx.carrier.swap import is_outermost, unswap
-from hra_fx.errors import AdapterError, FoldError
-from hra_fx.reflection import Reflection
-from hra_fx.site import REFLECTION
-from hra_fx.tied import tied_to
-from hra_fx.trainable import Changes
+from hra_fx.acting import check_copies, refresh
+from hra_fx.adapted import Record, record_of, require_sites, root_of, sites_of
+from hra_fx.copies import copies_of
+from hra_fx.errors import AdapterError, FoldError, HRAWarning
+from hra_fx.merging import first_of
+from hra_fx.releasing import forget, release
+from hra_fx.rotating import FoldedLayer, check_weights, rotated
 
 M = TypeVar("M", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class FoldedLayer:
-    """One weight of a fold that has been computed and not been written.
-
-    Attributes:
-        path: the layer.
-        weight: the new weight, in the shape and dtype of the old one.
-        rounding: `|W'' - W'|_F / |W'|_F`, what the cast from float64 to that dtype costs.
-        change: `|W' - W|_F / |W|_F`, how far the adapter moved the weight.
-    """
-
-    path: str
-    weight: Tensor = field(repr=False)
-    rounding: float
-    change: float
 
 
 class FoldPlan:
@@ -46,10 +27,11 @@ class FoldPlan:
         layers: one `FoldedLayer` for each distinct layer.
     """
 
-    def __init__(self, model: nn.Module, layers: list[FoldedLayer]) -> None:
-        """A plan for `model` as it is now."""
+    def __init__(self, model: nn.Module, layers: list[FoldedLayer], names: tuple[str, ...] | None) -> None:
+        """A plan for `model` as it is now; `names` of the adapters that go, or `None` for all."""
         self.layers = layers
         self._model = model
+        self._names = names
         self._versions = _versions(model)
 
     def __str__(self) -> str:
@@ -59,7 +41,7 @@ class FoldPlan:
         return "\n".join([f"{'layer':<{width}}  {'change':>8}  rounding", *lines])
 
     def apply(self) -> nn.Module:
-        """Write the weights and take the reflections, regions and classes off; returns the model.
+        """Write the weights and take the folded adapters off; returns the model.
 
         Raises:
             FoldError: weights or vectors changed since the plan was made.
@@ -70,37 +52,38 @@ class FoldPlan:
         with torch.no_grad():
             for layer in self.layers:
                 sites[layer.path].weight.copy_(layer.weight)
-        for site in sites.values():
-            unswap(site)
-            del site._modules[REFLECTION]
-        for module in regions_of(self._model).values():
-            unswap(module)
-            del vars(module)["_hra_region"]
-        for part in self._model.modules():
-            if record := record_of(part):
-                Changes(record.requires_grad).restore(part)
-                drop_record(part)
+                sites[layer.path].hra_u.unmerged = None
+        record = record_of(self._model)
+        if record is None:
+            release(self._model)
+        else:
+            _settle(self._model, record, self._names)
         return self._model
 
 
 def fold(model: M, adapter_names: str | Sequence[str] | None = None) -> M:
-    """Fold the reflections into the weights, `W <- W Q`, in place; the model is a plain base model again.
+    """Fold reflections into the weights, `W <- W Q`, in place; with none left the model is a plain base model again.
 
-    Classes, graph, `state_dict` keys and `requires_grad` are those from before `transform`; only weights differ. All
-    new weights are computed, in float64 where the device has it, and found finite before the first is written.
-    `plan_fold` does the first half, and shows what rounding costs each layer.
+    Then classes, graph, `state_dict` keys and `requires_grad` are those from before `transform`; only weights differ,
+    and what `bias` and `modules_to_save` trained is in its place. All new weights are computed, in float64 where the
+    device has it, and found finite before the first is written. `plan_fold` does the first half, and shows what
+    rounding costs each layer.
 
     Args:
         model: a transformed model.
-        adapter_names: which adapters to fold, one name or several; `None` for all.
+        adapter_names: which adapters to fold, one name or several in their order; the others stay, and act on the new
+            weights from now on. `None` folds the active ones, and takes the others off.
 
     Returns:
         `model`.
 
     Raises:
-        AdapterError: the model has no reflections, or not these.
+        AdapterError: the model has no reflections, or not these; or others come before them in the active order.
         FoldError: a weight cannot be folded: tied to another tensor, without data, not finite, or with dependent
             Gram-Schmidt vectors. The model is as it was.
+
+    Warns:
+        HRAWarning: adapters that are not active go, or the fold leaves embeddings untied.
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -121,69 +104,51 @@ def plan_fold(model: nn.Module, adapter_names: str | Sequence[str] | None = None
         >>> [(layer.path, layer.rounding < 1e-7) for layer in plan_fold(model).layers]
         [('0', True)]
     """
-    # Where parts were folded one by one, the whole has nothing left but its region and its record.
-    sites = sites_of(model) if regions_of(model) or record_of(model) else require_sites(model)
-    _check_names(sites, [adapter_names] if isinstance(adapter_names, str) else adapter_names)
-    for path, module in [*sites.items(), *regions_of(model).items()]:
-        if not is_outermost(module):
-            raise FoldError(
-                f"{path or 'the model'}: another tool put a class of its own over it ({type(module).__name__}). Take "
-                "that off first (for FSDP: gather the weights into a plain model)."
-            )
-    ties = tied_to(model, {f"{path}.weight".lstrip("."): layer.weight for path, layer in sites.items()})
-    for name, others in ties.items():
-        raise FoldError(
-            f"{name}: it shares its memory with {', '.join(others)}, which the fold would change too. Untie it first "
-            "(layer.weight = torch.nn.Parameter(layer.weight.detach().clone()), and "
-            "config.tie_word_embeddings = False), or leave the layer out with exclude_modules."
-        )
-    return FoldPlan(model, [_folded(path, layer) for path, layer in sites.items()])
+    if not isinstance(model, nn.Module) or not any(record_of(part) for part in model.modules()):
+        return _plan_part(model, adapter_names)
+    root, record = root_of(model)
+    names = first_of(record, adapter_names)
+    check_copies(root, names)
+    sites = sites_of(root)
+    check_weights(root, sites)
+    return FoldPlan(
+        root,
+        [rotated(path, layer, names) for path, layer in sites.items()],
+        None if adapter_names is None else names,
+    )
 
 
-def _check_names(sites: dict[str, SiteCarrier], names: Sequence[str] | None) -> None:
+def _plan_part(model: nn.Module, adapter_names: str | Sequence[str] | None) -> FoldPlan:
+    """A part of a transformed model: what acts in it is folded, and it is a plain module again."""
+    sites = require_sites(model)
     present = {name for layer in sites.values() for name in layer.hra_u}
-    if names is not None and set(names) != present:
+    wanted = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names or present)
+    if wanted != present:
         raise AdapterError(
-            f"adapter_names={list(names)}: the model has {sorted(present)}. Give these, or None for all."
+            f"adapter_names={sorted(wanted)}: this part of the model has {sorted(present)}. Give these, or fold the "
+            "whole model."
         )
+    check_weights(model, sites)
+    return FoldPlan(model, [rotated(path, layer, layer.hra_u.active) for path, layer in sites.items()], None)
 
 
-def _folded(path: str, layer: SiteCarrier) -> FoldedLayer:
-    weight = layer.weight.detach()
-    if layer.weight.is_inference() or any(
-        step == 0 < size - 1 for step, size in zip(weight.stride(), weight.shape, strict=True)
-    ):
-        raise FoldError(
-            f"{path}: its weight cannot be written (made in inference mode, or expanded from fewer numbers). Replace "
-            "it first: layer.weight = torch.nn.Parameter(layer.weight.detach().clone())."
-        )
-    _check_vectors(path, layer.hra_u, weight)
-    dtype = torch.float32 if weight.device.type == "mps" else torch.float64
-    chain = layer.hra_u.active_chain(dtype)
-    wide = weight.to(dtype).flatten(1)
-    exact = wide if chain is None else householder.rotate(wide, chain.detach(), householder.compact_wy(chain.detach()))
-    narrow = exact.to(weight.dtype)
-    if not bool(torch.isfinite(narrow).all()):
-        raise FoldError(f"{path}: the folded weight is not finite. Look for NaN or inf in its weight and in hra_u.")
-    rounding, change = _relative(narrow.to(dtype) - exact, exact), _relative(exact - wide, wide)
-    return FoldedLayer(path, narrow.view_as(weight), rounding, change)
-
-
-def _relative(difference: Tensor, whole: Tensor) -> float:
-    size = float(torch.linalg.matrix_norm(whole))
-    return float(torch.linalg.matrix_norm(difference)) / size if size else 0.0
-
-
-def _check_vectors(path: str, reflection: Reflection, weight: Tensor) -> None:
-    for name in reflection.active:
-        vectors = reflection[name]
-        if vectors.is_meta or weight.is_meta:
-            raise FoldError(f"{path}: its weight or its vectors {name!r} are on the meta device. Load them first.")
-        if reflection.specs[name].apply_GS and householder.dependence(vectors) < 8 * torch.finfo(vectors.dtype).eps:
-            raise FoldError(
-                f"{path}: the vectors of {name!r} are linearly dependent, and Gram-Schmidt of such vectors is noise. "
-                "Train with apply_GS=False, or with init_weights=True from hra_fx, which starts them apart."
-            )
+def _settle(root: nn.Module, record: Record, names: tuple[str, ...] | None) -> None:
+    """Make the copies of folded adapters the model's own, and forget those adapters."""
+    record.merged = ()
+    folded = record.active if names is None else names
+    for owner, copies in copies_of(root).values():
+        for name in folded:
+            if record.untied and name in copies.copied:
+                text = "embeddings stay untied, for one was trained; config.tie_word_embeddings is False now."
+                warnings.warn(text, HRAWarning, stacklevel=4)
+                record.untied = False
+            copies.adopt(owner, name)
+    if names is None and (dropped := [name for name in record.configs if name not in folded]):
+        text = f"adapters {dropped} were not active, and go with the fold. Save them before, or name those to fold."
+        warnings.warn(text, HRAWarning, stacklevel=4)
+    forget(root, record, tuple(record.configs) if names is None else names)
+    if record.configs:
+        refresh(root, record)
 
 
 def _versions(model: nn.Module) -> list[tuple[int, int]]:

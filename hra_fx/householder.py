@@ -173,8 +173,16 @@ def dependence(vectors: Tensor) -> float:
     return float(diagonal.min()) / largest if largest > 0 else 0.0
 
 
-def start(d: int, r: int, *, apply_GS: bool, init_weights: bool, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Fresh vectors `U: (d, r)`, drawn from torch's default generator on the CPU.
+def start(
+    d: int,
+    r: int,
+    *,
+    apply_GS: bool,
+    init_weights: bool,
+    dtype: torch.dtype = torch.float32,
+    on_meta: bool = False,
+) -> Tensor:
+    """Fresh vectors `U: (d, r)`, drawn from torch's default generator on the CPU; `on_meta` draws none.
 
     `init_weights=True` draws half of the columns and takes each twice, as PEFT does (the same numbers for the same seed
     where `r` is even), since `H H = I`; the last column of an odd rank stays single. Gram-Schmidt needs independent
@@ -186,7 +194,7 @@ def start(d: int, r: int, *, apply_GS: bool, init_weights: bool, dtype: torch.dt
         (True, torch.Size([5, 3]))
     """
     paired = init_weights and not apply_GS
-    drawn = torch.zeros(d, (r + 1) // 2 if paired else r, dtype=dtype, device="cpu")
+    drawn = torch.zeros(d, (r + 1) // 2 if paired else r, dtype=dtype, device="meta" if on_meta else "cpu")
     nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
     return drawn.repeat_interleave(2, dim=1)[:, :r].contiguous() if paired else drawn
 

@@ -1,11 +1,13 @@
 """The module that owns a site's reflection vectors: `<layer>.hra_u`, a `ParameterDict` that can be called.
 
 Keys and shapes are PEFT's (`hra_u.<adapter>`, `(d, r)`), so a `state_dict` reads the same. An anchored adapter
-(`householder.anchor`) keeps its frozen prefix as the buffer `hra_u.<adapter>_anchor` beside it.
+(`householder.anchor`) keeps its frozen prefix as the buffer `hra_u.<adapter>_anchor` beside it; a merged layer keeps
+the weight that it had as the buffer `hra_u.unmerged`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hra_fx import householder
+from hra_fx import geodesic, householder
 from hra_fx.errors import AdapterError
 from hra_fx.site import REFLECTION, SiteKind, SiteLayer, width_of
 
 _ANCHOR = "_anchor"
+_SCALED = "_scaled"
+#: What the containers of vectors and copies are made of, and the names that stand for the base model.
+_RESERVED = (
+    *("kind", "width", "specs", "active", "scales", "unmerged", "base_layer", "original_module"),
+    *("copied", "in_place", "make", "tensors", "put_in_place", "adopt", "remove"),
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,31 @@ class AdapterSpec:
     init_weights: bool = True
 
 
+def check_adapter_name(name: object) -> None:
+    """Refuse a name that cannot be both a parameter's name and a folder's.
+
+    Raises:
+        AdapterError: it cannot.
+
+    Example:
+        >>> check_adapter_name("style-2")
+    """
+    if (
+        not isinstance(name, str)
+        or not name.strip()
+        or name != name.strip()
+        or any(sign in name for sign in "./\\\0")
+        or name.endswith((_ANCHOR, _SCALED))
+        or hasattr(nn.ParameterDict, name)
+        or name in _RESERVED
+    ):
+        raise AdapterError(
+            f"adapter name {name!r}: it names parameters inside the model, and a folder on disk, so it must be a "
+            f"string without dots, slashes and spaces at its ends, not end in {_ANCHOR!r} or {_SCALED!r}, and be no "
+            "attribute of the container. Choose another name."
+        )
+
+
 class Reflection(nn.ParameterDict):
     """The adapters of one site: adapter name -> `U: (d, r)`; calling it reflects what the site reads.
 
@@ -43,9 +76,12 @@ class Reflection(nn.ParameterDict):
         width: `d`.
         specs: adapter name -> `AdapterSpec`.
         active: names of the adapters in use, in the order of the product `W Q_a Q_b ...`.
+        scales: adapter name -> its strength, where that is not 1.
+        unmerged: the weight as it was before a merge; `None` while nothing is merged.
     """
 
     kind: SiteKind
+    unmerged: Tensor | None
 
     def __init__(self, width: int) -> None:
         """An empty container for vectors of length `width`."""
@@ -53,13 +89,15 @@ class Reflection(nn.ParameterDict):
         self.width = width
         self.specs: dict[str, AdapterSpec] = {}
         self.active: tuple[str, ...] = ()
+        self.scales: dict[str, float] = {}
+        self.register_buffer("unmerged", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call it as a module: `nn.ParameterDict` refuses to be called."""
         return nn.Module.__call__(self, *args, **kwargs)
 
     def add(self, name: str, spec: AdapterSpec, like: Tensor, *, on_meta: bool = False) -> None:
-        """Add an adapter with fresh vectors, and make it the active one.
+        """Add an adapter with fresh vectors; it is not active yet.
 
         The vectors come in the dtype of `like`, float32 at least (as PEFT's `autocast_adapter_dtype=True`), on its
         device; `on_meta` makes them without data.
@@ -67,29 +105,89 @@ class Reflection(nn.ParameterDict):
         Raises:
             AdapterError: the name cannot be a parameter's name here.
         """
-        if not name or "." in name or name.endswith(_ANCHOR) or hasattr(self, name):
-            raise AdapterError(
-                f"adapter name {name!r}: it names a parameter inside the model, so it must not be empty, hold a dot, "
-                f"end in {_ANCHOR!r} or be an attribute of torch.nn.ParameterDict. Choose another name."
-            )
         dtype = householder.working_dtype(like.dtype)
         vectors = householder.start(
-            self.width, spec.r, apply_GS=spec.apply_GS, init_weights=spec.init_weights, dtype=dtype
+            self.width, spec.r, apply_GS=spec.apply_GS, init_weights=spec.init_weights, dtype=dtype, on_meta=on_meta
         )
         anchor = householder.anchor(vectors, apply_GS=spec.apply_GS) if spec.init_weights else None
-        device = torch.device("meta") if on_meta else like.device
-        self[name] = nn.Parameter(vectors.to(device))
+        device = vectors.device if on_meta else like.device
+        self.put(name, spec, vectors.to(device), None if anchor is None else anchor.to(device))
+
+    def put(self, name: str, spec: AdapterSpec, vectors: Tensor, anchor: Tensor | None) -> None:
+        """Add an adapter with given vectors `U: (d, r)` and anchor `A: (d, k)`; it is not active yet.
+
+        Raises:
+            AdapterError: the name cannot be a parameter's name here.
+        """
+        check_adapter_name(name)
+        if hasattr(self, name):
+            raise AdapterError(f"adapter name {name!r}: it is taken here. Choose another name.")
+        self[name] = nn.Parameter(vectors)
         if anchor is not None:
-            self.register_buffer(name + _ANCHOR, anchor.to(device))
+            self.register_buffer(name + _ANCHOR, anchor)
         self.specs[name] = spec
-        self.active = (name,)
+
+    def replace(self, name: str, vectors: Tensor, anchor: Tensor | None, device: torch.device) -> None:
+        """Give an adapter other values of the same shapes, in place; vectors without data get some on `device`."""
+        own = self[name]
+        if own.is_meta:
+            self[name] = nn.Parameter(vectors.to(device, own.dtype), requires_grad=own.requires_grad)
+        else:
+            own.data.copy_(vectors)
+        if anchor is not None:
+            self._buffers[name + _ANCHOR] = anchor.to(self[name])
+        if name in self.scales:
+            self.scale(name, self.scales[name])
+
+    def remove(self, name: str) -> None:
+        """Take an adapter out, if it is there."""
+        if name not in self.specs:
+            return
+        del self[name], self.specs[name]
+        self.scales.pop(name, None)
+        for suffix in (_ANCHOR, _SCALED):
+            self._drop(name + suffix)
+        self.active = tuple(other for other in self.active if other != name)
+
+    def scale(self, name: str, alpha: float) -> None:
+        """Set the strength of an adapter: 0 is the identity, 1 all of `Q` (`geodesic.fraction`).
+
+        Raises:
+            AdapterError: its `Q` is no rotation.
+        """
+        self.scales.pop(name, None)
+        self._drop(name + _SCALED)
+        if alpha != 1:
+            # Not in the state_dict: it follows from the vectors and the strength.
+            wide = self.full_chain(name, householder.working_dtype(self[name].dtype)).detach()
+            self.register_buffer(name + _SCALED, geodesic.fraction(wide, alpha), persistent=False)
+            self.scales[name] = alpha
+
+    def _drop(self, buffer: str) -> None:
+        if buffer in self._buffers:
+            delattr(self, buffer)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Load, and bring the scaled adapters in step with their vectors."""
+        super()._load_from_state_dict(*args, **kwargs)
+        for name, alpha in list(self.scales.items()):
+            self.scale(name, alpha)
 
     def anchor(self, name: str) -> Tensor | None:
         """The frozen prefix `A` of an adapter, `(d, 1)` or `(d, r)`, if it has one."""
         return getattr(self, name + _ANCHOR, None)
 
     def chain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The adapter as plain reflections: `[A | U]`, or `[A | V]` with Gram-Schmidt; `(d, k)`, made in `dtype`."""
+        """The adapter, at its strength, as plain reflections; `(d, k)`, made in `dtype`."""
+        if name not in self.scales:
+            return self.full_chain(name, dtype)
+        if dtype is None:
+            scaled: Tensor = getattr(self, name + _SCALED)
+            return scaled
+        return geodesic.fraction(self.full_chain(name, dtype), self.scales[name])
+
+    def full_chain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The adapter at full strength: `[A | U]`, or `[A | V]` with Gram-Schmidt; `(d, k)`, made in `dtype`."""
         vectors: Tensor = self[name] if dtype is None else self[name].to(dtype)
         if self.specs[name].apply_GS:
             vectors = householder.orthonormalize(vectors)
@@ -98,7 +196,12 @@ class Reflection(nn.ParameterDict):
 
     def active_chain(self, dtype: torch.dtype | None = None) -> Tensor | None:
         """All active adapters as one chain of unit vectors, `W Q_a Q_b` in their order; `None` where none is."""
-        chains = [self.chain(name, dtype) for name in self.active]
+        return self.joint_chain(self.active, dtype)
+
+    def joint_chain(self, names: Iterable[str], dtype: torch.dtype | None = None) -> Tensor | None:
+        """Some adapters as one chain of unit vectors, in their order; `None` where they do nothing."""
+        chains = [self.chain(name, dtype) for name in names]
+        chains = [chain for chain in chains if chain.shape[1]]
         if not chains:
             return None
         return householder.normalize(chains[0] if len(chains) == 1 else torch.cat(chains, dim=1))
@@ -113,7 +216,7 @@ class Reflection(nn.ParameterDict):
         if chain is not None and chain.is_meta and not x.is_meta:
             raise AdapterError(
                 f"hra_u of width {self.width}: the vectors of {', '.join(self.active)} are on the meta device, and "
-                "hold no data. Fill them first: model.load_state_dict(state, strict=False, assign=True)."
+                "hold no data. Fill them first: hra_fx.load_adapter, or model.load_state_dict(..., assign=True)."
             )
         return chain
 

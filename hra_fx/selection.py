@@ -6,6 +6,7 @@ Source of the rules: `check_target_module_exists`, `_maybe_include_all_linear_la
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 import sys
@@ -18,11 +19,17 @@ from torch import nn
 from hra_fx.config import HRAConfig, layer_index_regex, saved_module_regex
 from hra_fx.default_targets import DEFAULT_TARGETS
 from hra_fx.errors import HRAWarning, SelectionError
+from hra_fx.site import REFLECTION, SAVED
 
-__all__ = ["is_target", "resolve_targets", "saved_modules", "select"]
+__all__ = ["is_target", "resolve_targets", "saved_modules", "select", "with_head", "without_absent"]
 
-_ADAPTER = "hra_u"
+_ADAPTER = {REFLECTION, SAVED}
 _HEADS = ("score", "classifier")
+_TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 # From so many entries on PEFT shortens target_modules, which shows where layer indices are given too.
 _MANY = 20
 _SHOWN = 8
@@ -117,13 +124,37 @@ def saved_modules(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
     return {path: module for path, module in _walk(model, remove_duplicate=False) if names and path.endswith(names)}
 
 
+def with_head(model: nn.Module, config: HRAConfig) -> HRAConfig:
+    """`config` with the new head of its `task_type` among `modules_to_save`, where the model has one.
+
+    So do PEFT's models for sequence and token classification and for question answering: a head that is drawn at random
+    has to be trained.
+
+    >>> model = nn.ModuleDict({"encoder": nn.Linear(2, 2), "classifier": nn.Linear(2, 2)})
+    >>> with_head(model, HRAConfig(task_type="SEQ_CLS", target_modules=["encoder"])).modules_to_save
+    ['classifier']
+    """
+    given = list(config.modules_to_save or ())
+    due = [name for name in _TASK_HEADS.get(config.task_type or "", ()) if name not in given]
+    found = saved_modules(model, dataclasses.replace(config, modules_to_save=due)) if due else {}
+    present = [name for name in due if any(path.endswith(name) for path in found)]
+    return dataclasses.replace(config, modules_to_save=given + present) if present else config
+
+
+def without_absent(model: nn.Module, config: HRAConfig) -> HRAConfig:
+    """`config` without the entries of `modules_to_save` that name nothing: PEFT writes every name a head may have."""
+    found = saved_modules(model, config)
+    names = [name for name in config.modules_to_save or () if any(path.endswith(name) for path in found)]
+    return dataclasses.replace(config, modules_to_save=names or None)
+
+
 # ---- the rules ----
 
 
 def _walk(model: nn.Module, *, remove_duplicate: bool = True) -> Iterable[tuple[str, nn.Module]]:
     """Every module but the root and what earlier adapters put into the model."""
     for path, module in model.named_modules(remove_duplicate=remove_duplicate):
-        if path and _ADAPTER not in path.split("."):
+        if path and _ADAPTER.isdisjoint(path.split(".")):
             yield path, module
 
 
@@ -142,7 +173,7 @@ def _is_named(names: Collection[str] | str, path: str) -> bool:
 
 def _left_out_by(config: HRAConfig, path: str) -> str | None:
     """The field that keeps `path` from being adapted whatever the targets are, or None."""
-    if _ADAPTER in path.split("."):
+    if not _ADAPTER.isdisjoint(path.split(".")):
         return "an earlier adapter"
     if config.exclude_modules and _is_named(config.exclude_modules, path):
         return f"exclude_modules={_show(config.exclude_modules)}"

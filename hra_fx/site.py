@@ -12,6 +12,8 @@ SiteLayer: TypeAlias = nn.Linear | nn.Conv2d
 
 #: Name of the child module that owns a site's reflections, hence of its `state_dict` keys (PEFT's name).
 REFLECTION = "hra_u"
+#: Name of the child module that holds an adapter's copies of tensors while they are not in place.
+SAVED = "hra_saved"
 #: Key of `torch.fx.Node.meta` under which the passes keep a `SiteNote`.
 META = "hra"
 

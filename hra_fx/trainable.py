@@ -1,15 +1,24 @@
-"""Which parameters an adapted model trains: PEFT's rules for `bias` and `modules_to_save`."""
+"""Which parameters an adapted model trains: the vectors of the active adapters, and the copies that they ask for."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from hra_fx.adapted import sites_of
+from hra_fx.adapted import Record, reflections_of
 from hra_fx.config import HRAConfig
+from hra_fx.copies import Copies, copies_of, own_tensors
+from hra_fx.errors import UnsupportedLayerError
 from hra_fx.selection import saved_modules
+from hra_fx.site import REFLECTION, SAVED
+from hra_fx.tied import tied_to
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass(frozen=True)
@@ -26,37 +35,123 @@ class Changes:
                 _set_flag(parameters[name], before)
 
 
-def freeze(model: nn.Module, config: HRAConfig) -> Changes:
-    """Leave only the reflections trainable, and what the configuration asks for besides.
-
-    Biases: none, all in the model (`"all"`), or those of the adapted layers (`"hra_only"`). Modules in
-    `modules_to_save` are trained in place. With `inference_mode` nothing is.
-    """
+def freeze(model: nn.Module) -> Changes:
+    """Freeze every parameter of the base model."""
     changes = Changes({})
     try:
-        _set_flags(model, config, changes)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and _is_base(name):
+                _set_flag(parameter, False)
+                changes.flags[name] = (True, False)
     except BaseException:
         changes.restore(model)
         raise
     return changes
 
 
-def _set_flags(model: nn.Module, config: HRAConfig, changes: Changes) -> None:
-    sites = sites_of(model)
-    adapted = {f"{path}.bias" for path in sites}
-    reflections = {id(parameter) for layer in sites.values() for parameter in layer.hra_u.parameters()}
-    saved = {id(parameter) for module in saved_modules(model, config).values() for parameter in module.parameters()}
-    for name, parameter in model.named_parameters():
-        wanted = (
-            id(parameter) in reflections
-            or (config.bias == "all" and name.split(".")[-1] == "bias")
-            or (config.bias == "hra_only" and name in adapted)
-            or id(parameter) in saved
-        ) and not config.inference_mode
-        if parameter.requires_grad is not wanted and (parameter.is_floating_point() or not wanted):
-            before = parameter.requires_grad
-            _set_flag(parameter, wanted)
-            changes.flags[name] = (before, wanted)
+def train_only(model: nn.Module, names: Iterable[str]) -> None:
+    """Give gradients to the vectors and copies of some adapters, and take them from those of all others.
+
+    An adapter whose strength is not 1 gets none for its vectors, which the forward does not read.
+    """
+    wanted = set(names)
+    for reflection in reflections_of(model):
+        for name, vectors in reflection.items():
+            vectors.requires_grad_(name in wanted and name not in reflection.scales)
+    for owner, copies in copies_of(model).values():
+        for adapter in copies.copied:
+            for tensor in copies.tensors(owner, adapter).values():
+                if isinstance(tensor, nn.Parameter):
+                    tensor.requires_grad_(adapter in wanted and tensor.is_floating_point())
+
+
+def trained(model: nn.Module) -> list[str]:
+    """Names of the adapters whose vectors have gradients."""
+    items = (item for reflection in reflections_of(model) for item in reflection.items())
+    return list(dict.fromkeys(name for name, vectors in items if vectors.requires_grad))
+
+
+def make_copies(
+    model: nn.Module, name: str, config: HRAConfig, sites: Mapping[str, nn.Module], record: Record, undo: ExitStack
+) -> None:
+    """Copy what `config.modules_to_save` and `config.bias` train, for adapter `name`; the copies wait.
+
+    Biases: none, all in the model (`"all"`), or those of the adapted layers (`"hra_only"`).
+
+    Raises:
+        UnsupportedLayerError: a tensor that cannot be copied, or a layer that another adapter reflects.
+    """
+    wanted = to_copy(model, config, sites)
+    for path, (owner, names) in wanted.items():
+        if reason := _why_not(owner, names):
+            raise UnsupportedLayerError(f"{path} ({type(owner).__name__}): {reason}.")
+    originals = {f"{path}.{n}".lstrip("."): getattr(owner, n) for path, (owner, names) in wanted.items() for n in names}
+    tied = {other for others in tied_to(model, originals).values() for other in others}
+    memo: dict[int, nn.Parameter] = {}
+    for owner, names in wanted.values():
+        copies = owner._modules.get(SAVED)
+        if not isinstance(copies, Copies):
+            copies = Copies()
+            copies.train(owner.training)
+            undo.callback(owner._modules.pop, SAVED, None)
+            owner.add_module(SAVED, copies)
+        undo.callback(copies.remove, owner, name)
+        copies.make(owner, name, names, memo)
+    if tied - originals.keys():
+        _untie(model, record, undo)
+
+
+def settle_ties(model: nn.Module, record: Record) -> None:
+    """Say again in the model's configuration that embeddings are tied, once no copy unties them any more."""
+    config: Any = getattr(model, "config", None)
+    if record.untied and not copies_of(model):
+        config.tie_word_embeddings = True
+        record.untied = False
+
+
+def _untie(model: nn.Module, record: Record, undo: ExitStack) -> None:
+    """transformers ties weights anew whenever it likes, by its configuration, and would overwrite a trained copy."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False):
+        undo.callback(setattr, config, "tie_word_embeddings", True)
+        undo.callback(setattr, record, "untied", record.untied)
+        config.tie_word_embeddings = False
+        record.untied = True
+
+
+def to_copy(
+    model: nn.Module, config: HRAConfig, sites: Mapping[str, nn.Module]
+) -> dict[str, tuple[nn.Module, tuple[str, ...]]]:
+    """Path -> (module, names of its tensors)."""
+    found: dict[int, tuple[str, nn.Module, tuple[str, ...]]] = {}
+    for root, saved in saved_modules(model, config).items():
+        for below, owner in saved.named_modules():
+            if names := own_tensors(owner) if _is_base(f"{below}.") else ():
+                found.setdefault(id(owner), (f"{root}.{below}".rstrip("."), owner, names))
+    owners = model.named_modules() if config.bias == "all" else sites.items() if config.bias == "hra_only" else ()
+    for path, owner in owners:
+        if _is_base(f"{path}.") and owner._parameters.get("bias") is not None:
+            found.setdefault(id(owner), (path, owner, ("bias",)))
+    return {path: (owner, names) for path, owner, names in found.values()}
+
+
+def _why_not(owner: nn.Module, names: tuple[str, ...]) -> str | None:
+    way_out = "Name other modules in modules_to_save, or set bias='none'"
+    if isinstance(owner, _CONTAINERS):
+        return (
+            f"it runs its children one by one and holds {', '.join(names)} besides, so no copy fits into it. {way_out}"
+        )
+    if "weight" in names and REFLECTION in owner._modules:
+        return "another adapter reflects this layer, so it cannot be saved in full too. Fold or delete that one first"
+    for name in names:
+        tensor = owner._parameters.get(name)
+        if tensor is not None and (is_lazy(tensor) or type(tensor) is not nn.Parameter):
+            return f"its {name} is a {type(tensor).__name__}, which cannot be copied for training. {way_out}"
+    return None
+
+
+def _is_base(name: str) -> bool:
+    return {REFLECTION, SAVED}.isdisjoint(name.split("."))
 
 
 def _set_flag(parameter: nn.Parameter, wanted: bool) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from hra_fx import errors
 
-ARGUMENT = {"AdapterError", "ConfigError", "SelectionError", "VisualizeError"}
+ARGUMENT = {"AdapterError", "CheckpointError", "ConfigError", "SelectionError", "VisualizeError"}
 KINDS = [name for name in errors.__all__ if name not in ("HRAError", "HRAWarning")]
 
 

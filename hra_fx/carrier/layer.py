@@ -9,19 +9,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import Tensor, nn
 
 from hra_fx.carrier.swap import Carrier
-from hra_fx.reflection import Conv2dReflection, LinearReflection
+from hra_fx.reflection import Conv2dReflection, LinearReflection, Reflection
 
 
-class LinearCarrier(Carrier):
+class SiteCarrier(Carrier):
+    """A layer that carries reflections."""
+
+    hra_u: Reflection
+    weight: nn.Parameter
+
+
+class LinearCarrier(SiteCarrier):
     """A Linear over its reflected input."""
 
     hra_u: LinearReflection
-    weight: nn.Parameter
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> Callable[..., Any]:
@@ -36,11 +42,10 @@ class LinearCarrier(Carrier):
         return forward
 
 
-class Conv2dCarrier(Carrier):
+class Conv2dCarrier(SiteCarrier):
     """A Conv2d whose output is corrected by what its reflections read of the input."""
 
     hra_u: Conv2dReflection
-    weight: nn.Parameter
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> Callable[..., Any]:
@@ -54,9 +59,6 @@ class Conv2dCarrier(Carrier):
             return output if read is None else output - self.hra_u.project(read, self.weight)
 
         return forward
-
-
-SiteCarrier: TypeAlias = LinearCarrier | Conv2dCarrier
 
 
 def carrier_for(layer: nn.Module) -> type[SiteCarrier]:

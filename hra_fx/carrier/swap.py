@@ -1,13 +1,15 @@
 """Swapping the class of a module object for a subclass of the same name, and back.
 
 The object keeps its identity, attributes, parameters and hooks; `isinstance` stays true; the class prints, pickles and
-registers under the name that it had (transformers keys tables by `str(type(model))` and by `__name__`).
+registers under the name that it had (transformers keys tables by `str(type(model))` and by `__name__`). A module may
+wear several carriers, one over the other: the model itself is a region, saves its adapters, and has PEFT's methods.
 """
 
 from __future__ import annotations
 
+import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from torch import nn
@@ -18,12 +20,12 @@ _SWAPPED: dict[tuple[type, type], Any] = {}
 
 
 class Carrier(nn.Module):
-    """What all swapped classes have in common. Subclasses give the forward that wraps the one of the base class."""
+    """What all swapped classes have in common: a forward that wraps the one of the base class, or methods beside it."""
 
     @classmethod
-    def wrap(cls, base: type[nn.Module]) -> Callable[..., Any]:
-        """The forward of the swapped class over `base`."""
-        raise NotImplementedError
+    def wrap(cls, base: type[nn.Module]) -> Callable[..., Any] | None:
+        """The forward of the swapped class over `base`, or `None` where it keeps that of `base`."""
+        return None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle, deepcopy and `torch.save`: as the base class does, with the class named by its parts."""
@@ -31,7 +33,7 @@ class Carrier(nn.Module):
         if not is_outermost(self) or not isinstance(reduced, tuple) or reduced[1][:1] != (type(self),):
             return reduced
         make, (_, *arguments), *rest = reduced
-        return (_rebuild, (carrier_of(self), original_class(self), make, tuple(arguments)), *rest)
+        return (_rebuild, (carriers_of(self), original_class(self), make, tuple(arguments)), *rest)
 
 
 def swapped_class(carrier: type[C], base: type[nn.Module]) -> type[C]:
@@ -43,13 +45,14 @@ def swapped_class(carrier: type[C], base: type[nn.Module]) -> type[C]:
 
 
 def _make(carrier: type[C], base: type[nn.Module]) -> type[C]:
-    names = {
+    names: dict[str, Any] = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
-        "forward": carrier.wrap(base),
         "_hra_carrier": (carrier, base),
     }
+    if forward := carrier.wrap(base):
+        names["forward"] = forward
     made = types.new_class(base.__name__, (carrier, base), exec_body=lambda body: body.update(names))
     made.__qualname__ = base.__qualname__
     return made
@@ -60,26 +63,32 @@ def swap(module: nn.Module, carrier: type[Carrier]) -> None:
     module.__class__ = swapped_class(carrier, type(module))
 
 
-def unswap(module: nn.Module) -> None:
-    """Give a module back the class that it had."""
-    module.__class__ = original_class(module)
+def unswap(module: nn.Module, carrier: type[Carrier]) -> None:
+    """Take one carrier off a module, from wherever in the pile it is; the others stay as they are."""
+    worn = [other for other in carriers_of(module) if other is not carrier]
+    module.__class__ = _pile(worn, original_class(module))
 
 
-def carrier_of(module: nn.Module) -> type[Carrier] | None:
-    """The carrier that a module wears, if any."""
-    parts = vars(type(module)).get("_hra_carrier")
-    return parts[0] if parts else None
+def carriers_of(module: nn.Module) -> tuple[type[Carrier], ...]:
+    """The carriers that a module wears, the innermost first."""
+    worn: list[type[Carrier]] = []
+    kind = type(module)
+    while parts := getattr(kind, "_hra_carrier", None):
+        worn.append(parts[0])
+        kind = parts[1]
+    return tuple(reversed(worn))
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module without its carrier, nor what another tool (FSDP) put over it."""
+    """The class of a module without its carriers, nor what another tool (FSDP) put over them."""
     return below(type(module))
 
 
 def below(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class under a swapped one; a class that is not swapped is given back."""
-    base: type[nn.Module] = getattr(kind, "_hra_carrier", (None, kind))[1]
-    return base
+    """The class under all swapped ones; a class that is not swapped is given back."""
+    while parts := getattr(kind, "_hra_carrier", None):
+        kind = parts[1]
+    return kind
 
 
 def is_outermost(module: nn.Module) -> bool:
@@ -87,7 +96,11 @@ def is_outermost(module: nn.Module) -> bool:
     return "_hra_carrier" in vars(type(module))
 
 
+def _pile(carriers: Iterable[type[Carrier]], base: type[nn.Module]) -> type[nn.Module]:
+    return functools.reduce(lambda kind, carrier: swapped_class(carrier, kind), carriers, base)
+
+
 def _rebuild(
-    carrier: type[Carrier], base: type[nn.Module], make: Callable[..., Any], arguments: tuple[Any, ...]
+    carriers: tuple[type[Carrier], ...], base: type[nn.Module], make: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> Any:
-    return make(swapped_class(carrier, base), *arguments)
+    return make(_pile(carriers, base), *arguments)

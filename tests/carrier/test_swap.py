@@ -17,7 +17,7 @@ import hra_fx
 from hra_fx.adapted import regions_of, sites_of
 from hra_fx.carrier.layer import Conv2dCarrier, LinearCarrier
 from hra_fx.carrier.region import RegionCarrier
-from hra_fx.carrier.swap import carrier_of, is_outermost, original_class, swap, swapped_class, unswap
+from hra_fx.carrier.swap import carriers_of, is_outermost, original_class, swap, swapped_class, unswap
 
 X = inputs(4, 6)
 
@@ -64,8 +64,8 @@ def test_one_class_for_each_pair() -> None:
     assert type(first) is type(second) and type(first.first) is type(first.second) is type(second.first)
     assert swapped_class(LinearCarrier, nn.Linear) is type(first.first)
     assert swapped_class(Conv2dCarrier, nn.Conv2d) is not type(first.first)
-    assert carrier_of(first) is RegionCarrier and carrier_of(first.first) is LinearCarrier
-    assert carrier_of(nn.Linear(2, 2)) is None
+    assert carriers_of(first) == (RegionCarrier,) and carriers_of(first.first) == (LinearCarrier,)
+    assert carriers_of(nn.Linear(2, 2)) == ()
     assert is_outermost(first) and not is_outermost(nn.Linear(2, 2))
 
 
@@ -74,9 +74,9 @@ def test_swap_and_back() -> None:
     before = dict(vars(layer))
     swap(layer, LinearCarrier)
     assert type(layer) is not nn.Linear and vars(layer) == before
-    unswap(layer)
+    unswap(layer, LinearCarrier)
     assert type(layer) is nn.Linear and vars(layer) == before
-    unswap(layer)
+    unswap(layer, LinearCarrier)
     assert type(layer) is nn.Linear
 
 
@@ -169,11 +169,21 @@ def test_a_part_that_is_saved_alone() -> None:
             assert torch.equal(again.eval()(x), part.eval()(x))
 
 
-def test_a_carrier_alone_has_no_forward() -> None:
+def test_carriers_pile_up_and_come_off_one_by_one() -> None:
     from hra_fx.carrier.swap import Carrier
 
-    with pytest.raises(NotImplementedError):
-        Carrier.wrap(nn.Linear)
+    class Marked(Carrier):
+        """Brings a method and keeps the forward."""
+
+    layer = nn.Linear(2, 2)
+    swap(layer, LinearCarrier)
+    swap(layer, Marked)
+    assert carriers_of(layer) == (LinearCarrier, Marked) and original_class(layer) is nn.Linear
+    assert type(layer).forward is swapped_class(LinearCarrier, nn.Linear).forward
+    unswap(layer, LinearCarrier)
+    assert carriers_of(layer) == (Marked,) and type(layer).forward is nn.Linear.forward
+    unswap(layer, Marked)
+    assert type(layer) is nn.Linear
 
 
 def test_fresh_model_is_not_touched_by_swaps_of_another() -> None:

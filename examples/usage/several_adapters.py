@@ -1,0 +1,47 @@
+"""Several adapters on one model: switch, stack in order, combine, weaken, fold one and keep the other."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import hra_fx
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> str:
+    return f"{(a - b).abs().max().item():.1e}"
+
+
+@torch.no_grad()
+def main() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+    x = torch.randn(4, 16)
+    at_base = base(x)
+
+    # init_weights=False stands for training here: the reflections are random from the start.
+    model = hra_fx.transform(base, hra_fx.HRAConfig(r=4, target_modules=["0", "2"], init_weights=False), "style")
+    hra_fx.add_adapter(model, "task", hra_fx.HRAConfig(r=2, target_modules=["2"], init_weights=False))
+
+    hra_fx.set_adapter(model, "task")  # no graph is made anew
+    hra_fx.set_adapter(model, ["style", "task"])  # W Q_style Q_task
+    both = model(x)
+    with hra_fx.disable_adapters(model):
+        print("switched off, from the base model:  ", difference(model(x), at_base))
+
+    for strength in (0.0, 0.5, 1.0):  # along the geodesic: an orthogonal Q at every step
+        hra_fx.set_scale(model, "task", strength)
+        print(f"'task' at {strength}, from both in full:   ", difference(model(x), both))
+
+    hra_fx.combine(model, ["style", "task"], "both")
+    hra_fx.set_adapter(model, "both")
+    print("combined, from both:                ", difference(model(x), both))
+
+    hra_fx.set_adapter(model, ["style", "task"])
+    hra_fx.fold(model, "style")  # into the weights; 'task' stays
+    print("'style' folded, from both:          ", difference(model(x), both))
+    print(hra_fx.report(model))
+
+
+if __name__ == "__main__":
+    main()

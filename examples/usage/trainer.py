@@ -1,0 +1,67 @@
+"""transformers' Trainer: checkpoints hold the adapter, and a run is resumed from one; with the paper's regulariser."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+from torch.utils.data import Dataset
+from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+
+import hra_fx
+from hra_fx.integrations import HRATrainer  # the stock Trainer does as well, without the regulariser
+
+
+class Majority(Dataset):
+    """Sequences of 0 and 1; the label says whether there are more of the one or of the other."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.tokens = torch.randint(0, 2, (size, 9), generator=torch.Generator().manual_seed(seed))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        tokens = self.tokens[index]
+        return {"input_ids": tokens, "labels": (tokens.sum() > 4).long()}
+
+
+def model() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    base = BertForSequenceClassification(BertConfig(vocab_size=4, **sizes))
+    config = hra_fx.HRAConfig(r=4, target_modules=["query", "key", "value"], task_type="SEQ_CLS")  # trains the head too
+    return hra_fx.transform(base, config)
+
+
+def trainer(folder: str, steps: int) -> HRATrainer:
+    arguments = TrainingArguments(
+        folder, max_steps=steps, save_steps=20, learning_rate=1e-2, per_device_train_batch_size=32, seed=0,
+        logging_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    return HRATrainer(
+        model(), arguments, train_dataset=Majority(640, 1), eval_dataset=Majority(256, 2), orthogonality_weight=1e-4
+    )
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run = trainer(folder, 40)
+        start = run.evaluate()["eval_loss"]
+        run.train()
+        whole = run.evaluate()["eval_loss"]
+        for file in sorted(Path(folder, "checkpoint-20").glob("*adapter*")):
+            print(f"checkpoint-20/{file.name}: {file.stat().st_size / 1e3:.0f} kB")
+
+        again = trainer(folder, 40)
+        again.train(resume_from_checkpoint=f"{folder}/checkpoint-20")
+        resumed = again.evaluate()["eval_loss"]
+        print(f"eval_loss at the start {start:.6f}, of the whole run {whole:.6f}, resumed from its middle {resumed:.6f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Whether the tensors of an adapter's file fit a model: all is found out before the model is touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from hra_fx.checkpoint.folder import WEIGHTS_NAME
+from hra_fx.checkpoint.keys import PREFIX, copy_key, reflection_key, vectors_key
+from hra_fx.checkpoint.saving import RESUME
+from hra_fx.checkpoint.weights import read
+from hra_fx.config import HRAConfig
+from hra_fx.errors import CheckpointError, HRAWarning, SelectionError
+from hra_fx.reflection import AdapterSpec
+from hra_fx.selection import saved_modules, select, without_absent
+from hra_fx.site import SiteLayer, width_of
+from hra_fx.trainable import to_copy
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """An adapter of a file, checked against a model.
+
+    Attributes:
+        config: the configuration with which the adapter goes on, the anchor's rank not counted.
+        spec: what it is at each site.
+        vectors: path of a layer -> (`U: (d, r)`, anchor `A: (d, k)` or `None`).
+        copies: (path of a module, name of its tensor) -> tensor.
+    """
+
+    config: HRAConfig
+    spec: AdapterSpec
+    vectors: dict[str, tuple[Tensor, Tensor | None]]
+    copies: dict[tuple[str, str], Tensor]
+
+
+def fit(folder: Path, model: nn.Module) -> Fitted:
+    """Read an adapter's folder, for a model.
+
+    Args:
+        folder: with both files.
+        model: the base model, or the transformed one.
+
+    Raises:
+        ConfigError: the configuration is broken.
+        CheckpointError: the weights are damaged, or do not fit the model; missing and unknown keys are listed.
+
+    Warns:
+        HRAWarning: the file names another base model.
+    """
+    file = folder / WEIGHTS_NAME
+    config = without_absent(model, HRAConfig.from_pretrained(folder))
+    tensors, metadata = read(file)
+    tensors = {key if key.startswith(PREFIX) else f"{PREFIX}{key}": tensor for key, tensor in tensors.items()}
+    try:
+        layers: Any = select(model, config)
+    except SelectionError as error:
+        raise CheckpointError(
+            f"{folder}: its configuration does not fit {type(model).__name__}: {error} Is this the right base model?"
+        ) from error
+    copies = _copy_keys(model, config, layers, tensors)
+    _check_keys(file, model, layers, tensors, copies, config)
+    _check_shapes(file, model, layers, tensors, copies, config)
+    _compare_base(file, config, model)
+    resume = _resume(file, metadata, config)
+    vectors = {path: _split(file, path, tensors, resume) for path in layers}
+    going_on = HRAConfig.from_dict({**config.to_dict(), "r": resume["r"], "apply_GS": resume["apply_GS"]})
+    spec = AdapterSpec(going_on.r, going_on.apply_GS, init_weights=bool(resume["anchor"]))
+    return Fitted(going_on, spec, vectors, {place: tensors[key] for place, key in copies.items()})
+
+
+def _copy_keys(
+    model: nn.Module, config: HRAConfig, layers: Mapping[str, SiteLayer], tensors: Mapping[str, Tensor]
+) -> dict[tuple[str, str], str]:
+    """(module, tensor) -> key in the file. PEFT names a bias by the wrappers of all adapters: both spellings count."""
+    keys: dict[tuple[str, str], str] = {}
+    for path, (owner, names) in to_copy(model, config, layers).items():
+        for name in names:
+            if name not in owner._non_persistent_buffers_set:
+                spellings = [copy_key(path, name, in_site=in_site) for in_site in (path in layers, path not in layers)]
+                keys[path, name] = next((key for key in spellings if key in tensors), spellings[0])
+    return keys
+
+
+def _check_keys(
+    file: Path,
+    model: nn.Module,
+    layers: Iterable[str],
+    tensors: Mapping[str, Tensor],
+    copies: Mapping[tuple[str, str], str],
+    config: HRAConfig,
+) -> None:
+    due = {*(reflection_key(path) for path in layers), *copies.values()}
+    # Aliases of a shared module, and what PEFT writes of a wrapper besides with bias="all".
+    allowed = {
+        f"{PREFIX}{path}.{key}" for path, part in saved_modules(model, config).items() for key in part.state_dict()
+    }
+    allowed |= {vectors_key(path) for path in layers}
+    missing = sorted(due - tensors.keys())
+    extra = sorted(
+        key
+        for key in tensors.keys() - due - allowed
+        if not (config.bias == "all" and key.endswith((".original_module.bias", ".modules_to_save.bias")))
+    )
+    if missing or extra:
+        found = [
+            f"{_some(missing)} missing" if missing else "",
+            f"{_some(extra)} unknown to the model" if extra else "",
+        ]
+        raise CheckpointError(
+            f"{file}: it does not fit {type(model).__name__}: {' and '.join(filter(None, found))}. Was the adapter "
+            "trained on another base model, or was its configuration edited?"
+        )
+
+
+def _check_shapes(
+    file: Path,
+    model: nn.Module,
+    layers: Mapping[str, SiteLayer],
+    tensors: Mapping[str, Tensor],
+    copies: Mapping[tuple[str, str], str],
+    config: HRAConfig,
+) -> None:
+    for path, layer in layers.items():
+        _check_shape(file, reflection_key(path), tensors, (width_of(layer), config.r))
+    for (path, name), key in copies.items():
+        own: Tensor = getattr(model.get_submodule(path), name)
+        _check_shape(file, key, tensors, tuple(own.shape))
+        if tensors[key].is_floating_point() is not own.is_floating_point():
+            raise CheckpointError(
+                f"{file}: {key} is of {tensors[key].dtype}, and the model has {own.dtype} there. Is this the right "
+                "base model?"
+            )
+
+
+def _check_shape(file: Path, key: str, tensors: Mapping[str, Tensor], due: tuple[int, ...]) -> None:
+    if tuple(tensors[key].shape) != due:
+        raise CheckpointError(
+            f"{file}: {key} has shape {tuple(tensors[key].shape)}, and the model and the configuration need {due}. Was "
+            "the adapter trained on another base model, or was its configuration edited?"
+        )
+
+
+def _resume(file: Path, metadata: Mapping[str, str], config: HRAConfig) -> dict[str, Any]:
+    """How the chain splits into anchor and vectors; an adapter that PEFT wrote has no anchor."""
+    plain: dict[str, Any] = {"r": config.r, "apply_GS": config.apply_GS, "anchor": 0}
+    if RESUME not in metadata:
+        return plain
+    try:
+        resume = json.loads(metadata[RESUME])
+        r, anchor = int(resume["r"]), int(resume["anchor"])
+        fits = r > 0 and anchor > 0 and r + anchor == config.r and not config.apply_GS
+        if fits:
+            return {"r": r, "apply_GS": bool(resume["apply_GS"]), "anchor": anchor}
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise CheckpointError(
+        f"{file}: its metadata {RESUME}={metadata[RESUME]!r} does not fit r={config.r}, apply_GS={config.apply_GS} of "
+        "the configuration. One of the two files is of another adapter; save it again."
+    )
+
+
+def _split(
+    file: Path, path: str, tensors: Mapping[str, Tensor], resume: Mapping[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    chain, anchor = tensors[reflection_key(path)], resume["anchor"]
+    if not anchor:
+        return chain, None
+    if not resume["apply_GS"]:
+        return chain[:, anchor:].contiguous(), chain[:, :anchor].contiguous()
+    key = vectors_key(path)
+    if key not in tensors:
+        raise CheckpointError(f"{file}: {key} is missing, from which Gram-Schmidt goes on. Save the adapter again.")
+    _check_shape(file, key, tensors, (chain.shape[0], resume["r"]))
+    return tensors[key], chain[:, :anchor].contiguous()
+
+
+def _compare_base(file: Path, config: HRAConfig, model: nn.Module) -> None:
+    """Folders differ from machine to machine, so only the last parts of names are compared, and only to warn."""
+    theirs, ours = config.base_model_name_or_path, getattr(model, "name_or_path", None)
+    if not theirs or not isinstance(ours, str) or not ours:
+        return
+    last = [os.path.basename(os.path.normpath(os.fspath(name))) for name in (theirs, ours)]
+    if last[0] != last[1]:
+        text = f"{file}: the adapter was trained on {os.fspath(theirs)!r}, and this model is {ours!r}."
+        warnings.warn(text, HRAWarning, stacklevel=5)
+
+
+def _some(keys: list[str]) -> str:
+    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+    return f"{', '.join(keys[:_SHOWN])}{more} {'are' if len(keys) > 1 else 'is'}"

@@ -1,0 +1,127 @@
+"""`load_adapter`: an adapter that hra_fx or PEFT wrote, into a plain or a transformed model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from hra_fx import householder
+from hra_fx.adapted import Record, record_of, root_of, sites_of
+from hra_fx.adding import put_beside
+from hra_fx.checkpoint.fitting import Fitted, fit
+from hra_fx.checkpoint.folder import find
+from hra_fx.copies import copies_of
+from hra_fx.errors import AdapterError
+from hra_fx.reflection import Reflection
+from hra_fx.site import SiteLayer
+from hra_fx.trainable import train_only, trained
+from hra_fx.transforming import checked, set_up
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def load_adapter(
+    model: M,
+    directory: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    is_trainable: bool = False,
+    subfolder: str | None = None,
+    **hub: Any,
+) -> M:
+    """Load an adapter that `save_adapter`, `save_pretrained` or PEFT wrote. Nothing is ever unpickled.
+
+    Into a plain model: it is transformed, and the adapter acts. Into a transformed one: the adapter comes beside the
+    others, and does not act before `set_adapter`; if the model has it already, its values are replaced in place. Both
+    files are read and checked against the model before it is touched, and no vectors are drawn only to be overwritten.
+
+    Args:
+        model: the base model, or a transformed model.
+        directory: the folder with both files, or the name of a repository on the Hub.
+        adapter_name: what to call it here.
+        is_trainable: whether it is to be trained on, where it acts.
+        subfolder: where in `directory` the files are.
+        hub: for `huggingface_hub.snapshot_download`: `revision`, `token`, `cache_dir` and others.
+
+    Returns:
+        `model`.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or does not fit the model; it names the file and the key.
+        ConfigError: the configuration is broken.
+        AdapterError: the model has an adapter of that name with another configuration, or adapters are merged.
+        UnsupportedLayerError: as `transform`. After any error the model is as it was.
+
+    Example:
+        >>> import tempfile
+        >>> from hra_fx import HRAConfig, save_adapter, transform
+        >>> model = transform(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_adapter(model, folder)
+        ...     other = load_adapter(nn.Sequential(nn.Linear(6, 4)), folder, "mine")
+        >>> bool((other[0].hra_u["mine"] == model[0].hra_u["default"]).all())
+        True
+    """
+    plain = isinstance(model, nn.Module) and not any(record_of(part) for part in model.modules())
+    root, record = (model, None) if plain else root_of(model)
+    fitted = fit(find(directory, subfolder, **hub), root)
+    config = checked(root, dataclasses.replace(fitted.config, inference_mode=not is_trainable), adapter_name)
+
+    def fill(path: str, layer: SiteLayer, reflection: Reflection) -> None:
+        vectors, anchor = (None if t is None else _like(t, layer.weight) for t in fitted.vectors[path])
+        assert vectors is not None
+        reflection.put(adapter_name, fitted.spec, vectors, anchor)
+
+    if record is None:
+        set_up(root, config, adapter_name, fill)
+    elif adapter_name in record.configs:
+        _replace(root, record, adapter_name, fitted, is_trainable)
+    else:
+        put_beside(root, record, adapter_name, config, fill)
+    _load_copies(root, adapter_name, fitted)
+    return model
+
+
+def _replace(root: nn.Module, record: Record, name: str, fitted: Fitted, is_trainable: bool) -> None:
+    """New values for an adapter, in the parameters that an optimizer may hold."""
+    sites = {path: layer.hra_u for path, layer in sites_of(root).items() if name in layer.hra_u}
+    same_layers = sites.keys() == fitted.vectors.keys()
+    if not same_layers or any(
+        _structure(reflection[name], reflection.anchor(name)) != _structure(*fitted.vectors[path])
+        or reflection.specs[name].apply_GS is not fitted.spec.apply_GS
+        for path, reflection in sites.items()
+    ):
+        raise AdapterError(
+            f"adapter {name!r}: the model has it with other layers, rank, Gram-Schmidt or start than the file. Delete "
+            "it first (hra_fx.delete_adapter), or load under another name."
+        )
+    if name in record.merged:
+        raise AdapterError(f"adapter {name!r}: it is merged into the weights. Call unmerge_adapter first.")
+    layers = sites_of(root)
+    with torch.no_grad():
+        for path, reflection in sites.items():
+            vectors, anchor = fitted.vectors[path]
+            reflection.replace(name, vectors, anchor, layers[path].weight.device)
+    others = [other for other in trained(root) if other != name]
+    train_only(root, [*others, name] if is_trainable and name in record.active else others)
+
+
+def _load_copies(root: nn.Module, name: str, fitted: Fitted) -> None:
+    with torch.no_grad():
+        for path, (owner, copies) in copies_of(root).items():
+            for entry, tensor in copies.tensors(owner, name).items():
+                if (path, entry) in fitted.copies:
+                    tensor.copy_(fitted.copies[path, entry])
+
+
+def _like(tensor: Tensor, weight: Tensor) -> Tensor:
+    """As PEFT does (`autocast_adapter_dtype`): float32 at least, and as wide as the layer."""
+    return tensor.to(weight.device, torch.promote_types(tensor.dtype, householder.working_dtype(weight.dtype)))
+
+
+def _structure(vectors: Tensor, anchor: Tensor | None) -> tuple[torch.Size, torch.Size | None]:
+    return vectors.shape, None if anchor is None else anchor.shape

@@ -1,0 +1,145 @@
+"""`save_adapter`: an adapter in PEFT's format. PEFT opens it, and computes the same.
+
+PEFT knows no anchor, so an anchored adapter (`householder.anchor`) is written as the plain chain that it is, with
+`apply_GS=false` and that chain's rank. How to take it up again for training stands in the metadata of the file, and the
+vectors before Gram-Schmidt under a key that PEFT ignores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hra_fx.adapted import Record, names_in, root_of, sites_of
+from hra_fx.carrier.swap import original_class
+from hra_fx.checkpoint.folder import write
+from hra_fx.checkpoint.keys import adapter_entries, copy_key, reflection_key, vectors_key
+from hra_fx.config import HRAConfig
+from hra_fx.copies import copies_of
+from hra_fx.errors import AdapterError, CheckpointError
+from hra_fx.selection import resolve_targets
+
+#: Key of the metadata of `adapter_model.safetensors` under which the way to go on training is written.
+RESUME = "hra_fx"
+#: What transformers' Trainer calls the folder of a checkpoint.
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> None:
+    """Write an adapter into a folder: `adapter_config.json` and `adapter_model.safetensors`, in PEFT's format.
+
+    Both files are written beside and then renamed, so that an adapter that was there is whole until the new one is. The
+    adapter is written at full strength (see `set_scale`); copies of `modules_to_save` and biases go with it.
+
+    Args:
+        model: a transformed model.
+        directory: the folder itself, made where it does not exist.
+        adapter_name: which adapter; `None` for the only one, or the only active one.
+
+    Raises:
+        AdapterError: the model has no such adapter, or `None` does not tell which.
+        CheckpointError: a vector or a copy is not finite, or without data; or the folder cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from hra_fx import HRAConfig, transform
+        >>> model = transform(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_adapter(model, folder)
+        ...     sorted(os.listdir(folder))
+        ['adapter_config.json', 'adapter_model.safetensors']
+    """
+    root, record = root_of(model)
+    name = _the_one(record) if adapter_name is None else names_in(record, adapter_name)[0]
+    config, tensors, metadata = _contents(root, record, name)
+    write(directory, config.to_json_string(), tensors, metadata)
+
+
+def save_adapters(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    selected_adapters: Iterable[str] | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write several adapters as PEFT's `save_pretrained` does: "default" into the folder, others into subfolders.
+
+    In a folder named as transformers' Trainer names its checkpoints, the adapters' entries of the `state_dict` go into
+    `model.safetensors` besides, from which the Trainer resumes.
+
+    Args:
+        model: a transformed model.
+        directory: the folder.
+        selected_adapters: names; `None` for all.
+        state_dict: the model's, where a wrapper (FSDP, DeepSpeed) has gathered it.
+    """
+    root, record = root_of(model)
+    names = names_in(record, record.configs if selected_adapters is None else selected_adapters)
+    contents = {name: _contents(root, record, name) for name in names}
+    for name, (config, tensors, metadata) in contents.items():
+        folder = Path(directory) if name == "default" else Path(directory, name)
+        write(folder, config.to_json_string(), tensors, metadata)
+    if _CHECKPOINT.fullmatch(Path(directory).name):
+        state = root.state_dict() if state_dict is None else state_dict
+        entries = {key: state[key].detach().contiguous().clone() for key in adapter_entries(root) if key in state}
+        save_file(entries, Path(directory, "model.safetensors"), metadata={"format": "pt"})
+
+
+def _the_one(record: Record) -> str:
+    candidates = tuple(record.configs) if len(record.configs) == 1 else record.active
+    if len(candidates) != 1:
+        raise AdapterError(
+            f"adapter_name: the model has {list(record.configs)}, of which {list(record.active)} are active. Name one."
+        )
+    return candidates[0]
+
+
+def _contents(root: nn.Module, record: Record, name: str) -> tuple[HRAConfig, dict[str, Tensor], dict[str, str]]:
+    config = record.configs[name]
+    sites = {path: layer.hra_u for path, layer in sites_of(root).items() if name in layer.hra_u}
+    if not sites:
+        raise CheckpointError(f"adapter {name!r}: none of its layers is left in the model. It was folded in parts.")
+    tensors: dict[str, Tensor] = {}
+    metadata = {"format": "pt"}
+    rank, apply_GS = config.r, config.apply_GS
+    for path, reflection in sites.items():
+        anchor = reflection.anchor(name)
+        if anchor is None:
+            tensors[reflection_key(path)] = reflection[name].detach()
+            continue
+        chain = reflection.full_chain(name).detach()
+        tensors[reflection_key(path)] = chain
+        if config.apply_GS:
+            tensors[vectors_key(path)] = reflection[name].detach()
+        rank, apply_GS = chain.shape[1], False
+        metadata[RESUME] = json.dumps({"r": config.r, "apply_GS": config.apply_GS, "anchor": anchor.shape[1]})
+    for path, (owner, copies) in copies_of(root).items():
+        for entry, tensor in copies.tensors(owner, name).items():
+            if entry not in owner._non_persistent_buffers_set:
+                tensors[copy_key(path, entry, in_site=path in sites)] = tensor.detach()
+    return _written(root, config, rank, apply_GS), tensors, metadata
+
+
+def _written(root: nn.Module, config: HRAConfig, rank: int, apply_GS: bool) -> HRAConfig:
+    """The configuration as PEFT writes it: for inference, with targets spelled out, and naming the base model."""
+    kind = original_class(root)
+    mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    base = config.base_model_name_or_path or getattr(root, "name_or_path", None)
+    targets = config.target_modules
+    if config.layers_to_transform is None and (targets is None or str(targets).lower() == "all-linear"):
+        targets = resolve_targets(root, config)
+    return dataclasses.replace(
+        config,
+        r=rank,
+        apply_GS=apply_GS,
+        inference_mode=True,
+        target_modules=targets,
+        base_model_name_or_path=base if isinstance(base, str) and base else None,
+        auto_mapping=config.auto_mapping or (None if config.task_type else mapping),
+    )

@@ -1,0 +1,160 @@
+"""Putting reflections and regions into a model: select, capture, match, insert, verify; each step can be taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx, nn
+
+from hra_fx.adapted import regions_of, sites_of
+from hra_fx.capture.region import Region
+from hra_fx.capture.search import Findings, find_regions
+from hra_fx.carrier.layer import SiteCarrier, carrier_for
+from hra_fx.carrier.region import RegionCarrier
+from hra_fx.carrier.swap import swap, unswap
+from hra_fx.config import HRAConfig
+from hra_fx.eligibility import check, has_redundant_forward
+from hra_fx.reflection import AdapterSpec, Reflection, reflection_for
+from hra_fx.selection import select
+from hra_fx.site import REFLECTION, SAVED, SiteKind, SiteLayer, kind_of
+from passes.insert import InsertPass
+from passes.match import MatchPass
+from passes.verify import VerifyPass
+
+#: Adds an adapter to the reflections of a site: (path, layer, reflections).
+Fill: TypeAlias = Callable[[str, SiteLayer, Reflection], None]
+
+
+@contextmanager
+def all_or_nothing() -> Iterator[ExitStack]:
+    """A stack of steps back, which are taken if the block raises.
+
+    Inference mode is off inside, for vectors made in it could never be trained.
+    """
+    with torch.inference_mode(False), ExitStack() as undo:
+        yield undo
+        undo.pop_all()
+
+
+def introduce(
+    model: nn.Module, name: str, config: HRAConfig, fill: Fill, undo: ExitStack
+) -> tuple[dict[str, SiteLayer], Findings | None]:
+    """Give adapter `name` to every layer that `config` selects; it is not active yet.
+
+    Returns:
+        The layers by path, and what capture found, where new sites or copies to come make a new capture necessary.
+
+    Raises:
+        SelectionError: the configuration does not fit the model.
+        UnsupportedLayerError: a selected layer cannot be adapted rightly.
+    """
+    selected = select(model, config)
+    check(model, selected, config)
+    layers: dict[str, SiteLayer] = {
+        path: layer for path, layer in selected.items() if isinstance(layer, (nn.Linear, nn.Conv2d))
+    }
+    present = sites_of(model)
+    new = {path: layer for path, layer in layers.items() if path not in present}
+    copies = config.modules_to_save or config.bias != "none"
+    findings = capture(model, {**present, **new}) if new or copies else None
+    for path, layer in layers.items():
+        if path in new:
+            _attach(layer, undo)
+        reflection: Any = layer._modules[REFLECTION]
+        undo.callback(reflection.remove, name)
+        fill(path, layer, reflection)
+    if findings:
+        install(model, findings, undo)
+    return layers, findings
+
+
+def drawn(name: str, config: HRAConfig, *, on_meta: bool) -> Fill:
+    """Fresh vectors, as the configuration starts them."""
+    spec = AdapterSpec(config.r, config.apply_GS, config.init_weights)
+    return lambda path, layer, reflection: reflection.add(name, spec, layer.weight, on_meta=on_meta)
+
+
+def capture(model: nn.Module, sites: Mapping[str, nn.Module]) -> Findings:
+    """The regions of a model for these sites, whatever it carries already."""
+    with _laid_bare(model):
+        return find_regions(model, sites)
+
+
+def install(model: nn.Module, findings: Findings, undo: ExitStack) -> None:
+    """Put regions in place of those that a model has."""
+    for module in regions_of(model).values():
+        undo.callback(_put_back, module, type(module), vars(module)["_hra_region"])
+        unswap(module, RegionCarrier)
+        del vars(module)["_hra_region"]
+    kinds = {path: kind_of(layer) for path, layer in sites_of(model).items()}
+    for path, region in findings.regions.items():
+        _install(model.get_submodule(path), path, region, kinds, undo)
+
+
+def settle(model: nn.Module) -> None:
+    """Take down anew what regions rest on, after children have come; only right after `install`."""
+    for module in regions_of(model).values():
+        region: Region = module._hra_region
+        region.settle(module)
+
+
+def take_off(layer: nn.Module) -> None:
+    """Make a site's layer a plain one again."""
+    unswap(layer, carrier_for(layer))
+    del layer._modules[REFLECTION]
+
+
+def _attach(layer: SiteLayer, undo: ExitStack) -> None:
+    reflection = reflection_for(layer)
+    reflection.train(layer.training)
+    undo.callback(layer._modules.pop, REFLECTION, None)
+    layer.add_module(REFLECTION, reflection)
+    if has_redundant_forward(layer):  # which would go before that of the swapped class
+        undo.callback(setattr, layer, "forward", vars(layer).pop("forward"))
+    carrier = carrier_for(layer)
+    swap(layer, carrier)
+    undo.callback(unswap, layer, carrier)
+
+
+def _install(root: nn.Module, path: str, region: Region, kinds: dict[str, SiteKind], undo: ExitStack) -> None:
+    rewritten: dict[int, fx.Graph] = {}
+    for training, graph in region.graphs.items():
+        if id(graph) not in rewritten:
+            module = fx.GraphModule(root, graph)
+            for step in (MatchPass(kinds, path), InsertPass(), VerifyPass()):
+                step(module)
+            rewritten[id(graph)] = module.graph
+        region.graphs[training] = rewritten[id(graph)]
+    region.settle(root)
+    undo.callback(vars(root).pop, "_hra_region", None)
+    root._hra_region = region  # type: ignore[assignment]
+    swap(root, RegionCarrier)
+    undo.callback(unswap, root, RegionCarrier)
+
+
+def _put_back(module: nn.Module, kind: type[nn.Module], region: Region) -> None:
+    module.__class__ = kind
+    module._hra_region = region  # type: ignore[assignment]
+
+
+@contextmanager
+def _laid_bare(model: nn.Module) -> Iterator[None]:
+    """The model as it was before it was transformed, for a trace to see."""
+    with ExitStack() as dress:
+        for module in list(model.modules()):
+            kind = type(module)
+            for carrier in (SiteCarrier, RegionCarrier):
+                if isinstance(module, carrier):
+                    unswap(module, carrier_for(module) if carrier is SiteCarrier else carrier)
+            if type(module) is not kind:
+                dress.callback(setattr, module, "__class__", kind)
+            for child in (SAVED, REFLECTION):
+                if child in module._modules:
+                    dress.callback(module._modules.__setitem__, child, module._modules.pop(child))
+            for name in ("_hra_region", "_hra_record"):
+                if name in vars(module):
+                    dress.callback(vars(module).__setitem__, name, vars(module).pop(name))
+        yield

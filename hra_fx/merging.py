@@ -1,0 +1,111 @@
+"""`merge_adapter` and `unmerge_adapter`: the active adapters inside the weights for a while, and out again exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from hra_fx.acting import check_copies, refresh
+from hra_fx.adapted import Record, names_in, root_of, sites_of
+from hra_fx.errors import AdapterError
+from hra_fx.rotating import check_weights, rotated
+
+
+def merge_adapter(model: nn.Module, adapter_names: str | Iterable[str] | None = None) -> None:
+    """Put adapters into the weights, `W <- W Q`, and keep them: a forward then costs what the base model's costs.
+
+    The weights that were there are kept (`hra_u.unmerged`), so that `unmerge_adapter` restores them bit for bit in
+    every dtype. All new weights are computed, and found finite, before the first is written.
+
+    Args:
+        model: a transformed model.
+        adapter_names: which of the active adapters, the first ones in their order; `None` for all of them. An adapter
+            that is not active becomes active, before the others.
+
+    Raises:
+        AdapterError: there is no such adapter, nothing to merge, some is merged already, or adapters before it in the
+            product would stay behind.
+        FoldError: a weight that cannot be rotated (see `fold`). After any error the model is as it was.
+
+    Example:
+        >>> from hra_fx import HRAConfig, transform
+        >>> model = transform(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"]))
+        >>> before = model[0].weight.clone()
+        >>> merge_adapter(model)
+        >>> unmerge_adapter(model)
+        >>> bool((model[0].weight == before).all())
+        True
+    """
+    root, record = root_of(model)
+    if record.merged:
+        raise AdapterError(f"adapters {list(record.merged)} are merged already. Call unmerge_adapter first.")
+    names = first_of(record, adapter_names)
+    _merge(root, record, names)
+
+
+def unmerge_adapter(model: nn.Module) -> None:
+    """Take merged adapters out of the weights, which are then what they were, bit for bit.
+
+    Raises:
+        AdapterError: nothing is merged.
+    """
+    root, record = root_of(model)
+    if not record.merged:
+        raise AdapterError("unmerge_adapter: nothing is merged. Call merge_adapter first.")
+    with torch.no_grad():
+        for layer in sites_of(root).values():
+            if layer.hra_u.unmerged is not None:
+                layer.weight.copy_(layer.hra_u.unmerged)
+                layer.hra_u.unmerged = None
+    record.merged = ()
+    refresh(root, record)
+
+
+@contextmanager
+def merged_again(root: nn.Module, record: Record) -> Iterator[None]:
+    """Unmerged inside the block, merged as before after it."""
+    names = record.merged
+    if names:
+        unmerge_adapter(root)
+    try:
+        yield
+    finally:
+        if names:
+            _merge(root, record, names)
+
+
+def first_of(record: Record, adapter_names: str | Iterable[str] | None) -> tuple[str, ...]:
+    """The adapters that go into the weights, whose product must come before that of the others.
+
+    Raises:
+        AdapterError: no such adapter, none is active, all are switched off, or another one comes before.
+    """
+    if record.disabled:
+        raise AdapterError("adapters are switched off here. Leave the disable_adapters block first.")
+    names = record.active if adapter_names is None else names_in(record, adapter_names)
+    if not names:
+        raise AdapterError("no adapter is active. Name one, or call hra_fx.set_adapter first.")
+    inside = tuple(name for name in record.active if name in names)
+    if inside != record.active[: len(inside)] or inside != tuple(name for name in names if name in inside):
+        raise AdapterError(
+            f"adapters {list(names)}: the model acts as W Q in the order {list(record.active)}, and what goes into the "
+            "weights comes first. Name the first ones in that order, or call hra_fx.set_adapter with another order."
+        )
+    return names
+
+
+def _merge(root: nn.Module, record: Record, names: tuple[str, ...]) -> None:
+    sites = sites_of(root)
+    check_copies(root, dict.fromkeys((*names, *record.active)))
+    check_weights(root, sites)
+    new = {path: rotated(path, layer, names) for path, layer in sites.items() if any(n in layer.hra_u for n in names)}
+    with torch.no_grad():
+        for path, change in new.items():
+            sites[path].hra_u.unmerged = sites[path].weight.detach().clone()
+            sites[path].weight.copy_(change.weight)
+    others = tuple(name for name in record.active if name not in names)
+    record.active, record.merged = names + others, names
+    refresh(root, record)

@@ -1,0 +1,292 @@
+"""`HRAModel`: an adapted model with the methods and names of PEFT's `HRAModel` and `PeftModel`.
+
+It is the model itself, whose class is a subclass of both from now on: whatever asks `isinstance` (Trainer, pipelines,
+diffusers) sees the model, and no attribute has to be handed through a wrapper.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from hra_fx.acting import refresh
+from hra_fx.adapted import Record, record_of, root_of
+from hra_fx.adding import add_adapter, delete_adapter
+from hra_fx.carrier.layer import SiteCarrier
+from hra_fx.carrier.swap import Carrier, original_class, swap
+from hra_fx.checkpoint.loading import load_adapter
+from hra_fx.checkpoint.saving import save_adapters
+from hra_fx.config import HRAConfig
+from hra_fx.copies import BASE, copies_of
+from hra_fx.default_targets import DEFAULT_TARGETS
+from hra_fx.errors import AdapterError, HRAWarning
+from hra_fx.folding import fold
+from hra_fx.merging import merge_adapter, unmerge_adapter
+from hra_fx.releasing import forget
+from hra_fx.switching import disable_adapters, set_adapter
+from hra_fx.transforming import transform
+
+#: Packages whose classes bring methods of these names themselves, which those of `HRAModel` are meant to replace.
+_REPLACED = ("transformers.", "diffusers.", "huggingface_hub.", "hra_fx.")
+
+
+class HRAModel(Carrier):
+    """An adapted model in PEFT's shape.
+
+    `HRAModel(model, config, adapter_name)` transforms `model` in place (`hra_fx.transform`) and returns it, with these
+    methods besides its own: `HRAModel(model, config) is model`. Every function of hra_fx works on it.
+
+    Args:
+        model: any module with Linear or Conv2d layers, plain or transformed already.
+        config: which layers, how many reflections, and how they start (`peft_config` in PEFT).
+        adapter_name: name of the adapter.
+        low_cpu_mem_usage: make the vectors on the meta device, to be loaded into.
+
+    Attributes:
+        prefix: what the names of adapter parameters begin with.
+        tuner_layer_cls: class of the adapted layers.
+        target_module_mapping: `model_type` -> default targets.
+
+    Raises:
+        AdapterError: the model has an attribute of its own under one of these names.
+        Others as `hra_fx.transform`. After any error the model is as it was.
+
+    Example:
+        >>> model = HRAModel(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"]))
+        >>> model.print_trainable_parameters()
+        trainable params: 12 || all params: 40 || trainable%: 30.0000
+        >>> type(model.merge_and_unload()) is nn.Sequential
+        True
+    """
+
+    prefix: str = "hra_"
+    tuner_layer_cls: type[nn.Module] = SiteCarrier
+    target_module_mapping: Mapping[str, Any] = DEFAULT_TARGETS
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """The model that is given, adapted; on a swapped class (a copy, an unpickled model) a plain new object."""
+        return _adapted(*args, **kwargs) if cls is HRAModel else super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is left to do for a model that exists already."""
+        if "_modules" not in vars(self):
+            super().__init__(*args, **kwargs)
+
+    @property
+    def peft_config(self) -> dict[str, HRAConfig]:
+        """Adapter name -> configuration."""
+        return self._record.configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters, in the order of their product."""
+        return list(self._record.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter; a list where they are several or none."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def _record(self) -> Record:
+        return root_of(self)[1]
+
+    def get_base_model(self) -> nn.Module:
+        """The model itself; `unload` or `merge_and_unload` make it a plain one."""
+        return self
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Numbers of trainable and of all parameters, counted as PEFT does: a bias that is trained counts once."""
+        waiting = {
+            id(copies.get(owner, BASE, "bias"))
+            for owner, copies in copies_of(self).values()
+            if set(copies.in_place) == {"bias"} and copies.in_place["bias"] != BASE
+        }
+        counted = [parameter for parameter in self.parameters() if id(parameter) not in waiting]
+        trained = sum(parameter.numel() for parameter in counted if parameter.requires_grad)
+        return trained, sum(parameter.numel() for parameter in counted)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the numbers, in PEFT's line."""
+        trained, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+
+    def add_adapter(self, adapter_name: str, peft_config: HRAConfig, low_cpu_mem_usage: bool = False) -> None:
+        """As `hra_fx.add_adapter`."""
+        add_adapter(self, adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage)
+
+    def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
+        """As `hra_fx.set_adapter`."""
+        set_adapter(self, adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As `hra_fx.delete_adapter`; the last one is taken off with `unload`.
+
+        Raises:
+            AdapterError: there is no such adapter, it is merged, or it is the only one.
+        """
+        if list(self.peft_config) == [adapter_name]:
+            raise AdapterError(f"adapter {adapter_name!r}: it is the only one. Call unload() for the base model.")
+        delete_adapter(self, adapter_name)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """As `hra_fx.disable_adapters`: the base model inside the block."""
+        with disable_adapters(self):
+            yield
+
+    def disable_adapter_layers(self) -> None:
+        """Switch all adapters off until `enable_adapter_layers`."""
+        self._switch(disabled=True)
+
+    def enable_adapter_layers(self) -> None:
+        """Switch the active adapters on again."""
+        self._switch(disabled=False)
+
+    def _switch(self, *, disabled: bool) -> None:
+        record = self._record
+        if disabled and record.merged:
+            unmerge_adapter(self)
+        record.disabled = disabled
+        refresh(self, record)
+
+    def merge_adapter(self, adapter_names: Iterable[str] | None = None, safe_merge: bool = False) -> None:
+        """As `hra_fx.merge_adapter`, which is always safe."""
+        merge_adapter(self, adapter_names)
+
+    def unmerge_adapter(self) -> None:
+        """As `hra_fx.unmerge_adapter`."""
+        unmerge_adapter(self)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """Fold the active adapters, or these, into the weights and take off the rest (`hra_fx.fold`).
+
+        Returns:
+            The model, which is a plain base model now.
+
+        Warns:
+            HRAWarning: adapters are taken off that were not folded.
+        """
+        fold(self, adapter_names)
+        if record := record_of(self):
+            text = f"adapters {list(record.configs)} were not folded, and are taken off. To keep them call hra_fx.fold."
+            warnings.warn(text, HRAWarning, stacklevel=2)
+            forget(self, record, tuple(record.configs))
+        return self
+
+    def unload(self) -> nn.Module:
+        """Take all adapters off, unused.
+
+        Returns:
+            The model, which is the base model that it was.
+        """
+        record = self._record
+        if record.merged:
+            unmerge_adapter(self)
+        forget(self, record, tuple(record.configs))
+        return self
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write adapters as PEFT does: "default" into the folder, others into subfolders of their names.
+
+        Raises:
+            AdapterError: `safe_serialization=False`, for a pickle is never written; or there is no such adapter.
+            CheckpointError: the adapter cannot be written.
+        """
+        if not safe_serialization:
+            raise AdapterError("safe_serialization=False: a pickle is never written. Leave it True.")
+        if is_main_process:
+            save_adapters(self, save_directory, selected_adapters, state_dict)
+
+    @classmethod
+    def from_pretrained(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """`HRAModel.from_pretrained(base, directory, adapter_name="default", is_trainable=False)`.
+
+        Takes what `hra_fx.load_adapter` takes, and PEFT's options that have no meaning here. The class of a model that
+        is adapted already keeps its own `from_pretrained`.
+
+        Returns:
+            The base model, adapted, as an `HRAModel`.
+
+        Raises:
+            As `hra_fx.load_adapter`.
+        """
+        if cls is not HRAModel:
+            own: Any = super()
+            return own.from_pretrained(model, *args, **kwargs)
+        return _loaded(model, *args, **kwargs)
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As `hra_fx.load_adapter`: beside the others, or in place of the values of the adapter of that name."""
+        load_adapter(self, model_id, adapter_name, is_trainable=is_trainable, **_meaningful(kwargs))
+
+
+def _adapted(
+    model: nn.Module, config: HRAConfig, adapter_name: str = "default", low_cpu_mem_usage: bool = False
+) -> nn.Module:
+    if isinstance(model, nn.Module):
+        _check_names(model)
+    transform(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+    return _shaped(model)
+
+
+def _loaded(
+    model: nn.Module,
+    model_id: str | os.PathLike[str],
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
+    if isinstance(model, nn.Module):
+        _check_names(model)
+    load_adapter(model, model_id, adapter_name, is_trainable=is_trainable, **_meaningful(kwargs))
+    return _shaped(model)
+
+
+def _shaped(model: nn.Module) -> nn.Module:
+    if not isinstance(model, HRAModel):
+        swap(model, HRAModel)
+    return model
+
+
+def _meaningful(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Without PEFT's options that ask for what is always so here: loading low on memory, and float32 at least."""
+    always = ("low_cpu_mem_usage", "autocast_adapter_dtype", "ephemeral_gpu_offload", "torch_device", "config")
+    return {name: value for name, value in options.items() if name not in always}
+
+
+def _check_names(model: nn.Module) -> None:
+    """A name that the model uses itself must not become another thing."""
+    kind = original_class(model)
+    for name in vars(HRAModel):
+        if name.startswith("_"):
+            continue
+        held = any(name in space for space in (model._modules, model._parameters, model._buffers, vars(model)))
+        home = next((base for base in kind.__mro__ if name in vars(base)), None)
+        if held or (home and not f"{home.__module__}.".startswith(_REPLACED)):
+            raise AdapterError(
+                f"{name}: {kind.__name__} has an attribute of this name itself, which HRAModel would hide. Rename it, "
+                "or call hra_fx.transform and the functions of hra_fx instead."
+            )

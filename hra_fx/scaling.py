@@ -1,0 +1,58 @@
+"""`set_scale`: how strongly an adapter acts, along the geodesic from the identity to its rotation."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from hra_fx.adapted import names_in, root_of, sites_of
+from hra_fx.errors import AdapterError
+
+
+def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
+    """Set the strength of an adapter: `Q` becomes `exp(alpha log Q)`, orthogonal at every step.
+
+    At 0 it acts as the identity, at 1 it is itself. In between every plane that it turns is turned by `alpha` times the
+    angle. (PEFT warns, and ignores a scale.) An adapter is not trained while its strength is not 1, and the strength is
+    not saved with it.
+
+    Args:
+        model: a transformed model.
+        adapter_name: the adapter, active or not.
+        alpha: 0 to 1.
+
+    Raises:
+        AdapterError: there is no such adapter, it is merged, `alpha` is out of range, or its `Q` is no rotation at some
+            layer: an odd number of reflections has no path from the identity. The model is as it was.
+
+    Example:
+        >>> from hra_fx import HRAConfig, report, transform
+        >>> config = HRAConfig(r=2, init_weights=False, target_modules=["0"])
+        >>> model = transform(nn.Sequential(nn.Linear(6, 4)), config)
+        >>> whole = report(model).rows[0].angle
+        >>> set_scale(model, "default", 0.5)
+        >>> abs(report(model).rows[0].angle - whole / 2) < 1e-5
+        True
+    """
+    root, record = root_of(model)
+    (name,) = names_in(record, adapter_name)
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not (math.isfinite(alpha) and 0 <= alpha <= 1):
+        raise AdapterError(f"alpha: {alpha!r} is no strength. Give a number from 0 (base model) to 1 (the adapter).")
+    if name in record.merged:
+        raise AdapterError(f"adapter {name!r}: it is merged into the weights. Call unmerge_adapter first.")
+    sites = {path: layer.hra_u for path, layer in sites_of(root).items() if name in layer.hra_u}
+    before = next(iter(sites.values())).scales.get(name, 1.0)
+    trained = any(reflection[name].requires_grad for reflection in sites.values())
+    try:
+        for path, reflection in sites.items():
+            try:
+                reflection.scale(name, float(alpha))
+            except AdapterError as error:
+                raise AdapterError(f"{path}: adapter {name!r}: {error}") from error
+    except AdapterError:
+        for reflection in sites.values():
+            reflection.scale(name, before)
+        raise
+    for reflection in sites.values():
+        reflection[name].requires_grad_(alpha == 1 and (trained or (before != 1 and name in record.active)))

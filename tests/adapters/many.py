@@ -1,0 +1,165 @@
+"""Small models with several adapters, the dense oracle for them, and all that there is to see of such a model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torchvision
+import transformers
+from oracles import dense_q, dense_weight, relative_error
+from torch import Tensor, nn
+
+import hra_fx
+from hra_fx.adapted import record_of, regions_of, sites_of
+from hra_fx.copies import copies_of
+
+F64 = torch.float64
+_TEXT = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 32,
+}
+
+
+class Net(nn.Module):
+    """Two layers to adapt, a norm, and a head to save: `(n, 6) -> (n, 3)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.second = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.second(torch.tanh(self.norm(self.first(x))))))
+
+
+def net(dtype: torch.dtype = F64) -> Net:
+    """A `Net` in eval mode, the same each time."""
+    torch.manual_seed(0)
+    return Net().to(dtype).eval()
+
+
+def sequential() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 4)).to(F64).eval()
+
+
+def resnet() -> nn.Module:
+    torch.manual_seed(0)
+    return torchvision.models.resnet18(num_classes=5).to(F64).eval()
+
+
+def llama(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    settings = {**_TEXT, "num_key_value_heads": 1, "tie_word_embeddings": False, **options}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).to(F64).eval()
+
+
+def bert() -> nn.Module:
+    torch.manual_seed(0)
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**_TEXT, num_labels=3)).to(F64).eval()
+
+
+def normal(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+def ids() -> dict[str, Tensor]:
+    return {"input_ids": torch.randint(0, 32, (2, 5), generator=torch.Generator().manual_seed(1))}
+
+
+def config(*targets: str, **fields: Any) -> hra_fx.HRAConfig:
+    """A configuration; two reflections unless told otherwise."""
+    return hra_fx.HRAConfig(**{"r": 2, "target_modules": list(targets), **fields})
+
+
+def turn(model: nn.Module, seed: int = 2) -> None:
+    """Random vectors for every adapter, far from the start, and other values for every copy."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in sites_of(model).values():
+            for vectors in layer.hra_u.values():
+                vectors.copy_(torch.randn(vectors.shape, dtype=F64, generator=generator))
+        for owner, copies in copies_of(model).values():
+            for adapter in copies.copied:
+                for tensor in copies.tensors(owner, adapter).values():
+                    if tensor.is_floating_point():
+                        tensor.copy_(tensor + torch.rand(tensor.shape, dtype=F64, generator=generator))
+
+
+def adapted(base: nn.Module, **configs: hra_fx.HRAConfig) -> tuple[nn.Module, nn.Module]:
+    """A plain copy of `base`, and `base` itself with these adapters at random values; the first is active."""
+    plain = copy.deepcopy(base).requires_grad_(False)
+    (name, first), *others = configs.items()
+    hra_fx.transform(base, first, name)
+    for other, settings in others:
+        hra_fx.add_adapter(base, other, settings)
+    turn(base)
+    return plain, base
+
+
+def product(layer: Any, names: Iterable[str]) -> Tensor:
+    """`Q_a Q_b ...: (d, d)` of a layer in float64, of those adapters that it has."""
+    q = torch.eye(layer.hra_u.width, dtype=F64)
+    for name in names:
+        if name in layer.hra_u:
+            spec, anchor = layer.hra_u.specs[name], layer.hra_u.anchor(name)
+            q = q @ dense_q(layer.hra_u[name].detach(), apply_GS=spec.apply_GS, anchor=anchor)
+    return q
+
+
+def weights(plain: nn.Module, model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Name -> `W Q_a Q_b ...` for every adapted layer, from the weights of `plain`."""
+    wanted = tuple(names)
+    return {
+        f"{path}.weight": dense_weight(plain.get_submodule(path).weight, product(layer, wanted))
+        for path, layer in sites_of(model).items()
+    }
+
+
+def oracle(plain: nn.Module, model: nn.Module, names: Iterable[str], inputs: Any, **others: Tensor) -> Tensor:
+    """Output of the base model over the rotated weights, and over `others` where given."""
+    replaced = weights(plain, model, names) | others
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
+    output = torch.func.functional_call(plain, replaced, args, kwargs)
+    return getattr(output, "logits", output)
+
+
+def run(model: nn.Module, inputs: Any) -> Tensor:
+    output = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    return getattr(output, "logits", output)
+
+
+def assert_close(actual: Tensor, wanted: Tensor, bound: float = 1e-10) -> None:
+    assert relative_error(actual, wanted) < bound
+
+
+def moved(one: Tensor, other: Tensor) -> bool:
+    """Whether two outputs differ for good, so that a test that tells them apart means something."""
+    return relative_error(one, other) > 1e-3
+
+
+def seen(model: nn.Module) -> dict[str, Any]:
+    """All that there is to see of a model: containers and tensors by identity, plain attributes by value."""
+    picture: dict[str, Any] = {"record": repr(record_of(model)), "config": str(getattr(model, "config", None))}
+    for path, part in model.named_modules():
+        picture[f"{path}:class"] = (type(part), id(part), part.training)
+        for key, value in vars(part).items():
+            if key in ("_parameters", "_buffers", "_modules"):
+                picture[f"{path}:{key}"] = [(name, id(child)) for name, child in value.items()]
+            elif key != "_hra_region":
+                picture[f"{path}:{key}"] = repr(value)
+    for path, part in regions_of(model).items():
+        picture[f"{path}:region"] = id(part._hra_region)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        values = None if tensor.is_meta else tensor.detach().clone().nan_to_num(7.0).flatten().tolist()
+        picture[f"tensor {name}"] = (id(tensor), tensor._version, tensor.requires_grad, values)
+    return picture

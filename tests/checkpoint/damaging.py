@@ -1,0 +1,106 @@
+"""An adapter in a folder, ways to damage it, and a refusal to load it with the look that it left the model as it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapting import config, mlp, picture, randomise
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import hra_fx
+
+CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+def saved(folder: Path, *targets: str, base: Callable[[], nn.Module] = mlp, **fields: Any) -> Path:
+    """An adapter of `base` with random vectors, written by us; `fields` are those of its configuration."""
+    model = hra_fx.transform(base(), config(*targets, **fields))
+    randomise(model)
+    hra_fx.save_adapter(model, folder)
+    return folder
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / WEIGHTS_NAME)
+
+
+def metadata(folder: Path) -> dict[str, str]:
+    with safe_open(folder / WEIGHTS_NAME, "pt") as file:
+        return dict(file.metadata())
+
+
+def with_weights(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+    """What edits the tensors of a folder; `change` works on the dict of them."""
+
+    def damage(folder: Path) -> None:
+        tensors, kept = weights(folder), metadata(folder)
+        change(tensors)
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS_NAME, kept)
+
+    return damage
+
+
+def with_metadata(text: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        save_file(weights(folder), folder / WEIGHTS_NAME, {**metadata(folder), "hra_fx": text})
+
+    return damage
+
+
+def with_config(**changes: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        file = folder / CONFIG_NAME
+        file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+    return damage
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def unordered(model: nn.Module) -> dict[str, object]:
+    """`picture`, where the order of attributes does not matter."""
+    found = picture(model)
+    entries: Any = found["vars"]
+    return found | {"vars": set(entries)}
+
+
+def refused(load: Callable[[nn.Module], object], model: nn.Module, kind: type[Exception]) -> str:
+    """The message of the refusal, after a look that the model is as it was, its values and outputs too."""
+    x = torch.linspace(-1, 1, 6)
+    # What a first forward leaves behind is not to be taken for a change.
+    wanted = model.eval()(x).detach()
+    before, held = unordered(model), values(model)
+    with pytest.raises(kind) as caught:
+        load(model)
+    assert type(caught.value) is kind
+    assert unordered(model) == before
+    found = values(model)
+    assert all(torch.equal(found[name], held[name]) for name in held)
+    assert torch.equal(model(x), wanted)
+    return str(caught.value)
+
+
+def beside(folder: Path) -> nn.Module:
+    return hra_fx.transform(mlp(), config("0", r=2), "other")
+
+
+def replacing(folder: Path) -> nn.Module:
+    return hra_fx.load_adapter(mlp(), folder, is_trainable=True)
+
+
+#: What the damaged adapter is loaded into, made with the undamaged one.
+MODELS: dict[str, Callable[[Path], nn.Module]] = {
+    "plain": lambda folder: mlp(),
+    "beside": beside,
+    "replacing": replacing,
+}

@@ -1,0 +1,374 @@
+"""An adapter's files with every kind of damage: refused by file and key, before the model is touched."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapting import mlp
+from checkpoint.damaging import (
+    CONFIG_NAME,
+    MODELS,
+    PREFIX,
+    WEIGHTS_NAME,
+    metadata,
+    refused,
+    saved,
+    weights,
+    with_config,
+    with_metadata,
+    with_weights,
+)
+from torch import Tensor
+
+import hra_fx
+from hra_fx import CheckpointError, ConfigError
+
+FIRST, LAST = f"{PREFIX}0.hra_u", f"{PREFIX}3.hra_u"
+VECTORS = f"{PREFIX}0.hra_vectors"
+HEAD, HEAD_BIAS = f"{PREFIX}3.weight", f"{PREFIX}3.bias"
+
+# What was saved: targets, and fields of the configuration.
+Saved = tuple[tuple[str, ...], dict[str, Any]]
+CHAIN: Saved = (("0", "3"), {"r": 4})
+ANCHORED: Saved = (("0",), {"r": 3})
+GRAM_SCHMIDT: Saved = (("0",), {"r": 3, "apply_GS": True})
+WITH_HEAD: Saved = (("0",), {"r": 2, "modules_to_save": ["3"]})
+
+
+def text_in(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(text, encoding="utf-8") and None
+
+
+def cut(folder: Path) -> None:
+    whole = (folder / WEIGHTS_NAME).read_bytes()
+    (folder / WEIGHTS_NAME).write_bytes(whole[:-7])
+
+
+def only_a_pickle(folder: Path) -> None:
+    torch.save(weights(folder), folder / "adapter_model.bin")
+    (folder / WEIGHTS_NAME).unlink()
+
+
+def put(key: str, tensor: Tensor) -> Callable[[Path], None]:
+    return with_weights(lambda tensors: tensors.update({key: tensor}))
+
+
+def poke(key: str, value: float) -> Callable[[Path], None]:
+    return with_weights(lambda tensors: tensors[key].view(-1)[1].fill_(value))
+
+
+def drop(key: str) -> Callable[[Path], None]:
+    return with_weights(lambda tensors: tensors.pop(key))
+
+
+def rename(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{PREFIX}first.hra_u"] = tensors.pop(FIRST)
+
+
+def as_lora(tensors: dict[str, Tensor]) -> None:
+    tensors |= {f"{PREFIX}0.lora_A.weight": torch.ones(4, 6), f"{PREFIX}0.lora_B.weight": torch.ones(8, 4)}
+
+
+def seven_more(tensors: dict[str, Tensor]) -> None:
+    tensors |= {f"{PREFIX}deeper.{i}.hra_u": torch.ones(6, 4) for i in range(7)}
+
+
+SHAPE = "{key} has shape {found}, and the model and the configuration need {due}."
+CUT = "is cut short or damaged, or is no safetensors file"
+DIVERGED = "values that are infinite or NaN"
+
+
+def shape(key: str, found: object, due: object) -> str:
+    return SHAPE.format(key=key, found=found, due=due)
+
+
+# name -> what was saved, how it is damaged, the file that is named, what is said, the kind of error
+DAMAGES: dict[str, tuple[Saved, Callable[[Path], None], str, str, type[Exception]]] = {
+    # the file of the weights
+    "cut short": (CHAIN, cut, WEIGHTS_NAME, CUT, CheckpointError),
+    "a text": (CHAIN, text_in(WEIGHTS_NAME, "not found"), WEIGHTS_NAME, CUT, CheckpointError),
+    "only a pickle": (CHAIN, only_a_pickle, "adapter_model.bin", "is a pickle, which is never read", CheckpointError),
+    "no weights": (
+        CHAIN,
+        lambda folder: (folder / WEIGHTS_NAME).unlink(),
+        WEIGHTS_NAME,
+        "there is no such file",
+        CheckpointError,
+    ),
+    # the vectors
+    "rank": (CHAIN, put(FIRST, torch.ones(6, 2)), WEIGHTS_NAME, shape(FIRST, (6, 2), (6, 4)), CheckpointError),
+    "width": (CHAIN, put(LAST, torch.ones(6, 4)), WEIGHTS_NAME, shape(LAST, (6, 4), (8, 4)), CheckpointError),
+    "turned": (CHAIN, put(FIRST, torch.ones(4, 6)), WEIGHTS_NAME, shape(FIRST, (4, 6), (6, 4)), CheckpointError),
+    "flat": (CHAIN, put(FIRST, torch.ones(24)), WEIGHTS_NAME, shape(FIRST, (24,), (6, 4)), CheckpointError),
+    "empty": (CHAIN, put(FIRST, torch.ones(6, 0)), WEIGHTS_NAME, shape(FIRST, (6, 0), (6, 4)), CheckpointError),
+    "nan": (CHAIN, poke(LAST, float("nan")), WEIGHTS_NAME, f"'{LAST}' has 1 of 32 {DIVERGED}", CheckpointError),
+    "inf": (CHAIN, poke(FIRST, -float("inf")), WEIGHTS_NAME, f"'{FIRST}' has 1 of 24 {DIVERGED}", CheckpointError),
+    "integers": (
+        CHAIN,
+        put(FIRST, torch.ones(6, 4, dtype=torch.int64)),
+        WEIGHTS_NAME,
+        f"'{FIRST}' is torch.int64, vectors are floating",
+        CheckpointError,
+    ),
+    # the keys
+    "missing": (CHAIN, drop(LAST), WEIGHTS_NAME, f"it does not fit Sequential: {LAST} is missing.", CheckpointError),
+    "unknown": (
+        CHAIN,
+        put(f"{PREFIX}2.hra_u", torch.ones(8, 4)),
+        WEIGHTS_NAME,
+        f"it does not fit Sequential: {PREFIX}2.hra_u is unknown to the model.",
+        CheckpointError,
+    ),
+    "several unknown": (
+        CHAIN,
+        with_weights(as_lora),
+        WEIGHTS_NAME,
+        f"{PREFIX}0.lora_A.weight, {PREFIX}0.lora_B.weight are unknown to the model.",
+        CheckpointError,
+    ),
+    "many unknown": (
+        CHAIN,
+        with_weights(seven_more),
+        WEIGHTS_NAME,
+        ", ".join(f"{PREFIX}deeper.{i}.hra_u" for i in range(5)) + " and 2 more are unknown to the model.",
+        CheckpointError,
+    ),
+    "renamed": (
+        CHAIN,
+        with_weights(rename),
+        WEIGHTS_NAME,
+        f"{FIRST} is missing and {PREFIX}first.hra_u is unknown to the model.",
+        CheckpointError,
+    ),
+    # saved in full
+    "no head": (
+        WITH_HEAD,
+        with_weights(lambda tensors: (tensors.pop(HEAD), tensors.pop(HEAD_BIAS))),
+        WEIGHTS_NAME,
+        f"{HEAD_BIAS}, {HEAD} are missing.",
+        CheckpointError,
+    ),
+    "head without a bias": (WITH_HEAD, drop(HEAD_BIAS), WEIGHTS_NAME, f"{HEAD_BIAS} is missing.", CheckpointError),
+    "shape of the head": (
+        WITH_HEAD,
+        put(HEAD, torch.ones(5, 8)),
+        WEIGHTS_NAME,
+        shape(HEAD, (5, 8), (4, 8)),
+        CheckpointError,
+    ),
+    "head that broadcasts": (
+        WITH_HEAD,
+        put(HEAD_BIAS, torch.ones(1)),
+        WEIGHTS_NAME,
+        shape(HEAD_BIAS, (1,), (4,)),
+        CheckpointError,
+    ),
+    "head of integers": (
+        WITH_HEAD,
+        put(HEAD, torch.ones(4, 8, dtype=torch.int32)),
+        WEIGHTS_NAME,
+        f"{HEAD} is of torch.int32, and the model has torch.float32 there.",
+        CheckpointError,
+    ),
+    "head with nan": (
+        WITH_HEAD,
+        poke(HEAD, float("nan")),
+        WEIGHTS_NAME,
+        f"'{HEAD}' has 1 of 32 {DIVERGED}",
+        CheckpointError,
+    ),
+    # what Gram-Schmidt goes on from
+    "no vectors": (
+        GRAM_SCHMIDT,
+        drop(VECTORS),
+        WEIGHTS_NAME,
+        f"{VECTORS} is missing, from which Gram-Schmidt goes on.",
+        CheckpointError,
+    ),
+    "shape of the vectors": (
+        GRAM_SCHMIDT,
+        put(VECTORS, torch.ones(6, 6)),
+        WEIGHTS_NAME,
+        shape(VECTORS, (6, 6), (6, 3)),
+        CheckpointError,
+    ),
+    "vectors with inf": (
+        GRAM_SCHMIDT,
+        poke(VECTORS, float("inf")),
+        WEIGHTS_NAME,
+        f"'{VECTORS}' has 1 of 18 {DIVERGED}",
+        CheckpointError,
+    ),
+    "vectors of integers": (
+        GRAM_SCHMIDT,
+        put(VECTORS, torch.eye(6, 3).to(torch.int64)),
+        WEIGHTS_NAME,
+        f"'{VECTORS}' is torch.int64, vectors are floating",
+        CheckpointError,
+    ),
+    # the configuration
+    "no configuration": (
+        CHAIN,
+        lambda folder: (folder / CONFIG_NAME).unlink(),
+        CONFIG_NAME,
+        "there is no such file",
+        CheckpointError,
+    ),
+    "no JSON": (CHAIN, text_in(CONFIG_NAME, "r: 4\n"), CONFIG_NAME, "is not JSON (", ConfigError),
+    "cut JSON": (CHAIN, text_in(CONFIG_NAME, '{"peft_type": "HRA", "r": 4'), CONFIG_NAME, "is not JSON (", ConfigError),
+    "JSON of a list": (CHAIN, text_in(CONFIG_NAME, "[]"), CONFIG_NAME, "holds a JSON list", ConfigError),
+    "JSON without an end": (CHAIN, text_in(CONFIG_NAME, "[" * 100_000), CONFIG_NAME, "is not JSON (", ConfigError),
+    "another method": (
+        CHAIN,
+        with_config(peft_type="LORA", lora_alpha=8),
+        CONFIG_NAME,
+        "peft_type: 'LORA' is not one of 'HRA'.",
+        ConfigError,
+    ),
+    "no rank": (CHAIN, with_config(r=0), CONFIG_NAME, "r: 0 is no rank.", ConfigError),
+    "another rank": (CHAIN, with_config(r=8), WEIGHTS_NAME, shape(FIRST, (6, 4), (6, 8)), CheckpointError),
+    "fewer targets": (
+        CHAIN,
+        with_config(target_modules=["0"]),
+        WEIGHTS_NAME,
+        f"{LAST} is unknown to the model. Was the adapter trained on another base model, or was its configuration",
+        CheckpointError,
+    ),
+    "more targets": (
+        ANCHORED,
+        with_config(target_modules=["0", "3"]),
+        WEIGHTS_NAME,
+        f"{LAST} is missing.",
+        CheckpointError,
+    ),
+    "other targets": (
+        CHAIN,
+        with_config(target_modules=["query"]),
+        "",
+        "its configuration does not fit Sequential: target_modules: ['query'] names no module of Sequential",
+        CheckpointError,
+    ),
+    "targets that are no layers": (
+        CHAIN,
+        with_config(target_modules=["0", "1"]),
+        "",
+        "its configuration does not fit Sequential: 1: target_modules names it, but it is a ReLU",
+        CheckpointError,
+    ),
+    "targets that do not compile": (
+        CHAIN,
+        with_config(target_modules="("),
+        CONFIG_NAME,
+        "target_modules: '(' is not a regular expression",
+        ConfigError,
+    ),
+    "a head that is named no more": (
+        WITH_HEAD,
+        with_config(modules_to_save=None),
+        WEIGHTS_NAME,
+        f"{HEAD_BIAS}, {HEAD} are unknown to the model.",
+        CheckpointError,
+    ),
+    "a head that is named now": (
+        ANCHORED,
+        with_config(modules_to_save=["3"]),
+        WEIGHTS_NAME,
+        f"{HEAD_BIAS}, {HEAD} are missing.",
+        CheckpointError,
+    ),
+    "Gram-Schmidt of an anchored adapter": (
+        ANCHORED,
+        with_config(apply_GS=True),
+        WEIGHTS_NAME,
+        "does not fit r=4, apply_GS=True of the configuration. One of the two files is of another adapter",
+        CheckpointError,
+    ),
+}
+
+
+def these(*names: str) -> pytest.MarkDecorator:
+    """Parametrizes a test by damages."""
+    cases = [DAMAGES[name] for name in names]
+    return pytest.mark.parametrize(("before", "damage", "file", "reason", "kind"), cases, ids=names)
+
+
+def damaged(folder: Path, before: Saved, damage: Callable[[Path], None]) -> tuple[Path, Path]:
+    """The folder of an undamaged adapter, and that of a damaged one."""
+    targets, fields = before
+    whole = saved(folder / "whole", *targets, **fields)
+    shutil.copytree(whole, folder / "damaged")
+    damage(folder / "damaged")
+    return whole, folder / "damaged"
+
+
+@pytest.mark.parametrize("state", MODELS)
+@these(*DAMAGES)
+def test_damage_is_refused_by_name_and_leaves_the_model(
+    state: str,
+    before: Saved,
+    damage: Callable[[Path], None],
+    file: str,
+    reason: str,
+    kind: type[Exception],
+    tmp_path: Path,
+) -> None:
+    whole, folder = damaged(tmp_path, before, damage)
+    model = MODELS[state](whole)
+    message = refused(lambda model: hra_fx.load_adapter(model, folder, is_trainable=True), model, kind)
+    assert message.startswith(f"{folder / file}: ")
+    assert reason in message
+    assert message.rstrip("?").endswith((".", "edited", "model"))
+    hra_fx.load_adapter(model, whole)
+
+
+@these("cut short", "rank", "missing", "no head", "no vectors", "another method", "fewer targets")
+def test_an_hramodel_refuses_as_the_function_does(
+    before: Saved, damage: Callable[[Path], None], file: str, reason: str, kind: type[Exception], tmp_path: Path
+) -> None:
+    whole, folder = damaged(tmp_path, before, damage)
+    assert reason in refused(lambda model: hra_fx.HRAModel.from_pretrained(model, folder), mlp(), kind)
+    model = hra_fx.HRAModel.from_pretrained(mlp(), whole)
+    assert reason in refused(lambda model: model.load_adapter(folder, "second"), model, kind)
+    assert model.active_adapters == list(model.peft_config) == ["default"]
+
+
+# The metadata, by which an anchored adapter goes on
+
+
+@pytest.mark.parametrize("state", MODELS)
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("", id="nothing"),
+        pytest.param("three", id="no JSON"),
+        pytest.param("[3, 1]", id="a list"),
+        pytest.param("null", id="null"),
+        pytest.param('{"r": 3, "anchor": 1}', id="incomplete"),
+        pytest.param('{"r": "three", "apply_GS": false, "anchor": 1}', id="words"),
+        pytest.param('{"r": null, "apply_GS": false, "anchor": 1}', id="null rank"),
+        pytest.param('{"r": 4, "apply_GS": false, "anchor": 0}', id="no anchor"),
+        pytest.param('{"r": 5, "apply_GS": false, "anchor": -1}', id="negative"),
+        pytest.param('{"r": 5, "apply_GS": false, "anchor": 1}', id="of another adapter"),
+        pytest.param('{"r": Infinity, "apply_GS": false, "anchor": 1}', id="infinite"),
+        pytest.param('{"r": NaN, "apply_GS": false, "anchor": 1}', id="nan"),
+        pytest.param("[" * 100_000, id="without an end"),
+    ],
+)
+def test_damaged_metadata_is_refused(text: str, state: str, tmp_path: Path) -> None:
+    whole, folder = damaged(tmp_path, ANCHORED, with_metadata(text))
+    message = refused(lambda model: hra_fx.load_adapter(model, folder), MODELS[state](whole), CheckpointError)
+    assert message.startswith(f"{folder / WEIGHTS_NAME}: its metadata hra_fx={text!r} does not fit r=4, apply_GS=False")
+
+
+def test_the_weights_of_one_adapter_under_the_configuration_of_another(tmp_path: Path) -> None:
+    anchored = saved(tmp_path / "anchored", "0", r=3)
+    assert json.loads(metadata(anchored)["hra_fx"]) == {"r": 3, "apply_GS": False, "anchor": 1}
+    shutil.copy(saved(tmp_path / "chain", "0", r=4, apply_GS=True, init_weights=False) / CONFIG_NAME, anchored)
+    message = refused(lambda model: hra_fx.load_adapter(model, anchored), mlp(), CheckpointError)
+    assert "does not fit r=4, apply_GS=True of the configuration" in message

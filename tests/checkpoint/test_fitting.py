@@ -1,0 +1,346 @@
+"""Adapters over other bases, adapters that are in the way, what is let through, and what is not saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from adapting import config, mlp, picture, randomise
+from checkpoint.damaging import (
+    CONFIG_NAME,
+    MODELS,
+    PREFIX,
+    WEIGHTS_NAME,
+    refused,
+    saved,
+    values,
+    weights,
+    with_config,
+    with_weights,
+)
+from oracles import dense_q, dense_weight, relative_error
+from torch import Tensor, nn
+
+import hra_fx
+from hra_fx import AdapterError, CheckpointError, HRAWarning
+
+X = torch.linspace(-1, 1, 12).view(2, 6)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x).relu())
+
+
+def blocks(count: int, width: int = 6, hidden: int = 8) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Block(width, hidden) for _ in range(count)))
+
+
+# ---- over other bases ----
+
+
+def test_a_narrower_base_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "up", base=lambda: blocks(2), r=2)
+    model = blocks(2, width=5)
+    before = picture(model)
+    with pytest.raises(CheckpointError) as caught:
+        hra_fx.load_adapter(model, folder)
+    assert picture(model) == before
+    assert str(caught.value) == (
+        f"{folder / WEIGHTS_NAME}: {PREFIX}0.up.hra_u has shape (6, 2), and the model and the configuration need "
+        "(5, 2). Was the adapter trained on another base model, or was its configuration edited?"
+    )
+
+
+def test_a_base_that_is_narrower_inside_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "up", "down", base=lambda: blocks(2), r=2)
+    message = refused(lambda model: hra_fx.load_adapter(model, folder), blocks(2, hidden=7), CheckpointError)
+    assert f"{PREFIX}0.down.hra_u has shape (8, 2), and the model and the configuration need (7, 2)." in message
+
+
+def test_a_deeper_base_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "up", base=lambda: blocks(2))
+    message = refused(lambda model: hra_fx.load_adapter(model, folder), blocks(4), CheckpointError)
+    assert message.startswith(f"{folder / WEIGHTS_NAME}: it does not fit Sequential: ")
+    assert f"{PREFIX}2.up.hra_u, {PREFIX}3.up.hra_u are missing." in message
+
+
+def test_a_shallower_base_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "up", base=lambda: blocks(8))
+    message = refused(lambda model: hra_fx.load_adapter(model, folder), blocks(1), CheckpointError)
+    named = ", ".join(f"{PREFIX}{i}.up.hra_u" for i in range(1, 6))
+    assert f"it does not fit Sequential: {named} and 2 more are unknown to the model." in message
+
+
+@pytest.mark.parametrize("targets", [("up",), ("0.up", "0.down")])
+def test_another_architecture_is_refused(targets: tuple[str, ...], tmp_path: Path) -> None:
+    folder = saved(tmp_path, *targets, base=lambda: blocks(2))
+    message = refused(lambda model: hra_fx.load_adapter(model, folder), mlp(), CheckpointError)
+    assert message.startswith(f"{folder}: its configuration does not fit Sequential: ")
+    assert f"{sorted(targets)} names no module of Sequential" in message
+    assert message.endswith("Is this the right base model?")
+
+
+def test_the_same_base_inside_another_module_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "up", base=lambda: blocks(1))
+    message = refused(lambda model: hra_fx.load_adapter(model, folder), nn.Sequential(blocks(1)), CheckpointError)
+    assert f"{PREFIX}0.0.up.hra_u is missing and {PREFIX}0.up.hra_u is unknown to the model." in message
+
+
+def named(name: str, model: nn.Module | None = None) -> Any:
+    model = mlp() if model is None else model
+    model.name_or_path = name
+    return model
+
+
+def test_another_name_of_the_base_is_warned_of_and_loaded(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "0", base=lambda: named("org/small-v1"))
+    assert json.loads((folder / CONFIG_NAME).read_text())["base_model_name_or_path"] == "org/small-v1"
+    model = named("org/small-v2")
+    with pytest.warns(HRAWarning) as caught:
+        hra_fx.load_adapter(model, folder)
+    assert [str(each.message) for each in caught] == [
+        f"{folder / WEIGHTS_NAME}: the adapter was trained on 'org/small-v1', and this model is 'org/small-v2'."
+    ]
+    assert caught[0].filename == __file__
+    assert torch.equal(model[0].hra_u["default"], weights(folder)[f"{PREFIX}0.hra_u"][:, 1:])
+
+
+def test_the_same_base_in_another_folder_is_no_matter(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "0", base=lambda: named("/there/small-v1/"))
+    for name in ("/here/small-v1", "org/small-v1", ""):
+        hra_fx.load_adapter(named(name), folder)
+
+
+def test_a_warning_that_counts_as_an_error_leaves_the_model(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "0", base=lambda: named("org/small-v1"))
+    message = refused(lambda model: hra_fx.load_adapter(model, folder), named("org/small-v2"), HRAWarning)
+    assert "'org/small-v1'" in message
+
+
+# ---- adapters that are in the way ----
+
+
+def adapted(*targets: str, **fields: Any) -> Any:
+    model = hra_fx.transform(mlp(), config(*targets, **fields))
+    randomise(model)
+    return model
+
+
+@pytest.mark.parametrize("name", ["default", "second"])
+def test_merged_adapters_are_in_the_way(name: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path, "0")
+    model = adapted("0")
+    hra_fx.merge_adapter(model)
+    message = refused(lambda model: hra_fx.load_adapter(model, folder, name), model, AdapterError)
+    assert "'default'" in message
+    assert "merged into the weights. Call unmerge_adapter first." in message
+    hra_fx.unmerge_adapter(model)
+    hra_fx.load_adapter(model, folder, name)
+
+
+STRUCTURES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "other layers": (("3",), {"r": 3}),
+    "more layers": (("0", "3"), {"r": 3}),
+    "another rank": (("0",), {"r": 5}),
+    "no anchor": (("0",), {"r": 3, "init_weights": False}),
+    "a longer chain": (("0",), {"r": 4}),
+    "Gram-Schmidt": (("0",), {"r": 3, "apply_GS": True}),
+    "Gram-Schmidt without an anchor": (("0",), {"r": 3, "apply_GS": True, "init_weights": False}),
+    "a head": (("0",), {"r": 3, "modules_to_save": ["3"]}),
+    "biases": (("0",), {"r": 3, "bias": "hra_only"}),
+}
+
+
+@pytest.mark.parametrize("kind", STRUCTURES)
+def test_an_adapter_of_another_structure_is_in_the_way(kind: str, tmp_path: Path) -> None:
+    targets, fields = STRUCTURES[kind]
+    ours, theirs = saved(tmp_path / "ours", "0"), saved(tmp_path / "theirs", *targets, **fields)
+    for present, folder in (((("0",), {"r": 3}), theirs), ((targets, fields), ours)):
+        model = adapted(*present[0], **present[1])
+        message = refused(lambda model, folder=folder: hra_fx.load_adapter(model, folder), model, AdapterError)
+        assert message.startswith("adapter 'default': the model has it with other ")
+        assert "Delete it first (hra_fx.delete_adapter), or load under another name." in message
+
+
+def test_a_head_beside_an_adapter_that_reflects_it_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "0", modules_to_save=["3"])
+    message = refused(
+        lambda model: hra_fx.load_adapter(model, folder, "second"), adapted("3"), hra_fx.UnsupportedLayerError
+    )
+    assert message.startswith("3 (Linear): another adapter reflects this layer, so it cannot be saved in full too.")
+
+
+# ---- looked for where it is not ----
+
+
+@pytest.mark.parametrize("state", MODELS)
+@pytest.mark.parametrize("way", ["../whole", "a/../../whole", "/absolute", "absolute path"])
+def test_a_path_out_of_the_folder_is_refused(way: str, state: str, tmp_path: Path) -> None:
+    whole = saved(tmp_path / "whole", "0")
+    folder = saved(tmp_path / "mine", "0")
+    subfolder = str(whole) if way == "absolute path" else way
+    load: Callable[[Any], object] = lambda model: hra_fx.load_adapter(model, folder, subfolder=subfolder)  # noqa: E731
+    message = refused(load, MODELS[state](whole), CheckpointError)
+    assert message.startswith(f"{folder}: the subfolder {subfolder!r} is not in the folder.")
+    if state == "plain":
+        load = lambda model: hra_fx.HRAModel.from_pretrained(model, folder, subfolder=subfolder)  # noqa: E731
+        assert refused(load, mlp(), CheckpointError) == message
+
+
+@pytest.mark.parametrize("state", MODELS)
+def test_a_folder_that_is_not_there_is_refused(state: str, tmp_path: Path) -> None:
+    model = MODELS[state](saved(tmp_path / "whole", "0"))
+    message = refused(lambda model: hra_fx.load_adapter(model, tmp_path / "nowhere"), model, CheckpointError)
+    assert message == f"{tmp_path / 'nowhere'}: there is no such folder. Give the folder of an adapter."
+
+
+@pytest.mark.parametrize("name", ["a/b", "../a", "a.b", "a\\b", "", " "])
+@pytest.mark.parametrize("state", MODELS)
+def test_a_name_that_is_no_name_is_refused(state: str, name: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "whole", "0")
+    message = refused(lambda model: hra_fx.load_adapter(model, folder, name), MODELS[state](folder), AdapterError)
+    assert message.startswith(f"adapter name {name!r}: ")
+    assert "Choose another name." in message
+
+
+# ---- let through ----
+
+
+def by_oracle(folder: Path, model: nn.Sequential) -> Tensor:
+    """Output of the base with the file's plain chains multiplied into its weights, in float64."""
+    x = X.double()
+    for path, layer in model.named_children():
+        if isinstance(layer, nn.Linear):
+            chain = weights(folder).get(f"{PREFIX}{path}.hra_u")
+            weight = layer.weight if chain is None else dense_weight(layer.weight, dense_q(chain))
+            x = nn.functional.linear(x, weight.double(), layer.bias.double())
+        elif isinstance(layer, nn.ReLU):
+            x = x.relu()
+    return x
+
+
+@pytest.mark.parametrize("r", [3, 4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_a_narrow_file_is_float32_inside(dtype: torch.dtype, r: int, tmp_path: Path) -> None:
+    folder = saved(tmp_path, "0", "3", r=r)
+    with_weights(lambda tensors: tensors.update({key: tensor.to(dtype) for key, tensor in tensors.items()}))(folder)
+    models = {
+        "plain": mlp(),
+        "beside": hra_fx.transform(mlp(), config("0", r=2), "other"),
+        "replacing": hra_fx.transform(mlp(), config("0", "3", r=r)),
+    }
+    for state, model in models.items():
+        hra_fx.load_adapter(model, folder)
+        hra_fx.set_adapter(model, "default")
+        assert model[0].hra_u["default"].dtype == torch.float32, state
+        assert relative_error(model.eval()(X), by_oracle(folder, mlp())) < 1e-5, state
+
+
+def test_keys_without_pefts_prefix_are_let_through(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "0", modules_to_save=["3"])
+    wanted = hra_fx.load_adapter(mlp(), folder).eval()(X)
+
+    def strip(tensors: dict[str, Tensor]) -> None:
+        for key in list(tensors):
+            tensors[key.removeprefix(PREFIX)] = tensors.pop(key)
+
+    with_weights(strip)(folder)
+    assert "0.hra_u" in weights(folder)
+    assert torch.equal(hra_fx.load_adapter(mlp(), folder).eval()(X), wanted)
+
+
+def test_entries_of_a_newer_peft_are_let_through_and_kept(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "newer", "0")
+    newer = {"peft_version": "9.1.0", "rotation_kind": "cayley", "options": {"a": [1, None]}}
+    with_config(**newer)(folder)
+    model = hra_fx.load_adapter(mlp(), folder)
+    hra_fx.save_adapter(model, tmp_path / "again")
+    assert newer.items() <= json.loads((tmp_path / "again" / CONFIG_NAME).read_text()).items()
+
+
+def test_a_head_that_the_model_does_not_have_is_let_through(tmp_path: Path) -> None:
+    """PEFT writes every name that a head of the task may have."""
+    folder = saved(tmp_path, "0", modules_to_save=["3"])
+    with_config(modules_to_save=["classifier", "3", "score"])(folder)
+    assert torch.equal(hra_fx.load_adapter(mlp(), folder)[3].weight, weights(folder)[f"{PREFIX}3.weight"])
+
+
+def test_a_damaged_adapter_of_pefts_is_refused_too(tmp_path: Path) -> None:
+    model = peft.get_peft_model(mlp(), peft.HRAConfig(r=2, target_modules=["0", "3"], init_weights=False))
+    model.save_pretrained(tmp_path)
+    with_weights(lambda tensors: tensors[f"{PREFIX}3.hra_u"][0].fill_(float("nan")))(tmp_path)
+    message = refused(lambda model: hra_fx.load_adapter(model, tmp_path), mlp(), CheckpointError)
+    assert message.startswith(f"{tmp_path / WEIGHTS_NAME}: '{PREFIX}3.hra_u' has 2 of 16 values that are infinite")
+
+
+# ---- not saved ----
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def unsaved(model: nn.Module, folder: Path) -> str:
+    """The message of the refusal, after a look that the folder and the model are as they were."""
+    before, held = content(folder), values(model)
+    with pytest.raises(CheckpointError) as caught:
+        hra_fx.save_adapter(model, folder)
+    assert content(folder) == before
+    assert values(model).keys() == held.keys()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("fields", [{"r": 2}, {"r": 3}, {"r": 3, "apply_GS": True}], ids=str)
+def test_an_adapter_without_values_is_not_saved(fields: dict[str, Any], tmp_path: Path) -> None:
+    folder = saved(tmp_path, "0")
+    model = hra_fx.transform(mlp(), config("0", **fields), low_cpu_mem_usage=True)
+    message = unsaved(model, folder)
+    assert message == (
+        f"{folder / WEIGHTS_NAME}: '{PREFIX}0.hra_u' is on the meta device and has no values. Load the model first."
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("fields", [{"r": 2}, {"r": 3}, {"r": 3, "apply_GS": True}], ids=str)
+def test_an_adapter_that_diverged_is_not_saved(fields: dict[str, Any], value: float, tmp_path: Path) -> None:
+    folder = saved(tmp_path, "0")
+    model = adapted("0", **fields)
+    with torch.no_grad():
+        model[0].hra_u["default"][1, 0] = value
+    message = unsaved(model, folder)
+    assert message.startswith(f"{folder / WEIGHTS_NAME}: '{PREFIX}0.hra_u' has ")
+    assert "values that are infinite or NaN. Nothing was written; go back to before the training diverged." in message
+
+
+def test_a_head_that_diverged_is_not_saved(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "0")
+    model = adapted("0", modules_to_save=["3"])
+    with torch.no_grad():
+        model[3].bias[2] = float("nan")
+    assert f"'{PREFIX}3.bias' has 1 of 4 values that are infinite or NaN" in unsaved(model, folder)
+
+
+def test_of_several_adapters_the_one_that_cannot_be_saved_stays_as_it_was_saved(tmp_path: Path) -> None:
+    model = hra_fx.HRAModel(mlp(), config("0"))
+    model.add_adapter("second", config("3"))
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    before = content(tmp_path / "second")
+    with torch.no_grad():
+        model[3].hra_u["second"][0] = float("inf")
+    with pytest.raises(CheckpointError) as caught:
+        model.save_pretrained(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / 'second' / WEIGHTS_NAME}: '{PREFIX}3.hra_u' has ")
+    assert content(tmp_path / "second") == before
+    hra_fx.load_adapter(mlp(), tmp_path)

@@ -1,0 +1,157 @@
+"""Both sides of a comparison with PEFT: one small model with all that a configuration can name, and how to hold PEFT's
+adapted model and ours against each other by the names of the base model."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from oracles import relative_error
+from torch import Tensor, nn
+
+import hra_fx
+
+F32, F64 = torch.float32, torch.float64
+TOLERANCE = {F32: 1e-5, F64: 1e-9}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Linear(8, 8)
+        self.value = nn.Linear(8, 8, bias=False)
+        self.out = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.out(torch.tanh(self.query(x)) * self.value(x))
+
+
+class Body(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Net(nn.Module):
+    """An embedding, blocks, a convolution, a nested head with BatchNorm, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.body = Body()
+        self.conv = nn.Conv2d(2, 3, 3, padding=1)
+        self.norm = nn.LayerNorm(9)
+        self.head = nn.Sequential(nn.Linear(9, 7), nn.BatchNorm1d(7), nn.Sequential(nn.Tanh(), nn.Linear(7, 5)))
+        self.classifier = nn.Linear(5, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.body(self.embed(tokens))  # (batch, 6, 8)
+        x = self.conv(x.view(len(x), 2, 6, 4)).mean(3).flatten(1)  # (batch, 3 * 6)
+        return self.classifier(self.head(self.norm(x[:, ::2])))
+
+
+def net(dtype: torch.dtype = F32) -> Net:
+    """The same random model each time, in eval mode, with statistics that are not those of the start."""
+    torch.manual_seed(0)
+    model = Net()
+    model.head[1].running_mean.normal_()
+    model.head[1].running_var.uniform_(0.5, 2.0)
+    return model.to(dtype).eval()
+
+
+def tokens(seed: int = 1, batch: int = 5) -> Tensor:
+    return torch.randint(11, (batch, 6), generator=torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def peft_warnings_ignored() -> Iterator[None]:
+    """PEFT warns of the odd ranks that are tried, and of heads that are no embeddings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def by_peft(base: nn.Module, adapter_name: str = "default", **fields: Any) -> Any:
+    """A copy of `base` with PEFT's HRA."""
+    with peft_warnings_ignored():
+        return peft.get_peft_model(copy.deepcopy(base), peft.HRAConfig(**copy.deepcopy(fields)), adapter_name=adapter_name)
+
+
+def by_us(base: nn.Module, adapter_name: str = "default", **fields: Any) -> Any:
+    """A copy of `base` with our HRA."""
+    return hra_fx.HRAModel(copy.deepcopy(base), hra_fx.HRAConfig(**fields), adapter_name)
+
+
+def opened_by_peft(base: nn.Module, folder: Path, adapter_name: str = "default", **options: Any) -> Any:
+    with peft_warnings_ignored():
+        return peft.PeftModel.from_pretrained(copy.deepcopy(base), folder, adapter_name, **options)
+
+
+def saved_by_peft(model: Any, folder: Path, **options: Any) -> Path:
+    with peft_warnings_ignored():
+        model.save_pretrained(folder, **options)
+    return folder
+
+
+def plain_name(name: str, adapter: str = "default") -> str:
+    """The name of the base model's for a parameter or buffer of PEFT's model."""
+    for wrapper in ("base_model.model.", ".base_layer"):
+        name = name.replace(wrapper, "", 1)
+    return name.replace(f".modules_to_save.{adapter}", "", 1)
+
+
+def trained(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
+    """Name in the base model -> parameter, for all that have a gradient."""
+    return {plain_name(name, adapter): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def randomise(model: nn.Module, seed: int = 2) -> None:
+    """Random values for all that is trained, in the order of names that both sides share, and for saved statistics."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in sorted(trained(model).items()):
+            drawn = torch.randn(parameter.shape, dtype=F64, generator=generator)
+            parameter.copy_(drawn if parameter.dim() > 1 else parameter + drawn / 2)
+
+
+def gradients(model: nn.Module, x: Tensor, adapter: str = "default", **inputs: Any) -> dict[str, Tensor]:
+    """The output, and the gradient of everything that is trained, by its name in the base model."""
+    model.zero_grad()
+    output = model(x, **inputs)
+    output = output if isinstance(output, Tensor) else next(v for k, v in output.items() if k != "loss")
+    upstream = torch.randn(output.shape, dtype=F64, generator=torch.Generator().manual_seed(99)).to(output.dtype)
+    output.backward(upstream)
+    found = {name: p.grad for name, p in trained(model, adapter).items()}
+    return {"": output.detach()} | {name: grad.clone() for name, grad in found.items() if grad is not None}
+
+
+def agree(theirs: nn.Module, ours: nn.Module, x: Tensor, dtype: torch.dtype, adapter: str = "default") -> None:
+    """The same output, the same trained parameters by name, and the same gradient of each."""
+    wanted, got = gradients(theirs, x, adapter), gradients(ours, x, adapter)
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        # The Frobenius norm of all gradients bounds what rounding may leave in one that cancels.
+        floor = 1e-3 * max(float(other.norm()) for other in wanted.values())
+        assert relative_error(got[name], value, floor=floor) < TOLERANCE[dtype], name
+
+
+def same_tensors(left: Path, right: Path) -> None:
+    """Two adapter files with the same keys and, bit for bit, the same values."""
+    from safetensors.torch import load_file
+
+    a, b = (load_file(folder / "adapter_model.safetensors") for folder in (left, right))
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        assert value.dtype == b[key].dtype, key
+        assert torch.equal(value, b[key]), key

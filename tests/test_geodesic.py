@@ -1,0 +1,316 @@
+"""Part of an adapter's rotation, against dense rotations of known planes by known angles."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from oracles import dense_product, relative_error
+from torch import Tensor
+
+from hra_fx.errors import AdapterError
+from hra_fx.geodesic import fraction
+from hra_fx.householder import anchor, orthonormalize, start
+
+F64 = torch.float64
+ALPHAS = [0.0, 1e-9, 0.1, 0.25, 0.5, 0.9, 1.0]
+SHAPES = [(1, 2), (2, 2), (2, 34), (5, 4), (7, 8), (16, 16), (24, 6), (48, 32)]
+SPECIAL = [0.0, 1e-12, 1e-8, 1e-4, 0.5, math.pi / 4, math.pi / 2, 3 * math.pi / 4, 2.0, -2.0, 3.0]
+
+seeds = st.integers(0, 2**31 - 1)
+alphas = st.floats(0, 1)
+quick = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+def identity(d: int) -> Tensor:
+    return torch.eye(d, dtype=F64)
+
+
+def rotation(seed: int, d: int, angles: list[float], alpha: float = 1) -> Tensor:
+    """`exp(alpha S): (d, d)` for the generator `S` that turns `len(angles)` random orthogonal planes by `angles`.
+
+    In closed form, plane by plane: `torch.matrix_exp` is off by up to 3e-11 in float64.
+    """
+    basis, q = torch.linalg.qr(normal(seed, d, d)).Q, identity(d)
+    for i, angle in enumerate(angles):
+        x, y = basis[:, 2 * i], basis[:, 2 * i + 1]
+        q += math.sin(alpha * angle) * (torch.outer(y, x) - torch.outer(x, y))
+        q -= 2 * math.sin(alpha * angle / 2) ** 2 * (torch.outer(x, x) + torch.outer(y, y))
+    return q
+
+
+def reflections_of(q: Tensor) -> Tensor:
+    """A chain of a dense rotation `Q: (d, d)`, by taking one column after another to its unit vector."""
+    eye, rest, vectors = identity(len(q)), q, []
+    for j in range(len(q)):
+        column = rest[:, j]
+        head, below = float(column[j]), float(column[j + 1 :].norm())
+        if head > 0 and below < 1e-14:
+            continue
+        vector = column - eye[:, j]
+        # The rows done before are zero but for rounding, and a head near 1 would cancel.
+        vector[:j] = 0
+        vector[j] = -(below**2) / (1 + head) if head > 0 else head - 1
+        vectors.append(vector)
+        rest = dense_product(vector[:, None]) @ rest
+    return torch.stack(vectors, dim=1) if vectors else eye[:, :0]
+
+
+def part(chain: Tensor, alpha: float) -> Tensor:
+    """`Q(alpha): (d, d)`, with what is promised of every chain that is returned."""
+    result = fraction(chain, alpha)
+    assert result.shape[0] == chain.shape[0]
+    assert result.shape[1] <= min(chain.shape)
+    assert result.dtype == chain.dtype
+    assert not result.requires_grad
+    ones = torch.ones(result.shape[1], dtype=F64)
+    assert torch.allclose(result.double().norm(dim=0), ones, rtol=0, atol=16 * torch.finfo(chain.dtype).eps)
+    return dense_product(result)
+
+
+def distance(left: Tensor, right: Tensor) -> float:
+    return float((left - right).norm())
+
+
+def assert_a_path(chain: Tensor, a: float = 0.3, b: float = 0.45) -> None:
+    """From `I` to `Q`, orthogonal, additive and commuting with `Q`."""
+    q, eye = dense_product(chain), identity(chain.shape[0])
+    at_a = part(chain, a)
+    assert torch.equal(part(chain, 0), eye)
+    assert distance(part(chain, 1), q) < 1e-10
+    assert distance(at_a.mT @ at_a, eye) < 1e-12
+    assert distance(at_a @ part(chain, b), part(chain, a + b)) < 1e-9
+    assert distance(at_a @ q, q @ at_a) < 1e-10
+    assert float(torch.linalg.det(at_a)) == pytest.approx(1, abs=1e-10)
+
+
+# Against known planes and angles
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize(
+    "angles", [[0.3], [3.1, 0.1], [1.0, 2.0, 3.0], [1.0, 1.0, -1.0], [1e-6, 3.0], [math.pi / 2] * 3]
+)
+def test_a_part_turns_the_same_planes_by_a_part_of_their_angles(angles: list[float], alpha: float) -> None:
+    chain = reflections_of(rotation(1, 9, angles))
+    assert distance(part(chain, alpha), rotation(1, 9, angles, alpha)) < 1e-13
+
+
+@quick
+@given(
+    st.lists(st.sampled_from(SPECIAL) | st.floats(-3.1, 3.1), max_size=6),
+    st.integers(0, 4),
+    seeds,
+    alphas,
+)
+def test_any_angles_below_pi_are_divided(angles: list[float], more: int, seed: int, alpha: float) -> None:
+    d = max(1, 2 * len(angles) + more)
+    chain = reflections_of(rotation(seed, d, angles))
+    assert distance(part(chain, alpha), rotation(seed, d, angles, alpha)) < 1e-12
+
+
+@pytest.mark.parametrize("pairs", [1, 7])
+def test_pairs_that_do_nothing_change_nothing_and_more_vectors_than_dimensions_are_fine(pairs: int) -> None:
+    angles = [0.7, 2.9, 1.5]
+    idle = normal(3, 8, pairs).repeat_interleave(2, dim=1)
+    chain = torch.cat([idle, reflections_of(rotation(2, 8, angles)), idle], dim=1)
+    for alpha in ALPHAS:
+        assert distance(part(chain, alpha), rotation(2, 8, angles, alpha)) < 1e-13
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 2e-6), (torch.float16, 2e-2), (torch.bfloat16, 1e-1)], ids=str
+)
+def test_narrow_chains_are_divided_to_the_accuracy_of_their_dtype(dtype: torch.dtype, bound: float) -> None:
+    angles = [0.01, 0.5, 1.0, 2.0]
+    chain = reflections_of(rotation(4, 32, angles)).to(dtype)
+    for alpha in ALPHAS:
+        assert distance(part(chain, alpha), rotation(4, 32, angles, alpha)) < bound
+
+
+@pytest.mark.parametrize("angle", [1e-5, 0.4, 1.6, 3.0, math.pi])
+def test_two_reflections_turn_by_alpha_times_their_angle(angle: float) -> None:
+    directions = torch.tensor([[1.0, math.cos(angle / 2)], [0.0, math.sin(angle / 2)]], dtype=F64)
+    chain = torch.linalg.qr(normal(5, 6, 2)).Q @ directions
+    for alpha in ALPHAS:
+        assert float(part(chain, alpha).trace()) == pytest.approx(4 + 2 * math.cos(alpha * angle), abs=1e-13)
+
+
+def test_the_way_is_smooth() -> None:
+    """Third differences over steps h are |log Q|^3 h^3 at most, here 8^3 h^3, with an angle near pi and half turns."""
+    chain = reflections_of(rotation(6, 10, [0.2, 3.1, math.pi, math.pi]))
+    for alpha in (0.0, 0.37, 0.994):
+        points = [part(chain, alpha + step * 1e-3) for step in range(5)]
+        for _ in range(3):
+            points = [after - before for before, after in itertools.pairwise(points)]
+        assert max(float(point.norm()) for point in points) < 8**3 * 1e-9
+
+
+# Every chain with an even number of reflections has a path
+
+
+@pytest.mark.parametrize(("d", "k"), SHAPES)
+def test_random_chains_have_a_path(d: int, k: int) -> None:
+    assert_a_path(normal(7, d, k))
+
+
+@quick
+@given(st.integers(1, 24), st.integers(0, 17), st.sampled_from(ALPHAS) | alphas, seeds)
+def test_any_chain_has_a_path(d: int, half: int, a: float, seed: int) -> None:
+    assert_a_path(normal(seed, d, 2 * half), a, (1 - a) / 2)
+
+
+@quick
+@given(st.integers(2, 16), st.integers(1, 8), st.floats(0, 16), seeds)
+def test_half_turns_that_are_nearly_exact_have_a_path(d: int, half: int, exponent: float, seed: int) -> None:
+    """`I - 2 V V^T` turns planes by pi; the noise makes angles of pi less anything, down to rounding."""
+    basis = torch.linalg.qr(normal(seed, d, min(d // 2, half) * 2)).Q
+    assert_a_path(basis + 10**-exponent * normal(seed + 1, *basis.shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+@pytest.mark.parametrize(("d", "r"), [(2, 2), (9, 4), (16, 16), (40, 8)])
+def test_an_even_gram_schmidt_chain_has_a_path(d: int, r: int, dtype: torch.dtype) -> None:
+    basis = orthonormalize(start(d, r, apply_GS=True, init_weights=True, dtype=dtype)).double()
+    assert_a_path(basis)
+    # Half a turn by pi is a quarter turn of all of the span: applied twice it is Q, and its trace there is 0.
+    half = part(basis, 0.5)
+    assert distance(half @ half, dense_product(basis)) < 1e-12
+    assert float((basis.mT @ half @ basis).trace()) == pytest.approx(0, abs=1e-5)
+
+
+def test_exact_unit_vectors_have_a_path() -> None:
+    for d in (2, 4, 5, 8):
+        assert_a_path(identity(d)[:, : d // 2 * 2])
+
+
+@pytest.mark.parametrize("moved", [0.0, 1e-12, 1e-6, 1e-2, 1.0])
+@pytest.mark.parametrize(("r", "apply_GS"), [(3, False), (4, False), (4, True), (5, True)])
+def test_an_anchored_chain_has_a_path_from_its_start_on(r: int, apply_GS: bool, moved: float) -> None:
+    torch.manual_seed(0)
+    vectors = start(12, r, apply_GS=apply_GS, init_weights=True, dtype=F64)
+    frozen = anchor(vectors, apply_GS=apply_GS)
+    vectors = vectors + moved * normal(8, 12, r)
+    chain = orthonormalize(vectors) if apply_GS else vectors
+    assert_a_path(chain if frozen is None else torch.cat([frozen, chain], dim=1))
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-14, 1e-9, 1e-4])
+@pytest.mark.parametrize("k", [2, 10, 24])
+def test_nearly_parallel_vectors_have_a_path(k: int, noise: float) -> None:
+    assert_a_path(normal(9, 16, 1) + noise * normal(10, 16, k))
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize(("d", "half"), [(1, 1), (3, 8), (20, 4), (33, 16)])
+def test_paired_vectors_are_the_identity_at_every_alpha(d: int, half: int, alpha: float) -> None:
+    assert distance(part(normal(11, d, half).repeat_interleave(2, dim=1), alpha), identity(d)) < 1e-13
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_in_one_dimension_two_reflections_are_the_identity(alpha: float) -> None:
+    assert torch.equal(part(torch.tensor([[3.0, -2.0]]), alpha), identity(1))
+
+
+# Columns
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_a_zero_column_is_the_identity(alpha: float) -> None:
+    chain = normal(12, 6, 4)
+    zeros = torch.zeros(6, 1, dtype=F64)
+    padded = torch.cat([zeros, chain[:, :1], zeros, chain[:, 1:], zeros], dim=1)
+    assert torch.equal(fraction(padded, alpha), fraction(chain, alpha))
+
+
+@pytest.mark.parametrize("k", [0, 1, 4])
+def test_a_chain_without_reflections_stays_without(k: int) -> None:
+    assert fraction(torch.zeros(5, k), 0.5).shape == (5, 0)
+
+
+def test_the_length_of_a_column_does_not_matter() -> None:
+    chain = normal(13, 6, 4)
+    scaled = chain * torch.tensor([2.0**-1000, 2.0**900, -1.0, 3.0], dtype=F64)
+    assert relative_error(part(scaled, 0.4), part(chain, 0.4)) < 1e-13
+
+
+@pytest.mark.parametrize("k", [2, 6, 40])
+def test_no_more_vectors_than_planes_turn(k: int) -> None:
+    idle = normal(15, 20, k).repeat_interleave(2, dim=1)
+    chain = torch.cat([reflections_of(rotation(14, 20, [0.4, 1.2])), idle], dim=1)
+    assert fraction(chain, 0.5).shape == (20, 4)
+
+
+# A constant, always the same
+
+
+@pytest.mark.parametrize(("d", "k"), SHAPES)
+def test_the_same_call_gives_the_same_bits(d: int, k: int) -> None:
+    for chain in (normal(16, d, k), torch.linalg.qr(normal(17, d, d // 2 * 2)).Q):
+        assert torch.equal(fraction(chain, 0.3), fraction(chain.clone(), 0.3))
+
+
+def test_the_chain_is_left_as_it_is_and_gets_no_gradient() -> None:
+    chain = normal(18, 8, 4).requires_grad_()
+    kept = chain.detach().clone()
+    assert not fraction(chain, 0.5).requires_grad
+    assert torch.equal(chain, kept)
+
+
+def test_neither_a_default_device_nor_autocast_nor_inference_mode_reaches_in() -> None:
+    chain = normal(19, 8, 4).float()
+    wanted = fraction(chain, 0.5)
+    with torch.device("meta"), torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        result = fraction(chain, 0.5)
+    assert torch.equal(result, wanted)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("d", "k"), [(1, 1), (6, 3), (3, 7)])
+def test_an_odd_number_of_reflections_is_refused(d: int, k: int, alpha: float) -> None:
+    message = (
+        "an odd number of reflections (determinant -1) has no path from the identity. Train with hra_fx's "
+        "init_weights=True, which anchors such adapters, or with an even r and without Gram-Schmidt."
+    )
+    with pytest.raises(AdapterError, match=f"^{re.escape(message)}$"):
+        fraction(normal(20, d, k), alpha)
+
+
+def test_a_zero_column_does_not_count() -> None:
+    chain = normal(21, 6, 4)
+    chain[:, 2] = 0
+    with pytest.raises(AdapterError, match="an odd number of reflections"):
+        fraction(chain, 0.5)
+
+
+@pytest.mark.parametrize("alpha", [-1e-9, 1 + 1e-9, 2, math.inf, -math.inf, math.nan])
+def test_an_alpha_out_of_range_is_refused(alpha: float) -> None:
+    message = f"alpha {alpha!r} is not from 0 to 1. Pass 0 for the base model, 1 for all of the adapter."
+    with pytest.raises(AdapterError, match=f"^{re.escape(message)}$"):
+        fraction(normal(22, 6, 4), alpha)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_vectors_that_are_not_finite_are_refused(value: float) -> None:
+    chain = normal(23, 6, 4)
+    chain[2, 1] = value
+    message = r"^vectors that are not finite \(NaN or infinity\)\. Load or train the adapter again\.$"
+    with pytest.raises(AdapterError, match=message):
+        fraction(chain, 0.5)
+
+
+def test_vectors_without_data_are_refused() -> None:
+    message = r"^vectors without data \(on the meta device\)\. Load the adapter's weights first\.$"
+    with pytest.raises(AdapterError, match=message):
+        fraction(torch.empty(6, 4, device="meta"), 0.5)

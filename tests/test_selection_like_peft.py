@@ -1,0 +1,302 @@
+"""Against real injection by PEFT, on six architectures: the layers that come out adapted, or refusals of the same kind.
+
+What PEFT adapts is read off the model that it injected into, what we adapt off the report of a transformed one.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import diffusers
+import peft
+import pytest
+import transformers
+from hypothesis import HealthCheck, given, settings, strategies as st
+from named_models import built, tiny_bert, tiny_llama, tiny_t5
+from peft.tuners.hra.layer import HRALayer
+from peft.utils.error import NoMatchingPeftModuleError
+from refusals import refused
+from torch import Tensor, nn
+
+import hra_fx
+from hra_fx.errors import HRAWarning, SelectionError
+from hra_fx.selection import select
+
+Fields: TypeAlias = dict[str, Any]
+EXAMPLES = 42
+CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+
+# What PEFT raises, and part of its text; the name of that here; what we say of the same configuration.
+REFUSALS: list[tuple[type[Exception], str, str, str]] = [
+    (
+        NoMatchingPeftModuleError,
+        "",
+        "no layer",
+        "^target_modules: .*(names nothing|names no module of|nothing is left)",
+    ),
+    (KeyError, "model_type", "no default", "^target_modules: there is no default for"),
+    (ValueError, "Please specify `target_modules`", "no default", "^target_modules: there is no default for"),
+    (TypeError, "only `torch.nn.Linear` and", "unsupported", "only nn.Linear and nn.Conv2d can be adapted"),
+    (TypeError, "of type <class 'peft.tuners.hra", "saved too", "to be adapted, and modules_to_save|is called 'no_"),
+]
+
+
+class Step(nn.Module):
+    """Names that end others with a dot before them (q, v.q) and without (q_q), and one with a sign of a regex."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(4, 4)
+        self.q_q = nn.Linear(4, 4)
+        self.v = nn.ModuleDict({"q": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+        self.add_module("w+", nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q(x) + self.q_q(x) + self.v["q"](self.v["norm"](x)) + getattr(self, "w+")(x)
+
+
+class Stage(nn.Module):
+    """A list called like the one that it is in: "layers.1.layers.0.q"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Step() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[1](self.layers[0](x))
+
+
+class Awkward(nn.Module):
+    """Lists called h and hh, numbers for names, a shared block, grouped and oblong convolutions, a Conv1d."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h = nn.ModuleList(Step() for _ in range(3))
+        self.hh = nn.ModuleList(Step() for _ in range(2))
+        self.layers = nn.ModuleList(Stage() for _ in range(2))
+        self.again = self.h[1]
+        self.add_module("7", nn.Linear(4, 4))
+        self.tail = nn.Sequential(*(nn.Linear(4, 4) if i % 3 else nn.ReLU() for i in range(12)))
+        self.line = nn.Conv1d(4, 4, 1)
+        self.image = nn.ModuleDict({"depthwise": nn.Conv2d(4, 4, 1, groups=4), "wise": nn.Conv2d(4, 4, (1, 3))})
+        self.head = nn.Linear(4, 2)
+        self.sub_head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in (*self.h, *self.hh, *self.layers, self.again, getattr(self, "7"), self.tail):
+            x = block(x)
+        x = self.line(x[:, :, None])
+        x = self.image["wise"](self.image["depthwise"](x[..., None].expand(-1, -1, -1, 3))).flatten(1)
+        return self.head(x) + self.sub_head(x)
+
+
+def tiny_swin() -> nn.Module:
+    sizes = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2]}
+    return transformers.SwinForImageClassification(transformers.SwinConfig(**sizes, window_size=4))
+
+
+def tiny_unet() -> nn.Module:
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+
+
+# ---- configurations ----
+
+
+def endings(paths: list[str]) -> st.SearchStrategy[str]:
+    """The last component of a path most often, else more of it or all."""
+    cuts = st.sampled_from([1, 1, 1, 2, 3, 99])
+    return st.tuples(st.sampled_from(paths), cuts).map(lambda drawn: ".".join(drawn[0].split(".")[-drawn[1] :]))
+
+
+def strangers(paths: list[str]) -> st.SearchStrategy[str]:
+    """Almost the name of something: cut or lengthened, in capitals, with the dot, as a pattern of the shell."""
+    changes: list[Callable[[str], str]] = [
+        lambda name: name[1:] or "nothing",
+        lambda name: f"{name}_",
+        str.upper,
+        lambda name: f".{name}",
+        lambda name: f"*{name}",
+        lambda name: f"nothing.{name}",
+    ]
+    return st.tuples(endings(paths), st.sampled_from(changes)).map(lambda drawn: drawn[1](drawn[0]))
+
+
+def lists(layers: list[str], paths: list[str]) -> st.SearchStrategy[list[str]]:
+    """Mostly of layers, with a stranger here and there, and seldom any other module; some as long as PEFT shortens."""
+    some = st.lists(endings(layers), min_size=1, max_size=4)
+    mixed = st.tuples(some, st.lists(strangers(layers), max_size=2)).map(lambda drawn: [*drawn[0], *drawn[1]])
+    anything = st.lists(endings(paths), min_size=1, max_size=2)
+    long = st.lists(st.sampled_from(layers), min_size=min(20, len(layers)), max_size=24, unique=True)
+    return st.one_of(mixed, mixed, mixed, mixed, long, anything, st.lists(strangers(paths), max_size=2))
+
+
+def regexes(layers: list[str], paths: list[str]) -> st.SearchStrategy[str]:
+    leaf = st.sampled_from(sorted({path.rpartition(".")[2] for path in layers})).map(re.escape)
+    part = st.sampled_from(sorted({part for path in paths for part in path.split(".")})).map(re.escape)
+    return st.one_of(
+        leaf.map(lambda q: rf"(.*\.)?{q}"),
+        leaf.map(lambda q: rf".+\.{q}$"),
+        st.tuples(leaf, leaf).map(lambda p: rf".*\b({p[0]}|{p[1]})"),
+        st.tuples(part, leaf).map(lambda p: rf"(?!.*\b{p[0]}\b).*\.{p[1]}"),
+        st.tuples(part, leaf).map(lambda p: rf".*\b{p[0]}\..*{p[1]}"),
+        st.tuples(st.integers(0, 2), leaf).map(lambda p: rf"(?i:.*\.{p[0]}\..*{p[1]})"),
+        leaf,
+        part.map(lambda h: rf".*\.{h}\.\d+"),
+    )
+
+
+def savable(model: nn.Module) -> list[str]:
+    """Last components of which no path ends at a list of modules, which PEFT cannot save."""
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path]
+    lists_of_modules = [path for path in paths if isinstance(model.get_submodule(path), CONTAINERS)]
+    names = sorted({path.rpartition(".")[2] for path in paths if not any(model.get_submodule(path).children())})
+    return [name for name in names if not any(path.endswith(name) for path in lists_of_modules)]
+
+
+@st.composite
+def configurations(draw: st.DrawFn, model: nn.Module) -> Fields:
+    """Fields that both libraries accept, for the names of `model`."""
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path]
+    layers = [path for path in paths if isinstance(model.get_submodule(path), nn.Linear | nn.Conv2d)]
+    names, patterns = lists(layers, paths), regexes(layers, paths)
+    every = st.sampled_from(["all-linear", "ALL-Linear", None])
+    fields: Fields = {"target_modules": draw(st.one_of(names, names, names, patterns, patterns, every))}
+    if draw(st.booleans()):
+        fields["exclude_modules"] = draw(st.one_of(names, patterns, st.lists(strangers(paths), max_size=1)))
+    if not isinstance(fields["target_modules"], str) and draw(st.booleans()):
+        numbered = sorted({path.split(".")[-2] for path in paths if re.search(r"\.\d+$", path)})
+        index, name = st.sampled_from([0, 1, 1, 2, 10]), st.sampled_from(numbered)
+        union = st.lists(name, min_size=2, max_size=3).map("|".join)
+        block = st.one_of(name, name, union.map("(?:{})".format), union, st.just(r"\w+s"))
+        fields["layers_to_transform"] = draw(st.one_of(index, st.lists(index, max_size=3)))
+        fields["layers_pattern"] = draw(st.one_of(st.none(), block, st.lists(block, max_size=3), st.just("")))
+    if draw(st.integers(0, 3)) == 3:
+        saved = st.sampled_from(savable(model))
+        fields["modules_to_save"] = draw(st.lists(saved | saved | saved.map("no_{}".format), max_size=2))
+    fields["task_type"] = draw(st.sampled_from([None, "SEQ_CLS", "CAUSAL_LM"]))
+    return fields
+
+
+# ---- the two sides ----
+
+
+def by_peft(model: nn.Module, fields: Fields) -> tuple[nn.Module | Exception, bool]:
+    """A copy of `model` that PEFT has injected into, or what it raised; and whether it warned of an idle exclusion."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            injected = peft.inject_adapter_in_model(peft.HRAConfig(r=2, **fields), copy.deepcopy(model))
+        except (ValueError, TypeError, KeyError) as error:
+            return error, False
+    return injected, any("no modules were excluded" in str(warning.message) for warning in caught)
+
+
+def by_us(model: nn.Module, config: hra_fx.HRAConfig, *, whole: bool) -> tuple[list[str], bool]:
+    """The layers that we adapt, in a model really transformed where that is to be; and if we warned likewise."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        layers = list(select(model, config))
+        if whole:
+            assert [row.path for row in hra_fx.report(hra_fx.transform(copy.deepcopy(model), config))] == layers
+    assert all(warning.category is HRAWarning for warning in caught), [str(warning.message) for warning in caught]
+    return layers, any("leaves no module out" in str(warning.message) for warning in caught)
+
+
+def refusal(model: nn.Module, config: hra_fx.HRAConfig, *, whole: bool) -> str:
+    """The message of our refusal, which `transform` repeats."""
+    with pytest.raises(SelectionError) as caught:
+        select(model, config)
+    if whole:
+        assert refused(copy.deepcopy(model), config, SelectionError) == str(caught.value)
+    return str(caught.value)
+
+
+def adapted(model: nn.Module) -> list[str]:
+    return [path for path, module in model.named_modules() if isinstance(module, HRALayer)]
+
+
+def ungrouped(model: nn.Module) -> nn.Module:
+    """A copy without groups in its convolutions, so that PEFT can say which of them are meant."""
+    model = copy.deepcopy(model)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Conv2d) and module.groups > 1:
+            model.set_submodule(path, nn.Conv2d(module.in_channels, module.out_channels, module.kernel_size))
+    return model
+
+
+def compare(model: nn.Module, plain: nn.Module, fields: Fields, *, whole: bool) -> str:
+    """Hold the two sides against each other; what came of it, in a word or two."""
+    config = hra_fx.HRAConfig(r=1, **fields)
+    theirs, idle = by_peft(plain, fields)
+    if isinstance(theirs, Exception):
+        kinds = [(name, ours) for kind, text, name, ours in REFUSALS if type(theirs) is kind and text in str(theirs)]
+        assert len(kinds) == 1, repr(theirs)
+        name, ours = kinds[0]
+        said = refusal(model, config, whole=whole)
+        assert re.search(ours, said), (said, theirs)
+        if name == "unsupported":
+            first = type(model.get_submodule(said.partition(": ")[0])).__name__
+            assert str(theirs).startswith(f"Target module {first}(")
+        return name
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path]
+    if absent := [name for name in fields.get("modules_to_save", []) if not any(p.endswith(name) for p in paths)]:
+        assert f"modules_to_save: no module is called {absent[0]!r}" in refusal(model, config, whole=whole)
+        return "nothing to save"
+    grouped = [p for p in adapted(theirs) if getattr(model.get_submodule(p), "groups", 1) > 1]
+    layers, warned = by_us(model, config, whole=whole)
+    assert layers == adapted(theirs)
+    # To PEFT what modules_to_save keeps from being adapted is excluded too, so that it warns less.
+    assert warned == idle or (warned and fields["modules_to_save"])
+    if not grouped:
+        return "adapted"
+    with pytest.raises(NotImplementedError, match="groups > 1"):
+        by_peft(model, fields)
+    return "groups"
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_bert, tiny_t5, tiny_swin, tiny_unet, Awkward])
+def test_what_peft_adapts_is_adapted_and_what_it_refuses_refused(make: Callable[[], nn.Module]) -> None:
+    model = built(make)
+    plain, seen = ungrouped(model), Counter[str]()
+
+    @settings(max_examples=EXAMPLES, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(fields=configurations(model), whole=st.sampled_from([False] * 7 + [True]))
+    def agree(fields: Fields, whole: bool) -> None:
+        seen[compare(model, plain, fields, whole=whole)] += 1
+
+    agree()
+    # Else the draws were too odd, or not odd enough, to say much.
+    assert seen["adapted"] >= EXAMPLES / 3
+    assert seen["no layer"] + seen["unsupported"] >= EXAMPLES / 14
+
+
+@pytest.mark.parametrize(
+    ("make", "fields", "outcome"),
+    [
+        (Awkward, {"target_modules": ["q"], "layers_to_transform": 1, "layers_pattern": "h"}, "adapted"),
+        (Awkward, {"target_modules": "all-linear", "exclude_modules": ["eq", "q.7"]}, "adapted"),
+        (Awkward, {"target_modules": ["q", "wise", "depthwise"]}, "groups"),
+        (Awkward, {"target_modules": ["depthwise", "line"]}, "unsupported"),
+        (Awkward, {"target_modules": ["q"], "layers_to_transform": 3}, "no layer"),
+        (Awkward, {"target_modules": None}, "no default"),
+        (tiny_unet, {"target_modules": None}, "no default"),
+        (Awkward, {"target_modules": ["q_q"], "modules_to_save": ["head", "q"]}, "saved too"),
+        (Awkward, {"target_modules": ["q"], "modules_to_save": ["no_head"]}, "nothing to save"),
+    ],
+)
+def test_each_outcome(make: Callable[[], nn.Module], fields: Fields, outcome: str) -> None:
+    assert compare(built(make), ungrouped(built(make)), fields, whole=True) == outcome

@@ -1,0 +1,158 @@
+"""Tiny models of transformers with random weights, adapted in both shapes, and a Trainer for them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from oracles import dense_q
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
+
+import hra_fx
+
+VOCABULARY = 64
+SHAPES = {"transform": hra_fx.transform, "HRAModel": hra_fx.HRAModel}
+
+
+def bert(**fields: object) -> Any:
+    """A classifier with dropout, whose training depends on the random numbers."""
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 32,
+        "initializer_range": 0.2,
+    }
+    return BertForSequenceClassification(BertConfig(**(settings | fields)))
+
+
+def llama(**fields: object) -> Any:
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+        # Ten times the usual, so that an untrained model does not say the same whatever it reads.
+        "initializer_range": 0.2,
+    }
+    return LlamaForCausalLM(LlamaConfig(**(settings | fields)))
+
+
+def t5() -> Any:
+    torch.manual_seed(0)
+    settings = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    tokens = {"decoder_start_token_id": 2, "eos_token_id": 1, "pad_token_id": 2, "tie_word_embeddings": False}
+    return T5ForConditionalGeneration(T5Config(**settings, **tokens))
+
+
+BASES = {"bert": bert, "llama": llama}
+FIELDS: dict[str, dict[str, Any]] = {
+    # An odd rank is anchored: the checkpoint has to bring the anchor back too.
+    "bert": {"r": 3, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"},
+    "llama": {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"},
+}
+
+
+def config_for(kind: str, **fields: object) -> hra_fx.HRAConfig:
+    return hra_fx.HRAConfig(**(FIELDS[kind] | fields))
+
+
+def adapted(kind: str, shape: str, *, seed: int = 1, base: nn.Module | None = None, **fields: object) -> Any:
+    """A model with an adapter that is drawn from `seed`."""
+    base = BASES[kind]() if base is None else base
+    torch.manual_seed(seed)
+    return SHAPES[shape](base, config_for(kind, **fields))
+
+
+def turn(model: nn.Module, seed: int = 5) -> None:
+    """Give every adapter random vectors, far from the start."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for vectors in vectors_of(model).values():
+            vectors.copy_(torch.randn(vectors.shape, generator=generator))
+
+
+def vectors_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if ".hra_u." in name}
+
+
+def trained_in(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def rotated(base: nn.Module, model: nn.Module, *adapters: str) -> Any:
+    """A copy of the base model whose weights are `W Q_a Q_b ...`, by the dense product in float64."""
+    model_of = copy.deepcopy(base).eval()
+    layers = dict(model.named_modules())
+    for path, layer in model_of.named_modules():
+        reflection: Any = getattr(layers.get(path), "hra_u", None)
+        if reflection is None:
+            continue
+        weight = layer.get_parameter("weight")
+        with torch.no_grad():
+            product = weight.double()
+            for name in adapters or ("default",):
+                gram_schmidt = reflection.specs[name].apply_GS
+                product = product @ dense_q(reflection[name], apply_GS=gram_schmidt, anchor=reflection.anchor(name))
+            weight.copy_(product)
+    return model_of
+
+
+def tokens_of(count: int, length: int, seed: int = 1) -> Tensor:
+    return torch.randint(3, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def samples(kind: str, count: int) -> list[dict[str, Tensor]]:
+    tokens = tokens_of(count, 8)
+    labels = tokens if kind == "llama" else tokens[:, 0] % 2
+    return [{"input_ids": row, "labels": label} for row, label in zip(tokens, labels, strict=True)]
+
+
+def batch(kind: str, count: int = 4) -> dict[str, Tensor]:
+    data = samples(kind, count)
+    return {key: torch.stack([sample[key] for sample in data]) for key in data[0]}
+
+
+def trainer_of(maker: type[Trainer], kind: str, model: nn.Module, folder: Path, **arguments: Any) -> Trainer:
+    """A run of six steps of AdamW on one small set of data."""
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    data = samples(kind, 16)
+    return maker(
+        model=model,
+        args=TrainingArguments(output_dir=str(folder), **(settings | arguments)),
+        train_dataset=data,
+        eval_dataset=data[:4],
+    )
