@@ -161,7 +161,7 @@ _SPARE = ("|Q'Q - I|", "site", "d", "region")
 def _table(report: Report, without: Collection[str] = ()) -> Table:
     total = sum(row.parameters for row in report.rows)
     adapters = list(dict.fromkeys(row.adapter for row in report.rows))
-    title = f"{len(report)} sites, {total:,} trained parameters, adapter {', '.join(adapters)}"
+    title = f"{len({row.path for row in report})} sites, {total:,} trained parameters, adapter {', '.join(adapters)}"
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     columns = {name: show for name, show in _COLUMNS.items() if name not in without}
     if len(adapters) == 1:

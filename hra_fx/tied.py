@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 def tied_to(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, list[str]]:
@@ -46,7 +47,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, module in model.named_modules():
         for registered in (module._parameters, module._buffers):
             for name, tensor in registered.items():
-                if tensor is not None and not tensor.is_meta:
+                if tensor is not None and not is_lazy(tensor) and not tensor.is_meta:
                     yield f"{path}.{name}".lstrip("."), tensor
 
 

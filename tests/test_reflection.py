@@ -224,4 +224,4 @@ def test_an_adapter_name_that_cannot_be_a_parameters_name(name: str) -> None:
     with pytest.raises(AdapterError, match="adapter name"):
         reflection.add(name, AdapterSpec(r=2), layer.weight)
     assert list(reflection) == ["default"]
-    assert reflection.active == ("default",)
+    assert reflection.active == ()

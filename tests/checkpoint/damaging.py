@@ -1,4 +1,4 @@
-"""An adapter in a folder, ways to damage it, and a refusal to load it with the look that it left the model as it was."""
+"""An adapter in a folder, ways to damage it, and a refusal to load it that left the model as it was."""
 
 from __future__ import annotations
 

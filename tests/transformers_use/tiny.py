@@ -113,7 +113,7 @@ def rotated(base: nn.Module, model: nn.Module, *adapters: str) -> Any:
         weight = layer.get_parameter("weight")
         with torch.no_grad():
             product = weight.double()
-            for name in adapters or ("default",):
+            for name in [name for name in adapters or ("default",) if name in reflection]:
                 gram_schmidt = reflection.specs[name].apply_GS
                 product = product @ dense_q(reflection[name], apply_GS=gram_schmidt, anchor=reflection.anchor(name))
             weight.copy_(product)
