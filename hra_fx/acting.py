@@ -6,39 +6,40 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from hra_fx.adapted import Record, reflections_of
-from hra_fx.copies import BASE, copies_of
+from hra_fx.adapted import Inventory, Record
+from hra_fx.copies import BASE
 from hra_fx.errors import AdapterError
 from hra_fx.trainable import train_only
 
 
-def activate(root: nn.Module, record: Record, names: tuple[str, ...], *, trainable: bool) -> None:
+def activate(parts: Inventory, record: Record, names: tuple[str, ...], *, trainable: bool) -> None:
     """Make these the active adapters, and those that are trained."""
     record.active = names
-    refresh(root, record)
-    train_only(root, names if trainable else ())
+    refresh(parts, record)
+    train_only(parts, names if trainable else ())
 
 
-def refresh(root: nn.Module, record: Record) -> None:
+def refresh(parts: Inventory, record: Record) -> None:
     """Bring every site and every copy in step with the record."""
     acting = () if record.disabled else record.active
     unmerged = tuple(name for name in acting if name not in record.merged)
-    for reflection in reflections_of(root):
+    for reflection in parts.reflections:
         reflection.active = tuple(name for name in unmerged if name in reflection.specs)
-    for owner, copies in copies_of(root).values():
+    for owner, copies in parts.copies:
         copies.put_in_place(owner, next((name for name in acting if name in copies.copied), BASE))
 
 
-def check_copies(root: nn.Module, names: Iterable[str]) -> None:
+def check_copies(root: nn.Module, parts: Inventory, names: Iterable[str]) -> None:
     """Refuse adapters that want different copies in the same place.
 
     Raises:
         AdapterError: they do.
     """
     wanted = tuple(names)
-    for path, (_, copies) in copies_of(root).items():
+    for owner, copies in parts.copies:
         several = [name for name in wanted if name in copies.copied]
         if len(several) > 1:
+            path = next(path for path, module in root.named_modules() if module is owner)
             raise AdapterError(
                 f"adapters {several}: each has its own trained copy of {path} (modules_to_save or bias), and only one "
                 "can be in place. Set one of them at a time."

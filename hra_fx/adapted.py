@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import nn
 
 from hra_fx.carrier.layer import SiteCarrier
 from hra_fx.carrier.region import RegionCarrier
 from hra_fx.config import HRAConfig
+from hra_fx.copies import Copies
 from hra_fx.errors import AdapterError
 from hra_fx.reflection import Reflection
 
@@ -55,6 +57,42 @@ def drop_record(model: nn.Module) -> None:
     vars(model).pop(_ATTRIBUTE, None)
 
 
+class Inventory(NamedTuple):
+    """What a model carries, found in one walk without paths: a switch of adapters takes little more than that.
+
+    Attributes:
+        roots: the modules that were transformed.
+        reflections: those of every site.
+        copies: (owner, copies) of every module that has some.
+    """
+
+    roots: list[nn.Module]
+    reflections: list[Reflection]
+    copies: list[tuple[nn.Module, Copies]]
+
+
+def inventory(model: nn.Module) -> Inventory:
+    """Walk through a model."""
+    found = Inventory([], [], [])
+    stack, seen = [model], {model}
+    while stack:
+        module = stack.pop()
+        namespace = vars(module)
+        if _ATTRIBUTE in namespace:
+            found.roots.append(module)
+        for child in namespace["_modules"].values():
+            if child is None or child in seen:
+                continue
+            seen.add(child)
+            if isinstance(child, Reflection):
+                found.reflections.append(child)
+            elif isinstance(child, Copies):
+                found.copies.append((module, child))
+            else:
+                stack.append(child)
+    return found
+
+
 def root_of(model: nn.Module) -> tuple[nn.Module, Record]:
     """The transformed model in `model`, and its record: `model` itself, or what DDP, torch.compile or a class of the
     user's holds.
@@ -64,20 +102,24 @@ def root_of(model: nn.Module) -> tuple[nn.Module, Record]:
     """
     if not isinstance(model, nn.Module):
         raise AdapterError(f"model: {model!r} is no torch.nn.Module. Give a transformed model.")
-    found = [(path, part, record) for path, part in model.named_modules() if (record := record_of(part))]
-    if not found and sites_of(model):
+    return only_root(model, inventory(model))
+
+
+def only_root(model: nn.Module, found: Inventory) -> tuple[nn.Module, Record]:
+    """`root_of`, of what a walk through `model` has found."""
+    kind = type(model).__name__
+    if not found.roots and found.reflections:
         raise AdapterError(
-            f"{type(model).__name__}: it is a part of a transformed model, and adapters belong to the whole. Give the "
-            "model that was transformed."
+            f"{kind}: it is a part of a transformed model, and adapters belong to the whole. Give the model that was "
+            "transformed."
         )
-    if not found:
-        raise AdapterError(
-            f"{type(model).__name__}: it has no reflections. Call hra_fx.transform(model, config) first."
-        )
-    if len(found) > 1:
-        paths = ", ".join(repr(path) for path, _, _ in found)
-        raise AdapterError(f"{type(model).__name__}: it holds several transformed models ({paths}). Give one of them.")
-    return found[0][1], found[0][2]
+    if not found.roots:
+        raise AdapterError(f"{kind}: it has no reflections. Call hra_fx.transform(model, config) first.")
+    if len(found.roots) > 1:
+        paths = ", ".join(repr(path) for path, part in model.named_modules() if part in found.roots)
+        raise AdapterError(f"{kind}: it holds several transformed models ({paths}). Give one of them.")
+    record: Record = vars(found.roots[0])[_ATTRIBUTE]
+    return found.roots[0], record
 
 
 def names_in(record: Record, names: str | Iterable[str]) -> tuple[str, ...]:
@@ -99,11 +141,6 @@ def names_in(record: Record, names: str | Iterable[str]) -> tuple[str, ...]:
 def sites_of(model: nn.Module) -> dict[str, SiteCarrier]:
     """Path -> layer, for every layer in `model` that carries reflections; each layer once."""
     return {path: module for path, module in model.named_modules() if isinstance(module, SiteCarrier)}
-
-
-def reflections_of(model: nn.Module) -> list[Reflection]:
-    """The reflections of every site in `model`."""
-    return [module for module in model.modules() if isinstance(module, Reflection)]
 
 
 def regions_of(model: nn.Module) -> dict[str, RegionCarrier]:

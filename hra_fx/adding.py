@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hra_fx import householder
 from hra_fx.acting import activate, refresh
-from hra_fx.adapted import Record, names_in, root_of, sites_of
+from hra_fx.adapted import Record, inventory, names_in, root_of, sites_of
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.installing import Fill, all_or_nothing, drawn, introduce, settle
@@ -57,14 +57,15 @@ def put_beside(root: nn.Module, record: Record, adapter_name: str, config: HRACo
         )
     if record.merged:
         raise AdapterError(f"adapters {list(record.merged)} are merged into the weights. Call unmerge_adapter first.")
-    training = trained(root)
+    training = trained(inventory(root))
     with all_or_nothing() as undo:
         layers, findings = introduce(root, adapter_name, config, fill, undo)
         make_copies(root, adapter_name, config, layers, record, undo)
         record.configs[adapter_name] = config
         undo.callback(record.configs.pop, adapter_name, None)
-        train_only(root, training)
-        refresh(root, record)
+        parts = inventory(root)
+        train_only(parts, training)
+        refresh(parts, record)
         if findings:
             settle(root)
             record.alone = findings.alone
@@ -96,12 +97,12 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     if not record.configs:
         return
     if record.active:
-        refresh(root, record)
+        refresh(inventory(root), record)
         return
     following = next(iter(record.configs))
     text = f"adapter {name!r} was active and is deleted; {following!r} is active now."
     warnings.warn(text, HRAWarning, stacklevel=2)
-    activate(root, record, (following,), trainable=not record.configs[following].inference_mode)
+    activate(inventory(root), record, (following,), trainable=not record.configs[following].inference_mode)
 
 
 def combine(model: nn.Module, adapters: Sequence[str], adapter_name: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hra_fx.acting import check_copies, refresh
-from hra_fx.adapted import Record, record_of, require_sites, root_of, sites_of
+from hra_fx.adapted import Record, inventory, record_of, require_sites, root_of, sites_of
 from hra_fx.copies import copies_of
 from hra_fx.errors import AdapterError, FoldError, HRAWarning
 from hra_fx.merging import first_of
@@ -108,7 +108,7 @@ def plan_fold(model: nn.Module, adapter_names: str | Sequence[str] | None = None
         return _plan_part(model, adapter_names)
     root, record = root_of(model)
     names = first_of(record, adapter_names)
-    check_copies(root, names)
+    check_copies(root, inventory(root), names)
     sites = sites_of(root)
     check_weights(root, sites)
     return FoldPlan(
@@ -148,7 +148,7 @@ def _settle(root: nn.Module, record: Record, names: tuple[str, ...] | None) -> N
         warnings.warn(text, HRAWarning, stacklevel=4)
     forget(root, record, tuple(record.configs) if names is None else names)
     if record.configs:
-        refresh(root, record)
+        refresh(inventory(root), record)
 
 
 def _versions(model: nn.Module) -> list[tuple[int, int]]:

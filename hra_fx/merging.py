@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hra_fx.acting import check_copies, refresh
-from hra_fx.adapted import Record, names_in, root_of, sites_of
+from hra_fx.adapted import Record, inventory, names_in, root_of, sites_of
 from hra_fx.errors import AdapterError
 from hra_fx.rotating import check_weights, rotated
 
@@ -61,7 +61,7 @@ def unmerge_adapter(model: nn.Module) -> None:
                 layer.weight.copy_(layer.hra_u.unmerged)
                 layer.hra_u.unmerged = None
     record.merged = ()
-    refresh(root, record)
+    refresh(inventory(root), record)
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def first_of(record: Record, adapter_names: str | Iterable[str] | None) -> tuple
 
 def _merge(root: nn.Module, record: Record, names: tuple[str, ...]) -> None:
     sites = sites_of(root)
-    check_copies(root, dict.fromkeys((*names, *record.active)))
+    check_copies(root, inventory(root), dict.fromkeys((*names, *record.active)))
     check_weights(root, sites)
     new = {path: rotated(path, layer, names) for path, layer in sites.items() if any(n in layer.hra_u for n in names)}
     with torch.no_grad():
@@ -108,4 +108,4 @@ def _merge(root: nn.Module, record: Record, names: tuple[str, ...]) -> None:
             sites[path].weight.copy_(change.weight)
     others = tuple(name for name in record.active if name not in names)
     record.active, record.merged = names + others, names
-    refresh(root, record)
+    refresh(inventory(root), record)

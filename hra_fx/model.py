@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hra_fx.acting import refresh
-from hra_fx.adapted import Record, record_of, root_of
+from hra_fx.adapted import Record, inventory, record_of, root_of
 from hra_fx.adding import add_adapter, delete_adapter
 from hra_fx.carrier.layer import SiteCarrier
 from hra_fx.carrier.swap import Carrier, original_class, swap
@@ -154,7 +154,7 @@ class HRAModel(Carrier):
         if disabled and record.merged:
             unmerge_adapter(self)
         record.disabled = disabled
-        refresh(self, record)
+        refresh(inventory(self), record)
 
     def merge_adapter(self, adapter_names: Iterable[str] | None = None, safe_merge: bool = False) -> None:
         """As `hra_fx.merge_adapter`, which is always safe."""

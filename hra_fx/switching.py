@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from hra_fx.acting import activate, check_copies, refresh
-from hra_fx.adapted import names_in, root_of
+from hra_fx.adapted import inventory, names_in, only_root, root_of
 from hra_fx.errors import HRAWarning
 from hra_fx.merging import merged_again, unmerge_adapter
 
@@ -39,14 +39,15 @@ def set_adapter(model: nn.Module, adapter_name: str | Iterable[str], *, inferenc
         >>> model[0].hra_u.active
         ('fr', 'en')
     """
-    root, record = root_of(model)
+    parts = inventory(model)
+    root, record = only_root(model, parts)
     names = names_in(record, adapter_name)
-    check_copies(root, names)
+    check_copies(root, parts, names)
     if record.merged:
         text = f"adapters {list(record.merged)} were merged; they are unmerged before {list(names)} are set."
         warnings.warn(text, HRAWarning, stacklevel=2)
         unmerge_adapter(root)
-    activate(root, record, names, trainable=not inference_mode)
+    activate(parts, record, names, trainable=not inference_mode)
 
 
 @contextmanager
@@ -72,12 +73,13 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         True
     """
     root, record = root_of(model)
+    parts = inventory(root)
     before = record.disabled
     with merged_again(root, record):
         record.disabled = True
-        refresh(root, record)
+        refresh(parts, record)
         try:
             yield
         finally:
             record.disabled = before
-            refresh(root, record)
+            refresh(parts, record)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from hra_fx.adapted import Record, reflections_of
+from hra_fx.adapted import Inventory, Record
 from hra_fx.config import HRAConfig
 from hra_fx.copies import Copies, copies_of, own_tensors
 from hra_fx.errors import UnsupportedLayerError
@@ -49,25 +49,26 @@ def freeze(model: nn.Module) -> Changes:
     return changes
 
 
-def train_only(model: nn.Module, names: Iterable[str]) -> None:
+def train_only(parts: Inventory, names: Iterable[str]) -> None:
     """Give gradients to the vectors and copies of some adapters, and take them from those of all others.
 
     An adapter whose strength is not 1 gets none for its vectors, which the forward does not read.
     """
     wanted = set(names)
-    for reflection in reflections_of(model):
-        for name, vectors in reflection.items():
-            vectors.requires_grad_(name in wanted and name not in reflection.scales)
-    for owner, copies in copies_of(model).values():
+    for reflection in parts.reflections:
+        for name, vectors in reflection._parameters.items():
+            if vectors is not None:
+                vectors.requires_grad_(name in wanted and name not in reflection.scales)
+    for owner, copies in parts.copies:
         for adapter in copies.copied:
             for tensor in copies.tensors(owner, adapter).values():
                 if isinstance(tensor, nn.Parameter):
                     tensor.requires_grad_(adapter in wanted and tensor.is_floating_point())
 
 
-def trained(model: nn.Module) -> list[str]:
+def trained(parts: Inventory) -> list[str]:
     """Names of the adapters whose vectors have gradients."""
-    items = (item for reflection in reflections_of(model) for item in reflection.items())
+    items = (item for reflection in parts.reflections for item in reflection.items())
     return list(dict.fromkeys(name for name, vectors in items if vectors.requires_grad))
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import nn
 
 from hra_fx.acting import activate
-from hra_fx.adapted import Record, drop_record, keep_record, record_of, sites_of
+from hra_fx.adapted import Record, drop_record, inventory, keep_record, record_of, sites_of
 from hra_fx.carrier.saver import SaverCarrier, can_save
 from hra_fx.carrier.swap import swap, unswap
 from hra_fx.config import HRAConfig
@@ -74,7 +74,7 @@ def set_up(model: nn.Module, config: HRAConfig, adapter_name: str, fill: Fill) -
         if can_save(model):
             swap(model, SaverCarrier)
             steps.callback(unswap, model, SaverCarrier)
-        activate(model, record, (adapter_name,), trainable=not config.inference_mode)
+        activate(inventory(model), record, (adapter_name,), trainable=not config.inference_mode)
 
 
 def checked(model: nn.Module, config: HRAConfig, adapter_name: str) -> HRAConfig:

@@ -27,8 +27,8 @@ def main() -> None:
         optimizer.zero_grad()
 
     (graph,) = hra_fx.graphs(model).values()
-    print("captured whole:", sum(node.target.endswith(".hra_u") for node in graph.graph.nodes if node.op == "call_module"),
-          "reflections in one graph")  # fmt: skip
+    calls = [node.target for node in graph.graph.nodes if node.op == "call_module"]
+    print("captured whole:", sum(target.endswith(".hra_u") for target in calls), "reflections in one graph")
     with torch.no_grad():
         adapted = model(x)
         folded = model.merge_and_unload()

@@ -35,7 +35,9 @@ def main() -> None:
 
     prompt = torch.tensor([[1, 2, 3, 4]])
     model.eval()
-    adapted = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
+    adapted = model.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False
+    )
     print("generated:", adapted[0].tolist())
 
     plain = model.merge_and_unload()  # the base model's class, graph and keys again

@@ -43,8 +43,8 @@ def pipeline(folder: str) -> StableDiffusionPipeline:
         vae=AutoencoderKL(block_out_channels=(16, 16), down_block_types=("DownEncoderBlock2D",) * 2,
                           up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=8),
         text_encoder=CLIPTextModel(text), tokenizer=words, scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
-        unet=UNet2DConditionModel(sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32,
-                                  attention_head_dim=8, norm_num_groups=8, **blocks),
+        unet=UNet2DConditionModel(sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
+                                  cross_attention_dim=32, attention_head_dim=8, **blocks),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)

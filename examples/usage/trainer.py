@@ -60,7 +60,9 @@ def main() -> None:
         again = trainer(folder, 40)
         again.train(resume_from_checkpoint=f"{folder}/checkpoint-20")
         resumed = again.evaluate()["eval_loss"]
-        print(f"eval_loss at the start {start:.6f}, of the whole run {whole:.6f}, resumed from its middle {resumed:.6f}")
+        print(
+            f"eval_loss at the start {start:.6f}, of the whole run {whole:.6f}, resumed from its middle {resumed:.6f}"
+        )
 
 
 if __name__ == "__main__":

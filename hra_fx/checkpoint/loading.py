@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hra_fx import householder
-from hra_fx.adapted import Record, record_of, root_of, sites_of
+from hra_fx.adapted import Record, inventory, record_of, root_of, sites_of
 from hra_fx.adding import put_beside
 from hra_fx.checkpoint.fitting import Fitted, fit
 from hra_fx.checkpoint.folder import find
@@ -106,8 +106,9 @@ def _replace(root: nn.Module, record: Record, name: str, fitted: Fitted, is_trai
         for path, reflection in sites.items():
             vectors, anchor = fitted.vectors[path]
             reflection.replace(name, vectors, anchor, layers[path].weight.device)
-    others = [other for other in trained(root) if other != name]
-    train_only(root, [*others, name] if is_trainable and name in record.active else others)
+    parts = inventory(root)
+    others = [other for other in trained(parts) if other != name]
+    train_only(parts, [*others, name] if is_trainable and name in record.active else others)
 
 
 def _load_copies(root: nn.Module, name: str, fitted: Fitted) -> None:

@@ -16,7 +16,7 @@ from hra_fx.adapted import regions_of
 
 WHOLE: dict[str, tuple[Callable[[], nn.Module], list[str], list[str], tuple[int, ...]]] = {
     "sequential": (sequential, ["0", "3"], ["3"], (4, 6)),
-    "resnet": (resnet, ["conv1", "fc"], ["fc"], (2, 3, 32, 32)),
+    "resnet": (resnet, ["layer1.0.conv1", "fc"], ["fc"], (2, 3, 32, 32)),
     "net": (net, ["first", "second"], ["first"], (4, 6)),
 }
 

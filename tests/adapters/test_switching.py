@@ -43,7 +43,12 @@ class Kind:
 KINDS = {
     "whole": Kind(sequential, lambda: normal(4, 6), ["0", "3"], ["3"], ["0"], "whole"),
     "resnet": Kind(
-        resnet, lambda: normal(2, 3, 32, 32), ["conv1", "fc"], ["conv2", "fc"], ["downsample.0"], "whole"
+        resnet,
+        lambda: normal(2, 3, 32, 32),
+        ["layer1.0.conv1", "layer1.0.conv2", "fc"],
+        ["layer1.0.conv2", "fc"],
+        ["layer2.0.downsample.0"],
+        "whole",
     ),
     "llama": Kind(llama, ids, ["q_proj", "gate_proj"], ["q_proj", "down_proj"], ["v_proj"], "shared"),
     "bert": Kind(bert, ids, ["query", "classifier"], ["query", "value"], ["key"], "alone"),

@@ -85,7 +85,9 @@ def peft_warnings_ignored() -> Iterator[None]:
 def by_peft(base: nn.Module, adapter_name: str = "default", **fields: Any) -> Any:
     """A copy of `base` with PEFT's HRA."""
     with peft_warnings_ignored():
-        return peft.get_peft_model(copy.deepcopy(base), peft.HRAConfig(**copy.deepcopy(fields)), adapter_name=adapter_name)
+        return peft.get_peft_model(
+            copy.deepcopy(base), peft.HRAConfig(**copy.deepcopy(fields)), adapter_name=adapter_name
+        )
 
 
 def by_us(base: nn.Module, adapter_name: str = "default", **fields: Any) -> Any:

@@ -69,7 +69,9 @@ def the_same(theirs: Any, ours: Any) -> None:
         model.zero_grad()
         output = output_of(model)
         output.backward(torch.randn(output.shape, dtype=F64, generator=torch.Generator().manual_seed(3)))
-        results.append({"": output.detach()} | {name: p.grad for name, p in trained(model).items() if p.grad is not None})
+        results.append(
+            {"": output.detach()} | {name: p.grad for name, p in trained(model).items() if p.grad is not None}
+        )
     assert trained(ours).keys() == trained(theirs).keys()
     floor = 1e-3 * max(float(value.norm()) for value in results[0].values())
     assert results[1].keys() == results[0].keys()

@@ -64,7 +64,12 @@ def t5() -> Any:
     torch.manual_seed(0)
     settings = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
     tokens = {"decoder_start_token_id": 2, "eos_token_id": 1, "pad_token_id": 2, "tie_word_embeddings": False}
-    return T5ForConditionalGeneration(T5Config(**settings, **tokens))
+    model = T5ForConditionalGeneration(T5Config(**settings, **tokens))
+    # As it is initialised, it repeats the token that it was given: the embedding outweighs the layers, and is read out.
+    model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))
+    with torch.no_grad():
+        model.shared.weight.mul_(0.1)
+    return model
 
 
 BASES = {"bert": bert, "llama": llama}
