@@ -128,14 +128,15 @@ class Reflection(nn.ParameterDict):
         self.specs[name] = spec
 
     def replace(self, name: str, vectors: Tensor, anchor: Tensor | None, device: torch.device) -> None:
-        """Give an adapter other values of the same shapes, in place; vectors without data get some on `device`."""
+        """Give an adapter other vectors of the same shape, in place (without data: new ones on `device`), and anchor."""
         own = self[name]
         if own.is_meta:
             self[name] = nn.Parameter(vectors.to(device, own.dtype), requires_grad=own.requires_grad)
         else:
             own.data.copy_(vectors)
+        self._drop(name + _ANCHOR)
         if anchor is not None:
-            self._buffers[name + _ANCHOR] = anchor.to(self[name])
+            self.register_buffer(name + _ANCHOR, anchor.to(self[name]))
         if name in self.scales:
             self.scale(name, self.scales[name])
 

@@ -34,12 +34,17 @@ class Fitted:
         config: the configuration with which the adapter goes on, the anchor's rank not counted.
         spec: what it is at each site.
         vectors: path of a layer -> (`U: (d, r)`, anchor `A: (d, k)` or `None`).
+        written: path of a layer -> the vectors as the file has them, without an anchor, and with the Gram-Schmidt of
+            its configuration.
+        written_GS: that.
         copies: (path of a module, name of its tensor) -> tensor.
     """
 
     config: HRAConfig
     spec: AdapterSpec
     vectors: dict[str, tuple[Tensor, Tensor | None]]
+    written: dict[str, tuple[Tensor, Tensor | None]]
+    written_GS: bool
     copies: dict[tuple[str, str], Tensor]
 
 
@@ -75,7 +80,9 @@ def fit(folder: Path, model: nn.Module) -> Fitted:
     vectors = {path: _split(file, path, tensors, resume) for path in layers}
     going_on = HRAConfig.from_dict({**config.to_dict(), "r": resume["r"], "apply_GS": resume["apply_GS"]})
     spec = AdapterSpec(going_on.r, going_on.apply_GS, init_weights=bool(resume["anchor"]))
-    return Fitted(going_on, spec, vectors, {place: tensors[key] for place, key in copies.items()})
+    written: dict[str, tuple[Tensor, Tensor | None]] = {path: (tensors[reflection_key(path)], None) for path in layers}
+    values = {place: tensors[key] for place, key in copies.items()}
+    return Fitted(going_on, spec, vectors, written, config.apply_GS, values)
 
 
 def _copy_keys(

@@ -88,24 +88,24 @@ def load_adapter(
 
 def _replace(root: nn.Module, record: Record, name: str, fitted: Fitted, is_trainable: bool) -> None:
     """New values for an adapter, in the parameters that an optimizer may hold."""
-    sites = {path: layer.hra_u for path, layer in sites_of(root).items() if name in layer.hra_u}
-    same_layers = sites.keys() == fitted.vectors.keys()
-    if not same_layers or any(
-        _structure(reflection[name], reflection.anchor(name)) != _structure(*fitted.vectors[path])
-        or reflection.specs[name].apply_GS is not fitted.spec.apply_GS
-        for path, reflection in sites.items()
-    ):
-        raise AdapterError(
-            f"adapter {name!r}: the model has it with other layers, rank, Gram-Schmidt or start than the file. Delete "
-            "it first (hra_fx.delete_adapter), or load under another name."
-        )
     if name in record.merged:
         raise AdapterError(f"adapter {name!r}: it is merged into the weights. Call unmerge_adapter first.")
-    layers = sites_of(root)
+    layers = {path: layer for path, layer in sites_of(root).items() if name in layer.hra_u}
+    spec = next(iter(layers.values())).hra_u.specs[name]
+    ways = ((fitted.vectors, fitted.spec.apply_GS), (fitted.written, fitted.written_GS))
+    shapes = {path: layer.hra_u[name].shape for path, layer in layers.items()}
+    values = next(
+        (new for new, gs in ways if gs is spec.apply_GS and {path: u.shape for path, (u, _) in new.items()} == shapes),
+        None,
+    )
+    if values is None:
+        raise AdapterError(
+            f"adapter {name!r}: the model has it with other layers, another rank or Gram-Schmidt than the file. Delete "
+            "it first (hra_fx.delete_adapter), or load under another name."
+        )
     with torch.no_grad():
-        for path, reflection in sites.items():
-            vectors, anchor = fitted.vectors[path]
-            reflection.replace(name, vectors, anchor, layers[path].weight.device)
+        for path, layer in layers.items():
+            layer.hra_u.replace(name, *values[path], layer.weight.device)
     parts = inventory(root)
     others = [other for other in trained(parts) if other != name]
     train_only(parts, [*others, name] if is_trainable and name in record.active else others)
@@ -122,7 +122,3 @@ def _load_copies(root: nn.Module, name: str, fitted: Fitted) -> None:
 def _like(tensor: Tensor, weight: Tensor) -> Tensor:
     """As PEFT does (`autocast_adapter_dtype`): float32 at least, and as wide as the layer."""
     return tensor.to(weight.device, torch.promote_types(tensor.dtype, householder.working_dtype(weight.dtype)))
-
-
-def _structure(vectors: Tensor, anchor: Tensor | None) -> tuple[torch.Size, torch.Size | None]:
-    return vectors.shape, None if anchor is None else anchor.shape

@@ -24,6 +24,8 @@ _TEXT = {
     "num_attention_heads": 2,
     "intermediate_size": 24,
     "max_position_embeddings": 32,
+    # Large enough that every layer tells in the output.
+    "initializer_range": 0.4,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -144,16 +145,23 @@ def test_embeddings_are_resized_under_an_adapter(shape: str, size: int) -> None:
         assert torch.allclose(plain(input_ids=tokens).logits, found, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "fields", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=str
-)
+REACHING = [
+    {"target_modules": ["q_proj", "lm_head"]},
+    {"modules_to_save": ["lm_head"]},
+    {"modules_to_save": ["embed_tokens"]},
+]
+
+
+@pytest.mark.parametrize("fields", REACHING, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_resize_does_not_lose_what_an_adapter_did_to_the_output_layer(shape: str, fields: dict[str, Any]) -> None:
-    """It works, or it is refused and nothing changed."""
+def test_a_resize_does_not_lose_what_an_adapter_has_of_the_embeddings(
+    shape: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    """It works, file included, or it is refused and nothing changed."""
     model = turned("llama", shape, **fields)
     with torch.no_grad():
-        for tensor in (model.lm_head.weight,):
-            tensor.add_(0.1) if "modules_to_save" in fields else tensor
+        for name in fields.get("modules_to_save", ()):
+            {"lm_head": model.lm_head, "embed_tokens": model.model.embed_tokens}[name].weight.add_(0.1)
     wanted = logits(model, "llama")
     try:
         model.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)
@@ -161,7 +169,11 @@ def test_a_resize_does_not_lose_what_an_adapter_did_to_the_output_layer(shape: s
         assert torch.equal(logits(model, "llama"), wanted)
         return
     assert torch.allclose(logits(model, "llama")[..., :VOCABULARY], wanted, rtol=0, atol=1e-6)
-    assert "lm_head.hra_u.default" in model.state_dict() or "lm_head.hra_saved.base_layer.weight" in model.state_dict()
+    hra_fx.save_adapter(model, tmp_path)
+    base = llama()
+    base.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)
+    opened = hra_fx.load_adapter(base, tmp_path).eval()
+    assert torch.allclose(logits(opened, "llama")[..., :VOCABULARY], wanted, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
