@@ -128,7 +128,7 @@ class Reflection(nn.ParameterDict):
         self.specs[name] = spec
 
     def replace(self, name: str, vectors: Tensor, anchor: Tensor | None, device: torch.device) -> None:
-        """Give an adapter other vectors of the same shape, in place (without data: new ones on `device`), and anchor."""
+        """Give an adapter other vectors of the same shape in place (without data: new ones on `device`), and anchor."""
         own = self[name]
         if own.is_meta:
             self[name] = nn.Parameter(vectors.to(device, own.dtype), requires_grad=own.requires_grad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from oracles import relative_error
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, LlamaForCausalLM, PreTrainedModel
+from transformers.utils import find_labels
 from transformers_use.tiny import BASES, SHAPES, VOCABULARY, adapted, batch, llama, rotated, turn, vectors_of
 
 import hra_fx
@@ -57,6 +59,13 @@ def test_it_has_the_attributes_of_the_model(kind: str, shape: str) -> None:
     assert model.get_output_embeddings() is head
     assert model.main_input_name == "input_ids"
     assert model.can_generate() is (kind == "llama")
+
+
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+def test_the_arguments_that_the_trainer_looks_for_are_those_of_the_model(kind: str, shape: str) -> None:
+    model = adapted(kind, shape)
+    assert inspect.signature(model.forward) == inspect.signature(BASES[kind]().forward)
+    assert find_labels(type(model)) == find_labels(CLASSES[kind]) == ["labels"]
 
 
 @pytest.mark.parametrize(("kind", "shape"), CASES)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +9,13 @@ import pytest
 import torch
 from oracles import relative_error
 from torch import nn
-from transformers import Trainer
-from transformers.utils import logging as transformers_logging
+from transformers import Trainer, TrainerCallback
 from transformers_use.tiny import BASES, SHAPES, adapted, batch, trained_in, trainer_of, turn, vectors_of
 
 import hra_fx
 from hra_fx.integrations import HRATrainer
+
+pytestmark = pytest.mark.usefixtures("nothing_is_logged")
 
 Weight = dict[str, float]
 TRAINERS: dict[str, tuple[type[Trainer], Weight]] = {
@@ -24,17 +23,18 @@ TRAINERS: dict[str, tuple[type[Trainer], Weight]] = {
     "ours": (HRATrainer, {}),
     "ours with the term": (HRATrainer, {"orthogonality_weight": 1e-3}),
 }
+WITHOUT_DROPOUT = {"bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, "llama": {}}
 EVERY_THIRD = {"save_strategy": "steps", "save_steps": 3}
 
 
-@pytest.fixture(autouse=True)
-def messages(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What transformers logs, which keeps it from other loggers unless it is told; nobody is to be frightened."""
-    transformers_logging.enable_propagation()
-    caplog.set_level(logging.WARNING, logger="transformers")
-    yield caplog
-    transformers_logging.disable_propagation()
-    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+class StopAt(TrainerCallback):
+    """Ends a run, as a job does that runs out of its time."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
 
 
 def run(trainer: str, kind: str, model: nn.Module, folder: Path, **arguments: Any) -> Trainer:
@@ -101,7 +101,7 @@ def test_a_run_that_was_stopped_goes_on_bitwise(
 
     folder = tmp_path / "parts"
     stopped = run(trainer, kind, adapted(kind, shape), folder, **EVERY_THIRD)
-    stopped.add_callback(_StopAt(3))
+    stopped.add_callback(StopAt(3))
     stopped.train()
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-3"]
 
@@ -112,18 +112,6 @@ def test_a_run_that_was_stopped_goes_on_bitwise(
     assert losses(again) == losses(whole)
     assert_same_training(model, resumed)
     assert again.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]
-
-
-def _StopAt(step: int) -> Any:
-    from transformers import TrainerCallback
-
-    class Stop(TrainerCallback):
-        """Ends a run, as a job that ran out of its time."""
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            control.should_training_stop = state.global_step >= step
-
-    return Stop()
 
 
 def test_a_run_goes_on_in_the_other_shape_and_trainer(tmp_path: Path) -> None:
@@ -176,7 +164,7 @@ def test_the_best_model_is_loaded_at_the_end(kind: str, shape: str, tmp_path: Pa
 def test_accumulated_batches_make_the_step_of_one_large_batch(kind: str, tmp_path: Path) -> None:
     moved = []
     for size, accumulated in ((4, 1), (1, 4)):
-        model = adapted(kind, "transform", base=BASES[kind](**_WITHOUT_DROPOUT[kind]))
+        model = adapted(kind, "transform", base=BASES[kind](**WITHOUT_DROPOUT[kind]))
         # The Trainer takes the classifier for one that counts what is accumulated; it gives the mean of each batch.
         model.accepts_loss_kwargs = kind == "llama"
         arguments = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated}
@@ -184,9 +172,6 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(kind: str, tmp_pat
         moved.append(trained_in(model))
     for name, wanted in moved[0].items():
         assert relative_error(moved[1][name], wanted) < 1e-5, name
-
-
-_WITHOUT_DROPOUT = {"bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, "llama": {}}
 
 
 @pytest.mark.parametrize("kind", BASES)

@@ -30,8 +30,11 @@ from transformers_use.tiny import (
 
 import hra_fx
 
-# PEFT asks transformers for an attribute by its old name.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.usefixtures("nothing_is_logged"),
+    # PEFT asks transformers for an attribute by its old name.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 EVERY_THIRD = {"save_strategy": "steps", "save_steps": 3}
 SITES = {
