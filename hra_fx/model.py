@@ -20,7 +20,7 @@ from hra_fx.adding import add_adapter, delete_adapter
 from hra_fx.carrier.layer import SiteCarrier
 from hra_fx.carrier.swap import Carrier, original_class, swap
 from hra_fx.checkpoint.loading import load_adapter
-from hra_fx.checkpoint.saving import save_adapters
+from hra_fx.checkpoint.saving import save_pretrained
 from hra_fx.config import HRAConfig
 from hra_fx.copies import BASE, copies_of
 from hra_fx.default_targets import DEFAULT_TARGETS
@@ -201,18 +201,25 @@ class HRAModel(Carrier):
         selected_adapters: list[str] | None = None,
         is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
         """Write adapters as PEFT does: "default" into the folder, others into subfolders of their names.
 
         Raises:
-            AdapterError: `safe_serialization=False`, for a pickle is never written; or there is no such adapter.
+            AdapterError: `safe_serialization=False`, for a pickle is never written; `push_to_hub=True`, for which there
+                is `model.push_to_hub`; or there is no such adapter.
             CheckpointError: the adapter cannot be written.
         """
-        if not safe_serialization:
-            raise AdapterError("safe_serialization=False: a pickle is never written. Leave it True.")
-        if is_main_process:
-            save_adapters(self, save_directory, selected_adapters, state_dict)
+        save_pretrained(
+            self,
+            save_directory,
+            selected_adapters,
+            state_dict,
+            is_main_process=is_main_process,
+            safe_serialization=safe_serialization,
+            push_to_hub=push_to_hub,
+        )
 
     @classmethod
     def from_pretrained(cls, model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -19,7 +19,8 @@ from hra_fx import geodesic, householder
 from hra_fx.errors import AdapterError
 from hra_fx.site import REFLECTION, SiteKind, SiteLayer, width_of
 
-_ANCHOR = "_anchor"
+#: What follows an adapter's name in that of its anchor.
+ANCHOR = "_anchor"
 _SCALED = "_scaled"
 #: What the containers of vectors and copies are made of, and the names that stand for the base model.
 _RESERVED = (
@@ -57,13 +58,13 @@ def check_adapter_name(name: object) -> None:
         or not name.strip()
         or name != name.strip()
         or any(sign in name for sign in "./\\\0")
-        or name.endswith((_ANCHOR, _SCALED))
+        or name.endswith((ANCHOR, _SCALED))
         or hasattr(nn.ParameterDict, name)
         or name in _RESERVED
     ):
         raise AdapterError(
             f"adapter name {name!r}: it names parameters inside the model, and a folder on disk, so it must be a "
-            f"string without dots, slashes and spaces at its ends, not end in {_ANCHOR!r} or {_SCALED!r}, and be no "
+            f"string without dots, slashes and spaces at its ends, not end in {ANCHOR!r} or {_SCALED!r}, and be no "
             "attribute of the container. Choose another name."
         )
 
@@ -124,7 +125,7 @@ class Reflection(nn.ParameterDict):
             raise AdapterError(f"adapter name {name!r}: it is taken here. Choose another name.")
         self[name] = nn.Parameter(vectors)
         if anchor is not None:
-            self.register_buffer(name + _ANCHOR, anchor)
+            self.register_buffer(name + ANCHOR, anchor)
         self.specs[name] = spec
 
     def replace(self, name: str, vectors: Tensor, anchor: Tensor | None, device: torch.device) -> None:
@@ -134,9 +135,9 @@ class Reflection(nn.ParameterDict):
             self[name] = nn.Parameter(vectors.to(device, own.dtype), requires_grad=own.requires_grad)
         else:
             own.data.copy_(vectors)
-        self._drop(name + _ANCHOR)
+        self._drop(name + ANCHOR)
         if anchor is not None:
-            self.register_buffer(name + _ANCHOR, anchor.to(self[name]))
+            self.register_buffer(name + ANCHOR, anchor.to(self[name]))
         if name in self.scales:
             self.scale(name, self.scales[name])
 
@@ -146,7 +147,7 @@ class Reflection(nn.ParameterDict):
             return
         del self[name], self.specs[name]
         self.scales.pop(name, None)
-        for suffix in (_ANCHOR, _SCALED):
+        for suffix in (ANCHOR, _SCALED):
             self._drop(name + suffix)
         self.active = tuple(other for other in self.active if other != name)
 
@@ -176,7 +177,7 @@ class Reflection(nn.ParameterDict):
 
     def anchor(self, name: str) -> Tensor | None:
         """The frozen prefix `A` of an adapter, `(d, 1)` or `(d, r)`, if it has one."""
-        return getattr(self, name + _ANCHOR, None)
+        return getattr(self, name + ANCHOR, None)
 
     def chain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The adapter, at its strength, as plain reflections; `(d, k)`, made in `dtype`."""
@@ -190,10 +191,7 @@ class Reflection(nn.ParameterDict):
     def full_chain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The adapter at full strength: `[A | U]`, or `[A | V]` with Gram-Schmidt; `(d, k)`, made in `dtype`."""
         vectors: Tensor = self[name] if dtype is None else self[name].to(dtype)
-        if self.specs[name].apply_GS:
-            vectors = householder.orthonormalize(vectors)
-        anchor = self.anchor(name)
-        return vectors if anchor is None else torch.cat([anchor.to(vectors.dtype), vectors], dim=1)
+        return plain_chain(vectors, self.anchor(name), apply_GS=self.specs[name].apply_GS)
 
     def active_chain(self, dtype: torch.dtype | None = None) -> Tensor | None:
         """All active adapters as one chain of unit vectors, `W Q_a Q_b` in their order; `None` where none is."""
@@ -295,6 +293,26 @@ class Conv2dReflection(Reflection):
         coordinates, chain = read
         mixing = (weight.flatten(1).to(chain.dtype) @ chain).to(coordinates.dtype)
         return F.conv2d(coordinates, mixing[..., None, None], groups=self.groups)
+
+
+def plain_chain(vectors: Tensor, anchor: Tensor | None, *, apply_GS: bool) -> Tensor:
+    """An adapter as plain reflections: `[A | U]`, or `[A | V]` with Gram-Schmidt.
+
+    Args:
+        vectors: `U: (d, r)`.
+        anchor: `A: (d, k)`, if it has one.
+        apply_GS: whether it runs Gram-Schmidt.
+
+    Returns:
+        `(d, k + r)`, in the dtype of `vectors`, float32 at least with Gram-Schmidt.
+
+    Example:
+        >>> plain_chain(torch.ones(4, 2), torch.zeros(4, 1), apply_GS=False).shape
+        torch.Size([4, 3])
+    """
+    if apply_GS:
+        vectors = householder.orthonormalize(vectors)
+    return vectors if anchor is None else torch.cat([anchor.to(vectors.dtype), vectors], dim=1)
 
 
 def reflection_for(layer: SiteLayer) -> Reflection:

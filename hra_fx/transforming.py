@@ -10,7 +10,7 @@ from torch import nn
 
 from hra_fx.acting import activate
 from hra_fx.adapted import Record, drop_record, inventory, keep_record, record_of, sites_of
-from hra_fx.carrier.saver import SaverCarrier, can_save
+from hra_fx.carrier.pretrained import PretrainedCarrier, is_pretrained
 from hra_fx.carrier.swap import swap, unswap
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, ConfigError
@@ -71,9 +71,9 @@ def set_up(model: nn.Module, config: HRAConfig, adapter_name: str, fill: Fill) -
         settle(model)
         steps.callback(drop_record, model)
         keep_record(model, record)
-        if can_save(model):
-            swap(model, SaverCarrier)
-            steps.callback(unswap, model, SaverCarrier)
+        if is_pretrained(model):
+            swap(model, PretrainedCarrier)
+            steps.callback(unswap, model, PretrainedCarrier)
         activate(inventory(model), record, (adapter_name,), trainable=not config.inference_mode)
 
 

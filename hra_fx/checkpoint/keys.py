@@ -6,6 +6,7 @@ from torch import nn
 
 from hra_fx.adapted import sites_of
 from hra_fx.copies import BASE, copies_of
+from hra_fx.reflection import ANCHOR
 from hra_fx.site import REFLECTION, SAVED
 
 PREFIX = "base_model.model."
@@ -36,6 +37,26 @@ def copy_key(path: str, name: str, *, in_site: bool) -> str:
         'base_model.model.encoder.query.base_layer.bias'
     """
     return f"{PREFIX}{path}.base_layer.{name}" if in_site else f"{PREFIX}{path}.{name}"
+
+
+def vectors_entry(path: str, name: str) -> str:
+    """The entry of an adapter's vectors in the model's `state_dict`.
+
+    Example:
+        >>> vectors_entry("encoder.query", "default")
+        'encoder.query.hra_u.default'
+    """
+    return f"{path}.{REFLECTION}.{name}"
+
+
+def anchor_entry(path: str, name: str) -> str:
+    """The entry of an adapter's anchor."""
+    return f"{path}.{REFLECTION}.{name}{ANCHOR}"
+
+
+def copy_entry(path: str, name: str, tensor: str, *, in_place: bool) -> str:
+    """The entry of an adapter's copy of a tensor, in its place or waiting."""
+    return (f"{path}.{tensor}" if in_place else f"{path}.{SAVED}.{name}.{tensor}").lstrip(".")
 
 
 def adapter_entries(model: nn.Module) -> list[str]:

@@ -20,10 +20,19 @@ from torch import Tensor, nn
 from hra_fx.adapted import Record, names_in, root_of, sites_of
 from hra_fx.carrier.swap import original_class
 from hra_fx.checkpoint.folder import write
-from hra_fx.checkpoint.keys import adapter_entries, copy_key, reflection_key, vectors_key
+from hra_fx.checkpoint.keys import (
+    adapter_entries,
+    anchor_entry,
+    copy_entry,
+    copy_key,
+    reflection_key,
+    vectors_entry,
+    vectors_key,
+)
 from hra_fx.config import HRAConfig
 from hra_fx.copies import copies_of
 from hra_fx.errors import AdapterError, CheckpointError
+from hra_fx.reflection import plain_chain
 from hra_fx.selection import resolve_targets
 
 #: Key of the metadata of `adapter_model.safetensors` under which the way to go on training is written.
@@ -58,15 +67,19 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     """
     root, record = root_of(model)
     name = _the_one(record) if adapter_name is None else names_in(record, adapter_name)[0]
-    config, tensors, metadata = _contents(root, record, name)
+    config, tensors, metadata = _contents(root, record, name, root.state_dict())
     write(directory, config.to_json_string(), tensors, metadata)
 
 
-def save_adapters(
+def save_pretrained(
     model: nn.Module,
     directory: str | os.PathLike[str],
     selected_adapters: Iterable[str] | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
+    *,
+    is_main_process: bool = True,
+    safe_serialization: bool = True,
+    push_to_hub: bool = False,
 ) -> None:
     """Write several adapters as PEFT's `save_pretrained` does: "default" into the folder, others into subfolders.
 
@@ -78,15 +91,28 @@ def save_adapters(
         directory: the folder.
         selected_adapters: names; `None` for all.
         state_dict: the model's, where a wrapper (FSDP, DeepSpeed) has gathered it.
+        is_main_process: only the main process writes.
+        safe_serialization: must be true, for a pickle is never written.
+        push_to_hub: must be false.
+
+    Raises:
+        AdapterError: there is no such adapter, or one of the last two is not as it must be.
+        CheckpointError: as `save_adapter`.
     """
+    if not safe_serialization:
+        raise AdapterError("safe_serialization=False: a pickle is never written. Leave it True.")
+    if push_to_hub:
+        raise AdapterError("push_to_hub=True: save first, then call model.push_to_hub(...).")
     root, record = root_of(model)
     names = names_in(record, record.configs if selected_adapters is None else selected_adapters)
-    contents = {name: _contents(root, record, name) for name in names}
+    if not is_main_process:
+        return
+    state = root.state_dict() if state_dict is None else state_dict
+    contents = {name: _contents(root, record, name, state) for name in names}
     for name, (config, tensors, metadata) in contents.items():
         folder = Path(directory) if name == "default" else Path(directory, name)
         write(folder, config.to_json_string(), tensors, metadata)
     if _CHECKPOINT.fullmatch(Path(directory).name):
-        state = root.state_dict() if state_dict is None else state_dict
         entries = {key: state[key].detach().contiguous().clone() for key in adapter_entries(root) if key in state}
         save_file(entries, Path(directory, "model.safetensors"), metadata={"format": "pt"})
 
@@ -100,30 +126,34 @@ def _the_one(record: Record) -> str:
     return candidates[0]
 
 
-def _contents(root: nn.Module, record: Record, name: str) -> tuple[HRAConfig, dict[str, Tensor], dict[str, str]]:
+def _contents(
+    root: nn.Module, record: Record, name: str, state: Mapping[str, Tensor]
+) -> tuple[HRAConfig, dict[str, Tensor], dict[str, str]]:
     config = record.configs[name]
-    sites = {path: layer.hra_u for path, layer in sites_of(root).items() if name in layer.hra_u}
+    sites = [path for path, layer in sites_of(root).items() if name in layer.hra_u]
     if not sites:
         raise CheckpointError(f"adapter {name!r}: none of its layers is left in the model. It was folded in parts.")
     tensors: dict[str, Tensor] = {}
     metadata = {"format": "pt"}
     rank, apply_GS = config.r, config.apply_GS
-    for path, reflection in sites.items():
-        anchor = reflection.anchor(name)
+    for path in sites:
+        vectors, anchor = state[vectors_entry(path, name)], state.get(anchor_entry(path, name))
         if anchor is None:
-            tensors[reflection_key(path)] = reflection[name].detach()
+            tensors[reflection_key(path)] = vectors
             continue
-        chain = reflection.full_chain(name).detach()
-        tensors[reflection_key(path)] = chain
+        tensors[reflection_key(path)] = plain_chain(vectors, anchor, apply_GS=config.apply_GS)
         if config.apply_GS:
-            tensors[vectors_key(path)] = reflection[name].detach()
-        rank, apply_GS = chain.shape[1], False
+            tensors[vectors_key(path)] = vectors
+        rank, apply_GS = anchor.shape[1] + config.r, False
         metadata[RESUME] = json.dumps({"r": config.r, "apply_GS": config.apply_GS, "anchor": anchor.shape[1]})
     for path, (owner, copies) in copies_of(root).items():
-        for entry, tensor in copies.tensors(owner, name).items():
+        for entry in copies.copied.get(name, ()):
             if entry not in owner._non_persistent_buffers_set:
-                tensors[copy_key(path, entry, in_site=path in sites)] = tensor.detach()
-    return _written(root, config, rank, apply_GS), tensors, metadata
+                in_place = copies.in_place[entry] == name
+                tensors[copy_key(path, entry, in_site=path in sites)] = state[
+                    copy_entry(path, name, entry, in_place=in_place)
+                ]
+    return _written(root, config, rank, apply_GS), {key: t.detach() for key, t in tensors.items()}, metadata
 
 
 def _written(root: nn.Module, config: HRAConfig, rank: int, apply_GS: bool) -> HRAConfig:

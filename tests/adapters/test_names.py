@@ -12,7 +12,7 @@ from torch import nn
 import hra_fx
 
 BAD = ["", " ", " a", "a ", "a.b", "a/b", "a\\b", "a\0b", "keys", "update", "forward", "unmerged", "x_anchor", "y_scaled"]
-BAD += ["base_layer", "original_module", "copied", "specs", "active", "training", "remove"]
+BAD += ["base_layer", "original_module", "copied", "specs", "active", "remove"]
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -41,7 +41,15 @@ def test_a_possible_name_names_parameters_and_copies(name: str) -> None:
     hra_fx.set_adapter(model, "a")
     assert f"head.hra_saved.{name}.weight" in model.state_dict()
     hra_fx.delete_adapter(model, name)
-    assert not any(name in key.split(".")[1:-1] for key in model.state_dict())
+    assert not any(f"hra_u.{name}" in key or f"hra_saved.{name}." in key for key in model.state_dict())
+
+
+def test_a_name_that_every_module_uses_is_refused() -> None:
+    model = adapted(net(), a=config("first"))[1]
+    before = seen(model)
+    with pytest.raises(hra_fx.AdapterError, match=r"^adapter name 'training': .* Choose another name\.$"):
+        hra_fx.add_adapter(model, "training", config("first", "second"))
+    assert seen(model) == before
 
 
 def test_no_string_is_refused() -> None:

@@ -122,6 +122,17 @@ def test_the_configuration_is_written_as_peft_writes_it(name: str, fields: dict[
     assert ours == theirs
 
 
+def test_a_configuration_that_peft_wrote_starts_a_new_adapter(tmp_path: Path) -> None:
+    """For a task PEFT writes every name that a head may have, and itself takes such a file for a new model."""
+    base = tiny("bert, classes")
+    saved_by_peft(by_peft(base, r=4, task_type="SEQ_CLS"), tmp_path)
+    with peft_warnings_ignored():
+        theirs = peft.get_peft_model(tiny("bert, classes"), peft.HRAConfig.from_pretrained(tmp_path))
+    assert theirs.peft_config["default"].modules_to_save.count("score") > 0
+    ours = hra_fx.transform(base, hra_fx.HRAConfig.from_pretrained(tmp_path))
+    assert sites(ours) == {name.removeprefix("base_model.model.") for name in sites(theirs)}
+
+
 def test_a_model_that_was_given_its_name(tmp_path: Path) -> None:
     base = tiny("bert")
     base.config._name_or_path = base.name_or_path = "some/base"

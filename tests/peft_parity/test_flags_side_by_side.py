@@ -8,7 +8,7 @@ from typing import Any
 
 import peft
 import pytest
-from peft_parity.sides import by_peft, by_us, net, opened_by_peft, peft_warnings_ignored, saved_by_peft
+from peft_parity.sides import by_peft, by_us, net, opened_by_peft, peft_warnings_ignored, saved_by_peft, tokens
 from torch import nn
 
 import hra_fx
@@ -119,12 +119,16 @@ def test_after_setting_a_list(second: Fields) -> None:
 @pytest.mark.parametrize("active", ["default", "other"])
 @pytest.mark.parametrize("gone", ["default", "other"])
 def test_after_delete_adapter(first: Fields, second: Fields, active: str, gone: str) -> None:
+    """What is left acts, all of it. PEFT forgets the head of it, and layers that the deleted one did not have, until
+    it is set once more."""
     theirs, ours = pair(first, second)
     for model in (theirs, ours):
         model.set_adapter(active)
         with peft_warnings_ignored():
             model.delete_adapter(gone)
     left = "other" if gone == "default" else "default"
+    assert theirs_trained(theirs) <= ours_trained(ours)
+    theirs.set_adapter(left)
     assert {adapter for _, adapter in same(theirs, ours)} == {left}
     assert ours.active_adapters == theirs.active_adapters == [left]
 
@@ -138,11 +142,14 @@ def test_after_the_disable_block(first: Fields) -> None:
 
 
 @firsts
-def test_inside_the_disable_block(first: Fields) -> None:
-    """Nothing of an adapter is trained where none acts."""
+def test_inside_the_disable_block_no_gradient_comes_to_an_adapter(first: Fields) -> None:
+    """PEFT clears the flags there as well; here they stay, and nothing reads what they belong to."""
     theirs, ours = pair(first)
+    before = ours_trained(ours)
     with theirs.disable_adapter(), ours.disable_adapter():
-        assert same(theirs, ours) == set()
+        assert theirs_trained(theirs) == set()
+        assert ours_trained(ours) == before
+        assert not ours(tokens()).requires_grad
 
 
 @firsts

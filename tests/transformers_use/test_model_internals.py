@@ -178,6 +178,8 @@ def test_a_resize_does_not_lose_what_an_adapter_has_of_the_embeddings(
         assert torch.equal(logits(model, "llama"), wanted)
         return
     assert torch.allclose(logits(model, "llama")[..., :VOCABULARY], wanted, rtol=0, atol=1e-6)
+    with hra_fx.disable_adapters(model), torch.no_grad():
+        assert model(input_ids=torch.tensor([[VOCABULARY + 7]])).logits.shape == (1, 1, VOCABULARY + 8)
     hra_fx.save_adapter(model, tmp_path)
     base = llama()
     base.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)

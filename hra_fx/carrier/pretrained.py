@@ -1,20 +1,22 @@
-"""The carrier of a model that can save itself: it saves its adapters, in PEFT's format, and loses none."""
+"""The carrier of a whole model of transformers or diffusers: what these do with models must not lose its adapters."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 from hra_fx.carrier.swap import Carrier, original_class
 from hra_fx.checkpoint.keys import adapter_entries
-from hra_fx.checkpoint.saving import save_adapters
+from hra_fx.checkpoint.saving import save_pretrained
 from hra_fx.errors import AdapterError
+from hra_fx.site import REFLECTION, SAVED
 
 
-class SaverCarrier(Carrier):
-    """A model of transformers or diffusers with adapters: `save_pretrained` writes those, as it does with PEFT's.
+class PretrainedCarrier(Carrier):
+    """A model with adapters whose class knows `save_pretrained`, which writes those, as transformers does with PEFT's.
 
     The base class would write base weights and vectors into one file, and drop the vectors when it is loaded.
     """
@@ -47,12 +49,32 @@ class SaverCarrier(Carrier):
             AdapterError: `safe_serialization=False` or `push_to_hub=True`, or there is no such adapter.
             CheckpointError: the adapter cannot be written.
         """
-        if not safe_serialization:
-            raise AdapterError("safe_serialization=False: a pickle is never written. Leave it True.")
-        if push_to_hub:
-            raise AdapterError("push_to_hub=True: save first, then call model.push_to_hub(...).")
-        if is_main_process:
-            save_adapters(self, save_directory, selected_adapters, state_dict)
+        save_pretrained(
+            self,
+            save_directory,
+            selected_adapters,
+            state_dict,
+            is_main_process=is_main_process,
+            safe_serialization=safe_serialization,
+            push_to_hub=push_to_hub,
+        )
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class does, which makes new layers: so only where no adapter is on the old ones.
+
+        Raises:
+            AdapterError: the embeddings or the output layer carry reflections or trained copies.
+        """
+        model: Any = self
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if layer is not None and not {REFLECTION, SAVED}.isdisjoint(layer._modules):
+                path = next(path for path, module in self.named_modules() if module is layer)
+                raise AdapterError(
+                    f"{path}: an adapter reflects it or has a trained copy of it, and resize_token_embeddings would "
+                    "put another layer in its place. Resize before hra_fx.transform, or fold or unload first."
+                )
+        base: Any = super()
+        return base.resize_token_embeddings(*args, **kwargs)
 
     @property
     def _keys_to_ignore_on_save(self) -> set[str]:
@@ -60,6 +82,6 @@ class SaverCarrier(Carrier):
         return set(self.state_dict()) - set(adapter_entries(self))
 
 
-def can_save(model: nn.Module) -> bool:
+def is_pretrained(model: nn.Module) -> bool:
     """Whether the class of a model knows `save_pretrained`."""
     return callable(getattr(original_class(model), "save_pretrained", None))
