@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from hra_fx.acting import check_copies, refresh
 from hra_fx.adapted import Record, inventory, names_in, root_of, sites_of
-from hra_fx.errors import AdapterError
+from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.rotating import check_weights, rotated
 
 
@@ -26,9 +27,12 @@ def merge_adapter(model: nn.Module, adapter_names: str | Iterable[str] | None = 
             that is not active becomes active, before the others.
 
     Raises:
-        AdapterError: there is no such adapter, nothing to merge, some is merged already, or adapters before it in the
+        AdapterError: there is no such adapter, none to merge, others are merged already, or adapters before it in the
             product would stay behind.
         FoldError: a weight that cannot be rotated (see `fold`). After any error the model is as it was.
+
+    Warns:
+        HRAWarning: these are merged already.
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -40,6 +44,10 @@ def merge_adapter(model: nn.Module, adapter_names: str | Iterable[str] | None = 
         True
     """
     root, record = root_of(model)
+    wanted = record.active if adapter_names is None else names_in(record, adapter_names)
+    if record.merged and set(record.merged) >= set(wanted):
+        warnings.warn(f"adapters {list(record.merged)} are merged already; nothing is done.", HRAWarning, stacklevel=2)
+        return
     if record.merged:
         raise AdapterError(f"adapters {list(record.merged)} are merged already. Call unmerge_adapter first.")
     names = first_of(record, adapter_names)
@@ -50,11 +58,15 @@ def unmerge_adapter(model: nn.Module) -> None:
     """Take merged adapters out of the weights, which are then what they were, bit for bit.
 
     Raises:
-        AdapterError: nothing is merged.
+        AdapterError: the model has no reflections.
+
+    Warns:
+        HRAWarning: nothing is merged.
     """
     root, record = root_of(model)
     if not record.merged:
-        raise AdapterError("unmerge_adapter: nothing is merged. Call merge_adapter first.")
+        warnings.warn("unmerge_adapter: nothing is merged; nothing is done.", HRAWarning, stacklevel=2)
+        return
     with torch.no_grad():
         for layer in sites_of(root).values():
             if layer.hra_u.unmerged is not None:

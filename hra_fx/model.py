@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hra_fx.acting import refresh
-from hra_fx.adapted import Record, inventory, record_of, root_of
+from hra_fx.adapted import Record, inventory, names_in, record_of, root_of
 from hra_fx.adding import add_adapter, delete_adapter
 from hra_fx.carrier.layer import SiteCarrier
 from hra_fx.carrier.swap import Carrier, original_class, swap
@@ -29,6 +29,7 @@ from hra_fx.folding import fold
 from hra_fx.merging import merge_adapter, unmerge_adapter
 from hra_fx.releasing import forget
 from hra_fx.switching import disable_adapters, set_adapter
+from hra_fx.trainable import train_only, trained
 from hra_fx.transforming import transform
 
 #: Packages whose classes bring methods of these names themselves, which those of `HRAModel` are meant to replace.
@@ -94,6 +95,16 @@ class HRAModel(Carrier):
         return names[0] if len(names) == 1 else names
 
     @property
+    def active_peft_config(self) -> HRAConfig:
+        """The configuration of the first active adapter."""
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def peft_type(self) -> str:
+        """Always "HRA"."""
+        return "HRA"
+
+    @property
     def _record(self) -> Record:
         return root_of(self)[1]
 
@@ -124,6 +135,13 @@ class HRAModel(Carrier):
     def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
         """As `hra_fx.set_adapter`."""
         set_adapter(self, adapter_name, inference_mode=inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        """Give gradients to the vectors and copies of these adapters, or take them; others keep theirs."""
+        names = names_in(self._record, adapter_names)
+        parts = inventory(self)
+        others = [name for name in trained(parts) if name not in names]
+        train_only(parts, [*others, *names] if requires_grad else others)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As `hra_fx.delete_adapter`; the last one is taken off with `unload`.
@@ -280,7 +298,7 @@ def _shaped(model: nn.Module) -> nn.Module:
 
 def _meaningful(options: Mapping[str, Any]) -> dict[str, Any]:
     """Without PEFT's options that ask for what is always so here: loading low on memory, and float32 at least."""
-    always = ("low_cpu_mem_usage", "autocast_adapter_dtype", "ephemeral_gpu_offload", "torch_device", "config")
+    always = ("low_cpu_mem_usage", "autocast_adapter_dtype", "ephemeral_gpu_offload", "torch_device")
     return {name: value for name, value in options.items() if name not in always}
 
 

@@ -134,11 +134,14 @@ def with_head(model: nn.Module, config: HRAConfig) -> HRAConfig:
     >>> with_head(model, HRAConfig(task_type="SEQ_CLS", target_modules=["encoder"])).modules_to_save
     ['classifier']
     """
-    given = list(config.modules_to_save or ())
-    due = [name for name in _TASK_HEADS.get(config.task_type or "", ()) if name not in given]
-    found = saved_modules(model, dataclasses.replace(config, modules_to_save=due)) if due else {}
-    present = [name for name in due if any(path.endswith(name) for path in found)]
-    return dataclasses.replace(config, modules_to_save=given + present) if present else config
+    heads = _TASK_HEADS.get(config.task_type or "", ())
+    found = saved_modules(model, dataclasses.replace(config, modules_to_save=heads)) if heads else {}
+    present = [name for name in heads if any(path.endswith(name) for path in found)]
+    if not present:
+        return config
+    # PEFT writes every name that a head may have, so that those of others are no mistake.
+    given = [name for name in config.modules_to_save or () if name in present or name not in heads]
+    return dataclasses.replace(config, modules_to_save=list(dict.fromkeys([*given, *present])))
 
 
 def without_absent(model: nn.Module, config: HRAConfig) -> HRAConfig:

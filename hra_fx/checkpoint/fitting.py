@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from hra_fx.site import SiteLayer, width_of
 from hra_fx.trainable import to_copy
 
 _SHOWN = 5
+#: What PEFT writes of a module to save besides its copy, with bias="all".
+_BESIDES = re.compile(r"\.(original_module|modules_to_save)\.(.*\.)?bias$")
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,13 @@ class Fitted:
     copies: dict[tuple[str, str], Tensor]
 
 
-def fit(folder: Path, model: nn.Module) -> Fitted:
+def fit(folder: Path, model: nn.Module, given: HRAConfig | None = None) -> Fitted:
     """Read an adapter's folder, for a model.
 
     Args:
         folder: with both files.
         model: the base model, or the transformed one.
+        given: a configuration in place of the one in the folder; the file's vectors are then taken as they are written.
 
     Raises:
         ConfigError: the configuration is broken.
@@ -63,7 +67,7 @@ def fit(folder: Path, model: nn.Module) -> Fitted:
         HRAWarning: the file names another base model.
     """
     file = folder / WEIGHTS_NAME
-    config = without_absent(model, HRAConfig.from_pretrained(folder))
+    config = without_absent(model, HRAConfig.from_pretrained(folder) if given is None else given)
     tensors, metadata = read(file)
     tensors = {key if key.startswith(PREFIX) else f"{PREFIX}{key}": tensor for key, tensor in tensors.items()}
     try:
@@ -76,7 +80,7 @@ def fit(folder: Path, model: nn.Module) -> Fitted:
     _check_keys(file, model, layers, tensors, copies, config)
     _check_shapes(file, model, layers, tensors, copies, config)
     _compare_base(file, config, model)
-    resume = _resume(file, metadata, config)
+    resume = _resume(file, metadata if given is None else {}, config)
     vectors = {path: _split(file, path, tensors, resume) for path in layers}
     going_on = HRAConfig.from_dict({**config.to_dict(), "r": resume["r"], "apply_GS": resume["apply_GS"]})
     spec = AdapterSpec(going_on.r, going_on.apply_GS, init_weights=bool(resume["anchor"]))
@@ -107,17 +111,13 @@ def _check_keys(
     config: HRAConfig,
 ) -> None:
     due = {*(reflection_key(path) for path in layers), *copies.values()}
-    # Aliases of a shared module, and what PEFT writes of a wrapper besides with bias="all".
+    # Aliases of a shared module.
     allowed = {
         f"{PREFIX}{path}.{key}" for path, part in saved_modules(model, config).items() for key in part.state_dict()
     }
     allowed |= {vectors_key(path) for path in layers}
     missing = sorted(due - tensors.keys())
-    extra = sorted(
-        key
-        for key in tensors.keys() - due - allowed
-        if not (config.bias == "all" and key.endswith((".original_module.bias", ".modules_to_save.bias")))
-    )
+    extra = sorted(key for key in tensors.keys() - due - allowed if not (config.bias == "all" and _BESIDES.search(key)))
     if missing or extra:
         found = [
             f"{_some(missing)} missing" if missing else "",

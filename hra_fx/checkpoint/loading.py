@@ -14,6 +14,7 @@ from hra_fx.adapted import Record, inventory, record_of, root_of, sites_of
 from hra_fx.adding import put_beside
 from hra_fx.checkpoint.fitting import Fitted, fit
 from hra_fx.checkpoint.folder import find
+from hra_fx.config import HRAConfig
 from hra_fx.copies import copies_of
 from hra_fx.errors import AdapterError
 from hra_fx.reflection import Reflection
@@ -31,6 +32,7 @@ def load_adapter(
     *,
     is_trainable: bool = False,
     subfolder: str | None = None,
+    config: HRAConfig | None = None,
     **hub: Any,
 ) -> M:
     """Load an adapter that `save_adapter`, `save_pretrained` or PEFT wrote. Nothing is ever unpickled.
@@ -43,8 +45,10 @@ def load_adapter(
         model: the base model, or a transformed model.
         directory: the folder with both files, or the name of a repository on the Hub.
         adapter_name: what to call it here.
-        is_trainable: whether it is to be trained on, where it acts.
+        is_trainable: whether it is to be trained on, where it acts; otherwise the model is put into eval mode, as PEFT
+            does.
         subfolder: where in `directory` the files are.
+        config: goes in place of the configuration in the folder.
         hub: for `huggingface_hub.snapshot_download`: `revision`, `token`, `cache_dir` and others.
 
     Returns:
@@ -68,7 +72,7 @@ def load_adapter(
     """
     plain = isinstance(model, nn.Module) and not any(record_of(part) for part in model.modules())
     root, record = (model, None) if plain else root_of(model)
-    fitted = fit(find(directory, subfolder, **hub), root)
+    fitted = fit(find(directory, subfolder, **hub), root, config)
     config = checked(root, dataclasses.replace(fitted.config, inference_mode=not is_trainable), adapter_name)
 
     def fill(path: str, layer: SiteLayer, reflection: Reflection) -> None:
@@ -83,6 +87,8 @@ def load_adapter(
     else:
         put_beside(root, record, adapter_name, config, fill)
     _load_copies(root, adapter_name, fitted)
+    if not is_trainable:
+        model.eval()
     return model
 
 

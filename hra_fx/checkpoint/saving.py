@@ -162,8 +162,10 @@ def _written(root: nn.Module, config: HRAConfig, rank: int, apply_GS: bool) -> H
     mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     base = config.base_model_name_or_path or getattr(root, "name_or_path", None)
     targets = config.target_modules
-    if config.layers_to_transform is None and (targets is None or str(targets).lower() == "all-linear"):
-        targets = resolve_targets(root, config)
+    if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
+        resolved = resolve_targets(root, config)
+        # A regular expression and layer indices exclude each other.
+        targets = targets if isinstance(resolved, str) and config.layers_to_transform is not None else resolved
     return dataclasses.replace(
         config,
         r=rank,

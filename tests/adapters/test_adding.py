@@ -28,10 +28,8 @@ def where(model: nn.Module) -> set[tuple[Any, ...]]:
 def read_in_graphs(model: nn.Module) -> list[str]:
     """Paths of the sites whose reflections the graphs call, once for each call."""
     return [
-        f"{path}.{str(node.target).removesuffix('hra_u')}".strip(".")
-        if not node.meta["hra"].path
-        else node.meta["hra"].path
-        for path, module in hra_fx.graphs(model).items()
+        node.meta["hra"].path
+        for module in hra_fx.graphs(model).values()
         for node in module.graph.nodes
         if node.op == "call_module" and str(node.target).endswith("hra_u")
     ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters.many import adapted, assert_close, config, llama, ids, net, normal, oracle, run, seen
+from adapters.many import adapted, assert_close, config, ids, llama, net, normal, oracle, run, seen
 from torch import nn
 
 import hra_fx

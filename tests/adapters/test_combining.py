@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapters.many import adapted, assert_close, config, llama, ids, net, normal, oracle, product, run, seen
+from adapters.many import adapted, assert_close, config, ids, llama, net, normal, oracle, product, run, seen
 from oracles import dense_product
 from torch import nn
 
@@ -76,12 +76,16 @@ def test_an_odd_difference_is_refused_with_its_layer() -> None:
 
 
 def test_fewer_than_two_and_copies_are_refused() -> None:
-    model = adapted(net(), a=config("first"), b=config("first", modules_to_save=["head"]), c=config("first", bias="all"))
+    model = adapted(
+        net(), a=config("first"), b=config("first", modules_to_save=["head"]), c=config("first", bias="all")
+    )
     before = seen(model[1])
     with pytest.raises(hra_fx.AdapterError, match=r"^combine: \['a'\] is fewer than two adapters\. Name those to comb"):
         hra_fx.combine(model[1], ["a"], "new")
     for name in ("b", "c"):
-        with pytest.raises(hra_fx.AdapterError, match=rf"^adapter '{name}': it has trained copies of modules or biases"):
+        with pytest.raises(
+            hra_fx.AdapterError, match=rf"^adapter '{name}': it has trained copies of modules or biases"
+        ):
             hra_fx.combine(model[1], ["a", name], "new")
     assert seen(model[1]) == before
 

@@ -30,7 +30,9 @@ def test_what_is_left_is_as_if_the_deleted_one_had_never_been(name: str) -> None
     assert list(model.state_dict()) == list(alone.state_dict())
     assert [type(part).__mro__[:3] for part in model.modules()] == [type(part).__mro__[:3] for part in alone.modules()]
     ours, theirs = hra_fx.report(model), hra_fx.report(alone)
-    places = [[(r.path, r.region, r.region_path, r.region_sites, r.region_reason) for r in rep] for rep in (ours, theirs)]
+    places = [
+        [(r.path, r.region, r.region_path, r.region_sites, r.region_reason) for r in rep] for rep in (ours, theirs)
+    ]
     assert places[0] == places[1]
     assert_close(run(model, x), oracle(plain, model, ["a"], x))
 

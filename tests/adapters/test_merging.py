@@ -36,7 +36,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any, list[str], list[str]]] = {
 
 
 def three(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
-    plain, model = adapted(net(), a=config("first"), b=config("first", "second", r=3), c=config("second", apply_GS=True))
+    plain, model = adapted(
+        net(), a=config("first"), b=config("first", "second", r=3), c=config("second", apply_GS=True)
+    )
     hra_fx.set_adapter(model, ["a", "b", "c"])
     return plain.to(dtype), model.to(dtype)
 
@@ -124,7 +126,9 @@ def test_states_that_do_not_allow_it_are_refused() -> None:
     hra_fx.merge_adapter(model, "a")
     with pytest.raises(hra_fx.AdapterError, match=r"^adapters \['a'\] are merged already\. Call unmerge_adapter first"):
         hra_fx.merge_adapter(model, ["a", "b"])
-    with pytest.raises(hra_fx.AdapterError, match=r"^adapter 'a': it is merged into the weights\. Call unmerge_adapter"):
+    with pytest.raises(
+        hra_fx.AdapterError, match=r"^adapter 'a': it is merged into the weights\. Call unmerge_adapter"
+    ):
         hra_fx.set_scale(model, "a", 0.5)
     hra_fx.unmerge_adapter(model)
     hra_fx.set_adapter(model, [])

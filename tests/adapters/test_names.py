@@ -11,7 +11,22 @@ from torch import nn
 
 import hra_fx
 
-BAD = ["", " ", " a", "a ", "a.b", "a/b", "a\\b", "a\0b", "keys", "update", "forward", "unmerged", "x_anchor", "y_scaled"]
+BAD = [
+    "",
+    " ",
+    " a",
+    "a ",
+    "a.b",
+    "a/b",
+    "a\\b",
+    "a\0b",
+    "keys",
+    "update",
+    "forward",
+    "unmerged",
+    "x_anchor",
+    "y_scaled",
+]
 BAD += ["base_layer", "original_module", "copied", "specs", "active", "remove"]
 
 

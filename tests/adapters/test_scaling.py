@@ -132,7 +132,7 @@ def test_an_adapter_of_odd_rank_from_peft_is_refused_with_its_layer(tmp_path: Pa
 
 @pytest.mark.parametrize("scale", [1, 0.3])
 def test_a_refusal_at_the_second_layer_takes_back_the_first(scale: float) -> None:
-    plain, model = adapted(net(), a=config("first", "second"))
+    model = adapted(net(), a=config("first", "second"))[1]
     hra_fx.set_scale(model, "a", scale)
     with torch.no_grad():
         model.second.hra_u["a"][:, 1] = 0

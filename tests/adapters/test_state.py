@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters.many import adapted, assert_close, config, net, normal, oracle, product, seen, turn
+from adapters.many import adapted, assert_close, config, net, normal, oracle, seen, turn
 from torch import nn
 
 import hra_fx
@@ -76,9 +76,7 @@ def test_a_state_loads_into_a_model_with_the_same_active_set() -> None:
 
 def test_a_state_with_other_copies_in_place_does_not_load_unnoticed() -> None:
     saved = {"modules_to_save": ["head"]}
-    (_, model), (_, other) = (
-        adapted(net(), a=config("first", **saved), b=config("first", **saved)) for _ in range(2)
-    )
+    (_, model), (_, other) = (adapted(net(), a=config("first", **saved), b=config("first", **saved)) for _ in range(2))
     turn(model, seed=5)
     hra_fx.set_adapter(other, "b")
     with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"head\.hra_saved\.a\.weight\""):
@@ -104,13 +102,3 @@ def test_dtype_and_device_move_everything_that_waits() -> None:
     wanted = model(normal(4, 6).float())
     hra_fx.unmerge_adapter(model)
     assert_close(model(normal(4, 6).float()), wanted, 1e-5)
-
-
-def test_the_orthogonality_of_each_adapter_is_its_own() -> None:
-    """What each adapter does to a layer is there whichever one acts."""
-    _, model = full()
-    products = {name: product(model.first, [name]) for name in ("a", "b")}
-    for order in ("c", ["a", "b"], []):
-        hra_fx.set_adapter(model, order)
-        for name, q in products.items():
-            assert torch.equal(product(model.first, [name]), q)

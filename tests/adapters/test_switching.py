@@ -48,7 +48,7 @@ KINDS = {
         ["layer1.0.conv1", "layer1.0.conv2", "fc"],
         ["layer1.0.conv2", "fc"],
         ["layer2.0.downsample.0"],
-        "whole",
+        {"whole"},
     ),
     "llama": Kind(llama, ids, ["q_proj", "gate_proj"], ["q_proj", "down_proj"], ["v_proj"], {"alone", "shared"}),
     "bert": Kind(bert, ids, ["query", "classifier"], ["query", "value"], ["key"], {"alone"}),

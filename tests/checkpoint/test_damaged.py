@@ -41,8 +41,8 @@ GRAM_SCHMIDT: Saved = (("0",), {"r": 3, "apply_GS": True})
 WITH_HEAD: Saved = (("0",), {"r": 2, "modules_to_save": ["3"]})
 
 
-def text_in(name: str, text: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_text(text, encoding="utf-8") and None
+def text_in(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text, encoding="utf-8")
 
 
 def cut(folder: Path) -> None:
@@ -89,7 +89,7 @@ def shape(key: str, found: object, due: object) -> str:
 
 
 # name -> what was saved, how it is damaged, the file that is named, what is said, the kind of error
-DAMAGES: dict[str, tuple[Saved, Callable[[Path], None], str, str, type[Exception]]] = {
+DAMAGES: dict[str, tuple[Saved, Callable[[Path], object], str, str, type[Exception]]] = {
     # the file of the weights
     "cut short": (CHAIN, cut, WEIGHTS_NAME, CUT, CheckpointError),
     "a text": (CHAIN, text_in(WEIGHTS_NAME, "not found"), WEIGHTS_NAME, CUT, CheckpointError),
@@ -298,7 +298,7 @@ def these(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("before", "damage", "file", "reason", "kind"), cases, ids=names)
 
 
-def damaged(folder: Path, before: Saved, damage: Callable[[Path], None]) -> tuple[Path, Path]:
+def damaged(folder: Path, before: Saved, damage: Callable[[Path], object]) -> tuple[Path, Path]:
     """The folder of an undamaged adapter, and that of a damaged one."""
     targets, fields = before
     whole = saved(folder / "whole", *targets, **fields)
@@ -312,7 +312,7 @@ def damaged(folder: Path, before: Saved, damage: Callable[[Path], None]) -> tupl
 def test_damage_is_refused_by_name_and_leaves_the_model(
     state: str,
     before: Saved,
-    damage: Callable[[Path], None],
+    damage: Callable[[Path], object],
     file: str,
     reason: str,
     kind: type[Exception],
@@ -329,7 +329,7 @@ def test_damage_is_refused_by_name_and_leaves_the_model(
 
 @these("cut short", "rank", "missing", "no head", "no vectors", "another method", "fewer targets")
 def test_an_hramodel_refuses_as_the_function_does(
-    before: Saved, damage: Callable[[Path], None], file: str, reason: str, kind: type[Exception], tmp_path: Path
+    before: Saved, damage: Callable[[Path], object], file: str, reason: str, kind: type[Exception], tmp_path: Path
 ) -> None:
     whole, folder = damaged(tmp_path, before, damage)
     assert reason in refused(lambda model: hra_fx.HRAModel.from_pretrained(model, folder), mlp(), kind)

@@ -1,0 +1,321 @@
+"""Text encoder and UNet of a Stable Diffusion pipeline, adapted as PEFT's documentation of HRA does, and put back."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import peft
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+from oracles import dense_q, dense_weight, relative_error
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+import hra_fx
+
+# PEFT asks transformers for it, wherever it opens an adapter.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+Pipeline = diffusers.StableDiffusionPipeline
+TARGETS = {
+    "text_encoder": ["k_proj", "q_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "unet": ["proj_in", "proj_out", "to_k", "to_q", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"],
+}
+WAYS: dict[str, Callable[..., Any]] = {"HRAModel": hra_fx.HRAModel, "transform": hra_fx.transform}
+
+
+def tokenizer() -> CLIPTokenizer:
+    """One that knows letters, and merges none."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=12)
+
+
+def text_encoder(words: int) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=words,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+        bos_token_id=words - 2,
+        eos_token_id=words - 1,
+        pad_token_id=words - 1,
+    )
+    return CLIPTextModel(config)
+
+
+def unet() -> diffusers.UNet2DConditionModel:
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+
+
+def vae() -> diffusers.AutoencoderKL:
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+
+
+def scheduler() -> diffusers.DDIMScheduler:
+    return diffusers.DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def pipeline() -> Any:
+    """The same random weights each time."""
+    torch.manual_seed(0)
+    words = tokenizer()
+    pipe = Pipeline(
+        vae=vae(),
+        text_encoder=text_encoder(len(words)),
+        tokenizer=words,
+        unet=unet(),
+        scheduler=scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return quiet(pipe)
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def image(pipe: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.from_numpy(pipe("a dog", num_inference_steps=2, output_type="np", generator=generator).images)
+
+
+def adapted(way: str = "HRAModel", *, r: int = 8, random: bool = False) -> Any:
+    """A pipeline whose text encoder and UNet are adapted, and assigned back as PEFT's documentation does."""
+    pipe = pipeline()
+    torch.manual_seed(1)
+    for part, targets in TARGETS.items():
+        config = hra_fx.HRAConfig(r=r, target_modules=targets, init_weights=True)
+        setattr(pipe, part, WAYS[way](getattr(pipe, part), config, "default"))
+        if random:
+            with torch.no_grad():
+                for parameter in vectors(getattr(pipe, part)).values():
+                    parameter.normal_()
+    return pipe
+
+
+def vectors(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if ".hra_u." in name}
+
+
+def rotated(pipe: Any) -> Any:
+    """The base pipeline with `W Q` in the place of every adapted `W`, by the oracle."""
+    plain = pipeline()
+    for part in TARGETS:
+        model = getattr(pipe, part)
+        buffers = dict(model.named_buffers())
+        for name, u in vectors(model).items():
+            path = name.partition(".hra_u.")[0]
+            layer = getattr(plain, part).get_submodule(path)
+            q = dense_q(u.detach(), anchor=buffers.get(f"{name}_anchor"))
+            with torch.no_grad():
+                layer.weight.copy_(dense_weight(layer.weight, q))
+    return plain
+
+
+@pytest.mark.parametrize("r", [8, 3])
+@pytest.mark.parametrize("way", WAYS)
+def test_it_starts_at_the_images_of_the_base(way: str, r: int) -> None:
+    pipe = adapted(way, r=r)
+    assert isinstance(pipe.unet, diffusers.UNet2DConditionModel)
+    assert isinstance(pipe.text_encoder, CLIPTextModel)
+    assert len(vectors(pipe.text_encoder)) == 12
+    assert len(vectors(pipe.unet)) == 48
+    assert relative_error(image(pipe), image(pipeline())) < 1e-4
+
+
+def batch(pipe: Any) -> tuple[Tensor, ...]:
+    """Two images of a thing and two of its class: noised latents, steps, tokens, and the noise."""
+    generator = torch.Generator().manual_seed(2)
+    pixels = torch.rand(4, 3, 16, 16, generator=generator) * 2 - 1
+    with torch.no_grad():
+        latents = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
+    noise, steps = torch.randn(latents.shape, generator=generator), torch.tensor([10, 300, 500, 900])
+    words = ["a sks dog"] * 2 + ["a dog"] * 2
+    tokens = pipe.tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return pipe.scheduler.add_noise(latents, noise, steps), steps, tokens, noise
+
+
+def dreambooth(pipe: Any, count: int) -> list[float]:
+    """Losses of steps on both models, of the noise prediction and with the prior of the class preserved."""
+    noisy, steps, tokens, noise = batch(pipe)
+    models = [pipe.unet.train(), pipe.text_encoder.train()]
+    optimizer = torch.optim.AdamW([p for model in models for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(count):
+        predicted = pipe.unet(noisy, steps, pipe.text_encoder(tokens)[0]).sample
+        instance, prior = (predicted - noise).square().chunk(2)
+        loss = instance.mean() + prior.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    for model in models:
+        model.eval()
+    return losses
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_dreambooth_trains_the_vectors_and_nothing_else(way: str) -> None:
+    pipe, base = adapted(way), pipeline()
+    losses = dreambooth(pipe, 5)
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.99 * losses[0]
+    for part in TARGETS:
+        model = getattr(pipe, part)
+        graded = {name for name, p in model.named_parameters() if p.grad is not None}
+        assert graded == vectors(model).keys()
+        assert all(float(p.grad.norm()) > 0 for p in vectors(model).values() if p.grad is not None)
+        for name, weight in getattr(base, part).state_dict().items():
+            assert torch.equal(model.state_dict()[name], weight), name
+    assert relative_error(image(pipe), image(rotated(pipe))) < 1e-4
+    assert relative_error(image(pipe), image(base)) > 1e-2
+
+
+@pytest.mark.parametrize("r", [8, 3])
+def test_saved_adapters_are_opened_by_peft_and_over_a_fresh_pipeline(r: int, tmp_path: Path) -> None:
+    pipe = adapted(r=r, random=True)
+    for part in TARGETS:
+        getattr(pipe, part).save_pretrained(tmp_path / part)
+        assert sorted(file.name for file in (tmp_path / part).iterdir()) == [
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        ]
+    fresh, by_class, base = pipeline(), pipeline(), pipeline()
+    for part in TARGETS:
+        hra_fx.load_adapter(getattr(fresh, part), tmp_path / part)
+        opened = hra_fx.HRAModel.from_pretrained(getattr(by_class, part), tmp_path / part)
+        assert opened is getattr(by_class, part)
+    assert torch.equal(image(fresh), image(pipe))
+    assert torch.equal(image(by_class), image(pipe))
+
+    noisy, steps, tokens, _ = batch(base)
+    theirs: dict[str, Any] = {
+        part: peft.PeftModel.from_pretrained(getattr(base, part), str(tmp_path / part)) for part in TARGETS
+    }
+    states = pipe.text_encoder(tokens)[0]
+    assert relative_error(theirs["text_encoder"](tokens)[0], states) < 1e-5
+    wanted = pipe.unet(noisy, steps, states).sample
+    assert relative_error(theirs["unet"](noisy, steps, states).sample, wanted) < 1e-5
+
+
+def test_what_peft_trained_draws_the_same_images(tmp_path: Path) -> None:
+    theirs, ours = pipeline(), pipeline()
+    for part, targets in TARGETS.items():
+        config = peft.HRAConfig(r=8, target_modules=targets, init_weights=False)
+        model = peft.get_peft_model(getattr(theirs, part), config)
+        model.save_pretrained(str(tmp_path / part))
+        hra_fx.load_adapter(getattr(ours, part), tmp_path / part)
+    assert relative_error(image(ours), image(theirs)) < 1e-4
+    assert relative_error(image(ours), image(pipeline())) > 1e-2
+
+
+def test_a_folded_pipeline_is_saved_whole(tmp_path: Path) -> None:
+    pipe = adapted(random=True)
+    before = image(pipe)
+    for part in TARGETS:
+        hra_fx.fold(getattr(pipe, part))
+    assert type(pipe.unet) is diffusers.UNet2DConditionModel
+    assert type(pipe.text_encoder) is CLIPTextModel
+    pipe.save_pretrained(tmp_path)
+    loaded = quiet(Pipeline.from_pretrained(tmp_path))
+    assert relative_error(image(loaded), before) < 1e-4
+    assert relative_error(before, image(pipeline())) > 1e-2
+
+
+def test_a_pipeline_saved_with_adapters_inside_holds_them_and_opens_not_without(tmp_path: Path) -> None:
+    """diffusers loads a UNet from a whole model only, and says what it misses."""
+    pipe = adapted(random=True)
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert [index["unet"], index["text_encoder"]] == [
+        ["diffusers", "UNet2DConditionModel"],
+        ["transformers", "CLIPTextModel"],
+    ]
+    with pytest.raises(OSError, match=r"Error no file named config\.json found in directory .*unet"):
+        Pipeline.from_pretrained(tmp_path)
+    again = pipeline()
+    for part in TARGETS:
+        hra_fx.load_adapter(getattr(again, part), tmp_path, subfolder=part)
+    assert torch.equal(image(again), image(pipe))
+
+
+@pytest.mark.parametrize("part", TARGETS)
+def test_one_adapted_model_in_a_saved_pipeline_is_not_lost(part: str, tmp_path: Path) -> None:
+    """transformers with PEFT opens an adapter over the base that its configuration names; diffusers refuses."""
+    pipeline().save_pretrained(tmp_path / "base")
+    pipe = quiet(Pipeline.from_pretrained(tmp_path / "base"))
+    model = hra_fx.transform(getattr(pipe, part), hra_fx.HRAConfig(r=8, target_modules=TARGETS[part]))
+    with torch.no_grad():
+        for parameter in vectors(model).values():
+            parameter.normal_()
+    pipe.save_pretrained(tmp_path / "adapted")
+    if part == "unet":
+        with pytest.raises(OSError, match=r"Error no file named config\.json found in directory .*unet"):
+            Pipeline.from_pretrained(tmp_path / "adapted")
+    else:
+        assert relative_error(image(quiet(Pipeline.from_pretrained(tmp_path / "adapted"))), image(pipe)) < 1e-4
+
+
+def test_other_ways_to_compute_attention_read_the_same_reflections() -> None:
+    pipe = adapted(random=True)
+    wanted = image(rotated(pipe))
+    assert relative_error(image(pipe), wanted) < 1e-4
+    pipe.enable_attention_slicing()
+    assert relative_error(image(pipe), wanted) < 1e-4
+    pipe.disable_attention_slicing()
+    pipe.unet.set_attn_processor(AttnProcessor())
+    assert relative_error(image(pipe), wanted) < 1e-4
+    pipe.unet.set_default_attn_processor()
+    assert relative_error(image(pipe), wanted) < 1e-4
+
+
+def test_a_copy_of_the_pipelines_parts_is_its_own() -> None:
+    pipe = adapted(random=True)
+    before = image(pipe)
+    twin = pipeline()
+    for part in TARGETS:
+        setattr(twin, part, hra_fx.fold(copy.deepcopy(getattr(pipe, part))))
+    assert relative_error(image(twin), before) < 1e-4
+    assert torch.equal(image(pipe), before)
+
+
+def test_switched_off_it_draws_the_images_of_the_base() -> None:
+    pipe = adapted(random=True)
+    before = image(pipe)
+    with hra_fx.disable_adapters(pipe.unet), hra_fx.disable_adapters(pipe.text_encoder):
+        assert torch.equal(image(pipe), image(pipeline()))
+    assert torch.equal(image(pipe), before)
