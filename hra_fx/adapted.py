@@ -72,7 +72,13 @@ class Inventory(NamedTuple):
 
 
 def inventory(model: nn.Module) -> Inventory:
-    """Walk through a model."""
+    """Walk through a model.
+
+    Raises:
+        AdapterError: it is no model.
+    """
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"model: {model!r} is no torch.nn.Module. Give a transformed model.")
     found = Inventory([], [], [])
     stack, seen = [model], {model}
     while stack:
@@ -100,8 +106,6 @@ def root_of(model: nn.Module) -> tuple[nn.Module, Record]:
     Raises:
         AdapterError: there is none, or there are several.
     """
-    if not isinstance(model, nn.Module):
-        raise AdapterError(f"model: {model!r} is no torch.nn.Module. Give a transformed model.")
     return only_root(model, inventory(model))
 
 

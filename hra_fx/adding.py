@@ -19,7 +19,7 @@ from hra_fx.reflection import AdapterSpec, Reflection
 from hra_fx.releasing import forget
 from hra_fx.selection import with_head
 from hra_fx.site import SiteLayer
-from hra_fx.trainable import make_copies, train_only, trained
+from hra_fx.trainable import give_gradients, make_copies
 from hra_fx.transforming import checked
 
 
@@ -57,14 +57,13 @@ def put_beside(root: nn.Module, record: Record, adapter_name: str, config: HRACo
         )
     if record.merged:
         raise AdapterError(f"adapters {list(record.merged)} are merged into the weights. Call unmerge_adapter first.")
-    training = trained(inventory(root))
     with all_or_nothing() as undo:
         layers, findings = introduce(root, adapter_name, config, fill, undo)
         make_copies(root, adapter_name, config, layers, record, undo)
         record.configs[adapter_name] = config
         undo.callback(record.configs.pop, adapter_name, None)
         parts = inventory(root)
-        train_only(parts, training)
+        give_gradients(parts, (adapter_name,), False)
         refresh(parts, record)
         if findings:
             settle(root)
@@ -93,10 +92,11 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     (name,) = names_in(record, adapter_name)
     if record.merged:
         raise AdapterError(f"adapters {list(record.merged)} are merged into the weights. Call unmerge_adapter first.")
+    was_active = name in record.active
     forget(root, record, (name,))
     if not record.configs:
         return
-    if record.active:
+    if record.active or not was_active:
         refresh(inventory(root), record)
         return
     following = next(iter(record.configs))

@@ -235,7 +235,7 @@ class HRAConfig:
             reason = error.strerror or type(error).__name__
             way_out = f"Give the local directory that holds {CONFIG_NAME}."
             raise ConfigError(f"{path}: cannot be read ({reason}). {way_out}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: is not JSON ({error}).") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: holds a JSON {type(values).__name__}, a configuration is an object.")

@@ -62,6 +62,12 @@ class Copies(nn.Module):
         """All copies of an adapter, by name."""
         return {name: self.get(owner, adapter, name) for name in self.copied.get(adapter, ())}
 
+    def give_gradient(self, owner: nn.Module, adapter: str, wanted: bool) -> None:
+        """Train the copies of an adapter, or freeze them."""
+        for tensor in self.tensors(owner, adapter).values():
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(wanted and tensor.is_floating_point())
+
     def put_in_place(self, owner: nn.Module, adapter: str) -> None:
         """Exchange what is in place for the copies of `adapter`; the base model's where it has none."""
         for name, present in self.in_place.items():
@@ -80,6 +86,7 @@ class Copies(nn.Module):
                     setattr(owner, name, self._take(BASE, name))
                     self.in_place[name] = BASE
             del self._modules[adapter], self.copied[adapter]
+            self._tidy()
 
     def adopt(self, owner: nn.Module, adapter: str) -> None:
         """Make an adapter's copies the base model's own."""
@@ -96,6 +103,15 @@ class Copies(nn.Module):
                 self._put(BASE, name, trained, owner)
         self.copied.pop(adapter, None)
         self._modules.pop(adapter, None)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Keep no name that no adapter has a copy of, and no holder of nothing."""
+        kept = {name for names in self.copied.values() for name in names}
+        self.in_place = {name: whose for name, whose in self.in_place.items() if name in kept}
+        holder = self._modules.get(BASE)
+        if holder is not None and not own_tensors(holder):
+            del self._modules[BASE]
 
     def _take(self, adapter: str, name: str) -> Tensor:
         holder = self._modules[adapter]

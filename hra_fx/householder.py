@@ -269,6 +269,8 @@ def turn(chain: Tensor) -> Turn:
         >>> turn(torch.tensor([[1.0], [0.0]])).rotation
         2.0
     """
+    if not chain.shape[1]:
+        return Turn(0.0, 0.0, 0.0)
     vectors = normalize(chain.detach())
     if vectors.is_meta or not bool(torch.isfinite(vectors).all()):
         return Turn(math.nan, math.nan, math.nan)

@@ -85,7 +85,7 @@ def merged_again(root: nn.Module, record: Record) -> Iterator[None]:
     try:
         yield
     finally:
-        if names:
+        if names and all(name in record.configs for name in names):  # none was deleted inside
             _merge(root, record, names)
 
 

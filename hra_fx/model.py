@@ -29,7 +29,7 @@ from hra_fx.folding import fold
 from hra_fx.merging import merge_adapter, unmerge_adapter
 from hra_fx.releasing import forget
 from hra_fx.switching import disable_adapters, set_adapter
-from hra_fx.trainable import train_only, trained
+from hra_fx.trainable import give_gradients
 from hra_fx.transforming import transform
 
 #: Packages whose classes bring methods of these names themselves, which those of `HRAModel` are meant to replace.
@@ -138,10 +138,7 @@ class HRAModel(Carrier):
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         """Give gradients to the vectors and copies of these adapters, or take them; others keep theirs."""
-        names = names_in(self._record, adapter_names)
-        parts = inventory(self)
-        others = [name for name in trained(parts) if name not in names]
-        train_only(parts, [*others, *names] if requires_grad else others)
+        give_gradients(inventory(self), names_in(self._record, adapter_names), requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As `hra_fx.delete_adapter`; the last one is taken off with `unload`.

@@ -24,8 +24,8 @@ ANCHOR = "_anchor"
 _SCALED = "_scaled"
 #: What the containers of vectors and copies are made of, and the names that stand for the base model.
 _RESERVED = (
-    *("kind", "width", "specs", "active", "scales", "unmerged", "base_layer", "original_module"),
-    *("copied", "in_place", "make", "tensors", "put_in_place", "adopt", "remove"),
+    *("kind", "width", "specs", "active", "scales", "paused", "unmerged", "base_layer", "original_module"),
+    *("copied", "in_place", "make", "tensors", "put_in_place", "adopt", "remove", "give_gradient"),
 )
 
 
@@ -78,6 +78,7 @@ class Reflection(nn.ParameterDict):
         specs: adapter name -> `AdapterSpec`.
         active: names of the adapters in use, in the order of the product `W Q_a Q_b ...`.
         scales: adapter name -> its strength, where that is not 1.
+        paused: adapter name -> whether it is to be trained once its strength is 1 again.
         unmerged: the weight as it was before a merge; `None` while nothing is merged.
     """
 
@@ -91,6 +92,7 @@ class Reflection(nn.ParameterDict):
         self.specs: dict[str, AdapterSpec] = {}
         self.active: tuple[str, ...] = ()
         self.scales: dict[str, float] = {}
+        self.paused: dict[str, bool] = {}
         self.register_buffer("unmerged", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -147,23 +149,43 @@ class Reflection(nn.ParameterDict):
             return
         del self[name], self.specs[name]
         self.scales.pop(name, None)
+        self.paused.pop(name, None)
         for suffix in (ANCHOR, _SCALED):
             self._drop(name + suffix)
         self.active = tuple(other for other in self.active if other != name)
 
-    def scale(self, name: str, alpha: float) -> None:
-        """Set the strength of an adapter: 0 is the identity, 1 all of `Q` (`geodesic.fraction`).
+    def give_gradient(self, name: str, wanted: bool) -> None:
+        """Train the vectors of an adapter, or freeze them; where the strength is not 1, once it is 1 again."""
+        if name in self.scales:
+            self.paused[name] = wanted
+        else:
+            self._parameters[name].requires_grad_(wanted)  # type: ignore[union-attr]
+
+    def scaled(self, name: str, alpha: float) -> Tensor:
+        """What the chain of an adapter is at strength `alpha` (`geodesic.fraction`), float32 at least.
 
         Raises:
             AdapterError: its `Q` is no rotation.
         """
+        dtype = householder.working_dtype(self[name].dtype)
+        return geodesic.fraction(self.full_chain(name, dtype).detach(), alpha)
+
+    def scale(self, name: str, alpha: float, chain: Tensor | None = None) -> None:
+        """Set the strength of an adapter, of which `scaled` gives the chain; 1 takes it back.
+
+        The forward does not read the vectors then, so they have no gradient until the strength is 1 again.
+        """
+        vectors: nn.Parameter = self[name]
+        trained = self.paused.pop(name, vectors.requires_grad)
         self.scales.pop(name, None)
         self._drop(name + _SCALED)
         if alpha != 1:
             # Not in the state_dict: it follows from the vectors and the strength.
-            wide = self.full_chain(name, householder.working_dtype(self[name].dtype)).detach()
-            self.register_buffer(name + _SCALED, geodesic.fraction(wide, alpha), persistent=False)
+            made = self.scaled(name, alpha) if chain is None else chain
+            self.register_buffer(name + _SCALED, made, persistent=False)
             self.scales[name] = alpha
+            self.paused[name] = trained
+        vectors.requires_grad_(trained and alpha == 1)
 
     def _drop(self, buffer: str) -> None:
         if buffer in self._buffers:

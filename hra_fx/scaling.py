@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from torch import nn
+from torch import Tensor, nn
 
 from hra_fx.adapted import names_in, root_of, sites_of
 from hra_fx.errors import AdapterError
@@ -42,17 +42,11 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
     if name in record.merged:
         raise AdapterError(f"adapter {name!r}: it is merged into the weights. Call unmerge_adapter first.")
     sites = {path: layer.hra_u for path, layer in sites_of(root).items() if name in layer.hra_u}
-    before = next(iter(sites.values())).scales.get(name, 1.0)
-    trained = any(reflection[name].requires_grad for reflection in sites.values())
-    try:
-        for path, reflection in sites.items():
-            try:
-                reflection.scale(name, float(alpha))
-            except AdapterError as error:
-                raise AdapterError(f"{path}: adapter {name!r}: {error}") from error
-    except AdapterError:
-        for reflection in sites.values():
-            reflection.scale(name, before)
-        raise
-    for reflection in sites.values():
-        reflection[name].requires_grad_(alpha == 1 and (trained or (before != 1 and name in record.active)))
+    chains: dict[str, Tensor] = {}
+    for path, reflection in sites.items():
+        try:
+            chains[path] = reflection.scaled(name, float(alpha))
+        except AdapterError as error:
+            raise AdapterError(f"{path}: adapter {name!r}: {error}") from error
+    for path, reflection in sites.items():
+        reflection.scale(name, float(alpha), chains[path])

@@ -73,13 +73,12 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         True
     """
     root, record = root_of(model)
-    parts = inventory(root)
     before = record.disabled
     with merged_again(root, record):
         record.disabled = True
-        refresh(parts, record)
+        refresh(inventory(root), record)
         try:
             yield
         finally:
             record.disabled = before
-            refresh(parts, record)
+            refresh(inventory(root), record)

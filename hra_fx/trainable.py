@@ -50,26 +50,24 @@ def freeze(model: nn.Module) -> Changes:
 
 
 def train_only(parts: Inventory, names: Iterable[str]) -> None:
-    """Give gradients to the vectors and copies of some adapters, and take them from those of all others.
-
-    An adapter whose strength is not 1 gets none for its vectors, which the forward does not read.
-    """
+    """Give gradients to the vectors and copies of some adapters, and take them from those of all others."""
     wanted = set(names)
     for reflection in parts.reflections:
-        for name, vectors in reflection._parameters.items():
-            if vectors is not None:
-                vectors.requires_grad_(name in wanted and name not in reflection.scales)
+        for name in reflection.specs:
+            reflection.give_gradient(name, name in wanted)
     for owner, copies in parts.copies:
-        for adapter in copies.copied:
-            for tensor in copies.tensors(owner, adapter).values():
-                if isinstance(tensor, nn.Parameter):
-                    tensor.requires_grad_(adapter in wanted and tensor.is_floating_point())
+        for name in copies.copied:
+            copies.give_gradient(owner, name, name in wanted)
 
 
-def trained(parts: Inventory) -> list[str]:
-    """Names of the adapters whose vectors have gradients."""
-    items = (item for reflection in parts.reflections for item in reflection.items())
-    return list(dict.fromkeys(name for name, vectors in items if vectors.requires_grad))
+def give_gradients(parts: Inventory, names: Iterable[str], wanted: bool) -> None:
+    """Give gradients to the vectors and copies of some adapters, or take them; others keep theirs."""
+    for name in names:
+        for reflection in parts.reflections:
+            if name in reflection.specs:
+                reflection.give_gradient(name, wanted)
+        for owner, copies in parts.copies:
+            copies.give_gradient(owner, name, wanted)
 
 
 def make_copies(

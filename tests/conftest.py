@@ -1,8 +1,15 @@
-"""One thread: the models of tests are so small that a second one only waits, long where other tests run beside."""
+"""What holds for every test: one thread, and no network.
+
+The models of tests are so small that a second thread only waits, long where other tests run beside.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+# Before anything imports huggingface_hub, which reads it then.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch

@@ -69,6 +69,9 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None = None) -> Fitte
     file = folder / WEIGHTS_NAME
     config = without_absent(model, HRAConfig.from_pretrained(folder) if given is None else given)
     tensors, metadata = read(file)
+    twice = sorted(key for key in tensors if f"{PREFIX}{key}" in tensors)
+    if twice:
+        raise CheckpointError(f"{file}: {_some(twice)} there twice, with {PREFIX!r} before and without. Save it again.")
     tensors = {key if key.startswith(PREFIX) else f"{PREFIX}{key}": tensor for key, tensor in tensors.items()}
     try:
         layers: Any = select(model, config)
@@ -168,11 +171,11 @@ def _resume(file: Path, metadata: Mapping[str, str], config: HRAConfig) -> dict[
         fits = r > 0 and anchor > 0 and r + anchor == config.r and not config.apply_GS
         if fits:
             return {"r": r, "apply_GS": bool(resume["apply_GS"]), "anchor": anchor}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         pass
     raise CheckpointError(
-        f"{file}: its metadata {RESUME}={metadata[RESUME]!r} does not fit r={config.r}, apply_GS={config.apply_GS} of "
-        "the configuration. One of the two files is of another adapter; save it again."
+        f"{file}: its metadata {RESUME}={metadata[RESUME][:80]!r} does not fit r={config.r}, "
+        f"apply_GS={config.apply_GS} of the configuration. One of the two files is of another adapter; save it again."
     )
 
 
@@ -199,7 +202,7 @@ def _compare_base(file: Path, config: HRAConfig, model: nn.Module) -> None:
     last = [os.path.basename(os.path.normpath(os.fspath(name))) for name in (theirs, ours)]
     if last[0] != last[1]:
         text = f"{file}: the adapter was trained on {os.fspath(theirs)!r}, and this model is {ours!r}."
-        warnings.warn(text, HRAWarning, stacklevel=5)
+        warnings.warn(text, HRAWarning, stacklevel=4)
 
 
 def _some(keys: list[str]) -> str:

@@ -15,11 +15,11 @@ from hra_fx.adding import put_beside
 from hra_fx.checkpoint.fitting import Fitted, fit
 from hra_fx.checkpoint.folder import find
 from hra_fx.config import HRAConfig
-from hra_fx.copies import copies_of
+from hra_fx.copies import Copies, copies_of
 from hra_fx.errors import AdapterError
 from hra_fx.reflection import Reflection
 from hra_fx.site import SiteLayer
-from hra_fx.trainable import train_only, trained
+from hra_fx.trainable import give_gradients
 from hra_fx.transforming import checked, set_up
 
 M = TypeVar("M", bound=nn.Module)
@@ -104,17 +104,20 @@ def _replace(root: nn.Module, record: Record, name: str, fitted: Fitted, is_trai
         (new for new, gs in ways if gs is spec.apply_GS and {path: u.shape for path, (u, _) in new.items()} == shapes),
         None,
     )
-    if values is None:
+    held = {(path, entry) for path, (owner, copies) in copies_of(root).items() for entry in _saved(owner, copies, name)}
+    if values is None or held != fitted.copies.keys():
         raise AdapterError(
-            f"adapter {name!r}: the model has it with other layers, another rank or Gram-Schmidt than the file. Delete "
-            "it first (hra_fx.delete_adapter), or load under another name."
+            f"adapter {name!r}: the model has it with other layers, rank, Gram-Schmidt, biases or modules to save than "
+            "the file. Delete it first (hra_fx.delete_adapter), or load under another name."
         )
     with torch.no_grad():
         for path, layer in layers.items():
             layer.hra_u.replace(name, *values[path], layer.weight.device)
-    parts = inventory(root)
-    others = [other for other in trained(parts) if other != name]
-    train_only(parts, [*others, name] if is_trainable and name in record.active else others)
+    give_gradients(inventory(root), (name,), is_trainable and name in record.active)
+
+
+def _saved(owner: nn.Module, copies: Copies, name: str) -> list[str]:
+    return [entry for entry in copies.copied.get(name, ()) if entry not in owner._non_persistent_buffers_set]
 
 
 def _load_copies(root: nn.Module, name: str, fitted: Fitted) -> None:
@@ -127,4 +130,5 @@ def _load_copies(root: nn.Module, name: str, fitted: Fitted) -> None:
 
 def _like(tensor: Tensor, weight: Tensor) -> Tensor:
     """As PEFT does (`autocast_adapter_dtype`): float32 at least, and as wide as the layer."""
-    return tensor.to(weight.device, torch.promote_types(tensor.dtype, householder.working_dtype(weight.dtype)))
+    dtype = torch.float64 if tensor.dtype == torch.float64 else householder.working_dtype(weight.dtype)
+    return tensor.to(weight.device, dtype)

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from hra_fx.checkpoint.keys import (
 )
 from hra_fx.config import HRAConfig
 from hra_fx.copies import copies_of
-from hra_fx.errors import AdapterError, CheckpointError
+from hra_fx.errors import AdapterError, CheckpointError, HRAWarning
 from hra_fx.reflection import plain_chain
 from hra_fx.selection import resolve_targets
 
@@ -109,6 +110,12 @@ def save_pretrained(
         return
     state = root.state_dict() if state_dict is None else state_dict
     contents = {name: _contents(root, record, name, state) for name in names}
+    if Path(directory, "config.json").exists():
+        text = (
+            f"{directory}: it holds a whole model, and the adapters come beside it. from_pretrained of diffusers, or "
+            "of transformers without PEFT, loads that model without them: use hra_fx.load_adapter, or another folder."
+        )
+        warnings.warn(text, HRAWarning, stacklevel=3)
     for name, (config, tensors, metadata) in contents.items():
         folder = Path(directory) if name == "default" else Path(directory, name)
         write(folder, config.to_json_string(), tensors, metadata)

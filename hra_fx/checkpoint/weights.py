@@ -8,11 +8,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hra_fx.checkpoint.keys import VECTORS
 from hra_fx.errors import CheckpointError
+from hra_fx.site import REFLECTION
 
 __all__ = ["non_finite", "read"]
 
-_VECTORS = "hra_u"
 # Two numbers to a byte, none of which can be infinite or NaN; torch computes nothing with them.
 _PACKED = getattr(torch, "float4_e2m1fn_x2", None)
 
@@ -22,7 +23,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises:
         CheckpointError: the file cannot be read, is cut short or damaged, is in another format or empty; vectors (keys
-            that end in "hra_u") are not floating; a value is infinite or NaN. It names the file, and the key.
+            that end in "hra_u" or "hra_vectors") are not floating; a value is infinite or NaN. It names the file, and
+            the key.
 
     >>> read(Path("nowhere", "adapter_model.safetensors"))
     Traceback (most recent call last):
@@ -46,7 +48,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _check(path: Path, key: str, tensor: Tensor) -> None:
-    if key.endswith(_VECTORS) and not tensor.is_floating_point():
+    if key.endswith((REFLECTION, VECTORS)) and not tensor.is_floating_point():
         raise CheckpointError(f"{path}: {key!r} is {tensor.dtype}, vectors are floating. Save the adapter again.")
     count = non_finite(tensor)
     if count:

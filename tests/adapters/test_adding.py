@@ -14,7 +14,7 @@ import hra_fx
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Any, list[str], list[str]]] = {
     "whole": (sequential, normal(4, 6), ["0"], ["0", "3"]),
-    "resnet": (resnet, normal(2, 3, 32, 32), ["conv1", "fc"], ["layer1.0.conv2", "layer1.1.conv1", "fc"]),
+    "resnet": (resnet, normal(2, 3, 32, 32), ["layer1.0.conv1", "fc"], ["layer1.0.conv2", "layer1.1.conv1", "fc"]),
     "llama": (llama, ids(), ["q_proj", "gate_proj"], ["gate_proj", "up_proj", "down_proj", "lm_head"]),
     "bert": (bert, ids(), ["query", "classifier"], ["value", "query", "pooler.dense"]),
 }

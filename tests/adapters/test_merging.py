@@ -121,8 +121,6 @@ def test_a_subset_out_of_order_is_refused(wrong: list[str]) -> None:
 
 def test_states_that_do_not_allow_it_are_refused() -> None:
     model = three()[1]
-    with pytest.raises(hra_fx.AdapterError, match=r"^unmerge_adapter: nothing is merged\. Call merge_adapter first\.$"):
-        hra_fx.unmerge_adapter(model)
     hra_fx.merge_adapter(model, "a")
     with pytest.raises(hra_fx.AdapterError, match=r"^adapters \['a'\] are merged already\. Call unmerge_adapter first"):
         hra_fx.merge_adapter(model, ["a", "b"])
@@ -213,8 +211,24 @@ def test_a_copy_of_a_merged_model_is_merged_by_itself() -> None:
     assert not torch.equal(twin.first.weight, plain.first.weight)
     hra_fx.unmerge_adapter(twin)
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in twin.state_dict().items())
-    with pytest.raises(hra_fx.AdapterError, match="nothing is merged"):
+
+
+def test_unmerging_what_is_not_merged_only_warns() -> None:
+    model = three()[1]
+    before = seen(model)
+    with pytest.warns(hra_fx.HRAWarning, match=r"^unmerge_adapter: nothing is merged; nothing is done\.$"):
         hra_fx.unmerge_adapter(model)
+    assert seen(model) == before
+
+
+def test_merging_what_is_merged_only_warns() -> None:
+    model = three()[1]
+    hra_fx.merge_adapter(model, ["a", "b"])
+    before = seen(model)
+    for names in (["a", "b"], "b"):
+        with pytest.warns(hra_fx.HRAWarning, match=r"^adapters \['a', 'b'\] are merged already; nothing is done\.$"):
+            hra_fx.merge_adapter(model, names)
+    assert seen(model) == before
 
 
 def test_a_merged_model_moves_between_dtypes_with_what_it_keeps() -> None:

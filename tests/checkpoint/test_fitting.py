@@ -153,8 +153,7 @@ STRUCTURES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "other layers": (("3",), {"r": 3}),
     "more layers": (("0", "3"), {"r": 3}),
     "another rank": (("0",), {"r": 5}),
-    "no anchor": (("0",), {"r": 3, "init_weights": False}),
-    "a longer chain": (("0",), {"r": 4}),
+    "another rank than with the anchor": (("0",), {"r": 6}),
     "Gram-Schmidt": (("0",), {"r": 3, "apply_GS": True}),
     "Gram-Schmidt without an anchor": (("0",), {"r": 3, "apply_GS": True, "init_weights": False}),
     "a head": (("0",), {"r": 3, "modules_to_save": ["3"]}),
@@ -228,6 +227,32 @@ def by_oracle(folder: Path, model: nn.Sequential) -> Tensor:
         elif isinstance(layer, nn.ReLU):
             x = x.relu()
     return x
+
+
+STARTS: dict[str, dict[str, Any]] = {
+    "anchored": {"r": 3},
+    "as many vectors without an anchor": {"r": 3, "init_weights": False},
+    "a chain as long as that with the anchor": {"r": 4},
+}
+
+
+@pytest.mark.parametrize("file", STARTS)
+@pytest.mark.parametrize("present", STARTS)
+def test_an_adapter_of_the_same_rank_is_replaced_whatever_its_start_was(
+    present: str, file: str, tmp_path: Path
+) -> None:
+    folder = saved(tmp_path, "0", **STARTS[file])
+    model = adapted("0", **STARTS[present])
+    fits = STARTS[present]["r"] in (STARTS[file]["r"], weights(folder)[f"{PREFIX}0.hra_u"].shape[1])
+    if not fits:
+        assert "other layers, rank, Gram-Schmidt" in refused(
+            lambda model: hra_fx.load_adapter(model, folder), model, AdapterError
+        )
+        return
+    held = model[0].hra_u["default"]
+    hra_fx.load_adapter(model, folder)
+    assert model[0].hra_u["default"] is held
+    assert relative_error(model.eval()(X), by_oracle(folder, mlp())) < 1e-5
 
 
 @pytest.mark.parametrize("r", [3, 4])

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import huggingface_hub
 import pytest
 import torch
 from torch import Tensor
@@ -185,8 +186,9 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[dict[str, Any]]:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """Options of `find` that lead to a Hub whose `user/name` holds an adapter, one in "other [1]", and a README."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     root = saved(tmp_path / "repository", seed=1)
     saved(root / "other [1]", seed=2)
     (root / "README.md").write_text("A model card.")

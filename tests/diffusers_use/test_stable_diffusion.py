@@ -257,7 +257,10 @@ def test_a_folded_pipeline_is_saved_whole(tmp_path: Path) -> None:
 
 
 def test_a_pipeline_saved_with_adapters_inside_holds_them_and_opens_not_without(tmp_path: Path) -> None:
-    """diffusers loads a UNet from a whole model only, and says what it misses."""
+    """diffusers loads a UNet from a whole model only, transformers a text encoder over a base that has a name.
+
+    Which of the two is tried first is not settled.
+    """
     pipe = adapted(random=True)
     pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
@@ -265,7 +268,7 @@ def test_a_pipeline_saved_with_adapters_inside_holds_them_and_opens_not_without(
         ["diffusers", "UNet2DConditionModel"],
         ["transformers", "CLIPTextModel"],
     ]
-    with pytest.raises(OSError, match=r"Error no file named config\.json found in directory .*unet"):
+    with pytest.raises(OSError, match=r"no file named config\.json found in directory .*unet|couldn't connect"):
         Pipeline.from_pretrained(tmp_path)
     again = pipeline()
     for part in TARGETS:
