@@ -14,7 +14,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hra_fx.adding import add_adapter as add_adapter, combine as combine, delete_adapter as delete_adapter
+    from hra_fx.adapters.adding import add_adapter as add_adapter
+    from hra_fx.adapters.combining import combine as combine
+    from hra_fx.adapters.deleting import delete_adapter as delete_adapter
+    from hra_fx.adapters.merging import merge_adapter as merge_adapter, unmerge_adapter as unmerge_adapter
+    from hra_fx.adapters.scaling import set_scale as set_scale
+    from hra_fx.adapters.switching import disable_adapters as disable_adapters, set_adapter as set_adapter
     from hra_fx.checkpoint.loading import load_adapter as load_adapter
     from hra_fx.checkpoint.saving import save_adapter as save_adapter
     from hra_fx.config import HRAConfig as HRAConfig
@@ -33,12 +38,9 @@ if TYPE_CHECKING:
     )
     from hra_fx.folding import fold as fold, plan_fold as plan_fold
     from hra_fx.graphing import graphs as graphs
-    from hra_fx.merging import merge_adapter as merge_adapter, unmerge_adapter as unmerge_adapter
     from hra_fx.model import HRAModel as HRAModel
     from hra_fx.orthogonality import orthogonality_loss as orthogonality_loss
     from hra_fx.reporting import report as report
-    from hra_fx.scaling import set_scale as set_scale
-    from hra_fx.switching import disable_adapters as disable_adapters, set_adapter as set_adapter
     from hra_fx.transforming import transform as transform
     from hra_fx.view import visualize as visualize
 
@@ -47,22 +49,22 @@ __version__ = "0.1.0"
 _HOMES = {
     "HRAConfig": "config",
     "HRAModel": "model",
-    "add_adapter": "adding",
-    "combine": "adding",
-    "delete_adapter": "adding",
-    "disable_adapters": "switching",
+    "add_adapter": "adapters.adding",
+    "combine": "adapters.combining",
+    "delete_adapter": "adapters.deleting",
+    "disable_adapters": "adapters.switching",
     "fold": "folding",
     "graphs": "graphing",
     "load_adapter": "checkpoint.loading",
-    "merge_adapter": "merging",
+    "merge_adapter": "adapters.merging",
     "orthogonality_loss": "orthogonality",
     "plan_fold": "folding",
     "report": "reporting",
     "save_adapter": "checkpoint.saving",
-    "set_adapter": "switching",
-    "set_scale": "scaling",
+    "set_adapter": "adapters.switching",
+    "set_scale": "adapters.scaling",
     "transform": "transforming",
-    "unmerge_adapter": "merging",
+    "unmerge_adapter": "adapters.merging",
     "visualize": "view",
     **dict.fromkeys(
         (

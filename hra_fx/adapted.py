@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from torch import nn
 
+from hra_fx.adapters.copies import Copies
 from hra_fx.carrier.layer import SiteCarrier
 from hra_fx.carrier.region import RegionCarrier
 from hra_fx.config import HRAConfig
-from hra_fx.copies import Copies
 from hra_fx.errors import AdapterError
 from hra_fx.reflection import Reflection
 

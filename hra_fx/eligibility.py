@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from hra_fx.adapters.copies import Copies
 from hra_fx.config import HRAConfig
-from hra_fx.copies import Copies
 from hra_fx.errors import UnsupportedLayerError
 from hra_fx.inert import weight_readers
 from hra_fx.reflection import reflection_of

@@ -9,12 +9,12 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from hra_fx.acting import check_copies, refresh
 from hra_fx.adapted import Record, inventory, record_of, require_sites, root_of, sites_of
-from hra_fx.copies import copies_of
+from hra_fx.adapters.acting import check_copies, refresh
+from hra_fx.adapters.copies import copies_of
+from hra_fx.adapters.merging import first_of
+from hra_fx.adapters.releasing import forget, release
 from hra_fx.errors import AdapterError, FoldError, HRAWarning
-from hra_fx.merging import first_of
-from hra_fx.releasing import forget, release
 from hra_fx.rotating import FoldedLayer, check_weights, rotated
 
 M = TypeVar("M", bound=nn.Module)

@@ -14,22 +14,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hra_fx.acting import refresh
 from hra_fx.adapted import Record, inventory, names_in, record_of, root_of
-from hra_fx.adding import add_adapter, delete_adapter
+from hra_fx.adapters.acting import refresh
+from hra_fx.adapters.adding import add_adapter
+from hra_fx.adapters.copies import BASE, copies_of
+from hra_fx.adapters.deleting import delete_adapter
+from hra_fx.adapters.merging import merge_adapter, unmerge_adapter
+from hra_fx.adapters.releasing import forget
+from hra_fx.adapters.switching import disable_adapters, set_adapter
+from hra_fx.adapters.trainable import give_gradients
 from hra_fx.carrier.layer import SiteCarrier
 from hra_fx.carrier.swap import Carrier, original_class, swap
 from hra_fx.checkpoint.loading import load_adapter
 from hra_fx.checkpoint.saving import save_pretrained
 from hra_fx.config import HRAConfig
-from hra_fx.copies import BASE, copies_of
 from hra_fx.default_targets import DEFAULT_TARGETS
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.folding import fold
-from hra_fx.merging import merge_adapter, unmerge_adapter
-from hra_fx.releasing import forget
-from hra_fx.switching import disable_adapters, set_adapter
-from hra_fx.trainable import give_gradients
 from hra_fx.transforming import transform
 
 #: Packages whose classes bring methods of these names themselves, which those of `HRAModel` are meant to replace.

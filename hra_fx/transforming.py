@@ -8,8 +8,9 @@ from typing import TypeVar
 
 from torch import nn
 
-from hra_fx.acting import activate
 from hra_fx.adapted import Record, drop_record, inventory, keep_record, record_of, sites_of
+from hra_fx.adapters.acting import activate
+from hra_fx.adapters.trainable import Changes, freeze, make_copies
 from hra_fx.carrier.pretrained import PretrainedCarrier, is_pretrained
 from hra_fx.carrier.swap import swap, unswap
 from hra_fx.config import HRAConfig
@@ -17,7 +18,6 @@ from hra_fx.errors import AdapterError, ConfigError
 from hra_fx.installing import Fill, all_or_nothing, drawn, introduce, settle
 from hra_fx.reflection import check_adapter_name
 from hra_fx.selection import select, with_head
-from hra_fx.trainable import Changes, freeze, make_copies
 
 M = TypeVar("M", bound=nn.Module)
 

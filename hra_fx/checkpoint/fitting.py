@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hra_fx.adapters.trainable import to_copy
 from hra_fx.checkpoint.folder import WEIGHTS_NAME
 from hra_fx.checkpoint.keys import PREFIX, copy_key, reflection_key, vectors_key
 from hra_fx.checkpoint.saving import RESUME
@@ -22,7 +23,6 @@ from hra_fx.errors import CheckpointError, HRAWarning, SelectionError
 from hra_fx.reflection import AdapterSpec
 from hra_fx.selection import saved_modules, select, without_absent
 from hra_fx.site import SiteLayer, width_of
-from hra_fx.trainable import to_copy
 
 _SHOWN = 5
 #: What PEFT writes of a module to save besides its copy, with bias="all".

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from hra_fx.adapted import sites_of
-from hra_fx.copies import BASE, copies_of
+from hra_fx.adapters.copies import BASE, copies_of
 from hra_fx.reflection import ANCHOR
 from hra_fx.site import REFLECTION, SAVED
 

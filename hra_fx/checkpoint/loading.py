@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from hra_fx import householder
 from hra_fx.adapted import Record, inventory, record_of, root_of, sites_of
-from hra_fx.adding import put_beside
+from hra_fx.adapters.adding import put_beside
+from hra_fx.adapters.copies import Copies, copies_of
+from hra_fx.adapters.trainable import give_gradients
 from hra_fx.checkpoint.fitting import Fitted, fit
 from hra_fx.checkpoint.folder import find
 from hra_fx.config import HRAConfig
-from hra_fx.copies import Copies, copies_of
 from hra_fx.errors import AdapterError
 from hra_fx.reflection import Reflection
 from hra_fx.site import SiteLayer
-from hra_fx.trainable import give_gradients
 from hra_fx.transforming import checked, set_up
 
 M = TypeVar("M", bound=nn.Module)

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hra_fx.adapted import Record, names_in, root_of, sites_of
+from hra_fx.adapters.copies import copies_of
 from hra_fx.carrier.swap import original_class
 from hra_fx.checkpoint.folder import write
 from hra_fx.checkpoint.keys import (
@@ -31,7 +32,6 @@ from hra_fx.checkpoint.keys import (
     vectors_key,
 )
 from hra_fx.config import HRAConfig
-from hra_fx.copies import copies_of
 from hra_fx.errors import AdapterError, CheckpointError, HRAWarning
 from hra_fx.reflection import plain_chain
 from hra_fx.selection import resolve_targets

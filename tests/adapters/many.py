@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import hra_fx
 from hra_fx.adapted import record_of, regions_of, sites_of
-from hra_fx.copies import copies_of
+from hra_fx.adapters.copies import copies_of
 
 F64 = torch.float64
 _TEXT = {

@@ -13,11 +13,11 @@ from adapters.many import adapted, assert_close, config, ids, llama, net, normal
 from torch import nn
 
 import hra_fx
-import hra_fx.adding
+import hra_fx.adapters.adding
+import hra_fx.adapters.trainable
 import hra_fx.installing
-import hra_fx.trainable
 import hra_fx.transforming
-from hra_fx.copies import Copies
+from hra_fx.adapters.copies import Copies
 from hra_fx.errors import GraphInvariantError
 from hra_fx.reflection import Reflection
 
@@ -37,9 +37,9 @@ STEPS: list[tuple[ModuleType | type, str, int]] = [
     (Reflection, "put", 2),
     (Copies, "make", 1),
     (Copies, "make", 2),
-    (hra_fx.adding, "introduce", 1),
-    (hra_fx.adding, "make_copies", 1),
-    (hra_fx.adding, "settle", 1),
+    (hra_fx.adapters.adding, "introduce", 1),
+    (hra_fx.adapters.adding, "make_copies", 1),
+    (hra_fx.adapters.adding, "settle", 1),
 ]
 NAMES = [f"{name} {turn}" for _, name, turn in STEPS]
 
@@ -97,7 +97,7 @@ def test_load_adapter_beside_another(step: Any, monkeypatch: pytest.MonkeyPatch,
     check(lambda: hra_fx.load_adapter(model, tmp_path, "b"), model, normal(4, 6), monkeypatch, step)
 
 
-PLAIN = [step for step in STEPS if step[0] is not hra_fx.adding]
+PLAIN = [step for step in STEPS if step[0] is not hra_fx.adapters.adding]
 PLAIN += [(hra_fx.transforming, name, 1) for name in ("introduce", "freeze", "make_copies", "keep_record", "activate")]
 
 
@@ -109,7 +109,9 @@ def test_load_adapter_into_a_plain_model(step: Any, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    "step", [(Reflection, "put", 1), (Reflection, "put", 2), (hra_fx.adding, "refresh", 1)], ids=lambda step: step[1]
+    "step",
+    [(Reflection, "put", 1), (Reflection, "put", 2), (hra_fx.adapters.adding, "refresh", 1)],
+    ids=lambda step: step[1],
 )
 def test_combine(step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _, model = adapted(net(), a=config("first", "second"), b=config("first"))

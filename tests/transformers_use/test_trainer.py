@@ -118,7 +118,7 @@ def test_a_run_goes_on_in_the_other_shape_and_trainer(tmp_path: Path) -> None:
     model = adapted("bert", "transform")
     run("stock", "bert", model, tmp_path, **EVERY_THIRD).train()
     resumed = adapted("bert", "HRAModel", seed=77)
-    run("ours", "bert", resumed, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    run("ours", "bert", resumed, tmp_path, **EVERY_THIRD).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert_same_training(model, resumed)
 
 
@@ -179,7 +179,7 @@ def test_a_run_with_accumulated_batches_goes_on_bitwise(kind: str, tmp_path: Pat
     arguments = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
     model, resumed = adapted(kind, "HRAModel"), adapted(kind, "HRAModel", seed=77)
     run("ours with the term", kind, model, tmp_path, **EVERY_THIRD, **arguments).train()
-    again = run("ours with the term", kind, resumed, tmp_path, **arguments)
+    again = run("ours with the term", kind, resumed, tmp_path, **EVERY_THIRD, **arguments)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert_same_training(model, resumed)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from hra_fx.adapted import Record, drop_record, record_of, sites_of
+from hra_fx.adapters.copies import Copies, copies_of
+from hra_fx.adapters.trainable import Changes, settle_ties
 from hra_fx.carrier.swap import carriers_of, original_class
-from hra_fx.copies import Copies, copies_of
 from hra_fx.installing import all_or_nothing, capture, install, take_off
 from hra_fx.reflection import Reflection
 from hra_fx.site import REFLECTION, SAVED
-from hra_fx.trainable import Changes, settle_ties
 
 
 def release(model: nn.Module) -> None:

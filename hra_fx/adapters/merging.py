@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from hra_fx.acting import check_copies, refresh
 from hra_fx.adapted import Record, inventory, names_in, root_of, sites_of
+from hra_fx.adapters.acting import check_copies, refresh
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.rotating import check_weights, rotated
 

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from hra_fx.acting import activate, check_copies, refresh
 from hra_fx.adapted import inventory, names_in, only_root, root_of
+from hra_fx.adapters.acting import activate, check_copies, refresh
+from hra_fx.adapters.merging import merged_again, unmerge_adapter
 from hra_fx.errors import HRAWarning
-from hra_fx.merging import merged_again, unmerge_adapter
 
 
 def set_adapter(model: nn.Module, adapter_name: str | Iterable[str], *, inference_mode: bool = False) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from torch import nn
 
 from hra_fx.adapted import Inventory, Record
-from hra_fx.copies import BASE
+from hra_fx.adapters.copies import BASE
+from hra_fx.adapters.trainable import train_only
 from hra_fx.errors import AdapterError
-from hra_fx.trainable import train_only
 
 
 def activate(parts: Inventory, record: Record, names: tuple[str, ...], *, trainable: bool) -> None:

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from hra_fx.adapted import Inventory, Record
+from hra_fx.adapters.copies import Copies, copies_of, own_tensors
 from hra_fx.config import HRAConfig
-from hra_fx.copies import Copies, copies_of, own_tensors
 from hra_fx.errors import UnsupportedLayerError
 from hra_fx.selection import saved_modules
 from hra_fx.site import REFLECTION, SAVED
