@@ -127,7 +127,7 @@ def test_every_kind_of_adapter_goes_on_bitwise(fields: dict[str, Any], tmp_path:
     model = adapted("bert", "transform", **fields)
     run("stock", "bert", model, tmp_path, **EVERY_THIRD).train()
     resumed = adapted("bert", "transform", seed=77, **fields)
-    run("stock", "bert", resumed, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    run("stock", "bert", resumed, tmp_path, **EVERY_THIRD).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert_same_training(model, resumed)
 
 
