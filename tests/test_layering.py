@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hra_fx", "passes")
 LAZY = "hra_fx"
-VOCABULARY = ("errors", "config", "selection", "householder", "site", "reflection")
+VOCABULARY = ("errors", "config", "selection", "householder", "geodesic", "site", "reflection")
 PASSES_MAY_READ = {"hra_fx.site", "hra_fx.errors"}
 SHADOWED = ("transform", "fold", "report", "graphs")
 
