@@ -11,11 +11,13 @@ from torch import nn
 from hra_fx.adapters.copies import Copies
 from hra_fx.carrier.layer import SiteCarrier
 from hra_fx.carrier.region import RegionCarrier
+from hra_fx.carrier.swap import carriers_of, is_outermost
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.reflection import Reflection
 
-_ATTRIBUTE = "_hra_record"
+#: Attribute under which a transformed model keeps its record.
+RECORD = "_hra_record"
 
 
 @dataclass
@@ -43,18 +45,18 @@ class Record:
 
 def record_of(model: nn.Module) -> Record | None:
     """The record that `transform` left at this very module."""
-    record = vars(model).get(_ATTRIBUTE)
+    record = vars(model).get(RECORD)
     return record if isinstance(record, Record) else None
 
 
 def keep_record(model: nn.Module, record: Record) -> None:
     """Leave a record at a model."""
-    setattr(model, _ATTRIBUTE, record)
+    setattr(model, RECORD, record)
 
 
 def drop_record(model: nn.Module) -> None:
     """Take the record away, where there is one."""
-    vars(model).pop(_ATTRIBUTE, None)
+    vars(model).pop(RECORD, None)
 
 
 class Inventory(NamedTuple):
@@ -84,7 +86,7 @@ def inventory(model: nn.Module) -> Inventory:
     while stack:
         module = stack.pop()
         namespace = vars(module)
-        if _ATTRIBUTE in namespace:
+        if RECORD in namespace:
             found.roots.append(module)
         for child in namespace["_modules"].values():
             if child is None or child in seen:
@@ -122,8 +124,22 @@ def only_root(model: nn.Module, found: Inventory) -> tuple[nn.Module, Record]:
     if len(found.roots) > 1:
         paths = ", ".join(repr(path) for path, part in model.named_modules() if part in found.roots)
         raise AdapterError(f"{kind}: it holds several transformed models ({paths}). Give one of them.")
-    record: Record = vars(found.roots[0])[_ATTRIBUTE]
+    record: Record = vars(found.roots[0])[RECORD]
     return found.roots[0], record
+
+
+def require_outermost(model: nn.Module) -> None:
+    """Refuse a model of which a part wears another tool's class over ours, which would be lost with ours.
+
+    Raises:
+        AdapterError: naming the part.
+    """
+    for path, module in model.named_modules():
+        if carriers_of(module) and not is_outermost(module):
+            raise AdapterError(
+                f"{path or 'the model'}: another tool put a class of its own over it ({type(module).__name__}). Take "
+                "that off first (parametrizations: torch.nn.utils.parametrize.remove_parametrizations)."
+            )
 
 
 def names_in(record: Record, names: str | Iterable[str]) -> tuple[str, ...]:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from hra_fx.adapters.copies import Copies
+from hra_fx.adapters.copies import held_by
 from hra_fx.config import HRAConfig
 from hra_fx.errors import UnsupportedLayerError
 from hra_fx.inert import weight_readers
 from hra_fx.reflection import reflection_of
-from hra_fx.site import REFLECTION, SAVED
+from hra_fx.site import REFLECTION
 from hra_fx.sources import can_be_written
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -79,8 +79,8 @@ def has_redundant_forward(layer: nn.Module) -> bool:
 
 
 def _why_not_state(layer: nn.Module) -> str | None:
-    copies = layer._modules.get(SAVED)
-    if isinstance(copies, Copies) and "weight" in copies.in_place:
+    copies = held_by(layer)
+    if copies is not None and "weight" in copies.in_place:
         return "another adapter saves it in full (modules_to_save). Fold or delete that one first"
     if reflection_of(layer) is not None:
         return None  # it was found fit when its first adapter came

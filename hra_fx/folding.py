@@ -9,13 +9,14 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from hra_fx.adapted import Record, inventory, record_of, require_sites, root_of, sites_of
+from hra_fx.adapted import inventory, record_of, require_sites, root_of, sites_of
 from hra_fx.adapters.acting import check_copies, refresh
 from hra_fx.adapters.copies import copies_of
 from hra_fx.adapters.merging import first_of
-from hra_fx.adapters.releasing import forget, release
+from hra_fx.adapters.releasing import forget, release, without
 from hra_fx.errors import AdapterError, FoldError, HRAWarning
 from hra_fx.rotating import FoldedLayer, check_weights, rotated
+from hra_fx.uninterrupted import uninterrupted
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -27,11 +28,12 @@ class FoldPlan:
         layers: one `FoldedLayer` for each distinct layer.
     """
 
-    def __init__(self, model: nn.Module, layers: list[FoldedLayer], names: tuple[str, ...] | None) -> None:
-        """A plan for `model` as it is now; `names` of the adapters that go, or `None` for all."""
+    def __init__(self, model: nn.Module, layers: list[FoldedLayer], names: tuple[str, ...], *, alone: bool) -> None:
+        """A plan for `model` as it is now: `names` go into the weights, and stay there `alone` or beside the others."""
         self.layers = layers
         self._model = model
         self._names = names
+        self._alone = alone
         self._versions = _versions(model)
 
     def __str__(self) -> str:
@@ -44,21 +46,34 @@ class FoldPlan:
         """Write the weights and take the folded adapters off; returns the model.
 
         Raises:
-            FoldError: weights or vectors changed since the plan was made.
+            AdapterError: another tool put a class of its own over a part.
+            FoldError: weights, vectors or what is active changed since the plan was made.
         """
         if _versions(self._model) != self._versions:
             raise FoldError("the model changed since the fold was planned. Plan again.")
+        record = record_of(self._model)
+        going = tuple(record.configs) if record and self._alone else self._names
+        findings = without(self._model, record, going) if record else None
+        with uninterrupted():
+            self._write()
+            if record is None:
+                release(self._model)
+                return self._model
+            untied = _adopt(self._model, self._names) and record.untied
+            record.merged = ()
+            record.untied &= not untied
+            forget(self._model, record, going, findings)
+            if record.configs:
+                refresh(inventory(self._model), record)
+        _tell([name for name in going if name not in self._names], untied=untied)
+        return self._model
+
+    def _write(self) -> None:
         sites = sites_of(self._model)
         with torch.no_grad():
             for layer in self.layers:
                 sites[layer.path].weight.copy_(layer.weight)
                 sites[layer.path].hra_u.unmerged = None
-        record = record_of(self._model)
-        if record is None:
-            release(self._model)
-        else:
-            _settle(self._model, record, self._names)
-        return self._model
 
 
 def fold(model: M, adapter_names: str | Sequence[str] | None = None) -> M:
@@ -111,11 +126,8 @@ def plan_fold(model: nn.Module, adapter_names: str | Sequence[str] | None = None
     check_copies(root, inventory(root), names)
     sites = sites_of(root)
     check_weights(root, sites)
-    return FoldPlan(
-        root,
-        [rotated(path, layer, names) for path, layer in sites.items()],
-        None if adapter_names is None else names,
-    )
+    layers = [rotated(path, layer, names) for path, layer in sites.items()]
+    return FoldPlan(root, layers, names, alone=adapter_names is None)
 
 
 def _plan_part(model: nn.Module, adapter_names: str | Sequence[str] | None) -> FoldPlan:
@@ -128,31 +140,43 @@ def _plan_part(model: nn.Module, adapter_names: str | Sequence[str] | None) -> F
             f"adapter_names={sorted(wanted)}: this part of the model has {sorted(present)}. Give these, or fold the "
             "whole model."
         )
+    for path, layer in sites.items():
+        if layer.hra_u.unmerged is not None or set(layer.hra_u.active) != set(layer.hra_u):
+            raise AdapterError(
+                f"{path}: of its adapters {list(layer.hra_u)} only {list(layer.hra_u.active)} act (others are "
+                "inactive, switched off or merged), and a fold of a part would lose them. Fold the whole model."
+            )
     check_weights(model, sites)
-    return FoldPlan(model, [rotated(path, layer, layer.hra_u.active) for path, layer in sites.items()], None)
+    return FoldPlan(model, [rotated(path, layer, layer.hra_u.active) for path, layer in sites.items()], (), alone=True)
 
 
-def _settle(root: nn.Module, record: Record, names: tuple[str, ...] | None) -> None:
-    """Make the copies of folded adapters the model's own, and forget those adapters."""
-    record.merged = ()
-    folded = record.active if names is None else names
+def _adopt(root: nn.Module, names: tuple[str, ...]) -> bool:
+    """Make the copies of folded adapters the model's own; whether there were some."""
+    adopted = False
     for owner, copies in copies_of(root).values():
-        for name in folded:
-            if record.untied and name in copies.copied:
-                text = "embeddings stay untied, for one was trained; config.tie_word_embeddings is False now."
-                warnings.warn(text, HRAWarning, stacklevel=4)
-                record.untied = False
+        for name in names:
+            adopted |= name in copies.copied
             copies.adopt(owner, name)
-    if names is None and (dropped := [name for name in record.configs if name not in folded]):
-        text = f"adapters {dropped} were not active, and go with the fold. Save them before, or name those to fold."
+    return adopted
+
+
+def _tell(dropped: list[str], *, untied: bool) -> None:
+    if untied:
+        text = "embeddings stay untied, for one was trained; config.tie_word_embeddings is False now."
         warnings.warn(text, HRAWarning, stacklevel=4)
-    forget(root, record, tuple(record.configs) if names is None else names)
-    if record.configs:
-        refresh(inventory(root), record)
+    if dropped:
+        text = f"adapters {dropped} were not active, and went with the fold. Name those to fold to keep the others."
+        warnings.warn(text, HRAWarning, stacklevel=4)
 
 
-def _versions(model: nn.Module) -> list[tuple[int, int]]:
-    """Identity and version of every tensor that a fold reads; a tensor made in inference mode has no version."""
+def _versions(model: nn.Module) -> list[object]:
+    """What a fold rests on: which adapters act, and identity and version of every tensor that it reads.
+
+    A tensor made in inference mode has no version.
+    """
+    record = record_of(model)
+    state = (tuple(record.configs), record.active, record.merged, record.disabled) if record else None
     sites = sites_of(model).values()
     read = (t for layer in sites for t in (layer.weight, *layer.hra_u.parameters(), *layer.hra_u.buffers()))
-    return [(id(tensor), -1 if tensor.is_inference() else tensor._version) for tensor in read]
+    tensors = ((id(tensor), -1 if tensor.is_inference() else tensor._version) for tensor in read)
+    return [state, *(layer.hra_u.active for layer in sites), *tensors]

@@ -9,11 +9,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx, nn
 
-from hra_fx.adapted import regions_of, sites_of
+from hra_fx.adapted import RECORD, regions_of, require_outermost, sites_of
 from hra_fx.capture.region import Region
 from hra_fx.capture.search import Findings, find_regions
 from hra_fx.carrier.layer import SiteCarrier, carrier_for
-from hra_fx.carrier.region import RegionCarrier
+from hra_fx.carrier.region import REGION, RegionCarrier
 from hra_fx.carrier.swap import swap, unswap
 from hra_fx.config import HRAConfig
 from hra_fx.eligibility import check, has_redundant_forward
@@ -59,6 +59,8 @@ def introduce(
     present = sites_of(model)
     new = {path: layer for path, layer in layers.items() if path not in present}
     copies = config.modules_to_save or config.bias != "none"
+    if new or copies:
+        require_outermost(model)
     findings = capture(model, {**present, **new}) if new or copies else None
     for path, layer in layers.items():
         if path in new:
@@ -78,7 +80,11 @@ def drawn(name: str, config: HRAConfig, *, on_meta: bool) -> Fill:
 
 
 def capture(model: nn.Module, sites: Mapping[str, nn.Module]) -> Findings:
-    """The regions of a model for these sites, whatever it carries already."""
+    """The regions of a model for these sites, whatever it carries already.
+
+    Raises:
+        UnsupportedLayerError: a traced forward reads the weight of a site itself.
+    """
     with _laid_bare(model):
         return find_regions(model, sites)
 
@@ -86,9 +92,9 @@ def capture(model: nn.Module, sites: Mapping[str, nn.Module]) -> Findings:
 def install(model: nn.Module, findings: Findings, undo: ExitStack) -> None:
     """Put regions in place of those that a model has."""
     for module in regions_of(model).values():
-        undo.callback(_put_back, module, type(module), vars(module)["_hra_region"])
+        undo.callback(_put_back, module, type(module), vars(module)[REGION])
         unswap(module, RegionCarrier)
-        del vars(module)["_hra_region"]
+        del vars(module)[REGION]
     kinds = {path: kind_of(layer) for path, layer in sites_of(model).items()}
     for path, region in findings.regions.items():
         _install(model.get_submodule(path), path, region, kinds, undo)
@@ -129,10 +135,16 @@ def _install(root: nn.Module, path: str, region: Region, kinds: dict[str, SiteKi
             rewritten[id(graph)] = module.graph
         region.graphs[training] = rewritten[id(graph)]
     region.settle(root)
-    undo.callback(vars(root).pop, "_hra_region", None)
+    undo.callback(vars(root).pop, REGION, None)
     root._hra_region = region  # type: ignore[assignment]
     swap(root, RegionCarrier)
     undo.callback(unswap, root, RegionCarrier)
+
+
+def _refill(children: dict[str, nn.Module | None], before: dict[str, nn.Module | None]) -> None:
+    """In the very order that they had, which is that of parameters and optimizer states."""
+    children.clear()
+    children.update(before)
 
 
 def _put_back(module: nn.Module, kind: type[nn.Module], region: Region) -> None:
@@ -151,10 +163,11 @@ def _laid_bare(model: nn.Module) -> Iterator[None]:
                     unswap(module, carrier_for(module) if carrier is SiteCarrier else carrier)
             if type(module) is not kind:
                 dress.callback(setattr, module, "__class__", kind)
-            for child in (SAVED, REFLECTION):
-                if child in module._modules:
-                    dress.callback(module._modules.__setitem__, child, module._modules.pop(child))
-            for name in ("_hra_region", "_hra_record"):
+            if not {SAVED, REFLECTION}.isdisjoint(module._modules):
+                dress.callback(_refill, module._modules, dict(module._modules))
+                for child in (SAVED, REFLECTION):
+                    module._modules.pop(child, None)
+            for name in (REGION, RECORD):
                 if name in vars(module):
                     dress.callback(vars(module).__setitem__, name, vars(module).pop(name))
         yield

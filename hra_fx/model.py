@@ -6,25 +6,27 @@ diffusers) sees the model, and no attribute has to be handed through a wrapper.
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from hra_fx.adapted import Record, inventory, names_in, record_of, root_of
+from hra_fx.adapted import Record, inventory, names_in, record_of, require_outermost, root_of
 from hra_fx.adapters.acting import refresh
 from hra_fx.adapters.adding import add_adapter
 from hra_fx.adapters.copies import BASE, copies_of
 from hra_fx.adapters.deleting import delete_adapter
 from hra_fx.adapters.merging import merge_adapter, unmerge_adapter
 from hra_fx.adapters.releasing import forget
+from hra_fx.adapters.scaling import set_scale
 from hra_fx.adapters.switching import disable_adapters, set_adapter
 from hra_fx.adapters.trainable import give_gradients
 from hra_fx.carrier.layer import SiteCarrier
-from hra_fx.carrier.swap import Carrier, original_class, swap
+from hra_fx.carrier.swap import Carrier, original_class, swap, swapped_class
 from hra_fx.checkpoint.loading import load_adapter
 from hra_fx.checkpoint.saving import save_pretrained
 from hra_fx.config import HRAConfig
@@ -45,7 +47,8 @@ class HRAModel(Carrier):
 
     Args:
         model: any module with Linear or Conv2d layers, plain or transformed already.
-        config: which layers, how many reflections, and how they start (`peft_config` in PEFT).
+        config: which layers, how many reflections, and how they start; a dict of names and configurations for several
+            adapters. It may be called `peft_config` as in PEFT.
         adapter_name: name of the adapter.
         low_cpu_mem_usage: make the vectors on the meta device, to be loaded into.
 
@@ -74,15 +77,22 @@ class HRAModel(Carrier):
         """The model that is given, adapted; on a swapped class (a copy, an unpickled model) a plain new object."""
         return _adapted(*args, **kwargs) if cls is HRAModel else super().__new__(cls)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing is left to do for a model that exists already."""
-        if "_modules" not in vars(self):
-            super().__init__(*args, **kwargs)
+    @classmethod
+    def wrap(cls, base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+        """`base.__init__`, with nothing to do for a model that exists already."""
+        init: Callable[..., Any] = base.__init__
+
+        @functools.wraps(init)
+        def __init__(self: HRAModel, *args: Any, **kwargs: Any) -> None:
+            if "_modules" not in vars(self):
+                init(self, *args, **kwargs)
+
+        return {"__init__": __init__}
 
     @property
     def peft_config(self) -> dict[str, HRAConfig]:
         """Adapter name -> configuration."""
-        return self._record.configs
+        return dict(self._record.configs)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -129,8 +139,10 @@ class HRAModel(Carrier):
         trained, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
 
-    def add_adapter(self, adapter_name: str, peft_config: HRAConfig, low_cpu_mem_usage: bool = False) -> None:
-        """As `hra_fx.add_adapter`."""
+    def add_adapter(self, adapter_name: Any, peft_config: Any, low_cpu_mem_usage: bool = False) -> None:
+        """As `hra_fx.add_adapter`; the name and the configuration in PEFT's order, or in that of transformers."""
+        if isinstance(adapter_name, HRAConfig):
+            adapter_name, peft_config = peft_config, adapter_name
         add_adapter(self, adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage)
 
     def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
@@ -165,6 +177,28 @@ class HRAModel(Carrier):
         """Switch the active adapters on again."""
         self._switch(disabled=False)
 
+    def disable_adapters(self) -> None:
+        """What transformers and diffusers call `disable_adapter_layers`."""
+        self._switch(disabled=True)
+
+    def enable_adapters(self) -> None:
+        """What transformers and diffusers call `enable_adapter_layers`."""
+        self._switch(disabled=False)
+
+    def set_adapters(self, adapter_names: str | list[str], weights: float | list[float] | None = None) -> None:
+        """What diffusers calls `set_adapter`, with strengths of 0 to 1 (`hra_fx.set_scale`)."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        set_adapter(self, names)
+        if weights is not None:
+            given = weights if isinstance(weights, list) else [weights] * len(names)
+            for name, weight in zip(names, given, strict=True):
+                set_scale(self, name, weight)
+
+    def delete_adapters(self, adapter_names: str | list[str]) -> None:
+        """What diffusers calls `delete_adapter`, for several."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else list(adapter_names):
+            self.delete_adapter(name)
+
     def _switch(self, *, disabled: bool) -> None:
         record = self._record
         if disabled and record.merged:
@@ -194,8 +228,8 @@ class HRAModel(Carrier):
         fold(self, adapter_names)
         if record := record_of(self):
             text = f"adapters {list(record.configs)} were not folded, and are taken off. To keep them call hra_fx.fold."
+            forget(self, record, tuple(record.configs), None)
             warnings.warn(text, HRAWarning, stacklevel=2)
-            forget(self, record, tuple(record.configs))
         return self
 
     def unload(self) -> nn.Module:
@@ -207,7 +241,8 @@ class HRAModel(Carrier):
         record = self._record
         if record.merged:
             unmerge_adapter(self)
-        forget(self, record, tuple(record.configs))
+        require_outermost(self)
+        forget(self, record, tuple(record.configs), None)
         return self
 
     def save_pretrained(
@@ -218,15 +253,18 @@ class HRAModel(Carrier):
         is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
         push_to_hub: bool = False,
+        save_embedding_layers: bool | str = "auto",
         **kwargs: Any,
     ) -> None:
         """Write adapters as PEFT does: "default" into the folder, others into subfolders of their names.
 
         Raises:
-            AdapterError: `safe_serialization=False`, for a pickle is never written; `push_to_hub=True`, for which there
-                is `model.push_to_hub`; or there is no such adapter.
+            AdapterError: `safe_serialization=False`, for a pickle is never written; `push_to_hub=True`;
+                `save_embedding_layers=True`, for which there is `modules_to_save`; or there is no such adapter.
             CheckpointError: the adapter cannot be written.
         """
+        if save_embedding_layers is True:
+            raise AdapterError("save_embedding_layers=True: embeddings are saved where modules_to_save names them.")
         save_pretrained(
             self,
             save_directory,
@@ -267,11 +305,21 @@ class HRAModel(Carrier):
 
 
 def _adapted(
-    model: nn.Module, config: HRAConfig, adapter_name: str = "default", low_cpu_mem_usage: bool = False
+    model: nn.Module,
+    config: HRAConfig | Mapping[str, HRAConfig] | None = None,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    *,
+    peft_config: HRAConfig | Mapping[str, HRAConfig] | None = None,
 ) -> nn.Module:
     if isinstance(model, nn.Module):
         _check_names(model)
-    transform(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+    given: Any = peft_config if config is None else config
+    configs = dict(given) if isinstance(given, Mapping) else {adapter_name: given}
+    first = adapter_name if adapter_name in configs else next(iter(configs), adapter_name)
+    transform(model, configs.pop(first, given), first, low_cpu_mem_usage=low_cpu_mem_usage)
+    for name, other in configs.items():
+        add_adapter(model, name, other, low_cpu_mem_usage=low_cpu_mem_usage)
     return _shaped(model)
 
 
@@ -301,8 +349,14 @@ def _meaningful(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_names(model: nn.Module) -> None:
-    """A name that the model uses itself must not become another thing."""
+    """A name that the model uses itself must not become another thing, and its class must allow a subclass."""
     kind = original_class(model)
+    try:
+        swapped_class(HRAModel, kind)
+    except Exception as error:
+        raise AdapterError(
+            f"{kind.__name__}: no subclass can be made of it ({type(error).__name__}: {error})."
+        ) from error
     for name in vars(HRAModel):
         if name.startswith("_"):
             continue

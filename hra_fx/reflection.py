@@ -136,12 +136,10 @@ class Reflection(nn.ParameterDict):
         if own.is_meta:
             self[name] = nn.Parameter(vectors.to(device, own.dtype), requires_grad=own.requires_grad)
         else:
-            own.data.copy_(vectors)
+            own.copy_(vectors)
         self._drop(name + ANCHOR)
         if anchor is not None:
             self.register_buffer(name + ANCHOR, anchor.to(self[name]))
-        if name in self.scales:
-            self.scale(name, self.scales[name])
 
     def remove(self, name: str) -> None:
         """Take an adapter out, if it is there."""
@@ -176,12 +174,12 @@ class Reflection(nn.ParameterDict):
         The forward does not read the vectors then, so they have no gradient until the strength is 1 again.
         """
         vectors: nn.Parameter = self[name]
+        made = self.scaled(name, alpha) if chain is None and alpha != 1 else chain
         trained = self.paused.pop(name, vectors.requires_grad)
         self.scales.pop(name, None)
         self._drop(name + _SCALED)
         if alpha != 1:
             # Not in the state_dict: it follows from the vectors and the strength.
-            made = self.scaled(name, alpha) if chain is None else chain
             self.register_buffer(name + _SCALED, made, persistent=False)
             self.scales[name] = alpha
             self.paused[name] = trained
@@ -191,11 +189,15 @@ class Reflection(nn.ParameterDict):
         if buffer in self._buffers:
             delattr(self, buffer)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         """Load, and bring the scaled adapters in step with their vectors."""
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        errors: list[str] = rest[-1]
         for name, alpha in list(self.scales.items()):
-            self.scale(name, alpha)
+            try:
+                self.scale(name, alpha)
+            except AdapterError as error:
+                errors.append(f"{prefix}{name}: {error}")
 
     def anchor(self, name: str) -> Tensor | None:
         """The frozen prefix `A` of an adapter, `(d, 1)` or `(d, r)`, if it has one."""

@@ -21,7 +21,7 @@ from hra_fx.default_targets import DEFAULT_TARGETS
 from hra_fx.errors import HRAWarning, SelectionError
 from hra_fx.site import REFLECTION, SAVED
 
-__all__ = ["is_target", "resolve_targets", "saved_modules", "select", "with_head", "without_absent"]
+__all__ = ["is_target", "resolve_targets", "saved_modules", "select", "targeted", "with_head", "without_absent"]
 
 _ADAPTER = {REFLECTION, SAVED}
 _HEADS = ("score", "classifier")
@@ -52,11 +52,10 @@ def select(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
     >>> select(model, HRAConfig(target_modules="all-linear", exclude_modules=["2"]))
     {'0': Linear(in_features=2, out_features=2, bias=True)}
     """
-    targets = resolve_targets(model, config)
+    chosen = targeted(model, config)
     modules = dict(_walk(model))
-    chosen = {path: module for path, module in modules.items() if is_target(config, path, targets)}
     if not chosen:
-        raise SelectionError(_nothing_chosen(model, config, targets))
+        raise SelectionError(_nothing_chosen(model, config, resolve_targets(model, config)))
     for path, module in chosen.items():
         if not _adaptable(module):
             raise SelectionError(_wrong_type(path, module))
@@ -66,6 +65,16 @@ def select(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
         text = f"exclude_modules: {_show(config.exclude_modules)} leaves no module out{near}"
         warnings.warn(text, HRAWarning, stacklevel=2)
     return chosen
+
+
+def targeted(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
+    """The modules that `config` names, whatever they are: path -> module, in `named_modules` order.
+
+    >>> list(targeted(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), HRAConfig(target_modules=["1"])))
+    ['1']
+    """
+    targets = resolve_targets(model, config)
+    return {path: module for path, module in _walk(model) if is_target(config, path, targets)}
 
 
 def is_target(config: HRAConfig, path: str, targets: Collection[str] | str | None = None) -> bool:

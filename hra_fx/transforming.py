@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from hra_fx.adapted import Record, drop_record, inventory, keep_record, record_of, sites_of
 from hra_fx.adapters.acting import activate
-from hra_fx.adapters.trainable import Changes, freeze, make_copies
+from hra_fx.adapters.releasing import release
+from hra_fx.adapters.trainable import freeze, make_copies
 from hra_fx.carrier.pretrained import PretrainedCarrier, is_pretrained
+from hra_fx.carrier.root import RootCarrier
 from hra_fx.carrier.swap import swap, unswap
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, ConfigError
@@ -60,20 +64,26 @@ def transform(model: M, config: HRAConfig, adapter_name: str = "default", *, low
     return model
 
 
-def set_up(model: nn.Module, config: HRAConfig, adapter_name: str, fill: Fill) -> None:
-    """Make a plain model an adapted one, with one active adapter whose vectors `fill` gives."""
+def set_up(
+    model: nn.Module,
+    config: HRAConfig,
+    adapter_name: str,
+    fill: Fill,
+    copies: Mapping[tuple[str, str], Tensor] = MappingProxyType({}),
+) -> None:
+    """Make a plain model an adapted one, with one active adapter whose vectors `fill` gives, and these copies."""
     with all_or_nothing() as steps:
         layers, findings = introduce(model, adapter_name, config, fill, steps)
         changed = freeze(model)
         steps.callback(changed.restore, model)
         record = Record({adapter_name: config}, requires_grad=changed.flags, alone=findings.alone if findings else {})
-        make_copies(model, adapter_name, config, layers, record, steps)
+        make_copies(model, adapter_name, config, layers, record, steps, copies)
         settle(model)
         steps.callback(drop_record, model)
         keep_record(model, record)
-        if is_pretrained(model):
-            swap(model, PretrainedCarrier)
-            steps.callback(unswap, model, PretrainedCarrier)
+        carrier = PretrainedCarrier if is_pretrained(model) else RootCarrier
+        swap(model, carrier)
+        steps.callback(unswap, model, carrier)
         activate(inventory(model), record, (adapter_name,), trainable=not config.inference_mode)
 
 
@@ -102,8 +112,7 @@ def _is_done(model: nn.Module, config: HRAConfig, adapter_name: str) -> bool:
     record = record_of(model)
     carried = sites_of(model)
     if record and not carried:  # its parts were folded one by one
-        Changes(record.requires_grad).restore(model)
-        drop_record(model)
+        release(model)
         record = None
     present = record.configs if record else {}
     if present.get(adapter_name) == config:
@@ -122,7 +131,7 @@ def _is_done(model: nn.Module, config: HRAConfig, adapter_name: str) -> bool:
         names = ", ".join(dict.fromkeys(name for layer in carried.values() for name in layer.hra_u))
         raise AdapterError(
             f"adapter {adapter_name!r}: {next(iter(carried))} carries reflections already, of {names}. For another one "
-            "beside it call hra_fx.add_adapter; to build on it call hra_fx.fold first."
+            "beside it call hra_fx.add_adapter on the model that was transformed; to build on it fold it first."
         )
     return False
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from torch import Tensor, nn
 
 from hra_fx.adapted import Record, inventory, root_of
 from hra_fx.adapters.acting import refresh
@@ -40,8 +43,15 @@ def add_adapter(model: nn.Module, adapter_name: str, config: HRAConfig, *, low_c
     put_beside(root, record, adapter_name, config, drawn(adapter_name, config, on_meta=low_cpu_mem_usage))
 
 
-def put_beside(root: nn.Module, record: Record, adapter_name: str, config: HRAConfig, fill: Fill) -> None:
-    """Add an adapter whose vectors `fill` gives; errors as `add_adapter`."""
+def put_beside(
+    root: nn.Module,
+    record: Record,
+    adapter_name: str,
+    config: HRAConfig,
+    fill: Fill,
+    copies: Mapping[tuple[str, str], Tensor] = MappingProxyType({}),
+) -> None:
+    """Add an adapter whose vectors `fill` gives, and with these trained copies; errors as `add_adapter`."""
     if adapter_name in record.configs:
         raise AdapterError(
             f"adapter {adapter_name!r}: the model has it already. Delete it first, or choose another name."
@@ -50,7 +60,7 @@ def put_beside(root: nn.Module, record: Record, adapter_name: str, config: HRACo
         raise AdapterError(f"adapters {list(record.merged)} are merged into the weights. Call unmerge_adapter first.")
     with all_or_nothing() as undo:
         layers, findings = introduce(root, adapter_name, config, fill, undo)
-        make_copies(root, adapter_name, config, layers, record, undo)
+        make_copies(root, adapter_name, config, layers, record, undo, copies)
         record.configs[adapter_name] = config
         undo.callback(record.configs.pop, adapter_name, None)
         parts = inventory(root)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from hra_fx import householder
-from hra_fx.adapted import names_in, root_of, sites_of
+from hra_fx.adapted import Record, names_in, root_of, sites_of
 from hra_fx.adapters.adding import put_beside
 from hra_fx.errors import AdapterError
 from hra_fx.reflection import AdapterSpec, Reflection
@@ -31,7 +32,7 @@ def combine(model: nn.Module, adapters: Sequence[str], adapter_name: str) -> Non
 
     Raises:
         AdapterError: there is no such adapter, fewer than two are named, one has copies (`modules_to_save` or `bias`),
-            or a layer would have to be filled up by an odd number.
+            a layer would have to be filled up by an odd number, or all have strength 0.
 
     Example:
         >>> from hra_fx import HRAConfig, add_adapter, transform
@@ -49,24 +50,34 @@ def combine(model: nn.Module, adapters: Sequence[str], adapter_name: str) -> Non
         config = record.configs[name]
         if config.modules_to_save or config.bias != "none":
             raise AdapterError(f"adapter {name!r}: it has trained copies of modules or biases, which have no product.")
+    with torch.inference_mode(False):
+        _combine(root, record, names, adapter_name)
+
+
+def _combine(root: nn.Module, record: Record, names: tuple[str, ...], adapter_name: str) -> None:
     chains = {
         path: [layer.hra_u.chain(name).detach() for name in names if name in layer.hra_u]
         for path, layer in sites_of(root).items()
         if any(name in layer.hra_u for name in names)
     }
     rank = max(sum(chain.shape[1] for chain in parts) for parts in chains.values())
+    if not rank:
+        raise AdapterError(
+            f"adapters {list(names)}: at the strengths that they have they turn nothing. Set others first."
+        )
     joint = {path: _filled(path, torch.cat(parts, dim=1), rank) for path, parts in chains.items()}
     config = dataclasses.replace(
         record.configs[names[0]],
         r=rank,
         apply_GS=False,
         init_weights=True,
-        target_modules=list(chains),
+        # The very paths: as a list they would also name what ends like them.
+        target_modules="|".join(re.escape(path) for path in chains),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
     )
-    spec = AdapterSpec(rank)
+    spec = AdapterSpec(rank, init_weights=False)
 
     def fill(path: str, layer: SiteLayer, reflection: Reflection) -> None:
         reflection.put(adapter_name, spec, joint[path], None)

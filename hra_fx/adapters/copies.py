@@ -8,7 +8,7 @@ with the model. (PEFT keeps copies of whole modules behind a wrapper, which rena
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -32,25 +32,34 @@ class Copies(nn.Module):
         self.copied: dict[str, tuple[str, ...]] = {}
         self.in_place: dict[str, str] = {}
 
-    def make(self, owner: nn.Module, adapter: str, names: Iterable[str], memo: dict[int, nn.Parameter]) -> None:
-        """Copy tensors of `owner` for an adapter, as the base model has them; they wait.
+    def make(
+        self,
+        owner: nn.Module,
+        adapter: str,
+        names: Iterable[str],
+        memo: dict[int, nn.Parameter],
+        values: Mapping[str, Tensor],
+    ) -> None:
+        """Make copies of tensors of `owner` for an adapter; they wait.
 
-        `memo` holds the copies made for this adapter by the identity of the original, so that what is one tensor at two
-        places stays one.
+        They are as the base model's, or as `values` has them. `memo` holds the copies made for this adapter by the
+        identity of the original, so that what is one tensor at two places stays one.
         """
+        self.copied[adapter] = tuple(names)
         holder = nn.Module()
         self.add_module(adapter, holder)
-        for name in names:
+        for name in self.copied[adapter]:
             self.in_place.setdefault(name, BASE)
             source = self.get(owner, BASE, name)
+            value = values[name].to(source) if name in values else source.detach()
             if isinstance(source, nn.Parameter):
                 floating = source.is_floating_point()
-                memo.setdefault(id(source), nn.Parameter(source.detach().clone(), requires_grad=floating))
+                if id(source) not in memo:
+                    memo[id(source)] = nn.Parameter(value.clone(), requires_grad=floating)
                 holder.register_parameter(name, memo[id(source)])
             else:
                 persistent = name not in owner._non_persistent_buffers_set
-                holder.register_buffer(name, source.detach().clone(), persistent=persistent)
-        self.copied[adapter] = tuple(names)
+                holder.register_buffer(name, value.clone(), persistent=persistent)
 
     def get(self, owner: nn.Module, adapter: str, name: str) -> Tensor:
         """A tensor of an adapter or of `BASE`, in place or waiting."""
@@ -82,10 +91,11 @@ class Copies(nn.Module):
         """Drop an adapter's copies, the base model's coming into place."""
         if adapter in self.copied:
             for name in self.copied[adapter]:
-                if self.in_place[name] == adapter:
+                if self.in_place.get(name) == adapter:
                     setattr(owner, name, self._take(BASE, name))
                     self.in_place[name] = BASE
-            del self._modules[adapter], self.copied[adapter]
+            self._modules.pop(adapter, None)
+            del self.copied[adapter]
             self._tidy()
 
     def adopt(self, owner: nn.Module, adapter: str) -> None:
@@ -134,11 +144,16 @@ class Copies(nn.Module):
 
 def copies_of(model: nn.Module) -> dict[str, tuple[nn.Module, Copies]]:
     """Path -> (owner, copies), for every module in `model` that has some."""
-    return {
-        path: (owner, copies)
-        for path, owner in model.named_modules()
-        if isinstance(copies := owner._modules.get(SAVED), Copies)
-    }
+    return {path: (owner, copies) for path, owner in model.named_modules() if (copies := held_by(owner)) is not None}
+
+
+def held_by(module: nn.Module) -> Copies | None:
+    """The copies of a module's own tensors, if it has some."""
+    # The children of a scripted module are no dict, and know no `get`.
+    if SAVED not in module._modules:
+        return None
+    child = module._modules[SAVED]
+    return child if isinstance(child, Copies) else None
 
 
 def own_tensors(module: nn.Module) -> tuple[str, ...]:

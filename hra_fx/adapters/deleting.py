@@ -8,7 +8,7 @@ from torch import nn
 
 from hra_fx.adapted import inventory, names_in, root_of
 from hra_fx.adapters.acting import activate, refresh
-from hra_fx.adapters.releasing import forget
+from hra_fx.adapters.releasing import forget, without
 from hra_fx.errors import AdapterError, HRAWarning
 
 
@@ -18,7 +18,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     Where it was the only active one, the first that is left becomes active (as in PEFT).
 
     Raises:
-        AdapterError: there is no such adapter, or it is merged.
+        AdapterError: there is no such adapter, some are merged, or another tool put a class of its own over a part.
 
     Warns:
         HRAWarning: another adapter becomes active.
@@ -35,13 +35,13 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     if record.merged:
         raise AdapterError(f"adapters {list(record.merged)} are merged into the weights. Call unmerge_adapter first.")
     was_active = name in record.active
-    forget(root, record, (name,))
+    forget(root, record, (name,), without(root, record, (name,)))
     if not record.configs:
         return
     if record.active or not was_active:
         refresh(inventory(root), record)
         return
     following = next(iter(record.configs))
+    activate(inventory(root), record, (following,), trainable=not record.configs[following].inference_mode)
     text = f"adapter {name!r} was active and is deleted; {following!r} is active now."
     warnings.warn(text, HRAWarning, stacklevel=2)
-    activate(inventory(root), record, (following,), trainable=not record.configs[following].inference_mode)

@@ -13,6 +13,7 @@ from hra_fx.adapted import Record, inventory, names_in, root_of, sites_of
 from hra_fx.adapters.acting import check_copies, refresh
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.rotating import check_weights, rotated
+from hra_fx.uninterrupted import uninterrupted
 
 
 def merge_adapter(model: nn.Module, adapter_names: str | Iterable[str] | None = None) -> None:
@@ -67,25 +68,25 @@ def unmerge_adapter(model: nn.Module) -> None:
     if not record.merged:
         warnings.warn("unmerge_adapter: nothing is merged; nothing is done.", HRAWarning, stacklevel=2)
         return
-    with torch.no_grad():
+    with torch.no_grad(), uninterrupted():
         for layer in sites_of(root).values():
             if layer.hra_u.unmerged is not None:
                 layer.weight.copy_(layer.hra_u.unmerged)
                 layer.hra_u.unmerged = None
-    record.merged = ()
-    refresh(inventory(root), record)
+        record.merged = ()
+        refresh(inventory(root), record)
 
 
 @contextmanager
 def merged_again(root: nn.Module, record: Record) -> Iterator[None]:
-    """Unmerged inside the block, merged as before after it."""
-    names = record.merged
+    """Unmerged inside the block, merged as before after it, unless other adapters were set inside."""
+    names, active = record.merged, record.active
     if names:
         unmerge_adapter(root)
     try:
         yield
     finally:
-        if names and all(name in record.configs for name in names):  # none was deleted inside
+        if names and record.active == active:  # none was set or deleted inside
             _merge(root, record, names)
 
 
@@ -96,7 +97,9 @@ def first_of(record: Record, adapter_names: str | Iterable[str] | None) -> tuple
         AdapterError: no such adapter, none is active, all are switched off, or another one comes before.
     """
     if record.disabled:
-        raise AdapterError("adapters are switched off here. Leave the disable_adapters block first.")
+        raise AdapterError(
+            "adapters are switched off. Leave the disable_adapters block first, or call enable_adapter_layers()."
+        )
     names = record.active if adapter_names is None else names_in(record, adapter_names)
     if not names:
         raise AdapterError("no adapter is active. Name one, or call hra_fx.set_adapter first.")
@@ -114,10 +117,12 @@ def _merge(root: nn.Module, record: Record, names: tuple[str, ...]) -> None:
     check_copies(root, inventory(root), dict.fromkeys((*names, *record.active)))
     check_weights(root, sites)
     new = {path: rotated(path, layer, names) for path, layer in sites.items() if any(n in layer.hra_u for n in names)}
-    with torch.no_grad():
-        for path, change in new.items():
-            sites[path].hra_u.unmerged = sites[path].weight.detach().clone()
-            sites[path].weight.copy_(change.weight)
+    # All that needs memory before the first weight is written.
+    old = {path: sites[path].weight.detach().clone() for path in new}
     others = tuple(name for name in record.active if name not in names)
-    record.active, record.merged = names + others, names
-    refresh(inventory(root), record)
+    with torch.no_grad(), uninterrupted():
+        for path, change in new.items():
+            sites[path].hra_u.unmerged = old[path]
+            sites[path].weight.copy_(change.weight)
+        record.active, record.merged = names + others, names
+        refresh(inventory(root), record)

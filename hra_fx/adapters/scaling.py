@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 from torch import Tensor, nn
 
 from hra_fx.adapted import names_in, root_of, sites_of
-from hra_fx.errors import AdapterError
+from hra_fx.adapters.copies import copies_of
+from hra_fx.errors import AdapterError, HRAWarning
 
 
 def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
@@ -15,7 +17,7 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
 
     At 0 it acts as the identity, at 1 it is itself. In between every plane that it turns is turned by `alpha` times the
     angle. (PEFT warns, and ignores a scale.) An adapter is not trained while its strength is not 1, and the strength is
-    not saved with it.
+    not saved with it. Trained copies (`modules_to_save`, `bias`) stay as they are at every strength.
 
     Args:
         model: a transformed model.
@@ -25,6 +27,9 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
     Raises:
         AdapterError: there is no such adapter, it is merged, `alpha` is out of range, or its `Q` is no rotation at some
             layer: an odd number of reflections has no path from the identity. The model is as it was.
+
+    Warns:
+        HRAWarning: the adapter has trained copies.
 
     Example:
         >>> from hra_fx import HRAConfig, report, transform
@@ -43,10 +48,13 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
         raise AdapterError(f"adapter {name!r}: it is merged into the weights. Call unmerge_adapter first.")
     sites = {path: layer.hra_u for path, layer in sites_of(root).items() if name in layer.hra_u}
     chains: dict[str, Tensor] = {}
-    for path, reflection in sites.items():
+    for path, reflection in sites.items() if alpha != 1 else ():
         try:
             chains[path] = reflection.scaled(name, float(alpha))
         except AdapterError as error:
             raise AdapterError(f"{path}: adapter {name!r}: {error}") from error
     for path, reflection in sites.items():
-        reflection.scale(name, float(alpha), chains[path])
+        reflection.scale(name, float(alpha), chains.get(path))
+    if alpha != 1 and any(name in copies.copied for _, copies in copies_of(root).values()):
+        text = f"adapter {name!r}: its strength turns reflections alone; trained modules and biases stay as they are."
+        warnings.warn(text, HRAWarning, stacklevel=2)

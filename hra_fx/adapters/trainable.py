@@ -7,11 +7,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from hra_fx.adapted import Inventory, Record
-from hra_fx.adapters.copies import Copies, copies_of, own_tensors
+from hra_fx.adapters.copies import Copies, copies_of, held_by, own_tensors
 from hra_fx.config import HRAConfig
 from hra_fx.errors import UnsupportedLayerError
 from hra_fx.selection import saved_modules
@@ -71,9 +71,17 @@ def give_gradients(parts: Inventory, names: Iterable[str], wanted: bool) -> None
 
 
 def make_copies(
-    model: nn.Module, name: str, config: HRAConfig, sites: Mapping[str, nn.Module], record: Record, undo: ExitStack
+    model: nn.Module,
+    name: str,
+    config: HRAConfig,
+    sites: Mapping[str, nn.Module],
+    record: Record,
+    undo: ExitStack,
+    values: Mapping[tuple[str, str], Tensor],
 ) -> None:
     """Copy what `config.modules_to_save` and `config.bias` train, for adapter `name`; the copies wait.
+
+    `values`, (path of the module, name of its tensor) -> tensor, goes in place of what the base model has.
 
     Biases: none, all in the model (`"all"`), or those of the adapted layers (`"hra_only"`).
 
@@ -87,15 +95,16 @@ def make_copies(
     originals = {f"{path}.{n}".lstrip("."): getattr(owner, n) for path, (owner, names) in wanted.items() for n in names}
     tied = {other for others in tied_to(model, originals).values() for other in others}
     memo: dict[int, nn.Parameter] = {}
-    for owner, names in wanted.values():
-        copies = owner._modules.get(SAVED)
-        if not isinstance(copies, Copies):
+    for path, (owner, names) in wanted.items():
+        copies = held_by(owner)
+        if copies is None:
             copies = Copies()
             copies.train(owner.training)
             undo.callback(owner._modules.pop, SAVED, None)
             owner.add_module(SAVED, copies)
         undo.callback(copies.remove, owner, name)
-        copies.make(owner, name, names, memo)
+        given = {entry: values[path, entry] for entry in names if (path, entry) in values}
+        copies.make(owner, name, names, memo, given)
     if tied - originals.keys():
         _untie(model, record, undo)
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from hra_fx.carrier.swap import Carrier
 from hra_fx.reflection import Conv2dReflection, LinearReflection, Reflection
+from hra_fx.site import REFLECTION
 
 
 class SiteCarrier(Carrier):
-    """A layer that carries reflections."""
+    """A layer that carries reflections; a new object of its class, which has none, is a plain layer."""
 
     hra_u: Reflection
     weight: nn.Parameter
@@ -30,16 +31,16 @@ class LinearCarrier(SiteCarrier):
     hra_u: LinearReflection
 
     @classmethod
-    def wrap(cls, base: type[nn.Module]) -> Callable[..., Any]:
+    def wrap(cls, base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
         """`base.forward` at `x Q^T`, where `reflected` is not given."""
 
         @functools.wraps(base.forward)
         def forward(self: LinearCarrier, input: Tensor, reflected: Tensor | None = None) -> Any:
             if reflected is None:
-                reflected = self.hra_u(input)
+                reflected = self.hra_u(input) if REFLECTION in self._modules else input
             return base.forward(self, reflected)
 
-        return forward
+        return {"forward": forward}
 
 
 class Conv2dCarrier(SiteCarrier):
@@ -48,17 +49,17 @@ class Conv2dCarrier(SiteCarrier):
     hra_u: Conv2dReflection
 
     @classmethod
-    def wrap(cls, base: type[nn.Module]) -> Callable[..., Any]:
+    def wrap(cls, base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
         """`base.forward` less `project(read)`, where `read` is not given: that of the input."""
 
         @functools.wraps(base.forward)
         def forward(self: Conv2dCarrier, input: Tensor, read: tuple[Tensor, Tensor] | None = None) -> Any:
-            if read is None:
+            if read is None and REFLECTION in self._modules:
                 read = self.hra_u(input)
             output = base.forward(self, input)
             return output if read is None else output - self.hra_u.project(read, self.weight)
 
-        return forward
+        return {"forward": forward}
 
 
 def carrier_for(layer: nn.Module) -> type[SiteCarrier]:

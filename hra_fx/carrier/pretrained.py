@@ -8,14 +8,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hra_fx.carrier.swap import Carrier, original_class
+from hra_fx.adapted import record_of
+from hra_fx.carrier.root import RootCarrier
+from hra_fx.carrier.swap import original_class
 from hra_fx.checkpoint.keys import adapter_entries
 from hra_fx.checkpoint.saving import save_pretrained
 from hra_fx.errors import AdapterError
 from hra_fx.site import REFLECTION, SAVED
 
 
-class PretrainedCarrier(Carrier):
+class PretrainedCarrier(RootCarrier):
     """A model with adapters whose class knows `save_pretrained`, which writes those, as transformers does with PEFT's.
 
     The base class would write base weights and vectors into one file, and drop the vectors when it is loaded.
@@ -77,9 +79,16 @@ class PretrainedCarrier(Carrier):
         return base.resize_token_embeddings(*args, **kwargs)
 
     @property
-    def _keys_to_ignore_on_save(self) -> set[str]:
+    def _keys_to_ignore_on_save(self) -> Any:
         """What `save_pretrained` does not write; transformers' Trainer misses these keys knowingly when it resumes."""
+        if record_of(self) is None:  # a new object of this class
+            return vars(self).get("_keys_to_ignore_on_save")
         return set(self.state_dict()) - set(adapter_entries(self))
+
+    @_keys_to_ignore_on_save.setter
+    def _keys_to_ignore_on_save(self, value: Any) -> None:
+        """transformers sets it in `__init__`."""
+        vars(self)["_keys_to_ignore_on_save"] = value
 
 
 def is_pretrained(model: nn.Module) -> bool:

@@ -9,7 +9,8 @@ from typing import Any
 from hra_fx.capture.region import Region
 from hra_fx.carrier.swap import Carrier
 
-_ATTRIBUTE = "_hra_region"
+#: Attribute under which a region's root keeps its region.
+REGION = "_hra_region"
 
 
 class RegionCarrier(Carrier):
@@ -18,13 +19,14 @@ class RegionCarrier(Carrier):
     _hra_region: Region
 
     @classmethod
-    def wrap(cls, base: type) -> Callable[..., Any]:
-        """The region's graph for this call, else `base.forward`."""
+    def wrap(cls, base: type) -> dict[str, Callable[..., Any]]:
+        """The region's graph for this call, else `base.forward`; a new object of this class has no region."""
         python_forward = base.forward  # type: ignore[attr-defined]
 
         @functools.wraps(python_forward)
         def forward(self: RegionCarrier, *args: Any, **kwargs: Any) -> Any:
-            program = self._hra_region.program(self, args, kwargs)
+            region: Region | None = vars(self).get(REGION)
+            program = region.program(self, args, kwargs) if region else None
             return python_forward(self, *args, **kwargs) if program is None else program(self, *args)
 
-        return forward
+        return {"forward": forward}

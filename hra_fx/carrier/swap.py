@@ -20,12 +20,12 @@ _SWAPPED: dict[tuple[type, type], Any] = {}
 
 
 class Carrier(nn.Module):
-    """What all swapped classes have in common: a forward that wraps the one of the base class, or methods beside it."""
+    """What all swapped classes have in common: methods that wrap those of the base class, or stand beside them."""
 
     @classmethod
-    def wrap(cls, base: type[nn.Module]) -> Callable[..., Any] | None:
-        """The forward of the swapped class over `base`, or `None` where it keeps that of `base`."""
-        return None
+    def wrap(cls, base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+        """The methods of the swapped class that wrap those of `base`, by name."""
+        return {}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle, deepcopy and `torch.save`: as the base class does, with the class named by its parts."""
@@ -50,9 +50,8 @@ def _make(carrier: type[C], base: type[nn.Module]) -> type[C]:
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "_hra_carrier": (carrier, base),
+        **carrier.wrap(base),
     }
-    if forward := carrier.wrap(base):
-        names["forward"] = forward
     made = types.new_class(base.__name__, (carrier, base), exec_body=lambda body: body.update(names))
     made.__qualname__ = base.__qualname__
     return made

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hra_fx.adapters.trainable import to_copy
@@ -25,6 +26,8 @@ from hra_fx.selection import saved_modules, select, without_absent
 from hra_fx.site import SiteLayer, width_of
 
 _SHOWN = 5
+#: What PEFT takes for embeddings, by name.
+_EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|lm_head)\.weight$")
 #: What PEFT writes of a module to save besides its copy, with bias="all".
 _BESIDES = re.compile(r"\.(original_module|modules_to_save)\.(.*\.)?bias$")
 
@@ -120,7 +123,9 @@ def _check_keys(
     }
     allowed |= {vectors_key(path) for path in layers}
     missing = sorted(due - tensors.keys())
-    extra = sorted(key for key in tensors.keys() - due - allowed if not (config.bias == "all" and _BESIDES.search(key)))
+    besides = _BESIDES.search if config.bias == "all" else (lambda key: None)
+    others = sorted(key for key in tensors.keys() - due - allowed if not besides(key))
+    extra = [key for key in others if not _is_embedding(file, model, key, tensors[key])]
     if missing or extra:
         found = [
             f"{_some(missing)} missing" if missing else "",
@@ -130,6 +135,20 @@ def _check_keys(
             f"{file}: it does not fit {type(model).__name__}: {' and '.join(filter(None, found))}. Was the adapter "
             "trained on another base model, or was its configuration edited?"
         )
+
+
+def _is_embedding(file: Path, model: nn.Module, key: str, tensor: Tensor) -> bool:
+    """Whether a tensor is that of the base model's embeddings, which PEFT writes besides where they are targets."""
+    name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+    own = dict(model.named_parameters(remove_duplicate=False)).get(name)
+    if own is None or not _EMBEDDINGS.search(name):
+        return False
+    if own.shape == tensor.shape and torch.equal(tensor.to(own), own.detach()):
+        return True
+    raise CheckpointError(
+        f"{file}: {key}, of shape {tuple(tensor.shape)}, is a tensor of the base model that it was trained on, and "
+        f"this model's {name}, of shape {tuple(own.shape)}, is another. Give that base model, or load it first."
+    )
 
 
 def _check_shapes(

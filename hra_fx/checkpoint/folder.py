@@ -22,7 +22,7 @@ from hra_fx.checkpoint.weights import non_finite
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError
 
-__all__ = ["WEIGHTS_NAME", "find", "write"]
+__all__ = ["WEIGHTS_NAME", "find", "write", "write_weights"]
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLE_NAME = "adapter_model.bin"
@@ -152,6 +152,16 @@ def write(
     except OSError as error:
         way_out = "What was there is unchanged; give a folder that can be written to."
         raise CheckpointError(f"{folder}: could not be saved to ({error}). {way_out}") from error
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file as `write` does: beside, then renamed. Errors as there."""
+    data = _serialized(path, tensors, metadata)
+    try:
+        with _beside(path, data) as new:
+            os.replace(new, path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: could not be saved ({error}). What was there is unchanged.") from error
 
 
 def _serialized(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -21,6 +21,7 @@ from hra_fx.errors import AdapterError
 from hra_fx.reflection import Reflection
 from hra_fx.site import SiteLayer
 from hra_fx.transforming import checked, set_up
+from hra_fx.uninterrupted import uninterrupted
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -70,23 +71,24 @@ def load_adapter(
         >>> bool((other[0].hra_u["mine"] == model[0].hra_u["default"]).all())
         True
     """
-    plain = isinstance(model, nn.Module) and not any(record_of(part) for part in model.modules())
-    root, record = (model, None) if plain else root_of(model)
-    fitted = fit(find(directory, subfolder, **hub), root, config)
-    config = checked(root, dataclasses.replace(fitted.config, inference_mode=not is_trainable), adapter_name)
+    # Vectors made in inference mode could never be trained.
+    with torch.inference_mode(False):
+        plain = isinstance(model, nn.Module) and not any(record_of(part) for part in model.modules())
+        root, record = (model, None) if plain else root_of(model)
+        fitted = fit(find(directory, subfolder, **hub), root, config)
+        config = checked(root, dataclasses.replace(fitted.config, inference_mode=not is_trainable), adapter_name)
 
-    def fill(path: str, layer: SiteLayer, reflection: Reflection) -> None:
-        vectors, anchor = (None if t is None else _like(t, layer.weight) for t in fitted.vectors[path])
-        assert vectors is not None
-        reflection.put(adapter_name, fitted.spec, vectors, anchor)
+        def fill(path: str, layer: SiteLayer, reflection: Reflection) -> None:
+            vectors, anchor = fitted.vectors[path]
+            anchored = None if anchor is None else _like(anchor, layer.weight)
+            reflection.put(adapter_name, fitted.spec, _like(vectors, layer.weight), anchored)
 
-    if record is None:
-        set_up(root, config, adapter_name, fill)
-    elif adapter_name in record.configs:
-        _replace(root, record, adapter_name, fitted, is_trainable)
-    else:
-        put_beside(root, record, adapter_name, config, fill)
-    _load_copies(root, adapter_name, fitted)
+        if record is None:
+            set_up(root, config, adapter_name, fill, fitted.copies)
+        elif adapter_name in record.configs:
+            _replace(root, record, adapter_name, fitted, is_trainable)
+        else:
+            put_beside(root, record, adapter_name, config, fill, fitted.copies)
     if not is_trainable:
         model.eval()
     return model
@@ -96,6 +98,8 @@ def _replace(root: nn.Module, record: Record, name: str, fitted: Fitted, is_trai
     """New values for an adapter, in the parameters that an optimizer may hold."""
     if name in record.merged:
         raise AdapterError(f"adapter {name!r}: it is merged into the weights. Call unmerge_adapter first.")
+    if any(name in reflection.scales for reflection in inventory(root).reflections):
+        raise AdapterError(f"adapter {name!r}: its strength is not 1. Call hra_fx.set_scale(model, {name!r}, 1) first.")
     layers = {path: layer for path, layer in sites_of(root).items() if name in layer.hra_u}
     spec = next(iter(layers.values())).hra_u.specs[name]
     ways = ((fitted.vectors, fitted.spec.apply_GS), (fitted.written, fitted.written_GS))
@@ -110,22 +114,17 @@ def _replace(root: nn.Module, record: Record, name: str, fitted: Fitted, is_trai
             f"adapter {name!r}: the model has it with other layers, rank, Gram-Schmidt, biases or modules to save than "
             "the file. Delete it first (hra_fx.delete_adapter), or load under another name."
         )
-    with torch.no_grad():
+    with torch.no_grad(), uninterrupted():
         for path, layer in layers.items():
             layer.hra_u.replace(name, *values[path], layer.weight.device)
+        for path, (owner, copies) in copies_of(root).items():
+            for entry in _saved(owner, copies, name):
+                copies.get(owner, name, entry).copy_(fitted.copies[path, entry])
     give_gradients(inventory(root), (name,), is_trainable and name in record.active)
 
 
 def _saved(owner: nn.Module, copies: Copies, name: str) -> list[str]:
     return [entry for entry in copies.copied.get(name, ()) if entry not in owner._non_persistent_buffers_set]
-
-
-def _load_copies(root: nn.Module, name: str, fitted: Fitted) -> None:
-    with torch.no_grad():
-        for path, (owner, copies) in copies_of(root).items():
-            for entry, tensor in copies.tensors(owner, name).items():
-                if (path, entry) in fitted.copies:
-                    tensor.copy_(fitted.copies[path, entry])
 
 
 def _like(tensor: Tensor, weight: Tensor) -> Tensor:

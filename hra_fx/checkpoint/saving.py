@@ -15,13 +15,12 @@ import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hra_fx.adapted import Record, names_in, root_of, sites_of
 from hra_fx.adapters.copies import copies_of
 from hra_fx.carrier.swap import original_class
-from hra_fx.checkpoint.folder import write
+from hra_fx.checkpoint.folder import write, write_weights
 from hra_fx.checkpoint.keys import (
     adapter_entries,
     anchor_entry,
@@ -32,9 +31,9 @@ from hra_fx.checkpoint.keys import (
     vectors_key,
 )
 from hra_fx.config import HRAConfig
-from hra_fx.errors import AdapterError, CheckpointError, HRAWarning
+from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.reflection import plain_chain
-from hra_fx.selection import resolve_targets
+from hra_fx.selection import resolve_targets, targeted
 
 #: Key of the metadata of `adapter_model.safetensors` under which the way to go on training is written.
 RESUME = "hra_fx"
@@ -54,7 +53,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         adapter_name: which adapter; `None` for the only one, or the only active one.
 
     Raises:
-        AdapterError: the model has no such adapter, or `None` does not tell which.
+        AdapterError: the model has no such adapter, `None` does not tell which, or parts of it were folded or replaced.
         CheckpointError: a vector or a copy is not finite, or without data; or the folder cannot be written.
 
     Example:
@@ -110,18 +109,20 @@ def save_pretrained(
         return
     state = root.state_dict() if state_dict is None else state_dict
     contents = {name: _contents(root, record, name, state) for name in names}
-    if Path(directory, "config.json").exists():
-        text = (
-            f"{directory}: it holds a whole model, and the adapters come beside it. from_pretrained of diffusers, or "
-            "of transformers without PEFT, loads that model without them: use hra_fx.load_adapter, or another folder."
-        )
-        warnings.warn(text, HRAWarning, stacklevel=3)
+    if not names:
+        raise AdapterError("selected_adapters: it names none, so there is nothing to save. Name some, or None for all.")
     for name, (config, tensors, metadata) in contents.items():
         folder = Path(directory) if name == "default" else Path(directory, name)
         write(folder, config.to_json_string(), tensors, metadata)
-    if _CHECKPOINT.fullmatch(Path(directory).name):
-        entries = {key: state[key].detach().contiguous().clone() for key in adapter_entries(root) if key in state}
-        save_file(entries, Path(directory, "model.safetensors"), metadata={"format": "pt"})
+    if Path(directory, "config.json").exists():
+        text = (
+            f"{directory}: it holds a whole model, and the adapters stand beside it. from_pretrained of diffusers, or "
+            "of transformers without PEFT, loads that model without them: use hra_fx.load_adapter, or another folder."
+        )
+        warnings.warn(text, HRAWarning, stacklevel=3)
+    elif _CHECKPOINT.fullmatch(Path(directory).name):
+        entries = {key: state[key] for key in adapter_entries(root) if key in state}
+        write_weights(Path(directory, "model.safetensors"), entries, {})
 
 
 def _the_one(record: Record) -> str:
@@ -138,8 +139,11 @@ def _contents(
 ) -> tuple[HRAConfig, dict[str, Tensor], dict[str, str]]:
     config = record.configs[name]
     sites = [path for path, layer in sites_of(root).items() if name in layer.hra_u]
-    if not sites:
-        raise CheckpointError(f"adapter {name!r}: none of its layers is left in the model. It was folded in parts.")
+    if odd := sorted(targeted(root, config).keys() ^ set(sites)):
+        raise AdapterError(
+            f"adapter {name!r}: the model changed since it was transformed (a part was folded or replaced), so that "
+            f"{odd[0]} is not in step with its configuration, and the file could not be loaded. Fold the whole model."
+        )
     tensors: dict[str, Tensor] = {}
     metadata = {"format": "pt"}
     rank, apply_GS = config.r, config.apply_GS

@@ -99,7 +99,7 @@ def test_all_of_them_without_names_warns_of_those_that_are_not_active() -> None:
     hra_fx.set_adapter(model, "b")
     x = normal(4, 6)
     wanted = oracle(plain, model, ["b"], x)
-    text = r"^adapters \['a', 'c'\] were not active, and go with the fold\. Save them before, or name those to fold\.$"
+    text = r"^adapters \['a', 'c'\] were not active, and went with the fold\. Name those to fold to keep the others\.$"
     with pytest.warns(hra_fx.HRAWarning, match=text) as caught:
         hra_fx.fold(model)
     assert caught[0].filename == __file__

@@ -216,12 +216,14 @@ def test_values_that_are_loaded_meanwhile_are_scaled_too() -> None:
     assert_close(other(x), oracle(plain, model, ["a"], x))
 
 
-def test_files_that_are_loaded_meanwhile_are_scaled_too_and_saved_whole(tmp_path: Path) -> None:
+def test_a_scaled_adapter_is_saved_whole_and_not_replaced(tmp_path: Path) -> None:
     (plain, model), (_, other) = known(), adapted(net(), a=config("first", r=4, init_weights=False))
     for each in (model, other):
         hra_fx.set_scale(each, "a", 0.5)
     hra_fx.save_adapter(model, tmp_path)
-    hra_fx.load_adapter(other, tmp_path, "a")
+    before = seen(other)
+    with pytest.raises(hra_fx.AdapterError, match=r"^adapter 'a': its strength is not 1\. Call hra_fx\.set_scale"):
+        hra_fx.load_adapter(other, tmp_path, "a")
+    assert seen(other) == before
     x = normal(4, 6)
-    assert_close(other(x), output(plain, turned(0.5), x))
     assert_close(hra_fx.load_adapter(net(), tmp_path)(x), output(plain, turned(1), x))

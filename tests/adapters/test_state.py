@@ -74,13 +74,24 @@ def test_a_state_loads_into_a_model_with_the_same_active_set() -> None:
         assert torch.equal(other(x), model(x))
 
 
-def test_a_state_with_other_copies_in_place_does_not_load_unnoticed() -> None:
+@pytest.mark.parametrize("theirs", ["a", "b", []], ids=str)
+@pytest.mark.parametrize("ours", ["a", "b", []], ids=str)
+@pytest.mark.parametrize("inside", [False, True], ids=["the model", "a parent"])
+def test_a_state_is_loaded_rightly_whosever_copies_were_in_place(ours: Any, theirs: Any, inside: bool) -> None:
     saved = {"modules_to_save": ["head"]}
     (_, model), (_, other) = (adapted(net(), a=config("first", **saved), b=config("first", **saved)) for _ in range(2))
     turn(model, seed=5)
-    hra_fx.set_adapter(other, "b")
-    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"head\.hra_saved\.a\.weight\""):
-        other.load_state_dict(model.state_dict())
+    hra_fx.set_adapter(model, "b")
+    turn(model, seed=6)
+    hra_fx.set_adapter(model, theirs)
+    hra_fx.set_adapter(other, ours)
+    saver, loader = (nn.ModuleDict({"inner": each}) if inside else each for each in (model, other))
+    loader.load_state_dict(saver.state_dict())
+    x = normal(4, 6)
+    for name in ("a", "b", []):
+        for each in (model, other):
+            hra_fx.set_adapter(each, name)
+        assert torch.equal(other(x), model(x)), name
 
 
 def test_every_key_is_the_base_models_or_an_adapters() -> None:
