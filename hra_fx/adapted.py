@@ -10,11 +10,12 @@ from torch import nn
 
 from hra_fx.adapters.copies import Copies
 from hra_fx.carrier.layer import SiteCarrier
-from hra_fx.carrier.region import RegionCarrier
+from hra_fx.carrier.region import REGION, RegionCarrier
 from hra_fx.carrier.swap import carriers_of, is_outermost
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.reflection import Reflection
+from hra_fx.site import REFLECTION
 
 #: Attribute under which a transformed model keeps its record.
 RECORD = "_hra_record"
@@ -160,12 +161,20 @@ def names_in(record: Record, names: str | Iterable[str]) -> tuple[str, ...]:
 
 def sites_of(model: nn.Module) -> dict[str, SiteCarrier]:
     """Path -> layer, for every layer in `model` that carries reflections; each layer once."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, SiteCarrier)}
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, SiteCarrier) and REFLECTION in module._modules
+    }
 
 
 def regions_of(model: nn.Module) -> dict[str, RegionCarrier]:
     """Path -> module, for every module in `model` that runs as a region."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, RegionCarrier)}
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, RegionCarrier) and REGION in vars(module)
+    }
 
 
 def require_sites(model: nn.Module) -> dict[str, SiteCarrier]:

@@ -170,7 +170,7 @@ def _tell(dropped: list[str], *, untied: bool) -> None:
 
 
 def _versions(model: nn.Module) -> list[object]:
-    """What a fold rests on: which adapters act, and identity and version of every tensor that it reads.
+    """What a fold rests on: which adapters act, and identity, memory and version of every tensor that it reads.
 
     A tensor made in inference mode has no version.
     """
@@ -178,5 +178,5 @@ def _versions(model: nn.Module) -> list[object]:
     state = (tuple(record.configs), record.active, record.merged, record.disabled) if record else None
     sites = sites_of(model).values()
     read = (t for layer in sites for t in (layer.weight, *layer.hra_u.parameters(), *layer.hra_u.buffers()))
-    tensors = ((id(tensor), -1 if tensor.is_inference() else tensor._version) for tensor in read)
+    tensors = ((id(t), t.dtype, t.data_ptr(), -1 if t.is_inference() else t._version) for t in read)
     return [state, *(layer.hra_u.active for layer in sites), *tensors]

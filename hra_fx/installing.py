@@ -17,6 +17,7 @@ from hra_fx.carrier.region import REGION, RegionCarrier
 from hra_fx.carrier.swap import swap, unswap
 from hra_fx.config import HRAConfig
 from hra_fx.eligibility import check, has_redundant_forward
+from hra_fx.errors import UnsupportedLayerError
 from hra_fx.reflection import AdapterSpec, Reflection, reflection_for
 from hra_fx.selection import select
 from hra_fx.site import REFLECTION, SAVED, SiteKind, SiteLayer, kind_of
@@ -64,7 +65,7 @@ def introduce(
     findings = capture(model, {**present, **new}) if new or copies else None
     for path, layer in layers.items():
         if path in new:
-            _attach(layer, undo)
+            _attach(path, layer, undo)
         reflection: Any = layer._modules[REFLECTION]
         undo.callback(reflection.remove, name)
         fill(path, layer, reflection)
@@ -113,7 +114,7 @@ def take_off(layer: nn.Module) -> None:
     del layer._modules[REFLECTION]
 
 
-def _attach(layer: SiteLayer, undo: ExitStack) -> None:
+def _attach(path: str, layer: SiteLayer, undo: ExitStack) -> None:
     reflection = reflection_for(layer)
     reflection.train(layer.training)
     undo.callback(layer._modules.pop, REFLECTION, None)
@@ -121,7 +122,10 @@ def _attach(layer: SiteLayer, undo: ExitStack) -> None:
     if has_redundant_forward(layer):  # which would go before that of the swapped class
         undo.callback(setattr, layer, "forward", vars(layer).pop("forward"))
     carrier = carrier_for(layer)
-    swap(layer, carrier)
+    try:
+        swap(layer, carrier)
+    except UnsupportedLayerError as error:
+        raise UnsupportedLayerError(f"{path}: {error}") from error
     undo.callback(unswap, layer, carrier)
 
 
@@ -163,7 +167,7 @@ def _laid_bare(model: nn.Module) -> Iterator[None]:
                     unswap(module, carrier_for(module) if carrier is SiteCarrier else carrier)
             if type(module) is not kind:
                 dress.callback(setattr, module, "__class__", kind)
-            if not {SAVED, REFLECTION}.isdisjoint(module._modules):
+            if SAVED in module._modules or REFLECTION in module._modules:
                 dress.callback(_refill, module._modules, dict(module._modules))
                 for child in (SAVED, REFLECTION):
                     module._modules.pop(child, None)

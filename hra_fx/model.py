@@ -22,13 +22,13 @@ from hra_fx.adapters.copies import BASE, copies_of
 from hra_fx.adapters.deleting import delete_adapter
 from hra_fx.adapters.merging import merge_adapter, unmerge_adapter
 from hra_fx.adapters.releasing import forget
-from hra_fx.adapters.scaling import set_scale
+from hra_fx.adapters.scaling import check_strength, set_scale
 from hra_fx.adapters.switching import disable_adapters, set_adapter
 from hra_fx.adapters.trainable import give_gradients
 from hra_fx.carrier.layer import SiteCarrier
+from hra_fx.carrier.pretrained import save_as_it_is
 from hra_fx.carrier.swap import Carrier, original_class, swap, swapped_class
 from hra_fx.checkpoint.loading import load_adapter
-from hra_fx.checkpoint.saving import save_pretrained
 from hra_fx.config import HRAConfig
 from hra_fx.default_targets import DEFAULT_TARGETS
 from hra_fx.errors import AdapterError, HRAWarning
@@ -139,11 +139,24 @@ class HRAModel(Carrier):
         trained, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
 
-    def add_adapter(self, adapter_name: Any, peft_config: Any, low_cpu_mem_usage: bool = False) -> None:
-        """As `hra_fx.add_adapter`; the name and the configuration in PEFT's order, or in that of transformers."""
-        if isinstance(adapter_name, HRAConfig):
-            adapter_name, peft_config = peft_config, adapter_name
-        add_adapter(self, adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage)
+    def add_adapter(
+        self,
+        first: Any = "default",
+        second: Any = "default",
+        /,
+        low_cpu_mem_usage: bool = False,
+        *,
+        adapter_name: str | None = None,
+        peft_config: HRAConfig | None = None,
+        adapter_config: HRAConfig | None = None,
+    ) -> None:
+        """As `hra_fx.add_adapter`: `add_adapter(name, config)` as in PEFT, or `add_adapter(config, name)` as in
+        transformers and diffusers.
+        """
+        given = (first, second)
+        config: Any = peft_config or adapter_config or next((x for x in given if not isinstance(x, str)), None)
+        name = adapter_name or next((x for x in given if isinstance(x, str) and x != "default"), "default")
+        add_adapter(self, name, config, low_cpu_mem_usage=low_cpu_mem_usage)
 
     def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
         """As `hra_fx.set_adapter`."""
@@ -188,11 +201,14 @@ class HRAModel(Carrier):
     def set_adapters(self, adapter_names: str | list[str], weights: float | list[float] | None = None) -> None:
         """What diffusers calls `set_adapter`, with strengths of 0 to 1 (`hra_fx.set_scale`)."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        given = [] if weights is None else weights if isinstance(weights, list) else [weights] * len(names)
+        if weights is not None and len(given) != len(names):
+            raise AdapterError(f"weights={weights}: {len(given)} strengths for {len(names)} adapters. Give as many.")
+        for weight in given:
+            check_strength(weight)
         set_adapter(self, names)
-        if weights is not None:
-            given = weights if isinstance(weights, list) else [weights] * len(names)
-            for name, weight in zip(names, given, strict=True):
-                set_scale(self, name, weight)
+        for name, weight in zip(names, given, strict=False):
+            set_scale(self, name, weight)
 
     def delete_adapters(self, adapter_names: str | list[str]) -> None:
         """What diffusers calls `delete_adapter`, for several."""
@@ -265,15 +281,13 @@ class HRAModel(Carrier):
         """
         if save_embedding_layers is True:
             raise AdapterError("save_embedding_layers=True: embeddings are saved where modules_to_save names them.")
-        save_pretrained(
-            self,
-            save_directory,
-            selected_adapters,
-            state_dict,
-            is_main_process=is_main_process,
-            safe_serialization=safe_serialization,
-            push_to_hub=push_to_hub,
-        )
+        options = {
+            "state_dict": state_dict,
+            "is_main_process": is_main_process,
+            "safe_serialization": safe_serialization,
+            "push_to_hub": push_to_hub,
+        }
+        save_as_it_is(self, save_directory, selected_adapters, options, kwargs)
 
     @classmethod
     def from_pretrained(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -317,9 +331,16 @@ def _adapted(
     given: Any = peft_config if config is None else config
     configs = dict(given) if isinstance(given, Mapping) else {adapter_name: given}
     first = adapter_name if adapter_name in configs else next(iter(configs), adapter_name)
+    plain = isinstance(model, nn.Module) and record_of(model) is None
     transform(model, configs.pop(first, given), first, low_cpu_mem_usage=low_cpu_mem_usage)
-    for name, other in configs.items():
-        add_adapter(model, name, other, low_cpu_mem_usage=low_cpu_mem_usage)
+    try:
+        for name, other in configs.items():
+            add_adapter(model, name, other, low_cpu_mem_usage=low_cpu_mem_usage)
+    except BaseException:
+        record = record_of(model)
+        if plain and record:
+            forget(model, record, tuple(record.configs), None)
+        raise
     return _shaped(model)
 
 

@@ -10,6 +10,7 @@ from hra_fx.adapted import inventory, names_in, root_of
 from hra_fx.adapters.acting import activate, refresh
 from hra_fx.adapters.releasing import forget, without
 from hra_fx.errors import AdapterError, HRAWarning
+from hra_fx.uninterrupted import uninterrupted
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -34,14 +35,15 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     (name,) = names_in(record, adapter_name)
     if record.merged:
         raise AdapterError(f"adapters {list(record.merged)} are merged into the weights. Call unmerge_adapter first.")
+    findings = without(root, record, (name,))
     was_active = name in record.active
-    forget(root, record, (name,), without(root, record, (name,)))
-    if not record.configs:
-        return
-    if record.active or not was_active:
-        refresh(inventory(root), record)
-        return
-    following = next(iter(record.configs))
-    activate(inventory(root), record, (following,), trainable=not record.configs[following].inference_mode)
-    text = f"adapter {name!r} was active and is deleted; {following!r} is active now."
-    warnings.warn(text, HRAWarning, stacklevel=2)
+    with uninterrupted():
+        forget(root, record, (name,), findings)
+        following = next(iter(record.configs)) if was_active and not record.active and record.configs else None
+        if following is not None:
+            activate(inventory(root), record, (following,), trainable=not record.configs[following].inference_mode)
+        elif record.configs:
+            refresh(inventory(root), record)
+    if following is not None:
+        text = f"adapter {name!r} was active and is deleted; {following!r} is active now."
+        warnings.warn(text, HRAWarning, stacklevel=2)

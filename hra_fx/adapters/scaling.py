@@ -42,8 +42,7 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
     """
     root, record = root_of(model)
     (name,) = names_in(record, adapter_name)
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not (math.isfinite(alpha) and 0 <= alpha <= 1):
-        raise AdapterError(f"alpha: {alpha!r} is no strength. Give a number from 0 (base model) to 1 (the adapter).")
+    check_strength(alpha)
     if name in record.merged:
         raise AdapterError(f"adapter {name!r}: it is merged into the weights. Call unmerge_adapter first.")
     sites = {path: layer.hra_u for path, layer in sites_of(root).items() if name in layer.hra_u}
@@ -58,3 +57,13 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
     if alpha != 1 and any(name in copies.copied for _, copies in copies_of(root).values()):
         text = f"adapter {name!r}: its strength turns reflections alone; trained modules and biases stay as they are."
         warnings.warn(text, HRAWarning, stacklevel=2)
+
+
+def check_strength(alpha: object) -> None:
+    """Refuse what is no strength.
+
+    Raises:
+        AdapterError: it is no number from 0 to 1.
+    """
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not (math.isfinite(alpha) and 0 <= alpha <= 1):
+        raise AdapterError(f"alpha: {alpha!r} is no strength. Give a number from 0 (base model) to 1 (the adapter).")

@@ -51,15 +51,13 @@ class PretrainedCarrier(RootCarrier):
             AdapterError: `safe_serialization=False` or `push_to_hub=True`, or there is no such adapter.
             CheckpointError: the adapter cannot be written.
         """
-        save_pretrained(
-            self,
-            save_directory,
-            selected_adapters,
-            state_dict,
-            is_main_process=is_main_process,
-            safe_serialization=safe_serialization,
-            push_to_hub=push_to_hub,
-        )
+        options = {
+            "state_dict": state_dict,
+            "is_main_process": is_main_process,
+            "safe_serialization": safe_serialization,
+            "push_to_hub": push_to_hub,
+        }
+        save_as_it_is(self, save_directory, selected_adapters, options, kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """As the base class does, which makes new layers: so only where no adapter is on the old ones.
@@ -69,7 +67,7 @@ class PretrainedCarrier(RootCarrier):
         """
         model: Any = self
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-            if layer is not None and not {REFLECTION, SAVED}.isdisjoint(layer._modules):
+            if layer is not None and (REFLECTION in layer._modules or SAVED in layer._modules):
                 path = next(path for path, module in self.named_modules() if module is layer)
                 raise AdapterError(
                     f"{path}: an adapter reflects it or has a trained copy of it, and resize_token_embeddings would "
@@ -89,6 +87,31 @@ class PretrainedCarrier(RootCarrier):
     def _keys_to_ignore_on_save(self, value: Any) -> None:
         """transformers sets it in `__init__`."""
         vars(self)["_keys_to_ignore_on_save"] = value
+
+
+def save_as_it_is(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    selected_adapters: Iterable[str] | None,
+    options: Mapping[str, Any],
+    others: Mapping[str, Any],
+) -> None:
+    """Save the adapters of a model; a new object of an adapted class has none, and saves itself as its own class does.
+
+    Args:
+        model: the model.
+        directory: the folder.
+        selected_adapters: names; `None` for all.
+        options: for `hra_fx.checkpoint.saving.save_pretrained`.
+        others: what only the base class knows.
+    """
+    if record_of(model) is not None:
+        save_pretrained(model, directory, selected_adapters, **options)
+        return
+    defaults = {"state_dict": None, "is_main_process": True, "safe_serialization": True, "push_to_hub": False}
+    given = {name: value for name, value in options.items() if value is not defaults[name]}
+    base: Any = original_class(model)
+    base.save_pretrained(model, directory, **given, **others)
 
 
 def is_pretrained(model: nn.Module) -> bool:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from hra_fx.adapters.copies import BASE, copies_of
 from hra_fx.carrier.swap import Carrier
-from hra_fx.site import SAVED
+from hra_fx.reflection import ANCHOR
+from hra_fx.site import REFLECTION, SAVED
 
 
 class RootCarrier(Carrier):
@@ -18,30 +21,30 @@ class RootCarrier(Carrier):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Called first of all, before any module below: so names can still be changed."""
+        parts = (key.rpartition(f".{REFLECTION}.") for key in state_dict if key.startswith(prefix))
+        theirs = {name.removesuffix(ANCHOR) for path, _, name in parts if path}
         for path, (_, copies) in copies_of(self).items():
             place = f"{prefix}{path}.".lstrip(".")
             for name, ours in copies.in_place.items():
-                owners = [BASE, *(adapter for adapter, names in copies.copied.items() if name in names)]
-                waiting = {owner: f"{place}{SAVED}.{owner}.{name}" for owner in owners}
-                _rename(state_dict, f"{place}{name}", waiting, ours)
+                owners = [adapter for adapter, names in copies.copied.items() if name in names]
+                waiting = {owner: f"{place}{SAVED}.{owner}.{name}" for owner in (BASE, *owners)}
+                _rename(state_dict, f"{place}{name}", waiting, ours, theirs)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def _rename(state: dict[str, Any], in_place: str, waiting: dict[str, str], ours: str) -> None:
-    """Exchange what is in place in a state for what is in place in the model.
+def _rename(state: dict[str, Any], in_place: str, waiting: dict[str, str], ours: str, theirs: set[str]) -> None:
+    """Give the copies of one tensor in a state the names that they have in the model.
 
     Args:
         state: the state.
         in_place: the tensor's own name.
         waiting: adapter or `BASE` -> the name of its copy while it waits.
         ours: whose copy is in place in the model.
+        theirs: the adapters of the state.
     """
-    if in_place not in state:
-        return
-    absent = [owner for owner, key in waiting.items() if key not in state]
-    # A state of adapters alone leaves out what waits of the base model.
-    theirs = next((owner for owner in absent if owner != BASE), BASE)
-    if ours in absent or theirs not in absent:
-        return
-    state[waiting[theirs]] = state.pop(in_place)
-    state[in_place] = state.pop(waiting[ours])
+    values: dict[str, Tensor] = {owner: state.pop(key) for owner, key in waiting.items() if key in state}
+    if in_place in state:
+        # In place was the one that did not wait: an adapter of the state, else the base model.
+        owner = next((owner for owner in waiting if owner in theirs and owner not in values), BASE)
+        values[owner] = state.pop(in_place)
+    state.update({in_place if owner == ours else waiting[owner]: value for owner, value in values.items()})

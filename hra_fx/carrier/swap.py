@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from hra_fx.errors import UnsupportedLayerError
+
 C = TypeVar("C", bound="Carrier")
 
 _SWAPPED: dict[tuple[type, type], Any] = {}
@@ -58,8 +60,18 @@ def _make(carrier: type[C], base: type[nn.Module]) -> type[C]:
 
 
 def swap(module: nn.Module, carrier: type[Carrier]) -> None:
-    """Put a carrier on a module."""
-    module.__class__ = swapped_class(carrier, type(module))
+    """Put a carrier on a module, which may be a new object of a class that has it already.
+
+    Raises:
+        UnsupportedLayerError: its class cannot be subclassed.
+    """
+    if carrier in carriers_of(module):
+        return
+    try:
+        module.__class__ = swapped_class(carrier, type(module))
+    except TypeError as error:
+        kind = type(module).__name__
+        raise UnsupportedLayerError(f"{kind}: no subclass can be made of it ({error}). Leave it out.") from error
 
 
 def unswap(module: nn.Module, carrier: type[Carrier]) -> None:

@@ -140,10 +140,13 @@ def _check_keys(
 def _is_embedding(file: Path, model: nn.Module, key: str, tensor: Tensor) -> bool:
     """Whether a tensor is that of the base model's embeddings, which PEFT writes besides where they are targets."""
     name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-    own = dict(model.named_parameters(remove_duplicate=False)).get(name)
-    if own is None or not _EMBEDDINGS.search(name):
+    path, _, entry = name.rpartition(".")
+    owner = dict(model.named_modules(remove_duplicate=False)).get(path)
+    own = owner._parameters.get(entry) if owner is not None else None
+    if own is None or not (isinstance(owner, nn.Embedding) or _EMBEDDINGS.search(name)):
         return False
-    if own.shape == tensor.shape and torch.equal(tensor.to(own), own.detach()):
+    # One of the two may have been rounded to a narrower dtype.
+    if own.shape == tensor.shape and (torch.equal(tensor.to(own), own) or torch.equal(own.to(tensor), tensor)):
         return True
     raise CheckpointError(
         f"{file}: {key}, of shape {tuple(tensor.shape)}, is a tensor of the base model that it was trained on, and "

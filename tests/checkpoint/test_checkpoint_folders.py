@@ -1,0 +1,173 @@
+"""The folder of a Trainer's checkpoint: adapters and, beside them, the entries that it resumes from, whole or old."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters.many import bert, config, ids, run, turn
+from oracles import relative_error
+from safetensors.torch import load_file
+from transformers import BertForSequenceClassification
+
+import hra_fx
+
+SHAPES = {"transform": hra_fx.transform, "HRAModel": hra_fx.HRAModel}
+shapes = pytest.mark.parametrize("shape", SHAPES)
+ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def model_of(shape: str) -> Any:
+    model = SHAPES[shape](bert(), config("query", "value"))
+    turn(model)
+    return model
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes, as on a disk that is full: the system refuses to write on."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@shapes
+@pytest.mark.parametrize("name", ["checkpoint-3", "checkpoint-1200"])
+def test_it_holds_the_adapter_and_what_the_trainer_resumes_from(shape: str, name: str, tmp_path: Path) -> None:
+    model = model_of(shape)
+    model.save_pretrained(tmp_path / name)
+    assert sorted(file.name for file in (tmp_path / name).iterdir()) == [*ADAPTER, "model.safetensors"]
+    entries = load_file(tmp_path / name / "model.safetensors")
+    state = model.state_dict()
+    assert entries.keys() == {key for key in state if ".hra_u." in key}
+    assert len(entries) == 4
+    for key, tensor in entries.items():
+        assert torch.equal(tensor, state[key]), key
+    fresh = SHAPES[shape](bert(), config("query", "value"))
+    assert fresh.load_state_dict(entries, strict=False).unexpected_keys == []
+    assert torch.equal(run(fresh, ids()), run(model, ids()))
+    opened = hra_fx.load_adapter(bert(), tmp_path / name)
+    assert torch.equal(run(opened, ids()), run(model, ids()))
+
+
+@shapes
+@pytest.mark.parametrize("name", ["checkpoint", "checkpoint-best", "my-checkpoint-3", "checkpoint-3b", "last"])
+def test_folders_of_other_names_hold_adapters_alone(shape: str, name: str, tmp_path: Path) -> None:
+    model_of(shape).save_pretrained(tmp_path / name)
+    assert sorted(file.name for file in (tmp_path / name).iterdir()) == ADAPTER
+
+
+@shapes
+def test_a_whole_model_in_such_a_folder_is_left_whole(shape: str, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-3"
+    bert().save_pretrained(folder)
+    before = content(folder)
+    assert sorted(before) == ["config.json", "model.safetensors"]
+    model = model_of(shape)
+    message = (
+        f"{folder}: it holds a whole model, and the adapters stand beside it. from_pretrained of diffusers, or of "
+        "transformers without PEFT, loads that model without them: use hra_fx.load_adapter, or another folder."
+    )
+    with pytest.warns(hra_fx.HRAWarning, match=f"^{re.escape(message)}$") as caught:
+        model.save_pretrained(folder)
+    assert len(caught) == 1
+    after = content(folder)
+    assert {name: after[name] for name in before} == before
+    assert sorted(after) == [*ADAPTER, "config.json", "model.safetensors"]
+    opened = hra_fx.load_adapter(bert(), folder)
+    assert torch.equal(run(opened, ids()), run(model, ids()))
+
+
+def test_the_whole_model_of_such_a_folder_is_loaded_as_before(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-3"
+    bert().save_pretrained(folder)
+    with pytest.warns(hra_fx.HRAWarning, match="it holds a whole model"):
+        model_of("transform").save_pretrained(folder)
+    (folder / "adapter_config.json").unlink()
+    whole = BertForSequenceClassification.from_pretrained(folder, dtype=torch.float64)
+    assert relative_error(run(whole.eval(), ids()), run(bert(), ids())) < 1e-12
+
+
+@shapes
+def test_on_a_full_disk_the_old_checkpoint_is_whole(shape: str, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-3"
+    model = model_of(shape)
+    model.save_pretrained(folder)
+    before = content(folder)
+    turn(model, seed=7)
+    with (
+        files_of_at_most(200),
+        pytest.raises(hra_fx.CheckpointError, match=rf"could not be saved to \(\[Errno {errno.EFBIG}\].*unchanged"),
+    ):
+        model.save_pretrained(folder)
+    assert content(folder) == before
+
+
+@shapes
+def test_where_only_the_trainers_file_is_too_large_it_stays_the_old_one(shape: str, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-3"
+    # The Trainer's file holds all adapters, the adapter's file only its own.
+    model = model_of(shape)
+    hra_fx.add_adapter(model, "more", config("query", "value", "dense", r=8, init_weights=False))
+    model.save_pretrained(folder, selected_adapters=["default"])
+    before = content(folder)
+    small, large = len(before["adapter_model.safetensors"]), len(before["model.safetensors"])
+    assert small + 500 < large
+    turn(model, seed=7)
+    message = (
+        rf"^{re.escape(str(folder / 'model.safetensors'))}: could not be saved \(\[Errno {errno.EFBIG}\].*\)\. "
+        r"What was there is unchanged\.$"
+    )
+    with files_of_at_most(small + 400), pytest.raises(hra_fx.CheckpointError, match=message):
+        model.save_pretrained(folder, selected_adapters=["default"])
+    after = content(folder)
+    assert sorted(after) == sorted(before)
+    assert after["model.safetensors"] == before["model.safetensors"]
+    # And the next time, with room on the disk, it is written.
+    model.save_pretrained(folder, selected_adapters=["default"])
+    entries = load_file(folder / "model.safetensors")
+    for key, tensor in entries.items():
+        assert torch.equal(tensor, model.state_dict()[key]), key
+
+
+def test_the_file_is_never_open_under_its_own_name(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-3"
+    model = model_of("HRAModel")
+    model.save_pretrained(folder)
+    held = open(folder / "model.safetensors", "rb")  # noqa: SIM115
+    old, place = os.fstat(held.fileno()).st_ino, folder / "model.safetensors"
+    before = place.read_bytes()
+    turn(model, seed=7)
+    model.save_pretrained(folder)
+    # Another file has its name now, and who reads the old one reads it to its end.
+    with held:
+        assert place.stat().st_ino != old
+        assert held.read() == before
+    assert place.read_bytes() != before
+    assert sorted(file.name for file in folder.iterdir()) == [*ADAPTER, "model.safetensors"]
+
+
+@shapes
+def test_a_file_in_the_place_of_the_folder_is_refused(shape: str, tmp_path: Path) -> None:
+    place = tmp_path / "checkpoint-3"
+    place.write_text("mine")
+    with pytest.raises(hra_fx.CheckpointError, match=f"^{re.escape(str(place))}: is a file. Give a folder to save in"):
+        model_of(shape).save_pretrained(place)
+    assert place.read_text() == "mine"
