@@ -149,6 +149,7 @@ def trainer_of(maker: type[Trainer], kind: str, model: nn.Module, folder: Path, 
         "logging_strategy": "steps",
         "logging_steps": 1,
         "save_strategy": "no",
+        "save_steps": 3,  # transformers warns where a run is resumed with another number
         "report_to": [],
         "use_cpu": True,
         "disable_tqdm": True,
