@@ -59,10 +59,10 @@ class FoldPlan:
             if record is None:
                 release(self._model)
                 return self._model
-            untied = _adopt(self._model, self._names) and record.untied
+            adopted = _adopt(self._model, self._names)
             record.merged = ()
-            record.untied &= not untied
             forget(self._model, record, going, findings)
+            untied = adopted and record.untied and not copies_of(self._model)
             if record.configs:
                 refresh(inventory(self._model), record)
         _tell([name for name in going if name not in self._names], untied=untied)
@@ -126,6 +126,10 @@ def plan_fold(model: nn.Module, adapter_names: str | Sequence[str] | None = None
     check_copies(root, inventory(root), names)
     sites = sites_of(root)
     check_weights(root, sites)
+    for path, (owner, copies) in copies_of(root).items():
+        for tensor in (tensor for name in names for tensor in copies.tensors(owner, name).values()):
+            if isinstance(tensor, nn.Parameter) and not bool(torch.isfinite(tensor).all()):
+                raise FoldError(f"{path}: its trained copy is not finite. Go back to before the training diverged.")
     layers = [rotated(path, layer, names) for path, layer in sites.items()]
     return FoldPlan(root, layers, names, alone=adapter_names is None)
 
@@ -146,6 +150,11 @@ def _plan_part(model: nn.Module, adapter_names: str | Sequence[str] | None) -> F
                 f"{path}: of its adapters {list(layer.hra_u)} only {list(layer.hra_u.active)} act (others are "
                 "inactive, switched off or merged), and a fold of a part would lose them. Fold the whole model."
             )
+    for path in copies_of(model):
+        raise AdapterError(
+            f"{path or 'this part'}: it has trained copies (modules_to_save or bias), and a part does not know whose. "
+            "Fold the whole model."
+        )
     check_weights(model, sites)
     return FoldPlan(model, [rotated(path, layer, layer.hra_u.active) for path, layer in sites.items()], (), alone=True)
 

@@ -10,23 +10,26 @@ from hra_fx.adapted import Inventory, Record
 from hra_fx.adapters.copies import BASE
 from hra_fx.adapters.trainable import train_only
 from hra_fx.errors import AdapterError
+from hra_fx.uninterrupted import uninterrupted
 
 
 def activate(parts: Inventory, record: Record, names: tuple[str, ...], *, trainable: bool) -> None:
     """Make these the active adapters, and those that are trained."""
-    record.active = names
-    refresh(parts, record)
-    train_only(parts, names if trainable else ())
+    with uninterrupted():
+        record.active = names
+        refresh(parts, record)
+        train_only(parts, names if trainable else ())
 
 
 def refresh(parts: Inventory, record: Record) -> None:
     """Bring every site and every copy in step with the record."""
     acting = () if record.disabled else record.active
     unmerged = tuple(name for name in acting if name not in record.merged)
-    for reflection in parts.reflections:
-        reflection.active = tuple(name for name in unmerged if name in reflection.specs)
-    for owner, copies in parts.copies:
-        copies.put_in_place(owner, next((name for name in acting if name in copies.copied), BASE))
+    with uninterrupted():
+        for reflection in parts.reflections:
+            reflection.active = tuple(name for name in unmerged if name in reflection.specs)
+        for owner, copies in parts.copies:
+            copies.put_in_place(owner, next((name for name in acting if name in copies.copied), BASE))
 
 
 def check_copies(root: nn.Module, parts: Inventory, names: Iterable[str]) -> None:

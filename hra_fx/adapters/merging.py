@@ -86,7 +86,7 @@ def merged_again(root: nn.Module, record: Record) -> Iterator[None]:
     try:
         yield
     finally:
-        if names and record.active == active:  # none was set or deleted inside
+        if names and record.active == active and not record.merged:  # none was set, deleted or merged inside
             _merge(root, record, names)
 
 

@@ -75,9 +75,9 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     root, record = root_of(model)
     before = record.disabled
     with merged_again(root, record):
-        record.disabled = True
-        refresh(inventory(root), record)
         try:
+            record.disabled = True
+            refresh(inventory(root), record)
             yield
         finally:
             record.disabled = before

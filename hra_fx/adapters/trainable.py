@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from hra_fx.adapted import Inventory, Record
-from hra_fx.adapters.copies import Copies, copies_of, held_by, own_tensors
+from hra_fx.adapters.copies import Copies, held_by, own_tensors
 from hra_fx.config import HRAConfig
 from hra_fx.errors import UnsupportedLayerError
 from hra_fx.selection import saved_modules
@@ -29,7 +29,7 @@ class Changes:
 
     def restore(self, model: nn.Module) -> None:
         """Set back every flag that is still as `freeze` left it; one that somebody set since stays."""
-        parameters = dict(model.named_parameters())
+        parameters = dict(model.named_parameters(remove_duplicate=False))
         for name, (before, after) in self.flags.items():
             if name in parameters and parameters[name].requires_grad is after:
                 _set_flag(parameters[name], before)
@@ -39,8 +39,10 @@ def freeze(model: nn.Module) -> Changes:
     """Freeze every parameter of the base model."""
     changes = Changes({})
     try:
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and _is_base(name):
+        # Tied tensors by each of their names: a trained copy may part them.
+        named = [item for item in model.named_parameters(remove_duplicate=False) if item[1].requires_grad]
+        for name, parameter in named:
+            if _is_base(name):
                 _set_flag(parameter, False)
                 changes.flags[name] = (True, False)
     except BaseException:
@@ -110,11 +112,15 @@ def make_copies(
 
 
 def settle_ties(model: nn.Module, record: Record) -> None:
-    """Say again in the model's configuration that embeddings are tied, once no copy unties them any more."""
-    config: Any = getattr(model, "config", None)
-    if record.untied and not copies_of(model):
-        config.tie_word_embeddings = True
-        record.untied = False
+    """Say again in the model's configuration that embeddings are tied, where they are and no copy can untie them."""
+    if not record.untied:
+        return
+    ends: Any = model
+    both = ends.get_input_embeddings(), ends.get_output_embeddings()
+    if any(layer is None or held_by(layer) for layer in both) or both[0].weight is not both[1].weight:
+        return
+    ends.config.tie_word_embeddings = True
+    record.untied = False
 
 
 def _untie(model: nn.Module, record: Record, undo: ExitStack) -> None:

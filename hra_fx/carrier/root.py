@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hra_fx.adapters.copies import BASE, copies_of
+from hra_fx.adapters.copies import BASE, held_by
 from hra_fx.carrier.swap import Carrier
 from hra_fx.reflection import ANCHOR
 from hra_fx.site import REFLECTION, SAVED
@@ -23,8 +23,12 @@ class RootCarrier(Carrier):
         """Called first of all, before any module below: so names can still be changed."""
         parts = (key.rpartition(f".{REFLECTION}.") for key in state_dict if key.startswith(prefix))
         theirs = {name.removesuffix(ANCHOR) for path, _, name in parts if path}
-        for path, (_, copies) in copies_of(self).items():
-            place = f"{prefix}{path}.".lstrip(".")
+        # By every path of a shared module, for a state has it as often.
+        for path, owner in self.named_modules(remove_duplicate=False):
+            copies = held_by(owner)
+            if copies is None:
+                continue
+            place = f"{prefix}{path}." if path else prefix
             for name, ours in copies.in_place.items():
                 owners = [adapter for adapter, names in copies.copied.items() if name in names]
                 waiting = {owner: f"{place}{SAVED}.{owner}.{name}" for owner in (BASE, *owners)}
@@ -46,5 +50,8 @@ def _rename(state: dict[str, Any], in_place: str, waiting: dict[str, str], ours:
     if in_place in state:
         # In place was the one that did not wait: an adapter of the state, else the base model.
         owner = next((owner for owner in waiting if owner in theirs and owner not in values), BASE)
-        values[owner] = state.pop(in_place)
+        if owner in values:  # that of an adapter which the model does not have, and which is to be reported as such
+            state[waiting[BASE].replace(f".{BASE}.", ".of_another_adapter.")] = state.pop(in_place)
+        else:
+            values[owner] = state.pop(in_place)
     state.update({in_place if owner == ours else waiting[owner]: value for owner, value in values.items()})

@@ -120,6 +120,7 @@ def _replace(root: nn.Module, record: Record, name: str, fitted: Fitted, is_trai
         for path, (owner, copies) in copies_of(root).items():
             for entry in _saved(owner, copies, name):
                 copies.get(owner, name, entry).copy_(fitted.copies[path, entry])
+    record.configs[name].inference_mode = not is_trainable
     give_gradients(inventory(root), (name,), is_trainable and name in record.active)
 
 
