@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hra_fx.adapted import sites_of
 from hra_fx.adapters.copies import BASE, held_by
 from hra_fx.carrier.swap import Carrier
 from hra_fx.reflection import ANCHOR
@@ -21,6 +22,7 @@ class RootCarrier(Carrier):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Called first of all, before any module below: so names can still be changed."""
+        self._refuse_across_a_merge(state_dict, prefix, rest[-1])
         parts = (key.rpartition(f".{REFLECTION}.") for key in state_dict if key.startswith(prefix))
         theirs = {name.removesuffix(ANCHOR) for path, _, name in parts if path}
         # By every path of a shared module, for a state has it as often.
@@ -34,6 +36,19 @@ class RootCarrier(Carrier):
                 waiting = {owner: f"{place}{SAVED}.{owner}.{name}" for owner in (BASE, *owners)}
                 _rename(state_dict, f"{place}{name}", waiting, ours, theirs)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _refuse_across_a_merge(self, state: dict[str, Any], prefix: str, errors: list[str]) -> None:
+        """Merged weights in an unmerged model would be rotated twice, and the other way round not at all."""
+        given = [key for key in state if key.startswith(prefix)]
+        there = any(key.endswith(f".{REFLECTION}.unmerged") for key in given)
+        here = any(layer.hra_u.unmerged is not None for layer in sites_of(self).values())
+        if not given or there is here:
+            return
+        side = "state and not in the model" if there else "model and not in the state"
+        way_out = "Merge or unmerge them first (hra_fx.merge_adapter, hra_fx.unmerge_adapter)."
+        errors.append(f"{prefix}: adapters are merged in the {side}. {way_out}")
+        # What is there already, so that nothing is changed by a load that is going to fail.
+        state.update({f"{prefix}{key}": own for key, own in self.state_dict().items() if f"{prefix}{key}" in state})
 
 
 def _rename(state: dict[str, Any], in_place: str, waiting: dict[str, str], ours: str, theirs: set[str]) -> None:

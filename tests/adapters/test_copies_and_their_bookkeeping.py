@@ -170,3 +170,19 @@ def test_a_copy_that_is_not_finite_is_not_folded() -> None:
     with pytest.raises(hra_fx.FoldError, match=r"^head: its trained copy is not finite"):
         hra_fx.fold(model)
     assert torch.equal(model.b.weight, before) and "b" in model.b.hra_u
+
+
+@pytest.mark.parametrize("state", ["merged", "unmerged", "of the base model"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_state_from_the_other_side_of_a_merge_is_refused_and_changes_nothing(state: str, strict: bool) -> None:
+    base, model = two()
+    _, other = two()
+    turn(model, 5)
+    hra_fx.merge_adapter(model if state == "merged" else other)
+    before, wanted = {key: value.clone() for key, value in other.state_dict().items()}, other(X)
+    given = base.state_dict() if state == "of the base model" else model.state_dict()
+    side = "state and not in the model" if state == "merged" else "model and not in the state"
+    with pytest.raises(RuntimeError, match=f"adapters are merged in the {side}. Merge or unmerge them first"):
+        other.load_state_dict(given, strict=strict)
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+    assert torch.equal(other(X), wanted)
