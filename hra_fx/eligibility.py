@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -13,9 +12,8 @@ from torch.nn.utils import parametrize
 from hra_fx.adapters.copies import held_by
 from hra_fx.config import HRAConfig
 from hra_fx.errors import UnsupportedLayerError
-from hra_fx.inert import weight_readers
 from hra_fx.reflection import reflection_of
-from hra_fx.site import REFLECTION
+from hra_fx.site import REFLECTION, kind_of, weight_name, width_of
 from hra_fx.sources import can_be_written
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -33,18 +31,12 @@ def check(model: nn.Module, sites: Mapping[str, nn.Module], config: HRAConfig) -
     Raises:
         UnsupportedLayerError: naming every such layer, and the reason of the first.
     """
-    readers = weight_readers(model, sites)
     refused: dict[str, str] = {}
     for path, module in model.named_modules():
         if reason := _why_not_model(module):
             raise UnsupportedLayerError(f"{path or 'the model'}: {reason}")
     for path, layer in sites.items():
         reason = _why_not_name(path) or _why_not_state(layer) or _why_not_weight(layer) or _why_not_rank(layer, config)
-        if path in readers:
-            reason = reason or (
-                f"{readers[path]} reads its weight directly and need not call it, so reflections would not be seen. "
-                f"{_EXCLUDE}"
-            )
         if reason:
             refused[path] = f"{path} ({type(layer).__name__}): {reason}."
     if refused:
@@ -88,11 +80,15 @@ def _why_not_state(layer: nn.Module) -> str | None:
         return f"its forward is set on the instance, which no rewrite can see through. Remove it, or l{_EXCLUDE[1:]}"
     if hasattr(layer, REFLECTION):
         return f"it has an attribute {REFLECTION!r} already. Rename that, or l{_EXCLUDE[1:]}"
-    if type(layer).forward not in (nn.Linear.forward, nn.Conv2d.forward):
-        return f"its class has a forward of its own, which need not be linear in its weight. {_EXCLUDE}"
     if type(layer).__call__ is not nn.Module.__call__:
         return f"its class has a __call__ of its own, which no rewrite can see through. {_EXCLUDE}"
-    if parametrize.is_parametrized(layer, "weight") or "weight" not in layer._parameters:
+    name = weight_name(kind_of(layer))
+    if isinstance(layer, nn.MultiheadAttention) and not layer._qkv_same_embed_dim:
+        return (
+            "its inputs differ in width (kdim, vdim), so that there is no one matrix of q, k and v to reflect. "
+            f"{_EXCLUDE}, and name its out_proj"
+        )
+    if parametrize.is_parametrized(layer, name) or name not in layer._parameters:
         return (
             "its weight is computed from other parameters at every call, and cannot be folded into. Call "
             f"torch.nn.utils.parametrize.remove_parametrizations (or remove_weight_norm) first, or l{_EXCLUDE[1:]}"
@@ -101,7 +97,7 @@ def _why_not_state(layer: nn.Module) -> str | None:
 
 
 def _why_not_weight(layer: nn.Module) -> str | None:
-    weight = layer._parameters["weight"]
+    weight = layer._parameters[weight_name(kind_of(layer))]
     if weight is None or is_lazy(weight):
         return "its weight is not initialised yet. Run the model once first"
     if weight.is_meta:
@@ -115,8 +111,7 @@ def _why_not_weight(layer: nn.Module) -> str | None:
 
 
 def _why_not_rank(layer: nn.Module, config: HRAConfig) -> str | None:
-    weight = layer._parameters["weight"]
-    width = math.prod(weight.shape[1:]) if weight is not None else 0
+    width = width_of(layer)
     if config.apply_GS and config.r > width:
         return (
             f"Gram-Schmidt makes r={config.r} vectors orthonormal, and its inputs have only {width} dimensions. "

@@ -31,7 +31,7 @@ class ConfigError(HRAError, ValueError):
 
 
 class SelectionError(HRAError, ValueError):
-    """The configuration does not fit the model: no layer matched, a matched module is neither Linear nor Conv2d, or
+    """The configuration does not fit the model: no layer matched, a matched module is of another kind, or
     there are no default targets for this architecture."""
 
 

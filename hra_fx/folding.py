@@ -72,7 +72,7 @@ class FoldPlan:
         sites = sites_of(self._model)
         with torch.no_grad():
             for layer in self.layers:
-                sites[layer.path].weight.copy_(layer.weight)
+                sites[layer.path].hra_base.copy_(layer.weight)
                 sites[layer.path].hra_u.unmerged = None
 
 
@@ -186,6 +186,6 @@ def _versions(model: nn.Module) -> list[object]:
     record = record_of(model)
     state = (tuple(record.configs), record.active, record.merged, record.disabled) if record else None
     sites = sites_of(model).values()
-    read = (t for layer in sites for t in (layer.weight, *layer.hra_u.parameters(), *layer.hra_u.buffers()))
+    read = (t for layer in sites for t in (layer.hra_base, *layer.hra_u.parameters(), *layer.hra_u.buffers()))
     tensors = ((id(t), t.dtype, t.data_ptr(), -1 if t.is_inference() else t._version) for t in read)
     return [state, *(layer.hra_u.active for layer in sites), *tensors]

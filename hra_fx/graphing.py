@@ -7,8 +7,10 @@ import keyword
 from torch import fx, nn
 
 from hra_fx.adapted import regions_of, require_sites, sites_of
+from hra_fx.capture.over import over
 from hra_fx.capture.region import Region
-from hra_fx.site import META, SiteNote, kind_of
+from hra_fx.carrier.layer import SiteCarrier
+from hra_fx.site import META, SiteNote
 from passes.insert import InsertPass
 
 
@@ -47,16 +49,20 @@ def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
     return dict(sorted(found.items()))
 
 
-def _alone(path: str, layer: nn.Module) -> fx.GraphModule:
-    """A graph of the one call; its root holds the layer under its own name."""
+def _alone(path: str, layer: SiteCarrier) -> fx.GraphModule:
+    """A graph of the one call, or of the weight that others read; its root holds the layer under its own name."""
     name = path.rpartition(".")[2]
     name = "layer" if keyword.iskeyword(name) else name
     root = nn.Module()
     root.add_module(name, layer)
     graph = fx.Graph()
-    graph.output(graph.call_module(name, (graph.placeholder("input"),)))
-    module = fx.GraphModule(root, graph, type(layer).__name__)
-    graph.find_nodes(op="call_module")[0].meta[META] = SiteNote(path, kind_of(layer), "layer")
+    if layer.hra_u.on_weight:
+        marked = graph.get_attr(f"{name}.{layer.hra_u.weight_name}")
+    else:
+        marked = graph.call_module(name, (graph.placeholder("input"),))
+    graph.output(marked)
+    marked.meta[META] = SiteNote(path, layer.hra_u.kind, "weight" if layer.hra_u.on_weight else "layer")
+    module = over(root, graph, type(layer).__name__)
     InsertPass()(module)
     module.training = layer.training
     return module

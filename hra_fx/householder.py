@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 
 # Seen as one node each by an fx tracer that goes into a reflection, where their branches would stop it.
-for _name in ("normalize", "compact_wy", "reflect", "orthonormalize"):
+for _name in ("normalize", "compact_wy", "reflect", "rotate", "orthonormalize"):
     fx.wrap(_name)
 
 
@@ -120,7 +120,7 @@ def rotate(weight: Tensor, chain: Tensor, factor: Tensor) -> Tensor:
     """The folded weight `W Q = W - (W U) T U^T`.
 
     Args:
-        weight: `(out, d)`, any further dimensions already flattened into `d`.
+        weight: `(out, d)`, any further dimensions already flattened into `d`; not cast, also under autocast.
         chain: `U: (d, k)`, the dtype of `weight`.
         factor: `T: (k, k)`, the dtype of `weight`.
 
@@ -132,7 +132,9 @@ def rotate(weight: Tensor, chain: Tensor, factor: Tensor) -> Tensor:
         >>> rotate(torch.tensor([[2.0, 5.0]]), U, compact_wy(U))
         tensor([[-2.,  5.]])
     """
-    return weight - (weight @ chain) @ factor @ chain.mT
+    with _without_autocast(weight):
+        rotated: Tensor = weight - (weight @ chain) @ factor @ chain.mT
+    return rotated
 
 
 def orthonormalize(vectors: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Layers that are held but not called: another module reads their weight itself, and would not see their reflections.
+"""Layers whose weight another module reads itself, so that it would not see reflections of their input.
 
 So do `nn.MultiheadAttention` (`out_proj`), torchvision's Swin (`qkv`, `proj`), timm's EVA (`qkv`) and transformers'
 Mamba (`dt_proj`). PEFT adapts such layers without effect, and changes the output when it merges. The sources of a
@@ -14,13 +14,9 @@ from typing import Any
 
 from torch import nn
 
+from hra_fx.capture.reads import METADATA
 from hra_fx.carrier.swap import original_class
 from hra_fx.sources import names_below_self, reached_methods
-
-#: What may be asked of a weight without using it.
-_METADATA = frozenset(
-    {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "is_cuda", "requires_grad", "element_size"}
-)
 
 
 def weight_readers(model: nn.Module, sites: Iterable[str]) -> dict[str, str]:
@@ -59,11 +55,7 @@ def _reads(kind: Any) -> tuple[tuple[str, str], ...]:
 def _used_weights(method: ast.FunctionDef) -> Iterator[str]:
     parents = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
     for node in ast.walk(method):
-        if (
-            not isinstance(node, ast.Attribute)
-            or node.attr not in ("weight", "bias")
-            or not isinstance(node.ctx, ast.Load)
-        ):
+        if not isinstance(node, ast.Attribute) or node.attr != "weight" or not isinstance(node.ctx, ast.Load):
             continue
         names = names_below_self(node.value)
         if names and not _is_question(node, parents[node]):
@@ -73,7 +65,7 @@ def _used_weights(method: ast.FunctionDef) -> Iterator[str]:
 def _is_question(node: ast.Attribute, parent: ast.AST) -> bool:
     """Whether a weight is only asked what it is: its dtype, whether it is None, its type."""
     if isinstance(parent, ast.Attribute):
-        return parent.attr in _METADATA
+        return parent.attr in METADATA
     if isinstance(parent, ast.Compare):
         return all(isinstance(op, (ast.Is, ast.IsNot)) for op in parent.ops)
     if isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name):

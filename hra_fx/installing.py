@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from hra_fx.adapted import RECORD, regions_of, require_outermost, sites_of
+from hra_fx.capture.over import over
 from hra_fx.capture.region import Region
 from hra_fx.capture.search import Findings, find_regions
 from hra_fx.carrier.layer import SiteCarrier, carrier_for
@@ -18,15 +19,17 @@ from hra_fx.carrier.swap import swap, unswap
 from hra_fx.config import HRAConfig
 from hra_fx.eligibility import check, has_redundant_forward
 from hra_fx.errors import UnsupportedLayerError
-from hra_fx.reflection import AdapterSpec, Reflection, reflection_for
+from hra_fx.forms import must_be_on_weight, reflection_for
+from hra_fx.inert import weight_readers
+from hra_fx.reflection import AdapterSpec, Reflection
 from hra_fx.selection import select
-from hra_fx.site import REFLECTION, SAVED, SiteKind, SiteLayer, kind_of
+from hra_fx.site import REFLECTION, SAVED, Site
 from passes.insert import InsertPass
 from passes.match import MatchPass
 from passes.verify import VerifyPass
 
 #: Adds an adapter to the reflections of a site: (path, layer, reflections).
-Fill: TypeAlias = Callable[[str, SiteLayer, Reflection], None]
+Fill: TypeAlias = Callable[[str, nn.Module, Reflection], None]
 
 
 @contextmanager
@@ -42,7 +45,7 @@ def all_or_nothing() -> Iterator[ExitStack]:
 
 def introduce(
     model: nn.Module, name: str, config: HRAConfig, fill: Fill, undo: ExitStack
-) -> tuple[dict[str, SiteLayer], Findings | None]:
+) -> tuple[dict[str, nn.Module], Findings | None]:
     """Give adapter `name` to every layer that `config` selects; it is not active yet.
 
     Returns:
@@ -52,20 +55,24 @@ def introduce(
         SelectionError: the configuration does not fit the model.
         UnsupportedLayerError: a selected layer cannot be adapted rightly.
     """
-    selected = select(model, config)
-    check(model, selected, config)
-    layers: dict[str, SiteLayer] = {
-        path: layer for path, layer in selected.items() if isinstance(layer, (nn.Linear, nn.Conv2d))
-    }
+    layers = select(model, config)
+    check(model, layers, config)
     present = sites_of(model)
     new = {path: layer for path, layer in layers.items() if path not in present}
     copies = config.modules_to_save or config.bias != "none"
     if new or copies:
         require_outermost(model)
     findings = capture(model, {**present, **new}) if new or copies else None
+    readers = weight_readers(model, new) | (findings.read if findings else {})
+    for path in readers.keys() & present.keys():
+        if not present[path].hra_u.on_weight:
+            raise UnsupportedLayerError(
+                f"{path}: {readers[path]} reads its weight by now, and its reflections act on its input. Fold the "
+                "adapters that the model has, and transform it anew."
+            )
     for path, layer in layers.items():
         if path in new:
-            _attach(path, layer, undo)
+            _attach(path, layer, undo, on_weight=path in readers or must_be_on_weight(layer))
         reflection: Any = layer._modules[REFLECTION]
         undo.callback(reflection.remove, name)
         fill(path, layer, reflection)
@@ -77,15 +84,11 @@ def introduce(
 def drawn(name: str, config: HRAConfig, *, on_meta: bool) -> Fill:
     """Fresh vectors, as the configuration starts them."""
     spec = AdapterSpec(config.r, config.apply_GS, config.init_weights)
-    return lambda path, layer, reflection: reflection.add(name, spec, layer.weight, on_meta=on_meta)
+    return lambda path, layer, reflection: reflection.add(name, spec, reflection.weight_of(layer), on_meta=on_meta)
 
 
 def capture(model: nn.Module, sites: Mapping[str, nn.Module]) -> Findings:
-    """The regions of a model for these sites, whatever it carries already.
-
-    Raises:
-        UnsupportedLayerError: a traced forward reads the weight of a site itself.
-    """
+    """The regions of a model for these sites, whatever it carries already."""
     with _laid_bare(model):
         return find_regions(model, sites)
 
@@ -96,9 +99,11 @@ def install(model: nn.Module, findings: Findings, undo: ExitStack) -> None:
         undo.callback(_put_back, module, type(module), vars(module)[REGION])
         unswap(module, RegionCarrier)
         del vars(module)[REGION]
-    kinds = {path: kind_of(layer) for path, layer in sites_of(model).items()}
+    names = {layer: Site(path, layer.hra_u.kind, layer.hra_u.on_weight) for path, layer in sites_of(model).items()}
+    # By every path, for the graph of a region calls a shared layer by one of its own.
+    sites = {path: names[part] for path, part in model.named_modules(remove_duplicate=False) if part in names}
     for path, region in findings.regions.items():
-        _install(model.get_submodule(path), path, region, kinds, undo)
+        _install(model.get_submodule(path), path, region, sites, undo)
 
 
 def settle(model: nn.Module) -> None:
@@ -114,8 +119,8 @@ def take_off(layer: nn.Module) -> None:
     del layer._modules[REFLECTION]
 
 
-def _attach(path: str, layer: SiteLayer, undo: ExitStack) -> None:
-    reflection = reflection_for(layer)
+def _attach(path: str, layer: nn.Module, undo: ExitStack, *, on_weight: bool) -> None:
+    reflection = reflection_for(layer, on_weight=on_weight)
     reflection.train(layer.training)
     undo.callback(layer._modules.pop, REFLECTION, None)
     layer.add_module(REFLECTION, reflection)
@@ -129,12 +134,12 @@ def _attach(path: str, layer: SiteLayer, undo: ExitStack) -> None:
     undo.callback(unswap, layer, carrier)
 
 
-def _install(root: nn.Module, path: str, region: Region, kinds: dict[str, SiteKind], undo: ExitStack) -> None:
+def _install(root: nn.Module, path: str, region: Region, sites: dict[str, Site], undo: ExitStack) -> None:
     rewritten: dict[int, fx.Graph] = {}
     for training, graph in region.graphs.items():
         if id(graph) not in rewritten:
-            module = fx.GraphModule(root, graph)
-            for step in (MatchPass(kinds, path), InsertPass(), VerifyPass()):
+            module = over(root, graph, type(root).__name__)
+            for step in (MatchPass(sites, path), InsertPass(), VerifyPass()):
                 step(module)
             rewritten[id(graph)] = module.graph
         region.graphs[training] = rewritten[id(graph)]

@@ -47,7 +47,7 @@ def orthogonality_loss(model: nn.Module) -> Tensor:
     active = [
         (layer.hra_u[name], layer.hra_u.specs[name].apply_GS) for layer in sites.values() for name in layer.hra_u.active
     ]
-    device = active[0][0].device if active else next(iter(sites.values())).weight.device
+    device = active[0][0].device if active else next(iter(sites.values())).hra_base.device
     total = torch.zeros((), device=device)
     for vectors, apply_GS in active:
         if not apply_GS:

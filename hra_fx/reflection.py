@@ -9,22 +9,34 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hra_fx import geodesic, householder
 from hra_fx.errors import AdapterError
-from hra_fx.site import REFLECTION, SiteKind, SiteLayer, width_of
+from hra_fx.site import REFLECTION, SiteKind, as_rows, weight_name
 
 #: What follows an adapter's name in that of its anchor.
 ANCHOR = "_anchor"
 _SCALED = "_scaled"
 #: What the containers of vectors and copies are made of, and the names that stand for the base model.
 _RESERVED = (
-    *("kind", "width", "specs", "active", "scales", "paused", "unmerged", "base_layer", "original_module"),
+    *(
+        "kind",
+        "columns",
+        "weight_name",
+        "on_weight",
+        "width",
+        "specs",
+        "active",
+        "scales",
+        "paused",
+        "unmerged",
+        "base_layer",
+        "original_module",
+    ),
     *("copied", "in_place", "make", "tensors", "put_in_place", "adopt", "remove", "give_gradient"),
 )
 
@@ -74,6 +86,9 @@ class Reflection(nn.ParameterDict):
 
     Attributes:
         kind: the kind of site.
+        columns: whether the weight is `(in, out)`.
+        weight_name: what the weight is called in the layer.
+        on_weight: whether it is called with the weight, and not with what the layer reads.
         width: `d`.
         specs: adapter name -> `AdapterSpec`.
         active: names of the adapters in use, in the order of the product `W Q_a Q_b ...`.
@@ -82,12 +97,15 @@ class Reflection(nn.ParameterDict):
         unmerged: the weight as it was before a merge; `None` while nothing is merged.
     """
 
-    kind: SiteKind
+    on_weight: ClassVar[bool] = False
     unmerged: Tensor | None
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, kind: SiteKind = "linear", *, columns: bool = False) -> None:
         """An empty container for vectors of length `width`."""
         super().__init__()
+        self.kind = kind
+        self.columns = columns
+        self.weight_name = weight_name(kind)
         self.width = width
         self.specs: dict[str, AdapterSpec] = {}
         self.active: tuple[str, ...] = ()
@@ -229,7 +247,21 @@ class Reflection(nn.ParameterDict):
             return None
         return householder.normalize(chains[0] if len(chains) == 1 else torch.cat(chains, dim=1))
 
-    def _chain_for(self, x: Tensor) -> Tensor | None:
+    def weight_of(self, layer: nn.Module) -> nn.Parameter:
+        """The weight of the site, as it is, whatever the layer answers with."""
+        weight: Any = layer._parameters.get(self.weight_name)
+        # A replica of DataParallel has its tensors as plain attributes.
+        return vars(layer)[self.weight_name] if weight is None else weight
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """The site's weight, or one of its shape, as the matrix `(out, d)` that `Q` is multiplied to."""
+        return as_rows(weight, columns=self.columns)
+
+    def shaped(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Rows `(out, d)` in the shape of a weight again."""
+        return rows.mT.contiguous() if self.columns else rows.view_as(like)
+
+    def chain_for(self, x: Tensor) -> Tensor | None:
         """The active chain to go with `x`.
 
         Raises:
@@ -251,74 +283,6 @@ class Reflection(nn.ParameterDict):
         )
 
 
-class LinearReflection(Reflection):
-    """Reflects the input of a Linear: `x -> x Q^T`."""
-
-    kind = "linear"
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x: (..., d)` to `(..., d)`, the same dtype."""
-        chain = self._chain_for(x)
-        return x if chain is None else householder.reflect(x, chain, householder.compact_wy(chain))
-
-
-class Conv2dReflection(Reflection):
-    """Reads every patch of a Conv2d's input in the coordinates of the reflection vectors.
-
-    With `W` seen as `(out, d)` and `p` a patch, `(W Q) p = W p - (W U) (T U^T p)`: the parenthesis on the right is a
-    convolution with `k` filters, made here; the layer subtracts its 1x1 image under `W U` (`project`). No patch is ever
-    unfolded, and no rotated weight made, so the gradient of a whole weight is never needed either.
-    """
-
-    kind = "conv2d"
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        """An empty container for a convolution, of which only the geometry is kept."""
-        super().__init__(width_of(conv))
-        self.patch = tuple(conv.weight.shape[1:])
-        self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups
-        self.padding_mode = conv.padding_mode
-        self.padding = conv.padding
-        # torch's own list for F.pad, from which the other padding modes work ('same' included).
-        self.border = list(conv._reversed_padding_repeated_twice)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Coordinates of the patches.
-
-        Args:
-            x: `(n, c, h, w)` or `(c, h, w)`.
-
-        Returns:
-            `T U^T p` for every patch and group, `(n, groups * k, h', w')`, in the dtype of `x`, and the chain
-            `U: (d, k)` itself; `None` where no adapter is active.
-        """
-        chain = self._chain_for(x)
-        if chain is None:
-            return None
-        factor = householder.compact_wy(chain)
-        filters = (factor @ chain.to(factor.dtype).mT).to(x.dtype).reshape(-1, *self.patch).repeat(self.groups, 1, 1, 1)
-        if self.padding_mode == "zeros":
-            coordinates = F.conv2d(x, filters, None, self.stride, self.padding, self.dilation, self.groups)
-        else:
-            padded = F.pad(x, self.border, mode=self.padding_mode)
-            coordinates = F.conv2d(padded, filters, None, self.stride, 0, self.dilation, self.groups)
-        return coordinates, chain
-
-    def project(self, read: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
-        """What the layer has to subtract from its output.
-
-        Args:
-            read: what `forward` gave.
-            weight: `W: (out, c / groups, kh, kw)`.
-
-        Returns:
-            `(W U) (T U^T p)` for every patch, `(n, out, h', w')`.
-        """
-        coordinates, chain = read
-        mixing = (weight.flatten(1).to(chain.dtype) @ chain).to(coordinates.dtype)
-        return F.conv2d(coordinates, mixing[..., None, None], groups=self.groups)
-
-
 def plain_chain(vectors: Tensor, anchor: Tensor | None, *, apply_GS: bool) -> Tensor:
     """An adapter as plain reflections: `[A | U]`, or `[A | V]` with Gram-Schmidt.
 
@@ -337,18 +301,6 @@ def plain_chain(vectors: Tensor, anchor: Tensor | None, *, apply_GS: bool) -> Te
     if apply_GS:
         vectors = householder.orthonormalize(vectors)
     return vectors if anchor is None else torch.cat([anchor.to(vectors.dtype), vectors], dim=1)
-
-
-def reflection_for(layer: SiteLayer) -> Reflection:
-    """An empty container of the kind that fits a layer.
-
-    Example:
-        >>> box = reflection_for(nn.Linear(6, 4))
-        >>> box.add("default", AdapterSpec(r=2), nn.Linear(6, 4).weight)
-        >>> box
-        LinearReflection(default: d=6, r=2)
-    """
-    return Conv2dReflection(layer) if isinstance(layer, nn.Conv2d) else LinearReflection(width_of(layer))
 
 
 def reflection_of(layer: nn.Module) -> Reflection | None:

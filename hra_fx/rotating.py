@@ -46,7 +46,9 @@ def check_weights(model: nn.Module, sites: Mapping[str, SiteCarrier]) -> None:
                 f"{path or 'the model'}: another tool put a class of its own over it ({type(module).__name__}). Take "
                 "that off first (for FSDP: gather the weights into a plain model)."
             )
-    ties = tied_to(model, {f"{path}.weight".lstrip("."): layer.weight for path, layer in sites.items()})
+    ties = tied_to(
+        model, {f"{path}.{layer.hra_u.weight_name}".lstrip("."): layer.hra_base for path, layer in sites.items()}
+    )
     for name, others in ties.items():
         raise FoldError(
             f"{name}: it shares its memory with {', '.join(others)}, which the fold would change too. Untie it first "
@@ -66,8 +68,8 @@ def rotated(path: str, layer: SiteCarrier, names: Iterable[str]) -> FoldedLayer:
     Raises:
         FoldError: the weight cannot be written, holds no data, or would not be finite.
     """
-    weight = layer.weight.detach() if layer.hra_u.unmerged is None else layer.hra_u.unmerged
-    if layer.weight.is_inference() or any(
+    weight = layer.hra_base.detach() if layer.hra_u.unmerged is None else layer.hra_u.unmerged
+    if layer.hra_base.is_inference() or any(
         step == 0 < size - 1 for step, size in zip(weight.stride(), weight.shape, strict=True)
     ):
         raise FoldError(
@@ -78,13 +80,13 @@ def rotated(path: str, layer: SiteCarrier, names: Iterable[str]) -> FoldedLayer:
     _check_vectors(path, layer.hra_u, here, weight)
     dtype = torch.float32 if weight.device.type == "mps" else torch.float64
     chain = layer.hra_u.joint_chain(here, dtype)
-    wide = weight.to(dtype).flatten(1)
+    wide = layer.hra_u.rows(weight.to(dtype))
     exact = wide if chain is None else householder.rotate(wide, chain.detach(), householder.compact_wy(chain.detach()))
     narrow = exact.to(weight.dtype)
     if not bool(torch.isfinite(narrow).all()):
         raise FoldError(f"{path}: the folded weight is not finite. Look for NaN or inf in its weight and in hra_u.")
     rounding, change = _relative(narrow.to(dtype) - exact, exact), _relative(exact - wide, wide)
-    return FoldedLayer(path, narrow.view_as(weight), rounding, change)
+    return FoldedLayer(path, layer.hra_u.shaped(narrow, weight), rounding, change)
 
 
 def _relative(difference: Tensor, whole: Tensor) -> float:

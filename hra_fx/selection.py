@@ -19,7 +19,7 @@ from torch import nn
 from hra_fx.config import HRAConfig, layer_index_regex, saved_module_regex
 from hra_fx.default_targets import DEFAULT_TARGETS
 from hra_fx.errors import HRAWarning, SelectionError
-from hra_fx.site import REFLECTION, SAVED
+from hra_fx.site import REFLECTION, SAVED, find_kind
 
 __all__ = ["is_target", "resolve_targets", "saved_modules", "select", "targeted", "with_head", "without_absent"]
 
@@ -33,16 +33,17 @@ _TASK_HEADS = {
 # From so many entries on PEFT shortens target_modules, which shows where layer indices are given too.
 _MANY = 20
 _SHOWN = 8
+_KINDS = "nn.Linear, nn.Conv1d to Conv3d, nn.MultiheadAttention and transformers' Conv1D"
 
 
 def select(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
-    """The layers of `model` that `config` names: path -> `nn.Linear` or `nn.Conv2d`, in `named_modules` order.
+    """The layers of `model` that `config` names: path -> one that may be a site, in `named_modules` order.
 
     A layer that is reachable on several paths is listed once, under its first. Neither argument is changed.
 
     Raises:
-        SelectionError: no layer is named (with near misses, and with what left them out), a named module is neither
-            Linear nor Conv2d, there are no default targets for this architecture, an entry of `modules_to_save`
+        SelectionError: no layer is named (with near misses, and with what left them out), a named module is of another
+            kind, there are no default targets for this architecture, an entry of `modules_to_save`
             names nothing, or a layer would be both adapted and saved in full.
 
     Warns:
@@ -250,7 +251,7 @@ def _default_targets(model: nn.Module) -> tuple[str, ...] | str:
         return DEFAULT_TARGETS[model_type]
     what = f"model_type {model_type!r}" if model_type else f"{type(model).__name__}, which has no config.model_type"
     names = _leaf_names(path for path, module in _walk(model) if _adaptable(module))
-    layers = f"The Linear and Conv2d layers of this model are called {names}" if names else "It has no layer to adapt"
+    layers = f"The layers of this model are called {names}" if names else "It has no layer to adapt"
     raise SelectionError(f"target_modules: there is no default for {what}. Give target_modules. {layers}.")
 
 
@@ -264,7 +265,7 @@ def _model_type(model: nn.Module) -> str:
 
 
 def _adaptable(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | nn.Conv2d)
+    return find_kind(module) is not None
 
 
 # ---- what is said when they fail ----
@@ -284,9 +285,9 @@ def _check_saved(model: nn.Module, config: HRAConfig, chosen: Iterable[str]) -> 
 
 
 def _wrong_type(path: str, module: nn.Module) -> str:
-    """What to say about a named module that is no Linear or Conv2d."""
+    """What to say about a named module of a kind that cannot be adapted."""
     kind = type(module).__name__
-    text = f"{path}: target_modules names it, but it is a {kind}, and only nn.Linear and nn.Conv2d can be adapted. "
+    text = f"{path}: target_modules names it, but it is a {kind}, and only {_KINDS} can be adapted. "
     parts = path.split(".")
     # A block number alone says nothing: "layer.0.query", not "0.query".
     stem = ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
@@ -294,8 +295,6 @@ def _wrong_type(path: str, module: nn.Module) -> str:
     if below:
         names = repr(below) if len(below) <= _SHOWN else f"[{_leaf_names(below)}]"
         return text + f"To adapt the layers inside it write target_modules={names}."
-    if kind == "Conv1D":
-        return text + "Replace it by an nn.Linear with the transposed weight, or name other layers."
     return text + f"Name it no more, or add exclude_modules=[{path!r}]."
 
 
@@ -307,7 +306,7 @@ def _nothing_chosen(model: nn.Module, config: HRAConfig, targets: set[str] | str
         return f"target_modules: the model is itself a {kind}, and only layers inside it can be adapted. Wrap it."
     layers = [path for path, module in _walk(model) if _adaptable(module)]
     if not layers:
-        return f"target_modules: {kind} has no Linear or Conv2d layer to adapt."
+        return f"target_modules: {kind} has no layer to adapt: only {_KINDS} can be."
     if not targets:
         return f"target_modules: {shown} names nothing. The layers of {kind} are called {_leaf_names(layers)}."
     named = [path for path, _ in _walk(model) if _is_named(targets, path)]

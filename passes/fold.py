@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from hra_fx.site import META, SiteNote
+from hra_fx.site import META, SiteNote, weight_name
 
 
 class FoldPass(PassBase):
@@ -15,11 +15,16 @@ class FoldPass(PassBase):
         """Rewrite the graph and recompile it."""
         graph = graph_module.graph
         noted = [node for node in graph.nodes if isinstance(node.meta.get(META), SiteNote)]
-        # Backwards, so that every reflection has lost its readers by the time that it is erased.
+        # Backwards, so that every reflection of an input has lost its readers by the time that it is erased.
         for node in reversed(noted):
-            if node.meta.pop(META).role == "layer":
+            note: SiteNote = node.meta.pop(META)
+            if note.role == "layer":
                 node.args = node.args[:1]
-            else:
+            elif note.role == "weight":
+                node.target = f"{str(node.target).rpartition('.')[0]}.{weight_name(note.kind)}"
+            elif note.role == "reflection":
+                if node.users:  # of a weight
+                    node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
         if noted:
             graph_module.recompile()

@@ -1,10 +1,12 @@
-r"""insert: the reflection before each marked call.
+r"""insert: the reflection before each marked call, and after each marked read of a weight.
 
-    y = layer(x)        becomes        h = layer.hra_u(x);  y = layer(x, h)
+    y = layer(x)                    becomes        h = layer.hra_u(x);  y = layer(x, h)
+    y = f(x, layer.weight)          becomes        w = layer.hra_u(layer.hra_base);  y = f(x, w)
 
-For a Linear, `h = x Q^T` and the layer computes `h W^T = x (W Q)^T`. For a Conv2d, `h` holds the coordinates of the
-patches and the layer subtracts their image (`hra_fx.reflection.Conv2dReflection`). The layer still gets `x` as its
-first argument, so that hooks on it see what they saw before.
+For a Linear, `h = x Q^T` and the layer computes `h W^T = x (W Q)^T`. For a convolution, `h` holds the coordinates of
+the patches and the layer subtracts their image (`hra_fx.forms.ConvReflection`). The layer still gets `x` as its first
+argument, so that hooks on it see what they saw before. Of a weight, `hra_base` is the one without reflections, and `w`
+is `W Q`. A reader, which is a module that is called as a whole, sees `W Q` by itself: nothing is inserted.
 """
 
 from __future__ import annotations
@@ -13,17 +15,17 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from hra_fx.errors import GraphInvariantError
-from hra_fx.site import META, REFLECTION, SiteNote
+from hra_fx.site import BASE_WEIGHT, META, REFLECTION, SiteNote
 
 
 class InsertPass(PassBase):
-    """Gives every call that `match` marked its reflection, one visible node a call; a second run changes nothing."""
+    """Gives everything that `match` marked its reflection, one visible node each; a second run changes nothing."""
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite the graph and recompile it."""
         marked = [node for node in graph_module.graph.nodes if _is_bare(node)]
         for node in marked:
-            _insert(graph_module.graph, node)
+            (_insert_after if node.op == "get_attr" else _insert_before)(graph_module.graph, node)
         if marked:
             graph_module.recompile()
         return PassResult(graph_module, bool(marked))
@@ -35,18 +37,39 @@ class InsertPass(PassBase):
 
 def _is_bare(node: fx.Node) -> bool:
     note = node.meta.get(META)
-    return isinstance(note, SiteNote) and note.role == "layer" and len(node.args) + len(node.kwargs) == 1
+    if not isinstance(note, SiteNote):
+        return False
+    if note.role == "weight":
+        return not str(node.target).endswith(f".{BASE_WEIGHT}")
+    return note.role == "layer" and len(node.args) + len(node.kwargs) == 1
 
 
-def _insert(graph: fx.Graph, node: fx.Node) -> None:
+def _insert_before(graph: fx.Graph, node: fx.Node) -> None:
     note: SiteNote = node.meta[META]
-    value = node.args[0] if node.args else node.kwargs.get("input")
+    # By whatever name the layer's class has for its one argument.
+    value = node.args[0] if node.args else next(iter(node.kwargs.values()))
     if not isinstance(value, fx.Node):
         raise GraphInvariantError(
             f"node {node.name!r}: the call of {note.path} has no traced input. Exclude this layer, or report the model."
         )
     with graph.inserting_before(node):
-        reflection = graph.create_node("call_module", f"{node.target}.{REFLECTION}", (value,), {})
+        reflection = _reflection(graph, node, str(node.target), value)
+    node.args, node.kwargs = (value, reflection), {}
+
+
+def _insert_after(graph: fx.Graph, node: fx.Node) -> None:
+    owner = str(node.target).rpartition(".")[0]
+    node.target = f"{owner}.{BASE_WEIGHT}"
+    readers = list(node.users)
+    with graph.inserting_after(node):
+        reflection = _reflection(graph, node, owner, node)
+    for reader in readers:
+        reader.replace_input_with(node, reflection)
+
+
+def _reflection(graph: fx.Graph, node: fx.Node, layer: str, value: fx.Node) -> fx.Node:
+    note: SiteNote = node.meta[META]
+    reflection = graph.create_node("call_module", f"{layer}.{REFLECTION}", (value,), {})
     reflection.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
     reflection.meta[META] = SiteNote(note.path, note.kind, "reflection")
-    node.args, node.kwargs = (value, reflection), {}
+    return reflection

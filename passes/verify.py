@@ -6,15 +6,16 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from hra_fx.errors import GraphInvariantError
-from hra_fx.site import META, REFLECTION, SiteNote
+from hra_fx.site import BASE_WEIGHT, META, REFLECTION, SiteNote
 
 
 class VerifyPass(PassBase):
     """Checks a graph and changes nothing.
 
     The rules: the graph is well formed; every marked call reads one reflection, of its own layer and of the very value
-    that the layer reads; every reflection is read by calls of its layer and by nothing else; nothing calls a reflection
-    without a mark.
+    that the layer reads; every reflection of an input is read by calls of its layer and by nothing else; every marked
+    weight is read by one reflection, that of its own layer, and by nothing else; nothing calls a reflection without a
+    mark.
 
     Raises:
         GraphInvariantError: a rule is broken.
@@ -30,7 +31,9 @@ class VerifyPass(PassBase):
                     raise _broken(node, "calls a reflection, and carries no mark")
             elif note.role == "layer":
                 _check_layer(node)
-            else:
+            elif note.role == "weight":
+                _check_weight(node)
+            elif note.role == "reflection":
                 _check_reflection(node)
         return PassResult(graph_module, False)
 
@@ -47,10 +50,22 @@ def _check_layer(node: fx.Node) -> None:
         raise _broken(node, f"reads {value}, while its reflection reads {reflection.args[0]}")
 
 
+def _check_weight(node: fx.Node) -> None:
+    layer, _, name = str(node.target).rpartition(".")
+    if name != BASE_WEIGHT:
+        raise _broken(node, f"reads {node.target}, where {BASE_WEIGHT} and its reflection are due")
+    others = [user for user in node.users if user.target != f"{layer}.{REFLECTION}"]
+    if others or len(node.users) != 1:
+        read = f"is read by {others[0].name!r}" if others else f"has {len(node.users)} reflections"
+        raise _broken(node, f"is the weight of a site, and {read}, where one reflection is due")
+
+
 def _check_reflection(node: fx.Node) -> None:
     layer = str(node.target).removesuffix(f".{REFLECTION}")
     if not node.users:
         raise _broken(node, "is a reflection that nothing reads")
+    if isinstance(node.args[0], fx.Node) and node.args[0].target == f"{layer}.{BASE_WEIGHT}":
+        return
     for user in node.users:
         if user.target != layer:
             raise _broken(node, f"is a reflection of {layer} and is read by {user.name!r}")

@@ -13,7 +13,8 @@ from oracles import dense_q, dense_weight, relative_error
 from torch import nn
 
 from hra_fx.errors import AdapterError
-from hra_fx.reflection import AdapterSpec, Reflection, reflection_for
+from hra_fx.forms import reflection_for
+from hra_fx.reflection import AdapterSpec, Reflection
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**31 - 1)

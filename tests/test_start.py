@@ -12,7 +12,8 @@ from oracles import dense_q, relative_error
 from torch import Tensor, nn
 
 from hra_fx import HRAConfig, transform
-from hra_fx.reflection import AdapterSpec, reflection_for
+from hra_fx.forms import reflection_for
+from hra_fx.reflection import AdapterSpec
 
 Layer: TypeAlias = nn.Linear | nn.Conv2d
 F64 = torch.float64

@@ -14,7 +14,6 @@ from hra_fx.adapted import Record, names_in, root_of, sites_of
 from hra_fx.adapters.adding import put_beside
 from hra_fx.errors import AdapterError
 from hra_fx.reflection import AdapterSpec, Reflection
-from hra_fx.site import SiteLayer
 from hra_fx.transforming import checked
 
 
@@ -79,7 +78,7 @@ def _combine(root: nn.Module, record: Record, names: tuple[str, ...], adapter_na
     )
     spec = AdapterSpec(rank, init_weights=False)
 
-    def fill(path: str, layer: SiteLayer, reflection: Reflection) -> None:
+    def fill(path: str, layer: nn.Module, reflection: Reflection) -> None:
         reflection.put(adapter_name, spec, joint[path], None)
 
     put_beside(root, record, adapter_name, checked(root, config, adapter_name), fill)

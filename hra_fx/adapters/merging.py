@@ -71,7 +71,7 @@ def unmerge_adapter(model: nn.Module) -> None:
     with torch.no_grad(), uninterrupted():
         for layer in sites_of(root).values():
             if layer.hra_u.unmerged is not None:
-                layer.weight.copy_(layer.hra_u.unmerged)
+                layer.hra_base.copy_(layer.hra_u.unmerged)
                 layer.hra_u.unmerged = None
         record.merged = ()
         refresh(inventory(root), record)
@@ -118,11 +118,11 @@ def _merge(root: nn.Module, record: Record, names: tuple[str, ...]) -> None:
     check_weights(root, sites)
     new = {path: rotated(path, layer, names) for path, layer in sites.items() if any(n in layer.hra_u for n in names)}
     # All that needs memory before the first weight is written.
-    old = {path: sites[path].weight.detach().clone() for path in new}
+    old = {path: sites[path].hra_base.detach().clone() for path in new}
     others = tuple(name for name in record.active if name not in names)
     with torch.no_grad(), uninterrupted():
         for path, change in new.items():
             sites[path].hra_u.unmerged = old[path]
-            sites[path].weight.copy_(change.weight)
+            sites[path].hra_base.copy_(change.weight)
         record.active, record.merged = names + others, names
         refresh(inventory(root), record)

@@ -13,6 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from hra_fx.capture.admission import required_arguments
 from hra_fx.capture.facts import Fact, ModuleWatch, Watch, fact, watch
+from hra_fx.capture.over import over
 from hra_fx.capture.trace import Traces
 from hra_fx.carrier.swap import original_class
 from hra_fx.errors import CaptureError
@@ -83,7 +84,7 @@ class Region:
 
     def graph_module(self, root: nn.Module, training: bool) -> fx.GraphModule:
         """A GraphModule of its own over the modules and parameters of `root`."""
-        module = fx.GraphModule(root, copy.deepcopy(self.graphs[training]), original_class(root).__name__)
+        module = over(root, copy.deepcopy(self.graphs[training]), original_class(root).__name__)
         module.training = training
         return module
 

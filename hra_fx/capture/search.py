@@ -11,7 +11,7 @@ from hra_fx.capture.admission import recorded_classes, why_not_root
 from hra_fx.capture.reads import functional_reads
 from hra_fx.capture.region import Region
 from hra_fx.capture.trace import trace
-from hra_fx.errors import CaptureError, UnsupportedLayerError
+from hra_fx.errors import CaptureError
 
 
 @dataclass
@@ -21,10 +21,12 @@ class Findings:
     Attributes:
         regions: path of the region's root -> region.
         alone: path of a site that is in no region -> the reason.
+        read: path of a site whose weight a graph reads -> by what.
     """
 
     regions: dict[str, Region] = field(default_factory=dict)
     alone: dict[str, str] = field(default_factory=dict)
+    read: dict[str, str] = field(default_factory=dict)
 
 
 def find_regions(model: nn.Module, sites: Mapping[str, nn.Module]) -> Findings:
@@ -33,9 +35,6 @@ def find_regions(model: nn.Module, sites: Mapping[str, nn.Module]) -> Findings:
     Args:
         model: the model.
         sites: path -> layer, as selected.
-
-    Raises:
-        UnsupportedLayerError: a traced forward reads the weight of a site itself.
     """
     findings = Findings()
     layers = set(sites.values())
@@ -46,7 +45,7 @@ def find_regions(model: nn.Module, sites: Mapping[str, nn.Module]) -> Findings:
         if not below:
             return
         if module in layers:
-            findings.alone[path] = why
+            findings.alone |= {f"{path}.{name}".strip("."): why for name in below}
             return
         # A container is never called, and a part with one site gains nothing over the layer alone: the reason is that
         # of the parent.
@@ -77,15 +76,17 @@ def _refuse_or_capture(
     if reason := why_not_root(module, is_model=not path):
         return reason
     traces = trace(module, below, recorded)
+    read: dict[str, str] = {}
     for graph in (traces.train, traces.eval):
         for site, reader in functional_reads(graph, below).items():
-            raise UnsupportedLayerError(
-                f"{path}.{site}: ".lstrip(".")
-                + f"{path or 'the model'} ({type(module).__name__}) reads its weight directly, at node "
-                f"{reader.name!r} of its graph, so that reflections of the layer would not be seen. "
-                "Leave it out with exclude_modules."
-            )
-    if missed := sorted(set(below) - traces.called):
+            read[site] = f"{path or 'the model'} ({type(module).__name__}, at node {reader.name!r} of its graph)"
+    if missed := sorted(site for site in below if site not in read and not _runs_in(site, traces.called)):
         return f"its traced forward does not call {missed[0]}"
+    findings.read |= {f"{path}.{site}".lstrip("."): reader for site, reader in read.items()}
     findings.regions[path] = Region(module, traces, frozenset(below), why)
     return None
+
+
+def _runs_in(site: str, called: frozenset[str]) -> bool:
+    """Whether a site is called, or lies in a module that is called as a whole, and so runs its own Python forward."""
+    return any(site == path or site.startswith(f"{path}.") for path in called)

@@ -1,28 +1,36 @@
-"""The carriers of sites: a Linear or Conv2d that applies its own reflections, by whatever path it is called.
+"""The carriers of sites: a layer that applies its own reflections, by whatever path it is called.
 
 A region's graph that already read the reflection hands it over as the second argument. Any other caller (a method such
 as timm's `forward_features`, `nn.Sequential(*model.children())`, a hook, a second parent) gives the input alone and
-gets the same result, so the layer itself is the one place where an adapter cannot be missed.
+gets the same result, so the layer itself is the one place where an adapter cannot be missed. A layer whose weight is
+read by others answers them with the rotated one, whoever they are.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from hra_fx.carrier.swap import Carrier
-from hra_fx.reflection import Conv2dReflection, LinearReflection, Reflection
-from hra_fx.site import REFLECTION
+from hra_fx.forms import ConvReflection, LinearReflection, WeightReflection
+from hra_fx.reflection import Reflection
+from hra_fx.site import REFLECTION, kind_of, weight_name
 
 
 class SiteCarrier(Carrier):
     """A layer that carries reflections; a new object of its class, which has none, is a plain layer."""
 
     hra_u: Reflection
-    weight: nn.Parameter
+
+    @property
+    def hra_base(self) -> nn.Parameter:
+        """The weight as it is, without reflections that are not merged."""
+        if REFLECTION in self._modules:
+            return self.hra_u.weight_of(self)
+        plain: Any = self._parameters[weight_name(kind_of(self))]
+        return plain
 
 
 class LinearCarrier(SiteCarrier):
@@ -31,7 +39,7 @@ class LinearCarrier(SiteCarrier):
     hra_u: LinearReflection
 
     @classmethod
-    def wrap(cls, base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+    def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
         """`base.forward` at `x Q^T`, where `reflected` is not given."""
 
         @functools.wraps(base.forward)
@@ -43,25 +51,48 @@ class LinearCarrier(SiteCarrier):
         return {"forward": forward}
 
 
-class Conv2dCarrier(SiteCarrier):
-    """A Conv2d whose output is corrected by what its reflections read of the input."""
+class ConvCarrier(SiteCarrier):
+    """A convolution whose output is corrected by what its reflections read of the input."""
 
-    hra_u: Conv2dReflection
+    hra_u: ConvReflection
 
     @classmethod
-    def wrap(cls, base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+    def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
         """`base.forward` less `project(read)`, where `read` is not given: that of the input."""
 
         @functools.wraps(base.forward)
-        def forward(self: Conv2dCarrier, input: Tensor, read: tuple[Tensor, Tensor] | None = None) -> Any:
+        def forward(self: ConvCarrier, input: Tensor, read: tuple[Tensor, Tensor] | None = None) -> Any:
             if read is None and REFLECTION in self._modules:
                 read = self.hra_u(input)
             output = base.forward(self, input)
-            return output if read is None else output - self.hra_u.project(read, self.weight)
+            return output if read is None else output - self.hra_u.project(read, self.hra_base)
 
         return {"forward": forward}
 
 
+class WeightCarrier(SiteCarrier):
+    """A layer whose weight is `W Q` for everyone who reads it: its own forward, or that of another module."""
+
+    hra_u: WeightReflection
+
+    @classmethod
+    def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
+        """A property in the place of the weight; the parameter itself stays where it is."""
+
+        def weight(self: WeightCarrier) -> Tensor:
+            if REFLECTION not in self._modules:
+                return self.hra_base
+            try:
+                return self.hra_u(self.hra_base)
+            except AttributeError as error:  # which would send Python to nn.Module.__getattr__, and the plain weight
+                raise RuntimeError(f"{type(self).__name__}: its weight cannot be reflected ({error})") from error
+
+        return {"in_proj_weight" if issubclass(base, nn.MultiheadAttention) else "weight": property(weight)}
+
+
 def carrier_for(layer: nn.Module) -> type[SiteCarrier]:
-    """The carrier for a kind of layer."""
-    return Conv2dCarrier if isinstance(layer, nn.Conv2d) else LinearCarrier
+    """The carrier for a layer that has its reflections already, by their form."""
+    reflection = layer._modules[REFLECTION]
+    if isinstance(reflection, WeightReflection):
+        return WeightCarrier
+    return ConvCarrier if isinstance(reflection, ConvReflection) else LinearCarrier

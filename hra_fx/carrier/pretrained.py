@@ -13,8 +13,7 @@ from hra_fx.carrier.root import RootCarrier
 from hra_fx.carrier.swap import original_class
 from hra_fx.checkpoint.keys import adapter_entries
 from hra_fx.checkpoint.saving import save_pretrained
-from hra_fx.errors import AdapterError
-from hra_fx.site import REFLECTION, SAVED
+from hra_fx.resizing import resizable
 
 
 class PretrainedCarrier(RootCarrier):
@@ -60,21 +59,21 @@ class PretrainedCarrier(RootCarrier):
         save_as_it_is(self, save_directory, selected_adapters, options, kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base class does, which makes new layers: so only where no adapter is on the old ones.
+        """As the base class does; reflections of the output layer stay, on the layer that then stands in its place.
+
+        Their vectors are as long as a hidden state, so they are right for any number of tokens, and they are the very
+        parameters that an optimizer holds already.
 
         Raises:
-            AdapterError: the embeddings or the output layer carry reflections or trained copies.
+            AdapterError: the embeddings or the output layer have trained copies, or an adapter is merged into the
+                output layer. The model is as it was.
         """
-        model: Any = self
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-            if layer is not None and (REFLECTION in layer._modules or SAVED in layer._modules):
-                path = next(path for path, module in self.named_modules() if module is layer)
-                raise AdapterError(
-                    f"{path}: an adapter reflects it or has a trained copy of it, and resize_token_embeddings would "
-                    "put another layer in its place. Resize before hra_fx.transform, or fold or unload first."
-                )
         base: Any = super()
-        return base.resize_token_embeddings(*args, **kwargs)
+        record = record_of(self)
+        if record is None:  # a new object of this class
+            return base.resize_token_embeddings(*args, **kwargs)
+        with resizable(self, record):
+            return base.resize_token_embeddings(*args, **kwargs)
 
     @property
     def _keys_to_ignore_on_save(self) -> Any:

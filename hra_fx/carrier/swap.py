@@ -25,8 +25,8 @@ class Carrier(nn.Module):
     """What all swapped classes have in common: methods that wrap those of the base class, or stand beside them."""
 
     @classmethod
-    def wrap(cls, base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
-        """The methods of the swapped class that wrap those of `base`, by name."""
+    def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
+        """The methods and properties of the swapped class that stand over those of `base`, by name."""
         return {}
 
     def __reduce_ex__(self, protocol: Any) -> Any:

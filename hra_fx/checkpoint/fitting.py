@@ -23,7 +23,7 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import CheckpointError, HRAWarning, SelectionError
 from hra_fx.reflection import AdapterSpec
 from hra_fx.selection import saved_modules, select, without_absent
-from hra_fx.site import SiteLayer, width_of
+from hra_fx.site import width_of
 
 _SHOWN = 5
 #: What PEFT takes for embeddings, by name.
@@ -96,7 +96,7 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None = None) -> Fitte
 
 
 def _copy_keys(
-    model: nn.Module, config: HRAConfig, layers: Mapping[str, SiteLayer], tensors: Mapping[str, Tensor]
+    model: nn.Module, config: HRAConfig, layers: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
 ) -> dict[tuple[str, str], str]:
     """(module, tensor) -> key in the file. PEFT names a bias by the wrappers of all adapters: both spellings count."""
     keys: dict[tuple[str, str], str] = {}
@@ -157,7 +157,7 @@ def _is_embedding(file: Path, model: nn.Module, key: str, tensor: Tensor) -> boo
 def _check_shapes(
     file: Path,
     model: nn.Module,
-    layers: Mapping[str, SiteLayer],
+    layers: Mapping[str, nn.Module],
     tensors: Mapping[str, Tensor],
     copies: Mapping[tuple[str, str], str],
     config: HRAConfig,

@@ -19,7 +19,6 @@ from hra_fx.checkpoint.folder import find
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.reflection import Reflection
-from hra_fx.site import SiteLayer
 from hra_fx.transforming import checked, set_up
 from hra_fx.uninterrupted import uninterrupted
 
@@ -78,10 +77,11 @@ def load_adapter(
         fitted = fit(find(directory, subfolder, **hub), root, config)
         config = checked(root, dataclasses.replace(fitted.config, inference_mode=not is_trainable), adapter_name)
 
-        def fill(path: str, layer: SiteLayer, reflection: Reflection) -> None:
+        def fill(path: str, layer: nn.Module, reflection: Reflection) -> None:
             vectors, anchor = fitted.vectors[path]
-            anchored = None if anchor is None else _like(anchor, layer.weight)
-            reflection.put(adapter_name, fitted.spec, _like(vectors, layer.weight), anchored)
+            weight = reflection.weight_of(layer)
+            anchored = None if anchor is None else _like(anchor, weight)
+            reflection.put(adapter_name, fitted.spec, _like(vectors, weight), anchored)
 
         if record is None:
             set_up(root, config, adapter_name, fill, fitted.copies)
@@ -116,7 +116,7 @@ def _replace(root: nn.Module, record: Record, name: str, fitted: Fitted, is_trai
         )
     with torch.no_grad(), uninterrupted():
         for path, layer in layers.items():
-            layer.hra_u.replace(name, *values[path], layer.weight.device)
+            layer.hra_u.replace(name, *values[path], layer.hra_base.device)
         for path, (owner, copies) in copies_of(root).items():
             for entry in _saved(owner, copies, name):
                 copies.get(owner, name, entry).copy_(fitted.copies[path, entry])

@@ -15,7 +15,7 @@ from torch import nn
 
 import hra_fx
 from hra_fx.adapted import regions_of, sites_of
-from hra_fx.carrier.layer import Conv2dCarrier, LinearCarrier
+from hra_fx.carrier.layer import ConvCarrier, LinearCarrier
 from hra_fx.carrier.region import RegionCarrier
 from hra_fx.carrier.root import RootCarrier
 from hra_fx.carrier.swap import carriers_of, is_outermost, original_class, swap, swapped_class, unswap
@@ -64,7 +64,7 @@ def test_one_class_for_each_pair() -> None:
     second, _ = adapt(Two())
     assert type(first) is type(second) and type(first.first) is type(first.second) is type(second.first)
     assert swapped_class(LinearCarrier, nn.Linear) is type(first.first)
-    assert swapped_class(Conv2dCarrier, nn.Conv2d) is not type(first.first)
+    assert swapped_class(ConvCarrier, nn.Conv2d) is not type(first.first)
     assert carriers_of(first) == (RegionCarrier, RootCarrier) and carriers_of(first.first) == (LinearCarrier,)
     assert carriers_of(nn.Linear(2, 2)) == ()
     assert is_outermost(first) and not is_outermost(nn.Linear(2, 2))

@@ -1,0 +1,113 @@
+"""What a model gives, as a list of named tensors, and how two of them are compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: Allowed difference, relative to the largest value of a tensor, where nothing is known of the model's own noise.
+TIGHT = {torch.float64: 1e-9, torch.float32: 1e-5}
+#: A model that is noisier than this cannot be judged.
+LOOSEST = 2e-2
+
+
+class Differs(Exception):
+    """Two outputs, buffers or gradients that ought to be equal, and are not; the message says where and by how much."""
+
+
+def seed(value: int) -> None:
+    """Seed everything that a model may draw from."""
+    torch.manual_seed(value)
+    random.seed(value)
+    np.random.seed(value)
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """Inputs with their floating-point tensors in `dtype`."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {key: cast(item, dtype) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(cast(item, dtype) for item in value)
+    return value
+
+
+def flat(value: Any) -> dict[str, Tensor]:
+    """Name -> tensor, of an output however it is nested, caches included."""
+    return dict(_walk(value, "output", set()))
+
+
+def _walk(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+        return
+    if value is None or isinstance(value, (str, int, float)) or id(value) in seen:
+        return
+    seen = seen | {id(value)}
+    if isinstance(value, Mapping):
+        items: Any = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    elif dataclasses.is_dataclass(value) or "Cache" in type(value).__name__ or "Output" in type(value).__name__:
+        items = vars(value).items()
+    elif "cache_utils" in type(value).__module__:
+        items = vars(value).items()
+    else:
+        return
+    for key, item in items:
+        yield from _walk(item, f"{name}.{key}", seen)
+
+
+def distances(actual: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, float]:
+    """Name -> largest difference, relative to the largest value that is wanted there.
+
+    Raises:
+        Differs: in names, shapes, dtypes, integers, or in what is not finite.
+    """
+    if actual.keys() != wanted.keys():
+        odd = sorted(actual.keys() ^ wanted.keys())
+        raise Differs(f"one has {odd[:3]}, the other not")
+    found = {}
+    for name, want in wanted.items():
+        got = actual[name]
+        if got.shape != want.shape or got.dtype != want.dtype:
+            raise Differs(
+                f"{name}: {tuple(got.shape)} {got.dtype}, where {tuple(want.shape)} {want.dtype} is wanted"
+            )
+        found[name] = _distance(name, got.detach(), want.detach())
+    return found
+
+
+def _distance(name: str, got: Tensor, want: Tensor) -> float:
+    if not want.numel():
+        return 0.0
+    if not (want.is_floating_point() or want.is_complex()):
+        if not torch.equal(got, want):
+            raise Differs(f"{name}: {int((got != want).sum())} of {want.numel()} integers differ")
+        return 0.0
+    finite = torch.isfinite(want)
+    if not torch.equal(finite, torch.isfinite(got)):
+        raise Differs(f"{name}: not finite in one, finite in the other")
+    scale = float(want[finite].abs().max()) if bool(finite.any()) else 0.0
+    gap = float((got[finite] - want[finite]).abs().max()) if bool(finite.any()) else 0.0
+    return gap / scale if scale else gap
+
+
+def check_usable(output: Mapping[str, Tensor]) -> None:
+    """Refuse an output that shows nothing.
+
+    Raises:
+        Differs: no floating-point value, or values that are mostly not finite.
+    """
+    values = [tensor for tensor in output.values() if tensor.is_floating_point() and tensor.numel()]
+    if not values:
+        raise Differs("the base model gives no floating-point value, which shows nothing")
+    if not all(float(torch.isfinite(tensor).double().mean()) > 0.3 for tensor in values):
+        raise Differs("the base model gives values that are not finite, which shows nothing")

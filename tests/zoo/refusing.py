@@ -1,0 +1,107 @@
+"""`transform` with every layer that can be named, and what it refused on the way."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+import hra_fx
+from hra_fx.site import kind_of
+
+_MESSAGE = re.compile(r"(?P<path>\S+?)(?: \([\w.]+\))?: (?P<reason>.*?)(?: Refused as well: (?P<also>.*)\.)?", re.DOTALL)
+
+
+def candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> layer of every kind that hra_fx takes; each layer once."""
+    return {path: module for path, module in model.named_modules() if path and _is_site(module)}
+
+
+def _is_site(module: nn.Module) -> bool:
+    try:
+        kind_of(module)
+    except TypeError:
+        return False
+    return True
+
+
+def config_for(paths: Iterable[str]) -> hra_fx.HRAConfig:
+    """Three reflections for exactly these layers: an odd rank, hence with an anchor."""
+    return hra_fx.HRAConfig(r=3, target_modules="|".join(map(re.escape, paths)))
+
+
+def transform_most(model: nn.Module) -> tuple[hra_fx.HRAConfig | None, dict[str, str], float]:
+    """Transform a model with all its layers but those that are refused; each refusal must leave it as it was.
+
+    Returns:
+        The configuration that was taken (`None`: everything was refused), layer -> why it was refused, and the
+        seconds of the last call.
+
+    Raises:
+        AssertionError: a refusal changed the model.
+        HRAError: the model was refused otherwise than by naming layers.
+    """
+    left = candidates(model)
+    refused: dict[str, str] = {}
+    while left:
+        before = picture(model)
+        config = config_for(left)
+        begin = time.perf_counter()
+        try:
+            hra_fx.transform(model, config)
+        except hra_fx.UnsupportedLayerError as error:
+            changed = [key for key, value in picture(model).items() if not same(before[key], value)]
+            assert not changed, f"a refused transform changed the model's {', '.join(changed)}"
+            named = _named(str(error), left)
+            if not named:
+                raise
+            refused |= named
+            left = {path: layer for path, layer in left.items() if path not in named}
+        else:
+            return config, refused, time.perf_counter() - begin
+    return None, refused, 0.0
+
+
+def _named(message: str, left: dict[str, nn.Module]) -> dict[str, str]:
+    """The layer that a message gives the reason for, and those of its class and name that it names besides."""
+    match = _MESSAGE.fullmatch(message)
+    if match is None or match["path"] not in left:
+        return {}
+    first = match["path"]
+    others = [path for path in (match["also"] or "").split(", ") if path in left]
+    alike = [
+        path
+        for path in others
+        if type(left[path]) is type(left[first]) and path.rpartition(".")[2] == first.rpartition(".")[2]
+    ]
+    return dict.fromkeys([first, *alike], match["reason"])
+
+
+def picture(model: nn.Module) -> dict[str, list[Any]]:
+    """All that `transform` could change, by identity; buffers by value as well."""
+    modules = list(model.named_modules())
+    return {
+        "classes": [(path, id(module), type(module)) for path, module in modules],
+        "attributes": [(path, key, id(value)) for path, module in modules for key, value in vars(module).items()],
+        "modes": [module.training for _, module in modules],
+        "parameters": [(name, id(p), p.requires_grad, p._version) for name, p in model.named_parameters()],
+        "buffers": [(name, id(b), b.clone()) for name, b in model.named_buffers()],
+        "keys": list(model.state_dict()),
+    }
+
+
+def same(before: list[Any], after: list[Any]) -> bool:
+    """Whether two lists of a picture agree."""
+    return len(before) == len(after) and all(map(_equal, before, after))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, tuple):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one.nan_to_num(), other.nan_to_num()) if one.is_floating_point() else torch.equal(one, other)
+    return bool(one == other)

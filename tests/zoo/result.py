@@ -1,0 +1,91 @@
+"""What the zoo found out about one model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+#: The checks, in the order in which they are made, and what the table says above them.
+CHECKS = {
+    "transform": "transform",
+    "start": "start",
+    "eval": "random",
+    "train": "train",
+    "gradients": "grads",
+    "batch": "batch",
+    "size": "size",
+    "deepcopy": "copy",
+    "state_dict": "state",
+    "fold": "fold",
+}
+OK, NOT_APPLICABLE = "ok", "-"
+#: How the text of a check begins that ended in a refusal, with a reason and without any change.
+REFUSED = "refused: "
+
+
+@dataclass
+class Result:
+    """One model's row.
+
+    Attributes:
+        name: `"<library>/<model>"`.
+        matched: layers that carry reflections.
+        whole, shared, alone: how many of them are in the graph of the whole model, of a part, or by themselves.
+        refused: layer -> why `transform` refused it.
+        checks: name -> "ok", "-" (not applicable), "refused: ..." or what went wrong.
+        inert: layers whose vectors get no gradient, while those of the oracle do.
+        untouched: layers that no output depends on, whatever is done to them.
+        reasons: why regions are not larger.
+        notes: why a check is not applicable, and what else is to be known.
+        dtype: in which the model was run.
+        graphs: what TorchDynamo gives: a number of graphs, a reason why not, or nothing.
+        transform_s: seconds of `transform`.
+        trace_s: seconds of `torch.fx.symbolic_trace` of the same model; `None` where that fails.
+        seconds: of everything.
+    """
+
+    name: str
+    matched: int = 0
+    whole: int = 0
+    shared: int = 0
+    alone: int = 0
+    refused: dict[str, str] = field(default_factory=dict)
+    checks: dict[str, str] = field(default_factory=dict)
+    inert: list[str] = field(default_factory=list)
+    untouched: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    dtype: str = ""
+    graphs: str = ""
+    transform_s: float = 0.0
+    trace_s: float | None = None
+    seconds: float = 0.0
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """The checks that went wrong."""
+        return {
+            name: text
+            for name, text in self.checks.items()
+            if text not in (OK, NOT_APPLICABLE) and not text.startswith(REFUSED)
+        }
+
+    @property
+    def right(self) -> bool:
+        """Whether nothing went wrong, and something was looked at."""
+        return bool(self.checks) and not self.failures and not self.inert
+
+    @property
+    def ratio(self) -> float | None:
+        """`transform` against `symbolic_trace`."""
+        return self.transform_s / self.trace_s if self.trace_s else None
+
+    def line(self) -> str:
+        """One line for a terminal."""
+        state = "ok   " if self.right else "WRONG"
+        where = f"{self.matched} layers ({self.whole} whole, {self.shared} region, {self.alone} alone)"
+        refused = f", {len(self.refused)} refused" if self.refused else ""
+        text = f"{state} {self.name}: {where}{refused}, {self.seconds:.1f}s"
+        troubles = [f"{name}: {what}" for name, what in self.failures.items()]
+        if self.inert:
+            troubles.append(f"inert: {', '.join(self.inert[:4])}")
+        return "\n      ".join([text, *troubles])
