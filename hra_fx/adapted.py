@@ -32,6 +32,7 @@ class Record:
         disabled: whether all adapters are switched off for the moment.
         requires_grad: parameter name -> (before, after), where `transform` changed it.
         alone: path of a site in no region -> why.
+        looked: modes (training or not) of which a forward was watched for reads of weights.
         untied: whether the model's configuration said `tie_word_embeddings` before a trained copy untied them.
     """
 
@@ -41,6 +42,7 @@ class Record:
     disabled: bool = False
     requires_grad: dict[str, tuple[bool, bool]] = field(default_factory=dict)
     alone: dict[str, str] = field(default_factory=dict)
+    looked: set[bool] = field(default_factory=set)
     untied: bool = False
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "HRAWarning",
     "SelectionError",
     "UnsupportedLayerError",
+    "VerificationError",
     "VisualizeError",
 ]
 
@@ -68,6 +69,11 @@ class FoldError(HRAError):
 
 class GraphInvariantError(HRAError):
     """A rewritten graph breaks a rule that every rewritten graph keeps; the message names the node and the rule."""
+
+
+class VerificationError(HRAError):
+    """`transform(..., verify=True)` found a rewritten model that does not compute what its folded self does; the
+    message names the first region, or the layer, and the model is as it was."""
 
 
 class VisualizeError(HRAError, ValueError):

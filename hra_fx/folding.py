@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hra_fx.adapted import inventory, record_of, require_sites, root_of, sites_of
 from hra_fx.adapters.acting import check_copies, refresh
-from hra_fx.adapters.copies import copies_of
+from hra_fx.adapters.copies import BASE, copies_of
 from hra_fx.adapters.merging import first_of
 from hra_fx.adapters.releasing import forget, release, without
+from hra_fx.carrier.layer import SiteCarrier
 from hra_fx.errors import AdapterError, FoldError, HRAWarning
-from hra_fx.rotating import FoldedLayer, check_weights, rotated
+from hra_fx.rotating import FoldedLayer, check_classes, rotated, ties_of
+from hra_fx.site import SAVED
 from hra_fx.uninterrupted import uninterrupted
+from hra_fx.untying import Parted, Setting, part, settings_that_tie
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -37,10 +40,13 @@ class FoldPlan:
         self._versions = _versions(model)
 
     def __str__(self) -> str:
-        """One line a layer: how far the weight moves, and what rounding to its dtype costs."""
+        """One line a layer: how far the weight moves, what rounding to its dtype costs, and what it is untied from."""
         width = max((len(layer.path) for layer in self.layers), default=5)
-        lines = (f"{layer.path:<{width}}  {layer.change:8.4f}  {layer.rounding:.1e}" for layer in self.layers)
-        return "\n".join([f"{'layer':<{width}}  {'change':>8}  rounding", *lines])
+        lines = [f"{'layer':<{width}}  {'change':>8}  rounding"]
+        for layer in self.layers:
+            apart = f"  untied from {', '.join(layer.untied)}" if layer.untied else ""
+            lines.append(f"{layer.path:<{width}}  {layer.change:8.4f}  {layer.rounding:.1e}{apart}")
+        return "\n".join(lines)
 
     def apply(self) -> nn.Module:
         """Write the weights and take the folded adapters off; returns the model.
@@ -54,26 +60,43 @@ class FoldPlan:
         record = record_of(self._model)
         going = tuple(record.configs) if record and self._alone else self._names
         findings = without(self._model, record, going) if record else None
+        own, parted = self._make()
         with uninterrupted():
-            self._write()
+            self._write(own)
+            adopted = _adopt(self._model, self._names)
+            parted.apply()
             if record is None:
                 release(self._model)
-                return self._model
-            adopted = _adopt(self._model, self._names)
-            record.merged = ()
-            forget(self._model, record, going, findings)
-            untied = adopted and record.untied and not copies_of(self._model)
-            if record.configs:
-                refresh(inventory(self._model), record)
-        _tell([name for name in going if name not in self._names], untied=untied)
+            else:
+                record.merged = ()
+                forget(self._model, record, going, findings)
+                if record.configs:
+                    refresh(inventory(self._model), record)
+            trained = bool(adopted and record and record.untied and not copies_of(self._model))
+        _tell([name for name in going if name not in self._names], self.layers, parted, trained=trained)
         return self._model
 
-    def _write(self) -> None:
+    def _make(self) -> tuple[dict[str, nn.Parameter], Parted]:
+        """All that needs memory, before anything is written: path -> its own weight, and what else is parted."""
+        sites = sites_of(self._model)
+        weights = _weights(sites, self.layers)
+        with torch.inference_mode(False), torch.no_grad():
+            settings = _settings(self._model, weights, self._names)
+            parted = part(self._model, settings, weights, self._names)
+            # What lies outside of a part is not seen, and a weight may be tied to it.
+            apart = (layer for layer in self.layers if layer.untied or record_of(self._model) is None)
+            return {layer.path: _own(sites[layer.path].hra_base, layer.weight) for layer in apart}, parted
+
+    def _write(self, own: dict[str, nn.Parameter]) -> None:
         sites = sites_of(self._model)
         with torch.no_grad():
             for layer in self.layers:
-                sites[layer.path].hra_base.copy_(layer.weight)
-                sites[layer.path].hra_u.unmerged = None
+                site = sites[layer.path]
+                if layer.path in own:
+                    setattr(site, site.hra_u.weight_name, own[layer.path])
+                else:
+                    site.hra_base.copy_(layer.weight)
+                site.hra_u.unmerged = None
 
 
 def fold(model: M, adapter_names: str | Sequence[str] | None = None) -> M:
@@ -83,6 +106,11 @@ def fold(model: M, adapter_names: str | Sequence[str] | None = None) -> M:
     and what `bias` and `modules_to_save` trained is in its place. All new weights are computed, in float64 where the
     device has it, and found finite before the first is written. `plan_fold` does the first half, and shows what
     rounding costs each layer.
+
+    A weight that shares memory with other tensors (an output layer tied to the embeddings) is untied: the layer gets a
+    parameter of its own, the others stay as they are, and where transformers ties them by a setting, that goes off:
+    `config.tie_word_embeddings` is False then, and all else that it tied gets memory of its own too. A part alone does
+    not know what it is tied to outside: fold the whole model, and its settings are seen to.
 
     Args:
         model: a transformed model.
@@ -94,11 +122,11 @@ def fold(model: M, adapter_names: str | Sequence[str] | None = None) -> M:
 
     Raises:
         AdapterError: the model has no reflections, or not these; or others come before them in the active order.
-        FoldError: a weight cannot be folded: tied to another tensor, without data, not finite, or with dependent
-            Gram-Schmidt vectors. The model is as it was.
+        FoldError: a weight cannot be folded: without data, not finite, with dependent Gram-Schmidt vectors, or tied in
+            a model whose forward asks whether it is. The model is as it was.
 
     Warns:
-        HRAWarning: adapters that are not active go, or the fold leaves embeddings untied.
+        HRAWarning: adapters that are not active go, or weights are untied.
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -125,12 +153,14 @@ def plan_fold(model: nn.Module, adapter_names: str | Sequence[str] | None = None
     names = first_of(record, adapter_names)
     check_copies(root, inventory(root), names)
     sites = sites_of(root)
-    check_weights(root, sites)
+    check_classes(root, sites)
     for path, (owner, copies) in copies_of(root).items():
         for tensor in (tensor for name in names for tensor in copies.tensors(owner, name).values()):
             if isinstance(tensor, nn.Parameter) and not bool(torch.isfinite(tensor).all()):
                 raise FoldError(f"{path}: its trained copy is not finite. Go back to before the training diverged.")
-    layers = [rotated(path, layer, names) for path, layer in sites.items()]
+    ties = _ties(root, sites, names, tuple(record.configs) if adapter_names is None else names)
+    layers = [rotated(path, layer, names, ties.get(path, ())) for path, layer in sites.items()]
+    _settings(root, _weights(sites, layers), names)
     return FoldPlan(root, layers, names, alone=adapter_names is None)
 
 
@@ -155,8 +185,48 @@ def _plan_part(model: nn.Module, adapter_names: str | Sequence[str] | None) -> F
             f"{path or 'this part'}: it has trained copies (modules_to_save or bias), and a part does not know whose. "
             "Fold the whole model."
         )
-    check_weights(model, sites)
-    return FoldPlan(model, [rotated(path, layer, layer.hra_u.active) for path, layer in sites.items()], (), alone=True)
+    check_classes(model, sites)
+    ties = ties_of(model, sites)
+    layers = [rotated(path, layer, layer.hra_u.active, ties.get(path, ())) for path, layer in sites.items()]
+    _settings(model, _weights(sites, layers), ())
+    return FoldPlan(model, layers, (), alone=True)
+
+
+def _ties(
+    root: nn.Module, sites: Mapping[str, SiteCarrier], names: tuple[str, ...], going: tuple[str, ...]
+) -> dict[str, list[str]]:
+    """What the weights that will be written share memory with, of all that is left after the fold."""
+    written = {path: layer for path, layer in sites.items() if any(name in layer.hra_u for name in names)}
+    gone: set[str] = set()
+    for path, (_, copies) in copies_of(root).items():
+        adopted = {tensor for name in names for tensor in copies.copied.get(name, ())}
+        for tensor, whose in copies.in_place.items():
+            left = {*going, BASE} if tensor in adopted else set(going)
+            gone.update(f"{path}.{SAVED}.{holder}.{tensor}".lstrip(".") for holder in left)
+            if whose in left.difference(names):
+                gone.add(f"{path}.{tensor}".lstrip("."))
+    ties = {path: [other for other in others if other not in gone] for path, others in ties_of(root, written).items()}
+    return {path: others for path, others in ties.items() if others}
+
+
+def _weights(sites: Mapping[str, SiteCarrier], layers: Iterable[FoldedLayer]) -> dict[nn.Module, str]:
+    return {sites[layer.path]: sites[layer.path].hra_u.weight_name for layer in layers if layer.untied}
+
+
+def _settings(root: nn.Module, weights: Mapping[nn.Module, str], names: tuple[str, ...]) -> list[Setting]:
+    """The settings of transformers that go off with a fold.
+
+    Raises:
+        FoldError: one of them cannot.
+    """
+    record = record_of(root)
+    off: Any = root.config if record and record.untied else None
+    whole = off is not None and any(name in copies.copied for _, copies in copies_of(root).values() for name in names)
+    return settings_that_tie(root, weights, off=off, whole=whole) if weights or whole else []
+
+
+def _own(old: Tensor, new: Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.empty_like(old).copy_(new), requires_grad=old.requires_grad)
 
 
 def _adopt(root: nn.Module, names: tuple[str, ...]) -> bool:
@@ -169,10 +239,18 @@ def _adopt(root: nn.Module, names: tuple[str, ...]) -> bool:
     return adopted
 
 
-def _tell(dropped: list[str], *, untied: bool) -> None:
-    if untied:
-        text = "embeddings stay untied, for one was trained; config.tie_word_embeddings is False now."
-        warnings.warn(text, HRAWarning, stacklevel=4)
+def _tell(dropped: list[str], layers: Iterable[FoldedLayer], parted: Parted, *, trained: bool) -> None:
+    apart = [f"{layer.path or 'the model'} (from {', '.join(layer.untied)})" for layer in layers if layer.untied]
+    setting = "config.tie_word_embeddings is False now"
+    also = f" The same setting tied {', '.join(parted.tensors)}, parted as well." if parted.tensors else ""
+    if again := parted.returning:
+        also += f" {again[0]} says True again when it is loaded: set it to False right after from_pretrained."
+    if apart:
+        text = f"untied: {', '.join(apart)}. Each has a weight of its own now, by which a saved model grows"
+        text += f", and {setting}." if parted.settings else "."
+        warnings.warn(text + also, HRAWarning, stacklevel=4)
+    elif trained:
+        warnings.warn(f"embeddings stay untied, for one was trained; {setting}.{also}", HRAWarning, stacklevel=4)
     if dropped:
         text = f"adapters {dropped} were not active, and went with the fold. Name those to fold to keep the others."
         warnings.warn(text, HRAWarning, stacklevel=4)

@@ -9,27 +9,158 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from hra_fx import householder
 from hra_fx.carrier.swap import original_class
+from hra_fx.errors import AdapterError
 from hra_fx.reflection import Reflection
-from hra_fx.site import SiteKind, has_columns, kind_of, width_of
+from hra_fx.site import as_rows, has_columns, kind_of, width_of
 
-_CONVOLVE: dict[SiteKind, Callable[..., Tensor]] = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
+_CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+# Seen as one node each by an fx tracer that goes into a reflection.
+for _name in ("reflected_rows", "patch_coordinates", "patch_image", "reflected_weight"):
+    fx.wrap(_name)
 
 
-class LinearReflection(Reflection):
+def reflected_rows(x: Tensor, vectors: Tensor) -> Tensor:
+    """The input of a Linear, `x -> x Q^T`.
+
+    Args:
+        x: `(..., d)`.
+        vectors: `U: (d, k)`, of any length each.
+
+    Returns:
+        `(..., d)`, in the dtype of `x`.
+
+    Example:
+        >>> reflected_rows(torch.tensor([[2.0, 5.0]]), torch.tensor([[3.0], [0.0]]))
+        tensor([[-2.,  5.]])
+    """
+    chain = householder.normalize(vectors)
+    return householder.reflect(x, chain, householder.compact_wy(chain))
+
+
+def patch_coordinates(
+    x: Tensor,
+    vectors: Tensor,
+    patch: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: str | tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    padding_mode: str,
+    border: list[int],
+) -> tuple[Tensor, Tensor]:
+    """Coordinates of the patches that a convolution reads.
+
+    Args:
+        x: `(n, c, ...)` or `(c, ...)`, with as many more dimensions as the kernel has.
+        vectors: `U: (d, k)`, of any length each.
+        patch: `(c / groups, ...)`, the shape of a filter.
+        stride: that of the convolution, as the following are.
+        padding: see `stride`.
+        dilation: see `stride`.
+        groups: see `stride`.
+        padding_mode: see `stride`.
+        border: the padding as `F.pad` takes it, for padding modes other than zeros.
+
+    Returns:
+        `T U^T p` for every patch and group, `(n, groups * k, ...)`, in the dtype of `x`, and the chain: `U` with
+        columns of length one.
+
+    Example:
+        >>> conv, vectors = nn.Conv2d(2, 4, 3), torch.ones(18, 1)
+        >>> read, _ = patch_coordinates(torch.ones(1, 2, 5, 5), vectors, (2, 3, 3), (1, 1), 0, (1, 1), 1, "zeros", [])
+        >>> read.shape
+        torch.Size([1, 1, 3, 3])
+    """
+    chain = householder.normalize(vectors)
+    factor = householder.compact_wy(chain)
+    filters = (factor @ chain.to(factor.dtype).mT).to(x.dtype).reshape(-1, *patch)
+    filters = filters.repeat(groups, *(1 for _ in patch))
+    if padding_mode != "zeros":
+        x, padding = F.pad(x, border, mode=padding_mode), (0,) * len(stride)
+    return _CONVOLVE[len(stride)](x, filters, None, stride, padding, dilation, groups), chain
+
+
+def patch_image(coordinates: Tensor, chain: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """What a convolution has to subtract from its output.
+
+    Args:
+        coordinates: `(n, groups * k, ...)` of `patch_coordinates`, as `chain` is.
+        chain: `(d, k)`.
+        weight: `W: (out, c / groups, ...)`.
+        groups: that of the convolution.
+
+    Returns:
+        `(W U) (T U^T p)` for every patch, `(n, out, ...)`.
+    """
+    mixing = (weight.flatten(1).to(chain.dtype) @ chain).to(coordinates.dtype)
+    filters = mixing.reshape(*mixing.shape, *(1 for _ in weight.shape[2:]))
+    return _CONVOLVE[weight.dim() - 2](coordinates, filters, groups=groups)
+
+
+def reflected_weight(weight: Tensor, vectors: Tensor, columns: bool) -> Tensor:
+    """A weight for whoever reads it, `W -> W Q`.
+
+    Args:
+        weight: `(out, ...)`, or `(in, out)`.
+        vectors: `U: (d, k)`, of any length each.
+        columns: whether the weight is `(in, out)`.
+
+    Returns:
+        Of the shape, dtype and layout of `weight`.
+
+    Example:
+        >>> reflected_weight(torch.tensor([[2.0, 5.0]]), torch.tensor([[3.0], [0.0]]), columns=False)
+        tensor([[-2.,  5.]])
+    """
+    chain = householder.normalize(vectors)
+    factor = householder.compact_wy(chain)
+    rows = as_rows(weight, columns=columns).to(factor.dtype)
+    rotated = householder.rotate(rows, chain.to(factor.dtype), factor).to(weight.dtype)
+    return rotated.mT.contiguous() if columns else rotated.view_as(weight)
+
+
+class SiteReflection(Reflection):
+    """What the three forms have in common: all that they compute of their vectors is one function of tensors.
+
+    A tracer may so keep a reflection as one node (`hra_fx.dynamo`).
+    """
+
+    def vectors_for(self, x: Tensor) -> Tensor | None:
+        """The vectors of all active adapters to go with `x`, `(d, k)`; `None` where they do nothing.
+
+        Raises:
+            AdapterError: they have no data yet. Operators would mix in uninitialised memory without an error.
+        """
+        chains = [self.chain(name) for name in self.active]
+        chains = [chain for chain in chains if chain.shape[1]]
+        if not chains:
+            return None
+        vectors = chains[0] if len(chains) == 1 else torch.cat(chains, dim=1)
+        if vectors.is_meta and not x.is_meta:
+            raise AdapterError(
+                f"hra_u of width {self.width}: the vectors of {', '.join(self.active)} are on the meta device, and "
+                "hold no data. Fill them first: hra_fx.load_adapter, or model.load_state_dict(..., assign=True)."
+            )
+        return vectors
+
+
+class LinearReflection(SiteReflection):
     """Reflects the input of a Linear: `x -> x Q^T`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`x: (..., d)` to `(..., d)`, the same dtype."""
-        chain = self.chain_for(x)
-        return x if chain is None else householder.reflect(x, chain, householder.compact_wy(chain))
+        vectors = self.vectors_for(x)
+        return x if vectors is None else reflected_rows(x, vectors)
 
 
-class ConvReflection(Reflection):
+class ConvReflection(SiteReflection):
     """Reads every patch of a convolution's input in the coordinates of the reflection vectors.
 
     With `W` seen as `(out, d)` and `p` a patch, `(W Q) p = W p - (W U) (T U^T p)`: the parenthesis on the right is a
@@ -48,55 +179,28 @@ class ConvReflection(Reflection):
         self.border = list(conv._reversed_padding_repeated_twice)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Coordinates of the patches.
-
-        Args:
-            x: `(n, c, ...)` or `(c, ...)`, with as many more dimensions as the kernel has.
-
-        Returns:
-            `T U^T p` for every patch and group, `(n, groups * k, ...)`, in the dtype of `x`, and the chain `U: (d, k)`
-            itself; `None` where no adapter is active.
-        """
-        chain = self.chain_for(x)
-        if chain is None:
+        """`patch_coordinates` of `x`; `None` where no adapter is active."""
+        vectors = self.vectors_for(x)
+        if vectors is None:
             return None
-        factor = householder.compact_wy(chain)
-        filters = (factor @ chain.to(factor.dtype).mT).to(x.dtype).reshape(-1, *self.patch)
-        filters = filters.repeat(self.groups, *(1 for _ in self.patch))
-        padding: Any = self.padding
-        if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self.border, mode=self.padding_mode), 0
-        return _CONVOLVE[self.kind](x, filters, None, self.stride, padding, self.dilation, self.groups), chain
+        geometry: Any = (self.stride, self.padding, self.dilation, self.groups, self.padding_mode, self.border)
+        return patch_coordinates(x, vectors, self.patch, *geometry)
 
     def project(self, read: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
-        """What the layer has to subtract from its output.
-
-        Args:
-            read: what `forward` gave.
-            weight: `W: (out, c / groups, ...)`.
-
-        Returns:
-            `(W U) (T U^T p)` for every patch, `(n, out, ...)`.
-        """
+        """What the layer has to subtract from its output: `patch_image` of what `forward` gave."""
         coordinates, chain = read
-        mixing = (weight.flatten(1).to(chain.dtype) @ chain).to(coordinates.dtype)
-        filters = mixing.reshape(*mixing.shape, *(1 for _ in self.patch[1:]))
-        return _CONVOLVE[self.kind](coordinates, filters, groups=self.groups)
+        return patch_image(coordinates, chain, weight, self.groups)
 
 
-class WeightReflection(Reflection):
+class WeightReflection(SiteReflection):
     """Reflects the weight itself, for whoever reads it: `W -> W Q`."""
 
     on_weight = True
 
     def forward(self, weight: Tensor) -> Tensor:
         """The rotated weight, of the shape, dtype and layout that `weight` has."""
-        chain = self.chain_for(weight)
-        if chain is None:
-            return weight
-        factor = householder.compact_wy(chain)
-        rotated = householder.rotate(self.rows(weight).to(factor.dtype), chain.to(factor.dtype), factor)
-        return self.shaped(rotated.to(weight.dtype), weight)
+        vectors = self.vectors_for(weight)
+        return weight if vectors is None else reflected_weight(weight, vectors, self.columns)
 
 
 def reflection_for(layer: nn.Module, *, on_weight: bool = False) -> Reflection:

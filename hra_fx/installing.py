@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from hra_fx.adapted import RECORD, regions_of, require_outermost, sites_of
+from hra_fx.capture.observing import NOTHING, Observed, observe
 from hra_fx.capture.over import over
 from hra_fx.capture.region import Region
 from hra_fx.capture.search import Findings, find_regions
@@ -19,6 +20,7 @@ from hra_fx.carrier.swap import swap, unswap
 from hra_fx.config import HRAConfig
 from hra_fx.eligibility import check, has_redundant_forward
 from hra_fx.errors import UnsupportedLayerError
+from hra_fx.example import Call
 from hra_fx.forms import must_be_on_weight, reflection_for
 from hra_fx.inert import weight_readers
 from hra_fx.reflection import AdapterSpec, Reflection
@@ -44,9 +46,11 @@ def all_or_nothing() -> Iterator[ExitStack]:
 
 
 def introduce(
-    model: nn.Module, name: str, config: HRAConfig, fill: Fill, undo: ExitStack
+    model: nn.Module, name: str, config: HRAConfig, fill: Fill, undo: ExitStack, call: Call | None = None
 ) -> tuple[dict[str, nn.Module], Findings | None]:
     """Give adapter `name` to every layer that `config` selects; it is not active yet.
+
+    `call`, an example, may be given for a plain model.
 
     Returns:
         The layers by path, and what capture found, where new sites or copies to come make a new capture necessary.
@@ -62,8 +66,9 @@ def introduce(
     copies = config.modules_to_save or config.bias != "none"
     if new or copies:
         require_outermost(model)
-    findings = capture(model, {**present, **new}) if new or copies else None
-    readers = weight_readers(model, new) | (findings.read if findings else {})
+    seen = observe(model, call, new) if call else NOTHING
+    findings = capture(model, {**present, **new}, seen) if new or copies else None
+    readers = seen.read | weight_readers(model, new) | (findings.read if findings else {})
     for path in readers.keys() & present.keys():
         if not present[path].hra_u.on_weight:
             raise UnsupportedLayerError(
@@ -87,10 +92,10 @@ def drawn(name: str, config: HRAConfig, *, on_meta: bool) -> Fill:
     return lambda path, layer, reflection: reflection.add(name, spec, reflection.weight_of(layer), on_meta=on_meta)
 
 
-def capture(model: nn.Module, sites: Mapping[str, nn.Module]) -> Findings:
+def capture(model: nn.Module, sites: Mapping[str, nn.Module], seen: Observed = NOTHING) -> Findings:
     """The regions of a model for these sites, whatever it carries already."""
     with _laid_bare(model):
-        return find_regions(model, sites)
+        return find_regions(model, sites, seen)
 
 
 def install(model: nn.Module, findings: Findings, undo: ExitStack) -> None:

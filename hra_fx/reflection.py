@@ -23,20 +23,8 @@ ANCHOR = "_anchor"
 _SCALED = "_scaled"
 #: What the containers of vectors and copies are made of, and the names that stand for the base model.
 _RESERVED = (
-    *(
-        "kind",
-        "columns",
-        "weight_name",
-        "on_weight",
-        "width",
-        "specs",
-        "active",
-        "scales",
-        "paused",
-        "unmerged",
-        "base_layer",
-        "original_module",
-    ),
+    *("kind", "columns", "weight_name", "on_weight", "width", "specs", "active", "scales", "paused", "unmerged"),
+    *("base_layer", "original_module"),
     *("copied", "in_place", "make", "tensors", "put_in_place", "adopt", "remove", "give_gradient"),
 )
 
@@ -249,9 +237,10 @@ class Reflection(nn.ParameterDict):
 
     def weight_of(self, layer: nn.Module) -> nn.Parameter:
         """The weight of the site, as it is, whatever the layer answers with."""
-        weight: Any = layer._parameters.get(self.weight_name)
+        weight = layer._parameters.get(self.weight_name)
         # A replica of DataParallel has its tensors as plain attributes.
-        return vars(layer)[self.weight_name] if weight is None else weight
+        found: nn.Parameter = vars(layer)[self.weight_name] if weight is None else weight
+        return found
 
     def rows(self, weight: Tensor) -> Tensor:
         """The site's weight, or one of its shape, as the matrix `(out, d)` that `Q` is multiplied to."""

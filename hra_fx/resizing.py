@@ -43,8 +43,12 @@ def resizable(model: nn.Module, record: Record) -> Iterator[None]:
         try:
             yield
         finally:
-            for path, layer in sites.items():
-                _dress(path, layer, model.get_submodule(path), *held[path])
+            misfits = [path for path, old in sites.items() if not _dress(old, model.get_submodule(path), *held[path])]
+        if misfits:
+            raise AdapterError(
+                f"{misfits[0]}: a layer over another number of inputs came into its place, and its reflections are "
+                "lost. Load the model anew, and resize it before hra_fx.transform."
+            )
         if any(set(_ends(model)) & set(region.modules()) for region in regions_of(model).values()):
             _capture_again(model, record)
 
@@ -57,20 +61,18 @@ def _undress(layer: SiteCarrier) -> tuple[Reflection, list[str]]:
     return reflection, order
 
 
-def _dress(path: str, old: nn.Module, new: nn.Module, reflection: Reflection, order: list[str]) -> None:
+def _dress(old: nn.Module, new: nn.Module, reflection: Reflection, order: list[str]) -> bool:
+    """Put reflections on the layer that stands in the place now; whether they fit it."""
+    if getattr(new, "in_features", reflection.width) != reflection.width:
+        return False
     if new is not old:
         new.train(old.training)
         order = [*new._modules, REFLECTION]
-        width = getattr(new, "in_features", reflection.width)
-        if width != reflection.width:
-            raise AdapterError(
-                f"{path}: a layer over {width} inputs came into its place, and its reflections are of width "
-                f"{reflection.width}. They are lost: load the model anew, and resize it before hra_fx.transform."
-            )
     new.add_module(REFLECTION, reflection)
     for name in order:
         new._modules[name] = new._modules.pop(name)
     swap(new, carrier_for(new))
+    return True
 
 
 def _capture_again(model: nn.Module, record: Record) -> None:
@@ -117,6 +119,6 @@ def _ends(model: Any) -> list[nn.Module]:
 
 def _resizes_by_itself(model: nn.Module) -> bool:
     """Whether a class resizes more layers than every model of transformers does, as MobileBERT's."""
-    base = next((kind for kind in original_class(model).__mro__ if kind.__name__ == "PreTrainedModel"), None)
     own: Any = original_class(model)
+    base: Any = next((kind for kind in own.__mro__ if kind.__name__ == "PreTrainedModel"), None)
     return base is None or own.resize_token_embeddings is not base.resize_token_embeddings

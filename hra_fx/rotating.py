@@ -26,16 +26,18 @@ class FoldedLayer:
         weight: the new weight, in the shape and dtype of the old one.
         rounding: `|W'' - W'|_F / |W'|_F`, what the cast from float64 to that dtype costs.
         change: `|W' - W|_F / |W|_F`, how far the adapter moved the weight.
+        untied: names of the tensors that the old weight shares memory with; the new one gets its own.
     """
 
     path: str
     weight: Tensor = field(repr=False)
     rounding: float
     change: float
+    untied: tuple[str, ...] = ()
 
 
-def check_weights(model: nn.Module, sites: Mapping[str, SiteCarrier]) -> None:
-    """Refuse to write weights that other modules share, or whose class another tool has covered.
+def check_classes(model: nn.Module, sites: Mapping[str, SiteCarrier]) -> None:
+    """Refuse to write weights whose class another tool has covered.
 
     Raises:
         FoldError: there is one.
@@ -46,24 +48,40 @@ def check_weights(model: nn.Module, sites: Mapping[str, SiteCarrier]) -> None:
                 f"{path or 'the model'}: another tool put a class of its own over it ({type(module).__name__}). Take "
                 "that off first (for FSDP: gather the weights into a plain model)."
             )
-    ties = tied_to(
-        model, {f"{path}.{layer.hra_u.weight_name}".lstrip("."): layer.hra_base for path, layer in sites.items()}
-    )
-    for name, others in ties.items():
+
+
+def check_weights(model: nn.Module, sites: Mapping[str, SiteCarrier]) -> None:
+    """Refuse to write in place where other tensors share the memory, or where `check_classes` refuses.
+
+    Raises:
+        FoldError: there is such a weight.
+    """
+    check_classes(model, sites)
+    for path, others in ties_of(model, sites).items():
+        name = sites[path].hra_u.weight_name
+        full = f"{path}.{name}".lstrip(".")
         raise FoldError(
-            f"{name}: it shares its memory with {', '.join(others)}, which the fold would change too. Untie it first "
-            "(layer.weight = torch.nn.Parameter(layer.weight.detach().clone()), and "
-            "config.tie_word_embeddings = False), or leave the layer out with exclude_modules."
+            f"{full}: it shares its memory with {', '.join(others)}, which a merge would change too, for it writes in "
+            f"place. Untie it first (layer.{name} = torch.nn.Parameter(layer.{name}.detach().clone()), and "
+            "config.tie_word_embeddings = False); or call hra_fx.fold, which unties it."
         )
 
 
-def rotated(path: str, layer: SiteCarrier, names: Iterable[str]) -> FoldedLayer:
+def ties_of(model: nn.Module, sites: Mapping[str, SiteCarrier]) -> dict[str, list[str]]:
+    """Path -> names of the tensors that share memory with a site's weight, where there are some."""
+    names = {path: f"{path}.{layer.hra_u.weight_name}".lstrip(".") for path, layer in sites.items()}
+    found = tied_to(model, {names[path]: layer.hra_base for path, layer in sites.items()})
+    return {path: found[name] for path, name in names.items() if name in found}
+
+
+def rotated(path: str, layer: SiteCarrier, names: Iterable[str], untied: Iterable[str] = ()) -> FoldedLayer:
     """The weight of a layer, as it was before any merge, with the product of some adapters in it.
 
     Args:
         path: the layer's path, for errors.
         layer: the layer.
         names: adapters in the order of the product; one that the layer does not have is left out.
+        untied: names of the tensors that share its memory.
 
     Raises:
         FoldError: the weight cannot be written, holds no data, or would not be finite.
@@ -86,7 +104,7 @@ def rotated(path: str, layer: SiteCarrier, names: Iterable[str]) -> FoldedLayer:
     if not bool(torch.isfinite(narrow).all()):
         raise FoldError(f"{path}: the folded weight is not finite. Look for NaN or inf in its weight and in hra_u.")
     rounding, change = _relative(narrow.to(dtype) - exact, exact), _relative(exact - wide, wide)
-    return FoldedLayer(path, layer.hra_u.shaped(narrow, weight), rounding, change)
+    return FoldedLayer(path, layer.hra_u.shaped(narrow, weight), rounding, change, tuple(untied))
 
 
 def _relative(difference: Tensor, whole: Tensor) -> float:

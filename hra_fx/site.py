@@ -44,8 +44,8 @@ class SiteNote:
     Attributes:
         path: the layer's qualified name in the whole model.
         kind: what sort of layer it is.
-        role: `"layer"` for the call of the layer; `"reflection"` for the call of its `hra_u` container; `"weight"` for a
-            read of its weight; `"reader"` for the call of a module that reads the rotated weight by itself.
+        role: `"layer"` for the call of the layer; `"reflection"` for the call of its `hra_u` container; `"weight"` for
+            a read of its weight; `"reader"` for the call of a module that reads the rotated weight by itself.
         also: the other sites of which this node is the reader.
     """
 
@@ -123,7 +123,8 @@ def describe(layer: nn.Module) -> str:
     if isinstance(layer, nn.Linear):
         return f"Linear {layer.in_features}->{layer.out_features}"
     if has_columns(layer):
-        return "Conv1D {}->{}".format(*layer.weight.shape)
+        weight: Tensor = layer._parameters["weight"]  # type: ignore[assignment]
+        return f"Conv1D {weight.shape[0]}->{weight.shape[1]}"
     if isinstance(layer, nn.MultiheadAttention):
         return f"Attention {layer.embed_dim}->3x{layer.embed_dim}"
     if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):

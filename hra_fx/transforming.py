@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -19,14 +19,24 @@ from hra_fx.carrier.root import RootCarrier
 from hra_fx.carrier.swap import swap, unswap
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, ConfigError
+from hra_fx.example import Call, as_call
 from hra_fx.installing import Fill, all_or_nothing, drawn, introduce, settle
 from hra_fx.reflection import check_adapter_name
 from hra_fx.selection import select, with_head
+from hra_fx.verifying import check_against_folded
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def transform(model: M, config: HRAConfig, adapter_name: str = "default", *, low_cpu_mem_usage: bool = False) -> M:
+def transform(
+    model: M,
+    config: HRAConfig,
+    adapter_name: str = "default",
+    *,
+    low_cpu_mem_usage: bool = False,
+    example_inputs: Any = None,
+    verify: bool = False,
+) -> M:
     """Insert reflections into a model, in place: each selected weight acts as `W Q` from now on.
 
     The model stays the object, and the class, that it was; its `state_dict` keeps every key and gains
@@ -41,6 +51,11 @@ def transform(model: M, config: HRAConfig, adapter_name: str = "default", *, low
         adapter_name: name of the adapter, a part of its parameters' names.
         low_cpu_mem_usage: make the vectors on the meta device, for `load_adapter`, or for
             `load_state_dict(..., assign=True)`, to fill.
+        example_inputs: one tensor, a tuple of positional or a dictionary of keyword arguments. A copy of the model is
+            called with them, which shows how inner modules are called (so that optional arguments keep them no longer
+            from being regions), and what reads weights by ways that sources do not tell.
+        verify: compare random reflections with folded weights on copies of the model, for `example_inputs`, in train
+            and eval mode, with gradients and buffers, before the model is handed back.
 
     Returns:
         `model`. The same call on a model that has the adapter already changes nothing.
@@ -49,7 +64,9 @@ def transform(model: M, config: HRAConfig, adapter_name: str = "default", *, low
         ConfigError: `config` is not an `HRAConfig`.
         SelectionError: the configuration does not fit the model.
         UnsupportedLayerError: a selected layer cannot be adapted rightly.
-        AdapterError: the model has another adapter (see `add_adapter`), or this one with another configuration.
+        AdapterError: the model has another adapter (see `add_adapter`), or this one with another configuration; or
+            `verify` without `example_inputs`.
+        VerificationError: the rewritten model would not compute what the folded one does.
         After any error the model is as it was.
 
     Example:
@@ -59,8 +76,12 @@ def transform(model: M, config: HRAConfig, adapter_name: str = "default", *, low
         ['0.hra_u.default', '2.hra_u.default']
     """
     config = with_head(model, checked(model, config, adapter_name))
+    call = None if example_inputs is None else as_call(example_inputs)
+    if verify and call is None:
+        raise AdapterError("verify=True: there is nothing to run. Give example_inputs, the arguments of one call.")
     if not _is_done(model, config, adapter_name):
-        set_up(model, config, adapter_name, drawn(adapter_name, config, on_meta=low_cpu_mem_usage))
+        fill = drawn(adapter_name, config, on_meta=low_cpu_mem_usage)
+        set_up(model, config, adapter_name, fill, call=call, verify=verify)
     return model
 
 
@@ -70,10 +91,13 @@ def set_up(
     adapter_name: str,
     fill: Fill,
     copies: Mapping[tuple[str, str], Tensor] = MappingProxyType({}),
+    *,
+    call: Call | None = None,
+    verify: bool = False,
 ) -> None:
     """Make a plain model an adapted one, with one active adapter whose vectors `fill` gives, and these copies."""
     with all_or_nothing() as steps:
-        layers, findings = introduce(model, adapter_name, config, fill, steps)
+        layers, findings = introduce(model, adapter_name, config, fill, steps, call)
         changed = freeze(model)
         steps.callback(changed.restore, model)
         record = Record({adapter_name: config}, requires_grad=changed.flags, alone=findings.alone if findings else {})
@@ -85,6 +109,8 @@ def set_up(
         swap(model, carrier)
         steps.callback(unswap, model, carrier)
         activate(inventory(model), record, (adapter_name,), trainable=not config.inference_mode)
+        if verify and call:
+            check_against_folded(model, call)
 
 
 def checked(model: nn.Module, config: HRAConfig, adapter_name: str) -> HRAConfig:

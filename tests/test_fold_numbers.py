@@ -339,49 +339,6 @@ def test_pefts_paired_start_with_gram_schmidt() -> None:
     refused(model, torch.randn(3, 6), "0", "dependent")
 
 
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.body, self.head = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 9)
-        self.head.weight = self.embed.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(self.embed(x)))  # type: ignore[no-any-return]
-
-
-def test_a_head_tied_to_an_embedding() -> None:
-    model = adapt(Tied(), "head", "body")
-    refused(model, torch.arange(9), "head.weight", "embed.weight")
-    assert model.head.weight is model.embed.weight
-
-
-def test_a_tied_head_that_is_left_out() -> None:
-    model = adapt(Tied(), "body")
-    wanted = oracle_weight(model.body)
-    fold(model)
-    assert relative_error(model.body.weight, wanted) < 1e-6
-    assert model.head.weight is model.embed.weight
-
-
-@pytest.mark.parametrize("paths", [("0", "1"), ("0",), ("1",)])
-def test_two_layers_over_one_parameter(paths: tuple[str, ...]) -> None:
-    model: Any = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
-    model[1].weight = model[0].weight
-    refused(adapt(model, *paths), torch.randn(3, 6), "0.weight", "1.weight")
-
-
-def test_a_view_of_the_same_storage() -> None:
-    model: Any = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
-    model[1].weight = nn.Parameter(model[0].weight.detach()[1:5])
-    refused(adapt(model, "1"), torch.randn(3, 6), "0.weight", "1.weight")
-
-
-def test_a_buffer_over_the_weight() -> None:
-    model: Any = nn.Sequential(nn.Linear(6, 4))
-    model[0].register_buffer("mirror", model[0].weight.detach())
-    refused(adapt(model, "0"), torch.randn(3, 6), "0.weight", "0.mirror")
-
-
 def test_a_deep_copy_is_folded_alone() -> None:
     model = adapt(nn.Sequential(nn.Linear(6, 4, dtype=F64)), "0")
     other, before, x = copy.deepcopy(model), snapshot(model), normal(1, 3, 6)

@@ -23,11 +23,24 @@ from named_models import (
 )
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_HRA_TARGET_MODULES_MAPPING as PEFT_DEFAULTS
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hra_fx.config import HRAConfig
 from hra_fx.default_targets import DEFAULT_TARGETS
 from hra_fx.errors import HRAWarning, SelectionError
 from hra_fx.selection import is_target, resolve_targets, saved_modules, select
+from hra_fx.site import find_kind
+
+
+def in_pefts_kinds(model: nn.Module) -> nn.Module:
+    """A copy of `model` with a kind that PEFT has for each of ours that it refuses; the names are the same."""
+    copied = copy.deepcopy(model)
+    for path, module in list(copied.named_modules()):
+        if isinstance(module, Conv1D):
+            copied.set_submodule(path, nn.Linear(module.nx, module.nf))
+        elif isinstance(module, nn.Conv1d):
+            copied.set_submodule(path, nn.Conv2d(module.in_channels, module.out_channels, 1))
+    return copied
 
 
 def peft_layers(model: nn.Module, **kwargs: Any) -> list[str] | None:
@@ -35,7 +48,7 @@ def peft_layers(model: nn.Module, **kwargs: Any) -> list[str] | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            tuner = peft.HRAModel(copy.deepcopy(model), peft.HRAConfig(r=2, **kwargs), "default")
+            tuner = peft.HRAModel(in_pefts_kinds(model), peft.HRAConfig(r=2, **kwargs), "default")
         except (ValueError, TypeError):
             return None
     return list(tuner.targeted_module_names)
@@ -53,7 +66,7 @@ def our_layers(model: nn.Module, **kwargs: Any) -> list[str] | None:
 @st.composite
 def configurations(draw: st.DrawFn, model: nn.Module) -> dict[str, Any]:
     """Keywords that fit the names of `model`: mostly its layers, sometimes its containers or nothing."""
-    layers = [path for path, m in model.named_modules() if path and isinstance(m, nn.Linear | nn.Conv2d)]
+    layers = [path for path, m in model.named_modules() if path and find_kind(m)]
     anything = [path for path, _ in model.named_modules() if path]
 
     def name(paths: list[str]) -> st.SearchStrategy[str]:

@@ -58,10 +58,10 @@ NO_NAME: list[Case] = [
         "target_modules: [] names nothing. The layers of BertForSequenceClassification",
     ),
     (tiny_opt, {"target_modules": ["("]}, "The names to choose from are"),
-    (Nested, {}, "there is no default for Nested, which has no config.model_type. Give target_modules. The Linear"),
-    (tiny_vit, {}, "there is no default for model_type 'vit'. Give target_modules. The Linear and Conv2d layers of"),
+    (Nested, {}, "there is no default for Nested, which has no config.model_type. Give target_modules. The layers"),
+    (tiny_vit, {}, "there is no default for model_type 'vit'. Give target_modules. The layers of this model are"),
     (nn.ReLU, {}, "It has no layer to adapt."),
-    (nn.ReLU, {"target_modules": ["q"]}, "target_modules: ReLU has no Linear or Conv2d layer to adapt."),
+    (nn.ReLU, {"target_modules": ["q"]}, "ReLU has no layer to adapt: only nn.Linear, nn.Conv1d to Conv3d, nn.Mul"),
     (bare_linear, {"target_modules": "all-linear"}, "the model is itself a Linear, and only layers inside it can be"),
 ]
 ALL_LEFT_OUT: list[Case] = [
@@ -98,17 +98,17 @@ WRONG_TYPE: list[Case] = [
     (
         tiny_bert,
         {"target_modules": ["attention"]},
-        "bert.encoder.layer.0.attention: target_modules names it, but it is a BertAttention, and only nn.Linear and"
-        " nn.Conv2d can be adapted. To adapt the layers inside it write target_modules=["
-        "'attention.self.query', 'attention.self.key', 'attention.self.value', 'attention.output.dense'].",
+        "bert.encoder.layer.0.attention: target_modules names it, but it is a BertAttention, and only nn.Linear, "
+        "nn.Conv1d to Conv3d, nn.MultiheadAttention and transformers' Conv1D can be adapted. To adapt the layers "
+        "inside it write target_modules=['attention.self.query', 'attention.self.key', 'attention.self.value', "
+        "'attention.output.dense'].",
     ),
     (tiny_bert, {"target_modules": ["encoder"]}, "write target_modules=['query', 'key', 'value', 'dense']."),
     (Nested, {"target_modules": ["experts.0"]}, "write target_modules=['experts.0.w1', 'experts.0.q']."),
     (Nested, {"target_modules": ["embed"]}, "embed: target_modules names it, but it is a Embedding"),
-    (Nested, {"target_modules": ["conv1d"]}, "Name it no more, or add exclude_modules=['conv1d']."),
+    (Nested, {"target_modules": ["embed"]}, "Name it no more, or add exclude_modules=['embed']."),
     (Nested, {"target_modules": ".*norm|.*head"}, "layers.0.norm: target_modules names it, but it is a LayerNorm"),
-    (tiny_gpt2, {}, "transformer.h.0.attn.c_attn: target_modules names it, but it is a Conv1D"),
-    (tiny_gpt2, {"target_modules": "all-linear"}, "Replace it by an nn.Linear with the transposed weight, or name"),
+    (tiny_gpt2, {"target_modules": ["wpe"]}, "transformer.wpe: target_modules names it, but it is a Embedding"),
 ]
 TO_SAVE: list[Case] = [
     (tiny_bert, {"modules_to_save": ["clasifier"]}, "no module is called 'clasifier'; did you mean 'classifier'?"),

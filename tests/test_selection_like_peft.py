@@ -42,7 +42,7 @@ REFUSALS: list[tuple[type[Exception], str, str, str]] = [
     ),
     (KeyError, "model_type", "no default", "^target_modules: there is no default for"),
     (ValueError, "Please specify `target_modules`", "no default", "^target_modules: there is no default for"),
-    (TypeError, "only `torch.nn.Linear` and", "unsupported", "only nn.Linear and nn.Conv2d can be adapted"),
+    (TypeError, "only `torch.nn.Linear` and", "unsupported", "only nn.Linear, .* can be adapted"),
     (TypeError, "of type <class 'peft.tuners.hra", "saved too", "to be adapted, and modules_to_save|is called 'no_"),
 ]
 
@@ -237,12 +237,13 @@ def adapted(model: nn.Module) -> list[str]:
     return [path for path, module in model.named_modules() if isinstance(module, HRALayer)]
 
 
-def ungrouped(model: nn.Module) -> nn.Module:
-    """A copy without groups in its convolutions, so that PEFT can say which of them are meant."""
+def for_peft(model: nn.Module) -> nn.Module:
+    """A copy whose convolutions are all of two dimensions and without groups, so that PEFT can say which are meant."""
     model = copy.deepcopy(model)
     for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Conv2d) and module.groups > 1:
-            model.set_submodule(path, nn.Conv2d(module.in_channels, module.out_channels, module.kernel_size))
+        if isinstance(module, nn.Conv1d) or (isinstance(module, nn.Conv2d) and module.groups > 1):
+            size = module.kernel_size * 2 if isinstance(module, nn.Conv1d) else module.kernel_size
+            model.set_submodule(path, nn.Conv2d(module.in_channels, module.out_channels, size))
     return model
 
 
@@ -279,7 +280,7 @@ def compare(model: nn.Module, plain: nn.Module, fields: Fields, *, whole: bool) 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_bert, tiny_t5, tiny_swin, tiny_unet, Awkward])
 def test_what_peft_adapts_is_adapted_and_what_it_refuses_refused(make: Callable[[], nn.Module]) -> None:
     model = built(make)
-    plain, seen = ungrouped(model), Counter[str]()
+    plain, seen = for_peft(model), Counter[str]()
 
     @settings(max_examples=EXAMPLES, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(fields=configurations(model), whole=st.sampled_from([False] * 7 + [True]))
@@ -301,7 +302,8 @@ def test_what_peft_adapts_is_adapted_and_what_it_refuses_refused(make: Callable[
         (tiny_bert, {"target_modules": ["classifier"], "task_type": "SEQ_CLS"}, "no layer"),
         (Awkward, {"target_modules": "all-linear", "exclude_modules": ["eq", "q.7"]}, "adapted"),
         (Awkward, {"target_modules": ["q", "wise", "depthwise"]}, "groups"),
-        (Awkward, {"target_modules": ["depthwise", "line"]}, "unsupported"),
+        (Awkward, {"target_modules": ["line"]}, "adapted"),
+        (Awkward, {"target_modules": ["line", "norm"]}, "unsupported"),
         (Awkward, {"target_modules": ["q"], "layers_to_transform": 3}, "no layer"),
         (Awkward, {"target_modules": None}, "no default"),
         (tiny_unet, {"target_modules": None}, "no default"),
@@ -310,4 +312,4 @@ def test_what_peft_adapts_is_adapted_and_what_it_refuses_refused(make: Callable[
     ],
 )
 def test_each_outcome_of_a_whole_transform(make: Callable[[], nn.Module], fields: Fields, outcome: str) -> None:
-    assert compare(built(make), ungrouped(built(make)), fields, whole=True) == outcome
+    assert compare(built(make), for_peft(built(make)), fields, whole=True) == outcome

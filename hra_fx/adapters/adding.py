@@ -69,3 +69,4 @@ def put_beside(
         if findings:
             settle(root)
             record.alone = findings.alone
+            record.looked.clear()

@@ -17,6 +17,7 @@ from hra_fx.errors import UnsupportedLayerError
 from hra_fx.selection import saved_modules
 from hra_fx.site import REFLECTION, SAVED
 from hra_fx.tied import tied_to
+from hra_fx.untying import asks_for_ties
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -127,6 +128,11 @@ def _untie(model: nn.Module, record: Record, undo: ExitStack) -> None:
     """transformers ties weights anew whenever it likes, by its configuration, and would overwrite a trained copy."""
     config: Any = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False):
+        if asks_for_ties(model):
+            raise UnsupportedLayerError(
+                f"{type(model).__name__}: its forward does otherwise where config.tie_word_embeddings is False, so that "
+                "a trained copy cannot part its embeddings and output layer. Leave them out of modules_to_save."
+            )
         undo.callback(setattr, config, "tie_word_embeddings", True)
         undo.callback(setattr, record, "untied", record.untied)
         config.tie_word_embeddings = False

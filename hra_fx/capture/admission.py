@@ -4,48 +4,23 @@ from __future__ import annotations
 
 import ast
 import functools
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 from torch import fx, nn
 
+from hra_fx.capture.calling import optional_arguments
 from hra_fx.carrier.swap import original_class
-from hra_fx.errors import CaptureError
 from hra_fx.sources import names_below_self, reached_methods
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-
-
-def required_arguments(forward: Callable[..., Any]) -> list[str]:
-    """Names of the arguments that each call gives, `self` left out.
-
-    Raises:
-        CaptureError: there are none, or some are variadic or keyword-only without a default.
-    """
-    parameters = list(inspect.signature(forward).parameters.values())[1:]
-    kinds = inspect.Parameter
-    if variadic := [str(p) for p in parameters if p.kind in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)]:
-        raise CaptureError(f"forward takes {', '.join(variadic)}")
-    required = [p for p in parameters if p.default is kinds.empty]
-    if any(p.kind is kinds.KEYWORD_ONLY for p in required):
-        raise CaptureError("forward has a keyword-only argument without default")
-    if not required:
-        raise CaptureError("forward has no argument that every call must give")
-    return [p.name for p in required]
-
-
-def optional_arguments(forward: Callable[..., Any]) -> list[str]:
-    """Names of the arguments that have a default."""
-    parameters = list(inspect.signature(forward).parameters.values())[1:]
-    return [p.name for p in parameters if p.default is not inspect.Parameter.empty]
 
 
 def why_not_root(module: nn.Module, *, is_model: bool) -> str | None:
     """Why a module cannot be the root of a region, if it cannot.
 
     Only the model itself may have optional arguments, which the graph then holds at their defaults (a call that gives
-    one runs the Python forward): how inner modules are called is not known without a call.
+    one runs the Python forward): how inner modules are called is not known without a call. `is_model` says so of one
+    whose calls were observed too.
     """
     if "forward" in vars(module):
         return "its forward is set on the instance, and a class cannot override that"

@@ -10,8 +10,7 @@ from hra_fx.site import kind_of, weight_name
 
 #: What may be asked of a weight without using it: by a node, or in a line of source.
 METADATA = frozenset(
-    {"dtype", "device", "shape", "ndim", "is_cuda", "requires_grad", "layout"}
-    | {"size", "dim", "numel", "element_size"}
+    ("dtype", "device", "shape", "ndim", "is_cuda", "requires_grad", "layout", "size", "dim", "numel", "element_size")
 )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from hra_fx.capture.admission import required_arguments
+from hra_fx.capture.calling import Calling
 from hra_fx.capture.facts import Fact, ModuleWatch, Watch, fact, watch
 from hra_fx.capture.over import over
 from hra_fx.capture.trace import Traces
@@ -28,7 +28,7 @@ class Region:
         reason: why the region is not larger; empty for a model that was captured whole.
     """
 
-    def __init__(self, root: nn.Module, traces: Traces, sites: frozenset[str], reason: str) -> None:
+    def __init__(self, root: nn.Module, traces: Traces, sites: frozenset[str], reason: str, calling: Calling) -> None:
         """A region over `root` whose graphs are not rewritten yet.
 
         Raises:
@@ -37,7 +37,7 @@ class Region:
         self.graphs: dict[bool, fx.Graph] = {True: traces.train, False: traces.eval}
         self.sites = sites
         self.reason = reason
-        self._arguments = tuple(required_arguments(original_class(root).forward))
+        self._calling = calling
         self._by_mode = traces.train is not traces.eval
         called = traces.called - sites
         paths = (path for path, _ in root.named_modules() if not _is_below(path, called, sites))
@@ -56,16 +56,18 @@ class Region:
         self._facts = self._take_down(root)
         self._bind(root)
 
-    def program(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[..., Any] | None:
-        """The compiled graph for a call, or `None` where the Python forward has to run.
+    def program(
+        self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Callable[..., Any], list[Tensor]] | None:
+        """The compiled graph for a call and what to call it with, or `None` where the Python forward has to run.
 
-        That is so while torch.compile, torch.export or another fx tracer reads the model; where an argument is
-        optional, is no tensor, or is given twice (a forward may ask `is None`, or `x is y`); under global hooks; and
-        where a fact no longer holds.
+        That is so while torch.compile, torch.export or another fx tracer reads the model; where the call is made in
+        another way than the graph was (`hra_fx.capture.calling`); under global hooks; and where a fact no longer holds.
         """
-        if kwargs or len(args) != len(self._arguments) or torch.compiler.is_compiling() or _has_any_global_hook():  # type: ignore[no-untyped-call]
+        if torch.compiler.is_compiling() or _has_any_global_hook():  # type: ignore[no-untyped-call]
             return None
-        if not all(isinstance(value, Tensor) for value in args) or len({id(value) for value in args}) < len(args):
+        tensors = self._calling.tensors(args, kwargs)
+        if tensors is None:
             return None
         if self._root is None:
             self._bind(root)
@@ -80,7 +82,7 @@ class Region:
             return None
         if training not in self._programs:
             self._programs[training] = type(self.graph_module(root, training)).forward
-        return self._programs[training]
+        return self._programs[training], tensors
 
     def graph_module(self, root: nn.Module, training: bool) -> fx.GraphModule:
         """A GraphModule of its own over the modules and parameters of `root`."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from hra_fx.capture.admission import recorded_classes, why_not_root
+from hra_fx.capture.calling import unobserved
+from hra_fx.capture.observing import NOTHING, Observed
 from hra_fx.capture.reads import functional_reads
 from hra_fx.capture.region import Region
 from hra_fx.capture.trace import trace
+from hra_fx.carrier.swap import original_class
 from hra_fx.errors import CaptureError
 
 
@@ -29,12 +33,13 @@ class Findings:
     read: dict[str, str] = field(default_factory=dict)
 
 
-def find_regions(model: nn.Module, sites: Mapping[str, nn.Module]) -> Findings:
+def find_regions(model: nn.Module, sites: Mapping[str, nn.Module], seen: Observed = NOTHING) -> Findings:
     """Capture `model` in regions that are as large as the guards allow; the model is as it was.
 
     Args:
         model: the model.
         sites: path -> layer, as selected.
+        seen: what a call of the model showed, where there was one.
     """
     findings = Findings()
     layers = set(sites.values())
@@ -54,7 +59,7 @@ def find_regions(model: nn.Module, sites: Mapping[str, nn.Module]) -> Findings:
                 visit(f"{path}.{name}", child, why)
             return
         try:
-            reason = _refuse_or_capture(findings, path, module, below, recorded, why)
+            reason = _refuse_or_capture(findings, path, module, below, recorded, why, seen)
         except CaptureError as error:
             reason = error.reason
         if reason is not None:
@@ -72,10 +77,16 @@ def _refuse_or_capture(
     below: Mapping[str, nn.Module],
     recorded: tuple[type, ...],
     why: str,
+    seen: Observed,
 ) -> str | None:
-    if reason := why_not_root(module, is_model=not path):
+    kind: Any = original_class(module)
+    calling = seen.callings.get(path)
+    if isinstance(calling, str):
+        return calling
+    if reason := why_not_root(module, is_model=not path or calling is not None):
         return reason
-    traces = trace(module, below, recorded)
+    calling = calling or unobserved(kind)
+    traces = trace(module, below, recorded, calling)
     read: dict[str, str] = {}
     for graph in (traces.train, traces.eval):
         for site, reader in functional_reads(graph, below).items():
@@ -83,7 +94,7 @@ def _refuse_or_capture(
     if missed := sorted(site for site in below if site not in read and not _runs_in(site, traces.called)):
         return f"its traced forward does not call {missed[0]}"
     findings.read |= {f"{path}.{site}".lstrip("."): reader for site, reader in read.items()}
-    findings.regions[path] = Region(module, traces, frozenset(below), why)
+    findings.regions[path] = Region(module, traces, frozenset(below), why, calling)
     return None
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
+from hra_fx.capture.calling import Calling
 from hra_fx.capture.reading import ReadingLog
 from hra_fx.capture.sandbox import differences, sandbox
 from hra_fx.capture.surroundings import unchanged_surroundings
@@ -35,24 +36,25 @@ class Traces:
     reads: dict[str, frozenset[str]]
 
 
-def trace(module: nn.Module, sites: Collection[str], recorded: tuple[type, ...]) -> Traces:
+def trace(module: nn.Module, sites: Collection[str], recorded: tuple[type, ...], calling: Calling) -> Traces:
     """Trace copies of a module in both modes; the module itself is not run.
 
     Args:
         module: the root of the region to be.
         sites: paths, below the root, of layers that must stay calls.
         recorded: classes whose outputs transformers collects by hooks.
+        calling: how it is called.
 
     Raises:
         CaptureError: fx cannot trace it, or the graph would not say all that the forward does.
     """
-    runs = {mode: _trace_once(module, mode, sites, recorded) for mode in (True, False)}
+    runs = {mode: _trace_once(module, mode, sites, recorded, calling) for mode in (True, False)}
     graphs = {mode: graph for mode, (graph, _) in runs.items()}
     if _code(graphs[True]) == _code(graphs[False]):
         graphs[True] = graphs[False]
     else:
         for mode in (False, True):
-            if _code(_trace_once(module, mode, sites, recorded)[0]) != _code(graphs[mode]):
+            if _code(_trace_once(module, mode, sites, recorded, calling)[0]) != _code(graphs[mode]):
                 raise CaptureError("two traces of it differ: its forward depends on something that changes")
     nodes = [*graphs[True].nodes, *graphs[False].nodes]
     called = frozenset(str(node.target) for node in nodes if node.op == "call_module")
@@ -65,12 +67,12 @@ def trace(module: nn.Module, sites: Collection[str], recorded: tuple[type, ...])
 
 
 def _trace_once(
-    module: nn.Module, training: bool, sites: Collection[str], recorded: tuple[type, ...]
+    module: nn.Module, training: bool, sites: Collection[str], recorded: tuple[type, ...], calling: Calling
 ) -> tuple[fx.Graph, dict[str, frozenset[str]]]:
     twin = sandbox(module, training)
     log = ReadingLog()
     with unchanged_surroundings(twin), watching() as refused:
-        tracer = RegionTracer({twin.get_submodule(path) for path in sites}, recorded, refused)
+        tracer = RegionTracer({twin.get_submodule(path) for path in sites}, recorded, refused, calling)
         dissolved = {
             path: part for path, part in twin.named_modules() if not path or not tracer.is_leaf_module(part, path)
         }

@@ -12,8 +12,9 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import Attribute
 
-from hra_fx.capture.admission import required_arguments, why_not_inlined
+from hra_fx.capture.admission import why_not_inlined
 from hra_fx.capture.augmented import SPECIAL_METHODS
+from hra_fx.capture.calling import Calling
 from hra_fx.errors import CaptureError
 
 
@@ -86,18 +87,20 @@ class RegionTracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, sites: set[nn.Module], recorded: tuple[type, ...], refused: list[str]) -> None:
+    def __init__(self, sites: set[nn.Module], recorded: tuple[type, ...], refused: list[str], calling: Calling) -> None:
         """Prepare for modules of one model.
 
         Args:
             sites: layers that must stay calls, whatever their class.
             recorded: classes whose outputs transformers collects by hooks (`admission.recorded_classes`).
             refused: takes the reason of every refusal, also where the forward catches the error.
+            calling: how the root is called.
         """
         super().__init__()
         self._sites = sites
         self._recorded = recorded
         self.refused = refused
+        self._calling = calling
         self._thread = threading.get_ident()
 
     def refuse(self, reason: str) -> NoReturn:
@@ -150,9 +153,10 @@ class RegionTracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
-        """One placeholder for each argument that every call has to give."""
-        names = required_arguments(root_fn)
-        return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
+        """One placeholder for each tensor that a call gives; what else it gives is the same each time."""
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in self._calling.names]
+        args, kwargs = self._calling.arguments(iter(proxies))
+        return (lambda root: root_fn(root, *args, **kwargs)), [self.root]
 
     def proxy(self, node: fx.Node) -> RegionProxy:
         """Wrap a node in the guarded proxy."""

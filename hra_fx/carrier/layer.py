@@ -29,7 +29,7 @@ class SiteCarrier(Carrier):
         """The weight as it is, without reflections that are not merged."""
         if REFLECTION in self._modules:
             return self.hra_u.weight_of(self)
-        plain: Any = self._parameters[weight_name(kind_of(self))]
+        plain: nn.Parameter = self._parameters[weight_name(kind_of(self))]  # type: ignore[assignment]
         return plain
 
 
@@ -83,9 +83,10 @@ class WeightCarrier(SiteCarrier):
             if REFLECTION not in self._modules:
                 return self.hra_base
             try:
-                return self.hra_u(self.hra_base)
+                reflected: Tensor = self.hra_u(self.hra_base)
             except AttributeError as error:  # which would send Python to nn.Module.__getattr__, and the plain weight
                 raise RuntimeError(f"{type(self).__name__}: its weight cannot be reflected ({error})") from error
+            return reflected
 
         return {"in_proj_weight" if issubclass(base, nn.MultiheadAttention) else "weight": property(weight)}
 

@@ -27,6 +27,9 @@ class RegionCarrier(Carrier):
         def forward(self: RegionCarrier, *args: Any, **kwargs: Any) -> Any:
             region: Region | None = vars(self).get(REGION)
             program = region.program(self, args, kwargs) if region else None
-            return python_forward(self, *args, **kwargs) if program is None else program(self, *args)
+            if program is None:
+                return python_forward(self, *args, **kwargs)
+            run, tensors = program
+            return run(self, *tensors)
 
         return {"forward": forward}

@@ -6,19 +6,38 @@ was active. A state of another moment is renamed before it is loaded.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
-from hra_fx.adapted import sites_of
+from hra_fx.adapted import Record, record_of, sites_of
 from hra_fx.adapters.copies import BASE, held_by
 from hra_fx.carrier.swap import Carrier
+from hra_fx.errors import UnsupportedLayerError
+from hra_fx.overlooked import WeightWatch
 from hra_fx.reflection import ANCHOR
 from hra_fx.site import REFLECTION, SAVED
 
 
 class RootCarrier(Carrier):
     """A model that was transformed."""
+
+    @classmethod
+    def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
+        """`base.forward`, watched the first time in each mode for weights that are read unseen."""
+
+        @functools.wraps(base.forward)
+        def forward(self: RootCarrier, *args: Any, **kwargs: Any) -> Any:
+            record = record_of(self)
+            if record is None or self.training in record.looked or torch.compiler.is_compiling():
+                return base.forward(self, *args, **kwargs)
+            record.looked.add(self.training)
+            return look(self, record, base.forward, args, kwargs)
+
+        return {"forward": forward}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Called first of all, before any module below: so names can still be changed."""
@@ -49,6 +68,31 @@ class RootCarrier(Carrier):
         errors.append(f"{prefix}: adapters are merged in the {side}. {way_out}")
         # What is there already, so that nothing is changed by a load that is going to fail.
         state.update({f"{prefix}{key}": own for key, own in self.state_dict().items() if f"{prefix}{key}" in state})
+
+
+def look(root: nn.Module, record: Record, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a forward, and refuse its result where it read the weight of a layer whose input alone is reflected.
+
+    A model that was captured whole has no such reads, for its graph shows all.
+
+    Raises:
+        UnsupportedLayerError: naming layer, reader and way out.
+    """
+    sites = sites_of(root).items()
+    alone = {path: layer for path, layer in sites if path in record.alone and not layer.hra_u.on_weight}
+    if not alone or is_fx_symbolic_tracing():
+        return forward(root, *args, **kwargs)
+    watch = WeightWatch(alone)
+    with watch.over(root):
+        result = forward(root, *args, **kwargs)
+    for path, reader in watch.found.items():
+        record.looked.clear()
+        raise UnsupportedLayerError(
+            f"{path}: {reader} reads its weight, and neither a source nor a graph told so: its reflections act on what "
+            "it is called with, and are not seen there. Take the adapters off (hra_fx.HRAModel.unload, or load the "
+            "model anew) and call hra_fx.transform(..., example_inputs=...), which sees it and reflects the weight."
+        )
+    return result
 
 
 def _rename(state: dict[str, Any], in_place: str, waiting: dict[str, str], ours: str, theirs: set[str]) -> None:

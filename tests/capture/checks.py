@@ -200,14 +200,14 @@ class Spy:
         return run
 
 
-def spied(model: nn.Module, *args: Any) -> Spy:
+def spied(model: nn.Module, *args: Any, **kwargs: Any) -> Spy:
     """A spy over all graphs, which two calls (train and eval) have compiled; the mode stays as it is."""
     before: Mapping[str, bool] = {name: part.training for name, part in model.named_modules()}
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     for mode in (True, False):
         seed()
         with torch.no_grad():
-            model.train(mode)(*args)
+            model.train(mode)(*args, **kwargs)
     for name, part in model.named_modules():
         part.training = before[name]
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ class Outer(nn.Module):
         self.part = part
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        return self.part(x, **kwargs)
+        return self.part(x, **kwargs) if x.sum() > -1e9 else x
 
 
 class Positional(Two):
@@ -88,7 +89,7 @@ def test_the_model_may_have_optional_arguments_which_stay_at_their_defaults() ->
     assert_equals_oracle(adapted, base, X, None)
     assert_equals_oracle(adapted, base, x=X)
     assert_equals_oracle(adapted, base, X, **{})
-    assert spy.runs == 6, "only calls without optional arguments run the graph"
+    assert spy.runs == 12, "only calls in which optional arguments have their defaults run the graph"
 
 
 def test_a_part_may_not() -> None:
@@ -101,24 +102,54 @@ def test_a_part_may_not() -> None:
     assert_equals_oracle(adapted, base, X, mask=MASK)
 
 
+class Unused(Two):
+    def forward(self, x: Tensor, **others: Any) -> Tensor:
+        return self.second(self.first(x))
+
+
+class UsedByADecorator(Two):
+    @staticmethod
+    def scaling(forward: Any) -> Any:
+        @functools.wraps(forward)
+        def wrapper(self: nn.Module, x: Tensor, **others: Any) -> Tensor:
+            return forward(self, x * others.get("gain", 1.0), **others)
+
+        return wrapper
+
+    @scaling
+    def forward(self, x: Tensor, **others: Any) -> Tensor:
+        return self.second(self.first(x))
+
+
 @pytest.mark.parametrize(
-    ("model", "reason", "args", "kwargs"),
+    ("model", "args", "kwargs", "runs"),
     [
-        (Positional, "forward takes *others", (X, MASK, MASK), {}),
-        (Positional, "forward takes *others", (X,), {}),
-        (Keywords, "forward takes **others", (X,), {"gain": MASK}),
-        (Keywords, "forward takes **others", (X,), {}),
-        (KeywordOnly, "forward has a keyword-only argument without default", (X,), {"mask": MASK}),
-        (NothingRequired, "forward has no argument that every call must give", (), {}),
-        (NothingRequired, "forward has no argument that every call must give", (X,), {}),
+        (Positional, (X, MASK, MASK), {}, 0),
+        (Positional, (X,), {}, 3),
+        (Keywords, (X,), {"gain": MASK}, 0),
+        (Keywords, (X,), {}, 3),
+        (KeywordOnly, (X,), {"mask": MASK}, 3),
+        (KeywordOnly, (), {"x": X, "mask": MASK}, 3),
+        (Unused, (X,), {"gain": MASK, "flag": object()}, 3),
+        (UsedByADecorator, (X,), {"gain": 3.0}, 0),
+        (UsedByADecorator, (X,), {}, 3),
     ],
 )
-def test_variadic_and_keyword_arguments_refuse_the_region(
-    model: type[nn.Module], reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+def test_variadic_and_keyword_arguments_that_the_graph_was_not_made_for_run_the_forward(
+    model: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any], runs: int
 ) -> None:
     adapted, base = adapt(model())
-    assert_refused(adapted, reason)
+    assert_whole(adapted)
+    spy = spied(adapted, X, **({"mask": MASK} if model is KeywordOnly else {}))
     assert_equals_oracle(adapted, base, *args, **kwargs)
+    assert spy.runs == runs
+
+
+@pytest.mark.parametrize("args", [(), (X,)])
+def test_a_forward_that_needs_nothing_refuses_the_region(args: tuple[Any, ...]) -> None:
+    adapted, base = adapt(NothingRequired())
+    assert_refused(adapted, "forward has no argument that every call must give")
+    assert_equals_oracle(adapted, base, *args)
 
 
 @pytest.mark.parametrize("model", [Positional, Keywords, NothingRequired])

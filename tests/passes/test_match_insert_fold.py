@@ -14,7 +14,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 import hra_fx
 from hra_fx.errors import GraphInvariantError
-from hra_fx.site import META, SiteKind, SiteNote
+from hra_fx.site import META, Site, SiteNote
 from passes.fold import FoldPass
 from passes.insert import InsertPass
 from passes.match import MatchPass
@@ -38,7 +38,11 @@ class Net(nn.Module):
         return self.other(self.body["fc_1"](input=x))
 
 
-SITES: dict[str, SiteKind] = {"conv": "conv2d", "body.shared": "linear", "body.fc_1": "linear"}
+SITES = {
+    "conv": Site("conv", "conv2d"),
+    "body.shared": Site("body.shared", "linear"),
+    "body.fc_1": Site("body.fc_1", "linear"),
+}
 
 
 def traced(model: nn.Module | None = None) -> fx.GraphModule:
@@ -107,7 +111,8 @@ def test_match_again_changes_nothing_and_counts_anew() -> None:
 
 def test_match_knows_where_in_the_model_the_graph_stands() -> None:
     graph = traced()
-    match = MatchPass({"encoder.0.conv": "conv2d", "body.shared": "linear"}, "encoder.0")
+    conv = Site("encoder.0.conv", "conv2d")
+    match = MatchPass({"encoder.0.conv": conv, "body.shared": SITES["body.shared"]}, "encoder.0")
     match(graph)
     assert match.calls == {"encoder.0.conv": 1}
     assert notes(graph.graph) == [SiteNote("encoder.0.conv", "conv2d", "layer")]

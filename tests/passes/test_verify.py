@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hra_fx.errors import GraphInvariantError, HRAError
-from hra_fx.site import META, SiteNote
+from hra_fx.site import META, Site, SiteNote
 from passes.insert import InsertPass
 from passes.match import MatchPass
 from passes.verify import VerifyPass
@@ -28,7 +28,7 @@ class Net(nn.Module):
 
 def rewritten() -> fx.GraphModule:
     graph: fx.GraphModule = fx.symbolic_trace(Net())
-    MatchPass({"first": "linear", "second": "linear"})(graph)
+    MatchPass({name: Site(name, "linear") for name in ("first", "second")})(graph)
     InsertPass()(graph)
     return graph
 

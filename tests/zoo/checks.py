@@ -179,7 +179,7 @@ class Trial:
         seed(0)
         base = self.entry.build().eval()
         stir(base, candidates(base))
-        for dtype in (torch.float64, torch.float32):
+        for dtype in (torch.float64, torch.float32) if self.entry.double else (torch.float32,):
             self.dtype = dtype
             self.base = copy.deepcopy(base).to(dtype) if dtype is torch.float64 else base
             try:

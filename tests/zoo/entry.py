@@ -24,6 +24,7 @@ class Entry:
         sizes: how many sizes the model accepts: 1 for one whose input size is fixed.
         batches: the batch sizes to try; the second is the other one.
         trains: whether train mode takes the same inputs (detection models want targets there).
+        double: whether to try float64; a model that is slow in it says no.
     """
 
     name: str
@@ -32,3 +33,4 @@ class Entry:
     sizes: int = 2
     batches: tuple[int, int] = (2, 3)
     trains: bool = True
+    double: bool = True

@@ -6,12 +6,12 @@ Floats come from torch's generator, which the caller seeds; `size` picks the len
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
 from zoo.entry import Call
 
 Inputs = Callable[[int, int], Call]
@@ -44,7 +44,8 @@ def hugging(model: str, **config: Any) -> Callable[[], nn.Module]:
 
     def build() -> nn.Module:
         made: type[Any] = getattr(import_module("transformers"), model)
-        fields = {field: value for field, value in config.items() if value is not None}
+        # Copies, since configurations take from the dicts that they are given.
+        fields = {field: deepcopy(value) for field, value in config.items() if value is not None}
         built: nn.Module = made(made.config_class(**fields))
         return built
 
@@ -55,7 +56,7 @@ def diffusing(model: str, **config: Any) -> Callable[[], nn.Module]:
     """Builder of a diffusers model from the arguments of its class."""
 
     def build() -> nn.Module:
-        built: nn.Module = getattr(import_module("diffusers"), model)(**config)
+        built: nn.Module = getattr(import_module("diffusers"), model)(**deepcopy(config))
         return built
 
     return build

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-
 from zoo.entry import Entry
 from zoo.inputs import TEXT, Inputs, hugging, leading, tokens, words
 

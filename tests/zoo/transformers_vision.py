@@ -1,4 +1,4 @@
-"""Vision models of transformers, most as image classifiers; detection, segmentation and depth where they are at home."""
+"""Vision models of transformers: most as image classifiers; detection, segmentation, depth and videos too."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
 from zoo.entry import Call, Entry
 from zoo.inputs import SIDES, SMALL, Inputs, hugging, images, tokens
 
@@ -69,6 +68,7 @@ HIERA: dict[str, Any] = {
     "num_query_pool": 1,
     "masked_unit_size": [4, 4],
     "masked_unit_attention": [True, False],
+    "drop_path_rate": 0.1,
     "num_labels": 5,
 }
 CVT: dict[str, Any] = {
@@ -110,16 +110,17 @@ MOBILE: dict[str, Any] = {
     "width_multiplier": 0.25,
     "num_labels": 5,
 }
+DEPTHWISE: dict[str, Any] = {"depth_multiplier": 0.1, "min_depth": 4, "classifier_dropout_prob": 0.1, "num_labels": 5}
 EFFICIENT: dict[str, Any] = {
-    "width_coefficient": 1.0,
+    "width_coefficient": 0.25,
     "depth_coefficient": 1.0,
     "kernel_sizes": [3, 5],
-    "in_channels": [8, 8],
-    "out_channels": [8, 16],
+    "in_channels": [32, 32],
+    "out_channels": [32, 64],
     "strides": [1, 2],
     "num_block_repeats": [1, 2],
     "expand_ratios": [1, 2],
-    "hidden_dim": 16,
+    "hidden_dim": 320,
     "dropout_rate": 0.1,
     "num_labels": 5,
 }
@@ -147,13 +148,19 @@ TEXTNET: dict[str, Any] = {
     "num_labels": 5,
 }
 DEPTH: dict[str, Any] = {
-    "backbone_out_indices": [0, 1],
+    "num_hidden_layers": 4,
+    "backbone_out_indices": [0, 1, 2, 3],
     "neck_hidden_sizes": [8, 8, 8, 8],
     "fusion_hidden_size": 8,
     "is_hybrid": False,
 }
 ANYTHING: dict[str, Any] = {
-    "backbone_config": {"model_type": "dinov2", **PATCHES, "out_features": ["stage1", "stage2"], "reshape_hidden_states": False},
+    "backbone_config": {
+        "model_type": "dinov2",
+        **PATCHES,
+        "out_features": ["stage1", "stage2"],
+        "reshape_hidden_states": False,
+    },
     "patch_size": 8,
     "reassemble_hidden_size": 16,
     "reassemble_factors": [2, 1],
@@ -161,19 +168,26 @@ ANYTHING: dict[str, Any] = {
     "fusion_hidden_size": 8,
     "head_hidden_size": 8,
 }
+FOUR: dict[str, Any] = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_stages": 4}
 UPER: dict[str, Any] = {
-    "backbone_config": {"model_type": "convnext", **STAGES, "out_features": ["stage1", "stage2"]},
+    "backbone_config": {"model_type": "convnext", **FOUR, "out_features": ["stage1", "stage2", "stage3", "stage4"]},
     "hidden_size": 16,
     "auxiliary_channels": 8,
-    "auxiliary_in_channels": 8,
+    "auxiliary_in_channels": 16,
     "pool_scales": [1, 2],
     "num_labels": 5,
 }
-SUPER: dict[str, Any] = {"encoder_hidden_sizes": [8, 8, 16, 16], "decoder_hidden_size": 16, "descriptor_decoder_dim": 16}
 GPT: dict[str, Any] = {"vocab_size": 51, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "use_cache": False}
 PROMPTED: dict[str, Any] = {"hidden_size": 16, "image_size": 32, "patch_size": 8, "mask_input_channels": 4}
 SAM: dict[str, Any] = {
-    "vision_config": PATCHES | {"output_channels": 16, "window_size": 2, "global_attn_indexes": [1], "num_pos_feats": 8},
+    "vision_config": PATCHES
+    | {
+        "attention_dropout": 0.1,
+        "output_channels": 16,
+        "window_size": 2,
+        "global_attn_indexes": [1],
+        "num_pos_feats": 8,
+    },
     "prompt_encoder_config": PROMPTED,
     "mask_decoder_config": {"hidden_size": 16, "mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 16},
 }
@@ -207,7 +221,9 @@ ENTRIES: list[Entry] = [
     _vision("beit", "BeitForImageClassification", FREE, **PATCHES, use_relative_position_bias=True),
     _vision("data2vec_vision", "Data2VecVisionForImageClassification", FREE, **PATCHES),
     _vision("vit_msn", "ViTMSNForImageClassification", FREE, **PATCHES),
-    _vision("vit_mae", "ViTMAEForPreTraining", images(interpolate_pos_encoding=True, noise=_noise), **PATCHES, **MASKED),
+    _vision(
+        "vit_mae", "ViTMAEForPreTraining", images(interpolate_pos_encoding=True, noise=_noise), **PATCHES, **MASKED
+    ),
     _vision("dinov2", "Dinov2ForImageClassification", **PATCHES, drop_path_rate=0.1),
     _vision("dinov2_with_registers", "Dinov2WithRegistersForImageClassification", **PATCHES),
     _vision("dinov3_vit", "DINOv3ViTModel", **PATCHES),
@@ -215,37 +231,38 @@ ENTRIES: list[Entry] = [
     _vision("hiera", "HieraForImageClassification", sizes=1, **HIERA),
     _vision("swin", "SwinForImageClassification", **WINDOWS),
     _vision("swinv2", "Swinv2ForImageClassification", **WINDOWS),
-    _vision("swin2sr", "Swin2SRForImageSuperResolution", **WINDOWS, upscale=2),
+    _vision(
+        "swin2sr", "Swin2SRForImageSuperResolution", images((8, 16)), **WINDOWS | {"image_size": 16, "patch_size": 1}
+    ),
     _vision("focalnet", "FocalNetForImageClassification", **WINDOWS),
     _vision("convnext", "ConvNextForImageClassification", **STAGES, drop_path_rate=0.1),
     _vision("convnextv2", "ConvNextV2ForImageClassification", **STAGES, drop_path_rate=0.1),
     _vision("resnet", "ResNetForImageClassification", **CELLS, layer_type="bottleneck"),
     _vision("regnet", "RegNetForImageClassification", **CELLS, groups_width=4),
-    _vision("bit", "BitForImageClassification", **CELLS, num_groups=2),
+    _vision("bit", "BitForImageClassification", **CELLS, drop_path_rate=0.1, num_groups=2),
     _vision("segformer", "SegformerForSemanticSegmentation", **PYRAMID, decoder_hidden_size=16),
-    _vision("poolformer", "PoolFormerForImageClassification", **PYRAMID),
-    _vision("pvt", "PvtForImageClassification", **PYRAMID, image_size=32),
+    _vision("poolformer", "PoolFormerForImageClassification", **PYRAMID, drop_path_rate=0.1),
+    _vision("pvt", "PvtForImageClassification", sizes=1, **PYRAMID, image_size=32),
     _vision("pvt_v2", "PvtV2ForImageClassification", **PYRAMID),
     _vision("cvt", "CvtForImageClassification", **CVT),
     _vision("levit", "LevitForImageClassification", sizes=1, **LEVIT),
-    _vision("mobilevit", "MobileViTForImageClassification", images((32, 64)), **MOBILE),
-    _vision("mobilevitv2", "MobileViTV2ForImageClassification", images((32, 64)), **MOBILE),
-    _vision("mobilenet_v1", "MobileNetV1ForImageClassification", depth_multiplier=0.1, min_depth=4, num_labels=5),
-    _vision("mobilenet_v2", "MobileNetV2ForImageClassification", depth_multiplier=0.1, min_depth=4, num_labels=5),
+    _vision("mobilevit", "MobileViTForImageClassification", images((64, 128)), **MOBILE),
+    _vision("mobilevitv2", "MobileViTV2ForImageClassification", images((64, 128)), **MOBILE),
+    _vision("mobilenet_v1", "MobileNetV1ForImageClassification", **DEPTHWISE),
+    _vision("mobilenet_v2", "MobileNetV2ForImageClassification", **DEPTHWISE),
     _vision("efficientnet", "EfficientNetForImageClassification", **EFFICIENT),
     _vision("swiftformer", "SwiftFormerForImageClassification", **SWIFT),
     _vision("hgnet_v2", "HGNetV2ForImageClassification", **HGNET),
     _vision("textnet", "TextNetForImageClassification", **TEXTNET),
-    _vision("dpt", "DPTForDepthEstimation", **PATCHES, **DEPTH),
+    _vision("dpt", "DPTForDepthEstimation", **PATCHES | DEPTH),
     _vision("depth_anything", "DepthAnythingForDepthEstimation", **ANYTHING),
-    _vision("glpn", "GLPNForDepthEstimation", **PYRAMID, decoder_hidden_size=16),
-    _vision("upernet", "UperNetForSemanticSegmentation", images(SIDES), **UPER),
-    _vision("yolos", "YolosForObjectDetection", **PATCHES, num_detection_tokens=4),
+    _vision("glpn", "GLPNForDepthEstimation", images((32, 64)), **PYRAMID, decoder_hidden_size=16),
+    _vision("upernet", "UperNetForSemanticSegmentation", **UPER),
+    _vision("yolos", "YolosForObjectDetection", **PATCHES | {"image_size": [32, 32]}, num_detection_tokens=4),
     _vision("detr", "DetrForObjectDetection", **DETECTOR),
     _vision("conditional_detr", "ConditionalDetrForObjectDetection", **DETECTOR),
-    _vision("deformable_detr", "DeformableDetrForObjectDetection", **DETECTOR),
+    _vision("deformable_detr", "DeformableDetrForObjectDetection", **DETECTOR | {"d_model": 32}),
     _vision("sam", "SamModel", images(input_points=_points, multimask_output=False), sizes=1, **SAM),
-    _vision("superpoint", "SuperPointForKeypointDetection", **SUPER),
     _vision("videomae", "VideoMAEForVideoClassification", _frames, sizes=1, **PATCHES, num_frames=2),
     _vision("vivit", "VivitForVideoClassification", _frames, sizes=1, **PATCHES, num_frames=2, tubelet_size=[2, 8, 8]),
     _vision("timesformer", "TimesformerForVideoClassification", _frames, **PATCHES, num_frames=2),

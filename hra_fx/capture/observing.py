@@ -1,0 +1,76 @@
+"""One call of a copy of the model, to see how its modules are called and who reads which weight."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from hra_fx.capture.calling import Calling, observed
+from hra_fx.carrier.swap import original_class
+from hra_fx.errors import AdapterError, CaptureError
+from hra_fx.example import Call, fresh
+from hra_fx.overlooked import WeightWatch
+
+
+class Observed(NamedTuple):
+    """What one call of a model showed.
+
+    Attributes:
+        callings: path of a module -> how each call of it was made, or why there is no one way.
+        read: path of a layer whose weight another module uses -> which one.
+    """
+
+    callings: dict[str, Calling | str]
+    read: dict[str, str]
+
+
+NOTHING = Observed({}, {})
+
+
+def observe(model: nn.Module, call: Call, layers: Mapping[str, nn.Module]) -> Observed:
+    """Call a copy of the model, in the mode in which it is, from the random state that there is; nothing is changed.
+
+    Args:
+        model: the model, not transformed yet.
+        call: positional and keyword arguments.
+        layers: path -> layer that is to be adapted.
+
+    Raises:
+        AdapterError: the model does not run on them.
+    """
+    # The weights are shared, and known by that; buffers are the copy's own, for a forward may write them.
+    twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    seen: dict[str, Calling | str] = {}
+    for path, module in twin.named_modules():
+        module.register_forward_pre_hook(_recorder(path, seen), with_kwargs=True)
+    watch = WeightWatch({path: twin.get_submodule(path) for path in layers})
+    args, kwargs = fresh(call)
+    with torch.random.fork_rng(), watch.over(twin):
+        try:
+            twin(*args, **kwargs)
+        except Exception as error:  # whatever the model's own code makes of the inputs
+            raise AdapterError(
+                f"example_inputs: {type(model).__name__} does not run on them ({type(error).__name__}: {error}). Give "
+                "inputs that the model takes."
+            ) from error
+    return Observed(seen, watch.found)
+
+
+def _recorder(path: str, seen: dict[str, Calling | str]) -> Any:
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kind: Any = original_class(module)
+        try:
+            calling: Calling | str = observed(kind, args, kwargs)
+        except CaptureError as error:
+            calling = error.reason
+        except (TypeError, ValueError):  # no signature, or a call that its forward will refuse
+            calling = "it is called in a way that its signature does not tell"
+        before = seen.setdefault(path, calling)
+        if isinstance(before, Calling) and not (isinstance(calling, Calling) and before.is_like(calling)):
+            seen[path] = "it is called in several ways"
+
+    return record

@@ -1,0 +1,165 @@
+"""Parting weights that share memory: the folded one gets its own, and transformers is told not to tie it again.
+
+transformers ties by a configuration's `tie_word_embeddings`, when a model is loaded and whenever `tie_weights` is
+called. One such setting may tie several pairs (an encoder's and a decoder's embeddings, a head's bias): once it is off,
+a file has to hold each of them, so each gets memory of its own.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hra_fx.adapters.copies import BASE, held_by
+from hra_fx.carrier.swap import original_class
+from hra_fx.errors import FoldError
+from hra_fx.sources import reached_methods
+
+_FLAG = "tie_word_embeddings"
+
+
+class Setting(NamedTuple):
+    """What one model of transformers ties by its configuration.
+
+    Attributes:
+        path: where it is in the whole model.
+        model: the model.
+        configs: its configuration, and that of its text part, which overrules it when a file is loaded.
+        pairs: (layer, name of its tensor), twice: what is tied, and to what.
+    """
+
+    path: str
+    model: nn.Module
+    configs: tuple[Any, ...]
+    pairs: list[tuple[tuple[nn.Module, str], tuple[nn.Module, str]]]
+
+
+class Parted(NamedTuple):
+    """What gets memory of its own because a setting goes off.
+
+    Attributes:
+        settings: those that go off.
+        tensors: name in the whole model -> (layer, name of its tensor, its own parameter).
+    """
+
+    settings: list[Setting]
+    tensors: dict[str, tuple[nn.Module, str, nn.Parameter]]
+
+    @property
+    def returning(self) -> list[str]:
+        """Classes of configurations that say yes again whenever one is loaded, as T5's."""
+        configs: list[Any] = [config for setting in self.settings for config in setting.configs]
+        again = (config for config in configs if getattr(type(config).from_dict(config.to_dict()), _FLAG, False))
+        return list(dict.fromkeys(type(config).__name__ for config in again))
+
+    def apply(self) -> None:
+        """Part them; nothing here can fail."""
+        for owner, name, parameter in self.tensors.values():
+            setattr(owner, name, parameter)
+        for setting in self.settings:
+            for config in setting.configs:
+                setattr(config, _FLAG, False)
+
+
+def settings_that_tie(
+    model: nn.Module, weights: Mapping[nn.Module, str], *, off: Any = None, whole: bool = False
+) -> list[Setting]:
+    """The settings of transformers by which any of these weights is tied.
+
+    Args:
+        model: the whole model.
+        weights: layer -> name of its weight.
+        off: a configuration that was set to untied for a trained copy, and is read as it was.
+        whole: `off` is among the settings, whatever the weights.
+
+    Raises:
+        FoldError: one that cannot go off, because a forward asks for it.
+    """
+    found = _settings(model, off)
+    tying = [s for s in found if any(weights.get(owner) == name for pair in s.pairs for owner, name in pair)]
+    going = [config for setting in tying for config in setting.configs]
+    if whole:
+        going.append(off)
+    tying = [setting for setting in found if any(config is one for config in setting.configs for one in going)]
+    for setting in tying:
+        if asks_for_ties(setting.model):
+            raise FoldError(
+                f"{setting.path or 'the model'} ({type(setting.model).__name__}): its forward does otherwise where "
+                f"config.{_FLAG} is False, so that the output layer cannot be parted from the embeddings. Leave it out "
+                "with exclude_modules."
+            )
+    return tying
+
+
+def part(model: nn.Module, settings: list[Setting], weights: Mapping[nn.Module, str], names: Sequence[str]) -> Parted:
+    """Make memory for all that settings tie, but for `weights`, which get theirs from a fold.
+
+    Args:
+        model: the whole model.
+        settings: those that go off.
+        weights: layer -> name of its weight.
+        names: adapters whose trained copies are the model's own tensors from now on.
+    """
+    paths = {module: path for path, module in model.named_modules()}
+    # What others are tied to comes first, and keeps its memory.
+    places = dict.fromkeys(pair[end] for end in (1, 0) for setting in settings for pair in setting.pairs)
+    kept: set[int] = set()
+    tensors: dict[str, tuple[nn.Module, str, nn.Parameter]] = {}
+    for owner, name in places:
+        copies = held_by(owner)
+        tensor = _after(owner, name, names)
+        if weights.get(owner) == name or not isinstance(tensor, nn.Parameter):
+            continue
+        if id(tensor) in kept and (copies is None or copies.copied.keys() <= set(names)):
+            own = nn.Parameter(torch.empty_like(tensor).copy_(tensor), requires_grad=tensor.requires_grad)
+            tensors[f"{paths[owner]}.{name}".lstrip(".")] = (owner, name, own)
+        kept.add(id(tensor))
+    return Parted(settings, tensors)
+
+
+def asks_for_ties(model: nn.Module) -> bool:
+    """Whether the forward of a model reads if embeddings are tied, as Switch Transformers' does, which scales by it."""
+    methods = reached_methods(original_class(model)).values()
+    return any(isinstance(node, ast.Attribute) and node.attr == _FLAG for m in methods for node in ast.walk(m))
+
+
+def _settings(model: nn.Module, off: Any) -> list[Setting]:
+    before = getattr(off, _FLAG, None)
+    if off is not None:
+        setattr(off, _FLAG, True)
+    try:
+        return [
+            Setting(path, module, _configs(module), list(_pairs(module, tied)))
+            for path, module in model.named_modules()
+            if callable(expand := getattr(module, "get_expanded_tied_weights_keys", None)) and (tied := expand())
+        ]
+    finally:
+        if off is not None:
+            setattr(off, _FLAG, before)
+
+
+def _pairs(module: nn.Module, tied: Mapping[str, str]) -> Iterator[tuple[tuple[nn.Module, str], tuple[nn.Module, str]]]:
+    for ends in tied.items():
+        places = (name.rpartition(".") for name in ends)
+        first, second = ((module.get_submodule(path), name) for path, _, name in places)
+        yield first, second
+
+
+def _configs(module: Any) -> tuple[Any, ...]:
+    try:
+        text = module.config.get_text_config()
+    except ValueError:  # it has several, and says which one of them to ask
+        text = module.config
+    return (module.config,) if text is module.config else (module.config, text)
+
+
+def _after(owner: nn.Module, name: str, names: Sequence[str]) -> Tensor | None:
+    """The tensor that is the model's own once these adapters are folded."""
+    copies = held_by(owner)
+    if copies is None or name not in copies.in_place:
+        return owner._parameters.get(name)
+    return copies.get(owner, next((one for one in names if name in copies.copied.get(one, ())), BASE), name)

@@ -1,0 +1,214 @@
+"""`transform(..., verify=True)`: random reflections in the rewritten model against weights that hold them.
+
+Two copies of the model run side by side: one as it was rewritten, the other folded, hence with the Python forward of
+the base model. Outputs, buffers and gradients must agree, in train and in eval mode. The gradient of a site's vectors
+is compared with that of the whole folded weight, taken back through `W Q`: what reads a weight by a way that no
+reflection covers has a gradient there, and none here.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from hra_fx import householder
+from hra_fx.adapted import record_of, regions_of, sites_of
+from hra_fx.carrier.layer import SiteCarrier
+from hra_fx.errors import HRAWarning, VerificationError
+from hra_fx.example import Call, fresh
+from hra_fx.folding import fold
+
+_SEED = 20240517
+#: How far two results may be apart, relative to the norm of one.
+_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
+_COARSE = 5e-2
+
+
+class _Passage(NamedTuple):
+    """One call of a region or of a layer alone."""
+
+    path: str
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
+class _Run(NamedTuple):
+    """What one forward and backward of a copy left, by name."""
+
+    results: dict[str, Tensor]
+    passages: list[_Passage]
+
+
+def check_against_folded(model: nn.Module, call: Call) -> None:
+    """Compare a transformed model with its folded self, on copies, in float64 where it runs in that.
+
+    Args:
+        model: a transformed model; it is not run and not changed, and takes three times its memory meanwhile.
+        call: positional and keyword arguments of one call.
+
+    Raises:
+        VerificationError: naming the mode, what differs, and the first region in which it does.
+    """
+    random_state = torch.get_rng_state()
+    try:
+        # In float64 no rounding tips a choice (the top experts) that both copies have to make.
+        adapted, folded, inputs = _copies(model, call, torch.float64)
+        if _why_not(folded, inputs):
+            adapted, folded, inputs = _copies(model, call, None)
+            if reason := _why_not(folded, inputs):
+                raise VerificationError(
+                    f"example_inputs: {type(model).__name__} without its reflections does not run on them ({reason}). "
+                    "Give inputs that the base model takes."
+                )
+        for training in (True, False):
+            _compare(adapted, folded, inputs, training)
+    finally:
+        torch.set_rng_state(random_state)
+
+
+def _copies(model: nn.Module, call: Call, dtype: torch.dtype | None) -> tuple[nn.Module, nn.Module, Call]:
+    """A copy with random vectors, a folded copy of that, and inputs for both."""
+    adapted = copy.deepcopy(model).requires_grad_(False)
+    if dtype is not None:
+        adapted.to(dtype)
+    generator = torch.Generator().manual_seed(_SEED)
+    with torch.no_grad():
+        for vectors in _vectors(adapted):
+            vectors.copy_(torch.randn(vectors.shape, generator=generator))
+            vectors.requires_grad_(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", HRAWarning)
+        folded = fold(copy.deepcopy(adapted))
+    for parameter in folded.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if dtype and isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return adapted, folded, pytree.tree_map(cast, call)
+
+
+def _vectors(model: nn.Module) -> Iterator[nn.Parameter]:
+    for layer in sites_of(model).values():
+        yield from (layer.hra_u[name] for name in layer.hra_u.active)
+
+
+def _why_not(folded: nn.Module, call: Call) -> str | None:
+    twin = copy.deepcopy(folded).eval()
+    args, kwargs = fresh(call)
+    try:
+        twin(*args, **kwargs)
+    except Exception as error:  # whatever the model's own code makes of the inputs
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _compare(adapted: nn.Module, folded: nn.Module, call: Call, training: bool) -> None:
+    """One call of both copies in one mode."""
+    record = record_of(adapted)
+    watched = list(dict.fromkeys([*regions_of(adapted), *(record.alone if record else ()), ""]))
+    sites = sites_of(adapted)
+    # Buffers and gradients change, so each mode starts from copies of its own.
+    twins = [copy.deepcopy(module) for module in (adapted, folded)]
+    ours, theirs = (_run(twin, call, training, watched) for twin in twins)
+    mode = "train" if training else "eval"
+    for name in ours.results.keys() & theirs.results.keys():
+        if not _close(ours.results[name], theirs.results[name]):
+            where = _first_difference(ours.passages, theirs.passages)
+            raise VerificationError(
+                f"{where or 'the model'}: in {mode} mode {name} of the rewritten model is not that of the folded one. "
+                f"The rewrite would be wrong, and was taken back. Leave the layers of {where or 'the model'} out with "
+                "exclude_modules, and please report the model."
+            )
+    for path in sites:
+        _compare_gradient(path, twins[0].get_submodule(path), twins[1].get_submodule(path), mode)
+
+
+def _run(module: nn.Module, call: Call, training: bool, watched: list[str]) -> _Run:
+    """Forward and backward, from the same random numbers each time."""
+    passages: list[_Passage] = []
+    for path in watched:
+        module.get_submodule(path).register_forward_hook(_recorder(path, passages), with_kwargs=True)
+    args, kwargs = fresh(call)
+    inputs = [leaf.requires_grad_() for leaf in _floating((args, kwargs))]
+    torch.manual_seed(_SEED)
+    outputs = _floating(module.train(training)(*args, **kwargs))
+    generator = torch.Generator().manual_seed(_SEED)
+    terms = [(out * torch.randn(out.shape, generator=generator).to(out)).sum() for out in outputs if out.requires_grad]
+    if terms:
+        torch.stack([term.to(terms[0]) for term in terms]).sum().backward()  # type: ignore[no-untyped-call]
+    results = {f"output {place}": out.detach() for place, out in enumerate(outputs)}
+    results |= {f"buffer {name}": value for name, value in module.named_buffers() if "hra_u" not in name}
+    gradients = ((place, leaf.grad) for place, leaf in enumerate(inputs))
+    results |= {f"gradient of input {place}": grad for place, grad in gradients if grad is not None}
+    return _Run(results, passages)
+
+
+def _recorder(path: str, passages: list[_Passage]) -> Any:
+    def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        passages.append(_Passage(path, _copied((args, kwargs)), _copied(output)))
+
+    return record
+
+
+def _copied(tree: Any) -> list[Tensor]:
+    return [leaf.detach().clone() for leaf in _floating(tree)]
+
+
+def _floating(tree: Any) -> list[Tensor]:
+    leaves = pytree.tree_leaves(tree)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _first_difference(ours: list[_Passage], theirs: list[_Passage]) -> str | None:
+    """The first module, by the time at which it is done, that makes something else of the same inputs."""
+    for mine, due in zip(ours, theirs, strict=False):
+        if mine.path == due.path and _all_close(mine.inputs, due.inputs) and not _all_close(mine.outputs, due.outputs):
+            return mine.path
+    return None
+
+
+def _compare_gradient(path: str, adapted: nn.Module, folded: nn.Module, mode: str) -> None:
+    """The gradient of a site's vectors, against that of its folded weight taken back through `W Q`."""
+    if not isinstance(adapted, SiteCarrier) or not adapted.hra_u.active:
+        return
+    reflection = adapted.hra_u
+    whole = reflection.weight_of(folded).grad
+    vectors = [reflection[name] for name in reflection.active]
+    chain = reflection.active_chain(torch.float64)
+    if whole is None or chain is None:
+        return
+    weight = reflection.rows(adapted.hra_base.double())
+    rotated = householder.rotate(weight, chain, householder.compact_wy(chain))
+    due = torch.autograd.grad(rotated, vectors, reflection.rows(whole).double())
+    for name, vector, gradient in zip(reflection.active, vectors, due, strict=True):
+        mine = torch.zeros_like(vector) if vector.grad is None else vector.grad
+        if not _close(mine, gradient.to(mine), floor=float(whole.norm()) * 1e-9):
+            what = "is missing" if vector.grad is None else "is wrong"
+            raise VerificationError(
+                f"{path}: in {mode} mode the gradient of its vectors {name!r} {what}. The rewrite would be wrong, and "
+                "was taken back. Leave the layer out with exclude_modules, and please report the model."
+            )
+
+
+def _all_close(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return all(_close(a, b) for a, b in itertools.zip_longest(ours, theirs))
+
+
+def _close(a: Tensor | None, b: Tensor | None, floor: float = 0.0) -> bool:
+    if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.is_floating_point():
+        return bool((a == b).all())
+    finite = a.isfinite() & b.isfinite()
+    allowed = _TOLERANCE.get(a.dtype, _COARSE)
+    inner, due = a.double()[finite], b.double()[finite]
+    same = bool((a[~finite].nan_to_num(0.0) == b[~finite].nan_to_num(0.0)).all())
+    return same and float((inner - due).norm()) <= max(allowed * float(due.norm()), floor)

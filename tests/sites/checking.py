@@ -1,0 +1,167 @@
+"""A base model, its adapted twin with random vectors, and the base model over dense weights `W Q` in float64.
+
+The oracle knows nothing of the library but where it keeps the vectors: `torch.func.functional_call` runs the base model
+with each adapted weight replaced by the product of explicit matrices of `tests/oracles.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from oracles import dense_product, dense_q
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import hra_fx
+
+F64 = torch.float64
+
+
+def normal(seed: int, *shape: int, dtype: torch.dtype = F64) -> Tensor:
+    return torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def pair(
+    make: Callable[[], nn.Module],
+    targets: Sequence[str] | str,
+    dtype: torch.dtype = F64,
+    **fields: Any,
+) -> tuple[nn.Module, nn.Module]:
+    """A base model in eval mode, and an adapted copy with random vectors."""
+    torch.manual_seed(0)
+    base = make().to(dtype).eval()
+    named = targets if isinstance(targets, str) else list(targets)
+    config = hra_fx.HRAConfig(**({"r": 3, "target_modules": named} | fields))
+    model = hra_fx.transform(copy.deepcopy(base), config)
+    randomise(model)
+    return base, model
+
+
+def randomise(model: nn.Module, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in vectors_of(model).values():
+            parameter.normal_(generator=generator)
+
+
+def vectors_of(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
+    """Path of a site -> the vectors of one adapter, wherever the model has them."""
+    ending = f".hra_u.{adapter}"
+    return {name.removesuffix(ending): p for name, p in model.named_parameters() if name.endswith(ending)}
+
+
+def rotation(model: nn.Module, path: str, adapter: str = "default") -> Tensor:
+    """The dense `Q` of one adapter at one site, differentiable in its vectors."""
+    box: Any = model.get_submodule(f"{path}.hra_u")
+    return dense_q(box[adapter], apply_GS=box.specs[adapter].apply_GS, anchor=box.anchor(adapter))
+
+
+def turned(layer: Any, weight: Tensor, q: Tensor) -> Tensor:
+    """A layer's weight times `Q`, by what kind of layer it is: `(out, d)`, or `(d, out)` for Conv1D."""
+    if isinstance(layer, Conv1D):
+        return q.mT @ weight.double()
+    return (weight.double().flatten(1) @ q).view(weight.shape)
+
+
+def dense_weights(base: nn.Module, model: nn.Module, adapters: Sequence[str] = ("default",)) -> dict[str, Tensor]:
+    """Name of a weight -> `W Q_a Q_b ...` for every site of `model`, from the weights of `base`."""
+    found: dict[str, Tensor] = {}
+    for adapter in adapters:
+        for path in vectors_of(model, adapter):
+            layer = base.get_submodule(path)
+            name = "in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
+            weight = found.get(f"{path}.{name}", layer._parameters[name].detach())
+            found[f"{path}.{name}"] = turned(layer, weight, rotation(model, path, adapter))
+    return found
+
+
+def run_dense(
+    base: nn.Module,
+    model: nn.Module,
+    *args: Any,
+    adapters: Sequence[str] = ("default",),
+    **kwargs: Any,
+) -> Any:
+    """The base model over the dense weights."""
+    # A module with two paths comes back changed from functional_call where that ties its weights.
+    return torch.func.functional_call(base, dense_weights(base, model, adapters), args, kwargs, tie_weights=False)
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """The floating-point tensors of an output, in order."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    items = output.values() if isinstance(output, dict) else output if isinstance(output, (list, tuple)) else ()
+    return [tensor for item in items for tensor in tensors(item)]
+
+
+def assert_same(actual: Any, expected: Any, rtol: float = 1e-10) -> None:
+    """Outputs agree in number, shape and value, to `rtol` of the largest value of each."""
+    got, wanted = tensors(actual), tensors(expected)
+    assert wanted and [tensor.shape for tensor in got] == [tensor.shape for tensor in wanted]
+    for one, other in zip(got, wanted, strict=True):
+        finite = other.detach()[other.isfinite()]
+        atol = rtol * float(finite.abs().max()) if finite.numel() else 0.0
+        torch.testing.assert_close(one.double(), other.double(), rtol=0, atol=atol)
+
+
+def gradients(output: Any, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of a fixed mixture of all values of an output."""
+    parts = [(value * normal(7 + place, *value.shape)).sum() for place, value in enumerate(tensors(output))]
+    return list(torch.autograd.grad(torch.stack(parts).sum(), leaves))
+
+
+def check(base: nn.Module, model: nn.Module, *args: Any, rtol: float = 1e-10, **kwargs: Any) -> None:
+    """Outputs in train, in eval and without gradients, and the gradients of all vectors in both modes."""
+    leaves = list(vectors_of(model).values())
+    assert leaves
+    for training in (True, False):
+        base.train(training)
+        model.train(training)
+        outputs = []
+        for run in (lambda: model(*args, **kwargs), lambda: run_dense(base, model, *args, **kwargs)):
+            torch.manual_seed(5)
+            outputs.append(run())
+        assert_same(*outputs, rtol=rtol)
+        for mine, oracle in zip(gradients(outputs[0], leaves), gradients(outputs[1], leaves), strict=True):
+            assert float(oracle.abs().max()) > 1e-8  # nothing trains without effect
+            assert_same(mine, oracle, rtol=100 * rtol)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert_same(model(*args, **kwargs), run_dense(base, model, *args, **kwargs), rtol=rtol)
+    with torch.no_grad():
+        moved = zip(tensors(model(*args, **kwargs)), tensors(base(*args, **kwargs)), strict=True)
+        assert max(float((a - b).nan_to_num().abs().max()) for a, b in moved) > 1e-4
+
+
+def check_fold(base: nn.Module, model: nn.Module, *args: Any, rtol: float = 1e-10, **kwargs: Any) -> nn.Module:
+    """The fold: outputs stay, the weights are the dense ones, keys, classes and flags those of the base model."""
+    with torch.no_grad():
+        wanted = {name: weight.clone() for name, weight in dense_weights(base, model).items()}
+        before = model(*args, **kwargs)
+    folded = hra_fx.fold(model)
+    with torch.no_grad():
+        assert_same(folded(*args, **kwargs), before, rtol=rtol)
+    assert [(path, type(part)) for path, part in folded.named_modules()] == [
+        (path, type(part)) for path, part in base.named_modules()
+    ]
+    state = folded.state_dict()
+    assert list(state) == list(base.state_dict())
+    for name, value in base.state_dict().items():
+        if name in wanted:
+            assert_same(state[name], wanted[name], rtol=rtol)
+            assert state[name].stride() == value.stride()
+        elif not any(name.endswith(end) for end in ("weight", "running_mean", "running_var", "num_batches_tracked")):
+            assert torch.equal(state[name], value), name
+    assert {name: p.requires_grad for name, p in folded.named_parameters()} == {
+        name: p.requires_grad for name, p in base.named_parameters()
+    }
+    return folded
+
+
+def product(*chains: Tensor) -> Tensor:
+    """`Q` of several chains after one another."""
+    return dense_product(torch.cat(chains, dim=1))

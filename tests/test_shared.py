@@ -1,0 +1,433 @@
+"""Layers that are reached more than once, by several paths, parents, regions or calls: one layer, one reflection."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from oracles import dense_q, dense_weight, relative_error
+from peft_parity.sides import by_peft, by_us, opened_by_peft, plain_name, randomise, same_tensors
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AlbertConfig, AlbertForMaskedLM
+
+import hra_fx
+from hra_fx.adapted import regions_of, sites_of
+
+F64 = torch.float64
+
+
+class Pair(nn.Module):
+    """A parent that is a region by itself."""
+
+    def __init__(self, shared: nn.Module) -> None:
+        super().__init__()
+        self.own = nn.Linear(6, 6)
+        self.shared = shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.shared(torch.tanh(self.own(x))))
+
+
+class TwoPaths(nn.Module):
+    """One parent with two names for a layer, both of which are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.between = nn.Linear(6, 6)
+        self.again = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(torch.tanh(self.between(torch.tanh(self.first(x)))))  # type: ignore[no-any-return]
+
+
+class OtherPathOnly(TwoPaths):
+    """Only the later name is called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(torch.tanh(self.between(torch.tanh(x))))  # type: ignore[no-any-return]
+
+
+class TwoRegions(nn.Module):
+    """Two traced parents share a layer under a root that cannot be traced; the second holds it by a later path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shared = nn.Linear(6, 6)
+        self.left, self.right = Pair(shared), Pair(shared)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.left(x)
+        if bool(x.sum() > 1e9):
+            return x
+        return self.right(x)  # type: ignore[no-any-return]
+
+
+class SharedBlock(nn.Module):
+    """A block that is called three times in one forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Pair(nn.Linear(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = x + self.block(x)
+        return x
+
+
+class SharedBlocks(nn.Module):
+    """A list that holds one block twice, and another between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = Pair(nn.Linear(6, 6))
+        self.layers = nn.ModuleList([block, Pair(nn.Linear(6, 6)), block])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+class SharedConv(nn.Module):
+    """A convolution by two paths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 2, 3, padding=1)
+        self.last = self.first
+        self.out = nn.Linear(9, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(torch.tanh(self.first(x.view(-1, 2, 3, 1))))
+        return self.out(x.repeat(1, 1, 1, 3).flatten(2))[:, 0]  # type: ignore[no-any-return]
+
+
+def albert() -> nn.Module:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "embedding_size": 8, "num_attention_heads": 2}
+    return AlbertForMaskedLM(AlbertConfig(vocab_size=32, num_hidden_layers=3, max_position_embeddings=32, **sizes))
+
+
+class Case(NamedTuple):
+    """A model, the layers to name, and the paths at which the adapter is one."""
+
+    make: Callable[[], nn.Module]
+    targets: list[str]
+    sites: list[str]
+
+
+_ALBERT = "albert.encoder.albert_layer_groups.0.albert_layers.0"
+CASES = {
+    "two paths": Case(TwoPaths, ["first", "between"], ["first", "between"]),
+    "two paths, both named": Case(TwoPaths, ["first", "again"], ["first"]),
+    "the other path only": Case(OtherPathOnly, ["first", "between"], ["first", "between"]),
+    "two regions": Case(TwoRegions, ["own", "shared"], ["left.own", "left.shared", "right.own"]),
+    "two regions, shared alone": Case(TwoRegions, ["shared"], ["left.shared"]),
+    "a block called three times": Case(SharedBlock, ["own", "shared"], ["block.own", "block.shared"]),
+    "a list with a block twice": Case(
+        SharedBlocks, ["own", "shared"], ["layers.0.own", "layers.0.shared", "layers.1.own", "layers.1.shared"]
+    ),
+    "a convolution": Case(SharedConv, ["first", "out"], ["first", "out"]),
+    "albert": Case(
+        albert,
+        ["query", "ffn", "ffn_output"],
+        [f"{_ALBERT}.attention.query", f"{_ALBERT}.ffn", f"{_ALBERT}.ffn_output"],
+    ),
+}
+cases = pytest.mark.parametrize("name", CASES)
+
+
+def base(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return CASES[name].make().to(F64).eval()
+
+
+def config(name: str, **fields: Any) -> hra_fx.HRAConfig:
+    return hra_fx.HRAConfig(**{"r": 3, "target_modules": CASES[name].targets, **fields})
+
+
+def turn(model: nn.Module, seed: int = 4) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in sites_of(model).values():
+            for vectors in layer.hra_u.values():
+                vectors.copy_(torch.randn(vectors.shape, dtype=vectors.dtype, generator=generator))
+
+
+def adapted(name: str) -> tuple[nn.Module, Any]:
+    plain = base(name).requires_grad_(False)
+    model = hra_fx.transform(base(name), config(name))
+    turn(model)
+    return plain, model
+
+
+def x_of(name: str) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    if name == "albert":
+        return torch.randint(0, 32, (2, 5), generator=generator)
+    return torch.randn(4, 6, dtype=F64, generator=generator)
+
+
+def run(model: nn.Module, x: Tensor) -> Tensor:
+    output = model(x)
+    return getattr(output, "logits", output)
+
+
+def leaves(model: nn.Module) -> dict[str, Tensor]:
+    """A twin of the vectors of every site, for the oracle to train."""
+    return {path: layer.hra_u["default"].detach().clone().requires_grad_() for path, layer in sites_of(model).items()}
+
+
+def oracle(plain: nn.Module, model: nn.Module, x: Tensor, vectors: dict[str, Tensor]) -> Tensor:
+    """The base model over `W Q`, by the dense product, differentiable in the vectors."""
+    twin = copy.deepcopy(plain)
+    for path, layer in sites_of(model).items():
+        part, q = twin.get_submodule(path), dense_q(vectors[path], anchor=layer.hra_u.anchor("default"))
+        # By hand: functional_call leaves the new weight in a layer that has two paths.
+        weight = part._parameters.pop("weight")
+        assert weight is not None
+        vars(part)["weight"] = dense_weight(weight, q)
+    return run(twin, x)
+
+
+@cases
+def test_each_layer_carries_one_reflection(name: str) -> None:
+    _, model = adapted(name)
+    assert list(sites_of(model)) == CASES[name].sites
+    assert len({id(layer.hra_u) for layer in sites_of(model).values()}) == len(CASES[name].sites)
+    assert [row.path for row in hra_fx.report(model).rows] == CASES[name].sites
+
+
+@cases
+@pytest.mark.parametrize("training", [False, True])
+def test_outputs_and_gradients_are_those_of_the_dense_product(name: str, training: bool) -> None:
+    plain, model = adapted(name)
+    if name == "albert" and training:
+        for part in (plain, model):
+            for module in part.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+    plain.train(training)
+    model.train(training)
+    x, vectors = x_of(name), leaves(model)
+    wanted, found = oracle(plain, model, x, vectors), run(model, x)
+    assert relative_error(found, wanted) < 1e-12
+    assert relative_error(found, run(plain, x)) > 1e-3
+    weighting = torch.randn(wanted.shape, dtype=F64, generator=torch.Generator().manual_seed(2))
+    (wanted * weighting).sum().backward()
+    (found * weighting).sum().backward()
+    for path, layer in sites_of(model).items():
+        gradient = layer.hra_u["default"].grad
+        assert gradient is not None, path
+        assert float(gradient.norm()) > 1e-6
+        assert relative_error(gradient, vectors[path].grad) < 1e-9, path
+
+
+@cases
+def test_it_starts_at_the_base_model(name: str) -> None:
+    model = hra_fx.transform(base(name), config(name))
+    assert relative_error(run(model, x_of(name)), run(base(name), x_of(name))) < 1e-12
+
+
+@cases
+def test_a_second_transform_adds_nothing(name: str) -> None:
+    _, model = adapted(name)
+    parameters, wanted = list(model.parameters()), run(model, x_of(name))
+    assert hra_fx.transform(model, config(name)) is model
+    assert [id(p) for p in model.parameters()] == [id(p) for p in parameters]
+    assert torch.equal(run(model, x_of(name)), wanted)
+
+
+@cases
+def test_a_fold_rotates_each_weight_once(name: str) -> None:
+    plain, model = adapted(name)
+    x, vectors = x_of(name), leaves(model)
+    wanted = oracle(plain, model, x, vectors).detach()
+    plan = hra_fx.plan_fold(model)
+    assert [layer.path for layer in plan.layers] == CASES[name].sites
+    assert {layer.untied for layer in plan.layers} == {()}
+    held = {path: layer.weight for path, layer in sites_of(model).items()}
+    plan.apply()
+    assert relative_error(run(model, x), wanted) < 1e-12
+    assert all(model.get_submodule(path).weight is weight for path, weight in held.items())
+    twin = base(name)
+    assert list(model.state_dict()) == list(twin.state_dict())
+    assert [type(part) for part in model.modules()] == [type(part) for part in twin.modules()]
+
+
+@cases
+def test_a_merge_and_an_unmerge(name: str) -> None:
+    plain, model = adapted(name)
+    x = x_of(name)
+    wanted = run(model, x)
+    hra_fx.merge_adapter(model)
+    assert relative_error(run(model, x), wanted) < 1e-12
+    hra_fx.unmerge_adapter(model)
+    assert torch.equal(run(model, x), wanted)
+    for path in CASES[name].sites:
+        assert torch.equal(model.get_submodule(path).weight, plain.get_submodule(path).weight)
+
+
+@cases
+def test_the_state_has_the_keys_of_every_path(name: str) -> None:
+    plain, model = adapted(name)
+    by_path = {
+        f"{path}.hra_u.default"
+        for path, part in model.named_modules(remove_duplicate=False)
+        if part in sites_of(model).values()
+    }
+    keys = set(model.state_dict())
+    assert {key for key in keys if key.endswith(".hra_u.default")} == by_path
+    assert {key for key in keys if ".hra_u." not in key} == set(plain.state_dict())
+    names = [name for name, _ in model.named_parameters() if ".hra_u." in name]
+    assert names == [f"{path}.hra_u.default" for path in CASES[name].sites]
+
+
+@cases
+def test_a_state_goes_into_another_model_strictly(name: str) -> None:
+    _, model = adapted(name)
+    other = hra_fx.transform(base(name), config(name))
+    turn(other, 9)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file))
+    assert torch.equal(run(other, x_of(name)), run(model, x_of(name)))
+
+
+@cases
+def test_a_copy_shares_inside_and_not_outside(name: str) -> None:
+    _, model = adapted(name)
+    other = copy.deepcopy(model)
+    wanted = run(model, x_of(name))
+    assert torch.equal(run(other, x_of(name)), wanted)
+    assert len(list(other.parameters())) == len(list(model.parameters()))
+    turn(other, 9)
+    assert relative_error(run(other, x_of(name)), wanted) > 1e-3
+    assert torch.equal(run(model, x_of(name)), wanted)
+    moved = run(other, x_of(name))
+    hra_fx.fold(other)
+    assert relative_error(run(other, x_of(name)), moved) < 1e-12
+
+
+@cases
+def test_delete_adapter_takes_it_off_every_path(name: str) -> None:
+    plain, model = adapted(name)
+    hra_fx.add_adapter(model, "second", config(name, r=2))
+    hra_fx.set_adapter(model, "second")
+    turn(model, 8)
+    second = run(model, x_of(name))
+    hra_fx.delete_adapter(model, "default")
+    assert not [key for key in model.state_dict() if key.endswith(("hra_u.default", "hra_u.default_anchor"))]
+    assert torch.equal(run(model, x_of(name)), second)
+    hra_fx.delete_adapter(model, "second")
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert torch.equal(run(model, x_of(name)), run(plain, x_of(name)))
+
+
+@cases
+def test_adapters_can_be_switched_off(name: str) -> None:
+    plain, model = adapted(name)
+    with hra_fx.disable_adapters(model):
+        assert torch.equal(run(model, x_of(name)), run(plain, x_of(name)))
+
+
+@cases
+def test_a_file_has_each_layer_once_and_loads_again(name: str, tmp_path: Path) -> None:
+    _, model = adapted(name)
+    hra_fx.save_adapter(model, tmp_path)
+    kept = [key for key in load_file(tmp_path / "adapter_model.safetensors") if key.endswith(".hra_u")]
+    assert sorted(kept) == sorted(f"base_model.model.{path}.hra_u" for path in CASES[name].sites)
+    other = hra_fx.load_adapter(base(name), tmp_path)
+    assert torch.equal(run(other, x_of(name)), run(model, x_of(name)))
+
+
+#: Where a shared block holds the layers. A layer by two paths is wrapped by PEFT at the first one alone.
+LIKE_PEFT = ["a block called three times", "a list with a block twice", "albert"]
+
+
+@cases
+def test_the_file_goes_through_peft(name: str, tmp_path: Path) -> None:
+    fields = {"r": 4, "target_modules": CASES[name].targets, "init_weights": False}
+    ours = by_us(base(name).float(), **fields).eval()
+    randomise(ours)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = opened_by_peft(base(name).float(), tmp_path / "ours").eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    same_tensors(tmp_path / "ours", tmp_path / "theirs")
+    again = hra_fx.load_adapter(base(name).float(), tmp_path / "theirs")
+    x = x_of(name) if name == "albert" else x_of(name).float()
+    assert torch.equal(run(again, x), run(ours, x))
+
+
+@cases
+def test_the_trained_parameters_are_pefts(name: str) -> None:
+    fields = {"r": 4, "target_modules": CASES[name].targets}
+    ours, theirs = by_us(base(name), **fields), by_peft(base(name), **fields)
+    named = {plain_name(key) for key, value in theirs.named_parameters() if value.requires_grad}
+    assert {plain_name(key) for key, value in ours.named_parameters() if value.requires_grad} == named
+
+
+@pytest.mark.parametrize("name", LIKE_PEFT)
+def test_outputs_and_counts_are_pefts(name: str) -> None:
+    fields = {"r": 4, "target_modules": CASES[name].targets, "init_weights": False}
+    ours, theirs = by_us(base(name), **fields).eval(), by_peft(base(name), **fields).eval()
+    randomise(ours)
+    randomise(theirs)
+    assert relative_error(run(ours, x_of(name)), run(theirs, x_of(name))) < 1e-9
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+
+
+# What of it is a region
+
+
+@pytest.mark.parametrize(
+    ("name", "regions"),
+    [
+        ("two paths", [""]),
+        ("the other path only", [""]),
+        ("two regions", ["left", "right"]),
+        ("a block called three times", [""]),
+        ("a list with a block twice", [""]),
+        ("a convolution", [""]),
+    ],
+)
+def test_every_call_is_in_the_graph_with_its_reflection(name: str, regions: list[str]) -> None:
+    _, model = adapted(name)
+    assert list(regions_of(model)) == regions
+    layers = set(sites_of(model).values())
+    for path, module in regions_of(model).items():
+        graph = hra_fx.graphs(model)[path]
+        calls = [node for node in graph.graph.nodes if node.op == "call_module"]
+        called = [node for node in calls if module.get_submodule(str(node.target)) in layers]
+        read = [node for node in calls if str(node.target).endswith(".hra_u")]
+        assert called
+        assert len(read) == len(called)
+        for node in called:
+            assert node.args[1].target == f"{node.target}.hra_u"
+            assert node.meta["hra"].path in CASES[name].sites
+
+
+def test_the_regions_of_two_parents_run_their_graphs() -> None:
+    _, model = adapted("two regions")
+    for region in (model.left, model.right):
+        assert region._hra_region.program(region, (x_of("two regions"),), {}) is not None
+
+
+def test_a_part_that_is_folded_is_folded_for_the_other_parent_too() -> None:
+    plain, model = adapted("two regions")
+    x, vectors = x_of("two regions"), leaves(model)
+    wanted = oracle(plain, model, x, vectors)
+    hra_fx.fold(model.left)
+    assert list(sites_of(model)) == ["right.own"]
+    assert relative_error(run(model, x), wanted) < 1e-12
+    hra_fx.fold(model)
+    assert relative_error(run(model, x), wanted) < 1e-12
+    assert model.left.shared is model.right.shared

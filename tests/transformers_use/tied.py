@@ -1,0 +1,135 @@
+"""Tiny models of transformers whose output layer is tied to the embeddings, each in its own way."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+VOCABULARY = 32
+_TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 32,
+}
+_T5 = {"vocab_size": VOCABULARY, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+_ENDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+
+
+class Case(NamedTuple):
+    """A model in float64, the path of its output layer, what that is tied to, and a target inside."""
+
+    model: Any
+    head: str
+    embedding: str
+    inside: str
+
+
+def llama() -> Case:
+    config = transformers.LlamaConfig(**_TEXT, tie_word_embeddings=True)
+    return Case(transformers.LlamaForCausalLM(config), "lm_head", "model.embed_tokens", "q_proj")
+
+
+def gpt2() -> Case:
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=1
+    )
+    return Case(transformers.GPT2LMHeadModel(config), "lm_head", "transformer.wte", "c_fc")
+
+
+def t5() -> Case:
+    config = transformers.T5Config(**_T5, decoder_start_token_id=0)
+    return Case(transformers.T5ForConditionalGeneration(config), "lm_head", "shared", "q")
+
+
+def bart() -> Case:
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = transformers.BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=16,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        max_position_embeddings=32,
+        forced_eos_token_id=None,
+        **layers,
+        **_ENDS,
+    )
+    return Case(transformers.BartForConditionalGeneration(config), "lm_head", "model.shared", "v_proj")
+
+
+def bert() -> Case:
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**_TEXT))
+    return Case(model, "cls.predictions.decoder", "bert.embeddings.word_embeddings", "query")
+
+
+def bert_to_bert() -> Case:
+    parts = transformers.BertConfig(**_TEXT), transformers.BertConfig(**_TEXT)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(*parts)
+    config.decoder_start_token_id, config.pad_token_id = 0, 2
+    inside = "decoder.bert.embeddings.word_embeddings"
+    return Case(transformers.EncoderDecoderModel(config), "decoder.cls.predictions.decoder", inside, "query")
+
+
+def llava() -> Case:
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**small, image_size=8, patch_size=4),
+        text_config=transformers.LlamaConfig(**_TEXT, tie_word_embeddings=True),
+        image_token_index=31,
+        tie_word_embeddings=True,
+    )
+    model = transformers.LlavaForConditionalGeneration(config)
+    return Case(model, "lm_head", "model.language_model.embed_tokens", "k_proj")
+
+
+def switch() -> Case:
+    config = transformers.SwitchTransformersConfig(**_T5, num_decoder_layers=2, num_experts=2, decoder_start_token_id=0)
+    return Case(transformers.SwitchTransformersForConditionalGeneration(config), "lm_head", "shared", "q")
+
+
+CASES = {
+    "llama": llama,
+    "gpt2": gpt2,
+    "t5": t5,
+    "bart": bart,
+    "bert": bert,
+    "bert_to_bert": bert_to_bert,
+    "llava": llava,
+}
+
+
+def case(kind: str) -> Case:
+    """A model in eval mode, whose biases are not zero."""
+    torch.manual_seed(0)
+    made = (CASES | {"switch": switch})[kind]()
+    made.model.to(torch.float64).eval()
+    with torch.no_grad():
+        for name, parameter in made.model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    tensors = (made.model.get_submodule(path).weight for path in (made.head, made.embedding))
+    assert len({id(tensor) for tensor in tensors}) == 1
+    return made
+
+
+def logits(model: Any) -> Tensor:
+    tokens = torch.arange(3, 15).view(2, 6)
+    inputs = {"input_ids": tokens}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = tokens.flip(1)
+    found: Tensor = model(**inputs).logits
+    return found
+
+
+def turn(model: nn.Module, seed: int = 5) -> None:
+    """Give every adapter random vectors, far from the start."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, vectors in model.named_parameters():
+            if ".hra_u." in name:
+                vectors.copy_(torch.randn(vectors.shape, dtype=vectors.dtype, generator=generator))

@@ -1,0 +1,16 @@
+"""What the process imports from which all models' processes are forked."""
+
+import contextlib
+import warnings
+
+with warnings.catch_warnings(), contextlib.suppress(ImportError):
+    warnings.simplefilter("ignore")
+    import diffusers
+    import timm
+    import torchvision
+    import transformers
+
+    import hra_fx.transforming
+    import zoo.checks
+
+__all__ = ["diffusers", "hra_fx", "timm", "torchvision", "transformers", "zoo"]

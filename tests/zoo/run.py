@@ -1,0 +1,151 @@
+"""Runs the zoo, and writes what it found: JSON lines to build/zoo, a table to docs/zoo.md.
+
+    PYTHONPATH=tests python -m zoo.run                          # all of it
+    PYTHONPATH=tests python -m zoo.run --only 'timm/*' llama    # some, by shell patterns; docs/zoo.md stays as it is
+
+Each model has a process of its own, forked from one that has imported the libraries: what a model leaves behind goes
+with it, and one that hangs or crashes takes no other along.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import multiprocessing as mp
+import os
+import sys
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from zoo.registry import named
+from zoo.result import Result
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "build" / "zoo" / "results.jsonl"
+TABLE = ROOT / "docs" / "zoo.md"
+
+
+def work(name: str, dynamo: bool, pipe: Connection) -> None:
+    """Check one model, in a process of its own."""
+    import torch
+
+    from zoo.checks import check
+
+    torch.set_num_threads(1)
+    pipe.send(check(named([name])[name], dynamo=dynamo))
+
+
+@dataclasses.dataclass
+class Job:
+    """A model that is being checked."""
+
+    name: str
+    process: Any
+    pipe: Connection
+    deadline: float
+
+    def result(self) -> Result:
+        """What came of it, once the pipe is ready or the time is up."""
+        if self.pipe.poll():
+            try:
+                found: Result = self.pipe.recv()
+                self.process.join()
+                return found
+            except EOFError:
+                self.process.join()
+                return Result(self.name, checks={"transform": f"the process ended with {self.process.exitcode}"})
+        self.process.kill()
+        self.process.join()
+        return Result(self.name, checks={"transform": "it took too long, and was stopped"})
+
+
+def run(names: list[str], *, jobs: int, timeout: float, dynamo: bool) -> Iterator[Result]:
+    """Results as they come."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["zoo.preload"])
+    waiting, running = list(reversed(names)), list[Job]()
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            name = waiting.pop()
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=work, args=(name, dynamo, sender), daemon=True)
+            process.start()
+            sender.close()
+            running.append(Job(name, process, receiver, time.monotonic() + timeout))
+        rest = max(0.0, min(job.deadline for job in running) - time.monotonic())
+        ready = wait([job.pipe for job in running], rest)
+        for job in [job for job in running if job.pipe in ready or time.monotonic() > job.deadline]:
+            running.remove(job)
+            yield job.result()
+
+
+def code_version() -> str:
+    """A hash of all that a result rests on."""
+    digest = hashlib.sha256()
+    for folder in ("hra_fx", "passes", "tests/zoo"):
+        for file in sorted((ROOT / folder).rglob("*")):
+            if file.suffix in (".py", ".tsv"):
+                digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def kept(version: str) -> dict[str, Result]:
+    """Results of this version of the code from earlier runs."""
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    rows = (json.loads(line) for line in lines)
+    return {row["name"]: Result(**row["result"]) for row in rows if row["code"] == version}
+
+
+def main() -> int:
+    """Run; the exit code is 1 where anything is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="names, or shell patterns of names")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="take each N-th model only")
+    parser.add_argument("--jobs", type=int, default=2, help="models at a time (default 2)")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for one model (default 300)")
+    parser.add_argument("--resume", action="store_true", help="keep results that this very code gave before")
+    parser.add_argument("--no-dynamo", action="store_true", help="leave TorchDynamo's column empty")
+    parser.add_argument("--table", type=Path, help="where to write the table (default docs/zoo.md, for a whole run)")
+    options = parser.parse_args()
+
+    begin, version = time.monotonic(), code_version()
+    names = list(named(options.only))[:: options.every]
+    results = {name: result for name, result in kept(version).items() if name in names} if options.resume else {}
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    left = [name for name in names if name not in results]
+    with RESULTS.open("a" if options.resume else "w") as file:
+        found = run(left, jobs=options.jobs, timeout=options.timeout, dynamo=not options.no_dynamo)
+        for count, result in enumerate(found, 1):
+            results[result.name] = result
+            file.write(json.dumps({"name": result.name, "code": version, "result": dataclasses.asdict(result)}) + "\n")
+            file.flush()
+            print(f"[{count}/{len(left)}] {result.line()}", flush=True)
+    return finish(results, options, time.monotonic() - begin)
+
+
+def finish(results: dict[str, Result], options: argparse.Namespace, seconds: float) -> int:
+    """Write the table, say how it went, and give the exit code."""
+    from zoo.table import markdown, totals
+
+    ordered = [results[name] for name in sorted(results)]
+    whole = not options.only and options.every == 1
+    if target := options.table or (TABLE if whole else None):
+        target.write_text(markdown(ordered, seconds))
+        print(f"The table is in {target}.")
+    print("\n".join(f"{key}: {value}" for key, value in totals(ordered).items()), f"\n{seconds / 60:.1f} minutes")
+    wrong = [result.name for result in ordered if not result.right]
+    if wrong:
+        print(f"WRONG ({len(wrong)}): {', '.join(wrong)}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

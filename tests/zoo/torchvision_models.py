@@ -1,0 +1,206 @@
+"""Every torchvision classifier, detector and segmenter, with few blocks of full width.
+
+A builder's own numbers are kept but for depth, and for the width of those that are too large for two cores: they are
+changed on the way from the builder to the helper that it calls (`_resnet`, `_vision_transformer` ...).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models import detection, segmentation
+
+from zoo.entry import Call, Entry
+
+_CLASSES = 5
+
+
+def _resnet(block: Any, layers: list[int], *rest: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (block, layers if sum(layers) <= 8 else [1, 2, 1, 1], *rest), kwargs
+
+
+def _vit(**kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (), kwargs | {"num_layers": 2, "num_heads": 4, "hidden_dim": 64, "mlp_dim": 96}
+
+
+def _swin(**kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (), kwargs | {"depths": [2, 2, 2, 2], "embed_dim": kwargs["embed_dim"] // 3, "num_heads": [1, 2, 4, 8]}
+
+
+def _regnet(params: Any, *rest: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    params.group_widths = [min(width, 16) for width in params.group_widths]
+    params.widths = [width * (2 + i) for i, width in enumerate(params.group_widths)]
+    params.depths = [min(depth, 2) for depth in params.depths]
+    return (params, *rest), kwargs
+
+
+def _convnext(settings: Any, *rest: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    for setting in settings:
+        setting.num_layers = min(setting.num_layers, 2)
+        setting.input_channels //= 2
+        setting.out_channels = setting.out_channels and setting.out_channels // 2
+    return (settings, *rest), kwargs
+
+
+def _efficientnet(settings: Any, *rest: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    for setting in settings:
+        setting.num_layers = min(setting.num_layers, 2)
+    return (settings, *rest), kwargs
+
+
+def _maxvit(**kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (), kwargs | {"partition_size": 2, "block_layers": [1, 1, 2, 1]}
+
+
+#: (file below torchvision.models, helper that builders call) -> its arguments, made smaller.
+_SMALLER: dict[tuple[str, str], Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]] = {
+    ("resnet", "_resnet"): _resnet,
+    ("vision_transformer", "_vision_transformer"): _vit,
+    ("swin_transformer", "_swin_transformer"): _swin,
+    ("regnet", "_regnet"): _regnet,
+    ("convnext", "_convnext"): _convnext,
+    ("efficientnet", "_efficientnet"): _efficientnet,
+    ("maxvit", "_maxvit"): _maxvit,
+}
+
+
+@contextmanager
+def _smaller() -> Iterator[None]:
+    """Builders make smaller models meanwhile."""
+    with ExitStack() as undo:
+        for (file, name), change in _SMALLER.items():
+            module = importlib.import_module(f"torchvision.models.{file}")
+            helper = getattr(module, name)
+            undo.callback(setattr, module, name, helper)
+            setattr(module, name, _changed(helper, change))
+        yield
+
+
+def _changed(helper: Callable[..., nn.Module], change: Callable[..., Any]) -> Callable[..., nn.Module]:
+    def changed(*args: Any, **kwargs: Any) -> nn.Module:
+        args, kwargs = change(*args, **kwargs)
+        return helper(*args, **kwargs)
+
+    return changed
+
+
+#: Beginning of a model's name -> arguments of its builder, and the sides of its images; the longest one counts.
+_EXCEPTIONS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "": ({}, (64, 96)),
+    "inception_v3": ({"init_weights": False}, (299,)),
+    "googlenet": ({"init_weights": False}, (64, 96)),
+    "vgg": ({"init_weights": False}, (64, 96)),
+    "vit_": ({"image_size": 64}, (64,)),
+    "vit_h_14": ({"image_size": 56}, (56,)),
+    "maxvit_t": ({"input_size": (64, 64)}, (64,)),
+}
+#: Models that take seconds for a call, and half as many in float32.
+_SLOW = ("inception_v3", "ssd300_vgg16", "keypointrcnn_resnet50_fpn")
+
+_FEW = {
+    "rpn_pre_nms_top_n_train": 40,
+    "rpn_pre_nms_top_n_test": 40,
+    "rpn_post_nms_top_n_train": 12,
+    "rpn_post_nms_top_n_test": 12,
+    "box_batch_size_per_image": 8,
+    "box_detections_per_img": 4,
+}
+_ANCHORS = {"topk_candidates": 20, "detections_per_img": 4}
+_DETECTORS: dict[str, dict[str, Any]] = {
+    "": {"min_size": 64, "max_size": 128, "trainable_backbone_layers": 5, **_FEW},
+    "fasterrcnn_mobilenet": {"min_size": 64, "max_size": 128, "trainable_backbone_layers": 6, **_FEW},
+    "fcos": {"min_size": 64, "max_size": 128, "trainable_backbone_layers": 5, **_ANCHORS},
+    "retinanet": {"min_size": 64, "max_size": 128, "trainable_backbone_layers": 5, **_ANCHORS},
+    "ssd300": {"trainable_backbone_layers": 5, **_ANCHORS},
+    "ssdlite": {"trainable_backbone_layers": 6, **_ANCHORS},
+}
+
+
+def _longest(name: str, table: dict[str, Any]) -> Any:
+    return table[max((beginning for beginning in table if name.startswith(beginning)), key=len)]
+
+
+def _images(sizes: tuple[int, ...]) -> Callable[[int, int], Call]:
+    return lambda batch, size: ((torch.randn(batch, 3, sizes[size], sizes[size]),), {})
+
+
+def _classifier(name: str) -> Entry:
+    kwargs, sides = _longest(name, _EXCEPTIONS)
+
+    def build() -> nn.Module:
+        with _smaller():
+            model = models.get_model(name, weights=None, num_classes=_CLASSES, **kwargs)
+        if name.startswith(("vgg", "alexnet")):
+            _narrow(model.classifier)
+        return model
+
+    return Entry(f"torchvision/{name}", build, _images(sides), sizes=len(sides), double=name not in _SLOW)
+
+
+def _narrow(classifier: Any) -> None:
+    """Three Linears of which the first has up to 100 million weights."""
+    places = [place for place, layer in enumerate(classifier) if isinstance(layer, nn.Linear)]
+    widths = [classifier[places[0]].in_features, 64, 64, _CLASSES]
+    for i, place in enumerate(places):
+        classifier[place] = nn.Linear(widths[i], widths[i + 1])
+
+
+def _targets(batch: int, size: int) -> list[dict[str, Tensor]]:
+    corners = torch.rand(batch, 2, 2) * size / 3
+    boxes = torch.cat([corners, corners + size / 3 + torch.rand(batch, 2, 2) * size / 4], dim=2)
+    return [
+        {
+            "boxes": each,
+            "labels": torch.tensor([1, 2]),
+            "masks": torch.randint(0, 2, (2, size, size), dtype=torch.uint8),
+            "keypoints": torch.cat([each[:, None, :2] + torch.rand(2, 17, 2) * size / 4, torch.ones(2, 17, 1)], dim=2),
+        }
+        for each in boxes
+    ]
+
+
+def _detector(name: str) -> Entry:
+    keypoints = name.startswith("keypoint")
+
+    def build() -> nn.Module:
+        kwargs = {"weights": None, "weights_backbone": None, "num_classes": 2 if keypoints else _CLASSES}
+        with _smaller():
+            model: Any = models.get_model(name, **kwargs, **_longest(name, _DETECTORS))
+        for part in (model, getattr(model, "roi_heads", model)):
+            if hasattr(part, "score_thresh"):  # random scores are low
+                part.score_thresh = 0.0
+        return model
+
+    def call(batch: int, size: int) -> Call:
+        side = (64, 96)[size]
+        targets = _targets(batch, side)
+        if keypoints:
+            for target in targets:
+                target["labels"] = torch.ones(2, dtype=torch.long)
+        return (list(torch.rand(batch, 3, side, side)), targets), {}
+
+    batches = (1, 2) if name in _SLOW else (2, 1)
+    return Entry(f"torchvision/{name}", build, call, batches=batches, double=name not in _SLOW)
+
+
+def _segmenter(name: str) -> Entry:
+    auxiliary = {} if name.startswith("lraspp") else {"aux_loss": True}
+
+    def build() -> nn.Module:
+        with _smaller():
+            return models.get_model(name, weights=None, weights_backbone=None, num_classes=_CLASSES, **auxiliary)
+
+    return Entry(f"torchvision/{name}", build, _images((64, 96)))
+
+
+ENTRIES = (
+    *map(_classifier, models.list_models(models)),
+    *map(_detector, models.list_models(detection)),
+    *map(_segmenter, models.list_models(segmentation)),
+)
