@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import fx, nn
 
 from hra_fx.adapters.copies import Copies
 from hra_fx.carrier.layer import SiteCarrier
@@ -33,7 +33,7 @@ class Record:
         requires_grad: parameter name -> (before, after), where `transform` changed it.
         alone: path of a site in no region -> why.
         looked: modes (training or not) of which a forward was watched for reads of weights.
-        untied: whether the model's configuration said `tie_word_embeddings` before a trained copy untied them.
+        untied: the model's configurations that said `tie_word_embeddings` before a trained copy untied them.
     """
 
     configs: dict[str, HRAConfig] = field(default_factory=dict)
@@ -43,23 +43,28 @@ class Record:
     requires_grad: dict[str, tuple[bool, bool]] = field(default_factory=dict)
     alone: dict[str, str] = field(default_factory=dict)
     looked: set[bool] = field(default_factory=set)
-    untied: bool = False
+    untied: tuple[Any, ...] = ()
 
 
 def record_of(model: nn.Module) -> Record | None:
     """The record that `transform` left at this very module."""
-    record = vars(model).get(RECORD)
+    record = _notes(model).get(RECORD)
     return record if isinstance(record, Record) else None
 
 
 def keep_record(model: nn.Module, record: Record) -> None:
     """Leave a record at a model."""
-    setattr(model, RECORD, record)
+    _notes(model)[RECORD] = record
 
 
 def drop_record(model: nn.Module) -> None:
     """Take the record away, where there is one."""
-    vars(model).pop(RECORD, None)
+    _notes(model).pop(RECORD, None)
+
+
+def _notes(model: nn.Module) -> dict[str, Any]:
+    """What goes along with a copy: for a `GraphModule` its `meta`, for any other module its attributes."""
+    return model.meta if isinstance(model, fx.GraphModule) else vars(model)
 
 
 class Inventory(NamedTuple):
@@ -89,7 +94,7 @@ def inventory(model: nn.Module) -> Inventory:
     while stack:
         module = stack.pop()
         namespace = vars(module)
-        if RECORD in namespace:
+        if RECORD in namespace or (isinstance(module, fx.GraphModule) and RECORD in module.meta):
             found.roots.append(module)
         for child in namespace["_modules"].values():
             if child is None or child in seen:
@@ -127,7 +132,7 @@ def only_root(model: nn.Module, found: Inventory) -> tuple[nn.Module, Record]:
     if len(found.roots) > 1:
         paths = ", ".join(repr(path) for path, part in model.named_modules() if part in found.roots)
         raise AdapterError(f"{kind}: it holds several transformed models ({paths}). Give one of them.")
-    record: Record = vars(found.roots[0])[RECORD]
+    record: Record = _notes(found.roots[0])[RECORD]
     return found.roots[0], record
 
 

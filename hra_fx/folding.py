@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from hra_fx.errors import AdapterError, FoldError, HRAWarning
 from hra_fx.rotating import FoldedLayer, check_classes, rotated, ties_of
 from hra_fx.site import SAVED
 from hra_fx.uninterrupted import uninterrupted
-from hra_fx.untying import Parted, Setting, part, settings_that_tie
+from hra_fx.untying import Parted, Place, Setting, part, settings_that_tie, why_not_off
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -79,10 +79,10 @@ class FoldPlan:
     def _make(self) -> tuple[dict[str, nn.Parameter], Parted]:
         """All that needs memory, before anything is written: path -> its own weight, and what else is parted."""
         sites = sites_of(self._model)
-        weights = _weights(sites, self.layers)
+        places = _places(sites, self.layers)
         with torch.inference_mode(False), torch.no_grad():
-            settings = _settings(self._model, weights, self._names)
-            parted = part(self._model, settings, weights, self._names)
+            settings = _settings(self._model, places, self._names)
+            parted = part(self._model, settings, places, self._names)
             # What lies outside of a part is not seen, and a weight may be tied to it.
             apart = (layer for layer in self.layers if layer.untied or record_of(self._model) is None)
             return {layer.path: _own(sites[layer.path].hra_base, layer.weight) for layer in apart}, parted
@@ -160,7 +160,7 @@ def plan_fold(model: nn.Module, adapter_names: str | Sequence[str] | None = None
                 raise FoldError(f"{path}: its trained copy is not finite. Go back to before the training diverged.")
     ties = _ties(root, sites, names, tuple(record.configs) if adapter_names is None else names)
     layers = [rotated(path, layer, names, ties.get(path, ())) for path, layer in sites.items()]
-    _settings(root, _weights(sites, layers), names)
+    _settings(root, _places(sites, layers), names)
     return FoldPlan(root, layers, names, alone=adapter_names is None)
 
 
@@ -188,7 +188,7 @@ def _plan_part(model: nn.Module, adapter_names: str | Sequence[str] | None) -> F
     check_classes(model, sites)
     ties = ties_of(model, sites)
     layers = [rotated(path, layer, layer.hra_u.active, ties.get(path, ())) for path, layer in sites.items()]
-    _settings(model, _weights(sites, layers), ())
+    _settings(model, _places(sites, layers), ())
     return FoldPlan(model, layers, (), alone=True)
 
 
@@ -209,20 +209,23 @@ def _ties(
     return {path: others for path, others in ties.items() if others}
 
 
-def _weights(sites: Mapping[str, SiteCarrier], layers: Iterable[FoldedLayer]) -> dict[nn.Module, str]:
-    return {sites[layer.path]: sites[layer.path].hra_u.weight_name for layer in layers if layer.untied}
+def _places(sites: Mapping[str, SiteCarrier], layers: Iterable[FoldedLayer]) -> set[Place]:
+    return {(sites[layer.path], sites[layer.path].hra_u.weight_name) for layer in layers if layer.untied}
 
 
-def _settings(root: nn.Module, weights: Mapping[nn.Module, str], names: tuple[str, ...]) -> list[Setting]:
+def _settings(root: nn.Module, places: set[Place], names: tuple[str, ...]) -> list[Setting]:
     """The settings of transformers that go off with a fold.
 
     Raises:
         FoldError: one of them cannot.
     """
     record = record_of(root)
-    off: Any = root.config if record and record.untied else None
-    whole = off is not None and any(name in copies.copied for _, copies in copies_of(root).values() for name in names)
-    return settings_that_tie(root, weights, off=off, whole=whole) if weights or whole else []
+    off = record.untied if record else ()
+    whole = any(name in copies.copied for _, copies in copies_of(root).values() for name in names)
+    settings = settings_that_tie(root, places, off, whole=whole) if places or (off and whole) else []
+    if reason := why_not_off(settings):
+        raise FoldError(f"{reason}. Leave it out with exclude_modules.")
+    return settings
 
 
 def _own(old: Tensor, new: Tensor) -> nn.Parameter:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -19,28 +19,30 @@ from hra_fx.carrier.swap import original_class
 from hra_fx.sources import names_below_self, reached_methods
 
 
-def weight_readers(model: nn.Module, sites: Iterable[str]) -> dict[str, str]:
-    """Sites whose weight the code of another module reads.
+def weight_readers(model: nn.Module, sites: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Sites whose weight the code of another module reads, by whatever path it reaches the layer.
 
     Args:
         model: the model.
-        sites: paths of its sites.
+        sites: path -> layer.
 
     Returns:
         site path -> `"<module path> (<class>.<method>)"` of the reader.
 
     Example:
         >>> model = nn.Sequential(nn.MultiheadAttention(4, 2))
-        >>> weight_readers(model, ["0.out_proj"])
+        >>> weight_readers(model, {"0.out_proj": model[0].out_proj})
         {'0.out_proj': '0 (MultiheadAttention.forward)'}
     """
-    wanted = set(sites)
+    first = {layer: path for path, layer in sites.items()}
+    paths = model.named_modules(remove_duplicate=False)
+    wanted = {path: first[module] for path, module in paths if module in first}
     found: dict[str, str] = {}
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
         kind: Any = original_class(module)
         for child, method in _reads(kind):
-            site = f"{path}.{child}".lstrip(".")
-            if site in wanted:
+            site = wanted.get(f"{path}.{child}".lstrip("."))
+            if site is not None:
                 found.setdefault(site, f"{path or 'the model'} ({kind.__name__}.{method})")
     return found
 

@@ -26,6 +26,7 @@ from hra_fx.inert import weight_readers
 from hra_fx.reflection import AdapterSpec, Reflection
 from hra_fx.selection import select
 from hra_fx.site import REFLECTION, SAVED, Site
+from hra_fx.users_graph import rewrite
 from passes.insert import InsertPass
 from passes.match import MatchPass
 from passes.verify import VerifyPass
@@ -107,6 +108,8 @@ def install(model: nn.Module, findings: Findings, undo: ExitStack) -> None:
     names = {layer: Site(path, layer.hra_u.kind, layer.hra_u.on_weight) for path, layer in sites_of(model).items()}
     # By every path, for the graph of a region calls a shared layer by one of its own.
     sites = {path: names[part] for path, part in model.named_modules(remove_duplicate=False) if part in names}
+    if isinstance(model, fx.GraphModule):
+        rewrite(model, sites, undo)
     for path, region in findings.regions.items():
         _install(model.get_submodule(path), path, region, sites, undo)
 

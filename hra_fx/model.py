@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from hra_fx.adapted import Record, inventory, names_in, record_of, require_outermost, root_of
 from hra_fx.adapters.acting import refresh
@@ -32,6 +32,7 @@ from hra_fx.checkpoint.loading import load_adapter
 from hra_fx.config import HRAConfig
 from hra_fx.default_targets import DEFAULT_TARGETS
 from hra_fx.errors import AdapterError, HRAWarning
+from hra_fx.exported.programs import is_program
 from hra_fx.folding import fold
 from hra_fx.transforming import transform
 
@@ -326,6 +327,11 @@ def _adapted(
     *,
     peft_config: HRAConfig | Mapping[str, HRAConfig] | None = None,
 ) -> nn.Module:
+    if isinstance(model, fx.GraphModule) or is_program(model):
+        raise AdapterError(
+            f"model: a {type(model).__name__} is a captured graph, and cannot take on the methods of HRAModel. Call "
+            "hra_fx.transform(model, config), which gives its like."
+        )
     if isinstance(model, nn.Module):
         _check_names(model)
     given: Any = peft_config if config is None else config

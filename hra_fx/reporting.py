@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -18,6 +18,7 @@ from torch import nn
 from hra_fx import householder
 from hra_fx.adapted import record_of, regions_of, require_sites, sites_of
 from hra_fx.site import describe
+from hra_fx.users_graph import shown_in
 
 _UNLIMITED = 10_000
 
@@ -35,6 +36,7 @@ class Row:
         region_sites: number of sites in the region.
         region_reason: why the region is not larger; empty for a whole model.
         site: kind and shape of the layer.
+        on_weight: whether its weight is reflected where it is read, and not its input.
         adapter: name of the adapter.
         d: length of its vectors.
         r: number of its trained vectors.
@@ -50,6 +52,7 @@ class Row:
     region_sites: int
     region_reason: str
     site: str
+    on_weight: bool
     adapter: str
     d: int
     r: int
@@ -123,28 +126,46 @@ def report(model: nn.Module) -> Report:
         ('0', 'whole', 6, 2, True)
     """
     sites = require_sites(model)
-    whole = ((path, module, module._hra_region) for path, module in regions_of(model).items())
-    regions = {path: region for path, module, region in whole if region.sites <= sites_of(module).keys()}
-    home = {f"{path}.{site}".lstrip("."): path for path, region in regions.items() for site in region.sites}
+    places = _places(model)
+    shown = shown_in(model)
     record = record_of(model)
     alone = record.alone if record else {}
     rows: list[Row] = []
     for path, layer in sites.items():
-        root = home.get(path, path)
-        region = regions.get(root)
-        kind: RegionKind = "alone" if region is None else "whole" if not root else "shared"
-        reason = region.reason if region else alone.get(path, "")
+        place = places.get(layer) or _Place("alone", path, 1, alone.get(path, ""))
+        if path in shown:
+            place = _Place("whole", "", len(shown), "")
         for name in layer.hra_u:
             turned = householder.turn(layer.hra_u.chain(name))
             d, r = layer.hra_u[name].shape
-            size = len(region.sites) if region else 1
-            rows.append(Row(path, kind, root, size, reason, describe(layer), name, d, r, d * r, *turned))
+            rows.append(Row(path, *place, describe(layer), layer.hra_u.on_weight, name, d, r, d * r, *turned))
     return Report(tuple(rows))
+
+
+class _Place(NamedTuple):
+    """Where a layer runs, as the fields of a row tell."""
+
+    region: RegionKind
+    region_path: str
+    region_sites: int
+    region_reason: str
+
+
+def _places(model: nn.Module) -> dict[nn.Module, _Place]:
+    """The region of every layer that is in one; of a layer in several the first."""
+    places: dict[nn.Module, _Place] = {}
+    for path, module in regions_of(model).items():
+        region = module._hra_region
+        if region.sites <= sites_of(module).keys():
+            place = _Place("shared" if path else "whole", path, len(region.sites), region.reason)
+            for site in region.sites:
+                places.setdefault(module.get_submodule(site), place)
+    return places
 
 
 _COLUMNS: dict[str, Callable[[Row], str]] = {
     "layer": lambda row: row.path,
-    "site": lambda row: row.site,
+    "site": lambda row: row.site + ", on its weight" * row.on_weight,
     "region": lambda row: _region(row),
     "adapter": lambda row: row.adapter,
     "d": lambda row: str(row.d),

@@ -6,9 +6,9 @@ import copy
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from hra_fx.adapted import Record, drop_record, inventory, keep_record, record_of, sites_of
 from hra_fx.adapters.acting import activate
@@ -20,12 +20,17 @@ from hra_fx.carrier.swap import swap, unswap
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, ConfigError
 from hra_fx.example import Call, as_call
+from hra_fx.exported.captured import is_captured, transform_captured
+from hra_fx.exported.programs import is_program, transform_program
 from hra_fx.installing import Fill, all_or_nothing, drawn, introduce, settle
 from hra_fx.reflection import check_adapter_name
 from hra_fx.selection import select, with_head
 from hra_fx.verifying import check_against_folded
 
-M = TypeVar("M", bound=nn.Module)
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+M = TypeVar("M", bound="nn.Module | ExportedProgram")
 
 
 def transform(
@@ -46,7 +51,9 @@ def transform(
     while the adapter is active (`<module>.hra_saved` holds what is not in place).
 
     Args:
-        model: any module with Linear or Conv2d layers.
+        model: any module with layers that can be adapted (Linear, Conv1d to Conv3d, transformers' Conv1D, attention);
+            a `GraphModule` gets the reflections in its own graph. Of a `torch.export.ExportedProgram` a new one is
+            made, with one node `hra_fx::rotate` for each weight.
         config: which layers, how many reflections, and how they start.
         adapter_name: name of the adapter, a part of its parameters' names.
         low_cpu_mem_usage: make the vectors on the meta device, for `load_adapter`, or for
@@ -75,13 +82,23 @@ def transform(
         >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         ['0.hra_u.default', '2.hra_u.default']
     """
-    config = with_head(model, checked(model, config, adapter_name))
+    if is_program(model) or is_captured(model):
+        if low_cpu_mem_usage or verify:
+            raise AdapterError(
+                "low_cpu_mem_usage, verify: a captured program has neither. Leave them out, or transform the model "
+                "before its capture."
+            )
+        captured: Any = transform_program if is_program(model) else transform_captured
+        transformed: M = captured(model, _valid(config), adapter_name)
+        return transformed
+    module: Any = model
+    config = with_head(module, checked(module, config, adapter_name))
     call = None if example_inputs is None else as_call(example_inputs)
     if verify and call is None:
         raise AdapterError("verify=True: there is nothing to run. Give example_inputs, the arguments of one call.")
-    if not _is_done(model, config, adapter_name):
+    if not _is_done(module, config, adapter_name):
         fill = drawn(adapter_name, config, on_meta=low_cpu_mem_usage)
-        set_up(model, config, adapter_name, fill, call=call, verify=verify)
+        set_up(module, config, adapter_name, fill, call=call, verify=verify)
     return model
 
 
@@ -105,15 +122,16 @@ def set_up(
         settle(model)
         steps.callback(drop_record, model)
         keep_record(model, record)
-        carrier = PretrainedCarrier if is_pretrained(model) else RootCarrier
-        swap(model, carrier)
-        steps.callback(unswap, model, carrier)
+        if not isinstance(model, fx.GraphModule):
+            carrier = PretrainedCarrier if is_pretrained(model) else RootCarrier
+            swap(model, carrier)
+            steps.callback(unswap, model, carrier)
         activate(inventory(model), record, (adapter_name,), trainable=not config.inference_mode)
         if verify and call:
             check_against_folded(model, call)
 
 
-def checked(model: nn.Module, config: HRAConfig, adapter_name: str) -> HRAConfig:
+def checked(model: Any, config: HRAConfig, adapter_name: str) -> HRAConfig:
     """A copy of the configuration, validated again, for its fields may have been set since it was made.
 
     Raises:
@@ -122,15 +140,20 @@ def checked(model: nn.Module, config: HRAConfig, adapter_name: str) -> HRAConfig
     """
     if not isinstance(model, nn.Module):
         raise AdapterError(f"model: {model!r} is no torch.nn.Module. Give the model itself, not its name or class.")
+    config = _valid(config)
+    if not isinstance(adapter_name, str):
+        raise AdapterError(f"adapter_name: {adapter_name!r} is no string. Give a name such as 'default'.")
+    check_adapter_name(adapter_name)
+    return config
+
+
+def _valid(config: HRAConfig) -> HRAConfig:
     if not isinstance(config, HRAConfig):
         kind = f"{type(config).__module__}.{type(config).__qualname__}"
         raise ConfigError(
             f"config: a {kind}, where an hra_fx.HRAConfig is due. Make one from its fields: hra_fx.HRAConfig(r=..., "
             "target_modules=...), or from the JSON of PEFT's with hra_fx.HRAConfig.from_pretrained(folder)."
         )
-    if not isinstance(adapter_name, str):
-        raise AdapterError(f"adapter_name: {adapter_name!r} is no string. Give a name such as 'default'.")
-    check_adapter_name(adapter_name)
     return copy.deepcopy(dataclasses.replace(config))
 
 

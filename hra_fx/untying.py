@@ -8,17 +8,18 @@ a file has to hold each of them, so each gets memory of its own.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from hra_fx.adapters.copies import BASE, held_by
 from hra_fx.carrier.swap import original_class
-from hra_fx.errors import FoldError
 from hra_fx.sources import reached_methods
 
+#: (layer, name of its tensor).
+Place: TypeAlias = tuple[nn.Module, str]
 _FLAG = "tie_word_embeddings"
 
 
@@ -28,14 +29,14 @@ class Setting(NamedTuple):
     Attributes:
         path: where it is in the whole model.
         model: the model.
-        configs: its configuration, and that of its text part, which overrules it when a file is loaded.
-        pairs: (layer, name of its tensor), twice: what is tied, and to what.
+        configs: those that say so: its own, and that of its text part, which overrules it when a file is loaded.
+        pairs: what is tied, and to what.
     """
 
     path: str
     model: nn.Module
     configs: tuple[Any, ...]
-    pairs: list[tuple[tuple[nn.Module, str], tuple[nn.Module, str]]]
+    pairs: list[tuple[Place, Place]]
 
 
 class Parted(NamedTuple):
@@ -60,48 +61,70 @@ class Parted(NamedTuple):
         """Part them; nothing here can fail."""
         for owner, name, parameter in self.tensors.values():
             setattr(owner, name, parameter)
-        for setting in self.settings:
-            for config in setting.configs:
-                setattr(config, _FLAG, False)
+        turn_off(self.settings)
 
 
 def settings_that_tie(
-    model: nn.Module, weights: Mapping[nn.Module, str], *, off: Any = None, whole: bool = False
+    model: nn.Module, places: Collection[Place], off: Sequence[Any] = (), *, whole: bool = False
 ) -> list[Setting]:
-    """The settings of transformers by which any of these weights is tied.
+    """The settings of transformers by which any of these tensors is tied.
 
     Args:
         model: the whole model.
-        weights: layer -> name of its weight.
-        off: a configuration that was set to untied for a trained copy, and is read as it was.
-        whole: `off` is among the settings, whatever the weights.
-
-    Raises:
-        FoldError: one that cannot go off, because a forward asks for it.
+        places: the tensors.
+        off: configurations that say no since a trained copy came, and are read as they were.
+        whole: those are among the settings, whatever the places.
     """
     found = _settings(model, off)
-    tying = [s for s in found if any(weights.get(owner) == name for pair in s.pairs for owner, name in pair)]
-    going = [config for setting in tying for config in setting.configs]
-    if whole:
-        going.append(off)
-    tying = [setting for setting in found if any(config is one for config in setting.configs for one in going)]
-    for setting in tying:
-        if asks_for_ties(setting.model):
-            raise FoldError(
+    going = [config for s in found if any(end in places for pair in s.pairs for end in pair) for config in s.configs]
+    going += off if whole else ()
+    return [setting for setting in found if any(config is one for config in setting.configs for one in going)]
+
+
+def why_not_off(settings: list[Setting]) -> str | None:
+    """Why one of these settings cannot go off, if that is so."""
+    for setting in settings:
+        if _asks_for_ties(setting.model):
+            return (
                 f"{setting.path or 'the model'} ({type(setting.model).__name__}): its forward does otherwise where "
-                f"config.{_FLAG} is False, so that the output layer cannot be parted from the embeddings. Leave it out "
-                "with exclude_modules."
+                f"config.{_FLAG} is False, so that its output layer cannot be parted from the embeddings"
             )
-    return tying
+    return None
 
 
-def part(model: nn.Module, settings: list[Setting], weights: Mapping[nn.Module, str], names: Sequence[str]) -> Parted:
-    """Make memory for all that settings tie, but for `weights`, which get theirs from a fold.
+def turn_off(settings: list[Setting]) -> list[Any]:
+    """Let the configurations say no; those that said otherwise."""
+    configs: list[Any] = []
+    for config in (config for setting in settings for config in setting.configs):
+        if getattr(config, _FLAG, False):
+            setattr(config, _FLAG, False)
+            configs.append(config)
+    return configs
+
+
+def turn_on(configs: Iterable[Any]) -> None:
+    """Let configurations say yes."""
+    for config in configs:
+        setattr(config, _FLAG, True)
+
+
+def still_tied(model: nn.Module, off: Sequence[Any]) -> list[Any]:
+    """Those of some configurations that said yes once, and all that they tied is one tensor, with no trained copy."""
+    found = _settings(model, off)
+    return [
+        config
+        for config in off
+        if all(_is_one(pair) for s in found if any(config is one for one in s.configs) for pair in s.pairs)
+    ]
+
+
+def part(model: nn.Module, settings: list[Setting], apart: Collection[Place], names: Sequence[str]) -> Parted:
+    """Make memory for all that settings tie, but for what a fold sets `apart`.
 
     Args:
         model: the whole model.
         settings: those that go off.
-        weights: layer -> name of its weight.
+        apart: the tensors that get memory of their own anyway.
         names: adapters whose trained copies are the model's own tensors from now on.
     """
     paths = {module: path for path, module in model.named_modules()}
@@ -112,7 +135,7 @@ def part(model: nn.Module, settings: list[Setting], weights: Mapping[nn.Module, 
     for owner, name in places:
         copies = held_by(owner)
         tensor = _after(owner, name, names)
-        if weights.get(owner) == name or not isinstance(tensor, nn.Parameter):
+        if (owner, name) in apart or not isinstance(tensor, nn.Parameter):
             continue
         if id(tensor) in kept and (copies is None or copies.copied.keys() <= set(names)):
             own = nn.Parameter(torch.empty_like(tensor).copy_(tensor), requires_grad=tensor.requires_grad)
@@ -121,16 +144,8 @@ def part(model: nn.Module, settings: list[Setting], weights: Mapping[nn.Module, 
     return Parted(settings, tensors)
 
 
-def asks_for_ties(model: nn.Module) -> bool:
-    """Whether the forward of a model reads if embeddings are tied, as Switch Transformers' does, which scales by it."""
-    methods = reached_methods(original_class(model)).values()
-    return any(isinstance(node, ast.Attribute) and node.attr == _FLAG for m in methods for node in ast.walk(m))
-
-
-def _settings(model: nn.Module, off: Any) -> list[Setting]:
-    before = getattr(off, _FLAG, None)
-    if off is not None:
-        setattr(off, _FLAG, True)
+def _settings(model: nn.Module, off: Sequence[Any]) -> list[Setting]:
+    turn_on(off)
     try:
         return [
             Setting(path, module, _configs(module), list(_pairs(module, tied)))
@@ -138,8 +153,19 @@ def _settings(model: nn.Module, off: Any) -> list[Setting]:
             if callable(expand := getattr(module, "get_expanded_tied_weights_keys", None)) and (tied := expand())
         ]
     finally:
-        if off is not None:
-            setattr(off, _FLAG, before)
+        for config in off:
+            setattr(config, _FLAG, False)
+
+
+def _asks_for_ties(model: nn.Module) -> bool:
+    """Whether the forward of a model reads if embeddings are tied, as Switch Transformers' does, which scales by it."""
+    methods = reached_methods(original_class(model)).values()
+    return any(isinstance(node, ast.Attribute) and node.attr == _FLAG for m in methods for node in ast.walk(m))
+
+
+def _is_one(pair: tuple[Place, Place]) -> bool:
+    (owner, name), (source, other) = pair
+    return owner._parameters.get(name) is source._parameters.get(other) and not held_by(owner) and not held_by(source)
 
 
 def _pairs(module: nn.Module, tied: Mapping[str, str]) -> Iterator[tuple[tuple[nn.Module, str], tuple[nn.Module, str]]]:
@@ -154,7 +180,8 @@ def _configs(module: Any) -> tuple[Any, ...]:
         text = module.config.get_text_config()
     except ValueError:  # it has several, and says which one of them to ask
         text = module.config
-    return (module.config,) if text is module.config else (module.config, text)
+    configs = (module.config,) if text is module.config else (module.config, text)
+    return tuple(config for config in configs if getattr(config, _FLAG, False))
 
 
 def _after(owner: nn.Module, name: str, names: Sequence[str]) -> Tensor | None:

@@ -15,10 +15,12 @@ from hra_fx.installing import all_or_nothing, capture, install, take_off
 from hra_fx.reflection import Reflection
 from hra_fx.site import REFLECTION, SAVED
 from hra_fx.uninterrupted import uninterrupted
+from hra_fx.users_graph import restore
 
 
 def release(model: nn.Module) -> None:
     """Take everything off a model and off its parts. Tensors stay as they are, those in place of others too."""
+    restore(model)
     parts = list(model.modules())
     for part in parts:
         if REFLECTION in part._modules and isinstance(part._modules[REFLECTION], Reflection):

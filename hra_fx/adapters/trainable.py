@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -17,7 +16,7 @@ from hra_fx.errors import UnsupportedLayerError
 from hra_fx.selection import saved_modules
 from hra_fx.site import REFLECTION, SAVED
 from hra_fx.tied import tied_to
-from hra_fx.untying import asks_for_ties
+from hra_fx.untying import Place, settings_that_tie, still_tied, turn_off, turn_on, why_not_off
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -109,34 +108,26 @@ def make_copies(
         given = {entry: values[path, entry] for entry in names if (path, entry) in values}
         copies.make(owner, name, names, memo, given)
     if tied - originals.keys():
-        _untie(model, record, undo)
+        _untie(model, record, {(owner, name) for owner, names in wanted.values() for name in names}, undo)
 
 
 def settle_ties(model: nn.Module, record: Record) -> None:
     """Say again in the model's configuration that embeddings are tied, where they are and no copy can untie them."""
-    if not record.untied:
-        return
-    ends: Any = model
-    both = ends.get_input_embeddings(), ends.get_output_embeddings()
-    if any(layer is None or held_by(layer) for layer in both) or both[0].weight is not both[1].weight:
-        return
-    ends.config.tie_word_embeddings = True
-    record.untied = False
+    if record.untied:
+        again = still_tied(model, record.untied)
+        turn_on(again)
+        record.untied = tuple(config for config in record.untied if not any(config is one for one in again))
 
 
-def _untie(model: nn.Module, record: Record, undo: ExitStack) -> None:
+def _untie(model: nn.Module, record: Record, places: Collection[Place], undo: ExitStack) -> None:
     """transformers ties weights anew whenever it likes, by its configuration, and would overwrite a trained copy."""
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
-        if asks_for_ties(model):
-            raise UnsupportedLayerError(
-                f"{type(model).__name__}: its forward does otherwise where config.tie_word_embeddings is False, so that "
-                "a trained copy cannot part its embeddings and output layer. Leave them out of modules_to_save."
-            )
-        undo.callback(setattr, config, "tie_word_embeddings", True)
-        undo.callback(setattr, record, "untied", record.untied)
-        config.tie_word_embeddings = False
-        record.untied = True
+    settings = settings_that_tie(model, places)
+    if reason := why_not_off(settings):
+        raise UnsupportedLayerError(f"{reason}. Leave it out of modules_to_save.")
+    undo.callback(setattr, record, "untied", record.untied)
+    off = turn_off(settings)
+    undo.callback(turn_on, off)
+    record.untied = (*record.untied, *off)
 
 
 def to_copy(

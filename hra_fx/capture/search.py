@@ -41,61 +41,66 @@ def find_regions(model: nn.Module, sites: Mapping[str, nn.Module], seen: Observe
         sites: path -> layer, as selected.
         seen: what a call of the model showed, where there was one.
     """
-    findings = Findings()
-    layers = set(sites.values())
-    recorded = recorded_classes(model)
+    search = _Search(model, sites, seen)
+    search.visit("", model, "")
+    return search.findings
 
-    def visit(path: str, module: nn.Module, why: str) -> None:
-        below = {name: part for name, part in module.named_modules() if part in layers}
+
+class _Search:
+    """A walk from the model down to its layers, which stops at the first module that can be a region."""
+
+    def __init__(self, model: nn.Module, sites: Mapping[str, nn.Module], seen: Observed) -> None:
+        self.findings = Findings()
+        self._seen = seen
+        # A shared layer has several paths, and one name.
+        self._names = {layer: path for path, layer in sites.items()}
+        self._recorded = recorded_classes(model)
+
+    def visit(self, path: str, module: nn.Module, why: str) -> None:
+        """Look at a module; `why` is the reason for which what is above it is no region."""
+        below = {name: part for name, part in module.named_modules() if part in self._names}
         if not below:
             return
-        if module in layers:
-            findings.alone |= {f"{path}.{name}".strip("."): why for name in below}
+        if module in self._names:
+            for part in below.values():
+                self.findings.alone.setdefault(self._names[part], why)
             return
         # A container is never called, and a part with one site gains nothing over the layer alone: the reason is that
         # of the parent.
         if path and (len(below) == 1 or type(module).forward is nn.Module.forward):
-            for name, child in module.named_children():
-                visit(f"{path}.{name}", child, why)
+            self._visit_children(path, module, why)
             return
         try:
-            reason = _refuse_or_capture(findings, path, module, below, recorded, why, seen)
+            reason = self._refuse_or_capture(path, module, below, why)
         except CaptureError as error:
             reason = error.reason
         if reason is not None:
-            for name, child in module.named_children():
-                visit(f"{path}.{name}".lstrip("."), child, f"{path or 'the model'} ({type(module).__name__}): {reason}")
+            self._visit_children(path, module, f"{path or 'the model'} ({type(module).__name__}): {reason}")
 
-    visit("", model, "")
-    return findings
+    def _visit_children(self, path: str, module: nn.Module, why: str) -> None:
+        for name, child in module.named_children():
+            self.visit(f"{path}.{name}".lstrip("."), child, why)
 
-
-def _refuse_or_capture(
-    findings: Findings,
-    path: str,
-    module: nn.Module,
-    below: Mapping[str, nn.Module],
-    recorded: tuple[type, ...],
-    why: str,
-    seen: Observed,
-) -> str | None:
-    kind: Any = original_class(module)
-    calling = seen.callings.get(path)
-    if isinstance(calling, str):
-        return calling
-    if reason := why_not_root(module, is_model=not path or calling is not None):
-        return reason
-    calling = calling or unobserved(kind)
-    traces = trace(module, below, recorded, calling)
-    read: dict[str, str] = {}
-    for graph in (traces.train, traces.eval):
-        for site, reader in functional_reads(graph, below).items():
-            read[site] = f"{path or 'the model'} ({type(module).__name__}, at node {reader.name!r} of its graph)"
-    if missed := sorted(site for site in below if site not in read and not _runs_in(site, traces.called)):
-        return f"its traced forward does not call {missed[0]}"
-    findings.read |= {f"{path}.{site}".lstrip("."): reader for site, reader in read.items()}
-    findings.regions[path] = Region(module, traces, frozenset(below), why, calling)
-    return None
+    def _refuse_or_capture(self, path: str, module: nn.Module, below: Mapping[str, nn.Module], why: str) -> str | None:
+        calling = self._seen.callings.get(path)
+        if isinstance(calling, str):
+            return calling
+        if reason := why_not_root(module, is_model=not path or calling is not None):
+            return reason
+        kind: Any = original_class(module)
+        calling = calling or unobserved(kind)
+        traces = trace(module, below, self._recorded, calling)
+        where = f"{path or 'the model'} ({kind.__name__}"
+        read: dict[str, str] = {}
+        for graph in (traces.train, traces.eval):
+            for site, reader in functional_reads(graph, below).items():
+                read[site] = f"{where}, at node {reader.name!r} of its graph)"
+        if missed := sorted(site for site in below if site not in read and not _runs_in(site, traces.called)):
+            return f"its traced forward does not call {missed[0]}"
+        region = Region(module, traces, frozenset(below), why, calling)
+        self.findings.read |= {self._names[below[site]]: reader for site, reader in read.items()}
+        self.findings.regions[path] = region
+        return None
 
 
 def _runs_in(site: str, called: frozenset[str]) -> bool:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import sys
 import threading
+import types
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
-from torch.fx.proxy import Attribute
+from torch.fx.proxy import Attribute, Scope
 
 from hra_fx.capture.admission import why_not_inlined
 from hra_fx.capture.augmented import SPECIAL_METHODS
 from hra_fx.capture.calling import Calling
+from hra_fx.capture.keeping import Keeping
+from hra_fx.capture.questions import asks_for_no_tensor, is_assertion, is_certainly_tensor
 from hra_fx.errors import CaptureError
 
 
@@ -29,7 +32,7 @@ class RegionProxy(fx.Proxy):
     def __class__(self) -> type:
         """The type, for torch alone."""
         # isinstance() asks for this after looking at the type itself; torch asks it of everything that it handles.
-        if not _asked_by_torch():
+        if not _asked_by_torch() and not _tracer(self).knows_no(self, sys._getframe(1)):
             _tracer(self).refuse("it asks for the type of a value (isinstance), and a traced value has none")
         return type(self)
 
@@ -108,8 +111,34 @@ class RegionTracer(fx.Tracer):
         self.refused.append(reason)
         raise CaptureError(reason)
 
+    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
+        """Trace a module; a function that cannot be traced through is kept as one node, where it may be."""
+        keeping = Keeping(self.create_proxy)
+        while True:
+            before = len(self.refused)
+            try:
+                with keeping.active():
+                    return super().trace(root, concrete_args)
+            except Exception as error:
+                if not keeping.add_culprit(error):
+                    raise
+            del self.refused[before:]
+            self.scope = Scope("", None)
+            self.module_stack.clear()
+            self.num_calls.clear()
+
+    def knows_no(self, proxy: RegionProxy, frame: types.FrameType) -> bool:
+        """Whether the question in a line, `isinstance(value, list)`, is certainly answered by no."""
+        node: fx.Node = object.__getattribute__(proxy, "node")
+        return asks_for_no_tensor(frame) and is_certainly_tensor(node, self.root)
+
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """A branch on a value."""
+        """A branch on a value; an assert becomes a node, which raises as it would."""
+        frame = sys._getframe(2)  # beyond the __bool__ of fx
+        if is_assertion(frame):
+            where = f"{frame.f_code.co_name}, line {frame.f_lineno}"
+            self.create_proxy("call_function", torch._assert, (obj, f"the assert in {where} does not hold"), {})
+            return True
         self.refuse("it branches on a value (if, while, and, or, not, assert)")
 
     def iter(self, obj: fx.Proxy) -> NoReturn:

@@ -116,7 +116,8 @@ def start(site: GraphSite, weight: Tensor, config: HRAConfig) -> Start:
             width, config.r, apply_GS=config.apply_GS, init_weights=config.init_weights, dtype=dtype
         )
         anchor = householder.anchor(vectors, apply_GS=config.apply_GS) if config.init_weights else None
-        anchor = None if anchor is None else anchor.to(weight.device)
+        # Contiguous, for torch.export.save warns of others.
+        anchor = None if anchor is None else anchor.contiguous().to(weight.device)
         return Start(vectors.to(weight.device), anchor, trainable=not config.inference_mode)
 
 

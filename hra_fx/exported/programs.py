@@ -137,7 +137,13 @@ class _Draft:
     """
 
     def __init__(self, program: ExportedProgram) -> None:
-        self.graph_module: fx.GraphModule = copy.deepcopy(program.graph_module)
+        self.graph_module = fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
+        # torch.export.unflatten keeps what it made there, which is of the given program only.
+        self.graph_module.meta = {
+            key: value for key, value in program.graph_module.meta.items() if key != "unflattened_module"
+        }
+        for node, copied in zip(program.graph.nodes, self.graph.nodes, strict=True):
+            copied.name = node.name  # the copy avoids names of Python's own, such as "input"
         self.specs: list[InputSpec] = list(program.graph_signature.input_specs)
         self.state_dict: dict[str, Tensor] = dict(program.state_dict)
         self._nodes = {node.name: node for node in self.graph.find_nodes(op="placeholder")}

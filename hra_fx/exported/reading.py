@@ -24,6 +24,7 @@ _PRODUCTS: dict[Any, dict[int, int]] = {
     _aten.addmm.default: {1: 1, 2: 0},
     _aten.mm.default: {0: 1, 1: 0},
     _aten.matmul.default: {0: 1, 1: 0},
+    _aten.bmm.default: {0: 1, 1: 0},  # of the last two
     _aten.mv.default: {0: 1},
     _aten.addmv.default: {1: 1},
 }
@@ -48,6 +49,7 @@ _CASTS = {
     _aten.contiguous.default,
     _aten.alias.default,
 }
+_REPEATS = {_aten.expand.default, _aten.view.default, _aten._unsafe_view.default, _aten.reshape.default}
 _CUTS = {
     _aten.split.Tensor,
     _aten.split.sizes,
@@ -99,6 +101,7 @@ class _Seen:
     first: fx.Node
     rank: int
     transposed: bool = False
+    batched: bool = False  # repeated along dimensions before the matrix
     cut: int | None = None  # dimension of the weight itself that it was cut along
 
 
@@ -179,8 +182,12 @@ def _nested(user: fx.Node, node: fx.Node) -> int:
 def _step(seen: _Seen, user: fx.Node) -> _Seen | None:
     """The weight behind an operator that only arranges it anew; `None` where the operator does more."""
     target = user.target
-    if target in _CASTS or target is operator.getitem:
+    if target in _CASTS or (target is operator.getitem and not seen.batched):
         return replace(seen, node=user)
+    if target in _REPEATS and seen.rank == 2:
+        return _repeated(seen, user)
+    if seen.batched:
+        return None
     if target in _TRANSPOSES and seen.rank == 2:
         return replace(seen, node=user, transposed=seen.transposed ^ _swaps(user))
     if target in _CUTS and seen.rank == 2:
@@ -189,6 +196,16 @@ def _step(seen: _Seen, user: fx.Node) -> _Seen | None:
         dimension = 1 - dimension if seen.transposed else dimension
         return replace(seen, node=user, cut=dimension) if seen.cut in (None, dimension) else None
     return None
+
+
+def _repeated(seen: _Seen, user: fx.Node) -> _Seen | None:
+    """A matrix behind an operator that repeats it for a batched product, as decompositions do."""
+    before, after = (node.meta.get("val") for node in (seen.node, user))
+    if before is None or after is None or after.dim() < 3 or before.shape[-2:] != after.shape[-2:]:
+        return None
+    if user.target is not _aten.expand.default and not seen.batched:
+        return None
+    return replace(seen, node=user, batched=True)
 
 
 def _swaps(user: fx.Node) -> bool:
@@ -204,6 +221,8 @@ def _swaps(user: fx.Node) -> bool:
 
 def _meaning(seen: _Seen, user: fx.Node, place: int) -> tuple[SiteKind | None, bool]:
     """What an operator does with the weight that it has as its argument number `place`."""
+    if seen.batched != (user.target is _aten.bmm.default):
+        return None, False
     if seen.rank == 2 and place in _PRODUCTS.get(user.target, {}):
         summed = _PRODUCTS[user.target][place]
         summed = 1 - summed if seen.transposed else summed

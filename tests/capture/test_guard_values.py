@@ -22,10 +22,12 @@ class IsInstance(Two):
         return self.second(hidden * 2 if isinstance(hidden, Tensor) else hidden)
 
 
-class IsNoTuple(Two):
+class IsTuple(Two):
+    """A question that has an answer for a tensor, of a value that is none."""
+
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.first(x)
-        return self.second(hidden if isinstance(hidden, (tuple, list)) else hidden * 2)
+        halves = self.first(x).chunk(2, dim=1)
+        return self.second(torch.cat([halves[1], halves[0]], 1) * (2 if isinstance(halves, (tuple, list)) else 1))
 
 
 class HasAttribute(Two):
@@ -131,7 +133,7 @@ class SubclassOf(Two):
 
 QUESTIONS: list[tuple[type[nn.Module], str]] = [
     (IsInstance, "it asks for the type of a value (isinstance)"),
-    (IsNoTuple, "it asks for the type of a value (isinstance)"),
+    (IsTuple, "it asks for the type of a value (isinstance)"),
     (HasAttribute, "it reads 'last_hidden_state' of a value, which a tensor does not have"),
     (GetAttribute, "it reads 'logits' of a value, which a tensor does not have"),
     (Matches, "it asks for the type of a value (isinstance)"),
@@ -145,8 +147,6 @@ QUESTIONS: list[tuple[type[nn.Module], str]] = [
     (SubclassOf, ""),
 ]
 IDS = [model.__name__ for model, _ in QUESTIONS]
-# isinstance(proxy, (tuple, list)) is False, and that is right by luck.
-NAIVELY_RIGHT = (IsNoTuple,)
 
 
 @pytest.mark.parametrize(("model", "reason"), QUESTIONS, ids=IDS)
@@ -156,7 +156,7 @@ def test_a_question_about_a_value_refuses_the_region(model: type[nn.Module], rea
     assert_refused(adapted, reason)
 
 
-@pytest.mark.parametrize("model", [model for model, _ in QUESTIONS if model not in NAIVELY_RIGHT])
+@pytest.mark.parametrize("model", [model for model, _ in QUESTIONS])
 def test_naive_trace_takes_the_wrong_branch(model: type[nn.Module]) -> None:
     base = fresh(model())
     try:

@@ -267,35 +267,32 @@ def test_the_graph_of_a_reader_computes_what_the_model_does(kind: type[nn.Module
     assert_same(graph(X), run_dense(base, model, X))
 
 
-class FunctionalUntraced(Reading):
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.before(x) if float(x.detach().sum()) < 1e9 else x
-        return self.after(F.linear(x, self.fc.weight, self.fc.bias))
+SEEN_IN_THE_SOURCE = {Functional, Transposed, Inside, ByAlias, ByMethod, ByProperty, CalledAndRead, Shared}
 
 
-class MethodUntraced(Reading):
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.before(x) if float(x.detach().sum()) < 1e9 else x
-        return self.after(F.linear(x, self.matrix()))
-
-    def matrix(self) -> Tensor:
-        return self.fc.weight
-
-
-class CalledAndReadUntraced(Reading):
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.before(x) if float(x.detach().sum()) < 1e9 else x
-        return self.after(self.fc(x) + F.linear(x, self.fc.weight))
-
-
-@pytest.mark.parametrize("kind", [FunctionalUntraced, MethodUntraced, CalledAndReadUntraced])
+@pytest.mark.parametrize("kind", [kind for kind in WAYS if kind in SEEN_IN_THE_SOURCE])
 def test_what_cannot_be_traced_is_read_in_its_source(kind: type[nn.Module]) -> None:
-    base, model = pair(kind, TARGETS)
+    base, model = pair(untraceable(kind), TARGETS)
     assert {row.region for row in hra_fx.report(model).rows} == {"alone"}
     assert isinstance(model.fc.hra_u, WeightReflection)
     assert isinstance(model.before.hra_u, LinearReflection)
     check(base, model, X)
     check_fold(base, model, X)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in WAYS if kind not in SEEN_IN_THE_SOURCE])
+def test_what_neither_graph_nor_source_shows_is_refused_at_the_first_call(kind: type[nn.Module]) -> None:
+    _, model = pair(untraceable(kind), TARGETS)
+    for _ in range(2):
+        with pytest.raises(hra_fx.UnsupportedLayerError) as caught:
+            model(X)
+        path = "layers.0" if issubclass(kind, BySubscript) else "fc"
+        assert str(caught.value).startswith(f"{path}: ")
+        assert f"the model (Untraceable{kind.__name__}, in linear) reads its weight" in str(caught.value)
+        assert "Take the adapters off (hra_fx." in str(caught.value)
+    hra_fx.fold(model)
+    hra_fx.transform(model, config("before", "after"))
+    model(X)
 
 
 # ---- regions ----

@@ -17,7 +17,7 @@ import hra_fx
 from zoo.entry import Entry
 from zoo.oracle import Oracle, buffers_of, kept_buffers, randomise, stir, vectors_of
 from zoo.outputs import LOOSEST, TIGHT, Differs, cast, check_usable, distances, flat, seed
-from zoo.refusing import candidates, config_for, transform_most
+from zoo.refusing import candidates, transform_most
 from zoo.result import CHECKS, NOT_APPLICABLE, OK, REFUSED, Result
 
 #: Relative change of the weights that stands for the rounding of a rotation, and how far beyond its effect may be gone.
@@ -51,10 +51,9 @@ def dynamo_graphs(trial: Trial) -> str:
     """How many graphs TorchDynamo makes of one call, or why it makes none."""
     if "example_inputs" not in inspect.signature(hra_fx.graphs).parameters:
         return ""
-    model = hra_fx.transform(copy.deepcopy(trial.base), config_for(vectors_of(trial.model)))
-    args, kwargs = trial.inputs()
+    model = hra_fx.transform(copy.deepcopy(trial.base), trial.config)
     try:
-        return str(len(hra_fx.graphs(model, example_inputs=(args, kwargs))))  # type: ignore[call-arg]
+        return str(len(hra_fx.graphs(model, example_inputs=trial.inputs())))  # type: ignore[call-arg]
     except Exception as error:
         return _short(error)
 
@@ -76,7 +75,7 @@ class Trial:
         self.base: nn.Module
         self.model: nn.Module
         self.oracle: Oracle
-        self._gaps: dict[str, Tensor] = {}
+        self.config: hra_fx.HRAConfig
 
     def make(self, name: str) -> None:
         """Make one check, and note what it gives."""
@@ -164,7 +163,8 @@ class Trial:
         if config is None:
             self.over = True
             raise NotApplicable("every layer is refused" if wanted else "there is no layer to adapt")
-        self._time(config, first)
+        self.config = config
+        self._time(first)
         rows = hra_fx.report(self.model).rows
         self.result.matched = len(rows)
         for kind in ("whole", "shared", "alone"):
@@ -190,12 +190,11 @@ class Trial:
                     raise
         self.result.dtype = str(self.dtype).removeprefix("torch.")
 
-    def _time(self, config: hra_fx.HRAConfig, first: float) -> None:
+    def _time(self, first: float) -> None:
         """Seconds of `transform` and of `symbolic_trace`, the better of two each."""
-        begin = time.perf_counter()
         self._fresh = copy.deepcopy(self.base)
         copying = time.perf_counter()
-        hra_fx.transform(self._fresh, config)
+        hra_fx.transform(self._fresh, self.config)
         self.result.transform_s = min(first, time.perf_counter() - copying)
         traces = []
         for _ in range(2):

@@ -38,7 +38,9 @@ def weight_name(layer: nn.Module) -> str:
 
 def is_transposed(layer: nn.Module) -> bool:
     """Whether the weight of a layer is `(in, out)`: transformers' Conv1D."""
-    return any(kind.__module__ == "transformers.pytorch_utils" and kind.__name__ == "Conv1D" for kind in type(layer).mro())
+    return any(
+        kind.__module__ == "transformers.pytorch_utils" and kind.__name__ == "Conv1D" for kind in type(layer).mro()
+    )
 
 
 def rotated(layer: nn.Module, weight: Tensor, chain: Tensor) -> Tensor:

@@ -78,9 +78,7 @@ def distances(actual: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dic
     for name, want in wanted.items():
         got = actual[name]
         if got.shape != want.shape or got.dtype != want.dtype:
-            raise Differs(
-                f"{name}: {tuple(got.shape)} {got.dtype}, where {tuple(want.shape)} {want.dtype} is wanted"
-            )
+            raise Differs(f"{name}: {tuple(got.shape)} {got.dtype}, where {tuple(want.shape)} {want.dtype} is wanted")
         found[name] = _distance(name, got.detach(), want.detach())
     return found
 

@@ -13,7 +13,9 @@ from torch import nn
 import hra_fx
 from hra_fx.site import kind_of
 
-_MESSAGE = re.compile(r"(?P<path>\S+?)(?: \([\w.]+\))?: (?P<reason>.*?)(?: Refused as well: (?P<also>.*)\.)?", re.DOTALL)
+_MESSAGE = re.compile(
+    r"(?P<path>\S+?)(?: \([\w.]+\))?: (?P<reason>.*?)(?: Refused as well: (?P<also>.*)\.)?", re.DOTALL
+)
 
 
 def candidates(model: nn.Module) -> dict[str, nn.Module]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import faulthandler
 import hashlib
 import json
 import multiprocessing as mp
@@ -39,6 +40,7 @@ def work(name: str, dynamo: bool, pipe: Connection) -> None:
 
     from zoo.checks import check
 
+    faulthandler.dump_traceback_later(100)
     torch.set_num_threads(1)
     pipe.send(check(named([name])[name], dynamo=dynamo))
 
