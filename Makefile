@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-vision test check format clean
+.PHONY: help demo demo-vision test zoo check format clean
 
 help: ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ demo-vision: $(VENV)/demo.stamp ## The same for a ResNet and handwritten digits.
 
 test: $(VENV)/test.stamp ## Run the tests and the examples in the docstrings.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_FLAGS)
+
+zoo: $(VENV)/test.stamp ## Check every model of the zoo (an hour), and write docs/zoo.md.
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m zoo.run $(ZOO_FLAGS)
 
 check: $(VENV)/test.stamp ## Lint, formatting, types, and which file may import which.
 	$(BIN)/ruff check .

@@ -72,8 +72,10 @@ def medians(build: Callable[[], nn.Module], *acts: Callable[[nn.Module], object]
 def main() -> None:
     wanted = sys.argv[1:]
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, "
-          f"transformers {transformers.__version__}")
+    print(
+        f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, "
+        f"transformers {transformers.__version__}"
+    )
     print(f"{'model':<22} {'symbolic_trace, s':>17} {'transform, s':>13} {'ratio':>6}")
     for name, build in VISION.items():
         if not wanted or name in wanted:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,17 @@ from hra_fx.adapters.merging import first_of
 from hra_fx.adapters.releasing import forget, release, without
 from hra_fx.carrier.layer import SiteCarrier
 from hra_fx.errors import AdapterError, FoldError, HRAWarning
+from hra_fx.exported.captured import fold_captured, is_captured
+from hra_fx.exported.programs import fold_program, is_program
 from hra_fx.rotating import FoldedLayer, check_classes, rotated, ties_of
 from hra_fx.site import SAVED
 from hra_fx.uninterrupted import uninterrupted
 from hra_fx.untying import Parted, Place, Setting, part, settings_that_tie, why_not_off
 
-M = TypeVar("M", bound=nn.Module)
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+M = TypeVar("M", bound="nn.Module | ExportedProgram")
 
 
 class FoldPlan:
@@ -113,7 +118,7 @@ def fold(model: M, adapter_names: str | Sequence[str] | None = None) -> M:
     not know what it is tied to outside: fold the whole model, and its settings are seen to.
 
     Args:
-        model: a transformed model.
+        model: a transformed model, or an `ExportedProgram` of `transform`, of which a new one is made.
         adapter_names: which adapters to fold, one name or several in their order; the others stay, and act on the new
             weights from now on. `None` folds the active ones, and takes the others off.
 
@@ -134,7 +139,14 @@ def fold(model: M, adapter_names: str | Sequence[str] | None = None) -> M:
         >>> list(fold(model).state_dict())
         ['0.weight', '0.bias']
     """
-    plan_fold(model, adapter_names).apply()
+    if is_program(model) or is_captured(model):
+        if adapter_names is not None:
+            raise AdapterError("adapter_names: a captured program has one adapter. Leave them out.")
+        captured: Any = fold_program if is_program(model) else fold_captured
+        folded: M = captured(model)
+        return folded
+    module: Any = model
+    plan_fold(module, adapter_names).apply()
     return model
 
 

@@ -7,8 +7,8 @@ gets the weight goes by here, at the price of a call to Python for each operator
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,67 +17,76 @@ from torch.overrides import TorchFunctionMode
 from hra_fx.capture.reads import METADATA
 from hra_fx.carrier.layer import SiteCarrier
 from hra_fx.carrier.swap import original_class
-from hra_fx.site import kind_of, weight_name
+from hra_fx.site import REFLECTION, kind_of, weight_name
+
+#: Beside `METADATA`: what may be done with a weight without computing with it.
+_QUESTIONS = frozenset(("__set__", "requires_grad_", "is_floating_point", "is_contiguous", "stride", "data_ptr"))
+_MADE_LIKE = frozenset(("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "result_type"))
+_NEW = frozenset(("new_tensor", "new_zeros", "new_ones", "new_empty", "new_full"))
+#: Where only the first argument is more than an example.
+_AS_ANOTHER = frozenset(("to", "type_as", "expand_as", "view_as", "reshape_as"))
+_IDLE = METADATA | _QUESTIONS | _MADE_LIKE | _NEW | {"__get__", "grad"}
 
 
 class WeightWatch(TorchFunctionMode):
-    """While it is on, notes who uses the weight of a layer, the layer itself and its reflections apart.
+    """While it is on, notes who computes with the weight of a layer, the layer itself and its reflections apart.
+
+    Where the weight is reflected, the layer too gets it by way of its reflections. A module that holds the very
+    parameter itself (an embedding, to which an output layer is tied) reads its own.
 
     Attributes:
         found: path of a layer -> `"<module path> (<class>, in <function>)"` of the first reader.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        """A watch over layers by path, which carry reflections of their input or are to carry some."""
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        """A watch over layers of a model, by path, which carry reflections or are to carry some."""
         super().__init__()
         self.found: dict[str, str] = {}
+        self._model = model
         self._weights = {id(_weight(layer)): (path, layer) for path, layer in layers.items()}
-        self._running: list[tuple[str, nn.Module]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Look at what a function of torch is called with, and call it."""
-        if not _is_question(func):
-            for value in _tensors((args, kwargs or {})):
-                if id(value) in self._weights:
-                    self._note(func, *self._weights[id(value)])
-        return func(*args, **(kwargs or {}))
-
-    def _note(self, func: Any, path: str, layer: nn.Module) -> None:
-        if any(module is layer for _, module in self._running):
-            return
-        where, reader = self._running[-1]
-        kind = original_class(reader).__name__
+        """Call a function of torch, and look at what it was called with."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
-        self.found.setdefault(path, f"{where or 'the model'} ({kind}, in {name})")
+        if name == "__get__" and isinstance(result, Tensor):  # weight.T, weight.data: another tensor, by another name
+            name = getattr(func.__self__, "__name__", name)
+        if name not in _IDLE:
+            for value in _tensors(args[:1] if name in _AS_ANOTHER else (args, kwargs)):
+                if id(value) in self._weights:
+                    self._note(name, value, *self._weights[id(value)])
+        return result
 
-    @contextmanager
-    def over(self, model: nn.Module) -> Iterator[WeightWatch]:
-        """Watch what is run of `model` inside the block."""
-        handles = []
-        # Whoever calls it from inside its forward has passed its hooks already.
-        self._running = [("", model)]
-        for path, module in model.named_modules():
-            entry = (path, module)
-            handles.append(module.register_forward_pre_hook(lambda *_, entry=entry: self._running.append(entry)))
-            handles.append(module.register_forward_hook(lambda *_: self._leave(), always_call=True))
-        try:
-            with self:
-                yield self
-        finally:
-            for handle in handles:
-                handle.remove()
+    def _note(self, function: str, weight: Tensor, path: str, layer: nn.Module) -> None:
+        reader = _running()
+        if path in self.found or (reader is not None and reader is layer._modules.get(REFLECTION)):
+            return
+        on_weight = isinstance(layer, SiteCarrier) and layer.hra_u.on_weight
+        if reader is not None and not (reader is layer and on_weight) and _holds(reader, weight):
+            return
+        reader = self._model if reader is None else reader
+        where = next((name for name, module in self._model.named_modules() if module is reader), "")
+        self.found[path] = f"{where or 'the model'} ({original_class(reader).__name__}, in {function})"
 
-    def _leave(self) -> None:
-        self._running.pop()
+
+def _running() -> nn.Module | None:
+    """The module whose method has got furthest: the nearest `self` of the calls that led here."""
+    frame = sys._getframe(3)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module):
+            return owner
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def _holds(module: nn.Module, weight: Tensor) -> bool:
+    return any(own is weight for own in module._parameters.values())
 
 
 def _weight(layer: nn.Module) -> Tensor | None:
     return layer.hra_base if isinstance(layer, SiteCarrier) else layer._parameters[weight_name(kind_of(layer))]
-
-
-def _is_question(func: Any) -> bool:
-    name = getattr(func, "__name__", "")
-    return name in METADATA or name in ("__get__", "__set__", "requires_grad_", "is_floating_point", "stride")
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

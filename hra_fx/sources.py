@@ -45,6 +45,8 @@ def names_below_self(node: ast.AST) -> list[str]:
 
 def can_be_written(name: str) -> bool:
     """Whether fx can write a module's name into the code of a graph, which it does between bare quotation marks."""
+    if name.isascii() and name.replace(".", "").replace("_", "").isalnum():  # as nearly all are
+        return True
     try:
         return bool(ast.literal_eval(f'"{name}"') == name)
     except (SyntaxError, ValueError):

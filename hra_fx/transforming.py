@@ -83,10 +83,10 @@ def transform(
         ['0.hra_u.default', '2.hra_u.default']
     """
     if is_program(model) or is_captured(model):
-        if low_cpu_mem_usage or verify:
+        if low_cpu_mem_usage or verify or example_inputs is not None:
             raise AdapterError(
-                "low_cpu_mem_usage, verify: a captured program has neither. Leave them out, or transform the model "
-                "before its capture."
+                "low_cpu_mem_usage, example_inputs, verify: a captured program has no use for them. Leave them out, or "
+                "transform the model before its capture."
             )
         captured: Any = transform_program if is_program(model) else transform_captured
         transformed: M = captured(model, _valid(config), adapter_name)

@@ -37,7 +37,7 @@ class Keeping:
     def add_culprit(self, error: BaseException) -> bool:
         """Keep the innermost function on the way to an error that can be kept; `False` if there is no new one."""
         for place in _functions_on_the_way(error):
-            if all(place[2] is not function or place[0] is not space for space, _, function in self._places):
+            if all(place[0] is not space or place[1] != name for space, name, _ in self._places):
                 self._places.append(place)
                 return True
         return False

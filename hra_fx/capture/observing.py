@@ -47,9 +47,9 @@ def observe(model: nn.Module, call: Call, layers: Mapping[str, nn.Module]) -> Ob
     seen: dict[str, Calling | str] = {}
     for path, module in twin.named_modules():
         module.register_forward_pre_hook(_recorder(path, seen), with_kwargs=True)
-    watch = WeightWatch({path: twin.get_submodule(path) for path in layers})
+    watch = WeightWatch(twin, {path: twin.get_submodule(path) for path in layers})
     args, kwargs = fresh(call)
-    with torch.random.fork_rng(), watch.over(twin):
+    with torch.random.fork_rng(), watch:
         try:
             twin(*args, **kwargs)
         except Exception as error:  # whatever the model's own code makes of the inputs

@@ -94,16 +94,22 @@ def is_certainly_tensor(node: fx.Node, root: nn.Module) -> bool:
             owner = root.get_submodule(path)
             return owner._parameters.get(name) is not None or owner._buffers.get(name) is not None
         if node.op == "call_module":
-            kind = original_class(root.get_submodule(str(node.target)))
+            layer = root.get_submodule(str(node.target))
+            kind = original_class(layer)
             if kind is not nn.Identity:
-                return kind in _LAYERS
-        elif node.op == "call_function" and node.target in _FUNCTIONS:
+                return kind in _LAYERS or (kind is nn.MaxPool2d and not layer.return_indices)
+        elif node.op == "call_function" and (node.target in _FUNCTIONS or _is_pooling(node)):
             return True
         elif not (node.op == "call_method" and node.target in _METHODS) and node.target not in _OPERATORS:
             return False
         if not node.args or not isinstance(node.args[0], fx.Node):
             return False
         node = node.args[0]
+
+
+def _is_pooling(node: fx.Node) -> bool:
+    # The seventh argument is return_indices, with which it gives a pair.
+    return node.target is F.max_pool2d and len(node.args) <= 6 and node.kwargs.get("return_indices") in (None, False)
 
 
 def asks_for_no_tensor(frame: types.FrameType) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import types
 from typing import Any
 
@@ -21,21 +22,28 @@ class ReadingLog:
 
     def __init__(self) -> None:
         """An empty log."""
-        self._reads: dict[int, set[str]] = {}
+        self._reads: dict[int, set[str]] = collections.defaultdict(set)
+        self._classes: dict[type, type] = {}
         self.writes: list[str] = []
 
     def put_on(self, module: nn.Module) -> None:
         """Watch one module from now on, by a subclass of its own class; only for modules that are thrown away after."""
         base = type(module)
-        reads, writes = self._reads.setdefault(id(module), set()), self.writes
+        if base not in self._classes:
+            self._classes[base] = self._logging(base)
+        module.__class__ = self._classes[base]
+
+    def _logging(self, base: type[nn.Module]) -> type:
+        reads, writes, read, write = self._reads, self.writes, base.__getattribute__, base.__setattr__
 
         def __getattribute__(self: nn.Module, name: str) -> Any:
-            reads.add(name)
-            return base.__getattribute__(self, name)
+            if name not in _OF_TORCH:
+                reads[id(self)].add(name)
+            return read(self, name)
 
         def __setattr__(self: nn.Module, name: str, value: Any) -> None:
             writes.append(name)
-            base.__setattr__(self, name, value)
+            write(self, name, value)
 
         names = {
             "__setattr__": __setattr__,
@@ -46,8 +54,8 @@ class ReadingLog:
         }
         kind: Any = types.new_class(base.__name__, (base,), exec_body=lambda body: body.update(names))
         kind.__qualname__ = base.__qualname__
-        module.__class__ = kind
+        return kind  # type: ignore[no-any-return]
 
     def reads(self, module: nn.Module) -> frozenset[str]:
         """Names that were read of a module."""
-        return frozenset(self._reads.get(id(module), ())) - _OF_TORCH | {"forward"}
+        return frozenset(self._reads.get(id(module), ())) | {"forward"}

@@ -14,7 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from hra_fx.capture.calling import Calling
 from hra_fx.capture.facts import Fact, ModuleWatch, Watch, fact, watch
 from hra_fx.capture.over import over
-from hra_fx.capture.trace import Traces
+from hra_fx.capture.trace import Traces, is_within
 from hra_fx.carrier.swap import original_class
 from hra_fx.errors import CaptureError
 
@@ -54,7 +54,7 @@ class Region:
     def settle(self, root: nn.Module) -> None:
         """Take down the facts, once the reflections are in place below `root`."""
         self._facts = self._take_down(root)
-        self._bind(root)
+        self._bind(root, self._facts)
 
     def program(
         self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -70,7 +70,7 @@ class Region:
         if tensors is None:
             return None
         if self._root is None:
-            self._bind(root)
+            self._bind(root, None)
         # A shallow copy and a replica of DataParallel share this object, and not the attributes that it watches.
         if self._root is None or self._root() is not root:
             return None
@@ -90,10 +90,11 @@ class Region:
         module.training = training
         return module
 
-    def _bind(self, root: nn.Module) -> None:
+    def _bind(self, root: nn.Module, facts: tuple[Fact, ...] | None) -> None:
+        """Watch `root` from now on, of which `facts` are taken down just now, if they are."""
         self._root = weakref.ref(root)
         try:
-            facts = self._take_down(root)
+            facts = self._take_down(root) if facts is None else facts
         except CaptureError:
             return
         # A copy or an unpickled model may have been edited before its first call.
@@ -125,5 +126,4 @@ class Region:
 
 
 def _is_below(path: str, called: frozenset[str], sites: frozenset[str]) -> bool:
-    in_call = any(path == target or path.startswith(f"{target}.") for target in called)
-    return in_call or any(path.startswith(f"{site}.") for site in sites)
+    return is_within(path, called) or is_within(path.rpartition(".")[0], sites)

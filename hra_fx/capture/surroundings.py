@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import operator
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -15,19 +16,25 @@ from hra_fx.errors import CaptureError
 _CONTAINERS = (dict, list, set, collections.OrderedDict, collections.defaultdict, collections.deque)
 
 
-@contextlib.contextmanager
-def unchanged_surroundings(module: nn.Module) -> Iterator[None]:
-    """Raise `CaptureError` if the block changes a class of `module` or below, or a global beside it; all is put back.
+class Surroundings:
+    """The classes of a module and of those below it, and the Python modules beside these, as they are now."""
 
-    A cache there would keep traced values for ever after; a counter would make every trace another.
-    """
-    states = [_State(namespace) for namespace in _namespaces(module)]
-    try:
-        yield
-    finally:
-        changed = [name for state in states for name in state.restore()]
-    if changed:
-        raise CaptureError(f"its forward changes {', '.join(changed[:3])}, which is global")
+    def __init__(self, module: nn.Module) -> None:
+        """Take down the surroundings of `module`."""
+        self._states = [_State(namespace) for namespace in _namespaces(module)]
+
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Raise `CaptureError` if the block changes them; all is put back.
+
+        A cache there would keep traced values for ever after; a counter would make every trace another.
+        """
+        try:
+            yield
+        finally:
+            changed = [name for state in self._states for name in state.restore()]
+        if changed:
+            raise CaptureError(f"its forward changes {', '.join(changed[:3])}, which is global")
 
 
 def _namespaces(module: nn.Module) -> Iterator[Any]:
@@ -42,14 +49,26 @@ class _State:
 
     def __init__(self, owner: Any) -> None:
         self._owner = owner
-        self._names = {name: value for name, value in vars(owner).items() if not name.startswith("__")}
-        self._contents = [(n, value, value.copy()) for n, value in self._names.items() if type(value) in _CONTAINERS]
+        self._names = dict(vars(owner))
+        self._contents = [
+            (name, value, value.copy())
+            for name, value in self._names.items()
+            if type(value) in _CONTAINERS and not name.startswith("__")
+        ]
 
     def restore(self) -> list[str]:
         """Put back what changed, and name it."""
         changed = [name for name, value, content in self._contents if _put_back(value, content)]
-        now = {name: value for name, value in vars(self._owner).items() if not name.startswith("__")}
+        if not _are_identical(vars(self._owner), self._names):
+            changed += self._restore_names()
+        return [f"{self._owner.__name__}.{name}" for name in changed]
+
+    def _restore_names(self) -> list[str]:
+        changed: list[str] = []
+        now = dict(vars(self._owner))
         for name in self._names.keys() | now.keys():
+            if name.startswith("__"):
+                continue
             if name not in self._names:
                 delattr(self._owner, name)
             elif name not in now or now[name] is not self._names[name]:
@@ -57,19 +76,23 @@ class _State:
             else:
                 continue
             changed.append(name)
-        return [f"{self._owner.__name__}.{name}" for name in changed]
+        return changed
 
 
 def _put_back(container: Any, content: Any) -> bool:
-    mine, theirs = (list(c.items()) if isinstance(c, dict) else list(c) for c in (container, content))
-    same = len(mine) == len(theirs) and all(_identical(a, b) for a, b in zip(mine, theirs, strict=True))
-    if not same:
-        container.clear()
-        (container.update if isinstance(container, (dict, set)) else container.extend)(content)
-    return not same
+    if _are_identical(container, content):
+        return False
+    container.clear()
+    (container.update if isinstance(container, (dict, set)) else container.extend)(content)
+    return True
 
 
-def _identical(a: Any, b: Any) -> bool:
-    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) == 2:
-        return a[0] is b[0] and a[1] is b[1]
-    return a is b
+def _are_identical(now: Any, then: Any) -> bool:
+    """Whether two containers hold the same objects, and, but for sets, in the same order."""
+    if len(now) != len(then):
+        return False
+    if isinstance(now, set):
+        return {*map(id, now)} == {*map(id, then)}
+    if not all(map(operator.is_, now, then)):
+        return False
+    return isinstance(now, (list, collections.deque)) or all(map(operator.is_, now.values(), then.values()))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
-from hra_fx.adapted import Record, record_of, sites_of
+from hra_fx.adapted import record_of, sites_of
 from hra_fx.adapters.copies import BASE, held_by
 from hra_fx.carrier.swap import Carrier
 from hra_fx.errors import UnsupportedLayerError
@@ -31,11 +31,16 @@ class RootCarrier(Carrier):
 
         @functools.wraps(base.forward)
         def forward(self: RootCarrier, *args: Any, **kwargs: Any) -> Any:
-            record = record_of(self)
-            if record is None or self.training in record.looked or torch.compiler.is_compiling():
+            record, mode = record_of(self), self.training
+            traced = torch.compiler.is_compiling() or is_fx_symbolic_tracing()
+            if record is None or mode in record.looked or traced:
                 return base.forward(self, *args, **kwargs)
-            record.looked.add(self.training)
-            return look(self, record, base.forward, args, kwargs)
+            record.looked.add(mode)
+            try:
+                return look(self, base.forward, args, kwargs)
+            except BaseException:  # it was not seen to its end
+                record.looked.discard(mode)
+                raise
 
         return {"forward": forward}
 
@@ -70,29 +75,40 @@ class RootCarrier(Carrier):
         state.update({f"{prefix}{key}": own for key, own in self.state_dict().items() if f"{prefix}{key}" in state})
 
 
-def look(root: nn.Module, record: Record, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a forward, and refuse its result where it read the weight of a layer whose input alone is reflected.
+def look(root: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a forward, and refuse its result where it read a weight by a way on which no reflection is.
 
     A model that was captured whole has no such reads, for its graph shows all.
 
     Raises:
         UnsupportedLayerError: naming layer, reader and way out.
     """
-    sites = sites_of(root).items()
-    alone = {path: layer for path, layer in sites if path in record.alone and not layer.hra_u.on_weight}
-    if not alone or is_fx_symbolic_tracing():
+    record = record_of(root)
+    sites = {path: layer for path, layer in sites_of(root).items() if record and path in record.alone}
+    # Without an active adapter the weight that others are given is the very one that they must not take.
+    watched = {path: layer for path, layer in sites.items() if layer.hra_u.active or not layer.hra_u.on_weight}
+    if not watched:
         return forward(root, *args, **kwargs)
-    watch = WeightWatch(alone)
-    with watch.over(root):
+    watch = WeightWatch(root, watched)
+    with watch:
         result = forward(root, *args, **kwargs)
     for path, reader in watch.found.items():
-        record.looked.clear()
-        raise UnsupportedLayerError(
-            f"{path}: {reader} reads its weight, and neither a source nor a graph told so: its reflections act on what "
-            "it is called with, and are not seen there. Take the adapters off (hra_fx.HRAModel.unload, or load the "
-            "model anew) and call hra_fx.transform(..., example_inputs=...), which sees it and reflects the weight."
-        )
+        raise UnsupportedLayerError(_overlooked(path, reader, on_weight=watched[path].hra_u.on_weight))
     return result
+
+
+def _overlooked(path: str, reader: str, *, on_weight: bool) -> str:
+    again = "Take the adapters off (hra_fx.HRAModel.unload, or load the model anew) and"
+    if on_weight:
+        return (
+            f"{path}: {reader} reads its weight past the attribute, as _parameters or parameters() give it, where no "
+            f"reflection can be seen. {again} leave the layer out with exclude_modules."
+        )
+    return (
+        f"{path}: {reader} reads its weight, and neither a source nor a graph told so: its reflections act on what it "
+        f"is called with, and are not seen there. {again} call hra_fx.transform(..., example_inputs=...), which sees "
+        "it and reflects the weight."
+    )
 
 
 def _rename(state: dict[str, Any], in_place: str, waiting: dict[str, str], ours: str, theirs: set[str]) -> None:

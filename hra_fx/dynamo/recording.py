@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import operator
 import random
 import sys
@@ -41,6 +42,8 @@ _SETTINGS = {
     "recompile_limit": 1000,
     "accumulated_recompile_limit": 100_000,
 }
+#: Its set of functions that are left out, where they would be a graph break; by its former name too.
+_LEFT_OUT = ("ignore_logging_functions", "ignore_logger_methods")
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,9 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     from torch._C._dynamo.eval_frame import reset_code
     from torch._dynamo import config, convert_frame
 
-    settings = {name: value for name, value in _SETTINGS.items() if hasattr(config, name)}
+    said = {warnings.warn, print, *(method for method in vars(logging.Logger).values() if callable(method))}
+    left_out = next(name for name in _LEFT_OUT if hasattr(config, name))
+    settings = {**_SETTINGS, left_out: said | getattr(config, left_out)}
     known = {id(code) for code in _codes(convert_frame.input_codes)}
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())

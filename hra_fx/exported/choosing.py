@@ -90,7 +90,7 @@ def _refuse_unreadable(
             continue
         readers = [read.reader for node in nodes for read in reads_of(node, tensors[name].dim())]
         inside = any(isinstance(reader.target, torch._ops.HigherOrderOperator) for reader in readers)
-        if inside if all_linear else is_target(config, path):
+        if (inside or not all_linear) and is_target(config, path, ".*" if all_linear else None):
             found = f"{readers[0].target} (node {readers[0].name!r})" if readers else "nothing"
             raise UnsupportedLayerError(
                 f"{path}: in this graph its weight is read by {found}, and not by an operator of a linear layer or a "

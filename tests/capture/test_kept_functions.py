@@ -68,7 +68,7 @@ class NoGradient(Two):
 class Listed(Two):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.first(x)
-        return self.second(functions.rows_of([*hidden.shape[:1], 8], hidden))
+        return self.second(functions.rows_of([hidden.shape[0], 8], hidden))
 
 
 class Numbered(Two):

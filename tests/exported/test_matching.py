@@ -237,7 +237,7 @@ def test_the_same_call_again_changes_nothing_and_another_is_refused() -> None:
 
 def test_a_fold_of_a_plain_program_is_refused() -> None:
     model, ids = mixed()
-    with pytest.raises(hra_fx.AdapterError, match="the graph has no reflections. Transform it first"):
+    with pytest.raises(hra_fx.AdapterError, match=r"the graph has no reflections\. Transform it first"):
         fold_program(capture(model, ids))
 
 

@@ -297,14 +297,34 @@ def test_layers_that_are_merged_elsewhere_do_not_matter() -> None:
     assert relative_error(kept(logits(model), VOCABULARY), wanted) < 1e-12
 
 
-def test_reflections_over_the_tokens_themselves_are_refused() -> None:
+def mobilebert(*targets: str) -> Any:
+    """A model that resizes a layer of its own besides, and reads the weight of its output layer without a call."""
     torch.manual_seed(0)
     sizes_of = {"hidden_size": 16, "embedding_size": 8, "intra_bottleneck_size": 8, "intermediate_size": 24}
     settings = MobileBertConfig(vocab_size=VOCABULARY, num_hidden_layers=1, num_attention_heads=2, **sizes_of)
     model = MobileBertForMaskedLM(settings).to(torch.float64).eval()
-    hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["cls.predictions.dense"]))
+    hra_fx.transform(model, hra_fx.HRAConfig(r=3, target_modules=[*targets]))
+    turn(model)
+    return model
+
+
+def test_reflections_over_the_tokens_themselves_are_refused() -> None:
     refused(
-        model,
+        mobilebert("cls.predictions.dense"),
         r"^cls\.predictions\.dense: its reflections are of width 32, the number of tokens, and would not fit after "
         r"resize_token_embeddings\. Resize before hra_fx\.transform, or fold or unload first\.$",
     )
+
+
+@sizes
+def test_an_output_layer_whose_weight_is_reflected_for_its_reader(size: int) -> None:
+    model = mobilebert("cls.predictions.decoder", "query")
+    wanted, head = logits(model), model.cls.predictions.decoder
+    assert head.hra_u.on_weight
+    model.resize_token_embeddings(size)
+    assert model.cls.predictions.decoder.hra_u is head.hra_u
+    assert relative_error(kept(logits(model), size), kept(wanted, size)) < 1e-12
+    moved = logits(model)
+    with pytest.warns(hra_fx.HRAWarning, match="^untied: "):
+        hra_fx.fold(model)
+    assert relative_error(logits(model), moved) < 1e-12

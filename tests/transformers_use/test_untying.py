@@ -259,7 +259,7 @@ def test_a_model_whose_forward_asks_for_the_tie_is_not_folded() -> None:
     wanted = logits(model)
     text = (
         r"^the model \(SwitchTransformersForConditionalGeneration\): its forward does otherwise where "
-        r"config\.tie_word_embeddings is False, so that the output layer cannot be parted from the embeddings\. Leave "
+        r"config\.tie_word_embeddings is False, so that its output layer cannot be parted from the embeddings\. Leave "
         r"it out with exclude_modules\.$"
     )
     with pytest.raises(hra_fx.FoldError, match=text):

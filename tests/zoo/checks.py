@@ -49,11 +49,12 @@ def check(entry: Entry, *, dynamo: bool = False) -> Result:
 
 def dynamo_graphs(trial: Trial) -> str:
     """How many graphs TorchDynamo makes of one call, or why it makes none."""
-    if "example_inputs" not in inspect.signature(hra_fx.graphs).parameters:
-        return ""
     model = hra_fx.transform(copy.deepcopy(trial.base), trial.config)
+    args, kwargs = trial.inputs()
+    if args and kwargs:  # `graphs` takes either
+        kwargs |= dict(zip(inspect.signature(model.forward).parameters, args, strict=False))
     try:
-        return str(len(hra_fx.graphs(model, example_inputs=trial.inputs())))  # type: ignore[call-arg]
+        return str(len(hra_fx.graphs(model, kwargs or args)))
     except Exception as error:
         return _short(error)
 
@@ -233,20 +234,18 @@ class Trial:
 
     def check_gradients(self) -> None:
         """`d loss / d U` of every adapter, in both modes, for a random loss."""
-        inert, reached = set(), set()
+        reached = set[str]()
         for training in (False, True) if self._trains() else (False,):
             actual, wanted = self._gradients(training)
             if not wanted:
                 raise NotApplicable("no output has a gradient")
-            largest = max(float(gradient.abs().max()) for gradient in wanted.values())
-            nothing = _NOTHING[self.dtype] * largest
-            reached |= {path for path, gradient in wanted.items() if float(gradient.abs().max()) > nothing}
-            inert |= {path for path in reached if actual[path] is None or not bool(actual[path].any())}
-            self._judge_gradients(training, actual, wanted, largest)
+            nothing = _NOTHING[self.dtype] * max(float(gradient.abs().max()) for gradient in wanted.values())
+            seen = {path: g for path, g in wanted.items() if float(g.abs().max()) > nothing}
+            reached |= seen.keys()
+            inert = {path for path in seen if actual[path] is None or not bool(actual[path].any())}
+            self.result.inert = sorted(inert.union(self.result.inert))
+            self._judge_gradients(training, actual, seen)
         self.result.untouched = sorted(self.oracle.vectors.keys() - reached)
-        self.result.inert = sorted(inert)
-        if inert:
-            raise Differs(f"without a gradient, while the weights' is not zero: {', '.join(sorted(inert)[:4])}")
 
     def check_batch(self) -> None:
         """Another batch size."""
@@ -331,22 +330,20 @@ class Trial:
             return actual, {}
         return actual, wanted
 
-    def _judge_gradients(
-        self, training: bool, actual: dict[str, Tensor | None], wanted: dict[str, Tensor], largest: float
-    ) -> None:
-        # What is nothing beside the largest is made of rounding alone.
-        seen = {p: g for p, g in wanted.items() if float(g.abs().max()) > _NOTHING[self.dtype] * largest}
+    def _judge_gradients(self, training: bool, actual: dict[str, Tensor | None], wanted: dict[str, Tensor]) -> None:
+        if self.result.inert:
+            raise Differs(f"none, while that of the weights is not zero: {', '.join(self.result.inert[:4])}")
 
         def pick(gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-            found = {path: gradients[path] for path in seen}
-            return {path: torch.zeros_like(seen[path]) if g is None else g.double() for path, g in found.items()}
+            found = {path: gradients[path] for path in wanted}
+            return {path: torch.zeros_like(wanted[path]) if g is None else g.double() for path, g in found.items()}
 
         def noisy() -> dict[str, Tensor]:
             other = Oracle(self.base, self.model, _NOISE[self.dtype])
             _backward(self.run(other.plain.train(training), grad=True))
             return pick(other.gradients())
 
-        self.judge(pick(actual), seen, noisy)
+        self.judge(pick(actual), wanted, noisy)
 
 
 class Refused(Differs):

@@ -7,10 +7,12 @@ with warnings.catch_warnings(), contextlib.suppress(ImportError):
     warnings.simplefilter("ignore")
     import diffusers
     import timm
+    import torch._dynamo
+    import torch._inductor.utils
     import torchvision
     import transformers
 
     import hra_fx.transforming
     import zoo.checks
 
-__all__ = ["diffusers", "hra_fx", "timm", "torchvision", "transformers", "zoo"]
+__all__ = ["diffusers", "hra_fx", "timm", "torch", "torchvision", "transformers", "zoo"]
