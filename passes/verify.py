@@ -14,8 +14,8 @@ class VerifyPass(PassBase):
 
     The rules: the graph is well formed; every marked call reads one reflection, of its own layer and of the very value
     that the layer reads; every reflection of an input is read by calls of its layer and by nothing else; every marked
-    weight is read by one reflection, that of its own layer, and by nothing else; nothing calls a reflection without a
-    mark.
+    weight is read by one reflection, that of its own layer, and by nothing else; nothing calls a reflection, or reads a
+    weight past its reflection, without a mark.
 
     Raises:
         GraphInvariantError: a rule is broken.
@@ -29,6 +29,8 @@ class VerifyPass(PassBase):
             if not isinstance(note, SiteNote):
                 if node.op == "call_module" and str(node.target).endswith(f".{REFLECTION}"):
                     raise _broken(node, "calls a reflection, and carries no mark")
+                if node.op == "get_attr" and str(node.target).endswith(f".{BASE_WEIGHT}"):
+                    raise _broken(node, "reads a weight past its reflection, and carries no mark")
             elif note.role == "layer":
                 _check_layer(node)
             elif note.role == "weight":

@@ -75,6 +75,13 @@ class WeightCarrier(SiteCarrier):
 
     hra_u: WeightReflection
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Another parameter in the place of one that is there; torch would ask for the old one, and so for `W Q`."""
+        if name in self._parameters and (param is None or isinstance(param, nn.Parameter)):
+            self._parameters[name] = param
+        else:
+            super().register_parameter(name, param)
+
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
         """A property in the place of the weight; the parameter itself stays where it is."""

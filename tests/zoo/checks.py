@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-
-import hra_fx
 from zoo.entry import Entry
 from zoo.oracle import Oracle, buffers_of, kept_buffers, randomise, stir, vectors_of
 from zoo.outputs import LOOSEST, TIGHT, Differs, cast, check_usable, distances, flat, seed
 from zoo.refusing import candidates, transform_most
 from zoo.result import CHECKS, NOT_APPLICABLE, OK, REFUSED, Result
+
+import hra_fx
 
 #: Relative change of the weights that stands for the rounding of a rotation, and how far beyond its effect may be gone.
 _NOISE = {torch.float64: 1e-14, torch.float32: 2e-6}

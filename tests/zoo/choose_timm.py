@@ -22,7 +22,7 @@ TABLE = Path(__file__).with_name("timm_table.tsv")
 #: Beginnings that go with the word after them.
 _PREFIXES = ("tf", "legacy", "gc", "eca", "ese", "nf", "dm", "lambda", "test", "wide", "tiny")
 #: Words that make another architecture, and not another size.
-_WORDS = frozenset("clip siglip dinov2 dinov3 rope srelpos rmlp pcpvt svt lite es edgetpu".split())
+_WORDS = ("clip", "siglip", "dinov2", "dinov3", "rope", "srelpos", "rmlp", "pcpvt", "svt", "lite", "es", "edgetpu")
 #: Ways to make a model smaller; the first one that a model takes is used.
 _SMALLER: tuple[dict[str, Any], ...] = (
     {"depth": 2, "embed_dim": 64, "num_heads": 4},

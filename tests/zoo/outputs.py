@@ -55,9 +55,9 @@ def _walk(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]
         items: Any = value.items()
     elif isinstance(value, (list, tuple)):
         items = enumerate(value)
-    elif dataclasses.is_dataclass(value) or "Cache" in type(value).__name__ or "Output" in type(value).__name__:
-        items = vars(value).items()
-    elif "cache_utils" in type(value).__module__:
+    elif dataclasses.is_dataclass(value) or any(
+        word in str(type(value)) for word in ("Cache", "cache_utils", "Output")
+    ):
         items = vars(value).items()
     else:
         return

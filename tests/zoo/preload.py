@@ -11,8 +11,8 @@ with warnings.catch_warnings(), contextlib.suppress(ImportError):
     import torch._inductor.utils
     import torchvision
     import transformers
+    import zoo.checks
 
     import hra_fx.transforming
-    import zoo.checks
 
 __all__ = ["diffusers", "hra_fx", "timm", "torch", "torchvision", "transformers", "zoo"]

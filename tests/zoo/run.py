@@ -37,7 +37,6 @@ TABLE = ROOT / "docs" / "zoo.md"
 def work(name: str, dynamo: bool, pipe: Connection) -> None:
     """Check one model, in a process of its own."""
     import torch
-
     from zoo.checks import check
 
     faulthandler.dump_traceback_later(100)

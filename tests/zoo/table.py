@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from zoo.result import CHECKS, NOT_APPLICABLE, OK, REFUSED, Result
 
+_NONE = "\u2013"
 _LIBRARIES = ("torchvision", "timm", "transformers", "diffusers")
 
 
@@ -125,7 +126,7 @@ def _shown(paths: list[str]) -> list[str]:
 def _legend() -> Iterable[str]:
     yield from (
         "Columns: layers adapted, and how many of them stand in the graph of the whole model, of a part, or alone;",
-        "✓ right, – not applicable (a fixed size, no train mode with these inputs), ⊘ refused with a reason, ✗ wrong.",
+        f"✓ right, {_NONE} not applicable (a fixed size, no train mode with these inputs), ⊘ refused with a reason, ✗ wrong.",
         "start: fresh reflections change nothing; random: random reflections are the rotated weights; train: the same",
         "with dropout and moving buffers; grads: of every adapter, in both modes; batch, size: another one; then a",
         "deep copy, a `state_dict` loaded into a fresh model, and `fold`. graphs: TorchDynamo's, of one call.",
@@ -153,7 +154,7 @@ def _section(library: str, results: list[Result]) -> Iterable[str]:
 
 def _glyph(text: str) -> str:
     if not text or text == NOT_APPLICABLE:
-        return "–"
+        return _NONE
     return "✓" if text == OK else "⊘" if text.startswith(REFUSED) else "✗"
 
 

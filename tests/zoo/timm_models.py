@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-
 from zoo.entry import Call, Entry
 
 _TABLE = Path(__file__).with_name("timm_table.tsv")

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models import detection, segmentation
-
 from zoo.entry import Call, Entry
 
 _CLASSES = 5
