@@ -42,7 +42,7 @@ class Record:
     disabled: bool = False
     requires_grad: dict[str, tuple[bool, bool]] = field(default_factory=dict)
     alone: dict[str, str] = field(default_factory=dict)
-    looked: set[bool] = field(default_factory=set)
+    looked: set[bool] = field(default_factory=set, compare=False, repr=False)
     untied: tuple[Any, ...] = ()
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import random
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -50,3 +54,25 @@ def fresh(call: Call) -> Call:
 
     made: Call = pytree.tree_map(own, call)
     return made
+
+
+@contextmanager
+def random_kept() -> Iterator[None]:
+    """Put the random numbers of torch, Python and numpy back after the block, which a forward may draw from."""
+    numpy = sys.modules.get("numpy")  # what is not loaded, no forward uses
+    states = random.getstate(), numpy.random.get_state() if numpy else None
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            if numpy:
+                numpy.random.set_state(states[1])
+
+
+def seed_all(seed: int) -> None:
+    """Seed torch, Python and numpy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(seed)

@@ -11,7 +11,6 @@ from torch import fx, nn
 
 from hra_fx.adapted import RECORD, regions_of, require_outermost, sites_of
 from hra_fx.capture.observing import NOTHING, Observed, observe
-from hra_fx.capture.over import over
 from hra_fx.capture.region import Region
 from hra_fx.capture.search import Findings, find_regions
 from hra_fx.carrier.layer import SiteCarrier, carrier_for
@@ -143,19 +142,28 @@ def _attach(path: str, layer: nn.Module, undo: ExitStack, *, on_weight: bool) ->
 
 
 def _install(root: nn.Module, path: str, region: Region, sites: dict[str, Site], undo: ExitStack) -> None:
-    rewritten: dict[int, fx.Graph] = {}
-    for training, graph in region.graphs.items():
-        if id(graph) not in rewritten:
-            module = over(root, graph, type(root).__name__)
-            for step in (MatchPass(sites, path), InsertPass(), VerifyPass()):
-                step(module)
-            rewritten[id(graph)] = module.graph
-        region.graphs[training] = rewritten[id(graph)]
+    for graph in {id(graph): graph for graph in region.graphs.values()}.values():
+        draft: Any = _Draft(root, graph)
+        for step in (MatchPass(sites, path), InsertPass(), VerifyPass()):
+            step(draft)
+        graph.owning_module = None  # else each copy and pickle of the region would hold it
     region.settle(root)
     undo.callback(vars(root).pop, REGION, None)
     root._hra_region = region  # type: ignore[assignment]
     swap(root, RegionCarrier)
     undo.callback(unswap, root, RegionCarrier)
+
+
+class _Draft:
+    """A graph on its way through passes: what they use of a GraphModule, without the code, which nobody calls yet."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        self.graph = graph
+        # For lint() to look up the targets in.
+        graph.owning_module = root  # type: ignore[assignment]
+
+    def recompile(self) -> None:
+        """Nothing: `Region.program` compiles what is called."""
 
 
 def _refill(children: dict[str, nn.Module | None], before: dict[str, nn.Module | None]) -> None:

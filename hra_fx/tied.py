@@ -30,6 +30,8 @@ def tied_to(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, list[str]
         >>> tied_to(model, {"head.weight": model.head.weight})
         {'head.weight': ['embed.weight']}
     """
+    if not weights:
+        return {}
     held: dict[tuple[object, int], list[tuple[str, Tensor]]] = {}
     for name, tensor in _tensors(model):
         held.setdefault(_storage(tensor), []).append((name, tensor))

@@ -9,6 +9,7 @@ reflection covers has a gradient there, and none here.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import warnings
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from hra_fx import householder
 from hra_fx.adapted import record_of, regions_of, sites_of
 from hra_fx.carrier.layer import SiteCarrier
 from hra_fx.errors import HRAWarning, VerificationError
-from hra_fx.example import Call, fresh
+from hra_fx.example import Call, fresh, random_kept, seed_all
 from hra_fx.folding import fold
 
 _SEED = 20240517
@@ -56,8 +57,7 @@ def check_against_folded(model: nn.Module, call: Call) -> None:
     Raises:
         VerificationError: naming the mode, what differs, and the first region in which it does.
     """
-    random_state = torch.get_rng_state()
-    try:
+    with random_kept():
         # In float64 no rounding tips a choice (the top experts) that both copies have to make.
         adapted, folded, inputs = _copies(model, call, torch.float64)
         if _why_not(folded, inputs):
@@ -69,15 +69,14 @@ def check_against_folded(model: nn.Module, call: Call) -> None:
                 )
         for training in (True, False):
             _compare(adapted, folded, inputs, training)
-    finally:
-        torch.set_rng_state(random_state)
 
 
 def _copies(model: nn.Module, call: Call, dtype: torch.dtype | None) -> tuple[nn.Module, nn.Module, Call]:
     """A copy with random vectors, a folded copy of that, and inputs for both."""
     adapted = copy.deepcopy(model).requires_grad_(False)
     if dtype is not None:
-        adapted.to(dtype)
+        # Complex buffers (frequencies of a rotation) would lose their imaginary part by Module.to.
+        adapted._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
     generator = torch.Generator().manual_seed(_SEED)
     with torch.no_grad():
         for vectors in _vectors(adapted):
@@ -106,8 +105,12 @@ def _why_not(folded: nn.Module, call: Call) -> str | None:
     try:
         twin(*args, **kwargs)
     except Exception as error:  # whatever the model's own code makes of the inputs
-        return f"{type(error).__name__}: {error}"
+        return _said(error)
     return None
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _compare(adapted: nn.Module, folded: nn.Module, call: Call, training: bool) -> None:
@@ -117,10 +120,28 @@ def _compare(adapted: nn.Module, folded: nn.Module, call: Call, training: bool) 
     sites = sites_of(adapted)
     # Buffers and gradients change, so each mode starts from copies of its own.
     twins = [copy.deepcopy(module) for module in (adapted, folded)]
-    ours, theirs = (_run(twin, call, training, watched) for twin in twins)
     mode = "train" if training else "eval"
-    for name in ours.results.keys() & theirs.results.keys():
-        if not _close(ours.results[name], theirs.results[name]):
+    try:
+        theirs = _run(twins[1], call, training, watched)
+    except Exception as error:  # whatever the model's own code makes of the inputs
+        raise VerificationError(
+            f"example_inputs: in {mode} mode {type(adapted).__name__} without its reflections does not run on them "
+            f"({_said(error)}). Give inputs that the base model takes in both modes."
+        ) from error
+    try:
+        ours = _run(twins[0], call, training, watched)
+    except Exception as error:
+        raise VerificationError(
+            f"the model: in {mode} mode the rewritten one does not run, and the folded one does ({_said(error)}). The "
+            "rewrite would be wrong, and was taken back. Please report the model."
+        ) from error
+    if "output 0" not in theirs.results:
+        raise VerificationError(
+            f"example_inputs: in {mode} mode {type(adapted).__name__} gives no floating-point tensor for them, so there "
+            "is nothing to compare. Give inputs for which it does, or leave verify out."
+        )
+    for name in {**theirs.results, **ours.results}:
+        if not _close(ours.results.get(name), theirs.results.get(name)):
             where = _first_difference(ours.passages, theirs.passages)
             raise VerificationError(
                 f"{where or 'the model'}: in {mode} mode {name} of the rewritten model is not that of the folded one. "
@@ -136,9 +157,11 @@ def _run(module: nn.Module, call: Call, training: bool, watched: list[str]) -> _
     passages: list[_Passage] = []
     for path in watched:
         module.get_submodule(path).register_forward_hook(_recorder(path, passages), with_kwargs=True)
-    args, kwargs = fresh(call)
-    inputs = [leaf.requires_grad_() for leaf in _floating((args, kwargs))]
-    torch.manual_seed(_SEED)
+    call = fresh(call)
+    inputs = [leaf.requires_grad_() for leaf in _floating(call)]
+    # No leaves, for a forward may write into what it is given.
+    args, kwargs = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, call)
+    seed_all(_SEED)
     outputs = _floating(module.train(training)(*args, **kwargs))
     generator = torch.Generator().manual_seed(_SEED)
     terms = [(out * torch.randn(out.shape, generator=generator).to(out)).sum() for out in outputs if out.requires_grad]
@@ -163,8 +186,13 @@ def _copied(tree: Any) -> list[Tensor]:
 
 
 def _floating(tree: Any) -> list[Tensor]:
-    leaves = pytree.tree_leaves(tree)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    found: list[Tensor] = []
+    for leaf in pytree.tree_leaves(tree):
+        if dataclasses.is_dataclass(leaf):
+            found += _floating([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
+        elif isinstance(leaf, Tensor) and leaf.is_floating_point():
+            found.append(leaf)
+    return found
 
 
 def _first_difference(ours: list[_Passage], theirs: list[_Passage]) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
@@ -32,6 +32,7 @@ class MatchPass(PassBase):
         self._prefix = f"{prefix}." if prefix else ""
         below = {path: site for path, site in sites.items() if path.startswith(self._prefix)}
         self._sites = {path[len(self._prefix) :]: site for path, site in below.items()}
+        self._above = {owner for path in self._sites for owner in _owners(path)}
         self.calls: dict[str, int] = {}
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -60,8 +61,15 @@ class MatchPass(PassBase):
         site = self._sites.get(target)
         if site is not None and not site.on_weight:
             return SiteNote(site.path, site.kind, "layer")
+        if site is None and target not in self._above:
+            return None
         inside = [s for path, s in self._sites.items() if path == target or path.startswith(f"{target}.")]
         if not inside:
             return None
         first, *others = dict.fromkeys(inside)
         return SiteNote(first.path, first.kind, "reader", tuple(other.path for other in others))
+
+
+def _owners(path: str) -> Iterator[str]:
+    while path := path.rpartition(".")[0]:
+        yield path

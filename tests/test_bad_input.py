@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import transformers
 from adapting import config
 from refusals import mlp, refused
 from torch import nn
@@ -38,11 +37,11 @@ def test_layers_pattern_without_indices() -> None:
     ("layer", "kind"),
     [
         (nn.Embedding(3, 4), "Embedding"),
-        (nn.Conv1d(3, 4, 1), "Conv1d"),
+        (nn.ConvTranspose1d(3, 4, 1), "ConvTranspose1d"),
         (nn.ConvTranspose2d(3, 4, 1), "ConvTranspose2d"),
         (nn.LayerNorm(4), "LayerNorm"),
         (nn.Sequential(nn.Linear(4, 4)), "Sequential"),
-        (transformers.pytorch_utils.Conv1D(4, 4), "Conv1D"),
+        (nn.Bilinear(4, 4, 4), "Bilinear"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -12,7 +12,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-import torchvision
 import transformers
 from adapting import config
 from refusals import mlp, refused
@@ -24,14 +23,11 @@ import hra_fx
 # ---- the layer itself ----
 
 
-class ScaledLinear(nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, 2 * self.weight, self.bias)
+class OwnCall(nn.Linear):
+    """Never comes to its forward."""
 
-
-class ScaledConv(nn.Conv2d):
-    def forward(self, input: Tensor) -> Tensor:
-        return 2 * super().forward(input)
+    def __call__(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight)
 
 
 class NamedLinear(nn.Linear):
@@ -74,8 +70,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "meta": (lambda: nn.Linear(6, 6, device="meta"), "meta device, without data", "Load the weights first"),
     "instance forward": (with_instance_forward, "forward is set on the instance", "Remove it"),
     "own attribute": (with_attribute, "attribute 'hra_u' already", "Rename that"),
-    "own forward, Linear": (lambda: ScaledLinear(6, 6), "forward of its own", "exclude_modules"),
-    "own forward, Conv2d": (lambda: ScaledConv(6, 6, 3), "forward of its own", "exclude_modules"),
+    "own call": (lambda: OwnCall(6, 6), "has a __call__ of its own", "exclude_modules"),
     "LazyLinear": (lambda: nn.LazyLinear(6), "not initialised yet", "Run the model once first"),
     "LazyConv2d": (lambda: nn.LazyConv2d(6, 3), "not initialised yet", "Run the model once first"),
     "weight_norm": (
@@ -92,6 +87,21 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         lambda: parametrizations.orthogonal(nn.Linear(6, 6)),
         "its weight is computed from other parameters",
         "remove_parametrizations",
+    ),
+    "weight_norm, Conv1d": (
+        lambda: parametrizations.weight_norm(nn.Conv1d(6, 6, 3)),
+        "its weight is computed from other parameters",
+        "remove_parametrizations",
+    ),
+    "orthogonal, attention": (
+        lambda: parametrizations.orthogonal(nn.MultiheadAttention(6, 2), "in_proj_weight"),
+        "its weight is computed from other parameters",
+        "remove_parametrizations",
+    ),
+    "attention of several widths": (
+        lambda: nn.MultiheadAttention(6, 2, vdim=4),
+        "its inputs differ in width (kdim, vdim)",
+        "name its out_proj",
     ),
     "old weight_norm": (with_old_weight_norm, "its weight is computed from other parameters", "remove_weight_norm"),
     "old spectral_norm": (
@@ -204,108 +214,6 @@ def test_other_peft_adapters(kind: type) -> None:
     }
     wrapped = peft.get_peft_model(mlp(), kind(target_modules=["0"], **fields[kind]))
     assert "a PEFT adapter is already inside" in refused(wrapped, config("2"))
-
-
-# ---- weights that another module reads ----
-
-
-def swin() -> nn.Module:
-    sizes = {"patch_size": [4, 4], "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": [4, 4]}
-    return torchvision.models.SwinTransformer(**sizes, num_classes=2)
-
-
-def eva() -> nn.Module:
-    return timm.create_model("eva02_tiny_patch14_224", img_size=28, embed_dim=24, depth=1, num_heads=2, num_classes=2)
-
-
-def mamba() -> nn.Module:
-    return transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1))
-
-
-class KeptReader(nn.Module):
-    """Reads a weight in a helper that its forward calls."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lin, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.helper(x))
-
-    def helper(self, x: Tensor) -> Tensor:
-        return x @ self.lin.weight.T
-
-
-class FunctionalReader(nn.Module):
-    """Never calls the layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lin, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(F.linear(x, self.lin.weight, self.lin.bias))
-
-
-READERS: dict[str, tuple[Callable[[], nn.Module], str, str, str]] = {
-    "MultiheadAttention": (
-        lambda: nn.Sequential(nn.MultiheadAttention(4, 2), nn.Linear(4, 4)),
-        "out_proj",
-        "0.out_proj",
-        "0 (MultiheadAttention.forward)",
-    ),
-    "TransformerEncoderLayer.linear1": (
-        lambda: nn.TransformerEncoderLayer(8, 2, 16),
-        "linear1",
-        "linear1",
-        "the model (TransformerEncoderLayer.forward)",
-    ),
-    "TransformerEncoderLayer.linear2": (
-        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1),
-        "linear2",
-        "layers.0.linear2",
-        "layers.0 (TransformerEncoderLayer.forward)",
-    ),
-    "swin qkv": (swin, "qkv", "features.1.0.attn.qkv", "features.1.0.attn (ShiftedWindowAttention.forward)"),
-    "swin proj": (swin, "proj", "features.1.0.attn.proj", "features.1.0.attn (ShiftedWindowAttention.forward)"),
-    "eva qkv": (eva, "qkv", "blocks.0.attn.qkv", "blocks.0.attn (EvaAttention.forward)"),
-    "mamba dt_proj": (mamba, "dt_proj", "backbone.layers.0.mixer.dt_proj", "backbone.layers.0.mixer (MambaMixer."),
-    "mamba x_proj": (mamba, "x_proj", "backbone.layers.0.mixer.x_proj", "backbone.layers.0.mixer (MambaMixer."),
-    "mamba out_proj": (mamba, "out_proj", "backbone.layers.0.mixer.out_proj", "backbone.layers.0.mixer (MambaMixer."),
-    "helper": (KeptReader, "lin", "lin", "the model (KeptReader.helper)"),
-    "functional": (FunctionalReader, "lin", "lin", "the model (FunctionalReader.forward)"),
-}
-
-
-@pytest.mark.parametrize(("make", "target", "path", "reader"), READERS.values(), ids=READERS.keys())
-def test_inert_layer_is_refused(make: Callable[[], nn.Module], target: str, path: str, reader: str) -> None:
-    model = make()
-    message = refused(model, config(target))
-    assert message.startswith(f"{path} (")
-    assert f"{reader}" in message
-    assert "reads its weight directly and need not call it" in message
-    assert "Leave it out with exclude_modules." in message
-
-
-@pytest.mark.parametrize(
-    ("make", "targets"),
-    [(swin, ["mlp.0", "mlp.3", "head"]), (eva, ["proj", "head"]), (mamba, ["in_proj"])],
-    ids=["swin", "eva", "mamba"],
-)
-def test_other_layers_of_these_models_are_adapted(make: Callable[[], nn.Module], targets: list[str]) -> None:
-    model = make().double().eval()
-    size = 28 if make is eva else 32
-    inputs = torch.randint(0, 16, (2, 5)) if make is mamba else torch.randn(2, 3, size, size).double()
-    hra_fx.transform(model, hra_fx.HRAConfig(r=3, target_modules=targets))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".hra_u." in name:
-                parameter.normal_()
-        first = model(inputs)
-        second = hra_fx.fold(model)(inputs)
-    if make is mamba:
-        first, second = first.logits, second.logits
-    torch.testing.assert_close(first, second, rtol=1e-8, atol=1e-9)
 
 
 # ---- what must not be refused ----

@@ -13,7 +13,7 @@ from zoo.registry import entries, named
 from zoo.result import CHECKS
 
 ENTRIES = entries()
-#: Of every kind one: convolutions, windows, functional qkv, detection; texts, experts, states, caches, sounds, pictures.
+#: Of every kind one: convolutions, windows, functional qkv, detectors; texts, experts, states, sounds, pictures.
 PICKED = """
 torchvision/resnet18 torchvision/mobilenet_v3_small torchvision/shufflenet_v2_x0_5 torchvision/regnet_y_400mf
 torchvision/swin_t torchvision/swin_v2_t torchvision/vit_b_32 torchvision/maxvit_t torchvision/convnext_tiny

@@ -184,7 +184,7 @@ def _ignores_others(kind: Any) -> bool:
     if not taken or forward is None or forward.decorator_list:
         return False
     # A class body may say `forward = other`.
-    if forward.lineno != kind.forward.__code__.co_firstlineno:
+    if forward.lineno != getattr(getattr(kind.forward, "__code__", None), "co_firstlineno", None):
         return False
     names = {node.id for statement in forward.body for node in ast.walk(statement) if isinstance(node, ast.Name)}
     return names.isdisjoint((*taken, "locals", "vars", "dir", "eval", "exec"))

@@ -6,13 +6,12 @@ import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from hra_fx.capture.calling import Calling, observed
 from hra_fx.carrier.swap import original_class
 from hra_fx.errors import AdapterError, CaptureError
-from hra_fx.example import Call, fresh
+from hra_fx.example import Call, fresh, random_kept
 from hra_fx.overlooked import WeightWatch
 
 
@@ -43,13 +42,19 @@ def observe(model: nn.Module, call: Call, layers: Mapping[str, nn.Module]) -> Ob
         AdapterError: the model does not run on them.
     """
     # The weights are shared, and known by that; buffers are the copy's own, for a forward may write them.
-    twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    try:
+        twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    except Exception as error:  # whatever some attribute of the model's makes of a copy
+        raise AdapterError(
+            f"example_inputs: {type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and a copy is "
+            "what is called. Leave example_inputs out, or make it ready to be copied."
+        ) from error
     seen: dict[str, Calling | str] = {}
     for path, module in twin.named_modules():
         module.register_forward_pre_hook(_recorder(path, seen), with_kwargs=True)
     watch = WeightWatch(twin, {path: twin.get_submodule(path) for path in layers})
     args, kwargs = fresh(call)
-    with torch.random.fork_rng(), watch:
+    with random_kept(), watch:
         try:
             twin(*args, **kwargs)
         except Exception as error:  # whatever the model's own code makes of the inputs

@@ -179,7 +179,8 @@ class _Values:
 
     def _function_is_sure(self, called: types.FunctionType, call: ast.Call) -> bool:
         names = list(inspect.signature(called).parameters)
-        if any(isinstance(argument, ast.Starred) for argument in call.args) or len(call.args) > len(names):
+        unpacks = any(isinstance(a, ast.Starred) for a in call.args) or any(k.arg is None for k in call.keywords)
+        if unpacks or len(call.args) > len(names):
             return False
         given = dict(zip(names, call.args, strict=False)) | {k.arg: k.value for k in call.keywords if k.arg}
         known = {name for name, value in given.items() if self._is_sure(value)}
@@ -187,9 +188,9 @@ class _Values:
 
 
 def with_default(function: Callable[..., Any]) -> set[str]:
-    """Parameters whose default is a value."""
+    """Parameters whose default is a number or a string."""
     parameters = inspect.signature(function).parameters.values()
-    return {p.name for p in parameters if p.default is not p.empty and p.default is not None}
+    return {p.name for p in parameters if isinstance(p.default, (bool, int, float, str))}
 
 
 def _assigned(node: ast.AST) -> Iterator[tuple[str, ast.expr | None]]:

@@ -17,6 +17,7 @@ from hra_fx.capture.admission import why_not_inlined
 from hra_fx.capture.augmented import SPECIAL_METHODS
 from hra_fx.capture.calling import Calling
 from hra_fx.capture.keeping import Keeping
+from hra_fx.capture.memory import without_memory
 from hra_fx.capture.questions import asks_for_no_tensor, is_assertion, is_certainly_tensor
 from hra_fx.errors import CaptureError
 
@@ -117,7 +118,7 @@ class RegionTracer(fx.Tracer):
         while True:
             before = len(self.refused)
             try:
-                with keeping.active():
+                with keeping.active(), without_memory():
                     return super().trace(root, concrete_args)
             except Exception as error:
                 if not keeping.add_culprit(error):

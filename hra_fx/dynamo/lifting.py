@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from hra_fx.carrier.swap import below
-from hra_fx.dynamo.recording import Recorded, outputs
+from hra_fx.dynamo.recording import ONE_NODE, Recorded, outputs
 from hra_fx.example import Call
 from hra_fx.reflection import Reflection
 
@@ -113,6 +113,9 @@ def _clean(graph: fx.Graph, names: Names) -> None:
         kept = {key: node.meta[key] for key in ("stack_trace",) if key in node.meta}
         if places := {path: (path, below(kind)) for path, kind in paths.items() if path}:
             kept["nn_module_stack"] = places
+        if node.target in ONE_NODE:
+            # What fx's tracer writes for a function that it does not go into: it holds for one that reads this graph.
+            kept["is_wrapped"] = True
         node.meta = kept
 
 

@@ -26,7 +26,8 @@ from hra_fx import forms
 from hra_fx.example import Call, fresh
 from hra_fx.householder import orthonormalize
 
-_ONE_NODE: tuple[Callable[..., Any], ...] = (
+#: What TorchDynamo is to leave whole.
+ONE_NODE: tuple[Callable[..., Any], ...] = (
     forms.reflected_rows,
     forms.patch_coordinates,
     forms.patch_image,
@@ -118,6 +119,18 @@ def record_pieces(model: nn.Module, call: Call) -> list[Recorded]:
     return recorder.graphs
 
 
+def error_of(model: nn.Module, call: Call) -> Exception | None:
+    """What a model itself raises at a call, if it does: give a `twin` of the model that is meant."""
+    args, kwargs = fresh(call)
+    with warnings.catch_warnings(), _same_chance(model), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            model(*args, **kwargs)
+        except Exception as error:
+            return error
+    return None
+
+
 def twin(model: nn.Module) -> nn.Module:
     """A copy with the parameters of the model, and all else its own."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
@@ -139,7 +152,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         stack.enter_context(_same_chance(model))
         stack.enter_context(config.patch(settings))
         stack.enter_context(torch.compiler.set_stance("default"))
-        stack.enter_context(_as_one_node((*_ONE_NODE, outputs)))
+        stack.enter_context(_as_one_node((*ONE_NODE, outputs)))
         try:
             yield
         finally:

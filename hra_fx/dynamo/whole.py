@@ -8,7 +8,7 @@ from hra_fx.adapted import sites_of
 from hra_fx.carrier.swap import original_class
 from hra_fx.dynamo.lifting import lift, names_in
 from hra_fx.dynamo.marking import mark
-from hra_fx.dynamo.recording import record_pieces, record_whole, twin
+from hra_fx.dynamo.recording import error_of, record_pieces, record_whole, twin
 from hra_fx.errors import AdapterError
 from hra_fx.example import Call
 
@@ -22,6 +22,8 @@ def whole_graphs(model: nn.Module, call: Call) -> dict[str, fx.GraphModule]:
     names = names_in(model)
     recorded = record_whole(model, call)
     found = _in_pieces(model, call) if recorded is None else {"": lift(recorded, model, names, call)}
+    if not any(_computes(module) for module in found.values()):
+        raise _failure(original_class(model).__name__, "TorchDynamo found no operator on tensors in this call")
     sites = sites_of(model)
     for module in found.values():
         mark(module.graph, sites)
@@ -29,8 +31,6 @@ def whole_graphs(model: nn.Module, call: Call) -> dict[str, fx.GraphModule]:
 
 
 def _in_pieces(model: nn.Module, call: Call) -> dict[str, fx.GraphModule]:
-    from torch._dynamo.exc import TorchDynamoException
-
     kind = original_class(model).__name__
     try:
         copied = twin(model)
@@ -39,16 +39,18 @@ def _in_pieces(model: nn.Module, call: Call) -> dict[str, fx.GraphModule]:
         raise _failure(kind, reason) from error
     try:
         recorded = record_pieces(copied, call)
-    except TorchDynamoException as error:
-        raise _failure(kind, f"TorchDynamo cannot record this call ({_short(error)})") from error
     except Exception as error:
-        raise AdapterError(
-            f"{kind}: it does not run on example_inputs ({_short(error)}). Give the inputs of a call that works."
-        ) from error
-    if not recorded:
-        raise _failure(kind, "TorchDynamo found no operator on tensors in this call")
+        if own := error_of(copied, call):
+            raise AdapterError(
+                f"{kind}: it does not run on example_inputs ({_short(own)}). Give the inputs of a call that works."
+            ) from own
+        raise _failure(kind, f"TorchDynamo cannot record this call ({_short(error)})") from error
     names = names_in(copied)
     return {f"call[{index}]": lift(piece, model, names) for index, piece in enumerate(recorded)}
+
+
+def _computes(module: fx.GraphModule) -> bool:
+    return any(node.op.startswith("call_") for node in module.graph.nodes)
 
 
 def _failure(kind: str, reason: str) -> AdapterError:

@@ -30,10 +30,8 @@ def describe_module(module: nn.Module) -> str:
     >>> describe_module(nn.Linear(4, 8)), describe_module(nn.ReLU())
     ('Linear 4→8', 'ReLU')
     """
-    if not isinstance(module, nn.Linear | nn.Conv2d):
-        return type(module).__name__
     text = describe(module).replace("->", "→")
-    if isinstance(module, nn.Conv2d) and set(module.stride) != {1}:
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and set(module.stride) != {1}:
         text += f", stride {module.stride[0] if len(set(module.stride)) == 1 else module.stride}"
     return text
 

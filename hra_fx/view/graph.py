@@ -1,15 +1,16 @@
 """From a model and its captured graphs to one networkx graph of drawable leaves.
 
 Nodes are strings, in drawing order, each with the attribute `leaf`; edges are the flow of values inside a captured
-graph. A site's two nodes (reflection, layer) become one leaf, parameters are folded into what reads them, and what only
-computes shapes or passes a value on is left out. Modules outside every captured graph are leaves without edges.
+graph. A site's two nodes (its reflection, and the layer or its weight) become one leaf, parameters are folded into what
+reads them, and what only computes shapes or passes a value on is left out. Modules outside every captured graph are
+leaves without edges.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import BuiltinFunctionType, FunctionType
 
 import networkx as nx
@@ -134,6 +135,14 @@ class _Builder:
         name = name_of(path) or type(layer).__name__
         return Leaf(name, describe_module(layer), "site", op, path, place, marks, width, rank)
 
+    def _reader_leaf(self, note: SiteNote, node: fx.Node, region: str, place: tuple[str, ...]) -> Leaf:
+        """A module that is called as a whole, with the marks of all sites that act in it."""
+        path = _join(region, str(node.target))
+        first, *others = (self._site_leaf(site, node.op, place) for site in (note.path, *note.also))
+        marks = tuple(mark for leaf in (first, *others) for mark in leaf.marks)
+        detail = describe_module(self.model.get_submodule(path))
+        return replace(first, name=name_of(path), detail=detail, target=path, marks=marks)
+
     def _add_region(self, region: str, graph: fx.GraphModule) -> None:
         values: dict[fx.Node, _Value] = {}
         alone = region in self.sites
@@ -164,7 +173,7 @@ class _Builder:
         """The modules around a node; without a record of calls, an operation stays with what it reads."""
         stack = _stack(node, region)
         note = _note(node)
-        if note is not None:
+        if note is not None and note.role != "reader":
             owner = _parent(note.path)
         elif node.op == "call_module":
             owner = _parent(_join(region, str(node.target)))
@@ -185,6 +194,8 @@ class _Builder:
         self, node: fx.Node, region: str, graph: fx.GraphModule, place: tuple[str, ...], parameters: tuple[str, ...]
     ) -> Leaf:
         note = _note(node)
+        if note is not None and note.role == "reader":
+            return self._reader_leaf(note, node, region, place)
         if note is not None:
             return self._site_leaf(note.path, node.op, place)
         if node.op == "call_module":

@@ -129,7 +129,7 @@ def test_adding_to_a_plain_or_merged_model_is_refused() -> None:
         hra_fx.add_adapter(model, "b", config("second"))
 
 
-def test_layers_of_a_model_that_reads_weights_are_refused_by_the_second_adapter_too() -> None:
+def test_layers_of_a_model_that_reads_weights_take_a_second_adapter() -> None:
     class Reads(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -138,6 +138,8 @@ def test_layers_of_a_model_that_reads_weights_are_refused_by_the_second_adapter_
         def forward(self, x: Tensor) -> Tensor:
             return nn.functional.linear(self.a(x), self.b.weight)
 
-    model = hra_fx.transform(Reads(), config("a"))
-    with pytest.raises(hra_fx.UnsupportedLayerError, match=r"^b \(Linear\): .* reads its weight directly"):
-        hra_fx.add_adapter(model, "other", config("a", "b"))
+    plain, model = adapted(Reads().double(), a=config("a"), b=config("a", "b", r=3))
+    x = normal(4, 4)
+    for order in (["a"], ["b"], ["a", "b"]):
+        hra_fx.set_adapter(model, order)
+        assert_close(model(x), oracle(plain, model, order, x))

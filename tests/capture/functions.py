@@ -99,6 +99,18 @@ def none_by_default(x: Tensor, other: Tensor | None = None) -> Any:
     return x if x.shape[0] > 3 else other
 
 
+def _either(x: Tensor, other: Any = 1) -> Any:
+    return x if x.shape[0] > 3 else other
+
+
+def none_by_keywords(x: Tensor) -> Any:
+    return _either(x, **{"other": None})
+
+
+def none_in_default(x: Tensor, pair: tuple[Any, ...] = (None, 1)) -> Any:
+    return x if x.shape[0] > 3 else pair[0]
+
+
 def swallowed(x: Tensor) -> Any:
     with contextlib.suppress(ValueError):
         if x.shape[0] <= 3:

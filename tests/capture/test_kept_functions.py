@@ -189,6 +189,27 @@ class AsksGivenNone(Two):
         return self.second(hidden if found is None else hidden * 2)
 
 
+class AsksKeywords(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        found = functions.none_by_keywords(hidden)
+        return self.second(hidden if found is None else hidden * 2)
+
+
+class AsksPair(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        found = functions.none_in_default(hidden)
+        return self.second(hidden if found is None else hidden * 2)
+
+
+class AsksDict(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        found = functions.none_from_a_dict(hidden)
+        return self.second(hidden if found is None else hidden * 2)
+
+
 class AsksSwallowed(Two):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.first(x)
@@ -262,6 +283,8 @@ class Nested(Two):
 BRANCHES = "it branches on a value"
 REFUSED: list[tuple[type[nn.Module], str]] = [
     *((model, BRANCHES) for model in (AsksPerhaps, AsksFallsOff, AsksNamedNone, AsksAnother, AsksList, AsksAppended)),
+    *((model, BRANCHES) for model in (AsksKeywords, AsksPair)),
+    (AsksDict, "it looks a value up in a set or dictionary"),
     *((model, BRANCHES) for model in (AsksProduct, AsksDefault, AsksGivenNone, AsksSwallowed, AsksCaught)),
     *((model, BRANCHES) for model in (AsksAttribute, AsksWrapped, Fills, Writes, Aliases, Applies, Method, Nested)),
 ]

@@ -117,23 +117,33 @@ def test_subclasses_of_conv2d(layer: Callable[[], nn.Module], fields: dict[str, 
     check_fold(base, model, normal(2, 2, 3, 8, 8), rtol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("name", "targets", "size"),
-    [
-        ("resnetv2_50x1_bit", r".*conv\d?", 32),
-        ("tf_efficientnet_b0", r"conv_stem|.*(conv_dw|conv_pwl|classifier)", 32),
-        ("nf_regnet_b0", r".*conv\d?(_dw)?|.*fc\d?", 32),
-    ],
-)
-def test_timm_models_made_of_them(name: str, targets: str, size: int) -> None:
-    base, model = pair(lambda: timm.create_model(name, num_classes=3), targets)
+def resnet_of_standardised() -> nn.Module:
+    return timm.models.resnetv2.ResNetV2((1, 1), (128, 128), 3, stem_chs=32, conv_layer=StdConv2d)
+
+
+TIMM: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "resnetv2 of StdConv2d": (resnet_of_standardised, r".*conv\d?"),
+    "efficientnet of Conv2dSame": (
+        lambda: timm.create_model("test_efficientnet", num_classes=3, pad_type="same"),
+        r"conv_stem|.*(conv_dw|conv_pwl|classifier)",
+    ),
+    "nfnet of ScaledStdConv2d": (
+        lambda: timm.create_model("test_nfnet", num_classes=3),
+        r".*conv\d?[ab]?|.*fc\d?",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "targets"), TIMM.values(), ids=TIMM)
+def test_timm_models_made_of_them(make: Callable[[], nn.Module], targets: str) -> None:
+    base, model = pair(make, targets)
     assert {row.region for row in hra_fx.report(model).rows} == {"whole"}
     assert any(isinstance(part, WeightReflection) for part in model.modules())
-    x = normal(3, 2, 3, size, size)
+    x = normal(3, 2, 3, 32, 32)
     with torch.no_grad():
         wanted = run_dense(base, model, x)
-        assert_same(model(x), wanted, rtol=1e-7)
-        assert_same(hra_fx.fold(model)(x), wanted, rtol=1e-7)
+        assert_same(model(x), wanted, rtol=1e-8)
+        assert_same(hra_fx.fold(model)(x), wanted, rtol=1e-8)
 
 
 # ---- transformers' Conv1D ----

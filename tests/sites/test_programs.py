@@ -19,6 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 import hra_fx
 from hra_fx.adapted import sites_of
+from hra_fx.view.describe import describe_module
+from hra_fx.view.graph import adapted_graph
 
 
 class Doubling(nn.Linear):
@@ -160,10 +162,28 @@ def test_a_picture_is_written(make: Callable[[], nn.Module], targets: list[str],
 
 @pytest.mark.parametrize(("make", "targets"), MODELS.values(), ids=MODELS)
 def test_the_picture_marks_every_site_once(make: Callable[[], nn.Module], targets: list[str]) -> None:
-    from hra_fx.view.graph import adapted_graph
-
     _, model = pair(make, targets)
     picture = adapted_graph(model, hra_fx.graphs(model))
     marks = Counter(mark.path for _, leaf in picture.nodes(data="leaf") for mark in leaf.marks)
     assert marks == dict.fromkeys(sites_of(model), 1)
     assert not re.search("hra_u|hra_base", " ".join(leaf.name for _, leaf in picture.nodes(data="leaf")))
+
+
+def test_a_reader_is_one_box_with_the_marks_of_all_sites_in_it() -> None:
+    _, model = pair(torchvision_vit, ["self_attention", "out_proj"])
+    picture = adapted_graph(model, hra_fx.graphs(model))
+    leaves = [leaf for _, leaf in picture.nodes(data="leaf") if leaf.marks]
+    attention = "encoder.layers.encoder_layer_0.self_attention"
+    assert [mark.path for mark in leaves[0].marks] == [attention, f"{attention}.out_proj"]
+    assert (leaves[0].name, leaves[0].detail, leaves[0].kind) == ("self_attention", "Attention 12→3x12", "site")
+    assert len(leaves) == 2
+    assert leaves[0].place[-1] == "encoder.layers.encoder_layer_0"
+
+
+def test_a_weight_that_is_read_is_drawn_before_its_reader() -> None:
+    _, model = pair(torchvision_swin, ["qkv"])
+    picture = adapted_graph(model, hra_fx.graphs(model))
+    for key, leaf in picture.nodes(data="leaf"):
+        if leaf.marks:
+            assert leaf.name == "qkv" and leaf.detail == describe_module(model.get_submodule(leaf.target))
+            assert picture.out_degree(key) >= 1 and picture.in_degree(key) == 0

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapters.failing import At, ctrl_c_in, no_memory
 from oracles import dense_q, dense_weight, relative_error
 from torch import nn
 from transformers_use.tied import CASES, Case, case, logits, turn
@@ -178,6 +179,31 @@ def test_a_training_step_leaves_the_tie_and_the_embedding_alone(kind: str) -> No
     assert not torch.equal(vectors, start)
     assert torch.equal(model.get_submodule(embedding).weight, before)
     assert model.get_submodule(head).weight is model.get_submodule(embedding).weight
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_without_memory_for_what_is_untied_nothing_changes(call: int) -> None:
+    model = adapted("bart").model
+    wanted, parameters = logits(model), [id(parameter) for parameter in model.parameters()]
+    with At(torch.empty_like, call, no_memory), pytest.raises(torch.OutOfMemoryError, match="no memory is left"):
+        hra_fx.fold(model)
+    assert [id(parameter) for parameter in model.parameters()] == parameters
+    assert model.config.tie_word_embeddings
+    assert torch.equal(logits(model), wanted)
+    folded(model)
+    assert relative_error(logits(model), wanted) < 1e-12
+
+
+def test_a_ctrl_c_while_ties_part_waits_until_all_have() -> None:
+    model = adapted("bart").model
+    wanted = logits(model)
+    with ctrl_c_in("turn_off"), pytest.raises(KeyboardInterrupt):
+        hra_fx.fold(model)
+    assert not model.config.tie_word_embeddings
+    assert type(model.lm_head) is nn.Linear
+    assert relative_error(logits(model), wanted) < 1e-12
+    pointers = [parameter.data_ptr() for parameter in model.parameters()]
+    assert len(set(pointers)) == len(pointers)
 
 
 # With trained copies

@@ -126,7 +126,7 @@ def _shown(paths: list[str]) -> list[str]:
 def _legend() -> Iterable[str]:
     yield from (
         "Columns: layers adapted, and how many of them stand in the graph of the whole model, of a part, or alone;",
-        f"✓ right, {_NONE} not applicable (a fixed size, no train mode with these inputs), ⊘ refused with a reason, ✗ wrong.",
+        f"✓ right, {_NONE} not applicable (a fixed size, say), ⊘ refused with a reason, ✗ wrong.",
         "start: fresh reflections change nothing; random: random reflections are the rotated weights; train: the same",
         "with dropout and moving buffers; grads: of every adapter, in both modes; batch, size: another one; then a",
         "deep copy, a `state_dict` loaded into a fresh model, and `fold`. graphs: TorchDynamo's, of one call.",

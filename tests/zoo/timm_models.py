@@ -11,13 +11,21 @@ import torch
 from torch import nn
 from zoo.entry import Call, Entry
 
+#: A gigabyte in float64.
+_LARGE = ("vgg11",)
 _TABLE = Path(__file__).with_name("timm_table.tsv")
 
 
 def _entry(line: str) -> Entry:
     name, kwargs, size, other = line.split("\t")
     sides = [side for side in (int(size), int(other)) if side]
-    return Entry(f"timm/{name}", _builder(name, ast.literal_eval(kwargs)), _images(sides), sizes=len(sides))
+    return Entry(
+        f"timm/{name}",
+        _builder(name, ast.literal_eval(kwargs)),
+        _images(sides),
+        sizes=len(sides),
+        double=name not in _LARGE,
+    )
 
 
 def _builder(name: str, kwargs: dict[str, Any]) -> Callable[[], nn.Module]:

@@ -1,0 +1,398 @@
+"""`hra_fx.graphs(model, example_inputs)`: one graph of a call, each reflection one node, and nothing else touched."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import hra_fx
+from hra_fx.adapted import sites_of
+from hra_fx.errors import AdapterError
+
+TOKENS = torch.tensor([[5, 9, 3, 7], [8, 4, 11, 6]])
+SMALL = {"vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 1}
+
+
+class Branching(nn.Module):
+    """Cannot be captured whole by fx: it branches on a shape. Every form of a site is in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, padding=1, groups=2, padding_mode="circular")
+        self.norm = nn.BatchNorm2d(4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(4, 3)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
+        if x.shape[0] > 100:
+            x = x[:100]
+        rows = self.norm(self.conv(x)).flatten(2).mT
+        read, _ = self.attention(rows, rows, rows, need_weights=False)
+        return {"again": self.head(read), "rows": self.drop(self.head(scale * rows))}
+
+
+class Broken(Branching):
+    """A graph break between the norm and the rest."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.norm(self.conv(x))
+        torch._dynamo.graph_break()
+        return self.head(self.drop(hidden.mean((2, 3))))
+
+
+def adapted(model: nn.Module, targets: Any, **fields: Any) -> Any:
+    torch.manual_seed(0)
+    model = hra_fx.transform(model, hra_fx.HRAConfig(**({"r": 2, "target_modules": targets} | fields)))
+    return turned(model)
+
+
+def turned(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".hra_u." in name:
+                parameter.normal_()
+    return model
+
+
+def branching(**fields: Any) -> Any:
+    torch.manual_seed(1)
+    return adapted(Branching().eval(), ["conv", "attention", "attention.out_proj", "head"], **fields)
+
+
+def image() -> Tensor:
+    return torch.randn(2, 2, 3, 3, generator=torch.Generator().manual_seed(3))
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def run(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+
+
+def calls_of(model: nn.Module, inputs: Any) -> Counter[str]:
+    """How often each site's reflection is called, from hooks on it."""
+    calls: Counter[str] = Counter()
+    hooked = copy.deepcopy(model)
+    for path, layer in sites_of(hooked).items():
+        layer.hra_u.register_forward_pre_hook(lambda *_, path=path: calls.update([path]))  # type: ignore[misc]
+    run(hooked, inputs)
+    return calls
+
+
+def reflections_in(*graphs: fx.GraphModule) -> Counter[str]:
+    nodes = [node for graph in graphs for node in graph.graph.nodes]
+    return Counter(
+        node.meta["hra"].path for node in nodes if "hra" in node.meta and node.meta["hra"].role == "reflection"
+    )
+
+
+def gradients(outputs: list[Tensor], model: nn.Module) -> dict[str, Tensor]:
+    model.zero_grad()
+    sum(output.float().pow(2).sum() for output in outputs).backward()  # type: ignore[union-attr]
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check_whole(model: nn.Module, inputs: Any) -> fx.GraphModule:
+    """All that holds of a whole graph."""
+    found = hra_fx.graphs(model, inputs)
+    assert list(found) == [""]
+    graph = found[""]
+    assert reflections_in(graph) == calls_of(model, inputs)
+    torch.manual_seed(5)
+    wanted = tensors_in(run(model, inputs))
+    wanted_gradients = gradients(wanted, model)
+    torch.manual_seed(5)
+    given = graph(*tensors_in(inputs))
+    assert len(given) == len(wanted) > 0
+    for one, other in zip(given, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    found_gradients = gradients(list(given), model)
+    assert found_gradients.keys() == wanted_gradients.keys()
+    for name, gradient in wanted_gradients.items():
+        torch.testing.assert_close(found_gradients[name], gradient, rtol=1e-5, atol=1e-5)
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    shared = {**dict(graph.named_parameters()), **dict(graph.named_buffers())}
+    assert all(own[name] is tensor for name, tensor in shared.items())
+    assert {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"} == shared.keys()
+    paths = {path for path, _ in model.named_modules()}
+    stacks = [node.meta["nn_module_stack"] for node in graph.graph.nodes if "nn_module_stack" in node.meta]
+    assert {path for stack in stacks for path, _ in stack.values()} <= paths
+    graph.graph.lint()
+    return graph
+
+
+def llama() -> nn.Module:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}
+    return adapted(LlamaForCausalLM(LlamaConfig(**(SMALL | heads | {"num_hidden_layers": 2}))), "all-linear")
+
+
+def bert() -> nn.Module:
+    model = BertForSequenceClassification(BertConfig(**SMALL, num_attention_heads=2, intermediate_size=32))
+    return adapted(model, "all-linear").train()
+
+
+def t5() -> nn.Module:
+    settings = {"vocab_size": 16, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    return adapted(T5ForConditionalGeneration(T5Config(**settings, decoder_start_token_id=2)).eval(), ["q", "v", "wo"])
+
+
+def gpt2() -> nn.Module:
+    settings = {"vocab_size": 16, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 8}
+    return adapted(GPT2LMHeadModel(GPT2Config(**settings)).eval(), ["c_attn", "c_proj", "c_fc"])
+
+
+def mamba() -> nn.Module:
+    model = MambaForCausalLM(MambaConfig(**SMALL, state_size=2)).eval()
+    return adapted(model, ["in_proj", "x_proj", "dt_proj", "out_proj", "conv1d"])
+
+
+@pytest.mark.parametrize("make", [llama, bert, t5, gpt2, mamba])
+def test_a_model_of_transformers_is_one_graph(make: Callable[[], nn.Module]) -> None:
+    labels = torch.tensor([0, 1]) if make is bert else TOKENS
+    graph = check_whole(make(), {"input_ids": TOKENS, "labels": labels})
+    assert [node.target for node in graph.graph.find_nodes(op="placeholder")] == ["input_ids", "labels"]
+
+
+def test_reflections_of_a_llama_are_grouped_by_what_they_read() -> None:
+    graph = hra_fx.graphs(llama(), {"input_ids": TOKENS})[""]
+    read: Counter[fx.Node] = Counter()
+    for node in graph.graph.nodes:
+        if "hra" in node.meta and node.meta["hra"].role == "reflection":
+            read[node.args[0]] += 1
+    assert sorted(read.values()) == [1, 1, 1, 1, 2, 2, 3, 3]
+    layers = [
+        node.meta["hra"].path for node in graph.graph.nodes if "hra" in node.meta and node.meta["hra"].role == "layer"
+    ]
+    assert Counter(layers) == reflections_in(graph)
+    assert len(graph.graph.nodes) < 240
+
+
+def test_a_unet_of_diffusers_is_one_graph() -> None:
+    from diffusers import UNet2DConditionModel
+
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    sizes = {"block_out_channels": (8,), "layers_per_block": 1, "cross_attention_dim": 8, "attention_head_dim": 4}
+    model = UNet2DConditionModel(sample_size=4, norm_num_groups=4, mid_block_type=None, **blocks, **sizes).eval()
+    inputs = {
+        "sample": torch.randn(1, 4, 4, 4),
+        "timestep": torch.tensor([3]),
+        "encoder_hidden_states": torch.randn(1, 3, 8),
+    }
+    check_whole(adapted(model, r".*(to_q|to_v|conv1|conv_in|conv_out)"), inputs)
+
+
+def test_a_detector_of_torchvision_is_several_graphs() -> None:
+    from torchvision.models.detection import RetinaNet
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+    backbone: Any = nn.Sequential(nn.Conv2d(3, 32, 8, stride=8), nn.BatchNorm2d(32), nn.ReLU())
+    backbone.out_channels = 32
+    model = RetinaNet(backbone, 3, min_size=32, max_size=32, anchor_generator=AnchorGenerator(((16,),), ((1.0,),)))
+    model = adapted(model.eval(), ["backbone.0", "head.regression_head.bbox_reg"])
+    inputs = ([torch.rand(3, 32, 32)],)
+    found = hra_fx.graphs(model, inputs)
+    assert list(found) == [f"call[{index}]" for index in range(len(found))] and len(found) > 1
+    assert reflections_in(*found.values()) == calls_of(model, inputs)
+
+
+def test_a_model_that_fx_captured_whole_gives_the_graph_of_fx() -> None:
+    model = adapted(nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), ["0"])
+    assert hra_fx.graphs(model, image())[""].code == hra_fx.graphs(model)[""].code
+
+
+@pytest.mark.parametrize("fields", [{}, {"r": 3}, {"apply_GS": True}, {"r": 3, "init_weights": False}], ids=str)
+def test_every_form_of_a_site_is_one_node(fields: dict[str, Any]) -> None:
+    graph = check_whole(branching(**fields), (image(), 2.0))
+    found = reflections_in(graph)
+    assert found.keys() == {"conv", "attention", "attention.out_proj", "head"} and found["head"] == 2
+    notes = [
+        node.meta["hra"] for node in graph.graph.nodes if "hra" in node.meta and node.meta["hra"].role != "reflection"
+    ]
+    assert Counter((note.path, note.role) for note in notes)["head", "layer"] == 2
+    assert Counter((note.path, note.role) for note in notes)["conv", "layer"] == 1
+    assert "attention.out_proj" in {path for note in notes if note.role == "reader" for path in (note.path, *note.also)}
+
+
+def test_two_active_adapters_are_one_node() -> None:
+    model = branching()
+    hra_fx.add_adapter(model, "other", hra_fx.HRAConfig(r=3, target_modules=["conv", "head"]))
+    hra_fx.set_adapter(model, ["other", "default"])
+    assert reflections_in(check_whole(turned(model), image())) == calls_of(model, image())
+
+
+def test_a_scaled_adapter_is_one_node() -> None:
+    model = branching()
+    hra_fx.set_scale(model, "default", 0.5)
+    graph = hra_fx.graphs(model, image())[""]
+    assert reflections_in(graph)["head"] == 2
+    torch.testing.assert_close(graph(image()), tuple(model(image()).values()), rtol=1e-6, atol=1e-6)
+
+
+def test_adapters_that_are_switched_off_or_merged_are_no_nodes() -> None:
+    model = branching()
+    with hra_fx.disable_adapters(model):
+        graph = hra_fx.graphs(model, image())[""]
+        assert not reflections_in(graph)
+        torch.testing.assert_close(graph(image()), tuple(model(image()).values()), rtol=1e-6, atol=1e-6)
+    hra_fx.merge_adapter(model)
+    graph = hra_fx.graphs(model, image())[""]
+    assert not reflections_in(graph)
+    torch.testing.assert_close(graph(image()), tuple(model(image()).values()), rtol=1e-6, atol=1e-6)
+
+
+def test_inputs_keep_their_places_though_one_is_unused_or_given_twice() -> None:
+    class Three(Branching):
+        def forward(self, a: Tensor, b: Tensor, c: Tensor) -> Tensor:  # type: ignore[override]
+            return self.head(a - 2 * c) if a.shape[0] < 100 else a
+
+    model = adapted(Three(), ["head"])
+    a, b = torch.randn(2, 5, 4)
+    for inputs in ((a, b, a), (a, b, b), (b, a, a + 1)):
+        graph = hra_fx.graphs(model, inputs)[""]
+        assert [node.target for node in graph.graph.find_nodes(op="placeholder")] == ["args_0", "args_1", "args_2"]
+        torch.testing.assert_close(graph(*inputs)[0], model(*inputs))
+
+
+def test_graphs_are_copied_and_pickled() -> None:
+    model = branching()
+    graph = hra_fx.graphs(model, image())[""]
+    for other in (copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
+        torch.testing.assert_close(other(image()), graph(image()), rtol=0, atol=0)
+    assert reflections_in(copy.deepcopy(graph)) == reflections_in(graph)
+
+
+def state_of(model: nn.Module) -> Any:
+    tensors = {name: (id(tensor), tensor._version) for name, tensor in model.state_dict(keep_vars=True).items()}
+    flags = {name: (parameter.requires_grad, parameter.grad) for name, parameter in model.named_parameters()}
+    modes = [(type(module), module.training, len(module._forward_hooks)) for module in model.modules()]
+    chance = torch.get_rng_state().tolist(), random.getstate()
+    return tensors, flags, modes, chance, torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("kind", [Branching, Broken])
+def test_model_and_random_numbers_are_as_before(kind: type[nn.Module]) -> None:
+    model = adapted(kind().train(), ["conv", "head"])
+    values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x = image()
+    before, version = state_of(model), x._version
+    found = hra_fx.graphs(model, x)
+    assert state_of(model) == before and x._version == version
+    assert all(torch.equal(tensor, values[name]) for name, tensor in model.state_dict().items())
+    assert len(found) == (2 if kind is Broken else 1) and all(graph.training for graph in found.values())
+
+
+def test_pieces_run_one_after_the_other_give_what_the_model_gives() -> None:
+    model = adapted(Broken().eval(), ["conv", "head"])
+    first, second = hra_fx.graphs(model, image()).values()
+    torch.testing.assert_close(second(*first(image())), (model(image()),), rtol=1e-6, atol=1e-6)
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, tensor in (*first.named_parameters(), *first.named_buffers(), *second.named_parameters()):
+        assert tensor is own[name]
+    assert reflections_in(first) == {"conv": 1} and reflections_in(second) == {"head": 1}
+
+
+# TorchDynamo asks for `.grad` of what it hands over a graph break.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("kind", [Branching, Broken])
+def test_what_the_user_compiled_is_kept_and_compiles_as_ever(kind: type[nn.Module]) -> None:
+    model = adapted(kind().eval(), ["conv", "head"])
+    compiled: list[fx.GraphModule] = []
+    theirs = torch.compile(model, backend=keeping(compiled))
+    expected = theirs(image())
+    count = len(compiled)
+    hra_fx.graphs(model, image())
+    hra_fx.graphs(model, image())
+    torch.testing.assert_close(theirs(image()), expected, rtol=0, atol=0)
+    assert len(compiled) == count
+    after: list[fx.GraphModule] = []
+    torch.compile(model, backend=keeping(after))(image())
+    targets = [[node.target for node in graph.graph.nodes if node.op != "placeholder"] for graph in (*compiled, *after)]
+    assert targets[:count] == targets[count:]
+
+
+def keeping(graphs: list[fx.GraphModule]) -> Any:
+    """A backend that runs what it is given."""
+
+    def backend(graph: fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    return backend
+
+
+def test_models_are_compiled_and_exported_as_ever_afterwards() -> None:
+    model = branching()
+    hra_fx.graphs(model, image())
+    expected = model(image())
+    found = torch.compile(model, backend="aot_eager", fullgraph=True)(image())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.export.export(model, (image(),)).module()(image()), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_settings_of_the_users_that_switches_compiling_off_is_no_obstacle() -> None:
+    model = branching()
+    with torch.compiler.set_stance("force_eager"), torch._dynamo.config.patch(suppress_errors=True, disable=True):
+        assert list(hra_fx.graphs(model, image())) == [""]
+
+
+@pytest.mark.parametrize("inputs", [3, "x", {1.0}], ids=str)
+def test_example_inputs_of_another_kind_are_refused(inputs: Any) -> None:
+    with pytest.raises(AdapterError, match=f"example_inputs: a {type(inputs).__name__}. Give a tensor, a tuple"):
+        hra_fx.graphs(branching(), inputs)
+
+
+def test_inputs_on_which_the_model_does_not_run_are_refused() -> None:
+    with pytest.raises(AdapterError, match=r"Branching: it does not run on example_inputs \(.*\)\. Give the inputs of"):
+        hra_fx.graphs(branching(), torch.randn(2, 5, 3, 3))
+
+
+def test_a_call_without_operators_is_refused() -> None:
+    class Idle(Branching):
+        def forward(self, x: Any) -> Any:
+            return x if x is not None else self.head(x)
+
+    with pytest.raises(AdapterError, match="Idle: TorchDynamo found no operator on tensors in this call"):
+        hra_fx.graphs(adapted(Idle(), ["head"]), (3,))
+
+
+def test_a_model_that_cannot_be_copied_is_refused_where_its_call_has_graph_breaks() -> None:
+    model = adapted(Broken(), ["head"])
+    model.lines = (line for line in "ab")
+    with pytest.raises(
+        AdapterError, match=r"Broken: its call has graph breaks, and it cannot be copied .*graphs\(model\)"
+    ):
+        hra_fx.graphs(model, image())
+
+
+def test_torch_dynamo_is_not_imported_before_it_is_asked_for() -> None:
+    code = "import sys, hra_fx; hra_fx.graphs; hra_fx.transform; assert 'torch._dynamo' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
