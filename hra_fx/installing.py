@@ -144,8 +144,9 @@ def _attach(path: str, layer: nn.Module, undo: ExitStack, *, on_weight: bool) ->
 def _install(root: nn.Module, path: str, region: Region, sites: dict[str, Site], undo: ExitStack) -> None:
     for graph in {id(graph): graph for graph in region.graphs.values()}.values():
         draft: Any = _Draft(root, graph)
-        for step in (MatchPass(sites, path), InsertPass(), VerifyPass()):
-            step(draft)
+        MatchPass(sites, path)(draft)
+        InsertPass().call(draft)  # what it ensures, the next one asks too
+        VerifyPass()(draft)
         graph.owning_module = None  # else each copy and pickle of the region would hold it
     region.settle(root)
     undo.callback(vars(root).pop, REGION, None)

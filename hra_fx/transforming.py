@@ -99,6 +99,8 @@ def transform(
     if not _is_done(module, config, adapter_name):
         fill = drawn(adapter_name, config, on_meta=low_cpu_mem_usage)
         set_up(module, config, adapter_name, fill, call=call, verify=verify)
+    elif verify and call:
+        check_against_folded(module, call)
     return model
 
 

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from hra_fx import householder
 from hra_fx.adapted import record_of, regions_of, sites_of
 from hra_fx.carrier.layer import SiteCarrier
-from hra_fx.errors import HRAWarning, VerificationError
+from hra_fx.errors import HRAError, HRAWarning, VerificationError
 from hra_fx.example import Call, fresh, random_kept, seed_all
 from hra_fx.folding import fold
 
@@ -30,6 +30,7 @@ _SEED = 20240517
 #: How far two results may be apart, relative to the norm of one.
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
 _COARSE = 5e-2
+_GRADIENT = "gradient of input "
 
 
 class _Passage(NamedTuple):
@@ -48,7 +49,7 @@ class _Run(NamedTuple):
 
 
 def check_against_folded(model: nn.Module, call: Call) -> None:
-    """Compare a transformed model with its folded self, on copies, in float64 where it runs in that.
+    """Compare a transformed model with its folded self, on copies, in float64 where it runs in that, else in float32.
 
     Args:
         model: a transformed model; it is not run and not changed, and takes three times its memory meanwhile.
@@ -59,14 +60,16 @@ def check_against_folded(model: nn.Module, call: Call) -> None:
     """
     with random_kept():
         # In float64 no rounding tips a choice (the top experts) that both copies have to make.
-        adapted, folded, inputs = _copies(model, call, torch.float64)
-        if _why_not(folded, inputs):
-            adapted, folded, inputs = _copies(model, call, None)
-            if reason := _why_not(folded, inputs):
-                raise VerificationError(
-                    f"example_inputs: {type(model).__name__} without its reflections does not run on them ({reason}). "
-                    "Give inputs that the base model takes."
-                )
+        for dtype in (torch.float64, torch.float32, None):
+            adapted, folded, inputs = _copies(model, call, dtype)
+            reason = _why_not(folded, inputs)
+            if reason is None:
+                break
+        else:
+            raise VerificationError(
+                f"example_inputs: {type(model).__name__} without its reflections does not run on them ({reason}). "
+                "Give inputs that the base model takes."
+            )
         for training in (True, False):
             _compare(adapted, folded, inputs, training)
 
@@ -76,7 +79,7 @@ def _copies(model: nn.Module, call: Call, dtype: torch.dtype | None) -> tuple[nn
     adapted = copy.deepcopy(model).requires_grad_(False)
     if dtype is not None:
         # Complex buffers (frequencies of a rotation) would lose their imaginary part by Module.to.
-        adapted._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+        adapted._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)  # type: ignore[no-untyped-call]
     generator = torch.Generator().manual_seed(_SEED)
     with torch.no_grad():
         for vectors in _vectors(adapted):
@@ -121,15 +124,30 @@ def _compare(adapted: nn.Module, folded: nn.Module, call: Call, training: bool) 
     # Buffers and gradients change, so each mode starts from copies of its own.
     twins = [copy.deepcopy(module) for module in (adapted, folded)]
     mode = "train" if training else "eval"
+    ours, theirs = _run_both(twins, call, training, watched)
+    names = {**theirs.results, **ours.results}
+    # The gradient of a site says more than that of an input.
+    for name in (name for name in names if not name.startswith(_GRADIENT)):
+        _compare_results(name, ours, theirs, mode)
+    for path in sites:
+        _compare_gradient(path, twins[0].get_submodule(path), twins[1].get_submodule(path), mode)
+    for name in (name for name in names if name.startswith(_GRADIENT)):
+        _compare_results(name, ours, theirs, mode)
+
+
+def _run_both(twins: list[nn.Module], call: Call, training: bool, watched: list[str]) -> tuple[_Run, _Run]:
+    mode, kind = "train" if training else "eval", type(twins[1]).__name__
     try:
         theirs = _run(twins[1], call, training, watched)
     except Exception as error:  # whatever the model's own code makes of the inputs
         raise VerificationError(
-            f"example_inputs: in {mode} mode {type(adapted).__name__} without its reflections does not run on them "
+            f"example_inputs: in {mode} mode {kind} without its reflections does not run on them "
             f"({_said(error)}). Give inputs that the base model takes in both modes."
         ) from error
     try:
         ours = _run(twins[0], call, training, watched)
+    except HRAError:  # a weight that is read unseen
+        raise
     except Exception as error:
         raise VerificationError(
             f"the model: in {mode} mode the rewritten one does not run, and the folded one does ({_said(error)}). The "
@@ -137,19 +155,20 @@ def _compare(adapted: nn.Module, folded: nn.Module, call: Call, training: bool) 
         ) from error
     if "output 0" not in theirs.results:
         raise VerificationError(
-            f"example_inputs: in {mode} mode {type(adapted).__name__} gives no floating-point tensor for them, so there "
+            f"example_inputs: in {mode} mode {kind} gives no floating-point tensor for them, so there "
             "is nothing to compare. Give inputs for which it does, or leave verify out."
         )
-    for name in {**theirs.results, **ours.results}:
-        if not _close(ours.results.get(name), theirs.results.get(name)):
-            where = _first_difference(ours.passages, theirs.passages)
-            raise VerificationError(
-                f"{where or 'the model'}: in {mode} mode {name} of the rewritten model is not that of the folded one. "
-                f"The rewrite would be wrong, and was taken back. Leave the layers of {where or 'the model'} out with "
-                "exclude_modules, and please report the model."
-            )
-    for path in sites:
-        _compare_gradient(path, twins[0].get_submodule(path), twins[1].get_submodule(path), mode)
+    return ours, theirs
+
+
+def _compare_results(name: str, ours: _Run, theirs: _Run, mode: str) -> None:
+    if not _close(ours.results.get(name), theirs.results.get(name)):
+        where = _first_difference(ours.passages, theirs.passages)
+        raise VerificationError(
+            f"{where or 'the model'}: in {mode} mode {name} of the rewritten model is not that of the folded one. "
+            f"The rewrite would be wrong, and was taken back. Leave the layers of {where or 'the model'} out with "
+            "exclude_modules, and please report the model."
+        )
 
 
 def _run(module: nn.Module, call: Call, training: bool, watched: list[str]) -> _Run:
@@ -170,7 +189,7 @@ def _run(module: nn.Module, call: Call, training: bool, watched: list[str]) -> _
     results = {f"output {place}": out.detach() for place, out in enumerate(outputs)}
     results |= {f"buffer {name}": value for name, value in module.named_buffers() if "hra_u" not in name}
     gradients = ((place, leaf.grad) for place, leaf in enumerate(inputs))
-    results |= {f"gradient of input {place}": grad for place, grad in gradients if grad is not None}
+    results |= {f"{_GRADIENT}{place}": grad for place, grad in gradients if grad is not None}
     return _Run(results, passages)
 
 

@@ -18,9 +18,12 @@ from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForCondi
 from transformers_use import tiny
 
 import hra_fx
+import hra_fx.transforming
+from hra_fx.adapted import regions_of
 from hra_fx.carrier.layer import LinearCarrier
-from hra_fx.errors import AdapterError, HRAWarning, VerificationError
+from hra_fx.errors import AdapterError, HRAWarning, UnsupportedLayerError, VerificationError
 from hra_fx.forms import LinearReflection
+from hra_fx.verifying import check_against_folded
 
 X = inputs(4, 6)
 IMAGES = inputs(3, 3, 8, 8)
@@ -129,8 +132,7 @@ def test_right_models_pass_and_are_not_changed(name: str, dtype: torch.dtype) ->
     }
     assert all(p.grad is None for p in model.parameters())
     assert random.getstate() == state[1] and (np.random.get_state()[1] == state[2]).all()
-    hra_fx.fold(model)
-    assert all(p.dtype == dtype for p in model.parameters())
+    assert all(p.dtype == dtype for n, p in model.named_parameters() if ".hra_u." not in n)
 
 
 def test_a_verified_model_equals_the_oracle() -> None:
@@ -159,33 +161,11 @@ class Hidden(Two):
         return nn.functional.linear(super().forward(x), self.first._parameters["weight"])
 
 
-class InTrainMode(Hidden):
-    def forward(self, x: Tensor) -> Any:
-        return super().forward(x) if self.training else Two.forward(self, x)
-
-
-def test_a_weight_that_is_read_past_its_attribute() -> None:
-    message = refused(fresh(Hidden()), X)
-    assert message == (
-        "the model: in train mode output 0 of the rewritten model is not that of the folded one. The rewrite would be "
-        "wrong, and was taken back. Leave the layers of the model out with exclude_modules, and please report the model."
-    )
-    assert "in train mode output 0" in refused(fresh(InTrainMode()).eval(), X)
+def test_a_weight_that_is_read_past_its_attribute_is_named_as_the_first_look_does() -> None:
+    for model in (fresh(Hidden()), fresh(Hidden()).eval()):
+        message = refused(model, X, UnsupportedLayerError)
+        assert message.startswith("first: the model (Hidden, in linear) reads its weight past the attribute")
     verified(fresh(Hidden()), X, target_modules=["second"])
-
-
-class Cheap(Two):
-    """The hidden read has no effect on the value, only on the gradient."""
-
-    def forward(self, x: Tensor) -> Any:
-        weight = self.first._parameters["weight"]
-        return super().forward(x) + (weight.sum() - weight.sum().detach())
-
-
-def test_a_read_of_which_only_the_gradient_tells() -> None:
-    message = refused(fresh(Cheap()), X)
-    assert message.startswith("first: in train mode the gradient of its vectors 'default' is wrong. The rewrite would")
-    assert message.endswith("Leave the layer out with exclude_modules, and please report the model.")
 
 
 class TurnsAway(LinearReflection):
@@ -198,6 +178,29 @@ class TurnsAway(LinearReflection):
 class Detached(LinearReflection):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).detach()
+
+
+class HalfTheGradient(LinearReflection):
+    """Right in value."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        right = super().forward(input)
+        return (right + right.detach()) / 2
+
+
+class InTrainMode(LinearReflection):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * (1.01 if self.training else 1.0)
+
+
+class InEvalMode(LinearReflection):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * (1.0 if self.training else 1.01)
+
+
+class DetachedInput(LinearReflection):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.detach())
 
 
 class Crashing(LinearReflection):
@@ -252,7 +255,7 @@ def test_gradients_that_are_missing_and_graphs_that_do_not_run(monkeypatch: pyte
     model.left[2].tag = "this"
     wrong(monkeypatch, Detached, "this")
     message = refused(model, X)
-    assert "in train mode" in message and ("gradient of input 0" in message or "is missing" in message)
+    assert message.startswith("left.0: in train mode the gradient of its vectors 'default' is missing.")
     ids = fresh(nn.Sequential(nn.Embedding(7, 6), Blocks()))
     ids[1].left[2].tag = "this"
     message = refused(ids, torch.tensor([[1, 2, 3]]))
@@ -300,15 +303,15 @@ class Single(Two):
 
 
 @pytest.mark.parametrize("make", [Rounded, Single])
-def test_a_model_that_does_not_run_in_float64_is_compared_as_it_is(make: Any) -> None:
+def test_a_model_that_does_not_run_in_float64_is_compared_in_float32(
+    monkeypatch: pytest.MonkeyPatch, make: Any
+) -> None:
     torch.manual_seed(0)
     verified(make(), X.float())
 
-    class Wrong(make):  # type: ignore[misc]
-        def forward(self, x: Tensor) -> Any:
-            return nn.functional.linear(super().forward(x), self.first._parameters["weight"])
-
-    assert "output 0 of the rewritten model is not that of the folded one" in refused(Wrong(), X.float())
+    model = make()
+    wrong(monkeypatch, TurnsAway)
+    assert "output 0 of the rewritten model is not that of the folded one" in refused(model, X.float())
 
 
 class Rotary(Two):
@@ -348,22 +351,24 @@ def test_a_forward_that_writes_its_input_and_a_buffer() -> None:
     assert torch.equal(example, given) and not model.mean.any()
 
 
-class BufferOfWeights(Two):
-    """Keeps in a buffer what a hidden read gives."""
+class Keeps(Two):
+    """Keeps in a buffer what a layer gives, and gives something else."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("seen", torch.zeros(6, 6))
 
     def forward(self, x: Tensor) -> Any:
-        self.seen.copy_(self.first._parameters["weight"].detach())
-        return super().forward(x)
+        self.seen[: len(x)].copy_(self.first(x).detach())
+        return self.second(x)
 
 
-def test_buffers_are_compared() -> None:
-    assert "in train mode buffer seen of the rewritten model is not that of the folded one" in refused(
-        fresh(BufferOfWeights()), X
-    )
+def test_buffers_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fresh(Keeps())
+    model.first.tag = "this"
+    wrong(monkeypatch, TurnsAway, "this")
+    message = refused(model, X)
+    assert message.startswith("first: in train mode buffer seen of the rewritten model is not that of the folded one")
 
 
 @dataclasses.dataclass
@@ -377,19 +382,16 @@ class Structured(Two):
         return {"out": [Output(super().forward(x))], "label": "text", "count": 3}
 
 
-class StructuredWrong(Hidden):
-    def forward(self, x: Tensor) -> Any:
-        return Output(super().forward(x))
-
-
 class NoTensor(Two):
     def forward(self, x: Tensor) -> Any:
         return super().forward(x).argmax(-1)
 
 
-def test_outputs_in_structures_and_in_none() -> None:
+def test_outputs_in_structures_and_in_none(monkeypatch: pytest.MonkeyPatch) -> None:
     verified(fresh(Structured()), X)
-    assert "in train mode output 0" in refused(fresh(StructuredWrong()), X)
+    with monkeypatch.context() as patch:
+        wrong(patch, TurnsAway)
+        assert "in train mode output 0" in refused(fresh(Structured()), X)
     assert refused(fresh(NoTensor()), X) == (
         "example_inputs: in train mode NoTensor gives no floating-point tensor for them, so there is nothing to "
         "compare. Give inputs for which it does, or leave verify out."
@@ -406,14 +408,52 @@ def test_an_example_that_only_one_mode_takes() -> None:
     assert not model.training and not model.features[2].training
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_gradients_are_compared_where_the_user_has_none(context: Any) -> None:
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_gradients_are_compared_whatever_the_user_is_in(monkeypatch: pytest.MonkeyPatch, context: Any) -> None:
+    model = fresh(Two())
+    model.first.tag = "this"
+    wrong(monkeypatch, HalfTheGradient, "this")
     with context():
-        message = refused(fresh(Cheap()) if context is torch.no_grad else CHEAP, X)
-    assert message.startswith("first: in train mode the gradient of its vectors 'default' is wrong")
+        message = refused(model, X)
+    assert message.startswith("first: in train mode the gradient of its vectors 'default' is wrong.")
+    ids = fresh(nn.Sequential(nn.Embedding(7, 6), Two()))
+    ids[1].first.tag = "this"
+    assert refused(ids, torch.tensor([[1, 2, 3]])) == (
+        "1.first: in train mode the gradient of its vectors 'default' is wrong. The rewrite would be wrong, and was "
+        "taken back. Leave the layer out with exclude_modules, and please report the model."
+    )
 
 
-CHEAP = fresh(Cheap())
+@pytest.mark.parametrize(("kind", "mode"), [(InTrainMode, "train"), (InEvalMode, "eval")])
+@pytest.mark.parametrize("training", [True, False])
+def test_both_modes_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch, kind: type[LinearReflection], mode: str, training: bool
+) -> None:
+    wrong(monkeypatch, kind)
+    assert f"in {mode} mode output 0 of the rewritten" in refused(fresh(Two()).train(training), X)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_graph_that_is_not_its_forward(monkeypatch: pytest.MonkeyPatch, training: bool) -> None:
+    """The graphs of the regions are what runs, and each of both."""
+
+    def spoil(model: nn.Module, call: Any) -> None:
+        graphs = regions_of(model)["right"]._hra_region.graphs
+        graphs[training] = copy.deepcopy(graphs[training])
+        output = graphs[training].find_nodes(op="output")[0]
+        with graphs[training].inserting_before(output):
+            output.args = (graphs[training].call_function(torch.mul, (output.args[0], 1.001)),)
+        check_against_folded(model, call)
+
+    monkeypatch.setattr(hra_fx.transforming, "check_against_folded", spoil)
+    mode = "train" if training else "eval"
+    assert refused(fresh(Blocks()), X).startswith(f"right: in {mode} mode output 0 of the rewritten model is not that")
+
+
+def test_gradients_of_the_inputs_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong(monkeypatch, DetachedInput)
+    one = fresh(nn.Sequential(nn.Linear(6, 6)))
+    assert refused(one, X).startswith("the model: in train mode gradient of input 0 of the rewritten model is not that")
 
 
 def test_frozen_models_pass_and_stay_frozen() -> None:
@@ -451,5 +491,5 @@ def test_a_warning_of_the_fold_is_not_shown() -> None:
 
 def test_the_carrier_of_a_layer_goes_with_an_error() -> None:
     model = fresh(Hidden())
-    refused(model, X)
+    refused(model, X, UnsupportedLayerError)
     assert not any(isinstance(part, LinearCarrier) for part in model.modules())

@@ -186,8 +186,24 @@ class RegionTracer(fx.Tracer):
         """One placeholder for each tensor that a call gives; what else it gives is the same each time."""
         proxies = [self.create_proxy("placeholder", name, (), {}) for name in self._calling.names]
         args, kwargs = self._calling.arguments(iter(proxies))
-        return (lambda root: root_fn(root, *args, **kwargs)), [self.root]
+
+        def run(root: Any) -> Any:
+            result = root_fn(root, *args, **kwargs)
+            if not _is_same((args, kwargs), self._calling.arguments(iter(proxies))):
+                self.refuse("it changes a list or dictionary that it is given, and a graph does not")
+            return result
+
+        return run, [self.root]
 
     def proxy(self, node: fx.Node) -> RegionProxy:
         """Wrap a node in the guarded proxy."""
         return RegionProxy(node, self)
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether two structures hold the same objects."""
+    if type(a) is not type(b) or type(a) not in (tuple, list, dict):
+        return a is b
+    if isinstance(a, dict):
+        return list(a) == list(b) and _is_same(list(a.values()), list(b.values()))
+    return len(a) == len(b) and all(_is_same(x, y) for x, y in zip(a, b, strict=True))

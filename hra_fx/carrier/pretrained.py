@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from hra_fx.carrier.root import RootCarrier
 from hra_fx.carrier.swap import original_class
 from hra_fx.checkpoint.keys import adapter_entries
 from hra_fx.checkpoint.saving import save_pretrained
+from hra_fx.errors import AdapterError
 from hra_fx.resizing import resizable
 
 
@@ -21,6 +23,14 @@ class PretrainedCarrier(RootCarrier):
 
     The base class would write base weights and vectors into one file, and drop the vectors when it is loaded.
     """
+
+    @classmethod
+    def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
+        """What the model's own class does with weights, where it has that: diffusers fuses projections."""
+        methods = super().wrap(base)
+        if hasattr(base, "fuse_qkv_projections"):
+            methods["fuse_qkv_projections"] = _fuse_unless_adapted(base)
+        return methods
 
     def save_pretrained(
         self,
@@ -86,6 +96,19 @@ class PretrainedCarrier(RootCarrier):
     def _keys_to_ignore_on_save(self, value: Any) -> None:
         """transformers sets it in `__init__`."""
         vars(self)["_keys_to_ignore_on_save"] = value
+
+
+def _fuse_unless_adapted(base: Any) -> Callable[..., Any]:
+    @functools.wraps(base.fuse_qkv_projections)
+    def fuse_qkv_projections(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if record_of(self) is not None:
+            raise AdapterError(
+                f"{type(self).__name__}: fuse_qkv_projections copies the weights of its projections into new layers, "
+                "which would have no reflections. Fold the adapters first (hra_fx.fold)."
+            )
+        return base.fuse_qkv_projections(self, *args, **kwargs)
+
+    return fuse_qkv_projections
 
 
 def save_as_it_is(

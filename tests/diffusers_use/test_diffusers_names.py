@@ -253,3 +253,18 @@ def test_a_moving_average_of_a_folded_model_is_saved_by_the_class_of_the_adapted
     loaded = diffusers.UNet2DConditionModel.from_pretrained(tmp_path)
     for name, weight in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight), name
+
+
+def test_projections_are_not_fused_under_reflections_and_are_after_a_fold() -> None:
+    model = single("a")
+    sample = torch.randn(1, 4, 8, 8, dtype=torch.float64), torch.tensor([3]), torch.randn(1, 3, 16, dtype=torch.float64)
+    with torch.no_grad():
+        adapted = model(*sample).sample
+    with pytest.raises(hra_fx.AdapterError, match=r"fuse_qkv_projections copies the weights .* Fold the adapters first"):
+        model.fuse_qkv_projections()
+    assert not any("to_qkv" in name for name, _ in model.named_modules())
+    folded = hra_fx.fold(model)
+    with torch.no_grad():
+        folded.fuse_qkv_projections()
+        assert relative_error(folded(*sample).sample, adapted) < 1e-12
+    assert any("to_qkv" in name for name, _ in folded.named_modules())

@@ -33,7 +33,7 @@ class Result:
         refused: layer -> why `transform` refused it.
         checks: name -> "ok", "-" (not applicable), "refused: ..." or what went wrong.
         inert: layers whose vectors get no gradient, while those of the oracle do.
-        untouched: layers that no output depends on, whatever is done to them.
+        untouched: layers whose vectors change no output, in the oracle either: not called, or of one dimension.
         reasons: why regions are not larger.
         notes: why a check is not applicable, and what else is to be known.
         dtype: in which the model was run.

@@ -111,8 +111,12 @@ def _refusals(results: list[Result]) -> Iterable[str]:
 
 
 def _notes(results: list[Result]) -> Iterable[str]:
-    """Layers that no output depends on, and checks that did not apply for a reason."""
-    lines = [f"- `{r.name}`: no output depends on {', '.join(_shown(r.untouched))}" for r in results if r.untouched]
+    """Layers that are not called, or whose vectors have one dimension, where a reflection is only a sign; and checks that did not apply for a reason."""
+    lines = [
+        f"- `{r.name}`: no output changes with the vectors of {', '.join(_shown(r.untouched))}"
+        for r in results
+        if r.untouched
+    ]
     lines += [f"- `{result.name}`: {_cell(note)}" for result in results for note in result.notes]
     if lines:
         yield from ("<details><summary>Notes</summary>", "", *lines, "", "</details>", "")
