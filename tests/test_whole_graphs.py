@@ -238,7 +238,8 @@ def test_every_form_of_a_site_is_one_node(fields: dict[str, Any]) -> None:
     ]
     assert Counter((note.path, note.role) for note in notes)["head", "layer"] == 2
     assert Counter((note.path, note.role) for note in notes)["conv", "layer"] == 1
-    assert "attention.out_proj" in {path for note in notes if note.role == "reader" for path in (note.path, *note.also)}
+    read = {path for note in notes for path in note.also} | {note.path for note in notes if note.role == "reader"}
+    assert "attention.out_proj" in read
 
 
 def test_two_active_adapters_are_one_node() -> None:
@@ -336,6 +337,21 @@ def test_what_the_user_compiled_is_kept_and_compiles_as_ever(kind: type[nn.Modul
     torch.compile(model, backend=keeping(after))(image())
     targets = [[node.target for node in graph.graph.nodes if node.op != "placeholder"] for graph in (*compiled, *after)]
     assert targets[:count] == targets[count:]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_recordings_do_not_count_against_the_limit_of_recompiles_of_the_user() -> None:
+    torch._dynamo.reset()  # for other tests count too
+    model = adapted(Broken().eval(), ["conv", "head"])
+    compiled: list[fx.GraphModule] = []
+    theirs = torch.compile(model, backend=keeping(compiled), dynamic=False)
+    theirs(image())
+    for _ in range(4):
+        hra_fx.graphs(model, image())
+    count = len(compiled)
+    with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=True):
+        theirs(image()[:1])
+    assert len(compiled) == 2 * count == 4
 
 
 def keeping(graphs: list[fx.GraphModule]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import fx
 
@@ -40,10 +41,13 @@ def mark(graph: fx.Graph, sites: Mapping[str, SiteCarrier]) -> None:
 def _mark_reader(reader: fx.Node, path: str, layer: SiteCarrier) -> None:
     """Mark what takes the weight, if that is the layer itself, or takes the rotated one."""
     note = reader.meta.get(META)
-    if note is not None and note.role == "reader" and path not in (note.path, *note.also):
-        reader.meta[META] = SiteNote(note.path, note.kind, "reader", (*note.also, path))
-    if note is not None or reader.target is forms.patch_image:
-        return
+    if note is None and reader.target is not forms.patch_image:
+        _mark_first(reader, path, layer)
+    elif note is not None and layer.hra_u.on_weight and path not in (note.path, *note.also):
+        reader.meta[META] = replace(note, also=(*note.also, path))
+
+
+def _mark_first(reader: fx.Node, path: str, layer: SiteCarrier) -> None:
     place = next(reversed(reader.meta.get("nn_module_stack") or {"": None}))
     if place == path:
         reader.meta[META] = SiteNote(path, layer.hra_u.kind, "layer")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import logging
 import operator
 import random
@@ -99,7 +100,7 @@ def record_whole(model: nn.Module, call: Call) -> Recorded | None:
     """The one graph of a call, with a node `outputs`; `None` where there is a graph break, or any trouble."""
     recorder = _Recorder(stop=True)
     with _undisturbed(model):
-        compiled = torch.compile(_flat_call, backend=recorder, fullgraph=True, dynamic=False)
+        compiled = _compile(_flat_call, recorder)
         # Whatever it was, the call in pieces meets it again, and says so.
         with contextlib.suppress(_Stop, Exception):
             compiled(model, *call)
@@ -115,8 +116,17 @@ def record_pieces(model: nn.Module, call: Call) -> list[Recorded]:
     """
     recorder = _Recorder(stop=False)
     with _undisturbed(model):
-        torch.compile(_call, backend=recorder, dynamic=False)(model, *fresh(call))
+        _compile(_call, recorder)(model, *fresh(call))
     return recorder.graphs
+
+
+def _compile(function: Callable[..., Any], recorder: _Recorder) -> Callable[..., Any]:
+    settings: dict[str, Any] = {"fullgraph": recorder.stop, "dynamic": False}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        # What the user compiles has a limit for each code object, against which the runs of this one then do not count.
+        settings["isolate_recompiles"] = True
+    compiled: Callable[..., Any] = torch.compile(function, backend=recorder, **settings)
+    return compiled
 
 
 def error_of(model: nn.Module, call: Call) -> Exception | None:

@@ -185,7 +185,8 @@ class Trial:
             self.base = copy.deepcopy(base).to(dtype) if dtype is torch.float64 else base
             try:
                 check_usable(self.run(self.base))
-                break
+                if all(p.dtype is dtype for p in self.base.parameters() if p.is_floating_point()):
+                    break  # else a part of it casts itself to float32, and says nothing about float64
             except Exception:
                 if dtype is torch.float32:
                     raise

@@ -145,7 +145,7 @@ def stir(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     def draw(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like.dtype)
 
-    turned = {id(layer._parameters[weight_name(layer)]): layer for layer in layers.values()}
+    turned = {id(layer._parameters.get(weight_name(layer))): layer for layer in layers.values()}
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.is_floating_point() or not parameter.numel():

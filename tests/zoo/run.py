@@ -39,7 +39,7 @@ def work(name: str, dynamo: bool, pipe: Connection) -> None:
     import torch
     from zoo.checks import check
 
-    faulthandler.dump_traceback_later(100)
+    faulthandler.enable()
     torch.set_num_threads(1)
     pipe.send(check(named([name])[name], dynamo=dynamo))
 
@@ -98,9 +98,9 @@ def code_version() -> str:
     return digest.hexdigest()[:16]
 
 
-def kept(version: str) -> dict[str, Result]:
+def kept(file: Path, version: str) -> dict[str, Result]:
     """Results of this version of the code from earlier runs."""
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    lines = file.read_text().splitlines() if file.exists() else []
     rows = (json.loads(line) for line in lines)
     return {row["name"]: Result(**row["result"]) for row in rows if row["code"] == version}
 
@@ -114,15 +114,20 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one model (default 300)")
     parser.add_argument("--resume", action="store_true", help="keep results that this very code gave before")
     parser.add_argument("--no-dynamo", action="store_true", help="leave TorchDynamo's column empty")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON lines (default build/zoo/results.jsonl)")
     parser.add_argument("--table", type=Path, help="where to write the table (default docs/zoo.md, for a whole run)")
     options = parser.parse_args()
 
     begin, version = time.monotonic(), code_version()
     names = list(named(options.only))[:: options.every]
-    results = {name: result for name, result in kept(version).items() if name in names} if options.resume else {}
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    results = (
+        {name: result for name, result in kept(options.results, version).items() if name in names}
+        if options.resume
+        else {}
+    )
+    options.results.parent.mkdir(parents=True, exist_ok=True)
     left = [name for name in names if name not in results]
-    with RESULTS.open("a" if options.resume else "w") as file:
+    with options.results.open("a" if options.resume else "w") as file:
         found = run(left, jobs=options.jobs, timeout=options.timeout, dynamo=not options.no_dynamo)
         for count, result in enumerate(found, 1):
             results[result.name] = result

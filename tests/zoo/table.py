@@ -111,7 +111,7 @@ def _refusals(results: list[Result]) -> Iterable[str]:
 
 
 def _notes(results: list[Result]) -> Iterable[str]:
-    """Layers that are not called, or whose vectors have one dimension, where a reflection is only a sign; and checks that did not apply for a reason."""
+    """Layers that are not called, or of one dimension (a reflection is a sign there); checks that did not apply."""
     lines = [
         f"- `{r.name}`: no output changes with the vectors of {', '.join(_shown(r.untouched))}"
         for r in results
