@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from hra_fx import householder
 from hra_fx.carrier.swap import original_class
-from hra_fx.errors import AdapterError
 from hra_fx.reflection import Reflection
 from hra_fx.site import as_rows, has_columns, kind_of, width_of
 
@@ -126,32 +124,7 @@ def reflected_weight(weight: Tensor, vectors: Tensor, columns: bool) -> Tensor:
     return rotated.mT.contiguous() if columns else rotated.view_as(weight)
 
 
-class SiteReflection(Reflection):
-    """What the three forms have in common: all that they compute of their vectors is one function of tensors.
-
-    A tracer may so keep a reflection as one node (`hra_fx.dynamo`).
-    """
-
-    def vectors_for(self, x: Tensor) -> Tensor | None:
-        """The vectors of all active adapters to go with `x`, `(d, k)`; `None` where they do nothing.
-
-        Raises:
-            AdapterError: they have no data yet. Operators would mix in uninitialised memory without an error.
-        """
-        chains = [self.chain(name) for name in self.active]
-        chains = [chain for chain in chains if chain.shape[1]]
-        if not chains:
-            return None
-        vectors = chains[0] if len(chains) == 1 else torch.cat(chains, dim=1)
-        if vectors.is_meta and not x.is_meta:
-            raise AdapterError(
-                f"hra_u of width {self.width}: the vectors of {', '.join(self.active)} are on the meta device, and "
-                "hold no data. Fill them first: hra_fx.load_adapter, or model.load_state_dict(..., assign=True)."
-            )
-        return vectors
-
-
-class LinearReflection(SiteReflection):
+class LinearReflection(Reflection):
     """Reflects the input of a Linear: `x -> x Q^T`."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,7 +133,7 @@ class LinearReflection(SiteReflection):
         return x if vectors is None else reflected_rows(x, vectors)
 
 
-class ConvReflection(SiteReflection):
+class ConvReflection(Reflection):
     """Reads every patch of a convolution's input in the coordinates of the reflection vectors.
 
     With `W` seen as `(out, d)` and `p` a patch, `(W Q) p = W p - (W U) (T U^T p)`: the parenthesis on the right is a
@@ -192,7 +165,7 @@ class ConvReflection(SiteReflection):
         return patch_image(coordinates, chain, weight, self.groups)
 
 
-class WeightReflection(SiteReflection):
+class WeightReflection(Reflection):
     """Reflects the weight itself, for whoever reads it: `W -> W Q`."""
 
     on_weight = True

@@ -229,11 +229,15 @@ class Reflection(nn.ParameterDict):
 
     def joint_chain(self, names: Iterable[str], dtype: torch.dtype | None = None) -> Tensor | None:
         """Some adapters as one chain of unit vectors, in their order; `None` where they do nothing."""
+        vectors = self._joint_vectors(names, dtype)
+        return None if vectors is None else householder.normalize(vectors)
+
+    def _joint_vectors(self, names: Iterable[str], dtype: torch.dtype | None) -> Tensor | None:
         chains = [self.chain(name, dtype) for name in names]
         chains = [chain for chain in chains if chain.shape[1]]
         if not chains:
             return None
-        return householder.normalize(chains[0] if len(chains) == 1 else torch.cat(chains, dim=1))
+        return chains[0] if len(chains) == 1 else torch.cat(chains, dim=1)
 
     def weight_of(self, layer: nn.Module) -> nn.Parameter:
         """The weight of the site, as it is, whatever the layer answers with."""
@@ -250,19 +254,19 @@ class Reflection(nn.ParameterDict):
         """Rows `(out, d)` in the shape of a weight again."""
         return rows.mT.contiguous() if self.columns else rows.view_as(like)
 
-    def chain_for(self, x: Tensor) -> Tensor | None:
-        """The active chain to go with `x`.
+    def vectors_for(self, x: Tensor) -> Tensor | None:
+        """The vectors of all active adapters to go with `x`, `(d, k)`, of any length; `None` where they do nothing.
 
         Raises:
-            AdapterError: it has no data yet. Operators would mix in uninitialised memory without an error.
+            AdapterError: they have no data yet. Operators would mix in uninitialised memory without an error.
         """
-        chain = self.active_chain()
-        if chain is not None and chain.is_meta and not x.is_meta:
+        vectors = self._joint_vectors(self.active, None)
+        if vectors is not None and vectors.is_meta and not x.is_meta:
             raise AdapterError(
                 f"hra_u of width {self.width}: the vectors of {', '.join(self.active)} are on the meta device, and "
                 "hold no data. Fill them first: hra_fx.load_adapter, or model.load_state_dict(..., assign=True)."
             )
-        return chain
+        return vectors
 
     def extra_repr(self) -> str:
         """One line instead of one for each parameter."""

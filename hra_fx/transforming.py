@@ -121,7 +121,8 @@ def set_up(
         steps.callback(changed.restore, model)
         record = Record({adapter_name: config}, requires_grad=changed.flags, alone=findings.alone if findings else {})
         make_copies(model, adapter_name, config, layers, record, steps, copies)
-        settle(model)
+        if config.modules_to_save or config.bias != "none":
+            settle(model)
         steps.callback(drop_record, model)
         keep_record(model, record)
         if not isinstance(model, fx.GraphModule):

@@ -18,6 +18,7 @@ PARTLY = Result(
     alone=3,
     checks=dict.fromkeys(CHECKS, OK) | {"fold": f"{REFUSED}head: tied. Wait."},
     refused={"layers.0.x": "it is Tuesday.", "layers.1.x": "it is Tuesday."},
+    first_s=0.9,
     transform_s=0.6,
     trace_s=0.2,
 )
@@ -43,7 +44,7 @@ def test_the_page() -> None:
     assert "| it is Tuesday. | `transformers/b layers.*.x` × 2 |" in lines
     assert "| (fold) head: tied. Wait. | `transformers/b` |" in lines
     row = next(line for line in lines if line.startswith("| `b`"))
-    assert row == "| `b` | 5 |  | 2 | 3 | 2 | ✓ | ✓ | ✓ | ✓ | ✓ | ✓ | ✓ | ✓ | ⊘ |  | 0.60s (3.0×) |"
+    assert row == "| `b` | 5 |  | 2 | 3 | 2 | ✓ | ✓ | ✓ | ✓ | ✓ | ✓ | ✓ | ✓ | ⊘ |  | 0.90s (3.0×) |"
     assert lines.index("## timm") < lines.index("## transformers")
 
 

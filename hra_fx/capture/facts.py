@@ -79,7 +79,7 @@ class ModuleWatch(NamedTuple):
             tuple(namespace["_modules"].values()) == self.children
             and all((space.get(name) is None) is absent for space, name, absent in self.registered)
             and self.of_class(self.kind) == self.class_values
-            and (self.role == "root" or _is_bare(namespace))
+            and (self.role in ("root", "asked") or _is_bare(namespace))
             and (self.role != "dissolved" or training is None or namespace["training"] is training)
         )
 
@@ -112,7 +112,7 @@ def watch(module: nn.Module, names: frozenset[str], role: str) -> tuple[ModuleWa
     Args:
         module: the module.
         names: of the attributes that were read of it.
-        role: `"root"`, `"dissolved"` or `"site"`.
+        role: `"root"`, `"dissolved"`, `"site"`, or `"asked"` for one that is called, and of which something was read.
     """
     own = _own(module, names)
     kind = original_class(module)

@@ -23,15 +23,10 @@ _PLAIN = (bool, int, float, complex, str, type(None), type(...), torch.dtype, to
 
 
 class Keeping:
-    """The functions that are kept in one trace, with the names under which they are called."""
+    """The functions that are kept in one trace, and when it is repeated, with the names under which they are called."""
 
-    def __init__(self, create_proxy: Callable[..., Any]) -> None:
-        """None so far.
-
-        Args:
-            create_proxy: makes a node.
-        """
-        self._create_proxy = create_proxy
+    def __init__(self) -> None:
+        """None so far."""
         self._places: list[tuple[dict[str, Any], str, types.FunctionType]] = []
 
     def add_culprit(self, error: BaseException) -> bool:
@@ -43,26 +38,27 @@ class Keeping:
         return False
 
     @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
-        """Calls of the functions, under those names, become nodes."""
+    def active(self, create_proxy: Callable[..., Any]) -> Iterator[None]:
+        """Calls of the functions, under those names, become nodes, which `create_proxy` makes."""
         try:
             for namespace, name, function in self._places:
-                namespace[name] = self._keeping(function)
+                namespace[name] = _keeping(function, create_proxy)
             yield
         finally:
             for namespace, name, function in self._places:
                 namespace[name] = function
 
-    def _keeping(self, function: types.FunctionType) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if not may_be_kept(function, args, kwargs):
-                return function(*args, **kwargs)
-            proxy = self._create_proxy("call_function", function, args, kwargs)
-            # So that fx, which traces the code of a graph to unpickle it, keeps the call too.
-            object.__getattribute__(proxy, "node").meta["is_wrapped"] = True
-            return proxy
 
-        return call
+def _keeping(function: types.FunctionType, create_proxy: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not may_be_kept(function, args, kwargs):
+            return function(*args, **kwargs)
+        proxy = create_proxy("call_function", function, args, kwargs)
+        # So that fx, which traces the code of a graph to unpickle it, keeps the call too.
+        object.__getattribute__(proxy, "node").meta["is_wrapped"] = True
+        return proxy
+
+    return call
 
 
 def may_be_kept(function: types.FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

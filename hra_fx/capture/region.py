@@ -40,7 +40,9 @@ class Region:
         self._calling = calling
         self._by_mode = traces.train is not traces.eval
         called = traces.called - sites
-        paths = (path for path, _ in root.named_modules() if not _is_below(path, called, sites))
+        self._asked = frozenset(path for path in traces.reads if _is_below(path, called, frozenset()))
+        names = [path for path, _ in root.named_modules()]
+        paths = (path for path in names if path in self._asked or not _is_below(path, called, sites))
         self._reads = {path: traces.reads.get(path, frozenset()) for path in paths}
         self._facts: tuple[Fact, ...] = self._take_down(root)
         self._unbind()
@@ -105,6 +107,8 @@ class Region:
         self._watches = tuple(item for _, items in bound for item in items)
 
     def _role(self, path: str) -> str:
+        if path in self._asked:
+            return "asked"
         return "site" if path in self.sites else "dissolved" if path else "root"
 
     def _take_down(self, root: nn.Module) -> tuple[Fact, ...]:

@@ -13,7 +13,7 @@ from hra_fx.capture.calling import unobserved
 from hra_fx.capture.observing import NOTHING, Observed
 from hra_fx.capture.reads import functional_reads
 from hra_fx.capture.region import Region
-from hra_fx.capture.trace import trace
+from hra_fx.capture.trace import is_within, trace
 from hra_fx.carrier.swap import original_class
 from hra_fx.errors import CaptureError
 
@@ -95,14 +95,10 @@ class _Search:
         for graph in (traces.train, traces.eval):
             for site, reader in functional_reads(graph, below).items():
                 read[site] = f"{where}, at node {reader.name!r} of its graph)"
-        if missed := sorted(site for site in below if site not in read and not _runs_in(site, traces.called)):
+        # One that lies in a module which is called as a whole runs its own Python forward there.
+        if missed := sorted(site for site in below if site not in read and not is_within(site, traces.called)):
             return f"its traced forward does not call {missed[0]}"
         region = Region(module, traces, frozenset(below), why, calling)
         self.findings.read |= {self._names[below[site]]: reader for site, reader in read.items()}
         self.findings.regions[path] = region
         return None
-
-
-def _runs_in(site: str, called: frozenset[str]) -> bool:
-    """Whether a site is called, or lies in a module that is called as a whole, and so runs its own Python forward."""
-    return any(site == path or site.startswith(f"{path}.") for path in called)

@@ -99,7 +99,7 @@ class _Values:
 
     def always(self) -> bool:
         inside = [node for statement in self._definition.body for node in ast.walk(statement)]
-        return _ends(self._definition.body) and all(self._is_harmless(node) for node in inside)
+        return ends_with_return(self._definition.body) and all(self._is_harmless(node) for node in inside)
 
     def _is_harmless(self, node: ast.AST) -> bool:
         """Whether a node neither gives nothing back, nor puts None into a container, nor does what is not seen here."""
@@ -227,11 +227,11 @@ def _parts(targets: list[ast.expr]) -> Iterator[ast.expr]:
         yield from _parts(target.elts) if isinstance(target, (ast.Tuple, ast.List)) else (target,)
 
 
-def _ends(statements: list[ast.stmt]) -> bool:
+def ends_with_return(statements: list[ast.stmt]) -> bool:
     """Whether no way leads through these statements to what follows."""
     last = statements[-1]
     if isinstance(last, ast.If):
-        return bool(last.orelse) and _ends(last.body) and _ends(last.orelse)
+        return bool(last.orelse) and ends_with_return(last.body) and ends_with_return(last.orelse)
     return isinstance(last, (ast.Return, ast.Raise))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hra_fx.capture.calling import Calling
+from hra_fx.capture.keeping import Keeping
 from hra_fx.capture.sandbox import Sandbox
 from hra_fx.capture.surroundings import Surroundings
 from hra_fx.capture.tracer import RegionAttribute, RegionProxy, RegionTracer
@@ -71,6 +72,8 @@ class _Bench:
     def __init__(self, module: nn.Module, sites: Collection[str], recorded: tuple[type, ...], calling: Calling) -> None:
         self._recorded = recorded
         self._calling = calling
+        # Those of one mode are known when it is traced again, so that the repeat begins once.
+        self._keeping = {True: Keeping(), False: Keeping()}
         self._surroundings = Surroundings(module)
         self._box = Sandbox(module)
         self._sites = {self._box.parts[path] for path in sites}
@@ -92,25 +95,23 @@ class _Bench:
 
     def trace_again(self, training: bool, graph: fx.Graph) -> None:
         """Refuse a forward of which a second trace differs from `graph`."""
-        # Where functions were kept, the trace began anew for each, which cannot be followed.
-        if any(node.meta.get("is_wrapped") for node in graph.nodes):
-            same = _say_the_same(graph, self.trace(training))
-        else:
-            nodes = iter(graph.nodes)
-            self._run(functools.partial(_FollowingTracer, nodes), training)
-            same = next(nodes, None) is None
-        if not same:
+        nodes = iter(graph.nodes)
+        self._run(functools.partial(_FollowingTracer, nodes), training)
+        if next(nodes, None) is not None:
             raise CaptureError(_DIFFER)
 
     def reads(self) -> dict[str, frozenset[str]]:
-        """What was read of the modules that are dissolved in the graphs."""
-        return {path: self._box.log.reads(part) for path, part in self._dissolved.items()}
+        """What was read of the modules that are dissolved in the graphs, and from outside of those that are called."""
+        read = {path: self._box.log.reads(part) for path, part in self._box.parts.items()}
+        own = {path: names if path in self._dissolved else names - {"forward"} for path, names in read.items()}
+        return {path: names for path, names in own.items() if names or path in self._dissolved}
 
     def _run(self, make: Callable[..., RegionTracer], training: bool) -> fx.Graph:
         box = self._box
         box.put_in_mode(training)
         with self._surroundings.unchanged(), watching() as refused:
-            tracer = make(box.tensors, self._sites, self._recorded, refused, self._calling)
+            keeping = self._keeping[training]
+            tracer = make(box.tensors, self._sites, self._recorded, refused, self._calling, keeping)
             self._dissolved = self._dissolved or {
                 path: part for path, part in box.parts.items() if not path or not tracer.is_leaf_module(part, path)
             }
@@ -168,6 +169,15 @@ class _FollowingTracer(_SwiftTracer):
     def __init__(self, followed: Iterator[fx.Node], *args: Any) -> None:
         super().__init__(*args)
         self._followed = followed
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call or inline a child, without what fx writes down of each call beside the node."""
+        if self.is_foreign():
+            return forward(*args, **kwargs)
+        path = self.path_of_module(m)
+        if not self.is_leaf_module(m, path):
+            return forward(*args, **kwargs)
+        return self.given(m, args, kwargs, self.create_proxy("call_module", path, args, kwargs))
 
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None

@@ -17,9 +17,11 @@ from hra_fx.capture.admission import why_not_inlined
 from hra_fx.capture.augmented import SPECIAL_METHODS
 from hra_fx.capture.calling import Calling
 from hra_fx.capture.keeping import Keeping
+from hra_fx.capture.leaves import given, why_not_called
 from hra_fx.capture.memory import without_memory
 from hra_fx.capture.questions import asks_for_no_tensor, is_assertion, is_certainly_tensor
 from hra_fx.errors import CaptureError
+from hra_fx.site import find_kind
 
 
 class RegionProxy(fx.Proxy):
@@ -91,7 +93,9 @@ class RegionTracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, sites: set[nn.Module], recorded: tuple[type, ...], refused: list[str], calling: Calling) -> None:
+    def __init__(
+        self, sites: set[nn.Module], recorded: tuple[type, ...], refused: list[str], calling: Calling, keeping: Keeping
+    ) -> None:
         """Prepare for modules of one model.
 
         Args:
@@ -99,12 +103,15 @@ class RegionTracer(fx.Tracer):
             recorded: classes whose outputs transformers collects by hooks (`admission.recorded_classes`).
             refused: takes the reason of every refusal, also where the forward catches the error.
             calling: how the root is called.
+            keeping: the functions that are kept, to which a trace adds.
         """
         super().__init__()
         self._sites = sites
         self._recorded = recorded
         self.refused = refused
         self._calling = calling
+        self._keeping = keeping
+        self._leaves: dict[nn.Module, bool] = {}
         self._thread = threading.get_ident()
 
     def refuse(self, reason: str) -> NoReturn:
@@ -114,14 +121,13 @@ class RegionTracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         """Trace a module; a function that cannot be traced through is kept as one node, where it may be."""
-        keeping = Keeping(self.create_proxy)
         while True:
             before = len(self.refused)
             try:
-                with keeping.active(), without_memory():
+                with self._keeping.active(self.create_proxy), without_memory():
                     return super().trace(root, concrete_args)
             except Exception as error:
-                if not keeping.add_culprit(error):
+                if not self._keeping.add_culprit(error):
                     raise
             del self.refused[before:]
             self.scope = Scope("", None)
@@ -151,26 +157,38 @@ class RegionTracer(fx.Tracer):
         self.refuse("it unpacks a value as keyword arguments")
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Sites, other Linear and Conv2d, and what fx itself takes for leaves."""
-        if m in self._sites:
-            return True
-        leaf = isinstance(m, (nn.Linear, nn.Conv2d)) or super().is_leaf_module(m, module_qualified_name)
-        if leaf and type(m).__call__ is not nn.Module.__call__:
-            # It would be traced along by that __call__, and run again by the node.
-            self.refuse(f"{module_qualified_name}: its class has a __call__ of its own")
-        return leaf
+        """Sites, others that could be some, and what fx itself takes for leaves."""
+        if m not in self._leaves:
+            leaf = m in self._sites or find_kind(m) is not None or super().is_leaf_module(m, module_qualified_name)
+            if leaf and type(m).__call__ is not nn.Module.__call__:
+                # It would be traced along by that __call__, and run again by the node.
+                self.refuse(f"{module_qualified_name}: its class has a __call__ of its own")
+            if leaf and (reason := why_not_called(m)):
+                self.refuse(f"{module_qualified_name}: {reason}")
+            self._leaves[m] = leaf
+        return self._leaves[m]
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Call or inline a child; raises `CaptureError` for one that a graph cannot stand for."""
-        if threading.get_ident() != self._thread:
-            # fx patches the call of modules for the whole process; another model may be running.
+        if self.is_foreign():
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if not self.is_leaf_module(m, path) and (reason := why_not_inlined(m, self._recorded)):
             self.refuse(f"{path}: {reason}")
-        return super().call_module(m, forward, args, kwargs)
+        return self.given(m, args, kwargs, super().call_module(m, forward, args, kwargs))
+
+    def is_foreign(self) -> bool:
+        """Whether this is another thread: fx patches the call of modules for all, and another model may be running."""
+        return threading.get_ident() != self._thread
+
+    def given(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        """What the call of a child gives (`leaves.given`)."""
+        try:
+            return given(m, args, kwargs, result)
+        except CaptureError as error:
+            self.refuse(f"{self.path_of_module(m)}: {error.reason}")
 
     def create_arg(self, a: Any) -> Any:
         """An argument of a node; containers of other kinds than Python's own would come out as those."""

@@ -15,6 +15,7 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from hra_fx.adapted import record_of, sites_of
 from hra_fx.adapters.copies import BASE, held_by
+from hra_fx.carrier.layer import SiteCarrier
 from hra_fx.carrier.swap import Carrier
 from hra_fx.errors import UnsupportedLayerError
 from hra_fx.overlooked import WeightWatch
@@ -87,8 +88,9 @@ def look(root: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str,
     """
     record = record_of(root)
     sites = {path: layer for path, layer in sites_of(root).items() if record and path in record.alone}
-    # Without an active adapter the weight that others are given is the very one that they must not take.
-    watched = {path: layer for path, layer in sites.items() if layer.hra_u.active or not layer.hra_u.on_weight}
+    # Where an adapter does nothing, the weight that others are given is the very one that they must not take.
+    with torch.no_grad():
+        watched = {path: layer for path, layer in sites.items() if not (layer.hra_u.on_weight and _is_plain(layer))}
     if not watched:
         return forward(root, *args, **kwargs)
     watch = WeightWatch(root, watched)
@@ -97,6 +99,10 @@ def look(root: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str,
     for path, reader in watch.found.items():
         raise UnsupportedLayerError(_overlooked(path, reader, on_weight=watched[path].hra_u.on_weight))
     return result
+
+
+def _is_plain(layer: SiteCarrier) -> bool:
+    return getattr(layer, layer.hra_u.weight_name) is layer.hra_base
 
 
 def _overlooked(path: str, reader: str, *, on_weight: bool) -> str:

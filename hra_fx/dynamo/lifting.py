@@ -50,31 +50,31 @@ def lift(recorded: Recorded, model: nn.Module, names: Names, call: Call | None =
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     placeholders = graph.find_nodes(op="placeholder")
     given = {} if call is None else _add_inputs(graph, call)
-    reads: dict[str, fx.Node] = {}
     for node, value in zip(placeholders, recorded.values, strict=True):
         name = names.tensors.get(id(value))
         if name is not None:
             attributes[name] = own[name]
+            _replace(graph, node, name)
         elif id(value) in given:
             node.replace_all_uses_with(given[id(value)])
             graph.erase_node(node)
-            continue
-        elif call is None or not isinstance(value, Tensor):
-            continue
-        else:
+        elif call is not None and isinstance(value, Tensor):
             name = str(node.target).strip("_")
             attributes[name] = value
-        if name not in reads:
-            with graph.inserting_before(node):
-                reads[name] = graph.get_attr(name)
-        node.replace_all_uses_with(reads[name])
-        graph.erase_node(node)
+            _replace(graph, node, name)
     if call is not None:
         _name_outputs(graph)
     _clean(graph, names)
     module = fx.GraphModule(attributes, graph, below(type(model)).__name__)
     module.training = model.training
     return module
+
+
+def _replace(graph: fx.Graph, node: fx.Node, name: str) -> None:
+    """Read an attribute in place of a placeholder."""
+    with graph.inserting_before(node):
+        node.replace_all_uses_with(graph.get_attr(name))
+    graph.erase_node(node)
 
 
 def _add_inputs(graph: fx.Graph, call: Call) -> dict[int, fx.Node]:

@@ -197,6 +197,7 @@ class Trial:
         self._fresh = copy.deepcopy(self.base)
         copying = time.perf_counter()
         hra_fx.transform(self._fresh, self.config)
+        self.result.first_s = first
         self.result.transform_s = min(first, time.perf_counter() - copying)
         traces = []
         for _ in range(2):

@@ -38,7 +38,8 @@ class Result:
         notes: why a check is not applicable, and what else is to be known.
         dtype: in which the model was run.
         graphs: what TorchDynamo gives: a number of graphs, a reason why not, or nothing.
-        transform_s: seconds of `transform`.
+        first_s: seconds of the first `transform`.
+        transform_s: those of the better one of two, to compare with the next.
         trace_s: seconds of `torch.fx.symbolic_trace` of the same model; `None` where that fails.
         seconds: of everything.
     """
@@ -56,6 +57,7 @@ class Result:
     notes: list[str] = field(default_factory=list)
     dtype: str = ""
     graphs: str = ""
+    first_s: float = 0.0
     transform_s: float = 0.0
     trace_s: float | None = None
     seconds: float = 0.0

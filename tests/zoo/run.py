@@ -14,6 +14,7 @@ import dataclasses
 import faulthandler
 import hashlib
 import json
+import logging
 import multiprocessing as mp
 import os
 import sys
@@ -25,6 +26,8 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 from zoo.registry import named
 from zoo.result import Result
@@ -40,6 +43,7 @@ def work(name: str, dynamo: bool, pipe: Connection) -> None:
     from zoo.checks import check
 
     faulthandler.enable()
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     pipe.send(check(named([name])[name], dynamo=dynamo))
 
