@@ -35,6 +35,7 @@ def reflected_rows(x: Tensor, vectors: Tensor) -> Tensor:
         `(..., d)`, in the dtype of `x`.
 
     Example:
+        >>> import torch
         >>> reflected_rows(torch.tensor([[2.0, 5.0]]), torch.tensor([[3.0], [0.0]]))
         tensor([[-2.,  5.]])
     """
@@ -71,7 +72,8 @@ def patch_coordinates(
         columns of length one.
 
     Example:
-        >>> conv, vectors = nn.Conv2d(2, 4, 3), torch.ones(18, 1)
+        >>> import torch
+        >>> vectors = torch.ones(18, 1)
         >>> read, _ = patch_coordinates(torch.ones(1, 2, 5, 5), vectors, (2, 3, 3), (1, 1), 0, (1, 1), 1, "zeros", [])
         >>> read.shape
         torch.Size([1, 1, 3, 3])
@@ -114,6 +116,7 @@ def reflected_weight(weight: Tensor, vectors: Tensor, columns: bool) -> Tensor:
         Of the shape, dtype and layout of `weight`.
 
     Example:
+        >>> import torch
         >>> reflected_weight(torch.tensor([[2.0, 5.0]]), torch.tensor([[3.0], [0.0]]), columns=False)
         tensor([[-2.,  5.]])
     """

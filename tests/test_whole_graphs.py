@@ -101,6 +101,7 @@ def calls_of(model: nn.Module, inputs: Any) -> Counter[str]:
     """How often each site's reflection is called, from hooks on it."""
     calls: Counter[str] = Counter()
     hooked = copy.deepcopy(model)
+    run(hooked, inputs)  # the first one is watched, and asks for weights once more
     for path, layer in sites_of(hooked).items():
         layer.hra_u.register_forward_pre_hook(lambda *_, path=path: calls.update([path]))  # type: ignore[misc]
     run(hooked, inputs)

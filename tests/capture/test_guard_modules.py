@@ -285,23 +285,21 @@ class ReadsAndCalls(Two):
     """An orthogonality penalty, say, beside the call."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.second(self.first(x)), self.second.weight.square().sum()
+        return self.second(self.first(x)), self.second.weight.square().sum(dim=0)
 
 
 @pytest.mark.parametrize("model", [ReadsWeight, ReadsWeightInHelper, ReadsWeightElsewhere, ReadsAndCalls])
-def test_a_site_whose_weight_is_read_is_refused_by_name(model: type[nn.Module]) -> None:
-    subject = fresh(model())
-    before = {name: (id(part), part._version) for name, part in subject.named_parameters()}
-    with pytest.raises(hra_fx.UnsupportedLayerError, match=r"second.*weight directly.*exclude_modules"):
-        hra_fx.transform(subject, hra_fx.HRAConfig(r=2, target_modules=["first", "second"]))
-    assert type(subject) is model and type(subject.first) is nn.Linear and type(subject.second) is nn.Linear
-    assert before == {name: (id(part), part._version) for name, part in subject.named_parameters()}
+def test_a_site_whose_weight_is_read_is_reflected_where_it_is_read(model: type[nn.Module]) -> None:
+    adapted, base = adapt(model())
+    assert_whole(adapted)
+    assert [row.on_weight for row in hra_fx.report(adapted)] == [False, True]
+    assert_equals_oracle(adapted, base, X)
     adapted, base = adapt(model(), ["first"])
     assert_equals_oracle(adapted, base, X)
 
 
 def test_reflections_of_such_a_site_would_do_nothing() -> None:
-    """What the refusal is for: swapping the layer alone, as module wrappers do, leaves the output as it was."""
+    """What that is for: swapping the layer alone, as module wrappers do, leaves the output as it was."""
     base = fresh(ReadsWeight())
     wrapped = fresh(ReadsWeight())
     wrapped.second.register_forward_pre_hook(double_input)
