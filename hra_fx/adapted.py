@@ -54,17 +54,25 @@ def record_of(model: nn.Module) -> Record | None:
 
 def keep_record(model: nn.Module, record: Record) -> None:
     """Leave a record at a model."""
-    _notes(model)[RECORD] = record
+    vars(model)[RECORD] = _notes(model)[RECORD] = record
 
 
 def drop_record(model: nn.Module) -> None:
     """Take the record away, where there is one."""
     _notes(model).pop(RECORD, None)
+    vars(model).pop(RECORD, None)
 
 
 def _notes(model: nn.Module) -> dict[str, Any]:
-    """What goes along with a copy: for a `GraphModule` its `meta`, for any other module its attributes."""
-    return model.meta if isinstance(model, fx.GraphModule) else vars(model)
+    """What goes along with a copy: for a `GraphModule` its `meta`, for any other module its attributes.
+
+    A `GraphModule` is copied with its `meta` and without other attributes, and pickled the other way round.
+    """
+    if not isinstance(model, fx.GraphModule):
+        return vars(model)
+    if RECORD in vars(model):
+        model.meta.setdefault(RECORD, vars(model)[RECORD])
+    return model.meta
 
 
 class Inventory(NamedTuple):

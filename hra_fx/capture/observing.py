@@ -41,9 +41,8 @@ def observe(model: nn.Module, call: Call, layers: Mapping[str, nn.Module]) -> Ob
     Raises:
         AdapterError: the model does not run on them.
     """
-    # The weights are shared, and known by that; buffers are the copy's own, for a forward may write them.
     try:
-        twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+        twin = copy.deepcopy(model)  # weights and all, for a forward may write any tensor
     except Exception as error:  # whatever some attribute of the model's makes of a copy
         raise AdapterError(
             f"example_inputs: {type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and a copy is "

@@ -81,7 +81,9 @@ class RootCarrier(Carrier):
 def look(root: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a forward, and refuse its result where it read a weight by a way on which no reflection is.
 
-    A model that was captured whole has no such reads, for its graph shows all.
+    A model that was captured whole has no such reads, for its graph shows all. One that may take torch's fused path
+    through `nn.TransformerEncoderLayer` is not watched then, for it would not take it, and give other values at padded
+    places.
 
     Raises:
         UnsupportedLayerError: naming layer, reader and way out.
@@ -91,7 +93,8 @@ def look(root: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str,
     # Where an adapter does nothing, the weight that others are given is the very one that they must not take.
     with torch.no_grad():
         watched = {path: layer for path, layer in sites.items() if not (layer.hra_u.on_weight and _is_plain(layer))}
-    if not watched:
+    fused = not root.training and not torch.is_grad_enabled()
+    if not watched or (fused and any(isinstance(part, nn.TransformerEncoderLayer) for part in root.modules())):
         return forward(root, *args, **kwargs)
     watch = WeightWatch(root, watched)
     with watch:

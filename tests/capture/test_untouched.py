@@ -10,7 +10,7 @@ import pytest
 import torch
 from capture.checks import fresh, inputs
 from capture.models import Convolutions, Host, Stack, Two
-from torch import Tensor, nn
+from torch import nn
 
 import hra_fx
 import hra_fx.transforming
