@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +12,13 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from hra_fx.adapters.copies import held_by
+from hra_fx.carrier.swap import original_class
 from hra_fx.config import HRAConfig
 from hra_fx.errors import UnsupportedLayerError
+from hra_fx.forms import must_be_on_weight
 from hra_fx.reflection import reflection_of
 from hra_fx.site import REFLECTION, kind_of, weight_name, width_of
-from hra_fx.sources import can_be_written
+from hra_fx.sources import can_be_written, names_below_self, reached_definitions
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _EXCLUDE = "Leave it out with exclude_modules"
@@ -36,7 +40,8 @@ def check(model: nn.Module, sites: Mapping[str, nn.Module], config: HRAConfig) -
         if reason := _why_not_model(module):
             raise UnsupportedLayerError(f"{path or 'the model'}: {reason}")
     for path, layer in sites.items():
-        reason = _why_not_name(path) or _why_not_state(layer) or _why_not_weight(layer) or _why_not_rank(layer, config)
+        reason = _why_not_name(path) or _why_not_state(layer) or _why_not_weight(layer) or _why_not_forward(layer)
+        reason = reason or _why_not_rank(layer, config)
         if reason:
             refused[path] = f"{path} ({type(layer).__name__}): {reason}."
     if refused:
@@ -72,7 +77,7 @@ def has_redundant_forward(layer: nn.Module) -> bool:
 
 def _why_not_state(layer: nn.Module) -> str | None:
     copies = held_by(layer)
-    if copies is not None and "weight" in copies.in_place:
+    if copies is not None and weight_name(kind_of(layer)) in copies.in_place:
         return "another adapter saves it in full (modules_to_save). Fold or delete that one first"
     if reflection_of(layer) is not None:
         return None  # it was found fit when its first adapter came
@@ -107,7 +112,46 @@ def _why_not_weight(layer: nn.Module) -> str | None:
         return f"its weight is a {kind}, which is not a plain floating-point tensor. {_EXCLUDE}"
     if not weight.numel():
         return f"its weight is empty, of shape {tuple(weight.shape)}. {_EXCLUDE}"
+    if (due := _due_shape(layer)) and tuple(weight.shape) != due:
+        shape = tuple(weight.shape)
+        return f"its weight is of shape {shape}, where its sizes say {due}: packed, or laid out otherwise. {_EXCLUDE}"
     return None
+
+
+def _due_shape(layer: nn.Module) -> tuple[int, ...] | None:
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size
+    return None
+
+
+def _why_not_forward(layer: nn.Module) -> str | None:
+    """Why a forward of a class's own cannot do with a weight that is made for it, as far as its source tells."""
+    kind: Any = original_class(layer)
+    definitions = [node for found in reached_definitions(kind).values() for node in found]
+    if not must_be_on_weight(layer) or not definitions or isinstance(layer, nn.MultiheadAttention):
+        return None
+    inside = [node for definition in definitions for node in ast.walk(definition)]
+    reads = [names for node in inside if (names := names_below_self(node)) and names[0] == "weight"]
+    calls_base = any(isinstance(node, ast.Name) and node.id == "super" for node in inside)
+    if not reads and not calls_base:
+        return f"its class has a forward of its own, which does not read its weight. {_EXCLUDE}"
+    if any(_writes(node) for node in inside):
+        return (
+            "the forward of its class writes into its weight, and the rotated weight is made for each read anew. "
+            f"{_EXCLUDE}"
+        )
+    return None
+
+
+def _writes(node: ast.AST) -> bool:
+    """`self.weight = ...`, `self.weight.data = ...`, `self.weight.clamp_(...)`."""
+    names = names_below_self(node)
+    if names[:1] != ["weight"] or not isinstance(node, ast.Attribute):
+        return False
+    in_place = len(names) > 1 and names[-1].endswith("_") and not names[-1].endswith("__")
+    return in_place or not isinstance(node.ctx, ast.Load)
 
 
 def _why_not_rank(layer: nn.Module, config: HRAConfig) -> str | None:

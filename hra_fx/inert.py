@@ -16,7 +16,7 @@ from torch import nn
 
 from hra_fx.capture.reads import METADATA
 from hra_fx.carrier.swap import original_class
-from hra_fx.sources import names_below_self, reached_methods
+from hra_fx.sources import names_below_self, reached_definitions
 
 
 def weight_readers(model: nn.Module, sites: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -50,7 +50,7 @@ def weight_readers(model: nn.Module, sites: Mapping[str, nn.Module]) -> dict[str
 @functools.cache
 def _reads(kind: Any) -> tuple[tuple[str, str], ...]:
     """Pairs of a path below `self` whose weight is used, and the method that does: forward and what it calls."""
-    methods = reached_methods(kind).items()
+    methods = [(name, method) for name, found in reached_definitions(kind).items() for method in found]
     return tuple(dict.fromkeys((child, name) for name, method in methods for child in _used_weights(method)))
 
 

@@ -233,18 +233,31 @@ class Reflection(nn.ParameterDict):
         return None if vectors is None else householder.normalize(vectors)
 
     def _joint_vectors(self, names: Iterable[str], dtype: torch.dtype | None) -> Tensor | None:
-        chains = [self.chain(name, dtype) for name in names]
-        chains = [chain for chain in chains if chain.shape[1]]
+        chains = [self.chain(name, dtype) for name in names if not self._is_idle(name)]
         if not chains:
             return None
         return chains[0] if len(chains) == 1 else torch.cat(chains, dim=1)
 
     def weight_of(self, layer: nn.Module) -> nn.Parameter:
-        """The weight of the site, as it is, whatever the layer answers with."""
+        """The weight of the site, as it is, whatever the layer answers with.
+
+        Raises:
+            AdapterError: another tool has replaced the parameter.
+        """
         weight = layer._parameters.get(self.weight_name)
-        # A replica of DataParallel has its tensors as plain attributes.
-        found: nn.Parameter = vars(layer)[self.weight_name] if weight is None else weight
-        return found
+        if weight is None and getattr(layer, "_is_replica", False):  # which has its tensors as plain attributes
+            weight = vars(layer)[self.weight_name]
+        if weight is None:
+            raise AdapterError(
+                f"{type(layer).__name__}: its {self.weight_name} is no parameter any more, since weight_norm, pruning "
+                "or the like came after hra_fx.transform. Take that off first (remove_weight_norm, prune.remove)."
+            )
+        return weight
+
+    def _is_idle(self, name: str) -> bool:
+        """Whether an adapter is at strength 0: asked of the tensor itself, for a tracer has no shape to look at."""
+        scaled = self._buffers.get(name + _SCALED) if name in self.scales else None
+        return scaled is not None and not scaled.shape[1]
 
     def rows(self, weight: Tensor) -> Tensor:
         """The site's weight, or one of its shape, as the matrix `(out, d)` that `Q` is multiplied to."""
@@ -261,7 +274,9 @@ class Reflection(nn.ParameterDict):
             AdapterError: they have no data yet. Operators would mix in uninitialised memory without an error.
         """
         vectors = self._joint_vectors(self.active, None)
-        if vectors is not None and vectors.is_meta and not x.is_meta:
+        # Asked of the parameters themselves, as in _is_idle.
+        empty = any(tensor.is_meta for name in self.active if (tensor := self._parameters[name]) is not None)
+        if empty and not x.is_meta:
             raise AdapterError(
                 f"hra_u of width {self.width}: the vectors of {', '.join(self.active)} are on the meta device, and "
                 "hold no data. Fill them first: hra_fx.load_adapter, or model.load_state_dict(..., assign=True)."

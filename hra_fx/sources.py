@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import types
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -19,19 +21,48 @@ def reached_methods(kind: Any) -> dict[str, ast.FunctionDef]:
         >>> list(reached_methods(nn.Bilinear))
         ['forward']
     """
-    methods: dict[str, ast.FunctionDef] = {}
-    for base in reversed(kind.__mro__):
+    return {name: definitions[0] for name, definitions in reached_definitions(kind).items()}
+
+
+@functools.cache
+def reached_definitions(kind: Any) -> dict[str, tuple[ast.FunctionDef, ...]]:
+    """As `reached_methods`, with the definitions of base classes to which `super()` leads, after the class's own."""
+    methods: dict[str, list[ast.FunctionDef]] = {}
+    for base in kind.__mro__:
         if issubclass(base, nn.Module) and base is not nn.Module and (tree := _definition(base)):
-            methods |= {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    reached: dict[str, ast.FunctionDef] = {}
+            for node in tree.body:
+                if isinstance(node, ast.FunctionDef):
+                    methods.setdefault(node.name, []).append(node)
+    reached: dict[str, tuple[ast.FunctionDef, ...]] = {}
     pending = ["forward"]
     while pending:
         name = pending.pop()
         if name in methods and name not in reached:
-            reached[name] = methods[name]
-            chains = (names_below_self(node) for node in ast.walk(methods[name]))
-            pending.extend(chain[0] for chain in chains if len(chain) == 1)
+            reached[name] = tuple(_up_to_the_last(methods[name]))
+            inside = (node for definition in reached[name] for node in ast.walk(definition))
+            pending.extend(chain[0] for node in inside if len(chain := names_below_self(node)) == 1)
     return reached
+
+
+def _up_to_the_last(definitions: list[ast.FunctionDef]) -> Iterator[ast.FunctionDef]:
+    for definition in definitions:
+        yield definition
+        if not any(isinstance(node, ast.Name) and node.id == "super" for node in ast.walk(definition)):
+            return
+
+
+def functions_of(definition: ast.FunctionDef, space: Mapping[str, Any]) -> Iterator[types.FunctionType]:
+    """The plain functions, not of torch, that a definition calls by a bare name.
+
+    Args:
+        definition: of a function.
+        space: the names of the Python module that it stands in.
+    """
+    for node in ast.walk(definition):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            found = space.get(node.func.id)
+            if isinstance(found, types.FunctionType) and found.__module__.split(".")[0] != "torch":
+                yield found
 
 
 def names_below_self(node: ast.AST) -> list[str]:

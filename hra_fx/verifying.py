@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -27,10 +28,10 @@ from hra_fx.example import Call, fresh, random_kept, seed_all
 from hra_fx.folding import fold
 
 _SEED = 20240517
+_GRADIENT = "gradient of input "
 #: How far two results may be apart, relative to the norm of one.
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
 _COARSE = 5e-2
-_GRADIENT = "gradient of input "
 
 
 class _Passage(NamedTuple):
@@ -126,26 +127,29 @@ def _compare(adapted: nn.Module, folded: nn.Module, call: Call, training: bool) 
     mode = "train" if training else "eval"
     ours, theirs = _run_both(twins, call, training, watched)
     names = {**theirs.results, **ours.results}
-    # The gradient of a site says more than that of an input.
     for name in (name for name in names if not name.startswith(_GRADIENT)):
         _compare_results(name, ours, theirs, mode)
+    gradients = [parameter.grad for parameter in twins[1].parameters() if parameter.grad is not None]
+    largest = max((float(gradient.norm()) for gradient in gradients), default=0.0)
     for path in sites:
-        _compare_gradient(path, twins[0].get_submodule(path), twins[1].get_submodule(path), mode)
+        _compare_gradient(path, twins[0].get_submodule(path), twins[1].get_submodule(path), mode, largest)
+    # The gradient of a site says more than that of an input.
     for name in (name for name in names if name.startswith(_GRADIENT)):
-        _compare_results(name, ours, theirs, mode)
+        _compare_results(name, ours, theirs, mode, floor=largest * _noise(names[name].dtype) * 1e3)
 
 
 def _run_both(twins: list[nn.Module], call: Call, training: bool, watched: list[str]) -> tuple[_Run, _Run]:
     mode, kind = "train" if training else "eval", type(twins[1]).__name__
+    with_inputs = _takes_gradients(twins[1], call)
     try:
-        theirs = _run(twins[1], call, training, watched)
+        theirs = _run(twins[1], call, training, watched, with_inputs=with_inputs)
     except Exception as error:  # whatever the model's own code makes of the inputs
         raise VerificationError(
             f"example_inputs: in {mode} mode {kind} without its reflections does not run on them "
             f"({_said(error)}). Give inputs that the base model takes in both modes."
         ) from error
     try:
-        ours = _run(twins[0], call, training, watched)
+        ours = _run(twins[0], call, training, watched, with_inputs=with_inputs)
     except HRAError:  # a weight that is read unseen
         raise
     except Exception as error:
@@ -161,8 +165,8 @@ def _run_both(twins: list[nn.Module], call: Call, training: bool, watched: list[
     return ours, theirs
 
 
-def _compare_results(name: str, ours: _Run, theirs: _Run, mode: str) -> None:
-    if not _close(ours.results.get(name), theirs.results.get(name)):
+def _compare_results(name: str, ours: _Run, theirs: _Run, mode: str, floor: float | None = None) -> None:
+    if not _close(ours.results.get(name), theirs.results.get(name), floor):
         where = _first_difference(ours.passages, theirs.passages)
         raise VerificationError(
             f"{where or 'the model'}: in {mode} mode {name} of the rewritten model is not that of the folded one. "
@@ -171,20 +175,31 @@ def _compare_results(name: str, ours: _Run, theirs: _Run, mode: str) -> None:
         )
 
 
-def _run(module: nn.Module, call: Call, training: bool, watched: list[str]) -> _Run:
+def _takes_gradients(folded: nn.Module, call: Call) -> bool:
+    """Whether inputs may have gradients: some models ask for those of what they make of their inputs."""
+    twin = copy.deepcopy(folded).train()
+    try:
+        _run(twin, call, True, [], with_inputs=True)
+    except Exception:  # whatever the model's own code makes of them
+        return False
+    return True
+
+
+def _run(module: nn.Module, call: Call, training: bool, watched: list[str], *, with_inputs: bool) -> _Run:
     """Forward and backward, from the same random numbers each time."""
     passages: list[_Passage] = []
     for path in watched:
         module.get_submodule(path).register_forward_hook(_recorder(path, passages), with_kwargs=True)
     call = fresh(call)
-    inputs = [leaf.requires_grad_() for leaf in _floating(call)]
+    inputs = [leaf.requires_grad_() for leaf in _floating(call)] if with_inputs else []
     # No leaves, for a forward may write into what it is given.
     args, kwargs = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, call)
     seed_all(_SEED)
     outputs = _floating(module.train(training)(*args, **kwargs))
     generator = torch.Generator().manual_seed(_SEED)
-    terms = [(out * torch.randn(out.shape, generator=generator).to(out)).sum() for out in outputs if out.requires_grad]
-    if terms:
+    # Drawn for each output, for those that have a gradient are more in the folded model.
+    terms = [(out * torch.randn(out.shape, generator=generator).to(out)).sum() for out in outputs]
+    if terms := [term for term in terms if term.requires_grad]:
         torch.stack([term.to(terms[0]) for term in terms]).sum().backward()  # type: ignore[no-untyped-call]
     results = {f"output {place}": out.detach() for place, out in enumerate(outputs)}
     results |= {f"buffer {name}": value for name, value in module.named_buffers() if "hra_u" not in name}
@@ -222,8 +237,11 @@ def _first_difference(ours: list[_Passage], theirs: list[_Passage]) -> str | Non
     return None
 
 
-def _compare_gradient(path: str, adapted: nn.Module, folded: nn.Module, mode: str) -> None:
-    """The gradient of a site's vectors, against that of its folded weight taken back through `W Q`."""
+def _compare_gradient(path: str, adapted: nn.Module, folded: nn.Module, mode: str, largest: float) -> None:
+    """The gradient of a site's vectors, against that of its folded weight taken back through `W Q`.
+
+    `largest` is the norm of the model's largest gradient, beside which another may be rounding noise.
+    """
     if not isinstance(adapted, SiteCarrier) or not adapted.hra_u.active:
         return
     reflection = adapted.hra_u
@@ -237,7 +255,7 @@ def _compare_gradient(path: str, adapted: nn.Module, folded: nn.Module, mode: st
     due = torch.autograd.grad(rotated, vectors, reflection.rows(whole).double())
     for name, vector, gradient in zip(reflection.active, vectors, due, strict=True):
         mine = torch.zeros_like(vector) if vector.grad is None else vector.grad
-        if not _close(mine, gradient.to(mine), floor=float(whole.norm()) * 1e-9):
+        if not _close(mine, gradient.to(mine), floor=largest * _noise(whole.dtype) * 1e3):
             what = "is missing" if vector.grad is None else "is wrong"
             raise VerificationError(
                 f"{path}: in {mode} mode the gradient of its vectors {name!r} {what}. The rewrite would be wrong, and "
@@ -249,13 +267,20 @@ def _all_close(ours: list[Tensor], theirs: list[Tensor]) -> bool:
     return all(_close(a, b) for a, b in itertools.zip_longest(ours, theirs))
 
 
-def _close(a: Tensor | None, b: Tensor | None, floor: float = 0.0) -> bool:
+def _close(a: Tensor | None, b: Tensor | None, floor: float | None = None) -> bool:
+    """Whether two results agree; below `floor`, by default that of numbers about 1, they are rounding noise."""
     if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not a.is_floating_point():
         return bool((a == b).all())
+    if floor is None:
+        floor = _noise(a.dtype) * math.sqrt(a.numel())
     finite = a.isfinite() & b.isfinite()
     allowed = _TOLERANCE.get(a.dtype, _COARSE)
     inner, due = a.double()[finite], b.double()[finite]
     same = bool((a[~finite].nan_to_num(0.0) == b[~finite].nan_to_num(0.0)).all())
     return same and float((inner - due).norm()) <= max(allowed * float(due.norm()), floor)
+
+
+def _noise(dtype: torch.dtype) -> float:
+    return 64 * torch.finfo(dtype).eps

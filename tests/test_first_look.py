@@ -88,8 +88,9 @@ def test_a_read_that_no_source_shows_raises_at_the_first_forward(make: Any, read
             model(X)
         assert str(caught.value) == (
             f"first: {reader} reads its weight, and neither a source nor a graph told so: its reflections act on what "
-            "it is called with, and are not seen there. Take the adapters off (hra_fx.HRAModel.unload, or load the "
-            "model anew) and call hra_fx.transform(..., example_inputs=...), which sees it and reflects the weight."
+            "it is called with, and are not seen there. Take the adapters off (hra_fx.delete_adapter for each), and give "
+            "hra_fx.transform or load_adapter example_inputs, a call in this mode, which shows the read: the weight is "
+            "reflected then."
         )
     assert watching() == 0
     model.modes = 0
@@ -121,7 +122,7 @@ def test_a_read_past_the_attribute_is_refused_with_and_without_an_example(take: 
         assert str(caught.value).startswith("first: the model (Past, in linear) reads its weight")
     assert str(caught.value).endswith(
         "past the attribute, as _parameters or parameters() give it, where no reflection can be seen. Take the "
-        "adapters off (hra_fx.HRAModel.unload, or load the model anew) and leave the layer out with exclude_modules."
+        "adapters off (hra_fx.delete_adapter for each), and leave the layer out with exclude_modules."
     )
 
 

@@ -13,11 +13,14 @@ from hra_fx.adapted import Inventory, Record
 from hra_fx.adapters.copies import Copies, held_by, own_tensors
 from hra_fx.config import HRAConfig
 from hra_fx.errors import UnsupportedLayerError
+from hra_fx.reflection import reflection_of
 from hra_fx.selection import saved_modules
 from hra_fx.site import REFLECTION, SAVED
 from hra_fx.tied import tied_to
 from hra_fx.untying import Place, settings_that_tie, still_tied, turn_off, turn_on, why_not_off
 
+#: What a bias is called; in an attention, that of q, k and v.
+_BIASES = ("bias", "in_proj_bias")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -141,8 +144,9 @@ def to_copy(
                 found.setdefault(id(owner), (f"{root}.{below}".rstrip("."), owner, names))
     owners = model.named_modules() if config.bias == "all" else sites.items() if config.bias == "hra_only" else ()
     for path, owner in owners:
-        if _is_base(f"{path}.") and owner._parameters.get("bias") is not None:
-            found.setdefault(id(owner), (path, owner, ("bias",)))
+        names = tuple(name for name in _BIASES if owner._parameters.get(name) is not None)
+        if _is_base(f"{path}.") and names:
+            found.setdefault(id(owner), (path, owner, names))
     return {path: (owner, names) for path, owner, names in found.values()}
 
 
@@ -152,7 +156,8 @@ def _why_not(owner: nn.Module, names: tuple[str, ...]) -> str | None:
         return (
             f"it runs its children one by one and holds {', '.join(names)} besides, so no copy fits into it. {way_out}"
         )
-    if "weight" in names and REFLECTION in owner._modules:
+    reflection = reflection_of(owner)
+    if reflection is not None and reflection.weight_name in names:
         return "another adapter reflects this layer, so it cannot be saved in full too. Fold or delete that one first"
     for name in names:
         tensor = owner._parameters.get(name)

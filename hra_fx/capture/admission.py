@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ast
 import functools
+import inspect
+import sys
+import types
 from typing import Any
 
 from torch import fx, nn
 
 from hra_fx.capture.calling import optional_arguments
+from hra_fx.capture.solid import definition_of
 from hra_fx.carrier.swap import original_class
-from hra_fx.sources import names_below_self, reached_methods
+from hra_fx.sources import functions_of, names_below_self, reached_definitions
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -82,16 +86,34 @@ def _asks_identity(node: ast.Compare) -> bool:
 
 @functools.cache
 def _unseen_question(kind: Any) -> str | None:
-    """A question in a forward that its trace would not notice: `type(value)`, or one of torch under its bare name."""
-    for method in reached_methods(kind).values():
-        for node in ast.walk(method):
-            if isinstance(node, ast.Compare) and _asks_identity(node):
-                return "it asks whether a value is the same object as another, and a traced value never is"
-            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
-                continue
-            of_self = bool(node.args) and isinstance(node.args[0], ast.Name) and node.args[0].id == "self"
-            if node.func.id in ("type", "callable") and not of_self:
-                return f"it asks for the type of a value ({node.func.id}), and a traced value has none"
-            if node.func.id in _QUESTIONS:
-                return f"it asks {node.func.id}(), whose answer may change between calls"
+    """A question in a forward, or in a function that it calls, that its trace would not notice."""
+    for definitions in reached_definitions(kind).values():
+        for definition in definitions:
+            if question := _question_in(definition):
+                return question
+            space = vars(sys.modules.get(kind.__module__, ast))
+            for function in functions_of(definition, space):
+                if question := _question_of(function):
+                    return f"{question} (in {function.__qualname__})"
+    return None
+
+
+@functools.cache
+def _question_of(function: types.FunctionType) -> str | None:
+    definition = definition_of(inspect.unwrap(function))
+    return _question_in(definition, of_torch=False) if definition else None
+
+
+def _question_in(definition: ast.FunctionDef, *, of_torch: bool = True) -> str | None:
+    """`type(value)`, `id(value)`, `a is b`, or a question of torch under its bare name."""
+    for node in ast.walk(definition):
+        if isinstance(node, ast.Compare) and _asks_identity(node):
+            return "it asks whether a value is the same object as another, and a traced value never is"
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+            continue
+        of_self = bool(node.args) and isinstance(node.args[0], ast.Name) and node.args[0].id == "self"
+        if node.func.id in ("type", "callable", "id") and not of_self:
+            return f"it asks for the type of a value ({node.func.id}), and a traced value has none"
+        if of_torch and node.func.id in _QUESTIONS:
+            return f"it asks {node.func.id}(), whose answer may change between calls"
     return None

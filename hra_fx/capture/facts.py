@@ -47,14 +47,19 @@ class Watch(NamedTuple):
     read: Callable[[dict[str, Any]], Any]
     values: Any
     shadows: frozenset[str]
+    size: int | None = None
 
     def holds(self) -> bool:
-        """Whether the attributes that were read are what they were, and nothing hides one of the class."""
+        """Whether the attributes that were read are what they were, and nothing hides one of the class.
+
+        Of an object whose `size` was taken down, all were read, also those that it did not have.
+        """
         try:
-            same = self.read(self.namespace) == self.values
-        except KeyError:
+            same = bool(self.read(self.namespace) == self.values)
+        except (KeyError, RuntimeError, ValueError):  # gone, or compared as tensors and arrays are
             return False
-        return bool(same) and self.shadows.isdisjoint(self.namespace)
+        full = self.size is None or len(self.namespace) == self.size
+        return same and full and self.shadows.isdisjoint(self.namespace)
 
 
 class ModuleWatch(NamedTuple):
@@ -126,15 +131,17 @@ def watch(module: nn.Module, names: frozenset[str], role: str) -> tuple[ModuleWa
     )
     whole = ModuleWatch(module, kind, ask, ask(kind), children, registered, role)
     shadows = names - set(own) - {"forward"}
-    attributes = {name: value for name, value in own.items() if not isinstance(value, Tensor)}
-    objects = (vars(value) for value in attributes.values() if _is_object(value))
-    return whole, [_watch(vars(module), attributes, shadows), *(_watch(space, space, frozenset()) for space in objects)]
+    spaces_read = (vars(value) for value in own.values() if _is_object(value))
+    objects = (_watch(space, space, frozenset(), len(space)) for space in spaces_read)
+    return whole, [_watch(vars(module), own, shadows), *objects]
 
 
-def _watch(namespace: dict[str, Any], attributes: dict[str, Any], shadows: frozenset[str]) -> Watch:
+def _watch(
+    namespace: dict[str, Any], attributes: dict[str, Any], shadows: frozenset[str], size: int | None = None
+) -> Watch:
     read: Callable[[dict[str, Any]], Any] = operator.itemgetter(*attributes) if attributes else _nothing
     frozen = {name: _frozen(value) for name, value in attributes.items()}
-    return Watch(namespace, read, read(frozen), shadows)
+    return Watch(namespace, read, read(frozen), shadows, size)
 
 
 def _own(module: nn.Module, names: frozenset[str]) -> dict[str, Any]:
@@ -163,24 +170,31 @@ def _called(value: Any) -> str:
     return f"{getattr(value, '__module__', '')}.{name} {line}" if name else repr(value)
 
 
-def _data(name: str, value: Any) -> Any:
-    """A value as plain data, for comparison with that of a copy."""
+def _data(name: str, value: Any, *, inside: bool = False) -> Any:
+    """A value as plain data, for comparison with that of a copy.
+
+    What an object `inside` of a container becomes is not watched, so there may be none there.
+    """
     if isinstance(value, _DATA):
         return value
-    if isinstance(value, (Tensor, nn.Module)):
+    if isinstance(value, nn.Module):
         return None
+    if isinstance(value, types.MethodType) and not isinstance(value.__self__, (nn.Module, type)):
+        raise CaptureError(f"its forward reads {name}, a method of an object, which may change unseen")
     if isinstance(value, _FIXED):
         return _called(value)
     if isinstance(value, dict):
-        return {_data(name, key): _data(f"{name}[{key!r}]", item) for key, item in value.items()}
+        return {
+            _data(name, key, inside=True): _data(f"{name}[{key!r}]", item, inside=True) for key, item in value.items()
+        }
     if isinstance(value, (list, tuple, collections.deque)):
-        return [_data(f"{name}[{place}]", item) for place, item in enumerate(value)]
+        return [_data(f"{name}[{place}]", item, inside=True) for place, item in enumerate(value)]
     if isinstance(value, (set, frozenset)):
-        return {_data(name, item) for item in value}
-    if _is_object(value):
-        inside = dict(vars(value))
-        if not any(_is_object(item) for item in inside.values()):
-            return {key: _data(f"{name}.{key}", item) for key, item in inside.items()}
+        return {_data(name, item, inside=True) for item in value}
+    if _is_object(value) and not inside:
+        held = dict(vars(value))
+        if not any(_is_object(item) for item in held.values()):
+            return {key: _data(f"{name}.{key}", item) for key, item in held.items()}
     raise CaptureError(f"its forward reads {name}, a {type(value).__name__}, which may change unseen")
 
 

@@ -167,17 +167,48 @@ def _kinds(node: ast.expr, frame: types.FrameType) -> list[Any]:
     return [getattr(builtins, node.id, None)]
 
 
+def only_speaks(frame: types.FrameType) -> bool:
+    """Whether the line that a frame is at belongs to an assertion or an error, where a value may stand in the words."""
+    return frame.f_lineno in _words(frame.f_code.co_filename)
+
+
+@functools.cache
+def _words(path: str) -> frozenset[int]:
+    """The lines of a file that are part of `torch._assert(...)`, `assert` or `raise`."""
+    tree = _tree(path)
+    speaking = [node for node in (ast.walk(tree) if tree else ()) if _is_speaking(node)]
+    return frozenset(line for node in speaking for line in _lines(node))
+
+
+def _is_speaking(node: ast.AST) -> bool:
+    match node:
+        case ast.Assert() | ast.Raise():
+            return True
+        case ast.Expr(ast.Call(ast.Name("_assert") | ast.Attribute(attr="_assert"))):
+            return True
+    return False
+
+
 @functools.cache
 def _questions(path: str) -> dict[int, list[ast.Call]]:
     """Line of a file -> the calls of `isinstance` that it has a part of."""
     found: dict[int, list[ast.Call]] = {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            tree = ast.parse(file.read())
-    except (OSError, SyntaxError, UnicodeDecodeError):
-        return found
-    for node in ast.walk(tree):
+    tree = _tree(path)
+    for node in ast.walk(tree) if tree else ():
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
-            for line in range(node.lineno, (node.end_lineno or node.lineno) + 1):
+            for line in _lines(node):
                 found.setdefault(line, []).append(node)
     return found
+
+
+def _lines(node: Any) -> range:
+    return range(node.lineno, (node.end_lineno or node.lineno) + 1)
+
+
+@functools.cache
+def _tree(path: str) -> ast.Module | None:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return ast.parse(file.read())
+    except (OSError, SyntaxError, UnicodeDecodeError):
+        return None

@@ -13,7 +13,7 @@ import inspect
 import logging
 import textwrap
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -75,8 +75,8 @@ def _only_looks(use: ast.Name, user: ast.AST, function: types.FunctionType) -> b
     if isinstance(user, ast.keyword):
         return False
     if isinstance(user, ast.Call) and user.func is not use:
-        called = _resolved(user.func, function)
-        return _is_of_torch(called) or called in (len, tuple, list, max, min, sum, zip)
+        called = resolved(user.func, function.__globals__)
+        return is_of_torch(called) or called in (len, tuple, list, max, min, sum, zip)
     return isinstance(user, ast.Compare) or (isinstance(user, ast.For) and user.iter is use)
 
 
@@ -123,12 +123,14 @@ class _Values:
             return all(self._is_sure(argument) for argument in arguments)
         if self._root(func) in self._locals:
             return isinstance(func, ast.Attribute) and hasattr(torch.Tensor, func.attr)
-        called = _resolved(func, self._function)
-        if isinstance(func, ast.Attribute) and isinstance(_resolved(func.value, self._function), logging.Logger):
+        called = resolved(func, self._function.__globals__)
+        if isinstance(func, ast.Attribute) and isinstance(
+            resolved(func.value, self._function.__globals__), logging.Logger
+        ):
             return True
         return (
             called in (isinstance, print, *_CONTEXTS)
-            or _is_of_torch(called)
+            or is_of_torch(called)
             or (isinstance(called, types.FunctionType) and not arguments)
         )
 
@@ -164,8 +166,8 @@ class _Values:
         arguments = [*call.args, *(keyword.value for keyword in call.keywords)]
         root = self._root(call.func)
         if root and root not in self._locals:
-            called = _resolved(call.func, self._function)
-            if _is_of_torch(called):
+            called = resolved(call.func, self._function.__globals__)
+            if is_of_torch(called):
                 return called.__name__ not in _NO_VALUE | _NONE_INSIDE
             if isinstance(called, types.BuiltinFunctionType | type) and called.__module__ == "builtins":
                 return called.__name__ in _NUMBERS or (
@@ -242,16 +244,16 @@ def _dotted(node: ast.expr) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def _resolved(node: ast.expr, function: types.FunctionType) -> Any:
+def resolved(node: ast.expr, space: Mapping[str, Any]) -> Any:
     """What a dotted name outside of a function's own names is."""
     root, *rest = _dotted(node).split(".")
-    found = function.__globals__.get(root, getattr(builtins, root, None) if root else None)
+    found = space.get(root, getattr(builtins, root, None) if root else None)
     for name in rest:
         found = vars(found).get(name) if isinstance(found, types.ModuleType) else None
     return found
 
 
-def _is_of_torch(called: Any) -> bool:
+def is_of_torch(called: Any) -> bool:
     """Whether it is an operator of torch, or a function of math."""
     home = getattr(called, "__module__", None) or ""
     return (

@@ -5,14 +5,19 @@ from __future__ import annotations
 import collections
 import contextlib
 import operator
+import random
 import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from hra_fx.errors import CaptureError
 
+#: Packages whose objects are not the model's, or guard themselves.
+_NOT_THE_MODELS = ("torch", "builtins", "typing", "logging", "functools", "collections", "re", "enum", "numpy", "abc")
 _CONTAINERS = (dict, list, set, collections.OrderedDict, collections.defaultdict, collections.deque)
 
 
@@ -50,15 +55,18 @@ class _State:
     def __init__(self, owner: Any) -> None:
         self._owner = owner
         self._names = dict(vars(owner))
+        plain = {name: value for name, value in self._names.items() if not name.startswith("__")}
+        held = {f"{name}.{key}": item for name, value in plain.items() for key, item in _of_object(value).items()}
         self._contents = [
-            (name, value, value.copy())
-            for name, value in self._names.items()
-            if type(value) in _CONTAINERS and not name.startswith("__")
+            (name, value, value.copy()) for name, value in {**plain, **held}.items() if type(value) in _CONTAINERS
         ]
+        self._contents += [(name, space, dict(space)) for name, value in plain.items() if (space := _of_object(value))]
+        self._random = [(name, value, _state(value)) for name, value in plain.items() if _state(value) is not None]
 
     def restore(self) -> list[str]:
         """Put back what changed, and name it."""
         changed = [name for name, value, content in self._contents if _put_back(value, content)]
+        changed += [name for name, generator, state in self._random if not _is_same_state(_state(generator), state)]
         if not _are_identical(vars(self._owner), self._names):
             changed += self._restore_names()
         return [f"{self._owner.__name__}.{name}" for name in changed]
@@ -77,6 +85,28 @@ class _State:
                 continue
             changed.append(name)
         return changed
+
+
+def _of_object(value: Any) -> dict[str, Any]:
+    """The attributes of a plain object of the model's own packages, such as a counter or a tracker of losses."""
+    home = type(value).__module__.split(".")[0]
+    plain = not isinstance(value, (type, types.ModuleType, types.FunctionType, nn.Module))
+    space = getattr(value, "__dict__", None) if plain and home not in _NOT_THE_MODELS else None
+    return space if type(space) is dict else {}
+
+
+def _state(value: Any) -> Any:
+    """Where a random generator is; `None` for what is none."""
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    numpy = sys.modules.get("numpy")
+    return value.bit_generator.state if numpy and isinstance(value, numpy.random.Generator) else None
+
+
+def _is_same_state(now: Any, then: Any) -> bool:
+    return torch.equal(now, then) if isinstance(now, torch.Tensor) else str(now) == str(then)
 
 
 def _put_back(container: Any, content: Any) -> bool:

@@ -126,6 +126,7 @@ class _Bench:
             raise CaptureError(f"its forward changes or makes {', '.join(changes[:3])} outside of the graph")
         if box.log.writes:
             raise CaptureError(f"its forward sets {box.log.writes[0]!r} for a while, and a graph does not")
+        tracer.refuse_what_was_kept()
         return graph
 
 

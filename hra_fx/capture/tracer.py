@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -19,7 +21,7 @@ from hra_fx.capture.calling import Calling
 from hra_fx.capture.keeping import Keeping
 from hra_fx.capture.leaves import given, why_not_called
 from hra_fx.capture.memory import without_memory
-from hra_fx.capture.questions import asks_for_no_tensor, is_assertion, is_certainly_tensor
+from hra_fx.capture.questions import asks_for_no_tensor, is_assertion, is_certainly_tensor, only_speaks
 from hra_fx.errors import CaptureError
 from hra_fx.site import find_kind
 
@@ -50,12 +52,30 @@ class RegionProxy(fx.Proxy):
 
     __len__ = __int__ = __float__ = __complex__ = __index__ = _as_number
 
-    def _as_key(self) -> int:
+    def __hash__(self) -> int:
+        """For torch alone."""
         if not _asked_by_torch():
             _tracer(self).refuse("it looks a value up in a set or dictionary")
         return object.__hash__(self)
 
-    __hash__ = _as_key
+    def __setattr__(self, name: str, value: Any) -> None:
+        """For fx alone: what is set on a traced value is set on no tensor."""
+        if not _asked_by_torch():
+            _tracer(self).refuse(f"it sets {name!r} of a value")
+        object.__setattr__(self, name, value)
+
+    def _in_words(self, *_: str) -> str:
+        """For torch, and the messages of errors: the words for a traced value are not those for what it stands for."""
+        if not _asked_by_torch() and not only_speaks(sys._getframe(1)):
+            _tracer(self).refuse("it takes a value for text")
+        return f"a value of {object.__getattribute__(self, 'node').name}"
+
+    __repr__ = __str__ = __format__ = _in_words
+
+    def _without_node(self, *args: Any) -> NoReturn:
+        _tracer(self).refuse("it writes into a part of a value, copies one in Python, or asks what is in it")
+
+    __setitem__ = __delitem__ = __contains__ = __copy__ = __deepcopy__ = _without_node  # type: ignore[assignment]
 
 
 def _augmenting(act: Callable[[Any, Any], Any]) -> Callable[[RegionProxy, Any], Any]:
@@ -112,6 +132,7 @@ class RegionTracer(fx.Tracer):
         self._calling = calling
         self._keeping = keeping
         self._leaves: dict[nn.Module, bool] = {}
+        self._made: list[weakref.ref[RegionProxy]] = []
         self._thread = threading.get_ident()
 
     def refuse(self, reason: str) -> NoReturn:
@@ -130,6 +151,7 @@ class RegionTracer(fx.Tracer):
                 if not self._keeping.add_culprit(error):
                     raise
             del self.refused[before:]
+            self._made.clear()
             self.scope = Scope("", None)
             self.module_stack.clear()
             self.num_calls.clear()
@@ -177,14 +199,15 @@ class RegionTracer(fx.Tracer):
         path = self.path_of_module(m)
         if not self.is_leaf_module(m, path) and (reason := why_not_inlined(m, self._recorded)):
             self.refuse(f"{path}: {reason}")
-        return self.given(m, args, kwargs, super().call_module(m, forward, args, kwargs))
+        result = super().call_module(m, forward, args, kwargs)
+        return self.given(m, args, kwargs, result) if self.is_leaf_module(m, path) else result
 
     def is_foreign(self) -> bool:
         """Whether this is another thread: fx patches the call of modules for all, and another model may be running."""
         return threading.get_ident() != self._thread
 
     def given(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-        """What the call of a child gives (`leaves.given`)."""
+        """What the call of a leaf gives (`leaves.given`)."""
         try:
             return given(m, args, kwargs, result)
         except CaptureError as error:
@@ -215,7 +238,20 @@ class RegionTracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> RegionProxy:
         """Wrap a node in the guarded proxy."""
-        return RegionProxy(node, self)
+        made = RegionProxy(node, self)
+        self._made.append(weakref.ref(made))
+        return made
+
+    def refuse_what_was_kept(self) -> None:
+        """Refuse a forward that left a traced value somewhere, once the trace is done: a graph leaves none.
+
+        Raises:
+            CaptureError: there is one.
+        """
+        if any(made() is not None for made in self._made):
+            gc.collect()  # what only stood in a cycle was not left
+        if any(made() is not None for made in self._made):
+            self.refuse("it keeps a value beyond the call")
 
 
 def _is_same(a: Any, b: Any) -> bool:

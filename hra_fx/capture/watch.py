@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 import torch.autograd.function
+import torch.autograd.graph
 import torch.utils.checkpoint
 
 from hra_fx.errors import CaptureError
@@ -32,6 +33,11 @@ _FORBIDDEN: tuple[tuple[Any, str, str], ...] = (
     (torch.set_grad_enabled, "__init__", "it sets grad mode, which a graph drops"),
     (torch.set_grad_enabled, "__enter__", "it sets grad mode, which a graph drops"),
     (torch.inference_mode, "__enter__", "it runs under inference_mode, which a graph drops"),
+    (
+        torch.autograd.graph.saved_tensors_hooks,
+        "__enter__",
+        "it changes what is saved for backward",
+    ),
     # Looked up by Function.apply, which may have been bound to a name long before.
     (
         torch.autograd.function,

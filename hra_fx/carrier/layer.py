@@ -9,9 +9,12 @@ read by others answers them with the rotated one, whoever they are.
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.fx.graph_module import _copy_attr as _COPY
 
 from hra_fx.carrier.swap import Carrier
 from hra_fx.forms import ConvReflection, LinearReflection, WeightReflection
@@ -55,6 +58,7 @@ class ConvCarrier(SiteCarrier):
     """A convolution whose output is corrected by what its reflections read of the input."""
 
     hra_u: ConvReflection
+    weight: Tensor
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
@@ -65,7 +69,7 @@ class ConvCarrier(SiteCarrier):
             if read is None and REFLECTION in self._modules:
                 read = self.hra_u(input)
             output = base.forward(self, input)
-            return output if read is None else output - self.hra_u.project(read, self.hra_base)
+            return output if read is None else output - self.hra_u.project(read, self.weight)
 
         return {"forward": forward}
 
@@ -86,16 +90,29 @@ class WeightCarrier(SiteCarrier):
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
         """A property in the place of the weight; the parameter itself stays where it is."""
 
-        def weight(self: WeightCarrier) -> Tensor:
-            if REFLECTION not in self._modules:
+        name = "in_proj_weight" if issubclass(base, nn.MultiheadAttention) else "weight"
+
+        def weight(self: WeightCarrier) -> Any:
+            if REFLECTION not in self._modules:  # a new object of this class
+                return nn.Module.__getattr__(self, name)
+            if _is_asked_by_fx():
                 return self.hra_base
             try:
-                reflected: Tensor = self.hra_u(self.hra_base)
+                return self.hra_u(self.hra_base)
             except AttributeError as error:  # which would send Python to nn.Module.__getattr__, and the plain weight
                 raise RuntimeError(f"{type(self).__name__}: its weight cannot be reflected ({error})") from error
-            return reflected
 
-        return {"in_proj_weight" if issubclass(base, nn.MultiheadAttention) else "weight": property(weight)}
+        def hold(self: WeightCarrier, value: Any) -> None:
+            """As a plain attribute: so DataParallel gives its replicas their tensors."""
+            vars(self)[name] = value
+
+        return {name: property(weight, hold)}
+
+
+def _is_asked_by_fx() -> bool:
+    """Whether fx copies a parameter into a GraphModule, whose graph rotates it by nodes of its own."""
+    # First, for a compiler cannot look at frames.
+    return not torch.compiler.is_compiling() and sys._getframe(2).f_code is _COPY.__code__
 
 
 def carrier_for(layer: nn.Module) -> type[SiteCarrier]:

@@ -36,7 +36,8 @@ class RootCarrier(Carrier):
                 return base.forward(self, *args, **kwargs)
             record, mode = record_of(self), self.training
             traced = torch._C._get_tracing_state() is not None or is_fx_symbolic_tracing()
-            if record is None or mode in record.looked or traced:
+            idle = record is None or record.disabled or not record.active or getattr(self, "_is_replica", False)
+            if record is None or idle or mode in record.looked or traced:
                 return base.forward(self, *args, **kwargs)
             record.looked.add(mode)
             try:
@@ -109,7 +110,7 @@ def _is_plain(layer: SiteCarrier) -> bool:
 
 
 def _overlooked(path: str, reader: str, *, on_weight: bool) -> str:
-    again = "Take the adapters off (hra_fx.HRAModel.unload, or load the model anew) and"
+    again = "Take the adapters off (hra_fx.delete_adapter for each), and"
     if on_weight:
         return (
             f"{path}: {reader} reads its weight past the attribute, as _parameters or parameters() give it, where no "
@@ -117,8 +118,8 @@ def _overlooked(path: str, reader: str, *, on_weight: bool) -> str:
         )
     return (
         f"{path}: {reader} reads its weight, and neither a source nor a graph told so: its reflections act on what it "
-        f"is called with, and are not seen there. {again} call hra_fx.transform(..., example_inputs=...), which sees "
-        "it and reflects the weight."
+        f"is called with, and are not seen there. {again} give hra_fx.transform or load_adapter example_inputs, "
+        "a call in this mode, which shows the read: the weight is reflected then."
     )
 
 

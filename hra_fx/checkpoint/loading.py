@@ -18,6 +18,7 @@ from hra_fx.checkpoint.fitting import Fitted, fit
 from hra_fx.checkpoint.folder import find
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
+from hra_fx.example import as_call
 from hra_fx.reflection import Reflection
 from hra_fx.transforming import checked, set_up
 from hra_fx.uninterrupted import uninterrupted
@@ -33,6 +34,7 @@ def load_adapter(
     is_trainable: bool = False,
     subfolder: str | None = None,
     config: HRAConfig | None = None,
+    example_inputs: Any = None,
     **hub: Any,
 ) -> M:
     """Load an adapter that `save_adapter`, `save_pretrained` or PEFT wrote. Nothing is ever unpickled.
@@ -49,6 +51,7 @@ def load_adapter(
             does.
         subfolder: where in `directory` the files are.
         config: goes in place of the configuration in the folder.
+        example_inputs: as for `transform`, where the model is plain.
         hub: for `huggingface_hub.snapshot_download`: `revision`, `token`, `cache_dir` and others.
 
     Returns:
@@ -72,6 +75,7 @@ def load_adapter(
     """
     # Vectors made in inference mode could never be trained.
     with torch.inference_mode(False):
+        call = None if example_inputs is None else as_call(example_inputs)
         plain = isinstance(model, nn.Module) and not any(record_of(part) for part in model.modules())
         root, record = (model, None) if plain else root_of(model)
         fitted = fit(find(directory, subfolder, **hub), root, config)
@@ -84,7 +88,7 @@ def load_adapter(
             reflection.put(adapter_name, fitted.spec, _like(vectors, weight), anchored)
 
         if record is None:
-            set_up(root, config, adapter_name, fill, fitted.copies)
+            set_up(root, config, adapter_name, fill, fitted.copies, call=call)
         elif adapter_name in record.configs:
             _replace(root, record, adapter_name, fitted, is_trainable)
         else:
