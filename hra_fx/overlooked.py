@@ -20,7 +20,23 @@ from hra_fx.carrier.swap import original_class
 from hra_fx.site import REFLECTION, kind_of, weight_name
 
 #: Beside `METADATA`: what may be done with a weight without computing with it.
-_QUESTIONS = frozenset(("__set__", "requires_grad_", "is_floating_point", "is_contiguous", "stride", "data_ptr"))
+_QUESTIONS = frozenset(
+    (
+        *(
+            "__set__",
+            "__len__",
+            "__repr__",
+            "__format__",
+            "type",
+            "requires_grad_",
+            "is_contiguous",
+            "stride",
+            "data_ptr",
+        ),
+        *("is_floating_point", "is_complex", "is_pinned", "is_shared", "is_inference", "is_sparse", "is_quantized"),
+        *("get_device", "storage_offset", "untyped_storage", "nelement", "ndimension"),
+    )
+)
 _MADE_LIKE = frozenset(("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "result_type"))
 _NEW = frozenset(("new_tensor", "new_zeros", "new_ones", "new_empty", "new_full"))
 #: Where only the first argument is more than an example.

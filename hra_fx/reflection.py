@@ -246,7 +246,7 @@ class Reflection(nn.ParameterDict):
         """
         weight = layer._parameters.get(self.weight_name)
         if weight is None and getattr(layer, "_is_replica", False):  # which has its tensors as plain attributes
-            weight = vars(layer)[self.weight_name]
+            weight = vars(layer).get(self.weight_name)
         if weight is None:
             raise AdapterError(
                 f"{type(layer).__name__}: its {self.weight_name} is no parameter any more, since weight_norm, pruning "

@@ -88,9 +88,9 @@ def test_a_read_that_no_source_shows_raises_at_the_first_forward(make: Any, read
             model(X)
         assert str(caught.value) == (
             f"first: {reader} reads its weight, and neither a source nor a graph told so: its reflections act on what "
-            "it is called with, and are not seen there. Take the adapters off (hra_fx.delete_adapter for each), and give "
-            "hra_fx.transform or load_adapter example_inputs, a call in this mode, which shows the read: the weight is "
-            "reflected then."
+            "it is called with, and are not seen there. Take the adapters off (hra_fx.delete_adapter for each), and "
+            "give hra_fx.transform or load_adapter example_inputs, a call in this mode, which shows the read: the "
+            "weight is reflected then."
         )
     assert watching() == 0
     model.modes = 0

@@ -52,6 +52,7 @@ class Region:
         self._watches: tuple[Watch, ...] = ()
         self._modules: tuple[ModuleWatch, ...] = ()
         self._programs: dict[bool, Callable[..., Any]] = {}
+        self._passed_by: set[tuple[bool, bool]] = set()
 
     def settle(self, root: nn.Module) -> None:
         """Take down the facts, once the reflections are in place below `root`."""
@@ -77,14 +78,28 @@ class Region:
         if self._root is None or self._root() is not root:
             return None
         training = root.training
-        mode = training if self._by_mode else None
-        if not self._modules or not all(item.holds(mode) for item in self._modules):
-            return None
-        if not all(item.holds() for item in self._watches):
+        if not self._holds(training):
             return None
         if training not in self._programs:
             self._programs[training] = type(self.graph_module(root, training)).forward
         return self._programs[training], tensors
+
+    def is_new(self, root: nn.Module) -> bool:
+        """Whether a call that runs the Python forward is the first for this mode, and for facts that hold or do not."""
+        if self._root is None or self._root() is not root or len(self._passed_by) == 4:
+            return False
+        key = root.training, self._holds(root.training)
+        known = key in self._passed_by
+        self._passed_by.add(key)
+        return not known
+
+    def _holds(self, training: bool) -> bool:
+        mode = training if self._by_mode else None
+        return (
+            bool(self._modules)
+            and all(item.holds(mode) for item in self._modules)
+            and all(item.holds() for item in self._watches)
+        )
 
     def graph_module(self, root: nn.Module, training: bool) -> fx.GraphModule:
         """A GraphModule of its own over the modules and parameters of `root`."""
@@ -120,7 +135,8 @@ class Region:
     def __getstate__(self) -> dict[str, Any]:
         """All but what is bound to the live modules."""
         state = dict(vars(self))
-        del state["_root"], state["_watches"], state["_modules"], state["_programs"]
+        for bound in ("_root", "_watches", "_modules", "_programs", "_passed_by"):
+            del state[bound]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

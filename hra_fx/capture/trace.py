@@ -214,7 +214,7 @@ def _say_the_same(graph: fx.Graph, other: fx.Graph) -> bool:
 def _is_same(a: Any, b: Any, twins: dict[fx.Node, fx.Node] | None = None) -> bool:
     """Whether two arguments of nodes are the same, to the type of every constant."""
     if isinstance(a, fx.Node):
-        return (twins[a] if twins else a) is b
+        return (twins.get(a) if twins else a) is b
     if isinstance(a, (tuple, list)):
         return (
             isinstance(b, tuple) is isinstance(a, tuple)

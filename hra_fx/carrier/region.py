@@ -6,7 +6,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from hra_fx.capture.region import Region
+from hra_fx.carrier.layer import SiteCarrier
+from hra_fx.carrier.looking import can_look, look
 from hra_fx.carrier.swap import Carrier
 
 #: Attribute under which a region's root keeps its region.
@@ -27,9 +31,14 @@ class RegionCarrier(Carrier):
         def forward(self: RegionCarrier, *args: Any, **kwargs: Any) -> Any:
             region: Region | None = vars(self).get(REGION)
             program = region.program(self, args, kwargs) if region else None
-            if program is None:
+            if program is not None:
+                run, tensors = program
+                return run(self, *tensors)
+            if region is None or torch.compiler.is_compiling() or not can_look() or not region.is_new(self):
                 return python_forward(self, *args, **kwargs)
-            run, tensors = program
-            return run(self, *tensors)
+            # What the graph did not show, for it is of another call or other facts, may read weights.
+            below = ((path, self.get_submodule(path)) for path in region.sites)
+            sites = {path: layer for path, layer in below if isinstance(layer, SiteCarrier) and layer.hra_u.active}
+            return look(self, sites, python_forward, args, kwargs)
 
         return {"forward": forward}

@@ -11,14 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from hra_fx.adapted import record_of, sites_of
 from hra_fx.adapters.copies import BASE, held_by
-from hra_fx.carrier.layer import SiteCarrier
+from hra_fx.carrier.looking import can_look, look
 from hra_fx.carrier.swap import Carrier
-from hra_fx.errors import UnsupportedLayerError
-from hra_fx.overlooked import WeightWatch
 from hra_fx.reflection import ANCHOR
 from hra_fx.site import REFLECTION, SAVED
 
@@ -35,13 +32,14 @@ class RootCarrier(Carrier):
             if torch.compiler.is_compiling():  # first, for a compiler guards on whatever is asked before
                 return base.forward(self, *args, **kwargs)
             record, mode = record_of(self), self.training
-            traced = torch._C._get_tracing_state() is not None or is_fx_symbolic_tracing()
             idle = record is None or record.disabled or not record.active or getattr(self, "_is_replica", False)
-            if record is None or idle or mode in record.looked or traced:
+            if record is None or idle or mode in record.looked or not can_look():
                 return base.forward(self, *args, **kwargs)
             record.looked.add(mode)
+            # What is in a region, its graph shows; where its Python forward runs, that is looked at there.
+            sites = {path: layer for path, layer in sites_of(self).items() if path in record.alone}
             try:
-                return look(self, base.forward, args, kwargs)
+                return look(self, sites, base.forward, args, kwargs)
             except BaseException:  # it was not seen to its end
                 record.looked.discard(mode)
                 raise
@@ -77,50 +75,6 @@ class RootCarrier(Carrier):
         errors.append(f"{prefix}: adapters are merged in the {side}. {way_out}")
         # What is there already, so that nothing is changed by a load that is going to fail.
         state.update({f"{prefix}{key}": own for key, own in self.state_dict().items() if f"{prefix}{key}" in state})
-
-
-def look(root: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a forward, and refuse its result where it read a weight by a way on which no reflection is.
-
-    A model that was captured whole has no such reads, for its graph shows all. One that may take torch's fused path
-    through `nn.TransformerEncoderLayer` is not watched then, for it would not take it, and give other values at padded
-    places.
-
-    Raises:
-        UnsupportedLayerError: naming layer, reader and way out.
-    """
-    record = record_of(root)
-    sites = {path: layer for path, layer in sites_of(root).items() if record and path in record.alone}
-    # Where an adapter does nothing, the weight that others are given is the very one that they must not take.
-    with torch.no_grad():
-        watched = {path: layer for path, layer in sites.items() if not (layer.hra_u.on_weight and _is_plain(layer))}
-    fused = not root.training and not torch.is_grad_enabled()
-    if not watched or (fused and any(isinstance(part, nn.TransformerEncoderLayer) for part in root.modules())):
-        return forward(root, *args, **kwargs)
-    watch = WeightWatch(root, watched)
-    with watch:
-        result = forward(root, *args, **kwargs)
-    for path, reader in watch.found.items():
-        raise UnsupportedLayerError(_overlooked(path, reader, on_weight=watched[path].hra_u.on_weight))
-    return result
-
-
-def _is_plain(layer: SiteCarrier) -> bool:
-    return getattr(layer, layer.hra_u.weight_name) is layer.hra_base
-
-
-def _overlooked(path: str, reader: str, *, on_weight: bool) -> str:
-    again = "Take the adapters off (hra_fx.delete_adapter for each), and"
-    if on_weight:
-        return (
-            f"{path}: {reader} reads its weight past the attribute, as _parameters or parameters() give it, where no "
-            f"reflection can be seen. {again} leave the layer out with exclude_modules."
-        )
-    return (
-        f"{path}: {reader} reads its weight, and neither a source nor a graph told so: its reflections act on what it "
-        f"is called with, and are not seen there. {again} give hra_fx.transform or load_adapter example_inputs, "
-        "a call in this mode, which shows the read: the weight is reflected then."
-    )
 
 
 def _rename(state: dict[str, Any], in_place: str, waiting: dict[str, str], ours: str, theirs: set[str]) -> None:

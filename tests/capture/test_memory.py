@@ -55,7 +55,7 @@ def test_what_is_remembered_already_refuses_the_region() -> None:
         model(X)
     assert model.cache
     adapted, base = adapt(model)
-    assert_refused(adapted, "outside of the graph")
+    assert_refused(adapted, "it takes a value for text")
     assert_equals_oracle(adapted, base, X, modes=(False, True, False))
 
 
@@ -103,7 +103,7 @@ class Counts(Remembers):
 @pytest.mark.parametrize("model", [Another, OfInput, Counts])
 def test_a_memory_that_makes_a_difference_refuses_the_region(model: type[nn.Module]) -> None:
     adapted, base = adapt(model())
-    assert_refused(adapted, "outside of the graph")
+    assert_refused(adapted, "it takes a value for text")
     for value in (1, 2):
         assert_equals_oracle(adapted, base, inputs(4, 6, value=value), modes=(False, False, True))
 

@@ -1,0 +1,197 @@
+"""Layers with a weight of their own kind: refused where a reflection would be lost, and whole where tools meet them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from oracles import dense_product, dense_weight, relative_error
+from refusals import refused
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.utils import prune
+
+import hra_fx
+from hra_fx.adapted import sites_of
+
+X = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+class Own(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Renormed(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, 1.0)
+        return F.linear(x, self.weight)
+
+
+class Clamped(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.clamp_(-1, 1)
+        return F.linear(x, self.weight)
+
+
+class LeftOver(nn.Linear):
+    def __init__(self, d: int, out: int) -> None:
+        super().__init__(d, out)
+        self.register_buffer("packed", torch.zeros(out, d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.packed)  # type: ignore[arg-type]
+
+
+class Packed(nn.Linear):
+    def __init__(self, d: int, out: int) -> None:
+        super().__init__(d, out)
+        self.weight = nn.Parameter(torch.zeros(d * out, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.view(self.out_features, self.in_features))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Renormed, "the forward of its class writes into its weight"),
+        (Clamped, "the forward of its class writes into its weight"),
+        (LeftOver, "which does not read its weight"),
+        (Packed, r"its weight is of shape (24, 1), where its sizes say (4, 6)"),
+    ],
+)
+def test_a_weight_that_a_reflection_would_miss_is_refused(kind: Any, reason: str) -> None:
+    message = refused(nn.Sequential(kind(6, 4)), hra_fx.HRAConfig(r=2, target_modules=["0"]))
+    assert message.startswith(f"0 ({kind.__name__}): ") and reason in message and "exclude_modules" in message
+
+
+def adapted(model: nn.Module, targets: list[str], **options: Any) -> tuple[nn.Module, nn.Module]:
+    """Transformed, with random vectors, and the oracle: the base model with dense `W Q` for weights."""
+    oracle = copy.deepcopy(model.double())
+    hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=targets), **options)
+    with torch.no_grad():
+        for path, layer in sites_of(model).items():
+            vectors = layer.hra_u["default"].normal_(generator=torch.Generator().manual_seed(3))
+            plain = oracle.get_submodule(path)
+            plain.weight.copy_(dense_weight(plain.weight, dense_product(vectors)))
+    return model, oracle
+
+
+def test_fx_copies_the_plain_weight_of_a_site_on_the_weight_and_rotates_it_once() -> None:
+    model, oracle = adapted(nn.Sequential(Own(6, 6), nn.Linear(6, 4)), ["0", "1"])
+    traced = fx.symbolic_trace(model)
+    assert relative_error(traced(X), oracle(X)) < 1e-12
+    assert relative_error(copy.deepcopy(traced)(X), oracle(X)) < 1e-12
+
+
+@pytest.mark.parametrize("kind", [Own, nn.MultiheadAttention])
+def test_a_new_object_of_an_adapted_class_is_a_plain_layer(kind: Any) -> None:
+    model = nn.ModuleDict({"layer": kind(6, 2), "other": nn.Linear(6, 2)})
+    hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["layer"]))
+    new = type(model["layer"])(6, 2)
+    assert isinstance(new, kind) and list(new.state_dict()) == list(kind(6, 2).state_dict())
+
+
+def test_a_replica_of_data_parallel_reads_the_tensors_that_it_was_given() -> None:
+    model, oracle = adapted(nn.Sequential(Own(6, 6), nn.Linear(6, 4)), ["0", "1"])
+    replica = model._replicate_for_data_parallel()
+    for name, child in model.named_children():
+        twin: Any = child._replicate_for_data_parallel()
+        for key, parameter in child._parameters.items():
+            setattr(twin, key, parameter.view_as(parameter))
+        replica._modules[name] = twin
+    assert relative_error(replica(X), oracle(X)) < 1e-12
+
+
+@pytest.mark.parametrize("first", ["reflected", "saved"])
+def test_an_attention_is_not_reflected_by_one_adapter_and_saved_by_another(first: str) -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(6, 2), "other": nn.Linear(6, 2)})
+    reflected = hra_fx.HRAConfig(r=2, target_modules=["attention"])
+    saved = hra_fx.HRAConfig(r=2, target_modules=["other"], modules_to_save=["attention"])
+    hra_fx.transform(model, reflected if first == "reflected" else saved, "one")
+    with pytest.raises(hra_fx.UnsupportedLayerError, match=r"^attention"):
+        hra_fx.add_adapter(model, "two", saved if first == "reflected" else reflected)
+        hra_fx.set_adapter(model, "two")
+    assert list(model["attention"].state_dict()) and model["attention"].in_proj_weight.shape == (18, 6)
+
+
+def test_the_bias_of_an_attention_is_trained_too() -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(6, 2), "other": nn.Linear(6, 2)})
+    hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["attention"], bias="hra_only"))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == ["attention.in_proj_bias", "attention.hra_u.default"]
+
+
+class Fused(nn.Module):
+    """What its graph was made of reads no weight; what it does after a setting was changed, does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.fused = nn.Linear(6, 4), nn.Linear(6, 4), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = [self.left, self.right]
+        if self.fused:
+            return F.linear(x, torch.cat([layer.weight for layer in layers]))
+        return torch.cat([layer(x) for layer in layers], dim=-1)
+
+
+def test_a_region_that_is_passed_by_is_looked_at() -> None:
+    model, oracle = adapted(Fused(), ["left", "right"])
+    assert {row.region for row in hra_fx.report(model)} == {"whole"}
+    assert relative_error(model(X), oracle(X)) < 1e-12
+    model.fused = True
+    with pytest.raises(hra_fx.UnsupportedLayerError, match=r"^left: the model \(Fused, in cat\) reads its weight"):
+        model(X)
+
+
+def test_pruning_after_the_transform_is_seen_by_the_fold() -> None:
+    model, _ = adapted(nn.Sequential(nn.Linear(6, 4)), ["0"])
+    prune.l1_unstructured(model[0], "weight", 0.5)  # type: ignore[index, no-untyped-call]
+    with pytest.raises(hra_fx.AdapterError, match="its weight is no parameter any more"):
+        hra_fx.fold(model)
+
+
+class Outputs(nn.Module):
+    """An output that depends on no reflection, before one that does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 6), nn.Linear(6, 4)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.embed(ids)
+        return hidden, self.head(hidden)
+
+
+class AsksForGradients(Outputs):
+    """As wav2vec2 does of what it makes of its input."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        hidden = x * 2
+        if self.training:
+            hidden.requires_grad = True
+        return hidden, self.head(hidden)
+
+
+def still() -> nn.Module:
+    """The mean before the last norm is zero but for rounding."""
+    norms = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), norms[0], nn.Conv2d(4, 4, 1, bias=False), norms[1])
+
+
+@pytest.mark.parametrize(
+    ("model", "targets", "inputs"),
+    [
+        (Outputs(), ["head"], torch.tensor([[1, 2, 3]])),
+        (AsksForGradients(), ["head"], torch.randn(2, 6)),
+        (still(), ["0", "2"], torch.randn(2, 3, 6, 6)),
+    ],
+)
+def test_verify_raises_no_false_alarm(model: nn.Module, targets: list[str], inputs: Tensor) -> None:
+    hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=targets), example_inputs=inputs, verify=True)
+    assert len(hra_fx.report(model)) == len(targets)
