@@ -239,7 +239,8 @@ class RegionTracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> RegionProxy:
         """Wrap a node in the guarded proxy."""
         made = RegionProxy(node, self)
-        self._made.append(weakref.ref(made))
+        if node.op != "get_attr":  # fx keeps the values of parameters in a cycle of its own
+            self._made.append(weakref.ref(made))
         return made
 
     def refuse_what_was_kept(self) -> None:

@@ -37,8 +37,8 @@ class RegionCarrier(Carrier):
             if region is None or torch.compiler.is_compiling() or not can_look() or not region.is_new(self):
                 return python_forward(self, *args, **kwargs)
             # What the graph did not show, for it is of another call or other facts, may read weights.
-            below = ((path, self.get_submodule(path)) for path in region.sites)
-            sites = {path: layer for path, layer in below if isinstance(layer, SiteCarrier) and layer.hra_u.active}
+            below = ((path, part) for path, part in self.named_modules() if path in region.sites)
+            sites = {path: part for path, part in below if isinstance(part, SiteCarrier) and part.hra_u.active}
             return look(self, sites, python_forward, args, kwargs)
 
         return {"forward": forward}
