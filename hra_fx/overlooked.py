@@ -59,7 +59,8 @@ class WeightWatch(TorchFunctionMode):
         super().__init__()
         self.found: dict[str, str] = {}
         self._model = model
-        self._weights = {id(_weight(layer)): (path, layer) for path, layer in layers.items()}
+        weights = ((_weight(layer), path, layer) for path, layer in layers.items())
+        self._weights = {id(weight): (path, layer) for weight, path, layer in weights if weight is not None}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a function of torch, and look at what it was called with."""
@@ -102,7 +103,8 @@ def _holds(module: nn.Module, weight: Tensor) -> bool:
 
 
 def _weight(layer: nn.Module) -> Tensor | None:
-    return layer.hra_base if isinstance(layer, SiteCarrier) else layer._parameters[weight_name(kind_of(layer))]
+    """The parameter; `None` where another tool has put something in its place since."""
+    return layer._parameters.get(weight_name(kind_of(layer)))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -56,7 +56,8 @@ def look(
 
 
 def _is_plain(layer: SiteCarrier) -> bool:
-    return getattr(layer, layer.hra_u.weight_name) is layer.hra_base
+    name = layer.hra_u.weight_name
+    return getattr(layer, name) is layer._parameters.get(name)
 
 
 def _overlooked(path: str, reader: str, *, on_weight: bool) -> str:
