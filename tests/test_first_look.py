@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -240,3 +242,13 @@ def test_norms_that_a_user_computes_outside_of_the_forward() -> None:
     decay = decay + model.first.weight.norm() + (model.first.weight.T @ X.T).sum()
     assert torch.isfinite(decay)
     assert_same(model(X), run_dense(base, model, X))
+
+
+def test_an_adapter_that_needs_an_example_loads_with_one(tmp_path: Path) -> None:
+    base, model = adapted(Alias(), example_inputs=X)
+    hra_fx.save_adapter(model, tmp_path)
+    refused = hra_fx.load_adapter(copy.deepcopy(base), tmp_path)
+    with pytest.raises(UnsupportedLayerError, match="load_adapter example_inputs"):
+        refused(X)
+    loaded = hra_fx.load_adapter(copy.deepcopy(base), tmp_path, example_inputs=X)
+    assert_same(loaded(X), model.eval()(X))
