@@ -69,7 +69,7 @@ class WeightWatch(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         if name == "__get__" and isinstance(result, Tensor):  # weight.T, weight.data: another tensor, by another name
             name = getattr(func.__self__, "__name__", name)
-        if name not in _IDLE:
+        if name not in _IDLE and not _only_scales(name, args):
             for value in _tensors(args[:1] if name in _AS_ANOTHER else (args, kwargs)):
                 if id(value) in self._weights:
                     self._note(name, value, *self._weights[id(value)])
@@ -96,6 +96,11 @@ def _running() -> nn.Module | None:
             return owner
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def _only_scales(name: str, args: Any) -> bool:
+    """`weight.mul_(number)`: the weight changes, and `W Q` with it; rwkv does so from mode to mode."""
+    return name in ("mul_", "div_") and len(args) == 2 and isinstance(args[1], (int, float))
 
 
 def _holds(module: nn.Module, weight: Tensor) -> bool:

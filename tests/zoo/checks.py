@@ -153,6 +153,11 @@ class Trial:
         """The oracle with its turned weights a little off."""
         return Oracle(self.base, self.model, _NOISE[self.dtype]).plain
 
+    def _first(self, model: nn.Module) -> None:
+        """The first forward, in which the library looks for weights that are read unseen."""
+        if self.entry.trains or not model.training:
+            self.run(model)
+
     # ---- checks, in order ----
 
     def check_transform(self) -> None:
@@ -160,7 +165,7 @@ class Trial:
         self._prepare()
         self.model = copy.deepcopy(self.base)
         wanted = candidates(self.model)
-        config, self.result.refused, first = transform_most(self.model)
+        config, self.result.refused, first = transform_most(self.model, self._first)
         if config is None:
             self.over = True
             raise NotApplicable("every layer is refused" if wanted else "there is no layer to adapt")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -36,8 +37,16 @@ def config_for(paths: Iterable[str]) -> hra_fx.HRAConfig:
     return hra_fx.HRAConfig(r=3, target_modules="|".join(map(re.escape, paths)))
 
 
-def transform_most(model: nn.Module) -> tuple[hra_fx.HRAConfig | None, dict[str, str], float]:
+def transform_most(
+    model: nn.Module, run: Callable[[nn.Module], object] = lambda model: None
+) -> tuple[hra_fx.HRAConfig | None, dict[str, str], float]:
     """Transform a model with all its layers but those that are refused; each refusal must leave it as it was.
+
+    Layers are refused by `transform`, or by the first forward, which sees what no source and no trace told.
+
+    Args:
+        model: the model.
+        run: calls a model, in its mode.
 
     Returns:
         The configuration that was taken (`None`: everything was refused), layer -> why it was refused, and the
@@ -64,8 +73,26 @@ def transform_most(model: nn.Module) -> tuple[hra_fx.HRAConfig | None, dict[str,
             refused |= named
             left = {path: layer for path, layer in left.items() if path not in named}
         else:
-            return config, refused, time.perf_counter() - begin
+            seconds = time.perf_counter() - begin
+            unseen = _unseen(copy.deepcopy(model), run, left)
+            if not unseen:
+                return config, refused, seconds
+            hra_fx.delete_adapter(model, "default")
+            refused |= unseen
+            left = {path: layer for path, layer in left.items() if path not in unseen}
     return None, refused, 0.0
+
+
+def _unseen(model: nn.Module, run: Callable[[nn.Module], object], left: dict[str, nn.Module]) -> dict[str, str]:
+    """The layer that the first forward of either mode refuses, and why."""
+    for training in (False, True):
+        try:
+            run(model.train(training))
+        except hra_fx.UnsupportedLayerError as error:
+            if named := _named(str(error), left):
+                return named
+            raise
+    return {}
 
 
 def _named(message: str, left: dict[str, nn.Module]) -> dict[str, str]:
