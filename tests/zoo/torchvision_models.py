@@ -100,7 +100,7 @@ _EXCEPTIONS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "maxvit_t": ({"input_size": (64, 64)}, (64,)),
 }
 #: Models that take seconds for a call, and half as many in float32.
-_SLOW = ("inception_v3", "ssd300_vgg16", "keypointrcnn_resnet50_fpn")
+_SLOW = ("ssd300_vgg16", "keypointrcnn_resnet50_fpn")
 
 _FEW = {
     "rpn_pre_nms_top_n_train": 40,
