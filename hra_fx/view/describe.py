@@ -9,7 +9,7 @@ from torch import nn
 
 from hra_fx import householder
 from hra_fx.reflection import Reflection
-from hra_fx.site import describe
+from hra_fx.site import REFLECTION, describe
 from hra_fx.view.tree import Mark
 
 
@@ -34,6 +34,16 @@ def describe_module(module: nn.Module) -> str:
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and set(module.stride) != {1}:
         text += f", stride {module.stride[0] if len(set(module.stride)) == 1 else module.stride}"
     return text
+
+
+def numbers(module: nn.Module) -> int:
+    """How many numbers a module's parameters hold, without its reflections.
+
+    >>> numbers(nn.Linear(4, 8))
+    40
+    """
+    held = (parameter for path, parameter in module.named_parameters() if REFLECTION not in path.split("."))
+    return sum(parameter.numel() for parameter in held)
 
 
 def reflecting(path: str, reflection: Reflection) -> tuple[Mark, int, int]:

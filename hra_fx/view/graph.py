@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from hra_fx.adapted import sites_of
 from hra_fx.site import META, SiteNote
-from hra_fx.view.describe import describe_module, name_of, reflecting
+from hra_fx.view.describe import describe_module, name_of, numbers, reflecting
 from hra_fx.view.tree import Leaf
 
 #: Attributes and methods whose result is no tensor, so that what they feed is arithmetic on shapes.
@@ -125,7 +125,9 @@ class _Builder:
 
     def _add_eager(self, path: str, detail: str) -> None:
         place = tuple(_prefixes(_parent(path)))
-        self._add(f"module:{path}", Leaf(name_of(path), detail, "eager", "eager", path, place))
+        module = self.model.get_submodule(path)
+        leaf = Leaf(name_of(path), detail, "eager", "eager", path, place, paths=(path,), parameters=numbers(module))
+        self._add(f"module:{path}", leaf)
 
     def _site_leaf(self, path: str, op: str, place: tuple[str, ...]) -> Leaf:
         path = self.first_name[id(self.model.get_submodule(path))]
@@ -133,7 +135,9 @@ class _Builder:
         mark, width, rank = reflecting(path, layer.hra_u)
         marks = () if path in self.drawn else (mark,)
         name = name_of(path) or type(layer).__name__
-        return Leaf(name, describe_module(layer), "site", op, path, place, marks, width, rank)
+        count = numbers(layer) if marks else 0
+        detail = describe_module(layer)
+        return Leaf(name, detail, "site", op, path, place, marks, width, rank, paths=(path,), parameters=count)
 
     def _reader_leaf(self, note: SiteNote, node: fx.Node, region: str, place: tuple[str, ...]) -> Leaf:
         """A module that is called as a whole, with the marks of all sites that act in it."""
@@ -141,7 +145,11 @@ class _Builder:
         first, *others = (self._site_leaf(site, node.op, place) for site in (note.path, *note.also))
         marks = tuple(mark for leaf in (first, *others) for mark in leaf.marks)
         detail = describe_module(self.model.get_submodule(path))
-        return replace(first, name=name_of(path), detail=detail, target=path, marks=marks)
+        paths = tuple(leaf.target for leaf in (first, *others))
+        count = sum(leaf.parameters for leaf in (first, *others))
+        return replace(
+            first, name=name_of(path), detail=detail, target=path, marks=marks, paths=paths, parameters=count
+        )
 
     def _add_region(self, region: str, graph: fx.GraphModule) -> None:
         values: dict[fx.Node, _Value] = {}
@@ -201,7 +209,8 @@ class _Builder:
         if node.op == "call_module":
             path = _join(region, str(node.target))
             module = graph.get_submodule(str(node.target))
-            return Leaf(name_of(path), describe_module(module), "module", node.op, path, place)
+            detail, count = describe_module(module), numbers(module)
+            return Leaf(name_of(path), detail, "module", node.op, path, place, paths=(path,), parameters=count)
         if node.op == "placeholder":
             return Leaf(str(node.target), "", "input", node.op, str(node.target), place)
         if node.op == "output":

@@ -88,7 +88,13 @@ def _overlay(items: list[Item]) -> Item:
     """The first item, with the marks of all of them at every leaf."""
     first = items[0]
     if isinstance(first, Leaf):
-        return replace(first, marks=tuple(mark for item in items for mark in item.marks))
+        leaves = [item for item in items if isinstance(item, Leaf)]
+        return replace(
+            first,
+            marks=tuple(mark for leaf in leaves for mark in leaf.marks),
+            paths=tuple(path for leaf in leaves for path in leaf.paths),
+            parameters=sum(leaf.parameters for leaf in leaves),
+        )
     scopes = [item for item in items if isinstance(item, Scope)]
     columns = zip(*(scope.items for scope in scopes), strict=True)
     return replace(first, items=tuple(_overlay(list(column)) for column in columns))

@@ -37,6 +37,10 @@ class Leaf:
         rank: number of reflection vectors in use, adapters together (sites only).
         count: how many neighbours that look alike are drawn as this one.
         last: the name of the last of them.
+        paths: the qualified names of the modules that the box stands for; empty for an operation.
+        parameters: how many numbers these modules, or the weights that an operation reads, hold; no reflections.
+        shape: that of the value, `"1×64×56×56"`, where it is known.
+        dtype: that of the value, `"float32"`, where it is known.
     """
 
     name: str
@@ -50,6 +54,10 @@ class Leaf:
     rank: int = 0
     count: int = 1
     last: str = ""
+    paths: tuple[str, ...] = ()
+    parameters: int = 0
+    shape: str = ""
+    dtype: str = ""
 
 
 @dataclass(frozen=True)
