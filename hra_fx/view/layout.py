@@ -1,8 +1,6 @@
 """Layered layout of one scope (after Sugiyama et al. 1981, https://doi.org/10.1109/TSMC.1981.4308636).
 
-Boxes are put in layers from top to bottom (topological generations, so many to a layer at most). An edge over several
-layers gets a place of its own, a lane, in each layer between, so it never crosses a box; edges of one source share
-lanes. The order in a layer comes from sweeps of barycentres, x from `columns`.
+The layers and the order in them come from `layering`, x from `columns`; here boxes are placed and edges routed.
 """
 
 from __future__ import annotations
@@ -13,13 +11,10 @@ from dataclasses import dataclass
 import networkx as nx
 
 from hra_fx.view.columns import GAP_X, LANE, Node, Size, columns
+from hra_fx.view.layering import LOWER, UPPER, Layering
 
 GAP_Y = 24.0
-_PER_LAYER = 5
 _UNEVEN = 3.5  # boxes whose heights differ more do not share a row
-_SWEEPS = 12
-
-_IN, _OUT = -1, -2  # the borders of the scope, as box numbers
 
 
 @dataclass(frozen=True)
@@ -91,31 +86,17 @@ class _Layering:
         outputs: Sequence[int],
     ) -> None:
         self.sizes = dict(enumerate(sizes))
-        self.sizes[_IN] = self.sizes[_OUT] = Size(0, 0)
-        self.links = [(_IN, box) for box in inputs] + list(edges) + [(box, _OUT) for box in outputs]
-        self.level = _levels(len(sizes), edges, inputs, outputs)
+        self.sizes[UPPER] = self.sizes[LOWER] = Size(0, 0)
+        layers = Layering(len(sizes), edges, inputs, outputs)
+        self.links, self.level, self.rows, self.chain = layers.links, layers.level, layers.rows, layers.chain
         self.graph: nx.DiGraph[Node] = nx.DiGraph()
-        self.graph.add_nodes_from((box, -1) for box in self.level)
-        for source, target in self.links:
-            nx.add_path(self.graph, self.chain(source, target))
-        depth = max(self.level.values(), default=0) + 1
-        self.rows: list[list[Node]] = [[] for _ in range(depth)]
-        for node in self.graph:
-            self.rows[self.row(node)].append(node)
-
-    def chain(self, source: int, target: int) -> list[Node]:
-        """An edge as nodes of neighbouring layers; edges of one source share their lanes."""
-        lanes = [(source, level) for level in range(self.level[source] + 1, self.level[target])]
-        return [(source, -1), *lanes, (target, -1)]
-
-    def row(self, node: Node) -> int:
-        return self.level[node[0]] if node[1] < 0 else node[1]
+        self.graph.add_nodes_from(layers.below)
+        self.graph.add_edges_from((node, lower) for node, below in layers.below.items() for lower in below)
 
     def size(self, node: Node) -> Size:
         return self.sizes[node[0]] if node[1] < 0 else Size(LANE, 0)
 
     def arrangement(self) -> Arrangement:
-        self.order()
         x = columns(self.rows, self.graph, self.size)
         tops: list[float] = []
         bottoms: list[float] = []
@@ -134,7 +115,7 @@ class _Layering:
         routes = tuple(self.route(link, x, ends, top_of, tops, bottoms) for link in self.links)
         width = right - left
         return Arrangement(
-            width, bottoms[-1], corners, routes, x.get((_IN, -1), width / 2), x.get((_OUT, -1), width / 2)
+            width, bottoms[-1], corners, routes, x.get((UPPER, -1), width / 2), x.get((LOWER, -1), width / 2)
         )
 
     def route(
@@ -175,61 +156,3 @@ class _Layering:
                     ends[source, target] = entry + side * step * place
             ends[straight[1], target] = entry
         return ends
-
-    def order(self) -> None:
-        """Sweep down and up by barycentres, and keep the order with the fewest crossings."""
-        best, fewest = [list(row) for row in self.rows], self.crossings()
-        for sweep in range(_SWEEPS):
-            down = sweep % 2 == 0
-            rows = self.rows if down else self.rows[::-1]
-            place = {node: float(index) for row in self.rows for index, node in enumerate(row)}
-            for row in rows[1:]:
-                near = self.graph.pred if down else self.graph.succ
-                centre = {
-                    node: sum(place[other] for other in near[node]) / len(near[node]) if near[node] else place[node]
-                    for node in row
-                }
-                row.sort(key=lambda node: (centre[node], place[node]))
-                place.update((node, float(index)) for index, node in enumerate(row))
-            crossings = self.crossings()
-            if crossings < fewest:
-                best, fewest = [list(row) for row in self.rows], crossings
-        self.rows = best
-
-    def crossings(self) -> int:
-        place = {node: index for row in self.rows for index, node in enumerate(row)}
-        total = 0
-        for row in self.rows:
-            ends = [place[below] for node in row for below in sorted(self.graph.succ[node], key=place.__getitem__)]
-            total += sum(upper > lower for i, upper in enumerate(ends) for lower in ends[i + 1 :])
-        return total
-
-
-def _levels(
-    count: int, edges: Sequence[tuple[int, int]], inputs: Sequence[int], outputs: Sequence[int]
-) -> dict[int, int]:
-    """A layer for every box: below all that it reads, no layer too full, what reads nothing just above its reader."""
-    sources: dict[int, list[int]] = {box: [] for box in range(count)}
-    readers: dict[int, list[int]] = {box: [] for box in range(count)}
-    for source, target in edges:
-        sources[target].append(source)
-        readers[source].append(target)
-    level: dict[int, int] = {}
-    filled: dict[int, int] = {}
-    for box in range(count):
-        low = max((level[source] + 1 for source in sources[box]), default=1)
-        while filled.get(low, 0) >= _PER_LAYER:
-            low += 1
-        level[box] = low
-        filled[low] = filled.get(low, 0) + 1
-    for box in reversed(range(count)):
-        if not sources[box] and readers[box] and box not in inputs:
-            level[box] = max(level[box], min(level[reader] for reader in readers[box]) - 1)
-    # The borders are layers of their own; without them the boxes begin at the top.
-    shift = 0 if inputs else -1
-    levels = {box: value + shift for box, value in level.items()}
-    if inputs:
-        levels[_IN] = 0
-    if outputs:
-        levels[_OUT] = max(levels.values(), default=0) + 1
-    return levels
