@@ -1,16 +1,10 @@
-"""Words and figures for a leaf: the name of a module below its parent, its class and shape, its reflections."""
+"""Words and figures for a leaf: the name of a module below its parent, its class and shape, its size."""
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import nn
 
-from hra_fx import householder
-from hra_fx.reflection import Reflection
 from hra_fx.site import REFLECTION, describe
-from hra_fx.view.tree import Mark
 
 
 def name_of(path: str) -> str:
@@ -44,12 +38,3 @@ def numbers(module: nn.Module) -> int:
     """
     held = (parameter for path, parameter in module.named_parameters() if REFLECTION not in path.split("."))
     return sum(parameter.numel() for parameter in held)
-
-
-def reflecting(path: str, reflection: Reflection) -> tuple[Mark, int, int]:
-    """A site's mark, the length `d` of its reflection vectors and how many are in use."""
-    rank = sum(int(reflection[name].shape[1]) for name in reflection.active)
-    with torch.no_grad():
-        chain = reflection.active_chain()
-    rotation = math.nan if chain is None else householder.turn(chain).rotation
-    return Mark(path, None if math.isnan(rotation) else rotation), reflection.width, rank

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -17,7 +18,8 @@ _LETTERS_SHOWN = 28
 _SMALL = 3
 #: Operations that only move or rename numbers; neighbours of this sort share a box.
 _VIEWS = frozenset(
-    {"chunk", "contiguous", "expand", "expand_as", "flatten", "float", "getitem", "mT", "movedim", "narrow", "permute"}
+    {"alias", "chunk", "clone", "contiguous", "expand", "expand_as", "flatten", "float", "getitem", "mT", "movedim"}
+    | {"narrow", "permute", "slice", "t", "to_copy", "unsafe_view"}
     | {"repeat", "reshape", "roll", "select", "split", "squeeze", "swapaxes", "T", "to", "transpose", "type"}
     | {"type_as", "unbind", "unflatten", "unsqueeze", "view", "view_as"}
 )
@@ -118,7 +120,7 @@ class _Nesting:
             tangled = [name_of(call) for call in leaf.place[depth:]]  # modules that could not be drawn as one box
             return replace(leaf, name=".".join([*tangled, leaf.name]))
         call, level = group
-        return _unwrap(self.scope(call, name_of(call), keys, level + 1))
+        return _unwrap(self.scope(call, name_of(call), keys, level + 1), self.picture.graph["details"])
 
 
 def _between(picture: nx.DiGraph[str], groups: dict[str, _Group]) -> list[tuple[_Group, _Group]]:
@@ -199,13 +201,14 @@ def _listing(leaves: list[Leaf], separator: str) -> Leaf:
     return replace(leaves[0], name=shown, target=separator.join(names))
 
 
-def _unwrap(scope: Scope) -> Item:
+def _unwrap(scope: Scope, details: Mapping[str, str]) -> Item:
     """A scope with one item is drawn as that item, under both names; as itself where the item is its whole forward."""
     if len(scope.items) != 1:
         return scope
     item = scope.items[0]
     if isinstance(item, Leaf) and item.kind == "op":
-        return replace(item, name=scope.name, detail=scope.class_name, kind="module", target=scope.path)
+        detail = details.get(scope.path, scope.class_name)
+        return replace(item, name=scope.name, detail=detail, kind="module", target=scope.path, paths=(scope.path,))
     return replace(item, name=_below(scope.name, item.name), last=item.last and _below(scope.name, item.last))
 
 

@@ -1,0 +1,86 @@
+"""What a picture is made of: captured graphs, the modules around them, and the sites in them, from wherever."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from hra_fx import householder
+from hra_fx.adapted import sites_of
+from hra_fx.carrier.layer import SiteCarrier
+from hra_fx.view.describe import describe_module, numbers
+
+
+@dataclass(frozen=True)
+class SiteFacts:
+    """What a box says of a site.
+
+    Attributes:
+        detail: class and shape of the layer.
+        width: length `d` of its vectors.
+        rank: how many are in use, adapters together.
+        rotation: `|Q - I|_F` of the product in use, `None` where that cannot be computed.
+        parameters: how many numbers the layer itself holds.
+    """
+
+    detail: str
+    width: int
+    rank: int
+    rotation: float | None
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to be drawn.
+
+    Attributes:
+        model: the modules by name; of a program, those that its names tell of.
+        graphs: module path -> captured graph; `"call[0]"`, ... for the pieces of a call.
+        sites: path -> facts, for each site once.
+        aliases: another path of a site -> its first one.
+        classes: module path -> name of the class.
+    """
+
+    model: nn.Module
+    graphs: Mapping[str, fx.GraphModule]
+    sites: Mapping[str, SiteFacts]
+    aliases: Mapping[str, str]
+    classes: Mapping[str, str]
+
+
+def subject_of(model: nn.Module, graphs: Mapping[str, fx.GraphModule]) -> Subject:
+    """A model with graphs that were captured of it; it may be a plain one.
+
+    Args:
+        model: the model.
+        graphs: module path -> captured graph.
+    """
+    sites = sites_of(model)
+    first = {layer: path for path, layer in sites.items()}
+    named = dict(model.named_modules(remove_duplicate=False))
+    return Subject(
+        model=model,
+        graphs=graphs,
+        sites={path: _facts(layer) for path, layer in sites.items()},
+        aliases={path: first[part] for path, part in named.items() if part in first},
+        classes={path: type(part).__name__ for path, part in named.items()},
+    )
+
+
+def rotation_of(chain: torch.Tensor | None) -> float | None:
+    """`|Q - I|_F` of a chain `(d, k)`; `None` without one, or where it cannot be computed."""
+    rotation = math.nan if chain is None else householder.turn(chain).rotation
+    return None if math.isnan(rotation) else rotation
+
+
+def _facts(layer: SiteCarrier) -> SiteFacts:
+    reflection = layer.hra_u
+    rank = sum(int(reflection[name].shape[1]) for name in reflection.active)
+    with torch.no_grad():
+        rotation = rotation_of(reflection.active_chain())
+    return SiteFacts(describe_module(layer), reflection.width, rank, rotation, numbers(layer))

@@ -1,0 +1,127 @@
+"""The values of a captured graph: which boxes they come from, and which nodes get no box at all."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from hra_fx.site import META, REFLECTION, SiteNote
+
+#: Attributes and methods whose result is no tensor, so that what they feed is arithmetic on shapes.
+_SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad"})
+_SHAPE_METHODS = frozenset({"size", "dim", "numel", "stride", "ndimension", "is_floating_point", "get_device"})
+#: The module by which a program checks its inputs.
+_GUARDS = "_guards_fn"
+
+
+@dataclass(frozen=True)
+class Value:
+    """What is known about a value of a captured graph.
+
+    Attributes:
+        sources: the keys of the boxes that made it.
+        parameters: the names of the tensors in it that are worth telling.
+        numbers: how many numbers these and other parameters hold.
+        is_shape: whether it is no tensor, but arithmetic on shapes.
+    """
+
+    sources: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+    numbers: int = 0
+    is_shape: bool = False
+
+
+def note_of(node: fx.Node) -> SiteNote | None:
+    """The mark of a site on a node."""
+    note = node.meta.get(META)
+    return note if isinstance(note, SiteNote) else None
+
+
+def read(node: fx.Node, values: Mapping[fx.Node, Value]) -> Value:
+    """All that a node reads, each once, in order."""
+    values_read = [values[source] for source in node.all_input_nodes]
+    sources = dict.fromkeys(key for value in values_read for key in value.sources)
+    parameters = dict.fromkeys(name for value in values_read for name in value.parameters)
+    only_shapes = bool(values_read) and all(value.is_shape for value in values_read)
+    return Value(tuple(sources), tuple(parameters), sum(value.numbers for value in values_read), only_shapes)
+
+
+def pass_through(
+    node: fx.Node, values: Mapping[fx.Node, Value], module: nn.Module | None, held: Mapping[str, int]
+) -> Value | None:
+    """The value of a node that gets no box, `None` where it gets one.
+
+    Args:
+        node: the node.
+        values: those of the nodes before it.
+        module: the one that it calls.
+        held: parameter name -> how many numbers it holds.
+    """
+    note = note_of(node)
+    if note is not None:
+        return read(node, values) if note.role == "reflection" else None
+    if node.op == "get_attr":
+        return _tensor(str(node.target), held)
+    if node.op == "placeholder" and node.args:
+        return Value()  # an optional argument, left at its default
+    if module is not None:
+        return read(node, values) if _is_pass_through(module) or node.target == _GUARDS else None
+    if node.op in ("placeholder", "output", "call_module"):
+        return None
+    before = read(node, values)
+    if _computes_shape(node, before):
+        return Value(is_shape=True)
+    picks = node.target is operator.getitem and isinstance(node.args[1], int)
+    only_parameters = bool(before.parameters or before.numbers) and not before.sources
+    return before if picks or only_parameters else None
+
+
+def function_name(target: object) -> str:
+    """What a function or method is called, without the overload of an operator."""
+    if isinstance(target, str):
+        return target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target.overloadpacket.__name__).strip("_")
+    if isinstance(target, FunctionType | BuiltinFunctionType):
+        return target.__name__.strip("_")
+    return str(getattr(target, "__name__", target))
+
+
+def shape_and_dtype(node: fx.Node) -> tuple[str, str]:
+    """Those of the tensor that a node gives, `"1×64×56×56"` and `"float32"`; empty where they are not known."""
+    value: Any = node.meta.get("val", node.meta.get("tensor_meta"))
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        return "", ""
+    sizes = "×".join(str(size) for size in value.shape)
+    return sizes or "scalar", str(value.dtype).removeprefix("torch.")
+
+
+def _tensor(name: str, held: Mapping[str, int]) -> Value:
+    path, _, last = name.rpartition(".")
+    if path.rpartition(".")[2] == REFLECTION:
+        return Value()
+    return Value(parameters=() if last in ("weight", "bias") else (last,), numbers=held.get(name, 0))
+
+
+def _is_pass_through(module: nn.Module) -> bool:
+    return isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and module.p == 0)
+
+
+def _computes_shape(node: fx.Node, before: Value) -> bool:
+    if node.target is torch._assert or function_name(node.target).startswith(("assert_", "sym_")):
+        return True
+    if node.op == "call_method":
+        return str(node.target) in _SHAPE_METHODS
+    if node.target is getattr:
+        return node.args[1] in _SHAPE_ATTRIBUTES
+    value: Any = node.meta.get("val")
+    if isinstance(value, int | float | torch.SymInt | torch.SymFloat | torch.SymBool) and not isinstance(value, Tensor):
+        return True
+    module = getattr(node.target, "__module__", "")
+    return before.is_shape and module in ("_operator", "operator", "builtins", "math", "_warnings", "warnings")
