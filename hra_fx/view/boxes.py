@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from hra_fx.view.columns import Size
 from hra_fx.view.layout import Arrangement, Route, in_rows, layered
+from hra_fx.view.notes import Cells, Notes
 from hra_fx.view.panels import Block
 from hra_fx.view.text import clean, shorten, width
 from hra_fx.view.tree import Leaf, Scope, span
@@ -18,6 +19,7 @@ HEADER = 27.0  # height of an open scope's title
 _PAD = 14.0
 _ROW, _ROW_OVERVIEW = 1020.0, 240.0  # widest row of a scope without edges
 _LETTERS = 34
+_LINES = 20  # of a tip
 
 Look: TypeAlias = Literal["port", "site", "plain", "eager", "closed", "captured", "python", "root"]
 _OPEN = ("captured", "python", "root")
@@ -35,6 +37,9 @@ class Box:
         sites: how many sites it stands for.
         letter: the panel that shows its inside.
         count: `"× 6"`, if it stands for several.
+        heat: the colour of the reflection, where heat is on.
+        cells: the heat of each site, where there are several.
+        missed: how many layers in it could carry reflections, and do not.
         parts: boxes inside.
         routes: edges between them.
         body: where the inside begins.
@@ -49,6 +54,9 @@ class Box:
     strip: str = ""
     letter: str = ""
     count: str = ""
+    heat: str = ""
+    cells: Cells = Cells()
+    missed: int = 0
     x: float = 0.0
     y: float = 0.0
     parts: tuple[Box, ...] = ()
@@ -64,65 +72,82 @@ class Box:
             yield self
 
 
-def place(block: Block, *, root: bool = False) -> Box:
+def place(block: Block, notes: Notes, *, root: bool = False) -> Box:
     """Size a block and place all that is inside it.
 
     Args:
         block: the block.
+        notes: what is shown besides.
         root: whether it is a whole panel, which gets neither border nor title.
     """
     if isinstance(block.item, Leaf):
-        return _site(block.item) if block.item.kind == "site" else _leaf(block.item)
+        return _site(block.item, notes) if block.item.kind == "site" else _leaf(block.item, notes)
     if block.parts is None:
-        return _closed(block.item, block.letter)
-    return _open(block.item, block.parts, root=root)
+        return _closed(block.item, block.letter, notes)
+    return _open(block.item, block.parts, notes, root=root)
 
 
-def _site(leaf: Leaf) -> Box:
+def _site(leaf: Leaf, notes: Notes) -> Box:
     name, detail, count = shorten(clean(span(leaf)), _LETTERS), clean(leaf.detail), _count(leaf)
-    strip = f"r {leaf.rank} · d {leaf.width}" if leaf.rank else "no adapter in use"
-    rotations = [mark.rotation for mark in leaf.marks if mark.rotation is not None]
-    if rotations:
-        strip += f" · |Q-I| {sum(rotations) / len(rotations):.2f}"
-    if leaf.op == "eager":
-        strip = f"r {leaf.rank} · d {leaf.width} · not called"
-    if not leaf.marks:
-        strip = "same layer, called again"
+    turned, heat = notes.strip(leaf)
+    strip = _strip(leaf, turned)
     wide = max(
         width(name, NAME, bold=True) + _count_width(count), width(detail, DETAIL), width(strip, DETAIL, bold=True) + 12
     )
-    tip = [f"{leaf.target}: {detail}", strip, *(mark.path for mark in leaf.marks)]
-    return Box(
-        "site", Size(wide + 2 * _PAD, STRIP + 39), name, detail, clean_lines(tip), len(leaf.marks), strip, count=count
-    )
+    cells = notes.cells(leaf, wide) if len(leaf.marks) > 1 else Cells()
+    tip = clean_lines([f"{leaf.target}: {detail}", strip], [notes.value(mark.path) for mark in leaf.marks])
+    size = Size(wide + 2 * _PAD, STRIP + 39 + cells.height)
+    return Box("site", size, name, detail, tip, len(leaf.marks), strip, count=count, heat=heat, cells=cells)
 
 
-def _leaf(leaf: Leaf) -> Box:
+def _strip(leaf: Leaf, turned: str) -> str:
+    """The words of a reflection: how many vectors, how long, how far they turn."""
+    if not leaf.marks:
+        return "same layer, called again"
+    if leaf.op == "eager":
+        return f"r {leaf.rank} · d {leaf.width} · not called"
+    strip = f"r {leaf.rank} · d {leaf.width}" if leaf.rank else "no adapter in use"
+    rotations = [mark.rotation for mark in leaf.marks if mark.rotation is not None]
+    if turned:
+        return f"{strip} · {turned}"
+    return strip + (f" · |Q-I| {sum(rotations) / len(rotations):.2f}" if rotations else "")
+
+
+def _leaf(leaf: Leaf, notes: Notes) -> Box:
     name, detail, count = shorten(clean(span(leaf)), _LETTERS), shorten(clean(leaf.detail), _LETTERS), _count(leaf)
     detail = "" if detail == name else detail
+    missed = notes.missed_in(leaf)
     wide = width(name, NAME) + (7 + width(detail, DETAIL) if detail else 0) + _count_width(count) + 2 * _PAD
-    tip = clean_lines([f"{leaf.target} ({leaf.op})", leaf.detail])
+    tip = clean_lines([f"{leaf.target} ({leaf.op})", leaf.detail, leaf.shape, *notes.reasons(missed)])
     if leaf.kind in ("input", "output"):
         return Box("port", Size(max(wide, 60), 24), name, detail, tip, 0)
-    return Box("eager" if leaf.kind == "eager" else "plain", Size(max(wide, 70), 29), name, detail, tip, 0, count=count)
+    look: Look = "eager" if leaf.kind == "eager" else "plain"
+    return Box(look, Size(max(wide, 70), 29), name, detail, tip, 0, count=count, missed=len(missed))
 
 
-def _closed(scope: Scope, letter: str) -> Box:
+def _closed(scope: Scope, letter: str, notes: Notes) -> Box:
     name, count = shorten(clean(span(scope)), _LETTERS), _count(scope)
     detail = shorten(clean(scope.class_name), _LETTERS)
-    sites = len(scope.marks)
-    if sites:
-        detail += f" · {_number(sites, 'site')}"
+    sites, missed = len(scope.marks), notes.missed_in(scope)
+    turned, _ = notes.strip(scope)
+    detail += f" · {_number(sites, 'site')}" * bool(sites) + f" · {turned}" * bool(turned)
+    detail += f" · {len(missed)} missed" * bool(missed)
     wide = max(width(name, NAME, bold=True) + _count_width(count), width(detail, DETAIL)) + (30 if letter else 0)
-    tip = clean_lines([f"{scope.path or scope.name}: {scope.class_name}", *(mark.path for mark in scope.marks)])
-    return Box("closed", Size(wide + 2 * _PAD, 47), name, detail, tip, sites, letter=letter, count=count)
+    tip = clean_lines(
+        [f"{scope.path or scope.name}: {scope.class_name}"],
+        [notes.value(mark.path) for mark in scope.marks],
+        notes.reasons(missed),
+    )
+    cells = notes.cells(scope, wide)
+    size = Size(wide + 2 * _PAD, 47 + cells.height)
+    return Box("closed", size, name, detail, tip, sites, letter=letter, count=count, cells=cells, missed=len(missed))
 
 
-def _open(scope: Scope, blocks: tuple[Block, ...], *, root: bool) -> Box:
-    parts = [place(block) for block in blocks]
+def _open(scope: Scope, blocks: tuple[Block, ...], notes: Notes, *, root: bool) -> Box:
+    parts = [place(block, notes) for block in blocks]
     sizes = [part.size for part in parts]
     if scope.eager:
-        inner = in_rows(sizes, _ROW if scope.path else _ROW_OVERVIEW)
+        inner = in_rows(sizes, _ROW if scope.path or notes.wide else _ROW_OVERVIEW)
     else:
         inner = layered(sizes, scope.edges, scope.inputs, scope.outputs)
     name, detail = shorten(clean(span(scope)), _LETTERS), shorten(clean(scope.class_name), _LETTERS)
@@ -168,7 +193,18 @@ def _number(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
-def clean_lines(lines: list[str]) -> str:
-    """Lines of a tip, without what XML cannot hold; a long list is cut off."""
-    shown = [clean(line) for line in lines if line]
-    return "\n".join(shown[:20] + ([f"… and {len(shown) - 20} more"] if len(shown) > 20 else []))
+def clean_lines(lines: list[str], sites: Sequence[str] = (), more: Sequence[str] = ()) -> str:
+    """Lines of a tip, without what XML cannot hold. All sites are named; of other long lists the end is cut off.
+
+    Args:
+        lines: the first lines.
+        sites: a line for each site.
+        more: further lines.
+    """
+    first, last = [clean(line) for line in lines if line], [clean(line) for line in more]
+    shown = [*_cut(first), *(clean(site) for site in sites), *_cut(last)]
+    return "\n".join(shown)
+
+
+def _cut(lines: list[str]) -> list[str]:
+    return lines[:_LINES] + ([f"… and {len(lines) - _LINES} more"] if len(lines) > _LINES else [])

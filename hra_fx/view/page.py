@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element, SubElement, tostring
 
 from hra_fx.view.boxes import Box, place
-from hra_fx.view.panels import Panel
+from hra_fx.view.drawing import Drawing
+from hra_fx.view.focusing import focused
+from hra_fx.view.heat import HEATS, UNKNOWN, Heating, heating
+from hra_fx.view.notes import Notes
+from hra_fx.view.options import Options
+from hra_fx.view.panels import Panel, opened, plan
 from hra_fx.view.svg import (
     BLUE,
     CARD,
@@ -22,6 +28,7 @@ from hra_fx.view.svg import (
     VIOLET_LINE,
     VIOLET_PALE,
     draw,
+    hollow,
     shape,
     write,
 )
@@ -30,12 +37,14 @@ from hra_fx.view.text import clean, shorten, width
 _MARGIN, _GAP, _INSET = 32.0, 20.0, 24.0
 _TOP = 146.0
 _NARROWEST, _WIDEST, _ASPECT = 760.0, 1680.0, 1.4
+_STEPS, _STEP = 45, 4.0  # rectangles of the colour bar, and their width
 _NAMES = 40  # letters for the names of blocks above a panel
 
 
 #: The looks that a legend explains: look, fill, border, dashes, words.
+_REFLECTION = "reflection: r vectors of length d; |Q-I| is how far they turn"
 _LEGEND = (
-    ("site", VIOLET_PALE, VIOLET_LINE, "", "reflection: r vectors of length d; |Q-I| is how far they turn"),
+    ("site", VIOLET_PALE, VIOLET_LINE, "", _REFLECTION),
     ("site", *LOOKS["site"][:2], "", "the layer it feeds"),
     ("plain", *LOOKS["plain"][:2], "", "other operation"),
     ("closed", *LOOKS["closed"][:2], "", "closed module; the panel of its letter opens it"),
@@ -74,9 +83,30 @@ class _Sheet:
         return 44 + 15.0 * len(self.notes)
 
 
-def page(panels: Sequence[Panel], heading: Heading) -> str:
-    """The text of an SVG file; the same bytes for the same panels."""
-    sheets = [_sheet(panel) for panel in panels]
+def render(drawing: Drawing, options: Options) -> str:
+    """The text of an SVG file that shows a model, or a part of it.
+
+    Without a depth, what is shown is chosen so that it fits a page: an overview, and panels for blocks that repeat.
+
+    Raises:
+        VisualizeError: the options do not fit the model.
+    """
+    part = focused(drawing, options.focus)
+    tree, heat = part.tree(), heating(part, options.heat)
+    panels = plan(tree) if options.depth is None else [opened(tree, options.depth, options.focus or "")]
+    return page(panels, Heading(part.title, part.facts), Notes(heat, part.missed, wide=len(panels) == 1))
+
+
+def page(panels: Sequence[Panel], heading: Heading, notes: Notes | None = None) -> str:
+    """The text of an SVG file; the same bytes for the same panels.
+
+    Args:
+        panels: what is drawn, the overview first.
+        heading: the words above.
+        notes: what is shown of the boxes besides.
+    """
+    notes = notes or Notes()
+    sheets = [_sheet(panel, notes) for panel in panels]
     places, wide, high = _packed(sheets)
     wide = max(wide, _NARROWEST, width(heading.facts, 13) + 2 * _MARGIN)
     root = Element(
@@ -94,14 +124,18 @@ def page(panels: Sequence[Panel], heading: Heading) -> str:
     marker.attrib.update(markerWidth="7", markerHeight="7", orient="auto")
     shape(marker, "path", d="M0 0.6L8 4L0 7.4z", fill=EDGE)
     shape(root, "rect", width="100%", height="100%", fill=PAPER)
-    _head(root, heading, set().union(*(_looks(sheet.box) for sheet in sheets)), wide)
+    boxes = [box for sheet in sheets for box in _all(sheet.box)]
+    legend = [entry for entry in _LEGEND if entry[0] in {box.look for box in boxes}]
+    if notes.heating is not None:
+        legend = [entry for entry in legend if entry[4] != _REFLECTION]
+    _head(root, heading, legend, notes, wide)
     for sheet, (x, y) in zip(sheets, places, strict=True):
         _draw_sheet(root, sheet, x, y)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + tostring(root, encoding="unicode") + "\n"
 
 
-def _sheet(panel: Panel) -> _Sheet:
-    box = place(panel.block, root=True)
+def _sheet(panel: Panel, notes: Notes) -> _Sheet:
+    box = place(panel.block, notes, root=True)
     if not panel.letter:
         return _Sheet(panel, box, "Overview", (f"{box.sites} sites (adapted layers) in these boxes",))
     return _Sheet(panel, box, box.detail, _used(panel.used))
@@ -153,23 +187,57 @@ def _draw_sheet(root: Element, sheet: _Sheet, x: float, y: float) -> None:
     draw(group, sheet.box, middle, y + sheet.caption, counted=not sheet.panel.letter)
 
 
-def _head(root: Element, heading: Heading, looks: set[str], wide: float) -> None:
+def _head(
+    root: Element, heading: Heading, legend: Sequence[tuple[str, str, str, str, str]], notes: Notes, wide: float
+) -> None:
     """Title, facts and the legend of what the picture has."""
     write(root, _MARGIN, 46, clean(heading.title), 22, INK, bold=True)
     write(root, _MARGIN, 70, clean(heading.facts), 13, FAINT)
     x, y = _MARGIN, 88.0
-    for look, fill, line, dashes, words in _LEGEND:
-        if look not in looks:
-            continue
+    if notes.heating is not None:
+        x += _colour_bar(root, notes.heating, x, y)
+    missed = [("missed", "", "", "", _missed(len(notes.missed)))] if notes.missed else []
+    for look, fill, line, dashes, words in [*missed, *legend]:
         need = 31 + width(words, 12) + 18
         if x > _MARGIN and x + need > wide:
             x, y = _MARGIN, y + 22
-        swatch = shape(root, "rect", x=x, y=y, width=24.0, height=15.0, rx=4.0, fill=fill, stroke=line)
-        if dashes:
-            swatch.set("stroke-dasharray", dashes)
+        if look == "missed":
+            hollow(root, x + 12, y + 7.5)
+        else:
+            swatch = shape(root, "rect", x=x, y=y, width=24.0, height=15.0, rx=4.0, fill=fill, stroke=line)
+            if dashes:
+                swatch.set("stroke-dasharray", dashes)
         write(root, x + 31, y + 12, words, 12, FAINT)
         x += need
 
 
-def _looks(box: Box) -> set[str]:
-    return {box.look}.union(*map(_looks, box.parts))
+def _missed(count: int) -> str:
+    layers = "1 layer has no adapter, and could" if count == 1 else f"{count} layers have no adapter, and could"
+    return f"{layers} (pointed at, the box tells why)"
+
+
+def _colour_bar(root: Element, heating: Heating, x: float, y: float) -> float:
+    """The colours of the heat with numbers at both ends; returns the width that it takes."""
+    words, low, high = f"reflection, {HEATS[heating.name].words}:", heating.text(0.0), heating.text(heating.top)
+    left = x + width(words, 12) + 6
+    write(root, x, y + 12, words, 12, FAINT)
+    write(root, left, y + 12, low, 12, INK)
+    left += width(low, 12) + 6
+    for step in range(_STEPS):
+        fill = heating.colour(heating.top * step / (_STEPS - 1))
+        shape(root, "rect", x=left + step * _STEP, y=y, width=_STEP, height=15.0, fill=fill, class_="heat")
+    shape(root, "rect", x=left, y=y, width=_STEPS * _STEP, height=15.0, fill="none", stroke=EDGE)
+    left += _STEPS * _STEP + 6
+    write(root, left, y + 12, high, 12, INK)
+    left += width(high, 12) + 24
+    if any(math.isnan(value) for value in heating.values.values()):
+        shape(root, "rect", x=left, y=y, width=24.0, height=15.0, rx=4.0, fill=UNKNOWN, stroke=EDGE)
+        write(root, left + 31, y + 12, "unknown", 12, FAINT)
+        left += 31 + width("unknown", 12) + 18
+    return left - x
+
+
+def _all(box: Box) -> Iterator[Box]:
+    yield box
+    for part in box.parts:
+        yield from _all(part)

@@ -65,6 +65,24 @@ def plan(root: Scope, budget: int = BUDGET) -> list[Panel]:
     return _Planner(budget).panels(_fitted(root, min(budget, _OVERVIEW)))
 
 
+def opened(root: Scope, depth: int, focus: str = "") -> Panel:
+    """One panel with so many levels of modules open, however large it gets.
+
+    Args:
+        root: the tree of a model, or of a module in it.
+        depth: 0 for closed children.
+        focus: the path of that module.
+    """
+    return Panel("", _opened(root, depth + len(focus.split(".")) * bool(focus)))
+
+
+def _opened(item: Item, levels: int) -> Block:
+    is_open = isinstance(item, Scope) and (not item.path or item.path.count(".") < levels)
+    if isinstance(item, Leaf) or not is_open:
+        return Block(item)
+    return Block(item, tuple(_opened(part, levels) for part in item.items))
+
+
 @dataclass
 class _Planner:
     budget: int
@@ -163,7 +181,10 @@ def _operations(scope: Scope, run: range) -> Item:
     )
     name = span(replace(leaves[0], last=leaves[-1].last or leaves[-1].name))
     targets = ", ".join(leaf.target for leaf in leaves)
-    return replace(leaves[0], name=name, detail=", ".join(kinds), target=targets, count=1, last="")
+    paths, count = tuple(path for leaf in leaves for path in leaf.paths), sum(leaf.parameters for leaf in leaves)
+    return replace(
+        leaves[0], name=name, detail=", ".join(kinds), target=targets, count=1, last="", paths=paths, parameters=count
+    )
 
 
 def _last(name: str) -> str:

@@ -6,7 +6,9 @@ from itertools import pairwise
 from xml.etree.ElementTree import Element, SubElement
 
 from hra_fx.view.boxes import DETAIL, NAME, STRIP, Box
+from hra_fx.view.heat import ink_on
 from hra_fx.view.layout import Route
+from hra_fx.view.notes import CELL
 from hra_fx.view.text import width
 
 FONT = "'Segoe UI', Roboto, 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
@@ -16,6 +18,7 @@ VIOLET, VIOLET_PALE, VIOLET_LINE = "#43247a", "#e6dcf9", "#8a68cf"
 AMBER, AMBER_PALE, AMBER_LINE = "#5c430c", "#fdf6e3", "#c9a64f"
 BLUE, BLUE_PALE, BLUE_LINE = "#17406d", "#e3eefb", "#7ba3d0"
 EDGE = "#8893a4"
+MISSED = "#a3271f"
 
 #: Fill, border and text colour of every look.
 LOOKS = {
@@ -84,6 +87,30 @@ def draw(parent: Element, box: Box, x: float, y: float, *, counted: bool) -> Non
         _draw_closed(group, box, x, y)
     else:
         _draw_line(group, box, x, y)
+    if box.missed:
+        hollow(group, x, y)
+
+
+def hollow(parent: Element, x: float, y: float) -> None:
+    """The mark of a layer that could carry reflections, and does not."""
+    shape(parent, "circle", cx=x, cy=y, r=5.0, fill=CARD, stroke=MISSED, stroke_width=2.0, class_="missed")
+
+
+def _draw_cells(group: Element, box: Box, x: float, y: float) -> None:
+    """The heat of every site in the box, below its text."""
+    cells = box.cells
+    if not cells.colours:
+        return
+    wide = (box.size.width - 16) / cells.columns
+    top = y + box.size.height - cells.height
+    for index, (fill, tip) in enumerate(zip(cells.colours, cells.tips, strict=True)):
+        row, column = divmod(index, cells.columns)
+        cell = shape(group, "rect", x=x + 8 + column * wide, y=top + row * CELL, width=wide, height=CELL, fill=fill)
+        if wide > 6:
+            cell.attrib.update(stroke=CARD)
+        SubElement(cell, "title").text = tip
+    high = cells.height - 5
+    shape(group, "rect", x=x + 8, y=top, width=box.size.width - 16, height=high, fill="none", stroke=EDGE)
 
 
 def _frame(group: Element, box: Box, x: float, y: float, radius: float) -> str:
@@ -121,12 +148,14 @@ def _draw_site(group: Element, box: Box, x: float, y: float) -> None:
     corner = STRIP - 6
     top = f"M{number(x)} {number(y + STRIP)}v{number(-corner)}a6 6 0 0 1 6 -6h{number(wide - 12)}"
     top += f"a6 6 0 0 1 6 6v{number(corner)}z"
-    shape(group, "path", d=top, fill=VIOLET_PALE, stroke=VIOLET_LINE)
-    write(group, x + wide / 2, y + 13.5, box.strip, DETAIL, VIOLET, bold=True, anchor="middle")
+    shape(group, "path", d=top, fill=box.heat or VIOLET_PALE, stroke=VIOLET_LINE)
+    ink = ink_on(box.heat) if box.heat else VIOLET
+    write(group, x + wide / 2, y + 13.5, box.strip, DETAIL, ink, bold=True, anchor="middle")
     middle = x + (wide - (width(box.count, DETAIL, bold=True) + 22 if box.count else 0)) / 2
     write(group, middle, y + STRIP + 16, box.name, NAME, INK, bold=True, anchor="middle")
     write(group, x + wide / 2, y + STRIP + 31.5, box.detail, DETAIL, FAINT, anchor="middle")
     _badge(group, box, x + wide - 8, y + STRIP + 4, VIOLET)
+    _draw_cells(group, box, x, y)
 
 
 def _draw_closed(group: Element, box: Box, x: float, y: float) -> None:
@@ -137,11 +166,12 @@ def _draw_closed(group: Element, box: Box, x: float, y: float) -> None:
     ink = _frame(group, box, x, y, 6)
     left = x + 13
     if box.letter:
-        _disc(group, box.letter, x + 22, y + box.size.height / 2)
+        _disc(group, box.letter, x + 22, y + (box.size.height - box.cells.height) / 2)
         left += 30
     write(group, left, y + 20, box.name, NAME, ink, bold=True)
     write(group, left, y + 36.5, box.detail, DETAIL, ink)
     _badge(group, box, x + box.size.width - 8, y + 8, BLUE)
+    _draw_cells(group, box, x, y)
 
 
 def _disc(group: Element, letter: str, x: float, y: float) -> None:

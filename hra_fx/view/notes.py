@@ -1,0 +1,105 @@
+"""What a picture shows of its boxes besides what they are: how far layers are turned, and which were missed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import ceil
+
+from hra_fx.view.heat import Heating
+from hra_fx.view.text import clean
+from hra_fx.view.tree import Item, Leaf
+
+CELL = 8.0  # height of a row of heat cells
+_NARROWEST = 3.0  # width of a cell
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A field of coloured cells, one for each site in a box, row by row.
+
+    Attributes:
+        colours: their fills.
+        tips: what a reader sees who points at one.
+        columns: how many stand in a row.
+    """
+
+    colours: tuple[str, ...] = ()
+    tips: tuple[str, ...] = ()
+    columns: int = 1
+
+    @property
+    def height(self) -> float:
+        """Of the rows, and the space above them."""
+        return ceil(len(self.colours) / self.columns) * CELL + 5 if self.colours else 0.0
+
+
+@dataclass(frozen=True)
+class Notes:
+    """The notes of a picture.
+
+    Attributes:
+        heating: the heat, if it is on.
+        missed: path of a layer that could carry reflections, and does not -> why.
+        wide: whether a model that stays Python may take the width of a whole page.
+    """
+
+    heating: Heating | None = None
+    missed: Mapping[str, str] = field(default_factory=dict)
+    wide: bool = False
+
+    @cached_property
+    def _below(self) -> dict[str, list[str]]:
+        """A module -> the missed layers that it is or has."""
+        below: dict[str, list[str]] = {}
+        for path in self.missed:
+            parts = path.split(".")
+            for end in range(len(parts)):
+                below.setdefault(".".join(parts[: end + 1]), []).append(path)
+        return below
+
+    def missed_in(self, item: Item) -> list[str]:
+        """The missed layers that a box stands for, each once."""
+        return list(dict.fromkeys(self._missed(item)))
+
+    def _missed(self, item: Item) -> Iterable[str]:
+        if isinstance(item, Leaf):
+            for path in item.paths:
+                yield from self._below.get(path, ())
+        else:
+            for part in item.items:
+                yield from self._missed(part)
+
+    def reasons(self, missed: Iterable[str]) -> list[str]:
+        """Lines of a tip that tell why layers were missed."""
+        return [f"{path} has no adapter: {self.missed[path]}" for path in missed]
+
+    def value(self, path: str) -> str:
+        """A line of a tip: a site, with its heat where that is on."""
+        if self.heating is None:
+            return path
+        return f"{path}\u2002{self.heating.text(self.heating.mean([path]))}"
+
+    def strip(self, item: Item) -> tuple[str, str]:
+        """Words and colour of the heat of all sites in a box; nothing where it is off, or there is no site."""
+        if self.heating is None or not item.marks:
+            return "", ""
+        mean = self.heating.mean(mark.path for mark in item.marks)
+        words = self.heating.text(mean)
+        return (f"mean {words}" if len(item.marks) > 1 else words), self.heating.colour(mean)
+
+    def cells(self, item: Item, width: float) -> Cells:
+        """One cell for each site in a box. Of modules that repeat, a column shows one of them.
+
+        Args:
+            item: what the box stands for.
+            width: how wide the field is.
+        """
+        if self.heating is None or not item.marks:
+            return Cells()
+        paths = [mark.path for mark in item.marks]
+        fitting = max(int(width / _NARROWEST), 1)
+        columns = item.count if 1 < item.count <= fitting else ceil(len(paths) / ceil(len(paths) / fitting))
+        colours = tuple(self.heating.colour(self.heating.values.get(path, float("nan"))) for path in paths)
+        return Cells(colours, tuple(clean(self.value(path)) for path in paths), columns)

@@ -1,0 +1,69 @@
+"""The picture as pixels, by resvg (https://github.com/linebender/resvg), which needs no browser.
+
+resvg leaves out text for which it has no font, without a word. So DejaVu Sans is looked for where the system has no
+fonts, and without any font the picture is refused.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hra_fx.errors import VisualizeError
+from hra_fx.view.drawing import Drawing
+from hra_fx.view.options import Options
+from hra_fx.view.page import render as render_svg
+
+SCALE = 2
+_FAMILY = "DejaVu Sans"
+_LETTER = '<svg xmlns="http://www.w3.org/2000/svg" width="20" height="20"><text y="15" font-family="sans-serif">{}</text></svg>'
+
+
+def render(drawing: Drawing, options: Options) -> bytes:
+    """A PNG file with two pixels for each unit of the SVG picture.
+
+    Raises:
+        VisualizeError: the options do not fit the model, or there is no font.
+    """
+    return rasterize(render_svg(drawing, options))
+
+
+def rasterize(svg: str, *, system_fonts: bool = True) -> bytes:
+    """An SVG text as PNG.
+
+    Args:
+        svg: the text.
+        system_fonts: whether the fonts of the machine may be used.
+
+    Raises:
+        VisualizeError: there is no font.
+    """
+    from resvg_py import svg_to_bytes
+
+    fonts = _fonts(system_fonts)
+    if svg_to_bytes(svg_string=_LETTER.format("x"), **fonts) == svg_to_bytes(svg_string=_LETTER.format(""), **fonts):
+        raise VisualizeError(
+            "path: a .png needs a font, and none was found, so it would have no text. Install one (on Debian the "
+            "package fonts-dejavu-core) or matplotlib, which brings one; or write an .svg, whose reader has fonts."
+        )
+    return bytes(svg_to_bytes(svg_string=svg, zoom=SCALE, **fonts))
+
+
+def _fonts(system_fonts: bool) -> dict[str, Any]:
+    """What resvg is told of fonts. DejaVu Sans comes first where it can be found: widths of text are reckoned for it."""
+    return {
+        "skip_system_fonts": not system_fonts,
+        "font_files": [str(file) for file in _brought_along()],
+        "sans_serif_family": _FAMILY,
+        "font_family": _FAMILY,
+    }
+
+
+def _brought_along() -> list[Path]:
+    """The fonts in matplotlib, which is looked at and not imported."""
+    found = find_spec("matplotlib")
+    if found is None or not found.submodule_search_locations:
+        return []
+    folder = Path(found.submodule_search_locations[0], "mpl-data", "fonts", "ttf")
+    return [folder / name for name in ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf") if (folder / name).is_file()]
