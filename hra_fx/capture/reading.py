@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-_OF_TORCH = frozenset(dir(nn.Module)) | frozenset(vars(nn.Module()))
+#: Attributes that every module has.
+OF_TORCH = frozenset(dir(nn.Module)) | frozenset(vars(nn.Module()))
 
 
 class ReadingLog:
@@ -37,7 +38,7 @@ class ReadingLog:
         reads, writes, read, write = self._reads, self.writes, base.__getattribute__, base.__setattr__
 
         def __getattribute__(self: nn.Module, name: str) -> Any:
-            if name not in _OF_TORCH:
+            if name not in OF_TORCH:
                 reads[id(self)].add(name)
             return read(self, name)
 

@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from hra_fx.capture.reading import ReadingLog
+from hra_fx.capture.reading import OF_TORCH, ReadingLog
 from hra_fx.carrier.swap import original_class
 from hra_fx.errors import CaptureError
 
@@ -82,6 +82,15 @@ class Sandbox:
             part.__dict__["training"] = training
         for space in self._copier.of_modules:
             space["training"] = training
+
+    def constants(self) -> dict[Any, str]:
+        """Tensors, and objects of TorchScript, that are plain attributes of the copy, and the name of each."""
+        return {
+            vars(part)[key]: f"{path}.{key}".lstrip(".")
+            for path, part in self.parts.items()
+            for key in vars(part).keys() - OF_TORCH
+            if isinstance(vars(part)[key], (Tensor, torch.ScriptObject))
+        }
 
     def differences(self) -> list[str]:
         """Names of what traces changed in the copy so far."""

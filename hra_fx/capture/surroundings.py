@@ -79,12 +79,19 @@ class _State:
                 continue
             if name not in self._names:
                 delattr(self._owner, name)
-            elif name not in now or now[name] is not self._names[name]:
+            elif name not in now or _without_fx(now[name]) is not self._names[name]:
                 setattr(self._owner, name, self._names[name])
             else:
                 continue
             changed.append(name)
         return changed
+
+
+def _without_fx(value: Any) -> Any:
+    """What fx has put a function of its own in place of, as it does while it traces; else the value itself."""
+    while isinstance(value, types.FunctionType) and value.__globals__ is vars(torch.fx._symbolic_trace):
+        value = getattr(value, "__wrapped__", None)
+    return value
 
 
 def _of_object(value: Any) -> dict[str, Any]:

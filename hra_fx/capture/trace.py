@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import keyword
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from hra_fx.capture.calling import Calling
 from hra_fx.capture.keeping import Keeping
+from hra_fx.capture.repeating import DIFFER, Bench, FollowingTracer, SwiftTracer, is_same
 from hra_fx.capture.sandbox import Sandbox
+from hra_fx.capture.session import Session
 from hra_fx.capture.surroundings import Surroundings
-from hra_fx.capture.tracer import RegionAttribute, RegionProxy, RegionTracer
+from hra_fx.capture.tracer import RegionTracer
 from hra_fx.capture.watch import watching
-from hra_fx.carrier.swap import below
 from hra_fx.errors import CaptureError
 from hra_fx.sources import can_be_written
 
@@ -51,23 +51,23 @@ def trace(module: nn.Module, sites: Collection[str], recorded: tuple[type, ...],
     Raises:
         CaptureError: fx cannot trace it, or the graph would not say all that the forward does.
     """
-    bench = _Bench(module, sites, recorded, calling)
-    graphs = {mode: bench.trace(mode) for mode in (True, False)}
-    if _say_the_same(graphs[True], graphs[False]):
-        graphs[True] = graphs[False]
-    else:
-        for mode in (False, True):
-            bench.trace_again(mode, graphs[mode])
+    tracing = _Tracing(module, sites, recorded, calling)
+    tracing.run()
+    graphs = tracing.graphs
     nodes = [*graphs[True].nodes, *graphs[False].nodes]
     called = frozenset(str(node.target) for node in nodes if node.op == "call_module")
     read = frozenset(str(node.target) for node in nodes if node.op == "get_attr")
     if unused := _unused_state(module, called, read):
         raise CaptureError(f"{unused} has parameters or buffers, and is not used by the traced forward")
-    return Traces(graphs[True], graphs[False], called, bench.reads())
+    return Traces(graphs[True], graphs[False], called, tracing.reads())
 
 
-class _Bench:
-    """One copy of a module, on which all its traces run: each is refused that leaves a change behind."""
+class _Tracing:
+    """One copy of a module, on which all its traces run: each is refused that leaves a change behind.
+
+    Attributes:
+        graphs: `training -> graph` of the forward, one object twice where they say the same.
+    """
 
     def __init__(self, module: nn.Module, sites: Collection[str], recorded: tuple[type, ...], calling: Calling) -> None:
         self._recorded = recorded
@@ -75,30 +75,40 @@ class _Bench:
         # Those of one mode are known when it is traced again, so that the repeat begins once.
         self._keeping = {True: Keeping(), False: Keeping()}
         self._surroundings = Surroundings(module)
-        self._box = Sandbox(module)
+        self._box = box = Sandbox(module)
+        paths = {part: path for path, part in box.parts.items()}
+        self._bench = Bench(Session(), paths, box.tensors, box.constants())
         self._sites = {self._box.parts[path] for path in sites}
         self._dissolved: dict[str, nn.Module] = {}
+        self.graphs: dict[bool, fx.Graph] = {}
 
-    def trace(self, training: bool) -> fx.Graph:
+    def run(self) -> None:
+        """Trace in both modes, and each again where they differ: else they are each other's repeat."""
+        with self._surroundings.unchanged(), _told():
+            self._bench.session.run(self._box.twin, self._act)
+
+    def _act(self) -> None:
+        graphs = self.graphs = {mode: self._trace(mode) for mode in (True, False)}
+        if _say_the_same(graphs[True], graphs[False]):
+            graphs[True] = graphs[False]
+        else:
+            for mode in (False, True):
+                self._trace_again(mode, graphs[mode])
+
+    def _trace(self, training: bool) -> fx.Graph:
         """The graph of the forward in one mode."""
-        graph = self._run(_SwiftTracer, training)
+        graph = self._run(SwiftTracer, training)
         names = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr", "placeholder")]
         if unsayable := [name for name in names if not can_be_written(name) or _has_keyword(name)]:
             raise CaptureError(f"no code can hold the name {unsayable[0]!r}")
-        # GraphModule would use our tracer again to unpickle it, and go by the classes that log reads.
-        graph._tracer_cls, graph._co_fields = None, {}
-        graph.output_node().type = None  # an annotation, which the code of the graph would have to import
-        for node in graph.nodes:
-            if stack := node.meta.get("nn_module_stack"):
-                node.meta["nn_module_stack"] = {key: (path, below(kind)) for key, (path, kind) in stack.items()}
         return graph
 
-    def trace_again(self, training: bool, graph: fx.Graph) -> None:
+    def _trace_again(self, training: bool, graph: fx.Graph) -> None:
         """Refuse a forward of which a second trace differs from `graph`."""
         nodes = iter(graph.nodes)
-        self._run(functools.partial(_FollowingTracer, nodes), training)
+        self._run(functools.partial(FollowingTracer, nodes), training)
         if next(nodes, None) is not None:
-            raise CaptureError(_DIFFER)
+            raise CaptureError(DIFFER)
 
     def reads(self) -> dict[str, frozenset[str]]:
         """What was read of the modules that are dissolved in the graphs, and from outside of those that are called."""
@@ -111,17 +121,12 @@ class _Bench:
         box.put_in_mode(training)
         with self._surroundings.unchanged(), watching() as refused:
             keeping = self._keeping[training]
-            tracer = make(box.tensors, self._sites, self._recorded, refused, self._calling, keeping)
+            tracer = make(self._bench, self._sites, self._recorded, refused, self._calling, keeping)
             self._dissolved = self._dissolved or {
                 path: part for path, part in box.parts.items() if not path or not tracer.is_leaf_module(part, path)
             }
-            try:
+            with _told():
                 graph = tracer.trace(box.twin)
-            except CaptureError:
-                raise
-            except Exception as error:  # whatever the model's own code makes of a proxy
-                line = str(error).strip().split("\n")[0]
-                raise CaptureError(f"fx cannot trace it ({type(error).__name__}: {line[:160]})") from error
         if changes := box.differences():
             raise CaptureError(f"its forward changes or makes {', '.join(changes[:3])} outside of the graph")
         if box.log.writes:
@@ -130,71 +135,16 @@ class _Bench:
         return graph
 
 
-_PROXIES = (RegionProxy, RegionAttribute)
-_CONSTANTS = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
-_DIFFER = "two traces of it differ: its forward depends on something that changes"
-
-
-class _SwiftTracer(RegionTracer):
-    """Takes the short way where fx takes a long one to the same node."""
-
-    def __init__(self, tensors: Mapping[int, tuple[str, Tensor]], *args: Any) -> None:
-        super().__init__(*args)
-        self._tensors = tensors
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """A parameter or buffer as a node; fx looks through all of them each time."""
-        name, tensor = self._tensors.get(id(attr_val), ("", None))
-        if tensor is not attr_val or tensor is None:
-            return super().getattr(attr, attr_val, parameter_proxy_cache)
-        if name not in parameter_proxy_cache:
-            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
-        return parameter_proxy_cache[name]
-
-    def create_arg(self, a: Any) -> Any:
-        """An argument of a node; fx asks first of each whether it is a parameter, a buffer, a module or a script."""
-        kind = type(a)
-        if kind in _PROXIES:
-            return a.node
-        if kind in _CONSTANTS:
-            return a
-        return tuple([self.create_arg(item) for item in a]) if kind is tuple else super().create_arg(a)
-
-
-class _FollowingTracer(_SwiftTracer):
-    """Makes no graph, but compares each node to come with the next one of a graph, which then stands for it.
-
-    So it sees what a second graph would show, constants included, and stops at the first difference.
-    """
-
-    def __init__(self, followed: Iterator[fx.Node], *args: Any) -> None:
-        super().__init__(*args)
-        self._followed = followed
-
-    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call or inline a child, without what fx writes down of each call beside the node."""
-        if self.is_foreign():
-            return forward(*args, **kwargs)
-        path = self.path_of_module(m)
-        if not self.is_leaf_module(m, path):
-            return forward(*args, **kwargs)
-        return self.given(m, args, kwargs, self.create_proxy("call_module", path, args, kwargs))
-
-    def create_node(
-        self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
-    ) -> fx.Node:
-        """The next node of the graph."""
-        node = next(self._followed, None)
-        if (
-            node is None
-            or node.op != kind
-            or not (node.target is target or node.target == target)
-            or not _is_same(node.args, args)
-            or not _is_same(node.kwargs, kwargs)
-        ):
-            self._followed = iter(())  # for good, also if the trace is begun anew
-            self.refuse(_DIFFER)
-        return node
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Whatever the model's own code makes of a proxy is a `CaptureError`."""
+    try:
+        yield
+    except CaptureError:
+        raise
+    except Exception as error:
+        line = str(error).strip().split("\n")[0]
+        raise CaptureError(f"fx cannot trace it ({type(error).__name__}: {line[:160]})") from error
 
 
 def _say_the_same(graph: fx.Graph, other: fx.Graph) -> bool:
@@ -206,29 +156,9 @@ def _say_the_same(graph: fx.Graph, other: fx.Graph) -> bool:
         twins[node] = twin
         if node.op != twin.op or not (node.target is twin.target or node.target == twin.target):
             return False
-        if not _is_same(node.args, twin.args, twins) or not _is_same(node.kwargs, twin.kwargs, twins):
+        if not is_same(node.args, twin.args, twins) or not is_same(node.kwargs, twin.kwargs, twins):
             return False
     return True
-
-
-def _is_same(a: Any, b: Any, twins: dict[fx.Node, fx.Node] | None = None) -> bool:
-    """Whether two arguments of nodes are the same, to the type of every constant."""
-    if isinstance(a, fx.Node):
-        return (twins.get(a) if twins else a) is b
-    if isinstance(a, (tuple, list)):
-        return (
-            isinstance(b, tuple) is isinstance(a, tuple)
-            and isinstance(b, (tuple, list))
-            and len(a) == len(b)
-            and all(_is_same(x, y, twins) for x, y in zip(a, b, strict=True))
-        )
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(_is_same(a[key], b[key], twins) for key in a)
-    if isinstance(a, slice):
-        return isinstance(b, slice) and all(
-            _is_same(getattr(a, end), getattr(b, end), twins) for end in ("start", "stop", "step")
-        )
-    return a is b or (type(a) is type(b) and repr(a) == repr(b))
 
 
 def _has_keyword(name: str) -> bool:

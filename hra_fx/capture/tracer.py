@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import sys
-import threading
 import types
 import weakref
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
-from torch.fx.proxy import Attribute, Scope
+from torch.fx.proxy import Attribute
 
 from hra_fx.capture.admission import why_not_inlined
 from hra_fx.capture.augmented import SPECIAL_METHODS
@@ -22,6 +21,7 @@ from hra_fx.capture.keeping import Keeping
 from hra_fx.capture.leaves import given, why_not_called
 from hra_fx.capture.memory import without_memory
 from hra_fx.capture.questions import asks_for_no_tensor, is_assertion, is_certainly_tensor, only_speaks
+from hra_fx.carrier.swap import below
 from hra_fx.errors import CaptureError
 from hra_fx.site import find_kind
 
@@ -133,7 +133,6 @@ class RegionTracer(fx.Tracer):
         self._keeping = keeping
         self._leaves: dict[nn.Module, bool] = {}
         self._made: list[weakref.ref[RegionProxy]] = []
-        self._thread = threading.get_ident()
 
     def refuse(self, reason: str) -> NoReturn:
         """Give up, even if the forward catches the error."""
@@ -146,15 +145,18 @@ class RegionTracer(fx.Tracer):
             before = len(self.refused)
             try:
                 with self._keeping.active(self.create_proxy), without_memory():
-                    return super().trace(root, concrete_args)
+                    return self.trace_once(root)
             except Exception as error:
                 if not self._keeping.add_culprit(error):
                     raise
             del self.refused[before:]
             self._made.clear()
-            self.scope = Scope("", None)
             self.module_stack.clear()
             self.num_calls.clear()
+
+    def trace_once(self, root: Any) -> fx.Graph:
+        """As fx does."""
+        return super().trace(root)
 
     def knows_no(self, proxy: RegionProxy, frame: types.FrameType) -> bool:
         """Whether the question in a line, `isinstance(value, list)`, is certainly answered by no."""
@@ -193,18 +195,22 @@ class RegionTracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Call or inline a child; raises `CaptureError` for one that a graph cannot stand for."""
-        if self.is_foreign():
-            return forward(*args, **kwargs)
-        path = self.path_of_module(m)
-        if not self.is_leaf_module(m, path) and (reason := why_not_inlined(m, self._recorded)):
-            self.refuse(f"{path}: {reason}")
-        result = super().call_module(m, forward, args, kwargs)
-        return self.given(m, args, kwargs, result) if self.is_leaf_module(m, path) else result
+        """Call or inline a child; raises `CaptureError` for one that a graph cannot stand for.
 
-    def is_foreign(self) -> bool:
-        """Whether this is another thread: fx patches the call of modules for all, and another model may be running."""
-        return threading.get_ident() != self._thread
+        Writes down in `meta` what fx does, with the classes that the model has.
+        """
+        path = self.path_of_module(m)
+        is_leaf = self.is_leaf_module(m, path)
+        if not is_leaf and (reason := why_not_inlined(m, self._recorded)):
+            self.refuse(f"{path}: {reason}")
+        times = self.num_calls.get(path, 0)
+        self.num_calls[path] = times + 1
+        key = f"{path}@{times}" if times else path
+        self.module_stack[key] = (path, below(type(m)))
+        result = self.create_proxy("call_module", path, args, kwargs) if is_leaf else forward(*args, **kwargs)
+        if self.module_stack.popitem()[0] != key:
+            self.refuse(f"{path}: an error inside of it is caught, and a graph catches none")
+        return self.given(m, args, kwargs, result) if is_leaf else result
 
     def given(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         """What the call of a leaf gives (`leaves.given`)."""

@@ -8,12 +8,12 @@ there but does not run (gradient checkpointing that is off) costs nothing.
 from __future__ import annotations
 
 import contextlib
+import operator
 import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
-from unittest import mock
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.function
@@ -75,20 +75,23 @@ def watching() -> Iterator[list[str]]:
     generators = _random_states()
     # set_grad_enabled acts when it is made, which may be before it is refused.
     grad = torch.is_grad_enabled()
+    watched = [(owner, name, owner.__dict__[name], reason) for owner, name, reason in _FORBIDDEN]
     try:
-        with contextlib.ExitStack() as stack:
-            for owner, name, reason in _FORBIDDEN:
-                stack.enter_context(mock.patch.object(owner, name, _refusing(owner.__dict__[name], reason, refused)))
+        try:
+            for owner, name, original, reason in watched:
+                setattr(owner, name, _refusing(original, reason, refused))
             yield refused
+        finally:
+            for owner, name, original, _ in watched:
+                setattr(owner, name, original)
         if refused:
             raise CaptureError(refused[0])
-        for before, get, _ in generators:
-            if not _equal(before, get()):
-                raise CaptureError("it draws random numbers outside of torch operators on its input")
+        if not all(generator.is_same(generator.before, generator.get()) for generator in generators):
+            raise CaptureError("it draws random numbers outside of torch operators on its input")
     finally:
         torch.set_grad_enabled(grad)
-        for before, _, put in generators:
-            put(before)
+        for generator in generators:
+            generator.put(generator.before)
 
 
 def _refusing(original: Any, reason: str, refused: list[str]) -> Any:
@@ -106,16 +109,25 @@ def _refusing(original: Any, reason: str, refused: list[str]) -> Any:
     return refuse
 
 
-def _random_states() -> list[tuple[Any, Callable[[], Any], Callable[[Any], Any]]]:
-    sources: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
-        (random.getstate, random.setstate),
-        (torch.get_rng_state, torch.set_rng_state),
+class _Generator(NamedTuple):
+    """A source of random numbers: the state that it was in, and how to get, put back and compare one."""
+
+    before: Any
+    get: Callable[[], Any]
+    put: Callable[[Any], Any]
+    is_same: Callable[[Any, Any], bool]
+
+
+def _random_states() -> list[_Generator]:
+    sources: list[tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any, Any], bool]]] = [
+        (random.getstate, random.setstate, operator.eq),
+        (torch.get_rng_state, torch.set_rng_state, torch.equal),
     ]
     if numpy := sys.modules.get("numpy"):
-        sources.append((numpy.random.get_state, numpy.random.set_state))
+        sources.append((numpy.random.get_state, numpy.random.set_state, _equal))
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        sources.append((torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
-    return [(get(), get, put) for get, put in sources]
+        sources.append((torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all, _equal))
+    return [_Generator(get(), get, put, is_same) for get, put, is_same in sources]
 
 
 def _equal(a: Any, b: Any) -> bool:
