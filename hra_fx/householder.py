@@ -252,32 +252,60 @@ class Turn(NamedTuple):
 
     Attributes:
         rotation: `|Q - I|_F`.
-        angle: the largest angle by which `Q` turns a plane, in radians; pi where it reflects.
+        angles: by how much each plane is turned, in radians from 0 to pi, falling; see `turn`.
         orthogonality: `|Q^T Q - I|_F` for `T` in the precision of the chain.
     """
 
     rotation: float
-    angle: float
+    angles: tuple[float, ...]
     orthogonality: float
+
+    @property
+    def angle(self) -> float:
+        """The largest angle, in radians; 0 where nothing turns, pi where a direction is reflected."""
+        return self.angles[0] if self.angles else 0.0
+
+    @property
+    def mean_angle(self) -> float:
+        """The mean of the angles, in radians; 0 where nothing turns."""
+        return sum(self.angles) / len(self.angles) if self.angles else 0.0
 
 
 def turn(chain: Tensor) -> Turn:
     """How far a chain is from the identity, from `k x k` matrices only; NaN for one without data, or not finite.
 
+    `Q` turns planes that are orthogonal to each other, leaves what is orthogonal to all of them, and where its
+    determinant is -1 reflects one direction more. A plane has one angle, though two eigenvalues of `Q` tell of it; a
+    reflected direction has one too, pi (two of them are a plane that is turned by pi). Angles of no more than
+    `angle_floor` are what rounding leaves of vectors that cancel each other, and are no angles.
+
     Args:
         chain: `U: (d, k)`.
 
     Example:
-        >>> turn(torch.tensor([[1.0], [0.0]])).rotation
-        2.0
+        >>> U = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])  # half of 90 degrees apart, and one
+        >>> [round(math.degrees(angle)) for angle in turn(U).angles]
+        [180, 90]
     """
     if not chain.shape[1]:
-        return Turn(0.0, 0.0, 0.0)
+        return Turn(0.0, (), 0.0)
     vectors = normalize(chain.detach())
     if vectors.is_meta or not bool(torch.isfinite(vectors).all()):
-        return Turn(math.nan, math.nan, math.nan)
+        return Turn(math.nan, (math.nan,), math.nan)
     block = principal_block(vectors, compact_wy(vectors))
     identity = torch.eye(block.shape[0], dtype=block.dtype)
     norms = (torch.linalg.matrix_norm(matrix) for matrix in (block - identity, block.mT @ block - identity))
     rotation, orthogonality = (float(norm) for norm in norms)
-    return Turn(rotation, float(torch.linalg.eigvals(block).angle().abs().max()), orthogonality)
+    # Falling, each plane's angle stands there twice, behind a lone pi where there is one: so every other one is meant.
+    angles = torch.linalg.eigvals(block).angle().abs().sort(descending=True).values[::2]
+    return Turn(rotation, tuple(angles[angles > angle_floor(chain)].tolist()), orthogonality)
+
+
+def angle_floor(chain: Tensor) -> float:
+    """The largest angle that may be rounding, in radians: eight times `k` times the epsilon in which `T` is computed.
+
+    Example:
+        >>> f"{angle_floor(torch.ones(100, 8)):.0e}"
+        '8e-06'
+    """
+    return 8 * chain.shape[1] * torch.finfo(working_dtype(chain.dtype)).eps

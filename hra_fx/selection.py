@@ -21,7 +21,17 @@ from hra_fx.default_targets import DEFAULT_TARGETS
 from hra_fx.errors import HRAWarning, SelectionError
 from hra_fx.site import REFLECTION, SAVED, find_kind
 
-__all__ = ["is_target", "resolve_targets", "saved_modules", "select", "targeted", "with_head", "without_absent"]
+__all__ = [
+    "is_target",
+    "layer_index",
+    "resolve_targets",
+    "saved_modules",
+    "select",
+    "shown_names",
+    "targeted",
+    "with_head",
+    "without_absent",
+]
 
 _ADAPTER = {REFLECTION, SAVED}
 _HEADS = ("score", "classifier")
@@ -63,7 +73,7 @@ def select(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
     _check_saved(model, config, chosen)
     if config.exclude_modules and not any(_is_named(config.exclude_modules, path) for path in modules):
         near = _near_misses(config.exclude_modules, list(modules))
-        text = f"exclude_modules: {_show(config.exclude_modules)} leaves no module out{near}"
+        text = f"exclude_modules: {shown_names(config.exclude_modules)} leaves no module out{near}"
         warnings.warn(text, HRAWarning, stacklevel=2)
     return chosen
 
@@ -96,7 +106,7 @@ def is_target(config: HRAConfig, path: str, targets: Collection[str] | str | Non
         return False
     if isinstance(named, str) or path in named or not _uses_indices(config):
         return True
-    index = _layer_index(config, path)
+    index = layer_index(config, path)
     wanted = config.layers_to_transform
     return index in wanted if isinstance(wanted, Collection) else index == wanted
 
@@ -189,7 +199,7 @@ def _left_out_by(config: HRAConfig, path: str) -> str | None:
     if not _ADAPTER.isdisjoint(path.split(".")):
         return "an earlier adapter"
     if config.exclude_modules and _is_named(config.exclude_modules, path):
-        return f"exclude_modules={_show(config.exclude_modules)}"
+        return f"exclude_modules={shown_names(config.exclude_modules)}"
     if any(re.match(saved_module_regex(name), path) for name in config.modules_to_save or ()):
         return f"modules_to_save={config.modules_to_save}"
     return None
@@ -200,7 +210,7 @@ def _uses_indices(config: HRAConfig) -> bool:
     return config.layers_to_transform is not None and config.layers_to_transform != []
 
 
-def _layer_index(config: HRAConfig, path: str) -> int | None:
+def layer_index(config: HRAConfig, path: str) -> int | None:
     """The index of the block that `path` lies in, by the first of `layers_pattern` that finds one."""
     given = config.layers_pattern
     patterns: Iterable[str | None] = [None] if not given else [given] if isinstance(given, str) else given
@@ -301,7 +311,8 @@ def _wrong_type(path: str, module: nn.Module) -> str:
 def _nothing_chosen(model: nn.Module, config: HRAConfig, targets: set[str] | str) -> str:
     """What to say when no module is left to adapt."""
     kind, default = type(model).__name__, config.target_modules is None
-    shown = f"{_show(targets)}, the default for {_model_type(model)!r}," if default else _show(config.target_modules)
+    shown = shown_names(targets if default else config.target_modules)
+    shown += f", the default for {_model_type(model)!r}," * default
     if _adaptable(model):
         return f"target_modules: the model is itself a {kind}, and only layers inside it can be adapted. Wrap it."
     layers = [path for path, module in _walk(model) if _adaptable(module)]
@@ -320,7 +331,7 @@ def _nothing_chosen(model: nn.Module, config: HRAConfig, targets: set[str] | str
 
 def _left_out_by_index(config: HRAConfig, named: list[str]) -> str:
     """The index fields, and the indices that there were to choose from."""
-    found = sorted({index for path in named if (index := _layer_index(config, path)) is not None})
+    found = sorted({index for path in named if (index := layer_index(config, path)) is not None})
     text = f"layers_to_transform={config.layers_to_transform}"
     if config.layers_pattern:
         text += f" with layers_pattern={config.layers_pattern!r}"
@@ -371,7 +382,7 @@ def _leaf_names(paths: Iterable[str]) -> str:
     return ", ".join(map(repr, names[:_SHOWN])) + more
 
 
-def _show(names: Collection[str] | str | None) -> str:
+def shown_names(names: Collection[str] | str | None) -> str:
     """A field of names as it would be written, sorted and not too long."""
     if names is None or isinstance(names, str):
         return repr(names)

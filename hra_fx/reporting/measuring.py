@@ -1,0 +1,41 @@
+"""The numbers of an adapter at a layer: how far it turns, and how much of the weight it gets hold of."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from hra_fx import householder
+from hra_fx.carrier.layer import SiteCarrier
+from hra_fx.errors import AdapterError
+from hra_fx.householder import Turn
+from hra_fx.share import readable_rows, share_turned
+
+_UNKNOWN = Turn(math.nan, (math.nan,), math.nan)
+
+
+def turn_of(chain: Tensor | None) -> Turn:
+    """What the reflections of `chain_of` do; NaN where there are none to read."""
+    return _UNKNOWN if chain is None else householder.turn(chain)
+
+
+def share_of(rows: Tensor | None, chain: Tensor | None) -> float:
+    """Which share of the weight of `weight_rows` the reflections turn; NaN where one of them cannot be read."""
+    return math.nan if rows is None or chain is None else share_turned(rows, chain)
+
+
+def chain_of(layer: SiteCarrier, adapter: str) -> Tensor | None:
+    """The reflections of an adapter at its strength, `(d, k)`; `None` where this process holds a shard of them only."""
+    vectors = layer.hra_u[adapter]
+    whole = type(vectors.data) is Tensor and vectors.shape == (layer.hra_u.width, layer.hra_u.specs[adapter].r)
+    return layer.hra_u.chain(adapter).detach() if whole else None
+
+
+def weight_rows(layer: SiteCarrier) -> Tensor | None:
+    """The weight of a layer as it was before any merge, `(out, d)`; `None` for one that cannot be read."""
+    try:
+        weight = layer.hra_base.detach() if layer.hra_u.unmerged is None else layer.hra_u.unmerged
+    except AdapterError:  # another tool computes it from other parameters by now
+        return None
+    return readable_rows(weight, layer.hra_u.width, columns=layer.hra_u.columns)

@@ -1,0 +1,1 @@
+"""Plots of what adapters did, by matplotlib, which is an optional dependency."""

@@ -1,0 +1,90 @@
+"""Two adapters side by side: the mean and the largest angle of each, layer by layer."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hra_fx.errors import VisualizeError
+from hra_fx.reporting.columns import adapters_of
+from hra_fx.reporting.plots.canvas import GRID, QUIET, check_plot, new_figure, shown, style, write
+from hra_fx.reporting.plots.measures import Measure, measure_of, round_top
+from hra_fx.reporting.row import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Blue and orange of Okabe and Ito, which every eye tells apart; the marks differ too.
+_LOOKS = (("#0072B2", "o"), ("#D55E00", "D"))
+_PANEL, _GAP = 3.2, 0.35
+
+
+def draw_two_adapters(rows: Sequence[Row], path: str | os.PathLike[str], first: str, second: str) -> Path:
+    """Write the plot of two adapters; see `Report.compare`.
+
+    Raises:
+        VisualizeError: another ending, no such adapter, no such folder, or matplotlib is not installed.
+    """
+    file = check_plot(path)
+    known = adapters_of(rows)
+    for name in (first, second):
+        if name not in known:
+            raise VisualizeError(f"adapters: {name!r} is not in the report. It has {', '.join(map(repr, known))}.")
+    if first == second:
+        raise VisualizeError(f"adapters: {first!r} is given twice. Name two of them.")
+    with style():
+        return write(_figure(rows, (first, second)), file)
+
+
+def _figure(rows: Sequence[Row], names: tuple[str, str]) -> Figure:
+    used = [row for row in rows if row.adapter in names]
+    paths = list(dict.fromkeys(row.path for row in used))
+    line = 0.2 if len(paths) > 40 else 0.26
+    high, wide = max(0.6, line * len(paths)), 2 * _PANEL + _GAP
+    figure = new_figure(wide, high)
+    for place, heat in enumerate(("mean_angle", "angle")):
+        left = place * (_PANEL + _GAP) / wide
+        axes = figure.add_axes((left, 0, _PANEL / wide, 1))
+        _panel(axes, used, paths, names, measure_of(heat))
+        axes.set_yticks(range(len(paths)), [shown(path) for path in paths] if not place else [""] * len(paths))
+    axes = figure.axes[0]
+    title = f"{shown(names[0], 40)} and {shown(names[1], 40)}"
+    above = (0, 1), "axes fraction"
+    axes.annotate(title, *above, (0, 52), textcoords="offset points", fontsize=11, fontweight="bold")
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(-0.03, 1.0), ncols=2, frameon=False, borderpad=0)
+    axes.get_legend().set_bbox_to_anchor((-0.03, 1 + 0.36 / high), transform=axes.transAxes)
+    return figure
+
+
+def _panel(axes: Axes, rows: Sequence[Row], paths: list[str], names: tuple[str, str], measure: Measure) -> None:
+    """Two marks for each layer, joined by a line."""
+    values = {name: {row.path: measure.value(row) for row in rows if row.adapter == name} for name in names}
+    for place, path in enumerate(paths):
+        ends = [values[name].get(path, math.nan) for name in names]
+        if all(map(math.isfinite, ends)):
+            axes.plot(ends, [place, place], color="#9aa4ae", linewidth=1.2, zorder=1)
+    for name, (colour, mark) in zip(names, _LOOKS, strict=True):
+        known = [(value, paths.index(path)) for path, value in values[name].items() if math.isfinite(value)]
+        label = shown(name, 40)
+        axes.scatter(
+            [value for value, _ in known],
+            [place for _, place in known],
+            s=26,
+            color=colour,
+            marker=mark,
+            label=label,
+            zorder=2,
+            clip_on=False,
+        )
+    axes.set_xlim(0, round_top(value for own in values.values() for value in own.values()))
+    axes.set_ylim(len(paths) - 0.5, -0.5)
+    axes.set_title(f"{measure.title}, degrees", loc="left", fontsize=9, color=QUIET)
+    axes.tick_params(length=0)
+    axes.grid(axis="x", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
