@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 from hra_fx.view.columns import Size
 from hra_fx.view.layout import Arrangement, Route, in_rows, layered
-from hra_fx.view.notes import Cells, Notes
+from hra_fx.view.notes import NO_CELLS, Cells, Notes
 from hra_fx.view.panels import Block
 from hra_fx.view.text import clean, shorten, width
 from hra_fx.view.tree import Leaf, Scope, span
@@ -55,7 +55,7 @@ class Box:
     letter: str = ""
     count: str = ""
     heat: str = ""
-    cells: Cells = Cells()
+    cells: Cells = NO_CELLS
     missed: int = 0
     x: float = 0.0
     y: float = 0.0
@@ -94,7 +94,7 @@ def _site(leaf: Leaf, notes: Notes) -> Box:
     wide = max(
         width(name, NAME, bold=True) + _count_width(count), width(detail, DETAIL), width(strip, DETAIL, bold=True) + 12
     )
-    cells = notes.cells(leaf, wide) if len(leaf.marks) > 1 else Cells()
+    cells = notes.cells(leaf, wide) if len(leaf.marks) > 1 else NO_CELLS
     tip = clean_lines([f"{leaf.target}: {detail}", strip], [notes.value(mark.path) for mark in leaf.marks])
     size = Size(wide + 2 * _PAD, STRIP + 39 + cells.height)
     return Box("site", size, name, detail, tip, len(leaf.marks), strip, count=count, heat=heat, cells=cells)

@@ -34,11 +34,11 @@ def focused(drawing: Drawing, focus: str | None) -> Drawing:
     rows = tuple(row for row in drawing.rows if _within(row.path, focus))
     missed = {path: why for path, why in drawing.missed.items() if _within(path, focus)}
     sites = {mark.path for leaf in inside.values() for mark in leaf.marks}
-    counted = f"{len(sites)} of {len({row.path for row in drawing.rows})} adapted layers · " if drawing.rows else ""
+    here = f"{len(sites)} adapted layer{'' if len(sites) == 1 else 's'} here" if drawing.rows else "a part"
     return replace(
         drawing,
         title=f"{focus} in {drawing.title}",
-        facts=f"{counted}the model: {drawing.facts}",
+        facts=f"{here}; in the model {drawing.facts}",
         picture=_cut_out(drawing.picture, focus, inside),
         rows=rows,
         missed=missed,

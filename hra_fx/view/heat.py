@@ -149,5 +149,9 @@ def _luminance(colour: str) -> float:
 
 
 def _decimals(top: float) -> int:
-    """So many that a hundredth of the scale can be seen, but two at most where the numbers are of some size."""
-    return max(0, min(2 - math.floor(math.log10(top)), 6))
+    """So many that about a hundredth of the scale can be seen.
+
+    >>> _decimals(45.0), _decimals(4.0), _decimals(0.04)
+    (0, 2, 4)
+    """
+    return 0 if top >= 10 else max(2 - math.floor(math.log10(top)), 0)

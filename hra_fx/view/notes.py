@@ -35,6 +35,9 @@ class Cells:
         return ceil(len(self.colours) / self.columns) * CELL + 5 if self.colours else 0.0
 
 
+NO_CELLS = Cells()
+
+
 @dataclass(frozen=True)
 class Notes:
     """The notes of a picture.
@@ -97,7 +100,7 @@ class Notes:
             width: how wide the field is.
         """
         if self.heating is None or not item.marks:
-            return Cells()
+            return NO_CELLS
         paths = [mark.path for mark in item.marks]
         fitting = max(int(width / _NARROWEST), 1)
         columns = item.count if 1 < item.count <= fitting else ceil(len(paths) / ceil(len(paths) / fitting))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element, SubElement, tostring
@@ -10,48 +9,18 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 from hra_fx.view.boxes import Box, place
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.focusing import focused
-from hra_fx.view.heat import HEATS, UNKNOWN, Heating, heating
+from hra_fx.view.heat import heating
+from hra_fx.view.legend import LINE, entries, placed
 from hra_fx.view.notes import Notes
 from hra_fx.view.options import Options
 from hra_fx.view.panels import Panel, opened, plan
-from hra_fx.view.svg import (
-    BLUE,
-    CARD,
-    EDGE,
-    FAINT,
-    FONT,
-    FRAMES,
-    INK,
-    LOOKS,
-    PAPER,
-    RULE,
-    VIOLET_LINE,
-    VIOLET_PALE,
-    draw,
-    hollow,
-    shape,
-    write,
-)
+from hra_fx.view.svg import BLUE, CARD, EDGE, FAINT, FONT, INK, PAPER, RULE, draw, shape, write
 from hra_fx.view.text import clean, shorten, width
 
 _MARGIN, _GAP, _INSET = 32.0, 20.0, 24.0
-_TOP = 146.0
+_TOP = 88.0  # where the legend begins
 _NARROWEST, _WIDEST, _ASPECT = 760.0, 1680.0, 1.4
-_STEPS, _STEP = 45, 4.0  # rectangles of the colour bar, and their width
 _NAMES = 40  # letters for the names of blocks above a panel
-
-
-#: The looks that a legend explains: look, fill, border, dashes, words.
-_REFLECTION = "reflection: r vectors of length d; |Q-I| is how far they turn"
-_LEGEND = (
-    ("site", VIOLET_PALE, VIOLET_LINE, "", _REFLECTION),
-    ("site", *LOOKS["site"][:2], "", "the layer it feeds"),
-    ("plain", *LOOKS["plain"][:2], "", "other operation"),
-    ("closed", *LOOKS["closed"][:2], "", "closed module; the panel of its letter opens it"),
-    ("captured", *FRAMES["captured"], "module inside a captured graph"),
-    ("python", *FRAMES["python"], "module that runs as Python: order of definition, no edges"),
-    ("eager", *LOOKS["eager"][:2], "4 3", "Python module without adapters"),
-)
 
 
 @dataclass(frozen=True)
@@ -71,7 +40,7 @@ class _Sheet:
 
     @property
     def width(self) -> float:
-        words = max(width(self.title, 14, bold=True) + 30, *(width(note, 11) for note in self.notes))
+        words = max([width(self.title, 14, bold=True) + 30, *(width(note, 11) for note in self.notes)])
         return max(self.box.size.width, words) + 2 * _INSET
 
     @property
@@ -109,6 +78,9 @@ def page(panels: Sequence[Panel], heading: Heading, notes: Notes | None = None) 
     sheets = [_sheet(panel, notes) for panel in panels]
     places, wide, high = _packed(sheets)
     wide = max(wide, _NARROWEST, width(heading.facts, 13) + 2 * _MARGIN)
+    legend = placed(entries([box for sheet in sheets for box in _all(sheet.box)], notes), wide - 2 * _MARGIN)
+    top = _TOP + LINE * (1 + max((line for *_, line in legend), default=-1)) + 14
+    high += top + _MARGIN
     root = Element(
         "svg",
         {
@@ -124,20 +96,20 @@ def page(panels: Sequence[Panel], heading: Heading, notes: Notes | None = None) 
     marker.attrib.update(markerWidth="7", markerHeight="7", orient="auto")
     shape(marker, "path", d="M0 0.6L8 4L0 7.4z", fill=EDGE)
     shape(root, "rect", width="100%", height="100%", fill=PAPER)
-    boxes = [box for sheet in sheets for box in _all(sheet.box)]
-    legend = [entry for entry in _LEGEND if entry[0] in {box.look for box in boxes}]
-    if notes.heating is not None:
-        legend = [entry for entry in legend if entry[4] != _REFLECTION]
-    _head(root, heading, legend, notes, wide)
+    write(root, _MARGIN, 46, clean(heading.title), 22, INK, bold=True)
+    write(root, _MARGIN, 70, clean(heading.facts), 13, FAINT)
+    for entry, left, line in legend:
+        entry.draw(root, _MARGIN + left, _TOP + LINE * line)
     for sheet, (x, y) in zip(sheets, places, strict=True):
-        _draw_sheet(root, sheet, x, y)
+        _draw_sheet(root, sheet, x, top + y)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + tostring(root, encoding="unicode") + "\n"
 
 
 def _sheet(panel: Panel, notes: Notes) -> _Sheet:
     box = place(panel.block, notes, root=True)
     if not panel.letter:
-        return _Sheet(panel, box, "Overview", (f"{box.sites} sites (adapted layers) in these boxes",))
+        sites = "1 site (adapted layer)" if box.sites == 1 else f"{box.sites} sites (adapted layers)"
+        return _Sheet(panel, box, "Overview", (f"{sites} in these boxes",) if box.sites else ())
     return _Sheet(panel, box, box.detail, _used(panel.used))
 
 
@@ -166,10 +138,10 @@ def _columns(sheets: Sequence[_Sheet], limit: float) -> tuple[list[tuple[float, 
     for sheet in sheets:
         if y and y + sheet.height > limit:
             x, y, column = x + column + _GAP, 0.0, 0.0
-        places.append((x, _TOP + y))
+        places.append((x, y))
         y += sheet.height + _GAP
         column, lowest = max(column, sheet.width), max(lowest, y - _GAP)
-    return places, x + column + _MARGIN, _TOP + lowest + _MARGIN
+    return places, x + column + _MARGIN, lowest
 
 
 def _draw_sheet(root: Element, sheet: _Sheet, x: float, y: float) -> None:
@@ -185,56 +157,6 @@ def _draw_sheet(root: Element, sheet: _Sheet, x: float, y: float) -> None:
         write(group, x + _INSET, y + 48 + 15 * line, note, 11, FAINT)
     middle = x + (sheet.width - sheet.box.size.width) / 2
     draw(group, sheet.box, middle, y + sheet.caption, counted=not sheet.panel.letter)
-
-
-def _head(
-    root: Element, heading: Heading, legend: Sequence[tuple[str, str, str, str, str]], notes: Notes, wide: float
-) -> None:
-    """Title, facts and the legend of what the picture has."""
-    write(root, _MARGIN, 46, clean(heading.title), 22, INK, bold=True)
-    write(root, _MARGIN, 70, clean(heading.facts), 13, FAINT)
-    x, y = _MARGIN, 88.0
-    if notes.heating is not None:
-        x += _colour_bar(root, notes.heating, x, y)
-    missed = [("missed", "", "", "", _missed(len(notes.missed)))] if notes.missed else []
-    for look, fill, line, dashes, words in [*missed, *legend]:
-        need = 31 + width(words, 12) + 18
-        if x > _MARGIN and x + need > wide:
-            x, y = _MARGIN, y + 22
-        if look == "missed":
-            hollow(root, x + 12, y + 7.5)
-        else:
-            swatch = shape(root, "rect", x=x, y=y, width=24.0, height=15.0, rx=4.0, fill=fill, stroke=line)
-            if dashes:
-                swatch.set("stroke-dasharray", dashes)
-        write(root, x + 31, y + 12, words, 12, FAINT)
-        x += need
-
-
-def _missed(count: int) -> str:
-    layers = "1 layer has no adapter, and could" if count == 1 else f"{count} layers have no adapter, and could"
-    return f"{layers} (pointed at, the box tells why)"
-
-
-def _colour_bar(root: Element, heating: Heating, x: float, y: float) -> float:
-    """The colours of the heat with numbers at both ends; returns the width that it takes."""
-    words, low, high = f"reflection, {HEATS[heating.name].words}:", heating.text(0.0), heating.text(heating.top)
-    left = x + width(words, 12) + 6
-    write(root, x, y + 12, words, 12, FAINT)
-    write(root, left, y + 12, low, 12, INK)
-    left += width(low, 12) + 6
-    for step in range(_STEPS):
-        fill = heating.colour(heating.top * step / (_STEPS - 1))
-        shape(root, "rect", x=left + step * _STEP, y=y, width=_STEP, height=15.0, fill=fill, class_="heat")
-    shape(root, "rect", x=left, y=y, width=_STEPS * _STEP, height=15.0, fill="none", stroke=EDGE)
-    left += _STEPS * _STEP + 6
-    write(root, left, y + 12, high, 12, INK)
-    left += width(high, 12) + 24
-    if any(math.isnan(value) for value in heating.values.values()):
-        shape(root, "rect", x=left, y=y, width=24.0, height=15.0, rx=4.0, fill=UNKNOWN, stroke=EDGE)
-        write(root, left + 31, y + 12, "unknown", 12, FAINT)
-        left += 31 + width("unknown", 12) + 18
-    return left - x
 
 
 def _all(box: Box) -> Iterator[Box]:

@@ -17,7 +17,7 @@ from hra_fx.view.page import render as render_svg
 
 SCALE = 2
 _FAMILY = "DejaVu Sans"
-_LETTER = '<svg xmlns="http://www.w3.org/2000/svg" width="20" height="20"><text y="15" font-family="sans-serif">{}</text></svg>'
+_LETTER = '<svg xmlns="http://www.w3.org/2000/svg" width="20" height="20"><text y="15">{}</text></svg>'
 
 
 def render(drawing: Drawing, options: Options) -> bytes:
@@ -51,7 +51,7 @@ def rasterize(svg: str, *, system_fonts: bool = True) -> bytes:
 
 
 def _fonts(system_fonts: bool) -> dict[str, Any]:
-    """What resvg is told of fonts. DejaVu Sans comes first where it can be found: widths of text are reckoned for it."""
+    """What resvg is told of fonts. DejaVu Sans comes first where it is found, for which widths of text are reckoned."""
     return {
         "skip_system_fonts": not system_fonts,
         "font_files": [str(file) for file in _brought_along()],

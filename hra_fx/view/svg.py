@@ -208,14 +208,25 @@ def _draw_open(group: Element, box: Box, x: float, y: float, *, counted: bool) -
 
 
 def path_of(route: Route, left: float, top: float) -> str:
-    """The path data of an edge: straight down beside boxes, curved in the gaps between layers."""
+    """The path data of an edge: straight down beside boxes, curved in the gaps between layers.
+
+    No piece is of length zero, for some readers turn the arrow at the end of such a piece to the right.
+    """
     x, begin, end = route.pieces[0]
-    words = [f"M{number(left + x)} {number(top + begin)}", f"V{number(top + end)}"]
+    words, y = [f"M{number(left + x)} {number(top + begin)}"], number(top + begin)
+    y = _down(words, y, number(top + end))
     for (x0, _, y0), (x1, y1, y2) in pairwise(route.pieces):
         if x0 == x1:
-            words.append(f"V{number(top + y1)}")
+            y = _down(words, y, number(top + y1))
         else:
-            bend, there = number(top + (y0 + y1) / 2), number(left + x1)
-            words.append(f"C{number(left + x0)} {bend} {there} {bend} {there} {number(top + y1)}")
-        words.append(f"V{number(top + y2)}")
+            bend, there, y = number(top + (y0 + y1) / 2), number(left + x1), number(top + y1)
+            words.append(f"C{number(left + x0)} {bend} {there} {bend} {there} {y}")
+        y = _down(words, y, number(top + y2))
     return "".join(words)
+
+
+def _down(words: list[str], start: str, end: str) -> str:
+    """Go straight to a height, unless we are there."""
+    if start != end:
+        words.append(f"V{end}")
+    return end
