@@ -1,0 +1,101 @@
+"""All that the page's script is given, as plain values."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hra_fx.reporting import Row
+from hra_fx.view.drawing import Drawing
+from hra_fx.view.heat import HEATS, PALETTE, UNKNOWN, heat_of, scale
+from hra_fx.view.html.items import Items
+from hra_fx.view.html.packing import Texts, column, columns
+from hra_fx.view.text import clean
+
+#: What is shown at first, unless asked otherwise: the largest angle saturates.
+_FIRST_HEAT = "mean_angle"
+_DIGITS, _DIGITS_OF_MANY = 9, 5
+
+
+def page_data(drawing: Drawing, depth: int | None, heat: str | None) -> dict[str, Any]:
+    """What the script is given; `script/data.js` says how it reads it.
+
+    Args:
+        drawing: what is drawn.
+        depth: how many levels are open at first; `None` for as many as are easy to read.
+        heat: what the colours tell at first; `None` for the mean angle.
+    """
+    texts = Texts()
+    items = Items(texts)
+    items.add(drawing.tree())
+    missed = {texts.number(path): texts.number(why) for path, why in drawing.missed.items()}
+    data = {
+        "title": clean(drawing.title),
+        "facts": clean(drawing.facts),
+        "depth": depth,
+        "items": columns(items.records),
+        "count": len(items.records),
+        "layerings": items.layerings,
+        "rows": _rows(drawing.rows, texts),
+        "heats": _heats(drawing.rows, texts),
+        "heat": heat or _FIRST_HEAT,
+        "palette": PALETTE,
+        "unknown": UNKNOWN,
+        "missed": {
+            "paths": list(missed),
+            "reasons": list(missed.values()),
+            "items": [_holder(path, items) for path in drawing.missed],
+        },
+    }
+    return {**data, "texts": texts.shown()}
+
+
+def _rows(rows: Sequence[Row], texts: Texts) -> dict[str, Any]:
+    """The rows of the report as columns: those of texts, which are numbers of `texts`, apart from the others."""
+    records = [dataclasses.asdict(row) for row in rows]
+    names = list(records[0]) if records else []
+    words = [name for name in names if isinstance(records[0][name], str)]
+    return {
+        "count": len(rows),
+        "texts": {name: column([texts.number(record[name]) for record in records]) for name in words},
+        "numbers": {name: column([_plain(record[name]) for record in records]) for name in names if name not in words},
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A value for JSON, which has no NaN: numbers with as many digits as anyone reads."""
+    if isinstance(value, float):
+        return _rounded(value, _DIGITS)
+    if isinstance(value, tuple):
+        return [_rounded(entry, _DIGITS_OF_MANY) for entry in value]
+    return value
+
+
+def _rounded(value: float, digits: int) -> float | str:
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else str(value)
+
+
+def _heats(rows: Sequence[Row], texts: Texts) -> dict[str, Any]:
+    """The value of every adapted layer, for each way to say how far it was turned."""
+    heats: dict[str, Any] = {}
+    for name, heat in HEATS.items() if rows else ():
+        values: Mapping[str, float] = heat_of(rows, name)
+        heats[name] = {
+            "words": heat.words,
+            "unit": heat.unit,
+            "top": scale(values.values()),
+            "paths": texts.numbers(list(values)),
+            "values": [_rounded(value, _DIGITS) for value in values.values()],
+        }
+    return heats
+
+
+def _holder(path: str, items: Items) -> int:
+    """The box that stands for a module, or else the innermost one around it."""
+    if path in items.holders:
+        return items.holders[path]
+    while path and path not in items.scopes and path not in items.holders:
+        path = path.rpartition(".")[0]
+    return items.holders.get(path, items.scopes.get(path, 0))

@@ -1,0 +1,124 @@
+"""The tree of scopes as a list of records: every box before those inside it, each with the number of the box around."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from hra_fx.view.html.packing import Texts
+from hra_fx.view.layering import Layering
+from hra_fx.view.tree import Item, Leaf, Scope, span
+
+#: What a layering depends on: how many boxes there are, and their edges.
+_Flow: TypeAlias = "tuple[int, tuple[tuple[int, int], ...], tuple[int, ...], tuple[int, ...]]"
+
+
+@dataclass
+class Items:
+    """The boxes of a tree.
+
+    Attributes:
+        texts: gets every text of a record, which has its number.
+        records: one a box; the first is the root. What is 0, empty or false is left out.
+        layerings: the distinct arrangements of boxes in layers; records have their number, from 1.
+        holders: path of a module -> the record of the box that stands for it.
+        scopes: path of a module -> the record of the box that shows its inside.
+    """
+
+    texts: Texts
+    records: list[dict[str, Any]] = field(default_factory=list)
+    layerings: list[dict[str, Any]] = field(default_factory=list)
+    holders: dict[str, int] = field(default_factory=dict)
+    scopes: dict[str, int] = field(default_factory=dict)
+    _flows: dict[_Flow, int] = field(default_factory=dict)
+
+    def add(self, item: Item, parent: int = 0) -> None:
+        """Add a box and all that is inside it."""
+        index = len(self.records)
+        if isinstance(item, Leaf):
+            self.records.append({"parent": parent, **self._leaf(item)})
+            for path in item.paths:
+                self.holders.setdefault(path, index)
+            return
+        self.records.append({"parent": parent, **self._scope(item)})
+        for path in instances(item):
+            self.scopes.setdefault(path, index)
+        for part in item.items:
+            self.add(part, index)
+
+    def _leaf(self, leaf: Leaf) -> dict[str, Any]:
+        marks = tuple(mark.path for mark in leaf.marks)
+        text = self.texts.number
+        record = {
+            "label": text(span(leaf)),
+            "kind": text(leaf.kind),
+            "detail": text(leaf.detail),
+            "op": text(leaf.op),
+            "target": text(leaf.target),
+            "shape": text(leaf.shape),
+            "dtype": text(leaf.dtype),
+            "marks": self.texts.numbers(marks),
+            "paths": self.texts.numbers(leaf.paths) if leaf.paths != marks else [],
+            "width": leaf.width,
+            "rank": leaf.rank,
+            "parameters": leaf.parameters,
+            "count": leaf.count - 1,
+        }
+        return {name: value for name, value in record.items() if value}
+
+    def _scope(self, scope: Scope) -> dict[str, Any]:
+        text = self.texts.number
+        record = {
+            "label": text(span(scope)),
+            "kind": text("python" if scope.eager else "captured"),
+            "detail": text(scope.class_name),
+            "target": text(scope.path),
+            "paths": self.texts.numbers(instances(scope)) if scope.count > 1 else [],
+            "count": scope.count - 1,
+            "varied": int(scope.varied),
+            "layering": 0 if scope.eager else self._layering(scope),
+        }
+        return {name: value for name, value in record.items() if value}
+
+    def _layering(self, scope: Scope) -> int:
+        flow = (len(scope.items), scope.edges, scope.inputs, scope.outputs)
+        if flow not in self._flows:
+            layers = Layering(*flow)
+            self.layerings.append(
+                {
+                    "edges": [end for edge in scope.edges for end in edge],
+                    "inputs": scope.inputs,
+                    "outputs": scope.outputs,
+                    # A box, a border or the lane of an edge of it as one number.
+                    "rows": [[2 * (box + 2) + (lane >= 0) for box, lane in row] for row in layers.rows],
+                }
+            )
+            self._flows[flow] = len(self.layerings)
+        return self._flows[flow]
+
+
+def instances(scope: Scope) -> Sequence[str]:
+    """The paths of all modules that a scope stands for; only the first where the others' cannot be told.
+
+    They are what the paths of the leaves inside have before the part that all of them share.
+    """
+    if scope.count == 1:
+        return (scope.path,)
+    for leaf in _leaves(scope):
+        each, rest = divmod(len(leaf.paths), scope.count)
+        if not each or rest or not leaf.paths[0].startswith(scope.path + "."):
+            continue
+        inner = leaf.paths[0][len(scope.path) :]
+        firsts = leaf.paths[::each]
+        if all(path.endswith(inner) for path in firsts):
+            return tuple(path[: -len(inner)] for path in firsts)
+    return (scope.path,)
+
+
+def _leaves(scope: Scope) -> Iterator[Leaf]:
+    for item in scope.items:
+        if isinstance(item, Leaf):
+            yield item
+        else:
+            yield from _leaves(item)

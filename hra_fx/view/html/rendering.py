@@ -1,0 +1,88 @@
+"""The page as text: the template with its style, its script and its data, and a policy that allows nothing else."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from hra_fx.view.drawing import Drawing
+from hra_fx.view.focusing import focused
+from hra_fx.view.html.data import page_data
+from hra_fx.view.options import Options
+from hra_fx.view.text import clean
+
+#: The files of the script, each before those that read it.
+SCRIPTS = (
+    *("data", "text", "svg", "layers", "columns", "layout", "boxes", "heat", "painting", "pane", "stage"),
+    *("spectrum", "panel", "search", "keyboard", "legend", "main"),
+)
+_IMPORT = re.compile(r"^import\s[^;]*;\n", re.MULTILINE)
+_EXPORT = re.compile(r"^export (?=\w)", re.MULTILINE)
+_SLOT = re.compile(r"\{\{(\w+)\}\}")
+
+
+def render(drawing: Drawing, options: Options) -> str:
+    """The page of a drawing: one HTML file that asks for nothing, from anywhere.
+
+    Args:
+        drawing: what is drawn.
+        options: how many levels are open at first, which module is the root, what the colours tell at first.
+
+    Raises:
+        VisualizeError: no module of the name in `options.focus`.
+
+    Example:
+        >>> import hra_fx, torch
+        >>> from hra_fx.view.drawing import drawing_of
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+        >>> model = hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["0"]))
+        >>> render(drawing_of(model), Options())[:15]
+        '<!doctype html>'
+    """
+    drawing = focused(drawing, options.focus)
+    style, script = _style(), _script()
+    words = {
+        "policy": f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
+        "base-uri 'none'; form-action 'none'",
+        "title": html.escape(clean(drawing.title)),
+        "style": style,
+        "data": as_json(page_data(drawing, options.depth, options.heat)),
+        "script": script,
+    }
+    return _SLOT.sub(lambda slot: words[slot[1]], _file("page.html"))
+
+
+def as_json(data: Any) -> str:
+    """Data as JSON that is no markup either, whatever its texts hold: in ASCII, without `<`.
+
+    >>> as_json({"name": "</script>"})
+    '{"name":"\\\\u003c/script>"}'
+    """
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _hash(text: str) -> str:
+    """The source expression that allows this text, and no other, inside the page (https://www.w3.org/TR/CSP3/)."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _file(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+@cache
+def _style() -> str:
+    return "\n" + _file("style.css")
+
+
+@cache
+def _script() -> str:
+    """The files of the script as one: they are modules while they are checked, and share one scope in the page."""
+    files = (_file(f"script/{name}.js") for name in SCRIPTS)
+    return "\n" + "\n".join(_EXPORT.sub("", _IMPORT.sub("", text)).strip("\n") + "\n" for text in files)

@@ -1,0 +1,74 @@
+// How far layers were turned, as colours: interpolated as in hra_fx/view/heat.py.
+
+/** @import { Drawing, Heat } from "./data.js" */
+
+export class Heating {
+  /** @param {Drawing} drawing */
+  constructor(drawing) {
+    this.drawing = drawing;
+    /** What is shown: the name of a heat, or "" for none. */
+    this.name = drawing.heats.has(drawing.heat) ? drawing.heat : "";
+  }
+
+  /** @returns {Heat | undefined} */
+  get shown() {
+    return this.drawing.heats.get(this.name);
+  }
+
+  /**
+   * The mean value of some layers, `undefined` where nothing is shown.
+   * @param {string[]} paths
+   */
+  mean(paths) {
+    const heat = this.shown;
+    if (!heat || !paths.length) return undefined;
+    let sum = 0;
+    for (const path of paths) sum += heat.values.get(path) ?? Number.NaN;
+    return sum / paths.length;
+  }
+
+  /** @param {number} value */
+  text(value) {
+    const heat = this.shown;
+    if (!heat) return "";
+    return Number.isNaN(value) ? "unknown" : value.toFixed(decimals(heat.top)) + heat.unit;
+  }
+
+  /** @param {number} value */
+  colour(value) {
+    const { palette, unknown } = this.drawing;
+    if (!this.shown || Number.isNaN(value)) return unknown;
+    const place = Math.min(Math.max(value / this.shown.top, 0), 1) * (palette.length - 1);
+    const index = Math.min(Math.floor(place), palette.length - 2);
+    const [low, high] = [channels(palette[index]), channels(palette[index + 1])];
+    return `#${low.map((channel, at) => hex(channel + (high[at] - channel) * (place - index))).join("")}`;
+  }
+}
+
+/**
+ * Black or white, whichever is easier to read on a colour.
+ * @param {string} fill
+ */
+export function inkOn(fill) {
+  const [red, green, blue] = channels(fill).map((channel) => {
+    const share = channel / 255;
+    return share <= 0.04045 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4;
+  });
+  const luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+  return (luminance + 0.05) ** 2 > 0.05 * 1.05 ? "#000000" : "#ffffff";
+}
+
+/** @param {number} top */
+function decimals(top) {
+  return Math.max(0, Math.min(2 - Math.floor(Math.log10(top)), 6));
+}
+
+/** @param {string} colour */
+function channels(colour) {
+  return [1, 3, 5].map((start) => Number.parseInt(colour.slice(start, start + 2), 16));
+}
+
+/** @param {number} channel */
+function hex(channel) {
+  return Math.round(channel).toString(16).padStart(2, "0");
+}

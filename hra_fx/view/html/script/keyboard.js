@@ -1,0 +1,145 @@
+// Moving between boxes with the arrow keys, and the keys of the page.
+
+/** @import { Item } from "./data.js" */
+/** @import { Boxes } from "./boxes.js" */
+import { HEADER } from "./boxes.js";
+
+/** @type {Record<string, [number, number]>} */
+const ARROWS = { ArrowUp: [0, -1], ArrowDown: [0, 1], ArrowLeft: [-1, 0], ArrowRight: [1, 0] };
+
+/**
+ * @typedef {object} Commands
+ * @property {() => Item | null} selected
+ * @property {(item: Item) => void} select
+ * @property {(item: Item) => void} toggle
+ * @property {() => void} search
+ * @property {() => void} help
+ * @property {() => void} escape
+ * @property {(steps: number) => void} zoom
+ * @property {() => void} fit
+ */
+
+/**
+ * Listen to the keys of the page.
+ * @param {Boxes} boxes
+ * @param {Commands} commands
+ */
+export function listenToKeys(boxes, commands) {
+  document.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.key === "Escape") {
+      commands.escape();
+      return;
+    }
+    const target = /** @type {Element} */ (event.target);
+    if (target.closest("input, select, dialog")) return;
+    const onBoxes = target === document.body || target.closest(".scroller");
+    if (onBoxes ? pressed(event.key, boxes, commands) : common(event.key, commands)) event.preventDefault();
+  });
+}
+
+/**
+ * @param {string} key
+ * @param {Boxes} boxes
+ * @param {Commands} commands
+ */
+function pressed(key, boxes, commands) {
+  const selected = commands.selected();
+  if (key in ARROWS) {
+    const next = selected?.parent ? neighbour(boxes, selected, ARROWS[key]) : boxes.root.parts[0];
+    if (next) commands.select(next);
+    return true;
+  }
+  if ((key === "Enter" || key === " ") && selected?.parent) {
+    if (selected.isScope) commands.toggle(selected);
+    else commands.select(selected);
+    return true;
+  }
+  if (key === "Home" && boxes.root.parts.length) {
+    commands.select(boxes.root.parts[0]);
+    return true;
+  }
+  return common(key, commands);
+}
+
+/**
+ * @param {string} key
+ * @param {Commands} commands
+ */
+function common(key, commands) {
+  /** @type {Record<string, () => void>} */
+  const keys = {
+    "/": commands.search,
+    "?": commands.help,
+    "+": () => commands.zoom(1),
+    "=": () => commands.zoom(1),
+    "-": () => commands.zoom(-1),
+    0: commands.fit,
+  };
+  if (!(key in keys)) return false;
+  keys[key]();
+  return true;
+}
+
+/**
+ * The nearest box in a direction. An open scope counts as its title.
+ * @param {Boxes} boxes
+ * @param {Item} from
+ * @param {[number, number]} direction
+ * @returns {Item | null}
+ */
+function neighbour(boxes, from, [right, down]) {
+  const here = target(boxes, from);
+  /** @type {Item | null} */
+  let best = null;
+  let least = Infinity;
+  for (const item of boxes.visible()) {
+    if (item === from) continue;
+    const there = target(boxes, item);
+    const along = right
+      ? gap(here.x, here.width, there.x, there.width, right)
+      : gap(here.y, here.height, there.y, there.height, down);
+    if (along < 0) continue;
+    const across = right
+      ? apart(here.y, here.height, there.y, there.height)
+      : apart(here.x, here.width, there.x, there.width);
+    const middle = right
+      ? Math.abs(here.y + here.height / 2 - there.y - there.height / 2)
+      : Math.abs(here.x + here.width / 2 - there.x - there.width / 2);
+    const cost = along + 3 * across + 0.01 * middle + (right && across > 0 ? 1e6 : 0);
+    if (cost < least) [best, least] = [item, cost];
+  }
+  return best;
+}
+
+/**
+ * @param {Boxes} boxes
+ * @param {Item} item
+ */
+function target(boxes, item) {
+  const place = boxes.absolute(item);
+  return item.isScope && boxes.of(item).open ? { ...place, height: HEADER } : place;
+}
+
+/**
+ * How far the other box begins after this one ends, in a direction; negative where it does not.
+ * @param {number} start
+ * @param {number} size
+ * @param {number} other
+ * @param {number} otherSize
+ * @param {number} sign
+ */
+function gap(start, size, other, otherSize, sign) {
+  return sign > 0 ? other - start - size + 1 : start - other - otherSize + 1;
+}
+
+/**
+ * How far two ranges are apart; 0 where they overlap.
+ * @param {number} start
+ * @param {number} size
+ * @param {number} other
+ * @param {number} otherSize
+ */
+function apart(start, size, other, otherSize) {
+  return Math.max(0, other - start - size, start - other - otherSize);
+}

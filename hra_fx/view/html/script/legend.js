@@ -1,0 +1,51 @@
+// What the colours and the looks of boxes mean.
+
+/** @import { Drawing } from "./data.js" */
+/** @import { Heating } from "./heat.js" */
+import { html } from "./svg.js";
+
+/** Looks of boxes and their words, with what a drawing must have for them to be told.
+ * @type {[string, string, (drawing: Drawing) => boolean][]} */
+const LOOKS = [
+  ["site", "layer with its reflection on top", ({ rows }) => rows.size > 0],
+  ["captured", "module; click to open", has("captured")],
+  ["python", "module that runs as Python: no edges inside", has("python")],
+  ["module", "other module or operation", (drawing) => has("module")(drawing) || has("op")(drawing)],
+  ["eager", "Python module without adapters", has("eager")],
+  ["missed", "could carry reflections, has none", ({ missed }) => missed.length > 0],
+];
+
+/** @param {string} kind */
+function has(kind) {
+  return (/** @type {Drawing} */ { items }) => items.some((item) => item.parent && item.kind === kind);
+}
+
+/**
+ * Fill the legend.
+ * @param {HTMLElement} element
+ * @param {Drawing} drawing
+ * @param {Heating} heating
+ */
+export function legend(element, drawing, heating) {
+  const looks = LOOKS.filter(([, , shown]) => shown(drawing)).map(([look, words]) =>
+    html("li", {}, html("i", { class: `look ${look}` }), words),
+  );
+  element.replaceChildren(...scale(drawing, heating), html("ul", {}, ...looks));
+}
+
+/**
+ * @param {Drawing} drawing
+ * @param {Heating} heating
+ */
+function scale(drawing, heating) {
+  const heat = heating.shown;
+  if (!heat) return [];
+  const bar = html("div", { class: "scale" });
+  bar.style.background = `linear-gradient(to right, ${drawing.palette.join(", ")})`;
+  const ends = [0, heat.top / 2, heat.top].map((value) =>
+    html("span", {}, String(Number(value.toPrecision(4))) + heat.unit),
+  );
+  const turned = [...heat.values.values()].some((value) => value > 1e-3 * heat.top);
+  const note = turned ? [] : [html("p", {}, "No layer is turned yet.")];
+  return [html("p", { class: "measure" }, heat.words), bar, html("div", { class: "ends" }, ...ends), ...note];
+}

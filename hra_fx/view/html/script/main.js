@@ -1,0 +1,158 @@
+// The page: what its controls do.
+
+/** @import { Item } from "./data.js" */
+/** @import { Look } from "./stage.js" */
+import { around, Boxes } from "./boxes.js";
+import { read } from "./data.js";
+import { Heating } from "./heat.js";
+import { listenToKeys } from "./keyboard.js";
+import { legend } from "./legend.js";
+import { Panel } from "./panel.js";
+import { Search } from "./search.js";
+import { Stage } from "./stage.js";
+import { byId, html } from "./svg.js";
+import { counted } from "./text.js";
+
+const drawing = read(byId("data").textContent ?? "");
+const heating = new Heating(drawing);
+const boxes = new Boxes(drawing);
+const adapted = drawing.rows.size > 0;
+const UNTURNED = 1e-6; // |Q - I| of rounding
+
+/** @param {string} path */
+function isTurned(path) {
+  return (drawing.rows.get(path) ?? []).some((row) => !(row.rotation < UNTURNED));
+}
+
+byId("title").textContent = drawing.title;
+byId("facts").textContent = drawing.facts;
+const stage = new Stage(byId("stage"), { boxes, heating, isTurned }, "adapted");
+const panel = new Panel(byId("panel"), drawing, heating, choose);
+const help = /** @type {HTMLDialogElement} */ (byId("help"));
+const input = /** @type {HTMLInputElement} */ (byId("query"));
+const elements = { input, regex: byId("regex"), status: byId("found"), hits: byId("hits") };
+new Search(elements, drawing, choose).listen();
+let chosenPath = "";
+
+/**
+ * Select a box; the panel tells about it.
+ * @param {Item} item
+ * @param {string} [path] which of the layers that it stands for
+ */
+function select(item, path = "") {
+  chosenPath = path;
+  stage.select(item);
+  panel.show(item, path);
+}
+
+/**
+ * Open the scopes around a box, select it and scroll to it.
+ * @param {Item} item
+ * @param {string} [path]
+ */
+function choose(item, path = "") {
+  const closed = around(item).filter((scope) => !boxes.of(scope).open);
+  if (closed.length) stage.changing(closed, () => boxes.set(closed, true));
+  select(item, path);
+  stage.reveal(item);
+  stage.panes[0].scroller.focus({ preventScroll: true });
+}
+
+/** @param {Item} item */
+function toggle(item) {
+  stage.changing([item], () => boxes.set([item], !boxes.of(item).open));
+  select(item);
+}
+
+/** @param {boolean} open */
+function setAll(open) {
+  const scopes = drawing.items.filter((item) => item.isScope && item.parent);
+  boxes.set(scopes, open);
+  for (const pane of stage.panes) pane.draw();
+  if (!open && stage.selected && around(stage.selected).length > 1) stage.selected = null;
+  stage.select(stage.selected);
+  stage.fit();
+}
+
+byId("stage").addEventListener("click", (event) => {
+  const target = /** @type {Element} */ (event.target);
+  const group = /** @type {HTMLElement | null} */ (target.closest(".box"));
+  // The second click of a double one finds what the first has opened, and leaves it.
+  if (!group || event.detail > 1 || target.closest(".dragged")) return;
+  const item = drawing.items[Number(group.dataset.index)];
+  if (!item.parent) return;
+  if (item.isScope && (!boxes.of(item).open || target.closest(".title"))) toggle(item);
+  else select(item, target.matches(".cell") ? item.marks[cellOf(target)] : "");
+});
+
+/** @param {Element} cell */
+function cellOf(cell) {
+  return [...(cell.parentElement?.querySelectorAll(":scope > .cell") ?? [])].indexOf(cell);
+}
+
+function showHeat() {
+  legend(byId("legend"), drawing, heating);
+  stage.recolour();
+  if (panel.isOpen && stage.selected) panel.show(stage.selected, chosenPath);
+}
+
+const heats = /** @type {HTMLSelectElement} */ (byId("heat"));
+for (const [name, { words }] of drawing.heats) heats.append(html("option", { value: name }, words));
+heats.append(html("option", { value: "" }, "off"));
+heats.value = heating.name;
+heats.addEventListener("change", () => {
+  heating.name = heats.value;
+  showHeat();
+});
+
+for (const choice of /** @type {NodeListOf<HTMLInputElement>} */ (document.querySelectorAll("[name=look]"))) {
+  choice.addEventListener("change", () => {
+    stage.show(/** @type {Look} */ (choice.value));
+    stage.fit();
+  });
+}
+for (const part of /** @type {NodeListOf<HTMLElement>} */ (document.querySelectorAll(".if-adapted"))) {
+  part.hidden = !adapted;
+}
+
+const missed = byId("missed");
+missed.hidden = !drawing.missed.length;
+missed.textContent = `${counted(drawing.missed.length, "layer")} not adapted`;
+missed.addEventListener("click", () => panel.showMissed());
+
+byId("expand").addEventListener("click", () => setAll(true));
+byId("collapse").addEventListener("click", () => setAll(false));
+byId("zoom-in").addEventListener("click", () => stage.zoomBy(1));
+byId("zoom-out").addEventListener("click", () => stage.zoomBy(-1));
+byId("fit").addEventListener("click", () => stage.fit());
+byId("open-help").addEventListener("click", () => help.showModal());
+byId("close-help").addEventListener("click", () => help.close());
+byId("theme").addEventListener("click", () => {
+  const { dataset } = document.documentElement;
+  const dark = dataset.theme ? dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  dataset.theme = dark ? "light" : "dark";
+});
+
+stage.whenZoomed = () => {
+  byId("zoom").textContent = `${Math.round(100 * stage.zoom)}%`;
+};
+stage.whenZoomed();
+panel.whenClosed = () => stage.panes[0].scroller.focus({ preventScroll: true });
+listenToKeys(boxes, {
+  selected: () => stage.selected,
+  select: (item) => {
+    select(item);
+    stage.reveal(item);
+  },
+  toggle,
+  search: () => input.focus(),
+  help: () => help.showModal(),
+  escape: () => {
+    if (document.activeElement === input) input.blur();
+    else if (!help.open) panel.close();
+  },
+  zoom: (steps) => stage.zoomBy(steps),
+  fit: () => stage.fit(),
+});
+showHeat();
+document.documentElement.dataset.ready = "";

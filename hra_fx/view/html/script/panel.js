@@ -1,0 +1,267 @@
+// What is known about the selected box; for a box that stands for several layers, about each of them.
+
+/** @import { Drawing, Item, Row } from "./data.js" */
+/** @import { Heating } from "./heat.js" */
+import { marksOf, missedIn } from "./data.js";
+import { spectrum } from "./spectrum.js";
+import { html } from "./svg.js";
+import { counted } from "./text.js";
+
+const LISTED = 200;
+
+/** Rows of a fact list: name, value, and what a reader sees who points at it.
+ * @typedef {[string, string, string?][]} Facts */
+
+export class Panel {
+  /**
+   * @param {HTMLElement} element
+   * @param {Drawing} drawing
+   * @param {Heating} heating
+   * @param {(item: Item, path?: string) => void} choose called with a box that the reader wants to see
+   */
+  constructor(element, drawing, heating, choose) {
+    this.element = element;
+    this.drawing = drawing;
+    this.heating = heating;
+    this.choose = choose;
+    this.whenClosed = () => {};
+    /** @type {Map<string, string>} */
+    this.reasons = new Map(drawing.missed.map(({ path, reason }) => [path, reason]));
+  }
+
+  get isOpen() {
+    return !this.element.hidden;
+  }
+
+  close() {
+    if (!this.isOpen) return;
+    this.element.hidden = true;
+    this.whenClosed();
+  }
+
+  /**
+   * @param {string} title
+   * @param {(Node | string)[]} children
+   */
+  #open(title, children) {
+    const close = html("button", { class: "close", "aria-label": "Close panel", onclick: () => this.close() }, "×");
+    this.element.replaceChildren(html("header", {}, html("h2", {}, title), close), ...children);
+    this.element.hidden = false;
+    this.element.scrollTop = 0;
+  }
+
+  /**
+   * Show a box.
+   * @param {Item} item
+   * @param {string} path which of the layers that it stands for
+   */
+  show(item, path) {
+    const marks = item.isScope ? marksOf(item) : item.marks;
+    const title = item.count > 1 ? `${item.label} × ${item.count}` : item.label || "model";
+    const one = !item.isScope && marks.length ? (marks.includes(path) ? path : marks[0]) : "";
+    this.#open(title, [
+      ...this.#place(item),
+      this.#facts(item, marks),
+      ...this.#missed(item),
+      ...(one ? this.#layer(one, marks.length > 1) : []),
+      ...(marks.length > 1 || (item.isScope && marks.length) ? this.#layers(item, marks, one) : []),
+      ...this.#paths(item, marks),
+    ]);
+  }
+
+  /** @param {Item} item */
+  #place(item) {
+    const { parent } = item;
+    if (!parent?.parent) return [];
+    const go = () => this.choose(parent);
+    return [html("p", { class: "around" }, "in ", html("button", { class: "link", onclick: go }, parent.target))];
+  }
+
+  /**
+   * @param {Item} item
+   * @param {string[]} marks
+   */
+  #facts(item, marks) {
+    const path = item.isScope || item.kind !== "op" ? item.target : "";
+    const parameters = item.isScope ? sum(item.parts) : item.parameters;
+    const trained = marks.flatMap((mark) => this.drawing.rows.get(mark) ?? []);
+    /** @type {Facts} */
+    const facts = [
+      ["path", item.count > 1 ? "" : path],
+      ["function", item.kind === "op" ? item.target : ""],
+      [item.kind === "op" ? "reads" : "class", item.detail],
+      ["shape", item.shape],
+      ["dtype", item.dtype],
+      ["runs", { captured: "in a captured graph", python: "as Python; order of definition" }[item.kind] ?? ""],
+      ["stands for", item.count > 1 ? `${item.count} in a row that look alike` : ""],
+      ["parameters", parameters ? parameters.toLocaleString("en") : ""],
+      ["adapted layers", item.isScope && marks.length ? String(marks.length) : ""],
+      ["trained by HRA", trained.length ? trainedOf(trained).toLocaleString("en") : ""],
+    ];
+    if (item.kind === "site" && !marks.length) facts.push(["adapter", "the layer's own, in its first call"]);
+    return list(facts);
+  }
+
+  /** @param {Item} item */
+  #missed(item) {
+    const paths = item.isScope ? missedIn(item) : item.missed;
+    if (!paths.length) return [];
+    const title = item.isScope ? `${counted(paths.length, "layer")} not adapted` : "Not adapted";
+    return [html("section", { class: "not-adapted" }, html("h3", {}, title), ...this.#reasoned(paths))];
+  }
+
+  /**
+   * Layers by the reason why they were missed.
+   * @param {string[]} paths
+   */
+  #reasoned(paths) {
+    /** @type {Map<string, string[]>} */
+    const groups = new Map();
+    for (const path of paths) {
+      const reason = this.reasons.get(path) ?? "";
+      groups.set(reason, [...(groups.get(reason) ?? []), path]);
+    }
+    const items = new Map(this.drawing.missed.map(({ path, item }) => [path, item]));
+    return [...groups].flatMap(([reason, group]) => {
+      const buttons = group.slice(0, LISTED).map((path) => {
+        const go = () => this.choose(/** @type {Item} */ (items.get(path)), path);
+        return html("li", {}, html("button", { class: "link", onclick: go }, path));
+      });
+      if (group.length > LISTED) buttons.push(html("li", {}, `and ${group.length - LISTED} more`));
+      return [html("p", { class: "reason" }, reason), html("ul", {}, ...buttons)];
+    });
+  }
+
+  /** The layers of the whole drawing that were missed. */
+  showMissed() {
+    const paths = this.drawing.missed.map(({ path }) => path);
+    const words = "These layers could carry reflections and have none.";
+    const reasons = html("section", { class: "not-adapted" }, html("p", {}, words), ...this.#reasoned(paths));
+    this.#open(`${counted(paths.length, "layer")} not adapted`, [reasons]);
+  }
+
+  /**
+   * The rows of the report for one layer.
+   * @param {string} path
+   * @param {boolean} named whether it is one of several
+   */
+  #layer(path, named) {
+    const rows = this.drawing.rows.get(path) ?? [];
+    const sections = rows.map((row) => {
+      const title = html("h3", {}, rows.length > 1 || row.adapter !== "default" ? `Adapter ${row.adapter}` : "Adapter");
+      const chart = row.angles.length ? [spectrum(row.angles)] : [];
+      return html("section", { class: "adapter" }, title, list(adapterFacts(row)), ...chart);
+    });
+    const heading = named ? [html("h3", { class: "instance" }, path)] : [];
+    return [...heading, ...sections, ...rows.slice(0, 1).map((row) => region(row))];
+  }
+
+  /**
+   * A table of the layers in a box.
+   * @param {Item} item
+   * @param {string[]} marks
+   * @param {string} chosen
+   */
+  #layers(item, marks, chosen) {
+    const rows = marks.flatMap((mark) => this.drawing.rows.get(mark) ?? []);
+    const several = new Set(rows.map((row) => row.adapter)).size > 1;
+    const named = ["layer", ...(several ? ["adapter"] : []), "r", "mean", "largest", "|Q − I|"];
+    const head = html("tr", {}, ...named.map((name) => html("th", { scope: "col" }, name)));
+    const body = rows.slice(0, LISTED).map((row) => {
+      const tint = html("i", { class: "tint", "aria-hidden": "true" });
+      const value = this.heating.mean([row.path]);
+      tint.style.background = value === undefined ? "" : this.heating.colour(value);
+      const go = () => this.choose(item.isScope ? this.#holder(row.path) : item, row.path);
+      const name = html("th", { scope: "row" }, tint, html("button", { class: "link", onclick: go }, row.path));
+      const cells = [...(several ? [row.adapter] : []), String(row.r), degrees(row.mean_angle), degrees(row.angle)];
+      const values = [...cells, row.rotation.toFixed(3)].map((text) => html("td", {}, text));
+      return html("tr", row.path === chosen ? { "aria-current": "true" } : {}, name, ...values);
+    });
+    const more = rows.length > LISTED ? [html("p", {}, `and ${rows.length - LISTED} more`)] : [];
+    const table = html("table", {}, html("thead", {}, head), html("tbody", {}, ...body));
+    const title = item.isScope ? "Adapted layers" : `All ${marks.length} of them`;
+    return [html("section", {}, html("h3", {}, title), html("div", { class: "wide" }, table), ...more)];
+  }
+
+  /**
+   * @param {string} path
+   * @returns {Item}
+   */
+  #holder(path) {
+    return /** @type {Item} */ (this.drawing.items.find((item) => !item.isScope && item.marks.includes(path)));
+  }
+
+  /**
+   * The modules that a box stands for, where nothing else tells.
+   * @param {Item} item
+   * @param {string[]} marks
+   */
+  #paths(item, marks) {
+    if (item.paths.length < 2 || (!item.isScope && marks.length > 1)) return [];
+    const lines = item.paths.slice(0, LISTED).map((path) => html("li", {}, path));
+    if (item.paths.length > LISTED) lines.push(html("li", {}, `and ${item.paths.length - LISTED} more`));
+    return [html("section", {}, html("h3", {}, "Modules"), html("ul", { class: "plain" }, ...lines))];
+  }
+}
+
+/**
+ * What the report says of one adapter at one layer.
+ * @param {Row} row
+ * @returns {Facts}
+ */
+function adapterFacts(row) {
+  return [
+    ["layer", row.site + (row.on_weight ? ", on its weight" : "")],
+    ["d", String(row.d)],
+    ["r", String(row.r)],
+    ["parameters", row.parameters.toLocaleString("en")],
+    ["mean angle", degrees(row.mean_angle), `${row.mean_angle} radians`],
+    ["largest angle", degrees(row.angle), `${row.angle} radians`],
+    ["|Q − I|", row.rotation.toFixed(3), String(row.rotation)],
+    ["share of the weight turned", `${(100 * row.share).toFixed(2)}%`, String(row.share)],
+    ["|QᵀQ − I|", row.orthogonality.toExponential(0), String(row.orthogonality)],
+  ];
+}
+
+/** @param {Row} row */
+function region(row) {
+  const kinds = {
+    whole: `the whole model, with ${counted(row.region_sites, "adapted layer")}`,
+    shared: `${row.region_path}, with ${counted(row.region_sites, "adapted layer")}`,
+    alone: "the layer by itself",
+  };
+  /** @type {Facts} */
+  const facts = [["captured graph", kinds[/** @type {keyof typeof kinds} */ (row.region)] ?? row.region]];
+  const why = row.region_reason ? [html("p", { class: "reason" }, `Not larger: ${row.region_reason}`)] : [];
+  return html("section", {}, html("h3", {}, "Region"), list(facts), ...why);
+}
+
+/** @param {Facts} facts */
+function list(facts) {
+  const shown = facts.filter(([, value]) => value);
+  return html(
+    "dl",
+    {},
+    ...shown.map(([name, value, exact]) =>
+      html("div", {}, html("dt", {}, name), html("dd", exact ? { title: exact } : {}, value)),
+    ),
+  );
+}
+
+/** @param {number} radians */
+function degrees(radians) {
+  return `${((radians * 180) / Math.PI).toFixed(1)}°`;
+}
+
+/** @param {Row[]} rows */
+function trainedOf(rows) {
+  return rows.reduce((total, row) => total + row.parameters, 0);
+}
+
+/**
+ * @param {Item[]} items
+ * @returns {number}
+ */
+function sum(items) {
+  return items.reduce((total, item) => total + item.parameters + sum(item.parts), 0);
+}

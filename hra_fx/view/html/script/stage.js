@@ -1,0 +1,238 @@
+// The panes side by side, which scroll and zoom as one.
+
+/** @import { Item } from "./data.js" */
+/** @import { Mode, Paint } from "./painting.js" */
+import { MARGIN, Pane } from "./pane.js";
+
+const STEP = 1.25;
+const [SMALLEST, LARGEST] = [0.05, 4];
+const READABLE = 0.6; // a drawing is not made smaller than this to fit at first
+const CLICK = 4; // a pointer that moves further drags
+
+/** @typedef {"base" | "adapted" | "folded" | "all"} Look */
+
+export class Stage {
+  /**
+   * @param {HTMLElement} element
+   * @param {Omit<Paint, "mode">} paint
+   * @param {Look} look
+   */
+  constructor(element, paint, look) {
+    this.element = element;
+    this.paint = paint;
+    this.look = look;
+    this.zoom = 1;
+    /** @type {Item | null} */
+    this.selected = null;
+    /** @type {Map<Mode, Pane>} */
+    this.known = new Map();
+    /** @type {Pane[]} */
+    this.panes = [];
+    this.whenZoomed = () => {};
+    this.show(look);
+    this.fit();
+  }
+
+  /**
+   * Choose what is shown of the model.
+   * @param {Look} look
+   */
+  show(look) {
+    const before = this.panes[0]?.scroller;
+    const [left, top] = [before?.scrollLeft ?? 0, before?.scrollTop ?? 0];
+    this.look = look;
+    const modes = /** @type {Mode[]} */ (look === "all" ? ["base", "adapted", "folded"] : [look]);
+    this.panes = modes.map((mode) => this.#pane(mode));
+    this.element.replaceChildren(...this.panes.map((pane) => pane.element));
+    this.element.dataset.look = look;
+    for (const pane of this.panes) {
+      pane.draw();
+      pane.select(this.selected);
+    }
+    this.#apply();
+    for (const { scroller } of this.panes) scroller.scrollTo(left, top);
+  }
+
+  /** @param {Mode} mode */
+  #pane(mode) {
+    let pane = this.known.get(mode);
+    if (!pane) {
+      pane = new Pane({ ...this.paint, mode });
+      this.known.set(mode, pane);
+      this.#listen(pane.scroller);
+    }
+    return pane;
+  }
+
+  /** @param {Item | null} item */
+  select(item) {
+    this.selected = item;
+    for (const pane of this.panes) pane.select(item);
+  }
+
+  /** Colour everything anew. */
+  recolour() {
+    for (const pane of this.panes) pane.recolour();
+  }
+
+  /**
+   * Draw what was opened or closed; the title of the first of it stays where it is on the screen.
+   * @param {Item[]} items
+   * @param {() => void} change
+   */
+  changing(items, change) {
+    const { boxes } = this.paint;
+    const anchor = items.length === 1 ? items[0] : null;
+    const before = anchor && boxes.absolute(anchor);
+    change();
+    for (const pane of this.panes) {
+      pane.redraw(items);
+      pane.select(this.selected);
+    }
+    this.#apply();
+    if (!anchor || !before) return;
+    const after = boxes.absolute(anchor);
+    const { scroller } = this.panes[0];
+    scroller.scrollLeft += (after.x + after.width / 2 - before.x - before.width / 2) * this.zoom;
+    scroller.scrollTop += (after.y - before.y) * this.zoom;
+  }
+
+  /** As much of the drawing as can be read. */
+  fit() {
+    const { scroller, width } = this.panes[0];
+    this.setZoom(Math.max(Math.min(1, scroller.clientWidth / (width ?? 1)), READABLE));
+    scroller.scrollTo((scroller.scrollWidth - scroller.clientWidth) / 2, 0);
+  }
+
+  /** @param {number} steps */
+  zoomBy(steps) {
+    this.setZoom(this.zoom * STEP ** steps);
+  }
+
+  /**
+   * Zoom, and keep what is under a point of the window (the middle, unless given) in its place.
+   * @param {number} zoom
+   * @param {{x: number, y: number}} [point]
+   * @param {HTMLElement} [scroller]
+   */
+  setZoom(zoom, point, scroller = this.panes[0].scroller) {
+    const frame = scroller.getBoundingClientRect();
+    const x = point ? point.x - frame.left : frame.width / 2;
+    const y = point ? point.y - frame.top : frame.height / 2;
+    const { scrollLeft, scrollTop } = scroller;
+    const factor = Math.min(Math.max(zoom, SMALLEST), LARGEST) / this.zoom;
+    this.zoom *= factor;
+    this.#apply();
+    scroller.scrollTo((scrollLeft + x) * factor - x, (scrollTop + y) * factor - y);
+    this.whenZoomed();
+  }
+
+  #apply() {
+    for (const { svg, width, height } of this.panes) {
+      svg.style.width = `${(width ?? 0) * this.zoom}px`;
+      svg.style.height = `${(height ?? 0) * this.zoom}px`;
+    }
+  }
+
+  /**
+   * Scroll until a box can be seen.
+   * @param {Item} item
+   */
+  reveal(item) {
+    const { x, y, width, height } = this.paint.boxes.absolute(item);
+    const { scroller } = this.panes[0];
+    const centre = (/** @type {number} */ start, /** @type {number} */ size, /** @type {number} */ room) =>
+      size * this.zoom > room ? (start + MARGIN) * this.zoom - 40 : (start + size / 2 + MARGIN) * this.zoom - room / 2;
+    const seen =
+      (x + MARGIN) * this.zoom >= scroller.scrollLeft &&
+      (y + MARGIN) * this.zoom >= scroller.scrollTop &&
+      (x + width + MARGIN) * this.zoom <= scroller.scrollLeft + scroller.clientWidth &&
+      (y + height + MARGIN) * this.zoom <= scroller.scrollTop + scroller.clientHeight;
+    if (seen) return;
+    const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+    scroller.scrollTo({
+      left: centre(x, width, scroller.clientWidth),
+      top: centre(y, height, scroller.clientHeight),
+      behavior: still ? "auto" : "smooth",
+    });
+  }
+
+  /** @param {HTMLElement} scroller */
+  #listen(scroller) {
+    scroller.addEventListener("scroll", () => {
+      for (const pane of this.panes) {
+        if (pane.scroller !== scroller) pane.scroller.scrollTo(scroller.scrollLeft, scroller.scrollTop);
+      }
+    });
+    scroller.addEventListener(
+      "wheel",
+      (event) => {
+        if (!event.ctrlKey && !event.metaKey) return;
+        event.preventDefault();
+        const point = { x: event.clientX, y: event.clientY };
+        this.setZoom(this.zoom * Math.exp(-event.deltaY * (event.deltaMode ? 0.06 : 0.002)), point, scroller);
+      },
+      { passive: false },
+    );
+    this.#listenToDrags(scroller);
+    this.#listenToPinches(scroller);
+  }
+
+  /** @param {HTMLElement} scroller */
+  #listenToDrags(scroller) {
+    /** @type {{x: number, y: number, left: number, top: number, moved: boolean} | null} */
+    let drag = null;
+    scroller.addEventListener("pointerdown", (event) => {
+      if (event.pointerType !== "mouse" || event.button > 1) return;
+      drag = {
+        x: event.clientX,
+        y: event.clientY,
+        left: scroller.scrollLeft,
+        top: scroller.scrollTop,
+        moved: false,
+      };
+    });
+    scroller.addEventListener("pointermove", (event) => {
+      if (!drag) return;
+      const [x, y] = [event.clientX - drag.x, event.clientY - drag.y];
+      if (!drag.moved && Math.hypot(x, y) < CLICK) return;
+      if (!drag.moved) scroller.setPointerCapture(event.pointerId);
+      drag.moved = true;
+      scroller.classList.add("dragged");
+      scroller.scrollTo(drag.left - x, drag.top - y);
+    });
+    const stop = () => {
+      // The click that ends a drag comes after this, and must find that it was one.
+      setTimeout(() => scroller.classList.remove("dragged"));
+      drag = null;
+    };
+    scroller.addEventListener("pointerup", stop);
+    scroller.addEventListener("pointercancel", stop);
+  }
+
+  /** @param {HTMLElement} scroller */
+  #listenToPinches(scroller) {
+    let apart = 0;
+    scroller.addEventListener("touchstart", (event) => {
+      apart = event.touches.length === 2 ? spread(event.touches) : 0;
+    });
+    scroller.addEventListener(
+      "touchmove",
+      (event) => {
+        if (event.touches.length !== 2 || !apart) return;
+        event.preventDefault();
+        const [one, other] = event.touches;
+        const now = spread(event.touches);
+        const point = { x: (one.clientX + other.clientX) / 2, y: (one.clientY + other.clientY) / 2 };
+        this.setZoom((this.zoom * now) / apart, point, scroller);
+        apart = now;
+      },
+      { passive: false },
+    );
+  }
+}
+
+/** @param {TouchList} touches */
+function spread([one, other]) {
+  return Math.hypot(one.clientX - other.clientX, one.clientY - other.clientY);
+}
