@@ -69,7 +69,7 @@ def share_turned(rows: Tensor, chain: Tensor) -> float:
     directions = turned_directions(chain).to(rows.device, working_dtype(rows.dtype))
     wide = torch.float32 if rows.device.type == "mps" else torch.float64
     part, whole = (torch.zeros((), dtype=wide, device=rows.device) for _ in range(2))
-    for piece in rows.detach().split(max(1, _CHUNK // max(1, rows.shape[1]))):
+    for piece in torch.split(rows.detach(), max(1, _CHUNK // max(1, rows.shape[1]))):
         cast = piece.to(directions.dtype)
         part += torch.linalg.vector_norm(cast @ directions).to(wide).square()
         whole += torch.linalg.vector_norm(cast).to(wide).square()

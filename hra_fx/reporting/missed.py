@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from hra_fx.site import REFLECTION, SAVED, SiteKind, describe, find_kind
 _KEEP_OUT: dict[str, Any] = dict.fromkeys(
     ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
 )
+
+_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Question:
         return f"target_modules={shown_names(asked)} does not name it"
 
     def _why_not_index(self, path: str) -> str:
-        wanted = f"layers_to_transform={self.config.layers_to_transform}"
+        wanted = f"layers_to_transform={_shown_indices(self.config.layers_to_transform)}"
         if layer_index(self.config, path) is None:
             return f"no layer index is found in its path, and {wanted} asks for some"
         return f"its layer index is not among {wanted}"
@@ -111,7 +113,14 @@ def reason_of(questions: Mapping[str, Question], path: str, kind: SiteKind) -> s
     reasons = {name: question.reason(path, kind) for name, question in questions.items()}
     if len(set(reasons.values())) == 1:
         return next(iter(reasons.values()))
-    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    return "; ".join(f"{reason} (adapter {name})" for name, reason in reasons.items())
+
+
+def _shown_indices(indices: Collection[int] | int | None) -> str:
+    """Indices as they were given, or the ends of a long list."""
+    if indices is None or isinstance(indices, int) or len(indices) <= _SHOWN:
+        return repr(indices)
+    return f"[{min(indices)}, ..., {max(indices)}] ({len(indices)} of them)"
 
 
 def _questions(root: nn.Module) -> dict[str, Question]:

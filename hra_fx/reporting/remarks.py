@@ -56,7 +56,7 @@ def _left_out(missed: Collection[Missed]) -> list[str]:
 
 
 def _listed(names: dict[str, int]) -> str:
-    shown = [f"{name} ({count} times)" if count > 1 else name for name, count in names.items()]
+    shown = [f"{name} ({count})" if count > 1 else name for name, count in names.items()]
     rest = sum(list(names.values())[_NAMES:])
     return ", ".join(shown[:_NAMES]) + f" and {rest:,} more" * (rest > 0)
 

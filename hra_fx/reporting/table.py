@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 
 from rich import box
 from rich.console import Console, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -27,7 +28,7 @@ def in_terminal(rows: Collection[Row], missed: Collection[Missed], width: int) -
     yield next(fitting, _table(rows, _SPARE))
     for remark in remarks(rows, missed):
         yield Text(remark.heading, style="bold")
-        yield from (Text(f"  {line}") for line in remark.lines)
+        yield from (Padding(Text(line), (0, 0, 0, 2)) for line in remark.lines)
 
 
 def as_text(rows: Collection[Row], missed: Collection[Missed]) -> str:
@@ -35,9 +36,11 @@ def as_text(rows: Collection[Row], missed: Collection[Missed]) -> str:
     width = Console(width=_UNLIMITED).measure(_table(rows)).maximum
     console = Console(width=max(100, width), no_color=True, highlight=False)
     with console.capture() as capture:
-        for part in in_terminal(rows, missed, console.width):
-            console.print(part)
-    return capture.get()
+        console.print(_table(rows))
+    lines = [line.rstrip() for line in capture.get().rstrip().splitlines()]
+    for remark in remarks(rows, missed):
+        lines += ["", remark.heading, *(f"  {line}" for line in remark.lines)]
+    return "\n".join(lines) + "\n"
 
 
 def _table(rows: Collection[Row], without: Collection[str] = ()) -> Table:

@@ -10,6 +10,7 @@ from hra_fx.errors import VisualizeError
 from hra_fx.output_file import output_file
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FORMATS = (".svg", ".png", ".pdf")
@@ -71,7 +72,7 @@ def style() -> Any:
     """The context in which figures are made and written."""
     import matplotlib as mpl
 
-    return mpl.rc_context(_STYLE)
+    return mpl.rc_context(_STYLE)  # type: ignore[arg-type]
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -79,6 +80,21 @@ def new_figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), facecolor="white")
+
+
+def entitle(axes: Axes, title: str, subtitle: str = "", points: int = 8) -> None:
+    """A heading so many points above the axes, and a line below it, both from the left end of what is drawn."""
+    lines: list[tuple[str, dict[str, Any]]] = [(title, {"fontsize": 11, "fontweight": "bold"})]
+    if subtitle:
+        lines.append((subtitle, {"color": QUIET}))
+    for place, (text, look) in enumerate(reversed(lines)):
+        shift = (0, points + 16 * place)
+        axes.annotate(text, (0, 1), shift, xycoords="axes fraction", textcoords="offset points", **look)
+
+
+def inches(text: str, size: float) -> float:
+    """Upper estimate of the width of a text of so many points."""
+    return 0.58 * size / 72 * len(text)
 
 
 def write(figure: Figure, file: Path) -> Path:

@@ -49,16 +49,16 @@ def measure_of(heat: str) -> Measure:
 
 
 def round_top(values: Iterable[float]) -> float:
-    """The smallest round number that no value is above: 1, 2 or 5 times a power of ten; 1 where all are 0 or NaN.
+    """The smallest round number that no value is above, of one digit and 5 or 0; 1 where all are 0 or NaN.
 
     >>> round_top([0.0, 3.2]), round_top([0.013]), round_top([0.0, math.nan])
-    (5.0, 0.02, 1.0)
+    (4.0, 0.015, 1.0)
     """
     largest = max((value for value in values if math.isfinite(value)), default=0.0)
     if largest <= 0:
         return 1.0
     power = math.floor(math.log10(largest))
-    steps = (float(f"{digit}e{power}") for digit in (1, 2, 5, 10))
+    steps = (float(f"{digit}e{power}") for digit in (1, 1.5, 2, 3, 4, 5, 6, 8, 10))
     return next((step for step in steps if step >= largest * (1 - 1e-9)), 10.0 ** (power + 1))
 
 

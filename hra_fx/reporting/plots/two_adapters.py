@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from hra_fx.errors import VisualizeError
 from hra_fx.reporting.columns import adapters_of
-from hra_fx.reporting.plots.canvas import GRID, QUIET, check_plot, new_figure, shown, style, write
+from hra_fx.reporting.plots.canvas import GRID, QUIET, check_plot, entitle, new_figure, shown, style, write
 from hra_fx.reporting.plots.measures import Measure, measure_of, round_top
 from hra_fx.reporting.row import Row
 
@@ -46,18 +46,19 @@ def _figure(rows: Sequence[Row], names: tuple[str, str]) -> Figure:
     line = 0.2 if len(paths) > 40 else 0.26
     high, wide = max(0.6, line * len(paths)), 2 * _PANEL + _GAP
     figure = new_figure(wide, high)
-    for place, heat in enumerate(("mean_angle", "angle")):
+    measures = [measure_of(heat) for heat in ("mean_angle", "angle")]
+    top = round_top(measure.value(row) for measure in measures for row in used)
+    for place, measure in enumerate(measures):
         left = place * (_PANEL + _GAP) / wide
         axes = figure.add_axes((left, 0, _PANEL / wide, 1))
-        _panel(axes, used, paths, names, measure_of(heat))
+        axes.set_xlim(0, top)
+        _panel(axes, used, paths, names, measure)
         axes.set_yticks(range(len(paths)), [shown(path) for path in paths] if not place else [""] * len(paths))
     axes = figure.axes[0]
     title = f"{shown(names[0], 40)} and {shown(names[1], 40)}"
-    above = (0, 1), "axes fraction"
-    axes.annotate(title, *above, (0, 52), textcoords="offset points", fontsize=11, fontweight="bold")
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(-0.03, 1.0), ncols=2, frameon=False, borderpad=0)
-    axes.get_legend().set_bbox_to_anchor((-0.03, 1 + 0.36 / high), transform=axes.transAxes)
+    entitle(axes, title, points=52)
+    place_above = (-0.03, 1 + 0.4 / high)
+    axes.legend(loc="lower left", bbox_to_anchor=place_above, ncols=2, frameon=False, borderpad=0, handletextpad=0.2)
     return figure
 
 
@@ -81,10 +82,10 @@ def _panel(axes: Axes, rows: Sequence[Row], paths: list[str], names: tuple[str, 
             zorder=2,
             clip_on=False,
         )
-    axes.set_xlim(0, round_top(value for own in values.values() for value in own.values()))
     axes.set_ylim(len(paths) - 0.5, -0.5)
     axes.set_title(f"{measure.title}, degrees", loc="left", fontsize=9, color=QUIET)
-    axes.tick_params(length=0)
+    # Of a long list one sees an end at a time.
+    axes.tick_params(length=0, labeltop=len(paths) > 30)
     axes.grid(axis="x", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
