@@ -49,7 +49,7 @@ class _Sheet:
 
     @property
     def caption(self) -> float:
-        return 44 + 15.0 * len(self.notes)
+        return 48 + 15.0 * len(self.notes)
 
 
 def render(drawing: Drawing, options: Options) -> str:

@@ -62,7 +62,7 @@ def plan(root: Scope, budget: int = BUDGET) -> list[Panel]:
         root: the tree of a model.
         budget: at most so many boxes in all.
     """
-    return _Planner(budget).panels(_fitted(root, min(budget, _OVERVIEW)))
+    return _Planner(budget, bool(root.marks)).panels(_fitted(root, min(budget, _OVERVIEW)))
 
 
 def opened(root: Scope, depth: int, focus: str = "") -> Panel:
@@ -86,6 +86,7 @@ def _opened(item: Item, levels: int) -> Block:
 @dataclass
 class _Planner:
     budget: int
+    sites_only: bool  # whether blocks without sites stay closed; in a model without any, all blocks are worth a look
     opened: dict[int, Scope] = field(default_factory=dict)  # by identity; holds the scopes alive
     letters: dict[Hashable, str] = field(default_factory=dict)
     used: dict[str, list[str]] = field(default_factory=dict)
@@ -98,7 +99,7 @@ class _Planner:
             for closed in self._closed(scope):
                 looks = _looks(closed)
                 if looks not in self.letters:
-                    if not _worth_a_panel(closed) or len(closed.items) > left or len(drawn) > len(ascii_uppercase):
+                    if len(closed.items) < 2 or len(closed.items) > left or len(drawn) > len(ascii_uppercase):
                         continue
                     self.letters[looks] = ascii_uppercase[len(drawn) - 1]
                     left -= self._open(closed, min(left, _PANEL))
@@ -126,19 +127,22 @@ class _Planner:
                 return boxes
 
     def _closed(self, scope: Scope) -> Iterator[Scope]:
-        """The closed scopes with sites that can be seen in a panel."""
+        """The closed scopes that can be seen in a panel, and are worth opening."""
         for item in scope.items:
             if isinstance(item, Scope) and id(item) in self.opened:
                 yield from self._closed(item)
-            elif isinstance(item, Scope) and item.marks:
+            elif isinstance(item, Scope) and self._matters(item):
                 yield item
+
+    def _matters(self, scope: Scope) -> bool:
+        return bool(scope.marks) or not self.sites_only
 
     def _block(self, item: Item, *, root: bool = True) -> Block:
         if isinstance(item, Leaf):
             return Block(item)
         if id(item) in self.opened and (root or _looks(item) not in self.letters):
             return Block(item, tuple(self._block(part, root=False) for part in item.items))
-        return Block(item, letter=self.letters.get(_looks(item), "") if item.marks else "")
+        return Block(item, letter=self.letters.get(_looks(item), "") if self._matters(item) else "")
 
 
 def _full_name(scope: Scope) -> str:
@@ -148,10 +152,6 @@ def _full_name(scope: Scope) -> str:
 
 def _looks(scope: Scope) -> Hashable:
     return signature(replace(scope, count=1), sizes=False)
-
-
-def _worth_a_panel(scope: Scope) -> bool:
-    return bool(scope.marks) and len(scope.items) > 1
 
 
 def _fitted(scope: Scope, limit: int) -> Scope:
@@ -205,5 +205,4 @@ def _slices(scope: Scope, limit: int) -> list[range]:
 def _gathered(scope: Scope, run: range) -> Item:
     first, last = scope.items[run[0]], scope.items[run[-1]]
     name = f"{first.name} … {last.last or last.name}"
-    inside = cut(scope, run, name, f"{len(run)} steps")
-    return _fitted(inside, _PANEL) if inside.marks else inside  # without sites it is never opened
+    return _fitted(cut(scope, run, name, f"{len(run)} steps"), _PANEL)
