@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from hra_fx.reporting import report as report
     from hra_fx.transforming import transform as transform
     from hra_fx.view import visualize as visualize
+    from hra_fx.view.network import to_networkx as to_networkx
 
 __version__ = "0.1.0"
 
@@ -63,6 +64,7 @@ _HOMES = {
     "save_adapter": "checkpoint.saving",
     "set_adapter": "adapters.switching",
     "set_scale": "adapters.scaling",
+    "to_networkx": "view.network",
     "transform": "transforming",
     "unmerge_adapter": "adapters.merging",
     "visualize": "view",

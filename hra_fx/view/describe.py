@@ -30,11 +30,10 @@ def describe_module(module: nn.Module) -> str:
     return text
 
 
-def numbers(module: nn.Module) -> int:
-    """How many numbers a module's parameters hold, without its reflections.
+def own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """A module's parameters without its reflections.
 
-    >>> numbers(nn.Linear(4, 8))
-    40
+    >>> [tuple(parameter.shape) for parameter in own_parameters(nn.Linear(4, 8))]
+    [(8, 4), (8,)]
     """
-    held = (parameter for path, parameter in module.named_parameters() if REFLECTION not in path.split("."))
-    return sum(parameter.numel() for parameter in held)
+    return [parameter for path, parameter in module.named_parameters() if REFLECTION not in path.split(".")]

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
-from torch import fx, nn
 
-from hra_fx.adapted import sites_of
-from hra_fx.graphing import graphs
 from hra_fx.reporting import Row, report
-from hra_fx.view.graph import adapted_graph
+from hra_fx.view.finding import find_subject
+from hra_fx.view.graph import leaves_of
 from hra_fx.view.scopes import scope_tree
+from hra_fx.view.subject import Subject
 from hra_fx.view.tree import Scope
 
 
@@ -25,7 +24,7 @@ class Drawing:
         name: the class of the model.
         title: the heading, `"ResNet with HRA"`.
         facts: one line: how many sites, their ranks and parameters, how the model was captured.
-        picture: the leaves and the flow of values between them; see `graph.adapted_graph`.
+        picture: the leaves and the flow of values between them; see `graph.leaves_of`.
         rows: the rows of the report; none for a plain model.
         missed: path of a layer that could carry reflections, and does not -> why; none for a plain model.
     """
@@ -42,31 +41,44 @@ class Drawing:
         return scope_tree(self.picture, self.name)
 
 
-def drawing_of(model: nn.Module, example_inputs: Any = None) -> Drawing:
-    """Look at a model.
+def drawing_of(model: Any, example_inputs: Any = None) -> Drawing:
+    """Look at a model; nothing in it is changed.
 
     Args:
-        model: one that went through `hra_fx.transform`.
-        example_inputs: those of one call, for a whole graph by TorchDynamo where fx has none.
+        model: a module, transformed, plain or folded, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`.
+        example_inputs: those of one call: for shapes, and for a whole graph by TorchDynamo where fx has none.
+
+    Raises:
+        VisualizeError: it is no model, or has no use for example inputs.
+        AdapterError: the model does not run on the inputs, or TorchDynamo cannot record the call.
     """
-    regions = graphs(model, example_inputs)
-    name = type(model).__name__
-    picture = adapted_graph(model, regions)
-    return Drawing(name, f"{name} with HRA", facts(model, regions), picture, report(model).rows, {})
+    subject = find_subject(model, example_inputs)
+    name = subject.classes.get("", type(model).__name__)
+    found = report(model) if subject.sites else None
+    return Drawing(
+        name=name,
+        title=f"{name} with HRA" if found else name,
+        facts=_facts(subject),
+        picture=leaves_of(subject),
+        rows=found.rows if found else (),
+        missed={layer.path: layer.reason for layer in found.missed} if found else {},
+    )
 
 
-def facts(model: nn.Module, regions: Mapping[str, fx.GraphModule]) -> str:
-    """One line: how many sites, their ranks and parameters, how the model was captured."""
-    boxes = [layer.hra_u for layer in sites_of(model).values()]
-    ranks = sorted({sum(box[name].shape[1] for name in box.active) for box in boxes})
-    adapter = sum(parameter.numel() for box in boxes for parameter in box.parameters())
-    base = sum(parameter.numel() for parameter in model.parameters()) - adapter
+def _facts(subject: Subject) -> str:
+    alone = len(subject.graphs.keys() & subject.sites.keys())
+    pieces = sum(key.startswith("call[") for key in subject.graphs)
+    regions = _number(len(subject.graphs) - alone, "captured region")
+    captured = f"{regions}, {_number(alone, 'layer')} alone" if alone else regions
+    captured = "captured whole" if "" in subject.graphs else f"one call in {pieces} pieces" if pieces else captured
+    if not subject.sites:
+        return f"{subject.parameters:,} parameters · no adapters · {captured}"
+    ranks = sorted({site.rank for site in subject.sites.values()})
     span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    alone = len(regions.keys() & sites_of(model).keys())
-    parts = (_number(len(regions) - alone, "captured region"), f"{_number(alone, 'layer')} alone")
-    captured = "captured whole" if "" in regions else ", ".join(parts)
-    words = f"{_number(len(boxes), 'adapted layer')} · r = {span} · {adapter:,} adapter parameters"
-    return f"{words} ({adapter / max(base, 1):.2%} of {base:,}) · {captured}"
+    adapter = sum(site.vectors for site in subject.sites.values())
+    share = adapter / max(subject.parameters, 1)
+    words = f"{_number(len(subject.sites), 'adapted layer')} · r = {span} · {adapter:,} adapter parameters"
+    return f"{words} ({share:.2%} of {subject.parameters:,}) · {captured}"
 
 
 def _number(count: int, noun: str) -> str:

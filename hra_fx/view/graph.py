@@ -9,15 +9,15 @@ leaves without edges.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import networkx as nx
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from hra_fx.exported.reading import plain_path
 from hra_fx.site import SiteNote
-from hra_fx.view.describe import describe_module, name_of, numbers
+from hra_fx.view.describe import describe_module, name_of, own_parameters
 from hra_fx.view.subject import Subject, subject_of
 from hra_fx.view.tree import Leaf, Mark
 from hra_fx.view.values import Value, function_name, note_of, pass_through, read, shape_and_dtype
@@ -76,6 +76,7 @@ class _Builder:
     subject: Subject
     picture: nx.DiGraph[str] = field(default_factory=nx.DiGraph)
     drawn: dict[str, str] = field(default_factory=dict)  # site -> the leaf that has its mark
+    counted: set[int] = field(default_factory=set)  # parameters, by identity, that a leaf counts
 
     def __post_init__(self) -> None:
         self.model = self.subject.model
@@ -128,7 +129,8 @@ class _Builder:
     def _add_eager(self, path: str, detail: str) -> None:
         place = tuple(_prefixes(_parent(path)))
         module = self.model.get_submodule(path)
-        leaf = Leaf(name_of(path), detail, "eager", "eager", path, place, paths=(path,), parameters=numbers(module))
+        count = self._once(own_parameters(module))
+        leaf = Leaf(name_of(path), detail, "eager", "eager", path, place, paths=(path,), parameters=count)
         self._add(f"module:{path}", leaf)
 
     def _site_leaf(self, path: str, op: str, place: tuple[str, ...]) -> Leaf:
@@ -167,10 +169,10 @@ class _Builder:
         values: dict[fx.Node, Value] = {}
         alone = region in self.subject.sites
         knows_places = any(node.meta.get("nn_module_stack") for node in graph.graph.nodes)
-        held = {name: tensor.numel() for name, tensor in graph.named_parameters(remove_duplicate=False)}
+        held = dict(graph.named_parameters(remove_duplicate=False))
         for node in graph.graph.nodes:
             module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-            value = pass_through(node, values, module, held)
+            value = pass_through(node, values, module)
             if value is None and alone and node.op in ("placeholder", "output"):
                 value = Value()
             if value is None:
@@ -178,6 +180,8 @@ class _Builder:
                 before = read(node, values)
                 place = self._place(node, region, before if not knows_places else Value())
                 leaf = self._leaf(node, region, module, place, before)
+                if leaf.kind == "op":
+                    leaf = replace(leaf, parameters=self._once(held[name] for name in before.weights if name in held))
                 shape, dtype = shape_and_dtype(node)
                 self._add(key, replace(leaf, shape=shape, dtype=dtype), before.sources)
                 value = Value((key,))
@@ -193,7 +197,9 @@ class _Builder:
         stack = _stack(node, region)
         note = note_of(node)
         if note is not None and note.role != "reader":
-            owner = _parent(note.path)
+            # The operators that multiply by the weight of an attention are some of many in it.
+            inside = note.kind == "attention" and node.op == "call_function"
+            owner = note.path if inside else _parent(note.path)
         elif node.op == "call_module":
             owner = _parent(_join(region, str(node.target)))
         elif stack:
@@ -218,14 +224,21 @@ class _Builder:
         if note is not None:
             return self._site_leaf(note.path, node.op, place)
         if module is not None:
-            path, detail, count = _join(region, str(node.target)), describe_module(module), numbers(module)
+            path, detail = _join(region, str(node.target)), describe_module(module)
+            count = self._once(own_parameters(module))
             return Leaf(name_of(path), detail, "module", node.op, path, place, paths=(path,), parameters=count)
         if node.op == "placeholder":
             return Leaf(str(node.target), "", "input", node.op, str(node.target), place)
         if node.op == "output":
             return Leaf("output", "", "output", node.op, "output", place)
         name, detail = function_name(node.target), ", ".join(before.parameters)
-        return Leaf(name, detail, "op", node.op, name, place, parameters=before.numbers)
+        return Leaf(name, detail, "op", node.op, name, place)
+
+    def _once(self, parameters: Iterable[Tensor]) -> int:
+        """How many numbers parameters hold that no box before holds."""
+        fresh = {id(parameter): parameter.numel() for parameter in parameters if id(parameter) not in self.counted}
+        self.counted |= fresh.keys()
+        return sum(fresh.values())
 
 
 def _has_parts(module: nn.Module) -> bool:

@@ -198,7 +198,15 @@ def _listing(leaves: list[Leaf], separator: str) -> Leaf:
             shown += f" + {len(names) - index}"
             break
         shown += f", {name}"
-    return replace(leaves[0], name=shown, target=separator.join(names))
+    return replace(
+        leaves[0],
+        name=shown,
+        target=separator.join(names),
+        paths=tuple(path for leaf in leaves for path in leaf.paths),
+        parameters=sum(leaf.parameters for leaf in leaves),
+        shape=leaves[-1].shape,
+        dtype=leaves[-1].dtype,
+    )
 
 
 def _unwrap(scope: Scope, details: Mapping[str, str]) -> Item:

@@ -12,7 +12,7 @@ from torch import fx, nn
 from hra_fx import householder
 from hra_fx.adapted import sites_of
 from hra_fx.carrier.layer import SiteCarrier
-from hra_fx.view.describe import describe_module, numbers
+from hra_fx.view.describe import describe_module, own_parameters
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class SiteFacts:
         rank: how many are in use, adapters together.
         rotation: `|Q - I|_F` of the product in use, `None` where that cannot be computed.
         parameters: how many numbers the layer itself holds.
+        vectors: how many all of its adapters hold.
     """
 
     detail: str
@@ -32,6 +33,7 @@ class SiteFacts:
     rank: int
     rotation: float | None
     parameters: int
+    vectors: int
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Subject:
         sites: path -> facts, for each site once.
         aliases: another path of a site -> its first one.
         classes: module path -> name of the class.
+        parameters: how many numbers the model holds, without its adapters.
     """
 
     model: nn.Module
@@ -51,6 +54,7 @@ class Subject:
     sites: Mapping[str, SiteFacts]
     aliases: Mapping[str, str]
     classes: Mapping[str, str]
+    parameters: int
 
 
 def subject_of(model: nn.Module, graphs: Mapping[str, fx.GraphModule]) -> Subject:
@@ -69,6 +73,7 @@ def subject_of(model: nn.Module, graphs: Mapping[str, fx.GraphModule]) -> Subjec
         sites={path: _facts(layer) for path, layer in sites.items()},
         aliases={path: first[part] for path, part in named.items() if part in first},
         classes={path: type(part).__name__ for path, part in named.items()},
+        parameters=sum(parameter.numel() for parameter in own_parameters(model)),
     )
 
 
@@ -83,4 +88,6 @@ def _facts(layer: SiteCarrier) -> SiteFacts:
     rank = sum(int(reflection[name].shape[1]) for name in reflection.active)
     with torch.no_grad():
         rotation = rotation_of(reflection.active_chain())
-    return SiteFacts(describe_module(layer), reflection.width, rank, rotation, numbers(layer))
+    held = sum(parameter.numel() for parameter in own_parameters(layer))
+    vectors = sum(parameter.numel() for parameter in reflection.parameters())
+    return SiteFacts(describe_module(layer), reflection.width, rank, rotation, held, vectors)

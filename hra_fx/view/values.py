@@ -27,13 +27,13 @@ class Value:
     Attributes:
         sources: the keys of the boxes that made it.
         parameters: the names of the tensors in it that are worth telling.
-        numbers: how many numbers these and other parameters hold.
+        weights: the names of the parameters in it.
         is_shape: whether it is no tensor, but arithmetic on shapes.
     """
 
     sources: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
-    numbers: int = 0
+    weights: tuple[str, ...] = ()
     is_shape: bool = False
 
 
@@ -48,37 +48,37 @@ def read(node: fx.Node, values: Mapping[fx.Node, Value]) -> Value:
     values_read = [values[source] for source in node.all_input_nodes]
     sources = dict.fromkeys(key for value in values_read for key in value.sources)
     parameters = dict.fromkeys(name for value in values_read for name in value.parameters)
+    weights = dict.fromkeys(name for value in values_read for name in value.weights)
     only_shapes = bool(values_read) and all(value.is_shape for value in values_read)
-    return Value(tuple(sources), tuple(parameters), sum(value.numbers for value in values_read), only_shapes)
+    return Value(tuple(sources), tuple(parameters), tuple(weights), only_shapes)
 
 
-def pass_through(
-    node: fx.Node, values: Mapping[fx.Node, Value], module: nn.Module | None, held: Mapping[str, int]
-) -> Value | None:
+def pass_through(node: fx.Node, values: Mapping[fx.Node, Value], module: nn.Module | None) -> Value | None:
     """The value of a node that gets no box, `None` where it gets one.
 
     Args:
         node: the node.
         values: those of the nodes before it.
         module: the one that it calls.
-        held: parameter name -> how many numbers it holds.
     """
     note = note_of(node)
     if note is not None:
         return read(node, values) if note.role == "reflection" else None
     if node.op == "get_attr":
-        return _tensor(str(node.target), held)
+        return _tensor(str(node.target))
     if node.op == "placeholder" and node.args:
         return Value()  # an optional argument, left at its default
     if module is not None:
         return read(node, values) if _is_pass_through(module) or node.target == _GUARDS else None
     if node.op in ("placeholder", "output", "call_module"):
         return None
+    if not node.users and not node.all_input_nodes:
+        return Value()  # it only tells somebody something
     before = read(node, values)
     if _computes_shape(node, before):
         return Value(is_shape=True)
     picks = node.target is operator.getitem and isinstance(node.args[1], int)
-    only_parameters = bool(before.parameters or before.numbers) and not before.sources
+    only_parameters = bool(before.parameters or before.weights) and not before.sources
     return before if picks or only_parameters else None
 
 
@@ -102,11 +102,11 @@ def shape_and_dtype(node: fx.Node) -> tuple[str, str]:
     return sizes or "scalar", str(value.dtype).removeprefix("torch.")
 
 
-def _tensor(name: str, held: Mapping[str, int]) -> Value:
+def _tensor(name: str) -> Value:
     path, _, last = name.rpartition(".")
     if path.rpartition(".")[2] == REFLECTION:
         return Value()
-    return Value(parameters=() if last in ("weight", "bias") else (last,), numbers=held.get(name, 0))
+    return Value(parameters=() if last in ("weight", "bias") else (last,), weights=(name,))
 
 
 def _is_pass_through(module: nn.Module) -> bool:

@@ -1,0 +1,61 @@
+"""Whatever a user wants to see, as the subject of a picture: adapted, plain and folded models, graphs and programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx, nn
+
+from hra_fx.adapted import sites_of
+from hra_fx.capture.search import find_regions
+from hra_fx.dynamo.whole import whole_graphs
+from hra_fx.errors import VisualizeError
+from hra_fx.example import as_call
+from hra_fx.exported.captured import is_captured
+from hra_fx.exported.programs import is_program
+from hra_fx.graphing import graphs
+from hra_fx.site import find_kind
+from hra_fx.users_graph import shown_in
+from hra_fx.view.programs import subject_of_captured, subject_of_program
+from hra_fx.view.shapes import note_shapes
+from hra_fx.view.subject import Subject, subject_of
+
+
+def find_subject(model: Any, example_inputs: Any = None) -> Subject:
+    """What is to be drawn of a model; nothing in it is changed.
+
+    Args:
+        model: a module, transformed or not, or a `torch.export.ExportedProgram`.
+        example_inputs: those of one call, as `hra_fx.graphs` takes them.
+
+    Raises:
+        VisualizeError: it is none of these, or has no use for example inputs.
+        AdapterError: the model does not run on the inputs, or TorchDynamo cannot record the call.
+    """
+    if is_program(model) or is_captured(model):
+        if example_inputs is not None:
+            raise VisualizeError(
+                f"example_inputs: a captured program ({type(model).__name__}) knows its shapes. Leave them out."
+            )
+        return subject_of_program(model) if is_program(model) else subject_of_captured(model)
+    if not isinstance(model, nn.Module):
+        raise VisualizeError(
+            f"model: a {type(model).__name__}. Give a torch.nn.Module, a torch.fx.GraphModule or a "
+            "torch.export.ExportedProgram."
+        )
+    found = _graphs(model, example_inputs)
+    if example_inputs is not None and "" in found:
+        note_shapes(found[""], as_call(example_inputs))
+    return subject_of(model, found)
+
+
+def _graphs(model: nn.Module, example_inputs: Any) -> dict[str, fx.GraphModule]:
+    if isinstance(model, fx.GraphModule):
+        shown_in(model)  # marks the sites in it again
+        return {"": model}
+    if sites_of(model):
+        return graphs(model, example_inputs)
+    layers = {path: part for path, part in model.named_modules() if find_kind(part) is not None}
+    regions = find_regions(model, layers).regions
+    found = {path: region.graph_module(model.get_submodule(path), model.training) for path, region in regions.items()}
+    return found if example_inputs is None or "" in found else whole_graphs(model, as_call(example_inputs))

@@ -1,0 +1,118 @@
+"""The subject of a picture out of a graph of aten operators: a `torch.export.ExportedProgram`, or its `.module()`.
+
+Such a graph has no modules left. Names of weights, operators and the record of calls tell what they were. Its rotations
+are taken out of a copy, and the layers that they were for are marked.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, fx
+
+from hra_fx.exported.inserting import remove, rotations
+from hra_fx.exported.matching import GraphSite, find_sites, groups_of, module_classes, owner_of
+from hra_fx.exported.outline import outline_of
+from hra_fx.reflection import plain_chain
+from hra_fx.site import META, REFLECTION, SiteNote
+from hra_fx.view.describe import describe_module
+from hra_fx.view.subject import SiteFacts, Subject, rotation_of
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+
+def subject_of_program(program: ExportedProgram) -> Subject:
+    """An exported program, transformed or not; its graph is copied.
+
+    Args:
+        program: the program.
+    """
+    signature = program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    names |= signature.inputs_to_lifted_tensor_constants
+    graph = copy.deepcopy(program.graph)
+    originals = program.graph.find_nodes(op="placeholder")
+    for node, original in zip(list(graph.find_nodes(op="placeholder")), originals, strict=True):
+        if original.name in names:
+            _read_by_name(graph, node, names[original.name])
+    root: dict[str, object] = {**program.constants, **program.state_dict}
+    root |= dict(program.graph_module.named_children())  # the bodies of control flow
+    read = {str(node.target) for node in graph.find_nodes(op="get_attr")}
+    tensors = {name: value for name, value in root.items() if name in read}
+    return _subject(fx.GraphModule(tensors, graph), dict(program.named_parameters()))  # type: ignore[arg-type]
+
+
+def subject_of_captured(module: fx.GraphModule) -> Subject:
+    """A `GraphModule` whose operators read parameters by name; its graph is copied.
+
+    Args:
+        module: the module, which `hra_fx.exported.captured.is_captured`.
+    """
+    copied = fx.GraphModule(module, copy.deepcopy(module.graph), type(module).__name__)
+    return _subject(copied, dict(module.named_parameters(remove_duplicate=False)))
+
+
+def _subject(module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> Subject:
+    own = {name: tensor for name, tensor in tensors.items() if REFLECTION not in name.split(".")}
+    chains = {str(node.args[0].target): _chain(node, module) for node in rotations(module.graph)}  # type: ignore[union-attr]
+    for node in rotations(module.graph):
+        remove(module.graph, node)
+    weights: dict[str, list[fx.Node]] = {}
+    for node in module.graph.find_nodes(op="get_attr"):
+        if node.target in own:
+            weights.setdefault(str(node.target), []).append(node)
+    layers = find_sites(weights, own)
+    classes = module_classes(module.graph)
+    outline = outline_of(layers, own, classes, with_output=True)
+    sites: dict[str, SiteFacts] = {}
+    for name, (rank, chain) in chains.items():
+        path = owner_of(name)
+        detail = describe_module(outline.get_submodule(path))
+        held = sum(tensor.numel() for key, tensor in own.items() if owner_of(key) == path)
+        width = int(chain.shape[0])
+        sites[path] = SiteFacts(detail, width, rank, rotation_of(chain), held, vectors=width * rank)
+        _mark(path, layers)
+    return Subject(
+        model=outline,
+        graphs={"": module},
+        sites=sites,
+        aliases={alias: path for path in sites for alias in (layers[path].aliases if path in layers else ())},
+        classes={path: kind.rpartition(".")[2] for path, kind in classes.items()},
+        parameters=sum(tensors[names[0]].numel() for names in groups_of(own)),
+    )
+
+
+def _read_by_name(graph: fx.Graph, node: fx.Node, name: str) -> None:
+    """Read an attribute in place of a placeholder."""
+    with graph.inserting_before(node):
+        read = graph.get_attr(name)
+    read.meta = dict(node.meta)
+    node.replace_all_uses_with(read)
+    graph.erase_node(node)
+
+
+def _chain(node: fx.Node, module: fx.GraphModule) -> tuple[int, Tensor]:
+    """The number of trained vectors of a rotation, and its whole chain `(d, k)`."""
+    vectors, anchor = (_value(argument, module) for argument in node.args[1:3])
+    assert vectors is not None
+    with torch.no_grad():
+        return int(vectors.shape[1]), plain_chain(vectors, anchor, apply_GS=bool(node.args[3]))
+
+
+def _value(argument: object, module: fx.GraphModule) -> Tensor | None:
+    if not isinstance(argument, fx.Node):
+        return None
+    path, _, name = str(argument.target).rpartition(".")
+    tensor: Tensor = getattr(module.get_submodule(path), name)
+    return tensor.detach()
+
+
+def _mark(path: str, layers: Mapping[str, GraphSite]) -> None:
+    """Leave a note on the operators that read the weight of a site."""
+    layer = layers.get(path)
+    for reader in (read.reader for read in (layer.reads if layer else ())):
+        reader.meta[META] = SiteNote(path, layer.kind, "layer")  # type: ignore[union-attr]

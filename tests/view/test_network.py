@@ -1,0 +1,221 @@
+"""`to_networkx`: every model that can be looked at, against what fx, hooks and torch.export say of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import networkx as nx
+import pytest
+import torch
+import torchvision
+from torch import Tensor, fx, nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+import hra_fx
+from hra_fx.errors import AdapterError, VisualizeError
+
+TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 31}
+IDS = torch.arange(10).reshape(2, 5)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def resnet() -> nn.Module:
+    return torchvision.models.resnet18(num_classes=4).eval()
+
+
+def llama() -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(**TEXT, num_key_value_heads=1)).eval()
+
+
+def bert() -> BertModel:
+    return BertModel(BertConfig(**TEXT)).eval()
+
+
+def turned(model: Any, **fields: Any) -> Any:
+    """A transformed model whose vectors were moved off their start."""
+    model = hra_fx.transform(model, hra_fx.HRAConfig(**fields))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".hra_u." in name:
+                parameter.add_(torch.randn_like(parameter))
+    return model
+
+
+def sites_in(graph: nx.DiGraph) -> list[str]:
+    return sorted(site for _, sites in graph.nodes(data="sites") if sites for site in sites.split("\n"))
+
+
+def called(model: nn.Module) -> list[str]:
+    """What plain fx says is called, less what passes its input on."""
+    nodes = fx.symbolic_trace(model).graph.find_nodes(op="call_module")
+    return [str(node.target) for node in nodes]
+
+
+def test_a_plain_model_shows_the_calls_that_fx_sees_and_all_of_its_parameters() -> None:
+    model = resnet()
+    graph = hra_fx.to_networkx(model)
+    shown = [data["target"] for _, data in graph.nodes(data=True) if data["op"] == "call_module"]
+    assert shown == called(model)
+    assert sum(data["parameters"] for _, data in graph.nodes(data=True)) == sum(p.numel() for p in model.parameters())
+    assert nx.is_directed_acyclic_graph(graph)
+    assert not sites_in(graph)
+    assert not any("missed" in data for _, data in graph.nodes(data=True))
+
+
+def test_an_adapted_model_has_the_same_nodes_with_its_sites_among_them() -> None:
+    plain = hra_fx.to_networkx(resnet())
+    graph = hra_fx.to_networkx(turned(resnet(), r=3, target_modules=["conv1", "fc"]))
+    assert [data["target"] for _, data in graph.nodes(data=True)] == [d["target"] for _, d in plain.nodes(data=True)]
+    assert sites_in(graph) == sorted(
+        ["conv1", "fc", *(f"layer{stage}.{block}.conv1" for stage in range(1, 5) for block in range(2))]
+    )
+    site = next(data for _, data in graph.nodes(data=True) if data.get("sites") == "layer1.0.conv1")
+    assert (site["d"], site["r"], site["adapters"], site["kind"]) == (64 * 9, 3, "default", "site")
+    assert site["detail"] == "Conv2d 64→64 3x3"
+    assert site["module"] == "layer1.0"
+    missed = {data["target"]: data["missed"] for _, data in graph.nodes(data=True) if "missed" in data}
+    assert set(missed) == {target for target in called(resnet()) if "conv2" in target or "downsample.0" in target}
+
+
+def test_the_numbers_of_a_site_are_those_of_the_report() -> None:
+    model = turned(bert(), r=2, target_modules=["query", "value", "dense"])
+    rows = {row.path: row for row in hra_fx.report(model)}
+    graph = hra_fx.to_networkx(model)
+    assert sites_in(graph) == sorted(rows)
+    for _, data in graph.nodes(data=True):
+        if "sites" in data:
+            row = rows[data["sites"]]
+            assert (data["rotation"], data["mean_angle"], data["angle"]) == (row.rotation, row.mean_angle, row.angle)
+
+
+def test_a_folded_model_has_the_graph_of_the_base_model() -> None:
+    for build in (resnet, bert):
+        base = build()
+        before = hra_fx.to_networkx(base)
+        targets = [path for path, part in base.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
+        after = hra_fx.to_networkx(hra_fx.fold(turned(copy.deepcopy(base), r=2, target_modules=targets)))
+        assert nx.utils.graphs_equal(before, after)
+
+
+def test_shapes_are_those_that_hooks_see() -> None:
+    model = turned(resnet(), r=2, target_modules=["conv1", "fc"])
+    seen: dict[str, str] = {}
+
+    def keep(path: str) -> Callable[..., None]:
+        return lambda module, args, out: seen.__setitem__(path, "×".join(map(str, out.shape)))
+
+    plain = resnet()
+    for path, part in plain.named_modules():
+        part.register_forward_hook(keep(path))
+    image = torch.randn(2, 3, 65, 49)
+    plain(image)
+    graph = hra_fx.to_networkx(model, image)
+    shapes = {data["target"]: data["shape"] for _, data in graph.nodes(data=True) if data["op"] == "call_module"}
+    assert shapes == {path: seen[path] for path in shapes}
+    assert {data["dtype"] for _, data in graph.nodes(data=True) if data["shape"]} == {"float32"}
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_call_shows_a_whole_graph_of_a_model_that_fx_cannot_trace(adapted: bool) -> None:
+    model = llama()
+    if adapted:
+        model = turned(model, r=2, target_modules=["q_proj", "v_proj", "gate_proj"])
+    graph = hra_fx.to_networkx(model, {"input_ids": IDS})
+    paths = sorted(
+        f"model.layers.{i}.{part}"
+        for i in range(3)
+        for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj")
+    )
+    assert sites_in(graph) == (paths if adapted else [])
+    assert nx.is_weakly_connected(graph)
+    path = "model.layers.1.self_attn.q_proj"
+    layer = next(data for _, data in graph.nodes(data=True) if path in (data["target"], data["module"]))
+    assert layer["shape"] == "2×5×16"
+
+
+def test_a_call_with_a_graph_break_shows_every_site_once() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            torch._dynamo.graph_break()
+            return self.second(x)
+
+    model = turned(Broken(), r=2, target_modules=["first", "second"])
+    graph = hra_fx.to_networkx(model, torch.randn(3, 4))
+    assert sites_in(graph) == ["first", "second"]
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # torch's own, in a deepcopy
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_an_exported_program_shows_its_layers(decomposed: bool) -> None:
+    program = torch.export.export(llama(), (), {"input_ids": IDS, "use_cache": False}, strict=False)
+    program = program.run_decompositions() if decomposed else program
+    plain = hra_fx.to_networkx(program)
+    assert not sites_in(plain)
+    adapted = hra_fx.transform(program, hra_fx.HRAConfig(r=3, target_modules=["q_proj", "down_proj"]))
+    for view in (adapted, adapted.module()):
+        graph = hra_fx.to_networkx(view)
+        assert sites_in(graph) == sorted(
+            f"model.layers.{i}.{part}" for i in range(3) for part in ("self_attn.q_proj", "mlp.down_proj")
+        )
+        site = next(data for _, data in graph.nodes(data=True) if data.get("sites") == "model.layers.1.mlp.down_proj")
+        assert (site["d"], site["r"], site["adapters"], site["detail"]) == (32, 3, "default", "Linear 32→16")
+    assert nx.utils.graphs_equal(hra_fx.to_networkx(hra_fx.fold(adapted)), plain)
+
+
+def test_a_graph_module_of_the_users_is_drawn_as_it_stands() -> None:
+    module = turned(fx.symbolic_trace(resnet()), r=2, target_modules=["fc"])
+    graph = hra_fx.to_networkx(module)
+    assert sites_in(graph) == ["fc"]
+    assert [data["target"] for _, data in graph.nodes(data=True) if data["op"] == "call_module"] == called(resnet())
+
+
+def test_a_shared_layer_is_one_site_and_counts_once() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.again = self.layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.again(torch.relu(self.layer(x)))
+
+    for model in (Twice(), turned(Twice(), r=2, target_modules=["layer"])):
+        graph = hra_fx.to_networkx(model)
+        assert sum(data["parameters"] for _, data in graph.nodes(data=True)) == 20
+    assert sites_in(graph) == ["layer"]
+
+
+def test_looking_changes_nothing() -> None:
+    for model, inputs in ((resnet().train(), torch.randn(2, 3, 64, 64)), (llama().train(), {"input_ids": IDS})):
+        state = copy.deepcopy(model.state_dict())
+        kinds = [type(part) for part in model.modules()]
+        random = torch.get_rng_state()
+        for example in (None, inputs):
+            hra_fx.to_networkx(model, example)
+        assert torch.equal(torch.get_rng_state(), random)
+        assert [type(part) for part in model.modules()] == kinds
+        assert all(part.training for part in model.modules())
+        assert model.state_dict().keys() == state.keys()
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_what_cannot_be_looked_at_is_refused() -> None:
+    with pytest.raises(VisualizeError, match=r"model: a str\. Give a torch\.nn\.Module"):
+        hra_fx.to_networkx("resnet18")
+    program = torch.export.export(nn.Linear(3, 2), (torch.ones(1, 3),))
+    for captured in (program, program.module()):
+        with pytest.raises(VisualizeError, match=r"example_inputs: a captured program .* knows its shapes"):
+            hra_fx.to_networkx(captured, torch.ones(1, 3))
+    with pytest.raises(AdapterError, match="does not run on example_inputs"):
+        hra_fx.to_networkx(llama(), {"tokens": IDS})
