@@ -17,7 +17,7 @@ from hra_fx.view.heat import heating, ink_on
 from hra_fx.view.notes import Notes
 from hra_fx.view.options import Options
 from hra_fx.view.panels import BUDGET, Block, opened
-from hra_fx.view.svg import FRAMES, INK, LOOKS, VIOLET, VIOLET_LINE, VIOLET_PALE
+from hra_fx.view.svg import EDGE, FRAMES, INK, LOOKS, VIOLET, VIOLET_LINE, VIOLET_PALE
 from hra_fx.view.text import clean, shorten
 from hra_fx.view.tree import Item, Leaf, Scope, span
 
@@ -85,6 +85,14 @@ def _text(part: Drawing, block: Block, notes: Notes) -> tuple[str, int]:
     return "\n".join([*lines, *flow.styles()]) + "\n", len(flow.edges)
 
 
+@dataclass(frozen=True)
+class _Ends:
+    """The nodes at which edges enter a part and leave it."""
+
+    enter: str
+    leave: str
+
+
 @dataclass
 class _Flowchart:
     notes: Notes
@@ -93,34 +101,57 @@ class _Flowchart:
     fills: dict[str, str] = field(default_factory=dict)
     count: int = 0
 
-    def inside(self, block: Block, indent: str) -> Iterator[str]:
-        """The lines of an open block's parts; its edges are kept for later."""
-        names: list[str] = []
-        for part in block.parts or ():
-            self.count += 1
-            name = f"m{self.count}" if part.parts is not None else f"n{self.count}"
-            names.append(name)
-            yield from self._part(part, name, indent)
-        if isinstance(block.item, Scope):
-            self.edges.update(((names[i], names[j]), None) for i, j in block.item.edges)
+    def inside(self, block: Block, indent: str) -> list[str]:
+        """The lines of the model's parts; edges are kept for later."""
+        return self._parts(block, indent)[0]
 
-    def _part(self, part: Block, name: str, indent: str) -> Iterator[str]:
-        item = part.item
-        look = _look(part)
-        self.classes.setdefault(look, []).append(name)
+    def _parts(self, block: Block, indent: str) -> tuple[list[str], _Ends]:
+        lines: list[str] = []
+        ends: list[_Ends] = []
+        for part in block.parts or ():
+            more, end = self._part(part, indent)
+            lines += more
+            ends.append(end)
+        if not isinstance(block.item, Scope):
+            return lines, _Ends("", "")
+        self.edges.update(((ends[i].leave, ends[j].enter), None) for i, j in block.item.edges)
+        enter = [ends[i].enter for i in block.item.inputs]
+        leave = [ends[i].leave for i in block.item.outputs]
+        into, out = self._port(enter, lines, indent), self._port(leave, lines, indent)
+        self.edges.update(((into, inner), None) for inner in enter if inner != into)
+        self.edges.update(((inner, out), None) for inner in leave if inner != out)
+        return lines, _Ends(into, out)
+
+    def _port(self, inner: list[str], lines: list[str], indent: str) -> str:
+        """The node at which edges cross a border: the only one inside that they reach, else a dot."""
+        if len(inner) < 2:
+            return inner[0] if inner else ""
+        name = self._name("p", "dot")
+        lines.append(f"{indent}{name}(( ))")
+        return name
+
+    def _name(self, letter: str, look: str) -> str:
+        self.count += 1
+        self.classes.setdefault(look, []).append(f"{letter}{self.count}")
+        return f"{letter}{self.count}"
+
+    def _part(self, part: Block, indent: str) -> tuple[list[str], _Ends]:
+        item, look = part.item, _look(part)
         if part.parts is not None:
-            yield f'{indent}subgraph {name}["{_label(item)}"]'
-            yield from self.inside(part, indent + "  ")
-            yield f"{indent}end"
-            return
+            name = self._name("m", look)
+            lines, ends = self._parts(part, indent + "  ")
+            border = _Ends(ends.enter or name, ends.leave or name)
+            return [f'{indent}subgraph {name}["{_label(item)}"]', *lines, f"{indent}end"], border
+        name = self._name("n", look)
         words, fill = self.notes.strip(item)
         missed = self.notes.missed_in(item)
         extra = [*_facts(item, words), *([f"{len(missed)} without adapter"] if missed else [])]
-        opening, closing = ("([", "])") if look == "port" else ("[[", "]]") if look == "closed" else ("[", "]")
-        yield f'{indent}{name}{opening}"{"<br/>".join([_label(item), *map(escape, extra)])}"{closing}'
-        yield from (f"{indent}%% {name}: {escape(mark.path)}" for mark in item.marks)
+        opening, closing = {"port": ("([", "])"), "closed": ("[[", "]]")}.get(look, ("[", "]"))
         if fill:
             self.fills[name] = fill
+        label = "<br/>".join([_label(item), *map(escape, extra)])
+        sites = [f"{indent}%% {name}: {escape(mark.path)}" for mark in item.marks]
+        return [f'{indent}{name}{opening}"{label}"{closing}', *sites], _Ends(name, name)
 
     def styles(self) -> Iterator[str]:
         """The colours of boxes; they are readable on a light page and on a dark one."""
@@ -136,6 +167,7 @@ class _Flowchart:
 _COLOURS = {
     **LOOKS,
     "site": (VIOLET_PALE, VIOLET_LINE, VIOLET),
+    "dot": (EDGE, EDGE, INK),
     **{look: (fill, line, INK) for look, (fill, line, _) in FRAMES.items()},
 }
 
