@@ -42,6 +42,7 @@ class Result:
         transform_s: those of the better one of two, to compare with the next.
         trace_s: seconds of `torch.fx.symbolic_trace` of the same model; `None` where that fails.
         seconds: of everything.
+        cpu_s: seconds of one core that the model's process took; other programs beside it hardly change them.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Result:
     transform_s: float = 0.0
     trace_s: float | None = None
     seconds: float = 0.0
+    cpu_s: float = 0.0
 
     @property
     def failures(self) -> dict[str, str]:

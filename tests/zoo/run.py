@@ -45,7 +45,9 @@ def work(name: str, dynamo: bool, pipe: Connection) -> None:
     faulthandler.enable()
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    pipe.send(check(named([name])[name], dynamo=dynamo))
+    found = check(named([name])[name], dynamo=dynamo)
+    found.cpu_s = time.process_time()
+    pipe.send(found)
 
 
 @dataclasses.dataclass

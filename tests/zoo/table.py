@@ -27,6 +27,7 @@ def totals(results: list[Result]) -> dict[str, str]:
         "silently wrong": f"{sum(bool(result.failures) for result in results)}",
         "inert layers": f"{sum(len(result.inert) for result in results)}",
     }
+    counts["minutes of one core, all models together"] = f"{sum(result.cpu_s for result in results) / 60:.0f}"
     counts["slowest first transform"] = f"{max(result.first_s for result in results):.1f}s" if results else ""
     if ratios:
         counts["transform / symbolic_trace, median and largest"] = f"{ratios[len(ratios) // 2]:.1f}, {ratios[-1]:.1f}"
