@@ -14,7 +14,7 @@ from hra_fx.reporting.row import Row
 # Half-transparent, so that it shows on white and on black, and the text on it stays readable.
 _BAR = "rgba(96,128,160,.38)"
 _LINE = "rgba(128,128,128,.35)"
-#: From so many rows on they scroll, with the headings in view.
+#: From so many rows on they scroll.
 _MANY = 40
 
 

@@ -1,7 +1,6 @@
-"""Training with transformers: its Trainer, with the paper's regulariser as one more argument.
+"""The Trainer of transformers, with the paper's regulariser as one more argument.
 
-A file of its own, and not imported by the rest of the package, since `transformers.Trainer` needs accelerate, which is
-no dependency of hra_fx. Without the regulariser the stock Trainer does all that is needed.
+Without the regulariser the stock Trainer does all that is needed.
 """
 
 from __future__ import annotations
