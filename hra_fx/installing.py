@@ -142,7 +142,7 @@ def _attach(path: str, layer: nn.Module, undo: ExitStack, *, on_weight: bool) ->
 
 
 def _install(root: nn.Module, path: str, region: Region, sites: dict[str, Site], undo: ExitStack) -> None:
-    for graph in {id(graph): graph for graph in region.graphs.values()}.values():
+    for graph in region.drafts():
         draft: Any = _Draft(root, graph)
         MatchPass(sites, path)(draft)
         InsertPass().call(draft)  # what it ensures, the next one asks too

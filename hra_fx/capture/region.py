@@ -13,6 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from hra_fx.capture.calling import Calling
 from hra_fx.capture.facts import Fact, ModuleWatch, Watch, fact, watch
+from hra_fx.capture.modes import put_in_mode
 from hra_fx.capture.over import over
 from hra_fx.capture.trace import Traces, is_within
 from hra_fx.carrier.swap import original_class
@@ -23,7 +24,6 @@ class Region:
     """The graphs of one module, for train and eval mode, and what they rest on.
 
     Attributes:
-        graphs: `training -> torch.fx.Graph`; one object twice where the mode makes no difference.
         sites: paths, below the region's root, of the sites that the graphs call.
         reason: why the region is not larger; empty for a model that was captured whole.
     """
@@ -34,11 +34,12 @@ class Region:
         Raises:
             CaptureError: the graphs rest on something that may change unseen.
         """
-        self.graphs: dict[bool, fx.Graph] = {True: traces.train, False: traces.eval}
+        self._graphs: dict[bool, fx.Graph] = {True: traces.train, False: traces.eval}
+        self._varies = traces.varies
         self.sites = sites
         self.reason = reason
         self._calling = calling
-        self._by_mode = traces.train is not traces.eval
+        self._by_mode = traces.varies or traces.train is not traces.eval
         called = traces.called - sites
         self._asked = frozenset(path for path in traces.reads if _is_below(path, called, frozenset()))
         names = [path for path, _ in root.named_modules()]
@@ -46,6 +47,19 @@ class Region:
         self._reads = {path: traces.reads.get(path, frozenset()) for path in paths}
         self._facts: tuple[Fact, ...] = self._take_down(root)
         self._unbind()
+
+    def drafts(self) -> list[fx.Graph]:
+        """The graphs to be rewritten, one for both modes where these differ in constants at most."""
+        return list({id(graph): graph for graph in self._graphs.values()}.values())
+
+    @property
+    def graphs(self) -> dict[bool, fx.Graph]:
+        """`training -> torch.fx.Graph`; one object twice where the mode makes no difference."""
+        if self._varies:
+            graphs = self._graphs.items()
+            self._graphs = {mode: put_in_mode(copy.deepcopy(graph), training=mode) for mode, graph in graphs}
+            self._varies = False
+        return self._graphs
 
     def _unbind(self) -> None:
         self._root: weakref.ref[nn.Module] | None = None
@@ -103,7 +117,8 @@ class Region:
 
     def graph_module(self, root: nn.Module, training: bool) -> fx.GraphModule:
         """A GraphModule of its own over the modules and parameters of `root`."""
-        module = over(root, copy.deepcopy(self.graphs[training]), original_class(root).__name__)
+        graph = put_in_mode(copy.deepcopy(self._graphs[training]), training=training)
+        module = over(root, graph, original_class(root).__name__)
         module.training = training
         return module
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
 
+from hra_fx.capture.modes import Arguments, is_same, may_vary
 from hra_fx.capture.session import Session
-from hra_fx.capture.tracer import RegionAttribute, RegionProxy, RegionTracer
+from hra_fx.capture.tracer import RegionAttribute, RegionProxy, RegionTracer, StrayError
 
 _PROXIES = (RegionProxy, RegionAttribute)
 _CONSTANTS = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
-DIFFER = "two traces of it differ: its forward depends on something that changes"
+_DIFFER = "two traces of it differ: its forward depends on something that changes"
 
 
 class Bench(NamedTuple):
@@ -79,52 +81,74 @@ class FollowingTracer(SwiftTracer):
     """Makes no graph, but compares each node to come with the next one of a graph, which then stands for it.
 
     So it sees what a second graph would show, constants included, and stops at the first difference.
+
+    Attributes:
+        otherwise: nodes that have other constants than in the graph -> their arguments.
     """
 
-    def __init__(self, followed: Iterator[fx.Node], *args: Any) -> None:
-        """A tracer that follows these nodes; the others are those of `SwiftTracer`."""
+    def __init__(self, followed: fx.Graph, otherwise: dict[fx.Node, Arguments], *args: Any) -> None:
+        """A tracer that follows `followed`, but for some arguments; the others are those of `SwiftTracer`."""
         super().__init__(*args)
-        self._followed = followed
+        self._graph = followed
+        self.otherwise = otherwise
+        self._nodes: Iterator[fx.Node] = iter(())
+        self._is_lost = False
 
-    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call or inline a child, without what fx writes down of each call beside the node."""
-        path = self.path_of_module(m)
-        if not self.is_leaf_module(m, path):
-            return forward(*args, **kwargs)
-        return self.given(m, args, kwargs, self.create_proxy("call_module", path, args, kwargs))
+    def trace_once(self, root: Any) -> fx.Graph:
+        """Follow the graph from its beginning to its end."""
+        self._nodes = iter(() if self._is_lost else self._graph.nodes)
+        super().trace_once(root)
+        if next(self._nodes, None) is not None:
+            self._stray()
+        return self._graph
 
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
     ) -> fx.Node:
         """The next node of the graph."""
-        node = next(self._followed, None)
-        if (
-            node is None
-            or node.op != kind
-            or not (node.target is target or node.target == target)
-            or not is_same(node.args, args)
-            or not is_same(node.kwargs, kwargs)
-        ):
-            self._followed = iter(())  # for good, also if the trace is begun anew
-            self.refuse(DIFFER)
+        node = next(self._nodes, None)
+        if node is None or node.op != kind or not (node.target is target or node.target == target):
+            self._stray()
+        expected_args, expected_kwargs = self.otherwise.get(node) or (node.args, node.kwargs)
+        if not (is_same(expected_args, args) and is_same(expected_kwargs, kwargs)):
+            self._differs(node, args, kwargs)
         return node
 
+    def _differs(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._stray()
 
-def is_same(a: Any, b: Any, twins: dict[fx.Node, fx.Node] | None = None) -> bool:
-    """Whether two arguments of nodes are the same, to the type of every constant."""
-    if isinstance(a, fx.Node):
-        return (twins.get(a) if twins else a) is b
-    if isinstance(a, (tuple, list)):
-        return (
-            isinstance(b, tuple) is isinstance(a, tuple)
-            and isinstance(b, (tuple, list))
-            and len(a) == len(b)
-            and all(is_same(x, y, twins) for x, y in zip(a, b, strict=True))
-        )
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(is_same(a[key], b[key], twins) for key in a)
-    if isinstance(a, slice):
-        return isinstance(b, slice) and all(
-            is_same(getattr(a, end), getattr(b, end), twins) for end in ("start", "stop", "step")
-        )
-    return a is b or (type(a) is type(b) and repr(a) == repr(b))
+    def _stray(self) -> NoReturn:
+        # For good, also where the forward catches the error.
+        self._nodes, self._is_lost = iter(()), True
+        raise StrayError(_DIFFER)
+
+
+class VaryingTracer(FollowingTracer):
+    """Follows the graph of the other mode, and takes down which constants differ."""
+
+    def trace_once(self, root: Any) -> fx.Graph:
+        """From the beginning, for it may be begun anew."""
+        self.otherwise.clear()
+        return super().trace_once(root)
+
+    def knows_no(self, proxy: RegionProxy, frame: types.FrameType) -> bool:
+        """The answer rests on the nodes so far, which have to be those of this mode."""
+        if self.otherwise:
+            self._stray()
+        return super().knows_no(proxy, frame)
+
+    def _differs(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not may_vary(node, args, kwargs):
+            self._stray()
+        self.otherwise[node] = args, kwargs
+
+
+class RepeatingTracer(FollowingTracer):
+    """Follows a graph of the same mode."""
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call or inline a child, of which the first trace of this mode has asked what there is to ask."""
+        path = self.path_of_module(m)
+        if not self.is_leaf_module(m, path):
+            return forward(*args, **kwargs)
+        return self.given(m, args, kwargs, self.create_proxy("call_module", path, args, kwargs))

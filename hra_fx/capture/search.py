@@ -92,7 +92,7 @@ class _Search:
         traces = trace(module, below, self._recorded, calling)
         where = f"{path or 'the model'} ({kind.__name__}"
         read: dict[str, str] = {}
-        for graph in (traces.train, traces.eval):
+        for graph in {id(graph): graph for graph in (traces.train, traces.eval)}.values():
             for site, reader in functional_reads(graph, below).items():
                 read[site] = f"{where}, at node {reader.name!r} of its graph)"
         # One that lies in a module which is called as a whole runs its own Python forward there.

@@ -12,11 +12,12 @@ from torch import fx, nn
 
 from hra_fx.capture.calling import Calling
 from hra_fx.capture.keeping import Keeping
-from hra_fx.capture.repeating import DIFFER, Bench, FollowingTracer, SwiftTracer, is_same
+from hra_fx.capture.modes import Arguments, note
+from hra_fx.capture.repeating import Bench, RepeatingTracer, SwiftTracer, VaryingTracer
 from hra_fx.capture.sandbox import Sandbox
 from hra_fx.capture.session import Session
 from hra_fx.capture.surroundings import Surroundings
-from hra_fx.capture.tracer import RegionTracer
+from hra_fx.capture.tracer import RegionTracer, StrayError
 from hra_fx.capture.watch import watching
 from hra_fx.errors import CaptureError
 from hra_fx.sources import can_be_written
@@ -24,17 +25,19 @@ from hra_fx.sources import can_be_written
 
 @dataclass(frozen=True)
 class Traces:
-    """The graphs of one module; `train is eval` where the mode makes no difference.
+    """The graphs of one module; `train is eval` where the mode makes no difference but to constants.
 
     Attributes:
         train: the graph of the forward in train mode.
         eval: the graph of the forward in eval mode.
+        varies: whether it makes one to constants (`hra_fx.capture.modes`).
         called: paths of the modules that are called in either.
         reads: path of a module that is dissolved in the graphs -> names of the attributes that were read of it.
     """
 
     train: fx.Graph
     eval: fx.Graph
+    varies: bool
     called: frozenset[str]
     reads: dict[str, frozenset[str]]
 
@@ -53,21 +56,21 @@ def trace(module: nn.Module, sites: Collection[str], recorded: tuple[type, ...],
     """
     tracing = _Tracing(module, sites, recorded, calling)
     tracing.run()
-    graphs = tracing.graphs
-    nodes = [*graphs[True].nodes, *graphs[False].nodes]
+    graphs = [tracing.train] if tracing.train is tracing.eval else [tracing.train, tracing.eval]
+    nodes = [node for graph in graphs for node in graph.nodes]
     called = frozenset(str(node.target) for node in nodes if node.op == "call_module")
     read = frozenset(str(node.target) for node in nodes if node.op == "get_attr")
     if unused := _unused_state(module, called, read):
         raise CaptureError(f"{unused} has parameters or buffers, and is not used by the traced forward")
-    return Traces(graphs[True], graphs[False], called, tracing.reads())
+    return Traces(tracing.train, tracing.eval, tracing.varies, called, tracing.reads())
 
 
 class _Tracing:
-    """One copy of a module, on which all its traces run: each is refused that leaves a change behind.
+    """One copy of a module, on which all its traces run: each is refused that leaves a change behind."""
 
-    Attributes:
-        graphs: `training -> graph` of the forward, one object twice where they say the same.
-    """
+    train: fx.Graph
+    eval: fx.Graph
+    varies: bool
 
     def __init__(self, module: nn.Module, sites: Collection[str], recorded: tuple[type, ...], calling: Calling) -> None:
         self._recorded = recorded
@@ -80,7 +83,6 @@ class _Tracing:
         self._bench = Bench(Session(), paths, box.tensors, box.constants())
         self._sites = {self._box.parts[path] for path in sites}
         self._dissolved: dict[str, nn.Module] = {}
-        self.graphs: dict[bool, fx.Graph] = {}
 
     def run(self) -> None:
         """Trace in both modes, and each again where they differ: else they are each other's repeat."""
@@ -88,12 +90,26 @@ class _Tracing:
             self._bench.session.run(self._box.twin, self._act)
 
     def _act(self) -> None:
-        graphs = self.graphs = {mode: self._trace(mode) for mode in (True, False)}
-        if _say_the_same(graphs[True], graphs[False]):
-            graphs[True] = graphs[False]
-        else:
-            for mode in (False, True):
-                self._trace_again(mode, graphs[mode])
+        self.train = self.eval = self._trace(True)
+        otherwise = self._vary(self.train)
+        if otherwise is None:
+            self.eval = self._trace(False)
+        self.varies = bool(otherwise)
+        if self.train is not self.eval or self.varies:
+            self._run(functools.partial(RepeatingTracer, self.eval, otherwise or {}), False)
+            self._run(functools.partial(RepeatingTracer, self.train, {}), True)
+        for node, (args, kwargs) in (otherwise or {}).items():
+            note(node, args, kwargs)
+
+    def _vary(self, graph: fx.Graph) -> dict[fx.Node, Arguments] | None:
+        """Trace in eval mode: the nodes that have other constants than in train mode; `None` for another graph."""
+        otherwise: dict[fx.Node, Arguments] = {}
+        try:
+            self._run(functools.partial(VaryingTracer, graph, otherwise), False)
+        except StrayError:
+            self._keeping[False] = Keeping()
+            return None
+        return otherwise
 
     def _trace(self, training: bool) -> fx.Graph:
         """The graph of the forward in one mode."""
@@ -102,13 +118,6 @@ class _Tracing:
         if unsayable := [name for name in names if not can_be_written(name) or _has_keyword(name)]:
             raise CaptureError(f"no code can hold the name {unsayable[0]!r}")
         return graph
-
-    def _trace_again(self, training: bool, graph: fx.Graph) -> None:
-        """Refuse a forward of which a second trace differs from `graph`."""
-        nodes = iter(graph.nodes)
-        self._run(functools.partial(FollowingTracer, nodes), training)
-        if next(nodes, None) is not None:
-            raise CaptureError(DIFFER)
 
     def reads(self) -> dict[str, frozenset[str]]:
         """What was read of the modules that are dissolved in the graphs, and from outside of those that are called."""
@@ -145,20 +154,6 @@ def _told() -> Iterator[None]:
     except Exception as error:
         line = str(error).strip().split("\n")[0]
         raise CaptureError(f"fx cannot trace it ({type(error).__name__}: {line[:160]})") from error
-
-
-def _say_the_same(graph: fx.Graph, other: fx.Graph) -> bool:
-    """Whether two graphs are the same but for the names of their nodes."""
-    if len(graph.nodes) != len(other.nodes):
-        return False
-    twins: dict[fx.Node, fx.Node] = {}
-    for node, twin in zip(graph.nodes, other.nodes, strict=True):
-        twins[node] = twin
-        if node.op != twin.op or not (node.target is twin.target or node.target == twin.target):
-            return False
-        if not is_same(node.args, twin.args, twins) or not is_same(node.kwargs, twin.kwargs, twins):
-            return False
-    return True
 
 
 def _has_keyword(name: str) -> bool:

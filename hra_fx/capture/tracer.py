@@ -26,6 +26,10 @@ from hra_fx.errors import CaptureError
 from hra_fx.site import find_kind
 
 
+class StrayError(CaptureError):
+    """A trace leaves the graph that it follows: no fault of the function where it does."""
+
+
 class RegionProxy(fx.Proxy):
     """A traced value that will not answer questions about its type.
 
@@ -147,7 +151,7 @@ class RegionTracer(fx.Tracer):
                 with self._keeping.active(self.create_proxy), without_memory():
                     return self.trace_once(root)
             except Exception as error:
-                if not self._keeping.add_culprit(error):
+                if isinstance(error, StrayError) or not self._keeping.add_culprit(error):
                     raise
             del self.refused[before:]
             self._made.clear()
