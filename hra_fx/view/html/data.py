@@ -54,13 +54,13 @@ def page_data(drawing: Drawing, depth: int | None, heat: str | None) -> dict[str
 
 def _rows(rows: Sequence[Row], texts: Texts) -> dict[str, Any]:
     """The rows of the report as columns: those of texts, which are numbers of `texts`, apart from the others."""
-    records = [dataclasses.asdict(row) for row in rows]
-    names = list(records[0]) if records else []
-    words = [name for name in names if isinstance(records[0][name], str)]
+    values = {field.name: [getattr(row, field.name) for row in rows] for field in dataclasses.fields(Row)}
+    words = {name: found for name, found in values.items() if found and isinstance(found[0], str)}
+    others = {name: [_plain(value) for value in found] for name, found in values.items() if name not in words}
     return {
         "count": len(rows),
-        "texts": {name: column([texts.number(record[name]) for record in records]) for name in words},
-        "numbers": {name: column([_plain(record[name]) for record in records]) for name in names if name not in words},
+        "texts": {name: column(texts.numbers(found)) for name, found in words.items()},
+        "numbers": {name: column(found) for name, found in others.items()},
     }
 
 

@@ -33,19 +33,27 @@ class Items:
     scopes: dict[str, int] = field(default_factory=dict)
     _flows: dict[_Flow, int] = field(default_factory=dict)
 
-    def add(self, item: Item, parent: int = 0) -> None:
-        """Add a box and all that is inside it."""
+    def add(self, item: Item, parent: int = 0, times: int = 1) -> None:
+        """Add a box and all that is inside it.
+
+        Args:
+            item: the box.
+            parent: the record of the scope around it.
+            times: how many modules that scope stands for.
+        """
         index = len(self.records)
         if isinstance(item, Leaf):
             self.records.append({"parent": parent, **self._leaf(item)})
             for path in item.paths:
                 self.holders.setdefault(path, index)
             return
-        self.records.append({"parent": parent, **self._scope(item)})
-        for path in instances(item):
+        times *= item.count
+        paths = instances(item, times)
+        self.records.append({"parent": parent, **self._scope(item, paths)})
+        for path in paths:
             self.scopes.setdefault(path, index)
         for part in item.items:
-            self.add(part, index)
+            self.add(part, index, times)
 
     def _leaf(self, leaf: Leaf) -> dict[str, Any]:
         marks = tuple(mark.path for mark in leaf.marks)
@@ -67,14 +75,14 @@ class Items:
         }
         return {name: value for name, value in record.items() if value}
 
-    def _scope(self, scope: Scope) -> dict[str, Any]:
+    def _scope(self, scope: Scope, paths: Sequence[str]) -> dict[str, Any]:
         text = self.texts.number
         record = {
             "label": text(span(scope)),
             "kind": text("python" if scope.eager else "captured"),
             "detail": text(scope.class_name),
             "target": text(scope.path),
-            "paths": self.texts.numbers(instances(scope)) if scope.count > 1 else [],
+            "paths": self.texts.numbers(paths) if len(paths) > 1 else [],
             "count": scope.count - 1,
             "varied": int(scope.varied),
             "layering": 0 if scope.eager else self._layering(scope),
@@ -98,15 +106,19 @@ class Items:
         return self._flows[flow]
 
 
-def instances(scope: Scope) -> Sequence[str]:
+def instances(scope: Scope, times: int) -> Sequence[str]:
     """The paths of all modules that a scope stands for; only the first where the others' cannot be told.
 
     They are what the paths of the leaves inside have before the part that all of them share.
+
+    Args:
+        scope: the scope.
+        times: how many modules it stands for, those of repeats around it counted.
     """
-    if scope.count == 1:
+    if times == 1:
         return (scope.path,)
     for leaf in _leaves(scope):
-        each, rest = divmod(len(leaf.paths), scope.count)
+        each, rest = divmod(len(leaf.paths), times)
         if not each or rest or not leaf.paths[0].startswith(scope.path + "."):
             continue
         inner = leaf.paths[0][len(scope.path) :]

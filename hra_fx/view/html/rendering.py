@@ -20,10 +20,10 @@ from hra_fx.view.text import clean
 #: The files of the script, each before those that read it.
 SCRIPTS = (
     *("data", "text", "svg", "layers", "columns", "layout", "boxes", "heat", "painting", "pane", "stage"),
-    *("spectrum", "panel", "search", "keyboard", "legend", "main"),
+    *("spectrum", "panel", "search", "keyboard", "legend", "printing", "main"),
 )
-_IMPORT = re.compile(r"^import\s[^;]*;\n", re.MULTILINE)
-_EXPORT = re.compile(r"^export (?=\w)", re.MULTILINE)
+_IMPORT = re.compile(r'^import (\{[^}]*\}) from "\./(\w+)\.js";$', re.MULTILINE)
+_EXPORT = re.compile(r"^export (?=(?:class|const|function) (\w+))", re.MULTILINE)
 _SLOT = re.compile(r"\{\{(\w+)\}\}")
 
 
@@ -83,6 +83,11 @@ def _style() -> str:
 
 @cache
 def _script() -> str:
-    """The files of the script as one: they are modules while they are checked, and share one scope in the page."""
-    files = (_file(f"script/{name}.js") for name in SCRIPTS)
-    return "\n" + "\n".join(_EXPORT.sub("", _IMPORT.sub("", text)).strip("\n") + "\n" for text in files)
+    """The modules of the script as one, each a function that returns what it exports, so that it keeps its names."""
+    return "\n" + "\n".join(_as_function(name, _file(f"script/{name}.js")) for name in SCRIPTS)
+
+
+def _as_function(name: str, text: str) -> str:
+    exports = ", ".join(_EXPORT.findall(text))
+    body = _EXPORT.sub("", _IMPORT.sub(r"const \1 = $\2;", text))
+    return f"const ${name} = (() => {{\n{body}return {{ {exports} }};\n}})();\n"

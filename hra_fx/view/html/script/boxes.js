@@ -232,5 +232,5 @@ function rowLimit(parts) {
     area += (width + GAP_X) * (height + GAP_X);
     widest = Math.max(widest, width);
   }
-  return Math.max(widest, Math.min(1100, 1.3 * Math.sqrt(area)), 420);
+  return Math.max(widest, Math.min(1100, 1.3 * Math.sqrt(area)), 540);
 }

@@ -21,31 +21,33 @@ function has(kind) {
 }
 
 /**
- * Fill the legend.
+ * The looks of boxes.
+ * @param {HTMLElement} element
+ * @param {Drawing} drawing
+ */
+export function explainLooks(element, drawing) {
+  const looks = LOOKS.filter(([, , shown]) => shown(drawing)).map(([look, words]) =>
+    html("li", {}, html("i", { class: `look ${look}` }), words),
+  );
+  element.replaceChildren(...looks);
+}
+
+/**
+ * The colours of heat, from nothing to the largest value.
  * @param {HTMLElement} element
  * @param {Drawing} drawing
  * @param {Heating} heating
  */
-export function legend(element, drawing, heating) {
-  const looks = LOOKS.filter(([, , shown]) => shown(drawing)).map(([look, words]) =>
-    html("li", {}, html("i", { class: `look ${look}` }), words),
-  );
-  element.replaceChildren(...scale(drawing, heating), html("ul", {}, ...looks));
-}
-
-/**
- * @param {Drawing} drawing
- * @param {Heating} heating
- */
-function scale(drawing, heating) {
+export function explainHeat(element, drawing, heating) {
   const heat = heating.shown;
-  if (!heat) return [];
-  const bar = html("div", { class: "scale" });
+  if (!heat) {
+    element.replaceChildren();
+    return;
+  }
+  const bar = html("span", { class: "bar" });
   bar.style.background = `linear-gradient(to right, ${drawing.palette.join(", ")})`;
-  const ends = [0, heat.top / 2, heat.top].map((value) =>
-    html("span", {}, String(Number(value.toPrecision(4))) + heat.unit),
-  );
-  const turned = [...heat.values.values()].some((value) => value > 1e-3 * heat.top);
-  const note = turned ? [] : [html("p", {}, "No layer is turned yet.")];
-  return [html("p", { class: "measure" }, heat.words), bar, html("div", { class: "ends" }, ...ends), ...note];
+  const [low, high] = [0, heat.top].map((value) => `${Number(value.toPrecision(4))}${heat.unit}`);
+  const turned = [...heat.values.values()].some((value) => value > 1e-6);
+  const note = turned ? [] : [html("span", { class: "note" }, "no layer is turned yet")];
+  element.replaceChildren(html("span", { class: "measure" }, heat.words), low, bar, high, ...note);
 }

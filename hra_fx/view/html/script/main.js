@@ -6,8 +6,9 @@ import { around, Boxes } from "./boxes.js";
 import { read } from "./data.js";
 import { Heating } from "./heat.js";
 import { listenToKeys } from "./keyboard.js";
-import { legend } from "./legend.js";
+import { explainHeat, explainLooks } from "./legend.js";
 import { Panel } from "./panel.js";
+import { listenToPrints } from "./printing.js";
 import { Search } from "./search.js";
 import { Stage } from "./stage.js";
 import { byId, html } from "./svg.js";
@@ -91,7 +92,7 @@ function cellOf(cell) {
 }
 
 function showHeat() {
-  legend(byId("legend"), drawing, heating);
+  explainHeat(byId("scale"), drawing, heating);
   stage.recolour();
   if (panel.isOpen && stage.selected) panel.show(stage.selected, chosenPath);
 }
@@ -105,9 +106,12 @@ heats.addEventListener("change", () => {
   showHeat();
 });
 
+const looks = /** @type {HTMLDetailsElement} */ (byId("legend"));
+explainLooks(byId("looks"), drawing);
 for (const choice of /** @type {NodeListOf<HTMLInputElement>} */ (document.querySelectorAll("[name=look]"))) {
   choice.addEventListener("change", () => {
     stage.show(/** @type {Look} */ (choice.value));
+    looks.open = choice.value !== "all"; // three drawings have no room for it
     stage.fit();
   });
 }
@@ -154,5 +158,6 @@ listenToKeys(boxes, {
   zoom: (steps) => stage.zoomBy(steps),
   fit: () => stage.fit(),
 });
+listenToPrints(byId("paper"), stage);
 showHeat();
-document.documentElement.dataset.ready = "";
+performance.mark("drawn");

@@ -20,10 +20,13 @@ export class Pane {
     this.root = paint.boxes.root;
     /** @type {SVGGElement} */
     this.group = svg("g");
+    this.width = 0;
+    this.height = 0;
     this.svg = svg("svg", { class: "drawing" }, this.group);
-    const label = `${TITLES[paint.mode]}: boxes of the model`;
+    this.title = TITLES[paint.mode];
+    const label = `${this.title}: boxes of the model`;
     this.scroller = html("div", { class: "scroller", role: "tree", tabindex: 0, "aria-label": label }, this.svg);
-    this.element = html("section", { class: `pane ${paint.mode}` }, html("h2", {}, TITLES[paint.mode]), this.scroller);
+    this.element = html("section", { class: `pane ${paint.mode}` }, html("h2", {}, this.title), this.scroller);
     this.draw();
   }
 
@@ -31,6 +34,7 @@ export class Pane {
   draw() {
     const group = drawn(this.root, this.paint);
     group.setAttribute("role", "presentation");
+    group.classList.add(this.paint.mode);
     this.group.replaceWith(group);
     this.group = group;
     this.recolour();
@@ -123,12 +127,14 @@ export class Pane {
       old.classList.remove("selected");
       old.setAttribute("aria-selected", "false");
     }
-    for (const old of this.svg.querySelectorAll(".edges > .lit")) old.remove();
+    for (const old of this.svg.querySelectorAll(".ring, .edges > .lit")) old.remove();
     const group = item && this.groupOf(item);
     if (!item || !group || !item.parent) {
       this.scroller.removeAttribute("aria-activedescendant");
       return;
     }
+    const { width, height } = this.paint.boxes.of(item);
+    group.append(svg("rect", { class: "ring", x: -1.5, y: -1.5, width: width + 3, height: height + 3, rx: 8 }));
     group.classList.add("selected");
     group.setAttribute("aria-selected", "true");
     this.scroller.setAttribute("aria-activedescendant", group.id);

@@ -74,7 +74,9 @@ export class Panel {
     const { parent } = item;
     if (!parent?.parent) return [];
     const go = () => this.choose(parent);
-    return [html("p", { class: "around" }, "in ", html("button", { class: "link", onclick: go }, parent.target))];
+    return [
+      html("p", { class: "around" }, "in ", html("button", { class: "link", onclick: go }, ...broken(nameOf(parent)))),
+    ];
   }
 
   /**
@@ -83,20 +85,21 @@ export class Panel {
    */
   #facts(item, marks) {
     const path = item.isScope || item.kind !== "op" ? item.target : "";
+    const several = Math.max(item.paths.length, item.count);
     const parameters = item.isScope ? sum(item.parts) : item.parameters;
     const trained = marks.flatMap((mark) => this.drawing.rows.get(mark) ?? []);
     /** @type {Facts} */
     const facts = [
-      ["path", item.count > 1 ? "" : path],
+      ["path", several > 1 ? "" : path],
       ["function", item.kind === "op" ? item.target : ""],
       [item.kind === "op" ? "reads" : "class", item.detail],
       ["shape", item.shape],
       ["dtype", item.dtype],
       ["runs", { captured: "in a captured graph", python: "as Python; order of definition" }[item.kind] ?? ""],
-      ["stands for", item.count > 1 ? `${item.count} in a row that look alike` : ""],
-      ["parameters", parameters ? parameters.toLocaleString("en") : ""],
+      ["stands for", several > 1 ? `${several} that look alike` : ""],
+      [several > 1 ? "parameters of all" : "parameters", parameters ? parameters.toLocaleString("en") : ""],
       ["adapted layers", item.isScope && marks.length ? String(marks.length) : ""],
-      ["trained by HRA", trained.length ? trainedOf(trained).toLocaleString("en") : ""],
+      ["trained by HRA", trained.length > 1 ? trainedOf(trained).toLocaleString("en") : ""],
     ];
     if (item.kind === "site" && !marks.length) facts.push(["adapter", "the layer's own, in its first call"]);
     return list(facts);
@@ -125,7 +128,7 @@ export class Panel {
     return [...groups].flatMap(([reason, group]) => {
       const buttons = group.slice(0, LISTED).map((path) => {
         const go = () => this.choose(/** @type {Item} */ (items.get(path)), path);
-        return html("li", {}, html("button", { class: "link", onclick: go }, path));
+        return html("li", {}, html("button", { class: "link", onclick: go }, ...broken(path)));
       });
       if (group.length > LISTED) buttons.push(html("li", {}, `and ${group.length - LISTED} more`));
       return [html("p", { class: "reason" }, reason), html("ul", {}, ...buttons)];
@@ -152,7 +155,7 @@ export class Panel {
       const chart = row.angles.length ? [spectrum(row.angles)] : [];
       return html("section", { class: "adapter" }, title, list(adapterFacts(row)), ...chart);
     });
-    const heading = named ? [html("h3", { class: "instance" }, path)] : [];
+    const heading = named ? [html("h3", { class: "instance" }, ...broken(path))] : [];
     return [...heading, ...sections, ...rows.slice(0, 1).map((row) => region(row))];
   }
 
@@ -172,7 +175,12 @@ export class Panel {
       const value = this.heating.mean([row.path]);
       tint.style.background = value === undefined ? "" : this.heating.colour(value);
       const go = () => this.choose(item.isScope ? this.#holder(row.path) : item, row.path);
-      const name = html("th", { scope: "row" }, tint, html("button", { class: "link", onclick: go }, row.path));
+      const name = html(
+        "th",
+        { scope: "row" },
+        tint,
+        html("button", { class: "link", onclick: go }, ...broken(row.path)),
+      );
       const cells = [...(several ? [row.adapter] : []), String(row.r), degrees(row.mean_angle), degrees(row.angle)];
       const values = [...cells, row.rotation.toFixed(3)].map((text) => html("td", {}, text));
       return html("tr", row.path === chosen ? { "aria-current": "true" } : {}, name, ...values);
@@ -198,7 +206,7 @@ export class Panel {
    */
   #paths(item, marks) {
     if (item.paths.length < 2 || (!item.isScope && marks.length > 1)) return [];
-    const lines = item.paths.slice(0, LISTED).map((path) => html("li", {}, path));
+    const lines = item.paths.slice(0, LISTED).map((path) => html("li", {}, ...broken(path)));
     if (item.paths.length > LISTED) lines.push(html("li", {}, `and ${item.paths.length - LISTED} more`));
     return [html("section", {}, html("h3", {}, "Modules"), html("ul", { class: "plain" }, ...lines))];
   }
@@ -211,10 +219,10 @@ export class Panel {
  */
 function adapterFacts(row) {
   return [
-    ["layer", row.site + (row.on_weight ? ", on its weight" : "")],
+    ["reflects", row.on_weight ? "the weight" : "the input"],
     ["d", String(row.d)],
     ["r", String(row.r)],
-    ["parameters", row.parameters.toLocaleString("en")],
+    ["trained numbers", row.parameters.toLocaleString("en")],
     ["mean angle", degrees(row.mean_angle), `${row.mean_angle} radians`],
     ["largest angle", degrees(row.angle), `${row.angle} radians`],
     ["|Q − I|", row.rotation.toFixed(3), String(row.rotation)],
@@ -243,9 +251,26 @@ function list(facts) {
     "dl",
     {},
     ...shown.map(([name, value, exact]) =>
-      html("div", {}, html("dt", {}, name), html("dd", exact ? { title: exact } : {}, value)),
+      html("div", {}, html("dt", {}, name), html("dd", exact ? { title: exact } : {}, ...broken(value))),
     ),
   );
+}
+
+/**
+ * A text that may go on in a new line after each dot.
+ * @param {string} text
+ * @returns {(Node | string)[]}
+ */
+function broken(text) {
+  return text.split(/(?<=\.)/).flatMap((part, index) => (index ? [html("wbr"), part] : [part]));
+}
+
+/**
+ * The path of a scope, or its name where it stands for several.
+ * @param {Item} item
+ */
+function nameOf(item) {
+  return item.paths.length > 1 ? `${item.label} (${item.paths.length} of them)` : item.target;
 }
 
 /** @param {number} radians */

@@ -100,7 +100,7 @@ export class Stage {
   /** As much of the drawing as can be read. */
   fit() {
     const { scroller, width } = this.panes[0];
-    this.setZoom(Math.max(Math.min(1, scroller.clientWidth / (width ?? 1)), READABLE));
+    this.setZoom(Math.max(Math.min(1, scroller.clientWidth / width), READABLE));
     scroller.scrollTo((scroller.scrollWidth - scroller.clientWidth) / 2, 0);
   }
 
@@ -129,8 +129,8 @@ export class Stage {
 
   #apply() {
     for (const { svg, width, height } of this.panes) {
-      svg.style.width = `${(width ?? 0) * this.zoom}px`;
-      svg.style.height = `${(height ?? 0) * this.zoom}px`;
+      svg.style.width = `${width * this.zoom}px`;
+      svg.style.height = `${height * this.zoom}px`;
     }
   }
 

@@ -1,0 +1,135 @@
+"""How large the HTML page is, how long Python takes to write it, and the browser to open it and to expand a module.
+
+    python benchmarks/page.py
+
+Needs torchvision, playwright and a Chromium. Without one, only sizes and times of Python are printed. What tracing
+takes is not counted: a page is written from a drawing.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import networkx as nx
+import torch
+import torchvision
+from playwright.sync_api import Browser, sync_playwright
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+import hra_fx
+from hra_fx.reporting import Row
+from hra_fx.view.drawing import Drawing, drawing_of
+from hra_fx.view.html.rendering import render
+from hra_fx.view.options import Options
+from hra_fx.view.tree import Leaf, Mark
+
+ROUNDS = 7
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+
+
+def resnet50() -> Drawing:
+    # All convolutions, and not the classifier.
+    config = hra_fx.HRAConfig(r=8, target_modules=r".*(conv\d|downsample\.0)")
+    return drawing_of(hra_fx.transform(torchvision.models.resnet50(), config))
+
+
+def bert() -> Drawing:
+    config = hra_fx.HRAConfig(r=8, target_modules=["query", "key", "value", "dense"])
+    return drawing_of(hra_fx.transform(BertModel(BertConfig(vocab_size=64, **SMALL)), config))
+
+
+def llama_exported() -> Drawing:
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=16, use_cache=False, **SMALL))
+    program = torch.export.export(model.eval(), (torch.arange(8)[None],), strict=False)
+    config = hra_fx.HRAConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
+    return drawing_of(hra_fx.transform(program, config))
+
+
+def without_repeats(count: int = 10_000) -> Drawing:
+    """A made-up model no two modules of which look alike: 50 blocks of 8 modules with branches that join again."""
+    picture: nx.DiGraph[str] = nx.DiGraph()
+    picture.graph.update(regions=frozenset({""}), classes={}, details={})
+    rows: list[Row] = []
+    before = ""
+    for index in range(count):
+        block, part = index * 50 // count, index * 400 // count % 8
+        place = (f"blocks.{block}", f"blocks.{block}.part.{part}")
+        path = f"{place[-1]}.layer{index}"
+        leaf = Leaf(f"layer{index}", f"Linear {index}→{index}", "module", "call_module", path, place, paths=(path,))
+        if index % 3 == 0:
+            leaf = Leaf(**{**leaf.__dict__, "kind": "site", "marks": (Mark(path, 0.1),), "width": index, "rank": 8})
+            angles = tuple(0.4 / (plane + 1) for plane in range(4))
+            rows.append(Row(path, "whole", "", count // 3, "", f"Linear({index}, {index})", False, "default", index, 8,
+                            8 * index, 0.1 + index / count, 0.4, 0.2, angles, 1e-7, 0.05))  # fmt: skip
+        picture.add_node(path, leaf=leaf)
+        if before:
+            picture.add_edge(before, path)
+            skipped = list(picture)[index - 7] if index % 5 == 0 and index > 7 else before
+            picture.add_edge(skipped, path)
+        before = path
+    return Drawing("Made", "Made with HRA", f"{count} nodes", picture, tuple(rows), {})
+
+
+MODELS: dict[str, Callable[[], Drawing]] = {
+    "resnet50": resnet50,
+    "BERT": bert,
+    "Llama, 16 layers, torch.export": llama_exported,
+    "10,000 nodes without repeats": without_repeats,
+}
+
+OPEN = "[...document.querySelectorAll('#stage .closed')].at(-1)"
+MEASURE = f"""async () => {{
+  const painted = () => new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
+  const time = async (act) => {{
+    const begin = performance.now();
+    act();
+    await painted();
+    return performance.now() - begin;
+  }};
+  const one = await time(() => {OPEN}.dispatchEvent(new MouseEvent("click", {{ bubbles: true, detail: 1 }})));
+  const all = await time(() => document.querySelector("#expand").click());
+  return [performance.getEntriesByName("drawn")[0].startTime, one, all];
+}}"""
+
+
+def in_browser(browser: Browser, file: Path) -> list[float]:
+    """Least times in ms: from the navigation until the page is drawn, of one expansion, of the expansion of all."""
+    measured = []
+    for _ in range(ROUNDS):
+        page = browser.new_page(viewport={"width": 1400, "height": 900})
+        page.goto(file.as_uri())
+        measured.append(page.evaluate(MEASURE))
+        page.close()
+    return [min(times) for times in zip(*measured, strict=True)]
+
+
+def main() -> None:
+    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=executable, args=["--no-sandbox"]) if executable else None
+        print(f"{browser.version if browser else 'no Chromium: pages are not opened'}; best of {ROUNDS}")
+        for name, make in MODELS.items():
+            drawing = make()
+            taken = []
+            for _ in range(ROUNDS):
+                begin = time.perf_counter()
+                text = render(drawing, Options())
+                taken.append(1e3 * (time.perf_counter() - begin))
+            file = Path(folder, "page.html")
+            file.write_text(render(drawing, Options(depth=0)), encoding="utf-8", newline="\n")
+            words = f"{name}: {len(drawing.picture):,} nodes, {len(text.encode()) / 1e3:,.0f} kB"
+            words += f", written in {min(taken):.0f} ms"
+            if browser:
+                words += "; drawn after {:.0f} ms, a module expanded in {:.0f} ms, all in {:.0f} ms".format(
+                    *in_browser(browser, file)
+                )
+            print(words, flush=True)
+
+
+if __name__ == "__main__":
+    main()

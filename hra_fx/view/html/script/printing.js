@@ -1,0 +1,70 @@
+// The drawing on paper: cut into pieces that stand side by side, where a screen would scroll.
+
+/** @import { Stage } from "./stage.js" */
+import { MARGIN } from "./pane.js";
+import { html, svg } from "./svg.js";
+
+// What A4 and Letter both have room for inside the margins, in CSS pixels; the first page has the heading too.
+const [PAGE_WIDTH, PAGE_HEIGHT, FIRST_HEIGHT] = [690, 940, 790];
+const [LARGEST, READABLE] = [0.8, 0.6];
+const GAP = 18;
+
+/**
+ * Lay the drawing out for each print, and clear it away afterwards.
+ * @param {HTMLElement} paper
+ * @param {Stage} stage
+ */
+export function listenToPrints(paper, stage) {
+  addEventListener("beforeprint", () => paper.replaceChildren(...pieces(stage)));
+  addEventListener("afterprint", () => paper.replaceChildren());
+}
+
+/** @param {Stage} stage */
+function pieces({ panes, paint: { boxes } }) {
+  const { width, height } = panes[0];
+  const zooms = [1, 2, 3, 4].map((count) => Math.min(LARGEST, (PAGE_WIDTH - GAP * (count - 1)) / count / width));
+  const long = height * zooms[0] > FIRST_HEIGHT;
+  const across = panes.length > 1 || !long ? 1 : Math.max(1, zooms.filter((zoom) => zoom >= READABLE).length);
+  const zoom = zooms[Math.max(across, panes.length) - 1];
+  const leaves = boxes.visible().filter((item) => !boxes.of(item).open);
+  const spans = leaves.map((item) => boxes.absolute(item)).map(({ y, height: high }) => ({ y, end: y + high }));
+  spans.sort((a, b) => a.y - b.y);
+  const shown = [];
+  let start = -MARGIN;
+  for (let count = 0; start < height - MARGIN; count++) {
+    const limit = (count < across ? FIRST_HEIGHT : PAGE_HEIGHT) / zoom;
+    const end = start + limit >= height - MARGIN ? height - MARGIN : cut(spans, start, start + limit);
+    for (const pane of panes) {
+      const title = panes.length > 1 && !count ? [html("figcaption", {}, pane.title)] : [];
+      shown.push(html("figure", {}, ...title, piece(pane, start, end, zoom)));
+    }
+    start = end;
+  }
+  return shown;
+}
+
+/**
+ * Where to cut: as far down as possible, through no box.
+ * @param {{y: number, end: number}[]} spans of the boxes, from above
+ * @param {number} start
+ * @param {number} limit
+ */
+function cut(spans, start, limit) {
+  let end = limit;
+  for (const span of [...spans].reverse()) if (span.y < end && span.end > end) end = span.y - 10;
+  return end > start ? end : limit;
+}
+
+/**
+ * @param {import("./pane.js").Pane} pane
+ * @param {number} start
+ * @param {number} end
+ * @param {number} zoom
+ */
+function piece(pane, start, end, zoom) {
+  const part = svg("svg", { viewBox: `${-MARGIN} ${start} ${pane.width} ${end - start}` });
+  part.style.width = `${pane.width * zoom}px`;
+  part.style.height = `${(end - start) * zoom}px`;
+  part.append(svg("use", { href: `#${pane.group.id}` }));
+  return part;
+}
