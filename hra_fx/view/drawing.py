@@ -66,19 +66,26 @@ def drawing_of(model: Any, example_inputs: Any = None) -> Drawing:
 
 
 def _facts(subject: Subject) -> str:
-    alone = len(subject.graphs.keys() & subject.sites.keys())
-    pieces = sum(key.startswith("call[") for key in subject.graphs)
-    regions = _number(len(subject.graphs) - alone, "captured region")
-    captured = f"{regions}, {_number(alone, 'layer')} alone" if alone else regions
-    captured = "captured whole" if "" in subject.graphs else f"one call in {pieces} pieces" if pieces else captured
     if not subject.sites:
-        return f"{subject.parameters:,} parameters · no adapters · {captured}"
+        return f"{subject.parameters:,} parameters · no adapters · {_captured(subject)}"
     ranks = sorted({site.rank for site in subject.sites.values()})
     span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     adapter = sum(site.vectors for site in subject.sites.values())
     share = adapter / max(subject.parameters, 1)
     words = f"{_number(len(subject.sites), 'adapted layer')} · r = {span} · {adapter:,} adapter parameters"
-    return f"{words} ({share:.2%} of {subject.parameters:,}) · {captured}"
+    return f"{words} ({share:.2%} of {subject.parameters:,}) · {_captured(subject)}"
+
+
+def _captured(subject: Subject) -> str:
+    """In what graphs the model is drawn."""
+    if subject.of_call:
+        return "graph of one call" if "" in subject.graphs else f"one call in {len(subject.graphs)} graphs"
+    if "" in subject.graphs:
+        return "captured whole"
+    alone = len(subject.graphs.keys() & subject.sites.keys())
+    regions = len(subject.graphs) - alone
+    words = [_number(regions, "captured region")] * bool(regions) + [f"{_number(alone, 'layer')} alone"] * bool(alone)
+    return ", ".join(words) or "no part captured"
 
 
 def _number(count: int, noun: str) -> str:

@@ -43,19 +43,22 @@ def find_subject(model: Any, example_inputs: Any = None) -> Subject:
             f"model: a {type(model).__name__}. Give a torch.nn.Module, a torch.fx.GraphModule or a "
             "torch.export.ExportedProgram."
         )
-    found = _graphs(model, example_inputs)
+    found = _captured(model)
+    of_call = example_inputs is not None and "" not in found
+    if of_call:
+        found = whole_graphs(model, as_call(example_inputs))
     if example_inputs is not None and "" in found:
         note_shapes(found[""], as_call(example_inputs))
-    return subject_of(model, found)
+    return subject_of(model, found, of_call=of_call)
 
 
-def _graphs(model: nn.Module, example_inputs: Any) -> dict[str, fx.GraphModule]:
+def _captured(model: nn.Module) -> dict[str, fx.GraphModule]:
+    """Module path -> what fx has of it."""
     if isinstance(model, fx.GraphModule):
         shown_in(model)  # marks the sites in it again
         return {"": model}
     if sites_of(model):
-        return graphs(model, example_inputs)
+        return graphs(model)
     layers = {path: part for path, part in model.named_modules() if find_kind(part) is not None}
     regions = find_regions(model, layers).regions
-    found = {path: region.graph_module(model.get_submodule(path), model.training) for path, region in regions.items()}
-    return found if example_inputs is None or "" in found else whole_graphs(model, as_call(example_inputs))
+    return {path: region.graph_module(model.get_submodule(path), model.training) for path, region in regions.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -39,11 +39,11 @@ def subject_of_program(program: ExportedProgram) -> Subject:
     for node, original in zip(list(graph.find_nodes(op="placeholder")), originals, strict=True):
         if original.name in names:
             _read_by_name(graph, node, names[original.name])
-    root: dict[str, object] = {**program.constants, **program.state_dict}
+    root: dict[str, Any] = {**program.constants, **program.state_dict}
     root |= dict(program.graph_module.named_children())  # the bodies of control flow
     read = {str(node.target) for node in graph.find_nodes(op="get_attr")}
     tensors = {name: value for name, value in root.items() if name in read}
-    return _subject(fx.GraphModule(tensors, graph), dict(program.named_parameters()))  # type: ignore[arg-type]
+    return _subject(fx.GraphModule(tensors, graph), dict(program.named_parameters()))
 
 
 def subject_of_captured(module: fx.GraphModule) -> Subject:

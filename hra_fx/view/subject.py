@@ -47,6 +47,7 @@ class Subject:
         aliases: another path of a site -> its first one.
         classes: module path -> name of the class.
         parameters: how many numbers the model holds, without its adapters.
+        of_call: whether the graphs are TorchDynamo's, of one call.
     """
 
     model: nn.Module
@@ -55,14 +56,16 @@ class Subject:
     aliases: Mapping[str, str]
     classes: Mapping[str, str]
     parameters: int
+    of_call: bool = False
 
 
-def subject_of(model: nn.Module, graphs: Mapping[str, fx.GraphModule]) -> Subject:
+def subject_of(model: nn.Module, graphs: Mapping[str, fx.GraphModule], *, of_call: bool = False) -> Subject:
     """A model with graphs that were captured of it; it may be a plain one.
 
     Args:
         model: the model.
         graphs: module path -> captured graph.
+        of_call: whether they are TorchDynamo's, of one call.
     """
     sites = sites_of(model)
     first = {layer: path for path, layer in sites.items()}
@@ -74,6 +77,7 @@ def subject_of(model: nn.Module, graphs: Mapping[str, fx.GraphModule]) -> Subjec
         aliases={path: first[part] for path, part in named.items() if part in first},
         classes={path: type(part).__name__ for path, part in named.items()},
         parameters=sum(parameter.numel() for parameter in own_parameters(model)),
+        of_call=of_call,
     )
 
 
