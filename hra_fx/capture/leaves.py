@@ -65,7 +65,7 @@ def given(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], r
 
 
 def _is_attention(module: nn.Module) -> bool:
-    return isinstance(module, nn.MultiheadAttention)
+    return issubclass(original_class(module), nn.MultiheadAttention)
 
 
 @functools.cache

@@ -26,12 +26,14 @@ class Bench(NamedTuple):
         paths: each module at or below the root, and its path.
         tensors: id -> (name, tensor) of the parameters and buffers.
         constants: tensors that are plain attributes, and their names.
+        leaves: the modules that were looked at so far -> whether they are called as they are.
     """
 
     session: Session
     paths: dict[nn.Module, str]
     tensors: Mapping[int, tuple[str, Tensor]]
     constants: dict[Any, str]
+    leaves: dict[nn.Module, bool]
 
 
 class SwiftTracer(RegionTracer):
@@ -41,6 +43,7 @@ class SwiftTracer(RegionTracer):
         """A tracer for `bench`; the others are those of `RegionTracer`."""
         super().__init__(*args)
         self._bench = bench
+        self._leaves = bench.leaves
 
     def trace_once(self, root: Any) -> fx.Graph:
         """What is left to do of a trace, once fx is set up."""

@@ -59,13 +59,14 @@ class Sandbox:
             CaptureError: some attribute cannot be copied.
         """
         self._module = module
-        named = [*module.named_buffers(), *module.named_parameters()]
-        self.tensors = {id(tensor): (name, tensor) for name, tensor in named}
-        self._copier = _Copier(tensor for _, tensor in named)
+        self.tensors = _tensors(module)
+        self._copier = _Copier(tensor for _, tensor in self.tensors.values())
         self.log = ReadingLog()
         try:
             self.twin: nn.Module = self._copier.copy((), module)
             self.parts = dict(self.twin.named_modules())
+            # Before the log is put on, for it would see each of them being asked for.
+            self._spaces: list[dict[str, Any]] = [part.__dict__ for part in self.parts.values()]
             for part in self.parts.values():
                 self.log.put_on(part)
         except Exception as error:
@@ -78,18 +79,16 @@ class Sandbox:
         """Set the mode of every part of the copy."""
         self._training = training
         # Directly, for a train() of the model's own may keep parts in eval mode, which the region checks at each call.
-        for part in self._modules:
-            part.__dict__["training"] = training
-        for space in self._copier.of_modules:
+        for space in (*self._spaces, *self._copier.of_modules):
             space["training"] = training
 
     def constants(self) -> dict[Any, str]:
         """Tensors, and objects of TorchScript, that are plain attributes of the copy, and the name of each."""
         return {
-            vars(part)[key]: f"{path}.{key}".lstrip(".")
-            for path, part in self.parts.items()
-            for key in vars(part).keys() - OF_TORCH
-            if isinstance(vars(part)[key], (Tensor, torch.ScriptObject))
+            space[key]: f"{path}.{key}".lstrip(".")
+            for path, space in zip(self.parts, self._spaces, strict=True)
+            for key in space.keys() - OF_TORCH
+            if isinstance(space[key], (Tensor, torch.ScriptObject))
         }
 
     def differences(self) -> list[str]:
@@ -101,6 +100,17 @@ class Sandbox:
     def _holds_the_same(self) -> bool:
         kinds = map(type, self._modules)
         return all(map(operator.is_, kinds, self._kinds)) and self._copier.holds_the_same()
+
+
+def _tensors(module: nn.Module) -> dict[int, tuple[str, Tensor]]:
+    """`id -> (name, tensor)` of parameters and buffers, under the name by which each is met first."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    parts = list(module.named_modules())
+    for path, space in [*((path, p._parameters) for path, p in parts), *((path, p._buffers) for path, p in parts)]:
+        for name, tensor in space.items():
+            if tensor is not None:
+                found.setdefault(id(tensor), (f"{path}.{name}".lstrip("."), tensor))
+    return found
 
 
 class _Copier:
@@ -147,23 +157,34 @@ class _Copier:
         self._memo[id(module)] = made
         space = vars(made)
         for key, value in vars(module).items():
-            space[key] = value if type(value) in _ATOMS else self.copy((name, key), value)
+            kind = type(value)
+            if kind in _ATOMS:
+                space[key] = value
+            elif kind is collections.OrderedDict and not value and not vars(value):  # as most are: hooks, mostly
+                space[key] = self._memo.get(id(value)) or self._make_empty(value)
+            else:
+                space[key] = self.copy((name, key), value)
         held = space.copy()
         self._held.append((space, held))
         self.of_modules.append(held)
+        return made
+
+    def _make_empty(self, value: Any) -> Any:
+        made = self._memo[id(value)] = type(value)()
+        self._empty.append(made)
+        if type(made) is collections.OrderedDict:
+            self._empty.append(vars(made))
         return made
 
     def _copy_container(self, name: _Name, value: Any) -> Any:
         kind = type(value)
         if kind is tuple:
             return self._copy_tuple(name, value)
-        made = kind()
-        self._memo[id(value)] = made
+        if not value:
+            return self._make_empty(value)
+        made = self._memo[id(value)] = kind()
         if kind is collections.OrderedDict:
             self._empty.append(vars(made))
-        if not value:
-            self._empty.append(made)
-            return made
         if kind is list:
             made.extend([self.copy((name, place), item) for place, item in enumerate(value)])
         else:
@@ -173,6 +194,8 @@ class _Copier:
         return made
 
     def _copy_tuple(self, name: _Name, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if _ATOMS.issuperset(map(type, value)):
+            return value
         made = tuple([self.copy((name, place), item) for place, item in enumerate(value)])
         if all(map(operator.is_, made, value)):
             return value

@@ -80,7 +80,7 @@ class _Tracing:
         self._surroundings = Surroundings(module)
         self._box = box = Sandbox(module)
         paths = {part: path for path, part in box.parts.items()}
-        self._bench = Bench(Session(), paths, box.tensors, box.constants())
+        self._bench = Bench(Session(), paths, box.tensors, box.constants(), {})
         self._sites = {self._box.parts[path] for path in sites}
         self._dissolved: dict[str, nn.Module] = {}
 
