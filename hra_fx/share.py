@@ -71,8 +71,9 @@ def share_turned(rows: Tensor, chain: Tensor) -> float:
     part, whole = (torch.zeros((), dtype=wide, device=rows.device) for _ in range(2))
     for piece in torch.split(rows.detach(), max(1, _CHUNK // max(1, rows.shape[1]))):
         cast = piece.to(directions.dtype)
-        part += torch.linalg.vector_norm(cast @ directions).to(wide).square()
-        whole += torch.linalg.vector_norm(cast).to(wide).square()
+        for total, matrix in ((part, cast @ directions), (whole, cast)):
+            # Row by row: one sum of millions of float32 is good to three digits only.
+            total += torch.linalg.vector_norm(matrix, dim=1).to(wide).square().sum()
     size = float(whole)
     # Rounding may leave a hair more than all of it.
     return min(float(part) / size, 1.0) if size else 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +101,12 @@ def inches(text: str, size: float) -> float:
 def write(figure: Figure, file: Path) -> Path:
     """Write a figure, cut to what is on it."""
     ending = file.suffix.lower()
-    figure.savefig(file, format=ending[1:], dpi=160, bbox_inches="tight", pad_inches=0.15, metadata=_METADATA[ending])
+    with warnings.catch_warnings():
+        # A letter that the font lacks is a box in the picture, and an SVG leaves it to the reader's fonts.
+        warnings.filterwarnings("ignore", r"Glyph .* missing from font", UserWarning)
+        figure.savefig(
+            file, format=ending[1:], dpi=160, bbox_inches="tight", pad_inches=0.15, metadata=_METADATA[ending]
+        )
     return file
 
 

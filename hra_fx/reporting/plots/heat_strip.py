@@ -37,6 +37,8 @@ def draw_heat_strip(rows: Sequence[Row], path: str | os.PathLike[str], heat: str
     known = adapters_of(rows)
     if adapter is not None and adapter not in known:
         raise VisualizeError(f"adapter: {adapter!r} is not in the report. It has {', '.join(map(repr, known))}.")
+    if not rows:
+        raise VisualizeError("rows: the report is empty, so there is nothing to draw.")
     used = [row for row in rows if adapter in (None, row.adapter)]
     values = _largest(used, measure)
     strip = _Strip(grid_of(values), values, round_top(values.values()), measure)

@@ -1,0 +1,58 @@
+"""Reports of made-up rows, and of models with names that are hard to write."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from hra_fx import HRAConfig, transform
+from hra_fx.reporting import Missed, Report, Row
+
+#: What HTML, Markdown, JSON and rich each take for something of their own.
+HOSTILE = "<script>alert('&')</script>|`*[red]_x_[/red]\\\"~#"
+
+_ROW = Row(
+    path="layer",
+    region="whole",
+    region_path="",
+    region_sites=1,
+    region_reason="",
+    site="Linear 8->4",
+    on_weight=False,
+    adapter="default",
+    d=8,
+    r=2,
+    parameters=16,
+    rotation=0.5,
+    angle=0.3,
+    mean_angle=0.2,
+    angles=(0.3, 0.1),
+    orthogonality=1e-7,
+    share=0.25,
+)
+
+
+def row(path: str = "layer", **fields: Any) -> Row:
+    return dataclasses.replace(_ROW, path=path, **fields)
+
+
+def report_of(*rows: Row, missed: tuple[Missed, ...] = ()) -> Report:
+    return Report(rows, missed)
+
+
+def blocks(count: int, *names: str, stack: str = "model.layers", **fields: Any) -> list[Row]:
+    """The rows of a deep model, each turned a little more than the one before."""
+    angles = torch.linspace(0.01, 0.5, count * len(names)).tolist()
+    paths = [f"{stack}.{index}.attn.{name}" for index in range(count) for name in names]
+    return [row(path, mean_angle=angle, angle=2 * angle, **fields) for path, angle in zip(paths, angles, strict=True)]
+
+
+def adapted(r: int = 2) -> Any:
+    model = transform(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2)), HRAConfig(r=r, target_modules=["0"]))
+    with torch.no_grad():
+        vectors = model[0].hra_u["default"]
+        vectors.add_(0.2 * torch.randn(vectors.shape, generator=torch.Generator().manual_seed(0)))
+    return model

@@ -1,0 +1,282 @@
+"""The callback in real runs of the Trainer: what reporters and logs get, once, and the plot at the end."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import CallbackHandler
+
+import hra_fx
+from hra_fx.integrations import HRATrainer, RotationCallback
+
+KEYS = {"angle_mean_degrees", "angle_largest_degrees", "orthogonality_error"}
+VOCABULARY = 20
+
+
+class Recorder(TrainerCallback):
+    """Keeps what a reporter gets, where reporters stand: before the callbacks of the user."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        self.seen.append({**logs, "step": state.global_step})
+
+
+def llama(*adapters: str, **fields: Any) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=8,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    model: Any = LlamaForCausalLM(config)
+    hra = hra_fx.HRAConfig(r=4, target_modules=["q_proj", "v_proj"], **fields)
+    first, *others = adapters or ("default",)
+    model = hra_fx.transform(model, hra, first)
+    for name in others:
+        hra_fx.add_adapter(model, name, hra)
+    return model
+
+
+def data(count: int = 8) -> list[dict[str, torch.Tensor]]:
+    tokens = torch.randint(3, VOCABULARY, (count, 6), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def trainer_of(
+    model: nn.Module, folder: Path, callbacks: list[TrainerCallback], kind: type[Trainer] = Trainer, **arguments: Any
+) -> Trainer:
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 2,
+        "max_steps": 5,
+        "learning_rate": 0.05,
+        "logging_steps": 2,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    chosen = TrainingArguments(output_dir=str(folder), **(settings | arguments))
+    return kind(model=model, args=chosen, train_dataset=data(), eval_dataset=data(2), callbacks=callbacks)
+
+
+def wanted(model: nn.Module, adapter: str = "default") -> dict[str, float]:
+    """The numbers of the report, which has oracles of its own."""
+    rows = [row for row in hra_fx.report(model) if row.adapter == adapter]
+    return {
+        "angle_mean_degrees": math.degrees(sum(row.mean_angle for row in rows) / len(rows)),
+        "angle_largest_degrees": math.degrees(max(row.angle for row in rows)),
+        "orthogonality_error": max(row.orthogonality for row in rows),
+    }
+
+
+def test_reporters_and_the_history_of_logs_get_the_numbers_once(tmp_path: Path) -> None:
+    recorder, callback = Recorder(), RotationCallback()
+    trainer = trainer_of(llama(), tmp_path, [recorder, callback])
+    trainer.train()
+    assert trainer.callback_handler.callbacks[0] is callback
+    assert trainer.callback_handler.callbacks.count(callback) == 1
+    training = [entry for entry in recorder.seen if "loss" in entry]
+    assert [entry["step"] for entry in training] == [2, 4]
+    assert all(entry.keys() >= KEYS for entry in training)
+    others = [entry for entry in recorder.seen if "loss" not in entry]
+    assert others, "the summary of the run"
+    assert not any(KEYS & entry.keys() for entry in others)
+    assert trainer.state.log_history == recorder.seen
+
+
+def test_the_numbers_are_those_of_the_report_at_that_step(tmp_path: Path) -> None:
+    seen: list[dict[str, float]] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+            seen.append(wanted(model))
+
+    trainer = trainer_of(llama(), tmp_path, [RotationCallback(), Watch()], logging_steps=1)
+    trainer.train()
+    logged = [{key: entry[key] for key in KEYS} for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 5
+    assert logged == [pytest.approx(numbers) for numbers in seen]
+    assert logged[0]["angle_mean_degrees"] > 0
+    assert logged[0]["orthogonality_error"] < 1e-5
+
+
+def test_the_history_begins_at_the_start_and_ends_at_the_end(tmp_path: Path) -> None:
+    callback = RotationCallback()
+    model = llama()
+    trainer = trainer_of(model, tmp_path, [callback])
+    trainer.train()
+    assert [point.step for point in callback.history] == [0, 2, 4, 5]
+    assert callback.history[0].mean_angle == callback.history[0].angle == 0.0
+    last = callback.history[-1]
+    assert math.degrees(last.mean_angle) == pytest.approx(wanted(model)["angle_mean_degrees"])
+    trainer.train()
+    assert [point.step for point in callback.history] == [0, 2, 4, 5], "a second run has a history of its own"
+
+
+def test_an_evaluation_is_not_given_numbers(tmp_path: Path) -> None:
+    recorder = Recorder()
+    trainer = trainer_of(llama(), tmp_path, [recorder, RotationCallback()], eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    evaluations = [entry for entry in recorder.seen if "eval_loss" in entry]
+    assert len(evaluations) == 5
+    assert not any(KEYS & entry.keys() for entry in evaluations)
+    assert [entry["step"] for entry in recorder.seen if KEYS & entry.keys()] == [2, 4]
+
+
+def test_of_several_adapters_the_active_ones_are_logged_by_name(tmp_path: Path) -> None:
+    model = llama("first", "second", "third")
+    hra_fx.set_adapter(model, ["first", "second"])
+    recorder, callback = Recorder(), RotationCallback()
+    trainer_of(model, tmp_path, [recorder, callback]).train()
+    keys = {key for entry in recorder.seen for key in entry if key.split("/")[0] in KEYS}
+    assert keys == {f"{key}/{name}" for key in KEYS for name in ("first", "second")}
+    assert {point.adapter for point in callback.history} == {"first", "second"}
+    last = [point for point in callback.history if point.step == 5]
+    for point in last:
+        assert math.degrees(point.angle) == pytest.approx(wanted(model, point.adapter)["angle_largest_degrees"])
+
+
+@pytest.mark.parametrize("fields", [{"apply_GS": True}, {"init_weights": False}], ids=str)
+def test_other_kinds_of_adapters(fields: dict[str, Any], tmp_path: Path) -> None:
+    callback = RotationCallback()
+    trainer_of(llama(**fields), tmp_path, [callback]).train()
+    assert (callback.history[0].angle > 0.5) == ("init_weights" in fields)
+    assert all(math.isfinite(point.mean_angle) for point in callback.history)
+
+
+def test_it_goes_with_the_regulariser_whose_log_it_leaves_alone(tmp_path: Path) -> None:
+    recorder = Recorder()
+    callbacks = [recorder, RotationCallback()]
+    model = llama(init_weights=False)
+    settings = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
+        save_strategy="no", dataloader_pin_memory=False,
+    )  # fmt: skip
+    HRATrainer(model=model, args=settings, train_dataset=data(), callbacks=callbacks, orthogonality_weight=1e-3).train()
+    training = [entry for entry in recorder.seen if "loss" in entry]
+    assert all(entry["orthogonality"] > 1e-3 > entry["orthogonality_error"] for entry in training)
+
+
+def test_one_that_is_added_later_goes_first_too(tmp_path: Path) -> None:
+    recorder = Recorder()
+    trainer = trainer_of(llama(), tmp_path, [recorder])
+    trainer.add_callback(RotationCallback())
+    trainer.train()
+    assert [entry["step"] for entry in recorder.seen if KEYS & entry.keys()] == [2, 4]
+
+
+def test_a_resumed_training_goes_on_with_its_history(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "logging_steps": 1}
+    trainer_of(llama("style"), tmp_path, [RotationCallback()], **arguments).train()
+    callback = RotationCallback()
+    trainer = trainer_of(llama("style"), tmp_path, [callback], **arguments)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [point.step for point in callback.history] == [1, 2, 3, 4]
+    assert {point.adapter for point in callback.history} == {"style"}
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in logged] == [1, 2, 3, 4]
+    for point, entry in zip(callback.history, logged, strict=True):
+        assert math.degrees(point.mean_angle) == pytest.approx(entry["angle_mean_degrees"])
+
+
+def called_alone(callback: RotationCallback, model: nn.Module, *, first_process: bool = True) -> dict[str, float]:
+    """One log, by the Trainer's own handler around a model as a Trainer wraps it."""
+    arguments = TrainingArguments(output_dir="unused", report_to=[], use_cpu=True)
+    state = TrainerState(is_world_process_zero=first_process, global_step=0)
+    handler = CallbackHandler([callback], model, None, None, None)  # type: ignore[no-untyped-call]
+    handler.callbacks.append(TrainerCallback())
+    logs = {"loss": 1.0}
+    control = handler.on_train_begin(arguments, state, TrainerControl())
+    state.global_step = 1
+    handler.on_log(arguments, state, control, logs)
+    return logs
+
+
+@pytest.mark.filterwarnings("ignore:The Trainer will not work properly")
+def test_a_model_under_distributed_data_parallel(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        model = llama()
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        logs = called_alone(RotationCallback(), wrapped)
+        assert {key: logs[key] for key in KEYS} == pytest.approx(wanted(model))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_another_process_than_the_first_logs_nothing() -> None:
+    callback = RotationCallback()
+    assert called_alone(callback, llama(), first_process=False) == {"loss": 1.0}
+    assert callback.history == []
+
+
+def test_shards_of_vectors_are_warned_of() -> None:
+    model = llama()
+    for name, parameter in model.named_parameters():
+        if ".hra_u." in name:  # as DeepSpeed ZeRO-3 leaves them outside of the forward
+            parameter.data = torch.empty(0)
+    with pytest.warns(hra_fx.HRAWarning, match=r"^RotationCallback: this process holds only shards of the vectors"):
+        assert called_alone(RotationCallback(), model) == {"loss": 1.0}
+
+
+def test_a_model_without_reflections_is_refused(tmp_path: Path) -> None:
+    model = hra_fx.fold(llama())
+    with pytest.raises(hra_fx.AdapterError, match=r"^LlamaForCausalLM: it has no reflections\."):
+        trainer_of(model, tmp_path, [RotationCallback()]).train()
+
+
+def test_called_by_something_else_it_says_where_the_angles_are() -> None:
+    callback, model = RotationCallback(), llama()
+    arguments = TrainingArguments(output_dir="unused", report_to=[], use_cpu=True)
+    with pytest.warns(hra_fx.HRAWarning, match="cannot go before the callbacks that report"):
+        callback.on_train_begin(arguments, TrainerState(), TrainerControl(), model=model)
+
+
+@pytest.mark.parametrize("ending", [".svg", ".png", ".pdf"])
+def test_the_plot_is_written_at_the_end(ending: str, tmp_path: Path) -> None:
+    file = tmp_path / f"rotation{ending}"
+    trainer_of(llama(), tmp_path, [RotationCallback(plot=file)]).train()
+    assert file.stat().st_size > 1000
+
+
+def test_a_plot_that_cannot_be_written_is_refused_before_the_training(tmp_path: Path) -> None:
+    with pytest.raises(hra_fx.VisualizeError, match=r"^path: 'rotation\.gif' ends in '\.gif'"):
+        RotationCallback(plot=tmp_path / "rotation.gif")
+    with pytest.raises(hra_fx.VisualizeError, match="does not exist"):
+        RotationCallback(plot=tmp_path / "absent" / "rotation.svg")
+
+
+def test_a_plot_that_fails_at_the_end_does_not_lose_the_training(tmp_path: Path) -> None:
+    folder = tmp_path / "plots"
+    folder.mkdir()
+    callback = RotationCallback(plot=folder / "rotation.svg")
+    trainer = trainer_of(llama(), tmp_path, [callback])
+    folder.rmdir()
+    with pytest.warns(hra_fx.HRAWarning, match=r"rotation\.svg could not be written .* Its numbers are in history\."):
+        result = trainer.train()
+    assert result.global_step == 5
+    assert callback.history
