@@ -39,7 +39,7 @@ def draw_training(history: Sequence[Progress], path: str | os.PathLike[str]) -> 
 
 
 def _figure(history: Sequence[Progress]) -> Figure:
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     total = _HIGH + _LOW + 0.55
     figure = new_figure(_WIDE, total)
@@ -50,10 +50,12 @@ def _figure(history: Sequence[Progress]) -> Figure:
         colour, name = _COLOURS[place % len(_COLOURS)], shown(adapter, 40)
         _line(angles, points, lambda point: math.degrees(point.mean_angle), colour, "-", f"{name}, mean")
         _line(angles, points, lambda point: math.degrees(point.angle), colour, ":", f"{name}, largest")
-        _line(errors, points, lambda point: point.orthogonality or math.nan, colour, "-", "")
+        _line(errors, points, lambda point: point.orthogonality, colour, "-", "")
     angles.set_ylim(bottom=0)
-    if any(point.orthogonality > 0 for point in history):
-        errors.set_yscale("log")
+    errors.set_ylim(bottom=0)
+    errors.yaxis.set_major_locator(MaxNLocator(3))
+    # Not matplotlib's own, which sets powers of ten as formulas.
+    errors.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.1e}" if value else "0"))
     errors.set_xlabel("step")
     entitle(angles, "How far training turned the layers", "angles in degrees")
     errors.set_title("largest |Q'Q - I|, the rounding of the forward", loc="left", fontsize=9, color=QUIET)
