@@ -110,7 +110,7 @@ def _attributes(leaf: Leaf, notes: Notes) -> str:
     shown = {
         "label": quoted(*filter(None, words)),
         "tooltip": quoted(*tip),
-        "class": quoted("site" if leaf.marks else leaf.kind),
+        "class": quoted("site" if leaf.marks else "again" if leaf.kind == "site" else leaf.kind),
         "fillcolor": quoted(fill),
         "color": quoted(MISSED if missed else line),
         "fontcolor": quoted(ink),

@@ -48,23 +48,24 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
-def renderer(suffix: str, name: str) -> Render:
+def renderer(suffix: str, name: str, formats: Mapping[str, Format] = FORMATS) -> Render:
     """What writes a format.
 
     Args:
         suffix: the file ending, in lower case.
         name: that of the file, for messages.
+        formats: those to choose from.
 
     Raises:
         VisualizeError: no such format, or its library is not installed; the message lists the formats that work.
     """
-    working = ", ".join(f"{ending} ({form.words})" for ending, form in FORMATS.items() if form.works)
-    if suffix not in FORMATS:
+    working = ", ".join(f"{ending} ({form.words})" for ending, form in formats.items() if form.works)
+    if suffix not in formats:
         raise VisualizeError(
             f"path: {name!r} ends in {suffix or 'nothing'!r}, and the formats that can be written are {working}. "
             "Choose one of those endings."
         )
-    form = FORMATS[suffix]
+    form = formats[suffix]
     if not form.works:
         raise VisualizeError(
             f"path: {name!r} needs the package {form.library.replace('_', '-')}, which is not installed: "

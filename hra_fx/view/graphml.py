@@ -30,8 +30,8 @@ def render(drawing: Drawing, options: Options) -> bytes:
 def plain(drawing: Drawing, options: Options) -> nx.DiGraph[str]:
     """The graph as GraphML can hold it: what is read back equals it.
 
-    It is that of `to_networkx`, with lines joined by `"; "`, with U+FFFD for what XML cannot hold, and without
-    attributes that are empty or NaN. With a heat, its value is the attribute of that name with `heat_` before it.
+    It is that of `to_networkx`, with U+FFFD for what XML cannot hold, and without attributes that are empty or NaN.
+    With a heat, its value is the attribute of that name with `heat_` before it.
     """
     part = closed(focused(drawing, options.focus), options.depth)
     graph, heat = network(part), heating(part, options.heat)
@@ -51,7 +51,7 @@ def _held(attributes: dict[str, str | int | float]) -> dict[str, str | int | flo
     held: dict[str, str | int | float] = {}
     for name, value in attributes.items():
         if isinstance(value, str):
-            value = "; ".join(clean(line) for line in value.split("\n"))
+            value = "\n".join(clean(line) for line in value.split("\n"))
         if value != "" and not (isinstance(value, float) and math.isnan(value)):
             held[name] = value
     return held

@@ -13,7 +13,7 @@ from typing import Any
 
 from hra_fx.view.closing import closed
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.focusing import focused
+from hra_fx.view.focusing import focused, module_of
 from hra_fx.view.heat import HEATS, PALETTE, heating, ink_on
 from hra_fx.view.notes import Notes
 from hra_fx.view.options import Options
@@ -32,7 +32,8 @@ def render(drawing: Drawing, options: Options) -> str:
     part = closed(focused(drawing, options.focus), options.depth)
     name = f"{clean(part.title)}: graph"  # not one of the two other keys, whatever the model is called
     nodes = [_node(part, key, data["leaf"]) for key, data in part.picture.nodes(data=True)]
-    content: dict[str, Any] = {"label": clean(part.title), "graphs": [{"id": name, "nodes": nodes}]}
+    graph = {"id": name, "nodes": nodes, "groupNodeAttributes": _groups(part)}
+    content: dict[str, Any] = {"label": clean(part.title), "graphs": [graph]}
     if part.rows:
         content[name] = _node_data(part, options.heat or _HEAT)
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
@@ -42,7 +43,7 @@ def _node(part: Drawing, key: str, leaf: Leaf) -> dict[str, Any]:
     node: dict[str, Any] = {
         "id": key,
         "label": clean(leaf.name),
-        "namespace": "/".join(_component(call) for call in leaf.place),
+        "namespace": _namespace(leaf.place),
         "attrs": _pairs(_facts(part, leaf)),
         "incomingEdges": [
             {"sourceNodeId": source, "sourceNodeOutputId": "0", "targetNodeInputId": str(place)}
@@ -53,6 +54,21 @@ def _node(part: Drawing, key: str, leaf: Leaf) -> dict[str, Any]:
         shape = f"{leaf.dtype}[{leaf.shape.replace('×', ',')}]"
         node["outputsMetadata"] = [{"id": "0", "attrs": _pairs({"tensor_shape": shape})}]
     return node
+
+
+def _groups(part: Drawing) -> dict[str, dict[str, str]]:
+    """What is told of the modules, by namespace; `""` stands for the model."""
+    groups = {"": {"facts": clean(part.facts)}}
+    for _, leaf in part.picture.nodes(data="leaf"):
+        for end, call in enumerate(leaf.place, start=1):
+            path = module_of(call)
+            facts = {"module": clean(path), "class": clean(part.picture.graph["classes"].get(path, ""))}
+            groups.setdefault(_namespace(leaf.place[:end]), {name: value for name, value in facts.items() if value})
+    return groups
+
+
+def _namespace(place: tuple[str, ...]) -> str:
+    return "/".join(map(_component, place))
 
 
 def _component(call: str) -> str:
@@ -90,7 +106,7 @@ def _node_data(part: Drawing, name: str) -> dict[str, Any]:
         value = heat.mean(mark.path for mark in marks) if heat and marks else math.nan
         if heat and math.isfinite(value):
             fill = heat.colour(value)
-            results[key] = {"value": value, "bgColor": fill, "textColor": ink_on(fill)}
+            results[key] = {"value": float(f"{value:.6g}"), "bgColor": fill, "textColor": ink_on(fill)}
     stops = [{"stop": index / (len(PALETTE) - 1), "bgColor": fill} for index, fill in enumerate(PALETTE)]
     unit = f" ({HEATS[name].unit})" if HEATS[name].unit else ""
     return {"name": f"{HEATS[name].words}{unit}", "results": results, "gradient": stops}

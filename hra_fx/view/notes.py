@@ -82,7 +82,7 @@ class Notes:
         """A line of a tip: a site, with its heat where that is on."""
         if self.heating is None:
             return path
-        return f"{path}\u2002{self.heating.text(self.heating.mean([path]))}"
+        return f"{path} · {self.heating.text(self.heating.mean([path]))}"
 
     def strip(self, item: Item) -> tuple[str, str]:
         """Words and colour of the heat of all sites in a box; nothing where it is off, or there is no site."""

@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from hra_fx.errors import VisualizeError
 from hra_fx.view.drawing import drawing_of
 from hra_fx.view.focusing import focused
@@ -18,7 +16,7 @@ from hra_fx.view.writing import put_whole
 
 
 def visualize(
-    model: nn.Module,
+    model: Any,
     path: str | os.PathLike[str],
     *,
     example_inputs: Any = None,
@@ -33,9 +31,9 @@ def visualize(
     by itself. Every adapted layer is in each of them exactly once.
 
     Args:
-        model: a model; one that went through `hra_fx.transform`, a plain one, or a folded one.
+        model: a module, transformed, plain or folded, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`.
         path: the file; its ending chooses the format, and its folder must exist.
-        example_inputs: those of one call, as in `hra_fx.graphs`, for a whole graph where fx has none.
+        example_inputs: those of one call: for shapes, and for a whole graph by TorchDynamo where fx has none.
         depth: how many levels of modules are opened: 0 for the model with its children closed, 1 to open those, and so
             on. `None` leaves it to the format: what fits a page in pictures, everything in files for other programs.
         focus: qualified name of a module to be drawn by itself, with what enters and leaves it.
@@ -48,6 +46,7 @@ def visualize(
     Raises:
         VisualizeError: another file ending, no such folder, a library that is not installed, options that do not fit
             the model, or a graph that the format cannot hold.
+        AdapterError: the model does not run on the example inputs, or TorchDynamo cannot record the call.
 
     Example:
         >>> import hra_fx, tempfile, torch

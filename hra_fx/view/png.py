@@ -6,6 +6,7 @@ fonts, and without any font the picture is refused.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,19 +30,26 @@ def render(drawing: Drawing, options: Options) -> bytes:
     return rasterize(render_svg(drawing, options))
 
 
-def rasterize(svg: str, *, system_fonts: bool = True) -> bytes:
+def rasterize(svg: str, *, system_fonts: bool = True, files: Sequence[Path] | None = None) -> bytes:
     """An SVG text as PNG.
 
     Args:
         svg: the text.
-        system_fonts: whether the fonts of the machine may be used.
+        system_fonts: whether the fonts of the machine are used.
+        files: further fonts; `None` for those that are found among the installed packages.
 
     Raises:
         VisualizeError: there is no font.
     """
     from resvg_py import svg_to_bytes
 
-    fonts = _fonts(system_fonts)
+    # Widths of text are reckoned for DejaVu Sans, so that comes first where it is found.
+    fonts: dict[str, Any] = {
+        "skip_system_fonts": not system_fonts,
+        "font_files": [str(file) for file in (brought_along() if files is None else files)],
+        "sans_serif_family": _FAMILY,
+        "font_family": _FAMILY,
+    }
     if svg_to_bytes(svg_string=_LETTER.format("x"), **fonts) == svg_to_bytes(svg_string=_LETTER.format(""), **fonts):
         raise VisualizeError(
             "path: a .png needs a font, and none was found, so it would have no text. Install one (on Debian the "
@@ -50,17 +58,7 @@ def rasterize(svg: str, *, system_fonts: bool = True) -> bytes:
     return bytes(svg_to_bytes(svg_string=svg, zoom=SCALE, **fonts))
 
 
-def _fonts(system_fonts: bool) -> dict[str, Any]:
-    """What resvg is told of fonts. DejaVu Sans comes first where it is found, for which widths of text are reckoned."""
-    return {
-        "skip_system_fonts": not system_fonts,
-        "font_files": [str(file) for file in _brought_along()],
-        "sans_serif_family": _FAMILY,
-        "font_family": _FAMILY,
-    }
-
-
-def _brought_along() -> list[Path]:
+def brought_along() -> list[Path]:
     """The fonts in matplotlib, which is looked at and not imported."""
     found = find_spec("matplotlib")
     if found is None or not found.submodule_search_locations:

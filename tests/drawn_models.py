@@ -1,0 +1,113 @@
+"""Adapted models of every sort that pictures have to cope with, small."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torchvision
+import transformers
+from torch import Tensor, nn
+
+import hra_fx
+
+#: Names that mean something in some format, and that a module can have which is captured.
+HOSTILE = (
+    *("<script>alert(1)</script>", "a&b", "&lt;", "apo'strophe", "]]>", "-->", "bell\x07", "日本", "#quot;", "sla/sh"),
+    *("%%{init: {'theme': 'dark'}}%%", "style x:#a;b", "end", "click", "back`tick`", "**bold**", "a@2", "x;y"),
+)
+#: Names that no generated code can hold, so that such a layer stays as it is.
+UNSPEAKABLE = ('quo"te', "nul\x00", "line\nbreak", "back\\slash\\N", "\ud800")
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(self.act(self.fc1(x)))
+
+
+class Shared(nn.Module):
+    """One block called three times, one layer called in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.fc = Residual(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.block(self.fc(self.block(self.block(x)))))
+
+
+class Chosen(nn.Module):
+    """Stays Python, since its way depends on an argument; its layers have the names that are given."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.part = nn.Sequential()
+        for name in names:
+            self.part.add_module(name, nn.Linear(4, 4))
+
+    def forward(self, x: Tensor, times: int = 1) -> Tensor:
+        for _ in range(times):
+            x = self.part(x)
+        return x
+
+
+def named(*names: str) -> nn.Sequential:
+    """A chain of layers of these names, captured whole."""
+    model = nn.Sequential()
+    for name in names:
+        model.add_module(name, nn.Linear(4, 4))
+    return model
+
+
+def _adapted(model: nn.Module, targets: str | list[str], *, r: int = 2) -> nn.Module:
+    return hra_fx.transform(model.eval(), hra_fx.HRAConfig(r=r, target_modules=targets))
+
+
+def _bert() -> nn.Module:
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=11, **sizes))
+    return _adapted(model, ["query", "key", "value", "dense"])
+
+
+def _llama() -> nn.Module:
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=11, num_key_value_heads=2, **sizes))
+    return _adapted(model, ["q_proj", "v_proj", "gate_proj", "up_proj"])
+
+
+def _two_adapters() -> nn.Module:
+    model = _adapted(nn.Sequential(Residual(), Residual()), ["fc1", "fc2"])
+    hra_fx.add_adapter(model, "second", hra_fx.HRAConfig(r=4, target_modules=["fc1"]))
+    hra_fx.set_adapter(model, ["default", "second"])
+    return model
+
+
+MAKERS: dict[str, Callable[[], nn.Module]] = {
+    "resnet": lambda: _adapted(torchvision.models.resnet18(), r".*(conv\d|downsample\.0|fc)"),
+    "bert": _bert,
+    "llama": _llama,
+    "shared": lambda: _adapted(Shared(), ["fc1", "fc2", "fc"]),
+    "repeats": lambda: _adapted(nn.Sequential(*(Residual() for _ in range(40)), nn.Linear(4, 2)), ["fc1", "fc2"]),
+    "two adapters": _two_adapters,
+    "attention": lambda: _adapted(nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)), "all-linear"),
+    "hostile": lambda: _adapted(named(*HOSTILE), list(HOSTILE)),
+    "hostile, in Python": lambda: _adapted(Chosen(*HOSTILE, *UNSPEAKABLE), list(HOSTILE)),
+    "one layer": lambda: _adapted(nn.Sequential(nn.Linear(4, 4)), ["0"]),
+}
+
+
+@cache
+def drawn(name: str) -> nn.Module:
+    """A model with reflections that turn; the same object for every test, which must leave it as it is."""
+    model = MAKERS[name]()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if ".hra_u." in f".{path}":
+                parameter += 0.5 * torch.randn(parameter.shape, generator=generator) * parameter.std()
+    return model
