@@ -15,7 +15,7 @@ from hra_fx.reporting import Row
 from hra_fx.view.drawing import Drawing
 
 #: Colours at equal steps from 0 to the top of the legend; between them the three channels are interpolated linearly.
-PALETTE = ("#fcf7d6", "#fedd9f", "#fdb67c", "#f98c65", "#e8605f", "#c4416e", "#942f7f", "#651d81", "#3a0f6e", "#1c1044")
+PALETTE = ("#fcf7b9", "#fec88c", "#fd9869", "#f4675c", "#d8456c", "#ae347b", "#842681", "#5c167f", "#331067", "#0e0b2b")
 #: The colour of a value that could not be computed.
 UNKNOWN = "#c9ced6"
 _ROUND = (1.0, 1.2, 1.5, 1.8, 2.0, 2.5, 3.0, 4.0, 4.5, 5.0, 6.0, 8.0, 9.0, 10.0)
@@ -117,7 +117,7 @@ def colour(value: float, top: float) -> str:
     """The colour of a value on a scale from 0 to `top`.
 
     >>> colour(0.0, 10.0), colour(10.0, 10.0), colour(float("nan"), 10.0)
-    ('#fcf7d6', '#1c1044', '#c9ced6')
+    ('#fcf7b9', '#0e0b2b', '#c9ced6')
     """
     if math.isnan(value):
         return UNKNOWN
@@ -131,7 +131,7 @@ def colour(value: float, top: float) -> str:
 def ink_on(fill: str) -> str:
     """Black or white, whichever is easier to read on a colour: the contrast is 4.5:1 or better on every one.
 
-    >>> ink_on("#fcf7d6"), ink_on("#1c1044")
+    >>> ink_on("#fcf7b9"), ink_on("#0e0b2b")
     ('#000000', '#ffffff')
     """
     return "#000000" if (_luminance(fill) + 0.05) ** 2 > 0.05 * 1.05 else "#ffffff"

@@ -1,0 +1,87 @@
+"""The colours of the heat, and the numbers that they stand for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from itertools import pairwise
+
+import pytest
+from drawn_models import drawn
+from hypothesis import given, strategies as st
+from matplotlib import colormaps
+
+import hra_fx
+from hra_fx.view.drawing import drawing_of
+from hra_fx.view.heat import HEATS, PALETTE, UNKNOWN, colour, heat_of, heating, ink_on, scale
+
+
+def channels(fill: str) -> list[int]:
+    return [int(fill[start : start + 2], 16) for start in (1, 3, 5)]
+
+
+def lightness(fill: str) -> float:
+    """L* of CIELAB, from the relative luminance."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (n / 255 for n in channels(fill))]
+    y = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return 116 * (y ** (1 / 3) if y > 216 / 24389 else (24389 / 27 * y + 16) / 116) - 16
+
+
+def test_the_order_of_colours_is_seen_without_colours() -> None:
+    steps = [lightness(colour(step / 60, 1.0)) for step in range(61)]
+    assert all(lighter - darker > 0.5 for lighter, darker in pairwise(steps))
+
+
+def test_the_colours_are_those_of_a_map_that_was_made_for_every_eye() -> None:
+    magma = colormaps["magma"]
+    known = [[round(255 * part) for part in magma(step)[:3]] for step in range(256)]
+    for fill in PALETTE:
+        assert min(math.dist(channels(fill), one) for one in known) <= 1
+
+
+@given(st.floats(0, 1), st.floats(1e-6, 1e6))
+def test_every_colour_is_between_its_neighbours(share: float, top: float) -> None:
+    place = share * (len(PALETTE) - 1)
+    low, high = PALETTE[math.floor(place)], PALETTE[math.ceil(place)]
+    for got, a, b in zip(*map(channels, (colour(share * top, top), low, high)), strict=True):
+        assert min(a, b) - 1 <= got <= max(a, b) + 1
+
+
+def test_values_outside_the_scale_have_the_colours_of_its_ends() -> None:
+    assert colour(-1, 1) == PALETTE[0]
+    assert colour(2, 1) == PALETTE[-1]
+    assert colour(math.nan, 1) == UNKNOWN
+    assert ink_on(UNKNOWN) == "#000000"
+
+
+@given(st.lists(st.floats(0, 1e9), min_size=1))
+def test_a_scale_is_round_and_holds_all_values(values: list[float]) -> None:
+    top = scale(values)
+    assert top >= max(values) * (1 - 1e-6)
+    assert top <= max(max(values) * 1.34, 1.0)
+    assert len(f"{top:e}".partition("e")[0].rstrip("0.")) <= 3
+
+
+def test_the_heat_is_that_of_the_report() -> None:
+    rows = hra_fx.report(drawn("resnet")).rows
+    for name in HEATS:
+        factor = {"mean_angle": 180 / math.pi, "angle": 180 / math.pi, "rotation": 1, "share": 100}[name]
+        values = heat_of(rows, name)
+        assert values == {row.path: pytest.approx(factor * getattr(row, name)) for row in rows}
+
+
+def test_of_several_adapters_the_largest_counts_and_what_is_unknown_stays_so() -> None:
+    row = hra_fx.report(drawn("one layer")).rows[0]
+    three = [dataclasses.replace(row, adapter=str(value), rotation=value) for value in (1.0, 3.0, 2.0)]
+    assert heat_of(three, "rotation") == {"0": 3.0}
+    unknown = [*three, dataclasses.replace(row, rotation=math.nan)]
+    assert math.isnan(heat_of(unknown, "rotation")["0"])
+    assert math.isnan(heat_of(unknown[::-1], "rotation")["0"])
+
+
+def test_the_words_of_a_value_have_its_unit() -> None:
+    heat = heating(drawing_of(drawn("resnet")), "mean_angle")
+    assert heat is not None
+    assert heat.text(12.4) == "12°"
+    assert heat.text(math.nan) == "unknown"
+    assert heating(drawing_of(drawn("resnet")), None) is None
