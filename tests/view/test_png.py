@@ -1,0 +1,54 @@
+"""The picture as pixels: its size, and that text is there with the fonts of a machine, with one font, or not at all."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from drawn_models import drawn
+
+import hra_fx
+from hra_fx.view.drawing import drawing_of
+from hra_fx.view.options import Options
+from hra_fx.view.page import render
+from hra_fx.view.png import SCALE, brought_along, rasterize
+
+
+def size(png: bytes) -> tuple[int, int]:
+    """Width and height from the header."""
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    assert png[12:16] == b"IHDR"
+    wide, high = struct.unpack(">II", png[16:24])
+    return wide, high
+
+
+def test_a_png_is_the_svg_at_twice_its_size(tmp_path: Path) -> None:
+    file = hra_fx.visualize(drawn("resnet"), tmp_path / "a.png", heat="mean_angle")
+    root = ElementTree.fromstring(render(drawing_of(drawn("resnet")), Options(heat="mean_angle")))
+    assert size(file.read_bytes()) == (SCALE * int(root.get("width", "0")), SCALE * int(root.get("height", "0")))
+
+
+def letter(text: str) -> bytes:
+    """The pixels of a text in the font that is brought along."""
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="40" height="40"><text x="5" y="25">{text}</text></svg>'
+    png = rasterize(svg, system_fonts=False, files=brought_along())
+    start = png.index(b"IDAT")
+    (length,) = struct.unpack(">I", png[start - 4 : start])
+    return zlib.decompress(png[start + 4 : start + 4 + length])
+
+
+@pytest.mark.parametrize("mark", ["→", "×", "·", "…", "°", "|", "%", "\ufffd"])
+def test_every_mark_of_ours_has_a_glyph_without_fonts_of_the_system(mark: str) -> None:
+    missing = letter("\u0378")  # no character: the box that stands for what a font lacks
+    assert letter(mark) not in (letter(""), missing)
+    assert missing != letter("")
+
+
+def test_a_picture_without_any_font_is_refused() -> None:
+    text = render(drawing_of(drawn("one layer")), Options())
+    with pytest.raises(hra_fx.VisualizeError, match=r"a \.png needs a font, and none was found.*matplotlib.*\.svg"):
+        rasterize(text, system_fonts=False, files=[])
+    assert size(rasterize(text, system_fonts=False))[0] > 0
