@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from hra_fx.adapters.merging import merge_adapter as merge_adapter, unmerge_adapter as unmerge_adapter
     from hra_fx.adapters.scaling import set_scale as set_scale
     from hra_fx.adapters.switching import disable_adapters as disable_adapters, set_adapter as set_adapter
+    from hra_fx.checkpoint.disk.folding import (
+        fold_checkpoint as fold_checkpoint,
+        unfold_checkpoint as unfold_checkpoint,
+    )
     from hra_fx.checkpoint.loading import load_adapter as load_adapter
     from hra_fx.checkpoint.saving import save_adapter as save_adapter
     from hra_fx.config import HRAConfig as HRAConfig
@@ -36,6 +40,8 @@ if TYPE_CHECKING:
         UnsupportedLayerError as UnsupportedLayerError,
         VisualizeError as VisualizeError,
     )
+    from hra_fx.exported.freezing import freeze as freeze
+    from hra_fx.exported.lowering import lower as lower
     from hra_fx.folding import fold as fold, plan_fold as plan_fold
     from hra_fx.graphing import graphs as graphs
     from hra_fx.model import HRAModel as HRAModel
@@ -55,8 +61,11 @@ _HOMES = {
     "delete_adapter": "adapters.deleting",
     "disable_adapters": "adapters.switching",
     "fold": "folding",
+    "fold_checkpoint": "checkpoint.disk.folding",
+    "freeze": "exported.freezing",
     "graphs": "graphing",
     "load_adapter": "checkpoint.loading",
+    "lower": "exported.lowering",
     "merge_adapter": "adapters.merging",
     "orthogonality_loss": "orthogonality",
     "plan_fold": "folding",
@@ -66,6 +75,7 @@ _HOMES = {
     "set_scale": "adapters.scaling",
     "to_networkx": "view.network",
     "transform": "transforming",
+    "unfold_checkpoint": "checkpoint.disk.folding",
     "unmerge_adapter": "adapters.merging",
     "visualize": "view",
     **dict.fromkeys(

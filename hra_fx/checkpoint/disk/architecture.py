@@ -1,0 +1,108 @@
+"""What `config.json` tells of a checkpoint: read as text first, and by transformers only where that is needed.
+
+To import a model's code takes seconds, longer than a fold; so it is asked only about layers whose weight may be stored
+in columns or tied, or whose name is not in the file.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hra_fx.errors import CheckpointError
+
+CONFIG = "config.json"
+_CONV1D = re.compile(r"\bConv1D\b")
+
+
+class Architecture:
+    """The model that a folder's `config.json` describes.
+
+    Attributes:
+        folder: the folder.
+        entries: the file's; empty where there is none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read the file.
+
+        Raises:
+            CheckpointError: it is no JSON object.
+        """
+        self.folder = folder
+        self.entries: dict[str, Any] = {}
+        if (file := folder / CONFIG).is_file():
+            try:
+                self.entries = json.loads(file.read_text(encoding="utf-8"))
+                self.entries.keys()
+            except (ValueError, AttributeError, RecursionError) as error:
+                raise CheckpointError(f"{file}: is no JSON object ({error}). Fetch it again.") from error
+
+    @cached_property
+    def in_rows(self) -> bool | None:
+        """Whether every weight is `(out, ...)`; `None` where the text of the file does not tell."""
+        if not self.entries:
+            return None
+        types = set(_values(self.entries, "model_type"))
+        if not types:
+            # diffusers and timm say so, and know no other layout.
+            return True if {"_class_name", "architecture"} & self.entries.keys() else None
+        sources = [_source(kind) for kind in types]
+        return True if all(sources) and not any(_CONV1D.search(text) for text in sources) else None
+
+    @cached_property
+    def model(self) -> nn.Module | None:
+        """The model of transformers on the meta device; `None` where transformers does not know it."""
+        if "model_type" not in self.entries:
+            return None
+        import transformers
+
+        try:
+            config = transformers.AutoConfig.from_pretrained(self.folder, local_files_only=True)
+            names = self.entries.get("architectures") or []
+            kind = next((found for name in names if (found := getattr(transformers, name, None))), None)
+            make: Any = kind or transformers.AutoModel.from_config
+            with torch.device("meta"):
+                built: nn.Module = make(config)
+        # Whatever an unusual configuration meets in the constructors of hundreds of models.
+        except Exception:
+            return None
+        return built
+
+    @property
+    def prefix(self) -> str:
+        """What names of the model begin with where it has a head, and do not where it has none; with its dot."""
+        prefix = getattr(self.model, "base_model_prefix", "")
+        return f"{prefix}." if prefix else ""
+
+    @property
+    def says_tied(self) -> bool:
+        """Whether the text of the file says that embeddings are tied."""
+        return any(flag is True for flag in _values(self.entries, "tie_word_embeddings"))
+
+
+def _values(entries: object, key: str) -> Iterator[Any]:
+    """All values of a key, at any depth."""
+    if isinstance(entries, dict):
+        if key in entries and entries[key] not in (None, ""):
+            yield entries[key]
+        for inner in entries.values():
+            yield from _values(inner, key)
+
+
+def _source(model_type: str) -> str:
+    """The text of transformers' code for a type of model; empty where it is not found."""
+    found = importlib.util.find_spec("transformers")
+    if found is None or not found.submodule_search_locations or not isinstance(model_type, str):
+        return ""
+    folder = Path(found.submodule_search_locations[0], "models", model_type.replace("-", "_"))
+    texts = [file.read_text(encoding="utf-8") for file in sorted(folder.glob("modeling_*.py"))]
+    return "\n".join(texts)

@@ -1,0 +1,124 @@
+"""A planned result made: file after file beside the wanted folder, checked, renamed; and what is said when it fails."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
+
+from hra_fx.checkpoint.disk.bar import bar
+from hra_fx.checkpoint.disk.checking import check_file
+from hra_fx.checkpoint.disk.partial import Partial
+from hra_fx.checkpoint.disk.request import Request
+from hra_fx.checkpoint.disk.result import Result, stamps
+from hra_fx.checkpoint.disk.streams import copy, write_all
+from hra_fx.checkpoint.disk.turning import Turner
+from hra_fx.checkpoint.disk.writing import write_file
+from hra_fx.errors import CheckpointError, HRAError
+
+
+class Making:
+    """The making of one result.
+
+    Attributes:
+        sizes: path -> bytes of each file.
+        rounding: name of a rotated tensor -> what rounding cost.
+        reused: how many files were there from a call before.
+    """
+
+    def __init__(self, request: Request, result: Result, *, progress: bool) -> None:
+        """Nothing is written yet."""
+        self.sizes = result.sizes()
+        self.rounding: dict[str, float] = {}
+        self.reused = 0
+        self._request = request
+        self._result = result
+        self._progress = progress
+        self._partial = Partial(request.out)
+        self._turner = Turner()
+
+    def run(self, *, overwrite: bool, verify: bool) -> None:
+        """Make it.
+
+        Raises:
+            CheckpointError: the folder is there and not empty, the disk is too small or refuses, or the base changes.
+            FoldError: a rotated weight is not finite, or `verify` finds a difference.
+        """
+        out, partial = self._request.out, self._partial
+        if partial.is_published(self._result.inputs):
+            self.reused = len(self.sizes)
+            partial.discard()
+            return
+        if out.is_dir() and any(out.iterdir()) and not overwrite:
+            raise CheckpointError(f"out_dir: {out} is there and not empty. Give another folder, or overwrite=True.")
+        with self._told(), partial.held(self._result.inputs):
+            self._check_space()
+            try:
+                self._make(verify)
+            except HRAError:
+                partial.discard()
+                raise
+            partial.publish()
+
+    def _make(self, verify: bool) -> None:
+        with bar(f"writing {self._request.out.name}", sum(self.sizes.values()), wanted=self._progress) as done:
+            for path in self.sizes:
+                self._make_file(path, done)
+        if stamps(self._request.files) != self._result.inputs["files"]:
+            raise CheckpointError(f"{self._request.base}: its files changed while they were read. Call again.")
+        if verify:
+            for path, plan in self._result.files.items():
+                check_file(plan, self._partial.content / path)
+
+    def _make_file(self, path: str, done: Callable[[int], object]) -> None:
+        partial, plan = self._partial, self._result.files.get(path)
+        target = partial.content / path
+        if partial.has(path, self.sizes[path]) and (plan is None or path in partial.finished):
+            self.rounding |= partial.finished.get(path, {})
+            self.reused += 1
+            done(self.sizes[path])
+            return
+        mode = self._request.files[path].stat().st_mode & 0o777
+        if plan is None:
+            partial.write(target, lambda stream: self._copy(path, stream, done), mode)
+            return
+        turned: dict[str, float] = {}
+        partial.write(target, lambda stream: turned.update(write_file(plan, stream, self._turner, done)), mode)
+        partial.finish(path, turned)
+        self.rounding |= turned
+
+    def _copy(self, path: str, target: BinaryIO, done: Callable[[int], object]) -> None:
+        if path in self._result.texts:
+            write_all(target, self._result.texts[path])
+            return
+        file = self._result.copies[path]
+        with open(file, "rb", buffering=0) as source:
+            copy(source, target, 0, self.sizes[path], file, done)
+
+    def _check_space(self) -> None:
+        there = sum(size for path, size in self.sizes.items() if self._partial.has(path, size))
+        due, free = sum(self.sizes.values()) - there, shutil.disk_usage(self._partial.folder).free
+        if due > free:
+            self._partial.discard()
+            raise CheckpointError(
+                f"{self._request.out.parent}: {due:,} bytes are to be written, and the disk has {free:,} left. Make "
+                "room, or give out_dir on another disk."
+            )
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Say how to go on where the disk refuses, or the user stops it."""
+        folder = self._partial.folder
+        go_on = f"Files that were finished wait in {folder}: call again in the same way to go on, or delete that folder"
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._request.out}: could not be written ({error}). Nothing is in it that was not before. Make room "
+                f"or see to the disk. {go_on}."
+            ) from error
+        except KeyboardInterrupt as error:
+            if hasattr(error, "add_note"):  # of Python 3.11
+                error.add_note(f"{self._request.out}: nothing is in it that was not before. {go_on}.")
+            raise

@@ -1,0 +1,151 @@
+"""What a fold writes into a folder: every file of the base, as it is, or planned tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hra_fx.checkpoint.disk.adapter_files import AdapterFiles
+from hra_fx.checkpoint.disk.architecture import CONFIG, Architecture
+from hra_fx.checkpoint.disk.columns import Columns
+from hra_fx.checkpoint.disk.editing import Edits, edits_for, touches
+from hra_fx.checkpoint.disk.edits import FilePlan, Given, Item, Rotation
+from hra_fx.checkpoint.disk.header import Added, Header, Stored, dtype_name, extended
+from hra_fx.checkpoint.disk.naming import Names
+from hra_fx.checkpoint.disk.ties import FLAG
+from hra_fx.checkpoint.disk.weight_files import WeightSet, foreign, weight_sets
+from hra_fx.config import CONFIG_NAME
+from hra_fx.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class FolderPlan:
+    """What is written in place of what a folder holds; other files are copied.
+
+    Attributes:
+        files: name -> safetensors file.
+        texts: name -> content of a file.
+        rotated: names of tensors.
+        given: names of those that come from the adapter.
+        untied: new names -> those that they were tied to.
+        kept: files that hold weights, of the base still.
+        returning: classes of configurations that tie again.
+    """
+
+    files: dict[str, FilePlan]
+    texts: dict[str, bytes]
+    rotated: tuple[str, ...]
+    given: tuple[str, ...]
+    untied: dict[str, str]
+    kept: tuple[Path, ...]
+    returning: tuple[str, ...]
+
+
+def plan_folder(folder: Path, adapters: Sequence[AdapterFiles], columns: Collection[str] | None) -> FolderPlan:
+    """Plan the fold of adapters, in their order, into the checkpoint of a folder.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or an adapter does not fit it.
+        FoldError: what is tied cannot come apart.
+    """
+    if (folder / CONFIG_NAME).exists():
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME}: an adapter lies in the folder of the base model, and from_pretrained would load "
+            "it on top of the folded weights. Move it to a folder of its own."
+        )
+    sets = weight_sets(folder)
+    architecture = Architecture(folder)
+    layout = Columns(architecture, columns)
+    named = [(found, Names(found.name, found.tensors.keys(), lambda: architecture.prefix)) for found in sets]
+    # Where no set has any layer, the first tells what it lacks.
+    folded = [pair for pair in named if touches(pair[0], adapters, pair[1])] or named[:1]
+    plan = FolderPlan({}, {}, (), (), {}, (), ())
+    for found, names in folded:
+        edits = edits_for(found, adapters, architecture, names, layout)
+        plan = _joined(plan, _plan_set(found, edits, architecture))
+    taken = {header.file for found, _ in folded for header in found.files}
+    others = [header.file for found in sets for header in found.files if header.file not in taken]
+    return _joined(plan, FolderPlan({}, {}, (), (), {}, (*others, *sorted(foreign(folder))), ()))
+
+
+def _joined(one: FolderPlan, other: FolderPlan) -> FolderPlan:
+    return FolderPlan(
+        one.files | other.files,
+        one.texts | other.texts,
+        tuple(dict.fromkeys(one.rotated + other.rotated)),
+        tuple(dict.fromkeys(one.given + other.given)),
+        one.untied | other.untied,
+        one.kept + other.kept,
+        tuple(dict.fromkeys(one.returning + other.returning)),
+    )
+
+
+def _plan_set(found: WeightSet, edits: Edits, architecture: Architecture) -> FolderPlan:
+    added = [_added(name, *made) for name, made in edits.added.items()]
+    last = found.files[-1]
+    files = [_plan_file(header, edits, added if header is last else []) for header in found.files]
+    texts: dict[str, bytes] = {}
+    if added and found.index is not None:
+        texts[found.index.name] = _index(found, added, last.file.name)
+    if edits.configs:
+        texts[CONFIG] = _config(architecture, edits.configs)
+    done = {**edits.tensors, **{name: edit for name, (_, edit) in edits.added.items()}}
+    return FolderPlan(
+        {file.name: file for file in files},
+        texts,
+        tuple(name for name, edit in done.items() if isinstance(edit, Rotation)),
+        tuple(name for name, edit in done.items() if isinstance(edit, Given)),
+        edits.untied,
+        (),
+        edits.returning,
+    )
+
+
+def _added(name: str, source: Stored | None, edit: Any) -> Added:
+    if source is not None:
+        return Added(name, source.dtype, source.shape, source.size)
+    tensor = edit.tensor
+    kind = dtype_name(tensor.dtype)
+    if kind is None:
+        raise CheckpointError(f"{name}: the adapter has it in {tensor.dtype}, which is no usual dtype. Save it anew.")
+    return Added(name, kind, tuple(tensor.shape), tensor.numel() * tensor.itemsize)
+
+
+def _plan_file(header: Header, edits: Edits, added: Sequence[Added]) -> FilePlan:
+    head, order = extended(header, added)
+    items = []
+    for tensor in order:
+        if isinstance(tensor, Stored):
+            source, edit = tensor, edits.tensors.get(tensor.name)
+        else:
+            source, edit = edits.added[tensor.name]  # type: ignore[assignment]
+        items.append(Item(tensor.name, tensor.shape, tensor.size, source, edit))
+    return FilePlan(header.file.name, head, tuple(items))
+
+
+def _index(found: WeightSet, added: Sequence[Added], file: str) -> bytes:
+    """As transformers writes it, with the new tensors in the last file."""
+    entries: dict[str, Any] = dict(found.index_entries or {})
+    entries["weight_map"] = {**entries["weight_map"], **{tensor.name: file for tensor in added}}
+    metadata = dict(entries.get("metadata") or {})
+    if "total_size" in metadata:
+        metadata["total_size"] += sum(tensor.size for tensor in added)
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] += sum(math.prod(tensor.shape) for tensor in added)
+    entries["metadata"] = metadata
+    return (json.dumps(entries, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _config(architecture: Architecture, paths: Sequence[tuple[str, ...]]) -> bytes:
+    """The file with the setting off."""
+    entries: dict[str, Any] = json.loads(json.dumps(architecture.entries))
+    for path in paths:
+        place = entries
+        for key in path:
+            place = place.setdefault(key, {})
+        place[FLAG] = False
+    return (json.dumps(entries, indent=2, ensure_ascii=False) + "\n").encode()

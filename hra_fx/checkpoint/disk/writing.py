@@ -1,0 +1,74 @@
+"""A planned file written: its head, then tensor after tensor, with what is not touched copied by the kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from hra_fx.checkpoint.disk.edits import FilePlan, Given, Item, Rotation
+from hra_fx.checkpoint.disk.header import Stored
+from hra_fx.checkpoint.disk.streams import copy, write_all
+from hra_fx.checkpoint.disk.turning import Turner
+
+
+def write_file(plan: FilePlan, target: BinaryIO, turner: Turner, done: Callable[[int], object]) -> dict[str, float]:
+    """Write a planned file.
+
+    Args:
+        plan: the file.
+        target: where to, unbuffered.
+        turner: whose buffers are used.
+        done: is told of bytes as they are written.
+
+    Returns:
+        Name of a rotated tensor -> what rounding to its dtype cost.
+
+    Raises:
+        CheckpointError: a file of the base ends before its tensors do.
+        FoldError: a rotated weight is not finite.
+    """
+    rounding: dict[str, float] = {}
+    with ExitStack() as stack:
+        opened: dict[Path, BinaryIO] = {}
+
+        def source_of(stored: Stored) -> BinaryIO:
+            if stored.file not in opened:
+                opened[stored.file] = stack.enter_context(open(stored.file, "rb", buffering=0))
+            return opened[stored.file]
+
+        write_all(target, plan.head)
+        done(len(plan.head))
+        for items in _runs(plan.items):
+            first = items[0]
+            if isinstance(first.edit, Rotation) and first.source:
+                source = source_of(first.source)
+                rounding[first.name] = turner.turn(first.source, first.edit, source, target, done)
+            elif isinstance(first.edit, Given):
+                write_all(target, first.edit.tensor.reshape(-1).view(torch.uint8).numpy())
+                done(first.size)
+            elif first.source:
+                size = sum(item.size for item in items)
+                copy(source_of(first.source), target, first.source.start, size, first.source.file, done)
+    return rounding
+
+
+def _runs(items: tuple[Item, ...]) -> Iterator[list[Item]]:
+    """Items one by one, copies that follow each other in one file together."""
+    run: list[Item] = []
+    for item in items:
+        if run and not _follows(run[-1], item):
+            yield run
+            run = []
+        run.append(item)
+    if run:
+        yield run
+
+
+def _follows(before: Item, item: Item) -> bool:
+    if before.edit or item.edit or not before.source or not item.source:
+        return False
+    return before.source.file == item.source.file and before.source.start + before.size == item.source.start
