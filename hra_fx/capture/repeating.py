@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, fx, nn
 
+from hra_fx.capture.admission import HOOKS
 from hra_fx.capture.modes import Arguments, is_same, may_vary
 from hra_fx.capture.session import Session
 from hra_fx.capture.tracer import RegionAttribute, RegionProxy, RegionTracer, StrayError
@@ -27,6 +28,7 @@ class Bench(NamedTuple):
         tensors: id -> (name, tensor) of the parameters and buffers.
         constants: tensors that are plain attributes, and their names.
         leaves: the modules that were looked at so far -> whether they are called as they are.
+        hooks: modules that have hooks -> the keys of these.
     """
 
     session: Session
@@ -34,6 +36,12 @@ class Bench(NamedTuple):
     tensors: Mapping[int, tuple[str, Tensor]]
     constants: dict[Any, str]
     leaves: dict[nn.Module, bool]
+    hooks: Mapping[nn.Module, list[int]]
+
+
+def hooks_of(namespace: Mapping[str, Any]) -> list[int]:
+    """The keys of the hooks of a module."""
+    return [key for hooks in HOOKS for key in namespace[hooks]]
 
 
 class SwiftTracer(RegionTracer):
@@ -58,6 +66,12 @@ class SwiftTracer(RegionTracer):
         finally:
             session.tracer, session.read = None, {}
         return self.graph
+
+    def given(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        """As for any call; hooks that the forward puts on for a while would not run where a graph makes it."""
+        if hooks_of(m.__dict__) != self._bench.hooks.get(m, []):
+            self.refuse(f"{self.path_of_module(m)}: its hooks are others for a call, which a graph does not do")
+        return super().given(m, args, kwargs, result)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """A parameter or buffer as a node; fx looks through all of them each time."""

@@ -13,7 +13,7 @@ from torch import fx, nn
 from hra_fx.capture.calling import Calling
 from hra_fx.capture.keeping import Keeping
 from hra_fx.capture.modes import Arguments, note
-from hra_fx.capture.repeating import Bench, RepeatingTracer, SwiftTracer, VaryingTracer
+from hra_fx.capture.repeating import Bench, RepeatingTracer, SwiftTracer, VaryingTracer, hooks_of
 from hra_fx.capture.sandbox import Sandbox
 from hra_fx.capture.session import Session
 from hra_fx.capture.surroundings import Surroundings
@@ -80,7 +80,8 @@ class _Tracing:
         self._surroundings = Surroundings(module)
         self._box = box = Sandbox(module)
         paths = {part: path for path, part in box.parts.items()}
-        self._bench = Bench(Session(), paths, box.tensors, box.constants(), {})
+        hooks = {part: keys for part in box.parts.values() if (keys := hooks_of(part.__dict__))}
+        self._bench = Bench(Session(), paths, box.tensors, box.constants(), {}, hooks)
         self._sites = {self._box.parts[path] for path in sites}
         self._dissolved: dict[str, nn.Module] = {}
 
