@@ -42,10 +42,13 @@ class Region:
         self._by_mode = traces.varies or traces.train is not traces.eval
         called = traces.called - sites
         self._asked = frozenset(path for path in traces.reads if _is_below(path, called, frozenset()))
-        names = [path for path, _ in root.named_modules()]
-        paths = (path for path in names if path in self._asked or not _is_below(path, called, sites))
-        self._reads = {path: traces.reads.get(path, frozenset()) for path in paths}
-        self._facts: tuple[Fact, ...] = self._take_down(root)
+        parts = [
+            (path, part)
+            for path, part in root.named_modules()
+            if path in self._asked or not _is_below(path, called, sites)
+        ]
+        self._reads = {path: traces.reads.get(path, frozenset()) for path, _ in parts}
+        self._facts: tuple[Fact, ...] = self._take_down(parts)
         self._unbind()
 
     def drafts(self) -> list[fx.Graph]:
@@ -70,8 +73,9 @@ class Region:
 
     def settle(self, root: nn.Module) -> None:
         """Take down the facts, once the reflections are in place below `root`."""
-        self._facts = self._take_down(root)
-        self._bind(root, self._facts)
+        parts = self._parts(root)
+        self._facts = self._take_down(parts)
+        self._watch(root, parts)
 
     def program(
         self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -87,7 +91,7 @@ class Region:
         if tensors is None:
             return None
         if self._root is None:
-            self._bind(root, None)
+            self._bind(root)
         # A shallow copy and a replica of DataParallel share this object, and not the attributes that it watches.
         if self._root is None or self._root() is not root:
             return None
@@ -122,17 +126,21 @@ class Region:
         module.training = training
         return module
 
-    def _bind(self, root: nn.Module, facts: tuple[Fact, ...] | None) -> None:
-        """Watch `root` from now on, of which `facts` are taken down just now, if they are."""
+    def _bind(self, root: nn.Module) -> None:
+        """Watch `root` from now on, if it is as its facts say."""
         self._root = weakref.ref(root)
+        parts = self._parts(root)
         try:
-            facts = self._take_down(root) if facts is None else facts
+            facts = self._take_down(parts)
         except CaptureError:
             return
         # A copy or an unpickled model may have been edited before its first call.
-        if facts != self._facts:
-            return
-        bound = [watch(part, self._reads[path], self._role(path)) for path, part in self._parts(root)]
+        if facts == self._facts:
+            self._watch(root, parts)
+
+    def _watch(self, root: nn.Module, parts: list[tuple[str, nn.Module]]) -> None:
+        self._root = weakref.ref(root)
+        bound = [watch(part, self._reads[path], self._role(path)) for path, part in parts]
         self._modules = tuple(module for module, _ in bound)
         self._watches = tuple(item for _, items in bound for item in items)
 
@@ -141,8 +149,8 @@ class Region:
             return "asked"
         return "site" if path in self.sites else "dissolved" if path else "root"
 
-    def _take_down(self, root: nn.Module) -> tuple[Fact, ...]:
-        return tuple(fact(path, part, self._reads[path]) for path, part in self._parts(root))
+    def _take_down(self, parts: list[tuple[str, nn.Module]]) -> tuple[Fact, ...]:
+        return tuple(fact(path, part, self._reads[path]) for path, part in parts)
 
     def _parts(self, root: nn.Module) -> list[tuple[str, nn.Module]]:
         return [(path, part) for path, part in root.named_modules() if path in self._reads]

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 
 import pytest
 import torch
 import torch.nn.functional as F
-from capture.checks import adapt, assert_equals_oracle, assert_whole, differ, fresh, inputs, naive, seed, spied
+from capture.checks import (
+    adapt,
+    assert_equals_oracle,
+    assert_refused,
+    assert_whole,
+    differ,
+    fresh,
+    inputs,
+    naive,
+    seed,
+    spied,
+)
 from capture.models import Two
 from torch import Tensor, fx, nn
 
@@ -68,7 +81,17 @@ class TwoOutputs(Two):
         return self.second(hidden) if self.training else (self.second(hidden), hidden)
 
 
-MODELS = (Dropout, DropPath, BatchNorm, TwoModes, TwoOutputs)
+class InConstants(Two):
+    """Each mode has constants of its own: by place, by keyword, in a tuple; a number beside one of another type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.dropout(self.first(x), 0.25, self.training)
+        hidden = F.dropout(hidden, p=0.5 if self.training else 0, training=self.training)
+        hidden = hidden.reshape((-1, 2, 4) if self.training else (-1, 4, 2)).flatten(1)
+        return self.second(torch.add(hidden, 1 if self.training else 1.0))
+
+
+MODELS = (Dropout, InConstants, DropPath, BatchNorm, TwoModes, TwoOutputs)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -132,3 +155,36 @@ def test_dice_thrown_in_one_mode_only_refuse_the_region() -> None:
     assert hra_fx.report(adapted).rows[0].region == "alone"
     for value in range(6):
         assert_equals_oracle(adapted, base, inputs(3, 6, value=value), modes=(True, False))
+
+
+def test_modes_that_differ_in_constants_share_a_graph_until_both_are_wanted() -> None:
+    adapted, base = adapt(InConstants())
+    assert_whole(adapted)
+    region = adapted._hra_region
+    assert len(region.drafts()) == 1
+    for copied in (adapted, copy.deepcopy(adapted), pickle.loads(pickle.dumps(adapted))):
+        assert_equals_oracle(copied, base, inputs(16, 6), modes=(True, False, True))
+    train, evaluation = (hra_fx.graphs(adapted.train(mode))[""] for mode in (True, False))
+    assert "training = True" in train.code and "training = False" in evaluation.code
+    assert all("hra_in_eval" not in node.meta for graph in (train, evaluation) for node in graph.graph.nodes)
+    assert region.graphs[True] is not region.graphs[False] and len(region.drafts()) == 2
+    assert_equals_oracle(adapted, base, inputs(16, 6), modes=(False,))
+
+
+class Answering(Two):
+    """Takes a constant from a list that no trace sees, in the order of the calls."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.dropout(self.first(x), 0.0, training=next(ANSWERS)))
+
+
+ANSWERS = iter([True])
+
+
+@pytest.mark.parametrize("answers", ["0101", "0111", "1000", "1011"])
+def test_a_constant_that_changes_by_itself_is_not_taken_for_one_of_the_mode(
+    monkeypatch: pytest.MonkeyPatch, answers: str
+) -> None:
+    monkeypatch.setitem(globals(), "ANSWERS", (answer == "1" for answer in answers))
+    adapted, _ = adapt(Answering())
+    assert_refused(adapted, "two traces of it differ")
