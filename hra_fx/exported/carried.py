@@ -69,6 +69,8 @@ def carried(captured: ExportedProgram | fx.GraphModule) -> list[Carried]:
         AdapterError: the graph has no reflections.
 
     Example:
+        >>> import torch
+        >>> import torch
         >>> from hra_fx.exported.captured import transform_captured
         >>> module = torch.export.export(nn.Sequential(nn.Linear(3, 2)), (torch.randn(1, 3),)).module()
         >>> module = transform_captured(module, HRAConfig(r=2, target_modules=["0"]))
@@ -86,6 +88,8 @@ def spare(captured: ExportedProgram | fx.GraphModule) -> Spare:
     """The layers of a captured graph that carry no reflections, and what its adapter asked for.
 
     Example:
+        >>> import torch
+        >>> import torch
         >>> from hra_fx.exported.captured import transform_captured
         >>> module = torch.export.export(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), (torch.randn(1, 3),)).module()
         >>> spare(transform_captured(module, HRAConfig(r=2, target_modules=["0"]))).sites

@@ -193,7 +193,7 @@ def points(*adapters: str, count: int = 5) -> list[Progress]:
 def test_the_plot_of_a_training(tmp_path: Path) -> None:
     words = texts(draw_training(points("a", "b"), tmp_path / "training.svg"))
     assert {"a, mean", "a, largest", "b, mean", "b, largest", "step", "angles in degrees"} <= set(words)
-    assert {"0", "2.0e-07", "4.0e-07"} <= set(words)
+    assert {"0", "3.0e-07"} <= set(words)
     assert not any("$" in word for word in words)
 
 

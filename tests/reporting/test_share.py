@@ -135,6 +135,16 @@ def test_of_a_merged_weight_the_one_before_counts() -> None:
     assert report(model).rows[0].share == before
 
 
+def test_a_width_whose_square_would_fit_no_memory() -> None:
+    """`Q` of 200,000 x 200,000 would take 320 GB."""
+    model: Any = transform(
+        nn.Sequential(nn.Linear(200_000, 2)), HRAConfig(r=3, target_modules=["0"], init_weights=False)
+    )
+    (row,) = report(model)
+    assert len(row.angles) == 2
+    assert 0 < row.share < 1e-3
+
+
 def test_each_adapter_has_a_share_of_its_own() -> None:
     model: Any = transform(
         nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"], init_weights=False), "a"
