@@ -22,14 +22,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from hra_fx import products
+
 # Seen as one node each by an fx tracer that goes into a reflection, where their branches would stop it.
 for _name in ("normalize", "compact_wy", "reflect", "rotate", "orthonormalize"):
     fx.wrap(_name)
 
 
+# Looked up, for torch.export records a call of torch.promote_types as an operator, which no exporter knows.
+_WIDE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+
+
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which Gram matrices, `T` and QR of vectors of `dtype` are computed: float32 at least."""
-    return torch.promote_types(dtype, torch.float32)
+    """The dtype in which Gram matrices, `T` and QR of vectors of `dtype` are computed: float32 at least.
+
+    Example:
+        >>> working_dtype(torch.bfloat16), working_dtype(torch.float64)
+        (torch.float32, torch.float64)
+    """
+    return dtype if dtype in _WIDE else torch.float32
 
 
 def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -57,19 +68,21 @@ def normalize(chain: Tensor) -> Tensor:
         tensor([[0.6000, 0.0000],
                 [0.8000, 0.0000]])
     """
-    with torch.no_grad():
-        # In two steps, for the squares of a column may leave the range though its entries do not.
-        largest = chain.abs().amax(dim=0)
-        largest = torch.where(largest > 0, largest, 1.0)
-        lengths = torch.linalg.vector_norm(chain / largest, dim=0)
-        lengths = torch.where(lengths > 0, lengths, 1.0)
+    # Detached, and not in a block without gradients, which an exported program would hold as a block of its own.
+    held = chain.detach()
+    # In two steps, for the squares of a column may leave the range though its entries do not.
+    largest = held.abs().amax(dim=0)
+    largest = torch.where(largest > 0, largest, 1.0)
+    lengths = torch.linalg.vector_norm(held / largest, dim=0)
+    lengths = torch.where(lengths > 0, lengths, 1.0)
     return chain / largest / lengths
 
 
 def compact_wy(chain: Tensor) -> Tensor:
     """The factor `T` of `Q = I - U T U^T`.
 
-    A zero column stands for the identity (PEFT gives NaN there), and its gradient is finite.
+    A zero column stands for the identity (PEFT gives NaN there), and its gradient is finite. While torch.export or
+    torch.jit.trace reads it, it is made of products alone (`hra_fx.products`).
 
     Args:
         chain: `U: (d, k)`, floating.
@@ -85,6 +98,8 @@ def compact_wy(chain: Tensor) -> Tensor:
     """
     with _without_autocast(chain):
         vectors = chain.to(working_dtype(chain.dtype))
+        if products.is_asked_for():
+            return products.inverse_factor(vectors)
         gram = vectors.mT @ vectors
         squares = gram.diagonal()
         # A square below the smallest normal number has no usable inverse: such a column reflects nothing.
@@ -140,7 +155,8 @@ def rotate(weight: Tensor, chain: Tensor, factor: Tensor) -> Tensor:
 def orthonormalize(vectors: Tensor) -> Tensor:
     """Gram-Schmidt by Householder QR: the thin factor `V` of `U = V R` with a positive diagonal of `R`.
 
-    PEFT runs the classical recurrence, whose loss of orthogonality grows with the square of the condition number.
+    PEFT runs the classical recurrence, whose loss of orthogonality grows with the square of the condition number. While
+    torch.export or torch.jit.trace reads it, `hra_fx.products.gram_schmidt` takes the place of QR.
 
     Args:
         vectors: `U: (d, r)` with `r <= d`, of full column rank (see `dependence`).
@@ -154,7 +170,11 @@ def orthonormalize(vectors: Tensor) -> Tensor:
                 [0., 1.]])
     """
     with _without_autocast(vectors):
-        basis, triangle = torch.linalg.qr(vectors.to(working_dtype(vectors.dtype)))
+        wide = vectors.to(working_dtype(vectors.dtype))
+        if products.is_asked_for():
+            # The basis does not depend on lengths, and these have squares that are in range.
+            return products.gram_schmidt(normalize(wide))
+        basis, triangle = torch.linalg.qr(wide)
         signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(basis.dtype)
         # Adding zero turns the -0.0 that a flipped sign leaves into 0.0.
         positive: Tensor = basis * signs + 0.0
