@@ -15,6 +15,7 @@ from hra_fx.carrier.swap import carriers_of, is_outermost
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.reflection import Reflection
+from hra_fx.sharded import first_sharded
 from hra_fx.site import REFLECTION
 
 #: Attribute under which a transformed model keeps its record.
@@ -150,6 +151,11 @@ def require_outermost(model: nn.Module) -> None:
     Raises:
         AdapterError: naming the part.
     """
+    if sharded := first_sharded(model):
+        raise AdapterError(
+            f"{sharded[0]}: {sharded[1]} shares its parameters out among processes, and goes on with those that it "
+            "found. Take adapters off, and put others in, before it."
+        )
     for path, module in model.named_modules():
         if carriers_of(module) and not is_outermost(module):
             raise AdapterError(

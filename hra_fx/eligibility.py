@@ -17,6 +17,7 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import UnsupportedLayerError
 from hra_fx.forms import must_be_on_weight
 from hra_fx.reflection import reflection_of
+from hra_fx.sharded import sharded_by
 from hra_fx.site import REFLECTION, kind_of, weight_name, width_of
 from hra_fx.sources import can_be_written, names_below_self, reached_definitions
 
@@ -56,6 +57,13 @@ def _why_not_model(module: nn.Module) -> str | None:
             "accelerate dispatches or offloads it by a hook that swaps weights around each call, under the feet of any "
             "rewrite. Load the model without device_map, or call accelerate.hooks.remove_hook_from_submodules(model) "
             "first."
+        )
+    if tool := sharded_by(module):
+        return f"{tool} shares its parameters out among processes already, and would not know of vectors. Adapt first."
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        return (
+            "DistributedDataParallel lists what it averages when it wraps a model, and would not average new vectors. "
+            "Adapt the model first, and wrap it then."
         )
     if type(module).__module__.startswith("peft.tuners") and hasattr(module, "base_layer"):
         return "a PEFT adapter is already inside. Call merge_and_unload() or unload() on it first."

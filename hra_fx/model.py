@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from hra_fx.adapted import Record, inventory, names_in, record_of, require_outermost, root_of
-from hra_fx.adapters.acting import refresh
+from hra_fx.adapters.acting import check_exchange, refresh
 from hra_fx.adapters.adding import add_adapter
 from hra_fx.adapters.copies import BASE, copies_of
 from hra_fx.adapters.deleting import delete_adapter
@@ -34,6 +34,7 @@ from hra_fx.default_targets import DEFAULT_TARGETS
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.exported.programs import is_program
 from hra_fx.folding import fold
+from hra_fx.sharded import reshard
 from hra_fx.transforming import transform
 
 #: Packages whose classes bring methods of these names themselves, which those of `HRAModel` are meant to replace.
@@ -165,6 +166,7 @@ class HRAModel(Carrier):
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         """Give gradients to the vectors and copies of these adapters, or take them; others keep theirs."""
+        reshard(self)
         give_gradients(inventory(self), names_in(self._record, adapter_names), requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -218,6 +220,7 @@ class HRAModel(Carrier):
 
     def _switch(self, *, disabled: bool) -> None:
         record = self._record
+        check_exchange(self, inventory(self), () if disabled else record.active)
         if disabled and record.merged:
             unmerge_adapter(self)
         record.disabled = disabled

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hra_fx import householder
 from hra_fx.adapted import require_sites
+from hra_fx.sharded import reshard, whole
 
 
 def orthogonality_loss(model: nn.Module) -> Tensor:
@@ -25,8 +26,10 @@ def orthogonality_loss(model: nn.Module) -> Tensor:
     contributes nothing. Where two vectors are equal, as at the start of `init_weights=True`, the penalty of that pair
     is at its largest and its gradient zero: the gradient of the task has to part them first.
 
+    Where `fully_shard` shares the vectors out, they are gathered: every process has to call this, at the same moment.
+
     Args:
-        model: a transformed model, bare or wrapped (DDP, `torch.compile`).
+        model: a transformed model, bare, wrapped (DDP, `torch.compile`) or sharded (FSDP2).
 
     Returns:
         `()`, float32 or wider, also under autocast, on the device of the first vectors; zero where nothing is active.
@@ -44,6 +47,8 @@ def orthogonality_loss(model: nn.Module) -> Tensor:
         0.8485
     """
     sites = require_sites(model)
+    # What FSDP2 leaves whole after a forward is freed before the backward of a term beside the loss may come.
+    reshard(model)
     active = [
         (layer.hra_u[name], layer.hra_u.specs[name].apply_GS) for layer in sites.values() for name in layer.hra_u.active
     ]
@@ -51,7 +56,7 @@ def orthogonality_loss(model: nn.Module) -> Tensor:
     total = torch.zeros((), device=device)
     for vectors, apply_GS in active:
         if not apply_GS:
-            total = total + _penalty(vectors).to(device)
+            total = total + _penalty(whole(vectors)).to(device)
     return total
 
 

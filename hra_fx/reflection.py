@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hra_fx import geodesic, householder
 from hra_fx.errors import AdapterError
+from hra_fx.sharded import laid_out_as, whole
 from hra_fx.site import REFLECTION, SiteKind, as_rows, weight_name
 
 #: What follows an adapter's name in that of its anchor.
@@ -24,8 +25,8 @@ _SCALED = "_scaled"
 #: What the containers of vectors and copies are made of, and the names that stand for the base model.
 _RESERVED = (
     *("kind", "columns", "weight_name", "on_weight", "width", "specs", "active", "scales", "paused", "unmerged"),
-    *("base_layer", "original_module"),
-    *("copied", "in_place", "make", "tensors", "put_in_place", "adopt", "remove", "give_gradient"),
+    *("acts", "base_layer", "original_module"),
+    *("copied", "in_place", "make", "tensors", "put_in_place", "adopt", "remove", "give_gradient", "would_change"),
 )
 
 
@@ -142,10 +143,10 @@ class Reflection(nn.ParameterDict):
         if own.is_meta:
             self[name] = nn.Parameter(vectors.to(device, own.dtype), requires_grad=own.requires_grad)
         else:
-            own.copy_(vectors)
+            own.copy_(laid_out_as(vectors, own))
         self._drop(name + ANCHOR)
         if anchor is not None:
-            self.register_buffer(name + ANCHOR, anchor.to(self[name]))
+            self.register_buffer(name + ANCHOR, anchor.to(own.device, own.dtype))
 
     def remove(self, name: str) -> None:
         """Take an adapter out, if it is there."""
@@ -219,8 +220,11 @@ class Reflection(nn.ParameterDict):
         return geodesic.fraction(self.full_chain(name, dtype), self.scales[name])
 
     def full_chain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The adapter at full strength: `[A | U]`, or `[A | V]` with Gram-Schmidt; `(d, k)`, made in `dtype`."""
-        vectors: Tensor = self[name] if dtype is None else self[name].to(dtype)
+        """The adapter at full strength: `[A | U]`, or `[A | V]` with Gram-Schmidt; `(d, k)`, made in `dtype`.
+
+        With a `dtype` all shards of the vectors are gathered, where several processes hold them.
+        """
+        vectors: Tensor = self[name] if dtype is None else whole(self[name]).to(dtype)
         return plain_chain(vectors, self.anchor(name), apply_GS=self.specs[name].apply_GS)
 
     def active_chain(self, dtype: torch.dtype | None = None) -> Tensor | None:
@@ -258,6 +262,11 @@ class Reflection(nn.ParameterDict):
         """Whether an adapter is at strength 0: asked of the tensor itself, for a tracer has no shape to look at."""
         scaled = self._buffers.get(name + _SCALED) if name in self.scales else None
         return scaled is not None and not scaled.shape[1]
+
+    @property
+    def acts(self) -> bool:
+        """Whether anything is made of what it is called with: an adapter is active, and its strength not 0."""
+        return not all(self._is_idle(name) for name in self.active)
 
     def rows(self, weight: Tensor) -> Tensor:
         """The site's weight, or one of its shape, as the matrix `(out, d)` that `Q` is multiplied to."""

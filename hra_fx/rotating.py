@@ -14,6 +14,7 @@ from hra_fx.carrier.layer import SiteCarrier
 from hra_fx.carrier.swap import is_outermost
 from hra_fx.errors import FoldError
 from hra_fx.reflection import Reflection
+from hra_fx.sharded import first_sharded
 from hra_fx.tied import tied_to
 
 
@@ -42,6 +43,12 @@ def check_classes(model: nn.Module, sites: Mapping[str, SiteCarrier]) -> None:
     Raises:
         FoldError: there is one.
     """
+    if sharded := first_sharded(model):
+        raise FoldError(
+            f"{sharded[0]}: {sharded[1]} shares its parameters out among processes, and no process has a whole weight. "
+            "Save the adapter (hra_fx.save_adapter, in every process), and fold it into a plain model, or into the "
+            "checkpoint (hra_fx.fold_checkpoint)."
+        )
     for path, module in [*sites.items(), *regions_of(model).items()]:
         if not is_outermost(module):
             raise FoldError(

@@ -10,6 +10,7 @@ from hra_fx.adapted import Inventory, Record
 from hra_fx.adapters.copies import BASE
 from hra_fx.adapters.trainable import train_only
 from hra_fx.errors import AdapterError
+from hra_fx.sharded import first_sharded
 from hra_fx.uninterrupted import uninterrupted
 
 
@@ -30,6 +31,27 @@ def refresh(parts: Inventory, record: Record) -> None:
             reflection.active = tuple(name for name in unmerged if name in reflection.specs)
         for owner, copies in parts.copies:
             copies.put_in_place(owner, next((name for name in acting if name in copies.copied), BASE))
+
+
+def check_exchange(root: nn.Module, parts: Inventory, acting: Iterable[str]) -> None:
+    """Refuse to exchange trained copies where a tool puts its own parameters back at every forward.
+
+    Args:
+        root: the model.
+        parts: what it carries.
+        acting: the adapters that are to act.
+
+    Raises:
+        AdapterError: there are copies to exchange, in a model that is sharded.
+    """
+    sharded, names = first_sharded(root), tuple(acting)
+    for owner, copies in parts.copies if sharded else ():
+        if copies.would_change(next((name for name in names if name in copies.copied), BASE)):
+            path = next(path for path, module in root.named_modules() if module is owner)
+            raise AdapterError(
+                f"{path or 'the model'}: its trained copies (modules_to_save or bias) would change places, and "
+                f"{sharded[1] if sharded else ''} puts those back that it found. Choose the adapters before it."
+            )
 
 
 def check_copies(root: nn.Module, parts: Inventory, names: Iterable[str]) -> None:

@@ -77,10 +77,17 @@ class Copies(nn.Module):
             if isinstance(tensor, nn.Parameter):
                 tensor.requires_grad_(wanted and tensor.is_floating_point())
 
+    def would_change(self, adapter: str) -> bool:
+        """Whether `put_in_place` would exchange anything."""
+        return any(self._wanted(adapter, name) != present for name, present in self.in_place.items())
+
+    def _wanted(self, adapter: str, name: str) -> str:
+        return adapter if name in self.copied.get(adapter, ()) else BASE
+
     def put_in_place(self, owner: nn.Module, adapter: str) -> None:
         """Exchange what is in place for the copies of `adapter`; the base model's where it has none."""
         for name, present in self.in_place.items():
-            wanted = adapter if name in self.copied.get(adapter, ()) else BASE
+            wanted = self._wanted(adapter, name)
             if wanted != present:
                 tensor = self._take(wanted, name)
                 self._put(present, name, getattr(owner, name), owner)

@@ -13,6 +13,7 @@ from hra_fx.adapted import Record, inventory, names_in, root_of, sites_of
 from hra_fx.adapters.acting import check_copies, refresh
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.rotating import check_weights, rotated
+from hra_fx.sharded import laid_out_as, reshard
 from hra_fx.uninterrupted import uninterrupted
 
 
@@ -68,10 +69,11 @@ def unmerge_adapter(model: nn.Module) -> None:
     if not record.merged:
         warnings.warn("unmerge_adapter: nothing is merged; nothing is done.", HRAWarning, stacklevel=2)
         return
+    reshard(model)
     with torch.no_grad(), uninterrupted():
         for layer in sites_of(root).values():
             if layer.hra_u.unmerged is not None:
-                layer.hra_base.copy_(layer.hra_u.unmerged)
+                layer.hra_base.copy_(laid_out_as(layer.hra_u.unmerged, layer.hra_base))
                 layer.hra_u.unmerged = None
         record.merged = ()
         refresh(inventory(root), record)

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from torch import nn
 
 from hra_fx.adapted import inventory, names_in, only_root, root_of
-from hra_fx.adapters.acting import activate, check_copies, refresh
+from hra_fx.adapters.acting import activate, check_copies, check_exchange, refresh
 from hra_fx.adapters.merging import merged_again, unmerge_adapter
 from hra_fx.errors import HRAWarning
+from hra_fx.sharded import reshard
 
 
 def set_adapter(model: nn.Module, adapter_name: str | Iterable[str], *, inference_mode: bool = False) -> None:
@@ -26,7 +27,8 @@ def set_adapter(model: nn.Module, adapter_name: str | Iterable[str], *, inferenc
         inference_mode: leave their vectors and copies without gradients.
 
     Raises:
-        AdapterError: there is no such adapter, or two of them save the same module.
+        AdapterError: there is no such adapter, or two of them save the same module; or their copies would change places
+            in a model that is sharded.
 
     Warns:
         HRAWarning: an adapter was merged; it is unmerged first (as PEFT does).
@@ -43,6 +45,8 @@ def set_adapter(model: nn.Module, adapter_name: str | Iterable[str], *, inferenc
     root, record = only_root(model, parts)
     names = names_in(record, adapter_name)
     check_copies(root, parts, names)
+    check_exchange(root, parts, () if record.disabled else names)
+    reshard(model)
     if record.merged:
         text = f"adapters {list(record.merged)} were merged; they are unmerged before {list(names)} are set."
         warnings.warn(text, HRAWarning, stacklevel=2)
@@ -60,7 +64,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         model: a transformed model.
 
     Raises:
-        AdapterError: the model has no reflections.
+        AdapterError: the model has no reflections, or trained copies in a model that is sharded.
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -73,6 +77,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         True
     """
     root, record = root_of(model)
+    check_exchange(root, inventory(root), ())
     before = record.disabled
     with merged_again(root, record):
         try:

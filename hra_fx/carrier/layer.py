@@ -95,7 +95,7 @@ class WeightCarrier(SiteCarrier):
         def weight(self: WeightCarrier) -> Any:
             if REFLECTION not in self._modules:  # a new object of this class
                 return nn.Module.__getattr__(self, name)
-            if _is_asked_by_fx():
+            if _is_asked_for_the_parameter():
                 return self.hra_base
             try:
                 return self.hra_u(self.hra_base)
@@ -109,10 +109,16 @@ class WeightCarrier(SiteCarrier):
         return {name: property(weight, hold)}
 
 
-def _is_asked_by_fx() -> bool:
-    """Whether fx copies a parameter into a GraphModule, whose graph rotates it by nodes of its own."""
-    # First, for a compiler cannot look at frames.
-    return not torch.compiler.is_compiling() and sys._getframe(2).f_code is _COPY.__code__
+def _is_asked_for_the_parameter() -> bool:
+    """Whether who asks wants the parameter itself, and computes nothing with it.
+
+    So does fx, which copies it into a GraphModule whose graph rotates it by nodes of its own, and torch.distributed,
+    which looks for the shards that it put there (FSDP2) or for what to save.
+    """
+    if torch.compiler.is_compiling():  # first, for a compiler cannot look at frames
+        return False
+    asking = sys._getframe(2)
+    return asking.f_code is _COPY.__code__ or asking.f_globals.get("__name__", "").startswith("torch.distributed.")
 
 
 def carrier_for(layer: nn.Module) -> type[SiteCarrier]:

@@ -42,8 +42,7 @@ def look(
         UnsupportedLayerError: naming layer, reader and way out.
     """
     # Where an adapter does nothing, the weight that others are given is the very one that they must not take.
-    with torch.no_grad():
-        watched = {path: layer for path, layer in sites.items() if not (layer.hra_u.on_weight and _is_plain(layer))}
+    watched = {path: layer for path, layer in sites.items() if layer.hra_u.acts or not layer.hra_u.on_weight}
     fused = not module.training and not torch.is_grad_enabled()
     if not watched or (fused and any(isinstance(part, nn.TransformerEncoderLayer) for part in module.modules())):
         return forward(module, *args, **kwargs)
@@ -53,11 +52,6 @@ def look(
     for path, reader in watch.found.items():
         raise UnsupportedLayerError(_overlooked(path, reader, on_weight=watched[path].hra_u.on_weight))
     return result
-
-
-def _is_plain(layer: SiteCarrier) -> bool:
-    name = layer.hra_u.weight_name
-    return getattr(layer, name) is layer._parameters.get(name)
 
 
 def _overlooked(path: str, reader: str, *, on_weight: bool) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hra_fx.adapted import record_of, sites_of
 from hra_fx.adapters.copies import BASE, held_by
+from hra_fx.averaging import check_averaged
 from hra_fx.carrier.looking import can_look, look
 from hra_fx.carrier.swap import Carrier
 from hra_fx.reflection import ANCHOR
@@ -32,6 +33,8 @@ class RootCarrier(Carrier):
             if torch.compiler.is_compiling():  # first, for a compiler guards on whatever is asked before
                 return base.forward(self, *args, **kwargs)
             record, mode = record_of(self), self.training
+            if record is not None:
+                check_averaged(self)
             idle = record is None or record.disabled or not record.active or getattr(self, "_is_replica", False)
             if record is None or idle or mode in record.looked or not can_look():
                 return base.forward(self, *args, **kwargs)

@@ -20,6 +20,7 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.example import as_call
 from hra_fx.reflection import Reflection
+from hra_fx.sharded import laid_out_as, reshard
 from hra_fx.transforming import checked, set_up
 from hra_fx.uninterrupted import uninterrupted
 
@@ -118,12 +119,14 @@ def _replace(root: nn.Module, record: Record, name: str, fitted: Fitted, is_trai
             f"adapter {name!r}: the model has it with other layers, rank, Gram-Schmidt, biases or modules to save than "
             "the file. Delete it first (hra_fx.delete_adapter), or load under another name."
         )
+    reshard(root)
     with torch.no_grad(), uninterrupted():
         for path, layer in layers.items():
             layer.hra_u.replace(name, *values[path], layer.hra_base.device)
         for path, (owner, copies) in copies_of(root).items():
             for entry in _saved(owner, copies, name):
-                copies.get(owner, name, entry).copy_(fitted.copies[path, entry])
+                own = copies.get(owner, name, entry)
+                own.copy_(laid_out_as(fitted.copies[path, entry], own))
     record.configs[name].inference_mode = not is_trainable
     give_gradients(inventory(root), (name,), is_trainable and name in record.active)
 

@@ -14,6 +14,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 from torch import Tensor, nn
 
@@ -34,11 +35,15 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.reflection import plain_chain
 from hra_fx.selection import resolve_targets, targeted
+from hra_fx.sharded import by_the_first, is_shard, whole
 
 #: Key of the metadata of `adapter_model.safetensors` under which the way to go on training is written.
 RESUME = "hra_fx"
 #: What transformers' Trainer calls the folder of a checkpoint.
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
+
+#: Configuration, tensors and metadata of an adapter's two files.
+_Contents: TypeAlias = tuple[HRAConfig, dict[str, Tensor], dict[str, str]]
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> None:
@@ -46,6 +51,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
 
     Both files are written beside and then renamed, so that an adapter that was there is whole until the new one is. The
     adapter is written at full strength (see `set_scale`); copies of `modules_to_save` and biases go with it.
+
+    In a training with several processes it is enough that one of them calls this, under DDP. Where `fully_shard` shares
+    the vectors out, all have to call it: they gather them, the first one writes, and the others wait for it.
 
     Args:
         model: a transformed model.
@@ -68,7 +76,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     root, record = root_of(model)
     name = _the_one(record) if adapter_name is None else names_in(record, adapter_name)[0]
     config, tensors, metadata = _contents(root, record, name, root.state_dict())
-    write(directory, config.to_json_string(), tensors, metadata)
+    by_the_first(root.parameters(), lambda: write(directory, config.to_json_string(), tensors, metadata))
 
 
 def save_pretrained(
@@ -91,7 +99,8 @@ def save_pretrained(
         directory: the folder.
         selected_adapters: names; `None` for all.
         state_dict: the model's, where a wrapper (FSDP, DeepSpeed) has gathered it.
-        is_main_process: only the main process writes.
+        is_main_process: only the main process writes. Where `fully_shard` shares the vectors out and no `state_dict` is
+            given, all have to call this, as for `save_adapter`.
         safe_serialization: must be true, for a pickle is never written.
         push_to_hub: must be false.
 
@@ -105,24 +114,29 @@ def save_pretrained(
         raise AdapterError("push_to_hub=True: save first, then call model.push_to_hub(...).")
     root, record = root_of(model)
     names = names_in(record, record.configs if selected_adapters is None else selected_adapters)
-    if not is_main_process:
-        return
-    state = root.state_dict() if state_dict is None else state_dict
-    contents = {name: _contents(root, record, name, state) for name in names}
     if not names:
         raise AdapterError("selected_adapters: it names none, so there is nothing to save. Name some, or None for all.")
-    for name, (config, tensors, metadata) in contents.items():
-        folder = Path(directory) if name == "default" else Path(directory, name)
-        write(folder, config.to_json_string(), tensors, metadata)
+    state = root.state_dict() if state_dict is None else state_dict
+    shards = [tensor for tensor in state.values() if is_shard(tensor)]
+    if not (is_main_process or shards):
+        return
+    contents = {name: _contents(root, record, name, state) for name in names}
+    checkpoint = _CHECKPOINT.fullmatch(Path(directory).name) and not Path(directory, "config.json").exists()
+    entries = {key: whole(state[key]) for key in adapter_entries(root) if key in state} if checkpoint else {}
+    by_the_first(shards, lambda: _write_all(Path(directory), contents, entries))
     if Path(directory, "config.json").exists():
         text = (
             f"{directory}: it holds a whole model, and the adapters stand beside it. from_pretrained of diffusers, or "
             "of transformers without PEFT, loads that model without them: use hra_fx.load_adapter, or another folder."
         )
         warnings.warn(text, HRAWarning, stacklevel=3)
-    elif _CHECKPOINT.fullmatch(Path(directory).name):
-        entries = {key: state[key] for key in adapter_entries(root) if key in state}
-        write_weights(Path(directory, "model.safetensors"), entries, {})
+
+
+def _write_all(directory: Path, contents: Mapping[str, _Contents], entries: Mapping[str, Tensor]) -> None:
+    for name, (config, tensors, metadata) in contents.items():
+        write(directory if name == "default" else directory / name, config.to_json_string(), tensors, metadata)
+    if entries:
+        write_weights(directory / "model.safetensors", entries, {})
 
 
 def _the_one(record: Record) -> str:
@@ -134,9 +148,7 @@ def _the_one(record: Record) -> str:
     return candidates[0]
 
 
-def _contents(
-    root: nn.Module, record: Record, name: str, state: Mapping[str, Tensor]
-) -> tuple[HRAConfig, dict[str, Tensor], dict[str, str]]:
+def _contents(root: nn.Module, record: Record, name: str, state: Mapping[str, Tensor]) -> _Contents:
     config = record.configs[name]
     sites = [path for path, layer in sites_of(root).items() if name in layer.hra_u]
     if odd := sorted(targeted(root, config).keys() ^ set(sites)):
@@ -148,7 +160,7 @@ def _contents(
     metadata = {"format": "pt"}
     rank, apply_GS = config.r, config.apply_GS
     for path in sites:
-        vectors, anchor = state[vectors_entry(path, name)], state.get(anchor_entry(path, name))
+        vectors, anchor = whole(state[vectors_entry(path, name)]), state.get(anchor_entry(path, name))
         if anchor is None:
             tensors[reflection_key(path)] = vectors
             continue
@@ -161,9 +173,8 @@ def _contents(
         for entry in copies.copied.get(name, ()):
             if entry not in owner._non_persistent_buffers_set:
                 in_place = copies.in_place[entry] == name
-                tensors[copy_key(path, entry, in_site=path in sites)] = state[
-                    copy_entry(path, name, entry, in_place=in_place)
-                ]
+                copied = whole(state[copy_entry(path, name, entry, in_place=in_place)])
+                tensors[copy_key(path, entry, in_site=path in sites)] = copied
     return _written(root, config, rank, apply_GS), {key: t.detach() for key, t in tensors.items()}, metadata
 
 

@@ -14,6 +14,7 @@ from hra_fx.view.graph import leaves_of
 from hra_fx.view.scopes import scope_tree
 from hra_fx.view.subject import Subject
 from hra_fx.view.tree import Scope
+from hra_fx.wrapped import unwrapped
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,15 @@ def drawing_of(model: Any, example_inputs: Any = None) -> Drawing:
     """Look at a model; nothing in it is changed.
 
     Args:
-        model: a module, transformed, plain or folded, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`.
+        model: a module, transformed, plain or folded, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`; in
+            what wraps a whole model (DDP, `torch.compile`), that model is looked at.
         example_inputs: those of one call: for shapes, and for a whole graph by TorchDynamo where fx has none.
 
     Raises:
         VisualizeError: it is no model, or has no use for example inputs.
         AdapterError: the model does not run on the inputs, or TorchDynamo cannot record the call.
     """
+    model = unwrapped(model)
     subject = find_subject(model, example_inputs)
     name = subject.classes.get("", type(model).__name__)
     found = report(model) if subject.sites else None

@@ -12,6 +12,7 @@ from torch import fx, nn
 from hra_fx import householder
 from hra_fx.adapted import sites_of
 from hra_fx.carrier.layer import SiteCarrier
+from hra_fx.sharded import is_shard
 from hra_fx.view.describe import describe_module, own_parameters
 
 
@@ -90,8 +91,10 @@ def rotation_of(chain: torch.Tensor | None) -> float | None:
 def _facts(layer: SiteCarrier) -> SiteFacts:
     reflection = layer.hra_u
     rank = sum(int(reflection[name].shape[1]) for name in reflection.active)
+    # What would have to be gathered is not asked for: only one process may be drawing.
+    sharded = any(map(is_shard, reflection.parameters()))
     with torch.no_grad():
-        rotation = rotation_of(reflection.active_chain())
+        rotation = None if sharded else rotation_of(reflection.active_chain())
     held = sum(parameter.numel() for parameter in own_parameters(layer))
     vectors = sum(parameter.numel() for parameter in reflection.parameters())
     return SiteFacts(describe_module(layer), reflection.width, rank, rotation, held, vectors)
