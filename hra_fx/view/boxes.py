@@ -18,7 +18,7 @@ STRIP = 19.0  # height of the reflection on top of its layer
 HEADER = 27.0  # height of an open scope's title
 _PAD = 14.0
 _ROW, _ROW_OVERVIEW = 1020.0, 240.0  # widest row of a scope without edges
-_LETTERS = 34
+_LETTERS, _PORT = 34, 48
 _LINES = 20  # of a tip
 
 Look: TypeAlias = Literal["port", "site", "plain", "eager", "closed", "captured", "python", "root"]
@@ -114,7 +114,8 @@ def _strip(leaf: Leaf, turned: str) -> str:
 
 
 def _leaf(leaf: Leaf, notes: Notes) -> Box:
-    name, detail, count = shorten(clean(span(leaf)), _LETTERS), shorten(clean(leaf.detail), _LETTERS), _count(leaf)
+    letters = _PORT if leaf.kind in ("input", "output") else _LETTERS
+    name, detail, count = shorten(clean(span(leaf)), letters), shorten(clean(leaf.detail), _LETTERS), _count(leaf)
     detail = "" if detail == name else detail
     missed = notes.missed_in(leaf)
     wide = width(name, NAME) + (7 + width(detail, DETAIL) if detail else 0) + _count_width(count) + 2 * _PAD

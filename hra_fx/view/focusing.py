@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import networkx as nx
@@ -71,18 +72,19 @@ def _cut_out(picture: nx.DiGraph[str], focus: str, inside: dict[str, Leaf]) -> n
     below = {path for path in graph["regions"] if path.startswith(f"{focus}.")}
     part.graph.update(graph, regions=frozenset(below | ({""} if captured else set())))
     part.graph["classes"] = {**graph["classes"], "": graph["classes"].get(focus, "")}
+    address = _addresses(picture)
     for source in dict.fromkeys(source for key in inside for source in picture.pred[key] if source not in inside):
-        part.add_node(f"from:{source}", leaf=_port("input", f"from {_address(picture.nodes[source]['leaf'])}"))
+        part.add_node(f"from:{source}", leaf=_port("input", f"from {address[source]}"))
         part.add_edges_from((f"from:{source}", key) for key in picture.succ[source] if key in inside)
     for key, leaf in inside.items():
         part.add_node(key, leaf=replace(leaf, place=_below(leaf.place, focus)))
         part.add_edges_from((source, key) for source in picture.pred[key] if source in inside)
     for key in inside:
-        readers = [picture.nodes[reader]["leaf"] for reader in picture.succ[key] if reader not in inside]
+        readers = [reader for reader in picture.succ[key] if reader not in inside]
         if readers:
             more = f" + {len(readers) - 1}" if len(readers) > 1 else ""
             part.add_edge(key, f"to:{key}")
-            part.nodes[f"to:{key}"]["leaf"] = _port("output", f"to {_address(readers[0])}{more}")
+            part.nodes[f"to:{key}"]["leaf"] = _port("output", f"to {address[readers[0]]}{more}")
     return part
 
 
@@ -92,11 +94,19 @@ def _port(kind: str, name: str) -> Leaf:
     return Leaf(name, "", "output", "output", name, ())
 
 
-def _address(leaf: Leaf) -> str:
-    """Where a leaf is to be found: the path of a module; an operation below the module that it belongs to."""
+def _addresses(picture: nx.DiGraph[str]) -> dict[str, str]:
+    """Where leaves are to be found: the path of a module; an operation with the module it belongs to, which is enough
+    where it is all that the module does."""
+    leaves: dict[str, Leaf] = dict(picture.nodes(data="leaf"))
+    inside = Counter(call for leaf in leaves.values() for call in leaf.place)
+    return {key: _address(leaf, inside) for key, leaf in leaves.items()}
+
+
+def _address(leaf: Leaf, inside: Mapping[str, int]) -> str:
     if leaf.paths or not leaf.place:
         return leaf.target
-    return f"{leaf.place[-1]}: {leaf.name}"
+    call = leaf.place[-1]
+    return call if inside[call] == 1 else f"{call}: {leaf.name}"
 
 
 def _below(place: tuple[str, ...], focus: str) -> tuple[str, ...]:

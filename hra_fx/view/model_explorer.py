@@ -36,7 +36,7 @@ def render(drawing: Drawing, options: Options) -> str:
     content: dict[str, Any] = {"label": clean(part.title), "graphs": [graph]}
     if part.rows:
         content[name] = _node_data(part, options.heat or _HEAT)
-    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+    return json.dumps(content, allow_nan=False, separators=(",", ":")) + "\n"
 
 
 def _node(part: Drawing, key: str, leaf: Leaf) -> dict[str, Any]:

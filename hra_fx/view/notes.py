@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil
 
-from hra_fx.view.heat import Heating
+from hra_fx.view.heat import HEATS, Heating
 from hra_fx.view.text import clean
 from hra_fx.view.tree import Item, Leaf
 
@@ -89,7 +89,7 @@ class Notes:
         if self.heating is None or not item.marks:
             return "", ""
         mean = self.heating.mean(mark.path for mark in item.marks)
-        words = self.heating.text(mean)
+        words = ("" if HEATS[self.heating.name].unit else "|Q-I| ") + self.heating.text(mean)
         return (f"mean {words}" if len(item.marks) > 1 else words), self.heating.colour(mean)
 
     def cells(self, item: Item, width: float) -> Cells:

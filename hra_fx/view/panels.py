@@ -19,6 +19,8 @@ _OVERVIEW = 24
 _PANEL = 20
 #: Inside a model, a scope with more items than this shows neighbours that differ in size only as one.
 _ROOMY = 8
+#: The kinds of operations that a box lists take so many letters at most.
+_KINDS = 28
 #: A block that is used several times stays closed in the overview unless it is as small as this.
 _SMALL = 3
 
@@ -177,14 +179,33 @@ def _operations(scope: Scope, run: range) -> Item:
     """A run of leaves without sites as one leaf."""
     leaves = [item for item in scope.items[run[0] : run[-1] + 1] if isinstance(item, Leaf)]
     kinds = dict.fromkeys(
-        leaf.detail.partition(" ")[0] if leaf.kind == "module" else _last(leaf.name) for leaf in leaves
+        kind
+        for leaf in leaves
+        for kind in ([leaf.detail.partition(" ")[0]] if leaf.kind == "module" else _last(leaf.name).split(", "))
     )
-    name = span(replace(leaves[0], last=leaves[-1].last or leaves[-1].name))
-    targets = ", ".join(leaf.target for leaf in leaves)
-    paths, count = tuple(path for leaf in leaves for path in leaf.paths), sum(leaf.parameters for leaf in leaves)
+    first, last = leaves[0].name.partition(",")[0], (leaves[-1].last or leaves[-1].name).rpartition(", ")[2]
     return replace(
-        leaves[0], name=name, detail=", ".join(kinds), target=targets, count=1, last="", paths=paths, parameters=count
+        leaves[0],
+        name=f"{first} … {last}",
+        detail=_listed(list(kinds)),
+        target=", ".join(leaf.target for leaf in leaves),
+        count=1,
+        last="",
+        paths=tuple(path for leaf in leaves for path in leaf.paths),
+        parameters=sum(leaf.parameters for leaf in leaves),
     )
+
+
+def _listed(words: list[str]) -> str:
+    """Words in a list, as many as fit.
+
+    >>> _listed(["view", "transpose", "scaled_dot_product_attention", "reshape"])
+    'view, transpose, …'
+    """
+    shown = 1
+    while shown < len(words) and len(", ".join(words[: shown + 1])) <= _KINDS:
+        shown += 1
+    return ", ".join(words[:shown]) + ", …" * (shown < len(words))
 
 
 def _last(name: str) -> str:
