@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hra_fx import householder
 from hra_fx.adapted import require_sites
+from hra_fx.offloaded import require_present
 from hra_fx.sharded import reshard, whole
 
 
@@ -35,7 +36,7 @@ def orthogonality_loss(model: nn.Module) -> Tensor:
         `()`, float32 or wider, also under autocast, on the device of the first vectors; zero where nothing is active.
 
     Raises:
-        AdapterError: the model has no reflections.
+        AdapterError: the model has no reflections, or accelerate offloads them.
 
     Example:
         >>> from hra_fx.config import HRAConfig
@@ -47,6 +48,7 @@ def orthogonality_loss(model: nn.Module) -> Tensor:
         0.8485
     """
     sites = require_sites(model)
+    require_present(model)
     # What FSDP2 leaves whole after a forward is freed before the backward of a term beside the loss may come.
     reshard(model)
     active = [

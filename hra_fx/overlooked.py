@@ -59,8 +59,10 @@ class WeightWatch(TorchFunctionMode):
         super().__init__()
         self.found: dict[str, str] = {}
         self._model = model
-        weights = ((_weight(layer), path, layer) for path, layer in layers.items())
-        self._weights = {id(weight): (path, layer) for weight, path, layer in weights if weight is not None}
+        self._layers = dict(layers)
+        weights = ((path, _weight(layer)) for path, layer in layers.items())
+        # With the tensors themselves, for the address of one that is gone is soon another's.
+        self._known = {id(weight): (path, weight) for path, weight in weights if weight is not None}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a function of torch, and look at what it was called with."""
@@ -71,9 +73,17 @@ class WeightWatch(TorchFunctionMode):
             name = getattr(func.__self__, "__name__", name)
         if name not in _IDLE and not _only_scales(name, args):
             for value in _tensors(args[:1] if name in _AS_ANOTHER else (args, kwargs)):
-                if id(value) in self._weights:
-                    self._note(name, value, *self._weights[id(value)])
+                if (path := self._whose(value)) is not None:
+                    self._note(name, value, path, self._layers[path])
         return result
+
+    def _whose(self, value: Tensor) -> str | None:
+        """The layer whose weight this is: at the start, or where offloading or sharding put another parameter since."""
+        if id(value) in self._known:
+            return self._known[id(value)][0]
+        if not isinstance(value, nn.Parameter):
+            return None
+        return next((path for path, layer in self._layers.items() if _weight(layer) is value), None)
 
     def _note(self, function: str, weight: Tensor, path: str, layer: nn.Module) -> None:
         reader = _running()

@@ -13,6 +13,7 @@ from hra_fx.adapted import regions_of
 from hra_fx.carrier.layer import SiteCarrier
 from hra_fx.carrier.swap import is_outermost
 from hra_fx.errors import FoldError
+from hra_fx.offloaded import why_absent
 from hra_fx.reflection import Reflection
 from hra_fx.sharded import first_sharded
 from hra_fx.tied import tied_to
@@ -43,6 +44,8 @@ def check_classes(model: nn.Module, sites: Mapping[str, SiteCarrier]) -> None:
     Raises:
         FoldError: there is one.
     """
+    if absent := why_absent(model):
+        raise FoldError(absent)
     if sharded := first_sharded(model):
         raise FoldError(
             f"{sharded[0]}: {sharded[1]} shares its parameters out among processes, and no process has a whole weight. "

@@ -19,6 +19,7 @@ from hra_fx.checkpoint.folder import find
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.example import as_call
+from hra_fx.offloaded import require_present
 from hra_fx.reflection import Reflection
 from hra_fx.sharded import laid_out_as, reshard
 from hra_fx.transforming import checked, set_up
@@ -61,7 +62,8 @@ def load_adapter(
     Raises:
         CheckpointError: a file is missing, damaged, or does not fit the model; it names the file and the key.
         ConfigError: the configuration is broken.
-        AdapterError: the model has an adapter of that name with another configuration, or adapters are merged.
+        AdapterError: the model has an adapter of that name with another configuration, or adapters are merged, or
+            accelerate offloads it.
         UnsupportedLayerError: as `transform`. After any error the model is as it was.
 
     Example:
@@ -105,6 +107,7 @@ def _replace(root: nn.Module, record: Record, name: str, fitted: Fitted, is_trai
         raise AdapterError(f"adapter {name!r}: it is merged into the weights. Call unmerge_adapter first.")
     if any(name in reflection.scales for reflection in inventory(root).reflections):
         raise AdapterError(f"adapter {name!r}: its strength is not 1. Call hra_fx.set_scale(model, {name!r}, 1) first.")
+    require_present(root)
     layers = {path: layer for path, layer in sites_of(root).items() if name in layer.hra_u}
     spec = next(iter(layers.values())).hra_u.specs[name]
     ways = ((fitted.vectors, fitted.spec.apply_GS), (fitted.written, fitted.written_GS))

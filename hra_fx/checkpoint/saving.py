@@ -33,6 +33,7 @@ from hra_fx.checkpoint.keys import (
 )
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning
+from hra_fx.offloaded import require_present
 from hra_fx.reflection import plain_chain
 from hra_fx.selection import resolve_targets, targeted
 from hra_fx.sharded import by_the_first, is_shard, whole
@@ -61,7 +62,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         adapter_name: which adapter; `None` for the only one, or the only active one.
 
     Raises:
-        AdapterError: the model has no such adapter, `None` does not tell which, or parts of it were folded or replaced.
+        AdapterError: the model has no such adapter, `None` does not tell which, parts of it were folded or replaced, or
+            accelerate offloads them.
         CheckpointError: a vector or a copy is not finite, or without data; or the folder cannot be written.
 
     Example:
@@ -75,6 +77,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     """
     root, record = root_of(model)
     name = _the_one(record) if adapter_name is None else names_in(record, adapter_name)[0]
+    require_present(root)
     config, tensors, metadata = _contents(root, record, name, root.state_dict())
     by_the_first(root.parameters(), lambda: write(directory, config.to_json_string(), tensors, metadata))
 
@@ -116,6 +119,8 @@ def save_pretrained(
     names = names_in(record, record.configs if selected_adapters is None else selected_adapters)
     if not names:
         raise AdapterError("selected_adapters: it names none, so there is nothing to save. Name some, or None for all.")
+    if state_dict is None:
+        require_present(root)
     state = root.state_dict() if state_dict is None else state_dict
     shards = [tensor for tensor in state.values() if is_shard(tensor)]
     if not (is_main_process or shards):

@@ -1,0 +1,39 @@
+"""Tensors that accelerate keeps elsewhere between the calls of a module (`cpu_offload`, `disk_offload`, a device map).
+
+In their place stand tensors on the meta device, and what is written there is lost at the next call.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from hra_fx.adapted import sites_of
+from hra_fx.errors import AdapterError
+
+
+def why_absent(model: nn.Module) -> str | None:
+    """Why the weight or the vectors of a layer cannot be read or written now, with the way out; `None` where they can.
+
+    Example:
+        >>> why_absent(nn.Linear(6, 4)) is None
+        True
+    """
+    for path, layer in sites_of(model).items():
+        for module in (layer, layer.hra_u):
+            if "_hf_hook" in vars(module) and any(tensor.is_meta for tensor in module.parameters(recurse=False)):
+                return (
+                    f"{path}: accelerate keeps its weight or its vectors elsewhere between calls (offload, device_map). "
+                    "Call accelerate.hooks.remove_hook_from_submodules(model) first, which brings them back, and "
+                    "dispatch the model again afterwards."
+                )
+    return None
+
+
+def require_present(model: nn.Module) -> None:
+    """Refuse a model of which some layer is offloaded.
+
+    Raises:
+        AdapterError: naming the layer.
+    """
+    if reason := why_absent(model):
+        raise AdapterError(reason)
