@@ -22,7 +22,7 @@ def why_absent(model: nn.Module) -> str | None:
         for module in (layer, layer.hra_u):
             if "_hf_hook" in vars(module) and any(tensor.is_meta for tensor in module.parameters(recurse=False)):
                 return (
-                    f"{path}: accelerate keeps its weight or its vectors elsewhere between calls (offload, device_map). "
+                    f"{path}: accelerate keeps its weight or vectors elsewhere between calls (offload, device_map). "
                     "Call accelerate.hooks.remove_hook_from_submodules(model) first, which brings them back, and "
                     "dispatch the model again afterwards."
                 )
