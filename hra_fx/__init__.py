@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     )
     from hra_fx.exported.freezing import freeze as freeze
     from hra_fx.exported.lowering import lower as lower
+    from hra_fx.exported.swapping import adapter_inputs as adapter_inputs, make_swappable as make_swappable
     from hra_fx.folding import fold as fold, plan_fold as plan_fold
     from hra_fx.graphing import graphs as graphs
     from hra_fx.model import HRAModel as HRAModel
@@ -56,6 +57,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "HRAConfig": "config",
     "HRAModel": "model",
+    "adapter_inputs": "exported.swapping",
     "add_adapter": "adapters.adding",
     "combine": "adapters.combining",
     "delete_adapter": "adapters.deleting",
@@ -66,6 +68,7 @@ _HOMES = {
     "graphs": "graphing",
     "load_adapter": "checkpoint.loading",
     "lower": "exported.lowering",
+    "make_swappable": "exported.swapping",
     "merge_adapter": "adapters.merging",
     "orthogonality_loss": "orthogonality",
     "plan_fold": "folding",

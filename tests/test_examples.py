@@ -17,6 +17,12 @@ PROMISES = {
     "layer_ranges": [r"^model\.layers\.4.*\n.*\nmodel\.layers\.5.*\n.*v_proj.*\n$"],
     "loading": ["the same outputs: +True", r"model\.0\.hra_u has shape \(16, 6\)", f"in PEFT, .*: {SMALL}"],
     "low_memory": ["meta device", "loaded: .*'cpu'", "the same outputs: True"],
+    "onnx_hot_swap": [
+        "the graph: 4 inputs",
+        f"polite: moves a logit by up to [0-9]\\.\\d*[1-9]\\d*, differs from PyTorch by {SMALL}",
+        f"terse: .* {SMALL}\npolite: .* {SMALL}\nroom: .* up to 0\\.000, .* {SMALL}",
+        f"polite, from a file .* {SMALL}",
+    ],
     "several_adapters": [f"switched off.* {SMALL}", f"at 1.0.* {SMALL}", f"combined.* {SMALL}", f"folded.* {SMALL}"],
     "stable_diffusion": [f"not trained.*: {SMALL}", f"fresh pipeline: +{SMALL}", f"folded: +{SMALL}"],
     "trainer": [r"adapter_model\.safetensors: \d kB", r"whole run (\d\.\d{6}), resumed from its middle \1"],
