@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from browser import NAMES, find_browser
 
 
 @pytest.fixture(autouse=True)
@@ -22,3 +23,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say it loudly where the page was not tested."""
+    if find_browser() is None:
+        terminalreporter.section("the HTML page was NOT tested", sep="!", red=True, bold=True)
+        terminalreporter.line(f"tests/view/html needs one of {', '.join(NAMES)}, and none is installed.")
+        terminalreporter.line("On Debian and Ubuntu: sudo apt-get install chromium")

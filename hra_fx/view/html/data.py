@@ -16,7 +16,7 @@ from hra_fx.view.text import clean
 
 #: What is shown at first, unless asked otherwise: the largest angle saturates.
 _FIRST_HEAT = "mean_angle"
-_DIGITS, _DIGITS_OF_MANY = 9, 5
+_DIGITS, _DIGITS_OF_MANY = 9, 7
 
 
 def page_data(drawing: Drawing, depth: int | None, heat: str | None) -> dict[str, Any]:

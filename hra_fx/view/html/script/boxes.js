@@ -185,8 +185,11 @@ function stripOf(item) {
 function sizeLeaf(item, box) {
   const marked = box.missed.length ? 16 : 0;
   if (item.kind === "site") {
-    // The heat comes after the strip's words: room for the longest one, "123.45°".
-    const strip = widthOf(box.strip, DETAIL, true) + widthOf(" · 0.00000°", DETAIL, true) + 12;
+    // The heat comes after the strip's words: room for the longest ones.
+    const strip =
+      widthOf(box.strip, DETAIL, true) +
+      widthOf(box.marks.length > 1 ? " · mean 0.00000°" : " · 0.00000°", DETAIL, true) +
+      12;
     const name = widthOf(box.name, NAME, true) + badgeWidth(box);
     const cells = box.marks.length > 1 ? Math.min(box.marks.length, CELLS) * 6 : 0;
     box.width = Math.max(name, widthOf(box.detail, DETAIL), strip, cells) + 2 * PAD + marked;

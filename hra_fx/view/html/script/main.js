@@ -69,10 +69,8 @@ function toggle(item) {
 function setAll(open) {
   const scopes = drawing.items.filter((item) => item.isScope && item.parent);
   boxes.set(scopes, open);
-  for (const pane of stage.panes) pane.draw();
   if (!open && stage.selected && around(stage.selected).length > 1) stage.selected = null;
-  stage.select(stage.selected);
-  stage.fit();
+  stage.drawAll();
 }
 
 byId("stage").addEventListener("click", (event) => {

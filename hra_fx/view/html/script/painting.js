@@ -255,7 +255,7 @@ export function colour(group, item, paint) {
   if (strip && line) {
     const value = heating.mean(box.marks);
     const turned = box.marks.some(paint.isTurned);
-    const told = value === undefined ? "" : ` · ${heating.text(value)}`;
+    const told = value === undefined ? "" : ` · ${box.marks.length > 1 ? "mean " : ""}${heating.text(value)}`;
     line.textContent = mode === "adapted" ? box.strip + told : (turned ? "weight changed" : "weight as before") + told;
     strip.classList.toggle("unchanged", mode === "folded" && !turned);
     fill(strip, line, value === undefined ? "" : heating.colour(value));

@@ -168,7 +168,7 @@ export class Panel {
   #layers(item, marks, chosen) {
     const rows = marks.flatMap((mark) => this.drawing.rows.get(mark) ?? []);
     const several = new Set(rows.map((row) => row.adapter)).size > 1;
-    const named = ["layer", ...(several ? ["adapter"] : []), "r", "mean", "largest", "|Q − I|"];
+    const named = ["layer", ...(several ? ["adapter"] : []), "r", "mean", "largest", "|Q - I|"];
     const head = html("tr", {}, ...named.map((name) => html("th", { scope: "col" }, name)));
     const body = rows.slice(0, LISTED).map((row) => {
       const tint = html("i", { class: "tint", "aria-hidden": "true" });
@@ -225,9 +225,9 @@ function adapterFacts(row) {
     ["trained numbers", row.parameters.toLocaleString("en")],
     ["mean angle", degrees(row.mean_angle), `${row.mean_angle} radians`],
     ["largest angle", degrees(row.angle), `${row.angle} radians`],
-    ["|Q − I|", row.rotation.toFixed(3), String(row.rotation)],
+    ["|Q - I|", row.rotation.toFixed(3), String(row.rotation)],
     ["share of the weight turned", `${(100 * row.share).toFixed(2)}%`, String(row.share)],
-    ["|QᵀQ − I|", row.orthogonality.toExponential(0), String(row.orthogonality)],
+    ["|QᵀQ - I|", row.orthogonality.toExponential(0), String(row.orthogonality)],
   ];
 }
 

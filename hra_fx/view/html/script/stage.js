@@ -97,6 +97,17 @@ export class Stage {
     scroller.scrollTop += (after.y - before.y) * this.zoom;
   }
 
+  /** Draw everything, after many scopes were opened or closed. */
+  drawAll() {
+    const { clientWidth } = this.panes[0].scroller; // asked for later, it would have the browser lay out everything twice
+    for (const pane of this.panes) {
+      pane.draw();
+      pane.select(this.selected);
+    }
+    this.#apply();
+    this.panes[0].scroller.scrollTo((this.panes[0].width * this.zoom - clientWidth) / 2, 0);
+  }
+
   /** As much of the drawing as can be read. */
   fit() {
     const { scroller, width } = this.panes[0];

@@ -1,0 +1,92 @@
+"""A small model with repeated blocks for the tests of the page, as if trained, and what is asked of a page."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from playwright.sync_api import Locator, Page
+from torch import Tensor, nn
+
+import hra_fx
+from hra_fx.view.drawing import drawing_of
+from hra_fx.view.html.rendering import render
+from hra_fx.view.options import Options
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.act = nn.LayerNorm(width), nn.GELU()
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.act(self.up(self.norm(x))))
+
+
+class Net(nn.Module):
+    """`stem` and `head` are left without reflections; the blocks look alike."""
+
+    def __init__(self, blocks: int = 3) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 12), nn.Linear(12, 4)
+        self.blocks = nn.Sequential(*(Block(12) for _ in range(blocks)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)))
+
+
+def turned(model: nn.Module) -> nn.Module:
+    """As if trained: each layer further than the one before."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = [parameter for name, parameter in model.named_parameters() if ".hra_u." in name]
+    with torch.no_grad():
+        for index, u in enumerate(vectors, start=1):
+            u += torch.randn(u.shape, generator=generator) * u.norm(dim=0) * 0.05 * index / u.shape[0] ** 0.5
+    return model
+
+
+def trained_net(**fields: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = {"r": 4, "target_modules": ["up", "down"]} | fields
+    return turned(hra_fx.transform(Net(), hra_fx.HRAConfig(**config)))
+
+
+def page_of(model: Any, *, depth: int | None = None, focus: str | None = None, heat: str | None = None) -> str:
+    return render(drawing_of(model), Options(depth, focus, heat))
+
+
+def boxes(page: Page, mode: str = "adapted") -> Locator:
+    return page.locator(f".pane.{mode} [role=treeitem]")
+
+
+def box(page: Page, label: str, mode: str = "adapted") -> Locator:
+    """The box whose name begins so."""
+    pattern = re.compile(f"^{re.escape(label)}(,|$)")
+    return page.locator(f".pane.{mode}").get_by_role("treeitem", name=pattern)
+
+
+def place(page: Page, label: str, mode: str = "adapted") -> dict[str, float]:
+    """Where the outline of a box is in the window."""
+    found = box(page, label, mode).locator(":scope > .frame:not(.under)").bounding_box()
+    assert found, label
+    return dict(found)
+
+
+def strip(page: Page, label: str, mode: str = "adapted") -> str:
+    """What the reflection of a box says."""
+    return box(page, label, mode).locator(".strip-words").text_content() or ""
+
+
+def facts(page: Page) -> dict[str, str]:
+    """The facts that the panel lists; of a name that comes twice the last one."""
+    return {
+        row.locator("dt").inner_text(): row.locator("dd").inner_text() for row in page.locator("#panel dl > div").all()
+    }
+
+
+def search(page: Page, text: str) -> list[str]:
+    """The names of what a search finds."""
+    page.fill("#query", text)
+    return page.locator("#hits b").all_inner_texts()

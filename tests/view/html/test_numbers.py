@@ -1,0 +1,129 @@
+"""Heat and panel show the numbers of the report, and no others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import transformers
+from pages import box, facts, page_of, search, strip, trained_net
+from playwright.sync_api import Page
+
+import hra_fx
+from hra_fx.reporting import Row
+from hra_fx.view.heat import HEATS, colour, heat_of, scale
+
+Open = Callable[..., Page]
+
+
+def rgb(fill: str) -> str:
+    return f"rgb({', '.join(str(int(fill[start : start + 2], 16)) for start in (1, 3, 5))})"
+
+
+def choose(page: Page, path: str) -> None:
+    search(page, path)
+    page.keyboard.press("Enter")
+
+
+def expected(row: Row) -> dict[str, str]:
+    return {
+        "d": str(row.d),
+        "r": str(row.r),
+        "trained numbers": f"{row.parameters:,}",
+        "mean angle": f"{math.degrees(row.mean_angle):.1f}°",
+        "largest angle": f"{math.degrees(row.angle):.1f}°",
+        "|Q - I|": f"{row.rotation:.3f}",
+        "share of the weight turned": f"{row.share:.2%}",
+    }
+
+
+def test_the_panel_shows_the_row_of_the_report(open_page: Open) -> None:
+    model = trained_net()
+    page = open_page(page_of(model))
+    for row in hra_fx.report(model):
+        choose(page, row.path)
+        shown = facts(page)
+        assert {name: shown[name] for name in expected(row)} == expected(row)
+        assert float(page.locator("#panel dt:text-is('|QᵀQ - I|') + dd").get_attribute("title") or "nan") == (
+            pytest.approx(row.orthogonality)
+        )
+        assert shown["captured graph"] == "the whole model, with 6 adapted layers"
+        angles = page.locator(".spectrum .bar title").all_text_contents()
+        assert angles == [f"plane {i}: {math.degrees(a):.2f}°" for i, a in enumerate(row.angles, start=1)]
+
+
+def test_a_repeat_has_a_row_for_each_of_its_layers(open_page: Open) -> None:
+    model = trained_net()
+    page = open_page(page_of(model))
+    box(page, "down").click()
+    rows = [row for row in hra_fx.report(model) if row.path.endswith("down")]
+    table = [row.locator("th, td").all_inner_texts() for row in page.locator("#panel tbody tr").all()]
+    assert table == [
+        [
+            row.path,
+            "4",
+            f"{math.degrees(row.mean_angle):.1f}°",
+            f"{math.degrees(row.angle):.1f}°",
+            f"{row.rotation:.3f}",
+        ]
+        for row in rows
+    ]
+    page.locator("#panel tbody").get_by_text("blocks.2.down").click()
+    assert facts(page)["|Q - I|"] == f"{rows[2].rotation:.3f}"
+    assert page.locator("#panel tr[aria-current]").count() == 1
+    box(page, "down").locator(".cell").nth(1).click()
+    assert page.locator("#panel h3.instance").inner_text() == "blocks.1.down"
+
+
+def test_two_adapters_of_a_layer_are_both_told(open_page: Open) -> None:
+    model = trained_net()
+    hra_fx.add_adapter(model, "second", hra_fx.HRAConfig(r=2, target_modules=["up"]))
+    page = open_page(page_of(model))
+    choose(page, "blocks.0.up")
+    assert page.locator("#panel h3").all_inner_texts()[1:3] == ["Adapter default", "Adapter second"]
+    assert facts(page)["r"] == "2"
+
+
+def test_why_a_region_is_not_larger(open_page: Open) -> None:
+    config = transformers.BertConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=2
+    )
+    model = hra_fx.transform(transformers.BertModel(config), hra_fx.HRAConfig(r=2, target_modules=["query"]))
+    page = open_page(page_of(model))
+    row = hra_fx.report(model).rows[0]
+    choose(page, row.path)
+    assert facts(page)["captured graph"] == "the layer by itself"
+    assert page.locator("#panel .reason").all_inner_texts()[-1] == f"Not larger: {row.region_reason}"
+
+
+@pytest.mark.parametrize("name", HEATS)
+def test_heat_has_the_colours_of_the_report(open_page: Open, name: str) -> None:
+    model = trained_net()
+    page = open_page(page_of(model, heat=name))
+    values = heat_of(hra_fx.report(model).rows, name)
+    top = scale(values.values())
+    assert page.locator("#heat").input_value() == name
+    for layer in ("up", "down"):
+        cells = box(page, layer).locator(".cell").evaluate_all("all => all.map(cell => cell.style.fill)")
+        paths = [f"blocks.{index}.{layer}" for index in range(3)]
+        assert cells == [rgb(colour(values[path], top)) for path in paths]
+        mean = sum(values[path] for path in paths) / 3
+        assert box(page, layer).locator(".strip").evaluate("strip => strip.style.fill") == rgb(colour(mean, top))
+    assert page.locator("#scale").inner_text().split() == [f"{end:g}{HEATS[name].unit}" for end in (0, top)]
+
+
+def test_heat_is_the_mean_angle_unless_chosen_otherwise(open_page: Open) -> None:
+    model = trained_net()
+    page = open_page(page_of(model))
+    assert page.locator("#heat").input_value() == "mean_angle"
+    tinted = box(page, "up").locator(".strip")
+    page.select_option("#heat", "angle")
+    values = heat_of(hra_fx.report(model).rows, "angle")
+    mean = sum(values[f"blocks.{index}.up"] for index in range(3)) / 3
+    assert tinted.evaluate("strip => strip.style.fill") == rgb(colour(mean, scale(values.values())))
+    assert strip(page, "up").startswith(f"r 4 · d 12 · mean {mean:.0f}"[:-1])
+    page.select_option("#heat", label="off")
+    assert tinted.evaluate("strip => strip.style.fill") == ""
+    assert strip(page, "up") == "r 4 · d 12"
+    assert page.locator("#scale").inner_text() == ""

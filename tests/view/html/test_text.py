@@ -1,0 +1,91 @@
+"""The text of a page: small, the same for the same model, and nothing of the model outside of its data."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+
+import pytest
+import torchvision
+from pages import Net, page_of, trained_net
+
+import hra_fx
+from hra_fx.adapted import sites_of
+from hra_fx.errors import VisualizeError
+from hra_fx.view.drawing import drawing_of
+from hra_fx.view.html.items import Items
+from hra_fx.view.html.packing import Texts
+from hra_fx.view.html.rendering import as_json, render
+from hra_fx.view.options import Options
+
+
+def test_the_same_model_gives_the_same_bytes() -> None:
+    assert page_of(trained_net()) == page_of(trained_net())
+
+
+def test_the_policy_names_the_script_and_the_style_and_nothing_else() -> None:
+    text = page_of(trained_net())
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)
+    assert policy
+    for part, tag in (("script-src", '<script type="module">'), ("style-src", "<style>")):
+        body = text.partition(tag)[2].partition(f"</{tag[1:].split(' ')[0].rstrip('>')}>")[0]
+        digest = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
+        assert f"{part} 'sha256-{digest}';" in policy[1]
+    assert policy[1].startswith("default-src 'none';")
+    assert "unsafe" not in policy[1]
+
+
+def test_data_is_json_in_ascii_without_markup() -> None:
+    name = "</script>\u2028\ud800层"
+    text = as_json({"name": name})
+    assert text.isascii()
+    assert "<" not in text
+    assert json.loads(text) == {"name": name}
+
+
+def test_the_page_names_no_address() -> None:
+    text = page_of(trained_net())
+    assert set(re.findall(r"https?://[^\s\"']*", text)) == {"http://www.w3.org/2000/svg"}, "the name of a language"
+    assert not re.search(r"innerHTML|insertAdjacentHTML|document\.write|eval\(|fetch\(|XMLHttpRequest", text)
+
+
+def test_resnet50_is_a_small_page() -> None:
+    model = hra_fx.transform(
+        torchvision.models.resnet50(), hra_fx.HRAConfig(r=8, target_modules=r".*(conv\d|downsample\.0)")
+    )
+    text = page_of(model)
+    assert len(sites_of(model)) == 53
+    assert len(text.encode()) < 250_000
+
+
+def test_every_site_is_the_mark_of_one_box() -> None:
+    model = trained_net()
+    texts = Texts()
+    items = Items(texts)
+    items.add(drawing_of(model).tree())
+    names = texts.shown()
+    marks = [names[mark] for record in items.records for mark in record.get("marks", ())]
+    assert sorted(marks) == sorted(sites_of(model))
+
+
+def test_a_repeat_has_the_paths_of_all_its_modules() -> None:
+    items = Items(Texts())
+    items.add(drawing_of(trained_net()).tree())
+    assert {"blocks.0", "blocks.1", "blocks.2"} <= items.scopes.keys()
+    assert {"blocks.0.up", "blocks.1.norm", "blocks.2.down"} <= items.holders.keys()
+
+
+def test_boxes_that_flow_alike_share_their_layers() -> None:
+    items = Items(Texts())
+    drawing = drawing_of(
+        hra_fx.transform(torchvision.models.resnet18(), hra_fx.HRAConfig(r=2, target_modules=r".*conv\d"))
+    )
+    items.add(drawing.tree())
+    assert len(items.layerings) < sum("layering" in record for record in items.records)
+
+
+def test_an_unknown_module_is_refused() -> None:
+    with pytest.raises(VisualizeError, match=r"focus: the model has no module 'block\.1'; did you mean 'blocks\.1'"):
+        render(drawing_of(Net()), Options(focus="block.1"))
