@@ -1,6 +1,7 @@
-"""Tensors that accelerate keeps elsewhere between the calls of a module (`cpu_offload`, `disk_offload`, a device map).
+"""Tensors that are elsewhere between the calls of a module, so that nothing can be read from them or written to them.
 
-In their place stand tensors on the meta device, and what is written there is lost at the next call.
+Where accelerate offloads a module (`cpu_offload`, `disk_offload`, a device map), tensors on the meta device stand in
+their place. `FullyShardedDataParallel`, the older FSDP, and DeepSpeed's ZeRO-3 leave flat pieces, or nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +20,12 @@ def why_absent(model: nn.Module) -> str | None:
         True
     """
     for path, layer in sites_of(model).items():
+        if any(layer.hra_u[name].shape != (layer.hra_u.width, spec.r) for name, spec in layer.hra_u.specs.items()):
+            return (
+                f"{path}: this process holds only a flat shard of its vectors (FullyShardedDataParallel, ZeRO-3). "
+                "Gather them first (FullyShardedDataParallel.summon_full_params, deepspeed.zero.GatheredParameters), or shard "
+                "with torch.distributed.fsdp.fully_shard."
+            )
         for module in (layer, layer.hra_u):
             if "_hf_hook" in vars(module) and any(tensor.is_meta for tensor in module.parameters(recurse=False)):
                 return (
@@ -30,7 +37,7 @@ def why_absent(model: nn.Module) -> str | None:
 
 
 def require_present(model: nn.Module) -> None:
-    """Refuse a model of which some layer is offloaded.
+    """Refuse a model of which some layer is elsewhere.
 
     Raises:
         AdapterError: naming the layer.

@@ -81,6 +81,8 @@ def load_adapter(
         call = None if example_inputs is None else as_call(example_inputs)
         plain = isinstance(model, nn.Module) and not any(record_of(part) for part in model.modules())
         root, record = (model, None) if plain else root_of(model)
+        if record is not None:
+            require_present(root)
         fitted = fit(find(directory, subfolder, **hub), root, config)
         config = checked(root, dataclasses.replace(fitted.config, inference_mode=not is_trainable), adapter_name)
 
@@ -107,7 +109,6 @@ def _replace(root: nn.Module, record: Record, name: str, fitted: Fitted, is_trai
         raise AdapterError(f"adapter {name!r}: it is merged into the weights. Call unmerge_adapter first.")
     if any(name in reflection.scales for reflection in inventory(root).reflections):
         raise AdapterError(f"adapter {name!r}: its strength is not 1. Call hra_fx.set_scale(model, {name!r}, 1) first.")
-    require_present(root)
     layers = {path: layer for path, layer in sites_of(root).items() if name in layer.hra_u}
     spec = next(iter(layers.values())).hra_u.specs[name]
     ways = ((fitted.vectors, fitted.spec.apply_GS), (fitted.written, fitted.written_GS))
