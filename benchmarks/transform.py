@@ -3,7 +3,9 @@
     python benchmarks/transform.py [name ...]
 
 Needs torchvision, timm and transformers. Prints medians of interleaved repetitions, after one run of each to warm up;
-a plain model is made for every run. Transformers' models are given without a ratio, for fx cannot trace them.
+a plain model is made for every run. The second ratio is of processor time, which other work on the machine changes
+least (with OMP_NUM_THREADS=1, for threads that wait count too). Transformers' models are given without a ratio, for fx
+cannot trace them.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import timm
 import torch
@@ -49,13 +52,20 @@ TRANSFORMERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def seconds(build: Callable[[], nn.Module], act: Callable[[nn.Module], object]) -> float:
+class Seconds(NamedTuple):
+    """Of one call, or medians: by the clock, and of the processor."""
+
+    clock: float
+    processor: float
+
+
+def seconds(build: Callable[[], nn.Module], act: Callable[[nn.Module], object]) -> Seconds:
     """Of one call, on a model of its own."""
     model = build()
     gc.collect()
-    begin = time.perf_counter()
+    clock, processor = time.perf_counter(), time.process_time()
     act(model)
-    return time.perf_counter() - begin
+    return Seconds(time.perf_counter() - clock, time.process_time() - processor)
 
 
 def adapt(model: nn.Module) -> None:
@@ -63,10 +73,10 @@ def adapt(model: nn.Module) -> None:
     hra_fx.transform(model, hra_fx.HRAConfig(r=RANK, target_modules=layers))
 
 
-def medians(build: Callable[[], nn.Module], *acts: Callable[[nn.Module], object]) -> list[float]:
+def medians(build: Callable[[], nn.Module], *acts: Callable[[nn.Module], object]) -> list[Seconds]:
     """Of the rounds after the first, which fills the caches of both."""
     rounds = [[seconds(build, act) for act in acts] for _ in range(ROUNDS + 1)]
-    return [statistics.median(times) for times in zip(*rounds[1:], strict=True)]
+    return [Seconds(*map(statistics.median, zip(*times, strict=True))) for times in zip(*rounds[1:], strict=True)]
 
 
 def main() -> None:
@@ -76,15 +86,16 @@ def main() -> None:
         f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, "
         f"transformers {transformers.__version__}"
     )
-    print(f"{'model':<22} {'symbolic_trace, s':>17} {'transform, s':>13} {'ratio':>6}")
+    print(f"{'model':<22} {'symbolic_trace, s':>17} {'transform, s':>13} {'ratio':>6} {'of CPU':>6}")
     for name, build in VISION.items():
         if not wanted or name in wanted:
             there, here = medians(build, fx.symbolic_trace, adapt)
-            print(f"{name:<22} {there:>17.3f} {here:>13.3f} {here / there:>6.2f}", flush=True)
+            ratios = " ".join(f"{ours / theirs:>6.2f}" for ours, theirs in zip(here, there, strict=True))
+            print(f"{name:<22} {there.clock:>17.3f} {here.clock:>13.3f} {ratios}", flush=True)
     for name, build in TRANSFORMERS.items():
         if not wanted or name in wanted:
             first, (here,) = seconds(build, adapt), medians(build, adapt)
-            print(f"{name:<22} {'':>17} {here:>13.3f}         (first {first:.3f})", flush=True)
+            print(f"{name:<22} {'':>17} {here.clock:>13.3f}         (first {first.clock:.3f})", flush=True)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def put_in_mode(graph: fx.Graph, *, training: bool) -> fx.Graph:
 
 def is_same(a: Any, b: Any) -> bool:
     """Whether two arguments of nodes are the same, to the type of every constant."""
-    if isinstance(a, fx.Node):
+    if a is b or isinstance(a, fx.Node):
         return a is b
     if isinstance(a, (tuple, list)):
         return (
@@ -62,7 +62,7 @@ def is_same(a: Any, b: Any) -> bool:
         return isinstance(b, dict) and a.keys() == b.keys() and all(is_same(a[key], b[key]) for key in a)
     if isinstance(a, slice):
         return isinstance(b, slice) and all(is_same(getattr(a, end), getattr(b, end)) for end in _ENDS)
-    return a is b or (type(a) is type(b) and repr(a) == repr(b))
+    return type(a) is type(b) and repr(a) == repr(b)
 
 
 _ENDS = ("start", "stop", "step")

@@ -239,7 +239,7 @@ def _identical(now: Any, then: Any) -> bool:
     """Whether two containers hold the same objects, in one order."""
     if len(now) != len(then) or not all(map(operator.is_, now, then)):
         return False
-    return not isinstance(now, dict) or all(map(operator.is_, now.values(), then.values()))
+    return type(now) is list or all(map(operator.is_, now.values(), then.values()))
 
 
 def differences(named: Iterable[tuple[str, Any, Any]], training: bool) -> list[str]:
