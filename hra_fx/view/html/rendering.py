@@ -17,6 +17,8 @@ from hra_fx.view.html.data import page_data
 from hra_fx.view.options import Options
 from hra_fx.view.text import clean
 
+#: The files of the style, later ones first where they differ.
+STYLES = ("colours", "controls", "drawing", "panel", "media")
 #: The files of the script, each before those that read it.
 SCRIPTS = (
     *("data", "text", "svg", "layers", "columns", "layout", "boxes", "heat", "painting", "pane", "stage"),
@@ -78,7 +80,7 @@ def _file(name: str) -> str:
 
 @cache
 def _style() -> str:
-    return "\n" + _file("style.css")
+    return "\n" + "\n".join(_file(f"style/{name}.css") for name in STYLES)
 
 
 @cache

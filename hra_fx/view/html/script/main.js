@@ -156,6 +156,6 @@ listenToKeys(boxes, {
   zoom: (steps) => stage.zoomBy(steps),
   fit: () => stage.fit(),
 });
-listenToPrints(byId("paper"), stage);
+listenToPrints(byId("paper"), looks, stage);
 showHeat();
 performance.mark("drawn");

@@ -1,4 +1,4 @@
-// A box as SVG elements. Colours of looks are in style.css; those of heat are set here.
+// A box as SVG elements. Colours of looks are in style/; those of heat are set here.
 
 /** @import { Item } from "./data.js" */
 /** @import { Box, Boxes } from "./boxes.js" */

@@ -205,7 +205,7 @@ export class Panel {
    * @param {string[]} marks
    */
   #paths(item, marks) {
-    if (item.paths.length < 2 || (!item.isScope && marks.length > 1)) return [];
+    if (item.paths.length < 2 || (!item.isScope && marks.length > 1) || item.missed.length) return [];
     const lines = item.paths.slice(0, LISTED).map((path) => html("li", {}, ...broken(path)));
     if (item.paths.length > LISTED) lines.push(html("li", {}, `and ${item.paths.length - LISTED} more`));
     return [html("section", {}, html("h3", {}, "Modules"), html("ul", { class: "plain" }, ...lines))];

@@ -12,11 +12,20 @@ const GAP = 18;
 /**
  * Lay the drawing out for each print, and clear it away afterwards.
  * @param {HTMLElement} paper
+ * @param {HTMLDetailsElement} legend which is open on paper
  * @param {Stage} stage
  */
-export function listenToPrints(paper, stage) {
-  addEventListener("beforeprint", () => paper.replaceChildren(...pieces(stage)));
-  addEventListener("afterprint", () => paper.replaceChildren());
+export function listenToPrints(paper, legend, stage) {
+  let wasOpen = legend.open;
+  addEventListener("beforeprint", () => {
+    wasOpen = legend.open;
+    legend.open = true;
+    paper.replaceChildren(...pieces(stage));
+  });
+  addEventListener("afterprint", () => {
+    legend.open = wasOpen;
+    paper.replaceChildren();
+  });
 }
 
 /** @param {Stage} stage */

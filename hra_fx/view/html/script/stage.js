@@ -105,14 +105,26 @@ export class Stage {
       pane.select(this.selected);
     }
     this.#apply();
-    this.panes[0].scroller.scrollTo((this.panes[0].width * this.zoom - clientWidth) / 2, 0);
+    this.panes[0].scroller.scrollTo(this.#home(clientWidth), 0);
+  }
+
+  /**
+   * How far to scroll to the right to have the first box in the middle.
+   * @param {number} room
+   */
+  #home(room) {
+    const { boxes } = this.paint;
+    const [first] = boxes.root.parts;
+    if (!first) return 0;
+    const { x, width } = boxes.absolute(first);
+    return (x + width / 2 + MARGIN) * this.zoom - room / 2;
   }
 
   /** As much of the drawing as can be read. */
   fit() {
     const { scroller, width } = this.panes[0];
     this.setZoom(Math.max(Math.min(1, scroller.clientWidth / width), READABLE));
-    scroller.scrollTo((scroller.scrollWidth - scroller.clientWidth) / 2, 0);
+    scroller.scrollTo(this.#home(scroller.clientWidth), 0);
   }
 
   /** @param {number} steps */
