@@ -9,20 +9,27 @@ Weights of 16 bits are turned in float32, wider ones in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import BinaryIO
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from hra_fx import householder
+from hra_fx.checkpoint.disk.behind import Behind
 from hra_fx.checkpoint.disk.edits import Rotation
 from hra_fx.checkpoint.disk.header import FLOATS, Stored
 from hra_fx.checkpoint.disk.streams import read_into, write_all
 from hra_fx.errors import FoldError
 
-#: Numbers to a block: what fits into the cache of one core along with its float32 form.
-BLOCK = 1 << 19
+#: Numbers that are turned at a time: what fits into the cache of one core, in float32.
+_BLOCK = 1 << 18
+#: Bytes that are read and written at a time, so that the threads seldom wait for each other.
+_PIECE = 1 << 21
+#: Pieces that may wait to be written.
+_DEPTH = 4
 
 
 class Turner:
@@ -30,10 +37,12 @@ class Turner:
 
     def __init__(self) -> None:
         """No buffers yet."""
-        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
+        self._waiting: dict[str, Future[None]] = {}
+        self._turn = 0
 
     def turn(
-        self, stored: Stored, rotation: Rotation, source: BinaryIO, target: BinaryIO, done: Callable[[int], object]
+        self, stored: Stored, rotation: Rotation, source: BinaryIO, target: Behind, done: Callable[[int], object]
     ) -> float:
         """Write a rotated weight.
 
@@ -41,7 +50,7 @@ class Turner:
             stored: the weight, of a floating dtype.
             rotation: what happens to it.
             source: its file, unbuffered.
-            target: where to write, unbuffered.
+            target: where to write.
             done: is told how many bytes were written.
 
         Returns:
@@ -50,57 +59,76 @@ class Turner:
         Raises:
             FoldError: the rotated weight is not finite.
         """
-        left, right = self._factors(rotation, FLOATS[stored.dtype])
-        rows, width = stored.shape[0], math.prod(stored.shape[1:])
-        step = max(1, BLOCK // max(1, width))
-        blocks = [(start, min(step, rows - start)) for start in range(0, rows, step)]
-        gathered = self._gather(stored, left, source, blocks, width) if rotation.columns else None
-        source.seek(stored.start)
+        left, right = _factors(rotation, FLOATS[stored.dtype])
+        gathered = self._gather(stored, left, source) if rotation.columns else None
+        longest = float(torch.linalg.vector_norm(right))
         rounding = 0.0
-        for start, count in blocks:
-            narrow, wide = self._read(stored, source, count, width, left.dtype)
-            if gathered is None:
-                mixed = torch.mm(left, wide.mT, out=self._buffer("mixed", left.dtype, left.shape[0], count))
-                wide.addmm_(mixed.mT, right, alpha=-1)
-            else:
-                wide.addmm_(right[:, start : start + count].mT, gathered, alpha=-1)
-            if start == 0:
-                rounding = _rounding(wide, narrow.dtype)
-            _check(stored, wide, narrow.copy_(wide))
-            write_all(target, narrow.view(torch.uint8).numpy())
-            done(narrow.numel() * narrow.itemsize)
+        for first, piece in self._pieces(stored, source):
+            for start, narrow, wide in self._blocks(first, piece, left.dtype):
+                if gathered is None:
+                    mixed = torch.mm(left, wide.mT, out=self._buffer("mixed", left.dtype, left.shape[0], len(wide)))
+                    wide.addmm_(mixed.mT, right, alpha=-1)
+                else:
+                    mixed = gathered
+                    wide.addmm_(right[:, start : start + len(wide)].mT, mixed, alpha=-1)
+                if start == 0:
+                    rounding = _rounding(wide, narrow.dtype)
+                narrow.copy_(wide)
+                if not float(torch.linalg.vector_norm(mixed)) * longest < torch.finfo(narrow.dtype).max / 2**13:
+                    _check(stored, narrow)
+            data = _bytes(piece)
+            self._waiting[f"piece {self._turn}"] = target.then(partial(write_all, target.target, data), data.nbytes)
+            done(data.nbytes)
         return rounding
 
-    def _gather(
-        self, stored: Stored, left: Tensor, source: BinaryIO, blocks: list[tuple[int, int]], width: int
-    ) -> Tensor:
+    def _gather(self, stored: Stored, left: Tensor, source: BinaryIO) -> Tensor:
         """`(W U)^T: (k, out)` of a weight that is stored as `(in, out)`."""
-        source.seek(stored.start)
-        total = torch.zeros(left.shape[0], width, dtype=left.dtype)
-        for start, count in blocks:
-            _, wide = self._read(stored, source, count, width, left.dtype)
-            total.addmm_(left[:, start : start + count], wide)
+        total = torch.zeros(left.shape[0], math.prod(stored.shape[1:]), dtype=left.dtype)
+        for first, piece in self._pieces(stored, source):
+            for start, _, wide in self._blocks(first, piece, left.dtype):
+                total.addmm_(left[:, start : start + len(wide)], wide)
         return total
 
-    def _read(
-        self, stored: Stored, source: BinaryIO, rows: int, width: int, wide: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        narrow = self._buffer("narrow", FLOATS[stored.dtype], rows, width)
-        read_into(source, narrow.view(torch.uint8).numpy(), stored.file)
-        return narrow, self._buffer("wide", wide, rows, width).copy_(narrow)
+    def _pieces(self, stored: Stored, source: BinaryIO) -> Iterator[tuple[int, Tensor]]:
+        """First row, and rows as they are stored; in a buffer that no write needs any more."""
+        rows, width = stored.shape[0], math.prod(stored.shape[1:])
+        dtype = FLOATS[stored.dtype]
+        step = max(1, _PIECE // (width * dtype.itemsize))
+        source.seek(stored.start)
+        for start in range(0, rows, step):
+            self._turn = (self._turn + 1) % _DEPTH
+            name = f"piece {self._turn}"
+            if name in self._waiting:
+                self._waiting.pop(name).result()
+            piece = self._buffer(name, dtype, min(step, rows - start), width)
+            read_into(source, _bytes(piece), stored.file)
+            yield start, piece
+
+    def _blocks(self, first: int, piece: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """First row, rows of a piece, and the same in `dtype`, in a buffer that is used again."""
+        step = max(1, _BLOCK // piece.shape[1])
+        for start in range(0, len(piece), step):
+            narrow = piece[start : start + step]
+            yield first + start, narrow, self._buffer("wide", dtype, *narrow.shape).copy_(narrow)
 
     def _buffer(self, use: str, dtype: torch.dtype, rows: int, width: int) -> Tensor:
-        held = self._buffers.get((use, dtype))
-        if held is None or held.numel() < rows * width:
-            held = self._buffers[use, dtype] = torch.empty(rows * width, dtype=dtype)
-        return held[: rows * width].view(rows, width)
+        size = rows * width * dtype.itemsize
+        held = self._buffers.get(use)
+        if held is None or held.numel() < size:
+            held = self._buffers[use] = torch.empty(size, dtype=torch.uint8)
+        return held[:size].view(dtype).view(rows, width)
 
-    def _factors(self, rotation: Rotation, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`U^T` and `T U^T`, both `(k, d)`, made in float64."""
-        chain = householder.normalize(rotation.chain)
-        wide = torch.float32 if dtype.itemsize == 2 else torch.float64
-        left, right = chain.mT, householder.compact_wy(chain) @ chain.mT
-        return left.to(wide).contiguous(), right.to(wide).contiguous()
+
+def _bytes(piece: Tensor) -> Any:
+    return piece.view(torch.uint8).numpy()
+
+
+def _factors(rotation: Rotation, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`U^T` and `T U^T`, both `(k, d)`, made in float64."""
+    chain = householder.normalize(rotation.chain)
+    wide = torch.float32 if dtype.itemsize == 2 else torch.float64
+    left, right = chain.mT, householder.compact_wy(chain) @ chain.mT
+    return left.to(wide).contiguous(), right.to(wide).contiguous()
 
 
 def _rounding(exact: Tensor, dtype: torch.dtype) -> float:
@@ -108,10 +136,12 @@ def _rounding(exact: Tensor, dtype: torch.dtype) -> float:
     return float(torch.linalg.vector_norm(exact.to(dtype).to(exact.dtype) - exact)) / size if size else 0.0
 
 
-def _check(stored: Stored, wide: Tensor, narrow: Tensor) -> None:
-    # The norm is finite and small for nearly all weights, and costs a fraction of a look at every number.
-    if float(torch.linalg.vector_norm(wide)) < torch.finfo(narrow.dtype).max / 2:
-        return
+def _check(stored: Stored, narrow: Tensor) -> None:
+    """Refuse what is not finite.
+
+    It is called only where `W U`, which any NaN or infinity in a row of `W` reaches, is not finite or so large that
+    what is subtracted from `W` might be more than half a step of the dtype's largest number.
+    """
     if not bool(torch.isfinite(narrow).all()):
         raise FoldError(
             f"{stored.file}: the folded {stored.name} is not finite in {stored.dtype}. Look for NaN or inf in it, or "

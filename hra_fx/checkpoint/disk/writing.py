@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
+from hra_fx.checkpoint.disk.behind import Behind
 from hra_fx.checkpoint.disk.edits import FilePlan, Given, Item, Rotation
 from hra_fx.checkpoint.disk.header import Stored
 from hra_fx.checkpoint.disk.streams import copy, write_all
@@ -33,26 +35,33 @@ def write_file(plan: FilePlan, target: BinaryIO, turner: Turner, done: Callable[
     """
     rounding: dict[str, float] = {}
     with ExitStack() as stack:
-        opened: dict[Path, BinaryIO] = {}
+        opened: dict[tuple[Path, bool], BinaryIO] = {}
 
-        def source_of(stored: Stored) -> BinaryIO:
-            if stored.file not in opened:
-                opened[stored.file] = stack.enter_context(open(stored.file, "rb", buffering=0))
-            return opened[stored.file]
+        # What is copied and what is turned is read by two threads, each with a place of its own in the file.
+        def source_of(stored: Stored, *, copied: bool) -> BinaryIO:
+            place = (stored.file, copied)
+            if place not in opened:
+                opened[place] = stack.enter_context(open(stored.file, "rb", buffering=0))
+            return opened[place]
 
-        write_all(target, plan.head)
-        done(len(plan.head))
+        for item in plan.items:
+            if item.source:
+                source_of(item.source, copied=True)
+        # Entered last, so that the files are open until all is written.
+        behind = stack.enter_context(Behind(target))
+        behind.then(lambda: write_all(target, plan.head), len(plan.head))
         for items in _runs(plan.items):
             first = items[0]
             if isinstance(first.edit, Rotation) and first.source:
-                source = source_of(first.source)
-                rounding[first.name] = turner.turn(first.source, first.edit, source, target, done)
+                source = source_of(first.source, copied=False)
+                rounding[first.name] = turner.turn(first.source, first.edit, source, behind, done)
             elif isinstance(first.edit, Given):
-                write_all(target, first.edit.tensor.reshape(-1).view(torch.uint8).numpy())
-                done(first.size)
+                data = first.edit.tensor.reshape(-1).view(torch.uint8).numpy()
+                behind.then(partial(write_all, target, data), first.size)
             elif first.source:
                 size = sum(item.size for item in items)
-                copy(source_of(first.source), target, first.source.start, size, first.source.file, done)
+                start, file = first.source.start, first.source.file
+                behind.then(partial(copy, source_of(first.source, copied=True), target, start, size, file, done), size)
     return rounding
 
 
