@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch.nn.utils import parametrize
 from hra_fx.adapters.copies import held_by
 from hra_fx.carrier.swap import original_class
 from hra_fx.config import HRAConfig
-from hra_fx.errors import UnsupportedLayerError
+from hra_fx.errors import HRAWarning, UnsupportedLayerError
 from hra_fx.forms import must_be_on_weight
+from hra_fx.quantized.finding import packing_of
 from hra_fx.reflection import reflection_of
 from hra_fx.sharded import sharded_by
 from hra_fx.site import REFLECTION, kind_of, weight_name, width_of
@@ -35,6 +37,9 @@ def check(model: nn.Module, sites: Mapping[str, nn.Module], config: HRAConfig) -
 
     Raises:
         UnsupportedLayerError: naming every such layer, and the reason of the first.
+
+    Warns:
+        HRAWarning: quantised layers beside the sites let no gradient pass.
     """
     refused: dict[str, str] = {}
     for path, module in model.named_modules():
@@ -49,6 +54,8 @@ def check(model: nn.Module, sites: Mapping[str, nn.Module], config: HRAConfig) -
         first, *others = refused
         also = f" Refused as well: {', '.join(others)}." if others else ""
         raise UnsupportedLayerError(refused[first] + also)
+    if not config.inference_mode:
+        _warn_of_stops(model, sites.values())
 
 
 def _why_not_model(module: nn.Module) -> str | None:
@@ -68,6 +75,26 @@ def _why_not_model(module: nn.Module) -> str | None:
     if type(module).__module__.startswith("peft.tuners") and hasattr(module, "base_layer"):
         return "a PEFT adapter is already inside. Call merge_and_unload() or unload() on it first."
     return None
+
+
+def _warn_of_stops(model: nn.Module, sites: Iterable[nn.Module]) -> None:
+    """Tell of quantised layers that no gradient passes, and that get no reflections, with which one would."""
+    adapted = set(sites)
+    stops = {
+        path: reason
+        for path, layer in model.named_modules()
+        if layer not in adapted and reflection_of(layer) is None
+        if (packing := packing_of(layer)) and (reason := packing.why_no_gradient(layer))
+    }
+    if stops:
+        path, reason = next(iter(stops.items()))
+        others = f" (and {len(stops) - 1} more)" if len(stops) > 1 else ""
+        warnings.warn(
+            f"{path}{others}: {reason}. What is trained before it learns only from what goes around it. Name such "
+            "layers in target_modules too: with reflections, a gradient passes them.",
+            HRAWarning,
+            stacklevel=2,
+        )
 
 
 def _why_not_name(path: str) -> str | None:
@@ -115,6 +142,8 @@ def _why_not_weight(layer: nn.Module) -> str | None:
         return "its weight is not initialised yet. Run the model once first"
     if weight.is_meta:
         return "its weight is on the meta device, without data. Load the weights first"
+    if packing := packing_of(layer):
+        return packing.why_not_adapted(layer) or _why_not_quantized(layer, packing.words(layer))
     if type(weight.data) is not Tensor or weight.dtype not in _DTYPES:
         kind = type(weight.data).__name__ if type(weight.data) is not Tensor else str(weight.dtype)
         return f"its weight is a {kind}, which is not a plain floating-point tensor. {_EXCLUDE}"
@@ -124,6 +153,15 @@ def _why_not_weight(layer: nn.Module) -> str | None:
         shape = tuple(weight.shape)
         return f"its weight is of shape {shape}, where its sizes say {due}: packed, or laid out otherwise. {_EXCLUDE}"
     return None
+
+
+def _why_not_quantized(layer: nn.Module, words: str) -> str | None:
+    if not must_be_on_weight(layer):
+        return None
+    return (
+        "its class has a forward of its own, so that its weight would have to be rotated, and that is quantised "
+        f"({words}). {_EXCLUDE}"
+    )
 
 
 def _due_shape(layer: nn.Module) -> tuple[int, ...] | None:

@@ -18,7 +18,8 @@ from hra_fx.carrier.layer import SiteCarrier
 from hra_fx.errors import AdapterError, FoldError, HRAWarning
 from hra_fx.exported.captured import fold_captured, is_captured
 from hra_fx.exported.programs import fold_program, is_program
-from hra_fx.rotating import FoldedLayer, check_classes, rotated, ties_of
+from hra_fx.quantized.finding import packing_of
+from hra_fx.rotating import WAY_OUT, FoldedLayer, check_classes, check_floating, rotated, ties_of
 from hra_fx.site import SAVED
 from hra_fx.uninterrupted import uninterrupted
 from hra_fx.untying import Parted, Place, Setting, part, settings_that_tie, why_not_off
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 M = TypeVar("M", bound="nn.Module | ExportedProgram")
+
+_ASK = (
+    " Ask for that with hra_fx.fold(model, requantize=True); hra_fx.plan_fold(model, requantize=True) shows how far, "
+    "and writes nothing."
+)
 
 
 class FoldPlan:
@@ -89,22 +95,25 @@ class FoldPlan:
             settings = _settings(self._model, places, self._names)
             parted = part(self._model, settings, places, self._names)
             # What lies outside of a part is not seen, and a weight may be tied to it.
-            apart = (layer for layer in self.layers if layer.untied or record_of(self._model) is None)
-            return {layer.path: _own(sites[layer.path].hra_base, layer.weight) for layer in apart}, parted
+            part_only = record_of(self._model) is None
+            apart = (layer for layer in self.layers if layer.untied or layer.quantized or part_only)
+            return {layer.path: _own(sites[layer.path].hra_base, layer) for layer in apart}, parted
 
     def _write(self, own: dict[str, nn.Parameter]) -> None:
         sites = sites_of(self._model)
         with torch.no_grad():
             for layer in self.layers:
                 site = sites[layer.path]
-                if layer.path in own:
+                if packing := packing_of(site):
+                    packing.put(site, own[layer.path])
+                elif layer.path in own:
                     setattr(site, site.hra_u.weight_name, own[layer.path])
                 else:
                     site.hra_base.copy_(layer.weight)
                 site.hra_u.unmerged = None
 
 
-def fold(model: M, adapter_names: str | Sequence[str] | None = None) -> M:
+def fold(model: M, adapter_names: str | Sequence[str] | None = None, *, requantize: bool = False) -> M:
     """Fold reflections into the weights, `W <- W Q`, in place; with none left the model is a plain base model again.
 
     Then classes, graph, `state_dict` keys and `requires_grad` are those from before `transform`; only weights differ,
@@ -117,6 +126,9 @@ def fold(model: M, adapter_names: str | Sequence[str] | None = None) -> M:
     `config.tie_word_embeddings` is False then, and all else that it tied gets memory of its own too. A part alone does
     not know what it is tied to outside: fold the whole model, and its settings are seen to.
 
+    A quantised weight (bitsandbytes, torchao) is rotated only with `requantize=True`: dequantised, and quantised anew
+    in the same scheme, by which it moves once more, often farther than by the adapter.
+
     Args:
         model: a transformed model, or an `ExportedProgram` of `transform`, of which a new one is made.
         adapter_names: which adapters to fold, one name or several in their order; the others stay, and act on the new
@@ -127,11 +139,12 @@ def fold(model: M, adapter_names: str | Sequence[str] | None = None) -> M:
 
     Raises:
         AdapterError: the model has no reflections, or not these; or others come before them in the active order.
-        FoldError: a weight cannot be folded: without data, not finite, with dependent Gram-Schmidt vectors, or tied in
-            a model whose forward asks whether it is. The model is as it was.
+        FoldError: a weight cannot be folded: without data, not finite, quantised, with dependent Gram-Schmidt vectors,
+            or tied in a model whose forward asks whether it is. The model is as it was.
 
     Warns:
-        HRAWarning: adapters that are not active go, or weights are untied.
+        HRAWarning: adapters that are not active go, weights are untied, or weights were quantised anew (how far that
+            moved them, and how far the adapter).
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -140,17 +153,22 @@ def fold(model: M, adapter_names: str | Sequence[str] | None = None) -> M:
         ['0.weight', '0.bias']
     """
     if is_program(model) or is_captured(model):
-        if adapter_names is not None:
-            raise AdapterError("adapter_names: a captured program has one adapter. Leave them out.")
+        if adapter_names is not None or requantize:
+            raise AdapterError(
+                "adapter_names, requantize: a captured program has one adapter, and no weight that is quantised anew. "
+                "Leave them out."
+            )
         captured: Any = fold_program if is_program(model) else fold_captured
         folded: M = captured(model)
         return folded
     module: Any = model
-    plan_fold(module, adapter_names).apply()
+    plan_fold(module, adapter_names, requantize=requantize).apply()
     return model
 
 
-def plan_fold(model: nn.Module, adapter_names: str | Sequence[str] | None = None) -> FoldPlan:
+def plan_fold(
+    model: nn.Module, adapter_names: str | Sequence[str] | None = None, *, requantize: bool = False
+) -> FoldPlan:
     """Compute what `fold` would write, and write nothing. Arguments and errors are those of `fold`.
 
     Example:
@@ -160,12 +178,14 @@ def plan_fold(model: nn.Module, adapter_names: str | Sequence[str] | None = None
         [('0', True)]
     """
     if not isinstance(model, nn.Module) or not any(record_of(part) for part in model.modules()):
-        return _plan_part(model, adapter_names)
+        return _plan_part(model, adapter_names, requantize=requantize)
     root, record = root_of(model)
     names = first_of(record, adapter_names)
     check_copies(root, inventory(root), names)
     sites = sites_of(root)
     check_classes(root, sites)
+    if not requantize:
+        check_floating(sites, names, _ASK)
     for path, (owner, copies) in copies_of(root).items():
         for tensor in (tensor for name in names for tensor in copies.tensors(owner, name).values()):
             if isinstance(tensor, nn.Parameter) and not bool(torch.isfinite(tensor).all()):
@@ -176,7 +196,7 @@ def plan_fold(model: nn.Module, adapter_names: str | Sequence[str] | None = None
     return FoldPlan(root, layers, names, alone=adapter_names is None)
 
 
-def _plan_part(model: nn.Module, adapter_names: str | Sequence[str] | None) -> FoldPlan:
+def _plan_part(model: nn.Module, adapter_names: str | Sequence[str] | None, *, requantize: bool) -> FoldPlan:
     """A part of a transformed model: what acts in it is folded, and it is a plain module again."""
     sites = require_sites(model)
     present = {name for layer in sites.values() for name in layer.hra_u}
@@ -198,6 +218,8 @@ def _plan_part(model: nn.Module, adapter_names: str | Sequence[str] | None) -> F
             "Fold the whole model."
         )
     check_classes(model, sites)
+    if not requantize:
+        check_floating(sites, present, _ASK)
     ties = ties_of(model, sites)
     layers = [rotated(path, layer, layer.hra_u.active, ties.get(path, ())) for path, layer in sites.items()]
     _settings(model, _places(sites, layers), ())
@@ -240,8 +262,10 @@ def _settings(root: nn.Module, places: set[Place], names: tuple[str, ...]) -> li
     return settings
 
 
-def _own(old: Tensor, new: Tensor) -> nn.Parameter:
-    return nn.Parameter(torch.empty_like(old).copy_(new), requires_grad=old.requires_grad)
+def _own(old: Tensor, layer: FoldedLayer) -> nn.Parameter:
+    if isinstance(layer.weight, nn.Parameter):
+        return layer.weight
+    return nn.Parameter(torch.empty_like(old).copy_(layer.weight), requires_grad=old.requires_grad)
 
 
 def _adopt(root: nn.Module, names: tuple[str, ...]) -> bool:
@@ -252,6 +276,18 @@ def _adopt(root: nn.Module, names: tuple[str, ...]) -> bool:
             adopted |= name in copies.copied
             copies.adopt(owner, name)
     return adopted
+
+
+def _requantized(layers: list[FoldedLayer]) -> str:
+    worst = max(layers, key=lambda layer: layer.rounding)
+    lost = [layer for layer in layers if layer.rounding >= layer.change]
+    text = (
+        f"{len(layers)} quantised weights were quantised anew, which moves them by up to {worst.rounding:.1e} of their "
+        f"norm ({worst.path}, {worst.quantized}, which the adapter turned by {worst.change:.1e})."
+    )
+    if lost:
+        text += f" {len(lost)} of them it moves as far as the adapter did, or farther ({lost[0].path})."
+    return f"{text} {WAY_OUT}"
 
 
 def _tell(dropped: list[str], layers: Iterable[FoldedLayer], parted: Parted, *, trained: bool) -> None:
@@ -266,6 +302,8 @@ def _tell(dropped: list[str], layers: Iterable[FoldedLayer], parted: Parted, *, 
         warnings.warn(text + also, HRAWarning, stacklevel=4)
     elif trained:
         warnings.warn(f"embeddings stay untied, for one was trained; {setting}.{also}", HRAWarning, stacklevel=4)
+    if anew := [layer for layer in layers if layer.quantized and layer.rounding]:
+        warnings.warn(_requantized(anew), HRAWarning, stacklevel=4)
     if dropped:
         text = f"adapters {dropped} were not active, and went with the fold. Name those to fold to keep the others."
         warnings.warn(text, HRAWarning, stacklevel=4)

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from hra_fx import householder
 from hra_fx.carrier.swap import original_class
+from hra_fx.quantized.finding import packing_of
 from hra_fx.reflection import Reflection
 from hra_fx.site import as_rows, has_columns, kind_of, width_of
 
@@ -136,6 +137,10 @@ class LinearReflection(Reflection):
         return x if vectors is None else reflected_rows(x, vectors)
 
 
+class QuantizedReflection(LinearReflection):
+    """Reflects the input of a Linear whose weight is quantised, and never reads that."""
+
+
 class ConvReflection(Reflection):
     """Reads every patch of a convolution's input in the coordinates of the reflection vectors.
 
@@ -197,7 +202,8 @@ def reflection_for(layer: nn.Module, *, on_weight: bool = False) -> Reflection:
         return WeightReflection(width_of(layer), kind_of(layer), columns=has_columns(layer))
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return ConvReflection(layer)
-    return LinearReflection(width_of(layer), kind_of(layer), columns=has_columns(layer))
+    form = LinearReflection if packing_of(layer) is None else QuantizedReflection
+    return form(width_of(layer), kind_of(layer), columns=has_columns(layer))
 
 
 def must_be_on_weight(layer: nn.Module) -> bool:
@@ -208,6 +214,8 @@ def must_be_on_weight(layer: nn.Module) -> bool:
         (False, True)
     """
     standard: list[Any] = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d]
+    if packing := packing_of(layer):
+        standard = [packing.kind]
     if has_columns(layer):
         standard = [next(kind for kind in type(layer).__mro__ if kind.__name__ == "Conv1D")]
     own: Any = original_class(layer)

@@ -22,6 +22,7 @@ from hra_fx.errors import UnsupportedLayerError
 from hra_fx.example import Call
 from hra_fx.forms import must_be_on_weight, reflection_for
 from hra_fx.inert import weight_readers
+from hra_fx.quantized.finding import packing_of
 from hra_fx.reflection import AdapterSpec, Reflection
 from hra_fx.selection import select
 from hra_fx.site import REFLECTION, SAVED, Site
@@ -127,6 +128,11 @@ def take_off(layer: nn.Module) -> None:
 
 
 def _attach(path: str, layer: nn.Module, undo: ExitStack, *, on_weight: bool) -> None:
+    if on_weight and (packing := packing_of(layer)):
+        raise UnsupportedLayerError(
+            f"{path}: its weight is read by another module, and would have to be rotated, but it is quantised "
+            f"({packing.words(layer)}). Leave it out with exclude_modules."
+        )
     reflection = reflection_for(layer, on_weight=on_weight)
     reflection.train(layer.training)
     undo.callback(layer._modules.pop, REFLECTION, None)

@@ -1,4 +1,7 @@
-"""Rotated weights, `W Q`: computed in float64 and found finite before any is written. For `fold` and for merging."""
+"""Rotated weights, `W Q`: computed in float64 and found finite before any is written. For `fold` and for merging.
+
+A quantised weight is dequantised for it, and quantised anew.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,19 @@ from hra_fx.carrier.layer import SiteCarrier
 from hra_fx.carrier.swap import is_outermost
 from hra_fx.errors import FoldError
 from hra_fx.offloaded import why_absent
+from hra_fx.quantized.finding import packing_of
+from hra_fx.quantized.packing import Packing
 from hra_fx.reflection import Reflection
 from hra_fx.sharded import first_sharded
 from hra_fx.tied import tied_to
+
+# A change of a weight that is the rounding of the product: its adapter has not been trained.
+_NOTHING = 1e-12
+#: What else there is to do with a quantised weight that is to be rotated.
+WAY_OUT = (
+    "Without loss: save the adapter (hra_fx.save_adapter), load it over the model before quantisation "
+    "(hra_fx.load_adapter), and fold that."
+)
 
 
 @dataclass(frozen=True)
@@ -25,10 +38,12 @@ class FoldedLayer:
 
     Attributes:
         path: the layer.
-        weight: the new weight, in the shape and dtype of the old one.
-        rounding: `|W'' - W'|_F / |W'|_F`, what the cast from float64 to that dtype costs.
+        weight: the new weight, in the shape and dtype of the old one; a parameter to put in its place, where that is
+            quantised.
+        rounding: `|W'' - W'|_F / |W'|_F`, what the cast from float64 to that dtype, or quantising it, costs.
         change: `|W' - W|_F / |W|_F`, how far the adapter moved the weight.
         untied: names of the tensors that the old weight shares memory with; the new one gets its own.
+        quantized: how the weight is quantised, in words; empty where it is not.
     """
 
     path: str
@@ -36,6 +51,7 @@ class FoldedLayer:
     rounding: float
     change: float
     untied: tuple[str, ...] = ()
+    quantized: str = ""
 
 
 def check_classes(model: nn.Module, sites: Mapping[str, SiteCarrier]) -> None:
@@ -77,6 +93,32 @@ def check_weights(model: nn.Module, sites: Mapping[str, SiteCarrier]) -> None:
         )
 
 
+def check_floating(sites: Mapping[str, SiteCarrier], names: Iterable[str], ask: str = "") -> None:
+    """Refuse to rotate quantised weights by the way.
+
+    Args:
+        sites: path -> layer.
+        names: the adapters that are to go into the weights.
+        ask: how to ask for it, a sentence.
+
+    Raises:
+        FoldError: there are such weights, and one of the adapters is at them.
+    """
+    going = set(names)
+    here = {path: layer for path, layer in sites.items() if going & set(layer.hra_u)}
+    found = {path: packing for path, layer in here.items() if (packing := packing_of(layer))}
+    if not found:
+        return
+    path, packing = next(iter(found.items()))
+    others = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    reason = packing.why_not_repacked(here[path])
+    anew = "once rotated it would have to be quantised anew, by which it moves once more"
+    raise FoldError(
+        f"{path or 'the layer'}{others}: its weight is quantised ({packing.words(here[path])}), and {reason or anew}."
+        f"{'' if reason else ask} {WAY_OUT}"
+    )
+
+
 def ties_of(model: nn.Module, sites: Mapping[str, SiteCarrier]) -> dict[str, list[str]]:
     """Path -> names of the tensors that share memory with a site's weight, where there are some."""
     names = {path: f"{path}.{layer.hra_u.weight_name}".lstrip(".") for path, layer in sites.items()}
@@ -97,6 +139,9 @@ def rotated(path: str, layer: SiteCarrier, names: Iterable[str], untied: Iterabl
         FoldError: the weight cannot be written, holds no data, or would not be finite.
     """
     weight = layer.hra_base.detach() if layer.hra_u.unmerged is None else layer.hra_u.unmerged
+    here = [name for name in names if name in layer.hra_u]
+    if packing := packing_of(layer):
+        return _quantized(path, layer, here, tuple(untied), packing)
     if layer.hra_base.is_inference() or any(
         step == 0 < size - 1 for step, size in zip(weight.stride(), weight.shape, strict=True)
     ):
@@ -104,17 +149,50 @@ def rotated(path: str, layer: SiteCarrier, names: Iterable[str], untied: Iterabl
             f"{path}: its weight cannot be written (made in inference mode, or expanded from fewer numbers). Replace "
             "it first: layer.weight = torch.nn.Parameter(layer.weight.detach().clone())."
         )
-    here = [name for name in names if name in layer.hra_u]
     _check_vectors(path, layer.hra_u, here, weight)
-    dtype = torch.float32 if weight.device.type == "mps" else torch.float64
-    chain = layer.hra_u.joint_chain(here, dtype)
-    wide = layer.hra_u.rows(weight.to(dtype))
-    exact = wide if chain is None else householder.rotate(wide, chain.detach(), householder.compact_wy(chain.detach()))
+    wide, exact = _product(layer.hra_u, here, layer.hra_u.rows(weight))
     narrow = exact.to(weight.dtype)
+    rounding, change = _sizes(path, narrow, exact, wide)
+    return FoldedLayer(path, layer.hra_u.shaped(narrow, weight), rounding, change, tuple(untied))
+
+
+def _quantized(
+    path: str, layer: SiteCarrier, here: list[str], untied: tuple[str, ...], packing: Packing
+) -> FoldedLayer:
+    words = packing.words(layer)
+    if not here:  # quantised anew it would not always be the same
+        return FoldedLayer(path, layer.hra_base, 0.0, 0.0, untied, words)
+    if reason := packing.why_not_repacked(layer):
+        raise FoldError(f"{path or 'the layer'}: its weight is quantised ({words}), and {reason}. {WAY_OUT}")
+    values = packing.values(layer)
+    _check_vectors(path, layer.hra_u, here, values)
+    wide, exact = _product(layer.hra_u, here, values)
+    if _relative(exact - wide, wide) < _NOTHING:
+        return FoldedLayer(path, layer.hra_base, 0.0, 0.0, untied, words)
+    repacked = packing.repacked(layer, exact)
+    rounding, change = _sizes(path, repacked.values, exact, wide)
+    return FoldedLayer(path, repacked.weight, rounding, change, untied, words)
+
+
+def _product(reflection: Reflection, names: list[str], rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows in float64, where the device has it, and their product with `Q`."""
+    dtype = torch.float32 if rows.device.type == "mps" else torch.float64
+    chain = reflection.joint_chain(names, dtype)
+    wide = rows.to(dtype)
+    if chain is None:
+        return wide, wide
+    return wide, householder.rotate(wide, chain.detach(), householder.compact_wy(chain.detach()))
+
+
+def _sizes(path: str, narrow: Tensor, exact: Tensor, wide: Tensor) -> tuple[float, float]:
+    """What the new weight costs in rounding, and how far it is from the old one.
+
+    Raises:
+        FoldError: it is not finite.
+    """
     if not bool(torch.isfinite(narrow).all()):
         raise FoldError(f"{path}: the folded weight is not finite. Look for NaN or inf in its weight and in hra_u.")
-    rounding, change = _relative(narrow.to(dtype) - exact, exact), _relative(exact - wide, wide)
-    return FoldedLayer(path, layer.hra_u.shaped(narrow, weight), rounding, change, tuple(untied))
+    return _relative(narrow.to(exact.dtype) - exact, exact), _relative(exact - wide, wide)
 
 
 def _relative(difference: Tensor, whole: Tensor) -> float:

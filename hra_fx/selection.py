@@ -298,6 +298,12 @@ def _wrong_type(path: str, module: nn.Module) -> str:
     """What to say about a named module of a kind that cannot be adapted."""
     kind = type(module).__name__
     text = f"{path}: target_modules names it, but it is a {kind}, and only {_KINDS} can be adapted. "
+    if type(module).__module__.startswith("torch.ao."):
+        return (
+            f"{path}: target_modules names it, but it is a quantised {kind} of torch.ao, which hides its weight and gives "
+            "its input no gradient. Transform, train and fold the model before its quantisation; or quantise with "
+            "torchao, as by Int8DynamicActivationInt8WeightConfig."
+        )
     parts = path.split(".")
     # A block number alone says nothing: "layer.0.query", not "0.query".
     stem = ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])

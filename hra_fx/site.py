@@ -110,7 +110,9 @@ def width_of(layer: nn.Module) -> int:
         60
     """
     weight: Tensor = layer._parameters[weight_name(kind_of(layer))]  # type: ignore[assignment]
-    return weight.shape[0] if has_columns(layer) else weight[0].numel()
+    if isinstance(layer, nn.Linear) and not weight.is_floating_point():
+        return layer.in_features  # the shape of a packed weight says nothing
+    return weight.shape[0] if has_columns(layer) else weight.shape[1:].numel()
 
 
 def describe(layer: nn.Module) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def tied_to(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, list[str]]:
@@ -36,7 +37,7 @@ def tied_to(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, list[str]
     for name, tensor in _tensors(model):
         held.setdefault(_storage(tensor), []).append((name, tensor))
     found: dict[str, list[str]] = {}
-    for name, weight in weights.items():
+    for name, weight in ((name, _plain(weight)) for name, weight in weights.items()):
         others = [
             other for other, tensor in held.get(_storage(weight), []) if other != name and _overlap(weight, tensor)
         ]
@@ -50,7 +51,15 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for registered in (module._parameters, module._buffers):
             for name, tensor in registered.items():
                 if tensor is not None and not is_lazy(tensor) and not tensor.is_meta:
-                    yield f"{path}.{name}".lstrip("."), tensor
+                    yield f"{path}.{name}".lstrip("."), _plain(tensor)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A tensor with memory of its own: a wrapper, as a quantised weight is, shares what the first in it shares."""
+    while is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        tensor = getattr(tensor, names[0])
+    return tensor
 
 
 def _storage(tensor: Tensor) -> tuple[object, int]:

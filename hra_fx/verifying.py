@@ -23,9 +23,10 @@ from torch.utils import _pytree as pytree
 from hra_fx import householder
 from hra_fx.adapted import record_of, regions_of, sites_of
 from hra_fx.carrier.layer import SiteCarrier
-from hra_fx.errors import HRAError, HRAWarning, VerificationError
+from hra_fx.errors import HRAError, HRAWarning, UnsupportedLayerError, VerificationError
 from hra_fx.example import Call, fresh, random_kept, seed_all
 from hra_fx.folding import fold
+from hra_fx.quantized.finding import packing_of
 
 _SEED = 20240517
 _GRADIENT = "gradient of input "
@@ -49,6 +50,15 @@ class _Run(NamedTuple):
     passages: list[_Passage]
 
 
+def _check_floating(model: nn.Module) -> None:
+    for path, layer in model.named_modules():
+        if packing := packing_of(layer):
+            raise UnsupportedLayerError(
+                f"{path}: it is quantised ({packing.words(layer)}), so that there is no folded model to compare with: "
+                "a fold would quantise anew. Leave verify out, or verify the model before quantisation."
+            )
+
+
 def check_against_folded(model: nn.Module, call: Call) -> None:
     """Compare a transformed model with its folded self, on copies, in float64 where it runs in that, else in float32.
 
@@ -57,8 +67,10 @@ def check_against_folded(model: nn.Module, call: Call) -> None:
         call: positional and keyword arguments of one call.
 
     Raises:
+        UnsupportedLayerError: the model has quantised layers.
         VerificationError: naming the mode, what differs, and the first region in which it does.
     """
+    _check_floating(model)
     with random_kept():
         # In float64 no rounding tips a choice (the top experts) that both copies have to make.
         for dtype in (torch.float64, torch.float32, None):

@@ -12,7 +12,7 @@ from torch import nn
 from hra_fx.adapted import Record, inventory, names_in, root_of, sites_of
 from hra_fx.adapters.acting import check_copies, refresh
 from hra_fx.errors import AdapterError, HRAWarning
-from hra_fx.rotating import check_weights, rotated
+from hra_fx.rotating import check_floating, check_weights, rotated
 from hra_fx.sharded import laid_out_as, reshard
 from hra_fx.uninterrupted import uninterrupted
 
@@ -31,7 +31,8 @@ def merge_adapter(model: nn.Module, adapter_names: str | Iterable[str] | None = 
     Raises:
         AdapterError: there is no such adapter, none to merge, others are merged already, or adapters before it in the
             product would stay behind.
-        FoldError: a weight that cannot be rotated (see `fold`). After any error the model is as it was.
+        FoldError: a weight that cannot be rotated (see `fold`), as a quantised one. After any error the model is as it
+            was.
 
     Warns:
         HRAWarning: these are merged already.
@@ -118,6 +119,7 @@ def _merge(root: nn.Module, record: Record, names: tuple[str, ...]) -> None:
     sites = sites_of(root)
     check_copies(root, inventory(root), dict.fromkeys((*names, *record.active)))
     check_weights(root, sites)
+    check_floating(sites, names, " Adapters act without a merge too.")
     new = {path: rotated(path, layer, names) for path, layer in sites.items() if any(n in layer.hra_u for n in names)}
     # All that needs memory before the first weight is written.
     old = {path: sites[path].hra_base.detach().clone() for path in new}

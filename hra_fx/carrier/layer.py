@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.fx.graph_module import _copy_attr as _COPY
 
 from hra_fx.carrier.swap import Carrier
-from hra_fx.forms import ConvReflection, LinearReflection, WeightReflection
+from hra_fx.forms import ConvReflection, LinearReflection, QuantizedReflection, WeightReflection
+from hra_fx.quantized.finding import packing_of
+from hra_fx.quantized.straight_through import straight_through
 from hra_fx.reflection import Reflection
 from hra_fx.site import REFLECTION, kind_of, weight_name
 
@@ -50,6 +52,28 @@ class LinearCarrier(SiteCarrier):
             if reflected is None:
                 reflected = self.hra_u(input) if REFLECTION in self._modules else input
             return base.forward(self, reflected)
+
+        return {"forward": forward}
+
+
+class QuantizedCarrier(LinearCarrier):
+    """A quantised Linear over its reflected input: a gradient reaches that whatever the library does with it."""
+
+    @classmethod
+    def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
+        """As `LinearCarrier`, straight through the layer where its library passes no gradient."""
+
+        @functools.wraps(base.forward)
+        def forward(self: QuantizedCarrier, input: Tensor, reflected: Tensor | None = None) -> Any:
+            if reflected is None:
+                reflected = self.hra_u(input) if REFLECTION in self._modules else input
+            packing = packing_of(self)
+            if packing is None:  # another tool has put another weight into it
+                return base.forward(self, reflected)
+            made = packing.straight_through and torch.is_grad_enabled() and reflected.requires_grad
+            with packing.called(self):
+                output = base.forward(self, reflected.detach() if made else reflected)
+            return straight_through(output, reflected, self, packing) if made else output
 
         return {"forward": forward}
 
@@ -126,4 +150,6 @@ def carrier_for(layer: nn.Module) -> type[SiteCarrier]:
     reflection = layer._modules[REFLECTION]
     if isinstance(reflection, WeightReflection):
         return WeightCarrier
+    if isinstance(reflection, QuantizedReflection):
+        return QuantizedCarrier
     return ConvCarrier if isinstance(reflection, ConvReflection) else LinearCarrier

@@ -85,6 +85,31 @@ class PretrainedCarrier(RootCarrier):
         with resizable(self, record):
             return base.resize_token_embeddings(*args, **kwargs)
 
+    def dequantize(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class does, which puts new layers in place of quantised ones.
+
+        Raises:
+            AdapterError: there are adapters, which the new layers would not have. The model is as it was.
+        """
+        if record_of(self) is not None:
+            raise AdapterError(
+                f"{type(self).__name__}: dequantize puts new layers in place of those that carry reflections. Save the "
+                "adapter (hra_fx.save_adapter), dequantize a model without it, and load it there (hra_fx.load_adapter)."
+            )
+        base: Any = super()
+        return base.dequantize(*args, **kwargs)
+
+    @property
+    def _hf_peft_config_loaded(self) -> bool:
+        """Whether a quantised model can be trained: by this sign, and that of PEFT's classes, the Trainer knows it."""
+        quantised = record_of(self) is not None and getattr(self, "is_quantized", False)
+        return bool(quantised or vars(self).get("_hf_peft_config_loaded", False))
+
+    @_hf_peft_config_loaded.setter
+    def _hf_peft_config_loaded(self, value: bool) -> None:
+        """transformers sets it where it loads an adapter of PEFT."""
+        vars(self)["_hf_peft_config_loaded"] = value
+
     @property
     def _keys_to_ignore_on_save(self) -> Any:
         """What `save_pretrained` does not write; transformers' Trainer misses these keys knowingly when it resumes."""

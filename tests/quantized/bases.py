@@ -1,0 +1,170 @@
+"""Models with quantised layers, a row for each scheme that runs on a CPU, and what their weights stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import bitsandbytes
+import torch
+from oracles import dense_q
+from torch import Tensor, nn
+from torchao.quantization import (
+    Float8WeightOnlyConfig,
+    Int8DynamicActivationInt8WeightConfig,
+    Int8DynamicActivationIntxWeightConfig,
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+    quantize_,
+)
+from torchao.quantization.granularity import PerGroup, PerTensor
+from torchao.quantization.quant_primitives import MappingType
+
+import hra_fx
+
+WIDTH = 64
+
+
+class Scheme(NamedTuple):
+    """How to quantise a model of Linears.
+
+    Attributes:
+        quantise: makes the quantised model of a plain one.
+        words: what a refusal calls it.
+        refolds: whether a rotated weight can be quantised anew.
+        tolerance: of outputs against the dequantised weight, relative; coarse where inputs are quantised too.
+    """
+
+    quantise: Callable[[nn.Sequential], nn.Sequential]
+    words: str
+    refolds: bool = True
+    tolerance: float = 1e-5
+
+
+def _bitsandbytes(make: Callable[[nn.Linear], nn.Module]) -> Callable[[nn.Sequential], nn.Sequential]:
+    def quantise(model: nn.Sequential) -> nn.Sequential:
+        layers = []
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                packed = make(layer)
+                packed.load_state_dict(layer.state_dict())
+                layer = packed
+            layers.append(layer)
+        return nn.Sequential(*layers).to("cpu")
+
+    return quantise
+
+
+def _eight(layer: nn.Linear) -> nn.Module:
+    return bitsandbytes.nn.Linear8bitLt(
+        layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False, threshold=6.0
+    )
+
+
+def _four(kind: str, *, nested: bool = False) -> Callable[[nn.Linear], nn.Module]:
+    return lambda layer: bitsandbytes.nn.Linear4bit(
+        layer.in_features,
+        layer.out_features,
+        layer.bias is not None,
+        compute_dtype=torch.float32,
+        compress_statistics=nested,
+        quant_type=kind,
+    )
+
+
+def torchao(config: Any) -> Callable[[nn.Sequential], nn.Sequential]:
+    def quantise(model: nn.Sequential) -> nn.Sequential:
+        quantize_(model, config)
+        return model
+
+    return quantise
+
+
+_INT8 = "torchao, Int8Tensor"
+_INTX = "torchao, IntxUnpackedToInt8Tensor of int4"
+SCHEMES = {
+    "bnb int8": Scheme(_bitsandbytes(_eight), "bitsandbytes, 8 bit"),
+    "bnb nf4": Scheme(_bitsandbytes(_four("nf4")), "bitsandbytes, 4 bit nf4"),
+    "bnb fp4 nested": Scheme(_bitsandbytes(_four("fp4", nested=True)), "bitsandbytes, 4 bit fp4"),
+    "ao int8": Scheme(torchao(Int8WeightOnlyConfig()), _INT8),
+    "ao int8 in groups": Scheme(torchao(Int8WeightOnlyConfig(granularity=PerGroup(32))), _INT8),
+    "ao int8 of one scale": Scheme(torchao(Int8WeightOnlyConfig(granularity=PerTensor())), _INT8),
+    "ao int8 dynamic": Scheme(torchao(Int8DynamicActivationInt8WeightConfig()), _INT8, tolerance=3e-2),
+    "ao int4": Scheme(
+        torchao(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))), _INTX, tolerance=1e-5
+    ),
+    "ao int4 asymmetric": Scheme(
+        torchao(
+            IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32), mapping_type=MappingType.ASYMMETRIC)
+        ),
+        _INTX,
+    ),
+    "ao int4 dynamic": Scheme(
+        torchao(Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(32))),
+        _INTX,
+        tolerance=3e-2,
+    ),
+    "ao float8": Scheme(torchao(Float8WeightOnlyConfig()), "torchao, Float8Tensor", refolds=False),
+}
+#: One of each library and way to a gradient, for what does not depend on numbers.
+FEW = ("bnb int8", "bnb nf4", "ao int8", "ao int8 dynamic", "ao int4")
+
+
+def plain() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(WIDTH, 128), nn.Tanh(), nn.Linear(128, 32))
+
+
+def quantised(scheme: str, base: nn.Sequential | None = None) -> nn.Sequential:
+    return SCHEMES[scheme].quantise(plain() if base is None else base)
+
+
+def config(*targets: str, **fields: object) -> hra_fx.HRAConfig:
+    return hra_fx.HRAConfig(**({"r": 4, "target_modules": list(targets or ("0", "2"))} | fields))
+
+
+def adapted(scheme: str, **fields: object) -> nn.Sequential:
+    """A quantised model with an adapter far from its start."""
+    model = hra_fx.transform(quantised(scheme), config(**fields))
+    turn(model)
+    return model
+
+
+def turn(model: nn.Module, seed: int = 3) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, vectors in model.named_parameters():
+            if ".hra_u." in name:
+                vectors.copy_(torch.randn(vectors.shape, generator=generator))
+
+
+def values(layer: Any) -> Tensor:
+    """What the weight of a layer stands for, float64: by the libraries' own formulas, without hra_fx."""
+    weight = layer.weight
+    if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
+        scale = layer.state.SCB if weight.SCB is None else weight.SCB
+        return bitsandbytes.functional.int8_vectorwise_dequant(weight.data, scale).double()
+    if isinstance(layer, bitsandbytes.nn.Linear4bit):
+        layer.state_dict()  # out of the layout of inference
+        return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).double()
+    return weight.dequantize().detach().double()
+
+
+def rotated(layer: Any, *names: str) -> Tensor:
+    """`W Q_a Q_b ...` by dense products in float64; differentiable in the vectors."""
+    product = values(layer)
+    for name in names or ("default",):
+        gs = layer.hra_u.specs[name].apply_GS
+        product = product @ dense_q(layer.hra_u[name], apply_GS=gs, anchor=layer.hra_u.anchor(name))
+    return product
+
+
+def dense(model: nn.Sequential, x: Tensor, *names: str) -> Tensor:
+    """What the adapted model of `plain` computes, by the dense products."""
+    first, _, last = model
+    hidden = torch.tanh(x.double() @ rotated(first, *names).mT + first.bias.double())
+    return hidden @ rotated(last, *names).mT + last.bias.double()
+
+
+def inputs(rows: int = 5) -> Tensor:
+    return torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(7))
