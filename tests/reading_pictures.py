@@ -28,7 +28,8 @@ def _svg(file: Path) -> list[str]:
 
 def _mermaid(file: Path) -> list[str]:
     comments = re.findall(r"^\s*%% n\d+: (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
-    return [re.sub(r"#(\d+);", lambda found: chr(int(found[1])), comment) for comment in comments]
+    paths = [path for comment in comments for path in comment.split(" ")]
+    return [re.sub(r"#(\d+);", lambda found: chr(int(found[1])), path) for path in paths]
 
 
 def _dot(file: Path) -> list[str]:

@@ -150,8 +150,10 @@ class _Flowchart:
         if fill:
             self.fills[name] = fill
         label = "<br/>".join([_label(item), *map(escape, extra)])
-        sites = [f"{indent}%% {name}: {escape(mark.path)}" for mark in item.marks]
-        return [f'{indent}{name}{opening}"{label}"{closing}', *sites], _Ends(name, name)
+        # One line for all sites of a box: a comment counts as much as a label, and there are limits.
+        sites = " ".join(escape(mark.path).replace(" ", "#32;") for mark in item.marks)
+        comment = [f"{indent}%% {name}: {sites}"] if sites else []
+        return [f'{indent}{name}{opening}"{label}"{closing}', *comment], _Ends(name, name)
 
     def styles(self) -> Iterator[str]:
         """The colours of boxes; they are readable on a light page and on a dark one."""

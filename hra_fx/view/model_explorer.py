@@ -31,7 +31,8 @@ def render(drawing: Drawing, options: Options) -> str:
     """
     part = closed(focused(drawing, options.focus), options.depth)
     name = f"{clean(part.title)}: graph"  # not one of the two other keys, whatever the model is called
-    nodes = [_node(part, key, data["leaf"]) for key, data in part.picture.nodes(data=True)]
+    notes = Notes(None, part.missed)
+    nodes = [_node(part, key, data["leaf"], notes) for key, data in part.picture.nodes(data=True)]
     graph = {"id": name, "nodes": nodes, "groupNodeAttributes": _groups(part)}
     content: dict[str, Any] = {"label": clean(part.title), "graphs": [graph]}
     if part.rows:
@@ -39,12 +40,12 @@ def render(drawing: Drawing, options: Options) -> str:
     return json.dumps(content, allow_nan=False, separators=(",", ":")) + "\n"
 
 
-def _node(part: Drawing, key: str, leaf: Leaf) -> dict[str, Any]:
+def _node(part: Drawing, key: str, leaf: Leaf, notes: Notes) -> dict[str, Any]:
     node: dict[str, Any] = {
         "id": key,
         "label": clean(leaf.name),
         "namespace": _namespace(leaf.place),
-        "attrs": _pairs(_facts(part, leaf)),
+        "attrs": _pairs(_facts(leaf, notes)),
         "incomingEdges": [
             {"sourceNodeId": source, "sourceNodeOutputId": "0", "targetNodeInputId": str(place)}
             for place, source in enumerate(part.picture.pred[key])
@@ -76,7 +77,7 @@ def _component(call: str) -> str:
     return clean(call.rpartition(".")[2]).replace("/", "\u2215") or "\u2215"
 
 
-def _facts(part: Drawing, leaf: Leaf) -> dict[str, str]:
+def _facts(leaf: Leaf, notes: Notes) -> dict[str, str]:
     facts = {"target": leaf.target, "op": leaf.op, "detail": leaf.detail}
     if leaf.parameters:
         facts["parameters"] = str(leaf.parameters)
@@ -87,7 +88,6 @@ def _facts(part: Drawing, leaf: Leaf) -> dict[str, str]:
         facts[f"adapted layer{number}"] = mark.path
         if mark.rotation is not None:
             facts[f"|Q - I|{number}"] = f"{mark.rotation:.6g}"
-    notes = Notes(None, part.missed)
     for reason in notes.reasons(notes.missed_in(leaf)):
         facts.setdefault("missed", reason)
     return {name: value for name, value in facts.items() if value}

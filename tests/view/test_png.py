@@ -9,12 +9,13 @@ from xml.etree import ElementTree
 
 import pytest
 from drawn_models import drawn
+from torch import nn
 
 import hra_fx
 from hra_fx.view.drawing import drawing_of
 from hra_fx.view.options import Options
 from hra_fx.view.page import render
-from hra_fx.view.png import SCALE, brought_along, rasterize
+from hra_fx.view.png import SCALE, SIDE, brought_along, rasterize
 
 
 def size(png: bytes) -> tuple[int, int]:
@@ -29,6 +30,21 @@ def test_a_png_is_the_svg_at_twice_its_size(tmp_path: Path) -> None:
     file = hra_fx.visualize(drawn("resnet"), tmp_path / "a.png", heat="mean_angle")
     root = ElementTree.fromstring(render(drawing_of(drawn("resnet")), Options(heat="mean_angle")))
     assert size(file.read_bytes()) == (SCALE * int(root.get("width", "0")), SCALE * int(root.get("height", "0")))
+
+
+def tall(layers: int) -> nn.Sequential:
+    """A chain whose picture, all open, is very high."""
+    return nn.Sequential(*(nn.Linear(4 + i % 2, 4 + (i + 1) % 2) for i in range(layers)))
+
+
+def test_a_large_picture_has_one_pixel_for_a_unit_and_a_larger_one_is_refused(tmp_path: Path) -> None:
+    file = hra_fx.visualize(tall(200), tmp_path / "a.png", depth=0)
+    assert SIDE / SCALE < size(file.read_bytes())[1] < SIDE
+    with pytest.raises(
+        hra_fx.VisualizeError, match=r"would be 2\d,\d\d\d pixels on a side.*smaller depth or a"
+    ):
+        hra_fx.visualize(tall(400), tmp_path / "b.png", depth=0)
+    assert not (tmp_path / "b.png").exists()
 
 
 def letter(text: str) -> bytes:
