@@ -23,8 +23,8 @@ def why_absent(model: nn.Module) -> str | None:
         if any(layer.hra_u[name].shape != (layer.hra_u.width, spec.r) for name, spec in layer.hra_u.specs.items()):
             return (
                 f"{path}: this process holds only a flat shard of its vectors (FullyShardedDataParallel, ZeRO-3). "
-                "Gather them first (FullyShardedDataParallel.summon_full_params, deepspeed.zero.GatheredParameters), or shard "
-                "with torch.distributed.fsdp.fully_shard."
+                "Gather them first (FullyShardedDataParallel.summon_full_params, deepspeed.zero.GatheredParameters), "
+                "or shard with torch.distributed.fsdp.fully_shard."
             )
         for module in (layer, layer.hra_u):
             if "_hf_hook" in vars(module) and any(tensor.is_meta for tensor in module.parameters(recurse=False)):

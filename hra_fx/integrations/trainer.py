@@ -22,7 +22,8 @@ class HRATrainer(Trainer):
     The term counts once per optimiser step, whatever `gradient_accumulation_steps` is, and never in an evaluation. The
     training logs get its unweighted mean since the last one as `orthogonality`.
 
-    Sharding that takes the vectors apart outside of the forward pass (DeepSpeed ZeRO-3, the older FSDP) needs weight 0; FSDP2 does not.
+    Sharding that takes the vectors apart outside of the forward pass (DeepSpeed ZeRO-3, the older FSDP) needs weight 0;
+    FSDP2 does not.
 
     Args:
         args, kwargs: those of `transformers.Trainer`.
