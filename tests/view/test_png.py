@@ -40,9 +40,7 @@ def tall(layers: int) -> nn.Sequential:
 def test_a_large_picture_has_one_pixel_for_a_unit_and_a_larger_one_is_refused(tmp_path: Path) -> None:
     file = hra_fx.visualize(tall(200), tmp_path / "a.png", depth=0)
     assert SIDE / SCALE < size(file.read_bytes())[1] < SIDE
-    with pytest.raises(
-        hra_fx.VisualizeError, match=r"would be 2\d,\d\d\d pixels on a side.*smaller depth or a"
-    ):
+    with pytest.raises(hra_fx.VisualizeError, match=r"would be 2\d,\d\d\d pixels on a side.*smaller depth or a"):
         hra_fx.visualize(tall(400), tmp_path / "b.png", depth=0)
     assert not (tmp_path / "b.png").exists()
 
