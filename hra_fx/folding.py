@@ -51,12 +51,13 @@ class FoldPlan:
         self._versions = _versions(model)
 
     def __str__(self) -> str:
-        """One line a layer: how far the weight moves, what rounding to its dtype costs, and what it is untied from."""
+        """One line a layer: how far the weight moves, what rounding or quantising costs, and what it is untied from."""
         width = max((len(layer.path) for layer in self.layers), default=5)
         lines = [f"{'layer':<{width}}  {'change':>8}  rounding"]
         for layer in self.layers:
             apart = f"  untied from {', '.join(layer.untied)}" if layer.untied else ""
-            lines.append(f"{layer.path:<{width}}  {layer.change:8.4f}  {layer.rounding:.1e}{apart}")
+            anew = f"  quantised anew ({layer.quantized})" if layer.quantized and layer.rounding else ""
+            lines.append(f"{layer.path:<{width}}  {layer.change:8.4f}  {layer.rounding:.1e}{anew}{apart}")
         return "\n".join(lines)
 
     def apply(self) -> nn.Module:

@@ -300,9 +300,9 @@ def _wrong_type(path: str, module: nn.Module) -> str:
     text = f"{path}: target_modules names it, but it is a {kind}, and only {_KINDS} can be adapted. "
     if type(module).__module__.startswith("torch.ao."):
         return (
-            f"{path}: target_modules names it, but it is a quantised {kind} of torch.ao, which hides its weight and gives "
-            "its input no gradient. Transform, train and fold the model before its quantisation; or quantise with "
-            "torchao, as by Int8DynamicActivationInt8WeightConfig."
+            f"{path}: target_modules names it, but it is a quantised {kind} of torch.ao, which hides its weight and "
+            "gives its input no gradient. Transform, train and fold the model before its quantisation; or quantise "
+            "with torchao, as by Int8DynamicActivationInt8WeightConfig."
         )
     parts = path.split(".")
     # A block number alone says nothing: "layer.0.query", not "0.query".

@@ -63,6 +63,7 @@ def test_fold_rotates_and_quantises_anew(scheme: str) -> None:
     kinds, kept = [type(layer) for layer in quantised(scheme)], vars(model[0].weight) | {}
     plan = hra_fx.plan_fold(model, requantize=True)
     assert torch.equal(values(model[0]), before[0]), "a plan writes nothing"
+    assert str(plan).count(f"quantised anew ({SCHEMES[scheme].words})") == 2
     with told() as texts:
         folded = hra_fx.fold(model, requantize=True)
     assert folded is model and [type(layer) for layer in model] == kinds

@@ -164,3 +164,15 @@ def test_no_floating_point_weight_waits_for_the_backward(scheme: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(x).sum().backward()
     assert kept and not {torch.Size((64, 128)), torch.Size((128, 64)), torch.Size((128, 32))} & set(kept)
+
+
+# TorchDynamo makes an object of every custom autograd function that it meets, bitsandbytes' too.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("scheme", ["bnb nf4", "ao int8", "ao int8 dynamic"])
+def test_one_graph_of_a_compiler_computes_and_trains_the_same(scheme: str) -> None:
+    model, x, weights = adapted(scheme), inputs(), weighting()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    due = gradients(model, model(x), weights)
+    for ours, theirs in zip(gradients(model, compiled(x), weights), due, strict=True):
+        assert relative_error(ours, theirs) < 1e-5

@@ -117,7 +117,7 @@ def test_layers_of_torch_ao() -> None:
         model = torch.ao.quantization.quantize_dynamic(plain(), {nn.Linear})
     message = refused(model, config(), SelectionError)
     assert message.startswith(
-        "0: target_modules names it, but it is a quantised Linear of torch.ao, which gives its input"
+        "0: target_modules names it, but it is a quantised Linear of torch.ao, which hides its weight"
     )
     assert "Transform, train and fold the model before its quantisation" in message
     assert "Int8DynamicActivationInt8WeightConfig" in message
