@@ -10,7 +10,7 @@ from playwright.sync_api import Locator, Page
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.view.drawing import drawing_of
+from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.html.rendering import render
 from hra_fx.view.options import Options
 
@@ -54,7 +54,8 @@ def trained_net(**fields: Any) -> nn.Module:
 
 
 def page_of(model: Any, *, depth: int | None = None, focus: str | None = None, heat: str | None = None) -> str:
-    return render(drawing_of(model), Options(depth, focus, heat))
+    drawing = model if isinstance(model, Drawing) else drawing_of(model)
+    return render(drawing, Options(depth, focus, heat))
 
 
 def boxes(page: Page, mode: str = "adapted") -> Locator:

@@ -33,13 +33,13 @@ class Items:
     scopes: dict[str, int] = field(default_factory=dict)
     _flows: dict[_Flow, int] = field(default_factory=dict)
 
-    def add(self, item: Item, parent: int = 0, times: int = 1) -> None:
+    def add(self, item: Item, parent: int = 0, around: Sequence[str] = ("",)) -> None:
         """Add a box and all that is inside it.
 
         Args:
             item: the box.
             parent: the record of the scope around it.
-            times: how many modules that scope stands for.
+            around: the modules that this scope stands for.
         """
         index = len(self.records)
         if isinstance(item, Leaf):
@@ -47,13 +47,12 @@ class Items:
             for path in item.paths:
                 self.holders.setdefault(path, index)
             return
-        times *= item.count
-        paths = instances(item, times)
+        paths = instances(item, around)
         self.records.append({"parent": parent, **self._scope(item, paths)})
         for path in paths:
             self.scopes.setdefault(path, index)
         for part in item.items:
-            self.add(part, index, times)
+            self.add(part, index, paths)
 
     def _leaf(self, leaf: Leaf) -> dict[str, Any]:
         marks = tuple(mark.path for mark in leaf.marks)
@@ -106,18 +105,18 @@ class Items:
         return self._flows[flow]
 
 
-def instances(scope: Scope, times: int) -> Sequence[str]:
+def instances(scope: Scope, around: Sequence[str]) -> Sequence[str]:
     """The paths of all modules that a scope stands for; only the first where the others' cannot be told.
 
-    They are what the paths of the leaves inside have before the part that all of them share.
+    They are what the paths of the leaves inside have before the part that all of them share, or else what the modules
+    around have in place of the first one.
 
     Args:
         scope: the scope.
-        times: how many modules it stands for, those of repeats around it counted.
+        around: the modules that the scope around it stands for.
     """
-    if times == 1:
-        return (scope.path,)
-    for leaf in _leaves(scope):
+    times = len(around) * scope.count
+    for leaf in _leaves(scope) if times > 1 else ():
         each, rest = divmod(len(leaf.paths), times)
         if not each or rest or not leaf.paths[0].startswith(scope.path + "."):
             continue
@@ -125,6 +124,8 @@ def instances(scope: Scope, times: int) -> Sequence[str]:
         firsts = leaf.paths[::each]
         if all(path.endswith(inner) for path in firsts):
             return tuple(path[: -len(inner)] for path in firsts)
+    if scope.count == 1 and scope.path.startswith(around[0]):
+        return tuple(path + scope.path[len(around[0]) :] for path in around)
     return (scope.path,)
 
 

@@ -175,6 +175,25 @@ def test_the_mouse_zooms_and_pans(open_page: Open) -> None:
     assert not page.locator("#panel").is_visible(), "a drag selects nothing"
 
 
+PINCH = """(part) => {
+  const fire = (type, apart) => {
+    const touches = [-1, 1].map((side, identifier) =>
+      new Touch({ identifier, target: part, clientX: 300 + side * apart, clientY: 200 }));
+    part.dispatchEvent(new TouchEvent(type, { touches, cancelable: true }));
+  };
+  fire("touchstart", 50);
+  fire("touchmove", 75);
+}"""
+
+
+def test_two_fingers_zoom_and_a_tap_opens(open_page: Open) -> None:
+    page = open_page(page_of(trained_net(), depth=0), viewport={"width": 600, "height": 800}, has_touch=True)
+    page.locator(".scroller").evaluate(PINCH)
+    expect(page.locator("#zoom")).to_have_text("150%")
+    box(page, "blocks.0 … 2").tap()
+    expect(box(page, "blocks.0 … 2")).to_have_attribute("aria-expanded", "true")
+
+
 def test_side_by_side_are_three_views_of_one_state(closed: Page) -> None:
     closed.get_by_text("Side by side").click()
     assert closed.locator(".pane h2").all_inner_texts() == ["Base model", "Adapted", "Folded"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 import torchvision
 import transformers
 from pages import page_of, trained_net, turned
@@ -12,6 +13,7 @@ from playwright.sync_api import Page
 from torch import nn
 
 import hra_fx
+from hra_fx.view.drawing import Drawing, drawing_of
 
 Open = Callable[..., Page]
 
@@ -73,14 +75,24 @@ def llama() -> nn.Module:
     return hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"]))
 
 
+def one_call() -> Drawing:
+    """With layers that were missed and are drawn as modules, since TorchDynamo records what is in them."""
+    config = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0)
+    model = hra_fx.transform(
+        transformers.GPT2LMHeadModel(config).eval(), hra_fx.HRAConfig(r=2, target_modules=["c_attn", "c_proj"])
+    )
+    return drawing_of(turned(model), (torch.arange(6)[None],))
+
+
 def branches() -> nn.Module:
     model = torchvision.models.googlenet(init_weights=False)
     return hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=r".*branch\d(\.\d)?\.conv"))
 
 
-@pytest.mark.parametrize("make", [trained_net, resnet, llama, branches], ids=lambda make: make.__name__)
-def test_nothing_overlaps_or_leaves_its_box_in_any_view(open_page: Open, make: Callable[[], nn.Module]) -> None:
-    page = open_page(page_of(turned(make())))
+@pytest.mark.parametrize("make", [trained_net, resnet, llama, one_call, branches], ids=lambda make: make.__name__)
+def test_nothing_overlaps_or_leaves_its_box(open_page: Open, make: Callable[[], nn.Module | Drawing]) -> None:
+    made = make()
+    page = open_page(page_of(turned(made) if isinstance(made, nn.Module) else made))
     page.click("#expand")
     assert page.locator("#stage .closed").count() == 0
     for look in ("all", "adapted"):

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torchvision
@@ -15,10 +16,11 @@ import hra_fx
 from hra_fx.adapted import sites_of
 from hra_fx.errors import VisualizeError
 from hra_fx.view.drawing import drawing_of
-from hra_fx.view.html.items import Items
+from hra_fx.view.html.items import Items, instances
 from hra_fx.view.html.packing import Texts
 from hra_fx.view.html.rendering import as_json, render
 from hra_fx.view.options import Options
+from hra_fx.view.tree import Leaf, Scope
 
 
 def test_the_same_model_gives_the_same_bytes() -> None:
@@ -89,3 +91,10 @@ def test_boxes_that_flow_alike_share_their_layers() -> None:
 def test_an_unknown_module_is_refused() -> None:
     with pytest.raises(VisualizeError, match=r"focus: the model has no module 'block\.1'; did you mean 'blocks\.1'"):
         render(drawing_of(Net()), Options(focus="block.1"))
+
+
+def test_modules_without_boxes_of_their_own_are_told_by_the_modules_around() -> None:
+    operation = Leaf("mul", "", "op", "call_function", "mul", ())
+    inner = Scope("blocks.0.act", "act", "GELU", False, (operation, operation), ((0, 1),), (0,), (1,))
+    assert instances(inner, ("blocks.0", "blocks.1")) == ("blocks.0.act", "blocks.1.act")
+    assert instances(replace(inner, count=2), ("blocks.0",)) == ("blocks.0.act",), "the other's name is not known"

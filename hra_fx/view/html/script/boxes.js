@@ -110,7 +110,9 @@ export class Boxes {
       Object.assign(box, { width: inner.width, height: inner.height, body: { x: 0, y: 0 } });
       return;
     }
-    const title = 18 + widthOf(box.name, NAME, true) + 8 + widthOf(box.detail, DETAIL) + badgeWidth(box) + 2 * PAD;
+    const marked = item.missed.length ? 20 : 0;
+    const title =
+      18 + marked + widthOf(box.name, NAME, true) + 8 + widthOf(box.detail, DETAIL) + badgeWidth(box) + 2 * PAD;
     box.width = Math.max(title, inner.width + 2 * PAD);
     box.body = { x: (box.width - inner.width) / 2, y: HEADER + (item.flow?.inputs.length ? 0 : EDGE) };
     box.height = box.body.y + inner.height + (item.flow?.outputs.length ? 0 : EDGE);
@@ -187,7 +189,7 @@ function sizeLeaf(item, box) {
   if (item.kind === "site") {
     // The heat comes after the strip's words: room for the longest ones.
     const strip =
-      widthOf(box.strip, DETAIL, true) +
+      Math.max(widthOf(box.strip, DETAIL, true), widthOf("weight as before", DETAIL, true)) +
       widthOf(box.marks.length > 1 ? " · mean 0.00000°" : " · 0.00000°", DETAIL, true) +
       12;
     const name = widthOf(box.name, NAME, true) + badgeWidth(box);
