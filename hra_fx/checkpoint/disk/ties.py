@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hra_fx.checkpoint.disk.architecture import Architecture
 from hra_fx.checkpoint.disk.naming import Names
 from hra_fx.errors import FoldError
-from hra_fx.untying import Parted, Setting, settings_that_tie, why_not_off
+from hra_fx.untying import Parted, Setting, settings_that_tie, turn_off, turn_on, why_not_off
 
 FLAG = "tie_word_embeddings"
 
@@ -88,8 +88,17 @@ def untying(architecture: Architecture, names: Names, changed: Mapping[str, Tens
         {name: called[name] for name in sources if name in called},
         (),
         tuple(dict.fromkeys(path for s in settings for c in s.configs for path in _paths(_config(model), c))),
-        tuple(Parted(settings, {}).returning),
+        _returning(settings),
     )
+
+
+def _returning(settings: list[Setting]) -> tuple[str, ...]:
+    """Asked of the configurations with the setting off; then it is on again, for another set of files may ask too."""
+    configs = turn_off(settings)
+    try:
+        return tuple(Parted(settings, {}).returning)
+    finally:
+        turn_on(configs)
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:

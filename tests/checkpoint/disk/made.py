@@ -1,0 +1,120 @@
+"""Checkpoints of tiny models, adapters for them, and what the fold in memory makes of both."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import hra_fx
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 37}
+
+
+def llama(**fields: Any) -> Any:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, num_key_value_heads=1, **fields))
+
+
+def bert(kind: str = "BertForMaskedLM", **fields: Any) -> Any:
+    return getattr(transformers, kind)(transformers.BertConfig(**SMALL, max_position_embeddings=16, **fields))
+
+
+def gpt2(kind: str = "GPT2LMHeadModel") -> Any:
+    return getattr(transformers, kind)(transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=37))
+
+
+def t5(**fields: Any) -> Any:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": 37}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0, **fields))
+
+
+def base_of(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Path:
+    """The checkpoint of a model with random numbers everywhere."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    model.to(dtype).eval().save_pretrained(folder, **options)
+    (folder / "tokenizer.json").write_text('{"as it": "was"}')
+    return folder
+
+
+def adapter_of(model: Any, folder: Path, *targets: str, seed: int = 2, **fields: Any) -> Path:
+    """An adapter of ours with vectors of any length, for a copy of the model."""
+    adapted = copy.deepcopy(model)
+    torch.manual_seed(seed)
+    hra_fx.transform(adapted, hra_fx.HRAConfig(**{"r": 3, "target_modules": list(targets), **fields}))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad or ".hra_u." in name:
+                parameter.normal_()
+    hra_fx.save_adapter(adapted, folder)
+    return folder
+
+
+def folded_in_memory(model: Any, folder: Path, *adapters: Path) -> Path:
+    """What `fold` and `save_pretrained` make of it."""
+    for adapter in adapters:
+        hra_fx.fold(hra_fx.load_adapter(model, adapter))
+    model.save_pretrained(folder)
+    return folder
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return {key: tensor for file in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(file).items()}
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The numbers of a floating tensor, numbered in their order."""
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
+    whole = tensor.view(kind).long()
+    least = torch.iinfo(kind).min
+    return torch.where(whole < 0, least - whole, whole)
+
+
+def equal_but_for_steps(one: dict[str, Tensor], other: dict[str, Tensor], share: float = 0.99, steps: int = 1) -> None:
+    """The same keys, shapes and dtypes, and numbers at most some steps of their dtype apart, nearly all of them."""
+    assert one.keys() == other.keys()
+    for key, tensor in one.items():
+        assert (tensor.dtype, tensor.shape) == (other[key].dtype, other[key].shape), key
+        near = ((bits(tensor) - bits(other[key])).abs() <= steps).float().mean()
+        assert near >= share, (key, float(near))
+
+
+def picture(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def without(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def linear_stack(folder: Path, layers: int = 3, width: int = 6, dtype: torch.dtype = torch.float32) -> Path:
+    """A checkpoint of no library, one file to a layer, and an index."""
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    places = {}
+    for i in range(layers):
+        name = f"model-{i + 1:05d}-of-{layers:05d}.safetensors"
+        state = {f"{i}.{key}": value.to(dtype) for key, value in nn.Linear(width, width + 2).state_dict().items()}
+        save_file(state, folder / name, {"format": "pt", "made": "by hand"})
+        places |= dict.fromkeys(state, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return folder
+
+
+def stack_adapter(folder: Path, layers: int = 3, width: int = 6, seed: int = 3, r: int = 2) -> Path:
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    vectors = {f"base_model.model.{i}.hra_u": torch.randn(width, r, generator=generator) for i in range(layers)}
+    save_file(vectors, folder / "adapter_model.safetensors", {"format": "pt"})
+    hra_fx.HRAConfig(r=r, target_modules=[str(i) for i in range(layers)]).save_pretrained(folder)
+    return folder

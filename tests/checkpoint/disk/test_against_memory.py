@@ -1,0 +1,152 @@
+"""Transformers' checkpoints: the same files as `load_adapter`, `fold` and `save_pretrained` in memory give."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint.disk import made
+from oracles import dense_q, dense_weight, relative_error
+from safetensors.torch import load_file
+
+import hra_fx
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*untied.*:hra_fx.HRAWarning")
+
+CASES: dict[str, tuple[Callable[[], Any], list[str], torch.dtype, dict[str, Any]]] = {
+    "Llama": (made.llama, ["q_proj", "v_proj", "down_proj"], torch.bfloat16, {}),
+    "Llama, float32": (made.llama, ["q_proj", "v_proj", "down_proj"], torch.float32, {}),
+    "Llama, an output layer": (made.llama, ["q_proj", "lm_head"], torch.bfloat16, {}),
+    "Llama, Gram-Schmidt": (made.llama, ["q_proj", "down_proj"], torch.bfloat16, {"apply_GS": True}),
+    "Llama, Gram-Schmidt without an anchor": (
+        made.llama,
+        ["q_proj", "down_proj"],
+        torch.bfloat16,
+        {"apply_GS": True, "init_weights": False},
+    ),
+    "BERT": (made.bert, ["query", "value"], torch.float16, {}),
+    "BERT, a classifier": (
+        lambda: made.bert("BertForSequenceClassification"),
+        ["query"],
+        torch.bfloat16,
+        {"task_type": "SEQ_CLS", "bias": "all"},
+    ),
+    "BERT, biases of layers": (made.bert, ["query"], torch.bfloat16, {"bias": "hra_only"}),
+    "GPT-2": (made.gpt2, ["c_attn", "c_proj"], torch.bfloat16, {}),
+    "GPT-2, float32": (made.gpt2, ["c_attn", "c_proj"], torch.float32, {}),
+    "T5": (made.t5, ["q", "v", "wo"], torch.bfloat16, {}),
+}
+TIED: dict[str, tuple[Callable[[], Any], list[str], dict[str, Any], dict[str, str]]] = {
+    "Llama": (
+        lambda: made.llama(tie_word_embeddings=True),
+        ["q_proj", "lm_head"],
+        {},
+        {"lm_head.weight": "model.embed_tokens.weight"},
+    ),
+    "Llama, embeddings trained": (
+        lambda: made.llama(tie_word_embeddings=True),
+        ["q_proj"],
+        {"modules_to_save": ["embed_tokens"]},
+        {"lm_head.weight": "model.embed_tokens.weight"},
+    ),
+    "GPT-2": (made.gpt2, ["c_attn", "lm_head"], {}, {"lm_head.weight": "transformer.wte.weight"}),
+    "BERT": (
+        made.bert,
+        ["query", "decoder"],
+        {},
+        {
+            "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+            "cls.predictions.decoder.bias": "cls.predictions.bias",
+        },
+    ),
+}
+
+
+def both(tmp_path: Path, build: Callable[[], Any], targets: list[str], dtype: torch.dtype, **fields: Any) -> Any:
+    """The report, the folder that was folded on disk, and the one that was folded in memory."""
+    model = build()
+    base = made.base_of(model, tmp_path / "base", dtype)
+    adapter = made.adapter_of(model, tmp_path / "adapter", *targets, **fields)
+    report = hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", verify=True)
+    loaded = type(model).from_pretrained(base, dtype="auto")
+    return report, tmp_path / "out", made.folded_in_memory(loaded, tmp_path / "memory", adapter)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_checkpoint_is_what_the_fold_in_memory_saves(tmp_path: Path, name: str) -> None:
+    build, targets, dtype, fields = CASES[name]
+    report, out, memory = both(tmp_path, build, targets, dtype, **fields)
+    made.equal_but_for_steps(made.tensors(out), made.tensors(memory))
+    assert (out / "config.json").read_bytes() == (tmp_path / "base" / "config.json").read_bytes()
+    assert not report.untied and report.rotated
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_what_was_tied_gets_a_place_of_its_own(tmp_path: Path, name: str) -> None:
+    build, targets, fields, untied = TIED[name]
+    report, out, memory = both(tmp_path, build, targets, torch.bfloat16, **fields)
+    made.equal_but_for_steps(made.tensors(out), made.tensors(memory))
+    assert report.untied == untied
+    assert f"untied: {next(iter(untied))} (from {next(iter(untied.values()))})" in str(report)
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (out, memory)]
+    assert configs[0] == configs[1] and configs[0]["tie_word_embeddings"] is False
+    model = build()
+    loaded = type(model).from_pretrained(out, dtype="auto")
+    state = made.tensors(out)
+    assert all(torch.equal(loaded.state_dict()[key], state[key]) for key in untied)
+
+
+def test_a_model_that_ties_again_when_it_is_loaded_is_named(tmp_path: Path) -> None:
+    model = made.t5()
+    base = made.base_of(model, tmp_path / "base")
+    adapter = made.adapter_of(model, tmp_path / "adapter", "q", "lm_head")
+    with pytest.warns(hra_fx.HRAWarning, match="T5Config says tie_word_embeddings=True again when it is loaded"):
+        report = hra_fx.fold_checkpoint(base, adapter, tmp_path / "out")
+    loaded = type(model).from_pretrained(base, dtype="auto")
+    memory = made.folded_in_memory(loaded, tmp_path / "memory", adapter)
+    made.equal_but_for_steps(made.tensors(tmp_path / "out"), made.tensors(memory))
+    assert set(report.untied) == {"lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+
+
+def test_embeddings_that_were_trained_as_one_stay_one(tmp_path: Path) -> None:
+    model = made.llama(tie_word_embeddings=True)
+    base = made.base_of(model, tmp_path / "base")
+    adapter = made.adapter_of(model, tmp_path / "adapter", "q_proj", modules_to_save=["embed_tokens", "lm_head"])
+    report = hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", verify=True)
+    loaded = type(model).from_pretrained(base, dtype="auto")
+    memory = made.folded_in_memory(loaded, tmp_path / "memory", adapter)
+    made.equal_but_for_steps(made.tensors(tmp_path / "out"), made.tensors(memory))
+    assert not report.untied and report.given == ("model.embed_tokens.weight",)
+
+
+def test_several_adapters_go_in_one_after_the_other(tmp_path: Path) -> None:
+    model = made.llama()
+    base = made.base_of(model, tmp_path / "base", torch.float32)
+    first = made.adapter_of(model, tmp_path / "first", "q_proj", "o_proj", seed=4)
+    second = made.adapter_of(model, tmp_path / "second", "q_proj", seed=5, r=2)
+    hra_fx.fold_checkpoint(base, [first, second], tmp_path / "out")
+    hra_fx.fold_checkpoint(base, first, tmp_path / "once")
+    hra_fx.fold_checkpoint(tmp_path / "once", second, tmp_path / "twice")
+    twice = made.tensors(tmp_path / "twice")
+    for name, tensor in made.tensors(tmp_path / "out").items():
+        torch.testing.assert_close(tensor, twice[name])
+    key = "model.layers.1.self_attn.q_proj"
+    chains = [load_file(a / "adapter_model.safetensors")[f"base_model.model.{key}.hra_u"] for a in (first, second)]
+    due = dense_weight(dense_weight(made.tensors(base)[f"{key}.weight"], dense_q(chains[0])), dense_q(chains[1]))
+    assert relative_error(made.tensors(tmp_path / "out")[f"{key}.weight"], due) < 1e-7
+
+
+def test_weights_in_columns_by_the_dense_product(tmp_path: Path) -> None:
+    model = made.gpt2()
+    base = made.base_of(model, tmp_path / "base", torch.float64)
+    adapter = made.adapter_of(model, tmp_path / "adapter", "c_attn", "attn.c_proj")
+    hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", verify=True)
+    chains = load_file(adapter / "adapter_model.safetensors")
+    for name in ("transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_proj"):
+        q = dense_q(chains[f"base_model.model.{name}.hra_u"])
+        due = dense_weight(made.tensors(base)[f"{name}.weight"].mT, q).mT
+        assert relative_error(made.tensors(tmp_path / "out")[f"{name}.weight"], due) < 1e-14

@@ -1,0 +1,204 @@
+"""What a fold on disk does not touch is kept byte for byte; names with and without a model's prefix are one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint.disk import made
+from oracles import dense_q, dense_weight, relative_error
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import hra_fx
+
+
+def test_files_headers_metadata_and_other_tensors_are_kept_byte_for_byte(tmp_path: Path) -> None:
+    base = made.linear_stack(tmp_path / "base", layers=2)
+    odd = {
+        "a": torch.arange(3, dtype=torch.uint8),
+        "f8": torch.zeros(5, dtype=torch.float8_e4m3fn),
+        "none": torch.zeros(0),
+    }
+    save_file(odd, base / "other.safetensors", {"who": "me"})
+    (base / "sub" / "deeper").mkdir(parents=True)
+    (base / "sub" / "deeper" / "script.py").write_text("#!/bin/sh")
+    (base / "sub" / "deeper" / "script.py").chmod(0o755)
+    before = made.picture(base)
+    adapter = made.stack_adapter(tmp_path / "adapter", layers=2)
+    with pytest.warns(hra_fx.HRAWarning, match=r"out: other\.safetensors hold the weights of the base still"):
+        report = hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", columns=[], verify=True)
+    assert made.picture(base) == before
+    after = made.picture(tmp_path / "out")
+    assert after.keys() == before.keys()
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+    for name in changed:
+        length = 8 + int.from_bytes(before[name][:8], "little")
+        assert before[name][:length] == after[name][:length]
+        assert torch.equal(
+            load_file(base / name)[f"{int(name[10]) - 1}.bias"],
+            load_file(tmp_path / "out" / name)[f"{int(name[10]) - 1}.bias"],
+        )
+    assert os.stat(tmp_path / "out" / "sub" / "deeper" / "script.py").st_mode & 0o777 == 0o755
+    assert report.kept == (Path("other.safetensors"),) and report.bytes == sum(map(len, after.values()))
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_each_dtype_by_the_dense_product(tmp_path: Path, dtype: torch.dtype) -> None:
+    base = made.linear_stack(tmp_path / "base", layers=1, width=40, dtype=dtype)
+    adapter = made.stack_adapter(tmp_path / "adapter", layers=1, width=40, r=5)
+    report = hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", verify=True)
+    weight = made.tensors(base)["0.weight"]
+    q = dense_q(made.tensors(adapter)["base_model.model.0.hra_u"])
+    folded = made.tensors(tmp_path / "out")["0.weight"]
+    assert folded.dtype is dtype
+    limit = max(torch.finfo(dtype).eps / 2, 1e-15)
+    assert relative_error(folded, dense_weight(weight, q)) < limit
+    assert 0 <= report.rounding < limit
+
+
+def test_weights_larger_than_the_buffers_in_rows_and_in_columns(tmp_path: Path) -> None:
+    """Several pieces with several blocks each, and a last one that is smaller."""
+    for columns, shape in ((False, (1500, 2100)), (True, (2100, 1500))):
+        folder = tmp_path / str(columns)
+        (folder / "base").mkdir(parents=True)
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+        save_file({"0.weight": weight, "0.bias": torch.ones(1500)}, folder / "base" / "model.safetensors")
+        adapter = made.stack_adapter(folder / "adapter", layers=1, width=2100, r=4)
+        hra_fx.fold_checkpoint(folder / "base", adapter, folder / "out", verify=True)
+        q = dense_q(made.tensors(adapter)["base_model.model.0.hra_u"])
+        due = dense_weight(weight.mT if columns else weight, q)
+        folded = made.tensors(folder / "out")["0.weight"]
+        assert relative_error(folded.mT if columns else folded, due) < 2**-9
+        near = (made.bits(folded.mT if columns else folded) - made.bits(due.bfloat16())).abs() <= 1
+        assert float(near.float().mean()) > 0.9999
+
+
+def test_convolutions_and_attention(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv1d(4, 6, 3), nn.Conv2d(4, 6, (1, 3), groups=2), nn.Conv3d(2, 3, 2), nn.MultiheadAttention(8, 2)
+    )
+    (tmp_path / "base").mkdir()
+    save_file(model.state_dict(), tmp_path / "base" / "model.safetensors")
+    adapter = made.adapter_of(model, tmp_path / "adapter", "0", "1", "2", "3")
+    hra_fx.fold_checkpoint(tmp_path / "base", adapter, tmp_path / "out", columns=[], verify=True)
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    for key, chain in made.tensors(adapter).items():
+        name = key.split(".")[2] + (".in_proj_weight" if ".3." in key else ".weight")
+        assert relative_error(state[name], dense_weight(model.state_dict()[name], dense_q(chain))) < 1e-7
+
+
+def test_two_variants_of_one_checkpoint_are_both_folded(tmp_path: Path) -> None:
+    model = made.llama()
+    base = made.base_of(model, tmp_path / "base", torch.float32)
+    save_file({key: t.half() for key, t in made.tensors(base).items()}, base / "model.fp16.safetensors")
+    adapter = made.adapter_of(model, tmp_path / "adapter", "q_proj")
+    report = hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", verify=True)
+    whole, half = (load_file(tmp_path / "out" / name) for name in ("model.safetensors", "model.fp16.safetensors"))
+    for name in report.rotated:
+        torch.testing.assert_close(half[name].float(), whole[name], rtol=2e-3, atol=2e-3)
+    assert not report.kept
+
+
+@pytest.mark.parametrize(("saved", "adapted"), [("BertModel", "BertForMaskedLM"), ("BertForMaskedLM", "BertModel")])
+def test_the_prefix_of_a_model_with_a_head(tmp_path: Path, saved: str, adapted: str) -> None:
+    model = made.bert(saved)
+    base = made.base_of(model, tmp_path / "base", torch.float32)
+    adapter = made.adapter_of(made.bert(adapted), tmp_path / "adapter", "query", "output.dense")
+    report = hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", verify=True)
+    assert len(report.rotated) == 6
+    prefix = "bert." if saved == "BertForMaskedLM" else ""
+    assert f"{prefix}encoder.layer.0.attention.self.query.weight" in report.rotated
+    loaded = type(made.bert(adapted)).from_pretrained(base)
+    memory = made.folded_in_memory(loaded, tmp_path / "memory", adapter)
+    theirs = {key.removeprefix("bert."): tensor for key, tensor in made.tensors(memory).items()}
+    for name in report.rotated:
+        torch.testing.assert_close(made.tensors(tmp_path / "out")[name], theirs[name.removeprefix("bert.")])
+
+
+def test_columns_are_known_by_the_prefix_too(tmp_path: Path) -> None:
+    """The checkpoint of GPT-2 on the Hub has no prefix, and its class has."""
+    model = made.gpt2("GPT2Model")
+    base = made.base_of(model, tmp_path / "base", torch.float32)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"architectures": ["GPT2LMHeadModel"]}))
+    adapter = made.adapter_of(made.gpt2(), tmp_path / "adapter", "attn.c_proj", "lm_head")
+    report = hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", verify=True)
+    q = dense_q(made.tensors(adapter)["base_model.model.transformer.h.0.attn.c_proj.hra_u"])
+    due = dense_weight(made.tensors(base)["h.0.attn.c_proj.weight"].mT, q).mT
+    assert relative_error(made.tensors(tmp_path / "out")["h.0.attn.c_proj.weight"], due) < 1e-7
+    assert report.untied == {"lm_head.weight": "wte.weight"}
+    q = dense_q(made.tensors(adapter)["base_model.model.lm_head.hra_u"])
+    due = dense_weight(made.tensors(base)["wte.weight"], q)
+    assert relative_error(made.tensors(tmp_path / "out")["lm_head.weight"], due) < 1e-7
+
+
+def test_a_head_that_the_base_does_not_have_is_added(tmp_path: Path) -> None:
+    base = made.base_of(made.bert("BertModel"), tmp_path / "base", torch.bfloat16, max_shard_size="6KB")
+    model = made.bert("BertForSequenceClassification", num_labels=3)
+    adapter = made.adapter_of(model, tmp_path / "adapter", "query", task_type="SEQ_CLS")
+    report = hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", verify=True)
+    assert report.given == ("classifier.bias", "classifier.weight")
+    state = made.tensors(tmp_path / "out")
+    assert state["classifier.weight"].dtype is torch.bfloat16
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == state.keys()
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.itemsize for t in state.values())
+    loaded = type(model).from_pretrained(tmp_path / "out", num_labels=3, dtype="auto")
+    assert torch.equal(loaded.classifier.weight, state["classifier.weight"])
+
+
+def test_an_added_tensor_stays_aligned_and_metadata_is_kept(tmp_path: Path) -> None:
+    model = made.llama(tie_word_embeddings=True)
+    base = made.base_of(model, tmp_path / "base")
+    state = made.tensors(base)
+    save_file(state | {"odd": torch.ones(3, dtype=torch.uint8)}, base / "model.safetensors", {"format": "pt", "x": "y"})
+    adapter = made.adapter_of(model, tmp_path / "adapter", "lm_head")
+    hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", verify=True)
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "x": "y"}
+        assert set(file.keys()) == {*state, "odd", "lm_head.weight"}
+        assert torch.equal(file.get_tensor("model.norm.weight"), state["model.norm.weight"])
+
+
+def test_links_are_followed_as_in_the_cache_of_the_hub(tmp_path: Path) -> None:
+    base = made.linear_stack(tmp_path / "blobs", layers=2)
+    (tmp_path / "base").mkdir()
+    for file in base.iterdir():
+        (tmp_path / "base" / file.name).symlink_to(file)
+    adapter = made.stack_adapter(tmp_path / "adapter", layers=2)
+    hra_fx.fold_checkpoint(tmp_path / "base", adapter, tmp_path / "linked", columns=[])
+    hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", columns=[])
+    assert made.picture(tmp_path / "linked") == made.picture(tmp_path / "out")
+    assert not any(path.is_symlink() for path in (tmp_path / "linked").iterdir())
+
+
+def test_layers_that_the_model_does_not_load_need_no_vectors(tmp_path: Path) -> None:
+    """As the blocks of some checkpoints that predict further tokens."""
+    model = made.llama()
+    base = made.base_of(model, tmp_path / "base")
+    extra = {"model.layers.2.self_attn.q_proj.weight": torch.ones(16, 16)}
+    save_file(made.tensors(base) | extra, base / "model.safetensors")
+    adapter = made.adapter_of(model, tmp_path / "adapter", "q_proj")
+    assert len(hra_fx.fold_checkpoint(base, adapter, tmp_path / "out").rotated) == 2
+
+
+def test_an_empty_folder_is_taken_and_a_full_one_replaced_if_asked(tmp_path: Path) -> None:
+    base, adapter = made.linear_stack(tmp_path / "base"), made.stack_adapter(tmp_path / "adapter")
+    (tmp_path / "out").mkdir()
+    hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", columns=[])
+    due = made.picture(tmp_path / "out")
+    (tmp_path / "out" / "of before").write_text("x")
+    hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", columns=[], overwrite=True)
+    assert made.picture(tmp_path / "out") == due
+    shutil.rmtree(tmp_path / "out")
+    hra_fx.fold_checkpoint(base, adapter, tmp_path / "new" / "deep" / "out", columns=[])
+    assert made.picture(tmp_path / "new" / "deep" / "out") == due
