@@ -86,7 +86,7 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None = None) -> Fitte
     _check_keys(file, model, layers, tensors, copies, config)
     _check_shapes(file, model, layers, tensors, copies, config)
     _compare_base(file, config, model)
-    resume = _resume(file, metadata if given is None else {}, config)
+    resume = resume_of(file, metadata if given is None else {}, config)
     vectors = {path: _split(file, path, tensors, resume) for path in layers}
     going_on = HRAConfig.from_dict({**config.to_dict(), "r": resume["r"], "apply_GS": resume["apply_GS"]})
     spec = AdapterSpec(going_on.r, going_on.apply_GS, init_weights=bool(resume["anchor"]))
@@ -182,7 +182,7 @@ def _check_shape(file: Path, key: str, tensors: Mapping[str, Tensor], due: tuple
         )
 
 
-def _resume(file: Path, metadata: Mapping[str, str], config: HRAConfig) -> dict[str, Any]:
+def resume_of(file: Path, metadata: Mapping[str, str], config: HRAConfig) -> dict[str, Any]:
     """How the chain splits into anchor and vectors; an adapter that PEFT wrote has no anchor."""
     plain: dict[str, Any] = {"r": config.r, "apply_GS": config.apply_GS, "anchor": 0}
     if RESUME not in metadata:

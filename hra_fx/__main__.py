@@ -1,0 +1,5 @@
+"""`python -m hra_fx`: the command line, where its script is not on the path."""
+
+from hra_fx.cli import main
+
+main()

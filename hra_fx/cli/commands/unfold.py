@@ -1,0 +1,48 @@
+"""`hra-fx unfold`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hra_fx.cli.options import Columns, Json, Overwrite, Part, Quiet, Rows, Verify
+from hra_fx.cli.screen import show_json, stdout
+
+EXAMPLES = (
+    "hra-fx unfold folded my-adapter restored",
+    "hra-fx unfold folded first second restored --verify",
+)
+
+
+def unfold(
+    folded: Annotated[str, typer.Argument(metavar="FOLDED", help="Folder of the folded model.")],
+    adapters: Annotated[
+        list[str],
+        typer.Argument(metavar="ADAPTER...", help="Folders of adapters, in the order in which they were folded."),
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to be made.")],
+    part: Part = None,
+    columns: Columns = None,
+    rows: Rows = False,
+    overwrite: Overwrite = False,
+    verify: Verify = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Take adapters out of a folded checkpoint on disk, up to the rounding of its dtype.
+
+    What an adapter replaced (biases, modules to save) is in no file any more, and so is refused.
+    """
+    from hra_fx.checkpoint.disk.folding import unfold_checkpoint
+
+    report = unfold_checkpoint(
+        folded,
+        {part: adapters} if part else adapters,
+        out,
+        columns=[] if rows else columns or None,
+        overwrite=overwrite,
+        verify=verify,
+        progress=not quiet,
+    )
+    show_json(report) if as_json else stdout().print(str(report), markup=False)

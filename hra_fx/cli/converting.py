@@ -1,0 +1,77 @@
+"""An adapter's folder in PEFT's form, and in that which `hra_fx.save_adapter` gives it.
+
+Both have the same two files. Ours may hold more: how a chain splits into an anchor and trained vectors (as metadata),
+and the vectors before Gram-Schmidt; PEFT passes over both. PEFT's may hold copies of what the base model has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from hra_fx.checkpoint.disk.adapter_files import read_adapter
+from hra_fx.checkpoint.fitting import resume_of
+from hra_fx.checkpoint.folder import write
+from hra_fx.checkpoint.keys import PREFIX, VECTORS
+from hra_fx.checkpoint.saving import RESUME
+from hra_fx.checkpoint.weights import read
+from hra_fx.config import CONFIG_NAME
+from hra_fx.errors import CheckpointError
+from hra_fx.site import REFLECTION
+
+Form = Literal["peft", "hra_fx"]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written.
+
+    Attributes:
+        folder: where.
+        form: whose it is now.
+        layers: how many layers the adapter is at.
+        r: how many plain reflections each has in the file.
+        anchor: how many of them were frozen, and are trained from now on.
+        dropped: keys that were left out.
+    """
+
+    folder: Path
+    form: Form
+    layers: int
+    r: int
+    anchor: int
+    dropped: tuple[str, ...]
+
+
+def convert_adapter(source: str, out: Path, form: Form, *, overwrite: bool) -> Conversion:
+    """Write an adapter in another form.
+
+    Raises:
+        HRAError: a file is missing or damaged, or the disk refuses.
+        CheckpointError: `out` holds an adapter already, and `overwrite` is not given.
+    """
+    files = read_adapter(source)
+    tensors, metadata = read(files.file)
+    resume = resume_of(files.file, metadata, files.config)
+    if (out / CONFIG_NAME).exists() and not overwrite:
+        raise CheckpointError(f"{out}: there is an adapter in it. Give another folder, or overwrite=True.")
+    kept: dict[str, Tensor] = {}
+    dropped: list[str] = []
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        last = name.rpartition(".")[2]
+        spelled = name.replace(".base_layer.", ".")
+        ours = last == REFLECTION or spelled in files.full or (last == VECTORS and bool(resume["anchor"]))
+        if (last != VECTORS) if form == "peft" else ours:
+            kept[f"{PREFIX}{name}"] = tensor
+        else:
+            dropped.append(key)
+    config = dataclasses.replace(files.config, extra={}, peft_version=None)
+    splits = {RESUME: metadata[RESUME]} if form == "hra_fx" and RESUME in metadata else {}
+    write(out, config.to_json_string(), kept, splits)
+    given_up = resume["anchor"] if form == "peft" else 0
+    return Conversion(out, form, len(files.chains), config.r, given_up, tuple(dropped))

@@ -1,0 +1,23 @@
+"""Paths of layers as tables show them: in the order of their numbers, and those that differ in a number once."""
+
+from __future__ import annotations
+
+import re
+
+
+def natural(path: str) -> list[tuple[int, int, str]]:
+    """A key to sort by.
+
+    >>> sorted(["h.10.q", "h.2.q"], key=natural)
+    ['h.2.q', 'h.10.q']
+    """
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.split(".")]
+
+
+def starred(path: str) -> str:
+    """The path with stars for numbers.
+
+    >>> starred("h.10.q")
+    'h.*.q'
+    """
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
