@@ -46,6 +46,7 @@ class Making:
             FoldError: a rotated weight is not finite, or `verify` finds a difference.
         """
         out, partial = self._request.out, self._partial
+        partial.tidy()
         if partial.is_published(self._result.inputs):
             self.reused = len(self.sizes)
             partial.discard()

@@ -2,7 +2,7 @@
 
 `.<name>.partial/` holds `content/`, in which every file is whole and on the disk; `part`, the one that is being
 written; `inputs.json`, what all is made from; `done.json`, what is to be told of finished files; and `replaced/`, for
-an instant, the folder that makes room.
+an instant, the folder that makes room. `.<name>.gone/` is what it is called while it is removed.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Partial:
         self._inputs = self.folder / "inputs.json"
         self._done = self.folder / "done.json"
         self._replaced = self.folder / "replaced"
+        self._gone = self.folder.with_suffix(".gone")
         self.finished: dict[str, dict[str, float]] = {}
 
     @contextlib.contextmanager
@@ -102,9 +103,16 @@ class Partial:
         self.discard()
 
     def discard(self) -> None:
-        """Remove all that is unfinished."""
-        if not self._replaced.exists() or self.out.exists():
-            remove(self.folder)
+        """Remove all that is unfinished: it is gone at one blow, for half of it would say less than nothing."""
+        if self._replaced.exists() and not self.out.exists():
+            os.replace(self._replaced, self.out)
+        self.tidy()
+        os.replace(self.folder, self._gone)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove what a call had no time to remove."""
+        remove(self._gone)
 
     def _recover(self) -> None:
         """Put back what was making room when the process was stopped, or remove it where all was done."""

@@ -93,7 +93,8 @@ def _plan_set(found: WeightSet, edits: Edits, architecture: Architecture) -> Fol
         texts[found.index.name] = _index(found, added, last.file.name)
     if edits.configs:
         texts[CONFIG] = _config(architecture, edits.configs)
-    done = {**edits.tensors, **{name: edit for name, (_, edit) in edits.added.items()}}
+    done = {name: edits.tensors.get(name) for name in found.tensors}
+    done |= {name: edit for name, (_, edit) in edits.added.items()}
     return FolderPlan(
         {file.name: file for file in files},
         texts,

@@ -1,0 +1,91 @@
+"""`verify`: a file that was changed after it was written is found out, tensor by tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint.disk import made
+from safetensors.torch import load_file, save_file
+
+import hra_fx
+from hra_fx.checkpoint.disk.checking import check_file
+from hra_fx.checkpoint.disk.edits import FilePlan
+from hra_fx.checkpoint.disk.request import read_request
+from hra_fx.checkpoint.disk.result import result_of
+from hra_fx.errors import FoldError
+
+
+def written(tmp_path: Path, *targets: str, gpt2: bool = False) -> tuple[FilePlan, Path]:
+    """The plan of a fold, and the file that it gave."""
+    model = made.gpt2() if gpt2 else made.bert("BertForSequenceClassification")
+    base = made.base_of(model, tmp_path / "base")
+    saved = {} if gpt2 else {"modules_to_save": ["classifier"]}
+    adapter = made.adapter_of(model, tmp_path / "adapter", *targets, **saved)
+    report = hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", verify=True)
+    assert report.verified and "verified: rows have the lengths they had" in str(report)
+    result = result_of(read_request(base, adapter, tmp_path / "elsewhere"), None, back=False)
+    return result.files["model.safetensors"], tmp_path / "out" / "model.safetensors"
+
+
+def told(plan: FilePlan, file: Path, name: str, place: tuple[int, ...], by: float) -> str:
+    """The message of the check once a number of a tensor is another."""
+    state = load_file(file)
+    state[name][place] += by
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(FoldError) as caught:
+        check_file(plan, file)
+    return str(caught.value)
+
+
+def test_the_length_of_a_row(tmp_path: Path) -> None:
+    plan, file = written(tmp_path, "query")
+    check_file(plan, file)
+    name = "bert.encoder.layer.1.attention.self.query.weight"
+    message = told(plan, file, name, (3, 2), 2.0)
+    assert message.startswith(f"{file}: row 3 of {name} has length ")
+    assert message.endswith(", which no rotation does. Is the disk failing, or another process writing?")
+
+
+def test_the_length_of_a_column(tmp_path: Path) -> None:
+    plan, file = written(tmp_path, "c_attn", gpt2=True)
+    check_file(plan, file)
+    assert "row 2 of transformer.h.0.attn.c_attn.weight" in told(
+        plan, file, "transformer.h.0.attn.c_attn.weight", (3, 2), 2
+    )
+
+
+def test_a_number_that_is_none(tmp_path: Path) -> None:
+    plan, file = written(tmp_path, "query")
+    name = "bert.encoder.layer.1.attention.self.query.weight"
+    assert f"row 5 of {name} has length nan" in told(plan, file, name, (5, 2), float("nan"))
+
+
+@pytest.mark.parametrize("name", ["bert.pooler.dense.bias", "classifier.weight"])
+def test_a_copy_that_differs(tmp_path: Path, name: str) -> None:
+    plan, file = written(tmp_path, "query")
+    place = (0,) * load_file(file)[name].dim()
+    message = told(plan, file, name, place, 1.0)
+    assert message == f"{file}: {name} was to be copied, and its bytes differ. Is the disk failing?"
+
+
+def test_another_header(tmp_path: Path) -> None:
+    plan, file = written(tmp_path, "query")
+    data = bytearray(file.read_bytes())
+    data[12] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(FoldError, match=r"its header is not what was written\. Is the disk failing\?"):
+        check_file(plan, file)
+
+
+def test_rows_of_tiny_and_of_no_numbers_pass(tmp_path: Path) -> None:
+    """Below the normal numbers of a dtype its steps do not shrink any more."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        folder = tmp_path / str(dtype)
+        (folder / "base").mkdir(parents=True)
+        weight = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)) * torch.finfo(dtype).tiny
+        weight[3] = 0
+        save_file({"0.weight": weight.to(dtype)}, folder / "base" / "model.safetensors")
+        adapter = made.stack_adapter(folder / "adapter", layers=1)
+        hra_fx.fold_checkpoint(folder / "base", adapter, folder / "out", columns=[], verify=True)

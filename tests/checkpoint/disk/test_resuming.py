@@ -1,0 +1,211 @@
+"""Stopped at any moment, by a kill, a full disk or a failure: the base is intact, and the same call goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint.disk import made
+from safetensors.torch import save_file
+
+import hra_fx
+from hra_fx.checkpoint.disk.partial import Partial
+from hra_fx.errors import CheckpointError, FoldError
+
+LAYERS = 24
+KILLED = Path(__file__).with_name("killed.py")
+
+
+def prepared(tmp_path: Path, layers: int = 4, width: int = 64) -> tuple[Path, Path, dict[str, bytes]]:
+    """A base, an adapter, and what a call that nobody disturbs makes of them."""
+    base = made.linear_stack(tmp_path / "base", layers=layers, width=width)
+    (base / "tokenizer.json").write_text("x" * 100)
+    adapter = made.stack_adapter(tmp_path / "adapter", layers=layers, width=width)
+    hra_fx.fold_checkpoint(base, adapter, tmp_path / "undisturbed", columns=[])
+    return base, adapter, made.picture(tmp_path / "undisturbed")
+
+
+def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
+    base, adapter, due = prepared(tmp_path, LAYERS, 96)
+    before = made.picture(base)
+    arguments = [sys.executable, "-W", "ignore", str(KILLED), str(base), str(adapter), str(tmp_path / "runs")]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["runs"] == 20 and told["killed"] >= 10 and told["resumed"] >= 5, told
+    assert made.picture(base) == before
+    for i in range(20):
+        assert made.picture(tmp_path / "runs" / str(i) / "out") == due
+        assert [path.name for path in (tmp_path / "runs" / str(i)).iterdir()] == ["out"]
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """The system refuses to write larger files, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_refuses_leaves_nothing_half_written_and_the_call_goes_on(tmp_path: Path) -> None:
+    base, adapter, due = prepared(tmp_path)
+    big = {"3.weight": torch.ones(400, 64), "3.bias": torch.ones(400)}
+    save_file(big, base / "model-00004-of-00004.safetensors", {"format": "pt"})
+    (tmp_path / "out").mkdir()
+    with files_of_at_most(50_000), pytest.raises(CheckpointError) as caught:
+        hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", columns=[])
+    assert str(caught.value) == (
+        f"{tmp_path / 'out'}: could not be written ([Errno 27] File too large). Nothing is in it that was not before. "
+        f"Make room or see to the disk. Files that were finished wait in {tmp_path / '.out.partial'}: call again in "
+        "the same way to go on, or delete that folder."
+    )
+    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / ".out.partial" / "part").exists()
+    report = hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", columns=[], verify=True)
+    assert report.reused == 3 and "3 files were finished by a call before this one" in str(report)
+    assert report.rounding > 0 and len(report.rotated) == 4
+    after = made.picture(tmp_path / "out")
+    assert [name for name in due if after[name] != due[name]] == ["model-00004-of-00004.safetensors"]
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_a_base_that_is_larger_than_the_disk_is_refused_at_once(tmp_path: Path) -> None:
+    """A file with a hole, of 2 TiB."""
+    base, adapter, _ = prepared(tmp_path)
+    size = 1 << 41
+    text = json.dumps({"9.weight": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    with open(base / "x.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + size)
+    with pytest.raises(CheckpointError, match=r"bytes are to be written, and the disk has [\d,]+ left\. Make room, or"):
+        hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", columns=[])
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
+
+
+def interrupted(base: Path, adapter: Path, out: Path) -> Path:
+    """Leave behind what a call leaves that is stopped when most is done."""
+    with open(base / "zzz", "wb") as file:
+        file.truncate(2_000_000)
+    with files_of_at_most(1_000_000), pytest.raises(CheckpointError, match="could not be written"):
+        hra_fx.fold_checkpoint(base, adapter, out, columns=[])
+    return out.with_name(f".{out.name}.partial")
+
+
+def test_what_belongs_to_other_inputs_is_not_taken_up(tmp_path: Path) -> None:
+    base, adapter, due = prepared(tmp_path)
+    other = made.stack_adapter(tmp_path / "other", layers=4, width=64, seed=9)
+    partial = interrupted(base, other, tmp_path / "out")
+    assert len(list((partial / "content").iterdir())) == 6
+    (base / "zzz").unlink()
+    assert hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", columns=[]).reused == 0
+    assert made.picture(tmp_path / "out") == due
+
+
+def test_a_base_that_changed_meanwhile_is_read_anew(tmp_path: Path) -> None:
+    base, adapter, _ = prepared(tmp_path)
+    interrupted(base, adapter, tmp_path / "out")
+    (base / "zzz").unlink()
+    state = made.tensors(base)
+    first = base / "model-00001-of-00004.safetensors"
+    save_file({key: state[key] + 1 for key in ("0.weight", "0.bias")}, first, {"format": "pt"})
+    assert hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", columns=[]).reused == 0
+    hra_fx.fold_checkpoint(base, adapter, tmp_path / "again", columns=[])
+    assert made.picture(tmp_path / "out") == made.picture(tmp_path / "again")
+
+
+def test_two_processes_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    base, adapter, due = prepared(tmp_path)
+    with Partial(tmp_path / "out").held({}), pytest.raises(CheckpointError) as caught:
+        hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", columns=[])
+    assert str(caught.value) == (
+        f"{tmp_path / '.out.partial'}: another process writes into it. Wait for that one, or stop it."
+    )
+    hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", columns=[])
+    assert made.picture(tmp_path / "out") == due
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
+    base, adapter, _ = prepared(tmp_path)
+    state = made.tensors(base)
+    state["3.weight"][2, 2] = float("inf")
+    last = base / "model-00004-of-00004.safetensors"
+    save_file({key: state[key] for key in ("3.weight", "3.bias")}, last, {"format": "pt"})
+    before = made.picture(base)
+    with pytest.raises(FoldError) as caught:
+        hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", columns=[])
+    assert str(caught.value) == (
+        f"{last}: the folded 3.weight is not finite in F32. Look for NaN or inf in it, or store the base model in a "
+        "wider dtype."
+    )
+    assert made.picture(base) == before
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
+
+
+@pytest.mark.parametrize("moment", ["before the exchange", "amid", "after", "after, without a folder before"])
+def test_stopped_while_the_folder_is_exchanged(tmp_path: Path, moment: str) -> None:
+    """The few moments that a random kill seldom meets."""
+    base, adapter, due = prepared(tmp_path)
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+    interrupted(base, adapter, out)
+    out.mkdir()
+    (out / "old").write_text("old")
+    # As a call is stopped that had only the renaming left.
+    stopped = Partial(out)
+    inputs = json.loads((partial / "inputs.json").read_text())
+    hra_fx.fold_checkpoint(base, adapter, tmp_path / "whole", columns=[])
+    (tmp_path / "whole" / "zzz").rename(stopped.content / "zzz")
+    if moment != "before the exchange":
+        os.replace(out, partial / "replaced")
+    if moment.startswith("after"):
+        os.replace(stopped.content, out)
+    if moment.endswith("before"):
+        made.without(partial / "replaced")
+    assert stopped.is_published(inputs) == moment.startswith("after")
+    report = hra_fx.fold_checkpoint(base, adapter, out, columns=[], overwrite=not moment.startswith("after"))
+    after = made.picture(out)
+    assert {name: after[name] for name in due} == due and "old" not in after
+    assert report.reused == 7 and not partial.exists()
+
+
+def test_stopped_amid_the_exchange_and_never_mind(tmp_path: Path) -> None:
+    """The folder that made room comes back, also where another call follows."""
+    base, adapter, _ = prepared(tmp_path)
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+    (partial / "replaced").mkdir(parents=True)
+    (partial / "replaced" / "old").write_text("old")
+    state = made.tensors(base)
+    state["0.weight"][0, 0] = float("nan")
+    names = ("0.weight", "0.bias")
+    save_file({key: state[key] for key in names}, base / "model-00001-of-00004.safetensors", {"format": "pt"})
+    with pytest.raises(FoldError):
+        hra_fx.fold_checkpoint(base, adapter, out, columns=[])
+    assert made.picture(out) == {"old": b"old"}
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+    base, adapter, _ = prepared(tmp_path, LAYERS, 96)
+    code = "import sys, hra_fx; fold = hra_fx.fold_checkpoint; fold(*sys.argv[1:], columns=[])"
+    with open(base / "zzz", "wb") as file:
+        file.truncate(1 << 32)  # a hole, that takes a while to copy
+    arguments = [sys.executable, "-c", code, str(base), str(adapter), str(tmp_path / "out")]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    partial = tmp_path / ".out.partial" / "content"
+    while process.poll() is None and not (partial / "tokenizer.json").exists():
+        pass
+    process.send_signal(2)
+    told = process.communicate(timeout=60)[1]
+    assert "KeyboardInterrupt" in told
+    if sys.version_info >= (3, 11):
+        assert f"wait in {tmp_path / '.out.partial'}: call again in the same way to go on" in told
+    assert not (tmp_path / "out").exists()
