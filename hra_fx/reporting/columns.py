@@ -96,7 +96,7 @@ _COLUMNS = (
     Column("layer", lambda row: row.path, words=True),
     Column("site", lambda row: row.site + ", on its weight" * row.on_weight, words=True),
     Column("region", _region, words=True),
-    Column("adapter", lambda row: row.adapter, words=True),
+    Column("adapter", lambda row: row.adapter + ", off" * (not row.active), words=True),
     Column("d", lambda row: str(row.d)),
     Column("r", lambda row: str(row.r)),
     Column("params", lambda row: f"{row.parameters:,}"),

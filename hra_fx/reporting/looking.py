@@ -62,7 +62,9 @@ def _rows(model: nn.Module) -> tuple[Row, ...]:
             place = Place("whole", "", len(shown), "")
         weight, reflection = weight_rows(layer), layer.hra_u
         for name in reflection:
-            what = _What(path, describe(layer), reflection.on_weight, name, reflection.width, reflection.specs[name].r)
+            active = name in (record.active if record else reflection.active)
+            r = reflection.specs[name].r
+            what = _What(path, describe(layer), reflection.on_weight, name, active, reflection.width, r)
             rows.append(_row(what, place, chain_of(layer, name), weight))
     return tuple(rows)
 
@@ -74,6 +76,7 @@ class _What(NamedTuple):
     site: str
     on_weight: bool
     adapter: str
+    active: bool
     d: int
     r: int
 
@@ -111,7 +114,7 @@ def _report_of_captured(captured: Any) -> Report:
     place = Place("whole", "", len({layer.path for layer in found}), "")
     rows = []
     for layer in found:
-        what = _What(layer.path, layer.site, True, layer.adapter, layer.chain.shape[0], layer.r)
+        what = _What(layer.path, layer.site, True, layer.adapter, True, layer.chain.shape[0], layer.r)
         rows.append(_row(what, place, layer.chain, layer.rows))
     return Report(tuple(rows), _missed_in_captured(captured))
 

@@ -32,6 +32,7 @@ class Row:
         site: kind and shape of the layer.
         on_weight: whether its weight is reflected where it is read, and not its input.
         adapter: name of the adapter.
+        active: whether it is one of the model's active adapters; while all are disabled too.
         d: length of its vectors.
         r: number of its trained vectors.
         parameters: `d * r`.
@@ -53,6 +54,7 @@ class Row:
     site: str
     on_weight: bool
     adapter: str
+    active: bool
     d: int
     r: int
     parameters: int

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from hra_fx.colours import ink_on
 from hra_fx.view.closing import closed
 from hra_fx.view.describe import name_of
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.focusing import focused, module_of
-from hra_fx.view.heat import heating, ink_on
+from hra_fx.view.heat import heating
 from hra_fx.view.notes import Notes
 from hra_fx.view.options import Options
 from hra_fx.view.svg import EDGE, FRAMES, LOOKS, MISSED, VIOLET, VIOLET_LINE, VIOLET_PALE

@@ -9,7 +9,7 @@ from typing import Any
 import networkx as nx
 
 from hra_fx.reporting import Row, report
-from hra_fx.view.finding import find_subject
+from hra_fx.view.finding import find_subject, has_reflections
 from hra_fx.view.graph import leaves_of
 from hra_fx.view.scopes import scope_tree
 from hra_fx.view.subject import Subject
@@ -55,9 +55,9 @@ def drawing_of(model: Any, example_inputs: Any = None) -> Drawing:
         AdapterError: the model does not run on the inputs, or TorchDynamo cannot record the call.
     """
     model = unwrapped(model)
-    subject = find_subject(model, example_inputs)
+    found = report(model) if has_reflections(model) else None
+    subject = find_subject(model, example_inputs, found.rows if found else ())
     name = subject.classes.get("", type(model).__name__)
-    found = report(model) if subject.sites else None
     return Drawing(
         name=name,
         title=f"{name} with HRA" if found else name,

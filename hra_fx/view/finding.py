@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import fx, nn
@@ -12,8 +13,10 @@ from hra_fx.dynamo.whole import whole_graphs
 from hra_fx.errors import VisualizeError
 from hra_fx.example import as_call
 from hra_fx.exported.captured import is_captured
+from hra_fx.exported.inserting import rotations
 from hra_fx.exported.programs import is_program
 from hra_fx.graphing import graphs
+from hra_fx.reporting import Row
 from hra_fx.site import find_kind
 from hra_fx.users_graph import shown_in
 from hra_fx.view.programs import subject_of_captured, subject_of_program
@@ -21,12 +24,20 @@ from hra_fx.view.shapes import note_shapes
 from hra_fx.view.subject import Subject, subject_of
 
 
-def find_subject(model: Any, example_inputs: Any = None) -> Subject:
+def has_reflections(model: Any) -> bool:
+    """Whether anything in a model, graph or program is adapted; of anything else no."""
+    if is_program(model) or is_captured(model):
+        return bool(rotations(model.graph))
+    return isinstance(model, nn.Module) and bool(sites_of(model))
+
+
+def find_subject(model: Any, example_inputs: Any = None, rows: Collection[Row] = ()) -> Subject:
     """What is to be drawn of a model; nothing in it is changed.
 
     Args:
         model: a module, transformed or not, or a `torch.export.ExportedProgram`.
         example_inputs: those of one call, as `hra_fx.graphs` takes them.
+        rows: those of the model's report.
 
     Raises:
         VisualizeError: it is none of these, or has no use for example inputs.
@@ -37,7 +48,7 @@ def find_subject(model: Any, example_inputs: Any = None) -> Subject:
             raise VisualizeError(
                 f"example_inputs: a captured program ({type(model).__name__}) knows its shapes. Leave them out."
             )
-        return subject_of_program(model) if is_program(model) else subject_of_captured(model)
+        return subject_of_program(model, rows) if is_program(model) else subject_of_captured(model, rows)
     if not isinstance(model, nn.Module):
         raise VisualizeError(
             f"model: a {type(model).__name__}. Give a torch.nn.Module, a torch.fx.GraphModule or a "
@@ -49,7 +60,7 @@ def find_subject(model: Any, example_inputs: Any = None) -> Subject:
         found = whole_graphs(model, as_call(example_inputs))
     if example_inputs is not None and "" in found:
         note_shapes(found[""], as_call(example_inputs))
-    return subject_of(model, found, of_call=of_call)
+    return subject_of(model, found, rows, of_call=of_call)
 
 
 def _captured(model: nn.Module) -> dict[str, fx.GraphModule]:

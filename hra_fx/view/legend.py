@@ -7,8 +7,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element
 
+from hra_fx.colours import UNKNOWN
+from hra_fx.reporting.heat import HEATS
 from hra_fx.view.boxes import Box
-from hra_fx.view.heat import HEATS, UNKNOWN, Heating
+from hra_fx.view.heat import Heating
 from hra_fx.view.notes import Notes
 from hra_fx.view.svg import EDGE, FAINT, FRAMES, INK, LOOKS, VIOLET_LINE, VIOLET_PALE, hollow, shape, write
 from hra_fx.view.text import width

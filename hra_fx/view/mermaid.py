@@ -10,10 +10,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from hra_fx.colours import ink_on
 from hra_fx.errors import VisualizeError
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.focusing import focused
-from hra_fx.view.heat import heating, ink_on
+from hra_fx.view.heat import heating
 from hra_fx.view.notes import Notes
 from hra_fx.view.options import Options
 from hra_fx.view.panels import BUDGET, Block, opened

@@ -11,10 +11,12 @@ import json
 import math
 from typing import Any
 
+from hra_fx.colours import PALETTE, ink_on
+from hra_fx.reporting.heat import HEATS
 from hra_fx.view.closing import closed
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.focusing import focused, module_of
-from hra_fx.view.heat import HEATS, PALETTE, heating, ink_on
+from hra_fx.view.heat import heating
 from hra_fx.view.notes import Notes
 from hra_fx.view.options import Options
 from hra_fx.view.text import clean

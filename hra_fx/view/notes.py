@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil
 
-from hra_fx.view.heat import HEATS, Heating
+from hra_fx.reporting.heat import HEATS
+from hra_fx.view.heat import Heating
 from hra_fx.view.text import clean
 from hra_fx.view.tree import Item, Leaf
 

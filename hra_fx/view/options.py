@@ -6,7 +6,7 @@ import operator
 from dataclasses import dataclass
 
 from hra_fx.errors import VisualizeError
-from hra_fx.view.heat import HEATS
+from hra_fx.reporting.heat import heat_named
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Options:
         depth: how many levels of modules are opened: with 0 the children of the model are closed boxes, with 1 they
             show their children. `None` leaves it to the format.
         focus: qualified name of the module that is drawn, with what enters and leaves it; `None` for the model.
-        heat: what the colours of adapted layers tell, one of `heat.HEATS`; `None` for no colours.
+        heat: what the colours of adapted layers tell, one of `reporting.heat.HEATS`; `None` for no colours.
 
     Raises:
         VisualizeError: a depth that is no number of levels, a focus that is no name, or an unknown heat.
@@ -41,8 +41,8 @@ class Options:
                 f"focus: {self.focus!r} is {type(self.focus).__name__}, no name of a module. "
                 "Give its path, as model.named_modules() does."
             )
-        if self.heat is not None and (not isinstance(self.heat, str) or self.heat not in HEATS):
-            raise VisualizeError(f"heat: {self.heat!r} is not one of {', '.join(map(repr, HEATS))}.")
+        if self.heat is not None:
+            heat_named(self.heat)
 
 
 def _levels(depth: object) -> int:

@@ -7,29 +7,30 @@ are taken out of a copy, and the layers that they were for are marked.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, fx
 
+from hra_fx.exported.carried import carried
 from hra_fx.exported.inserting import remove, rotations
 from hra_fx.exported.matching import GraphSite, find_sites, groups_of, module_classes, owner_of
 from hra_fx.exported.outline import outline_of
-from hra_fx.reflection import plain_chain
+from hra_fx.reporting import Row
 from hra_fx.site import META, REFLECTION, SiteNote
-from hra_fx.view.describe import describe_module
-from hra_fx.view.subject import SiteFacts, Subject, rotation_of
+from hra_fx.view.subject import SiteFacts, Subject, known_rotations
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 
-def subject_of_program(program: ExportedProgram) -> Subject:
+def subject_of_program(program: ExportedProgram, rows: Iterable[Row] = ()) -> Subject:
     """An exported program, transformed or not; its graph is copied.
 
     Args:
         program: the program.
+        rows: those of its report, which tell how far its layers are turned.
     """
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -43,23 +44,25 @@ def subject_of_program(program: ExportedProgram) -> Subject:
     root |= dict(program.graph_module.named_children())  # the bodies of control flow
     read = {str(node.target) for node in graph.find_nodes(op="get_attr")}
     tensors = {name: value for name, value in root.items() if name in read}
-    return _subject(fx.GraphModule(tensors, graph), dict(program.named_parameters()))
+    return _subject(fx.GraphModule(tensors, graph), dict(program.named_parameters()), known_rotations(rows))
 
 
-def subject_of_captured(module: fx.GraphModule) -> Subject:
+def subject_of_captured(module: fx.GraphModule, rows: Iterable[Row] = ()) -> Subject:
     """A `GraphModule` whose operators read parameters by name; its graph is copied.
 
     Args:
         module: the module, which `hra_fx.exported.captured.is_captured`.
+        rows: those of its report, which tell how far its layers are turned.
     """
     copied = fx.GraphModule(module, copy.deepcopy(module.graph), type(module).__name__)
-    return _subject(copied, dict(module.named_parameters(remove_duplicate=False)))
+    return _subject(copied, dict(module.named_parameters(remove_duplicate=False)), known_rotations(rows))
 
 
-def _subject(module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> Subject:
+def _subject(module: fx.GraphModule, tensors: Mapping[str, Tensor], known: Mapping[str, float]) -> Subject:
     own = {name: tensor for name, tensor in tensors.items() if REFLECTION not in name.split(".")}
-    chains = {str(node.args[0].target): _chain(node, module) for node in rotations(module.graph)}  # type: ignore[union-attr]
-    for node in rotations(module.graph):
+    nodes = rotations(module.graph)
+    adapted = carried(module) if nodes else []
+    for node in nodes:
         remove(module.graph, node)
     weights: dict[str, list[fx.Node]] = {}
     for node in module.graph.find_nodes(op="get_attr"):
@@ -69,13 +72,13 @@ def _subject(module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> Subject:
     classes = module_classes(module.graph)
     outline = outline_of(layers, own, classes, with_output=True)
     sites: dict[str, SiteFacts] = {}
-    for name, (rank, chain) in chains.items():
-        path = owner_of(name)
-        detail = describe_module(outline.get_submodule(path))
-        held = sum(tensor.numel() for key, tensor in own.items() if owner_of(key) == path)
-        width = int(chain.shape[0])
-        sites[path] = SiteFacts(detail, width, rank, rotation_of(chain), held, vectors=width * rank)
-        _mark(path, layers)
+    for layer in adapted:
+        held = sum(tensor.numel() for key, tensor in own.items() if owner_of(key) == layer.path)
+        width, detail = int(layer.chain.shape[0]), layer.site.replace("->", "→")
+        rotation = known.get(layer.path, math.nan)
+        shown = None if math.isnan(rotation) else rotation
+        sites[layer.path] = SiteFacts(detail, width, layer.r, shown, held, vectors=width * layer.r)
+        _mark(layer.path, layers)
     return Subject(
         model=outline,
         graphs={"": module},
@@ -93,22 +96,6 @@ def _read_by_name(graph: fx.Graph, node: fx.Node, name: str) -> None:
     read.meta = dict(node.meta)
     node.replace_all_uses_with(read)
     graph.erase_node(node)
-
-
-def _chain(node: fx.Node, module: fx.GraphModule) -> tuple[int, Tensor]:
-    """The number of trained vectors of a rotation, and its whole chain `(d, k)`."""
-    vectors, anchor = (_value(argument, module) for argument in node.args[1:3])
-    assert vectors is not None
-    with torch.no_grad():
-        return int(vectors.shape[1]), plain_chain(vectors, anchor, apply_GS=bool(node.args[3]))
-
-
-def _value(argument: object, module: fx.GraphModule) -> Tensor | None:
-    if not isinstance(argument, fx.Node):
-        return None
-    path, _, name = str(argument.target).rpartition(".")
-    tensor: Tensor = getattr(module.get_submodule(path), name)
-    return tensor.detach()
 
 
 def _mark(path: str, layers: Mapping[str, GraphSite]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,8 @@ from torch import fx, nn
 from hra_fx import householder
 from hra_fx.adapted import sites_of
 from hra_fx.carrier.layer import SiteCarrier
+from hra_fx.reflection import Reflection
+from hra_fx.reporting import Row
 from hra_fx.sharded import is_shard
 from hra_fx.view.describe import describe_module, own_parameters
 
@@ -60,21 +62,25 @@ class Subject:
     of_call: bool = False
 
 
-def subject_of(model: nn.Module, graphs: Mapping[str, fx.GraphModule], *, of_call: bool = False) -> Subject:
+def subject_of(
+    model: nn.Module, graphs: Mapping[str, fx.GraphModule], rows: Iterable[Row] = (), *, of_call: bool = False
+) -> Subject:
     """A model with graphs that were captured of it; it may be a plain one.
 
     Args:
         model: the model.
         graphs: module path -> captured graph.
+        rows: those of the model's report, where they are known; what they tell is not computed again.
         of_call: whether they are TorchDynamo's, of one call.
     """
     sites = sites_of(model)
     first = {layer: path for path, layer in sites.items()}
     named = dict(model.named_modules(remove_duplicate=False))
+    known = known_rotations(rows)
     return Subject(
         model=model,
         graphs=graphs,
-        sites={path: _facts(layer) for path, layer in sites.items()},
+        sites={path: _facts(layer, known.get(path)) for path, layer in sites.items()},
         aliases={path: first[part] for path, part in named.items() if part in first},
         classes={path: type(part).__name__ for path, part in named.items()},
         parameters=sum(parameter.numel() for parameter in own_parameters(model)),
@@ -82,19 +88,29 @@ def subject_of(model: nn.Module, graphs: Mapping[str, fx.GraphModule], *, of_cal
     )
 
 
-def rotation_of(chain: torch.Tensor | None) -> float | None:
-    """`|Q - I|_F` of a chain `(d, k)`; `None` without one, or where it cannot be computed."""
-    rotation = math.nan if chain is None else householder.turn(chain).rotation
-    return None if math.isnan(rotation) else rotation
+def known_rotations(rows: Iterable[Row]) -> dict[str, float]:
+    """Path -> `|Q - I|_F` of the product in use, for the layers with one adapter, which is that."""
+    by_layer: dict[str, list[Row]] = {}
+    for row in rows:
+        by_layer.setdefault(row.path, []).append(row)
+    return {path: own[0].rotation for path, own in by_layer.items() if len(own) == 1 and own[0].active}
 
 
-def _facts(layer: SiteCarrier) -> SiteFacts:
+def _facts(layer: SiteCarrier, known: float | None) -> SiteFacts:
     reflection = layer.hra_u
     rank = sum(int(reflection[name].shape[1]) for name in reflection.active)
-    # What would have to be gathered is not asked for: only one process may be drawing.
-    sharded = any(map(is_shard, reflection.parameters()))
-    with torch.no_grad():
-        rotation = None if sharded else rotation_of(reflection.active_chain())
+    rotation = _rotation(reflection) if known is None else known
     held = sum(parameter.numel() for parameter in own_parameters(layer))
     vectors = sum(parameter.numel() for parameter in reflection.parameters())
-    return SiteFacts(describe_module(layer), reflection.width, rank, rotation, held, vectors)
+    shown = None if math.isnan(rotation) else rotation
+    return SiteFacts(describe_module(layer), reflection.width, rank, shown, held, vectors)
+
+
+def _rotation(reflection: Reflection) -> float:
+    """`|Q - I|_F` of the adapters in use; NaN without one, or where it cannot be computed."""
+    # What would have to be gathered is not asked for: only one process may be drawing.
+    if any(map(is_shard, reflection.parameters())):
+        return math.nan
+    with torch.no_grad():
+        chain = reflection.active_chain()
+    return math.nan if chain is None else householder.turn(chain).rotation

@@ -23,6 +23,7 @@ _ROW = Row(
     site="Linear 8->4",
     on_weight=False,
     adapter="default",
+    active=True,
     d=8,
     r=2,
     parameters=16,

@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib import colormaps
 from PIL import Image
 from reporting.made import HOSTILE, adapted, blocks, report_of, row
 
 import hra_fx
+from hra_fx.colours import colour
 from hra_fx.errors import VisualizeError
 from hra_fx.reporting.plots.grid import cell_of, grid_of
-from hra_fx.reporting.plots.ink import ink_on, luminance
 from hra_fx.reporting.plots.training import draw_training
 from hra_fx.reporting.progress import Progress
 
@@ -46,26 +45,16 @@ def test_the_strip_has_a_cell_for_each_layer_in_its_colour(tmp_path: Path) -> No
     assert words.count(f"{angles[-1]:.0f}") == 1
     top = 30.0
     assert {"0°", "15°", "30°"} <= set(words)
-    wanted = [
-        "#" + "".join(f"{round(255 * part):02x}" for part in colormaps["cividis"](angle / top)[:3]) for angle in angles
-    ]
-    assert [colour for colour in fills(file) if colour in wanted] == wanted
+    wanted = [colour(angle, top) for angle in angles]
+    assert [fill for fill in fills(file) if fill in wanted] == wanted
 
 
 @pytest.mark.parametrize("heat", ["mean_angle", "angle", "rotation", "share"])
 def test_each_heat(heat: str, tmp_path: Path) -> None:
     words = texts(report_of(*blocks(2, "q_proj"), row("head")).heat_strip(tmp_path / "strip.svg", heat))
     units = {"mean_angle": "°", "angle": "°", "rotation": "", "share": "%"}
-    ends = {"mean_angle": 30, "angle": 60, "rotation": 0.5, "share": 30}
+    ends = {"mean_angle": 30, "angle": 60, "rotation": 0.5, "share": 25}
     assert f"{ends[heat]}{units[heat]}" in words
-
-
-def test_text_on_every_colour_of_the_map_is_readable() -> None:
-    for place in np.linspace(0, 1, 257):
-        colour = colormaps["cividis"](place)[:3]
-        ink = (0.0,) * 3 if ink_on(colour) == "black" else (1.0,) * 3
-        light, dark = sorted((luminance(colour), luminance(ink)), reverse=True)
-        assert (light + 0.05) / (dark + 0.05) >= 4.5
 
 
 def test_of_several_adapters_the_largest_is_shown_or_one(tmp_path: Path) -> None:
@@ -290,7 +279,7 @@ def refusals() -> dict[str, tuple[Any, str]]:
         "a folder": (lambda folder: found.heat_strip(made(folder / "a.svg")), "path: .* is a folder"),
         "an unknown heat": (
             lambda folder: found.heat_strip(folder / "a.svg", "angles"),
-            "heat: 'angles' is none. Choose one of 'mean_angle', 'angle', 'rotation', 'share'.",
+            "heat: 'angles' is not one of 'mean_angle', 'angle', 'rotation', 'share'.",
         ),
         "an unknown adapter": (
             lambda folder: found.heat_strip(folder / "a.svg", adapter="z"),

@@ -12,8 +12,10 @@ from hypothesis import given, strategies as st
 from matplotlib import colormaps
 
 import hra_fx
+from hra_fx.colours import PALETTE, UNKNOWN, colour, ink_on
+from hra_fx.reporting.heat import HEATS, heat_of, scale
 from hra_fx.view.drawing import drawing_of
-from hra_fx.view.heat import HEATS, PALETTE, UNKNOWN, colour, heat_of, heating, ink_on, scale
+from hra_fx.view.heat import heating
 
 
 def channels(fill: str) -> list[int]:

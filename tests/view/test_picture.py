@@ -15,9 +15,9 @@ from drawn_models import HOSTILE, UNSPEAKABLE, drawn
 from torch import Tensor, nn
 
 import hra_fx
+from hra_fx.colours import PALETTE, UNKNOWN, colour, ink_on
 from hra_fx.view import svg
 from hra_fx.view.drawing import drawing_of
-from hra_fx.view.heat import PALETTE, UNKNOWN, colour, ink_on
 from hra_fx.view.options import Options
 from hra_fx.view.page import Heading, page, render
 from hra_fx.view.panels import Block, Panel

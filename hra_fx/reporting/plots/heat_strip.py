@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from hra_fx.colours import PALETTE, UNKNOWN, colour, ink_on
 from hra_fx.errors import VisualizeError
 from hra_fx.reporting.columns import adapters_of
+from hra_fx.reporting.heat import Heat, heat_named, heat_of, scale
 from hra_fx.reporting.plots.block_labels import label_blocks
 from hra_fx.reporting.plots.canvas import INK, check_plot, entitle, new_figure, shown, style, write
 from hra_fx.reporting.plots.grid import Grid, grid_of
-from hra_fx.reporting.plots.ink import ink_on
-from hra_fx.reporting.plots.measures import Measure, measure_of, number, round_top
+from hra_fx.reporting.plots.numbers import number
 from hra_fx.reporting.row import Row
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 # Inches. Cells are as wide as the number in them takes, until there are too many for a page.
 _WIDE, _NARROW, _HIGH, _PAGE = 0.42, 0.15, 0.3, 14.0
-_UNKNOWN = "#eceff1"
 
 
 def draw_heat_strip(rows: Sequence[Row], path: str | os.PathLike[str], heat: str, adapter: str | None) -> Path:
@@ -33,17 +33,17 @@ def draw_heat_strip(rows: Sequence[Row], path: str | os.PathLike[str], heat: str
         VisualizeError: another ending, field or adapter, no such folder, or matplotlib is not installed.
     """
     file = check_plot(path)
-    measure = measure_of(heat)
+    measure = heat_named(heat)
     known = adapters_of(rows)
     if adapter is not None and adapter not in known:
         raise VisualizeError(f"adapter: {adapter!r} is not in the report. It has {', '.join(map(repr, known))}.")
     if not rows:
         raise VisualizeError("rows: the report is empty, so there is nothing to draw.")
     used = [row for row in rows if adapter in (None, row.adapter)]
-    values = _largest(used, measure)
-    strip = _Strip(grid_of(values), values, round_top(values.values()), measure)
+    values = heat_of(used, heat)
+    strip = _Strip(grid_of(values), values, scale(values.values()), measure)
     names = adapters_of(used)
-    title = f"{measure.title[0].upper()}{measure.title[1:]} by layer"
+    title = f"{measure.words[0].upper()}{measure.words[1:]} by layer"
     subtitle = f"adapter {names[0]}" if len(names) == 1 else f"the largest of adapters {', '.join(names)}"
     with style():
         return write(_figure(strip, title, shown(subtitle)), file)
@@ -55,7 +55,7 @@ class _Strip(NamedTuple):
     grid: Grid
     values: dict[str, float]
     top: float
-    measure: Measure
+    measure: Heat
 
     @property
     def cell(self) -> float:
@@ -69,15 +69,6 @@ class _Strip(NamedTuple):
     @property
     def height(self) -> float:
         return _HIGH * len(self.grid.projections)
-
-
-def _largest(rows: Sequence[Row], measure: Measure) -> dict[str, float]:
-    """The value of each layer, the largest of its adapters; NaN where none has one."""
-    values: dict[str, float] = {}
-    for row in rows:
-        value, before = measure.value(row), values.get(row.path, math.nan)
-        values[row.path] = value if math.isnan(before) else before if math.isnan(value) else max(value, before)
-    return values
 
 
 def _figure(strip: _Strip, title: str, subtitle: str) -> Figure:
@@ -96,21 +87,18 @@ def _figure(strip: _Strip, title: str, subtitle: str) -> Figure:
 
 
 def _cells(axes: Axes, strip: _Strip) -> None:
-    from matplotlib import colormaps
-    from matplotlib.colors import to_rgb
     from matplotlib.patches import Rectangle
 
-    colours = colormaps["cividis"]
     for path, (row, column) in strip.grid.places.items():
         value = strip.values[path]
         known = math.isfinite(value)
-        colour = to_rgb(colours(min(value / strip.top, 1.0)) if known else _UNKNOWN)
-        box = Rectangle((column, row), 1, 1, facecolor=colour, linewidth=0)
+        fill = colour(value, strip.top)
+        box = Rectangle((column, row), 1, 1, facecolor=fill, linewidth=0)
         if not known:
             box.set(hatch="/////", edgecolor="#9aa4ae")
         axes.add_patch(box)
         if known and strip.cell >= 0.35:
-            ink = ink_on(colour)
+            ink = ink_on(fill)
             place = (column + 0.5, row + 0.5)
             axes.text(*place, number(value), ha="center", va="center", fontsize=7.5, color=ink)
     axes.hlines(range(len(strip.grid.projections) + 1), 0, len(strip.grid.blocks), colors="white", linewidth=1)
@@ -121,13 +109,14 @@ def _cells(axes: Axes, strip: _Strip) -> None:
 def _legend(axes: Axes, strip: _Strip, depth: float) -> None:
     """The scale, below what names the columns, and what cells without a colour mean."""
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
     from matplotlib.patches import Rectangle
 
     figure = axes.figure
     wide, high = strip.width, strip.height
-    scale = axes.inset_axes((0, -(depth / 72 + 0.3) / high, 2.2 / wide, 0.11 / high))
-    bar = figure.colorbar(ScalarMappable(Normalize(0, strip.top), "cividis"), cax=scale, orientation="horizontal")
+    colours = LinearSegmentedColormap.from_list("heat", PALETTE)
+    ramp = axes.inset_axes((0, -(depth / 72 + 0.3) / high, 2.2 / wide, 0.11 / high))
+    bar = figure.colorbar(ScalarMappable(Normalize(0, strip.top), colours), cax=ramp, orientation="horizontal")
     bar.outline.set_visible(False)
     bar.set_ticks([0, strip.top / 2, strip.top], labels=[_tick(part * strip.top, strip) for part in (0, 0.5, 1)])
     bar.ax.tick_params(length=0, labelsize=8)
@@ -135,13 +124,13 @@ def _legend(axes: Axes, strip: _Strip, depth: float) -> None:
     if len(strip.grid.places) < len(strip.grid.projections) * len(strip.grid.blocks):
         notes.append(("white", "", "no adapter"))
     if not all(map(math.isfinite, strip.values.values())):
-        notes.append((_UNKNOWN, "/////", "no number"))
-    for place, (colour, hatch, text) in enumerate(notes):
+        notes.append((UNKNOWN, "/////", "no number"))
+    for place, (fill, hatch, text) in enumerate(notes):
         left = 2.6 + 1.1 * place
-        box = Rectangle((left / 2.2, 0), 0.16 / 2.2, 1.4, transform=scale.transAxes, clip_on=False, hatch=hatch)
-        box.set(facecolor=colour, edgecolor="#9aa4ae", linewidth=0.6)
-        scale.add_artist(box)
-        scale.text((left + 0.24) / 2.2, 0.6, text, transform=scale.transAxes, va="center", fontsize=8, color=INK)
+        box = Rectangle((left / 2.2, 0), 0.16 / 2.2, 1.4, transform=ramp.transAxes, clip_on=False, hatch=hatch)
+        box.set(facecolor=fill, edgecolor="#9aa4ae", linewidth=0.6)
+        ramp.add_artist(box)
+        ramp.text((left + 0.24) / 2.2, 0.6, text, transform=ramp.transAxes, va="center", fontsize=8, color=INK)
 
 
 def _tick(value: float, strip: _Strip) -> str:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from hra_fx.errors import VisualizeError
 from hra_fx.reporting.columns import adapters_of
+from hra_fx.reporting.heat import HEATS, Heat, scale
 from hra_fx.reporting.plots.canvas import GRID, QUIET, check_plot, entitle, new_figure, shown, style, write
-from hra_fx.reporting.plots.measures import Measure, measure_of, round_top
 from hra_fx.reporting.row import Row
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ def _figure(rows: Sequence[Row], names: tuple[str, str]) -> Figure:
     line = 0.2 if len(paths) > 40 else 0.26
     high, wide = max(0.6, line * len(paths)), 2 * _PANEL + _GAP
     figure = new_figure(wide, high)
-    measures = [measure_of(heat) for heat in ("mean_angle", "angle")]
-    top = round_top(measure.value(row) for measure in measures for row in used)
+    measures = [HEATS[heat] for heat in ("mean_angle", "angle")]
+    top = scale(measure.value(row) for measure in measures for row in used)
     for place, measure in enumerate(measures):
         left = place * (_PANEL + _GAP) / wide
         axes = figure.add_axes((left, 0, _PANEL / wide, 1))
@@ -62,7 +62,7 @@ def _figure(rows: Sequence[Row], names: tuple[str, str]) -> Figure:
     return figure
 
 
-def _panel(axes: Axes, rows: Sequence[Row], paths: list[str], names: tuple[str, str], measure: Measure) -> None:
+def _panel(axes: Axes, rows: Sequence[Row], paths: list[str], names: tuple[str, str], measure: Heat) -> None:
     """Two marks for each layer, joined by a line."""
     values = {name: {row.path: measure.value(row) for row in rows if row.adapter == name} for name in names}
     for place, path in enumerate(paths):
@@ -83,7 +83,7 @@ def _panel(axes: Axes, rows: Sequence[Row], paths: list[str], names: tuple[str, 
             clip_on=False,
         )
     axes.set_ylim(len(paths) - 0.5, -0.5)
-    axes.set_title(f"{measure.title}, degrees", loc="left", fontsize=9, color=QUIET)
+    axes.set_title(f"{measure.words}, degrees", loc="left", fontsize=9, color=QUIET)
     # Of a long list one sees an end at a time.
     axes.tick_params(length=0, labeltop=len(paths) > 30)
     axes.grid(axis="x", color=GRID, linewidth=0.8)

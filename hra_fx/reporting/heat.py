@@ -1,0 +1,92 @@
+"""How far training turned each layer, as one number for a colour or an axis: its field, unit and scale."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from hra_fx.errors import VisualizeError
+from hra_fx.reporting.row import Row
+
+_ROUND = (1.0, 1.2, 1.5, 1.8, 2.0, 2.5, 3.0, 4.0, 4.5, 5.0, 6.0, 8.0, 9.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Heat:
+    """One way to say how far a layer was turned.
+
+    Attributes:
+        field: the field of a row.
+        words: what it is called in a legend.
+        unit: what follows its numbers.
+        factor: from the field to that unit.
+    """
+
+    field: str
+    words: str
+    unit: str
+    factor: float
+
+    def value(self, row: Row) -> float:
+        """The number of a row, in the unit."""
+        return float(getattr(row, self.field)) * self.factor
+
+
+_DEGREES = 180 / math.pi
+HEATS: Mapping[str, Heat] = {
+    heat.field: heat
+    for heat in (
+        Heat("mean_angle", "mean angle", "°", _DEGREES),
+        Heat("angle", "largest angle", "°", _DEGREES),
+        Heat("rotation", "|Q - I|", "", 1.0),
+        Heat("share", "share of the weight that is turned", "%", 100.0),
+    )
+}
+
+
+def heat_named(name: object) -> Heat:
+    """The heat of a name.
+
+    Raises:
+        VisualizeError: there is none.
+
+    Example:
+        >>> heat_named("angle").words
+        'largest angle'
+    """
+    if not isinstance(name, str) or name not in HEATS:
+        raise VisualizeError(f"heat: {name!r} is not one of {', '.join(map(repr, HEATS))}.")
+    return HEATS[name]
+
+
+def heat_of(rows: Iterable[Row], name: str) -> dict[str, float]:
+    """The value of every adapted layer, in the unit of the legend: degrees, percent, or none.
+
+    Args:
+        rows: those of a report. Of several rows of one layer the largest value counts; of those in use, if any is.
+        name: one of `HEATS`.
+    """
+    by_layer: dict[str, list[Row]] = {}
+    for row in rows:
+        by_layer.setdefault(row.path, []).append(row)
+    values: dict[str, float] = {}
+    for path, own in by_layer.items():
+        numbers = [HEATS[name].value(row) for row in [row for row in own if row.active] or own]
+        values[path] = math.nan if any(map(math.isnan, numbers)) else max(numbers)
+    return values
+
+
+def scale(values: Iterable[float]) -> float:
+    """The upper end of a legend: a round number, no smaller than any of the values.
+
+    >>> scale([3.1, 17.4]), scale([0.0]), scale([0.031, float("nan")]), scale([180.0])
+    (18.0, 1.0, 0.04, 180.0)
+    """
+    largest = max((value for value in values if math.isfinite(value)), default=0.0)
+    if largest <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(largest))
+    # Rounding noise must not lift 180 degrees, which are exactly a half turn, to the next step.
+    step = next((step for step in _ROUND if step * power >= largest * (1 - 1e-6)), 10.0)
+    return float(f"{step * power:.3g}")
