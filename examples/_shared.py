@@ -83,11 +83,14 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def write_adapters(model: nn.Module, folder: Path) -> None:
-    """Write the report and the picture of an adapted model into `folder`."""
+    """Write the report, the pictures and the page of an adapted model into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
+    report = hra_fx.report(model)
     with open(folder / "report.txt", "w", encoding="utf-8") as file:
-        Console(file=file, width=180).print(hra_fx.report(model))
-    hra_fx.visualize(model, folder / "adapters.svg")
+        Console(file=file, width=180).print(report)
+    report.heat_strip(folder / "heat_strip.svg")
+    for name in ("adapters.svg", "adapters.html"):
+        hra_fx.visualize(model, folder / name, heat="mean_angle")
 
 
 def export_onnx(model: nn.Module, example: dict[str, Tensor], dynamic: dict[str, Any], file: Path) -> None:

@@ -185,7 +185,7 @@ def main(train_size: int, test_size: int, epochs: int, output: Path) -> None:
     )
     show("The folded model: the base model's keys, the same predictions", ("check", "figure"), checks)
     seconds = time.perf_counter() - began
-    written = f"Written to {output}/: report.txt, adapters.svg, classifier.onnx   ({seconds:.0f} s)"
+    written = f"Written to {output}/: report.txt, adapters.html, two pictures, classifier.onnx   ({seconds:.0f} s)"
     console.print(written, soft_wrap=True)
 
 

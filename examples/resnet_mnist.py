@@ -165,7 +165,8 @@ def main(output: Path) -> None:
     )
     show("The folded model: the base model's keys, the same predictions", ("check", "figure"), checks)
     seconds = time.perf_counter() - began
-    console.print(f"Written to {output}/: report.txt, adapters.svg, resnet.onnx   ({seconds:.0f} s)", soft_wrap=True)
+    written = f"Written to {output}/: report.txt, adapters.html, two pictures, resnet.onnx   ({seconds:.0f} s)"
+    console.print(written, soft_wrap=True)
 
 
 if __name__ == "__main__":
