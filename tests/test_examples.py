@@ -12,6 +12,13 @@ FOLDER = Path(__file__).resolve().parent.parent / "examples" / "usage"
 SMALL = r"(0\.0e\+00|\d\.\de-0[5-9])"
 PROMISES = {
     "conv2d": ["captured whole: 17 reflections in one graph", f"folded, .*: {SMALL}", "the base model's keys: True"],
+    "distributed": [
+        r"one process: \d\.\d+ -> \d\.\d+",
+        f"DDP, .*: {SMALL}",
+        f"FSDP2, .*: {SMALL}",
+        f"a plain model: {SMALL}",
+        f"the shards, 4 of them, loaded again: {SMALL}",
+    ],
     "excluding": [r"all-linear.*: 7 layers\n  0\.attention\.self\.query.*classifier", r"block 0: 2 layers\n  1\.att"],
     "language_model": [r"generated: \[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12\]", "the same when folded: True"],
     "layer_ranges": [r"^model\.layers\.4.*\n.*\nmodel\.layers\.5.*\n.*v_proj.*\n$"],

@@ -1,0 +1,69 @@
+"""Two processes that run checks one after another, with gloo, and say which of them failed.
+
+One start of two processes costs as much as all checks together. They meet at a file, not at a port, which another test
+may have at the same moment.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import distributed
+from torch.multiprocessing.spawn import ProcessException, spawn
+
+WORLD = 2
+#: What every process runs: its rank, and a folder that all of them see.
+Check: TypeAlias = Callable[[int, Path], None]
+
+
+def run(checks: Mapping[str, Check], folder: Path) -> dict[str, str]:
+    """Name of a check -> what went wrong in either process; empty where nothing did."""
+    try:
+        spawn(_worker, (dict(checks), str(folder)), nprocs=WORLD)
+        end = "was not run"
+    except ProcessException as error:  # a check that failed in one of them alone may keep the other waiting
+        end = f"was not run, for a process broke off: {error}"
+    told = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    return {name: "\n".join(filter(None, (one.get(name, end) for one in told))) for name in checks}
+
+
+def _worker(rank: int, checks: dict[str, Check], folder: str) -> None:
+    torch.set_num_threads(1)
+    # What a launcher sets, for accelerate; the group that it finds is the one below.
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "unused"})
+    os.environ["OMP_NUM_THREADS"] = "1"  # else accelerate warns, and sets it
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=WORLD,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    told: dict[str, str] = {}
+    for number, (name, check) in enumerate(checks.items()):
+        place = Path(folder, str(number))
+        place.mkdir(exist_ok=True)
+        told[name] = _failure(check, rank, place)
+        Path(folder, f"{rank}.json").write_text(json.dumps(told))
+        distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def _failure(check: Check, rank: int, place: Path) -> str:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            # torch's, of any layer with a bias over three dimensions, and of any attention, which is sharded alone.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+            check(rank, place)
+    except BaseException:
+        return f"process {rank}:\n{traceback.format_exc()}"
+    return ""

@@ -1,0 +1,203 @@
+"""Small models with adapters, their batches, and a training of which each process takes a part of every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torchvision
+import transformers
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import hra_fx
+
+F64 = torch.float64
+SIZES = {
+    **{"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32},
+    **{"vocab_size": 19},
+}
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def convolutions() -> nn.Module:
+    first, second = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 3, stride=2, groups=2)
+    return nn.Sequential(first, nn.ReLU(), second, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+
+
+class Attention(nn.Module):
+    """Its projections are read functionally, so that their weights are what is reflected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.norm, self.head = (
+            nn.MultiheadAttention(8, 2, batch_first=True),
+            nn.LayerNorm(8),
+            nn.Linear(8, 3),
+        )
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.norm(x + self.attn(x, x, x)[0]).mean(1))
+
+
+def llama(*, checkpointing: bool = False) -> nn.Module:
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=1, use_cache=False))
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    return model
+
+
+def bert() -> nn.Module:
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, **still, num_labels=3))
+
+
+def resnet() -> nn.Module:
+    # BatchNorm would see another batch in each process.
+    return torchvision.models.resnet18(num_classes=3, norm_layer=lambda width: nn.GroupNorm(4, width))
+
+
+def vectors(count: int) -> Tensor:
+    return torch.randn(count, 8, dtype=F64)
+
+
+def images(count: int) -> Tensor:
+    return torch.randn(count, 3, 8, 8, dtype=F64)
+
+
+def sequences(count: int) -> Tensor:
+    return torch.randn(count, 5, 8, dtype=F64)
+
+
+def tokens(count: int) -> Tensor:
+    return torch.randint(0, 19, (count, 6))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, what its adapter is, its batch, and the parts that FSDP2 shards by themselves."""
+
+    make: Callable[[], nn.Module]
+    batch: Callable[[int], Tensor]
+    config: Mapping[str, Any]
+    units: tuple[str, ...]
+
+    def base(self) -> nn.Module:
+        torch.manual_seed(0)
+        return self.make().to(F64)
+
+    def model(self) -> nn.Module:
+        """With vectors off their start, the same in every process."""
+        model = hra_fx.transform(self.base(), hra_fx.HRAConfig(**{"r": 4, **self.config}))
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if ".hra_u." in name:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+        return model
+
+    def data(self) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(2)
+        return self.batch(8), torch.randint(0, 3, (8,))
+
+
+LAYERS = ("model.layers.0", "model.layers.1")
+PROJECTIONS = {"target_modules": ["q_proj", "v_proj", "up_proj", "gate_proj", "down_proj"]}
+CASES: dict[str, Case] = {
+    "mlp, whole": Case(mlp, vectors, {"target_modules": ["0", "2", "4"]}, ("0", "2")),
+    "mlp, odd rank": Case(mlp, vectors, {"r": 3, "target_modules": ["0", "2"]}, ("0", "2")),
+    "mlp, Gram-Schmidt": Case(mlp, vectors, {"apply_GS": True, "target_modules": ["0", "2"]}, ("0",)),
+    "mlp, Gram-Schmidt without anchor": Case(
+        mlp, vectors, {"apply_GS": True, "init_weights": False, "target_modules": ["0", "2"]}, ("0",)
+    ),
+    "mlp, copies": Case(
+        mlp, vectors, {"target_modules": ["0", "2"], "modules_to_save": ["4"], "bias": "all"}, ("0", "2")
+    ),
+    "convolutions": Case(convolutions, images, {"target_modules": ["0", "2", "5"]}, ("0", "2")),
+    "attention": Case(Attention, sequences, {"target_modules": ["attn", "attn.out_proj", "head"]}, ("attn", "head")),
+    "llama": Case(llama, tokens, PROJECTIONS, LAYERS),
+    "llama, checkpointing": Case(lambda: llama(checkpointing=True), tokens, PROJECTIONS, LAYERS),
+    "bert": Case(
+        bert,
+        tokens,
+        {"target_modules": ["query", "key", "dense"], "modules_to_save": ["classifier"]},
+        ("bert.encoder.layer.0", "bert.encoder.layer.1"),
+    ),
+    "resnet": Case(resnet, images, {"target_modules": r".*conv\d|fc"}, ("layer1.0", "layer2", "layer3")),
+}
+
+
+def shard(model: nn.Module, units: Iterable[str] = ()) -> nn.Module:
+    for unit in units:
+        fully_shard(model.get_submodule(unit))
+    return fully_shard(model)
+
+
+def sites(model: nn.Module) -> tuple[str, ...]:
+    """The layers themselves, the inner ones first; what another module reads functionally cannot be sharded alone."""
+    paths = [path.removesuffix(".hra_u") for path, _ in model.named_modules() if path.endswith(".hra_u")]
+    return tuple(path for path in paths if not path.endswith("out_proj"))
+
+
+#: How a model is shared among processes.
+WAYS: dict[str, Callable[[Case, nn.Module], nn.Module]] = {
+    "DDP": lambda case, model: DistributedDataParallel(model),
+    "FSDP2, whole": lambda case, model: shard(model),
+    "FSDP2, parts": lambda case, model: shard(model, case.units),
+    "FSDP2, every layer": lambda case, model: shard(model, sites(model)),
+}
+
+
+def loss_of(output: Any, labels: Tensor) -> Tensor:
+    logits = getattr(output, "logits", output)
+    return nn.functional.cross_entropy(logits[:, -1, :3] if logits.dim() == 3 else logits, labels)
+
+
+def train(
+    model: nn.Module, case: Case, part: slice = slice(None), steps: int = 3, term: Callable[..., Any] | None = None
+) -> list[float]:
+    """The losses of whole batches; `part` is what this process takes of each, `term` a loss of the model's besides."""
+    x, labels = case.data()
+    if isinstance(model, FSDPModule):
+        model.reshard()  # after a forward without backward, parameters() gives what is thrown away
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    losses = []
+    for _ in range(steps):
+        loss = loss_of(model(x[part]), labels[part])
+        (loss if term is None else loss + term(model)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach().clone()
+        if part != slice(None):
+            distributed.all_reduce(mean)
+            mean /= distributed.get_world_size()
+        losses.append(float(mean))
+    return losses
+
+
+def part_of(rank: int) -> slice:
+    return slice(rank, None, distributed.get_world_size())
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """All that is trained, whole, by the names of the bare model."""
+    found = {name.removeprefix("module."): p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).clone() for name, p in found.items()}
+
+
+def output(model: nn.Module, case: Case) -> Tensor:
+    with torch.no_grad():
+        found = model(case.data()[0])
+    logits: Tensor = getattr(found, "logits", found)
+    return logits
+
+
+def same(left: Mapping[str, Tensor], right: Mapping[str, Tensor], within: float = 1e-13) -> None:
+    assert left.keys() == right.keys()
+    assert all((left[name] - right[name]).abs().max() < within for name in left)
