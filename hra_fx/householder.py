@@ -81,8 +81,8 @@ def normalize(chain: Tensor) -> Tensor:
 def compact_wy(chain: Tensor) -> Tensor:
     """The factor `T` of `Q = I - U T U^T`.
 
-    A zero column stands for the identity (PEFT gives NaN there), and its gradient is finite. While torch.export or
-    torch.jit.trace reads it, it is made of products alone (`hra_fx.products`).
+    A zero column stands for the identity (PEFT gives NaN there), and its gradient is finite. While torch.export
+    reads it, it is made of products alone (`hra_fx.products`).
 
     Args:
         chain: `U: (d, k)`, floating.
@@ -98,7 +98,7 @@ def compact_wy(chain: Tensor) -> Tensor:
     """
     with _without_autocast(chain):
         vectors = chain.to(working_dtype(chain.dtype))
-        if products.is_asked_for():
+        if torch.compiler.is_exporting():
             return products.inverse_factor(vectors)
         gram = vectors.mT @ vectors
         squares = gram.diagonal()
@@ -156,7 +156,7 @@ def orthonormalize(vectors: Tensor) -> Tensor:
     """Gram-Schmidt by Householder QR: the thin factor `V` of `U = V R` with a positive diagonal of `R`.
 
     PEFT runs the classical recurrence, whose loss of orthogonality grows with the square of the condition number. While
-    torch.export or torch.jit.trace reads it, `hra_fx.products.gram_schmidt` takes the place of QR.
+    torch.export reads it, `hra_fx.products.gram_schmidt` takes the place of QR.
 
     Args:
         vectors: `U: (d, r)` with `r <= d`, of full column rank (see `dependence`).
@@ -171,7 +171,7 @@ def orthonormalize(vectors: Tensor) -> Tensor:
     """
     with _without_autocast(vectors):
         wide = vectors.to(working_dtype(vectors.dtype))
-        if products.is_asked_for():
+        if torch.compiler.is_exporting():
             # The basis does not depend on lengths, and these have squares that are in range.
             return products.gram_schmidt(normalize(wide))
         basis, triangle = torch.linalg.qr(wide)

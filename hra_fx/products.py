@@ -10,16 +10,6 @@ import torch
 from torch import Tensor
 
 
-def is_asked_for() -> bool:
-    """Whether torch.export or torch.jit.trace reads the model; torch.compile has solvers.
-
-    Example:
-        >>> is_asked_for()
-        False
-    """
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-
-
 def inverse_factor(chain: Tensor) -> Tensor:
     r"""`T: (k, k)` of a chain, by doubling: the inverse of blocks on the diagonal gives that of blocks twice as big.
 

@@ -75,7 +75,7 @@ class FreezePass(PassBase):
     def _is_factor(self, node: fx.Node, sources: frozenset[fx.Node]) -> bool:
         """Whether it is made of vectors, and smaller than every weight that it is made of."""
         value = node.meta.get("val")
-        if sources.isdisjoint(self._vectors) or not isinstance(value, Tensor):
+        if node in self._tensors or sources.isdisjoint(self._vectors) or not isinstance(value, Tensor):
             return False
         return all(value.numel() < self._tensors[source].numel() for source in sources.difference(self._vectors))
 
@@ -113,7 +113,9 @@ def _is_function(node: fx.Node) -> bool:
         return False
     if not isinstance(node.target, torch._ops.OpOverload):
         return node.target is operator.getitem
-    return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
+    # The dropouts are compositions, which torch does not tag.
+    random = torch.Tag.nondeterministic_seeded in node.target.tags or "dropout" in node.target._schema.name
+    return not random and not node.target._schema.is_mutable
 
 
 def _wanted(graph: fx.Graph, fixed: Collection[fx.Node], factors: Collection[fx.Node]) -> set[fx.Node]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from hra_fx.errors import AdapterError
 from hra_fx.exported.draft import Draft, is_of_adapter
@@ -62,15 +63,15 @@ def freeze(program: P) -> P:
 def _frozen(program: ExportedProgram) -> ExportedProgram:
     draft = Draft(program)
     named = {node: name for name, node in draft.unchanging.items()}
-    tensors = {node: draft.tensor(name).detach() for node, name in named.items()}
+    tensors = {node: draft.tensor(name) for node, name in named.items()}
     vectors = _vectors(named, tensors)
 
     def place(value: Tensor, made_of: list[fx.Node]) -> fx.Node:
         return draft.hold(_name_of_constant(named[made_of[0]], draft.state_dict), value, made_of[0])
 
     FreezePass(tensors, vectors, place)(draft.graph_module)
-    for vector in vectors:
-        draft.discard(vector)
+    for node in (node for node, name in named.items() if is_of_adapter(name)):
+        draft.discard(node)
     return draft.finish(program)
 
 
@@ -78,7 +79,7 @@ def _freeze_module(module: fx.GraphModule) -> None:
     held: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     held |= {name: tensor for name, tensor in module.named_buffers(remove_duplicate=False) if is_of_adapter(name)}
     named = {node: str(node.target) for node in module.graph.find_nodes(op="get_attr") if node.target in held}
-    tensors = {node: held[name].detach() for node, name in named.items()}
+    tensors = {node: held[name] for node, name in named.items()}
     vectors = _vectors(named, tensors)
 
     def place(value: Tensor, made_of: list[fx.Node]) -> fx.Node:
@@ -89,10 +90,11 @@ def _freeze_module(module: fx.GraphModule) -> None:
         with module.graph.inserting_before(next(iter(module.graph.nodes))):
             return module.graph.get_attr(name)
 
+    adapters = [name for name in held if is_of_adapter(name)]
     FreezePass(tensors, vectors, place)(module)
-    for vector in vectors:
-        module.graph.erase_node(vector)
-    for path, _, last in {named[vector].rpartition(".") for vector in vectors}:
+    for node in (node for node, name in named.items() if name in adapters):
+        module.graph.erase_node(node)
+    for path, _, last in (name.rpartition(".") for name in adapters):
         delattr(module.get_submodule(path), last)
     module.recompile()
 
@@ -103,7 +105,11 @@ def _vectors(named: Mapping[fx.Node, str], tensors: Mapping[fx.Node, Tensor]) ->
     Raises:
         AdapterError: there is none, or one without data.
     """
-    vectors = [node for node, name in named.items() if is_of_adapter(name) and node.users]
+    vectors = [
+        node
+        for node, name in named.items()
+        if is_of_adapter(name) and node.users and not _is_constant(name, tensors[node])
+    ]
     if not vectors:
         raise AdapterError(
             "freeze: the graph reads no reflections. It is frozen already, or of a model that was folded, or not "
@@ -115,6 +121,11 @@ def _vectors(named: Mapping[fx.Node, str], tensors: Mapping[fx.Node, Tensor]) ->
                 f"{named[node]}: it is on the meta device, and holds no data. Load it before the export."
             )
     return vectors
+
+
+def _is_constant(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor is what an earlier `freeze` left; an adapter of that name has parameters."""
+    return not isinstance(tensor, nn.Parameter) and bool(re.fullmatch(rf"{_FROZEN}_\d+", name.rpartition(".")[2]))
 
 
 def _name_of_constant(vectors: str, taken: Collection[str]) -> str:

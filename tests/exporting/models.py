@@ -1,0 +1,150 @@
+"""The models that are exported: tiny, with random weights and an adapter that is far from the identity."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+import torchvision
+import transformers
+from torch import Tensor, nn
+
+import hra_fx
+
+BATCH = torch.export.Dim("batch", max=16)
+LENGTH = torch.export.Dim("length", max=32)
+VOCABULARY = 64
+#: Ten times the usual, so that an untrained model does not say the same whatever it reads.
+SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "max_position_embeddings": 64, "num_attention_heads": 2}
+WIDE: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "initializer_range": 0.2}
+
+
+class One(nn.Module):
+    """A model as a function of tensors that gives one tensor, whatever its own forward takes and gives."""
+
+    def __init__(self, model: nn.Module, output: str, **settings: object) -> None:
+        super().__init__()
+        self.model = model
+        self.output = output
+        self.settings = settings
+
+    def forward(self, *inputs: Tensor) -> Any:
+        given = self.model(*inputs, **self.settings)
+        return getattr(given, self.output) if self.output else given
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model: what is built, what is adapted, and what it is called with.
+
+    `inputs(batch, size)` gives the arguments; `dynamic` the dimensions of each that stay open.
+    """
+
+    build: Callable[[], nn.Module]
+    adapter: hra_fx.HRAConfig
+    inputs: Callable[[int, int], tuple[Tensor, ...]]
+    dynamic: tuple[dict[int, Any], ...]
+    output: str = "logits"
+    settings: tuple[tuple[str, object], ...] = ()
+
+    def adapted(self) -> One:
+        torch.manual_seed(0)
+        model = hra_fx.transform(self.build().eval(), self.adapter)
+        with torch.no_grad():
+            for name, vectors in model.named_parameters():
+                if ".hra_u." in name:
+                    vectors.normal_()
+        return One(model, self.output, **dict(self.settings)).eval()
+
+    def folded(self) -> One:
+        whole = copy.deepcopy(self.adapted())
+        hra_fx.fold(whole.model)
+        return whole
+
+
+def ids(batch: int, length: int) -> tuple[Tensor, ...]:
+    return (torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(length)),)
+
+
+def image(batch: int, size: int) -> tuple[Tensor, ...]:
+    return (torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(batch)),)
+
+
+def noised(batch: int, length: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(batch)
+    latents, states = (torch.randn(batch, *shape, generator=generator) for shape in ((4, 8, 8), (length, 16)))
+    return latents, torch.arange(batch) * 10.0, states
+
+
+def config(*targets: str, **fields: Any) -> hra_fx.HRAConfig:
+    return hra_fx.HRAConfig(**({"r": 4, "target_modules": list(targets)} | fields))
+
+
+def unet() -> nn.Module:
+    made: nn.Module = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    return made
+
+
+def opt() -> nn.Module:
+    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "word_embed_proj_dim": 32, "init_std": 0.2}
+    return transformers.OPTForCausalLM(transformers.OPTConfig(**SIZES, **sizes))
+
+
+def llama() -> nn.Module:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **WIDE))
+
+
+def bert() -> nn.Module:
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, **WIDE))
+
+
+def t5() -> nn.Module:
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+    return transformers.T5EncoderModel(transformers.T5Config(vocab_size=VOCABULARY, **sizes))
+
+
+def vit() -> nn.Module:
+    sizes = WIDE | {"num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**sizes))
+
+
+def resnet() -> nn.Module:
+    return torchvision.models.resnet18(num_classes=10)
+
+
+ALL_LINEAR = hra_fx.HRAConfig(r=4, target_modules="all-linear")
+WORDS = ({0: BATCH, 1: LENGTH},)
+MODELS: dict[str, Model] = {
+    # An odd rank has an anchor.
+    "OPT": Model(opt, config("q_proj", "v_proj", "fc1", r=5), ids, WORDS, settings=(("use_cache", False),)),
+    "Llama": Model(
+        llama, hra_fx.HRAConfig(r=4, target_modules="all-linear"), ids, WORDS, settings=(("use_cache", False),)
+    ),
+    "BERT": Model(bert, config("query", "value", "dense", apply_GS=True), ids, WORDS),
+    "T5 encoder": Model(t5, config("q", "v", "wi", "wo"), ids, WORDS, "last_hidden_state"),
+    "ResNet": Model(resnet, config("conv1", "conv2", "fc"), image, ({0: BATCH},), ""),
+    "ViT": Model(vit, config("q_proj", "v_proj", "projection"), image, ({0: BATCH},)),
+    "UNet": Model(
+        unet,
+        config("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"),
+        noised,
+        ({0: BATCH}, {0: BATCH}, {0: BATCH, 1: LENGTH}),
+        "sample",
+    ),
+}
+#: (batch, length or height) of the export, and of the call that is compared.
+EXPORTED_AT: dict[str, tuple[int, int]] = dict.fromkeys(MODELS, (2, 7)) | {"ResNet": (2, 32), "ViT": (2, 32)}
+CALLED_AT: dict[str, tuple[int, int]] = dict.fromkeys(MODELS, (3, 11)) | {"ResNet": (3, 32), "ViT": (3, 32)}
