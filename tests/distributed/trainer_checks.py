@@ -34,6 +34,8 @@ def with_the_term(rank: int, folder: Path) -> None:
     arguments = TrainingArguments(
         **{"output_dir": str(folder), "max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.1},
         **{"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "use_cpu": True, "report_to": []},
+        # Else transformers doubles the loss of a model that takes **kwargs and averages by itself, as BERT does.
+        average_tokens_across_devices=False,
         **{"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False},
     )
     trainer = HRATrainer(model, arguments, train_dataset=Items(), orthogonality_weight=0.1)
