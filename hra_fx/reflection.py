@@ -322,5 +322,8 @@ def plain_chain(vectors: Tensor, anchor: Tensor | None, *, apply_GS: bool) -> Te
 
 def reflection_of(layer: nn.Module) -> Reflection | None:
     """The reflections that a layer carries, if any."""
-    reflection = layer._modules.get(REFLECTION)
+    # The children of a scripted module are no dict, and know no `get`.
+    if REFLECTION not in layer._modules:
+        return None
+    reflection = layer._modules[REFLECTION]
     return reflection if isinstance(reflection, Reflection) else None
