@@ -24,7 +24,7 @@ BROWSER   = test -n "$$(which $(BROWSERS))" || { test "$$(id -u)" = 0 && which a
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-vision test zoo bench-disk check format clean
+.PHONY: help demo demo-vision test zoo export-table bench-disk check format clean
 
 help: ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ zoo: $(VENV)/test.stamp ## Check every model of the zoo (an hour), and write doc
 
 bench-disk: $(VENV)/test.stamp ## fold_checkpoint beside cp and PEFT, 1.1 billion parameters (10 GB of disk, some minutes).
 	$(BIN)/python benchmarks/disk.py $(BENCH_FLAGS)
+
+export-table: $(VENV)/test.stamp ## Print what passes through which exporter (install openvino and executorch for theirs).
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m exporting.table $(EXPORT_FLAGS)
 
 check: $(VENV)/test.stamp $(PAGE_STAMP) ## Lint, formatting, types, and which file may import which.
 	$(BIN)/ruff check .
