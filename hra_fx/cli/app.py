@@ -5,9 +5,11 @@ Neither torch nor transformers is imported before a command runs, so that help a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 import hra_fx
 from hra_fx.cli.commands.convert import EXAMPLES as OF_CONVERT, convert
@@ -35,19 +37,30 @@ _COMMANDS = (
 )
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 
+
+def _flowing(text: str) -> str:
+    """Paragraphs that a terminal breaks, of lines as long as those of a file."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+
+
+def _listed(examples: Iterable[str]) -> str:
+    """Examples below each other: older releases of typer join lines that have no empty one between them."""
+    return "\n\n".join(["Examples:", *(f"  {escape(example)}" for example in examples)])
+
+
 app = typer.Typer(
     name="hra-fx",
     cls=TellingGroup,
-    help=_HELP,
+    help=_flowing(_HELP),
     no_args_is_help=True,
     context_settings=_SETTINGS,
     # What is not foreseen is a defect, of which a report needs the plain traceback.
     pretty_exceptions_enable=False,
 )
 for _command, _examples in _COMMANDS:
-    # An empty line between two, for the help joins lines that have none between them.
-    _epilog = "\n\n".join(["Examples:", *(f"  {example}" for example in _examples)])
-    app.command(_command.__name__, epilog=_epilog, context_settings=_SETTINGS)(_command)
+    app.command(
+        _command.__name__, help=_flowing(_command.__doc__ or ""), epilog=_listed(_examples), context_settings=_SETTINGS
+    )(_command)
 
 
 def _show_version(wanted: bool) -> None:
@@ -58,7 +71,6 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _before(
-    context: typer.Context,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error. May stand behind a command too.")
     ] = False,
@@ -66,7 +78,7 @@ def _before(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version, and exit.")
     ] = False,
 ) -> None:
-    context.obj = debug
+    """Nothing: the group reads the one, and the other answers by itself."""
 
 
 def main() -> None:

@@ -41,7 +41,9 @@ def build(path: Path) -> Built:
     """
     file, recipe = _recipe(path)
     try:
-        return Built(hollow(_made_on_meta(recipe)).eval(), recipe.library)
+        with torch.device("meta"):
+            model = recipe.make()
+        return Built(hollow(model).eval(), recipe.library)
     # Whatever an unusual configuration meets in the constructors of hundreds of models.
     except Exception as error:
         raise CheckpointError(f"{file}: {recipe.library} cannot build its model ({_reason(error)}).") from error
@@ -76,15 +78,6 @@ def _entries(file: Path) -> Mapping[str, Any]:
     if not isinstance(entries, dict):
         raise CheckpointError(f"{file}: holds a JSON {type(entries).__name__}, a configuration is an object. {_DUE}")
     return entries
-
-
-def _made_on_meta(recipe: Recipe) -> nn.Module:
-    try:
-        with torch.device("meta"):
-            return recipe.make()
-    # A constructor that reads a number out of a tensor, as that of rates of stochastic depth, needs values.
-    except (RuntimeError, NotImplementedError):
-        return recipe.make()
 
 
 def _reason(error: Exception) -> str:

@@ -82,7 +82,7 @@ def compare(a: Path, b: Path, tolerance: float, *, progress: bool) -> Comparison
         for name in names:
             difference = _difference(name, ours.get(name), theirs.get(name), values)
             done(ours[name].size if name in ours else 0)
-            if difference.how == "equal" or difference.relative <= tolerance:
+            if difference.how == "equal" or (tolerance and difference.relative <= tolerance):
                 equal += 1
             else:
                 found.append(difference)

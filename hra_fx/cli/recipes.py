@@ -13,6 +13,9 @@ from torch import nn
 
 from hra_fx.errors import CheckpointError
 
+#: Without these, transformers asks on the terminal whether it may run what lies beside a configuration.
+_ALONE = {"local_files_only": True, "trust_remote_code": False}
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -52,14 +55,15 @@ def _of_transformers(file: Path, entries: Mapping[str, Any]) -> Recipe:
     kind: Any = next((found for name in names if (found := getattr(transformers, name, None))), None)
 
     def make() -> nn.Module:
-        config = transformers.AutoConfig.from_pretrained(file.parent, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(file.parent, **_ALONE)
         made: nn.Module = transformers.AutoModel.from_config(config) if kind is None else kind(config)
         return made
 
     def load() -> nn.Module:
         transformers.utils.logging.disable_progress_bar()
-        options = {"local_files_only": True, "use_safetensors": True}
-        loaded: nn.Module = (kind or transformers.AutoModel).from_pretrained(file.parent, **options)
+        loaded: nn.Module = (kind or transformers.AutoModel).from_pretrained(
+            file.parent, use_safetensors=True, **_ALONE
+        )
         return loaded
 
     return Recipe("transformers", make, load)
@@ -79,9 +83,10 @@ def _of_diffusers(file: Path, entries: Mapping[str, Any]) -> Recipe:
 def _of_timm(file: Path, entries: Mapping[str, Any]) -> Recipe:
     timm = importlib.import_module("timm")
     given = {key: entries[key] for key in ("num_classes", "global_pool") if key in entries}
+    arguments = {**given, **entries.get("model_args", {})}
 
     def make() -> nn.Module:
-        made: nn.Module = timm.create_model(entries["architecture"], **given, **entries.get("model_args", {}))
+        made: nn.Module = timm.create_model(entries["architecture"], **arguments)
         return made
 
     def load() -> nn.Module:

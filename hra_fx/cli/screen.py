@@ -53,7 +53,7 @@ def _console(stream: TextIO) -> Console:
 
 
 def show_table(columns: Sequence[Column], rows: Collection[Sequence[str]]) -> None:
-    """A table with as many columns as fit."""
+    """A table with as many columns as fit; those in which nothing stands are left out."""
     console, wide = stdout(), Console(width=_UNLIMITED)
     limits = sorted({column.rank for column in columns}, reverse=True)
     tables = [_table(columns, rows, limit) for limit in limits]
@@ -61,7 +61,7 @@ def show_table(columns: Sequence[Column], rows: Collection[Sequence[str]]) -> No
 
 
 def _table(columns: Sequence[Column], rows: Collection[Sequence[str]], limit: int) -> Table:
-    kept = [i for i, column in enumerate(columns) if column.rank <= limit]
+    kept = [i for i, column in enumerate(columns) if column.rank <= limit and any(row[i] for row in rows)]
     table = Table(box=box.SIMPLE_HEAD)
     for i in kept:
         words = columns[i].words
@@ -85,7 +85,7 @@ def show_heading(title: str, facts: Mapping[str, str]) -> None:
         if words:
             grid.add_row(Text(name), Text(words))
     if grid.row_count:
-        console.print(Padding(grid, (0, 0, 0, 2)))
+        console.print(Padding(grid, (0, 0, 0, 2), expand=False))
 
 
 def show_lines(heading: str, lines: Collection[str]) -> None:
@@ -93,7 +93,7 @@ def show_lines(heading: str, lines: Collection[str]) -> None:
     console = stdout()
     console.print(Text(heading, style="bold"))
     for line in lines:
-        console.print(Padding(Text(line, overflow="fold"), (0, 0, 0, 2)))
+        console.print(Padding(Text(line, overflow="fold"), (0, 0, 0, 2), expand=False))
 
 
 def show_json(content: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
@@ -35,12 +36,13 @@ class TellingGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
+        debug = ctx.params["debug"]
         try:
-            with _warnings_as_lines():
+            with _quiet_libraries(wanted=not debug), _warnings_as_lines():
                 return super().invoke(ctx)
         except (HRAError, OSError) as error:
             # A pipe that nobody reads any more is closed in silence, by who called.
-            if ctx.obj or isinstance(error, BrokenPipeError):
+            if debug or isinstance(error, BrokenPipeError):
                 raise
             tell("error", for_a_shell(_words(error)), "bold red")
             raise typer.Exit(FAILED) from error
@@ -58,6 +60,18 @@ def _words(error: HRAError | OSError) -> str:
     if isinstance(error, HRAError) or error.filename is None:
         return str(error)
     return f"{error.filename}: {error.strerror or type(error).__name__}."
+
+
+@contextlib.contextmanager
+def _quiet_libraries(*, wanted: bool) -> Iterator[None]:
+    """Without what libraries log when they are imported, of binaries for hardware that is not here."""
+    before = logging.root.manager.disable
+    if wanted:
+        logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 @contextlib.contextmanager

@@ -10,14 +10,13 @@ change of another kind would hide behind.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-How = Literal["equal", "rounding", "turned", "turned (columns)", "changed", "not finite"]
+How = Literal["equal", "rounding", "small", "turned", "turned (columns)", "changed", "not finite"]
 
 # How many numbers are cast at a time.
 _CHUNK = 1 << 20
@@ -31,7 +30,8 @@ class Change:
 
     Attributes:
         how: in a word; "turned" where all rows keep their lengths, "turned (columns)" where all columns do, as in a
-            weight that is stored as `(in, out)`, "rounding" for no more than an epsilon of the dtype.
+            weight that is stored as `(in, out)`; "rounding" for no more than an epsilon of the dtype; "small" where
+            lengths are kept, and would be by other changes of this size too.
         relative: `|B - A|_F / |A|_F`.
         largest: the largest `|B - A|` of an element.
         lengths: the largest relative change of the length of a row, or of a column where these keep theirs; NaN for a
@@ -51,43 +51,58 @@ def change_of(a: Tensor, b: Tensor) -> Change:
         >>> change_of(torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, -3.0]])).how
         'turned'
     """
-    sums = _Sums(a.shape[1:].numel() if a.dim() > 1 else 1)
-    for one, other in _blocks(a, b):
-        sums.add(one, other)
-    eps = _epsilon(a, b)
-    change = math.sqrt(sums.difference)
-    relative = change / math.sqrt(sums.whole) if sums.whole else (math.inf if change else 0.0)
+    one, other = _matrix(a), _matrix(b)
+    sums = _Sums(one.shape[1])
+    step = max(1, _CHUNK // max(1, one.shape[1]))
+    for before, after in zip(torch.split(one, step), torch.split(other, step), strict=True):
+        if before.numel():
+            sums.add(before.double(), after.double())
     if not math.isfinite(sums.difference):
         return Change("equal" if sums.same else "not finite", math.nan, math.nan, math.nan)
-    if not change:
-        return Change("equal", 0.0, 0.0, 0.0 if a.dim() > 1 else math.nan)
-    rows, kept = sums.rows.judged(eps) if a.dim() > 1 else (math.nan, False)
-    columns, turned = sums.columns.judged(eps) if a.dim() > 1 else (math.nan, False)
-    if relative <= eps:
-        return Change("rounding", relative, sums.largest, rows)
-    if kept:
-        return Change("turned", relative, sums.largest, rows)
-    if turned:
-        return Change("turned (columns)", relative, sums.largest, columns)
-    return Change("changed", relative, sums.largest, rows)
+    relative = math.sqrt(sums.difference / sums.whole) if sums.whole else (math.inf if sums.difference else 0.0)
+    eps = max((torch.finfo(tensor.dtype).eps for tensor in (a, b) if tensor.is_floating_point()), default=0.0)
+    if a.dim() < 2:
+        return Change(_sort(relative, eps), relative, sums.largest, math.nan)
+    rows, columns = sums.rows(eps), sums.columns(eps)
+    how = _sort(relative, eps)
+    if how == "changed" and rows.kept:
+        how = "turned" if relative > rows.least else "small"
+    elif how == "changed" and columns.kept and relative > columns.least:
+        return Change("turned (columns)", relative, sums.largest, columns.change)
+    return Change(how, relative, sums.largest, rows.change)
 
 
-class _Lengths:
-    """Squares of lengths before and after, and sums of fourth powers, of rows or of columns."""
+def _sort(relative: float, eps: float) -> How:
+    return "equal" if not relative else "rounding" if relative <= eps else "changed"
 
-    def __init__(self, before: Tensor, after: Tensor, fourth: Tensor) -> None:
-        self.before, self.after, self.fourth = before, after, fourth
 
-    def judged(self, eps: float) -> tuple[float, bool]:
-        """The largest relative change of a length, and whether rounding explains all."""
-        before, after = self.before.sqrt(), self.after.sqrt()
-        there = before > 0
-        change = ((after - before).abs() / before)[there]
-        spread = eps / 2 / math.sqrt(3) * (self.fourth.sqrt() / self.before)[there]
-        # Besides, what products in float32 (or in float64, for wider numbers) round.
-        slack = (_DEVIATIONS * spread).clamp(max=eps) + 64 * min(eps, torch.finfo(torch.float32).eps)
-        kept = bool((change <= slack).all()) and not bool(after[~there].any())
-        return float(change.max()) if len(change) else 0.0, kept
+class _Lengths(NamedTuple):
+    """What became of the lengths of rows, or of columns.
+
+    Attributes:
+        change: the largest relative change of one.
+        kept: whether rounding explains all changes.
+        least: how large a change of all has to be, for one that is no rotation to show in them.
+    """
+
+    change: float
+    kept: bool
+    least: float
+
+
+def _lengths(squares: Tensor, width: int, eps: float) -> _Lengths:
+    """Of squares of lengths before and after, and sums of fourth powers before: `(3, n)`."""
+    before, after = squares[:2].sqrt()
+    there = before > 0
+    change = ((after - before).abs() / before)[there]
+    spread = eps / 2 / math.sqrt(3) * (squares[2].sqrt() / squares[0])[there]
+    # Besides, what products in float32 (or in float64, for wider numbers) round.
+    slack = (_DEVIATIONS * spread).clamp(max=eps) + 16 * min(eps, torch.finfo(torch.float32).eps)
+    if not len(change):
+        return _Lengths(0.0, not bool(after.any()), 0.0)
+    kept = bool((change <= slack).all()) and not bool(after[~there].any())
+    # A change that knows nothing of a row is nearly orthogonal to it, the more so the longer it is.
+    return _Lengths(float(change.max()), kept, float(slack.max()) * math.sqrt(width))
 
 
 class _Sums:
@@ -110,34 +125,19 @@ class _Sums:
         self._rows.append(powers.sum(dim=2))
         self._columns += powers.sum(dim=1)
 
-    @property
-    def rows(self) -> _Lengths:
+    def rows(self, eps: float) -> _Lengths:
         """Of the rows."""
-        return _Lengths(*torch.cat(self._rows, dim=1))
+        return _lengths(torch.cat([self._columns[:, :0], *self._rows], dim=1), self._columns.shape[1], eps)
 
-    @property
-    def columns(self) -> _Lengths:
+    def columns(self, eps: float) -> _Lengths:
         """Of the columns."""
-        return _Lengths(*self._columns)
+        return _lengths(self._columns, sum(block.shape[1] for block in self._rows), eps)
 
 
-def _blocks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Blocks of rows, in float64; a vector is a column."""
-    pair = [_numbers(tensor).reshape(len(tensor) if tensor.dim() else 1, -1) for tensor in (a, b)]
-    step = max(1, _CHUNK // max(1, pair[0].shape[1]))
-    for one, other in zip(*(torch.split(matrix, step) for matrix in pair), strict=True):
-        if one.numel():
-            yield one.double(), other.double()
-
-
-def _numbers(tensor: Tensor) -> Tensor:
-    """A tensor that can be cast: complex numbers as pairs, and two numbers in a byte as that byte."""
+def _matrix(tensor: Tensor) -> Tensor:
+    """A tensor as rows that can be cast; complex numbers as pairs, two numbers in a byte as that byte."""
     if tensor.is_complex():
-        return torch.view_as_real(tensor)
-    packed = tensor.is_floating_point() and tensor.dtype is _PACKED
-    return tensor.view(torch.uint8) if packed else tensor
-
-
-def _epsilon(a: Tensor, b: Tensor) -> float:
-    """That of the coarser dtype; 0 where none rounds."""
-    return max((torch.finfo(t.dtype).eps for t in (a, b) if t.is_floating_point()), default=0.0)
+        tensor = torch.view_as_real(tensor)
+    if tensor.dtype is _PACKED:
+        tensor = tensor.view(torch.uint8)
+    return tensor.flatten(1) if tensor.dim() > 1 else tensor.reshape(-1, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -35,7 +36,7 @@ def diff(
 
     "change" is |B - A| / |A|, "largest" that of one element, "lengths" how far a row's length changed. "turned" says
     that all rows (or columns) kept their lengths but for rounding, as a rotation does; "rounding", that no more changed
-    than the last digit.
+    than the last digit; "small", that lengths do not tell.
     """
     from hra_fx.cli.comparing import compare
 
@@ -70,13 +71,18 @@ def _show(found: Comparison) -> None:
 
 
 def _row(difference: Difference) -> tuple[str, ...]:
+    from hra_fx.reporting.columns import percent
+
     shapes = ["x".join(map(str, shape)) for shape in difference.shapes if shape is not None]
     dtypes = [dtype for dtype in difference.dtypes if dtype]
-    numbers = (difference.relative, difference.largest, difference.lengths)
+    # A narrow terminal has no columns for these.
+    said = {"shape": shapes, "dtype": dtypes}.get(difference.how)
     return (
         difference.name,
         " / ".join(dict.fromkeys(shapes)),
         " / ".join(dict.fromkeys(dtypes)),
-        *("" if number != number else f"{number:.1e}" for number in numbers),
-        difference.how,
+        "" if math.isnan(difference.relative) else percent(difference.relative),
+        "" if math.isnan(difference.largest) else f"{difference.largest:.2g}",
+        "" if math.isnan(difference.lengths) else percent(difference.lengths),
+        f"{difference.how} {' / '.join(said)}" if said else difference.how,
     )

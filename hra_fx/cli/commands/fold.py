@@ -19,7 +19,7 @@ EXAMPLES = (
 def fold(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Folder of the base model.")],
     adapters: Annotated[
-        list[str], typer.Argument(metavar="ADAPTER...", help="Folders of adapters, in the order in which they act.")
+        list[str], typer.Argument(metavar="ADAPTER", help="Folders of adapters, in the order in which they act.")
     ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to be made.")],
     part: Part = None,

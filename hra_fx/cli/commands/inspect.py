@@ -73,7 +73,7 @@ def _show_adapter(look: AdapterLook) -> None:
             "vectors": f"r = {look.r}{', made orthonormal by Gram-Schmidt' * look.gram_schmidt}"
             + f", behind {count(look.anchor, 'frozen one')}" * bool(look.anchor),
             "trained": f"{count(look.parameters, 'parameter')} at {count(len(look.layers), 'layer')}",
-            "in full too": _some(look.saved),
+            "trained too": _some(look.saved),
             "targets": targets if isinstance(targets, str) else _some(targets or ()),
         },
     )

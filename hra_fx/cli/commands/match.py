@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.text import Text
 
 from hra_fx.cli.options import Json
-from hra_fx.cli.screen import Column, count, show_heading, show_json, show_lines, show_table, stdout
+from hra_fx.cli.screen import Column, count, show_heading, show_json, show_lines, show_table
 from hra_fx.cli.telling import NO, tell
 
 if TYPE_CHECKING:
@@ -138,7 +137,7 @@ def _show(found: Match) -> None:
             "adapted": f"{len(found.adapted)} of "
             + count(len(found.adapted) + len(found.refused) + len(found.missed), "layer"),
             "trained": f"{count(found.trained, 'parameter')} ({share} of {found.parameters:,})",
-            "in full too": f"{found.trained_in_full:,}" if found.trained_in_full else "",
+            "trained too": f"{count(found.trained_in_full, 'parameter')} in full" if found.trained_in_full else "",
         },
     )
     columns = (
@@ -158,5 +157,4 @@ def _show(found: Match) -> None:
             f"Cannot be adapted: {count(len(found.refused), 'layer')}", [f"{m.path}: {m.reason}" for m in found.refused]
         )
     for remark in remarks((), found.missed):
-        stdout().print(Text(""), end="")
         show_lines(remark.heading, remark.lines)

@@ -19,7 +19,7 @@ def unfold(
     folded: Annotated[str, typer.Argument(metavar="FOLDED", help="Folder of the folded model.")],
     adapters: Annotated[
         list[str],
-        typer.Argument(metavar="ADAPTER...", help="Folders of adapters, in the order in which they were folded."),
+        typer.Argument(metavar="ADAPTER", help="Folders of adapters, in the order in which they were folded."),
     ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to be made.")],
     part: Part = None,

@@ -1,0 +1,32 @@
+"""A tiny Llama on disk with adapters for it, made once, and the folder that commands are called in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from checkpoint.disk import made
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """A folder with checkpoints, not to be written into, and the model of them."""
+
+    folder: Path
+    model: nn.Module
+
+    def __truediv__(self, name: str) -> Path:
+        return self.folder / name
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    folder = tmp_path_factory.mktemp("shelf")
+    model = made.llama()
+    made.base_of(model, folder / "my-model")
+    made.adapter_of(model, folder / "my-adapter", "q_proj", "v_proj")
+    made.adapter_of(model, folder / "second", "q_proj", "o_proj", seed=3, r=2)
+    made.adapter_of(model, folder / "orthonormal", "q_proj", "o_proj", seed=4, r=2, apply_GS=True)
+    return Shelf(folder, model)

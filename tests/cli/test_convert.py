@@ -1,0 +1,123 @@
+"""`convert`: PEFT reads what is written for it, and computes the same; ours is as `save_adapter` writes it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from checkpoint.disk import made
+from cli.conftest import Shelf
+from cli.shell import Answer, answer, mistake, picture, usage
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+import hra_fx
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+IDS = torch.arange(3, 15).view(2, 6)
+WEIGHTS = "adapter_model.safetensors"
+
+
+def plain(shelf: Shelf) -> Any:
+    return copy.deepcopy(shelf.model).float()
+
+
+def by_peft(shelf: Shelf, folder: Path) -> Tensor:
+    with torch.no_grad():
+        return peft.PeftModel.from_pretrained(plain(shelf), folder)(input_ids=IDS).logits
+
+
+def by_us(shelf: Shelf, folder: Path) -> Tensor:
+    with torch.no_grad():
+        return hra_fx.load_adapter(plain(shelf), folder)(input_ids=IDS).logits
+
+
+def metadata(folder: Path) -> dict[str, str]:
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        return dict(file.metadata())
+
+
+@pytest.mark.parametrize("name", ["my-adapter", "second", "orthonormal"])
+def test_peft_computes_the_same_with_plain_reflections(shelf: Shelf, tmp_path: Path, name: str) -> None:
+    answer("convert", shelf / name, tmp_path, "--to", "peft")
+    torch.testing.assert_close(by_peft(shelf, tmp_path), by_us(shelf, shelf / name), rtol=1e-4, atol=1e-4)
+    assert metadata(tmp_path) == {"format": "pt"}
+    tensors = load_file(tmp_path / WEIGHTS)
+    assert {key.rpartition(".")[2] for key in tensors} == {"hra_u"}
+    config = hra_fx.HRAConfig.from_pretrained(tmp_path)
+    assert not config.apply_GS and {u.shape[1] for u in tensors.values()} == {config.r}
+
+
+def test_what_is_said_of_an_anchor(shelf: Shelf, tmp_path: Path) -> None:
+    text = answer("convert", shelf / "orthonormal", tmp_path, "--to", "peft")
+    assert f"HRA adapter in {tmp_path}, as PEFT writes it" in text
+    assert "reflections  4 at each of 4 layers, of which 2 stood frozen before" in text
+    assert "left out     4 tensors" in text
+    done = Answer("convert", shelf / "orthonormal", tmp_path, "--to", "peft", "--overwrite", "--json").json
+    assert (done["form"], done["layers"], done["r"], done["anchor"]) == ("peft", 4, 4, 2)
+    assert done["dropped"][0].endswith("hra_vectors")
+
+
+def of_peft(shelf: Shelf, folder: Path, **fields: Any) -> Path:
+    torch.manual_seed(0)
+    fields = {"r": 4, "target_modules": ["q_proj"], "init_weights": False} | fields
+    peft.get_peft_model(plain(shelf), peft.HRAConfig(**fields)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("fields", [{}, {"apply_GS": True}, {"modules_to_save": ["lm_head"]}])
+def test_from_peft_it_is_what_save_adapter_writes(shelf: Shelf, tmp_path: Path, fields: dict[str, Any]) -> None:
+    source = of_peft(shelf, tmp_path / "peft", **fields)
+    answer("convert", source, tmp_path / "ours", "--to", "hra_fx")
+    torch.testing.assert_close(by_us(shelf, tmp_path / "ours"), by_peft(shelf, source), rtol=1e-4, atol=1e-4)
+    hra_fx.save_adapter(hra_fx.load_adapter(plain(shelf), source), tmp_path / "saved")
+    ours, saved = (load_file(tmp_path / name / WEIGHTS) for name in ("ours", "saved"))
+    assert ours.keys() == saved.keys() and all(torch.equal(ours[key], saved[key]) for key in saved)
+    assert Answer("inspect", tmp_path / "ours", "--json").json["written_by"] == "hra_fx"
+
+
+def test_to_us_an_anchor_stays(shelf: Shelf, tmp_path: Path) -> None:
+    answer("convert", shelf / "orthonormal", tmp_path, "--to", "hra_fx")
+    assert picture(tmp_path) == picture(shelf / "orthonormal")
+
+
+def test_keys_without_the_prefix_get_it(shelf: Shelf, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    folder = made.stack_adapter(tmp_path / "bare", layers=1)
+    vectors = load_file(folder / WEIGHTS)
+    save_file({key.removeprefix("base_model.model."): u for key, u in vectors.items()}, folder / WEIGHTS)
+    answer("convert", folder, tmp_path / "out", "--to", "peft")
+    assert load_file(tmp_path / "out" / WEIGHTS).keys() == vectors.keys()
+
+
+def test_a_folder_that_has_an_adapter(shelf: Shelf, tmp_path: Path) -> None:
+    answer("convert", shelf / "second", tmp_path, "--to", "peft")
+    before = picture(tmp_path)
+    said = mistake("convert", shelf / "my-adapter", tmp_path, "--to", "peft")
+    assert said == f"{tmp_path}: there is an adapter in it. Give another folder, or --overwrite."
+    assert picture(tmp_path) == before
+    answer("convert", shelf / "my-adapter", tmp_path, "--to", "peft", "--overwrite")
+    assert picture(tmp_path) != before
+
+
+def test_a_target_that_is_a_file(shelf: Shelf, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    said = mistake("convert", shelf / "my-adapter", tmp_path / "file", "--to", "peft")
+    assert said == f"{tmp_path / 'file'}: is a file. Give a folder to save in."
+
+
+def test_a_form_that_is_none(shelf: Shelf, tmp_path: Path) -> None:
+    said = usage("convert", shelf / "my-adapter", tmp_path, "--to", "lora")
+    assert "'peft'" in said and "'hra_fx'" in said
+    assert "Missing option '--to'" in usage("convert", shelf / "my-adapter", tmp_path)
+
+
+def test_a_model_is_no_adapter(shelf: Shelf, tmp_path: Path) -> None:
+    said = mistake("convert", shelf / "my-model", tmp_path, "--to", "peft")
+    assert "adapter_config.json: there is no such file." in said

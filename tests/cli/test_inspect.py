@@ -1,0 +1,144 @@
+"""`inspect`: the numbers are those of a dense product, and of `hra_fx.report`; the model's, those of the model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from checkpoint.disk import made
+from cli.conftest import Shelf
+from cli.shell import Answer, answer, mistake
+from oracles import dense_product
+from safetensors.torch import load_file, save_file
+
+import hra_fx
+
+
+def inspected(*words: object) -> dict[str, object]:
+    return Answer("inspect", *words, "--json").json
+
+
+@pytest.mark.parametrize("name", ["my-adapter", "second", "orthonormal"])
+def test_the_numbers_of_an_adapter_are_those_of_its_dense_product(shelf: Shelf, name: str) -> None:
+    look = inspected(shelf / name)
+    chains = load_file(shelf / name / "adapter_model.safetensors")
+    assert [layer["path"] for layer in look["layers"]]
+    for layer in look["layers"]:
+        q = dense_product(chains[f"base_model.model.{layer['path']}.hra_u"])
+        assert layer["rotation"] == pytest.approx(float((q - torch.eye(len(q))).norm()), rel=1e-4)
+        largest = float(torch.linalg.eigvals(q).angle().abs().max())
+        assert layer["angle"] == pytest.approx(largest, abs=1e-3)
+        assert layer["mean_angle"] == pytest.approx(sum(layer["angles"]) / len(layer["angles"]))
+        assert layer["parameters"] == layer["d"] * layer["r"]
+
+
+@pytest.mark.parametrize("name", ["my-adapter", "orthonormal"])
+def test_they_are_those_of_the_report_of_the_model(shelf: Shelf, name: str) -> None:
+    rows = hra_fx.report(hra_fx.load_adapter(copy.deepcopy(shelf.model), shelf / name)).to_dicts()
+    found = {layer["path"]: layer for layer in inspected(shelf / name)["layers"]}
+    assert found.keys() == {row["path"] for row in rows}
+    for row in rows:
+        for field in ("d", "r", "parameters", "rotation", "angle", "mean_angle"):
+            assert found[row["path"]][field] == pytest.approx(row[field], rel=1e-4), field
+
+
+def test_what_an_adapter_is(shelf: Shelf) -> None:
+    look = inspected(shelf / "orthonormal")
+    assert (look["kind"], look["r"], look["gram_schmidt"], look["anchor"]) == ("adapter", 2, True, 2)
+    assert (look["written_by"], look["base_model"], look["dtype"]) == ("hra_fx", None, "float32")
+    assert look["target_modules"] == ["o_proj", "q_proj"]
+    assert look["parameters"] == 4 * 2 * 16
+    text = answer("inspect", shelf / "orthonormal")
+    assert "r = 2, made orthonormal by Gram-Schmidt, behind 2 frozen ones" in text
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT 0.21 asks for it
+def test_an_adapter_of_peft(shelf: Shelf, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = peft.HRAConfig(r=4, target_modules=["q_proj"], init_weights=False, modules_to_save=["lm_head"])
+    model = copy.deepcopy(shelf.model)
+    model.name_or_path = str(shelf / "my-model")
+    peft.get_peft_model(model, config).save_pretrained(tmp_path)
+    look = inspected(tmp_path)
+    assert look["written_by"] == f"PEFT {peft.__version__}"
+    assert look["base_model"] == str(shelf / "my-model")
+    assert (look["r"], look["anchor"], look["saved"]) == (4, 0, ["lm_head.weight"])
+    assert "trained too  lm_head.weight" in answer("inspect", tmp_path)
+
+
+def test_layers_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    folder = made.stack_adapter(tmp_path / "stack", layers=12)
+    assert [layer["path"] for layer in inspected(folder)["layers"]] == [str(i) for i in range(12)]
+
+
+def test_a_layer_that_nothing_turns(tmp_path: Path) -> None:
+    folder = made.stack_adapter(tmp_path / "stack", layers=1)
+    column = torch.ones(6, 1)
+    file = folder / "adapter_model.safetensors"
+    save_file({"base_model.model.0.hra_u": torch.cat([column, column], dim=1)}, file, {"format": "pt"})
+    layer = inspected(folder)["layers"][0]
+    assert (layer["angles"], layer["angle"], layer["mean_angle"]) == ([], 0.0, 0.0)
+    assert layer["rotation"] == pytest.approx(0, abs=1e-6)
+    assert " 0°" in answer("inspect", folder)
+
+
+def test_a_model(shelf: Shelf) -> None:
+    look = inspected(shelf / "my-model")
+    linear = {path: m for path, m in shelf.model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert [(layer["path"], layer["d"], layer["parameters"]) for layer in look["layers"]] == [
+        (path, module.in_features, module.weight.numel()) for path, module in linear.items()
+    ]
+    assert (look["kind"], look["model"], look["library"]) == ("model", "LlamaForCausalLM", "transformers")
+    assert look["parameters"] == sum(p.numel() for p in shelf.model.parameters())
+    assert look["default_targets"] == ["q_proj", "v_proj"]
+    (file,) = look["files"]
+    assert file["dtypes"] == ["BF16"] and file["bytes"] == (shelf / "my-model" / "model.safetensors").stat().st_size
+    text = answer("inspect", shelf / "my-model")
+    assert "model.layers.*.self_attn.q_proj       2   Linear 16->16" in text
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 120])
+@pytest.mark.parametrize("name", ["my-model", "my-adapter"])
+def test_narrow_terminals_lose_columns_and_no_letters(shelf: Shelf, name: str, columns: int) -> None:
+    text = answer("inspect", shelf / name, columns=columns)
+    assert max(len(line) for line in text.splitlines()) <= columns
+    assert "…" not in text
+    if columns >= 60:
+        assert "self_attn.q_proj " in text
+
+
+def test_a_folder_of_neither(tmp_path: Path) -> None:
+    assert "there is neither adapter_config.json nor config.json in it. Give the folder" in mistake("inspect", tmp_path)
+
+
+def test_a_folder_that_is_not_there() -> None:
+    assert "no/such/folder: there is no such folder, and it is no name of a" in mistake("inspect", "no/such/folder")
+
+
+def test_an_adapter_in_a_subfolder(shelf: Shelf) -> None:
+    said = mistake("inspect", shelf.folder)
+    assert "Adapters are in its subfolders 'my-adapter', 'orthonormal', 'second': give one of them." in said
+
+
+def test_an_adapter_of_another_method(tmp_path: Path) -> None:
+    peft.LoraConfig(target_modules=["q_proj"]).save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    assert "peft_type: 'LORA' is not one of 'HRA'" in mistake("inspect", tmp_path)
+
+
+def test_weights_that_are_cut_short(shelf: Shelf, tmp_path: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        data = (shelf / "my-adapter" / name).read_bytes()
+        (tmp_path / name).write_bytes(data if name.endswith("json") else data[:-9])
+    assert "adapter_model.safetensors: is cut short or damaged" in mistake("inspect", tmp_path)
+
+
+def test_a_pipeline_names_its_parts(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    for part in ("unet", "vae"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text("{}")
+    assert "is a pipeline of diffusers. Give one of its parts: unet, vae." in mistake("inspect", tmp_path)

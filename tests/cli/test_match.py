@@ -1,0 +1,182 @@
+"""`match`: what it says would be adapted is what `transform` adapts; of others it says what `report` says."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import timm
+import torch
+from cli.conftest import Shelf
+from cli.shell import Answer, answer, mistake, usage
+
+import hra_fx
+
+CASES: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "default": ([], {}),
+    "names": (
+        ["-t", "q_proj", "--target", "down_proj", "-r", "3"],
+        {"target_modules": ["q_proj", "down_proj"], "r": 3},
+    ),
+    "layers": (["-t", "q_proj", "--layers", "1"], {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
+    "pattern": (
+        ["-t", "q_proj", "-l", "0-1", "--layers-pattern", "layers"],
+        {"target_modules": ["q_proj"], "layers_to_transform": [0, 1], "layers_pattern": "layers"},
+    ),
+    "all": (["-t", "all-linear", "-x", "o_proj"], {"target_modules": "all-linear", "exclude_modules": ["o_proj"]}),
+    "regex": (["--regex", r".*\.[qv]_proj"], {"target_modules": r".*\.[qv]_proj"}),
+    "saved": (["-t", "q_proj", "--save", "lm_head"], {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_foretells_what_transform_does(shelf: Shelf, name: str) -> None:
+    words, fields = CASES[name]
+    found = Answer("match", shelf / "my-model", *words, "--json")
+    model = hra_fx.transform(copy.deepcopy(shelf.model), hra_fx.HRAConfig(**fields))
+    report = hra_fx.report(model)
+    assert (found.code, found.json["error"], found.json["refused"]) == (0, None, [])
+    assert [(layer["path"], layer["d"]) for layer in found.json["adapted"]] == [(row.path, row.d) for row in report]
+    assert [(m["path"], m["reason"]) for m in found.json["missed"]] == [(m.path, m.reason) for m in report.missed]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found.json["trained"] + found.json["trained_in_full"] == trained
+    assert found.json["trained"] == sum(row.parameters for row in report)
+
+
+def test_the_configuration_of_an_adapter_and_an_option_on_top(shelf: Shelf) -> None:
+    plain = Answer("match", shelf / "my-model", "--config", shelf / "my-adapter", "--json").json
+    assert len(plain["adapted"]) == 4
+    fewer = Answer("match", shelf / "my-model", "--config", shelf / "my-adapter", "-l", "0", "-r", "2", "--json").json
+    assert ([layer["path"].split(".")[2] for layer in fewer["adapted"]], fewer["r"]) == (["0", "0"], 2)
+
+
+def test_the_table(shelf: Shelf) -> None:
+    text = answer("match", shelf / "my-model", "-t", "q_proj", "-l", "1", columns=120)
+    assert "adapted  1 of 15 layers" in text
+    assert "model.layers.1.self_attn.q_proj       1   Linear 16->16   16   8      128" in text
+    assert "Without reflections: 14 layers" in text
+    assert "model.layers.*.self_attn.q_proj: its layer index is not among layers_to_transform=[1]" in text
+
+
+def test_no_weight_is_read_or_made(shelf: Shelf, tmp_path: Path) -> None:
+    """Not even a model with the memory of which there is none."""
+    config = json.loads((shelf / "my-model" / "config.json").read_text())
+    huge = {"hidden_size": 1 << 17, "intermediate_size": 1 << 19, "num_attention_heads": 1024}
+    (tmp_path / "config.json").write_text(json.dumps(config | huge))
+    found = Answer("match", tmp_path, "--json").json
+    assert [layer["d"] for layer in found["adapted"]] == [1 << 17] * 4
+    assert found["parameters"] > 1 << 38
+
+
+def test_timm_and_diffusers(tmp_path: Path) -> None:
+    timm.models.save_for_hf(timm.create_model("test_resnet", num_classes=7), tmp_path, safe_serialization=True)
+    found = Answer("match", tmp_path / "config.json", "-t", "conv2", "--json").json
+    wanted = [name for name, _ in timm.create_model("test_resnet").named_modules() if name.endswith("conv2")]
+    assert ([layer["path"] for layer in found["adapted"]], found["library"]) == (wanted, "timm")
+    unet = diffusers.UNet2DModel(
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=4,
+        sample_size=8,
+        layers_per_block=1,
+    )
+    unet.save_config(tmp_path / "unet")
+    found = Answer("match", tmp_path / "unet", "-t", "to_q", "--json").json
+    wanted = [name for name, _ in unet.named_modules() if name.endswith("to_q")]
+    assert ([layer["path"] for layer in found["adapted"]], found["library"]) == (wanted, "diffusers")
+
+
+def test_what_is_named_and_cannot_be_adapted(shelf: Shelf, tmp_path: Path) -> None:
+    """Gram-Schmidt of more vectors than the layer has dimensions."""
+    (tmp_path / "config.json").write_bytes((shelf / "my-model" / "config.json").read_bytes())
+    hra_fx.HRAConfig(r=20, apply_GS=True, target_modules=["q_proj", "down_proj"]).save_pretrained(tmp_path / "adapter")
+    found = Answer("match", tmp_path, "-c", tmp_path / "adapter", "--json")
+    assert found.code == 1
+    assert [layer["path"] for layer in found.json["adapted"]] == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    assert [layer["path"] for layer in found.json["refused"]] == [
+        f"model.layers.{i}.self_attn.q_proj" for i in range(2)
+    ]
+    shown = Answer("match", tmp_path, "-c", tmp_path / "adapter")
+    assert shown.code == 1
+    assert (
+        "Cannot be adapted: 2 layers\n  model.layers.0.self_attn.q_proj: Gram-Schmidt makes r=20 vectors" in shown.out
+    )
+
+
+def test_a_configuration_that_fits_nothing(shelf: Shelf) -> None:
+    done = Answer("match", shelf / "my-model", "-t", "qproj")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("does not fit: target_modules: ['qproj'] names no module")
+    assert "did you mean 'q_proj'" in done.err
+    done = Answer("match", shelf / "my-model", "-t", "qproj", "--json")
+    assert done.code == 1 and done.json["adapted"] == [] and "'q_proj'" in done.json["error"]
+
+
+def test_an_exclusion_that_leaves_nothing_out_is_a_warning(shelf: Shelf) -> None:
+    done = Answer("match", shelf / "my-model", "-t", "q_proj", "-x", "nothing", "--json")
+    assert done.code == 0 and len(done.json["adapted"]) == 2
+    assert done.err.startswith("warning: exclude_modules: ['nothing'] leaves no module out")
+
+
+def test_names_and_a_regular_expression(shelf: Shelf) -> None:
+    assert "give names (--target) or a regular expression (--regex), not both" in usage(
+        "match", shelf / "my-model", "-t", "q_proj", "--regex", "x"
+    )
+
+
+def test_all_linear_stands_alone(shelf: Shelf) -> None:
+    said = usage("match", shelf / "my-model", "-t", "q_proj", "-t", "all-linear")
+    assert "'all-linear' means all linear layers, and stands alone" in said
+
+
+@pytest.mark.parametrize("indices", ["x", "1-", "-1", "1,,2", "0.5"])
+def test_indices_that_are_none(shelf: Shelf, indices: str) -> None:
+    said = usage("match", shelf / "my-model", "-t", "q_proj", f"--layers={indices}")
+    assert "is no index and no range. Write for example 0-3,7." in said
+
+
+def test_a_regular_expression_that_is_none(shelf: Shelf) -> None:
+    assert "target_modules: '(' is not a regular expression" in mistake("match", shelf / "my-model", "--regex", "(")
+
+
+def test_a_rank_that_is_none(shelf: Shelf) -> None:
+    assert mistake("match", shelf / "my-model", "-r", "0") == "r: 0 is no rank. It must be an int > 0, such as 8."
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "config.json: is not JSON ("),
+        ("[]", "config.json: holds a JSON list, a configuration is an object."),
+        ("{}", "does not say which model it is of: none of model_type, _class_name, architecture is in it."),
+        ('{"model_type": "from-tomorrow"}', "config.json: transformers cannot build its model ("),
+        ('{"_class_name": "Nothing"}', "diffusers, as it is installed, has no model 'Nothing'."),
+        ('{"architecture": "nothing"}', "config.json: timm cannot build its model ("),
+    ],
+)
+def test_configurations_of_no_model(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    assert said in mistake("match", tmp_path)
+
+
+def test_a_folder_without_one(tmp_path: Path) -> None:
+    assert "config.json: there is no such file. Give the folder of a model" in mistake("match", tmp_path)
+    assert "nowhere: cannot be read (No such file or directory)." in mistake("match", tmp_path / "nowhere")
+
+
+def test_the_code_of_a_checkpoint_is_never_run(tmp_path: Path) -> None:
+    (tmp_path / "evil.py").write_text("raise SystemExit(77)")
+    entries = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    assert "transformers cannot build its model" in mistake("match", tmp_path)
+
+
+def test_a_model_on_the_command_line_leaves_the_default_device_alone(shelf: Shelf) -> None:
+    answer("match", shelf / "my-model")
+    assert torch.get_default_device().type == "cpu" and torch.ones(1).device.type == "cpu"

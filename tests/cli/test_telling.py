@@ -1,0 +1,158 @@
+"""What is said of what goes wrong, whichever command it is, and what a shell needs besides."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import typer
+from cli.conftest import Shelf
+from cli.shell import Answer, answer, usage
+from typer.testing import CliRunner
+
+import hra_fx
+from hra_fx.cli import screen
+from hra_fx.cli.telling import TellingGroup
+from hra_fx.errors import CheckpointError, HRAWarning
+
+COMMANDS = ["inspect", "match", "fold", "unfold", "diff", "convert", "visualize"]
+SCRIPT = Path(sys.executable).with_name("hra-fx")
+
+
+def group(raised: BaseException) -> typer.Typer:
+    """Commands that fail, under the group that tells of it."""
+    app = typer.Typer(cls=TellingGroup, pretty_exceptions_enable=False)
+
+    @app.callback()
+    def before(debug: bool = False) -> None:
+        """Nothing."""
+
+    @app.command()
+    def fail() -> None:
+        warnings.warn("mind: overwrite=True", HRAWarning, stacklevel=1)
+        raise raised
+
+    return app
+
+
+def test_an_error_of_ours_is_a_line_and_with_debug_an_exception() -> None:
+    app = group(CheckpointError("out_dir: x is there. Give overwrite=True."))
+    done = CliRunner().invoke(app, ["fail"])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr == "warning: mind: --overwrite\nerror: x is there. Give --overwrite.\n"
+    for words in (["--debug", "fail"], ["fail", "--debug"]):
+        assert isinstance(CliRunner().invoke(app, words).exception, CheckpointError)
+
+
+def test_an_error_of_the_system_names_its_file(tmp_path: Path) -> None:
+    app = group(PermissionError(13, "Permission denied", str(tmp_path)))
+    done = CliRunner().invoke(app, ["fail"])
+    assert (done.exit_code, done.stderr.splitlines()[-1]) == (2, f"error: {tmp_path}: Permission denied.")
+
+
+def test_a_defect_keeps_its_traceback() -> None:
+    assert isinstance(CliRunner().invoke(group(KeyError("defect")), ["fail"]).exception, KeyError)
+
+
+def test_ctrl_c_says_how_to_go_on() -> None:
+    class Noted(KeyboardInterrupt):
+        """As since Python 3.11, where a fold on disk says it so."""
+
+        __notes__ = ("out: nothing is in it. Call again to go on.",)
+
+    for error, said in ((Noted(), Noted.__notes__[0]), (KeyboardInterrupt(), "nothing was finished")):
+        done = CliRunner().invoke(group(error), ["fail"])
+        assert (done.exit_code, done.stderr.splitlines()[-1]) == (130, f"stopped: {said}")
+
+
+def test_the_version() -> None:
+    assert answer("--version") == f"hra-fx {hra_fx.__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_every_help_has_examples_and_fits(command: str, columns: int) -> None:
+    text = answer(command, "--help", columns=columns)
+    assert f"hra-fx {command} " in text.partition("Examples:")[2]
+    assert max(len(line) for line in text.splitlines()) <= columns
+    assert answer(command, "-h", columns=columns) == text
+
+
+def test_the_help_lists_all_commands_and_exit_codes() -> None:
+    text = answer("--help", columns=100)
+    assert all(re.search(rf"^│ {command} ", text, re.MULTILINE) for command in COMMANDS)
+    assert "Exit codes: 0 done; 1 what was asked about is not so" in text
+
+
+def test_a_command_that_is_none() -> None:
+    assert "No such command 'fodl'" in usage("fodl")
+    assert "No such option: --nothing" in usage("inspect", "--nothing")
+
+
+def test_completion() -> None:
+    runner = CliRunner()
+    env = {"_HRA_FX_COMPLETE": "complete_bash", "COMP_WORDS": "hra-fx un", "COMP_CWORD": "1"}
+    from hra_fx.cli import app
+
+    assert runner.invoke(app, [], env=env, prog_name="hra-fx").stdout.split() == ["unfold"]
+
+
+def test_markup_in_names_is_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)
+    screen.show_heading("a [bold]title[/bold]", {"[red]": "[/]"})
+    screen.show_table([screen.Column("[b]", words=True)], [("layers[0]",)])
+    screen.show_lines("[i]", ["[/i]"])
+    for words in ("a [bold]title[/bold]", "[red]  [/]", "[b]", "layers[0]", "[i]", "[/i]"):
+        assert words in stream.getvalue()
+
+
+def test_json_has_null_for_what_is_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
+    screen.show_json({"a": float("nan"), "b": (1.5, float("inf")), "c": {"z", "y"}, "d": Path("x/y")})
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [1.5, None], "c": ["y", "z"], "d": "x/y"}
+
+
+def test_nothing_but_json_is_on_stdout(shelf: Shelf) -> None:
+    done = Answer("match", shelf / "my-model", "-t", "q_proj", "-x", "nothing", "--json")
+    assert json.loads(done.out) and done.err.startswith("warning: ")
+
+
+def test_colours_where_they_are_wanted(shelf: Shelf) -> None:
+    words, forced = ("inspect", shelf / "second"), {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    said = ("inspect", "no/such/folder")
+    assert "\x1b[" not in answer(*words) + Answer(*said).err
+    assert "\x1b[1;31merror" in Answer(*said, columns=80, **forced).err
+    # The convention asks for no colours; bold and dim letters are none.
+    assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", Answer(*said, columns=80, NO_COLOR="1", **forced).err)
+
+
+def shell(*words: object, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [str(word) for word in words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **env}, check=False)
+
+
+def test_the_script_in_a_process_of_its_own(shelf: Shelf, tmp_path: Path) -> None:
+    """Its libraries log what they lack while they are imported, and none of that is said."""
+    done = shell(SCRIPT, "match", shelf / "my-model", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(json.loads(done.stdout)["adapted"]) == 4
+    done = shell(sys.executable, "-m", "hra_fx", "inspect", tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {tmp_path}: there is neither") and done.stderr.count("\n") == 1
+
+
+def test_help_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from hra_fx.cli import app; "
+        "assert CliRunner().invoke(app, ['fold', '--help']).exit_code == 0; "
+        "assert not {'torch', 'transformers', 'safetensors', 'numpy'} & sys.modules.keys()"
+    )
+    done = shell(sys.executable, "-c", code)
+    assert done.returncode == 0, done.stderr

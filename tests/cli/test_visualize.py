@@ -1,0 +1,99 @@
+"""`visualize`: the picture is that which `hra_fx.visualize` draws of the model in memory."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from cli.conftest import Shelf
+from cli.shell import answer, mistake, usage
+
+import hra_fx
+from hra_fx.cli.building import build, load
+
+
+@pytest.mark.parametrize("ending", ["svg", "html", "mmd", "dot", "graphml", "json"])
+def test_an_adapter_without_weights_is_drawn_as_with_them(shelf: Shelf, tmp_path: Path, ending: str) -> None:
+    words = ["--adapter", shelf / "my-adapter", "--heat", "mean_angle"]
+    out = tmp_path / f"picture.{ending}"
+    assert answer("visualize", shelf / "my-model", out, *words) == f"{out}\n"
+    model = hra_fx.load_adapter(copy.deepcopy(shelf.model), shelf / "my-adapter")
+    wanted = hra_fx.visualize(model, tmp_path / f"wanted.{ending}", heat="mean_angle")
+    # Which share of a weight is turned is known to who has the weight only.
+    drawn, due = (re.sub(r'"share":(\{[^{}]*\}|\[[^\]]*\]|[^,}\]]*)', "", file.read_text()) for file in (out, wanted))
+    assert drawn == due
+
+
+def test_a_plain_model_with_depth_and_focus(shelf: Shelf, tmp_path: Path) -> None:
+    answer("visualize", shelf / "my-model", tmp_path / "a.svg", "--focus", "model.layers.0", "--depth", "1")
+    hra_fx.visualize(shelf.model, tmp_path / "b.svg", focus="model.layers.0", depth=1)
+    assert (tmp_path / "a.svg").read_text() == (tmp_path / "b.svg").read_text()
+
+
+def test_the_share_of_a_weight_is_of_the_weights_on_disk(shelf: Shelf, tmp_path: Path) -> None:
+    words = ["--adapter", shelf / "my-adapter", "--heat", "share"]
+    answer("visualize", shelf / "my-model", tmp_path / "a.html", *words)
+    model = hra_fx.load_adapter(copy.deepcopy(shelf.model), shelf / "my-adapter")
+    hra_fx.visualize(model, tmp_path / "b.html", heat="share")
+    assert (tmp_path / "a.html").read_text() == (tmp_path / "b.html").read_text()
+
+
+def test_weights_of_timm_and_transformers_are_loaded(shelf: Shelf, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=3)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    for folder, whole in ((tmp_path, model), (shelf / "my-model", shelf.model)):
+        loaded = load(folder).model.state_dict()
+        assert all(torch.equal(loaded[key], tensor) for key, tensor in whole.state_dict().items())
+
+
+def test_a_model_that_is_built_takes_no_memory(shelf: Shelf) -> None:
+    model = build(shelf / "my-model").model
+    assert model.state_dict().keys() == shelf.model.state_dict().keys()
+    for key, tensor in model.state_dict().items():
+        assert tensor.shape == shelf.model.state_dict()[key].shape and tensor.untyped_storage().nbytes() <= 8
+
+
+def test_tied_tensors_are_one(shelf: Shelf, tmp_path: Path) -> None:
+    entries = json.loads((shelf / "my-model" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(entries | {"tie_word_embeddings": True}))
+    built = build(tmp_path).model
+    assert built.lm_head.weight is built.model.embed_tokens.weight
+
+
+def test_an_ending_that_is_none(shelf: Shelf, tmp_path: Path) -> None:
+    said = mistake("visualize", shelf / "my-model", tmp_path / "a.xyz")
+    assert "'a.xyz' ends in '.xyz', and the formats that can be written are .svg" in said
+
+
+def test_an_unknown_heat_and_depth(shelf: Shelf, tmp_path: Path) -> None:
+    words = ("visualize", shelf / "my-model", tmp_path / "a.svg")
+    assert mistake(*words, "--heat", "hot").startswith("heat: 'hot' is not one of 'mean_angle'")
+    assert mistake(*words, "--depth", "-1").startswith("depth: -1 is no number of levels.")
+    assert "Invalid value for '--depth'" in usage(*words, "--depth", "deep")
+
+
+def test_heat_without_an_adapter(shelf: Shelf, tmp_path: Path) -> None:
+    said = mistake("visualize", shelf / "my-model", tmp_path / "a.svg", "--heat", "angle")
+    assert said.startswith("heat: 'angle' shows what reflections do, and LlamaForCausalLM has none.")
+
+
+def test_a_focus_that_is_not_there(shelf: Shelf, tmp_path: Path) -> None:
+    assert "focus: " in mistake("visualize", shelf / "my-model", tmp_path / "a.svg", "--focus", "model.layer.0")
+
+
+def test_an_adapter_of_another_model(shelf: Shelf, tmp_path: Path) -> None:
+    timm.models.save_for_hf(timm.create_model("test_vit"), tmp_path, safe_serialization=True)
+    said = mistake("visualize", tmp_path, tmp_path / "a.svg", "--adapter", shelf / "my-adapter")
+    assert "its configuration does not fit VisionTransformer" in said
+
+
+def test_weights_that_are_not_there(shelf: Shelf, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((shelf / "my-model" / "config.json").read_bytes())
+    said = mistake("visualize", tmp_path, tmp_path / "a.svg", "--weights")
+    assert "transformers cannot load its model (OSError:" in said
