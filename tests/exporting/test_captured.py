@@ -172,7 +172,5 @@ def test_a_graph_without_reflections_cannot_be_frozen() -> None:
 def test_vectors_without_data_cannot_be_frozen() -> None:
     program = exported(adapted())
     program.state_dict["fc.hra_u.default"] = nn.Parameter(torch.empty(54, 8, device="meta"))
-    with pytest.raises(
-        hra_fx.AdapterError, match=r"fc.hra_u.default: it is on the meta device, and holds no data"
-    ):
+    with pytest.raises(hra_fx.AdapterError, match=r"fc.hra_u.default: it is on the meta device, and holds no data"):
         hra_fx.freeze(program)
