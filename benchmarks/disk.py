@@ -95,7 +95,6 @@ def make(base: Path, adapter: Path) -> None:
 OURS = """
 import hra_fx
 fold = hra_fx.fold_checkpoint
-import hra_fx.checkpoint.disk.turning
 def act(base, adapter, out):
     fold(base, adapter, out, progress=False)
 """

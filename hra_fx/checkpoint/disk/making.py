@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from hra_fx.checkpoint.disk.bar import bar
+from hra_fx.checkpoint.disk.buffers import Buffers
 from hra_fx.checkpoint.disk.checking import check_file
 from hra_fx.checkpoint.disk.partial import Partial
 from hra_fx.checkpoint.disk.request import Request
 from hra_fx.checkpoint.disk.result import Result, stamps
 from hra_fx.checkpoint.disk.streams import copy, write_all
-from hra_fx.checkpoint.disk.turning import Turner
 from hra_fx.checkpoint.disk.writing import write_file
 from hra_fx.errors import CheckpointError, HRAError
 
@@ -36,7 +36,7 @@ class Making:
         self._result = result
         self._progress = progress
         self._partial = Partial(request.out)
-        self._turner = Turner()
+        self._buffers = Buffers()
 
     def run(self, *, overwrite: bool, verify: bool) -> None:
         """Make it.
@@ -85,7 +85,7 @@ class Making:
             partial.write(target, lambda stream: self._copy(path, stream, done), mode)
             return
         turned: dict[str, float] = {}
-        partial.write(target, lambda stream: turned.update(write_file(plan, stream, self._turner, done)), mode)
+        partial.write(target, lambda stream: turned.update(write_file(plan, stream, self._buffers, done)), mode)
         partial.finish(path, turned)
         self.rounding |= turned
 

@@ -18,8 +18,8 @@ class CheckpointReport:
         rotated: names of the tensors that were rotated.
         given: names of those that came from an adapter (`modules_to_save`, `bias`).
         untied: new names -> those that they were tied to in the base.
-        rounding: the largest `|W'' - W'|_F / |W'|_F`, what the cast to the dtype of the file costs; of the first block
-            of each weight.
+        rounding: the largest `|W'' - W'|_F / |W'|_F`, what the cast to the dtype of the file costs; measured on the
+            first rows of each weight.
         roughest: the tensor that it was found in.
         bytes: size of all that is in the folder.
         seconds: how long it took.

@@ -5,25 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
 from hra_fx.checkpoint.disk.behind import Behind
+from hra_fx.checkpoint.disk.buffers import Buffers
 from hra_fx.checkpoint.disk.edits import FilePlan, Given, Item, Rotation
-from hra_fx.checkpoint.disk.header import Stored
+from hra_fx.checkpoint.disk.reading_ahead import pieces
 from hra_fx.checkpoint.disk.streams import copy, write_all
-from hra_fx.checkpoint.disk.turning import Turner
+from hra_fx.checkpoint.disk.turning import readings, turn
 
 
-def write_file(plan: FilePlan, target: BinaryIO, turner: Turner, done: Callable[[int], object]) -> dict[str, float]:
+def write_file(plan: FilePlan, target: BinaryIO, buffers: Buffers, done: Callable[[int], object]) -> dict[str, float]:
     """Write a planned file.
 
     Args:
         plan: the file.
         target: where to, unbuffered.
-        turner: whose buffers are used.
+        buffers: memory to work in.
         done: is told of bytes as they are written.
 
     Returns:
@@ -35,33 +35,25 @@ def write_file(plan: FilePlan, target: BinaryIO, turner: Turner, done: Callable[
     """
     rounding: dict[str, float] = {}
     with ExitStack() as stack:
-        opened: dict[tuple[Path, bool], BinaryIO] = {}
-
-        # What is copied and what is turned is read by two threads, each with a place of its own in the file.
-        def source_of(stored: Stored, *, copied: bool) -> BinaryIO:
-            place = (stored.file, copied)
-            if place not in opened:
-                opened[place] = stack.enter_context(open(stored.file, "rb", buffering=0))
-            return opened[place]
-
-        for item in plan.items:
-            if item.source:
-                source_of(item.source, copied=True)
+        sources = {item.source.file for item in plan.items if item.source}
+        opened = {file: stack.enter_context(open(file, "rb", buffering=0)) for file in sources}
         # Entered last, so that the files are open until all is written.
         behind = stack.enter_context(Behind(target))
-        behind.then(lambda: write_all(target, plan.head), len(plan.head))
+        behind.then(partial(write_all, target, plan.head), len(plan.head))
+        turned = ((item.source, item.edit) for item in plan.items if item.source)
+        weights = (weight for stored, edit in turned if isinstance(edit, Rotation) for weight in readings(stored, edit))
+        ahead = pieces(weights, opened.__getitem__, behind, buffers)
         for items in _runs(plan.items):
             first = items[0]
             if isinstance(first.edit, Rotation) and first.source:
-                source = source_of(first.source, copied=False)
-                rounding[first.name] = turner.turn(first.source, first.edit, source, behind, done)
+                rounding[first.name] = turn(first.source, first.edit, ahead, behind, buffers, done)
             elif isinstance(first.edit, Given):
                 data = first.edit.tensor.reshape(-1).view(torch.uint8).numpy()
                 behind.then(partial(write_all, target, data), first.size)
             elif first.source:
                 size = sum(item.size for item in items)
                 start, file = first.source.start, first.source.file
-                behind.then(partial(copy, source_of(first.source, copied=True), target, start, size, file, done), size)
+                behind.then(partial(copy, opened[file], target, start, size, file, done), size)
     return rounding
 
 

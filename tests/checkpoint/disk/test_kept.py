@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -202,3 +204,29 @@ def test_an_empty_folder_is_taken_and_a_full_one_replaced_if_asked(tmp_path: Pat
     shutil.rmtree(tmp_path / "out")
     hra_fx.fold_checkpoint(base, adapter, tmp_path / "new" / "deep" / "out", columns=[])
     assert made.picture(tmp_path / "new" / "deep" / "out") == due
+
+
+def test_a_bar_on_a_terminal_and_none_elsewhere(tmp_path: Path) -> None:
+    base, adapter = made.linear_stack(tmp_path / "base"), made.stack_adapter(tmp_path / "adapter")
+    code = "import sys, hra_fx; hra_fx.fold_checkpoint(*sys.argv[1:4], columns=[], progress=sys.argv[4] == 'yes')"
+    shown = {}
+    for wanted in ("yes", "no"):
+        terminal, end = os.openpty()
+        out = tmp_path / wanted
+        arguments = [sys.executable, "-c", code, str(base), str(adapter), str(out), wanted]
+        subprocess.run(arguments, stderr=end, check=True, timeout=120, env={**os.environ, "TERM": "xterm"})
+        os.close(end)
+        os.set_blocking(terminal, False)
+        try:
+            shown[wanted] = os.read(terminal, 1 << 16).decode()
+        except (BlockingIOError, OSError):  # nothing was written, and the other end is closed
+            shown[wanted] = ""
+        os.close(terminal)
+    assert "writing yes" in shown["yes"] and "kB" in shown["yes"]
+    assert "writing" not in shown["no"]
+
+
+def test_without_a_terminal_nothing_is_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    base, adapter = made.linear_stack(tmp_path / "base"), made.stack_adapter(tmp_path / "adapter")
+    hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", columns=[])
+    assert capfd.readouterr() == ("", "")
