@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-import hra_fx
 from hra_fx.cli.commands.convert import EXAMPLES as OF_CONVERT, convert
 from hra_fx.cli.commands.diff import EXAMPLES as OF_DIFF, diff
 from hra_fx.cli.commands.fold import EXAMPLES as OF_FOLD, fold
@@ -65,7 +64,9 @@ for _command, _examples in _COMMANDS:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"hra-fx {hra_fx.__version__}")
+        from importlib.metadata import version
+
+        typer.echo(f"hra-fx {version('hra-fx')}")
         raise typer.Exit
 
 
