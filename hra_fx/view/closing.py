@@ -12,8 +12,7 @@ import networkx as nx
 
 from hra_fx.view.describe import name_of
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.focusing import module_of
-from hra_fx.view.tree import Leaf
+from hra_fx.view.tree import Leaf, module_of
 
 
 def closed(drawing: Drawing, depth: int | None) -> Drawing:

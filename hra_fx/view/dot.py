@@ -13,13 +13,13 @@ from hra_fx.colours import ink_on
 from hra_fx.view.closing import closed
 from hra_fx.view.describe import name_of
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.focusing import focused, module_of
+from hra_fx.view.focusing import focused
 from hra_fx.view.heat import heating
 from hra_fx.view.notes import Notes
 from hra_fx.view.options import Options
 from hra_fx.view.svg import EDGE, FRAMES, LOOKS, MISSED, VIOLET, VIOLET_LINE, VIOLET_PALE
 from hra_fx.view.text import clean
-from hra_fx.view.tree import Leaf
+from hra_fx.view.tree import Leaf, module_of
 
 #: Ends the search of network simplex and of crossings early.
 _LIMITS = "nslimit=1, nslimit1=1, mclimit=0.5"

@@ -11,7 +11,7 @@ import networkx as nx
 
 from hra_fx.errors import VisualizeError
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.tree import Leaf
+from hra_fx.view.tree import Leaf, module_of
 
 _SHOWN = 3
 
@@ -44,16 +44,6 @@ def focused(drawing: Drawing, focus: str | None) -> Drawing:
         rows=rows,
         missed=missed,
     )
-
-
-def module_of(call: str) -> str:
-    """The module of a place: the n-th call of a module has `@n` appended.
-
-    >>> module_of("encoder.layer@2"), module_of("encoder.layer")
-    ('encoder.layer', 'encoder.layer')
-    """
-    path, _, number = call.rpartition("@")
-    return path if path and number.isdigit() else call
 
 
 def _within(path: str, focus: str) -> bool:

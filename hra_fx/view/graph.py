@@ -19,7 +19,7 @@ from hra_fx.exported.reading import plain_path
 from hra_fx.site import SiteNote
 from hra_fx.view.describe import describe_module, name_of, own_parameters
 from hra_fx.view.subject import Subject, subject_of
-from hra_fx.view.tree import Leaf, Mark
+from hra_fx.view.tree import Leaf, Mark, module_of
 from hra_fx.view.values import Value, function_name, note_of, pass_through, read, shape_and_dtype
 
 #: The key of a graph that is one piece of a call, and not a module's.
@@ -181,7 +181,8 @@ class _Builder:
                 place = self._place(node, region, before if not knows_places else Value())
                 leaf = self._leaf(node, region, module, place, before)
                 if leaf.kind == "op":
-                    leaf = replace(leaf, parameters=self._once(held[name] for name in before.weights if name in held))
+                    count = self._once(held[name] for name in before.weights if name in held)
+                    leaf = replace(leaf, parameters=count, readers=_readers(region, before.weights, place))
                 shape, dtype = shape_and_dtype(node)
                 self._add(key, replace(leaf, shape=shape, dtype=dtype), before.sources)
                 value = Value((key,))
@@ -239,6 +240,12 @@ class _Builder:
         fresh = {id(parameter): parameter.numel() for parameter in parameters if id(parameter) not in self.counted}
         self.counted |= fresh.keys()
         return sum(fresh.values())
+
+
+def _readers(region: str, weights: tuple[str, ...], place: tuple[str, ...]) -> tuple[str, ...]:
+    """The modules whose parameters an operation reads, and the one it stands in: a tied parameter has one name only."""
+    around = [module_of(call) for call in place[-1:] if weights]
+    return tuple(dict.fromkeys([*(_join(region, _parent(name)) for name in weights), *around]))
 
 
 def _has_parts(module: nn.Module) -> bool:

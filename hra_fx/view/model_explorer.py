@@ -15,12 +15,12 @@ from hra_fx.colours import PALETTE, ink_on
 from hra_fx.reporting.heat import HEATS
 from hra_fx.view.closing import closed
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.focusing import focused, module_of
+from hra_fx.view.focusing import focused
 from hra_fx.view.heat import heating
 from hra_fx.view.notes import Notes
 from hra_fx.view.options import Options
 from hra_fx.view.text import clean
-from hra_fx.view.tree import Leaf
+from hra_fx.view.tree import Leaf, module_of
 
 _HEAT = "mean_angle"
 
@@ -90,8 +90,8 @@ def _facts(leaf: Leaf, notes: Notes) -> dict[str, str]:
         facts[f"adapted layer{number}"] = mark.path
         if mark.rotation is not None:
             facts[f"|Q - I|{number}"] = f"{mark.rotation:.6g}"
-    for reason in notes.reasons(notes.missed_in(leaf)):
-        facts.setdefault("missed", reason)
+    for index, reason in enumerate(notes.reasons(notes.missed_in(leaf)), start=1):
+        facts["missed" if index == 1 else f"missed {index}"] = reason
     return {name: value for name, value in facts.items() if value}
 
 

@@ -9,6 +9,7 @@ import networkx as nx
 
 from hra_fx.reporting import Row
 from hra_fx.view.drawing import Drawing, drawing_of
+from hra_fx.view.notes import Notes
 from hra_fx.view.tree import Leaf
 
 
@@ -24,8 +25,9 @@ def to_networkx(model: Any, example_inputs: Any = None) -> nx.DiGraph[str]:
     * `parameters`: how many numbers it holds, each tensor counted where it is read first.
 
     Only sites have `sites` (the paths of the adapted layers, in lines), `adapters`, `d` and `r`, and `rotation`,
-    `mean_angle` and `angle` of the report (the largest of several), where these can be computed. Only layers that could
-    carry reflections and do not, in a model with others that do, have `missed`: the reason.
+    `mean_angle` and `angle` of the report, where these can be computed: of several adapters the largest, of those in
+    use, if any is. Only what could carry reflections and does not, in a model with others that do, has `missed`, the
+    reason: such a layer, the operation that reads its weight, or the one box of a module that has such layers.
 
     Args:
         model: a module, transformed, plain or folded, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`.
@@ -53,13 +55,14 @@ def network(drawing: Drawing) -> nx.DiGraph[str]:
     rows: dict[str, list[Row]] = {}
     for row in drawing.rows:
         rows.setdefault(row.path, []).append(row)
+    notes = Notes(None, drawing.missed)
     graph: nx.DiGraph[str] = nx.DiGraph(title=drawing.title, facts=drawing.facts)
     for key, leaf in drawing.picture.nodes(data="leaf"):
         graph.add_node(key, **_described(leaf))
         if leaf.kind == "site" and leaf.marks:
             graph.add_node(key, **_turned(leaf, [row for mark in leaf.marks for row in rows.get(mark.path, ())]))
-        elif reasons := [drawing.missed[path] for path in leaf.paths if path in drawing.missed]:
-            graph.add_node(key, missed="\n".join(dict.fromkeys(reasons)))
+        elif missed := notes.missed_in(leaf):
+            graph.add_node(key, missed="\n".join(dict.fromkeys(drawing.missed[path] for path in missed)))
     graph.add_edges_from(drawing.picture.edges)
     return graph
 
@@ -78,11 +81,12 @@ def _described(leaf: Leaf) -> dict[str, str | int]:
     }
 
 
-def _turned(leaf: Leaf, rows: list[Row]) -> dict[str, str | int | float]:
+def _turned(leaf: Leaf, every: list[Row]) -> dict[str, str | int | float]:
+    rows = [row for row in every if row.active] or every
     measures = {name: [getattr(row, name) for row in rows] for name in ("rotation", "mean_angle", "angle")}
     return {
         "sites": "\n".join(mark.path for mark in leaf.marks),
-        "adapters": "\n".join(dict.fromkeys(row.adapter for row in rows)),
+        "adapters": "\n".join(dict.fromkeys(row.adapter for row in every)),
         "d": leaf.width,
         "r": leaf.rank,
         **{name: max(values) for name, values in measures.items() if values and not any(map(math.isnan, values))},

@@ -71,6 +71,8 @@ class Notes:
         if isinstance(item, Leaf):
             for path in item.paths:
                 yield from self._below.get(path, ())
+            # A graph of operators has no boxes of modules: a layer is where its parameters are read.
+            yield from (path for path in item.readers if path in self.missed)
         else:
             for part in item.items:
                 yield from self._missed(part)

@@ -192,6 +192,7 @@ def _operations(scope: Scope, run: range) -> Item:
         count=1,
         last="",
         paths=tuple(path for leaf in leaves for path in leaf.paths),
+        readers=tuple(path for leaf in leaves for path in leaf.readers),
         parameters=sum(leaf.parameters for leaf in leaves),
     )
 

@@ -93,6 +93,7 @@ def _overlay(items: list[Item]) -> Item:
             first,
             marks=tuple(mark for leaf in leaves for mark in leaf.marks),
             paths=tuple(path for leaf in leaves for path in leaf.paths),
+            readers=tuple(path for leaf in leaves for path in leaf.readers),
             parameters=sum(leaf.parameters for leaf in leaves),
         )
     scopes = [item for item in items if isinstance(item, Scope)]

@@ -203,6 +203,7 @@ def _listing(leaves: list[Leaf], separator: str) -> Leaf:
         name=shown,
         target=separator.join(names),
         paths=tuple(path for leaf in leaves for path in leaf.paths),
+        readers=tuple(path for leaf in leaves for path in leaf.readers),
         parameters=sum(leaf.parameters for leaf in leaves),
         shape=leaves[-1].shape,
         dtype=leaves[-1].dtype,

@@ -38,6 +38,7 @@ class Leaf:
         count: how many neighbours that look alike are drawn as this one.
         last: the name of the last of them.
         paths: the qualified names of the modules that the box stands for; empty for an operation.
+        readers: the qualified names of the modules in whose forward an operation reads parameters.
         parameters: how many numbers these modules, or the weights that an operation reads, hold; no reflections.
         shape: that of the value, `"1×64×56×56"`, where it is known.
         dtype: that of the value, `"float32"`, where it is known.
@@ -55,6 +56,7 @@ class Leaf:
     count: int = 1
     last: str = ""
     paths: tuple[str, ...] = ()
+    readers: tuple[str, ...] = ()
     parameters: int = 0
     shape: str = ""
     dtype: str = ""
@@ -175,6 +177,16 @@ def splice(scope: Scope, small: Callable[[Scope], bool], rename: Callable[[str, 
     inputs = tuple(sorted({enter[i] for i in scope.inputs}))
     outputs = tuple(sorted({leave[i] for i in scope.outputs}))
     return replace(scope, items=tuple(items), edges=tuple(sorted(edges)), inputs=inputs, outputs=outputs)
+
+
+def module_of(call: str) -> str:
+    """The module of a place: the n-th call of a module has `@n` appended.
+
+    >>> module_of("encoder.layer@2"), module_of("encoder.layer")
+    ('encoder.layer', 'encoder.layer')
+    """
+    path, _, number = call.rpartition("@")
+    return path if path and number.isdigit() else call
 
 
 def span(item: Item) -> str:

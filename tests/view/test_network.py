@@ -94,6 +94,20 @@ def test_the_numbers_of_a_site_are_those_of_the_report() -> None:
             assert (data["rotation"], data["mean_angle"], data["angle"]) == (row.rotation, row.mean_angle, row.angle)
 
 
+def test_the_numbers_are_of_the_adapter_in_use_and_where_none_is_of_the_others() -> None:
+    layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model = turned(layers, r=1, target_modules=["0"])
+    hra_fx.add_adapter(model, "wide", hra_fx.HRAConfig(r=4, target_modules=["0", "2"]))
+    with torch.no_grad():
+        model.get_submodule("0").hra_u["wide"].normal_()  # type: ignore[index,operator,union-attr]
+    rows = {(row.path, row.adapter): row for row in hra_fx.report(model)}
+    assert rows["0", "wide"].rotation > rows["0", "default"].rotation
+    turned_by = {
+        data["sites"]: data["rotation"] for _, data in hra_fx.to_networkx(model).nodes(data=True) if "r" in data
+    }
+    assert turned_by == {"0": rows["0", "default"].rotation, "2": rows["2", "wide"].rotation}
+
+
 def test_a_folded_model_has_the_graph_of_the_base_model() -> None:
     for build in (resnet, bert):
         base = build()
