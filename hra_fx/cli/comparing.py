@@ -51,12 +51,14 @@ class Comparison:
     Attributes:
         a: where the first is.
         b: where the second is.
-        equal: how many tensors are equal in both, or as near as was asked for.
+        tolerance: how near counted as equal.
+        equal: how many tensors are equal in both, or as near as that.
         differences: the others, in the order of their names.
     """
 
     a: Path
     b: Path
+    tolerance: float
     equal: int
     differences: tuple[Difference, ...]
 
@@ -86,7 +88,7 @@ def compare(a: Path, b: Path, tolerance: float, *, progress: bool) -> Comparison
                 equal += 1
             else:
                 found.append(difference)
-    return Comparison(a, b, equal, tuple(found))
+    return Comparison(a, b, tolerance, equal, tuple(found))
 
 
 class _Values:

@@ -72,7 +72,10 @@ def test_the_way_back_is_rounding_and_a_tolerance_takes_it_for_equal(
     answer("unfold", folded, shelf / "my-adapter", tmp_path / "back")
     found = differences(shelf / "my-model", tmp_path / "back")
     assert {entry["how"] for entry in found.values()} == {"rounding"}
-    assert answer("diff", shelf / "my-model", tmp_path / "back", "--tolerance", "0.01").startswith("21 tensors, all")
+    near = answer("diff", shelf / "my-model", tmp_path / "back", "--tolerance", "0.01")
+    assert near.startswith("21 tensors, none differs by more than 1.0%\n")
+    far = Answer("diff", shelf / "my-model", folded, "--tolerance", "0.01")
+    assert (far.code, far.out.partition("\n")[0]) == (1, "4 of 21 tensors differ by more than 1.0%")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

@@ -47,14 +47,17 @@ def diff(
 
 
 def _show(found: Comparison) -> None:
+    from hra_fx.reporting.columns import percent
+
     differences = found.differences
     total = found.equal + len(differences)
     counts = Counter(difference.how for difference in differences)
-    title = (
-        f"{len(differences):,} of {count(total, 'tensor')} differ"
-        if differences
-        else f"{count(total, 'tensor')}, all equal"
-    )
+    # Of tensors that are near, nobody shall read that they are equal.
+    beyond = f" by more than {percent(found.tolerance)}" if found.tolerance else ""
+    if differences:
+        title = f"{len(differences):,} of {count(total, 'tensor')} differ{beyond}"
+    else:
+        title = f"{count(total, 'tensor')}, none differs{beyond}" if beyond else f"{count(total, 'tensor')}, all equal"
     facts = {"A": str(found.a), "B": str(found.b), "how": ", ".join(f"{how} {n}" for how, n in counts.items())}
     show_heading(title, facts)
     columns = (

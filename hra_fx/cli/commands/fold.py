@@ -46,4 +46,4 @@ def fold(
         verify=verify,
         progress=not quiet,
     )
-    show_json(report) if as_json else stdout().print(str(report), markup=False)
+    show_json(report) if as_json else stdout().print(str(report), markup=False, soft_wrap=True)

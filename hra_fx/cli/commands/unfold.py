@@ -45,4 +45,4 @@ def unfold(
         verify=verify,
         progress=not quiet,
     )
-    show_json(report) if as_json else stdout().print(str(report), markup=False)
+    show_json(report) if as_json else stdout().print(str(report), markup=False, soft_wrap=True)
