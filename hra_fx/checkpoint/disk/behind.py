@@ -10,7 +10,10 @@ import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import BinaryIO
+from functools import partial
+from typing import Any, BinaryIO
+
+from hra_fx.checkpoint.disk.streams import write_all
 
 #: Bytes after which the disk is told to begin.
 _PORTION = 1 << 26
@@ -29,6 +32,7 @@ class Behind:
         self._writer = ThreadPoolExecutor(1, "hra_fx-write")
         self._flusher = ThreadPoolExecutor(1, "hra_fx-flush")
         self._steps: deque[Future[None]] = deque()
+        self._later: deque[tuple[Callable[[], object], int]] = deque()
         self._flush: Future[None] | None = None
         self._written = 0
 
@@ -38,11 +42,25 @@ class Behind:
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         """Wait; what failed behind is raised here, if not before."""
-        self._writer.shutdown(wait=True, cancel_futures=error is not None)
-        self._flusher.shutdown(wait=True, cancel_futures=True)
+        try:
+            while self._later and error is None:
+                self.then(*self._later.popleft())
+        finally:
+            self._writer.shutdown(wait=True, cancel_futures=error is not None)
+            self._flusher.shutdown(wait=True, cancel_futures=True)
         if error is None:
             for step in self._steps:
                 step.result()
+
+    def write(self, at: int, data: Any) -> None:
+        """Write bytes from `at` on, and do one of the things that have time."""
+        self.then(partial(write_all, self.target, data, at), len(data))
+        if self._later:
+            self.then(*self._later.popleft())
+
+    def later(self, step: Callable[[], object], size: int) -> None:
+        """Have `step` done between writes, at the end at the latest."""
+        self._later.append((step, size))
 
     def then(self, step: Callable[[], object], size: int) -> Future[None]:
         """Have `step` done after all before it; it writes `size` bytes. What failed before is raised."""

@@ -21,13 +21,13 @@ class Buffers:
         self._memory: dict[str, Tensor] = {}
         self._shaped: dict[tuple[str, torch.dtype, int, int], Tensor] = {}
 
-    def get(self, use: str, dtype: torch.dtype, rows: int, width: int) -> Tensor:
-        """`(rows, width)`, with whatever was left in it."""
+    def get(self, use: str, dtype: torch.dtype, rows: int, width: int, spare: int = 0) -> Tensor:
+        """`(rows, width)`, with whatever was left in it; rows lie `spare` numbers apart from each other."""
         shape = (use, dtype, rows, width)
         if shape not in self._shaped:
-            size = rows * width * dtype.itemsize
+            size = rows * (width + spare) * dtype.itemsize
             if use not in self._memory or self._memory[use].numel() < size:
                 self._memory[use] = torch.empty(size, dtype=torch.uint8)
                 self._shaped = {known: made for known, made in self._shaped.items() if known[0] != use}
-            self._shaped[shape] = self._memory[use][:size].view(dtype).view(rows, width)
+            self._shaped[shape] = self._memory[use][:size].view(dtype).view(rows, width + spare)[:, :width]
         return self._shaped[shape]

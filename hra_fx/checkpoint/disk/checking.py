@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hra_fx.checkpoint.disk.edits import FilePlan, Given, Item, Rotation
 from hra_fx.checkpoint.disk.header import FLOATS, Stored
-from hra_fx.checkpoint.disk.streams import read_into
+from hra_fx.checkpoint.disk.streams import as_bytes, read_into
 from hra_fx.errors import FoldError
 
 _BLOCK = 1 << 20
@@ -37,7 +37,7 @@ def check_file(plan: FilePlan, file: Path) -> None:
             if isinstance(item.edit, Rotation) and item.source:
                 _check_rows(item, item.source, item.edit.columns, file, start)
             elif isinstance(item.edit, Given):
-                given = item.edit.tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+                given = as_bytes(item.edit.tensor.reshape(-1)).tobytes()
                 _compare(item, given, b"".join(_pieces(written, start, item.size, file)), file)
             elif item.source:
                 with open(item.source.file, "rb", buffering=0) as base:
@@ -91,7 +91,7 @@ def _lengths(file: Path, start: int, like: Stored, dtype: torch.dtype, columns: 
         stream.seek(start)
         for first in range(0, rows, step):
             block = torch.empty(min(step, rows - first), width, dtype=dtype)
-            read_into(stream, block.view(torch.uint8).numpy(), file)
+            read_into(stream, as_bytes(block), file)
             block = block.double().square_()
             if columns:
                 squares += block.sum(dim=0)

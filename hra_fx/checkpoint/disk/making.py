@@ -13,7 +13,7 @@ from hra_fx.checkpoint.disk.checking import check_file
 from hra_fx.checkpoint.disk.partial import Partial
 from hra_fx.checkpoint.disk.request import Request
 from hra_fx.checkpoint.disk.result import Result, stamps
-from hra_fx.checkpoint.disk.streams import copy, write_all
+from hra_fx.checkpoint.disk.streams import Part, copy, write_all
 from hra_fx.checkpoint.disk.writing import write_file
 from hra_fx.errors import CheckpointError, HRAError
 
@@ -95,7 +95,7 @@ class Making:
             return
         file = self._result.copies[path]
         with open(file, "rb", buffering=0) as source:
-            copy(source, target, 0, self.sizes[path], file, done)
+            copy(Part(file, 0, 0, self.sizes[path]), source, target, done)
 
     def _check_space(self) -> None:
         there = sum(size for path, size in self.sizes.items() if self._partial.has(path, size))

@@ -14,23 +14,33 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
 from torch import Tensor
 
 from hra_fx.checkpoint.disk.behind import Behind
 from hra_fx.checkpoint.disk.buffers import Buffers
 from hra_fx.checkpoint.disk.header import FLOATS, Stored
-from hra_fx.checkpoint.disk.streams import read_into
+from hra_fx.checkpoint.disk.streams import as_bytes, read_into
 
 #: Bytes of a piece.
 _PIECE = 1 << 21
+_STEP = 16
 #: Pieces that are read ahead; so many that on a busy machine, where a thread is seldom awake, the other has work to do.
 _AHEAD = 8
 
 
 def rows_of_a_piece(stored: Stored) -> int:
-    """How many rows of a weight are read at a time, one at least."""
-    return max(1, _PIECE // (math.prod(stored.shape[1:]) * FLOATS[stored.dtype].itemsize))
+    """How many rows of a weight are read at a time."""
+    return rows_within(_PIECE, math.prod(stored.shape[1:]) * FLOATS[stored.dtype].itemsize)
+
+
+def rows_within(size: int, width: int) -> int:
+    """How many rows of a width make up about a size: a multiple of 16, with which products are fastest, or fewer.
+
+    >>> rows_within(1000, 10), rows_within(1000, 90), rows_within(1000, 2000)
+    (112, 11, 1)
+    """
+    rows = max(1, size // width)
+    return rows if rows < _STEP else -(-rows // _STEP) * _STEP
 
 
 def pieces(
@@ -75,4 +85,4 @@ def _taken(ahead: deque[tuple[Tensor, Future[None]]]) -> Tensor:
 
 def _read(source: BinaryIO, start: int, piece: Tensor, file: Path) -> None:
     source.seek(start)
-    read_into(source, piece.view(torch.uint8).numpy(), file)
+    read_into(source, as_bytes(piece), file)

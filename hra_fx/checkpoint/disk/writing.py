@@ -1,4 +1,4 @@
-"""A planned file written: its head, then tensor after tensor, with what is not touched copied by the kernel."""
+"""A planned file written: tensors are turned one after the other, what is not touched is copied in between."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from contextlib import ExitStack
 from functools import partial
 from typing import BinaryIO
 
-import torch
-
 from hra_fx.checkpoint.disk.behind import Behind
 from hra_fx.checkpoint.disk.buffers import Buffers
 from hra_fx.checkpoint.disk.edits import FilePlan, Given, Item, Rotation
+from hra_fx.checkpoint.disk.header import Stored
 from hra_fx.checkpoint.disk.reading_ahead import pieces
-from hra_fx.checkpoint.disk.streams import copy, write_all
+from hra_fx.checkpoint.disk.streams import Part, as_bytes, copy
 from hra_fx.checkpoint.disk.turning import readings, turn
+
+#: Bytes that are copied at a time, between the pieces of what is turned.
+_PART = 1 << 21
 
 
 def write_file(plan: FilePlan, target: BinaryIO, buffers: Buffers, done: Callable[[int], object]) -> dict[str, float]:
@@ -39,37 +41,42 @@ def write_file(plan: FilePlan, target: BinaryIO, buffers: Buffers, done: Callabl
         opened = {file: stack.enter_context(open(file, "rb", buffering=0)) for file in sources}
         # Entered last, so that the files are open until all is written.
         behind = stack.enter_context(Behind(target))
-        behind.then(partial(write_all, target, plan.head), len(plan.head))
-        turned = ((item.source, item.edit) for item in plan.items if item.source)
-        weights = (weight for stored, edit in turned if isinstance(edit, Rotation) for weight in readings(stored, edit))
-        ahead = pieces(weights, opened.__getitem__, behind, buffers)
-        for items in _runs(plan.items):
-            first = items[0]
-            if isinstance(first.edit, Rotation) and first.source:
-                rounding[first.name] = turn(first.source, first.edit, ahead, behind, buffers, done)
-            elif isinstance(first.edit, Given):
-                data = first.edit.tensor.reshape(-1).view(torch.uint8).numpy()
-                behind.then(partial(write_all, target, data), first.size)
-            elif first.source:
-                size = sum(item.size for item in items)
-                start, file = first.source.start, first.source.file
-                behind.then(partial(copy, opened[file], target, start, size, file, done), size)
+        behind.write(0, plan.head)
+        for part in _copied(plan):
+            behind.later(partial(copy, part, opened[part.file], target, done), part.size)
+        ahead = pieces(_turned(plan), opened.__getitem__, behind, buffers)
+        for at, item in _places(plan):
+            if isinstance(item.edit, Rotation) and item.source:
+                rounding[item.name] = turn(item.source, item.edit, ahead, behind, at, buffers, done)
+            elif isinstance(item.edit, Given):
+                behind.write(at, as_bytes(item.edit.tensor.reshape(-1)))
     return rounding
 
 
-def _runs(items: tuple[Item, ...]) -> Iterator[list[Item]]:
-    """Items one by one, copies that follow each other in one file together."""
-    run: list[Item] = []
-    for item in items:
-        if run and not _follows(run[-1], item):
-            yield run
-            run = []
-        run.append(item)
-    if run:
-        yield run
+def _places(plan: FilePlan) -> Iterator[tuple[int, Item]]:
+    """Each tensor, and the byte of the file where it begins."""
+    at = len(plan.head)
+    for item in plan.items:
+        yield at, item
+        at += item.size
 
 
-def _follows(before: Item, item: Item) -> bool:
-    if before.edit or item.edit or not before.source or not item.source:
-        return False
-    return before.source.file == item.source.file and before.source.start + before.size == item.source.start
+def _turned(plan: FilePlan) -> Iterator[Stored]:
+    for item in plan.items:
+        if isinstance(item.edit, Rotation) and item.source:
+            yield from readings(item.source, item.edit)
+
+
+def _copied(plan: FilePlan) -> Iterator[Part]:
+    """What is not touched, in parts of which each is soon done; tensors that follow each other as one."""
+    run: Part | None = None
+    for at, item in _places(plan):
+        if item.edit or not item.source:
+            continue
+        file, start = item.source.file, item.source.start
+        if run and run.file == file and run.start + run.size == start and run.at + run.size == at:
+            run = Part(file, run.start, run.at, run.size + item.size)
+            continue
+        yield from run.cut(_PART) if run else ()
+        run = Part(file, start, at, item.size)
+    yield from run.cut(_PART) if run else ()
