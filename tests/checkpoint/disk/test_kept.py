@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -204,6 +205,22 @@ def test_an_empty_folder_is_taken_and_a_full_one_replaced_if_asked(tmp_path: Pat
     shutil.rmtree(tmp_path / "out")
     hra_fx.fold_checkpoint(base, adapter, tmp_path / "new" / "deep" / "out", columns=[])
     assert made.picture(tmp_path / "new" / "deep" / "out") == due
+
+
+def test_a_base_on_another_disk(tmp_path: Path) -> None:
+    """Where there is one: between two file systems the kernel copies nothing by itself."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        base = made.linear_stack(Path(folder, "base"))
+        save_file({"0.weight": torch.ones(8, 6), "big": torch.arange(10**6)}, base / "model-00001-of-00003.safetensors")
+        index = base / "model.safetensors.index.json"
+        places = json.loads(index.read_text())["weight_map"]
+        places["big"] = places.pop("0.bias")
+        index.write_text(json.dumps({"weight_map": places}))
+        hra_fx.fold_checkpoint(
+            base, made.stack_adapter(tmp_path / "adapter"), tmp_path / "out", columns=[], verify=True
+        )
+    assert torch.equal(made.tensors(tmp_path / "out")["big"], torch.arange(10**6))
 
 
 def test_a_bar_on_a_terminal_and_none_elsewhere(tmp_path: Path) -> None:
