@@ -10,6 +10,8 @@ from hra_fx.errors import VisualizeError
 from hra_fx.reporting.row import Row
 
 _ROUND = (1.0, 1.2, 1.5, 1.8, 2.0, 2.5, 3.0, 4.0, 4.5, 5.0, 6.0, 8.0, 9.0, 10.0)
+#: Powers of ten far below this are zero, and nothing can be divided by them.
+_LEAST = 1e-300
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def scale(values: Iterable[float]) -> float:
     (18.0, 1.0, 0.04, 180.0)
     """
     largest = max((value for value in values if math.isfinite(value)), default=0.0)
-    if largest <= 0:
+    if largest < _LEAST:
         return 1.0
     power = 10.0 ** math.floor(math.log10(largest))
     # Rounding noise must not lift 180 degrees, which are exactly a half turn, to the next step.

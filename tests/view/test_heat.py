@@ -57,6 +57,7 @@ def test_values_outside_the_scale_have_the_colours_of_its_ends() -> None:
 
 
 @given(st.lists(st.floats(0, 1e9), min_size=1))
+@example([5e-324])
 def test_a_scale_is_round_and_holds_all_values(values: list[float]) -> None:
     top = scale(values)
     assert top >= max(values) * (1 - 1e-6)
