@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from hra_fx.errors import VisualizeError
+from hra_fx.reporting.writing import put_whole
 from hra_fx.view.drawing import drawing_of
 from hra_fx.view.focusing import focused
 from hra_fx.view.formats import renderer
 from hra_fx.view.heat import heating
 from hra_fx.view.options import Options
-from hra_fx.view.writing import put_whole
 
 
 def visualize(

@@ -309,3 +309,19 @@ def test_refusals(kind: str, tmp_path: Path) -> None:
     with pytest.raises(VisualizeError, match=f"^{message}"):
         draw(tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
+
+
+def test_a_disk_that_refuses_leaves_what_was_there(tmp_path: Path) -> None:
+    long = tmp_path / ("p" * 245 + ".svg")  # a name that fits, while the one beside it does not
+    long.write_text("before")
+    points = [Progress(0, "default", 0.0, 0.0, 0.0)]
+    two = report_of(*blocks(2, "q_proj"), *blocks(2, "q_proj", adapter="b"))
+    for draw in (
+        lambda: two.heat_strip(long),
+        lambda: two.compare(long, "default", "b"),
+        lambda: draw_training(points, long),
+    ):
+        with pytest.raises(VisualizeError, match=r"could not be written.*What was there is unchanged"):
+            draw()
+    assert long.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [long]

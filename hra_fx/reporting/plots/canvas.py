@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hra_fx.errors import VisualizeError
 from hra_fx.output_file import output_file
+from hra_fx.reporting.writing import put_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,14 +101,19 @@ def inches(text: str, size: float) -> float:
 
 
 def write(figure: Figure, file: Path) -> Path:
-    """Write a figure, cut to what is on it."""
-    ending = file.suffix.lower()
+    """Write a figure, cut to what is on it: the whole file or nothing.
+
+    Raises:
+        VisualizeError: the disk refused.
+    """
+    ending, buffer = file.suffix.lower(), io.BytesIO()
     with warnings.catch_warnings():
         # A letter that the font lacks is a box in the picture, and an SVG leaves it to the reader's fonts.
         warnings.filterwarnings("ignore", r"Glyph .* missing from font", UserWarning)
         figure.savefig(
-            file, format=ending[1:], dpi=160, bbox_inches="tight", pad_inches=0.15, metadata=_METADATA[ending]
+            buffer, format=ending[1:], dpi=160, bbox_inches="tight", pad_inches=0.15, metadata=_METADATA[ending]
         )
+    put_whole(file, buffer.getvalue())
     return file
 
 
