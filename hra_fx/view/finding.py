@@ -40,7 +40,7 @@ def find_subject(model: Any, example_inputs: Any = None, rows: Collection[Row] =
         rows: those of the model's report.
 
     Raises:
-        VisualizeError: it is none of these, or has no use for example inputs.
+        VisualizeError: it is none of these, a single adapted layer, or has no use for example inputs.
         AdapterError: the model does not run on the inputs, or TorchDynamo cannot record the call.
     """
     if is_program(model) or is_captured(model):
@@ -53,6 +53,11 @@ def find_subject(model: Any, example_inputs: Any = None, rows: Collection[Row] =
         raise VisualizeError(
             f"model: a {type(model).__name__}. Give a torch.nn.Module, a torch.fx.GraphModule or a "
             "torch.export.ExportedProgram."
+        )
+    if "" in sites_of(model):
+        raise VisualizeError(
+            f"model: it is one adapted layer by itself ({type(model).__name__}), with nothing around it to be drawn. "
+            "Give the model that it is in, and the layer's path as focus."
         )
     found = _captured(model)
     of_call = example_inputs is not None and "" not in found

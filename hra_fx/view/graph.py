@@ -83,6 +83,8 @@ class _Builder:
         self.pieces = {key: graph for key, graph in self.subject.graphs.items() if _PIECE.fullmatch(key)}
         self.graphs = {key: graph for key, graph in self.subject.graphs.items() if key not in self.pieces}
         self.visited: dict[int, str] = {}
+        for path in self.subject.sites:  # which count their own, though a helper may read the weight before them
+            self._once(own_parameters(self.model.get_submodule(path)))
         self.busy = {""} | {prefix for path in (*self.graphs, *self.subject.sites) for prefix in _prefixes(path)}
         details = {path: describe_module(part) for path, part in self.model.named_modules() if not _has_parts(part)}
         self.picture.graph["regions"] = frozenset(self.graphs) | ({""} if self.pieces else frozenset())
@@ -97,6 +99,11 @@ class _Builder:
             self.walk(self.model, "")
         for path in self.subject.sites:
             self.add_missing(path)
+        if not self.picture:  # a single layer, or a model without any: it is a box itself
+            name = self.subject.classes.get("", "")
+            count = self._once(own_parameters(self.model))
+            detail = describe_module(self.model)
+            self._add("module:", Leaf(name, detail, "eager", "eager", name, (), parameters=count))
 
     def walk(self, module: nn.Module, path: str) -> None:
         """Add a module and what is inside it, in the order of definition."""

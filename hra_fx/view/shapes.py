@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -12,24 +12,35 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
+from hra_fx.errors import HRAWarning
 from hra_fx.example import Call
 
 
 def note_shapes(module: fx.GraphModule, call: Call) -> None:
     """Leave in `node.meta["val"]` what every node would give; a graph that fake tensors cannot follow stays as it is.
 
+    Warns:
+        HRAWarning: they cannot, for the example does not fit, or an operator has no fake form; there are no shapes.
+
     Args:
         module: a whole graph of the call: one with its arguments as placeholders, or with the tensors in them.
         call: the example.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    # Pictures do without shapes, and what runs on fake tensors is not ours alone.
-    with contextlib.suppress(Exception), torch.no_grad():
-        copied = _copy(module, mode)
-        FakeTensorProp(copied, mode).propagate(*_inputs(module, call))
-        for node, noted in zip(module.graph.nodes, copied.graph.nodes, strict=True):
-            if "val" in noted.meta:
-                node.meta["val"] = noted.meta["val"]
+    try:
+        with torch.no_grad():
+            copied = _copy(module, mode)
+            FakeTensorProp(copied, mode).propagate(*_inputs(module, call))
+    except Exception as error:  # pictures do without shapes, and what runs on fake tensors is not ours alone
+        why = str(error).strip().partition("\n")[0]
+        text = (
+            f"example_inputs: the graph does not run on them ({why}), so no shapes are told. Are they those of a call?"
+        )
+        warnings.warn(text, HRAWarning, stacklevel=2)
+        return
+    for node, noted in zip(module.graph.nodes, copied.graph.nodes, strict=True):
+        if "val" in noted.meta:
+            node.meta["val"] = noted.meta["val"]
 
 
 def _copy(module: fx.GraphModule, mode: FakeTensorMode) -> fx.GraphModule:

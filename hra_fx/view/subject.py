@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from hra_fx import householder
-from hra_fx.adapted import sites_of
+from hra_fx.adapted import Record, record_of, sites_of
 from hra_fx.carrier.layer import SiteCarrier
 from hra_fx.reflection import Reflection
 from hra_fx.reporting import Row
@@ -25,8 +25,8 @@ class SiteFacts:
     Attributes:
         detail: class and shape of the layer.
         width: length `d` of its vectors.
-        rank: how many are in use, adapters together.
-        rotation: `|Q - I|_F` of the product in use, `None` where that cannot be computed.
+        rank: how many are in use, adapters together; those that are merged into the weight are.
+        rotation: `|Q - I|_F` of the product in use, `None` where that cannot be computed, or none is.
         parameters: how many numbers the layer itself holds.
         vectors: how many all of its adapters hold.
     """
@@ -77,10 +77,11 @@ def subject_of(
     first = {layer: path for path, layer in sites.items()}
     named = dict(model.named_modules(remove_duplicate=False))
     known = known_rotations(rows)
+    record = record_of(model)
     return Subject(
         model=model,
         graphs=graphs,
-        sites={path: _facts(layer, known.get(path)) for path, layer in sites.items()},
+        sites={path: _facts(layer, known.get(path), record) for path, layer in sites.items()},
         aliases={path: first[part] for path, part in named.items() if part in first},
         classes={path: type(part).__name__ for path, part in named.items()},
         parameters=sum(parameter.numel() for parameter in own_parameters(model)),
@@ -96,21 +97,30 @@ def known_rotations(rows: Iterable[Row]) -> dict[str, float]:
     return {path: own[0].rotation for path, own in by_layer.items() if len(own) == 1 and own[0].active}
 
 
-def _facts(layer: SiteCarrier, known: float | None) -> SiteFacts:
+def _facts(layer: SiteCarrier, known: float | None, record: Record | None) -> SiteFacts:
     reflection = layer.hra_u
-    rank = sum(int(reflection[name].shape[1]) for name in reflection.active)
-    rotation = _rotation(reflection) if known is None else known
+    used = _in_use(reflection, record)
+    rank = sum(reflection.specs[name].r for name in used)
+    rotation = _rotation(reflection, used) if known is None or not used else known
     held = sum(parameter.numel() for parameter in own_parameters(layer))
     vectors = sum(parameter.numel() for parameter in reflection.parameters())
     shown = None if math.isnan(rotation) else rotation
     return SiteFacts(describe_module(layer), reflection.width, rank, shown, held, vectors)
 
 
-def _rotation(reflection: Reflection) -> float:
-    """`|Q - I|_F` of the adapters in use; NaN without one, or where it cannot be computed."""
+def _in_use(reflection: Reflection, record: Record | None) -> tuple[str, ...]:
+    """The adapters that turn the layer, in the order of their product: in its forward, or merged into its weight."""
+    if record is None or reflection.unmerged is None:
+        return reflection.active
+    held = {*reflection.active, *record.merged}
+    return tuple(name for name in record.active if name in held and name in reflection)
+
+
+def _rotation(reflection: Reflection, used: tuple[str, ...]) -> float:
+    """`|Q - I|_F` of some adapters; NaN without one, or where it cannot be computed."""
     # What would have to be gathered is not asked for: only one process may be drawing.
     if any(map(is_shard, reflection.parameters())):
         return math.nan
     with torch.no_grad():
-        chain = reflection.active_chain()
+        chain = reflection.joint_chain(used)
     return math.nan if chain is None else householder.turn(chain).rotation

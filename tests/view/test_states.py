@@ -1,0 +1,85 @@
+"""What is drawn of adapters that are merged or off, of single layers, and of inputs that do not fit."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hra_fx
+from hra_fx.errors import HRAWarning, VisualizeError
+
+
+def two_adapters() -> Any:
+    layers = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 3))
+    model = hra_fx.transform(layers, hra_fx.HRAConfig(r=4, target_modules=["0", "2"]))
+    hra_fx.add_adapter(model, "two", hra_fx.HRAConfig(r=2, target_modules=["0"]))
+    hra_fx.set_adapter(model, ["default", "two"])
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "hra_u" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def picture(model: nn.Module, folder: Path) -> str:
+    return hra_fx.visualize(model, folder / "a.svg").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("names", [None, ["default"]])
+def test_a_merged_adapter_is_in_use(names: list[str] | None, tmp_path: Path) -> None:
+    model = two_adapters()
+    before = picture(model, tmp_path)
+    assert "r 6 · d 12" in before
+    hra_fx.merge_adapter(model, names)
+    assert picture(model, tmp_path) == before
+
+
+def test_adapters_that_are_off_turn_nothing(tmp_path: Path) -> None:
+    model = two_adapters()
+    with hra_fx.disable_adapters(model):
+        shown = picture(model, tmp_path)
+    assert shown.count(">no adapter in use<") == 2
+    assert not re.search(r"\|Q-I\| \d", shown)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(3, 4), nn.Identity(), nn.Sequential(nn.ReLU())])
+def test_a_model_without_parts_that_hold_numbers_is_one_box(model: nn.Module, tmp_path: Path) -> None:
+    (data,) = dict(hra_fx.to_networkx(model).nodes(data=True)).values()
+    assert (data["name"], data["parameters"]) == (type(model).__name__, sum(p.numel() for p in model.parameters()))
+    for ending in ("svg", "html", "mmd", "dot", "graphml", "json"):
+        file = hra_fx.visualize(model, tmp_path / f"a.{ending}")
+        assert type(model).__name__ in file.read_text(encoding="utf-8")
+
+
+def test_a_single_adapted_layer_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    layer = two_adapters()[0]
+    assert [row.path for row in hra_fx.report(layer)] == ["", ""]
+    with pytest.raises(VisualizeError, match=r"one adapted layer by itself \(Linear\).*path as focus"):
+        hra_fx.visualize(layer, tmp_path / "a.svg")
+
+
+def test_inputs_that_do_not_fit_are_told_of(tmp_path: Path) -> None:
+    with pytest.warns(HRAWarning, match=r"example_inputs: the graph does not run on them.*no shapes"):
+        hra_fx.visualize(two_adapters(), tmp_path / "a.svg", example_inputs=torch.zeros(2, 5))
+
+
+def test_a_weight_that_reflecting_reads_besides_the_layer_counts_once() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(int(x.shape[0])):  # which fx does not trace
+                x = self.conv(x).relu()[:, :2]
+            return x
+
+    model = hra_fx.transform(Net(), hra_fx.HRAConfig(r=2, target_modules=["conv"]))
+    graph = hra_fx.to_networkx(model, torch.randn(1, 2, 8, 8))
+    assert sum(data["parameters"] for _, data in graph.nodes(data=True)) == 4 * 2 * 9 + 4
