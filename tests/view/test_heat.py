@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 from drawn_models import drawn
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 from matplotlib import colormaps
 
 import hra_fx
