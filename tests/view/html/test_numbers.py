@@ -82,7 +82,7 @@ def test_two_adapters_of_a_layer_are_both_told(open_page: Open) -> None:
     hra_fx.add_adapter(model, "second", hra_fx.HRAConfig(r=2, target_modules=["up"]))
     page = open_page(page_of(model))
     choose(page, "blocks.0.up")
-    assert page.locator("#panel h3").all_inner_texts()[1:3] == ["Adapter default", "Adapter second"]
+    assert page.locator("#panel h3").all_inner_texts()[1:3] == ["Adapter default", "Adapter second, not in use"]
     assert facts(page)["r"] == "2"
 
 

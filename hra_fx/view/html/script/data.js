@@ -42,6 +42,7 @@
  * @property {string} site
  * @property {boolean} on_weight
  * @property {string} adapter
+ * @property {boolean} active
  * @property {number} d
  * @property {number} r
  * @property {number} parameters

@@ -151,7 +151,8 @@ export class Panel {
   #layer(path, named) {
     const rows = this.drawing.rows.get(path) ?? [];
     const sections = rows.map((row) => {
-      const title = html("h3", {}, rows.length > 1 || row.adapter !== "default" ? `Adapter ${row.adapter}` : "Adapter");
+      const name = rows.length > 1 || row.adapter !== "default" ? `Adapter ${row.adapter}` : "Adapter";
+      const title = html("h3", {}, row.active ? name : `${name}, not in use`);
       const chart = row.angles.length ? [spectrum(row.angles)] : [];
       return html("section", { class: "adapter" }, title, list(adapterFacts(row)), ...chart);
     });
