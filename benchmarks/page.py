@@ -64,8 +64,13 @@ def without_repeats(count: int = 10_000) -> Drawing:
         if index % 3 == 0:
             leaf = Leaf(**{**leaf.__dict__, "kind": "site", "marks": (Mark(path, 0.1),), "width": index, "rank": 8})
             angles = tuple(0.4 / (plane + 1) for plane in range(4))
-            rows.append(Row(path, "whole", "", count // 3, "", f"Linear({index}, {index})", False, "default", index, 8,
-                            8 * index, 0.1 + index / count, 0.4, 0.2, angles, 1e-7, 0.05))  # fmt: skip
+            angle, turned = 0.1 + index / count, (0.4, 0.2, angles, 1e-7, 0.05)
+            site = f"Linear({index}, {index})"
+            rows.append(
+                Row(
+                    path, "whole", "", count // 3, "", site, False, "default", True, index, 8, 8 * index, angle, *turned
+                )
+            )
         picture.add_node(path, leaf=leaf)
         if before:
             picture.add_edge(before, path)
