@@ -28,6 +28,8 @@ export class Stage {
     this.known = new Map();
     /** @type {Pane[]} */
     this.panes = [];
+    /** @type {WeakMap<HTMLElement, [number, number]>} */
+    this.placed = new WeakMap();
     this.whenZoomed = () => {};
     this.show(look);
     this.fit();
@@ -50,7 +52,7 @@ export class Stage {
       pane.select(this.selected);
     }
     this.#apply();
-    for (const { scroller } of this.panes) scroller.scrollTo(left, top);
+    this.#scroll({ left, top });
   }
 
   /** @param {Mode} mode */
@@ -92,9 +94,11 @@ export class Stage {
     this.#apply();
     if (!anchor || !before) return;
     const after = boxes.absolute(anchor);
-    const { scroller } = this.panes[0];
-    scroller.scrollLeft += (after.x + after.width / 2 - before.x - before.width / 2) * this.zoom;
-    scroller.scrollTop += (after.y - before.y) * this.zoom;
+    const { scrollLeft, scrollTop } = this.panes[0].scroller;
+    this.#scroll({
+      left: scrollLeft + (after.x + after.width / 2 - before.x - before.width / 2) * this.zoom,
+      top: scrollTop + (after.y - before.y) * this.zoom,
+    });
   }
 
   /** Draw everything, after many scopes were opened or closed. */
@@ -105,7 +109,7 @@ export class Stage {
       pane.select(this.selected);
     }
     this.#apply();
-    this.panes[0].scroller.scrollTo(this.#home(clientWidth), 0);
+    this.#scroll({ left: this.#home(clientWidth), top: 0 });
   }
 
   /**
@@ -124,7 +128,7 @@ export class Stage {
   fit() {
     const { scroller, width } = this.panes[0];
     this.setZoom(Math.max(Math.min(1, scroller.clientWidth / width), READABLE));
-    scroller.scrollTo(this.#home(scroller.clientWidth), 0);
+    this.#scroll({ left: this.#home(scroller.clientWidth), top: 0 });
   }
 
   /** @param {number} steps */
@@ -146,7 +150,7 @@ export class Stage {
     const factor = Math.min(Math.max(zoom, SMALLEST), LARGEST) / this.zoom;
     this.zoom *= factor;
     this.#apply();
-    scroller.scrollTo((scrollLeft + x) * factor - x, (scrollTop + y) * factor - y);
+    this.#scroll({ left: (scrollLeft + x) * factor - x, top: (scrollTop + y) * factor - y });
     this.whenZoomed();
   }
 
@@ -173,19 +177,38 @@ export class Stage {
       (y + height + MARGIN) * this.zoom <= scroller.scrollTop + scroller.clientHeight;
     if (seen) return;
     const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
-    scroller.scrollTo({
+    this.#scroll({
       left: centre(x, width, scroller.clientWidth),
       top: centre(y, height, scroller.clientHeight),
       behavior: still ? "auto" : "smooth",
     });
   }
 
+  /** @param {ScrollToOptions} to */
+  #scroll(to) {
+    const { scroller } = this.panes[0];
+    scroller.scrollTo(to);
+    this.#follow(scroller);
+  }
+
+  /**
+   * Scroll the other panes to where one is. The browser tells of it later, when somebody may have scrolled on: where
+   * each pane was put is kept, so that such news is not taken for a wish.
+   * @param {HTMLElement} leader
+   */
+  #follow(leader) {
+    const { scrollLeft, scrollTop } = leader;
+    for (const { scroller } of this.panes) {
+      if (scroller !== leader) scroller.scrollTo(scrollLeft, scrollTop);
+      this.placed.set(scroller, [scroller.scrollLeft, scroller.scrollTop]);
+    }
+  }
+
   /** @param {HTMLElement} scroller */
   #listen(scroller) {
     scroller.addEventListener("scroll", () => {
-      for (const pane of this.panes) {
-        if (pane.scroller !== scroller) pane.scroller.scrollTo(scroller.scrollLeft, scroller.scrollTop);
-      }
+      const [left, top] = this.placed.get(scroller) ?? [];
+      if (scroller.scrollLeft !== left || scroller.scrollTop !== top) this.#follow(scroller);
     });
     scroller.addEventListener(
       "wheel",
