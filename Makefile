@@ -24,10 +24,10 @@ BROWSER   = test -n "$$(which $(BROWSERS))" || { test "$$(id -u)" = 0 && which a
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-vision test zoo export-table bench-disk check format clean
+.PHONY: help demo demo-vision test zoo export-table bench-disk bench-quantised check format clean
 
 help: ## Show the targets.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/demo.stamp ## Adapt MiniLM to 20 Newsgroups, fold it, export it (a few minutes).
 	$(BIN)/python examples/finetune_and_fold.py --output $(OUT)
@@ -43,6 +43,9 @@ zoo: $(VENV)/test.stamp ## Check every model of the zoo (an hour), and write doc
 
 bench-disk: $(VENV)/test.stamp ## fold_checkpoint beside cp and PEFT, 1.1 billion parameters (10 GB of disk, some minutes).
 	$(BIN)/python benchmarks/disk.py $(BENCH_FLAGS)
+
+bench-quantised: $(VENV)/test.stamp $(VENV)/demo.stamp ## Print what quantising costs beside an adapter, on MiniLM.
+	HF_HUB_OFFLINE=1 PYTHONPATH=examples $(BIN)/python benchmarks/quantised.py
 
 export-table: $(VENV)/test.stamp ## Print what passes through which exporter (install openvino and executorch for theirs).
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m exporting.table $(EXPORT_FLAGS)
