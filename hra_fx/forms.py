@@ -12,8 +12,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from hra_fx import householder
+from hra_fx import fused, householder
 from hra_fx.carrier.swap import original_class
+from hra_fx.kept import kept
 from hra_fx.quantized.finding import packing_of
 from hra_fx.reflection import Reflection
 from hra_fx.site import as_rows, has_columns, kind_of, width_of
@@ -40,6 +41,8 @@ def reflected_rows(x: Tensor, vectors: Tensor) -> Tensor:
         >>> reflected_rows(torch.tensor([[2.0, 5.0]]), torch.tensor([[3.0], [0.0]]))
         tensor([[-2.,  5.]])
     """
+    if fused.applies(x, vectors):
+        return fused.reflected(x, vectors)
     chain = householder.normalize(vectors)
     return householder.reflect(x, chain, householder.compact_wy(chain))
 
@@ -133,8 +136,22 @@ class LinearReflection(Reflection):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x: (..., d)` to `(..., d)`, the same dtype."""
+        if fused.may_keep(x) and fused.applies(x, *(sources := self.sources())):
+            return self._turned(x, sources) if sources else x
         vectors = self.vectors_for(x)
         return x if vectors is None else reflected_rows(x, vectors)
+
+    def _turned(self, x: Tensor, sources: tuple[Tensor, ...]) -> Tensor:
+        dtype = fused.products_dtype(x)
+        specs = tuple(self.specs[name] for name in self.active)
+        key = (self.active, specs, tuple(self.scales.items()), dtype)
+        made = kept(self, key, sources, lambda: fused.factors(self._chain_of_active(), dtype))
+        return fused.turned(x, *made)
+
+    def _chain_of_active(self) -> Tensor:
+        chain = self.joint_chain(self.active)
+        assert chain is not None
+        return chain
 
 
 class QuantizedReflection(LinearReflection):

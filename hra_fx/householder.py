@@ -43,7 +43,8 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in _WIDE else torch.float32
 
 
-def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Products in the dtypes that they are written in, on the device of a tensor."""
     device = tensor.device.type
     if device != "meta" and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
@@ -96,7 +97,7 @@ def compact_wy(chain: Tensor) -> Tensor:
         tensor([[ 0.2800, -0.9600],
                 [-0.9600, -0.2800]])
     """
-    with _without_autocast(chain):
+    with without_autocast(chain):
         vectors = chain.to(working_dtype(chain.dtype))
         if torch.compiler.is_exporting():
             return products.inverse_factor(vectors)
@@ -147,7 +148,7 @@ def rotate(weight: Tensor, chain: Tensor, factor: Tensor) -> Tensor:
         >>> rotate(torch.tensor([[2.0, 5.0]]), U, compact_wy(U))
         tensor([[-2.,  5.]])
     """
-    with _without_autocast(weight):
+    with without_autocast(weight):
         rotated: Tensor = weight - (weight @ chain) @ factor @ chain.mT
     return rotated
 
@@ -169,7 +170,7 @@ def orthonormalize(vectors: Tensor) -> Tensor:
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    with _without_autocast(vectors):
+    with without_autocast(vectors):
         wide = vectors.to(working_dtype(vectors.dtype))
         if torch.compiler.is_exporting():
             # The basis does not depend on lengths, and these have squares that are in range.

@@ -208,7 +208,7 @@ class Reflection(nn.ParameterDict):
 
     def anchor(self, name: str) -> Tensor | None:
         """The frozen prefix `A` of an adapter, `(d, 1)` or `(d, r)`, if it has one."""
-        return getattr(self, name + ANCHOR, None)
+        return getattr(self, name + ANCHOR) if name + ANCHOR in self._buffers else None
 
     def chain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The adapter, at its strength, as plain reflections; `(d, k)`, made in `dtype`."""
@@ -241,6 +241,13 @@ class Reflection(nn.ParameterDict):
         if not chains:
             return None
         return chains[0] if len(chains) == 1 else torch.cat(chains, dim=1)
+
+    def sources(self) -> tuple[Tensor, ...]:
+        """The tensors that the chain of the active adapters is made of, in their order."""
+        names = [name for name in self.active if not self._is_idle(name)]
+        held = [self._buffers[name + _SCALED] if name in self.scales else self._parameters[name] for name in names]
+        anchors = [self._buffers.get(name + ANCHOR) for name in names if name not in self.scales]
+        return tuple(tensor for tensor in (*held, *anchors) if tensor is not None)
 
     def weight_of(self, layer: nn.Module) -> nn.Parameter:
         """The weight of the site, as it is, whatever the layer answers with.
