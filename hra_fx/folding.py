@@ -106,7 +106,9 @@ class FoldPlan:
             for layer in self.layers:
                 site = sites[layer.path]
                 if packing := packing_of(site):
-                    packing.put(site, own[layer.path])
+                    # One that nothing turned is not put back either: putting drops what its layer keeps of it.
+                    if own[layer.path] is not site.hra_base:
+                        packing.put(site, own[layer.path])
                 elif layer.path in own:
                     setattr(site, site.hra_u.weight_name, own[layer.path])
                 else:

@@ -161,14 +161,14 @@ def _quantized(
 ) -> FoldedLayer:
     words = packing.words(layer)
     if not here:  # quantised anew it would not always be the same
-        return FoldedLayer(path, layer.hra_base, 0.0, 0.0, untied, words)
+        return FoldedLayer(path, layer.hra_base, 0.0, 0.0, quantized=words)
     if reason := packing.why_not_repacked(layer):
         raise FoldError(f"{path or 'the layer'}: its weight is quantised ({words}), and {reason}. {WAY_OUT}")
     values = packing.values(layer)
     _check_vectors(path, layer.hra_u, here, values)
     wide, exact = _product(layer.hra_u, here, values)
     if _relative(exact - wide, wide) < _NOTHING:
-        return FoldedLayer(path, layer.hra_base, 0.0, 0.0, untied, words)
+        return FoldedLayer(path, layer.hra_base, 0.0, 0.0, quantized=words)
     repacked = packing.repacked(layer, exact)
     rounding, change = _sizes(path, repacked.values, exact, wide)
     return FoldedLayer(path, repacked.weight, rounding, change, untied, words)

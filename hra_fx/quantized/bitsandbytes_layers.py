@@ -47,7 +47,7 @@ class EightBit(Packing):
         """By way of float16, as the library does it."""
         weight = layer.weight
         # It quantises what comes to a device from the CPU, and nothing else.
-        fresh = type(weight)(rows.to("cpu", torch.float32), requires_grad=False, has_fp16_weights=False)
+        fresh = _class("Int8Params")(rows.to("cpu", torch.float32), requires_grad=False, has_fp16_weights=False)
         made = fresh.to(weight.device)
         return Repacked(made, _scaled(made.data, made.SCB))
 
@@ -105,7 +105,7 @@ class FourBit(Packing):
         _unpack(layer)
         weight = layer.weight
         # Without `module`, which would get the new scales at once.
-        fresh = type(weight)(
+        fresh = _class("Params4bit")(
             rows.to(weight.quant_state.dtype),
             requires_grad=False,
             blocksize=weight.blocksize,
@@ -131,6 +131,11 @@ def bitsandbytes_packing(layer: nn.Module) -> Packing | None:
     if isinstance(layer, library.Linear4bit):
         return FourBit(library.Linear4bit)
     return EightBit(library.Linear8bitLt) if isinstance(layer, library.Linear8bitLt) else None
+
+
+def _class(name: str) -> Any:
+    """The library's class of such a weight: a pickle brings it back as a plain parameter, with all its attributes."""
+    return getattr(sys.modules["bitsandbytes.nn"], name)
 
 
 def _scaled(rows: Tensor, scale: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,6 +135,52 @@ def test_a_layer_that_the_folded_adapter_does_not_have_keeps_its_weight(scheme: 
     with told():
         hra_fx.fold(model, "other", requantize=True)
     assert model[0]._parameters["weight"] is kept
+
+
+@pytest.mark.parametrize("scheme", FEW)
+def test_layers_that_nothing_turns_are_the_same_after_forwards(scheme: str) -> None:
+    """After a first forward bitsandbytes keeps scales in the layer's state alone, which a new weight would clear."""
+    model, x = hra_fx.transform(quantised(scheme), config("0", inference_mode=True)).eval(), inputs()
+    hra_fx.add_adapter(model, "other", config("2"))
+    hra_fx.set_adapter(model, ["default", "other"])
+    with torch.no_grad():
+        model[0].hra_u["default"].normal_(generator=torch.Generator().manual_seed(3))
+        due = model(x)
+    kept, due_weight = model[2]._parameters["weight"], rotated(model[0], "default").detach()
+    before = values(model[2])
+    with told():
+        hra_fx.fold(model, "default", requantize=True)
+    assert relative_error(values(model[0]), due_weight) < 0.15
+    with torch.no_grad():
+        assert relative_error(model(x), due) < 0.15
+        hra_fx.fold(model, "other", requantize=True)  # which starts at the identity, and stays there
+        assert model[2]._parameters["weight"] is kept and torch.equal(values(model[2]), before)
+        assert relative_error(model(x), due) < 0.15
+
+
+@pytest.mark.parametrize("scheme", FEW)
+def test_a_shared_weight_that_nothing_turns_stays_shared(scheme: str) -> None:
+    base = quantised(scheme, nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)))
+    base[2].weight = base[0].weight
+    model = hra_fx.transform(base, config("0", inference_mode=True))
+    hra_fx.fold(model, requantize=True)
+    assert model[0].weight is model[2].weight
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("scheme", ["bnb int8", "bnb nf4", "bnb fp4 nested"])
+def test_a_pickled_model_is_folded_as_the_original(scheme: str, called: bool) -> None:
+    """A pickle of bitsandbytes' parameter is a plain one, with its attributes."""
+    model, x = adapted(scheme).eval(), inputs()
+    with torch.no_grad():
+        if called:
+            model(x)
+        again = pickle.loads(pickle.dumps(model))
+        with told():
+            hra_fx.fold(model, requantize=True)
+            hra_fx.fold(again, requantize=True)
+        assert torch.equal(values(again[0]), values(model[0])) and torch.equal(values(again[2]), values(model[2]))
+        assert torch.equal(again(x), model(x))
 
 
 @pytest.mark.parametrize("scheme", FEW)
