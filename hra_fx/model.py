@@ -71,6 +71,7 @@ class HRAModel(Carrier):
         True
     """
 
+    _hra_height = 3
     prefix: str = "hra_"
     tuner_layer_cls: type[nn.Module] = SiteCarrier
     target_module_mapping: Mapping[str, Any] = DEFAULT_TARGETS

@@ -20,6 +20,7 @@ REGION = "_hra_region"
 class RegionCarrier(Carrier):
     """A module with a region of its own."""
 
+    _hra_height = 1
     _hra_region: Region
 
     @classmethod

@@ -24,6 +24,8 @@ from hra_fx.site import REFLECTION, SAVED
 class RootCarrier(Carrier):
     """A model that was transformed."""
 
+    _hra_height = 2
+
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
         """`base.forward`, watched the first time in each mode for weights that are read unseen."""

@@ -22,7 +22,14 @@ _SWAPPED: dict[tuple[type, type], Any] = {}
 
 
 class Carrier(nn.Module):
-    """What all swapped classes have in common: methods that wrap those of the base class, or stand beside them."""
+    """What all swapped classes have in common: methods that wrap those of the base class, or stand beside them.
+
+    Attributes:
+        _hra_height: where it is in a pile. A higher one is over a lower one, whichever came first: that of a whole
+            model sees a call before the graph of a region answers it.
+    """
+
+    _hra_height: int = 0
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
@@ -60,18 +67,23 @@ def _make(carrier: type[C], base: type[nn.Module]) -> type[C]:
 
 
 def swap(module: nn.Module, carrier: type[Carrier]) -> None:
-    """Put a carrier on a module, which may be a new object of a class that has it already.
+    """Put a carrier on a module, under those that are higher; the module may be a new object of a class that has it.
 
     Raises:
         UnsupportedLayerError: its class cannot be subclassed.
     """
     if carrier in carriers_of(module):
         return
+    over: list[type[Carrier]] = []
+    kind = type(module)
+    while "_hra_carrier" in vars(kind) and vars(kind)["_hra_carrier"][0]._hra_height > carrier._hra_height:
+        outer, kind = vars(kind)["_hra_carrier"]
+        over.insert(0, outer)
     try:
-        module.__class__ = swapped_class(carrier, type(module))
+        module.__class__ = _pile([carrier, *over], kind)
     except TypeError as error:
-        kind = type(module).__name__
-        raise UnsupportedLayerError(f"{kind}: no subclass can be made of it ({error}). Leave it out.") from error
+        name = type(module).__name__
+        raise UnsupportedLayerError(f"{name}: no subclass can be made of it ({error}). Leave it out.") from error
 
 
 def unswap(module: nn.Module, carrier: type[Carrier]) -> None:

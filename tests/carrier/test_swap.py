@@ -187,6 +187,38 @@ def test_carriers_pile_up_and_come_off_one_by_one() -> None:
     assert type(layer) is nn.Linear
 
 
+def two_adapters() -> nn.Module:
+    model = hra_fx.transform(Two(), hra_fx.HRAConfig(r=2, target_modules=["first"]), "a")
+    hra_fx.add_adapter(model, "b", hra_fx.HRAConfig(r=2, target_modules=["second"]))
+    return model
+
+
+def deleted() -> nn.Module:
+    model = two_adapters()
+    with pytest.warns(hra_fx.errors.HRAWarning, match="'b' is active now"):
+        hra_fx.delete_adapter(model, "a")
+    return model
+
+
+def folded_in_part() -> nn.Module:
+    return hra_fx.fold(two_adapters(), ["a"])
+
+
+def with_methods_of_peft() -> nn.Module:
+    model = hra_fx.HRAModel(Two(), hra_fx.HRAConfig(r=2, target_modules=["first"]), "a")
+    hra_fx.add_adapter(model, "b", hra_fx.HRAConfig(r=2, target_modules=["second"]))
+    return model
+
+
+@pytest.mark.parametrize("make", [two_adapters, deleted, folded_in_part, with_methods_of_peft])
+def test_the_model_sees_a_call_before_a_region_that_came_later(make: Any) -> None:
+    """Its class checks what would be trained under DDP, and looks at the first forward; a region's graph does not."""
+    pile = carriers_of(make())
+    assert pile[:2] == (RegionCarrier, RootCarrier) and pile[2:] in ((), (hra_fx.HRAModel,))
+    again = carriers_of(copy.deepcopy(make()))
+    assert again == pile
+
+
 def test_fresh_model_is_not_touched_by_swaps_of_another() -> None:
     adapt(Two())
     plain = fresh(Two())

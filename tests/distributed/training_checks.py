@@ -99,6 +99,32 @@ def not_averaged(rank: int, folder: Path) -> None:
         several(DistributedDataParallel, False, part_of(rank))
 
 
+def not_averaged_after_regions_came_anew(rank: int, folder: Path) -> None:
+    """An adapter on further layers, or off some, makes a new region of the model, which must not answer first."""
+
+    def added() -> nn.Module:
+        model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Linear(6, 6)).to(F64)
+        hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["0"]), "a")
+        for name, targets in (("b", ["2"]), ("c", ["3"])):
+            hra_fx.add_adapter(model, name, hra_fx.HRAConfig(r=2, target_modules=targets))
+        return model
+
+    def deleted() -> nn.Module:
+        model = added()
+        hra_fx.set_adapter(model, "b")
+        hra_fx.delete_adapter(model, "a")
+        return model
+
+    for make, first in ((added, "a"), (deleted, "b"), (lambda: hra_fx.fold(added(), ["a"]), "b")):
+        model = make()
+        hra_fx.set_adapter(model, first)
+        wrapped = DistributedDataParallel(model)
+        wrapped(torch.ones(2, 6, dtype=F64)).sum().backward()
+        hra_fx.set_adapter(model, "c")
+        with pytest.raises(hra_fx.errors.AdapterError, match=r"3\.hra_u\.c: .*would not average its gradient"):
+            wrapped(torch.ones(2, 6, dtype=F64))
+
+
 def not_averaged_copies(rank: int, folder: Path) -> None:
     model = CASES["mlp, copies"].model()
     hra_fx.set_adapter(model, "default", inference_mode=True)
@@ -164,6 +190,7 @@ CHECKS: dict[str, Check] = {
     **{f"losses and vectors: {case}": functools.partial(losses_and_vectors, case) for case in CASES},
     **{"orthogonality": orthogonality, "orthogonality, a backward of its own": orthogonality_apart},
     **{"several adapters": several_adapters, "an adapter that DDP does not know": not_averaged},
+    **{"adapters that DDP does not know, over new regions": not_averaged_after_regions_came_anew},
     **{"copies that DDP does not know": not_averaged_copies, "what DDP is told to ignore": left_out_on_purpose},
     **{"torch.compile": compiled, "pipeline": pipeline, "mixed precision": mixed_precision},
 }
