@@ -28,8 +28,16 @@ if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
 
 
+_ROOM = (
+    "Export with an adapter of plain vectors, whose rank is what the graph has room for: "
+    "hra_fx.add_adapter(model, 'room', HRAConfig(r=<even>, ...)); hra_fx.set_adapter(model, 'room')."
+)
+#: What onnxruntime calls a dtype of an input.
+_DTYPES = {"float": torch.float32, "float16": torch.float16, "double": torch.float64, "bfloat16": torch.bfloat16}
+
+
 class Input(Protocol):
-    """An input of a graph, as `InferenceSession.get_overridable_initializers()` gives them."""
+    """An input of a graph, as `InferenceSession.get_overridable_initializers()` gives them; these have a `type` too."""
 
     @property
     def name(self) -> str:
@@ -47,8 +55,8 @@ def make_swappable(onnx_program: ONNXProgram, model: nn.Module) -> ONNXProgram:
 
     Args:
         onnx_program: `torch.onnx.export(model, ..., dynamo=True, optimize=False)`; it is changed.
-        model: the transformed model that was exported. One adapter acts, made of plain vectors: without Gram-Schmidt
-            and, since an anchor is not for others, of even rank (or started with `init_weights=False`).
+        model: the transformed model that was exported. One adapter acts, made of plain vectors: without trained copies,
+            Gram-Schmidt and, since an anchor is not for others, of even rank (or started with `init_weights=False`).
 
     Returns:
         `onnx_program`.
@@ -101,11 +109,12 @@ def adapter_inputs(
         adapter_name: the adapter; `None` for the active one.
 
     Returns:
-        name of an input -> its array, in the dtype of the adapter's vectors.
+        name of an input -> its array, in the dtype of that input where `inputs` tells it (`type`), else in that of the
+        adapter's vectors.
 
     Raises:
         AdapterError: the adapter has more reflections than the graph has room for, layers that the graph has no inputs
-            for, or trained copies of other parameters.
+            for, or trained copies of other parameters; or the graph is in a dtype that numpy does not have.
 
     Example:
         >>> import hra_fx
@@ -116,10 +125,10 @@ def adapter_inputs(
     """
     root, record = root_of(model)
     name = _one(record) if adapter_name is None else names_in(record, adapter_name)[0]
-    if any(name in copies.copied for _, copies in copies_of(root).values()):
+    if (path := _copied(root, name)) is not None:
         raise AdapterError(
-            f"adapter {name!r}: it has trained copies (modules_to_save or bias), which are no inputs of the graph. "
-            "Export a graph of its own for it."
+            f"adapter {name!r}: it has trained copies (modules_to_save or bias; of {path or 'the model'}), which are "
+            "no inputs of the graph. Export a graph of its own for it."
         )
     sites = {path: layer.hra_u for path, layer in sites_of(model).items() if name in layer.hra_u}
     room = {_path(given.name): given for given in inputs if given.name.rpartition(".")[2] == REFLECTION}
@@ -130,13 +139,20 @@ def adapter_inputs(
                 f"{path}: adapter {name!r} acts here, and the graph has no input {path}.{REFLECTION}; it has those of "
                 f"{has}. Export it with an adapter on all these layers."
             )
-    return {given.name: _filled(given, sites.get(path), name).numpy() for path, given in room.items()}
+    own = next((reflection[name].dtype for reflection in sites.values()), torch.float32)
+    dtypes = {path: _dtype(given, own) for path, given in room.items()}
+    return {given.name: _filled(given, sites.get(path), name, dtypes[path]).numpy() for path, given in room.items()}
 
 
 def _exported(model: nn.Module) -> tuple[str, dict[str, Reflection]]:
     """The adapter that acts, and the reflections of its layers."""
-    _, record = root_of(model)
+    root, record = root_of(model)
     name = _one(record)
+    if (path := _copied(root, name)) is not None:
+        raise AdapterError(
+            f"{path or 'the model'}: adapter {name!r} has a trained copy of it (modules_to_save or bias), which the "
+            f"graph would have for every other adapter too. {_ROOM}"
+        )
     reflections = {path: layer.hra_u for path, layer in sites_of(model).items() if name in layer.hra_u}
     for path, reflection in reflections.items():
         odd = {
@@ -147,8 +163,7 @@ def _exported(model: nn.Module) -> tuple[str, dict[str, Reflection]]:
         for reason in (reason for reason, holds in odd.items() if holds):
             raise AdapterError(
                 f"{path}: adapter {name!r} has {reason} here, which the graph would put on every other adapter too. "
-                "Export with an adapter of plain vectors, whose rank is what the graph has room for: "
-                "hra_fx.add_adapter(model, 'room', HRAConfig(r=<even>, ...)); hra_fx.set_adapter(model, 'room')."
+                f"{_ROOM}"
             )
     return name, reflections
 
@@ -163,19 +178,35 @@ def _one(record: Record) -> str:
     return record.active[0]
 
 
+def _copied(root: nn.Module, name: str) -> str | None:
+    """The first module that an adapter has trained copies of, if there is one."""
+    return next((path for path, (_, copies) in copies_of(root).items() if name in copies.copied), None)
+
+
+def _dtype(given: Input, own: torch.dtype) -> torch.dtype:
+    """What an input takes, as far as that is told."""
+    kind = str(getattr(given, "type", "")).removeprefix("tensor(").removesuffix(")")
+    dtype = _DTYPES.get(kind, own)
+    if dtype == torch.bfloat16:
+        raise AdapterError(
+            f"{given.name}: it is of bfloat16, which numpy does not have. Export the model in float32 or in float16."
+        )
+    return dtype
+
+
 def _path(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _filled(given: Input, reflection: Reflection | None, name: str) -> Tensor:
+def _filled(given: Input, reflection: Reflection | None, name: str, dtype: torch.dtype) -> Tensor:
     """The vectors of a layer, as many as the input takes."""
     width, rank = (int(size) for size in given.shape)
     if reflection is None:
-        return torch.zeros(width, rank)
+        return torch.zeros(width, rank, dtype=dtype)
     chain = reflection.chain(name).detach().cpu()
     if chain.shape[0] != width or chain.shape[1] > rank:
         raise AdapterError(
             f"{_path(given.name)}: adapter {name!r} is {chain.shape[1]} reflections of width {chain.shape[0]} here, "
             f"and the graph has room for {rank} of width {width}. Export it with an adapter of higher rank."
         )
-    return nn.functional.pad(chain, (0, rank - chain.shape[1])).contiguous()
+    return nn.functional.pad(chain.to(dtype), (0, rank - chain.shape[1])).contiguous()

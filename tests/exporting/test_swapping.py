@@ -131,3 +131,42 @@ def test_an_adapter_with_trained_copies_is_refused() -> None:
     hra_fx.add_adapter(model, "b", config("0", bias="all"))
     with pytest.raises(hra_fx.AdapterError, match=r"adapter 'b': it has trained copies .*Export a graph of its own"):
         hra_fx.adapter_inputs(model, ROOM, "b")
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"), [({"modules_to_save": ["4"]}, "4"), ({"bias": "hra_only"}, "0"), ({"bias": "all"}, "0")]
+)
+def test_an_exported_adapter_with_trained_copies_is_refused(fields: dict[str, Any], path: str) -> None:
+    """They are in the graph for good, and every other adapter would run with them."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    hra_fx.transform(model, config("0", "2", **fields), "a")
+    text = rf"{path}: adapter 'a' has a trained copy of it \(modules_to_save or bias\), .*add_adapter\(model, 'room'"
+    with pytest.raises(hra_fx.AdapterError, match=text):
+        hra_fx.make_swappable(ONNXProgram(), model)  # type: ignore[arg-type]
+
+
+@QUIET
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_layers_that_an_adapter_leaves_alone_are_in_the_dtype_of_the_graph(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)).to(dtype).eval()
+    model = hra_fx.transform(model, config("0", "2"), "room").to(dtype)
+    x = torch.randn(2, 6, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    raw = torch.onnx.export(model, (x,), dynamo=True, optimize=False, verbose=False)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    proto = hra_fx.make_swappable(raw, model).model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(proto, options)
+    add(model, "b", config("0", r=2))
+    hra_fx.set_adapter(model, "b")
+    factors = hra_fx.adapter_inputs(model, session.get_overridable_initializers())
+    (actual,) = session.run(None, {session.get_inputs()[0].name: x.numpy(), **factors})
+    with torch.no_grad():
+        expected = model(x)
+    assert float((torch.from_numpy(actual) - expected).abs().max()) < (1e-2 if dtype == torch.float16 else 1e-12)
+
+
+def test_a_graph_in_a_dtype_that_numpy_does_not_have_is_refused() -> None:
+    given = [SimpleNamespace(name=one.name, shape=one.shape, type="tensor(bfloat16)") for one in ROOM]
+    with pytest.raises(hra_fx.AdapterError, match=r"0\.hra_u: it is of bfloat16, .* Export the model in float32"):
+        hra_fx.adapter_inputs(net(), given)
