@@ -9,11 +9,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx, nn
 
-from hra_fx.adapted import RECORD, regions_of, require_outermost, sites_of
+from hra_fx.adapted import regions_of, require_outermost, sites_of
+from hra_fx.bare import laid_bare
 from hra_fx.capture.observing import NOTHING, Observed, observe
 from hra_fx.capture.region import Region
 from hra_fx.capture.search import Findings, find_regions
-from hra_fx.carrier.layer import SiteCarrier, carrier_for
+from hra_fx.carrier.layer import carrier_for
 from hra_fx.carrier.region import REGION, RegionCarrier
 from hra_fx.carrier.swap import swap, unswap
 from hra_fx.config import HRAConfig
@@ -25,7 +26,7 @@ from hra_fx.inert import weight_readers
 from hra_fx.quantized.finding import packing_of
 from hra_fx.reflection import AdapterSpec, Reflection
 from hra_fx.selection import select
-from hra_fx.site import REFLECTION, SAVED, Site
+from hra_fx.site import REFLECTION, Site
 from hra_fx.users_graph import rewrite
 from passes.insert import InsertPass
 from passes.match import MatchPass
@@ -95,7 +96,7 @@ def drawn(name: str, config: HRAConfig, *, on_meta: bool) -> Fill:
 
 def capture(model: nn.Module, sites: Mapping[str, nn.Module], seen: Observed = NOTHING) -> Findings:
     """The regions of a model for these sites, whatever it carries already."""
-    with _laid_bare(model):
+    with laid_bare(model):
         return find_regions(model, sites, seen)
 
 
@@ -173,33 +174,6 @@ class _Draft:
         """Nothing: `Region.program` compiles what is called."""
 
 
-def _refill(children: dict[str, nn.Module | None], before: dict[str, nn.Module | None]) -> None:
-    """In the very order that they had, which is that of parameters and optimizer states."""
-    children.clear()
-    children.update(before)
-
-
 def _put_back(module: nn.Module, kind: type[nn.Module], region: Region) -> None:
     module.__class__ = kind
     module._hra_region = region  # type: ignore[assignment]
-
-
-@contextmanager
-def _laid_bare(model: nn.Module) -> Iterator[None]:
-    """The model as it was before it was transformed, for a trace to see."""
-    with ExitStack() as dress:
-        for module in list(model.modules()):
-            kind = type(module)
-            for carrier in (SiteCarrier, RegionCarrier):
-                if isinstance(module, carrier):
-                    unswap(module, carrier_for(module) if carrier is SiteCarrier else carrier)
-            if type(module) is not kind:
-                dress.callback(setattr, module, "__class__", kind)
-            if SAVED in module._modules or REFLECTION in module._modules:
-                dress.callback(_refill, module._modules, dict(module._modules))
-                for child in (SAVED, REFLECTION):
-                    module._modules.pop(child, None)
-            for name in (REGION, RECORD):
-                if name in vars(module):
-                    dress.callback(vars(module).__setitem__, name, vars(module).pop(name))
-        yield

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hra_fx.adapters.copies import BASE, held_by
+from hra_fx.bare import laid_bare
 from hra_fx.carrier.swap import original_class
 from hra_fx.sources import reached_methods
 
@@ -147,11 +148,13 @@ def part(model: nn.Module, settings: list[Setting], apart: Collection[Place], na
 def _settings(model: nn.Module, off: Sequence[Any]) -> list[Setting]:
     turn_on(off)
     try:
-        return [
-            Setting(path, module, _configs(module), list(_pairs(module, tied)))
-            for path, module in model.named_modules()
-            if callable(expand := getattr(module, "get_expanded_tied_weights_keys", None)) and (tied := expand())
-        ]
+        # Some classes tell by patterns and by modules what they tie, and must not find vectors among the names.
+        with laid_bare(model):
+            return [
+                Setting(path, module, _configs(module), list(_pairs(module, tied)))
+                for path, module in model.named_modules()
+                if callable(expand := getattr(module, "get_expanded_tied_weights_keys", None)) and (tied := expand())
+            ]
     finally:
         for config in off:
             setattr(config, _FLAG, False)

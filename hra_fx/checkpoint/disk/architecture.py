@@ -1,7 +1,8 @@
 """What `config.json` tells of a checkpoint: read as text first, and by transformers only where that is needed.
 
 To import a model's code takes seconds, longer than a fold; so it is asked only about layers whose weight may be stored
-in columns or tied, or whose name is not in the file.
+in columns or tied, or whose name is not in the file. Whether a weight in a numbered block may be tied, or any be stored
+in columns, the text of that code tells in most cases.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from hra_fx.errors import CheckpointError
 
 CONFIG = "config.json"
 _CONV1D = re.compile(r"\bConv1D\b")
+#: What a class ties: none, or pairs of names of which it can be seen that no part of them is a number.
+_TIES = re.compile(r"\b_tied_weights_keys\b(?: = (?P<none>None)\b| = \{(?P<pairs>[^}]*)\})?")
+_PLAIN = re.compile(r"""(["'])(?:[A-Za-z_]\w*\.)+(?:weight|bias)\1""")
 
 
 class Architecture:
@@ -55,8 +59,17 @@ class Architecture:
         if not types:
             # diffusers and timm say so, and know no other layout.
             return True if {"_class_name", "architecture"} & self.entries.keys() else None
-        sources = [_source(kind) for kind in types]
-        return True if all(sources) and not any(_CONV1D.search(text) for text in sources) else None
+        return True if all(self._sources) and not any(_CONV1D.search(text) for text in self._sources) else None
+
+    @cached_property
+    def ties_in_blocks(self) -> bool:
+        """Whether transformers may tie what is in numbered blocks, as the heads of Deformable DETR's decoder."""
+        return not all(text and all(map(_in_no_block, _TIES.finditer(text))) for text in self._sources)
+
+    @cached_property
+    def _sources(self) -> list[str]:
+        """The text of transformers' code for each type of model in the file; empty where it is not found."""
+        return [_source(kind) for kind in set(_values(self.entries, "model_type"))]
 
     @cached_property
     def model(self) -> nn.Module | None:
@@ -96,6 +109,13 @@ def _values(entries: object, key: str) -> Iterator[Any]:
             yield entries[key]
         for inner in entries.values():
             yield from _values(inner, key)
+
+
+def _in_no_block(ties: re.Match[str]) -> bool:
+    """Whether a class is seen to tie nothing in numbered blocks; what it does by patterns, or at runtime, may be so."""
+    if ties["none"]:
+        return True
+    return ties["pairs"] is not None and not re.sub(r"#.*|[\s:,]", "", _PLAIN.sub("", ties["pairs"]))
 
 
 def _source(model_type: str) -> str:

@@ -15,7 +15,7 @@ from hra_fx.checkpoint.disk.edits import Edit, Given, Rotation
 from hra_fx.checkpoint.disk.header import FLOATS, Stored, dtype_of
 from hra_fx.checkpoint.disk.naming import Names
 from hra_fx.checkpoint.disk.same_values import holds
-from hra_fx.checkpoint.disk.ties import Untying, may_be_tied, untying
+from hra_fx.checkpoint.disk.ties import Untying, is_in_block, untying
 from hra_fx.checkpoint.disk.weight_files import WeightSet
 from hra_fx.errors import CheckpointError
 from hra_fx.selection import is_target
@@ -68,7 +68,11 @@ def edits_for(
     asked = _asked(adapters, names)
     _check_asked(found, asked)
     changed: dict[str, Tensor | None] = {**dict.fromkeys(asked.chains), **asked.full}
-    tied = {name: value for name, value in changed.items() if name not in found.tensors or may_be_tied(name)}
+    tied = {
+        name: value
+        for name, value in changed.items()
+        if name not in found.tensors or not is_in_block(name) or architecture.ties_in_blocks
+    }
     apart = untying(architecture, names, tied) if tied else Untying()
     edits = Edits(untied=dict(apart.sources), configs=apart.configs, returning=apart.returning)
     for new, source in apart.sources.items():

@@ -38,13 +38,13 @@ class Untying:
     returning: tuple[str, ...] = ()
 
 
-def may_be_tied(name: str) -> bool:
-    """Whether a tensor may be one that transformers ties: it is in none of the numbered blocks.
+def is_in_block(name: str) -> bool:
+    """Whether a tensor is in a numbered block, where few models tie anything.
 
-    >>> may_be_tied("lm_head.weight"), may_be_tied("model.layers.0.mlp.up_proj.weight")
-    (True, False)
+    >>> is_in_block("lm_head.weight"), is_in_block("model.layers.0.mlp.up_proj.weight")
+    (False, True)
     """
-    return not any(part.isdigit() for part in name.split("."))
+    return any(part.isdigit() for part in name.split("."))
 
 
 def untying(architecture: Architecture, names: Names, changed: Mapping[str, Tensor | None]) -> Untying:
