@@ -91,7 +91,7 @@ def _way_out(root: Path, folder: Path) -> str:
         return "Give the folder that an adapter was saved in, by PEFT with safe_serialization=True."
     found = sorted(repr(config.parent.relative_to(root).as_posix()) for config in configs)
     names = ", ".join(found[:_LISTED]) + (", ..." if len(found) > _LISTED else "")
-    return f"Adapters are in its subfolders {names}: give subfolder=."
+    return f"Adapters are in its subfolders {names}: give the path of one of them."
 
 
 def _fetch(source: str | os.PathLike[str], inside: str, hub: Mapping[str, Any]) -> Path:

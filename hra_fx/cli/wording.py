@@ -10,10 +10,10 @@ _AS_OPTIONS = (
      "weight is (out, in), or --columns NAME for each layer that is not"),
     (r"\bout_dir: ", ""),
     (r"\bgive out_dir on another disk", "give a folder on another disk"),
+    (r"\bgive another out_dir", "give another folder"),
     (r"\badapter_dir: ", ""),
     (r"\badapter_dir=\{'(\w+)': .+?\}", r"--part \1"),
     (r"\badapter_dir=\{subfolder: adapter\}", "--part SUBFOLDER"),
-    (r": give subfolder=\.", ": give one of them."),
 )  # fmt: skip
 
 

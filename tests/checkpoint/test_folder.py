@@ -78,13 +78,13 @@ def test_adapters_in_subfolders_are_named(tmp_path: Path) -> None:
     for name in ("b", "a", "deep/c"):
         saved(tmp_path / name)
     (saved(tmp_path / "unfinished") / WEIGHTS_NAME).unlink()
-    way_out = "Adapters are in its subfolders 'a', 'b': give subfolder=."
+    way_out = "Adapters are in its subfolders 'a', 'b': give the path of one of them."
     assert refused(tmp_path) == f"{tmp_path / CONFIG_NAME}: there is no such file. {way_out}"
     assert refused(tmp_path, "other") == f"{tmp_path / 'other'}: there is no such folder. {way_out}"
-    assert "subfolders 'deep/c': give subfolder=." in refused(tmp_path, "deep")
+    assert "subfolders 'deep/c': give the path of one of them." in refused(tmp_path, "deep")
     for step in range(12):
         saved(tmp_path / f"step-{step:02}")
-    assert "'step-06', 'step-07', ...: give subfolder=." in refused(tmp_path)
+    assert "'step-06', 'step-07', ...: give the path of one of them." in refused(tmp_path)
 
 
 @pytest.mark.parametrize(

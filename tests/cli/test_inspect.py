@@ -120,7 +120,7 @@ def test_a_folder_that_is_not_there() -> None:
 
 def test_an_adapter_in_a_subfolder(shelf: Shelf) -> None:
     said = mistake("inspect", shelf.folder)
-    assert "Adapters are in its subfolders 'my-adapter', 'orthonormal', 'second': give one of them." in said
+    assert "Adapters are in its subfolders 'my-adapter', 'orthonormal', 'second': give the path of one of them." in said
 
 
 def test_an_adapter_of_another_method(tmp_path: Path) -> None:

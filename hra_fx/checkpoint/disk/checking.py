@@ -35,7 +35,7 @@ def check_file(plan: FilePlan, file: Path) -> None:
             raise FoldError(f"{file}: its header is not what was written. Is the disk failing?")
         for item in plan.items:
             if isinstance(item.edit, Rotation) and item.source:
-                _check_rows(item, item.source, item.edit.columns, file, start)
+                _check_rows(item, item.source, item.edit, file, start)
             elif isinstance(item.edit, Given):
                 given = as_bytes(item.edit.tensor.reshape(-1)).tobytes()
                 _compare(item, given, b"".join(_pieces(written, start, item.size, file)), file)
@@ -51,6 +51,21 @@ def check_file(plan: FilePlan, file: Path) -> None:
             start += item.size
 
 
+def check_copy(base: Path, file: Path) -> None:
+    """Check a file that was copied whole.
+
+    Raises:
+        FoldError: it differs.
+    """
+    size = base.stat().st_size
+    with open(base, "rb", buffering=0) as own, open(file, "rb", buffering=0) as copied:
+        same = file.stat().st_size == size and all(
+            one == other for one, other in zip(_pieces(own, 0, size, base), _pieces(copied, 0, size, file), strict=True)
+        )
+    if not same:
+        raise FoldError(f"{file}: was to be a copy of {base}, and its bytes differ. Is the disk failing?")
+
+
 def _pieces(stream: BinaryIO, start: int, size: int, file: Path) -> Iterator[bytes]:
     stream.seek(start)
     for left in range(size, 0, -_BLOCK):
@@ -64,14 +79,16 @@ def _compare(item: Item, due: bytes, found: bytes, file: Path) -> None:
         raise FoldError(f"{file}: {item.name} was to be copied, and its bytes differ. Is the disk failing?")
 
 
-def _check_rows(item: Item, base: Stored, columns: bool, file: Path, start: int) -> None:
+def _check_rows(item: Item, base: Stored, rotation: Rotation, file: Path, start: int) -> None:
     dtype = FLOATS[base.dtype]
-    before = _lengths(base.file, base.start, base, dtype, columns)
-    after = _lengths(file, start, base, dtype, columns)
+    before = _lengths(base.file, base.start, base, dtype, rotation.columns)
+    after = _lengths(file, start, base, dtype, rotation.columns)
     info = torch.finfo(dtype)
     width = math.prod(item.shape) / before.numel()
+    # What is turned in the dtype itself shows what vectors that nearly cancel each other lose: more, the more they are.
+    steps = 64 * (1 + rotation.chain.shape[1]) if dtype == torch.float64 else 64
     # Half a unit in the last place of each entry, the least number's for small ones, and what float32 rounds besides.
-    slack = before * (info.eps / 2 + 64 * torch.finfo(torch.float32 if dtype.itemsize == 2 else dtype).eps)
+    slack = before * (info.eps / 2 + steps * torch.finfo(torch.float32 if dtype.itemsize == 2 else dtype).eps)
     slack += math.sqrt(width) * info.smallest_normal * info.eps
     off = (after - before).abs() - slack
     if not bool((off <= 0).all()):

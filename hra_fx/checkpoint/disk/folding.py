@@ -37,13 +37,14 @@ def fold_checkpoint(
         base_dir: a folder with safetensors files, as `save_pretrained` of transformers, diffusers or timm writes it;
             one file or several with an index.
         adapter_dir: the folder of an adapter (or its name on the Hub), by PEFT or hra_fx; several in their order; or,
-            for a pipeline of diffusers, subfolder of `base_dir` -> that. An adapter folder with subfolders that are
-            called as those of a pipeline needs no mapping.
+            for a pipeline of diffusers, subfolder of `base_dir` -> that. An adapter folder here, all of whose adapters
+            are in subfolders that are called as those of a pipeline, needs no mapping.
         out_dir: the folder to be made, neither in `base_dir` nor around it.
         columns: which layers store their weight as `(in, out)`: the last parts of their paths. `None`: those that are
             transformers' `Conv1D` by `config.json`.
         overwrite: replace `out_dir` where it is there, once all is written.
-        verify: read all again: rows have the lengths that they had, but for rounding, and all else is equal.
+        verify: read all again: rows have the lengths that they had, but for rounding, and all else is equal; also
+            where a call before this one was stopped when all was in its place.
         progress: show a bar, where there is a terminal.
 
     Returns:

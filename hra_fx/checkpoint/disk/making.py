@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import BinaryIO
 
 from hra_fx.checkpoint.disk.bar import bar
 from hra_fx.checkpoint.disk.buffers import Buffers
-from hra_fx.checkpoint.disk.checking import check_file
+from hra_fx.checkpoint.disk.checking import check_copy, check_file
 from hra_fx.checkpoint.disk.partial import Partial
 from hra_fx.checkpoint.disk.request import Request
 from hra_fx.checkpoint.disk.result import Result, stamps
 from hra_fx.checkpoint.disk.streams import Part, copy, write_all
 from hra_fx.checkpoint.disk.writing import write_file
-from hra_fx.errors import CheckpointError, HRAError
+from hra_fx.errors import CheckpointError, FoldError, HRAError
 
 
 class Making:
@@ -46,31 +47,58 @@ class Making:
             FoldError: a rotated weight is not finite, or `verify` finds a difference.
         """
         out, partial = self._request.out, self._partial
-        partial.tidy()
-        if partial.is_published(self._result.inputs):
-            self.reused = len(self.sizes)
-            partial.discard()
-            return
-        if out.is_dir() and any(out.iterdir()) and not overwrite:
-            raise CheckpointError(f"out_dir: {out} is there and not empty. Give another folder, or overwrite=True.")
-        with self._told(), partial.held(self._result.inputs):
-            self._check_space()
-            try:
-                self._make(verify)
-            except HRAError:
-                partial.discard()
-                raise
-            partial.publish()
+        with self._told():
+            partial.tidy()
+            if partial.is_published(self._result.inputs):
+                self._take_up(verify)
+                return
+            if out.is_dir() and any(out.iterdir()) and not overwrite:
+                raise CheckpointError(f"out_dir: {out} is there and not empty. Give another folder, or overwrite=True.")
+            with partial.held(self._result.inputs):
+                self._check_space()
+                try:
+                    self._make(verify)
+                except HRAError:
+                    partial.discard()
+                    raise
+                partial.publish()
+
+    def _take_up(self, verify: bool) -> None:
+        """End a call before this one, which had only to tidy up; what it made may have been changed since."""
+        self.reused = len(self.sizes)
+        for notes in self._partial.finished.values():
+            self.rounding |= notes
+        try:
+            if verify:
+                self._check(self._request.out)
+        finally:  # else the next call would find the same
+            self._partial.discard()
 
     def _make(self, verify: bool) -> None:
         with bar(f"writing {self._request.out.name}", sum(self.sizes.values()), wanted=self._progress) as done:
+            for path in self._request.folders:
+                (self._partial.content / path).mkdir(parents=True, exist_ok=True)
             for path in self.sizes:
                 self._make_file(path, done)
         if stamps(self._request.files) != self._result.inputs["files"]:
             raise CheckpointError(f"{self._request.base}: its files changed while they were read. Call again.")
         if verify:
+            self._check(self._partial.content)
+        for path, folder in self._request.folders.items():
+            mode = folder.stat().st_mode & 0o777
+            (self._partial.content / path).chmod(mode | 0o700)  # for it is still to be renamed
+
+    def _check(self, folder: Path) -> None:
+        """Read all files that were written."""
+        try:
             for path, plan in self._result.files.items():
-                check_file(plan, self._partial.content / path)
+                check_file(plan, folder / path)
+            for path, file in self._result.copies.items():
+                check_copy(file, folder / path)
+        except OSError as error:
+            raise FoldError(
+                f"{folder / path}: cannot be read again ({error.strerror}). Is the disk failing?"
+            ) from error
 
     def _make_file(self, path: str, done: Callable[[int], object]) -> None:
         partial, plan = self._partial, self._result.files.get(path)
@@ -110,16 +138,29 @@ class Making:
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
         """Say how to go on where the disk refuses, or the user stops it."""
-        folder = self._partial.folder
-        go_on = f"Files that were finished wait in {folder}: call again in the same way to go on, or delete that folder"
+        out = self._request.out
         try:
             yield
         except OSError as error:
-            raise CheckpointError(
-                f"{self._request.out}: could not be written ({error}). Nothing is in it that was not before. Make room "
-                f"or see to the disk. {go_on}."
-            ) from error
+            reason = str(error)
+            if str(self._partial.folder.with_suffix("")) in reason:  # of a hidden folder, which nobody asked for
+                reason = f"[Errno {error.errno}] {error.strerror}"
+            state = self._state(" Make room, see to the disk, or give another out_dir.")
+            raise CheckpointError(f"{out}: could not be written ({reason}). {state}") from error
         except KeyboardInterrupt as error:
             if hasattr(error, "add_note"):  # of Python 3.11
-                error.add_note(f"{self._request.out}: nothing is in it that was not before. {go_on}.")
+                error.add_note(f"{out}: {self._state()}")
             raise
+
+    def _state(self, way_out: str = "") -> str:
+        """What there is when a call was stopped, in sentences."""
+        left = " and ".join(map(str, self._partial.left))
+        if self._partial.is_done:
+            return "All is written and in its place." + f" Only {left} is to be deleted." * bool(left)
+        text = f"Nothing is in it that was not before.{way_out}"
+        if self._partial.folder in self._partial.left:
+            text += (
+                f" Files that were finished wait in {self._partial.folder}: call again in the same way to go on, or "
+            )
+            text += "delete that folder."
+        return text

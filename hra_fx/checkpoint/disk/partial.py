@@ -38,7 +38,18 @@ class Partial:
         self._done = self.folder / "done.json"
         self._replaced = self.folder / "replaced"
         self._gone = self.folder.with_suffix(".gone")
+        self._exchanging = False
         self.finished: dict[str, dict[str, float]] = {}
+
+    @property
+    def left(self) -> list[Path]:
+        """Those that are there."""
+        return [folder for folder in (self.folder, self._gone) if os.path.isdir(folder)]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether this call has made the content the wanted folder."""
+        return self._exchanging and not self.content.exists()
 
     @contextlib.contextmanager
     def held(self, inputs: Mapping[str, Any]) -> Iterator[None]:
@@ -47,7 +58,9 @@ class Partial:
         Raises:
             CheckpointError: another process is at it.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        # For the user alone: what is in it may be of a folder that is.
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, exist_ok=True)
         with _lock(self.folder):
             self._recover()
             if not self._is_of(inputs):
@@ -57,12 +70,15 @@ class Partial:
                 self.content.mkdir()
                 self._write_json(self._inputs, inputs)
             remove(self._part)
-            self.finished = json.loads(self._done.read_text(encoding="utf-8")) if self._done.is_file() else {}
+            self.finished = self._notes()
             yield
 
     def is_published(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether a call with these inputs was stopped between its last step and tidying up."""
-        return self._is_of(inputs) and not self.content.exists() and self.out.is_dir()
+        """Whether a call with these inputs was stopped between its last step and tidying up; its notes are read."""
+        published = self._is_of(inputs) and not self.content.exists() and self.out.is_dir()
+        if published:
+            self.finished = self._notes()
+        return published
 
     def finish(self, name: str, notes: Mapping[str, float]) -> None:
         """Remember of a file that it is there, and what is to be told of it."""
@@ -92,9 +108,10 @@ class Partial:
         """Make the content the wanted folder."""
         for folder, _, _ in os.walk(self.content):
             _sync(Path(folder))
-        if self.out.is_dir():
-            os.replace(self.out, self._replaced)
+        self._exchanging = True
         try:
+            if self.out.is_dir():
+                os.replace(self.out, self._replaced)
             os.replace(self.content, self.out)
         except BaseException:
             self._recover()
@@ -119,6 +136,12 @@ class Partial:
         if self._replaced.exists() and not self.out.exists():
             os.replace(self._replaced, self.out)
         remove(self._replaced)
+
+    def _notes(self) -> dict[str, dict[str, float]]:
+        notes: dict[str, dict[str, float]] = {}
+        if self._done.is_file():
+            notes = json.loads(self._done.read_text(encoding="utf-8"))
+        return notes
 
     def _is_of(self, inputs: Mapping[str, Any]) -> bool:
         return self._inputs.is_file() and self._inputs.read_text(encoding="utf-8") == _text(inputs)

@@ -129,15 +129,18 @@ def _plan_file(header: Header, edits: Edits, added: Sequence[Added]) -> FilePlan
 
 
 def _index(found: WeightSet, added: Sequence[Added], file: str) -> bytes:
-    """As transformers writes it, with the new tensors in the last file."""
+    """As transformers writes it, with the new tensors in the last file; totals that are no numbers stay as they are."""
     entries: dict[str, Any] = dict(found.index_entries or {})
     entries["weight_map"] = {**entries["weight_map"], **{tensor.name: file for tensor in added}}
-    metadata = dict(entries.get("metadata") or {})
-    if "total_size" in metadata:
-        metadata["total_size"] += sum(tensor.size for tensor in added)
-    if "total_parameters" in metadata:
-        metadata["total_parameters"] += sum(math.prod(tensor.shape) for tensor in added)
-    entries["metadata"] = metadata
+    if isinstance(entries.get("metadata"), dict):
+        metadata = entries["metadata"] = dict(entries["metadata"])
+        more = {
+            "total_size": sum(tensor.size for tensor in added),
+            "total_parameters": sum(math.prod(tensor.shape) for tensor in added),
+        }
+        for name, number in more.items():
+            if type(metadata.get(name)) in (int, float):
+                metadata[name] += number
     return (json.dumps(entries, indent=2, sort_keys=True) + "\n").encode()
 
 

@@ -58,7 +58,8 @@ class CheckpointReport:
         if self.given:
             lines.append(f"  from the adapter: {_some(list(self.given))}")
         if self.reused:
-            lines.append(f"  {self.reused} files were finished by a call before this one")
+            were = "file was" if self.reused == 1 else "files were"
+            lines.append(f"  {self.reused} {were} finished by a call before this one")
         if self.kept:
             lines.append(f"  with the base's weights still: {_some([file.name for file in self.kept])}")
         return "\n".join(lines)

@@ -27,12 +27,14 @@ class Request:
         out: the folder to be made.
         adapters: folder in the base -> its adapters.
         files: path in the base -> file, of all that is in it.
+        folders: path in the base -> folder, the base itself under "".
     """
 
     base: Path
     out: Path
     adapters: dict[str, list[AdapterFiles]]
     files: dict[str, Path]
+    folders: dict[str, Path]
 
 
 def read_request(base_dir: Source, adapter_dir: Adapters | Mapping[str, Adapters], out_dir: Source) -> Request:
@@ -45,8 +47,10 @@ def read_request(base_dir: Source, adapter_dir: Adapters | Mapping[str, Adapters
     if not base.is_dir():
         what = "is a file. Give the folder that it is in" if base.is_file() else "there is no such folder here"
         raise CheckpointError(f"{base_dir}: {what}. A model of the Hub: huggingface_hub.snapshot_download(name).")
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out_dir}: is a file. Give a folder that does not exist yet.")
+    for folder in (out, *out.parents):
+        if os.path.exists(folder) and not folder.is_dir():  # of a name that is too long it says no
+            way_out = "Give a folder that does not exist yet" if folder == out else f"{out_dir} cannot be in it"
+            raise CheckpointError(f"{out_dir if folder == out else folder}: is a file. {way_out}.")
     sources = _by_folder(base, adapter_dir)
     inputs = {"base_dir": base}
     for several in sources.values():
@@ -58,8 +62,10 @@ def read_request(base_dir: Source, adapter_dir: Adapters | Mapping[str, Adapters
                 "beside it."
             )
     adapters = {name: [read_adapter(source) for source in several] for name, several in sources.items()}
-    files = dict(_tree(base, base, (base,)))
-    return Request(base, out, adapters, files)
+    tree = {"": base, **dict(_tree(base, base, (base,)))}
+    folders = {path: found for path, found in tree.items() if found.is_dir()}
+    files = {path: found for path, found in tree.items() if path not in folders}
+    return Request(base, out, adapters, files, folders)
 
 
 def _by_folder(base: Path, adapter_dir: Adapters | Mapping[str, Adapters]) -> dict[str, list[Source]]:
@@ -75,15 +81,34 @@ def _by_folder(base: Path, adapter_dir: Adapters | Mapping[str, Adapters]) -> di
         return {"": sources}
     parts: dict[str, list[Source]] = {}
     for source in sources:
-        found = [file.parent for file in sorted(Path(source).glob(f"*/{CONFIG_NAME}"))]
-        for folder in (folder for folder in found if (base / folder.name).is_dir()):
+        for folder in _parts_of(base, source):
             parts.setdefault(folder.name, []).append(folder)
-        if not any((base / folder.name).is_dir() for folder in found):
-            raise CheckpointError(
-                f"adapter_dir: {source} has no subfolder with an adapter that is called as a part of the pipeline "
-                f"{base}, such as 'unet'. Say for which part it is: adapter_dir={{'unet': {str(source)!r}}}."
-            )
     return parts
+
+
+def _parts_of(base: Path, source: Source) -> list[Path]:
+    """The subfolders of an adapter's folder, each of which is for the part of a pipeline that is called as it is."""
+    if not Path(source).is_dir():
+        raise CheckpointError(
+            f"adapter_dir: {source} is no folder here, and a name on the Hub does not tell for which part of the "
+            f"pipeline {base} it is. Say so: adapter_dir={{'unet': {str(source)!r}}}."
+        )
+    found = [file.parent for file in sorted(Path(source).glob(f"*/{CONFIG_NAME}"))]
+    placed = [folder for folder in found if (base / folder.name).is_dir()]
+    if not placed:
+        raise CheckpointError(
+            f"adapter_dir: {source} has no subfolder with an adapter that is called as a part of the pipeline "
+            f"{base}, such as 'unet'. Say for which part it is: adapter_dir={{'unet': {str(source)!r}}}."
+        )
+    left = [folder for folder in found if folder not in placed]
+    left += [Path(source)] if (Path(source) / CONFIG_NAME).is_file() else []
+    if left:
+        named = ", ".join(f"{folder.name!r}: {str(folder)!r}" for folder in placed)
+        raise CheckpointError(
+            f"adapter_dir: {left[0]} has an adapter too, and the pipeline {base} has no part of that name. Say which "
+            f"are meant, and for which parts: adapter_dir={{{named}}}."
+        )
+    return placed
 
 
 def _listed(given: Adapters) -> list[Source]:
@@ -99,12 +124,13 @@ def _inside(base: Path, name: str) -> str:
 
 
 def _tree(base: Path, folder: Path, above: tuple[Path, ...]) -> Iterator[tuple[str, Path]]:
-    """Every file below a folder. Symbolic links are followed, as in the cache of the Hub, but for circles."""
+    """All that is below a folder. Symbolic links are followed, as in the cache of the Hub, but for circles."""
     for entry in sorted(folder.iterdir()):
         if entry.is_dir():
             real = Path(os.path.realpath(entry))
             if real in above:
                 raise CheckpointError(f"{entry}: is a link to a folder that it is in. Remove it from the base.")
+            yield entry.relative_to(base).as_posix(), entry
             yield from _tree(base, entry, (*above, real))
         elif entry.is_file():
             yield entry.relative_to(base).as_posix(), entry

@@ -16,7 +16,7 @@ from hra_fx.checkpoint.disk.request import Request
 from hra_fx.errors import CheckpointError
 
 #: Grows with each change of what is written, so that an older unfinished result is not taken up.
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ def _inputs(
         "back": back,
         "base": str(request.base),
         "files": stamps(request.files),
+        "folders": sorted(request.folders),
         "heads": heads.hexdigest(),
         "adapters": {name: [adapter.digest for adapter in found] for name, found in request.adapters.items()},
         "columns": None if columns is None else sorted(columns),

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint.disk import made
+from oracles import dense_q, dense_weight, relative_error
 from safetensors.torch import load_file, save_file
 
 import hra_fx
-from hra_fx.checkpoint.disk.checking import check_file
+from hra_fx.checkpoint.disk.checking import check_copy, check_file
 from hra_fx.checkpoint.disk.edits import FilePlan
 from hra_fx.checkpoint.disk.request import read_request
 from hra_fx.checkpoint.disk.result import result_of
@@ -89,3 +90,33 @@ def test_rows_of_tiny_and_of_no_numbers_pass(tmp_path: Path) -> None:
         save_file({"0.weight": weight.to(dtype)}, folder / "base" / "model.safetensors")
         adapter = made.stack_adapter(folder / "adapter", layers=1)
         hra_fx.fold_checkpoint(folder / "base", adapter, folder / "out", columns=[], verify=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("spread", [1.0, 1e-1, 1e-3, 1e-6])
+def test_vectors_that_nearly_cancel_each_other_are_no_failing_disk(
+    tmp_path: Path, dtype: torch.dtype, spread: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    (tmp_path / "base").mkdir()
+    weight = torch.randn(40, 64, dtype=torch.float64, generator=generator).to(dtype)
+    save_file({"0.weight": weight}, tmp_path / "base" / "model.safetensors")
+    adapter = made.stack_adapter(tmp_path / "adapter", layers=1, width=64, r=63)
+    near = torch.randn(64, 1, dtype=torch.float64, generator=generator)
+    near = near + spread * torch.randn(64, 63, dtype=torch.float64, generator=generator)
+    save_file({"base_model.model.0.hra_u": near}, adapter / "adapter_model.safetensors", {"format": "pt"})
+    hra_fx.fold_checkpoint(tmp_path / "base", adapter, tmp_path / "out", columns=[], verify=True)
+    folded = load_file(tmp_path / "out" / "model.safetensors")["0.weight"]
+    assert relative_error(folded, dense_weight(weight, dense_q(near))) < max(torch.finfo(dtype).eps, 1e-12)
+
+
+def test_a_file_that_was_copied_and_differs(tmp_path: Path) -> None:
+    base, file = tmp_path / "base", tmp_path / "file"
+    base.write_bytes(b"x" * 3_000_000)
+    file.write_bytes(base.read_bytes())
+    check_copy(base, file)
+    for other in (b"x" * 2_999_999 + b"y", b"x" * 2_999_999, b""):
+        file.write_bytes(other)
+        with pytest.raises(FoldError) as caught:
+            check_copy(base, file)
+        assert str(caught.value) == f"{file}: was to be a copy of {base}, and its bytes differ. Is the disk failing?"

@@ -247,3 +247,29 @@ def test_without_a_terminal_nothing_is_shown(tmp_path: Path, capfd: pytest.Captu
     base, adapter = made.linear_stack(tmp_path / "base"), made.stack_adapter(tmp_path / "adapter")
     hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", columns=[])
     assert capfd.readouterr() == ("", "")
+
+
+def test_modes_of_folders_and_folders_without_files_are_kept(tmp_path: Path) -> None:
+    base, adapter = made.linear_stack(tmp_path / "base"), made.stack_adapter(tmp_path / "adapter")
+    (base / "empty" / "deeper").mkdir(parents=True)
+    (base / "empty").chmod(0o750)
+    base.chmod(0o700)
+    hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", columns=[])
+    modes = {path: os.stat(tmp_path / "out" / path).st_mode & 0o777 for path in (".", "empty", "empty/deeper")}
+    assert modes == {".": 0o700, "empty": 0o750, "empty/deeper": (base / "empty" / "deeper").stat().st_mode & 0o777}
+
+
+@pytest.mark.parametrize("given", ["12", None, 1.5, True])
+def test_totals_of_an_index_that_are_no_numbers_stay_as_they_are(tmp_path: Path, given: object) -> None:
+    model = made.llama(tie_word_embeddings=True)
+    base = made.base_of(model, tmp_path / "base", max_shard_size="4KB")
+    adapter = made.adapter_of(model, tmp_path / "adapter", "lm_head")
+    index = base / "model.safetensors.index.json"
+    for metadata in ({"total_size": given}, ["a"], None):
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"metadata": metadata}))
+        hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", overwrite=True)
+        entries = json.loads((tmp_path / "out" / index.name).read_text())
+        more = made.tensors(tmp_path / "out")["lm_head.weight"].nbytes
+        due = {"total_size": given + more if type(given) is float else given} if metadata else metadata
+        assert entries["metadata"] == (due if isinstance(metadata, dict) else metadata)
+        assert "lm_head.weight" in entries["weight_map"]

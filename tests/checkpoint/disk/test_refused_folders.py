@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,62 @@ def test_an_adapter_that_does_not_say_for_which_part_it_is(tmp_path: Path) -> No
     assert refused(tmp_path) == (
         "adapter_dir: adapter has no subfolder with an adapter that is called as a part of the pipeline base, such as "
         "'unet'. Say for which part it is: adapter_dir={'unet': 'adapter'}."
+    )
+
+
+def test_an_adapter_for_a_part_that_the_pipeline_does_not_have(tmp_path: Path) -> None:
+    """It would have been left out without a word, beside one that has its place."""
+    made.linear_stack(tmp_path / "base" / "unet")
+    (tmp_path / "base" / "text_encoder").mkdir()
+    (tmp_path / "base" / "model_index.json").write_text("{}")
+    for name in ("unet", "text_encoder_2"):
+        made.stack_adapter(tmp_path / "adapter" / name)
+    what = "has an adapter too, and the pipeline base has no part of that name. Say which are meant, and for which"
+    end = f"{what} parts: adapter_dir={{'unet': 'adapter/unet'}}."
+    assert refused(tmp_path) == f"adapter_dir: adapter/text_encoder_2 {end}"
+    shutil.move(tmp_path / "adapter" / "text_encoder_2" / "adapter_config.json", tmp_path / "adapter")
+    assert refused(tmp_path) == f"adapter_dir: adapter {end}"
+    (tmp_path / "adapter" / "adapter_config.json").unlink()
+    report = hra_fx.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", columns=[])
+    assert report.rotated == ("unet/0.weight", "unet/1.weight", "unet/2.weight")
+
+
+def test_a_name_on_the_hub_for_a_pipeline(tmp_path: Path) -> None:
+    made.linear_stack(tmp_path / "base" / "unet")
+    (tmp_path / "base" / "model_index.json").write_text("{}")
+    assert refused(tmp_path, "user/name") == (
+        "adapter_dir: user/name is no folder here, and a name on the Hub does not tell for which part of the pipeline "
+        "base it is. Say so: adapter_dir={'unet': 'user/name'}."
+    )
+
+
+def test_a_folder_of_adapters(tmp_path: Path) -> None:
+    made.linear_stack(tmp_path / "base")
+    made.stack_adapter(tmp_path / "adapter" / "mine")
+    assert refused(tmp_path) == (
+        "adapter/adapter_config.json: there is no such file. Adapters are in its subfolders 'mine': give the path of "
+        "one of them."
+    )
+
+
+def test_an_out_dir_below_a_file_and_one_with_a_name_that_is_too_long(tmp_path: Path) -> None:
+    stack(tmp_path)
+    (tmp_path / "file").touch()
+    told = refused(tmp_path, columns=[], out_dir=tmp_path / "file" / "x" / "y")
+    assert told == "file: is a file. file/x/y cannot be in it."
+    name = "o" * 252
+    assert refused(tmp_path, columns=[], out_dir=tmp_path / name) == (
+        f"{name}: could not be written ([Errno 36] File name too long). Nothing is in it that was not before. Make "
+        "room, see to the disk, or give another out_dir."
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder in which nothing can be made")
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    stack(tmp_path)
+    assert refused(tmp_path, columns=[], out_dir="/proc/nothing/out") == (
+        "/proc/nothing/out: could not be written ([Errno 2] No such file or directory: '/proc/nothing'). Nothing is in "
+        "it that was not before. Make room, see to the disk, or give another out_dir."
     )
 
 

@@ -17,6 +17,7 @@ from checkpoint.disk import made
 from safetensors.torch import save_file
 
 import hra_fx
+from hra_fx.checkpoint.disk.header import read_header
 from hra_fx.checkpoint.disk.partial import Partial
 from hra_fx.errors import CheckpointError, FoldError
 
@@ -67,8 +68,8 @@ def test_a_disk_that_refuses_leaves_nothing_half_written_and_the_call_goes_on(tm
         hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", columns=[])
     assert str(caught.value) == (
         f"{tmp_path / 'out'}: could not be written ([Errno 27] File too large). Nothing is in it that was not before. "
-        f"Make room or see to the disk. Files that were finished wait in {tmp_path / '.out.partial'}: call again in "
-        "the same way to go on, or delete that folder."
+        "Make room, see to the disk, or give another out_dir. Files that were finished wait in "
+        f"{tmp_path / '.out.partial'}: call again in the same way to go on, or delete that folder."
     )
     assert not list((tmp_path / "out").iterdir())
     assert not (tmp_path / ".out.partial" / "part").exists()
@@ -191,6 +192,53 @@ def test_stopped_amid_the_exchange_and_never_mind(tmp_path: Path) -> None:
     with pytest.raises(FoldError):
         hra_fx.fold_checkpoint(base, adapter, out, columns=[])
     assert made.picture(out) == {"old": b"old"}
+
+
+def stopped_before_tidying_up(base: Path, adapter: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a call that is stopped in its last moment says; the result has its name by then."""
+
+    def stop(partial: Partial) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
+        patch.setattr(Partial, "discard", stop)
+        hra_fx.fold_checkpoint(base, adapter, out, columns=[])
+    return " ".join(getattr(caught.value, "__notes__", []))
+
+
+def test_stopped_once_all_is_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter, due = prepared(tmp_path)
+    out = tmp_path / "out"
+    said = stopped_before_tidying_up(base, adapter, out, monkeypatch)
+    if sys.version_info >= (3, 11):
+        left = tmp_path / ".out.partial"
+        assert said == f"{out}: All is written and in its place. Only {left} is to be deleted."
+    assert made.picture(out) == due
+    report = hra_fx.fold_checkpoint(base, adapter, out, columns=[], verify=True)
+    assert report.verified and report.reused == 6 and report.rounding > 0 and report.roughest
+    assert made.picture(out) == due and not (tmp_path / ".out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("0.weight", "which no rotation does"), ("0.bias", "its bytes differ"), ("", "cannot be read")]
+)
+def test_what_was_changed_since_is_found_by_the_call_that_takes_it_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: str
+) -> None:
+    base, adapter, _ = prepared(tmp_path)
+    out, file = tmp_path / "out", tmp_path / "out" / "model-00001-of-00004.safetensors"
+    stopped_before_tidying_up(base, adapter, out, monkeypatch)
+    if name:
+        data = bytearray(file.read_bytes())
+        data[read_header(file).tensors[name].start + 3] ^= 1  # in the exponent of its first number
+        file.write_bytes(data)
+    else:
+        file.unlink()
+    with pytest.raises(FoldError, match=words):
+        hra_fx.fold_checkpoint(base, adapter, out, columns=[], verify=True)
+    with pytest.raises(CheckpointError, match=r"is there and not empty\. Give another folder, or overwrite=True"):
+        hra_fx.fold_checkpoint(base, adapter, out, columns=[], verify=True)
+    assert hra_fx.fold_checkpoint(base, adapter, out, columns=[], overwrite=True).reused == 0
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
