@@ -13,6 +13,7 @@ SMALL = r"(0\.0e\+00|\d\.\de-0[5-9])"
 PROMISES = {
     "conv2d": ["captured whole: 17 reflections in one graph", f"folded, .*: {SMALL}", "the base model's keys: True"],
     "distributed": [
+        r"started by this program\none group: ranks \(0, 1\) in 2 processes\n",
         r"one process: \d\.\d+ -> \d\.\d+",
         f"DDP, .*: {SMALL}",
         f"FSDP2, .*: {SMALL}",

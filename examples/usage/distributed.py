@@ -1,9 +1,12 @@
 """Two processes: DDP and FSDP2 give the losses of one process, and an adapter file that any of them loads.
 
-By itself it starts two processes. It also runs under a launcher:
+By itself it starts two processes. It also runs in those of a launcher:
 
     torchrun --nproc-per-node 2 examples/usage/distributed.py
-    accelerate launch --cpu --num_processes 2 --num_machines 1 examples/usage/distributed.py
+    accelerate launch --multi_gpu --num_processes 2 examples/usage/distributed.py
+
+The second does with CPUs too, for it is torchrun that accelerate calls. With `--cpu` in its place and without MPI,
+accelerate starts one process whatever `--num_processes` says, and this program starts two by itself.
 """
 
 from __future__ import annotations
@@ -74,8 +77,13 @@ def train(model: nn.Module, part: slice = slice(None)) -> list[float]:
 def compare(folder: str) -> list[str]:
     """What every process does."""
     part = slice(distributed.get_rank(), None, distributed.get_world_size())
+    members: list[tuple[int, int]] = [(0, 0)] * distributed.get_world_size()
+    distributed.all_gather_object(members, (distributed.get_rank(), os.getpid()))
+    ranks, processes = zip(*members, strict=True)
+    lines = [f"one group: ranks {ranks} in {len(set(processes))} processes"]
+
     alone = train(adapted())
-    lines = [f"one process: {alone[0]:.4f} -> {alone[-1]:.4f}"]
+    lines.append(f"one process: {alone[0]:.4f} -> {alone[-1]:.4f}")
 
     averaging = DistributedDataParallel(adapted())
     difference = max(abs(a - b) for a, b in zip(alone, train(averaging, part), strict=True))
@@ -123,17 +131,17 @@ def launched() -> None:
     distributed.broadcast_object_list(folder)
     lines = compare(str(folder[0]))
     if distributed.get_rank() == 0:
-        print(*lines, sep="\n")
+        print("started by a launcher", *lines, sep="\n")
     leave()
 
 
 def main() -> None:
-    if "RANK" in os.environ:  # torchrun and accelerate set it
+    if "RANK" in os.environ:  # torchrun sets it
         launched()
         return
     with tempfile.TemporaryDirectory() as folder:
         spawn(worker, (folder,), nprocs=2)
-        print(Path(folder, "lines").read_text())
+        print("started by this program", Path(folder, "lines").read_text(), sep="\n")
 
 
 if __name__ == "__main__":
