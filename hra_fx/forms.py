@@ -11,9 +11,14 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from hra_fx import fused, householder
+from hra_fx import householder
 from hra_fx.carrier.swap import original_class
+from hra_fx.fused.conditions import applies, may_keep, products_dtype
+from hra_fx.fused.constant import factors, turned
+from hra_fx.fused.linear import fits, linear
+from hra_fx.fused.rows import reflected
 from hra_fx.kept import kept
 from hra_fx.quantized.finding import packing_of
 from hra_fx.reflection import Reflection
@@ -41,8 +46,8 @@ def reflected_rows(x: Tensor, vectors: Tensor) -> Tensor:
         >>> reflected_rows(torch.tensor([[2.0, 5.0]]), torch.tensor([[3.0], [0.0]]))
         tensor([[-2.,  5.]])
     """
-    if fused.applies(x, vectors):
-        return fused.reflected(x, vectors)
+    if applies(x, vectors):
+        return reflected(x, vectors)
     chain = householder.normalize(vectors)
     return householder.reflect(x, chain, householder.compact_wy(chain))
 
@@ -136,17 +141,26 @@ class LinearReflection(Reflection):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x: (..., d)` to `(..., d)`, the same dtype."""
-        if fused.may_keep(x) and fused.applies(x, *(sources := self.sources())):
+        if may_keep(x) and applies(x, *(sources := self.sources())):
             return self._turned(x, sources) if sources else x
         vectors = self.vectors_for(x)
         return x if vectors is None else reflected_rows(x, vectors)
 
+    def through(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The output of a Linear with weight `W: (out, d)` as one node; `None` where it is to be called by itself.
+
+        Nothing can be hooked in between then, so that a hook on this module has it called.
+        """
+        if _is_hooked(self) or (vectors := self.vectors_for(x)) is None or not fits(x, vectors, weight, bias):
+            return None
+        return linear(x, vectors, weight, bias)
+
     def _turned(self, x: Tensor, sources: tuple[Tensor, ...]) -> Tensor:
-        dtype = fused.products_dtype(x)
+        dtype = products_dtype(x)
         specs = tuple(self.specs[name] for name in self.active)
         key = (self.active, specs, tuple(self.scales.items()), dtype)
-        made = kept(self, key, sources, lambda: fused.factors(self._chain_of_active(), dtype))
-        return fused.turned(x, *made)
+        made = kept(self, key, sources, lambda: factors(self._chain_of_active(), dtype))
+        return turned(x, *made)
 
     def _chain_of_active(self) -> Tensor:
         chain = self.joint_chain(self.active)
@@ -199,6 +213,12 @@ class WeightReflection(Reflection):
         """The rotated weight, of the shape, dtype and layout that `weight` has."""
         vectors = self.vectors_for(weight)
         return weight if vectors is None else reflected_weight(weight, vectors, self.columns)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than to run its forward."""
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(own) or bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 def reflection_for(layer: nn.Module, *, on_weight: bool = False) -> Reflection:

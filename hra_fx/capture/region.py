@@ -18,6 +18,7 @@ from hra_fx.capture.over import over
 from hra_fx.capture.trace import Traces, is_within
 from hra_fx.carrier.swap import original_class
 from hra_fx.errors import CaptureError
+from passes.absorb import AbsorbPass
 
 
 class Region:
@@ -99,7 +100,8 @@ class Region:
         if not self._holds(training):
             return None
         if training not in self._programs:
-            self._programs[training] = type(self.graph_module(root, training)).forward
+            graph_module = AbsorbPass().call(self.graph_module(root, training)).graph_module
+            self._programs[training] = type(graph_module).forward
         return self._programs[training], tensors
 
     def is_new(self, root: nn.Module) -> bool:

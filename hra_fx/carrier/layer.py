@@ -42,15 +42,23 @@ class LinearCarrier(SiteCarrier):
     """A Linear over its reflected input."""
 
     hra_u: LinearReflection
+    weight: Tensor
+    bias: Tensor | None
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """`base.forward` at `x Q^T`, where `reflected` is not given."""
+        """`base.forward` at `x Q^T`, where `reflected` is not given; in training as one node, where that can be."""
+        standard = base.forward is nn.Linear.forward
 
         @functools.wraps(base.forward)
         def forward(self: LinearCarrier, input: Tensor, reflected: Tensor | None = None) -> Any:
             if reflected is None:
-                reflected = self.hra_u(input) if REFLECTION in self._modules else input
+                box: Any = self._modules.get(REFLECTION)
+                if standard and box is not None and torch.is_grad_enabled():
+                    output = box.through(input, self.weight, self.bias)
+                    if output is not None:
+                        return output
+                reflected = input if box is None else box(input)
             return base.forward(self, reflected)
 
         return {"forward": forward}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import hra_fx
-from hra_fx import fused
+from hra_fx import forms
 from hra_fx.forms import reflected_rows
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
@@ -179,13 +179,13 @@ def wanted_of(model: Any, x: Tensor) -> Tensor:
 
 def counting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
-    make = fused.factors
+    make = forms.factors
 
     def counted(*args: Any) -> Any:
         calls.append("made")
         return make(*args)
 
-    monkeypatch.setattr(fused, "factors", counted)
+    monkeypatch.setattr(forms, "factors", counted)
     return calls
 
 

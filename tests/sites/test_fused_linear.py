@@ -1,0 +1,205 @@
+"""A whole Linear over reflected rows as one node, by its input and by its output, against the dense oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from one_layer import BF16, F32, F64, adapted, normal
+from oracles import dense_q, relative_error
+from torch import Tensor, nn
+
+from hra_fx.fused import linear as fused_linear
+from hra_fx.fused.factors import bearable
+
+quick = settings(max_examples=40, deadline=None, derandomize=True)
+WAYS = ("_ByInput", "_ByOutput")
+
+
+def oracle(x: Tensor, vectors: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    turned = weight.double() @ dense_q(vectors)
+    return nn.functional.linear(x.double(), turned, None if bias is None else bias.double())
+
+
+def through(way: str, x: Tensor, vectors: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    chain, factor = bearable(vectors, x.dtype)
+    output: Tensor = getattr(fused_linear, way).apply(x, chain, factor, weight, bias)
+    return output
+
+
+def leaf(seed: int, *shape: int, dtype: torch.dtype = F64) -> Tensor:
+    return normal(seed, *shape, dtype=dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@quick
+@given(
+    n=st.integers(0, 9),
+    d=st.integers(1, 20),
+    out=st.integers(1, 20),
+    k=st.integers(1, 22),
+    biased=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_outputs_and_both_gradients(way: str, n: int, d: int, out: int, k: int, biased: bool, seed: int) -> None:
+    x, vectors, weight = leaf(seed, n, d), leaf(seed + 1, d, k), normal(seed + 2, out, d)
+    bias = normal(seed + 3, out) if biased else None
+    got, wanted = through(way, x, vectors, weight, bias), oracle(x, vectors, weight, bias)
+    assert got.shape == wanted.shape
+    assert relative_error(got, wanted, floor=1e-3) < 1e-11
+    upstream = normal(seed + 4, n, out)
+    found = torch.autograd.grad(got, (x, vectors), upstream)
+    sought = torch.autograd.grad(wanted, (x, vectors), upstream)
+    assert relative_error(found[0], sought[0], floor=1e-3) < 1e-11
+    assert relative_error(found[1], sought[1], floor=1e-1) < 1e-9
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", [(8,), (1, 8), (2, 3, 8), (2, 0, 8)])
+def test_any_number_of_dimensions(way: str, shape: tuple[int, ...]) -> None:
+    x, vectors, weight = leaf(1, *shape), leaf(2, 8, 3), normal(3, 5, 8)
+    got, wanted = through(way, x, vectors, weight, None), oracle(x, vectors, weight, None)
+    assert got.shape == (*shape[:-1], 5)
+    assert relative_error(got, wanted, floor=1.0) < 1e-12
+    gradients = torch.autograd.grad(got.square().sum(), (x, vectors))
+    sought = torch.autograd.grad(wanted.square().sum(), (x, vectors))
+    for one, other in zip(gradients, sought, strict=True):
+        assert relative_error(one, other, floor=1.0) < 1e-11
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_gradient_of_the_gradient(way: str) -> None:
+    x, vectors, weight = leaf(1, 3, 5), leaf(2, 5, 3), normal(3, 4, 5)
+    assert torch.autograd.gradgradcheck(lambda x, u: through(way, x, u, weight, None), (x, vectors))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_bfloat16(way: str) -> None:
+    x, weight = leaf(1, 32, 96, dtype=BF16), normal(3, 64, 96, dtype=BF16)
+    vectors = leaf(2, 96, 8, dtype=F32)
+    got, wanted = through(way, x, vectors, weight, None), oracle(x, vectors, weight, None)
+    assert got.dtype == BF16
+    assert relative_error(got, wanted) < 6e-3
+    upstream = normal(4, 32, 64, dtype=BF16)
+    found = torch.autograd.grad(got, (x, vectors), upstream)
+    sought = torch.autograd.grad(wanted, (x, vectors), upstream.double())
+    assert [gradient.dtype for gradient in found] == [BF16, F32]
+    assert relative_error(found[0], sought[0]) < 6e-3
+    assert relative_error(found[1], sought[1]) < 6e-3
+
+
+# Which way a layer goes
+
+
+def node(output: Tensor) -> str:
+    """The name of the last node that is no change of shape."""
+    function: Any = output.grad_fn
+    while function.name() in ("ViewBackward0", "UnsafeViewBackward0"):
+        function = function.next_functions[0][0]
+    name: str = function.name()
+    return name
+
+
+def frozen(layer: nn.Module | None = None, r: int = 4) -> Any:
+    model = adapted(layer or nn.Linear(12, 6, dtype=F64), r)
+    model.requires_grad_(False)
+    model[0].hra_u["default"].requires_grad_()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("rows", "wants_gradient", "way"),
+    [
+        (1, True, "_ByInputBackward"),
+        (1, False, "_ByInputBackward"),
+        (16, False, "_ByOutputBackward"),  # it need not be driven back through the layer
+        (16, True, "_ByInputBackward"),
+        (256, True, "_ByOutputBackward"),
+    ],
+)
+def test_the_side_is_chosen_by_rows_and_gradients(rows: int, wants_gradient: bool, way: str) -> None:
+    model, x = frozen(), normal(1, rows, 12).requires_grad_(wants_gradient)
+    output = model(x)
+    assert node(output) == way
+    vectors = model[0].hra_u["default"]
+    wanted = oracle(x, vectors, model[0].weight, model[0].bias)
+    assert relative_error(output, wanted) < 1e-12
+    upstream = normal(2, rows, 6)
+    found, sought = torch.autograd.grad(output, vectors, upstream), torch.autograd.grad(wanted, vectors, upstream)
+    assert relative_error(found[0], sought[0]) < 1e-10
+
+
+def test_a_wide_output_is_not_made_twice() -> None:
+    assert node(frozen(nn.Linear(12, 24, dtype=F64))(leaf(1, 256, 12))) == "_ByInputBackward"
+
+
+def trained_weight(model: Any) -> None:
+    model[0].weight.requires_grad_()
+
+
+def trained_bias(model: Any) -> None:
+    model[0].bias.requires_grad_()
+
+
+def hooked(model: Any) -> None:
+    model[0].hra_u.register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize("change", [trained_weight, trained_bias, hooked])
+def test_what_more_is_wanted_has_the_layer_called_as_it_is(change: Any) -> None:
+    model, x = frozen(), leaf(1, 3, 12)
+    change(model)
+    output = model(x)
+    assert node(output) == "AddmmBackward0"
+    model[0].zero_grad()
+    output.square().sum().backward()
+    wanted = oracle(x.detach(), model[0].hra_u["default"].detach(), model[0].weight, model[0].bias)
+    asked = [parameter for parameter in (model[0].weight, model[0].bias) if parameter.requires_grad]
+    for parameter, sought in zip(
+        asked, torch.autograd.grad(wanted.square().sum(), asked) if asked else [], strict=True
+    ):
+        assert relative_error(parameter.grad, sought) < 1e-10
+
+
+def test_under_autocast_the_layer_is_called_as_it_is() -> None:
+    model = frozen(nn.Linear(12, 6))
+    with torch.autocast("cpu", dtype=BF16):
+        output = model(normal(1, 3, 12, dtype=F32))
+    assert output.dtype == BF16
+
+
+def test_a_class_with_a_forward_of_its_own_is_called_as_it_is() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    model, x = frozen(Conv1D(6, 12).double()), leaf(1, 3, 12)
+    output = model(x)
+    assert "_By" not in node(output)
+    wanted = oracle(x, model[0].hra_u["default"], model[0].weight.mT, model[0].bias)
+    assert relative_error(output, wanted) < 1e-12
+
+
+def test_gradient_checkpointing_computes_the_same_again() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model, x = frozen(), leaf(1, 300, 12)
+    plain = torch.autograd.grad(model(x).square().sum(), (x, model[0].hra_u["default"]))
+    again = checkpoint(model, x, use_reentrant=False)
+    for one, other in zip(
+        plain, torch.autograd.grad(again.square().sum(), (x, model[0].hra_u["default"])), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("rows", [3, 300])
+def test_outputs_may_be_written_into(rows: int) -> None:
+    model, x = frozen(), leaf(1, 2, rows, 12)
+    output = model(x)
+    output[..., 0] = 0
+    output.add_(1).relu_()
+    found = torch.autograd.grad(output.sum(), model[0].hra_u["default"])[0]
+    plain = oracle(x, model[0].hra_u["default"], model[0].weight, model[0].bias)
+    wanted = (torch.cat([torch.zeros_like(plain[..., :1]), plain[..., 1:]], dim=-1) + 1).relu()
+    assert relative_error(output, wanted) < 1e-12
+    assert relative_error(found, torch.autograd.grad(wanted.sum(), model[0].hra_u["default"])[0]) < 1e-11
