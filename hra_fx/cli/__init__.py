@@ -1,3 +1,13 @@
 """The command line `hra-fx`: what a shell asks of adapters and checkpoints. Nothing else imports it."""
 
-from hra_fx.cli.app import app as app, main as main
+import sys
+
+
+def main() -> None:
+    """Run what the shell asks for, and leave with its exit code."""
+    try:
+        from hra_fx.cli.app import run
+    except KeyboardInterrupt:  # afterwards the application tells of it
+        print("stopped: nothing was finished", file=sys.stderr)
+        sys.exit(130)
+    run()

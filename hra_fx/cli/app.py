@@ -5,6 +5,8 @@ Neither torch nor transformers is imported before a command runs, so that help a
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Iterable
 from typing import Annotated
 
@@ -82,6 +84,9 @@ def _before(
     """Nothing: the group reads the one, and the other answers by itself."""
 
 
-def main() -> None:
+def run() -> None:
     """Run what the shell asks for, and leave with its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that has no sign for degrees shows another one, and the rest.
+        sys.stdout.reconfigure(errors="replace")
     app()

@@ -14,6 +14,7 @@ from typing import Literal
 from torch import Tensor
 
 from hra_fx.checkpoint.disk.adapter_files import read_adapter
+from hra_fx.checkpoint.disk.weight_files import SAFE
 from hra_fx.checkpoint.fitting import resume_of
 from hra_fx.checkpoint.folder import write
 from hra_fx.checkpoint.keys import PREFIX, VECTORS
@@ -24,6 +25,7 @@ from hra_fx.errors import CheckpointError
 from hra_fx.site import REFLECTION
 
 Form = Literal["peft", "hra_fx"]
+_OF_MODELS = ("config.json", "model_index.json")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Conversion:
         r: how many plain reflections each has in the file.
         anchor: how many of them were frozen, and are trained from now on.
         dropped: keys that were left out.
+        fields: entries of the configuration that were left out.
     """
 
     folder: Path
@@ -45,6 +48,7 @@ class Conversion:
     r: int
     anchor: int
     dropped: tuple[str, ...]
+    fields: tuple[str, ...]
 
 
 def convert_adapter(source: str, out: Path, form: Form, *, overwrite: bool) -> Conversion:
@@ -52,13 +56,12 @@ def convert_adapter(source: str, out: Path, form: Form, *, overwrite: bool) -> C
 
     Raises:
         HRAError: a file is missing or damaged, or the disk refuses.
-        CheckpointError: `out` holds an adapter already, and `overwrite` is not given.
+        CheckpointError: `out` holds an adapter or other files already, and `overwrite` is not given; or a model.
     """
     files = read_adapter(source)
     tensors, metadata = read(files.file)
     resume = resume_of(files.file, metadata, files.config)
-    if (out / CONFIG_NAME).exists() and not overwrite:
-        raise CheckpointError(f"{out}: there is an adapter in it. Give another folder, or overwrite=True.")
+    _check_free(out, overwrite=overwrite)
     kept: dict[str, Tensor] = {}
     dropped: list[str] = []
     for key, tensor in tensors.items():
@@ -74,4 +77,23 @@ def convert_adapter(source: str, out: Path, form: Form, *, overwrite: bool) -> C
     splits = {RESUME: metadata[RESUME]} if form == "hra_fx" and RESUME in metadata else {}
     write(out, config.to_json_string(), kept, splits)
     given_up = resume["anchor"] if form == "peft" else 0
-    return Conversion(out, form, len(files.chains), config.r, given_up, tuple(dropped))
+    fields = (*sorted(files.config.extra), *(["peft_version"] if files.config.peft_version else []))
+    return Conversion(out, form, len(files.chains), config.r, given_up, tuple(dropped), fields)
+
+
+def _check_free(out: Path, *, overwrite: bool) -> None:
+    there = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    if CONFIG_NAME in there:
+        if not overwrite:
+            raise CheckpointError(f"{out}: there is an adapter in it. Give another folder, or overwrite=True.")
+        return
+    model = next((name for name in there if name in _OF_MODELS or name.endswith(SAFE)), None)
+    if model:
+        raise CheckpointError(
+            f"{out}: {model} in it is of a model, with which from_pretrained would load the adapter. Give a folder of "
+            "its own."
+        )
+    if there and not overwrite:
+        raise CheckpointError(
+            f"{out}: is not empty ({there[0]}), and has no adapter in it. Give another folder, or overwrite=True."
+        )

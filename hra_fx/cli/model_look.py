@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from hra_fx.checkpoint.disk.header import read_header
-from hra_fx.cli.building import build
+from hra_fx.cli.building import CONFIG, build
 from hra_fx.config import HRAConfig
 from hra_fx.errors import SelectionError
 from hra_fx.selection import resolve_targets
@@ -66,13 +66,15 @@ def look_at_model(path: Path) -> ModelLook:
     """
     built = build(path)
     folder = path if path.is_dir() else path.parent
+    # What lies beside a configuration of another name may be of any model.
+    weights = sorted(folder.glob("*.safetensors")) if path.is_dir() or path.name == CONFIG else []
     return ModelLook(
         folder=folder,
         model=type(built.model).__name__,
         library=built.library,
         parameters=sum(parameter.numel() for parameter in built.model.parameters()),
         default_targets=_default_targets(built.model),
-        files=tuple(_file(file) for file in sorted(folder.glob("*.safetensors"))),
+        files=tuple(_file(file) for file in weights),
         layers=tuple(
             site_look(name, layer) for name, layer in built.model.named_modules() if name and find_kind(layer)
         ),

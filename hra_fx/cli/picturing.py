@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hra_fx.checkpoint.loading import load_adapter
 from hra_fx.cli.building import build, load
-from hra_fx.view.formats import renderer
+from hra_fx.view.formats import picture_file
 from hra_fx.view.options import Options
 from hra_fx.view.picture import visualize
 
@@ -27,7 +27,7 @@ def draw(path: Path, out: Path, adapter: str | None, options: Options, *, weight
     Raises:
         HRAError: as `visualize` and `load_adapter`; or no library knows the model.
     """
-    renderer(out.suffix.lower(), out.name)  # refused before seconds go into a model
+    picture_file(out)  # refused before seconds go into a model
     built = load(path) if weights or options.heat == _OF_WEIGHTS else build(path)
     if adapter is not None:
         load_adapter(built.model, adapter)

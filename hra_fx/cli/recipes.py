@@ -51,18 +51,22 @@ def recipe_of(file: Path, entries: Mapping[str, Any]) -> Recipe:
 
 def _of_transformers(file: Path, entries: Mapping[str, Any]) -> Recipe:
     transformers = importlib.import_module("transformers")
-    names = [name for name in entries.get("architectures") or [] if isinstance(name, str)]
+    given = entries.get("architectures")
+    names = [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
     kind: Any = next((found for name in names if (found := getattr(transformers, name, None))), None)
 
+    def config() -> Any:
+        # Of the very file, which may be one of several in its folder.
+        return transformers.AutoConfig.from_pretrained(str(file), **_ALONE)
+
     def make() -> nn.Module:
-        config = transformers.AutoConfig.from_pretrained(file.parent, **_ALONE)
-        made: nn.Module = transformers.AutoModel.from_config(config) if kind is None else kind(config)
+        made: nn.Module = transformers.AutoModel.from_config(config()) if kind is None else kind(config())
         return made
 
     def load() -> nn.Module:
         transformers.utils.logging.disable_progress_bar()
         loaded: nn.Module = (kind or transformers.AutoModel).from_pretrained(
-            file.parent, use_safetensors=True, **_ALONE
+            file.parent, config=config(), use_safetensors=True, **_ALONE
         )
         return loaded
 
@@ -83,10 +87,9 @@ def _of_diffusers(file: Path, entries: Mapping[str, Any]) -> Recipe:
 def _of_timm(file: Path, entries: Mapping[str, Any]) -> Recipe:
     timm = importlib.import_module("timm")
     given = {key: entries[key] for key in ("num_classes", "global_pool") if key in entries}
-    arguments = {**given, **entries.get("model_args", {})}
 
     def make() -> nn.Module:
-        made: nn.Module = timm.create_model(entries["architecture"], **arguments)
+        made: nn.Module = timm.create_model(entries["architecture"], **{**given, **(entries.get("model_args") or {})})
         return made
 
     def load() -> nn.Module:

@@ -19,6 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 _UNLIMITED = 10_000
+#: Letters of a line in a column of words.
+_FEWEST = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,10 @@ def show_table(columns: Sequence[Column], rows: Collection[Sequence[str]]) -> No
     console, wide = stdout(), Console(width=_UNLIMITED)
     limits = sorted({column.rank for column in columns}, reverse=True)
     tables = [_table(columns, rows, limit) for limit in limits]
-    console.print(next((t for t in tables if wide.measure(t).maximum <= console.width), tables[-1]))
+    table = next((t for t in tables if wide.measure(t).maximum <= console.width), tables[-1])
+    # Wider than a terminal of a few letters, rather than without the column that says what the others are of.
+    console.width = max(console.width, _least(table))
+    console.print(table)
 
 
 def _table(columns: Sequence[Column], rows: Collection[Sequence[str]], limit: int) -> Table:
@@ -65,13 +70,23 @@ def _table(columns: Sequence[Column], rows: Collection[Sequence[str]], limit: in
     table = Table(box=box.SIMPLE_HEAD)
     for i in kept:
         words = columns[i].words
+        longest = max(len(letters) for letters in (columns[i].name, *(row[i] for row in rows)))
         table.add_column(
-            Text(columns[i].name), justify="left" if words else "right", overflow="fold", no_wrap=not words
+            Text(columns[i].name),
+            justify="left" if words else "right",
+            overflow="fold",
+            no_wrap=not words,
+            min_width=min(_FEWEST, longest) if words else longest,
         )
     for row in rows:
         # As Text, for names may hold what rich takes for its markup.
         table.add_row(*(Text(row[i]) for i in kept))
     return table
+
+
+def _least(table: Table) -> int:
+    """How wide a table is at least, with what stands between its columns."""
+    return sum(column.min_width or 0 for column in table.columns) + 3 * len(table.columns) + 1
 
 
 def show_heading(title: str, facts: Mapping[str, str]) -> None:
@@ -97,8 +112,13 @@ def show_lines(heading: str, lines: Collection[str]) -> None:
 
 
 def show_json(content: Any) -> None:
-    """JSON, with null for what is not finite."""
-    typer.echo(json.dumps(_plain(content), indent=2, allow_nan=False, ensure_ascii=False))
+    """JSON, with null for what is not finite, and escapes for what the stream cannot hold."""
+    text = json.dumps(_plain(content), indent=2, allow_nan=False, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(_plain(content), indent=2, allow_nan=False)
+    typer.echo(text)
 
 
 def _plain(value: Any) -> Any:

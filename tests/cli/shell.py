@@ -8,7 +8,7 @@ from typing import Any
 
 from typer.testing import CliRunner
 
-from hra_fx.cli import app
+from hra_fx.cli.app import app
 
 
 class Answer:

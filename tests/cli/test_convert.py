@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,39 @@ def test_a_folder_that_has_an_adapter(shelf: Shelf, tmp_path: Path) -> None:
     assert picture(tmp_path) == before
     answer("convert", shelf / "my-adapter", tmp_path, "--to", "peft", "--overwrite")
     assert picture(tmp_path) != before
+
+
+@pytest.mark.parametrize("name", ["config.json", "model_index.json", "model-00001-of-00002.safetensors"])
+@pytest.mark.parametrize("words", [[], ["--overwrite"]])
+def test_a_folder_that_has_a_model(shelf: Shelf, tmp_path: Path, name: str, words: list[str]) -> None:
+    (tmp_path / name).write_text("{}")
+    before = picture(tmp_path)
+    said = mistake("convert", shelf / "my-adapter", tmp_path, "--to", "hra_fx", *words)
+    assert said == (
+        f"{tmp_path}: {name} in it is of a model, with which from_pretrained would load the adapter. Give a folder of "
+        "its own."
+    )
+    assert picture(tmp_path) == before
+
+
+def test_a_folder_that_has_something_else(shelf: Shelf, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    said = mistake("convert", shelf / "my-adapter", tmp_path, "--to", "peft")
+    assert said == (
+        f"{tmp_path}: is not empty (notes.txt), and has no adapter in it. Give another folder, or --overwrite."
+    )
+    answer("convert", shelf / "my-adapter", tmp_path, "--to", "peft", "--overwrite")
+    assert (tmp_path / "notes.txt").read_text() == "mine" and (tmp_path / WEIGHTS).exists()
+
+
+def test_what_is_left_out_of_the_configuration_is_named(shelf: Shelf, tmp_path: Path) -> None:
+    source = shutil.copytree(shelf / "my-adapter", tmp_path / "in")
+    file = source / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"peft_version": "0.99", "of_tomorrow": 1, "more": []}))
+    text = answer("convert", source, tmp_path / "out", "--to", "peft")
+    assert "left out     of its configuration more, of_tomorrow, peft_version" in text
+    done = Answer("convert", source, tmp_path / "out", "--to", "hra_fx", "--overwrite", "--json").json
+    assert done["fields"] == ["more", "of_tomorrow", "peft_version"]
 
 
 def test_a_target_that_is_a_file(shelf: Shelf, tmp_path: Path) -> None:

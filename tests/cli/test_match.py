@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,38 @@ def test_indices_that_are_none(shelf: Shelf, indices: str) -> None:
     assert "is no index and no range. Write for example 0-3,7." in said
 
 
+def test_a_range_that_ends_before_it_begins(shelf: Shelf) -> None:
+    """It would be an empty list, which is none, and so all blocks."""
+    said = usage("match", shelf / "my-model", "-t", "q_proj", "--layers=0,7-3")
+    assert "'7-3' ends before it begins. Write for example 0-3,7." in said
+
+
+@pytest.mark.parametrize("indices", ["0-999999999999", "100000", "0-" + "9" * 5000])
+def test_a_range_that_no_memory_holds(shelf: Shelf, indices: str) -> None:
+    assert "more blocks than any model has" in usage("match", shelf / "my-model", "-t", "q_proj", "-l", indices)
+
+
+def test_a_file_is_asked_itself_and_not_one_beside_it(shelf: Shelf, tmp_path: Path) -> None:
+    entries = json.loads((shelf / "my-model" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    (tmp_path / "other.json").write_text(json.dumps(entries | {"num_hidden_layers": 5}))
+    shutil.copy(shelf / "my-model" / "model.safetensors", tmp_path)
+    asked = Answer("match", tmp_path / "other.json", "-t", "q_proj", "--json").json
+    assert len(asked["adapted"]) == 5
+    look = Answer("inspect", tmp_path / "other.json", "--json").json
+    beside = Answer("inspect", tmp_path / "config.json", "--json").json
+    assert len(look["layers"]) == 5 * 7 + 1 and look["files"] == []
+    assert len(beside["layers"]) == 2 * 7 + 1 and len(beside["files"]) == 1
+    answer("visualize", tmp_path / "other.json", tmp_path / "a.json", "--depth", "9")
+    assert "model.layers.4" in (tmp_path / "a.json").read_text()
+
+
+def test_a_terminal_of_a_few_letters_keeps_the_names(shelf: Shelf) -> None:
+    for columns in (1, 20):
+        text = answer("match", shelf / "my-model", "-t", "q_proj", columns=columns)
+        assert ["model.layers", "2", "256"] in [line.split() for line in text.splitlines()]
+
+
 def test_a_regular_expression_that_is_none(shelf: Shelf) -> None:
     assert "target_modules: '(' is not a regular expression" in mistake("match", shelf / "my-model", "--regex", "(")
 
@@ -158,11 +191,25 @@ def test_a_rank_that_is_none(shelf: Shelf) -> None:
         ('{"model_type": "from-tomorrow"}', "config.json: transformers cannot build its model ("),
         ('{"_class_name": "Nothing"}', "diffusers, as it is installed, has no model 'Nothing'."),
         ('{"architecture": "nothing"}', "config.json: timm cannot build its model ("),
+        ('{"architecture": "resnet18", "model_args": 5}', "config.json: timm cannot build its model ("),
     ],
 )
 def test_configurations_of_no_model(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "config.json").write_text(text)
     assert said in mistake("match", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entries", "target"),
+    [
+        ({"architecture": "test_resnet", "model_args": None}, "conv2"),
+        ({"model_type": "llama", "architectures": 5, "hidden_size": 16, "num_attention_heads": 2}, "q_proj"),
+        ({"model_type": "llama", "architectures": [None], "hidden_size": 16, "num_attention_heads": 2}, "q_proj"),
+    ],
+)
+def test_odd_entries_that_say_nothing(tmp_path: Path, entries: dict[str, Any], target: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    assert "adapted  " in answer("match", tmp_path, "-t", target)
 
 
 def test_a_folder_without_one(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -99,7 +100,7 @@ def test_a_command_that_is_none() -> None:
 def test_completion() -> None:
     runner = CliRunner()
     env = {"_HRA_FX_COMPLETE": "complete_bash", "COMP_WORDS": "hra-fx un", "COMP_CWORD": "1"}
-    from hra_fx.cli import app
+    from hra_fx.cli.app import app
 
     assert runner.invoke(app, [], env=env, prog_name="hra-fx").stdout.split() == ["unfold"]
 
@@ -150,9 +151,36 @@ def test_the_script_in_a_process_of_its_own(shelf: Shelf, tmp_path: Path) -> Non
 
 def test_help_imports_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys; from typer.testing import CliRunner; from hra_fx.cli import app; "
+        "import sys; from typer.testing import CliRunner; from hra_fx.cli.app import app; "
         "assert CliRunner().invoke(app, ['fold', '--help']).exit_code == 0; "
         "assert not {'torch', 'transformers', 'safetensors', 'numpy'} & sys.modules.keys()"
     )
     done = shell(sys.executable, "-c", code)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("words", [["inspect"], ["inspect", "--json"]])
+def test_a_terminal_without_the_signs_that_are_printed(shelf: Shelf, tmp_path: Path, words: list[str]) -> None:
+    """What cannot be shown is another sign, or escaped in JSON; the rest is as it is."""
+    shutil.copytree(shelf / "my-adapter", tmp_path / "adäptér")
+    for env in ({"PYTHONIOENCODING": "ascii"}, {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}):
+        done = shell(SCRIPT, *words, tmp_path / "adäptér", **env)
+        assert done.returncode == 0, done.stderr
+        if "--json" in words:
+            # In an environment of ASCII alone a name is the bytes that it has.
+            assert os.fsencode(json.loads(done.stdout)["folder"]) == os.fsencode(tmp_path / "adäptér")
+        else:
+            assert "model.layers.1.self_attn.v_proj" in done.stdout and "?" in done.stdout
+
+
+def test_ctrl_c_while_the_program_is_imported() -> None:
+    code = (
+        "import sys; from hra_fx.cli import main\n"
+        "class Stopping:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'typer': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stopping())\n"
+        "main()"
+    )
+    done = shell(sys.executable, "-c", code)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped: nothing was finished\n")

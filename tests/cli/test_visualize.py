@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from cli.conftest import Shelf
-from cli.shell import answer, mistake, usage
+from cli.shell import Answer, answer, mistake, usage
 
 import hra_fx
 from hra_fx.cli.building import build, load
@@ -27,6 +27,10 @@ def test_an_adapter_without_weights_is_drawn_as_with_them(shelf: Shelf, tmp_path
     # Which share of a weight is turned is known to who has the weight only.
     drawn, due = (re.sub(r'"share":(\{[^{}]*\}|\[[^\]]*\]|[^,}\]]*)', "", file.read_text()) for file in (out, wanted))
     assert drawn == due
+
+
+def test_json(shelf: Shelf, tmp_path: Path) -> None:
+    assert Answer("visualize", shelf / "my-model", tmp_path / "a.svg", "--json").json == {"file": f"{tmp_path}/a.svg"}
 
 
 def test_a_plain_model_with_depth_and_focus(shelf: Shelf, tmp_path: Path) -> None:
@@ -69,6 +73,12 @@ def test_tied_tensors_are_one(shelf: Shelf, tmp_path: Path) -> None:
 def test_an_ending_that_is_none(shelf: Shelf, tmp_path: Path) -> None:
     said = mistake("visualize", shelf / "my-model", tmp_path / "a.xyz")
     assert "'a.xyz' ends in '.xyz', and the formats that can be written are .svg" in said
+
+
+def test_a_folder_that_is_not_there_is_named_before_the_model_is_built(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no such type"}')
+    said = mistake("visualize", tmp_path, tmp_path / "absent" / "a.svg")
+    assert re.match(r"path: the folder '.*absent' does not exist\. Create it", said)
 
 
 def test_an_unknown_heat_and_depth(shelf: Shelf, tmp_path: Path) -> None:

@@ -55,8 +55,7 @@ class Architecture:
         """Whether every weight is `(out, ...)`; `None` where the text of the file does not tell."""
         if not self.entries:
             return None
-        types = set(_values(self.entries, "model_type"))
-        if not types:
+        if not self._sources:
             # diffusers and timm say so, and know no other layout.
             return True if {"_class_name", "architecture"} & self.entries.keys() else None
         return True if all(self._sources) and not any(_CONV1D.search(text) for text in self._sources) else None
@@ -69,7 +68,8 @@ class Architecture:
     @cached_property
     def _sources(self) -> list[str]:
         """The text of transformers' code for each type of model in the file; empty where it is not found."""
-        return [_source(kind) for kind in set(_values(self.entries, "model_type"))]
+        kinds = _values(self.entries, "model_type")
+        return [_source(kind) for kind in {kind if isinstance(kind, str) else "" for kind in kinds}]
 
     @cached_property
     def model(self) -> nn.Module | None:
@@ -121,7 +121,7 @@ def _in_no_block(ties: re.Match[str]) -> bool:
 def _source(model_type: str) -> str:
     """The text of transformers' code for a type of model; empty where it is not found."""
     found = importlib.util.find_spec("transformers")
-    if found is None or not found.submodule_search_locations or not isinstance(model_type, str):
+    if found is None or not found.submodule_search_locations or not model_type:
         return ""
     folder = Path(found.submodule_search_locations[0], "models", model_type.replace("-", "_"))
     texts = [file.read_text(encoding="utf-8") for file in sorted(folder.glob("modeling_*.py"))]

@@ -47,6 +47,11 @@ def convert(
         f"HRA adapter in {done.folder}, as {'PEFT' if to is Form.peft else 'hra_fx'} writes it",
         {
             "reflections": f"{done.r} at each of {count(done.layers, 'layer')}{anchor}",
-            "left out": count(len(done.dropped), "tensor") if done.dropped else "nothing",
+            "left out": ", ".join(_left_out(done.dropped, done.fields)) or "nothing",
         },
     )
+
+
+def _left_out(tensors: tuple[str, ...], fields: tuple[str, ...]) -> list[str]:
+    named = [f"of its configuration {', '.join(fields)}"] if fields else []
+    return [count(len(tensors), "tensor"), *named] if tensors else named

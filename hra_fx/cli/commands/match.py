@@ -24,6 +24,8 @@ EXAMPLES = (
     "hra-fx match my-model --config my-adapter",
 )
 _ALL = "all-linear"
+#: Of the index of a block.
+_DIGITS = 5
 
 
 def match(
@@ -109,11 +111,17 @@ def _indices(text: str) -> list[int]:
     indices: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise typer.BadParameter(
-                f"{part!r} is no index and no range. Write for example 0-3,7.", param_hint="--layers"
-            )
-        indices += range(int(first), int(last or first) + 1)
+        last = last if dash else first
+        if not first.isdecimal() or not last.isdecimal():
+            reason = "is no index and no range"
+        elif max(len(first), len(last)) > _DIGITS:
+            reason = "is of more blocks than any model has"
+        elif int(last) < int(first):
+            reason = "ends before it begins"
+        else:
+            indices += range(int(first), int(last) + 1)
+            continue
+        raise typer.BadParameter(f"{part!r} {reason}. Write for example 0-3,7.", param_hint="--layers")
     return indices
 
 

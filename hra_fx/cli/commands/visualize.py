@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from hra_fx.cli.options import Json
+from hra_fx.cli.screen import show_json
+
 EXAMPLES = (
     "hra-fx visualize my-model model.html",
     "hra-fx visualize my-model adapters.svg --adapter my-adapter --heat mean_angle",
@@ -34,6 +37,7 @@ def visualize(
     weights: Annotated[
         bool, typer.Option("--weights", help="Load the weights. Done without being asked for --heat share.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Draw a model, and where an adapter is in it; the ending of OUT chooses the format.
 
@@ -42,4 +46,5 @@ def visualize(
     from hra_fx.cli.picturing import draw
     from hra_fx.view.options import Options
 
-    typer.echo(draw(model, out, adapter, Options(depth, focus, heat), weights=weights))
+    file = draw(model, out, adapter, Options(depth, focus, heat), weights=weights)
+    show_json({"file": file}) if as_json else typer.echo(file)
