@@ -19,8 +19,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from hra_fx.adapted import require_sites
 from hra_fx.errors import HRAWarning
-from hra_fx.output_file import output_file
-from hra_fx.reporting.plots.canvas import FORMATS, require_matplotlib
+from hra_fx.reporting.plots.canvas import check_plot
 from hra_fx.reporting.plots.training import draw_training
 from hra_fx.reporting.progress import Progress, is_sharded, progress_of
 
@@ -60,8 +59,7 @@ class RotationCallback(TrainerCallback):
         """Check the name of the plot, before hours of training."""
         self.plot: Path | None = None
         if plot is not None:
-            require_matplotlib()
-            self.plot = output_file(plot, FORMATS)
+            self.plot = check_plot(plot)
         self.history: list[Progress] = []
         self._on = False
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TypeAlias
 
 from hra_fx.errors import VisualizeError
+from hra_fx.output_file import output_file
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.options import Options
 
@@ -48,28 +51,28 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
-def renderer(suffix: str, name: str, formats: Mapping[str, Format] = FORMATS) -> Render:
-    """What writes a format.
+def picture_file(path: str | os.PathLike[str], formats: Mapping[str, Format] = FORMATS) -> Path:
+    """The path of a picture that can be written.
 
     Args:
-        suffix: the file ending, in lower case.
-        name: that of the file, for messages.
+        path: as the user gave it.
         formats: those to choose from.
 
     Raises:
-        VisualizeError: no such format, or its library is not installed; the message lists the formats that work.
+        VisualizeError: as `output_file`, or the format's library is not installed; the message lists what works.
     """
     working = ", ".join(f"{ending} ({form.words})" for ending, form in formats.items() if form.works)
-    if suffix not in formats:
-        raise VisualizeError(
-            f"path: {name!r} ends in {suffix or 'nothing'!r}, and the formats that can be written are {working}. "
-            "Choose one of those endings."
-        )
-    form = formats[suffix]
+    file = output_file(path, formats, listed=working)
+    form = formats[file.suffix.lower()]
     if not form.works:
         raise VisualizeError(
-            f"path: {name!r} needs the package {form.library.replace('_', '-')}, which is not installed: "
+            f"path: {file.name!r} needs the package {form.library.replace('_', '-')}, which is not installed: "
             f"pip install 'hra-fx[{form.extra}]'. The formats that can be written without it are {working}."
         )
-    render: Render = import_module(form.module).render
+    return file
+
+
+def renderer(file: Path) -> Render:
+    """What writes a file that `picture_file` let through."""
+    render: Render = import_module(FORMATS[file.suffix.lower()].module).render
     return render

@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hra_fx.errors import VisualizeError
-from hra_fx.reporting.writing import put_whole
+from hra_fx.output_file import put_whole
 from hra_fx.view.drawing import drawing_of
 from hra_fx.view.focusing import focused
-from hra_fx.view.formats import renderer
+from hra_fx.view.formats import picture_file, renderer
 from hra_fx.view.heat import heating
 from hra_fx.view.options import Options
 
@@ -56,12 +55,8 @@ def visualize(
         ...     hra_fx.visualize(model, folder + "/adapters.svg", heat="mean_angle").read_text()[:38]
         '<?xml version="1.0" encoding="UTF-8"?>'
     """
-    file, options = Path(path), Options(depth, focus, heat)
-    render = renderer(file.suffix.lower(), file.name)
-    if not file.parent.is_dir():
-        raise VisualizeError(f"path: the folder {str(file.parent)!r} does not exist. Create it, or choose another one.")
-    if file.is_dir():
-        raise VisualizeError(f"path: {str(file)!r} is a folder. Give the name of a file in it.")
+    file, options = picture_file(path), Options(depth, focus, heat)
+    render = renderer(file)
     drawing = drawing_of(model, example_inputs)
     heating(focused(drawing, options.focus), options.heat)  # what does not fit is refused alike for all formats
     content = render(drawing, options)

@@ -275,8 +275,14 @@ def refusals() -> dict[str, tuple[Any, str]]:
             r"path: 'strip\.gif' ends in '\.gif', and the formats that can be written are \.svg, \.png, \.pdf\. Choose",
         ),
         "no ending": (lambda folder: found.heat_strip(folder / "strip"), "path: 'strip' ends in 'nothing'"),
-        "no folder": (lambda folder: found.compare(folder / "absent" / "a.svg", "x", "y"), "path: the folder .*absent"),
-        "a folder": (lambda folder: found.heat_strip(made(folder / "a.svg")), "path: .* is a folder"),
+        "no folder": (
+            lambda folder: found.compare(folder / "absent" / "a.svg", "x", "y"),
+            r"path: the folder '.*absent' does not exist\. Create it, or choose another one\.$",
+        ),
+        "a folder": (
+            lambda folder: found.heat_strip(made(folder / "a.svg")),
+            r"path: '.*a\.svg' is a folder\. Give the name of a file\.$",
+        ),
         "an unknown heat": (
             lambda folder: found.heat_strip(folder / "a.svg", "angles"),
             "heat: 'angles' is not one of 'mean_angle', 'angle', 'rotation', 'share'.",

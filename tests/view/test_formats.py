@@ -12,7 +12,7 @@ from reading_pictures import sites_in
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.view.formats import FORMATS, Format, renderer
+from hra_fx.view.formats import FORMATS, Format, picture_file, renderer
 from hra_fx.view.text import clean
 
 READABLE = ("svg", "mmd", "dot", "graphml", "json")
@@ -91,26 +91,27 @@ def test_other_endings_are_refused_with_those_that_work(name: str, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_library_is_named_with_what_works_without() -> None:
+def test_a_missing_library_is_named_with_what_works_without(tmp_path: Path) -> None:
     formats = {".svg": FORMATS[".svg"], ".png": Format("pixels", "hra_fx.view.png", "no_such_library", "png")}
     wanted = r"needs the package no-such-library.*pip install 'hra-fx\[png\]'.*without it are \.svg \([^)]*\)\.$"
     with pytest.raises(hra_fx.VisualizeError, match=wanted):
-        renderer(".png", "a.png", formats)
+        picture_file(tmp_path / "a.png", formats)
 
 
 def test_every_format_has_its_writer() -> None:
     for ending in FORMATS:
-        assert callable(renderer(ending, f"a{ending}"))
+        assert callable(renderer(Path(f"a{ending}")))
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(hra_fx.VisualizeError, match=r"nowhere.*does not exist"):
+    wanted = r"^path: the folder '.*nowhere' does not exist\. Create it, or choose another one\.$"
+    with pytest.raises(hra_fx.VisualizeError, match=wanted):
         hra_fx.visualize(drawn("one layer"), tmp_path / "nowhere" / "a.svg")
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "a.svg").mkdir()
-    with pytest.raises(hra_fx.VisualizeError, match=r"is a folder"):
+    with pytest.raises(hra_fx.VisualizeError, match=r"^path: '.*a\.svg' is a folder\. Give the name of a file\.$"):
         hra_fx.visualize(drawn("one layer"), tmp_path / "a.svg")
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hra_fx.errors import VisualizeError
-from hra_fx.output_file import output_file
-from hra_fx.reporting.writing import put_whole
+from hra_fx.output_file import output_file, put_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
