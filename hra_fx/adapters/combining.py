@@ -13,7 +13,9 @@ from hra_fx import householder
 from hra_fx.adapted import Record, names_in, root_of, sites_of
 from hra_fx.adapters.adding import put_beside
 from hra_fx.errors import AdapterError
+from hra_fx.offloaded import require_present
 from hra_fx.reflection import AdapterSpec, Reflection
+from hra_fx.sharded import first_sharded
 from hra_fx.transforming import checked
 
 
@@ -31,7 +33,8 @@ def combine(model: nn.Module, adapters: Sequence[str], adapter_name: str) -> Non
 
     Raises:
         AdapterError: there is no such adapter, fewer than two are named, one has copies (`modules_to_save` or `bias`),
-            a layer would have to be filled up by an odd number, or all have strength 0.
+            a layer would have to be filled up by an odd number, or all have strength 0; or vectors are shared out
+            among processes, or kept elsewhere.
 
     Example:
         >>> from hra_fx import HRAConfig, add_adapter, transform
@@ -49,6 +52,12 @@ def combine(model: nn.Module, adapters: Sequence[str], adapter_name: str) -> Non
         config = record.configs[name]
         if config.modules_to_save or config.bias != "none":
             raise AdapterError(f"adapter {name!r}: it has trained copies of modules or biases, which have no product.")
+    if sharded := first_sharded(root):
+        raise AdapterError(
+            f"{sharded[0]}: {sharded[1]} shares its parameters out among processes, and would not know of new vectors. "
+            "Combine before it."
+        )
+    require_present(root)
     with torch.inference_mode(False):
         _combine(root, record, names, adapter_name)
 

@@ -174,6 +174,23 @@ def refused_when_sharded(rank: int, folder: Path) -> None:
         hra_fx.transform(wrap_one(MLP.base()), config)
 
 
+def combine_refused_when_sharded(rank: int, folder: Path) -> None:
+    """As `add_adapter` is, with what it is told apart by; beside DDP it is an adapter as any other."""
+    for wrap in (WAYS["FSDP2, whole"], WAYS["FSDP2, every layer"], wrap_one):
+        plain = MLP.model()
+        hra_fx.add_adapter(plain, "b", hra_fx.HRAConfig(r=2, target_modules=["0", "2"]))
+        model = wrap_one(plain) if wrap is wrap_one else wrap(MLP, plain)
+        for _ in ("sharded", "gathered"):
+            names = {name for name, _ in model.named_parameters()}
+            with pytest.raises(AdapterError, match=r"fully_shard shares its parameters out .*\. Combine before it\."):
+                hra_fx.combine(model, ["default", "b"], "both")
+            assert {name for name, _ in model.named_parameters()} == names
+            output(model, MLP)
+    ddp = MLP.model()
+    hra_fx.add_adapter(ddp, "b", hra_fx.HRAConfig(r=2, target_modules=["0", "2"]))
+    hra_fx.combine(DistributedDataParallel(ddp).module, ["default", "b"], "both")
+
+
 def wrap_one(model: nn.Module) -> nn.Module:
     """Where another part alone is sharded, new vectors would not be averaged either."""
     from torch.distributed.fsdp import fully_shard
@@ -258,6 +275,7 @@ CHECKS: dict[str, Check] = {
     **{"one process saves under DDP": alone_under_ddp, "save_pretrained": save_pretrained},
     **{"strength": strength, "switching": switching, "pictures": pictures},
     **{"fold under DDP": fold_under_ddp, "merged, then sharded": merged_then_sharded},
+    **{"combine, refused when sharded": combine_refused_when_sharded},
     **{"refused when sharded": refused_when_sharded, "refused copies": refused_copies},
     **{"refused under DDP": refused_under_ddp, "refused flat shards": refused_flat_shards},
     **{"checkpoints": checkpoints, "full state": full_state},
