@@ -44,6 +44,15 @@ test: $(VENV)/test.stamp ## Run the tests and the examples in the docstrings.
 zoo: $(VENV)/test.stamp ## Check every model of the zoo (an hour), and write docs/zoo.md.
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m zoo.run $(ZOO_FLAGS)
 
+bench: $(VENV)/test.stamp ## Speed and memory beside the base model and PEFT (45 minutes on 2 cores), and write docs/benchmarks.md.
+	PYTHONPATH=benchmarks $(BIN)/python -m speed --docs $(BENCH_FLAGS)
+
+bench-quick: $(VENV)/test.stamp ## Of them the lines that must hold: print each as met or not (under 5 minutes).
+	PYTHONPATH=benchmarks $(BIN)/python -m speed --quick $(BENCH_FLAGS)
+
+bench-gpu: $(VENV)/test.stamp ## The same in bf16 at width 4096 on a CUDA device, and write docs/benchmarks_gpu.md.
+	PYTHONPATH=benchmarks $(BIN)/python -m speed --gpu --docs $(BENCH_FLAGS)
+
 bench-disk: $(VENV)/test.stamp ## fold_checkpoint beside cp and PEFT, 1.1 billion parameters (10 GB of disk, some minutes).
 	$(BIN)/python benchmarks/disk.py $(BENCH_FLAGS)
 

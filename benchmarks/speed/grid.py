@@ -1,0 +1,109 @@
+"""Which settings are measured, for how long: all of them, those of the lines that must hold, those of a GPU.
+
+The whole grid of tokens, ranks and dtypes is that of the Llama of width 768; of the other models there is a sample.
+Budgets are seconds on two cores, chosen so that `make bench` takes some 40 minutes and `make bench-quick` under five.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from speed import once
+from speed.methods import COMPILERS, INFERENCE, TRAINING
+from speed.setting import Mode, Setting
+from speed.timing import Budget
+
+LLAMA = "llama-768x3"
+DTYPES = ("float32", "bfloat16")
+RANKS = (8, 32)
+#: Tokens, and seconds for the rounds of each setting.
+TOKENS = {1: 6, 16: 10, 512: 30, 2048: 40}
+STEPS: tuple[Mode, ...] = ("training", "inference")
+ONCE: tuple[Mode, ...] = ("transform", "fold")
+ON_GPU: tuple[Mode, ...] = (*STEPS, "memory", "launches")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A setting, who takes part, and for how long."""
+
+    setting: Setting
+    methods: Sequence[str]
+    budget: Budget
+
+    def scaled(self, factor: float) -> Job:
+        """With so many times the seconds, and with fewer rounds at the least where that is less."""
+        budget = self.budget
+        least, least_slow = (max(1, int(min(1, factor) * rounds)) for rounds in (budget.least, budget.least_slow))
+        scaled = replace(budget, seconds=factor * budget.seconds, least=least, least_slow=least_slow)
+        return replace(self, budget=scaled)
+
+
+def methods_of(mode: Mode) -> Sequence[str]:
+    """Who takes part: a folded model is not trained."""
+    return INFERENCE if mode == "inference" else TRAINING
+
+
+def full() -> Iterator[Job]:
+    """All of it."""
+    yield from _whole_grid()
+    yield from _sample()
+    for mode in STEPS:
+        for tokens, seconds in ((16, 10), (512, 25)):
+            yield Job(Setting(LLAMA, mode, tokens, compiled=True), COMPILERS, Budget(seconds))
+    for dtype in DTYPES:
+        for tokens in (512, 2048):
+            yield Job(Setting(LLAMA, "memory", tokens, dtype), TRAINING, Budget(0, least=1))
+    for mode in ONCE:
+        yield Job(Setting(LLAMA, mode, 0), once.METHODS, Budget(15))
+    yield Job(Setting(LLAMA, "generate", 16), INFERENCE, Budget(20))
+
+
+def _whole_grid() -> Iterator[Job]:
+    for mode in STEPS:
+        for dtype in DTYPES:
+            for r in RANKS:
+                for tokens, seconds in TOKENS.items():
+                    budget = Budget(seconds, least=5 if tokens <= 512 else 3)
+                    yield Job(Setting(LLAMA, mode, tokens, dtype, r), methods_of(mode), budget)
+
+
+def _sample() -> Iterator[Job]:
+    sizes = {"llama-2048x3": (512,), "bert": (16, 512), "vit": (4,), "resnet50": (4,), "unet": (2,)}
+    for workload, counts in sizes.items():
+        for mode in STEPS:
+            for count in counts:
+                yield Job(Setting(workload, mode, count), methods_of(mode), Budget(25, least=3, least_slow=2))
+    # A step of PEFT's HRA takes half a minute here.
+    few = Budget(25, least_slow=2)
+    yield Job(Setting("llama-4096x1", "training", 64), ("base", "lora", "peft-hra", "ours", "ours-gs"), few)
+
+
+def quick() -> Iterator[Job]:
+    """What the lines need, and no more."""
+    some = Budget(25, least_slow=2)
+    trained = ("base", "lora", "peft-hra", "ours", "ours-gs")
+    yield Job(Setting(LLAMA, "training", 512), trained, some)
+    yield Job(Setting(LLAMA, "training", 16), trained, replace(some, seconds=10))
+    yield Job(Setting("llama-4096x1", "training", 64), ("peft-hra", "ours"), replace(some, seconds=10))
+    for tokens, seconds in ((512, 12), (16, 5)):
+        three = ("base-inductor", "lora-inductor", "ours-inductor")
+        yield Job(Setting(LLAMA, "training", tokens, compiled=True), three, Budget(seconds))
+    yield Job(Setting(LLAMA, "memory", 512), ("lora", "ours", "ours-gs"), Budget(0, least=1))
+    for tokens, seconds in ((512, 12), (16, 5)):
+        unfolded_and_folded = ("base", "base-again", "lora", "ours", "folded")
+        yield Job(Setting(LLAMA, "inference", tokens), unfolded_and_folded, Budget(seconds))
+    for mode in STEPS:
+        yield Job(Setting("resnet50", mode, 4), ("lora", "ours"), Budget(8))
+
+
+def gpu() -> Iterator[Job]:
+    """The tables of a GPU: bf16, width 4096, 2048 tokens."""
+    for r in RANKS:
+        for mode in ON_GPU:
+            setting = Setting("llama-4096x3", mode, 2048, "bfloat16", r, device="cuda")
+            yield Job(setting, methods_of(mode), Budget(20))
+    for mode in STEPS:
+        setting = Setting("llama-4096x3", mode, 2048, "bfloat16", compiled=True, device="cuda")
+        yield Job(setting, COMPILERS, Budget(20))

@@ -1,0 +1,106 @@
+"""The lines that must hold: each is a ratio of two methods in one setting, and the most it may be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from speed.methods import ALL
+from speed.models import WORKLOADS
+from speed.ratios import Ratio
+from speed.results import Results
+from speed.setting import Setting
+
+TITLES = {
+    1: "Training step",
+    2: "Training step, compiled",
+    3: "Memory, and what Gram-Schmidt costs",
+    4: "Inference",
+    5: "Convolutions",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One of them.
+
+    Attributes:
+        group: under which title it stands.
+        setting: where it is measured.
+        own: the method that it is about.
+        peer: whom it is compared with.
+        limit: the most that the ratio may be.
+        control: a method that is the same as `peer`; its distance from it is the noise, and may be added to the limit.
+    """
+
+    group: int
+    setting: Setting
+    own: str
+    peer: str
+    limit: float
+    control: str = ""
+
+    @property
+    def words(self) -> str:
+        """What is compared, where."""
+        setting, what = self.setting, {"memory": ", peak memory"}.get(self.setting.mode, f", {self.setting.mode}")
+        workload = WORKLOADS[setting.workload]
+        where = f"{workload.title}, {setting.size} {workload.unit}{what}"
+        return f"{where}: {ALL[self.own].title} / {ALL[self.peer].title}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A line, with what was measured."""
+
+    line: Line
+    ratio: Ratio | None
+    noise: float = 0.0
+
+    @property
+    def met(self) -> bool:
+        return self.ratio is not None and self.ratio.median <= self.line.limit + self.noise
+
+    @property
+    def verdict(self) -> str:
+        return "not measured" if self.ratio is None else "met" if self.met else "NOT met"
+
+
+def _lines() -> tuple[Line, ...]:
+    llama = "llama-768x3"
+    many, few = Setting(llama, "training", 512), Setting(llama, "training", 16)
+    wide = Setting("llama-4096x1", "training", 64)
+    compiled = [Setting(llama, "training", tokens, compiled=True) for tokens in (512, 16)]
+    memory = Setting(llama, "memory", 512)
+    inference = [Setting(llama, "inference", tokens) for tokens in (512, 16)]
+    return (
+        Line(1, many, "ours", "lora", 1.00),
+        Line(1, many, "ours", "base", 1.02),
+        Line(1, many, "ours", "peft-hra", 0.35),
+        Line(1, few, "ours", "lora", 0.97),
+        Line(1, few, "ours", "peft-hra", 0.05),
+        Line(1, wide, "ours", "peft-hra", 0.0085),
+        Line(2, compiled[0], "ours-inductor", "lora-inductor", 1.00),
+        Line(2, compiled[0], "ours-inductor", "base-inductor", 1.02),
+        Line(2, compiled[1], "ours-inductor", "lora-inductor", 0.97),
+        Line(3, memory, "ours", "lora", 1.00),
+        Line(3, memory, "ours-gs", "ours", 1.10),
+        *(Line(3, setting, "ours-gs", "ours", 1.10) for setting in (many, few)),
+        *(Line(4, setting, "ours", "lora", 1.00) for setting in inference),
+        *(Line(4, setting, "folded", "base", 1.00, control="base-again") for setting in inference),
+        Line(5, Setting("resnet50", "training", 4), "ours", "lora", 1.00),
+        Line(5, Setting("resnet50", "inference", 4), "ours", "lora", 1.00),
+    )
+
+
+LINES = _lines()
+
+
+def findings(results: Results) -> list[Finding]:
+    """Every line, with what a run says of it."""
+    found = []
+    for line in LINES:
+        cell = results.cell(line.setting)
+        measured = cell.ratio(line.own, line.peer) if cell else None
+        control = cell.ratio(line.control, line.peer) if cell and line.control else None
+        found.append(Finding(line, measured, control.off_one if control else 0.0))
+    return found

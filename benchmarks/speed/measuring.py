@@ -1,0 +1,46 @@
+"""Carries out one job of the grid."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any, cast
+
+from speed import memory
+from speed.contest import steps_of
+from speed.grid import Job
+from speed.launches import all_launches
+from speed.once import steps_once
+from speed.results import Cell
+from speed.timing import Measured, interleave
+
+
+def carry_out(job: Job) -> Cell:
+    """Measure a setting."""
+    setting = job.setting
+    gc.collect()  # the models of the one before
+    if setting.mode == "memory" and setting.device == "cpu":
+        return Cell(setting, memory.peaks(setting, job.methods, rounds=job.budget.least))
+    if setting.mode in ("transform", "fold"):
+        return Cell(setting, interleave(steps_once(setting, job.methods), job.budget))
+    if setting.compiled:
+        start_compiling_anew()
+    steps, left_out = steps_of(setting, job.methods)
+    if setting.mode == "memory":
+        measured = memory.peaks_on_cuda(steps)
+    elif setting.mode == "launches":
+        measured = all_launches(steps)
+    else:
+        measured = interleave(steps, job.budget)
+    return Cell(setting, Measured(measured.values, measured.first, left_out | measured.left_out))
+
+
+def start_compiling_anew() -> None:
+    """Forget what was compiled before, and let the compiler make what it makes once for all."""
+    import torch
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    # All methods share the code of the base model's forward, and torch counts compilations by code.
+    cast(Any, torch._dynamo.config).recompile_limit = 64
+    x = torch.ones(64, requires_grad=True)
+    torch.compile(lambda x: (x.sin() + 1).sum())(x).backward()

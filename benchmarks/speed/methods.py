@@ -1,0 +1,132 @@
+"""Who is measured: one entry for each way to adapt a model, or not to.
+
+A new variant of ours is one more entry: in `METHODS` where it is run as it stands, in `PASSES` where a compiler backend
+does it. The lists below say which of them take part in which table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from speed.models import Workload
+
+OFT_BLOCK = 32
+
+
+def _available() -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to run a model.
+
+    Attributes:
+        title: its name in tables.
+        put: gives the model that is run, of a frozen base model, which it may change; with the workload and the rank.
+        own_weights: whether the base weights are a copy of its own. The others share them, so that where a weight
+            happens to lie in memory is no part of a ratio.
+        compiled: keywords of `torch.compile`, for those that are compiled.
+        missing: why it cannot take part here, or nothing.
+    """
+
+    title: str
+    put: Callable[[nn.Module, Workload, int], nn.Module]
+    own_weights: bool = False
+    compiled: Mapping[str, Any] | None = None
+    missing: Callable[[], str] = _available
+
+
+def _plain(base: nn.Module, workload: Workload, r: int) -> nn.Module:
+    return base
+
+
+def _lora(base: nn.Module, workload: Workload, r: int) -> nn.Module:
+    import peft
+
+    config = peft.LoraConfig(r=r, lora_alpha=r, lora_dropout=0.0, target_modules=workload.targets)
+    return peft.get_peft_model(base, config)
+
+
+def _oft(base: nn.Module, workload: Workload, r: int) -> nn.Module:
+    import peft
+
+    config = peft.OFTConfig(oft_block_size=OFT_BLOCK, target_modules=workload.targets)
+    return peft.get_peft_model(base, config)
+
+
+def _peft_hra(base: nn.Module, workload: Workload, r: int) -> nn.Module:
+    import peft
+
+    config = peft.HRAConfig(r=r, target_modules=workload.targets)
+    return peft.get_peft_model(base, config)
+
+
+def _ours(base: nn.Module, workload: Workload, r: int, **settings: Any) -> nn.Module:
+    import hra_fx
+
+    return hra_fx.transform(base, hra_fx.HRAConfig(r=r, target_modules=workload.targets, **settings))
+
+
+def _ours_gs(base: nn.Module, workload: Workload, r: int) -> nn.Module:
+    return _ours(base, workload, r, apply_GS=True)
+
+
+def _folded(base: nn.Module, workload: Workload, r: int) -> nn.Module:
+    import hra_fx
+
+    return hra_fx.fold(_ours(base, workload, r)).requires_grad_(False)
+
+
+METHODS: dict[str, Method] = {
+    "base": Method("frozen base", _plain),
+    "base-again": Method("base again", _plain, own_weights=True),
+    "lora": Method("PEFT LoRA", _lora),
+    "oft": Method("PEFT OFT", _oft),
+    "peft-hra": Method("PEFT HRA", _peft_hra),
+    "ours": Method("hra_fx", _ours),
+    "ours-gs": Method("hra_fx, GS", _ours_gs),
+    "folded": Method("folded", _folded, own_weights=True),
+}
+
+INDUCTOR: Mapping[str, Any] = {"backend": "inductor", "dynamic": False}
+
+
+def _inductor(key: str) -> Method:
+    method = METHODS[key]
+    return replace(method, title=f"{method.title}, inductor", compiled=INDUCTOR)
+
+
+COMPILED: dict[str, Method] = {f"{key}-inductor": _inductor(key) for key in ("base", "lora", "ours", "ours-gs")}
+
+
+def _no_backend() -> str:
+    import torch._dynamo
+
+    import hra_fx  # noqa: F401  (the backend is there once the package is)
+
+    return "" if "hra_fx" in torch._dynamo.list_backends(exclude_tags=()) else 'no torch.compile(backend="hra_fx") here'
+
+
+def _passes(title: str, **options: bool) -> Method:
+    compiled = {"backend": "hra_fx", "dynamic": False, "options": options}
+    return Method(f"hra_fx, {title}", _ours, compiled=compiled, missing=_no_backend)
+
+
+#: Ours with each pass on and off.
+PASSES: dict[str, Method] = {
+    "ours-passes": _passes("its backend", share=True, hoist=True),
+    "ours-no-share": _passes("its backend without share", share=False, hoist=True),
+    "ours-no-hoist": _passes("its backend without hoist", share=True, hoist=False),
+    "ours-no-passes": _passes("its backend, no passes", share=False, hoist=False),
+}
+
+ALL: dict[str, Method] = {**METHODS, **COMPILED, **PASSES}
+
+TRAINING = ("base", "base-again", "lora", "oft", "peft-hra", "ours", "ours-gs")
+INFERENCE = (*TRAINING, "folded")
+COMPILERS = (*COMPILED, *PASSES)

@@ -1,0 +1,49 @@
+"""What is done once to a model: putting an adapter in, and taking it out into the weights, here and in PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from speed.contest import copy_of, plain_model
+from speed.methods import ALL
+from speed.models import WORKLOADS
+from speed.setting import Setting
+from speed.timing import Step
+
+METHODS = ("lora", "oft", "peft-hra", "ours")
+
+
+def steps_once(setting: Setting, methods: Sequence[str] = METHODS) -> dict[str, Step]:
+    """By method: `transform` and its like, or `fold` and its like, of a model made anew for each run."""
+    base = plain_model(setting)
+    make = _put if setting.mode == "transform" else _taken_out
+    return {key: make(base, setting, key) for key in methods}
+
+
+def _adapt(model: nn.Module, setting: Setting, key: str) -> Any:
+    return ALL[key].put(model, WORKLOADS[setting.workload], setting.r)
+
+
+def _put(base: nn.Module, setting: Setting, key: str) -> Step:
+    def run(model: Any) -> object:
+        return _adapt(model, setting, key)
+
+    return Step(run, ready=lambda: copy_of(base, own_weights=False))
+
+
+def _taken_out(base: nn.Module, setting: Setting, key: str) -> Step:
+    run: Callable[[Any], object] = _folded if key.startswith("ours") else _merged
+    return Step(run, ready=lambda: _adapt(copy_of(base, own_weights=True), setting, key))
+
+
+def _folded(model: Any) -> object:
+    import hra_fx
+
+    return hra_fx.fold(model)
+
+
+def _merged(model: Any) -> object:
+    return model.merge_and_unload()

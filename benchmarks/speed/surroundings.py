@@ -1,0 +1,62 @@
+"""What a run was measured on: versions, processor, threads, date, commit, and how busy the machine was."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "peft", "diffusers", "torchvision")
+
+
+def surroundings(run: str) -> dict[str, Any]:
+    """Of a run that begins now."""
+    import torch
+
+    about: dict[str, Any] = {
+        "run": run,
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "commit": commit(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load average at start": busy(),
+    }
+    if torch.cuda.is_available():
+        about["card"] = torch.cuda.get_device_name()
+    return about
+
+
+def busy() -> float:
+    """How many processes wanted to run in the last minute."""
+    return round(os.getloadavg()[0], 2)
+
+
+def processor() -> str:
+    """Its name, as Linux gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def commit() -> str:
+    """Of the checkout, and whether the code that is measured differs from it."""
+
+    def git(*words: str) -> str:
+        folder = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", ":/hra_fx", ":/passes", ":/benchmarks/speed")
+        return git("rev-parse", "--short", "HEAD") + (", with changes that are not committed" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,179 @@
+"""Measures steps in turns, in one process.
+
+Each round takes every step once, in an order drawn anew, and each counted step comes after an uncounted one of the same
+model: whoever runs after another model finds its own weights out of the caches.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is measured.
+
+    Attributes:
+        run: the measured part, of what `ready` made.
+        ready: what comes before it, and is not measured.
+        warm_ups: how many runs it takes until all is in place, after the first.
+    """
+
+    run: Callable[[Any], object]
+    ready: Callable[[], Any] = lambda: None
+    warm_ups: int = 1
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a measurement may take, and how many rounds it has.
+
+    Attributes:
+        seconds: for the rounds; the steps that warm up come before.
+        least: of rounds, however long they take.
+        most: of rounds, however short they are.
+        least_slow: of rounds for a method that takes many times as long as the others.
+    """
+
+    seconds: float
+    least: int = 5
+    most: int = 40
+    least_slow: int = 3
+
+
+@dataclass
+class Measured:
+    """What came of it.
+
+    Attributes:
+        values: by method, one for each round; `None` where it sat out.
+        first: seconds of the very first run, of a compiled model those of the compilation.
+        left_out: by method, why it was not measured.
+    """
+
+    values: dict[str, list[float | None]] = field(default_factory=dict)
+    first: dict[str, float] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+#: Steps of so many seconds need no uncounted one before: cold caches are no part of them.
+LONG = 5.0
+#: So many times the median of all is slow: such a method sits most rounds out.
+SLOW = 4.0
+
+
+def interleave(steps: Mapping[str, Step], budget: Budget, seconds: Callable[[Step], float] | None = None) -> Measured:
+    """Measure steps in turns; one that fails is left out, with the reason.
+
+    Args:
+        steps: by method.
+        budget: for all together.
+        seconds: of one run; by the clock unless given.
+    """
+    measure = seconds or clocked
+    measured, usual = Measured(), dict[str, float]()
+    for name, step in steps.items():
+        try:
+            measured.first[name], usual[name] = warm_up(step, measure)
+        except Exception as error:
+            measured.left_out[name] = reason(error)
+    taking_part = attendance(usual, budget)
+    with garbage_of_now_kept():
+        for names in rounds_of(taking_part):
+            gc.collect()
+            found = {name: counted(steps[name], usual[name], measure) for name in names}
+            for name in taking_part:
+                measured.values.setdefault(name, []).append(found.get(name))
+    return measured
+
+
+def rounds_of(taking_part: Mapping[str, Sequence[bool]]) -> Iterator[list[str]]:
+    """For each round, who takes part, in an order drawn anew."""
+    order = random.Random(0)
+    for turn in range(max((len(turns) for turns in taking_part.values()), default=0)):
+        names = [name for name, turns in taking_part.items() if turns[turn]]
+        order.shuffle(names)
+        yield names
+
+
+@contextmanager
+def garbage_of_now_kept() -> Iterator[None]:
+    """Python's collector looks only at what is made from here on: all the libraries take it longer than a step."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error, with its kind."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+
+
+def clocked(step: Step) -> float:
+    """Seconds of one run, without Python's garbage collection, which would charge one for what others left."""
+    prepared = step.ready()
+    gc.disable()
+    try:
+        begin = time.perf_counter()
+        step.run(prepared)
+        return time.perf_counter() - begin
+    finally:
+        gc.enable()
+
+
+def warm_up(step: Step, measure: Callable[[Step], float]) -> tuple[float, float]:
+    """Seconds of the first run, and of one once all is in place."""
+    first = usual = measure(step)
+    if step.warm_ups > 1 or first < LONG:
+        for _ in range(step.warm_ups):
+            usual = measure(step)
+    return first, usual
+
+
+def counted(step: Step, usual: float, measure: Callable[[Step], float]) -> float:
+    """Seconds of one run after an uncounted one."""
+    if usual < LONG:
+        measure(step)
+    return measure(step)
+
+
+def attendance(usual: Mapping[str, float], budget: Budget) -> dict[str, list[bool]]:
+    """Who takes part in which round.
+
+    All do in all rounds, but those many times slower than the median: they share half the budget, and their rounds lie
+    evenly between the first and the last.
+    """
+    if not usual:
+        return {}
+    limit = SLOW * statistics.median_low(usual.values())
+    cost = {name: seconds * (1 if seconds >= LONG else 2) for name, seconds in usual.items()}
+    slow = {name for name, seconds in usual.items() if seconds > limit}
+    share = budget.seconds / 2 if slow else budget.seconds
+    fast = sum(cost[name] for name in usual if name not in slow)
+    rounds = between(budget.least, int(share / fast), budget.most)
+    few = between(budget.least_slow, int(share / max(1e-9, sum(cost[name] for name in slow))), rounds)
+    chosen = evenly(min(few, rounds), rounds)
+    return {name: [name not in slow or turn in chosen for turn in range(rounds)] for name in usual}
+
+
+def between(least: int, wanted: int, most: int) -> int:
+    return min(max(least, wanted), most)
+
+
+def evenly(count: int, rounds: int) -> set[int]:
+    """So many of the rounds, from the first to the last.
+
+    >>> sorted(evenly(3, 9)), evenly(1, 9)
+    ([0, 4, 8], {0})
+    """
+    if count == 1:
+        return {0}
+    return {turn * (rounds - 1) // (count - 1) for turn in range(count)}

@@ -1,0 +1,44 @@
+"""The lines that must hold: when they are met, and where they are measured."""
+
+from __future__ import annotations
+
+import pytest
+from speed import grid
+from speed.lines import LINES, findings
+from speed.page import page
+from speed.report_lines import as_text
+from speed.results import Cell, Results
+from speed.timing import Measured
+
+
+def measured_in(line_index: int, own: float, peer: float, control: float = 1.0) -> Results:
+    """A run in which one line was measured, thrice."""
+    line = LINES[line_index]
+    values: dict[str, list[float | None]] = {line.own: [own] * 3, line.peer: [peer] * 3}
+    if line.control:
+        values[line.control] = [control * peer] * 3
+    return Results({"run": "full"}, [Cell(line.setting, Measured(values))])
+
+
+@pytest.mark.parametrize(("own", "verdict"), [(0.99, "met"), (1.0, "met"), (1.01, "NOT met")])
+def test_a_line_is_met_up_to_its_limit(own: float, verdict: str) -> None:
+    found = findings(measured_in(0, own, 1.0))
+    assert LINES[0].limit == 1.0
+    assert found[0].verdict == verdict
+    assert f"| {'**NOT met**' if verdict == 'NOT met' else verdict} |" in page(measured_in(0, own, 1.0))
+
+
+@pytest.mark.parametrize(("own", "verdict"), [(1.02, "met"), (1.04, "NOT met")])
+def test_the_noise_of_a_control_is_added_to_the_limit(own: float, verdict: str) -> None:
+    controlled = next(index for index, line in enumerate(LINES) if line.control)
+    found = findings(measured_in(controlled, own, 1.0, control=0.97))[controlled]
+    assert found.noise == pytest.approx(0.03)
+    assert found.verdict == verdict
+    assert "1.00 + noise 3.0%" in as_text([found])
+
+
+def test_each_line_is_measured_by_both_runs() -> None:
+    for make in (grid.quick, grid.full):
+        jobs = {job.setting: set(job.methods) for job in make()}
+        for line in LINES:
+            assert {line.own, line.peer, line.control or line.peer} <= jobs[line.setting]

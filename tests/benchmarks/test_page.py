@@ -1,0 +1,42 @@
+"""The pages: the plot, and that of a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from speed import cli, grid
+from speed.methods import TRAINING
+from speed.page import page, write
+from speed.plot import plotted
+from speed.results import Cell, Results
+from speed.setting import Setting
+from speed.timing import Measured
+
+
+def test_a_plot_is_drawn_of_two_sizes_or_more(tmp_path: Path) -> None:
+    values: dict[str, list[float | None]] = {key: [1.0 + place] for place, key in enumerate(TRAINING)}
+    cells = [Cell(Setting(grid.LLAMA, "training", size), Measured(dict(values))) for size in (16, 512)]
+    results = Results({"run": "full"}, cells)
+    assert plotted(results)
+    files = write(results, tmp_path)
+    assert [file.name for file in files] == ["benchmarks.md", "benchmarks.svg"]
+    assert "](benchmarks.svg)" in files[0].read_text()
+    assert "PEFT LoRA" in files[1].read_text()
+
+
+def test_a_page_of_a_gpu_stands_by_itself_and_is_linked(tmp_path: Path) -> None:
+    setting = Setting("llama-4096x3", "launches", 2048, "bfloat16", device="cuda")
+    (file,) = write(Results({"run": "gpu"}, [Cell(setting, Measured({"ours": [321.0]}))]), tmp_path)
+    assert file.name == "benchmarks_gpu.md"
+    assert "| 2048 | bfloat16 | 8 | 321 |" in file.read_text()
+    (file,) = write(Results({"run": "full"}), tmp_path)
+    assert "[benchmarks_gpu.md](benchmarks_gpu.md)" in file.read_text()
+    assert "Not run: no CUDA device" in page(Results({"run": "full"}))
+
+
+def test_without_a_gpu_its_run_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["--gpu"]) == 1
+    assert "no CUDA device" in capsys.readouterr().err

@@ -1,0 +1,104 @@
+"""A whole run on a tiny model: two rounds, and what is written of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from speed import cli
+from speed.grid import Job
+from speed.lines import LINES, findings
+from speed.methods import INFERENCE, TRAINING
+from speed.page import page
+from speed.report_lines import as_text
+from speed.results import Results, load
+from speed.setting import Mode, Setting
+from speed.timing import Budget
+
+TINY = "llama-64x1"
+TWO = Budget(seconds=0, least=2)
+
+
+def jobs() -> list[Job]:
+    modes: list[tuple[Mode, int, tuple[str, ...]]] = [
+        ("training", 4, TRAINING),
+        ("inference", 4, INFERENCE),
+        ("generate", 2, ("base", "lora", "ours")),
+        ("transform", 0, ("lora", "peft-hra", "ours")),
+        ("fold", 0, ("lora", "peft-hra", "ours")),
+    ]
+    return [Job(Setting(TINY, mode, size, r=4), methods, TWO) for mode, size, methods in modes]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Path]:
+    """A run of the command line, whose only jobs are tiny, and the file of its numbers."""
+    file = tmp_path_factory.mktemp("speed") / "numbers.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(cli.RUNS, "full", jobs)
+        assert cli.main(["--json", str(file)]) == 0
+    return load(file), file
+
+
+def test_every_method_is_measured_in_every_round(run: tuple[Results, Path]) -> None:
+    results, _ = run
+    assert [cell.setting for cell in results.cells] == [job.setting for job in jobs()]
+    for cell, job in zip(results.cells, jobs(), strict=True):
+        assert cell.measured.left_out == {}
+        assert set(cell.measured.values) == set(job.methods) == set(cell.measured.first)
+        assert all(value > 0 for value in cell.measured.first.values())
+        assert {len(values) for values in cell.measured.values.values()} == {2}
+        assert all(value for values in cell.measured.values.values() for value in values if value is not None)
+        fast = cell.measured.values["base" if "base" in job.methods else "lora"]
+        assert None not in fast
+
+
+def test_the_json_has_what_it_was_measured_on(run: tuple[Results, Path]) -> None:
+    _, file = run
+    about = json.loads(file.read_text())["about"]
+    wanted = {"run", "date", "commit", "torch", "transformers", "peft", "processor", "cores", "threads"}
+    assert wanted | {"load average at start", "load average at end", "minutes"} <= set(about)
+    assert about["torch"] == torch.__version__
+    assert about["threads"] == 1
+
+
+def test_the_page_has_a_table_of_every_model_and_mode(run: tuple[Results, Path]) -> None:
+    results, _ = run
+    text = page(results)
+    heads = [line for line in text.splitlines() if line.startswith("### ")]
+    assert heads == [
+        "### Llama, d=64, 1 layer: training step",
+        "### Llama, d=64, 1 layer: inference",
+        "### Llama, d=64, 1 layer: `generate`",
+        "### Llama, d=64, 1 layer: putting the adapter in",
+        "### Llama, d=64, 1 layer: taking it into the weights",
+    ]
+    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("| tokens ")]
+    assert len(tables) == 5
+    assert all(len({line.count("|") for line in table}) == 1 for table in tables), "all rows have all columns"
+    names = "tokens | dtype | r | frozen base | base again | PEFT LoRA | PEFT OFT | PEFT HRA | hra_fx | hra_fx, GS"
+    assert tables[0][0].startswith(f"| {names} | hra_fx / PEFT LoRA ")
+    assert tables[0][2].startswith("| 4 | float32 | 4 | ") and " ms | " in tables[0][2]
+
+
+def test_lines_that_were_not_measured_are_not_met(run: tuple[Results, Path]) -> None:
+    results, _ = run
+    assert not any(finding.met for finding in findings(results))
+    assert as_text(findings(results)).count("not measured") == len(LINES)
+    assert f"## Lines that must hold: 0 of {len(LINES)} are met" in page(results)
+
+
+def test_docs_are_written_only_where_asked_for(run: tuple[Results, Path], tmp_path: Path) -> None:
+    _, file = run
+    before = sorted((cli.ROOT / "docs").iterdir())
+    assert cli.main(["--from", str(file)]) == 0
+    assert sorted((cli.ROOT / "docs").iterdir()) == before
+    assert cli.main(["--from", str(file), "--docs", str(tmp_path)]) == 0
+    assert [made.name for made in tmp_path.iterdir()] == ["benchmarks.md"], "one size of tokens is no curve"
+
+
+@pytest.mark.parametrize(("words", "found"), [(["bert"], True), (["bert", "inference"], False), (["r=*", "16"], True)])
+def test_jobs_are_chosen_by_all_words(words: list[str], found: bool) -> None:
+    assert cli.wanted(Job(Setting("bert", "training", 16), (), TWO), words) is found
