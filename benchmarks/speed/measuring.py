@@ -11,17 +11,17 @@ from speed.grid import Job
 from speed.launches import all_launches
 from speed.once import steps_once
 from speed.results import Cell
-from speed.timing import Measured, interleave
+from speed.timing import Measure, Measured, clocked, interleave
 
 
-def carry_out(job: Job) -> Cell:
+def carry_out(job: Job, measure: Measure = clocked) -> Cell:
     """Measure a setting."""
     setting = job.setting
     gc.collect()  # the models of the one before
     if setting.mode == "memory" and setting.device == "cpu":
         return Cell(setting, memory.peaks(setting, job.methods, rounds=job.budget.least))
     if setting.mode in ("transform", "fold"):
-        return Cell(setting, interleave(steps_once(setting, job.methods), job.budget))
+        return Cell(setting, interleave(steps_once(setting, job.methods), job.budget, measure))
     if setting.compiled:
         start_compiling_anew()
     steps, left_out = steps_of(setting, job.methods)
@@ -30,7 +30,7 @@ def carry_out(job: Job) -> Cell:
     elif setting.mode == "launches":
         measured = all_launches(steps)
     else:
-        measured = interleave(steps, job.budget)
+        measured = interleave(steps, job.budget, measure)
     return Cell(setting, Measured(measured.values, measured.first, left_out | measured.left_out))
 
 

@@ -9,6 +9,7 @@ from speed.how import ON_CPU, ON_GPU
 from speed.lines import findings
 from speed.report_lines import as_table
 from speed.results import Cell, Results
+from speed.surroundings import doubts
 from speed.table import tables
 
 SECTIONS = ("Eager", "Compiled", "Memory", "Once, and generating")
@@ -29,11 +30,10 @@ def page(results: Results, plot: str = "", gpu_page: str = "") -> str:
 def _head(results: Results, gpu: bool) -> Iterator[str]:
     run = str(results.about.get("run"))
     yield from (f"# Speed and memory{' on a GPU' * gpu}", "")
-    command = {"full": "make bench", "quick": "make bench-quick", "gpu": "make bench-gpu"}.get(run)
-    made = f"`{command}`" if command else "`python -m speed`, in part"
-    yield from (f"Written by {made}; not to be edited.", "")
+    yield from (f"Written by `make bench{'' if run == 'full' else '-' + run}`; not to be edited.", "")
     if run == "quick":
         yield from ("This is the short run, which measures the lines that must hold and nothing else.", "")
+    yield from (word for doubt in doubts(results.about) for word in (f"**{doubt}**", ""))
     yield from ("| | |", "|---|---|")
     yield from (f"| {key} | {value} |" for key, value in results.about.items() if key != "run")
     yield from ("", ON_GPU if gpu else ON_CPU)

@@ -15,8 +15,8 @@ def as_text(found: Sequence[Finding]) -> str:
         rows.append(f"\n{group}. {title}")
         for finding in found:
             if finding.line.group == group:
-                words = f"{measured(finding)}  limit {limit(finding)}"
-                rows.append(f"  {finding.verdict:<12} {words:<50} {finding.line.words}")
+                rows.append(f"  {finding.verdict:<12} {finding.line.words}")
+                rows.append(f"  {'':<12} {measured(finding)}, {pairs(finding)} pairs; limit {limit(finding)}")
     met = sum(finding.met for finding in found)
     return "\n".join([*rows, "", f"{met} of {len(found)} lines are met."])
 
@@ -27,9 +27,12 @@ def as_table(found: Sequence[Finding]) -> Iterator[str]:
     yield "|---|--:|--:|--:|---|"
     for finding in found:
         verdict = finding.verdict if finding.met else f"**{finding.verdict}**"
-        pairs = finding.ratio.rounds if finding.ratio else 0
         words = f"{finding.line.group}. {finding.line.words}"
-        yield f"| {words} | {measured(finding)} | {pairs} | {limit(finding)} | {verdict} |"
+        yield f"| {words} | {measured(finding)} | {pairs(finding)} | {limit(finding)} | {verdict} |"
+
+
+def pairs(finding: Finding) -> int:
+    return finding.ratio.rounds if finding.ratio else 0
 
 
 def measured(finding: Finding) -> str:

@@ -13,12 +13,14 @@ from typing import Any
 PACKAGES = ("torch", "transformers", "peft", "diffusers", "torchvision")
 
 
-def surroundings(run: str) -> dict[str, Any]:
+def surroundings(run: str, *, whole: bool = True, by_processor: bool = False) -> dict[str, Any]:
     """Of a run that begins now."""
     import torch
 
     about: dict[str, Any] = {
         "run": run,
+        "measured": "all of it" if whole else "a part",
+        "seconds": "of the processor" if by_processor else "by the clock",
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "commit": commit(),
         "python": platform.python_version(),
@@ -36,6 +38,18 @@ def surroundings(run: str) -> dict[str, Any]:
 def busy() -> float:
     """How many processes wanted to run in the last minute."""
     return round(os.getloadavg()[0], 2)
+
+
+def doubts(about: dict[str, Any]) -> list[str]:
+    """Why the numbers of a run are to be taken with care."""
+    found = list[str]()
+    if (load := about.get("load average at start", 0)) > about.get("cores", 1) / 2:
+        found.append(
+            f"The machine was busy (load average {load} at the start, {about['cores']} cores): no ratio is sure."
+        )
+    if about.get("measured") == "a part":
+        found.append("This was a part of the run, or a shortened one.")
+    return found
 
 
 def processor() -> str:

@@ -63,21 +63,23 @@ class Measured:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
+#: Gives the seconds of one run of a step.
+Measure = Callable[[Step], float]
+
 #: Steps of so many seconds need no uncounted one before: cold caches are no part of them.
 LONG = 5.0
 #: So many times the median of all is slow: such a method sits most rounds out.
 SLOW = 4.0
 
 
-def interleave(steps: Mapping[str, Step], budget: Budget, seconds: Callable[[Step], float] | None = None) -> Measured:
+def interleave(steps: Mapping[str, Step], budget: Budget, measure: Measure) -> Measured:
     """Measure steps in turns; one that fails is left out, with the reason.
 
     Args:
         steps: by method.
         budget: for all together.
-        seconds: of one run; by the clock unless given.
+        measure: gives the seconds of one run.
     """
-    measure = seconds or clocked
     measured, usual = Measured(), dict[str, float]()
     for name, step in steps.items():
         try:
@@ -117,19 +119,24 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
 
 
-def clocked(step: Step) -> float:
+def clocked(step: Step, now: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of one run, without Python's garbage collection, which would charge one for what others left."""
     prepared = step.ready()
     gc.disable()
     try:
-        begin = time.perf_counter()
+        begin = now()
         step.run(prepared)
-        return time.perf_counter() - begin
+        return now() - begin
     finally:
         gc.enable()
 
 
-def warm_up(step: Step, measure: Callable[[Step], float]) -> tuple[float, float]:
+def by_processor(step: Step) -> float:
+    """Seconds of the processor: what others do on the machine matters less, and threads that wait count too."""
+    return clocked(step, now=time.process_time)
+
+
+def warm_up(step: Step, measure: Measure) -> tuple[float, float]:
     """Seconds of the first run, and of one once all is in place."""
     first = usual = measure(step)
     if step.warm_ups > 1 or first < LONG:
@@ -138,7 +145,7 @@ def warm_up(step: Step, measure: Callable[[Step], float]) -> tuple[float, float]
     return first, usual
 
 
-def counted(step: Step, usual: float, measure: Callable[[Step], float]) -> float:
+def counted(step: Step, usual: float, measure: Measure) -> float:
     """Seconds of one run after an uncounted one."""
     if usual < LONG:
         measure(step)

@@ -40,3 +40,17 @@ def test_without_a_gpu_its_run_says_so(capsys: pytest.CaptureFixture[str], monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["--gpu"]) == 1
     assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("about", "doubt"),
+    [
+        ({"load average at start": 1.5, "cores": 2}, "busy (load average 1.5 at the start, 2 cores)"),
+        ({"measured": "a part"}, "a part of the run"),
+        ({"load average at start": 0.4, "cores": 2, "measured": "all of it"}, ""),
+    ],
+)
+def test_a_page_says_what_makes_it_unsure(about: dict[str, object], doubt: str) -> None:
+    text = page(Results({"run": "full", **about}))
+    assert doubt in text
+    assert ("**The" in text or "**This" in text) is bool(doubt)

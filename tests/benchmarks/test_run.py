@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from speed import cli
+from speed import cli, running
 from speed.grid import Job
 from speed.lines import LINES, findings
 from speed.methods import INFERENCE, TRAINING
@@ -37,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Path]:
     """A run of the command line, whose only jobs are tiny, and the file of its numbers."""
     file = tmp_path_factory.mktemp("speed") / "numbers.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(cli.RUNS, "full", jobs)
+        patch.setitem(running.RUNS, "full", jobs)
         assert cli.main(["--json", str(file)]) == 0
     return load(file), file
 
@@ -58,7 +58,19 @@ def test_every_method_is_measured_in_every_round(run: tuple[Results, Path]) -> N
 def test_the_json_has_what_it_was_measured_on(run: tuple[Results, Path]) -> None:
     _, file = run
     about = json.loads(file.read_text())["about"]
-    wanted = {"run", "date", "commit", "torch", "transformers", "peft", "processor", "cores", "threads"}
+    wanted = {
+        "run",
+        "measured",
+        "seconds",
+        "date",
+        "commit",
+        "torch",
+        "transformers",
+        "peft",
+        "processor",
+        "cores",
+        "threads",
+    }
     assert wanted | {"load average at start", "load average at end", "minutes"} <= set(about)
     assert about["torch"] == torch.__version__
     assert about["threads"] == 1
@@ -101,4 +113,4 @@ def test_docs_are_written_only_where_asked_for(run: tuple[Results, Path], tmp_pa
 
 @pytest.mark.parametrize(("words", "found"), [(["bert"], True), (["bert", "inference"], False), (["r=*", "16"], True)])
 def test_jobs_are_chosen_by_all_words(words: list[str], found: bool) -> None:
-    assert cli.wanted(Job(Setting("bert", "training", 16), (), TWO), words) is found
+    assert running.wanted(Job(Setting("bert", "training", 16), (), TWO), words) is found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from speed.timing import Budget, Step, attendance, evenly, interleave
+from speed.timing import Budget, Step, attendance, clocked, evenly, interleave
 
 
 def counting(name: str, calls: list[str]) -> Step:
@@ -47,7 +47,7 @@ def test_a_method_that_fails_is_left_out_with_the_reason() -> None:
     def fail(_: object) -> None:
         raise ValueError("no such kernel\nand more")
 
-    measured = interleave({"a": Step(fail), "b": Step(lambda _: None)}, Budget(seconds=0, least=2))
+    measured = interleave({"a": Step(fail), "b": Step(lambda _: None)}, Budget(seconds=0, least=2), clocked)
     assert measured.left_out == {"a": "ValueError: no such kernel"}
     assert list(measured.values) == ["b"]
 
@@ -76,4 +76,4 @@ def test_few_rounds_lie_evenly() -> None:
 
 
 def test_nothing_to_measure_is_nothing_measured() -> None:
-    assert interleave({}, Budget(1)).values == {}
+    assert interleave({}, Budget(1), clocked).values == {}
