@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,12 @@ from torch import nn
 
 from hra_fx.cli.hollow import hollow
 from hra_fx.cli.recipes import Recipe, recipe_of
-from hra_fx.errors import CheckpointError
+from hra_fx.errors import CheckpointError, HRAWarning
 
 CONFIG = "config.json"
 _PIPELINE = "model_index.json"
+#: Whose quantised layers can be adapted, as transformers calls them.
+_QUANTISED = ("bitsandbytes", "torchao")
 _DUE = "Give the folder of a model of transformers, diffusers or timm."
 
 
@@ -40,6 +43,7 @@ def build(path: Path) -> Built:
         CheckpointError: there is no such file, or no installed library knows its model.
     """
     file, recipe = _recipe(path)
+    _warn_of_quantised(file)
     try:
         with torch.device("meta"):
             model = recipe.make()
@@ -66,6 +70,19 @@ def _recipe(path: Path) -> tuple[Path, Recipe]:
             raise CheckpointError(f"{path}: is a pipeline of diffusers. Give one of its parts: {', '.join(parts)}.")
         raise CheckpointError(f"{file}: there is no such file. {_DUE}")
     return file, recipe_of(file, _entries(file))
+
+
+def _warn_of_quantised(file: Path) -> None:
+    """What is built has the layers from before quantisation, which other libraries put their own in place of."""
+    given = _entries(file).get("quantization_config")
+    method = given.get("quant_method") if isinstance(given, dict) else None
+    if method is not None and method not in _QUANTISED:
+        warnings.warn(
+            f"{file}: its weights are quantised by {method}, and this is of the model before that. hra_fx.transform "
+            f"takes quantised layers of {' and '.join(_QUANTISED)}.",
+            HRAWarning,
+            stacklevel=3,
+        )
 
 
 def _entries(file: Path) -> Mapping[str, Any]:

@@ -8,6 +8,7 @@ _AS_OPTIONS = (
     (r"\boverwrite=True\b", "--overwrite"),
     (r"\bcolumns=\[\] if every weight is \(out, in\), or columns=\[names of layers that are not\]", "--rows if every "
      "weight is (out, in), or --columns NAME for each layer that is not"),
+    (r"\bLeave columns out\b", "Leave --rows and --columns out"),
     (r"\bout_dir: ", ""),
     (r"\bgive out_dir on another disk", "give a folder on another disk"),
     (r"\bgive another out_dir", "give another folder"),

@@ -212,6 +212,21 @@ def test_odd_entries_that_say_nothing(tmp_path: Path, entries: dict[str, Any], t
     assert "adapted  " in answer("match", tmp_path, "-t", target)
 
 
+@pytest.mark.parametrize("method", ["gptq", "fp8", "bitsandbytes", "torchao"])
+def test_weights_that_another_library_quantised(shelf: Shelf, tmp_path: Path, method: str) -> None:
+    """`transform` would refuse its layers, and these are those from before."""
+    entries = json.loads((shelf / "my-model" / "config.json").read_text())
+    quantised = {"quantization_config": {"quant_method": method, "bits": 4, "load_in_4bit": True}}
+    (tmp_path / "config.json").write_text(json.dumps(entries | quantised))
+    done = Answer("match", tmp_path, "-t", "q_proj", "--json")
+    assert done.code == 0 and len(done.json["adapted"]) == 2
+    said = (
+        f"warning: {tmp_path}/config.json: its weights are quantised by {method}, and this is of the model before "
+        "that. hra_fx.transform takes quantised layers of bitsandbytes and torchao.\n"
+    )
+    assert done.err == (said if method in ("gptq", "fp8") else "")
+
+
 def test_a_folder_without_one(tmp_path: Path) -> None:
     assert "config.json: there is no such file. Give the folder of a model" in mistake("match", tmp_path)
     assert "nowhere: cannot be read (No such file or directory)." in mistake("match", tmp_path / "nowhere")

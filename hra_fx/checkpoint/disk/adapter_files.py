@@ -97,7 +97,9 @@ def _chain(file: Path, key: str, tensor: Tensor, config: HRAConfig) -> Tensor:
         )
     if config.apply_GS:
         rank = f"{config.r} vectors of length {tensor.shape[0]}"
-        if config.r > tensor.shape[0] or householder.dependence(tensor) < 8 * torch.finfo(tensor.dtype).eps:
+        # Of 8 bits a vector has so few that by the same rule every one would depend on others.
+        least = min(8 * torch.finfo(tensor.dtype).eps, 1 / 16)
+        if config.r > tensor.shape[0] or householder.dependence(tensor) < least:
             raise FoldError(
                 f"{file}: {key}: its {rank} are linearly dependent, and Gram-Schmidt of such vectors is noise. Train "
                 "with apply_GS=False, or with init_weights=True from hra_fx, which starts them apart."

@@ -38,10 +38,10 @@ class Columns:
             d: the length of its reflection vectors.
 
         Raises:
-            CheckpointError: `d` does not fit, or nothing tells.
+            CheckpointError: `d` does not fit, nothing tells, or the user says otherwise than `config.json`.
         """
         rows, width = weight.shape[0], math.prod(weight.shape[1:])
-        known = self._known(path) if len(weight.shape) == 2 else False
+        known = self._known(path, weight) if len(weight.shape) == 2 else False
         if known is None and rows == width == d:
             raise CheckpointError(
                 f"{weight.file}: {weight.name} is square, {tuple(weight.shape)}, and config.json does not tell of a "
@@ -57,9 +57,21 @@ class Columns:
             )
         return columns
 
-    def _known(self, path: str) -> bool | None:
-        if self._given is not None:
-            return any(path == name or path.endswith(f".{name}") for name in self._given)
+    def _known(self, path: str, weight: Stored) -> bool | None:
+        told = self._told(path)
+        if self._given is None:
+            return told
+        said = any(path == name or path.endswith(f".{name}") for name in self._given)
+        if told not in (None, said):
+            kinds = ("(out, in)", "(in, out)")
+            raise CheckpointError(
+                f"{weight.file}: {weight.name} is given as stored {kinds[said]}, and config.json is of a model that "
+                f"stores it {kinds[not said]}. Leave columns out, or correct config.json."
+            )
+        return said
+
+    def _told(self, path: str) -> bool | None:
+        """What `config.json` tells, if it does."""
         if self._architecture.in_rows:
             return False
         model = self._architecture.model

@@ -41,7 +41,7 @@ def fold_checkpoint(
             are in subfolders that are called as those of a pipeline, needs no mapping.
         out_dir: the folder to be made, neither in `base_dir` nor around it.
         columns: which layers store their weight as `(in, out)`: the last parts of their paths. `None`: those that are
-            transformers' `Conv1D` by `config.json`.
+            transformers' `Conv1D` by `config.json`, which it must not contradict.
         overwrite: replace `out_dir` where it is there, once all is written.
         verify: read all again: rows have the lengths that they had, but for rounding, and all else is equal; also
             where a call before this one was stopped when all was in its place.

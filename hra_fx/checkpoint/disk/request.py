@@ -111,8 +111,8 @@ def _parts_of(base: Path, source: Source) -> list[Path]:
     return placed
 
 
-def _listed(given: Adapters) -> list[Source]:
-    return [given] if isinstance(given, (str, os.PathLike)) else list(given)
+def _listed(given: Adapters | None) -> list[Source]:
+    return [given] if isinstance(given, (str, os.PathLike)) else list(given or ())
 
 
 def _inside(base: Path, name: str) -> str:

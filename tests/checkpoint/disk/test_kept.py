@@ -273,3 +273,14 @@ def test_totals_of_an_index_that_are_no_numbers_stay_as_they_are(tmp_path: Path,
         due = {"total_size": given + more if type(given) is float else given} if metadata else metadata
         assert entries["metadata"] == (due if isinstance(metadata, dict) else metadata)
         assert "lm_head.weight" in entries["weight_map"]
+
+
+def test_vectors_of_eight_bits_with_gram_schmidt(tmp_path: Path) -> None:
+    base, adapter = made.linear_stack(tmp_path / "base", 1, 16), made.stack_adapter(tmp_path / "adapter", 1, 16)
+    key = "base_model.model.0.hra_u"
+    vectors = made.tensors(adapter)[key].to(torch.float8_e4m3fn)
+    save_file({key: vectors}, adapter / "adapter_model.safetensors", {"format": "pt"})
+    hra_fx.HRAConfig(r=2, target_modules=["0"], apply_GS=True).save_pretrained(adapter)
+    hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", verify=True)
+    due = dense_weight(made.tensors(base)["0.weight"], dense_q(vectors.double(), apply_GS=True))
+    assert relative_error(made.tensors(tmp_path / "out")["0.weight"], due) < 1e-6

@@ -98,7 +98,7 @@ def test_an_adapter_in_the_folder_of_the_base(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("given", [[], {}, {"": []}])
+@pytest.mark.parametrize("given", [[], {}, {"": []}, {"": None}])
 def test_no_adapter(tmp_path: Path, given: Any) -> None:
     stack(tmp_path)
     told = refused(tmp_path, given)
@@ -256,3 +256,23 @@ def test_a_config_that_is_no_object(tmp_path: Path) -> None:
     stack(tmp_path)
     (tmp_path / "base" / "config.json").write_text("[1]")
     assert re.match(r"base/config\.json: is no JSON object \(.*\)\. Fetch it again\.$", refused(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("build", "target", "columns", "stored", "said", "told"),
+    [
+        (made.gpt2, "c_proj", [], "transformer.h.0.attn.c_proj", "(out, in)", "(in, out)"),
+        (made.gpt2, "c_proj", ["c_attn"], "transformer.h.0.attn.c_proj", "(out, in)", "(in, out)"),
+        (made.llama, "q_proj", ["q_proj"], "model.layers.0.self_attn.q_proj", "(in, out)", "(out, in)"),
+    ],
+)
+def test_columns_that_are_not_those_of_the_model(
+    tmp_path: Path, build: Any, target: str, columns: list[str], stored: str, said: str, told: str
+) -> None:
+    """A square weight would be turned from the wrong side, with the lengths of rows that `verify` finds."""
+    model = build()
+    made.base_of(model, tmp_path / "base")
+    made.adapter_of(model, tmp_path / "adapter", target)
+    message = refused(tmp_path, columns=columns, verify=True)
+    start = f"base/model.safetensors: {stored}.weight is given as stored {said}, and config.json is of a model that "
+    assert message == f"{start}stores it {told}. Leave columns out, or correct config.json."
