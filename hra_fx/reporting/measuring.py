@@ -10,6 +10,8 @@ from hra_fx import householder
 from hra_fx.carrier.layer import SiteCarrier
 from hra_fx.errors import AdapterError
 from hra_fx.householder import Turn
+from hra_fx.quantized.finding import packing_of
+from hra_fx.quantized.packing import Packing
 from hra_fx.share import readable_rows, share_turned
 
 _UNKNOWN = Turn(math.nan, (math.nan,), math.nan)
@@ -38,4 +40,16 @@ def weight_rows(layer: SiteCarrier) -> Tensor | None:
         weight = layer.hra_base.detach() if layer.hra_u.unmerged is None else layer.hra_u.unmerged
     except AdapterError:  # another tool computes it from other parameters by now
         return None
-    return readable_rows(weight, layer.hra_u.width, columns=layer.hra_u.columns)
+    packing = packing_of(layer)
+    if packing is None:
+        return readable_rows(weight, layer.hra_u.width, columns=layer.hra_u.columns)
+    return _dequantised(layer, packing)
+
+
+def _dequantised(layer: SiteCarrier, packing: Packing) -> Tensor | None:
+    """What a quantised weight stands for, `(out, d)`; `None` where its library cannot say it."""
+    try:
+        values = packing.values(layer)
+    except Exception:  # each has errors of its own for a kernel that is not there, and a report goes on without it
+        return None
+    return readable_rows(values, layer.hra_u.width, columns=False)

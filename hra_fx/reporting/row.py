@@ -43,7 +43,8 @@ class Row:
             direction that is reflected, pi. Less than rounding leaves is no angle (see `hra_fx.householder.turn`).
         orthogonality: `|Q^T Q - I|_F` of `Q` in the precision in which the forward computes it.
         share: which share of the layer's weight lies in the directions that `Q` turns, `|W P|_F^2 / |W|_F^2` with `P`
-            the projector on them; NaN for a weight that cannot be read (without data, or quantised).
+            the projector on them; of a quantised weight as it is dequantised. NaN for a weight that cannot be read
+            (without data, sharded, or of a library that cannot dequantise it here).
     """
 
     path: str

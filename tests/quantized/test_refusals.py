@@ -9,11 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from quantized.bases import FEW, SCHEMES, config, inputs, plain, quantised, torchao, values
+from quantized.unreadable import int4, opaque
 from refusals import refused
 from torch import Tensor, nn
 from torchao.quantization import Int8StaticActivationInt8WeightConfig, Int8WeightOnlyConfig
-from torchao.quantization.quantize_.workflows.int4.int4_tensor import Int4Tensor
-from torchao.utils import TorchAOBaseTensor
 
 import hra_fx
 from hra_fx.errors import FoldError, HRAWarning, SelectionError, UnsupportedLayerError
@@ -153,16 +152,6 @@ def test_scales_of_inputs_are_not_those_of_another_weight() -> None:
 # ---- what a CPU cannot run, to where it stops ----
 
 
-def int4() -> nn.Sequential:
-    """As `Int4WeightOnlyConfig` makes it on a GPU; a CPU has no kernel, neither to make nor to call it."""
-    layer = nn.Linear(64, 32, dtype=torch.bfloat16)
-    scale, zero = torch.ones(2, 32, dtype=torch.bfloat16), torch.zeros(2, 32, dtype=torch.bfloat16)
-    packed = torch.zeros(32, 32, dtype=torch.int8)
-    weight = Int4Tensor(packed, scale, zero, [1, 32], torch.Size([32, 64]))
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    return nn.Sequential(layer)
-
-
 def test_int4_of_gpus_is_adapted_and_called_with_what_it_reads() -> None:
     model = hra_fx.transform(int4(), config("0"))
     assert model[0].hra_u["default"].shape == (64, 4) and model[0].hra_u["default"].dtype == torch.float32
@@ -172,32 +161,9 @@ def test_int4_of_gpus_is_adapted_and_called_with_what_it_reads() -> None:
         hra_fx.fold(model)
 
 
-class Opaque(TorchAOBaseTensor):
-    """A weight that cannot say what it stands for: as those of GPU kernels, it can be multiplied with, and no more."""
-
-    tensor_data_names = ("packed",)
-    tensor_attribute_names = ()
-
-    def __new__(cls, packed: Tensor) -> Opaque:
-        return torch.Tensor._make_wrapper_subclass(cls, packed.shape, dtype=torch.float32)
-
-    def __init__(self, packed: Tensor) -> None:
-        self.packed = packed
-
-
-@Opaque.implements(torch.ops.aten.linear.default)
-@Opaque.implements_torch_function(F.linear)
-def _(func: object, types: object, args: tuple[Tensor, ...], kwargs: object) -> Tensor:
-    x, weight, *bias = args
-    with torch.no_grad():
-        return F.linear(x, weight.packed.float(), *bias)
-
-
 def test_a_weight_that_cannot_be_dequantised_is_read_through_the_layer() -> None:
-    layer = nn.Linear(64, 32)
-    packed = torch.randint(-8, 8, (32, 64), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
-    layer.weight = nn.Parameter(Opaque(packed), requires_grad=False)
-    model = hra_fx.transform(nn.Sequential(layer), config("0"))
+    base, packed = opaque()
+    model = hra_fx.transform(base, config("0"))
     x = inputs().requires_grad_()
     q = torch.eye(64)  # as it starts
     model(x).sum().backward()
