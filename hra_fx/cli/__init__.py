@@ -7,7 +7,8 @@ def main() -> None:
     """Run what the shell asks for, and leave with its exit code."""
     try:
         from hra_fx.cli.app import run
-    except KeyboardInterrupt:  # afterwards the application tells of it
+
+        run()
+    except KeyboardInterrupt:  # before a command runs, which tells of it with what it has finished
         print("stopped: nothing was finished", file=sys.stderr)
         sys.exit(130)
-    run()
