@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 import hra_fx
 from hra_fx.checkpoint.disk.header import read_header
 from hra_fx.checkpoint.disk.partial import Partial
+from hra_fx.checkpoint.disk.report import CheckpointReport
 from hra_fx.errors import CheckpointError, FoldError
 
 LAYERS = 24
@@ -204,6 +205,18 @@ def stopped_before_tidying_up(base: Path, adapter: Path, out: Path, monkeypatch:
         patch.setattr(Partial, "discard", stop)
         hra_fx.fold_checkpoint(base, adapter, out, columns=[])
     return " ".join(getattr(caught.value, "__notes__", []))
+
+
+@pytest.mark.parametrize(("reused", "words"), [(1, "1 file was finished"), (2, "2 files were finished")])
+def test_files_are_counted_in_words(tmp_path: Path, reused: int, words: str) -> None:
+    report = CheckpointReport(tmp_path, ("a",), (), {}, 0.0, "a", 1, 0.1, reused=reused)
+    assert f"  {words} by a call before this one" in str(report)
+
+
+def test_the_unfinished_result_is_for_the_user_alone(tmp_path: Path) -> None:
+    """The base may be, and its folder has no mode of its own before the end."""
+    with Partial(tmp_path / "deeper" / "out").held({}):
+        assert (tmp_path / "deeper" / ".out.partial").stat().st_mode & 0o777 == 0o700
 
 
 def test_stopped_once_all_is_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
