@@ -9,17 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from hra_fx import householder
 from hra_fx.carrier.swap import original_class
-from hra_fx.fused.conditions import applies, may_keep, products_dtype
+from hra_fx.fused.conditions import applies, may_keep, products_dtype, unobserved
 from hra_fx.fused.constant import factors, turned
 from hra_fx.fused.linear import fits, linear
 from hra_fx.fused.rows import reflected
 from hra_fx.kept import kept
+from hra_fx.operators import REFLECTED_ROWS
 from hra_fx.quantized.finding import packing_of
 from hra_fx.reflection import Reflection
 from hra_fx.site import as_rows, has_columns, kind_of, width_of
@@ -48,6 +50,9 @@ def reflected_rows(x: Tensor, vectors: Tensor) -> Tensor:
     """
     if applies(x, vectors):
         return reflected(x, vectors)
+    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        made: Tensor = REFLECTED_ROWS(x, vectors)
+        return made
     chain = householder.normalize(vectors)
     return householder.reflect(x, chain, householder.compact_wy(chain))
 
@@ -141,7 +146,7 @@ class LinearReflection(Reflection):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x: (..., d)` to `(..., d)`, the same dtype."""
-        if may_keep(x) and applies(x, *(sources := self.sources())):
+        if unobserved() and may_keep(x, *(sources := self.sources())):
             return self._turned(x, sources) if sources else x
         vectors = self.vectors_for(x)
         return x if vectors is None else reflected_rows(x, vectors)
@@ -151,7 +156,9 @@ class LinearReflection(Reflection):
 
         Nothing can be hooked in between then, so that a hook on this module has it called.
         """
-        if _is_hooked(self) or (vectors := self.vectors_for(x)) is None or not fits(x, vectors, weight, bias):
+        if not unobserved() or _is_hooked(self) or (vectors := self.vectors_for(x)) is None:
+            return None
+        if not fits(x, vectors, weight, bias) or not (x.requires_grad or vectors.requires_grad):
             return None
         return linear(x, vectors, weight, bias)
 

@@ -59,10 +59,10 @@ def normalize(chain: Tensor) -> Tensor:
     along `u`.
 
     Args:
-        chain: `U: (d, k)`; a zero column stays zero.
+        chain: `U: (..., d, k)`; a zero column stays zero.
 
     Returns:
-        `(d, k)`.
+        `(..., d, k)`.
 
     Example:
         >>> normalize(torch.tensor([[3e-30, 0.0], [4e-30, 0.0]]))
@@ -72,9 +72,9 @@ def normalize(chain: Tensor) -> Tensor:
     # Detached, and not in a block without gradients, which an exported program would hold as a block of its own.
     held = chain.detach()
     # In two steps, for the squares of a column may leave the range though its entries do not.
-    largest = held.abs().amax(dim=0)
+    largest = held.abs().amax(dim=-2, keepdim=True)
     largest = torch.where(largest > 0, largest, 1.0)
-    lengths = torch.linalg.vector_norm(held / largest, dim=0)
+    lengths = torch.linalg.vector_norm(held / largest, dim=-2, keepdim=True)
     lengths = torch.where(lengths > 0, lengths, 1.0)
     return chain / largest / lengths
 
@@ -86,10 +86,10 @@ def compact_wy(chain: Tensor) -> Tensor:
     reads it, it is made of products alone (`hra_fx.products`).
 
     Args:
-        chain: `U: (d, k)`, floating.
+        chain: `U: (..., d, k)`, floating; of torch.export, `(d, k)`.
 
     Returns:
-        `T: (k, k)`, upper triangular, float32 or wider, also under autocast.
+        `T: (..., k, k)`, upper triangular, float32 or wider, also under autocast.
 
     Example:
         >>> U = torch.tensor([[3.0], [4.0]])
@@ -102,11 +102,11 @@ def compact_wy(chain: Tensor) -> Tensor:
         if torch.compiler.is_exporting():
             return products.inverse_factor(vectors)
         gram = vectors.mT @ vectors
-        squares = gram.diagonal()
+        squares = gram.diagonal(dim1=-2, dim2=-1)
         # A square below the smallest normal number has no usable inverse: such a column reflects nothing.
         halves = torch.where(squares > torch.finfo(gram.dtype).tiny, squares / 2, 1.0)
-        inverse = gram.triu(1) + torch.diag(halves)
-        identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+        inverse = gram.triu(1) + torch.diag_embed(halves)
+        identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         factor: Tensor = torch.linalg.solve_triangular(inverse, identity, upper=True)
     return factor
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hra_fx", "passes")
 LAZY = "hra_fx"
 VOCABULARY = ("errors", "config", "selection", "householder", "geodesic", "site", "reflection")
-PASSES_MAY_READ = {"hra_fx.site", "hra_fx.errors"}
+PASSES_MAY_READ = {"hra_fx.site", "hra_fx.errors", "hra_fx.side_effects"}
 SHADOWED = ("transform", "fold", "report", "graphs")
 
 

@@ -10,35 +10,42 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def applies(x: Tensor, *made_of: Tensor) -> bool:
-    """Whether `x` can be computed with by nodes of ours: plain tensors on one device, and nobody who looks on.
+    """Whether `x` can be computed with by nodes of ours.
 
     Args:
         x: the input.
         made_of: what the result is made of besides.
     """
-    if type(x) not in _PLAIN or torch.compiler.is_compiling():
+    return unobserved() and are_plain(x, *made_of)
+
+
+def unobserved() -> bool:
+    """Whether nobody looks on: no compiler, tracer, mode, transformation of functions or derivative in forward mode."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
         return False
     if torch.is_inference_mode_enabled() and torch.is_grad_enabled():  # and autograd still keeps nothing
         return False
-    device = x.device
-    for part in made_of:
-        if type(part) not in _PLAIN or part.device != device:
-            return False
-    return (
-        device.type in ("cpu", "cuda")
-        and x.is_floating_point()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._is_tracing()
-        and forward_ad._current_level < 0
-    )
+    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
 
 
-def may_keep(x: Tensor) -> bool:
-    """Whether factors may be kept for this input (`hra_fx.kept`): no gradient is asked for, and nobody records."""
-    if type(x) not in _PLAIN or torch.compiler.is_compiling() or torch.is_grad_enabled():
+def are_plain(x: Tensor, *others: Tensor) -> bool:
+    """Whether these are ordinary tensors on one device, the first of floating numbers."""
+    if type(x) not in _PLAIN or not x.is_floating_point():
         return False
-    return x.device.type == "cpu"
+    device = x.device
+    return device.type in ("cpu", "cuda") and all(type(one) in _PLAIN and one.device == device for one in others)
+
+
+def may_keep(x: Tensor, *made_of: Tensor) -> bool:
+    """Whether what is made of some tensors may be kept from call to call (`hra_fx.kept`): nobody wants a gradient.
+
+    Args:
+        x: the input.
+        made_of: what is to be kept is made of these.
+    """
+    if not applies(x, *made_of) or x.device.type != "cpu":
+        return False
+    return not torch.is_grad_enabled() or not any(part.requires_grad for part in (x, *made_of))
 
 
 def products_dtype(x: Tensor) -> torch.dtype:

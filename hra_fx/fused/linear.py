@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hra_fx import householder
-from hra_fx.fused.conditions import applies, products_dtype
+from hra_fx.fused.conditions import are_plain, products_dtype
 from hra_fx.fused.factors import bearable
 from hra_fx.fused.gradients import apart, less, take
 
@@ -29,10 +29,10 @@ _SAVING_PASSES = 64
 
 
 def fits(x: Tensor, vectors: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether a Linear can be this node: it is frozen, and of the dtype of its input."""
+    """Whether a Linear can be this node, while nobody looks on: it is frozen, and of the dtype of its input."""
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
     tensors = (vectors, weight) if bias is None else (vectors, weight, bias)
-    return frozen and x.dtype is weight.dtype and applies(x, *tensors) and products_dtype(x) is x.dtype
+    return frozen and x.dtype is weight.dtype and are_plain(x, *tensors) and products_dtype(x) is x.dtype
 
 
 def linear(x: Tensor, vectors: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

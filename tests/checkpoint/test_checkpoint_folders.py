@@ -64,7 +64,7 @@ def test_it_holds_the_adapter_and_what_the_trainer_resumes_from(shape: str, name
     assert fresh.load_state_dict(entries, strict=False).unexpected_keys == []
     assert torch.equal(run(fresh, ids()), run(model, ids()))
     opened = hra_fx.load_adapter(bert(), tmp_path / name)
-    assert torch.equal(run(opened, ids()), run(model, ids()))
+    assert relative_error(run(opened, ids()), run(model, ids())) < 1e-13
 
 
 @shapes
@@ -92,7 +92,7 @@ def test_a_whole_model_in_such_a_folder_is_left_whole(shape: str, tmp_path: Path
     assert {name: after[name] for name in before} == before
     assert sorted(after) == [*ADAPTER, "config.json", "model.safetensors"]
     opened = hra_fx.load_adapter(bert(), folder)
-    assert torch.equal(run(opened, ids()), run(model, ids()))
+    assert relative_error(run(opened, ids()), run(model, ids())) < 1e-13
 
 
 def test_the_whole_model_of_such_a_folder_is_loaded_as_before(tmp_path: Path) -> None:

@@ -1,0 +1,81 @@
+"""`torch.compile(model, backend="hra_fx")`: passes of ours over TorchDynamo's graphs, then another backend.
+
+In these graphs the reflections of all layers of a call stand side by side, whatever modules they belong to: sites that
+read one value can share a product, and the factors of all can be made at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from hra_fx.errors import ConfigError
+from hra_fx.operators import REFLECTED_BY, REFLECTED_ROWS, UNIT_FACTORS
+from passes.hoist import HoistPass
+from passes.share import SharePass
+
+_OURS = {"backend": "inductor", "share": True, "hoist": True}
+
+
+def hra_fx(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile a graph of TorchDynamo; `torch.compile` calls it.
+
+    Args:
+        graph_module: the graph, with each reflection as one node; it is rewritten.
+        example_inputs: its inputs.
+        mode: that of inductor.
+        options: `backend`, the one that compiles what comes out (`"inductor"`, `"aot_eager"`, `"eager"` or any that
+            torch knows); `share` and `hoist`, whether these passes run (both do). All others go to inductor.
+
+    Raises:
+        ConfigError: `mode`, or an option that is not ours, for another backend than inductor.
+
+    Example:
+        >>> import torch, hra_fx
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> model = hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["0"]))
+        >>> compiled = torch.compile(model, backend="hra_fx", options={"backend": "eager"})
+        >>> compiled(torch.ones(3, 6)).shape
+        torch.Size([3, 4])
+    """
+    from torch._dynamo.backends.registry import lookup_backend
+
+    settings = {**_OURS, **(options or {})}
+    inner, share, hoist = (settings.pop(name) for name in _OURS)
+    keywords: dict[str, Any] = {}
+    if inner == "inductor":
+        keywords["config_patches"] = {**_patches(mode), **settings}
+    elif mode or settings:
+        asked = ", ".join([*settings, *(["mode"] if mode else [])])
+        raise ConfigError(
+            f"torch.compile(backend='hra_fx'): {asked} can be given for inductor only, not for {inner!r}."
+        )
+    rewrite(graph_module, share=share, hoist=hoist)
+    compiled: Callable[..., Any] = lookup_backend(inner)(graph_module, list(example_inputs), **keywords)
+    return compiled
+
+
+def rewrite(graph_module: fx.GraphModule, *, share: bool, hoist: bool) -> None:
+    """Run the passes over a graph, and over those in it (what is checkpointed, branches)."""
+    operators = (REFLECTED_ROWS, UNIT_FACTORS, REFLECTED_BY)
+    chosen = [made(*operators) for made, wanted in ((SharePass, share), (HoistPass, hoist)) if wanted]
+    for part in graph_module.modules():
+        if isinstance(part, fx.GraphModule):
+            for step in chosen:
+                step(part)
+
+
+def _patches(mode: str | None) -> dict[str, Any]:
+    if not mode or mode == "default":
+        return {}
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode))

@@ -1,0 +1,89 @@
+r"""share: sites that read the same value read it together, with one skinny product for all.
+
+    h1 = reflected_rows(x, u1)                    f = unit_factors([u1, u2]);  h = reflected_by(x, f[:2], f[2:])
+    h2 = reflected_rows(x, u2)       becomes      h1 = h[0]
+                                                  h2 = h[1]
+
+They join where the first of them stands, and what makes the vectors of the others (of several adapters, by
+Gram-Schmidt) goes before it, if nothing in between writes into tensors or changes how operators compute (autocast,
+gradients on or off). Vectors are never made of what a site gives.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from hra_fx.side_effects import writes
+
+
+class SharePass(PassBase):
+    """Joins the reflections of each value, two at least; a second run changes nothing."""
+
+    def __init__(self, rows: Any, factors: Any, by: Any) -> None:
+        """Prepare.
+
+        Args:
+            rows: the operator of one site, of a value and its vectors.
+            factors: that which makes chains and factors of a list of vectors.
+            by: that which takes a value, chains and factors, and gives a list.
+        """
+        self._rows, self._factors, self._by = rows, factors, by
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Rewrite the graph and recompile it."""
+        graph = graph_module.graph
+        groups = [group for group in self._groups(graph) if len(group) > 1]
+        for group in groups:
+            self._join(graph, group)
+        if groups:
+            graph_module.recompile()
+        return PassResult(graph_module, bool(groups))
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        """The graph is well formed."""
+        graph_module.graph.lint()
+
+    def _groups(self, graph: fx.Graph) -> Iterator[list[fx.Node]]:
+        """Sites of one value between two disturbances, in their order."""
+        open_groups: dict[fx.Node, list[fx.Node]] = {}
+        for node in graph.nodes:
+            if writes(node):
+                yield from open_groups.values()
+                open_groups = {}
+            elif node.target is self._rows:
+                open_groups.setdefault(node.args[0], []).append(node)
+        yield from open_groups.values()
+
+    def _join(self, graph: fx.Graph, group: list[fx.Node]) -> None:
+        first = group[0]
+        for node in group[1:]:
+            _lift(node.args[1], first)
+        with graph.inserting_before(first):
+            made = graph.call_function(self._factors, ([node.args[1] for node in group],))
+            parts = [graph.call_function(operator.getitem, (made, index)) for index in range(2 * len(group))]
+            joined = graph.call_function(self._by, (first.args[0], parts[: len(group)], parts[len(group) :]))
+            outputs = [graph.call_function(operator.getitem, (joined, index)) for index in range(len(group))]
+        for node, output in zip(group, outputs, strict=True):
+            output.meta = dict(node.meta)
+            node.replace_all_uses_with(output)
+            graph.erase_node(node)
+        for node in (made, *parts, joined):
+            node.meta = {key: first.meta[key] for key in ("stack_trace", "nn_module_stack") if key in first.meta}
+
+
+def _lift(vectors: Any, first: fx.Node) -> None:
+    """Put what vectors are made of before a node, where it is not there yet."""
+    later: list[fx.Node] = []
+    waiting = [vectors]
+    while waiting:
+        node = waiting.pop()
+        if node > first and node not in later:
+            later.append(node)
+            waiting += node.all_input_nodes
+    for node in sorted(later):
+        first.prepend(node)
