@@ -16,6 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from hra_fx import householder
 from hra_fx.carrier.swap import original_class
+from hra_fx.fused import filters
 from hra_fx.fused.conditions import applies, may_keep, products_dtype, unobserved
 from hra_fx.fused.constant import factors, turned
 from hra_fx.fused.linear import fits, linear
@@ -204,6 +205,27 @@ class ConvReflection(Reflection):
             return None
         geometry: Any = (self.stride, self.padding, self.dilation, self.groups, self.padding_mode, self.border)
         return patch_coordinates(x, vectors, self.patch, *geometry)
+
+    def correction(self, x: Tensor, weight: Tensor) -> Tensor | None:
+        """What the layer has to add to its output, by one node for both filters; `None` where it is to ask for `read`.
+
+        Nothing can be hooked in between then, so that a hook on this module has it called.
+        """
+        if not unobserved() or _is_hooked(self) or (vectors := self.vectors_for(x)) is None:
+            return None
+        if not filters.fits(x, vectors, weight):
+            return None
+        read, drawing = filters.filters_and_drawing(vectors, weight.flatten(1))
+        convolve, stride = _CONVOLVE[len(self.stride)], self.stride
+        kernel = read.view(-1, *self.patch)
+        if self.groups > 1:
+            kernel = kernel.repeat(self.groups, *(1 for _ in self.patch))
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self.border, mode=self.padding_mode), (0,) * len(stride)
+        coordinates = convolve(x, kernel, None, stride, padding, self.dilation, self.groups)
+        image = drawing.view(weight.shape[0], -1, *(1 for _ in stride))
+        return convolve(coordinates, image, groups=self.groups)
 
     def project(self, read: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
         """What the layer has to subtract from its output: `patch_image` of what `forward` gave."""

@@ -1,8 +1,8 @@
-r"""absorb: a Linear reflects by itself what it reads, where nobody else reads the reflection.
+r"""absorb: a layer reflects by itself what it reads, where nobody else reads the reflection.
 
     h = layer.hra_u(x);  y = layer(x, h)      becomes      y = layer(x)
 
-It computes the same (`hra_fx.carrier.layer`), and in training as one node of autograd. For a graph that is run; one
+It computes the same (`hra_fx.carrier.layer`), and in training by fewer nodes of autograd. For a graph that is run; one
 that is shown or rewritten further keeps its reflections.
 """
 
@@ -34,9 +34,9 @@ class AbsorbPass(PassBase):
 
 
 def _is_absorbing(node: fx.Node) -> bool:
-    """Whether it is the call of a Linear with its reflection, which has no other reader."""
+    """Whether it is the call of a layer with its reflection, which has no other reader."""
     note = node.meta.get(META)
-    if not isinstance(note, SiteNote) or (note.role, note.kind) != ("layer", "linear") or len(node.args) != 2:
+    if not isinstance(note, SiteNote) or note.role != "layer" or len(node.args) != 2:
         return False
     reflection = node.args[1]
     if not isinstance(reflection, fx.Node):

@@ -98,9 +98,12 @@ class ConvCarrier(SiteCarrier):
 
         @functools.wraps(base.forward)
         def forward(self: ConvCarrier, input: Tensor, read: tuple[Tensor, Tensor] | None = None) -> Any:
-            if read is None and REFLECTION in self._modules:
-                read = self.hra_u(input)
             output = base.forward(self, input)
+            if read is None and REFLECTION in self._modules:
+                correction = self.hra_u.correction(input, self.weight)
+                if correction is not None:
+                    return output.add_(correction)
+                read = self.hra_u(input)
             return output if read is None else output - self.hra_u.project(read, self.weight)
 
         return {"forward": forward}
