@@ -82,16 +82,16 @@ def _sample() -> Iterator[Job]:
 
 def quick() -> Iterator[Job]:
     """What the lines need, and no more."""
-    some = Budget(25, least_slow=2)
+    some = Budget(40, least_slow=2)
     trained = ("base", "lora", "peft-hra", "ours", "ours-gs")
     yield Job(Setting(LLAMA, "training", 512), trained, some)
     yield Job(Setting(LLAMA, "training", 16), trained, replace(some, seconds=10))
-    yield Job(Setting("llama-4096x1", "training", 64), ("peft-hra", "ours"), replace(some, seconds=10))
-    for tokens, seconds in ((512, 12), (16, 5)):
-        three = ("base-inductor", "lora-inductor", "ours-inductor")
-        yield Job(Setting(LLAMA, "training", tokens, compiled=True), three, Budget(seconds))
+    yield Job(Setting("llama-4096x1", "training", 64), ("peft-hra", "ours"), Budget(10, least_slow=1))
+    for tokens, seconds in ((512, 15), (16, 5)):
+        compilers = ("base-inductor", "lora-inductor", "ours-inductor", "ours-passes")
+        yield Job(Setting(LLAMA, "training", tokens, compiled=True), compilers, Budget(seconds))
     yield Job(Setting(LLAMA, "memory", 512), ("lora", "ours", "ours-gs"), Budget(0, least=1))
-    for tokens, seconds in ((512, 12), (16, 5)):
+    for tokens, seconds in ((512, 15), (16, 5)):
         unfolded_and_folded = ("base", "base-again", "lora", "ours", "folded")
         yield Job(Setting(LLAMA, "inference", tokens), unfolded_and_folded, Budget(seconds))
     for mode in STEPS:

@@ -48,28 +48,39 @@ class Line:
         return f"{where}: {ALL[self.own].title} / {ALL[self.peer].title}"
 
 
+#: The most that a control may add to a limit: beyond it nothing can be said of so few percent.
+MOST_NOISE = 0.05
+
+
 @dataclass(frozen=True)
 class Finding:
-    """A line, with what was measured."""
+    """A line, with what was measured; `noise` is how far the control was from its like."""
 
     line: Line
     ratio: Ratio | None
     noise: float = 0.0
 
     @property
+    def limit(self) -> float:
+        return self.line.limit + min(self.noise, MOST_NOISE)
+
+    @property
     def met(self) -> bool:
-        return self.ratio is not None and self.ratio.median <= self.line.limit + self.noise
+        return self.ratio is not None and self.ratio.median <= self.limit
 
     @property
     def verdict(self) -> str:
-        return "not measured" if self.ratio is None else "met" if self.met else "NOT met"
+        """By the median; unsure where the interval lies on both sides of the limit."""
+        if self.ratio is None:
+            return "not measured"
+        unsure = self.ratio.low < self.limit < self.ratio.high or self.noise > MOST_NOISE
+        return ("met" if self.met else "NOT met") + ", unsure" * unsure
 
 
 def _lines() -> tuple[Line, ...]:
     llama = "llama-768x3"
     many, few = Setting(llama, "training", 512), Setting(llama, "training", 16)
     wide = Setting("llama-4096x1", "training", 64)
-    compiled = [Setting(llama, "training", tokens, compiled=True) for tokens in (512, 16)]
     memory = Setting(llama, "memory", 512)
     inference = [Setting(llama, "inference", tokens) for tokens in (512, 16)]
     return (
@@ -79,9 +90,8 @@ def _lines() -> tuple[Line, ...]:
         Line(1, few, "ours", "lora", 0.97),
         Line(1, few, "ours", "peft-hra", 0.05),
         Line(1, wide, "ours", "peft-hra", 0.0085),
-        Line(2, compiled[0], "ours-inductor", "lora-inductor", 1.00),
-        Line(2, compiled[0], "ours-inductor", "base-inductor", 1.02),
-        Line(2, compiled[1], "ours-inductor", "lora-inductor", 0.97),
+        *_compiled("ours-inductor"),
+        *_compiled("ours-passes"),
         Line(3, memory, "ours", "lora", 1.00),
         Line(3, memory, "ours-gs", "ours", 1.10),
         *(Line(3, setting, "ours-gs", "ours", 1.10) for setting in (many, few)),
@@ -89,6 +99,15 @@ def _lines() -> tuple[Line, ...]:
         *(Line(4, setting, "folded", "base", 1.00, control="base-again") for setting in inference),
         Line(5, Setting("resnet50", "training", 4), "ours", "lora", 1.00),
         Line(5, Setting("resnet50", "inference", 4), "ours", "lora", 1.00),
+    )
+
+
+def _compiled(own: str) -> tuple[Line, ...]:
+    many, few = (Setting("llama-768x3", "training", tokens, compiled=True) for tokens in (512, 16))
+    return (
+        Line(2, many, own, "lora-inductor", 1.00),
+        Line(2, many, own, "base-inductor", 1.02),
+        Line(2, few, own, "lora-inductor", 0.97),
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from speed.how import ON_CPU, ON_GPU
 from speed.lines import findings
-from speed.report_lines import as_table
+from speed.report_lines import as_table, noises
 from speed.results import Cell, Results
 from speed.surroundings import doubts
 from speed.table import tables
@@ -43,11 +43,8 @@ def _lines(results: Results, gpu_page: str) -> Iterator[str]:
     found = findings(results)
     met = sum(finding.met for finding in found)
     yield from (f"## Lines that must hold: {met} of {len(found)} are met", "", *as_table(found), "")
-    noise = [finding for finding in found if finding.line.control and finding.ratio]
-    for finding in noise:
-        setting = finding.line.setting
-        yield f"Noise between two copies of the base, {setting.size} tokens: {finding.noise:.1%}."
-    yield from ("", "## On a GPU", "")
+    yield from (word for noise in noises(found) for word in (noise, ""))
+    yield from ("## On a GPU", "")
     if gpu_page:
         yield from (f"See [{gpu_page}]({gpu_page}).", "")
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from speed.lines import TITLES, Finding
+from speed.lines import MOST_NOISE, TITLES, Finding
 from speed.wording import share
 
 
@@ -15,8 +15,9 @@ def as_text(found: Sequence[Finding]) -> str:
         rows.append(f"\n{group}. {title}")
         for finding in found:
             if finding.line.group == group:
-                rows.append(f"  {finding.verdict:<12} {finding.line.words}")
-                rows.append(f"  {'':<12} {measured(finding)}, {pairs(finding)} pairs; limit {limit(finding)}")
+                rows.append(f"  {finding.verdict:<15} {finding.line.words}")
+                rows.append(f"  {'':<15} {measured(finding)}, {pairs(finding)} pairs; limit {limit(finding)}")
+    rows += ["", *noises(found)]
     met = sum(finding.met for finding in found)
     return "\n".join([*rows, "", f"{met} of {len(found)} lines are met."])
 
@@ -29,6 +30,14 @@ def as_table(found: Sequence[Finding]) -> Iterator[str]:
         verdict = finding.verdict if finding.met else f"**{finding.verdict}**"
         words = f"{finding.line.group}. {finding.line.words}"
         yield f"| {words} | {measured(finding)} | {pairs(finding)} | {limit(finding)} | {verdict} |"
+
+
+def noises(found: Sequence[Finding]) -> Iterator[str]:
+    """How far two of a kind were apart, where that was measured."""
+    for finding in found:
+        if finding.line.control and finding.ratio:
+            where = f"{finding.line.setting.size} tokens, {finding.line.setting.mode}"
+            yield f"Noise between two copies of the base ({where}): {finding.noise:.1%}."
 
 
 def pairs(finding: Finding) -> int:
@@ -45,6 +54,6 @@ def measured(finding: Finding) -> str:
 
 
 def limit(finding: Finding) -> str:
-    """The most that it may be, and the noise that it may add."""
+    """The most that it may be, and the noise that is added."""
     text = f"{finding.line.limit:.2f}" if finding.line.limit >= 0.01 else f"{finding.line.limit:g}"
-    return f"{text} + noise {finding.noise:.1%}" if finding.line.control else text
+    return f"{text} + noise {min(finding.noise, MOST_NOISE):.1%}" if finding.line.control else text

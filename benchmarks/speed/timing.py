@@ -69,7 +69,9 @@ Measure = Callable[[Step], float]
 #: Steps of so many seconds need no uncounted one before: cold caches are no part of them.
 LONG = 5.0
 #: So many times the median of all is slow: such a method sits most rounds out.
-SLOW = 4.0
+SLOW = 2.5
+#: Of the budget, for the slow ones together.
+FOR_SLOW = 0.25
 
 
 def interleave(steps: Mapping[str, Step], budget: Budget, measure: Measure) -> Measured:
@@ -155,18 +157,18 @@ def counted(step: Step, usual: float, measure: Measure) -> float:
 def attendance(usual: Mapping[str, float], budget: Budget) -> dict[str, list[bool]]:
     """Who takes part in which round.
 
-    All do in all rounds, but those many times slower than the median: they share half the budget, and their rounds lie
-    evenly between the first and the last.
+    All do in all rounds, but those much slower than the median: they share a quarter of the budget, and their rounds
+    lie evenly between the first and the last.
     """
     if not usual:
         return {}
     limit = SLOW * statistics.median_low(usual.values())
     cost = {name: seconds * (1 if seconds >= LONG else 2) for name, seconds in usual.items()}
     slow = {name for name, seconds in usual.items() if seconds > limit}
-    share = budget.seconds / 2 if slow else budget.seconds
+    for_slow = FOR_SLOW * budget.seconds if slow else 0.0
     fast = sum(cost[name] for name in usual if name not in slow)
-    rounds = between(budget.least, int(share / fast), budget.most)
-    few = between(budget.least_slow, int(share / max(1e-9, sum(cost[name] for name in slow))), rounds)
+    rounds = between(budget.least, int((budget.seconds - for_slow) / fast), budget.most)
+    few = between(budget.least_slow, int(for_slow / max(1e-9, sum(cost[name] for name in slow))), rounds)
     chosen = evenly(min(few, rounds), rounds)
     return {name: [name not in slow or turn in chosen for turn in range(rounds)] for name in usual}
 

@@ -30,11 +30,32 @@ def test_a_line_is_met_up_to_its_limit(own: float, verdict: str) -> None:
 
 @pytest.mark.parametrize(("own", "verdict"), [(1.02, "met"), (1.04, "NOT met")])
 def test_the_noise_of_a_control_is_added_to_the_limit(own: float, verdict: str) -> None:
-    controlled = next(index for index, line in enumerate(LINES) if line.control)
-    found = findings(measured_in(controlled, own, 1.0, control=0.97))[controlled]
+    found = findings(measured_in(controlled(), own, 1.0, control=0.97))[controlled()]
     assert found.noise == pytest.approx(0.03)
     assert found.verdict == verdict
     assert "1.00 + noise 3.0%" in as_text([found])
+    assert "Noise between two copies of the base (512 tokens, inference): 3.0%." in as_text([found])
+
+
+@pytest.mark.parametrize(("own", "verdict"), [(1.04, "met, unsure"), (1.06, "NOT met, unsure")])
+def test_of_noise_five_percent_are_added_at_most(own: float, verdict: str) -> None:
+    found = findings(measured_in(controlled(), own, 1.0, control=1.5))[controlled()]
+    assert found.verdict == verdict
+    assert "1.00 + noise 5.0%" in as_text([found])
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"), [([0.9, 0.95, 1.1], "met, unsure"), ([0.9, 1.05, 1.1], "NOT met, unsure")]
+)
+def test_an_interval_on_both_sides_of_the_limit_is_unsure(values: list[float | None], verdict: str) -> None:
+    line = LINES[0]
+    cell = Cell(line.setting, Measured({line.own: values, line.peer: [1.0, 1.0, 1.0]}))
+    assert findings(Results({"run": "full"}, [cell]))[0].verdict == verdict
+
+
+def controlled() -> int:
+    """The first line that has a control."""
+    return next(index for index, line in enumerate(LINES) if line.control)
 
 
 def test_each_line_is_measured_by_both_runs() -> None:
