@@ -15,7 +15,7 @@ from speed.wording import megabytes, seconds, share
 MODES: dict[Mode, str] = {
     "training": "training step",
     "inference": "inference",
-    "generate": "`generate`",
+    "generate": "`generate`, 8 tokens after a prompt",
     "transform": "putting the adapter in",
     "fold": "taking it into the weights",
     "memory": "peak memory of a training step",

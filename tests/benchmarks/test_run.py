@@ -83,7 +83,7 @@ def test_the_page_has_a_table_of_every_model_and_mode(run: tuple[Results, Path])
     assert heads == [
         "### Llama, d=64, 1 layer: training step",
         "### Llama, d=64, 1 layer: inference",
-        "### Llama, d=64, 1 layer: `generate`",
+        "### Llama, d=64, 1 layer: `generate`, 8 tokens after a prompt",
         "### Llama, d=64, 1 layer: putting the adapter in",
         "### Llama, d=64, 1 layer: taking it into the weights",
     ]
