@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = load(options.read) if options.read else measure(options)
     if options.read is None:
         print(f"\n{results.about['minutes']} minutes; the numbers are in {_shown(options.json)}.")
-    print("\n" + "\n".join(tables(results.cells)))
+    print("\n" + "\n".join(tables(results.cells, warm_compiler=results.about["run"] == "quick")))
     if results.about["run"] != "gpu":
         print(as_text(findings(results)))
     print(*doubts(results.about), sep="\n")

@@ -82,7 +82,7 @@ def _sample() -> Iterator[Job]:
 
 def quick() -> Iterator[Job]:
     """What the lines need, and no more."""
-    some = Budget(40, least_slow=2)
+    some = Budget(40)
     trained = ("base", "lora", "peft-hra", "ours", "ours-gs")
     yield Job(Setting(LLAMA, "training", 512), trained, some)
     yield Job(Setting(LLAMA, "training", 16), trained, replace(some, seconds=10))

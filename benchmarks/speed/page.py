@@ -57,7 +57,7 @@ def _body(results: Results, plot: str) -> Iterator[str]:
     for section in SECTIONS:
         cells = [cell for cell in results.cells if _section(cell) == section]
         if cells:
-            yield from (f"## {section}", "", *tables(cells))
+            yield from (f"## {section}", "", *tables(cells, warm_compiler=results.about.get("run") == "quick"))
 
 
 def _section(cell: Cell) -> str:

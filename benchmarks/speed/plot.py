@@ -56,10 +56,13 @@ def draw(results: Results, file: Path) -> Path:
         figure = new_figure(2 * WIDE + GAP, HIGH)
         panels = [points(results, mode) for mode, _ in PANELS]
         sizes = sorted({size for panel in panels for curve in panel.values() for size in curve})
+        values = [value for panel in panels for curve in panel.values() for value in curve.values()]
         for place, (panel, (_, title)) in enumerate(zip(panels, PANELS, strict=True)):
             left = place * (WIDE + GAP) / (2 * WIDE + GAP)
             axes = figure.add_axes((left, 0, WIDE / (2 * WIDE + GAP), 1))
             _panel(axes, panel, sizes)
+            # The same for both, or a panel without slow methods would blow up its noise.
+            axes.set_ylim(min(0.8, 0.9 * min(values)), 1.3 * max(values))
             axes.set_title(title, loc="left", fontsize=9, color=QUIET)
         first = figure.axes[0]
         subtitle = "Llama, d=768, 3 layers, float32, r=8; times the frozen base's time, lower is better"

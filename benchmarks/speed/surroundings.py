@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "peft", "diffusers", "torchvision")
+OF_THE_PROCESSOR = "of the processor"
 
 
 def surroundings(run: str, *, whole: bool = True, by_processor: bool = False) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def surroundings(run: str, *, whole: bool = True, by_processor: bool = False) ->
     about: dict[str, Any] = {
         "run": run,
         "measured": "all of it" if whole else "a part",
-        "seconds": "of the processor" if by_processor else "by the clock",
+        "seconds": OF_THE_PROCESSOR if by_processor else "by the clock",
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "commit": commit(),
         "python": platform.python_version(),
@@ -43,10 +44,11 @@ def busy() -> float:
 def doubts(about: dict[str, Any]) -> list[str]:
     """Why the numbers of a run are to be taken with care."""
     found = list[str]()
-    if (load := about.get("load average at start", 0)) > about.get("cores", 1) / 2:
-        found.append(
-            f"The machine was busy (load average {load} at the start, {about['cores']} cores): no ratio is sure."
-        )
+    load, cores = about.get("load average at start", 0), about.get("cores", 1)
+    if load > cores / 2:
+        busy = f"The machine was busy (load average {load} at the start, {cores} cores)"
+        by_processor = about.get("seconds") == OF_THE_PROCESSOR
+        found.append(f"{busy}{'; seconds are of the processor' if by_processor else ': no ratio is sure'}.")
     if about.get("measured") == "a part":
         found.append("This was a part of the run, or a shortened one.")
     return found

@@ -38,8 +38,8 @@ PAIRS = (
 _NONE = "-"
 
 
-def tables(cells: Sequence[Cell]) -> Iterator[str]:
-    """All of them, in the order in which they were measured."""
+def tables(cells: Sequence[Cell], *, warm_compiler: bool = False) -> Iterator[str]:
+    """All of them, in the order in which they were measured; `warm_compiler` if it found what it had made before."""
     groups: dict[tuple[str, Mode, bool], list[Cell]] = defaultdict(list)
     for cell in cells:
         groups[cell.setting.workload, cell.setting.mode, cell.setting.compiled].append(cell)
@@ -49,7 +49,7 @@ def tables(cells: Sequence[Cell]) -> Iterator[str]:
         yield from rows(group, absolute=ABSOLUTE.get(mode))
         yield ""
         if compiled:
-            yield "Seconds that the first step took, which compiles:"
+            yield f"Seconds by the clock of the first step, which compiles{', helped by its caches' * warm_compiler}:"
             yield ""
             yield from compilations(group)
             yield ""

@@ -46,6 +46,10 @@ def test_without_a_gpu_its_run_says_so(capsys: pytest.CaptureFixture[str], monke
     ("about", "doubt"),
     [
         ({"load average at start": 1.5, "cores": 2}, "busy (load average 1.5 at the start, 2 cores)"),
+        (
+            {"load average at start": 1.5, "cores": 2, "seconds": "of the processor"},
+            "2 cores); seconds are of the processor.",
+        ),
         ({"measured": "a part"}, "a part of the run"),
         ({"load average at start": 0.4, "cores": 2, "measured": "all of it"}, ""),
     ],

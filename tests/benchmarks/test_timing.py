@@ -36,11 +36,12 @@ def test_each_counted_step_comes_after_an_uncounted_one_of_the_same_method() -> 
     assert measured.values == {name: [1.0] * 4 for name in "abc"}
 
 
-def test_the_first_run_is_kept_apart() -> None:
+def test_the_first_run_is_kept_apart_by_the_clock() -> None:
     seconds = iter([30.0, 1.0, 1.0, 9.0, 2.0])
     step = Step(lambda _: None, warm_ups=2)
     measured = interleave({"a": step}, Budget(seconds=1, least=1, most=1), lambda _: next(seconds))
-    assert (measured.first, measured.values) == ({"a": 30.0}, {"a": [2.0]})
+    assert measured.values == {"a": [2.0]}
+    assert 0 < measured.first["a"] < 1
 
 
 def test_a_method_that_fails_is_left_out_with_the_reason() -> None:
