@@ -22,6 +22,6 @@ method: how far its resident memory grew over two steps beyond what it was when 
 
 ON_GPU = """\
 Ratios are medians over rounds of one process, as in [benchmarks.md](benchmarks.md). Memory is
-`torch.cuda.max_memory_allocated` over two steps, beyond what was allocated before. Kernels are calls of `cudaLaunchKernel` and
-its like, counted by `torch.profiler`.
+`torch.cuda.max_memory_allocated` over two steps, beyond what was allocated before. Kernels are calls of
+`cudaLaunchKernel` and its like, counted by `torch.profiler`.
 """
