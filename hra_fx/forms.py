@@ -157,7 +157,7 @@ class LinearReflection(Reflection):
 
         Nothing can be hooked in between then, so that a hook on this module has it called.
         """
-        if not unobserved() or _is_hooked(self) or (vectors := self.vectors_for(x)) is None:
+        if not unobserved() or _asks(self, LinearReflection) or (vectors := self.vectors_for(x)) is None:
             return None
         if not fits(x, vectors, weight, bias) or not (x.requires_grad or vectors.requires_grad):
             return None
@@ -167,13 +167,12 @@ class LinearReflection(Reflection):
         dtype = products_dtype(x)
         specs = tuple(self.specs[name] for name in self.active)
         key = (self.active, specs, tuple(self.scales.items()), dtype)
-        made = kept(self, key, sources, lambda: factors(self._chain_of_active(), dtype))
-        return turned(x, *made)
+        return turned(x, *kept(self, key, sources, lambda: self._factors(dtype)))
 
-    def _chain_of_active(self) -> Tensor:
-        chain = self.joint_chain(self.active)
-        assert chain is not None
-        return chain
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        vectors = self._joint_vectors(self.active)
+        assert vectors is not None  # something is active: there are sources
+        return factors(vectors, dtype)
 
 
 class QuantizedReflection(LinearReflection):
@@ -211,7 +210,7 @@ class ConvReflection(Reflection):
 
         Nothing can be hooked in between then, so that a hook on this module has it called.
         """
-        if not unobserved() or _is_hooked(self) or (vectors := self.vectors_for(x)) is None:
+        if not unobserved() or _asks(self, ConvReflection) or (vectors := self.vectors_for(x)) is None:
             return None
         if not filters.fits(x, vectors, weight):
             return None
@@ -244,8 +243,10 @@ class WeightReflection(Reflection):
         return weight if vectors is None else reflected_weight(weight, vectors, self.columns)
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether calling a module does more than to run its forward."""
+def _asks(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling a module does more than to run the forward of its kind."""
+    if type(module).forward is not kind.forward or "forward" in vars(module):  # as accelerate's offloading has it
+        return True
     own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(own) or bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
 

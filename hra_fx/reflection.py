@@ -236,7 +236,7 @@ class Reflection(nn.ParameterDict):
         vectors = self._joint_vectors(names, dtype)
         return None if vectors is None else householder.normalize(vectors)
 
-    def _joint_vectors(self, names: Iterable[str], dtype: torch.dtype | None) -> Tensor | None:
+    def _joint_vectors(self, names: Iterable[str], dtype: torch.dtype | None = None) -> Tensor | None:
         chains = [self.chain(name, dtype) for name in names if not self._is_idle(name)]
         if not chains:
             return None
@@ -245,9 +245,14 @@ class Reflection(nn.ParameterDict):
     def sources(self) -> tuple[Tensor, ...]:
         """The tensors that the chain of the active adapters is made of, in their order."""
         names = [name for name in self.active if not self._is_idle(name)]
-        held = [self._buffers[name + _SCALED] if name in self.scales else self._parameters[name] for name in names]
+        held = [self._buffers[name + _SCALED] if name in self.scales else self._held(name) for name in names]
         anchors = [self._buffers.get(name + ANCHOR) for name in names if name not in self.scales]
         return tuple(tensor for tensor in (*held, *anchors) if tensor is not None)
+
+    def _held(self, name: str) -> Tensor:
+        """The vectors of an adapter, and no node that stands for them; a replica of DataParallel has no parameters."""
+        held = self._parameters.get(name)
+        return self[name] if held is None else held
 
     def weight_of(self, layer: nn.Module) -> nn.Parameter:
         """The weight of the site, as it is, whatever the layer answers with.
@@ -291,7 +296,7 @@ class Reflection(nn.ParameterDict):
         """
         vectors = self._joint_vectors(self.active, None)
         # Asked of the parameters themselves, as in _is_idle.
-        empty = any(tensor.is_meta for name in self.active if (tensor := self._parameters[name]) is not None)
+        empty = any(self._held(name).is_meta for name in self.active)
         if empty and not x.is_meta:
             raise AdapterError(
                 f"hra_u of width {self.width}: the vectors of {', '.join(self.active)} are on the meta device, and "

@@ -4,8 +4,8 @@ r"""hoist: the factors of all sites of one shape are made in one batch, before a
     h2 = reflected_rows(y, u2)       becomes      h1 = reflected_by(x, f[:1], f[2:3])[0]
                                                   h2 = reflected_by(y, f[1:2], f[3:])[0]
 
-Only of vectors that are inputs of the graph as they are, and that nothing writes into. Sites that share a value already
-(`passes.share`) keep doing so.
+Only of vectors that are inputs of the graph as they are, that nothing writes into, and that are read where gradients
+are on, or off, as at the beginning. Sites that share a value already (`passes.share`) keep doing so.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import operator
 from collections.abc import Hashable, Mapping
 from typing import Any
 
+import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from hra_fx.side_effects import writes
+from hra_fx.side_effects import grad_mode_after, writes
 
 #: What TorchDynamo notes of a value: a tensor without data.
 _EXAMPLE = "example_value"
@@ -40,10 +41,9 @@ class HoistPass(PassBase):
         """Rewrite the graph and recompile it."""
         graph = graph_module.graph
         found: dict[Hashable, dict[fx.Node, None]] = {}
-        for node in graph.nodes:
-            for vectors in self._vectors(node):
-                if (shape := _shape(vectors)) is not None:
-                    found.setdefault(shape, {})[vectors] = None
+        for vectors in self._as_at_the_top(graph):
+            if (shape := self._shape(vectors)) is not None:
+                found.setdefault(shape, {})[vectors] = None
         groups = [list(group) for group in found.values() if len(group) > 1 and not self._is_made(list(group))]
         for group in groups:
             self._make(graph, group)
@@ -54,6 +54,38 @@ class HoistPass(PassBase):
     def ensures(self, graph_module: fx.GraphModule) -> None:
         """The graph is well formed."""
         graph_module.graph.lint()
+
+    def _as_at_the_top(self, graph: fx.Graph) -> list[fx.Node]:
+        """Vectors that are read with gradients on, or off, as where the graph begins, wherever they are read."""
+        first = torch.is_grad_enabled()
+        modes: dict[fx.Node, set[bool | None]] = {}
+        state: bool | None = first
+        for node in graph.nodes:
+            state = grad_mode_after(node, state)
+            for vectors in self._vectors(node):
+                modes.setdefault(vectors, set()).add(state)
+        return [vectors for vectors, found in modes.items() if found == {first}]
+
+    def _shape(self, vectors: fx.Node) -> Hashable:
+        """What sites must have in common to be made together; `None` for those that are no input, or written into."""
+        example = vectors.meta.get(_EXAMPLE)
+        if vectors.op != "placeholder" or example is None or self._is_written(vectors):
+            return None
+        return tuple(example.shape), example.dtype, example.device
+
+    def _is_written(self, vectors: fx.Node) -> bool:
+        """Whether somebody may write into the vectors, by themselves or by what is made of them (a view, `.data`)."""
+        seen: set[fx.Node] = set()
+        waiting = list(vectors.users)
+        while waiting:
+            node = waiting.pop()
+            if node in seen or node.target in (self._rows, self._factors):
+                continue
+            if writes(node):
+                return True
+            seen.add(node)
+            waiting += node.users
+        return False
 
     def _vectors(self, node: fx.Node) -> list[Any]:
         if node.target is self._rows:
@@ -105,11 +137,3 @@ class HoistPass(PassBase):
             item.replace_all_uses_with({**own, **pairs}[vectors[index]][kind])
             graph.erase_node(item)
         graph.erase_node(node)
-
-
-def _shape(vectors: Any) -> Hashable:
-    """What sites have to have in common to be made together; `None` for vectors that are no input, or written into."""
-    if not isinstance(vectors, fx.Node) or vectors.op != "placeholder" or any(map(writes, vectors.users)):
-        return None
-    example = vectors.meta.get(_EXAMPLE)
-    return None if example is None else (tuple(example.shape), example.dtype, example.device)

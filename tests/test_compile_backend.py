@@ -237,6 +237,131 @@ def test_a_value_that_is_written_into_is_read_anew() -> None:
     assert relative_error(got, base.q(x @ q.mT) * base.k(2 * x @ k.mT)) < 1e-12
 
 
+# What the passes leave alone
+
+
+class Activated(Switched):
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        first = self.q(x)
+        middle = self.act(x)
+        return first + self.k(x) + middle
+
+
+class Body(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        def body(z: Tensor) -> Tensor:
+            z.mul_(2)
+            return z.sum()
+
+        total: Tensor = checkpoint(body, x, use_reentrant=False)
+        return total
+
+
+class ReluByPlace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.relu(x, True)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [nn.LeakyReLU(0.1, inplace=True), nn.ELU(inplace=True), nn.ReLU(inplace=True), ReluByPlace(), Body()],
+    ids=lambda act: type(act).__name__,
+)
+def test_activations_in_place_between_sites(act: nn.Module) -> None:
+    base = Activated(act)
+    model = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(r=2, target_modules=["q", "k"], init_weights=False))
+    x = normal(1, 3, 6)
+    q, k = (dense_q(getattr(model, layer).hra_u["default"].detach()) for layer in ("q", "k"))
+    with torch.no_grad():
+        got = torch.compile(model, backend="hra_fx", options=EAGER)(x)
+        again = x.clone()
+        middle = act(again)
+        assert relative_error(got, base.q(x @ q.mT) + base.k(again @ k.mT) + middle) < 1e-12
+
+
+class WithGradients(Switched):
+    def __init__(self, wanted: bool) -> None:
+        super().__init__()
+        self.wanted = wanted
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(self.wanted):
+            return self.k(torch.relu(self.q(x)))
+
+
+@pytest.mark.parametrize("outside", [True, False])
+@pytest.mark.parametrize("inside", [True, False])
+def test_gradients_are_on_where_they_were(inside: bool, outside: bool) -> None:
+    model = hra_fx.transform(WithGradients(inside), hra_fx.HRAConfig(r=2, target_modules=["q", "k"]))
+    randomise(model)
+    x = normal(1, 3, 6).requires_grad_()
+
+    def found(run: Any) -> dict[str, Tensor]:
+        model.zero_grad(set_to_none=True)
+        with torch.set_grad_enabled(outside):
+            output = run(x)
+        if output.requires_grad:
+            output.sum().backward()
+        return gradients(model)
+
+    wanted = found(model)
+    got = found(torch.compile(model, backend="hra_fx", options=EAGER))
+    assert got.keys() == wanted.keys()
+    assert len(wanted) == (2 if inside else 0)
+    for name, gradient in got.items():
+        assert relative_error(gradient, wanted[name]) < 1e-12
+
+
+class Clamping(Switched):
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.q(x)
+        vectors: Any = self.k.hra_u
+        vectors["default"].detach().clamp_(-0.1, 0.5)
+        return first * self.k(x)
+
+
+def test_vectors_that_are_written_into_by_another_name() -> None:
+    base = Clamping()
+    model = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(r=2, target_modules=["q", "k"], init_weights=False))
+    x = normal(1, 3, 6)
+    q, k = (getattr(model, layer).hra_u["default"].detach().clone() for layer in ("q", "k"))
+    with torch.no_grad():
+        got = torch.compile(model, backend="hra_fx", options=EAGER)(x)
+    wanted = base.q(x @ dense_q(q).mT) * base.k(x @ dense_q(k.clamp(-0.1, 0.5)).mT)
+    assert relative_error(got, wanted) < 1e-12
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(6, 6).double() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = torch.cond(x.sum() > 0, lambda x: self.b(x) * self.c(x), lambda x: self.c(x) - self.b(x), (x,))
+        result: Tensor = self.a(x) + branch
+        return result
+
+
+def test_branches_stay_as_they_are() -> None:
+    base = Branching()
+    config = hra_fx.HRAConfig(r=2, target_modules=["a", "b", "c"], init_weights=False)
+    model = hra_fx.transform(copy.deepcopy(base), config)
+    x = normal(1, 3, 6)
+    x = x if x.sum() > 0 else -x
+    asked = [getattr(model, layer).hra_u["default"] for layer in "abc"]
+    output = torch.compile(model, backend="hra_fx", options=EAGER)(x)
+    a, b, c = (getattr(base, layer)(x @ dense_q(vectors).mT) for layer, vectors in zip("abc", asked, strict=True))
+    assert relative_error(output, a + b * c) < 1e-12
+    found, sought = (torch.autograd.grad(one.square().sum(), asked) for one in (output, a + b * c))
+    for one, other in zip(found, sought, strict=True):
+        assert relative_error(one, other) < 1e-9
+
+
 @pytest.mark.parametrize(
     ("given", "named"),
     [({"options": {"backend": "eager", "max_autotune": True}}, "max_autotune"), ({"mode": "reduce-overhead"}, "mode")],

@@ -284,5 +284,5 @@ def test_an_adapter_of_a_tied_head_is_saved_and_loaded_as_any_other(tmp_path: An
     model = adapted(base, "head", r=2)
     hra_fx.save_adapter(model, tmp_path)
     hra_fx.load_adapter(other, tmp_path)
-    assert torch.equal(other(TOKENS), model(TOKENS))
+    assert relative_error(other(TOKENS), model(TOKENS)) < 1e-14
     assert other.head.weight is other.embed.weight

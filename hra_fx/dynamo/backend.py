@@ -6,6 +6,7 @@ read one value can share a product, and the factors of all can be made at once.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from hra_fx.operators import REFLECTED_BY, REFLECTED_ROWS, UNIT_FACTORS
 from passes.hoist import HoistPass
 from passes.share import SharePass
 
+#: The names of its operators for `torch.utils.checkpoint`.
+_CHECKPOINTS = ("tag_activation_checkpoint", "wrap_activation_checkpoint")
 _OURS = {"backend": "inductor", "share": True, "hoist": True}
 
 
@@ -64,13 +67,30 @@ def hra_fx(
 
 
 def rewrite(graph_module: fx.GraphModule, *, share: bool, hoist: bool) -> None:
-    """Run the passes over a graph, and over those in it (what is checkpointed, branches)."""
+    """Run the passes over a graph, and over what is checkpointed in it.
+
+    Branches (`torch.cond`) and loops stay as they are: their outputs, and the gradients of these, have to be laid out
+    alike, which those of a batch are not.
+    """
     operators = (REFLECTED_ROWS, UNIT_FACTORS, REFLECTED_BY)
     chosen = [made(*operators) for made, wanted in ((SharePass, share), (HoistPass, hoist)) if wanted]
-    for part in graph_module.modules():
-        if isinstance(part, fx.GraphModule):
-            for step in chosen:
-                step(part)
+    waiting = [graph_module]
+    while waiting:
+        part = waiting.pop()
+        for step in chosen:
+            step(part)
+        waiting += _checkpointed(part)
+
+
+def _checkpointed(graph_module: fx.GraphModule) -> list[fx.GraphModule]:
+    """The bodies of the checkpoints in a graph."""
+    bodies = []
+    for node in graph_module.graph.nodes:
+        if getattr(node.target, "__name__", "") in _CHECKPOINTS:
+            names = [str(one.target) for one in node.all_input_nodes if one.op == "get_attr"]
+            found = [operator.attrgetter(name)(graph_module) for name in names]
+            bodies += [body for body in found if isinstance(body, fx.GraphModule)]
+    return bodies
 
 
 def _patches(mode: str | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Rows turned by constant factors, in two products: where no gradient is asked for, and the factors are kept."""
+"""Rows turned by constant factors: where no gradient is asked for, and the factors are kept."""
 
 from __future__ import annotations
 
@@ -6,34 +6,30 @@ import torch
 from torch import Tensor
 
 from hra_fx import householder
-from hra_fx.fused.gradients import less
+from hra_fx.fused.factors import bearable
+from hra_fx.fused.gradients import read_of, turned_by
 
 
-def factors(chain: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What rows have to be multiplied with, for `turned`.
+def factors(vectors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What rows have to be multiplied with, for `turned`: `U: (d, k)` in the dtype of the products, and `T: (k, k)`.
 
     Args:
-        chain: `U: (d, k)` of length one each.
+        vectors: `U: (d, k)`, of any length each.
         dtype: that of the products.
-
-    Returns:
-        `U^T` and `(U T)^T`, `(k, d)` both.
     """
-    with householder.without_autocast(chain):
-        factor = householder.compact_wy(chain)
-        # U T is made before the cast, so that a narrow dtype rounds the small factor once and not T and U apart.
-        both = (chain, chain.to(factor.dtype) @ factor)
-        first, second = (matrix.to(dtype).mT.contiguous() for matrix in both)
-    return first, second
+    with householder.without_autocast(vectors):
+        chain, factor = bearable(vectors, dtype)
+        # Laid out as vectors are in training, so that it gives the same numbers to the last bit.
+        return chain.to(dtype, copy=True), factor
 
 
-def turned(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def turned(x: Tensor, columns: Tensor, factor: Tensor) -> Tensor:
     """`x Q^T: (..., d)` by what `factors` gave; without gradients.
 
     Example:
-        >>> turned(torch.tensor([[2.0, 5.0]]), *factors(torch.tensor([[1.0], [0.0]]), torch.float32))
+        >>> turned(torch.tensor([[2.0, 5.0]]), *factors(torch.tensor([[3.0], [0.0]]), torch.float32))
         tensor([[-2.,  5.]])
     """
     with householder.without_autocast(x):
-        rows = x.reshape(-1, x.shape[-1]).to(first.dtype)
-        return less(x, torch.mm(first, rows.mT), second)
+        read = read_of(x.reshape(-1, x.shape[-1]).to(columns.dtype), columns.mT, factor)
+        return turned_by(x, read, columns.mT)

@@ -41,8 +41,9 @@ def filters_and_drawing(vectors: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
         tensor([[-1.,  0.],
                 [ 0.,  1.]])
     """
-    chain, factor = bearable(vectors, weight.dtype)
-    return _Made.apply(chain, factor, weight)  # type: ignore[no-any-return, no-untyped-call]
+    with householder.without_autocast(weight):
+        chain, factor = bearable(vectors, weight.dtype)
+        return _Made.apply(chain, factor, weight)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Made(torch.autograd.Function):

@@ -15,18 +15,42 @@ from torch import Tensor
 from hra_fx.fused.factors import mask_like
 
 
-def less(x: Tensor, read: Tensor, columns: Tensor) -> Tensor:
-    """`x - Z U^T`, in the shape and dtype of `x`, and no view: what a node gives, others may write into.
+def read_of(rows: Tensor, columns: Tensor, factor: Tensor) -> Tensor:
+    """`Z^T = T U^T x^T: (k, n)`, as wide as `T` is at least.
 
     Args:
-        x: `(..., d)`, of `n` rows.
-        read: `Z^T: (k, n)`.
-        columns: `U^T: (k, d)`, in the dtype of the products, as `read` is.
+        rows: `x: (n, d)`, in the dtype of the products.
+        columns: `U^T: (k, d)`, likewise.
+        factor: `T: (k, k)`, or `T^T` for what goes back.
     """
-    if x.dtype is not columns.dtype:
-        return x - torch.mm(read.mT, columns).to(x.dtype).view(x.shape)
+    wide = torch.promote_types(rows.dtype, factor.dtype)
+    return torch.mm(factor.to(wide), torch.mm(columns, rows.mT).to(wide))
+
+
+def minus(rows: Tensor, read: Tensor, columns: Tensor) -> Tensor:
+    """`x - Z U^T: (n, d)`, in the dtype of the rows.
+
+    Args:
+        rows: `x: (n, d)`.
+        read: `Z^T: (k, n)`, of any dtype.
+        columns: `U^T: (k, d)`, in the dtype of the products.
+    """
+    low = read.to(columns.dtype)
+    if rows.dtype is columns.dtype:
+        return torch.addmm(rows, low.mT, columns, alpha=-1)
+    return rows - torch.mm(low.mT, columns).to(rows.dtype)
+
+
+def turned_by(x: Tensor, read: Tensor, columns: Tensor) -> Tensor:
+    """`minus` in the shape of `x`, and no view: what a node gives, others may write into."""
+    if x.dim() == 2 and x.dtype is not columns.dtype:
+        return minus(x, read, columns)
     total = torch.empty_like(x, memory_format=torch.contiguous_format)
-    torch.addmm(x.reshape(-1, x.shape[-1]), read.mT, columns, alpha=-1, out=total.view(-1, x.shape[-1]))
+    rows, flat = x.reshape(-1, x.shape[-1]), total.view(-1, x.shape[-1])
+    if x.dtype is columns.dtype:
+        torch.addmm(rows, read.to(columns.dtype).mT, columns, alpha=-1, out=flat)
+    else:
+        flat.copy_(minus(rows, read, columns))
     return total
 
 

@@ -4,9 +4,8 @@ By the input: `y = h W^T` with `h = x Q^T` (`hra_fx.fused.gradients`). By the ou
 
     y = x W^T - Z B^T,        R = G B T,        dL/dx = G W - R U^T,        dL/dU = U (S + S^T) - x^T R - W^T (G^T Z)
 
-for the gradient `G` of `y`. That takes two skinny products with `W` more, worth `2 k` rows of the layer. It saves two
-passes over all rows in memory of their own, and where `x` wants no gradient (in the first layers of a model) all of
-`G W`.
+for the gradient `G` of `y`. That takes two skinny products with `W` more, worth `2 k` rows of the layer, and where `x`
+wants no gradient (in the first layers of a model) it saves all of `G W`.
 """
 
 from __future__ import annotations
@@ -20,12 +19,11 @@ from torch import Tensor
 from hra_fx import householder
 from hra_fx.fused.conditions import are_plain, products_dtype
 from hra_fx.fused.factors import bearable
-from hra_fx.fused.gradients import apart, less, take
+from hra_fx.fused.gradients import apart, read_of, take, turned_by
+from hra_fx.fused.twice import plain_gradients
 
-# From how many rows for each vector on the skinny products with the weight pay (`benchmarks/speed`): where they save
-# the product `G W`, and where they save passes over the rows.
+# From how many rows for each vector on the skinny products with the weight cost less than the product `G W`.
 _SAVING_A_PRODUCT = 4
-_SAVING_PASSES = 64
 
 
 def fits(x: Tensor, vectors: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -51,18 +49,16 @@ def linear(x: Tensor, vectors: Tensor, weight: Tensor, bias: Tensor | None) -> T
         >>> linear(torch.tensor([[2.0, 5.0]]), torch.tensor([[3.0], [0.0]]), torch.eye(2), None)
         tensor([[-2.,  5.]])
     """
-    chain, factor = bearable(vectors, x.dtype)
-    node = _ByOutput if is_by_output(x, chain.shape[1], weight) else _ByInput
-    return node.apply(x, chain, factor, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
+    with householder.without_autocast(x):
+        chain, factor = bearable(vectors, x.dtype)
+        node = _ByOutput if is_by_output(x, chain) else _ByInput
+        return node.apply(x, chain, factor, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def is_by_output(x: Tensor, k: int, weight: Tensor) -> bool:
-    """Whether the output is the cheaper side."""
-    out, width = weight.shape
-    rows = x.numel() / width
-    if not x.requires_grad:
-        return rows >= _SAVING_A_PRODUCT * k
-    return out <= width and rows >= _SAVING_PASSES * k
+def is_by_output(x: Tensor, chain: Tensor) -> bool:
+    """Whether the output is the cheaper side: nobody wants a gradient of the input, and there are many rows."""
+    width, size = chain.shape
+    return not x.requires_grad and x.numel() >= _SAVING_A_PRODUCT * size * width
 
 
 class _ByInput(torch.autograd.Function):
@@ -70,23 +66,23 @@ class _ByInput(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, chain: Tensor, factor: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        rows, columns, wide = _start(ctx, x, chain, factor)
-        read = torch.mm(factor.to(wide), torch.mm(columns, rows.mT).to(wide))
+        rows, columns = x.reshape(-1, x.shape[-1]), chain.to(x.dtype).mT
+        read = read_of(rows, columns, factor)
         ctx.save_for_backward(x, chain, factor, weight, read, bias)
-        return _plain(less(x, read.to(x.dtype), columns), weight, bias)
+        return _plain(turned_by(x, read, columns), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, chain, factor, weight, read, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # there may be a gradient of the gradient
             return _plain_gradients(ctx, x, chain, weight, bias, gradient)
         with householder.without_autocast(x):
             columns = chain.to(x.dtype).mT
             given = torch.mm(gradient.reshape(-1, gradient.shape[-1]), weight)
-            back = torch.mm(factor.to(ctx.wide).mT, torch.mm(columns, given.mT).to(ctx.wide))
+            back = read_of(given, columns, factor.mT)
             low, of_chain = back.to(x.dtype), None
             if ctx.needs_input_grad[1]:
-                total = take(apart(read, back, chain), low, x.reshape(given.shape))
+                total = take(apart(read, back, chain), low, x.reshape(-1, x.shape[-1]))
                 of_chain = take(total, read.to(x.dtype), given).mT
             if not ctx.needs_input_grad[0]:
                 return None, of_chain, None, None, None
@@ -98,10 +94,10 @@ class _ByOutput(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, chain: Tensor, factor: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        rows, columns, wide = _start(ctx, x, chain, factor)
+        rows, columns = x.reshape(-1, x.shape[-1]), chain.to(x.dtype).mT
         output = _plain(x, weight, bias)
         image = torch.mm(columns, weight.mT)
-        read = torch.mm(factor.to(wide), torch.mm(columns, rows.mT).to(wide))
+        read = read_of(rows, columns, factor)
         ctx.save_for_backward(x, chain, factor, weight, read, bias, image)
         output.view(-1, weight.shape[0]).addmm_(read.to(x.dtype).mT, image, alpha=-1)
         return output
@@ -109,11 +105,11 @@ class _ByOutput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, chain, factor, weight, read, bias, image = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # there may be a gradient of the gradient
             return _plain_gradients(ctx, x, chain, weight, bias, gradient)
         with householder.without_autocast(x):
             given = gradient.reshape(-1, gradient.shape[-1])
-            back = torch.mm(factor.to(ctx.wide).mT, torch.mm(image, given.mT).to(ctx.wide))
+            back = read_of(given, image, factor.mT)
             low, of_chain = back.to(x.dtype), None
             if ctx.needs_input_grad[1]:
                 total = take(apart(read, back, chain), low, x.reshape(-1, x.shape[-1]))
@@ -135,18 +131,8 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return output
 
 
-def _start(ctx: Any, x: Tensor, chain: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
-    """`x: (n, d)`, `U^T: (k, d)` in its dtype, and the dtype of products with `T`."""
-    ctx.wide = torch.promote_types(x.dtype, factor.dtype)
-    return x.reshape(-1, x.shape[-1]), chain.to(x.dtype).mT, ctx.wide
-
-
 def _plain_gradients(
     ctx: Any, x: Tensor, chain: Tensor, weight: Tensor, bias: Tensor | None, gradient: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of the plain formula, which can be differentiated again."""
     wanted = ctx.needs_input_grad[:2]
-    output = F.linear(householder.reflect(x, chain, householder.compact_wy(chain)), weight, bias)
-    asked = [tensor for tensor, needed in zip((x, chain), wanted, strict=True) if needed]
-    found = iter(torch.autograd.grad(output, asked, gradient, create_graph=True))
-    return *(next(found) if needed else None for needed in wanted), None, None, None
+    return *plain_gradients(wanted, x, chain, gradient, lambda rows: F.linear(rows, weight, bias)), None, None, None

@@ -10,7 +10,8 @@ from torch import Tensor
 from hra_fx import householder
 from hra_fx.fused.conditions import products_dtype
 from hra_fx.fused.factors import bearable
-from hra_fx.fused.gradients import apart, less, take
+from hra_fx.fused.gradients import apart, minus, read_of, take, turned_by
+from hra_fx.fused.twice import plain_gradients
 
 
 def reflected(x: Tensor, vectors: Tensor) -> Tensor:
@@ -39,35 +40,23 @@ class _Reflected(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, chain: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-        rows, wide = x.reshape(-1, x.shape[-1]), torch.promote_types(dtype, factor.dtype)
         columns = chain.to(dtype).mT
-        read = torch.mm(factor.to(wide), torch.mm(columns, rows.to(dtype).mT).to(wide))
+        read = read_of(x.reshape(-1, x.shape[-1]).to(dtype), columns, factor)
         ctx.save_for_backward(x, chain, factor, read)
-        ctx.dtype, ctx.wide = dtype, wide
-        return less(x, read.to(dtype), columns)
+        ctx.dtype = dtype
+        return turned_by(x, read, columns)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, chain, factor, read = ctx.saved_tensors
         if torch.is_grad_enabled():  # there may be a gradient of the gradient
-            return *_plain_gradients(x, chain, gradient, ctx.needs_input_grad), None, None
+            return *plain_gradients(ctx.needs_input_grad[:2], x, chain, gradient, lambda turned: turned), None, None
         with householder.without_autocast(x):
             rows, given = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, x.shape[-1])
             narrow, columns = given.to(ctx.dtype), chain.to(ctx.dtype).mT
-            back = torch.mm(factor.to(ctx.wide).mT, torch.mm(columns, narrow.mT).to(ctx.wide))
-            low = back.to(ctx.dtype)
-            of_x = less(gradient, low, columns) if ctx.needs_input_grad[0] else None
+            back = read_of(narrow, columns, factor.mT)
+            of_x = minus(given, back, columns).view(x.shape) if ctx.needs_input_grad[0] else None
             if not ctx.needs_input_grad[1]:
                 return of_x, None, None, None
-            of_chain = take(apart(read, back, chain), low, rows.to(ctx.dtype))
+            of_chain = take(apart(read, back, chain), back.to(ctx.dtype), rows.to(ctx.dtype))
             return of_x, take(of_chain, read.to(ctx.dtype), narrow).mT, None, None
-
-
-def _plain_gradients(
-    x: Tensor, chain: Tensor, gradient: Tensor, wanted: tuple[bool, ...]
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of the plain formula, which can be differentiated again."""
-    asked = [tensor for tensor, needed in zip((x, chain), wanted, strict=False) if needed]
-    turned = householder.reflect(x, chain, householder.compact_wy(chain))
-    found = iter(torch.autograd.grad(turned, asked, gradient, create_graph=True))
-    return next(found) if wanted[0] else None, next(found) if wanted[1] else None

@@ -112,6 +112,18 @@ def test_bfloat16() -> None:
     assert relative_error(found, torch.autograd.grad(wanted, vectors, upstream.double())[0]) < 6e-3
 
 
+def test_a_narrow_model_under_its_own_autocast() -> None:
+    model = frozen(nn.Conv2d(16, 24, 3, dtype=BF16), 4)
+    x, vectors = normal(1, 2, 16, 9, 9, dtype=BF16), model[0].hra_u["default"]
+    with torch.autocast("cpu", dtype=BF16):
+        output = model(x)
+    wanted = oracle(model[0], vectors, x)
+    assert relative_error(output, wanted) < 6e-3
+    upstream = normal(2, *output.shape, dtype=BF16)
+    found = torch.autograd.grad(output, vectors, upstream)[0]
+    assert relative_error(found, torch.autograd.grad(wanted, vectors, upstream.double())[0]) < 6e-3
+
+
 def trained(model: Any) -> None:
     model[0].weight.requires_grad_()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracles import relative_error
 from torch import Tensor, nn
 from torch.utils import checkpoint
 from transformers import Trainer
@@ -67,7 +68,7 @@ def test_the_gradients_are_those_without(
     found = gradients(kind, model)
     assert recomputed == [use_reentrant] * 2, "one for each block"
     assert wanted.keys() == found.keys()
-    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+    assert {name: error for name in wanted if (error := relative_error(found[name], wanted[name])) > 1e-5} == {}
 
 
 @pytest.mark.parametrize("kind", BASES)
@@ -93,4 +94,6 @@ def test_the_trainer_trains_the_same_with_it(
         trainer_of(Trainer, kind, model, tmp_path, **arguments).train()
         found.append(trained_in(model))
     assert recomputed == [use_reentrant] * 2 * 6, "one for each block and step"
-    assert [name for name, value in found[0].items() if not torch.equal(found[1][name], value)] == []
+    assert {
+        name: error for name, value in found[0].items() if (error := relative_error(found[1][name], value)) > 1e-5
+    } == {}
