@@ -22,7 +22,7 @@ from hra_fx.fused.factors import bearable
 from hra_fx.fused.gradients import apart, read_of, take, turned_by
 from hra_fx.fused.twice import plain_gradients
 
-# From how many rows for each vector on the skinny products with the weight cost less than the product `G W`.
+# From how many rows for each vector on the skinny products with the weight cost less than `G W`: measured on CPUs.
 _SAVING_A_PRODUCT = 4
 
 
