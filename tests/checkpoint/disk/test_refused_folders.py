@@ -171,7 +171,6 @@ def test_an_out_dir_below_a_file_and_one_with_a_name_that_is_too_long(tmp_path: 
     )
 
 
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder in which nothing can be made")
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     stack(tmp_path)
     assert refused(tmp_path, columns=[], out_dir="/proc/nothing/out") == (
