@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
@@ -53,6 +53,21 @@ class SiteNote:
     kind: SiteKind
     role: Literal["layer", "reflection", "weight", "reader"]
     also: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SiteOperators:
+    """The operators that stand for sites in a graph of TorchDynamo (`hra_fx.operators`).
+
+    Attributes:
+        rows: that of one site, of a value and its vectors.
+        factors: makes chains, and then factors, of a list of vectors.
+        by: takes a value, chains and factors, and gives a list.
+    """
+
+    rows: Any
+    factors: Any
+    by: Any
 
 
 def find_kind(layer: nn.Module) -> SiteKind | None:

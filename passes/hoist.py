@@ -19,6 +19,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from hra_fx.side_effects import grad_mode_after, writes
+from hra_fx.site import SiteOperators
 
 #: What TorchDynamo notes of a value: a tensor without data.
 _EXAMPLE = "example_value"
@@ -27,15 +28,9 @@ _EXAMPLE = "example_value"
 class HoistPass(PassBase):
     """Makes factors of equal shape together, two at least; a second run changes nothing."""
 
-    def __init__(self, rows: Any, factors: Any, by: Any) -> None:
-        """Prepare.
-
-        Args:
-            rows: the operator of one site, of a value and its vectors.
-            factors: that which makes chains and factors of a list of vectors.
-            by: that which takes a value, chains and factors, and gives a list.
-        """
-        self._rows, self._factors, self._by = rows, factors, by
+    def __init__(self, operators: SiteOperators) -> None:
+        """Prepare for graphs in which these operators stand for sites."""
+        self._rows, self._factors, self._by = operators.rows, operators.factors, operators.by
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite the graph and recompile it."""

@@ -14,6 +14,7 @@ from torch import fx
 
 from hra_fx.errors import ConfigError
 from hra_fx.operators import REFLECTED_BY, REFLECTED_ROWS, UNIT_FACTORS
+from hra_fx.site import SiteOperators
 from passes.hoist import HoistPass
 from passes.share import SharePass
 
@@ -72,8 +73,8 @@ def rewrite(graph_module: fx.GraphModule, *, share: bool, hoist: bool) -> None:
     Branches (`torch.cond`) and loops stay as they are: their outputs, and the gradients of these, have to be laid out
     alike, which those of a batch are not.
     """
-    operators = (REFLECTED_ROWS, UNIT_FACTORS, REFLECTED_BY)
-    chosen = [made(*operators) for made, wanted in ((SharePass, share), (HoistPass, hoist)) if wanted]
+    operators = SiteOperators(REFLECTED_ROWS, UNIT_FACTORS, REFLECTED_BY)
+    chosen = [made(operators) for made, wanted in ((SharePass, share), (HoistPass, hoist)) if wanted]
     waiting = [graph_module]
     while waiting:
         part = waiting.pop()

@@ -14,10 +14,11 @@ from torch import Tensor, fx
 
 from hra_fx.operators import REFLECTED_BY, REFLECTED_ROWS, UNIT_FACTORS, reflected_by, unit_factors
 from hra_fx.side_effects import writes
+from hra_fx.site import SiteOperators
 from passes.hoist import HoistPass
 from passes.share import SharePass
 
-OPERATORS = (REFLECTED_ROWS, UNIT_FACTORS, REFLECTED_BY)
+OPERATORS = SiteOperators(REFLECTED_ROWS, UNIT_FACTORS, REFLECTED_BY)
 NAMES = {REFLECTED_ROWS: "rows", UNIT_FACTORS: "factors", REFLECTED_BY: "by"}
 
 
@@ -72,7 +73,7 @@ def test_what_is_joined_and_that_it_computes_the_same(
 ) -> None:
     graph, tensors = two_values(shapes)
     for name in passes.split():
-        step: Any = {"share": SharePass, "hoist": HoistPass}[name](*OPERATORS)
+        step: Any = {"share": SharePass, "hoist": HoistPass}[name](OPERATORS)
         step(graph)
         again = step(graph)
         assert not again.modified, "a second run changes nothing"
@@ -88,7 +89,7 @@ def test_what_is_joined_and_that_it_computes_the_same(
 
 def test_hoisted_factors_stand_before_all_that_reads_them() -> None:
     graph, _ = two_values(EQUAL)
-    HoistPass(*OPERATORS)(graph)
+    HoistPass(OPERATORS)(graph)
     nodes = [node for node in graph.graph.nodes if node.op != "placeholder"]
     assert nodes[0].target is UNIT_FACTORS
     assert [str(node) for node in nodes[0].args[0]] == ["q", "k", "v", "gate", "up"]
@@ -134,7 +135,7 @@ def without_gradients(graph: fx.Graph, x: fx.Node, u: fx.Node) -> None:
 )
 def test_sites_are_not_shared_across_a_change(between: Any) -> None:
     graph = site_pair(between)
-    assert not SharePass(*OPERATORS)(graph).modified
+    assert not SharePass(OPERATORS)(graph).modified
     assert counts(graph.graph) == {"rows": 2}
 
 
@@ -145,12 +146,12 @@ def read(graph: fx.Graph, x: fx.Node, u: fx.Node) -> None:
 
 
 def test_what_only_reads_is_no_change() -> None:
-    assert SharePass(*OPERATORS)(site_pair(read)).modified
+    assert SharePass(OPERATORS)(site_pair(read)).modified
 
 
 def test_vectors_that_are_written_into_are_not_hoisted() -> None:
     graph = site_pair(lambda graph, x, u: graph.call_method("mul_", (u, 2)))
-    assert not HoistPass(*OPERATORS)(graph).modified
+    assert not HoistPass(OPERATORS)(graph).modified
 
 
 def test_vectors_that_are_made_later_are_made_earlier() -> None:
@@ -161,7 +162,7 @@ def test_vectors_that_are_made_later_are_made_earlier() -> None:
     second = graph.call_function(REFLECTED_ROWS, (x, turned))
     graph.output((first, second))
     made = module(graph)
-    SharePass(*OPERATORS)(made)
+    SharePass(OPERATORS)(made)
     assert counts(made.graph) == {"factors": 1, "by": 1}
     tensors = [normal(seed, *shape) for seed, shape in enumerate([(4, 6), (6, 2), (6, 1), (6, 3)])]
     one, two = made(*tensors)
@@ -176,7 +177,7 @@ def test_notes_of_a_site_go_to_what_stands_for_it() -> None:
     before = [
         node.meta["nn_module_stack"] for node in graph.graph.find_nodes(op="call_function", target=REFLECTED_ROWS)
     ]
-    SharePass(*OPERATORS)(graph)
+    SharePass(OPERATORS)(graph)
     after = [
         user.meta["nn_module_stack"]
         for node in graph.graph.find_nodes(op="call_function", target=REFLECTED_BY)
