@@ -66,10 +66,11 @@ def step_of(model: nn.Module, method: Method, setting: Setting) -> Step:
 
 
 def placed(value: Any, setting: Setting) -> Any:
-    """An input where the model is, in its dtype."""
+    """An input where the model is, in its dtype; a leaf, which needs a gradient where it did."""
     if not isinstance(value, Tensor):
         return value
-    return value.to(setting.device, getattr(torch, setting.dtype) if value.is_floating_point() else None)
+    dtype = getattr(torch, setting.dtype) if value.is_floating_point() else None
+    return value.detach().to(setting.device, dtype).requires_grad_(value.requires_grad)
 
 
 def finished(run: Callable[[], object], wait: Callable[[], None] | None) -> Callable[[Any], object]:
@@ -84,11 +85,11 @@ def finished(run: Callable[[], object], wait: Callable[[], None] | None) -> Call
 
 
 def training(model: nn.Module, called: Any, batch: dict[str, Any], workload: Workload) -> Callable[[], object]:
-    """Forward, backward and AdamW; of a frozen model backward down to the output of its first layer."""
+    """Forward, backward and AdamW; of a frozen model backward down to the output of its first layer, or its input."""
     model.train()
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
-    if optimizer is None:
+    if optimizer is None and workload.first is not None:
         start_gradient_at(workload.first(model))
 
     def step() -> None:

@@ -5,6 +5,7 @@ Weights are random. The loss is the mean square of the output, the same for ever
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ class Workload:
         targets: what is adapted, as PEFT's `target_modules`.
         batch: the keywords of a call, for a size.
         output: the tensor that a call is about.
-        first: the layer whose output the gradient of a frozen model has to reach.
+        first: the layer whose output the gradient of a frozen model has to reach; none where an input needs one.
     """
 
     title: str
@@ -35,7 +36,7 @@ class Workload:
     targets: list[str] | str
     batch: Callable[[int], dict[str, Any]]
     output: Callable[[Any], Tensor]
-    first: Callable[[Any], nn.Module]
+    first: Callable[[Any], nn.Module] | None
 
 
 def _embeddings(model: Any) -> nn.Module:
@@ -47,7 +48,7 @@ def _ids(tokens: int) -> Tensor:
     return torch.randint(VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(0))
 
 
-def _image(*shape: int) -> Tensor:
+def _normal(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -98,13 +99,26 @@ def vit() -> Workload:
         unit="images",
         build=build,
         targets="all-linear",
-        batch=lambda images: {"pixel_values": _image(images, 3, 224, 224)},
+        batch=lambda images: {"pixel_values": _normal(images, 3, 224, 224)},
         output=lambda result: result.last_hidden_state,
         first=_embeddings,
     )
 
 
-def resnet50() -> Workload:
+def linear(width: int) -> Workload:
+    """A layer as it stands in the middle of a model: those before it want the gradient of its input."""
+    return Workload(
+        title=f"One Linear of {width} x {width}, its input needs a gradient",
+        unit="tokens",
+        build=lambda: nn.Sequential(OrderedDict(linear=nn.Linear(width, width))),
+        targets=["linear"],
+        batch=lambda tokens: {"input": _normal(tokens, width).requires_grad_()},
+        output=lambda result: result,
+        first=None,
+    )
+
+
+def resnet50(pixels: int) -> Workload:
     def build() -> nn.Module:
         import torchvision  # type: ignore[import-untyped]
 
@@ -112,11 +126,11 @@ def resnet50() -> Workload:
         return model
 
     return Workload(
-        title="ResNet-50, its 3x3 convolutions, images of 64",
+        title=f"ResNet-50, its 3x3 convolutions, images of {pixels}",
         unit="images",
         build=build,
         targets=r".*\.conv2",
-        batch=lambda images: {"x": _image(images, 3, 64, 64)},
+        batch=lambda images: {"x": _normal(images, 3, pixels, pixels)},
         output=lambda result: result,
         first=lambda model: model.conv1,
     )
@@ -139,8 +153,8 @@ def unet() -> Workload:
         return model
 
     def batch(images: int) -> dict[str, Any]:
-        text = _image(images, 77, 256)
-        return {"sample": _image(images, 4, 32, 32), "timestep": 10, "encoder_hidden_states": text}
+        text = _normal(images, 77, 256)
+        return {"sample": _normal(images, 4, 32, 32), "timestep": 10, "encoder_hidden_states": text}
 
     return Workload(
         title="UNet as Stable Diffusion's, 128 and 256 channels, latents of 32",
@@ -160,8 +174,10 @@ WORKLOADS: dict[str, Workload] = {
     "llama-4096x3": llama(4096, 11008, 32, 3),
     # Of the tests, and of the step that loads libraries before memory is measured.
     "llama-64x1": llama(64, 128, 4, 1),
+    "linear-4096": linear(4096),
     "bert": bert(),
     "vit": vit(),
-    "resnet50": resnet50(),
+    "resnet50": resnet50(64),
+    "resnet50-224": resnet50(224),
     "unet": unet(),
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from speed.how import ON_CPU, ON_GPU
 from speed.lines import findings
-from speed.report_lines import as_table, noises
+from speed.report_lines import FLOOR, as_table, noises
 from speed.results import Cell, Results
 from speed.surroundings import doubts
 from speed.table import tables
@@ -42,7 +42,7 @@ def _head(results: Results, gpu: bool) -> Iterator[str]:
 def _lines(results: Results, gpu_page: str) -> Iterator[str]:
     found = findings(results)
     met = sum(finding.met for finding in found)
-    yield from (f"## Lines that must hold: {met} of {len(found)} are met", "", *as_table(found), "")
+    yield from (f"## Lines that must hold: {met} of {len(found)} are met", "", FLOOR, *as_table(found), "")
     yield from (word for noise in noises(found) for word in (noise, ""))
     yield from ("## On a GPU", "")
     if gpu_page:

@@ -67,7 +67,7 @@ class Measured:
 Measure = Callable[[Step], float]
 
 #: Steps of so many seconds need no uncounted one before: cold caches are no part of them.
-LONG = 5.0
+LONG = 2.0
 #: So many times the median of all is slow: such a method sits most rounds out.
 SLOW = 2.5
 #: Of the budget, for the slow ones together.

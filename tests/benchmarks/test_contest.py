@@ -6,13 +6,14 @@ import dataclasses
 
 import pytest
 import torch
-from speed import measuring
+from speed import grid, measuring
 from speed.contest import plain_model, steps_of
 from speed.grid import Job
 from speed.launches import counted
 from speed.memory import peaks
 from speed.methods import ALL, METHODS, Method
-from speed.setting import Setting
+from speed.models import WORKLOADS, Workload, linear, resnet50
+from speed.setting import Mode, Setting
 from speed.timing import Budget
 
 TINY = "llama-64x1"
@@ -31,6 +32,42 @@ def test_the_frozen_base_runs_backward_through_all_layers() -> None:
     steps["frozen"].run(None)
     assert sorted(reached) == ["lm_head", "model.layers.0.mlp.down_proj", "model.layers.0.self_attn.q_proj"]
     assert all(weight.grad is None for weight in plain.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_linear_gives_the_gradient_of_its_input_with_and_without_adapters(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(WORKLOADS, "linear-16", linear(16))
+    inputs: dict[str, torch.Tensor] = {}
+
+    def watched(key: str) -> Method:
+        def put(base: torch.nn.Module, workload: Workload, r: int) -> torch.nn.Module:
+            model = METHODS[key].put(base, workload, r)
+            model.register_forward_pre_hook(lambda *given: inputs.update({key: given[-1]["input"]}), with_kwargs=True)
+            return model
+
+        return dataclasses.replace(METHODS[key], put=put)
+
+    methods = ("base", "lora", "peft-hra", "ours", "ours-gs")
+    known = {key: watched(key) for key in methods}
+    steps, left_out = steps_of(Setting("linear-16", "training", 4, dtype), methods, known)
+    assert left_out == {}
+    for key, step in steps.items():
+        step.run(None)
+        assert inputs[key].dtype == getattr(torch, dtype)
+        assert inputs[key].grad is not None and inputs[key].grad.shape == (4, 16), key
+
+
+@pytest.mark.parametrize("mode", grid.STEPS)
+def test_convolutions_are_measured_at_any_size_of_image(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(WORKLOADS, "resnet50-32", resnet50(32))
+    steps, left_out = steps_of(Setting("resnet50-32", mode, 2), ("base", "lora", "ours"))
+    assert left_out == {}
+    for step in steps.values():
+        step.run(None)
+    pixels = [WORKLOADS[name].batch(2)["x"].shape[-1] for name in ("resnet50-32", "resnet50", "resnet50-224")]
+    assert pixels == [32, 64, 224]
 
 
 @pytest.mark.parametrize("key", ["base", "ours"])

@@ -53,6 +53,56 @@ def test_an_interval_on_both_sides_of_the_limit_is_unsure(values: list[float | N
     assert findings(Results({"run": "full"}, [cell]))[0].verdict == verdict
 
 
+def beside_the_base(own: float, base: list[float | None]) -> Results:
+    """A run in which a line with PEFT's HRA was measured, the frozen base in the same rounds."""
+    line = LINES[beside_hra()]
+    peer: list[float | None] = [1.0] * len(base)
+    values: dict[str, list[float | None]] = {"ours": [own] * len(base), "base": base, "peft-hra": peer}
+    return Results({"run": "full"}, [Cell(line.setting, Measured(values))])
+
+
+@pytest.mark.parametrize(
+    ("own", "base", "verdict", "floor"),
+    [
+        (0.36, [0.33, 0.34, 0.34], "NOT met", "0.340 (0.330 to 0.340)"),
+        (0.38, [0.36, 0.37, 0.39], "NOT met (nor by the base)", "**0.370 (0.360 to 0.390)**"),
+        (0.38, [0.33, 0.37, 0.39], "NOT met (nor by the base, unsure)", "**0.370 (0.330 to 0.390)**"),
+        (0.34, [0.36, 0.37, 0.39], "met", "**0.370 (0.360 to 0.390)**"),
+    ],
+)
+def test_a_limit_below_the_floor_is_seen(own: float, base: list[float | None], verdict: str, floor: str) -> None:
+    results = beside_the_base(own, base)
+    found = findings(results)[beside_hra()]
+    assert LINES[beside_hra()].limit == 0.35
+    assert found.verdict == verdict
+    shown = verdict if verdict == "met" else f"**{verdict}**"
+    assert f"| 3 | 0.35 | {floor} | {shown} |" in page(results)
+    assert f"3 pairs; limit 0.35; floor {floor.strip('*')}" in as_text([found])
+    assert "The floor is the ratio of the frozen base" in page(results)
+
+
+def test_a_line_has_no_floor_where_the_base_is_the_peer_or_was_not_measured() -> None:
+    values: dict[str, list[float | None]] = {"ours": [1.0], "base": [1.0], "lora": [2.0]}
+    found = findings(Results({"run": "full"}, [Cell(LINES[0].setting, Measured(values))]))
+    floors = {finding.line.peer: finding.floor for finding in found if finding.line.setting == LINES[0].setting}
+    assert floors["base"] is floors["peft-hra"] is None
+    assert floors["lora"] is not None
+    assert floors["lora"].median == 0.5
+
+
+def test_compiled_lines_have_the_compiled_base_as_their_floor() -> None:
+    line = next(line for line in LINES if line.peer == "lora-inductor")
+    values: dict[str, list[float | None]] = {line.own: [1.0], line.peer: [1.0], "base-inductor": [0.9], "base": [0.5]}
+    found = findings(Results({"run": "full"}, [Cell(line.setting, Measured(values))]))[LINES.index(line)]
+    assert found.floor is not None
+    assert found.floor.median == 0.9
+
+
+def beside_hra() -> int:
+    """The first line whose peer is PEFT's HRA."""
+    return next(index for index, line in enumerate(LINES) if line.peer == "peft-hra")
+
+
 def controlled() -> int:
     """The first line that has a control."""
     return next(index for index, line in enumerate(LINES) if line.control)
@@ -63,3 +113,4 @@ def test_each_line_is_measured_by_both_runs() -> None:
         jobs = {job.setting: set(job.methods) for job in make()}
         for line in LINES:
             assert {line.own, line.peer, line.control or line.peer} <= jobs[line.setting]
+            assert line.peer != "peft-hra" or line.base in jobs[line.setting], "a line with PEFT's HRA has its floor"
