@@ -17,7 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from hra_fx import householder
 from hra_fx.carrier.swap import original_class
 from hra_fx.fused import filters
-from hra_fx.fused.conditions import applies, may_keep, products_dtype, unobserved
+from hra_fx.fused.conditions import applies, are_plain, may_keep, products_dtype, unobserved
 from hra_fx.fused.constant import factors, turned
 from hra_fx.fused.linear import fits, linear
 from hra_fx.fused.rows import reflected
@@ -152,16 +152,19 @@ class LinearReflection(Reflection):
         vectors = self.vectors_for(x)
         return x if vectors is None else reflected_rows(x, vectors)
 
-    def through(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """The output of a Linear with weight `W: (out, d)` as one node; `None` where it is to be called by itself.
+    def through(self, x: Tensor, layer: nn.Linear) -> Tensor | None:
+        """The output of the layer over reflected rows, `(..., out)`; `None` where it is to be called by itself.
 
         Nothing can be hooked in between then, so that a hook on this module has it called.
         """
-        if not unobserved() or _asks(self, LinearReflection) or (vectors := self.vectors_for(x)) is None:
+        if not unobserved() or not are_plain(x) or _asks(self, LinearReflection):
             return None
-        if not fits(x, vectors, weight, bias) or not (x.requires_grad or vectors.requires_grad):
+        if may_keep(x, *(sources := self.sources())):
+            return F.linear(self._turned(x, sources), layer.weight, layer.bias) if sources else None
+        vectors = self.vectors_for(x)
+        if vectors is None or not fits(x, vectors, layer.weight, layer.bias):
             return None
-        return linear(x, vectors, weight, bias)
+        return linear(x, vectors, layer.weight, layer.bias)
 
     def _turned(self, x: Tensor, sources: tuple[Tensor, ...]) -> Tensor:
         dtype = products_dtype(x)

@@ -34,7 +34,7 @@ def kept(
         owner: one thing is kept for each.
         key: what it depends on besides the sources.
         sources: tensors on the CPU.
-        make: makes it; called without gradients.
+        make: makes it; called without gradients. A source itself in what it gives stands for a copy of it.
 
     Example:
         >>> vectors = nn.Linear(2, 2).weight
@@ -55,8 +55,11 @@ def kept(
     if known is not None and known.key == key and all(map(_same, known.sources, sources)):
         return known.made
     with torch.inference_mode(False), torch.no_grad():
-        made = make()
-        _OF[owner] = _Kept(key, tuple(source.detach().clone() for source in sources), made)
+        copies = tuple(source.detach().clone() for source in sources)
+        # What was not changed is in the caches once it has been compared.
+        unchanged = {id(source): copy for source, copy in zip(sources, copies, strict=True)}
+        made = tuple(unchanged.get(id(part), part) for part in make())
+        _OF[owner] = _Kept(key, copies, made)
     return made
 
 

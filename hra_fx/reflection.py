@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hra_fx import geodesic, householder
 from hra_fx.errors import AdapterError
+from hra_fx.fused.gram_schmidt import orthonormal_chain
 from hra_fx.sharded import laid_out_as, whole
 from hra_fx.site import REFLECTION, SiteKind, as_rows, weight_name
 
@@ -328,7 +329,7 @@ def plain_chain(vectors: Tensor, anchor: Tensor | None, *, apply_GS: bool) -> Te
         torch.Size([4, 3])
     """
     if apply_GS:
-        vectors = householder.orthonormalize(vectors)
+        return orthonormal_chain(vectors, anchor)
     return vectors if anchor is None else torch.cat([anchor.to(vectors.dtype), vectors], dim=1)
 
 

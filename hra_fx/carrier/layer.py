@@ -54,8 +54,8 @@ class LinearCarrier(SiteCarrier):
         def forward(self: LinearCarrier, input: Tensor, reflected: Tensor | None = None) -> Any:
             if reflected is None:
                 box: Any = self._modules.get(REFLECTION)
-                if standard and box is not None and torch.is_grad_enabled():
-                    output = box.through(input, self.weight, self.bias)
+                if standard and box is not None:
+                    output = box.through(input, self)
                     if output is not None:
                         return output
                 reflected = input if box is None else box(input)

@@ -17,6 +17,7 @@ from hra_fx.adapters.copies import BASE, held_by
 from hra_fx.averaging import check_averaged
 from hra_fx.carrier.looking import can_look, look
 from hra_fx.carrier.swap import Carrier
+from hra_fx.fused.ahead import ahead
 from hra_fx.reflection import ANCHOR
 from hra_fx.site import REFLECTION, SAVED
 
@@ -38,8 +39,11 @@ class RootCarrier(Carrier):
             if record is not None:
                 check_averaged(self)
             idle = record is None or record.disabled or not record.active or getattr(self, "_is_replica", False)
-            if record is None or idle or mode in record.looked or not can_look():
+            if record is None or idle or not can_look():
                 return base.forward(self, *args, **kwargs)
+            if mode in record.looked:
+                with ahead(self):
+                    return base.forward(self, *args, **kwargs)
             record.looked.add(mode)
             # What is in a region, its graph shows; where its Python forward runs, that is looked at there.
             sites = {path: layer for path, layer in sites_of(self).items() if path in record.alone}

@@ -32,8 +32,9 @@ def are_plain(x: Tensor, *others: Tensor) -> bool:
     """Whether these are ordinary tensors on one device, the first of floating numbers."""
     if type(x) not in _PLAIN or not x.is_floating_point():
         return False
-    device = x.device
-    return device.type in ("cpu", "cuda") and all(type(one) in _PLAIN and one.device == device for one in others)
+    if x.is_cpu:  # which is asked faster than a device
+        return all(type(one) in _PLAIN and one.is_cpu for one in others)
+    return x.is_cuda and all(type(one) in _PLAIN and one.device == x.device for one in others)
 
 
 def may_keep(x: Tensor, *made_of: Tensor) -> bool:

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from hra_fx import householder
 from hra_fx.fused.factors import bearable
-from hra_fx.fused.gradients import read_of, turned_by
+from hra_fx.fused.gradients import filters_of, minus
 
 
 def factors(vectors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What rows have to be multiplied with, for `turned`: `U: (d, k)` in the dtype of the products, and `T: (k, k)`.
+    """What rows have to be multiplied with, for `turned`: `U: (d, k)` and `F = T U^T: (k, d)`, in the given dtype.
 
     Args:
         vectors: `U: (d, k)`, of any length each.
@@ -19,11 +19,12 @@ def factors(vectors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """
     with householder.without_autocast(vectors):
         chain, factor = bearable(vectors, dtype)
-        # Laid out as vectors are in training, so that it gives the same numbers to the last bit.
-        return chain.to(dtype, copy=True), factor
+        narrow = chain.to(dtype)
+        # The chain is laid out as in training, so that it gives the same numbers to the last bit.
+        return narrow, filters_of(narrow.mT, factor)
 
 
-def turned(x: Tensor, columns: Tensor, factor: Tensor) -> Tensor:
+def turned(x: Tensor, chain: Tensor, filters: Tensor) -> Tensor:
     """`x Q^T: (..., d)` by what `factors` gave; without gradients.
 
     Example:
@@ -31,5 +32,5 @@ def turned(x: Tensor, columns: Tensor, factor: Tensor) -> Tensor:
         tensor([[-2.,  5.]])
     """
     with householder.without_autocast(x):
-        read = read_of(x.reshape(-1, x.shape[-1]).to(columns.dtype), columns.mT, factor)
-        return turned_by(x, read, columns.mT)
+        rows = x.reshape(-1, x.shape[-1])
+        return minus(rows, torch.mm(filters, rows.to(chain.dtype).mT), chain.mT).view(x.shape)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from hra_fx import householder
+from hra_fx.fused.ahead import ready
 
 # Half of the squared lengths for which float32 has room to spare; vectors of others are brought to length one first.
 _IN_RANGE = (1e-20, 1e20)
@@ -28,16 +30,27 @@ def bearable(vectors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if chain.is_inference() and not torch.is_inference_mode_enabled():  # autograd keeps none of these
         chain = chain.clone()
     # Elsewhere than on a CPU a look at numbers has to wait for them.
-    if dtype in _WIDE and chain.device.type == "cpu":
-        with torch.no_grad():
-            mask, identity = _kept(chain.shape[1], chain.dtype)
-            inverse = torch.mm(chain.mT, chain).mul_(mask)
-            halves = inverse.diagonal().tolist()
-            if _IN_RANGE[0] < min(halves) and max(halves) < _IN_RANGE[1]:
-                return chain, torch.linalg.solve_triangular(inverse, identity, upper=True)
+    if dtype in _WIDE and chain.is_cpu and (factor := ready(factors_of, chain)) is not None:
+        return chain, factor
     chain = householder.normalize(chain)
     with torch.no_grad():
         return chain, householder.compact_wy(chain)
+
+
+def factors_of(many: Sequence[tuple[Tensor, ...]]) -> list[Tensor | None]:
+    """The factor `T: (k, k)` of each chain, a constant to autograd; `None` where its lengths leave the range.
+
+    Args:
+        many: `(U,)` with `U: (d, k)` for each, of one shape and dtype, on the CPU.
+    """
+    with torch.no_grad():
+        grams = [torch.mm(chain.mT, chain) for (chain,) in many]
+        mask, identity = _kept(grams[0].shape[0], grams[0].dtype)
+        inverse = (torch.stack(grams) if len(grams) > 1 else grams[0].unsqueeze(0)).mul_(mask)
+        halves = inverse.diagonal(dim1=-2, dim2=-1).tolist()
+        factors = torch.linalg.solve_triangular(inverse, identity.expand_as(inverse), upper=True).unbind()
+    low, high = _IN_RANGE
+    return [factor if low < min(own) and max(own) < high else None for factor, own in zip(factors, halves, strict=True)]
 
 
 def mask_like(matrix: Tensor) -> Tensor:

@@ -15,16 +15,27 @@ from torch import Tensor
 from hra_fx.fused.factors import mask_like
 
 
-def read_of(rows: Tensor, columns: Tensor, factor: Tensor) -> Tensor:
-    """`Z^T = T U^T x^T: (k, n)`, as wide as `T` is at least.
+def filters_of(columns: Tensor, factor: Tensor) -> Tensor:
+    """`F = T U^T: (k, d)`, with which rows are read, `Z^T = F x^T`; rounded once to the dtype of the products.
 
     Args:
-        rows: `x: (n, d)`, in the dtype of the products.
-        columns: `U^T: (k, d)`, likewise.
-        factor: `T: (k, k)`, or `T^T` for what goes back.
+        columns: `U^T: (k, d)`, in the dtype of the products.
+        factor: `T: (k, k)`.
     """
-    wide = torch.promote_types(rows.dtype, factor.dtype)
-    return torch.mm(factor.to(wide), torch.mm(columns, rows.mT).to(wide))
+    wide = torch.promote_types(columns.dtype, factor.dtype)
+    return torch.mm(factor.to(wide), columns.to(wide)).to(columns.dtype)
+
+
+def back_of(given: Tensor, columns: Tensor, factor: Tensor) -> Tensor:
+    """`R^T = T^T U^T G^T: (k, n)`, as wide as `T` is at least.
+
+    Args:
+        given: `G: (n, d)`, in the dtype of the products.
+        columns: `U^T: (k, d)`, likewise.
+        factor: `T: (k, k)`.
+    """
+    wide = torch.promote_types(given.dtype, factor.dtype)
+    return torch.mm(factor.to(wide).mT, torch.mm(columns, given.mT).to(wide))
 
 
 def minus(rows: Tensor, read: Tensor, columns: Tensor) -> Tensor:
@@ -56,7 +67,7 @@ def turned_by(x: Tensor, read: Tensor, columns: Tensor) -> Tensor:
 
 def apart(read: Tensor, back: Tensor, chain: Tensor) -> Tensor:
     """The part of `dL/dU` that comes by way of `T`: `(S + S^T) U^T: (k, d)`, for `Z^T`, `R^T: (k, n)` and `U`."""
-    inner = torch.mm(back, read.mT).to(chain.dtype)
+    inner = torch.mm(back, read.mT.to(back.dtype)).to(chain.dtype)
     inner.mul_(mask_like(inner))
     return torch.mm(inner + inner.mT, chain.mT)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from hra_fx import householder
 from hra_fx.fused.conditions import are_plain, products_dtype
 from hra_fx.fused.factors import bearable
-from hra_fx.fused.gradients import apart, read_of, take, turned_by
+from hra_fx.fused.gradients import apart, back_of, filters_of, minus, take
 from hra_fx.fused.twice import plain_gradients
 
 # From how many rows for each vector on the skinny products with the weight cost less than `G W`: measured on CPUs.
@@ -56,9 +56,10 @@ def linear(x: Tensor, vectors: Tensor, weight: Tensor, bias: Tensor | None) -> T
 
 
 def is_by_output(x: Tensor, chain: Tensor) -> bool:
-    """Whether the output is the cheaper side: nobody wants a gradient of the input, and there are many rows."""
+    """Whether the output is the cheaper side: only the vectors want a gradient, and there are many rows."""
     width, size = chain.shape
-    return not x.requires_grad and x.numel() >= _SAVING_A_PRODUCT * size * width
+    alone = chain.requires_grad and not x.requires_grad and torch.is_grad_enabled()
+    return alone and x.numel() >= _SAVING_A_PRODUCT * size * width
 
 
 class _ByInput(torch.autograd.Function):
@@ -67,9 +68,9 @@ class _ByInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, chain: Tensor, factor: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows, columns = x.reshape(-1, x.shape[-1]), chain.to(x.dtype).mT
-        read = read_of(rows, columns, factor)
+        read = torch.mm(filters_of(columns, factor), rows.mT)
         ctx.save_for_backward(x, chain, factor, weight, read, bias)
-        return _plain(turned_by(x, read, columns), weight, bias)
+        return _plain(minus(rows, read, columns).view(x.shape), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -79,11 +80,11 @@ class _ByInput(torch.autograd.Function):
         with householder.without_autocast(x):
             columns = chain.to(x.dtype).mT
             given = torch.mm(gradient.reshape(-1, gradient.shape[-1]), weight)
-            back = read_of(given, columns, factor.mT)
+            back = back_of(given, columns, factor)
             low, of_chain = back.to(x.dtype), None
             if ctx.needs_input_grad[1]:
                 total = take(apart(read, back, chain), low, x.reshape(-1, x.shape[-1]))
-                of_chain = take(total, read.to(x.dtype), given).mT
+                of_chain = take(total, read, given).mT
             if not ctx.needs_input_grad[0]:
                 return None, of_chain, None, None, None
             return given.addmm_(low.mT, columns, alpha=-1).view(x.shape), of_chain, None, None, None
@@ -97,9 +98,9 @@ class _ByOutput(torch.autograd.Function):
         rows, columns = x.reshape(-1, x.shape[-1]), chain.to(x.dtype).mT
         output = _plain(x, weight, bias)
         image = torch.mm(columns, weight.mT)
-        read = read_of(rows, columns, factor)
+        read = torch.mm(filters_of(columns, factor), rows.mT)
         ctx.save_for_backward(x, chain, factor, weight, read, bias, image)
-        output.view(-1, weight.shape[0]).addmm_(read.to(x.dtype).mT, image, alpha=-1)
+        output.view(-1, weight.shape[0]).addmm_(read.mT, image, alpha=-1)
         return output
 
     @staticmethod
@@ -109,11 +110,11 @@ class _ByOutput(torch.autograd.Function):
             return _plain_gradients(ctx, x, chain, weight, bias, gradient)
         with householder.without_autocast(x):
             given = gradient.reshape(-1, gradient.shape[-1])
-            back = read_of(given, image, factor.mT)
+            back = back_of(given, image, factor)
             low, of_chain = back.to(x.dtype), None
             if ctx.needs_input_grad[1]:
                 total = take(apart(read, back, chain), low, x.reshape(-1, x.shape[-1]))
-                of_chain = take(total, torch.mm(read.to(x.dtype), given), weight).mT
+                of_chain = take(total, torch.mm(read, given), weight).mT
             if not ctx.needs_input_grad[0]:
                 return None, of_chain, None, None, None
             of_x = torch.mm(given, weight).addmm_(low.mT, chain.to(x.dtype).mT, alpha=-1)
@@ -121,14 +122,9 @@ class _ByOutput(torch.autograd.Function):
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x W^T + b`, and no view, as `F.linear` gives: what a node gives, others may write into."""
-    output = x.new_empty(*x.shape[:-1], weight.shape[0])
-    rows, flat = x.reshape(-1, x.shape[-1]), output.view(-1, weight.shape[0])
-    if bias is None:
-        torch.mm(rows, weight.mT, out=flat)
-    else:
-        torch.addmm(bias, rows, weight.mT, out=flat)
-    return output
+    """`x W^T + b`, and no view: what a node gives, others may write into."""
+    output = F.linear(x, weight, bias)
+    return output.clone() if output._is_view() else output
 
 
 def _plain_gradients(

@@ -10,7 +10,7 @@ from torch import Tensor
 from hra_fx import householder
 from hra_fx.fused.conditions import products_dtype
 from hra_fx.fused.factors import bearable
-from hra_fx.fused.gradients import apart, minus, read_of, take, turned_by
+from hra_fx.fused.gradients import apart, back_of, filters_of, minus, take, turned_by
 from hra_fx.fused.twice import plain_gradients
 
 
@@ -41,7 +41,7 @@ class _Reflected(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, chain: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         columns = chain.to(dtype).mT
-        read = read_of(x.reshape(-1, x.shape[-1]).to(dtype), columns, factor)
+        read = torch.mm(filters_of(columns, factor), x.reshape(-1, x.shape[-1]).to(dtype).mT)
         ctx.save_for_backward(x, chain, factor, read)
         ctx.dtype = dtype
         return turned_by(x, read, columns)
@@ -54,9 +54,9 @@ class _Reflected(torch.autograd.Function):
         with householder.without_autocast(x):
             rows, given = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, x.shape[-1])
             narrow, columns = given.to(ctx.dtype), chain.to(ctx.dtype).mT
-            back = read_of(narrow, columns, factor.mT)
+            back = back_of(narrow, columns, factor)
             of_x = minus(given, back, columns).view(x.shape) if ctx.needs_input_grad[0] else None
             if not ctx.needs_input_grad[1]:
                 return of_x, None, None, None
             of_chain = take(apart(read, back, chain), back.to(ctx.dtype), rows.to(ctx.dtype))
-            return of_x, take(of_chain, read.to(ctx.dtype), narrow).mT, None, None
+            return of_x, take(of_chain, read, narrow).mT, None, None

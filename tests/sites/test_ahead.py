@@ -1,0 +1,248 @@
+"""What sites need of their vectors, made before the first of them runs: when, of which vectors, and never of old."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from one_layer import BF16, F32, F64, normal
+from oracles import dense_q, relative_error
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import hra_fx
+from hra_fx.fused import ahead as module, factors, gram_schmidt
+
+Batches = list[tuple[str, int]]
+
+
+class Net(nn.Module):
+    """Three layers, two of one width."""
+
+    def __init__(self, dtype: torch.dtype = F64) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(12, 12, dtype=dtype), nn.Linear(12, 7, dtype=dtype)
+        self.three = nn.Linear(7, 5, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.three(torch.tanh(self.two(torch.tanh(self.one(x)))))
+
+
+def adapted(*, apply_GS: bool = False, r: int = 3, dtype: torch.dtype = F64, **settings: Any) -> Any:
+    config = hra_fx.HRAConfig(r=r, apply_GS=apply_GS, target_modules="all-linear", exclude_modules=[], **settings)
+    model = hra_fx.transform(Net(dtype), config)
+    for seed, layer in enumerate((model.one, model.two, model.three)):
+        with torch.no_grad():
+            layer.hra_u["default"].copy_(normal(seed, *layer.hra_u["default"].shape))
+    return model
+
+
+def wanted(model: Any, x: Tensor, *, apply_GS: bool = False) -> Tensor:
+    for layer in (model.one, model.two, model.three):
+        box = layer.hra_u
+        turned = layer.weight.double() @ dense_q(box["default"], apply_GS=apply_GS, anchor=box.anchor("default"))
+        x = nn.functional.linear(x, turned, layer.bias.double())
+        x = x if layer is model.three else torch.tanh(x)
+    return x
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> Batches:
+    """For each call of what makes something ahead, its name and of how many sites."""
+    found: Batches = []
+
+    def counted(home: Any, name: str) -> None:
+        original = getattr(home, name)
+
+        def make(many: Any) -> Any:
+            found.append((name, len(many)))
+            return original(many)
+
+        monkeypatch.setattr(home, name, make)
+
+    counted(factors, "factors_of")
+    counted(gram_schmidt, "decomposed")
+    return found
+
+
+X = normal(1, 4, 12)
+
+
+@pytest.mark.parametrize("r", [1, 2, 3, 5])
+def test_those_of_one_shape_are_made_in_one_go(batches: Batches, r: int) -> None:
+    model = adapted(r=r, init_weights=False)
+    model(X)  # watched, to see who reads weights
+    model(X)
+    batches.clear()
+    model(X)
+    assert batches == [("factors_of", 2), ("factors_of", 1)]
+    batches.clear()
+    with torch.no_grad():
+        model(X)
+        model(X)
+    assert batches == [("factors_of", 1)] * 3
+
+
+def test_gram_schmidt_too(batches: Batches) -> None:
+    model = adapted(apply_GS=True)
+    for _ in range(2):
+        model(X)
+    batches.clear()
+    assert relative_error(model(X), wanted(model, X, apply_GS=True)) < 1e-12
+    assert [batch for batch in batches if batch[0] == "decomposed"] == [("decomposed", 2), ("decomposed", 1)]
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16])
+@pytest.mark.parametrize(("apply_GS", "init_weights"), [(False, False), (False, True), (True, True), (True, False)])
+def test_the_same_bits_in_every_forward(dtype: torch.dtype, apply_GS: bool, init_weights: bool) -> None:
+    model, x = adapted(apply_GS=apply_GS, init_weights=init_weights, dtype=dtype), X.to(dtype)
+    runs = []
+    for _ in range(4):
+        model.zero_grad()
+        output = model(x)
+        output.square().sum().backward()
+        runs.append((output.detach(), *(parameter.grad for parameter in model.parameters() if parameter.requires_grad)))
+    for later in runs[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(runs[0], later, strict=True))
+    tolerance = {F64: 1e-12, F32: 1e-5, BF16: 5e-2}[dtype]
+    assert relative_error(runs[0][0], wanted(model, x.double(), apply_GS=apply_GS)) < tolerance
+
+
+@pytest.mark.parametrize("apply_GS", [False, True])
+def test_training_follows_the_oracle(apply_GS: bool) -> None:
+    """Vectors change in every step, in place."""
+    model = adapted(apply_GS=apply_GS)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    seen = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        vectors = [layer.hra_u["default"] for layer in (model.one, model.two, model.three)]
+        sought = torch.autograd.grad(wanted(model, X, apply_GS=apply_GS).square().sum(), vectors)
+        loss = model(X).square().sum()
+        loss.backward()
+        for vector, gradient in zip(vectors, sought, strict=True):
+            assert relative_error(vector.grad, gradient, floor=1e-3) < 1e-9
+        optimizer.step()
+        seen.append(loss.item())
+    assert len(set(seen)) == 5
+
+
+@pytest.mark.parametrize("apply_GS", [False, True])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_vectors_that_change_while_a_forward_runs(apply_GS: bool, replaced: bool) -> None:
+    model = adapted(apply_GS=apply_GS)
+    for _ in range(3):
+        model(X)
+    box = model.two.hra_u
+
+    def change(*_: object) -> None:
+        other = normal(50, *box["default"].shape)
+        if replaced:
+            box["default"] = nn.Parameter(other)
+        else:
+            with torch.no_grad():
+                box["default"].copy_(other)
+
+    handle = model.two.register_forward_pre_hook(change)
+    found = model(X)
+    handle.remove()
+    assert relative_error(found, wanted(model, X, apply_GS=apply_GS)) < 1e-12
+
+
+@pytest.mark.parametrize("apply_GS", [False, True])
+def test_other_adapters(apply_GS: bool) -> None:
+    model = adapted(apply_GS=apply_GS)
+    for _ in range(3):
+        model(X)
+    before = model(X)
+    config = hra_fx.HRAConfig(r=3, target_modules="all-linear", exclude_modules=[], init_weights=False)
+    hra_fx.add_adapter(model, "other", config)
+    hra_fx.set_adapter(model, "other")
+    assert relative_error(model(X), before) > 1e-2
+    hra_fx.set_adapter(model, "default")
+    assert torch.equal(model(X), before)
+
+
+def test_lengths_out_of_range_are_left_to_their_layer() -> None:
+    model = adapted(dtype=F32, init_weights=False)
+    with torch.no_grad():
+        model.one.hra_u["default"].mul_(1e-25)
+        model.three.hra_u["default"].mul_(1e25)
+    for _ in range(4):
+        assert relative_error(model(X.float()), wanted(model, X)) < 1e-5
+
+
+def test_a_model_called_within_another() -> None:
+    inner, outer = adapted(), adapted()
+
+    class Both(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return outer(x) + inner(x)
+
+    both = Both()
+    for _ in range(4):
+        assert relative_error(both(X), wanted(outer, X) + wanted(inner, X)) < 1e-12
+    handle = outer.two.register_forward_hook(lambda layer, args, output: output + inner(X).sum())
+    for _ in range(4):
+        found = outer(X)
+    handle.remove()
+    hidden = wanted(inner, X).sum()
+    shifted = outer.two.register_forward_hook(lambda layer, args, output: output + hidden)
+    assert relative_error(found, outer(X)) < 1e-12
+    shifted.remove()
+
+
+class Again(Net):
+    """Its first two layers run again in the backward, after the forward of the model has ended."""
+
+    reentrant = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        run = nn.Sequential(self.one, nn.Tanh(), self.two, nn.Tanh())
+        return self.three(checkpoint(run, x, use_reentrant=self.reentrant))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("apply_GS", [False, True])
+def test_layers_that_run_again_in_the_backward(
+    monkeypatch: pytest.MonkeyPatch, batches: Batches, reentrant: bool, apply_GS: bool
+) -> None:
+    monkeypatch.setattr(Again, "reentrant", reentrant)
+    config = hra_fx.HRAConfig(r=2, apply_GS=apply_GS, target_modules="all-linear", exclude_modules=[])
+    model: Any = hra_fx.transform(Again().double(), config)
+    vectors = [layer.hra_u["default"] for layer in (model.one, model.two, model.three)]
+    x = X.clone().requires_grad_()
+    sought = torch.autograd.grad(wanted(model, x, apply_GS=apply_GS).square().sum(), vectors)
+    for _ in range(4):
+        model.zero_grad()
+        batches.clear()
+        model(x).square().sum().backward()
+        for vector, gradient in zip(vectors, sought, strict=True):
+            assert relative_error(vector.grad, gradient, floor=1e-3) < 1e-9
+    name = "decomposed" if apply_GS else "factors_of"
+    alone = [size for made, size in batches if made == name and size == 1]
+    assert len(alone) >= 2, "those of the first two layers, by themselves"
+
+
+def test_nothing_stays_behind_after_an_error() -> None:
+    model = adapted()
+    for _ in range(2):
+        model(X)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(normal(1, 4, 5))
+    assert module._NOW.ready is None
+    assert relative_error(model(X), wanted(model, X)) < 1e-12
+
+
+def test_no_model_is_kept_alive() -> None:
+    model = adapted()
+    for _ in range(3):
+        model(X)
+    vectors, whole = weakref.ref(model.two.hra_u["default"]), weakref.ref(model)
+    del model
+    gc.collect()
+    assert vectors() is None
+    assert whole() is None
