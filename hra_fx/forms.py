@@ -167,15 +167,7 @@ class LinearReflection(Reflection):
         return linear(x, vectors, layer.weight, layer.bias)
 
     def _turned(self, x: Tensor, sources: tuple[Tensor, ...]) -> Tensor:
-        dtype = products_dtype(x)
-        specs = tuple(self.specs[name] for name in self.active)
-        key = (self.active, specs, tuple(self.scales.items()), dtype)
-        return turned(x, *kept(self, key, sources, lambda: self._factors(dtype)))
-
-    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        vectors = self._joint_vectors(self.active)
-        assert vectors is not None  # something is active: there are sources
-        return factors(vectors, dtype)
+        return turned(x, *_constant(self, sources, products_dtype(x)))
 
 
 class QuantizedReflection(LinearReflection):
@@ -208,16 +200,23 @@ class ConvReflection(Reflection):
         geometry: Any = (self.stride, self.padding, self.dilation, self.groups, self.padding_mode, self.border)
         return patch_coordinates(x, vectors, self.patch, *geometry)
 
-    def correction(self, x: Tensor, weight: Tensor) -> Tensor | None:
-        """What the layer has to add to its output, by one node for both filters; `None` where it is to ask for `read`.
+    def corrected(self, output: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
+        """The output of the layer for `x`, corrected, by one node for both filters; the given one may be written into.
 
-        Nothing can be hooked in between then, so that a hook on this module has it called.
+        `None` where the layer is to ask for `read`. Nothing can be hooked in between then, so that a hook on this
+        module has it called.
         """
-        if not unobserved() or _asks(self, ConvReflection) or (vectors := self.vectors_for(x)) is None:
+        if not unobserved() or not are_plain(x) or _asks(self, ConvReflection):
             return None
-        if not filters.fits(x, vectors, weight):
+        if may_keep(x, weight, *(sources := self.sources())) and products_dtype(x) is x.dtype is weight.dtype:
+            if not sources:
+                return None
+            chain, read = _constant(self, sources, x.dtype)
+            drawing = filters.drawing_of(chain, weight.flatten(1))
+        elif (vectors := self.vectors_for(x)) is not None and filters.fits(x, vectors, weight):
+            read, drawing = filters.filters_and_drawing(vectors, weight.flatten(1))
+        else:
             return None
-        read, drawing = filters.filters_and_drawing(vectors, weight.flatten(1))
         convolve, stride = _CONVOLVE[len(self.stride)], self.stride
         kernel = read.view(-1, *self.patch)
         if self.groups > 1:
@@ -226,8 +225,10 @@ class ConvReflection(Reflection):
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self.border, mode=self.padding_mode), (0,) * len(stride)
         coordinates = convolve(x, kernel, None, stride, padding, self.dilation, self.groups)
+        if self.groups == 1 and output.is_contiguous():
+            return filters.drawn_onto(output, drawing, coordinates, len(stride))
         image = drawing.view(weight.shape[0], -1, *(1 for _ in stride))
-        return convolve(coordinates, image, groups=self.groups)
+        return output.add_(convolve(coordinates, image, groups=self.groups))
 
     def project(self, read: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
         """What the layer has to subtract from its output: `patch_image` of what `forward` gave."""
@@ -244,6 +245,18 @@ class WeightReflection(Reflection):
         """The rotated weight, of the shape, dtype and layout that `weight` has."""
         vectors = self.vectors_for(weight)
         return weight if vectors is None else reflected_weight(weight, vectors, self.columns)
+
+
+def _constant(box: Reflection, sources: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """What `factors` makes of the vectors of a site, kept for the next call; where nobody wants a gradient."""
+
+    def make() -> tuple[Tensor, Tensor]:
+        vectors = box.joint_vectors(box.active)
+        assert vectors is not None  # something is active: there are sources
+        return factors(vectors, dtype)
+
+    specs = tuple(box.specs[name] for name in box.active)
+    return kept(box, (box.active, specs, tuple(box.scales.items()), dtype), sources, make)
 
 
 def _asks(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -234,10 +234,11 @@ class Reflection(nn.ParameterDict):
 
     def joint_chain(self, names: Iterable[str], dtype: torch.dtype | None = None) -> Tensor | None:
         """Some adapters as one chain of unit vectors, in their order; `None` where they do nothing."""
-        vectors = self._joint_vectors(names, dtype)
+        vectors = self.joint_vectors(names, dtype)
         return None if vectors is None else householder.normalize(vectors)
 
-    def _joint_vectors(self, names: Iterable[str], dtype: torch.dtype | None = None) -> Tensor | None:
+    def joint_vectors(self, names: Iterable[str], dtype: torch.dtype | None = None) -> Tensor | None:
+        """Some adapters as one chain of vectors of any length, in their order; `None` where they do nothing."""
         chains = [self.chain(name, dtype) for name in names if not self._is_idle(name)]
         if not chains:
             return None
@@ -295,7 +296,7 @@ class Reflection(nn.ParameterDict):
         Raises:
             AdapterError: they have no data yet. Operators would mix in uninitialised memory without an error.
         """
-        vectors = self._joint_vectors(self.active, None)
+        vectors = self.joint_vectors(self.active, None)
         # Asked of the parameters themselves, as in _is_idle.
         empty = any(self._held(name).is_meta for name in self.active)
         if empty and not x.is_meta:

@@ -100,9 +100,9 @@ class ConvCarrier(SiteCarrier):
         def forward(self: ConvCarrier, input: Tensor, read: tuple[Tensor, Tensor] | None = None) -> Any:
             output = base.forward(self, input)
             if read is None and REFLECTION in self._modules:
-                correction = self.hra_u.correction(input, self.weight)
-                if correction is not None:
-                    return output.add_(correction)
+                corrected = self.hra_u.corrected(output, input, self.weight)
+                if corrected is not None:
+                    return corrected
                 read = self.hra_u(input)
             return output if read is None else output - self.hra_u.project(read, self.weight)
 

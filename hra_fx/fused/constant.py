@@ -19,9 +19,8 @@ def factors(vectors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """
     with householder.without_autocast(vectors):
         chain, factor = bearable(vectors, dtype)
-        narrow = chain.to(dtype)
-        # The chain is laid out as in training, so that it gives the same numbers to the last bit.
-        return narrow, filters_of(narrow.mT, factor)
+        # Laid out as vectors are in training, so that it gives the same numbers to the last bit.
+        return chain.to(dtype), filters_of(chain, factor, dtype)
 
 
 def turned(x: Tensor, chain: Tensor, filters: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ with `M` of `hra_fx.fused.gradients`. `W` is frozen.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from hra_fx import householder
 from hra_fx.fused.conditions import are_plain, products_dtype
 from hra_fx.fused.factors import bearable, mask_like
+from hra_fx.fused.gradients import filters_of
 
 
 def fits(x: Tensor, vectors: Tensor, weight: Tensor) -> bool:
@@ -46,14 +48,50 @@ def filters_and_drawing(vectors: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
         return _Made.apply(chain, factor, weight)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def drawing_of(chain: Tensor, weight: Tensor) -> Tensor:
+    """`D = -W U: (out, k)`, for `U: (d, k)` in the dtype of `W: (out, d)`; without gradients.
+
+    Example:
+        >>> drawing_of(torch.tensor([[3.0], [0.0]]), torch.eye(2))
+        tensor([[-3.],
+                [-0.]])
+    """
+    return torch.mm(chain.mT, weight.mT).neg_().mT.contiguous()
+
+
+def drawn_onto(output: Tensor, drawing: Tensor, coordinates: Tensor, dimensions: int) -> Tensor:
+    """`y + D z` at every place, as a product: a convolution of one place takes several times as long.
+
+    Args:
+        output: `y: (n, out, ...)` or `(out, ...)`, contiguous; written into where nobody wants a gradient.
+        drawing: `D: (out, k)`.
+        coordinates: `z: (n, k, ...)` or `(k, ...)`, of the same places.
+        dimensions: that of places.
+
+    Example:
+        >>> drawn_onto(torch.zeros(2, 1), torch.tensor([[1.0], [3.0]]), torch.full((1, 1), 2.0), 1)
+        tensor([[2.],
+                [6.]])
+    """
+    size, places = output.shape[0] if output.dim() > dimensions + 1 else 1, math.prod(output.shape[-dimensions:])
+    flat, read = (
+        part.reshape(size, k, places) for part, k in ((output, drawing.shape[0]), (coordinates, drawing.shape[1]))
+    )
+    mixing = drawing.expand(size, -1, -1)
+    if torch.is_grad_enabled() and any(part.requires_grad for part in (output, drawing, coordinates)):
+        return torch.baddbmm(flat, mixing, read).view(output.shape)
+    flat.baddbmm_(mixing, read)
+    return output
+
+
 class _Made(torch.autograd.Function):
     """`(U, T, W) -> (T U^T, -W U)`, where `T` is that of `U`."""
 
     @staticmethod
     def forward(ctx: Any, chain: Tensor, factor: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(chain, factor, weight)
-        filters = torch.mm(factor, chain.to(factor.dtype).mT).to(weight.dtype)
-        return filters, torch.mm(chain.to(weight.dtype).mT, weight.mT).neg_().mT.contiguous()
+        filters = filters_of(chain, factor, weight.dtype)
+        return filters, drawing_of(chain.to(weight.dtype), weight)
 
     @staticmethod
     def backward(ctx: Any, of_filters: Tensor, of_drawing: Tensor) -> tuple[Tensor | None, None, None]:

@@ -15,15 +15,16 @@ from torch import Tensor
 from hra_fx.fused.factors import mask_like
 
 
-def filters_of(columns: Tensor, factor: Tensor) -> Tensor:
-    """`F = T U^T: (k, d)`, with which rows are read, `Z^T = F x^T`; rounded once to the dtype of the products.
+def filters_of(chain: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`F = T U^T: (k, d)`, with which rows are read, `Z^T = F x^T`; rounded once.
 
     Args:
-        columns: `U^T: (k, d)`, in the dtype of the products.
-        factor: `T: (k, k)`.
+        chain: `U: (d, k)`, float32 or wider.
+        factor: `T: (k, k)`, likewise.
+        dtype: that of the products.
     """
-    wide = torch.promote_types(columns.dtype, factor.dtype)
-    return torch.mm(factor.to(wide), columns.to(wide)).to(columns.dtype)
+    wide = torch.promote_types(chain.dtype, factor.dtype)
+    return torch.mm(factor.to(wide), chain.to(wide).mT).to(dtype)
 
 
 def back_of(given: Tensor, columns: Tensor, factor: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class _ByInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, chain: Tensor, factor: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows, columns = x.reshape(-1, x.shape[-1]), chain.to(x.dtype).mT
-        read = torch.mm(filters_of(columns, factor), rows.mT)
+        read = torch.mm(filters_of(chain, factor, x.dtype), rows.mT)
         ctx.save_for_backward(x, chain, factor, weight, read, bias)
         return _plain(minus(rows, read, columns).view(x.shape), weight, bias)
 
@@ -98,7 +98,7 @@ class _ByOutput(torch.autograd.Function):
         rows, columns = x.reshape(-1, x.shape[-1]), chain.to(x.dtype).mT
         output = _plain(x, weight, bias)
         image = torch.mm(columns, weight.mT)
-        read = torch.mm(filters_of(columns, factor), rows.mT)
+        read = torch.mm(filters_of(chain, factor, x.dtype), rows.mT)
         ctx.save_for_backward(x, chain, factor, weight, read, bias, image)
         output.view(-1, weight.shape[0]).addmm_(read.mT, image, alpha=-1)
         return output

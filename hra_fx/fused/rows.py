@@ -41,7 +41,7 @@ class _Reflected(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, chain: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         columns = chain.to(dtype).mT
-        read = torch.mm(filters_of(columns, factor), x.reshape(-1, x.shape[-1]).to(dtype).mT)
+        read = torch.mm(filters_of(chain, factor, dtype), x.reshape(-1, x.shape[-1]).to(dtype).mT)
         ctx.save_for_backward(x, chain, factor, read)
         ctx.dtype = dtype
         return turned_by(x, read, columns)

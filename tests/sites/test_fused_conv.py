@@ -11,6 +11,7 @@ from one_layer import BF16, CONVOLUTIONS, F32, F64, adapted, normal
 from oracles import dense_q, relative_error
 from torch import Tensor, nn
 
+import hra_fx
 from hra_fx.fused.filters import filters_and_drawing
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
@@ -149,3 +150,61 @@ def test_outputs_may_be_written_into() -> None:
     assert relative_error(output, wanted) < 1e-12
     found, sought = (torch.autograd.grad(one.sum(), vectors)[0] for one in (output, wanted))
     assert relative_error(found, sought) < 1e-10
+
+
+@pytest.mark.parametrize("grouped", [1, 2])
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("shape", [(4, 9, 8), (1, 4, 9, 8), (3, 4, 9, 8), (0, 4, 9, 8)])
+def test_any_batch_with_and_without_gradients(shape: tuple[int, ...], wanted: bool, grouped: int) -> None:
+    model = frozen(nn.Conv2d(4, 6, 3, padding=1, groups=grouped, dtype=F64))
+    vectors = model[0].hra_u["default"]
+    for seed in range(3):
+        x = normal(seed, *shape)
+        with torch.set_grad_enabled(wanted):
+            found = model(x)
+        assert found.requires_grad is wanted
+        assert relative_error(found, oracle(model[0], vectors, x), floor=1e-3) < 1e-12
+
+
+def test_what_is_kept_is_of_the_vectors_and_the_weight_as_they_are() -> None:
+    model, x = frozen(nn.Conv2d(4, 6, 3, dtype=F64), 4), normal(1, 2, 4, 7, 7)
+    layer, vectors = model[0], model[0].hra_u["default"]
+    with torch.no_grad():
+        for change in range(4):
+            assert relative_error(model(x), oracle(layer, vectors, x)) < 1e-12
+            if change == 0:
+                vectors.data.copy_(normal(7, *vectors.shape))  # which leaves its version as it was
+            elif change == 1:
+                layer.weight.data.copy_(normal(8, *layer.weight.shape))
+            elif change == 2:
+                hra_fx.set_scale(model, "default", 0.0)
+                assert torch.equal(model(x), layer._conv_forward(x, layer.weight, layer.bias))
+                hra_fx.set_scale(model, "default", 1.0)
+
+
+def test_the_same_numbers_with_and_without_gradients_of_a_convolution() -> None:
+    for dtype in (F64, F32, BF16):
+        model, x = frozen(nn.Conv2d(8, 5, 3, dtype=dtype)), normal(1, 2, 8, 7, 7, dtype=dtype)
+        trained = model(x)
+        with torch.no_grad():
+            assert torch.equal(model(x), trained)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_the_layout_of_an_output_is_that_of_the_layer(wanted: bool) -> None:
+    model = frozen(nn.Conv2d(4, 6, 3, dtype=F64)).to(memory_format=torch.channels_last)
+    x = normal(1, 2, 4, 7, 7).to(memory_format=torch.channels_last)
+    with torch.set_grad_enabled(wanted):
+        found = model(x)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert relative_error(found, oracle(model[0], model[0].hra_u["default"], x)) < 1e-12
+
+
+def test_an_output_that_is_written_into() -> None:
+    model, x = frozen(nn.Conv2d(4, 6, 3, dtype=F64)), normal(1, 2, 4, 7, 7).requires_grad_()
+    vectors = model[0].hra_u["default"]
+    asked = (x, vectors)
+    found = torch.autograd.grad(nn.functional.relu(model(x), inplace=True).square().sum(), asked)
+    sought = torch.autograd.grad(oracle(model[0], vectors, x).relu().square().sum(), asked)
+    for one, other in zip(found, sought, strict=True):
+        assert relative_error(one, other) < 1e-11
