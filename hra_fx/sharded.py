@@ -48,10 +48,10 @@ def is_shard(tensor: Tensor) -> bool:
 
 def reshard(model: nn.Module) -> None:
     """Let every module of FSDP2 drop the whole parameters that it still has from its last forward."""
-    if "torch.distributed.fsdp" in sys.modules:
-        for module in model.modules():
-            if sharded_by(module) == "fully_shard":
-                module.reshard()  # type: ignore[operator]
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # asked once, for a switch of adapters takes little more than that
+    for module in model.modules() if fsdp else ():
+        if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]
+            module.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def check_exchange(root: nn.Module, parts: Inventory, acting: Iterable[str]) -> 
     Raises:
         AdapterError: there are copies to exchange, in a model that is sharded.
     """
-    sharded, names = first_sharded(root), tuple(acting)
+    sharded, names = first_sharded(root) if parts.copies else None, tuple(acting)
     for owner, copies in parts.copies if sharded else ():
         if copies.would_change(next((name for name in names if name in copies.copied), BASE)):
             path = next(path for path, module in root.named_modules() if module is owner)

@@ -25,17 +25,18 @@ _Key: TypeAlias = tuple[object, ...]
 
 
 class _Wish(NamedTuple):
-    """What was asked for: by which function it is made, and of what."""
+    """What was asked for: by which function it is made, of what, and what these were like."""
 
     make: Make[Any]
     sources: tuple[weakref.ref[Tensor], ...]
+    likeness: tuple[tuple[torch.Size, torch.dtype], ...]
 
 
 class _Known(NamedTuple):
-    """What is ready, with the tensors that it was made of, and their versions then."""
+    """What is ready, with the tensors that it was made of, and in which state they were."""
 
     sources: tuple[Tensor, ...]
-    versions: tuple[int, ...]
+    state: tuple[tuple[int, int], ...]
     made: Any
 
 
@@ -81,10 +82,10 @@ def ready(make: Make[_Made], *sources: Tensor) -> _Made:
     if _NOW.ready is not None and not any(source.is_inference() for source in sources):
         key = (make, *map(id, sources))
         if all(source.is_leaf for source in sources):  # and so there the next time
-            _NOW.asked[key] = _Wish(make, tuple(map(weakref.ref, sources)))
+            _NOW.asked[key] = _Wish(make, tuple(map(weakref.ref, sources)), _likeness(sources))
         known = _NOW.ready.get(key)
         # The identity of what has gone may be another's by now, but what is known holds its sources.
-        if known is not None and known.versions == _versions(sources):
+        if known is not None and known.state == _state(sources):
             made: _Made = known.made
             return made
     return make([sources])[0]
@@ -93,19 +94,29 @@ def ready(make: Make[_Made], *sources: Tensor) -> _Made:
 def announce(make: Make[Any], sources: tuple[Tensor, ...], made: object) -> None:
     """Have something ready that was made by the way; outside of a forward, nothing."""
     if _NOW.ready is not None:
-        _NOW.ready[(make, *map(id, sources))] = _Known(sources, _versions(sources), made)
+        _NOW.ready[(make, *map(id, sources))] = _Known(sources, _state(sources), made)
 
 
-def _versions(sources: tuple[Tensor, ...]) -> tuple[int, ...]:
-    return tuple([source._version for source in sources])
+def _state(sources: tuple[Tensor, ...]) -> tuple[tuple[int, int], ...]:
+    """What changes when a tensor is written to, or is given another storage through `.data`, as by DeepSpeed."""
+    return tuple([(source._version, source.data_ptr()) for source in sources])
+
+
+def _likeness(sources: tuple[Tensor, ...]) -> tuple[tuple[torch.Size, torch.dtype], ...]:
+    return tuple([(source.shape, source.dtype) for source in sources])
 
 
 def _grouped(wishes: Iterable[_Wish]) -> Iterator[tuple[Make[Any], list[tuple[Tensor, ...]]]]:
-    """Those that can be made in one go; what has gone or moved since is left out."""
+    """Those that can be made in one go.
+
+    What has gone since is left out, and so is what a tool gives its numbers for the time that its layer runs alone: it
+    has no storage now (FSDP), or another shape or dtype.
+    """
     groups: dict[Any, list[tuple[Tensor, ...]]] = defaultdict(list)
-    for make, references in wishes:
+    for make, references, likeness in wishes:
         sources = tuple(source for reference in references if (source := reference()) is not None)
-        if len(sources) == len(references) and all(source.is_cpu for source in sources):
-            groups[make, tuple((source.shape, source.dtype) for source in sources)].append(sources)
+        there = all(source.is_cpu and source.untyped_storage().size() for source in sources)
+        if there and _likeness(sources) == likeness:
+            groups[make, likeness].append(sources)
     for (make, _), alike in groups.items():
         yield make, alike

@@ -153,6 +153,42 @@ def test_vectors_that_change_while_a_forward_runs(apply_GS: bool, replaced: bool
 
 
 @pytest.mark.parametrize("apply_GS", [False, True])
+@pytest.mark.parametrize("away", ["no storage", "no shape", "another dtype", "other numbers"])
+def test_vectors_that_a_tool_lends_to_a_layer_while_it_runs(apply_GS: bool, away: str) -> None:
+    """As FSDP, DeepSpeed and casts of a layer do, none of which raises the version of a parameter."""
+    model = adapted(apply_GS=apply_GS)
+    vectors = model.two.hra_u["default"]
+    held = normal(60, *vectors.shape)
+
+    def give(*_: object) -> None:
+        version = vectors._version
+        if away == "no storage":
+            vectors.untyped_storage().resize_(held.numel() * 8)
+            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(vectors):
+                vectors.copy_(held)
+        else:
+            vectors.data = held.clone()
+        assert vectors._version == version
+
+    def take(*_: object) -> None:
+        if away == "no storage":
+            vectors.untyped_storage().resize_(0)
+        else:
+            empty = {"no shape": held[0, :0], "another dtype": held.bfloat16(), "other numbers": -held.flip(0)}
+            vectors.data = empty[away].clone()
+
+    take()
+    model.two.register_forward_pre_hook(give)
+    model.two.register_forward_hook(take)
+    for step in range(4):
+        found = model(X)
+        give()
+        assert relative_error(found, wanted(model, X, apply_GS=apply_GS)) < 1e-12
+        take()
+        held.copy_(normal(70 + step, *held.shape))
+
+
+@pytest.mark.parametrize("apply_GS", [False, True])
 def test_other_adapters(apply_GS: bool) -> None:
     model = adapted(apply_GS=apply_GS)
     for _ in range(3):
