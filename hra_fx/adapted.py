@@ -14,6 +14,7 @@ from hra_fx.carrier.region import REGION, RegionCarrier
 from hra_fx.carrier.swap import carriers_of, is_outermost
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
+from hra_fx.fused.ahead import forget
 from hra_fx.reflection import Reflection
 from hra_fx.sharded import first_sharded
 from hra_fx.site import REFLECTION
@@ -60,6 +61,7 @@ def keep_record(model: nn.Module, record: Record) -> None:
 
 def drop_record(model: nn.Module) -> None:
     """Take the record away, where there is one."""
+    forget(model)
     _notes(model).pop(RECORD, None)
     vars(model).pop(RECORD, None)
 

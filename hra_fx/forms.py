@@ -201,7 +201,7 @@ class ConvReflection(Reflection):
         return patch_coordinates(x, vectors, self.patch, *geometry)
 
     def corrected(self, output: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
-        """The output of the layer for `x`, corrected, by one node for both filters; the given one may be written into.
+        """The output of the layer for `x`, corrected; the given one may be written into.
 
         `None` where the layer is to ask for `read`. Nothing can be hooked in between then, so that a hook on this
         module has it called.
@@ -255,7 +255,7 @@ def _constant(box: Reflection, sources: tuple[Tensor, ...], dtype: torch.dtype) 
         assert vectors is not None  # something is active: there are sources
         return factors(vectors, dtype)
 
-    specs = tuple(box.specs[name] for name in box.active)
+    specs = tuple((box.specs[name], box.anchor(name) is None) for name in box.active)
     return kept(box, (box.active, specs, tuple(box.scales.items()), dtype), sources, make)
 
 

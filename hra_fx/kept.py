@@ -52,7 +52,7 @@ def kept(
         (tensor(0.), ['made', 'made'])
     """
     known = _OF.get(owner)
-    if known is not None and known.key == key and all(map(_same, known.sources, sources)):
+    if known is not None and known.key == key and _alike(known.sources, sources):
         return known.made
     with torch.inference_mode(False), torch.no_grad():
         copies = tuple(source.detach().clone() for source in sources)
@@ -63,5 +63,10 @@ def kept(
     return made
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _alike(ones: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
+    return len(ones) == len(others) and all(map(same_numbers, ones, others))
+
+
+def same_numbers(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors on the CPU are equal number for number, and of one dtype; NaN equals nothing."""
     return one.dtype is other.dtype and torch.equal(one, other)

@@ -47,7 +47,7 @@ class LinearCarrier(SiteCarrier):
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """`base.forward` at `x Q^T`, where `reflected` is not given; in training as one node, where that can be."""
+        """`base.forward` at `x Q^T`, where `reflected` is not given; calling no reflections, where that can be."""
         standard = base.forward is nn.Linear.forward
 
         @functools.wraps(base.forward)

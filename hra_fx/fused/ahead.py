@@ -2,6 +2,8 @@
 
 It is made by a few small operators each. Between two layers, whose weights sweep the caches, most of their time goes
 into fetching their code; one site after another they take a third of it. What one forward asked for, the next one has.
+It is taken only where the vectors are, number for number, those that it was made of: who writes through `.data`, as
+averages, FSDP and DeepSpeed do, leaves the version of a tensor as it was.
 """
 
 from __future__ import annotations
@@ -10,16 +12,19 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from hra_fx import householder
 from hra_fx.fused.conditions import unobserved
+from hra_fx.kept import same_numbers
 
 _Made = TypeVar("_Made")
-#: Gives what belongs to each of some tuples of tensors, alike in shape and dtype, on the CPU; a constant to autograd.
+#: Gives what belongs to each of some tuples of tensors, alike in shape and dtype; a constant to autograd.
 Make: TypeAlias = Callable[[Sequence[tuple[Tensor, ...]]], Sequence[_Made]]
 _Key: TypeAlias = tuple[object, ...]
 
@@ -28,26 +33,33 @@ class _Wish(NamedTuple):
     """What was asked for: by which function it is made, of what, and what these were like."""
 
     make: Make[Any]
-    sources: tuple[weakref.ref[Tensor], ...]
+    sources: tuple[Tensor, ...]
     likeness: tuple[tuple[torch.Size, torch.dtype], ...]
 
 
-class _Known(NamedTuple):
-    """What is ready, with the tensors that it was made of, and in which state they were."""
+@dataclass
+class _Forward:
+    """A forward of a model.
 
-    sources: tuple[Tensor, ...]
-    state: tuple[tuple[int, int], ...]
-    made: Any
+    Attributes:
+        ready: by function and identity of its sources, what was made ahead, with copies of them.
+        chains: by function and identity of a chain of this forward, what was made by the way, with the chain's version.
+        asked: what the next forward should have.
+    """
+
+    ready: dict[_Key, tuple[tuple[Tensor, ...], Any]] = field(default_factory=dict)
+    chains: dict[_Key, tuple[Tensor, int, Any]] = field(default_factory=dict)
+    asked: dict[_Key, _Wish] = field(default_factory=dict)
 
 
-class _Forward(threading.local):
-    """Of the forward that this thread is in, by function and identity of the sources; `ready` is `None` outside."""
+class _Local(threading.local):
+    """The forward that this thread is in."""
 
-    ready: dict[_Key, _Known] | None = None
-    asked: dict[_Key, _Wish]
+    forward: _Forward | None = None
 
 
-_NOW = _Forward()
+_NOW = _Local()
+# With the tensors themselves, for torch exchanges none that a weak reference points to.
 _ASKED: weakref.WeakKeyDictionary[nn.Module, dict[_Key, _Wish]] = weakref.WeakKeyDictionary()
 
 
@@ -58,48 +70,53 @@ def ahead(root: nn.Module) -> Iterator[None]:
     Args:
         root: the model.
     """
-    if _NOW.ready is not None or not torch.is_grad_enabled() or not unobserved():
+    if not torch.is_grad_enabled() or not unobserved():
         yield
         return
-    _NOW.ready, _NOW.asked = {}, {}
+    around, forward = _NOW.forward, _Forward()
     try:
+        _NOW.forward = forward
         for make, alike in _grouped(_ASKED.get(root, {}).values()):
-            for sources, made in zip(alike, make(alike), strict=True):
-                announce(make, sources, made)
+            # A layer that cannot be served now makes its own, and tells what is wrong.
+            with suppress(Exception), householder.without_autocast(alike[0][0]), torch.no_grad():
+                for sources, made in zip(alike, make(alike), strict=True):
+                    copies = tuple(source.detach().clone() for source in sources)
+                    forward.ready[(make, *map(id, sources))] = (copies, made)
         yield
-        _ASKED[root] = _NOW.asked
+        _ASKED[root] = forward.asked
     finally:
-        _NOW.ready, _NOW.asked = None, {}
+        _NOW.forward = around
+
+
+def forget(root: nn.Module) -> None:
+    """Hold nothing any more for a model that is no longer adapted."""
+    _ASKED.pop(root, None)
 
 
 def ready(make: Make[_Made], *sources: Tensor) -> _Made:
-    """What a function makes of some tensors: made ahead, where it was and they have not been written to since.
+    """What a function makes of some tensors: made ahead, where it was and they are as they were.
 
     Args:
         make: the function.
         sources: what it is to be made of.
     """
-    if _NOW.ready is not None and not any(source.is_inference() for source in sources):
+    forward = _NOW.forward
+    if forward is not None and sources[0].is_cpu:
         key = (make, *map(id, sources))
-        if all(source.is_leaf for source in sources):  # and so there the next time
-            _NOW.asked[key] = _Wish(make, tuple(map(weakref.ref, sources)), _likeness(sources))
-        known = _NOW.ready.get(key)
-        # The identity of what has gone may be another's by now, but what is known holds its sources.
-        if known is not None and known.state == _state(sources):
-            made: _Made = known.made
-            return made
+        if all(source.is_leaf and not source.is_inference() for source in sources):  # and so there the next time
+            forward.asked[key] = _Wish(make, sources, _likeness(sources))
+            copies, made = forward.ready.get(key, ((), None))
+            if copies and all(map(same_numbers, copies, sources)):
+                return made  # type: ignore[no-any-return]
+        elif (known := forward.chains.get(key)) is not None and known[1] == sources[0]._version:
+            return known[2]  # type: ignore[no-any-return]
     return make([sources])[0]
 
 
-def announce(make: Make[Any], sources: tuple[Tensor, ...], made: object) -> None:
-    """Have something ready that was made by the way; outside of a forward, nothing."""
-    if _NOW.ready is not None:
-        _NOW.ready[(make, *map(id, sources))] = _Known(sources, _state(sources), made)
-
-
-def _state(sources: tuple[Tensor, ...]) -> tuple[tuple[int, int], ...]:
-    """What changes when a tensor is written to, or is given another storage through `.data`, as by DeepSpeed."""
-    return tuple([(source._version, source.data_ptr()) for source in sources])
+def announce(make: Make[Any], chain: Tensor, made: object) -> None:
+    """Have something ready that was made by the way, of a tensor of this forward; outside of one, nothing."""
+    if _NOW.forward is not None:
+        _NOW.forward.chains[make, id(chain)] = (chain, chain._version, made)
 
 
 def _likeness(sources: tuple[Tensor, ...]) -> tuple[tuple[torch.Size, torch.dtype], ...]:
@@ -109,12 +126,11 @@ def _likeness(sources: tuple[Tensor, ...]) -> tuple[tuple[torch.Size, torch.dtyp
 def _grouped(wishes: Iterable[_Wish]) -> Iterator[tuple[Make[Any], list[tuple[Tensor, ...]]]]:
     """Those that can be made in one go.
 
-    What has gone since is left out, and so is what a tool gives its numbers for the time that its layer runs alone: it
-    has no storage now (FSDP), or another shape or dtype.
+    What a tool gives its numbers for the time that its layer runs is left out: it has no storage now (FSDP), or another
+    shape or dtype.
     """
     groups: dict[Any, list[tuple[Tensor, ...]]] = defaultdict(list)
-    for make, references, likeness in wishes:
-        sources = tuple(source for reference in references if (source := reference()) is not None)
+    for make, sources, likeness in wishes:
         there = all(source.is_cpu and source.untyped_storage().size() for source in sources)
         if there and _likeness(sources) == likeness:
             groups[make, likeness].append(sources)

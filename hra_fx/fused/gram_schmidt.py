@@ -46,7 +46,7 @@ def orthonormal_chain(vectors: Tensor, anchor: Tensor | None) -> Tensor:
         made = ready(decomposed, wide) if anchor is None else ready(decomposed, wide, anchor)
         chain: Tensor = _Chain.apply(wide, made.chain, made.triangle)  # type: ignore[no-untyped-call]
         if made.factor is not None:
-            announce(factors_of, (chain,), made.factor)
+            announce(factors_of, chain, made.factor)
     return chain
 
 
@@ -80,13 +80,14 @@ class _Chain(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         vectors, chain, triangle = ctx.saved_tensors
         made, gradient = (one[:, -vectors.shape[1] :] for one in (chain, gradient))
-        if torch.is_grad_enabled():  # there may be a gradient of the gradient
-            return _plain_gradient(vectors, gradient), None, None
-        inner = torch.mm(gradient.mT, made)
-        mirrored = inner.tril().add_(inner.tril(-1).mT)
-        given = torch.addmm(gradient.mT, mirrored, made.mT, alpha=-1)
-        # By columns, as LAPACK wants it: the other way round it would be copied.
-        return torch.linalg.solve_triangular(triangle.mT, given.mT, upper=False, left=False), None, None
+        with householder.without_autocast(vectors):
+            if torch.is_grad_enabled():  # there may be a gradient of the gradient
+                return _plain_gradient(vectors, gradient), None, None
+            inner = torch.mm(gradient.mT, made)
+            mirrored = inner.tril().add_(inner.tril(-1).mT)
+            given = torch.addmm(gradient.mT, mirrored, made.mT, alpha=-1)
+            # By columns, as LAPACK wants it: the other way round it would be copied.
+            return torch.linalg.solve_triangular(triangle.mT, given.mT, upper=False, left=False), None, None
 
 
 def _plain_gradient(vectors: Tensor, gradient: Tensor) -> Tensor:

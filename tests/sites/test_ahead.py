@@ -131,8 +131,8 @@ def test_training_follows_the_oracle(apply_GS: bool) -> None:
 
 
 @pytest.mark.parametrize("apply_GS", [False, True])
-@pytest.mark.parametrize("replaced", [False, True])
-def test_vectors_that_change_while_a_forward_runs(apply_GS: bool, replaced: bool) -> None:
+@pytest.mark.parametrize("way", ["replaced", "in place", "data", "numpy", "new data"])
+def test_vectors_that_change_while_a_forward_runs(apply_GS: bool, way: str) -> None:
     model = adapted(apply_GS=apply_GS)
     for _ in range(3):
         model(X)
@@ -140,11 +140,17 @@ def test_vectors_that_change_while_a_forward_runs(apply_GS: bool, replaced: bool
 
     def change(*_: object) -> None:
         other = normal(50, *box["default"].shape)
-        if replaced:
+        if way == "replaced":
             box["default"] = nn.Parameter(other)
-        else:
+        elif way == "in place":
             with torch.no_grad():
                 box["default"].copy_(other)
+        elif way == "data":
+            box["default"].data.copy_(other)
+        elif way == "numpy":
+            box["default"].detach().numpy()[:] = other.numpy()
+        else:
+            box["default"].data = other
 
     handle = model.two.register_forward_pre_hook(change)
     found = model(X)
@@ -263,13 +269,84 @@ def test_layers_that_run_again_in_the_backward(
     assert len(alone) >= 2, "those of the first two layers, by themselves"
 
 
+@pytest.mark.parametrize("apply_GS", [False, True])
+@pytest.mark.parametrize("warm", [False, True])
+def test_autocast(apply_GS: bool, warm: bool) -> None:
+    """Whatever the forwards before ran in, factors are made in float32."""
+    model, x = adapted(apply_GS=apply_GS, dtype=F32), X.float()
+    for step in range(5):
+        with torch.autocast("cpu", dtype=BF16, enabled=not warm or step > 2):
+            found = model(x)
+        assert relative_error(found, wanted(model, X, apply_GS=apply_GS)) < 3e-2
+        found.sum().backward()
+
+
+@pytest.mark.parametrize("apply_GS", [False, True])
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_another_dtype_from_here_on(apply_GS: bool, exchanged: bool) -> None:
+    model = adapted(apply_GS=apply_GS, dtype=F32)
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(exchanged)
+    try:
+        for dtype, tolerance in ((F32, 1e-5), (F64, 1e-12), (BF16, 5e-2), (F32, 1e-5)):
+            model.to(dtype)
+            for _ in range(3):
+                found = model(X.to(dtype))
+                assert relative_error(found, wanted(model, X, apply_GS=apply_GS)) < tolerance
+                found.sum().backward()
+            model.zero_grad()
+            model.load_state_dict(model.state_dict())
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+def test_what_cannot_be_made_is_left_to_its_layer() -> None:
+    """Old vectors, which somebody else has emptied."""
+    model = adapted()
+    for _ in range(3):
+        model(X)
+    old = model.two.hra_u["default"]
+    model.two.hra_u["default"] = nn.Parameter(normal(80, 12, 3))
+    old.data = torch.empty(0, dtype=F64)
+    assert relative_error(model(X), wanted(model, X)) < 1e-12
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_forward_that_is_broken_off(error: type[BaseException]) -> None:
+    model = adapted()
+    for _ in range(3):
+        model(X)
+
+    def stop(*_: object) -> None:
+        raise error
+
+    handle = model.two.register_forward_pre_hook(stop)
+    with pytest.raises(error):
+        model(X)
+    handle.remove()
+    assert module._NOW.forward is None
+    model.one.hra_u["default"].data.neg_().add_(1.0)
+    assert relative_error(model(X), wanted(model, X)) < 1e-12
+
+
+def test_nothing_is_held_for_a_model_that_was_folded() -> None:
+    model = adapted()
+    for _ in range(3):
+        model(X)
+    vectors = weakref.ref(model.two.hra_u["default"])
+    plain = hra_fx.fold(model)
+    gc.collect()
+    assert vectors() is None
+    assert plain(X).shape == (4, 5)
+
+
 def test_nothing_stays_behind_after_an_error() -> None:
     model = adapted()
     for _ in range(2):
         model(X)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         model(normal(1, 4, 5))
-    assert module._NOW.ready is None
+    assert module._NOW.forward is None
     assert relative_error(model(X), wanted(model, X)) < 1e-12
 
 

@@ -11,6 +11,7 @@ from one_layer import BF16, F32, F64, adapted, normal
 from oracles import dense_q, relative_error
 from torch import Tensor, nn
 
+import hra_fx
 from hra_fx.fused import linear as fused_linear
 from hra_fx.fused.factors import bearable
 
@@ -279,3 +280,21 @@ def test_the_same_numbers_with_and_without_gradients() -> None:
         with torch.no_grad():
             assert torch.equal(model(x), trained)
         assert torch.equal(model.requires_grad_(False)(x), trained)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(12, 6, dtype=F64), nn.Conv2d(2, 6, 3, dtype=F64)])
+def test_what_is_kept_tells_an_anchor_that_is_gone(layer: Any) -> None:
+    """The same vectors, loaded without the anchor that they had."""
+    model = hra_fx.transform(nn.Sequential(layer), hra_fx.HRAConfig(r=3, target_modules=["0"]))
+    box: Any = model[0].hra_u
+    x = normal(1, 3, 12) if isinstance(layer, nn.Linear) else normal(1, 3, 2, 5, 5)
+    with torch.no_grad():
+        box["default"].copy_(normal(2, *box["default"].shape))
+        anchored = model(x)
+        box.replace("default", box["default"].clone(), None, box["default"].device)
+        assert box.anchor("default") is None
+        weight = layer.weight.flatten(1) @ dense_q(box["default"])
+        wanted = layer._conv_forward(x, weight.view_as(layer.weight), layer.bias) if x.dim() == 4 else None
+        wanted = nn.functional.linear(x, weight, layer.bias) if wanted is None else wanted
+        assert relative_error(model(x), wanted) < 1e-12
+        assert relative_error(anchored, wanted) > 1e-3
