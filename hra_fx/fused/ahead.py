@@ -79,9 +79,9 @@ def ahead(root: nn.Module) -> Iterator[None]:
         for make, alike in _grouped(_ASKED.get(root, {}).values()):
             # A layer that cannot be served now makes its own, and tells what is wrong.
             with suppress(Exception), householder.without_autocast(alike[0][0]), torch.no_grad():
-                for sources, made in zip(alike, make(alike), strict=True):
-                    copies = tuple(source.detach().clone() for source in sources)
-                    forward.ready[(make, *map(id, sources))] = (copies, made)
+                copies = zip(*(torch.stack(part).unbind() for part in zip(*alike, strict=True)), strict=True)
+                for sources, own, made in zip(alike, copies, make(alike), strict=True):
+                    forward.ready[(make, *map(id, sources))] = (own, made)
         yield
         _ASKED[root] = forward.asked
     finally:
