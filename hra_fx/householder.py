@@ -175,11 +175,51 @@ def orthonormalize(vectors: Tensor) -> Tensor:
         if torch.compiler.is_exporting():
             # The basis does not depend on lengths, and these have squares that are in range.
             return products.gram_schmidt(normalize(wide))
-        basis, triangle = torch.linalg.qr(wide)
-        signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(basis.dtype)
-        # Adding zero turns the -0.0 that a flipped sign leaves into 0.0.
-        positive: Tensor = basis * signs + 0.0
-    return positive
+        return positive_qr(wide)[0]
+
+
+def positive_qr(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """`V: (d, r)` and `R: (r, r)` of `U = V R` with a positive diagonal of `R`, which makes them unique.
+
+    Args:
+        vectors: `U: (d, r)` with `r <= d`, of full column rank, float32 or wider.
+
+    Example:
+        >>> positive_qr(torch.tensor([[3.0, 1.0], [0.0, 2.0]]))[1]
+        tensor([[3., 1.],
+                [0., 2.]])
+    """
+    basis, triangle = torch.linalg.qr(vectors)
+    signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(basis.dtype)
+    # Adding zero turns the -0.0 that a flipped sign leaves into 0.0.
+    return basis * signs + 0.0, triangle * signs.unsqueeze(1) + 0.0
+
+
+def qr_gradient(for_basis: Tensor, basis: Tensor, triangle: Tensor) -> Tensor:
+    r"""The gradient of the vectors whose basis has a given one; in operators that can be differentiated.
+
+    For `U = V R`, with `C` the lower triangle of `dV^T V`, mirrored to the upper one, `dU^T = R^-1 (dV^T - C V^T)`
+    (Walter and Lehmann 2012, https://arxiv.org/abs/1001.1654).
+
+    Args:
+        for_basis: `dV: (d, r)`.
+        basis: `V: (d, r)`.
+        triangle: `R: (r, r)`, of any signs.
+
+    Returns:
+        `dU: (d, r)`.
+
+    Example:
+        >>> qr_gradient(torch.tensor([[0.0], [4.0]]), torch.tensor([[1.0], [0.0]]), torch.tensor([[2.0]]))
+        tensor([[0.],
+                [2.]])
+    """
+    inner = torch.mm(for_basis.mT, basis)
+    mirrored = inner.tril() + inner.tril(-1).mT
+    given = torch.addmm(for_basis.mT, mirrored, basis.mT, alpha=-1)
+    # By columns, as LAPACK wants it: the other way round it would be copied.
+    solved: Tensor = torch.linalg.solve_triangular(triangle.mT, given.mT, upper=False, left=False)
+    return solved
 
 
 def dependence(vectors: Tensor) -> float:

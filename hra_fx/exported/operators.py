@@ -13,9 +13,8 @@ the gradient of `W Q`:
     dK = -(W^T (G K) T^T + G^T (W K) T)                     with T held fixed, from dQ = W^T G, which is never formed
     dT = -(W K)^T (G K),        dS = -T^T dT T^T            and S = strictly_upper(K^T K) + diag(K^T K) / 2
 
-With Gram-Schmidt, `U = V R`: `dU = (dV - V sym(tril(V^T dV))) R^-T`, where `sym(L)` is `L + L^T` with the diagonal once
-(Walter and Lehmann 2012, https://arxiv.org/abs/1001.1654). Written in differentiable operators, so that it can be
-differentiated again.
+With Gram-Schmidt that of `U` follows by `hra_fx.householder.qr_gradient`. Written in differentiable operators, so that
+it can be differentiated again.
 """
 
 from __future__ import annotations
@@ -89,7 +88,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             for_chain = _chain_gradient(rows, upstream, unit, factor) / _lengths(chain, unit)
             for_vectors = for_chain[:, chain.shape[1] - vectors.shape[1] :]
             if ctx.apply_GS:
-                for_vectors = _gram_schmidt_gradient(for_vectors, vectors.to(wide))
+                for_vectors = householder.qr_gradient(for_vectors, *householder.positive_qr(vectors.to(wide)))
             for_vectors = for_vectors.to(vectors.dtype)
     return for_weight, for_vectors, None, None, None
 
@@ -110,16 +109,6 @@ def _lengths(chain: Tensor, unit: Tensor) -> Tensor:
     """The lengths that `normalize` divided by: constants, since `Q` has none."""
     lengths = (chain * unit).sum(dim=0).detach()
     return torch.where(lengths > 0, lengths, 1.0)
-
-
-def _gram_schmidt_gradient(for_basis: Tensor, vectors: Tensor) -> Tensor:
-    """`dU: (d, r)` from `dV: (d, r)`."""
-    basis = householder.orthonormalize(vectors)
-    triangle = (basis.mT @ vectors).triu()
-    lower = (basis.mT @ for_basis).tril()
-    inner = for_basis - basis @ (lower + lower.tril(-1).mT)
-    solved: Tensor = torch.linalg.solve_triangular(triangle.mT, inner, upper=False, left=False)
-    return solved
 
 
 def _wide(weight: Tensor, vectors: Tensor) -> torch.dtype:

@@ -1,12 +1,4 @@
-r"""Gram-Schmidt as one node: an orthonormal basis of the vectors, by Householder QR.
-
-For `U = V R` and a gradient `dV`, with `C` the lower triangle of `-dV^T V`, mirrored to the upper one:
-
-    dU^T = R^-1 (dV^T + C V^T)
-
-(Walter and Lehmann 2010, https://arxiv.org/abs/1001.1654.) It holds for any signs of the diagonal of `R`, and a
-reflection does not depend on the sign of its vector: they are left as LAPACK gives them.
-"""
+"""Gram-Schmidt as one node: an orthonormal basis of the vectors, by Householder QR."""
 
 from __future__ import annotations
 
@@ -23,17 +15,17 @@ from hra_fx.fused.factors import factors_of
 
 
 def orthonormal_chain(vectors: Tensor, anchor: Tensor | None) -> Tensor:
-    """The chain `[A | V]`, of the same reflections as with `V` of `hra_fx.householder.orthonormalize`.
+    """The chain `[A | V]`, with `V` of `hra_fx.householder.orthonormalize`.
 
     Args:
         vectors: `U: (d, r)` with `r <= d`, of full column rank.
         anchor: `A: (d, a)`, frozen, if there is one.
 
     Returns:
-        `(d, a + r)` with `V^T V = I`, float32 or wider, also under autocast. Columns may have the other sign.
+        `(d, a + r)` with `V^T V = I`, float32 or wider, also under autocast.
 
     Example:
-        >>> orthonormal_chain(torch.tensor([[3.0, 1.0], [0.0, 2.0]]), None).abs()
+        >>> orthonormal_chain(torch.tensor([[3.0, 1.0], [0.0, 2.0]]), None)
         tensor([[1., 0.],
                 [0., 1.]])
     """
@@ -61,9 +53,11 @@ class Decomposed(NamedTuple):
 def decomposed(many: Sequence[tuple[Tensor, ...]]) -> list[Decomposed]:
     """What belongs to each `(U,)` or `(U, A)`, alike in shape and dtype; constants to autograd."""
     with torch.no_grad():
-        found = [torch.linalg.qr(vectors) for vectors, *_ in many]
+        found = [householder.positive_qr(vectors) for vectors, *_ in many]
         anchors = [[anchor.to(vectors.dtype) for anchor in rest] for vectors, *rest in many]
-        chains = [torch.cat([*rest, basis], dim=1) for rest, (basis, _) in zip(anchors, found, strict=True)]
+        # Without an anchor it keeps its layout, and so gives the same numbers as a frozen one.
+        both = zip(anchors, found, strict=True)
+        chains = [torch.cat([*rest, basis], dim=1) if rest else basis for rest, (basis, _) in both]
         factors = factors_of([(chain,) for chain in chains]) if chains[0].is_cpu else [None] * len(chains)
     return [Decomposed(chain, R, factor) for chain, (_, R), factor in zip(chains, found, factors, strict=True)]
 
@@ -83,15 +77,11 @@ class _Chain(torch.autograd.Function):
         with householder.without_autocast(vectors):
             if torch.is_grad_enabled():  # there may be a gradient of the gradient
                 return _plain_gradient(vectors, gradient), None, None
-            inner = torch.mm(gradient.mT, made)
-            mirrored = inner.tril().add_(inner.tril(-1).mT)
-            given = torch.addmm(gradient.mT, mirrored, made.mT, alpha=-1)
-            # By columns, as LAPACK wants it: the other way round it would be copied.
-            return torch.linalg.solve_triangular(triangle.mT, given.mT, upper=False, left=False), None, None
+            return householder.qr_gradient(gradient, made, triangle), None, None
 
 
 def _plain_gradient(vectors: Tensor, gradient: Tensor) -> Tensor:
     """That of the QR of PyTorch, which can be differentiated again."""
     own = vectors.view_as(vectors)
-    (found,) = torch.autograd.grad(torch.linalg.qr(own).Q, own, gradient, create_graph=True)
+    (found,) = torch.autograd.grad(householder.positive_qr(own)[0], own, gradient, create_graph=True)
     return found
