@@ -127,12 +127,13 @@ def leave() -> None:
 
 def launched() -> None:
     distributed.init_process_group("gloo")
-    folder = [tempfile.mkdtemp() if distributed.get_rank() == 0 else None]
-    distributed.broadcast_object_list(folder)
-    lines = compare(str(folder[0]))
-    if distributed.get_rank() == 0:
-        print("started by a launcher", *lines, sep="\n")
-    leave()
+    with tempfile.TemporaryDirectory() as own:
+        folder = [own]
+        distributed.broadcast_object_list(folder)  # that of the first one
+        lines = compare(folder[0])
+        if distributed.get_rank() == 0:
+            print("started by a launcher", *lines, sep="\n")
+        leave()
 
 
 def main() -> None:
