@@ -24,7 +24,7 @@ BROWSER   = test -n "$$(which $(BROWSERS))" || { test "$$(id -u)" = 0 && which a
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-language demo-vision test zoo export-table bench-disk bench-quantised check format clean
+.PHONY: help demo demo-language demo-vision test zoo export-table bench-disk bench-frozen bench-quantised check format clean
 
 help: ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ bench-quick: $(VENV)/test.stamp ## Of them the lines that must hold: print each 
 
 bench-gpu: $(VENV)/test.stamp ## The same in bf16 at width 4096 on a CUDA device, and write docs/benchmarks_gpu.md.
 	PYTHONPATH=benchmarks $(BIN)/python -m speed --gpu --docs $(BENCH_FLAGS)
+
+bench-frozen: $(VENV)/test.stamp ## Print what freeze gains in exported and compiled programs (two minutes).
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/frozen.py
 
 bench-disk: $(VENV)/test.stamp ## fold_checkpoint beside cp and PEFT, 1.1 billion parameters (10 GB of disk, some minutes).
 	$(BIN)/python benchmarks/disk.py $(BENCH_FLAGS)
