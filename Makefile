@@ -44,7 +44,7 @@ test: $(VENV)/test.stamp ## Run the tests and the examples in the docstrings.
 zoo: $(VENV)/test.stamp ## Check every model of the zoo (an hour), and write docs/zoo.md.
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m zoo.run $(ZOO_FLAGS)
 
-bench: $(VENV)/test.stamp ## Speed and memory beside the base model and PEFT (45 minutes on 2 cores), and write docs/benchmarks.md.
+bench: $(VENV)/test.stamp ## Speed and memory beside the base model and PEFT (40 minutes on 2 cores), and write docs/benchmarks.md.
 	PYTHONPATH=benchmarks $(BIN)/python -m speed --docs $(BENCH_FLAGS)
 
 bench-quick: $(VENV)/test.stamp ## Of them the lines that must hold: print each as met or not (under 5 minutes).
