@@ -53,19 +53,6 @@ def minus(rows: Tensor, read: Tensor, columns: Tensor) -> Tensor:
     return rows - torch.mm(low.mT, columns).to(rows.dtype)
 
 
-def turned_by(x: Tensor, read: Tensor, columns: Tensor) -> Tensor:
-    """`minus` in the shape of `x`, and no view: what a node gives, others may write into."""
-    if x.dim() == 2 and x.dtype is not columns.dtype:
-        return minus(x, read, columns)
-    total = torch.empty_like(x, memory_format=torch.contiguous_format)
-    rows, flat = x.reshape(-1, x.shape[-1]), total.view(-1, x.shape[-1])
-    if x.dtype is columns.dtype:
-        torch.addmm(rows, read.to(columns.dtype).mT, columns, alpha=-1, out=flat)
-    else:
-        flat.copy_(minus(rows, read, columns))
-    return total
-
-
 def apart(read: Tensor, back: Tensor, chain: Tensor) -> Tensor:
     """The part of `dL/dU` that comes by way of `T`: `(S + S^T) U^T: (k, d)`, for `Z^T`, `R^T: (k, n)` and `U`."""
     inner = torch.mm(back, read.mT.to(back.dtype)).to(chain.dtype)

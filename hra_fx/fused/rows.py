@@ -10,7 +10,7 @@ from torch import Tensor
 from hra_fx import householder
 from hra_fx.fused.conditions import products_dtype
 from hra_fx.fused.factors import bearable
-from hra_fx.fused.gradients import apart, back_of, filters_of, minus, take, turned_by
+from hra_fx.fused.gradients import apart, back_of, filters_of, minus, take
 from hra_fx.fused.twice import plain_gradients
 
 
@@ -44,7 +44,7 @@ class _Reflected(torch.autograd.Function):
         read = torch.mm(filters_of(chain, factor, dtype), x.reshape(-1, x.shape[-1]).to(dtype).mT)
         ctx.save_for_backward(x, chain, factor, read)
         ctx.dtype = dtype
-        return turned_by(x, read, columns)
+        return _turned_by(x, read, columns)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -60,3 +60,16 @@ class _Reflected(torch.autograd.Function):
                 return of_x, None, None, None
             of_chain = take(apart(read, back, chain), back.to(ctx.dtype), rows.to(ctx.dtype))
             return of_x, take(of_chain, read, narrow).mT, None, None
+
+
+def _turned_by(x: Tensor, read: Tensor, columns: Tensor) -> Tensor:
+    """`minus` in the shape of `x`, and no view: what a node gives, others may write into."""
+    if x.dim() == 2 and x.dtype is not columns.dtype:
+        return minus(x, read, columns)
+    total = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rows, flat = x.reshape(-1, x.shape[-1]), total.view(-1, x.shape[-1])
+    if x.dtype is columns.dtype:
+        torch.addmm(rows, read.to(columns.dtype).mT, columns, alpha=-1, out=flat)
+    else:
+        flat.copy_(minus(rows, read, columns))
+    return total
