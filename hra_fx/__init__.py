@@ -14,17 +14,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hra_fx.adapters.adding import add_adapter as add_adapter
-    from hra_fx.adapters.combining import combine as combine
-    from hra_fx.adapters.deleting import delete_adapter as delete_adapter
-    from hra_fx.adapters.merging import merge_adapter as merge_adapter, unmerge_adapter as unmerge_adapter
-    from hra_fx.adapters.scaling import set_scale as set_scale
-    from hra_fx.adapters.switching import disable_adapters as disable_adapters, set_adapter as set_adapter
-    from hra_fx.checkpoint.disk.folding import (
+    from hra_fx.api.fold import fold as fold, plan_fold as plan_fold
+    from hra_fx.api.load import load_adapter as load_adapter
+    from hra_fx.api.peft_model import HRAModel as HRAModel
+    from hra_fx.api.transform import transform as transform
+    from hra_fx.checkpoint.disk.fold import (
         fold_checkpoint as fold_checkpoint,
         unfold_checkpoint as unfold_checkpoint,
     )
-    from hra_fx.checkpoint.loading import load_adapter as load_adapter
     from hra_fx.checkpoint.saving import save_adapter as save_adapter
     from hra_fx.config import HRAConfig as HRAConfig
     from hra_fx.errors import (
@@ -40,15 +37,18 @@ if TYPE_CHECKING:
         UnsupportedLayerError as UnsupportedLayerError,
         VisualizeError as VisualizeError,
     )
-    from hra_fx.exported.freezing import freeze as freeze
-    from hra_fx.exported.lowering import lower as lower
-    from hra_fx.exported.swapping import adapter_inputs as adapter_inputs, make_swappable as make_swappable
-    from hra_fx.folding import fold as fold, plan_fold as plan_fold
-    from hra_fx.graphing import graphs as graphs
-    from hra_fx.model import HRAModel as HRAModel
-    from hra_fx.orthogonality import orthogonality_loss as orthogonality_loss
+    from hra_fx.export.freeze import freeze as freeze
+    from hra_fx.export.lower import lower as lower
+    from hra_fx.export.onnx_swap import adapter_inputs as adapter_inputs, make_swappable as make_swappable
+    from hra_fx.model.add import add_adapter as add_adapter
+    from hra_fx.model.combine import combine as combine
+    from hra_fx.model.delete import delete_adapter as delete_adapter
+    from hra_fx.model.merge import merge_adapter as merge_adapter, unmerge_adapter as unmerge_adapter
+    from hra_fx.model.orthogonality import orthogonality_loss as orthogonality_loss
+    from hra_fx.model.scale import set_scale as set_scale
+    from hra_fx.model.switch import disable_adapters as disable_adapters, set_adapter as set_adapter
     from hra_fx.reporting import report as report
-    from hra_fx.transforming import transform as transform
+    from hra_fx.tracing.graphs import graphs as graphs
     from hra_fx.view import visualize as visualize
     from hra_fx.view.network import to_networkx as to_networkx
 
@@ -56,30 +56,30 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "HRAConfig": "config",
-    "HRAModel": "model",
-    "adapter_inputs": "exported.swapping",
-    "add_adapter": "adapters.adding",
-    "combine": "adapters.combining",
-    "delete_adapter": "adapters.deleting",
-    "disable_adapters": "adapters.switching",
-    "fold": "folding",
-    "fold_checkpoint": "checkpoint.disk.folding",
-    "freeze": "exported.freezing",
-    "graphs": "graphing",
-    "load_adapter": "checkpoint.loading",
-    "lower": "exported.lowering",
-    "make_swappable": "exported.swapping",
-    "merge_adapter": "adapters.merging",
-    "orthogonality_loss": "orthogonality",
-    "plan_fold": "folding",
+    "HRAModel": "api.peft_model",
+    "adapter_inputs": "export.onnx_swap",
+    "add_adapter": "model.add",
+    "combine": "model.combine",
+    "delete_adapter": "model.delete",
+    "disable_adapters": "model.switch",
+    "fold": "api.fold",
+    "fold_checkpoint": "checkpoint.disk.fold",
+    "freeze": "export.freeze",
+    "graphs": "tracing.graphs",
+    "load_adapter": "api.load",
+    "lower": "export.lower",
+    "make_swappable": "export.onnx_swap",
+    "merge_adapter": "model.merge",
+    "orthogonality_loss": "model.orthogonality",
+    "plan_fold": "api.fold",
     "report": "reporting",
     "save_adapter": "checkpoint.saving",
-    "set_adapter": "adapters.switching",
-    "set_scale": "adapters.scaling",
+    "set_adapter": "model.switch",
+    "set_scale": "model.scale",
     "to_networkx": "view.network",
-    "transform": "transforming",
-    "unfold_checkpoint": "checkpoint.disk.folding",
-    "unmerge_adapter": "adapters.merging",
+    "transform": "api.transform",
+    "unfold_checkpoint": "checkpoint.disk.fold",
+    "unmerge_adapter": "model.merge",
     "visualize": "view",
     **dict.fromkeys(
         (

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from hra_fx.capture.reads import METADATA
-from hra_fx.carrier.swap import original_class
+from hra_fx.layers.class_swap import original_class
 from hra_fx.sources import names_below_self, reached_definitions
+from hra_fx.tracing.weight_reads import METADATA
 
 
 def weight_readers(model: nn.Module, sites: Mapping[str, nn.Module]) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Reads of a weight that neither a source nor a graph told of, seen while a forward runs.
 
-`hra_fx.inert` reads sources and `hra_fx.capture.reads` graphs. What is left is a forward that cannot be traced and
+`hra_fx.inert` reads sources and `hra_fx.tracing.weight_reads` graphs. What is left is a forward that cannot be traced and
 takes a weight by a way that its source does not show (an alias, a loop, a helper of another file). Every operator that
 gets the weight goes by here, at the price of a call to Python for each operator: for one forward, not for all.
 """
@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hra_fx.capture.reads import METADATA
-from hra_fx.carrier.layer import SiteCarrier
-from hra_fx.carrier.swap import original_class
-from hra_fx.site import REFLECTION, kind_of, weight_name
+from hra_fx.layers.adapted_layer import SiteCarrier
+from hra_fx.layers.class_swap import original_class
+from hra_fx.layers.target import REFLECTION, kind_of, weight_name
+from hra_fx.tracing.weight_reads import METADATA
 
 #: Beside `METADATA`: what may be done with a weight without computing with it.
 _QUESTIONS = frozenset(

@@ -2,7 +2,7 @@ r"""absorb: a layer reflects by itself what it reads, where nobody else reads th
 
     h = layer.hra_u(x);  y = layer(x, h)      becomes      y = layer(x)
 
-It computes the same (`hra_fx.carrier.layer`), and in training by fewer nodes of autograd. For a graph that is run; one
+It computes the same (`hra_fx.layers.adapted_layer`), and in training by fewer nodes of autograd. For a graph that is run; one
 that is shown or rewritten further keeps its reflections.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from hra_fx.site import META, SiteNote
+from hra_fx.layers.target import META, SiteNote
 
 
 class AbsorbPass(PassBase):

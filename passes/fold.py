@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from hra_fx.site import META, SiteNote, weight_name
+from hra_fx.layers.target import META, SiteNote, weight_name
 
 
 class FoldPass(PassBase):

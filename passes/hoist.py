@@ -18,8 +18,8 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from hra_fx.side_effects import grad_mode_after, writes
-from hra_fx.site import SiteOperators
+from hra_fx.layers.target import SiteOperators
+from passes.side_effects import grad_mode_after, writes
 
 #: What TorchDynamo notes of a value: a tensor without data.
 _EXAMPLE = "example_value"

@@ -4,7 +4,7 @@ r"""insert: the reflection before each marked call, and after each marked read o
     y = f(x, layer.weight)          becomes        w = layer.hra_u(layer.hra_base);  y = f(x, w)
 
 For a Linear, `h = x Q^T` and the layer computes `h W^T = x (W Q)^T`. For a convolution, `h` holds the coordinates of
-the patches and the layer subtracts their image (`hra_fx.forms.ConvReflection`). The layer still gets `x` as its first
+the patches and the layer subtracts their image (`hra_fx.layers.variants.ConvReflection`). The layer still gets `x` as its first
 argument, so that hooks on it see what they saw before. Of a weight, `hra_base` is the one without reflections, and `w`
 is `W Q`. A reader, which is a module that is called as a whole, sees `W Q` by itself: nothing is inserted.
 """
@@ -15,7 +15,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from hra_fx.errors import GraphInvariantError
-from hra_fx.site import BASE_WEIGHT, META, REFLECTION, SiteNote
+from hra_fx.layers.target import BASE_WEIGHT, META, REFLECTION, SiteNote
 
 
 class InsertPass(PassBase):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from hra_fx.site import META, Site, SiteNote, weight_name
+from hra_fx.layers.target import META, Site, SiteNote, weight_name
 
 
 class MatchPass(PassBase):

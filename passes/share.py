@@ -18,8 +18,8 @@ from typing import Any
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from hra_fx.side_effects import writes
-from hra_fx.site import SiteOperators
+from hra_fx.layers.target import SiteOperators
+from passes.side_effects import writes
 
 
 class SharePass(PassBase):

@@ -6,7 +6,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from hra_fx.errors import GraphInvariantError
-from hra_fx.site import BASE_WEIGHT, META, REFLECTION, SiteNote
+from hra_fx.layers.target import BASE_WEIGHT, META, REFLECTION, SiteNote
 
 
 class VerifyPass(PassBase):

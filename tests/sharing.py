@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AlbertConfig, AlbertForMaskedLM
 
 import hra_fx
-from hra_fx.adapted import sites_of
+from hra_fx.model.state import sites_of
 
 F64 = torch.float64
 

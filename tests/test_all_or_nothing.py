@@ -8,8 +8,8 @@ from adapting import config, mlp, picture
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.carrier.root import RootCarrier
 from hra_fx.errors import UnsupportedLayerError
+from hra_fx.model.root import RootCarrier
 
 
 def in_any_order(model: nn.Module) -> dict[str, object]:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import hra_fx
-from hra_fx.dynamo import backend
 from hra_fx.errors import ConfigError
-from hra_fx.operators import REFLECTED_BY, REFLECTED_ROWS, UNIT_FACTORS
+from hra_fx.kernels.compile_ops import REFLECTED_BY, REFLECTED_ROWS, UNIT_FACTORS
+from hra_fx.tracing import compile_backend as backend
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
 EAGER = {"backend": "aot_eager"}

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from unseen import Alias, Asking, Untraceable, X, adapted, multiply, watching
 
 import hra_fx
-from hra_fx.adapted import record_of
 from hra_fx.errors import UnsupportedLayerError
+from hra_fx.model.state import record_of
 
 
 class Subscript(Untraceable):

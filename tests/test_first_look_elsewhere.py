@@ -17,8 +17,8 @@ from transformers_use import tiny
 from unseen import CONFIG, Alias, Asking, Untraceable, X, adapted
 
 import hra_fx
-from hra_fx.adapted import record_of
 from hra_fx.errors import UnsupportedLayerError
+from hra_fx.model.state import record_of
 
 
 def contexts() -> Iterator[Any]:

@@ -12,8 +12,8 @@ from oracles import dense_q, dense_weight, relative_error
 from torch import Tensor, nn
 
 from hra_fx import HRAConfig, fold, transform
+from hra_fx.api.fold import plan_fold
 from hra_fx.errors import FoldError, HRAError
-from hra_fx.folding import plan_fold
 
 Layer: TypeAlias = nn.Linear | nn.Conv2d
 F64 = torch.float64

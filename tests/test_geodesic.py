@@ -13,8 +13,8 @@ from oracles import dense_product, relative_error
 from torch import Tensor
 
 from hra_fx.errors import AdapterError
-from hra_fx.geodesic import fraction
-from hra_fx.householder import anchor, orthonormalize, start
+from hra_fx.functional.geodesic import fraction
+from hra_fx.functional.householder import anchor, orthonormalize, start
 
 F64 = torch.float64
 ALPHAS = [0.0, 1e-9, 0.1, 0.25, 0.5, 0.9, 1.0]

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 import hra_fx
 from hra_fx.errors import AdapterError
-from hra_fx.site import SiteNote
+from hra_fx.layers.target import SiteNote
 
 
 class Net(nn.Module):

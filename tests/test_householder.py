@@ -1,4 +1,4 @@
-"""The pure functions of hra_fx.householder against explicit float64 matrices, and their properties."""
+"""The pure functions of hra_fx.functional.householder against explicit float64 matrices, and their properties."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from oracles import dense_gs, dense_product, relative_error
 from torch import Tensor
 
-from hra_fx.householder import (
+from hra_fx.functional.householder import (
     anchor,
     compact_wy,
     dependence,

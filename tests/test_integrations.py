@@ -23,7 +23,7 @@ from transformers import (
 
 import hra_fx
 from hra_fx.integrations import HRATrainer
-from hra_fx.orthogonality import orthogonality_loss
+from hra_fx.model.orthogonality import orthogonality_loss
 
 WEIGHT = 0.5
 LR = 0.1

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hra_fx", "passes")
 LAZY = "hra_fx"
 VOCABULARY = ("errors", "config", "selection", "householder", "geodesic", "site", "reflection")
-PASSES_MAY_READ = {"hra_fx.site", "hra_fx.errors", "hra_fx.side_effects"}
+PASSES_MAY_READ = {"hra_fx.layers.target", "hra_fx.errors", "passes.side_effects"}
 SHADOWED = ("transform", "fold", "report", "graphs")
 
 
@@ -61,10 +61,10 @@ def _graph() -> nx.DiGraph:
 def test_imports_are_found_wherever_they_stand() -> None:
     graph = _graph()
     assert len(FILES) > 30
-    assert graph.has_edge("hra_fx.installing", "passes.insert")
-    found = graph.has_edge("hra_fx.reporting.measuring", "hra_fx.householder")
+    assert graph.has_edge("hra_fx.model.inject", "passes.insert")
+    found = graph.has_edge("hra_fx.reporting.measuring", "hra_fx.functional.householder")
     assert found, "`from hra_fx import householder` is a file"
-    assert graph.has_edge("passes.fold", "hra_fx.site")
+    assert graph.has_edge("passes.fold", "hra_fx.layers.target")
 
 
 def test_every_import_of_ours_is_a_file() -> None:
@@ -133,7 +133,7 @@ def _run_in_fresh_interpreter(code: str) -> None:
         "import sys, hra_fx; assert 'torch' not in sys.modules, 'importing the package should cost nothing'",
         "import hra_fx; hra_fx.transform; import passes.fold",
         "import passes.fold; import hra_fx; hra_fx.fold",
-        "import passes; import hra_fx.site",
+        "import passes; import hra_fx.layers.target",
     ],
     ids=["hra_fx alone", "hra_fx first", "passes.fold first", "passes first"],
 )

@@ -16,8 +16,8 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 import hra_fx
-from hra_fx.orthogonality import orthogonality_loss
-from hra_fx.reflection import AdapterSpec
+from hra_fx.layers.adapters import AdapterSpec
+from hra_fx.model.orthogonality import orthogonality_loss
 
 F64 = torch.float64
 EXACT = 1e-14

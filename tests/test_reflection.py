@@ -13,8 +13,8 @@ from oracles import dense_q, dense_weight, relative_error
 from torch import nn
 
 from hra_fx.errors import AdapterError
-from hra_fx.forms import reflection_for
-from hra_fx.reflection import AdapterSpec, Reflection
+from hra_fx.layers.adapters import AdapterSpec, Reflection
+from hra_fx.layers.variants import reflection_for
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**31 - 1)

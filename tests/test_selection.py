@@ -26,10 +26,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hra_fx.config import HRAConfig
-from hra_fx.default_targets import DEFAULT_TARGETS
 from hra_fx.errors import HRAWarning, SelectionError
-from hra_fx.selection import is_target, resolve_targets, saved_modules, select
-from hra_fx.site import find_kind
+from hra_fx.layers.target import find_kind
+from hra_fx.selection.select import is_target, resolve_targets, saved_modules, select
+from hra_fx.selection.target_mapping import DEFAULT_TARGETS
 
 
 def in_pefts_kinds(model: nn.Module) -> nn.Module:

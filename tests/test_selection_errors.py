@@ -13,7 +13,7 @@ from torch import nn
 
 from hra_fx.config import HRAConfig
 from hra_fx.errors import HRAWarning, SelectionError
-from hra_fx.selection import select
+from hra_fx.selection.select import select
 
 Case = tuple[Callable[[], nn.Module], dict[str, Any], str]
 

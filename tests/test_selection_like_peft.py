@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import hra_fx
 from hra_fx.errors import HRAWarning, SelectionError
-from hra_fx.selection import select
+from hra_fx.selection.select import select
 
 Fields: TypeAlias = dict[str, Any]
 EXAMPLES = 42

@@ -15,7 +15,7 @@ from sharing import CASES, adapted, base, cases, config, leaves, oracle, run, tu
 from torch import nn
 
 import hra_fx
-from hra_fx.adapted import regions_of, sites_of
+from hra_fx.model.state import regions_of, sites_of
 
 F64 = torch.float64
 

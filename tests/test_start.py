@@ -12,8 +12,8 @@ from oracles import dense_q, relative_error
 from torch import Tensor, nn
 
 from hra_fx import HRAConfig, transform
-from hra_fx.forms import reflection_for
-from hra_fx.reflection import AdapterSpec
+from hra_fx.layers.adapters import AdapterSpec
+from hra_fx.layers.variants import reflection_for
 
 Layer: TypeAlias = nn.Linear | nn.Conv2d
 F64 = torch.float64

@@ -12,7 +12,7 @@ from oracles import dense_q, dense_weight, relative_error
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.adapted import sites_of
+from hra_fx.model.state import sites_of
 
 F64 = torch.float64
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from verified import Two, X, refused, verified
 
 import hra_fx
-import hra_fx.transforming
-from hra_fx.adapted import regions_of
-from hra_fx.carrier.layer import LinearCarrier
+import hra_fx.api.transform
 from hra_fx.errors import UnsupportedLayerError
-from hra_fx.forms import LinearReflection
-from hra_fx.verifying import check_against_folded
+from hra_fx.layers.adapted_layer import LinearCarrier
+from hra_fx.layers.variants import LinearReflection
+from hra_fx.model.state import regions_of
+from hra_fx.model.verify import check_against_folded
 
 
 class Hidden(Two):
@@ -77,7 +77,7 @@ class Crashing(LinearReflection):
 
 def wrong(monkeypatch: pytest.MonkeyPatch, kind: type[LinearReflection], only: str = "") -> None:
     """Make `transform` take another reflection, for layers whose `tag` is `only`."""
-    import hra_fx.installing as installing
+    import hra_fx.model.inject as installing
 
     def make(layer: nn.Module, *, on_weight: bool = False) -> Any:
         reflection = ours(layer, on_weight=on_weight)
@@ -251,7 +251,7 @@ def test_a_graph_that_is_not_its_forward(monkeypatch: pytest.MonkeyPatch, traini
             output.args = (graphs[training].call_function(torch.mul, (output.args[0], 1.001)),)
         check_against_folded(model, call)
 
-    monkeypatch.setattr(hra_fx.transforming, "check_against_folded", spoil)
+    monkeypatch.setattr(hra_fx.api.transform, "check_against_folded", spoil)
     mode = "train" if training else "eval"
     assert refused(fresh(Blocks()), X).startswith(f"right: in {mode} mode output 0 of the rewritten model is not that")
 

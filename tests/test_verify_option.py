@@ -18,7 +18,7 @@ from transformers_use import tiny
 from verified import IMAGES, Cnn, Two, X, refused, targets, verified
 
 import hra_fx
-import hra_fx.transforming
+import hra_fx.api.transform
 from hra_fx.errors import AdapterError, HRAWarning
 
 IDS = torch.randint(3, 32, (2, 5), generator=torch.Generator().manual_seed(0))

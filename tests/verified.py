@@ -11,7 +11,7 @@ from refusals import picture
 from torch import Tensor, nn
 
 import hra_fx
-import hra_fx.transforming
+import hra_fx.api.transform
 from hra_fx.errors import VerificationError
 
 X = inputs(4, 6)

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import hra_fx
-from hra_fx.adapted import sites_of
+from hra_fx.model.state import sites_of
 
 TOKENS = torch.tensor([[5, 9, 3, 7], [8, 4, 11, 6]])
 SMALL = {"vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 1}

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
-from hra_fx.carrier.layer import SiteCarrier
 from hra_fx.errors import UnsupportedLayerError
+from hra_fx.layers.adapted_layer import SiteCarrier
 from hra_fx.overlooked import WeightWatch
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from hra_fx.capture.region import Region
-from hra_fx.carrier.layer import SiteCarrier
 from hra_fx.carrier.looking import can_look, look
-from hra_fx.carrier.swap import Carrier
+from hra_fx.layers.adapted_layer import SiteCarrier
+from hra_fx.layers.class_swap import Carrier
+from hra_fx.tracing.region import Region
 
 #: Attribute under which a region's root keeps its region.
 REGION = "_hra_region"

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hra_fx.adapters.trainable import to_copy
 from hra_fx.checkpoint.folder import WEIGHTS_NAME
 from hra_fx.checkpoint.keys import PREFIX, copy_key, reflection_key, vectors_key
 from hra_fx.checkpoint.saving import RESUME
 from hra_fx.checkpoint.weights import read
 from hra_fx.config import HRAConfig
 from hra_fx.errors import CheckpointError, HRAWarning, SelectionError
-from hra_fx.reflection import AdapterSpec
-from hra_fx.selection import saved_modules, select, without_absent
-from hra_fx.site import width_of
+from hra_fx.layers.adapters import AdapterSpec
+from hra_fx.layers.target import width_of
+from hra_fx.model.trainable import to_copy
+from hra_fx.selection.select import saved_modules, select, without_absent
 
 _SHOWN = 5
 #: What PEFT takes for embeddings, by name.

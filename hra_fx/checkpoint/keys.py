@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from hra_fx.adapted import sites_of
-from hra_fx.adapters.copies import BASE, copies_of
-from hra_fx.reflection import ANCHOR
-from hra_fx.site import REFLECTION, SAVED
+from hra_fx.layers.adapters import ANCHOR
+from hra_fx.layers.target import REFLECTION, SAVED
+from hra_fx.layers.trained_copies import BASE, copies_of
+from hra_fx.model.state import sites_of
 
 PREFIX = "base_model.model."
 #: Beside a chain that stands for Gram-Schmidt, the vectors that it was made of: training goes on from them.

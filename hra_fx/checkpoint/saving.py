@@ -18,9 +18,6 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
-from hra_fx.adapted import Record, names_in, root_of, sites_of
-from hra_fx.adapters.copies import copies_of
-from hra_fx.carrier.swap import original_class
 from hra_fx.checkpoint.folder import write, write_weights
 from hra_fx.checkpoint.keys import (
     adapter_entries,
@@ -33,10 +30,13 @@ from hra_fx.checkpoint.keys import (
 )
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning
-from hra_fx.offloaded import require_present
-from hra_fx.reflection import plain_chain
-from hra_fx.selection import resolve_targets, targeted
-from hra_fx.sharded import by_the_first, is_shard, whole
+from hra_fx.layers.adapters import plain_chain
+from hra_fx.layers.class_swap import original_class
+from hra_fx.layers.sharding import by_the_first, is_shard, whole
+from hra_fx.layers.trained_copies import copies_of
+from hra_fx.model.offload import require_present
+from hra_fx.model.state import Record, names_in, root_of, sites_of
+from hra_fx.selection.select import resolve_targets, targeted
 
 #: Key of the metadata of `adapter_model.safetensors` under which the way to go on training is written.
 RESUME = "hra_fx"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hra_fx.checkpoint.keys import VECTORS
 from hra_fx.errors import CheckpointError
-from hra_fx.site import REFLECTION
+from hra_fx.layers.target import REFLECTION
 
 __all__ = ["non_finite", "read"]
 

@@ -20,7 +20,7 @@ from hra_fx.cli.commands.inspect import EXAMPLES as OF_INSPECT, inspect
 from hra_fx.cli.commands.match import EXAMPLES as OF_MATCH, match
 from hra_fx.cli.commands.unfold import EXAMPLES as OF_UNFOLD, unfold
 from hra_fx.cli.commands.visualize import EXAMPLES as OF_VISUALIZE, visualize
-from hra_fx.cli.telling import TellingGroup
+from hra_fx.cli.error_output import TellingGroup
 
 _HELP = """Householder reflection adapters (HRA): look at them, fold them into checkpoints, draw them.
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hra_fx.cli.hollow import hollow
-from hra_fx.cli.recipes import Recipe, recipe_of
+from hra_fx.cli.model_factories import Recipe, recipe_of
+from hra_fx.cli.placeholder_weights import hollow
 from hra_fx.errors import CheckpointError, HRAWarning
 
 CONFIG = "config.json"

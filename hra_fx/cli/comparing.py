@@ -11,8 +11,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from hra_fx.checkpoint.disk.bar import bar
 from hra_fx.checkpoint.disk.header import Stored, read_header
+from hra_fx.checkpoint.disk.progress_bar import bar
 from hra_fx.checkpoint.disk.weight_files import weight_sets
 from hra_fx.cli.paths import natural
 from hra_fx.cli.tensor_change import change_of

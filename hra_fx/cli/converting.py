@@ -22,7 +22,7 @@ from hra_fx.checkpoint.saving import RESUME
 from hra_fx.checkpoint.weights import read
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError
-from hra_fx.site import REFLECTION
+from hra_fx.layers.target import REFLECTION
 
 Form = Literal["peft", "hra_fx"]
 _OF_MODELS = ("config.json", "model_index.json")

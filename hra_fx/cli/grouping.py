@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hra_fx.cli.model_look import SiteLook
+from hra_fx.cli.inspect_model import SiteLook
 from hra_fx.cli.paths import starred
 
 

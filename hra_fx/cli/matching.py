@@ -7,15 +7,15 @@ from pathlib import Path
 
 from torch import nn
 
-from hra_fx.adapters.trainable import to_copy
 from hra_fx.cli.building import build
-from hra_fx.cli.model_look import SiteLook, site_look
+from hra_fx.cli.inspect_model import SiteLook, site_look
 from hra_fx.config import HRAConfig
-from hra_fx.eligibility import check
 from hra_fx.errors import SelectionError, UnsupportedLayerError
-from hra_fx.reporting.missed import Missed, Question
-from hra_fx.selection import select, with_head
-from hra_fx.site import describe, find_kind
+from hra_fx.layers.target import describe, find_kind
+from hra_fx.model.trainable import to_copy
+from hra_fx.reporting.skipped_layers import Missed, Question
+from hra_fx.selection.check import check
+from hra_fx.selection.select import select, with_head
 
 
 @dataclass(frozen=True)

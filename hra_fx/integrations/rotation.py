@@ -17,8 +17,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from hra_fx.adapted import require_sites
 from hra_fx.errors import HRAWarning
+from hra_fx.model.state import require_sites
 from hra_fx.reporting.plots.canvas import check_plot
 from hra_fx.reporting.plots.training import draw_training
 from hra_fx.reporting.progress import Progress, is_sharded, progress_of

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from hra_fx.errors import ConfigError
-from hra_fx.orthogonality import orthogonality_loss
+from hra_fx.model.orthogonality import orthogonality_loss
 
 
 class HRATrainer(Trainer):

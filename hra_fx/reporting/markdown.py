@@ -6,9 +6,9 @@ import re
 from collections.abc import Collection, Sequence
 
 from hra_fx.reporting.columns import columns_for, heading
-from hra_fx.reporting.missed import Missed
-from hra_fx.reporting.remarks import remarks
+from hra_fx.reporting.footnotes import remarks
 from hra_fx.reporting.row import Row
+from hra_fx.reporting.skipped_layers import Missed
 
 
 def as_markdown(rows: Collection[Row], missed: Collection[Missed]) -> str:

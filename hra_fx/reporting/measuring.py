@@ -6,13 +6,13 @@ import math
 
 from torch import Tensor
 
-from hra_fx import householder
-from hra_fx.carrier.layer import SiteCarrier
 from hra_fx.errors import AdapterError
-from hra_fx.householder import Turn
-from hra_fx.quantized.finding import packing_of
-from hra_fx.quantized.packing import Packing
-from hra_fx.share import readable_rows, share_turned
+from hra_fx.functional import householder
+from hra_fx.functional.householder import Turn
+from hra_fx.layers.adapted_layer import SiteCarrier
+from hra_fx.layers.quantized.detect import packing_of
+from hra_fx.layers.quantized.scheme import Packing
+from hra_fx.model.rotated_share import readable_rows, share_turned
 
 _UNKNOWN = Turn(math.nan, (math.nan,), math.nan)
 

@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterator
 from html import escape
 
 from hra_fx.reporting.columns import Column, columns_for, heading
-from hra_fx.reporting.missed import Missed
-from hra_fx.reporting.remarks import Remark, remarks
+from hra_fx.reporting.footnotes import Remark, remarks
 from hra_fx.reporting.row import Row
+from hra_fx.reporting.skipped_layers import Missed
 
 # Half-transparent, so that it shows on white and on black, and the text on it stays readable.
 _BAR = "rgba(96,128,160,.38)"

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hra_fx.adapted import require_sites
-from hra_fx.householder import Turn
+from hra_fx.functional.householder import Turn
+from hra_fx.model.state import require_sites
 from hra_fx.reporting.measuring import chain_of, turn_of
 
 

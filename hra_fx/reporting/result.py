@@ -14,11 +14,11 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 
 from hra_fx.reporting.markdown import as_markdown
-from hra_fx.reporting.missed import Missed
 from hra_fx.reporting.notebook import as_html
 from hra_fx.reporting.plots.heat_strip import draw_heat_strip
 from hra_fx.reporting.plots.two_adapters import draw_two_adapters
 from hra_fx.reporting.row import Row
+from hra_fx.reporting.skipped_layers import Missed
 from hra_fx.reporting.table import as_text, in_terminal
 
 

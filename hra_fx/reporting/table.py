@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from hra_fx.reporting.columns import columns_for, heading
-from hra_fx.reporting.missed import Missed
-from hra_fx.reporting.remarks import remarks
+from hra_fx.reporting.footnotes import remarks
 from hra_fx.reporting.row import Row
+from hra_fx.reporting.skipped_layers import Missed
 
 _UNLIMITED = 10_000
 #: Columns that a narrow terminal does without, first to go first.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from hra_fx.site import REFLECTION, describe
+from hra_fx.layers.target import REFLECTION, describe
 
 
 def name_of(path: str) -> str:

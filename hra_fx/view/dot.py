@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from hra_fx.colours import ink_on
+from hra_fx.reporting.colormap import ink_on
 from hra_fx.view.closing import closed
 from hra_fx.view.describe import name_of
 from hra_fx.view.drawing import Drawing

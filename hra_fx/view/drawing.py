@@ -8,13 +8,13 @@ from typing import Any
 
 import networkx as nx
 
+from hra_fx.model.unwrap import unwrapped
 from hra_fx.reporting import Row, report
-from hra_fx.view.finding import find_subject, has_reflections
 from hra_fx.view.graph import leaves_of
+from hra_fx.view.resolve_subject import find_subject, has_reflections
 from hra_fx.view.scopes import scope_tree
 from hra_fx.view.subject import Subject
 from hra_fx.view.tree import Scope
-from hra_fx.wrapped import unwrapped
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeAlias
 
+from hra_fx.atomic_write import output_file
 from hra_fx.errors import VisualizeError
-from hra_fx.output_file import output_file
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.options import Options
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 import networkx as nx
 from torch import Tensor, fx, nn
 
-from hra_fx.exported.reading import plain_path
-from hra_fx.site import SiteNote
+from hra_fx.export.weight_uses import plain_path
+from hra_fx.layers.target import SiteNote
 from hra_fx.view.describe import describe_module, name_of, own_parameters
 from hra_fx.view.subject import Subject, subject_of
 from hra_fx.view.tree import Leaf, Mark, module_of

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from hra_fx.colours import colour
 from hra_fx.errors import VisualizeError
+from hra_fx.reporting.colormap import colour
 from hra_fx.reporting.heat import HEATS, heat_of, scale
 from hra_fx.view.drawing import Drawing
 

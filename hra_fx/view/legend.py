@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element
 
-from hra_fx.colours import UNKNOWN
+from hra_fx.reporting.colormap import UNKNOWN
 from hra_fx.reporting.heat import HEATS
 from hra_fx.view.boxes import Box
 from hra_fx.view.heat import Heating

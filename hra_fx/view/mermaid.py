@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from hra_fx.colours import ink_on
 from hra_fx.errors import VisualizeError
+from hra_fx.reporting.colormap import ink_on
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.focusing import focused
 from hra_fx.view.heat import heating

@@ -11,7 +11,7 @@ import json
 import math
 from typing import Any
 
-from hra_fx.colours import PALETTE, ink_on
+from hra_fx.reporting.colormap import PALETTE, ink_on
 from hra_fx.reporting.heat import HEATS
 from hra_fx.view.closing import closed
 from hra_fx.view.drawing import Drawing

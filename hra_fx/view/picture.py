@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hra_fx.output_file import put_whole
+from hra_fx.atomic_write import put_whole
 from hra_fx.view.drawing import drawing_of
 from hra_fx.view.focusing import focused
 from hra_fx.view.formats import picture_file, renderer

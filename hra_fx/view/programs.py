@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
-from hra_fx.exported.carried import carried
-from hra_fx.exported.inserting import remove, rotations
-from hra_fx.exported.matching import GraphSite, find_sites, groups_of, module_classes, owner_of
-from hra_fx.exported.outline import outline_of
+from hra_fx.export.insert import remove, rotations
+from hra_fx.export.inspect import carried
+from hra_fx.export.match import GraphSite, find_sites, groups_of, module_classes, owner_of
+from hra_fx.export.skeleton import outline_of
+from hra_fx.layers.target import META, REFLECTION, SiteNote
 from hra_fx.reporting import Row
-from hra_fx.site import META, REFLECTION, SiteNote
 from hra_fx.view.subject import SiteFacts, Subject, known_rotations
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def subject_of_captured(module: fx.GraphModule, rows: Iterable[Row] = ()) -> Sub
     """A `GraphModule` whose operators read parameters by name; its graph is copied.
 
     Args:
-        module: the module, which `hra_fx.exported.captured.is_captured`.
+        module: the module, which `hra_fx.export.captured.is_captured`.
         rows: those of its report, which tell how far its layers are turned.
     """
     copied = fx.GraphModule(module, copy.deepcopy(module.graph), type(module).__name__)

@@ -13,7 +13,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
 from hra_fx.errors import HRAWarning
-from hra_fx.example import Call
+from hra_fx.model.example_inputs import Call
 
 
 def note_shapes(module: fx.GraphModule, call: Call) -> None:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from hra_fx import householder
-from hra_fx.adapted import Record, record_of, sites_of
-from hra_fx.carrier.layer import SiteCarrier
-from hra_fx.reflection import Reflection
+from hra_fx.functional import householder
+from hra_fx.layers.adapted_layer import SiteCarrier
+from hra_fx.layers.adapters import Reflection
+from hra_fx.layers.sharding import is_shard
+from hra_fx.model.state import Record, record_of, sites_of
 from hra_fx.reporting import Row
-from hra_fx.sharded import is_shard
 from hra_fx.view.describe import describe_module, own_parameters
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from xml.etree.ElementTree import Element, SubElement
 
-from hra_fx.colours import ink_on
+from hra_fx.reporting.colormap import ink_on
 from hra_fx.view.boxes import DETAIL, NAME, STRIP, Box
 from hra_fx.view.layout import Route
 from hra_fx.view.notes import CELL

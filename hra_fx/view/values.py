@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from hra_fx.site import META, REFLECTION, SiteNote
+from hra_fx.layers.target import META, REFLECTION, SiteNote
 
 #: Attributes and methods whose result is no tensor, so that what they feed is arithmetic on shapes.
 _SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad"})

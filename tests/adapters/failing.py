@@ -14,7 +14,7 @@ from adapters.many import assert_close
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hra_fx.adapted import record_of
+from hra_fx.model.state import record_of
 
 
 def ctrl_c() -> None:

@@ -13,8 +13,8 @@ from oracles import dense_q, dense_weight, relative_error
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.adapted import record_of, regions_of, sites_of
-from hra_fx.adapters.copies import copies_of
+from hra_fx.layers.trained_copies import copies_of
+from hra_fx.model.state import record_of, regions_of, sites_of
 
 F64 = torch.float64
 _TEXT = {

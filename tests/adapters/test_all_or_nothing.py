@@ -13,33 +13,33 @@ from adapters.many import adapted, assert_close, config, ids, llama, net, normal
 from torch import nn
 
 import hra_fx
-import hra_fx.adapters.adding
-import hra_fx.adapters.trainable
-import hra_fx.installing
-import hra_fx.transforming
-from hra_fx.adapters.copies import Copies
+import hra_fx.api.transform
+import hra_fx.model.add
+import hra_fx.model.inject
+import hra_fx.model.trainable
 from hra_fx.errors import GraphInvariantError
-from hra_fx.reflection import Reflection
+from hra_fx.layers.adapters import Reflection
+from hra_fx.layers.trained_copies import Copies
 
 BOTH: dict[str, Any] = {"modules_to_save": ["head", "norm"], "bias": "hra_only"}
 #: Where a step is looked up, and at which of its turns it fails.
 STEPS: list[tuple[ModuleType | type, str, int]] = [
-    (hra_fx.installing, "select", 1),
-    (hra_fx.installing, "check", 1),
-    (hra_fx.installing, "find_regions", 1),
-    (hra_fx.installing, "reflection_for", 1),
-    (hra_fx.installing, "swap", 1),
-    (hra_fx.installing, "swap", 2),
-    (hra_fx.installing, "MatchPass", 1),
-    (hra_fx.installing, "InsertPass", 1),
-    (hra_fx.installing, "VerifyPass", 1),
+    (hra_fx.model.inject, "select", 1),
+    (hra_fx.model.inject, "check", 1),
+    (hra_fx.model.inject, "find_regions", 1),
+    (hra_fx.model.inject, "reflection_for", 1),
+    (hra_fx.model.inject, "swap", 1),
+    (hra_fx.model.inject, "swap", 2),
+    (hra_fx.model.inject, "MatchPass", 1),
+    (hra_fx.model.inject, "InsertPass", 1),
+    (hra_fx.model.inject, "VerifyPass", 1),
     (Reflection, "put", 1),
     (Reflection, "put", 2),
     (Copies, "make", 1),
     (Copies, "make", 2),
-    (hra_fx.adapters.adding, "introduce", 1),
-    (hra_fx.adapters.adding, "make_copies", 1),
-    (hra_fx.adapters.adding, "settle", 1),
+    (hra_fx.model.add, "introduce", 1),
+    (hra_fx.model.add, "make_copies", 1),
+    (hra_fx.model.add, "settle", 1),
 ]
 NAMES = [f"{name} {turn}" for _, name, turn in STEPS]
 
@@ -97,8 +97,8 @@ def test_load_adapter_beside_another(step: Any, monkeypatch: pytest.MonkeyPatch,
     check(lambda: hra_fx.load_adapter(model, tmp_path, "b"), model, normal(4, 6), monkeypatch, step)
 
 
-PLAIN = [step for step in STEPS if step[0] is not hra_fx.adapters.adding]
-PLAIN += [(hra_fx.transforming, name, 1) for name in ("introduce", "freeze", "make_copies", "keep_record", "activate")]
+PLAIN = [step for step in STEPS if step[0] is not hra_fx.model.add]
+PLAIN += [(hra_fx.api.transform, name, 1) for name in ("introduce", "freeze", "make_copies", "keep_record", "activate")]
 
 
 @pytest.mark.parametrize("step", PLAIN, ids=[f"{name} {turn}" for _, name, turn in PLAIN])
@@ -110,7 +110,7 @@ def test_load_adapter_into_a_plain_model(step: Any, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     "step",
-    [(Reflection, "put", 1), (Reflection, "put", 2), (hra_fx.adapters.adding, "refresh", 1)],
+    [(Reflection, "put", 1), (Reflection, "put", 2), (hra_fx.model.add, "refresh", 1)],
     ids=lambda step: step[1],
 )
 def test_combine(step: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from oracles import dense_product
 from torch import nn
 
 import hra_fx
-from hra_fx.adapted import sites_of
+from hra_fx.model.state import sites_of
 
 PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "even ranks": ({"r": 2}, {"r": 4}, 6),

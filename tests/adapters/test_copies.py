@@ -12,7 +12,7 @@ from adapters.many import adapted, assert_close, config, net, normal, oracle, se
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.adapters.copies import copies_of
+from hra_fx.layers.trained_copies import copies_of
 
 HEAD: dict[str, Any] = {"modules_to_save": ["head"]}
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hra_fx
-from hra_fx.adapters.copies import Copies
+from hra_fx.layers.trained_copies import Copies
 
 
 class Two(nn.Module):

@@ -15,8 +15,8 @@ from adapters.many import adapted, assert_close, config, moved, net, normal, ora
 from torch import Tensor
 
 import hra_fx
-from hra_fx.adapted import record_of
-from hra_fx.uninterrupted import uninterrupted
+from hra_fx.model.defer_interrupt import uninterrupted
+from hra_fx.model.state import record_of
 
 SAVED: dict[str, Any] = {"modules_to_save": ["head", "norm"], "bias": "hra_only"}
 

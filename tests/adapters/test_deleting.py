@@ -12,7 +12,7 @@ from adapters.many import adapted, assert_close, bert, config, ids, llama, net, 
 from torch import nn
 
 import hra_fx
-from hra_fx.carrier.swap import carriers_of
+from hra_fx.layers.class_swap import carriers_of
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Any, list[str], list[str]]] = {
     "whole": (sequential, normal(4, 6), ["0"], ["0", "3"]),

@@ -13,7 +13,7 @@ from adapters.many import F64, adapted, assert_close, config, ids, llama, net, n
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.adapted import record_of
+from hra_fx.model.state import record_of
 
 SAVED: dict[str, Any] = {"modules_to_save": ["head", "norm"], "bias": "hra_only"}
 

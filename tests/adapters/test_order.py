@@ -11,7 +11,7 @@ from adapters.many import adapted, assert_close, config, net, normal, oracle, ru
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.adapted import regions_of
+from hra_fx.model.state import regions_of
 
 SAVED: dict[str, Any] = {"bias": "all", "modules_to_save": ["norm"]}
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import hra_fx
-from hra_fx.adapted import record_of
+from hra_fx.model.state import record_of
 
 
 class Twice(nn.Module):

@@ -12,7 +12,7 @@ from adapters.many import F64, adapted, assert_close, config, moved, net, normal
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.adapted import record_of
+from hra_fx.model.state import record_of
 
 
 class Whole(nn.Module):

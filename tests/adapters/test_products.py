@@ -11,7 +11,7 @@ from oracles import dense_q
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.adapted import sites_of
+from hra_fx.model.state import sites_of
 
 
 class Alike(nn.Module):

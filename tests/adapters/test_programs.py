@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import hra_fx
-from hra_fx.adapted import regions_of
+from hra_fx.model.state import regions_of
 
 WHOLE: dict[str, tuple[Callable[[], nn.Module], list[str], list[str], tuple[int, ...]]] = {
     "sequential": (sequential, ["0", "3"], ["3"], (4, 6)),

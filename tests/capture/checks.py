@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import hra_fx
-from hra_fx.adapted import regions_of
+from hra_fx.model.state import regions_of
 
 TOLERANCE = 1e-10
 

@@ -16,8 +16,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
-from hra_fx.capture.calling import Calling, observed, optional_arguments, unobserved
 from hra_fx.errors import CaptureError
+from hra_fx.tracing.call_signature import Calling, observed, optional_arguments, unobserved
 
 A, B, C, D = (torch.full((2,), float(value)) for value in range(4))
 

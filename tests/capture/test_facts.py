@@ -17,7 +17,7 @@ from oracles import dense_product, dense_weight
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.adapted import regions_of
+from hra_fx.model.state import regions_of
 
 X = inputs(4, 6)
 IMAGES = inputs(2, 3, 6, 6)

@@ -13,7 +13,7 @@ from capture.models import Convolutions, Host, Optional, Stack
 from torch import Tensor, fx, nn
 
 import hra_fx
-from hra_fx.reflection import Reflection
+from hra_fx.layers.adapters import Reflection
 
 X = inputs(4, 6)
 IMAGES = inputs(2, 3, 6, 6)

@@ -13,7 +13,7 @@ from capture.models import Convolutions, Host, Stack, Two
 from torch import nn
 
 import hra_fx
-import hra_fx.transforming
+import hra_fx.api.transform
 from hra_fx.errors import GraphInvariantError, HRAError
 
 ADDED = {"_hra_record", "_hra_region"}
@@ -147,7 +147,7 @@ def test_an_error_half_way_takes_every_step_back(
     """A failure put into each step of the way, at its second turn where it has one."""
     model = mixed(make())
     before = picture(model)
-    where = hra_fx.transforming if hasattr(hra_fx.transforming, step) and step != "swap" else hra_fx.installing
+    where = hra_fx.api.transform if hasattr(hra_fx.api.transform, step) and step != "swap" else hra_fx.model.inject
     real, turns = getattr(where, step), []
 
     def fails(*args: Any, **kwargs: Any) -> Any:

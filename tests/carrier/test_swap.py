@@ -14,11 +14,11 @@ from capture.models import Convolutions, Host, Stack, Two
 from torch import nn
 
 import hra_fx
-from hra_fx.adapted import regions_of, sites_of
-from hra_fx.carrier.layer import ConvCarrier, LinearCarrier
 from hra_fx.carrier.region import RegionCarrier
-from hra_fx.carrier.root import RootCarrier
-from hra_fx.carrier.swap import carriers_of, is_outermost, original_class, swap, swapped_class, unswap
+from hra_fx.layers.adapted_layer import ConvCarrier, LinearCarrier
+from hra_fx.layers.class_swap import carriers_of, is_outermost, original_class, swap, swapped_class, unswap
+from hra_fx.model.root import RootCarrier
+from hra_fx.model.state import regions_of, sites_of
 
 X = inputs(4, 6)
 
@@ -171,7 +171,7 @@ def test_a_part_that_is_saved_alone() -> None:
 
 
 def test_carriers_pile_up_and_come_off_one_by_one() -> None:
-    from hra_fx.carrier.swap import Carrier
+    from hra_fx.layers.class_swap import Carrier
 
     class Marked(Carrier):
         """Brings a method and keeps the forward."""

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import hra_fx
 from hra_fx.cli import screen
-from hra_fx.cli.telling import TellingGroup
+from hra_fx.cli.error_output import TellingGroup
 from hra_fx.errors import CheckpointError, HRAWarning
 
 COMMANDS = ["inspect", "match", "fold", "unfold", "diff", "convert", "visualize"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import hra_fx
-from hra_fx.exported.programs import transform_program
+from hra_fx.export.program import transform_program
 
 F64 = torch.float64
 #: torch warns of its own copies of tree specifications, in saving and in run_decompositions.

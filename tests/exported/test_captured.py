@@ -10,8 +10,8 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import hra_fx
-from hra_fx.exported.captured import fold_captured, is_captured, transform_captured
-from hra_fx.exported.programs import transform_program
+from hra_fx.export.captured import fold_captured, is_captured, transform_captured
+from hra_fx.export.program import transform_program
 
 ALL = ("blocks.0", "blocks.1", "conv", "head")
 

@@ -25,7 +25,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 import hra_fx
-from hra_fx.exported.programs import fold_program, transform_program
+from hra_fx.export.program import fold_program, transform_program
 
 
 def refused(program: ExportedProgram, settings: hra_fx.HRAConfig, kind: type[Exception], name: str = "default") -> str:
@@ -148,7 +148,7 @@ def test_names_indices_and_expressions_choose_as_they_do_of_a_model() -> None:
     ):
         chosen = {name.partition(".hra_u.")[0] for name in transform_program(program, settings).state_dict}
         assert {path for path in chosen if ".weight" not in path and ".bias" not in path} - {"shift"} == set(
-            hra_fx.selection.select(model, settings)
+            hra_fx.selection.select.select(model, settings)
         )
 
 

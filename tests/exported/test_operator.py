@@ -9,7 +9,7 @@ import torch
 from oracles import dense_q, relative_error
 from torch import Tensor
 
-from hra_fx.exported.operators import ROTATE
+from hra_fx.export.ops import ROTATE
 
 F64 = torch.float64
 CASES = list(itertools.product([False, True], [False, True], [False, True]))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import hra_fx
-from hra_fx.exported.programs import fold_program, is_program, transform_program
+from hra_fx.export.program import fold_program, is_program, transform_program
 
 ALL = ("blocks.0", "blocks.1", "conv", "head")
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {

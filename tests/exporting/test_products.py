@@ -7,7 +7,7 @@ import torch
 from oracles import dense_gs, dense_product, relative_error
 from torch import Tensor
 
-from hra_fx import householder, products
+from hra_fx.functional import exportable as products, householder
 
 F64 = torch.float64
 WIDTH = 96

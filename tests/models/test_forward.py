@@ -13,7 +13,7 @@ from models.zoo import EVERY, RESNET, VISION, Case, adapted, assert_same, run_or
 from torch import nn
 
 import hra_fx
-from hra_fx.adapted import regions_of
+from hra_fx.model.state import regions_of
 
 every = pytest.mark.parametrize("case", EVERY, ids=lambda case: case.name)
 

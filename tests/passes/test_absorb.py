@@ -10,7 +10,7 @@ from oracles import dense_q, relative_error
 from torch import Tensor, fx, nn
 
 import hra_fx
-from hra_fx.site import META, Site
+from hra_fx.layers.target import META, Site
 from passes.absorb import AbsorbPass
 from passes.insert import InsertPass
 from passes.match import MatchPass

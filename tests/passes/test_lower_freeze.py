@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hra_fx.errors import GraphInvariantError
-from hra_fx.site import META, SiteNote
+from hra_fx.layers.target import META, SiteNote
 from passes.freeze import FreezePass
 from passes.lower import LowerPass
 

@@ -14,7 +14,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 import hra_fx
 from hra_fx.errors import GraphInvariantError
-from hra_fx.site import META, Site, SiteNote
+from hra_fx.layers.target import META, Site, SiteNote
 from passes.fold import FoldPass
 from passes.insert import InsertPass
 from passes.match import MatchPass

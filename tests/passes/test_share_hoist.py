@@ -12,11 +12,11 @@ from one_layer import BF16, F32, F64, normal
 from oracles import dense_q, relative_error
 from torch import Tensor, fx
 
-from hra_fx.operators import REFLECTED_BY, REFLECTED_ROWS, UNIT_FACTORS, reflected_by, unit_factors
-from hra_fx.side_effects import writes
-from hra_fx.site import SiteOperators
+from hra_fx.kernels.compile_ops import REFLECTED_BY, REFLECTED_ROWS, UNIT_FACTORS, reflected_by, unit_factors
+from hra_fx.layers.target import SiteOperators
 from passes.hoist import HoistPass
 from passes.share import SharePass
+from passes.side_effects import writes
 
 OPERATORS = SiteOperators(REFLECTED_ROWS, UNIT_FACTORS, REFLECTED_BY)
 NAMES = {REFLECTED_ROWS: "rows", UNIT_FACTORS: "factors", REFLECTED_BY: "by"}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hra_fx.errors import GraphInvariantError, HRAError
-from hra_fx.site import META, Site, SiteNote
+from hra_fx.layers.target import META, Site, SiteNote
 from passes.insert import InsertPass
 from passes.match import MatchPass
 from passes.verify import VerifyPass

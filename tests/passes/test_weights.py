@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from hra_fx.errors import GraphInvariantError
-from hra_fx.site import META, Site, SiteNote
+from hra_fx.layers.target import META, Site, SiteNote
 from passes.fold import FoldPass
 from passes.insert import InsertPass
 from passes.match import MatchPass
@@ -58,7 +58,7 @@ def traced() -> fx.GraphModule:
 
     net = Net()
     module = fx.GraphModule(net, Tracer().trace(net))
-    for name in ("twice", "once"):  # as `hra_fx.capture.over` does
+    for name in ("twice", "once"):  # as `hra_fx.tracing.share_modules` does
         module.set_submodule(name, net.get_submodule(name))
     return module
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import hra_fx
 from hra_fx import HRAConfig, report, transform
-from hra_fx.householder import angle_floor, turn
+from hra_fx.functional.householder import angle_floor, turn
 
 F64 = torch.float64
 

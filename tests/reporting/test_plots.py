@@ -16,8 +16,8 @@ from PIL import Image
 from reporting.made import HOSTILE, adapted, blocks, report_of, row
 
 import hra_fx
-from hra_fx.colours import colour
 from hra_fx.errors import VisualizeError
+from hra_fx.reporting.colormap import colour
 from hra_fx.reporting.plots.grid import cell_of, grid_of
 from hra_fx.reporting.plots.training import draw_training
 from hra_fx.reporting.progress import Progress

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import hra_fx
 from hra_fx import HRAConfig, report, transform
-from hra_fx.share import share_turned
+from hra_fx.model.rotated_share import share_turned
 
 F64 = torch.float64
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import hra_fx
-from hra_fx.fused import ahead as module, factors, gram_schmidt
+from hra_fx.kernels import gram_schmidt, prefetch as module, wy_factor as factors
 
 Batches = list[tuple[str, int]]
 

@@ -15,7 +15,7 @@ from sites.checking import assert_same, check, check_fold, normal, pair, run_den
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.site import Site
+from hra_fx.layers.target import Site
 
 
 class Attending(nn.Module):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import hra_fx
-from hra_fx import forms
-from hra_fx.forms import reflected_rows
+from hra_fx.layers import variants as forms
+from hra_fx.layers.variants import reflected_rows
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 

@@ -12,7 +12,7 @@ from oracles import dense_q, relative_error
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.fused.filters import filters_and_drawing
+from hra_fx.kernels.conv import filters_and_drawing
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 

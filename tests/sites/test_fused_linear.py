@@ -12,8 +12,8 @@ from oracles import dense_q, relative_error
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.fused import linear as fused_linear
-from hra_fx.fused.factors import bearable
+from hra_fx.kernels import linear as fused_linear
+from hra_fx.kernels.wy_factor import bearable
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 WAYS = ("_ByInput", "_ByOutput")

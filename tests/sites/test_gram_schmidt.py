@@ -9,7 +9,7 @@ from one_layer import BF16, F32, F64, normal
 from oracles import relative_error
 from torch import Tensor
 
-from hra_fx.fused.gram_schmidt import orthonormal_chain
+from hra_fx.kernels.gram_schmidt import orthonormal_chain
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 

@@ -19,7 +19,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 import hra_fx
-from hra_fx.forms import ConvReflection, LinearReflection, WeightReflection
+from hra_fx.layers.variants import ConvReflection, LinearReflection, WeightReflection
 
 # ---- forwards of their own ----
 

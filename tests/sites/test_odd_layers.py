@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import hra_fx
-from hra_fx.adapted import sites_of
+from hra_fx.model.state import sites_of
 
 X = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 

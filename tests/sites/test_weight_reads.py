@@ -17,8 +17,8 @@ from sites.checking import assert_same, check, check_fold, normal, pair, run_den
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.adapted import sites_of
-from hra_fx.forms import LinearReflection, WeightReflection
+from hra_fx.layers.variants import LinearReflection, WeightReflection
+from hra_fx.model.state import sites_of
 
 # ---- real models ----
 

@@ -13,7 +13,7 @@ from transformers import MobileBertConfig, MobileBertForMaskedLM, PreTrainedConf
 from transformers_use.tied import CASES, VOCABULARY, Case, case, logits, turn
 
 import hra_fx
-from hra_fx.adapted import regions_of
+from hra_fx.model.state import regions_of
 
 # An encoder-decoder of two models refuses to be resized.
 KINDS = [kind for kind in CASES if kind != "bert_to_bert"]

@@ -12,7 +12,7 @@ from hypothesis import example, given, strategies as st
 from matplotlib import colormaps
 
 import hra_fx
-from hra_fx.colours import PALETTE, UNKNOWN, colour, ink_on
+from hra_fx.reporting.colormap import PALETTE, UNKNOWN, colour, ink_on
 from hra_fx.reporting.heat import HEATS, heat_of, scale
 from hra_fx.view.drawing import drawing_of
 from hra_fx.view.heat import heating

@@ -15,7 +15,7 @@ from drawn_models import HOSTILE, UNSPEAKABLE, drawn
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.colours import PALETTE, UNKNOWN, colour, ink_on
+from hra_fx.reporting.colormap import PALETTE, UNKNOWN, colour, ink_on
 from hra_fx.view import svg
 from hra_fx.view.drawing import drawing_of
 from hra_fx.view.options import Options

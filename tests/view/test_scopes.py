@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.householder import turn
+from hra_fx.functional.householder import turn
 from hra_fx.view.graph import adapted_graph
 from hra_fx.view.scopes import scope_tree
 from hra_fx.view.tree import Item, Leaf, Scope

@@ -13,6 +13,6 @@ with warnings.catch_warnings(), contextlib.suppress(ImportError):
     import transformers
     import zoo.checks
 
-    import hra_fx.transforming
+    import hra_fx.api.transform
 
 __all__ = ["diffusers", "hra_fx", "timm", "torch", "torchvision", "transformers", "zoo"]

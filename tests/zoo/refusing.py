@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import hra_fx
-from hra_fx.site import kind_of
+from hra_fx.layers.target import kind_of
 
 _MESSAGE = re.compile(
     r"(?P<path>\S+?)(?: \([\w.]+\))?: (?P<reason>.*?)(?: Refused as well: (?P<also>.*)\.)?", re.DOTALL

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hra_fx import householder
 from hra_fx.checkpoint.folder import WEIGHTS_NAME, find
 from hra_fx.checkpoint.keys import PREFIX, VECTORS
 from hra_fx.checkpoint.weights import read
 from hra_fx.config import CONFIG_NAME, HRAConfig
 from hra_fx.errors import CheckpointError, FoldError
-from hra_fx.reflection import plain_chain
-from hra_fx.site import REFLECTION
+from hra_fx.functional import householder
+from hra_fx.layers.adapters import plain_chain
+from hra_fx.layers.target import REFLECTION
 
 #: What PEFT writes besides, with bias="all", of a module that it saves in full.
 _BESIDES = re.compile(r"\.(original_module|modules_to_save)\.")

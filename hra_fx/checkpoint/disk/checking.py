@@ -13,7 +13,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from hra_fx.checkpoint.disk.edits import FilePlan, Given, Item, Rotation
+from hra_fx.checkpoint.disk.edit_types import FilePlan, Given, Item, Rotation
 from hra_fx.checkpoint.disk.header import FLOATS, Stored
 from hra_fx.checkpoint.disk.streams import as_bytes, read_into
 from hra_fx.errors import FoldError

@@ -12,7 +12,7 @@ from hra_fx.checkpoint.disk.architecture import Architecture
 from hra_fx.checkpoint.disk.header import Stored
 from hra_fx.checkpoint.disk.naming import Names
 from hra_fx.errors import CheckpointError
-from hra_fx.site import has_columns
+from hra_fx.layers.target import has_columns
 
 
 class Columns:

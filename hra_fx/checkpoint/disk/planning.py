@@ -12,10 +12,10 @@ from typing import Any
 from hra_fx.checkpoint.disk.adapter_files import AdapterFiles
 from hra_fx.checkpoint.disk.architecture import CONFIG, Architecture
 from hra_fx.checkpoint.disk.columns import Columns
-from hra_fx.checkpoint.disk.editing import Edits, edits_for, touches
-from hra_fx.checkpoint.disk.edits import FilePlan, Given, Item, Rotation
+from hra_fx.checkpoint.disk.edit_types import FilePlan, Given, Item, Rotation
 from hra_fx.checkpoint.disk.header import Added, Header, Stored, dtype_name, extended
 from hra_fx.checkpoint.disk.naming import Names
+from hra_fx.checkpoint.disk.plan_edits import Edits, edits_for, touches
 from hra_fx.checkpoint.disk.ties import FLAG
 from hra_fx.checkpoint.disk.weight_files import WeightSet, foreign, weight_sets
 from hra_fx.config import CONFIG_NAME

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from hra_fx.checkpoint.disk.adapter_files import AdapterFiles
-from hra_fx.checkpoint.disk.edits import FilePlan
+from hra_fx.checkpoint.disk.arguments import Request
+from hra_fx.checkpoint.disk.edit_types import FilePlan
 from hra_fx.checkpoint.disk.planning import FolderPlan, plan_folder
-from hra_fx.checkpoint.disk.request import Request
 from hra_fx.errors import CheckpointError
 
 #: Grows with each change of what is written, so that an older unfinished result is not taken up.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hra_fx.checkpoint.disk.architecture import Architecture
 from hra_fx.checkpoint.disk.naming import Names
 from hra_fx.errors import FoldError
-from hra_fx.untying import Parted, Setting, settings_that_tie, turn_off, turn_on, why_not_off
+from hra_fx.model.untie import Parted, Setting, settings_that_tie, turn_off, turn_on, why_not_off
 
 FLAG = "tie_word_embeddings"
 

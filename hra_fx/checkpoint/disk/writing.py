@@ -7,13 +7,13 @@ from contextlib import ExitStack
 from functools import partial
 from typing import BinaryIO
 
-from hra_fx.checkpoint.disk.behind import Behind
+from hra_fx.checkpoint.disk.async_writer import Behind
 from hra_fx.checkpoint.disk.buffers import Buffers
-from hra_fx.checkpoint.disk.edits import FilePlan, Given, Item, Rotation
+from hra_fx.checkpoint.disk.edit_types import FilePlan, Given, Item, Rotation
 from hra_fx.checkpoint.disk.header import Stored
-from hra_fx.checkpoint.disk.reading_ahead import pieces
+from hra_fx.checkpoint.disk.prefetch_reader import pieces
+from hra_fx.checkpoint.disk.rotate_tensor import readings, turn
 from hra_fx.checkpoint.disk.streams import Part, as_bytes, copy
-from hra_fx.checkpoint.disk.turning import readings, turn
 
 #: Bytes that are copied at a time, between the pieces of what is turned.
 _PART = 1 << 21

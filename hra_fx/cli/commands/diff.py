@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hra_fx.cli.error_output import NO
 from hra_fx.cli.options import Json, Quiet
 from hra_fx.cli.screen import Column, count, show_heading, show_json, show_table
-from hra_fx.cli.telling import NO
 
 if TYPE_CHECKING:
     from hra_fx.cli.comparing import Comparison, Difference

@@ -35,7 +35,7 @@ def fold(
     Tensor by tensor, so that no model has to fit into memory; all that no adapter changes is copied byte for byte.
     Stopped at any moment, the same command goes on where it was.
     """
-    from hra_fx.checkpoint.disk.folding import fold_checkpoint
+    from hra_fx.checkpoint.disk.fold import fold_checkpoint
 
     report = fold_checkpoint(
         base,

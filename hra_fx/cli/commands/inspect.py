@@ -12,8 +12,8 @@ from hra_fx.cli.screen import Column, count, show_heading, show_json, show_table
 from hra_fx.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from hra_fx.cli.adapter_look import AdapterLook
-    from hra_fx.cli.model_look import ModelLook
+    from hra_fx.cli.inspect_adapter import AdapterLook
+    from hra_fx.cli.inspect_model import ModelLook
 
 EXAMPLES = (
     "hra-fx inspect my-adapter",
@@ -37,12 +37,12 @@ def inspect(
     folder = Path(path)
     of_model = folder.is_file() or (folder.is_dir() and not _holds_adapter(folder))
     if of_model:
-        from hra_fx.cli.model_look import look_at_model
+        from hra_fx.cli.inspect_model import look_at_model
 
         model = look_at_model(folder)
         show_json(model) if as_json else _show_model(model)
     else:
-        from hra_fx.cli.adapter_look import look_at_adapter
+        from hra_fx.cli.inspect_adapter import look_at_adapter
 
         adapter = look_at_adapter(path)
         show_json(adapter) if as_json else _show_adapter(adapter)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hra_fx.cli.error_output import NO, tell
 from hra_fx.cli.options import Json
 from hra_fx.cli.screen import Column, count, show_heading, show_json, show_lines, show_table
-from hra_fx.cli.telling import NO, tell
 
 if TYPE_CHECKING:
     from hra_fx.cli.matching import Match
@@ -136,7 +136,7 @@ def _configuration(folder: Path | None, fields: dict[str, Any]) -> HRAConfig:
 def _show(found: Match) -> None:
     from hra_fx.cli.grouping import grouped
     from hra_fx.reporting.columns import percent
-    from hra_fx.reporting.remarks import remarks
+    from hra_fx.reporting.footnotes import remarks
 
     share = percent(found.trained / max(found.parameters, 1))
     show_heading(

@@ -34,7 +34,7 @@ def unfold(
 
     What an adapter replaced (biases, modules to save) is in no file any more, and so is refused.
     """
-    from hra_fx.checkpoint.disk.folding import unfold_checkpoint
+    from hra_fx.checkpoint.disk.fold import unfold_checkpoint
 
     report = unfold_checkpoint(
         folded,

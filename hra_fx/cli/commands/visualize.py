@@ -43,7 +43,7 @@ def visualize(
 
     The model is made from its config.json, without weights, where that is enough.
     """
-    from hra_fx.cli.picturing import draw
+    from hra_fx.cli.draw import draw
     from hra_fx.view.options import Options
 
     file = draw(model, out, adapter, Options(depth, focus, heat), weights=weights)

@@ -8,8 +8,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hra_fx.atomic_write import output_file, put_whole
 from hra_fx.errors import VisualizeError
-from hra_fx.output_file import output_file, put_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from hra_fx.colours import PALETTE, UNKNOWN, colour, ink_on
 from hra_fx.errors import VisualizeError
+from hra_fx.reporting.colormap import PALETTE, UNKNOWN, colour, ink_on
 from hra_fx.reporting.columns import adapters_of
 from hra_fx.reporting.heat import Heat, heat_named, heat_of, scale
 from hra_fx.reporting.plots.block_labels import label_blocks

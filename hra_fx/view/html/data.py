@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hra_fx.colours import PALETTE, UNKNOWN
 from hra_fx.reporting import Row
+from hra_fx.reporting.colormap import PALETTE, UNKNOWN
 from hra_fx.reporting.heat import HEATS, heat_of, scale
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.html.items import Items

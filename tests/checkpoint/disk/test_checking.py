@@ -11,9 +11,9 @@ from oracles import dense_q, dense_weight, relative_error
 from safetensors.torch import load_file, save_file
 
 import hra_fx
+from hra_fx.checkpoint.disk.arguments import read_request
 from hra_fx.checkpoint.disk.checking import check_copy, check_file
-from hra_fx.checkpoint.disk.edits import FilePlan
-from hra_fx.checkpoint.disk.request import read_request
+from hra_fx.checkpoint.disk.edit_types import FilePlan
 from hra_fx.checkpoint.disk.result import result_of
 from hra_fx.errors import FoldError
 

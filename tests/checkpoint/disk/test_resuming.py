@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 import hra_fx
 from hra_fx.checkpoint.disk.header import read_header
-from hra_fx.checkpoint.disk.partial import Partial
 from hra_fx.checkpoint.disk.report import CheckpointReport
+from hra_fx.checkpoint.disk.staging_dir import Partial
 from hra_fx.errors import CheckpointError, FoldError
 
 LAYERS = 24

@@ -10,7 +10,7 @@ from playwright.sync_api import Page, expect
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.adapted import sites_of
+from hra_fx.model.state import sites_of
 
 Open = Callable[..., Page]
 

@@ -11,8 +11,8 @@ from pages import box, facts, page_of, search, strip, trained_net
 from playwright.sync_api import Page
 
 import hra_fx
-from hra_fx.colours import colour
 from hra_fx.reporting import Row
+from hra_fx.reporting.colormap import colour
 from hra_fx.reporting.heat import HEATS, heat_of, scale
 
 Open = Callable[..., Page]

@@ -13,8 +13,8 @@ import torchvision
 from pages import Net, page_of, trained_net
 
 import hra_fx
-from hra_fx.adapted import sites_of
 from hra_fx.errors import VisualizeError
+from hra_fx.model.state import sites_of
 from hra_fx.view.drawing import drawing_of
 from hra_fx.view.html.items import Items, instances
 from hra_fx.view.html.packing import Texts

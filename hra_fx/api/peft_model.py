@@ -1,0 +1,400 @@
+"""`HRAModel`: an adapted model with the methods and names of PEFT's `HRAModel` and `PeftModel`.
+
+It is the model itself, whose class is a subclass of both from now on: whatever asks `isinstance` (Trainer, pipelines,
+diffusers) sees the model, and no attribute has to be handed through a wrapper.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from hra_fx.api.fold import fold
+from hra_fx.api.load import load_adapter
+from hra_fx.api.transform import transform
+from hra_fx.config import HRAConfig
+from hra_fx.errors import AdapterError, HRAWarning
+from hra_fx.export.program import is_program
+from hra_fx.integrations.pretrained import save_as_it_is
+from hra_fx.layers.adapted_layer import SiteCarrier
+from hra_fx.layers.class_swap import Carrier, original_class, swap, swapped_class
+from hra_fx.layers.sharding import reshard
+from hra_fx.layers.trained_copies import BASE, copies_of
+from hra_fx.model.activate import check_exchange, refresh
+from hra_fx.model.add import add_adapter
+from hra_fx.model.delete import delete_adapter
+from hra_fx.model.detach import forget
+from hra_fx.model.merge import merge_adapter, unmerge_adapter
+from hra_fx.model.scale import check_strength, set_scale
+from hra_fx.model.state import Record, inventory, names_in, record_of, require_outermost, root_of
+from hra_fx.model.switch import disable_adapters, set_adapter
+from hra_fx.model.trainable import give_gradients
+from hra_fx.selection.target_mapping import DEFAULT_TARGETS
+
+#: Packages whose classes bring methods of these names themselves, which those of `HRAModel` are meant to replace.
+_REPLACED = ("transformers.", "diffusers.", "huggingface_hub.", "hra_fx.")
+
+
+class HRAModel(Carrier):
+    """An adapted model in PEFT's shape.
+
+    `HRAModel(model, config, adapter_name)` transforms `model` in place (`hra_fx.transform`) and returns it, with these
+    methods besides its own: `HRAModel(model, config) is model`. Every function of hra_fx works on it.
+
+    Args:
+        model: any module with Linear or Conv2d layers, plain or transformed already.
+        config: which layers, how many reflections, and how they start; a dict of names and configurations for several
+            adapters. It may be called `peft_config` as in PEFT.
+        adapter_name: name of the adapter.
+        low_cpu_mem_usage: make the vectors on the meta device, to be loaded into.
+
+    Attributes:
+        prefix: what the names of adapter parameters begin with.
+        tuner_layer_cls: class of the adapted layers.
+        target_module_mapping: `model_type` -> default targets.
+
+    Raises:
+        AdapterError: the model has an attribute of its own under one of these names.
+        Others as `hra_fx.transform`. After any error the model is as it was.
+
+    Example:
+        >>> model = HRAModel(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"]))
+        >>> model.print_trainable_parameters()
+        trainable params: 12 || all params: 40 || trainable%: 30.0000
+        >>> type(model.merge_and_unload()) is nn.Sequential
+        True
+    """
+
+    _hra_height = 3
+    prefix: str = "hra_"
+    tuner_layer_cls: type[nn.Module] = SiteCarrier
+    target_module_mapping: Mapping[str, Any] = DEFAULT_TARGETS
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """The model that is given, adapted; on a swapped class (a copy, an unpickled model) a plain new object."""
+        return _adapted(*args, **kwargs) if cls is HRAModel else super().__new__(cls)
+
+    @classmethod
+    def wrap(cls, base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+        """`base.__init__`, with nothing to do for a model that exists already."""
+        init: Callable[..., Any] = base.__init__
+
+        @functools.wraps(init)
+        def __init__(self: HRAModel, *args: Any, **kwargs: Any) -> None:
+            if "_modules" not in vars(self):
+                init(self, *args, **kwargs)
+
+        return {"__init__": __init__}
+
+    @property
+    def peft_config(self) -> dict[str, HRAConfig]:
+        """Adapter name -> configuration."""
+        return dict(self._record.configs)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters, in the order of their product."""
+        return list(self._record.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter; a list where they are several or none."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def active_peft_config(self) -> HRAConfig:
+        """The configuration of the first active adapter."""
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def peft_type(self) -> str:
+        """Always "HRA"."""
+        return "HRA"
+
+    @property
+    def _record(self) -> Record:
+        return root_of(self)[1]
+
+    def get_base_model(self) -> nn.Module:
+        """The model itself; `unload` or `merge_and_unload` make it a plain one."""
+        return self
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Numbers of trainable and of all parameters, counted as PEFT does: a bias that is trained counts once."""
+        waiting = {
+            id(copies.get(owner, BASE, "bias"))
+            for owner, copies in copies_of(self).values()
+            if set(copies.in_place) == {"bias"} and copies.in_place["bias"] != BASE
+        }
+        counted = [parameter for parameter in self.parameters() if id(parameter) not in waiting]
+        trained = sum(parameter.numel() for parameter in counted if parameter.requires_grad)
+        return trained, sum(parameter.numel() for parameter in counted)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the numbers, in PEFT's line."""
+        trained, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+
+    def add_adapter(
+        self,
+        first: Any = "default",
+        second: Any = "default",
+        /,
+        low_cpu_mem_usage: bool = False,
+        *,
+        adapter_name: str | None = None,
+        peft_config: HRAConfig | None = None,
+        adapter_config: HRAConfig | None = None,
+    ) -> None:
+        """As `hra_fx.add_adapter`: `add_adapter(name, config)` as in PEFT, or `add_adapter(config, name)` as in
+        transformers and diffusers.
+        """
+        given = (first, second)
+        config: Any = peft_config or adapter_config or next((x for x in given if not isinstance(x, str)), None)
+        name = adapter_name or next((x for x in given if isinstance(x, str) and x != "default"), "default")
+        add_adapter(self, name, config, low_cpu_mem_usage=low_cpu_mem_usage)
+
+    def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
+        """As `hra_fx.set_adapter`."""
+        set_adapter(self, adapter_name, inference_mode=inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        """Give gradients to the vectors and copies of these adapters, or take them; others keep theirs."""
+        reshard(self)
+        give_gradients(inventory(self), names_in(self._record, adapter_names), requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As `hra_fx.delete_adapter`; the last one is taken off with `unload`.
+
+        Raises:
+            AdapterError: there is no such adapter, it is merged, or it is the only one.
+        """
+        if list(self.peft_config) == [adapter_name]:
+            raise AdapterError(f"adapter {adapter_name!r}: it is the only one. Call unload() for the base model.")
+        delete_adapter(self, adapter_name)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """As `hra_fx.disable_adapters`: the base model inside the block."""
+        with disable_adapters(self):
+            yield
+
+    def disable_adapter_layers(self) -> None:
+        """Switch all adapters off until `enable_adapter_layers`."""
+        self._switch(disabled=True)
+
+    def enable_adapter_layers(self) -> None:
+        """Switch the active adapters on again."""
+        self._switch(disabled=False)
+
+    def disable_adapters(self) -> None:
+        """What transformers and diffusers call `disable_adapter_layers`."""
+        self._switch(disabled=True)
+
+    def enable_adapters(self) -> None:
+        """What transformers and diffusers call `enable_adapter_layers`."""
+        self._switch(disabled=False)
+
+    def set_adapters(self, adapter_names: str | list[str], weights: float | list[float] | None = None) -> None:
+        """What diffusers calls `set_adapter`, with strengths of 0 to 1 (`hra_fx.set_scale`)."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        given = [] if weights is None else weights if isinstance(weights, list) else [weights] * len(names)
+        if weights is not None and len(given) != len(names):
+            raise AdapterError(f"weights={weights}: {len(given)} strengths for {len(names)} adapters. Give as many.")
+        for weight in given:
+            check_strength(weight)
+        set_adapter(self, names)
+        for name, weight in zip(names, given, strict=False):
+            set_scale(self, name, weight)
+
+    def delete_adapters(self, adapter_names: str | list[str]) -> None:
+        """What diffusers calls `delete_adapter`, for several."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else list(adapter_names):
+            self.delete_adapter(name)
+
+    def _switch(self, *, disabled: bool) -> None:
+        record = self._record
+        check_exchange(self, inventory(self), () if disabled else record.active)
+        if disabled and record.merged:
+            unmerge_adapter(self)
+        record.disabled = disabled
+        refresh(inventory(self), record)
+
+    def merge_adapter(self, adapter_names: Iterable[str] | None = None, safe_merge: bool = False) -> None:
+        """As `hra_fx.merge_adapter`, which is always safe."""
+        merge_adapter(self, adapter_names)
+
+    def unmerge_adapter(self) -> None:
+        """As `hra_fx.unmerge_adapter`."""
+        unmerge_adapter(self)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """Fold the active adapters, or these, into the weights and take off the rest (`hra_fx.fold`).
+
+        Returns:
+            The model, which is a plain base model now.
+
+        Warns:
+            HRAWarning: adapters are taken off that were not folded.
+        """
+        fold(self, adapter_names)
+        if record := record_of(self):
+            text = f"adapters {list(record.configs)} were not folded, and are taken off. To keep them call hra_fx.fold."
+            forget(self, record, tuple(record.configs), None)
+            warnings.warn(text, HRAWarning, stacklevel=2)
+        return self
+
+    def unload(self) -> nn.Module:
+        """Take all adapters off, unused.
+
+        Returns:
+            The model, which is the base model that it was.
+        """
+        record = self._record
+        if record.merged:
+            unmerge_adapter(self)
+        require_outermost(self)
+        forget(self, record, tuple(record.configs), None)
+        return self
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        save_embedding_layers: bool | str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        """Write adapters as PEFT does: "default" into the folder, others into subfolders of their names.
+
+        Raises:
+            AdapterError: `safe_serialization=False`, for a pickle is never written; `push_to_hub=True`;
+                `save_embedding_layers=True`, for which there is `modules_to_save`; or there is no such adapter.
+            CheckpointError: the adapter cannot be written.
+        """
+        if save_embedding_layers is True:
+            raise AdapterError("save_embedding_layers=True: embeddings are saved where modules_to_save names them.")
+        options = {
+            "state_dict": state_dict,
+            "is_main_process": is_main_process,
+            "safe_serialization": safe_serialization,
+            "push_to_hub": push_to_hub,
+        }
+        save_as_it_is(self, save_directory, selected_adapters, options, kwargs)
+
+    @classmethod
+    def from_pretrained(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """`HRAModel.from_pretrained(base, directory, adapter_name="default", is_trainable=False)`.
+
+        Takes what `hra_fx.load_adapter` takes, and PEFT's options that have no meaning here. The class of a model that
+        is adapted already keeps its own `from_pretrained`.
+
+        Returns:
+            The base model, adapted, as an `HRAModel`.
+
+        Raises:
+            As `hra_fx.load_adapter`.
+        """
+        if cls is not HRAModel:
+            own: Any = super()
+            return own.from_pretrained(model, *args, **kwargs)
+        return _loaded(model, *args, **kwargs)
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As `hra_fx.load_adapter`: beside the others, or in place of the values of the adapter of that name."""
+        load_adapter(self, model_id, adapter_name, is_trainable=is_trainable, **_meaningful(kwargs))
+
+
+def _adapted(
+    model: nn.Module,
+    config: HRAConfig | Mapping[str, HRAConfig] | None = None,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    *,
+    peft_config: HRAConfig | Mapping[str, HRAConfig] | None = None,
+) -> nn.Module:
+    if isinstance(model, fx.GraphModule) or is_program(model):
+        raise AdapterError(
+            f"model: a {type(model).__name__} is a captured graph, and cannot take on the methods of HRAModel. Call "
+            "hra_fx.transform(model, config), which gives its like."
+        )
+    if isinstance(model, nn.Module):
+        _check_names(model)
+    given: Any = peft_config if config is None else config
+    configs = dict(given) if isinstance(given, Mapping) else {adapter_name: given}
+    first = adapter_name if adapter_name in configs else next(iter(configs), adapter_name)
+    plain = isinstance(model, nn.Module) and record_of(model) is None
+    transform(model, configs.pop(first, given), first, low_cpu_mem_usage=low_cpu_mem_usage)
+    try:
+        for name, other in configs.items():
+            add_adapter(model, name, other, low_cpu_mem_usage=low_cpu_mem_usage)
+    except BaseException:
+        record = record_of(model)
+        if plain and record:
+            forget(model, record, tuple(record.configs), None)
+        raise
+    return _shaped(model)
+
+
+def _loaded(
+    model: nn.Module,
+    model_id: str | os.PathLike[str],
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
+    if isinstance(model, nn.Module):
+        _check_names(model)
+    load_adapter(model, model_id, adapter_name, is_trainable=is_trainable, **_meaningful(kwargs))
+    return _shaped(model)
+
+
+def _shaped(model: nn.Module) -> nn.Module:
+    if not isinstance(model, HRAModel):
+        swap(model, HRAModel)
+    return model
+
+
+def _meaningful(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Without PEFT's options that ask for what is always so here: loading low on memory, and float32 at least."""
+    always = ("low_cpu_mem_usage", "autocast_adapter_dtype", "ephemeral_gpu_offload", "torch_device")
+    return {name: value for name, value in options.items() if name not in always}
+
+
+def _check_names(model: nn.Module) -> None:
+    """A name that the model uses itself must not become another thing, and its class must allow a subclass."""
+    kind = original_class(model)
+    try:
+        swapped_class(HRAModel, kind)
+    except Exception as error:
+        raise AdapterError(
+            f"{kind.__name__}: no subclass can be made of it ({type(error).__name__}: {error})."
+        ) from error
+    for name in vars(HRAModel):
+        if name.startswith("_"):
+            continue
+        held = any(name in space for space in (model._modules, model._parameters, model._buffers, vars(model)))
+        home = next((base for base in kind.__mro__ if name in vars(base)), None)
+        if held or (home and not f"{home.__module__}.".startswith(_REPLACED)):
+            raise AdapterError(
+                f"{name}: {kind.__name__} has an attribute of this name itself, which HRAModel would hide. Rename it, "
+                "or call hra_fx.transform and the functions of hra_fx instead."
+            )

@@ -1,0 +1,192 @@
+"""`transform`: select, capture, match, insert, verify; then the model carries its rewritten graphs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import Tensor, fx, nn
+
+from hra_fx.config import HRAConfig
+from hra_fx.errors import AdapterError, ConfigError
+from hra_fx.export.captured import is_captured, transform_captured
+from hra_fx.export.program import is_program, transform_program
+from hra_fx.integrations.pretrained import PretrainedCarrier, is_pretrained
+from hra_fx.layers.adapters import check_adapter_name
+from hra_fx.layers.class_swap import swap, unswap
+from hra_fx.model.activate import activate
+from hra_fx.model.detach import release
+from hra_fx.model.example_inputs import Call, as_call
+from hra_fx.model.inject import Fill, all_or_nothing, drawn, introduce, settle
+from hra_fx.model.root import RootCarrier
+from hra_fx.model.state import Record, drop_record, inventory, keep_record, record_of, sites_of
+from hra_fx.model.trainable import freeze, make_copies
+from hra_fx.model.verify import check_against_folded
+from hra_fx.selection.select import select, with_head
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+M = TypeVar("M", bound="nn.Module | ExportedProgram")
+
+
+def transform(
+    model: M,
+    config: HRAConfig,
+    adapter_name: str = "default",
+    *,
+    low_cpu_mem_usage: bool = False,
+    example_inputs: Any = None,
+    verify: bool = False,
+) -> M:
+    """Insert reflections into a model, in place: each selected weight acts as `W Q` from now on.
+
+    The model stays the object, and the class, that it was; its `state_dict` keeps every key and gains
+    `<layer>.hra_u.<adapter>` of shape `(d, r)`, with `d = in_features` or `in_channels // groups * kh * kw` (and
+    `<layer>.hra_u.<adapter>_anchor`, where `init_weights=True` takes one to start at the identity). Its own parameters
+    are shared and frozen; what `config.bias` and `config.modules_to_save` train are copies, which stand in their place
+    while the adapter is active (`<module>.hra_saved` holds what is not in place).
+
+    Args:
+        model: any module with layers that can be adapted (Linear, Conv1d to Conv3d, transformers' Conv1D, attention);
+            a `GraphModule` gets the reflections in its own graph. Of a `torch.export.ExportedProgram` a new one is
+            made, with one node `hra_fx::rotate` for each weight.
+        config: which layers, how many reflections, and how they start.
+        adapter_name: name of the adapter, a part of its parameters' names.
+        low_cpu_mem_usage: make the vectors on the meta device, for `load_adapter`, or for
+            `load_state_dict(..., assign=True)`, to fill.
+        example_inputs: one tensor, a tuple of positional or a dictionary of keyword arguments. A copy of the model is
+            called with them, which shows how inner modules are called (so that optional arguments keep them no longer
+            from being regions), and what reads weights by ways that sources do not tell.
+        verify: compare random reflections with folded weights on copies of the model, for `example_inputs`, in train
+            and eval mode, with gradients and buffers, before the model is handed back.
+
+    Returns:
+        `model`. The same call on a model that has the adapter already changes nothing.
+
+    Raises:
+        ConfigError: `config` is not an `HRAConfig`.
+        SelectionError: the configuration does not fit the model.
+        UnsupportedLayerError: a selected layer cannot be adapted rightly.
+        AdapterError: the model has another adapter (see `add_adapter`), or this one with another configuration; or
+            `verify` without `example_inputs`.
+        VerificationError: the rewritten model would not compute what the folded one does.
+        After any error the model is as it was.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> model = transform(model, HRAConfig(r=2, target_modules=["0", "2"]))
+        >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        ['0.hra_u.default', '2.hra_u.default']
+    """
+    if is_program(model) or is_captured(model):
+        if low_cpu_mem_usage or verify or example_inputs is not None:
+            raise AdapterError(
+                "low_cpu_mem_usage, example_inputs, verify: a captured program has no use for them. Leave them out, or "
+                "transform the model before its capture."
+            )
+        captured: Any = transform_program if is_program(model) else transform_captured
+        transformed: M = captured(model, _valid(config), adapter_name)
+        return transformed
+    module: Any = model
+    config = with_head(module, checked(module, config, adapter_name))
+    call = None if example_inputs is None else as_call(example_inputs)
+    if verify and call is None:
+        raise AdapterError("verify=True: there is nothing to run. Give example_inputs, the arguments of one call.")
+    if not _is_done(module, config, adapter_name):
+        fill = drawn(adapter_name, config, on_meta=low_cpu_mem_usage)
+        set_up(module, config, adapter_name, fill, call=call, verify=verify)
+    elif verify and call:
+        check_against_folded(module, call)
+    return model
+
+
+def set_up(
+    model: nn.Module,
+    config: HRAConfig,
+    adapter_name: str,
+    fill: Fill,
+    copies: Mapping[tuple[str, str], Tensor] = MappingProxyType({}),
+    *,
+    call: Call | None = None,
+    verify: bool = False,
+) -> None:
+    """Make a plain model an adapted one, with one active adapter whose vectors `fill` gives, and these copies."""
+    with all_or_nothing() as steps:
+        layers, findings = introduce(model, adapter_name, config, fill, steps, call)
+        changed = freeze(model)
+        steps.callback(changed.restore, model)
+        record = Record({adapter_name: config}, requires_grad=changed.flags, alone=findings.alone if findings else {})
+        make_copies(model, adapter_name, config, layers, record, steps, copies)
+        if config.modules_to_save or config.bias != "none":
+            settle(model)
+        steps.callback(drop_record, model)
+        keep_record(model, record)
+        if not isinstance(model, fx.GraphModule):
+            carrier = PretrainedCarrier if is_pretrained(model) else RootCarrier
+            swap(model, carrier)
+            steps.callback(unswap, model, carrier)
+        activate(inventory(model), record, (adapter_name,), trainable=not config.inference_mode)
+        if verify and call:
+            check_against_folded(model, call)
+
+
+def checked(model: Any, config: HRAConfig, adapter_name: str) -> HRAConfig:
+    """A copy of the configuration, validated again, for its fields may have been set since it was made.
+
+    Raises:
+        AdapterError: `model` or `adapter_name` is none.
+        ConfigError: `config` is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"model: {model!r} is no torch.nn.Module. Give the model itself, not its name or class.")
+    config = _valid(config)
+    if not isinstance(adapter_name, str):
+        raise AdapterError(f"adapter_name: {adapter_name!r} is no string. Give a name such as 'default'.")
+    check_adapter_name(adapter_name)
+    return config
+
+
+def _valid(config: HRAConfig) -> HRAConfig:
+    if not isinstance(config, HRAConfig):
+        kind = f"{type(config).__module__}.{type(config).__qualname__}"
+        raise ConfigError(
+            f"config: a {kind}, where an hra_fx.HRAConfig is due. Make one from its fields: hra_fx.HRAConfig(r=..., "
+            "target_modules=...), or from the JSON of PEFT's with hra_fx.HRAConfig.from_pretrained(folder)."
+        )
+    return copy.deepcopy(dataclasses.replace(config))
+
+
+def _is_done(model: nn.Module, config: HRAConfig, adapter_name: str) -> bool:
+    record = record_of(model)
+    carried = sites_of(model)
+    if record and not carried:  # its parts were folded one by one
+        release(model)
+        record = None
+    present = record.configs if record else {}
+    if present.get(adapter_name) == config:
+        if odd := sorted(select(model, config).keys() ^ _layers_with(model, adapter_name)):
+            raise AdapterError(
+                f"adapter {adapter_name!r}: the model was transformed and changed since, so that {odd[0]} is not in "
+                "step with its configuration. Fold it (hra_fx.fold) and transform it again."
+            )
+        return True
+    if adapter_name in present:
+        raise AdapterError(
+            f"adapter {adapter_name!r}: the model has it already, with another configuration. Fold it first, or choose "
+            "another name."
+        )
+    if carried:
+        names = ", ".join(dict.fromkeys(name for layer in carried.values() for name in layer.hra_u))
+        raise AdapterError(
+            f"adapter {adapter_name!r}: {next(iter(carried))} carries reflections already, of {names}. For another one "
+            "beside it call hra_fx.add_adapter on the model that was transformed; to build on it fold it first."
+        )
+    return False
+
+
+def _layers_with(model: nn.Module, adapter_name: str) -> set[str]:
+    return {path for path, layer in sites_of(model).items() if adapter_name in layer.hra_u}

@@ -1,0 +1,7 @@
+"""Captured programs: `torch.export.ExportedProgram`s, and `fx.GraphModule`s of ATen operators.
+
+Importing this package registers the operator `hra_fx::rotate`, which `torch.export.load` needs to read a program with
+reflections.
+"""
+
+from hra_fx.export import ops as ops

@@ -1,0 +1,1 @@
+"""The mathematics: reflections, compact WY, geodesics, and forms that exporters understand."""

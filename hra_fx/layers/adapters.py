@@ -1,0 +1,343 @@
+"""The module that owns a site's reflection vectors: `<layer>.hra_u`, a `ParameterDict` that can be called.
+
+Keys and shapes are PEFT's (`hra_u.<adapter>`, `(d, r)`), so a `state_dict` reads the same. An anchored adapter
+(`householder.anchor`) keeps its frozen prefix as the buffer `hra_u.<adapter>_anchor` beside it; a merged layer keeps
+the weight that it had as the buffer `hra_u.unmerged`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hra_fx.errors import AdapterError
+from hra_fx.functional import geodesic, householder
+from hra_fx.kernels.gram_schmidt import orthonormal_chain
+from hra_fx.layers.sharding import laid_out_as, whole
+from hra_fx.layers.target import REFLECTION, SiteKind, as_rows, weight_name
+
+#: What follows an adapter's name in that of its anchor.
+ANCHOR = "_anchor"
+_SCALED = "_scaled"
+#: What the containers of vectors and copies are made of, and the names that stand for the base model.
+_RESERVED = (
+    *("kind", "columns", "weight_name", "on_weight", "width", "specs", "active", "scales", "paused", "unmerged"),
+    *("acts", "base_layer", "original_module"),
+    *("copied", "in_place", "make", "tensors", "put_in_place", "adopt", "remove", "give_gradient", "would_change"),
+)
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What one adapter is at one site.
+
+    Attributes:
+        r: number of trained vectors.
+        apply_GS: whether Gram-Schmidt makes them orthonormal first.
+        init_weights: start at the identity (anchored where that takes an anchor), or at random as PEFT's `False`.
+    """
+
+    r: int
+    apply_GS: bool = False
+    init_weights: bool = True
+
+
+def check_adapter_name(name: object) -> None:
+    """Refuse a name that cannot be both a parameter's name and a folder's.
+
+    Raises:
+        AdapterError: it cannot.
+
+    Example:
+        >>> check_adapter_name("style-2")
+    """
+    if (
+        not isinstance(name, str)
+        or not name.strip()
+        or name != name.strip()
+        or any(sign in name for sign in "./\\\0")
+        or name.endswith((ANCHOR, _SCALED))
+        or hasattr(nn.ParameterDict, name)
+        or name in _RESERVED
+    ):
+        raise AdapterError(
+            f"adapter name {name!r}: it names parameters inside the model, and a folder on disk, so it must be a "
+            f"string without dots, slashes and spaces at its ends, not end in {ANCHOR!r} or {_SCALED!r}, and be no "
+            "attribute of the container. Choose another name."
+        )
+
+
+class Reflection(nn.ParameterDict):
+    """The adapters of one site: adapter name -> `U: (d, r)`; calling it reflects what the site reads.
+
+    Attributes:
+        kind: the kind of site.
+        columns: whether the weight is `(in, out)`.
+        weight_name: what the weight is called in the layer.
+        on_weight: whether it is called with the weight, and not with what the layer reads.
+        width: `d`.
+        specs: adapter name -> `AdapterSpec`.
+        active: names of the adapters in use, in the order of the product `W Q_a Q_b ...`.
+        scales: adapter name -> its strength, where that is not 1.
+        paused: adapter name -> whether it is to be trained once its strength is 1 again.
+        unmerged: the weight as it was before a merge; `None` while nothing is merged.
+    """
+
+    on_weight: ClassVar[bool] = False
+    unmerged: Tensor | None
+
+    def __init__(self, width: int, kind: SiteKind = "linear", *, columns: bool = False) -> None:
+        """An empty container for vectors of length `width`."""
+        super().__init__()
+        self.kind = kind
+        self.columns = columns
+        self.weight_name = weight_name(kind)
+        self.width = width
+        self.specs: dict[str, AdapterSpec] = {}
+        self.active: tuple[str, ...] = ()
+        self.scales: dict[str, float] = {}
+        self.paused: dict[str, bool] = {}
+        self.register_buffer("unmerged", None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it as a module: `nn.ParameterDict` refuses to be called."""
+        return nn.Module.__call__(self, *args, **kwargs)
+
+    def add(self, name: str, spec: AdapterSpec, like: Tensor, *, on_meta: bool = False) -> None:
+        """Add an adapter with fresh vectors; it is not active yet.
+
+        The vectors come in the dtype of `like`, float32 at least (as PEFT's `autocast_adapter_dtype=True`), on its
+        device; `on_meta` makes them without data.
+
+        Raises:
+            AdapterError: the name cannot be a parameter's name here.
+        """
+        dtype = householder.working_dtype(like.dtype)
+        vectors = householder.start(
+            self.width, spec.r, apply_GS=spec.apply_GS, init_weights=spec.init_weights, dtype=dtype, on_meta=on_meta
+        )
+        anchor = householder.anchor(vectors, apply_GS=spec.apply_GS) if spec.init_weights else None
+        device = vectors.device if on_meta else like.device
+        self.put(name, spec, vectors.to(device), None if anchor is None else anchor.to(device))
+
+    def put(self, name: str, spec: AdapterSpec, vectors: Tensor, anchor: Tensor | None) -> None:
+        """Add an adapter with given vectors `U: (d, r)` and anchor `A: (d, k)`; it is not active yet.
+
+        Raises:
+            AdapterError: the name cannot be a parameter's name here.
+        """
+        check_adapter_name(name)
+        if hasattr(self, name):
+            raise AdapterError(f"adapter name {name!r}: it is taken here. Choose another name.")
+        self[name] = nn.Parameter(vectors)
+        if anchor is not None:
+            self.register_buffer(name + ANCHOR, anchor)
+        self.specs[name] = spec
+
+    def replace(self, name: str, vectors: Tensor, anchor: Tensor | None, device: torch.device) -> None:
+        """Give an adapter other vectors of the same shape in place (without data: new ones on `device`), and anchor."""
+        own = self[name]
+        if own.is_meta:
+            self[name] = nn.Parameter(vectors.to(device, own.dtype), requires_grad=own.requires_grad)
+        else:
+            own.copy_(laid_out_as(vectors, own))
+        self._drop(name + ANCHOR)
+        if anchor is not None:
+            self.register_buffer(name + ANCHOR, anchor.to(own.device, own.dtype))
+
+    def remove(self, name: str) -> None:
+        """Take an adapter out, if it is there."""
+        if name not in self.specs:
+            return
+        del self[name], self.specs[name]
+        self.scales.pop(name, None)
+        self.paused.pop(name, None)
+        for suffix in (ANCHOR, _SCALED):
+            self._drop(name + suffix)
+        self.active = tuple(other for other in self.active if other != name)
+
+    def give_gradient(self, name: str, wanted: bool) -> None:
+        """Train the vectors of an adapter, or freeze them; where the strength is not 1, once it is 1 again."""
+        if name in self.scales:
+            self.paused[name] = wanted
+        else:
+            self._parameters[name].requires_grad_(wanted)  # type: ignore[union-attr]
+
+    def scaled(self, name: str, alpha: float) -> Tensor:
+        """What the chain of an adapter is at strength `alpha` (`geodesic.fraction`), float32 at least.
+
+        Raises:
+            AdapterError: its `Q` is no rotation.
+        """
+        dtype = householder.working_dtype(self[name].dtype)
+        return geodesic.fraction(self.full_chain(name, dtype).detach(), alpha)
+
+    def scale(self, name: str, alpha: float, chain: Tensor | None = None) -> None:
+        """Set the strength of an adapter, of which `scaled` gives the chain; 1 takes it back.
+
+        The forward does not read the vectors then, so they have no gradient until the strength is 1 again.
+        """
+        vectors: nn.Parameter = self[name]
+        made = self.scaled(name, alpha) if chain is None and alpha != 1 else chain
+        trained = self.paused.pop(name, vectors.requires_grad)
+        self.scales.pop(name, None)
+        self._drop(name + _SCALED)
+        if alpha != 1:
+            # Not in the state_dict: it follows from the vectors and the strength.
+            self.register_buffer(name + _SCALED, made, persistent=False)
+            self.scales[name] = alpha
+            self.paused[name] = trained
+        vectors.requires_grad_(trained and alpha == 1)
+
+    def _drop(self, buffer: str) -> None:
+        if buffer in self._buffers:
+            delattr(self, buffer)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Load, and bring the scaled adapters in step with their vectors."""
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        errors: list[str] = rest[-1]
+        for name, alpha in list(self.scales.items()):
+            try:
+                self.scale(name, alpha)
+            except AdapterError as error:
+                errors.append(f"{prefix}{name}: {error}")
+
+    def anchor(self, name: str) -> Tensor | None:
+        """The frozen prefix `A` of an adapter, `(d, 1)` or `(d, r)`, if it has one."""
+        return getattr(self, name + ANCHOR) if name + ANCHOR in self._buffers else None
+
+    def chain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The adapter, at its strength, as plain reflections; `(d, k)`, made in `dtype`."""
+        if name not in self.scales:
+            return self.full_chain(name, dtype)
+        if dtype is None:
+            scaled: Tensor = getattr(self, name + _SCALED)
+            return scaled
+        return geodesic.fraction(self.full_chain(name, dtype), self.scales[name])
+
+    def full_chain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The adapter at full strength: `[A | U]`, or `[A | V]` with Gram-Schmidt; `(d, k)`, made in `dtype`.
+
+        With a `dtype` all shards of the vectors are gathered, where several processes hold them.
+        """
+        vectors: Tensor = self[name] if dtype is None else whole(self[name]).to(dtype)
+        return plain_chain(vectors, self.anchor(name), apply_GS=self.specs[name].apply_GS)
+
+    def active_chain(self, dtype: torch.dtype | None = None) -> Tensor | None:
+        """All active adapters as one chain of unit vectors, `W Q_a Q_b` in their order; `None` where none is."""
+        return self.joint_chain(self.active, dtype)
+
+    def joint_chain(self, names: Iterable[str], dtype: torch.dtype | None = None) -> Tensor | None:
+        """Some adapters as one chain of unit vectors, in their order; `None` where they do nothing."""
+        vectors = self.joint_vectors(names, dtype)
+        return None if vectors is None else householder.normalize(vectors)
+
+    def joint_vectors(self, names: Iterable[str], dtype: torch.dtype | None = None) -> Tensor | None:
+        """Some adapters as one chain of vectors of any length, in their order; `None` where they do nothing."""
+        chains = [self.chain(name, dtype) for name in names if not self._is_idle(name)]
+        if not chains:
+            return None
+        return chains[0] if len(chains) == 1 else torch.cat(chains, dim=1)
+
+    def sources(self) -> tuple[Tensor, ...]:
+        """The tensors that the chain of the active adapters is made of, in their order."""
+        names = [name for name in self.active if not self._is_idle(name)]
+        held = [self._buffers[name + _SCALED] if name in self.scales else self._held(name) for name in names]
+        anchors = [self._buffers.get(name + ANCHOR) for name in names if name not in self.scales]
+        return tuple(tensor for tensor in (*held, *anchors) if tensor is not None)
+
+    def _held(self, name: str) -> Tensor:
+        """The vectors of an adapter, and no node that stands for them; a replica of DataParallel has no parameters."""
+        held = self._parameters.get(name)
+        return self[name] if held is None else held
+
+    def weight_of(self, layer: nn.Module) -> nn.Parameter:
+        """The weight of the site, as it is, whatever the layer answers with.
+
+        Raises:
+            AdapterError: another tool has replaced the parameter.
+        """
+        weight = layer._parameters.get(self.weight_name)
+        if weight is None and getattr(layer, "_is_replica", False):  # which has its tensors as plain attributes
+            weight = vars(layer).get(self.weight_name)
+        if weight is None:
+            raise AdapterError(
+                f"{type(layer).__name__}: its {self.weight_name} is no parameter any more, since weight_norm, pruning "
+                "or the like came after hra_fx.transform. Take that off first (remove_weight_norm, prune.remove)."
+            )
+        return weight
+
+    def _is_idle(self, name: str) -> bool:
+        """Whether an adapter is at strength 0: asked of the tensor itself, for a tracer has no shape to look at."""
+        scaled = self._buffers.get(name + _SCALED) if name in self.scales else None
+        return scaled is not None and not scaled.shape[1]
+
+    @property
+    def acts(self) -> bool:
+        """Whether anything is made of what it is called with: an adapter is active, and its strength not 0."""
+        return not all(self._is_idle(name) for name in self.active)
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """The site's weight, or one of its shape, as the matrix `(out, d)` that `Q` is multiplied to."""
+        return as_rows(weight, columns=self.columns)
+
+    def shaped(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Rows `(out, d)` in the shape of a weight again."""
+        return rows.mT.contiguous() if self.columns else rows.view_as(like)
+
+    def vectors_for(self, x: Tensor) -> Tensor | None:
+        """The vectors of all active adapters to go with `x`, `(d, k)`, of any length; `None` where they do nothing.
+
+        Raises:
+            AdapterError: they have no data yet. Operators would mix in uninitialised memory without an error.
+        """
+        vectors = self.joint_vectors(self.active, None)
+        # Asked of the parameters themselves, as in _is_idle.
+        empty = any(self._held(name).is_meta for name in self.active)
+        if empty and not x.is_meta:
+            raise AdapterError(
+                f"hra_u of width {self.width}: the vectors of {', '.join(self.active)} are on the meta device, and "
+                "hold no data. Fill them first: hra_fx.load_adapter, or model.load_state_dict(..., assign=True)."
+            )
+        return vectors
+
+    def extra_repr(self) -> str:
+        """One line instead of one for each parameter."""
+        return ", ".join(
+            f"{name}: d={self.width}, r={spec.r}" + (", GS" if spec.apply_GS else "")
+            for name, spec in self.specs.items()
+        )
+
+
+def plain_chain(vectors: Tensor, anchor: Tensor | None, *, apply_GS: bool) -> Tensor:
+    """An adapter as plain reflections: `[A | U]`, or `[A | V]` with Gram-Schmidt.
+
+    Args:
+        vectors: `U: (d, r)`.
+        anchor: `A: (d, k)`, if it has one.
+        apply_GS: whether it runs Gram-Schmidt.
+
+    Returns:
+        `(d, k + r)`, in the dtype of `vectors`, float32 at least with Gram-Schmidt.
+
+    Example:
+        >>> plain_chain(torch.ones(4, 2), torch.zeros(4, 1), apply_GS=False).shape
+        torch.Size([4, 3])
+    """
+    if apply_GS:
+        return orthonormal_chain(vectors, anchor)
+    return vectors if anchor is None else torch.cat([anchor.to(vectors.dtype), vectors], dim=1)
+
+
+def reflection_of(layer: nn.Module) -> Reflection | None:
+    """The reflections that a layer carries, if any."""
+    # The children of a scripted module are no dict, and know no `get`.
+    if REFLECTION not in layer._modules:
+        return None
+    reflection = layer._modules[REFLECTION]
+    return reflection if isinstance(reflection, Reflection) else None

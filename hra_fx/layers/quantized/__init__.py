@@ -1,0 +1,1 @@
+"""Linear layers with a quantized weight, of bitsandbytes and torchao; neither library is imported here."""

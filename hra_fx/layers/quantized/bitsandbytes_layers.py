@@ -1,0 +1,156 @@
+"""bitsandbytes' `Linear8bitLt` and `Linear4bit`: their own autograd functions give the gradient of the input."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hra_fx.layers.quantized.scheme import Packing, Repacked
+
+#: Whether a layer may change its layout for the CPU.
+_FAST = "support_avx512bf16_for_cpu"
+_UNPACKED = "its weight is quantised when it first moves to a device, and has not yet been. Call model.to(device) first"
+
+
+class EightBit(Packing):
+    """`Linear8bitLt`: int8 with a scale a row. What the layer keeps goes back and forth between weight and state."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        """For the class of the library that is loaded."""
+        self.kind = kind
+
+    def words(self, layer: nn.Module) -> str:
+        """Library and scheme."""
+        return "bitsandbytes, 8 bit"
+
+    def why_not_adapted(self, layer: Any) -> str | None:
+        """Weights that are kept in floating point are quantised in each forward, from a memory that a fold misses."""
+        if layer.state.has_fp16_weights:
+            return (
+                "it keeps a floating-point weight (has_fp16_weights=True), which it quantises behind the back of a "
+                "fold. Make it with has_fp16_weights=False, or leave it out with exclude_modules"
+            )
+        return None if layer.weight.dtype == torch.int8 else _UNPACKED
+
+    def values(self, layer: Any) -> Tensor:
+        """`int8 * scale / 127`, float32."""
+        weight = layer.weight
+        scale = layer.state.SCB if weight.SCB is None else weight.SCB
+        return _scaled(weight.data, scale)
+
+    def repacked(self, layer: Any, rows: Tensor) -> Repacked:
+        """By way of float16, as the library does it."""
+        weight = layer.weight
+        # It quantises what comes to a device from the CPU, and nothing else.
+        fresh = _class("Int8Params")(rows.to("cpu", torch.float32), requires_grad=False, has_fp16_weights=False)
+        made = fresh.to(weight.device)
+        return Repacked(made, _scaled(made.data, made.SCB))
+
+    def put(self, layer: Any, weight: nn.Parameter) -> None:
+        """With the state forgotten, which would go on with the old weight."""
+        layer.weight = weight
+        layer.state.reset_grads()
+
+
+class FourBit(Packing):
+    """`Linear4bit`: nf4 or fp4 in blocks, packed into a column of bytes.
+
+    On a CPU with AVX512-BF16, a forward without gradients changes the layout for good. No gradient passes that, and the
+    way back (0.50) leaves the scales rounded, and in another order than the blocks. So it is kept from it.
+    """
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        """For the class of the library that is loaded."""
+        self.kind = kind
+
+    def words(self, layer: Any) -> str:
+        """Library and scheme."""
+        return f"bitsandbytes, 4 bit {layer.weight.quant_type}"
+
+    def why_not_adapted(self, layer: Any) -> str | None:
+        """A weight that came by other ways than the library's has no scales."""
+        return None if getattr(layer.weight, "quant_state", None) is not None else _UNPACKED
+
+    def why_no_gradient(self, layer: Any) -> str | None:
+        """After a forward without gradients, where it changes the layout."""
+        if layer.weight.device.type != "cpu" or not getattr(layer, _FAST, False):
+            return None
+        return "on this CPU, bitsandbytes lets no gradient pass it once it was called without gradients"
+
+    @contextmanager
+    def called(self, layer: Any) -> Iterator[None]:
+        """In the layout in which it is stored."""
+        _unpack(layer)
+        fast = getattr(layer, _FAST, None)
+        if fast:
+            setattr(layer, _FAST, False)
+        try:
+            yield
+        finally:
+            if fast:
+                setattr(layer, _FAST, fast)
+
+    def values(self, layer: Any) -> Tensor:
+        """In the dtype that the weight once had."""
+        _unpack(layer)
+        return _dequantized(layer.weight)
+
+    def repacked(self, layer: Any, rows: Tensor) -> Repacked:
+        """With the block size, the type and the nesting that it has."""
+        _unpack(layer)
+        weight = layer.weight
+        # Without `module`, which would get the new scales at once.
+        fresh = _class("Params4bit")(
+            rows.to(weight.quant_state.dtype),
+            requires_grad=False,
+            blocksize=weight.blocksize,
+            compress_statistics=weight.compress_statistics,
+            quant_type=weight.quant_type,
+            quant_storage=weight.quant_storage,
+        )
+        made = fresh.to(weight.device)
+        return Repacked(made, _dequantized(made))
+
+    def put(self, layer: Any, weight: Any) -> None:
+        """With the scales, which the layer keeps a second time."""
+        weight.module = layer
+        layer.weight, layer.quant_state = weight, weight.quant_state
+
+
+def bitsandbytes_packing(layer: nn.Module) -> Packing | None:
+    """The packing of a layer of bitsandbytes; `None` for any other."""
+    # If the library is not loaded, no object can be of its classes.
+    library: Any = sys.modules.get("bitsandbytes.nn")
+    if library is None:
+        return None
+    if isinstance(layer, library.Linear4bit):
+        return FourBit(library.Linear4bit)
+    return EightBit(library.Linear8bitLt) if isinstance(layer, library.Linear8bitLt) else None
+
+
+def _class(name: str) -> Any:
+    """The library's class of such a weight: a pickle brings it back as a plain parameter, with all its attributes."""
+    return getattr(sys.modules["bitsandbytes.nn"], name)
+
+
+def _scaled(rows: Tensor, scale: Tensor) -> Tensor:
+    return rows.to(torch.float32) * (scale.to(rows.device, torch.float32) / 127).unsqueeze(1)
+
+
+def _dequantized(weight: Any) -> Tensor:
+    dequantize: Any = sys.modules["bitsandbytes.functional"].dequantize_4bit
+    values: Tensor = dequantize(weight.data, weight.quant_state)
+    return values
+
+
+def _unpack(layer: Any) -> None:
+    state = layer.weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        layer.state_dict()  # before it is read for a file, the library unpacks it for good
+    if state.absmax.dim() == 2:  # transposed still, and in bfloat16
+        state.absmax = state.absmax.mT.reshape(-1).to(torch.float32)

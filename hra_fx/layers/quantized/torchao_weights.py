@@ -1,0 +1,108 @@
+"""torchao: a plain Linear whose weight is a tensor subclass, of which some quantise the layer's input too."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hra_fx.layers.quantized.scheme import Packing, Repacked
+
+#: Tensor subclasses that can be made again from what they keep.
+_MADE = ("Int8Tensor", "IntxUnpackedToInt8Tensor")
+#: What a tensor says that quantises inputs, whichever name its class has for it.
+_OF_INPUTS = ("act_quant_kwargs", "activation_quantization")
+
+
+class TorchAO(Packing):
+    """A tensor of torchao.
+
+    Its own gradient of the input is none at all where inputs are quantised, and costs a floating-point copy of the
+    weight, kept from forward to backward, where they are not. So it is always made here.
+    """
+
+    straight_through = True
+
+    def words(self, layer: Any) -> str:
+        """Library and class."""
+        weight = layer._parameters["weight"]
+        size = getattr(weight, "target_dtype", None)
+        of = f" of {str(size).removeprefix('torch.')}" if size is not None else ""
+        return f"torchao, {type(weight).__name__}{of}"
+
+    def why_no_gradient(self, layer: Any) -> str | None:
+        """Where inputs are quantised."""
+        weight = layer._parameters["weight"]
+        rounds = any(getattr(weight, name, None) is not None for name in _OF_INPUTS)
+        return "it quantises what it reads, and torchao lets no gradient pass that" if rounds else None
+
+    def why_not_repacked(self, layer: Any) -> str | None:
+        """Only from some classes it can be read how they were made."""
+        weight = layer._parameters["weight"]
+        name = type(weight).__name__
+        if name not in _MADE:
+            return f"how its {name} was made cannot be read from it"
+        if getattr(weight, "act_pre_scale", None) is not None or getattr(weight, "act_quant_scale", None) is not None:
+            return f"its {name} has scales of inputs, which were calibrated for the weight that it is"
+        return None
+
+    def values(self, layer: Any) -> Tensor:
+        """As the tensor says; where it cannot, as the layer maps the unit vectors."""
+        weight = layer._parameters["weight"]
+        if type(weight).dequantize is not Tensor.dequantize:  # which every tensor has, and is for those of torch.ao
+            values: Tensor = weight.dequantize()
+            return values.detach()
+        unit = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+        with torch.no_grad():
+            return F.linear(unit, weight).mT
+
+    def repacked(self, layer: Any, rows: Tensor) -> Repacked:
+        """With the blocks, the symmetry and the handling of inputs that it has."""
+        old = layer._parameters["weight"].data
+        new = (_int8 if type(old).__name__ == "Int8Tensor" else _intx)(old, rows.to(old.dtype))
+        return Repacked(nn.Parameter(new, requires_grad=False), new.dequantize())
+
+
+def torchao_packing(layer: nn.Module) -> Packing | None:
+    """The packing of a Linear whose weight is a tensor of torchao; `None` for any other layer."""
+    # If the library is not loaded, no object can be of its classes.
+    kind = getattr(sys.modules.get("torchao.utils"), "TorchAOBaseTensor", None)
+    fits = kind is not None and isinstance(layer, nn.Linear) and isinstance(layer._parameters.get("weight"), kind)
+    return TorchAO() if fits else None
+
+
+def _int8(old: Any, rows: Tensor) -> Any:
+    granularity: Any = sys.modules["torchao.quantization.granularity"]
+    group = old.block_size[-1]
+    if list(old.block_size) == list(old.shape):
+        size = granularity.PerTensor()
+    else:
+        size = granularity.PerRow() if group == old.shape[-1] else granularity.PerGroup(group)
+    return type(old).from_hp(
+        rows,
+        size,
+        mapping_type=_symmetry(old),
+        act_quant_kwargs=old.act_quant_kwargs,
+        reduce_range=old.reduce_range,
+    )
+
+
+def _intx(old: Any, rows: Tensor) -> Any:
+    new = type(old).from_hp(
+        rows,
+        tuple(old.block_size),
+        old.target_dtype,
+        mapping_type=_symmetry(old),
+        activation_quantization=old.activation_quantization,
+    )
+    new.scale = new.scale.to(old.scale.dtype)
+    return new
+
+
+def _symmetry(old: Any) -> Any:
+    kinds: Any = sys.modules["torchao.quantization.quant_primitives"].MappingType
+    shifted = old.zero_point is not None and bool(old.zero_point.any())
+    return kinds.ASYMMETRIC if shifted else kinds.SYMMETRIC

@@ -1,0 +1,151 @@
+"""What a *site* is: one layer, by identity, whose weight is rotated. Shared by every pass and by the API."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor, nn
+
+SiteKind: TypeAlias = Literal["linear", "conv1d", "conv2d", "conv3d", "attention"]
+
+#: Name of the child module that owns a site's reflections, hence of its `state_dict` keys (PEFT's name).
+REFLECTION = "hra_u"
+#: Name of the child module that holds an adapter's copies of tensors while they are not in place.
+SAVED = "hra_saved"
+#: Name of a site's attribute that gives its weight as it is, whatever `weight` gives.
+BASE_WEIGHT = "hra_base"
+#: Key of `torch.fx.Node.meta` under which the passes keep a `SiteNote`.
+META = "hra"
+
+_CONVOLUTIONS: dict[type[nn.Module], SiteKind] = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d"}
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a pass has to know of a site.
+
+    Attributes:
+        path: the layer's qualified name in the whole model, the first where it has several.
+        kind: what sort of layer it is.
+        on_weight: whether its weight is reflected where it is read, and not its input.
+    """
+
+    path: str
+    kind: SiteKind
+    on_weight: bool = False
+
+
+@dataclass(frozen=True)
+class SiteNote:
+    """The mark that the passes leave on a node, in `node.meta["hra"]`.
+
+    Attributes:
+        path: the layer's qualified name in the whole model.
+        kind: what sort of layer it is.
+        role: `"layer"` for the call of the layer; `"reflection"` for the call of its `hra_u` container; `"weight"` for
+            a read of its weight; `"reader"` for the call of a module that reads the rotated weight by itself.
+        also: the other sites of which this node is the reader.
+    """
+
+    path: str
+    kind: SiteKind
+    role: Literal["layer", "reflection", "weight", "reader"]
+    also: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SiteOperators:
+    """The operators that stand for sites in a graph of TorchDynamo (`hra_fx.kernels.compile_ops`).
+
+    Attributes:
+        rows: that of one site, of a value and its vectors.
+        factors: makes chains, and then factors, of a list of vectors.
+        by: takes a value, chains and factors, and gives a list.
+    """
+
+    rows: Any
+    factors: Any
+    by: Any
+
+
+def find_kind(layer: nn.Module) -> SiteKind | None:
+    """The kind of a layer that may be a site, `None` for one that may not.
+
+    Example:
+        >>> find_kind(nn.Conv2d(3, 8, 3)), find_kind(nn.ReLU())
+        ('conv2d', None)
+    """
+    if isinstance(layer, nn.Linear) or has_columns(layer):
+        return "linear"
+    if isinstance(layer, nn.MultiheadAttention):
+        return "attention"
+    return next((kind for base, kind in _CONVOLUTIONS.items() if isinstance(layer, base)), None)
+
+
+def kind_of(layer: nn.Module) -> SiteKind:
+    """The kind of a site's layer.
+
+    Raises:
+        TypeError: it is none.
+
+    Example:
+        >>> kind_of(nn.Linear(3, 8))
+        'linear'
+    """
+    kind = find_kind(layer)
+    if kind is None:
+        raise TypeError(f"{type(layer).__name__} cannot be a site")
+    return kind
+
+
+def has_columns(layer: nn.Module) -> bool:
+    """Whether a layer is transformers' `Conv1D`: a Linear whose weight is `(in, out)`, as GPT-2's are."""
+    # If transformers is not loaded, no object can be of that class.
+    kind = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return kind is not None and isinstance(layer, kind)
+
+
+def weight_name(kind: SiteKind) -> str:
+    """The name of the parameter that is rotated: that of an attention holds the projections of q, k and v in one."""
+    return "in_proj_weight" if kind == "attention" else "weight"
+
+
+def as_rows(weight: Tensor, *, columns: bool) -> Tensor:
+    """A weight as the matrix `(out, d)` that is multiplied by `Q` from the right, without a copy where that can be."""
+    return weight.mT if columns else weight.flatten(1)
+
+
+def width_of(layer: nn.Module) -> int:
+    """The length `d` of a site's reflection vectors: one row of the weight, flattened.
+
+    Example:
+        >>> width_of(nn.Conv2d(8, 16, (3, 5), groups=2))
+        60
+    """
+    weight: Tensor = layer._parameters[weight_name(kind_of(layer))]  # type: ignore[assignment]
+    if isinstance(layer, nn.Linear) and not weight.is_floating_point():
+        return layer.in_features  # the shape of a packed weight says nothing
+    return weight.shape[0] if has_columns(layer) else weight.shape[1:].numel()
+
+
+def describe(layer: nn.Module) -> str:
+    """A few words for tables and errors.
+
+    Example:
+        >>> describe(nn.Conv2d(8, 16, (3, 5), groups=2))
+        'Conv2d 8->16 3x5, groups 2'
+    """
+    if isinstance(layer, nn.Linear):
+        return f"Linear {layer.in_features}->{layer.out_features}"
+    if has_columns(layer):
+        weight: Tensor = layer._parameters["weight"]  # type: ignore[assignment]
+        return f"Conv1D {weight.shape[0]}->{weight.shape[1]}"
+    if isinstance(layer, nn.MultiheadAttention):
+        return f"Attention {layer.embed_dim}->3x{layer.embed_dim}"
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return type(layer).__name__
+    size = "x".join(map(str, layer.kernel_size))
+    groups = f", groups {layer.groups}" if layer.groups > 1 else ""
+    return f"Conv{len(layer.kernel_size)}d {layer.in_channels}->{layer.out_channels} {size}{groups}"

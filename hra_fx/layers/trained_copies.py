@@ -1,0 +1,169 @@
+"""Trained copies of a module's own tensors: what `modules_to_save` and `bias` train, switched with their adapter.
+
+Where an adapter has a copy and is active, the copy stands in the tensor's own place (`classifier.weight`), so that
+every path to it, a region's graph or a functional read, finds the trained one. What is not in place waits in the child
+`<module>.hra_saved.<adapter>`, the base model's own under `hra_saved.base_layer`: all of it moves, counts and is saved
+with the model. (PEFT keeps copies of whole modules behind a wrapper, which renames the keys of the base model.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+from hra_fx.layers.target import SAVED
+
+#: Stands for the base model where the name of an adapter would.
+BASE = "base_layer"
+
+
+class Copies(nn.Module):
+    """The tensors of one module that are not in place.
+
+    Attributes:
+        copied: adapter name -> names of the tensors that it has a copy of.
+        in_place: tensor name -> whose it is: an adapter's, or `BASE`.
+    """
+
+    def __init__(self) -> None:
+        """No copies yet."""
+        super().__init__()
+        self.copied: dict[str, tuple[str, ...]] = {}
+        self.in_place: dict[str, str] = {}
+
+    def make(
+        self,
+        owner: nn.Module,
+        adapter: str,
+        names: Iterable[str],
+        memo: dict[int, nn.Parameter],
+        values: Mapping[str, Tensor],
+    ) -> None:
+        """Make copies of tensors of `owner` for an adapter; they wait.
+
+        They are as the base model's, or as `values` has them. `memo` holds the copies made for this adapter by the
+        identity of the original, so that what is one tensor at two places stays one.
+        """
+        self.copied[adapter] = tuple(names)
+        holder = nn.Module()
+        self.add_module(adapter, holder)
+        for name in self.copied[adapter]:
+            self.in_place.setdefault(name, BASE)
+            source = self.get(owner, BASE, name)
+            value = values[name].to(source) if name in values else source.detach()
+            if isinstance(source, nn.Parameter):
+                floating = source.is_floating_point()
+                if id(source) not in memo:
+                    memo[id(source)] = nn.Parameter(value.clone(), requires_grad=floating)
+                holder.register_parameter(name, memo[id(source)])
+            else:
+                persistent = name not in owner._non_persistent_buffers_set
+                holder.register_buffer(name, value.clone(), persistent=persistent)
+
+    def get(self, owner: nn.Module, adapter: str, name: str) -> Tensor:
+        """A tensor of an adapter or of `BASE`, in place or waiting."""
+        holder = owner if self.in_place[name] == adapter else self._modules[adapter]
+        tensor: Tensor = getattr(holder, name)
+        return tensor
+
+    def tensors(self, owner: nn.Module, adapter: str) -> dict[str, Tensor]:
+        """All copies of an adapter, by name."""
+        return {name: self.get(owner, adapter, name) for name in self.copied.get(adapter, ())}
+
+    def give_gradient(self, owner: nn.Module, adapter: str, wanted: bool) -> None:
+        """Train the copies of an adapter, or freeze them."""
+        for tensor in self.tensors(owner, adapter).values():
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(wanted and tensor.is_floating_point())
+
+    def would_change(self, adapter: str) -> bool:
+        """Whether `put_in_place` would exchange anything."""
+        return any(self._wanted(adapter, name) != present for name, present in self.in_place.items())
+
+    def _wanted(self, adapter: str, name: str) -> str:
+        return adapter if name in self.copied.get(adapter, ()) else BASE
+
+    def put_in_place(self, owner: nn.Module, adapter: str) -> None:
+        """Exchange what is in place for the copies of `adapter`; the base model's where it has none."""
+        for name, present in self.in_place.items():
+            wanted = self._wanted(adapter, name)
+            if wanted != present:
+                tensor = self._take(wanted, name)
+                self._put(present, name, getattr(owner, name), owner)
+                setattr(owner, name, tensor)
+                self.in_place[name] = wanted
+
+    def remove(self, owner: nn.Module, adapter: str) -> None:
+        """Drop an adapter's copies, the base model's coming into place."""
+        if adapter in self.copied:
+            for name in self.copied[adapter]:
+                if self.in_place.get(name) == adapter:
+                    setattr(owner, name, self._take(BASE, name))
+                    self.in_place[name] = BASE
+            self._modules.pop(adapter, None)
+            del self.copied[adapter]
+            self._tidy()
+
+    def adopt(self, owner: nn.Module, adapter: str) -> None:
+        """Make an adapter's copies the base model's own."""
+        for name in self.copied.get(adapter, ()):
+            tensor = self.get(owner, adapter, name)
+            trained = tensor.requires_grad_(False) if isinstance(tensor, nn.Parameter) else tensor
+            if self.in_place[name] == BASE:
+                setattr(owner, name, trained)
+                continue
+            self._take(BASE, name)
+            if self.in_place[name] == adapter:
+                self.in_place[name] = BASE
+            else:
+                self._put(BASE, name, trained, owner)
+        self.copied.pop(adapter, None)
+        self._modules.pop(adapter, None)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Keep no name that no adapter has a copy of, and no holder of nothing."""
+        kept = {name for names in self.copied.values() for name in names}
+        self.in_place = {name: whose for name, whose in self.in_place.items() if name in kept}
+        holder = self._modules.get(BASE)
+        if holder is not None and not own_tensors(holder):
+            del self._modules[BASE]
+
+    def _take(self, adapter: str, name: str) -> Tensor:
+        holder = self._modules[adapter]
+        assert holder is not None
+        held = holder._parameters if name in holder._parameters else holder._buffers
+        tensor = held.pop(name)
+        assert tensor is not None
+        return tensor
+
+    def _put(self, adapter: str, name: str, tensor: Tensor, owner: nn.Module) -> None:
+        if adapter not in self._modules:
+            self.add_module(adapter, nn.Module())
+        holder = self._modules[adapter]
+        assert holder is not None
+        if isinstance(tensor, nn.Parameter):
+            holder.register_parameter(name, tensor)
+        else:
+            holder.register_buffer(name, tensor, persistent=name not in owner._non_persistent_buffers_set)
+
+
+def copies_of(model: nn.Module) -> dict[str, tuple[nn.Module, Copies]]:
+    """Path -> (owner, copies), for every module in `model` that has some."""
+    return {path: (owner, copies) for path, owner in model.named_modules() if (copies := held_by(owner)) is not None}
+
+
+def held_by(module: nn.Module) -> Copies | None:
+    """The copies of a module's own tensors, if it has some."""
+    # The children of a scripted module are no dict, and know no `get`.
+    if SAVED not in module._modules:
+        return None
+    child = module._modules[SAVED]
+    return child if isinstance(child, Copies) else None
+
+
+def own_tensors(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters and buffers that a module holds itself."""
+    held = (*module._parameters.items(), *module._buffers.items())
+    return tuple(name for name, tensor in held if tensor is not None)

@@ -1,0 +1,305 @@
+r"""The three forms in which a site applies its reflections: on the rows that it reads, on patches, and on the weight.
+
+All compute with `W Q`, for `W` seen as `(out, d)`. The first two leave the weight alone, and cost two skinny products;
+the third makes `W Q` itself, at two to six times the cost in training, and is for weights that somebody else reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from hra_fx.functional import householder
+from hra_fx.kernels import conv as filters
+from hra_fx.kernels.cache import kept
+from hra_fx.kernels.compile_ops import REFLECTED_ROWS
+from hra_fx.kernels.dispatch import applies, are_plain, may_keep, products_dtype, unobserved
+from hra_fx.kernels.inference import factors, turned
+from hra_fx.kernels.linear import fits, linear
+from hra_fx.kernels.rows import reflected
+from hra_fx.layers.adapters import Reflection
+from hra_fx.layers.class_swap import original_class
+from hra_fx.layers.quantized.detect import packing_of
+from hra_fx.layers.target import as_rows, has_columns, kind_of, width_of
+
+_CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+# Seen as one node each by an fx tracer that goes into a reflection.
+for _name in ("reflected_rows", "patch_coordinates", "patch_image", "reflected_weight"):
+    fx.wrap(_name)
+
+
+def reflected_rows(x: Tensor, vectors: Tensor) -> Tensor:
+    """The input of a Linear, `x -> x Q^T`.
+
+    Args:
+        x: `(..., d)`.
+        vectors: `U: (d, k)`, of any length each.
+
+    Returns:
+        `(..., d)`, in the dtype of `x`.
+
+    Example:
+        >>> import torch
+        >>> reflected_rows(torch.tensor([[2.0, 5.0]]), torch.tensor([[3.0], [0.0]]))
+        tensor([[-2.,  5.]])
+    """
+    if applies(x, vectors):
+        return reflected(x, vectors)
+    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        made: Tensor = REFLECTED_ROWS(x, vectors)
+        return made
+    chain = householder.normalize(vectors)
+    return householder.reflect(x, chain, householder.compact_wy(chain))
+
+
+def patch_coordinates(
+    x: Tensor,
+    vectors: Tensor,
+    patch: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: str | tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    padding_mode: str,
+    border: list[int],
+) -> tuple[Tensor, Tensor]:
+    """Coordinates of the patches that a convolution reads.
+
+    Args:
+        x: `(n, c, ...)` or `(c, ...)`, with as many more dimensions as the kernel has.
+        vectors: `U: (d, k)`, of any length each.
+        patch: `(c / groups, ...)`, the shape of a filter.
+        stride: that of the convolution, as the following are.
+        padding: see `stride`.
+        dilation: see `stride`.
+        groups: see `stride`.
+        padding_mode: see `stride`.
+        border: the padding as `F.pad` takes it, for padding modes other than zeros.
+
+    Returns:
+        `T U^T p` for every patch and group, `(n, groups * k, ...)`, in the dtype of `x`, and the chain: `U` with
+        columns of length one.
+
+    Example:
+        >>> import torch
+        >>> vectors = torch.ones(18, 1)
+        >>> read, _ = patch_coordinates(torch.ones(1, 2, 5, 5), vectors, (2, 3, 3), (1, 1), 0, (1, 1), 1, "zeros", [])
+        >>> read.shape
+        torch.Size([1, 1, 3, 3])
+    """
+    chain = householder.normalize(vectors)
+    factor = householder.compact_wy(chain)
+    filters = (factor @ chain.to(factor.dtype).mT).to(x.dtype).reshape(-1, *patch)
+    filters = filters.repeat(groups, *(1 for _ in patch))
+    if padding_mode != "zeros":
+        x, padding = F.pad(x, border, mode=padding_mode), (0,) * len(stride)
+    return _CONVOLVE[len(stride)](x, filters, None, stride, padding, dilation, groups), chain
+
+
+def patch_image(coordinates: Tensor, chain: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """What a convolution has to subtract from its output.
+
+    Args:
+        coordinates: `(n, groups * k, ...)` of `patch_coordinates`, as `chain` is.
+        chain: `(d, k)`.
+        weight: `W: (out, c / groups, ...)`.
+        groups: that of the convolution.
+
+    Returns:
+        `(W U) (T U^T p)` for every patch, `(n, out, ...)`.
+    """
+    mixing = (weight.flatten(1).to(chain.dtype) @ chain).to(coordinates.dtype)
+    filters = mixing.reshape(*mixing.shape, *(1 for _ in weight.shape[2:]))
+    return _CONVOLVE[weight.dim() - 2](coordinates, filters, groups=groups)
+
+
+def reflected_weight(weight: Tensor, vectors: Tensor, columns: bool) -> Tensor:
+    """A weight for whoever reads it, `W -> W Q`.
+
+    Args:
+        weight: `(out, ...)`, or `(in, out)`.
+        vectors: `U: (d, k)`, of any length each.
+        columns: whether the weight is `(in, out)`.
+
+    Returns:
+        Of the shape, dtype and layout of `weight`.
+
+    Example:
+        >>> import torch
+        >>> reflected_weight(torch.tensor([[2.0, 5.0]]), torch.tensor([[3.0], [0.0]]), columns=False)
+        tensor([[-2.,  5.]])
+    """
+    chain = householder.normalize(vectors)
+    factor = householder.compact_wy(chain)
+    rows = as_rows(weight, columns=columns).to(factor.dtype)
+    rotated = householder.rotate(rows, chain.to(factor.dtype), factor).to(weight.dtype)
+    return rotated.mT.contiguous() if columns else rotated.view_as(weight)
+
+
+class LinearReflection(Reflection):
+    """Reflects the input of a Linear: `x -> x Q^T`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x: (..., d)` to `(..., d)`, the same dtype."""
+        if unobserved() and may_keep(x, *(sources := self.sources())):
+            return self._turned(x, sources) if sources else x
+        vectors = self.vectors_for(x)
+        return x if vectors is None else reflected_rows(x, vectors)
+
+    def through(self, x: Tensor, layer: nn.Linear) -> Tensor | None:
+        """The output of the layer over reflected rows, `(..., out)`; `None` where it is to be called by itself.
+
+        Nothing can be hooked in between then, so that a hook on this module has it called.
+        """
+        if not unobserved() or not are_plain(x) or _asks(self, LinearReflection):
+            return None
+        if may_keep(x, *(sources := self.sources())):
+            return F.linear(self._turned(x, sources), layer.weight, layer.bias) if sources else None
+        vectors = self.vectors_for(x)
+        if vectors is None or not fits(x, vectors, layer.weight, layer.bias):
+            return None
+        return linear(x, vectors, layer.weight, layer.bias)
+
+    def _turned(self, x: Tensor, sources: tuple[Tensor, ...]) -> Tensor:
+        return turned(x, *_constant(self, sources, products_dtype(x)))
+
+
+class QuantizedReflection(LinearReflection):
+    """Reflects the input of a Linear whose weight is quantised, and never reads that."""
+
+
+class ConvReflection(Reflection):
+    """Reads every patch of a convolution's input in the coordinates of the reflection vectors.
+
+    With `W` seen as `(out, d)` and `p` a patch, `(W Q) p = W p - (W U) (T U^T p)`: the parenthesis on the right is a
+    convolution with `k` filters, made here; the layer subtracts its 1x1 image under `W U` (`project`). No patch is ever
+    unfolded, and no rotated weight made, so the gradient of a whole weight is never needed either.
+    """
+
+    def __init__(self, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
+        """An empty container for a convolution, of which only the geometry is kept."""
+        super().__init__(width_of(conv), kind_of(conv))
+        self.patch = tuple(conv.weight.shape[1:])
+        self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups
+        self.padding_mode = conv.padding_mode
+        self.padding = conv.padding
+        # torch's own list for F.pad, from which the other padding modes work ('same' included).
+        self.border = list(conv._reversed_padding_repeated_twice)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """`patch_coordinates` of `x`; `None` where no adapter is active."""
+        vectors = self.vectors_for(x)
+        if vectors is None:
+            return None
+        geometry: Any = (self.stride, self.padding, self.dilation, self.groups, self.padding_mode, self.border)
+        return patch_coordinates(x, vectors, self.patch, *geometry)
+
+    def corrected(self, output: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
+        """The output of the layer for `x`, corrected; the given one may be written into.
+
+        `None` where the layer is to ask for `read`. Nothing can be hooked in between then, so that a hook on this
+        module has it called.
+        """
+        if not unobserved() or not are_plain(x) or _asks(self, ConvReflection):
+            return None
+        if may_keep(x, weight, *(sources := self.sources())) and products_dtype(x) is x.dtype is weight.dtype:
+            if not sources:
+                return None
+            chain, read = _constant(self, sources, x.dtype)
+            drawing = filters.drawing_of(chain, weight.flatten(1))
+        elif (vectors := self.vectors_for(x)) is not None and filters.fits(x, vectors, weight):
+            read, drawing = filters.filters_and_drawing(vectors, weight.flatten(1))
+        else:
+            return None
+        convolve, stride = _CONVOLVE[len(self.stride)], self.stride
+        kernel = read.view(-1, *self.patch)
+        if self.groups > 1:
+            kernel = kernel.repeat(self.groups, *(1 for _ in self.patch))
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self.border, mode=self.padding_mode), (0,) * len(stride)
+        coordinates = convolve(x, kernel, None, stride, padding, self.dilation, self.groups)
+        if self.groups == 1 and output.is_contiguous():
+            return filters.drawn_onto(output, drawing, coordinates, len(stride))
+        image = drawing.view(weight.shape[0], -1, *(1 for _ in stride))
+        return output.add_(convolve(coordinates, image, groups=self.groups))
+
+    def project(self, read: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
+        """What the layer has to subtract from its output: `patch_image` of what `forward` gave."""
+        coordinates, chain = read
+        return patch_image(coordinates, chain, weight, self.groups)
+
+
+class WeightReflection(Reflection):
+    """Reflects the weight itself, for whoever reads it: `W -> W Q`."""
+
+    on_weight = True
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The rotated weight, of the shape, dtype and layout that `weight` has."""
+        vectors = self.vectors_for(weight)
+        return weight if vectors is None else reflected_weight(weight, vectors, self.columns)
+
+
+def _constant(box: Reflection, sources: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """What `factors` makes of the vectors of a site, kept for the next call; where nobody wants a gradient."""
+
+    def make() -> tuple[Tensor, Tensor]:
+        vectors = box.joint_vectors(box.active)
+        assert vectors is not None  # something is active: there are sources
+        return factors(vectors, dtype)
+
+    specs = tuple((box.specs[name], box.anchor(name) is None) for name in box.active)
+    return kept(box, (box.active, specs, tuple(box.scales.items()), dtype), sources, make)
+
+
+def _asks(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling a module does more than to run the forward of its kind."""
+    if type(module).forward is not kind.forward or "forward" in vars(module):  # as accelerate's offloading has it
+        return True
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(own) or bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
+
+
+def reflection_for(layer: nn.Module, *, on_weight: bool = False) -> Reflection:
+    """An empty container of the form that fits a layer.
+
+    Args:
+        layer: a layer that may be a site (`hra_fx.layers.target.find_kind`).
+        on_weight: reflect its weight, and not what it is called with.
+
+    Example:
+        >>> from hra_fx.layers.adapters import AdapterSpec
+        >>> box = reflection_for(nn.Linear(6, 4))
+        >>> box.add("default", AdapterSpec(r=2), nn.Linear(6, 4).weight)
+        >>> box
+        LinearReflection(default: d=6, r=2)
+    """
+    if on_weight:
+        return WeightReflection(width_of(layer), kind_of(layer), columns=has_columns(layer))
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return ConvReflection(layer)
+    form = LinearReflection if packing_of(layer) is None else QuantizedReflection
+    return form(width_of(layer), kind_of(layer), columns=has_columns(layer))
+
+
+def must_be_on_weight(layer: nn.Module) -> bool:
+    """Whether the input of a layer says too little: its class has a forward of its own, or it is an attention.
+
+    Example:
+        >>> must_be_on_weight(nn.Linear(6, 4)), must_be_on_weight(nn.MultiheadAttention(4, 2))
+        (False, True)
+    """
+    standard: list[Any] = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d]
+    if packing := packing_of(layer):
+        standard = [packing.kind]
+    if has_columns(layer):
+        standard = [next(kind for kind in type(layer).__mro__ if kind.__name__ == "Conv1D")]
+    own: Any = original_class(layer)
+    return isinstance(layer, nn.MultiheadAttention) or own.forward not in [kind.forward for kind in standard]

@@ -1,0 +1,106 @@
+"""`combine`: the product of several adapters as one adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hra_fx.api.transform import checked
+from hra_fx.errors import AdapterError
+from hra_fx.functional import householder
+from hra_fx.layers.adapters import AdapterSpec, Reflection
+from hra_fx.layers.sharding import first_sharded
+from hra_fx.model.add import put_beside
+from hra_fx.model.offload import require_present
+from hra_fx.model.state import Record, names_in, root_of, sites_of
+
+
+def combine(model: nn.Module, adapters: Sequence[str], adapter_name: str) -> None:
+    """Make one new adapter of several: `Q = Q_a Q_b ...`, exactly, by `r_a + r_b + ...` plain reflections.
+
+    An anchored adapter counts with its anchor, and every adapter with the strength that it has now. The new one is not
+    active yet; it has no Gram-Schmidt, and the layers of all. Where a layer lacks one of them, pairs of equal
+    reflections, which cancel, fill up its rank.
+
+    Args:
+        model: a transformed model.
+        adapters: names, in the order of the product.
+        adapter_name: name of the new adapter.
+
+    Raises:
+        AdapterError: there is no such adapter, fewer than two are named, one has copies (`modules_to_save` or `bias`),
+            a layer would have to be filled up by an odd number, or all have strength 0; or vectors are shared out
+            among processes, or kept elsewhere.
+
+    Example:
+        >>> from hra_fx import HRAConfig, add_adapter, transform
+        >>> model = transform(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"]), "a")
+        >>> add_adapter(model, "b", HRAConfig(r=4, target_modules=["0"]))
+        >>> combine(model, ["a", "b"], "ab")
+        >>> model[0].hra_u["ab"].shape
+        torch.Size([6, 6])
+    """
+    root, record = root_of(model)
+    names = names_in(record, adapters)
+    if len(names) < 2:
+        raise AdapterError(f"combine: {list(names)} is fewer than two adapters. Name those to combine, in their order.")
+    for name in names:
+        config = record.configs[name]
+        if config.modules_to_save or config.bias != "none":
+            raise AdapterError(f"adapter {name!r}: it has trained copies of modules or biases, which have no product.")
+    if sharded := first_sharded(root):
+        raise AdapterError(
+            f"{sharded[0]}: {sharded[1]} shares its parameters out among processes, and would not know of new vectors. "
+            "Combine before it."
+        )
+    require_present(root)
+    with torch.inference_mode(False):
+        _combine(root, record, names, adapter_name)
+
+
+def _combine(root: nn.Module, record: Record, names: tuple[str, ...], adapter_name: str) -> None:
+    chains = {
+        path: [layer.hra_u.chain(name).detach() for name in names if name in layer.hra_u]
+        for path, layer in sites_of(root).items()
+        if any(name in layer.hra_u for name in names)
+    }
+    rank = max(sum(chain.shape[1] for chain in parts) for parts in chains.values())
+    if not rank:
+        raise AdapterError(
+            f"adapters {list(names)}: at the strengths that they have they turn nothing. Set others first."
+        )
+    joint = {path: _filled(path, torch.cat(parts, dim=1), rank) for path, parts in chains.items()}
+    config = dataclasses.replace(
+        record.configs[names[0]],
+        r=rank,
+        apply_GS=False,
+        init_weights=True,
+        # The very paths: as a list they would also name what ends like them.
+        target_modules="|".join(re.escape(path) for path in chains),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+    )
+    spec = AdapterSpec(rank, init_weights=False)
+
+    def fill(path: str, layer: nn.Module, reflection: Reflection) -> None:
+        reflection.put(adapter_name, spec, joint[path], None)
+
+    put_beside(root, record, adapter_name, checked(root, config, adapter_name), fill)
+
+
+def _filled(path: str, chain: Tensor, rank: int) -> Tensor:
+    missing = rank - chain.shape[1]
+    if not missing:
+        return chain
+    if missing % 2:
+        raise AdapterError(
+            f"{path}: it has {chain.shape[1]} reflections of these adapters and others have {rank}. Reflections that "
+            "cancel come in pairs, so the difference must be even: combine adapters of even ranks."
+        )
+    pairs = householder.start(chain.shape[0], missing, apply_GS=False, init_weights=True, dtype=chain.dtype)
+    return torch.cat([chain, pairs.to(chain.device)], dim=1)

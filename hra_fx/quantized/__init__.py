@@ -1,1 +1,0 @@
-"""Linear layers whose weight is quantised: bitsandbytes' and torchao's, neither of which is ever imported here."""

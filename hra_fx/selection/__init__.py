@@ -1,0 +1,1 @@
+"""Which layers to adapt: the matching rules of PEFT, and which layers can be adapted."""

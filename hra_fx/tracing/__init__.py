@@ -1,0 +1,1 @@
+"""fx graphs of a model: tracing, TorchDynamo capture, and the compile backend."""

@@ -1,0 +1,102 @@
+"""`torch.compile(model, backend="hra_fx")`: passes of ours over TorchDynamo's graphs, then another backend.
+
+In these graphs the reflections of all layers of a call stand side by side, whatever modules they belong to: sites that
+read one value can share a product, and the factors of all can be made at once.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from hra_fx.errors import ConfigError
+from hra_fx.kernels.compile_ops import REFLECTED_BY, REFLECTED_ROWS, UNIT_FACTORS
+from hra_fx.layers.target import SiteOperators
+from passes.hoist import HoistPass
+from passes.share import SharePass
+
+#: The names of its operators for `torch.utils.checkpoint`.
+_CHECKPOINTS = ("tag_activation_checkpoint", "wrap_activation_checkpoint")
+_OURS = {"backend": "inductor", "share": True, "hoist": True}
+
+
+def hra_fx(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile a graph of TorchDynamo; `torch.compile` calls it.
+
+    Args:
+        graph_module: the graph, with each reflection as one node; it is rewritten.
+        example_inputs: its inputs.
+        mode: that of inductor.
+        options: `backend`, the one that compiles what comes out (`"inductor"`, `"aot_eager"`, `"eager"` or any that
+            torch knows); `share` and `hoist`, whether these passes run (both do). All others go to inductor.
+
+    Raises:
+        ConfigError: `mode`, or an option that is not ours, for another backend than inductor.
+
+    Example:
+        >>> import torch, hra_fx
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> model = hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["0"]))
+        >>> compiled = torch.compile(model, backend="hra_fx", options={"backend": "eager"})
+        >>> compiled(torch.ones(3, 6)).shape
+        torch.Size([3, 4])
+    """
+    from torch._dynamo.backends.registry import lookup_backend
+
+    settings = {**_OURS, **(options or {})}
+    inner, share, hoist = (settings.pop(name) for name in _OURS)
+    keywords: dict[str, Any] = {}
+    if inner == "inductor":
+        keywords["config_patches"] = {**_patches(mode), **settings}
+    elif mode or settings:
+        asked = ", ".join([*settings, *(["mode"] if mode else [])])
+        raise ConfigError(
+            f"torch.compile(backend='hra_fx'): {asked} can be given for inductor only, not for {inner!r}."
+        )
+    rewrite(graph_module, share=share, hoist=hoist)
+    compiled: Callable[..., Any] = lookup_backend(inner)(graph_module, list(example_inputs), **keywords)
+    return compiled
+
+
+def rewrite(graph_module: fx.GraphModule, *, share: bool, hoist: bool) -> None:
+    """Run the passes over a graph, and over what is checkpointed in it.
+
+    Branches (`torch.cond`) and loops stay as they are: their outputs, and the gradients of these, have to be laid out
+    alike, which those of a batch are not.
+    """
+    operators = SiteOperators(REFLECTED_ROWS, UNIT_FACTORS, REFLECTED_BY)
+    chosen = [made(operators) for made, wanted in ((SharePass, share), (HoistPass, hoist)) if wanted]
+    waiting = [graph_module]
+    while waiting:
+        part = waiting.pop()
+        for step in chosen:
+            step(part)
+        waiting += _checkpointed(part)
+
+
+def _checkpointed(graph_module: fx.GraphModule) -> list[fx.GraphModule]:
+    """The bodies of the checkpoints in a graph."""
+    bodies = []
+    for node in graph_module.graph.nodes:
+        if getattr(node.target, "__name__", "") in _CHECKPOINTS:
+            names = [str(one.target) for one in node.all_input_nodes if one.op == "get_attr"]
+            found = [operator.attrgetter(name)(graph_module) for name in names]
+            bodies += [body for body in found if isinstance(body, fx.GraphModule)]
+    return bodies
+
+
+def _patches(mode: str | None) -> dict[str, Any]:
+    if not mode or mode == "default":
+        return {}
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode))
