@@ -24,7 +24,7 @@ BROWSER   = test -n "$$(which $(BROWSERS))" || { test "$$(id -u)" = 0 && which a
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-language demo-vision test zoo export-table bench-disk bench-frozen bench-quantised check format clean
+.PHONY: help demo demo-language demo-vision test test-all zoo export-table bench-disk bench-frozen bench-quantised check format clean
 
 help: ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,8 +38,11 @@ demo-language: $(VENV)/demo.stamp ## The same for SmolLM2, a language model (a f
 demo-vision: $(VENV)/demo.stamp ## The same for a ResNet and handwritten digits.
 	$(BIN)/python examples/resnet_mnist.py --output $(OUT)/vision
 
-test: $(VENV)/test.stamp ## Run the tests and the examples in the docstrings.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_FLAGS)
+test: $(VENV)/test.stamp ## Run the tests and the doctests, without those marked slow (about 6 minutes on 2 cores).
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST_FLAGS)
+
+test-all: test ## Run all tests, the slow ones too.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(PYTEST_FLAGS)
 
 zoo: $(VENV)/test.stamp ## Check every model of the zoo (an hour), and write docs/zoo.md.
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m zoo.run $(ZOO_FLAGS)
@@ -63,7 +66,7 @@ bench-quantised: $(VENV)/test.stamp $(VENV)/demo.stamp ## Print what quantising 
 	HF_HUB_OFFLINE=1 PYTHONPATH=examples $(BIN)/python benchmarks/quantised.py
 
 export-table: $(VENV)/test.stamp ## Print what passes through which exporter (install openvino and executorch for theirs).
-	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m exporting.table $(EXPORT_FLAGS)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m export.exporting.table $(EXPORT_FLAGS)
 
 check: $(VENV)/test.stamp $(PAGE_STAMP) ## Lint, formatting, types, and which file may import which.
 	$(BIN)/ruff check .

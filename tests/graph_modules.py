@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from sites.checking import assert_same, normal, randomise
+from layers.checking import assert_same, normal, randomise
 from torch import Tensor, fx, nn
 
 import hra_fx

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from layers.checking import assert_same, check, run_dense
 from refusals import picture
-from sites.checking import assert_same, check, run_dense
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 from unseen import Alias, Asking, Untraceable, X, adapted, multiply, watching

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from sites.checking import assert_same, check, normal, randomise, run_dense
+from integrations.transformers_use import tiny
+from layers.checking import assert_same, check, normal, randomise, run_dense
 from torch import Tensor, fx, nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
-from transformers_use import tiny
 from unseen import CONFIG, Alias, Asking, Untraceable, X, adapted
 
 import hra_fx

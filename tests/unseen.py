@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from sites.checking import normal, randomise
+from layers.checking import normal, randomise
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters.many import bert, config, ids, run, turn
+from model.many import bert, config, ids, run, turn
 from oracles import relative_error
 from safetensors.torch import load_file
 from transformers import BertForSequenceClassification

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from adapters.many import assert_close, bert, config, ids, moved, oracle, run, turn
+from model.many import assert_close, bert, config, ids, moved, oracle, run, turn
 from safetensors.torch import load_file
 from torch import nn
 

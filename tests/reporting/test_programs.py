@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from exported.programs import QUIET
+from export.programs import QUIET
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 

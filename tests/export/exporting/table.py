@@ -1,0 +1,105 @@
+"""Exports every model in every form by every exporter, and prints a table of errors.
+
+    PYTHONPATH=tests python -m export.exporting.table                       # all; some twenty minutes on two cores
+    PYTHONPATH=tests python -m export.exporting.table --models BERT --exporters onnx xnnpack
+
+An exporter whose package is not installed is left out, and named. Each cell has a process of its own, so that a
+runtime that crashes takes no other along.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import logging
+import multiprocessing as mp
+import os
+import sys
+import warnings
+from multiprocessing.connection import Connection
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from export.exporting.cells import FORMS, LIMIT, error_of, expected, moved, program
+from export.exporting.exporters import EXPORTERS
+from export.exporting.models import MODELS
+
+LIMIT_OF_SECONDS = 600
+
+
+def work(name: str, form: str, exporter: str, pipe: Connection) -> None:
+    """In the process of a cell."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    try:
+        pipe.send(error_of(name, form, exporter))
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+def cell(name: str, form: str, exporter: str) -> float | str:
+    """An error, or why there is none."""
+    receiver, sender = mp.Pipe(duplex=False)
+    process = mp.get_context("fork").Process(target=work, args=(name, form, exporter, sender))
+    process.start()
+    sender.close()
+    try:
+        found: float | str = receiver.recv() if receiver.poll(LIMIT_OF_SECONDS) else "no end in ten minutes"
+    except EOFError:
+        process.join()
+        found = f"the process died with exit code {process.exitcode}"
+    process.kill()
+    process.join()
+    return found
+
+
+def prepare(name: str, form: str, exporters: list[str]) -> None:
+    """What the cells of a row share, made before they are forked."""
+    expected(name)
+    for dynamic in sorted({EXPORTERS[exporter].dynamic for exporter in exporters}):
+        program(name, form, dynamic)
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--exporters", nargs="+", choices=list(EXPORTERS), default=list(EXPORTERS))
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    versions = {exporter: version(EXPORTERS[exporter].package) for exporter in given.exporters}
+    ways = [exporter for exporter, found in versions.items() if found]
+    reasons: list[str] = []
+    print("| model | form | " + " | ".join(EXPORTERS[way].title for way in ways) + " |")
+    print("|---" * (len(ways) + 2) + "|", flush=True)
+    for name in given.models:
+        for form in FORMS:
+            prepare(name, form, ways)
+            found = {way: cell(name, form, way) for way in ways}
+            texts = []
+            for way, error in found.items():
+                fine = isinstance(error, float) and error <= LIMIT
+                texts.append(f"{error:.0e}" if fine else f"no ({len(reasons) + 1})")
+                if not fine:
+                    said = f"an error of {error:.1e}" if isinstance(error, float) else error
+                    reasons.append(f"{len(reasons) + 1}. {name}, {form}, {EXPORTERS[way].title}: {said}")
+            print(f"| {name} | {form} | " + " | ".join(texts) + " |", flush=True)
+    print("\n" + "\n".join(reasons) if reasons else "")
+    moves = ", ".join(f"{name} {moved(name):.2f}" for name in given.models)
+    print(f"How far the adapters move the outputs: {moves}.")
+    print("With " + ", ".join(f"{EXPORTERS[way].package} {versions[way]}" for way in ways) + ".")
+    for missing in (way for way in given.exporters if way not in ways):
+        print(f"{EXPORTERS[missing].title}: left out, {EXPORTERS[missing].package} is not installed.", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Some cells of the table of exporters, and the recipes of docs/export.md; `make export-table` runs all cells."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from export.exporting import exporters
+from export.exporting.cells import LIMIT, error_of, moved, program
+
+import hra_fx
+
+DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "export.md"
+QUIET = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
+
+
+@QUIET
+@pytest.mark.parametrize(("name", "form"), [("OPT", "lowered"), ("BERT", "frozen"), ("T5 encoder", "folded")])
+def test_onnxruntime_gives_what_pytorch_gives_at_another_batch_and_length(name: str, form: str) -> None:
+    assert error_of(name, form, "onnx") <= LIMIT < moved(name) / 1000
+
+
+def test_a_frozen_model_has_no_vectors_and_the_weights_of_the_base_model() -> None:
+    names = [name for name in program("BERT", "frozen", True).state_dict if ".hra_u." in name]
+    assert len(names) == 2 * 11
+    assert all(".hra_u.frozen_" in name for name in names)
+
+
+def blocks() -> list[tuple[bool, str]]:
+    """The programs of the document, each with whether it says to be that of the exporters' file."""
+    found = re.findall(r"(<!-- as in (\S+) -->\n)?```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
+    return [(bool(marked), text) for marked, _, text in found]
+
+
+@QUIET
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_the_recipes_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    for text in (text for marked, text in blocks() if not marked):
+        exec(compile(text, str(DOCUMENT), "exec"), names)
+    check_hot_swap(names)
+    check_compiled(names)
+
+
+def check_hot_swap(names: dict[str, Any]) -> None:
+    """The session of the document against PyTorch, for vectors that turn."""
+    model, ids, session = names["model"], names["ids"], names["swappable"]
+    with torch.no_grad():
+        for name, vectors in model.named_parameters():
+            if name.endswith("hra_u.other"):
+                vectors.normal_()
+        factors = hra_fx.adapter_inputs(model, session.get_overridable_initializers(), "other")
+        (logits,) = session.run(None, {"input_ids": ids.numpy(), **factors})
+        hra_fx.set_adapter(model, "other")
+        assert float((torch.from_numpy(logits) - model(ids).logits).abs().max()) < LIMIT
+
+
+def check_compiled(names: dict[str, Any]) -> None:
+    """The compiled program of the document, at another batch and length than it was exported at."""
+    model = names["model"]
+    hra_fx.set_adapter(model, "default")
+    ids = torch.randint(0, 64, (5, 9))
+    with torch.no_grad():
+        assert float((names["compiled"](input_ids=ids).logits - model(ids).logits).abs().max()) < LIMIT
+
+
+def test_the_recipes_of_what_is_not_installed_are_those_that_the_table_runs() -> None:
+    source = Path(exporters.__file__).read_text(encoding="utf-8")
+    marked = [text for is_marked, text in blocks() if is_marked]
+    assert len(marked) == 2
+    for line in "".join(marked).splitlines():
+        assert line in source, line

@@ -1,0 +1,189 @@
+"""Models with sites on the weight, by torch.compile and torch.export; their graphs, and their pictures."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from layers.checking import assert_same, gradients, normal, pair, run_dense, vectors_of
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import hra_fx
+from hra_fx.model.state import sites_of
+from hra_fx.view.describe import describe_module
+from hra_fx.view.graph import adapted_graph
+
+
+class Doubling(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, 2 * self.weight, self.bias)
+
+
+class Mixed(nn.Module):
+    """A weight that is read, a layer with its own forward, an attention, a Conv1D and a plain Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.own, self.plain = nn.Linear(6, 6), Doubling(6, 6), nn.Linear(6, 4)
+        self.attn = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.columns = Conv1D(6, 6)
+        self.conv = nn.Conv1d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(F.linear(x, self.read.weight, self.read.bias))
+        x = self.columns(self.own(x)) + F.linear(x, self.read.weight)
+        x = x + self.attn(x, x, x, need_weights=False)[0]
+        return self.plain(self.conv(x))
+
+
+class MixedUntraced(Mixed):
+    """A question about a shape that fx cannot answer, and Dynamo can."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] > 1:
+            x = 1 * x
+        x = torch.tanh(F.linear(x, self.read.weight, self.read.bias))
+        x = self.columns(self.own(x)) + F.linear(x, self.read.weight)
+        x = x + self.attn(x, x, x, need_weights=False)[0]
+        return self.plain(self.conv(x))
+
+
+TARGETS = ["read", "own", "plain", "attn", "out_proj", "columns", "conv"]
+X = normal(1, 2, 3, 6)
+both = pytest.mark.parametrize("kind", [Mixed, MixedUntraced])
+sorts = pytest.mark.parametrize("fields", [{"r": 2}, {"r": 3}, {"r": 2, "apply_GS": True}], ids=["even", "odd", "GS"])
+
+
+@both
+@sorts
+def test_compiled_in_one_piece(kind: Callable[[], nn.Module], fields: dict[str, Any]) -> None:
+    base, model = pair(kind, TARGETS, **fields)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    leaves = list(vectors_of(model).values())
+    for training in (True, False):
+        model.train(training)
+        base.train(training)
+        got, wanted = compiled(X), run_dense(base, model, X)
+        assert_same(got, wanted)
+        for mine, oracle in zip(gradients(got, leaves), gradients(wanted, leaves), strict=True):
+            assert_same(mine, oracle, rtol=1e-8)
+    with torch.no_grad():
+        assert_same(compiled(X), run_dense(base, model, X))
+        for vectors in leaves:
+            vectors.mul_(-0.5).add_(0.3)
+        assert_same(compiled(X), run_dense(base, model, X))
+
+
+@both
+def test_exported(kind: Callable[[], nn.Module]) -> None:
+    base, model = pair(kind, TARGETS)
+    program = torch.export.export(model, (X,))
+    assert_same(program.module()(X), run_dense(base, model, X))
+    names = [spec.target for spec in program.graph_signature.input_specs if spec.target]
+    assert {f"{path}.hra_u.default" for path in vectors_of(model)} <= set(names)
+    assert all(name in model.state_dict() for name in names)
+
+
+@both
+@pytest.mark.parametrize("mode", [True, False])
+def test_graphs_are_the_model(kind: Callable[[], nn.Module], mode: bool) -> None:
+    base, model = pair(kind, TARGETS)
+    model.train(mode)
+    base.train(mode)
+    graphs = hra_fx.graphs(model)
+    own = {id(parameter) for parameter in model.parameters()}
+    assert all(id(parameter) in own for graph in graphs.values() for parameter in graph.parameters())
+    seen = {id(parameter) for graph in graphs.values() for parameter in graph.parameters()}
+    assert {id(vectors) for vectors in vectors_of(model).values()} <= seen
+    if kind is Mixed:
+        graph = graphs[""]
+        assert_same(graph(X), model(X), rtol=1e-14)
+        leaves = list(vectors_of(model).values())
+        wanted = gradients(run_dense(base, model, X), leaves)
+        for mine, oracle in zip(gradients(graph(X), leaves), wanted, strict=True):
+            assert_same(mine, oracle, rtol=1e-8)
+    else:
+        assert graphs.keys() == sites_of(model).keys()
+        for path in ("read", "own", "attn", "attn.out_proj"):
+            layer = model.get_submodule(path)
+            name = "in_proj_weight" if path == "attn" else "weight"
+            assert_same(graphs[path](), getattr(layer, name), rtol=1e-14)
+
+
+def torchvision_swin() -> nn.Module:
+    sizes = {"patch_size": [4, 4], "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": [4, 4]}
+    return torchvision.models.SwinTransformer(**sizes, num_classes=3)
+
+
+def torchvision_vit() -> nn.Module:
+    return torchvision.models.VisionTransformer(8, 4, 2, 2, 12, 16, num_classes=3)
+
+
+class Untouched(nn.Module):
+    """Sites that no graph shows: the attention is called by a forward that cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(6, 2)
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if float(x.detach().sum()) < 1e9 else -x
+        return F.linear(self.attn(x, x, x)[0], self.fc.weight)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "mixed": (Mixed, TARGETS),
+    "mixed, untraced": (MixedUntraced, TARGETS),
+    "swin": (torchvision_swin, ["qkv", "proj", "mlp.0"]),
+    "vit": (torchvision_vit, ["self_attention", "out_proj", "head"]),
+    "untouched": (Untouched, ["attn", "out_proj", "fc"]),
+    "encoder": (lambda: nn.TransformerEncoderLayer(6, 2, 8), ["self_attn", "out_proj", "linear1", "linear2"]),
+}
+
+
+@pytest.mark.parametrize(("make", "targets"), MODELS.values(), ids=MODELS)
+def test_a_picture_is_written(make: Callable[[], nn.Module], targets: list[str], tmp_path: Path) -> None:
+    _, model = pair(make, targets)
+    hra_fx.visualize(model, tmp_path / "adapters.svg")
+    root = ElementTree.parse(tmp_path / "adapters.svg").getroot()
+    assert root.tag.endswith("svg") and len(list(root.iter())) > len(sites_of(model))
+
+
+@pytest.mark.parametrize(("make", "targets"), MODELS.values(), ids=MODELS)
+def test_the_picture_marks_every_site_once(make: Callable[[], nn.Module], targets: list[str]) -> None:
+    _, model = pair(make, targets)
+    picture = adapted_graph(model, hra_fx.graphs(model))
+    marks = Counter(mark.path for _, leaf in picture.nodes(data="leaf") for mark in leaf.marks)
+    assert marks == dict.fromkeys(sites_of(model), 1)
+    assert not re.search("hra_u|hra_base", " ".join(leaf.name for _, leaf in picture.nodes(data="leaf")))
+
+
+def test_a_reader_is_one_box_with_the_marks_of_all_sites_in_it() -> None:
+    _, model = pair(torchvision_vit, ["self_attention", "out_proj"])
+    picture = adapted_graph(model, hra_fx.graphs(model))
+    leaves = [leaf for _, leaf in picture.nodes(data="leaf") if leaf.marks]
+    attention = "encoder.layers.encoder_layer_0.self_attention"
+    assert [mark.path for mark in leaves[0].marks] == [attention, f"{attention}.out_proj"]
+    assert (leaves[0].name, leaves[0].detail, leaves[0].kind) == ("self_attention", "Attention 12→3x12", "site")
+    assert len(leaves) == 2
+    assert leaves[0].place[-1] == "encoder.layers.encoder_layer_0"
+
+
+def test_a_weight_that_is_read_is_drawn_before_its_reader() -> None:
+    _, model = pair(torchvision_swin, ["qkv"])
+    picture = adapted_graph(model, hra_fx.graphs(model))
+    for key, leaf in picture.nodes(data="leaf"):
+        if leaf.marks:
+            assert leaf.name == "qkv" and leaf.detail == describe_module(model.get_submodule(leaf.target))
+            assert picture.out_degree(key) >= 1 and picture.in_degree(key) == 0

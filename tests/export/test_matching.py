@@ -1,0 +1,260 @@
+"""Which layers of a captured graph are sites, which are refused, and in what words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from export.programs import (
+    F64,
+    QUIET,
+    adapted,
+    capture,
+    config,
+    mixed,
+    normal,
+    picture,
+    randomise,
+    with_dense_weights,
+)
+from oracles import relative_error
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+import hra_fx
+from hra_fx.export.program import fold_program, transform_program
+
+
+def refused(program: ExportedProgram, settings: hra_fx.HRAConfig, kind: type[Exception], name: str = "default") -> str:
+    before = picture(program)
+    with pytest.raises(kind) as caught:
+        transform_program(program, settings, name)
+    assert picture(program) == before
+    return str(caught.value)
+
+
+class Forms(nn.Module):
+    """One weight, multiplied in the way that is asked for."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.inner = nn.Linear(5, 5, dtype=F64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.inner.weight
+        out: Tensor = {
+            "mm of a transposed": lambda: x @ w.t(),
+            "mm": lambda: torch.mm(x, w),
+            "addmm": lambda: torch.addmm(self.inner.bias, x, w),
+            "twice transposed": lambda: torch.mm(x, w.t().permute(1, 0)),
+            "from the left": lambda: torch.mm(w, x.t()).t(),
+            "blocks of outputs": lambda: torch.cat([x @ part.t() for part in w.split([2, 3])], 1),
+            "cast": lambda: nn.functional.linear(x.float(), w.float()).double(),
+        }[self.form]()
+        return out
+
+
+@QUIET
+@pytest.mark.parametrize("early", [False, True], ids=["as captured", "decomposed"])
+@pytest.mark.parametrize(
+    ("form", "columns"),
+    [
+        ("mm of a transposed", False),
+        ("mm", True),
+        ("addmm", True),
+        ("twice transposed", True),
+        ("from the left", False),
+        ("blocks of outputs", False),
+        ("cast", False),
+    ],
+)
+def test_a_product_is_rotated_on_the_side_of_its_inputs(form: str, columns: bool, early: bool) -> None:
+    model, x = Forms(form), normal(1, 4, 5)
+    settings = config("inner")
+    captured = capture(model, x)
+    program = adapted(captured.run_decompositions() if early else captured, settings)
+    if columns:
+        with_dense_weights(model, program, settings, lambda weight, q: q.mT @ weight)
+    else:
+        with_dense_weights(model, program, settings)
+    bound = 1e-6 if form == "cast" else 1e-12
+    assert relative_error(program.module()(x), model(x)) < bound
+    assert relative_error(fold_program(program).module()(x), model(x)) < bound
+
+
+class Columns(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c_attn = Conv1D(7, 4).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.c_attn(x)
+        return out
+
+
+def test_the_layers_of_gpt2_hold_inputs_in_rows() -> None:
+    model, x = Columns(), normal(1, 2, 3, 4)
+    settings = config("c_attn", apply_GS=True)
+    program = adapted(capture(model, x), settings)
+    assert program.state_dict["c_attn.hra_u.default"].shape == (4, 3)
+    with_dense_weights(model, program, settings, lambda weight, q: q.mT @ weight)
+    assert relative_error(program.module()(x), model(x)) < 1e-12
+    assert relative_error(fold_program(program).module()(x), model(x)) < 1e-12
+
+
+@pytest.mark.parametrize("target", [None, "all-linear"])
+def test_a_model_of_transformers_has_the_layers_that_peft_gives_it(target: str | None) -> None:
+    torch.manual_seed(0)
+    settings = hra_fx.HRAConfig(r=2, target_modules=target)
+    sizes: dict[str, Any] = {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 11, "n_positions": 8}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, use_cache=False, attn_implementation="eager")).eval()
+    ids = torch.arange(4)[None]
+    given = torch.export.export(model, (ids,))
+    program = transform_program(given, settings)
+    wanted = hra_fx.transform(model, settings).state_dict().keys()
+    assert {name for name in program.state_dict if ".hra_u." in name} == {name for name in wanted if ".hra_u." in name}
+    assert program.state_dict["transformer.h.0.attn.c_attn.hra_u.default"].shape == (8, 2)
+    randomise(program)
+    assert relative_error(fold_program(program).module()(ids).logits, program.module()(ids).logits) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        (config("blok.0"), "['blok.0'] names no module of Mixed; did you mean 'blocks.0'"),
+        (config("nothing"), "names no module of Mixed. The names to choose from are 'conv', 'head', '0', '1'."),
+        (config("blocks"), "blocks: target_modules names it, but it is a Module"),
+        (config("0", "1", layers_to_transform=7), "nothing is left after layers_to_transform=7"),
+        (hra_fx.HRAConfig(), "there is no default for Mixed, which has no config.model_type. Give target_modules."),
+    ],
+)
+def test_a_configuration_that_does_not_fit(settings: hra_fx.HRAConfig, wanted: str) -> None:
+    model, ids = mixed()
+    assert wanted in refused(capture(model, ids), settings, hra_fx.SelectionError)
+
+
+def test_names_indices_and_expressions_choose_as_they_do_of_a_model() -> None:
+    model, ids = mixed()
+    program = capture(model, ids)
+    for settings in (
+        hra_fx.HRAConfig(target_modules="all-linear"),
+        hra_fx.HRAConfig(target_modules=r"blocks\.\d"),
+        config("0", "1", "conv", exclude_modules=["blocks.1"]),
+        config("weight", "head", "blocks.0"),
+    ):
+        chosen = {name.partition(".hra_u.")[0] for name in transform_program(program, settings).state_dict}
+        assert {path for path in chosen if ".weight" not in path and ".bias" not in path} - {"shift"} == set(
+            hra_fx.selection.select.select(model, settings)
+        )
+
+
+@pytest.mark.parametrize("fields", [{"bias": "all"}, {"modules_to_save": ["head"]}], ids=str)
+def test_only_reflections_are_trained(fields: dict[str, Any]) -> None:
+    model, ids = mixed()
+    message = refused(capture(model, ids), config("conv", **fields), hra_fx.ConfigError)
+    assert message.startswith(f"{next(iter(fields))}: ")
+    assert "in a captured graph only reflections are trained" in message
+
+
+def test_more_orthonormal_vectors_than_dimensions() -> None:
+    model, ids = mixed()
+    message = refused(capture(model, ids), config("blocks.0", r=7, apply_GS=True), hra_fx.UnsupportedLayerError)
+    assert message.startswith("blocks.0 (Linear): Gram-Schmidt makes r=7 vectors orthonormal")
+
+
+class Odd(nn.Module):
+    """Weights that more than a layer reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(9, 4)
+        self.penalised = nn.Linear(4, 4)
+        self.both = nn.Linear(4, 4)
+        self.up = nn.ConvTranspose1d(4, 4, 1)
+        self.guarded = nn.Linear(4, 4)
+        self.unused = nn.Linear(4, 4)
+        self.detached = nn.Linear(4, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.penalised(self.emb(ids)) + self.penalised.weight.norm()
+        hidden = self.both(hidden) + hidden @ self.both.weight
+        hidden = self.up(hidden.transpose(1, 2)).transpose(1, 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = self.guarded(hidden)
+        hidden = nn.functional.linear(hidden.float(), self.detached.weight.detach())
+        return nn.functional.linear(hidden, self.emb.weight)
+
+
+@pytest.mark.parametrize(
+    ("target", "wanted"),
+    [
+        ("emb", "emb: its weight is read by aten.embedding.default (node 'embedding' in emb) too, which would see it"),
+        ("penalised", "penalised: its weight is read by aten.linalg_vector_norm.default"),
+        (
+            "both",
+            "both: its weight is read as it is by aten.linear.default (node 'linear_1' in both), and transposed by",
+        ),
+        (
+            "up",
+            "up: in this graph its weight is read by aten.conv_transpose1d.default (node 'conv_transpose1d'), and not",
+        ),
+        ("guarded", "guarded: in this graph its weight is read by wrap_with_autocast"),
+        ("unused", "unused: in this graph its weight is read by nothing"),
+        ("detached", "detached: in this graph its weight is read by aten.detach"),
+    ],
+)
+def test_a_weight_of_more_or_other_uses_is_refused_by_name(target: str, wanted: str) -> None:
+    program = torch.export.export(Odd(), (torch.zeros(2, 3, dtype=torch.long),))
+    message = refused(program, config(target), hra_fx.UnsupportedLayerError)
+    assert message.startswith(wanted)
+    assert "exclude_modules" in message
+
+
+def test_all_linear_misses_no_layer_silently() -> None:
+    program = torch.export.export(Odd(), (torch.zeros(2, 3, dtype=torch.long),))
+    message = refused(program, hra_fx.HRAConfig(target_modules="all-linear"), hra_fx.UnsupportedLayerError)
+    assert message.startswith("guarded: ")
+    settings = hra_fx.HRAConfig(target_modules="all-linear", exclude_modules=["guarded"])
+    assert refused(program, settings, hra_fx.UnsupportedLayerError).startswith("penalised: ")
+
+
+def test_the_same_call_again_changes_nothing_and_another_is_refused() -> None:
+    model, ids = mixed()
+    settings = config("conv", "head")
+    program = transform_program(capture(model, ids), settings)
+    assert transform_program(program, config("head", "conv")) is program
+    other = refused(program, config("conv"), hra_fx.AdapterError)
+    assert other.startswith("adapter 'default': the graph carries the adapter 'default' already, with another config")
+    beside = refused(program, settings, hra_fx.AdapterError, "second")
+    assert beside.startswith("adapter 'second': the graph carries the adapter 'default' already, and a captured graph")
+    assert "Fold it first (hra_fx.fold)" in beside
+    assert "must be a string without dots" in refused(program, settings, hra_fx.AdapterError, "a.b")
+
+
+def test_a_fold_of_a_plain_program_is_refused() -> None:
+    model, ids = mixed()
+    with pytest.raises(hra_fx.AdapterError, match=r"the graph has no reflections\. Transform it first"):
+        fold_program(capture(model, ids))
+
+
+@pytest.mark.parametrize(
+    ("apply_GS", "value", "wanted"),
+    [
+        (False, float("nan"), "conv.weight: the folded weight is not finite"),
+        (True, 1.0, "conv.weight: its vectors are"),
+    ],
+)
+def test_a_fold_that_would_write_noise_is_refused(apply_GS: bool, value: float, wanted: str) -> None:
+    model, ids = mixed()
+    program = transform_program(capture(model, ids), config("conv", "head", apply_GS=apply_GS))
+    with torch.no_grad():
+        program.state_dict["conv.hra_u.default"].fill_(value)
+    before = picture(program)
+    with pytest.raises(hra_fx.FoldError) as caught:
+        fold_program(program)
+    assert str(caught.value).startswith(wanted)
+    assert picture(program) == before

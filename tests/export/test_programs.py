@@ -1,0 +1,309 @@
+"""Exported programs against the eager model at dense float64 weights: outputs, gradients, training, folding, files."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from export.programs import (
+    F64,
+    QUIET,
+    adapted,
+    capture,
+    config,
+    mixed,
+    normal,
+    picture,
+    randomise,
+    with_dense_weights,
+)
+from oracles import relative_error
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+import hra_fx
+from hra_fx.export.program import fold_program, is_program, transform_program
+
+ALL = ("blocks.0", "blocks.1", "conv", "head")
+LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "linear": (nn.Linear(12, 7, dtype=F64), (3, 4, 12)),
+    "linear of one row": (nn.Linear(12, 7, bias=False, dtype=F64), (3, 12)),
+    "conv1d": (nn.Conv1d(4, 6, 3, stride=2, padding=1, dtype=F64), (2, 4, 9)),
+    "conv1d, same": (nn.Conv1d(4, 6, 3, padding="same", dtype=F64), (2, 4, 9)),
+    "conv2d": (nn.Conv2d(4, 6, (3, 1), dtype=F64), (2, 4, 7, 8)),
+    "conv2d, stride and padding": (nn.Conv2d(4, 6, 3, stride=(2, 1), padding=(1, 0), dtype=F64), (2, 4, 7, 8)),
+    "conv2d, dilation and groups": (nn.Conv2d(4, 6, 3, dilation=2, groups=2, bias=False, dtype=F64), (2, 4, 7, 8)),
+    "conv2d, depthwise": (nn.Conv2d(4, 8, 3, groups=4, dtype=F64), (2, 4, 7, 8)),
+    "conv2d, same": (nn.Conv2d(4, 6, (2, 3), padding="same", dilation=(2, 1), dtype=F64), (2, 4, 7, 8)),
+    "conv2d, reflect": (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect", dtype=F64), (2, 4, 7, 8)),
+    "conv3d": (nn.Conv3d(2, 4, (1, 3, 2), stride=2, padding=1, dtype=F64), (2, 2, 5, 5, 6)),
+}
+STARTS: list[dict[str, Any]] = [{"r": 2}, {"r": 3, "apply_GS": True}, {"r": 4, "apply_GS": True, "init_weights": False}]
+
+
+def decomposed(program: ExportedProgram, really: bool) -> ExportedProgram:
+    return program.run_decompositions() if really else program
+
+
+@QUIET
+@pytest.mark.parametrize("early", [False, True], ids=["as captured", "decomposed"])
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        *((kind, {"r": 3}) for kind in LAYERS),
+        *((kind, fields) for kind in ("linear", "conv2d, same") for fields in STARTS),
+    ],
+    ids=str,
+)
+def test_output_and_gradients_are_those_of_the_dense_weight(kind: str, fields: dict[str, Any], early: bool) -> None:
+    layer, shape = LAYERS[kind]
+    model = nn.Sequential(copy.deepcopy(layer))
+    x = normal(1, *shape)
+    settings = config("0", **fields)
+    program = adapted(decomposed(capture(model, x), early), settings)
+    other = normal(2, shape[0] + 3, *shape[1:]).requires_grad_()
+    ours = program.module()(other)
+    with_dense_weights(model, program, settings)
+    wanted = model(other)
+    assert relative_error(ours, wanted) < 1e-12
+    upstream = normal(3, *wanted.shape)
+    (grad,) = torch.autograd.grad(ours, other, upstream)
+    assert relative_error(grad, torch.autograd.grad(wanted, other, upstream)[0]) < 1e-12
+    assert relative_error(fold_program(program).module()(other), wanted) < 1e-12
+
+
+@QUIET
+@pytest.mark.parametrize("late", [False, True], ids=["as it is", "decomposed after"])
+@pytest.mark.parametrize("early", [False, True], ids=["as captured", "decomposed"])
+def test_a_whole_program_with_a_tied_head(early: bool, late: bool) -> None:
+    model, ids = mixed()
+    settings = config(*ALL)
+    program = decomposed(adapted(decomposed(capture(model, ids), early), settings), late)
+    rotations = program.graph.find_nodes(op="call_function", target=torch.ops.hra_fx.rotate.default)
+    assert len(rotations) == len(ALL)
+    assert all(node.meta["nn_module_stack"] and node.meta["val"].dtype == F64 for node in rotations)
+    with_dense_weights(model, program, settings)
+    more = torch.cat([ids, ids.flip(0)])
+    assert relative_error(program.module()(more), model(more)) < 1e-12
+    assert relative_error(fold_program(program).module()(more), model(more)) < 1e-12
+
+
+@pytest.mark.parametrize("apply_GS", [False, True])
+@pytest.mark.parametrize("r", [1, 2, 5])
+def test_the_start_is_the_model(r: int, apply_GS: bool) -> None:
+    model, ids = mixed()
+    program = transform_program(capture(model, ids), config(*ALL, r=r, apply_GS=apply_GS))
+    assert relative_error(program.module()(ids), model(ids)) < 1e-12
+
+
+def test_the_given_program_and_its_model_do_not_change() -> None:
+    model, ids = mixed()
+    given = capture(model, ids)
+    before = picture(given)
+    program = transform_program(given, config(*ALL))
+    randomise(program)
+    program.module()(ids).sum().backward()
+    adapted_before = picture(program)
+    fold_program(program)
+    assert picture(program) == adapted_before
+    assert picture(given) == before
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_parameters_are_shared_and_frozen_and_vectors_are_parameters_of_the_signature() -> None:
+    model, ids = mixed()
+    given = capture(model, ids)
+    program = transform_program(given, config(*ALL, r=3), "style-2")
+    for name, tensor in given.state_dict.items():
+        assert program.state_dict[name].data_ptr() == tensor.data_ptr()
+    names = [f"{path}.hra_u.style-2" for path in ALL]
+    anchors = [f"{name}_anchor" for name in names]
+    assert program.state_dict.keys() - given.state_dict.keys() == {*names, *anchors}
+    assert [program.state_dict[name].shape for name in names] == [(6, 3), (6, 3), (9, 3), (6, 3)]
+    assert set(names) < set(program.graph_signature.parameters)
+    assert set(anchors) < set(program.graph_signature.buffers)
+    module = program.module()
+    assert [name for name, parameter in module.named_parameters() if parameter.requires_grad] == names
+    assert all(parameter is program.state_dict[name] for name, parameter in module.named_parameters())
+    assert program.range_constraints == given.range_constraints
+    assert [entry.fqn for entry in program.module_call_graph] == [entry.fqn for entry in given.module_call_graph]
+
+
+def test_the_same_seed_draws_the_vectors_of_the_eager_model() -> None:
+    model, ids = mixed()
+    given = capture(model, ids)
+    settings = config("blocks.0", "blocks.1", "conv")
+    torch.manual_seed(7)
+    program = transform_program(given, settings)
+    torch.manual_seed(7)
+    eager = hra_fx.transform(model, settings).state_dict()
+    for name in (name for name in eager if ".hra_u." in name):
+        assert torch.equal(program.state_dict[name], eager[name])
+
+
+@pytest.mark.parametrize("apply_GS", [False, True])
+def test_training_is_that_of_the_eager_model(apply_GS: bool) -> None:
+    model, ids = mixed()
+    settings = config("blocks.0", "blocks.1", "conv", apply_GS=apply_GS)
+    torch.manual_seed(7)
+    program = transform_program(capture(model, ids), settings)
+    torch.manual_seed(7)
+    eager = hra_fx.transform(model, settings)
+    target = normal(4, 3, 5, 10)
+    trained: list[nn.Module] = [program.module(), eager]
+    losses: list[list[float]] = [[], []]
+    for place, module in enumerate(trained):
+        optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.3, momentum=0.5)
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = (module(ids) - target).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses[place].append(float(loss.detach()))
+    assert losses[0][-1] < losses[0][0]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-10)
+    for name, tensor in program.state_dict.items():
+        if ".hra_u." in name:
+            assert relative_error(tensor, eager.state_dict()[name]) < 1e-9
+    trained_output = eager(ids)
+    assert relative_error(fold_program(program).module()(ids), trained_output) < 1e-9
+
+
+def test_a_fold_gives_the_captured_graph_node_for_node_with_its_flags_and_keys() -> None:
+    model, ids = mixed()
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    model.blocks[0].bias.requires_grad_(False)
+    given = capture(model, ids)
+    folded = fold_program(adapted(given, config(*ALL)))
+    assert str(folded) == str(given)
+    assert str(folded.graph_signature) == str(given.graph_signature)
+    assert folded.graph_module.meta.get("custom") == given.graph_module.meta.get("custom")
+    assert [(name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in folded.state_dict.items()] == [
+        (name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in given.state_dict.items()
+    ]
+    changed = {name for name, tensor in folded.state_dict.items() if not torch.equal(tensor, given.state_dict[name])}
+    assert changed == {f"{path}.weight" for path in ALL}
+    again = transform_program(folded, config("conv"))
+    assert relative_error(again.module()(ids), folded.module()(ids)) < 1e-12
+
+
+@pytest.mark.parametrize("apply_GS", [False, True])
+def test_a_bfloat16_program_folds_from_float64(apply_GS: bool) -> None:
+    model = nn.Sequential(nn.Linear(64, 32, dtype=torch.bfloat16))
+    program = adapted(capture(model, normal(1, 4, 64).bfloat16()), config("0", apply_GS=apply_GS))
+    assert program.state_dict["0.hra_u.default"].dtype == torch.float32
+    exact = model.double()
+    with_dense_weights(exact, program, config("0", apply_GS=apply_GS))
+    folded = fold_program(program).state_dict["0.weight"]
+    assert folded.dtype == torch.bfloat16
+    assert torch.equal(folded, exact[0].weight.bfloat16())  # type: ignore[union-attr]
+    x = normal(2, 8, 64).bfloat16()
+    assert relative_error(program.module()(x), exact(x.double())) < 5e-3
+
+
+@QUIET
+def test_a_saved_program_is_the_same_when_it_is_loaded() -> None:
+    model, ids = mixed()
+    settings = config(*ALL, apply_GS=True)
+    program = adapted(capture(model, ids), settings)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file)
+    assert torch.equal(loaded.module()(ids), program.module()(ids))
+    assert transform_program(loaded, settings) is loaded
+    trainable = [name for name, parameter in loaded.module().named_parameters() if parameter.requires_grad]
+    assert trainable == [f"{path}.hra_u.default" for path in ALL]
+    folded = fold_program(loaded)
+    assert torch.equal(folded.module()(ids), fold_program(program).module()(ids))
+    assert all(tensor.requires_grad for tensor in folded.state_dict.values() if isinstance(tensor, nn.Parameter))
+
+
+def test_one_compiled_training_step_is_the_plain_one() -> None:
+    model, ids = mixed()
+    module = adapted(capture(model, ids), config(*ALL, apply_GS=True)).module()
+    grads = []
+    for run in (module, torch.compile(module, backend="aot_eager", fullgraph=True)):
+        module.zero_grad()
+        run(ids).square().mean().backward()
+        grads.append({name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == {f"{path}.hra_u.default" for path in ALL} == grads[1].keys()
+    for name, grad in grads[0].items():
+        assert relative_error(grads[1][name], grad) < 1e-12
+
+
+class Twice(nn.Module):
+    """One layer under two names, called three times, and two layers with a tied weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6, dtype=F64)
+        self.second = self.first
+        self.left, self.right = nn.Linear(6, 6, dtype=F64), nn.Linear(6, 6, dtype=F64)
+        self.right.weight = self.left.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.right(self.left(self.second(self.first(self.first(x)).tanh())))
+        return out
+
+
+@QUIET
+def test_a_layer_of_two_names_has_one_reflection_and_tied_layers_have_one_each() -> None:
+    model, x = Twice(), normal(1, 2, 6)
+    given = capture(model, x)
+    settings = config("first", "second", "left", "right")
+    program = adapted(given, settings)
+    vectors = [name for name in program.state_dict if ".hra_u." in name and not name.endswith("_anchor")]
+    assert vectors == [f"{path}.hra_u.default" for path in ("first", "left", "right")]
+    with torch.no_grad():  # apart from each other
+        program.state_dict["right.hra_u.default"].neg_().add_(1)
+    output = program.module()(x)
+    assert torch.equal(torch.export.unflatten(program)(x), output)
+    with_dense_weights(model, program, settings)
+    assert relative_error(output, model(x)) < 1e-12
+    folded = fold_program(program)
+    assert relative_error(folded.module()(x), model(x)) < 1e-12
+    assert folded.state_dict["first.weight"] is folded.state_dict["second.weight"]
+    assert folded.state_dict["left.weight"] is not folded.state_dict["right.weight"]
+
+
+def test_of_two_tied_layers_the_other_stays() -> None:
+    model, x = Twice(), normal(1, 2, 6)
+    settings = config("left")
+    program = adapted(capture(model, x), settings)
+    with_dense_weights(model, program, settings)
+    assert relative_error(program.module()(x), model(x)) < 1e-12
+    assert relative_error(fold_program(program).module()(x), model(x)) < 1e-12
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, dtype=F64)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        crossed: Tensor = self.attention(x, y, y)[0]
+        own: Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return crossed + own
+
+
+@QUIET
+@pytest.mark.parametrize("early", [False, True], ids=["as captured", "decomposed"])
+def test_weights_that_are_read_by_another_module_or_in_parts(early: bool) -> None:
+    model, x, y = Attending(), normal(1, 2, 3, 8), normal(2, 2, 3, 8)
+    settings = config("attention", "out_proj")
+    program = adapted(decomposed(capture(model, x, y), early), settings)
+    with_dense_weights(model, program, settings)
+    assert relative_error(program.module()(x, y), model(x, y)) < 1e-12
+    assert relative_error(torch.export.unflatten(program)(x, y), model(x, y)) < 1e-12
+    assert relative_error(fold_program(program).module()(x, y), model(x, y)) < 1e-12
+
+
+def test_what_a_program_is() -> None:
+    model, ids = mixed()
+    assert is_program(capture(model, ids))
+    assert not is_program(model)
+    assert not is_program(None)

@@ -1,0 +1,282 @@
+"""What the public functions do with a model that two processes share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from integrations.distributed.spawned import Check
+from integrations.distributed.trained import CASES, WAYS, Case, output, part_of, shard, train
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
+
+import hra_fx
+from hra_fx.errors import AdapterError, CheckpointError, FoldError, UnsupportedLayerError
+
+MLP, COPIES, ATTENTION = (CASES[name] for name in ("mlp, whole", "mlp, copies", "attention"))
+GS = CASES["mlp, Gram-Schmidt"]
+
+
+def every_way() -> list[tuple[str, Case, Callable[[], nn.Module]]]:
+    cases = {"whole": MLP, "copies": COPIES, "Gram-Schmidt": GS, "attention": ATTENTION}
+    return [
+        (f"{name}-{way}", case, lambda case=case, wrap=wrap: wrap(case, case.model()))
+        for name, case in cases.items()
+        for way, wrap in WAYS.items()
+    ]
+
+
+def turned_away(model: nn.Module) -> nn.Module:
+    """With other vectors, which a load has to replace."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(-1.5).add_(0.1)
+    return model
+
+
+def close(model: nn.Module, case: Case, wanted: torch.Tensor) -> bool:
+    return bool((output(model, case) - wanted).abs().max() < 1e-13)
+
+
+def save_and_load(rank: int, folder: Path) -> None:
+    for name, case, make in every_way():
+        model, wanted = make(), output(case.model(), case)
+        assert close(model, case, wanted), name
+        hra_fx.save_adapter(model, folder / name)
+        torch.distributed.barrier()
+        assert close(hra_fx.load_adapter(case.base(), folder / name), case, wanted), name
+        other = turned_away(make())
+        assert not close(other, case, wanted), name
+        assert close(hra_fx.load_adapter(other, folder / name, is_trainable=True), case, wanted), name
+        train(other, case, part_of(rank), steps=1)
+        assert not close(other, case, wanted), name
+
+
+def the_first_writes(rank: int, folder: Path) -> None:
+    """Each process names a folder of its own, and only that of the first is made; all hear of its failure."""
+    hra_fx.save_adapter(WAYS["FSDP2, parts"](MLP, MLP.model()), folder / str(rank))
+    assert (folder / str(rank)).exists() is (rank == 0)
+    (folder / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"file: is a file\. Give a folder"):
+        hra_fx.save_adapter(WAYS["FSDP2, parts"](MLP, MLP.model()), folder / "file")
+
+
+def alone_under_ddp(rank: int, folder: Path) -> None:
+    """No other process is waited for."""
+    model = DistributedDataParallel(MLP.model())
+    if rank == 1:
+        hra_fx.save_adapter(model, folder / "one")
+        assert close(hra_fx.load_adapter(MLP.base(), folder / "one"), MLP, output(MLP.model(), MLP))
+
+
+def save_pretrained(rank: int, folder: Path) -> None:
+    """As the Trainer calls it: the folder of a checkpoint, and only one main process."""
+    llama = CASES["llama"]
+    model: Any = shard(llama.model(), llama.units)
+    model.save_pretrained(folder / "checkpoint-1", is_main_process=rank == 0)
+    assert (folder / "checkpoint-1" / "model.safetensors").exists()
+    loaded = hra_fx.load_adapter(llama.base(), folder / "checkpoint-1")
+    assert close(loaded, llama, output(llama.model(), llama))
+    entries = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    model.save_pretrained(folder / "given", is_main_process=rank == 0, state_dict=entries)
+    torch.distributed.barrier()
+    assert close(hra_fx.load_adapter(llama.base(), folder / "given"), llama, output(llama.model(), llama))
+
+
+def strength(rank: int, folder: Path) -> None:
+    half: Any = MLP.model()
+    hra_fx.set_scale(half, "default", 0.5)
+    for wrap in WAYS.values():
+        model = wrap(MLP, MLP.model())
+        output(model, MLP)
+        hra_fx.set_scale(model, "default", 0.5)
+        assert close(model, MLP, output(half, MLP))
+        hra_fx.set_scale(model, "default", 1.0)
+        assert close(model, MLP, output(MLP.model(), MLP))
+
+
+def switching(rank: int, folder: Path) -> None:
+    for wrap in WAYS.values():
+        model = wrap(MLP, MLP.model())
+        with hra_fx.disable_adapters(model):
+            assert close(model, MLP, output(MLP.base(), MLP))
+        assert close(model, MLP, output(MLP.model(), MLP))
+
+
+def pictures(rank: int, folder: Path) -> None:
+    """By one process alone: nothing is gathered for it, so what is sharded has no numbers."""
+    bare = MLP.model()
+    compiled = torch.compile(bare)
+    hra_fx.visualize(compiled, folder / f"compiled{rank}.json")
+    for way, wrap in WAYS.items():
+        model = wrap(MLP, MLP.model())
+        if rank == 1:
+            hra_fx.visualize(model, folder / "shared.json")
+            (graph,) = json.loads((folder / "shared.json").read_text())["graphs"]
+            assert [node["label"] for node in graph["nodes"][1:6]] == ["0", "1", "2", "3", "4"]
+            rows = hra_fx.report(model).rows
+            assert [row.r for row in rows] == [4, 4, 4]
+            assert (rows[0].rotation == hra_fx.report(bare).rows[0].rotation) is (way == "DDP")
+            assert hra_fx.graphs(model)
+    sharded = shard(MLP.model())
+    output(sharded, MLP)
+    sharded.unshard()  # by all processes: then there are numbers
+    assert hra_fx.report(sharded).rows[0].rotation == hra_fx.report(bare).rows[0].rotation
+
+
+def fold_under_ddp(rank: int, folder: Path) -> None:
+    wanted = output(COPIES.model(), COPIES)
+    model = DistributedDataParallel(COPIES.model())
+    hra_fx.merge_adapter(model)
+    assert close(model, COPIES, wanted)
+    hra_fx.unmerge_adapter(model)
+    assert close(model, COPIES, wanted)
+    assert close(hra_fx.fold(model), COPIES, wanted)
+    assert list(model.module.state_dict()) == list(COPIES.base().state_dict())
+
+
+def merged_then_sharded(rank: int, folder: Path) -> None:
+    model = MLP.model()
+    hra_fx.merge_adapter(model)
+    shard(model, MLP.units)
+    assert close(model, MLP, output(MLP.model(), MLP))
+    hra_fx.unmerge_adapter(model)
+    assert close(model, MLP, output(MLP.model(), MLP))
+
+
+def refused_when_sharded(rank: int, folder: Path) -> None:
+    config = hra_fx.HRAConfig(r=2, target_modules=["0"])
+    hra_fx.save_adapter(MLP.model(), folder / str(rank))
+    for wrap in (WAYS["FSDP2, whole"], WAYS["FSDP2, every layer"]):
+        model = wrap(MLP, MLP.model())
+        for when in ("sharded", "gathered"):
+            for refused in (hra_fx.fold, hra_fx.merge_adapter):
+                with pytest.raises(FoldError, match=r"shares its parameters out.*Save the adapter"):
+                    refused(model)
+            with pytest.raises(UnsupportedLayerError, match=r"fully_shard shares its parameters out.*Adapt first"):
+                hra_fx.add_adapter(model, "b", config)
+            with pytest.raises(UnsupportedLayerError, match=r"Adapt first"):
+                hra_fx.load_adapter(model, folder / str(rank), "b")
+            with pytest.raises(AdapterError, match=r"fully_shard.*Take adapters off, and put others in, before it"):
+                hra_fx.delete_adapter(model, "default")
+            assert close(model, MLP, output(MLP.model(), MLP)), when
+    with pytest.raises(UnsupportedLayerError, match=r"fully_shard"):
+        hra_fx.transform(shard(MLP.base()), config)
+    with pytest.raises(UnsupportedLayerError, match=r"fully_shard"):
+        hra_fx.transform(wrap_one(MLP.base()), config)
+
+
+def combine_refused_when_sharded(rank: int, folder: Path) -> None:
+    """As `add_adapter` is, with what it is told apart by; beside DDP it is an adapter as any other."""
+    for wrap in (WAYS["FSDP2, whole"], WAYS["FSDP2, every layer"], wrap_one):
+        plain = MLP.model()
+        hra_fx.add_adapter(plain, "b", hra_fx.HRAConfig(r=2, target_modules=["0", "2"]))
+        model = wrap_one(plain) if wrap is wrap_one else wrap(MLP, plain)
+        for _ in ("sharded", "gathered"):
+            names = {name for name, _ in model.named_parameters()}
+            with pytest.raises(AdapterError, match=r"fully_shard shares its parameters out .*\. Combine before it\."):
+                hra_fx.combine(model, ["default", "b"], "both")
+            assert {name for name, _ in model.named_parameters()} == names
+            output(model, MLP)
+    ddp = MLP.model()
+    hra_fx.add_adapter(ddp, "b", hra_fx.HRAConfig(r=2, target_modules=["0", "2"]))
+    hra_fx.combine(DistributedDataParallel(ddp).module, ["default", "b"], "both")
+
+
+def wrap_one(model: nn.Module) -> nn.Module:
+    """Where another part alone is sharded, new vectors would not be averaged either."""
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model.get_submodule("4"))
+    return model
+
+
+def refused_copies(rank: int, folder: Path) -> None:
+    """FSDP2 puts back the parameters that it found, so trained copies cannot change places."""
+    model = shard(COPIES.model(), COPIES.units)
+    output(model, COPIES)
+    message = "trained copies .* would change places, and fully_shard puts those back"
+    with pytest.raises(AdapterError, match=message), hra_fx.disable_adapters(model):
+        pass
+    with pytest.raises(AdapterError, match=message):
+        hra_fx.set_adapter(model, [])
+    hra_fx.set_adapter(model, "default")
+    assert close(model, COPIES, output(COPIES.model(), COPIES))
+
+
+def refused_under_ddp(rank: int, folder: Path) -> None:
+    with pytest.raises(UnsupportedLayerError, match=r"DistributedDataParallel lists what it averages.*wrap it then"):
+        hra_fx.transform(DistributedDataParallel(MLP.base()), hra_fx.HRAConfig(r=2, target_modules=["0"]))
+
+
+def refused_flat_shards(rank: int, folder: Path) -> None:
+    """The older FSDP trains rightly; between its calls it holds flat pieces of vectors."""
+    hra_fx.save_adapter(MLP.model(), folder / str(rank))
+    model = FullyShardedDataParallel(MLP.model(), device_id=torch.device("cpu"), use_orig_params=True)
+    assert train(model, MLP, part_of(rank)) == pytest.approx(train(MLP.model(), MLP), abs=1e-13)
+    calls: list[tuple[type[Exception], Callable[[], object]]] = [
+        (AdapterError, lambda: hra_fx.save_adapter(model, folder / "other")),
+        (AdapterError, lambda: hra_fx.load_adapter(model, folder / str(rank))),
+        (AdapterError, lambda: hra_fx.set_scale(model, "default", 0.5)),
+        (AdapterError, lambda: hra_fx.orthogonality_loss(model)),
+        (FoldError, lambda: hra_fx.fold(model)),
+    ]
+    for kind, call in calls:
+        with pytest.raises(kind, match=r"holds only a flat shard of its vectors .*summon_full_params"):
+            call()
+
+
+def checkpoints(rank: int, folder: Path) -> None:
+    for name, case, make in every_way():
+        for part, options in {
+            "whole": StateDictOptions(),
+            "adapter": StateDictOptions(ignore_frozen_params=True),
+        }.items():
+            model, wanted = make(), output(case.model(), case)
+            state = get_model_state_dict(model, options=options)
+            kept = [key for key in state if part == "whole" or key in _of_adapter(model, state)]
+            assert list(state) == kept, name
+            dcp.save(state, checkpoint_id=folder / f"{name}-{part}")
+            other = turned_away(make())
+            into = get_model_state_dict(other, options=options)
+            dcp.load(into, checkpoint_id=folder / f"{name}-{part}")
+            set_model_state_dict(other, into, options=StateDictOptions(strict=part == "whole"))
+            assert close(other, case, wanted), (name, part)
+
+
+def _of_adapter(model: nn.Module, state: Any) -> set[str]:
+    trained = {name.removeprefix("module.") for name, p in model.named_parameters() if p.requires_grad}
+    return {key for key in state if key in trained or key.endswith("_anchor")}
+
+
+def full_state(rank: int, folder: Path) -> None:
+    """From shards to a plain model, and from there to shards."""
+    options = StateDictOptions(full_state_dict=True)
+    model = turned_away(shard(GS.model(), GS.units))
+    state = get_model_state_dict(model, options=options)
+    plain = GS.model()
+    plain.load_state_dict(state)
+    assert close(plain, GS, output(model, GS))
+    other = shard(GS.model(), GS.units)
+    set_model_state_dict(other, plain.state_dict(), options=options)
+    assert close(other, GS, output(model, GS))
+
+
+CHECKS: dict[str, Check] = {
+    **{"save and load": save_and_load, "the first process writes": the_first_writes},
+    **{"one process saves under DDP": alone_under_ddp, "save_pretrained": save_pretrained},
+    **{"strength": strength, "switching": switching, "pictures": pictures},
+    **{"fold under DDP": fold_under_ddp, "merged, then sharded": merged_then_sharded},
+    **{"combine, refused when sharded": combine_refused_when_sharded},
+    **{"refused when sharded": refused_when_sharded, "refused copies": refused_copies},
+    **{"refused under DDP": refused_under_ddp, "refused flat shards": refused_flat_shards},
+    **{"checkpoints": checkpoints, "full state": full_state},
+}

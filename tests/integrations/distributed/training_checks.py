@@ -1,0 +1,196 @@
+"""Training in two processes: the losses and the vectors are those of one process."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from integrations.distributed.spawned import Check
+from integrations.distributed.trained import CASES, F64, WAYS, loss_of, output, part_of, same, shard, train, trained
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.nn.parallel import DistributedDataParallel
+
+import hra_fx
+
+MLP = CASES["mlp, whole"]
+
+
+def losses_and_vectors(case: str, rank: int, folder: Path) -> None:
+    alone = CASES[case].model()
+    losses = train(alone, CASES[case])
+    for way, wrap in WAYS.items():
+        together = wrap(CASES[case], CASES[case].model())
+        assert train(together, CASES[case], part_of(rank)) == pytest.approx(losses, abs=1e-13), way
+        same(trained(alone), trained(together))
+
+
+def kept_whole(case: Any, model: nn.Module) -> nn.Module:
+    """FSDP2 that leaves parameters as they are between forward and backward."""
+    fully_shard(model.get_submodule(case.units[0]), reshard_after_forward=False)
+    return fully_shard(model, reshard_after_forward=False)
+
+
+def orthogonality(rank: int, folder: Path) -> None:
+    def term(model: nn.Module) -> Any:
+        return 0.1 * hra_fx.orthogonality_loss(model)
+
+    alone = MLP.model()
+    train(alone, MLP, term=term)
+    without = MLP.model()
+    train(without, MLP)
+    assert (trained(alone)["0.hra_u.default"] - trained(without)["0.hra_u.default"]).abs().max() > 1e-3
+    for wrap in (*WAYS.values(), kept_whole):
+        together = wrap(MLP, MLP.model())
+        train(together, MLP, part_of(rank), term=term)
+        same(trained(alone), trained(together))
+
+
+def orthogonality_apart(rank: int, folder: Path) -> None:
+    """A backward of its own, after that of the loss has freed what was gathered."""
+
+    def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+        x, labels = MLP.data()
+        output(model, MLP)
+        loss, term = loss_of(model(x), labels), hra_fx.orthogonality_loss(model)
+        loss.backward()
+        term.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad)
+        return trained(model)
+
+    alone = gradients(MLP.model())
+    for wrap in (WAYS["FSDP2, whole"], WAYS["FSDP2, parts"], kept_whole):
+        same(alone, gradients(wrap(MLP, MLP.model())))
+
+
+def several(wrap: Callable[[nn.Module], nn.Module], again: bool, part: slice) -> tuple[list[float], dict[str, Any]]:
+    model = MLP.model()
+    torch.manual_seed(5)
+    hra_fx.add_adapter(model, "b", hra_fx.HRAConfig(r=2, init_weights=False, target_modules=["0", "2"]))
+    wrapped = wrap(model)
+    losses = train(wrapped, MLP, part, steps=2)
+    output(wrapped, MLP)  # which leaves FSDP2 with whole parameters
+    hra_fx.set_adapter(wrapped, ["b", "default"])
+    wrapped = wrap(model) if again else wrapped
+    return losses + train(wrapped, MLP, part, steps=2), trained(wrapped)
+
+
+def several_adapters(rank: int, folder: Path) -> None:
+    losses, vectors = several(lambda model: model, False, slice(None))
+    assert {"0.hra_u.b", "4.hra_u.default"} <= vectors.keys()
+    for wrap, again in ((DistributedDataParallel, True), (lambda model: shard(model, MLP.units), False)):
+        found, together = several(wrap, again, part_of(rank))
+        assert found == pytest.approx(losses, abs=1e-13)
+        same(vectors, together)
+
+
+def not_averaged(rank: int, folder: Path) -> None:
+    """DDP goes on without a word when something else is trained, and the processes drift apart."""
+    message = r"b: DistributedDataParallel would not average its gradient.*Wrap the model anew"
+    with pytest.raises(hra_fx.errors.AdapterError, match=message):
+        several(DistributedDataParallel, False, part_of(rank))
+
+
+def not_averaged_after_regions_came_anew(rank: int, folder: Path) -> None:
+    """An adapter on further layers, or off some, makes a new region of the model, which must not answer first."""
+
+    def added() -> nn.Module:
+        model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Linear(6, 6)).to(F64)
+        hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["0"]), "a")
+        for name, targets in (("b", ["2"]), ("c", ["3"])):
+            hra_fx.add_adapter(model, name, hra_fx.HRAConfig(r=2, target_modules=targets))
+        return model
+
+    def deleted() -> nn.Module:
+        model = added()
+        hra_fx.set_adapter(model, "b")
+        hra_fx.delete_adapter(model, "a")
+        return model
+
+    for make, first in ((added, "a"), (deleted, "b"), (lambda: hra_fx.fold(added(), ["a"]), "b")):
+        model = make()
+        hra_fx.set_adapter(model, first)
+        wrapped = DistributedDataParallel(model)
+        wrapped(torch.ones(2, 6, dtype=F64)).sum().backward()
+        hra_fx.set_adapter(model, "c")
+        with pytest.raises(hra_fx.errors.AdapterError, match=r"3\.hra_u\.c: .*would not average its gradient"):
+            wrapped(torch.ones(2, 6, dtype=F64))
+
+
+def not_averaged_copies(rank: int, folder: Path) -> None:
+    model = CASES["mlp, copies"].model()
+    hra_fx.set_adapter(model, "default", inference_mode=True)
+    vectors: Any = model.get_submodule("0.hra_u")
+    vectors["default"].requires_grad_(True)
+    wrapped = DistributedDataParallel(model)
+    train(wrapped, CASES["mlp, copies"], part_of(rank), steps=1)
+    hra_fx.set_adapter(model, "default")
+    output(wrapped, CASES["mlp, copies"])  # without gradients nothing can drift
+    with pytest.raises(hra_fx.errors.AdapterError, match="would not average its gradient"):
+        train(wrapped, CASES["mlp, copies"], part_of(rank), steps=1)
+
+
+def left_out_on_purpose(rank: int, folder: Path) -> None:
+    model = MLP.model()
+    names = [name for name, p in model.named_parameters() if name == "0.hra_u.default"]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    train(DistributedDataParallel(model), MLP, part_of(rank), steps=1)
+
+
+def compiled(rank: int, folder: Path) -> None:
+    alone = MLP.model()
+    losses = train(alone, MLP)
+    for wrap in (WAYS["DDP"], WAYS["FSDP2, whole"]):
+        together = torch.compile(wrap(MLP, MLP.model()), backend="aot_eager")
+        assert train(together, MLP, part_of(rank)) == pytest.approx(losses, abs=1e-13)
+
+
+def pipeline(rank: int, folder: Path) -> None:
+    """Each process holds one stage; the gradients of its vectors are those of the whole model."""
+    whole: Any = MLP.model()
+    x, labels = MLP.data()
+    loss_of(whole(x), labels).backward()
+    model: Any = MLP.model()
+    stage = PipelineStage(model[:2] if rank == 0 else model[2:], rank, 2, torch.device("cpu"))
+    schedule = ScheduleGPipe(stage, 2, loss_fn=loss_of)
+    if rank == 0:
+        schedule.step(x)
+    else:
+        schedule.step(target=labels, losses=[])
+    for place in ("0",) if rank == 0 else ("2", "4"):
+        wanted = whole.get_submodule(place).hra_u["default"].grad
+        assert (model.get_submodule(place).hra_u["default"].grad - wanted).abs().max() < 1e-13
+
+
+def mixed_precision(rank: int, folder: Path) -> None:
+    """FSDP2 gathers the vectors in the narrow dtype, unless they are a group of their own."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    wanted = output(MLP.model(), MLP)
+    model = MLP.model().float()
+    for layer in (model.get_submodule(path) for path in MLP.units):
+        policy = MixedPrecisionPolicy(param_dtype=torch.float32, cast_forward_inputs=False)
+        fully_shard(layer.get_submodule("hra_u"), mp_policy=policy)
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    with torch.no_grad():
+        found = model(MLP.data()[0].float())
+    assert found.dtype == torch.bfloat16
+    assert (found.to(F64) - wanted).abs().max() < 2e-2
+
+
+CHECKS: dict[str, Check] = {
+    **{f"losses and vectors: {case}": functools.partial(losses_and_vectors, case) for case in CASES},
+    **{"orthogonality": orthogonality, "orthogonality, a backward of its own": orthogonality_apart},
+    **{"several adapters": several_adapters, "an adapter that DDP does not know": not_averaged},
+    **{"adapters that DDP does not know, over new regions": not_averaged_after_regions_came_anew},
+    **{"copies that DDP does not know": not_averaged_copies, "what DDP is told to ignore": left_out_on_purpose},
+    **{"torch.compile": compiled, "pipeline": pipeline, "mixed precision": mixed_precision},
+}

@@ -1,0 +1,166 @@
+"""PEFT writes embeddings into the file of an adapter besides: taken where they are the base model's, refused else."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from integrations.peft_parity.sides import by_peft, by_us, opened_by_peft, randomise, saved_by_peft
+from integrations.peft_parity.tiny import inputs, tiny
+from model.many import seen
+from oracles import relative_error
+from safetensors.torch import load_file
+from torch import Tensor
+
+import hra_fx
+
+# PEFT asks transformers for it, wherever it opens an adapter.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+HEAD: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "lm_head"], "task_type": "CAUSAL_LM"}
+BODY: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+FILES = {
+    "the head is a target": (HEAD, {}, {"lm_head.base_layer.weight", "model.embed_tokens.weight"}),
+    "asked for": (BODY, {"save_embedding_layers": True}, {"lm_head.weight", "model.embed_tokens.weight"}),
+    "the head is a target, asked for": (
+        HEAD,
+        {"save_embedding_layers": True},
+        {"lm_head.base_layer.weight", "model.embed_tokens.weight"},
+    ),
+}
+files = pytest.mark.parametrize(("fields", "options", "besides"), FILES.values(), ids=FILES.keys())
+
+
+def logits(model: Any) -> Tensor:
+    found: Tensor = model(**inputs(model)).logits.detach()
+    return found
+
+
+def embeddings_in(folder: Path) -> set[str]:
+    keys = load_file(folder / "adapter_model.safetensors")
+    return {key.removeprefix("base_model.model.") for key in keys if key.endswith(".weight")}
+
+
+def written(folder: Path, fields: dict[str, Any], options: dict[str, Any], base: Any) -> Any:
+    """PEFT's model, saved into the folder."""
+    theirs = by_peft(base, **fields, init_weights=False)
+    randomise(theirs)
+    saved_by_peft(theirs, folder, **options)
+    return theirs.eval()
+
+
+@files
+def test_a_file_with_the_embeddings_of_the_base_is_taken(
+    fields: dict[str, Any], options: dict[str, Any], besides: set[str], tmp_path: Path
+) -> None:
+    base = tiny("llama")
+    theirs = written(tmp_path, fields, options, base)
+    assert embeddings_in(tmp_path) <= besides
+    assert embeddings_in(tmp_path) != set()
+    ours = hra_fx.HRAModel.from_pretrained(tiny("llama"), tmp_path)
+    beside = hra_fx.load_adapter(tiny("llama"), tmp_path)
+    assert relative_error(logits(ours), logits(theirs)) < 1e-9
+    assert relative_error(logits(ours), logits(base)) > 1e-3
+    assert torch.equal(logits(beside), logits(ours))
+
+
+@files
+def test_a_file_with_other_embeddings_is_refused_and_the_model_is_as_it_was(
+    fields: dict[str, Any], options: dict[str, Any], besides: set[str], tmp_path: Path
+) -> None:
+    other = tiny("llama")
+    with torch.no_grad():
+        other.lm_head.weight[3, 2] += 1.0
+        other.model.embed_tokens.weight[3, 2] += 1.0
+    written(tmp_path, fields, options, other)
+    base = tiny("llama")
+    before = seen(base)
+    message = (
+        r"adapter_model\.safetensors: base_model\.model\.\S+\.weight, of shape \(37, 16\), is a tensor of the base "
+        r"model that it was trained on, and this model's \S+\.weight, of shape \(37, 16\), is another\."
+    )
+    with pytest.raises(hra_fx.CheckpointError, match=message):
+        hra_fx.HRAModel.from_pretrained(base, tmp_path)
+    with pytest.raises(hra_fx.CheckpointError, match=message):
+        hra_fx.load_adapter(base, tmp_path)
+    assert seen(base) == before
+
+
+def test_an_adapter_of_a_larger_vocabulary_is_refused_with_both_shapes(tmp_path: Path) -> None:
+    other = tiny("llama")
+    other.resize_token_embeddings(41, mean_resizing=False)
+    written(tmp_path, BODY, {"save_embedding_layers": True}, other)
+    with pytest.raises(hra_fx.CheckpointError, match=r"of shape \(41, 16\), is a tensor .*, of shape \(37, 16\)"):
+        hra_fx.HRAModel.from_pretrained(tiny("llama"), tmp_path)
+    # Over the base model that it was trained on, it is taken.
+    ours = hra_fx.HRAModel.from_pretrained(other, tmp_path)
+    assert torch.isfinite(logits(ours)).all()
+    assert logits(ours).shape == (3, 7, 41)
+
+
+def test_it_loads_over_a_model_that_has_adapters_on_its_head_already(tmp_path: Path) -> None:
+    theirs = written(tmp_path, HEAD, {}, tiny("llama"))
+    ours = by_us(tiny("llama"), "first", **HEAD, init_weights=False)
+    ours.load_adapter(tmp_path, "second")
+    assert ours.active_adapters == ["first"]
+    ours.set_adapter("second")
+    assert relative_error(logits(ours), logits(theirs)) < 1e-9
+    # And in place of values that are there.
+    ours.load_adapter(tmp_path, "second")
+    assert relative_error(logits(ours), logits(theirs)) < 1e-9
+
+
+def test_our_file_of_a_reflected_head_holds_no_embeddings_and_peft_opens_it(tmp_path: Path) -> None:
+    ours = by_us(tiny("llama"), **HEAD, init_weights=False)
+    ours.save_pretrained(tmp_path)
+    assert embeddings_in(tmp_path) == set()
+    theirs = opened_by_peft(tiny("llama"), tmp_path)
+    assert relative_error(logits(theirs), logits(ours)) < 1e-9
+
+
+def test_embeddings_are_not_saved_by_a_flag(tmp_path: Path) -> None:
+    ours = by_us(tiny("llama"), **BODY)
+    message = "save_embedding_layers=True: embeddings are saved where modules_to_save names them."
+    with pytest.raises(hra_fx.AdapterError, match=f"^{re.escape(message)}$"):
+        ours.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert list(tmp_path.iterdir()) == []
+    for value in ("auto", False):
+        ours.save_pretrained(tmp_path / str(value), save_embedding_layers=value)
+        assert embeddings_in(tmp_path / str(value)) == set()
+
+
+def test_embeddings_named_in_modules_to_save_go_both_ways(tmp_path: Path) -> None:
+    fields = BODY | {"modules_to_save": ["embed_tokens", "lm_head"]}
+    theirs = written(tmp_path, fields, {}, tiny("llama"))
+    ours = hra_fx.HRAModel.from_pretrained(tiny("llama"), tmp_path)
+    assert relative_error(logits(ours), logits(theirs)) < 1e-9
+    ours.save_pretrained(tmp_path / "ours")
+    again = opened_by_peft(tiny("llama"), tmp_path / "ours")
+    assert relative_error(logits(again), logits(theirs)) < 1e-9
+
+
+EMBEDDINGS = {
+    "bert, classes": ("query", {"bert.embeddings.word_embeddings.weight"}),
+    "t5": ("q", {"shared.weight", "lm_head.weight"}),
+    "llama": ("q_proj", {"model.embed_tokens.weight", "lm_head.weight"}),
+}
+
+
+@pytest.mark.parametrize("kind", EMBEDDINGS)
+def test_embeddings_are_known_by_the_model_and_not_by_their_names(kind: str, tmp_path: Path) -> None:
+    target, names = EMBEDDINGS[kind]
+    fields: dict[str, Any] = {"r": 2, "target_modules": [target]}
+    theirs = written(tmp_path / "same", fields, {"save_embedding_layers": True}, tiny(kind))
+    assert embeddings_in(tmp_path / "same") == names
+    ours = hra_fx.HRAModel.from_pretrained(tiny(kind), tmp_path / "same")
+    assert relative_error(logits(ours), logits(theirs)) < 1e-9
+    other = tiny(kind)
+    with torch.no_grad():
+        for name in names:
+            other.get_parameter(name)[3, 2] += 1.0
+    written(tmp_path / "other", fields, {"save_embedding_layers": True}, other)
+    with pytest.raises(hra_fx.CheckpointError, match="is a tensor of the base model that it was trained on"):
+        hra_fx.load_adapter(tiny(kind), tmp_path / "other")

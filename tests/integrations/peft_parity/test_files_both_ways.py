@@ -1,0 +1,282 @@
+"""An adapter that was written here computes the same in PEFT, and the reverse, for every option of a configuration."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from integrations.peft_parity.sides import (
+    F32,
+    F64,
+    TOLERANCE,
+    Net,
+    agree,
+    by_peft,
+    by_us,
+    net,
+    opened_by_peft,
+    peft_warnings_ignored,
+    randomise,
+    same_tensors,
+    saved_by_peft,
+    tokens,
+    trained,
+)
+from oracles import relative_error
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import hra_fx
+
+LIST = ["query", "value"]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "r=1": {"r": 1, "init_weights": False},
+    "r=2": {"r": 2},
+    "r=2, random": {"r": 2, "init_weights": False},
+    "r=7, random": {"r": 7, "init_weights": False},
+    "r=8": {"r": 8},
+    "GS, even": {"r": 4, "apply_GS": True, "init_weights": False},
+    "GS, odd": {"r": 3, "apply_GS": True, "init_weights": False},
+    "regex": {"target_modules": r".*layers\.[02]\.(query|out)"},
+    "all-linear": {"target_modules": "all-linear"},
+    "full paths": {"target_modules": ["body.layers.1.value", "conv"]},
+    "conv": {"target_modules": ["conv"]},
+    "conv, random": {"target_modules": ["conv"], "r": 5, "init_weights": False},
+    "conv, GS": {"target_modules": ["conv"], "r": 4, "apply_GS": True, "init_weights": False},
+    "conv and linear": {"target_modules": ["conv", "query", "head.0"]},
+    "exclude list": {"exclude_modules": ["layers.1.query"]},
+    "exclude regex": {"exclude_modules": r".*\.2\..*"},
+    "exclude from all-linear": {"target_modules": "all-linear", "exclude_modules": ["classifier", "head.2.1"]},
+    "one layer": {"layers_to_transform": 1},
+    "layers": {"layers_to_transform": [0, 2]},
+    "layers, pattern": {"layers_to_transform": [0, 2], "layers_pattern": "layers"},
+    "layers, patterns": {"layers_to_transform": [1], "layers_pattern": ["blocks", "layers"]},
+    "no layers": {"layers_to_transform": []},
+    "bias all": {"bias": "all"},
+    "bias hra_only": {"bias": "hra_only"},
+    "bias hra_only, conv": {"bias": "hra_only", "target_modules": ["conv", "value", "out"]},
+    "save classifier": {"modules_to_save": ["classifier"]},
+    "save nested head": {"modules_to_save": ["head"]},
+    "save norm and classifier": {"modules_to_save": ["norm", "classifier"]},
+    "save BatchNorm": {"modules_to_save": ["head.1"]},
+    "save embedding": {"modules_to_save": ["embed"]},
+    "save all kinds": {"modules_to_save": ["embed", "head", "classifier"]},
+    "save, bias all": {"modules_to_save": ["classifier"], "bias": "all"},
+    "save head, bias all": {"modules_to_save": ["head"], "bias": "all"},
+    "save, bias hra_only": {"modules_to_save": ["head"], "bias": "hra_only"},
+    "save, all-linear": {"modules_to_save": ["classifier"], "target_modules": "all-linear"},
+    "save empty": {"modules_to_save": []},
+    "revision": {"revision": "main"},
+}
+ANCHORED: dict[str, dict[str, Any]] = {
+    "odd": {"r": 3},
+    "r=1": {"r": 1},
+    "GS": {"r": 2, "apply_GS": True},
+    "GS, odd": {"r": 3, "apply_GS": True},
+    "conv": {"r": 3, "target_modules": ["conv"]},
+    "conv, GS": {"r": 4, "apply_GS": True, "target_modules": ["conv", "out"]},
+    "bias": {"r": 3, "bias": "all"},
+    "head": {"r": 2, "apply_GS": True, "modules_to_save": ["head", "embed"], "bias": "hra_only"},
+}
+GOING_ON = ANCHORED | {name: OPTIONS[name] for name in ("r=8", "GS, odd", "conv and linear", "save, bias all")}
+options = pytest.mark.parametrize("fields", OPTIONS.values(), ids=OPTIONS.keys())
+anchored = pytest.mark.parametrize("fields", ANCHORED.values(), ids=ANCHORED.keys())
+dtypes = pytest.mark.parametrize("dtype", [F32, F64], ids=["float32", "float64"])
+
+
+def full(fields: dict[str, Any]) -> dict[str, Any]:
+    return {"r": 4, "target_modules": LIST} | fields
+
+
+def moved_statistics(model: nn.Module) -> None:
+    """One step of training for BatchNorm: its buffers are no longer the base model's."""
+    model.train()
+    model(tokens(5))
+    model.eval()
+
+
+def ours_trained(dtype: torch.dtype, fields: dict[str, Any]) -> Any:
+    model = by_us(net(dtype), **full(fields))
+    randomise(model)
+    if "head" in (fields.get("modules_to_save") or ()):
+        moved_statistics(model)
+    return model
+
+
+def theirs_trained(dtype: torch.dtype, fields: dict[str, Any]) -> Any:
+    model = by_peft(net(dtype), **full(fields))
+    randomise(model)
+    if "head" in (fields.get("modules_to_save") or ()):
+        moved_statistics(model)
+    return model
+
+
+@dtypes
+@options
+def test_written_here_opened_by_peft(fields: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+    ours = ours_trained(dtype, fields)
+    hra_fx.save_adapter(ours, tmp_path)
+    theirs = opened_by_peft(net(dtype), tmp_path, is_trainable=True)
+    agree(theirs, ours, tokens(), dtype)
+    assert relative_error(ours(tokens()), net(dtype)(tokens())) > 1e-3
+
+
+@dtypes
+@options
+def test_written_by_peft_opened_here(fields: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+    theirs = theirs_trained(dtype, fields)
+    saved_by_peft(theirs, tmp_path)
+    agree(theirs, hra_fx.load_adapter(net(dtype), tmp_path, is_trainable=True), tokens(), dtype)
+    agree(theirs, hra_fx.HRAModel.from_pretrained(net(dtype), tmp_path, is_trainable=True), tokens(), dtype)
+
+
+@options
+def test_the_same_values_give_the_same_file(fields: dict[str, Any], tmp_path: Path) -> None:
+    """Keys, dtypes and values of the weights, and every field of the configuration."""
+    saved_by_peft(theirs_trained(F32, fields), tmp_path / "theirs")
+    ours_trained(F32, fields).save_pretrained(tmp_path / "ours")
+    same = [json.loads((tmp_path / side / "adapter_config.json").read_text()) for side in ("theirs", "ours")]
+    for config in same:
+        del config["peft_version"]
+        for name in ("target_modules", "exclude_modules"):
+            config[name] = sorted(config[name]) if isinstance(config[name], list) else config[name]
+    assert same[1] == same[0]
+    tensors = [load_file(tmp_path / side / "adapter_model.safetensors") for side in ("theirs", "ours")]
+    wanted, got = ({key: (t.dtype, t.shape) for key, t in side.items()} for side in tensors)
+    # With bias="all" PEFT writes the biases of a saved module twice more, under names that it never reads.
+    doubled = {key for key in wanted if ".original_module." in key or ".modules_to_save." in key}
+    assert got == {key: value for key, value in wanted.items() if key not in doubled}
+    assert not doubled or (fields["bias"] == "all" and fields["modules_to_save"])
+
+
+@options
+def test_round_trip_through_peft_changes_no_bit(fields: dict[str, Any], tmp_path: Path) -> None:
+    ours = ours_trained(F32, fields)
+    hra_fx.save_adapter(ours, tmp_path / "a")
+    saved_by_peft(opened_by_peft(net(), tmp_path / "a"), tmp_path / "b")
+    again = hra_fx.load_adapter(net(), tmp_path / "b", is_trainable=True)
+    assert trained(again).keys() == trained(ours).keys()
+    for name, parameter in trained(ours).items():
+        assert torch.equal(trained(again)[name], parameter), name
+    hra_fx.save_adapter(again, tmp_path / "c")
+    same_tensors(tmp_path / "a", tmp_path / "c")
+
+
+@pytest.mark.parametrize("name", ["bias all", "save head, bias all", "conv and linear", "r=7, random", "GS, even"])
+def test_injected_by_peft_and_saved_by_hand(name: str, tmp_path: Path) -> None:
+    """What diffusers and others do without a PeftModel: the keys have no prefix."""
+    fields = full(OPTIONS[name])
+    if "head" in fields.get("modules_to_save", ()):
+        fields |= {"modules_to_save": None}  # injection knows none
+    with peft_warnings_ignored():
+        theirs = peft.inject_adapter_in_model(peft.HRAConfig(**fields), net(F64))
+    randomise(theirs)
+    config = theirs.peft_config["default"]
+    config.save_pretrained(tmp_path)
+    tensors = peft.get_peft_model_state_dict(theirs)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    agree(theirs, hra_fx.load_adapter(net(F64), tmp_path, is_trainable=True), tokens(), F64)
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("fields", [OPTIONS["save head, bias all"], OPTIONS["r=2, random"]], ids=["head", "plain"])
+def test_low_memory_and_trainable(fields: dict[str, Any], low: bool, is_trainable: bool, tmp_path: Path) -> None:
+    theirs = theirs_trained(F64, fields)
+    saved_by_peft(theirs, tmp_path)
+    settings = {"low_cpu_mem_usage": low, "is_trainable": is_trainable}
+    ours = hra_fx.HRAModel.from_pretrained(net(F64), tmp_path, **settings)
+    reopened = opened_by_peft(net(F64), tmp_path, **settings)
+    assert not any(tensor.is_meta for tensor in ours.state_dict().values())
+    assert relative_error(ours(tokens()), theirs(tokens())) < 1e-9
+    hra = {name for name in trained(reopened) if "hra_u" in name}
+    assert {name for name in trained(ours) if "hra_u" in name} == hra
+    assert bool(trained(ours)) is is_trainable
+
+
+@dtypes
+@anchored
+def test_anchored_written_here_opened_by_peft(fields: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+    """PEFT has more vectors, the anchor's among them; where there is no Gram-Schmidt the last ones are ours."""
+    ours = ours_trained(dtype, fields)
+    ours.save_pretrained(tmp_path)
+    theirs = opened_by_peft(net(dtype), tmp_path, is_trainable=True)
+    assert relative_error(ours(tokens()), theirs(tokens())) < TOLERANCE[dtype]
+    assert theirs.peft_config["default"].apply_GS is False
+    assert trained(theirs).keys() == trained(ours).keys()
+    for model in (theirs, ours):
+        (model(tokens()) ** 2).sum().backward()
+    for name, parameter in trained(ours).items():
+        wanted, got = trained(theirs)[name].grad, parameter.grad
+        if "hra_u" in name:
+            if fields.get("apply_GS"):
+                continue
+            assert wanted is not None
+            wanted = wanted[:, -parameter.shape[1] :]
+        assert wanted is not None
+        assert got is not None
+        assert relative_error(got, wanted) < 10 * TOLERANCE[dtype], name
+
+
+@dtypes
+@anchored
+def test_anchored_loaded_here_again_bit_for_bit(fields: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+    ours = ours_trained(dtype, fields)
+    hra_fx.save_adapter(ours, tmp_path / "a")
+    again = hra_fx.load_adapter(net(dtype), tmp_path / "a", is_trainable=True)
+    before, after = ours.state_dict(), again.state_dict()
+    assert after.keys() == before.keys()
+    for key, value in before.items():
+        assert after[key].dtype == value.dtype
+        assert torch.equal(after[key], value), key
+    specs = [[m.hra_u.specs for m in model.modules() if hasattr(m, "hra_u")] for model in (ours, again)]
+    assert specs[0] == specs[1]
+    hra_fx.save_adapter(again, tmp_path / "b")
+    same_tensors(tmp_path / "a", tmp_path / "b")
+    configs = [(tmp_path / side / "adapter_config.json").read_bytes() for side in ("a", "b")]
+    assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("fields", GOING_ON.values(), ids=GOING_ON.keys())
+def test_training_goes_on_as_if_nothing_had_been_saved(fields: dict[str, Any], tmp_path: Path) -> None:
+    ours = ours_trained(F32, fields)
+    hra_fx.save_adapter(ours, tmp_path)
+    again = hra_fx.load_adapter(net(), tmp_path, is_trainable=True)
+    for model in (ours, again):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for step in range(2):
+            optimizer.zero_grad()
+            (model(tokens(step)) ** 2).mean().backward()
+            optimizer.step()
+    after = again.state_dict()
+    for key, value in ours.state_dict().items():
+        assert torch.equal(after[key], value), key
+
+
+def test_two_steps_of_sgd_are_pefts(tmp_path: Path) -> None:
+    fields = full({"bias": "all", "modules_to_save": ["classifier"], "init_weights": False})
+    theirs = by_peft(net(F64), **fields)
+    randomise(theirs)
+    saved_by_peft(theirs, tmp_path)
+    ours = hra_fx.load_adapter(net(F64), tmp_path, is_trainable=True)
+    for model in (theirs, ours):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for step in range(2):
+            optimizer.zero_grad()
+            (model(tokens(step)) ** 2).mean().backward()
+            optimizer.step()
+    for name, parameter in trained(theirs).items():
+        assert relative_error(trained(ours)[name], parameter) < 1e-9, name
+
+
+def test_the_models_class_and_object_stay(tmp_path: Path) -> None:
+    saved_by_peft(theirs_trained(F32, {}), tmp_path)
+    base = net()
+    assert hra_fx.HRAModel.from_pretrained(base, tmp_path) is base
+    assert isinstance(base, Net)
+    assert copy.deepcopy(base)(tokens()).equal(base(tokens()))

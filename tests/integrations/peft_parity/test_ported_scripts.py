@@ -1,0 +1,269 @@
+"""Scripts that were written for PEFT, with `get_peft_model` replaced: each computes what it computed with PEFT."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import peft
+import pytest
+import torch
+from diffusers.training_utils import EMAModel
+from integrations.diffusers_use.test_stable_diffusion import TARGETS, unet
+from integrations.peft_parity.sides import (
+    F64,
+    by_peft,
+    by_us,
+    opened_by_peft,
+    peft_warnings_ignored,
+    randomise,
+    saved_by_peft,
+)
+from integrations.transformers_use.tiny import batch, bert, llama, tokens_of, trainer_of
+from oracles import relative_error
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import BertForSequenceClassification, Trainer
+
+import hra_fx
+
+pytestmark = [
+    # PEFT asks transformers for it, wherever it opens an adapter.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
+
+CLASSES: dict[str, Any] = {"r": 4, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
+# In float64; but the norms of Llama compute in float32, and AdamW magnifies rounding where a gradient vanishes.
+TIGHT = 1e-6
+WITHOUT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def logits(model: Any, kind: str) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model.eval()(input_ids=batch(kind)["input_ids"]).logits
+    return found
+
+
+def test_a_classifier_is_trained_by_the_trainer_saved_opened_and_merged(tmp_path: Path) -> None:
+    base = bert(**WITHOUT_DROPOUT).double()
+    sides = {"theirs": by_peft(base, **CLASSES), "ours": by_us(base, **CLASSES)}
+    losses = {}
+    for name, model in sides.items():
+        randomise(model)
+        settings = {"optim": "sgd", "learning_rate": 0.1, "save_strategy": "steps", "save_steps": 3}
+        trainer = trainer_of(Trainer, "bert", model, tmp_path / name, **settings)
+        with peft_warnings_ignored():
+            trainer.train()
+            trainer.save_model(str(tmp_path / name / "last"))
+        losses[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses["ours"]) == 6
+    assert losses["ours"] == pytest.approx(losses["theirs"], rel=1e-6)
+    assert losses["ours"][-1] != losses["ours"][0]
+    theirs, ours = sides["theirs"], sides["ours"]
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+    wanted = logits(theirs, "bert")
+    assert relative_error(logits(ours, "bert"), wanted) < TIGHT
+    for folder in ("last", "checkpoint-6"):
+        opened = hra_fx.HRAModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours" / folder)
+        assert torch.equal(logits(opened, "bert"), logits(ours, "bert"))
+        assert relative_error(logits(opened_by_peft(base, tmp_path / "ours" / folder), "bert"), wanted) < TIGHT
+    ours.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = BertForSequenceClassification.from_pretrained(tmp_path / "merged", dtype=F64)
+    assert relative_error(logits(merged, "bert"), wanted) < TIGHT
+    assert relative_error(logits(base, "bert"), wanted) > 1e-3
+
+
+def test_a_language_model_with_a_reflected_head_is_trained_and_generates(tmp_path: Path) -> None:
+    base = llama(tie_word_embeddings=False).double()
+    fields = {"r": 4, "target_modules": ["q_proj", "v_proj", "lm_head"], "task_type": "CAUSAL_LM"}
+    data, prompt = batch("llama"), {"input_ids": tokens_of(3, 5, seed=4)}
+    prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
+    said, models = {}, {}
+    for name, model in (("theirs", by_peft(base, **fields)), ("ours", by_us(base, **fields))):
+        randomise(model)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        model.train()
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(**data).loss.backward()
+            optimizer.step()
+        model.eval()
+        said[name] = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+        models[name] = model
+    wanted = logits(models["theirs"], "llama")
+    assert relative_error(logits(models["ours"], "llama"), wanted) < TIGHT
+    assert torch.equal(said["ours"], said["theirs"])
+    assert said["ours"].shape == (3, 13)
+    assert not torch.equal(said["ours"], base.eval().generate(**prompt, max_new_tokens=8, do_sample=False))
+
+    models["ours"].save_pretrained(tmp_path / "ours")
+    saved_by_peft(models["theirs"], tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        opened = hra_fx.HRAModel.from_pretrained(copy.deepcopy(base), tmp_path / folder).eval()
+        assert torch.equal(opened.generate(**prompt, max_new_tokens=8, do_sample=False), said["theirs"])
+        assert relative_error(logits(opened, "llama"), wanted) < TIGHT
+        assert relative_error(logits(opened_by_peft(base, tmp_path / folder), "llama"), wanted) < TIGHT
+    folded = models["ours"].merge_and_unload()
+    assert torch.equal(folded.generate(**prompt, max_new_tokens=8, do_sample=False), said["theirs"])
+
+
+def noised() -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Noised latents, steps and the text's states; and the noise."""
+    generator = torch.Generator().manual_seed(2)
+    latents, noise = (torch.randn(4, 4, 8, 8, dtype=F64, generator=generator) for _ in range(2))
+    states = torch.randn(4, 5, 16, dtype=F64, generator=generator)
+    return (latents + noise, torch.tensor([10, 300, 500, 900]), states), noise
+
+
+def dreambooth(model: Any) -> EMAModel:
+    """Four steps with the prior of the class preserved, and the moving average of what is trained."""
+    inputs, noise = noised()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    average = EMAModel(parameters, decay=0.7, use_ema_warmup=False)
+    model.train()
+    for _ in range(4):
+        instance, prior = (model(*inputs).sample - noise).square().chunk(2)
+        optimizer.zero_grad()
+        (instance.mean() + prior.mean()).backward()
+        optimizer.step()
+        average.step(parameters)
+    model.eval()
+    return average
+
+
+def test_a_unet_is_trained_as_in_dreambooth_with_a_moving_average(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = unet().double()
+    fields = {"r": 8, "target_modules": TARGETS["unet"]}
+    theirs, ours = by_peft(base, **fields), by_us(base, **fields)
+    ours.enable_gradient_checkpointing()
+    inputs, _ = noised()
+    found: dict[str, list[Tensor]] = {"theirs": [], "ours": []}
+    for name, model in (("theirs", theirs), ("ours", ours)):
+        randomise(model)
+        average = dreambooth(model)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        assert len(parameters) == 48
+        with torch.no_grad():
+            found[name].append(model(*inputs).sample)
+            average.store(parameters)
+            average.copy_to(parameters)
+            found[name].append(model(*inputs).sample)
+        model.save_pretrained(tmp_path / name)
+        average.restore(parameters)
+        with torch.no_grad():
+            assert torch.equal(model(*inputs).sample, found[name][0])
+    for got, wanted in zip(found["ours"], found["theirs"], strict=True):
+        assert relative_error(got, wanted) < TIGHT
+    assert relative_error(found["ours"][0], found["ours"][1]) > 1e-4
+
+    opened = hra_fx.HRAModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    assert torch.equal(opened(*inputs).sample, found["ours"][1])
+    assert relative_error(opened_by_peft(base, tmp_path / "ours").eval()(*inputs).sample, found["theirs"][1]) < TIGHT
+    opened.merge_and_unload().save_pretrained(tmp_path / "whole")
+    assert load_file(tmp_path / "whole" / "diffusion_pytorch_model.safetensors").keys() == base.state_dict().keys()
+    whole = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "whole", torch_dtype=F64).eval()
+    assert relative_error(whole(*inputs).sample, found["theirs"][1]) < TIGHT
+
+
+def randomise_all(model: Any, names: Iterable[str]) -> None:
+    """The same random values on both sides, adapter by adapter."""
+    for seed, name in enumerate(names):
+        model.set_adapter(name)
+        randomise_adapter(model, name, seed)
+
+
+def randomise_adapter(model: nn.Module, name: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    # Names end alike on both sides, and the head's parameters are the only others.
+    vectors = sorted((key.split("bert.", 1)[1], p) for key, p in model.named_parameters() if key.endswith(f".{name}"))
+    with torch.no_grad():
+        for _, parameter in vectors:
+            parameter.copy_(torch.randn(parameter.shape, dtype=F64, generator=generator))
+
+
+def test_several_adapters_are_trained_in_turn_by_one_optimizer(tmp_path: Path) -> None:
+    base = bert(**WITHOUT_DROPOUT).double()
+    first, second = CLASSES | {"target_modules": ["query"]}, CLASSES | {"r": 2, "target_modules": ["value"]}
+    with peft_warnings_ignored():
+        theirs = by_peft(base, "a", **first)
+        theirs.add_adapter("b", peft.HRAConfig(**second))
+        theirs = theirs.double()
+    ours = by_us(base, "a", **first)
+    ours.add_adapter("b", hra_fx.HRAConfig(**second))
+    data = {**batch("bert"), "labels": torch.tensor([0, 1, 1, 0])}
+    found: dict[str, dict[str, Tensor]] = {}
+    for side, model in (("theirs", theirs), ("ours", ours)):
+        randomise_all(model, "ab")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+        model.train()
+        for name in ("a", "b", "b", "a", "b"):
+            model.set_adapter(name)
+            other = {key: p.detach().clone() for key, p in model.named_parameters() if not p.requires_grad}
+            for _ in range(2):
+                optimizer.zero_grad()
+                model(**data).loss.backward()
+                optimizer.step()
+            for key, parameter in model.named_parameters():
+                assert key not in other or torch.equal(parameter, other[key]), (side, name, key)
+        found[side] = {}
+        for name in "ab":
+            model.set_adapter(name)
+            found[side][name] = logits(model, "bert")
+        with model.disable_adapter():
+            assert torch.equal(logits(model, "bert"), logits(base, "bert")), side
+    for name in "ab":
+        assert relative_error(found["ours"][name], found["theirs"][name]) < TIGHT, name
+    assert relative_error(found["ours"]["a"], found["ours"]["b"]) > 1e-3
+
+    ours.save_pretrained(tmp_path)
+    for name in "ab":
+        assert relative_error(logits(opened_by_peft(base, tmp_path / name), "bert"), found["theirs"][name]) < TIGHT
+    opened = hra_fx.HRAModel.from_pretrained(copy.deepcopy(base), tmp_path, "a", subfolder="a")
+    opened.load_adapter(tmp_path, "b", subfolder="b")
+    for name in "ab":
+        opened.set_adapter(name)
+        assert torch.equal(logits(opened, "bert"), found["ours"][name])
+
+
+def test_a_folder_of_peft_with_an_adapter_in_a_subfolder_is_opened(tmp_path: Path) -> None:
+    base = llama().double()
+    first = {"r": 2, "target_modules": ["q_proj"], "init_weights": False, "task_type": "CAUSAL_LM"}
+    second = {"r": 4, "target_modules": ["v_proj", "down_proj"], "init_weights": False, "task_type": "CAUSAL_LM"}
+    theirs = by_peft(base, **first)
+    with peft_warnings_ignored():
+        theirs.add_adapter("style", peft.HRAConfig(**second))
+        theirs = theirs.double()
+    saved_by_peft(theirs, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.endswith(".md")) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "style",
+    ]
+    wanted = {}
+    for name in ("default", "style"):
+        theirs.set_adapter(name)
+        wanted[name] = logits(theirs, "llama")
+    assert relative_error(wanted["default"], wanted["style"]) > 1e-3
+
+    ours = hra_fx.HRAModel.from_pretrained(model=copy.deepcopy(base), model_id=tmp_path, torch_device="cpu")
+    ours.load_adapter(tmp_path, adapter_name="style", subfolder="style")
+    assert ours.active_adapter == "default"
+    for name in ("default", "style", "default"):
+        ours.set_adapter(name)
+        assert relative_error(logits(ours, "llama"), wanted[name]) < TIGHT
+    with pytest.warns(hra_fx.HRAWarning, match="'style' is active now"):
+        ours.delete_adapter("default")
+    assert relative_error(logits(ours, "llama"), wanted["style"]) < TIGHT
+
+    alone = hra_fx.HRAModel.from_pretrained(copy.deepcopy(base), tmp_path, subfolder="style", is_trainable=True)
+    assert alone.active_adapters == ["default"]
+    assert all(p.requires_grad == (".hra_u." in name) for name, p in alone.named_parameters())
+    merged = alone.merge_and_unload()
+    assert type(merged) is type(base)
+    assert relative_error(logits(merged, "llama"), wanted["style"]) < TIGHT

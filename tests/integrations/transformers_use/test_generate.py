@@ -1,0 +1,122 @@
+"""Generation: every way of decoding says with an adapter what the model with rotated weights says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from integrations.transformers_use.tiny import SHAPES, config_for, llama, rotated, t5, tokens_of, turn
+from torch import Tensor, nn
+
+import hra_fx
+
+PROMPT = tokens_of(2, 6)
+LENGTH = {"max_new_tokens": 10, "min_new_tokens": 10}
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "greedy without a cache": {"do_sample": False, "use_cache": False},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "sampling": {"do_sample": True, "temperature": 1.5},
+    "sampling among few": {"do_sample": True, "top_k": 8, "top_p": 0.9},
+    "a static cache": {"do_sample": False, "cache_implementation": "static"},
+    "several answers": {"do_sample": True, "num_return_sequences": 2},
+}
+T5_TARGETS = ["q", "v", "wi", "wo"]
+
+
+def an_adapted(name: str, shape: str) -> tuple[nn.Module, Any]:
+    """A base model in float64, whose best token no rounding decides, and an adapted one that is far from it."""
+    base, copied = (llama().double(), llama().double()) if name == "llama" else (t5().double(), t5().double())
+    targets = {"target_modules": T5_TARGETS, "task_type": "SEQ_2_SEQ_LM"} if name == "t5" else {}
+    model = SHAPES[shape](copied.eval(), config_for("llama", **targets))
+    turn(model)
+    return base.eval(), model
+
+
+def say(model: Any, prompt: Tensor = PROMPT, **way: Any) -> Tensor:
+    torch.manual_seed(11)
+    said: Tensor = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **(LENGTH | way))
+    return said
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_decoder_says_what_the_rotated_weights_say(shape: str, way: str) -> None:
+    base, model = an_adapted("llama", shape)
+    said = say(model, **WAYS[way])
+    assert said.shape[1] == 16
+    assert torch.equal(said, say(rotated(base, model), **WAYS[way]))
+    assert not torch.equal(said, say(base, **WAYS[way]))
+    assert torch.equal(said, say(hra_fx.fold(model), **WAYS[way]))
+
+
+@pytest.mark.parametrize("way", ["greedy", "greedy without a cache", "beams", "sampling"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_encoder_with_a_decoder_says_what_the_rotated_weights_say(shape: str, way: str) -> None:
+    base, model = an_adapted("t5", shape)
+    said = say(model, **WAYS[way])
+    assert torch.equal(said, say(rotated(base, model), **WAYS[way]))
+    assert not torch.equal(said, say(base, **WAYS[way]))
+    assert torch.equal(said, say(hra_fx.fold(model), **WAYS[way]))
+
+
+@pytest.mark.parametrize("who", ["the base model", "another adapted model"])
+def test_an_assistant_does_not_change_what_is_said(who: str) -> None:
+    base, model = an_adapted("llama", "transform")
+    assistant = base if who == "the base model" else an_adapted("llama", "HRAModel")[1]
+    alone = say(model, PROMPT[:1], do_sample=False)
+    assert torch.equal(say(model, PROMPT[:1], do_sample=False, assistant_model=assistant), alone)
+
+
+def test_the_scores_are_those_of_the_rotated_weights() -> None:
+    base, model = an_adapted("llama", "HRAModel")
+    way = {"do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+    found, wanted = say(model, **way), say(rotated(base, model), **way)
+    for actual, expected in zip(found.scores, wanted.scores, strict=True):
+        # Llama normalises in float32, whatever its weights are.
+        assert torch.allclose(actual, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["greedy", "a static cache", "beams"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_adapters_are_switched_between_calls(shape: str, way: str) -> None:
+    base, model = an_adapted("llama", shape)
+    hra_fx.add_adapter(model, "other", config_for("llama", r=3, target_modules=["o_proj", "v_proj"]))
+    turn(model, 6)
+    said = {}
+    for names in (["default"], ["other"], ["default"], ["other", "default"], ["default", "other"]):
+        hra_fx.set_adapter(model, names)
+        said[tuple(names)] = say(model, **WAYS[way])
+        assert torch.equal(said[tuple(names)], say(rotated(base, model, *names), **WAYS[way]))
+    with hra_fx.disable_adapters(model):
+        said[()] = say(model, **WAYS[way])
+        assert torch.equal(said[()], say(base, **WAYS[way]))
+    assert torch.equal(say(model, **WAYS[way]), said["default", "other"])
+    assert len({tuple(each.flatten().tolist()) for each in said.values()}) == 5
+
+
+def test_a_merged_adapter_says_the_same() -> None:
+    _, model = an_adapted("llama", "HRAModel")
+    said = say(model, do_sample=False)
+    model.merge_adapter()
+    assert torch.equal(say(model, do_sample=False), said)
+    model.unmerge_adapter()
+    assert torch.equal(say(model, do_sample=False), said)
+
+
+def test_padding_on_the_left_changes_nothing() -> None:
+    base, model = an_adapted("llama", "transform")
+    padded = torch.cat([torch.full((2, 3), 2), PROMPT], dim=1)
+    mask = (torch.arange(9) >= 3).long().expand(2, -1)
+    said = model.generate(input_ids=padded, attention_mask=mask, do_sample=False, **LENGTH)
+    assert torch.equal(said[:, 3:], say(rotated(base, model), do_sample=False))
+
+
+def test_a_model_that_was_trained_generates() -> None:
+    """From training mode and back, with the cache that training leaves out."""
+    _, model = an_adapted("llama", "HRAModel")
+    model.train()
+    model(input_ids=PROMPT, labels=PROMPT).loss.backward()
+    said = say(model.eval(), do_sample=False)
+    assert torch.equal(said, say(hra_fx.fold(model), do_sample=False))

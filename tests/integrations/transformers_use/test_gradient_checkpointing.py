@@ -1,0 +1,99 @@
+"""Activations that are computed again in the backward: the gradients are those of a model that keeps them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from integrations.transformers_use.tiny import BASES, SHAPES, adapted, batch, trained_in, trainer_of, turn
+from oracles import relative_error
+from torch import Tensor, nn
+from torch.utils import checkpoint
+from transformers import Trainer
+
+# The names that transformers has had since 5.0; it means to rename them.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`gradient_checkpointing_(en|dis)able` is deprecated:FutureWarning",
+    "ignore:`gradient_checkpointing(_kwargs)?` is deprecated:FutureWarning",
+)
+
+
+def gradients(kind: str, model: Any) -> dict[str, Tensor]:
+    model.train()
+    torch.manual_seed(3)
+    model(**batch(kind)).loss.backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert [name for name, gradient in found.items() if gradient is None] == []
+    return found
+
+
+def enable(model: Any, *, use_reentrant: bool) -> None:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+
+
+@pytest.fixture
+def recomputed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """One entry for each call that checkpoints."""
+    calls: list[bool] = []
+
+    def counted(function: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs["use_reentrant"])
+        return checkpoint.checkpoint(function, *args, **kwargs)
+
+    monkeypatch.setattr("transformers.modeling_utils.checkpoint", counted)
+    return calls
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", BASES)
+def test_the_gradients_are_those_without(
+    kind: str, shape: str, use_reentrant: bool, when: str, recomputed: list[bool]
+) -> None:
+    plain = adapted(kind, shape)
+    turn(plain)
+    wanted = gradients(kind, plain)
+    assert recomputed == []
+
+    base = BASES[kind]()
+    if when == "before":
+        enable(base, use_reentrant=use_reentrant)
+    model = adapted(kind, shape, base=base)
+    if when == "after":
+        enable(model, use_reentrant=use_reentrant)
+    turn(model)
+    found = gradients(kind, model)
+    assert recomputed == [use_reentrant] * 2, "one for each block"
+    assert wanted.keys() == found.keys()
+    assert {name: error for name in wanted if (error := relative_error(found[name], wanted[name])) > 1e-5} == {}
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_it_can_be_switched_off_again(kind: str, recomputed: list[bool]) -> None:
+    model = adapted(kind, "HRAModel")
+    enable(model, use_reentrant=False)
+    model.gradient_checkpointing_disable()
+    gradients(kind, model)
+    assert recomputed == []
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", BASES)
+def test_the_trainer_trains_the_same_with_it(
+    kind: str, shape: str, use_reentrant: bool, tmp_path: Path, recomputed: list[bool]
+) -> None:
+    found: list[dict[str, Tensor]] = []
+    for arguments in ({}, {"gradient_checkpointing": True}):
+        if arguments:
+            arguments |= {"gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+        model: nn.Module = adapted(kind, shape)
+        trainer_of(Trainer, kind, model, tmp_path, **arguments).train()
+        found.append(trained_in(model))
+    assert recomputed == [use_reentrant] * 2 * 6, "one for each block and step"
+    assert {
+        name: error for name, value in found[0].items() if (error := relative_error(found[1][name], value)) > 1e-5
+    } == {}

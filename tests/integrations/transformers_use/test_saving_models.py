@@ -1,0 +1,216 @@
+"""`save_pretrained` of an adapted model: what it writes always has the adapter, and `from_pretrained` opens it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from integrations.transformers_use.tiny import BASES, SHAPES, adapted, batch, config_for, turn, vectors_of
+from oracles import relative_error
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+import hra_fx
+
+FILES = {"adapter_config.json", "adapter_model.safetensors"}
+CLASSES: dict[str, Any] = {"bert": BertForSequenceClassification, "llama": LlamaForCausalLM}
+AUTO: dict[str, Any] = {"bert": AutoModelForSequenceClassification, "llama": AutoModelForCausalLM}
+
+
+def logits(model: nn.Module, kind: str) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model.eval()(input_ids=batch(kind)["input_ids"]).logits
+    return out
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def stepped(kind: str, shape: str, folder: Path, **fields: object) -> Any:
+    """A model over a base that was saved and opened by name, after steps that move all that is trained."""
+    BASES[kind]().save_pretrained(folder / "base")
+    model = adapted(kind, shape, base=CLASSES[kind].from_pretrained(folder / "base"), **fields).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=0.05)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(**batch(kind)).loss.backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("fields", [{}, {"r": 4}, {"apply_GS": True}, {"bias": "hra_only"}], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", BASES)
+def test_transformers_opens_the_folder_over_the_base_that_it_names(
+    kind: str, shape: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    if kind == "llama" and "bias" in fields:
+        fields = {"modules_to_save": ["lm_head"]}
+    model = stepped(kind, shape, tmp_path, **fields)
+    model.save_pretrained(tmp_path / "adapter")
+    assert names_in(tmp_path / "adapter") == FILES
+    named = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(tmp_path / "base")
+    opened = AUTO[kind].from_pretrained(tmp_path / "adapter")
+    assert type(opened) is CLASSES[kind]
+    assert relative_error(logits(opened, kind), logits(model, kind)) < 1e-5
+    plain = CLASSES[kind].from_pretrained(tmp_path / "base")
+    assert relative_error(logits(plain, kind), logits(model, kind)) > 1e-2
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_folder_that_names_no_base_is_not_opened_as_a_model_without_its_adapter(shape: str, tmp_path: Path) -> None:
+    model = adapted("llama", shape)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    for maker in (AutoModelForCausalLM, LlamaForCausalLM):
+        # Which error it is, is for transformers to say; a model would be one without the adapter.
+        with pytest.raises((OSError, ValueError, TypeError)):
+            maker.from_pretrained(tmp_path, local_files_only=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", BASES)
+def test_transformers_opens_a_checkpoint_of_the_trainer_too(kind: str, shape: str, tmp_path: Path) -> None:
+    """What the Trainer resumes from lies beside the adapter, and is not taken for the model."""
+    model = stepped(kind, shape, tmp_path)
+    model.save_pretrained(tmp_path / "checkpoint-3")
+    assert names_in(tmp_path / "checkpoint-3") == FILES | {"model.safetensors"}
+    for maker in (AUTO[kind], CLASSES[kind]):
+        opened = maker.from_pretrained(tmp_path / "checkpoint-3", local_files_only=True)
+        assert relative_error(logits(opened, kind), logits(model, kind)) < 1e-5
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", BASES)
+def test_our_loader_opens_the_folder_bitwise(kind: str, shape: str, tmp_path: Path) -> None:
+    model = stepped(kind, shape, tmp_path)
+    model.save_pretrained(tmp_path / "adapter")
+    opened = hra_fx.load_adapter(BASES[kind](), tmp_path / "adapter")
+    assert torch.equal(logits(opened, kind), logits(model, kind))
+    shaped = hra_fx.HRAModel.from_pretrained(BASES[kind](), tmp_path / "adapter")
+    assert torch.equal(logits(shaped, kind), logits(model, kind))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_pickle_is_refused(shape: str, tmp_path: Path) -> None:
+    model = adapted("llama", shape)
+    message = "safe_serialization=False: a pickle is never written. Leave it True."
+    with pytest.raises(hra_fx.AdapterError, match=f"^{re.escape(message)}$"):
+        model.save_pretrained(tmp_path, safe_serialization=False)
+    assert names_in(tmp_path) == set()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pushing_on_the_way_is_refused(shape: str, tmp_path: Path) -> None:
+    model = adapted("llama", shape)
+    message = "push_to_hub=True: save first, then call model.push_to_hub(...)."
+    with pytest.raises(hra_fx.AdapterError, match=f"^{re.escape(message)}$"):
+        model.save_pretrained(tmp_path, push_to_hub=True)
+    assert names_in(tmp_path) == set()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_other_processes_than_the_main_one_write_nothing(shape: str, tmp_path: Path) -> None:
+    adapted("llama", shape).save_pretrained(tmp_path / "adapter", is_main_process=False)
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shards_and_variants_have_no_meaning_for_an_adapter(shape: str, tmp_path: Path) -> None:
+    model = adapted("llama", shape)
+    model.save_pretrained(tmp_path / "plain")
+    model.save_pretrained(tmp_path / "cut", max_shard_size="1KB", variant="fp16")
+    assert names_in(tmp_path / "cut") == FILES
+    for name in FILES:
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+@pytest.mark.parametrize("folder", ["adapter", "checkpoint-5"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_gathered_state_dict_is_what_is_written(shape: str, folder: str, tmp_path: Path) -> None:
+    """A wrapper (FSDP) gathers it since the model's own tensors are in parts."""
+    model = adapted("bert", shape, r=4)
+    gathered = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / folder, state_dict=gathered)
+    saved = load_file(tmp_path / folder / "adapter_model.safetensors")
+    for name in vectors_of(model):
+        assert torch.equal(saved["base_model.model." + name.removesuffix(".default")], gathered[name]), name
+    assert torch.equal(saved["base_model.model.classifier.weight"], gathered["classifier.weight"])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_all_adapters_are_written_or_those_that_are_named(shape: str, tmp_path: Path) -> None:
+    model = adapted("llama", shape)
+    for name in ("second", "third"):
+        hra_fx.add_adapter(model, name, config_for("llama", r=3))
+    turn(model)
+    model.save_pretrained(tmp_path / "all")
+    model.save_pretrained(tmp_path / "some", selected_adapters=["second"])
+    inside = {f"{name}/{file}" for name in ("second", "third") for file in FILES}
+    assert names_in(tmp_path / "all") == FILES | inside
+    assert names_in(tmp_path / "some") == {f"second/{file}" for file in FILES}
+    for name in ("default", "second", "third"):
+        hra_fx.set_adapter(model, name)
+        opened = hra_fx.load_adapter(BASES["llama"](), tmp_path / "all", subfolder=None if name == "default" else name)
+        assert torch.equal(logits(opened, "llama"), logits(model, "llama"))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_adapter_that_is_not_there_is_refused(shape: str, tmp_path: Path) -> None:
+    message = "adapter 'other': the model has no such adapter. It has 'default'."
+    with pytest.raises(hra_fx.AdapterError, match=f"^{re.escape(message)}$"):
+        adapted("llama", shape).save_pretrained(tmp_path, selected_adapters=["other"])
+    assert names_in(tmp_path) == set()
+
+
+@pytest.mark.parametrize("state", ["merged", "disabled", "inactive"])
+def test_the_adapter_is_written_whatever_state_it_is_in(state: str, tmp_path: Path) -> None:
+    model = adapted("llama", "HRAModel")
+    turn(model)
+    model.save_pretrained(tmp_path / "before")
+    {
+        "merged": model.merge_adapter,
+        "disabled": model.disable_adapter_layers,
+        "inactive": lambda: model.set_adapter([]),
+    }[state]()
+    model.save_pretrained(tmp_path / "after")
+    for name in FILES:
+        assert (tmp_path / "after" / name).read_bytes() == (tmp_path / "before" / name).read_bytes()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", BASES)
+def test_a_folded_model_saves_itself_in_full_again(kind: str, shape: str, tmp_path: Path) -> None:
+    model = stepped(kind, shape, tmp_path)
+    assert relative_error(logits(model, kind), logits(CLASSES[kind].from_pretrained(tmp_path / "base"), kind)) > 1e-2
+    wanted = logits(model, kind)
+    folded = hra_fx.fold(model)
+    assert type(folded) is CLASSES[kind]
+    assert folded.save_pretrained.__func__ is PreTrainedModel.save_pretrained
+    folded.save_pretrained(tmp_path / "folded")
+    assert FILES.isdisjoint(names_in(tmp_path / "folded"))
+    opened, found = CLASSES[kind].from_pretrained(tmp_path / "folded", output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    assert torch.equal(logits(opened, kind), logits(folded, kind))
+    assert relative_error(logits(opened, kind), wanted) < 1e-5
+
+
+def test_a_model_whose_adapters_are_taken_off_saves_itself_in_full_again(tmp_path: Path) -> None:
+    model = adapted("llama", "HRAModel")
+    model.unload().save_pretrained(tmp_path)
+    opened = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(opened, "llama"), logits(BASES["llama"](), "llama"))

@@ -1,0 +1,194 @@
+"""Training with the stock Trainer and with ours: it learns, stops and goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from integrations.transformers_use.tiny import BASES, SHAPES, adapted, batch, trained_in, trainer_of, turn, vectors_of
+from oracles import relative_error
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+import hra_fx
+from hra_fx.integrations import HRATrainer
+
+pytestmark = pytest.mark.usefixtures("nothing_is_logged")
+
+Weight = dict[str, float]
+TRAINERS: dict[str, tuple[type[Trainer], Weight]] = {
+    "stock": (Trainer, {}),
+    "ours": (HRATrainer, {}),
+    "ours with the term": (HRATrainer, {"orthogonality_weight": 1e-3}),
+}
+WITHOUT_DROPOUT = {"bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, "llama": {}}
+EVERY_THIRD = {"save_strategy": "steps", "save_steps": 3}
+
+
+class StopAt(TrainerCallback):
+    """Ends a run, as a job does that runs out of its time."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
+def run(trainer: str, kind: str, model: nn.Module, folder: Path, **arguments: Any) -> Trainer:
+    maker, weight = TRAINERS[trainer]
+    made = trainer_of(maker, kind, model, folder, **arguments)
+    for name, value in weight.items():
+        setattr(made, name, value)
+    return made
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def assert_same_training(model: nn.Module, other: nn.Module) -> None:
+    wanted, found = model.state_dict(), other.state_dict()
+    assert wanted.keys() == found.keys()
+    assert [key for key in wanted if not torch.equal(wanted[key], found[key])] == []
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_training_lowers_the_loss_and_moves_only_the_adapter(
+    trainer: str, kind: str, shape: str, tmp_path: Path
+) -> None:
+    base, model = BASES[kind](), adapted(kind, shape)
+    before = trained_in(model)
+    training = run(trainer, kind, model, tmp_path, max_steps=40, learning_rate=3e-2)
+    first = training.evaluate()["eval_loss"]
+    training.train()
+    assert training.evaluate()["eval_loss"] < first - 0.05
+    assert [name for name, value in trained_in(model).items() if torch.equal(value, before[name])] == []
+    with hra_fx.disable_adapters(model):
+        state = model.state_dict()
+        assert [key for key, value in base.state_dict().items() if not torch.equal(state[key], value)] == []
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", BASES)
+def test_the_evaluated_loss_is_that_of_the_model(kind: str, shape: str, tmp_path: Path) -> None:
+    model = adapted(kind, shape)
+    turn(model)
+    metrics = run("stock", kind, model, tmp_path).evaluate()
+    with torch.no_grad():
+        wanted = float(model.eval()(**batch(kind)).loss)
+    assert metrics["eval_loss"] == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "latest"),
+    [("stock", True), ("stock", False), ("ours", False), ("ours with the term", True)],
+    ids=["stock, the latest", "stock, by its folder", "ours, by its folder", "ours with the term, the latest"],
+)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", BASES)
+def test_a_run_that_was_stopped_goes_on_bitwise(
+    trainer: str, latest: bool, kind: str, shape: str, tmp_path: Path
+) -> None:
+    """Six steps at once against three, and three more with all objects made anew from other random numbers."""
+    model = adapted(kind, shape)
+    whole = run(trainer, kind, model, tmp_path / "whole")
+    whole.train()
+
+    folder = tmp_path / "parts"
+    stopped = run(trainer, kind, adapted(kind, shape), folder, **EVERY_THIRD)
+    stopped.add_callback(StopAt(3))
+    stopped.train()
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-3"]
+
+    resumed = adapted(kind, shape, seed=77)
+    again = run(trainer, kind, resumed, folder, **EVERY_THIRD)
+    again.train(resume_from_checkpoint=True if latest else str(folder / "checkpoint-3"))
+    assert again.state.global_step == 6
+    assert losses(again) == losses(whole)
+    assert_same_training(model, resumed)
+    assert again.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]
+
+
+def test_a_run_goes_on_in_the_other_shape_and_trainer(tmp_path: Path) -> None:
+    model = adapted("bert", "transform")
+    run("stock", "bert", model, tmp_path, **EVERY_THIRD).train()
+    resumed = adapted("bert", "HRAModel", seed=77)
+    run("ours", "bert", resumed, tmp_path, **EVERY_THIRD).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_same_training(model, resumed)
+
+
+@pytest.mark.parametrize("fields", [{"apply_GS": True}, {"init_weights": False}, {"bias": "all"}, {"r": 4}], ids=str)
+def test_every_kind_of_adapter_goes_on_bitwise(fields: dict[str, Any], tmp_path: Path) -> None:
+    model = adapted("bert", "transform", **fields)
+    run("stock", "bert", model, tmp_path, **EVERY_THIRD).train()
+    resumed = adapted("bert", "transform", seed=77, **fields)
+    run("stock", "bert", resumed, tmp_path, **EVERY_THIRD).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_same_training(model, resumed)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", BASES)
+def test_the_best_model_is_loaded_at_the_end(kind: str, shape: str, tmp_path: Path) -> None:
+    """The best is the first here, where the largest loss is asked for."""
+    model = adapted(kind, shape)
+    training = run(
+        "stock",
+        kind,
+        model,
+        tmp_path,
+        eval_strategy="steps",
+        eval_steps=10,
+        save_strategy="steps",
+        save_steps=10,
+        max_steps=40,
+        learning_rate=3e-2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+    )
+    training.train()
+    best = Path(str(training.state.best_model_checkpoint))
+    assert best.name != "checkpoint-40"
+    assert training.evaluate()["eval_loss"] == training.state.best_metric
+    wanted = hra_fx.load_adapter(BASES[kind](), best, is_trainable=True)
+    for name, value in trained_in(wanted).items():
+        assert torch.equal(value, trained_in(model)[name]), name
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_accumulated_batches_make_the_step_of_one_large_batch(kind: str, tmp_path: Path) -> None:
+    moved = []
+    for size, accumulated in ((4, 1), (1, 4)):
+        model = adapted(kind, "transform", base=BASES[kind](**WITHOUT_DROPOUT[kind]))
+        # The Trainer takes the classifier for one that counts what is accumulated; it gives the mean of each batch.
+        model.accepts_loss_kwargs = kind == "llama"
+        arguments = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated}
+        run("stock", kind, model, tmp_path, max_steps=3, optim="sgd", learning_rate=0.1, **arguments).train()
+        moved.append(trained_in(model))
+    for name, wanted in moved[0].items():
+        assert relative_error(moved[1][name], wanted) < 1e-5, name
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_a_run_with_accumulated_batches_goes_on_bitwise(kind: str, tmp_path: Path) -> None:
+    arguments = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    model, resumed = adapted(kind, "HRAModel"), adapted(kind, "HRAModel", seed=77)
+    run("ours with the term", kind, model, tmp_path, **EVERY_THIRD, **arguments).train()
+    again = run("ours with the term", kind, resumed, tmp_path, **EVERY_THIRD, **arguments)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_same_training(model, resumed)
+
+
+def test_only_the_vectors_and_the_copies_are_in_the_optimizer(tmp_path: Path) -> None:
+    model = adapted("bert", "transform")
+    training = run("stock", "bert", model, tmp_path)
+    training.train()
+    held = {id(tensor) for group in training.optimizer.param_groups for tensor in group["params"]}
+    assert held == {
+        id(tensor) for tensor in [*vectors_of(model).values(), model.classifier.weight, model.classifier.bias]
+    }

@@ -1,0 +1,306 @@
+"""An adapter on an output layer that transformers ties to the embeddings: folded, saved, loaded and tied again."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from integrations.transformers_use.tied import CASES, Case, case, logits, turn
+from model.failing import At, ctrl_c_in, no_memory
+from oracles import dense_q, dense_weight, relative_error
+from torch import nn
+
+import hra_fx
+
+kinds = pytest.mark.parametrize("kind", CASES)
+
+
+def adapted(kind: str, *targets: str, shape: Any = hra_fx.transform, **fields: Any) -> Case:
+    made = case(kind)
+    chosen = [*targets] or [made.head, made.inside]
+    model = shape(made.model, hra_fx.HRAConfig(r=3, target_modules=chosen, **fields))
+    turn(model)
+    return made._replace(model=model)
+
+
+def folded(model: Any) -> str:
+    """Fold; the message of the warning."""
+    with pytest.warns(hra_fx.HRAWarning) as caught:
+        hra_fx.fold(model)
+    assert len(caught) == 1
+    return str(caught[0].message)
+
+
+def loaded(model: Any, folder: Path) -> Any:
+    """What transformers reads from what it writes; nothing in it is new or left over."""
+    model.save_pretrained(folder)
+    other, told = type(model).from_pretrained(folder, output_loading_info=True, dtype=torch.float64)
+    assert not any(told.values()), told
+    return other.eval()
+
+
+@kinds
+def test_a_fold_unties_the_head_and_a_saved_model_loads_equal(kind: str, tmp_path: Path) -> None:
+    model, head, embedding, _ = adapted(kind)
+    keys = list(case(kind).model.state_dict())
+    wanted, before = logits(model), model.get_submodule(embedding).weight.detach().clone()
+    layer: Any = model.get_submodule(head)
+    q = dense_q(layer.hra_u["default"].detach(), anchor=layer.hra_u.anchor("default"))
+    weight = dense_weight(layer.weight.detach(), q)
+    text = folded(model)
+    assert text.startswith(f"untied: {head} (from {embedding}.weight")
+    assert "config.tie_word_embeddings is False now." in text
+    assert relative_error(model.get_submodule(head).weight, weight) < 1e-12
+    assert torch.equal(model.get_submodule(embedding).weight, before)
+    assert relative_error(logits(model), wanted) < 1e-12
+    assert list(model.state_dict()) == keys
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    other = loaded(model, tmp_path)
+    assert relative_error(logits(other), wanted) < 1e-12
+    model.tie_weights()
+    assert relative_error(logits(model), wanted) < 1e-12
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CASES if kind != "t5"])
+def test_what_was_loaded_stays_untied(kind: str, tmp_path: Path) -> None:
+    model = adapted(kind).model
+    wanted = logits(model)
+    folded(model)
+    other = loaded(model, tmp_path)
+    other.tie_weights()
+    assert relative_error(logits(other), wanted) < 1e-12
+
+
+def test_a_class_that_ties_again_is_named_in_the_warning(tmp_path: Path) -> None:
+    model = adapted("t5").model
+    wanted = logits(model)
+    assert "T5Config says True again when it is loaded: set it to False right after from_pretrained." in folded(model)
+    other = loaded(model, tmp_path)
+    other.config.tie_word_embeddings = False
+    other.tie_weights()
+    assert relative_error(logits(other), wanted) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("kind", "also"),
+    [
+        ("llama", ""),
+        ("bart", "model.decoder.embed_tokens.weight, model.encoder.embed_tokens.weight"),
+        ("bert", "cls.predictions.decoder.bias"),
+        ("bert_to_bert", "decoder.cls.predictions.decoder.bias"),
+    ],
+)
+def test_what_the_same_setting_tied_is_parted_and_named(kind: str, also: str) -> None:
+    made = adapted(kind)
+    text = folded(made.model)
+    assert (f"The same setting tied {also}, parted as well." in text) if also else ("same setting" not in text)
+    pointers = [parameter.data_ptr() for parameter in made.model.parameters()]
+    assert len(set(pointers)) == len(pointers)
+
+
+def test_both_configurations_of_a_multimodal_model_say_it() -> None:
+    model = adapted("llava").model
+    assert model.config.tie_word_embeddings
+    assert model.config.text_config.tie_word_embeddings
+    folded(model)
+    assert not model.config.tie_word_embeddings
+    assert not model.config.text_config.tie_word_embeddings
+
+
+def test_only_the_decoder_of_an_encoder_decoder_is_untied() -> None:
+    model = adapted("bert_to_bert").model
+    folded(model)
+    assert not model.config.decoder.tie_word_embeddings
+    assert model.config.encoder.tie_word_embeddings
+
+
+def test_a_head_that_is_left_out_stays_tied() -> None:
+    model, head, embedding, _ = adapted("llama", "q_proj")
+    hra_fx.fold(model)
+    assert model.get_submodule(head).weight is model.get_submodule(embedding).weight
+    assert model.config.tie_word_embeddings
+
+
+def test_a_tie_of_the_users_own_leaves_the_setting_alone() -> None:
+    made = case("llama")
+    first, second = (layer.self_attn.q_proj for layer in made.model.model.layers)
+    second.weight = first.weight
+    model = hra_fx.transform(made.model, hra_fx.HRAConfig(r=2, target_modules=["0.self_attn.q_proj"]))
+    turn(model)
+    wanted = logits(model)
+    assert folded(model) == (
+        "untied: model.layers.0.self_attn.q_proj (from model.layers.1.self_attn.q_proj.weight). Each has a weight of "
+        "its own now, by which a saved model grows."
+    )
+    assert model.config.tie_word_embeddings
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert relative_error(logits(model), wanted) < 1e-12
+
+
+@kinds
+def test_merge_and_unload_does_it_too(kind: str, tmp_path: Path) -> None:
+    model = adapted(kind, shape=hra_fx.HRAModel).model
+    wanted = logits(model)
+    with pytest.warns(hra_fx.HRAWarning, match="^untied: "):
+        plain = model.merge_and_unload()
+    assert type(plain) is type(case(kind).model)
+    assert relative_error(logits(loaded(plain, tmp_path)), wanted) < 1e-12
+
+
+@kinds
+def test_unload_leaves_it_tied(kind: str) -> None:
+    made = adapted(kind, shape=hra_fx.HRAModel)
+    plain = made.model.unload()
+    assert plain.get_submodule(made.head).weight is plain.get_submodule(made.embedding).weight
+    assert torch.equal(logits(plain), logits(case(kind).model))
+
+
+@kinds
+def test_the_adapters_file_of_a_tied_head_is_as_any_other(kind: str, tmp_path: Path) -> None:
+    made, other = adapted(kind), case(kind).model
+    made.model.save_pretrained(tmp_path)
+    hra_fx.load_adapter(other, tmp_path)
+    assert torch.equal(logits(other), logits(made.model))
+    assert other.get_submodule(made.head).weight is other.get_submodule(made.embedding).weight
+
+
+@kinds
+def test_a_training_step_leaves_the_tie_and_the_embedding_alone(kind: str) -> None:
+    model, head, embedding, _ = adapted(kind)
+    before = model.get_submodule(embedding).weight.detach().clone()
+    vectors = model.get_submodule(head).hra_u["default"]
+    start = vectors.detach().clone()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    logits(model.train()).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(vectors, start)
+    assert torch.equal(model.get_submodule(embedding).weight, before)
+    assert model.get_submodule(head).weight is model.get_submodule(embedding).weight
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_without_memory_for_what_is_untied_nothing_changes(call: int) -> None:
+    model = adapted("bart").model
+    wanted, parameters = logits(model), [id(parameter) for parameter in model.parameters()]
+    with At(torch.empty_like, call, no_memory), pytest.raises(torch.OutOfMemoryError, match="no memory is left"):
+        hra_fx.fold(model)
+    assert [id(parameter) for parameter in model.parameters()] == parameters
+    assert model.config.tie_word_embeddings
+    assert torch.equal(logits(model), wanted)
+    folded(model)
+    assert relative_error(logits(model), wanted) < 1e-12
+
+
+def test_a_ctrl_c_while_ties_part_waits_until_all_have() -> None:
+    model = adapted("bart").model
+    wanted = logits(model)
+    with ctrl_c_in("turn_off"), pytest.raises(KeyboardInterrupt):
+        hra_fx.fold(model)
+    assert not model.config.tie_word_embeddings
+    assert type(model.lm_head) is nn.Linear
+    assert relative_error(logits(model), wanted) < 1e-12
+    pointers = [parameter.data_ptr() for parameter in model.parameters()]
+    assert len(set(pointers)) == len(pointers)
+
+
+# With trained copies
+
+
+@pytest.mark.parametrize(
+    ("kind", "saved"), [("llama", "embed_tokens"), ("gpt2", "wte"), ("bart", "shared"), ("bert", "word_embeddings")]
+)
+def test_a_reflected_head_beside_a_trained_embedding(kind: str, saved: str, tmp_path: Path) -> None:
+    made = adapted(kind, modules_to_save=[saved])
+    model, embedding = made.model, made.model.get_submodule(made.embedding)
+    with torch.no_grad():
+        embedding.weight.add_(torch.randn_like(embedding.weight))
+    wanted, trained = logits(model), embedding.weight.detach().clone()
+    with pytest.warns(hra_fx.HRAWarning):
+        hra_fx.fold(model)
+    assert torch.equal(embedding.weight, trained)
+    assert not model.config.tie_word_embeddings
+    assert relative_error(logits(loaded(model, tmp_path)), wanted) < 1e-12
+
+
+@pytest.mark.parametrize(("kind", "also"), [("bart", True), ("bert", False)])
+def test_a_trained_head_parts_all_that_the_setting_tied(kind: str, also: bool, tmp_path: Path) -> None:
+    made = adapted(kind, case(kind).inside, modules_to_save=[case(kind).head])
+    with torch.no_grad():
+        made.model.get_submodule(made.head).weight.add_(1.0)
+    wanted = logits(made.model)
+    with pytest.warns(hra_fx.HRAWarning, match=r"^embeddings stay untied, for one was trained;") as caught:
+        hra_fx.fold(made.model)
+    # BERT's bias is trained with its head, so that the setting tied nothing else.
+    assert str(caught[0].message).endswith("parted as well.") is also
+    assert relative_error(logits(loaded(made.model, tmp_path)), wanted) < 1e-12
+
+
+def test_a_head_is_folded_while_another_adapter_keeps_its_embedding() -> None:
+    model = adapted("llama").model
+    other = hra_fx.HRAConfig(r=2, target_modules=["v_proj"], modules_to_save=["embed_tokens"])
+    hra_fx.add_adapter(model, "other", other)
+    wanted = logits(model)
+    with pytest.warns(hra_fx.HRAWarning, match=r"^untied: lm_head \(from model\.embed_tokens\.weight\)"):
+        hra_fx.fold(model, "default")
+    assert relative_error(logits(model), wanted) < 1e-12
+    hra_fx.delete_adapter(model, "other")
+    model.tie_weights()
+    assert relative_error(logits(model), wanted) < 1e-12
+    assert not model.config.tie_word_embeddings
+
+
+def test_a_trained_head_inside_another_model_survives_tie_weights_and_ties_again_when_it_goes() -> None:
+    made = adapted("bert_to_bert", "query", modules_to_save=["decoder.cls.predictions.decoder"])
+    model, config = made.model, made.model.config
+    assert (config.encoder.tie_word_embeddings, config.decoder.tie_word_embeddings) == (True, False)
+    with torch.no_grad():
+        model.get_submodule(made.head).weight.add_(1.0)
+    wanted = logits(model)
+    model.tie_weights()
+    assert torch.equal(logits(model), wanted)
+    hra_fx.delete_adapter(model, "default")
+    assert config.decoder.tie_word_embeddings
+    assert model.get_submodule(made.head).weight is model.get_submodule(made.embedding).weight
+
+
+def test_both_configurations_of_a_multimodal_model_come_back_with_the_tie() -> None:
+    model = adapted("llava", "k_proj", modules_to_save=["lm_head"]).model
+    assert not model.config.tie_word_embeddings
+    assert not model.config.text_config.tie_word_embeddings
+    other = copy.deepcopy(model)
+    hra_fx.delete_adapter(other, "default")
+    assert other.config.tie_word_embeddings
+    assert other.config.text_config.tie_word_embeddings
+    assert not model.config.tie_word_embeddings
+
+
+# Where a forward asks
+
+
+def test_a_model_whose_forward_asks_for_the_tie_is_not_folded() -> None:
+    model, head, embedding, _ = adapted("switch")
+    wanted = logits(model)
+    text = (
+        r"^the model \(SwitchTransformersForConditionalGeneration\): its forward does otherwise where "
+        r"config\.tie_word_embeddings is False, so that its output layer cannot be parted from the embeddings\. Leave "
+        r"it out with exclude_modules\.$"
+    )
+    with pytest.raises(hra_fx.FoldError, match=text):
+        hra_fx.fold(model)
+    assert torch.equal(logits(model), wanted)
+    assert model.get_submodule(head).weight is model.get_submodule(embedding).weight
+
+
+def test_nor_has_it_a_trained_copy_of_its_head() -> None:
+    model = case("switch").model
+    before, output = copy.deepcopy(model.state_dict()), logits(model)
+    config = hra_fx.HRAConfig(r=2, target_modules=["q"], modules_to_save=["lm_head"])
+    with pytest.raises(hra_fx.UnsupportedLayerError, match=r"its forward does otherwise .* modules_to_save\.$"):
+        hra_fx.transform(model, config)
+    assert list(model.state_dict()) == list(before)
+    assert torch.equal(logits(model), output)
+    assert isinstance(model, nn.Module)
+    assert model.config.tie_word_embeddings

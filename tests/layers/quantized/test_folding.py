@@ -1,0 +1,272 @@
+"""Quantised weights are rotated where that is asked for, with what it costs; else nothing is written."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from layers.quantized.bases import FEW, SCHEMES, adapted, config, dense, inputs, quantised, rotated, turn, values
+from oracles import relative_error
+from torch import nn
+
+import hra_fx
+from hra_fx.errors import FoldError, HRAWarning
+
+REFOLDED = [name for name, scheme in SCHEMES.items() if scheme.refolds]
+WAY_OUT = (
+    "Without loss: save the adapter (hra_fx.save_adapter), load it over the model before quantisation "
+    "(hra_fx.load_adapter), and fold that."
+)
+#: How a weight is quantised, by the names that the libraries' tensors have for it.
+AS_BEFORE = (
+    *("blocksize", "quant_type", "compress_statistics", "quant_storage"),
+    *("block_size", "target_dtype", "act_quant_kwargs", "activation_quantization", "reduce_range"),
+)
+
+
+@contextmanager
+def told() -> Iterator[list[str]]:
+    """The warnings of hra_fx in the block."""
+    texts: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield texts
+    assert all(issubclass(one.category, HRAWarning) for one in caught)
+    texts += [str(one.message) for one in caught]
+
+
+def picture(model: nn.Module) -> list[object]:
+    return [(name, id(p), p._version) for name, p in model.named_parameters()] + [type(m) for m in model.modules()]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_fold_is_refused_unless_it_is_asked_for(scheme: str) -> None:
+    model = adapted(scheme)
+    before = picture(model)
+    with pytest.raises(FoldError) as caught:
+        hra_fx.fold(model)
+    message = str(caught.value)
+    assert message.startswith(f"0 (and 1 more): its weight is quantised ({SCHEMES[scheme].words}), and ")
+    assert message.endswith(WAY_OUT)
+    assert ("hra_fx.fold(model, requantize=True)" in message) is SCHEMES[scheme].refolds
+    assert picture(model) == before
+
+
+@pytest.mark.parametrize("scheme", REFOLDED)
+def test_fold_rotates_and_quantises_anew(scheme: str) -> None:
+    model, x = adapted(scheme), inputs()
+    due = [rotated(model[0]).detach(), rotated(model[2]).detach()]
+    before = [values(model[0]), values(model[2])]
+    kinds, kept = [type(layer) for layer in quantised(scheme)], vars(model[0].weight) | {}
+    plan = hra_fx.plan_fold(model, requantize=True)
+    assert torch.equal(values(model[0]), before[0]), "a plan writes nothing"
+    assert str(plan).count(f"quantised anew ({SCHEMES[scheme].words})") == 2
+    with told() as texts:
+        folded = hra_fx.fold(model, requantize=True)
+    assert folded is model and [type(layer) for layer in model] == kinds
+    assert list(model.state_dict()) == list(quantised(scheme).state_dict())
+    for name in AS_BEFORE:
+        assert vars(model[0].weight).get(name) == kept.get(name)
+    for layer, old, new, planned in zip((model[0], model[2]), before, due, plan.layers, strict=True):
+        assert planned.quantized == SCHEMES[scheme].words
+        assert planned.rounding == pytest.approx(relative_error(values(layer), new), rel=1e-3)
+        assert planned.change == pytest.approx(relative_error(new, old), rel=1e-3)
+        bits = 8 if "int8" in scheme else 4
+        assert planned.rounding < {8: 1e-2, 4: 0.15}[bits]
+    with torch.no_grad():
+        hidden = torch.tanh(x.double() @ values(model[0]).mT + model[0].bias.double())
+        wanted = hidden @ values(model[2]).mT + model[2].bias.double()
+    assert relative_error(model.train()(x), wanted) < SCHEMES[scheme].tolerance
+    (text,) = texts
+    worst = max(plan.layers, key=lambda layer: layer.rounding)
+    assert text.startswith(f"2 quantised weights were quantised anew, which moves them by up to {worst.rounding:.1e} ")
+    assert f"({worst.path}, {worst.quantized}, which the adapter turned by {worst.change:.1e})" in text
+    assert text.endswith(WAY_OUT)
+
+
+@pytest.mark.parametrize("scheme", FEW)
+def test_an_adapter_that_does_nothing_leaves_the_weight(scheme: str) -> None:
+    """Quantised anew, torchao's would move though nothing has turned them."""
+    model = hra_fx.transform(quantised(scheme), config())
+    before = [model[0].weight, model[2].weight]
+    hra_fx.fold(model, requantize=True)
+    assert model[0].weight is before[0] and model[2].weight is before[1]
+
+
+@pytest.mark.parametrize("scheme", ["ao int8", "ao int4"])
+def test_a_turn_that_drowns_in_the_rounding_is_told(scheme: str) -> None:
+    model = hra_fx.transform(quantised(scheme), config())
+    with torch.no_grad():
+        model[0].hra_u["default"][0, 0].add_(1e-4)
+    with told() as texts:
+        hra_fx.fold(model, requantize=True)
+    (text,) = texts
+    assert text.startswith("1 quantised weights were quantised anew")
+    assert "1 of them it moves as far as the adapter did, or farther (0)." in text
+
+
+@pytest.mark.parametrize("scheme", FEW)
+def test_one_of_two_adapters_is_folded_and_the_other_stays(scheme: str) -> None:
+    model, x = adapted(scheme), inputs()
+    hra_fx.add_adapter(model, "other", config(r=3))
+    turn(model, 9)
+    hra_fx.set_adapter(model, ["default", "other"])
+    with pytest.raises(FoldError, match="its weight is quantised"):
+        hra_fx.fold(model, "default")
+    due = rotated(model[0], "default").detach()
+    with told() as texts:
+        hra_fx.fold(model, "default", requantize=True)
+    assert len(texts) == 1
+    assert relative_error(values(model[0]), due) < 0.15
+    assert relative_error(model(x), dense(model, x, "other")) < SCHEMES[scheme].tolerance
+
+
+@pytest.mark.parametrize("scheme", FEW)
+def test_a_layer_that_the_folded_adapter_does_not_have_keeps_its_weight(scheme: str) -> None:
+    model = adapted(scheme)
+    model[2].hra_u.requires_grad_(False)
+    hra_fx.add_adapter(model, "other", config("2"))
+    hra_fx.set_adapter(model, ["other", "default"])
+    kept = model[0]._parameters["weight"]
+    with told():
+        hra_fx.fold(model, "other", requantize=True)
+    assert model[0]._parameters["weight"] is kept
+
+
+@pytest.mark.parametrize("scheme", FEW)
+def test_layers_that_nothing_turns_are_the_same_after_forwards(scheme: str) -> None:
+    """After a first forward bitsandbytes keeps scales in the layer's state alone, which a new weight would clear."""
+    model, x = hra_fx.transform(quantised(scheme), config("0", inference_mode=True)).eval(), inputs()
+    hra_fx.add_adapter(model, "other", config("2"))
+    hra_fx.set_adapter(model, ["default", "other"])
+    with torch.no_grad():
+        model[0].hra_u["default"].normal_(generator=torch.Generator().manual_seed(3))
+        due = model(x)
+    kept, due_weight = model[2]._parameters["weight"], rotated(model[0], "default").detach()
+    before = values(model[2])
+    with told():
+        hra_fx.fold(model, "default", requantize=True)
+    assert relative_error(values(model[0]), due_weight) < 0.15
+    with torch.no_grad():
+        assert relative_error(model(x), due) < 0.15
+        hra_fx.fold(model, "other", requantize=True)  # which starts at the identity, and stays there
+        assert model[2]._parameters["weight"] is kept and torch.equal(values(model[2]), before)
+        assert relative_error(model(x), due) < 0.15
+
+
+@pytest.mark.parametrize("scheme", FEW)
+def test_a_shared_weight_that_nothing_turns_stays_shared(scheme: str) -> None:
+    base = quantised(scheme, nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)))
+    base[2].weight = base[0].weight
+    model = hra_fx.transform(base, config("0", inference_mode=True))
+    hra_fx.fold(model, requantize=True)
+    assert model[0].weight is model[2].weight
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("scheme", ["bnb int8", "bnb nf4", "bnb fp4 nested"])
+def test_a_pickled_model_is_folded_as_the_original(scheme: str, called: bool) -> None:
+    """A pickle of bitsandbytes' parameter is a plain one, with its attributes."""
+    model, x = adapted(scheme).eval(), inputs()
+    with torch.no_grad():
+        if called:
+            model(x)
+        again = pickle.loads(pickle.dumps(model))
+        with told():
+            hra_fx.fold(model, requantize=True)
+            hra_fx.fold(again, requantize=True)
+        assert torch.equal(values(again[0]), values(model[0])) and torch.equal(values(again[2]), values(model[2]))
+        assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize("scheme", FEW)
+def test_only_quantised_layers_of_the_adapter_stand_in_the_way(scheme: str) -> None:
+    model = nn.ModuleDict({"packed": quantised(scheme), "head": nn.Linear(32, 8)})
+    hra_fx.transform(model, config("head", inference_mode=True))
+    hra_fx.fold(model)
+    assert type(model["head"]) is nn.Linear
+
+
+@pytest.mark.parametrize("scheme", FEW)
+def test_merging_is_refused(scheme: str) -> None:
+    model = adapted(scheme)
+    before = picture(model)
+    with pytest.raises(FoldError) as caught:
+        hra_fx.merge_adapter(model)
+    assert "its weight is quantised" in str(caught.value) and "Adapters act without a merge too." in str(caught.value)
+    assert picture(model) == before
+
+
+def test_merge_and_unload_is_refused_and_unload_works() -> None:
+    base = quantised("bnb nf4")
+    kept = base[0].weight
+    model = hra_fx.HRAModel(base, config())
+    with pytest.raises(FoldError, match=r"hra_fx\.fold\(model, requantize=True\)"):
+        model.merge_and_unload()
+    plain = model.unload()
+    assert type(plain[0]) is type(quantised("bnb nf4")[0]) and plain[0].weight is kept
+
+
+@pytest.mark.parametrize("scheme", FEW)
+def test_a_part_is_folded(scheme: str) -> None:
+    model = adapted(scheme)
+    due = rotated(model[0]).detach()
+    with pytest.raises(FoldError) as caught:
+        hra_fx.fold(model[0])
+    assert str(caught.value).startswith("the layer: its weight is quantised (")
+    with told() as texts:
+        hra_fx.fold(model[0], requantize=True)
+    assert len(texts) == 1 and relative_error(values(model[0]), due) < 0.15
+    assert [row.path for row in hra_fx.report(model)] == ["2"]
+
+
+@pytest.mark.parametrize("scheme", FEW)
+def test_a_shared_weight_is_untied(scheme: str) -> None:
+    base = quantised(scheme, nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)))
+    base[2].weight = base[0].weight
+    model = hra_fx.transform(base, config("0", inference_mode=True))
+    turn(model)
+    before = values(model[2])
+    (planned,) = hra_fx.plan_fold(model, requantize=True).layers
+    assert planned.untied == ("2.weight",)
+    with told() as texts:
+        hra_fx.fold(model, requantize=True)
+    assert len(texts) == 2 and texts[0].startswith("untied: 0 (from 2.weight)")
+    assert torch.equal(values(model[2]), before) and model[0].weight is not model[2].weight
+
+
+def test_a_plan_is_stale_once_a_weight_was_replaced() -> None:
+    model = adapted("ao int8")
+    plan = hra_fx.plan_fold(model, requantize=True)
+    model[0].weight = quantised("ao int8")[0].weight
+    with pytest.raises(FoldError, match="the model changed since"):
+        plan.apply()
+
+
+@pytest.mark.parametrize("scheme", FEW)
+def test_vectors_that_are_not_finite_change_nothing(scheme: str) -> None:
+    model = adapted(scheme)
+    with torch.no_grad():
+        model[2].hra_u["default"][0] = torch.nan
+    before = picture(model)
+    with pytest.raises(FoldError, match="2: the folded weight is not finite"):
+        hra_fx.fold(model, requantize=True)
+    assert picture(model) == before
+
+
+def test_rows_beyond_float16_are_not_finite_in_eight_bits() -> None:
+    """bitsandbytes quantises by way of float16, where a row of 64 numbers of 6e4 cannot be turned into one."""
+    model = quantised("bnb int8", nn.Sequential(nn.Linear(64, 32)))
+    model[0].weight.data.fill_(127)
+    model[0].weight.SCB.fill_(6e4)
+    hra_fx.transform(model, config("0"))
+    with torch.no_grad():
+        row, axis = torch.ones(64) / 8, torch.eye(64)[0]
+        model[0].hra_u["default"].copy_(torch.stack([row - axis, *torch.zeros(3, 64)], dim=1))
+    assert float(rotated(model[0]).detach().abs().max()) > 4e5
+    with pytest.raises(FoldError, match="0: the folded weight is not finite"):
+        hra_fx.fold(model, requantize=True)

@@ -1,0 +1,178 @@
+"""Outputs and gradients over quantised weights, against dense products in float64 over what the weights stand for."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from layers.quantized.bases import FEW, SCHEMES, adapted, config, dense, inputs, quantised, rotated, turn, values
+from oracles import relative_error
+from torch import Tensor, nn
+
+import hra_fx
+
+DYNAMIC = [name for name in SCHEMES if "dynamic" in name]
+EXACT = [name for name in SCHEMES if name not in DYNAMIC]
+
+
+def gradients(model: nn.Sequential, output: Tensor, weights: Tensor) -> list[Tensor]:
+    vectors = [model[0].hra_u["default"], model[2].hra_u["default"]]
+    return list(torch.autograd.grad((output * weights).sum(), vectors))
+
+
+def weighting(rows: int = 5) -> Tensor:
+    return torch.randn(rows, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_output_is_that_of_the_rotated_weight(scheme: str) -> None:
+    model, x = adapted(scheme), inputs()
+    assert relative_error(model(x), dense(model, x)) < SCHEMES[scheme].tolerance
+    with torch.no_grad():
+        # bitsandbytes rounds inputs to 8 bits where it does not train.
+        tolerance = max(SCHEMES[scheme].tolerance, 3e-2 if scheme == "bnb int8" else 0)
+        assert relative_error(model.eval()(x), dense(model, x)) < tolerance
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_start_is_the_base_model(scheme: str) -> None:
+    x = inputs()
+    base, model = quantised(scheme).train(), hra_fx.transform(quantised(scheme), config(r=3, apply_GS=True)).train()
+    # Rounding of inputs to 8 bits may tip, and does so by one step in 255.
+    assert relative_error(model(x), base(x)) < (1e-2 if scheme in DYNAMIC else 1e-5)
+
+
+@pytest.mark.parametrize("scheme", EXACT)
+def test_gradient_is_that_of_the_dense_product(scheme: str) -> None:
+    model, x, weights = adapted(scheme), inputs(), weighting()
+    for ours, due in zip(gradients(model, model(x), weights), gradients(model, dense(model, x), weights), strict=True):
+        assert relative_error(ours, due) < 1e-5
+
+
+@pytest.mark.parametrize("scheme", DYNAMIC)
+def test_gradient_goes_straight_through_rounded_inputs(scheme: str) -> None:
+    """Of one layer, whose output is linear in its input, the rounding leaves the gradient as it is."""
+    layer, x, weights = adapted(scheme)[0], inputs(), torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
+    x.requires_grad_()
+    ours = torch.autograd.grad((layer(x) * weights).sum(), [layer.hra_u["default"], x])
+    output = x.double() @ rotated(layer).mT
+    due = torch.autograd.grad((output * weights).sum(), [layer.hra_u["default"], x])
+    for mine, theirs in zip(ours, due, strict=True):
+        assert relative_error(mine, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name.startswith("bnb")])
+def test_an_evaluation_changes_neither_weights_nor_gradients(scheme: str) -> None:
+    """On CPUs with AVX512-BF16, bitsandbytes lays 4-bit weights out anew, which stops gradients and mixes up scales."""
+    model, x, weights = adapted(scheme), inputs(), weighting()
+    before, first = [values(model[0]), values(model[2])], gradients(model, model(x), weights)
+    with torch.no_grad():
+        model.eval()(x)
+    model.state_dict()
+    again = gradients(model, model.train()(x), weights)
+    for old, new in zip(before + first, [values(model[0]), values(model[2]), *again], strict=True):
+        assert torch.equal(old, new)
+
+
+@pytest.mark.parametrize("scheme", ["bnb nf4", "bnb fp4 nested"])
+def test_a_base_that_was_evaluated_before_is_trained(scheme: str) -> None:
+    base, x, weights = quantised(scheme), inputs(), weighting()
+    with torch.no_grad():
+        base.eval()(x)
+    model = hra_fx.transform(base, config()).train()
+    turn(model)
+    ours = gradients(model, model(x), weights)
+    fresh = adapted(scheme)
+    for mine, due in zip(ours, gradients(fresh, dense(fresh, x), weights), strict=True):
+        assert relative_error(mine, due) < 2e-2, "scales are rounded to bfloat16, and are those of their own blocks"
+
+
+@pytest.mark.parametrize("scheme", FEW)
+def test_it_learns(scheme: str) -> None:
+    model, x = hra_fx.transform(quantised(scheme), config()), inputs(16)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(trained) == 2
+    packed = [values(model[0]), values(model[2])]
+    wanted = torch.randn(16, 32, generator=torch.Generator().manual_seed(4))
+    optimizer = torch.optim.Adam(trained, lr=0.05)
+    losses = []
+    for _ in range(30):
+        loss = (model(x) - wanted).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+    assert torch.equal(values(model[0]), packed[0]) and torch.equal(values(model[2]), packed[1])
+
+
+@pytest.mark.parametrize("scheme", FEW)
+def test_several_adapters_switch_scale_and_come_off(scheme: str) -> None:
+    model, x, tolerance = adapted(scheme), inputs(), SCHEMES[scheme].tolerance
+    alone = dense(model, x)
+    hra_fx.add_adapter(model, "other", config(r=3))
+    turn(model, 9)
+    hra_fx.set_adapter(model, ["default", "other"])
+    assert relative_error(model(x), dense(model, x, "default", "other")) < tolerance
+    with hra_fx.disable_adapters(model):
+        assert torch.equal(model(x), quantised(scheme).train()(x))
+    hra_fx.set_scale(model, "other", 0)
+    assert relative_error(model(x), dense(model, x, "default")) < tolerance
+    hra_fx.delete_adapter(model, "default")
+    hra_fx.set_scale(model, "other", 1)
+    assert relative_error(model(x), dense(model, x, "other")) < tolerance
+    assert relative_error(alone, dense(model, x, "other")) > 0.1
+
+
+@pytest.mark.parametrize("scheme", FEW)
+def test_biases_are_trained_beside(scheme: str) -> None:
+    model, x, weights = adapted(scheme, bias="hra_only"), inputs(), weighting()
+    (model(x) * weights).sum().backward()
+    assert relative_error(model[2].bias.grad, weights.sum(0)) < 1e-6
+    assert model[0].hra_u["default"].grad is not None
+
+
+@pytest.mark.parametrize("scheme", FEW)
+def test_under_autocast(scheme: str) -> None:
+    model, x, weights = adapted(scheme), inputs(), weighting()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(x)
+    ours, due = gradients(model, output, weights), gradients(model, dense(model, x), weights)
+    assert relative_error(output, dense(model, x)) < 3e-2
+    for mine, theirs in zip(ours, due, strict=True):
+        assert mine.dtype == torch.float32
+        assert relative_error(mine, theirs) < 5e-2
+
+
+@pytest.mark.parametrize("scheme", FEW)
+def test_copies_compute_the_same(scheme: str) -> None:
+    model, x = adapted(scheme), inputs()
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+
+
+@pytest.mark.parametrize("scheme", [name for name in FEW if name.startswith("ao")])
+def test_no_floating_point_weight_waits_for_the_backward(scheme: str) -> None:
+    """What torchao keeps for it, a copy of each weight, is left out."""
+    model, x = adapted(scheme), inputs()
+    kept: list[torch.Size] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x).sum().backward()
+    assert kept and not {torch.Size((64, 128)), torch.Size((128, 64)), torch.Size((128, 32))} & set(kept)
+
+
+# TorchDynamo makes an object of every custom autograd function that it meets, bitsandbytes' too.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("scheme", ["bnb nf4", "ao int8", "ao int8 dynamic"])
+def test_one_graph_of_a_compiler_computes_and_trains_the_same(scheme: str) -> None:
+    model, x, weights = adapted(scheme), inputs(), weighting()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    due = gradients(model, model(x), weights)
+    for ours, theirs in zip(gradients(model, compiled(x), weights), due, strict=True):
+        assert relative_error(ours, theirs) < 1e-5

@@ -1,0 +1,99 @@
+"""Adapters over quantised weights are saved and loaded as over any; whole models as far as their libraries go."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from layers.quantized.bases import FEW, SCHEMES, adapted, config, dense, inputs, plain, quantised, turn
+from oracles import relative_error
+from safetensors.torch import load_file
+
+import hra_fx
+
+PLAIN_STATES = [name for name in FEW if name != "bnb nf4"]
+
+
+@pytest.mark.parametrize("scheme", FEW)
+def test_the_file_is_that_of_peft_over_plain_weights(scheme: str, tmp_path: Path) -> None:
+    hra_fx.save_adapter(adapted(scheme), tmp_path / "ours")
+    theirs = peft.get_peft_model(plain(), peft.HRAConfig(r=4, target_modules=["0", "2"]))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, due = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("ours", "theirs"))
+    assert {key: (t.shape, t.dtype) for key, t in ours.items()} == {key: (t.shape, t.dtype) for key, t in due.items()}
+    over_plain = peft.PeftModel.from_pretrained(plain(), tmp_path / "ours")
+    loaded = hra_fx.load_adapter(plain(), tmp_path / "ours")
+    assert relative_error(over_plain(inputs()), loaded(inputs())) < 1e-5
+
+
+@pytest.mark.parametrize("scheme", FEW)
+def test_an_adapter_is_loaded_over_a_quantised_base(scheme: str, tmp_path: Path) -> None:
+    model, x = adapted(scheme), inputs()
+    hra_fx.save_adapter(model, tmp_path)
+    loaded = hra_fx.load_adapter(quantised(scheme), tmp_path, is_trainable=True)
+    assert torch.equal(loaded.train()(x), model.train()(x))
+    empty = hra_fx.transform(quantised(scheme), config(), low_cpu_mem_usage=True)
+    assert empty[0].hra_u["default"].is_meta
+    hra_fx.load_adapter(empty, tmp_path, is_trainable=True)
+    assert torch.equal(empty.train()(x), model(x))
+
+
+@pytest.mark.parametrize("scheme", FEW)
+def test_the_way_without_loss(scheme: str, tmp_path: Path) -> None:
+    """What every refusal of a fold names: the adapter over the weights before quantisation."""
+    hra_fx.save_adapter(adapted(scheme), tmp_path)
+    base = hra_fx.load_adapter(plain(), tmp_path)
+    due = hra_fx.transform(plain(), config())
+    turn(due)
+    assert relative_error(hra_fx.fold(base)(inputs()), due(inputs())) < 1e-5
+
+
+@pytest.mark.parametrize("scheme", PLAIN_STATES)
+def test_a_state_dict_goes_round(scheme: str) -> None:
+    model, other = adapted(scheme), hra_fx.transform(quantised(scheme), config())
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(other.train()(inputs()), model.train()(inputs()))
+
+
+def test_a_state_of_four_bits_is_one_that_bitsandbytes_does_not_load() -> None:
+    """So it is without adapters; the adapter alone is loaded from it, or from its own file."""
+    base, state = quantised("bnb nf4"), adapted("bnb nf4").state_dict()
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: \"0.weight.absmax\""):
+        base.load_state_dict(base.state_dict())
+    model = hra_fx.transform(base, config())
+    missing, unexpected = model.load_state_dict({k: v for k, v in state.items() if ".hra_u." in k}, strict=False)
+    assert not unexpected and not any(".hra_u." in key for key in missing)
+    assert relative_error(model(inputs()), dense(adapted("bnb nf4"), inputs())) < SCHEMES["bnb nf4"].tolerance
+
+
+@pytest.mark.parametrize("scheme", ["bnb int8", "bnb nf4"])
+def test_a_whole_model_is_pickled(scheme: str) -> None:
+    model = adapted(scheme)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again.train()(inputs()), model.train()(inputs()))
+
+
+@pytest.mark.parametrize("make", [quantised, adapted], ids=["plain", "adapted"])
+def test_torchao_keeps_a_module_from_being_pickled(make: object) -> None:
+    """By what it puts on the layers to print them; with adapters or without."""
+    with pytest.raises(AttributeError, match=r"'functools.partial' object has no attribute '__name__'"):
+        pickle.dumps(make("ao int8"))
+
+
+@pytest.mark.parametrize("scheme", FEW)
+def test_reports_and_pictures(scheme: str, tmp_path: Path) -> None:
+    model = adapted(scheme)
+    rows = hra_fx.report(model).rows
+    assert [(row.path, row.d, row.r) for row in rows] == [("0", 64, 4), ("2", 128, 4)]
+    assert all(row.rotation > 1 for row in rows)
+    for ending in ("svg", "html", "json", "mmd", "dot", "graphml"):
+        hra_fx.visualize(model, tmp_path / f"adapters.{ending}")
+        assert (tmp_path / f"adapters.{ending}").stat().st_size
+    assert list(hra_fx.graphs(model)) == ["0", "2"]

@@ -1,0 +1,246 @@
+"""`nn.MultiheadAttention`: its out_proj is never called and its q, k and v are one parameter; both are rotated."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from adapting import config
+from layers.checking import assert_same, check, check_fold, normal, pair, run_dense
+from refusals import refused
+from torch import Tensor, nn
+
+import hra_fx
+from hra_fx.layers.target import Site
+
+
+class Attending(nn.Module):
+    """Self-attention, or attention to another sequence, with whatever else is given."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(12, 3, **kwargs)
+
+    def forward(self, x: Tensor, memory: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        memory = x if memory is None else memory
+        return self.attn(x, memory, memory, **kwargs)
+
+
+class WithNorm(nn.Module):
+    """What fx can trace: the attention is one call in it."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(12)
+        self.attn = nn.MultiheadAttention(12, 3, batch_first=True, **kwargs)
+        self.fc = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        y, _ = self.attn(y, y, y, need_weights=False)
+        return self.fc(x + y)
+
+
+TARGETS = {"in": ["attn"], "out": ["out_proj"], "both": ["attn", "out_proj"]}
+X, MEMORY = normal(1, 5, 2, 12), normal(2, 7, 2, 12)
+CAUSAL = torch.triu(torch.full((5, 5), float("-inf"), dtype=torch.float64), 1)
+PADDED = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+
+CALLS: dict[str, tuple[dict[str, Any], tuple[Tensor, ...], dict[str, Any]]] = {
+    "self": ({}, (X,), {}),
+    "no weights": ({}, (X,), {"need_weights": False}),
+    "cross": ({}, (X, MEMORY), {}),
+    "batch first": ({"batch_first": True}, (X, X), {"need_weights": False}),
+    "no bias": ({"bias": False}, (X,), {}),
+    "bias of k and v": ({"add_bias_kv": True}, (X, MEMORY), {}),
+    "zero attention": ({"add_zero_attn": True}, (X,), {}),
+    "causal": ({}, (X,), {"attn_mask": CAUSAL, "is_causal": True, "need_weights": False}),
+    "mask": ({}, (X,), {"attn_mask": normal(3, 5, 5)}),
+    "mask of each head": ({}, (X,), {"attn_mask": normal(3, 6, 5, 5), "average_attn_weights": False}),
+    "padding": ({}, (X,), {"key_padding_mask": PADDED}),
+    "padding, batch first": (
+        {"batch_first": True},
+        (X.mT.mT.transpose(0, 1).contiguous(),),
+        {"key_padding_mask": PADDED},
+    ),
+    "unbatched": ({}, (X[:, 0],), {}),
+    "dropout": ({"dropout": 0.3}, (X,), {"need_weights": False}),
+}
+
+
+@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize(("made", "args", "kwargs"), CALLS.values(), ids=CALLS)
+def test_it_computes_with_the_rotated_weights(
+    made: dict[str, Any], args: tuple[Tensor, ...], kwargs: dict[str, Any], targets: list[str]
+) -> None:
+    base, model = pair(lambda: Attending(**made), targets)
+    check(base, model, *args, **kwargs)
+    check_fold(base, model, *args, **kwargs)
+
+
+@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("fields", [{"r": 4}, {"r": 3}, {"r": 2, "apply_GS": True}, {"r": 3, "init_weights": False}])
+def test_every_sort_of_adapter(fields: dict[str, Any], targets: list[str]) -> None:
+    base, model = pair(WithNorm, targets, **fields)
+    check(base, model, normal(3, 2, 5, 12))
+
+
+@pytest.mark.parametrize("fields", [{"r": 4}, {"r": 3}, {"r": 2, "apply_GS": True}])
+def test_the_start_is_the_base_model(fields: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    base = WithNorm().double().eval()
+    model = hra_fx.transform(copy.deepcopy(base), config("attn", "out_proj", **fields))
+    assert_same(model(normal(3, 2, 5, 12)), base(normal(3, 2, 5, 12)), rtol=1e-13)
+
+
+def test_keys_shapes_and_what_is_trained() -> None:
+    base, model = pair(WithNorm, ["attn", "out_proj"])
+    added = [key for key in model.state_dict() if key not in base.state_dict()]
+    assert added == [
+        "attn.out_proj.hra_u.default",
+        "attn.out_proj.hra_u.default_anchor",
+        "attn.hra_u.default",
+        "attn.hra_u.default_anchor",
+    ]
+    assert model.attn.hra_u.default.shape == model.attn.out_proj.hra_u.default.shape == (12, 3)
+    assert sorted(name for name, p in model.named_parameters() if p.requires_grad) == [
+        "attn.hra_u.default",
+        "attn.out_proj.hra_u.default",
+    ]
+    rows = {row.path: row for row in hra_fx.report(model).rows}
+    assert rows.keys() == {"attn", "attn.out_proj"}
+
+
+def test_q_k_and_v_share_one_rotation() -> None:
+    base, model = pair(WithNorm, ["attn"])
+    rows = zip(model.attn.in_proj_weight.chunk(3), base.attn.in_proj_weight.chunk(3), strict=True)
+    turns = [torch.linalg.solve(plain, rotated) for rotated, plain in rows]
+    for turn in turns[1:]:
+        torch.testing.assert_close(turn, turns[0], rtol=0, atol=1e-9)
+    torch.testing.assert_close(turns[0] @ turns[0].mT, torch.eye(12).double(), rtol=0, atol=1e-9)
+
+
+def test_inputs_of_different_widths_are_refused_for_the_attention_and_not_for_its_out_proj() -> None:
+    model = nn.Sequential(nn.MultiheadAttention(12, 3, kdim=5, vdim=7))
+    message = refused(model, config("0"))
+    assert message.startswith("0 (MultiheadAttention): its inputs differ in width (kdim, vdim)")
+    assert message.endswith("Leave it out with exclude_modules, and name its out_proj.")
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.MultiheadAttention(12, 3, kdim=5, vdim=7)
+
+        def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return self.attn(x, k, v)[0]
+
+    base, adapted = pair(Wide, ["out_proj"])
+    args = (X, normal(4, 6, 2, 5), normal(5, 6, 2, 7))
+    check(base, adapted, *args)
+    check_fold(base, adapted, *args)
+
+
+def test_a_captured_model_calls_it_whole() -> None:
+    _, model = pair(WithNorm, ["attn", "out_proj", "fc"])
+    assert {row.region for row in hra_fx.report(model).rows} == {"whole"}
+    calls = [node for node in hra_fx.graphs(model)[""].graph.nodes if node.op == "call_module"]
+    assert [node.target for node in calls] == ["norm", "attn", "fc.hra_u", "fc"]
+    note = calls[1].meta["hra"]
+    assert note.role == "reader" and {note.path, *note.also} == {"attn", "attn.out_proj"}
+
+
+# ---- torch's own layers over it, and the fast paths that they take in eval mode without gradients ----
+
+
+def encoder(**kwargs: Any) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(12, 2, 16, batch_first=True, **kwargs)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=not kwargs.get("norm_first"))
+
+
+ENCODERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "norm first": {"norm_first": True},
+    "gelu": {"activation": "gelu", "dropout": 0.0},
+}
+EVERY = ["self_attn", "out_proj", "linear1", "linear2"]
+SEQUENCES = normal(6, 2, 5, 12)
+
+
+@pytest.mark.parametrize("targets", [*([each] for each in EVERY), EVERY], ids=[*EVERY, "every"])
+@pytest.mark.parametrize("kwargs", ENCODERS.values(), ids=ENCODERS)
+def test_transformer_encoder(kwargs: dict[str, Any], targets: list[str]) -> None:
+    base, model = pair(lambda: encoder(**kwargs), targets)
+    check(base, model, SEQUENCES)
+    check_fold(base, model, SEQUENCES)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize("targets", [*([each] for each in EVERY), EVERY], ids=[*EVERY, "every"])
+def test_the_fast_path_over_nested_tensors(targets: list[str]) -> None:
+    base, model = pair(encoder, targets)
+    with torch.no_grad():
+        slow = run_dense(base, model, SEQUENCES, src_key_padding_mask=PADDED)
+        fast = model(SEQUENCES, src_key_padding_mask=PADDED)
+    assert_same(fast[~PADDED], slow[~PADDED])
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    assert_same(model(SEQUENCES, src_key_padding_mask=PADDED)[~PADDED], slow[~PADDED])
+
+
+def test_the_fast_path_is_really_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    real = torch._transformer_encoder_layer_fwd
+
+    def spy(*args: Any) -> Tensor:
+        taken.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", spy)
+    base, model = pair(encoder, EVERY)
+    with torch.no_grad():
+        wanted = run_dense(base, model, SEQUENCES)
+        assert_same(model(SEQUENCES), wanted)  # the first call is watched, and so takes the slow path
+        taken.clear()
+        assert_same(model(SEQUENCES), wanted)
+    assert len(taken) == 2
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_encoder_and_decoder(batch_first: bool) -> None:
+    def make() -> nn.Module:
+        return nn.Transformer(12, 2, 1, 1, 16, batch_first=batch_first)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "enable_nested_tensor is True", UserWarning)
+        base, model = pair(make, [*EVERY, "multihead_attn"])
+    args = (normal(7, 3, 3, 12), normal(8, 3, 3, 12))
+    check(base, model, *args)
+    check_fold(base, model, *args)
+
+
+def vision_transformer() -> nn.Module:
+    return torchvision.models.VisionTransformer(8, 4, 2, 2, 12, 16, num_classes=3)
+
+
+@pytest.mark.parametrize(
+    "targets", [["self_attention"], ["out_proj"], ["self_attention", "out_proj", "conv_proj", "head"]]
+)
+def test_torchvisions_vision_transformer(targets: list[str]) -> None:
+    def make() -> nn.Module:
+        model = vision_transformer()
+        nn.init.normal_(model.heads.head.weight)
+        return model
+
+    base, model = pair(make, targets)
+    assert {row.region for row in hra_fx.report(model).rows} == {"whole"}
+    images = normal(9, 2, 3, 8, 8)
+    check(base, model, images)
+    check_fold(base, model, images)
+
+
+def test_a_site_is_hashable_and_says_where_it_acts() -> None:
+    assert len({Site("a", "attention", on_weight=True), Site("a", "attention", True), Site("a", "attention")}) == 2

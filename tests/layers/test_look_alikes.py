@@ -1,0 +1,292 @@
+"""Layers that are almost a Linear or a Conv2d: own forwards, GPT-2's Conv1D, and convolutions of one and three axes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import transformers
+from adapting import config
+from layers.checking import assert_same, check, check_fold, dense_weights, normal, pair, run_dense
+from timm.layers import CondConv2d, Conv2dSame, ScaledStdConv2d, StdConv2d
+from torch import Tensor, nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.pytorch_utils import Conv1D
+
+import hra_fx
+from hra_fx.layers.variants import ConvReflection, LinearReflection, WeightReflection
+
+# ---- forwards of their own ----
+
+
+class Scaled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, 2 * self.weight, self.bias)
+
+
+class Around(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(torch.tanh(input))
+
+
+class Twice(nn.Linear):
+    """Two arguments, and the weight read twice."""
+
+    def forward(self, input: Tensor, other: Tensor) -> Tensor:
+        return input @ self.weight.t() + torch.tanh(other @ self.weight.t() + self.bias)
+
+
+class Feeding(nn.Module):
+    """Calls the layer with as many values as it takes, on a path that can be traced."""
+
+    def __init__(self, layer: nn.Module, count: int = 1) -> None:
+        super().__init__()
+        self.before = nn.Linear(6, 6)
+        self.layer = layer
+        self.count = count
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        return torch.tanh(self.layer(x) if self.count == 1 else self.layer(x, 2 * x))
+
+
+class ScaledConv(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class Demodulated(nn.Conv2d):
+    """Uses the weight in another way than its rows."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        norm = self.weight.flatten(1).pow(2).sum(1).add(1).rsqrt().view(-1, 1, 1, 1)
+        cross = self.weight.sum((0, 1), keepdim=True).tanh()
+        return F.conv2d(input, self.weight * norm + cross, self.bias, self.stride, self.padding)
+
+
+LINEARS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "FalconLinear": (lambda: FalconLinear(6, 4), 1),
+    "NonDynamicallyQuantizableLinear": (lambda: nn.modules.linear.NonDynamicallyQuantizableLinear(6, 4), 1),
+    "scaled": (lambda: Scaled(6, 4), 1),
+    "around": (lambda: Around(6, 4, bias=False), 1),
+    "two arguments": (lambda: Twice(6, 4), 2),
+}
+
+
+@pytest.mark.parametrize(("layer", "count"), LINEARS.values(), ids=LINEARS)
+@pytest.mark.parametrize("fields", [{"r": 2}, {"r": 3}, {"r": 3, "apply_GS": True}], ids=["even", "odd", "GS"])
+def test_subclasses_of_linear(layer: Callable[[], nn.Module], count: int, fields: dict[str, Any]) -> None:
+    base, model = pair(lambda: Feeding(layer(), count), ["layer", "before"], **fields)
+    plain = type(base.layer).__name__.startswith("NonDynamically")
+    assert isinstance(model.layer.hra_u, LinearReflection if plain else WeightReflection)
+    assert isinstance(model.before.hra_u, LinearReflection)
+    check(base, model, normal(1, 3, 6))
+    check_fold(base, model, normal(1, 3, 6))
+
+
+CONVS: dict[str, Callable[[], nn.Module]] = {
+    "StdConv2d": lambda: StdConv2d(4, 6, 3, padding=1),
+    "StdConv2d of a group": lambda: StdConv2d(4, 6, 3, padding=1, groups=2),
+    "ScaledStdConv2d": lambda: ScaledStdConv2d(4, 6, 3),
+    "Conv2dSame": lambda: Conv2dSame(4, 6, 3, stride=2),
+    "Conv2dSame, dilated": lambda: Conv2dSame(4, 6, (3, 2), dilation=2, bias=False),
+    "scaled": lambda: ScaledConv(4, 6, 3),
+    "demodulated": lambda: Demodulated(4, 6, 3, padding=1),
+}
+
+
+@pytest.mark.parametrize("layer", CONVS.values(), ids=CONVS)
+@pytest.mark.parametrize("fields", [{"r": 2}, {"r": 2, "apply_GS": True}], ids=["even", "GS"])
+def test_subclasses_of_conv2d(layer: Callable[[], nn.Module], fields: dict[str, Any]) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 1), layer(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+
+    def settled() -> nn.Module:
+        model = make()
+        model(torch.zeros(1, 3, 8, 8))
+        return model
+
+    base, model = pair(settled, ["0", "1"], **fields)
+    assert isinstance(model[1].hra_u, WeightReflection)
+    check(base, model, normal(2, 2, 3, 8, 8), rtol=1e-9)
+    check_fold(base, model, normal(2, 2, 3, 8, 8), rtol=1e-9)
+
+
+def resnet_of_standardised() -> nn.Module:
+    return timm.models.resnetv2.ResNetV2((1, 1), (128, 128), 3, stem_chs=32, conv_layer=StdConv2d)
+
+
+TIMM: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "resnetv2 of StdConv2d": (resnet_of_standardised, r".*conv\d?"),
+    "efficientnet of Conv2dSame": (
+        lambda: timm.create_model("test_efficientnet", num_classes=3, pad_type="same"),
+        r"conv_stem|.*(conv_dw|conv_pwl|classifier)",
+    ),
+    "nfnet of ScaledStdConv2d": (
+        lambda: timm.create_model("test_nfnet", num_classes=3),
+        r".*conv\d?[ab]?|.*fc\d?",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "targets"), TIMM.values(), ids=TIMM)
+def test_timm_models_made_of_them(make: Callable[[], nn.Module], targets: str) -> None:
+    base, model = pair(make, targets)
+    assert {row.region for row in hra_fx.report(model).rows} == {"whole"}
+    assert any(isinstance(part, WeightReflection) for part in model.modules())
+    x = normal(3, 2, 3, 32, 32)
+    with torch.no_grad():
+        wanted = run_dense(base, model, x)
+        assert_same(model(x), wanted, rtol=1e-8)
+        assert_same(hra_fx.fold(model)(x), wanted, rtol=1e-8)
+
+
+# ---- transformers' Conv1D ----
+
+
+@pytest.mark.parametrize("fields", [{"r": 2}, {"r": 3}, {"r": 3, "apply_GS": True}], ids=["even", "odd", "GS"])
+def test_conv1d_of_transformers(fields: dict[str, Any]) -> None:
+    base, model = pair(lambda: nn.Sequential(Conv1D(4, 6), nn.Tanh(), nn.Linear(4, 2)), ["0", "2"], **fields)
+    assert model[0].hra_u.default.shape == (6, fields["r"])
+    check(base, model, normal(4, 2, 3, 6))
+    folded = check_fold(base, model, normal(4, 2, 3, 6))
+    assert folded[0].weight.shape == (6, 4)
+
+
+def gpt2(**kwargs: Any) -> nn.Module:
+    sizes = {"n_embd": 12, "n_layer": 2, "n_head": 2, "vocab_size": 17, "n_positions": 32}
+    settings = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=16, pad_token_id=16, **kwargs)
+    return transformers.GPT2LMHeadModel(settings)
+
+
+IDS = torch.randint(0, 16, (2, 7), generator=torch.Generator().manual_seed(0))
+
+
+def test_gpt2_whole() -> None:
+    base, model = pair(gpt2, ["c_attn", "c_proj", "c_fc"])
+    assert len(hra_fx.report(model)) == 8
+    check(base, model, input_ids=IDS, labels=IDS, use_cache=False)
+    with torch.no_grad():
+        written = model.generate(IDS, max_new_tokens=6, do_sample=False)
+    folded = check_fold(base, model, input_ids=IDS, use_cache=False)
+    assert torch.equal(folded.generate(IDS, max_new_tokens=6, do_sample=False), written)
+    base.load_state_dict(folded.state_dict())
+    assert torch.equal(base.generate(IDS, max_new_tokens=6, do_sample=False), written)
+
+
+def test_gpt2_by_all_linear_and_by_default() -> None:
+    _, every = pair(gpt2, "all-linear")
+    assert {row.path.rpartition(".")[2] for row in hra_fx.report(every).rows} == {"c_attn", "c_proj", "c_fc"}
+    default = hra_fx.transform(gpt2(), hra_fx.HRAConfig(r=2))
+    assert {row.path.rpartition(".")[2] for row in hra_fx.report(default).rows} == {"c_attn"}
+
+
+def test_gpt2s_lm_head_beside_its_layers() -> None:
+    base, model = pair(lambda: gpt2(tie_word_embeddings=False), ["c_attn", "lm_head"])
+    check(base, model, input_ids=IDS, use_cache=False)
+    check_fold(base, model, input_ids=IDS, use_cache=False)
+
+
+# ---- convolutions of one and three axes ----
+
+GEOMETRY: dict[str, dict[str, Any]] = {
+    "pointwise": {"kernel_size": 1},
+    "plain": {"kernel_size": 3},
+    "no bias": {"kernel_size": 2, "bias": False},
+    "stride": {"kernel_size": 3, "stride": 2},
+    "stride over the kernel": {"kernel_size": 1, "stride": 2},
+    "padding": {"kernel_size": 3, "padding": 2},
+    "dilation": {"kernel_size": 2, "dilation": 2},
+    "same": {"kernel_size": 3, "padding": "same"},
+    "same, even": {"kernel_size": 4, "padding": "same"},
+    "valid": {"kernel_size": 3, "padding": "valid"},
+    "groups": {"kernel_size": 3, "groups": 2},
+    "depthwise": {"kernel_size": 3, "groups": 4, "padding": "same"},
+    "replicate": {"kernel_size": 3, "padding": 1, "padding_mode": "replicate"},
+    "circular": {"kernel_size": 3, "padding": 1, "padding_mode": "circular"},
+    "reflect": {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+    "circular, same, dilated": {"kernel_size": 3, "padding": "same", "dilation": 2, "padding_mode": "circular"},
+    "everything": {"kernel_size": 3, "stride": 2, "padding": 2, "dilation": 1, "groups": 2, "padding_mode": "circular"},
+}
+AXES: dict[int, type[nn.Module]] = {1: nn.Conv1d, 3: nn.Conv3d}
+
+
+class Convolved(nn.Module):
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.conv(x))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("geometry", GEOMETRY.values(), ids=GEOMETRY)
+@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize("batched", [True, False], ids=["batch", "unbatched"])
+def test_convolutions(axes: int, geometry: dict[str, Any], batched: bool) -> None:
+    base, model = pair(lambda: Convolved(AXES[axes](4, 8, **geometry)), ["conv"])
+    assert isinstance(model.conv.hra_u, ConvReflection)
+    x = normal(5, *(2,) * batched, 4, *((9, 6, 7)[-axes:]))
+    check(base, model, x)
+    check_fold(base, model, x)
+
+
+def test_oblong_kernels_of_three_axes() -> None:
+    settings = {"kernel_size": (1, 3, 2), "stride": (1, 2, 1), "padding": (0, 2, 1), "dilation": (2, 1, 2), "groups": 2}
+    base, model = pair(lambda: Convolved(nn.Conv3d(4, 6, **settings)), ["conv"], apply_GS=True)
+    assert model.conv.hra_u.default.shape == (2 * 6, 3)
+    check(base, model, normal(6, 2, 4, 5, 8, 9))
+    check_fold(base, model, normal(6, 2, 4, 5, 8, 9))
+
+
+@pytest.mark.parametrize("axes", AXES)
+def test_reports_say_what_they_are(axes: int) -> None:
+    model = hra_fx.transform(nn.Sequential(AXES[axes](4, 6, 3, groups=2)), config("0"))
+    (row,) = hra_fx.report(model).rows
+    size = "x".join("3" * axes)
+    assert row.site == f"Conv{axes}d 4->6 {size}, groups 2"
+
+
+def test_transposed_convolutions_are_named_as_what_cannot_be() -> None:
+    with pytest.raises(
+        hra_fx.SelectionError, match="0: target_modules names it, but it is a ConvTranspose1d, and only"
+    ):
+        hra_fx.transform(nn.Sequential(nn.ConvTranspose1d(4, 6, 3), nn.Linear(2, 2)), config("0", "1"))
+
+
+def test_a_mixture_of_experts_in_one_convolution_is_none() -> None:
+    """timm's CondConv2d holds one vector of all weights for each expert: no layer by class."""
+    layer = CondConv2d(4, 6, 3)
+    assert not isinstance(layer, nn.Conv2d)
+    with pytest.raises(hra_fx.SelectionError, match="it is a CondConv2d"):
+        hra_fx.transform(nn.Sequential(layer), config("0"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("make", "x"),
+    [
+        (lambda: nn.Sequential(Scaled(6, 4)), normal(1, 3, 6)),
+        (lambda: nn.Sequential(Conv1D(4, 6)), normal(1, 3, 6)),
+        (lambda: nn.Sequential(nn.Conv1d(4, 6, 3)), normal(1, 3, 4, 7)),
+        (lambda: nn.Sequential(nn.Conv3d(4, 6, 2)), normal(1, 3, 4, 4, 4, 4)),
+        (lambda: nn.Sequential(StdConv2d(4, 6, 3)), normal(1, 3, 4, 7, 7)),
+    ],
+    ids=["own forward", "Conv1D", "Conv1d", "Conv3d", "StdConv2d"],
+)
+def test_narrow_weights(make: Callable[[], nn.Module], x: Tensor, dtype: torch.dtype) -> None:
+    base, model = pair(make, ["0"], dtype=dtype)
+    wide = copy.deepcopy(base).double()
+    with torch.no_grad():
+        got = model(x.to(dtype))
+        wanted = torch.func.functional_call(wide, dense_weights(base, model), x.to(dtype).double())
+    assert got.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    assert_same(got, wanted, rtol=8 * eps)
+    assert model[0].hra_u.default.dtype == torch.float32

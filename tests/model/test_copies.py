@@ -1,0 +1,254 @@
+"""`modules_to_save` and `bias`: every adapter has copies of its own, which are in place while it is active."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from model.many import adapted, assert_close, config, net, normal, oracle, seen
+from torch import Tensor, nn
+
+import hra_fx
+from hra_fx.layers.trained_copies import copies_of
+
+HEAD: dict[str, Any] = {"modules_to_save": ["head"]}
+
+
+def train(model: nn.Module, steps: int = 3) -> None:
+    """A few steps of an optimizer over all that the model holds."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(normal(8, 6)).square().mean().backward()
+        optimizer.step()
+
+
+def values(model: nn.Module) -> dict[int, Tensor]:
+    return {id(parameter): parameter.detach().clone() for parameter in model.parameters()}
+
+
+def owned(model: nn.Module, adapter: str) -> set[int]:
+    """Identities of the vectors and copies of an adapter."""
+    vectors = {id(parameter) for key, parameter in model.named_parameters() if key.endswith(f"hra_u.{adapter}")}
+    copied = (copies.tensors(owner, adapter).values() for owner, copies in copies_of(model).values())
+    return vectors | {id(tensor) for tensors in copied for tensor in tensors if isinstance(tensor, nn.Parameter)}
+
+
+def test_each_adapter_trains_its_own_head_and_vectors() -> None:
+    plain, model = adapted(net(), a=config("first", **HEAD), b=config("first", "second", r=3, **HEAD))
+    heads = {}
+    for name in ("a", "b", "a"):
+        hra_fx.set_adapter(model, name)
+        before = values(model)
+        train(model)
+        changed = {key for key, value in values(model).items() if not torch.equal(value, before[key])}
+        assert changed == owned(model, name)
+        heads[name] = model.head.weight
+        head = {f"head.{key}": tensor.detach() for key, tensor in model.head.named_parameters() if "." not in key}
+        x = normal(4, 6)
+        assert_close(model(x), oracle(plain, model, [name], x, **head))
+    assert heads["a"] is not heads["b"]
+    hra_fx.set_adapter(model, [])
+    assert torch.equal(model.head.weight, plain.head.weight)
+    assert not model.head.weight.requires_grad
+
+
+def test_one_optimizer_trains_all_adapters_in_turn() -> None:
+    model = adapted(net(), a=config("first", **HEAD), b=config("second", **HEAD))[1]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for name in ("a", "b", "b", "a"):
+        hra_fx.set_adapter(model, name)
+        before = values(model)
+        optimizer.zero_grad()
+        model(normal(8, 6)).square().mean().backward()
+        optimizer.step()
+        changed = {key for key, value in values(model).items() if not torch.equal(value, before[key])}
+        assert changed == owned(model, name)
+
+
+@pytest.mark.parametrize(("bias", "trained"), [("all", {"first", "norm", "second", "head"}), ("hra_only", {"second"})])
+def test_biases_are_each_adapters_own(bias: str, trained: set[str]) -> None:
+    plain, model = adapted(net(), a=config("second", bias=bias), b=config("first", bias="hra_only"))
+    before = values(model)
+    train(model)
+    changed = {key for key, value in values(model).items() if not torch.equal(value, before[key])}
+    assert changed == owned(model, "a")
+    assert {path for path, (_, copies) in copies_of(model).items() if "a" in copies.copied} == trained
+    ours = {f"{path}.bias": plain.get_submodule(path).bias for path in ("first", "norm", "second", "head")}
+    ours |= {f"{path}.bias": model.get_submodule(path).bias.detach() for path in trained}
+    x = normal(4, 6)
+    assert_close(model(x), oracle(plain, model, ["a"], x, **ours))
+    hra_fx.set_adapter(model, "b")
+    assert_close(model(x), oracle(plain, model, ["b"], x, **{"first.bias": model.first.bias.detach()}))
+    assert not torch.equal(model.first.bias, plain.first.bias)
+
+
+def test_the_buffers_of_a_norm_switch_with_it() -> None:
+    saved = {"modules_to_save": ["norm"]}
+    plain, model = adapted(net(), a=config("first", **saved), b=config("first", **saved))
+    model.train()
+    means = {}
+    for name, seed in (("a", 1), ("b", 2)):
+        hra_fx.set_adapter(model, name)
+        model(normal(16, 6, seed=seed) + seed)
+        means[name] = model.norm.running_mean.clone()
+        assert int(model.norm.num_batches_tracked) == 1
+    assert not torch.equal(means["a"], means["b"])
+    hra_fx.set_adapter(model, "a")
+    assert torch.equal(model.norm.running_mean, means["a"])
+    hra_fx.set_adapter(model, [])
+    assert torch.equal(model.norm.running_mean, plain.norm.running_mean)
+    assert int(model.norm.num_batches_tracked) == 0
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 8)
+        self.lstm = nn.LSTM(8, 5, num_layers=2, batch_first=True, bidirectional=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.lstm(self.embed(x))[0]
+        return output
+
+
+def test_a_saved_lstm_runs_on_the_copies_in_place() -> None:
+    torch.manual_seed(0)
+    saved = {"modules_to_save": ["lstm"]}
+    plain, model = adapted(Recurrent().double(), a=config("embed", **saved), b=config("embed", **saved))
+    x = normal(2, 4, 6)
+    for order in ("a", "b", "a", []):
+        hra_fx.set_adapter(model, order)
+        named = {key: weight for key, weight in model.lstm.named_parameters() if "." not in key}
+        assert all(one is two for one, two in zip(model.lstm._flat_weights, named.values(), strict=True))
+        lstm = {f"lstm.{key}": weight.detach() for key, weight in named.items()}
+        assert_close(model(x), oracle(plain, model, [order] if order else [], x, **lstm))
+    assert torch.equal(model.lstm.weight_hh_l1, plain.lstm.weight_hh_l1)
+    hra_fx.set_adapter(model, "b")
+    before = values(model)
+    train_on = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x).square().mean().backward()
+    train_on.step()
+    changed = {key for key, value in values(model).items() if not torch.equal(value, before[key])}
+    assert changed == owned(model, "b")
+
+
+class Twice(nn.Module):
+    """One head, reached by two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 6)
+        self.again = self.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(torch.tanh(self.head(self.body(x))))
+
+
+@pytest.mark.parametrize("names", [["head"], ["again"], ["head", "again"]])
+def test_a_shared_module_is_copied_once(names: list[str]) -> None:
+    torch.manual_seed(0)
+    plain, model = adapted(Twice().double(), a=config("body", modules_to_save=names), b=config("body"))
+    assert model.head is model.again
+    x = normal(4, 6)
+    head = {f"head.{key}": getattr(model.head, key).detach() for key in ("weight", "bias")}
+    # functional_call leaves what it replaced in a module with two names, hence the copy.
+    assert_close(model(x), oracle(copy.deepcopy(plain), model, ["a"], x, **head))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 6 + 6 * 6 + 6
+    hra_fx.set_adapter(model, "b")
+    assert_close(model(x), oracle(plain, model, ["b"], x))
+
+
+def test_two_adapters_with_copies_of_one_module_are_not_set_together() -> None:
+    model = adapted(net(), a=config("first", **HEAD), b=config("second", **HEAD), c=config("second", bias="all"))[1]
+    before = seen(model)
+    for names, place in ((["a", "b"], "head"), (["c", "b"], "head")):
+        with pytest.raises(hra_fx.AdapterError) as caught:
+            hra_fx.set_adapter(model, names)
+        assert str(caught.value) == (
+            f"adapters {names}: each has its own trained copy of {place} (modules_to_save or bias), and only one can "
+            "be in place. Set one of them at a time."
+        )
+    for act in (lambda: hra_fx.merge_adapter(model, ["b", "a"]), lambda: hra_fx.fold(model, ["b", "a"])):
+        with pytest.raises(hra_fx.AdapterError):
+            act()
+    assert seen(model) == before
+
+
+def test_merging_one_with_copies_before_another_with_copies_is_refused() -> None:
+    model = adapted(net(), a=config("first", **HEAD), b=config("second", **HEAD))[1]
+    before = seen(model)
+    with pytest.raises(hra_fx.AdapterError, match=r"^adapters \['b', 'a'\]: each has its own trained copy of head"):
+        hra_fx.merge_adapter(model, "b")
+    assert seen(model) == before
+
+
+def test_one_with_copies_acts_together_with_one_without() -> None:
+    plain, model = adapted(net(), a=config("first", **HEAD), b=config("first", "second", r=3))
+    hra_fx.set_adapter(model, ["b", "a"])
+    x = normal(4, 6)
+    head = {f"head.{key}": getattr(model.head, key).detach() for key in ("weight", "bias")}
+    assert not torch.equal(head["head.weight"], plain.head.weight)
+    assert_close(model(x), oracle(plain, model, ["b", "a"], x, **head))
+
+
+REFUSED: dict[str, tuple[hra_fx.HRAConfig, hra_fx.HRAConfig, str]] = {
+    "saved, then reflected": (
+        config("first", **HEAD),
+        config("head"),
+        r"^head \(Linear\): another adapter saves it in full \(modules_to_save\)\. Fold or delete that one first\.$",
+    ),
+    "reflected, then saved": (
+        config("head"),
+        config("first", **HEAD),
+        r"^head \(Linear\): another adapter reflects this layer, so it cannot be saved in full too\. Fold or delete",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_layer_is_not_saved_and_reflected_by_two_adapters(case: str) -> None:
+    first, second, text = REFUSED[case]
+    model = adapted(net(), a=first)[1]
+    before = seen(model)
+    with pytest.raises(hra_fx.UnsupportedLayerError, match=text):
+        hra_fx.add_adapter(model, "b", second)
+    assert seen(model) == before
+
+
+def test_a_layer_can_be_reflected_once_the_adapter_that_saved_it_is_gone() -> None:
+    plain, model = adapted(net(), a=config("first", bias="all"), b=config("first", **HEAD))
+    hra_fx.delete_adapter(model, "b")
+    hra_fx.add_adapter(model, "c", config("head", init_weights=False))
+    hra_fx.set_adapter(model, "c")
+    x = normal(4, 6)
+    assert_close(model(x), oracle(plain, model, ["c"], x))
+
+
+class Gate(nn.Sequential):
+    """Runs its children one by one, and owns a parameter besides."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(8, 8), nn.ReLU())
+        self.gain = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gain
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_a_container_that_owns_a_parameter_is_refused(add: bool) -> None:
+    model: Any = nn.Sequential(nn.Linear(6, 8), Gate())
+    act: Callable[[], object] = lambda: hra_fx.transform(model, config("0", modules_to_save=["1"]))  # noqa: E731
+    if add:
+        hra_fx.transform(model, config("0"))
+        act = lambda: hra_fx.add_adapter(model, "b", config("0", modules_to_save=["1"]))  # noqa: E731
+    before = seen(model)
+    text = r"^1 \(Gate\): it runs its children one by one and holds gain besides, so no copy fits into it\. Name other"
+    with pytest.raises(hra_fx.UnsupportedLayerError, match=text):
+        act()
+    assert seen(model) == before

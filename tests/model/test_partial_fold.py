@@ -1,0 +1,173 @@
+"""`fold(model, names)`: some adapters go into the weights, and the others stay as they were."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from model.many import adapted, assert_close, bert, config, ids, llama, net, normal, oracle, run, seen, weights
+from torch import nn
+
+import hra_fx
+
+
+def three(**fields: Any) -> tuple[nn.Module, nn.Module]:
+    plain, model = adapted(
+        net(), a=config("first", **fields), b=config("first", "second", r=3), c=config("second", apply_GS=True)
+    )
+    hra_fx.set_adapter(model, ["a", "b", "c"])
+    return plain, model
+
+
+@pytest.mark.parametrize("folded", ["a", ["a"], ["a", "b"], ["a", "b", "c"]])
+def test_folding_the_first_ones_leaves_the_outputs(folded: str | list[str]) -> None:
+    plain, model = three()
+    x = normal(4, 6)
+    wanted = oracle(plain, model, ["a", "b", "c"], x)
+    new = weights(plain, model, list(folded))
+    hra_fx.fold(model, folded)
+    assert_close(model(x), wanted)
+    for key, weight in new.items():
+        assert_close(model.get_parameter(key), weight)
+
+
+def test_what_stays_acts_on_the_new_weights_alone_and_together() -> None:
+    plain, model = three()
+    x = normal(4, 6)
+    sets = {("b",): ["a", "b"], ("c",): ["a", "c"], ("c", "b"): ["a", "c", "b"], (): ["a"]}
+    wanted = {names: oracle(plain, model, whole, x) for names, whole in sets.items()}
+    hra_fx.fold(model, "a")
+    for names, output in wanted.items():
+        hra_fx.set_adapter(model, names)
+        assert_close(model(x), output)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_it_is_so_in_models_of_transformers(name: str) -> None:
+    build, first, second = (
+        (llama, ["q_proj", "gate_proj"], ["gate_proj", "down_proj"])
+        if name == "llama"
+        else (bert, ["query", "classifier"], ["value", "query"])
+    )
+    plain, model = adapted(build(), a=config(*first), b=config(*second, r=3))
+    hra_fx.set_adapter(model, ["a", "b"])
+    wanted = oracle(plain, model, ["a", "b"], ids())
+    hra_fx.fold(model, "a")
+    assert_close(run(model, ids()), wanted)
+    hra_fx.fold(model, "b")
+    assert_close(run(model, ids()), wanted)
+    assert list(model.state_dict()) == list(plain.state_dict())
+
+
+def test_an_adapter_that_is_not_active_can_be_folded() -> None:
+    plain, model = three()
+    hra_fx.set_adapter(model, ["a"])
+    x = normal(4, 6)
+    wanted = oracle(plain, model, ["b", "a"], x)
+    hra_fx.fold(model, "b")
+    assert_close(model(x), wanted)
+
+
+@pytest.mark.parametrize("wrong", [["b"], ["b", "a"], ["a", "c"]])
+def test_what_is_not_first_in_order_is_refused(wrong: list[str]) -> None:
+    model = three()[1]
+    before = seen(model)
+    text = r"the model acts as W Q in the order \['a', 'b', 'c'\], and what goes into the weights comes first\. Name"
+    with pytest.raises(hra_fx.AdapterError, match=text):
+        hra_fx.fold(model, wrong)
+    assert seen(model) == before
+
+
+def test_the_report_and_the_graphs_show_what_is_left() -> None:
+    model = three()[1]
+    hra_fx.fold(model, "a")
+    assert [(row.path, row.adapter) for row in hra_fx.report(model)] == [
+        ("first", "b"),
+        ("second", "b"),
+        ("second", "c"),
+    ]
+    hra_fx.fold(model, "b")
+    assert [(row.path, row.adapter, row.region_sites) for row in hra_fx.report(model)] == [("second", "c", 1)]
+    called = [str(node.target) for node in hra_fx.graphs(model)[""].graph.nodes if node.op == "call_module"]
+    assert [target for target in called if "hra_u" in target] == ["second.hra_u"]
+    assert type(model.first) is nn.Linear
+
+
+def test_all_of_them_without_names_warns_of_those_that_are_not_active() -> None:
+    plain, model = three()
+    hra_fx.set_adapter(model, "b")
+    x = normal(4, 6)
+    wanted = oracle(plain, model, ["b"], x)
+    text = r"^adapters \['a', 'c'\] were not active, and went with the fold\. Name those to fold to keep the others\.$"
+    with pytest.warns(hra_fx.HRAWarning, match=text) as caught:
+        hra_fx.fold(model)
+    assert caught[0].filename == __file__
+    assert_close(model(x), wanted)
+    assert type(model) is type(plain)
+
+
+def test_after_the_last_fold_keys_classes_and_flags_are_those_of_the_base() -> None:
+    base = net()
+    for index, parameter in enumerate(base.parameters()):
+        parameter.requires_grad_(index % 2 == 0)
+    flags = {key: parameter.requires_grad for key, parameter in base.named_parameters()}
+    keys, kinds = list(base.state_dict()), [type(part) for part in base.modules()]
+    _, model = adapted(
+        base,
+        a=config("first", modules_to_save=["head"]),
+        b=config("first", "second", bias="hra_only"),
+        c=config("second", modules_to_save=["norm"]),
+    )
+    for name in ("a", "b", "c"):
+        hra_fx.fold(model, name)
+    assert list(model.state_dict()) == keys
+    assert [type(part) for part in model.modules()] == kinds
+    assert {key: parameter.requires_grad for key, parameter in model.named_parameters()} == flags
+    assert not any(key.startswith("_hra") for part in model.modules() for key in vars(part))
+
+
+def test_copies_become_the_models_own_and_the_others_keep_theirs() -> None:
+    saved = {"modules_to_save": ["head", "norm"]}
+    plain, model = adapted(net(), a=config("first", **saved), b=config("first", **saved), c=config("second"))
+    ours = {key: value.clone() for key, value in model.head.state_dict().items() if "." not in key}
+    hra_fx.set_adapter(model, "b")
+    theirs = {key: value.clone() for key, value in model.head.state_dict().items() if "." not in key}
+    x = normal(4, 6)
+    hra_fx.set_adapter(model, "a")
+    hra_fx.fold(model, "a")
+    assert torch.equal(model.head.weight, ours["weight"])
+    hra_fx.set_adapter(model, "b")
+    assert torch.equal(model.head.weight, theirs["weight"])
+    hra_fx.set_adapter(model, "c")
+    assert torch.equal(model.head.weight, ours["weight"])
+    with hra_fx.disable_adapters(model):
+        assert torch.equal(model.head.bias, ours["bias"])
+        assert not torch.equal(model(x), plain(x))
+    hra_fx.delete_adapter(model, "b")
+    assert not any("hra_saved" in key for key in model.state_dict())
+    assert not torch.equal(model.head.weight, plain.head.weight)
+
+
+def test_copies_of_an_adapter_that_waits_are_adopted_while_another_is_in_place() -> None:
+    saved = {"modules_to_save": ["head"]}
+    _, model = adapted(net(), a=config("first", **saved), b=config("second", **saved))
+    ours = model.head.weight.detach().clone()
+    hra_fx.set_adapter(model, "b")
+    theirs = model.head.weight.detach().clone()
+    hra_fx.fold(model, "a")
+    assert torch.equal(model.head.weight, theirs)
+    hra_fx.set_adapter(model, [])
+    assert torch.equal(model.head.weight, ours)
+    assert not model.head.weight.requires_grad
+
+
+def test_a_plan_writes_nothing_before_it_is_applied() -> None:
+    plain, model = three()
+    wanted = weights(plain, model, ["a"])["first.weight"]
+    plan = hra_fx.plan_fold(model, "a")
+    assert torch.equal(model.first.weight, plain.first.weight)
+    assert [(layer.path, layer.change > 0.1) for layer in plan.layers if layer.change] == [("first", True)]
+    plan.apply()
+    assert_close(model.first.weight, wanted)
+    assert model.first.hra_u.active == ("b",)

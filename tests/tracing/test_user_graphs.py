@@ -1,0 +1,230 @@
+"""A GraphModule of the user's: the reflections are nodes of its own graph, which stays a graph to work on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from graph_modules import IMAGES, Cnn, Mlp, X, adapted, check_folded, config, targets_of, traced
+from layers.checking import assert_same, check, normal, randomise, run_dense
+from refusals import refused
+from torch import Tensor, fx, nn
+from torchvision.models import resnet18
+
+import hra_fx
+from hra_fx.errors import AdapterError, UnsupportedLayerError
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor, list[str]]] = {
+    "mlp": (Mlp, X, ["first", "second"]),
+    "cnn": (Cnn, IMAGES, ["conv", "grouped", "first"]),
+    "resnet18": (
+        lambda: resnet18(num_classes=5),
+        normal(5, 2, 3, 32, 32),
+        ["layer1.0.conv1", "layer2.0.downsample.0", "fc"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_gradients_and_fold_are_those_of_the_oracle(name: str) -> None:
+    make, example, targets = MODELS[name]
+    base, model = adapted(make, *targets)
+    assert type(model) is not type(base) and isinstance(model, fx.GraphModule)
+    calls = targets_of(model)
+    sites = [row.path for row in hra_fx.report(model)]
+    assert sites and all(row.region == "whole" for row in hra_fx.report(model))
+    for place, target in enumerate(calls):
+        assert (target in sites) == (place > 0 and calls[place - 1] == f"{target}.hra_u")
+    assert [target for target in calls if not target.endswith("hra_u")] == targets_of(base)
+    base.requires_grad_(False)
+    check(base, model, example, rtol=1e-9)
+    check_folded(traced(make), model, example)
+
+
+def test_it_is_the_object_that_was_given_and_a_second_transform_does_nothing() -> None:
+    model = traced()
+    keys = list(model.state_dict())
+    assert hra_fx.transform(model, config()) is model
+    code, graph, vectors = model.code, model.graph, dict(model.named_parameters())
+    assert hra_fx.transform(model, config()) is model
+    assert model.code == code and model.graph is graph
+    assert all(parameter is vectors[name] for name, parameter in model.named_parameters())
+    assert [key for key in model.state_dict() if ".hra_u." not in key] == keys
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        "first.hra_u.default",
+        "second.hra_u.default",
+    ]
+    with pytest.raises(AdapterError, match="the model has it already, with another configuration"):
+        hra_fx.transform(model, config(r=2))
+
+
+def relu_for_tanh(module: fx.GraphModule) -> None:
+    for node in module.graph.nodes:
+        if node.target is torch.tanh:
+            node.target = torch.relu
+
+
+def doubled(module: fx.GraphModule) -> None:
+    output = module.graph.find_nodes(op="output")[0]
+    with module.graph.inserting_before(output):
+        output.args = (module.graph.call_function(torch.mul, (output.args[0], 2.0)),)
+
+
+def another_layer(module: fx.GraphModule) -> None:
+    module.add_module("third", nn.Linear(4, 4).double())
+    output = module.graph.find_nodes(op="output")[0]
+    with module.graph.inserting_before(output):
+        output.args = (module.graph.call_module("third", output.args),)
+
+
+@pytest.mark.parametrize("change", [relu_for_tanh, doubled, another_layer])
+def test_a_pass_of_the_users_after_transform(change: Callable[[fx.GraphModule], None]) -> None:
+    base, model = adapted()
+    for module in (base, model):
+        torch.manual_seed(1)
+        change(module)
+        module.graph.eliminate_dead_code()
+        module.graph.lint()
+        module.recompile()
+    assert len(targets_of(base)) * 2 - len(targets_of(model)) == (change is another_layer)
+    check(base, model, X)
+    again = copy.deepcopy(base)
+    assert hra_fx.fold(model).code == again.code
+
+
+def test_dead_code_goes_with_its_reflections_and_recompile_changes_nothing() -> None:
+    base, model = adapted()
+    code = model.code
+    model.recompile()
+    assert model.code == code and len(targets_of(model)) == 8
+    assert model.graph.eliminate_dead_code()
+    model.recompile()
+    assert len(targets_of(model)) == 6
+    check(base, model, X)
+
+
+def test_interpreter_and_transformer_run_over_it() -> None:
+    base, model = adapted(Cnn, "conv", "grouped", "first")
+    base.eval(), model.eval()
+    expected = run_dense(base, model, IMAGES)
+    assert_same(fx.Interpreter(model).run(IMAGES), expected)
+    assert_same(fx.Transformer(model).transform()(IMAGES), expected)
+
+    class Names(fx.Interpreter):
+        seen: list[str] = []  # noqa: RUF012
+
+        def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+            self.seen.append(target)
+            return super().call_module(target, args, kwargs)
+
+    assert_same(Names(model).run(IMAGES), expected)
+    assert Names.seen == targets_of(model)
+
+
+class Reads(Mlp):
+    """Reads the weight of a layer that it calls."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(super().forward(self.first(x))[:, :4] @ self.second.weight, self.first.weight)
+
+
+class Asks(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.first.weight.dtype)) * self.second.weight.shape[0]
+
+
+def test_a_read_of_the_weight_is_refused_and_the_graph_is_as_it_was() -> None:
+    model = traced(Reads)
+    code, graph = model.code, model.graph
+    message = refused(model, config("first"))
+    assert message == (
+        "first: the graph reads its weight for node 'linear', and a copy of the graph would hold the weight without "
+        "the layer, and so without reflections. Transform the model before it is traced, give a "
+        "torch.export.ExportedProgram of it, or leave the layer out with exclude_modules."
+    )
+    assert model.code == code and model.graph is graph
+    assert refused(model, config("first", "second")).startswith(("first: ", "second: "))
+    asked = hra_fx.transform(traced(Asks), config("first", "second"))
+    randomise(asked)
+    check(traced(Asks), asked, X)
+
+
+def test_any_later_error_leaves_the_graph_as_it_was() -> None:
+    model = traced()
+    code, graph, targets = model.code, model.graph, targets_of(model)
+    with pytest.raises(AdapterError):
+        hra_fx.transform(model, config(), example_inputs=X[:, :5])
+    with pytest.raises(hra_fx.errors.SelectionError):
+        hra_fx.transform(model, config(modules_to_save=["nowhere"]))
+    assert model.code == code and model.graph is graph and targets_of(model) == targets
+    model = hra_fx.transform(model, config("first"))
+    code = model.code
+    with pytest.raises(hra_fx.errors.SelectionError):
+        hra_fx.add_adapter(model, "other", config("nowhere"))
+    assert model.code == code
+
+
+def test_verify_and_an_example_work_on_a_graph_too() -> None:
+    model = traced(Cnn)
+    base = copy.deepcopy(model)
+    hra_fx.transform(model, config("conv", "grouped", "first"), example_inputs=IMAGES, verify=True)
+    randomise(model)
+    check(base, model, IMAGES)
+
+
+def test_hra_model_is_refused() -> None:
+    program = torch.export.export(Mlp().double(), (X,))
+    for captured, kind in ((traced(), "Mlp"), (program, "ExportedProgram")):
+        with pytest.raises(AdapterError) as caught:
+            hra_fx.HRAModel(captured, config())
+        assert kind in str(caught.value)
+        assert str(caught.value).endswith(
+            "is a captured graph, and cannot take on the methods of HRAModel. Call hra_fx.transform(model, config), "
+            "which gives its like."
+        )
+
+
+def test_options_that_an_exported_program_has_no_use_for() -> None:
+    program = torch.export.export(Mlp().double(), (X,))
+    keys = list(program.state_dict)
+    options: list[dict[str, Any]] = [{"low_cpu_mem_usage": True}, {"example_inputs": X}, {"verify": True}]
+    for option in options:
+        for captured in (program, program.module()):
+            with pytest.raises(AdapterError, match="a captured program has no use for them"):
+                hra_fx.transform(captured, config(), **option)
+    assert list(program.state_dict) == keys
+    transformed = hra_fx.transform(program, config())
+    assert type(transformed) is type(program) and transformed is not program
+    assert "first.hra_u.default" in transformed.state_dict
+    assert_same(transformed.module()(X), program.module()(X), rtol=1e-6)
+
+
+def test_a_graph_of_a_transformed_model_is_refused_or_right() -> None:
+    """The graphs that hra_fx hands out hold reflections already."""
+    whole = hra_fx.transform(Mlp().double(), config())
+    graph = hra_fx.graphs(whole)[""]
+    with pytest.raises(AdapterError):
+        hra_fx.transform(graph, config(r=2), "other")
+
+
+def test_refused_weights_carry_no_class_of_ours() -> None:
+    model = traced(Reads)
+    with pytest.raises(UnsupportedLayerError):
+        hra_fx.transform(model, config("first", "second"))
+    assert all(type(layer) is nn.Linear for layer in (model.first, model.second))
+    assert_same(model(X), model(X))
+
+
+def test_a_layer_that_is_called_by_keyword() -> None:
+    class Keyword(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(input=torch.tanh(self.first(input=x)))
+
+    base, model = adapted(Keyword)
+    check(base, model, X)
+    before = model(X)
+    assert_same(hra_fx.fold(model)(X), before)
+    assert model.code.replace("input = ", "") == base.code.replace("input = ", "")
