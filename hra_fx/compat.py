@@ -1,0 +1,11 @@
+"""Private names of torch that the package uses, each with a fallback."""
+
+from __future__ import annotations
+
+import torch
+
+
+def has_saved_tensors_hooks() -> bool:
+    """Whether saved-tensor hooks are active: activation checkpointing, offloading of activations."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(True) is not None
