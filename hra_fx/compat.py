@@ -9,3 +9,7 @@ def has_saved_tensors_hooks() -> bool:
     """Whether saved-tensor hooks are active: activation checkpointing, offloading of activations."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is not None and top(True) is not None
+
+
+#: `__torch_function__` of a tensor subclass that overrides none.
+disabled_torch_function = torch._C._disabled_torch_function_impl
