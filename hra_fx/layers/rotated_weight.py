@@ -103,7 +103,7 @@ class RotatedWeight(Tensor):
         found = [part for part in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(part, RotatedWeight)]
         if torch.is_grad_enabled() and any(_is_trained(weight) for weight in found):
             raise AdapterError(
-                f"{func}: it reads the weight of an adapted layer where autograd does not see it, so the adapters would "
+                f"{func} reads the weight of an adapted layer where autograd does not see it, and the adapters would "
                 "get no gradient. Call it under torch.no_grad(), or exclude the layer with exclude_modules."
             )
         if getattr(getattr(func, "_schema", None), "is_mutable", False) and isinstance(args[0], RotatedWeight):
@@ -141,6 +141,6 @@ def _writes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any
 
 def _refuse(func: Callable[..., Any]) -> NoReturn:
     raise AdapterError(
-        f"{getattr(func, '__name__', func)}: it writes into the weight of an adapted layer, which is computed as W Q and "
-        "would lose the change. Write to `layer.hra_base`, or call hra_fx.fold(model) first."
+        f"{getattr(func, '__name__', func)} writes into the weight of an adapted layer, which is computed as W Q at each "
+        "read, so the change would be lost. Write to `layer.hra_base`, or call hra_fx.fold(model) first."
     )
