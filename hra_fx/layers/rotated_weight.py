@@ -141,6 +141,6 @@ def _writes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any
 
 def _refuse(func: Callable[..., Any]) -> NoReturn:
     raise AdapterError(
-        f"{getattr(func, '__name__', func)} writes into the weight of an adapted layer, which is computed as W Q at each "
-        "read, so the change would be lost. Write to `layer.hra_base`, or call hra_fx.fold(model) first."
+        f"{getattr(func, '__name__', func)} writes into the weight of an adapted layer, which is computed as W Q at "
+        "each read, so the change would be lost. Write to `layer.hra_base`, or call hra_fx.fold(model) first."
     )

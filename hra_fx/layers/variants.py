@@ -160,9 +160,9 @@ class QuantizedReflection(LinearReflection):
 class ConvReflection(Reflection):
     """Computes the correction of a convolution's output.
 
-    With `W` seen as `(out, d)` and `p` a patch, `(W Q) p = W p - (W U) (T U^T p)`: the right parenthesis is a convolution
-    with `k` filters, computed here; the layer subtracts its image under the 1x1 convolution `W U` (`project`). Patches
-    are not unfolded, and neither the rotated weight nor the gradient of a weight is ever built.
+    With `W` seen as `(out, d)` and `p` a patch, `(W Q) p = W p - (W U) (T U^T p)`: the right parenthesis is a
+    convolution with `k` filters, computed here; the layer subtracts its image under the 1x1 convolution `W U`
+    (`project`). Patches are not unfolded, and neither the rotated weight nor the gradient of a weight is ever built.
     """
 
     is_called = True
@@ -186,9 +186,9 @@ class ConvReflection(Reflection):
         return patch_coordinates(x, vectors, self.patch, *geometry)
 
     def corrected(self, output: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
-        """The corrected output of the layer for `x`; `output` may be written into. `None` if the container must be called.
+        """The corrected output of the layer for `x`; `output` may be written into.
 
-        It must be called if it has hooks, and outside of plain eager mode.
+        `None` if the container must be called, as it must if it has hooks, and outside of plain eager mode.
         """
         if not unobserved() or not are_plain(x) or _asks(self):
             return None
