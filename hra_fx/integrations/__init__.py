@@ -1,6 +1,6 @@
-"""Training with transformers.
+"""Training with `transformers.Trainer`.
 
-Not imported by the rest of the package, since `transformers.Trainer` needs accelerate, which is no dependency of
+The rest of the package does not import this module, because the Trainer needs accelerate, which is not a dependency of
 hra_fx.
 """
 

@@ -285,9 +285,9 @@ def test_what_an_earlier_adapter_added_is_not_walked() -> None:
     model[0].hra_u = nn.ModuleDict({"inner": nn.Linear(2, 2)})
     for targets in ("all-linear", ".*"):
         assert list(select(model, HRAConfig(target_modules=targets))) == ["0", "1"]
-    with pytest.raises(SelectionError, match="names no module of Sequential"):
+    with pytest.raises(SelectionError, match="matches no module of Sequential"):
         select(model, HRAConfig(target_modules=["inner"]))
-    with pytest.raises(SelectionError, match="modules_to_save: no module is called 'inner'"):
+    with pytest.raises(SelectionError, match="`modules_to_save`: there is no module 'inner'"):
         select(model, HRAConfig(target_modules=["0"], modules_to_save=["inner"]))
 
 
