@@ -146,8 +146,7 @@ def rotated(pipe: Any) -> Any:
     return plain
 
 
-@pytest.mark.parametrize("r", [8, 3])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "r"), [("HRAModel", 8), ("transform", 3)])
 def test_it_starts_at_the_images_of_the_base(way: str, r: int) -> None:
     pipe = adapted(way, r=r)
     assert isinstance(pipe.unet, diffusers.UNet2DConditionModel)
@@ -188,9 +187,9 @@ def dreambooth(pipe: Any, count: int) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_dreambooth_trains_the_vectors_and_nothing_else(way: str) -> None:
-    pipe, base = adapted(way), pipeline()
+@pytest.mark.slow
+def test_dreambooth_trains_the_vectors_and_nothing_else() -> None:
+    pipe, base = adapted(), pipeline()
     losses = dreambooth(pipe, 5)
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.99 * losses[0]
@@ -205,7 +204,7 @@ def test_dreambooth_trains_the_vectors_and_nothing_else(way: str) -> None:
     assert relative_error(image(pipe), image(base)) > 1e-2
 
 
-@pytest.mark.parametrize("r", [8, 3])
+@pytest.mark.parametrize("r", [3])
 def test_saved_adapters_are_opened_by_peft_and_over_a_fresh_pipeline(r: int, tmp_path: Path) -> None:
     pipe = adapted(r=r, random=True)
     for part in TARGETS:

@@ -41,9 +41,8 @@ def say(model: Any, prompt: Tensor = PROMPT, **way: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_decoder_says_what_the_rotated_weights_say(shape: str, way: str) -> None:
-    base, model = an_adapted("llama", shape)
+def test_a_decoder_generates_as_with_the_rotated_weights(way: str) -> None:
+    base, model = an_adapted("llama", "transform")
     said = say(model, **WAYS[way])
     assert said.shape[1] == 16
     assert torch.equal(said, say(rotated(base, model), **WAYS[way]))
@@ -51,10 +50,9 @@ def test_a_decoder_says_what_the_rotated_weights_say(shape: str, way: str) -> No
     assert torch.equal(said, say(hra_fx.fold(model), **WAYS[way]))
 
 
-@pytest.mark.parametrize("way", ["greedy", "greedy without a cache", "beams", "sampling"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_an_encoder_with_a_decoder_says_what_the_rotated_weights_say(shape: str, way: str) -> None:
-    base, model = an_adapted("t5", shape)
+@pytest.mark.parametrize("way", ["greedy", "beams"])
+def test_an_encoder_decoder_generates_as_with_the_rotated_weights(way: str) -> None:
+    base, model = an_adapted("t5", "HRAModel")
     said = say(model, **WAYS[way])
     assert torch.equal(said, say(rotated(base, model), **WAYS[way]))
     assert not torch.equal(said, say(base, **WAYS[way]))
@@ -69,19 +67,9 @@ def test_an_assistant_does_not_change_what_is_said(who: str) -> None:
     assert torch.equal(say(model, PROMPT[:1], do_sample=False, assistant_model=assistant), alone)
 
 
-def test_the_scores_are_those_of_the_rotated_weights() -> None:
+@pytest.mark.parametrize("way", ["greedy", "a static cache"])
+def test_adapters_are_switched_between_calls(way: str) -> None:
     base, model = an_adapted("llama", "HRAModel")
-    way = {"do_sample": False, "output_scores": True, "return_dict_in_generate": True}
-    found, wanted = say(model, **way), say(rotated(base, model), **way)
-    for actual, expected in zip(found.scores, wanted.scores, strict=True):
-        # Llama normalises in float32, whatever its weights are.
-        assert torch.allclose(actual, expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("way", ["greedy", "a static cache", "beams"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_adapters_are_switched_between_calls(shape: str, way: str) -> None:
-    base, model = an_adapted("llama", shape)
     hra_fx.add_adapter(model, "other", config_for("llama", r=3, target_modules=["o_proj", "v_proj"]))
     turn(model, 6)
     said = {}
