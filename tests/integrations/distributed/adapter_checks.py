@@ -161,9 +161,7 @@ def refused_when_sharded(rank: int, folder: Path) -> None:
             for refused in (hra_fx.fold, hra_fx.merge_adapter):
                 with pytest.raises(FoldError, match=r"shares its parameters out.*Save the adapter"):
                     refused(model)
-            with pytest.raises(
-                UnsupportedLayerError, match=r"already sharded it.*Adapt the model first"
-            ):
+            with pytest.raises(UnsupportedLayerError, match=r"already sharded it.*Adapt the model first"):
                 hra_fx.add_adapter(model, "b", config)
             with pytest.raises(UnsupportedLayerError, match=r"Adapt the model first"):
                 hra_fx.load_adapter(model, folder / str(rank), "b")
