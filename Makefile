@@ -24,7 +24,7 @@ BROWSER   = test -n "$$(which $(BROWSERS))" || { test "$$(id -u)" = 0 && which a
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-language demo-vision test test-all zoo export-table bench-disk bench-frozen bench-quantised check format clean
+.PHONY: help demo demo-language demo-vision test test-all zoo export-table bench-disk bench-frozen bench-quantized check format clean
 
 help: ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,8 +62,8 @@ bench-frozen: $(VENV)/test.stamp ## Print what freeze gains in exported and comp
 bench-disk: $(VENV)/test.stamp ## fold_checkpoint beside cp and PEFT, 1.1 billion parameters (10 GB of disk, some minutes).
 	$(BIN)/python benchmarks/disk.py $(BENCH_FLAGS)
 
-bench-quantised: $(VENV)/test.stamp $(VENV)/demo.stamp ## Print what quantising costs beside an adapter, on MiniLM.
-	HF_HUB_OFFLINE=1 PYTHONPATH=examples $(BIN)/python benchmarks/quantised.py
+bench-quantized: $(VENV)/test.stamp $(VENV)/demo.stamp ## Print the quantization error compared with the effect of an adapter, on MiniLM.
+	HF_HUB_OFFLINE=1 PYTHONPATH=examples $(BIN)/python benchmarks/quantized.py
 
 export-table: $(VENV)/test.stamp ## Print what passes through which exporter (install openvino and executorch for theirs).
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m export.exporting.table $(EXPORT_FLAGS)
