@@ -47,19 +47,19 @@ test-all: test ## Run all tests, the slow ones too.
 zoo: $(VENV)/test.stamp ## Check every model of the zoo (an hour), and write docs/zoo.md.
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m zoo.run $(ZOO_FLAGS)
 
-bench: $(VENV)/test.stamp ## Speed and memory beside the base model and PEFT (40 minutes on 2 cores), and write docs/benchmarks.md.
+bench: $(VENV)/test.stamp ## Speed and memory compared with the base model and PEFT (40 minutes on 2 cores); write docs/benchmarks.md.
 	PYTHONPATH=benchmarks $(BIN)/python -m speed --docs $(BENCH_FLAGS)
 
-bench-quick: $(VENV)/test.stamp ## Of them the lines that must hold: print each as met or not (under 5 minutes).
+bench-quick: $(VENV)/test.stamp ## Only the performance targets: print each as met or not (under 5 minutes).
 	PYTHONPATH=benchmarks $(BIN)/python -m speed --quick $(BENCH_FLAGS)
 
 bench-gpu: $(VENV)/test.stamp ## The same in bf16 at width 4096 on a CUDA device, and write docs/benchmarks_gpu.md.
 	PYTHONPATH=benchmarks $(BIN)/python -m speed --gpu --docs $(BENCH_FLAGS)
 
-bench-frozen: $(VENV)/test.stamp ## Print what freeze gains in exported and compiled programs (two minutes).
+bench-frozen: $(VENV)/test.stamp ## Print the speedup by freeze in exported and compiled programs (two minutes).
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/frozen.py
 
-bench-disk: $(VENV)/test.stamp ## fold_checkpoint beside cp and PEFT, 1.1 billion parameters (10 GB of disk, some minutes).
+bench-disk: $(VENV)/test.stamp ## fold_checkpoint compared with cp and PEFT, 1.1 billion parameters (10 GB of disk, some minutes).
 	$(BIN)/python benchmarks/disk.py $(BENCH_FLAGS)
 
 bench-quantized: $(VENV)/test.stamp $(VENV)/demo.stamp ## Print the quantization error compared with the effect of an adapter, on MiniLM.

@@ -3,8 +3,8 @@
     python examples/finetune_and_fold.py
 
 It uses the weights of all-MiniLM-L6-v2 and takes a few minutes on two cores. The baseline trains the same
-classification head for the same number of steps on the frozen encoder. HRA also adapts the attention and MLP weights, with about 1% of
-the parameters. The folded model is a plain transformers model with the keys of the base model.
+classification head for the same number of steps on the frozen encoder. HRA also adapts the attention and MLP weights,
+with about 1% of the parameters. The folded model is a plain transformers model with the keys of the base model.
 """
 
 from __future__ import annotations

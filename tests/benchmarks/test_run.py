@@ -9,12 +9,12 @@ import pytest
 import torch
 from speed import cli, running
 from speed.grid import Job
-from speed.lines import LINES, findings
 from speed.methods import INFERENCE, TRAINING
 from speed.page import page
-from speed.report_lines import as_text
 from speed.results import Results, load
 from speed.setting import Mode, Setting
+from speed.target_report import as_text
+from speed.targets import TARGETS, findings
 from speed.timing import Budget
 
 TINY = "llama-64x1"
@@ -98,8 +98,8 @@ def test_the_page_has_a_table_of_every_model_and_mode(run: tuple[Results, Path])
 def test_lines_that_were_not_measured_are_not_met(run: tuple[Results, Path]) -> None:
     results, _ = run
     assert not any(finding.met for finding in findings(results))
-    assert as_text(findings(results)).count("not measured") == len(LINES)
-    assert f"## Lines that must hold: 0 of {len(LINES)} are met" in page(results)
+    assert as_text(findings(results)).count("not measured") == len(TARGETS)
+    assert f"## Lines that must hold: 0 of {len(TARGETS)} are met" in page(results)
 
 
 def test_docs_are_written_only_where_asked_for(run: tuple[Results, Path], tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_inputs_of_different_widths_are_refused_for_the_attention_and_not_for_it
     model = nn.Sequential(nn.MultiheadAttention(12, 3, kdim=5, vdim=7))
     message = refused(model, config("0"))
     assert message.startswith("0 (MultiheadAttention): its `kdim` or `vdim` differs from `embed_dim`")
-    assert message.endswith("Leave it out with exclude_modules, and name its out_proj.")
+    assert message.endswith("Exclude the layer with `exclude_modules` and target its `out_proj`.")
 
     class Wide(nn.Module):
         def __init__(self) -> None:

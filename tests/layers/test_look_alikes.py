@@ -262,7 +262,7 @@ def test_a_mixture_of_experts_in_one_convolution_is_none() -> None:
     """timm's CondConv2d holds one vector of all weights for each expert: no layer by class."""
     layer = CondConv2d(4, 6, 3)
     assert not isinstance(layer, nn.Conv2d)
-    with pytest.raises(hra_fx.SelectionError, match="it is a CondConv2d"):
+    with pytest.raises(hra_fx.SelectionError, match="matches this CondConv2d"):
         hra_fx.transform(nn.Sequential(layer), config("0"))
 
 

@@ -62,7 +62,7 @@ def test_a_configuration_that_is_edited_afterwards_is_another() -> None:
 def test_a_configuration_that_is_edited_before_is_checked_again(rank: object) -> None:
     model, settings = mlp(), config("0")
     settings.r = rank
-    with pytest.raises(ConfigError, match="r: "):
+    with pytest.raises(ConfigError, match="`r` must be a positive int"):
         hra_fx.transform(model, settings)
     assert not keys(model)
 

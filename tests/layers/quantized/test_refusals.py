@@ -128,7 +128,7 @@ def test_layers_beside_that_stop_gradients_are_told(scheme: str) -> None:
         hra_fx.transform(quantised(scheme), config("0"))
     (text,) = (str(one.message) for one in caught)
     assert text.startswith("2: it quantises what it reads, and torchao lets no gradient pass that. ")
-    assert "Name such layers in target_modules too" in text
+    assert "Add such layers to `target_modules`" in text
     hra_fx.transform(quantised(scheme), config("0", inference_mode=True))
 
 
