@@ -57,4 +57,4 @@ def test_without_a_gpu_its_run_says_so(capsys: pytest.CaptureFixture[str], monke
 def test_a_page_says_what_makes_it_unsure(about: dict[str, object], doubt: str) -> None:
     text = page(Results({"run": "full", **about}))
     assert doubt in text
-    assert ("**The" in text or "**This" in text) is bool(doubt)
+    assert ("**The" in text or "**Only" in text) is bool(doubt)
