@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -303,21 +302,3 @@ def test_other_ways_to_compute_attention_read_the_same_reflections() -> None:
     assert relative_error(image(pipe), wanted) < 1e-4
     pipe.unet.set_default_attn_processor()
     assert relative_error(image(pipe), wanted) < 1e-4
-
-
-def test_a_copy_of_the_pipelines_parts_is_its_own() -> None:
-    pipe = adapted(random=True)
-    before = image(pipe)
-    twin = pipeline()
-    for part in TARGETS:
-        setattr(twin, part, hra_fx.fold(copy.deepcopy(getattr(pipe, part))))
-    assert relative_error(image(twin), before) < 1e-4
-    assert torch.equal(image(pipe), before)
-
-
-def test_switched_off_it_draws_the_images_of_the_base() -> None:
-    pipe = adapted(random=True)
-    before = image(pipe)
-    with hra_fx.disable_adapters(pipe.unet), hra_fx.disable_adapters(pipe.text_encoder):
-        assert torch.equal(image(pipe), image(pipeline()))
-    assert torch.equal(image(pipe), before)

@@ -99,12 +99,3 @@ def test_padding_on_the_left_changes_nothing() -> None:
     mask = (torch.arange(9) >= 3).long().expand(2, -1)
     said = model.generate(input_ids=padded, attention_mask=mask, do_sample=False, **LENGTH)
     assert torch.equal(said[:, 3:], say(rotated(base, model), do_sample=False))
-
-
-def test_a_model_that_was_trained_generates() -> None:
-    """From training mode and back, with the cache that training leaves out."""
-    _, model = an_adapted("llama", "HRAModel")
-    model.train()
-    model(input_ids=PROMPT, labels=PROMPT).loss.backward()
-    said = say(model.eval(), do_sample=False)
-    assert torch.equal(said, say(hra_fx.fold(model), do_sample=False))

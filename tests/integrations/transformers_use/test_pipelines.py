@@ -5,14 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from integrations.transformers_use.tiny import BASES, VOCABULARY, adapted, rotated, turn
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, pipeline
-
-import hra_fx
 
 TEXTS = ["w5 w7 w9", "w30 w8 w61 w4 w12"]
 DECODING = {"max_new_tokens": 6, "do_sample": False}
@@ -59,17 +56,3 @@ def test_text_classification() -> None:
         assert [entry["label"] for entry in actual] == [entry["label"] for entry in expected]
         for mine, wanted in zip(actual, expected, strict=True):
             assert mine["score"] == pytest.approx(wanted["score"], rel=1e-6)
-
-
-def test_adapters_are_switched_under_a_pipeline() -> None:
-    model, _ = pair("llama", "HRAModel")
-    generate = pipeline("text-generation", model=model, tokenizer=tokenizer(), device="cpu")
-    before = generate(TEXTS, **DECODING)
-    with hra_fx.disable_adapters(model):
-        plain = generate(TEXTS, **DECODING)
-    assert plain != before
-    assert generate(TEXTS, **DECODING) == before
-    torch.manual_seed(2)
-    model.add_adapter("other", hra_fx.HRAConfig(r=4, init_weights=False, target_modules=["q_proj", "down_proj"]))
-    model.set_adapter("other")
-    assert generate(TEXTS, **DECODING) not in (before, plain)

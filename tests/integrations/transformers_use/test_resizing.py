@@ -152,17 +152,6 @@ def test_a_frozen_adapter_stays_frozen(tied: bool) -> None:
 
 
 @ties
-def test_inside_a_block_that_switches_adapters_off(tied: bool) -> None:
-    model = adapted("llama", tied=tied).model
-    wanted = logits(model)
-    with hra_fx.disable_adapters(model):
-        off = logits(model)
-        resize(model, VOCABULARY + 8)
-        assert relative_error(kept(logits(model), VOCABULARY), off) < 1e-12
-    assert relative_error(kept(logits(model), VOCABULARY), wanted) < 1e-12
-
-
-@ties
 @sizes
 def test_a_bias_that_another_module_holds_too_goes_along(tied: bool, size: int) -> None:
     model = adapted("bert", tied=tied).model

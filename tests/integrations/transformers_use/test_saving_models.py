@@ -91,16 +91,6 @@ def test_transformers_opens_a_checkpoint_of_the_trainer_too(kind: str, shape: st
         assert relative_error(logits(opened, kind), logits(model, kind)) < 1e-5
 
 
-@pairs
-def test_our_loader_opens_the_folder_bitwise(kind: str, shape: str, tmp_path: Path) -> None:
-    model = stepped(kind, shape, tmp_path)
-    model.save_pretrained(tmp_path / "adapter")
-    opened = hra_fx.load_adapter(BASES[kind](), tmp_path / "adapter")
-    assert torch.equal(logits(opened, kind), logits(model, kind))
-    shaped = hra_fx.HRAModel.from_pretrained(BASES[kind](), tmp_path / "adapter")
-    assert torch.equal(logits(shaped, kind), logits(model, kind))
-
-
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"safe_serialization": False}, "safe_serialization=False: a pickle is never written. Leave it True."),
     ({"push_to_hub": True}, "push_to_hub=True: save first, then call model.push_to_hub(...)."),
@@ -186,10 +176,3 @@ def test_a_folded_model_saves_itself_in_full_again(kind: str, shape: str, tmp_pa
     assert not found["missing_keys"] and not found["unexpected_keys"]
     assert torch.equal(logits(opened, kind), logits(folded, kind))
     assert relative_error(logits(opened, kind), wanted) < 1e-5
-
-
-def test_a_model_whose_adapters_are_taken_off_saves_itself_in_full_again(tmp_path: Path) -> None:
-    model = adapted("llama", "HRAModel")
-    model.unload().save_pretrained(tmp_path)
-    opened = LlamaForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(logits(opened, "llama"), logits(BASES["llama"](), "llama"))

@@ -177,12 +177,3 @@ def test_the_trainer_saves_the_model_for_use_without_what_only_it_needs(tmp_path
         "training_args.bin",
     }
     assert torch.equal(logits(hra_fx.load_adapter(llama(), tmp_path / "out"), "llama"), logits(model, "llama"))
-
-
-def test_a_folded_model_is_saved_in_full(tmp_path: Path) -> None:
-    model, _ = trained("bert", "transform", tmp_path)
-    wanted = logits(model, "bert")
-    training = trainer_of(Trainer, "bert", hra_fx.fold(copy.deepcopy(model)), tmp_path / "runs")
-    training.save_model(str(tmp_path / "out"))
-    opened = type(bert()).from_pretrained(tmp_path / "out")
-    assert relative_error(logits(opened, "bert"), wanted) < 1e-6
