@@ -124,8 +124,8 @@ CASES = {
     "two paths": Case(TwoPaths, ["first", "between"], ["first", "between"]),
     "two paths, both named": Case(TwoPaths, ["first", "again"], ["first"]),
     "the other path only": Case(OtherPathOnly, ["first", "between"], ["first", "between"]),
-    "two parents": Case(TwoParents, ["own", "shared"], ["left.own", "left.shared", "right.own"]),
-    "two parents, only the shared layer": Case(TwoParents, ["shared"], ["left.shared"]),
+    "two regions": Case(TwoParents, ["own", "shared"], ["left.own", "left.shared", "right.own"]),
+    "two regions, shared alone": Case(TwoParents, ["shared"], ["left.shared"]),
     "a block called three times": Case(SharedBlock, ["own", "shared"], ["block.own", "block.shared"]),
     "a list with a block twice": Case(
         SharedBlocks, ["own", "shared"], ["layers.0.own", "layers.0.shared", "layers.1.own", "layers.1.shared"]
