@@ -24,7 +24,7 @@ BROWSER   = test -n "$$(which $(BROWSERS))" || { test "$$(id -u)" = 0 && which a
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-language demo-vision test test-all zoo export-table bench-disk bench-frozen bench-quantised check format clean
+.PHONY: help demo demo-language demo-vision test test-all zoo export-table bench-disk bench-frozen bench-quantized check format clean
 
 help: ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,23 +47,23 @@ test-all: test ## Run all tests, the slow ones too.
 zoo: $(VENV)/test.stamp ## Check every model of the zoo (an hour), and write docs/zoo.md.
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m zoo.run $(ZOO_FLAGS)
 
-bench: $(VENV)/test.stamp ## Speed and memory beside the base model and PEFT (40 minutes on 2 cores), and write docs/benchmarks.md.
+bench: $(VENV)/test.stamp ## Speed and memory compared with the base model and PEFT (40 minutes on 2 cores); write docs/benchmarks.md.
 	PYTHONPATH=benchmarks $(BIN)/python -m speed --docs $(BENCH_FLAGS)
 
-bench-quick: $(VENV)/test.stamp ## Of them the lines that must hold: print each as met or not (under 5 minutes).
+bench-quick: $(VENV)/test.stamp ## Only the performance targets: print each as met or not (under 5 minutes).
 	PYTHONPATH=benchmarks $(BIN)/python -m speed --quick $(BENCH_FLAGS)
 
 bench-gpu: $(VENV)/test.stamp ## The same in bf16 at width 4096 on a CUDA device, and write docs/benchmarks_gpu.md.
 	PYTHONPATH=benchmarks $(BIN)/python -m speed --gpu --docs $(BENCH_FLAGS)
 
-bench-frozen: $(VENV)/test.stamp ## Print what freeze gains in exported and compiled programs (two minutes).
+bench-frozen: $(VENV)/test.stamp ## Print the speedup by freeze in exported and compiled programs (two minutes).
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/frozen.py
 
-bench-disk: $(VENV)/test.stamp ## fold_checkpoint beside cp and PEFT, 1.1 billion parameters (10 GB of disk, some minutes).
+bench-disk: $(VENV)/test.stamp ## fold_checkpoint compared with cp and PEFT, 1.1 billion parameters (10 GB of disk, some minutes).
 	$(BIN)/python benchmarks/disk.py $(BENCH_FLAGS)
 
-bench-quantised: $(VENV)/test.stamp $(VENV)/demo.stamp ## Print what quantising costs beside an adapter, on MiniLM.
-	HF_HUB_OFFLINE=1 PYTHONPATH=examples $(BIN)/python benchmarks/quantised.py
+bench-quantized: $(VENV)/test.stamp $(VENV)/demo.stamp ## Print the quantization error compared with the effect of an adapter, on MiniLM.
+	HF_HUB_OFFLINE=1 PYTHONPATH=examples $(BIN)/python benchmarks/quantized.py
 
 export-table: $(VENV)/test.stamp ## Print what passes through which exporter (install openvino and executorch for theirs).
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m export.exporting.table $(EXPORT_FLAGS)

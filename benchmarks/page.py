@@ -1,9 +1,9 @@
-"""How large the HTML page is, how long Python takes to write it, and the browser to open it and to expand a module.
+"""Size of the HTML page, and the time to write it, to open it in a browser, and to expand a module.
 
     python benchmarks/page.py
 
-Needs torchvision, playwright and a Chromium. Without one, only sizes and times of Python are printed. What tracing
-takes is not counted: a page is written from a drawing.
+Needs torchvision, playwright and Chromium. Without Chromium, only sizes and Python times are printed. The time for
+tracing is not included.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 
 
 def resnet50() -> Drawing:
-    # All convolutions, and not the classifier.
+    # all convolutions, without the classifier
     config = hra_fx.HRAConfig(r=8, target_modules=r".*(conv\d|downsample\.0)")
     return drawing_of(hra_fx.transform(torchvision.models.resnet50(), config))
 
@@ -51,7 +51,7 @@ def llama_exported() -> Drawing:
 
 
 def without_repeats(count: int = 10_000) -> Drawing:
-    """A made-up model no two modules of which look alike: 50 blocks of 8 modules with branches that join again."""
+    """An artificial model without repeated modules: 50 blocks of 8 modules with branches."""
     picture: nx.DiGraph[str] = nx.DiGraph()
     picture.graph.update(regions=frozenset({""}), classes={}, details={})
     rows: list[Row] = []
@@ -103,7 +103,7 @@ MEASURE = f"""async () => {{
 
 
 def in_browser(browser: Browser, file: Path) -> list[float]:
-    """Least times in ms: from the navigation until the page is drawn, of one expansion, of the expansion of all."""
+    """Minimal times in ms: from navigation until the page is drawn, to expand one module, to expand all."""
     measured = []
     for _ in range(ROUNDS):
         page = browser.new_page(viewport={"width": 1400, "height": 900})

@@ -1,4 +1,4 @@
-"""`transform(..., verify=True)` of small models, with the look that a refusal changes nothing."""
+"""`transform(..., verify=True)` of small models, and a check that an error changes nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from capture.checks import inputs
 from refusals import picture
 from torch import Tensor, nn
 
@@ -14,14 +13,17 @@ import hra_fx
 import hra_fx.api.transform
 from hra_fx.errors import VerificationError
 
+
+def inputs(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+
+
 X = inputs(4, 6)
-
-
 IMAGES = inputs(3, 3, 8, 8)
 
 
 class Two(nn.Module):
-    """Two layers 6 -> 6; fx gets by only where the `if` is not taken up."""
+    """Two layers 6 -> 6, and a branch on values that fx cannot trace."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which blocks: indices, of the module list that a pattern names."""
+"""Select blocks by their index in a module list."""
 
 from __future__ import annotations
 

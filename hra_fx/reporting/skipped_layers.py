@@ -12,7 +12,8 @@ from torch import nn
 from hra_fx.config import HRAConfig
 from hra_fx.layers.target import REFLECTION, SAVED, SiteKind, describe, find_kind
 from hra_fx.model.state import Record, inventory, record_of, sites_of
-from hra_fx.selection.select import is_target, layer_index, resolve_targets, shown_names
+from hra_fx.selection.select import is_target, layer_index, resolve_targets
+from hra_fx.selection.suggestions import shown_names
 
 #: The fields of a configuration that keep out what `target_modules` names.
 _KEEP_OUT: dict[str, Any] = dict.fromkeys(

@@ -87,7 +87,7 @@ def test_another_architecture_is_refused(targets: tuple[str, ...], tmp_path: Pat
     folder = saved(tmp_path, *targets, base=lambda: blocks(2))
     message = refused(lambda model: hra_fx.load_adapter(model, folder), mlp(), CheckpointError)
     assert message.startswith(f"{folder}: its configuration does not fit Sequential: ")
-    assert f"{sorted(targets)} names no module of Sequential" in message
+    assert f"`target_modules={sorted(targets)}` matches no module of Sequential" in message
     assert message.endswith("Is this the right base model?")
 
 

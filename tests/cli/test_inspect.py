@@ -126,7 +126,7 @@ def test_an_adapter_in_a_subfolder(shelf: Shelf) -> None:
 def test_an_adapter_of_another_method(tmp_path: Path) -> None:
     peft.LoraConfig(target_modules=["q_proj"]).save_pretrained(tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    assert "peft_type: 'LORA' is not one of 'HRA'" in mistake("inspect", tmp_path)
+    assert "`peft_type` must be 'HRA', got 'LORA'" in mistake("inspect", tmp_path)
 
 
 def test_weights_that_are_cut_short(shelf: Shelf, tmp_path: Path) -> None:

@@ -106,15 +106,16 @@ def test_what_is_named_and_cannot_be_adapted(shelf: Shelf, tmp_path: Path) -> No
     shown = Answer("match", tmp_path, "-c", tmp_path / "adapter")
     assert shown.code == 1
     assert (
-        "Cannot be adapted: 2 layers\n  model.layers.0.self_attn.q_proj: Gram-Schmidt makes r=20 vectors" in shown.out
+        "Cannot be adapted: 2 layers\n  model.layers.0.self_attn.q_proj: with `apply_GS=True`, `r` must be at most"
+        in shown.out
     )
 
 
 def test_a_configuration_that_fits_nothing(shelf: Shelf) -> None:
     done = Answer("match", shelf / "my-model", "-t", "qproj")
     assert (done.code, done.out) == (1, "")
-    assert done.err.startswith("does not fit: target_modules: ['qproj'] names no module")
-    assert "did you mean 'q_proj'" in done.err
+    assert done.err.startswith("does not fit: `target_modules=['qproj']` matches no module")
+    assert "Did you mean 'q_proj'" in done.err
     done = Answer("match", shelf / "my-model", "-t", "qproj", "--json")
     assert done.code == 1 and done.json["adapted"] == [] and "'q_proj'" in done.json["error"]
 
@@ -122,7 +123,7 @@ def test_a_configuration_that_fits_nothing(shelf: Shelf) -> None:
 def test_an_exclusion_that_leaves_nothing_out_is_a_warning(shelf: Shelf) -> None:
     done = Answer("match", shelf / "my-model", "-t", "q_proj", "-x", "nothing", "--json")
     assert done.code == 0 and len(done.json["adapted"]) == 2
-    assert done.err.startswith("warning: exclude_modules: ['nothing'] leaves no module out")
+    assert done.err.startswith("warning: `exclude_modules=['nothing']` matches no module")
 
 
 def test_names_and_a_regular_expression(shelf: Shelf) -> None:
@@ -175,11 +176,13 @@ def test_a_terminal_of_a_few_letters_keeps_the_names(shelf: Shelf) -> None:
 
 
 def test_a_regular_expression_that_is_none(shelf: Shelf) -> None:
-    assert "target_modules: '(' is not a regular expression" in mistake("match", shelf / "my-model", "--regex", "(")
+    assert "`target_modules`: '(' is not a valid regular expression" in mistake(
+        "match", shelf / "my-model", "--regex", "("
+    )
 
 
 def test_a_rank_that_is_none(shelf: Shelf) -> None:
-    assert mistake("match", shelf / "my-model", "-r", "0") == "r: 0 is no rank. It must be an int > 0, such as 8."
+    assert mistake("match", shelf / "my-model", "-r", "0") == "`r` must be a positive int, got 0."
 
 
 @pytest.mark.parametrize(

@@ -125,11 +125,11 @@ def test_a_model_of_transformers_has_the_layers_that_peft_gives_it(target: str |
 @pytest.mark.parametrize(
     ("settings", "wanted"),
     [
-        (config("blok.0"), "['blok.0'] names no module of Mixed; did you mean 'blocks.0'"),
-        (config("nothing"), "names no module of Mixed. The names to choose from are 'conv', 'head', '0', '1'."),
-        (config("blocks"), "blocks: target_modules names it, but it is a Module"),
-        (config("0", "1", layers_to_transform=7), "nothing is left after layers_to_transform=7"),
-        (hra_fx.HRAConfig(), "there is no default for Mixed, which has no config.model_type. Give target_modules."),
+        (config("blok.0"), "`target_modules=['blok.0']` matches no module of Mixed. Did you mean 'blocks.0'"),
+        (config("nothing"), "matches no module of Mixed. Available names: 'conv', 'head', '0', '1'."),
+        (config("blocks"), "blocks: `target_modules` matches this Module, but only"),
+        (config("0", "1", layers_to_transform=7), "none is left after layers_to_transform=7"),
+        (hra_fx.HRAConfig(), "`target_modules` must be given, because there is no default for Mixed"),
     ],
 )
 def test_a_configuration_that_does_not_fit(settings: hra_fx.HRAConfig, wanted: str) -> None:
@@ -163,7 +163,7 @@ def test_only_reflections_are_trained(fields: dict[str, Any]) -> None:
 def test_more_orthonormal_vectors_than_dimensions() -> None:
     model, ids = mixed()
     message = refused(capture(model, ids), config("blocks.0", r=7, apply_GS=True), hra_fx.UnsupportedLayerError)
-    assert message.startswith("blocks.0 (Linear): Gram-Schmidt makes r=7 vectors orthonormal")
+    assert message.startswith("blocks.0 (Linear): with `apply_GS=True`, `r` must be at most 6")
 
 
 class Odd(nn.Module):

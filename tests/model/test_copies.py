@@ -200,7 +200,7 @@ REFUSED: dict[str, tuple[hra_fx.HRAConfig, hra_fx.HRAConfig, str]] = {
     "saved, then reflected": (
         config("first", **HEAD),
         config("head"),
-        r"^head \(Linear\): another adapter saves it in full \(modules_to_save\)\. Fold or delete that one first\.$",
+        r"^head \(Linear\): another adapter trains it in full \(`modules_to_save`\)\. Fold or delete that adapter",
     ),
     "reflected, then saved": (
         config("head"),

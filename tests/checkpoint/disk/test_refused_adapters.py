@@ -107,7 +107,7 @@ def test_a_broken_configuration(tmp_path: Path) -> None:
     stack(tmp_path)
     rewrite(tmp_path, r=0)
     told = refused(tmp_path, kind=ConfigError, columns=[])
-    assert told == "adapter/adapter_config.json: r: 0 is no rank. It must be an int > 0, such as 8."
+    assert told == "adapter/adapter_config.json: `r` must be a positive int, got 0."
 
 
 def test_square_weights_that_nothing_tells_of(tmp_path: Path) -> None:

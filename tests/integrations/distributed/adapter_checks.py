@@ -161,9 +161,9 @@ def refused_when_sharded(rank: int, folder: Path) -> None:
             for refused in (hra_fx.fold, hra_fx.merge_adapter):
                 with pytest.raises(FoldError, match=r"shares its parameters out.*Save the adapter"):
                     refused(model)
-            with pytest.raises(UnsupportedLayerError, match=r"fully_shard shares its parameters out.*Adapt first"):
+            with pytest.raises(UnsupportedLayerError, match=r"already sharded it.*Adapt the model first"):
                 hra_fx.add_adapter(model, "b", config)
-            with pytest.raises(UnsupportedLayerError, match=r"Adapt first"):
+            with pytest.raises(UnsupportedLayerError, match=r"Adapt the model first"):
                 hra_fx.load_adapter(model, folder / str(rank), "b")
             with pytest.raises(AdapterError, match=r"fully_shard.*Take adapters off, and put others in, before it"):
                 hra_fx.delete_adapter(model, "default")
@@ -213,7 +213,7 @@ def refused_copies(rank: int, folder: Path) -> None:
 
 
 def refused_under_ddp(rank: int, folder: Path) -> None:
-    with pytest.raises(UnsupportedLayerError, match=r"DistributedDataParallel lists what it averages.*wrap it then"):
+    with pytest.raises(UnsupportedLayerError, match=r"DistributedDataParallel does not synchronize.*then wrap it"):
         hra_fx.transform(DistributedDataParallel(MLP.base()), hra_fx.HRAConfig(r=2, target_modules=["0"]))
 
 

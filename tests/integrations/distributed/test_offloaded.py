@@ -35,7 +35,8 @@ OFFLOADS: dict[str, Callable[[nn.Module, Path], object]] = {
     "disk": lambda model, folder: accelerate.disk_offload(model, str(folder), execution_device=CPU),
     "device map": dispatched,
 }
-MODELS = ["mlp, whole", "mlp, Gram-Schmidt", "mlp, copies", "convolutions", "llama", "bert"]
+MODELS = ["mlp, Gram-Schmidt", "mlp, copies", "convolutions", "llama", "bert"]
+EVERY = [(name, "CPU") for name in MODELS] + [("mlp, whole", "disk"), ("llama", "disk"), ("llama", "device map")]
 MLP = CASES["mlp, whole"]
 
 
@@ -46,8 +47,7 @@ def offloaded(case: Case, way: str, folder: Path) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("way", OFFLOADS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "way"), EVERY)
 def test_a_model_runs_as_before(name: str, way: str, tmp_path: Path) -> None:
     case = CASES[name]
     wanted = output(case.model().eval(), case)
@@ -80,7 +80,7 @@ def test_what_would_be_lost_is_refused_and_the_way_out_works(way: str, tmp_path:
     for kind, call in calls:
         with pytest.raises(kind, match=message):
             call()
-    with pytest.raises(UnsupportedLayerError, match="accelerate dispatches or offloads it by a hook"):
+    with pytest.raises(UnsupportedLayerError, match="accelerate put a hook on it, which moves its weights"):
         hra_fx.add_adapter(model, "b", hra_fx.HRAConfig(r=2, target_modules=["0"]))
     assert hra_fx.report(model).rows[0].rotation != hra_fx.report(model).rows[0].rotation  # NaN
     assert (output(model, MLP) - wanted).abs().max() < 1e-13

@@ -161,14 +161,6 @@ def test_a_layer_whose_class_has_no_subclasses_is_refused_by_its_path(way: Calla
     assert seen(base) == before
 
 
-def test_transform_refuses_such_a_class_as_well() -> None:
-    base = Demanding().double()
-    before = seen(base)
-    with pytest.raises(hra_fx.HRAError, match="Demanding"):
-        hra_fx.transform(base, config("first", init_weights=False))
-    assert seen(base) == before
-
-
 @pytest.mark.parametrize("order", ["peft", "transformers", "peft, by name", "transformers, by name"])
 def test_add_adapter_takes_the_order_of_peft_and_that_of_transformers(order: str) -> None:
     model = hra_fx.HRAModel(sequential(), config("0", init_weights=False), "a")
@@ -233,12 +225,6 @@ def test_a_strength_warns_of_what_it_does_not_turn(fields: dict[str, Any]) -> No
     assert moved(model(tokens()), plain(tokens()))
 
 
-def test_a_strength_of_reflections_alone_warns_of_nothing() -> None:
-    model = hra_fx.HRAModel(net(F64), hra_fx.HRAConfig(**FIELDS))
-    hra_fx.set_scale(model, "default", 0.0)
-    assert relative_error(model(tokens()), net(F64)(tokens())) < 1e-12
-
-
 @pytest.mark.parametrize("anchored", [False, True])
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_a_scaled_adapter_is_not_replaced_from_a_file(alpha: float, anchored: bool, tmp_path: Path) -> None:
@@ -299,7 +285,7 @@ def nested() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.Tanh())).double()
 
 
-@pytest.mark.parametrize("targets", ["0", ["0"], r"(1\.)?0"])
+@pytest.mark.parametrize("targets", ["0", r"(1\.)?0"])
 def test_adapters_of_nested_paths_with_the_same_ending_are_combined(targets: Any) -> None:
     base = nested()
     settings = hra_fx.HRAConfig(r=2, target_modules=targets, init_weights=False)

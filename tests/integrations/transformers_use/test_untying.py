@@ -16,6 +16,7 @@ from torch import nn
 import hra_fx
 
 kinds = pytest.mark.parametrize("kind", CASES)
+few = pytest.mark.parametrize("kind", ["llama", "bart", "bert_to_bert"])
 
 
 def adapted(kind: str, *targets: str, shape: Any = hra_fx.transform, **fields: Any) -> Case:
@@ -60,18 +61,11 @@ def test_a_fold_unties_the_head_and_a_saved_model_loads_equal(kind: str, tmp_pat
     assert all(parameter.requires_grad for parameter in model.parameters())
     other = loaded(model, tmp_path)
     assert relative_error(logits(other), wanted) < 1e-12
+    if kind != "t5":  # its config class ties again, see below
+        other.tie_weights()
+        assert relative_error(logits(other), wanted) < 1e-12
     model.tie_weights()
     assert relative_error(logits(model), wanted) < 1e-12
-
-
-@pytest.mark.parametrize("kind", [kind for kind in CASES if kind != "t5"])
-def test_what_was_loaded_stays_untied(kind: str, tmp_path: Path) -> None:
-    model = adapted(kind).model
-    wanted = logits(model)
-    folded(model)
-    other = loaded(model, tmp_path)
-    other.tie_weights()
-    assert relative_error(logits(other), wanted) < 1e-12
 
 
 def test_a_class_that_ties_again_is_named_in_the_warning(tmp_path: Path) -> None:
@@ -140,7 +134,7 @@ def test_a_tie_of_the_users_own_leaves_the_setting_alone() -> None:
     assert relative_error(logits(model), wanted) < 1e-12
 
 
-@kinds
+@few
 def test_merge_and_unload_does_it_too(kind: str, tmp_path: Path) -> None:
     model = adapted(kind, shape=hra_fx.HRAModel).model
     wanted = logits(model)
@@ -150,7 +144,7 @@ def test_merge_and_unload_does_it_too(kind: str, tmp_path: Path) -> None:
     assert relative_error(logits(loaded(plain, tmp_path)), wanted) < 1e-12
 
 
-@kinds
+@few
 def test_unload_leaves_it_tied(kind: str) -> None:
     made = adapted(kind, shape=hra_fx.HRAModel)
     plain = made.model.unload()
@@ -158,7 +152,7 @@ def test_unload_leaves_it_tied(kind: str) -> None:
     assert torch.equal(logits(plain), logits(case(kind).model))
 
 
-@kinds
+@few
 def test_the_adapters_file_of_a_tied_head_is_as_any_other(kind: str, tmp_path: Path) -> None:
     made, other = adapted(kind), case(kind).model
     made.model.save_pretrained(tmp_path)
@@ -167,7 +161,7 @@ def test_the_adapters_file_of_a_tied_head_is_as_any_other(kind: str, tmp_path: P
     assert other.get_submodule(made.head).weight is other.get_submodule(made.embedding).weight
 
 
-@kinds
+@few
 def test_a_training_step_leaves_the_tie_and_the_embedding_alone(kind: str) -> None:
     model, head, embedding, _ = adapted(kind)
     before = model.get_submodule(embedding).weight.detach().clone()

@@ -1,4 +1,4 @@
-"""What a run was measured on: versions, processor, threads, date, commit, and how busy the machine was."""
+"""The environment of a run: versions, processor, threads, date, commit, and load of the machine."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "peft", "diffusers", "torchvision")
-OF_THE_PROCESSOR = "of the processor"
+CPU_TIME = "CPU time"
 
 
-def surroundings(run: str, *, whole: bool = True, by_processor: bool = False) -> dict[str, Any]:
-    """Of a run that begins now."""
+def environment(run: str, *, whole: bool = True, by_processor: bool = False) -> dict[str, Any]:
+    """Describe the environment at the start of a run."""
     import torch
 
     about: dict[str, Any] = {
         "run": run,
-        "measured": "all of it" if whole else "a part",
-        "seconds": OF_THE_PROCESSOR if by_processor else "by the clock",
+        "measured": "everything" if whole else "a part",
+        "seconds": CPU_TIME if by_processor else "wall time",
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "commit": commit(),
         "python": platform.python_version(),
@@ -37,25 +37,25 @@ def surroundings(run: str, *, whole: bool = True, by_processor: bool = False) ->
 
 
 def busy() -> float:
-    """How many processes wanted to run in the last minute."""
+    """The load average of the last minute."""
     return round(os.getloadavg()[0], 2)
 
 
-def doubts(about: dict[str, Any]) -> list[str]:
-    """Why the numbers of a run are to be taken with care."""
+def caveats(about: dict[str, Any]) -> list[str]:
+    """Reasons to be careful with the results of a run."""
     found = list[str]()
     load, cores = about.get("load average at start", 0), about.get("cores", 1)
     if load > cores / 2:
         busy = f"The machine was busy (load average {load} at the start, {cores} cores)"
-        by_processor = about.get("seconds") == OF_THE_PROCESSOR
-        found.append(f"{busy}{'; seconds are of the processor' if by_processor else ': no ratio is sure'}.")
+        by_processor = about.get("seconds") == CPU_TIME
+        found.append(f"{busy}{'; times are CPU times' if by_processor else ': the ratios are unsure'}.")
     if about.get("measured") == "a part":
-        found.append("This was a part of the run, or a shortened one.")
+        found.append("Only a part of the settings was measured, or for a shorter time.")
     return found
 
 
 def processor() -> str:
-    """Its name, as Linux gives it."""
+    """The name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -65,7 +65,7 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """Of the checkout, and whether the code that is measured differs from it."""
+    """The commit, and whether the measured code has uncommitted changes."""
 
     def git(*words: str) -> str:
         folder = Path(__file__).parent
@@ -73,6 +73,6 @@ def commit() -> str:
 
     try:
         changed = git("status", "--porcelain", "--", ":/hra_fx", ":/passes", ":/benchmarks/speed")
-        return git("rev-parse", "--short", "HEAD") + (", with changes that are not committed" if changed else "")
+        return git("rev-parse", "--short", "HEAD") + (", with uncommitted changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -1,10 +1,10 @@
-"""Numbers as words: ratios, times and sizes of very different magnitudes, each with some three figures."""
+"""Format ratios, times and sizes with about three significant digits."""
 
 from __future__ import annotations
 
 
 def share(value: float) -> str:
-    """A ratio.
+    """Format a ratio.
 
     >>> share(0.0123), share(0.98765), share(1.0234), share(12.3456), share(123.4)
     ('0.0123', '0.988', '1.023', '12.3', '123')
@@ -15,7 +15,7 @@ def share(value: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """A time.
+    """Format a time.
 
     >>> seconds(0.000512), seconds(0.0123), seconds(0.2345), seconds(12.34)
     ('0.512 ms', '12.3 ms', '234 ms', '12.3 s')
@@ -27,7 +27,7 @@ def seconds(value: float) -> str:
 
 
 def megabytes(value: float) -> str:
-    """A size.
+    """Format a size.
 
     >>> megabytes(123_456_789)
     '123.5 MB'

@@ -1,4 +1,4 @@
-"""Makes what is measured: for a setting, every method's model with its inputs, and the step that it takes."""
+"""Build the model, the inputs and the step of every method for a setting."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Make = Callable[[Any, Any, dict[str, Any], Workload], Callable[[], object]]
 def steps_of(
     setting: Setting, methods: Sequence[str], known: Mapping[str, Method] = ALL
 ) -> tuple[dict[str, Step], dict[str, str]]:
-    """By method: its step; or why it has none."""
+    """The step of each method, or why it has none."""
     plain = plain_model(setting)
     steps, left_out = dict[str, Step](), dict[str, str]()
     for key in methods:
@@ -40,19 +40,19 @@ def steps_of(
 
 
 def plain_model(setting: Setting) -> nn.Module:
-    """The base model of a setting, frozen, the same at every call."""
+    """The frozen base model of a setting, with the same weights in every call."""
     torch.manual_seed(0)
     model = WORKLOADS[setting.workload].build()
     return model.to(setting.device, getattr(torch, setting.dtype)).requires_grad_(False)
 
 
 def copy_of(model: nn.Module, *, own_weights: bool) -> nn.Module:
-    """Other modules and buffers, over the same parameters unless it is to have its own."""
+    """A copy of the modules and buffers; it shares the parameters unless `own_weights` is True."""
     return copy.deepcopy(model, {} if own_weights else {id(weight): weight for weight in model.parameters()})
 
 
 def step_of(model: nn.Module, method: Method, setting: Setting) -> Step:
-    """One step of a method's model."""
+    """The step of a method."""
     workload = WORKLOADS[setting.workload]
     batch = {name: placed(value, setting) for name, value in workload.batch(setting.size).items()}
     kinds: dict[str, Make] = {"inference": inference, "generate": generating}
@@ -66,7 +66,7 @@ def step_of(model: nn.Module, method: Method, setting: Setting) -> Step:
 
 
 def placed(value: Any, setting: Setting) -> Any:
-    """An input where the model is, in its dtype; a leaf, which needs a gradient where it did."""
+    """Move an input to the device and dtype of the model, and keep its `requires_grad`."""
     if not isinstance(value, Tensor):
         return value
     dtype = getattr(torch, setting.dtype) if value.is_floating_point() else None
@@ -74,7 +74,7 @@ def placed(value: Any, setting: Setting) -> Any:
 
 
 def finished(run: Callable[[], object], wait: Callable[[], None] | None) -> Callable[[Any], object]:
-    """A run that ends when the device has ended."""
+    """A run that waits for the device."""
 
     def whole(_: Any) -> None:
         run()
@@ -85,7 +85,7 @@ def finished(run: Callable[[], object], wait: Callable[[], None] | None) -> Call
 
 
 def training(model: nn.Module, called: Any, batch: dict[str, Any], workload: Workload) -> Callable[[], object]:
-    """Forward, backward and AdamW; of a frozen model backward down to the output of its first layer, or its input."""
+    """Forward, backward and AdamW; for a frozen model, backward to its input or the output of its first layer."""
     model.train()
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
@@ -104,7 +104,7 @@ def training(model: nn.Module, called: Any, batch: dict[str, Any], workload: Wor
 
 
 def start_gradient_at(layer: nn.Module) -> None:
-    """Make the output of a frozen layer need a gradient."""
+    """Make the output of a frozen layer require a gradient."""
     weight = next(layer.parameters())
     nothing = nn.Parameter(torch.zeros((), dtype=weight.dtype, device=weight.device))
 
@@ -116,7 +116,7 @@ def start_gradient_at(layer: nn.Module) -> None:
 
 
 def inference(model: nn.Module, called: Any, batch: dict[str, Any], workload: Workload) -> Callable[[], object]:
-    """A forward in eval mode."""
+    """The forward in eval mode."""
     model.eval()
 
     def step() -> None:
@@ -127,7 +127,7 @@ def inference(model: nn.Module, called: Any, batch: dict[str, Any], workload: Wo
 
 
 def generating(model: Any, called: Any, batch: dict[str, Any], workload: Workload) -> Callable[[], object]:
-    """`NEW_TOKENS` tokens after a prompt, with the cache of keys and values."""
+    """Generate `NEW_TOKENS` tokens after a prompt, with a KV cache."""
     model.eval()
     settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
     prompt = batch["input_ids"]

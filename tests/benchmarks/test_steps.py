@@ -7,13 +7,13 @@ import dataclasses
 import pytest
 import torch
 from speed import grid, measuring
-from speed.contest import plain_model, steps_of
 from speed.grid import Job
 from speed.launches import counted
 from speed.memory import peaks
 from speed.methods import ALL, METHODS, Method
 from speed.models import WORKLOADS, Workload, linear, resnet50
 from speed.setting import Mode, Setting
+from speed.steps import plain_model, steps_of
 from speed.timing import Budget
 
 TINY = "llama-64x1"

