@@ -8,10 +8,11 @@ from typing import Any
 from torch import fx, nn
 
 from hra_fx.layers.adapted_layer import SiteCarrier
-from hra_fx.layers.target import META, SiteNote
+from hra_fx.layers.target import META, SiteNote, find_kind
 from hra_fx.model.example_inputs import as_call
 from hra_fx.model.state import regions_of, require_sites, sites_of
 from hra_fx.tracing.region import Region
+from hra_fx.tracing.search import find_regions
 from hra_fx.tracing.share_modules import over
 from hra_fx.tracing.whole import whole_graphs
 from passes.insert import InsertPass
@@ -90,3 +91,10 @@ def _alone(path: str, layer: SiteCarrier) -> fx.GraphModule:
     InsertPass()(module)
     module.training = layer.training
     return module
+
+
+def plain_graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
+    """The largest parts of a plain model that fx can trace: module path -> graph."""
+    layers = {path: part for path, part in model.named_modules() if find_kind(part) is not None}
+    found = find_regions(model, layers).regions
+    return {path: region.graph_module(model.get_submodule(path), model.training) for path, region in found.items()}

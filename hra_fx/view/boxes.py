@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from hra_fx.view.columns import Size
+from hra_fx.view.coordinates import Size
 from hra_fx.view.layout import Arrangement, Route, in_rows, layered
-from hra_fx.view.notes import NO_CELLS, Cells, Notes
+from hra_fx.view.annotations import NO_CELLS, Cells, Annotations
 from hra_fx.view.panels import Block
 from hra_fx.view.text import clean, shorten, width
 from hra_fx.view.tree import Leaf, Scope, span
@@ -21,8 +21,8 @@ _ROW, _ROW_OVERVIEW = 1020.0, 240.0  # widest row of a scope without edges
 _LETTERS, _PORT = 34, 48
 _LINES = 20  # of a tip
 
-Look: TypeAlias = Literal["port", "site", "plain", "eager", "closed", "captured", "python", "root"]
-_OPEN = ("captured", "python", "root")
+Look: TypeAlias = Literal["port", "adapted_layer", "plain", "eager", "closed", "traced", "untraced", "root"]
+_OPEN = ("traced", "untraced", "root")
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Box:
         sites: how many sites it stands for.
         letter: the panel that shows its inside.
         count: `"× 6"`, if it stands for several.
-        heat: the colour of the reflection, where heat is on.
+        heat: the color of the reflection, where heat is on.
         cells: the heat of each site, where there are several.
-        missed: how many layers in it could carry reflections, and do not.
+        skipped: how many layers in it could carry reflections, and do not.
         parts: boxes inside.
         routes: edges between them.
         body: where the inside begins.
@@ -56,7 +56,7 @@ class Box:
     count: str = ""
     heat: str = ""
     cells: Cells = NO_CELLS
-    missed: int = 0
+    skipped: int = 0
     x: float = 0.0
     y: float = 0.0
     parts: tuple[Box, ...] = ()
@@ -72,7 +72,7 @@ class Box:
             yield self
 
 
-def place(block: Block, notes: Notes, *, root: bool = False) -> Box:
+def place(block: Block, notes: Annotations, *, root: bool = False) -> Box:
     """Size a block and place all that is inside it.
 
     Args:
@@ -81,26 +81,26 @@ def place(block: Block, notes: Notes, *, root: bool = False) -> Box:
         root: whether it is a whole panel, which gets neither border nor title.
     """
     if isinstance(block.item, Leaf):
-        return _site(block.item, notes) if block.item.kind == "site" else _leaf(block.item, notes)
+        return _site(block.item, notes) if block.item.kind == "adapted_layer" else _leaf(block.item, notes)
     if block.parts is None:
         return _closed(block.item, block.letter, notes)
     return _open(block.item, block.parts, notes, root=root)
 
 
-def _site(leaf: Leaf, notes: Notes) -> Box:
+def _site(leaf: Leaf, notes: Annotations) -> Box:
     name, detail, count = shorten(clean(span(leaf)), _LETTERS), clean(leaf.detail), _count(leaf)
-    turned, heat = notes.strip(leaf)
-    strip = _strip(leaf, turned)
+    rotated, heat = notes.strip(leaf)
+    strip = _strip(leaf, rotated)
     wide = max(
         width(name, NAME, bold=True) + _count_width(count), width(detail, DETAIL), width(strip, DETAIL, bold=True) + 12
     )
     cells = notes.cells(leaf, wide) if len(leaf.marks) > 1 else NO_CELLS
     tip = clean_lines([f"{leaf.target}: {detail}", strip], [notes.value(mark.path) for mark in leaf.marks])
     size = Size(wide + 2 * _PAD, STRIP + 39 + cells.height)
-    return Box("site", size, name, detail, tip, len(leaf.marks), strip, count=count, heat=heat, cells=cells)
+    return Box("adapted_layer", size, name, detail, tip, len(leaf.marks), strip, count=count, heat=heat, cells=cells)
 
 
-def _strip(leaf: Leaf, turned: str) -> str:
+def _strip(leaf: Leaf, rotated: str) -> str:
     """The words of a reflection: how many vectors, how long, how far they turn."""
     if not leaf.marks:
         return "same layer, called again"
@@ -108,43 +108,43 @@ def _strip(leaf: Leaf, turned: str) -> str:
         return f"r {leaf.rank} · d {leaf.width} · not called"
     strip = f"r {leaf.rank} · d {leaf.width}" if leaf.rank else "no adapter in use"
     rotations = [mark.rotation for mark in leaf.marks if mark.rotation is not None]
-    if turned:
-        return f"{strip} · {turned}"
+    if rotated:
+        return f"{strip} · {rotated}"
     return strip + (f" · |Q-I| {sum(rotations) / len(rotations):.2f}" if rotations else "")
 
 
-def _leaf(leaf: Leaf, notes: Notes) -> Box:
+def _leaf(leaf: Leaf, notes: Annotations) -> Box:
     letters = _PORT if leaf.kind in ("input", "output") else _LETTERS
     name, detail, count = shorten(clean(span(leaf)), letters), shorten(clean(leaf.detail), _LETTERS), _count(leaf)
     detail = "" if detail == name else detail
-    missed = notes.missed_in(leaf)
+    skipped = notes.skipped_in(leaf)
     wide = width(name, NAME) + (7 + width(detail, DETAIL) if detail else 0) + _count_width(count) + 2 * _PAD
-    tip = clean_lines([f"{leaf.target} ({leaf.op})", leaf.detail, leaf.shape, *notes.reasons(missed)])
+    tip = clean_lines([f"{leaf.target} ({leaf.op})", leaf.detail, leaf.shape, *notes.reasons(skipped)])
     if leaf.kind in ("input", "output"):
         return Box("port", Size(max(wide, 60), 24), name, detail, tip, 0)
     look: Look = "eager" if leaf.kind == "eager" else "plain"
-    return Box(look, Size(max(wide, 70), 29), name, detail, tip, 0, count=count, missed=len(missed))
+    return Box(look, Size(max(wide, 70), 29), name, detail, tip, 0, count=count, skipped=len(skipped))
 
 
-def _closed(scope: Scope, letter: str, notes: Notes) -> Box:
+def _closed(scope: Scope, letter: str, notes: Annotations) -> Box:
     name, count = shorten(clean(span(scope)), _LETTERS), _count(scope)
     detail = shorten(clean(scope.class_name), _LETTERS)
-    sites, missed = len(scope.marks), notes.missed_in(scope)
-    turned, _ = notes.strip(scope)
-    detail += f" · {_number(sites, 'site')}" * bool(sites) + f" · {turned}" * bool(turned)
-    detail += f" · {len(missed)} missed" * bool(missed)
+    sites, skipped = len(scope.marks), notes.skipped_in(scope)
+    rotated, _ = notes.strip(scope)
+    detail += f" · {_number(sites, 'site')}" * bool(sites) + f" · {rotated}" * bool(rotated)
+    detail += f" · {len(skipped)} skipped" * bool(skipped)
     wide = max(width(name, NAME, bold=True) + _count_width(count), width(detail, DETAIL)) + (30 if letter else 0)
     tip = clean_lines(
         [f"{scope.path or scope.name}: {scope.class_name}"],
         [notes.value(mark.path) for mark in scope.marks],
-        notes.reasons(missed),
+        notes.reasons(skipped),
     )
     cells = notes.cells(scope, wide)
     size = Size(wide + 2 * _PAD, 47 + cells.height)
-    return Box("closed", size, name, detail, tip, sites, letter=letter, count=count, cells=cells, missed=len(missed))
+    return Box("closed", size, name, detail, tip, sites, letter=letter, count=count, cells=cells, skipped=len(skipped))
 
 
-def _open(scope: Scope, blocks: tuple[Block, ...], notes: Notes, *, root: bool) -> Box:
+def _open(scope: Scope, blocks: tuple[Block, ...], notes: Annotations, *, root: bool) -> Box:
     parts = [place(block, notes) for block in blocks]
     sizes = [part.size for part in parts]
     if scope.eager:
@@ -162,7 +162,7 @@ def _open(scope: Scope, blocks: tuple[Block, ...], notes: Notes, *, root: bool) 
         high = top + inner.height + (0 if scope.outputs else 12)
     size = Size(wide, high, left + inner.enter - wide / 2, left + inner.leave - wide / 2)
     return Box(
-        "root" if root else "python" if scope.eager else "captured",
+        "root" if root else "untraced" if scope.eager else "traced",
         size,
         name,
         detail,

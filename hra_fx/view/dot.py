@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from hra_fx.reporting.colormap import ink_on
-from hra_fx.view.closing import closed
+from hra_fx.view.collapse import collapsed
 from hra_fx.view.describe import name_of
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.focusing import focused
-from hra_fx.view.heat import heating
-from hra_fx.view.notes import Notes
+from hra_fx.view.focus import focused
+from hra_fx.view.heatmap import heatmap_of
+from hra_fx.view.annotations import Annotations
 from hra_fx.view.options import Options
-from hra_fx.view.svg import EDGE, FRAMES, LOOKS, MISSED, VIOLET, VIOLET_LINE, VIOLET_PALE
+from hra_fx.view.svg import EDGE, FRAMES, LOOKS, SKIPPED, VIOLET, VIOLET_LINE, VIOLET_PALE
 from hra_fx.view.text import clean
 from hra_fx.view.tree import Leaf, module_of
 
@@ -32,13 +32,13 @@ def render(drawing: Drawing, options: Options) -> str:
     Raises:
         VisualizeError: the options do not fit the model.
     """
-    part = closed(focused(drawing, options.focus), options.depth)
+    part = collapsed(focused(drawing, options.focus), options.depth)
     picture = part.picture
     names = {key: f"n{index}" for index, key in enumerate(picture)}
     root = _Cluster()
     for key, data in picture.nodes(data=True):
         root.at(data["leaf"].place).leaves.append((names[key], data["leaf"]))
-    notes = Notes(heating(part, options.heat), part.missed)
+    notes = Annotations(heatmap_of(part, options.heat), part.skipped)
     lines = [
         f"// {clean(part.facts)}",
         f"digraph {quoted(part.title)} {{",
@@ -76,10 +76,10 @@ class _Cluster:
         return cluster
 
 
-def _inside(cluster: _Cluster, notes: Notes, classes: dict[str, str], indent: str) -> Iterator[str]:
+def _inside(cluster: _Cluster, notes: Annotations, classes: dict[str, str], indent: str) -> Iterator[str]:
     for name, leaf in cluster.leaves:
         yield f"{indent}{name} [{_attributes(leaf, notes)}]"
-    fill, line, _ = FRAMES["captured"]
+    fill, line, _ = FRAMES["traced"]
     for call, inner in cluster.inner.items():
         # Graphviz joins clusters of one name, so each is called after one of its boxes: no two share their first box.
         yield f"{indent}subgraph cluster_{len(indent)}_{_first(inner)} {{"
@@ -95,25 +95,25 @@ def _first(cluster: _Cluster) -> str:
     return _first(next(iter(cluster.inner.values())))
 
 
-def _attributes(leaf: Leaf, notes: Notes) -> str:
-    turned, heat = notes.strip(leaf)
-    missed = notes.missed_in(leaf)
+def _attributes(leaf: Leaf, notes: Annotations) -> str:
+    rotated, heat = notes.strip(leaf)
+    skipped = notes.skipped_in(leaf)
     fill, line, ink = LOOKS[_LOOKS.get(leaf.kind, "plain")]
     if leaf.marks:
         fill, line, ink = heat or VIOLET_PALE, VIOLET_LINE, ink_on(heat) if heat else VIOLET
     words = [leaf.name, leaf.detail if leaf.detail != leaf.name else ""]
-    if leaf.kind == "site":
+    if leaf.kind == "adapted_layer":
         words.append(f"r {leaf.rank} · d {leaf.width}" if leaf.marks else "same layer, called again")
     elif leaf.marks:
         words.append(f"{len(leaf.marks)} sites")
-    words[-1] += f" · {turned}" * bool(turned)
-    tip = [*(notes.value(mark.path) for mark in leaf.marks), *notes.reasons(missed)] or [leaf.target]
+    words[-1] += f" · {rotated}" * bool(rotated)
+    tip = [*(notes.value(mark.path) for mark in leaf.marks), *notes.reasons(skipped)] or [leaf.target]
     shown = {
         "label": quoted(*filter(None, words)),
         "tooltip": quoted(*tip),
-        "class": quoted("site" if leaf.marks else "again" if leaf.kind == "site" else leaf.kind),
+        "class": quoted("adapted_layer" if leaf.marks else "again" if leaf.kind == "adapted_layer" else leaf.kind),
         "fillcolor": quoted(fill),
-        "color": quoted(MISSED if missed else line),
+        "color": quoted(SKIPPED if skipped else line),
         "fontcolor": quoted(ink),
     }
     return ", ".join(f"{name}={value}" for name, value in shown.items())

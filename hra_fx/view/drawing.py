@@ -9,7 +9,8 @@ from typing import Any
 import networkx as nx
 
 from hra_fx.model.unwrap import unwrapped
-from hra_fx.reporting import Row, report
+from hra_fx.reporting.report import report
+from hra_fx.reporting.row import Row
 from hra_fx.view.graph import leaves_of
 from hra_fx.view.resolve_subject import find_subject, has_reflections
 from hra_fx.view.scopes import scope_tree
@@ -27,7 +28,7 @@ class Drawing:
         facts: one line: how many sites, their ranks and parameters, how the model was captured.
         picture: the leaves and the flow of values between them; see `graph.leaves_of`.
         rows: the rows of the report; none for a plain model.
-        missed: path of a layer that could carry reflections, and does not -> why; none for a plain model.
+        skipped: path of a layer that could carry reflections, and does not -> why; none for a plain model.
     """
 
     name: str
@@ -35,10 +36,10 @@ class Drawing:
     facts: str
     picture: nx.DiGraph[str]
     rows: tuple[Row, ...]
-    missed: Mapping[str, str]
+    skipped: Mapping[str, str]
 
     def tree(self) -> Scope:
-        """The leaves grouped by module, with neighbours that look alike as one."""
+        """The leaves grouped by module, with neighbors that look alike as one."""
         return scope_tree(self.picture, self.name)
 
 
@@ -64,7 +65,7 @@ def drawing_of(model: Any, example_inputs: Any = None) -> Drawing:
         facts=_facts(subject),
         picture=leaves_of(subject),
         rows=found.rows if found else (),
-        missed={layer.path: layer.reason for layer in found.missed} if found else {},
+        skipped={layer.path: layer.reason for layer in found.skipped} if found else {},
     )
 
 

@@ -20,7 +20,7 @@ from hra_fx.layers.target import SiteNote
 from hra_fx.view.describe import describe_module, name_of, own_parameters
 from hra_fx.view.subject import Subject, subject_of
 from hra_fx.view.tree import Leaf, Mark, module_of
-from hra_fx.view.values import Value, function_name, note_of, pass_through, read, shape_and_dtype
+from hra_fx.view.values import Value, function_name, tag_of, pass_through, read, shape_and_dtype
 
 #: The key of a graph that is one piece of a call, and not a module's.
 _PIECE = re.compile(r"call\[\d+\]")
@@ -40,7 +40,7 @@ def leaves_of(subject: Subject) -> nx.DiGraph[str]:
     """The leaves of the whole model.
 
     Returns:
-        A DiGraph, acyclic; `graph["regions"]` are the paths of captured graphs, `graph["classes"]` the class names by
+        A DiGraph, acyclic; `graph["traced"]` are the paths of captured graphs, `graph["classes"]` the class names by
         module path, `graph["details"]` class and shape of the modules that may be one operation. The marks of its
         leaves are all sites of the model, each exactly once.
     """
@@ -87,7 +87,7 @@ class _Builder:
             self._once(own_parameters(self.model.get_submodule(path)))
         self.busy = {""} | {prefix for path in (*self.graphs, *self.subject.sites) for prefix in _prefixes(path)}
         details = {path: describe_module(part) for path, part in self.model.named_modules() if not _has_parts(part)}
-        self.picture.graph["regions"] = frozenset(self.graphs) | ({""} if self.pieces else frozenset())
+        self.picture.graph["traced"] = frozenset(self.graphs) | ({""} if self.pieces else frozenset())
         self.picture.graph["classes"] = dict(self.subject.classes)
         self.picture.graph["details"] = details
 
@@ -147,7 +147,7 @@ class _Builder:
         return Leaf(
             name=name_of(path) or self.subject.classes.get(path, ""),
             detail=site.detail,
-            kind="site",
+            kind="adapted_layer",
             op=op,
             target=path,
             place=place,
@@ -203,7 +203,7 @@ class _Builder:
     def _place(self, node: fx.Node, region: str, before: Value) -> tuple[str, ...]:
         """The modules around a node; without a record of calls, an operation stays with what it reads."""
         stack = _stack(node, region)
-        note = note_of(node)
+        note = tag_of(node)
         if note is not None and note.role != "reader":
             # The operators that multiply by the weight of an attention are some of many in it.
             inside = note.kind == "attention" and node.op == "call_function"
@@ -226,7 +226,7 @@ class _Builder:
     def _leaf(
         self, node: fx.Node, region: str, module: nn.Module | None, place: tuple[str, ...], before: Value
     ) -> Leaf:
-        note = note_of(node)
+        note = tag_of(node)
         if note is not None and note.role == "reader":
             return self._reader_leaf(note, node, region, place)
         if note is not None:

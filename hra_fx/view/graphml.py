@@ -7,10 +7,10 @@ import math
 
 import networkx as nx
 
-from hra_fx.view.closing import closed
+from hra_fx.view.collapse import collapsed
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.focusing import focused
-from hra_fx.view.heat import heating
+from hra_fx.view.focus import focused
+from hra_fx.view.heatmap import heatmap_of
 from hra_fx.view.network import network
 from hra_fx.view.options import Options
 from hra_fx.view.text import clean
@@ -33,8 +33,8 @@ def plain(drawing: Drawing, options: Options) -> nx.DiGraph[str]:
     It is that of `to_networkx`, with U+FFFD for what XML cannot hold, and without attributes that are empty or NaN.
     With a heat, its value is the attribute of that name with `heat_` before it.
     """
-    part = closed(focused(drawing, options.focus), options.depth)
-    graph, heat = network(part), heating(part, options.heat)
+    part = collapsed(focused(drawing, options.focus), options.depth)
+    graph, heat = network(part), heatmap_of(part, options.heat)
     for key, leaf in part.picture.nodes(data="leaf"):
         if leaf.marks:
             graph.nodes[key]["sites"] = "\n".join(mark.path for mark in leaf.marks)

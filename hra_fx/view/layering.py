@@ -2,7 +2,7 @@
 
 Boxes are put in layers from top to bottom (topological generations, so many to a layer at most). An edge over several
 layers gets a place of its own, a lane, in each layer between, so it never crosses a box; edges of one source share
-lanes. The order in a layer comes from sweeps of barycentres.
+lanes. The order in a layer comes from sweeps of barycenters.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from bisect import bisect_right, insort
 from collections.abc import Sequence
 from itertools import pairwise
 
-from hra_fx.view.columns import Node
+from hra_fx.view.coordinates import Node
 
 _PER_LAYER = 5
 _SWEEPS = 12
@@ -59,7 +59,7 @@ class Layering:
         self._order()
 
     def chain(self, source: int, target: int) -> list[Node]:
-        """An edge as nodes of neighbouring layers; edges of one source share their lanes."""
+        """An edge as nodes of neighboring layers; edges of one source share their lanes."""
         lanes = [(source, level) for level in range(self.level[source] + 1, self.level[target])]
         return [(source, -1), *lanes, (target, -1)]
 
@@ -68,7 +68,7 @@ class Layering:
         return self.level[node[0]] if node[1] < 0 else node[1]
 
     def _order(self) -> None:
-        """Sweep down and up by barycentres, and keep the order with the fewest crossings."""
+        """Sweep down and up by barycenters, and keep the order with the fewest crossings."""
         best, fewest = [list(row) for row in self.rows], self._crossings()
         for sweep in range(_SWEEPS):
             if not fewest:
@@ -77,11 +77,11 @@ class Layering:
             near = self._above if down else self.below
             place = {node: float(index) for row in self.rows for index, node in enumerate(row)}
             for row in (self.rows if down else self.rows[::-1])[1:]:
-                centre = {
+                center = {
                     node: sum(place[other] for other in near[node]) / len(near[node]) if near[node] else place[node]
                     for node in row
                 }
-                row.sort(key=lambda node: (centre[node], place[node]))
+                row.sort(key=lambda node: (center[node], place[node]))
                 place.update((node, float(index)) for index, node in enumerate(row))
             crossings = self._crossings()
             if crossings < fewest:

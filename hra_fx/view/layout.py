@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import networkx as nx
 
-from hra_fx.view.columns import GAP_X, LANE, Node, Size, columns
+from hra_fx.view.coordinates import GAP_X, LANE, Node, Size, columns
 from hra_fx.view.layering import LOWER, UPPER, Layering
 
 GAP_Y = 24.0

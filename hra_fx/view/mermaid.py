@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from hra_fx.errors import VisualizeError
 from hra_fx.reporting.colormap import ink_on
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.focusing import focused
-from hra_fx.view.heat import heating
-from hra_fx.view.notes import Notes
+from hra_fx.view.focus import focused
+from hra_fx.view.heatmap import heatmap_of
+from hra_fx.view.annotations import Annotations
 from hra_fx.view.options import Options
 from hra_fx.view.panels import BUDGET, Block, opened
 from hra_fx.view.svg import EDGE, FRAMES, INK, LOOKS, VIOLET, VIOLET_LINE, VIOLET_PALE
@@ -39,12 +39,12 @@ def render(drawing: Drawing, options: Options) -> str:
             that would fit.
     """
     part = focused(drawing, options.focus)
-    heat, tree, focus = heating(part, options.heat), part.tree(), options.focus or ""
+    heat, tree, focus = heatmap_of(part, options.heat), part.tree(), options.focus or ""
     depths = range(_deepest(tree) + 1)
     blocks = [opened(tree, depth, focus).block for depth in depths]
     readable = [depth for depth in depths if len(list(blocks[depth].boxes())) <= BUDGET]
     chosen = max(readable, default=0) if options.depth is None else min(options.depth, depths[-1])
-    notes = Notes(heat, part.missed)
+    notes = Annotations(heat, part.skipped)
     text, edges = _text(part, blocks[chosen], notes)
     if edges <= EDGES and len(text) <= CHARACTERS:
         return text
@@ -73,12 +73,12 @@ def _deepest(item: Item) -> int:
     return max([len(item.path.split(".")) * bool(item.path), *map(_deepest, item.items)])
 
 
-def _fits(part: Drawing, block: Block, notes: Notes) -> bool:
+def _fits(part: Drawing, block: Block, notes: Annotations) -> bool:
     text, edges = _text(part, block, notes)
     return edges <= EDGES and len(text) <= CHARACTERS
 
 
-def _text(part: Drawing, block: Block, notes: Notes) -> tuple[str, int]:
+def _text(part: Drawing, block: Block, notes: Annotations) -> tuple[str, int]:
     """The text of a block, and how many edges it has."""
     flow = _Flowchart(notes)
     lines = ["flowchart TD", f"  %% {escape(part.title)}", f"  %% {escape(part.facts)}", *flow.inside(block, "  ")]
@@ -96,7 +96,7 @@ class _Ends:
 
 @dataclass
 class _Flowchart:
-    notes: Notes
+    notes: Annotations
     edges: dict[tuple[str, str], None] = field(default_factory=dict)
     classes: dict[str, list[str]] = field(default_factory=dict)
     fills: dict[str, str] = field(default_factory=dict)
@@ -145,8 +145,8 @@ class _Flowchart:
             return [f'{indent}subgraph {name}["{_label(item)}"]', *lines, f"{indent}end"], border
         name = self._name("n", look)
         words, fill = self.notes.strip(item)
-        missed = self.notes.missed_in(item)
-        extra = [*_facts(item, words), *([f"{len(missed)} without adapter"] if missed else [])]
+        skipped = self.notes.skipped_in(item)
+        extra = [*_facts(item, words), *([f"{len(skipped)} without adapter"] if skipped else [])]
         opening, closing = {"port": ("([", "])"), "closed": ("[[", "]]")}.get(look, ("[", "]"))
         if fill:
             self.fills[name] = fill
@@ -157,19 +157,19 @@ class _Flowchart:
         return [f'{indent}{name}{opening}"{label}"{closing}', *comment], _Ends(name, name)
 
     def styles(self) -> Iterator[str]:
-        """The colours of boxes; they are readable on a light page and on a dark one."""
+        """The colors of boxes; they are readable on a light page and on a dark one."""
         for look, names in self.classes.items():
-            fill, line, ink = _COLOURS[look]
-            dashes = ",stroke-dasharray:4 3" if look in ("eager", "python") else ""
+            fill, line, ink = _COLORS[look]
+            dashes = ",stroke-dasharray:4 3" if look in ("eager", "untraced") else ""
             yield f"  classDef {look} fill:{fill},stroke:{line},color:{ink}{dashes}"
             yield f"  class {','.join(names)} {look}"
         for name, fill in self.fills.items():
             yield f"  style {name} fill:{fill},color:{ink_on(fill)}"
 
 
-_COLOURS = {
+_COLORS = {
     **LOOKS,
-    "site": (VIOLET_PALE, VIOLET_LINE, VIOLET),
+    "adapted_layer": (VIOLET_PALE, VIOLET_LINE, VIOLET),
     "dot": (EDGE, EDGE, INK),
     **{look: (fill, line, INK) for look, (fill, line, _) in FRAMES.items()},
 }
@@ -179,8 +179,8 @@ def _look(part: Block) -> str:
     """How a block is drawn, by the names of the page."""
     item = part.item
     if isinstance(item, Scope):
-        return "closed" if part.parts is None else "python" if item.eager else "captured"
-    return {"input": "port", "output": "port", "site": "site", "eager": "eager"}.get(item.kind, "plain")
+        return "closed" if part.parts is None else "untraced" if item.eager else "traced"
+    return {"input": "port", "output": "port", "adapted_layer": "adapted_layer", "eager": "eager"}.get(item.kind, "plain")
 
 
 def _label(item: Item) -> str:
@@ -191,7 +191,7 @@ def _label(item: Item) -> str:
     return (" · " if isinstance(item, Scope) else "<br/>").join(map(escape, dict.fromkeys(words)))
 
 
-def _facts(item: Item, turned: str) -> list[str]:
+def _facts(item: Item, rotated: str) -> list[str]:
     """A line about reflections."""
     if not item.marks:
         return []
@@ -199,4 +199,4 @@ def _facts(item: Item, turned: str) -> list[str]:
         words = f"{len(item.marks)} site" + "s" * (len(item.marks) > 1)
     else:
         words = f"r {item.rank} · d {item.width}"
-    return [words + (f" · {turned}" if turned else "")]
+    return [words + (f" · {rotated}" if rotated else "")]

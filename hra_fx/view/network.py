@@ -7,9 +7,9 @@ from typing import Any
 
 import networkx as nx
 
-from hra_fx.reporting import Row
+from hra_fx.reporting.row import Row
 from hra_fx.view.drawing import Drawing, drawing_of
-from hra_fx.view.notes import Notes
+from hra_fx.view.annotations import Annotations
 from hra_fx.view.tree import Leaf
 
 
@@ -26,7 +26,7 @@ def to_networkx(model: Any, example_inputs: Any = None) -> nx.DiGraph[str]:
 
     Only sites have `sites` (the paths of the adapted layers, in lines), `adapters`, `d` and `r`, and `rotation`,
     `mean_angle` and `angle` of the report, where these can be computed: of several adapters the largest, of those in
-    use, if any is. Only what could carry reflections and does not, in a model with others that do, has `missed`, the
+    use, if any is. Only what could carry reflections and does not, in a model with others that do, has `skipped`, the
     reason: such a layer, the operation that reads its weight, or the one box of a module that has such layers.
 
     Args:
@@ -55,14 +55,14 @@ def network(drawing: Drawing) -> nx.DiGraph[str]:
     rows: dict[str, list[Row]] = {}
     for row in drawing.rows:
         rows.setdefault(row.path, []).append(row)
-    notes = Notes(None, drawing.missed)
+    notes = Annotations(None, drawing.skipped)
     graph: nx.DiGraph[str] = nx.DiGraph(title=drawing.title, facts=drawing.facts)
     for key, leaf in drawing.picture.nodes(data="leaf"):
         graph.add_node(key, **_described(leaf))
-        if leaf.kind == "site" and leaf.marks:
-            graph.add_node(key, **_turned(leaf, [row for mark in leaf.marks for row in rows.get(mark.path, ())]))
-        elif missed := notes.missed_in(leaf):
-            graph.add_node(key, missed="\n".join(dict.fromkeys(drawing.missed[path] for path in missed)))
+        if leaf.kind == "adapted_layer" and leaf.marks:
+            graph.add_node(key, **_rotated(leaf, [row for mark in leaf.marks for row in rows.get(mark.path, ())]))
+        elif skipped := notes.skipped_in(leaf):
+            graph.add_node(key, skipped="\n".join(dict.fromkeys(drawing.skipped[path] for path in skipped)))
     graph.add_edges_from(drawing.picture.edges)
     return graph
 
@@ -81,7 +81,7 @@ def _described(leaf: Leaf) -> dict[str, str | int]:
     }
 
 
-def _turned(leaf: Leaf, every: list[Row]) -> dict[str, str | int | float]:
+def _rotated(leaf: Leaf, every: list[Row]) -> dict[str, str | int | float]:
     rows = [row for row in every if row.active] or every
     measures = {name: [getattr(row, name) for row in rows] for name in ("rotation", "mean_angle", "angle")}
     return {

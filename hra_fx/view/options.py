@@ -1,4 +1,4 @@
-"""What a reader may ask of a picture: how deep, of which part, in which colours."""
+"""What a reader may ask of a picture: how deep, of which part, in which colors."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Options:
         depth: how many levels of modules are opened: with 0 the children of the model are closed boxes, with 1 they
             show their children. `None` leaves it to the format.
         focus: qualified name of the module that is drawn, with what enters and leaves it; `None` for the model.
-        heat: what the colours of adapted layers tell, one of `reporting.heat.HEATS`; `None` for no colours.
+        heat: what the colors of adapted layers tell, one of `reporting.heat.HEATS`; `None` for no colors.
 
     Raises:
         VisualizeError: a depth that is no number of levels, a focus that is no name, or an unknown heat.
 
-    >>> Options(heat="colour")
+    >>> Options(heat="color")
     Traceback (most recent call last):
         ...
-    hra_fx.errors.VisualizeError: heat: 'colour' is not one of 'mean_angle', 'angle', 'rotation', 'share'.
+    hra_fx.errors.VisualizeError: heat: 'color' is not one of 'mean_angle', 'angle', 'rotation', 'share'.
     """
 
     depth: int | None = None

@@ -8,10 +8,10 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 
 from hra_fx.view.boxes import Box, place
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.focusing import focused
-from hra_fx.view.heat import heating
+from hra_fx.view.focus import focused
+from hra_fx.view.heatmap import heatmap_of
 from hra_fx.view.legend import LINE, entries, placed
-from hra_fx.view.notes import Notes
+from hra_fx.view.annotations import Annotations
 from hra_fx.view.options import Options
 from hra_fx.view.panels import Panel, opened, plan
 from hra_fx.view.svg import BLUE, CARD, EDGE, FAINT, FONT, INK, PAPER, RULE, draw, shape, write
@@ -61,12 +61,12 @@ def render(drawing: Drawing, options: Options) -> str:
         VisualizeError: the options do not fit the model.
     """
     part = focused(drawing, options.focus)
-    tree, heat = part.tree(), heating(part, options.heat)
+    tree, heat = part.tree(), heatmap_of(part, options.heat)
     panels = plan(tree) if options.depth is None else [opened(tree, options.depth, options.focus or "")]
-    return page(panels, Heading(part.title, part.facts), Notes(heat, part.missed, wide=len(panels) == 1))
+    return page(panels, Heading(part.title, part.facts), Annotations(heat, part.skipped, wide=len(panels) == 1))
 
 
-def page(panels: Sequence[Panel], heading: Heading, notes: Notes | None = None) -> str:
+def page(panels: Sequence[Panel], heading: Heading, notes: Annotations | None = None) -> str:
     """The text of an SVG file; the same bytes for the same panels.
 
     Args:
@@ -74,7 +74,7 @@ def page(panels: Sequence[Panel], heading: Heading, notes: Notes | None = None) 
         heading: the words above.
         notes: what is shown of the boxes besides.
     """
-    notes = notes or Notes()
+    notes = notes or Annotations()
     sheets = [_sheet(panel, notes) for panel in panels]
     places, wide, high = _packed(sheets)
     wide = max(wide, _NARROWEST, width(heading.facts, 13) + 2 * _MARGIN)
@@ -105,7 +105,7 @@ def page(panels: Sequence[Panel], heading: Heading, notes: Notes | None = None) 
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + tostring(root, encoding="unicode") + "\n"
 
 
-def _sheet(panel: Panel, notes: Notes) -> _Sheet:
+def _sheet(panel: Panel, notes: Annotations) -> _Sheet:
     box = place(panel.block, notes, root=True)
     if not panel.letter:
         sites = "1 site (adapted layer)" if box.sites == 1 else f"{box.sites} sites (adapted layers)"

@@ -17,7 +17,7 @@ from hra_fx.view.tree import Item, Leaf, Scope, contract, cut, span
 BUDGET = 60
 _OVERVIEW = 24
 _PANEL = 20
-#: Inside a model, a scope with more items than this shows neighbours that differ in size only as one.
+#: Inside a model, a scope with more items than this shows neighbors that differ in size only as one.
 _ROOMY = 8
 #: The kinds of operations that a box lists take so many letters at most.
 _KINDS = 28

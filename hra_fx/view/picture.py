@@ -8,9 +8,9 @@ from typing import Any
 
 from hra_fx.atomic_write import put_whole
 from hra_fx.view.drawing import drawing_of
-from hra_fx.view.focusing import focused
+from hra_fx.view.focus import focused
 from hra_fx.view.formats import picture_file, renderer
-from hra_fx.view.heat import heating
+from hra_fx.view.heatmap import heatmap_of
 from hra_fx.view.options import Options
 
 
@@ -23,7 +23,7 @@ def visualize(
     focus: str | None = None,
     heat: str | None = None,
 ) -> Path:
-    """Write a picture of a model: where its reflections are, what they did, and which layers were missed.
+    """Write a picture of a model: where its reflections are, what they did, and which layers were skipped.
 
     Modules are boxes around what they do. In `.svg`, `.png` and `.mmd` blocks that look alike are drawn once, so that a
     deep model fits a page; `.html` is a page to explore; `.dot`, `.graphml` and `.json` (Model Explorer) have every box
@@ -36,8 +36,8 @@ def visualize(
         depth: how many levels of modules are opened: 0 for the model with its children closed, 1 to open those, and so
             on. `None` leaves it to the format: what fits a page in pictures, everything in files for other programs.
         focus: qualified name of a module to be drawn by itself, with what enters and leaves it.
-        heat: colour adapted layers by how far they are turned: `"mean_angle"` (of the planes that turn), `"angle"` (the
-            largest), `"rotation"` (`|Q - I|_F`) or `"share"` (of the weight, that is turned).
+        heat: color adapted layers by how far they are rotated: `"mean_angle"` (of the planes that turn), `"angle"` (the
+            largest), `"rotation"` (`|Q - I|_F`) or `"share"` (of the weight, that is rotated).
 
     Returns:
         The path of the file, which was written whole; where anything is refused, what was there is kept.
@@ -58,7 +58,7 @@ def visualize(
     file, options = picture_file(path), Options(depth, focus, heat)
     render = renderer(file)
     drawing = drawing_of(model, example_inputs)
-    heating(focused(drawing, options.focus), options.heat)  # what does not fit is refused alike for all formats
+    heatmap_of(focused(drawing, options.focus), options.heat)  # what does not fit is refused alike for all formats
     content = render(drawing, options)
     put_whole(file, content if isinstance(content, bytes) else content.encode("utf-8"))
     return file

@@ -18,8 +18,8 @@ from hra_fx.export.inspect import carried
 from hra_fx.export.match import GraphSite, find_sites, groups_of, module_classes, owner_of
 from hra_fx.export.skeleton import outline_of
 from hra_fx.layers.target import META, REFLECTION, SiteNote
-from hra_fx.reporting import Row
-from hra_fx.view.subject import SiteFacts, Subject, known_rotations
+from hra_fx.reporting.row import Row
+from hra_fx.view.subject import LayerFacts, Subject, known_rotations
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -30,7 +30,7 @@ def subject_of_program(program: ExportedProgram, rows: Iterable[Row] = ()) -> Su
 
     Args:
         program: the program.
-        rows: those of its report, which tell how far its layers are turned.
+        rows: those of its report, which tell how far its layers are rotated.
     """
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -52,7 +52,7 @@ def subject_of_captured(module: fx.GraphModule, rows: Iterable[Row] = ()) -> Sub
 
     Args:
         module: the module, which `hra_fx.export.captured.is_captured`.
-        rows: those of its report, which tell how far its layers are turned.
+        rows: those of its report, which tell how far its layers are rotated.
     """
     copied = fx.GraphModule(module, copy.deepcopy(module.graph), type(module).__name__)
     return _subject(copied, dict(module.named_parameters(remove_duplicate=False)), known_rotations(rows))
@@ -71,13 +71,13 @@ def _subject(module: fx.GraphModule, tensors: Mapping[str, Tensor], known: Mappi
     layers = find_sites(weights, own)
     classes = module_classes(module.graph)
     outline = outline_of(layers, own, classes, with_output=True)
-    sites: dict[str, SiteFacts] = {}
+    sites: dict[str, LayerFacts] = {}
     for layer in adapted:
         held = sum(tensor.numel() for key, tensor in own.items() if owner_of(key) == layer.path)
         width, detail = int(layer.chain.shape[0]), layer.site.replace("->", "→")
         rotation = known.get(layer.path, math.nan)
         shown = None if math.isnan(rotation) else rotation
-        sites[layer.path] = SiteFacts(detail, width, layer.r, shown, held, vectors=width * layer.r)
+        sites[layer.path] = LayerFacts(detail, width, layer.r, shown, held, vectors=width * layer.r)
         _mark(layer.path, layers)
     return Subject(
         model=outline,

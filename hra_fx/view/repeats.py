@@ -1,4 +1,4 @@
-"""Neighbours that look alike are drawn once: `encoder.layer.0 … encoder.layer.5` as one block with "× 6".
+"""Neighbors that look alike are drawn once: `encoder.layer.0 … encoder.layer.5` as one block with "× 6".
 
 Two items look alike when their signatures are equal: the same classes, names (less their numbers), operations and
 edges all the way down, and, unless asked otherwise, the same shapes and ranks.
@@ -57,7 +57,7 @@ def runs_where(length: int, follows: Callable[[int], bool]) -> list[range]:
 
 
 def merge_repeats(scope: Scope, *, sizes: bool = True) -> Scope:
-    """The scope with every run of neighbours that look alike drawn once. In a captured graph they must form a chain.
+    """The scope with every run of neighbors that look alike drawn once. In a captured graph they must form a chain.
 
     Args:
         scope: the scope.
@@ -68,7 +68,7 @@ def merge_repeats(scope: Scope, *, sizes: bool = True) -> Scope:
 
     def follows(index: int) -> bool:
         item = scope.items[index]
-        drawable = isinstance(item, Scope) or item.kind in ("site", "module")
+        drawable = isinstance(item, Scope) or item.kind in ("adapted_layer", "module")
         linked = scope.eager or (index - 1, index) in edges
         return drawable and linked and item.count == 1 and looks[index - 1] == looks[index]
 

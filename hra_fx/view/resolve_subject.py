@@ -15,7 +15,7 @@ from hra_fx.layers.target import find_kind
 from hra_fx.model.example_inputs import as_call
 from hra_fx.model.graph_module import shown_in
 from hra_fx.model.state import sites_of
-from hra_fx.reporting import Row
+from hra_fx.reporting.row import Row
 from hra_fx.tracing.graphs import graphs
 from hra_fx.tracing.search import find_regions
 from hra_fx.tracing.whole import whole_graphs

@@ -16,7 +16,7 @@ from hra_fx.view.tree import Item, Leaf, Scope, contract, splice
 _LETTERS_SHOWN = 28
 #: A captured module with so many leaves at most is drawn without a frame.
 _SMALL = 3
-#: Operations that only move or rename numbers; neighbours of this sort share a box.
+#: Operations that only move or rename numbers; neighbors of this sort share a box.
 _VIEWS = frozenset(
     {"alias", "chunk", "clone", "contiguous", "expand", "expand_as", "flatten", "float", "getitem", "mT", "movedim"}
     | {"narrow", "permute", "slice", "t", "to_copy", "unsafe_view"}
@@ -27,7 +27,7 @@ _Group: TypeAlias = "str | tuple[str, int]"  # a leaf's key, or a call's name an
 
 
 def scope_tree(picture: nx.DiGraph[str], title: str) -> Scope:
-    """The tree of a model, with chains of operations joined and neighbours that look alike drawn once.
+    """The tree of a model, with chains of operations joined and neighbors that look alike drawn once.
 
     Args:
         picture: what `graph.adapted_graph` gave.
@@ -75,7 +75,7 @@ class _Nesting:
 
     def _is_captured(self, path: str) -> bool:
         parts = path.split(".") if path else []
-        regions = self.picture.graph["regions"]
+        regions = self.picture.graph["traced"]
         return any(".".join(parts[:end]) in regions for end in range(len(parts) + 1))
 
     def _ports(self, path: str, keys: list[str]) -> tuple[set[str], set[str], list[str]]:
@@ -84,7 +84,7 @@ class _Nesting:
         inside = set(keys)
         entering = {key for key in keys if any(source not in inside for source in self.picture.pred[key])}
         leaving = {key for key in keys if any(reader not in inside for reader in self.picture.succ[key])}
-        if not path or path not in self.picture.graph["regions"]:
+        if not path or path not in self.picture.graph["traced"]:
             return entering, leaving, keys
         inputs = [key for key in keys if self.leaf(key).kind == "input"]
         outputs = [key for key in keys if self.leaf(key).kind == "output"]
@@ -163,7 +163,7 @@ def _join_operations(scope: Scope) -> Scope:
 
 
 def _gather_plain(scope: Scope) -> Scope:
-    """In a module that stays Python: neighbours without adapters in one box."""
+    """In a module that stays Python: neighbors without adapters in one box."""
 
     def follows(index: int) -> bool:
         return all(isinstance(item, Leaf) and item.kind == "eager" for item in scope.items[index - 1 : index + 1])

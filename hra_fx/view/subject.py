@@ -14,12 +14,12 @@ from hra_fx.layers.adapted_layer import SiteCarrier
 from hra_fx.layers.adapters import Reflection
 from hra_fx.layers.sharding import is_shard
 from hra_fx.model.state import Record, record_of, sites_of
-from hra_fx.reporting import Row
+from hra_fx.reporting.row import Row
 from hra_fx.view.describe import describe_module, own_parameters
 
 
 @dataclass(frozen=True)
-class SiteFacts:
+class LayerFacts:
     """What a box says of a site.
 
     Attributes:
@@ -55,7 +55,7 @@ class Subject:
 
     model: nn.Module
     graphs: Mapping[str, fx.GraphModule]
-    sites: Mapping[str, SiteFacts]
+    sites: Mapping[str, LayerFacts]
     aliases: Mapping[str, str]
     classes: Mapping[str, str]
     parameters: int
@@ -97,7 +97,7 @@ def known_rotations(rows: Iterable[Row]) -> dict[str, float]:
     return {path: own[0].rotation for path, own in by_layer.items() if len(own) == 1 and own[0].active}
 
 
-def _facts(layer: SiteCarrier, known: float | None, record: Record | None) -> SiteFacts:
+def _facts(layer: SiteCarrier, known: float | None, record: Record | None) -> LayerFacts:
     reflection = layer.hra_u
     used = _in_use(reflection, record)
     rank = sum(reflection.specs[name].r for name in used)
@@ -105,7 +105,7 @@ def _facts(layer: SiteCarrier, known: float | None, record: Record | None) -> Si
     held = sum(parameter.numel() for parameter in own_parameters(layer))
     vectors = sum(parameter.numel() for parameter in reflection.parameters())
     shown = None if math.isnan(rotation) else rotation
-    return SiteFacts(describe_module(layer), reflection.width, rank, shown, held, vectors)
+    return LayerFacts(describe_module(layer), reflection.width, rank, shown, held, vectors)
 
 
 def _in_use(reflection: Reflection, record: Record | None) -> tuple[str, ...]:

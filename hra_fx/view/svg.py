@@ -1,4 +1,4 @@
-"""Placed boxes to SVG elements: colours, shapes and text. Pale fills with dark text; contrast is 7:1 or better."""
+"""Placed boxes to SVG elements: colors, shapes and text. Pale fills with dark text; contrast is 7:1 or better."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from xml.etree.ElementTree import Element, SubElement
 from hra_fx.reporting.colormap import ink_on
 from hra_fx.view.boxes import DETAIL, NAME, STRIP, Box
 from hra_fx.view.layout import Route
-from hra_fx.view.notes import CELL
+from hra_fx.view.annotations import CELL
 from hra_fx.view.text import width
 
 FONT = "'Segoe UI', Roboto, 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
@@ -18,19 +18,19 @@ VIOLET, VIOLET_PALE, VIOLET_LINE = "#43247a", "#e6dcf9", "#8a68cf"
 AMBER, AMBER_PALE, AMBER_LINE = "#5c430c", "#fdf6e3", "#c9a64f"
 BLUE, BLUE_PALE, BLUE_LINE = "#17406d", "#e3eefb", "#7ba3d0"
 EDGE = "#8893a4"
-MISSED = "#a3271f"
+SKIPPED = "#a3271f"
 
-#: Fill, border and text colour of every look.
+#: Fill, border and text color of every look.
 LOOKS = {
     "port": ("#eceff4", "#b4bdca", INK),
-    "site": (CARD, VIOLET_LINE, INK),
+    "adapted_layer": (CARD, VIOLET_LINE, INK),
     "plain": (CARD, "#bfc8d4", INK),
     "eager": (AMBER_PALE, AMBER_LINE, AMBER),
     "closed": (BLUE_PALE, BLUE_LINE, BLUE),
 }
 
 #: Fill, border and dashes of modules that show their inside.
-FRAMES = {"captured": ("#eff3f8", "#c3cedb", ""), "python": ("#fffdf8", AMBER_LINE, "4 3")}
+FRAMES = {"traced": ("#eff3f8", "#c3cedb", ""), "untraced": ("#fffdf8", AMBER_LINE, "4 3")}
 
 
 def number(value: float) -> str:
@@ -72,7 +72,7 @@ def draw(parent: Element, box: Box, x: float, y: float, *, counted: bool) -> Non
         box: the box.
         x: its left edge.
         y: its upper edge.
-        counted: whether its boxes carry `data-sites`, as those of the overview do.
+        counted: whether its boxes carry `data-adapted`, as those of the overview do.
     """
     group = shape(parent, "g", class_=box.look)
     SubElement(group, "title").text = box.tip
@@ -80,30 +80,30 @@ def draw(parent: Element, box: Box, x: float, y: float, *, counted: bool) -> Non
         _draw_open(group, box, x, y, counted=counted)
         return
     if counted:
-        group.set("data-sites", str(box.sites))
-    if box.look == "site":
+        group.set("data-adapted", str(box.sites))
+    if box.look == "adapted_layer":
         _draw_site(group, box, x, y)
     elif box.look == "closed":
         _draw_closed(group, box, x, y)
     else:
         _draw_line(group, box, x, y)
-    if box.missed:
+    if box.skipped:
         hollow(group, x, y)
 
 
 def hollow(parent: Element, x: float, y: float) -> None:
     """The mark of a layer that could carry reflections, and does not."""
-    shape(parent, "circle", cx=x, cy=y, r=5.0, fill=CARD, stroke=MISSED, stroke_width=2.0, class_="missed")
+    shape(parent, "circle", cx=x, cy=y, r=5.0, fill=CARD, stroke=SKIPPED, stroke_width=2.0, class_="skipped")
 
 
 def _draw_cells(group: Element, box: Box, x: float, y: float) -> None:
     """The heat of every site in the box, below its text."""
     cells = box.cells
-    if not cells.colours:
+    if not cells.colors:
         return
     wide = (box.size.width - 16) / cells.columns
     top = y + box.size.height - cells.height
-    for index, (fill, tip) in enumerate(zip(cells.colours, cells.tips, strict=True)):
+    for index, (fill, tip) in enumerate(zip(cells.colors, cells.tips, strict=True)):
         row, column = divmod(index, cells.columns)
         cell = shape(group, "rect", x=x + 8 + column * wide, y=top + row * CELL, width=wide, height=CELL, fill=fill)
         if wide > 6:
@@ -114,7 +114,7 @@ def _draw_cells(group: Element, box: Box, x: float, y: float) -> None:
 
 
 def _frame(group: Element, box: Box, x: float, y: float, radius: float) -> str:
-    """The outline of a single box; returns the colour of its text."""
+    """The outline of a single box; returns the color of its text."""
     fill, line, ink = LOOKS[box.look]
     _outline(group, box, x, y, radius, fill, line, "4 3" if box.look == "eager" else "")
     return ink
@@ -138,7 +138,7 @@ def _draw_line(group: Element, box: Box, x: float, y: float) -> None:
     if box.detail:
         part = shape(line, "tspan", dx=7.0, font_size=DETAIL, fill=FAINT if box.look != "eager" else AMBER)
         part.text = box.detail
-    _badge(group, box, x + box.size.width - 8, y + 5, VIOLET if box.look == "site" else FAINT)
+    _badge(group, box, x + box.size.width - 8, y + 5, VIOLET if box.look == "adapted_layer" else FAINT)
 
 
 def _draw_site(group: Element, box: Box, x: float, y: float) -> None:
@@ -179,12 +179,12 @@ def _disc(group: Element, letter: str, x: float, y: float) -> None:
     write(group, x, y + 4.5, letter, 12.5, "#ffffff", bold=True, anchor="middle")
 
 
-def _badge(group: Element, box: Box, right: float, y: float, colour: str) -> None:
+def _badge(group: Element, box: Box, right: float, y: float, color: str) -> None:
     if not box.count:
         return
     wide = width(box.count, DETAIL, bold=True) + 10
-    shape(group, "rect", x=right - wide, y=y, width=wide, height=16.0, rx=8.0, fill=CARD, stroke=colour)
-    write(group, right - wide / 2, y + 12, box.count, DETAIL, colour, bold=True, anchor="middle")
+    shape(group, "rect", x=right - wide, y=y, width=wide, height=16.0, rx=8.0, fill=CARD, stroke=color)
+    write(group, right - wide / 2, y + 12, box.count, DETAIL, color, bold=True, anchor="middle")
 
 
 def _draw_open(group: Element, box: Box, x: float, y: float, *, counted: bool) -> None:

@@ -1,6 +1,6 @@
 """The vocabulary of a picture: leaves (what is drawn as one box) inside scopes (modules), as a tree of values.
 
-A scope keeps its items in a topological order and the edges between them as index pairs, so that any run of neighbours
+A scope keeps its items in a topological order and the edges between them as index pairs, so that any run of neighbors
 can be contracted without making a cycle: a path that left the run would have to come back to a later index.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-LeafKind: TypeAlias = Literal["input", "output", "site", "module", "op", "eager"]
+LeafKind: TypeAlias = Literal["input", "output", "adapted_layer", "module", "op", "eager"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Leaf:
         marks: the sites that the box stands for; empty for every call after the first of a shared layer.
         width: length `d` of the reflection vectors (sites only).
         rank: number of reflection vectors in use, adapters together (sites only).
-        count: how many neighbours that look alike are drawn as this one.
+        count: how many neighbors that look alike are drawn as this one.
         last: the name of the last of them.
         paths: the qualified names of the modules that the box stands for; empty for an operation.
         readers: the qualified names of the modules in whose forward an operation reads parameters.
@@ -75,7 +75,7 @@ class Scope:
         edges: `(i, j)`, i < j: item j reads a value of item i.
         inputs: items that read a value from outside.
         outputs: items whose value is read outside.
-        count: how many neighbours that look alike are drawn as this one.
+        count: how many neighbors that look alike are drawn as this one.
         last: the name of the last of them.
         varied: whether they have different sizes (the first one's are shown).
     """
@@ -102,7 +102,7 @@ Item: TypeAlias = Leaf | Scope
 
 
 def contract(scope: Scope, runs: Sequence[range], combine: Callable[[Scope, range], Item]) -> Scope:
-    """The scope with each run of neighbouring items replaced by the one item that `combine` makes of it.
+    """The scope with each run of neighboring items replaced by the one item that `combine` makes of it.
 
     Args:
         scope: the scope.

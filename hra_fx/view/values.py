@@ -37,7 +37,7 @@ class Value:
     is_shape: bool = False
 
 
-def note_of(node: fx.Node) -> SiteNote | None:
+def tag_of(node: fx.Node) -> SiteNote | None:
     """The mark of a site on a node."""
     note = node.meta.get(META)
     return note if isinstance(note, SiteNote) else None
@@ -61,7 +61,7 @@ def pass_through(node: fx.Node, values: Mapping[fx.Node, Value], module: nn.Modu
         values: those of the nodes before it.
         module: the one that it calls.
     """
-    note = note_of(node)
+    note = tag_of(node)
     if note is not None:
         return read(node, values) if note.role == "reflection" else None
     if node.op == "get_attr":

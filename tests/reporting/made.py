@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from hra_fx import HRAConfig, transform
-from hra_fx.reporting import Missed, Report, Row
+from hra_fx.reporting.result import Report
+from hra_fx.reporting.row import Row
+from hra_fx.reporting.skipped_layers import SkippedLayer
 
 #: What HTML, Markdown, JSON and rich each take for something of their own.
 HOSTILE = "<script>alert('&')</script>|`*[red]_x_[/red]\\\"~#"
@@ -40,12 +42,12 @@ def row(path: str = "layer", **fields: Any) -> Row:
     return dataclasses.replace(_ROW, path=path, **fields)
 
 
-def report_of(*rows: Row, missed: tuple[Missed, ...] = ()) -> Report:
-    return Report(rows, missed)
+def report_of(*rows: Row, skipped: tuple[SkippedLayer, ...] = ()) -> Report:
+    return Report(rows, skipped)
 
 
 def blocks(count: int, *names: str, stack: str = "model.layers", **fields: Any) -> list[Row]:
-    """The rows of a deep model, each turned a little more than the one before."""
+    """The rows of a deep model, each rotated a little more than the one before."""
     angles = torch.linspace(0.01, 0.5, count * len(names)).tolist()
     paths = [f"{stack}.{index}.attn.{name}" for index in range(count) for name in names]
     return [row(path, mean_angle=angle, angle=2 * angle, **fields) for path, angle in zip(paths, angles, strict=True)]

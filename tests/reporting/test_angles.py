@@ -24,7 +24,7 @@ def normal(seed: int, *shape: int) -> Tensor:
 def oracle_angles(q: Tensor, floor: float = 1e-7) -> list[float]:
     """One angle for each plane and for a reflected direction that is left, from all `d` eigenvalues of `Q`."""
     phases = torch.linalg.eigvals(q).angle()
-    # Of a plane that is turned by less than pi, one of its two eigenvalues is above the real line.
+    # Of a plane that is rotated by less than pi, one of its two eigenvalues is above the real line.
     inner = [float(phase) for phase in phases if floor < float(phase) < math.pi - floor]
     reflected = int((phases.abs() >= math.pi - floor).sum())
     return sorted([math.pi] * math.ceil(reflected / 2) + inner, reverse=True)
@@ -47,7 +47,7 @@ def test_random_chains(d: int, k: int) -> None:
 @pytest.mark.parametrize("scale", [1e-5, 1e-3, 0.3, 1.0])
 @pytest.mark.parametrize("k", [2, 4, 8])
 def test_near_parallel_pairs(k: int, scale: float) -> None:
-    """What training looks like at its beginning: `k / 2` planes, each turned a little."""
+    """What training looks like at its beginning: `k / 2` planes, each rotated a little."""
     chain = normal(k, 20, k // 2).repeat_interleave(2, dim=1)
     chain = chain + scale * normal(k + 1, 20, k)
     angles = torch.linalg.eigvals(dense_product(chain)).angle().sort(descending=True).values

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hra_fx import HRAConfig, fold, report, transform
 from hra_fx.errors import AdapterError
-from hra_fx.reporting import Row
+from hra_fx.reporting.row import Row
 
 F64 = torch.float64
 

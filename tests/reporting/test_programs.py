@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hra_fx import HRAConfig, fold, report, transform
 from hra_fx.errors import AdapterError
-from hra_fx.reporting import Report
+from hra_fx.reporting.result import Report
 
 
 class Net(nn.Module):
@@ -75,7 +75,7 @@ def test_they_are_those_of_the_model(r: int, apply_GS: bool) -> None:
             assert row.share == pytest.approx(wanted.share, rel=1e-5)
             assert row.rotation == pytest.approx(wanted.rotation, rel=1e-5)
             assert row.orthogonality < 1e-5
-        assert {layer.path: layer.site for layer in found.missed} == {"last": "Linear 5->3"}
+        assert {layer.path: layer.site for layer in found.skipped} == {"last": "Linear 5->3"}
 
 
 def test_an_attention() -> None:
@@ -92,7 +92,7 @@ def test_an_attention() -> None:
     found = report(transform(program, config))
     (row,) = found
     assert (row.path, row.site, row.d) == ("attention", "Attention 12->3x12", 12)
-    assert [layer.path for layer in found.missed] == ["attention.out_proj"]
+    assert [layer.path for layer in found.skipped] == ["attention.out_proj"]
 
 
 @pytest.mark.parametrize(
@@ -107,10 +107,10 @@ def test_an_attention() -> None:
     ],
     ids=["not named", "excluded", "all linear"],
 )
-def test_missed_layers_have_the_reasons_of_the_model(fields: dict[str, Any], reasons: set[str]) -> None:
+def test_skipped_layers_have_the_reasons_of_the_model(fields: dict[str, Any], reasons: set[str]) -> None:
     model, program, captured = three(HRAConfig(r=2, **fields))
-    assert {layer.reason for layer in model.missed} == reasons
-    assert set(program.missed) == set(captured.missed) == set(model.missed)
+    assert {layer.reason for layer in model.skipped} == reasons
+    assert set(program.skipped) == set(captured.skipped) == set(model.skipped)
 
 
 def test_the_output_layer_of_transformers_and_a_tied_one() -> None:
@@ -121,7 +121,7 @@ def test_the_output_layer_of_transformers_and_a_tied_one() -> None:
     program = torch.export.export(model.eval(), (), {"input_ids": torch.ones(1, 3, dtype=torch.long)})
     found = report(transform(program, HRAConfig(r=2, target_modules="all-linear")))
     assert len(found) == 7
-    assert {layer.path: layer.reason for layer in found.missed} == {
+    assert {layer.path: layer.reason for layer in found.skipped} == {
         "lm_head": "it is the output layer, which target_modules='all-linear' leaves out"
     }
 
@@ -136,9 +136,9 @@ def test_a_weight_that_the_graph_reads_otherwise_says_so() -> None:
             return self.second(self.first(x)) + self.second.weight.sum()  # type: ignore[no-any-return]
 
     program = torch.export.export(Reading(), (torch.ones(1, 4),))
-    (missed,) = report(transform(program, HRAConfig(r=2, target_modules=["first"]))).missed
-    assert missed.path == "second"
-    assert missed.reason.startswith("its weight is read by aten.sum.default")
+    (skipped,) = report(transform(program, HRAConfig(r=2, target_modules=["first"]))).skipped
+    assert skipped.path == "second"
+    assert skipped.reason.startswith("its weight is read by aten.sum.default")
 
 
 @QUIET
@@ -156,7 +156,7 @@ def test_after_decomposition_saving_and_loading() -> None:
     for row, before in zip(found, wanted, strict=True):
         assert row.angles == pytest.approx(before.angles)
         assert row.share == pytest.approx(before.share)
-    assert found.missed == wanted.missed
+    assert found.skipped == wanted.skipped
 
 
 def test_what_was_trained_through_the_module_is_seen() -> None:

@@ -168,7 +168,7 @@ def test_other_kinds_of_adapters(fields: dict[str, Any], tmp_path: Path) -> None
     assert all(math.isfinite(point.mean_angle) for point in callback.history)
 
 
-def test_it_goes_with_the_regulariser_whose_log_it_leaves_alone(tmp_path: Path) -> None:
+def test_it_goes_with_the_regularizer_whose_log_it_leaves_alone(tmp_path: Path) -> None:
     recorder = Recorder()
     callbacks = [recorder, RotationCallback()]
     model = llama(init_weights=False)

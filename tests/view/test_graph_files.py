@@ -67,7 +67,7 @@ def test_dot_has_every_edge_and_the_limits_that_keep_graphviz_fast() -> None:
     assert 'label="layer2.1 · BasicBlock"' in text
 
 
-def test_dot_marks_missed_layers() -> None:
+def test_dot_marks_skipped_layers() -> None:
     text = dot.render(drawing_of(drawn("llama")), Options())
     assert sum("has no adapter: " in line for line in text.split("\n")) == 10
 

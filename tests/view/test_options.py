@@ -11,8 +11,8 @@ from torch import nn
 
 import hra_fx
 from hra_fx.view.drawing import drawing_of
-from hra_fx.view.focusing import focused
-from hra_fx.view.heat import heating
+from hra_fx.view.focus import focused
+from hra_fx.view.heatmap import heatmap_of
 from hra_fx.view.options import Options
 
 
@@ -26,7 +26,7 @@ def test_integers_of_numpy_are_numbers_too() -> None:
     assert Options(depth=numpy.int64(2)).depth == 2  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("heat", ["colour", "", 1, True])
+@pytest.mark.parametrize("heat", ["color", "", 1, True])
 def test_an_unknown_heat_is_refused_with_those_that_exist(heat: Any) -> None:
     with pytest.raises(hra_fx.VisualizeError, match=r"heat: .* is not one of 'mean_angle', 'angle', 'rotation', 'sh"):
         Options(heat=heat)
@@ -39,7 +39,7 @@ def test_a_focus_is_a_name() -> None:
 
 def test_heat_needs_reflections() -> None:
     with pytest.raises(hra_fx.VisualizeError, match=r"heat: 'angle' shows what .* do, and Sequential has none"):
-        heating(drawing_of(nn.Sequential(nn.Linear(4, 4))), "angle")
+        heatmap_of(drawing_of(nn.Sequential(nn.Linear(4, 4))), "angle")
 
 
 @pytest.mark.parametrize(
@@ -63,4 +63,4 @@ def test_heat_of_a_focus_without_reflections_is_refused() -> None:
         nn.Sequential(Residual(), nn.Linear(4, 2)).eval(), hra_fx.HRAConfig(r=2, target_modules=["fc1"])
     )
     with pytest.raises(hra_fx.VisualizeError, match=r"heat: 'angle' .* and 1 in Sequential with HRA has none"):
-        heating(focused(drawing_of(model), "1"), "angle")
+        heatmap_of(focused(drawing_of(model), "1"), "angle")

@@ -15,7 +15,7 @@ from drawn_models import HOSTILE, UNSPEAKABLE, drawn
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.reporting.colormap import PALETTE, UNKNOWN, colour, ink_on
+from hra_fx.reporting.colormap import PALETTE, UNKNOWN, color, ink_on
 from hra_fx.view import svg
 from hra_fx.view.drawing import drawing_of
 from hra_fx.view.options import Options
@@ -46,7 +46,7 @@ def picture(model: nn.Module, **options: Any) -> str:
 
 
 def counted(file: Path) -> int:
-    return sum(int(box.get("data-sites", 0)) for box in ElementTree.parse(file).iter())
+    return sum(int(box.get("data-adapted", 0)) for box in ElementTree.parse(file).iter())
 
 
 def rectangles(root: ElementTree.Element) -> Iterator[tuple[float, float, float, float]]:
@@ -80,7 +80,7 @@ def test_all_boxes_are_on_the_page(resnet: nn.Module) -> None:
 def test_text_stays_in_its_box(resnet: nn.Module) -> None:
     root = ElementTree.fromstring(picture(resnet))
     for group in root.iter(f"{SVG}g"):
-        if group.get("class") not in ("site", "plain", "closed"):
+        if group.get("class") not in ("adapted_layer", "plain", "closed"):
             continue
         frame = group.find(f"{SVG}rect")
         assert frame is not None
@@ -101,7 +101,7 @@ def test_hostile_module_names_are_text(tmp_path: Path) -> None:
 
 def test_no_name_breaks_the_file() -> None:
     leaves = tuple(
-        Leaf(name, name, "site", "call_module", name, (name,), (Mark(name),), 4, 2) for name in (*HOSTILE, *UNSPEAKABLE)
+        Leaf(name, name, "adapted_layer", "call_module", name, (name,), (Mark(name),), 4, 2) for name in (*HOSTILE, *UNSPEAKABLE)
     )
     closed = Scope("<b>", '"&<b>', "C<l>a&ss", False, leaves)
     panels = [Panel("", Block(Scope("", "m", "<M>", True, (*leaves, closed)), (*map(Block, leaves), Block(closed))))]
@@ -143,8 +143,8 @@ def test_a_layer_that_is_not_called_is_drawn_as_such(tmp_path: Path) -> None:
     assert counted(hra_fx.visualize(model, tmp_path / "a.svg")) == 2
 
 
-def luminance(colour: str) -> float:
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+def luminance(color: str) -> float:
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -165,8 +165,8 @@ def test_all_text_is_easy_to_read() -> None:
     assert min(contrast(ink, fill) for ink, fill in pairs) >= 6
 
 
-def test_text_on_every_colour_of_the_heat_is_readable() -> None:
-    fills = [*PALETTE, UNKNOWN, *(colour(step / 1000, 1.0) for step in range(1001))]
+def test_text_on_every_color_of_the_heat_is_readable() -> None:
+    fills = [*PALETTE, UNKNOWN, *(color(step / 1000, 1.0) for step in range(1001))]
     assert min(contrast(fill, ink_on(fill)) for fill in fills) >= 4.5
 
 
@@ -174,7 +174,7 @@ def test_text_on_every_colour_of_the_heat_is_readable() -> None:
 @pytest.mark.parametrize("depth", [None, 0, 1, 2])
 def test_every_text_stands_out_from_what_is_under_it(name: str, depth: int | None) -> None:
     root = ElementTree.fromstring(picture(drawn(name), depth=depth, heat="mean_angle"))
-    strips = [group for group in root.iter(f"{SVG}g") if group.get("class") == "site"]
+    strips = [group for group in root.iter(f"{SVG}g") if group.get("class") == "adapted_layer"]
     assert depth is not None or strips
     for group in strips:
         strip, words = group.find(f"{SVG}path"), group.find(f"{SVG}text")
@@ -207,7 +207,7 @@ def test_a_depth_opens_so_many_levels() -> None:
         [box.get("class") for box in ElementTree.fromstring(picture(drawn("resnet"), depth=depth)).iter(f"{SVG}g")]
         for depth in range(3)
     ]
-    assert [names.count("captured") for names in frames] == [0, 3, 10]
+    assert [names.count("traced") for names in frames] == [0, 3, 10]
     assert [names.count("panel") for names in frames] == [1, 1, 1]
 
 
@@ -227,9 +227,9 @@ def test_heat_has_a_legend_with_numbers_and_a_cell_for_each_site() -> None:
     assert sorted(str(cell).partition(" · ")[0] for cell in cells) == sorted(path for path in rows if "layer" in path)
 
 
-def test_a_missed_layer_has_a_mark_and_its_reason() -> None:
+def test_a_skipped_layer_has_a_mark_and_its_reason() -> None:
     root = ElementTree.fromstring(picture(drawn("llama")))
-    marked = [group for group in root.iter(f"{SVG}g") if group.find(f"{SVG}circle[@class='missed']") is not None]
+    marked = [group for group in root.iter(f"{SVG}g") if group.find(f"{SVG}circle[@class='skipped']") is not None]
     tips = [str(group.findtext(f"{SVG}title")) for group in marked]
     assert any("lm_head has no adapter: " in tip for tip in tips)
     assert any("layers.2.mlp.down_proj has no adapter: " in tip for tip in tips)

@@ -89,7 +89,7 @@ def test_sites_reach_each_other_as_in_the_captured_graph() -> None:
     layers = {node: node.meta["hra"].path for node in flow if "hra" in node.meta and node.meta["hra"].role == "layer"}
     want = {(layers[a], layers[b]) for a in layers for b in nx.descendants(flow, a) & layers.keys()}
     picture = adapted_graph(model, {"": captured})
-    drawn = {key: data["leaf"].target for key, data in picture.nodes(data=True) if data["leaf"].kind == "site"}
+    drawn = {key: data["leaf"].target for key, data in picture.nodes(data=True) if data["leaf"].kind == "adapted_layer"}
     assert {(drawn[a], drawn[b]) for a in drawn for b in nx.descendants(picture, a) & drawn.keys()} == want
     assert len(drawn) == 21
 
@@ -115,7 +115,7 @@ def test_identical_blocks_are_counted_and_different_ones_are_not() -> None:
 
 
 def test_a_shared_layer_is_one_site_however_often_it_is_called() -> None:
-    drawn = [leaf for leaf in leaves(tree(adapted(Shared()))) if leaf.kind == "site"]
+    drawn = [leaf for leaf in leaves(tree(adapted(Shared()))) if leaf.kind == "adapted_layer"]
     marks = [mark.path for leaf in drawn for mark in leaf.marks]
     assert sorted(marks) == ["block.fc1", "block.fc2", "fc"]
     assert any(not leaf.marks for leaf in drawn)
@@ -123,7 +123,7 @@ def test_a_shared_layer_is_one_site_however_often_it_is_called() -> None:
 
 def test_calls_of_two_modules_that_alternate_are_no_cycle() -> None:
     root = tree(adapted(Interleaved()))
-    assert [item.name for item in root.items if isinstance(item, Leaf) and item.kind == "site"] == [
+    assert [item.name for item in root.items if isinstance(item, Leaf) and item.kind == "adapted_layer"] == [
         "a.fc1",
         "b.fc1",
         "a.fc2",

@@ -47,7 +47,7 @@ def test_splicing_undoes_cutting() -> None:
 
 def test_blocks_that_look_alike_are_drawn_once_with_all_their_sites() -> None:
     blocks = [
-        chain(leaf("fc", "Linear 4→4", f"h.{i}.fc", kind="site"), leaf("act", "ReLU"), name=f"h.{i}") for i in range(4)
+        chain(leaf("fc", "Linear 4→4", f"h.{i}.fc", kind="adapted_layer"), leaf("act", "ReLU"), name=f"h.{i}") for i in range(4)
     ]
     got = merge_repeats(chain(*blocks, leaf("head")))
     assert [span(item) for item in got.items] == ["h.0 … 3", "head"]
@@ -62,7 +62,7 @@ def test_another_shape_class_or_name_is_not_merged() -> None:
 
 
 def test_sizes_may_vary_where_asked() -> None:
-    blocks = [chain(leaf("fc", f"Linear {i}→4", f"h.{i}", kind="site"), name=f"h.{i}") for i in range(3)]
+    blocks = [chain(leaf("fc", f"Linear {i}→4", f"h.{i}", kind="adapted_layer"), name=f"h.{i}") for i in range(3)]
     assert len(merge_repeats(chain(*blocks)).items) == 3
     (merged,) = merge_repeats(chain(*blocks), sizes=False).items
     assert isinstance(merged, Scope)

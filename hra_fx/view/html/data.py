@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hra_fx.reporting import Row
+from hra_fx.reporting.row import Row
 from hra_fx.reporting.colormap import PALETTE, UNKNOWN
 from hra_fx.reporting.heat import HEATS, heat_of, scale
 from hra_fx.view.drawing import Drawing
@@ -26,12 +26,12 @@ def page_data(drawing: Drawing, depth: int | None, heat: str | None) -> dict[str
     Args:
         drawing: what is drawn.
         depth: how many levels are open at first; `None` for as many as are easy to read.
-        heat: what the colours tell at first; `None` for the mean angle.
+        heat: what the colors tell at first; `None` for the mean angle.
     """
     texts = Texts()
     items = Items(texts)
     items.add(drawing.tree())
-    missed = {texts.number(path): texts.number(why) for path, why in drawing.missed.items()}
+    skipped = {texts.number(path): texts.number(why) for path, why in drawing.skipped.items()}
     data = {
         "title": clean(drawing.title),
         "facts": clean(drawing.facts),
@@ -44,10 +44,10 @@ def page_data(drawing: Drawing, depth: int | None, heat: str | None) -> dict[str
         "heat": heat or _FIRST_HEAT,
         "palette": PALETTE,
         "unknown": UNKNOWN,
-        "missed": {
-            "paths": list(missed),
-            "reasons": list(missed.values()),
-            "items": [_holder(path, items) for path in drawing.missed],
+        "skipped": {
+            "paths": list(skipped),
+            "reasons": list(skipped.values()),
+            "items": [_holder(path, items) for path in drawing.skipped],
         },
     }
     return {**data, "texts": texts.shown()}
@@ -79,7 +79,7 @@ def _rounded(value: float, digits: int) -> float | str:
 
 
 def _heats(rows: Sequence[Row], texts: Texts) -> dict[str, Any]:
-    """The value of every adapted layer, for each way to say how far it was turned."""
+    """The value of every adapted layer, for each way to say how far it was rotated."""
     heats: dict[str, Any] = {}
     for name, heat in HEATS.items() if rows else ():
         values: Mapping[str, float] = heat_of(rows, name)

@@ -78,7 +78,7 @@ class Items:
         text = self.texts.number
         record = {
             "label": text(span(scope)),
-            "kind": text("python" if scope.eager else "captured"),
+            "kind": text("untraced" if scope.eager else "traced"),
             "detail": text(scope.class_name),
             "target": text(scope.path),
             "paths": self.texts.numbers(paths) if len(paths) > 1 else [],

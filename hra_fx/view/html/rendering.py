@@ -12,16 +12,16 @@ from importlib import resources
 from typing import Any
 
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.focusing import focused
+from hra_fx.view.focus import focused
 from hra_fx.view.html.data import page_data
 from hra_fx.view.options import Options
 from hra_fx.view.text import clean
 
 #: The files of the style, later ones first where they differ.
-STYLES = ("colours", "controls", "drawing", "panel", "media")
+STYLES = ("colors", "controls", "drawing", "panel", "media")
 #: The files of the script, each before those that read it.
 SCRIPTS = (
-    *("data", "text", "svg", "layers", "columns", "layout", "boxes", "heat", "painting", "pane", "stage"),
+    *("data", "text", "svg", "layers", "coordinates", "layout", "boxes", "heat", "painting", "pane", "stage"),
     *("spectrum", "panel", "search", "keyboard", "legend", "printing", "main"),
 )
 _IMPORT = re.compile(r'^import (\{[^}]*\}) from "\./(\w+)\.js";$', re.MULTILINE)
@@ -34,7 +34,7 @@ def render(drawing: Drawing, options: Options) -> str:
 
     Args:
         drawing: what is drawn.
-        options: how many levels are open at first, which module is the root, what the colours tell at first.
+        options: how many levels are open at first, which module is the root, what the colors tell at first.
 
     Raises:
         VisualizeError: no module of the name in `options.focus`.

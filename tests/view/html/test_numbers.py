@@ -11,8 +11,8 @@ from pages import box, facts, page_of, search, strip, trained_net
 from playwright.sync_api import Page
 
 import hra_fx
-from hra_fx.reporting import Row
-from hra_fx.reporting.colormap import colour
+from hra_fx.reporting.row import Row
+from hra_fx.reporting.colormap import color
 from hra_fx.reporting.heat import HEATS, heat_of, scale
 
 Open = Callable[..., Page]
@@ -35,7 +35,7 @@ def expected(row: Row) -> dict[str, str]:
         "mean angle": f"{math.degrees(row.mean_angle):.1f}°",
         "largest angle": f"{math.degrees(row.angle):.1f}°",
         "|Q - I|": f"{row.rotation:.3f}",
-        "share of the weight turned": f"{row.share:.2%}",
+        "share of the weight rotated": f"{row.share:.2%}",
     }
 
 
@@ -99,7 +99,7 @@ def test_why_a_region_is_not_larger(open_page: Open) -> None:
 
 
 @pytest.mark.parametrize("name", HEATS)
-def test_heat_has_the_colours_of_the_report(open_page: Open, name: str) -> None:
+def test_heat_has_the_colors_of_the_report(open_page: Open, name: str) -> None:
     model = trained_net()
     page = open_page(page_of(model, heat=name))
     values = heat_of(hra_fx.report(model).rows, name)
@@ -108,9 +108,9 @@ def test_heat_has_the_colours_of_the_report(open_page: Open, name: str) -> None:
     for layer in ("up", "down"):
         cells = box(page, layer).locator(".cell").evaluate_all("all => all.map(cell => cell.style.fill)")
         paths = [f"blocks.{index}.{layer}" for index in range(3)]
-        assert cells == [rgb(colour(values[path], top)) for path in paths]
+        assert cells == [rgb(color(values[path], top)) for path in paths]
         mean = sum(values[path] for path in paths) / 3
-        assert box(page, layer).locator(".strip").evaluate("strip => strip.style.fill") == rgb(colour(mean, top))
+        assert box(page, layer).locator(".strip").evaluate("strip => strip.style.fill") == rgb(color(mean, top))
     assert page.locator("#scale").inner_text().split() == [f"{end:g}{HEATS[name].unit}" for end in (0, top)]
 
 
@@ -122,7 +122,7 @@ def test_heat_is_the_mean_angle_unless_chosen_otherwise(open_page: Open) -> None
     page.select_option("#heat", "angle")
     values = heat_of(hra_fx.report(model).rows, "angle")
     mean = sum(values[f"blocks.{index}.up"] for index in range(3)) / 3
-    assert tinted.evaluate("strip => strip.style.fill") == rgb(colour(mean, scale(values.values())))
+    assert tinted.evaluate("strip => strip.style.fill") == rgb(color(mean, scale(values.values())))
     assert strip(page, "up").startswith(f"r 4 · d 12 · mean {mean:.0f}"[:-1])
     page.select_option("#heat", label="off")
     assert tinted.evaluate("strip => strip.style.fill") == ""

@@ -2,8 +2,8 @@
 
 /** @import { Drawing, Item } from "./data.js" */
 /** @import { Arrangement } from "./layout.js" */
-import { GAP_X } from "./columns.js";
-import { marksOf, missedIn } from "./data.js";
+import { GAP_X } from "./coordinates.js";
+import { marksOf, skippedIn } from "./data.js";
 import { inRows, layered } from "./layout.js";
 import { counted, DETAIL, NAME, shorten, widthOf } from "./text.js";
 
@@ -23,7 +23,7 @@ const READABLE = 22; // boxes that are shown at first, unless there is just one 
  * @property {string} strip what the reflection says
  * @property {string} badge "× 6" for a box that stands for several
  * @property {string[]} marks
- * @property {string[]} missed
+ * @property {string[]} skipped
  * @property {boolean} open
  * @property {number} x
  * @property {number} y
@@ -110,7 +110,7 @@ export class Boxes {
       Object.assign(box, { width: inner.width, height: inner.height, body: { x: 0, y: 0 } });
       return;
     }
-    const marked = item.missed.length ? 20 : 0;
+    const marked = item.skipped.length ? 20 : 0;
     const title =
       18 + marked + widthOf(box.name, NAME, true) + 8 + widthOf(box.detail, DETAIL) + badgeWidth(box) + 2 * PAD;
     box.width = Math.max(title, inner.width + 2 * PAD);
@@ -164,17 +164,17 @@ function described(item) {
   const name = shorten(item.label);
   const marks = item.isScope ? marksOf(item) : item.marks;
   let detail = shorten(item.detail);
-  if (item.isScope && marks.length) detail += `${detail ? " · " : ""}${counted(marks.length, "site")}`;
+  if (item.isScope && marks.length) detail += `${detail ? " · " : ""}${counted(marks.length, "adapted layer")}`;
   if (detail === name) detail = "";
   const badge = item.count > 1 ? `× ${item.count}${item.varied ? ", sizes vary" : ""}` : "";
-  const missed = item.isScope ? missedIn(item) : item.missed;
+  const skipped = item.isScope ? skippedIn(item) : item.skipped;
   const nowhere = { x: 0, y: 0, width: 0, height: 0, enter: 0, leave: 0, inner: null, body: { x: 0, y: 0 } };
-  return { name, detail, strip: stripOf(item), badge, marks, missed, open: false, ...nowhere };
+  return { name, detail, strip: stripOf(item), badge, marks, skipped, open: false, ...nowhere };
 }
 
 /** @param {Item} item */
 function stripOf(item) {
-  if (item.kind !== "site") return "";
+  if (item.kind !== "adapted_layer") return "";
   if (!item.marks.length) return "same layer, called again";
   if (item.op === "eager") return `r ${item.rank} · d ${item.width} · not called`;
   return item.rank ? `r ${item.rank} · d ${item.width}` : "no adapter in use";
@@ -185,8 +185,8 @@ function stripOf(item) {
  * @param {Box} box
  */
 function sizeLeaf(item, box) {
-  const marked = box.missed.length ? 16 : 0;
-  if (item.kind === "site") {
+  const marked = box.skipped.length ? 16 : 0;
+  if (item.kind === "adapted_layer") {
     // The heat comes after the strip's words: room for the longest ones.
     const strip =
       Math.max(widthOf(box.strip, DETAIL, true), widthOf("weight as before", DETAIL, true)) +
@@ -206,7 +206,7 @@ function sizeLeaf(item, box) {
 
 /** @param {Box} box */
 function sizeClosed(box) {
-  const marked = box.missed.length ? 16 + widthOf(String(box.missed.length), DETAIL, true) : 0;
+  const marked = box.skipped.length ? 16 + widthOf(String(box.skipped.length), DETAIL, true) : 0;
   const words = Math.max(widthOf(box.name, NAME, true) + badgeWidth(box), widthOf(box.detail, DETAIL)) + 18;
   Object.assign(box, { enter: 0, leave: 0 });
   box.width = Math.max(words + 2 * PAD + marked, 120);

@@ -14,7 +14,7 @@
  * @property {Item[]} parts the boxes inside, in order
  * @property {boolean} isScope whether it can be opened
  * @property {string} label what it is called inside its scope
- * @property {string} kind "captured" or "python" for a scope; "input", "output", "site", "module", "op" or "eager"
+ * @property {string} kind "traced" or "untraced" for a scope; "input", "output", "adapted_layer", "module", "op" or "eager"
  * @property {string} detail class and shape, or what an operation reads
  * @property {string} op the fx opcode
  * @property {string} target qualified name of the module, or name of the function
@@ -25,10 +25,10 @@
  * @property {number} width length of the reflection vectors
  * @property {number} rank number of reflection vectors
  * @property {number} parameters how many numbers the modules hold
- * @property {number} count how many neighbours that look alike it stands for
+ * @property {number} count how many neighbors that look alike it stands for
  * @property {boolean} varied whether these differ in size
  * @property {Flow | null} flow
- * @property {string[]} missed layers in it that could carry reflections and do not
+ * @property {string[]} skipped layers in it that could carry reflections and do not
  */
 
 /**
@@ -55,7 +55,7 @@
  */
 
 /** @typedef {{words: string, unit: string, top: number, values: Map<string, number>}} Heat */
-/** @typedef {{path: string, reason: string, item: Item}} Missed */
+/** @typedef {{path: string, reason: string, item: Item}} SkippedLayer */
 
 /**
  * @typedef {object} Drawing
@@ -67,8 +67,8 @@
  * @property {Map<string, Heat>} heats by name
  * @property {string} heat the one that is shown at first
  * @property {string[]} palette
- * @property {string} unknown colour of a value that could not be computed
- * @property {Missed[]} missed
+ * @property {string} unknown color of a value that could not be computed
+ * @property {SkippedLayer[]} skipped
  */
 
 /** @typedef {any[] | {at: number[], values: any[]}} Column */
@@ -107,7 +107,7 @@ function plain(value) {
 function itemsOf(data) {
   const count = data.count;
   /** @type {Item[]} */
-  const items = Array.from({ length: count }, (_, index) => /** @type {any} */ ({ index, parts: [], missed: [] }));
+  const items = Array.from({ length: count }, (_, index) => /** @type {any} */ ({ index, parts: [], skipped: [] }));
   for (const name of [...TEXTS, ...LISTS, "parent", "width", "rank", "parameters", "count", "varied", "layering"]) {
     const values = dense(data.items[name], count);
     items.forEach((item, index) => {
@@ -117,7 +117,7 @@ function itemsOf(data) {
   for (const item of /** @type {any[]} */ (items)) {
     for (const name of TEXTS) item[name] = data.texts[item[name]];
     for (const name of LISTS) item[name] = (item[name] || []).map((/** @type {number} */ text) => data.texts[text]);
-    item.isScope = item.kind === "captured" || item.kind === "python";
+    item.isScope = item.kind === "traced" || item.kind === "untraced";
     item.count += 1;
     item.varied = Boolean(item.varied);
     item.flow = item.layering ? data.layerings[item.layering - 1] : null;
@@ -165,12 +165,12 @@ export function read(json) {
     });
     return /** @type {[string, Heat]} */ ([name, { ...heat, values: new Map(values) }]);
   });
-  const missed = data.missed.paths.map((/** @type {number} */ text, /** @type {number} */ index) => {
-    const item = /** @type {Item} */ (items[data.missed.items[index]]);
-    item.missed.push(data.texts[text]);
-    return { path: data.texts[text], reason: data.texts[data.missed.reasons[index]], item };
+  const skipped = data.skipped.paths.map((/** @type {number} */ text, /** @type {number} */ index) => {
+    const item = /** @type {Item} */ (items[data.skipped.items[index]]);
+    item.skipped.push(data.texts[text]);
+    return { path: data.texts[text], reason: data.texts[data.skipped.reasons[index]], item };
   });
-  return { ...data, items, rows: rowsOf(data), heats: new Map(heats), missed };
+  return { ...data, items, rows: rowsOf(data), heats: new Map(heats), skipped };
 }
 
 /**
@@ -187,6 +187,6 @@ export function marksOf(item) {
  * @param {Item} item
  * @returns {string[]}
  */
-export function missedIn(item) {
-  return [...item.missed, ...item.parts.flatMap(missedIn)];
+export function skippedIn(item) {
+  return [...item.skipped, ...item.parts.flatMap(skippedIn)];
 }

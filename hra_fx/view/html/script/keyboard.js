@@ -46,7 +46,7 @@ export function listenToKeys(boxes, commands) {
 function pressed(key, boxes, commands) {
   const selected = commands.selected();
   if (key in ARROWS) {
-    const next = selected?.parent ? neighbour(boxes, selected, ARROWS[key]) : boxes.root.parts[0];
+    const next = selected?.parent ? neighbor(boxes, selected, ARROWS[key]) : boxes.root.parts[0];
     if (next) commands.select(next);
     return true;
   }
@@ -88,7 +88,7 @@ function common(key, commands) {
  * @param {[number, number]} direction
  * @returns {Item | null}
  */
-function neighbour(boxes, from, [right, down]) {
+function neighbor(boxes, from, [right, down]) {
   const here = target(boxes, from);
   /** @type {Item | null} */
   let best = null;

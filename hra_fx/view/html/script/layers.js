@@ -1,4 +1,4 @@
-// The layers of a captured scope as nodes (boxes, borders and lanes of long edges) between neighbouring layers.
+// The layers of a captured scope as nodes (boxes, borders and lanes of long edges) between neighboring layers.
 
 /** @import { Flow } from "./data.js" */
 

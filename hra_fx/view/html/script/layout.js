@@ -3,8 +3,8 @@
 
 /** @import { Flow } from "./data.js" */
 /** @import { Layers } from "./layers.js" */
-/** @import { Size } from "./columns.js" */
-import { BORDER_SIZE, columns, GAP_X, LANE_SIZE } from "./columns.js";
+/** @import { Size } from "./coordinates.js" */
+import { BORDER_SIZE, columns, GAP_X, LANE_SIZE } from "./coordinates.js";
 import { layersOf } from "./layers.js";
 
 const GAP_Y = 24;

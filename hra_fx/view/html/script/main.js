@@ -4,7 +4,7 @@
 /** @import { Look } from "./stage.js" */
 import { around, Boxes } from "./boxes.js";
 import { read } from "./data.js";
-import { Heating } from "./heat.js";
+import { Heatmap } from "./heat.js";
 import { listenToKeys } from "./keyboard.js";
 import { explainHeat, explainLooks } from "./legend.js";
 import { Panel } from "./panel.js";
@@ -15,20 +15,20 @@ import { byId, html } from "./svg.js";
 import { counted } from "./text.js";
 
 const drawing = read(byId("data").textContent ?? "");
-const heating = new Heating(drawing);
+const heatmap = new Heatmap(drawing);
 const boxes = new Boxes(drawing);
 const adapted = drawing.rows.size > 0;
-const UNTURNED = 1e-6; // |Q - I| of rounding
+const UNROTATED = 1e-6; // |Q - I| of rounding
 
 /** @param {string} path */
-function isTurned(path) {
-  return (drawing.rows.get(path) ?? []).some((row) => !(row.rotation < UNTURNED));
+function isRotated(path) {
+  return (drawing.rows.get(path) ?? []).some((row) => !(row.rotation < UNROTATED));
 }
 
 byId("title").textContent = drawing.title;
 byId("facts").textContent = drawing.facts;
-const stage = new Stage(byId("stage"), { boxes, heating, isTurned }, "adapted");
-const panel = new Panel(byId("panel"), drawing, heating, choose);
+const stage = new Stage(byId("stage"), { boxes, heatmap, isRotated }, "adapted");
+const panel = new Panel(byId("panel"), drawing, heatmap, choose);
 const help = /** @type {HTMLDialogElement} */ (byId("help"));
 const input = /** @type {HTMLInputElement} */ (byId("query"));
 const elements = { input, regex: byId("regex"), status: byId("found"), hits: byId("hits") };
@@ -90,17 +90,17 @@ function cellOf(cell) {
 }
 
 function showHeat() {
-  explainHeat(byId("scale"), drawing, heating);
-  stage.recolour();
+  explainHeat(byId("scale"), drawing, heatmap);
+  stage.recolor();
   if (panel.isOpen && stage.selected) panel.show(stage.selected, chosenPath);
 }
 
 const heats = /** @type {HTMLSelectElement} */ (byId("heat"));
 for (const [name, { words }] of drawing.heats) heats.append(html("option", { value: name }, words));
 heats.append(html("option", { value: "" }, "off"));
-heats.value = heating.name;
+heats.value = heatmap.name;
 heats.addEventListener("change", () => {
-  heating.name = heats.value;
+  heatmap.name = heats.value;
   showHeat();
 });
 
@@ -117,10 +117,10 @@ for (const part of /** @type {NodeListOf<HTMLElement>} */ (document.querySelecto
   part.hidden = !adapted;
 }
 
-const missed = byId("missed");
-missed.hidden = !drawing.missed.length;
-missed.textContent = `${counted(drawing.missed.length, "layer")} not adapted`;
-missed.addEventListener("click", () => panel.showMissed());
+const skipped = byId("skipped");
+skipped.hidden = !drawing.skipped.length;
+skipped.textContent = `${counted(drawing.skipped.length, "layer")} not adapted`;
+skipped.addEventListener("click", () => panel.showSkipped());
 
 byId("expand").addEventListener("click", () => setAll(true));
 byId("collapse").addEventListener("click", () => setAll(false));

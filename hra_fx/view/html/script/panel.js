@@ -1,8 +1,8 @@
 // What is known about the selected box; for a box that stands for several layers, about each of them.
 
 /** @import { Drawing, Item, Row } from "./data.js" */
-/** @import { Heating } from "./heat.js" */
-import { marksOf, missedIn } from "./data.js";
+/** @import { Heatmap } from "./heat.js" */
+import { marksOf, skippedIn } from "./data.js";
 import { spectrum } from "./spectrum.js";
 import { html } from "./svg.js";
 import { counted } from "./text.js";
@@ -16,17 +16,17 @@ export class Panel {
   /**
    * @param {HTMLElement} element
    * @param {Drawing} drawing
-   * @param {Heating} heating
+   * @param {Heatmap} heatmap
    * @param {(item: Item, path?: string) => void} choose called with a box that the reader wants to see
    */
-  constructor(element, drawing, heating, choose) {
+  constructor(element, drawing, heatmap, choose) {
     this.element = element;
     this.drawing = drawing;
-    this.heating = heating;
+    this.heatmap = heatmap;
     this.choose = choose;
     this.whenClosed = () => {};
     /** @type {Map<string, string>} */
-    this.reasons = new Map(drawing.missed.map(({ path, reason }) => [path, reason]));
+    this.reasons = new Map(drawing.skipped.map(({ path, reason }) => [path, reason]));
   }
 
   get isOpen() {
@@ -62,7 +62,7 @@ export class Panel {
     this.#open(title, [
       ...this.#place(item),
       this.#facts(item, marks),
-      ...this.#missed(item),
+      ...this.#skipped(item),
       ...(one ? this.#layer(one, marks.length > 1) : []),
       ...(marks.length > 1 || (item.isScope && marks.length) ? this.#layers(item, marks, one) : []),
       ...this.#paths(item, marks),
@@ -95,26 +95,26 @@ export class Panel {
       [item.kind === "op" ? "reads" : "class", item.detail],
       ["shape", item.shape],
       ["dtype", item.dtype],
-      ["runs", { captured: "in a captured graph", python: "as Python; order of definition" }[item.kind] ?? ""],
+      ["runs", { traced: "in a captured graph", python: "as Python; order of definition" }[item.kind] ?? ""],
       ["stands for", several > 1 ? `${several} that look alike` : ""],
       [several > 1 ? "parameters of all" : "parameters", parameters ? parameters.toLocaleString("en") : ""],
       ["adapted layers", item.isScope && marks.length ? String(marks.length) : ""],
       ["trained by HRA", trained.length > 1 ? trainedOf(trained).toLocaleString("en") : ""],
     ];
-    if (item.kind === "site" && !marks.length) facts.push(["adapter", "the layer's own, in its first call"]);
+    if (item.kind === "adapted_layer" && !marks.length) facts.push(["adapter", "the layer's own, in its first call"]);
     return list(facts);
   }
 
   /** @param {Item} item */
-  #missed(item) {
-    const paths = item.isScope ? missedIn(item) : item.missed;
+  #skipped(item) {
+    const paths = item.isScope ? skippedIn(item) : item.skipped;
     if (!paths.length) return [];
     const title = item.isScope ? `${counted(paths.length, "layer")} not adapted` : "Not adapted";
     return [html("section", { class: "not-adapted" }, html("h3", {}, title), ...this.#reasoned(paths))];
   }
 
   /**
-   * Layers by the reason why they were missed.
+   * Layers by the reason why they were skipped.
    * @param {string[]} paths
    */
   #reasoned(paths) {
@@ -124,7 +124,7 @@ export class Panel {
       const reason = this.reasons.get(path) ?? "";
       groups.set(reason, [...(groups.get(reason) ?? []), path]);
     }
-    const items = new Map(this.drawing.missed.map(({ path, item }) => [path, item]));
+    const items = new Map(this.drawing.skipped.map(({ path, item }) => [path, item]));
     return [...groups].flatMap(([reason, group]) => {
       const buttons = group.slice(0, LISTED).map((path) => {
         const go = () => this.choose(/** @type {Item} */ (items.get(path)), path);
@@ -135,9 +135,9 @@ export class Panel {
     });
   }
 
-  /** The layers of the whole drawing that were missed. */
-  showMissed() {
-    const paths = this.drawing.missed.map(({ path }) => path);
+  /** The layers of the whole drawing that were skipped. */
+  showSkipped() {
+    const paths = this.drawing.skipped.map(({ path }) => path);
     const words = "These layers could carry reflections and have none.";
     const reasons = html("section", { class: "not-adapted" }, html("p", {}, words), ...this.#reasoned(paths));
     this.#open(`${counted(paths.length, "layer")} not adapted`, [reasons]);
@@ -173,8 +173,8 @@ export class Panel {
     const head = html("tr", {}, ...named.map((name) => html("th", { scope: "col" }, name)));
     const body = rows.slice(0, LISTED).map((row) => {
       const tint = html("i", { class: "tint", "aria-hidden": "true" });
-      const value = this.heating.mean([row.path]);
-      tint.style.background = value === undefined ? "" : this.heating.colour(value);
+      const value = this.heatmap.mean([row.path]);
+      tint.style.background = value === undefined ? "" : this.heatmap.color(value);
       const go = () => this.choose(item.isScope ? this.#holder(row.path) : item, row.path);
       const name = html(
         "th",
@@ -206,7 +206,7 @@ export class Panel {
    * @param {string[]} marks
    */
   #paths(item, marks) {
-    if (item.paths.length < 2 || (!item.isScope && marks.length > 1) || item.missed.length) return [];
+    if (item.paths.length < 2 || (!item.isScope && marks.length > 1) || item.skipped.length) return [];
     const lines = item.paths.slice(0, LISTED).map((path) => html("li", {}, ...broken(path)));
     if (item.paths.length > LISTED) lines.push(html("li", {}, `and ${item.paths.length - LISTED} more`));
     return [html("section", {}, html("h3", {}, "Modules"), html("ul", { class: "plain" }, ...lines))];
@@ -227,7 +227,7 @@ function adapterFacts(row) {
     ["mean angle", degrees(row.mean_angle), `${row.mean_angle} radians`],
     ["largest angle", degrees(row.angle), `${row.angle} radians`],
     ["|Q - I|", row.rotation.toFixed(3), String(row.rotation)],
-    ["share of the weight turned", `${(100 * row.share).toFixed(2)}%`, String(row.share)],
+    ["share of the weight rotated", `${(100 * row.share).toFixed(2)}%`, String(row.share)],
     ["|QᵀQ - I|", row.orthogonality.toExponential(0), String(row.orthogonality)],
   ];
 }

@@ -148,7 +148,7 @@ function entriesOf(items) {
   const entries = [];
   for (const item of items) {
     if (!item.parent) continue;
-    const paths = new Set([...item.paths, ...item.marks, ...item.missed]);
+    const paths = new Set([...item.paths, ...item.marks, ...item.skipped]);
     if (!paths.size) {
       const scope = item.parent.target;
       const name = scope ? `${scope}: ${item.label}` : item.label;

@@ -1,4 +1,4 @@
-// The angles by which a layer's planes are turned, as bars.
+// The angles by which a layer's planes are rotated, as bars.
 
 import { html, svg } from "./svg.js";
 
@@ -33,7 +33,7 @@ export function spectrum(angles) {
     bar.append(svg("title", {}, `plane ${index + 1}: ${angle.toFixed(2)}°`));
     chart.append(bar);
   });
-  const words = degrees.length === 1 ? "1 plane" : `planes 1 to ${degrees.length}, most turned first`;
+  const words = degrees.length === 1 ? "1 plane" : `planes 1 to ${degrees.length}, most rotated first`;
   chart.append(svg("text", { x: (LEFT + WIDTH) / 2, y: HEIGHT - 4, "text-anchor": "middle" }, words));
   return html("figure", {}, html("figcaption", {}, "Angle by plane"), chart);
 }

@@ -72,9 +72,9 @@ export class Stage {
     for (const pane of this.panes) pane.select(item);
   }
 
-  /** Colour everything anew. */
-  recolour() {
-    for (const pane of this.panes) pane.recolour();
+  /** Color everything anew. */
+  recolor() {
+    for (const pane of this.panes) pane.recolor();
   }
 
   /**
@@ -168,7 +168,7 @@ export class Stage {
   reveal(item) {
     const { x, y, width, height } = this.paint.boxes.absolute(item);
     const { scroller } = this.panes[0];
-    const centre = (/** @type {number} */ start, /** @type {number} */ size, /** @type {number} */ room) =>
+    const center = (/** @type {number} */ start, /** @type {number} */ size, /** @type {number} */ room) =>
       size * this.zoom > room ? (start + MARGIN) * this.zoom - 40 : (start + size / 2 + MARGIN) * this.zoom - room / 2;
     const seen =
       (x + MARGIN) * this.zoom >= scroller.scrollLeft &&
@@ -178,8 +178,8 @@ export class Stage {
     if (seen) return;
     const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
     this.#scroll({
-      left: centre(x, width, scroller.clientWidth),
-      top: centre(y, height, scroller.clientHeight),
+      left: center(x, width, scroller.clientWidth),
+      top: center(y, height, scroller.clientHeight),
       behavior: still ? "auto" : "smooth",
     });
   }

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import hra_fx
 from hra_fx import HRAConfig, report, transform
-from hra_fx.reporting import Missed
+from hra_fx.reporting.skipped_layers import SkippedLayer
 
 
 def llama(layers: int = 2) -> Any:
@@ -29,17 +29,17 @@ def llama(layers: int = 2) -> Any:
 
 
 def reasons(model: Any) -> dict[str, str]:
-    return {layer.path: layer.reason for layer in report(model).missed}
+    return {layer.path: layer.reason for layer in report(model).skipped}
 
 
-def test_every_layer_is_either_adapted_or_missed() -> None:
+def test_every_layer_is_either_adapted_or_skipped() -> None:
     model = llama()
     linear = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     found = report(transform(model, HRAConfig(r=2, target_modules=["q_proj", "down_proj"])))
-    adapted, missed = {row.path for row in found}, {layer.path for layer in found.missed}
-    assert adapted | missed == linear
-    assert not adapted & missed
-    assert [layer.site for layer in found.missed if layer.path == "lm_head"] == ["Linear 16->20"]
+    adapted, skipped = {row.path for row in found}, {layer.path for layer in found.skipped}
+    assert adapted | skipped == linear
+    assert not adapted & skipped
+    assert [layer.site for layer in found.skipped if layer.path == "lm_head"] == ["Linear 16->20"]
 
 
 def test_not_named() -> None:
@@ -123,14 +123,14 @@ def test_several_adapters_give_a_reason_each() -> None:
 def test_columns_of_gpt2_are_layers_too() -> None:
     config = GPT2Config(vocab_size=20, n_positions=8, n_embd=16, n_layer=1, n_head=2)
     found = report(transform(GPT2LMHeadModel(config), HRAConfig(r=2, target_modules=["c_attn"])))
-    assert {layer.path: layer.site for layer in found.missed}["transformer.h.0.mlp.c_fc"] == "Conv1D 16->64"
+    assert {layer.path: layer.site for layer in found.skipped}["transformer.h.0.mlp.c_fc"] == "Conv1D 16->64"
 
 
 def test_a_layer_that_was_put_in_its_place_since() -> None:
     model: Any = transform(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), HRAConfig(r=2, target_modules=["0", "1"]))
     model[1] = nn.Linear(4, 2)
-    assert report(model).missed == (
-        Missed("1", "Linear 4->2", "it was folded, or put in its place, after the model was transformed"),
+    assert report(model).skipped == (
+        SkippedLayer("1", "Linear 4->2", "it was folded, or put in its place, after the model was transformed"),
     )
 
 
@@ -155,15 +155,15 @@ def test_around_a_transformed_model() -> None:
     assert reasons(whole.model) == {"1": text}
 
 
-def test_a_shared_layer_is_missed_once() -> None:
+def test_a_shared_layer_is_skipped_once() -> None:
     layer = nn.Linear(4, 4)
     model = transform(nn.Sequential(layer, nn.ReLU(), layer, nn.Linear(4, 4)), HRAConfig(r=2, target_modules=["3"]))
-    assert [layer.path for layer in report(model).missed] == ["0"]
+    assert [layer.path for layer in report(model).skipped] == ["0"]
 
 
-def test_nothing_is_missed_where_all_is_adapted() -> None:
+def test_nothing_is_skipped_where_all_is_adapted() -> None:
     found = report(transform(nn.Sequential(nn.Linear(4, 4)), HRAConfig(r=2, target_modules=["0"])))
-    assert found.missed == ()
+    assert found.skipped == ()
     assert "Without reflections" not in str(found)
 
 
@@ -175,7 +175,7 @@ def test_the_table_says_it_once_with_the_count() -> None:
     assert " and 10 more: target_modules=['q_proj'] does not name it\n" in text
 
 
-def test_a_report_of_missed_layers_draws_no_numbers() -> None:
+def test_a_report_of_skipped_layers_draws_no_numbers() -> None:
     model = transform(llama(), HRAConfig(r=2, target_modules=["q_proj"]))
     state = torch.get_rng_state()
     report(model)

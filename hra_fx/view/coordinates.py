@@ -1,9 +1,9 @@
 """Where the boxes of a layered layout stand from left to right (in the manner of Brandes and Köpf 2002,
 https://doi.org/10.1007/3-540-45848-4_3).
 
-Nodes of neighbouring layers are aligned along edges that do not cross, so that chains become straight lines; such lines
+Nodes of neighboring layers are aligned along edges that do not cross, so that chains become straight lines; such lines
 move as a whole. They start midway between the leftmost and the rightmost places that the order allows, and are drawn
-towards their neighbours as far as there is room.
+towards their neighbors as far as there is room.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def columns(rows: Sequence[Sequence[Node]], graph: nx.DiGraph[Node], size: Calla
 
     Args:
         rows: the layers, each from left to right.
-        graph: edges between neighbouring layers.
+        graph: edges between neighboring layers.
         size: the size of a node.
     """
     lines = _lines(rows, graph, size)

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import hra_fx
 from hra_fx import HRAConfig, report, transform
-from hra_fx.model.rotated_share import share_turned
+from hra_fx.functional.rotated_energy import rotated_energy
 
 F64 = torch.float64
 
@@ -82,28 +82,28 @@ def test_every_kind_of_layer(kind: str, dtype: torch.dtype, r: int, apply_GS: bo
 @pytest.mark.parametrize(("d", "k"), [(5, 5), (4, 9), (3, 12)])
 def test_as_many_reflections_as_dimensions_get_hold_of_all(d: int, k: int) -> None:
     weight, chain = normal(1, 6, d), normal(2, d, k)
-    assert share_turned(weight, chain) == pytest.approx(oracle_share(weight, dense_product(chain)))
-    assert share_turned(weight, chain) <= 1
+    assert rotated_energy(weight, chain) == pytest.approx(oracle_share(weight, dense_product(chain)))
+    assert rotated_energy(weight, chain) <= 1
 
 
 def test_a_weight_that_is_read_in_pieces() -> None:
     weight, chain = normal(1, 3000, 2000).float(), normal(2, 2000, 3)
     basis = torch.linalg.qr(chain).Q
     wanted = float((weight.double() @ basis).square().sum() / weight.double().square().sum())
-    assert share_turned(weight, chain) == pytest.approx(wanted, rel=1e-5)
+    assert rotated_energy(weight, chain) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_what_cancels_is_not_turned() -> None:
     chain = torch.zeros(6, 4)
     chain[0, :2], chain[1, 2], chain[2, 3] = 1.0, 1.0, 1.0
-    assert share_turned(torch.eye(6), chain) == pytest.approx(2 / 6)
+    assert rotated_energy(torch.eye(6), chain) == pytest.approx(2 / 6)
 
 
 def test_a_weight_of_zeros_has_no_share_and_none_that_is_not_finite_a_number() -> None:
     chain = normal(0, 4, 2)
-    assert share_turned(torch.zeros(3, 4), chain) == 0.0
-    assert math.isnan(share_turned(torch.full((3, 4), math.nan), chain))
-    assert math.isnan(share_turned(torch.ones(3, 4), torch.full((4, 2), math.inf)))
+    assert rotated_energy(torch.zeros(3, 4), chain) == 0.0
+    assert math.isnan(rotated_energy(torch.full((3, 4), math.nan), chain))
+    assert math.isnan(rotated_energy(torch.ones(3, 4), torch.full((4, 2), math.inf)))
 
 
 def test_without_data_it_is_not_a_number() -> None:
@@ -116,7 +116,7 @@ def test_without_data_it_is_not_a_number() -> None:
     assert (row.d, row.r) == (6, 2)
 
 
-def test_a_weight_that_was_quantised_since_is_not_read() -> None:
+def test_a_weight_that_was_quantized_since_is_not_read() -> None:
     model: Any = transform(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"], init_weights=False))
     model[0]._parameters["weight"] = nn.Parameter(torch.ones(4, 6, dtype=torch.int8), requires_grad=False)
     (row,) = report(model)

@@ -33,7 +33,7 @@ def focused(drawing: Drawing, focus: str | None) -> Drawing:
     if not inside:
         raise VisualizeError(f"focus: {_unknown(drawing, focus, leaves.values())}")
     rows = tuple(row for row in drawing.rows if _within(row.path, focus))
-    missed = {path: why for path, why in drawing.missed.items() if _within(path, focus)}
+    skipped = {path: why for path, why in drawing.skipped.items() if _within(path, focus)}
     sites = {mark.path for leaf in inside.values() for mark in leaf.marks}
     here = f"{len(sites)} adapted layer{'' if len(sites) == 1 else 's'} here" if drawing.rows else "a part"
     return replace(
@@ -42,7 +42,7 @@ def focused(drawing: Drawing, focus: str | None) -> Drawing:
         facts=f"{here}; in the model {drawing.facts}",
         picture=_cut_out(drawing.picture, focus, inside),
         rows=rows,
-        missed=missed,
+        skipped=skipped,
     )
 
 
@@ -58,9 +58,9 @@ def _cut_out(picture: nx.DiGraph[str], focus: str, inside: dict[str, Leaf]) -> n
     """The leaves inside, one box for each value that comes from outside, and one for each that is read there."""
     part: nx.DiGraph[str] = nx.DiGraph()
     graph = picture.graph
-    captured = _is_captured(focus, graph["regions"])
-    below = {path for path in graph["regions"] if path.startswith(f"{focus}.")}
-    part.graph.update(graph, regions=frozenset(below | ({""} if captured else set())))
+    captured = _is_captured(focus, graph["traced"])
+    below = {path for path in graph["traced"] if path.startswith(f"{focus}.")}
+    part.graph.update(graph, traced=frozenset(below | ({""} if captured else set())))
     part.graph["classes"] = {**graph["classes"], "": graph["classes"].get(focus, "")}
     address = _addresses(picture)
     for source in dict.fromkeys(source for key in inside for source in picture.pred[key] if source not in inside):

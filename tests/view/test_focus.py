@@ -7,9 +7,9 @@ import pytest
 import torch
 from drawn_models import drawn
 
-from hra_fx.view.closing import closed
+from hra_fx.view.collapse import collapsed
 from hra_fx.view.drawing import Drawing, drawing_of
-from hra_fx.view.focusing import focused
+from hra_fx.view.focus import focused
 from hra_fx.view.tree import Leaf, Scope
 
 
@@ -92,7 +92,7 @@ def test_a_closed_module_has_all_that_is_in_it(name: str) -> None:
     numbers = sum(leaf.parameters for leaf in leaves(drawing).values())
     before = len(drawing.picture) + 1
     for depth in (9, 3, 2, 1, 0):
-        part = closed(drawing, depth)
+        part = collapsed(drawing, depth)
         assert sorted(mark.path for leaf in leaves(part).values() for mark in leaf.marks) == sites
         assert sum(leaf.parameters for leaf in leaves(part).values()) == numbers
         assert len(part.picture) <= before
@@ -101,7 +101,7 @@ def test_a_closed_module_has_all_that_is_in_it(name: str) -> None:
 
 
 def test_with_depth_0_the_children_are_boxes() -> None:
-    part = closed(drawing_of(drawn("resnet")), 0)
+    part = collapsed(drawing_of(drawn("resnet")), 0)
     assert [leaf.name for leaf in leaves(part).values()] == [
         *("x", "conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool", "flatten", "fc"),
         "output",
@@ -111,4 +111,4 @@ def test_with_depth_0_the_children_are_boxes() -> None:
 
 def test_without_a_depth_nothing_is_closed() -> None:
     drawing = drawing_of(drawn("shared"))
-    assert closed(drawing, None) is drawing
+    assert collapsed(drawing, None) is drawing

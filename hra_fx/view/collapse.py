@@ -1,7 +1,7 @@
 """A drawing with the modules below a depth closed: each is one box that stands for all that is in it.
 
 For formats that keep every box by itself; what is drawn on a page closes modules in the tree of scopes instead, where
-neighbours that look alike are one.
+neighbors that look alike are one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hra_fx.view.drawing import Drawing
 from hra_fx.view.tree import Leaf, module_of
 
 
-def closed(drawing: Drawing, depth: int | None) -> Drawing:
+def collapsed(drawing: Drawing, depth: int | None) -> Drawing:
     """The drawing with so many levels of modules open.
 
     Modules whose calls are interleaved read from each other once they are closed, so the picture may have cycles.

@@ -1,4 +1,4 @@
-"""The heat of a whole picture: a value and a colour for each adapted layer, and the scale that they share."""
+"""The heat of a whole picture: a value and a color for each adapted layer, and the scale that they share."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from hra_fx.errors import VisualizeError
-from hra_fx.reporting.colormap import colour
+from hra_fx.reporting.colormap import color
 from hra_fx.reporting.heat import HEATS, heat_of, scale
 from hra_fx.view.drawing import Drawing
 
 
 @dataclass(frozen=True)
-class Heating:
+class Heatmap:
     """The values of a whole picture.
 
     Attributes:
@@ -35,12 +35,12 @@ class Heating:
         """A value with its unit."""
         return "unknown" if math.isnan(value) else f"{value:.{_decimals(self.top)}f}{HEATS[self.name].unit}"
 
-    def colour(self, value: float) -> str:
-        """The colour of a value."""
-        return colour(value, self.top)
+    def color(self, value: float) -> str:
+        """The color of a value."""
+        return color(value, self.top)
 
 
-def heating(drawing: Drawing, name: str | None) -> Heating | None:
+def heatmap_of(drawing: Drawing, name: str | None) -> Heatmap | None:
     """The heat of a picture, `None` where none is asked for.
 
     Raises:
@@ -54,7 +54,7 @@ def heating(drawing: Drawing, name: str | None) -> Heating | None:
             "Leave heat out, or draw a model that went through hra_fx.transform."
         )
     values = heat_of(drawing.rows, name)
-    return Heating(name, values, scale(values.values()))
+    return Heatmap(name, values, scale(values.values()))
 
 
 def _decimals(top: float) -> int:
