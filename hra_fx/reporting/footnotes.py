@@ -61,12 +61,11 @@ def _by_reason(skipped: Collection[SkippedLayer]) -> list[str]:
 
 
 def _counted(texts: Collection[str]) -> dict[str, int]:
-    """Texts with `*` for the numbers of layers, and how many are the same then."""
-    counted: dict[str, int] = {}
+    """Texts and how often they occur. Texts that differ only in the indices of layers are one, with `*` for these."""
+    same: dict[str, list[str]] = {}
     for text in texts:
-        key = re.sub(r"(?<![^\s.])\d+(?=[. ])|(?<=\.)\d+(?=[. ]|$)", "*", text)
-        counted[key] = counted.get(key, 0) + 1
-    return counted
+        same.setdefault(re.sub(r"(?<![^\s.])\d+(?=[. ])|(?<=\.)\d+(?=[. ]|$)", "*", text), []).append(text)
+    return {key if len(found) > 1 else found[0]: len(found) for key, found in same.items()}
 
 
 def _listed(names: dict[str, int]) -> str:

@@ -25,9 +25,9 @@ class Row:
         angles: rotation angle of each plane that `Q` rotates, in radians from 0 to pi, in descending order. A reflected
             direction that is left over counts as one angle of pi. Angles below the rounding error are left out.
         orthogonality: `|Q^T Q - I|_F` of `Q` in the precision of the forward pass.
-        share: share of the weight that `Q` changes: `|W P|_F^2 / |W|_F^2`, with `P` the projector on the directions that
-            `Q` does not leave as they are. A quantized weight is dequantized first. NaN if the weight cannot be read
-            (no data, sharded, or its library cannot dequantize it here).
+        share: share of the weight that `Q` changes: `|W P|_F^2 / |W|_F^2`, with `P` the projector on the directions
+            that `Q` does not leave as they are. A quantized weight is dequantized first. NaN if the weight cannot be
+            read (no data, sharded, or its library cannot dequantize it here).
         graph: path of the traced graph that shows the layer (`""` for the whole model), `None` if there is none or
             `report` was called without `capture=True`.
         graph_reason: why that graph is not larger, `""` for the whole model.

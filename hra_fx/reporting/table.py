@@ -35,7 +35,9 @@ class Column:
     priority: int = 0
 
 
-def fit_table(columns: Sequence[Column], rows: Collection[Sequence[str]], width: int, title: str | None = None) -> Table:
+def fit_table(
+    columns: Sequence[Column], rows: Collection[Sequence[str]], width: int, title: str | None = None
+) -> Table:
     """A table with as many columns as fit into a width. Columns without any text are left out.
 
     Args:

@@ -1,4 +1,4 @@
-"""The heat of a whole picture: a value and a color for each adapted layer, and the scale that they share."""
+"""The heatmap of a picture: a value and a color for each adapted layer, on one scale."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hra_fx.view.drawing import Drawing
 
 @dataclass(frozen=True)
 class Heatmap:
-    """The values of a whole picture.
+    """The values of a picture.
 
     Attributes:
-        name: which heat.
+        name: which measure, a key of `HEATS`.
         values: one for each adapted layer, in the unit of the legend.
         top: the upper end of the legend.
     """
@@ -27,7 +27,7 @@ class Heatmap:
     top: float
 
     def mean(self, paths: Iterable[str]) -> float:
-        """The mean of some layers; NaN where there is none, or one of them is unknown."""
+        """The mean of some layers; NaN if there are none, or if one is unknown."""
         values = [self.values.get(path, math.nan) for path in paths]
         return sum(values) / len(values) if values else math.nan
 
@@ -41,24 +41,24 @@ class Heatmap:
 
 
 def heatmap_of(drawing: Drawing, name: str | None) -> Heatmap | None:
-    """The heat of a picture, `None` where none is asked for.
+    """The heatmap of a picture, `None` for `None`.
 
     Raises:
-        VisualizeError: the model has no reflections.
+        VisualizeError: the model has no adapters.
     """
     if name is None:
         return None
     if not drawing.rows:
         raise VisualizeError(
-            f"heat: {name!r} shows what reflections do, and {drawing.title} has none. "
-            "Leave heat out, or draw a model that went through hra_fx.transform."
+            f"`heat` must be None for {drawing.title}, which has no adapters, got {name!r}. "
+            "Draw a model that went through hra_fx.transform."
         )
     values = heat_of(drawing.rows, name)
     return Heatmap(name, values, scale(values.values()))
 
 
 def _decimals(top: float) -> int:
-    """So many that about a hundredth of the scale can be seen.
+    """Enough decimals to show about a hundredth of the scale.
 
     >>> _decimals(45.0), _decimals(4.0), _decimals(0.04)
     (0, 2, 4)

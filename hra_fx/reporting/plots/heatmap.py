@@ -77,7 +77,9 @@ def _figure(grid: _Heatmap, title: str, subtitle: str) -> Figure:
     axes.set_ylim(len(grid.layout.projections), 0)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_yticks([row + 0.5 for row in range(len(grid.layout.projections))], list(map(shown, grid.layout.projections)))
+    axes.set_yticks(
+        [row + 0.5 for row in range(len(grid.layout.projections))], list(map(shown, grid.layout.projections))
+    )
     _cells(axes, grid)
     depth = label_blocks(axes, grid.layout.blocks, grid.cell)
     entitle(axes, title, subtitle)

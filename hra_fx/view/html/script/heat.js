@@ -1,4 +1,4 @@
-// How far layers were rotated, as colors: interpolated as in hra_fx/view/heat.py.
+// The heatmap: values as colors, interpolated as in hra_fx/reporting/colormap.py.
 
 /** @import { Drawing, Heat } from "./data.js" */
 
@@ -6,7 +6,7 @@ export class Heatmap {
   /** @param {Drawing} drawing */
   constructor(drawing) {
     this.drawing = drawing;
-    /** What is shown: the name of a heat, or "" for none. */
+    /** The name of the measure that is shown, or "" for none. */
     this.name = drawing.heats.has(drawing.heat) ? drawing.heat : "";
   }
 
@@ -16,7 +16,7 @@ export class Heatmap {
   }
 
   /**
-   * The mean value of some layers, `undefined` where nothing is shown.
+   * The mean value of some layers, `undefined` if no heatmap is shown.
    * @param {string[]} paths
    */
   mean(paths) {
@@ -46,7 +46,7 @@ export class Heatmap {
 }
 
 /**
- * Black or white, whichever is easier to read on a color.
+ * Black or white, whichever has the higher contrast on a color.
  * @param {string} fill
  */
 export function inkOn(fill) {

@@ -1,4 +1,4 @@
-// Moving between boxes with the arrow keys, and the keys of the page.
+// The keys of the page, and moving between boxes with the arrow keys.
 
 /** @import { Item } from "./data.js" */
 /** @import { Boxes } from "./boxes.js" */
@@ -122,7 +122,7 @@ function target(boxes, item) {
 }
 
 /**
- * How far the other box begins after this one ends, in a direction; negative where it does not.
+ * The distance from the end of one range to the start of another in a direction; negative if they overlap.
  * @param {number} start
  * @param {number} size
  * @param {number} other
@@ -134,7 +134,7 @@ function gap(start, size, other, otherSize, sign) {
 }
 
 /**
- * How far two ranges are apart; 0 where they overlap.
+ * The distance of two ranges; 0 if they overlap.
  * @param {number} start
  * @param {number} size
  * @param {number} other

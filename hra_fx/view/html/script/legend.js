@@ -1,18 +1,19 @@
-// What the colors and the looks of boxes mean.
+// The legend: colors and looks of boxes.
 
 /** @import { Drawing } from "./data.js" */
 /** @import { Heatmap } from "./heat.js" */
 import { html } from "./svg.js";
 
-/** Looks of boxes and their words, with what a drawing must have for them to be told.
+/** Looks of boxes, their texts, and whether a drawing has them.
  * @type {[string, string, (drawing: Drawing) => boolean][]} */
 const LOOKS = [
-  ["adapted_layer", "layer with its reflection on top", ({ rows }) => rows.size > 0],
+  ["adapted_layer", "adapted layer, with its adapter on top", ({ rows }) => rows.size > 0],
   ["traced", "module; click to open", has("traced")],
-  ["untraced", "module that runs as Python: no edges inside", has("untraced")],
+  ["untraced", "module that is not traced: no edges inside", has("untraced")],
   ["module", "other module or operation", (drawing) => has("module")(drawing) || has("op")(drawing)],
-  ["eager", "Python module without adapters", has("eager")],
-  ["skipped", "could carry reflections, has none", ({ skipped }) => skipped.length > 0],
+  ["eager", "not traced, without adapters", has("eager")],
+  ["skipped", "layer without an adapter", ({ skipped }) => skipped.length > 0],
+  ["trained", "trained in full (modules_to_save)", ({ items }) => items.some(({ trained }) => trained.length)],
 ];
 
 /** @param {string} kind */
@@ -33,7 +34,7 @@ export function explainLooks(element, drawing) {
 }
 
 /**
- * The colors of heat, from nothing to the largest value.
+ * The color scale, from 0 to the largest value.
  * @param {HTMLElement} element
  * @param {Drawing} drawing
  * @param {Heatmap} heatmap
@@ -47,7 +48,7 @@ export function explainHeat(element, drawing, heatmap) {
   const bar = html("span", { class: "bar" });
   bar.style.background = `linear-gradient(to right, ${drawing.palette.join(", ")})`;
   const [low, high] = [0, heat.top].map((value) => `${Number(value.toPrecision(4))}${heat.unit}`);
-  const rotated = [...heat.values.values()].some((value) => value > 1e-6);
-  const note = rotated ? [] : [html("span", { class: "note" }, "no layer is rotated yet")];
+  const isRotated = [...heat.values.values()].some((value) => value > 1e-6);
+  const note = isRotated ? [] : [html("span", { class: "note" }, "no layer is rotated yet")];
   element.replaceChildren(html("span", { class: "measure" }, heat.words), low, bar, high, ...note);
 }

@@ -1,4 +1,4 @@
-// The page: what its controls do.
+// The controls of the page.
 
 /** @import { Item } from "./data.js" */
 /** @import { Look } from "./stage.js" */
@@ -36,9 +36,9 @@ new Search(elements, drawing, choose).listen();
 let chosenPath = "";
 
 /**
- * Select a box; the panel tells about it.
+ * Select a box and show it in the panel.
  * @param {Item} item
- * @param {string} [path] which of the layers that it stands for
+ * @param {string} [path] which of its layers
  */
 function select(item, path = "") {
   chosenPath = path;
@@ -76,7 +76,7 @@ function setAll(open) {
 byId("stage").addEventListener("click", (event) => {
   const target = /** @type {Element} */ (event.target);
   const group = /** @type {HTMLElement | null} */ (target.closest(".box"));
-  // The second click of a double one finds what the first has opened, and leaves it.
+  // Ignore the second click of a double click: the first one has opened the module.
   if (!group || event.detail > 1 || target.closest(".dragged")) return;
   const item = drawing.items[Number(group.dataset.index)];
   if (!item.parent) return;
@@ -109,7 +109,7 @@ explainLooks(byId("looks"), drawing);
 for (const choice of /** @type {NodeListOf<HTMLInputElement>} */ (document.querySelectorAll("[name=look]"))) {
   choice.addEventListener("change", () => {
     stage.show(/** @type {Look} */ (choice.value));
-    looks.open = choice.value !== "all"; // three drawings have no room for it
+    looks.open = choice.value !== "all"; // no room beside three drawings
     stage.fit();
   });
 }

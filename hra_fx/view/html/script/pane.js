@@ -42,7 +42,7 @@ export class Pane {
   }
 
   /**
-   * Draw scopes anew that were opened or closed, and put what is around them in place.
+   * Redraw scopes that were opened or closed, and move everything around them.
    * @param {Item[]} items
    */
   redraw(items) {
@@ -67,7 +67,7 @@ export class Pane {
   }
 
   /**
-   * The outline of a scope whose inside has changed its size.
+   * Update the outline of a scope whose inside has changed its size.
    * @param {Item} scope
    * @param {SVGGElement} group
    */
@@ -87,7 +87,7 @@ export class Pane {
     group.querySelector(":scope > .title > .badge-words")?.setAttribute("x", String(width - 8 - wide / 2));
   }
 
-  /** Take over the size of the drawing. */
+  /** Update to the size of the drawing. */
   resize() {
     const { width, height } = this.paint.boxes.of(this.root);
     this.width = Math.ceil(width) + 2 * MARGIN;
@@ -96,7 +96,7 @@ export class Pane {
   }
 
   /**
-   * Color boxes by heat.
+   * Color boxes by the heatmap.
    * @param {Element} [within]
    */
   recolor(within = this.svg) {
@@ -119,7 +119,7 @@ export class Pane {
   }
 
   /**
-   * Mark a box and its edges, and no other.
+   * Highlight only this box and its edges.
    * @param {Item | null} item
    */
   select(item) {
