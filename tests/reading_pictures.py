@@ -44,7 +44,7 @@ def _dot(file: Path) -> list[str]:
 
 
 def _graphml(file: Path) -> list[str]:
-    return [path for _, sites in nx.read_graphml(file).nodes(data="sites") if sites for path in sites.split("\n")]
+    return [path for _, sites in nx.read_graphml(file).nodes(data="adapted_layers") if sites for path in sites.split("\n")]
 
 
 def _json(file: Path) -> list[str]:

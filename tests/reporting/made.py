@@ -18,12 +18,7 @@ HOSTILE = "<script>alert('&')</script>|`*[red]_x_[/red]\\\"~#"
 
 _ROW = Row(
     path="layer",
-    region="whole",
-    region_path="",
-    region_sites=1,
-    region_reason="",
-    site="Linear 8->4",
-    on_weight=False,
+    layer_type="Linear 8->4",
     adapter="default",
     active=True,
     d=8,
@@ -47,7 +42,7 @@ def report_of(*rows: Row, skipped: tuple[SkippedLayer, ...] = ()) -> Report:
 
 
 def blocks(count: int, *names: str, stack: str = "model.layers", **fields: Any) -> list[Row]:
-    """The rows of a deep model, each rotated a little more than the one before."""
+    """The rows of a deep model, with increasing angles."""
     angles = torch.linspace(0.01, 0.5, count * len(names)).tolist()
     paths = [f"{stack}.{index}.attn.{name}" for index in range(count) for name in names]
     return [row(path, mean_angle=angle, angle=2 * angle, **fields) for path, angle in zip(paths, angles, strict=True)]

@@ -1,4 +1,4 @@
-"""The forms of a report: terminal, Markdown, JSON and notebook, with names that want to be more than names."""
+"""The formats of a report: terminal, Markdown, JSON and notebook, with names that contain markup."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hra_fx import report
 from hra_fx.reporting.result import Report
 from hra_fx.reporting.skipped_layers import SkippedLayer
 
-WORDS = ["layer", "adapted_layer", "region", "d", "r", "params", "|Q - I|", "mean angle", "largest", "rotated"]
+WORDS = ["layer", "type", "d", "r", "params", "|Q - I|", "mean angle", "max angle", "share of W"]
 
 
 def in_terminal(found: Report, width: int) -> str:
@@ -37,25 +37,26 @@ def test_all_columns_and_numbers_are_in_a_wide_terminal() -> None:
     for shown in (f"{math.degrees(only.mean_angle):.1f}°", f"{math.degrees(only.angle):.1f}°", f"{only.rotation:.3f}"):
         assert shown in text
     assert f"{100 * only.share:.1f}%" in text
-    assert "1 site, 12 trained parameters, adapter default" in text
+    assert "1 adapted layer, 12 adapter parameters, adapter default" in text
 
 
 def test_a_narrow_terminal_keeps_the_layer_and_its_angles() -> None:
     found = report_of(*blocks(2, "q_proj", "v_proj"))
     lost: list[str] = []
-    for width in range(200, 40, -1):
-        line = heading_line(in_terminal(found, width))
+    for width in range(130, 40, -1):
+        text = in_terminal(found, width)
+        line = heading_line(text)
         missing = [name for name in WORDS if f" {name} " not in f" {line} "]
         lost += [name for name in missing if name not in lost]
         assert set(lost) == set(missing), "what is gone does not come back"
-        assert all(len(line) <= width for line in in_terminal(found, width).splitlines())
-    assert lost == ["adapted_layer", "d", "region", "|Q - I|", "params", "rotated", "r"]
+        assert all(len(line) <= width for line in text.splitlines())
+    assert lost == ["type", "d", "|Q - I|", "share of W", "params", "r"]
 
 
 def test_the_adapter_is_a_column_where_there_are_several() -> None:
     found = report_of(row("a", adapter="first"), row("a", adapter="second"))
     assert " adapter " in heading_line(str(found))
-    assert "1 site, 32 trained parameters, adapters first, second" in str(found)
+    assert "1 adapted layer, 32 adapter parameters, adapters first, second" in str(found)
     assert " adapter " not in heading_line(str(report_of(row("a"))))
 
 
@@ -82,7 +83,7 @@ def test_many_reasons_are_cut_with_their_number() -> None:
     skipped = tuple(SkippedLayer(f"part{index}.fc", "Linear", f"reason {index}") for index in range(9))
     text = str(report_of(row(), skipped=skipped))
     assert text.count("reason ") == 6
-    assert "  3 more, for 3 other reasons\n" in text
+    assert "  3 more layers, for 3 other reasons\n" in text
 
 
 # Markdown
@@ -121,7 +122,7 @@ def test_names_are_no_markup_in_markdown() -> None:
 
 def test_markdown_has_the_remarks_as_lists() -> None:
     text = report_of(row(), skipped=(SkippedLayer("head", "Linear", "it is the output layer"),)).to_markdown()
-    assert text.endswith("Without reflections: 1 layer\n\n- head: it is the output layer\n")
+    assert text.endswith("Not adapted: 1 layer\n\n- head: it is the output layer\n")
 
 
 # JSON
@@ -136,10 +137,10 @@ def test_json_is_valid_and_has_null_for_what_is_no_number() -> None:
         raise AssertionError(f"{constant} is no JSON")
 
     content = json.loads(found.to_json(), parse_constant=refuse)
-    assert content.keys() == {"rows", "skipped"}
+    assert content.keys() == {"rows", "skipped", "trained_in_full"}
     (only,) = content["rows"]
     assert (only["path"], only["share"], only["angles"], only["rotation"]) == (HOSTILE, None, [None], None)
-    assert content["skipped"] == [{"path": "a", "adapted_layer": "b", "reason": "c"}]
+    assert content["skipped"] == [{"path": "a", "layer_type": "b", "reason": "c"}]
 
 
 def test_json_says_what_the_rows_say() -> None:
@@ -179,14 +180,14 @@ class Reader(HTMLParser):
 
 
 def test_a_notebook_shows_every_row_and_no_tag_of_the_models() -> None:
-    rows = [*blocks(3, "q_proj"), row(HOSTILE, adapter=HOSTILE, site=HOSTILE, region_reason=HOSTILE)]
+    rows = [*blocks(3, "q_proj"), row(HOSTILE, adapter=HOSTILE, layer_type=HOSTILE, graph_reason=HOSTILE)]
     page = Reader(report_of(*rows, skipped=(SkippedLayer(HOSTILE, HOSTILE, HOSTILE),))._repr_html_())
     assert set(page.tags) == {
         *("div", "p", "strong", "table", "thead", "tbody", "tr", "th", "td"),
         *("details", "summary", "ul", "li"),
     }
     assert page.tags.count("tr") == 5
-    # In the heading, in three cells, and in two footnotes, one of which names the layer and the reason.
+    # In the heading, in three cells, and in two footnotes, one with the layer and the reason.
     assert page.text.count(HOSTILE) == 1 + 3 + 1 + 2
     assert all(entry.path in page.text for entry in rows)
 
@@ -208,5 +209,5 @@ def test_a_notebook_of_no_angles_and_of_nan() -> None:
 
 def test_an_empty_report_has_every_form() -> None:
     for text in (str(report_of()), report_of().to_markdown(), report_of()._repr_html_()):
-        assert "0 sites" in text
-    assert json.loads(report_of().to_json()) == {"rows": [], "skipped": []}
+        assert "0 adapted layers" in text
+    assert json.loads(report_of().to_json()) == {"rows": [], "skipped": [], "trained_in_full": []}

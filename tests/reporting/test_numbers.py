@@ -125,8 +125,8 @@ def test_two_reflections_by_hand() -> None:
 def test_the_other_fields() -> None:
     model = adapt(net(), scale=0.1, r=3)
     first, second = report(model).rows
-    assert (first.site, first.d, first.r, first.parameters) == ("Conv2d 4->6 3x1, groups 2", 6, 3, 18)
-    assert (second.site, second.d, second.r, second.parameters) == ("Linear 18->24", 18, 3, 54)
+    assert (first.layer_type, first.d, first.r, first.parameters) == ("Conv2d 4->6 3x1, groups 2", 6, 3, 18)
+    assert (second.layer_type, second.d, second.r, second.parameters) == ("Linear 18->24", 18, 3, 54)
     assert {first.adapter, second.adapter} == {"default"}
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert first.parameters + second.parameters == trained
@@ -203,14 +203,9 @@ def test_the_table_holds_every_layer_and_its_numbers() -> None:
     assert len(found) == len(LONG)
     for row in found:
         assert row.path in text
-        assert row.site in text
+        assert row.layer_type in text
         assert f"{row.parameters:,}" in text
-    assert f"{len(LONG)} sites" in text
+    assert f"{len(LONG)} adapted layers" in text
     assert repr(found) == text
 
 
-def test_the_table_says_why_regions_are_not_larger() -> None:
-    model = transform(Deep("query"), HRAConfig(r=4, target_modules=r".*query"))
-    (row,) = report(model).rows
-    assert (row.region == "whole") == (row.region_reason == "")
-    assert row.region_reason in str(report(model))

@@ -64,16 +64,16 @@ def test_of_several_adapters_the_largest_is_shown_or_one(tmp_path: Path) -> None
     ]
     found = report_of(*rows, row("a.1.q", adapter="y", mean_angle=math.nan))
     both, one = found.plot_heatmap(tmp_path / "a.svg"), found.plot_heatmap(tmp_path / "b.svg", adapter="y")
-    assert {"7.0", "the largest of adapters x, y", "no number"} <= set(texts(both))
+    assert {"7.0", "largest of adapters x, y", "unknown"} <= set(texts(both))
     assert {"3.0", "adapter y"} <= set(texts(one))
     assert "7.0" not in texts(one)
 
 
 def test_what_has_no_adapter_and_no_number_is_told_apart(tmp_path: Path) -> None:
     rows = [row("m.0.q", mean_angle=math.nan), row("m.1.v", mean_angle=0.1)]
-    assert {"no adapter", "no number"} <= set(texts(report_of(*rows).plot_heatmap(tmp_path / "a.svg")))
+    assert {"no adapter", "unknown"} <= set(texts(report_of(*rows).plot_heatmap(tmp_path / "a.svg")))
     full = texts(report_of(*blocks(2, "q")).plot_heatmap(tmp_path / "b.svg"))
-    assert not {"no adapter", "no number"} & set(full)
+    assert not {"no adapter", "unknown"} & set(full)
 
 
 SHAPES: dict[str, Any] = {
@@ -181,7 +181,7 @@ def points(*adapters: str, count: int = 5) -> list[Progress]:
 
 def test_the_plot_of_a_training(tmp_path: Path) -> None:
     words = texts(draw_training(points("a", "b"), tmp_path / "training.svg"))
-    assert {"a, mean", "a, largest", "b, mean", "b, largest", "step", "angles in degrees"} <= set(words)
+    assert {"a, mean", "a, largest", "b, mean", "b, largest", "step", "degrees"} <= set(words)
     assert {"0", "3.0e-07"} <= set(words)
     assert not any("$" in word for word in words)
 
@@ -257,8 +257,8 @@ for draw in (lambda: found.plot_heatmap("a.svg"), lambda: found.plot_comparison(
         draw()
     except hra_fx.VisualizeError as error:
         text = str(error)
-        assert text.startswith("plots are drawn by matplotlib, which is not installed. Call pip install 'hra-fx[plot]'")
-        assert "to_markdown() and to_json() have the same numbers" in text
+        assert text.startswith("Plots need matplotlib, which is not installed. Run: pip install 'hra-fx[plot]'")
+        assert "to_json() give the same values" in text
     else:
         raise AssertionError("it drew")
 """
@@ -285,22 +285,22 @@ def refusals() -> dict[str, tuple[Any, str]]:
         ),
         "an unknown heat": (
             lambda folder: found.plot_heatmap(folder / "a.svg", "angles"),
-            "heat: 'angles' is not one of 'mean_angle', 'angle', 'rotation', 'share'.",
+            "`heat` must be one of 'mean_angle', 'angle', 'rotation', 'share', got 'angles'.",
         ),
         "an unknown adapter": (
             lambda folder: found.plot_heatmap(folder / "a.svg", adapter="z"),
-            "adapter: 'z' is not in the report. It has 'x', 'y'.",
+            "`adapter` must be one of 'x', 'y', got 'z'.",
         ),
         "an unknown second adapter": (
             lambda folder: found.plot_comparison(folder / "a.svg", "x", "z"),
-            "adapters: 'z' is not in the report. It has 'x', 'y'.",
+            "Adapter 'z' is not in the report, which has 'x', 'y'.",
         ),
         "one adapter twice": (
             lambda folder: found.plot_comparison(folder / "a.svg", "x", "x"),
-            "adapters: 'x' is given twice. Name two of them.",
+            "The two adapters must be different, got 'x' twice.",
         ),
-        "an empty history": (lambda folder: draw_training([], folder / "a.svg"), "history: it is empty"),
-        "an empty report": (lambda folder: report_of().plot_heatmap(folder / "a.svg"), "rows: the report is empty"),
+        "an empty history": (lambda folder: draw_training([], folder / "a.svg"), "`history` is empty"),
+        "an empty report": (lambda folder: report_of().plot_heatmap(folder / "a.svg"), "The report has no rows to plot"),
     }
 
 

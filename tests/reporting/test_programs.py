@@ -68,14 +68,12 @@ def test_they_are_those_of_the_model(r: int, apply_GS: bool) -> None:
     for found in (program, captured):
         assert [row.path for row in found] == [row.path for row in model] == ALL
         for row, wanted in zip(found, model, strict=True):
-            assert (row.region, row.region_path, row.region_sites, row.region_reason) == ("whole", "", 4, "")
-            assert (row.site, row.adapter, row.d, row.r) == (wanted.site, wanted.adapter, wanted.d, wanted.r)
-            assert row.on_weight
+            assert (row.layer_type, row.adapter, row.d, row.r) == (wanted.layer_type, wanted.adapter, wanted.d, wanted.r)
             assert row.angles == pytest.approx(wanted.angles, abs=1e-6)
             assert row.share == pytest.approx(wanted.share, rel=1e-5)
             assert row.rotation == pytest.approx(wanted.rotation, rel=1e-5)
             assert row.orthogonality < 1e-5
-        assert {layer.path: layer.site for layer in found.skipped} == {"last": "Linear 5->3"}
+        assert {layer.path: layer.layer_type for layer in found.skipped} == {"last": "Linear 5->3"}
 
 
 def test_an_attention() -> None:
@@ -91,19 +89,19 @@ def test_an_attention() -> None:
     program = torch.export.export(Attending().train(), (torch.randn(2, 3, 12),))
     found = report(transform(program, config))
     (row,) = found
-    assert (row.path, row.site, row.d) == ("attention", "Attention 12->3x12", 12)
+    assert (row.path, row.layer_type, row.d) == ("attention", "Attention 12->3x12", 12)
     assert [layer.path for layer in found.skipped] == ["attention.out_proj"]
 
 
 @pytest.mark.parametrize(
     ("fields", "reasons"),
     [
-        ({"target_modules": ["head"]}, {"target_modules=['head'] does not name it"}),
+        ({"target_modules": ["head"]}, {"not in target_modules=['head']"}),
         (
             {"target_modules": ["head", "last"], "exclude_modules": ["last"]},
-            {"target_modules=['head', 'last'] does not name it", "exclude_modules=['last'] leaves it out"},
+            {"not in target_modules=['head', 'last']", "excluded by exclude_modules=['last']"},
         ),
-        ({"target_modules": "all-linear"}, {"target_modules='all-linear' means linear layers only"}),
+        ({"target_modules": "all-linear"}, {"not a linear layer, which target_modules='all-linear' does not include"}),
     ],
     ids=["not named", "excluded", "all linear"],
 )
@@ -122,7 +120,7 @@ def test_the_output_layer_of_transformers_and_a_tied_one() -> None:
     found = report(transform(program, HRAConfig(r=2, target_modules="all-linear")))
     assert len(found) == 7
     assert {layer.path: layer.reason for layer in found.skipped} == {
-        "lm_head": "it is the output layer, which target_modules='all-linear' leaves out"
+        "lm_head": "the output layer, which target_modules='all-linear' does not include"
     }
 
 
@@ -152,7 +150,7 @@ def test_after_decomposition_saving_and_loading() -> None:
     file.seek(0)
     found = report(torch.export.load(file))
     assert {row.adapter for row in found} == {"style"}
-    assert [row.site for row in found] == [row.site for row in wanted]
+    assert [row.layer_type for row in found] == [row.layer_type for row in wanted]
     for row, before in zip(found, wanted, strict=True):
         assert row.angles == pytest.approx(before.angles)
         assert row.share == pytest.approx(before.share)

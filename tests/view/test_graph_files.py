@@ -106,7 +106,7 @@ def test_names_that_only_differ_in_what_xml_cannot_hold_stay_apart() -> None:
 def test_graphml_has_the_heat() -> None:
     graph = graphml.plain(drawing_of(drawn("resnet")), Options(heat="mean_angle"))
     rows = {row.path: row for row in hra_fx.report(drawn("resnet"))}
-    heats = {data["sites"]: data["heat_mean_angle"] for _, data in graph.nodes(data=True) if "sites" in data}
+    heats = {data["adapted_layers"]: data["heat_mean_angle"] for _, data in graph.nodes(data=True) if "adapted_layers" in data}
     assert heats == {path: pytest.approx(math.degrees(row.mean_angle)) for path, row in rows.items()}
 
 

@@ -48,7 +48,7 @@ def rotated(model: Any, **fields: Any) -> Any:
 
 
 def sites_in(graph: nx.DiGraph) -> list[str]:
-    return sorted(site for _, sites in graph.nodes(data="sites") if sites for site in sites.split("\n"))
+    return sorted(site for _, sites in graph.nodes(data="adapted_layers") if sites for site in sites.split("\n"))
 
 
 def called(model: nn.Module) -> list[str]:
@@ -75,7 +75,7 @@ def test_an_adapted_model_has_the_same_nodes_with_its_sites_among_them() -> None
     assert sites_in(graph) == sorted(
         ["conv1", "fc", *(f"layer{stage}.{block}.conv1" for stage in range(1, 5) for block in range(2))]
     )
-    site = next(data for _, data in graph.nodes(data=True) if data.get("sites") == "layer1.0.conv1")
+    site = next(data for _, data in graph.nodes(data=True) if data.get("adapted_layers") == "layer1.0.conv1")
     assert (site["d"], site["r"], site["adapters"], site["kind"]) == (64 * 9, 3, "default", "adapted_layer")
     assert site["detail"] == "Conv2d 64→64 3x3"
     assert site["module"] == "layer1.0"
@@ -89,8 +89,8 @@ def test_the_numbers_of_a_site_are_those_of_the_report() -> None:
     graph = hra_fx.to_networkx(model)
     assert sites_in(graph) == sorted(rows)
     for _, data in graph.nodes(data=True):
-        if "sites" in data:
-            row = rows[data["sites"]]
+        if "adapted_layers" in data:
+            row = rows[data["adapted_layers"]]
             assert (data["rotation"], data["mean_angle"], data["angle"]) == (row.rotation, row.mean_angle, row.angle)
 
 
@@ -103,7 +103,7 @@ def test_the_numbers_are_of_the_adapter_in_use_and_where_none_is_of_the_others()
     rows = {(row.path, row.adapter): row for row in hra_fx.report(model)}
     assert rows["0", "wide"].rotation > rows["0", "default"].rotation
     turned_by = {
-        data["sites"]: data["rotation"] for _, data in hra_fx.to_networkx(model).nodes(data=True) if "r" in data
+        data["adapted_layers"]: data["rotation"] for _, data in hra_fx.to_networkx(model).nodes(data=True) if "r" in data
     }
     assert turned_by == {"0": rows["0", "default"].rotation, "2": rows["2", "wide"].rotation}
 
@@ -182,7 +182,7 @@ def test_an_exported_program_shows_its_layers(decomposed: bool) -> None:
         assert sites_in(graph) == sorted(
             f"model.layers.{i}.{part}" for i in range(3) for part in ("self_attn.q_proj", "mlp.down_proj")
         )
-        site = next(data for _, data in graph.nodes(data=True) if data.get("sites") == "model.layers.1.mlp.down_proj")
+        site = next(data for _, data in graph.nodes(data=True) if data.get("adapted_layers") == "model.layers.1.mlp.down_proj")
         assert (site["d"], site["r"], site["adapters"], site["detail"]) == (32, 3, "default", "Linear 32→16")
     assert nx.utils.graphs_equal(hra_fx.to_networkx(hra_fx.fold(adapted)), plain)
 

@@ -15,7 +15,7 @@ import hra_fx
 from hra_fx.view.drawing import drawing_of
 from hra_fx.view.options import Options
 from hra_fx.view.page import render
-from hra_fx.view.png import SCALE, SIDE, brought_along, rasterize
+from hra_fx.view.png import SCALE, SIDE, matplotlib_fonts, rasterize
 
 
 def size(png: bytes) -> tuple[int, int]:
@@ -48,7 +48,7 @@ def test_a_large_picture_has_one_pixel_for_a_unit_and_a_larger_one_is_refused(tm
 def letter(text: str) -> bytes:
     """The pixels of a text in the font that is brought along."""
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="40" height="40"><text x="5" y="25">{text}</text></svg>'
-    png = rasterize(svg, system_fonts=False, files=brought_along())
+    png = rasterize(svg, system_fonts=False, files=matplotlib_fonts())
     start = png.index(b"IDAT")
     (length,) = struct.unpack(">I", png[start - 4 : start])
     return zlib.decompress(png[start + 4 : start + 4 + length])

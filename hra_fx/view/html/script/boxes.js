@@ -20,6 +20,7 @@ const READABLE = 22; // maximum number of boxes that are shown at first, unless 
  * @typedef {object} Box
  * @property {string} name
  * @property {string} detail
+ * @property {string} summary `detail` of a closed scope, with the number of layers that are not adapted
  * @property {string} strip text of the adapter
  * @property {string} badge "× 6" for a box that stands for several modules
  * @property {string[]} marks
@@ -164,11 +165,11 @@ function described(item) {
   let detail = shorten(item.detail);
   const skipped = item.isScope ? skippedIn(item).length : 0;
   if (item.isScope && marks.length) detail += ` · ${marks.length} adapted`;
-  if (skipped) detail += ` · ${skipped} not adapted`;
   if (detail === name) detail = "";
   const badge = item.count > 1 ? `× ${item.count}${item.varied ? ", sizes vary" : ""}` : "";
   const nowhere = { x: 0, y: 0, width: 0, height: 0, enter: 0, leave: 0, inner: null, body: { x: 0, y: 0 } };
-  return { name, detail, strip: stripOf(item), badge, marks, open: false, ...nowhere };
+  const summary = detail + (skipped ? ` · ${skipped} not adapted` : "");
+  return { name, detail, summary, strip: stripOf(item), badge, marks, open: false, ...nowhere };
 }
 
 /** @param {Item} item */
@@ -204,7 +205,7 @@ function sizeLeaf(item, box) {
 
 /** @param {Box} box */
 function sizeClosed(box) {
-  const words = Math.max(widthOf(box.name, NAME, true) + badgeWidth(box), widthOf(box.detail, DETAIL)) + 18;
+  const words = Math.max(widthOf(box.name, NAME, true) + badgeWidth(box), widthOf(box.summary, DETAIL)) + 18;
   Object.assign(box, { enter: 0, leave: 0 });
   box.width = Math.max(words + 2 * PAD, 120);
   box.height = 47 + (box.marks.length ? CELL + 2 : 0);

@@ -89,7 +89,7 @@ function tip(item) {
  * @param {Box} box
  */
 function spoken(item, box) {
-  const words = [item.label, item.detail, box.badge, box.strip];
+  const words = [item.label, item.isScope ? box.summary : item.detail, box.badge, box.strip];
   if (item.skipped.length && !item.isScope) words.push("not adapted");
   if (item.trained.length && !item.isScope) words.push("trained in full");
   return words.filter(Boolean).join(", ");
@@ -146,7 +146,7 @@ function paintClosed(group, box, paint) {
   if (box.badge) group.append(svg("rect", { class: "frame under", x: 4, y: 4, ...extent(box), rx: 6 }));
   const left = PAD + 16;
   group.append(outline(box, 6), svg("path", { class: "twist", d: `M${PAD - 2} 11l6 4.5l-6 4.5z` }));
-  group.append(words(box.name, left, 20, "name strong"), words(box.detail, left, 36.5, "detail"));
+  group.append(words(box.name, left, 20, "name strong"), words(box.summary, left, 36.5, "detail"));
   if (box.marks.length && paint.mode !== "base") {
     const size = Math.ceil(box.marks.length / MANY);
     const bins = [];
