@@ -68,7 +68,12 @@ def test_they_are_those_of_the_model(r: int, apply_GS: bool) -> None:
     for found in (program, captured):
         assert [row.path for row in found] == [row.path for row in model] == ALL
         for row, wanted in zip(found, model, strict=True):
-            assert (row.layer_type, row.adapter, row.d, row.r) == (wanted.layer_type, wanted.adapter, wanted.d, wanted.r)
+            assert (row.layer_type, row.adapter, row.d, row.r) == (
+                wanted.layer_type,
+                wanted.adapter,
+                wanted.d,
+                wanted.r,
+            )
             assert row.angles == pytest.approx(wanted.angles, abs=1e-6)
             assert row.share == pytest.approx(wanted.share, rel=1e-5)
             assert row.rotation == pytest.approx(wanted.rotation, rel=1e-5)

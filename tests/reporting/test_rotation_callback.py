@@ -256,9 +256,8 @@ def test_called_by_something_else_it_says_where_the_angles_are() -> None:
         callback.on_train_begin(arguments, TrainerState(), TrainerControl(), model=model)
 
 
-@pytest.mark.parametrize("ending", [".svg", ".png", ".pdf"])
-def test_the_plot_is_written_at_the_end(ending: str, tmp_path: Path) -> None:
-    file = tmp_path / f"rotation{ending}"
+def test_the_plot_is_written_at_the_end(tmp_path: Path) -> None:
+    file = tmp_path / "rotation.svg"
     trainer_of(llama(), tmp_path, [RotationCallback(plot=file)]).train()
     assert file.stat().st_size > 1000
 
