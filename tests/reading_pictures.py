@@ -15,7 +15,7 @@ _DOT_NODE = re.compile(r"^\s*n\d+ \[(.*)\]$")
 _DOT_ATTRIBUTE = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
-def sites_in(file: Path) -> list[str]:
+def layers_in(file: Path) -> list[str]:
     """Every line that can name an adapted layer, in a file of any format but `.png`."""
     return _READERS[file.suffix](file)
 
@@ -44,7 +44,9 @@ def _dot(file: Path) -> list[str]:
 
 
 def _graphml(file: Path) -> list[str]:
-    return [path for _, sites in nx.read_graphml(file).nodes(data="adapted_layers") if sites for path in sites.split("\n")]
+    return [
+        path for _, sites in nx.read_graphml(file).nodes(data="adapted_layers") if sites for path in sites.split("\n")
+    ]
 
 
 def _json(file: Path) -> list[str]:

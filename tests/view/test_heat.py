@@ -7,14 +7,13 @@ import math
 from itertools import pairwise
 
 import pytest
-from drawn_models import drawn
+from drawn_models import drawing, drawn
 from hypothesis import example, given, strategies as st
 from matplotlib import colormaps
 
 import hra_fx
 from hra_fx.reporting.colormap import PALETTE, UNKNOWN, color, ink_on
 from hra_fx.reporting.heat import HEATS, heat_of, scale
-from hra_fx.view.drawing import drawing_of
 from hra_fx.view.heatmap import heatmap_of
 
 
@@ -83,8 +82,8 @@ def test_of_several_adapters_the_largest_counts_and_what_is_unknown_stays_so() -
 
 
 def test_the_words_of_a_value_have_its_unit() -> None:
-    heat = heatmap_of(drawing_of(drawn("resnet")), "mean_angle")
+    heat = heatmap_of(drawing("resnet"), "mean_angle")
     assert heat is not None
     assert heat.text(12.4) == "12°"
     assert heat.text(math.nan) == "unknown"
-    assert heatmap_of(drawing_of(drawn("resnet")), None) is None
+    assert heatmap_of(drawing("resnet"), None) is None

@@ -103,7 +103,9 @@ def test_the_numbers_are_of_the_adapter_in_use_and_where_none_is_of_the_others()
     rows = {(row.path, row.adapter): row for row in hra_fx.report(model)}
     assert rows["0", "wide"].rotation > rows["0", "default"].rotation
     turned_by = {
-        data["adapted_layers"]: data["rotation"] for _, data in hra_fx.to_networkx(model).nodes(data=True) if "r" in data
+        data["adapted_layers"]: data["rotation"]
+        for _, data in hra_fx.to_networkx(model).nodes(data=True)
+        if "r" in data
     }
     assert turned_by == {"0": rows["0", "default"].rotation, "2": rows["2", "wide"].rotation}
 
@@ -182,7 +184,9 @@ def test_an_exported_program_shows_its_layers(decomposed: bool) -> None:
         assert sites_in(graph) == sorted(
             f"model.layers.{i}.{part}" for i in range(3) for part in ("self_attn.q_proj", "mlp.down_proj")
         )
-        site = next(data for _, data in graph.nodes(data=True) if data.get("adapted_layers") == "model.layers.1.mlp.down_proj")
+        site = next(
+            data for _, data in graph.nodes(data=True) if data.get("adapted_layers") == "model.layers.1.mlp.down_proj"
+        )
         assert (site["d"], site["r"], site["adapters"], site["detail"]) == (32, 3, "default", "Linear 32→16")
     assert nx.utils.graphs_equal(hra_fx.to_networkx(hra_fx.fold(adapted)), plain)
 
@@ -225,11 +229,11 @@ def test_looking_changes_nothing() -> None:
 
 
 def test_what_cannot_be_looked_at_is_refused() -> None:
-    with pytest.raises(VisualizeError, match=r"model: a str\. Give a torch\.nn\.Module"):
+    with pytest.raises(VisualizeError, match=r"`model` must be a torch\.nn\.Module, .*, got str\."):
         hra_fx.to_networkx("resnet18")
     program = torch.export.export(nn.Linear(3, 2), (torch.ones(1, 3),))
     for captured in (program, program.module()):
-        with pytest.raises(VisualizeError, match=r"example_inputs: a captured program .* knows its shapes"):
+        with pytest.raises(VisualizeError, match=r"`example_inputs` must be None for a .*, which already has"):
             hra_fx.to_networkx(captured, torch.ones(1, 3))
     with pytest.raises(AdapterError, match="does not run on example_inputs"):
         hra_fx.to_networkx(llama(), {"tokens": IDS})

@@ -101,7 +101,8 @@ def test_hostile_module_names_are_text(tmp_path: Path) -> None:
 
 def test_no_name_breaks_the_file() -> None:
     leaves = tuple(
-        Leaf(name, name, "adapted_layer", "call_module", name, (name,), (Mark(name),), 4, 2) for name in (*HOSTILE, *UNSPEAKABLE)
+        Leaf(name, name, "adapted_layer", "call_module", name, (name,), (Mark(name),), 4, 2)
+        for name in (*HOSTILE, *UNSPEAKABLE)
     )
     closed = Scope("<b>", '"&<b>', "C<l>a&ss", False, leaves)
     panels = [Panel("", Block(Scope("", "m", "<M>", True, (*leaves, closed)), (*map(Block, leaves), Block(closed))))]
@@ -214,7 +215,7 @@ def test_a_depth_opens_so_many_levels() -> None:
 def test_heat_has_a_legend_with_numbers_and_a_cell_for_each_site() -> None:
     root = ElementTree.fromstring(picture(drawn("bert"), heat="mean_angle", depth=0))
     words = [line.text for line in root.iter(f"{SVG}text")]
-    assert "reflection, mean angle:" in words
+    assert "adapter, mean angle:" in words
     assert "0°" in words
     assert len([box for box in root.iter(f"{SVG}rect") if box.get("class") == "heat"]) > 30
     cells = [
@@ -233,7 +234,7 @@ def test_a_skipped_layer_has_a_mark_and_its_reason() -> None:
     tips = [str(group.findtext(f"{SVG}title")) for group in marked]
     assert any("lm_head has no adapter: " in tip for tip in tips)
     assert any("layers.2.mlp.down_proj has no adapter: " in tip for tip in tips)
-    assert any(str(line.text).startswith("10 layers without an adapter") for line in root.iter(f"{SVG}text"))
+    assert any(str(line.text).startswith("10 layers not adapted") for line in root.iter(f"{SVG}text"))
 
 
 def test_no_edge_ends_in_a_piece_of_no_length() -> None:
@@ -249,6 +250,6 @@ def test_a_plain_model_has_boxes_and_panels_but_no_sites(depth: int | None) -> N
     root = ElementTree.fromstring(picture(torchvision.models.resnet18().eval(), depth=depth))
     words = "".join(root.itertext())
     assert "11,689,512 parameters · no adapters" in words
-    assert "sites" not in words
+    assert "not adapted" not in words
     panels = [group for group in root.iter(f"{SVG}g") if group.get("class") == "panel"]
     assert len(panels) == (3 if depth is None else 1)

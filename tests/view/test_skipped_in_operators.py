@@ -60,7 +60,7 @@ def test_a_call_marks_each_skipped_layer_once_and_a_tied_one_where_it_is_used() 
 def test_files_for_other_programs_have_every_reason(depth: int | None, tmp_path: Path) -> None:
     dot = hra_fx.visualize(program(), tmp_path / "a.dot", depth=depth).read_text(encoding="utf-8")
     (graph,) = json.loads(hra_fx.visualize(program(), tmp_path / "a.json", depth=depth).read_text())["graphs"]
-    told = [pair["value"] for node in graph["nodes"] for pair in node["attrs"] if pair["key"].startswith("skipped")]
+    told = [pair["value"] for node in graph["nodes"] for pair in node["attrs"] if pair["key"].startswith("not adapted")]
     for path in ("b", "c"):
         assert dot.count(f"{path} has no adapter: ") == 1
         assert sum(text.startswith(f"{path} has no adapter: ") for text in told) == 1
@@ -70,4 +70,4 @@ def test_a_module_that_is_one_box_tells_of_the_layers_inside() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 4))
     model = hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=r"1"))
     reasons = [data.get("skipped") for _, data in hra_fx.to_networkx(model).nodes(data=True)]
-    assert [reason for reason in reasons if reason] == ["target_modules='1' does not name it"]
+    assert [reason for reason in reasons if reason] == ["not matched by target_modules='1'"]

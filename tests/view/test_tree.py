@@ -47,7 +47,8 @@ def test_splicing_undoes_cutting() -> None:
 
 def test_blocks_that_look_alike_are_drawn_once_with_all_their_sites() -> None:
     blocks = [
-        chain(leaf("fc", "Linear 4→4", f"h.{i}.fc", kind="adapted_layer"), leaf("act", "ReLU"), name=f"h.{i}") for i in range(4)
+        chain(leaf("fc", "Linear 4→4", f"h.{i}.fc", kind="adapted_layer"), leaf("act", "ReLU"), name=f"h.{i}")
+        for i in range(4)
     ]
     got = merge_repeats(chain(*blocks, leaf("head")))
     assert [span(item) for item in got.items] == ["h.0 … 3", "head"]

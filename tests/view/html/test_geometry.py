@@ -8,7 +8,7 @@ import pytest
 import torch
 import torchvision
 import transformers
-from pages import page_of, trained_net, rotated
+from pages import page_of, rotated, trained_net
 from playwright.sync_api import Page
 from torch import nn
 

@@ -6,14 +6,13 @@ import math
 from collections.abc import Callable
 
 import pytest
-import transformers
 from pages import box, facts, page_of, search, strip, trained_net
 from playwright.sync_api import Page
 
 import hra_fx
-from hra_fx.reporting.row import Row
 from hra_fx.reporting.colormap import color
 from hra_fx.reporting.heat import HEATS, heat_of, scale
+from hra_fx.reporting.row import Row
 
 Open = Callable[..., Page]
 
@@ -82,20 +81,16 @@ def test_two_adapters_of_a_layer_are_both_told(open_page: Open) -> None:
     hra_fx.add_adapter(model, "second", hra_fx.HRAConfig(r=2, target_modules=["up"]))
     page = open_page(page_of(model))
     choose(page, "blocks.0.up")
-    assert page.locator("#panel h3").all_inner_texts()[1:3] == ["Adapter default", "Adapter second, not in use"]
+    assert page.locator("#panel h3").all_inner_texts()[1:3] == ["Adapter default", "Adapter second, inactive"]
     assert facts(page)["r"] == "2"
 
 
-def test_why_a_region_is_not_larger(open_page: Open) -> None:
-    config = transformers.BertConfig(
-        vocab_size=16, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=2
-    )
-    model = hra_fx.transform(transformers.BertModel(config), hra_fx.HRAConfig(r=2, target_modules=["query"]))
-    page = open_page(page_of(model))
-    row = hra_fx.report(model).rows[0]
-    choose(page, row.path)
-    assert facts(page)["captured graph"] == "the layer by itself"
-    assert page.locator("#panel .reason").all_inner_texts()[-1] == f"Not larger: {row.region_reason}"
+def test_layers_in_modules_to_save_are_trained_and_not_skipped(open_page: Open) -> None:
+    page = open_page(page_of(trained_net(modules_to_save=["head"])))
+    assert page.locator("#skipped").inner_text() == "1 layer not adapted"
+    choose(page, "head")
+    assert page.locator("#panel h3").all_inner_texts() == ["Trained in full (modules_to_save)"]
+    assert page.locator(".leaf.trained").count() == 1
 
 
 @pytest.mark.parametrize("name", HEATS)

@@ -96,7 +96,7 @@ def test_layers_that_nothing_turned_are_said_to_be_so(open_page: Open) -> None:
     page = open_page(page_of(model))
     assert "no layer is rotated yet" in page.locator("#scale").inner_text()
     page.get_by_text("Folded").click()
-    assert page.locator(".folded .strip-words").all_text_contents()[0].startswith("weight as before")
+    assert page.locator(".folded .strip-words").all_text_contents()[0].startswith("weight unchanged")
 
 
 def hostile_drawing() -> Drawing:
@@ -106,7 +106,9 @@ def hostile_drawing() -> Drawing:
     rows = []
     for name in HOSTILE:
         mark = (Mark(name, 0.1),)
-        picture.add_node(name, leaf=Leaf(name, name, "adapted_layer", name, name, (), mark, 4, 2, paths=(name,), shape=name))
+        picture.add_node(
+            name, leaf=Leaf(name, name, "adapted_layer", name, name, (), mark, 4, 2, paths=(name,), shape=name)
+        )
         rows.append(
             dataclasses.replace(row, path=name, region="shared", region_path=name, region_reason=name, site=name)
         )
@@ -129,7 +131,7 @@ def test_hostile_names_are_shown_and_do_nothing(open_page: Open) -> None:
         page.keyboard.press("Enter")
         assert page.locator("#panel h2").inner_text() == shown
         assert facts(page)["path"] == facts(page)["shape"] == shown
-        assert page.locator("#panel .reason").last.inner_text() == f"Not larger: {shown}"
+        assert page.locator("#panel h3").filter(has_text="Adapter").first.inner_text() == f"Adapter {shown}"
     assert page.locator("img, #stage b, #panel b, #hits script").count() == 0
 
 
