@@ -89,7 +89,10 @@ def branches() -> nn.Module:
     return hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=r".*branch\d(\.\d)?\.conv"))
 
 
-@pytest.mark.parametrize("make", [trained_net, resnet, llama, one_call, branches], ids=lambda make: make.__name__)
+SLOW = [pytest.param(make, marks=pytest.mark.slow) for make in (one_call, branches)]
+
+
+@pytest.mark.parametrize("make", [trained_net, resnet, llama, *SLOW], ids=lambda make: make.__name__)
 def test_nothing_overlaps_or_leaves_its_box(open_page: Open, make: Callable[[], nn.Module | Drawing]) -> None:
     made = make()
     page = open_page(page_of(rotated(made) if isinstance(made, nn.Module) else made))

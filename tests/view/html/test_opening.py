@@ -109,9 +109,7 @@ def hostile_drawing() -> Drawing:
         picture.add_node(
             name, leaf=Leaf(name, name, "adapted_layer", name, name, (), mark, 4, 2, paths=(name,), shape=name)
         )
-        rows.append(
-            dataclasses.replace(row, path=name, region="shared", region_path=name, region_reason=name, site=name)
-        )
+        rows.append(dataclasses.replace(row, path=name, layer_type=name, adapter=name))
     nx.add_path(picture, HOSTILE)
     return Drawing(HOSTILE[0], HOSTILE[0], HOSTILE[4], picture, tuple(rows), {HOSTILE[1]: HOSTILE[0]})
 
