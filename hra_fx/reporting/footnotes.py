@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hra_fx.reporting.row import Row
 from hra_fx.reporting.skipped_layers import SkippedLayer
 
-# A printed report has at most so many reasons, and names for each. The data have all.
+# Limits of a printed report; the data have all reasons and names.
 _REASONS = 6
 _NAMES = 5
 #: `|Q^T Q - I|` above this is an error, not rounding.

@@ -63,12 +63,12 @@ def _parent(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def _stack(node: fx.Node, region: str) -> list[tuple[str, str]]:
+def _stack(node: fx.Node, root: str) -> list[tuple[str, str]]:
     """The calls around a node, outermost first: (name of the call, qualified name of the module)."""
     entries = node.meta.get("nn_module_stack") or {}
     paths = [(str(call), plain_path(str(entry[0])).partition("@")[0]) for call, entry in entries.items()]
     calls = [(path + "".join(re.findall(r"@\d+$", call)), path) for call, path in paths]
-    return [(_join(region, call), _join(region, path)) for call, path in calls if path]
+    return [(_join(root, call), _join(root, path)) for call, path in calls if path]
 
 
 @dataclass
@@ -94,7 +94,7 @@ class _Builder:
     def draw(self) -> None:
         """Add everything."""
         for key, graph in self.pieces.items():
-            self._add_region("", graph, key)
+            self._add_graph("", graph, key)
         if not self.pieces:
             self.walk(self.model, "")
         for path in self.subject.layers:
@@ -109,7 +109,7 @@ class _Builder:
         """Add a module and its children, in the order of definition."""
         if path in self.graphs:
             self.visited[id(module)] = path
-            self._add_region(path, self.graphs[path], path)
+            self._add_graph(path, self.graphs[path], path)
         elif path in self.subject.layers:
             self.add_missing(path)
         elif id(module) in self.visited:
@@ -158,7 +158,7 @@ class _Builder:
             parameters=layer.parameters if marks else 0,
         )
 
-    def _reader_leaf(self, note: SiteNote, node: fx.Node, region: str, place: tuple[str, ...]) -> Leaf:
+    def _reader_leaf(self, note: SiteNote, node: fx.Node, root: str, place: tuple[str, ...]) -> Leaf:
         """The leaf of a node that reads rotated weights, with the marks of all their layers."""
         first, *others = (self._adapted_leaf(path, node.op, place) for path in (note.path, *note.also))
         joined = replace(
@@ -169,27 +169,27 @@ class _Builder:
         )
         if node.op != "call_module":
             return joined
-        path = _join(region, str(node.target))
+        path = _join(root, str(node.target))
         return replace(joined, name=name_of(path), detail=describe_module(self.model.get_submodule(path)), target=path)
 
-    def _add_region(self, region: str, graph: fx.GraphModule, prefix: str) -> None:
+    def _add_graph(self, root: str, graph: fx.GraphModule, prefix: str) -> None:
         values: dict[fx.Node, Value] = {}
-        alone = region in self.subject.layers
+        single = root in self.subject.layers
         knows_places = any(node.meta.get("nn_module_stack") for node in graph.graph.nodes)
         held = dict(graph.named_parameters(remove_duplicate=False))
         for node in graph.graph.nodes:
             module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
             value = pass_through(node, values, module)
-            if value is None and alone and node.op in ("placeholder", "output"):
+            if value is None and single and node.op in ("placeholder", "output"):
                 value = Value()
             if value is None:
                 key = f"{prefix}:{node.name}"
                 before = read(node, values)
-                place = self._place(node, region, before if not knows_places else Value())
-                leaf = self._leaf(node, region, module, place, before)
+                place = self._place(node, root, before if not knows_places else Value())
+                leaf = self._leaf(node, root, module, place, before)
                 if leaf.kind == "op":
                     count = self._once(held[name] for name in before.weights if name in held)
-                    leaf = replace(leaf, parameters=count, readers=_readers(region, before.weights, place))
+                    leaf = replace(leaf, parameters=count, readers=_readers(root, before.weights, place))
                 shape, dtype = shape_and_dtype(node)
                 self._add(key, replace(leaf, shape=shape, dtype=dtype), before.sources)
                 value = Value((key,))
@@ -200,22 +200,22 @@ class _Builder:
     def _is_unread_input(self, key: str) -> bool:
         return self.picture.nodes[key]["leaf"].kind == "input" and not self.picture.out_degree(key)
 
-    def _place(self, node: fx.Node, region: str, before: Value) -> tuple[str, ...]:
+    def _place(self, node: fx.Node, root: str, before: Value) -> tuple[str, ...]:
         """The modules around a node. Without `nn_module_stack`, an operation is placed with its input."""
-        stack = _stack(node, region)
+        stack = _stack(node, root)
         note = tag_of(node)
         if note is not None and note.role != "reader":
             # An attention has more operators than those that read its weight.
             inside = note.kind == "attention" and node.op == "call_function"
             owner = note.path if inside else _parent(note.path)
         elif node.op == "call_module":
-            owner = _parent(_join(region, str(node.target)))
+            owner = _parent(_join(root, str(node.target)))
         elif stack:
             owner = stack[-1][1]
         elif before.sources and node.op not in ("placeholder", "output"):
             return self._leaf_of(before.sources[-1]).place
         else:
-            owner = region
+            owner = root
         calls = {path: call for call, path in stack}
         return tuple(calls.get(prefix, prefix) for prefix in _prefixes(owner))
 
@@ -223,16 +223,14 @@ class _Builder:
         leaf: Leaf = self.picture.nodes[key]["leaf"]
         return leaf
 
-    def _leaf(
-        self, node: fx.Node, region: str, module: nn.Module | None, place: tuple[str, ...], before: Value
-    ) -> Leaf:
+    def _leaf(self, node: fx.Node, root: str, module: nn.Module | None, place: tuple[str, ...], before: Value) -> Leaf:
         note = tag_of(node)
         if note is not None and note.role == "reader":
-            return self._reader_leaf(note, node, region, place)
+            return self._reader_leaf(note, node, root, place)
         if note is not None:
             return self._adapted_leaf(note.path, node.op, place)
         if module is not None:
-            path, detail = _join(region, str(node.target)), describe_module(module)
+            path, detail = _join(root, str(node.target)), describe_module(module)
             count = self._once(own_parameters(module))
             return Leaf(name_of(path), detail, "module", node.op, path, place, paths=(path,), parameters=count)
         if node.op == "placeholder":
@@ -249,10 +247,10 @@ class _Builder:
         return sum(fresh.values())
 
 
-def _readers(region: str, weights: tuple[str, ...], place: tuple[str, ...]) -> tuple[str, ...]:
+def _readers(root: str, weights: tuple[str, ...], place: tuple[str, ...]) -> tuple[str, ...]:
     """The modules whose parameters an operation reads, and the one around it: a tied parameter has only one name."""
     around = [module_of(call) for call in place[-1:] if weights]
-    return tuple(dict.fromkeys([*(_join(region, _parent(name)) for name in weights), *around]))
+    return tuple(dict.fromkeys([*(_join(root, _parent(name)) for name in weights), *around]))
 
 
 def _has_parts(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from hra_fx.view.tree import Item, Leaf, Scope, contract, splice
 
 #: The names of several leaves in one box are listed up to this length.
 _LETTERS_SHOWN = 28
-#: A traced module with at most so many leaves is drawn without a frame.
+#: A traced module with this many leaves or fewer is drawn without a frame.
 _SMALL = 3
 #: Operations that only move data or change its view; neighbors of this kind share a box.
 _VIEWS = frozenset(

@@ -162,13 +162,6 @@ def test_two_adapters_of_odd_models(count: int, tmp_path: Path) -> None:
         assert image.width < 3000
 
 
-def test_two_adapters_of_a_model(tmp_path: Path) -> None:
-    model = adapted()
-    hra_fx.add_adapter(model, "style", hra_fx.HRAConfig(r=2, target_modules=["1"]))
-    words = texts(hra_fx.report(model).plot_comparison(tmp_path / "two.svg", "default", "style"))
-    assert {"default and style", "0", "1"} <= set(words)
-
-
 # training
 
 

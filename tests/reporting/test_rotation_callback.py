@@ -160,14 +160,6 @@ def test_of_several_adapters_the_active_ones_are_logged_by_name(tmp_path: Path) 
         assert math.degrees(point.angle) == pytest.approx(wanted(model, point.adapter)["angle_largest_degrees"])
 
 
-@pytest.mark.parametrize("fields", [{"apply_GS": True}, {"init_weights": False}], ids=str)
-def test_other_kinds_of_adapters(fields: dict[str, Any], tmp_path: Path) -> None:
-    callback = RotationCallback()
-    trainer_of(llama(**fields), tmp_path, [callback]).train()
-    assert (callback.history[0].angle > 0.5) == ("init_weights" in fields)
-    assert all(math.isfinite(point.mean_angle) for point in callback.history)
-
-
 def test_it_goes_with_the_regularizer_whose_log_it_leaves_alone(tmp_path: Path) -> None:
     recorder = Recorder()
     callbacks = [recorder, RotationCallback()]

@@ -19,7 +19,7 @@ from hra_fx.view import dot, graphml, model_explorer
 from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.options import Options
 
-OPTIONS = [Options(), Options(depth=1), Options(heat="mean_angle"), Options(depth=0, heat="share")]
+OPTIONS = [Options(heat="mean_angle"), Options(depth=0, heat="share")]
 _TOKEN = re.compile(r'\s+|//[^\n]*|"(?:[^"\\]|\\.)*"|->|[{}\[\];=,]|\w[\w.]*')
 
 

@@ -12,7 +12,7 @@ from hypothesis import example, given, strategies as st
 from matplotlib import colormaps
 
 import hra_fx
-from hra_fx.reporting.colormap import PALETTE, UNKNOWN, color, ink_on
+from hra_fx.reporting.colormap import PALETTE, color
 from hra_fx.reporting.heat import HEATS, heat_of, scale
 from hra_fx.view.heatmap import heatmap_of
 
@@ -46,13 +46,6 @@ def test_every_color_is_between_its_neighbors(share: float, top: float) -> None:
     low, high = PALETTE[math.floor(place)], PALETTE[math.ceil(place)]
     for got, a, b in zip(*map(channels, (color(share * top, top), low, high)), strict=True):
         assert min(a, b) - 1 <= got <= max(a, b) + 1
-
-
-def test_values_outside_the_scale_have_the_colors_of_its_ends() -> None:
-    assert color(-1, 1) == PALETTE[0]
-    assert color(2, 1) == PALETTE[-1]
-    assert color(math.nan, 1) == UNKNOWN
-    assert ink_on(UNKNOWN) == "#000000"
 
 
 @given(st.lists(st.floats(0, 1e9), min_size=1))

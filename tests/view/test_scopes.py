@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import networkx as nx
-import pytest
 import torch
 import torchvision
 import transformers
+from drawn_models import Residual, Shared
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.functional.householder import turn
 from hra_fx.view.graph import adapted_graph
 from hra_fx.view.scopes import scope_tree
 from hra_fx.view.tree import Item, Leaf, Scope
@@ -40,29 +38,6 @@ def scopes(item: Item) -> Iterator[Scope]:
         yield item
         for part in item.items:
             yield from scopes(part)
-
-
-class Residual(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(4, 4)
-        self.act = nn.ReLU()
-        self.fc2 = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.fc2(self.act(self.fc1(x)))
-
-
-class Shared(nn.Module):
-    """One block called three times, and one layer called in between."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = Residual()
-        self.fc = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.block(self.fc(self.block(self.block(x)))))
 
 
 class Pair(nn.Module):
@@ -167,17 +142,3 @@ def test_parameters_are_folded_into_what_reads_them_and_identities_are_left_out(
         ("output", ""),
     ]
     assert root.edges == ((0, 1), (1, 2), (2, 3), (3, 4))
-
-
-@pytest.mark.parametrize("k", [1, 2, 5, 9])
-def test_the_rotation_is_that_of_the_dense_product(k: int) -> None:
-    torch.manual_seed(k)
-    chain = torch.randn(12, k, dtype=torch.float64)
-    dense = torch.eye(12, dtype=torch.float64)
-    for u in chain.T:
-        dense = dense @ (torch.eye(12, dtype=torch.float64) - 2 * torch.outer(u, u) / (u @ u))
-    assert turn(chain).rotation == pytest.approx(float(torch.linalg.norm(dense - torch.eye(12))), rel=1e-10)
-
-
-def test_no_rotation_without_numbers() -> None:
-    assert math.isnan(turn(torch.empty(4, 2, device="meta")).rotation)

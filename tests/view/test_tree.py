@@ -5,7 +5,7 @@ from __future__ import annotations
 import networkx as nx
 import pytest
 
-from hra_fx.view.repeats import merge_repeats, runs_where
+from hra_fx.view.repeats import merge_repeats
 from hra_fx.view.tree import Item, Leaf, Mark, Scope, contract, cut, span, splice
 
 
@@ -75,13 +75,6 @@ def test_blocks_side_by_side_are_not_a_chain() -> None:
     branches = [chain(leaf("fc", "Linear 4→4"), name=f"b.{i}") for i in range(3)]
     scope = Scope("m", "m", "Net", False, (leaf("x"), *branches, leaf("sum")), tuple((0, i) for i in (1, 2, 3)))
     assert merge_repeats(scope) == scope
-
-
-def test_runs() -> None:
-    assert runs_where(0, lambda index: True) == []
-    assert runs_where(1, lambda index: True) == []
-    assert runs_where(5, lambda index: True) == [range(0, 5)]
-    assert runs_where(5, lambda index: index != 2) == [range(0, 2), range(2, 5)]
 
 
 @pytest.mark.parametrize(
