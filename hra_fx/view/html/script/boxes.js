@@ -110,8 +110,7 @@ export class Boxes {
       Object.assign(box, { width: inner.width, height: inner.height, body: { x: 0, y: 0 } });
       return;
     }
-    const title =
-      18 + widthOf(box.name, NAME, true) + 8 + widthOf(box.detail, DETAIL) + badgeWidth(box) + 2 * PAD;
+    const title = 18 + widthOf(box.name, NAME, true) + 8 + widthOf(box.detail, DETAIL) + badgeWidth(box) + 2 * PAD;
     box.width = Math.max(title, inner.width + 2 * PAD);
     box.body = { x: (box.width - inner.width) / 2, y: HEADER + (item.flow?.inputs.length ? 0 : EDGE) };
     box.height = box.body.y + inner.height + (item.flow?.outputs.length ? 0 : EDGE);

@@ -1,8 +1,8 @@
 // The data from Python (hra_fx/view/html/data.py) as objects.
 
 /**
- * The edges of a traced scope as a flat list of pairs of boxes, and its layers from top to bottom. An entry of a layer is
- * 2 * (box + 2), plus 1 for a lane of an edge that leaves that box; boxes -1 and -2 are the borders.
+ * The edges of a traced scope as a flat list of pairs of boxes, and its layers from top to bottom. An entry of a layer
+ * is 2 * (box + 2), plus 1 for a lane of an edge that leaves that box; boxes -1 and -2 are the borders.
  * @typedef {{edges: number[], inputs: number[], outputs: number[], rows: number[][]}} Flow
  */
 
@@ -14,7 +14,8 @@
  * @property {Item[]} parts the boxes inside, in order
  * @property {boolean} isScope whether it can be opened
  * @property {string} label name inside its scope
- * @property {string} kind "traced" or "untraced" for a scope; "input", "output", "adapted_layer", "module", "op" or "eager"
+ * @property {string} kind "traced" or "untraced" for a scope; else "input", "output", "adapted_layer", "module", "op" or
+ *   "eager"
  * @property {string} detail class and shape, or what an operation reads
  * @property {string} op the fx opcode
  * @property {string} target qualified name of the module, or name of the function
@@ -103,7 +104,10 @@ function plain(value) {
 function itemsOf(data) {
   const count = data.count;
   /** @type {Item[]} */
-  const items = Array.from({ length: count }, (_, index) => /** @type {any} */ ({ index, parts: [], skipped: [], trained: [] }));
+  const items = Array.from(
+    { length: count },
+    (_, index) => /** @type {any} */ ({ index, parts: [], skipped: [], trained: [] }),
+  );
   for (const name of [...TEXTS, ...LISTS, "parent", "width", "rank", "parameters", "count", "varied", "layering"]) {
     const values = dense(data.items[name], count);
     items.forEach((item, index) => {

@@ -111,7 +111,8 @@ function paintLine(group, item, box) {
 }
 
 /**
- * A layer with its adapter as a strip on top; the base model has no strip, the folded one says whether the weight changed.
+ * A layer with its adapter as a strip on top. The base model has no strip; the strip of the folded one says whether the
+ * weight changed.
  * @param {SVGGElement} group
  * @param {Box} box
  * @param {Paint} paint
@@ -236,7 +237,8 @@ export function color(group, item, paint) {
     const value = heatmap.mean(box.marks);
     const changed = box.marks.some(paint.isRotated);
     const shown = value === undefined ? "" : ` · ${box.marks.length > 1 ? "mean " : ""}${heatmap.text(value)}`;
-    line.textContent = mode === "adapted" ? box.strip + shown : (changed ? "weight changed" : "weight unchanged") + shown;
+    line.textContent =
+      mode === "adapted" ? box.strip + shown : (changed ? "weight changed" : "weight unchanged") + shown;
     strip.classList.toggle("unchanged", mode === "folded" && !changed);
     fill(strip, line, value === undefined ? "" : heatmap.color(value));
   }

@@ -102,7 +102,8 @@ export class Panel {
       ["adapted layers", item.isScope && marks.length ? String(marks.length) : ""],
       ["adapter parameters", trained.length > 1 ? trainedOf(trained).toLocaleString("en") : ""],
     ];
-    if (item.kind === "adapted_layer" && !marks.length) facts.push(["adapter", "the same as in the layer's first call"]);
+    if (item.kind === "adapted_layer" && !marks.length)
+      facts.push(["adapter", "the same as in the layer's first call"]);
     return list(facts);
   }
 
@@ -236,7 +237,9 @@ function adapterFacts(row) {
 function trainedInFull(item) {
   if (!item.trained.length) return [];
   const lines = item.trained.map((path) => html("li", {}, ...broken(path)));
-  return [html("section", {}, html("h3", {}, "Trained in full (modules_to_save)"), html("ul", { class: "plain" }, ...lines))];
+  return [
+    html("section", {}, html("h3", {}, "Trained in full (modules_to_save)"), html("ul", { class: "plain" }, ...lines)),
+  ];
 }
 
 /** @param {Facts} facts */

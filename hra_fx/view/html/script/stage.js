@@ -192,8 +192,8 @@ export class Stage {
   }
 
   /**
-   * Scroll the other panes to the position of one. Scroll events arrive later, so the position of each pane is stored to
-   * tell its own events from those of the user.
+   * Scroll the other panes to the position of one. Scroll events arrive later, so each pane's position is stored, to tell
+   * its own events from those of the user.
    * @param {HTMLElement} leader
    */
   #follow(leader) {
