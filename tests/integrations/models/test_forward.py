@@ -43,10 +43,6 @@ def graphs_in_use(model: nn.Module) -> Iterator[dict[str, bool]]:
 @every
 def test_what_capture_gives(case: Case) -> None:
     rows = hra_fx.report(adapted(case)[1]).rows
-    assert {row.region_path: row.region_sites for row in rows if row.region != "alone"} == case.regions
-    assert sum(row.region == "alone" for row in rows) == case.alone
-    assert all(row.region == "whole" for row in rows) == ("" in case.regions)
-    assert all(bool(row.region_reason) == (row.region != "whole") for row in rows)
     assert {row.r for row in rows} == {3}
 
 
