@@ -71,6 +71,7 @@ def test_a_layer_may_be_focused_on() -> None:
     assert [leaf.name for leaf in leaves(part).values()] == ["from flatten", "fc", "to output"]
 
 
+@pytest.mark.slow
 def test_a_focus_in_a_recorded_call() -> None:
     ids = torch.zeros(1, 3, dtype=torch.long)
     part = focused(drawing_of(drawn("bert"), (ids,)), "encoder.layer.1")

@@ -137,7 +137,7 @@ def test_shapes_are_those_that_hooks_see() -> None:
     assert {data["dtype"] for _, data in graph.nodes(data=True) if data["shape"]} == {"float32"}
 
 
-@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("adapted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_call_shows_a_whole_graph_of_a_model_that_fx_cannot_trace(adapted: bool) -> None:
     model = llama()
     if adapted:
@@ -172,7 +172,7 @@ def test_a_call_with_a_graph_break_shows_every_site_once() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # torch's own, in a deepcopy
-@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("decomposed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_exported_program_shows_its_layers(decomposed: bool) -> None:
     program = torch.export.export(llama(), (), {"input_ids": IDS, "use_cache": False}, strict=False)
     program = program.run_decompositions() if decomposed else program
