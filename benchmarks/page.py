@@ -21,7 +21,7 @@ from playwright.sync_api import Browser, sync_playwright
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import hra_fx
-from hra_fx.reporting import Row
+from hra_fx.reporting.row import Row
 from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.html.rendering import render
 from hra_fx.view.options import Options
@@ -53,7 +53,7 @@ def llama_exported() -> Drawing:
 def without_repeats(count: int = 10_000) -> Drawing:
     """An artificial model without repeated modules: 50 blocks of 8 modules with branches."""
     picture: nx.DiGraph[str] = nx.DiGraph()
-    picture.graph.update(regions=frozenset({""}), classes={}, details={})
+    picture.graph.update(traced=frozenset({""}), classes={}, details={})
     rows: list[Row] = []
     before = ""
     for index in range(count):
@@ -62,15 +62,13 @@ def without_repeats(count: int = 10_000) -> Drawing:
         path = f"{place[-1]}.layer{index}"
         leaf = Leaf(f"layer{index}", f"Linear {index}→{index}", "module", "call_module", path, place, paths=(path,))
         if index % 3 == 0:
-            leaf = Leaf(**{**leaf.__dict__, "kind": "site", "marks": (Mark(path, 0.1),), "width": index, "rank": 8})
-            angles = tuple(0.4 / (plane + 1) for plane in range(4))
-            angle, turned = 0.1 + index / count, (0.4, 0.2, angles, 1e-7, 0.05)
-            site = f"Linear({index}, {index})"
-            rows.append(
-                Row(
-                    path, "whole", "", count // 3, "", site, False, "default", True, index, 8, 8 * index, angle, *turned
-                )
+            leaf = Leaf(
+                **{**leaf.__dict__, "kind": "adapted_layer", "marks": (Mark(path, 0.1),), "width": index, "rank": 8}
             )
+            angles = tuple(0.4 / (plane + 1) for plane in range(4))
+            angle, rotated = 0.1 + index / count, (0.4, 0.2, angles, 1e-7, 0.05)
+            site = f"Linear {index}->{index}"
+            rows.append(Row(path, site, "default", True, index, 8, 8 * index, angle, *rotated))
         picture.add_node(path, leaf=leaf)
         if before:
             picture.add_edge(before, path)

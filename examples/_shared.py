@@ -91,7 +91,7 @@ def write_adapters(model: nn.Module, folder: Path) -> None:
     report = hra_fx.report(model)
     with open(folder / "report.txt", "w", encoding="utf-8") as file:
         Console(file=file, width=180).print(report)
-    report.heat_strip(folder / "heat_strip.svg")
+    report.plot_heatmap(folder / "heatmap.svg")
     for name in ("adapters.svg", "adapters.html"):
         hra_fx.visualize(model, folder / name, heat="mean_angle")
 

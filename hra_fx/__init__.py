@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     from hra_fx.model.orthogonality import orthogonality_loss as orthogonality_loss
     from hra_fx.model.scale import set_scale as set_scale
     from hra_fx.model.switch import disable_adapters as disable_adapters, set_adapter as set_adapter
-    from hra_fx.reporting import report as report
+    from hra_fx.reporting.report import report as report
+    from hra_fx.reporting.result import Report as Report
     from hra_fx.tracing.graphs import graphs as graphs
     from hra_fx.view import visualize as visualize
     from hra_fx.view.network import to_networkx as to_networkx
@@ -72,7 +73,8 @@ _HOMES = {
     "merge_adapter": "model.merge",
     "orthogonality_loss": "model.orthogonality",
     "plan_fold": "api.fold",
-    "report": "reporting",
+    "Report": "reporting.result",
+    "report": "reporting.report",
     "save_adapter": "checkpoint.saving",
     "set_adapter": "model.switch",
     "set_scale": "model.scale",

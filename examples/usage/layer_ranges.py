@@ -18,7 +18,7 @@ def main() -> None:
         layers_pattern="layers",  # ... of `model.layers`
     )
     for row in hra_fx.report(hra_fx.transform(model, config)):
-        print(f"{row.path}: {row.site}, r={row.r}, {row.parameters} parameters")
+        print(f"{row.path}: {row.layer_type}, r={row.r}, {row.parameters} parameters")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import SelectionError, UnsupportedLayerError
 from hra_fx.layers.target import describe, find_kind
 from hra_fx.model.trainable import to_copy
-from hra_fx.reporting.skipped_layers import Missed, Question
+from hra_fx.reporting.skipped_layers import Selection, SkippedLayer
 from hra_fx.selection.check import check
 from hra_fx.selection.select import select, with_head
 
@@ -42,8 +42,8 @@ class Match:
     trained: int = 0
     trained_in_full: int = 0
     adapted: tuple[SiteLook, ...] = ()
-    refused: tuple[Missed, ...] = ()
-    missed: tuple[Missed, ...] = ()
+    refused: tuple[SkippedLayer, ...] = ()
+    missed: tuple[SkippedLayer, ...] = ()
     error: str | None = None
 
     @property
@@ -77,7 +77,7 @@ def match_layers(path: Path, config: HRAConfig) -> Match:
         trained=sum(layer.d * config.r for layer in adapted),
         trained_in_full=sum(getattr(owner, name).numel() for owner, names in copies.values() for name in names),
         adapted=adapted,
-        refused=tuple(Missed(name, describe(chosen[name]), reason) for name, reason in refused.items()),
+        refused=tuple(SkippedLayer(name, describe(chosen[name]), reason) for name, reason in refused.items()),
         missed=tuple(_missed(model, chosen, config)),
     )
 
@@ -91,10 +91,10 @@ def _why_not(name: str, layer: nn.Module, config: HRAConfig) -> str | None:
     return None
 
 
-def _missed(model: nn.Module, chosen: dict[str, nn.Module], config: HRAConfig) -> list[Missed]:
-    question = Question(model, config)
+def _missed(model: nn.Module, chosen: dict[str, nn.Module], config: HRAConfig) -> list[SkippedLayer]:
+    selection = Selection(model, config)
     return [
-        Missed(name, describe(layer), question.reason(name, kind))
+        SkippedLayer(name, describe(layer), selection.reason(name, kind))
         for name, layer in model.named_modules()
-        if name and name not in chosen and (kind := find_kind(layer))
+        if name and name not in chosen and (kind := find_kind(layer)) and not selection.trains_in_full(layer)
     ]

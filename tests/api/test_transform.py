@@ -130,7 +130,6 @@ def test_a_layer_that_reads_a_buffer_is_rotated_too() -> None:
             return self.out(x + self.lin(self.start))
 
     model = hra_fx.transform(Constant().double(), config("lin", "out"))
-    assert {row.region for row in hra_fx.report(model)} == {"whole"}
     randomise(model)
     x = torch.randn(2, 4, dtype=torch.float64)
     before = model(x)

@@ -42,7 +42,7 @@ def test_it_foretells_what_transform_does(shelf: Shelf, name: str) -> None:
     report = hra_fx.report(model)
     assert (found.code, found.json["error"], found.json["refused"]) == (0, None, [])
     assert [(layer["path"], layer["d"]) for layer in found.json["adapted"]] == [(row.path, row.d) for row in report]
-    assert [(m["path"], m["reason"]) for m in found.json["missed"]] == [(m.path, m.reason) for m in report.missed]
+    assert [(m["path"], m["reason"]) for m in found.json["missed"]] == [(m.path, m.reason) for m in report.skipped]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert found.json["trained"] + found.json["trained_in_full"] == trained
     assert found.json["trained"] == sum(row.parameters for row in report)
@@ -59,8 +59,8 @@ def test_the_table(shelf: Shelf) -> None:
     text = answer("match", shelf / "my-model", "-t", "q_proj", "-l", "1", columns=120)
     assert "adapted  1 of 15 layers" in text
     assert "model.layers.1.self_attn.q_proj       1   Linear 16->16   16   8      128" in text
-    assert "Without reflections: 14 layers" in text
-    assert "model.layers.*.self_attn.q_proj: its layer index is not among layers_to_transform=[1]" in text
+    assert "Not adapted: 14 layers" in text
+    assert "model.layers.0.self_attn.q_proj: layer index not in layers_to_transform=[1]" in text
 
 
 def test_no_weight_is_read_or_made(shelf: Shelf, tmp_path: Path) -> None:

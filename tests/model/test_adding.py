@@ -22,7 +22,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any, list[str], list[str]]] = {
 
 def where(model: nn.Module) -> set[tuple[Any, ...]]:
     rows = hra_fx.report(model)
-    return {(row.path, row.region, row.region_path, row.region_sites, row.region_reason) for row in rows}
+    return {(row.path, row.layer_type, row.d) for row in rows}
 
 
 def read_in_graphs(model: nn.Module) -> list[str]:

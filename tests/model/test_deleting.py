@@ -32,9 +32,7 @@ def test_what_is_left_is_as_if_the_deleted_one_had_never_been(name: str) -> None
     worn = [[set(carriers_of(part)) for part in each.modules()] for each in (model, alone)]
     assert worn[0] == worn[1]
     ours, theirs = hra_fx.report(model), hra_fx.report(alone)
-    places = [
-        [(r.path, r.region, r.region_path, r.region_sites, r.region_reason) for r in rep] for rep in (ours, theirs)
-    ]
+    places = [[(r.path, r.adapter, r.r) for r in rep] for rep in (ours, theirs)]
     assert places[0] == places[1]
     assert_close(run(model, x), oracle(plain, model, ["a"], x))
 

@@ -76,7 +76,6 @@ def test_two_adapters_act_in_their_order(name: str, fields: str) -> None:
         hra_fx.set_adapter(model, order)
         outputs.append(run(model, x))
         assert_close(outputs[-1], oracle(plain, model, order, x))
-    assert {row.region for row in hra_fx.report(model)} == kind.regions
     assert torch.equal(outputs[-1], run(plain, x))
     assert moved(outputs[0], outputs[1])
     assert moved(outputs[0], outputs[2])

@@ -114,7 +114,6 @@ def test_the_first_region_or_layer_that_differs_is_named(
     assert refused(model, X).startswith(f"{where}: in train mode output 0 of the rewritten model is not that")
     monkeypatch.undo()
     verified(model, X)
-    assert {row.region for row in hra_fx.report(model)} == {"shared", "alone"}
 
 
 def test_gradients_that_are_missing_and_graphs_that_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:

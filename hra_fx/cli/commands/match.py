@@ -136,7 +136,7 @@ def _configuration(folder: Path | None, fields: dict[str, Any]) -> HRAConfig:
 def _show(found: Match) -> None:
     from hra_fx.cli.grouping import grouped
     from hra_fx.reporting.columns import percent
-    from hra_fx.reporting.footnotes import remarks
+    from hra_fx.reporting.footnotes import footnotes
 
     share = percent(found.trained / max(found.parameters, 1))
     show_heading(
@@ -164,5 +164,5 @@ def _show(found: Match) -> None:
         show_lines(
             f"Cannot be adapted: {count(len(found.refused), 'layer')}", [f"{m.path}: {m.reason}" for m in found.refused]
         )
-    for remark in remarks((), found.missed):
-        show_lines(remark.heading, remark.lines)
+    for footnote in footnotes((), found.missed):
+        show_lines(footnote.heading, footnote.lines)

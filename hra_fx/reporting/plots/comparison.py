@@ -1,4 +1,4 @@
-"""Two adapters side by side: the mean and the largest angle of each, layer by layer."""
+"""Two adapters side by side: their mean and largest angles, layer by layer."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Blue and orange of Okabe and Ito, which every eye tells apart; the marks differ too.
+# Blue and orange of Okabe and Ito, safe for color blindness; the markers differ too.
 _LOOKS = (("#0072B2", "o"), ("#D55E00", "D"))
 _PANEL, _GAP = 3.2, 0.35
 
 
-def draw_two_adapters(rows: Sequence[Row], path: str | os.PathLike[str], first: str, second: str) -> Path:
-    """Write the plot of two adapters; see `Report.compare`.
+def draw_comparison(rows: Sequence[Row], path: str | os.PathLike[str], first: str, second: str) -> Path:
+    """Write the plot of two adapters; see `Report.plot_comparison`.
 
     Raises:
-        VisualizeError: another ending, no such adapter, no such folder, or matplotlib is not installed.
+        VisualizeError: unknown file ending or adapter, no such folder, or matplotlib is not installed.
     """
     file = check_plot(path)
     known = adapters_of(rows)
     for name in (first, second):
         if name not in known:
-            raise VisualizeError(f"adapters: {name!r} is not in the report. It has {', '.join(map(repr, known))}.")
+            raise VisualizeError(f"Adapter {name!r} is not in the report, which has {', '.join(map(repr, known))}.")
     if first == second:
-        raise VisualizeError(f"adapters: {first!r} is given twice. Name two of them.")
+        raise VisualizeError(f"The two adapters must be different, got {first!r} twice.")
     with style():
         return write(_figure(rows, (first, second)), file)
 
@@ -63,20 +63,20 @@ def _figure(rows: Sequence[Row], names: tuple[str, str]) -> Figure:
 
 
 def _panel(axes: Axes, rows: Sequence[Row], paths: list[str], names: tuple[str, str], measure: Heat) -> None:
-    """Two marks for each layer, joined by a line."""
+    """Two markers for each layer, joined by a line."""
     values = {name: {row.path: measure.value(row) for row in rows if row.adapter == name} for name in names}
     for place, path in enumerate(paths):
         ends = [values[name].get(path, math.nan) for name in names]
         if all(map(math.isfinite, ends)):
             axes.plot(ends, [place, place], color="#9aa4ae", linewidth=1.2, zorder=1)
-    for name, (colour, mark) in zip(names, _LOOKS, strict=True):
+    for name, (color, mark) in zip(names, _LOOKS, strict=True):
         known = [(value, paths.index(path)) for path, value in values[name].items() if math.isfinite(value)]
         label = shown(name, 40)
         axes.scatter(
             [value for value, _ in known],
             [place for _, place in known],
             s=26,
-            color=colour,
+            color=color,
             marker=mark,
             label=label,
             zorder=2,
@@ -84,7 +84,7 @@ def _panel(axes: Axes, rows: Sequence[Row], paths: list[str], names: tuple[str, 
         )
     axes.set_ylim(len(paths) - 0.5, -0.5)
     axes.set_title(f"{measure.words}, degrees", loc="left", fontsize=9, color=QUIET)
-    # Of a long list one sees an end at a time.
+    # In a long list only one end is visible at a time.
     axes.tick_params(length=0, labeltop=len(paths) > 30)
     axes.grid(axis="x", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)

@@ -1,4 +1,4 @@
-"""The heat of a whole picture: a value and a colour for each adapted layer, and the scale that they share."""
+"""The heatmap of a picture: a value and a color for each adapted layer, on one scale."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from hra_fx.errors import VisualizeError
-from hra_fx.reporting.colormap import colour
+from hra_fx.reporting.colormap import color
 from hra_fx.reporting.heat import HEATS, heat_of, scale
 from hra_fx.view.drawing import Drawing
 
 
 @dataclass(frozen=True)
-class Heating:
-    """The values of a whole picture.
+class Heatmap:
+    """The values of a picture.
 
     Attributes:
-        name: which heat.
+        name: which measure, a key of `HEATS`.
         values: one for each adapted layer, in the unit of the legend.
         top: the upper end of the legend.
     """
@@ -27,7 +27,7 @@ class Heating:
     top: float
 
     def mean(self, paths: Iterable[str]) -> float:
-        """The mean of some layers; NaN where there is none, or one of them is unknown."""
+        """The mean of some layers; NaN if there are none, or if one is unknown."""
         values = [self.values.get(path, math.nan) for path in paths]
         return sum(values) / len(values) if values else math.nan
 
@@ -35,30 +35,30 @@ class Heating:
         """A value with its unit."""
         return "unknown" if math.isnan(value) else f"{value:.{_decimals(self.top)}f}{HEATS[self.name].unit}"
 
-    def colour(self, value: float) -> str:
-        """The colour of a value."""
-        return colour(value, self.top)
+    def color(self, value: float) -> str:
+        """The color of a value."""
+        return color(value, self.top)
 
 
-def heating(drawing: Drawing, name: str | None) -> Heating | None:
-    """The heat of a picture, `None` where none is asked for.
+def heatmap_of(drawing: Drawing, name: str | None) -> Heatmap | None:
+    """The heatmap of a picture, `None` for `None`.
 
     Raises:
-        VisualizeError: the model has no reflections.
+        VisualizeError: the model has no adapters.
     """
     if name is None:
         return None
     if not drawing.rows:
         raise VisualizeError(
-            f"heat: {name!r} shows what reflections do, and {drawing.title} has none. "
-            "Leave heat out, or draw a model that went through hra_fx.transform."
+            f"`heat` must be None for {drawing.title}, which has no adapters, got {name!r}. "
+            "Draw a model that went through hra_fx.transform."
         )
     values = heat_of(drawing.rows, name)
-    return Heating(name, values, scale(values.values()))
+    return Heatmap(name, values, scale(values.values()))
 
 
 def _decimals(top: float) -> int:
-    """So many that about a hundredth of the scale can be seen.
+    """Enough decimals to show about a hundredth of the scale.
 
     >>> _decimals(45.0), _decimals(4.0), _decimals(0.04)
     (0, 2, 4)

@@ -1,4 +1,4 @@
-"""A part of a drawing as a drawing: the inside of one module, with a box for each value that enters or leaves it."""
+"""A drawing of one module, with a box for each value that enters or leaves it."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ def focused(drawing: Drawing, focus: str | None) -> Drawing:
     """The drawing of one module.
 
     Args:
-        drawing: that of the model.
+        drawing: the drawing of the model.
         focus: qualified name of the module; `None` or `""` for the model. All calls of a shared module are shown.
 
     Raises:
-        VisualizeError: there is no such module, or nothing of it is drawn.
+        VisualizeError: there is no such module, or it has no boxes.
     """
     if not focus:
         return drawing
     leaves: dict[str, Leaf] = {key: data["leaf"] for key, data in drawing.picture.nodes(data=True)}
     inside = {key: leaf for key, leaf in leaves.items() if _is_inside(leaf, focus)}
     if not inside:
-        raise VisualizeError(f"focus: {_unknown(drawing, focus, leaves.values())}")
+        raise VisualizeError(f"`focus`: {_unknown(drawing, focus, leaves.values())}")
     rows = tuple(row for row in drawing.rows if _within(row.path, focus))
-    missed = {path: why for path, why in drawing.missed.items() if _within(path, focus)}
-    sites = {mark.path for leaf in inside.values() for mark in leaf.marks}
-    here = f"{len(sites)} adapted layer{'' if len(sites) == 1 else 's'} here" if drawing.rows else "a part"
+    skipped = {path: why for path, why in drawing.skipped.items() if _within(path, focus)}
+    adapted = {mark.path for leaf in inside.values() for mark in leaf.marks}
+    here = f"{len(adapted)} adapted layer{'' if len(adapted) == 1 else 's'} here" if drawing.rows else "a part"
     return replace(
         drawing,
         title=f"{focus} in {drawing.title}",
-        facts=f"{here}; in the model {drawing.facts}",
+        facts=f"{here} · whole model: {drawing.facts}",
         picture=_cut_out(drawing.picture, focus, inside),
         rows=rows,
-        missed=missed,
+        skipped=skipped,
+        trained_in_full=tuple(path for path in drawing.trained_in_full if _within(path, focus)),
     )
 
 
@@ -55,12 +56,12 @@ def _is_inside(leaf: Leaf, focus: str) -> bool:
 
 
 def _cut_out(picture: nx.DiGraph[str], focus: str, inside: dict[str, Leaf]) -> nx.DiGraph[str]:
-    """The leaves inside, one box for each value that comes from outside, and one for each that is read there."""
+    """The leaves inside, one box for each value from outside, and one for each value that is read outside."""
     part: nx.DiGraph[str] = nx.DiGraph()
     graph = picture.graph
-    captured = _is_captured(focus, graph["regions"])
-    below = {path for path in graph["regions"] if path.startswith(f"{focus}.")}
-    part.graph.update(graph, regions=frozenset(below | ({""} if captured else set())))
+    traced = _is_traced(focus, graph["traced"])
+    below = {path for path in graph["traced"] if path.startswith(f"{focus}.")}
+    part.graph.update(graph, traced=frozenset(below | ({""} if traced else set())))
     part.graph["classes"] = {**graph["classes"], "": graph["classes"].get(focus, "")}
     address = _addresses(picture)
     for source in dict.fromkeys(source for key in inside for source in picture.pred[key] if source not in inside):
@@ -85,8 +86,7 @@ def _port(kind: str, name: str) -> Leaf:
 
 
 def _addresses(picture: nx.DiGraph[str]) -> dict[str, str]:
-    """Where leaves are to be found: the path of a module; an operation with the module it belongs to, which is enough
-    where it is all that the module does."""
+    """A name for each leaf: the path of its module, and the operation if it is not the only leaf there."""
     leaves: dict[str, Leaf] = dict(picture.nodes(data="leaf"))
     inside = Counter(call for leaf in leaves.values() for call in leaf.place)
     return {key: _address(leaf, inside) for key, leaf in leaves.items()}
@@ -100,26 +100,26 @@ def _address(leaf: Leaf, inside: Mapping[str, int]) -> str:
 
 
 def _below(place: tuple[str, ...], focus: str) -> tuple[str, ...]:
-    """A place without the modules around the focus, and the focus."""
+    """A place without the focus and the modules around it."""
     return next((place[at + 1 :] for at, call in enumerate(place) if module_of(call) == focus), ())
 
 
-def _is_captured(path: str, regions: Iterable[str]) -> bool:
-    known = set(regions)
+def _is_traced(path: str, roots: Iterable[str]) -> bool:
+    known = set(roots)
     parts = path.split(".")
     return any(".".join(parts[:end]) in known for end in range(len(parts) + 1))
 
 
 def _unknown(drawing: Drawing, focus: str, leaves: Iterable[Leaf]) -> str:
-    """Why nothing is drawn of a module, and what could be meant."""
+    """Why a module has no boxes, and similar names."""
     boxes = {path for leaf in leaves for path in leaf.paths}
     shown = boxes | {module_of(call) for leaf in leaves for call in leaf.place}
     known = drawing.picture.graph["classes"]
     around = [focus[:end] for end in range(len(focus)) if focus[end] == "." and focus[:end] in boxes]
     if focus in known and around:
-        return f"{focus!r} is a part of {around[-1]!r}, which is drawn as one box. Focus on {around[-1]!r}."
+        return f"{focus!r} is inside {around[-1]!r}, which is drawn as one box. Pass {around[-1]!r}."
     if focus in known:
-        return f"{focus!r} is a module of which nothing is drawn. Focus on one that computes something."
+        return f"{focus!r} has no boxes, because it computes nothing that is drawn. Pass another module."
     near = difflib.get_close_matches(focus, sorted(shown), _SHOWN) or _same_end(focus, shown)
     if near:
         return f"the model has no module {focus!r}; did you mean {' or '.join(map(repr, near))}?"
@@ -129,7 +129,7 @@ def _unknown(drawing: Drawing, focus: str, leaves: Iterable[Leaf]) -> str:
 
 
 def _same_end(focus: str, shown: Iterable[str]) -> list[str]:
-    """Modules whose last name is the one that was asked for, the outermost first."""
+    """Modules with the same last name, outermost first."""
     last = focus.rpartition(".")[2]
     ends = [path for path in shown if path.rpartition(".")[2] == last]
     return sorted(ends, key=lambda path: (path.count("."), path))[:_SHOWN]

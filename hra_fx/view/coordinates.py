@@ -1,9 +1,9 @@
-"""Where the boxes of a layered layout stand from left to right (in the manner of Brandes and Köpf 2002,
+"""x coordinates of the boxes of a layered layout (similar to Brandes and Köpf 2002,
 https://doi.org/10.1007/3-540-45848-4_3).
 
-Nodes of neighbouring layers are aligned along edges that do not cross, so that chains become straight lines; such lines
-move as a whole. They start midway between the leftmost and the rightmost places that the order allows, and are drawn
-towards their neighbours as far as there is room.
+Nodes of adjacent layers are aligned along edges that do not cross, so that chains become straight lines. Such lines
+move as a whole. They start midway between the leftmost and rightmost positions that the order allows, and then move
+towards their neighbors as far as there is room.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TypeAlias
 import networkx as nx
 
 GAP_X = 22.0
-LANE = 14.0  # width of an edge's place among boxes
+LANE = 14.0  # width of an edge among boxes
 _SWEEPS = 16
 
 #: (box, -1), or (source box, layer) for a lane of its outgoing edges.
@@ -26,7 +26,7 @@ Node: TypeAlias = tuple[int, int]
 
 @dataclass(frozen=True)
 class Size:
-    """A box to place: width, height, and where edges enter on top and leave below, measured from its middle."""
+    """A box to place: width, height, and where edges enter (top) and leave (bottom), relative to its middle."""
 
     width: float
     height: float
@@ -36,18 +36,20 @@ class Size:
 
 @dataclass(frozen=True)
 class _Line:
-    """Aligned nodes: the line's number, and how far right of the line the middle of this node is."""
+    """A line of aligned nodes: its number, and the offset of the middle of this node."""
 
     number: int
     shift: float
 
 
-def columns(rows: Sequence[Sequence[Node]], graph: nx.DiGraph[Node], size: Callable[[Node], Size]) -> dict[Node, float]:
+def x_coordinates(
+    rows: Sequence[Sequence[Node]], graph: nx.DiGraph[Node], size: Callable[[Node], Size]
+) -> dict[Node, float]:
     """x of the middle of every node.
 
     Args:
         rows: the layers, each from left to right.
-        graph: edges between neighbouring layers.
+        graph: edges between adjacent layers.
         size: the size of a node.
     """
     lines = _lines(rows, graph, size)
@@ -71,8 +73,8 @@ def columns(rows: Sequence[Sequence[Node]], graph: nx.DiGraph[Node], size: Calla
 
 
 def _lines(rows: Sequence[Sequence[Node]], graph: nx.DiGraph[Node], size: Callable[[Node], Size]) -> dict[Node, _Line]:
-    """Align every node with at most one above it: boxes with boxes first, then lanes with lanes, the
-    longest paths first."""
+    """Align every node with at most one node above it: boxes with boxes first, then lanes with lanes, longest paths
+    first."""
     above: dict[Node, int] = {}
     below: dict[Node, int] = {}
     for row in rows:
@@ -98,7 +100,7 @@ def _lines(rows: Sequence[Sequence[Node]], graph: nx.DiGraph[Node], size: Callab
 def _partners(
     upper_row: Sequence[Node], row: Sequence[Node], graph: nx.DiGraph[Node], length: dict[tuple[Node, Node], int]
 ) -> dict[Node, Node]:
-    """For the nodes of a layer the one above to align with; no two of the edges chosen cross or meet."""
+    """Node -> the node above to align with. No two of these edges cross or meet."""
     upper_place = {node: index for index, node in enumerate(upper_row)}
     place = {node: index for index, node in enumerate(row)}
     edges = [(upper, node) for node in row for upper in graph.pred[node]]
@@ -114,7 +116,7 @@ def _partners(
 
 
 def _kind(upper: Node, lower: Node) -> int:
-    """Boxes with boxes come first, then lanes with lanes, then the ends of lanes."""
+    """The order of alignment: boxes with boxes, then lanes with lanes, then the ends of lanes."""
     is_lane = (upper[1] >= 0, lower[1] >= 0)
     return {(False, False): 0, (True, True): 1}.get(is_lane, 2)
 
@@ -122,7 +124,7 @@ def _kind(upper: Node, lower: Node) -> int:
 def _distances(
     rows: Sequence[Sequence[Node]], lines: dict[Node, _Line], size: Callable[[Node], Size]
 ) -> nx.DiGraph[int]:
-    """How far apart two lines must be at least, because of nodes that stand side by side."""
+    """The minimum distance of two lines, from the nodes that are side by side."""
     apart: nx.DiGraph[int] = nx.DiGraph()
     apart.add_nodes_from(range(len({line.number for line in lines.values()})))
     for row in rows:
@@ -136,7 +138,7 @@ def _distances(
 
 
 def _middle(apart: nx.DiGraph[int]) -> dict[int, float]:
-    """Midway between the leftmost and the rightmost places; both keep the distances, so what is between does too."""
+    """Midway between the leftmost and rightmost positions. Both keep the distances, so their mean does too."""
     order = list(nx.lexicographical_topological_sort(apart))
     left: dict[int, float] = {}
     for number in order:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import networkx as nx
 import pytest
 import torch
-from drawn_models import drawn
+from drawn_models import drawing, drawn
 
-from hra_fx.view.closing import closed
+from hra_fx.view.collapse import collapsed
 from hra_fx.view.drawing import Drawing, drawing_of
-from hra_fx.view.focusing import focused
+from hra_fx.view.focus import focused
 from hra_fx.view.tree import Leaf, Scope
 
 
@@ -22,24 +22,24 @@ def ports(drawing: Drawing) -> list[str]:
 
 
 def test_a_focus_shows_what_enters_and_leaves() -> None:
-    part = focused(drawing_of(drawn("resnet")), "layer2")
+    part = focused(drawing("resnet"), "layer2")
     assert ports(part) == ["from layer1.1.relu", "to layer3.0.conv1 + 1"]
     assert part.title == "layer2 in ResNet with HRA"
-    assert part.facts.startswith("5 adapted layers here; in the model 21 adapted layers")
+    assert part.facts.startswith("5 adapted layers here · whole model: 21 adapted layers")
     assert {row.path for row in part.rows} == {mark.path for leaf in leaves(part).values() for mark in leaf.marks}
     assert nx.is_directed_acyclic_graph(part.picture)
 
 
 def test_a_focus_is_the_root() -> None:
-    tree = focused(drawing_of(drawn("resnet")), "layer2").tree()
+    tree = focused(drawing("resnet"), "layer2").tree()
     assert not tree.eager
     assert [item.name for item in tree.items] == ["from layer1.1.relu", "layer2.0", "layer2.1", "to layer3.0.conv1 + 1"]
     assert tree.edges == ((0, 1), (1, 2), (2, 3))
 
 
 def test_the_edges_inside_are_those_of_the_model() -> None:
-    whole = drawing_of(drawn("resnet")).picture
-    part = focused(drawing_of(drawn("resnet")), "layer3.0").picture
+    whole = drawing("resnet").picture
+    part = focused(drawing("resnet"), "layer3.0").picture
     inside = [key for key in part if key in whole]
     assert set(part.subgraph(inside).edges) == set(whole.subgraph(inside).edges)
     assert len(inside) == 9
@@ -47,30 +47,31 @@ def test_the_edges_inside_are_those_of_the_model() -> None:
 
 @pytest.mark.parametrize("focus", ["block", "block.fc1"])
 def test_all_calls_of_a_shared_module_are_shown(focus: str) -> None:
-    part = focused(drawing_of(drawn("shared")), focus)
+    part = focused(drawing("shared"), focus)
     assert sum(leaf.target == "block.fc1" for leaf in leaves(part).values()) == 3
     assert nx.is_directed_acyclic_graph(part.picture)
     assert isinstance(part.tree(), Scope)
 
 
 def test_a_part_that_stays_python_has_no_ports() -> None:
-    part = focused(drawing_of(drawn("bert")), "encoder.layer.1")
+    part = focused(drawing("bert"), "encoder.layer.1")
     assert ports(part) == []
     assert part.tree().eager
     assert len(part.rows) == 6
 
 
 def test_one_region_of_a_model_that_stays_python_is_a_captured_graph() -> None:
-    part = focused(drawing_of(drawn("llama")), "model.layers.0.mlp")
+    part = focused(drawing("llama"), "model.layers.0.mlp")
     assert not part.tree().eager
     assert len(part.picture.edges) > 3
 
 
 def test_a_layer_may_be_focused_on() -> None:
-    part = focused(drawing_of(drawn("resnet")), "fc")
+    part = focused(drawing("resnet"), "fc")
     assert [leaf.name for leaf in leaves(part).values()] == ["from flatten", "fc", "to output"]
 
 
+@pytest.mark.slow
 def test_a_focus_in_a_recorded_call() -> None:
     ids = torch.zeros(1, 3, dtype=torch.long)
     part = focused(drawing_of(drawn("bert"), (ids,)), "encoder.layer.1")
@@ -81,18 +82,18 @@ def test_a_focus_in_a_recorded_call() -> None:
 
 @pytest.mark.parametrize("focus", [None, ""])
 def test_no_focus_is_the_model(focus: str | None) -> None:
-    drawing = drawing_of(drawn("shared"))
-    assert focused(drawing, focus) is drawing
+    found = drawing("shared")
+    assert focused(found, focus) is found
 
 
 @pytest.mark.parametrize("name", ["resnet", "bert", "llama", "shared", "attention"])
 def test_a_closed_module_has_all_that_is_in_it(name: str) -> None:
-    drawing = drawing_of(drawn(name))
-    sites = sorted(mark.path for leaf in leaves(drawing).values() for mark in leaf.marks)
-    numbers = sum(leaf.parameters for leaf in leaves(drawing).values())
-    before = len(drawing.picture) + 1
+    found = drawing(name)
+    sites = sorted(mark.path for leaf in leaves(found).values() for mark in leaf.marks)
+    numbers = sum(leaf.parameters for leaf in leaves(found).values())
+    before = len(found.picture) + 1
     for depth in (9, 3, 2, 1, 0):
-        part = closed(drawing, depth)
+        part = collapsed(found, depth)
         assert sorted(mark.path for leaf in leaves(part).values() for mark in leaf.marks) == sites
         assert sum(leaf.parameters for leaf in leaves(part).values()) == numbers
         assert len(part.picture) <= before
@@ -101,7 +102,7 @@ def test_a_closed_module_has_all_that_is_in_it(name: str) -> None:
 
 
 def test_with_depth_0_the_children_are_boxes() -> None:
-    part = closed(drawing_of(drawn("resnet")), 0)
+    part = collapsed(drawing("resnet"), 0)
     assert [leaf.name for leaf in leaves(part).values()] == [
         *("x", "conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool", "flatten", "fc"),
         "output",
@@ -110,5 +111,5 @@ def test_with_depth_0_the_children_are_boxes() -> None:
 
 
 def test_without_a_depth_nothing_is_closed() -> None:
-    drawing = drawing_of(drawn("shared"))
-    assert closed(drawing, None) is drawing
+    found = drawing("shared")
+    assert collapsed(found, None) is found

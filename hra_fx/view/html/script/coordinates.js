@@ -1,8 +1,8 @@
-// Where the boxes of a layered scope stand from left to right; as in hra_fx/view/columns.py.
+// x coordinates of the boxes of a layered scope, as in hra_fx/view/coordinates.py.
 
 /** @import { Layers } from "./layers.js" */
 
-/** A box to place, and where edges enter on top and leave below, measured from its middle.
+/** A box to place, and where edges enter (top) and leave (bottom), relative to its middle.
  * @typedef {{width: number, height: number, enter: number, leave: number}} Size */
 
 export const GAP_X = 22;
@@ -50,7 +50,7 @@ export function columns(layers, sizes) {
 }
 
 /**
- * Nodes in line move as one: the number of each one's line, and how far right of it the node's middle is.
+ * Lines of aligned nodes: for each node the number of its line, and the offset of its middle.
  * @param {Layers} layers
  * @param {Size[]} sizes
  */
@@ -69,7 +69,7 @@ function linesOf(layers, sizes) {
 }
 
 /**
- * How far apart lines must be at least, because of nodes side by side: for each line those on its left and right.
+ * The minimum distances of lines, from nodes that are side by side: for each line those on its left and right.
  * @param {Layers} layers
  * @param {Size[]} sizes
  * @param {number[]} line
@@ -94,7 +94,7 @@ function distances(layers, sizes, line, shift, count) {
 }
 
 /**
- * Midway between the leftmost and the rightmost places; both keep the distances, so what is between does too.
+ * Midway between the leftmost and rightmost positions. Both keep the distances, so their mean does too.
  * @param {Side[][]} left
  * @param {Side[][]} right
  */

@@ -1,4 +1,4 @@
-"""The forms of a report: terminal, Markdown, JSON and notebook, with names that want to be more than names."""
+"""The formats of a report: terminal, Markdown, JSON and notebook, with names that contain markup."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from reporting.made import HOSTILE, adapted, blocks, report_of, row
 from rich.console import Console
 
 from hra_fx import report
-from hra_fx.reporting import Missed, Report
+from hra_fx.reporting.result import Report
+from hra_fx.reporting.skipped_layers import SkippedLayer
 
-WORDS = ["layer", "site", "region", "d", "r", "params", "|Q - I|", "mean angle", "largest", "turned"]
+WORDS = ["layer", "type", "d", "r", "params", "|Q - I|", "mean angle", "max angle", "share of W"]
 
 
 def in_terminal(found: Report, width: int) -> str:
@@ -36,25 +37,26 @@ def test_all_columns_and_numbers_are_in_a_wide_terminal() -> None:
     for shown in (f"{math.degrees(only.mean_angle):.1f}°", f"{math.degrees(only.angle):.1f}°", f"{only.rotation:.3f}"):
         assert shown in text
     assert f"{100 * only.share:.1f}%" in text
-    assert "1 site, 12 trained parameters, adapter default" in text
+    assert "1 adapted layer, 12 adapter parameters, adapter default" in text
 
 
 def test_a_narrow_terminal_keeps_the_layer_and_its_angles() -> None:
     found = report_of(*blocks(2, "q_proj", "v_proj"))
     lost: list[str] = []
-    for width in range(200, 40, -1):
-        line = heading_line(in_terminal(found, width))
+    for width in range(130, 40, -1):
+        text = in_terminal(found, width)
+        line = heading_line(text)
         missing = [name for name in WORDS if f" {name} " not in f" {line} "]
         lost += [name for name in missing if name not in lost]
         assert set(lost) == set(missing), "what is gone does not come back"
-        assert all(len(line) <= width for line in in_terminal(found, width).splitlines())
-    assert lost == ["site", "d", "region", "|Q - I|", "params", "turned", "r"]
+        assert all(len(line) <= width for line in text.splitlines())
+    assert lost == ["type", "d", "|Q - I|", "share of W", "params", "r"]
 
 
 def test_the_adapter_is_a_column_where_there_are_several() -> None:
     found = report_of(row("a", adapter="first"), row("a", adapter="second"))
     assert " adapter " in heading_line(str(found))
-    assert "1 site, 32 trained parameters, adapters first, second" in str(found)
+    assert "1 adapted layer, 32 adapter parameters, adapters first, second" in str(found)
     assert " adapter " not in heading_line(str(report_of(row("a"))))
 
 
@@ -66,9 +68,9 @@ def test_small_angles_are_not_rounded_away(angle: float, shown: str) -> None:
 
 
 def test_names_are_no_markup_in_a_terminal() -> None:
-    text = in_terminal(report_of(row(HOSTILE), missed=(Missed(HOSTILE, "x", HOSTILE),)), 400)
+    text = in_terminal(report_of(row(HOSTILE), skipped=(SkippedLayer(HOSTILE, "x", HOSTILE),)), 400)
     assert text.count(HOSTILE) == 3
-    assert str(report_of(row(HOSTILE), missed=(Missed(HOSTILE, "x", HOSTILE),))).count(HOSTILE) == 3
+    assert str(report_of(row(HOSTILE), skipped=(SkippedLayer(HOSTILE, "x", HOSTILE),))).count(HOSTILE) == 3
 
 
 def test_a_q_that_is_not_orthogonal_is_remarked() -> None:
@@ -78,10 +80,10 @@ def test_a_q_that_is_not_orthogonal_is_remarked() -> None:
 
 
 def test_many_reasons_are_cut_with_their_number() -> None:
-    missed = tuple(Missed(f"part{index}.fc", "Linear", f"reason {index}") for index in range(9))
-    text = str(report_of(row(), missed=missed))
+    skipped = tuple(SkippedLayer(f"part{index}.fc", "Linear", f"reason {index}") for index in range(9))
+    text = str(report_of(row(), skipped=skipped))
     assert text.count("reason ") == 6
-    assert "  3 more, for 3 other reasons\n" in text
+    assert "  3 more layers, for 3 other reasons\n" in text
 
 
 # Markdown
@@ -114,13 +116,13 @@ def test_markdown_is_a_table_of_as_many_cells_in_each_line() -> None:
 
 def test_names_are_no_markup_in_markdown() -> None:
     name = "a\nb <b> [x](y) `c` *d* _e_ f_g"
-    text = report_of(row(name), missed=(Missed(name, "x", "why"),)).to_markdown()
+    text = report_of(row(name), skipped=(SkippedLayer(name, "x", "why"),)).to_markdown()
     assert text.count(r"a b \<b\> \[x\](y) \`c\` \*d\* \_e\_ f_g") == 2
 
 
 def test_markdown_has_the_remarks_as_lists() -> None:
-    text = report_of(row(), missed=(Missed("head", "Linear", "it is the output layer"),)).to_markdown()
-    assert text.endswith("Without reflections: 1 layer\n\n- head: it is the output layer\n")
+    text = report_of(row(), skipped=(SkippedLayer("head", "Linear", "it is the output layer"),)).to_markdown()
+    assert text.endswith("Not adapted: 1 layer\n\n- head: it is the output layer\n")
 
 
 # JSON
@@ -128,17 +130,17 @@ def test_markdown_has_the_remarks_as_lists() -> None:
 
 def test_json_is_valid_and_has_null_for_what_is_no_number() -> None:
     found = report_of(
-        row(HOSTILE, share=math.nan, angles=(math.nan,), rotation=math.inf), missed=(Missed("a", "b", "c"),)
+        row(HOSTILE, share=math.nan, angles=(math.nan,), rotation=math.inf), skipped=(SkippedLayer("a", "b", "c"),)
     )
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
 
     content = json.loads(found.to_json(), parse_constant=refuse)
-    assert content.keys() == {"rows", "missed"}
+    assert content.keys() == {"rows", "skipped", "trained_in_full"}
     (only,) = content["rows"]
     assert (only["path"], only["share"], only["angles"], only["rotation"]) == (HOSTILE, None, [None], None)
-    assert content["missed"] == [{"path": "a", "site": "b", "reason": "c"}]
+    assert content["skipped"] == [{"path": "a", "layer_type": "b", "reason": "c"}]
 
 
 def test_json_says_what_the_rows_say() -> None:
@@ -146,7 +148,7 @@ def test_json_says_what_the_rows_say() -> None:
     content = json.loads(found.to_json(indent=2))
     assert content["rows"] == found.to_dicts()
     assert content["rows"][0]["angles"] == list(found.rows[0].angles)
-    assert [layer["path"] for layer in content["missed"]] == ["1"]
+    assert [layer["path"] for layer in content["skipped"]] == ["1"]
 
 
 # notebooks
@@ -178,20 +180,20 @@ class Reader(HTMLParser):
 
 
 def test_a_notebook_shows_every_row_and_no_tag_of_the_models() -> None:
-    rows = [*blocks(3, "q_proj"), row(HOSTILE, adapter=HOSTILE, site=HOSTILE, region_reason=HOSTILE)]
-    page = Reader(report_of(*rows, missed=(Missed(HOSTILE, HOSTILE, HOSTILE),))._repr_html_())
+    rows = [*blocks(3, "q_proj"), row(HOSTILE, adapter=HOSTILE, layer_type=HOSTILE, graph_reason=HOSTILE)]
+    page = Reader(report_of(*rows, skipped=(SkippedLayer(HOSTILE, HOSTILE, HOSTILE),))._repr_html_())
     assert set(page.tags) == {
         *("div", "p", "strong", "table", "thead", "tbody", "tr", "th", "td"),
         *("details", "summary", "ul", "li"),
     }
     assert page.tags.count("tr") == 5
-    # In the heading, in three cells, and in two remarks, one of which names the layer and the reason.
+    # In the heading, in three cells, and in two footnotes, one with the layer and the reason.
     assert page.text.count(HOSTILE) == 1 + 3 + 1 + 2
     assert all(entry.path in page.text for entry in rows)
 
 
 def test_a_notebook_is_readable_on_light_and_on_dark() -> None:
-    """It sets no colour of text, and no background that is not half-transparent."""
+    """It sets no color of text, and no background that is not half-transparent."""
     page = Reader(report_of(*blocks(3, "q_proj"))._repr_html_())
     assert ";color:" not in page.styles
     assert not page.styles.startswith("color:")
@@ -207,5 +209,5 @@ def test_a_notebook_of_no_angles_and_of_nan() -> None:
 
 def test_an_empty_report_has_every_form() -> None:
     for text in (str(report_of()), report_of().to_markdown(), report_of()._repr_html_()):
-        assert "0 sites" in text
-    assert json.loads(report_of().to_json()) == {"rows": [], "missed": []}
+        assert "0 adapted layers" in text
+    assert json.loads(report_of().to_json()) == {"rows": [], "skipped": [], "trained_in_full": []}

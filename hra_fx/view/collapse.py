@@ -1,7 +1,7 @@
-"""A drawing with the modules below a depth closed: each is one box that stands for all that is in it.
+"""Collapses the modules of a drawing below a depth: each becomes one box.
 
-For formats that keep every box by itself; what is drawn on a page closes modules in the tree of scopes instead, where
-neighbours that look alike are one.
+This is for formats that keep every box (DOT, GraphML, JSON). Pictures and the page close modules in the tree of scopes,
+where identical neighbors are merged.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from hra_fx.view.drawing import Drawing
 from hra_fx.view.tree import Leaf, module_of
 
 
-def closed(drawing: Drawing, depth: int | None) -> Drawing:
-    """The drawing with so many levels of modules open.
+def collapsed(drawing: Drawing, depth: int | None) -> Drawing:
+    """A drawing with `depth` levels of modules open.
 
-    Modules whose calls are interleaved read from each other once they are closed, so the picture may have cycles.
+    Modules whose calls are interleaved depend on each other once they are collapsed, so the result may have cycles.
 
     Args:
-        drawing: that of the model, or a part of it.
+        drawing: the drawing of the model, or of a part of it.
         depth: as in `Options`; `None` for all levels.
     """
     if depth is None:
@@ -45,7 +45,7 @@ def _box(key: str, leaf: Leaf, depth: int) -> str:
 
 
 def _module(leaves: list[Leaf], depth: int, classes: dict[str, str]) -> Leaf:
-    """One leaf for all leaves of a closed module."""
+    """One leaf for all leaves of a collapsed module."""
     call = leaves[0].place[depth]
     path = module_of(call)
     return Leaf(
