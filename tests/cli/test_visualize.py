@@ -72,7 +72,7 @@ def test_tied_tensors_are_one(shelf: Shelf, tmp_path: Path) -> None:
 
 def test_an_ending_that_is_none(shelf: Shelf, tmp_path: Path) -> None:
     said = mistake("visualize", shelf / "my-model", tmp_path / "a.xyz")
-    assert "'a.xyz' ends in '.xyz', and the formats that can be written are .svg" in said
+    assert "unsupported file extension '.xyz' in 'a.xyz'. Use one of .svg" in said
 
 
 def test_a_folder_that_is_not_there_is_named_before_the_model_is_built(tmp_path: Path) -> None:

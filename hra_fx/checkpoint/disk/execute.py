@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hra_fx.checkpoint.disk.arguments import Request
-from hra_fx.checkpoint.disk.buffers import Buffers
 from hra_fx.checkpoint.disk.checking import check_copy, check_file
 from hra_fx.checkpoint.disk.progress_bar import bar
 from hra_fx.checkpoint.disk.result import Result, stamps
 from hra_fx.checkpoint.disk.staging_dir import Partial
-from hra_fx.checkpoint.disk.streams import Part, copy, write_all
+from hra_fx.checkpoint.disk.streams import read_bytes, write_all
 from hra_fx.checkpoint.disk.writing import write_file
 from hra_fx.errors import CheckpointError, FoldError, HRAError
 
@@ -37,7 +36,6 @@ class Making:
         self._result = result
         self._progress = progress
         self._partial = Partial(request.out)
-        self._buffers = Buffers()
 
     def run(self, *, overwrite: bool, verify: bool) -> None:
         """Make it.
@@ -113,7 +111,7 @@ class Making:
             partial.write(target, lambda stream: self._copy(path, stream, done), mode)
             return
         turned: dict[str, float] = {}
-        partial.write(target, lambda stream: turned.update(write_file(plan, stream, self._buffers, done)), mode)
+        partial.write(target, lambda stream: turned.update(write_file(plan, stream, done)), mode)
         partial.finish(path, turned)
         self.rounding |= turned
 
@@ -123,7 +121,9 @@ class Making:
             return
         file = self._result.copies[path]
         with open(file, "rb", buffering=0) as source:
-            copy(Part(file, 0, 0, self.sizes[path]), source, target, done)
+            for block in read_bytes(source, 0, self.sizes[path], file):
+                write_all(target, block)
+                done(len(block))
 
     def _check_space(self) -> None:
         there = sum(size for path, size in self.sizes.items() if self._partial.has(path, size))
