@@ -113,14 +113,18 @@ def _replace(root: nn.Module, record: Record, name: str, fitted: Fitted, is_trai
     candidates = ((fitted.vectors, fitted.spec.apply_GS), (fitted.written, fitted.written_GS))
     shapes = {path: layer.hra_u[name].shape for path, layer in layers.items()}
     values = next(
-        (new for new, gs in candidates if gs is spec.apply_GS and {path: u.shape for path, (u, _) in new.items()} == shapes),
+        (
+            new
+            for new, gs in candidates
+            if gs is spec.apply_GS and {path: u.shape for path, (u, _) in new.items()} == shapes
+        ),
         None,
     )
     held = {(path, entry) for path, (owner, copies) in copies_of(root).items() for entry in _saved(owner, copies, name)}
     if values is None or held != fitted.copies.keys():
         raise AdapterError(
-            f"adapter {name!r} exists in the model, but with other layers, r, apply_GS, bias or modules_to_save than in "
-            "the file. Delete it first (hra_fx.delete_adapter), or load under another adapter_name."
+            f"adapter {name!r} exists in the model, but with other layers, r, apply_GS, bias or modules_to_save than "
+            "in the file. Delete it first (hra_fx.delete_adapter), or load under another adapter_name."
         )
     reshard(root)
     with torch.no_grad(), all_or_nothing() as undo:

@@ -100,7 +100,7 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None = None) -> Fitte
 def _copy_keys(
     model: nn.Module, config: HRAConfig, layers: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
 ) -> dict[tuple[str, str], str]:
-    """(module, tensor) -> key in the file. PEFT's name of a bias depends on its other adapters, so both names are tried."""
+    """(module, tensor) -> key in the file; PEFT has two names for a bias, depending on its other adapters."""
     keys: dict[tuple[str, str], str] = {}
     for path, (owner, names) in to_copy(model, config, layers).items():
         for name in names:
@@ -129,7 +129,10 @@ def _check_keys(
     others = sorted(key for key in tensors.keys() - expected - allowed if not ignored(key))
     extra = [key for key in others if not _is_embedding(file, model, key, tensors[key])]
     if missing or extra:
-        found = [f"missing keys {_some(missing)}" if missing else "", f"unexpected keys {_some(extra)}" if extra else ""]
+        found = [
+            f"missing keys {_some(missing)}" if missing else "",
+            f"unexpected keys {_some(extra)}" if extra else "",
+        ]
         raise CheckpointError(
             f"{file}: does not fit {type(model).__name__}: {'; '.join(filter(None, found))}. {_OTHER_BASE}"
         )
@@ -147,8 +150,8 @@ def _is_embedding(file: Path, model: nn.Module, key: str, tensor: Tensor) -> boo
     if own.shape == tensor.shape and (torch.equal(tensor.to(own), own) or torch.equal(own.to(tensor), tensor)):
         return True
     raise CheckpointError(
-        f"{file}: {key} of shape {tuple(tensor.shape)} is a copy of the base model's embeddings, but this model's {name} "
-        f"of shape {tuple(own.shape)} has other values. Use the base model that the adapter was trained on."
+        f"{file}: {key} of shape {tuple(tensor.shape)} is a copy of the base model's embeddings, but this model's "
+        f"{name} of shape {tuple(own.shape)} has other values. Use the base model that the adapter was trained on."
     )
 
 

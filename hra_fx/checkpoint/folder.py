@@ -170,7 +170,9 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     try:
         atomic_write(path, data)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot write the file ({error}). The old file, if any, is unchanged.") from error
+        raise CheckpointError(
+            f"{path}: cannot write the file ({error}). The old file, if any, is unchanged."
+        ) from error
 
 
 def _serialize(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -189,7 +191,9 @@ def _serialize(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     try:
         return save(plain, {**metadata, "format": "pt"})
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: safetensors cannot store this ({error}). Use plain tensors and text.") from error
+        raise CheckpointError(
+            f"{path}: safetensors cannot store this ({error}). Use plain tensors and text."
+        ) from error
 
 
 def _check(path: Path, key: str, tensor: Tensor) -> None:

@@ -1,8 +1,8 @@
 """`save_adapter`: write an adapter in PEFT's format, so that PEFT loads it with the same outputs.
 
-PEFT has no anchors, so an adapter with an anchor (`householder.anchor`) is written as a plain chain of reflections, with
-`apply_GS=false` and the rank of that chain. The file's metadata says how to split it again to resume training, and a key
-that PEFT ignores holds the vectors before Gram-Schmidt.
+PEFT has no anchors, so an adapter with an anchor (`householder.anchor`) is written as a plain chain of reflections,
+with `apply_GS=false` and the rank of that chain. The file's metadata says how to split it again to resume training, and
+a key that PEFT ignores holds the vectors before Gram-Schmidt.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ _Contents: TypeAlias = tuple[HRAConfig, dict[str, Tensor], dict[str, str]]
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> None:
     """Save an adapter to a folder: `adapter_config.json` and `adapter_model.safetensors`, in PEFT's format.
 
-    Both files are written atomically. The adapter is saved at full strength (see `set_scale`), with its trained copies of
-    `modules_to_save` and biases.
+    Both files are written atomically. The adapter is saved at full strength (see `set_scale`), with its trained copies
+    of `modules_to_save` and biases.
 
-    With DDP, one process calls this. With `fully_shard`, all processes have to call it: they gather the vectors, and the
-    first one writes.
+    With DDP, one process calls this. With `fully_shard`, all processes have to call it: they gather the vectors, and
+    the first one writes.
 
     Args:
         model: a transformed model.
@@ -102,8 +102,8 @@ def save_pretrained(
         directory: the folder.
         selected_adapters: names. `None`: all.
         state_dict: the model's, if a wrapper (FSDP, DeepSpeed) has gathered it.
-        is_main_process: only the main process writes. With `fully_shard` and no `state_dict`, all processes have to call
-            this, as for `save_adapter`.
+        is_main_process: only the main process writes. With `fully_shard` and no `state_dict`, all processes have to
+            call this, as for `save_adapter`.
         safe_serialization: must be True; pickle files are never written.
         push_to_hub: must be False.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hra_fx.checkpoint.disk.edit_types import Rotation
-from hra_fx.checkpoint.disk.header import FLOATS, Stored
+from hra_fx.checkpoint.disk.header import FLOATS, StoredTensor
 from hra_fx.checkpoint.disk.streams import as_bytes, read_rows
 from hra_fx.errors import FoldError
 from hra_fx.functional import householder
@@ -26,7 +26,7 @@ _SAMPLE = 16
 
 
 def rotate_weight(
-    source: BinaryIO, stored: Stored, rotation: Rotation, write: Callable[[memoryview], object]
+    source: BinaryIO, stored: StoredTensor, rotation: Rotation, write: Callable[[memoryview], object]
 ) -> float:
     """Write a rotated weight.
 
@@ -65,7 +65,7 @@ def rotate_weight(
     return rounding
 
 
-def _project(source: BinaryIO, stored: Stored, left: Tensor) -> Tensor:
+def _project(source: BinaryIO, stored: StoredTensor, left: Tensor) -> Tensor:
     """`(W U)^T: (k, out)` of a weight stored as `(in, out)`."""
     total = torch.zeros(left.shape[0], math.prod(stored.shape[1:]), dtype=left.dtype)
     for first, block in read_rows(source, stored, FLOATS[stored.dtype]):

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from hra_fx.checkpoint.disk.header import Stored
+from hra_fx.checkpoint.disk.header import StoredTensor
 from hra_fx.errors import CheckpointError
 
 #: Size of a block in bytes: large enough for fast matrix products, small enough for the processor's cache.
@@ -54,7 +54,7 @@ def read_bytes(source: BinaryIO, start: int, size: int, file: Path) -> Iterator[
         yield block
 
 
-def read_rows(source: BinaryIO, stored: Stored, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+def read_rows(source: BinaryIO, stored: StoredTensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     """Read a tensor as rows `(rows, width)`, block by block: index of the first row, rows."""
     rows, width = stored.shape[0], math.prod(stored.shape[1:])
     step = max(1, BLOCK // (width * dtype.itemsize))

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
-from hra_fx.checkpoint.disk.edit_types import FilePlan, Given, Item, Rotation
+from hra_fx.checkpoint.disk.edit_types import FilePlan, Item, Replacement, Rotation
 from hra_fx.checkpoint.disk.rotate_tensor import rotate_weight
 from hra_fx.checkpoint.disk.streams import as_bytes, read_bytes, write_all
 
@@ -68,7 +68,7 @@ def _write_item(item: Item, path: Path, offset: int, advance: Callable[[int], ob
             write_all(target, data)
             advance(len(data))
 
-        if isinstance(item.edit, Given):
+        if isinstance(item.edit, Replacement):
             write(as_bytes(item.edit.tensor.reshape(-1)))
         elif item.source is not None:
             with open(item.source.file, "rb", buffering=0) as source:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 import hra_fx
 from hra_fx.checkpoint.disk.header import read_header
 from hra_fx.checkpoint.disk.report import CheckpointReport
-from hra_fx.checkpoint.disk.staging_dir import Partial
+from hra_fx.checkpoint.disk.staging_dir import StagingDir
 from hra_fx.errors import CheckpointError, FoldError
 
 LAYERS = 24
@@ -128,7 +128,7 @@ def test_a_base_that_changed_meanwhile_is_read_anew(tmp_path: Path) -> None:
 
 def test_two_processes_do_not_write_into_one_folder(tmp_path: Path) -> None:
     base, adapter, due = prepared(tmp_path)
-    with Partial(tmp_path / "out").held({}), pytest.raises(CheckpointError) as caught:
+    with StagingDir(tmp_path / "out").locked({}), pytest.raises(CheckpointError) as caught:
         hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", columns=[])
     assert str(caught.value) == (
         f"{tmp_path / '.out.partial'}: another process writes into it. Wait for that one, or stop it."
@@ -163,7 +163,7 @@ def test_stopped_while_the_folder_is_exchanged(tmp_path: Path, moment: str) -> N
     out.mkdir()
     (out / "old").write_text("old")
     # As a call is stopped that had only the renaming left.
-    stopped = Partial(out)
+    stopped = StagingDir(out)
     inputs = json.loads((partial / "inputs.json").read_text())
     hra_fx.fold_checkpoint(base, adapter, tmp_path / "whole", columns=[])
     (tmp_path / "whole" / "zzz").rename(stopped.content / "zzz")
@@ -198,11 +198,11 @@ def test_stopped_amid_the_exchange_and_never_mind(tmp_path: Path) -> None:
 def stopped_before_tidying_up(base: Path, adapter: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """What a call that is stopped in its last moment says; the result has its name by then."""
 
-    def stop(partial: Partial) -> None:
+    def stop(partial: StagingDir) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
-        patch.setattr(Partial, "discard", stop)
+        patch.setattr(StagingDir, "discard", stop)
         hra_fx.fold_checkpoint(base, adapter, out, columns=[])
     return " ".join(getattr(caught.value, "__notes__", []))
 
@@ -215,7 +215,7 @@ def test_files_are_counted_in_words(tmp_path: Path, reused: int, words: str) -> 
 
 def test_the_unfinished_result_is_for_the_user_alone(tmp_path: Path) -> None:
     """The base may be, and its folder has no mode of its own before the end."""
-    with Partial(tmp_path / "deeper" / "out").held({}):
+    with StagingDir(tmp_path / "deeper" / "out").locked({}):
         assert (tmp_path / "deeper" / ".out.partial").stat().st_mode & 0o777 == 0o700
 
 
