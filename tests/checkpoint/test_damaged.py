@@ -1,4 +1,4 @@
-"""An adapter's files with every kind of damage: refused by file and key, before the model is touched."""
+"""Damaged adapter files are refused by file and key, before the model is changed."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def seven_more(tensors: dict[str, Tensor]) -> None:
     tensors |= {f"{PREFIX}deeper.{i}.hra_u": torch.ones(6, 4) for i in range(7)}
 
 
-SHAPE = "{key} has shape {found}, and the model and the configuration need {due}."
-CUT = "is cut short or damaged, or is no safetensors file"
+SHAPE = "{key} must have shape {due}, got {found}."
+CUT = "truncated, damaged, or not a safetensors file"
 DIVERGED = "values that are infinite or NaN"
 
 
@@ -93,12 +93,12 @@ DAMAGES: dict[str, tuple[Saved, Callable[[Path], object], str, str, type[Excepti
     # the file of the weights
     "cut short": (CHAIN, cut, WEIGHTS_NAME, CUT, CheckpointError),
     "a text": (CHAIN, text_in(WEIGHTS_NAME, "not found"), WEIGHTS_NAME, CUT, CheckpointError),
-    "only a pickle": (CHAIN, only_a_pickle, "adapter_model.bin", "is a pickle, which is never read", CheckpointError),
+    "only a pickle": (CHAIN, only_a_pickle, "adapter_model.bin", "pickle files are never read", CheckpointError),
     "no weights": (
         CHAIN,
         lambda folder: (folder / WEIGHTS_NAME).unlink(),
         WEIGHTS_NAME,
-        "there is no such file",
+        "no such file",
         CheckpointError,
     ),
     # the vectors
@@ -113,37 +113,37 @@ DAMAGES: dict[str, tuple[Saved, Callable[[Path], object], str, str, type[Excepti
         CHAIN,
         put(FIRST, torch.ones(6, 4, dtype=torch.int64)),
         WEIGHTS_NAME,
-        f"'{FIRST}' is torch.int64, vectors are floating",
+        f"'{FIRST}' must have a floating-point dtype, got torch.int64",
         CheckpointError,
     ),
     # the keys
-    "missing": (CHAIN, drop(LAST), WEIGHTS_NAME, f"it does not fit Sequential: {LAST} is missing.", CheckpointError),
+    "missing": (CHAIN, drop(LAST), WEIGHTS_NAME, f"does not fit Sequential: missing keys {LAST}.", CheckpointError),
     "unknown": (
         CHAIN,
         put(f"{PREFIX}2.hra_u", torch.ones(8, 4)),
         WEIGHTS_NAME,
-        f"it does not fit Sequential: {PREFIX}2.hra_u is unknown to the model.",
+        f"does not fit Sequential: unexpected keys {PREFIX}2.hra_u.",
         CheckpointError,
     ),
     "several unknown": (
         CHAIN,
         with_weights(as_lora),
         WEIGHTS_NAME,
-        f"{PREFIX}0.lora_A.weight, {PREFIX}0.lora_B.weight are unknown to the model.",
+        f"unexpected keys {PREFIX}0.lora_A.weight, {PREFIX}0.lora_B.weight.",
         CheckpointError,
     ),
     "many unknown": (
         CHAIN,
         with_weights(seven_more),
         WEIGHTS_NAME,
-        ", ".join(f"{PREFIX}deeper.{i}.hra_u" for i in range(5)) + " and 2 more are unknown to the model.",
+        ", ".join(f"{PREFIX}deeper.{i}.hra_u" for i in range(5)) + " and 2 more.",
         CheckpointError,
     ),
     "renamed": (
         CHAIN,
         with_weights(rename),
         WEIGHTS_NAME,
-        f"{FIRST} is missing and {PREFIX}first.hra_u is unknown to the model.",
+        f"missing keys {FIRST}; unexpected keys {PREFIX}first.hra_u.",
         CheckpointError,
     ),
     # saved in full
@@ -151,10 +151,10 @@ DAMAGES: dict[str, tuple[Saved, Callable[[Path], object], str, str, type[Excepti
         WITH_HEAD,
         with_weights(lambda tensors: (tensors.pop(HEAD), tensors.pop(HEAD_BIAS))),
         WEIGHTS_NAME,
-        f"{HEAD_BIAS}, {HEAD} are missing.",
+        f"missing keys {HEAD_BIAS}, {HEAD}.",
         CheckpointError,
     ),
-    "head without a bias": (WITH_HEAD, drop(HEAD_BIAS), WEIGHTS_NAME, f"{HEAD_BIAS} is missing.", CheckpointError),
+    "head without a bias": (WITH_HEAD, drop(HEAD_BIAS), WEIGHTS_NAME, f"missing keys {HEAD_BIAS}.", CheckpointError),
     "shape of the head": (
         WITH_HEAD,
         put(HEAD, torch.ones(5, 8)),
@@ -173,7 +173,7 @@ DAMAGES: dict[str, tuple[Saved, Callable[[Path], object], str, str, type[Excepti
         WITH_HEAD,
         put(HEAD, torch.ones(4, 8, dtype=torch.int32)),
         WEIGHTS_NAME,
-        f"{HEAD} is of torch.int32, and the model has torch.float32 there.",
+        f"{HEAD} must have a dtype like the model's torch.float32, got torch.int32.",
         CheckpointError,
     ),
     "head with nan": (
@@ -188,7 +188,7 @@ DAMAGES: dict[str, tuple[Saved, Callable[[Path], object], str, str, type[Excepti
         GRAM_SCHMIDT,
         drop(VECTORS),
         WEIGHTS_NAME,
-        f"{VECTORS} is missing, from which Gram-Schmidt goes on.",
+        f"missing key {VECTORS}, the vectors before Gram-Schmidt.",
         CheckpointError,
     ),
     "shape of the vectors": (
@@ -209,7 +209,7 @@ DAMAGES: dict[str, tuple[Saved, Callable[[Path], object], str, str, type[Excepti
         GRAM_SCHMIDT,
         put(VECTORS, torch.eye(6, 3).to(torch.int64)),
         WEIGHTS_NAME,
-        f"'{VECTORS}' is torch.int64, vectors are floating",
+        f"'{VECTORS}' must have a floating-point dtype, got torch.int64",
         CheckpointError,
     ),
     # the configuration
@@ -217,7 +217,7 @@ DAMAGES: dict[str, tuple[Saved, Callable[[Path], object], str, str, type[Excepti
         CHAIN,
         lambda folder: (folder / CONFIG_NAME).unlink(),
         CONFIG_NAME,
-        "there is no such file",
+        "no such file",
         CheckpointError,
     ),
     "no JSON": (CHAIN, text_in(CONFIG_NAME, "r: 4\n"), CONFIG_NAME, "is not JSON (", ConfigError),
@@ -237,28 +237,28 @@ DAMAGES: dict[str, tuple[Saved, Callable[[Path], object], str, str, type[Excepti
         CHAIN,
         with_config(target_modules=["0"]),
         WEIGHTS_NAME,
-        f"{LAST} is unknown to the model. Was the adapter trained on another base model, or was its configuration",
+        f"unexpected keys {LAST}. Was the adapter trained on another base model, or its configuration edited?",
         CheckpointError,
     ),
     "more targets": (
         ANCHORED,
         with_config(target_modules=["0", "3"]),
         WEIGHTS_NAME,
-        f"{LAST} is missing.",
+        f"missing keys {LAST}.",
         CheckpointError,
     ),
     "other targets": (
         CHAIN,
         with_config(target_modules=["query"]),
         "",
-        "its configuration does not fit Sequential: target_modules: ['query'] names no module of Sequential",
+        "the configuration does not fit Sequential: target_modules: ['query'] names no module of Sequential",
         CheckpointError,
     ),
     "targets that are no layers": (
         CHAIN,
         with_config(target_modules=["0", "1"]),
         "",
-        "its configuration does not fit Sequential: 1: target_modules names it, but it is a ReLU",
+        "the configuration does not fit Sequential: 1: target_modules names it, but it is a ReLU",
         CheckpointError,
     ),
     "targets that do not compile": (
@@ -272,21 +272,21 @@ DAMAGES: dict[str, tuple[Saved, Callable[[Path], object], str, str, type[Excepti
         WITH_HEAD,
         with_config(modules_to_save=None),
         WEIGHTS_NAME,
-        f"{HEAD_BIAS}, {HEAD} are unknown to the model.",
+        f"unexpected keys {HEAD_BIAS}, {HEAD}.",
         CheckpointError,
     ),
     "a head that is named now": (
         ANCHORED,
         with_config(modules_to_save=["3"]),
         WEIGHTS_NAME,
-        f"{HEAD_BIAS}, {HEAD} are missing.",
+        f"missing keys {HEAD_BIAS}, {HEAD}.",
         CheckpointError,
     ),
     "Gram-Schmidt of an anchored adapter": (
         ANCHORED,
         with_config(apply_GS=True),
         WEIGHTS_NAME,
-        "does not fit r=4, apply_GS=True of the configuration. One of the two files is of another adapter",
+        "does not match r=4, apply_GS=True in the configuration. The two files are from different adapters",
         CheckpointError,
     ),
 }
@@ -323,7 +323,6 @@ def test_damage_is_refused_by_name_and_leaves_the_model(
     message = refused(lambda model: hra_fx.load_adapter(model, folder, is_trainable=True), model, kind)
     assert message.startswith(f"{folder / file}: ")
     assert reason in message
-    assert message.rstrip("?").endswith((".", "edited", "model"))
     hra_fx.load_adapter(model, whole)
 
 
@@ -364,7 +363,7 @@ def test_damaged_metadata_is_refused(text: str, state: str, tmp_path: Path) -> N
     whole, folder = damaged(tmp_path, ANCHORED, with_metadata(text))
     message = refused(lambda model: hra_fx.load_adapter(model, folder), MODELS[state](whole), CheckpointError)
     assert message.startswith(
-        f"{folder / WEIGHTS_NAME}: its metadata hra_fx={text[:80]!r} does not fit r=4, apply_GS=False"
+        f"{folder / WEIGHTS_NAME}: the metadata hra_fx={text[:80]!r} does not match r=4, apply_GS=False"
     )
 
 
@@ -373,4 +372,4 @@ def test_the_weights_of_one_adapter_under_the_configuration_of_another(tmp_path:
     assert json.loads(metadata(anchored)["hra_fx"]) == {"r": 3, "apply_GS": False, "anchor": 1}
     shutil.copy(saved(tmp_path / "chain", "0", r=4, apply_GS=True, init_weights=False) / CONFIG_NAME, anchored)
     message = refused(lambda model: hra_fx.load_adapter(model, anchored), mlp(), CheckpointError)
-    assert "does not fit r=4, apply_GS=True of the configuration" in message
+    assert "does not match r=4, apply_GS=True in the configuration" in message

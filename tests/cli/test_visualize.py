@@ -1,4 +1,4 @@
-"""`visualize`: the picture is that which `hra_fx.visualize` draws of the model in memory."""
+"""`visualize` draws what `hra_fx.visualize` draws of the model in memory."""
 
 from __future__ import annotations
 
@@ -100,10 +100,10 @@ def test_a_focus_that_is_not_there(shelf: Shelf, tmp_path: Path) -> None:
 def test_an_adapter_of_another_model(shelf: Shelf, tmp_path: Path) -> None:
     timm.models.save_for_hf(timm.create_model("test_vit"), tmp_path, safe_serialization=True)
     said = mistake("visualize", tmp_path, tmp_path / "a.svg", "--adapter", shelf / "my-adapter")
-    assert "its configuration does not fit VisionTransformer" in said
+    assert "the configuration does not fit VisionTransformer" in said
 
 
 def test_weights_that_are_not_there(shelf: Shelf, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((shelf / "my-model" / "config.json").read_bytes())
     said = mistake("visualize", tmp_path, tmp_path / "a.svg", "--weights")
-    assert "transformers cannot load its model (OSError:" in said
+    assert "transformers cannot load the model (OSError:" in said
