@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +21,6 @@ from hra_fx.layers.sharding import laid_out_as, reshard
 from hra_fx.layers.trained_copies import Copies, copies_of
 from hra_fx.model.add import put_beside
 from hra_fx.model.example_inputs import as_call
-from hra_fx.model.inject import all_or_nothing
 from hra_fx.model.offload import require_present
 from hra_fx.model.state import Record, inventory, record_of, root_of, sites_of
 from hra_fx.model.trainable import give_gradients
@@ -127,17 +127,19 @@ def _replace(root: nn.Module, record: Record, name: str, fitted: Fitted, is_trai
             "in the file. Delete it first (hra_fx.delete_adapter), or load under another adapter_name."
         )
     reshard(root)
-    with torch.no_grad(), all_or_nothing() as undo:
+    with torch.no_grad(), ExitStack() as undo:
         for path, layer in layers.items():
-            own, anchor = layer.hra_u[name], layer.hra_u._buffers.get(name + ANCHOR)
-            if not own.is_meta:
-                undo.callback(layer.hra_u.replace, name, own.clone(), anchor, layer.hra_base.device)
-            layer.hra_u.replace(name, *values[path], layer.hra_base.device)
+            adapters, own = layer.hra_u, layer.hra_u[name]
+            if (anchor := adapters._buffers.get(name + ANCHOR)) is not None:
+                undo.callback(adapters.register_buffer, name + ANCHOR, anchor)
+            undo.callback(own.copy_, own.clone())
+            adapters.replace(name, *values[path], layer.hra_base.device)
         for path, (owner, copies) in copies_of(root).items():
             for entry in _saved(owner, copies, name):
                 own = copies.get(owner, name, entry)
                 undo.callback(own.copy_, own.clone())
                 own.copy_(laid_out_as(fitted.copies[path, entry], own))
+        undo.pop_all()
     record.configs[name].inference_mode = not is_trainable
     give_gradients(inventory(root), (name,), is_trainable and name in record.active)
 
