@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -62,39 +63,43 @@ def test_a_narrower_base_is_refused(tmp_path: Path) -> None:
     )
 
 
-def test_a_base_that_is_narrower_inside_is_refused(tmp_path: Path) -> None:
-    folder = saved(tmp_path, "up", "down", base=lambda: blocks(2), r=2)
-    message = refused(lambda model: hra_fx.load_adapter(model, folder), blocks(2, hidden=7), CheckpointError)
-    assert f"{PREFIX}0.down.hra_u must have shape (7, 2), got (8, 2)." in message
+NAMED = ", ".join(f"{PREFIX}{i}.up.hra_u" for i in range(1, 6))
+#: Targets of the adapter, its base, the base that it is loaded onto, the message.
+BASES: dict[str, tuple[tuple[str, ...], nn.Module, nn.Module, str]] = {
+    "narrower inside": (
+        ("up", "down"),
+        blocks(2),
+        blocks(2, hidden=7),
+        f"{PREFIX}0.down.hra_u must have shape (7, 2), got (8, 2).",
+    ),
+    "deeper": (
+        ("up",),
+        blocks(2),
+        blocks(4),
+        f"does not fit Sequential: missing keys {PREFIX}2.up.hra_u, {PREFIX}3.up.hra_u.",
+    ),
+    "shallower": (("up",), blocks(8), blocks(1), f"does not fit Sequential: unexpected keys {NAMED} and 2 more."),
+    "another architecture": (
+        ("0.up", "0.down"),
+        blocks(2),
+        mlp(),
+        "the configuration does not fit Sequential: target_modules: ['0.down', '0.up'] names no module of Sequential",
+    ),
+    "inside another module": (
+        ("up",),
+        blocks(1),
+        nn.Sequential(blocks(1)),
+        f"missing keys {PREFIX}0.0.up.hra_u; unexpected keys {PREFIX}0.up.hra_u.",
+    ),
+}
 
 
-def test_a_deeper_base_is_refused(tmp_path: Path) -> None:
-    folder = saved(tmp_path, "up", base=lambda: blocks(2))
-    message = refused(lambda model: hra_fx.load_adapter(model, folder), blocks(4), CheckpointError)
-    assert message.startswith(f"{folder / WEIGHTS_NAME}: does not fit Sequential: ")
-    assert f"missing keys {PREFIX}2.up.hra_u, {PREFIX}3.up.hra_u." in message
-
-
-def test_a_shallower_base_is_refused(tmp_path: Path) -> None:
-    folder = saved(tmp_path, "up", base=lambda: blocks(8))
-    message = refused(lambda model: hra_fx.load_adapter(model, folder), blocks(1), CheckpointError)
-    named = ", ".join(f"{PREFIX}{i}.up.hra_u" for i in range(1, 6))
-    assert f"does not fit Sequential: unexpected keys {named} and 2 more." in message
-
-
-@pytest.mark.parametrize("targets", [("up",), ("0.up", "0.down")])
-def test_another_architecture_is_refused(targets: tuple[str, ...], tmp_path: Path) -> None:
-    folder = saved(tmp_path, *targets, base=lambda: blocks(2))
-    message = refused(lambda model: hra_fx.load_adapter(model, folder), mlp(), CheckpointError)
-    assert message.startswith(f"{folder}: the configuration does not fit Sequential: ")
-    assert f"{sorted(targets)} names no module of Sequential" in message
-    assert message.endswith("Is this the right base model?")
-
-
-def test_the_same_base_inside_another_module_is_refused(tmp_path: Path) -> None:
-    folder = saved(tmp_path, "up", base=lambda: blocks(1))
-    message = refused(lambda model: hra_fx.load_adapter(model, folder), nn.Sequential(blocks(1)), CheckpointError)
-    assert f"missing keys {PREFIX}0.0.up.hra_u; unexpected keys {PREFIX}0.up.hra_u." in message
+@pytest.mark.parametrize("case", BASES)
+def test_another_base_is_refused(case: str, tmp_path: Path) -> None:
+    targets, source, target, reason = BASES[case]
+    folder = saved(tmp_path, *targets, base=lambda: copy.deepcopy(source), r=2)
+    message = refused(lambda model: hra_fx.load_adapter(model, folder), copy.deepcopy(target), CheckpointError)
+    assert message.startswith(str(folder)) and reason in message
 
 
 def named(name: str, model: nn.Module | None = None) -> Any:
@@ -253,6 +258,29 @@ def test_an_adapter_of_the_same_rank_is_replaced_whatever_its_start_was(
     hra_fx.load_adapter(model, folder)
     assert model[0].hra_u["default"] is held
     assert relative_error(model.eval()(X), by_oracle(folder, mlp())) < 1e-5
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_an_interrupted_load_restores_the_old_values(
+    call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tmp_path, "0", r=3, modules_to_save=["3"])
+    model = adapted("0", r=3, modules_to_save=["3"])
+    before, copy_, calls = values(model), Tensor.copy_, [0]
+
+    def interrupted(own: Tensor, *args: Any) -> Tensor:
+        calls[0] += 1
+        if calls[0] == call:
+            raise KeyboardInterrupt
+        return copy_(own, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Tensor, "copy_", interrupted)
+        hra_fx.load_adapter(model, folder)
+    after = values(model)
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    hra_fx.load_adapter(model, folder)
+    assert torch.equal(model[3].weight, weights(folder)[f"{PREFIX}3.weight"])
 
 
 @pytest.mark.parametrize("r", [3, 4])

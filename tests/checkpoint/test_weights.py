@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 import struct
@@ -121,10 +122,10 @@ def test_flipped_bits_of_the_header_are_refused_or_read_as_another_valid_file(pa
     assert outcomes == {"read", "refused"}
 
 
-@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "U64", "C64", "BOOL", "X9"])
-@pytest.mark.parametrize("shape", [[3], [1, 8], [8, 0], [2**62, 4], [-1], [1.5]])
-def test_no_header_leads_to_an_error_of_another_kind(path: Path, dtype: str, shape: list[object]) -> None:
-    for size in (0, 3, 6, 8, 64):
+def test_no_header_leads_to_an_error_of_another_type(path: Path) -> None:
+    dtypes = ("F4", "F6_E2M3", "F8_E8M0", "U64", "C64", "BOOL", "X9")
+    shapes: tuple[list[object], ...] = ([3], [1, 8], [8, 0], [2**62, 4], [-1], [1.5])
+    for dtype, shape, size in itertools.product(dtypes, shapes, (0, 3, 8, 64)):
         header = json.dumps({"a": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}).encode()
         path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
         try:

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -206,22 +205,6 @@ def test_an_empty_folder_is_taken_and_a_full_one_replaced_if_asked(tmp_path: Pat
     assert made.picture(tmp_path / "new" / "deep" / "out") == due
 
 
-def test_a_base_on_another_disk(tmp_path: Path) -> None:
-    """Where there is one: between two file systems the kernel copies nothing by itself."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        base = made.linear_stack(Path(folder, "base"))
-        save_file({"0.weight": torch.ones(8, 6), "big": torch.arange(10**6)}, base / "model-00001-of-00003.safetensors")
-        index = base / "model.safetensors.index.json"
-        places = json.loads(index.read_text())["weight_map"]
-        places["big"] = places.pop("0.bias")
-        index.write_text(json.dumps({"weight_map": places}))
-        hra_fx.fold_checkpoint(
-            base, made.stack_adapter(tmp_path / "adapter"), tmp_path / "out", columns=[], verify=True
-        )
-    assert torch.equal(made.tensors(tmp_path / "out")["big"], torch.arange(10**6))
-
-
 @pytest.mark.slow
 def test_a_progress_bar_on_a_terminal(tmp_path: Path) -> None:
     base, adapter = made.linear_stack(tmp_path / "base"), made.stack_adapter(tmp_path / "adapter")
@@ -256,7 +239,7 @@ def test_modes_of_folders_and_folders_without_files_are_kept(tmp_path: Path) -> 
     assert modes == {".": 0o700, "empty": 0o750, "empty/deeper": (base / "empty" / "deeper").stat().st_mode & 0o777}
 
 
-@pytest.mark.parametrize("given", ["12", None, 1.5, True])
+@pytest.mark.parametrize("given", ["12", 1.5])
 def test_totals_of_an_index_that_are_no_numbers_stay_as_they_are(tmp_path: Path, given: object) -> None:
     model = made.llama(tie_word_embeddings=True)
     base = made.base_of(model, tmp_path / "base", max_shard_size="4KB")

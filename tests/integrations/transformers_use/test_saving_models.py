@@ -108,7 +108,7 @@ def test_our_loader_opens_the_folder_bitwise(kind: str, shape: str, tmp_path: Pa
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_pickle_is_refused(shape: str, tmp_path: Path) -> None:
     model = adapted("llama", shape)
-    message = "safe_serialization=False: a pickle is never written. Leave it True."
+    message = "safe_serialization must be True, got False: pickle files are never written."
     with pytest.raises(hra_fx.AdapterError, match=f"^{re.escape(message)}$"):
         model.save_pretrained(tmp_path, safe_serialization=False)
     assert names_in(tmp_path) == set()
@@ -117,7 +117,7 @@ def test_a_pickle_is_refused(shape: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_pushing_on_the_way_is_refused(shape: str, tmp_path: Path) -> None:
     model = adapted("llama", shape)
-    message = "push_to_hub=True: save first, then call model.push_to_hub(...)."
+    message = "push_to_hub must be False, got True. Save first, then call model.push_to_hub(...)."
     with pytest.raises(hra_fx.AdapterError, match=f"^{re.escape(message)}$"):
         model.save_pretrained(tmp_path, push_to_hub=True)
     assert names_in(tmp_path) == set()
