@@ -274,7 +274,10 @@ def refusals() -> dict[str, tuple[Any, str]]:
             lambda folder: found.heat_strip(folder / "strip.gif"),
             r"path: unsupported file extension '\.gif' in 'strip\.gif'\. Use one of \.svg, \.png, \.pdf\.",
         ),
-        "no ending": (lambda folder: found.heat_strip(folder / "strip"), "path: unsupported file extension '' in 'strip'"),
+        "no ending": (
+            lambda folder: found.heat_strip(folder / "strip"),
+            "path: unsupported file extension '' in 'strip'",
+        ),
         "no folder": (
             lambda folder: found.compare(folder / "absent" / "a.svg", "x", "y"),
             r"path: the folder '.*absent' does not exist\. Create it, or choose another one\.$",
