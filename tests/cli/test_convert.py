@@ -156,8 +156,3 @@ def test_a_form_that_is_none(shelf: Shelf, tmp_path: Path) -> None:
     said = usage("convert", shelf / "my-adapter", tmp_path, "--to", "lora")
     assert "'peft'" in said and "'hra_fx'" in said
     assert "Missing option '--to'" in usage("convert", shelf / "my-adapter", tmp_path)
-
-
-def test_a_model_is_no_adapter(shelf: Shelf, tmp_path: Path) -> None:
-    said = mistake("convert", shelf / "my-model", tmp_path, "--to", "peft")
-    assert "adapter_config.json: no such file." in said

@@ -119,12 +119,6 @@ def test_a_configuration_that_fits_nothing(shelf: Shelf) -> None:
     assert done.code == 1 and done.json["adapted"] == [] and "'q_proj'" in done.json["error"]
 
 
-def test_an_exclusion_that_leaves_nothing_out_is_a_warning(shelf: Shelf) -> None:
-    done = Answer("match", shelf / "my-model", "-t", "q_proj", "-x", "nothing", "--json")
-    assert done.code == 0 and len(done.json["adapted"]) == 2
-    assert done.err.startswith("warning: exclude_modules: ['nothing'] leaves no module out")
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [

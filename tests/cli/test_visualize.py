@@ -93,10 +93,6 @@ def test_heat_without_an_adapter(shelf: Shelf, tmp_path: Path) -> None:
     assert said.startswith("heat: 'angle' shows what reflections do, and LlamaForCausalLM has none.")
 
 
-def test_a_focus_that_is_not_there(shelf: Shelf, tmp_path: Path) -> None:
-    assert "focus: " in mistake("visualize", shelf / "my-model", tmp_path / "a.svg", "--focus", "model.layer.0")
-
-
 def test_an_adapter_of_another_model(shelf: Shelf, tmp_path: Path) -> None:
     timm.models.save_for_hf(timm.create_model("test_vit"), tmp_path, safe_serialization=True)
     said = mistake("visualize", tmp_path, tmp_path / "a.svg", "--adapter", shelf / "my-adapter")

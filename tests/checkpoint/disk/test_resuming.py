@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 
 import hra_fx
 from hra_fx.checkpoint.disk.header import read_header
-from hra_fx.checkpoint.disk.report import CheckpointReport
 from hra_fx.checkpoint.disk.staging_dir import StagingDir
 from hra_fx.errors import CheckpointError, FoldError
 
@@ -138,23 +137,6 @@ def test_two_processes_do_not_write_into_one_folder(tmp_path: Path) -> None:
     assert made.picture(tmp_path / "out") == due
 
 
-def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
-    base, adapter, _ = prepared(tmp_path)
-    state = made.tensors(base)
-    state["3.weight"][2, 2] = float("inf")
-    last = base / "model-00004-of-00004.safetensors"
-    save_file({key: state[key] for key in ("3.weight", "3.bias")}, last, {"format": "pt"})
-    before = made.picture(base)
-    with pytest.raises(FoldError) as caught:
-        hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", columns=[])
-    assert str(caught.value) == (
-        f"{last}: the folded 3.weight is not finite in F32. Check the base weight for NaN and inf, or store the base "
-        "model in a wider dtype."
-    )
-    assert made.picture(base) == before
-    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
-
-
 @pytest.mark.parametrize("moment", ["before the exchange", "amid", "after", "after, without a folder before"])
 def test_stopped_while_the_folder_is_exchanged(tmp_path: Path, moment: str) -> None:
     """The few moments that a random kill seldom meets."""
@@ -206,12 +188,6 @@ def stopped_before_tidying_up(base: Path, adapter: Path, out: Path, monkeypatch:
         patch.setattr(StagingDir, "discard", stop)
         hra_fx.fold_checkpoint(base, adapter, out, columns=[])
     return " ".join(getattr(caught.value, "__notes__", []))
-
-
-@pytest.mark.parametrize(("reused", "words"), [(1, "1 file finished"), (2, "2 files finished")])
-def test_files_are_counted_in_words(tmp_path: Path, reused: int, words: str) -> None:
-    report = CheckpointReport(tmp_path, ("a",), (), {}, 0.0, "a", 1, 0.1, reused=reused)
-    assert f"  resumed: {words} earlier" in str(report)
 
 
 def test_the_unfinished_result_is_for_the_user_alone(tmp_path: Path) -> None:
