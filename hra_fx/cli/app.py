@@ -71,9 +71,9 @@ for _command, _examples in _COMMANDS:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from hra_fx import __version__
+        from hra_fx.version import VERSION
 
-        typer.echo(f"hra-fx {__version__}")
+        typer.echo(f"hra-fx {VERSION}")
         raise typer.Exit
 
 

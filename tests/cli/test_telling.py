@@ -79,7 +79,7 @@ def test_there_is_one_version() -> None:
     assert answer("--version") == f"hra-fx {hra_fx.__version__}\n"
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     assert re.search(r'^dynamic = \["version"\]$', project, re.MULTILINE)
-    assert re.search(r'^version = \{ attr = "hra_fx.__version__" \}$', project, re.MULTILINE)
+    assert re.search(r'^version = \{ attr = "hra_fx.version.VERSION" \}$', project, re.MULTILINE)
     assert importlib.metadata.version("hra-fx") == hra_fx.__version__
 
 
