@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hra_fx.version import VERSION
+
 if TYPE_CHECKING:
     from hra_fx.api.fold import fold as fold, plan_fold as plan_fold
     from hra_fx.api.load import load_adapter as load_adapter
@@ -53,7 +55,7 @@ if TYPE_CHECKING:
     from hra_fx.view import visualize as visualize
     from hra_fx.view.network import to_networkx as to_networkx
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _HOMES = {
     "HRAConfig": "config",

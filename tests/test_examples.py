@@ -23,7 +23,7 @@ EXPECTED = {
     "excluding": [r"all-linear.*: 7 layers\n  0\.attention\.self\.query.*classifier", r"block 0: 2 layers\n  1\.att"],
     "language_model": [r"generated: \[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12\]", "the same when folded: True"],
     "layer_ranges": [r"^model\.layers\.4.*\n.*\nmodel\.layers\.5.*\n.*v_proj.*\n$"],
-    "loading": ["the same outputs: +True", r"model\.0\.hra_u has shape \(16, 6\)", f"in PEFT, .*: {SMALL}"],
+    "loading": ["the same outputs: +True", r"model\.0\.hra_u must have shape", f"in PEFT, .*: {SMALL}"],
     "low_memory": ["meta device", "loaded: .*'cpu'", "the same outputs: True"],
     "onnx_hot_swap": [
         "the graph: 4 inputs",

@@ -254,10 +254,13 @@ def refusals() -> dict[str, tuple[Any, str]]:
     found = report_of(row("a", adapter="x"), row("a", adapter="y"))
     return {
         "an unknown ending": (
-            lambda folder: found.plot_heatmap(folder / "heatmap.gif"),
-            r"path: 'heatmap\.gif' ends in '\.gif', and the formats that can be written are \.svg, \.png, \.pdf\.",
+            lambda folder: found.plot_heatmap(folder / "strip.gif"),
+            r"path: unsupported file extension '\.gif' in 'strip\.gif'\. Use one of \.svg, \.png, \.pdf\.",
         ),
-        "no ending": (lambda folder: found.plot_heatmap(folder / "heatmap"), "path: 'heatmap' ends in 'nothing'"),
+        "no ending": (
+            lambda folder: found.plot_heatmap(folder / "strip"),
+            "path: unsupported file extension '' in 'strip'",
+        ),
         "no folder": (
             lambda folder: found.plot_comparison(folder / "absent" / "a.svg", "x", "y"),
             r"path: the folder '.*absent' does not exist\. Create it, or choose another one\.$",

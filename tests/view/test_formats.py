@@ -80,7 +80,7 @@ def test_the_model_is_not_changed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.jpg", "a", "a.svg.gz", ".svg"])
 def test_other_endings_are_refused_with_those_that_work(name: str, tmp_path: Path) -> None:
-    with pytest.raises(hra_fx.VisualizeError, match=r"formats that can be written are \.svg .*\.png .*\.html .*\.mmd"):
+    with pytest.raises(hra_fx.VisualizeError, match=r"Use one of \.svg .*\.png .*\.html .*\.mmd"):
         hra_fx.visualize(drawn("one layer"), tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 

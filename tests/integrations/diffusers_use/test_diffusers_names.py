@@ -167,7 +167,7 @@ def test_the_configurations_that_it_shows_are_a_copy_of_the_table() -> None:
 @ways
 def test_saving_no_adapter_at_all_is_refused(way: str, tmp_path: Path) -> None:
     model = WAYS[way](fresh(), hra_fx.HRAConfig(**A))
-    message = "selected_adapters: it names none, so there is nothing to save. Name some, or None for all."
+    message = "selected_adapters must not be empty. Use None to save all adapters."
     with pytest.raises(hra_fx.AdapterError, match=f"^{re.escape(message)}$"):
         model.save_pretrained(tmp_path / "there", selected_adapters=[])
     assert list(tmp_path.iterdir()) == []

@@ -235,7 +235,7 @@ def test_a_scaled_adapter_is_not_replaced_from_a_file(alpha: float, anchored: bo
     model = hra_fx.HRAModel(sequential(), settings)
     hra_fx.set_scale(model, "default", alpha)
     before, wanted = seen(model), model(normal(3, 6))
-    message = "adapter 'default': its strength is not 1. Call hra_fx.set_scale(model, 'default', 1) first."
+    message = "adapter 'default' must have strength 1. Call hra_fx.set_scale(model, 'default', 1) first."
     for load in (hra_fx.load_adapter, lambda _, folder: model.load_adapter(folder)):
         with pytest.raises(hra_fx.AdapterError, match=f"^{re.escape(message)}$"):
             load(model, tmp_path)

@@ -92,8 +92,8 @@ def test_transformers_opens_a_checkpoint_of_the_trainer_too(kind: str, shape: st
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"safe_serialization": False}, "safe_serialization=False: a pickle is never written. Leave it True."),
-    ({"push_to_hub": True}, "push_to_hub=True: save first, then call model.push_to_hub(...)."),
+    ({"safe_serialization": False}, "safe_serialization must be True, got False: pickle files are never written."),
+    ({"push_to_hub": True}, "push_to_hub must be False, got True. Save first, then call model.push_to_hub(...)."),
     ({"selected_adapters": ["other"]}, "adapter 'other': the model has no such adapter. It has 'default'."),
 ]
 
