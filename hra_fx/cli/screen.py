@@ -12,30 +12,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-_UNLIMITED = 10_000
-#: Smallest width of a text column.
-_NARROWEST = 12
-
-
-@dataclasses.dataclass(frozen=True)
-class Column:
-    """A column of a table.
-
-    Attributes:
-        name: its heading.
-        is_text: whether it holds text, aligned left and wrapped; numbers are aligned right.
-        priority: columns with the largest priority are dropped first if the table is too wide; 0 is never dropped.
-    """
-
-    name: str
-    is_text: bool = False
-    priority: int = 0
+from hra_fx.reporting.table import UNLIMITED, Column, fit_table, min_width
 
 
 def stdout() -> Console:
@@ -50,43 +32,17 @@ def stderr() -> Console:
 
 def _console(stream: TextIO) -> Console:
     # Lines are not wrapped in a file or a pipe.
-    width = None if stream.isatty() or "COLUMNS" in os.environ or "FORCE_COLOR" in os.environ else _UNLIMITED
+    width = None if stream.isatty() or "COLUMNS" in os.environ or "FORCE_COLOR" in os.environ else UNLIMITED
     return Console(file=stream, width=width, highlight=False)
 
 
 def show_table(columns: Sequence[Column], rows: Collection[Sequence[str]]) -> None:
     """Print a table with as many columns as fit; empty columns are left out."""
-    console, wide = stdout(), Console(width=_UNLIMITED)
-    limits = sorted({column.priority for column in columns}, reverse=True)
-    tables = [_table(columns, rows, limit) for limit in limits]
-    table = next((t for t in tables if wide.measure(t).maximum <= console.width), tables[-1])
+    console = stdout()
+    table = fit_table(columns, rows, console.width)
     # On a very narrow terminal, wrapped lines are better than no column with names.
-    console.width = max(console.width, _min_width(table))
+    console.width = max(console.width, min_width(table))
     console.print(table)
-
-
-def _table(columns: Sequence[Column], rows: Collection[Sequence[str]], limit: int) -> Table:
-    kept = [i for i, column in enumerate(columns) if column.priority <= limit and any(row[i] for row in rows)]
-    table = Table(box=box.SIMPLE_HEAD)
-    for i in kept:
-        is_text = columns[i].is_text
-        longest = max(len(text) for text in (columns[i].name, *(row[i] for row in rows)))
-        table.add_column(
-            Text(columns[i].name),
-            justify="left" if is_text else "right",
-            overflow="fold",
-            no_wrap=not is_text,
-            min_width=min(_NARROWEST, longest) if is_text else longest,
-        )
-    for row in rows:
-        # As Text, since names may contain rich markup.
-        table.add_row(*(Text(row[i]) for i in kept))
-    return table
-
-
-def _min_width(table: Table) -> int:
-    """The smallest width at which no number and no short word is broken."""
-    return sum(column.min_width or 0 for column in table.columns) + 3 * len(table.columns) + 1
 
 
 def show_heading(title: str, facts: Mapping[str, str]) -> None:

@@ -16,9 +16,9 @@ from hra_fx.export.program import is_program
 from hra_fx.export.select import note_of
 from hra_fx.export.skeleton import outline_of
 from hra_fx.export.weight_uses import Read, reads_of
+from hra_fx.functional.rotated_energy import readable_rows
 from hra_fx.layers.adapters import plain_chain
 from hra_fx.layers.target import REFLECTION, SiteKind
-from hra_fx.functional.rotated_energy import readable_rows
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

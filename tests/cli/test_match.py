@@ -124,6 +124,8 @@ def test_an_exclusion_that_leaves_nothing_out_is_a_warning(shelf: Shelf) -> None
     done = Answer("match", shelf / "my-model", "-t", "q_proj", "-x", "nothing", "--json")
     assert done.code == 0 and len(done.json["adapted"]) == 2
     assert done.err.startswith("warning: `exclude_modules=['nothing']` matches no module")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -23,6 +23,7 @@ import hra_fx
 from hra_fx.cli import screen
 from hra_fx.cli.error_output import ErrorHandlingGroup
 from hra_fx.errors import CheckpointError, HRAWarning
+from hra_fx.reporting.table import Column
 
 COMMANDS = ["inspect", "match", "fold", "unfold", "diff", "convert", "visualize"]
 SCRIPT = Path(sys.executable).with_name("hra-fx")
@@ -115,7 +116,7 @@ def test_markup_in_names_is_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stdout", stream)
     screen.show_heading("a [bold]title[/bold]", {"[red]": "[/]"})
-    screen.show_table([screen.Column("[b]", is_text=True)], [("layers[0]",)])
+    screen.show_table([Column("[b]", is_text=True)], [("layers[0]",)])
     screen.show_lines("[i]", ["[/i]"])
     for words in ("a [bold]title[/bold]", "[red]  [/]", "[b]", "layers[0]", "[i]", "[/i]"):
         assert words in stream.getvalue()

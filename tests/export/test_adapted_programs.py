@@ -175,7 +175,11 @@ def test_a_reader_is_one_box_with_the_marks_of_all_sites_in_it() -> None:
     leaves = [leaf for _, leaf in picture.nodes(data="leaf") if leaf.marks]
     attention = "encoder.layers.encoder_layer_0.self_attention"
     assert [mark.path for mark in leaves[0].marks] == [attention, f"{attention}.out_proj"]
-    assert (leaves[0].name, leaves[0].detail, leaves[0].kind) == ("self_attention", "Attention 12→3x12", "adapted_layer")
+    assert (leaves[0].name, leaves[0].detail, leaves[0].kind) == (
+        "self_attention",
+        "Attention 12→3x12",
+        "adapted_layer",
+    )
     assert len(leaves) == 2
     assert leaves[0].place[-1] == "encoder.layers.encoder_layer_0"
 

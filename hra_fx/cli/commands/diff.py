@@ -11,7 +11,8 @@ import typer
 
 from hra_fx.cli.error_output import CHECK_FAILED
 from hra_fx.cli.options import Json, Quiet
-from hra_fx.cli.screen import Column, count, show_heading, show_json, show_table
+from hra_fx.cli.screen import count, show_heading, show_json, show_table
+from hra_fx.reporting.table import Column
 
 if TYPE_CHECKING:
     from hra_fx.cli.comparing import Comparison, Difference

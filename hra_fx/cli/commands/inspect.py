@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hra_fx.cli.options import Json
-from hra_fx.cli.screen import Column, count, show_heading, show_json, show_table, size
+from hra_fx.cli.screen import count, show_heading, show_json, show_table, size
 from hra_fx.errors import CheckpointError
+from hra_fx.reporting.table import Column
 
 if TYPE_CHECKING:
     from hra_fx.cli.inspect_adapter import AdapterSummary
