@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def compact_wy(chain: Tensor) -> Tensor:
-    r"""The factor `T` of a chain, by doubling: inverses of diagonal blocks give the inverses of blocks of twice the size.
+    r"""The factor `T` of a chain, by doubling: inverses of diagonal blocks give those of blocks of twice the size.
 
         T^-1 = D + N,    X_0 = D^-1,    X <- X - X (N o M_s) X    for s = 1, 2, 4, ... < k
 

@@ -120,7 +120,7 @@ def _skew_planes(block: Tensor) -> Tensor:
 
 
 def _angles(block: Tensor, planes: Tensor) -> Tensor:
-    """The angle by which `B: (m, m)` rotates each of `planes: (m, 2 h)`, from its first vector to its second: `(h,)`."""
+    """The angles `(h,)` by which `B: (m, m)` rotates `planes: (m, 2 h)`, from the first vector to the second."""
     first, second = planes[:, 0::2], planes[:, 1::2]
     image_first, image_second = block @ first, block @ second
     cosines = (first * image_first + second * image_second).sum(dim=0)

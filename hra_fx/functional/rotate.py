@@ -14,9 +14,7 @@ from hra_fx.functional.statistics import inverse_condition
 fx.wrap("rotate_weight")
 
 
-def rotate_weight(
-    weight: Tensor, vectors: Tensor, *, transposed: bool = False, exportable_ops: bool = False
-) -> Tensor:
+def rotate_weight(weight: Tensor, vectors: Tensor, *, transposed: bool = False, exportable_ops: bool = False) -> Tensor:
     """The rotated weight `W Q = W - (W U) T U^T`, differentiable, not affected by autocast.
 
     Args:
@@ -69,9 +67,7 @@ def rows_to_weight(rows: Tensor, weight: Tensor, *, transposed: bool = False) ->
     return (rows.mT if transposed else rows.reshape(weight.shape)).to(weight.dtype).contiguous()
 
 
-def check_foldable(
-    where: str, weight: Tensor, vectors: Tensor, *, apply_GS: bool, adapter: str | None = None
-) -> None:
+def check_foldable(where: str, weight: Tensor, vectors: Tensor, *, apply_GS: bool, adapter: str | None = None) -> None:
     """Refuse to fold an adapter that has no data, or no well-defined `Q`.
 
     Args:
@@ -111,4 +107,6 @@ def check_finite(where: str, folded: Tensor) -> None:
         hra_fx.errors.FoldError: fc: the folded weight is not finite. Check the base weight and the vectors for NaN ...
     """
     if not bool(torch.isfinite(folded).all()):
-        raise FoldError(f"{where}: the folded weight is not finite. Check the base weight and the vectors for NaN and inf.")
+        raise FoldError(
+            f"{where}: the folded weight is not finite. Check the base weight and the vectors for NaN and inf."
+        )

@@ -102,7 +102,7 @@ def principal_block(chain: Tensor, factor: Tensor) -> Tensor:
 
 
 def inverse_condition(vectors: Tensor) -> float:
-    """A measure of linear independence of the columns of `U: (d, r)`: `min |R_ii| / max |R_ii|` of `U = V R`, in [0, 1].
+    """How linearly independent the columns of `U: (d, r)` are: `min |R_ii| / max |R_ii|` of `U = V R`, in [0, 1].
 
     Near the epsilon of the dtype of `U`, the Gram-Schmidt basis is rounding noise.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, fx, nn
 
 from hra_fx.export.captured import is_captured
-from hra_fx.export.inspect import carried, spare
+from hra_fx.export.inspect import adapter_layers, unadapted_layers
 from hra_fx.export.program import is_program
 from hra_fx.layers.target import describe
 from hra_fx.model.graph_module import shown_in
@@ -110,21 +110,21 @@ def _places(model: nn.Module) -> dict[nn.Module, Place]:
 
 def _report_of_captured(captured: Any) -> Report:
     """The report of a program or of its module, which is one graph that rotates weights."""
-    found = carried(captured)
+    found = adapter_layers(captured)
     place = Place("whole", "", len({layer.path for layer in found}), "")
     rows = []
     for layer in found:
-        what = _What(layer.path, layer.site, True, layer.adapter, True, layer.chain.shape[0], layer.r)
+        what = _What(layer.path, layer.description, True, layer.adapter, True, layer.chain.shape[0], layer.r)
         rows.append(_row(what, place, layer.chain, layer.rows))
     return Report(tuple(rows), _missed_in_captured(captured))
 
 
 def _missed_in_captured(captured: fx.GraphModule | ExportedProgram) -> tuple[Missed, ...]:
-    left = spare(captured)
+    left = unadapted_layers(captured)
     config = left.config
-    questions = {} if config is None else {left.adapter: Question(left.outline, config)}
+    questions = {} if config is None else {left.adapter: Question(left.skeleton, config)}
     found = []
-    for path, (kind, words, refusal) in left.sites.items():
+    for path, (kind, words, refusal) in left.layers.items():
         reason = refusal
         if reason is None and questions:
             reason = reason_of(questions, path, kind)

@@ -63,8 +63,8 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> Batches:
 
         monkeypatch.setattr(home, name, make)
 
-    counted(factors, "factors_of")
-    counted(gram_schmidt, "decomposed")
+    counted(factors, "compute_factors")
+    counted(gram_schmidt, "compute_qr")
     return found
 
 
@@ -78,12 +78,12 @@ def test_those_of_one_shape_are_made_in_one_go(batches: Batches, r: int) -> None
     model(X)
     batches.clear()
     model(X)
-    assert batches == [("factors_of", 2), ("factors_of", 1)]
+    assert batches == [("compute_factors", 2), ("compute_factors", 1)]
     batches.clear()
     with torch.no_grad():
         model(X)
         model(X)
-    assert batches == [("factors_of", 1)] * 3
+    assert batches == [("compute_factors", 1)] * 3
 
 
 def test_gram_schmidt_too(batches: Batches) -> None:
@@ -92,7 +92,7 @@ def test_gram_schmidt_too(batches: Batches) -> None:
         model(X)
     batches.clear()
     assert relative_error(model(X), wanted(model, X, apply_GS=True)) < 1e-12
-    assert [batch for batch in batches if batch[0] == "decomposed"] == [("decomposed", 2), ("decomposed", 1)]
+    assert [batch for batch in batches if batch[0] == "compute_qr"] == [("compute_qr", 2), ("compute_qr", 1)]
 
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16])
@@ -264,7 +264,7 @@ def test_layers_that_run_again_in_the_backward(
         model(x).square().sum().backward()
         for vector, gradient in zip(vectors, sought, strict=True):
             assert relative_error(vector.grad, gradient, floor=1e-3) < 1e-9
-    name = "decomposed" if apply_GS else "factors_of"
+    name = "compute_qr" if apply_GS else "compute_factors"
     alone = [size for made, size in batches if made == name and size == 1]
     assert len(alone) >= 2, "those of the first two layers, by themselves"
 
@@ -324,7 +324,7 @@ def test_a_forward_that_is_broken_off(error: type[BaseException]) -> None:
     with pytest.raises(error):
         model(X)
     handle.remove()
-    assert module._NOW.forward is None
+    assert module._CURRENT.forward is None
     model.one.hra_u["default"].data.neg_().add_(1.0)
     assert relative_error(model(X), wanted(model, X)) < 1e-12
 
@@ -346,7 +346,7 @@ def test_nothing_stays_behind_after_an_error() -> None:
         model(X)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         model(normal(1, 4, 5))
-    assert module._NOW.forward is None
+    assert module._CURRENT.forward is None
     assert relative_error(model(X), wanted(model, X)) < 1e-12
 
 

@@ -68,7 +68,7 @@ def test_it_is_one_node_that_keeps_no_more_than_rows_vectors_and_skinny_matrices
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         y = reflected_rows(x, vectors)
-    assert name_of(y) == "_ReflectedBackward"
+    assert name_of(y) == "_ReflectRowsBackward"
     assert {tuple(tensor.shape) for tensor in saved} == {(4, 7, 32), (32, 3), (3, 3), (3, 28)}
 
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import hra_fx
 from hra_fx.kernels import linear as fused_linear
-from hra_fx.kernels.wy_factor import bearable
+from hra_fx.kernels.wy_factor import scaled_chain_and_factor
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
-WAYS = ("_ByInput", "_ByOutput")
+WAYS = ("_InputSide", "_OutputSide")
 
 
 def oracle(x: Tensor, vectors: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -25,7 +25,7 @@ def oracle(x: Tensor, vectors: Tensor, weight: Tensor, bias: Tensor | None) -> T
 
 
 def through(way: str, x: Tensor, vectors: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    chain, factor = bearable(vectors, x.dtype)
+    chain, factor = scaled_chain_and_factor(vectors, x.dtype)
     output: Tensor = getattr(fused_linear, way).apply(x, chain, factor, weight, bias)
     return output
 
@@ -113,11 +113,11 @@ def frozen(layer: nn.Module | None = None, r: int = 4) -> Any:
 @pytest.mark.parametrize(
     ("rows", "wants_gradient", "way"),
     [
-        (1, True, "_ByInputBackward"),
-        (1, False, "_ByInputBackward"),
-        (16, False, "_ByOutputBackward"),  # it need not be driven back through the layer
-        (16, True, "_ByInputBackward"),
-        (256, True, "_ByInputBackward"),
+        (1, True, "_InputSideBackward"),
+        (1, False, "_InputSideBackward"),
+        (16, False, "_OutputSideBackward"),  # it need not be driven back through the layer
+        (16, True, "_InputSideBackward"),
+        (256, True, "_InputSideBackward"),
     ],
 )
 def test_the_side_is_chosen_by_rows_and_gradients(rows: int, wants_gradient: bool, way: str) -> None:
@@ -172,7 +172,7 @@ def test_a_class_with_a_forward_of_its_own_is_called_as_it_is() -> None:
 
     model, x = frozen(Conv1D(6, 12).double()), leaf(1, 3, 12)
     output = model(x)
-    assert "_By" not in node(output)
+    assert "Side" not in node(output)
     wanted = oracle(x, model[0].hra_u["default"], model[0].weight.mT, model[0].bias)
     assert relative_error(output, wanted) < 1e-12
 
@@ -244,7 +244,7 @@ def test_a_narrow_model_under_its_own_autocast(rows: int) -> None:
         output = model(x)
         loss = (output * normal(2, rows, 64, dtype=BF16)).float().sum()
     loss.backward()
-    assert "_By" in node(output)
+    assert "Side" in node(output)
     wanted = oracle(x, vectors, model[0].weight, model[0].bias)
     assert relative_error(output, wanted) < 6e-3
     sought = torch.autograd.grad(wanted, (x, vectors), normal(2, rows, 64, dtype=BF16).double())
