@@ -205,7 +205,7 @@ def _vectors(slot: Input, reflection: Reflection | None, name: str, dtype: torch
     chain = reflection.chain(name).detach().cpu()
     if chain.shape[0] != width or chain.shape[1] > rank:
         raise AdapterError(
-            f"{_path(slot.name)}: adapter {name!r} has {chain.shape[1]} reflections of width {chain.shape[0]} here, but "
-            f"the graph supports at most {rank} of width {width}. Export it with an adapter of higher rank."
+            f"{_path(slot.name)}: adapter {name!r} has {chain.shape[1]} reflections of width {chain.shape[0]} here, "
+            f"but the graph supports at most {rank} of width {width}. Export it with an adapter of higher rank."
         )
     return nn.functional.pad(chain.to(dtype), (0, rank - chain.shape[1])).contiguous()

@@ -1,6 +1,6 @@
 """Training with transformers.
 
-Not imported by the rest of the package, since `transformers.Trainer` needs accelerate, which is no dependency of
+Nothing else in the package imports this, because `transformers.Trainer` needs accelerate, which is not a dependency of
 hra_fx.
 """
 

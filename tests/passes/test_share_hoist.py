@@ -16,7 +16,7 @@ from hra_fx.kernels.compile_ops import REFLECTED_BY, REFLECTED_ROWS, UNIT_FACTOR
 from hra_fx.layers.target import SiteOperators
 from passes.hoist import HoistPass
 from passes.share import SharePass
-from passes.side_effects import writes
+from passes.side_effects import has_side_effects
 
 OPERATORS = SiteOperators(REFLECTED_ROWS, UNIT_FACTORS, REFLECTED_BY)
 NAMES = {REFLECTED_ROWS: "rows", UNIT_FACTORS: "factors", REFLECTED_BY: "by"}
@@ -190,7 +190,7 @@ def test_names_that_end_like_writers() -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")
     names = [graph.call_method(name, (x,)) for name in ("add_", "__len__", "relu")]
-    assert [writes(node) for node in names] == [True, False, False]
+    assert [has_side_effects(node) for node in names] == [True, False, False]
 
 
 # The operators
