@@ -72,8 +72,8 @@ class RotationCallback(TrainerCallback):
         self._on = state.is_world_process_zero and not is_sharded(model)
         if state.is_world_process_zero and not self._on:
             warnings.warn(
-                "RotationCallback: the vectors are sharded, so angles cannot be computed and are not logged. Train with "
-                "DDP, or call hra_fx.report on the gathered model.",
+                "RotationCallback: the vectors are sharded, so angles cannot be computed and are not logged. Train "
+                "with DDP, or call hra_fx.report on the gathered model.",
                 HRAWarning,
                 stacklevel=2,
             )

@@ -47,8 +47,8 @@ class HRATrainer(Trainer):
             or not 0 <= orthogonality_weight < math.inf
         ):
             raise ConfigError(
-                f"`orthogonality_weight` must be a finite number >= 0, got {orthogonality_weight!r}. Use 0.0 to disable the "
-                "term, or a small value such as 1e-6."
+                f"`orthogonality_weight` must be a finite number >= 0, got {orthogonality_weight!r}. Use 0.0 to "
+                "disable the term, or a small value such as 1e-6."
             )
         super().__init__(*args, **kwargs)
         self.orthogonality_weight = float(orthogonality_weight)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import hra_fx
-from hra_fx.layers import variants as forms
+from hra_fx.kernels import inference
 from hra_fx.layers.variants import reflected_rows
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
@@ -179,13 +179,13 @@ def wanted_of(model: Any, x: Tensor) -> Tensor:
 
 def counting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
-    make = forms.factors
+    original = inference.scaled_chain_and_factor
 
     def counted(*args: Any) -> Any:
-        calls.append("made")
-        return make(*args)
+        calls.append("computed")
+        return original(*args)
 
-    monkeypatch.setattr(forms, "factors", counted)
+    monkeypatch.setattr(inference, "scaled_chain_and_factor", counted)
     return calls
 
 
@@ -199,7 +199,7 @@ def test_factors_are_computed_once_for_the_same_vectors(
         x = normal(seed, *rows, 12)
         with guard():
             assert relative_error(model(x), wanted_of(model, x)) < 1e-12
-    assert calls == ["made"]
+    assert calls == ["computed"]
 
 
 def test_changed_vectors_are_noticed() -> None:
