@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, fx, nn
 
 from hra_fx.errors import AdapterError
 from hra_fx.export.lower import check_is_captured, lower
+from hra_fx.export.module_edit import ModuleEditor
 from hra_fx.export.program import is_program
 from hra_fx.export.program_edit import ProgramEditor, is_adapter_tensor
+from hra_fx.export.rewrite import Editor
 from passes.freeze import FreezePass
 
 if TYPE_CHECKING:
@@ -51,53 +53,29 @@ def freeze(program: P) -> P:
         {'0.hra_u.frozen_0': (3, 2), '0.hra_u.frozen_1': (2, 3)}
     """
     check_is_captured(program, "freeze")
-    program = lower(program)
-    captured: Any = program
-    if is_program(program):
-        captured = _freeze_program(captured)
-    else:
-        _freeze_module(captured)
+    captured: Any = lower(program)
+    if is_program(captured):
+        program_editor = ProgramEditor(captured)
+        _freeze(program_editor)
+        return program_editor.build(captured)  # type: ignore[return-value]
+    _freeze(ModuleEditor(captured))
+    captured.recompile()
     return captured  # type: ignore[no-any-return]
 
 
-def _freeze_program(program: ExportedProgram) -> ExportedProgram:
-    editor = ProgramEditor(program)
-    names = {node: name for name, node in editor.constant_nodes.items()}
+def _freeze(editor: Editor) -> None:
+    names = editor.constant_nodes
     tensors = {node: editor.tensor(name) for node, name in names.items()}
     vectors = _vector_nodes(names, tensors)
 
     def add_constant(value: Tensor, made_of: list[fx.Node]) -> fx.Node:
-        return editor.add_buffer(_constant_name(names[made_of[0]], editor.state_dict), value, made_of[0])
+        container = names[made_of[0]].rpartition(".")[0]
+        free = (name for count in itertools.count() if not editor.has(name := f"{container}.{_FROZEN}_{count}"))
+        return editor.add_buffer(next(free), value, made_of[0])
 
     FreezePass(tensors, vectors, add_constant)(editor.graph_module)
     for node in (node for node, name in names.items() if is_adapter_tensor(name)):
         editor.remove_if_unused(node)
-    return editor.build(program)
-
-
-def _freeze_module(module: fx.GraphModule) -> None:
-    by_name: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
-    buffers = module.named_buffers(remove_duplicate=False)
-    by_name |= {name: tensor for name, tensor in buffers if is_adapter_tensor(name)}
-    names = {node: str(node.target) for node in module.graph.find_nodes(op="get_attr") if node.target in by_name}
-    tensors = {node: by_name[name] for node, name in names.items()}
-    vectors = _vector_nodes(names, tensors)
-
-    def add_constant(value: Tensor, made_of: list[fx.Node]) -> fx.Node:
-        name = _constant_name(names[made_of[0]], by_name)
-        path, _, last = name.rpartition(".")
-        by_name[name] = value
-        module.get_submodule(path).register_buffer(last, value)
-        with module.graph.inserting_before(next(iter(module.graph.nodes))):
-            return module.graph.get_attr(name)
-
-    adapters = [name for name in by_name if is_adapter_tensor(name)]
-    FreezePass(tensors, vectors, add_constant)(module)
-    for node in (node for node, name in names.items() if name in adapters):
-        module.graph.erase_node(node)
-    for path, _, last in (name.rpartition(".") for name in adapters):
-        delattr(module.get_submodule(path), last)
-    module.recompile()
 
 
 def _vector_nodes(names: Mapping[fx.Node, str], tensors: Mapping[fx.Node, Tensor]) -> list[fx.Node]:
@@ -125,8 +103,3 @@ def _vector_nodes(names: Mapping[fx.Node, str], tensors: Mapping[fx.Node, Tensor
 def _is_frozen(name: str, tensor: Tensor) -> bool:
     """Whether a tensor is a constant of an earlier `freeze`; an adapter of such a name has parameters, not buffers."""
     return not isinstance(tensor, nn.Parameter) and bool(re.fullmatch(rf"{_FROZEN}_\d+", name.rpartition(".")[2]))
-
-
-def _constant_name(vectors: str, taken: Collection[str]) -> str:
-    container = vectors.rpartition(".")[0]
-    return next(name for count in itertools.count() if (name := f"{container}.{_FROZEN}_{count}") not in taken)

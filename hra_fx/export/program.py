@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING
 
 from hra_fx.config import HRAConfig
 from hra_fx.errors import UnsupportedLayerError
-from hra_fx.export.fold import compute_folded_weights
-from hra_fx.export.insert import find_rotate_nodes, insert_rotation, remove_rotation, split_shared_uses
-from hra_fx.export.metadata import get_metadata, has_adapter, with_metadata, without_metadata
+from hra_fx.export.metadata import has_adapter
 from hra_fx.export.program_edit import ProgramEditor
-from hra_fx.export.select import init_adapter, select_layers
+from hra_fx.export.rewrite import add_reflections, fold_reflections
 from hra_fx.layers.adapters import check_adapter_name
 
 if TYPE_CHECKING:
@@ -73,15 +71,7 @@ def transform_program(program: ExportedProgram, config: HRAConfig, adapter_name:
             "before adding the backward pass."
         )
     editor = ProgramEditor(program)
-    layers = select_layers(editor.graph, editor.weights, editor.parameters, config)
-    for layer in layers:
-        initial = init_adapter(layer, editor.parameters[layer.name], config)
-        adapter = editor.add_adapter(layer, initial, adapter_name)
-        insert_rotation(editor.graph, layer, editor.weights[layer.source][0], adapter, apply_GS=config.apply_GS)
-    split_shared_uses(layers, lambda name: editor.weights[name][0])
-    trainable = [name for name, parameter in editor.parameters.items() if parameter.requires_grad]
-    editor.set_trainable(set())
-    editor.graph_module.meta = with_metadata(editor.graph_module, config, adapter_name, trainable)
+    add_reflections(editor, config, adapter_name)
     return editor.build(program)
 
 
@@ -110,14 +100,5 @@ def fold_program(program: ExportedProgram) -> ExportedProgram:
         True
     """
     editor = ProgramEditor(program)
-    nodes = find_rotate_nodes(editor.graph)
-    folded = compute_folded_weights(nodes, editor.state_dict.__getitem__, lambda node: editor.names[node.name])
-    editor.replace_weights(folded)
-    for node in nodes:
-        for leftover in remove_rotation(editor.graph, node):
-            editor.remove_if_unused(leftover)
-    metadata = get_metadata(editor.graph_module)
-    if metadata is not None:
-        editor.set_trainable(set(metadata["trainable"]))
-    editor.graph_module.meta = without_metadata(editor.graph_module)
+    fold_reflections(editor)
     return editor.build(program)

@@ -73,13 +73,13 @@ class ProgramEditor:
         return {name: self.state_dict[name] for name in self.state_dict if name in self.weights}
 
     @property
-    def constant_nodes(self) -> dict[str, fx.Node]:
-        """Name -> node of each tensor that no call writes to: parameters, constants, and the buffers of adapters."""
+    def constant_nodes(self) -> dict[fx.Node, str]:
+        """Node -> name of each tensor that no call writes to: parameters, constants, and the buffers of adapters."""
         from torch.export.graph_signature import InputKind
 
         constant_kinds = (InputKind.PARAMETER, InputKind.CONSTANT_TENSOR)
         return {
-            spec.target: self._nodes[spec.arg.name]
+            self._nodes[spec.arg.name]: spec.target
             for spec in self.specs
             if spec.target is not None and (spec.kind in constant_kinds or is_adapter_tensor(spec.target))
         }
@@ -89,12 +89,24 @@ class ProgramEditor:
         found: Tensor = self.state_dict[name] if name in self.state_dict else self.constants[name]
         return found
 
+    def has(self, name: str) -> bool:
+        """Whether the program has a tensor of this name."""
+        return name in self.state_dict
+
+    def name_of(self, node: fx.Node) -> str:
+        """The name of the tensor of a node."""
+        return self.names[node.name]
+
+    def weight_node(self, name: str) -> fx.Node:
+        """The node of a parameter."""
+        return self.weights[name][0]
+
     def add_adapter(self, layer: GraphLayer, initial: InitialAdapter, adapter_name: str) -> AdapterNodes:
         """Add the vectors of a layer as a parameter, and its anchor as a buffer."""
         from torch.export.graph_signature import InputKind
 
         name = f"{layer.path}.{REFLECTION}.{adapter_name}"
-        like = self.weights[layer.name][0].meta["val"]
+        like = self.weight_node(layer.name).meta["val"]
         vectors = self._add(name, nn.Parameter(initial.vectors, initial.trainable), InputKind.PARAMETER, like)
         if initial.anchor is None:
             return AdapterNodes(vectors, None)
