@@ -99,7 +99,8 @@ class ProgramEditor:
 
     def weight_node(self, name: str) -> fx.Node:
         """The node of a parameter."""
-        return self.weights[name][0]
+        node: fx.Node = self.weights[name][0]
+        return node
 
     def add_adapter(self, layer: GraphLayer, initial: InitialAdapter, adapter_name: str) -> AdapterNodes:
         """Add the vectors of a layer as a parameter, and its anchor as a buffer."""
