@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from hra_fx.export.captured import is_captured
-from hra_fx.export.inspect import carried
+from hra_fx.export.inspect import adapter_layers
 from hra_fx.export.program import is_program
 from hra_fx.layers.target import describe
 from hra_fx.model.state import record_of, require_sites
@@ -68,8 +68,8 @@ def _rows(model: nn.Module, *, capture: bool) -> tuple[Row, ...]:
 def _report_of_graph(graph: Any, *, capture: bool) -> Report:
     """The report of an `ExportedProgram` or captured `GraphModule`, which is one graph."""
     rows = []
-    for layer in carried(graph):
-        adapter = _Adapter(layer.path, layer.site, layer.adapter, True, layer.chain.shape[0], layer.r)
+    for layer in adapter_layers(graph):
+        adapter = _Adapter(layer.path, layer.description, layer.adapter, True, layer.chain.shape[0], layer.r)
         rows.append(_row(adapter, layer.chain, layer.rows, "" if capture else None, ""))
     return Report(tuple(rows), *not_adapted_in_graph(graph))
 

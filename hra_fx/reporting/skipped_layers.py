@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx, nn
 
 from hra_fx.config import HRAConfig
-from hra_fx.export.inspect import spare
+from hra_fx.export.inspect import unadapted_layers
 from hra_fx.layers.target import REFLECTION, SAVED, SiteKind, describe, find_kind
 from hra_fx.model.state import Record, inventory, record_of, sites_of
 from hra_fx.selection.select import is_target, layer_index, resolve_targets, saved_modules
@@ -72,10 +72,10 @@ def not_adapted(model: nn.Module) -> tuple[tuple[SkippedLayer, ...], tuple[str, 
 
 def not_adapted_in_graph(graph: fx.GraphModule | ExportedProgram) -> tuple[tuple[SkippedLayer, ...], tuple[str, ...]]:
     """The same for an `ExportedProgram` or a captured `GraphModule`, which does not train layers in full."""
-    found = spare(graph)
-    selections = {} if found.config is None else {found.adapter: Selection(found.outline, found.config)}
+    found = unadapted_layers(graph)
+    selections = {} if found.config is None else {found.adapter: Selection(found.skeleton, found.config)}
     skipped = []
-    for path, (kind, layer_type, refusal) in found.sites.items():
+    for path, (kind, layer_type, refusal) in found.layers.items():
         reason = refusal
         if reason is None and selections:
             reason = reason_of(selections, path, kind)

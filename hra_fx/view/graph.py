@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import networkx as nx
 from torch import Tensor, fx, nn
 
-from hra_fx.export.weight_uses import plain_path
+from hra_fx.export.weight_uses import normalize_path
 from hra_fx.layers.target import SiteNote
 from hra_fx.view.describe import describe_module, name_of, own_parameters
 from hra_fx.view.subject import Subject, subject_of
@@ -66,7 +66,7 @@ def _parent(path: str) -> str:
 def _stack(node: fx.Node, root: str) -> list[tuple[str, str]]:
     """The calls around a node, outermost first: (name of the call, qualified name of the module)."""
     entries = node.meta.get("nn_module_stack") or {}
-    paths = [(str(call), plain_path(str(entry[0])).partition("@")[0]) for call, entry in entries.items()]
+    paths = [(str(call), normalize_path(str(entry[0])).partition("@")[0]) for call, entry in entries.items()]
     calls = [(path + "".join(re.findall(r"@\d+$", call)), path) for call, path in paths]
     return [(_join(root, call), _join(root, path)) for call, path in calls if path]
 

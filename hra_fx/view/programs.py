@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
-from hra_fx.export.insert import remove, rotations
-from hra_fx.export.inspect import carried
-from hra_fx.export.match import GraphSite, find_sites, groups_of, module_classes, owner_of
-from hra_fx.export.skeleton import outline_of
+from hra_fx.export.insert import find_rotate_nodes, remove_rotation
+from hra_fx.export.inspect import adapter_layers
+from hra_fx.export.match import GraphLayer, find_layers, group_tied, module_classes, parent_path
+from hra_fx.export.skeleton import build_skeleton
 from hra_fx.layers.target import META, REFLECTION, SiteNote
 from hra_fx.reporting.row import Row
 from hra_fx.view.subject import LayerFacts, Subject, known_rotations
@@ -60,32 +60,32 @@ def subject_of_captured(module: fx.GraphModule, rows: Iterable[Row] = ()) -> Sub
 
 def _subject(module: fx.GraphModule, tensors: Mapping[str, Tensor], known: Mapping[str, float]) -> Subject:
     own = {name: tensor for name, tensor in tensors.items() if REFLECTION not in name.split(".")}
-    nodes = rotations(module.graph)
-    adapted = carried(module) if nodes else []
+    nodes = find_rotate_nodes(module.graph)
+    adapted = adapter_layers(module) if nodes else []
     for node in nodes:
-        remove(module.graph, node)
+        remove_rotation(module.graph, node)
     weights: dict[str, list[fx.Node]] = {}
     for node in module.graph.find_nodes(op="get_attr"):
         if node.target in own:
             weights.setdefault(str(node.target), []).append(node)
-    found = find_sites(weights, own)
+    found = find_layers(weights, own)
     classes = module_classes(module.graph)
-    outline = outline_of(found, own, classes, with_output=True)
+    skeleton = build_skeleton(found, own, classes, with_output=True)
     layers: dict[str, LayerFacts] = {}
     for layer in adapted:
-        parameters = sum(tensor.numel() for key, tensor in own.items() if owner_of(key) == layer.path)
-        width, detail = int(layer.chain.shape[0]), layer.site.replace("->", "→")
+        parameters = sum(tensor.numel() for key, tensor in own.items() if parent_path(key) == layer.path)
+        width, detail = int(layer.chain.shape[0]), layer.description.replace("->", "→")
         rotation = known.get(layer.path, math.nan)
         shown = None if math.isnan(rotation) else rotation
         layers[layer.path] = LayerFacts(detail, width, layer.r, shown, parameters, vectors=width * layer.r)
         _tag(layer.path, found)
     return Subject(
-        model=outline,
+        model=skeleton,
         graphs={"": module},
         layers=layers,
         aliases={alias: path for path in layers for alias in (found[path].aliases if path in found else ())},
         classes={path: kind.rpartition(".")[2] for path, kind in classes.items()},
-        parameters=sum(tensors[names[0]].numel() for names in groups_of(own)),
+        parameters=sum(tensors[names[0]].numel() for names in group_tied(own)),
     )
 
 
@@ -98,8 +98,8 @@ def _read_by_name(graph: fx.Graph, node: fx.Node, name: str) -> None:
     graph.erase_node(node)
 
 
-def _tag(path: str, layers: Mapping[str, GraphSite]) -> None:
+def _tag(path: str, layers: Mapping[str, GraphLayer]) -> None:
     """Tag the operators that read the weight of an adapted layer."""
     layer = layers.get(path)
-    for reader in (read.reader for read in (layer.reads if layer else ())):
-        reader.meta[META] = SiteNote(path, layer.kind, "layer")  # type: ignore[union-attr]
+    for consumer in (use.consumer for use in (layer.uses if layer else ())):
+        consumer.meta[META] = SiteNote(path, layer.kind, "layer")  # type: ignore[union-attr]

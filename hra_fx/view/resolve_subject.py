@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from hra_fx.errors import VisualizeError
 from hra_fx.export.captured import is_captured
-from hra_fx.export.insert import rotations
+from hra_fx.export.insert import find_rotate_nodes
 from hra_fx.export.program import is_program
 from hra_fx.model.example_inputs import as_call
 from hra_fx.model.graph_module import shown_in
@@ -25,7 +25,7 @@ from hra_fx.view.subject import Subject, subject_of
 def has_adapters(model: Any) -> bool:
     """Whether anything in a model, graph or program is adapted."""
     if is_program(model) or is_captured(model):
-        return bool(rotations(model.graph))
+        return bool(find_rotate_nodes(model.graph))
     return isinstance(model, nn.Module) and bool(sites_of(model))
 
 

@@ -308,8 +308,8 @@ def test_a_weight_that_is_none_is_refused(weight: Any) -> None:
     with pytest.raises(hra_fx.ConfigError) as caught:
         HRATrainer(orthogonality_weight=weight)
     assert str(caught.value) == (
-        f"orthogonality_weight: {weight!r} is no finite number >= 0. Give 0.0 for no term, or a positive float such as "
-        "1e-6."
+        f"`orthogonality_weight` must be a finite number >= 0, got {weight!r}. Use 0.0 to disable the term, or a small "
+        "value such as 1e-6."
     )
 
 

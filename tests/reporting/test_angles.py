@@ -12,7 +12,7 @@ from reporting.made import oracle_angles
 from torch import Tensor, nn
 
 from hra_fx import HRAConfig, report, transform
-from hra_fx.functional.householder import angle_floor, turn
+from hra_fx.functional.statistics import min_angle, rotation_stats
 
 F64 = torch.float64
 
@@ -26,7 +26,7 @@ def normal(seed: int, *shape: int) -> Tensor:
 def test_random_chains(d: int, k: int, seed: int) -> None:
     """Odd and even numbers of reflections, also more than dimensions."""
     chain = normal(seed, d, k)
-    q, found = dense_product(chain), turn(chain)
+    q, found = dense_product(chain), rotation_stats(chain)
     angles = oracle_angles(q)
     assert found.angles == pytest.approx(angles, abs=1e-6), (len(found.angles), len(angles))
     assert found.mean_angle == pytest.approx(sum(angles) / len(angles) if angles else 0.0, abs=1e-6)
@@ -42,7 +42,7 @@ def test_near_parallel_pairs(k: int, scale: float) -> None:
     chain = chain + scale * normal(k + 1, 20, k)
     angles = torch.linalg.eigvals(dense_product(chain)).angle().sort(descending=True).values
     planes = [float(angle) for angle in angles if angle > 1e-10]
-    assert turn(chain).angles == pytest.approx(planes, rel=1e-6)
+    assert rotation_stats(chain).angles == pytest.approx(planes, rel=1e-6)
     assert len(planes) == k // 2
 
 
@@ -56,10 +56,10 @@ def test_gram_schmidt_without_an_anchor_reflects(r: int) -> None:
 
 def test_zero_columns_and_pairs_that_cancel_rotate_nothing() -> None:
     vector = normal(3, 7, 1)
-    assert turn(torch.zeros(7, 3, dtype=F64)).angles == ()
-    assert turn(torch.cat([vector, vector], dim=1)).angles == ()
-    assert turn(torch.cat([vector, torch.zeros(7, 1), -2 * vector], dim=1)).angles == ()
-    assert turn(torch.cat([vector, torch.zeros(7, 1)], dim=1)).angles == pytest.approx([math.pi])
+    assert rotation_stats(torch.zeros(7, 3, dtype=F64)).angles == ()
+    assert rotation_stats(torch.cat([vector, vector], dim=1)).angles == ()
+    assert rotation_stats(torch.cat([vector, torch.zeros(7, 1), -2 * vector], dim=1)).angles == ()
+    assert rotation_stats(torch.cat([vector, torch.zeros(7, 1)], dim=1)).angles == pytest.approx([math.pi])
 
 
 def test_two_planes_of_the_same_angle_are_two() -> None:
@@ -67,14 +67,14 @@ def test_two_planes_of_the_same_angle_are_two() -> None:
     for plane in (0, 1):
         chain[2 * plane, 2 * plane] = 1
         chain[2 * plane, 2 * plane + 1], chain[2 * plane + 1, 2 * plane + 1] = math.cos(0.2), math.sin(0.2)
-    assert turn(chain).angles == pytest.approx([0.4, 0.4])
+    assert rotation_stats(chain).angles == pytest.approx([0.4, 0.4])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounding_at_the_start_is_not_an_angle(dtype: torch.dtype) -> None:
     for r in (2, 8, 32):
         chain = normal(r, 64, r // 2).to(dtype).repeat_interleave(2, dim=1)
-        assert turn(chain).angles == ()
+        assert rotation_stats(chain).angles == ()
         assert turn(chain + 1e-2 * normal(5, 64, r).to(dtype)).angles
 
 
@@ -82,13 +82,13 @@ def test_angles_below_the_floor_are_left_out() -> None:
     def pair(angle: float) -> Tensor:
         return torch.tensor([[1.0, math.cos(angle / 2)], [0.0, math.sin(angle / 2)]], dtype=F64)
 
-    floor = angle_floor(pair(0.1))
-    assert turn(pair(3 * floor)).angles == pytest.approx([3 * floor], rel=0.3)
-    assert turn(pair(floor / 3)).angles == ()
+    floor = min_angle(pair(0.1))
+    assert rotation_stats(pair(3 * floor)).angles == pytest.approx([3 * floor], rel=0.3)
+    assert rotation_stats(pair(floor / 3)).angles == ()
 
 
 @pytest.mark.parametrize("chain", [torch.full((4, 2), math.nan), torch.empty(4, 2, device="meta")], ids=["nan", "meta"])
 def test_vectors_without_values_have_no_angles(chain: Tensor) -> None:
-    found = turn(chain)
+    found = rotation_stats(chain)
     assert [math.isnan(angle) for angle in found.angles] == [True]
     assert all(math.isnan(value) for value in (found.mean_angle, found.angle, found.rotation))

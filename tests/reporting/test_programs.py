@@ -141,7 +141,7 @@ def test_a_weight_that_the_graph_reads_otherwise_says_so() -> None:
     program = torch.export.export(Reading(), (torch.ones(1, 4),))
     (skipped,) = report(transform(program, HRAConfig(r=2, target_modules=["first"]))).skipped
     assert skipped.path == "second"
-    assert skipped.reason.startswith("its weight is read by aten.sum.default")
+    assert skipped.reason.startswith("its weight is also used by aten.sum.default")
 
 
 @QUIET

@@ -231,7 +231,7 @@ def test_shards_of_vectors_are_warned_of() -> None:
     for name, parameter in model.named_parameters():
         if ".hra_u." in name:  # as DeepSpeed ZeRO-3 leaves them outside of the forward
             parameter.data = torch.empty(0)
-    with pytest.warns(hra_fx.HRAWarning, match=r"^RotationCallback: this process holds only shards of the vectors"):
+    with pytest.warns(hra_fx.HRAWarning, match=r"^RotationCallback: the vectors are sharded"):
         assert called_alone(RotationCallback(), model) == {"loss": 1.0}
 
 
@@ -244,7 +244,7 @@ def test_a_model_without_reflections_is_refused(tmp_path: Path) -> None:
 def test_called_by_something_else_it_says_where_the_angles_are() -> None:
     callback, model = RotationCallback(), llama()
     arguments = TrainingArguments(output_dir="unused", report_to=[], use_cpu=True)
-    with pytest.warns(hra_fx.HRAWarning, match="cannot go before the callbacks that report"):
+    with pytest.warns(hra_fx.HRAWarning, match="cannot run before the callbacks that report"):
         callback.on_train_begin(arguments, TrainerState(), TrainerControl(), model=model)
 
 
@@ -267,7 +267,7 @@ def test_a_plot_that_fails_at_the_end_does_not_lose_the_training(tmp_path: Path)
     callback = RotationCallback(plot=folder / "rotation.svg")
     trainer = trainer_of(llama(), tmp_path, [callback])
     folder.rmdir()
-    with pytest.warns(hra_fx.HRAWarning, match=r"rotation\.svg could not be written .* Its numbers are in history\."):
+    with pytest.warns(hra_fx.HRAWarning, match=r"rotation\.svg could not be written .* The values are in `history`\."):
         result = trainer.train()
     assert result.global_step == 5
     assert callback.history

@@ -1,4 +1,4 @@
-"""`T` and Gram-Schmidt by products alone, against dense products and the recurrence in float64, with gradients."""
+"""`T` and Gram-Schmidt by matrix products, against dense products and the recurrence in float64, with gradients."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import torch
 from oracles import dense_gs, dense_product, relative_error
 from torch import Tensor
 
-from hra_fx.functional import exportable as products, householder
+from hra_fx.functional import exportable, householder
 
 F64 = torch.float64
 WIDTH = 96
-RANKS = (1, 2, 3, 5, 8, 17, 32, 64)
+RANKS = (1, 3, 8, 17, 64)
 #: How far the columns are from being parallel.
 APART = (1.0, 1e-2, 1e-5, 1e-9, 0.0)
 
@@ -24,7 +24,7 @@ def chain(rank: int, apart: float) -> Tensor:
 
 def q_by_products(vectors: Tensor) -> Tensor:
     unit = householder.normalize(vectors)
-    return torch.eye(WIDTH, dtype=vectors.dtype) - unit @ products.inverse_factor(unit) @ unit.mT
+    return torch.eye(WIDTH, dtype=vectors.dtype) - unit @ exportable.compact_wy(unit) @ unit.mT
 
 
 @pytest.mark.parametrize("rank", RANKS)
@@ -40,7 +40,7 @@ def test_doubling_is_the_dense_product(rank: int, apart: float) -> None:
 def test_doubling_in_float32_is_as_orthogonal_as_the_triangular_solve(rank: int, apart: float) -> None:
     vectors = householder.normalize(chain(rank, apart).float())
     errors = []
-    for factor in (products.inverse_factor(vectors), householder.compact_wy(vectors)):
+    for factor in (exportable.compact_wy(vectors), householder.compact_wy(vectors)):
         q = torch.eye(WIDTH, dtype=F64) - vectors.double() @ factor.double() @ vectors.double().mT
         errors.append(relative_error(q, dense_product(vectors)))
     assert errors[0] < max(2 * errors[1], rank * 2e-7)
@@ -75,7 +75,7 @@ def test_gram_schmidt_is_orthonormal_to_the_rounding_and_the_basis_of_the_recurr
     left, right = (torch.linalg.qr(chain(16, 1.0)[:rows]).Q for rows in (WIDTH, 16))
     values = torch.logspace(0, -torch.tensor(condition).log10().item(), 16, dtype=F64)
     vectors = (left @ torch.diag(values) @ right).to(dtype)
-    basis = products.gram_schmidt(householder.normalize(vectors)).double()
+    basis = exportable.gram_schmidt(householder.normalize(vectors)).double()
     precision = torch.finfo(dtype).eps
     # Past 1 / eps there is no such basis.
     if condition * precision < 0.1:
@@ -86,7 +86,7 @@ def test_gram_schmidt_is_orthonormal_to_the_rounding_and_the_basis_of_the_recurr
 def test_the_gradient_of_gram_schmidt_is_that_of_the_recurrence() -> None:
     upstream = torch.randn(WIDTH, 8, dtype=F64, generator=torch.Generator().manual_seed(1))
     grads = []
-    for function in (lambda vectors: products.gram_schmidt(householder.normalize(vectors)), dense_gs):
+    for function in (lambda vectors: exportable.gram_schmidt(householder.normalize(vectors)), dense_gs):
         vectors = chain(8, 1.0).requires_grad_()
         grads += torch.autograd.grad((function(vectors) * upstream).sum(), vectors)
     assert relative_error(grads[0], grads[1]) < 1e-13

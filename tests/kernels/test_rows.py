@@ -1,4 +1,4 @@
-"""Reflected rows as one node of autograd, against the dense oracle; and what of it is kept without gradients."""
+"""Reflected rows as one autograd node against the dense oracle, and the cached factors without gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import hra_fx
-from hra_fx.layers import variants as forms
+from hra_fx.kernels import inference
 from hra_fx.layers.variants import reflected_rows
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
@@ -63,12 +63,12 @@ def test_lengths_beyond_the_range_of_float32(lengths: tuple[float, float]) -> No
     assert bool(torch.isfinite(vectors.grad).all())
 
 
-def test_it_is_one_node_that_keeps_no_more_than_rows_vectors_and_skinny_matrices() -> None:
+def test_it_is_one_node_that_saves_rows_vectors_and_skinny_matrices_only() -> None:
     x, vectors = leaf(1, 4, 7, 32), leaf(2, 32, 3)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         y = reflected_rows(x, vectors)
-    assert name_of(y) == "_ReflectedBackward"
+    assert name_of(y) == "_ReflectRowsBackward"
     assert {tuple(tensor.shape) for tensor in saved} == {(4, 7, 32), (32, 3), (3, 3), (3, 28)}
 
 
@@ -106,7 +106,7 @@ def test_rows_and_gradients_in_any_layout(layout: str) -> None:
     assert relative_error(got, wanted, floor=1.0) < 1e-12
 
 
-def test_rows_that_are_changed_before_the_backward_are_noticed() -> None:
+def test_rows_that_are_modified_before_the_backward_are_an_error() -> None:
     x, vectors = leaf(1, 5, 8), leaf(2, 8, 2)
     made = x * 1
     y = reflected_rows(made, vectors)
@@ -132,11 +132,11 @@ def test_under_autocast_products_are_narrow_and_rows_are_not() -> None:
         assert relative_error(reflected_rows(x, pair), x) < 1e-6
 
 
-# Where somebody looks on, he sees the plain formula
+# Transforms and tracers get the plain formula
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own, for forward mode
-def test_functions_that_are_transformed() -> None:
+def test_functorch_transforms_and_forward_mode() -> None:
     x, vectors = normal(1, 4, 8), normal(2, 8, 3)
     each = torch.vmap(torch.func.grad(lambda u, row: reflected_rows(row, u).square().cos().sum()), (None, 0))
     got = each(vectors, x)
@@ -152,7 +152,7 @@ def test_functions_that_are_transformed() -> None:
     assert relative_error(pushed, moved) < 1e-8
 
 
-def test_who_traces_sees_operators() -> None:
+def test_make_fx_traces_operators() -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     x, vectors = normal(1, 4, 8), normal(2, 8, 3)
@@ -162,7 +162,7 @@ def test_who_traces_sees_operators() -> None:
     assert relative_error(graph(x, other), oracle(x, other)) < 1e-12, "nothing of the first vectors is a constant"
 
 
-# Kept factors
+# Cached factors
 
 
 def layer(r: int = 4, **options: Any) -> Any:
@@ -179,19 +179,19 @@ def wanted_of(model: Any, x: Tensor) -> Tensor:
 
 def counting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
-    make = forms.factors
+    original = inference.scaled_chain_and_factor
 
     def counted(*args: Any) -> Any:
-        calls.append("made")
-        return make(*args)
+        calls.append("computed")
+        return original(*args)
 
-    monkeypatch.setattr(forms, "factors", counted)
+    monkeypatch.setattr(inference, "scaled_chain_and_factor", counted)
     return calls
 
 
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("options", [{}, {"apply_GS": True}, {"r": 3, "init_weights": True}])
-def test_factors_are_made_once_for_the_same_vectors(
+def test_factors_are_computed_once_for_the_same_vectors(
     monkeypatch: pytest.MonkeyPatch, guard: Any, options: dict[str, Any]
 ) -> None:
     calls, model = counting(monkeypatch), layer(**options)
@@ -199,16 +199,16 @@ def test_factors_are_made_once_for_the_same_vectors(
         x = normal(seed, *rows, 12)
         with guard():
             assert relative_error(model(x), wanted_of(model, x)) < 1e-12
-    assert calls == ["made"]
+    assert calls == ["computed"]
 
 
-def test_vectors_that_change_by_any_way_are_seen() -> None:
+def test_changed_vectors_are_noticed() -> None:
     model, x = layer(), normal(1, 3, 12)
     vectors = model[0].hra_u["default"]
     fresh = normal(7, 12, 4)
     ways = [
         lambda: vectors.copy_(2 * fresh + 1),
-        lambda: vectors.data.copy_(fresh),  # as averages of weights write; no version tells of it
+        lambda: vectors.data.copy_(fresh),  # as weight averaging does; does not change the version
         lambda: vectors.data.numpy().__setitem__((0, 0), 5.0),
         lambda: setattr(vectors, "data", normal(8, 12, 4)),
         lambda: model.load_state_dict({**model.state_dict(), "0.hra_u.default": normal(9, 12, 4)}),
@@ -222,7 +222,7 @@ def test_vectors_that_change_by_any_way_are_seen() -> None:
             assert relative_error(model(x), wanted_of(model, x)) < 1e-12
 
 
-def test_switching_scaling_and_dtypes_are_seen() -> None:
+def test_changes_of_adapter_strength_and_dtype_are_noticed() -> None:
     model, x = layer(), normal(1, 3, 12)
     hra_fx.add_adapter(model, "other", hra_fx.HRAConfig(r=2, target_modules=["0"], init_weights=False))
     box = model[0].hra_u
@@ -248,7 +248,7 @@ def test_switching_scaling_and_dtypes_are_seen() -> None:
         assert is_turned_by(one, F32)
 
 
-def test_copies_and_states_know_nothing_of_it() -> None:
+def test_copies_and_state_dicts_do_not_contain_the_cache() -> None:
     model, x = layer(), normal(1, 3, 12)
     keys = set(model.state_dict())
     with torch.no_grad():
@@ -258,10 +258,9 @@ def test_copies_and_states_know_nothing_of_it() -> None:
         for one in (model, other, model):
             assert relative_error(one(x), wanted_of(one, x)) < 1e-12
     assert set(model.state_dict()) == keys
-    assert {name for name in vars(model[0].hra_u) if "kept" in name} == set()
 
 
-def test_with_gradients_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_cached_with_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, model = counting(monkeypatch), layer()
     model[0].hra_u["default"].requires_grad_()
     model(normal(1, 3, 12)).sum().backward()

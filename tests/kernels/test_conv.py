@@ -1,4 +1,4 @@
-"""Frozen convolutions, corrected by filters that one node makes, against the dense oracle."""
+"""Adapted convolutions with frozen weights against the dense oracle."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from oracles import dense_q, relative_error
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.kernels.conv import filters_and_drawing
+from hra_fx.kernels.conv import conv_projections
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -32,28 +32,27 @@ def oracle(layer: Any, vectors: Tensor, x: Tensor, *, apply_GS: bool = False, an
     return output
 
 
-def saved_by_one_node(output: Tensor) -> bool:
-    """Whether the filters come of the node that is meant."""
+def is_fused(output: Tensor) -> bool:
+    """Whether the fused node computed the projections."""
     waiting, seen = [output.grad_fn], set()
     while waiting:
         node: Any = waiting.pop()
         if node is not None and node not in seen:
             seen.add(node)
             waiting += [function for function, _ in node.next_functions]
-    return any(node.name() == "_MadeBackward" for node in seen)
+    return any(node.name() == "_ConvProjectionsBackward" for node in seen)
 
 
-@pytest.mark.parametrize("apply_GS", [False, True])
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_outputs_and_gradients_of_every_geometry(name: str, apply_GS: bool) -> None:
+def test_outputs_and_gradients_of_every_geometry(name: str) -> None:
     layer = nn.Conv2d(**{"in_channels": 4, "out_channels": 6, **CONVOLUTIONS[name]}, dtype=F64)
-    r = min(3, layer.weight[0].numel())
+    r, apply_GS = min(3, layer.weight[0].numel()), list(CONVOLUTIONS).index(name) % 2 == 0
     model = frozen(layer, r, apply_GS=apply_GS)
     x = normal(1, 2, layer.in_channels, 9, 11).requires_grad_()
     box = model[0].hra_u
     output = model(x)
-    assert saved_by_one_node(output)
+    assert is_fused(output)
     wanted = oracle(model[0], box["default"], x, apply_GS=apply_GS, anchor=box.anchor("default"))
     assert relative_error(output, wanted) < 1e-11
     upstream = normal(2, *output.shape)
@@ -69,7 +68,7 @@ def test_other_dimensions(layer: Any) -> None:
     model = frozen(layer)
     x = normal(1, 2, 4, *[5] * (layer.weight.dim() - 2)).requires_grad_()
     output, vectors = model(x), model[0].hra_u["default"]
-    assert saved_by_one_node(output)
+    assert is_fused(output)
     wanted = oracle(model[0], vectors, x, anchor=model[0].hra_u.anchor("default"))
     assert relative_error(output, wanted) < 1e-11
     found, sought = (torch.autograd.grad(one.square().sum(), vectors)[0] for one in (output, wanted))
@@ -84,11 +83,11 @@ def test_other_dimensions(layer: Any) -> None:
     scale=st.integers(-90, 90),
     seed=st.integers(0, 99),
 )
-def test_the_two_matrices_and_their_gradient(d: int, out: int, k: int, scale: int, seed: int) -> None:
+def test_the_two_projections_and_their_gradient(d: int, out: int, k: int, scale: int, seed: int) -> None:
     vectors = (normal(seed, d, k) * 10.0**scale).requires_grad_()
     weight = normal(seed + 1, out, d)
-    filters, drawing = filters_and_drawing(vectors, weight)
-    turned, wanted = weight + drawing @ filters, weight @ dense_q(vectors)
+    down, up = conv_projections(vectors, weight)
+    turned, wanted = weight + up @ down, weight @ dense_q(vectors)
     assert relative_error(turned, wanted) < 1e-11
     upstream = normal(seed + 2, out, d)
     found, sought = (torch.autograd.grad(one, vectors, upstream)[0] for one in (turned, wanted))
@@ -97,27 +96,17 @@ def test_the_two_matrices_and_their_gradient(d: int, out: int, k: int, scale: in
 
 def test_a_gradient_of_the_gradient() -> None:
     vectors, weight = normal(1, 6, 3).requires_grad_(), normal(2, 4, 6)
-    assert torch.autograd.gradgradcheck(lambda u: filters_and_drawing(u, weight), (vectors,))
+    assert torch.autograd.gradgradcheck(lambda u: conv_projections(u, weight), (vectors,))
 
 
-def test_bfloat16() -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16(autocast: bool) -> None:
     model = frozen(nn.Conv2d(16, 24, 3, dtype=BF16), 4)
     x, vectors = normal(1, 2, 16, 9, 9, dtype=BF16), model[0].hra_u["default"]
-    output = model(x)
-    assert vectors.dtype == F32
-    assert saved_by_one_node(output)
-    wanted = oracle(model[0], vectors, x)
-    assert relative_error(output, wanted) < 6e-3
-    upstream = normal(2, *output.shape, dtype=BF16)
-    found = torch.autograd.grad(output, vectors, upstream)[0]
-    assert relative_error(found, torch.autograd.grad(wanted, vectors, upstream.double())[0]) < 6e-3
-
-
-def test_a_narrow_model_under_its_own_autocast() -> None:
-    model = frozen(nn.Conv2d(16, 24, 3, dtype=BF16), 4)
-    x, vectors = normal(1, 2, 16, 9, 9, dtype=BF16), model[0].hra_u["default"]
-    with torch.autocast("cpu", dtype=BF16):
+    with torch.autocast("cpu", dtype=BF16, enabled=autocast):
         output = model(x)
+    assert vectors.dtype == F32
+    assert is_fused(output)
     wanted = oracle(model[0], vectors, x)
     assert relative_error(output, wanted) < 6e-3
     upstream = normal(2, *output.shape, dtype=BF16)
@@ -134,13 +123,13 @@ def hooked(model: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [trained, hooked])
-def test_what_more_is_wanted_asks_the_reflection(change: Any) -> None:
+def test_a_trained_weight_or_a_hook_uses_the_plain_formula(change: Any) -> None:
     model, x = frozen(nn.Conv2d(2, 3, 3, dtype=F64)), normal(1, 2, 2, 5, 5)
     change(model)
-    assert not saved_by_one_node(model(x))
+    assert not is_fused(model(x))
 
 
-def test_outputs_may_be_written_into() -> None:
+def test_outputs_can_be_modified_in_place() -> None:
     model, x = frozen(nn.Conv2d(2, 3, 3, dtype=F64)), normal(1, 2, 2, 5, 5).requires_grad_()
     output, vectors = model(x), model[0].hra_u["default"]
     output[:, 0] = 0
@@ -154,7 +143,7 @@ def test_outputs_may_be_written_into() -> None:
 
 @pytest.mark.parametrize("grouped", [1, 2])
 @pytest.mark.parametrize("wanted", [False, True])
-@pytest.mark.parametrize("shape", [(4, 9, 8), (1, 4, 9, 8), (3, 4, 9, 8), (0, 4, 9, 8)])
+@pytest.mark.parametrize("shape", [(4, 9, 8), (3, 4, 9, 8), (0, 4, 9, 8)])
 def test_any_batch_with_and_without_gradients(shape: tuple[int, ...], wanted: bool, grouped: int) -> None:
     model = frozen(nn.Conv2d(4, 6, 3, padding=1, groups=grouped, dtype=F64))
     vectors = model[0].hra_u["default"]
@@ -166,14 +155,14 @@ def test_any_batch_with_and_without_gradients(shape: tuple[int, ...], wanted: bo
         assert relative_error(found, oracle(model[0], vectors, x), floor=1e-3) < 1e-12
 
 
-def test_what_is_kept_is_of_the_vectors_and_the_weight_as_they_are() -> None:
+def test_cached_projections_follow_the_vectors_and_the_weight() -> None:
     model, x = frozen(nn.Conv2d(4, 6, 3, dtype=F64), 4), normal(1, 2, 4, 7, 7)
     layer, vectors = model[0], model[0].hra_u["default"]
     with torch.no_grad():
         for change in range(4):
             assert relative_error(model(x), oracle(layer, vectors, x)) < 1e-12
             if change == 0:
-                vectors.data.copy_(normal(7, *vectors.shape))  # which leaves its version as it was
+                vectors.data.copy_(normal(7, *vectors.shape))  # does not change its version
             elif change == 1:
                 layer.weight.data.copy_(normal(8, *layer.weight.shape))
             elif change == 2:
@@ -182,7 +171,7 @@ def test_what_is_kept_is_of_the_vectors_and_the_weight_as_they_are() -> None:
                 hra_fx.set_scale(model, "default", 1.0)
 
 
-def test_the_same_numbers_with_and_without_gradients_of_a_convolution() -> None:
+def test_the_same_bits_with_and_without_gradients() -> None:
     for dtype in (F64, F32, BF16):
         model, x = frozen(nn.Conv2d(8, 5, 3, dtype=dtype)), normal(1, 2, 8, 7, 7, dtype=dtype)
         trained = model(x)
@@ -191,20 +180,10 @@ def test_the_same_numbers_with_and_without_gradients_of_a_convolution() -> None:
 
 
 @pytest.mark.parametrize("wanted", [False, True])
-def test_the_layout_of_an_output_is_that_of_the_layer(wanted: bool) -> None:
+def test_the_memory_format_of_the_output_is_that_of_the_layer(wanted: bool) -> None:
     model = frozen(nn.Conv2d(4, 6, 3, dtype=F64)).to(memory_format=torch.channels_last)
     x = normal(1, 2, 4, 7, 7).to(memory_format=torch.channels_last)
     with torch.set_grad_enabled(wanted):
         found = model(x)
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert relative_error(found, oracle(model[0], model[0].hra_u["default"], x)) < 1e-12
-
-
-def test_an_output_that_is_written_into() -> None:
-    model, x = frozen(nn.Conv2d(4, 6, 3, dtype=F64)), normal(1, 2, 4, 7, 7).requires_grad_()
-    vectors = model[0].hra_u["default"]
-    asked = (x, vectors)
-    found = torch.autograd.grad(nn.functional.relu(model(x), inplace=True).square().sum(), asked)
-    sought = torch.autograd.grad(oracle(model[0], vectors, x).relu().square().sum(), asked)
-    for one, other in zip(found, sought, strict=True):
-        assert relative_error(one, other) < 1e-11

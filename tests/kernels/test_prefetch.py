@@ -1,9 +1,10 @@
-"""What sites need of their vectors, made before the first of them runs: when, of which vectors, and never of old."""
+"""Prefetched factors: when they are computed, and that a factor of old vectors is never used."""
 
 from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import hra_fx
-from hra_fx.kernels import gram_schmidt, prefetch as module, wy_factor as factors
+from hra_fx.kernels import gram_schmidt, prefetch, wy_factor
 
 Batches = list[tuple[str, int]]
+X = normal(1, 4, 12)
+both = pytest.mark.parametrize("apply_GS", [False, True])
 
 
 class Net(nn.Module):
@@ -31,76 +34,71 @@ class Net(nn.Module):
         return self.three(torch.tanh(self.two(torch.tanh(self.one(x)))))
 
 
-def adapted(*, apply_GS: bool = False, r: int = 3, dtype: torch.dtype = F64, **settings: Any) -> Any:
+def adapted(*, apply_GS: bool = False, r: int = 3, dtype: torch.dtype = F64, warm: int = 0, **settings: Any) -> Any:
+    """The adapted net after some forwards."""
     config = hra_fx.HRAConfig(r=r, apply_GS=apply_GS, target_modules="all-linear", exclude_modules=[], **settings)
     model = hra_fx.transform(Net(dtype), config)
     for seed, layer in enumerate((model.one, model.two, model.three)):
         with torch.no_grad():
             layer.hra_u["default"].copy_(normal(seed, *layer.hra_u["default"].shape))
+    for _ in range(warm):
+        model(X.to(dtype))
     return model
 
 
 def wanted(model: Any, x: Tensor, *, apply_GS: bool = False) -> Tensor:
     for layer in (model.one, model.two, model.three):
         box = layer.hra_u
-        turned = layer.weight.double() @ dense_q(box["default"], apply_GS=apply_GS, anchor=box.anchor("default"))
-        x = nn.functional.linear(x, turned, layer.bias.double())
+        weight = layer.hra_base.double() @ dense_q(box["default"], apply_GS=apply_GS, anchor=box.anchor("default"))
+        x = nn.functional.linear(x, weight, layer.bias.double())
         x = x if layer is model.three else torch.tanh(x)
     return x
 
 
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> Batches:
-    """For each call of what makes something ahead, its name and of how many sites."""
+    """The name and the batch size of each computation of factors."""
     found: Batches = []
 
-    def counted(home: Any, name: str) -> None:
+    def count(home: Any, name: str) -> None:
         original = getattr(home, name)
 
-        def make(many: Any) -> Any:
-            found.append((name, len(many)))
-            return original(many)
+        def compute(sources: Any) -> Any:
+            found.append((name, len(sources)))
+            return original(sources)
 
-        monkeypatch.setattr(home, name, make)
+        monkeypatch.setattr(home, name, compute)
 
-    counted(factors, "factors_of")
-    counted(gram_schmidt, "decomposed")
+    count(wy_factor, "compute_factors")
+    count(gram_schmidt, "compute_qr")
     return found
 
 
-X = normal(1, 4, 12)
-
-
-@pytest.mark.parametrize("r", [1, 2, 3, 5])
-def test_those_of_one_shape_are_made_in_one_go(batches: Batches, r: int) -> None:
-    model = adapted(r=r, init_weights=False)
-    model(X)  # watched, to see who reads weights
-    model(X)
+def test_factors_of_one_shape_are_computed_in_one_batch(batches: Batches) -> None:
+    model = adapted(init_weights=False, warm=2)
     batches.clear()
     model(X)
-    assert batches == [("factors_of", 2), ("factors_of", 1)]
+    assert batches == [("compute_factors", 2), ("compute_factors", 1)]
     batches.clear()
     with torch.no_grad():
         model(X)
         model(X)
-    assert batches == [("factors_of", 1)] * 3
+    assert batches == [("compute_factors", 1)] * 3
 
 
 def test_gram_schmidt_too(batches: Batches) -> None:
-    model = adapted(apply_GS=True)
-    for _ in range(2):
-        model(X)
+    model = adapted(apply_GS=True, warm=2)
     batches.clear()
     assert relative_error(model(X), wanted(model, X, apply_GS=True)) < 1e-12
-    assert [batch for batch in batches if batch[0] == "decomposed"] == [("decomposed", 2), ("decomposed", 1)]
+    assert [batch for batch in batches if batch[0] == "compute_qr"] == [("compute_qr", 2), ("compute_qr", 1)]
 
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16])
-@pytest.mark.parametrize(("apply_GS", "init_weights"), [(False, False), (False, True), (True, True), (True, False)])
+@pytest.mark.parametrize(("apply_GS", "init_weights"), [(False, False), (True, True)])
 def test_the_same_bits_in_every_forward(dtype: torch.dtype, apply_GS: bool, init_weights: bool) -> None:
     model, x = adapted(apply_GS=apply_GS, init_weights=init_weights, dtype=dtype), X.to(dtype)
     runs = []
-    for _ in range(4):
+    for _ in range(3):
         model.zero_grad()
         output = model(x)
         output.square().sum().backward()
@@ -111,12 +109,12 @@ def test_the_same_bits_in_every_forward(dtype: torch.dtype, apply_GS: bool, init
     assert relative_error(runs[0][0], wanted(model, x.double(), apply_GS=apply_GS)) < tolerance
 
 
-@pytest.mark.parametrize("apply_GS", [False, True])
+@both
 def test_training_follows_the_oracle(apply_GS: bool) -> None:
-    """Vectors change in every step, in place."""
+    """Each step changes the vectors in place."""
     model = adapted(apply_GS=apply_GS)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    seen = []
+    losses = []
     for _ in range(5):
         optimizer.zero_grad()
         vectors = [layer.hra_u["default"] for layer in (model.one, model.two, model.three)]
@@ -126,16 +124,14 @@ def test_training_follows_the_oracle(apply_GS: bool) -> None:
         for vector, gradient in zip(vectors, sought, strict=True):
             assert relative_error(vector.grad, gradient, floor=1e-3) < 1e-9
         optimizer.step()
-        seen.append(loss.item())
-    assert len(set(seen)) == 5
+        losses.append(loss.item())
+    assert len(set(losses)) == 5
 
 
-@pytest.mark.parametrize("apply_GS", [False, True])
+@both
 @pytest.mark.parametrize("way", ["replaced", "in place", "data", "numpy", "new data"])
-def test_vectors_that_change_while_a_forward_runs(apply_GS: bool, way: str) -> None:
-    model = adapted(apply_GS=apply_GS)
-    for _ in range(3):
-        model(X)
+def test_vectors_that_change_during_a_forward(apply_GS: bool, way: str) -> None:
+    model = adapted(apply_GS=apply_GS, warm=2)
     box = model.two.hra_u
 
     def change(*_: object) -> None:
@@ -158,47 +154,44 @@ def test_vectors_that_change_while_a_forward_runs(apply_GS: bool, way: str) -> N
     assert relative_error(found, wanted(model, X, apply_GS=apply_GS)) < 1e-12
 
 
-@pytest.mark.parametrize("apply_GS", [False, True])
-@pytest.mark.parametrize("away", ["no storage", "no shape", "another dtype", "other numbers"])
-def test_vectors_that_a_tool_lends_to_a_layer_while_it_runs(apply_GS: bool, away: str) -> None:
-    """As FSDP, DeepSpeed and casts of a layer do, none of which raises the version of a parameter."""
+@both
+@pytest.mark.parametrize("away", ["no storage", "no shape", "another dtype", "other values"])
+def test_vectors_that_a_tool_provides_only_while_a_layer_runs(apply_GS: bool, away: str) -> None:
+    """As FSDP, DeepSpeed and layerwise casts do, without changing the version of the parameter."""
     model = adapted(apply_GS=apply_GS)
     vectors = model.two.hra_u["default"]
-    held = normal(60, *vectors.shape)
+    values = normal(60, *vectors.shape)
 
-    def give(*_: object) -> None:
+    def provide(*_: object) -> None:
         version = vectors._version
         if away == "no storage":
-            vectors.untyped_storage().resize_(held.numel() * 8)
+            vectors.untyped_storage().resize_(values.numel() * 8)
             with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(vectors):
-                vectors.copy_(held)
+                vectors.copy_(values)
         else:
-            vectors.data = held.clone()
+            vectors.data = values.clone()
         assert vectors._version == version
 
-    def take(*_: object) -> None:
+    def withdraw(*_: object) -> None:
         if away == "no storage":
             vectors.untyped_storage().resize_(0)
         else:
-            empty = {"no shape": held[0, :0], "another dtype": held.bfloat16(), "other numbers": -held.flip(0)}
+            empty = {"no shape": values[0, :0], "another dtype": values.bfloat16(), "other values": -values.flip(0)}
             vectors.data = empty[away].clone()
 
-    take()
-    model.two.register_forward_pre_hook(give)
-    model.two.register_forward_hook(take)
-    for step in range(4):
+    withdraw()
+    model.two.register_forward_pre_hook(provide)
+    model.two.register_forward_hook(withdraw)
+    for step in range(3):
         found = model(X)
-        give()
+        provide()
         assert relative_error(found, wanted(model, X, apply_GS=apply_GS)) < 1e-12
-        take()
-        held.copy_(normal(70 + step, *held.shape))
+        withdraw()
+        values.copy_(normal(70 + step, *values.shape))
 
 
-@pytest.mark.parametrize("apply_GS", [False, True])
-def test_other_adapters(apply_GS: bool) -> None:
-    model = adapted(apply_GS=apply_GS)
-    for _ in range(3):
-        model(X)
+def test_other_adapters() -> None:
+    model = adapted(apply_GS=True, warm=2)
     before = model(X)
     config = hra_fx.HRAConfig(r=3, target_modules="all-linear", exclude_modules=[], init_weights=False)
     hra_fx.add_adapter(model, "other", config)
@@ -213,32 +206,28 @@ def test_lengths_out_of_range_are_left_to_their_layer() -> None:
     with torch.no_grad():
         model.one.hra_u["default"].mul_(1e-25)
         model.three.hra_u["default"].mul_(1e25)
-    for _ in range(4):
+    for _ in range(3):
         assert relative_error(model(X.float()), wanted(model, X)) < 1e-5
 
 
 def test_a_model_called_within_another() -> None:
-    inner, outer = adapted(), adapted()
-
-    class Both(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return outer(x) + inner(x)
-
-    both = Both()
-    for _ in range(4):
-        assert relative_error(both(X), wanted(outer, X) + wanted(inner, X)) < 1e-12
-    handle = outer.two.register_forward_hook(lambda layer, args, output: output + inner(X).sum())
-    for _ in range(4):
-        found = outer(X)
-    handle.remove()
+    inner, outer = adapted(warm=2), adapted(warm=2)
     hidden = wanted(inner, X).sum()
-    shifted = outer.two.register_forward_hook(lambda layer, args, output: output + hidden)
-    assert relative_error(found, outer(X)) < 1e-12
-    shifted.remove()
+    outer.two.register_forward_hook(lambda layer, args, output: output + inner(X).sum())
+    for _ in range(3):
+        found = outer(X)
+    middle = torch.tanh(nn.functional.linear(X, outer.one.hra_base @ q_of(outer.one), outer.one.bias))
+    middle = torch.tanh(nn.functional.linear(middle, outer.two.hra_base @ q_of(outer.two), outer.two.bias) + hidden)
+    last = nn.functional.linear(middle, outer.three.hra_base @ q_of(outer.three), outer.three.bias)
+    assert relative_error(found, last) < 1e-12
 
 
-class Again(Net):
-    """Its first two layers run again in the backward, after the forward of the model has ended."""
+def q_of(layer: Any) -> Tensor:
+    return dense_q(layer.hra_u["default"], anchor=layer.hra_u.anchor("default"))
+
+
+class Checkpointed(Net):
+    """Its first two layers run again in the backward, after the forward of the model."""
 
     reentrant = False
 
@@ -247,32 +236,31 @@ class Again(Net):
         return self.three(checkpoint(run, x, use_reentrant=self.reentrant))  # type: ignore[no-any-return]
 
 
+@both
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("apply_GS", [False, True])
 def test_layers_that_run_again_in_the_backward(
     monkeypatch: pytest.MonkeyPatch, batches: Batches, reentrant: bool, apply_GS: bool
 ) -> None:
-    monkeypatch.setattr(Again, "reentrant", reentrant)
+    monkeypatch.setattr(Checkpointed, "reentrant", reentrant)
     config = hra_fx.HRAConfig(r=2, apply_GS=apply_GS, target_modules="all-linear", exclude_modules=[])
-    model: Any = hra_fx.transform(Again().double(), config)
+    model: Any = hra_fx.transform(Checkpointed().double(), config)
     vectors = [layer.hra_u["default"] for layer in (model.one, model.two, model.three)]
     x = X.clone().requires_grad_()
     sought = torch.autograd.grad(wanted(model, x, apply_GS=apply_GS).square().sum(), vectors)
-    for _ in range(4):
+    for _ in range(3):
         model.zero_grad()
         batches.clear()
         model(x).square().sum().backward()
         for vector, gradient in zip(vectors, sought, strict=True):
             assert relative_error(vector.grad, gradient, floor=1e-3) < 1e-9
-    name = "decomposed" if apply_GS else "factors_of"
-    alone = [size for made, size in batches if made == name and size == 1]
-    assert len(alone) >= 2, "those of the first two layers, by themselves"
+    name = "compute_qr" if apply_GS else "compute_factors"
+    assert len([size for made, size in batches if made == name and size == 1]) >= 2, "the first two layers, in backward"
 
 
-@pytest.mark.parametrize("apply_GS", [False, True])
+@both
 @pytest.mark.parametrize("warm", [False, True])
-def test_autocast(apply_GS: bool, warm: bool) -> None:
-    """Whatever the forwards before ran in, factors are made in float32."""
+def test_factors_are_float32_under_autocast(apply_GS: bool, warm: bool) -> None:
+    """Whatever the forwards before ran in."""
     model, x = adapted(apply_GS=apply_GS, dtype=F32), X.float()
     for step in range(5):
         with torch.autocast("cpu", dtype=BF16, enabled=not warm or step > 2):
@@ -281,16 +269,16 @@ def test_autocast(apply_GS: bool, warm: bool) -> None:
         found.sum().backward()
 
 
-@pytest.mark.parametrize("apply_GS", [False, True])
-@pytest.mark.parametrize("exchanged", [False, True])
-def test_another_dtype_from_here_on(apply_GS: bool, exchanged: bool) -> None:
+@both
+@pytest.mark.parametrize("swapped", [False, True])
+def test_another_dtype_from_now_on(apply_GS: bool, swapped: bool) -> None:
     model = adapted(apply_GS=apply_GS, dtype=F32)
     before = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(exchanged)
+    torch.__future__.set_swap_module_params_on_conversion(swapped)
     try:
         for dtype, tolerance in ((F32, 1e-5), (F64, 1e-12), (BF16, 5e-2), (F32, 1e-5)):
             model.to(dtype)
-            for _ in range(3):
+            for _ in range(2):
                 found = model(X.to(dtype))
                 assert relative_error(found, wanted(model, X, apply_GS=apply_GS)) < tolerance
                 found.sum().backward()
@@ -300,22 +288,34 @@ def test_another_dtype_from_here_on(apply_GS: bool, exchanged: bool) -> None:
         torch.__future__.set_swap_module_params_on_conversion(before)
 
 
-def test_what_cannot_be_made_is_left_to_its_layer() -> None:
-    """Old vectors, which somebody else has emptied."""
-    model = adapted()
-    for _ in range(3):
-        model(X)
+def test_requested_vectors_that_are_empty_now_are_left_out() -> None:
+    model = adapted(warm=3)
     old = model.two.hra_u["default"]
     model.two.hra_u["default"] = nn.Parameter(normal(80, 12, 3))
     old.data = torch.empty(0, dtype=F64)
     assert relative_error(model(X), wanted(model, X)) < 1e-12
 
 
+def test_an_error_of_a_prefetched_computation_surfaces() -> None:
+    root, vectors = nn.Identity(), nn.Parameter(torch.ones(2))
+    fails = False
+
+    def compute(sources: Sequence[tuple[Tensor, ...]]) -> list[int]:
+        if fails:
+            raise RuntimeError("out of memory")
+        return [len(sources)]
+
+    with prefetch.prefetching(root):
+        assert prefetch.get_or_compute(compute, vectors) == 1
+    fails = True
+    with pytest.raises(RuntimeError, match="out of memory"), prefetch.prefetching(root):
+        pass
+    assert prefetch._CURRENT.forward is None
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_a_forward_that_is_broken_off(error: type[BaseException]) -> None:
-    model = adapted()
-    for _ in range(3):
-        model(X)
+def test_a_forward_that_is_interrupted(error: type[BaseException]) -> None:
+    model = adapted(warm=3)
 
     def stop(*_: object) -> None:
         raise error
@@ -324,38 +324,19 @@ def test_a_forward_that_is_broken_off(error: type[BaseException]) -> None:
     with pytest.raises(error):
         model(X)
     handle.remove()
-    assert module._NOW.forward is None
+    assert prefetch._CURRENT.forward is None
     model.one.hra_u["default"].data.neg_().add_(1.0)
     assert relative_error(model(X), wanted(model, X)) < 1e-12
 
 
-def test_nothing_is_held_for_a_model_that_was_folded() -> None:
-    model = adapted()
-    for _ in range(3):
-        model(X)
-    vectors = weakref.ref(model.two.hra_u["default"])
-    plain = hra_fx.fold(model)
-    gc.collect()
-    assert vectors() is None
-    assert plain(X).shape == (4, 5)
-
-
-def test_nothing_stays_behind_after_an_error() -> None:
-    model = adapted()
-    for _ in range(2):
-        model(X)
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        model(normal(1, 4, 5))
-    assert module._NOW.forward is None
-    assert relative_error(model(X), wanted(model, X)) < 1e-12
-
-
-def test_no_model_is_kept_alive() -> None:
-    model = adapted()
-    for _ in range(3):
-        model(X)
+@pytest.mark.parametrize("folded", [False, True])
+def test_nothing_is_kept_alive(folded: bool) -> None:
+    model = adapted(warm=3)
     vectors, whole = weakref.ref(model.two.hra_u["default"]), weakref.ref(model)
-    del model
+    if folded:
+        model = hra_fx.fold(model)
+    else:
+        del model
     gc.collect()
     assert vectors() is None
-    assert whole() is None
+    assert (whole() is None) is not folded
