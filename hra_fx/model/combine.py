@@ -102,5 +102,5 @@ def _filled(path: str, chain: Tensor, rank: int) -> Tensor:
             f"{path}: it has {chain.shape[1]} reflections of these adapters and others have {rank}. Reflections that "
             "cancel come in pairs, so the difference must be even: combine adapters of even ranks."
         )
-    pairs = householder.start(chain.shape[0], missing, apply_GS=False, init_weights=True, dtype=chain.dtype)
+    pairs, _ = householder.init_vectors(chain.shape[0], missing, apply_GS=False, init_weights=True, dtype=chain.dtype)
     return torch.cat([chain, pairs.to(chain.device)], dim=1)

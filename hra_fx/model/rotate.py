@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hra_fx.errors import FoldError
 from hra_fx.functional import householder
+from hra_fx.functional.statistics import inverse_condition
 from hra_fx.layers.adapted_layer import SiteCarrier
 from hra_fx.layers.adapters import Reflection
 from hra_fx.layers.class_swap import is_outermost
@@ -205,7 +206,7 @@ def _check_vectors(path: str, reflection: Reflection, names: Iterable[str], weig
         vectors = reflection[name]
         if vectors.is_meta or weight.is_meta:
             raise FoldError(f"{path}: its weight or its vectors {name!r} are on the meta device. Load them first.")
-        if reflection.specs[name].apply_GS and householder.dependence(vectors) < 8 * torch.finfo(vectors.dtype).eps:
+        if reflection.specs[name].apply_GS and inverse_condition(vectors) < 8 * torch.finfo(vectors.dtype).eps:
             raise FoldError(
                 f"{path}: the vectors of {name!r} are linearly dependent, and Gram-Schmidt of such vectors is noise. "
                 "Train with apply_GS=False, or with init_weights=True from hra_fx, which starts them apart."

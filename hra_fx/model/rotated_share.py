@@ -16,7 +16,8 @@ import math
 import torch
 from torch import Tensor
 
-from hra_fx.functional.householder import angle_floor, compact_wy, normalize, working_dtype
+from hra_fx.functional.householder import compact_wy, normalize, working_dtype
+from hra_fx.functional.statistics import min_angle
 from hra_fx.layers.target import as_rows
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -42,7 +43,7 @@ def turned_directions(chain: Tensor) -> Tensor:
     factor = compact_wy(vectors).to("cpu", torch.float64)
     basis, triangle = torch.linalg.qr(vectors.to("cpu", torch.float64))
     left, sizes, _ = torch.linalg.svd(triangle @ factor @ triangle.mT)
-    turned: Tensor = basis @ left[:, sizes > angle_floor(chain)]
+    turned: Tensor = basis @ left[:, sizes > min_angle(chain)]
     return turned
 
 
