@@ -9,8 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -21,20 +20,19 @@ from hra_fx.api.transform import transform
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.export.program import is_program
-from hra_fx.integrations.pretrained import save_as_it_is
+from hra_fx.integrations.pretrained import save_adapters_or_model
 from hra_fx.layers.adapted_layer import SiteCarrier
 from hra_fx.layers.class_swap import Carrier, original_class, swap, swapped_class
 from hra_fx.layers.sharding import reshard
 from hra_fx.layers.trained_copies import BASE, copies_of
-from hra_fx.model.activate import check_exchange, refresh
 from hra_fx.model.add import add_adapter
 from hra_fx.model.delete import delete_adapter
-from hra_fx.model.detach import forget
+from hra_fx.model.detach import remove_adapters
 from hra_fx.model.merge import merge_adapter, unmerge_adapter
 from hra_fx.model.scale import check_strength, set_scale
 from hra_fx.model.state import Record, inventory, names_in, record_of, require_outermost, root_of
-from hra_fx.model.switch import disable_adapters, set_adapter
-from hra_fx.model.trainable import give_gradients
+from hra_fx.model.switch import disable_adapters, enable_adapters, set_adapter
+from hra_fx.model.trainable import set_requires_grad
 from hra_fx.selection.target_mapping import DEFAULT_TARGETS
 
 #: Packages whose classes bring methods of these names themselves, which those of `HRAModel` are meant to replace.
@@ -168,7 +166,7 @@ class HRAModel(Carrier):
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         """Give gradients to the vectors and copies of these adapters, or take them; others keep theirs."""
         reshard(self)
-        give_gradients(inventory(self), names_in(self._record, adapter_names), requires_grad)
+        set_requires_grad(inventory(self), names_in(self._record, adapter_names), requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As `hra_fx.delete_adapter`; the last one is taken off with `unload`.
@@ -180,27 +178,25 @@ class HRAModel(Carrier):
             raise AdapterError(f"adapter {adapter_name!r}: it is the only one. Call unload() for the base model.")
         delete_adapter(self, adapter_name)
 
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """As `hra_fx.disable_adapters`: the base model inside the block."""
-        with disable_adapters(self):
-            yield
+    def disable_adapter(self) -> disable_adapters:
+        """As `hra_fx.disable_adapters`: `with model.disable_adapter():` runs the base model."""
+        return disable_adapters(self)
 
     def disable_adapter_layers(self) -> None:
-        """Switch all adapters off until `enable_adapter_layers`."""
-        self._switch(disabled=True)
+        """Disable all adapters until `enable_adapter_layers`."""
+        disable_adapters(self).__enter__()
 
     def enable_adapter_layers(self) -> None:
-        """Switch the active adapters on again."""
-        self._switch(disabled=False)
+        """Let the active adapters act again."""
+        enable_adapters(self)
 
     def disable_adapters(self) -> None:
-        """What transformers and diffusers call `disable_adapter_layers`."""
-        self._switch(disabled=True)
+        """The name of `disable_adapter_layers` in transformers and diffusers."""
+        self.disable_adapter_layers()
 
     def enable_adapters(self) -> None:
-        """What transformers and diffusers call `enable_adapter_layers`."""
-        self._switch(disabled=False)
+        """The name of `enable_adapter_layers` in transformers and diffusers."""
+        self.enable_adapter_layers()
 
     def set_adapters(self, adapter_names: str | list[str], weights: float | list[float] | None = None) -> None:
         """What diffusers calls `set_adapter`, with strengths of 0 to 1 (`hra_fx.set_scale`)."""
@@ -218,14 +214,6 @@ class HRAModel(Carrier):
         """What diffusers calls `delete_adapter`, for several."""
         for name in [adapter_names] if isinstance(adapter_names, str) else list(adapter_names):
             self.delete_adapter(name)
-
-    def _switch(self, *, disabled: bool) -> None:
-        record = self._record
-        check_exchange(self, inventory(self), () if disabled else record.active)
-        if disabled and record.merged:
-            unmerge_adapter(self)
-        record.disabled = disabled
-        refresh(inventory(self), record)
 
     def merge_adapter(self, adapter_names: Iterable[str] | None = None, safe_merge: bool = False) -> None:
         """As `hra_fx.merge_adapter`, which is always safe."""
@@ -249,7 +237,7 @@ class HRAModel(Carrier):
         fold(self, adapter_names)
         if record := record_of(self):
             text = f"adapters {list(record.configs)} were not folded, and are taken off. To keep them call hra_fx.fold."
-            forget(self, record, tuple(record.configs), None)
+            remove_adapters(self, record, tuple(record.configs))
             warnings.warn(text, HRAWarning, stacklevel=2)
         return self
 
@@ -263,7 +251,7 @@ class HRAModel(Carrier):
         if record.merged:
             unmerge_adapter(self)
         require_outermost(self)
-        forget(self, record, tuple(record.configs), None)
+        remove_adapters(self, record, tuple(record.configs))
         return self
 
     def save_pretrained(
@@ -292,7 +280,7 @@ class HRAModel(Carrier):
             "safe_serialization": safe_serialization,
             "push_to_hub": push_to_hub,
         }
-        save_as_it_is(self, save_directory, selected_adapters, options, kwargs)
+        save_adapters_or_model(self, save_directory, selected_adapters, options, kwargs)
 
     @classmethod
     def from_pretrained(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -349,7 +337,7 @@ def _adapted(
     except BaseException:
         record = record_of(model)
         if plain and record:
-            forget(model, record, tuple(record.configs), None)
+            remove_adapters(model, record, tuple(record.configs))
         raise
     return _shaped(model)
 

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hra_fx.api.transform import checked
 from hra_fx.errors import AdapterError
 from hra_fx.functional import householder
 from hra_fx.layers.adapters import AdapterSpec, Reflection
 from hra_fx.layers.sharding import first_sharded
-from hra_fx.model.add import put_beside
-from hra_fx.model.offload import require_present
+from hra_fx.model.add import add_filled_adapter
+from hra_fx.model.offload import require_materialized
+from hra_fx.model.setup import checked
 from hra_fx.model.state import Record, names_in, root_of, sites_of
 
 
@@ -57,7 +57,7 @@ def combine(model: nn.Module, adapters: Sequence[str], adapter_name: str) -> Non
             f"{sharded[0]}: {sharded[1]} shares its parameters out among processes, and would not know of new vectors. "
             "Combine before it."
         )
-    require_present(root)
+    require_materialized(root)
     with torch.inference_mode(False):
         _combine(root, record, names, adapter_name)
 
@@ -90,7 +90,7 @@ def _combine(root: nn.Module, record: Record, names: tuple[str, ...], adapter_na
     def fill(path: str, layer: nn.Module, reflection: Reflection) -> None:
         reflection.put(adapter_name, spec, joint[path], None)
 
-    put_beside(root, record, adapter_name, checked(root, config, adapter_name), fill)
+    add_filled_adapter(root, record, adapter_name, checked(root, config, adapter_name), fill)
 
 
 def _filled(path: str, chain: Tensor, rank: int) -> Tensor:

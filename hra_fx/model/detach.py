@@ -1,25 +1,22 @@
-"""Taking things off a model again: single adapters, and all that made it an adapted one."""
+"""Remove adapters from a model: some of them, or all together with everything that `transform` added."""
 
 from __future__ import annotations
 
-from torch import nn
+from torch import fx, nn
 
 from hra_fx.carrier.region import REGION
-from hra_fx.errors import UnsupportedLayerError
 from hra_fx.layers.adapters import Reflection
 from hra_fx.layers.class_swap import carriers_of, original_class
-from hra_fx.layers.target import REFLECTION, SAVED
+from hra_fx.layers.target import REFLECTION, SAVED, Site
 from hra_fx.layers.trained_copies import copies_of, held_by
-from hra_fx.model.defer_interrupt import uninterrupted
-from hra_fx.model.graph_module import restore
-from hra_fx.model.inject import all_or_nothing, capture, install, take_off
-from hra_fx.model.state import Record, drop_record, record_of, require_outermost, sites_of
-from hra_fx.model.trainable import Changes, settle_ties
-from hra_fx.tracing.search import Findings
+from hra_fx.model.graph_module import restore, rewrite
+from hra_fx.model.inject import all_or_nothing, take_off
+from hra_fx.model.state import Record, drop_record, record_of, sites_of
+from hra_fx.model.trainable import FlagChanges, restore_ties
 
 
-def release(model: nn.Module) -> None:
-    """Take everything off a model and off its parts. Tensors stay as they are, those in place of others too."""
+def detach_all(model: nn.Module) -> None:
+    """Restore the classes, children and `requires_grad` flags from before `transform`. Tensors are not changed."""
     restore(model)
     parts = list(model.modules())
     for part in parts:
@@ -32,55 +29,40 @@ def release(model: nn.Module) -> None:
             part.__class__ = original_class(part)
     for part in parts:
         if record := record_of(part):
-            Changes(record.requires_grad).restore(part)
+            FlagChanges(record.requires_grad).restore(part)
             drop_record(part)
 
 
-def without(root: nn.Module, record: Record, names: tuple[str, ...]) -> Findings | None:
-    """The regions that a model will have without some adapters, where they change; nothing is taken off yet.
+def remove_adapters(root: nn.Module, record: Record, names: tuple[str, ...]) -> None:
+    """Remove adapters; a layer without adapters becomes a plain layer, a model without adapters a plain model.
 
-    A capture that is refused now, for something was changed since, gives no regions: Python forwards are always right.
-
-    Raises:
-        AdapterError: another tool put a class of its own over a part.
+    Check before with `require_outermost` that no other tool replaced a class; then nothing here fails.
     """
-    require_outermost(root)
-    sites = sites_of(root)
-    rest = {path: layer for path, layer in sites.items() if not layer.hra_u.specs.keys() <= set(names)}
-    copies = any(copies.copied.keys() <= set(names) for _, copies in copies_of(root).values())
-    if set(record.configs) <= set(names) or (len(rest) == len(sites) and not copies):
-        return None
-    try:
-        return capture(root, rest)
-    except UnsupportedLayerError as error:
-        return Findings(alone=dict.fromkeys(rest, str(error)))
-
-
-def forget(root: nn.Module, record: Record, names: tuple[str, ...], findings: Findings | None) -> None:
-    """Take adapters off; layers without another one are plain again, and with the last adapter the whole model is.
-
-    `findings` is what `without` gave. Nothing here can fail.
-    """
-    with uninterrupted():
-        for layer in sites_of(root).values():
-            for name in names:
-                layer.hra_u.remove(name)
-        for owner, copies in copies_of(root).values():
-            for name in names:
-                copies.remove(owner, name)
-            if not copies.copied:
-                del owner._modules[SAVED]
+    for layer in sites_of(root).values():
         for name in names:
-            del record.configs[name]
-        record.active = tuple(name for name in record.active if name not in names)
-        settle_ties(root, record)
-        if not record.configs:
-            release(root)
-            return
-        for layer in sites_of(root).values():
-            if not layer.hra_u.specs:
-                take_off(layer)
-        if findings:
-            with all_or_nothing() as undo:
-                install(root, findings, undo)
-            record.alone = findings.alone
+            layer.hra_u.remove(name)
+    for owner, copies in copies_of(root).values():
+        for name in names:
+            copies.remove(owner, name)
+        if not copies.copied:
+            del owner._modules[SAVED]
+    for name in names:
+        del record.configs[name]
+    record.active = tuple(name for name in record.active if name not in names)
+    restore_ties(root, record)
+    if not record.configs:
+        detach_all(root)
+        return
+    for layer in sites_of(root).values():
+        if not layer.hra_u.specs:
+            take_off(layer)
+    if isinstance(root, fx.GraphModule):
+        _rewrite_graph(root)
+
+
+def _rewrite_graph(root: fx.GraphModule) -> None:
+    layers = {layer: Site(path, layer.hra_u.kind, layer.hra_u.on_weight) for path, layer in sites_of(root).items()}
+    # By every path: a graph may call a shared layer by any of them.
+    sites = {path: layers[part] for path, part in root.named_modules(remove_duplicate=False) if part in layers}
+    with all_or_nothing() as undo:
+        rewrite(root, sites, undo)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hra_fx.functional import householder
 from hra_fx.layers.sharding import reshard, whole
-from hra_fx.model.offload import require_present
+from hra_fx.model.offload import require_materialized
 from hra_fx.model.state import require_sites
 
 
@@ -48,7 +48,7 @@ def orthogonality_loss(model: nn.Module) -> Tensor:
         0.8485
     """
     sites = require_sites(model)
-    require_present(model)
+    require_materialized(model)
     # What FSDP2 leaves whole after a forward is freed before the backward of a term beside the loss may come.
     reshard(model)
     active = [

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.layers.sharding import reshard
 from hra_fx.layers.trained_copies import copies_of
-from hra_fx.model.offload import require_present
+from hra_fx.model.offload import require_materialized
 from hra_fx.model.state import names_in, root_of, sites_of
 
 
@@ -47,7 +47,7 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
     check_strength(alpha)
     if name in record.merged:
         raise AdapterError(f"adapter {name!r}: it is merged into the weights. Call unmerge_adapter first.")
-    require_present(root)
+    require_materialized(root)
     reshard(model)
     sites = {path: layer.hra_u for path, layer in sites_of(root).items() if name in layer.hra_u}
     chains: dict[str, Tensor] = {}

@@ -31,7 +31,8 @@ class Record:
         configs: adapter name -> configuration.
         active: the adapters in use, in the order of the product `W Q_a Q_b ...`, those that are merged among them.
         merged: those of the active ones whose product is in the weights.
-        disabled: whether all adapters are switched off for the moment.
+        disabled: whether all adapters are disabled for now.
+        disabled_blocks: how many `with disable_adapters` blocks are open.
         requires_grad: parameter name -> (before, after), where `transform` changed it.
         alone: path of a site in no region -> why.
         looked: modes (training or not) of which a forward was watched for reads of weights.
@@ -42,6 +43,7 @@ class Record:
     active: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
     disabled: bool = False
+    disabled_blocks: int = 0
     requires_grad: dict[str, tuple[bool, bool]] = field(default_factory=dict)
     alone: dict[str, str] = field(default_factory=dict)
     looked: set[bool] = field(default_factory=set, compare=False, repr=False)
