@@ -163,8 +163,8 @@ def require_outermost(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if carriers_of(module) and not is_outermost(module):
             raise AdapterError(
-                f"{path or 'the model'}: another tool put a class of its own over it ({type(module).__name__}). Take "
-                "that off first (parametrizations: torch.nn.utils.parametrize.remove_parametrizations)."
+                f"{path or 'the model'}: another tool replaced its class ({type(module).__name__}). Undo that first "
+                "(parametrizations: torch.nn.utils.parametrize.remove_parametrizations)."
             )
 
 

@@ -11,8 +11,7 @@ import torch
 from oracles import dense_q, dense_weight, relative_error
 from torch import Tensor, nn
 
-from hra_fx import HRAConfig, fold, transform
-from hra_fx.api.fold import plan_fold
+from hra_fx import HRAConfig, fold, plan_fold, transform
 from hra_fx.errors import FoldError, HRAError
 
 Layer: TypeAlias = nn.Linear | nn.Conv2d

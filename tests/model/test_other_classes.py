@@ -73,7 +73,7 @@ def test_a_class_over_ours_is_named_and_nothing_happens(place: str, step: str) -
     before, output = seen(model), run(model, x)
     assert_close(output, expected)
     kind, act = STEPS[step]
-    text = rf"^{place}: another tool put a class of its own over it \({made}\)\. Take that off first"
+    text = rf"^{place}: another tool replaced its class \({made}\)\. Undo that first"
     with pytest.raises(kind, match=text):
         act(model)
     assert seen(model) == before

@@ -73,7 +73,7 @@ def test_an_adapter_that_is_not_active_can_be_folded() -> None:
 def test_what_is_not_first_in_order_is_refused(wrong: list[str]) -> None:
     model = three()[1]
     before = seen(model)
-    text = r"the model acts as W Q in the order \['a', 'b', 'c'\], and what goes into the weights comes first\. Name"
+    text = r"the model computes W Q in the order \['a', 'b', 'c'\]\. Name"
     with pytest.raises(hra_fx.AdapterError, match=text):
         hra_fx.fold(model, wrong)
     assert seen(model) == before
@@ -99,7 +99,7 @@ def test_all_of_them_without_names_warns_of_those_that_are_not_active() -> None:
     hra_fx.set_adapter(model, "b")
     x = normal(4, 6)
     wanted = oracle(plain, model, ["b"], x)
-    text = r"^adapters \['a', 'c'\] were not active, and went with the fold\. Name those to fold to keep the others\.$"
+    text = r"^adapters \['a', 'c'\] were not active and are removed\. To keep them, name the adapters to fold\.$"
     with pytest.warns(hra_fx.HRAWarning, match=text) as caught:
         hra_fx.fold(model)
     assert caught[0].filename == __file__

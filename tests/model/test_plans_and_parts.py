@@ -173,7 +173,7 @@ def test_a_plan_for_what_was_is_refused(change: str, names: str | None, tmp_path
     plan = hra_fx.plan_fold(model, names)
     CHANGES[change](model, tmp_path)
     before, output = seen(model), run(model, x)
-    with pytest.raises(hra_fx.FoldError, match=r"the model changed since the fold was planned\. Plan again\.$"):
+    with pytest.raises(hra_fx.FoldError, match=r"the model changed since the fold was planned\. Call plan_fold again\.$"):
         plan.apply()
     assert seen(model) == before
     assert torch.equal(run(model, x), output)
@@ -194,7 +194,7 @@ def test_what_was_loaded_in_place_is_what_the_next_plan_folds(tmp_path: Path) ->
     assert moved(first, wanted)
     plan = hra_fx.plan_fold(model)
     hra_fx.load_adapter(model, tmp_path, "a")
-    with pytest.raises(hra_fx.FoldError, match="Plan again"):
+    with pytest.raises(hra_fx.FoldError, match="Call plan_fold again"):
         plan.apply()
     assert_close(run(model, x), wanted)
     assert_close(run(hra_fx.fold(model), x), wanted)
@@ -204,7 +204,7 @@ def test_a_plan_is_not_for_the_model_while_its_adapters_are_off() -> None:
     plain, model = whole(a=config("0", "2"))
     x = normal(3, 6)
     plan = hra_fx.plan_fold(model)
-    with hra_fx.disable_adapters(model), pytest.raises(hra_fx.FoldError, match="Plan again"):
+    with hra_fx.disable_adapters(model), pytest.raises(hra_fx.FoldError, match="Call plan_fold again"):
         plan.apply()
     wanted = oracle(plain, model, ["a"], x)
     assert_close(run(model, x), wanted)
@@ -218,7 +218,7 @@ def test_a_plan_is_applied_once() -> None:
     wanted = oracle(plain, model, ["a"], x)
     plan = hra_fx.plan_fold(model)
     plan.apply()
-    with pytest.raises(hra_fx.FoldError, match="Plan again"):
+    with pytest.raises(hra_fx.FoldError, match="Call plan_fold again"):
         plan.apply()
     assert_close(run(model, x), wanted)
 
@@ -229,7 +229,7 @@ def test_a_plan_for_a_part_is_refused_as_well() -> None:
     plan = hra_fx.plan_fold(model.body)
     hra_fx.merge_adapter(model)
     before = seen(model)
-    with pytest.raises(hra_fx.FoldError, match="Plan again"):
+    with pytest.raises(hra_fx.FoldError, match="Call plan_fold again"):
         plan.apply()
     assert seen(model) == before
     hra_fx.unmerge_adapter(model)

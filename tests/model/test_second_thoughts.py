@@ -80,7 +80,7 @@ def test_things_that_are_no_model_and_no_name() -> None:
             hra_fx.transform(wrong, config("0"))
         with pytest.raises(AdapterError, match=r"is no torch\.nn\.Module"):
             hra_fx.report(wrong)
-    with pytest.raises(AdapterError, match="adapter_name: 3 is no string"):
+    with pytest.raises(AdapterError, match="adapter_name must be a string"):
         hra_fx.transform(mlp(), config("0"), 3)
     with pytest.raises(
         ConfigError, match=r"config: a peft\.tuners\.hra\.config\.HRAConfig, where an hra_fx\.HRAConfig is due"
