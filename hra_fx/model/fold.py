@@ -252,6 +252,10 @@ def _check_layers(
     root: nn.Module, sites: Mapping[str, SiteCarrier], names: Mapping[str, tuple[str, ...]], *, requantize: bool
 ) -> None:
     check_classes(root, sites)
+    try:
+        require_outermost(root)
+    except AdapterError as error:
+        raise FoldError(str(error)) from error
     if not requantize:
         check_floating(sites, {name for here in names.values() for name in here}, _REQUANTIZE)
     for path, layer in sites.items():
@@ -287,10 +291,8 @@ def _ties(root: nn.Module, places: set[Place], names: tuple[str, ...]) -> list[T
         FoldError: one of them cannot be turned off.
     """
     record = record_of(root)
-    off = record.untied if record else ()
     adopts = any(name in copies.copied for _, copies in copies_of(root).values() for name in names)
-    on = [tie for tie in find_ties(root) if tie.touches(root, places)] if places else []
-    ties = [*on, *(tie for tie in off if adopts or tie.touches(root, places))]
+    ties = [*find_ties(root, places), *(record.untied if record and (adopts or places) else ())]
     if reason := why_not_untie(root, ties):
         raise FoldError(f"{reason}. Leave it out with exclude_modules.")
     return ties

@@ -119,7 +119,7 @@ def restore_ties(model: nn.Module, record: Record) -> None:
 
 def _untie(model: nn.Module, record: Record, places: Collection[Place], undo: ExitStack) -> None:
     """Turn off the settings by which `tie_weights` of transformers would overwrite a trained copy."""
-    ties = [tie for tie in find_ties(model) if tie.touches(model, places)]
+    ties = find_ties(model, places)
     if reason := why_not_untie(model, ties):
         raise UnsupportedLayerError(f"{reason}. Leave it out of modules_to_save.")
     undo.callback(setattr, record, "untied", record.untied)

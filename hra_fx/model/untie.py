@@ -37,13 +37,17 @@ class Tie(NamedTuple):
     configs: tuple[Any, ...]
     pairs: tuple[tuple[str, str], ...]
 
-    def touches(self, model: nn.Module, places: Collection[Place]) -> bool:
-        """Whether one of these tensors is tied here."""
-        return any(place_of(model, name) in places for pair in self.pairs for name in pair)
+
+def find_ties(model: nn.Module, places: Collection[Place]) -> list[Tie]:
+    """What transformers ties by the settings that tie one of these tensors, as far as the settings are on."""
+    found = _all_ties(model) if places else []
+    touched = [tie for tie in found if any(place_of(model, name) in places for pair in tie.pairs for name in pair)]
+    # BART and the model inside of it have one configuration, and tie by it one after the other.
+    going = [config for tie in touched for config in tie.configs]
+    return [tie for tie in found if any(config is one for config in tie.configs for one in going)]
 
 
-def find_ties(model: nn.Module) -> list[Tie]:
-    """Every tie of transformers in a model whose setting is on."""
+def _all_ties(model: nn.Module) -> list[Tie]:
     found = []
     # Some classes find what they tie by patterns over the parameter names, which must be those of the base model.
     with laid_bare(model):

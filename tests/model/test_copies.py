@@ -170,7 +170,7 @@ def test_two_adapters_with_copies_of_one_module_are_not_set_together() -> None:
         with pytest.raises(hra_fx.AdapterError) as caught:
             hra_fx.set_adapter(model, names)
         assert str(caught.value) == (
-            f"adapters {names}: each have a trained copy of {place} (modules_to_save or bias), and only one copy can "
+            f"adapters {names} each have a trained copy of {place} (modules_to_save or bias), and only one copy can "
             "be used at a time. Set one of these adapters."
         )
     for act in (lambda: hra_fx.merge_adapter(model, ["b", "a"]), lambda: hra_fx.fold(model, ["b", "a"])):
@@ -182,7 +182,7 @@ def test_two_adapters_with_copies_of_one_module_are_not_set_together() -> None:
 def test_merging_one_with_copies_before_another_with_copies_is_refused() -> None:
     model = adapted(net(), a=config("first", **HEAD), b=config("second", **HEAD))[1]
     before = seen(model)
-    with pytest.raises(hra_fx.AdapterError, match=r"^adapters \['b', 'a'\]: each have a trained copy of head"):
+    with pytest.raises(hra_fx.AdapterError, match=r"^adapters \['b', 'a'\] each have a trained copy of head"):
         hra_fx.merge_adapter(model, "b")
     assert seen(model) == before
 

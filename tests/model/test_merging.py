@@ -113,8 +113,8 @@ def test_a_subset_out_of_order_is_refused(wrong: list[str]) -> None:
     with pytest.raises(hra_fx.AdapterError) as caught:
         hra_fx.merge_adapter(model, wrong)
     assert str(caught.value) == (
-        f"adapters {wrong}: the model acts as W Q in the order ['a', 'b', 'c'], and what goes into the weights comes "
-        "first. Name the first ones in that order, or call hra_fx.set_adapter with another order."
+        f"adapters {wrong} cannot be folded first: the model computes W Q in the order ['a', 'b', 'c']. Name the first "
+        "ones in that order, or call hra_fx.set_adapter with another order."
     )
     assert seen(model) == before
 

@@ -234,9 +234,9 @@ def test_a_merge_writes_in_place_and_is_refused() -> None:
     model = adapted(Tied(), "head")
     output = model(TOKENS)
     text = (
-        "head.weight: it shares its memory with embed.weight, which a merge would change too, for it writes in place. "
-        "Untie it first (layer.weight = torch.nn.Parameter(layer.weight.detach().clone()), and "
-        "config.tie_word_embeddings = False); or call hra_fx.fold, which unties it."
+        "head.weight: it shares memory with embed.weight, which merging in place would change too. Untie it first "
+        "(layer.weight = torch.nn.Parameter(layer.weight.detach().clone()) and config.tie_word_embeddings = False), or "
+        "call hra_fx.fold, which unties it."
     )
     with pytest.raises(hra_fx.FoldError, match=f"^{re.escape(text)}$"):
         hra_fx.merge_adapter(model)
