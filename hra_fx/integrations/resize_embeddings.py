@@ -42,8 +42,9 @@ def plain_output_layers(model: nn.Module) -> Iterator[None]:
 
 
 def _detach(layer: SiteCarrier) -> Reflection:
+    reflection = layer.hra_u
     unswap(layer, carrier_for(layer))
-    reflection: Any = layer._modules.pop(REFLECTION)
+    del layer._modules[REFLECTION]
     return reflection
 
 

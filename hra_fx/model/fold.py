@@ -119,7 +119,7 @@ class FoldJob:
         weight = folded_weight(layer, names)
         measured = self.measure(path, layer, weight) if packing else None
         if packing:
-            if weight.weight is not layer.hra_base:
+            if isinstance(weight.weight, nn.Parameter) and weight.weight is not layer.hra_base:
                 packing.put(layer, weight.weight)
         elif path in self.untied or record_of(self.model) is None:  # a part may be tied to something outside of it
             own = torch.empty_like(layer.hra_base).copy_(weight.weight)

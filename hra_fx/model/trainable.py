@@ -151,9 +151,7 @@ def _why_not_copied(owner: nn.Module, names: tuple[str, ...]) -> str | None:
         return f"it is a container with tensors of its own ({', '.join(names)}), which cannot be copied. {hint}"
     reflection = reflection_of(owner)
     if reflection is not None and reflection.weight_name in names:
-        return (
-            "another adapter reflects this layer, so it cannot be saved in full too. Fold or delete that one first"
-        )
+        return "another adapter reflects this layer, so it cannot be saved in full too. Fold or delete that one first"
     for name in names:
         tensor = owner._parameters.get(name)
         if tensor is not None and (is_lazy(tensor) or type(tensor) is not nn.Parameter):

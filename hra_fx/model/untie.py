@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.trained_copies import BASE, held_by
@@ -120,7 +120,8 @@ def untied_copies(
     copies: dict[str, tuple[nn.Module, str, nn.Parameter]] = {}
     for full in names:
         owner, name = place_of(model, full)
-        held, tensor = held_by(owner), owner._parameters.get(name)
+        held = held_by(owner)
+        tensor: Tensor | None = owner._parameters.get(name)
         if held is not None and name in held.in_place:
             tensor = held.get(owner, next((a for a in folded if name in held.copied.get(a, ())), BASE), name)
         if (owner, name) in written or not isinstance(tensor, nn.Parameter):

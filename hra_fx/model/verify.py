@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -121,7 +122,7 @@ def _run_both(
     return ours, [_through_rotation(model, boxes, run) if isinstance(run, _Run) else run for run in theirs]
 
 
-def _run(module: nn.Module, call: Call, watched: list[nn.Parameter], training: bool, trace: bool) -> _Run | Exception:
+def _run(module: nn.Module, call: Call, watched: Sequence[Tensor], training: bool, trace: bool) -> _Run | Exception:
     """Forward and backward of a random projection of the outputs; or the error of the model's own code."""
     seen: list[tuple[str, list[Tensor]]] = []
     parts = [(path, part) for path, part in module.named_modules() if trace and "hra_" not in path]

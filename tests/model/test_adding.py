@@ -56,7 +56,7 @@ def test_an_added_adapter_keeps_flags_that_were_set_by_hand() -> None:
 
 def test_an_added_adapter_keeps_the_training_of_copies_of_a_scaled_one() -> None:
     model = adapted(net(), a=config("first", modules_to_save=["head"]))[1]
-    with pytest.warns(hra_fx.HRAWarning, match="its strength turns reflections alone"):
+    with pytest.warns(hra_fx.HRAWarning, match="its strength affects reflections only"):
         hra_fx.set_scale(model, "a", 0.5)
     assert model.head.weight.requires_grad
     hra_fx.add_adapter(model, "b", config("second"))

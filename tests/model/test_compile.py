@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 
 import hra_fx
 
+
 @pytest.fixture
 def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()

@@ -226,7 +226,9 @@ def test_merging_what_is_merged_only_warns() -> None:
     hra_fx.merge_adapter(model, ["a", "b"])
     before = seen(model)
     for names in (["a", "b"], "b"):
-        with pytest.warns(hra_fx.HRAWarning, match=r"^adapters \['a', 'b'\] are merged already; merge_adapter does nothing\.$"):
+        with pytest.warns(
+            hra_fx.HRAWarning, match=r"^adapters \['a', 'b'\] are merged already; merge_adapter does nothing\.$"
+        ):
             hra_fx.merge_adapter(model, names)
     assert seen(model) == before
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model.many import F64, adapted, assert_close, config, moved, net, normal, oracle, run, seen, turn, weights
+from model.many import F64, adapted, assert_close, config, net, normal, oracle, run, seen, turn, weights
 from torch import Tensor, nn
 
 import hra_fx
@@ -172,7 +172,9 @@ def test_a_plan_for_what_was_is_refused(change: str, tmp_path: Path) -> None:
     plan = hra_fx.plan_fold(model)
     CHANGES[change](model, tmp_path)
     before, output = seen(model), run(model, x)
-    with pytest.raises(hra_fx.FoldError, match=r"the model changed since the fold was planned\. Call plan_fold again\.$"):
+    with pytest.raises(
+        hra_fx.FoldError, match=r"the model changed since the fold was planned\. Call plan_fold again\.$"
+    ):
         plan.apply()
     assert seen(model) == before
     assert torch.equal(run(model, x), output)

@@ -78,7 +78,9 @@ def test_a_model_must_be_a_module() -> None:
     for wrong in ("bert-base", nn.Linear, None):
         with pytest.raises(AdapterError, match=r"^model must be a torch\.nn\.Module, got "):
             hra_fx.transform(wrong, config("0"))
-    with pytest.raises(ConfigError, match=r"^config must be an hra_fx\.HRAConfig, got peft\.tuners\.hra\.config\.HRACo"):
+    with pytest.raises(
+        ConfigError, match=r"^config must be an hra_fx\.HRAConfig, got peft\.tuners\.hra\.config\.HRACo"
+    ):
         hra_fx.transform(mlp(), peft.HRAConfig(target_modules=["0"]))
 
 

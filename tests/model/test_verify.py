@@ -1,4 +1,4 @@
-"""`transform(..., verify=True)`: correct models pass unchanged; wrong adapters are named, and the model is unchanged."""
+"""`transform(..., verify=True)`: correct models pass, wrong adapters are named, and the model is not changed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 import torch
 from capture.checks import assert_equals_oracle, fresh, turn
 from integrations.transformers_use import tiny
+from model.verified import IMAGES, Cnn, Two, X, refused, targets, verified
 from refusals import picture
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
-from model.verified import IMAGES, Cnn, Two, X, refused, targets, verified
 
 import hra_fx
 import hra_fx.model.inject
@@ -233,8 +233,8 @@ def test_the_first_module_whose_output_differs_is_named(monkeypatch: pytest.Monk
     model.get_submodule(layer).tag = "this"
     wrong(monkeypatch, Scaled, "this")
     assert refused(model, X) == (
-        f"{layer}: in train mode its output with adapters differs from that with folded weights. The model is unchanged. "
-        "Leave the layers out with exclude_modules, and please report the model."
+        f"{layer}: in train mode its output with adapters differs from that with folded weights. The model is "
+        "unchanged. Leave the layers out with exclude_modules, and please report the model."
     )
     monkeypatch.undo()
     verified(model, X)

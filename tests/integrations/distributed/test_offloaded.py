@@ -74,9 +74,7 @@ def test_what_would_be_lost_is_refused_and_the_way_out_works(way: str, tmp_path:
         (FoldError, lambda: hra_fx.fold(model)),
         (FoldError, lambda: hra_fx.merge_adapter(model)),
     ]
-    message = (
-        r"^0: accelerate offloads its weight or its vectors between calls.*remove_hook_from_submodules\(model\)"
-    )
+    message = r"^0: accelerate offloads its weight or its vectors between calls.*remove_hook_from_submodules\(model\)"
     for kind, call in calls:
         with pytest.raises(kind, match=message):
             call()

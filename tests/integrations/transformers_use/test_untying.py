@@ -96,7 +96,9 @@ def test_a_class_that_ties_again_is_named_in_the_warning(tmp_path: Path) -> None
 def test_what_the_same_setting_tied_is_parted_and_named(kind: str, also: str) -> None:
     made = adapted(kind)
     text = folded(made.model)
-    assert (f"The same setting tied {also}, which are untied as well." in text) if also else ("same setting" not in text)
+    assert (
+        (f"The same setting tied {also}, which are untied as well." in text) if also else ("same setting" not in text)
+    )
     pointers = [parameter.data_ptr() for parameter in made.model.parameters()]
     assert len(set(pointers)) == len(pointers)
 
@@ -132,8 +134,8 @@ def test_a_tie_of_the_users_own_leaves_the_setting_alone() -> None:
     turn(model)
     wanted = logits(model)
     assert folded(model) == (
-        "untied: model.layers.0.self_attn.q_proj (from model.layers.1.self_attn.q_proj.weight). Each has its own weight "
-        "now, so a saved model is larger."
+        "untied: model.layers.0.self_attn.q_proj (from model.layers.1.self_attn.q_proj.weight). Each has its own "
+        "weight now, so a saved model is larger."
     )
     assert model.config.tie_word_embeddings
     assert model.lm_head.weight is model.model.embed_tokens.weight
