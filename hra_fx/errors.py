@@ -1,14 +1,13 @@
-"""The errors and the warning that hra_fx raises: one base class, one named kind for each sort of trouble.
+"""The errors and the warning of hra_fx: one base class, and one subclass for each kind of problem.
 
-A message reads "<layer or field>: <what is wrong, with both values>. <the way out>." Kinds that report a bad argument
-are also `ValueError`, so that code written for PEFT's `ValueError` goes on catching them.
+A message reads "<layer or field>: <what is wrong, with the given value>. <what to do>." Errors about an argument are
+also `ValueError`, so that code written for PEFT's `ValueError` catches them.
 """
 
 from __future__ import annotations
 
 __all__ = [
     "AdapterError",
-    "CaptureError",
     "CheckpointError",
     "ConfigError",
     "FoldError",
@@ -23,62 +22,61 @@ __all__ = [
 
 
 class HRAError(Exception):
-    """Base of every error that hra_fx raises on purpose; catch it to catch them all."""
+    """Base class of every error that hra_fx raises on purpose."""
 
 
 class ConfigError(HRAError, ValueError):
-    """A configuration that cannot be used: a field of the wrong type or value, fields that exclude each other, an
-    unknown field, or a configuration file that is missing, broken or written for another method."""
+    """A configuration cannot be used: a field has a wrong type or value or is unknown, fields exclude each other, or a
+    configuration file is missing, broken or written for another method."""
 
 
 class SelectionError(HRAError, ValueError):
-    """The configuration does not fit the model: no layer matched, a matched module is of another kind, or
-    there are no default targets for this architecture."""
+    """The configuration does not fit the model: no layer matches, a matched module is not a supported layer, or this
+    architecture has no default targets."""
 
 
 class UnsupportedLayerError(HRAError):
-    """A matched layer that cannot carry reflections; the message names the layer, the reason and the way out."""
+    """A matched layer cannot be adapted; the message names the layer, the reason and what to do."""
 
 
 class CaptureError(HRAError):
-    """A region that could not be traced safely. It is raised and caught inside the library: a refused region falls back
-    to smaller ones, and `reason` is what the report shows for it.
+    """A module could not be traced safely. Raised and caught inside the library, which shows `reason`.
 
     >>> CaptureError("a forward hook on 'layer1.conv'").reason
     "a forward hook on 'layer1.conv'"
     """
 
     def __init__(self, reason: str) -> None:
-        """Keep `reason`, a phrase without a full stop that says why the region was refused."""
+        """Keep `reason`, a phrase without a full stop."""
         super().__init__(reason)
         self.reason = reason
 
 
 class AdapterError(HRAError, ValueError):
-    """An adapter name or an adapter state that does not fit: an unknown name, a name that is taken or not usable as a
-    module name, or an operation that the current state does not allow."""
+    """An adapter does not fit the model: its name is unknown, taken or cannot be used as a module name, or the current
+    state of the model does not allow the operation."""
 
 
 class CheckpointError(HRAError, ValueError):
-    """A file of an adapter that is missing, damaged, or does not fit the model; it names the file, and the key."""
+    """A file of an adapter is missing, damaged, or does not fit the model; the message names the file and the key."""
 
 
 class FoldError(HRAError):
-    """Folding was refused or gave a weight that is not finite; no weight of the model was changed."""
+    """A fold was refused, or a folded weight would not be finite; no weight of the model was changed."""
 
 
 class GraphInvariantError(HRAError):
-    """A rewritten graph breaks a rule that every rewritten graph keeps; the message names the node and the rule."""
+    """A rewritten graph breaks an invariant; the message names the node and the invariant."""
 
 
 class VerificationError(HRAError):
-    """`transform(..., verify=True)` found a rewritten model that does not compute what its folded self does; the
-    message names the first region, or the layer, and the model is as it was."""
+    """`transform(..., verify=True)`: the transformed model does not compute what its folded weights do; the message
+    names the first module whose output differs, or the layer. The model is unchanged."""
 
 
 class VisualizeError(HRAError, ValueError):
-    """A picture that cannot be drawn: an unknown file ending, or a graph that the asked format cannot hold."""
+    """A picture cannot be drawn: the file ending is unknown, or the format cannot hold the graph."""
 
 
 class HRAWarning(UserWarning):
-    """Every warning of hra_fx has this category, so that one filter silences them or turns them into errors."""
+    """The category of every warning of hra_fx: filter it to silence them or to turn them into errors."""

@@ -15,6 +15,7 @@ from hra_fx.checkpoint.weights import read
 from hra_fx.cli.paths import natural
 from hra_fx.config import CONFIG_NAME
 from hra_fx.functional import householder
+from hra_fx.functional.statistics import rotation_stats
 from hra_fx.layers.target import REFLECTION
 
 
@@ -96,7 +97,7 @@ def look_at_adapter(source: str) -> AdapterLook:
 
 def _layer(path: str, chain: Tensor, r: int, dtype: torch.dtype) -> AdaptedLayer:
     # In the precision of the file, for what rounding to it left of vectors that cancel each other is no angle.
-    turned = householder.turn(chain.to(householder.working_dtype(dtype)))
+    turned = rotation_stats(chain.to(householder.working_dtype(dtype)))
     d = chain.shape[0]
     return AdaptedLayer(
         path, d, r, d * r, turned.rotation, turned.angle, turned.mean_angle, turned.angles, turned.orthogonality

@@ -1,12 +1,13 @@
-r"""How much of a weight a chain of reflections gets hold of.
+r"""The share of a weight that a chain of reflections rotates.
 
-`Q` turns some directions and leaves those that are orthogonal to them. With `P` the projector on the former, a row `w`
-of the weight is `w P + w (I - P)`, of which `Q` moves the first part only. `|W P|_F^2 / |W|_F^2` is that part of the
-whole weight: by how much the adapter can move the layer, whatever the angles are.
+`Q` rotates some directions and keeps all that are orthogonal to them. With `P` the projector on the former, a row of
+the weight is `w = w P + w (I - P)`, and `Q` changes the first part only. `|W P|_F^2 / |W|_F^2` is the share of the
+weight that the adapter can change, whatever the angles are.
 
 The directions lie in the span of the vectors, `U = V R` (thin QR), where `Q` is the block `B = I - R T R^T`. `I - B` is
-normal, with the singular values `2 sin(angle / 2)`, so the left singular vectors of those that are not zero span what
-turns: `P = V G G^T V^T`, and `|W P|_F = |W V G|_F` takes one skinny product.
+normal with the singular values `2 sin(angle / 2)`, so the left singular vectors `G` of the nonzero ones span the
+rotated
+directions: `P = V G G^T V^T`, and `|W P|_F = |W V G|_F` takes one skinny product.
 """
 
 from __future__ import annotations
@@ -16,22 +17,23 @@ import math
 import torch
 from torch import Tensor
 
-from hra_fx.functional.householder import angle_floor, compact_wy, normalize, working_dtype
+from hra_fx.functional.householder import compact_wy, normalize, working_dtype
+from hra_fx.functional.statistics import min_angle
 from hra_fx.layers.target import as_rows
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# How many numbers of a weight are cast at a time.
+# How many entries of a weight are cast at a time.
 _CHUNK = 1 << 22
 
 
 def turned_directions(chain: Tensor) -> Tensor:
-    """An orthonormal basis of the directions that the chain turns or reflects.
+    """An orthonormal basis of the directions that a chain rotates or reflects.
 
     Args:
-        chain: `U: (d, k)`, finite and with data.
+        chain: `U: (d, k)`, finite and not on the meta device.
 
     Returns:
-        `(d, n)` with `n <= min(d, k)`, float64, on the CPU: two columns for each plane, one for a reflected direction.
+        `(d, n)` with `n <= min(d, k)`, float64, on the CPU: two columns per plane, one per reflected direction.
 
     Example:
         >>> turned_directions(torch.tensor([[0.0, 1.0, 1.0], [2.0, 0.0, 0.0]])).abs().round(decimals=6)
@@ -42,21 +44,21 @@ def turned_directions(chain: Tensor) -> Tensor:
     factor = compact_wy(vectors).to("cpu", torch.float64)
     basis, triangle = torch.linalg.qr(vectors.to("cpu", torch.float64))
     left, sizes, _ = torch.linalg.svd(triangle @ factor @ triangle.mT)
-    turned: Tensor = basis @ left[:, sizes > angle_floor(chain)]
+    turned: Tensor = basis @ left[:, sizes > min_angle(chain)]
     return turned
 
 
 def share_turned(rows: Tensor, chain: Tensor) -> float:
-    """`|W P|_F^2 / |W|_F^2`: which share of a weight lies in the directions that a chain turns, from 0 to 1.
+    """`|W P|_F^2 / |W|_F^2`: the share of a weight in the directions that a chain rotates, from 0 to 1.
 
-    No `d x d` matrix is made, and of the weight only pieces are cast, to float32 at least.
+    It makes no `d x d` matrix, and casts the weight piece by piece, to float32 at least.
 
     Args:
         rows: `W: (out, d)`, floating.
         chain: `U: (d, k)`.
 
     Returns:
-        The share; 0 for a weight of zeros, NaN where weight or chain hold no data or are not finite.
+        The share; 0 for a zero weight, NaN if weight or chain are on the meta device or not finite.
 
     Example:
         >>> share_turned(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]))
@@ -72,20 +74,20 @@ def share_turned(rows: Tensor, chain: Tensor) -> float:
     for piece in torch.split(rows.detach(), max(1, _CHUNK // max(1, rows.shape[1]))):
         cast = piece.to(directions.dtype)
         for total, matrix in ((part, cast @ directions), (whole, cast)):
-            # Row by row: one sum of millions of float32 is good to three digits only.
+            # Row by row: a single sum of millions of float32 values has only three correct digits.
             total += torch.linalg.vector_norm(matrix, dim=1).to(wide).square().sum()
     size = float(whole)
-    # Rounding may leave a hair more than all of it.
+    # Rounding may exceed 1.
     return min(float(part) / size, 1.0) if size else 0.0
 
 
 def readable_rows(weight: Tensor, width: int, *, columns: bool) -> Tensor | None:
-    """A weight as the matrix `(out, d)`, not copied; `None` for one that is quantised, packed, sharded or sparse.
+    """A weight as the matrix `(out, d)`, not copied; `None` if it is quantized, packed, sharded or sparse.
 
     Args:
         weight: a layer's weight.
         width: `d`.
-        columns: whether it is `(d, out)`.
+        columns: whether it is stored as `(d, out)`.
 
     Example:
         >>> readable_rows(torch.ones(3, 2, 5), 10, columns=False).shape

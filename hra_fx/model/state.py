@@ -30,7 +30,8 @@ class Record:
         configs: adapter name -> configuration.
         active: the adapters in use, in the order of the product `W Q_a Q_b ...`, those that are merged among them.
         merged: those of the active ones whose product is in the weights.
-        disabled: whether all adapters are switched off for the moment.
+        disabled: whether all adapters are disabled for now.
+        disabled_blocks: how many `with disable_adapters` blocks are open.
         requires_grad: parameter name -> (before, after), where `transform` changed it.
         untied: the model's configurations that said `tie_word_embeddings` before a trained copy untied them.
     """
@@ -39,6 +40,7 @@ class Record:
     active: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
     disabled: bool = False
+    disabled_blocks: int = 0
     requires_grad: dict[str, tuple[bool, bool]] = field(default_factory=dict)
     untied: tuple[Any, ...] = ()
 
@@ -156,8 +158,8 @@ def require_outermost(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if carriers_of(module) and not is_outermost(module):
             raise AdapterError(
-                f"{path or 'the model'}: another tool put a class of its own over it ({type(module).__name__}). Take "
-                "that off first (parametrizations: torch.nn.utils.parametrize.remove_parametrizations)."
+                f"{path or 'the model'}: another tool replaced its class ({type(module).__name__}). Undo that first "
+                "(parametrizations: torch.nn.utils.parametrize.remove_parametrizations)."
             )
 
 

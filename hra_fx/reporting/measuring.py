@@ -7,19 +7,18 @@ import math
 from torch import Tensor
 
 from hra_fx.errors import AdapterError
-from hra_fx.functional import householder
-from hra_fx.functional.householder import Turn
+from hra_fx.functional.statistics import RotationStats, rotation_stats
 from hra_fx.layers.adapted_layer import SiteCarrier
 from hra_fx.layers.quantized.detect import packing_of
 from hra_fx.layers.quantized.scheme import Packing
 from hra_fx.model.rotated_share import readable_rows, share_turned
 
-_UNKNOWN = Turn(math.nan, (math.nan,), math.nan)
+_UNKNOWN = RotationStats(math.nan, (math.nan,), math.nan)
 
 
-def turn_of(chain: Tensor | None) -> Turn:
+def turn_of(chain: Tensor | None) -> RotationStats:
     """What the reflections of `chain_of` do; NaN where there are none to read."""
-    return _UNKNOWN if chain is None else householder.turn(chain)
+    return _UNKNOWN if chain is None else rotation_stats(chain)
 
 
 def share_of(rows: Tensor | None, chain: Tensor | None) -> float:

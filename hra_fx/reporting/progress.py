@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hra_fx.functional.householder import Turn
+from hra_fx.functional.statistics import RotationStats
 from hra_fx.model.state import require_sites
 from hra_fx.reporting.measuring import chain_of, turn_of
 
@@ -43,7 +43,7 @@ def progress_of(model: nn.Module, step: int) -> list[Progress]:
     Raises:
         AdapterError: the model has no reflections.
     """
-    turns: dict[str, list[Turn]] = {}
+    turns: dict[str, list[RotationStats]] = {}
     with torch.no_grad():
         for layer in require_sites(model).values():
             for name in layer.hra_u.active:

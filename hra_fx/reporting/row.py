@@ -40,7 +40,7 @@ class Row:
         angle: largest angle by which `Q` turns a plane, in radians; pi where it reflects, 0 where nothing turns.
         mean_angle: the mean of `angles`, in radians; 0 where nothing turns.
         angles: the angle of each plane that `Q` turns, in radians from 0 to pi, falling. A plane has one; so has a
-            direction that is reflected, pi. Less than rounding leaves is no angle (see `hra_fx.functional.householder.turn`).
+            direction that is reflected, pi. See `hra_fx.functional.statistics.rotation_stats`.
         orthogonality: `|Q^T Q - I|_F` of `Q` in the precision in which the forward computes it.
         share: which share of the layer's weight lies in the directions that `Q` turns, `|W P|_F^2 / |W|_F^2` with `P`
             the projector on them; of a quantised weight as it is dequantised. NaN for a weight that cannot be read

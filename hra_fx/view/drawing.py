@@ -8,7 +8,7 @@ from typing import Any
 
 import networkx as nx
 
-from hra_fx.model.unwrap import unwrapped
+from hra_fx.model.unwrap import unwrap
 from hra_fx.reporting import Row, report
 from hra_fx.view.graph import leaves_of
 from hra_fx.view.resolve_subject import find_subject, has_reflections
@@ -54,7 +54,7 @@ def drawing_of(model: Any, example_inputs: Any = None) -> Drawing:
         VisualizeError: it is no model, or has no use for example inputs.
         AdapterError: the model does not run on the inputs, or TorchDynamo cannot record the call.
     """
-    model = unwrapped(model)
+    model = unwrap(model)
     found = report(model) if has_reflections(model) else None
     subject = find_subject(model, example_inputs, found.rows if found else ())
     name = subject.classes.get("", type(model).__name__)

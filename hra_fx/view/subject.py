@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from hra_fx.functional import householder
+from hra_fx.functional.statistics import rotation_stats
 from hra_fx.layers.adapted_layer import SiteCarrier
 from hra_fx.layers.adapters import Reflection
 from hra_fx.layers.sharding import is_shard
@@ -123,4 +123,4 @@ def _rotation(reflection: Reflection, used: tuple[str, ...]) -> float:
         return math.nan
     with torch.no_grad():
         chain = reflection.joint_chain(used)
-    return math.nan if chain is None else householder.turn(chain).rotation
+    return math.nan if chain is None else rotation_stats(chain).rotation

@@ -113,8 +113,8 @@ def test_a_subset_out_of_order_is_refused(wrong: list[str]) -> None:
     with pytest.raises(hra_fx.AdapterError) as caught:
         hra_fx.merge_adapter(model, wrong)
     assert str(caught.value) == (
-        f"adapters {wrong}: the model acts as W Q in the order ['a', 'b', 'c'], and what goes into the weights comes "
-        "first. Name the first ones in that order, or call hra_fx.set_adapter with another order."
+        f"adapters {wrong} cannot be folded first: the model computes W Q in the order ['a', 'b', 'c']. Name the first "
+        "ones in that order, or call hra_fx.set_adapter with another order."
     )
     assert seen(model) == before
 
@@ -160,7 +160,7 @@ class Tied(nn.Module):
 def test_tied_weights_are_refused_and_untouched() -> None:
     model = hra_fx.transform(Tied(), config("free", "tied", init_weights=False))
     before = seen(model)
-    with pytest.raises(hra_fx.FoldError, match=r"^tied\.weight: it shares its memory with other\.weight, .* Untie it"):
+    with pytest.raises(hra_fx.FoldError, match=r"^tied\.weight: it shares memory with other\.weight, .* Untie it"):
         hra_fx.merge_adapter(model)
     assert seen(model) == before
 
@@ -171,7 +171,7 @@ def test_what_is_not_finite_is_refused_and_nothing_changed(broken: str) -> None:
     with torch.no_grad():
         (model.second.hra_u["b"] if broken == "vectors" else model.second.weight)[0, 0] = float("nan")
     before = seen(model)
-    with pytest.raises(hra_fx.FoldError, match=r"^second: the folded weight is not finite\. Look for NaN or inf"):
+    with pytest.raises(hra_fx.FoldError, match=r"^second: the folded weight is not finite\. Check the base weight"):
         hra_fx.merge_adapter(model)
     assert seen(model) == before
 
@@ -216,7 +216,7 @@ def test_a_copy_of_a_merged_model_is_merged_by_itself() -> None:
 def test_unmerging_what_is_not_merged_only_warns() -> None:
     model = three()[1]
     before = seen(model)
-    with pytest.warns(hra_fx.HRAWarning, match=r"^unmerge_adapter: nothing is merged; nothing is done\.$"):
+    with pytest.warns(hra_fx.HRAWarning, match=r"^no adapter is merged; unmerge_adapter does nothing\.$"):
         hra_fx.unmerge_adapter(model)
     assert seen(model) == before
 
@@ -226,7 +226,9 @@ def test_merging_what_is_merged_only_warns() -> None:
     hra_fx.merge_adapter(model, ["a", "b"])
     before = seen(model)
     for names in (["a", "b"], "b"):
-        with pytest.warns(hra_fx.HRAWarning, match=r"^adapters \['a', 'b'\] are merged already; nothing is done\.$"):
+        with pytest.warns(
+            hra_fx.HRAWarning, match=r"^adapters \['a', 'b'\] are merged already; merge_adapter does nothing\.$"
+        ):
             hra_fx.merge_adapter(model, names)
     assert seen(model) == before
 

@@ -73,7 +73,11 @@ def test_a_class_over_ours_is_named_and_nothing_happens(place: str, step: str) -
     before, output = seen(model), run(model, x)
     assert_close(output, expected)
     kind, act = STEPS[step]
-    text = rf"^{place}: another tool put a class of its own over it \({made}\)\. Take that off first"
+    if (place, step) == ("the model", "merge"):  # which needs the classes of layers only
+        act(model)
+        assert_close(run(model, x), output)
+        return
+    text = rf"^{place}: another tool replaced its class \({made}\)\. Undo that first"
     with pytest.raises(kind, match=text):
         act(model)
     assert seen(model) == before

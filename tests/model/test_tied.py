@@ -66,7 +66,7 @@ def test_a_head_tied_to_an_embedding_is_untied() -> None:
     held = model.embed.weight
     folds(
         model,
-        "untied: head (from embed.weight). Each has a weight of its own now, by which a saved model grows.",
+        "untied: head (from embed.weight). Each has its own weight now, so a saved model is larger.",
     )
     assert model.embed.weight is held
     assert torch.equal(model.embed.weight, before)
@@ -146,7 +146,7 @@ def test_two_layers_with_equal_vectors_part_too() -> None:
     wanted = oracle(model[0])
     folds(
         model,
-        "untied: 0 (from 1.weight), 1 (from 0.weight). Each has a weight of its own now, by which a saved model grows.",
+        "untied: 0 (from 1.weight), 1 (from 0.weight). Each has its own weight now, so a saved model is larger.",
     )
     assert relative_error(model[0].weight, wanted) < 1e-12
     assert torch.equal(model[0].weight, model[1].weight)
@@ -157,7 +157,7 @@ def test_a_view_of_a_bigger_tensor_parts_from_it() -> None:
     model[1].weight = nn.Parameter(model[0].weight.detach()[1:5])
     adapted(model, "1")
     bigger, wanted = model[0].weight.detach().clone(), oracle(model[1])
-    folds(model, "untied: 1 (from 0.weight). Each has a weight of its own now, by which a saved model grows.")
+    folds(model, "untied: 1 (from 0.weight). Each has its own weight now, so a saved model is larger.")
     assert torch.equal(model[0].weight, bigger)
     assert relative_error(model[1].weight, wanted) < 1e-12
     assert model[1].weight.untyped_storage().nbytes() == 4 * 6 * 8
@@ -168,7 +168,7 @@ def test_a_buffer_over_the_weight_keeps_its_values() -> None:
     model[0].register_buffer("mirror", model[0].weight.detach())
     adapted(model, "0")
     mirror, wanted = model[0].mirror.clone(), oracle(model[0])
-    folds(model, "untied: 0 (from 0.mirror). Each has a weight of its own now, by which a saved model grows.")
+    folds(model, "untied: 0 (from 0.mirror). Each has its own weight now, so a saved model is larger.")
     assert torch.equal(model[0].mirror, mirror)
     assert relative_error(model[0].weight, wanted) < 1e-12
 
@@ -234,9 +234,9 @@ def test_a_merge_writes_in_place_and_is_refused() -> None:
     model = adapted(Tied(), "head")
     output = model(TOKENS)
     text = (
-        "head.weight: it shares its memory with embed.weight, which a merge would change too, for it writes in place. "
-        "Untie it first (layer.weight = torch.nn.Parameter(layer.weight.detach().clone()), and "
-        "config.tie_word_embeddings = False); or call hra_fx.fold, which unties it."
+        "head.weight: it shares memory with embed.weight, which merging in place would change too. Untie it first "
+        "(layer.weight = torch.nn.Parameter(layer.weight.detach().clone()) and config.tie_word_embeddings = False), or "
+        "call hra_fx.fold, which unties it."
     )
     with pytest.raises(hra_fx.FoldError, match=f"^{re.escape(text)}$"):
         hra_fx.merge_adapter(model)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import hra_fx
 from hra_fx import HRAConfig, report, transform
-from hra_fx.functional.householder import angle_floor, turn
+from hra_fx.functional.statistics import min_angle, rotation_stats
 
 F64 = torch.float64
 
@@ -31,7 +31,7 @@ def oracle_angles(q: Tensor, floor: float = 1e-7) -> list[float]:
 
 
 def check(chain: Tensor) -> None:
-    found, angles = turn(chain), oracle_angles(dense_product(chain))
+    found, angles = rotation_stats(chain), oracle_angles(dense_product(chain))
     assert found.angles == pytest.approx(angles, abs=1e-6), (len(found.angles), len(angles))
     assert found.mean_angle == pytest.approx(sum(angles) / len(angles) if angles else 0.0, abs=1e-6)
     assert found.angle == pytest.approx(max(angles, default=0.0), abs=1e-6)
@@ -52,7 +52,7 @@ def test_near_parallel_pairs(k: int, scale: float) -> None:
     chain = chain + scale * normal(k + 1, 20, k)
     angles = torch.linalg.eigvals(dense_product(chain)).angle().sort(descending=True).values
     planes = [float(angle) for angle in angles if angle > 1e-10]
-    assert turn(chain).angles == pytest.approx(planes, rel=1e-6)
+    assert rotation_stats(chain).angles == pytest.approx(planes, rel=1e-6)
     assert len(planes) == k // 2
 
 
@@ -84,10 +84,10 @@ def test_gram_schmidt_without_an_anchor_turns_half_round(r: int) -> None:
 
 def test_columns_of_zero_and_pairs_that_cancel_turn_nothing() -> None:
     vector = normal(3, 7, 1)
-    assert turn(torch.zeros(7, 3, dtype=F64)).angles == ()
-    assert turn(torch.cat([vector, vector], dim=1)).angles == ()
-    assert turn(torch.cat([vector, torch.zeros(7, 1), -2 * vector], dim=1)).angles == ()
-    assert turn(torch.cat([vector, torch.zeros(7, 1)], dim=1)).angles == pytest.approx([math.pi])
+    assert rotation_stats(torch.zeros(7, 3, dtype=F64)).angles == ()
+    assert rotation_stats(torch.cat([vector, vector], dim=1)).angles == ()
+    assert rotation_stats(torch.cat([vector, torch.zeros(7, 1), -2 * vector], dim=1)).angles == ()
+    assert rotation_stats(torch.cat([vector, torch.zeros(7, 1)], dim=1)).angles == pytest.approx([math.pi])
 
 
 def test_two_planes_of_the_same_angle_are_two() -> None:
@@ -95,29 +95,29 @@ def test_two_planes_of_the_same_angle_are_two() -> None:
     for plane in (0, 1):
         chain[2 * plane, 2 * plane] = 1
         chain[2 * plane, 2 * plane + 1], chain[2 * plane + 1, 2 * plane + 1] = math.cos(0.2), math.sin(0.2)
-    assert turn(chain).angles == pytest.approx([0.4, 0.4])
+    assert rotation_stats(chain).angles == pytest.approx([0.4, 0.4])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("r", [2, 8, 32])
 def test_rounding_at_the_start_is_no_angle(r: int, dtype: torch.dtype) -> None:
     chain = normal(r, 64, r // 2).to(dtype).repeat_interleave(2, dim=1)
-    assert turn(chain).angles == ()
-    assert turn(chain + 1e-2 * normal(5, 64, r).to(dtype)).angles
+    assert rotation_stats(chain).angles == ()
+    assert rotation_stats(chain + 1e-2 * normal(5, 64, r).to(dtype)).angles
 
 
 def test_an_angle_above_the_floor_is_one_and_one_below_is_none() -> None:
     def pair(angle: float) -> Tensor:
         return torch.tensor([[1.0, math.cos(angle / 2)], [0.0, math.sin(angle / 2)]], dtype=F64)
 
-    floor = angle_floor(pair(0.1))
-    assert turn(pair(3 * floor)).angles == pytest.approx([3 * floor], rel=0.3)
-    assert turn(pair(floor / 3)).angles == ()
+    floor = min_angle(pair(0.1))
+    assert rotation_stats(pair(3 * floor)).angles == pytest.approx([3 * floor], rel=0.3)
+    assert rotation_stats(pair(floor / 3)).angles == ()
 
 
 @pytest.mark.parametrize("chain", [torch.full((4, 2), math.nan), torch.empty(4, 2, device="meta")], ids=["nan", "meta"])
 def test_no_numbers_no_angles(chain: Tensor) -> None:
-    found = turn(chain)
+    found = rotation_stats(chain)
     assert [math.isnan(angle) for angle in found.angles] == [True]
     assert math.isnan(found.mean_angle)
     assert math.isnan(found.angle)

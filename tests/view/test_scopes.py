@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.functional.householder import turn
+from hra_fx.functional.statistics import rotation_stats
 from hra_fx.view.graph import adapted_graph
 from hra_fx.view.scopes import scope_tree
 from hra_fx.view.tree import Item, Leaf, Scope
@@ -176,8 +176,8 @@ def test_the_rotation_is_that_of_the_dense_product(k: int) -> None:
     dense = torch.eye(12, dtype=torch.float64)
     for u in chain.T:
         dense = dense @ (torch.eye(12, dtype=torch.float64) - 2 * torch.outer(u, u) / (u @ u))
-    assert turn(chain).rotation == pytest.approx(float(torch.linalg.norm(dense - torch.eye(12))), rel=1e-10)
+    assert rotation_stats(chain).rotation == pytest.approx(float(torch.linalg.norm(dense - torch.eye(12))), rel=1e-10)
 
 
 def test_no_rotation_without_numbers() -> None:
-    assert math.isnan(turn(torch.empty(4, 2, device="meta")).rotation)
+    assert math.isnan(rotation_stats(torch.empty(4, 2, device="meta")).rotation)

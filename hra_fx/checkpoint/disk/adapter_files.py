@@ -17,7 +17,7 @@ from hra_fx.checkpoint.keys import PREFIX, VECTORS
 from hra_fx.checkpoint.weights import read
 from hra_fx.config import CONFIG_NAME, HRAConfig
 from hra_fx.errors import CheckpointError, FoldError
-from hra_fx.functional import householder
+from hra_fx.functional.statistics import inverse_condition
 from hra_fx.layers.adapters import plain_chain
 from hra_fx.layers.target import REFLECTION
 
@@ -99,7 +99,7 @@ def _chain(file: Path, key: str, tensor: Tensor, config: HRAConfig) -> Tensor:
         rank = f"{config.r} vectors of length {tensor.shape[0]}"
         # Of 8 bits a vector has so few that by the same rule every one would depend on others.
         least = min(8 * torch.finfo(tensor.dtype).eps, 1 / 16)
-        if config.r > tensor.shape[0] or householder.dependence(tensor) < least:
+        if config.r > tensor.shape[0] or inverse_condition(tensor) < least:
             raise FoldError(
                 f"{file}: {key}: its {rank} are linearly dependent, and Gram-Schmidt of such vectors is noise. Train "
                 "with apply_GS=False, or with init_weights=True from hra_fx, which starts them apart."

@@ -10,10 +10,9 @@ import torch
 from integrations.transformers_use.tied import CASES, VOCABULARY, Case, case, logits, turn
 from oracles import dense_q, dense_weight, relative_error
 from torch import Tensor, nn
-from transformers import MobileBertConfig, MobileBertForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers import MobileBertConfig, MobileBertForMaskedLM
 
 import hra_fx
-from hra_fx.model.state import regions_of
 
 # An encoder-decoder of two models refuses to be resized.
 KINDS = [kind for kind in CASES if kind != "bert_to_bert"]
@@ -175,39 +174,6 @@ def test_a_bias_that_another_module_holds_too_goes_along(tied: bool, size: int) 
     assert model.cls.predictions.bias.shape == (size,)
 
 
-class Plain(PreTrainedModel):
-    """A model of a user's own over the base class, which is captured whole."""
-
-    config_class = PreTrainedConfig
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__(config)
-        self.embed_tokens = nn.Embedding(VOCABULARY, 16)
-        self.body = nn.Linear(16, 16)
-        self.lm_head = nn.Linear(16, VOCABULARY)
-        self.post_init()
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.lm_head(torch.tanh(self.body(self.embed_tokens(input_ids))))  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize("targets", [["body", "lm_head"], ["body"]], ids=str)
-def test_a_region_is_captured_again(targets: list[str]) -> None:
-    torch.manual_seed(0)
-    model: Any = Plain(PreTrainedConfig(vocab_size=VOCABULARY)).to(torch.float64).eval()
-    hra_fx.transform(model, hra_fx.HRAConfig(r=3, target_modules=targets))
-    turn(model)
-    tokens = torch.arange(6).view(2, 3)
-    wanted = model(tokens)
-    resize(model, VOCABULARY + 8)
-    assert list(regions_of(model)) == [""]
-    assert regions_of(model)[""]._hra_region.program(model, (tokens,), {}) is not None
-    assert relative_error(model(tokens)[..., :VOCABULARY], wanted) < 1e-12
-    called = {str(node.target) for node in hra_fx.graphs(model)[""].graph.nodes if node.op == "call_module"}
-    assert called >= {*targets, *(f"{path}.hra_u" for path in targets)}
-    assert hra_fx.graphs(model)[""].get_submodule("lm_head") is model.lm_head
-
-
 def test_the_mean_of_the_old_tokens_is_given_to_new_ones() -> None:
     model = adapted("llama", tied=False).model
     wanted = logits(model)
@@ -268,8 +234,8 @@ def refused(model: Any, text: str) -> None:
 def test_trained_copies_are_not_resized(kind: str, fields: dict[str, Any], path: str) -> None:
     refused(
         adapted(kind, **fields).model,
-        rf"^{path}: an adapter has a trained copy of it \(modules_to_save or bias\), and resize_token_embeddings would "
-        r"resize only what is in place\. Resize before hra_fx\.transform, or fold or unload first\.$",
+        rf"^{path}: an adapter has a trained copy of it \(modules_to_save or bias\), which resize_token_embeddings "
+        r"does not resize\. Resize before hra_fx\.transform, or fold or unload first\.$",
     )
 
 
@@ -279,7 +245,7 @@ def test_a_merged_head_is_not_resized_and_the_way_out_works() -> None:
     hra_fx.merge_adapter(model)
     refused(
         model,
-        r"^lm_head: an adapter is merged into it, and what an unmerge restores has the old number of tokens\. Call "
+        r"^lm_head: an adapter is merged into it, and its stored base weight has the old number of tokens\. Call "
         r"hra_fx\.unmerge_adapter, resize, and merge again\.$",
     )
     hra_fx.unmerge_adapter(model)
@@ -311,7 +277,7 @@ def mobilebert(*targets: str) -> Any:
 def test_reflections_over_the_tokens_themselves_are_refused() -> None:
     refused(
         mobilebert("cls.predictions.dense"),
-        r"^cls\.predictions\.dense: its reflections are of width 32, the number of tokens, and would not fit after "
+        r"^cls\.predictions\.dense: its vectors have the length 32, the number of tokens, and would not fit after "
         r"resize_token_embeddings\. Resize before hra_fx\.transform, or fold or unload first\.$",
     )
 

@@ -130,7 +130,9 @@ def test_a_model_without_adapters_is_not_given_out_for_one_with(folder: Path) ->
 def test_dequantize_is_refused_and_works_before(folder: Path, tmp_path: Path) -> None:
     model = adapted(folder, "bnb int8")
     turn(model)
-    with pytest.raises(AdapterError, match="dequantize puts new layers in place of those that carry reflections"):
+    with pytest.raises(
+        AdapterError, match="dequantize replaces the adapted layers, which would lose their reflections"
+    ):
         model.dequantize()
     model.save_pretrained(tmp_path)
     plain = hra_fx.load_adapter(loaded(folder, "bnb int8").dequantize(), tmp_path)

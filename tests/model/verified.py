@@ -1,4 +1,4 @@
-"""`transform(..., verify=True)` of small models, with the look that a refusal changes nothing."""
+"""Small models for `transform(..., verify=True)`, and a check that a refusal changes nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from refusals import picture
 from torch import Tensor, nn
 
 import hra_fx
-import hra_fx.api.transform
 from hra_fx.errors import VerificationError
 
 X = inputs(4, 6)
@@ -21,7 +20,7 @@ IMAGES = inputs(3, 3, 8, 8)
 
 
 class Two(nn.Module):
-    """Two layers 6 -> 6; fx gets by only where the `if` is not taken up."""
+    """Two layers 6 -> 6 and a branch on the input."""
 
     def __init__(self) -> None:
         super().__init__()
