@@ -211,13 +211,13 @@ def prepare_fold(model: nn.Module, adapter_names: str | Sequence[str] | None, *,
     check_copies(root, inventory(root), names)
     sites = sites_of(root)
     present = {path: tuple(name for name in names if name in layer.hra_u) for path, layer in sites.items()}
-    _check_layers(root, sites, present, requantize=requantize)
+    written = _check_layers(root, sites, present, requantize=requantize)
     for path, (owner, copies) in copies_of(root).items():
         for tensor in (tensor for name in names for tensor in copies.tensors(owner, name).values()):
             if isinstance(tensor, nn.Parameter) and not bool(torch.isfinite(tensor).all()):
                 raise FoldError(f"{path}: its trained copy is not finite. Load a checkpoint from before it diverged.")
     going = tuple(record.configs) if adapter_names is None else names
-    untied = _untied(root, sites, names, going)
+    untied = _untied(root, written, names, going)
     return FoldJob(root, present, names, going, untied, _ties(root, _places(sites, untied), names))
 
 
@@ -243,14 +243,15 @@ def _prepare_part(model: nn.Module, adapter_names: str | Sequence[str] | None, *
             "know their adapter. Fold the whole model."
         )
     names = {path: layer.hra_u.active for path, layer in sites.items()}
-    _check_layers(model, sites, names, requantize=requantize)
-    untied = {path: tuple(others) for path, others in ties_of(model, sites).items()}
+    written = _check_layers(model, sites, names, requantize=requantize)
+    untied = {path: tuple(others) for path, others in ties_of(model, written).items()}
     return FoldJob(model, names, untied=untied, ties=_ties(model, _places(sites, untied), ()))
 
 
 def _check_layers(
     root: nn.Module, sites: Mapping[str, SiteCarrier], names: Mapping[str, tuple[str, ...]], *, requantize: bool
-) -> None:
+) -> dict[str, SiteCarrier]:
+    """Check every layer; returns those whose weights are written."""
     check_classes(root, sites)
     try:
         require_outermost(root)
@@ -258,16 +259,14 @@ def _check_layers(
         raise FoldError(str(error)) from error
     if not requantize:
         check_floating(sites, {name for here in names.values() for name in here}, _REQUANTIZE)
-    for path, layer in sites.items():
-        if names[path]:
-            check_layer(path, layer, names[path])
+    here = {path: layer for path, layer in sites.items() if names[path]}
+    return {path: layer for path, layer in here.items() if check_layer(path, layer, names[path])}
 
 
 def _untied(
-    root: nn.Module, sites: Mapping[str, SiteCarrier], names: tuple[str, ...], going: tuple[str, ...]
+    root: nn.Module, written: Mapping[str, SiteCarrier], names: tuple[str, ...], going: tuple[str, ...]
 ) -> dict[str, tuple[str, ...]]:
     """What the weights that are written share memory with, of all that is left after the fold."""
-    written = {path: layer for path, layer in sites.items() if any(name in layer.hra_u for name in names)}
     gone: set[str] = set()
     for path, (_, copies) in copies_of(root).items():
         adopted = {tensor for name in names for tensor in copies.copied.get(name, ())}

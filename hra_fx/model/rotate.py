@@ -83,11 +83,14 @@ def base_weight(layer: SiteCarrier) -> Tensor:
     return layer.hra_base.detach() if layer.hra_u.unmerged is None else layer.hra_u.unmerged
 
 
-def check_layer(path: str, layer: SiteCarrier, names: Collection[str]) -> None:
+def check_layer(path: str, layer: SiteCarrier, names: Collection[str]) -> bool:
     """Check that adapters can be folded into a layer, without keeping the result.
 
     An orthogonal `Q` keeps the lengths of rows, so no entry of `W Q` is larger than the longest row of `W`. Only if
     that length exceeds the range of the dtype, or for a quantized layer, `W Q` has to be computed.
+
+    Returns:
+        Whether the weight is written; not if it is quantized and the adapters have not been trained.
 
     Raises:
         FoldError: the weight or the vectors are on the meta device or not finite, the vectors of a Gram-Schmidt adapter
@@ -112,7 +115,10 @@ def check_layer(path: str, layer: SiteCarrier, names: Collection[str]) -> None:
         or packing is not None
         or not _fits_dtype(as_rows(base_weight(layer), transposed=layer.hra_u.columns))
     ):
-        check_finite(path, folded_weight(layer, names).stored)
+        folded = folded_weight(layer, names)
+        check_finite(path, folded.stored)
+        return folded.weight is not layer.hra_base
+    return True
 
 
 def _fits_dtype(rows: Tensor) -> bool:

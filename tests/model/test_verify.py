@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from capture.checks import assert_equals_oracle, fresh, turn
 from integrations.transformers_use import tiny
-from model.verified import IMAGES, Cnn, Two, X, refused, targets, verified
+from model.many import adapted, assert_close, oracle
+from model.verified import IMAGES, Cnn, Two, X, fresh, refused, targets, verified
 from refusals import picture
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
@@ -72,11 +72,10 @@ def test_correct_models_pass_and_are_not_changed(name: str, dtype: torch.dtype) 
 
 
 def test_a_verified_model_equals_the_oracle() -> None:
-    model = fresh(Two())
-    base = copy.deepcopy(model).requires_grad_(False)
-    verified(model, X)
-    turn(model)
-    assert_equals_oracle(model, base, X)
+    config = hra_fx.HRAConfig(r=2, target_modules=["first", "second"])
+    plain, model = adapted(fresh(Two()), default=config)
+    hra_fx.transform(model, config, example_inputs=X, verify=True)
+    assert_close(model(X), oracle(plain, model, ["default"], X))
 
 
 def test_example_inputs_are_required() -> None:

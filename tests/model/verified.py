@@ -6,17 +6,24 @@ from typing import Any
 
 import pytest
 import torch
-from capture.checks import inputs
+from model.many import normal
 from refusals import picture
 from torch import Tensor, nn
 
 import hra_fx
 from hra_fx.errors import VerificationError
 
-X = inputs(4, 6)
+X = normal(4, 6)
+IMAGES = normal(3, 3, 8, 8)
 
 
-IMAGES = inputs(3, 3, 8, 8)
+def fresh(model: nn.Module) -> nn.Module:
+    """The model in float64 with parameters that do not depend on what ran before."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.double().parameters():
+            parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64, generator=generator) / 2)
+    return model
 
 
 class Two(nn.Module):

@@ -275,7 +275,7 @@ def test_merging_after_disable_adapter_layers_names_the_way_out() -> None:
     acting = model(normal(3, 6))
     model.disable_adapter_layers()
     before = seen(model)
-    message = "adapters are switched off. Leave the disable_adapters block first, or call enable_adapter_layers()."
+    message = "adapters are disabled. Leave the disable_adapters block, or call set_adapter or enable_adapter_layers()."
     with pytest.raises(hra_fx.AdapterError, match=f"^{re.escape(message)}$"):
         model.merge_adapter()
     assert seen(model) == before

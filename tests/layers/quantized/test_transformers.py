@@ -100,7 +100,7 @@ def test_adapters_are_saved_loaded_and_generate(name: str, folder: Path, tmp_pat
 def test_folded_models_are_saved_and_loaded(name: str, folder: Path, tmp_path: Path) -> None:
     model = adapted(folder, name)
     turn(model)
-    with pytest.warns(HRAWarning, match="14 quantised weights were quantised anew"):
+    with pytest.warns(HRAWarning, match="14 weights were quantized again"):
         hra_fx.fold(model, requantize=True)
     model.save_pretrained(tmp_path)  # first, for bitsandbytes lays weights out anew where it evaluates (AVX512-BF16)
     assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model), atol=1e-3)
