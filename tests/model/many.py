@@ -144,6 +144,14 @@ def assert_close(actual: Tensor, wanted: Tensor, bound: float = 1e-10) -> None:
     assert relative_error(actual, wanted) < bound
 
 
+def stored(model: nn.Module, name: str) -> Tensor:
+    """A parameter as it is stored, by its name; `layer.weight` of an adapted layer is the rotated weight."""
+    path, _, last = name.rpartition(".")
+    parameter = model.get_submodule(path)._parameters[last]
+    assert parameter is not None
+    return parameter
+
+
 def moved(one: Tensor, other: Tensor) -> bool:
     """Whether two outputs differ for good, so that a test that tells them apart means something."""
     return relative_error(one, other) > 1e-3

@@ -57,7 +57,7 @@ def oracle_weight(layer: Any) -> Tensor:
         apply_GS=reflection.specs["default"].apply_GS,
         anchor=reflection.anchor("default"),
     )
-    return dense_weight(layer.weight.detach(), q)
+    return dense_weight(layer._parameters["weight"].detach(), q)
 
 
 @given(
@@ -93,7 +93,7 @@ def test_rounding_and_change(dtype: torch.dtype) -> None:
     model = adapt(nn.Sequential(nn.Linear(30, 20, dtype=dtype), nn.Linear(20, 9, dtype=dtype)), "0", "1")
     for row in plan_fold(model).layers:
         layer = model.get_submodule(row.path)
-        exact, before = oracle_weight(layer), layer.weight.detach().double()
+        exact, before = oracle_weight(layer), layer._parameters["weight"].detach().double()
         assert row.change == pytest.approx(relative_error(exact, before), rel=1e-9)
         expected = relative_error(exact.to(dtype), exact)
         assert row.rounding == pytest.approx(expected, rel=1e-6, abs=1e-15)
@@ -253,11 +253,11 @@ def test_a_plan_does_not_outlive_a_change(what: str) -> None:
         if what == "vectors":
             layer.hra_u["default"].mul_(1.5).add_(0.1)
         elif what == "weight":
-            layer.weight.add_(1.0)
+            layer._parameters["weight"].add_(1.0)
         elif what == "vectors replaced":
             layer.hra_u["default"] = successor(layer.hra_u["default"])
         elif what == "weight replaced":
-            layer.weight = successor(layer.weight)
+            layer.weight = successor(layer._parameters["weight"])
         elif what == "step":
             layer.hra_u["default"].grad = torch.ones(6, 3)
             torch.optim.SGD(model.parameters(), lr=0.1).step()
@@ -295,7 +295,7 @@ def test_vectors_that_are_not_finite(value: float, apply_GS: bool) -> None:
 def test_a_weight_that_is_not_finite() -> None:
     model = adapt(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4)), "0", "2")
     with torch.no_grad():
-        model[2].weight[0, 0] = float("nan")
+        model[2]._parameters["weight"][0, 0] = float("nan")
     refused(model, torch.randn(3, 6), "2", "not finite")
 
 

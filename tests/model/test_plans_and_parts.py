@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model.many import F64, adapted, assert_close, config, net, normal, oracle, run, seen, turn, weights
+from model.many import F64, adapted, assert_close, config, net, normal, oracle, run, seen, stored, turn, weights
 from torch import Tensor, nn
 
 import hra_fx
@@ -55,7 +55,7 @@ def test_a_part_where_all_act_is_folded_with_the_same_outputs() -> None:
     hra_fx.fold(model.body)
     assert_close(run(model, x), wanted)
     for name in new:
-        assert_close(model.get_parameter(name), new[name], 1e-12)
+        assert_close(stored(model, name), new[name], 1e-12)
     assert list(model.state_dict()) == list(plain.state_dict())
 
 
@@ -264,9 +264,9 @@ def test_where_none_is_set_inside_all_is_merged_as_before(merged: list[str]) -> 
     x = normal(3, 6)
     hra_fx.set_adapter(model, ["a", "b"])
     hra_fx.merge_adapter(model, merged)
-    weight = model.second.weight.detach().clone()
+    weight = stored(model, "second.weight").detach().clone()
     with hra_fx.disable_adapters(model):
         assert torch.equal(run(model, x), run(plain, x))
     assert (record_of(model).active, record_of(model).merged) == (("a", "b"), tuple(merged))
-    assert torch.equal(model.second.weight, weight)
+    assert torch.equal(stored(model, "second.weight"), weight)
     assert_close(run(model, x), oracle(plain, model, ["a", "b"], x))

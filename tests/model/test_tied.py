@@ -47,7 +47,7 @@ def turn(model: nn.Module) -> None:
 
 def oracle(layer: Any, *names: str) -> Tensor:
     """`W Q_a Q_b ...` of a layer, by the dense product."""
-    weight = layer.weight.detach()
+    weight = layer._parameters["weight"].detach()
     for name in names or ("default",):
         weight = dense_weight(weight, dense_q(layer.hra_u[name].detach(), anchor=layer.hra_u.anchor(name)))
     return weight.clone()
@@ -83,7 +83,7 @@ def test_the_plan_shows_what_will_be_untied_and_changes_nothing() -> None:
     assert {layer.path: layer.untied for layer in plan.layers} == {"body": (), "head": ("embed.weight",)}
     assert re.search(r"^head .* untied from embed\.weight$", str(plan), re.MULTILINE)
     assert "untied" not in next(line for line in str(plan).splitlines() if line.startswith("body"))
-    assert model.head.weight is model.embed.weight
+    assert model.head.hra_base is model.embed.weight
 
 
 def test_a_tied_head_that_is_left_out_stays_tied() -> None:
@@ -98,7 +98,7 @@ def test_a_tied_head_that_the_folded_adapter_leaves_alone_stays_tied() -> None:
     model = adapted(Tied(), "body")
     hra_fx.add_adapter(model, "other", hra_fx.HRAConfig(r=2, target_modules=["head"]))
     hra_fx.fold(model, "default")
-    assert model.head.weight is model.embed.weight
+    assert model.head.hra_base is model.embed.weight
     assert list(model.head.hra_u) == ["other"]
 
 
@@ -195,7 +195,7 @@ def test_a_layer_by_two_paths_is_not_tied_to_itself() -> None:
     model: Any = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
     model.append(model[0])
     adapted(model, "0")
-    held, wanted = model[0].weight, oracle(model[0])
+    held, wanted = model[0].hra_base, oracle(model[0])
     hra_fx.fold(model)
     assert model[2] is model[0]
     assert model[0].weight is held
