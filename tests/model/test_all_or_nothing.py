@@ -27,7 +27,6 @@ STEPS: list[tuple[ModuleType | type, str, int]] = [
     (hra_fx.model.inject, "check", 1),
     (hra_fx.model.inject, "reflection_for", 1),
     (hra_fx.model.inject, "swap", 1),
-    (hra_fx.model.inject, "swap", 2),
     (Reflection, "put", 1),
     (Reflection, "put", 2),
     (Copies, "make", 1),

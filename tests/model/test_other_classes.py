@@ -175,7 +175,7 @@ def test_the_smallest_one_folds_once_and_is_deleted(end: str) -> None:
     first, head = nn.Linear(6, 6, dtype=F64), nn.Linear(6, 3, dtype=F64)
     model = hra_fx.transform(nn.Sequential(first, scripted(copy.deepcopy(head))), config("0"))
     turn(model)
-    x, base = normal(4, 6), first.weight.detach().clone()
+    x, base = normal(4, 6), first._parameters["weight"].detach().clone()
     weight = base if end == "delete" else base @ product(model[0], ["default"])
     if end == "delete":
         hra_fx.delete_adapter(model, "default")

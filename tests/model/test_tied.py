@@ -227,7 +227,7 @@ def test_a_fold_that_fails_leaves_all_tied() -> None:
         model.body.hra_u["default"].fill_(float("nan"))
     with pytest.raises(hra_fx.FoldError, match="not finite"):
         hra_fx.fold(model)
-    assert model.head.weight is model.embed.weight
+    assert model.head.hra_base is model.embed.weight
 
 
 def test_a_merge_writes_in_place_and_is_refused() -> None:
@@ -285,4 +285,4 @@ def test_an_adapter_of_a_tied_head_is_saved_and_loaded_as_any_other(tmp_path: An
     hra_fx.save_adapter(model, tmp_path)
     hra_fx.load_adapter(other, tmp_path)
     assert relative_error(other(TOKENS), model(TOKENS)) < 1e-14
-    assert other.head.weight is other.embed.weight
+    assert other.head.hra_base is other.embed.weight
