@@ -8,7 +8,6 @@ from __future__ import annotations
 
 __all__ = [
     "AdapterError",
-    "CaptureError",
     "CheckpointError",
     "ConfigError",
     "FoldError",

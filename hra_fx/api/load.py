@@ -10,20 +10,21 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hra_fx.api.transform import checked, set_up
 from hra_fx.checkpoint.fitting import Fitted, fit
 from hra_fx.checkpoint.folder import find
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.functional import householder
+from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.layers.adapters import ANCHOR, Reflection
 from hra_fx.layers.sharding import laid_out_as, reshard
 from hra_fx.layers.trained_copies import Copies, copies_of
-from hra_fx.model.add import put_beside
+from hra_fx.model.add import add_filled_adapter
 from hra_fx.model.example_inputs import as_call
-from hra_fx.model.offload import require_present
+from hra_fx.model.offload import require_materialized
+from hra_fx.model.setup import checked, set_up
 from hra_fx.model.state import Record, inventory, record_of, root_of, sites_of
-from hra_fx.model.trainable import give_gradients
+from hra_fx.model.trainable import set_requires_grad
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -81,7 +82,7 @@ def load_adapter(
         plain = isinstance(model, nn.Module) and not any(record_of(part) for part in model.modules())
         root, record = (model, None) if plain else root_of(model)
         if record is not None:
-            require_present(root)
+            require_materialized(root)
         fitted = fit(find(directory, subfolder, **hub), root, config)
         config = checked(root, dataclasses.replace(fitted.config, inference_mode=not is_trainable), adapter_name)
 
@@ -92,11 +93,11 @@ def load_adapter(
             reflection.put(adapter_name, fitted.spec, _like(vectors, weight), anchored)
 
         if record is None:
-            set_up(root, config, adapter_name, fill, fitted.copies, call=call)
+            set_up(root, config, adapter_name, fill, fitted.copies, root_class=root_class_for(root))
         elif adapter_name in record.configs:
             _replace(root, record, adapter_name, fitted, is_trainable)
         else:
-            put_beside(root, record, adapter_name, config, fill, fitted.copies)
+            add_filled_adapter(root, record, adapter_name, config, fill, fitted.copies)
     if not is_trainable:
         model.eval()
     return model
@@ -141,7 +142,7 @@ def _replace(root: nn.Module, record: Record, name: str, fitted: Fitted, is_trai
                 own.copy_(laid_out_as(fitted.copies[path, entry], own))
         undo.pop_all()
     record.configs[name].inference_mode = not is_trainable
-    give_gradients(inventory(root), (name,), is_trainable and name in record.active)
+    set_requires_grad(inventory(root), (name,), is_trainable and name in record.active)
 
 
 def _saved(owner: nn.Module, copies: Copies, name: str) -> list[str]:

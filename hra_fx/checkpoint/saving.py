@@ -34,7 +34,7 @@ from hra_fx.layers.adapters import plain_chain
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.sharding import by_the_first, is_shard, whole
 from hra_fx.layers.trained_copies import copies_of
-from hra_fx.model.offload import require_present
+from hra_fx.model.offload import require_materialized
 from hra_fx.model.state import Record, names_in, root_of, sites_of
 from hra_fx.selection.select import resolve_targets, targeted
 
@@ -77,7 +77,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     """
     root, record = root_of(model)
     name = _only_adapter(record) if adapter_name is None else names_in(record, adapter_name)[0]
-    require_present(root)
+    require_materialized(root)
     config, tensors, metadata = _contents(root, record, name, root.state_dict())
     by_the_first(root.parameters(), lambda: write(directory, config.to_json_string(), tensors, metadata))
 
@@ -120,7 +120,7 @@ def save_pretrained(
     if not names:
         raise AdapterError("selected_adapters must not be empty. Use None to save all adapters.")
     if state_dict is None:
-        require_present(root)
+        require_materialized(root)
     state = root.state_dict() if state_dict is None else state_dict
     shards = [tensor for tensor in state.values() if is_shard(tensor)]
     if not (is_main_process or shards):

@@ -200,9 +200,7 @@ def test_names_that_cannot_be(name: str) -> None:
 
 @pytest.mark.parametrize("wrong", [None, {"r": 8}, "HRAConfig", 8])
 def test_config_of_another_type(wrong: object) -> None:
-    with pytest.raises(
-        ConfigError, match=f"config: a builtins.{type(wrong).__name__}, where an hra_fx.HRAConfig is due"
-    ):
+    with pytest.raises(ConfigError, match=f"^config must be an hra_fx.HRAConfig, got builtins.{type(wrong).__name__}"):
         hra_fx.transform(mlp(), wrong)
 
 

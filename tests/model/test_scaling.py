@@ -152,9 +152,7 @@ def test_what_is_no_strength_is_refused(alpha: Any) -> None:
     before = seen(model)
     with pytest.raises(hra_fx.AdapterError) as caught:
         hra_fx.set_scale(model, "a", alpha)
-    assert str(caught.value) == (
-        f"alpha: {alpha!r} is no strength. Give a number from 0 (base model) to 1 (the adapter)."
-    )
+    assert str(caught.value) == (f"alpha must be a number from 0 (base model) to 1 (full adapter), got {alpha!r}.")
     assert seen(model) == before
 
 

@@ -129,7 +129,7 @@ def test_a_class_without_subclasses_is_refused_and_the_model_is_as_it_was(way: s
     base = Demanding().double()
     settings = config("first", init_weights=False)
     before, wanted = seen(base), base(normal(3, 6))
-    message = r"^Demanding: no subclass can be made of it \(TypeError: .*'key'.*\)\."
+    message = r"^Demanding cannot be subclassed \(TypeError: .*'key'.*\)\."
     if way == "from a file":
         source = nn.Sequential()
         source.add_module("first", nn.Linear(6, 6))
@@ -209,7 +209,7 @@ def test_a_strength_warns_of_what_it_does_not_turn(fields: dict[str, Any]) -> No
         name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad and "hra_u" not in name
     }
     assert copies != {}
-    message = "adapter 'default': its strength turns reflections alone; trained modules and biases stay as they are."
+    message = "adapter 'default': its strength affects reflections only, not trained modules and biases."
     with pytest.warns(hra_fx.HRAWarning, match=f"^{re.escape(message)}$") as caught:
         hra_fx.set_scale(model, "default", 0.0)
     assert len(caught) == 1
@@ -261,7 +261,7 @@ def test_merging_after_disable_adapter_layers_names_the_way_out() -> None:
     acting = model(normal(3, 6))
     model.disable_adapter_layers()
     before = seen(model)
-    message = "adapters are switched off. Leave the disable_adapters block first, or call enable_adapter_layers()."
+    message = "adapters are disabled. Leave the disable_adapters block, or call set_adapter or enable_adapter_layers()."
     with pytest.raises(hra_fx.AdapterError, match=f"^{re.escape(message)}$"):
         model.merge_adapter()
     assert seen(model) == before

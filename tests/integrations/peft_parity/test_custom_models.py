@@ -129,7 +129,7 @@ def test_names_that_are_not_there() -> None:
     for step in (model.delete_adapter, model.set_adapter):
         with pytest.raises(ValueError, match="the model has no such adapter"):
             step("absent")
-    with pytest.raises(ValueError, match="has it already"):
+    with pytest.raises(ValueError, match="exists already"):
         model.add_adapter("other", hra_fx.HRAConfig(target_modules=["lin0"]))
 
 

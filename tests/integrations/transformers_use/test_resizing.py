@@ -220,8 +220,8 @@ def refused(model: Any, text: str) -> None:
 def test_trained_copies_are_not_resized(kind: str, fields: dict[str, Any], path: str) -> None:
     refused(
         adapted(kind, **fields).model,
-        rf"^{path}: an adapter has a trained copy of it \(modules_to_save or bias\), and resize_token_embeddings would "
-        r"resize only what is in place\. Resize before hra_fx\.transform, or fold or unload first\.$",
+        rf"^{path}: an adapter has a trained copy of it \(modules_to_save or bias\), which resize_token_embeddings "
+        r"does not resize\. Resize before hra_fx\.transform, or fold or unload first\.$",
     )
 
 
@@ -231,7 +231,7 @@ def test_a_merged_head_must_be_unmerged_first() -> None:
     hra_fx.merge_adapter(model)
     refused(
         model,
-        r"^lm_head: an adapter is merged into it, and what an unmerge restores has the old number of tokens\. Call "
+        r"^lm_head: an adapter is merged into it, and its stored base weight has the old number of tokens\. Call "
         r"hra_fx\.unmerge_adapter, resize, and merge again\.$",
     )
     hra_fx.unmerge_adapter(model)
@@ -263,7 +263,7 @@ def mobilebert(*targets: str) -> Any:
 def test_reflections_over_the_tokens_themselves_are_refused() -> None:
     refused(
         mobilebert("cls.predictions.dense"),
-        r"^cls\.predictions\.dense: its reflections are of width 32, the number of tokens, and would not fit after "
+        r"^cls\.predictions\.dense: its vectors have the length 32, the number of tokens, and would not fit after "
         r"resize_token_embeddings\. Resize before hra_fx\.transform, or fold or unload first\.$",
     )
 

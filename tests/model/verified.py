@@ -1,4 +1,4 @@
-"""`transform(..., verify=True)` of small models, and a check that an error changes nothing."""
+"""Small models for `transform(..., verify=True)`, and a check that a refusal changes nothing."""
 
 from __future__ import annotations
 
@@ -6,24 +6,28 @@ from typing import Any
 
 import pytest
 import torch
+from model.many import normal
 from refusals import picture
 from torch import Tensor, nn
 
 import hra_fx
-import hra_fx.api.transform
 from hra_fx.errors import VerificationError
 
+X = normal(4, 6)
+IMAGES = normal(3, 3, 8, 8)
 
-def inputs(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
 
-
-X = inputs(4, 6)
-IMAGES = inputs(3, 3, 8, 8)
+def fresh(model: nn.Module) -> nn.Module:
+    """The model in float64 with parameters that do not depend on what ran before."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.double().parameters():
+            parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64, generator=generator) / 2)
+    return model
 
 
 class Two(nn.Module):
-    """Two layers 6 -> 6, and a branch on values that fx cannot trace."""
+    """Two layers 6 -> 6 and a branch on the input."""
 
     def __init__(self) -> None:
         super().__init__()
