@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import torch
+from torch import Tensor
+
+T = TypeVar("T", bound=Tensor)
 
 
 def has_saved_tensors_hooks() -> bool:
@@ -13,3 +18,13 @@ def has_saved_tensors_hooks() -> bool:
 
 #: `__torch_function__` of a tensor subclass that overrides none.
 disabled_torch_function = torch._C._disabled_torch_function_impl
+
+
+def wrapper_tensor(kind: type[T], like: Tensor) -> T:
+    """A tensor of a subclass without data, with shape, strides, dtype and device of another tensor.
+
+    The class overrides `__torch_dispatch__`; torch documents this constructor for wrapper subclasses.
+    """
+    make: Any = Tensor._make_wrapper_subclass
+    made: T = make(kind, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device, layout=like.layout)
+    return made

@@ -78,7 +78,8 @@ def load_adapter(
     """
     # Tensors made in inference mode could never be trained.
     with torch.inference_mode(False):
-        call = None if example_inputs is None else as_call(example_inputs)
+        if example_inputs is not None:
+            as_call(example_inputs)
         plain = isinstance(model, nn.Module) and not any(record_of(part) for part in model.modules())
         root, record = (model, None) if plain else root_of(model)
         if record is not None:

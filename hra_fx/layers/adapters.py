@@ -278,7 +278,7 @@ class Reflection(nn.ParameterDict):
             AdapterError: another tool has replaced the parameter.
         """
         weight = layer._parameters.get(self.weight_name)
-        if weight is None and getattr(layer, "_is_replica", False):  # which has its tensors as plain attributes
+        if weight is None:  # FSDP1 and DataParallel set a plain attribute
             weight = vars(layer).get(self.weight_name)
         if weight is None:
             raise AdapterError(

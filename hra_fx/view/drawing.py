@@ -8,7 +8,7 @@ from typing import Any
 
 import networkx as nx
 
-from hra_fx.model.unwrap import unwrapped
+from hra_fx.model.unwrap import unwrap
 from hra_fx.reporting.report import report
 from hra_fx.reporting.row import Row
 from hra_fx.view.graph import leaves_of
@@ -57,7 +57,7 @@ def drawing_of(model: Any, example_inputs: Any = None) -> Drawing:
         VisualizeError: the model has another type, or does not take example inputs.
         AdapterError: the model does not run on the inputs, or TorchDynamo cannot trace the call.
     """
-    model = unwrapped(model)
+    model = unwrap(model)
     found = report(model) if has_adapters(model) else None
     subject = find_subject(model, example_inputs, found.rows if found else ())
     name = subject.classes.get("", type(model).__name__)
