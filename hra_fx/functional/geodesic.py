@@ -130,7 +130,3 @@ def _angles(block: Tensor, planes: Tensor) -> Tensor:
 
 def _identity(size: int) -> Tensor:
     return torch.eye(size, dtype=torch.float64, device="cpu")
-
-
-#: The old name, until hra_fx.layers uses the new one.
-fraction = fractional_rotation

@@ -258,11 +258,11 @@ def init_vectors(
         >>> bool((U[:, 0] == U[:, 1]).all()), U.shape, A.shape
         (True, torch.Size([5, 3]), torch.Size([5, 1]))
     """
-    vectors = start(d, r, apply_GS=apply_GS, init_weights=init_weights, dtype=dtype, on_meta=on_meta)
-    return vectors, anchor(vectors, apply_GS=apply_GS) if init_weights else None
+    vectors = _draw(d, r, apply_GS=apply_GS, init_weights=init_weights, dtype=dtype, on_meta=on_meta)
+    return vectors, _anchor(vectors, apply_GS=apply_GS) if init_weights else None
 
 
-def start(
+def _draw(
     d: int,
     r: int,
     *,
@@ -278,7 +278,7 @@ def start(
     return drawn.repeat_interleave(2, dim=1)[:, :r].contiguous() if paired else drawn
 
 
-def anchor(vectors: Tensor, *, apply_GS: bool) -> Tensor | None:
+def _anchor(vectors: Tensor, *, apply_GS: bool) -> Tensor | None:
     """The anchor of `init_vectors`."""
     if apply_GS:
         # torch.export.save warns of tensors that are not contiguous.

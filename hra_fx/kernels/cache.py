@@ -70,7 +70,3 @@ def _all_equal(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> bool:
 def tensors_equal(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors on the CPU have the same dtype, shape and values; NaN is not equal to NaN."""
     return left.dtype is right.dtype and torch.equal(left, right)
-
-
-#: The old name, until hra_fx.layers uses the new one.
-kept = cached

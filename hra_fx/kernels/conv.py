@@ -113,7 +113,3 @@ def _differentiable_gradient(chain: Tensor, weight: Tensor, down_grad: Tensor, u
     outputs = (factor @ chain.to(factor.dtype).mT).to(weight.dtype), -(weight @ chain.to(weight.dtype))
     (gradient,) = torch.autograd.grad(outputs, chain, (down_grad, up_grad), create_graph=True)
     return gradient
-
-
-#: The old names, until hra_fx.layers uses the new ones.
-fits, filters_and_drawing, drawing_of, drawn_onto = supports_fused, conv_projections, up_projection, add_up_projection

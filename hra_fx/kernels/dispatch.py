@@ -55,7 +55,3 @@ def products_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
-
-
-#: The old names, until hra_fx.layers uses the new ones.
-applies, unobserved, are_plain, may_keep = can_use_autograd_function, is_plain_eager, are_plain_tensors, can_cache

@@ -34,7 +34,3 @@ def reflect_rows_cached(x: Tensor, chain: Tensor, down: Tensor) -> Tensor:
     with householder.without_autocast(x):
         rows = x.reshape(-1, x.shape[-1])
         return subtract_low_rank(rows, torch.mm(down, rows.to(chain.dtype).mT), chain.mT).view(x.shape)
-
-
-#: The old names, until hra_fx.layers uses the new ones.
-factors, turned = inference_factors, reflect_rows_cached

@@ -141,7 +141,3 @@ def _differentiable_gradients(
     needed = ctx.needs_input_grad[:2]
     gradients = differentiable_gradients(needed, x, chain, grad, lambda rows: F.linear(rows, weight, bias))
     return *gradients, None, None, None
-
-
-#: The old name, until hra_fx.layers uses the new one.
-fits = supports_fused

@@ -133,7 +133,3 @@ def _batches(requests: Iterable[_Request]) -> Iterator[tuple[Compute[Any], list[
             groups[compute, signature].append(sources)
     for (compute, _), batch in groups.items():
         yield compute, batch
-
-
-#: The old names, until hra_fx.model uses the new ones.
-ahead, forget = prefetching, clear_requests

@@ -76,7 +76,3 @@ def _subtract(x: Tensor, projected: Tensor, columns: Tensor) -> Tensor:
     else:
         flat.copy_(subtract_low_rank(rows, projected, columns))
     return total
-
-
-#: The old name, until hra_fx.layers uses the new one.
-reflected = reflect_rows

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx._symbolic_trace import is_fx_tracing
 
 from hra_fx.errors import AdapterError
-from hra_fx.kernels.dispatch import unobserved
+from hra_fx.kernels.dispatch import is_plain_eager
 from hra_fx.layers.adapters import Reflection
 from hra_fx.layers.class_swap import Carrier
 from hra_fx.layers.quantized.detect import packing_of
@@ -93,7 +93,7 @@ def _rotated(layer: SiteCarrier) -> Any:
     # Parameters in shards are only read by the tool that shards them; while a module runs, they are whole.
     if not adapters.acts or is_shard(base):
         return base
-    if not torch.is_grad_enabled() and unobserved():
+    if not torch.is_grad_enabled() and is_plain_eager():
         return InferenceRotatedWeight(layer)
     return RotatedWeight(layer)
 

@@ -132,10 +132,9 @@ class Reflection(nn.ParameterDict):
             AdapterError: the name cannot be a parameter's name here.
         """
         dtype = householder.working_dtype(like.dtype)
-        vectors = householder.start(
+        vectors, anchor = householder.init_vectors(
             self.width, spec.r, apply_GS=spec.apply_GS, init_weights=spec.init_weights, dtype=dtype, on_meta=on_meta
         )
-        anchor = householder.anchor(vectors, apply_GS=spec.apply_GS) if spec.init_weights else None
         device = vectors.device if on_meta else like.device
         self.put(name, spec, vectors.to(device), None if anchor is None else anchor.to(device))
 
@@ -183,13 +182,13 @@ class Reflection(nn.ParameterDict):
             self._parameters[name].requires_grad_(wanted)  # type: ignore[union-attr]
 
     def scaled(self, name: str, alpha: float) -> Tensor:
-        """The chain of an adapter at strength `alpha` (`geodesic.fraction`), float32 at least.
+        """The chain of an adapter at strength `alpha` (`geodesic.fractional_rotation`), float32 at least.
 
         Raises:
             AdapterError: its `Q` is not a rotation.
         """
         dtype = householder.working_dtype(self[name].dtype)
-        return geodesic.fraction(self.full_chain(name, dtype).detach(), alpha)
+        return geodesic.fractional_rotation(self.full_chain(name, dtype).detach(), alpha)
 
     def scale(self, name: str, alpha: float, chain: Tensor | None = None) -> None:
         """Set the strength of an adapter, whose chain `scaled` makes; 1 restores it.
@@ -233,7 +232,7 @@ class Reflection(nn.ParameterDict):
         if dtype is None:
             scaled: Tensor = getattr(self, name + _SCALED)
             return scaled
-        return geodesic.fraction(self.full_chain(name, dtype), self.scales[name])
+        return geodesic.fractional_rotation(self.full_chain(name, dtype), self.scales[name])
 
     def full_chain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The adapter at full strength, `[A | U]`, or `[A | V]` with Gram-Schmidt: `(d, k)`, computed in `dtype`.

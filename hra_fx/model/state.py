@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
-from hra_fx.kernels.prefetch import forget
+from hra_fx.kernels.prefetch import clear_requests
 from hra_fx.layers.adapted_layer import SiteCarrier
 from hra_fx.layers.adapters import Reflection
 from hra_fx.layers.class_swap import carriers_of, is_outermost
@@ -58,7 +58,7 @@ def keep_record(model: nn.Module, record: Record) -> None:
 
 def drop_record(model: nn.Module) -> None:
     """Remove the state, if there is one."""
-    forget(model)
+    clear_requests(model)
     _notes(model).pop(RECORD, None)
     vars(model).pop(RECORD, None)
 
