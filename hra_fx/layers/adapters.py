@@ -15,10 +15,11 @@ from torch import Tensor, fx, nn
 
 from hra_fx.errors import AdapterError
 from hra_fx.functional import geodesic, householder
+from hra_fx.functional.rotate import as_rows, rotate_weight
 from hra_fx.kernels.gram_schmidt import orthonormal_chain
 from hra_fx.layers.rotated_weight import RotatedWeight
 from hra_fx.layers.sharding import laid_out_as, whole
-from hra_fx.layers.target import REFLECTION, SiteKind, as_rows, weight_name
+from hra_fx.layers.target import REFLECTION, SiteKind, weight_name
 
 #: The suffix of the name of an adapter's anchor.
 ANCHOR = "_anchor"
@@ -298,7 +299,7 @@ class Reflection(nn.ParameterDict):
 
     def rows(self, weight: Tensor) -> Tensor:
         """The weight, or a tensor of its shape, as the matrix `(out, d)` that is multiplied by `Q`."""
-        return as_rows(weight, columns=self.columns)
+        return as_rows(weight, transposed=self.columns)
 
     def shaped(self, rows: Tensor, like: Tensor) -> Tensor:
         """Rows `(out, d)` in the shape of the weight."""
@@ -346,11 +347,7 @@ def rotated_weight(weight: Tensor, vectors: Tensor, columns: bool) -> Tensor:
     """
     if isinstance(weight, RotatedWeight):  # which fx has copied into a GraphModule, in place of the parameter
         weight = weight.base()
-    chain = householder.normalize(vectors)
-    factor = householder.compact_wy(chain)
-    rows = as_rows(weight, columns=columns).to(factor.dtype)
-    rotated = householder.rotate(rows, chain.to(factor.dtype), factor).to(weight.dtype)
-    return rotated.mT.contiguous() if columns else rotated.view_as(weight)
+    return rotate_weight(weight, vectors, transposed=columns)
 
 
 # One node for an fx tracer that traces into a layer.
