@@ -19,7 +19,7 @@ F64 = torch.float64
 
 
 class Pair(nn.Module):
-    """A parent that is a region by itself."""
+    """Two layers, of which another parent has the second too."""
 
     def __init__(self, shared: nn.Module) -> None:
         super().__init__()
@@ -50,8 +50,8 @@ class OtherPathOnly(TwoPaths):
         return self.again(torch.tanh(self.between(torch.tanh(x))))  # type: ignore[no-any-return]
 
 
-class TwoRegions(nn.Module):
-    """Two traced parents share a layer under a root that cannot be traced; the second holds it by a later path."""
+class TwoParents(nn.Module):
+    """Two traced parents share a layer under a root that cannot be traced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,8 +124,8 @@ CASES = {
     "two paths": Case(TwoPaths, ["first", "between"], ["first", "between"]),
     "two paths, both named": Case(TwoPaths, ["first", "again"], ["first"]),
     "the other path only": Case(OtherPathOnly, ["first", "between"], ["first", "between"]),
-    "two regions": Case(TwoRegions, ["own", "shared"], ["left.own", "left.shared", "right.own"]),
-    "two regions, shared alone": Case(TwoRegions, ["shared"], ["left.shared"]),
+    "two parents": Case(TwoParents, ["own", "shared"], ["left.own", "left.shared", "right.own"]),
+    "two parents, shared alone": Case(TwoParents, ["shared"], ["left.shared"]),
     "a block called three times": Case(SharedBlock, ["own", "shared"], ["block.own", "block.shared"]),
     "a list with a block twice": Case(
         SharedBlocks, ["own", "shared"], ["layers.0.own", "layers.0.shared", "layers.1.own", "layers.1.shared"]

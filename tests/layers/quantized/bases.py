@@ -140,7 +140,7 @@ def turn(model: nn.Module, seed: int = 3) -> None:
 
 def values(layer: Any) -> Tensor:
     """What the weight of a layer stands for, float64: by the libraries' own formulas, without hra_fx."""
-    weight = layer.weight
+    weight = layer._parameters["weight"]
     if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
         scale = layer.state.SCB if weight.SCB is None else weight.SCB
         return bitsandbytes.functional.int8_vectorwise_dequant(weight.data, scale).double()

@@ -61,7 +61,7 @@ def test_fold_rotates_and_quantises_anew(scheme: str) -> None:
     model, x = adapted(scheme), inputs()
     due = [rotated(model[0]).detach(), rotated(model[2]).detach()]
     before = [values(model[0]), values(model[2])]
-    kinds, kept = [type(layer) for layer in quantised(scheme)], vars(model[0].weight) | {}
+    kinds, kept = [type(layer) for layer in quantised(scheme)], vars(model[0]._parameters["weight"]) | {}
     plan = hra_fx.plan_fold(model, requantize=True)
     assert torch.equal(values(model[0]), before[0]), "a plan writes nothing"
     assert str(plan).count(f"quantised anew ({SCHEMES[scheme].words})") == 2
@@ -92,7 +92,7 @@ def test_fold_rotates_and_quantises_anew(scheme: str) -> None:
 def test_an_adapter_that_does_nothing_leaves_the_weight(scheme: str) -> None:
     """Quantised anew, torchao's would move though nothing has turned them."""
     model = hra_fx.transform(quantised(scheme), config())
-    before = [model[0].weight, model[2].weight]
+    before = [model[0]._parameters["weight"], model[2]._parameters["weight"]]
     hra_fx.fold(model, requantize=True)
     assert model[0].weight is before[0] and model[2].weight is before[1]
 

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from layers.quantized.bases import FEW, SCHEMES, adapted, config, dense, inputs, quantised, rotated, turn, values
 from oracles import relative_error
 from torch import Tensor, nn
@@ -48,6 +49,32 @@ def test_gradient_is_that_of_the_dense_product(scheme: str) -> None:
     model, x, weights = adapted(scheme), inputs(), weighting()
     for ours, due in zip(gradients(model, model(x), weights), gradients(model, dense(model, x), weights), strict=True):
         assert relative_error(ours, due) < 1e-5
+
+
+class Reader(nn.Module):
+    """Reads the weight of a layer instead of calling it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.layer.weight, self.layer.bias)
+
+
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name.startswith("ao")])
+def test_another_module_reads_the_rotated_dequantized_weight(scheme: str) -> None:
+    """Inputs are not quantized then, whatever the scheme."""
+    model = hra_fx.transform(Reader(quantised(scheme)[0]), config("layer"))
+    turn(model)
+    x, weights = inputs(), torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
+    wanted = x.double() @ rotated(model.layer).mT + model.layer.bias.double()
+    vectors = model.layer.hra_u["default"]
+    assert relative_error(model(x), wanted) < 1e-5
+    (ours,), (oracle,) = (torch.autograd.grad((output * weights).sum(), [vectors]) for output in (model(x), wanted))
+    assert relative_error(ours, oracle) < 1e-5
+    with torch.no_grad():
+        assert relative_error(model(x), wanted) < 1e-5
 
 
 @pytest.mark.parametrize("scheme", DYNAMIC)

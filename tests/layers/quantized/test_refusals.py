@@ -64,26 +64,6 @@ def test_a_forward_of_its_own(layer: nn.Module, words: str) -> None:
     assert f"its weight would have to be rotated, and that is quantised ({words}). Leave it out" in message
 
 
-class Reader(nn.Module):
-    """Reads a weight itself."""
-
-    def __init__(self, lin: nn.Module) -> None:
-        super().__init__()
-        self.lin = lin
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.lin.weight)
-
-
-def test_a_weight_that_another_module_reads() -> None:
-    model = Reader(quantised("ao int8", nn.Sequential(nn.Linear(64, 32)))[0])
-    message = refused(model, config("lin"))
-    assert message == (
-        "lin: its weight is read by another module, and would have to be rotated, but it is quantised (torchao, "
-        "Int8Tensor). Leave it out with exclude_modules."
-    )
-
-
 @pytest.mark.parametrize("scheme", FEW)
 def test_a_trained_copy(scheme: str) -> None:
     with warnings.catch_warnings():
