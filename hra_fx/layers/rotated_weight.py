@@ -139,7 +139,7 @@ def _answer(name: str, func: Callable[..., Any]) -> Callable[..., Any]:
 # These do not reach the dispatcher: without torch functions they would act on the empty tensor that stands for W Q.
 for _name in (
     *("numpy", "tolist", "data_ptr", "untyped_storage", "requires_grad_", "share_memory_", "apply_", "map_"),
-    *("__setitem__", "__reduce_ex__"),
+    *("__setitem__", "__reduce_ex__", "__dlpack__"),
 ):
     setattr(InferenceRotatedWeight, _name, _answer(_name, getattr(Tensor, _name)))
 for _name in ("data", "requires_grad", "grad"):
@@ -164,8 +164,8 @@ def _answer_flag(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str
     if func.__name__ == "__get__":
         return func(weight.base().detach())
     raise AdapterError(
-        "The weight of an adapted layer is computed as W Q at each read, so a parameter cannot be made of it. Copy its "
-        "values first: `layer.weight.detach().clone()`."
+        "The weight of an adapted layer is computed as W Q at each read, so it cannot become a parameter or another "
+        "leaf of autograd. Copy its values first: `layer.weight.detach().clone()`."
     )
 
 
