@@ -1,4 +1,4 @@
-"""A model of one layer that carries a reflection, held against the dense oracle: output and every gradient."""
+"""A model of one adapted layer, compared with the dense oracle: output and every gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models in which a layer stands in several places, and the oracle for them."""
+"""Models that contain a layer in several places, and the oracle for them."""
 
 from __future__ import annotations
 

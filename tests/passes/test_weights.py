@@ -108,6 +108,20 @@ def test_match_marks_reads_readers_and_calls() -> None:
         assert all(META not in node.meta for node in nodes_of(module, target))
 
 
+def test_a_read_of_metadata_alone_is_not_marked() -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.once = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.to(self.once.weight.dtype).view(-1, self.once.weight.size(1)) / self.once.weight.shape[0]
+
+    module, match = fx.symbolic_trace(Asks()), MatchPass(SITES)
+    assert nodes_of(module, "once.weight")
+    assert not match(module).modified and match.calls == {}
+
+
 def test_a_reader_names_only_sites_inside_it() -> None:
     module = traced()
     match = MatchPass({"attn.out_proj": SITES["attn.out_proj"], "attention": Site("attention", "linear")})
@@ -248,6 +262,10 @@ def forget_the_mark(module: fx.GraphModule) -> None:
     del nodes_of(module, "once.hra_u")[0].meta[META]
 
 
+def forget_the_mark_of_the_weight(module: fx.GraphModule) -> None:
+    del nodes_of(module, "once.hra_base")[0].meta[META]
+
+
 def drop_the_reflection(module: fx.GraphModule) -> None:
     (reflection,) = nodes_of(module, "once.hra_u")
     reflection.replace_all_uses_with(reflection.kwargs["weight"])
@@ -265,6 +283,7 @@ RULES: list[tuple[Callable[[fx.GraphModule], None], str]] = [
     (drop_the_reflection, "node 'once_weight': is the weight of a site, and is read by 'linear_1'"),
     (leave_it_unread, "node 'once_hra_u': is a reflection that nothing reads"),
     (forget_the_mark, "node 'once_hra_u': calls a reflection, and carries no mark"),
+    (forget_the_mark_of_the_weight, "node 'once_weight': reads a weight past its reflection, and carries no mark"),
 ]
 
 
