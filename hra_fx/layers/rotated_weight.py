@@ -92,7 +92,7 @@ class RotatedWeight(Tensor):
             return RotatedWeight(args[0]._layer, detached=True)
         if func is Tensor.__repr__:
             return args[0].__repr__()
-        if _writes(func, args, kwargs):
+        if not torch.compiler.is_compiling() and _writes(func, args, kwargs):  # TorchDynamo does not trace the question
             _refuse(func)
         return func(*tree_map(_value, args), **tree_map(_value, kwargs))
 

@@ -151,6 +151,13 @@ def test_one_graph_of_torch_compile() -> None:
     assert_gradients(compiled(X), run_dense(base, model, X), list(vectors_of(model).values()))
 
 
+def test_a_compiled_function_that_gets_a_weight() -> None:
+    base, layer = layer_pair()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, w: F.linear(x, w) * w.shape[0], backend="eager", fullgraph=True)
+    assert_gradients(compiled(X, layer.weight), 4 * X @ dense(base, layer).mT, [layer.hra_u["default"]])
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_torch_export_of_functional_reads(strict: bool) -> None:
     base, model = functional()
