@@ -8,12 +8,18 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T", bound=Tensor)
+from torch.fx import _symbolic_trace
 
 
 def has_saved_tensors_hooks() -> bool:
     """Whether saved-tensor hooks are active: activation checkpointing, offloading of activations."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is not None and top(True) is not None
+
+
+def is_fx_tracing() -> bool:
+    """Whether torch.fx traces symbolically; the function of that name in torch logs a warning."""
+    return bool(getattr(_symbolic_trace, "_is_fx_tracing_flag", False))
 
 
 #: `__torch_function__` of a tensor subclass that overrides none.

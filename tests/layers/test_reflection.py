@@ -29,7 +29,7 @@ def _seeded() -> None:
 
 
 @pytest.mark.parametrize("apply_GS", [False, True])
-@pytest.mark.parametrize("r", range(1, 34))
+@pytest.mark.parametrize("r", [1, 2, 3, 7, 8, 16, 33])
 def test_linear_of_every_rank(r: int, apply_GS: bool) -> None:
     base = nn.Linear(40, 24, dtype=F64)
     check(base, adapted(base, r, apply_GS=apply_GS), normal(1, 6, 40), apply_GS=apply_GS, bound=1e-9)
@@ -130,7 +130,7 @@ def test_conv2d_on_an_empty_batch(name: str) -> None:
 
 
 @pytest.mark.parametrize("apply_GS", [False, True])
-@pytest.mark.parametrize("r", range(1, 34))
+@pytest.mark.parametrize("r", [1, 2, 3, 7, 8, 16, 33])
 def test_conv2d_of_every_rank(r: int, apply_GS: bool) -> None:
     base = nn.Conv2d(4, 5, 3, padding=1, dtype=F64)
     check(base, adapted(base, r, apply_GS=apply_GS), normal(1, 2, 4, 5, 6), apply_GS=apply_GS, bound=1e-9)
