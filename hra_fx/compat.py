@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-T = TypeVar("T", bound=Tensor)
 from torch.fx import _symbolic_trace
+
+T = TypeVar("T", bound=Tensor)
 
 
 def has_saved_tensors_hooks() -> bool:

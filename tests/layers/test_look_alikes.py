@@ -251,7 +251,7 @@ def test_reports_say_what_they_are(axes: int) -> None:
     model = hra_fx.transform(nn.Sequential(AXES[axes](4, 6, 3, groups=2)), config("0"))
     (row,) = hra_fx.report(model).rows
     size = "x".join("3" * axes)
-    assert row.site == f"Conv{axes}d 4->6 {size}, groups 2"
+    assert row.layer_type == f"Conv{axes}d 4->6 {size}, groups 2"
 
 
 def test_transposed_convolutions_are_named_as_what_cannot_be() -> None:

@@ -78,9 +78,9 @@ def test_verifying(scheme: str) -> None:
     with pytest.raises(UnsupportedLayerError) as caught:
         hra_fx.transform(model, config(), example_inputs=inputs(), verify=True)
     assert str(caught.value).startswith(
-        f"0: it is quantised ({SCHEMES[scheme].words}), so that there is no folded model"
+        f"0: it is quantized ({SCHEMES[scheme].words}), and folding would quantize it again"
     )
-    assert "verify the model before quantisation" in str(caught.value)
+    assert "verify the model before quantization" in str(caught.value)
     assert type(model[0]) is type(quantized(scheme)[0])
 
 
