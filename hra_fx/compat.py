@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-
 from torch.fx import _symbolic_trace
 
 T = TypeVar("T", bound=Tensor)

@@ -24,7 +24,7 @@ from hra_fx.layers.quantized.detect import packing_of
 from hra_fx.layers.quantized.straight_through import straight_through
 from hra_fx.layers.rotated_weight import InferenceRotatedWeight, RotatedWeight
 from hra_fx.layers.sharding import is_shard
-from hra_fx.layers.target import REFLECTION, kind_of, weight_name
+from hra_fx.layers.target import BASE_WEIGHT, REFLECTION, kind_of, weight_name
 from hra_fx.layers.variants import ConvReflection, LinearReflection, QuantizedReflection
 
 
@@ -45,20 +45,44 @@ class SiteCarrier(Carrier):
         return plain
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Put a parameter in place of one that is there; `nn.Module` would ask for the old one, and so for `W Q`.
+        """Replace a parameter, the base weight as `hra_base`; `nn.Module` calls this for an attribute that is set.
 
         Raises:
-            AdapterError: the parameter is the rotated weight itself.
+            AdapterError: the parameter is the rotated weight itself, or replaces a weight that is read as `W Q`.
         """
         if isinstance(param, RotatedWeight):
             raise AdapterError(
                 f"{name}: it would be made of a rotated weight, which is computed at each read. Prune or reparametrize "
                 "the model before hra_fx.transform, or call hra_fx.fold(model) first."
             )
+        if name == BASE_WEIGHT:
+            self._parameters[weight_name(kind_of(self))] = param
+            return
+        adapters = self._modules.get(REFLECTION)
+        if (
+            isinstance(adapters, Reflection)
+            and name == adapters.weight_name
+            and adapters.acts
+            and param is not self._parameters.get(name)
+        ):
+            raise AdapterError(
+                f"{type(self).__name__}.{name} is read as W Q, so it is not clear whether W or W Q is assigned. Assign "
+                "the base weight W to `layer.hra_base`, or call hra_fx.fold(model) first."
+            )
         if name in self._parameters and (param is None or isinstance(param, nn.Parameter)):
             self._parameters[name] = param
         else:
             super().register_parameter(name, param)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+        """Load; with `assign=True`, torch assigns the base weight by its name."""
+        name = weight_name(kind_of(self))
+        weight = state_dict.get(prefix + name)
+        if not local_metadata.get("assign_to_params_buffers") or REFLECTION not in self._modules or weight is None:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+            return
+        with self.hra_u.inactive():
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ Keys and shapes are PEFT's (`hra_u.<adapter>`, `(d, r)`), so a `state_dict` read
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,7 +28,7 @@ _SCALED = "_scaled"
 #: Attributes of the containers of vectors and of trained copies, and the names that stand for the base model.
 _RESERVED = (
     *("kind", "columns", "weight_name", "is_called", "width", "specs", "active", "scales", "paused", "unmerged"),
-    *("acts", "base_layer", "original_module"),
+    *("acts", "inactive", "base_layer", "original_module"),
     *("copied", "in_place", "make", "tensors", "put_in_place", "adopt", "remove", "give_gradient", "would_change"),
 )
 
@@ -296,6 +297,15 @@ class Reflection(nn.ParameterDict):
     def acts(self) -> bool:
         """Whether an adapter is active at a strength other than 0."""
         return not all(self._is_idle(name) for name in self.active)
+
+    @contextmanager
+    def inactive(self) -> Iterator[None]:
+        """A block in which no adapter is active, so that the layer is the base layer."""
+        active, self.active = self.active, ()
+        try:
+            yield
+        finally:
+            self.active = active
 
     def rows(self, weight: Tensor) -> Tensor:
         """The weight, or a tensor of its shape, as the matrix `(out, d)` that is multiplied by `Q`."""

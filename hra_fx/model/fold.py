@@ -123,7 +123,9 @@ class FoldJob:
                 packing.put(layer, weight.weight)
         elif path in self.untied or record_of(self.model) is None:  # a part may be tied to something outside of it
             own = torch.empty_like(layer.hra_base).copy_(weight.weight)
-            setattr(layer, layer.hra_u.weight_name, nn.Parameter(own, requires_grad=layer.hra_base.requires_grad))
+            layer.hra_base = nn.Parameter(  # type: ignore[misc]
+                own, requires_grad=layer.hra_base.requires_grad
+            )
         else:
             layer.hra_base.copy_(weight.weight)
         for name in names:

@@ -53,7 +53,7 @@ class EightBit(Packing):
 
     def put(self, layer: Any, weight: nn.Parameter) -> None:
         """With the state forgotten, which would go on with the old weight."""
-        layer.weight = weight
+        layer._parameters["weight"] = weight
         layer.state.reset_grads()
 
 
@@ -119,7 +119,7 @@ class FourBit(Packing):
     def put(self, layer: Any, weight: Any) -> None:
         """With the scales, which the layer keeps a second time."""
         weight.module = layer
-        layer.weight, layer.quant_state = weight, weight.quant_state
+        layer._parameters["weight"], layer.quant_state = weight, weight.quant_state
 
 
 def bitsandbytes_packing(layer: nn.Module) -> Packing | None:

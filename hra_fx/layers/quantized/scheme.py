@@ -62,4 +62,4 @@ class Packing(ABC):
 
     def put(self, layer: Any, weight: nn.Parameter) -> None:
         """Give a layer a weight of `repacked`."""
-        layer.weight = weight
+        layer._parameters["weight"] = weight
