@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from hra_fx.compat import OpOverload, schema_of
 from hra_fx.errors import GraphInvariantError
 
 #: Makes the node of a constant: called with its value, and with the nodes of the vectors that it is made of.
@@ -111,11 +112,11 @@ def _is_function(node: fx.Node) -> bool:
     """Whether it gives the same for the same, and changes nothing."""
     if node.op != "call_function":
         return False
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return node.target is operator.getitem
     # The dropouts are compositions, which torch does not tag.
-    random = torch.Tag.nondeterministic_seeded in node.target.tags or "dropout" in node.target._schema.name
-    return not random and not node.target._schema.is_mutable
+    random = torch.Tag.nondeterministic_seeded in node.target.tags or "dropout" in schema_of(node.target).name
+    return not random and not schema_of(node.target).is_mutable
 
 
 def _wanted(graph: fx.Graph, fixed: Collection[fx.Node], factors: Collection[fx.Node]) -> set[fx.Node]:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hra_fx", "passes")
 LAZY = "hra_fx"
 VOCABULARY = ("errors", "config", "selection", "householder", "geodesic", "site", "reflection")
-PASSES_MAY_READ = {"hra_fx.layers.target", "hra_fx.errors", "passes.side_effects"}
+PASSES_MAY_READ = {"hra_fx.compat", "hra_fx.layers.target", "hra_fx.errors", "passes.side_effects"}
 SHADOWED = ("transform", "fold", "report", "graphs")
 
 

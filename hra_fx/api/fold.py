@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from hra_fx.compat import tensor_version
 from hra_fx.errors import AdapterError, FoldError, HRAWarning
 from hra_fx.export.captured import fold_captured, is_captured
 from hra_fx.export.program import fold_program, is_program
@@ -321,5 +322,5 @@ def _versions(model: nn.Module) -> list[object]:
     state = (tuple(record.configs), record.active, record.merged, record.disabled) if record else None
     sites = sites_of(model).values()
     read = (t for layer in sites for t in (layer.hra_base, *layer.hra_u.parameters(), *layer.hra_u.buffers()))
-    tensors = ((id(t), t.dtype, t.data_ptr(), -1 if t.is_inference() else t._version) for t in read)
+    tensors = ((id(t), t.dtype, t.data_ptr(), tensor_version(t)) for t in read)
     return [state, *(layer.hra_u.active for layer in sites), *tensors]

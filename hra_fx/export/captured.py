@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
-import torch
 from torch import Tensor, fx, nn
 
+from hra_fx.compat import OpOverload
 from hra_fx.config import HRAConfig
 from hra_fx.export.fold import folded_weights
 from hra_fx.export.insert import Tensors, insert, remove, rotations, separate
@@ -33,7 +33,7 @@ def is_captured(value: object) -> bool:
         True
     """
     return isinstance(value, fx.GraphModule) and any(
-        isinstance(user.target, torch._ops.OpOverload) for node in _weights(value) for user in node.users
+        isinstance(user.target, OpOverload) for node in _weights(value) for user in node.users
     )
 
 

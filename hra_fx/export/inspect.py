@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
+from hra_fx.compat import schema_of
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.export.insert import rotations
@@ -182,6 +183,6 @@ def _words(kind: SiteKind, weight: Tensor, reads: list[Read]) -> str:
 def _groups(convolution: fx.Node) -> int:
     """The groups of a convolution, the last argument of each operator that is one."""
     operator: Any = convolution.target
-    place = len(operator._schema.arguments) - 1
+    place = len(schema_of(operator).arguments) - 1
     given = convolution.args[place] if len(convolution.args) > place else convolution.kwargs.get("groups", 1)
     return int(given)  # type: ignore[arg-type]

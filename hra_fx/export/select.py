@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from hra_fx.compat import is_higher_order
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, ConfigError, SelectionError, UnsupportedLayerError
 from hra_fx.export.match import WEIGHTS, GraphSite, find_sites, module_classes
@@ -89,7 +90,7 @@ def _refuse_unreadable(
         if last not in WEIGHTS or tensors[name].dim() < 2 or path in known:
             continue
         readers = [read.reader for node in nodes for read in reads_of(node, tensors[name].dim())]
-        inside = any(isinstance(reader.target, torch._ops.HigherOrderOperator) for reader in readers)
+        inside = any(is_higher_order(reader.target) for reader in readers)
         if (inside or not all_linear) and is_target(config, path, ".*" if all_linear else None):
             found = f"{readers[0].target} (node {readers[0].name!r})" if readers else "nothing"
             raise UnsupportedLayerError(

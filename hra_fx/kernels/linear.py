@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hra_fx.compat import is_view
 from hra_fx.functional import householder
 from hra_fx.kernels.backward import apart, back_of, filters_of, minus, take
 from hra_fx.kernels.dispatch import are_plain, products_dtype
@@ -124,7 +125,7 @@ class _ByOutput(torch.autograd.Function):
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + b`, and no view: what a node gives, others may write into."""
     output = F.linear(x, weight, bias)
-    return output.clone() if output._is_view() else output
+    return output.clone() if is_view(output) else output
 
 
 def _plain_gradients(

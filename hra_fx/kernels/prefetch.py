@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
+from hra_fx.compat import tensor_version
 from hra_fx.functional import householder
 from hra_fx.kernels.cache import same_numbers
 from hra_fx.kernels.dispatch import unobserved
@@ -108,7 +109,7 @@ def ready(make: Make[_Made], *sources: Tensor) -> _Made:
             copies, made = forward.ready.get(key, ((), None))
             if copies and all(map(same_numbers, copies, sources)):
                 return made  # type: ignore[no-any-return]
-        elif (known := forward.chains.get(key)) is not None and known[1] == sources[0]._version:
+        elif (known := forward.chains.get(key)) is not None and known[1] == tensor_version(sources[0]):
             return known[2]  # type: ignore[no-any-return]
     return make([sources])[0]
 
@@ -116,7 +117,7 @@ def ready(make: Make[_Made], *sources: Tensor) -> _Made:
 def announce(make: Make[Any], chain: Tensor, made: object) -> None:
     """Have something ready that was made by the way, of a tensor of this forward; outside of one, nothing."""
     if _NOW.forward is not None:
-        _NOW.forward.chains[make, id(chain)] = (chain, chain._version, made)
+        _NOW.forward.chains[make, id(chain)] = (chain, tensor_version(chain), made)
 
 
 def _likeness(sources: tuple[Tensor, ...]) -> tuple[tuple[torch.Size, torch.dtype], ...]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hra_fx.compat import active_ddp
 from hra_fx.errors import AdapterError
 from hra_fx.model.state import inventory
 
@@ -24,7 +25,7 @@ def check_averaged(root: nn.Module) -> None:
     Raises:
         AdapterError: naming a parameter.
     """
-    wrapper = DistributedDataParallel._active_ddp_module
+    wrapper = active_ddp()
     if wrapper is None or not torch.is_grad_enabled():
         return
     trained = [parameter for parameter in _of_adapters(root) if parameter.requires_grad]

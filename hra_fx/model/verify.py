@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from hra_fx.api.fold import fold
+from hra_fx.compat import pytree
 from hra_fx.errors import HRAError, HRAWarning, UnsupportedLayerError, VerificationError
 from hra_fx.functional import householder
 from hra_fx.layers.adapted_layer import SiteCarrier

@@ -123,7 +123,7 @@ def _why_not_state(layer: nn.Module) -> str | None:
     if type(layer).__call__ is not nn.Module.__call__:
         return f"its class has a __call__ of its own, which no rewrite can see through. {_EXCLUDE}"
     name = weight_name(kind_of(layer))
-    if isinstance(layer, nn.MultiheadAttention) and not layer._qkv_same_embed_dim:
+    if isinstance(layer, nn.MultiheadAttention) and {layer.kdim, layer.vdim} != {layer.embed_dim}:
         return (
             "its inputs differ in width (kdim, vdim), so that there is no one matrix of q, k and v to reflect. "
             f"{_EXCLUDE}, and name its out_proj"
