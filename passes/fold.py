@@ -24,7 +24,7 @@ class FoldPass(PassBase):
                 node.target = f"{str(node.target).rpartition('.')[0]}.{weight_name(note.kind)}"
             elif note.role == "reflection":
                 if node.users:  # of a weight
-                    node.replace_all_uses_with(node.args[0])
+                    node.replace_all_uses_with(node.kwargs["weight"])
                 graph.erase_node(node)
         if noted:
             graph_module.recompile()

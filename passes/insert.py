@@ -1,15 +1,17 @@
 r"""insert: the reflection before each marked call, and after each marked read of a weight.
 
     y = layer(x)                    becomes        h = layer.hra_u(x);  y = layer(x, h)
-    y = f(x, layer.weight)          becomes        w = layer.hra_u(layer.hra_base);  y = f(x, w)
+    y = f(x, layer.weight)          becomes        w = layer.hra_u(weight=layer.hra_base);  y = f(x, w)
 
 For a Linear, `h = x Q^T` and the layer computes `h W^T = x (W Q)^T`. For a convolution, `h` holds the coordinates of
-the patches and the layer subtracts their image (`hra_fx.layers.variants.ConvReflection`). The layer still gets `x` as its first
-argument, so that hooks on it see what they saw before. Of a weight, `hra_base` is the one without reflections, and `w`
-is `W Q`. A reader, which is a module that is called as a whole, sees `W Q` by itself: nothing is inserted.
+the patches and the layer subtracts their image (`hra_fx.layers.variants.ConvReflection`). The layer still gets `x`
+as its first argument, so that hooks on it see what they saw before. Of a weight, `hra_base` is the base weight, and `w`
+is `W Q`. A reader, which is a module that is called as a whole, gets `W Q` by itself: nothing is inserted.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
@@ -53,7 +55,7 @@ def _insert_before(graph: fx.Graph, node: fx.Node) -> None:
             f"node {node.name!r}: the call of {note.path} has no traced input. Exclude this layer, or report the model."
         )
     with graph.inserting_before(node):
-        reflection = _reflection(graph, node, str(node.target), value)
+        reflection = _reflection(graph, node, str(node.target), (value,), {})
     node.args, node.kwargs = (value, reflection), {}
 
 
@@ -62,14 +64,14 @@ def _insert_after(graph: fx.Graph, node: fx.Node) -> None:
     node.target = f"{owner}.{BASE_WEIGHT}"
     readers = list(node.users)
     with graph.inserting_after(node):
-        reflection = _reflection(graph, node, owner, node)
+        reflection = _reflection(graph, node, owner, (), {"weight": node})
     for reader in readers:
         reader.replace_input_with(node, reflection)
 
 
-def _reflection(graph: fx.Graph, node: fx.Node, layer: str, value: fx.Node) -> fx.Node:
+def _reflection(graph: fx.Graph, node: fx.Node, layer: str, args: Any, kwargs: Any) -> fx.Node:
     note: SiteNote = node.meta[META]
-    reflection = graph.create_node("call_module", f"{layer}.{REFLECTION}", (value,), {})
+    reflection = graph.create_node("call_module", f"{layer}.{REFLECTION}", args, kwargs)
     reflection.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
     reflection.meta[META] = SiteNote(note.path, note.kind, "reflection")
     return reflection

@@ -1,4 +1,4 @@
-"""match: which calls, and which reads of a weight, of a graph are those of sites."""
+"""match: mark the calls of adapted layers, and the reads of their weights, in a graph."""
 
 from __future__ import annotations
 
@@ -9,25 +9,31 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from hra_fx.layers.target import META, Site, SiteNote, weight_name
 
+#: Attributes and methods that say nothing about the values of a weight.
+_METADATA = frozenset(
+    ("dtype", "device", "shape", "ndim", "is_cuda", "requires_grad", "layout", "size", "dim", "numel", "element_size")
+)
+
 
 class MatchPass(PassBase):
-    """Marks what a graph does with every site with a `SiteNote`; the graph itself stays as it is.
+    """Marks what a graph does with every adapted layer with a `SiteNote`; the graph itself is not changed.
 
-    A call of a layer whose input is reflected is a `"layer"`. Where the weight is reflected, each read of it is a
-    `"weight"`, and the call of a module that has such reads inside it, or sites of any sort, is a `"reader"`.
+    A call of a layer whose input is reflected is a `"layer"`. A read of an adapted weight is a `"weight"`, unless only
+    its dtype, shape or the like is used. The call of a module that has adapted layers inside, or of an adapted layer
+    with a forward of its own, is a `"reader"`.
 
     Nodes are matched on `node.target`, a path of modules, never on the generated names of nodes.
 
     Attributes:
-        calls: path of a site in the model -> in how many nodes it acts.
+        calls: path of an adapted layer in the model -> the number of nodes in which it acts.
     """
 
     def __init__(self, sites: Mapping[str, Site], prefix: str = "") -> None:
         """Prepare for one graph.
 
         Args:
-            sites: each path of a layer in the model -> the site.
-            prefix: path in the model of the module that the graph is the forward of.
+            sites: each path of a layer in the model -> the adapted layer.
+            prefix: path in the model of the module whose forward the graph is.
         """
         self._prefix = f"{prefix}." if prefix else ""
         below = {path: site for path, site in sites.items() if path.startswith(self._prefix)}
@@ -54,12 +60,12 @@ class MatchPass(PassBase):
         if node.op == "get_attr":
             owner, _, name = target.rpartition(".")
             site = self._sites.get(owner)
-            found = site is not None and site.on_weight and name == weight_name(site.kind)
+            found = site is not None and name == weight_name(site.kind) and not all(map(_is_metadata, node.users))
             return SiteNote(site.path, site.kind, "weight") if site is not None and found else None
         if node.op != "call_module":
             return None
         site = self._sites.get(target)
-        if site is not None and not site.on_weight:
+        if site is not None and site.is_called:
             return SiteNote(site.path, site.kind, "layer")
         if site is None and target not in self._above:
             return None
@@ -68,6 +74,12 @@ class MatchPass(PassBase):
             return None
         first, *others = dict.fromkeys(inside)
         return SiteNote(first.path, first.kind, "reader", tuple(other.path for other in others))
+
+
+def _is_metadata(node: fx.Node) -> bool:
+    return (node.target is getattr and node.args[1] in _METADATA) or (
+        node.op == "call_method" and node.target in _METADATA
+    )
 
 
 def _owners(path: str) -> Iterator[str]:

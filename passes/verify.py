@@ -66,7 +66,7 @@ def _check_reflection(node: fx.Node) -> None:
     layer = str(node.target).removesuffix(f".{REFLECTION}")
     if not node.users:
         raise _broken(node, "is a reflection that nothing reads")
-    if isinstance(node.args[0], fx.Node) and node.args[0].target == f"{layer}.{BASE_WEIGHT}":
+    if isinstance(weight := node.kwargs.get("weight"), fx.Node) and weight.target == f"{layer}.{BASE_WEIGHT}":
         return
     for user in node.users:
         if user.target != layer:

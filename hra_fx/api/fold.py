@@ -19,10 +19,10 @@ from hra_fx.layers.target import SAVED
 from hra_fx.layers.trained_copies import BASE, copies_of
 from hra_fx.model.activate import check_copies, refresh
 from hra_fx.model.defer_interrupt import uninterrupted
-from hra_fx.model.detach import forget, release, without
+from hra_fx.model.detach import forget, release
 from hra_fx.model.merge import first_of
 from hra_fx.model.rotate import WAY_OUT, FoldedLayer, check_classes, check_floating, rotated, ties_of
-from hra_fx.model.state import inventory, record_of, require_sites, root_of, sites_of
+from hra_fx.model.state import inventory, record_of, require_outermost, require_sites, root_of, sites_of
 from hra_fx.model.untie import Parted, Place, Setting, part, settings_that_tie, why_not_off
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ class FoldPlan:
             raise FoldError("the model changed since the fold was planned. Plan again.")
         record = record_of(self._model)
         going = tuple(record.configs) if record and self._alone else self._names
-        findings = without(self._model, record, going) if record else None
+        if record:
+            require_outermost(self._model)
         own, parted = self._make()
         with uninterrupted():
             self._write(own)
@@ -82,7 +83,7 @@ class FoldPlan:
                 release(self._model)
             else:
                 record.merged = ()
-                forget(self._model, record, going, findings)
+                forget(self._model, record, going)
                 if record.configs:
                     refresh(inventory(self._model), record)
             trained = bool(adopted and record and record.untied and not copies_of(self._model))

@@ -249,7 +249,7 @@ class HRAModel(Carrier):
         fold(self, adapter_names)
         if record := record_of(self):
             text = f"adapters {list(record.configs)} were not folded, and are taken off. To keep them call hra_fx.fold."
-            forget(self, record, tuple(record.configs), None)
+            forget(self, record, tuple(record.configs))
             warnings.warn(text, HRAWarning, stacklevel=2)
         return self
 
@@ -263,7 +263,7 @@ class HRAModel(Carrier):
         if record.merged:
             unmerge_adapter(self)
         require_outermost(self)
-        forget(self, record, tuple(record.configs), None)
+        forget(self, record, tuple(record.configs))
         return self
 
     def save_pretrained(
@@ -349,7 +349,7 @@ def _adapted(
     except BaseException:
         record = record_of(model)
         if plain and record:
-            forget(model, record, tuple(record.configs), None)
+            forget(model, record, tuple(record.configs))
         raise
     return _shaped(model)
 

@@ -1,4 +1,4 @@
-"""`transform`: select, capture, match, insert, verify; then the model carries its rewritten graphs."""
+"""`transform`: adapt an eager model, a `GraphModule` or an exported program."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ from hra_fx.layers.class_swap import swap, unswap
 from hra_fx.model.activate import activate
 from hra_fx.model.detach import release
 from hra_fx.model.example_inputs import Call, as_call
-from hra_fx.model.inject import Fill, all_or_nothing, drawn, introduce, settle
+from hra_fx.model.inject import Fill, all_or_nothing, drawn, introduce
 from hra_fx.model.root import RootCarrier
 from hra_fx.model.state import Record, drop_record, inventory, keep_record, record_of, sites_of
 from hra_fx.model.trainable import freeze, make_copies
 from hra_fx.model.verify import check_against_folded
+from hra_fx.selection.check import check
 from hra_fx.selection.select import select, with_head
+from hra_fx.tracing.trace_model import trace_model
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -39,10 +41,14 @@ def transform(
     adapter_name: str = "default",
     *,
     low_cpu_mem_usage: bool = False,
+    trace: bool = False,
     example_inputs: Any = None,
     verify: bool = False,
 ) -> M:
-    """Insert reflections into a model, in place: each selected weight acts as `W Q` from now on.
+    """Adapt a model in place: each selected weight acts as `W Q` from now on.
+
+    Eager mode swaps the classes of layers; nothing is traced. Graph mode (`trace=True`, or a `GraphModule` or an
+    exported program as `model`) rewrites a graph. Both use the same mathematics and passes.
 
     The model stays the object, and the class, that it was; its `state_dict` keeps every key and gains
     `<layer>.hra_u.<adapter>` of shape `(d, r)`, with `d = in_features` or `in_channels // groups * kh * kw` (and
@@ -58,21 +64,24 @@ def transform(
         adapter_name: name of the adapter, a part of its parameters' names.
         low_cpu_mem_usage: make the vectors on the meta device, for `load_adapter`, or for
             `load_state_dict(..., assign=True)`, to fill.
-        example_inputs: one tensor, a tuple of positional or a dictionary of keyword arguments. A copy of the model is
-            called with them, which shows how inner modules are called (so that optional arguments keep them no longer
-            from being regions), and what reads weights by ways that sources do not tell.
+        trace: trace the model, and return a `torch.fx.GraphModule` in which each reflection is a node of its own. It
+            shares the modules and parameters of `model`, and replaces it. torch.fx traces without running the model;
+            the graph is valid in train and eval mode. Where torch.fx refuses, give `example_inputs`.
+        example_inputs: one tensor, a tuple of positional or a dictionary of keyword arguments: the call for `verify`,
+            and the call that TorchDynamo captures for `trace` where torch.fx cannot trace the model. That graph is for
+            inputs of these shapes and the mode that the model is in, and each rotated weight is a node.
         verify: compare random reflections with folded weights on copies of the model, for `example_inputs`, in train
-            and eval mode, with gradients and buffers, before the model is handed back.
+            and eval mode, with gradients, before the model is returned.
 
     Returns:
-        `model`. The same call on a model that has the adapter already changes nothing.
+        `model`, or the `GraphModule` of `trace`. The same call on a model that has the adapter already changes nothing.
 
     Raises:
         ConfigError: `config` is not an `HRAConfig`.
         SelectionError: the configuration does not fit the model.
         UnsupportedLayerError: a selected layer cannot be adapted rightly.
         AdapterError: the model has another adapter (see `add_adapter`), or this one with another configuration; or
-            `verify` without `example_inputs`.
+            `verify` without `example_inputs`; or the model cannot be traced.
         VerificationError: the rewritten model would not compute what the folded one does.
         After any error the model is as it was.
 
@@ -83,7 +92,7 @@ def transform(
         ['0.hra_u.default', '2.hra_u.default']
     """
     if is_program(model) or is_captured(model):
-        if low_cpu_mem_usage or verify or example_inputs is not None:
+        if low_cpu_mem_usage or verify or (example_inputs is not None and not trace):
             raise AdapterError(
                 "low_cpu_mem_usage, example_inputs, verify: a captured program has no use for them. Leave them out, or "
                 "transform the model before its capture."
@@ -96,9 +105,20 @@ def transform(
     call = None if example_inputs is None else as_call(example_inputs)
     if verify and call is None:
         raise AdapterError("verify=True: there is nothing to run. Give example_inputs, the arguments of one call.")
+    if trace and not isinstance(module, fx.GraphModule):
+        traced: Any = _traced(module, config, example_inputs)
+        made: M = transform(
+            traced,
+            config,
+            adapter_name,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            example_inputs=None if is_captured(traced) else example_inputs,
+            verify=verify,
+        )
+        return made
     if not _is_done(module, config, adapter_name):
         fill = drawn(adapter_name, config, on_meta=low_cpu_mem_usage)
-        set_up(module, config, adapter_name, fill, call=call, verify=verify)
+        set_up(module, config, adapter_name, fill, call=call if verify else None)
     elif verify and call:
         check_against_folded(module, call)
     return model
@@ -112,17 +132,17 @@ def set_up(
     copies: Mapping[tuple[str, str], Tensor] = MappingProxyType({}),
     *,
     call: Call | None = None,
-    verify: bool = False,
 ) -> None:
-    """Make a plain model an adapted one, with one active adapter whose vectors `fill` gives, and these copies."""
+    """Make a plain model an adapted one, with one active adapter whose vectors `fill` gives, and these copies.
+
+    With `call`, the arguments of one call, the result is verified.
+    """
     with all_or_nothing() as steps:
-        layers, findings = introduce(model, adapter_name, config, fill, steps, call)
+        layers = introduce(model, adapter_name, config, fill, steps)
         changed = freeze(model)
         steps.callback(changed.restore, model)
-        record = Record({adapter_name: config}, requires_grad=changed.flags, alone=findings.alone if findings else {})
+        record = Record({adapter_name: config}, requires_grad=changed.flags)
         make_copies(model, adapter_name, config, layers, record, steps, copies)
-        if config.modules_to_save or config.bias != "none":
-            settle(model)
         steps.callback(drop_record, model)
         keep_record(model, record)
         if not isinstance(model, fx.GraphModule):
@@ -130,7 +150,7 @@ def set_up(
             swap(model, carrier)
             steps.callback(unswap, model, carrier)
         activate(inventory(model), record, (adapter_name,), trainable=not config.inference_mode)
-        if verify and call:
+        if call:
             check_against_folded(model, call)
 
 
@@ -158,6 +178,17 @@ def _valid(config: HRAConfig) -> HRAConfig:
             "target_modules=...), or from the JSON of PEFT's with hra_fx.HRAConfig.from_pretrained(folder)."
         )
     return copy.deepcopy(dataclasses.replace(config))
+
+
+def _traced(model: nn.Module, config: HRAConfig, example_inputs: Any) -> fx.GraphModule:
+    if record_of(model) or sites_of(model):
+        raise AdapterError(
+            f"trace=True: {type(model).__name__} has adapters already. Trace it when the first one is added, or call "
+            "hra_fx.graphs(model) for a graph to look at."
+        )
+    layers = select(model, config)
+    check(model, layers, config)
+    return trace_model(model, list(layers.values()), example_inputs)
 
 
 def _is_done(model: nn.Module, config: HRAConfig, adapter_name: str) -> bool:

@@ -13,16 +13,14 @@ from typing import Any
 
 from torch import nn
 
-from hra_fx.errors import AdapterError, UnsupportedLayerError
+from hra_fx.errors import AdapterError
 from hra_fx.layers.adapted_layer import SiteCarrier, carrier_for
 from hra_fx.layers.adapters import Reflection
 from hra_fx.layers.class_swap import original_class, swap, unswap
 from hra_fx.layers.target import REFLECTION
 from hra_fx.layers.trained_copies import copies_of
 from hra_fx.model.defer_interrupt import uninterrupted
-from hra_fx.model.inject import all_or_nothing, capture, install
-from hra_fx.model.state import Record, regions_of, require_outermost, sites_of
-from hra_fx.tracing.search import Findings
+from hra_fx.model.state import Record, require_outermost, sites_of
 
 
 @contextmanager
@@ -49,8 +47,6 @@ def resizable(model: nn.Module, record: Record) -> Iterator[None]:
                 f"{misfits[0]}: a layer over another number of inputs came into its place, and its reflections are "
                 "lost. Load the model anew, and resize it before hra_fx.transform."
             )
-        if any(set(_ends(model)) & set(region.modules()) for region in regions_of(model).values()):
-            _capture_again(model, record)
 
 
 def _undress(layer: SiteCarrier) -> tuple[Reflection, list[str]]:
@@ -73,17 +69,6 @@ def _dress(old: nn.Module, new: nn.Module, reflection: Reflection, order: list[s
         new._modules[name] = new._modules.pop(name)
     swap(new, carrier_for(new))
     return True
-
-
-def _capture_again(model: nn.Module, record: Record) -> None:
-    sites = sites_of(model)
-    try:
-        findings = capture(model, sites)
-    except UnsupportedLayerError as error:  # something else was changed since: Python forwards are always right
-        findings = Findings(alone=dict.fromkeys(sites, str(error)))
-    with all_or_nothing() as undo:
-        install(model, findings, undo)
-    record.alone = findings.alone
 
 
 def _check(model: nn.Module) -> None:

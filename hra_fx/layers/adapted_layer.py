@@ -1,41 +1,83 @@
-"""The carriers of sites: a layer that applies its own reflections, by whatever path it is called.
+"""The classes of adapted layers. A layer applies its own adapters, whoever calls it.
 
-A region's graph that already read the reflection hands it over as the second argument. Any other caller (a method such
+A graph that has already computed the reflection hands it over as the second argument. Any other caller (a method such
 as timm's `forward_features`, `nn.Sequential(*model.children())`, a hook, a second parent) gives the input alone and
-gets the same result, so the layer itself is the one place where an adapter cannot be missed. A layer whose weight is
-read by others answers them with the rotated one, whoever they are.
+gets the same result. Whoever reads `layer.weight` gets `W Q` (`hra_fx.layers.rotated_weight`); the base weight is
+`layer.hra_base`.
 """
 
 from __future__ import annotations
 
 import functools
-import sys
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx.graph_module import _copy_attr as _COPY
+from torch.fx._symbolic_trace import is_fx_tracing
 
 from hra_fx.layers.adapters import Reflection
 from hra_fx.layers.class_swap import Carrier
 from hra_fx.layers.quantized.detect import packing_of
 from hra_fx.layers.quantized.straight_through import straight_through
+from hra_fx.layers.rotated_weight import RotatedWeight
+from hra_fx.layers.sharding import is_shard
 from hra_fx.layers.target import REFLECTION, kind_of, weight_name
-from hra_fx.layers.variants import ConvReflection, LinearReflection, QuantizedReflection, WeightReflection
+from hra_fx.layers.variants import ConvReflection, LinearReflection, QuantizedReflection
 
 
 class SiteCarrier(Carrier):
-    """A layer that carries reflections; a new object of its class, which has none, is a plain layer."""
+    """An adapted layer; a new object of its class, which has no adapters, is a plain layer.
+
+    By itself it is for layers with a forward of their own, which reads the rotated weight as any other reader does.
+    """
 
     hra_u: Reflection
 
     @property
     def hra_base(self) -> nn.Parameter:
-        """The weight as it is, without reflections that are not merged."""
+        """The base weight `W`, without adapters that are not merged."""
         if REFLECTION in self._modules:
             return self.hra_u.weight_of(self)
         plain: nn.Parameter = self._parameters[weight_name(kind_of(self))]  # type: ignore[assignment]
         return plain
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Put a parameter in place of one that is there; `nn.Module` would ask for the old one, and so for `W Q`."""
+        if name in self._parameters and (param is None or isinstance(param, nn.Parameter)):
+            self._parameters[name] = param
+        else:
+            super().register_parameter(name, param)
+
+    @classmethod
+    def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
+        """A property in place of the weight; the parameter itself stays in `_parameters`."""
+        name = "in_proj_weight" if issubclass(base, nn.MultiheadAttention) else "weight"
+
+        def weight(self: SiteCarrier) -> Any:
+            if REFLECTION not in self._modules:  # a new object of this class
+                return nn.Module.__getattr__(self, name)
+            try:
+                return _rotated(self)
+            except AttributeError as error:  # which would send Python to nn.Module.__getattr__, and the base weight
+                raise RuntimeError(f"{type(self).__name__}: its weight cannot be rotated ({error})") from error
+
+        def hold(self: SiteCarrier, value: Any) -> None:
+            """As a plain attribute: DataParallel gives its replicas their tensors so."""
+            vars(self)[name] = value
+
+        return {name: property(weight, hold)}
+
+
+def _rotated(layer: SiteCarrier) -> Any:
+    """What a reader of the weight gets."""
+    base, adapters = layer.hra_base, layer.hra_u
+    if torch.compiler.is_compiling() or is_fx_tracing():  # a tracer needs the operations themselves
+        return adapters(weight=base)
+    # Parameters in shards are only read by the tool that shards them; while a module runs, they are whole.
+    if not adapters.acts or is_shard(base):
+        return base
+    return RotatedWeight(layer)
 
 
 class LinearCarrier(SiteCarrier):
@@ -47,43 +89,59 @@ class LinearCarrier(SiteCarrier):
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """`base.forward` at `x Q^T`, where `reflected` is not given; calling no reflections, where that can be."""
-        standard = base.forward is nn.Linear.forward
+        """The forward of `base` at `x Q^T`, where `reflected` is not given."""
+        apply = _addmm if base.forward is not nn.Linear.forward else F.linear
 
         @functools.wraps(base.forward)
         def forward(self: LinearCarrier, input: Tensor, reflected: Tensor | None = None) -> Any:
+            box: Any = self._modules.get(REFLECTION)
+            if box is None:  # a new object of this class
+                return base.forward(self, input)
+            weight = box.weight_of(self)
             if reflected is None:
-                box: Any = self._modules.get(REFLECTION)
-                if standard and box is not None:
-                    output = box.through(input, self)
+                if apply is F.linear:
+                    output = box.through(input, weight, self)
                     if output is not None:
                         return output
-                reflected = input if box is None else box(input)
-            return base.forward(self, reflected)
+                reflected = box(input)
+            return apply(reflected, weight, self.bias)
 
-        return {"forward": forward}
+        return {**super().wrap(base), "forward": forward}
+
+
+def _addmm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The forward of transformers' `Conv1D`, whose weight is `(in, out)`."""
+    return torch.addmm(bias, x.view(-1, x.size(-1)), weight).view(*x.shape[:-1], weight.shape[1])
 
 
 class QuantizedCarrier(LinearCarrier):
-    """A quantised Linear over its reflected input: a gradient reaches that whatever the library does with it."""
+    """A quantized Linear over its reflected input: a gradient reaches that whatever the library does with it."""
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
         """As `LinearCarrier`, straight through the layer where its library passes no gradient."""
 
+        is_torchao = base.forward is nn.Linear.forward
+
+        def run(self: Any, x: Tensor) -> Any:
+            return F.linear(x, self.hra_base, self.bias) if is_torchao else base.forward(self, x)
+
         @functools.wraps(base.forward)
         def forward(self: QuantizedCarrier, input: Tensor, reflected: Tensor | None = None) -> Any:
+            if REFLECTION not in self._modules:  # a new object of this class
+                return base.forward(self, input)
             if reflected is None:
-                reflected = self.hra_u(input) if REFLECTION in self._modules else input
+                reflected = self.hra_u(input)
             packing = packing_of(self)
             if packing is None:  # another tool has put another weight into it
-                return base.forward(self, reflected)
+                return run(self, reflected)
             made = packing.straight_through and torch.is_grad_enabled() and reflected.requires_grad
             with packing.called(self):
-                output = base.forward(self, reflected.detach() if made else reflected)
+                output = run(self, reflected.detach() if made else reflected)
             return straight_through(output, reflected, self, packing) if made else output
 
-        return {"forward": forward}
+        # The forward of bitsandbytes reads its packed weight itself; nobody else can compute with that.
+        return {**super().wrap(base), "forward": forward} if is_torchao else {"forward": forward}
 
 
 class ConvCarrier(SiteCarrier):
@@ -91,76 +149,34 @@ class ConvCarrier(SiteCarrier):
 
     hra_u: ConvReflection
     weight: Tensor
+    bias: Tensor | None
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """`base.forward` less `project(read)`, where `read` is not given: that of the input."""
+        """The forward of `base` less `project(read)`, where `read` is not given: that of the input."""
 
         @functools.wraps(base.forward)
-        def forward(self: ConvCarrier, input: Tensor, read: tuple[Tensor, Tensor] | None = None) -> Any:
-            output = base.forward(self, input)
-            if read is None and REFLECTION in self._modules:
-                corrected = self.hra_u.corrected(output, input, self.weight)
+        def forward(self: Any, input: Tensor, read: tuple[Tensor, Tensor] | None = None) -> Any:
+            box: Any = self._modules.get(REFLECTION)
+            if box is None:  # a new object of this class
+                return base.forward(self, input)
+            weight = box.weight_of(self)
+            output = self._conv_forward(input, weight, self.bias)
+            if read is None:
+                corrected = box.corrected(output, input, weight)
                 if corrected is not None:
                     return corrected
-                read = self.hra_u(input)
-            return output if read is None else output - self.hra_u.project(read, self.weight)
+                read = box(input)
+            return output if read is None else output - box.project(read, weight)
 
-        return {"forward": forward}
-
-
-class WeightCarrier(SiteCarrier):
-    """A layer whose weight is `W Q` for everyone who reads it: its own forward, or that of another module."""
-
-    hra_u: WeightReflection
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Another parameter in the place of one that is there; torch would ask for the old one, and so for `W Q`."""
-        if name in self._parameters and (param is None or isinstance(param, nn.Parameter)):
-            self._parameters[name] = param
-        else:
-            super().register_parameter(name, param)
-
-    @classmethod
-    def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """A property in the place of the weight; the parameter itself stays where it is."""
-
-        name = "in_proj_weight" if issubclass(base, nn.MultiheadAttention) else "weight"
-
-        def weight(self: WeightCarrier) -> Any:
-            if REFLECTION not in self._modules:  # a new object of this class
-                return nn.Module.__getattr__(self, name)
-            if _is_asked_for_the_parameter():
-                return self.hra_base
-            try:
-                return self.hra_u(self.hra_base)
-            except AttributeError as error:  # which would send Python to nn.Module.__getattr__, and the plain weight
-                raise RuntimeError(f"{type(self).__name__}: its weight cannot be reflected ({error})") from error
-
-        def hold(self: WeightCarrier, value: Any) -> None:
-            """As a plain attribute: so DataParallel gives its replicas their tensors."""
-            vars(self)[name] = value
-
-        return {name: property(weight, hold)}
-
-
-def _is_asked_for_the_parameter() -> bool:
-    """Whether who asks wants the parameter itself, and computes nothing with it.
-
-    So does fx, which copies it into a GraphModule whose graph rotates it by nodes of its own, and torch.distributed,
-    which looks for the shards that it put there (FSDP2) or for what to save.
-    """
-    if torch.compiler.is_compiling():  # first, for a compiler cannot look at frames
-        return False
-    asking = sys._getframe(2)
-    return asking.f_code is _COPY.__code__ or asking.f_globals.get("__name__", "").startswith("torch.distributed.")
+        return {**super().wrap(base), "forward": forward}
 
 
 def carrier_for(layer: nn.Module) -> type[SiteCarrier]:
-    """The carrier for a layer that has its reflections already, by their form."""
-    reflection = layer._modules[REFLECTION]
-    if isinstance(reflection, WeightReflection):
-        return WeightCarrier
-    if isinstance(reflection, QuantizedReflection):
+    """The class to mix into a layer that has its container of adapters already."""
+    adapters = layer._modules[REFLECTION]
+    if isinstance(adapters, QuantizedReflection):
         return QuantizedCarrier
-    return ConvCarrier if isinstance(reflection, ConvReflection) else LinearCarrier
+    if isinstance(adapters, ConvReflection):
+        return ConvCarrier
+    return LinearCarrier if isinstance(adapters, LinearReflection) else SiteCarrier

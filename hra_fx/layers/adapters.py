@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from hra_fx.errors import AdapterError
 from hra_fx.functional import geodesic, householder
 from hra_fx.kernels.gram_schmidt import orthonormal_chain
+from hra_fx.layers.rotated_weight import RotatedWeight
 from hra_fx.layers.sharding import laid_out_as, whole
 from hra_fx.layers.target import REFLECTION, SiteKind, as_rows, weight_name
 
@@ -25,7 +26,7 @@ ANCHOR = "_anchor"
 _SCALED = "_scaled"
 #: What the containers of vectors and copies are made of, and the names that stand for the base model.
 _RESERVED = (
-    *("kind", "columns", "weight_name", "on_weight", "width", "specs", "active", "scales", "paused", "unmerged"),
+    *("kind", "columns", "weight_name", "is_called", "width", "specs", "active", "scales", "paused", "unmerged"),
     *("acts", "base_layer", "original_module"),
     *("copied", "in_place", "make", "tensors", "put_in_place", "adopt", "remove", "give_gradient", "would_change"),
 )
@@ -78,7 +79,7 @@ class Reflection(nn.ParameterDict):
         kind: the kind of site.
         columns: whether the weight is `(in, out)`.
         weight_name: what the weight is called in the layer.
-        on_weight: whether it is called with the weight, and not with what the layer reads.
+        is_called: whether a call of the layer is adapted by a reflection of its input; if not, only its weight is.
         width: `d`.
         specs: adapter name -> `AdapterSpec`.
         active: names of the adapters in use, in the order of the product `W Q_a Q_b ...`.
@@ -87,7 +88,7 @@ class Reflection(nn.ParameterDict):
         unmerged: the weight as it was before a merge; `None` while nothing is merged.
     """
 
-    on_weight: ClassVar[bool] = False
+    is_called: ClassVar[bool] = False
     unmerged: Tensor | None
 
     def __init__(self, width: int, kind: SiteKind = "linear", *, columns: bool = False) -> None:
@@ -106,6 +107,22 @@ class Reflection(nn.ParameterDict):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call it as a module: `nn.ParameterDict` refuses to be called."""
         return nn.Module.__call__(self, *args, **kwargs)
+
+    def forward(self, x: Tensor | None = None, *, weight: Tensor | None = None) -> Any:
+        """What the layer computes of its input `x`; or `W Q`, for the weight `W` of the layer.
+
+        Args:
+            x: the input of the layer.
+            weight: the base weight.
+        """
+        if weight is None:
+            return self.reflect(x)
+        vectors = self.vectors_for(weight)
+        return weight if vectors is None else rotated_weight(weight, vectors, self.columns)
+
+    def reflect(self, x: Any) -> Any:
+        """What the layer computes of its input; only for layers that are called (`is_called`)."""
+        raise NotImplementedError
 
     def add(self, name: str, spec: AdapterSpec, like: Tensor, *, on_meta: bool = False) -> None:
         """Add an adapter with fresh vectors; it is not active yet.
@@ -312,6 +329,35 @@ class Reflection(nn.ParameterDict):
             f"{name}: d={self.width}, r={spec.r}" + (", GS" if spec.apply_GS else "")
             for name, spec in self.specs.items()
         )
+
+
+def rotated_weight(weight: Tensor, vectors: Tensor, columns: bool) -> Tensor:
+    """A weight as its readers see it, `W -> W Q`.
+
+    Args:
+        weight: `(out, ...)`, or `(in, out)`.
+        vectors: `U: (d, k)`, of any length each.
+        columns: whether the weight is `(in, out)`.
+
+    Returns:
+        A tensor of the shape, dtype and layout of `weight`.
+
+    Example:
+        >>> import torch
+        >>> rotated_weight(torch.tensor([[2.0, 5.0]]), torch.tensor([[3.0], [0.0]]), columns=False)
+        tensor([[-2.,  5.]])
+    """
+    if isinstance(weight, RotatedWeight):  # which fx has copied into a GraphModule, in place of the parameter
+        weight = weight.base()
+    chain = householder.normalize(vectors)
+    factor = householder.compact_wy(chain)
+    rows = as_rows(weight, columns=columns).to(factor.dtype)
+    rotated = householder.rotate(rows, chain.to(factor.dtype), factor).to(weight.dtype)
+    return rotated.mT.contiguous() if columns else rotated.view_as(weight)
+
+
+# One node for an fx tracer that traces into a layer.
+fx.wrap("rotated_weight")
 
 
 def plain_chain(vectors: Tensor, anchor: Tensor | None, *, apply_GS: bool) -> Tensor:

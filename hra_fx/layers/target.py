@@ -29,12 +29,13 @@ class Site:
     Attributes:
         path: the layer's qualified name in the whole model, the first where it has several.
         kind: what sort of layer it is.
-        on_weight: whether its weight is reflected where it is read, and not its input.
+        is_called: whether a call of it is adapted by a reflection of its input. Of any other layer (an attention, or
+            a class with a forward of its own) only the weight is.
     """
 
     path: str
     kind: SiteKind
-    on_weight: bool = False
+    is_called: bool = True
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class SiteNote:
         path: the layer's qualified name in the whole model.
         kind: what sort of layer it is.
         role: `"layer"` for the call of the layer; `"reflection"` for the call of its `hra_u` container; `"weight"` for
-            a read of its weight; `"reader"` for the call of a module that reads the rotated weight by itself.
-        also: the other sites of which this node is the reader.
+            a read of its weight; `"reader"` for the call of a module with adapted layers inside.
+        also: the other adapted layers inside the module.
     """
 
     path: str

@@ -1,7 +1,7 @@
-r"""The three forms in which a site applies its reflections: on the rows that it reads, on patches, and on the weight.
+r"""How a layer applies its reflections when it is called: on the rows that it reads, or on the patches.
 
-All compute with `W Q`, for `W` seen as `(out, d)`. The first two leave the weight alone, and cost two skinny products;
-the third makes `W Q` itself, at two to six times the cost in training, and is for weights that somebody else reads.
+Both compute with `W Q`, for `W` seen as `(out, d)`, at the cost of two skinny matmuls; `W Q` itself is never built. A
+layer with a forward of its own computes with `layer.weight`, which is `W Q` (`hra_fx.layers.rotated_weight`).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from hra_fx.kernels.rows import reflected
 from hra_fx.layers.adapters import Reflection
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.quantized.detect import packing_of
-from hra_fx.layers.target import as_rows, has_columns, kind_of, width_of
+from hra_fx.layers.target import has_columns, kind_of, width_of
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 # Seen as one node each by an fx tracer that goes into a reflection.
-for _name in ("reflected_rows", "patch_coordinates", "patch_image", "reflected_weight"):
+for _name in ("reflected_rows", "patch_coordinates", "patch_image"):
     fx.wrap(_name)
 
 
@@ -119,59 +119,42 @@ def patch_image(coordinates: Tensor, chain: Tensor, weight: Tensor, groups: int)
     return _CONVOLVE[weight.dim() - 2](coordinates, filters, groups=groups)
 
 
-def reflected_weight(weight: Tensor, vectors: Tensor, columns: bool) -> Tensor:
-    """A weight for whoever reads it, `W -> W Q`.
-
-    Args:
-        weight: `(out, ...)`, or `(in, out)`.
-        vectors: `U: (d, k)`, of any length each.
-        columns: whether the weight is `(in, out)`.
-
-    Returns:
-        Of the shape, dtype and layout of `weight`.
-
-    Example:
-        >>> import torch
-        >>> reflected_weight(torch.tensor([[2.0, 5.0]]), torch.tensor([[3.0], [0.0]]), columns=False)
-        tensor([[-2.,  5.]])
-    """
-    chain = householder.normalize(vectors)
-    factor = householder.compact_wy(chain)
-    rows = as_rows(weight, columns=columns).to(factor.dtype)
-    rotated = householder.rotate(rows, chain.to(factor.dtype), factor).to(weight.dtype)
-    return rotated.mT.contiguous() if columns else rotated.view_as(weight)
-
-
 class LinearReflection(Reflection):
     """Reflects the input of a Linear: `x -> x Q^T`."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    is_called = True
+
+    def reflect(self, x: Tensor) -> Tensor:
         """`x: (..., d)` to `(..., d)`, the same dtype."""
         if unobserved() and may_keep(x, *(sources := self.sources())):
             return self._turned(x, sources) if sources else x
         vectors = self.vectors_for(x)
         return x if vectors is None else reflected_rows(x, vectors)
 
-    def through(self, x: Tensor, layer: nn.Linear) -> Tensor | None:
+    def through(self, x: Tensor, weight: Tensor, layer: nn.Linear) -> Tensor | None:
         """The output of the layer over reflected rows, `(..., out)`; `None` where it is to be called by itself.
 
         Nothing can be hooked in between then, so that a hook on this module has it called.
         """
-        if not unobserved() or not are_plain(x) or _asks(self, LinearReflection):
+        if not unobserved() or not are_plain(x) or _asks(self):
             return None
         if may_keep(x, *(sources := self.sources())):
-            return F.linear(self._turned(x, sources), layer.weight, layer.bias) if sources else None
+            return F.linear(self._turned(x, sources), weight, layer.bias) if sources else None
         vectors = self.vectors_for(x)
-        if vectors is None or not fits(x, vectors, layer.weight, layer.bias):
+        if vectors is None or not fits(x, vectors, weight, layer.bias):
             return None
-        return linear(x, vectors, layer.weight, layer.bias)
+        return linear(x, vectors, weight, layer.bias)
 
     def _turned(self, x: Tensor, sources: tuple[Tensor, ...]) -> Tensor:
         return turned(x, *_constant(self, sources, products_dtype(x)))
 
 
 class QuantizedReflection(LinearReflection):
-    """Reflects the input of a Linear whose weight is quantised, and never reads that."""
+    """Reflects the input of a Linear whose weight is quantized; only other readers of the weight need its values."""
+
+    def forward(self, x: Tensor | None = None, *, weight: Tensor | None = None) -> Any:
+        """As `Reflection.forward`, with the weight dequantized."""
+        return super().forward(x, weight=None if weight is None else weight.dequantize())
 
 
 class ConvReflection(Reflection):
@@ -181,6 +164,8 @@ class ConvReflection(Reflection):
     convolution with `k` filters, made here; the layer subtracts its 1x1 image under `W U` (`project`). No patch is ever
     unfolded, and no rotated weight made, so the gradient of a whole weight is never needed either.
     """
+
+    is_called = True
 
     def __init__(self, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
         """An empty container for a convolution, of which only the geometry is kept."""
@@ -192,7 +177,7 @@ class ConvReflection(Reflection):
         # torch's own list for F.pad, from which the other padding modes work ('same' included).
         self.border = list(conv._reversed_padding_repeated_twice)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    def reflect(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """`patch_coordinates` of `x`; `None` where no adapter is active."""
         vectors = self.vectors_for(x)
         if vectors is None:
@@ -206,7 +191,7 @@ class ConvReflection(Reflection):
         `None` where the layer is to ask for `read`. Nothing can be hooked in between then, so that a hook on this
         module has it called.
         """
-        if not unobserved() or not are_plain(x) or _asks(self, ConvReflection):
+        if not unobserved() or not are_plain(x) or _asks(self):
             return None
         if may_keep(x, weight, *(sources := self.sources())) and products_dtype(x) is x.dtype is weight.dtype:
             if not sources:
@@ -236,17 +221,6 @@ class ConvReflection(Reflection):
         return patch_image(coordinates, chain, weight, self.groups)
 
 
-class WeightReflection(Reflection):
-    """Reflects the weight itself, for whoever reads it: `W -> W Q`."""
-
-    on_weight = True
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """The rotated weight, of the shape, dtype and layout that `weight` has."""
-        vectors = self.vectors_for(weight)
-        return weight if vectors is None else reflected_weight(weight, vectors, self.columns)
-
-
 def _constant(box: Reflection, sources: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """What `factors` makes of the vectors of a site, kept for the next call; where nobody wants a gradient."""
 
@@ -259,20 +233,19 @@ def _constant(box: Reflection, sources: tuple[Tensor, ...], dtype: torch.dtype) 
     return kept(box, (box.active, specs, tuple(box.scales.items()), dtype), sources, make)
 
 
-def _asks(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling a module does more than to run the forward of its kind."""
-    if type(module).forward is not kind.forward or "forward" in vars(module):  # as accelerate's offloading has it
+def _asks(module: nn.Module) -> bool:
+    """Whether calling the container does more than to run its forward."""
+    if type(module).forward is not Reflection.forward or "forward" in vars(module):  # as accelerate's offloading has it
         return True
     own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(own) or bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
-def reflection_for(layer: nn.Module, *, on_weight: bool = False) -> Reflection:
+def reflection_for(layer: nn.Module) -> Reflection:
     """An empty container of the form that fits a layer.
 
     Args:
-        layer: a layer that may be a site (`hra_fx.layers.target.find_kind`).
-        on_weight: reflect its weight, and not what it is called with.
+        layer: a layer that can be adapted (`hra_fx.layers.target.find_kind`).
 
     Example:
         >>> from hra_fx.layers.adapters import AdapterSpec
@@ -281,19 +254,21 @@ def reflection_for(layer: nn.Module, *, on_weight: bool = False) -> Reflection:
         >>> box
         LinearReflection(default: d=6, r=2)
     """
-    if on_weight:
-        return WeightReflection(width_of(layer), kind_of(layer), columns=has_columns(layer))
+    if has_own_forward(layer):
+        return Reflection(width_of(layer), kind_of(layer), columns=has_columns(layer))
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return ConvReflection(layer)
     form = LinearReflection if packing_of(layer) is None else QuantizedReflection
     return form(width_of(layer), kind_of(layer), columns=has_columns(layer))
 
 
-def must_be_on_weight(layer: nn.Module) -> bool:
-    """Whether the input of a layer says too little: its class has a forward of its own, or it is an attention.
+def has_own_forward(layer: nn.Module) -> bool:
+    """Whether what a layer computes of its input is known to its class alone: it is then adapted by its weight.
+
+    So is an attention, whose weight holds the projections of q, k and v in one.
 
     Example:
-        >>> must_be_on_weight(nn.Linear(6, 4)), must_be_on_weight(nn.MultiheadAttention(4, 2))
+        >>> has_own_forward(nn.Linear(6, 4)), has_own_forward(nn.MultiheadAttention(4, 2))
         (False, True)
     """
     standard: list[Any] = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d]

@@ -11,7 +11,7 @@ from hra_fx.api.transform import checked
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.model.activate import refresh
-from hra_fx.model.inject import Fill, all_or_nothing, drawn, introduce, settle
+from hra_fx.model.inject import Fill, all_or_nothing, drawn, introduce
 from hra_fx.model.state import Record, inventory, root_of
 from hra_fx.model.trainable import give_gradients, make_copies
 from hra_fx.selection.select import with_head
@@ -59,14 +59,10 @@ def put_beside(
     if record.merged:
         raise AdapterError(f"adapters {list(record.merged)} are merged into the weights. Call unmerge_adapter first.")
     with all_or_nothing() as undo:
-        layers, findings = introduce(root, adapter_name, config, fill, undo)
+        layers = introduce(root, adapter_name, config, fill, undo)
         make_copies(root, adapter_name, config, layers, record, undo, copies)
         record.configs[adapter_name] = config
         undo.callback(record.configs.pop, adapter_name, None)
         parts = inventory(root)
         give_gradients(parts, (adapter_name,), False)
         refresh(parts, record)
-        if findings:
-            settle(root)
-            record.alone = findings.alone
-            record.looked.clear()

@@ -1,4 +1,4 @@
-"""A model as it was before it was transformed, for a while: for what has to see its own classes and names."""
+"""Temporarily restore the classes and children that a model had before it was transformed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
-from hra_fx.carrier.region import REGION, RegionCarrier
 from hra_fx.layers.adapted_layer import SiteCarrier, carrier_for
 from hra_fx.layers.class_swap import unswap
 from hra_fx.layers.target import REFLECTION, SAVED
@@ -16,26 +15,22 @@ from hra_fx.model.state import RECORD
 
 @contextmanager
 def laid_bare(model: nn.Module) -> Iterator[None]:
-    """The model as it was before it was transformed, but for tensors that stand in place of its own."""
-    with ExitStack() as dress:
+    """The model as it was before it was transformed, except for trained copies that are in place."""
+    with ExitStack() as restore:
         for module in list(model.modules()):
-            kind = type(module)
-            for carrier in (SiteCarrier, RegionCarrier):
-                if isinstance(module, carrier):
-                    unswap(module, carrier_for(module) if carrier is SiteCarrier else carrier)
-            if type(module) is not kind:
-                dress.callback(setattr, module, "__class__", kind)
+            if isinstance(module, SiteCarrier) and REFLECTION in module._modules:
+                restore.callback(setattr, module, "__class__", type(module))
+                unswap(module, carrier_for(module))
             if SAVED in module._modules or REFLECTION in module._modules:
-                dress.callback(_refill, module._modules, dict(module._modules))
+                restore.callback(_refill, module._modules, dict(module._modules))
                 for child in (SAVED, REFLECTION):
                     module._modules.pop(child, None)
-            for name in (REGION, RECORD):
-                if name in vars(module):
-                    dress.callback(vars(module).__setitem__, name, vars(module).pop(name))
+            if RECORD in vars(module):
+                restore.callback(vars(module).__setitem__, RECORD, vars(module).pop(RECORD))
         yield
 
 
 def _refill(children: dict[str, nn.Module | None], before: dict[str, nn.Module | None]) -> None:
-    """In the very order that they had, which is that of parameters and optimizer states."""
+    """In the order that they had, which is the order of parameters and of optimizer states."""
     children.clear()
     children.update(before)

@@ -9,8 +9,8 @@ from torch import nn
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.model.activate import activate, refresh
 from hra_fx.model.defer_interrupt import uninterrupted
-from hra_fx.model.detach import forget, without
-from hra_fx.model.state import inventory, names_in, root_of
+from hra_fx.model.detach import forget
+from hra_fx.model.state import inventory, names_in, require_outermost, root_of
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -35,10 +35,10 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     (name,) = names_in(record, adapter_name)
     if record.merged:
         raise AdapterError(f"adapters {list(record.merged)} are merged into the weights. Call unmerge_adapter first.")
-    findings = without(root, record, (name,))
+    require_outermost(root)
     was_active = name in record.active
     with uninterrupted():
-        forget(root, record, (name,), findings)
+        forget(root, record, (name,))
         following = next(iter(record.configs)) if was_active and not record.active and record.configs else None
         if following is not None:
             activate(inventory(root), record, (following,), trainable=not record.configs[following].inference_mode)

@@ -6,38 +6,43 @@ No class is swapped on the module itself, for each has a class of its own, which
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from contextlib import ExitStack
+from typing import Any
 
 from torch import fx, nn
 
-from hra_fx.errors import UnsupportedLayerError
+from hra_fx.layers.adapted_layer import SiteCarrier
 from hra_fx.layers.target import META, REFLECTION, Site, SiteNote
 from hra_fx.model.state import sites_of
-from hra_fx.tracing.weight_reads import functional_reads
 from passes.fold import FoldPass
 from passes.insert import InsertPass
 from passes.match import MatchPass
 from passes.verify import VerifyPass
 
 
-def rewrite(module: fx.GraphModule, sites: Mapping[str, Site], undo: ExitStack) -> None:
-    """Give every call of a site in the graph its reflection, and take away those that have no site any more.
-
-    Raises:
-        UnsupportedLayerError: the graph reads the weight of a site.
-    """
+def rewrite(module: fx.GraphModule, undo: ExitStack | None = None) -> None:
+    """Insert the reflections of all adapted layers into the graph, in place of those that it has."""
     before, graph = module.graph, copy.deepcopy(module.graph)
-    undo.callback(setattr, module, "graph", before)
+    if undo is not None:
+        undo.callback(setattr, module, "graph", before)
     module.graph = graph
     restore(module)
-    for path, reader in functional_reads(graph, {path: module.get_submodule(path) for path in sites}).items():
-        raise UnsupportedLayerError(
-            f"{sites[path].path}: the graph reads its weight for node {reader.name!r}, and a copy of the graph would "
-            "hold the weight without the layer, and so without reflections. Transform the model before it is traced, "
-            "give a torch.export.ExportedProgram of it, or leave the layer out with exclude_modules."
-        )
-    for step in (MatchPass(sites), InsertPass(), VerifyPass()):
+    insert(module, module)
+
+
+def insert(module: fx.GraphModule, model: nn.Module, path: str = "") -> None:
+    """Insert the reflections of the adapted layers of a model into the graph of one of its modules.
+
+    Args:
+        module: the graph.
+        model: the model.
+        path: path in the model of the module whose forward the graph is.
+    """
+    adapted = {layer: Site(name, layer.hra_u.kind, layer.hra_u.is_called) for name, layer in sites_of(model).items()}
+    # By every path, for the graph calls a shared layer by one of its own.
+    names = model.named_modules(remove_duplicate=False)
+    sites = {name: adapted[part] for name, part in names if isinstance(part, SiteCarrier) and part in adapted}
+    for step in (MatchPass(sites, path), InsertPass(), VerifyPass()):
         step(module)
 
 
@@ -59,14 +64,17 @@ def shown_in(module: nn.Module) -> frozenset[str]:
 
 def _mark_again(module: fx.GraphModule) -> None:
     """Put the marks back that a pickle has lost: fx keeps the code of a graph, and not what its nodes carry."""
-    sites = sites_of(module)
+    paths = {layer: path for path, layer in sites_of(module).items()}
     for node in module.graph.find_nodes(op="call_module"):
         layer = str(node.target).removesuffix(f".{REFLECTION}")
-        if layer == node.target or META in node.meta:
+        called: Any = module.get_submodule(layer)
+        if layer == node.target or META in node.meta or called not in paths:
             continue
-        called = module.get_submodule(layer)
-        for path, site in sites.items():
-            if site is called:
-                node.meta[META] = SiteNote(path, site.hra_u.kind, "reflection")
-                for user in node.users:
-                    user.meta[META] = SiteNote(path, site.hra_u.kind, "layer")
+        path, kind = paths[called], called.hra_u.kind
+        node.meta[META] = SiteNote(path, kind, "reflection")
+        weight = node.kwargs.get("weight")
+        if isinstance(weight, fx.Node):
+            weight.meta[META] = SiteNote(path, kind, "weight")
+            continue
+        for user in node.users:
+            user.meta[META] = SiteNote(path, kind, "layer")

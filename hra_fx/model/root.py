@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hra_fx.carrier.looking import can_look, look
 from hra_fx.kernels.prefetch import ahead
 from hra_fx.layers.adapters import ANCHOR
 from hra_fx.layers.class_swap import Carrier
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import BASE, held_by
-from hra_fx.model.ddp_check import check_averaged
 from hra_fx.model.state import record_of, sites_of
 
 
@@ -29,29 +27,17 @@ class RootCarrier(Carrier):
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """`base.forward`, watched the first time in each mode for weights that are read unseen."""
+        """`base.forward`, with what all layers need of their vectors made at its start."""
 
         @functools.wraps(base.forward)
         def forward(self: RootCarrier, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():  # first, for a compiler guards on whatever is asked before
                 return base.forward(self, *args, **kwargs)
-            record, mode = record_of(self), self.training
-            if record is not None:
-                check_averaged(self)
-            idle = record is None or record.disabled or not record.active or getattr(self, "_is_replica", False)
-            if record is None or idle or not can_look():
+            record = record_of(self)
+            if record is None or record.disabled or not record.active or getattr(self, "_is_replica", False):
                 return base.forward(self, *args, **kwargs)
-            if mode in record.looked:
-                with ahead(self):
-                    return base.forward(self, *args, **kwargs)
-            record.looked.add(mode)
-            # What is in a region, its graph shows; where its Python forward runs, that is looked at there.
-            sites = {path: layer for path, layer in sites_of(self).items() if path in record.alone}
-            try:
-                return look(self, sites, base.forward, args, kwargs)
-            except BaseException:  # it was not seen to its end
-                record.looked.discard(mode)
-                raise
+            with ahead(self):
+                return base.forward(self, *args, **kwargs)
 
         return {"forward": forward}
 

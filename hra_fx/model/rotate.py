@@ -20,7 +20,6 @@ from hra_fx.layers.quantized.detect import packing_of
 from hra_fx.layers.quantized.scheme import Packing
 from hra_fx.layers.sharding import first_sharded
 from hra_fx.model.offload import why_absent
-from hra_fx.model.state import regions_of
 from hra_fx.model.tied import tied_to
 
 # A change of a weight that is the rounding of the product: its adapter has not been trained.
@@ -68,7 +67,7 @@ def check_classes(model: nn.Module, sites: Mapping[str, SiteCarrier]) -> None:
             "Save the adapter (hra_fx.save_adapter, in every process), and fold it into a plain model, or into the "
             "checkpoint (hra_fx.fold_checkpoint)."
         )
-    for path, module in [*sites.items(), *regions_of(model).items()]:
+    for path, module in sites.items():
         if not is_outermost(module):
             raise FoldError(
                 f"{path or 'the model'}: another tool put a class of its own over it ({type(module).__name__}). Take "

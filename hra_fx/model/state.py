@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from hra_fx.carrier.region import REGION, RegionCarrier
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.kernels.prefetch import forget
@@ -33,8 +32,6 @@ class Record:
         merged: those of the active ones whose product is in the weights.
         disabled: whether all adapters are switched off for the moment.
         requires_grad: parameter name -> (before, after), where `transform` changed it.
-        alone: path of a site in no region -> why.
-        looked: modes (training or not) of which a forward was watched for reads of weights.
         untied: the model's configurations that said `tie_word_embeddings` before a trained copy untied them.
     """
 
@@ -43,8 +40,6 @@ class Record:
     merged: tuple[str, ...] = ()
     disabled: bool = False
     requires_grad: dict[str, tuple[bool, bool]] = field(default_factory=dict)
-    alone: dict[str, str] = field(default_factory=dict)
-    looked: set[bool] = field(default_factory=set, compare=False, repr=False)
     untied: tuple[Any, ...] = ()
 
 
@@ -188,15 +183,6 @@ def sites_of(model: nn.Module) -> dict[str, SiteCarrier]:
         path: module
         for path, module in model.named_modules()
         if isinstance(module, SiteCarrier) and REFLECTION in module._modules
-    }
-
-
-def regions_of(model: nn.Module) -> dict[str, RegionCarrier]:
-    """Path -> module, for every module in `model` that runs as a region."""
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, RegionCarrier) and REGION in vars(module)
     }
 
 

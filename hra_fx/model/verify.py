@@ -26,7 +26,7 @@ from hra_fx.functional import householder
 from hra_fx.layers.adapted_layer import SiteCarrier
 from hra_fx.layers.quantized.detect import packing_of
 from hra_fx.model.example_inputs import Call, fresh, random_kept, seed_all
-from hra_fx.model.state import record_of, regions_of, sites_of
+from hra_fx.model.state import sites_of
 
 _SEED = 20240517
 _GRADIENT = "gradient of input "
@@ -131,9 +131,8 @@ def _said(error: Exception) -> str:
 
 def _compare(adapted: nn.Module, folded: nn.Module, call: Call, training: bool) -> None:
     """One call of both copies in one mode."""
-    record = record_of(adapted)
-    watched = list(dict.fromkeys([*regions_of(adapted), *(record.alone if record else ()), ""]))
     sites = sites_of(adapted)
+    watched = [*sites, ""]
     # Buffers and gradients change, so each mode starts from copies of its own.
     twins = [copy.deepcopy(module) for module in (adapted, folded)]
     mode = "train" if training else "eval"

@@ -11,7 +11,7 @@ from hra_fx.export.inspect import carried, spare
 from hra_fx.export.program import is_program
 from hra_fx.layers.target import describe
 from hra_fx.model.graph_module import shown_in
-from hra_fx.model.state import record_of, regions_of, require_sites, sites_of
+from hra_fx.model.state import record_of, require_sites
 from hra_fx.reporting.measuring import chain_of, share_of, turn_of, weight_rows
 from hra_fx.reporting.result import Report
 from hra_fx.reporting.row import Place, Row
@@ -51,20 +51,18 @@ def report(model: nn.Module | ExportedProgram) -> Report:
 
 def _rows(model: nn.Module) -> tuple[Row, ...]:
     sites = require_sites(model)
-    places = _places(model)
     shown = shown_in(model)
     record = record_of(model)
-    alone = record.alone if record else {}
     rows: list[Row] = []
     for path, layer in sites.items():
-        place = places.get(layer) or Place("alone", path, 1, alone.get(path, ""))
+        place = Place("alone", path, 1, "")
         if path in shown:
             place = Place("whole", "", len(shown), "")
         weight, reflection = weight_rows(layer), layer.hra_u
         for name in reflection:
             active = name in (record.active if record else reflection.active)
             r = reflection.specs[name].r
-            what = _What(path, describe(layer), reflection.on_weight, name, active, reflection.width, r)
+            what = _What(path, describe(layer), not reflection.is_called, name, active, reflection.width, r)
             rows.append(_row(what, place, chain_of(layer, name), weight))
     return tuple(rows)
 
@@ -94,18 +92,6 @@ def _row(what: _What, place: Place, chain: Tensor | None, weight: Tensor | None)
         orthogonality=turned.orthogonality,
         share=share_of(weight, chain),
     )
-
-
-def _places(model: nn.Module) -> dict[nn.Module, Place]:
-    """The region of every layer that is in one; of a layer in several the first."""
-    places: dict[nn.Module, Place] = {}
-    for path, module in regions_of(model).items():
-        region = module._hra_region
-        if region.sites <= sites_of(module).keys():
-            place = Place("shared" if path else "whole", path, len(region.sites), region.reason)
-            for site in region.sites:
-                places.setdefault(module.get_submodule(site), place)
-    return places
 
 
 def _report_of_captured(captured: Any) -> Report:

@@ -20,7 +20,7 @@ from hra_fx.layers.quantized.detect import packing_of
 from hra_fx.layers.sharding import sharded_by
 from hra_fx.layers.target import REFLECTION, kind_of, weight_name, width_of
 from hra_fx.layers.trained_copies import held_by
-from hra_fx.layers.variants import must_be_on_weight
+from hra_fx.layers.variants import has_own_forward
 from hra_fx.sources import can_be_written, names_below_self, reached_definitions
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -156,7 +156,7 @@ def _why_not_weight(layer: nn.Module) -> str | None:
 
 
 def _why_not_quantized(layer: nn.Module, words: str) -> str | None:
-    if not must_be_on_weight(layer):
+    if not has_own_forward(layer):
         return None
     return (
         "its class has a forward of its own, so that its weight would have to be rotated, and that is quantised "
@@ -176,7 +176,7 @@ def _why_not_forward(layer: nn.Module) -> str | None:
     """Why a forward of a class's own cannot do with a weight that is made for it, as far as its source tells."""
     kind: Any = original_class(layer)
     definitions = [node for found in reached_definitions(kind).values() for node in found]
-    if not must_be_on_weight(layer) or not definitions or isinstance(layer, nn.MultiheadAttention):
+    if not has_own_forward(layer) or not definitions or isinstance(layer, nn.MultiheadAttention):
         return None
     inside = [node for definition in definitions for node in ast.walk(definition)]
     reads = [names for node in inside if (names := names_below_self(node)) and names[0] == "weight"]

@@ -10,9 +10,10 @@ from torch import fx
 
 from hra_fx.layers import variants as forms
 from hra_fx.layers.adapted_layer import SiteCarrier
+from hra_fx.layers.adapters import rotated_weight
 from hra_fx.layers.target import META, REFLECTION, SiteNote
 
-_REFLECTIONS = (forms.reflected_rows, forms.patch_coordinates, forms.reflected_weight)
+_REFLECTIONS = (forms.reflected_rows, forms.patch_coordinates, rotated_weight)
 _VECTORS = 1  # which argument of these the vectors are
 
 
@@ -32,26 +33,27 @@ def mark(graph: fx.Graph, sites: Mapping[str, SiteCarrier]) -> None:
         layer = sites[path]
         node.meta[META] = SiteNote(path, layer.hra_u.kind, "reflection")
         weight = f"{path}.{layer.hra_u.weight_name}".lstrip(".")
-        sources = [node] if layer.hra_u.on_weight else graph.find_nodes(op="get_attr", target=weight)
+        of_weight = node.target is rotated_weight
+        sources = [node] if of_weight else graph.find_nodes(op="get_attr", target=weight)
         for source in sources:
             for reader in source.users:
-                _mark_reader(reader, path, layer)
+                _mark_reader(reader, path, layer, of_weight=of_weight)
 
 
-def _mark_reader(reader: fx.Node, path: str, layer: SiteCarrier) -> None:
+def _mark_reader(reader: fx.Node, path: str, layer: SiteCarrier, *, of_weight: bool) -> None:
     """Mark what takes the weight, if that is the layer itself, or takes the rotated one."""
     note = reader.meta.get(META)
     if note is None and reader.target is not forms.patch_image:
-        _mark_first(reader, path, layer)
-    elif note is not None and layer.hra_u.on_weight and path not in (note.path, *note.also):
+        _mark_first(reader, path, layer, of_weight=of_weight)
+    elif note is not None and of_weight and path not in (note.path, *note.also):
         reader.meta[META] = replace(note, also=(*note.also, path))
 
 
-def _mark_first(reader: fx.Node, path: str, layer: SiteCarrier) -> None:
+def _mark_first(reader: fx.Node, path: str, layer: SiteCarrier, *, of_weight: bool) -> None:
     place = next(reversed(reader.meta.get("nn_module_stack") or {"": None}))
     if place == path:
         reader.meta[META] = SiteNote(path, layer.hra_u.kind, "layer")
-    elif layer.hra_u.on_weight:
+    elif of_weight:
         reader.meta[META] = SiteNote(path, layer.hra_u.kind, "reader")
 
 

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from hra_fx.functional.householder import orthonormalize
 from hra_fx.layers import variants as forms
+from hra_fx.layers.adapters import rotated_weight
 from hra_fx.model.example_inputs import Call, fresh
 
 #: What TorchDynamo is to leave whole.
@@ -32,7 +33,7 @@ ONE_NODE: tuple[Callable[..., Any], ...] = (
     forms.reflected_rows,
     forms.patch_coordinates,
     forms.patch_image,
-    forms.reflected_weight,
+    rotated_weight,
     orthonormalize,
 )
 #: Settings of TorchDynamo that a user may have, and under which nothing or something else would be recorded.

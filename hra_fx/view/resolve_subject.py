@@ -11,13 +11,11 @@ from hra_fx.errors import VisualizeError
 from hra_fx.export.captured import is_captured
 from hra_fx.export.insert import rotations
 from hra_fx.export.program import is_program
-from hra_fx.layers.target import find_kind
 from hra_fx.model.example_inputs import as_call
 from hra_fx.model.graph_module import shown_in
 from hra_fx.model.state import sites_of
 from hra_fx.reporting import Row
-from hra_fx.tracing.graphs import graphs
-from hra_fx.tracing.search import find_regions
+from hra_fx.tracing.graphs import graphs, plain_graphs
 from hra_fx.tracing.whole import whole_graphs
 from hra_fx.view.programs import subject_of_captured, subject_of_program
 from hra_fx.view.shapes import note_shapes
@@ -75,6 +73,4 @@ def _captured(model: nn.Module) -> dict[str, fx.GraphModule]:
         return {"": model}
     if sites_of(model):
         return graphs(model)
-    layers = {path: part for path, part in model.named_modules() if find_kind(part) is not None}
-    regions = find_regions(model, layers).regions
-    return {path: region.graph_module(model.get_submodule(path), model.training) for path, region in regions.items()}
+    return plain_graphs(model)

@@ -1,1 +1,0 @@
-"""Modules that carry their own rewritten forward: the object stays, its class is swapped."""

@@ -1,0 +1,129 @@
+"""`layer.weight` of an adapted layer: `W Q` for every reader, computed when it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from hra_fx.errors import AdapterError
+
+#: Answered from the base weight: they say nothing about its values.
+_METADATA = frozenset(
+    [
+        *(
+            getattr(Tensor, name).__get__
+            for name in ("shape", "dtype", "device", "layout", "ndim", "is_cpu", "is_cuda")
+        ),
+        *(getattr(Tensor, name).__get__ for name in ("is_meta", "is_sparse", "is_quantized", "itemsize", "nbytes")),
+        *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "grad")),
+        *(Tensor.dim, Tensor.size, Tensor.stride, Tensor.numel, Tensor.__len__, Tensor.nelement, Tensor.element_size),
+        *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.data_ptr, Tensor.get_device),
+        # Whoever sets these means the parameter.
+        *(Tensor.requires_grad.__set__, Tensor.requires_grad_, Tensor.grad.__set__),  # type: ignore[attr-defined]
+    ]
+)
+_DETACHED = frozenset([Tensor.data.__get__, Tensor.detach])  # type: ignore[attr-defined]
+
+
+class RotatedWeight(Tensor):
+    """The weight of an adapted layer as others see it: a tensor whose values are `W Q`.
+
+    Shape, dtype, device and the like are those of the base weight, and cost nothing. Any other operation computes `W Q`
+    first, with a gradient to the adapters. Writing into it is refused, because the result would be lost: write to
+    `layer.hra_base`, or fold first.
+    """
+
+    _layer: nn.Module
+    _detached: bool
+
+    @staticmethod
+    def __new__(cls, layer: nn.Module, detached: bool = False) -> RotatedWeight:
+        """Stand for the weight of `layer`, which has an active adapter."""
+        base: Tensor = layer.hra_base  # type: ignore[assignment]
+        made: RotatedWeight = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, base.shape, strides=base.stride(), dtype=base.dtype, device=base.device, layout=base.layout
+        )
+        made._layer, made._detached = layer, detached
+        return made
+
+    def base(self) -> Tensor:
+        """The base weight `W`."""
+        return self._layer.hra_base  # type: ignore[return-value]
+
+    def value(self) -> Tensor:
+        """`W Q`, as a plain tensor."""
+        rotated: Tensor = self._layer.hra_u(weight=self.base())  # type: ignore[operator]
+        return rotated.detach() if self._detached else rotated
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        """Its class and shape; values are not computed."""
+        return f"RotatedWeight({', '.join(map(str, self.shape))})"
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Answer from the base weight, or compute with `W Q`."""
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            return func(args[0].base(), *args[1:], **kwargs)
+        if func in _DETACHED:
+            return RotatedWeight(args[0]._layer, detached=True)
+        if func is Tensor.__repr__:
+            return args[0].__repr__()
+        if _writes(func, args, kwargs):
+            _refuse(func)
+        return func(*tree_map(_value, args), **tree_map(_value, kwargs))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Below autograd, where code in C++ or with torch functions disabled has read the weight."""
+        found = [part for part in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(part, RotatedWeight)]
+        if torch.is_grad_enabled() and any(_is_trained(weight) for weight in found):
+            raise AdapterError(
+                f"{func}: it reads the weight of an adapted layer where autograd does not see it, so the adapters would "
+                "get no gradient. Call it under torch.no_grad(), or exclude the layer with exclude_modules."
+            )
+        if getattr(getattr(func, "_schema", None), "is_mutable", False) and isinstance(args[0], RotatedWeight):
+            _refuse(func)
+        with torch.no_grad():
+            return func(*tree_map(_value, args), **tree_map(_value, kwargs or {}))
+
+
+def _value(value: Any) -> Any:
+    return value.value() if isinstance(value, RotatedWeight) else value
+
+
+def _is_trained(weight: RotatedWeight) -> bool:
+    return not weight._detached and any(vectors.requires_grad for vectors in weight._layer.hra_u.parameters())  # type: ignore[operator, union-attr]
+
+
+def _writes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a function writes into a rotated weight: `w.add_(...)`, `w[...] = ...`, `w.data = ...`, `out=w`."""
+    if isinstance(kwargs.get("out"), RotatedWeight):
+        return True
+    name = getattr(func, "__name__", "")
+    in_place = name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__"))
+    augmented = name.startswith("__i") and name.endswith("__") and name not in ("__index__", "__int__", "__invert__")
+    return (in_place or augmented) and bool(args) and isinstance(args[0], RotatedWeight)
+
+
+def _refuse(func: Callable[..., Any]) -> NoReturn:
+    raise AdapterError(
+        f"{getattr(func, '__name__', func)}: it writes into the weight of an adapted layer, which is computed as W Q and "
+        "would lose the change. Write to `layer.hra_base`, or call hra_fx.fold(model) first."
+    )

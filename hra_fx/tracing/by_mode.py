@@ -1,0 +1,129 @@
+"""One graph for train and eval mode, where the traces of both differ in constants only.
+
+    y = dropout(x, 0.1, training=True)      becomes      t = by_mode_0();  y = dropout(x, 0.1, training=t)
+
+`by_mode_0` is a module that returns one constant in train mode and another in eval mode, so `train()`, `eval()`, copies
+and pickles of the graph work as for any other module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx, nn
+
+
+class ByMode(nn.Module):
+    """Returns one constant in train mode and another in eval mode.
+
+    Example:
+        >>> constant = ByMode(0.1, 0.0)
+        >>> constant(), constant.eval()()
+        (0.1, 0.0)
+    """
+
+    def __init__(self, in_train: Any, in_eval: Any) -> None:
+        """Keep both constants."""
+        super().__init__()
+        self.in_train = in_train
+        self.in_eval = in_eval
+
+    def forward(self) -> Any:
+        """The constant of the current mode."""
+        return self.in_train if self.training else self.in_eval
+
+    def extra_repr(self) -> str:
+        """Both constants."""
+        return f"train={self.in_train!r}, eval={self.in_eval!r}"
+
+
+class ModesDifferError(Exception):
+    """The graphs of both modes have different nodes.
+
+    Attributes:
+        nodes: the first pair that differs, of train and eval mode.
+    """
+
+    def __init__(self, *nodes: fx.Node) -> None:
+        """Keep the pair."""
+        super().__init__()
+        self.nodes = nodes
+
+
+def merge_modes(in_train: fx.Graph, in_eval: fx.Graph) -> dict[str, ByMode]:
+    """Make the graph of train mode one for both modes, in place.
+
+    Args:
+        in_train: the graph of a forward in train mode.
+        in_eval: the graph of the same forward in eval mode.
+
+    Returns:
+        Name -> module, for every module that the graph calls in addition.
+
+    Raises:
+        ModesDifferError: they differ in more than constants.
+    """
+    modules: dict[str, ByMode] = {}
+    twins: dict[fx.Node, fx.Node] = {}
+    ours, theirs = list(in_train.nodes), list(in_eval.nodes)
+    for one, other in zip(ours, theirs, strict=False):
+        twins[other] = one
+        try:
+            if one.op != other.op or one.target != other.target:
+                raise _DifferError
+            with in_train.inserting_before(one):
+                merge = _Merge(in_train, twins, modules)
+                args, kwargs = merge(one.args, other.args), merge(one.kwargs, other.kwargs)
+            one.args, one.kwargs = args, kwargs
+        except _DifferError:
+            raise ModesDifferError(one, other) from None
+    if len(ours) != len(theirs):
+        raise ModesDifferError(ours[-1], theirs[-1])
+    return modules
+
+
+class _DifferError(Exception):
+    """Arguments differ in more than constants."""
+
+
+class _Merge:
+    """Merges arguments of two nodes."""
+
+    def __init__(self, graph: fx.Graph, twins: dict[fx.Node, fx.Node], modules: dict[str, ByMode]) -> None:
+        self._graph = graph
+        self._twins = twins
+        self._modules = modules
+
+    def __call__(self, ours: Any, theirs: Any) -> Any:
+        """What both are: a node, a constant, or the call of a `ByMode`."""
+        if isinstance(theirs, fx.Node):
+            if self._twins.get(theirs) is ours:
+                return ours
+            raise _DifferError
+        if isinstance(ours, (list, tuple)) and type(ours) is type(theirs) and len(ours) == len(theirs):
+            return type(ours)([self(a, b) for a, b in zip(ours, theirs, strict=True)])
+        if isinstance(ours, slice) and isinstance(theirs, slice):
+            ends = ("start", "stop", "step")
+            return slice(*(self(getattr(ours, end), getattr(theirs, end)) for end in ends))
+        if isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys():
+            return {key: self(ours[key], theirs[key]) for key in ours}
+        if type(ours) is type(theirs) and repr(ours) == repr(theirs):
+            return ours
+        if any(isinstance(value, fx.Node) for value in (*_walk(ours), *_walk(theirs))):
+            raise _DifferError
+        name = f"by_mode_{len(self._modules)}"
+        self._modules[name] = ByMode(ours, theirs)
+        return self._graph.call_module(name)
+
+
+def _walk(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _walk(item)
+    elif isinstance(value, dict):
+        yield from _walk(list(value.values()))
+    elif isinstance(value, slice):
+        yield from _walk([value.start, value.stop, value.step])
+    else:
+        yield value

@@ -1,0 +1,116 @@
+"""The largest parts of a model that fx can trace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from inspect import Parameter, signature
+from typing import Any
+
+from torch import fx, nn
+
+from hra_fx.errors import CaptureError
+from hra_fx.layers.class_swap import original_class
+from hra_fx.model.base_view import laid_bare
+from hra_fx.model.state import sites_of
+from hra_fx.tracing.trace import Traced, trace
+
+
+@dataclass
+class Captured:
+    """What fx traces of a model.
+
+    Attributes:
+        parts: path of a module -> its graph; `""` alone for a model that is traced whole.
+        reasons: path of a layer -> why the graph that shows it is not larger, or why there is none; `""` if it shows
+            the whole model.
+        roots: path of a layer -> path of the module whose graph shows it, `None` if there is none.
+    """
+
+    parts: dict[str, Traced] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    roots: dict[str, str | None] = field(default_factory=dict)
+
+
+def capture(model: nn.Module, layers: Mapping[str, nn.Module]) -> Captured:
+    """Trace a model whole, or the largest parts of it that fx can trace.
+
+    Args:
+        model: the model; it is not changed.
+        layers: path -> layer to be shown as a call.
+    """
+    search = _Search(layers)
+    with laid_bare(model):
+        search.visit("", model, "")
+    return search.found
+
+
+def capture_layers(model: nn.Module) -> dict[str, tuple[str | None, str]]:
+    """How much of a transformed model fx can trace.
+
+    Returns:
+        Path of an adapted layer -> (path of the module whose graph shows it, or `None`; why it is not larger).
+
+    Example:
+        >>> from hra_fx import HRAConfig, transform
+        >>> model = transform(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), HRAConfig(r=2, target_modules=["0"]))
+        >>> capture_layers(model)
+        {'0': ('', '')}
+    """
+    found = capture(model, sites_of(model))
+    return {path: (root, found.reasons[path]) for path, root in found.roots.items()}
+
+
+class _Search:
+    """A walk from the model down to its layers, which stops at each module that can be traced."""
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self.found = Captured()
+        # A shared layer has several paths, and one name.
+        self._names = {layer: path for path, layer in layers.items()}
+
+    def visit(self, path: str, module: nn.Module, why: str) -> None:
+        """Look at a module; `why` is the reason why the module around it has no graph."""
+        below = [part for part in module.modules() if part in self._names]
+        if not below:
+            return
+        if module in self._names:
+            self._note(below, None, why)
+            return
+        # A part with one layer gains nothing over the layer alone, and a container is never called.
+        if path and (len(below) == 1 or type(module).forward is nn.Module.forward):
+            self._visit_children(path, module, why)
+            return
+        try:
+            self.found.parts[path] = _trace(path, module, below)
+        except CaptureError as error:
+            reason = f"{path or 'the model'} ({original_class(module).__name__}): {error.reason}"
+            self._visit_children(path, module, reason)
+        else:
+            self._note(below, path, why)
+
+    def _visit_children(self, path: str, module: nn.Module, why: str) -> None:
+        for name, child in module.named_children():
+            self.visit(f"{path}.{name}".lstrip("."), child, why)
+
+    def _note(self, layers: list[nn.Module], root: str | None, why: str) -> None:
+        for layer in layers:
+            self.found.roots.setdefault(self._names[layer], root)
+            self.found.reasons.setdefault(self._names[layer], why)
+
+
+def _trace(path: str, module: nn.Module, layers: list[nn.Module]) -> Traced:
+    if "forward" in vars(module):
+        raise CaptureError("its forward is set on the instance")
+    if isinstance(module, fx.GraphModule) and path:
+        raise CaptureError("it is a GraphModule of its own")
+    if path and (optional := _optional_arguments(module)):
+        names = ", ".join(optional)
+        raise CaptureError(f"forward has optional arguments ({names}), and how it is called is not known")
+    return trace(module, layers)
+
+
+def _optional_arguments(module: Any) -> list[str]:
+    """Only of the model itself is it known that they keep their defaults."""
+    parameters = list(signature(type(module).forward).parameters.values())[1:]
+    return [parameter.name for parameter in parameters if parameter.default is not Parameter.empty]
