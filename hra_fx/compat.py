@@ -149,6 +149,14 @@ def is_view(tensor: Tensor) -> bool:
     return answer()
 
 
+def _without_overrides(function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        return function(*args, **(kwargs or {}))
+
+
+#: `__torch_function__` of a tensor subclass that overrides nothing. torch's documentation uses the private name.
+disabled_torch_function: Any = getattr(torch._C, "_disabled_torch_function_impl", staticmethod(_without_overrides))
+
 #: Functions over nested containers, as torch itself flattens them. The public name is planned.
 pytree: ModuleType = _lookup("torch.utils._pytree", "torch.utils.pytree")
 

@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx._symbolic_trace import is_fx_tracing
 
+from hra_fx.errors import AdapterError
+from hra_fx.kernels.dispatch import unobserved
 from hra_fx.layers.adapters import Reflection
 from hra_fx.layers.class_swap import Carrier
 from hra_fx.layers.quantized.detect import packing_of
 from hra_fx.layers.quantized.straight_through import straight_through
-from hra_fx.layers.rotated_weight import RotatedWeight
+from hra_fx.layers.rotated_weight import InferenceRotatedWeight, RotatedWeight
 from hra_fx.layers.sharding import is_shard
 from hra_fx.layers.target import REFLECTION, kind_of, weight_name
 from hra_fx.layers.variants import ConvReflection, LinearReflection, QuantizedReflection
@@ -43,7 +45,16 @@ class SiteCarrier(Carrier):
         return plain
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Put a parameter in place of one that is there; `nn.Module` would ask for the old one, and so for `W Q`."""
+        """Put a parameter in place of one that is there; `nn.Module` would ask for the old one, and so for `W Q`.
+
+        Raises:
+            AdapterError: the parameter is the rotated weight itself.
+        """
+        if isinstance(param, RotatedWeight):
+            raise AdapterError(
+                f"{name}: it would be made of a rotated weight, which is computed at each read. Prune or reparametrize "
+                "the model before hra_fx.transform, or call hra_fx.fold(model) first."
+            )
         if name in self._parameters and (param is None or isinstance(param, nn.Parameter)):
             self._parameters[name] = param
         else:
@@ -77,6 +88,8 @@ def _rotated(layer: SiteCarrier) -> Any:
     # Parameters in shards are only read by the tool that shards them; while a module runs, they are whole.
     if not adapters.acts or is_shard(base):
         return base
+    if not torch.is_grad_enabled() and unobserved():
+        return InferenceRotatedWeight(layer)
     return RotatedWeight(layer)
 
 

@@ -1,8 +1,7 @@
-"""The module that owns a site's reflection vectors: `<layer>.hra_u`, a `ParameterDict` that can be called.
+"""The adapters of one layer: `<layer>.hra_u`, a `ParameterDict` that can be called.
 
-Keys and shapes are PEFT's (`hra_u.<adapter>`, `(d, r)`), so a `state_dict` reads the same. An anchored adapter
-(`householder.anchor`) keeps its frozen prefix as the buffer `hra_u.<adapter>_anchor` beside it; a merged layer keeps
-the weight that it had as the buffer `hra_u.unmerged`.
+Keys and shapes are PEFT's (`hra_u.<adapter>`, `(d, r)`), so a `state_dict` reads the same. An adapter with an anchor
+(`householder.anchor`) keeps that frozen prefix in the buffer `hra_u.<adapter>_anchor`.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from hra_fx.layers.rotated_weight import RotatedWeight
 from hra_fx.layers.sharding import laid_out_as, whole
 from hra_fx.layers.target import REFLECTION, SiteKind, as_rows, weight_name
 
-#: What follows an adapter's name in that of its anchor.
+#: The suffix of the name of an adapter's anchor.
 ANCHOR = "_anchor"
 _SCALED = "_scaled"
-#: What the containers of vectors and copies are made of, and the names that stand for the base model.
+#: Attributes of the containers of vectors and of trained copies, and the names that stand for the base model.
 _RESERVED = (
     *("kind", "columns", "weight_name", "is_called", "width", "specs", "active", "scales", "paused", "unmerged"),
     *("acts", "base_layer", "original_module"),
@@ -34,12 +33,12 @@ _RESERVED = (
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What one adapter is at one site.
+    """One adapter of one layer.
 
     Attributes:
         r: number of trained vectors.
         apply_GS: whether Gram-Schmidt makes them orthonormal first.
-        init_weights: start at the identity (anchored where that takes an anchor), or at random as PEFT's `False`.
+        init_weights: start at the identity (with an anchor if that takes one), or at random as PEFT's `False`.
     """
 
     r: int
@@ -48,7 +47,7 @@ class AdapterSpec:
 
 
 def check_adapter_name(name: object) -> None:
-    """Refuse a name that cannot be both a parameter's name and a folder's.
+    """Refuse a name that cannot be the name of both a parameter and a folder.
 
     Raises:
         AdapterError: it cannot.
@@ -66,26 +65,25 @@ def check_adapter_name(name: object) -> None:
         or name in _RESERVED
     ):
         raise AdapterError(
-            f"adapter name {name!r}: it names parameters inside the model, and a folder on disk, so it must be a "
-            f"string without dots, slashes and spaces at its ends, not end in {ANCHOR!r} or {_SCALED!r}, and be no "
-            "attribute of the container. Choose another name."
+            f"`adapter_name` must be a string that can name a parameter and a folder: no dots, slashes or backslashes, "
+            f"no spaces at its ends, not ending in {ANCHOR!r} or {_SCALED!r}, and not a reserved name; got {name!r}."
         )
 
 
 class Reflection(nn.ParameterDict):
-    """The adapters of one site: adapter name -> `U: (d, r)`; calling it reflects what the site reads.
+    """The adapters of one layer: adapter name -> `U: (d, r)`; calling it reflects the layer's input or its weight.
 
     Attributes:
-        kind: the kind of site.
+        kind: the kind of layer.
         columns: whether the weight is `(in, out)`.
-        weight_name: what the weight is called in the layer.
+        weight_name: the name of the weight in the layer.
         is_called: whether a call of the layer is adapted by a reflection of its input; if not, only its weight is.
         width: `d`.
         specs: adapter name -> `AdapterSpec`.
         active: names of the adapters in use, in the order of the product `W Q_a Q_b ...`.
-        scales: adapter name -> its strength, where that is not 1.
-        paused: adapter name -> whether it is to be trained once its strength is 1 again.
-        unmerged: the weight as it was before a merge; `None` while nothing is merged.
+        scales: adapter name -> its strength, if that is not 1.
+        paused: adapter name -> whether it is trained once its strength is 1 again.
+        unmerged: the weight before a merge; `None` while nothing is merged.
     """
 
     is_called: ClassVar[bool] = False
@@ -149,14 +147,14 @@ class Reflection(nn.ParameterDict):
         """
         check_adapter_name(name)
         if hasattr(self, name):
-            raise AdapterError(f"adapter name {name!r}: it is taken here. Choose another name.")
+            raise AdapterError(f"adapter {name!r} exists already. Choose another name.")
         self[name] = nn.Parameter(vectors)
         if anchor is not None:
             self.register_buffer(name + ANCHOR, anchor)
         self.specs[name] = spec
 
     def replace(self, name: str, vectors: Tensor, anchor: Tensor | None, device: torch.device) -> None:
-        """Give an adapter other vectors of the same shape in place (without data: new ones on `device`), and anchor."""
+        """Copy vectors of the same shape, and an anchor, into an adapter; meta vectors are replaced, on `device`."""
         own = self[name]
         if own.is_meta:
             self[name] = nn.Parameter(vectors.to(device, own.dtype), requires_grad=own.requires_grad)
@@ -167,7 +165,7 @@ class Reflection(nn.ParameterDict):
             self.register_buffer(name + ANCHOR, anchor.to(own.device, own.dtype))
 
     def remove(self, name: str) -> None:
-        """Take an adapter out, if it is there."""
+        """Remove an adapter, if it is there."""
         if name not in self.specs:
             return
         del self[name], self.specs[name]
@@ -178,25 +176,25 @@ class Reflection(nn.ParameterDict):
         self.active = tuple(other for other in self.active if other != name)
 
     def give_gradient(self, name: str, wanted: bool) -> None:
-        """Train the vectors of an adapter, or freeze them; where the strength is not 1, once it is 1 again."""
+        """Train or freeze the vectors of an adapter; if its strength is not 1, once it is 1 again."""
         if name in self.scales:
             self.paused[name] = wanted
         else:
             self._parameters[name].requires_grad_(wanted)  # type: ignore[union-attr]
 
     def scaled(self, name: str, alpha: float) -> Tensor:
-        """What the chain of an adapter is at strength `alpha` (`geodesic.fraction`), float32 at least.
+        """The chain of an adapter at strength `alpha` (`geodesic.fraction`), float32 at least.
 
         Raises:
-            AdapterError: its `Q` is no rotation.
+            AdapterError: its `Q` is not a rotation.
         """
         dtype = householder.working_dtype(self[name].dtype)
         return geodesic.fraction(self.full_chain(name, dtype).detach(), alpha)
 
     def scale(self, name: str, alpha: float, chain: Tensor | None = None) -> None:
-        """Set the strength of an adapter, of which `scaled` gives the chain; 1 takes it back.
+        """Set the strength of an adapter, whose chain `scaled` makes; 1 restores it.
 
-        The forward does not read the vectors then, so they have no gradient until the strength is 1 again.
+        At another strength the forward does not read the vectors, so they get no gradient.
         """
         vectors: nn.Parameter = self[name]
         made = self.scaled(name, alpha) if chain is None and alpha != 1 else chain
@@ -204,7 +202,7 @@ class Reflection(nn.ParameterDict):
         self.scales.pop(name, None)
         self._drop(name + _SCALED)
         if alpha != 1:
-            # Not in the state_dict: it follows from the vectors and the strength.
+            # Not in the state_dict, because it follows from the vectors and the strength.
             self.register_buffer(name + _SCALED, made, persistent=False)
             self.scales[name] = alpha
             self.paused[name] = trained
@@ -215,7 +213,7 @@ class Reflection(nn.ParameterDict):
             delattr(self, buffer)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """Load, and bring the scaled adapters in step with their vectors."""
+        """Load, and update the scaled adapters."""
         super()._load_from_state_dict(state_dict, prefix, *rest)
         errors: list[str] = rest[-1]
         for name, alpha in list(self.scales.items()):
@@ -225,11 +223,11 @@ class Reflection(nn.ParameterDict):
                 errors.append(f"{prefix}{name}: {error}")
 
     def anchor(self, name: str) -> Tensor | None:
-        """The frozen prefix `A` of an adapter, `(d, 1)` or `(d, r)`, if it has one."""
+        """The frozen prefix `A` of an adapter, `(d, 1)` or `(d, r)`, or `None`."""
         return getattr(self, name + ANCHOR) if name + ANCHOR in self._buffers else None
 
     def chain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The adapter, at its strength, as plain reflections; `(d, k)`, made in `dtype`."""
+        """The adapter at its strength as plain reflections, `(d, k)`, computed in `dtype`."""
         if name not in self.scales:
             return self.full_chain(name, dtype)
         if dtype is None:
@@ -238,43 +236,43 @@ class Reflection(nn.ParameterDict):
         return geodesic.fraction(self.full_chain(name, dtype), self.scales[name])
 
     def full_chain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The adapter at full strength: `[A | U]`, or `[A | V]` with Gram-Schmidt; `(d, k)`, made in `dtype`.
+        """The adapter at full strength, `[A | U]`, or `[A | V]` with Gram-Schmidt: `(d, k)`, computed in `dtype`.
 
-        With a `dtype` all shards of the vectors are gathered, where several processes hold them.
+        With a `dtype`, shards of the vectors are gathered from all processes.
         """
         vectors: Tensor = self[name] if dtype is None else whole(self[name]).to(dtype)
         return plain_chain(vectors, self.anchor(name), apply_GS=self.specs[name].apply_GS)
 
     def active_chain(self, dtype: torch.dtype | None = None) -> Tensor | None:
-        """All active adapters as one chain of unit vectors, `W Q_a Q_b` in their order; `None` where none is."""
+        """All active adapters as one chain of unit vectors, in the order `W Q_a Q_b`; `None` if none is active."""
         return self.joint_chain(self.active, dtype)
 
     def joint_chain(self, names: Iterable[str], dtype: torch.dtype | None = None) -> Tensor | None:
-        """Some adapters as one chain of unit vectors, in their order; `None` where they do nothing."""
+        """Some adapters as one chain of unit vectors, in their order; `None` if they do nothing."""
         vectors = self.joint_vectors(names, dtype)
         return None if vectors is None else householder.normalize(vectors)
 
     def joint_vectors(self, names: Iterable[str], dtype: torch.dtype | None = None) -> Tensor | None:
-        """Some adapters as one chain of vectors of any length, in their order; `None` where they do nothing."""
+        """Some adapters as one chain of vectors of any length, in their order; `None` if they do nothing."""
         chains = [self.chain(name, dtype) for name in names if not self._is_idle(name)]
         if not chains:
             return None
         return chains[0] if len(chains) == 1 else torch.cat(chains, dim=1)
 
     def sources(self) -> tuple[Tensor, ...]:
-        """The tensors that the chain of the active adapters is made of, in their order."""
+        """The tensors from which the chain of the active adapters is computed, in their order."""
         names = [name for name in self.active if not self._is_idle(name)]
         held = [self._buffers[name + _SCALED] if name in self.scales else self._held(name) for name in names]
         anchors = [self._buffers.get(name + ANCHOR) for name in names if name not in self.scales]
         return tuple(tensor for tensor in (*held, *anchors) if tensor is not None)
 
     def _held(self, name: str) -> Tensor:
-        """The vectors of an adapter, and no node that stands for them; a replica of DataParallel has no parameters."""
+        """The vectors of an adapter, not an fx proxy of them; a replica of DataParallel has no parameters."""
         held = self._parameters.get(name)
         return self[name] if held is None else held
 
     def weight_of(self, layer: nn.Module) -> nn.Parameter:
-        """The weight of the site, as it is, whatever the layer answers with.
+        """The base weight of the layer.
 
         Raises:
             AdapterError: another tool has replaced the parameter.
@@ -284,47 +282,47 @@ class Reflection(nn.ParameterDict):
             weight = vars(layer).get(self.weight_name)
         if weight is None:
             raise AdapterError(
-                f"{type(layer).__name__}: its {self.weight_name} is no parameter any more, since weight_norm, pruning "
-                "or the like came after hra_fx.transform. Take that off first (remove_weight_norm, prune.remove)."
+                f"{type(layer).__name__}: its {self.weight_name} is not a parameter any more, because weight_norm, "
+                "pruning or the like came after hra_fx.transform. Remove that first (remove_weight_norm, prune.remove)."
             )
         return weight
 
     def _is_idle(self, name: str) -> bool:
-        """Whether an adapter is at strength 0: asked of the tensor itself, for a tracer has no shape to look at."""
+        """Whether an adapter is at strength 0; read from the buffer, because an fx proxy has no shape."""
         scaled = self._buffers.get(name + _SCALED) if name in self.scales else None
         return scaled is not None and not scaled.shape[1]
 
     @property
     def acts(self) -> bool:
-        """Whether anything is made of what it is called with: an adapter is active, and its strength not 0."""
+        """Whether an adapter is active at a strength other than 0."""
         return not all(self._is_idle(name) for name in self.active)
 
     def rows(self, weight: Tensor) -> Tensor:
-        """The site's weight, or one of its shape, as the matrix `(out, d)` that `Q` is multiplied to."""
+        """The weight, or a tensor of its shape, as the matrix `(out, d)` that is multiplied by `Q`."""
         return as_rows(weight, columns=self.columns)
 
     def shaped(self, rows: Tensor, like: Tensor) -> Tensor:
-        """Rows `(out, d)` in the shape of a weight again."""
+        """Rows `(out, d)` in the shape of the weight."""
         return rows.mT.contiguous() if self.columns else rows.view_as(like)
 
     def vectors_for(self, x: Tensor) -> Tensor | None:
-        """The vectors of all active adapters to go with `x`, `(d, k)`, of any length; `None` where they do nothing.
+        """The vectors of all active adapters for an input `x`, `(d, k)`, of any length; `None` if they do nothing.
 
         Raises:
-            AdapterError: they have no data yet. Operators would mix in uninitialised memory without an error.
+            AdapterError: they have no data yet. Operators would mix in uninitialized memory without an error.
         """
         vectors = self.joint_vectors(self.active, None)
-        # Asked of the parameters themselves, as in _is_idle.
+        # Read from the parameters, as in _is_idle.
         empty = any(self._held(name).is_meta for name in self.active)
         if empty and not x.is_meta:
             raise AdapterError(
-                f"hra_u of width {self.width}: the vectors of {', '.join(self.active)} are on the meta device, and "
-                "hold no data. Fill them first: hra_fx.load_adapter, or model.load_state_dict(..., assign=True)."
+                f"hra_u of width {self.width}: the vectors of {', '.join(self.active)} are on the meta device, without "
+                "data. Fill them first: hra_fx.load_adapter, or model.load_state_dict(..., assign=True)."
             )
         return vectors
 
     def extra_repr(self) -> str:
-        """One line instead of one for each parameter."""
+        """One line for all adapters."""
         return ", ".join(
             f"{name}: d={self.width}, r={spec.r}" + (", GS" if spec.apply_GS else "")
             for name, spec in self.specs.items()
@@ -381,8 +379,8 @@ def plain_chain(vectors: Tensor, anchor: Tensor | None, *, apply_GS: bool) -> Te
 
 
 def reflection_of(layer: nn.Module) -> Reflection | None:
-    """The reflections that a layer carries, if any."""
-    # The children of a scripted module are no dict, and know no `get`.
+    """The adapters of a layer, or `None`."""
+    # The children of a scripted module are not a dict.
     if REFLECTION not in layer._modules:
         return None
     reflection = layer._modules[REFLECTION]

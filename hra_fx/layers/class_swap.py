@@ -1,8 +1,8 @@
-"""Swapping the class of a module object for a subclass of the same name, and back.
+"""Swap the class of a module object for a subclass of the same name, and back.
 
 The object keeps its identity, attributes, parameters and hooks; `isinstance` stays true; the class prints, pickles and
 registers under the name that it had (transformers keys tables by `str(type(model))` and by `__name__`). A module may
-wear several carriers, one over the other: the model itself is a region, saves its adapters, and has PEFT's methods.
+have several mixins, one over the other: a model of one layer is an adapted layer and an adapted model.
 """
 
 from __future__ import annotations
@@ -22,22 +22,21 @@ _SWAPPED: dict[tuple[type, type], Any] = {}
 
 
 class Carrier(nn.Module):
-    """What all swapped classes have in common: methods that wrap those of the base class, or stand beside them.
+    """Base class of all mixins: it adds methods to the class of a module, or wraps those that the class has.
 
     Attributes:
-        _hra_height: where it is in a pile. A higher one is over a lower one, whichever came first: that of a whole
-            model sees a call before the graph of a region answers it.
+        _hra_height: the order of several mixins on one module. A higher one wraps a lower one, whichever came first.
     """
 
     _hra_height: int = 0
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """The methods and properties of the swapped class that stand over those of `base`, by name."""
+        """The methods and properties that override those of `base`, by name."""
         return {}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle, deepcopy and `torch.save`: as the base class does, with the class named by its parts."""
+        """Pickle, deepcopy and `torch.save`: as the base class does, with the class given by its parts."""
         reduced = super().__reduce_ex__(protocol)
         if not is_outermost(self) or not isinstance(reduced, tuple) or reduced[1][:1] != (type(self),):
             return reduced
@@ -46,7 +45,7 @@ class Carrier(nn.Module):
 
 
 def swapped_class(carrier: type[C], base: type[nn.Module]) -> type[C]:
-    """The subclass of `carrier` and `base`, one for each pair."""
+    """The subclass of `carrier` and `base`; one for each pair."""
     if (carrier, base) not in _SWAPPED:
         _SWAPPED[carrier, base] = _make(carrier, base)
     made: type[C] = _SWAPPED[carrier, base]
@@ -67,7 +66,7 @@ def _make(carrier: type[C], base: type[nn.Module]) -> type[C]:
 
 
 def swap(module: nn.Module, carrier: type[Carrier]) -> None:
-    """Put a carrier on a module, under those that are higher; the module may be a new object of a class that has it.
+    """Add a mixin to the class of a module, below those that are higher.
 
     Raises:
         UnsupportedLayerError: its class cannot be subclassed.
@@ -83,17 +82,19 @@ def swap(module: nn.Module, carrier: type[Carrier]) -> None:
         module.__class__ = _pile([carrier, *over], kind)
     except TypeError as error:
         name = type(module).__name__
-        raise UnsupportedLayerError(f"{name}: no subclass can be made of it ({error}). Leave it out.") from error
+        raise UnsupportedLayerError(
+            f"{name}: its class cannot be subclassed ({error}). Exclude it with exclude_modules."
+        ) from error
 
 
 def unswap(module: nn.Module, carrier: type[Carrier]) -> None:
-    """Take one carrier off a module, from wherever in the pile it is; the others stay as they are."""
+    """Remove one mixin from the class of a module; keep the others."""
     worn = [other for other in carriers_of(module) if other is not carrier]
     module.__class__ = _pile(worn, original_class(module))
 
 
 def carriers_of(module: nn.Module) -> tuple[type[Carrier], ...]:
-    """The carriers that a module wears, the innermost first."""
+    """The mixins of a module, the innermost first."""
     worn: list[type[Carrier]] = []
     kind = type(module)
     while parts := getattr(kind, "_hra_carrier", None):
@@ -103,19 +104,19 @@ def carriers_of(module: nn.Module) -> tuple[type[Carrier], ...]:
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module without its carriers, nor what another tool (FSDP) put over them."""
+    """The class of a module without mixins, and without a class that another tool (FSDP) put over them."""
     return below(type(module))
 
 
 def below(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class under all swapped ones; a class that is not swapped is given back."""
+    """The class below all swapped ones; a class that is not swapped is returned."""
     while parts := getattr(kind, "_hra_carrier", None):
         kind = parts[1]
     return kind
 
 
 def is_outermost(module: nn.Module) -> bool:
-    """Whether a module's class is our swapped one, and not one that another tool made of it."""
+    """Whether a module's class is a swapped one, and not one that another tool derived from it."""
     return "_hra_carrier" in vars(type(module))
 
 

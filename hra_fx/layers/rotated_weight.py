@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from hra_fx import compat
 from hra_fx.errors import AdapterError
 
 #: Answered from the base weight: they say nothing about its values.
@@ -22,10 +24,10 @@ _METADATA = frozenset(
         *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "grad")),
         *(Tensor.dim, Tensor.size, Tensor.stride, Tensor.numel, Tensor.__len__, Tensor.nelement, Tensor.element_size),
         *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.data_ptr, Tensor.get_device),
-        # Whoever sets these means the parameter.
-        *(Tensor.requires_grad.__set__, Tensor.requires_grad_, Tensor.grad.__set__),  # type: ignore[attr-defined]
     ]
 )
+#: Set on the base weight: whoever freezes a weight, or clears its gradient, means the parameter.
+_SETTERS = frozenset([Tensor.requires_grad.__set__, Tensor.requires_grad_, Tensor.grad.__set__])  # type: ignore[attr-defined]
 _DETACHED = frozenset([Tensor.data.__get__, Tensor.detach])  # type: ignore[attr-defined]
 
 
@@ -59,6 +61,10 @@ class RotatedWeight(Tensor):
         rotated: Tensor = self._layer.hra_u(weight=self.base())  # type: ignore[operator]
         return rotated.detach() if self._detached else rotated
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RotatedWeight:
+        """The rotated weight of the copied layer."""
+        return type(self)(copy.deepcopy(self._layer, memo), self._detached)
+
     def __repr__(self, *, tensor_contents: object = None) -> str:
         """Its class and shape; values are not computed."""
         return f"RotatedWeight({', '.join(map(str, self.shape))})"
@@ -73,7 +79,7 @@ class RotatedWeight(Tensor):
     ) -> Any:
         """Answer from the base weight, or compute with `W Q`."""
         kwargs = kwargs or {}
-        if func in _METADATA:
+        if func in _METADATA or (func in _SETTERS and not args[0]._detached):
             return func(args[0].base(), *args[1:], **kwargs)
         if func in _DETACHED:
             return RotatedWeight(args[0]._layer, detached=True)
@@ -92,16 +98,27 @@ class RotatedWeight(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Below autograd, where code in C++ or with torch functions disabled has read the weight."""
+        if func is torch.ops.aten.detach.default:  # `w.data` too: whoever writes into it is told
+            return cls(args[0]._layer, detached=True)
         found = [part for part in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(part, RotatedWeight)]
         if torch.is_grad_enabled() and any(_is_trained(weight) for weight in found):
             raise AdapterError(
-                f"{func}: it reads the weight of an adapted layer where autograd does not see it, so the adapters would "
+                f"{func} reads the weight of an adapted layer where autograd does not see it, and the adapters would "
                 "get no gradient. Call it under torch.no_grad(), or exclude the layer with exclude_modules."
             )
         if getattr(getattr(func, "_schema", None), "is_mutable", False) and isinstance(args[0], RotatedWeight):
             _refuse(func)
         with torch.no_grad():
             return func(*tree_map(_value, args), **tree_map(_value, kwargs or {}))
+
+
+class InferenceRotatedWeight(RotatedWeight):
+    """The same where no gradient is wanted, without overriding torch functions.
+
+    torch takes the fast path through `nn.TransformerEncoderLayer` and `nn.MultiheadAttention` only with such weights.
+    """
+
+    __torch_function__ = compat.disabled_torch_function
 
 
 def _value(value: Any) -> Any:
@@ -124,6 +141,6 @@ def _writes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any
 
 def _refuse(func: Callable[..., Any]) -> NoReturn:
     raise AdapterError(
-        f"{getattr(func, '__name__', func)}: it writes into the weight of an adapted layer, which is computed as W Q and "
-        "would lose the change. Write to `layer.hra_base`, or call hra_fx.fold(model) first."
+        f"{getattr(func, '__name__', func)} writes into the weight of an adapted layer, which is computed as W Q at "
+        "each read, so the change would be lost. Write to `layer.hra_base`, or call hra_fx.fold(model) first."
     )

@@ -1,8 +1,7 @@
-"""Parameters that several processes hold together, each a shard of them: FSDP2 (`fully_shard`), tensor parallelism.
+"""Parameters that are sharded over several processes: FSDP2 (`fully_shard`), tensor parallelism.
 
-While a module of FSDP2 runs, its parameters are plain tensors, so that no reflection knows of shards. Outside of it
-they are `DTensor`s, or still the plain ones, which are thrown away later: whoever changes a parameter, or keeps what he
-reads, calls `reshard` before.
+While a module of FSDP2 runs, its parameters are plain tensors, and adapters do not see shards. Outside of its forward
+they are `DTensor`s, or plain tensors that FSDP2 frees later: call `reshard` before you change or keep a parameter.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 
 def sharded_by(module: nn.Module) -> str | None:
-    """Which tool shards the parameters of a module, if one does.
+    """The tool that shards the parameters of a module, or `None`.
 
     Example:
         >>> sharded_by(nn.Linear(6, 4)) is None
@@ -30,13 +29,13 @@ def sharded_by(module: nn.Module) -> str | None:
 
 
 def first_sharded(model: nn.Module) -> tuple[str, str] | None:
-    """Path of the first module whose parameters a tool shards, and which tool; `None` where there is none."""
+    """Path of the first module with sharded parameters, and the tool; `None` if there is none."""
     found = ((path or "the model", tool) for path, module in model.named_modules() if (tool := sharded_by(module)))
     return next(found, None)
 
 
 def is_shard(tensor: Tensor) -> bool:
-    """Whether this process may hold a part of a tensor only.
+    """Whether a tensor is a `DTensor`, of which this process may hold a part only.
 
     Example:
         >>> is_shard(nn.Linear(6, 4).weight)
@@ -47,15 +46,15 @@ def is_shard(tensor: Tensor) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let every module of FSDP2 drop the whole parameters that it still has from its last forward."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # asked once, for a switch of adapters takes little more than that
+    """Free the unsharded parameters that modules of FSDP2 still hold after their last forward."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # looked up once, to keep a switch of adapters fast
     for module in model.modules() if fsdp else ():
         if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]
             module.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor with all its shards, which every process that holds one has to ask for; differentiable.
+    """The full tensor of a `DTensor`; every process that holds a shard must call this. Differentiable.
 
     Each process gets the gradient of its own shard, as if all of them computed the same.
     """
@@ -64,7 +63,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def laid_out_as(values: Tensor, like: Tensor) -> Tensor:
-    """Values that every process has, in the shards of `like`; nothing is sent."""
+    """Distribute values that every process has like the tensor `like`, without communication."""
     if not is_shard(like):
         return values
     from torch.distributed.tensor import distribute_tensor
@@ -75,9 +74,9 @@ def laid_out_as(values: Tensor, like: Tensor) -> Tensor:
 
 
 def by_the_first(tensors: Iterable[Tensor], act: Callable[[], None]) -> None:
-    """Act once: in the first of the processes that hold shards of these tensors, while the others wait for it.
+    """Call `act` on the first of the processes that hold shards of these tensors, while the others wait.
 
-    Where nothing is sharded, whoever calls acts. What the first one raises, all raise.
+    Without shards, every caller acts. An error on the first process is raised on all.
     """
     meshes: list[Any] = [tensor.device_mesh for tensor in tensors if is_shard(tensor)]  # type: ignore[attr-defined]
     if not meshes:

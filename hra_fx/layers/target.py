@@ -1,4 +1,4 @@
-"""What a *site* is: one layer, by identity, whose weight is rotated. Shared by every pass and by the API."""
+"""What passes and the API know of a layer that can be adapted: its kind, its weight, its names."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 SiteKind: TypeAlias = Literal["linear", "conv1d", "conv2d", "conv3d", "attention"]
 
-#: Name of the child module that owns a site's reflections, hence of its `state_dict` keys (PEFT's name).
+#: Name of the child module that holds the adapters of a layer, and so of its `state_dict` keys (PEFT's name).
 REFLECTION = "hra_u"
-#: Name of the child module that holds an adapter's copies of tensors while they are not in place.
+#: Name of the child module that holds an adapter's trained copies of tensors while they are not in place.
 SAVED = "hra_saved"
-#: Name of a site's attribute that gives its weight as it is, whatever `weight` gives.
+#: Name of the attribute of an adapted layer that is its base weight.
 BASE_WEIGHT = "hra_base"
 #: Key of `torch.fx.Node.meta` under which the passes keep a `SiteNote`.
 META = "hra"
@@ -24,11 +24,11 @@ _CONVOLUTIONS: dict[type[nn.Module], SiteKind] = {nn.Conv1d: "conv1d", nn.Conv2d
 
 @dataclass(frozen=True)
 class Site:
-    """What a pass has to know of a site.
+    """What a pass has to know of an adapted layer.
 
     Attributes:
-        path: the layer's qualified name in the whole model, the first where it has several.
-        kind: what sort of layer it is.
+        path: the layer's qualified name in the whole model, the first if it has several.
+        kind: the kind of layer.
         is_called: whether a call of it is adapted by a reflection of its input. Of any other layer (an attention, or
             a class with a forward of its own) only the weight is.
     """
@@ -40,11 +40,11 @@ class Site:
 
 @dataclass(frozen=True)
 class SiteNote:
-    """The mark that the passes leave on a node, in `node.meta["hra"]`.
+    """The mark that passes leave on a node, in `node.meta["hra"]`.
 
     Attributes:
         path: the layer's qualified name in the whole model.
-        kind: what sort of layer it is.
+        kind: the kind of layer.
         role: `"layer"` for the call of the layer; `"reflection"` for the call of its `hra_u` container; `"weight"` for
             a read of its weight; `"reader"` for the call of a module with adapted layers inside.
         also: the other adapted layers inside the module.
@@ -58,12 +58,12 @@ class SiteNote:
 
 @dataclass(frozen=True)
 class SiteOperators:
-    """The operators that stand for sites in a graph of TorchDynamo (`hra_fx.kernels.compile_ops`).
+    """The operators of adapted layers in a graph of TorchDynamo (`hra_fx.kernels.compile_ops`).
 
     Attributes:
-        rows: that of one site, of a value and its vectors.
-        factors: makes chains, and then factors, of a list of vectors.
-        by: takes a value, chains and factors, and gives a list.
+        rows: reflects a value by one layer's vectors.
+        factors: takes a list of vectors, and returns their chains and then their factors.
+        by: takes a value, chains and factors, and returns a list of reflected values.
     """
 
     rows: Any
@@ -72,7 +72,7 @@ class SiteOperators:
 
 
 def find_kind(layer: nn.Module) -> SiteKind | None:
-    """The kind of a layer that may be a site, `None` for one that may not.
+    """The kind of a layer that can be adapted, `None` for any other module.
 
     Example:
         >>> find_kind(nn.Conv2d(3, 8, 3)), find_kind(nn.ReLU())
@@ -86,10 +86,10 @@ def find_kind(layer: nn.Module) -> SiteKind | None:
 
 
 def kind_of(layer: nn.Module) -> SiteKind:
-    """The kind of a site's layer.
+    """The kind of a layer that can be adapted.
 
     Raises:
-        TypeError: it is none.
+        TypeError: it cannot.
 
     Example:
         >>> kind_of(nn.Linear(3, 8))
@@ -97,7 +97,7 @@ def kind_of(layer: nn.Module) -> SiteKind:
     """
     kind = find_kind(layer)
     if kind is None:
-        raise TypeError(f"{type(layer).__name__} cannot be a site")
+        raise TypeError(f"{type(layer).__name__} cannot be adapted")
     return kind
 
 
@@ -109,17 +109,17 @@ def has_columns(layer: nn.Module) -> bool:
 
 
 def weight_name(kind: SiteKind) -> str:
-    """The name of the parameter that is rotated: that of an attention holds the projections of q, k and v in one."""
+    """The name of the parameter that is rotated; that of an attention holds the projections of q, k and v in one."""
     return "in_proj_weight" if kind == "attention" else "weight"
 
 
 def as_rows(weight: Tensor, *, columns: bool) -> Tensor:
-    """A weight as the matrix `(out, d)` that is multiplied by `Q` from the right, without a copy where that can be."""
+    """A weight as the matrix `(out, d)` that is multiplied by `Q` from the right, without a copy where possible."""
     return weight.mT if columns else weight.flatten(1)
 
 
 def width_of(layer: nn.Module) -> int:
-    """The length `d` of a site's reflection vectors: one row of the weight, flattened.
+    """The length `d` of a layer's reflection vectors: one row of the weight, flattened.
 
     Example:
         >>> width_of(nn.Conv2d(8, 16, (3, 5), groups=2))
@@ -132,7 +132,7 @@ def width_of(layer: nn.Module) -> int:
 
 
 def describe(layer: nn.Module) -> str:
-    """A few words for tables and errors.
+    """A short description for tables and errors.
 
     Example:
         >>> describe(nn.Conv2d(8, 16, (3, 5), groups=2))

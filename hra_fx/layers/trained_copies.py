@@ -1,9 +1,9 @@
 """Trained copies of a module's own tensors: what `modules_to_save` and `bias` train, switched with their adapter.
 
-Where an adapter has a copy and is active, the copy stands in the tensor's own place (`classifier.weight`), so that
-every path to it, a region's graph or a functional read, finds the trained one. What is not in place waits in the child
-`<module>.hra_saved.<adapter>`, the base model's own under `hra_saved.base_layer`: all of it moves, counts and is saved
-with the model. (PEFT keeps copies of whole modules behind a wrapper, which renames the keys of the base model.)
+While an adapter with a copy is active, the copy takes the tensor's own place (`classifier.weight`), so every reader
+gets the trained one. Tensors that are not in place are in the child `<module>.hra_saved.<adapter>`, those of the base
+model in `hra_saved.base_layer`: they move and are saved with the model. (PEFT keeps copies of whole modules in a
+wrapper, which renames the keys of the base model.)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hra_fx.layers.target import SAVED
 
-#: Stands for the base model where the name of an adapter would.
+#: Stands for the base model in place of an adapter's name.
 BASE = "base_layer"
 
 
@@ -22,8 +22,8 @@ class Copies(nn.Module):
     """The tensors of one module that are not in place.
 
     Attributes:
-        copied: adapter name -> names of the tensors that it has a copy of.
-        in_place: tensor name -> whose it is: an adapter's, or `BASE`.
+        copied: adapter name -> names of the tensors of which it has a copy.
+        in_place: tensor name -> its owner: an adapter, or `BASE`.
     """
 
     def __init__(self) -> None:
@@ -40,10 +40,10 @@ class Copies(nn.Module):
         memo: dict[int, nn.Parameter],
         values: Mapping[str, Tensor],
     ) -> None:
-        """Make copies of tensors of `owner` for an adapter; they wait.
+        """Make copies of tensors of `owner` for an adapter; they are not in place yet.
 
-        They are as the base model's, or as `values` has them. `memo` holds the copies made for this adapter by the
-        identity of the original, so that what is one tensor at two places stays one.
+        Their values are those of the base model, or those in `values`. `memo` maps the identity of an original to the
+        copy made for this adapter, so that a shared tensor stays shared.
         """
         self.copied[adapter] = tuple(names)
         holder = nn.Module()
@@ -62,9 +62,11 @@ class Copies(nn.Module):
                 holder.register_buffer(name, value.clone(), persistent=persistent)
 
     def get(self, owner: nn.Module, adapter: str, name: str) -> Tensor:
-        """A tensor of an adapter or of `BASE`, in place or waiting."""
+        """A tensor of an adapter or of `BASE`, in place or not."""
         holder = owner if self.in_place[name] == adapter else self._modules[adapter]
-        tensor: Tensor = getattr(holder, name)
+        assert holder is not None
+        tensor = holder._parameters[name] if name in holder._parameters else holder._buffers[name]
+        assert tensor is not None
         return tensor
 
     def tensors(self, owner: nn.Module, adapter: str) -> dict[str, Tensor]:
@@ -85,7 +87,7 @@ class Copies(nn.Module):
         return adapter if name in self.copied.get(adapter, ()) else BASE
 
     def put_in_place(self, owner: nn.Module, adapter: str) -> None:
-        """Exchange what is in place for the copies of `adapter`; the base model's where it has none."""
+        """Put the copies of `adapter` in place, and the tensors of the base model where it has none."""
         for name, present in self.in_place.items():
             wanted = self._wanted(adapter, name)
             if wanted != present:
@@ -95,7 +97,7 @@ class Copies(nn.Module):
                 self.in_place[name] = wanted
 
     def remove(self, owner: nn.Module, adapter: str) -> None:
-        """Drop an adapter's copies, the base model's coming into place."""
+        """Remove an adapter's copies, and put the tensors of the base model in place."""
         if adapter in self.copied:
             for name in self.copied[adapter]:
                 if self.in_place.get(name) == adapter:
@@ -106,7 +108,7 @@ class Copies(nn.Module):
             self._tidy()
 
     def adopt(self, owner: nn.Module, adapter: str) -> None:
-        """Make an adapter's copies the base model's own."""
+        """Make an adapter's copies the tensors of the base model."""
         for name in self.copied.get(adapter, ()):
             tensor = self.get(owner, adapter, name)
             trained = tensor.requires_grad_(False) if isinstance(tensor, nn.Parameter) else tensor
@@ -123,7 +125,7 @@ class Copies(nn.Module):
         self._tidy()
 
     def _tidy(self) -> None:
-        """Keep no name that no adapter has a copy of, and no holder of nothing."""
+        """Remove names without a copy, and empty holders."""
         kept = {name for names in self.copied.values() for name in names}
         self.in_place = {name: whose for name, whose in self.in_place.items() if name in kept}
         holder = self._modules.get(BASE)
@@ -150,13 +152,13 @@ class Copies(nn.Module):
 
 
 def copies_of(model: nn.Module) -> dict[str, tuple[nn.Module, Copies]]:
-    """Path -> (owner, copies), for every module in `model` that has some."""
+    """Path -> (owner, copies), for every module in `model` with trained copies."""
     return {path: (owner, copies) for path, owner in model.named_modules() if (copies := held_by(owner)) is not None}
 
 
 def held_by(module: nn.Module) -> Copies | None:
-    """The copies of a module's own tensors, if it has some."""
-    # The children of a scripted module are no dict, and know no `get`.
+    """The copies of a module's own tensors, or `None`."""
+    # The children of a scripted module are not a dict.
     if SAVED not in module._modules:
         return None
     child = module._modules[SAVED]
@@ -164,6 +166,6 @@ def held_by(module: nn.Module) -> Copies | None:
 
 
 def own_tensors(module: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters and buffers that a module holds itself."""
+    """Names of the parameters and buffers of a module, without those of its children."""
     held = (*module._parameters.items(), *module._buffers.items())
     return tuple(name for name, tensor in held if tensor is not None)

@@ -29,13 +29,13 @@ from hra_fx.layers.target import has_columns, kind_of, width_of
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
-# Seen as one node each by an fx tracer that goes into a reflection.
+# One node each for an fx tracer that traces into a layer.
 for _name in ("reflected_rows", "patch_coordinates", "patch_image"):
     fx.wrap(_name)
 
 
 def reflected_rows(x: Tensor, vectors: Tensor) -> Tensor:
-    """The input of a Linear, `x -> x Q^T`.
+    """Reflect the input of a Linear, `x -> x Q^T`.
 
     Args:
         x: `(..., d)`.
@@ -69,17 +69,17 @@ def patch_coordinates(
     padding_mode: str,
     border: list[int],
 ) -> tuple[Tensor, Tensor]:
-    """Coordinates of the patches that a convolution reads.
+    """The coordinates of a convolution's patches in the span of the reflection vectors.
 
     Args:
         x: `(n, c, ...)` or `(c, ...)`, with as many more dimensions as the kernel has.
         vectors: `U: (d, k)`, of any length each.
         patch: `(c / groups, ...)`, the shape of a filter.
-        stride: that of the convolution, as the following are.
-        padding: see `stride`.
-        dilation: see `stride`.
-        groups: see `stride`.
-        padding_mode: see `stride`.
+        stride: of the convolution, as are the following.
+        padding: of the convolution.
+        dilation: of the convolution.
+        groups: of the convolution.
+        padding_mode: of the convolution.
         border: the padding as `F.pad` takes it, for padding modes other than zeros.
 
     Returns:
@@ -103,13 +103,13 @@ def patch_coordinates(
 
 
 def patch_image(coordinates: Tensor, chain: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """What a convolution has to subtract from its output.
+    """What is subtracted from the output of a convolution.
 
     Args:
         coordinates: `(n, groups * k, ...)` of `patch_coordinates`, as `chain` is.
         chain: `(d, k)`.
         weight: `W: (out, c / groups, ...)`.
-        groups: that of the convolution.
+        groups: of the convolution.
 
     Returns:
         `(W U) (T U^T p)` for every patch, `(n, out, ...)`.
@@ -132,9 +132,9 @@ class LinearReflection(Reflection):
         return x if vectors is None else reflected_rows(x, vectors)
 
     def through(self, x: Tensor, weight: Tensor, layer: nn.Linear) -> Tensor | None:
-        """The output of the layer over reflected rows, `(..., out)`; `None` where it is to be called by itself.
+        """The output of the layer over reflected rows, `(..., out)`; `None` if the container must be called.
 
-        Nothing can be hooked in between then, so that a hook on this module has it called.
+        It must be called if it has hooks, and outside of plain eager mode.
         """
         if not unobserved() or not are_plain(x) or _asks(self):
             return None
@@ -158,27 +158,27 @@ class QuantizedReflection(LinearReflection):
 
 
 class ConvReflection(Reflection):
-    """Reads every patch of a convolution's input in the coordinates of the reflection vectors.
+    """Computes the correction of a convolution's output.
 
-    With `W` seen as `(out, d)` and `p` a patch, `(W Q) p = W p - (W U) (T U^T p)`: the parenthesis on the right is a
-    convolution with `k` filters, made here; the layer subtracts its 1x1 image under `W U` (`project`). No patch is ever
-    unfolded, and no rotated weight made, so the gradient of a whole weight is never needed either.
+    With `W` seen as `(out, d)` and `p` a patch, `(W Q) p = W p - (W U) (T U^T p)`: the right parenthesis is a
+    convolution with `k` filters, computed here; the layer subtracts its image under the 1x1 convolution `W U`
+    (`project`). Patches are not unfolded, and neither the rotated weight nor the gradient of a weight is ever built.
     """
 
     is_called = True
 
     def __init__(self, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
-        """An empty container for a convolution, of which only the geometry is kept."""
+        """An empty container for a convolution; only the geometry is kept."""
         super().__init__(width_of(conv), kind_of(conv))
         self.patch = tuple(conv.weight.shape[1:])
         self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups
         self.padding_mode = conv.padding_mode
         self.padding = conv.padding
-        # torch's own list for F.pad, from which the other padding modes work ('same' included).
+        # The list that torch gives to F.pad for padding modes other than zeros, 'same' included.
         self.border = list(conv._reversed_padding_repeated_twice)
 
     def reflect(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """`patch_coordinates` of `x`; `None` where no adapter is active."""
+        """`patch_coordinates` of `x`; `None` if no adapter is active."""
         vectors = self.vectors_for(x)
         if vectors is None:
             return None
@@ -186,10 +186,9 @@ class ConvReflection(Reflection):
         return patch_coordinates(x, vectors, self.patch, *geometry)
 
     def corrected(self, output: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
-        """The output of the layer for `x`, corrected; the given one may be written into.
+        """The corrected output of the layer for `x`; `output` may be written into.
 
-        `None` where the layer is to ask for `read`. Nothing can be hooked in between then, so that a hook on this
-        module has it called.
+        `None` if the container must be called, as it must if it has hooks, and outside of plain eager mode.
         """
         if not unobserved() or not are_plain(x) or _asks(self):
             return None
@@ -216,13 +215,13 @@ class ConvReflection(Reflection):
         return output.add_(convolve(coordinates, image, groups=self.groups))
 
     def project(self, read: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
-        """What the layer has to subtract from its output: `patch_image` of what `forward` gave."""
+        """What the layer subtracts from its output: `patch_image` of the result of `forward`."""
         coordinates, chain = read
         return patch_image(coordinates, chain, weight, self.groups)
 
 
 def _constant(box: Reflection, sources: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """What `factors` makes of the vectors of a site, kept for the next call; where nobody wants a gradient."""
+    """The inference factors of a layer, cached for the next call; for calls without gradients."""
 
     def make() -> tuple[Tensor, Tensor]:
         vectors = box.joint_vectors(box.active)

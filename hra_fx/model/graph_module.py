@@ -1,6 +1,6 @@
-"""A `fx.GraphModule` of the user's own, whose graph calls layers: the reflections go into that graph, in place.
+"""Insert reflections into the graph of a `fx.GraphModule` that calls layers, in place.
 
-No class is swapped on the module itself, for each has a class of its own, which fx makes anew when it copies one.
+The class of the GraphModule itself is not swapped, because fx gives each copy a class of its own.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def insert(module: fx.GraphModule, model: nn.Module, path: str = "") -> None:
 
 
 def restore(module: nn.Module) -> None:
-    """Take all reflections out of the graph of a `GraphModule`; of another module nothing."""
+    """Remove all reflections from the graph of a `GraphModule`; other modules have none."""
     if isinstance(module, fx.GraphModule):
         _mark_again(module)
         FoldPass()(module)
 
 
 def shown_in(module: nn.Module) -> frozenset[str]:
-    """The paths of the sites that the graph of a `GraphModule` shows; none for another module."""
+    """The paths of the adapted layers in the graph of a `GraphModule`; none for other modules."""
     if not isinstance(module, fx.GraphModule):
         return frozenset()
     _mark_again(module)
@@ -63,7 +63,7 @@ def shown_in(module: nn.Module) -> frozenset[str]:
 
 
 def _mark_again(module: fx.GraphModule) -> None:
-    """Put the marks back that a pickle has lost: fx keeps the code of a graph, and not what its nodes carry."""
+    """Restore the marks that a pickle has lost: fx keeps the code of a graph, not the `meta` of its nodes."""
     paths = {layer: path for path, layer in sites_of(module).items()}
     for node in module.graph.find_nodes(op="call_module"):
         layer = str(node.target).removesuffix(f".{REFLECTION}")

@@ -21,15 +21,15 @@ from hra_fx.model.state import require_outermost, sites_of
 from hra_fx.selection.check import check, has_redundant_forward
 from hra_fx.selection.select import select
 
-#: Adds an adapter to the reflections of a site: (path, layer, reflections).
+#: Adds an adapter to the container of a layer: (path, layer, container).
 Fill: TypeAlias = Callable[[str, nn.Module, Reflection], None]
 
 
 @contextmanager
 def all_or_nothing() -> Iterator[ExitStack]:
-    """A stack of steps back, which are taken if the block raises.
+    """A stack of undo steps, which run if the block raises.
 
-    Inference mode is off inside, for vectors made in it could never be trained.
+    Inference mode is off inside, because vectors created in it could never be trained.
     """
     with torch.inference_mode(False), ExitStack() as undo:
         yield undo
@@ -64,13 +64,13 @@ def introduce(model: nn.Module, name: str, config: HRAConfig, fill: Fill, undo: 
 
 
 def drawn(name: str, config: HRAConfig, *, on_meta: bool) -> Fill:
-    """Fresh vectors, as the configuration starts them."""
+    """New vectors, initialized as the configuration says."""
     spec = AdapterSpec(config.r, config.apply_GS, config.init_weights)
     return lambda path, layer, reflection: reflection.add(name, spec, reflection.weight_of(layer), on_meta=on_meta)
 
 
 def take_off(layer: nn.Module) -> None:
-    """Make a site's layer a plain one again."""
+    """Make an adapted layer a plain one again."""
     unswap(layer, carrier_for(layer))
     del layer._modules[REFLECTION]
 
@@ -80,7 +80,7 @@ def _attach(path: str, layer: nn.Module, undo: ExitStack) -> None:
     reflection.train(layer.training)
     undo.callback(layer._modules.pop, REFLECTION, None)
     layer.add_module(REFLECTION, reflection)
-    if has_redundant_forward(layer):  # which would go before that of the swapped class
+    if has_redundant_forward(layer):  # it would hide the forward of the swapped class
         undo.callback(setattr, layer, "forward", vars(layer).pop("forward"))
     carrier = carrier_for(layer)
     try:

@@ -1,7 +1,7 @@
-"""The carrier of a whole model: a state is loaded rightly, whosever trained copies were in place when it was taken.
+"""The class of an adapted model: it loads a `state_dict` correctly, whichever adapter was active when it was saved.
 
-A copy that is in place has the name of the tensor whose place it is in, so the names in a `state_dict` follow from what
-was active. A state of another moment is renamed before it is loaded.
+A trained copy that is in place has the name of the tensor that it replaces, so the names in a `state_dict` depend on
+the active adapter. Entries are renamed before they are loaded.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class RootCarrier(Carrier):
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """`base.forward`, with what all layers need of their vectors made at its start."""
+        """`base.forward`; the factors of all layers are computed at its start."""
 
         @functools.wraps(base.forward)
         def forward(self: RootCarrier, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():  # first, for a compiler guards on whatever is asked before
+            if torch.compiler.is_compiling():  # first, because a compiler guards on everything read before
                 return base.forward(self, *args, **kwargs)
             record = record_of(self)
             if record is None or record.disabled or not record.active or getattr(self, "_is_replica", False):
@@ -42,11 +42,11 @@ class RootCarrier(Carrier):
         return {"forward": forward}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Called first of all, before any module below: so names can still be changed."""
+        """Rename entries; this is called before the children load theirs."""
         self._refuse_across_a_merge(state_dict, prefix, rest[-1])
         parts = (key.rpartition(f".{REFLECTION}.") for key in state_dict if key.startswith(prefix))
         theirs = {name.removesuffix(ANCHOR) for path, _, name in parts if path}
-        # By every path of a shared module, for a state has it as often.
+        # By every path of a shared module, because a state_dict has all of them.
         for path, owner in self.named_modules(remove_duplicate=False):
             copies = held_by(owner)
             if copies is None:
@@ -59,34 +59,34 @@ class RootCarrier(Carrier):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _refuse_across_a_merge(self, state: dict[str, Any], prefix: str, errors: list[str]) -> None:
-        """Merged weights in an unmerged model would be rotated twice, and the other way round not at all."""
+        """Merged weights in an unmerged model would be rotated twice, unmerged ones in a merged model not at all."""
         given = [key for key in state if key.startswith(prefix)]
         there = any(key.endswith(f".{REFLECTION}.unmerged") for key in given)
         here = any(layer.hra_u.unmerged is not None for layer in sites_of(self).values())
         if not given or there is here:
             return
         side = "state and not in the model" if there else "model and not in the state"
-        way_out = "Merge or unmerge them first (hra_fx.merge_adapter, hra_fx.unmerge_adapter)."
-        errors.append(f"{prefix}: adapters are merged in the {side}. {way_out}")
-        # What is there already, so that nothing is changed by a load that is going to fail.
+        fix = "Call hra_fx.merge_adapter or hra_fx.unmerge_adapter first."
+        errors.append(f"{prefix}: adapters are merged in the {side}. {fix}")
+        # The present values, so that a load that is going to fail changes nothing.
         state.update({f"{prefix}{key}": own for key, own in self.state_dict().items() if f"{prefix}{key}" in state})
 
 
 def _rename(state: dict[str, Any], in_place: str, waiting: dict[str, str], ours: str, theirs: set[str]) -> None:
-    """Give the copies of one tensor in a state the names that they have in the model.
+    """Rename the copies of one tensor in a `state_dict` as in the model.
 
     Args:
-        state: the state.
+        state: the `state_dict`.
         in_place: the tensor's own name.
-        waiting: adapter or `BASE` -> the name of its copy while it waits.
-        ours: whose copy is in place in the model.
-        theirs: the adapters of the state.
+        waiting: adapter or `BASE` -> the name of its copy while it is not in place.
+        ours: the owner of the copy that is in place in the model.
+        theirs: the adapters in the `state_dict`.
     """
     values: dict[str, Tensor] = {owner: state.pop(key) for owner, key in waiting.items() if key in state}
     if in_place in state:
-        # In place was the one that did not wait: an adapter of the state, else the base model.
+        # The one in place is the one without another name: an adapter of the state_dict, else the base model.
         owner = next((owner for owner in waiting if owner in theirs and owner not in values), BASE)
-        if owner in values:  # that of an adapter which the model does not have, and which is to be reported as such
+        if owner in values:  # that of an adapter that the model does not have; load_state_dict reports it
             state[waiting[BASE].replace(f".{BASE}.", ".of_another_adapter.")] = state.pop(in_place)
         else:
             values[owner] = state.pop(in_place)

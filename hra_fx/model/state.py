@@ -1,4 +1,4 @@
-"""Looking at a model that was transformed: its sites, regions and adapters, and what `transform` changed besides."""
+"""The state of a transformed model: its adapters, its adapted layers, and what `transform` changed."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ RECORD = "_hra_record"
 
 @dataclass
 class Record:
-    """What `transform` keeps at the model, as a plain attribute that copies and pickles with it.
+    """The state of a transformed model, in a plain attribute that is copied and pickled with it.
 
     Attributes:
         configs: adapter name -> configuration.
-        active: the adapters in use, in the order of the product `W Q_a Q_b ...`, those that are merged among them.
-        merged: those of the active ones whose product is in the weights.
-        disabled: whether all adapters are switched off for the moment.
-        requires_grad: parameter name -> (before, after), where `transform` changed it.
-        untied: the model's configurations that said `tie_word_embeddings` before a trained copy untied them.
+        active: the active adapters, merged ones included, in the order of the product `W Q_a Q_b ...`.
+        merged: the active adapters that are merged into the weights.
+        disabled: whether all adapters are switched off.
+        requires_grad: parameter name -> (before, after), for parameters that `transform` changed.
+        untied: configurations of the model whose `tie_word_embeddings` was switched off by a trained copy.
     """
 
     configs: dict[str, HRAConfig] = field(default_factory=dict)
@@ -44,27 +44,27 @@ class Record:
 
 
 def record_of(model: nn.Module) -> Record | None:
-    """The record that `transform` left at this very module."""
+    """The state of this module, or `None` if it is not the root of a transformed model."""
     record = _notes(model).get(RECORD)
     return record if isinstance(record, Record) else None
 
 
 def keep_record(model: nn.Module, record: Record) -> None:
-    """Leave a record at a model."""
+    """Attach a state to a model."""
     vars(model)[RECORD] = _notes(model)[RECORD] = record
 
 
 def drop_record(model: nn.Module) -> None:
-    """Take the record away, where there is one."""
+    """Remove the state, if there is one."""
     forget(model)
     _notes(model).pop(RECORD, None)
     vars(model).pop(RECORD, None)
 
 
 def _notes(model: nn.Module) -> dict[str, Any]:
-    """What goes along with a copy: for a `GraphModule` its `meta`, for any other module its attributes.
+    """Where the state is kept so that copies have it: in `meta` for a `GraphModule`, else in the attributes.
 
-    A `GraphModule` is copied with its `meta` and without other attributes, and pickled the other way round.
+    `deepcopy` of a `GraphModule` copies its `meta` but no other attributes; a pickle keeps the attributes only.
     """
     if not isinstance(model, fx.GraphModule):
         return vars(model)
@@ -74,12 +74,12 @@ def _notes(model: nn.Module) -> dict[str, Any]:
 
 
 class Inventory(NamedTuple):
-    """What a model carries, found in one walk without paths: a switch of adapters takes little more than that.
+    """The adapted parts of a model, found in one walk without paths, to keep a switch of adapters fast.
 
     Attributes:
         roots: the modules that were transformed.
-        reflections: those of every site.
-        copies: (owner, copies) of every module that has some.
+        reflections: the containers of adapters of all adapted layers.
+        copies: (owner, copies) of every module with trained copies.
     """
 
     roots: list[nn.Module]
@@ -88,13 +88,13 @@ class Inventory(NamedTuple):
 
 
 def inventory(model: nn.Module) -> Inventory:
-    """Walk through a model.
+    """Collect the adapted parts of a model.
 
     Raises:
-        AdapterError: it is no model.
+        AdapterError: it is not a module.
     """
     if not isinstance(model, nn.Module):
-        raise AdapterError(f"model: {model!r} is no torch.nn.Module. Give a transformed model.")
+        raise AdapterError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
     found = Inventory([], [], [])
     stack, seen = [model], {model}
     while stack:
@@ -116,8 +116,7 @@ def inventory(model: nn.Module) -> Inventory:
 
 
 def root_of(model: nn.Module) -> tuple[nn.Module, Record]:
-    """The transformed model in `model`, and its record: `model` itself, or what DDP, torch.compile or a class of the
-    user's holds.
+    """The transformed model in `model`, and its state: `model` itself, or the module in a wrapper such as DDP.
 
     Raises:
         AdapterError: there is none, or there are several.
@@ -126,38 +125,34 @@ def root_of(model: nn.Module) -> tuple[nn.Module, Record]:
 
 
 def only_root(model: nn.Module, found: Inventory) -> tuple[nn.Module, Record]:
-    """`root_of`, of what a walk through `model` has found."""
+    """As `root_of`, with the adapted parts of `model` given."""
     kind = type(model).__name__
     if not found.roots and found.reflections:
-        raise AdapterError(
-            f"{kind}: it is a part of a transformed model, and adapters belong to the whole. Give the model that was "
-            "transformed."
-        )
+        raise AdapterError(f"{kind} is a part of a transformed model. Pass the model that was transformed.")
     if not found.roots:
-        raise AdapterError(f"{kind}: it has no reflections. Call hra_fx.transform(model, config) first.")
+        raise AdapterError(f"{kind} has no adapters. Call hra_fx.transform(model, config) first.")
     if len(found.roots) > 1:
         paths = ", ".join(repr(path) for path, part in model.named_modules() if part in found.roots)
-        raise AdapterError(f"{kind}: it holds several transformed models ({paths}). Give one of them.")
+        raise AdapterError(f"{kind} contains several transformed models ({paths}). Pass one of them.")
     record: Record = _notes(found.roots[0])[RECORD]
     return found.roots[0], record
 
 
 def require_outermost(model: nn.Module) -> None:
-    """Refuse a model of which a part wears another tool's class over ours, which would be lost with ours.
+    """Refuse a model if another tool sharded it, or swapped the class of an adapted part again.
 
     Raises:
         AdapterError: naming the part.
     """
     if sharded := first_sharded(model):
         raise AdapterError(
-            f"{sharded[0]}: {sharded[1]} shares its parameters out among processes, and goes on with those that it "
-            "found. Take adapters off, and put others in, before it."
+            f"{sharded[0]}: {sharded[1]} has sharded its parameters already. Add and remove adapters before sharding."
         )
     for path, module in model.named_modules():
         if carriers_of(module) and not is_outermost(module):
             raise AdapterError(
-                f"{path or 'the model'}: another tool put a class of its own over it ({type(module).__name__}). Take "
-                "that off first (parametrizations: torch.nn.utils.parametrize.remove_parametrizations)."
+                f"{path or 'the model'}: another tool replaced its class ({type(module).__name__}). Undo that first "
+                "(for parametrizations: torch.nn.utils.parametrize.remove_parametrizations)."
             )
 
 
@@ -171,14 +166,14 @@ def names_in(record: Record, names: str | Iterable[str]) -> tuple[str, ...]:
     for name in wanted:
         if name not in record.configs:
             present = ", ".join(map(repr, record.configs)) or "none"
-            raise AdapterError(f"adapter {name!r}: the model has no such adapter. It has {present}.")
+            raise AdapterError(f"the model has no adapter {name!r}. It has {present}.")
     if len(set(wanted)) < len(wanted):
-        raise AdapterError(f"adapters {list(wanted)}: one is named twice. Name each once, in the order of the product.")
+        raise AdapterError(f"adapter names must be unique, got {list(wanted)}.")
     return wanted
 
 
 def sites_of(model: nn.Module) -> dict[str, SiteCarrier]:
-    """Path -> layer, for every layer in `model` that carries reflections; each layer once."""
+    """Path -> layer, for every adapted layer in `model`; a shared layer once."""
     return {
         path: module
         for path, module in model.named_modules()
@@ -187,16 +182,14 @@ def sites_of(model: nn.Module) -> dict[str, SiteCarrier]:
 
 
 def require_sites(model: nn.Module) -> dict[str, SiteCarrier]:
-    """`sites_of`, for callers that need some.
+    """As `sites_of`, if there are any.
 
     Raises:
-        AdapterError: there are none.
+        AdapterError: the model has no adapted layers.
     """
     if not isinstance(model, nn.Module):
-        raise AdapterError(f"model: {model!r} is no torch.nn.Module. Give a transformed model.")
+        raise AdapterError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
     sites = sites_of(model)
     if not sites:
-        raise AdapterError(
-            f"{type(model).__name__}: it has no reflections. Call hra_fx.transform(model, config) first."
-        )
+        raise AdapterError(f"{type(model).__name__} has no adapters. Call hra_fx.transform(model, config) first.")
     return sites
