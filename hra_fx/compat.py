@@ -66,7 +66,7 @@ _MODULE_CALL = nn.Module.__call__
 
 
 def has_saved_tensors_hooks() -> bool:
-    """Whether saved-tensor hooks are active: activation checkpointing, offloading of activations. It has no public name."""
+    """Whether saved-tensor hooks are active, as in activation checkpointing. It has no public name."""
     top = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
     return top is not None and top(True) is not None
 
