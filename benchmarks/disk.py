@@ -1,10 +1,10 @@
-"""`fold_checkpoint` beside `cp -r` and PEFT's load, merge and save: a bf16 Llama of 1.1 billion parameters, r=8.
+"""`fold_checkpoint` compared with `cp -r` and PEFT's load, merge and save: a bf16 Llama of 1.1 billion parameters, r=8.
 
     python benchmarks/disk.py [--rounds 3] [--without-peft]
 
-Needs peft and 10 GB of disk. The checkpoint has TinyLlama's sizes, three files and random weights; the adapter sits on
-q, k, v, o, gate, up and down. Each way runs in a process of its own, in turns; the time is that of the call, without
-imports, the memory is how far the process grew over what it had after them. Prints whether each limit is kept.
+Needs peft and 10 GB of disk. The checkpoint has the sizes of TinyLlama, three files and random weights; the adapter
+is on q, k, v, o, gate, up and down. Each method runs in its own process, interleaved. Times are without imports, and
+memory is the growth of the process after the imports. Prints whether each limit is met.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def tensors() -> dict[str, tuple[int, ...]]:
 
 
 def make(base: Path, adapter: Path) -> None:
-    """Write both. Numbers are cut out of one long row of random ones, for drawing a billion takes long."""
+    """Write both. Weights are slices of one random tensor, because drawing a billion values takes long."""
     import torch
     from safetensors.torch import save_file
 
@@ -118,7 +118,7 @@ print(json.dumps([time.perf_counter() - begin, peak() - before]))
 
 
 def run(imports: str, *folders: Path) -> tuple[float, int]:
-    """Seconds and bytes of one call in a process of its own."""
+    """Seconds and bytes of one call in its own process."""
     code = MEASURE.format(imports=imports)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     arguments = [sys.executable, "-W", "ignore", "-c", code, *map(str, folders)]
@@ -134,7 +134,7 @@ def copy(base: Path, out: Path) -> float:
 
 
 def steps_apart(ours: Path, theirs: Path) -> Iterator[tuple[int, int]]:
-    """For each tensor: how many numbers differ by at most one step of bf16, and how many there are."""
+    """For each tensor: the number of values that differ by at most one bf16 step, and of all values."""
     import torch
     from safetensors import safe_open
 
@@ -150,7 +150,7 @@ def steps_apart(ours: Path, theirs: Path) -> Iterator[tuple[int, int]]:
 
 
 def ordered(bits):  # type: ignore[no-untyped-def]
-    """The bits of bf16 as integers in the order of the numbers."""
+    """The bits of bf16 values as integers in the same order."""
     import torch
 
     return torch.where(bits < 0, -32768 - bits, bits)
@@ -191,12 +191,12 @@ def measure(folder: Path, rounds: int, *, with_peft: bool) -> None:
         merge, growth = run(PEFT, base, adapter, theirs)
         print(f"PEFT: {merge:.1f} s, {growth / 1e9:.2f} GB")
         line("times faster than PEFT's load, merge and save", merge / fold, FASTER_THAN_PEFT, merge / fold >= 25)
-    line("times the seconds of cp -r", fold / copied, TIMES_COPY, fold / copied <= TIMES_COPY)
+    line("times the time of cp -r", fold / copied, TIMES_COPY, fold / copied <= TIMES_COPY)
     growth = size / LARGEST
     line(f"growth ({size / 1e6:.0f} MB) over the largest tensor in float32", growth, TIMES_LARGEST, growth <= 8)
     if with_peft:
         near, count = (sum(column) for column in zip(*steps_apart(ours, theirs), strict=True))
-        line("share of numbers within one step of PEFT's", near / count, EQUAL, near / count >= EQUAL)
+        line("fraction of values within one step of PEFT's", near / count, EQUAL, near / count >= EQUAL)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What `freeze` gains: exported programs compiled by inductor, with an adapter as it is, frozen, and PEFT's LoRA.
+"""The speedup by `freeze`: exported programs compiled by inductor, with an adapter, a frozen adapter, and PEFT's LoRA.
 
     PYTHONPATH=benchmarks python benchmarks/frozen.py
 
-Needs peft. A Llama of width 768 with 3 layers; prints medians of pairs of one run, with their intervals.
+Needs peft. A Llama of width 768 with 3 layers. Prints medians of ratios with their intervals.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Callable
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
-from speed.contest import copy_of, plain_model
 from speed.methods import METHODS
 from speed.models import WORKLOADS
 from speed.ratios import ratio
 from speed.setting import Setting
+from speed.steps import copy_of, plain_model
 from speed.timing import Budget, Step, clocked, interleave
 from torch import nn
 
@@ -28,7 +28,7 @@ TOKENS = (1, 16, 512)
 
 
 def program_of(method: str, setting: Setting, *, freeze: bool = False) -> Callable[[], object]:
-    """A call of the exported and compiled model of a method."""
+    """A function that calls the exported and compiled model of a method."""
     workload = WORKLOADS[setting.workload]
     model = METHODS[method].put(copy_of(plain_model(setting), own_weights=False), workload, setting.r).eval()
     wrapped: nn.Module = Logits(getattr(model, "base_model", model) if method == "lora" else model)
@@ -53,9 +53,7 @@ class Logits(nn.Module):
 def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads; each over PEFT LoRA, exported and compiled too"
-    )
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; relative to PEFT LoRA, exported and compiled")
     for tokens in TOKENS:
         setting = Setting("llama-768x3", "inference", tokens)
         calls = {

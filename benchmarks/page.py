@@ -1,9 +1,9 @@
-"""How large the HTML page is, how long Python takes to write it, and the browser to open it and to expand a module.
+"""Size of the HTML page, and the time to write it, to open it in a browser, and to expand a module.
 
     python benchmarks/page.py
 
-Needs torchvision, playwright and a Chromium. Without one, only sizes and times of Python are printed. What tracing
-takes is not counted: a page is written from a drawing.
+Needs torchvision, playwright and Chromium. Without Chromium, only sizes and Python times are printed. The time for
+tracing is not included.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from playwright.sync_api import Browser, sync_playwright
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import hra_fx
-from hra_fx.reporting import Row
+from hra_fx.reporting.row import Row
 from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.html.rendering import render
 from hra_fx.view.options import Options
@@ -33,7 +33,7 @@ SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 
 
 def resnet50() -> Drawing:
-    # All convolutions, and not the classifier.
+    # all convolutions, without the classifier
     config = hra_fx.HRAConfig(r=8, target_modules=r".*(conv\d|downsample\.0)")
     return drawing_of(hra_fx.transform(torchvision.models.resnet50(), config))
 
@@ -51,9 +51,9 @@ def llama_exported() -> Drawing:
 
 
 def without_repeats(count: int = 10_000) -> Drawing:
-    """A made-up model no two modules of which look alike: 50 blocks of 8 modules with branches that join again."""
+    """An artificial model without repeated modules: 50 blocks of 8 modules with branches."""
     picture: nx.DiGraph[str] = nx.DiGraph()
-    picture.graph.update(regions=frozenset({""}), classes={}, details={})
+    picture.graph.update(traced=frozenset({""}), classes={}, details={})
     rows: list[Row] = []
     before = ""
     for index in range(count):
@@ -62,15 +62,13 @@ def without_repeats(count: int = 10_000) -> Drawing:
         path = f"{place[-1]}.layer{index}"
         leaf = Leaf(f"layer{index}", f"Linear {index}→{index}", "module", "call_module", path, place, paths=(path,))
         if index % 3 == 0:
-            leaf = Leaf(**{**leaf.__dict__, "kind": "site", "marks": (Mark(path, 0.1),), "width": index, "rank": 8})
-            angles = tuple(0.4 / (plane + 1) for plane in range(4))
-            angle, turned = 0.1 + index / count, (0.4, 0.2, angles, 1e-7, 0.05)
-            site = f"Linear({index}, {index})"
-            rows.append(
-                Row(
-                    path, "whole", "", count // 3, "", site, False, "default", True, index, 8, 8 * index, angle, *turned
-                )
+            leaf = Leaf(
+                **{**leaf.__dict__, "kind": "adapted_layer", "marks": (Mark(path, 0.1),), "width": index, "rank": 8}
             )
+            angles = tuple(0.4 / (plane + 1) for plane in range(4))
+            angle, rotated = 0.1 + index / count, (0.4, 0.2, angles, 1e-7, 0.05)
+            site = f"Linear {index}->{index}"
+            rows.append(Row(path, site, "default", True, index, 8, 8 * index, angle, *rotated))
         picture.add_node(path, leaf=leaf)
         if before:
             picture.add_edge(before, path)
@@ -103,7 +101,7 @@ MEASURE = f"""async () => {{
 
 
 def in_browser(browser: Browser, file: Path) -> list[float]:
-    """Least times in ms: from the navigation until the page is drawn, of one expansion, of the expansion of all."""
+    """Minimal times in ms: from navigation until the page is drawn, to expand one module, to expand all."""
     measured = []
     for _ in range(ROUNDS):
         page = browser.new_page(viewport={"width": 1400, "height": 900})

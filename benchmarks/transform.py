@@ -1,11 +1,11 @@
-"""How long `transform` takes, beside `torch.fx.symbolic_trace` of the same model: all Linear and Conv2d layers, r=8.
+"""Time of `transform` compared with `torch.fx.symbolic_trace` of the same model: all Linear and Conv2d layers, r=8.
 
     python benchmarks/transform.py [name ...]
 
-Needs torchvision, timm and transformers. Prints medians of interleaved repetitions, after one run of each to warm up;
-a plain model is made for every run. The second ratio is of processor time, which other work on the machine changes
-least (with OMP_NUM_THREADS=1, for threads that wait count too). Transformers' models are given without a ratio, for fx
-cannot trace them.
+Needs torchvision, timm and transformers. Prints medians of interleaved repetitions after one warm-up run; every run
+has a new model. The second ratio is of CPU time, which depends least on the load of the machine (set
+OMP_NUM_THREADS=1, because waiting threads count too). Models of transformers have no ratio, because fx cannot trace
+them.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ TRANSFORMERS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Seconds(NamedTuple):
-    """Of one call, or medians: by the clock, and of the processor."""
+    """Wall time and CPU time of one call, or their medians."""
 
     clock: float
     processor: float
 
 
 def seconds(build: Callable[[], nn.Module], act: Callable[[nn.Module], object]) -> Seconds:
-    """Of one call, on a model of its own."""
+    """The time of one call, on a new model."""
     model = build()
     gc.collect()
     clock, processor = time.perf_counter(), time.process_time()
@@ -74,7 +74,7 @@ def adapt(model: nn.Module) -> None:
 
 
 def medians(build: Callable[[], nn.Module], *acts: Callable[[nn.Module], object]) -> list[Seconds]:
-    """Of the rounds after the first, which fills the caches of both."""
+    """Medians over the rounds after the first one, which fills the caches."""
     rounds = [[seconds(build, act) for act in acts] for _ in range(ROUNDS + 1)]
     return [Seconds(*map(statistics.median, zip(*times, strict=True))) for times in zip(*rounds[1:], strict=True)]
 

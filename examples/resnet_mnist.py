@@ -2,12 +2,12 @@
 
     python examples/resnet_mnist.py
 
-A torchvision ResNet-18 learns the digits 0 to 4 (real MNIST images) from random weights. Then 500 images of 5 to 9 must
-do for a fresh classification layer: alone on the frozen network (the baseline), or with reflections in each convolution
-and the hidden layer, which turn what the network has learnt.
+A torchvision ResNet-18 learns the MNIST digits 0 to 4 from random weights. Then a new classification layer is trained
+with 500 images of 5 to 9: alone on the frozen network (the baseline), or together with reflections in every convolution
+and the hidden layer.
 
-Batch normalisation keeps the statistics of 0 to 4 throughout (the model stays in eval mode): they are the base model's
-buffers, not the adapter's, and must be the same after folding; and both runs then differ in the reflections alone.
+The model stays in eval mode, so BatchNorm keeps the statistics of 0 to 4: these buffers belong to the base model and
+must not change by folding. The two runs differ only in the reflections.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ PRETRAIN_EPOCHS = 3
 LR_PRETRAIN = 2e-3
 ADAPT_IMAGES = 500
 ADAPT_EPOCHS = 8
-LR_HEAD = 3e-2  # of 3e-3, 1e-2, 3e-2 about the best for the baseline
+LR_HEAD = 3e-2  # about the best of 3e-3, 1e-2 and 3e-2 for the baseline
 LR_REFLECTIONS = 2e-2
 CONFIG = hra_fx.HRAConfig(r=8, target_modules=["conv1", "conv2", "downsample.0", "fc.0"], modules_to_save=["fc.2"])
 
 
 def resnet() -> torchvision.models.ResNet:
-    """A ResNet-18 with a hidden layer, `fc.0`, below its classification layer, `fc.2`."""
+    """A ResNet-18 with a hidden layer `fc.0` before its classification layer `fc.2`."""
     model = torchvision.models.resnet18()
     model.fc = nn.Sequential(nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 5))
     return model
@@ -76,7 +76,7 @@ def load(seed: int = 0) -> tuple[Digits, Digits]:
     """The 2500 digits 0 to 4 and the 2500 digits 5 to 9, each in random order."""
     images, labels = mnist()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    # less the mean of MNIST, in units of its deviation
+    # normalize with the mean and standard deviation of MNIST
     images, labels = (images[order].expand(-1, 3, -1, -1) - 0.1307) / 0.3081, labels[order]
     low = labels < 5
     return Digits(images[low], labels[low]), Digits(images[~low], labels[~low] - 5)
@@ -89,7 +89,7 @@ def apply(model: nn.Module, images: Tensor, label: str) -> Tensor:
 
 
 def pretrain(model: nn.Module, digits: Digits) -> None:
-    """Train all of the model from random weights, batch normalisation included; leaves it in eval mode."""
+    """Train the whole model from random weights, with BatchNorm, and leave it in eval mode."""
     model.train()
     batches = epochs_of(len(digits.labels), PRETRAIN_EPOCHS, BATCH)
     train(model, digits, [(model.parameters(), LR_PRETRAIN)], batches, "pretrain on 0-4")
@@ -97,14 +97,14 @@ def pretrain(model: nn.Module, digits: Digits) -> None:
 
 
 def train(model: nn.Module, digits: Digits, groups: Groups, batches: list[list[int]], label: str) -> None:
-    """Train the parameters in `groups` on some digits, in the mode that the model is in."""
+    """Train the parameters in `groups`, in the current mode of the model."""
     fit(lambda batch: cross_entropy(model(digits.images[batch]), digits.labels[batch]), groups, batches, label)
 
 
 def run_baseline(model: nn.Module, digits: Digits, unseen: Tensor, batches: list[list[int]]) -> Tensor:
-    """Train `fc.2` alone; gives its logits of `unseen`, and restores it.
+    """Train only `fc.2`, return its logits for `unseen`, and restore it.
 
-    The frozen layers below give the same features each time: computed once, they make this head-only training.
+    The features of the frozen layers do not change, so they are computed once.
     """
     head, model.fc[2] = model.fc[2], nn.Identity()
     features = Digits(apply(model, digits.images, "features"), digits.labels)
@@ -119,13 +119,13 @@ def run_baseline(model: nn.Module, digits: Digits, unseen: Tensor, batches: list
 
 
 def export_and_check(model: nn.Module, images: Tensor, file: Path) -> tuple[str, str]:
-    """Export with a dynamic batch; onnxruntime must agree at another batch."""
+    """Export with a dynamic batch, and check onnxruntime with another batch size."""
     export_onnx(model, {"x": images[:2]}, {"x": {0: torch.export.Dim.DYNAMIC}}, file)
     return check_onnx(onnx_model(file), model, {"x": images[:7]}, "batch 7")
 
 
 def main(output: Path) -> None:
-    """The whole run; what it wrote lies in `output`."""
+    """Run the demo, and write the results to `output`."""
     began = time.perf_counter()
     torch.manual_seed(0)
     first, second = load()
@@ -135,7 +135,7 @@ def main(output: Path) -> None:
     pretrain(model, known)
     before = accuracy(apply(model, known_unseen.images, "evaluate 0-4"), known_unseen.labels)
 
-    model.fc[2] = nn.Linear(128, 5)  # a fresh classification layer for 5 to 9
+    model.fc[2] = nn.Linear(128, 5)  # a new classification layer for 5 to 9
     keys = list(model.state_dict())
     size = sum(parameter.numel() for parameter in model.parameters())
     batches = epochs_of(ADAPT_IMAGES, ADAPT_EPOCHS, BATCH)

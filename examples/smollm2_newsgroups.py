@@ -2,9 +2,9 @@
 
     python examples/smollm2_newsgroups.py
 
-Real weights (SmolLM2-135M-Instruct) and real text, a few minutes on two cores. Every projection of its attentions and
-MLPs is reflected, with about 1% of their number of parameters, and the model learns to continue posts of 20 Newsgroups.
-The folded model is a plain transformers model again, and onnxruntime continues a sentence with the same words.
+It uses the weights of SmolLM2-135M-Instruct and takes a few minutes on two cores. Every attention and MLP projection is
+adapted, with about 1% of the parameters, and the model learns to continue posts of 20 Newsgroups. The folded model is a
+plain transformers model, and onnxruntime continues a sentence with the same words.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ import hra_fx
 
 LENGTH = 64
 BATCH = 8
-LR = 1e-2  # of 3e-3, 1e-2, 2e-2 the best on held-out posts other than those that are reported
+LR = 1e-2  # the best of 3e-3, 1e-2 and 2e-2 on held-out posts that are not in the reported test set
 SENTENCE = "The capital of France is"
 WORDS = 12
 CONFIG = hra_fx.HRAConfig(
@@ -52,15 +52,15 @@ CONFIG = hra_fx.HRAConfig(
 
 
 class Logits(nn.Module):
-    """A language model as a function of token ids alone: `(batch, length)` to `(batch, length, vocabulary)`."""
+    """A language model as a function of token ids: `(batch, length)` to `(batch, length, vocabulary)`."""
 
     def __init__(self, model: nn.Module) -> None:
-        """The model stays the same object, adapted or not."""
+        """Wrap a language model, adapted or not."""
         super().__init__()
         self.model = model
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Without the cache, which a graph of one call has no use for."""
+        """The logits, without a KV cache."""
         logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
         return logits
 
@@ -72,27 +72,27 @@ def load() -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokeniz
 
 
 def posts(tokenizer: transformers.PreTrainedTokenizerBase, split: str, size: int) -> Tensor:
-    """The beginnings of random posts that are long enough, so that nothing is padded: int64 `(size, LENGTH)`."""
+    """The beginnings of random posts that are long enough to need no padding: int64 `(size, LENGTH)`."""
     texts, _, _ = newsgroups(split, 2 * size)
     ids = tokenizer([text[:2000] for text in texts], truncation=True, max_length=LENGTH)["input_ids"]
     return torch.tensor([row for row in ids if len(row) == LENGTH][:size])
 
 
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """The mean loss of the next token."""
+    """The mean next-token loss."""
     return cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
 @torch.no_grad()
 def perplexity(model: nn.Module, ids: Tensor, label: str) -> float:
-    """Of the next token, over all posts."""
+    """The perplexity over all posts."""
     losses = [loss_of(model, part) * len(part) for part in bar(ids.split(BATCH), label)]
     return float((torch.stack(losses).sum() / len(ids)).exp())
 
 
 @torch.no_grad()
 def continued(run: Callable[..., Tensor], tokenizer: transformers.PreTrainedTokenizerBase) -> str:
-    """`SENTENCE` and what a model finds most likely to follow, token by token."""
+    """Continue `SENTENCE` by greedy decoding."""
     ids = tokenizer(SENTENCE, return_tensors="pt")["input_ids"]
     for _ in range(WORDS):
         ids = torch.cat([ids, run(input_ids=ids)[:, -1:].argmax(dim=-1)], dim=1)
@@ -101,7 +101,7 @@ def continued(run: Callable[..., Tensor], tokenizer: transformers.PreTrainedToke
 
 
 def main(train_size: int, test_size: int, output: Path) -> None:
-    """The whole run; what it wrote lies in `output`."""
+    """Run the demo, and write the results to `output`."""
     began = time.perf_counter()
     torch.manual_seed(0)
     transformers.logging.set_verbosity_error()
@@ -123,7 +123,7 @@ def main(train_size: int, test_size: int, output: Path) -> None:
     batches = epochs_of(len(train_posts), 1, BATCH)
     fit(lambda batch: loss_of(model, train_posts[batch]), [(reflections(base), LR)], batches, "train HRA")
     after = perplexity(model, test_posts, "evaluate HRA")
-    require(after < before, f"held-out posts are less of a surprise (perplexity {before:.1f}, then {after:.1f})")
+    require(after < before, f"the perplexity of held-out posts is lower ({before:.1f} before, {after:.1f} after)")
     with torch.no_grad():
         adapted = model(some)
     texts["adapted"] = continued(model, tokenizer)
@@ -143,11 +143,11 @@ def main(train_size: int, test_size: int, output: Path) -> None:
         check_onnx(run, model, {"input_ids": some}, f"batch {len(some)}, length {LENGTH}"),
     ]
     same = texts["adapted"] == texts["folded"] == texts["folded, in onnxruntime"]
-    require(same, f"the sentence goes on with the same words: {texts}")
+    require(same, f"all models continue the sentence with the same words: {texts}")
 
     show(
         f"SmolLM2 ({size:,} parameters), {len(train_posts)} posts of 20 Newsgroups, {len(test_posts)} held out",
-        ("model", "perplexity of held-out posts", "numbers trained"),
+        ("model", "perplexity of held-out posts", "trained parameters"),
         [("base", f"{before:.1f}", "0"), ("HRA, r = 8", f"{after:.1f}", f"{trained:,}")],
     )
     show("The folded model: the base model's keys, the same answers", ("check", "figure"), checks)

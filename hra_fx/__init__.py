@@ -1,11 +1,11 @@
 """hra_fx: Householder reflection adaptation (HRA, https://arxiv.org/abs/2405.17484) as a `torch.fx` compiler pass.
 
     model = hra_fx.transform(model, hra_fx.HRAConfig(r=8, target_modules=["q_proj", "v_proj"]))
-    ...                                  # train as ever: only the reflections have gradients
-    print(hra_fx.report(model))          # where they are, and how far each turned its layer
-    model = hra_fx.fold(model)           # the base model again, node for node and key for key
+    ...                                  # train as usual: only the adapters are trainable
+    print(hra_fx.report(model))          # the adapted layers, and how much each of them changed
+    model = hra_fx.fold(model)           # a plain base model with the adapters in its weights
 
-Names load on first use, so that importing the package costs nothing and any submodule may be imported first.
+Names are imported on first use, so that importing the package is fast and any submodule may be imported first.
 """
 
 from __future__ import annotations
@@ -13,8 +13,24 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hra_fx import errors
+from hra_fx.errors import (
+    AdapterError as AdapterError,
+    CheckpointError as CheckpointError,
+    ConfigError as ConfigError,
+    FoldError as FoldError,
+    GraphInvariantError as GraphInvariantError,
+    HRAError as HRAError,
+    HRAWarning as HRAWarning,
+    SelectionError as SelectionError,
+    UnsupportedLayerError as UnsupportedLayerError,
+    VerificationError as VerificationError,
+    VisualizeError as VisualizeError,
+)
+from hra_fx.version import VERSION
+
 if TYPE_CHECKING:
-    from hra_fx.api.fold import fold as fold, plan_fold as plan_fold
+    from hra_fx.api.fold import fold as fold
     from hra_fx.api.load import load_adapter as load_adapter
     from hra_fx.api.peft_model import HRAModel as HRAModel
     from hra_fx.api.transform import transform as transform
@@ -24,39 +40,31 @@ if TYPE_CHECKING:
     )
     from hra_fx.checkpoint.saving import save_adapter as save_adapter
     from hra_fx.config import HRAConfig as HRAConfig
-    from hra_fx.errors import (
-        AdapterError as AdapterError,
-        CaptureError as CaptureError,
-        CheckpointError as CheckpointError,
-        ConfigError as ConfigError,
-        FoldError as FoldError,
-        GraphInvariantError as GraphInvariantError,
-        HRAError as HRAError,
-        HRAWarning as HRAWarning,
-        SelectionError as SelectionError,
-        UnsupportedLayerError as UnsupportedLayerError,
-        VisualizeError as VisualizeError,
-    )
     from hra_fx.export.freeze import freeze as freeze
     from hra_fx.export.lower import lower as lower
     from hra_fx.export.onnx_swap import adapter_inputs as adapter_inputs, make_swappable as make_swappable
     from hra_fx.model.add import add_adapter as add_adapter
     from hra_fx.model.combine import combine as combine
     from hra_fx.model.delete import delete_adapter as delete_adapter
+    from hra_fx.model.fold import FoldPlan as FoldPlan, plan_fold as plan_fold
     from hra_fx.model.merge import merge_adapter as merge_adapter, unmerge_adapter as unmerge_adapter
     from hra_fx.model.orthogonality import orthogonality_loss as orthogonality_loss
     from hra_fx.model.scale import set_scale as set_scale
     from hra_fx.model.switch import disable_adapters as disable_adapters, set_adapter as set_adapter
-    from hra_fx.reporting import report as report
+    from hra_fx.reporting.report import report as report
+    from hra_fx.reporting.result import Report as Report
     from hra_fx.tracing.graphs import graphs as graphs
     from hra_fx.view import visualize as visualize
     from hra_fx.view.network import to_networkx as to_networkx
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
+#: Public name -> the module that it is imported from; the same as the block above, which type checkers read.
 _HOMES = {
+    "FoldPlan": "model.fold",
     "HRAConfig": "config",
     "HRAModel": "api.peft_model",
+    "Report": "reporting.result",
     "adapter_inputs": "export.onnx_swap",
     "add_adapter": "model.add",
     "combine": "model.combine",
@@ -71,8 +79,8 @@ _HOMES = {
     "make_swappable": "export.onnx_swap",
     "merge_adapter": "model.merge",
     "orthogonality_loss": "model.orthogonality",
-    "plan_fold": "api.fold",
-    "report": "reporting",
+    "plan_fold": "model.fold",
+    "report": "reporting.report",
     "save_adapter": "checkpoint.saving",
     "set_adapter": "model.switch",
     "set_scale": "model.scale",
@@ -81,25 +89,9 @@ _HOMES = {
     "unfold_checkpoint": "checkpoint.disk.fold",
     "unmerge_adapter": "model.merge",
     "visualize": "view",
-    **dict.fromkeys(
-        (
-            "AdapterError",
-            "CaptureError",
-            "CheckpointError",
-            "ConfigError",
-            "FoldError",
-            "GraphInvariantError",
-            "HRAError",
-            "HRAWarning",
-            "SelectionError",
-            "UnsupportedLayerError",
-            "VisualizeError",
-        ),
-        "errors",
-    ),
 }
 
-__all__ = sorted(_HOMES)
+__all__ = sorted({*_HOMES, *errors.__all__})
 
 
 def __getattr__(name: str) -> Any:

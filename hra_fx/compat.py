@@ -11,12 +11,14 @@ import importlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from types import CodeType, ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
+
+T = TypeVar("T", bound=Tensor)
 
 _new_version = itertools.count(-2, -1)
 
@@ -143,6 +145,16 @@ def tensor_version(tensor: Tensor) -> int:
     return next(_new_version) if version is None else version
 
 
+def wrapper_tensor(kind: type[T], like: Tensor) -> T:
+    """A tensor of a subclass without data, with shape, strides, dtype and device of another tensor.
+
+    The class overrides `__torch_dispatch__`. torch documents this constructor for wrapper subclasses, and has no other.
+    """
+    make: Any = Tensor._make_wrapper_subclass
+    made: T = make(kind, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device, layout=like.layout)
+    return made
+
+
 def is_view(tensor: Tensor) -> bool:
     """Whether a tensor is a view that autograd tracks. Where torch does not say: yes, so that it is copied."""
     answer: Callable[[], bool] = getattr(tensor, "_is_view", _yes)
@@ -191,22 +203,6 @@ def is_higher_order(target: object) -> bool:
 def schema_of(target: object) -> Any:
     """The schema of an operator, with `name`, `arguments` and `is_mutable`; `None` for other functions."""
     return getattr(target, "_schema", None)
-
-
-# --- DistributedDataParallel ------------------------------------------------------------------------------------------
-
-
-def active_ddp() -> nn.parallel.DistributedDataParallel | None:
-    """The `DistributedDataParallel` whose forward runs. Without the private name, none is known."""
-    return getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
-
-
-def ddp_parameters(wrapper: nn.parallel.DistributedDataParallel) -> Iterable[Tensor]:
-    """The parameters whose gradients it averages, from its buckets; without them, all that take gradients now."""
-    buckets = getattr(wrapper.reducer, "_get_zeros_like_grad_buckets", None)
-    if buckets is None:
-        return [parameter for parameter in wrapper.module.parameters() if parameter.requires_grad]
-    return [parameter for bucket in buckets() for parameter in bucket.parameters()]
 
 
 # --- TorchDynamo, which loads slowly: only when a function here is called ---------------------------------------------

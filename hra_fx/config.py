@@ -1,7 +1,7 @@
-"""`HRAConfig`: what to adapt and how, with the fields, defaults and file of PEFT's HRA configuration.
+"""`HRAConfig`: the configuration of an adapter, with the fields, defaults and file format of `peft.HRAConfig`.
 
-Source of the fields and of `adapter_config.json`: PEFT 0.21, `peft.HRAConfig`. What is added is that every field is
-checked at construction, and that keys of a file which are not known here survive reading and writing.
+Source: PEFT 0.21. In addition, every field is checked when the configuration is created, and unknown keys of a file are
+kept when it is written again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["CONFIG_NAME", "HRAConfig", "layer_index_regex", "saved_module_regex"
 CONFIG_NAME = "adapter_config.json"
 _TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 _BIASES = ("none", "all", "hra_only")
-# Names that other libraries, the paper or habit give to our fields, and that spelling alone would not lead to.
+# Other names for the fields, from other libraries and the paper, that are not found by similar spelling.
 _SYNONYMS = {
     "rank": "r",
     "hra_r": "r",
@@ -53,35 +53,36 @@ class HRAConfig:
     """Configuration of Householder reflection adaptation (https://huggingface.co/papers/2405.17484).
 
     Args:
-        r: how many reflections a layer gets, an int > 0.
-        apply_GS: make the vectors of a layer orthonormal (Gram-Schmidt) before they reflect.
-        target_modules: which layers. A collection: a layer whose path equals an entry or ends with "." + entry. A
-            string: a regular expression that must match the whole path, or "all-linear" for every linear layer but
-            the output layer. None: the default of `model.config.model_type`.
-        exclude_modules: which layers not, written like `target_modules`; it wins over `target_modules`.
-        init_weights: True starts at the identity, False at random reflections.
-        layers_to_transform: an index or indices >= 0; of the layers found by suffix only those in these blocks. An
-            empty list restricts nothing.
-        layers_pattern: regular expression(s) for the name of the module list that the indices count in, such as "h".
-        bias: "none", "all" or "hra_only": which biases are trained too.
-        modules_to_save: names of modules that are trained and saved in full; no layer inside them is adapted.
-        task_type: None or one of PEFT's task types, such as "SEQ_CLS".
+        r: rank, the number of reflections per layer; a positive int.
+        apply_GS: make the vectors of a layer orthonormal (Gram-Schmidt) before they are used as reflections.
+        target_modules: the layers to adapt. A collection of names matches a layer if its path equals a name or ends
+            with "." + name. A str is a regular expression that must match the full path, or "all-linear" for every
+            linear layer except the output layer. None selects the default of `model.config.model_type`.
+        exclude_modules: layers to leave out, written like `target_modules`. It overrides `target_modules`.
+        init_weights: if True, the adapter starts as the identity; if False, with random reflections.
+        layers_to_transform: one or more block indices >= 0. Layers that match by suffix are adapted only in these
+            blocks. An empty list means no restriction.
+        layers_pattern: one or more regular expressions for the name of the module list that is indexed, such as "h".
+        bias: which biases are trained: "none", "all", or "hra_only" for those of the adapted layers.
+        modules_to_save: names of modules that are trained and saved in full. Layers inside them are not adapted.
+        task_type: None or a PEFT task type, such as "SEQ_CLS".
         peft_type: always "HRA".
-        auto_mapping, peft_version, base_model_name_or_path, revision, inference_mode: kept as PEFT writes them.
-        extra: entries of a read file that are no field here; written back by `save_pretrained`.
+        auto_mapping, peft_version, base_model_name_or_path, revision, inference_mode: as in PEFT.
+        extra: unknown entries of the file that was read. `save_pretrained` writes them back.
 
-    Collections of targets and exclusions become sets, other collections lists, enum members of `str` plain strings.
+    Collections in `target_modules` and `exclude_modules` become sets, other collections become lists, and str enums
+    become plain strings.
 
     Raises:
-        ConfigError: an unknown keyword, a field of wrong type or value, a regular expression that does not compile,
-            or fields that exclude each other. It is a `ValueError`.
+        ConfigError: an unknown keyword, a field of the wrong type or value, an invalid regular expression, or fields
+            that exclude each other. It is a `ValueError`.
 
     >>> config = HRAConfig(r=4, target_modules=["query", "value"])
     >>> sorted(config.target_modules), config.bias
     (['query', 'value'], 'none')
     >>> HRAConfig(rank=4)
     Traceback (most recent call last):
-    hra_fx.errors.ConfigError: rank: not a field of HRAConfig; did you mean 'r'?
+    hra_fx.errors.ConfigError: HRAConfig has no field `rank`. Did you mean `r`?
     """
 
     task_type: str | None = None
@@ -103,16 +104,16 @@ class HRAConfig:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __new__(cls, *args: object, **kwargs: object) -> HRAConfig:
-        """Refuse unknown keywords before Python's own, terser, `TypeError` for them."""
+        """Raise a helpful error for unknown keywords, before Python raises its `TypeError`."""
         if args:
-            raise ConfigError(f"HRAConfig: takes keyword arguments only, got {args[0]!r}. Write for example r=8.")
+            raise ConfigError(f"HRAConfig takes keyword arguments only, got {args[0]!r}. Use for example r=8.")
         for name in kwargs:
             if name not in cls.__dataclass_fields__:
-                raise ConfigError(f"{name}: not a field of HRAConfig; {_hint(name)}")
+                raise ConfigError(f"HRAConfig has no field `{name}`. {_hint(name)}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        """Normalise every field, then check each alone, then those that depend on each other."""
+        """Normalize and check each field, then check the fields that depend on each other."""
         self._check_scalars()
         self.target_modules = _names_or_regex("target_modules", self.target_modules)
         self.exclude_modules = _names_or_regex("exclude_modules", self.exclude_modules)
@@ -125,10 +126,10 @@ class HRAConfig:
 
     def _check_scalars(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
-            raise ConfigError(f"r: {self.r!r} is no rank. It must be an int > 0, such as 8.")
+            raise ConfigError(f"`r` must be a positive int, got {self.r!r}.")
         for name in ("apply_GS", "init_weights", "inference_mode"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}: {getattr(self, name)!r} is not a bool. Give True or False.")
+                raise ConfigError(f"`{name}` must be a bool, got {getattr(self, name)!r}.")
         self.peft_type = _one_of("peft_type", self.peft_type, ("HRA",))
         self.bias = _one_of("bias", self.bias, _BIASES)
         if self.task_type is not None:
@@ -137,9 +138,9 @@ class HRAConfig:
             self.base_model_name_or_path = os.fspath(self.base_model_name_or_path)
         for name in ("peft_version", "base_model_name_or_path", "revision"):
             if not isinstance(getattr(self, name), str | None):
-                raise ConfigError(f"{name}: {getattr(self, name)!r} is not a string. Give a string or None.")
+                raise ConfigError(f"`{name}` must be a str or None, got {getattr(self, name)!r}.")
         if not isinstance(self.auto_mapping, dict | None):
-            raise ConfigError(f"auto_mapping: {self.auto_mapping!r} is not a dict. Give a dict or None.")
+            raise ConfigError(f"`auto_mapping` must be a dict or None, got {self.auto_mapping!r}.")
 
     def _check_layers_pattern(self) -> None:
         patterns = self.layers_pattern
@@ -156,25 +157,25 @@ class HRAConfig:
             return
         if isinstance(self.modules_to_save, str):
             name = self.modules_to_save
-            raise ConfigError(f"modules_to_save: {name!r} is a string, not a list of names. Write [{name!r}].")
+            raise ConfigError(f"`modules_to_save` must be a list of names, got the str {name!r}. Use [{name!r}].")
         self.modules_to_save = _strings("modules_to_save", self.modules_to_save)
         for name in self.modules_to_save:
             if not name:
-                raise ConfigError("modules_to_save: '' is no name. Give names of modules.")
+                raise ConfigError("`modules_to_save` must not contain an empty name.")
             _compile("modules_to_save", name)
             _compile("modules_to_save", name, saved_module_regex(name))
 
     def _check_together(self) -> None:
-        way_out = " Put the indices into the regular expression, or give target_modules as a list."
+        fix = " Put the indices into the regular expression, or pass `target_modules` as a list."
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ConfigError("`layers_to_transform` cannot be used when `target_modules` is a str." + way_out)
+            raise ConfigError("`layers_to_transform` cannot be used when `target_modules` is a str." + fix)
         if isinstance(self.target_modules, str) and self.layers_pattern is not None:
-            raise ConfigError("`layers_pattern` cannot be used when `target_modules` is a str." + way_out)
+            raise ConfigError("`layers_pattern` cannot be used when `target_modules` is a str." + fix)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields and the extra entries as one dict ready for JSON: sets are sorted lists, every value a copy.
+        """All fields and extra entries as a dict for JSON. Sets become sorted lists, and values are copied.
 
         >>> HRAConfig(target_modules={"b", "a"}).to_dict()["target_modules"]
         ['a', 'b']
@@ -186,32 +187,32 @@ class HRAConfig:
         """The text of `adapter_config.json`, in PEFT's style.
 
         Raises:
-            ConfigError: an entry of `auto_mapping` or `extra` that JSON cannot hold.
+            ConfigError: an entry of `auto_mapping` or `extra` cannot be written as JSON.
         """
         try:
             return json.dumps(self.to_dict(), indent=2, sort_keys=True)
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"HRAConfig: auto_mapping or extra cannot be written as JSON: {error}.") from error
+            raise ConfigError(f"`auto_mapping` or `extra` cannot be written as JSON: {error}.") from error
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write `adapter_config.json` into `save_directory`, which is made where it does not exist.
+        """Write `adapter_config.json` into `save_directory`, which is created if it does not exist.
 
         Raises:
             ConfigError: `save_directory` is a file, or an entry cannot be written as JSON.
         """
         directory = Path(save_directory)
         if directory.is_file():
-            raise ConfigError(f"{directory}: is a file. Give a directory to save in.")
+            raise ConfigError(f"{directory}: `save_directory` must be a directory, but this is a file.")
         text = self.to_json_string()
         directory.mkdir(parents=True, exist_ok=True)
         (directory / CONFIG_NAME).write_text(text, encoding="utf-8")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> HRAConfig:
-        """The configuration of a dict as `to_dict` gives it; entries that are no field go into `extra`.
+        """Create a configuration from a dict as returned by `to_dict`. Unknown entries go into `extra`.
 
         Raises:
-            ConfigError: as at construction; also a `peft_type` other than "HRA".
+            ConfigError: a field has a wrong value, as in the constructor.
 
         >>> HRAConfig.from_dict({"r": 4, "written_by": "a later release"}).extra
         {'written_by': 'a later release'}
@@ -223,22 +224,23 @@ class HRAConfig:
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], subfolder: str | None = None) -> HRAConfig:
-        """Read `adapter_config.json` from a local directory, or from `subfolder` in it, as written here or by PEFT.
+        """Read `adapter_config.json` of hra_fx or PEFT from a local directory, or from `subfolder` in it.
 
         Raises:
-            ConfigError: the file is missing, is no JSON object, or holds a bad configuration; it names the file.
+            ConfigError: the file is missing, does not contain a JSON object, or has a wrong value. The message names
+                the file.
         """
         path = Path(directory, subfolder or "", CONFIG_NAME)
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             reason = error.strerror or type(error).__name__
-            way_out = f"Give the local directory that holds {CONFIG_NAME}."
-            raise ConfigError(f"{path}: cannot be read ({reason}). {way_out}") from error
+            fix = f"Pass a local directory that contains {CONFIG_NAME}."
+            raise ConfigError(f"{path}: cannot be read ({reason}). {fix}") from error
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: is not JSON ({error}).") from error
+            raise ConfigError(f"{path}: is not valid JSON ({error}).") from error
         if not isinstance(values, dict):
-            raise ConfigError(f"{path}: holds a JSON {type(values).__name__}, a configuration is an object.")
+            raise ConfigError(f"{path}: must contain a JSON object, got a {type(values).__name__}.")
         try:
             return cls.from_dict(values)
         except ConfigError as error:
@@ -246,9 +248,9 @@ class HRAConfig:
 
 
 def layer_index_regex(pattern: str | None) -> str:
-    """The regular expression that finds the first block index `idx` in a path, after a module list called `pattern`.
+    """A regular expression whose group `idx` is the first block index in a path after a module list called `pattern`.
 
-    None stands for any name, which then needs a component before it, as in PEFT.
+    With None, any name matches if there is a component before it, as in PEFT.
 
     >>> re.match(layer_index_regex("h"), "h.3.mlp")["idx"]
     '3'
@@ -260,7 +262,7 @@ def layer_index_regex(pattern: str | None) -> str:
 
 
 def saved_module_regex(name: str) -> str:
-    """The regular expression for the paths that an entry of `modules_to_save` keeps from being adapted."""
+    """A regular expression for the paths that are not adapted because of an entry of `modules_to_save`."""
     return rf"(^|.*\.){name}($|\..*)"
 
 
@@ -269,28 +271,29 @@ def _field_names() -> list[str]:
 
 
 def _hint(name: str) -> str:
-    """What was probably meant by the unknown field `name`."""
+    """A sentence that suggests a field instead of the unknown `name`."""
     lower = {known.lower(): known for known in _field_names()}
     near = difflib.get_close_matches(name.lower(), [*lower, *_SYNONYMS], n=1, cutoff=0.75)
     if near:
-        return f"did you mean {lower.get(near[0]) or _SYNONYMS[near[0]]!r}?"
-    return f"the fields are {', '.join(_field_names())}."
+        return f"Did you mean `{lower.get(near[0]) or _SYNONYMS[near[0]]}`?"
+    return f"The fields are {', '.join(_field_names())}."
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> str:
     """`value` as a plain string (PEFT's enums are strings too), which must be one of `allowed`."""
     if not isinstance(value, str) or value not in allowed:
-        raise ConfigError(f"{name}: {value!r} is not one of {', '.join(map(repr, allowed))}.")
+        expected = f"one of {', '.join(map(repr, allowed))}" if len(allowed) > 1 else repr(allowed[0])
+        raise ConfigError(f"`{name}` must be {expected}, got {value!r}.")
     return str.__str__(value)
 
 
 def _strings(name: str, value: object) -> list[str]:
     """A collection of strings as a list; a set, which has no order, is sorted."""
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Collection):
-        raise ConfigError(f"{name}: {value!r} is neither a string nor a list of strings.")
+        raise ConfigError(f"`{name}` must be a str or a list of str, got {value!r}.")
     for entry in value:
         if not isinstance(entry, str):
-            raise ConfigError(f"{name}: the entry {entry!r} is not a string. Give names of modules.")
+            raise ConfigError(f"`{name}` must be a str or a list of str, got the entry {entry!r}.")
     entries = [str.__str__(entry) for entry in value]
     return sorted(entries) if isinstance(value, set | frozenset) else entries
 
@@ -312,31 +315,31 @@ def _indices(value: object) -> list[int] | int | None:
     entries: list[Any] = list(value) if isinstance(value, Collection) and many else [value]
     for entry in entries:
         if isinstance(entry, bool) or not isinstance(entry, int) or entry < 0:
-            raise ConfigError(f"layers_to_transform: {entry!r} is no layer index. Indices are ints >= 0.")
+            raise ConfigError(f"`layers_to_transform` must be an int >= 0 or a list of them, got {entry!r}.")
     if not many:
         return int(entries[0])
     return sorted(entries) if isinstance(value, set | frozenset) else entries
 
 
 def _compile(name: str, regex: str, whole: str | None = None) -> None:
-    """Check that `regex` compiles, also as part of the `whole` expression that it is used in."""
+    """Check that `regex` compiles, alone or as a part of the expression `whole`."""
     try:
         re.compile(regex if whole is None else whole)
     except re.error as error:
-        where = "" if whole is None else f" where it is used, inside {whole!r}"
-        raise ConfigError(f"{name}: {regex!r} is not a regular expression{where}: {error}.") from error
+        where = "" if whole is None else f" inside {whole!r}, where it is used"
+        raise ConfigError(f"`{name}`: {regex!r} is not a valid regular expression{where}: {error}.") from error
 
 
 def _check_extra(extra: object) -> None:
     if not isinstance(extra, dict) or not all(isinstance(key, str) for key in extra):
-        raise ConfigError(f"extra: {extra!r} is not a dict with string keys.")
+        raise ConfigError(f"`extra` must be a dict with str keys, got {extra!r}.")
     for name in _field_names():
         if name in extra:
-            raise ConfigError(f"extra: {name!r} is a field of HRAConfig. Give it as a keyword.")
+            raise ConfigError(f"`extra` must not contain the field {name!r}. Pass it as a keyword instead.")
 
 
 def _plain(value: Any) -> Any:
-    """A copy of `value` with lists for tuples and sorted lists for sets."""
+    """A copy of `value` in which tuples become lists and sets become sorted lists."""
     if isinstance(value, set | frozenset):
         return sorted(value)
     if isinstance(value, dict):

@@ -1,14 +1,13 @@
-"""The errors and the warning that hra_fx raises: one base class, one named kind for each sort of trouble.
+"""The errors and the warning of hra_fx.
 
-A message reads "<layer or field>: <what is wrong, with both values>. <the way out>." Kinds that report a bad argument
-are also `ValueError`, so that code written for PEFT's `ValueError` goes on catching them.
+A message names the layer or field, what is wrong with both values, and what to do: "`r` must be a positive int, got 0."
+Errors about arguments are also `ValueError`, so code that catches the `ValueError` of PEFT keeps working.
 """
 
 from __future__ import annotations
 
 __all__ = [
     "AdapterError",
-    "CaptureError",
     "CheckpointError",
     "ConfigError",
     "FoldError",
@@ -23,62 +22,61 @@ __all__ = [
 
 
 class HRAError(Exception):
-    """Base of every error that hra_fx raises on purpose; catch it to catch them all."""
+    """Base class of all errors of hra_fx."""
 
 
 class ConfigError(HRAError, ValueError):
-    """A configuration that cannot be used: a field of the wrong type or value, fields that exclude each other, an
-    unknown field, or a configuration file that is missing, broken or written for another method."""
+    """The configuration is invalid: an unknown field, a wrong type or value, fields that exclude each other, or a
+    configuration file that is missing, damaged, or for another method."""
 
 
 class SelectionError(HRAError, ValueError):
-    """The configuration does not fit the model: no layer matched, a matched module is of another kind, or
-    there are no default targets for this architecture."""
+    """The configuration does not fit the model: no layer matches, a matched module is not of a supported type, or the
+    architecture has no default targets."""
 
 
 class UnsupportedLayerError(HRAError):
-    """A matched layer that cannot carry reflections; the message names the layer, the reason and the way out."""
+    """A selected layer, or the model, cannot be adapted. The message names the layer, the reason and a fix."""
 
 
 class CaptureError(HRAError):
-    """A region that could not be traced safely. It is raised and caught inside the library: a refused region falls back
-    to smaller ones, and `reason` is what the report shows for it.
+    """A module cannot be traced with fx. `graphs` and `report` catch it, trace smaller modules, and show its `reason`.
 
     >>> CaptureError("a forward hook on 'layer1.conv'").reason
     "a forward hook on 'layer1.conv'"
     """
 
     def __init__(self, reason: str) -> None:
-        """Keep `reason`, a phrase without a full stop that says why the region was refused."""
+        """Store `reason`, a phrase without a full stop."""
         super().__init__(reason)
         self.reason = reason
 
 
 class AdapterError(HRAError, ValueError):
-    """An adapter name or an adapter state that does not fit: an unknown name, a name that is taken or not usable as a
-    module name, or an operation that the current state does not allow."""
+    """An adapter name is unknown, taken or not a valid module name, or the state of the adapters does not allow the
+    operation."""
 
 
 class CheckpointError(HRAError, ValueError):
-    """A file of an adapter that is missing, damaged, or does not fit the model; it names the file, and the key."""
+    """A file is missing, damaged, or does not fit the model. The message names the file and the key."""
 
 
 class FoldError(HRAError):
-    """Folding was refused or gave a weight that is not finite; no weight of the model was changed."""
+    """A weight cannot be folded. No weight was changed."""
 
 
 class GraphInvariantError(HRAError):
-    """A rewritten graph breaks a rule that every rewritten graph keeps; the message names the node and the rule."""
+    """A rewritten graph violates an invariant. The message names the node and the invariant."""
 
 
 class VerificationError(HRAError):
-    """`transform(..., verify=True)` found a rewritten model that does not compute what its folded self does; the
-    message names the first region, or the layer, and the model is as it was."""
+    """`transform(..., verify=True)` found a difference between the adapted and the folded model. The message names the
+    first module that differs. The model was not changed."""
 
 
 class VisualizeError(HRAError, ValueError):
-    """A picture that cannot be drawn: an unknown file ending, or a graph that the asked format cannot hold."""
+    """A picture cannot be drawn: an unknown file extension or option, or a graph that the format cannot represent."""
 
 
 class HRAWarning(UserWarning):
-    """Every warning of hra_fx has this category, so that one filter silences them or turns them into errors."""
+    """The category of all warnings of hra_fx."""

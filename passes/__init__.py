@@ -1,5 +1,5 @@
-"""Rewrites of `torch.fx` graphs, each a `PassBase` in a file of its own: match, insert, fold, verify.
+"""Rewrites of `torch.fx` graphs, one `PassBase` per file: match, insert, fold, verify, share, hoist, freeze, lower.
 
-They know nothing of models and of each other: a graph comes in, `PassResult` goes out, and what a pass found it leaves
-in `node.meta["hra"]` (`hra_fx.layers.target.SiteNote`).
+Passes are independent of models and of each other. Each takes a graph module and returns a `PassResult`; what it found
+is stored in `node.meta["hra"]` (`hra_fx.layers.target.SiteNote`).
 """

@@ -1,8 +1,8 @@
-r"""lower: operators of ours by graphs of what they compute, for whoever knows those of aten alone.
+r"""lower: replace custom operators by graphs of ATen operators, for exporters.
 
     h = hra_fx.rotate(w, u, a, ...)     becomes     g = mm(t(u), u);  ...;  h = sub(w, mm(mm(w, u), ...))
 
-What an operator computes is a function that is traced here, for the shapes that it has in the graph.
+Each operator has a decomposition, a function that is traced with the shapes that the operator has in the graph.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from hra_fx.layers.target import META
 
 
 class LowerPass(PassBase):
-    """Puts the graphs of functions in the place of operators; all other nodes stay as they are."""
+    """Replaces operators by the graphs of their decompositions; all other nodes stay unchanged."""
 
-    def __init__(self, table: Mapping[Any, Callable[..., Tensor]]) -> None:
-        """Prepare.
+    def __init__(self, decompositions: Mapping[Any, Callable[..., Tensor]]) -> None:
+        """Take the decompositions.
 
         Args:
-            table: operator -> a function of the same arguments, made of operators of aten; it gives one tensor.
+            decompositions: operator -> a function of the same arguments, in ATen operators, that returns one tensor.
         """
-        self._table = table
+        self._decompositions = decompositions
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite the graph and recompile it."""
-        found = [node for node in graph_module.graph.nodes if node.op == "call_function" and node.target in self._table]
+        calls = [node for node in graph_module.graph.nodes if node.op == "call_function"]
+        found = [node for node in calls if node.target in self._decompositions]
         for node in found:
-            _replace(graph_module, node, self._table[node.target])
+            _replace(graph_module, node, self._decompositions[node.target])
         if found:
             graph_module.recompile()
         return PassResult(graph_module, bool(found))
@@ -44,53 +45,53 @@ class LowerPass(PassBase):
 
 
 def _replace(graph_module: fx.GraphModule, node: fx.Node, function: Callable[..., Tensor]) -> None:
-    places = [place for place, argument in enumerate(node.args) if isinstance(argument, fx.Node)]
+    indices = [index for index, argument in enumerate(node.args) if isinstance(argument, fx.Node)]
 
     def of_tensors(*tensors: Tensor) -> Tensor:
         arguments: list[Any] = list(node.args)
-        for place, tensor in zip(places, tensors, strict=True):
-            arguments[place] = tensor
+        for index, tensor in zip(indices, tensors, strict=True):
+            arguments[index] = tensor
         return function(*arguments, **node.kwargs)
 
-    inputs: list[Any] = [node.args[place] for place in places]
-    # Without data; with the shapes that the graph's values have already, if they have.
+    inputs: list[Any] = [node.args[index] for index in indices]
+    # Fake tensors: those in the graph keep their symbolic shapes.
     traced = make_fx(of_tensors, tracing_mode="fake")(*(_example(graph_module, argument, node) for argument in inputs))
     traced.graph.eliminate_dead_code()
-    known = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
-    where: dict[str, Any] = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
+    replacements = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    location: dict[str, Any] = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
     with graph_module.graph.inserting_before(node):
-        made = graph_module.graph.graph_copy(traced.graph, known)
-    assert isinstance(made, fx.Node)
-    for inner in _between(made, inputs):
+        result = graph_module.graph.graph_copy(traced.graph, replacements)
+    assert isinstance(result, fx.Node)
+    for inner in _between(result, inputs):
         inner.meta = {key: inner.meta[key] for key in ("val", "tensor_meta") if key in inner.meta}
-        inner.meta.update(where)
+        inner.meta.update(location)
     if META in node.meta:
-        made.meta[META] = node.meta[META]
-    node.replace_all_uses_with(made)
+        result.meta[META] = node.meta[META]
+    node.replace_all_uses_with(result)
     graph_module.graph.erase_node(node)
 
 
 def _between(last: fx.Node, inputs: list[fx.Node]) -> set[fx.Node]:
-    """The nodes that `last` is made of, from the inputs on."""
+    """The nodes that compute `last` from the inputs."""
     found: set[fx.Node] = set()
-    waiting = [last]
-    while waiting:
-        node = waiting.pop()
+    stack = [last]
+    while stack:
+        node = stack.pop()
         if node not in found and node not in inputs:
             found.add(node)
-            waiting += node.all_input_nodes
+            stack += node.all_input_nodes
     return found
 
 
 def _example(graph_module: fx.GraphModule, argument: fx.Node, node: fx.Node) -> Tensor:
-    """A tensor of an argument's shape."""
+    """A tensor with the shape of an argument."""
     value = argument.meta.get("val")
     if value is None and argument.op == "get_attr":
         path, _, name = str(argument.target).rpartition(".")
         value = getattr(graph_module.get_submodule(path), name)
     if not isinstance(value, Tensor):
         raise GraphInvariantError(
-            f"node {node.name!r}: nothing says of what shape its argument {argument.name!r} is, so what it computes "
-            "cannot be traced. Lower the program that torch.export gave, with the notes on its nodes."
+            f"node {node.name!r}: the shape of its argument {argument.name!r} is unknown, so it cannot be traced. "
+            "Lower the program of torch.export, whose nodes have `meta['val']`."
         )
     return value

@@ -1,4 +1,4 @@
-"""A small model to transform, its configuration, and a picture of it before and after."""
+"""A small model, its configuration, and a snapshot of everything that `transform` could change."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def mlp() -> nn.Sequential:
 
 
 def picture(model: nn.Module) -> dict[str, object]:
-    """All that `transform` could change, by identity."""
+    """Everything that `transform` could change, by identity."""
     return {
         "classes": [(path, type(module), id(module)) for path, module in model.named_modules()],
         "vars": [

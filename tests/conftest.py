@@ -1,14 +1,12 @@
-"""What holds for every test: one thread, and no network.
-
-The models of tests are so small that a second thread only waits, long where other tests run beside.
-"""
+"""Settings for all tests: one thread, no network, and the default action of SIGINT."""
 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
-# Before anything imports huggingface_hub, which reads it then.
+# huggingface_hub reads it when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
@@ -18,15 +16,26 @@ from browser import NAMES, find_browser
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Torch with one thread for the time of a test."""
+    """Run torch with one thread: more are slower for models as small as those of the tests."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def default_sigint() -> Iterator[None]:
+    """Handle SIGINT as Python does by default, here and in subprocesses.
+
+    A shell starts background jobs with SIGINT ignored, and Python then installs no handler of its own.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say it loudly where the page was not tested."""
+    """Print a clear notice if the HTML page was not tested."""
     if find_browser() is None:
         terminalreporter.section("the HTML page was NOT tested", sep="!", red=True, bold=True)
         terminalreporter.line(f"tests/view/html needs one of {', '.join(NAMES)}, and none is installed.")

@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 import hra_fx
+from hra_fx.view.drawing import Drawing, drawing_of
 
 #: Names that mean something in some format, and that a module can have which is captured.
 HOSTILE = (
@@ -111,3 +112,9 @@ def drawn(name: str) -> nn.Module:
             if ".hra_u." in f".{path}":
                 parameter += 0.5 * torch.randn(parameter.shape, generator=generator) * parameter.std()
     return model
+
+
+@cache
+def drawing(name: str) -> Drawing:
+    """The drawing of that model, shared by all tests."""
+    return drawing_of(drawn(name))

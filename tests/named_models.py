@@ -1,4 +1,4 @@
-"""Whole models, small, for what a configuration names in them: one made of awkward names, the rest of transformers."""
+"""Small models to select layers in: one with difficult names, the others from transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 class Block(nn.Module):
-    """Names that are endings of each other (q, seq, proj.q), experts with an index of their own, other layer types."""
+    """Names that are suffixes of each other (q, seq, proj.q), numbered experts, other layer types."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,6 +93,6 @@ MAKERS: list[Callable[[], nn.Module]] = [
 
 @cache
 def built(make: Callable[[], nn.Module]) -> nn.Module:
-    """Every model is made once; neither side may change it (PEFT gets a copy)."""
+    """Build each model once. Tests must not change it (PEFT gets a copy)."""
     torch.manual_seed(0)
     return make().requires_grad_(False)

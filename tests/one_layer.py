@@ -1,4 +1,4 @@
-"""A model of one layer that carries a reflection, held against the dense oracle: output and every gradient."""
+"""A model of one adapted layer, compared with the dense oracle: output and every gradient."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def normal(seed: int, *shape: int, dtype: torch.dtype = F64) -> Tensor:
 
 
 def adapted(base: Layer, r: int, *, apply_GS: bool = False, init_weights: bool = False, seed: int = 0) -> Any:
-    """A model of one layer: a copy of `base`, reflections at random vectors, gradients wanted of every parameter."""
+    """A model of one layer: a copy of `base` with random vectors. Every parameter requires a gradient."""
     config = HRAConfig(r=r, apply_GS=apply_GS, init_weights=init_weights, target_modules=["0"])
     model = transform(nn.Sequential(copy.deepcopy(base)), config)
     layer: Any = model[0]
@@ -76,7 +76,7 @@ def adapted(base: Layer, r: int, *, apply_GS: bool = False, init_weights: bool =
 
 @dataclass
 class Passed:
-    """What a forward and a backward give."""
+    """The results of a forward and a backward."""
 
     output: Tensor
     x: Tensor
@@ -100,7 +100,7 @@ def run_layer(model: Any, x: Tensor) -> Passed:
 
 
 def run_oracle(base: Layer, model: Any, x: Tensor, *, apply_GS: bool) -> Passed:
-    """`base`'s own arithmetic in float64 at the weight `W Q`."""
+    """The layer `base` in float64 with the weight `W Q`."""
     reflection = model[0].hra_u
     x = x.detach().double().requires_grad_()
     vectors = reflection["default"].detach().double().requires_grad_()
@@ -126,7 +126,7 @@ def check(base: Layer, model: Any, x: Tensor, *, apply_GS: bool, bound: float, f
     assert relative_error(got.output, wanted.output) < bound
     assert relative_error(got.x, wanted.x) < bound
     assert relative_error(got.vectors, wanted.vectors, floor=floor) < bound
-    # A narrow weight's own gradient is rounded as a whole, by any layer: no promise is made for it.
+    # The gradient of a bfloat16 weight is rounded in any layer.
     assert relative_error(got.weight, wanted.weight) < (bound if x.dtype != BF16 else 2 * bound)
     assert (got.bias is None) == (wanted.bias is None)
     if got.bias is not None and wanted.bias is not None:

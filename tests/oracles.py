@@ -1,6 +1,6 @@
 """The dense oracle: every reflection as an explicit `(d, d)` float64 matrix, multiplied one after another.
 
-Nothing of hra_fx is used here, so that a test against it never compares the library with itself.
+It does not use hra_fx, so that a test never compares the library with itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def dense_reflection(vector: Tensor) -> Tensor:
     largest = u.detach().abs().max()
     if largest == 0:
         return eye
-    # Divided by its largest entry first, so that no square overflows or vanishes: a reflection has no scale.
+    # Divide by the largest entry, so that squares do not overflow or underflow: the scale does not matter.
     u = u / largest
     return eye - 2 * torch.outer(u, u) / (u @ u)
 
@@ -32,7 +32,7 @@ def dense_product(chain: Tensor) -> Tensor:
 def dense_gs(vectors: Tensor) -> Tensor:
     """Gram-Schmidt of `U: (d, r)` in float64 by the textbook recurrence, each projection run twice. Differentiable.
 
-    The second run removes what rounding left of the first (Kahan and Parlett's "twice is enough").
+    The second run removes the rounding errors of the first (Kahan and Parlett's "twice is enough").
     """
     basis: list[Tensor] = []
     for column in vectors.double().unbind(dim=1):
@@ -56,9 +56,9 @@ def dense_weight(weight: Tensor, q: Tensor) -> Tensor:
 
 
 def relative_error(actual: Tensor, wanted: Tensor, floor: float = 0.0) -> float:
-    """`|actual - wanted|_F / max(|wanted|_F, floor)` in float64, with equal shapes; 0 where both are 0.
+    """`|actual - wanted|_F / max(|wanted|_F, floor)` in float64, for equal shapes; 0 if both are 0.
 
-    `floor` is for a quantity whose true value may vanish, such as the gradient of `U` where `Q = -I` for every `U`.
+    `floor` is for quantities whose true value may be 0, such as the gradient of `U` if `Q = -I` for every `U`.
     """
     assert actual.shape == wanted.shape, (actual.shape, wanted.shape)
     difference = float((actual.detach().double() - wanted.detach().double()).norm())

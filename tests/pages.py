@@ -37,7 +37,7 @@ class Net(nn.Module):
         return self.head(self.blocks(self.stem(x)))
 
 
-def turned(model: nn.Module) -> nn.Module:
+def rotated(model: nn.Module) -> nn.Module:
     """As if trained: each layer further than the one before."""
     generator = torch.Generator().manual_seed(0)
     vectors = [parameter for name, parameter in model.named_parameters() if ".hra_u." in name]
@@ -50,7 +50,7 @@ def turned(model: nn.Module) -> nn.Module:
 def trained_net(**fields: Any) -> nn.Module:
     torch.manual_seed(0)
     config = {"r": 4, "target_modules": ["up", "down"]} | fields
-    return turned(hra_fx.transform(Net(), hra_fx.HRAConfig(**config)))
+    return rotated(hra_fx.transform(Net(), hra_fx.HRAConfig(**config)))
 
 
 def page_of(model: Any, *, depth: int | None = None, focus: str | None = None, heat: str | None = None) -> str:

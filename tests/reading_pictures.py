@@ -15,14 +15,14 @@ _DOT_NODE = re.compile(r"^\s*n\d+ \[(.*)\]$")
 _DOT_ATTRIBUTE = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
-def sites_in(file: Path) -> list[str]:
+def layers_in(file: Path) -> list[str]:
     """Every line that can name an adapted layer, in a file of any format but `.png`."""
     return _READERS[file.suffix](file)
 
 
 def _svg(file: Path) -> list[str]:
     """Lines of the tips of the boxes that count, without the values of the heat."""
-    boxes = [box for box in ElementTree.parse(file).iter() if int(box.get("data-sites", 0))]
+    boxes = [box for box in ElementTree.parse(file).iter() if int(box.get("data-adapted", 0))]
     return [_VALUE.sub("", line) for box in boxes for line in (box.findtext(f"{SVG}title") or "").split("\n")]
 
 
@@ -37,14 +37,16 @@ def _dot(file: Path) -> list[str]:
     for row in file.read_text(encoding="utf-8").split("\n"):
         if found := _DOT_NODE.match(row):
             attributes = dict(_DOT_ATTRIBUTE.findall(found[1]))
-            if attributes["class"] == "site":
+            if attributes["class"] == "adapted_layer":
                 lines += attributes["tooltip"].split(r"\n")
     plain = (line.replace(r"\"", '"').replace(r"\\", "\\").replace("&amp;", "&") for line in lines)
     return [_VALUE.sub("", line) for line in plain]
 
 
 def _graphml(file: Path) -> list[str]:
-    return [path for _, sites in nx.read_graphml(file).nodes(data="sites") if sites for path in sites.split("\n")]
+    return [
+        path for _, sites in nx.read_graphml(file).nodes(data="adapted_layers") if sites for path in sites.split("\n")
+    ]
 
 
 def _json(file: Path) -> list[str]:

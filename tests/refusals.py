@@ -1,4 +1,4 @@
-"""A refusal of `transform`, with the look that it left the model as it was."""
+"""An error of `transform`, and a check that the model is unchanged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def mlp() -> nn.Sequential:
 
 
 def picture(model: nn.Module) -> list[object]:
-    """Classes, attributes, keys, flags and identities: all that `transform` could change."""
+    """Classes, attributes, keys, flags and identities: everything that `transform` could change."""
     modules = [
         (path, id(m), type(m), sorted(vars(m)), m.training, list(m._modules)) for path, m in model.named_modules()
     ]
@@ -22,7 +22,7 @@ def picture(model: nn.Module) -> list[object]:
 
 
 def refused(model: nn.Module, settings: hra_fx.HRAConfig, kind: type[HRAError] = UnsupportedLayerError) -> str:
-    """The message of the refusal, after a look that the model is as it was."""
+    """The message of the error. The model must be unchanged."""
     before = picture(model)
     with pytest.raises(kind) as caught:
         hra_fx.transform(model, settings)

@@ -1,4 +1,4 @@
-"""Models in which a layer stands in several places, and the oracle for them."""
+"""Models that use a layer in several places, and an oracle for them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ F64 = torch.float64
 
 
 class Pair(nn.Module):
-    """A parent that is a region by itself."""
+    """A parent of a shared layer."""
 
     def __init__(self, shared: nn.Module) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Pair(nn.Module):
 
 
 class TwoPaths(nn.Module):
-    """One parent with two names for a layer, both of which are called."""
+    """A parent that has and calls a layer by two names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,8 +50,8 @@ class OtherPathOnly(TwoPaths):
         return self.again(torch.tanh(self.between(torch.tanh(x))))  # type: ignore[no-any-return]
 
 
-class TwoRegions(nn.Module):
-    """Two traced parents share a layer under a root that cannot be traced; the second holds it by a later path."""
+class TwoParents(nn.Module):
+    """Two parents share a layer, under a root that fx cannot trace."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ def albert() -> nn.Module:
 
 
 class Case(NamedTuple):
-    """A model, the layers to name, and the paths at which the adapter is one."""
+    """A model, its `target_modules`, and the paths of the adapted layers."""
 
     make: Callable[[], nn.Module]
     targets: list[str]
@@ -124,8 +124,8 @@ CASES = {
     "two paths": Case(TwoPaths, ["first", "between"], ["first", "between"]),
     "two paths, both named": Case(TwoPaths, ["first", "again"], ["first"]),
     "the other path only": Case(OtherPathOnly, ["first", "between"], ["first", "between"]),
-    "two regions": Case(TwoRegions, ["own", "shared"], ["left.own", "left.shared", "right.own"]),
-    "two regions, shared alone": Case(TwoRegions, ["shared"], ["left.shared"]),
+    "two regions": Case(TwoParents, ["own", "shared"], ["left.own", "left.shared", "right.own"]),
+    "two regions, shared alone": Case(TwoParents, ["shared"], ["left.shared"]),
     "a block called three times": Case(SharedBlock, ["own", "shared"], ["block.own", "block.shared"]),
     "a list with a block twice": Case(
         SharedBlocks, ["own", "shared"], ["layers.0.own", "layers.0.shared", "layers.1.own", "layers.1.shared"]
@@ -177,7 +177,7 @@ def run(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def leaves(model: nn.Module) -> dict[str, Tensor]:
-    """A twin of the vectors of every site, for the oracle to train."""
+    """A copy of the vectors of every adapted layer, to be trained by the oracle."""
     return {path: layer.hra_u["default"].detach().clone().requires_grad_() for path, layer in sites_of(model).items()}
 
 
@@ -186,7 +186,7 @@ def oracle(plain: nn.Module, model: nn.Module, x: Tensor, vectors: dict[str, Ten
     twin = copy.deepcopy(plain)
     for path, layer in sites_of(model).items():
         part, q = twin.get_submodule(path), dense_q(vectors[path], anchor=layer.hra_u.anchor("default"))
-        # By hand: functional_call leaves the new weight in a layer that has two paths.
+        # functional_call does not restore the weight of a layer that has two paths.
         weight = part._parameters.pop("weight")
         assert weight is not None
         vars(part)["weight"] = dense_weight(weight, q)

@@ -1,4 +1,4 @@
-"""HRAConfig against the real peft.HRAConfig: fields, defaults, normalisation, files in both directions, errors."""
+"""HRAConfig against the real peft.HRAConfig: fields, defaults, normalization, files in both directions, errors."""
 
 from __future__ import annotations
 
@@ -151,83 +151,72 @@ def test_no_alias_to_what_was_given() -> None:
         ("base_model_name_or_path", Path("a"), "a"),
     ],
 )
-def test_normalisation(field: str, given_: Any, kept: Any) -> None:
+def test_normalization(field: str, given_: Any, kept: Any) -> None:
     value = getattr(HRAConfig(**{field: given_}), field)
     assert value == kept
     assert type(value) is type(kept)
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"r": 0}, "r: 0 is no rank. It must be an int > 0, such as 8."),
-        ({"r": -2}, "r: -2 is no rank."),
-        ({"r": True}, "r: True is no rank."),
-        ({"r": 8.0}, "r: 8.0 is no rank."),
-        ({"r": "8"}, "r: '8' is no rank."),
-        ({"r": None}, "r: None is no rank."),
-        ({"apply_GS": 1}, "apply_GS: 1 is not a bool. Give True or False."),
-        ({"init_weights": "gaussian"}, "init_weights: 'gaussian' is not a bool."),
-        ({"inference_mode": None}, "inference_mode: None is not a bool."),
-        ({"bias": "lora_only"}, "bias: 'lora_only' is not one of 'none', 'all', 'hra_only'."),
-        ({"bias": None}, "bias: None is not one of"),
-        ({"peft_type": "LORA"}, "peft_type: 'LORA' is not one of 'HRA'."),
-        ({"task_type": "CHAT"}, "task_type: 'CHAT' is not one of 'SEQ_CLS', "),
-        ({"revision": 3}, "revision: 3 is not a string."),
-        ({"peft_version": 0.21}, "peft_version: 0.21 is not a string."),
-        ({"base_model_name_or_path": 1}, "base_model_name_or_path: 1 is not a string."),
-        ({"auto_mapping": []}, "auto_mapping: [] is not a dict."),
-        ({"target_modules": 3}, "target_modules: 3 is neither a string nor a list of strings."),
-        ({"target_modules": {"q": 1}}, "target_modules: {'q': 1} is neither a string nor"),
-        ({"target_modules": b"q"}, "target_modules: b'q' is neither"),
-        ({"target_modules": ["q", 1]}, "target_modules: the entry 1 is not a string."),
-        (
-            {"target_modules": "(q"},
-            "target_modules: '(q' is not a regular expression: missing ), unterminated subpattern",
-        ),
-        (
-            {"exclude_modules": "*q"},
-            "exclude_modules: '*q' is not a regular expression: nothing to repeat at position 0.",
-        ),
-        ({"layers_to_transform": -1}, "layers_to_transform: -1 is no layer index. Indices are ints >= 0."),
-        ({"layers_to_transform": [0, -1]}, "layers_to_transform: -1 is no layer index."),
-        ({"layers_to_transform": True}, "layers_to_transform: True is no layer index."),
-        ({"layers_to_transform": "1"}, "layers_to_transform: '1' is no layer index."),
-        ({"layers_to_transform": [1.0]}, "layers_to_transform: 1.0 is no layer index."),
-        ({"layers_to_transform": 0, "layers_pattern": "h["}, "layers_pattern: 'h[' is not a regular expression: "),
-        ({"layers_to_transform": 0, "layers_pattern": ["h", "("]}, "layers_pattern: '(' is not a regular expression: "),
-        (
-            {"layers_to_transform": 0, "layers_pattern": "(?P<idx>h)"},
-            "layers_pattern: '(?P<idx>h)' is not a regular expression where it is used, inside ",
-        ),
-        ({"layers_to_transform": 0, "layers_pattern": 3}, "layers_pattern: 3 is neither a string nor a list"),
-        ({"layers_to_transform": 0, "layers_pattern": [3]}, "layers_pattern: the entry 3 is not a string."),
-        ({"modules_to_save": "head"}, "modules_to_save: 'head' is a string, not a list of names. Write ['head']."),
-        ({"modules_to_save": ["head", "x)"]}, "modules_to_save: 'x)' is not a regular expression: unbalanced"),
-        ({"modules_to_save": [""]}, "modules_to_save: '' is no name."),
-        ({"modules_to_save": [None]}, "modules_to_save: the entry None is not a string."),
-        ({"modules_to_save": 5}, "modules_to_save: 5 is neither"),
-        ({"extra": None}, "extra: None is not a dict with string keys."),
-        ({"extra": {1: 2}}, "extra: {1: 2} is not a dict with string keys."),
-        ({"extra": {"r": 2}}, "extra: 'r' is a field of HRAConfig. Give it as a keyword."),
-        ({"rank": 4}, "rank: not a field of HRAConfig; did you mean 'r'?"),
-        ({"Rank": 4}, "did you mean 'r'?"),
-        ({"lora_r": 4}, "did you mean 'r'?"),
-        ({"apply_gs": True}, "apply_gs: not a field of HRAConfig; did you mean 'apply_GS'?"),
-        ({"gram_schmidt": True}, "did you mean 'apply_GS'?"),
-        ({"target_module": ["q"]}, "did you mean 'target_modules'?"),
-        ({"targets": ["q"]}, "did you mean 'target_modules'?"),
-        ({"modules_to_exclude": ["q"]}, "did you mean 'exclude_modules'?"),
-        ({"layer_to_transform": 1}, "did you mean 'layers_to_transform'?"),
-        ({"init_hra_weights": True}, "did you mean 'init_weights'?"),
-        ({"zzz": 1}, "zzz: not a field of HRAConfig; the fields are task_type, peft_type, "),
-    ],
-)
-def test_bad_fields_are_named(kwargs: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
-        HRAConfig(**kwargs)
-    assert isinstance(caught.value, ValueError)
-    assert isinstance(caught.value, HRAError)
+BAD_FIELDS: list[tuple[str, list[Any], str]] = [
+    ("r", [0, -2, True, 8.0, "8", None], "`r` must be a positive int, got {}."),
+    ("apply_GS", [1, None], "`apply_GS` must be a bool, got {}."),
+    ("init_weights", ["gaussian"], "`init_weights` must be a bool, got {}."),
+    ("inference_mode", [None], "`inference_mode` must be a bool, got {}."),
+    ("bias", ["lora_only", None], "`bias` must be one of 'none', 'all', 'hra_only', got {}."),
+    ("peft_type", ["LORA"], "`peft_type` must be 'HRA', got {}."),
+    ("task_type", ["CHAT", 1], "`task_type` must be one of 'SEQ_CLS', "),
+    ("revision", [3], "`revision` must be a str or None, got {}."),
+    ("peft_version", [0.21], "`peft_version` must be a str or None, got {}."),
+    ("base_model_name_or_path", [1], "`base_model_name_or_path` must be a str or None, got {}."),
+    ("auto_mapping", [[]], "`auto_mapping` must be a dict or None, got {}."),
+    ("target_modules", [3, {"q": 1}, b"q"], "`target_modules` must be a str or a list of str, got {}."),
+    ("target_modules", [["q", 1]], "`target_modules` must be a str or a list of str, got the entry 1."),
+    ("target_modules", ["(q"], "`target_modules`: {} is not a valid regular expression: missing ), unterminated"),
+    ("exclude_modules", ["*q"], "`exclude_modules`: {} is not a valid regular expression: nothing to repeat at pos"),
+    ("layers_to_transform", [-1, True, "1"], "`layers_to_transform` must be an int >= 0 or a list of them, got {}."),
+    ("layers_to_transform", [[0, -1]], "`layers_to_transform` must be an int >= 0 or a list of them, got -1."),
+    ("layers_to_transform", [[1.0]], "`layers_to_transform` must be an int >= 0 or a list of them, got 1.0."),
+    ("layers_pattern", ["h["], "`layers_pattern`: {} is not a valid regular expression: "),
+    ("layers_pattern", [["h", "("]], "`layers_pattern`: '(' is not a valid regular expression: "),
+    ("layers_pattern", ["(?P<idx>h)"], "`layers_pattern`: {} is not a valid regular expression inside "),
+    ("layers_pattern", [3], "`layers_pattern` must be a str or a list of str, got {}."),
+    ("layers_pattern", [[3]], "`layers_pattern` must be a str or a list of str, got the entry 3."),
+    ("modules_to_save", ["head"], "`modules_to_save` must be a list of names, got the str 'head'. Use ['head']."),
+    ("modules_to_save", [["head", "x)"]], "`modules_to_save`: 'x)' is not a valid regular expression: unbalanced"),
+    ("modules_to_save", [[""]], "`modules_to_save` must not contain an empty name."),
+    ("modules_to_save", [[None], 5], "`modules_to_save` must be a str or a list of str, got "),
+    ("extra", [None, {1: 2}], "`extra` must be a dict with str keys, got {}."),
+    ("extra", [{"r": 2}], "`extra` must not contain the field 'r'. Pass it as a keyword instead."),
+    ("rank", [4], "HRAConfig has no field `rank`. Did you mean `r`?"),
+    ("zzz", [1], "HRAConfig has no field `zzz`. The fields are task_type, peft_type, "),
+]
+SUGGESTIONS = {
+    "Rank": "r",
+    "lora_r": "r",
+    "apply_gs": "apply_GS",
+    "gram_schmidt": "apply_GS",
+    "target_module": "target_modules",
+    "targets": "target_modules",
+    "modules_to_exclude": "exclude_modules",
+    "layer_to_transform": "layers_to_transform",
+    "init_hra_weights": "init_weights",
+}
+
+
+@pytest.mark.parametrize(("field", "bad", "message"), BAD_FIELDS)
+def test_bad_fields_are_named(field: str, bad: list[Any], message: str) -> None:
+    for value in bad:
+        others = {"layers_to_transform": 0} if field == "layers_pattern" else {}
+        with pytest.raises(ConfigError, match=re.escape(message.replace("{}", repr(value)))) as caught:
+            HRAConfig(**{field: value}, **others)
+        assert isinstance(caught.value, ValueError)
+        assert isinstance(caught.value, HRAError)
+
+
+@pytest.mark.parametrize(("unknown", "field"), SUGGESTIONS.items())
+def test_similar_fields_are_suggested(unknown: str, field: str) -> None:
+    with pytest.raises(ConfigError, match=f"HRAConfig has no field `{unknown}`. Did you mean `{field}`"):
+        HRAConfig(**{unknown: 1})
 
 
 @pytest.mark.parametrize(
@@ -262,13 +251,13 @@ def test_fields_that_exclude_each_other_say_what_peft_says(kwargs: dict[str, Any
         {"target_modules": ["*not a regex("]},
     ],
 )
-def test_what_peft_accepts_at_the_edges_is_accepted(kwargs: dict[str, Any]) -> None:
+def test_edge_cases_that_peft_accepts(kwargs: dict[str, Any]) -> None:
     assert values(HRAConfig(**kwargs)) == values(peft.HRAConfig(**kwargs))
 
 
 def test_positional_arguments_are_refused() -> None:
     with pytest.raises(
-        ConfigError, match=re.escape("HRAConfig: takes keyword arguments only, got 8. Write for example r")
+        ConfigError, match=re.escape("HRAConfig takes keyword arguments only, got 8. Use for example r")
     ):
         HRAConfig(8)  # type: ignore[misc]
 
@@ -276,12 +265,12 @@ def test_positional_arguments_are_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "cannot be read (No such file or directory). Give the local directory"),
-        ("{", "is not JSON (Expecting property name"),
-        ("[1]", "holds a JSON list, a configuration is an object."),
-        ('{"peft_type": "LORA", "r": 8}', "peft_type: 'LORA' is not one of 'HRA'."),
-        ('{"peft_type": null}', "peft_type: None is not one of 'HRA'."),
-        ('{"peft_type": "HRA", "r": 0}', "r: 0 is no rank."),
+        (None, "cannot be read (No such file or directory). Pass a local directory"),
+        ("{", "is not valid JSON (Expecting property name"),
+        ("[1]", "must contain a JSON object, got a list."),
+        ('{"peft_type": "LORA", "r": 8}', "`peft_type` must be 'HRA', got 'LORA'."),
+        ('{"peft_type": null}', "`peft_type` must be 'HRA', got None."),
+        ('{"peft_type": "HRA", "r": 0}', "`r` must be a positive int, got 0."),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, text: str | None, message: str) -> None:
@@ -295,7 +284,7 @@ def test_bad_files_are_named(tmp_path: Path, text: str | None, message: str) -> 
 
 def test_binary_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match=re.escape("adapter_config.json: is not JSON")):
+    with pytest.raises(ConfigError, match=re.escape("adapter_config.json: is not valid JSON")):
         HRAConfig.from_pretrained(tmp_path)
 
 
@@ -303,9 +292,9 @@ def test_saving_into_a_file_or_what_json_cannot_hold_is_refused(tmp_path: Path) 
     HRAConfig(r=5).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     before = path.read_text()
-    with pytest.raises(ConfigError, match="is a file"):
+    with pytest.raises(ConfigError, match="`save_directory` must be a directory, but this is a file"):
         HRAConfig().save_pretrained(path)
-    with pytest.raises(ConfigError, match="auto_mapping or extra cannot be written as JSON"):
+    with pytest.raises(ConfigError, match="`auto_mapping` or `extra` cannot be written as JSON"):
         HRAConfig(extra={"x": object()}).save_pretrained(tmp_path)
     assert path.read_text() == before
 

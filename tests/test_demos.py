@@ -1,4 +1,4 @@
-"""The demos on real weights, made short: training, folding and the export to ONNX give the same answers."""
+"""Short runs of the demos on real weights: the trained, folded and exported models give the same answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FOLDED = f"folded against adapted, largest difference of a logit +{SMALL}"
 
 
 def printed_by(demo: str, output: Path, **options: int) -> str:
-    """What a demo prints; it ends with an error where one of its claims does not hold."""
+    """The output of a demo, which fails if one of its checks does."""
     given = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / f"{demo}.py"), "--output", str(output), *given],
@@ -63,7 +63,7 @@ class Twice(nn.Module):
         return 2 * x
 
 
-def test_what_does_not_hold_ends_a_demo() -> None:
+def test_a_failed_check_ends_a_demo() -> None:
     logits, keys, model = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), ["weight", "bias"], nn.Linear(2, 2)
     assert check_fold(logits + 5e-5, logits, model, keys)[1] == "5.0e-05"
     with pytest.raises(SystemExit, match=r"the same logits \(largest difference 2\.0e-04\)"):

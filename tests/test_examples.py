@@ -1,4 +1,4 @@
-"""Every program in `examples/usage` runs, without a warning, and prints what it promises."""
+"""Every program in `examples/usage` runs without warnings and prints the expected results."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "usage"
 SMALL = r"(0\.0e\+00|\d\.\de-0[5-9])"
-PROMISES = {
-    "conv2d": ["captured whole: 17 reflections in one graph", f"folded, .*: {SMALL}", "the base model's keys: True"],
+EXPECTED = {
+    "conv2d": ["reflections in the fx graph: 17", f"folded, .*: {SMALL}", "the base model's keys: True"],
     "distributed": [
         r"started by this program\none group: ranks \(0, 1\) in 2 processes\n",
         r"one process: \d\.\d+ -> \d\.\d+",
@@ -23,27 +23,27 @@ PROMISES = {
     "excluding": [r"all-linear.*: 7 layers\n  0\.attention\.self\.query.*classifier", r"block 0: 2 layers\n  1\.att"],
     "language_model": [r"generated: \[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12\]", "the same when folded: True"],
     "layer_ranges": [r"^model\.layers\.4.*\n.*\nmodel\.layers\.5.*\n.*v_proj.*\n$"],
-    "loading": ["the same outputs: +True", r"model\.0\.hra_u has shape \(16, 6\)", f"in PEFT, .*: {SMALL}"],
+    "loading": ["the same outputs: +True", r"model\.0\.hra_u must have shape", f"in PEFT, .*: {SMALL}"],
     "low_memory": ["meta device", "loaded: .*'cpu'", "the same outputs: True"],
     "onnx_hot_swap": [
         "the graph: 4 inputs",
-        f"polite: moves a logit by up to [0-9]\\.\\d*[1-9]\\d*, differs from PyTorch by {SMALL}",
+        f"polite: changes a logit by up to [0-9]\\.\\d*[1-9]\\d*, differs from PyTorch by {SMALL}",
         f"terse: .* {SMALL}\npolite: .* {SMALL}\nroom: .* up to 0\\.000, .* {SMALL}",
         f"polite, from a file .* {SMALL}",
     ],
-    "several_adapters": [f"switched off.* {SMALL}", f"at 1.0.* {SMALL}", f"combined.* {SMALL}", f"folded.* {SMALL}"],
+    "several_adapters": [f"disabled.* {SMALL}", f"at 1.0.* {SMALL}", f"combined.* {SMALL}", f"folded.* {SMALL}"],
     "stable_diffusion": [f"not trained.*: {SMALL}", f"fresh pipeline: +{SMALL}", f"folded: +{SMALL}"],
-    "trainer": [r"adapter_model\.safetensors: \d kB", r"whole run (\d\.\d{6}), resumed from its middle \1"],
+    "trainer": [r"adapter_model\.safetensors: \d kB", r"whole run (\d\.\d{6}), after a resumed run \1"],
 }
 
 
 def test_every_program_is_run() -> None:
-    assert {path.stem for path in FOLDER.glob("*.py")} == set(PROMISES)
+    assert {path.stem for path in FOLDER.glob("*.py")} == set(EXPECTED)
 
 
-@pytest.mark.parametrize("name", PROMISES)
-def test_a_program_prints_what_it_promises(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_program_prints_what_is_expected(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
     printed = capsys.readouterr().out
-    for promise in PROMISES[name]:
-        assert re.search(promise, printed), f"{promise!r} is not in:\n{printed}"
+    for pattern in EXPECTED[name]:
+        assert re.search(pattern, printed), f"{pattern!r} is not in:\n{printed}"

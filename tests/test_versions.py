@@ -1,4 +1,4 @@
-"""Supported versions: the bounds of pyproject.toml are the pins that are tested, and private names of torch are in one file."""
+"""Supported versions: the pins that are tested, and private names of torch in one file."""
 
 from __future__ import annotations
 
@@ -21,12 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 NOT_IN_LOWEST = {"torchao"}
 #: Private attributes of torch's objects: they are read through `hra_fx.compat`.
 ATTRIBUTES = {
-    "_active_ddp_module",
     "_backward_hooks",
     "_backward_pre_hooks",
     "_forward_hooks",
     "_forward_pre_hooks",
-    "_get_zeros_like_grad_buckets",
     "_is_replica",
     "_is_view",
     "_non_persistent_buffers_set",
@@ -84,7 +82,7 @@ from torch.autograd import forward_ad
 for owner, name in [
     (torch._C, "_is_tracing"), (torch._C, "_are_functorch_transforms_active"), (torch._C, "_len_torch_dispatch_stack"),
     (modules, "_has_any_global_hook"), (torch.fx._symbolic_trace, "is_fx_symbolic_tracing"),
-    (torch._ops, "HigherOrderOperator"), (torch.nn.parallel.DistributedDataParallel, "_active_ddp_module"),
+    (torch._ops, "HigherOrderOperator"),
 ]:
     delattr(owner, name)
 """
@@ -105,7 +103,7 @@ adapted.square().sum().backward()
 assert all(vectors.grad is not None for name, vectors in model.named_parameters() if "hra_u.default" in name[-13:])
 assert torch.allclose(hra_fx.fold(model)(x), adapted, rtol=1e-12, atol=1e-12)
 
-assert not compat.is_torchscript_tracing() and not compat.is_fx_tracing() and compat.active_ddp() is None
+assert not compat.is_torchscript_tracing() and not compat.is_fx_tracing()
 # Where nothing is known, the answer is the one that costs time and cannot be wrong.
 assert compat.is_functorch_active() and compat.is_dispatch_mode_active()
 assert not compat.has_global_module_hooks()

@@ -1,4 +1,4 @@
-"""Models to record, and all that holds of a recorded graph."""
+"""Models to trace with TorchDynamo, and the checks of their graphs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SMALL = {"vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 1}
 
 
 class Branching(nn.Module):
-    """Cannot be captured whole by fx: it branches on a shape. Every form of a site is in it."""
+    """fx cannot trace it, because it branches on a shape. It has every kind of adapted layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,10 +91,9 @@ def run(model: nn.Module, inputs: Any) -> Any:
 
 
 def calls_of(model: nn.Module, inputs: Any) -> Counter[str]:
-    """How often each site's reflection is called, from hooks on it."""
+    """How often the reflection of each layer is called, counted by hooks."""
     calls: Counter[str] = Counter()
     hooked = copy.deepcopy(model)
-    run(hooked, inputs)  # the first one is watched, and asks for weights once more
     for path, layer in sites_of(hooked).items():
         layer.hra_u.register_forward_pre_hook(lambda *_, path=path: calls.update([path]))  # type: ignore[misc]
     run(hooked, inputs)
@@ -115,7 +114,7 @@ def gradients(outputs: list[Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_whole(model: nn.Module, inputs: Any) -> fx.GraphModule:
-    """All that holds of a whole graph."""
+    """Check the graph of a whole model."""
     found = hra_fx.graphs(model, inputs)
     assert list(found) == [""]
     graph = found[""]

@@ -1,4 +1,4 @@
-"""How fast training and inference are beside the base model and PEFT's methods, in one process, in turns.
+"""Speed of training and inference compared with the base model and PEFT's methods, interleaved in one process.
 
     PYTHONPATH=benchmarks python -m speed --quick       (or: make bench-quick; make bench for all of it)
 

@@ -1,7 +1,7 @@
-"""Which settings are measured, for how long: all of them, those of the lines that must hold, those of a GPU.
+"""The settings to measure, and the time for each: all of them, those of the performance targets, those for a GPU.
 
-The whole grid of tokens, ranks and dtypes is that of the Llama of width 768; of the other models there is a sample.
-Budgets are seconds on two cores, chosen so that `make bench` takes some 40 minutes and `make bench-quick` under five.
+The Llama of width 768 has the full grid of tokens, ranks and dtypes, the other models a sample. Budgets are seconds
+on two cores, chosen so that `make bench` takes about 40 minutes and `make bench-quick` under five.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ ON_GPU: tuple[Mode, ...] = (*STEPS, "memory", "launches")
 
 @dataclass(frozen=True)
 class Job:
-    """A setting, who takes part, and for how long."""
+    """A setting, its methods, and its time budget."""
 
     setting: Setting
     methods: Sequence[str]
     budget: Budget
 
     def scaled(self, factor: float) -> Job:
-        """With so many times the seconds, and with fewer rounds at the least where that is less."""
+        """The job with its time multiplied by `factor`, and with fewer minimal rounds if `factor` is below 1."""
         budget = self.budget
         least, least_slow = (max(1, int(min(1, factor) * rounds)) for rounds in (budget.least, budget.least_slow))
         scaled = replace(budget, seconds=factor * budget.seconds, least=least, least_slow=least_slow)
@@ -41,12 +41,12 @@ class Job:
 
 
 def methods_of(mode: Mode) -> Sequence[str]:
-    """Who takes part: a folded model is not trained."""
+    """The methods of a mode: a folded model is not trained."""
     return INFERENCE if mode == "inference" else TRAINING
 
 
 def full() -> Iterator[Job]:
-    """All of it."""
+    """All settings."""
     yield from _whole_grid()
     yield from _sample()
     for mode in STEPS:
@@ -75,18 +75,18 @@ def _sample() -> Iterator[Job]:
         for mode in STEPS:
             for count in counts:
                 yield Job(Setting(workload, mode, count), methods_of(mode), Budget(25, least=3, least_slow=2))
-    # A step of PEFT's HRA takes half a minute in this Llama, and some five seconds in the Linear.
+    # A step of PEFT's HRA takes half a minute in this Llama, and about five seconds in the Linear.
     for workload, least in (("llama-4096x1", 2), ("linear-4096", 5)):
         methods = ("base", "lora", "peft-hra", "ours", "ours-gs")
         yield Job(Setting(workload, "training", 64), methods, Budget(25, least_slow=least))
-    # In ResNet-50 it is most of a minute, whatever the images: those of 64 have it.
+    # In ResNet-50 it takes almost a minute at any image size, so only images of 64 have it.
     for mode in STEPS:
         others = [method for method in methods_of(mode) if method != "peft-hra"]
         yield Job(Setting("resnet50-224", mode, 2), others, Budget(25))
 
 
 def quick() -> Iterator[Job]:
-    """What the lines need, and no more."""
+    """Only the settings of the performance targets."""
     some = Budget(34)
     trained = ("base", "lora", "peft-hra", "ours", "ours-gs")
     yield Job(Setting(LLAMA, "training", 512), trained, some)
@@ -106,7 +106,7 @@ def quick() -> Iterator[Job]:
 
 
 def gpu() -> Iterator[Job]:
-    """The tables of a GPU: bf16, width 4096, 2048 tokens."""
+    """The settings for a GPU: bf16, width 4096, 2048 tokens."""
     for r in RANKS:
         for mode in ON_GPU:
             setting = Setting("llama-4096x3", mode, 2048, "bfloat16", r, device="cuda")

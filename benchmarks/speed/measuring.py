@@ -6,11 +6,11 @@ import gc
 from typing import Any, cast
 
 from speed import memory
-from speed.contest import steps_of
 from speed.grid import Job
 from speed.launches import all_launches
 from speed.once import steps_once
 from speed.results import Cell
+from speed.steps import steps_of
 from speed.timing import Measure, Measured, clocked, interleave
 
 

@@ -7,8 +7,8 @@ import gc
 import json
 import sys
 
-from speed.contest import steps_of
 from speed.setting import Setting
+from speed.steps import steps_of
 
 STEPS = 2
 SMALL = {"llama": "llama-64x1"}

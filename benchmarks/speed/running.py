@@ -13,10 +13,10 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+from speed.environment import busy, environment
 from speed.grid import Job, full, gpu, quick
 from speed.measuring import carry_out
 from speed.results import Results
-from speed.surroundings import busy, surroundings
 from speed.timing import by_processor, clocked
 
 RUNS: dict[str, Callable[[], Iterable[Job]]] = {"full": full, "quick": quick, "gpu": gpu}
@@ -27,7 +27,7 @@ def measure(options: argparse.Namespace) -> Results:
     begin = time.monotonic()
     jobs = [job.scaled(options.budget) for job in RUNS[options.run]() if wanted(job, options.only)]
     whole = not options.only and options.budget >= 1
-    results = Results(surroundings(options.run, whole=whole, by_processor=options.processor))
+    results = Results(environment(options.run, whole=whole, by_processor=options.processor))
     results.about |= {"load average at end": busy(), "minutes": 0.0}
     with _quiet(), _own_compiler_cache(options.run != "quick"):
         for count, job in enumerate(jobs, 1):

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
+from speed.formatting import megabytes, seconds, share
 from speed.methods import ALL
 from speed.models import WORKLOADS
 from speed.ratios import median
 from speed.results import Cell
 from speed.setting import Mode
-from speed.wording import megabytes, seconds, share
 
 MODES: dict[Mode, str] = {
     "training": "training step",
     "inference": "inference",
     "generate": "`generate`, 8 tokens after a prompt",
-    "transform": "putting the adapter in",
-    "fold": "taking it into the weights",
+    "transform": "insert the adapter",
+    "fold": "merge it into the weights",
     "memory": "peak memory of a training step",
     "launches": "kernels launched by a training step",
 }
@@ -57,7 +57,7 @@ def tables(cells: Sequence[Cell], *, warm_compiler: bool = False) -> Iterator[st
 
 
 def rows(group: Sequence[Cell], absolute: Callable[[float], str] | None) -> Iterator[str]:
-    """A table of one model: times the base, or in numbers of their own."""
+    """A table of one model: times the base, or as absolute values."""
     methods = [key for key in ALL if any(key in cell.measured.values for cell in group)]
     pairs = [pair for pair in PAIRS if set(pair) <= set(methods)]
     unit = WORKLOADS[group[0].setting.workload].unit

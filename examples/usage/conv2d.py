@@ -1,4 +1,4 @@
-"""A convolutional network: reflections on every 3x3 convolution of a ResNet's blocks, and none of its graph lost."""
+"""A convolutional network: reflections on the convolutions of a ResNet, and its fx graph with all of them."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    (graph,) = hra_fx.graphs(model).values()
+    graph = hra_fx.graphs(model)[""]  # "" is the whole model
     calls = [node.target for node in graph.graph.nodes if node.op == "call_module"]
-    print("captured whole:", sum(target.endswith(".hra_u") for target in calls), "reflections in one graph")
+    print("reflections in the fx graph:", sum(target.endswith(".hra_u") for target in calls))
     with torch.no_grad():
         adapted = model(x)
         folded = model.merge_and_unload()

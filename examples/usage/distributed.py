@@ -1,12 +1,12 @@
-"""Two processes: DDP and FSDP2 give the losses of one process, and an adapter file that any of them loads.
+"""Train with DDP and FSDP2 in two processes, and compare the losses with those of one process.
 
-By itself it starts two processes. It also runs in those of a launcher:
+It starts two processes by itself, and also runs under a launcher:
 
     torchrun --nproc-per-node 2 examples/usage/distributed.py
     accelerate launch --multi_gpu --num_processes 2 examples/usage/distributed.py
 
-The second does with CPUs too, for it is torchrun that accelerate calls. With `--cpu` in its place and without MPI,
-accelerate starts one process whatever `--num_processes` says, and this program starts two by itself.
+The second command calls torchrun and also works on CPUs. With `--cpu` and without MPI, accelerate starts one process
+whatever `--num_processes` is, and this program then starts two by itself.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def base() -> nn.Sequential:
 
 
 def adapted() -> nn.Sequential:
-    return hra_fx.transform(base(), hra_fx.HRAConfig(r=4, target_modules=["up", "down"]))  # first adapt, then wrap
+    return hra_fx.transform(base(), hra_fx.HRAConfig(r=4, target_modules=["up", "down"]))  # adapt first, then wrap
 
 
 def sharded() -> nn.Module:
@@ -56,7 +56,7 @@ def sharded() -> nn.Module:
 
 
 def train(model: nn.Module, part: slice = slice(None)) -> list[float]:
-    """Losses of the whole batch, of which each process takes its part."""
+    """Train on a part of each batch; return the losses of the whole batch."""
     x = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
     y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
@@ -75,7 +75,7 @@ def train(model: nn.Module, part: slice = slice(None)) -> list[float]:
 
 
 def compare(folder: str) -> list[str]:
-    """What every process does."""
+    """Run in every process."""
     part = slice(distributed.get_rank(), None, distributed.get_world_size())
     members: list[tuple[int, int]] = [(0, 0)] * distributed.get_world_size()
     distributed.all_gather_object(members, (distributed.get_rank(), os.getpid()))
@@ -93,13 +93,13 @@ def compare(folder: str) -> list[str]:
     difference = max(abs(a - b) for a, b in zip(alone, train(sharing, part), strict=True))
     lines.append(f"FSDP2, largest difference of a loss: {difference:.1e}")
 
-    # Every process calls, the first one writes; under DDP it would be enough that one calls.
+    # Every process calls it, and the first one writes. Under DDP one call is enough.
     hra_fx.save_adapter(sharing, Path(folder, "adapter"))
     loaded = hra_fx.load_adapter(base(), Path(folder, "adapter"))
     x = torch.ones(1, 8)
     lines.append(f"the file, loaded into a plain model: {(loaded(x) - sharing(x)).abs().max():.1e}")
 
-    # A checkpoint of the shards, with the adapter alone: what is frozen is left out.
+    # A sharded checkpoint of the adapter, without the frozen parameters.
     dcp.save(get_model_state_dict(sharing, options=ADAPTER), checkpoint_id=Path(folder, "shards"))
     resumed = sharded()
     state = get_model_state_dict(resumed, options=ADAPTER)
@@ -110,7 +110,7 @@ def compare(folder: str) -> list[str]:
 
 
 def worker(rank: int, folder: str) -> None:
-    meeting = f"file://{folder}/meeting"  # no port that another program may have
+    meeting = f"file://{folder}/meeting"  # a file instead of a port, which may be in use
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     lines = compare(folder)
     if rank == 0:
@@ -119,7 +119,7 @@ def worker(rank: int, folder: str) -> None:
 
 
 def leave() -> None:
-    """No process goes while another still speaks to it, or while a wrapper that waits for garbage holds the group."""
+    """Wait for all processes, and release the wrappers that hold the process group, before it is destroyed."""
     gc.collect()
     distributed.barrier()
     distributed.destroy_process_group()
@@ -129,7 +129,7 @@ def launched() -> None:
     distributed.init_process_group("gloo")
     with tempfile.TemporaryDirectory() as own:
         folder = [own]
-        distributed.broadcast_object_list(folder)  # that of the first one
+        distributed.broadcast_object_list(folder)  # the folder of rank 0
         lines = compare(folder[0])
         if distributed.get_rank() == 0:
             print("started by a launcher", *lines, sep="\n")

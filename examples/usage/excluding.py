@@ -1,4 +1,4 @@
-"""Which layers: all linear ones but some, by name or by regular expression."""
+"""Select layers: all linear layers except some, by name or by regular expression."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def show(title: str, **fields: object) -> None:
 
 
 def main() -> None:
-    show("all-linear, less the feed-forward layers", target_modules="all-linear",
+    show("all-linear without the feed-forward layers", target_modules="all-linear",
          exclude_modules=["intermediate.dense", "output.dense", "pooler.dense"])  # fmt: skip
-    show("a regular expression, less block 0", target_modules=r".*\.(query|key)", exclude_modules=r".*layer\.0\..*")
+    show("a regular expression without block 0", target_modules=r".*\.(query|key)", exclude_modules=r".*layer\.0\..*")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A language model: adapt, train a few steps, generate, fold.
+"""A language model: adapt, train for a few steps, generate, fold.
 
-Random weights keep it short; for real ones write `AutoModelForCausalLM.from_pretrained(...)`.
+The weights are random; for a real model use `AutoModelForCausalLM.from_pretrained(...)`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     )
     print("generated:", adapted[0].tolist())
 
-    plain = model.merge_and_unload()  # the base model's class, graph and keys again
+    plain = model.merge_and_unload()  # the base model's class and keys
     folded = plain.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
     print("the same when folded:", torch.equal(adapted, folded))
 

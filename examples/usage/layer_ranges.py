@@ -1,4 +1,4 @@
-"""Which blocks: indices, of the module list that a pattern names."""
+"""Select blocks by their index in a module list."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main() -> None:
         layers_pattern="layers",  # ... of `model.layers`
     )
     for row in hra_fx.report(hra_fx.transform(model, config)):
-        print(f"{row.path}: {row.site}, r={row.r}, {row.parameters} parameters")
+        print(f"{row.path}: {row.layer_type}, r={row.r}, {row.parameters} parameters")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Save an adapter, load it into a fresh base model, go on training it; PEFT reads and writes the same files."""
+"""Save an adapter, load it into a new base model, and continue training. PEFT reads and writes the same files."""
 
 from __future__ import annotations
 

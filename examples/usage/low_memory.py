@@ -1,4 +1,4 @@
-"""Low memory: vectors without data first, filled from a file; a folder is loaded without drawing any."""
+"""Low memory: create the vectors on the meta device, and load their values from a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One ONNX graph in onnxruntime, loaded once, and two adapters that take turns on it: their vectors are inputs."""
+"""Load one ONNX graph in onnxruntime, and switch between two adapters that are inputs of the graph."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DYNAMIC = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=64)}
 
 
 def bert_with_two_adapters() -> BertForSequenceClassification:
-    """A small random BERT; in place of training, random vectors."""
+    """A small random BERT with random adapters instead of trained ones."""
     torch.manual_seed(0)
     config = BertConfig(vocab_size=64, max_position_embeddings=64, initializer_range=0.2, **SIZES)
     model = BertForSequenceClassification(config).eval()
@@ -32,22 +32,22 @@ def bert_with_two_adapters() -> BertForSequenceClassification:
 
 
 def export(model: BertForSequenceClassification, path: Path) -> onnxruntime.InferenceSession:
-    """The graph has room for eight reflections at each query and value, and acts as the base model by itself."""
+    """Export a graph with eight reflections per query and value; without inputs for them it is the base model."""
     hra_fx.set_adapter(model, "room")
     ids = torch.randint(0, 64, (2, 7))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec", FutureWarning)  # torch's own
+        warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec", FutureWarning)  # raised by torch itself
         program = torch.onnx.export(
             model, (ids,), dynamo=True, optimize=False, dynamic_shapes={"input_ids": DYNAMIC}, verbose=False
         )
     hra_fx.make_swappable(program, model).save(path)
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # it warns of weights that are inputs, which is what is wanted here
+    options.log_severity_level = 3  # it warns about weights that are inputs, which is intended here
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def save_adapter_file(factors: dict, path: Path) -> None:
-    """The adapter as onnxruntime's own file, for a machine without torch: some kilobytes."""
+    """Write the adapter as a file of onnxruntime, for a machine without torch: a few kilobytes."""
     file = onnxruntime.AdapterFormat()
     file.set_adapter_version(1)
     file.set_model_version(1)
@@ -57,7 +57,7 @@ def save_adapter_file(factors: dict, path: Path) -> None:
 
 def main() -> None:
     model = bert_with_two_adapters()
-    ids = torch.randint(0, 64, (3, 11))  # another batch and length than exported
+    ids = torch.randint(0, 64, (3, 11))  # a batch size and length not used for export
     with tempfile.TemporaryDirectory() as folder:
         session = export(model, Path(folder, "model.onnx"))
         inputs = session.get_overridable_initializers()
@@ -70,7 +70,7 @@ def main() -> None:
             with torch.no_grad():
                 error = abs(logits - model(ids).logits.numpy()).max()
             print(
-                f"{name}: moves a logit by up to {abs(logits - alone).max():.3f}, differs from PyTorch by {error:.1e}"
+                f"{name}: changes a logit by up to {abs(logits - alone).max():.3f}, differs from PyTorch by {error:.1e}"
             )
 
         file = Path(folder, "polite.onnx_adapter")

@@ -1,4 +1,4 @@
-"""Several adapters on one model: switch, stack in order, combine, weaken, fold one and keep the other."""
+"""Several adapters on one model: switch, apply in order, scale, combine, fold one and keep the other."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def main() -> None:
     x = torch.randn(4, 16)
     at_base = base(x)
 
-    # init_weights=False stands for training here: the reflections are random from the start.
+    # init_weights=False gives random reflections, instead of training.
     model = hra_fx.transform(base, hra_fx.HRAConfig(r=4, target_modules=["0", "2"], init_weights=False), "style")
     hra_fx.add_adapter(model, "task", hra_fx.HRAConfig(r=2, target_modules=["2"], init_weights=False))
 
-    hra_fx.set_adapter(model, "task")  # no graph is made anew
+    hra_fx.set_adapter(model, "task")
     hra_fx.set_adapter(model, ["style", "task"])  # W Q_style Q_task
     both = model(x)
     with hra_fx.disable_adapters(model):
-        print("switched off, from the base model:  ", difference(model(x), at_base))
+        print("disabled, from the base model:      ", difference(model(x), at_base))
 
     for strength in (0.0, 0.5, 1.0):  # along the geodesic: an orthogonal Q at every step
         hra_fx.set_scale(model, "task", strength)

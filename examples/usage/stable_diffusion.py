@@ -1,7 +1,6 @@
-"""Stable Diffusion: reflections in the text encoder and the UNet, with the configurations of PEFT's documentation.
+"""Stable Diffusion: adapt the text encoder and the UNet, with the configurations of PEFT's documentation.
 
-A tiny pipeline with random weights, and one DreamBooth-like step; for a real one write
-`StableDiffusionPipeline.from_pretrained(...)`.
+The pipeline is tiny and has random weights; for a real one use `StableDiffusionPipeline.from_pretrained(...)`.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ def main() -> None:
         pipe.unet = hra_fx.HRAModel(pipe.unet, UNET)
         pipe.text_encoder.print_trainable_parameters()
         pipe.unet.print_trainable_parameters()
-        print(f"adapted, not trained, largest change of a pixel: {(image(pipe) - before).abs().max().item():.1e}")
+        print(f"adapted, not trained, max. change of a pixel: {(image(pipe) - before).abs().max().item():.1e}")
 
         parts = [*pipe.text_encoder.parameters(), *pipe.unet.parameters()]
         optimizer = torch.optim.AdamW([p for p in parts if p.requires_grad], lr=1e-2)

@@ -1,4 +1,4 @@
-"""transformers' Trainer: checkpoints hold the adapter, and a run is resumed from one; with the paper's regulariser."""
+"""transformers' Trainer: checkpoints contain the adapter, a run is resumed, and the paper's regularizer is added."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
 import hra_fx
-from hra_fx.integrations import HRATrainer  # the stock Trainer does as well, without the regulariser
+from hra_fx.integrations import HRATrainer  # the Trainer of transformers works too, without the regularizer
 
 
 class Majority(Dataset):
-    """Sequences of 0 and 1; the label says whether there are more of the one or of the other."""
+    """Sequences of 0 and 1; the label is the more frequent one."""
 
     def __init__(self, size: int, seed: int) -> None:
         self.tokens = torch.randint(0, 2, (size, 9), generator=torch.Generator().manual_seed(seed))
@@ -60,9 +60,7 @@ def main() -> None:
         again = trainer(folder, 40)
         again.train(resume_from_checkpoint=f"{folder}/checkpoint-20")
         resumed = again.evaluate()["eval_loss"]
-        print(
-            f"eval_loss at the start {start:.6f}, of the whole run {whole:.6f}, resumed from its middle {resumed:.6f}"
-        )
+        print(f"eval_loss at the start {start:.6f}, after the whole run {whole:.6f}, after a resumed run {resumed:.6f}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """`HRAModel`: an adapted model with the methods and names of PEFT's `HRAModel` and `PeftModel`.
 
-It is the model itself, whose class is a subclass of both from now on: whatever asks `isinstance` (Trainer, pipelines,
-diffusers) sees the model, and no attribute has to be handed through a wrapper.
+It is the model itself, whose class becomes a subclass of its class and `HRAModel`: `isinstance` checks (Trainer,
+pipelines, diffusers) see the model, and no attribute has to be forwarded by a wrapper.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -21,47 +20,46 @@ from hra_fx.api.transform import transform
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.export.program import is_program
-from hra_fx.integrations.pretrained import save_as_it_is
+from hra_fx.integrations.pretrained import save_adapters_or_model
 from hra_fx.layers.adapted_layer import SiteCarrier
 from hra_fx.layers.class_swap import Carrier, original_class, swap, swapped_class
 from hra_fx.layers.sharding import reshard
 from hra_fx.layers.trained_copies import BASE, copies_of
-from hra_fx.model.activate import check_exchange, refresh
 from hra_fx.model.add import add_adapter
 from hra_fx.model.delete import delete_adapter
-from hra_fx.model.detach import forget
+from hra_fx.model.detach import remove_adapters
 from hra_fx.model.merge import merge_adapter, unmerge_adapter
 from hra_fx.model.scale import check_strength, set_scale
 from hra_fx.model.state import Record, inventory, names_in, record_of, require_outermost, root_of
-from hra_fx.model.switch import disable_adapters, set_adapter
-from hra_fx.model.trainable import give_gradients
+from hra_fx.model.switch import disable_adapters, enable_adapters, set_adapter
+from hra_fx.model.trainable import set_requires_grad
 from hra_fx.selection.target_mapping import DEFAULT_TARGETS
 
-#: Packages whose classes bring methods of these names themselves, which those of `HRAModel` are meant to replace.
+#: Packages whose classes have methods of these names, which those of `HRAModel` replace.
 _REPLACED = ("transformers.", "diffusers.", "huggingface_hub.", "hra_fx.")
 
 
 class HRAModel(Carrier):
-    """An adapted model in PEFT's shape.
+    """An adapted model with PEFT's methods.
 
-    `HRAModel(model, config, adapter_name)` transforms `model` in place (`hra_fx.transform`) and returns it, with these
-    methods besides its own: `HRAModel(model, config) is model`. Every function of hra_fx works on it.
+    `HRAModel(model, config, adapter_name)` transforms `model` in place (`hra_fx.transform`), adds these methods, and
+    returns it: `HRAModel(model, config) is model`. Every function of hra_fx works on it.
 
     Args:
-        model: any module with Linear or Conv2d layers, plain or transformed already.
-        config: which layers, how many reflections, and how they start; a dict of names and configurations for several
-            adapters. It may be called `peft_config` as in PEFT.
+        model: any module that `hra_fx.transform` accepts, plain or transformed.
+        config: the configuration, or a dict of adapter names and configurations. It may be called `peft_config` as in
+            PEFT.
         adapter_name: name of the adapter.
-        low_cpu_mem_usage: make the vectors on the meta device, to be loaded into.
+        low_cpu_mem_usage: make the vectors on the meta device, to be loaded later.
 
     Attributes:
-        prefix: what the names of adapter parameters begin with.
+        prefix: the prefix of the names of adapter parameters.
         tuner_layer_cls: class of the adapted layers.
         target_module_mapping: `model_type` -> default targets.
 
     Raises:
-        AdapterError: the model has an attribute of its own under one of these names.
-        Others as `hra_fx.transform`. After any error the model is as it was.
+        AdapterError: the model has an attribute with one of these names.
+        Others as `hra_fx.transform`. After any error the model is unchanged.
 
     Example:
         >>> model = HRAModel(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"]))
@@ -77,12 +75,12 @@ class HRAModel(Carrier):
     target_module_mapping: Mapping[str, Any] = DEFAULT_TARGETS
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """The model that is given, adapted; on a swapped class (a copy, an unpickled model) a plain new object."""
+        """Adapt the given model; on a class that is swapped already (a copy, an unpickled model), make a new object."""
         return _adapted(*args, **kwargs) if cls is HRAModel else super().__new__(cls)
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
-        """`base.__init__`, with nothing to do for a model that exists already."""
+        """`base.__init__`, which does nothing for a model that exists already."""
         init: Callable[..., Any] = base.__init__
 
         @functools.wraps(init)
@@ -104,7 +102,7 @@ class HRAModel(Carrier):
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """The active adapter; a list where they are several or none."""
+        """The active adapter; a list if there are several or none."""
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
 
@@ -127,7 +125,7 @@ class HRAModel(Carrier):
         return self
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Numbers of trainable and of all parameters, counted as PEFT does: a bias that is trained counts once."""
+        """The number of trainable and of all parameters, counted as in PEFT: a trained bias counts once."""
         waiting = {
             id(copies.get(owner, BASE, "bias"))
             for owner, copies in copies_of(self).values()
@@ -138,7 +136,7 @@ class HRAModel(Carrier):
         return trained, sum(parameter.numel() for parameter in counted)
 
     def print_trainable_parameters(self) -> None:
-        """Print the numbers, in PEFT's line."""
+        """Print the number of trainable parameters as PEFT does."""
         trained, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
 
@@ -154,60 +152,57 @@ class HRAModel(Carrier):
         adapter_config: HRAConfig | None = None,
     ) -> None:
         """As `hra_fx.add_adapter`: `add_adapter(name, config)` as in PEFT, or `add_adapter(config, name)` as in
-        transformers and diffusers.
-        """
+        transformers and diffusers."""
         given = (first, second)
         config: Any = peft_config or adapter_config or next((x for x in given if not isinstance(x, str)), None)
         name = adapter_name or next((x for x in given if isinstance(x, str) and x != "default"), "default")
         add_adapter(self, name, config, low_cpu_mem_usage=low_cpu_mem_usage)
 
     def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
-        """As `hra_fx.set_adapter`."""
+        """As `hra_fx.set_adapter`; adapters disabled by a method stay so until they are enabled, as in PEFT."""
         set_adapter(self, adapter_name, inference_mode=inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
-        """Give gradients to the vectors and copies of these adapters, or take them; others keep theirs."""
+        """Train or freeze the vectors and copies of these adapters; others keep their flags."""
         reshard(self)
-        give_gradients(inventory(self), names_in(self._record, adapter_names), requires_grad)
+        set_requires_grad(inventory(self), names_in(self._record, adapter_names), requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As `hra_fx.delete_adapter`; the last one is taken off with `unload`.
+        """As `hra_fx.delete_adapter`; call `unload` to remove the last one.
 
         Raises:
-            AdapterError: there is no such adapter, it is merged, or it is the only one.
+            AdapterError: the model has no such adapter, adapters are merged, or it is the only one.
         """
         if list(self.peft_config) == [adapter_name]:
-            raise AdapterError(f"adapter {adapter_name!r}: it is the only one. Call unload() for the base model.")
+            raise AdapterError(f"adapter {adapter_name!r}: it is the only one. Call unload() to get the base model.")
         delete_adapter(self, adapter_name)
 
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """As `hra_fx.disable_adapters`: the base model inside the block."""
-        with disable_adapters(self):
-            yield
+    def disable_adapter(self) -> disable_adapters:
+        """As `hra_fx.disable_adapters`: `with model.disable_adapter():` runs the base model."""
+        return disable_adapters(self)
 
     def disable_adapter_layers(self) -> None:
-        """Switch all adapters off until `enable_adapter_layers`."""
-        self._switch(disabled=True)
+        """Disable all adapters until `enable_adapter_layers`."""
+        disable_adapters(self).__enter__()
 
     def enable_adapter_layers(self) -> None:
-        """Switch the active adapters on again."""
-        self._switch(disabled=False)
+        """Let the active adapters act again."""
+        enable_adapters(self)
 
     def disable_adapters(self) -> None:
-        """What transformers and diffusers call `disable_adapter_layers`."""
-        self._switch(disabled=True)
+        """The name of `disable_adapter_layers` in transformers and diffusers."""
+        self.disable_adapter_layers()
 
     def enable_adapters(self) -> None:
-        """What transformers and diffusers call `enable_adapter_layers`."""
-        self._switch(disabled=False)
+        """The name of `enable_adapter_layers` in transformers and diffusers."""
+        self.enable_adapter_layers()
 
     def set_adapters(self, adapter_names: str | list[str], weights: float | list[float] | None = None) -> None:
-        """What diffusers calls `set_adapter`, with strengths of 0 to 1 (`hra_fx.set_scale`)."""
+        """The name of `set_adapter` in diffusers, with strengths from 0 to 1 (`hra_fx.set_scale`)."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         given = [] if weights is None else weights if isinstance(weights, list) else [weights] * len(names)
         if weights is not None and len(given) != len(names):
-            raise AdapterError(f"weights={weights}: {len(given)} strengths for {len(names)} adapters. Give as many.")
+            raise AdapterError(f"weights must have one entry per adapter, got {len(given)} for {len(names)} adapters.")
         for weight in given:
             check_strength(weight)
         set_adapter(self, names)
@@ -215,20 +210,12 @@ class HRAModel(Carrier):
             set_scale(self, name, weight)
 
     def delete_adapters(self, adapter_names: str | list[str]) -> None:
-        """What diffusers calls `delete_adapter`, for several."""
+        """The name of `delete_adapter` in diffusers, for several adapters."""
         for name in [adapter_names] if isinstance(adapter_names, str) else list(adapter_names):
             self.delete_adapter(name)
 
-    def _switch(self, *, disabled: bool) -> None:
-        record = self._record
-        check_exchange(self, inventory(self), () if disabled else record.active)
-        if disabled and record.merged:
-            unmerge_adapter(self)
-        record.disabled = disabled
-        refresh(inventory(self), record)
-
     def merge_adapter(self, adapter_names: Iterable[str] | None = None, safe_merge: bool = False) -> None:
-        """As `hra_fx.merge_adapter`, which is always safe."""
+        """As `hra_fx.merge_adapter`, which always checks that the weights stay finite."""
         merge_adapter(self, adapter_names)
 
     def unmerge_adapter(self) -> None:
@@ -238,32 +225,32 @@ class HRAModel(Carrier):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """Fold the active adapters, or these, into the weights and take off the rest (`hra_fx.fold`).
+        """Fold the active adapters, or these, into the weights and remove the others (`hra_fx.fold`).
 
         Returns:
-            The model, which is a plain base model now.
+            The model, now a plain base model.
 
         Warns:
-            HRAWarning: adapters are taken off that were not folded.
+            HRAWarning: adapters are removed without being folded.
         """
         fold(self, adapter_names)
         if record := record_of(self):
-            text = f"adapters {list(record.configs)} were not folded, and are taken off. To keep them call hra_fx.fold."
-            forget(self, record, tuple(record.configs))
+            text = f"adapters {list(record.configs)} were not folded and are removed. To keep them, call hra_fx.fold."
+            remove_adapters(self, record, tuple(record.configs))
             warnings.warn(text, HRAWarning, stacklevel=2)
         return self
 
     def unload(self) -> nn.Module:
-        """Take all adapters off, unused.
+        """Remove all adapters without folding them.
 
         Returns:
-            The model, which is the base model that it was.
+            The model, now the base model again.
         """
         record = self._record
         if record.merged:
             unmerge_adapter(self)
         require_outermost(self)
-        forget(self, record, tuple(record.configs))
+        remove_adapters(self, record, tuple(record.configs))
         return self
 
     def save_pretrained(
@@ -277,29 +264,29 @@ class HRAModel(Carrier):
         save_embedding_layers: bool | str = "auto",
         **kwargs: Any,
     ) -> None:
-        """Write adapters as PEFT does: "default" into the folder, others into subfolders of their names.
+        """Write adapters as PEFT does: "default" into the folder, others into subfolders with their names.
 
         Raises:
-            AdapterError: `safe_serialization=False`, for a pickle is never written; `push_to_hub=True`;
-                `save_embedding_layers=True`, for which there is `modules_to_save`; or there is no such adapter.
+            AdapterError: `safe_serialization=False` (pickle files are never written), `push_to_hub=True`,
+                `save_embedding_layers=True` (use `modules_to_save`), or the model has no such adapter.
             CheckpointError: the adapter cannot be written.
         """
         if save_embedding_layers is True:
-            raise AdapterError("save_embedding_layers=True: embeddings are saved where modules_to_save names them.")
+            raise AdapterError("save_embedding_layers=True is not supported: name the embeddings in modules_to_save.")
         options = {
             "state_dict": state_dict,
             "is_main_process": is_main_process,
             "safe_serialization": safe_serialization,
             "push_to_hub": push_to_hub,
         }
-        save_as_it_is(self, save_directory, selected_adapters, options, kwargs)
+        save_adapters_or_model(self, save_directory, selected_adapters, options, kwargs)
 
     @classmethod
     def from_pretrained(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
         """`HRAModel.from_pretrained(base, directory, adapter_name="default", is_trainable=False)`.
 
-        Takes what `hra_fx.load_adapter` takes, and PEFT's options that have no meaning here. The class of a model that
-        is adapted already keeps its own `from_pretrained`.
+        It takes the options of `hra_fx.load_adapter`, and ignores PEFT's other options. On the class of an adapted
+        model, this is the `from_pretrained` of its base class.
 
         Returns:
             The base model, adapted, as an `HRAModel`.
@@ -319,8 +306,8 @@ class HRAModel(Carrier):
         is_trainable: bool = False,
         **kwargs: Any,
     ) -> None:
-        """As `hra_fx.load_adapter`: beside the others, or in place of the values of the adapter of that name."""
-        load_adapter(self, model_id, adapter_name, is_trainable=is_trainable, **_meaningful(kwargs))
+        """As `hra_fx.load_adapter`: add an adapter, or replace the values of the adapter with this name."""
+        load_adapter(self, model_id, adapter_name, is_trainable=is_trainable, **_known_options(kwargs))
 
 
 def _adapted(
@@ -333,8 +320,8 @@ def _adapted(
 ) -> nn.Module:
     if isinstance(model, fx.GraphModule) or is_program(model):
         raise AdapterError(
-            f"model: a {type(model).__name__} is a captured graph, and cannot take on the methods of HRAModel. Call "
-            "hra_fx.transform(model, config), which gives its like."
+            f"HRAModel cannot add methods to a captured graph ({type(model).__name__}). Call "
+            "hra_fx.transform(model, config), which returns a model of the same type."
         )
     if isinstance(model, nn.Module):
         _check_names(model)
@@ -349,9 +336,9 @@ def _adapted(
     except BaseException:
         record = record_of(model)
         if plain and record:
-            forget(model, record, tuple(record.configs))
+            remove_adapters(model, record, tuple(record.configs))
         raise
-    return _shaped(model)
+    return _as_hra_model(model)
 
 
 def _loaded(
@@ -363,31 +350,29 @@ def _loaded(
 ) -> nn.Module:
     if isinstance(model, nn.Module):
         _check_names(model)
-    load_adapter(model, model_id, adapter_name, is_trainable=is_trainable, **_meaningful(kwargs))
-    return _shaped(model)
+    load_adapter(model, model_id, adapter_name, is_trainable=is_trainable, **_known_options(kwargs))
+    return _as_hra_model(model)
 
 
-def _shaped(model: nn.Module) -> nn.Module:
+def _as_hra_model(model: nn.Module) -> nn.Module:
     if not isinstance(model, HRAModel):
         swap(model, HRAModel)
     return model
 
 
-def _meaningful(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Without PEFT's options that ask for what is always so here: loading low on memory, and float32 at least."""
+def _known_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Without options of PEFT that are always on here: loading with little memory, and at least float32 vectors."""
     always = ("low_cpu_mem_usage", "autocast_adapter_dtype", "ephemeral_gpu_offload", "torch_device")
     return {name: value for name, value in options.items() if name not in always}
 
 
 def _check_names(model: nn.Module) -> None:
-    """A name that the model uses itself must not become another thing, and its class must allow a subclass."""
+    """Check that a subclass of the class can be made, and that it hides no attribute of the model."""
     kind = original_class(model)
     try:
         swapped_class(HRAModel, kind)
     except Exception as error:
-        raise AdapterError(
-            f"{kind.__name__}: no subclass can be made of it ({type(error).__name__}: {error})."
-        ) from error
+        raise AdapterError(f"{kind.__name__} cannot be subclassed ({type(error).__name__}: {error}).") from error
     for name in vars(HRAModel):
         if name.startswith("_"):
             continue
@@ -395,6 +380,6 @@ def _check_names(model: nn.Module) -> None:
         home = next((base for base in kind.__mro__ if name in vars(base)), None)
         if held or (home and not f"{home.__module__}.".startswith(_REPLACED)):
             raise AdapterError(
-                f"{name}: {kind.__name__} has an attribute of this name itself, which HRAModel would hide. Rename it, "
-                "or call hra_fx.transform and the functions of hra_fx instead."
+                f"{name}: {kind.__name__} has an attribute of this name, which HRAModel would hide. Rename it, or use "
+                "hra_fx.transform and the functions of hra_fx instead."
             )

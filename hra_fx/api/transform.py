@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from hra_fx.config import HRAConfig
-from hra_fx.errors import AdapterError, ConfigError
+from hra_fx.errors import AdapterError
 from hra_fx.export.captured import is_captured, transform_captured
 from hra_fx.export.program import is_program, transform_program
-from hra_fx.integrations.pretrained import PretrainedCarrier, is_pretrained
-from hra_fx.layers.adapters import check_adapter_name
-from hra_fx.layers.class_swap import swap, unswap
-from hra_fx.model.activate import activate
-from hra_fx.model.detach import release
-from hra_fx.model.example_inputs import Call, as_call
-from hra_fx.model.inject import Fill, all_or_nothing, drawn, introduce
-from hra_fx.model.root import RootCarrier
-from hra_fx.model.state import Record, drop_record, inventory, keep_record, record_of, sites_of
-from hra_fx.model.trainable import freeze, make_copies
+from hra_fx.integrations.pretrained import root_class_for
+from hra_fx.model.detach import detach_all
+from hra_fx.model.example_inputs import as_call
+from hra_fx.model.inject import drawn
+from hra_fx.model.setup import checked, set_up, valid_config
+from hra_fx.model.state import record_of, sites_of
 from hra_fx.model.verify import check_against_folded
 from hra_fx.selection.check import check
 from hra_fx.selection.select import select, with_head
@@ -98,7 +90,7 @@ def transform(
                 "transform the model before its capture."
             )
         captured: Any = transform_program if is_program(model) else transform_captured
-        transformed: M = captured(model, _valid(config), adapter_name)
+        transformed: M = captured(model, valid_config(config), adapter_name)
         return transformed
     module: Any = model
     config = with_head(module, checked(module, config, adapter_name))
@@ -118,66 +110,11 @@ def transform(
         return made
     if not _is_done(module, config, adapter_name):
         fill = drawn(adapter_name, config, on_meta=low_cpu_mem_usage)
-        set_up(module, config, adapter_name, fill, call=call if verify else None)
+        root_class = root_class_for(module)
+        set_up(module, config, adapter_name, fill, root_class=root_class, call=call if verify else None)
     elif verify and call:
         check_against_folded(module, call)
     return model
-
-
-def set_up(
-    model: nn.Module,
-    config: HRAConfig,
-    adapter_name: str,
-    fill: Fill,
-    copies: Mapping[tuple[str, str], Tensor] = MappingProxyType({}),
-    *,
-    call: Call | None = None,
-) -> None:
-    """Make a plain model an adapted one, with one active adapter whose vectors `fill` gives, and these copies.
-
-    With `call`, the arguments of one call, the result is verified.
-    """
-    with all_or_nothing() as steps:
-        layers = introduce(model, adapter_name, config, fill, steps)
-        changed = freeze(model)
-        steps.callback(changed.restore, model)
-        record = Record({adapter_name: config}, requires_grad=changed.flags)
-        make_copies(model, adapter_name, config, layers, record, steps, copies)
-        steps.callback(drop_record, model)
-        keep_record(model, record)
-        if not isinstance(model, fx.GraphModule):
-            carrier = PretrainedCarrier if is_pretrained(model) else RootCarrier
-            swap(model, carrier)
-            steps.callback(unswap, model, carrier)
-        activate(inventory(model), record, (adapter_name,), trainable=not config.inference_mode)
-        if call:
-            check_against_folded(model, call)
-
-
-def checked(model: Any, config: HRAConfig, adapter_name: str) -> HRAConfig:
-    """A copy of the configuration, validated again, for its fields may have been set since it was made.
-
-    Raises:
-        AdapterError: `model` or `adapter_name` is none.
-        ConfigError: `config` is none.
-    """
-    if not isinstance(model, nn.Module):
-        raise AdapterError(f"model: {model!r} is no torch.nn.Module. Give the model itself, not its name or class.")
-    config = _valid(config)
-    if not isinstance(adapter_name, str):
-        raise AdapterError(f"adapter_name: {adapter_name!r} is no string. Give a name such as 'default'.")
-    check_adapter_name(adapter_name)
-    return config
-
-
-def _valid(config: HRAConfig) -> HRAConfig:
-    if not isinstance(config, HRAConfig):
-        kind = f"{type(config).__module__}.{type(config).__qualname__}"
-        raise ConfigError(
-            f"config: a {kind}, where an hra_fx.HRAConfig is due. Make one from its fields: hra_fx.HRAConfig(r=..., "
-            "target_modules=...), or from the JSON of PEFT's with hra_fx.HRAConfig.from_pretrained(folder)."
-        )
-    return copy.deepcopy(dataclasses.replace(config))
 
 
 def _traced(model: nn.Module, config: HRAConfig, example_inputs: Any) -> fx.GraphModule:
@@ -195,7 +132,7 @@ def _is_done(model: nn.Module, config: HRAConfig, adapter_name: str) -> bool:
     record = record_of(model)
     carried = sites_of(model)
     if record and not carried:  # its parts were folded one by one
-        release(model)
+        detach_all(model)
         record = None
     present = record.configs if record else {}
     if present.get(adapter_name) == config:

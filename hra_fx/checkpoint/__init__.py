@@ -1,1 +1,1 @@
-"""Adapter files in PEFT's format: the folder, the weights, and how they get to the disk and back."""
+"""Adapter files in PEFT's format: save, load and check them."""

@@ -1,4 +1,4 @@
-"""Whether the tensors of an adapter's file fit a model: all is found out before the model is touched."""
+"""Check an adapter's files against a model, before the model is changed."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from hra_fx.model.trainable import to_copy
 from hra_fx.selection.select import saved_modules, select, without_absent
 
 _SHOWN = 5
-#: What PEFT takes for embeddings, by name.
+_OTHER_BASE = "Was the adapter trained on another base model, or its configuration edited?"
+#: Layers that PEFT regards as embeddings, by name.
 _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|lm_head)\.weight$")
-#: What PEFT writes of a module to save besides its copy, with bias="all".
-_BESIDES = re.compile(r"\.(original_module|modules_to_save)\.(.*\.)?bias$")
+#: Extra keys that PEFT writes for a module in `modules_to_save` if bias="all".
+_EXTRA_BIASES = re.compile(r"\.(original_module|modules_to_save)\.(.*\.)?bias$")
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """An adapter of a file, checked against a model.
+    """An adapter from a file, checked against a model.
 
     Attributes:
-        config: the configuration with which the adapter goes on, the anchor's rank not counted.
-        spec: what it is at each site.
+        config: the configuration for training on, whose rank excludes the anchor.
+        spec: rank, Gram-Schmidt and initialization of each layer.
         vectors: path of a layer -> (`U: (d, r)`, anchor `A: (d, k)` or `None`).
-        written: path of a layer -> the vectors as the file has them, without an anchor, and with the Gram-Schmidt of
-            its configuration.
-        written_GS: that.
+        written: path of a layer -> (vectors as stored in the file, `None`).
+        written_GS: whether Gram-Schmidt applies to `written`.
         copies: (path of a module, name of its tensor) -> tensor.
     """
 
@@ -56,32 +56,34 @@ class Fitted:
 
 
 def fit(folder: Path, model: nn.Module, given: HRAConfig | None = None) -> Fitted:
-    """Read an adapter's folder, for a model.
+    """Read an adapter and check it against a model.
 
     Args:
-        folder: with both files.
-        model: the base model, or the transformed one.
-        given: a configuration in place of the one in the folder; the file's vectors are then taken as they are written.
+        folder: the folder with both files.
+        model: the base model or a transformed one.
+        given: replaces the configuration in the folder; the vectors are then used as stored.
 
     Raises:
-        ConfigError: the configuration is broken.
-        CheckpointError: the weights are damaged, or do not fit the model; missing and unknown keys are listed.
+        ConfigError: the configuration is invalid.
+        CheckpointError: the weights are damaged, or do not fit the model; missing and unexpected keys are listed.
 
     Warns:
-        HRAWarning: the file names another base model.
+        HRAWarning: the configuration names another base model.
     """
     file = folder / WEIGHTS_NAME
     config = without_absent(model, HRAConfig.from_pretrained(folder) if given is None else given)
     tensors, metadata = read(file)
     twice = sorted(key for key in tensors if f"{PREFIX}{key}" in tensors)
     if twice:
-        raise CheckpointError(f"{file}: {_some(twice)} there twice, with {PREFIX!r} before and without. Save it again.")
+        raise CheckpointError(
+            f"{file}: duplicate keys, with and without the prefix {PREFIX!r}: {_some(twice)}. Save the adapter again."
+        )
     tensors = {key if key.startswith(PREFIX) else f"{PREFIX}{key}": tensor for key, tensor in tensors.items()}
     try:
         layers: Any = select(model, config)
     except SelectionError as error:
         raise CheckpointError(
-            f"{folder}: its configuration does not fit {type(model).__name__}: {error} Is this the right base model?"
+            f"{folder}: the configuration does not fit {type(model).__name__}: {error} Is this the right base model?"
         ) from error
     copies = _copy_keys(model, config, layers, tensors)
     _check_keys(file, model, layers, tensors, copies, config)
@@ -89,22 +91,22 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None = None) -> Fitte
     _compare_base(file, config, model)
     resume = resume_of(file, metadata if given is None else {}, config)
     vectors = {path: _split(file, path, tensors, resume) for path in layers}
-    going_on = HRAConfig.from_dict({**config.to_dict(), "r": resume["r"], "apply_GS": resume["apply_GS"]})
-    spec = AdapterSpec(going_on.r, going_on.apply_GS, init_weights=bool(resume["anchor"]))
+    resumed = HRAConfig.from_dict({**config.to_dict(), "r": resume["r"], "apply_GS": resume["apply_GS"]})
+    spec = AdapterSpec(resumed.r, resumed.apply_GS, init_weights=bool(resume["anchor"]))
     written: dict[str, tuple[Tensor, Tensor | None]] = {path: (tensors[reflection_key(path)], None) for path in layers}
     values = {place: tensors[key] for place, key in copies.items()}
-    return Fitted(going_on, spec, vectors, written, config.apply_GS, values)
+    return Fitted(resumed, spec, vectors, written, config.apply_GS, values)
 
 
 def _copy_keys(
     model: nn.Module, config: HRAConfig, layers: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
 ) -> dict[tuple[str, str], str]:
-    """(module, tensor) -> key in the file. PEFT names a bias by the wrappers of all adapters: both spellings count."""
+    """(module, tensor) -> key in the file; PEFT has two names for a bias, depending on its other adapters."""
     keys: dict[tuple[str, str], str] = {}
     for path, (owner, names) in to_copy(model, config, layers).items():
         for name in names:
             if name not in non_persistent_buffers(owner):
-                spellings = [copy_key(path, name, in_site=in_site) for in_site in (path in layers, path not in layers)]
+                spellings = [copy_key(path, name, adapted=adapted) for adapted in (path in layers, path not in layers)]
                 keys[path, name] = next((key for key in spellings if key in tensors), spellings[0])
     return keys
 
@@ -117,41 +119,40 @@ def _check_keys(
     copies: Mapping[tuple[str, str], str],
     config: HRAConfig,
 ) -> None:
-    due = {*(reflection_key(path) for path in layers), *copies.values()}
-    # Aliases of a shared module.
+    expected = {*(reflection_key(path) for path in layers), *copies.values()}
+    # Other names of a shared module.
     allowed = {
         f"{PREFIX}{path}.{key}" for path, part in saved_modules(model, config).items() for key in part.state_dict()
     }
     allowed |= {vectors_key(path) for path in layers}
-    missing = sorted(due - tensors.keys())
-    besides = _BESIDES.search if config.bias == "all" else (lambda key: None)
-    others = sorted(key for key in tensors.keys() - due - allowed if not besides(key))
+    missing = sorted(expected - tensors.keys())
+    ignored = _EXTRA_BIASES.search if config.bias == "all" else (lambda key: None)
+    others = sorted(key for key in tensors.keys() - expected - allowed if not ignored(key))
     extra = [key for key in others if not _is_embedding(file, model, key, tensors[key])]
     if missing or extra:
         found = [
-            f"{_some(missing)} missing" if missing else "",
-            f"{_some(extra)} unknown to the model" if extra else "",
+            f"missing keys {_some(missing)}" if missing else "",
+            f"unexpected keys {_some(extra)}" if extra else "",
         ]
         raise CheckpointError(
-            f"{file}: it does not fit {type(model).__name__}: {' and '.join(filter(None, found))}. Was the adapter "
-            "trained on another base model, or was its configuration edited?"
+            f"{file}: does not fit {type(model).__name__}: {'; '.join(filter(None, found))}. {_OTHER_BASE}"
         )
 
 
 def _is_embedding(file: Path, model: nn.Module, key: str, tensor: Tensor) -> bool:
-    """Whether a tensor is that of the base model's embeddings, which PEFT writes besides where they are targets."""
+    """Whether a tensor is a copy of the base model's embeddings, which PEFT adds to the file if they are adapted."""
     name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
     path, _, entry = name.rpartition(".")
     owner = dict(model.named_modules(remove_duplicate=False)).get(path)
     own = owner._parameters.get(entry) if owner is not None else None
     if own is None or not (isinstance(owner, nn.Embedding) or _EMBEDDINGS.search(name)):
         return False
-    # One of the two may have been rounded to a narrower dtype.
+    # One of the two may have a narrower dtype.
     if own.shape == tensor.shape and (torch.equal(tensor.to(own), own) or torch.equal(own.to(tensor), tensor)):
         return True
     raise CheckpointError(
-        f"{file}: {key}, of shape {tuple(tensor.shape)}, is a tensor of the base model that it was trained on, and "
-        f"this model's {name}, of shape {tuple(own.shape)}, is another. Give that base model, or load it first."
+        f"{file}: {key} of shape {tuple(tensor.shape)} is a copy of the base model's embeddings, but this model's "
+        f"{name} of shape {tuple(own.shape)} has other values. Use the base model that the adapter was trained on."
     )
 
 
@@ -170,21 +171,20 @@ def _check_shapes(
         _check_shape(file, key, tensors, tuple(own.shape))
         if tensors[key].is_floating_point() is not own.is_floating_point():
             raise CheckpointError(
-                f"{file}: {key} is of {tensors[key].dtype}, and the model has {own.dtype} there. Is this the right "
-                "base model?"
+                f"{file}: {key} must have a dtype like the model's {own.dtype}, got {tensors[key].dtype}. Is this the "
+                "right base model?"
             )
 
 
-def _check_shape(file: Path, key: str, tensors: Mapping[str, Tensor], due: tuple[int, ...]) -> None:
-    if tuple(tensors[key].shape) != due:
+def _check_shape(file: Path, key: str, tensors: Mapping[str, Tensor], expected: tuple[int, ...]) -> None:
+    if tuple(tensors[key].shape) != expected:
         raise CheckpointError(
-            f"{file}: {key} has shape {tuple(tensors[key].shape)}, and the model and the configuration need {due}. Was "
-            "the adapter trained on another base model, or was its configuration edited?"
+            f"{file}: {key} must have shape {expected}, got {tuple(tensors[key].shape)}. {_OTHER_BASE}"
         )
 
 
 def resume_of(file: Path, metadata: Mapping[str, str], config: HRAConfig) -> dict[str, Any]:
-    """How the chain splits into anchor and vectors; an adapter that PEFT wrote has no anchor."""
+    """How the chain splits into anchor and vectors; adapters saved by PEFT have no anchor."""
     plain: dict[str, Any] = {"r": config.r, "apply_GS": config.apply_GS, "anchor": 0}
     if RESUME not in metadata:
         return plain
@@ -197,8 +197,8 @@ def resume_of(file: Path, metadata: Mapping[str, str], config: HRAConfig) -> dic
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         pass
     raise CheckpointError(
-        f"{file}: its metadata {RESUME}={metadata[RESUME][:80]!r} does not fit r={config.r}, "
-        f"apply_GS={config.apply_GS} of the configuration. One of the two files is of another adapter; save it again."
+        f"{file}: the metadata {RESUME}={metadata[RESUME][:80]!r} does not match r={config.r}, "
+        f"apply_GS={config.apply_GS} in the configuration. The two files are from different adapters; save it again."
     )
 
 
@@ -212,22 +212,21 @@ def _split(
         return chain[:, anchor:].contiguous(), chain[:, :anchor].contiguous()
     key = vectors_key(path)
     if key not in tensors:
-        raise CheckpointError(f"{file}: {key} is missing, from which Gram-Schmidt goes on. Save the adapter again.")
+        raise CheckpointError(f"{file}: missing key {key}, the vectors before Gram-Schmidt. Save the adapter again.")
     _check_shape(file, key, tensors, (chain.shape[0], resume["r"]))
     return tensors[key], chain[:, :anchor].contiguous()
 
 
 def _compare_base(file: Path, config: HRAConfig, model: nn.Module) -> None:
-    """Folders differ from machine to machine, so only the last parts of names are compared, and only to warn."""
+    """Warn if the base models' names differ in their last parts; folders differ from machine to machine."""
     theirs, ours = config.base_model_name_or_path, getattr(model, "name_or_path", None)
     if not theirs or not isinstance(ours, str) or not ours:
         return
     last = [os.path.basename(os.path.normpath(os.fspath(name))) for name in (theirs, ours)]
     if last[0] != last[1]:
-        text = f"{file}: the adapter was trained on {os.fspath(theirs)!r}, and this model is {ours!r}."
+        text = f"{file}: the adapter was trained on {os.fspath(theirs)!r}, but this model is {ours!r}."
         warnings.warn(text, HRAWarning, stacklevel=4)
 
 
 def _some(keys: list[str]) -> str:
-    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-    return f"{', '.join(keys[:_SHOWN])}{more} {'are' if len(keys) > 1 else 'is'}"
+    return ", ".join(keys[:_SHOWN]) + (f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else "")

@@ -1,4 +1,4 @@
-"""The names of tensors in an adapter's file, as PEFT gives them, and in the model."""
+"""Names of an adapter's tensors: keys in its file, which are those of PEFT, and entries in a model's `state_dict`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from hra_fx.layers.trained_copies import BASE, copies_of
 from hra_fx.model.state import sites_of
 
 PREFIX = "base_model.model."
-#: Beside a chain that stands for Gram-Schmidt, the vectors that it was made of: training goes on from them.
+#: The vectors before Gram-Schmidt, stored together with their orthonormal chain, to resume training.
 VECTORS = "hra_vectors"
 
 
 def reflection_key(path: str) -> str:
-    """The key of a site's chain.
+    """Key of an adapted layer's vectors.
 
     Example:
         >>> reflection_key("encoder.query")
@@ -25,22 +25,22 @@ def reflection_key(path: str) -> str:
 
 
 def vectors_key(path: str) -> str:
-    """The key of what Gram-Schmidt makes a site's chain of; PEFT ignores it."""
+    """Key of an adapted layer's vectors before Gram-Schmidt; PEFT ignores it."""
     return f"{PREFIX}{path}.{VECTORS}"
 
 
-def copy_key(path: str, name: str, *, in_site: bool) -> str:
-    """The key of a trained copy; that of a bias in an adapted layer goes through PEFT's wrapper.
+def copy_key(path: str, name: str, *, adapted: bool) -> str:
+    """Key of a trained copy; a bias in an adapted layer (`adapted`) has the name of PEFT's wrapper in it.
 
     Example:
-        >>> copy_key("encoder.query", "bias", in_site=True)
+        >>> copy_key("encoder.query", "bias", adapted=True)
         'base_model.model.encoder.query.base_layer.bias'
     """
-    return f"{PREFIX}{path}.base_layer.{name}" if in_site else f"{PREFIX}{path}.{name}"
+    return f"{PREFIX}{path}.base_layer.{name}" if adapted else f"{PREFIX}{path}.{name}"
 
 
 def vectors_entry(path: str, name: str) -> str:
-    """The entry of an adapter's vectors in the model's `state_dict`.
+    """Entry of an adapter's vectors in the model's `state_dict`.
 
     Example:
         >>> vectors_entry("encoder.query", "default")
@@ -50,17 +50,17 @@ def vectors_entry(path: str, name: str) -> str:
 
 
 def anchor_entry(path: str, name: str) -> str:
-    """The entry of an adapter's anchor."""
+    """Entry of an adapter's anchor."""
     return f"{path}.{REFLECTION}.{name}{ANCHOR}"
 
 
 def copy_entry(path: str, name: str, tensor: str, *, in_place: bool) -> str:
-    """The entry of an adapter's copy of a tensor, in its place or waiting."""
+    """Entry of an adapter's copy of a tensor, which is active (`in_place`) or not."""
     return (f"{path}.{tensor}" if in_place else f"{path}.{SAVED}.{name}.{tensor}").lstrip(".")
 
 
 def adapter_entries(model: nn.Module) -> list[str]:
-    """The entries of the model's `state_dict` that belong to adapters, trained copies in place included."""
+    """Entries of the model's `state_dict` that belong to adapters, including active trained copies."""
     entries = [
         f"{path}.{REFLECTION}.{name}"
         for path, layer in sites_of(model).items()

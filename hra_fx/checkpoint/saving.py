@@ -1,8 +1,8 @@
-"""`save_adapter`: an adapter in PEFT's format. PEFT opens it, and computes the same.
+"""`save_adapter`: write an adapter in PEFT's format, so that PEFT loads it with the same outputs.
 
-PEFT knows no anchor, so an anchored adapter (`householder.anchor`) is written as the plain chain that it is, with
-`apply_GS=false` and that chain's rank. How to take it up again for training stands in the metadata of the file, and the
-vectors before Gram-Schmidt under a key that PEFT ignores.
+PEFT has no anchors, so an adapter with an anchor (`householder.anchor`) is written as a plain chain of reflections,
+with `apply_GS=false` and the rank of that chain. The file's metadata says how to split it again to resume training, and
+a key that PEFT ignores holds the vectors before Gram-Schmidt.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from hra_fx.layers.adapters import plain_chain
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.sharding import by_the_first, is_shard, whole
 from hra_fx.layers.trained_copies import copies_of
-from hra_fx.model.offload import require_present
+from hra_fx.model.offload import require_materialized
 from hra_fx.model.state import Record, names_in, root_of, sites_of
 from hra_fx.selection.select import resolve_targets, targeted
 
-#: Key of the metadata of `adapter_model.safetensors` under which the way to go on training is written.
+#: Metadata key in `adapter_model.safetensors`: how to split the chain to resume training.
 RESUME = "hra_fx"
-#: What transformers' Trainer calls the folder of a checkpoint.
+#: Folder names of the checkpoints of transformers' Trainer.
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 #: Configuration, tensors and metadata of an adapter's two files.
@@ -49,23 +49,23 @@ _Contents: TypeAlias = tuple[HRAConfig, dict[str, Tensor], dict[str, str]]
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> None:
-    """Write an adapter into a folder: `adapter_config.json` and `adapter_model.safetensors`, in PEFT's format.
+    """Save an adapter to a folder: `adapter_config.json` and `adapter_model.safetensors`, in PEFT's format.
 
-    Both files are written beside and then renamed, so that an adapter that was there is whole until the new one is. The
-    adapter is written at full strength (see `set_scale`); copies of `modules_to_save` and biases go with it.
+    Both files are written atomically. The adapter is saved at full strength (see `set_scale`), with its trained copies
+    of `modules_to_save` and biases.
 
-    In a training with several processes it is enough that one of them calls this, under DDP. Where `fully_shard` shares
-    the vectors out, all have to call it: they gather them, the first one writes, and the others wait for it.
+    With DDP, one process calls this. With `fully_shard`, all processes have to call it: they gather the vectors, and
+    the first one writes.
 
     Args:
         model: a transformed model.
-        directory: the folder itself, made where it does not exist.
-        adapter_name: which adapter; `None` for the only one, or the only active one.
+        directory: the folder, created if needed.
+        adapter_name: which adapter. `None`: the only one, or the only active one.
 
     Raises:
-        AdapterError: the model has no such adapter, `None` does not tell which, parts of it were folded or replaced, or
+        AdapterError: the model has no such adapter, `None` is ambiguous, parts of the model were folded or replaced, or
             accelerate offloads them.
-        CheckpointError: a vector or a copy is not finite, or without data; or the folder cannot be written.
+        CheckpointError: a tensor is not finite or has no data; or the folder cannot be written.
 
     Example:
         >>> import tempfile
@@ -77,8 +77,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         ['adapter_config.json', 'adapter_model.safetensors']
     """
     root, record = root_of(model)
-    name = _the_one(record) if adapter_name is None else names_in(record, adapter_name)[0]
-    require_present(root)
+    name = _only_adapter(record) if adapter_name is None else names_in(record, adapter_name)[0]
+    require_materialized(root)
     config, tensors, metadata = _contents(root, record, name, root.state_dict())
     by_the_first(root.parameters(), lambda: write(directory, config.to_json_string(), tensors, metadata))
 
@@ -93,35 +93,35 @@ def save_pretrained(
     safe_serialization: bool = True,
     push_to_hub: bool = False,
 ) -> None:
-    """Write several adapters as PEFT's `save_pretrained` does: "default" into the folder, others into subfolders.
+    """Save several adapters like PEFT's `save_pretrained`: "default" to the folder, others to subfolders.
 
-    In a folder named as transformers' Trainer names its checkpoints, the adapters' entries of the `state_dict` go into
-    `model.safetensors` besides, from which the Trainer resumes.
+    In a checkpoint folder of transformers' Trainer, the adapters' entries of the `state_dict` are also saved to
+    `model.safetensors`, from which the Trainer resumes.
 
     Args:
         model: a transformed model.
         directory: the folder.
-        selected_adapters: names; `None` for all.
-        state_dict: the model's, where a wrapper (FSDP, DeepSpeed) has gathered it.
-        is_main_process: only the main process writes. Where `fully_shard` shares the vectors out and no `state_dict` is
-            given, all have to call this, as for `save_adapter`.
-        safe_serialization: must be true, for a pickle is never written.
-        push_to_hub: must be false.
+        selected_adapters: names. `None`: all.
+        state_dict: the model's, if a wrapper (FSDP, DeepSpeed) has gathered it.
+        is_main_process: only the main process writes. With `fully_shard` and no `state_dict`, all processes have to
+            call this, as for `save_adapter`.
+        safe_serialization: must be True; pickle files are never written.
+        push_to_hub: must be False.
 
     Raises:
-        AdapterError: there is no such adapter, or one of the last two is not as it must be.
-        CheckpointError: as `save_adapter`.
+        AdapterError: there is no such adapter, or one of the last two arguments has another value.
+        CheckpointError: see `save_adapter`.
     """
     if not safe_serialization:
-        raise AdapterError("safe_serialization=False: a pickle is never written. Leave it True.")
+        raise AdapterError("safe_serialization must be True, got False: pickle files are never written.")
     if push_to_hub:
-        raise AdapterError("push_to_hub=True: save first, then call model.push_to_hub(...).")
+        raise AdapterError("push_to_hub must be False, got True. Save first, then call model.push_to_hub(...).")
     root, record = root_of(model)
     names = names_in(record, record.configs if selected_adapters is None else selected_adapters)
     if not names:
-        raise AdapterError("selected_adapters: it names none, so there is nothing to save. Name some, or None for all.")
+        raise AdapterError("selected_adapters must not be empty. Use None to save all adapters.")
     if state_dict is None:
-        require_present(root)
+        require_materialized(root)
     state = root.state_dict() if state_dict is None else state_dict
     shards = [tensor for tensor in state.values() if is_shard(tensor)]
     if not (is_main_process or shards):
@@ -132,8 +132,8 @@ def save_pretrained(
     by_the_first(shards, lambda: _write_all(Path(directory), contents, entries))
     if Path(directory, "config.json").exists():
         text = (
-            f"{directory}: it holds a whole model, and the adapters stand beside it. from_pretrained of diffusers, or "
-            "of transformers without PEFT, loads that model without them: use hra_fx.load_adapter, or another folder."
+            f"{directory}: the adapters were saved next to a full model. from_pretrained of diffusers, or of "
+            "transformers without PEFT, loads that model without them: use hra_fx.load_adapter, or another folder."
         )
         warnings.warn(text, HRAWarning, stacklevel=3)
 
@@ -145,11 +145,12 @@ def _write_all(directory: Path, contents: Mapping[str, _Contents], entries: Mapp
         write_weights(directory / "model.safetensors", entries, {})
 
 
-def _the_one(record: Record) -> str:
+def _only_adapter(record: Record) -> str:
     candidates = tuple(record.configs) if len(record.configs) == 1 else record.active
     if len(candidates) != 1:
         raise AdapterError(
-            f"adapter_name: the model has {list(record.configs)}, of which {list(record.active)} are active. Name one."
+            f"adapter_name is required: the model has the adapters {list(record.configs)}, with "
+            f"{list(record.active)} active."
         )
     return candidates[0]
 
@@ -159,8 +160,8 @@ def _contents(root: nn.Module, record: Record, name: str, state: Mapping[str, Te
     sites = [path for path, layer in sites_of(root).items() if name in layer.hra_u]
     if odd := sorted(targeted(root, config).keys() ^ set(sites)):
         raise AdapterError(
-            f"adapter {name!r}: the model changed since it was transformed (a part was folded or replaced), so that "
-            f"{odd[0]} is not in step with its configuration, and the file could not be loaded. Fold the whole model."
+            f"adapter {name!r}: {odd[0]} does not match the adapter's configuration, because a part of the model was "
+            "folded or replaced after transform. The saved file could not be loaded. Fold the whole model instead."
         )
     tensors: dict[str, Tensor] = {}
     metadata = {"format": "pt"}
@@ -180,19 +181,19 @@ def _contents(root: nn.Module, record: Record, name: str, state: Mapping[str, Te
             if entry not in non_persistent_buffers(owner):
                 in_place = copies.in_place[entry] == name
                 copied = whole(state[copy_entry(path, name, entry, in_place=in_place)])
-                tensors[copy_key(path, entry, in_site=path in sites)] = copied
-    return _written(root, config, rank, apply_GS), {key: t.detach() for key, t in tensors.items()}, metadata
+                tensors[copy_key(path, entry, adapted=path in sites)] = copied
+    return _inference_config(root, config, rank, apply_GS), {key: t.detach() for key, t in tensors.items()}, metadata
 
 
-def _written(root: nn.Module, config: HRAConfig, rank: int, apply_GS: bool) -> HRAConfig:
-    """The configuration as PEFT writes it: for inference, with targets spelled out, and naming the base model."""
+def _inference_config(root: nn.Module, config: HRAConfig, rank: int, apply_GS: bool) -> HRAConfig:
+    """The configuration as PEFT writes it: for inference, with explicit targets and the name of the base model."""
     kind = original_class(root)
     mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     base = config.base_model_name_or_path or getattr(root, "name_or_path", None)
     targets = config.target_modules
     if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
         resolved = resolve_targets(root, config)
-        # A regular expression and layer indices exclude each other.
+        # A regular expression cannot be combined with layer indices.
         targets = targets if isinstance(resolved, str) and config.layers_to_transform is not None else resolved
     return dataclasses.replace(
         config,

@@ -1,4 +1,4 @@
-"""The weights of an adapter, a safetensors file: read, and refused where it is damaged. Nothing here knows a model."""
+"""Read and check the weights of an adapter, a safetensors file; independent of any model."""
 
 from __future__ import annotations
 
@@ -14,34 +14,35 @@ from hra_fx.layers.target import REFLECTION
 
 __all__ = ["non_finite", "read"]
 
-# Two numbers to a byte, none of which can be infinite or NaN; torch computes nothing with them.
+# Two values per byte, which cannot be infinite or NaN; torch has no arithmetic for them.
 _PACKED = getattr(torch, "float4_e2m1fn_x2", None)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, in memory of their own on the CPU, and its metadata.
+    """The tensors of a safetensors file, copied to CPU memory, and its metadata.
 
     Raises:
-        CheckpointError: the file cannot be read, is cut short or damaged, is in another format or empty; vectors (keys
-            that end in "hra_u" or "hra_vectors") are not floating; a value is infinite or NaN. It names the file, and
-            the key.
+        CheckpointError: the file cannot be read, is damaged, empty or not a safetensors file; vectors (keys that end in
+            "hra_u" or "hra_vectors") are not floating point; a value is infinite or NaN. The message names the file
+            and the key.
 
     >>> read(Path("nowhere", "adapter_model.safetensors"))
     Traceback (most recent call last):
-    hra_fx.errors.CheckpointError: nowhere/adapter_model.safetensors: cannot be read (No such file or directory...
+    hra_fx.errors.CheckpointError: nowhere/adapter_model.safetensors: cannot read the file (No such file or directory...
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = dict(file.metadata() or {})
-            # Cloned, since the mapped file would stay open with them and whoever writes into it would change them.
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118, it is no dict
+            # Cloned: otherwise they would keep the file mapped, and change with it.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118, not a dict
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}). Give a file that can be read.") from error
+        raise CheckpointError(f"{path}: cannot read the file ({error}).") from error
     except SafetensorError as error:
-        reason = f"is cut short or damaged, or is no safetensors file ({error})"
-        raise CheckpointError(f"{path}: {reason}. Save or fetch it again.") from error
+        raise CheckpointError(
+            f"{path}: truncated, damaged, or not a safetensors file ({error}). Save or download it again."
+        ) from error
     if not tensors:
-        raise CheckpointError(f"{path}: holds no tensors. Save the adapter again.")
+        raise CheckpointError(f"{path}: the file has no tensors. Save the adapter again.")
     for key, tensor in tensors.items():
         _check(path, key, tensor)
     return tensors, metadata
@@ -49,21 +50,25 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _check(path: Path, key: str, tensor: Tensor) -> None:
     if key.endswith((REFLECTION, VECTORS)) and not tensor.is_floating_point():
-        raise CheckpointError(f"{path}: {key!r} is {tensor.dtype}, vectors are floating. Save the adapter again.")
+        raise CheckpointError(
+            f"{path}: {key!r} must have a floating-point dtype, got {tensor.dtype}. Save the adapter again."
+        )
     count = non_finite(tensor)
     if count:
-        reason = f"{key!r} has {count} of {tensor.numel()} values that are infinite or NaN"
-        raise CheckpointError(f"{path}: {reason}. Go back to a file from before the training diverged.")
+        raise CheckpointError(
+            f"{path}: {key!r} has {count} of {tensor.numel()} values that are infinite or NaN. Use a file from before "
+            "the training diverged."
+        )
 
 
 def non_finite(tensor: Tensor) -> int:
-    """How many values of a tensor of any dtype are infinite or NaN.
+    """Number of values that are infinite or NaN, for a tensor of any dtype.
 
     >>> non_finite(torch.tensor([1.0, float("nan"), float("inf")]))
     2
     """
     if tensor.dtype is _PACKED or not (tensor.is_floating_point() or tensor.is_complex()):
         return 0
-    # Not every float of eight bits has an isfinite.
+    # isfinite is not implemented for every 8-bit float.
     wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
     return int(wide.isfinite().logical_not().sum())

@@ -1,6 +1,6 @@
-"""The application: its commands, and the options that come before one.
+"""The application: its commands and global options.
 
-Neither torch nor transformers is imported before a command runs, so that help and completion come at once.
+torch and transformers are not imported before a command runs, so that help and completion are fast.
 """
 
 from __future__ import annotations
@@ -13,80 +13,85 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from hra_fx.cli.commands.convert import EXAMPLES as OF_CONVERT, convert
-from hra_fx.cli.commands.diff import EXAMPLES as OF_DIFF, diff
-from hra_fx.cli.commands.fold import EXAMPLES as OF_FOLD, fold
-from hra_fx.cli.commands.inspect import EXAMPLES as OF_INSPECT, inspect
-from hra_fx.cli.commands.match import EXAMPLES as OF_MATCH, match
-from hra_fx.cli.commands.unfold import EXAMPLES as OF_UNFOLD, unfold
-from hra_fx.cli.commands.visualize import EXAMPLES as OF_VISUALIZE, visualize
-from hra_fx.cli.error_output import TellingGroup
+from hra_fx.cli.commands.convert import EXAMPLES as CONVERT_EXAMPLES, convert
+from hra_fx.cli.commands.diff import EXAMPLES as DIFF_EXAMPLES, diff
+from hra_fx.cli.commands.fold import EXAMPLES as FOLD_EXAMPLES, fold
+from hra_fx.cli.commands.inspect import EXAMPLES as INSPECT_EXAMPLES, inspect
+from hra_fx.cli.commands.match import EXAMPLES as MATCH_EXAMPLES, match
+from hra_fx.cli.commands.unfold import EXAMPLES as UNFOLD_EXAMPLES, unfold
+from hra_fx.cli.commands.visualize import EXAMPLES as VISUALIZE_EXAMPLES, visualize
+from hra_fx.cli.error_output import ErrorHandlingGroup
 
-_HELP = """Householder reflection adapters (HRA): look at them, fold them into checkpoints, draw them.
-
-Exit codes: 0 done; 1 what was asked about is not so (two checkpoints differ, a configuration does not fit); 2 it could
-not be done, for the reason on stderr; 130 stopped."""
+_HELP = "Inspect Householder reflection adapters (HRA), fold them into checkpoints, and draw them."
+_EXIT_CODES = (
+    "Exit codes: 0 success; 1 check failed (the checkpoints differ, or the configuration does not match the model); "
+    "2 error, see stderr; 130 interrupted."
+)
 
 _COMMANDS = (
-    (inspect, OF_INSPECT),
-    (match, OF_MATCH),
-    (fold, OF_FOLD),
-    (unfold, OF_UNFOLD),
-    (diff, OF_DIFF),
-    (convert, OF_CONVERT),
-    (visualize, OF_VISUALIZE),
+    (inspect, INSPECT_EXAMPLES),
+    (match, MATCH_EXAMPLES),
+    (fold, FOLD_EXAMPLES),
+    (unfold, UNFOLD_EXAMPLES),
+    (diff, DIFF_EXAMPLES),
+    (convert, CONVERT_EXAMPLES),
+    (visualize, VISUALIZE_EXAMPLES),
 )
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 
-def _flowing(text: str) -> str:
-    """Paragraphs that a terminal breaks, of lines as long as those of a file."""
+def _unwrapped(text: str) -> str:
+    """Paragraphs as single lines, which the terminal wraps."""
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
-def _listed(examples: Iterable[str]) -> str:
-    """Examples below each other: older releases of typer join lines that have no empty one between them."""
+def _list_examples(examples: Iterable[str]) -> str:
+    """One example per paragraph, because older releases of typer join lines."""
     return "\n\n".join(["Examples:", *(f"  {escape(example)}" for example in examples)])
 
 
 app = typer.Typer(
     name="hra-fx",
-    cls=TellingGroup,
-    help=_flowing(_HELP),
+    cls=ErrorHandlingGroup,
+    help=_HELP,
+    epilog=_EXIT_CODES,
     no_args_is_help=True,
     context_settings=_SETTINGS,
-    # What is not foreseen is a defect, of which a report needs the plain traceback.
+    # An unexpected error is a bug, and a bug report needs the plain traceback.
     pretty_exceptions_enable=False,
 )
 for _command, _examples in _COMMANDS:
     app.command(
-        _command.__name__, help=_flowing(_command.__doc__ or ""), epilog=_listed(_examples), context_settings=_SETTINGS
+        _command.__name__,
+        help=_unwrapped(_command.__doc__ or ""),
+        epilog=_list_examples(_examples),
+        context_settings=_SETTINGS,
     )(_command)
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from hra_fx.version import VERSION
 
-        typer.echo(f"hra-fx {version('hra-fx')}")
+        typer.echo(f"hra-fx {VERSION}")
         raise typer.Exit
 
 
 @app.callback()
-def _before(
+def _global_options(
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error. May stand behind a command too.")
+        bool, typer.Option("--debug", help="Show the traceback of an error. Also allowed after a command.")
     ] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version, and exit.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Nothing: the group reads the one, and the other answers by itself."""
+    """Declare the options: the group reads --debug, and --version has a callback."""
 
 
 def run() -> None:
-    """Run what the shell asks for, and leave with its exit code."""
+    """Run the command line, and exit with its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal that has no sign for degrees shows another one, and the rest.
+        # A terminal without a degree sign shows "?".
         sys.stdout.reconfigure(errors="replace")
     app()

@@ -1,4 +1,4 @@
-"""A model from its `config.json` alone: its layers have names and shapes, and its weights no memory."""
+"""Build a model from its `config.json` alone, with placeholder weights."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from hra_fx.cli.model_factories import Recipe, recipe_of
-from hra_fx.cli.placeholder_weights import hollow
+from hra_fx.cli.model_factories import ModelFactory, factory_for
+from hra_fx.cli.placeholder_weights import use_placeholders
 from hra_fx.errors import CheckpointError, HRAWarning
 
 CONFIG = "config.json"
 _PIPELINE = "model_index.json"
-#: Whose quantised layers can be adapted, as transformers calls them.
-_QUANTISED = ("bitsandbytes", "torchao")
-_DUE = "Give the folder of a model of transformers, diffusers or timm."
+#: Quantization methods whose layers can be adapted, by their names in transformers.
+_QUANTIZED = ("bitsandbytes", "torchao")
+_EXPECTED = "Give the folder of a transformers, diffusers or timm model."
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Built:
 
     Attributes:
         model: the model.
-        library: whose it is.
+        library: the library that it is from.
     """
 
     model: nn.Module
@@ -37,49 +37,49 @@ class Built:
 
 
 def build(path: Path) -> Built:
-    """Build the model of a folder, or of a `config.json`; see `hollow` for its tensors.
+    """Build the model of a folder, or of a `config.json`, with the tensors of `use_placeholders`.
 
     Raises:
-        CheckpointError: there is no such file, or no installed library knows its model.
+        CheckpointError: there is no such file, or no installed library knows the model.
     """
-    file, recipe = _recipe(path)
-    _warn_of_quantised(file)
+    file, factory = _factory(path)
+    _warn_if_quantized(file)
     try:
         with torch.device("meta"):
-            model = recipe.make()
-        return Built(hollow(model).eval(), recipe.library)
-    # Whatever an unusual configuration meets in the constructors of hundreds of models.
+            model = factory.make()
+        return Built(use_placeholders(model).eval(), factory.library)
+    # An unusual configuration may raise anything in the constructors of hundreds of models.
     except Exception as error:
-        raise CheckpointError(f"{file}: {recipe.library} cannot build its model ({_reason(error)}).") from error
+        raise CheckpointError(f"{file}: {factory.library} cannot build the model ({_reason(error)}).") from error
 
 
 def load(path: Path) -> Built:
-    """Load the model of a folder, with its weights; errors as those of `build`."""
-    file, recipe = _recipe(path)
+    """Load the model of a folder with its weights; raises the errors of `build`."""
+    file, factory = _factory(path)
     try:
-        return Built(recipe.load().eval(), recipe.library)
+        return Built(factory.load().eval(), factory.library)
     except Exception as error:
-        raise CheckpointError(f"{file.parent}: {recipe.library} cannot load its model ({_reason(error)}).") from error
+        raise CheckpointError(f"{file.parent}: {factory.library} cannot load the model ({_reason(error)}).") from error
 
 
-def _recipe(path: Path) -> tuple[Path, Recipe]:
+def _factory(path: Path) -> tuple[Path, ModelFactory]:
     file = path / CONFIG if path.is_dir() else path
     if path.is_dir() and not file.is_file():
         if (path / _PIPELINE).is_file():
             parts = sorted(found.parent.name for found in path.glob(f"*/{CONFIG}"))
-            raise CheckpointError(f"{path}: is a pipeline of diffusers. Give one of its parts: {', '.join(parts)}.")
-        raise CheckpointError(f"{file}: there is no such file. {_DUE}")
-    return file, recipe_of(file, _entries(file))
+            raise CheckpointError(f"{path}: is a diffusers pipeline. Give one of its parts: {', '.join(parts)}.")
+        raise CheckpointError(f"{file}: no such file. {_EXPECTED}")
+    return file, factory_for(file, _entries(file))
 
 
-def _warn_of_quantised(file: Path) -> None:
-    """What is built has the layers from before quantisation, which other libraries put their own in place of."""
+def _warn_if_quantized(file: Path) -> None:
+    """The model is built with its layers before quantization, which some libraries replace by their own."""
     given = _entries(file).get("quantization_config")
     method = given.get("quant_method") if isinstance(given, dict) else None
-    if method is not None and method not in _QUANTISED:
+    if method is not None and method not in _QUANTIZED:
         warnings.warn(
-            f"{file}: its weights are quantised by {method}, and this is of the model before that. hra_fx.transform "
-            f"takes quantised layers of {' and '.join(_QUANTISED)}.",
+            f"{file}: the weights are quantized by {method}, and the layers before quantization are shown. "
+            f"hra_fx.transform supports quantized layers of {' and '.join(_QUANTIZED)}.",
             HRAWarning,
             stacklevel=3,
         )
@@ -89,11 +89,11 @@ def _entries(file: Path) -> Mapping[str, Any]:
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror}). {_DUE}") from error
+        raise CheckpointError(f"{file}: cannot read the file ({error.strerror}). {_EXPECTED}") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: is not JSON ({error}). {_DUE}") from error
+        raise CheckpointError(f"{file}: is not JSON ({error}). {_EXPECTED}") from error
     if not isinstance(entries, dict):
-        raise CheckpointError(f"{file}: holds a JSON {type(entries).__name__}, a configuration is an object. {_DUE}")
+        raise CheckpointError(f"{file}: must be a JSON object, got a {type(entries).__name__}. {_EXPECTED}")
     return entries
 
 

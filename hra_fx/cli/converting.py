@@ -1,7 +1,7 @@
-"""An adapter's folder in PEFT's form, and in that which `hra_fx.save_adapter` gives it.
+"""Convert an adapter's folder between the formats of PEFT and `hra_fx.save_adapter`.
 
-Both have the same two files. Ours may hold more: how a chain splits into an anchor and trained vectors (as metadata),
-and the vectors before Gram-Schmidt; PEFT passes over both. PEFT's may hold copies of what the base model has.
+Both have the same two files. Files of hra_fx may also contain how a chain splits into an anchor and trained vectors (as
+metadata), and the vectors before Gram-Schmidt; PEFT ignores both. Files of PEFT may contain copies of base weights.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Conversion:
     """What was written.
 
     Attributes:
-        folder: where.
-        form: whose it is now.
-        layers: how many layers the adapter is at.
-        r: how many plain reflections each has in the file.
-        anchor: how many of them were frozen, and are trained from now on.
-        dropped: keys that were left out.
-        fields: entries of the configuration that were left out.
+        folder: the new folder.
+        form: its format.
+        layers: number of adapted layers.
+        r: number of reflections per layer in the file.
+        anchor: number of them that were frozen, and can be trained from now on.
+        dropped: keys that were dropped.
+        fields: fields of the configuration that were dropped.
     """
 
     folder: Path
@@ -52,11 +52,11 @@ class Conversion:
 
 
 def convert_adapter(source: str, out: Path, form: Form, *, overwrite: bool) -> Conversion:
-    """Write an adapter in another form.
+    """Write an adapter in another format.
 
     Raises:
-        HRAError: a file is missing or damaged, or the disk refuses.
-        CheckpointError: `out` holds an adapter or other files already, and `overwrite` is not given; or a model.
+        HRAError: a file is missing or damaged, or writing fails.
+        CheckpointError: `out` contains a model, or other files without `overwrite`.
     """
     files = read_adapter(source)
     tensors, metadata = read(files.file)
@@ -85,15 +85,13 @@ def _check_free(out: Path, *, overwrite: bool) -> None:
     there = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
     if CONFIG_NAME in there:
         if not overwrite:
-            raise CheckpointError(f"{out}: there is an adapter in it. Give another folder, or overwrite=True.")
+            raise CheckpointError(f"{out}: already contains an adapter. Choose another folder, or --overwrite.")
         return
     model = next((name for name in there if name in _OF_MODELS or name.endswith(SAFE)), None)
     if model:
         raise CheckpointError(
-            f"{out}: {model} in it is of a model, with which from_pretrained would load the adapter. Give a folder of "
-            "its own."
+            f"{out}: contains a model ({model}), and from_pretrained would load the adapter with it. Choose another "
+            "folder."
         )
     if there and not overwrite:
-        raise CheckpointError(
-            f"{out}: is not empty ({there[0]}), and has no adapter in it. Give another folder, or overwrite=True."
-        )
+        raise CheckpointError(f"{out}: is not empty (it contains {there[0]}). Choose another folder, or --overwrite.")

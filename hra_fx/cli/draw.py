@@ -1,4 +1,4 @@
-"""A picture of a model that is on disk, with an adapter or without."""
+"""Draw a model on disk, with or without an adapter."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from hra_fx.view.formats import picture_file
 from hra_fx.view.options import Options
 from hra_fx.view.picture import visualize
 
-#: The heat that is of weights, and not of reflections alone.
-_OF_WEIGHTS = "share"
+#: The heat value that is computed from weights.
+_NEEDS_WEIGHTS = "share"
 
 
 def draw(path: Path, out: Path, adapter: str | None, options: Options, *, weights: bool) -> Path:
-    """Draw it, from `config.json` where that is enough.
+    """Draw a model, from `config.json` alone if that is enough.
 
     Args:
         path: the model's folder, or its `config.json`.
-        out: the file to be written.
-        adapter: the folder of an adapter.
-        options: of the picture.
-        weights: load the weights in any case.
+        out: the output file.
+        adapter: folder of an adapter.
+        options: drawing options.
+        weights: whether to load the weights even if they are not needed.
 
     Raises:
-        HRAError: as `visualize` and `load_adapter`; or no library knows the model.
+        HRAError: see `visualize` and `load_adapter`; or no installed library knows the model.
     """
-    picture_file(out)  # refused before seconds go into a model
-    built = load(path) if weights or options.heat == _OF_WEIGHTS else build(path)
+    picture_file(out)  # before the slow step of building the model
+    built = load(path) if weights or options.heat == _NEEDS_WEIGHTS else build(path)
     if adapter is not None:
         load_adapter(built.model, adapter)
     return visualize(built.model, out, depth=options.depth, focus=options.focus, heat=options.heat)

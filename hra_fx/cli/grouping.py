@@ -1,17 +1,17 @@
-"""Layers that differ in a number only, as one line."""
+"""Group layers whose paths differ only in a number."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hra_fx.cli.inspect_model import SiteLook
+from hra_fx.cli.inspect_model import LayerSummary
 from hra_fx.cli.paths import starred
 
 
 @dataclass(frozen=True)
 class Group:
-    """Some layers of a kind; a star stands for the numbers in which their paths differ."""
+    """Layers of one type and shape; `path` has stars instead of numbers."""
 
     path: str
     site: str
@@ -20,13 +20,13 @@ class Group:
     parameters: int
 
 
-def grouped(layers: Iterable[SiteLook]) -> list[Group]:
-    """The layers by path, kind and shape, in the order in which each first comes."""
-    groups: dict[tuple[str, str, int], list[SiteLook]] = {}
+def grouped(layers: Iterable[LayerSummary]) -> list[Group]:
+    """Groups of layers by path, type and shape, in order of first appearance."""
+    groups: dict[tuple[str, str, int], list[LayerSummary]] = {}
     for layer in layers:
         groups.setdefault((starred(layer.path), layer.site, layer.d), []).append(layer)
     return [
-        # One that is alone keeps its number.
+        # A single layer keeps its number.
         Group(path if len(found) > 1 else found[0].path, site, d, len(found), sum(layer.parameters for layer in found))
         for (path, site, d), found in groups.items()
     ]

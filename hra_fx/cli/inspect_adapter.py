@@ -1,4 +1,4 @@
-"""What the two files of an adapter tell without its base model."""
+"""Inspect an adapter's two files, without its base model."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from hra_fx.checkpoint.weights import read
 from hra_fx.cli.paths import natural
 from hra_fx.config import CONFIG_NAME
 from hra_fx.functional import householder
+from hra_fx.functional.statistics import rotation_stats
 from hra_fx.layers.target import REFLECTION
 
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """An adapter at a layer; the numbers are those of `hra_fx.report`, angles in radians."""
+    """An adapted layer, with the values of `hra_fx.report`; angles in radians."""
 
     path: str
     d: int
@@ -34,20 +35,20 @@ class AdaptedLayer:
 
 
 @dataclass(frozen=True)
-class AdapterLook:
+class AdapterSummary:
     """An adapter.
 
     Attributes:
-        folder: where it is.
-        base_model: what it was trained on, by its configuration.
-        written_by: "hra_fx" or "PEFT <version>", by its configuration.
-        r: how many vectors are trained at each layer.
-        gram_schmidt: whether these are made orthonormal.
-        anchor: how many frozen ones stand before them, 0 where it has no anchor.
-        dtype: of the vectors.
-        parameters: how many numbers are trained, without those of `saved`.
-        saved: names of tensors that were trained in full, such as biases and new heads.
-        layers: in the order of their numbers.
+        folder: its folder.
+        base_model: the base model according to its configuration.
+        written_by: "hra_fx" or "PEFT <version>", according to its configuration.
+        r: number of trained vectors per layer.
+        gram_schmidt: whether the vectors are orthonormalized.
+        anchor: number of frozen vectors per layer.
+        dtype: dtype of the vectors.
+        parameters: number of trainable parameters, without `saved`.
+        saved: names of fully trained tensors, such as biases and new heads.
+        layers: sorted by their numbers.
     """
 
     folder: Path
@@ -65,11 +66,11 @@ class AdapterLook:
     kind: str = field(default="adapter", init=False)
 
 
-def look_at_adapter(source: str) -> AdapterLook:
-    """Read an adapter, from a folder or from the Hub.
+def inspect_adapter(source: str) -> AdapterSummary:
+    """Inspect an adapter in a folder or on the Hub.
 
     Raises:
-        HRAError: a file is missing or damaged, or of another method.
+        HRAError: a file is missing, damaged, or of another method.
     """
     files = read_adapter(source)
     tensors, metadata = read(files.file)
@@ -78,7 +79,7 @@ def look_at_adapter(source: str) -> AdapterLook:
     paths = sorted(files.chains, key=natural)
     layers = tuple(_layer(path, files.chains[path], resume["r"], dtype) for path in paths)
     base, targets = files.config.base_model_name_or_path, files.config.target_modules
-    return AdapterLook(
+    return AdapterSummary(
         folder=files.file.parent,
         base_model=str(base) if base else None,
         written_by=_writer(files.file.with_name(CONFIG_NAME)),
@@ -95,8 +96,8 @@ def look_at_adapter(source: str) -> AdapterLook:
 
 
 def _layer(path: str, chain: Tensor, r: int, dtype: torch.dtype) -> AdaptedLayer:
-    # In the precision of the file, for what rounding to it left of vectors that cancel each other is no angle.
-    turned = householder.turn(chain.to(householder.working_dtype(dtype)))
+    # In the file's precision: rounding errors of vectors that cancel each other are not angles.
+    turned = rotation_stats(chain.to(householder.working_dtype(dtype)))
     d = chain.shape[0]
     return AdaptedLayer(
         path, d, r, d * r, turned.rotation, turned.angle, turned.mean_angle, turned.angles, turned.orthogonality
@@ -104,7 +105,7 @@ def _layer(path: str, chain: Tensor, r: int, dtype: torch.dtype) -> AdaptedLayer
 
 
 def _writer(file: Path) -> str:
-    """Who wrote a configuration: PEFT names its release since 0.18, hra_fx leaves that entry empty."""
+    """The writer of a configuration: PEFT stores its version since 0.18, hra_fx leaves the entry empty."""
     entries = json.loads(file.read_text(encoding="utf-8"))
     if "peft_version" not in entries:
         return "PEFT before 0.18"

@@ -1,4 +1,4 @@
-"""What a model's folder tells without its weights: the layers that could carry reflections."""
+"""Inspect a model's folder without loading its weights: the layers that can be adapted."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hra_fx.selection.select import resolve_targets
 
 
 @dataclass(frozen=True)
-class SiteLook:
-    """A layer that could carry reflections; `d` is the length that its vectors would have."""
+class LayerSummary:
+    """A layer that can be adapted; `d` is the length of its vectors."""
 
     path: str
     site: str
@@ -27,7 +27,7 @@ class SiteLook:
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A safetensors file, by its header."""
+    """A safetensors file, according to its header."""
 
     name: str
     tensors: int
@@ -36,15 +36,15 @@ class WeightFile:
 
 
 @dataclass(frozen=True)
-class ModelLook:
+class ModelSummary:
     """A model.
 
     Attributes:
         model: its class.
-        library: whose it is.
-        parameters: how many numbers it holds, tied ones once.
-        default_targets: what is adapted where `target_modules` is not given; `None` where that must be given.
-        files: its weights.
+        library: the library that it is from.
+        parameters: number of parameters, tied ones counted once.
+        default_targets: the default `target_modules`; `None` if there is none.
+        files: its weight files.
         layers: in model order, each once.
     """
 
@@ -54,21 +54,21 @@ class ModelLook:
     parameters: int
     default_targets: tuple[str, ...] | str | None
     files: tuple[WeightFile, ...]
-    layers: tuple[SiteLook, ...]
+    layers: tuple[LayerSummary, ...]
     kind: str = field(default="model", init=False)
 
 
-def look_at_model(path: Path) -> ModelLook:
-    """Look at a folder with a `config.json`.
+def inspect_model(path: Path) -> ModelSummary:
+    """Inspect a folder with a `config.json`.
 
     Raises:
-        CheckpointError: no installed library knows its model, or a file of weights is damaged.
+        CheckpointError: no installed library knows the model, or a weight file is damaged.
     """
     built = build(path)
     folder = path if path.is_dir() else path.parent
-    # What lies beside a configuration of another name may be of any model.
+    # Weights next to a configuration with another name may belong to another model.
     weights = sorted(folder.glob("*.safetensors")) if path.is_dir() or path.name == CONFIG else []
-    return ModelLook(
+    return ModelSummary(
         folder=folder,
         model=type(built.model).__name__,
         library=built.library,
@@ -76,16 +76,16 @@ def look_at_model(path: Path) -> ModelLook:
         default_targets=_default_targets(built.model),
         files=tuple(_file(file) for file in weights),
         layers=tuple(
-            site_look(name, layer) for name, layer in built.model.named_modules() if name and find_kind(layer)
+            summarize_layer(name, layer) for name, layer in built.model.named_modules() if name and find_kind(layer)
         ),
     )
 
 
-def site_look(path: str, layer: nn.Module) -> SiteLook:
-    """A layer that could carry reflections."""
+def summarize_layer(path: str, layer: nn.Module) -> LayerSummary:
+    """Describe a layer that can be adapted."""
     kind = find_kind(layer)
     weight = layer._parameters[weight_name(kind)] if kind else None
-    return SiteLook(path, describe(layer), width_of(layer), 0 if weight is None else weight.numel())
+    return LayerSummary(path, describe(layer), width_of(layer), 0 if weight is None else weight.numel())
 
 
 def _default_targets(model: nn.Module) -> tuple[str, ...] | str | None:

@@ -1,4 +1,4 @@
-"""What a configuration would do with a model, found out from the model's `config.json`."""
+"""Find the layers that a configuration would adapt, from the model's `config.json` alone."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from pathlib import Path
 from torch import nn
 
 from hra_fx.cli.building import build
-from hra_fx.cli.inspect_model import SiteLook, site_look
+from hra_fx.cli.inspect_model import LayerSummary, summarize_layer
 from hra_fx.config import HRAConfig
 from hra_fx.errors import SelectionError, UnsupportedLayerError
 from hra_fx.layers.target import describe, find_kind
 from hra_fx.model.trainable import to_copy
-from hra_fx.reporting.skipped_layers import Missed, Question
+from hra_fx.reporting.skipped_layers import Selection, SkippedLayer
 from hra_fx.selection.check import check
 from hra_fx.selection.select import select, with_head
 
 
 @dataclass(frozen=True)
 class Match:
-    """What would come of a configuration.
+    """The effect of a configuration.
 
     Attributes:
         model: class of the model.
-        library: whose it is.
-        parameters: how many numbers the model holds.
-        r: how many vectors each adapted layer would get.
-        trained: how many numbers of theirs would be trained.
-        trained_in_full: how many besides, as biases and modules to save.
-        adapted: the layers that would be adapted.
-        refused: those that are meant, and cannot be.
-        missed: those that could be, and are not meant.
-        error: why the configuration does not fit the model as a whole; then nothing else is known.
+        library: the library that it is from.
+        parameters: number of parameters of the model.
+        r: rank.
+        trained: number of adapter parameters.
+        trained_in_full: number of other trainable parameters (biases and modules to save).
+        adapted: layers that would be adapted.
+        refused: matched layers that cannot be adapted.
+        missed: layers that could be adapted, but do not match.
+        error: why the configuration does not fit the model; then nothing else is known.
     """
 
     model: str
@@ -41,19 +41,19 @@ class Match:
     r: int
     trained: int = 0
     trained_in_full: int = 0
-    adapted: tuple[SiteLook, ...] = ()
-    refused: tuple[Missed, ...] = ()
-    missed: tuple[Missed, ...] = ()
+    adapted: tuple[LayerSummary, ...] = ()
+    refused: tuple[SkippedLayer, ...] = ()
+    missed: tuple[SkippedLayer, ...] = ()
     error: str | None = None
 
     @property
     def fits(self) -> bool:
-        """Whether `hra_fx.transform` would take it."""
+        """Whether `hra_fx.transform` would accept the configuration."""
         return self.error is None and not self.refused
 
 
 def match_layers(path: Path, config: HRAConfig) -> Match:
-    """Ask which layers of a model a configuration means.
+    """Find the layers that a configuration matches.
 
     Raises:
         CheckpointError: no installed library knows the model.
@@ -67,7 +67,7 @@ def match_layers(path: Path, config: HRAConfig) -> Match:
     except SelectionError as error:
         return Match(type(model).__name__, built.library, total, config.r, error=str(error))
     refused = {name: reason for name, layer in chosen.items() if (reason := _why_not(name, layer, config))}
-    adapted = tuple(site_look(name, layer) for name, layer in chosen.items() if name not in refused)
+    adapted = tuple(summarize_layer(name, layer) for name, layer in chosen.items() if name not in refused)
     copies = to_copy(model, config, chosen)
     return Match(
         type(model).__name__,
@@ -77,13 +77,13 @@ def match_layers(path: Path, config: HRAConfig) -> Match:
         trained=sum(layer.d * config.r for layer in adapted),
         trained_in_full=sum(getattr(owner, name).numel() for owner, names in copies.values() for name in names),
         adapted=adapted,
-        refused=tuple(Missed(name, describe(chosen[name]), reason) for name, reason in refused.items()),
+        refused=tuple(SkippedLayer(name, describe(chosen[name]), reason) for name, reason in refused.items()),
         missed=tuple(_missed(model, chosen, config)),
     )
 
 
 def _why_not(name: str, layer: nn.Module, config: HRAConfig) -> str | None:
-    """Asked of each layer by itself, for asked of the model it is said of the first one only."""
+    """The reason for one layer; a check of the whole model would report only the first."""
     try:
         check(layer, {name: layer}, config)
     except UnsupportedLayerError as error:
@@ -91,10 +91,10 @@ def _why_not(name: str, layer: nn.Module, config: HRAConfig) -> str | None:
     return None
 
 
-def _missed(model: nn.Module, chosen: dict[str, nn.Module], config: HRAConfig) -> list[Missed]:
-    question = Question(model, config)
+def _missed(model: nn.Module, chosen: dict[str, nn.Module], config: HRAConfig) -> list[SkippedLayer]:
+    selection = Selection(model, config)
     return [
-        Missed(name, describe(layer), question.reason(name, kind))
+        SkippedLayer(name, describe(layer), selection.reason(name, kind))
         for name, layer in model.named_modules()
-        if name and name not in chosen and (kind := find_kind(layer))
+        if name and name not in chosen and (kind := find_kind(layer)) and not selection.trains_in_full(layer)
     ]

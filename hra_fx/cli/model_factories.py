@@ -1,4 +1,4 @@
-"""How each library makes a model of its `config.json`. Code that is not of an installed library is never run."""
+"""Create a model from its `config.json` with the library it belongs to. Code next to a checkpoint is never run."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import nn
 
 from hra_fx.errors import CheckpointError
 
-#: Without these, transformers asks on the terminal whether it may run what lies beside a configuration.
-_ALONE = {"local_files_only": True, "trust_remote_code": False}
+#: Otherwise transformers asks on the terminal whether to run code next to a configuration.
+_LOCAL_ONLY = {"local_files_only": True, "trust_remote_code": False}
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a model is made.
+class ModelFactory:
+    """Functions that create a model.
 
     Attributes:
-        library: who makes it.
-        make: without values.
-        load: with those that lie beside its configuration.
+        library: the library's name.
+        make: creates it with arbitrary values.
+        load: creates it with the weights next to its configuration.
     """
 
     library: str
@@ -32,32 +32,32 @@ class Recipe:
     load: Callable[[], nn.Module]
 
 
-def recipe_of(file: Path, entries: Mapping[str, Any]) -> Recipe:
-    """The recipe for a configuration.
+def factory_for(file: Path, entries: Mapping[str, Any]) -> ModelFactory:
+    """The factory for a configuration.
 
     Raises:
-        CheckpointError: it does not say which model it is of, or the library is not installed.
+        CheckpointError: the library is unknown or not installed.
     """
-    for key, (library, recipe) in _RECIPES.items():
+    for key, (library, factory) in _FACTORIES.items():
         if entries.get(key):
             if find_spec(library) is None:
-                raise CheckpointError(f"{file}: is of {library}, which is not installed: pip install {library}.")
-            return recipe(file, entries)
+                raise CheckpointError(f"{file}: {library} is not installed. Run: pip install {library}.")
+            return factory(file, entries)
     raise CheckpointError(
-        f"{file}: does not say which model it is of: none of {', '.join(_RECIPES)} is in it. Give the folder of a "
-        "model of transformers, diffusers or timm."
+        f"{file}: unknown model type, there is no {', '.join(_FACTORIES)}. Give the folder of a transformers, "
+        "diffusers or timm model."
     )
 
 
-def _of_transformers(file: Path, entries: Mapping[str, Any]) -> Recipe:
+def _from_transformers(file: Path, entries: Mapping[str, Any]) -> ModelFactory:
     transformers = importlib.import_module("transformers")
     given = entries.get("architectures")
     names = [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
     kind: Any = next((found for name in names if (found := getattr(transformers, name, None))), None)
 
     def config() -> Any:
-        # Of the very file, which may be one of several in its folder.
-        return transformers.AutoConfig.from_pretrained(str(file), **_ALONE)
+        # From this file, which may be one of several in its folder.
+        return transformers.AutoConfig.from_pretrained(str(file), **_LOCAL_ONLY)
 
     def make() -> nn.Module:
         made: nn.Module = transformers.AutoModel.from_config(config()) if kind is None else kind(config())
@@ -66,25 +66,25 @@ def _of_transformers(file: Path, entries: Mapping[str, Any]) -> Recipe:
     def load() -> nn.Module:
         transformers.utils.logging.disable_progress_bar()
         loaded: nn.Module = (kind or transformers.AutoModel).from_pretrained(
-            file.parent, config=config(), use_safetensors=True, **_ALONE
+            file.parent, config=config(), use_safetensors=True, **_LOCAL_ONLY
         )
         return loaded
 
-    return Recipe("transformers", make, load)
+    return ModelFactory("transformers", make, load)
 
 
-def _of_diffusers(file: Path, entries: Mapping[str, Any]) -> Recipe:
+def _from_diffusers(file: Path, entries: Mapping[str, Any]) -> ModelFactory:
     kind: Any = getattr(importlib.import_module("diffusers"), str(entries["_class_name"]), None)
     if not hasattr(kind, "from_config"):
-        raise CheckpointError(f"{file}: diffusers, as it is installed, has no model {entries['_class_name']!r}.")
-    return Recipe(
+        raise CheckpointError(f"{file}: the installed diffusers has no model {entries['_class_name']!r}.")
+    return ModelFactory(
         "diffusers",
         lambda: kind.from_config(dict(entries)),
         lambda: kind.from_pretrained(file.parent, local_files_only=True, use_safetensors=True),
     )
 
 
-def _of_timm(file: Path, entries: Mapping[str, Any]) -> Recipe:
+def _from_timm(file: Path, entries: Mapping[str, Any]) -> ModelFactory:
     timm = importlib.import_module("timm")
     given = {key: entries[key] for key in ("num_classes", "global_pool") if key in entries}
 
@@ -97,12 +97,12 @@ def _of_timm(file: Path, entries: Mapping[str, Any]) -> Recipe:
         importlib.import_module("timm.models").load_checkpoint(model, str(file.with_name("model.safetensors")))
         return model
 
-    return Recipe("timm", make, load)
+    return ModelFactory("timm", make, load)
 
 
-#: The entry that tells a library's configuration -> its name, and how it is read.
-_RECIPES: Mapping[str, tuple[str, Callable[[Path, Mapping[str, Any]], Recipe]]] = {
-    "model_type": ("transformers", _of_transformers),
-    "_class_name": ("diffusers", _of_diffusers),
-    "architecture": ("timm", _of_timm),
+#: Key that identifies a library's configuration -> name of the library, function that makes the factory.
+_FACTORIES: Mapping[str, tuple[str, Callable[[Path, Mapping[str, Any]], ModelFactory]]] = {
+    "model_type": ("transformers", _from_transformers),
+    "_class_name": ("diffusers", _from_diffusers),
+    "architecture": ("timm", _from_timm),
 }

@@ -1,4 +1,4 @@
-"""Options and arguments that several commands have."""
+"""Options of several commands."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print only JSON to stdout.")]
 Overwrite: TypeAlias = Annotated[
-    bool, typer.Option("--overwrite", help="Replace OUT where it is there, once all is written.")
+    bool, typer.Option("--overwrite", help="Replace OUT if it exists, after everything is written.")
 ]
 Verify: TypeAlias = Annotated[
-    bool, typer.Option("--verify", help="Read all again: rows have kept their lengths, all else is equal.")
+    bool, typer.Option("--verify", help="Read the result again: check row norms, and that everything else is equal.")
 ]
 Quiet: TypeAlias = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")]
 Part: TypeAlias = Annotated[
-    str | None, typer.Option("--part", metavar="FOLDER", help="Which part of a pipeline it is for, such as unet.")
+    str | None, typer.Option("--part", metavar="FOLDER", help="The part of a pipeline to change, such as unet.")
 ]
 Columns: TypeAlias = Annotated[
     list[str] | None,
     typer.Option(
         "--columns",
         metavar="NAME",
-        help="A layer, by the end of its path, that stores its weight as (in, out). May be given again. Not needed "
-        "where config.json tells.",
+        help="A layer that stores its weight as (in, out), by the end of its path. Repeatable. Not needed for models "
+        "with a config.json.",
     ),
 ]
 Rows: TypeAlias = Annotated[
-    bool, typer.Option("--rows", help="Every weight is (out, in). Not needed where config.json tells.")
+    bool, typer.Option("--rows", help="Every weight is (out, in). Not needed for models with a config.json.")
 ]

@@ -1,4 +1,4 @@
-"""Paths of layers as tables show them: in the order of their numbers, and those that differ in a number once."""
+"""Sort paths of layers by their numbers, and group those that differ only in a number."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 
 def natural(path: str) -> list[tuple[int, int, str]]:
-    """A key to sort by.
+    """A sort key that compares numbers as numbers.
 
     >>> sorted(["h.10.q", "h.2.q"], key=natural)
     ['h.2.q', 'h.10.q']
@@ -15,7 +15,7 @@ def natural(path: str) -> list[tuple[int, int, str]]:
 
 
 def starred(path: str) -> str:
-    """The path with stars for numbers.
+    """The path with stars instead of numbers.
 
     >>> starred("h.10.q")
     'h.*.q'

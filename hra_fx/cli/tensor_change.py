@@ -1,10 +1,9 @@
-r"""How far one tensor is from another, and whether it is the same one turned.
+"""Compare two tensors, and find out whether one is the other rotated.
 
-A rotation `W -> W Q` keeps the length of every row of `W: (out, d)`, and hardly any other change does. A file holds
-rounded numbers, so that lengths differ a little all the same: by `sum w_i^2 e_i / |w|^2` for relative errors `e_i` of
-at most half an epsilon each. Taken as independent, these have the standard deviation
-`eps / 2 / sqrt(3) * sqrt(sum w_i^4) / |w|^2`, of which eight are allowed: far less than their worst case, which a small
-change of another kind would hide behind.
+A rotation `W -> W Q` preserves the norm of every row of `W: (out, d)`, unlike almost any other change. Stored values
+are rounded, so norms differ slightly: by `sum w_i^2 e_i / |w|^2` for relative errors `e_i` of at most half an epsilon.
+For independent errors, the standard deviation is `eps / 2 / sqrt(3) * sqrt(sum w_i^4) / |w|^2`. Eight of these are
+allowed, far less than the worst case, within which a small change of another kind would be missed.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-How = Literal["equal", "rounding", "small", "turned", "turned (columns)", "changed", "not finite"]
+How = Literal["equal", "rounding", "small", "rotated", "rotated (columns)", "changed", "not finite"]
 
-# How many numbers are cast at a time.
+# Number of values that are cast at a time.
 _CHUNK = 1 << 20
 _PACKED = getattr(torch, "float4_e2m1fn_x2", None)
 _DEVIATIONS = 8.0
@@ -26,16 +25,16 @@ _DEVIATIONS = 8.0
 
 @dataclass(frozen=True)
 class Change:
-    """From a tensor `A` to another one `B` of its shape.
+    """The change from a tensor `A` to a tensor `B` of the same shape.
 
     Attributes:
-        how: in a word; "turned" where all rows keep their lengths, "turned (columns)" where all columns do, as in a
-            weight that is stored as `(in, out)`; "rounding" for no more than an epsilon of the dtype; "small" where
-            lengths are kept, and would be by other changes of this size too.
+        how: "rotated" if all row norms are preserved, "rotated (columns)" if all column norms are, as for a weight
+            stored as `(in, out)`; "rounding" up to an epsilon of the dtype; "small" if norms are preserved, but the
+            change is too small to tell it from a rotation.
         relative: `|B - A|_F / |A|_F`.
-        largest: the largest `|B - A|` of an element.
-        lengths: the largest relative change of the length of a row, or of a column where these keep theirs; NaN for a
-            tensor without rows.
+        largest: largest absolute change of an element.
+        lengths: largest relative change of a row norm, or of a column norm if these are preserved; NaN for a tensor
+            without rows.
     """
 
     how: How
@@ -45,11 +44,11 @@ class Change:
 
 
 def change_of(a: Tensor, b: Tensor) -> Change:
-    """Compare two tensors of one shape, on the CPU; blocks of rows are cast, never all of it.
+    """Compare two CPU tensors of the same shape, in blocks of rows.
 
     Example:
         >>> change_of(torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, -3.0]])).how
-        'turned'
+        'rotated'
     """
     one, other = _matrix(a), _matrix(b)
     sums = _Sums(one.shape[1])
@@ -66,9 +65,9 @@ def change_of(a: Tensor, b: Tensor) -> Change:
     rows, columns = sums.rows(eps), sums.columns(eps)
     how = _sort(relative, eps)
     if how == "changed" and rows.kept:
-        how = "turned" if relative > rows.least else "small"
+        how = "rotated" if relative > rows.least else "small"
     elif how == "changed" and columns.kept and relative > columns.least:
-        return Change("turned (columns)", relative, sums.largest, columns.change)
+        return Change("rotated (columns)", relative, sums.largest, columns.change)
     return Change(how, relative, sums.largest, rows.change)
 
 
@@ -77,12 +76,12 @@ def _sort(relative: float, eps: float) -> How:
 
 
 class _Lengths(NamedTuple):
-    """What became of the lengths of rows, or of columns.
+    """Changes of row or column norms.
 
     Attributes:
-        change: the largest relative change of one.
+        change: largest relative change.
         kept: whether rounding explains all changes.
-        least: how large a change of all has to be, for one that is no rotation to show in them.
+        least: smallest relative change of the tensor for which the norms can rule out a rotation.
     """
 
     change: float
@@ -91,22 +90,22 @@ class _Lengths(NamedTuple):
 
 
 def _lengths(squares: Tensor, width: int, eps: float) -> _Lengths:
-    """Of squares of lengths before and after, and sums of fourth powers before: `(3, n)`."""
+    """From squared norms before and after, and sums of fourth powers before: `(3, n)`."""
     before, after = squares[:2].sqrt()
     there = before > 0
     change = ((after - before).abs() / before)[there]
     spread = eps / 2 / math.sqrt(3) * (squares[2].sqrt() / squares[0])[there]
-    # Besides, what products in float32 (or in float64, for wider numbers) round.
+    # Plus the rounding of products in float32 (or float64, for wider dtypes).
     slack = (_DEVIATIONS * spread).clamp(max=eps) + 16 * min(eps, torch.finfo(torch.float32).eps)
     if not len(change):
         return _Lengths(0.0, not bool(after.any()), 0.0)
     kept = bool((change <= slack).all()) and not bool(after[~there].any())
-    # A change that knows nothing of a row is nearly orthogonal to it, the more so the longer it is.
+    # A random change is nearly orthogonal to a row, more so the longer the row is.
     return _Lengths(float(change.max()), kept, float(slack.max()) * math.sqrt(width))
 
 
 class _Sums:
-    """What is summed up over the blocks of two tensors."""
+    """Sums over the blocks of two tensors."""
 
     def __init__(self, width: int) -> None:
         self.difference = self.whole = self.largest = 0.0
@@ -115,7 +114,7 @@ class _Sums:
         self._columns = torch.zeros(3, width, dtype=torch.float64)
 
     def add(self, a: Tensor, b: Tensor) -> None:
-        """Take in a block, `(rows, width)`."""
+        """Add a block, `(rows, width)`."""
         self.same = self.same and bool(((a == b) | (a.isnan() & b.isnan())).all())
         difference = b - a
         self.difference += float(difference.square().sum())
@@ -126,16 +125,16 @@ class _Sums:
         self._columns += powers.sum(dim=1)
 
     def rows(self, eps: float) -> _Lengths:
-        """Of the rows."""
+        """Changes of the row norms."""
         return _lengths(torch.cat([self._columns[:, :0], *self._rows], dim=1), self._columns.shape[1], eps)
 
     def columns(self, eps: float) -> _Lengths:
-        """Of the columns."""
+        """Changes of the column norms."""
         return _lengths(self._columns, sum(block.shape[1] for block in self._rows), eps)
 
 
 def _matrix(tensor: Tensor) -> Tensor:
-    """A tensor as rows that can be cast; complex numbers as pairs, two numbers in a byte as that byte."""
+    """A tensor as a matrix; complex values become pairs, packed values become bytes."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     if tensor.dtype is _PACKED:

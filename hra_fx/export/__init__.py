@@ -1,6 +1,6 @@
-"""Captured programs: `torch.export.ExportedProgram`s, and `fx.GraphModule`s of ATen operators.
+"""Captured graphs: `torch.export.ExportedProgram`s, and `fx.GraphModule`s of ATen operators.
 
-Importing this package registers the operator `hra_fx::rotate`, which `torch.export.load` needs to read a program with
+Importing this package registers the operator `hra_fx::rotate`, which `torch.export.load` needs for a program with
 reflections.
 """
 

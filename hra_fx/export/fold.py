@@ -1,4 +1,4 @@
-"""The weights of a captured graph with their reflections in them: computed, and found finite, before any is written."""
+"""The folded weights of a captured graph. All are computed and checked before any is written."""
 
 from __future__ import annotations
 
@@ -7,61 +7,53 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, fx
 
-from hra_fx.errors import AdapterError, FoldError
-from hra_fx.export.ops import rotated_weight
-from hra_fx.functional import householder
-
-#: The name of a parameter or buffer, by its node.
-Naming = Callable[[fx.Node], str]
+from hra_fx.errors import AdapterError
+from hra_fx.functional.rotate import check_finite, check_foldable, rotate_weight
+from hra_fx.layers.adapters import plain_chain
 
 
-def folded_weights(
-    rotations: Iterable[fx.Node], tensors: Callable[[str], Tensor], name_of: Naming
+def compute_folded_weights(
+    rotate_nodes: Iterable[fx.Node], tensors: Callable[[str], Tensor], name_of: Callable[[fx.Node], str]
 ) -> dict[str, Tensor]:
-    """The new weights of all rotations, in the dtype of the old ones and computed in float64 where the device has it.
+    """The folded weights, computed in float64 (float32 on MPS) and converted to the dtype of the base weights.
 
     Args:
-        rotations: the nodes of the rotations.
-        tensors: gives the tensor of a name.
-        name_of: gives the name of a node's tensor.
+        rotate_nodes: the nodes of `hra_fx::rotate`.
+        tensors: returns the tensor of a name.
+        name_of: returns the name of the parameter or buffer that a node reads.
 
     Returns:
-        name of the weight -> new weight.
+        Name of the weight -> folded weight.
 
     Raises:
-        AdapterError: there is no rotation.
-        FoldError: a weight would be noise or not finite, or holds no data.
+        AdapterError: there are no rotate nodes.
+        FoldError: a weight or its vectors are on the meta device, or the folded weight would not be finite, or
+            Gram-Schmidt gets linearly dependent vectors.
     """
-    made: dict[str, Tensor] = {}
-    for node in rotations:
+    folded: dict[str, Tensor] = {}
+    for node in rotate_nodes:
         weight, vectors, anchor = (argument if argument is None else name_of(argument) for argument in node.args[:3])  # type: ignore[arg-type]
         assert weight is not None and vectors is not None
-        apply_GS, columns = (bool(argument) for argument in node.args[3:])
-        made[weight] = _folded(
+        apply_GS, transposed = (bool(argument) for argument in node.args[3:])
+        folded[weight] = _fold(
             weight,
             tensors(weight).detach(),
             tensors(vectors).detach(),
             None if anchor is None else tensors(anchor).detach(),
-            apply_GS,
-            columns,
+            apply_GS=apply_GS,
+            transposed=transposed,
         )
-    if not made:
+    if not folded:
         raise AdapterError("the graph has no reflections. Transform it first: hra_fx.transform(program, config).")
-    return made
+    return folded
 
 
-def _folded(name: str, weight: Tensor, vectors: Tensor, anchor: Tensor | None, apply_GS: bool, columns: bool) -> Tensor:
-    if weight.is_meta or vectors.is_meta:
-        raise FoldError(f"{name}: it or its vectors are on the meta device. Load them first.")
-    if apply_GS and householder.dependence(vectors) < 8 * torch.finfo(vectors.dtype).eps:
-        raise FoldError(
-            f"{name}: its vectors are linearly dependent, and Gram-Schmidt of such vectors is noise. Train with "
-            "apply_GS=False, or with init_weights=True, which starts them apart."
-        )
+def _fold(
+    name: str, weight: Tensor, vectors: Tensor, anchor: Tensor | None, *, apply_GS: bool, transposed: bool
+) -> Tensor:
+    check_foldable(name, weight, vectors, apply_GS=apply_GS)
     dtype = torch.float32 if weight.device.type == "mps" else torch.float64
-    anchor = None if anchor is None else anchor.to(dtype)
-    exact = rotated_weight(weight.to(dtype), vectors.to(dtype), anchor, apply_GS, columns)
-    folded = exact.to(weight.dtype)
-    if not bool(torch.isfinite(folded).all()):
-        raise FoldError(f"{name}: the folded weight is not finite. Look for NaN or inf in it and in its vectors.")
+    chain = plain_chain(vectors.to(dtype), anchor, apply_GS=apply_GS)
+    folded = rotate_weight(weight.to(dtype), chain, transposed=transposed).to(weight.dtype)
+    check_finite(name, folded)
     return folded

@@ -1,4 +1,4 @@
-"""`lower`: a captured graph without `hra_fx::rotate`, for exporters, which know the operators of aten alone."""
+"""`lower`: replace `hra_fx::rotate` in a captured graph by core ATen operators, for exporters."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, fx
 
 from hra_fx.errors import AdapterError
+from hra_fx.export.metadata import without_metadata
 from hra_fx.export.ops import ROTATE
 from hra_fx.export.program import is_program
-from hra_fx.export.program_edit import Draft
-from hra_fx.export.select import without_note
-from hra_fx.functional import exportable as products, householder
-from hra_fx.layers.target import as_rows
+from hra_fx.export.program_edit import ProgramEditor
+from hra_fx.functional import exportable, householder
+from hra_fx.functional.rotate import rotate_weight
 from passes.lower import LowerPass
 
 if TYPE_CHECKING:
@@ -23,21 +23,22 @@ P = TypeVar("P", bound="ExportedProgram | fx.GraphModule")
 
 
 def lower(program: P) -> P:
-    """Write out the reflections of a captured graph as products, sums and comparisons of core aten.
+    """Replace the reflections of a captured graph by products, sums and comparisons of core ATen.
 
     For a program of `hra_fx.transform(program, config)`, whose reflections are operators `hra_fx::rotate`. A model that
-    was transformed before its capture needs no such step: torch.export gets it in these operators already. The vectors
-    stay parameters, and have their gradients; but `fold`, `report` and the pictures look for the operators.
+    was transformed before `torch.export` does not need it. The vectors stay trainable parameters. `fold`, `report` and
+    `visualize` do not work on a lowered program, because they look for the operator.
 
     Args:
-        program: an `ExportedProgram`, which is not changed; or a `GraphModule` of aten operators, which is.
+        program: an `ExportedProgram`, which is not modified, or a `GraphModule` of ATen operators, which is modified in
+            place.
 
     Returns:
-        A new program; `program` itself where it has no such operators. Of a `GraphModule`, the same object.
+        A new program, or `program` itself if it has no such operator. For a `GraphModule`, the same object.
 
     Raises:
-        AdapterError: it is neither of these.
-        GraphInvariantError: a `GraphModule` has lost the shapes of its values.
+        AdapterError: the argument is neither of these.
+        GraphInvariantError: the nodes of a `GraphModule` have no shapes.
 
     Example:
         >>> from torch import nn
@@ -47,49 +48,49 @@ def lower(program: P) -> P:
         >>> "hra_fx.rotate" in str(program.graph), "hra_fx.rotate" in str(lower(program).graph)
         (True, False)
     """
-    check_captured(program, "lower")
+    check_is_captured(program, "lower")
     if not program.graph.find_nodes(op="call_function", target=ROTATE):
         return program
-    step = LowerPass({ROTATE: written_out})
+    lower_pass = LowerPass({ROTATE: rotate_decomposition})
     if not is_program(program):
         captured: Any = program
-        step(captured)
-        captured.meta = without_note(captured)
+        lower_pass(captured)
+        captured.meta = without_metadata(captured)
         return program
     exported: Any = program
-    draft = Draft(exported)
-    step(draft.graph_module)
-    draft.graph_module.meta = without_note(draft.graph_module)
-    lowered: Any = draft.finish(exported)
+    editor = ProgramEditor(exported)
+    lower_pass(editor.graph_module)
+    editor.graph_module.meta = without_metadata(editor.graph_module)
+    lowered: Any = editor.build(exported)
     return lowered  # type: ignore[no-any-return]
 
 
-def check_captured(program: object, function: str) -> None:
-    """Refuse what is no captured graph.
+def check_is_captured(program: object, function: str) -> None:
+    """Raise for anything but a captured graph.
 
     Raises:
-        AdapterError: it is none.
+        AdapterError: it is neither an `ExportedProgram` nor a `GraphModule`.
     """
     if not is_program(program) and not isinstance(program, fx.GraphModule):
         raise AdapterError(
-            f"{function}: {type(program).__name__} is no captured graph. Export the model first, transformed as it is: "
-            f"hra_fx.{function}(torch.export.export(model, args))."
+            f"{function}: expected an ExportedProgram or a GraphModule, got {type(program).__name__}. Export the "
+            f"transformed model first: hra_fx.{function}(torch.export.export(model, args))."
         )
 
 
-def written_out(weight: Tensor, vectors: Tensor, anchor: Tensor | None, apply_GS: bool, columns: bool) -> Tensor:
-    """What `hra_fx::rotate` computes, in products alone. Arguments and value are those of the operator.
+def rotate_decomposition(
+    weight: Tensor, vectors: Tensor, anchor: Tensor | None, apply_GS: bool, columns: bool
+) -> Tensor:
+    """`hra_fx::rotate` in core ATen operators, with the arguments and the result of the operator.
 
     Example:
-        >>> written_out(torch.tensor([[2.0, 5.0]]), torch.tensor([[1.0], [0.0]]), None, False, False)
+        >>> rotate_decomposition(torch.tensor([[2.0, 5.0]]), torch.tensor([[1.0], [0.0]]), None, False, False)
         tensor([[-2.,  5.]])
     """
-    wide = householder.working_dtype(torch.promote_types(weight.dtype, vectors.dtype))
-    chain = householder.normalize(vectors.to(wide))
+    dtype = householder.working_dtype(torch.promote_types(weight.dtype, vectors.dtype))
+    chain = vectors.to(dtype)
     if apply_GS:
-        chain = products.gram_schmidt(chain)
+        chain = exportable.gram_schmidt(householder.normalize(chain))
     if anchor is not None:
-        chain = torch.cat([householder.normalize(anchor.to(wide)), chain], dim=1)
-    rows = as_rows(weight, columns=columns).to(wide)
-    rotated = householder.rotate(rows, chain, products.inverse_factor(chain)).to(weight.dtype)
-    return rotated.mT.contiguous() if columns else rotated.reshape(weight.shape)
+        chain = torch.cat([anchor.to(dtype), chain], dim=1)
+    return rotate_weight(weight, chain, transposed=columns, exportable_ops=True)

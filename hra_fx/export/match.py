@@ -1,7 +1,7 @@
-"""Which layers of a captured graph can carry reflections: sites, by the names of weights and by how they are read.
+"""The layers of a captured graph, found by the names of their weights and by the operators that use them.
 
-A layer is called as its weight without the last part of the name. Where several names stand for one tensor, each read
-belongs to the layer in whose forward it stands (`nn_module_stack`).
+The path of a layer is the name of its weight without the last part. If a tensor has several names, each use belongs to
+the layer whose forward contains it (`nn_module_stack`).
 """
 
 from __future__ import annotations
@@ -11,72 +11,78 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from hra_fx.export.weight_uses import Read, module_path, plain_path, reads_of
+from hra_fx.export.weight_uses import WeightUse, find_weight_uses, normalize_path
 from hra_fx.layers.target import SiteKind
 
-#: Names of the parameters that may be rotated -> the kind of site, where the name tells.
+#: Names of parameters that can be rotated -> the kind of layer, if the name determines it.
 WEIGHTS: dict[str, SiteKind | None] = {"weight": None, "in_proj_weight": "attention"}
 
 
 @dataclass(frozen=True)
-class GraphSite:
-    """A layer of a captured graph, by its weight.
+class GraphLayer:
+    """A layer of a captured graph.
 
     Attributes:
-        path: the layer's qualified name.
-        name: its weight's.
-        kind: the kind of site.
-        columns: whether its weight is `(d, out)`.
-        reads: the reads that are this layer's.
-        refusal: why its weight must not be rotated, and the way out; `None` where it may.
-        own: whether the layer itself is a linear layer or a convolution, and not only a holder of the weight of one.
+        path: the qualified name of the layer.
+        name: the qualified name of its weight.
+        kind: the kind of layer.
+        transposed: whether its weight is stored as `(d, out)`.
+        uses: the uses of the weight by this layer.
+        refusal: why its weight cannot be rotated, and what to do; `None` if it can.
+        is_module: whether an operator inside of the layer's own forward uses the weight, so that the layer is a linear
+            layer or a convolution; an embedding whose weight a linear operator uses elsewhere is not.
         aliases: other paths of the same layer.
-        others: reads of the same tensor that belong to other layers, each with the name that it has there.
+        others: uses of the same tensor by other layers, each with the name of the tensor there.
     """
 
     path: str
     name: str
     kind: SiteKind
-    columns: bool
-    reads: tuple[Read, ...]
+    transposed: bool
+    uses: tuple[WeightUse, ...]
     refusal: str | None
-    own: bool
+    is_module: bool
     aliases: tuple[str, ...]
-    others: tuple[tuple[Read, str], ...]
+    others: tuple[tuple[WeightUse, str], ...]
 
     @property
     def source(self) -> str:
-        """The name under which the graph reads the weight; its own, once other layers read the same tensor."""
-        return self.name if self.others else self.reads[0].name
+        """The name by which the graph reads the weight; its own name if other layers use the same tensor."""
+        return self.name if self.others else self.uses[0].name
+
+    @property
+    def is_candidate(self) -> bool:
+        """Whether it counts as a layer: see `is_module`, or its weight can be rotated wherever it is used."""
+        return self.is_module or self.refusal is None
 
 
-def find_sites(weights: Mapping[str, list[fx.Node]], tensors: Mapping[str, Tensor]) -> dict[str, GraphSite]:
-    """All layers of a graph whose weight a linear operator or a convolution reads, fit for reflections or not.
+def find_layers(weights: Mapping[str, list[fx.Node]], tensors: Mapping[str, Tensor]) -> dict[str, GraphLayer]:
+    """All layers of a graph whose weight is used by a linear operator or a convolution, including unsupported ones.
 
     Args:
         weights: qualified name of a parameter -> its nodes in the graph.
-        tensors: qualified name -> parameter; one tensor may have several names.
+        tensors: qualified name -> parameter; one tensor can have several names.
 
     Returns:
-        layer path -> site, in the order of `tensors`.
+        layer path -> layer, in the order of `tensors`.
     """
-    found: dict[str, GraphSite] = {}
-    for names in groups_of(tensors):
+    found: dict[str, GraphLayer] = {}
+    for names in group_tied(tensors):
         rank = tensors[names[0]].dim()
-        reads = [read for name in names for node in weights.get(name, ()) for read in reads_of(node, rank, name)]
-        if any(read.kind for read in reads):
-            found |= {site.path: site for site in _sites_of(_layers(names, tensors, reads), reads)}
-    order = {name: place for place, name in enumerate(tensors)}
+        uses = [use for name in names for node in weights.get(name, ()) for use in find_weight_uses(node, rank, name)]
+        if any(use.kind for use in uses):
+            found |= {layer.path: layer for layer in _graph_layers(_group_by_layer(names, tensors, uses), uses)}
+    order = {name: index for index, name in enumerate(tensors)}
     return dict(sorted(found.items(), key=lambda item: order[item[1].name]))
 
 
-def groups_of(tensors: Mapping[str, Tensor]) -> list[list[str]]:
-    """The names of each tensor, for one may have several: after loading by the same memory only.
+def group_tied(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """The names of each tensor. After loading, tied tensors are different objects on the same memory.
 
     Example:
         >>> import torch
         >>> weight = torch.ones(2)
-        >>> groups_of({"a": weight, "b": torch.ones(2), "c": weight.detach()})
+        >>> group_tied({"a": weight, "b": torch.ones(2), "c": weight.detach()})
         [['a', 'c'], ['b']]
     """
     groups: dict[object, list[str]] = {}
@@ -92,102 +98,101 @@ def _identity(tensor: Tensor) -> object:
 
 
 def module_classes(graph: fx.Graph) -> dict[str, str]:
-    """The classes of the modules that a graph passes through: path -> qualified name of the class."""
+    """The classes of the modules in the `nn_module_stack`s of a graph: path -> qualified name of the class."""
     classes: dict[str, str] = {}
     for node in graph.nodes:
         for path, kind in (node.meta.get("nn_module_stack") or {}).values():
             text = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
-            classes.setdefault(plain_path(path), text)
+            classes.setdefault(normalize_path(path), text)
     return classes
 
 
-def owner_of(name: str) -> str:
+def parent_path(name: str) -> str:
     """The path of the module that holds a parameter.
 
     Example:
-        >>> owner_of("blocks.0.proj.weight")
+        >>> parent_path("blocks.0.proj.weight")
         'blocks.0.proj'
     """
     return name.rpartition(".")[0]
 
 
-def _layers(names: list[str], tensors: Mapping[str, Tensor], reads: list[Read]) -> list[list[str]]:
-    """The names of one tensor, by layers: those of one layer that is called on several paths come together.
+def _group_by_layer(names: list[str], tensors: Mapping[str, Tensor], uses: list[WeightUse]) -> list[list[str]]:
+    """The names of one tensor, grouped by layer: a layer that is called by several paths has several names.
 
-    Such names have all tensors beside the weight in common too, and are read by the same operators.
+    Names belong to the same layer if all tensors next to the weight are the same, and the same operators use it.
     """
     layers: dict[object, list[str]] = {}
     for name in names:
-        path = owner_of(name)
-        readers = frozenset(read.reader.target for read in reads if read.path == path)
-        held = frozenset(
+        path = parent_path(name)
+        targets = frozenset(use.consumer.target for use in uses if use.path == path)
+        siblings = frozenset(
             (key.removeprefix(f"{path}."), _identity(tensor))
             for key, tensor in tensors.items()
             if len(names) > 1 and key.startswith(f"{path}.")
         )
-        layers.setdefault((readers, held) if readers else name, []).append(name)
+        layers.setdefault((targets, siblings) if targets else name, []).append(name)
     return list(layers.values())
 
 
-def _sites_of(layers: list[list[str]], reads: list[Read]) -> Iterable[GraphSite]:
-    paths = [[owner_of(name) for name in names] for names in layers]
-    owned = [(read, _owner(read, paths)) for read in reads]
-    for place, (name, *_) in enumerate(layers):
-        own = [read for read, owner in owned if owner == place]
-        linear = [read for read in own if read.kind]
+def _graph_layers(layers: list[list[str]], uses: list[WeightUse]) -> Iterable[GraphLayer]:
+    paths = [[parent_path(name) for name in names] for names in layers]
+    owners = [(use, _owner(use, paths)) for use in uses]
+    for index, (name, *_) in enumerate(layers):
+        own = [use for use, owner in owners if owner == index]
+        linear = [use for use in own if use.kind]
         last = name.rpartition(".")[2]
-        if last not in WEIGHTS or not linear or not owner_of(name):
+        if last not in WEIGHTS or not linear or not parent_path(name):
             continue
         kind = WEIGHTS[last] or linear[0].kind
-        assert kind is not None  # such reads were asked for
-        yield GraphSite(
-            path=owner_of(name),
+        assert kind is not None  # `linear` has only uses with a kind
+        yield GraphLayer(
+            path=parent_path(name),
             name=name,
             kind=kind,
-            columns=linear[0].columns,
-            reads=tuple(own),
-            refusal=_refusal(own, [read for read, owner in owned if owner != place], owned),
-            own=any(read.path in paths[place] for read in linear),
-            aliases=tuple(paths[place][1:]),
-            others=tuple((read, layers[owner][0]) for read, owner in owned if owner not in (place, None)),
+            transposed=linear[0].transposed,
+            uses=tuple(own),
+            refusal=_refusal(own, [use for use, owner in owners if owner != index], owners),
+            is_module=any(use.path in paths[index] for use in linear),
+            aliases=tuple(paths[index][1:]),
+            others=tuple((use, layers[owner][0]) for use, owner in owners if owner not in (index, None)),
         )
 
 
-def _owner(read: Read, paths: list[list[str]]) -> int | None:
-    """The number of the layer that a read belongs to: that whose forward it stands in, or the only one below it."""
+def _owner(use: WeightUse, paths: list[list[str]]) -> int | None:
+    """The index of the layer that a use belongs to: its forward contains the use, or it is the only one below that."""
     if len(paths) == 1:
         return 0
-    path = read.path
-    exact = [place for place, layer in enumerate(paths) if path in layer]
-    below = [place for place, layer in enumerate(paths) if path and any(own.startswith(f"{path}.") for own in layer)]
+    path = use.path
+    exact = [index for index, layer in enumerate(paths) if path in layer]
+    below = [index for index, layer in enumerate(paths) if path and any(own.startswith(f"{path}.") for own in layer)]
     found = exact or below
     return found[0] if len(found) == 1 else None
 
 
-def _refusal(own: list[Read], others: list[Read], owned: list[tuple[Read, int | None]]) -> str | None:
-    odd = next((read for read in own if read.kind is None), None)
-    if odd is not None:
+def _refusal(own: list[WeightUse], others: list[WeightUse], owners: list[tuple[WeightUse, int | None]]) -> str | None:
+    unsupported = next((use for use in own if use.kind is None), None)
+    if unsupported is not None:
         return (
-            f"its weight is read by {_describe(odd)} too, which would see it rotated. Leave it out with "
-            "exclude_modules, or untie the two before the capture"
+            f"its weight is also used by {_describe(unsupported)}, which would see the rotated weight. Exclude the "
+            "layer with exclude_modules, or untie the two weights before capturing the model"
         )
-    shared = {read.first for read in own} & {read.first for read in others}
-    stray = next((read for read, owner in owned if owner is None or read.first in shared), None)
-    if stray is not None:
+    shared = {use.first_user for use in own} & {use.first_user for use in others}
+    ambiguous = next((use for use, owner in owners if owner is None or use.first_user in shared), None)
+    if ambiguous is not None:
         return (
-            f"its weight has several names, and nothing tells whose the read by {_describe(stray)} is. Untie them "
-            "before the capture, or leave it out with exclude_modules"
+            f"its weight has several names, and the layer that its use by {_describe(ambiguous)} belongs to is not "
+            "known. Untie the weights before capturing the model, or exclude the layer with exclude_modules"
         )
-    if len({read.columns for read in own}) > 1:
-        rows, columns = (next(read for read in own if read.columns is side) for side in (False, True))
+    if len({use.transposed for use in own}) > 1:
+        plain, transposed = (next(use for use in own if use.transposed is side) for side in (False, True))
         return (
-            f"its weight is read as it is by {_describe(rows)}, and transposed by {_describe(columns)}, so that no "
-            "side of it is that of the inputs. Leave it out with exclude_modules"
+            f"its weight is used as `(out, d)` by {_describe(plain)}, and transposed by {_describe(transposed)}, so "
+            "its input dimension is ambiguous. Exclude the layer with exclude_modules"
         )
     return None
 
 
-def _describe(read: Read) -> str:
-    path = module_path(read.reader)
-    where = "" if path is None else f" in {path or 'the root module'}"
-    return f"{read.reader.target} (node {read.reader.name!r}{where})"
+def _describe(use: WeightUse) -> str:
+    where = "" if use.path is None else f" in {use.path or 'the root module'}"
+    return f"{use.consumer.target} (node {use.consumer.name!r}{where})"

@@ -1,8 +1,8 @@
-"""`transform` and `fold` of a `torch.export.ExportedProgram`: a new program each time, the given one stays as it is.
+"""`transform` and `fold` of a `torch.export.ExportedProgram`; both return a new program.
 
 program = hra_fx.transform(torch.export.export(model, args), config)
-module = program.module()                 # shares its parameters with the program: train it as ever
-program = hra_fx.fold(program)            # the captured graph again, with what was trained in the weights
+module = program.module()                 # shares its parameters with the program: train it as usual
+program = hra_fx.fold(program)            # the original graph, with the trained adapter in its weights
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 
 from hra_fx.config import HRAConfig
 from hra_fx.errors import UnsupportedLayerError
-from hra_fx.export.fold import folded_weights
-from hra_fx.export.insert import insert, remove, rotations, separate
-from hra_fx.export.program_edit import Draft
-from hra_fx.export.select import choose, is_done, note_of, start, with_note, without_note
+from hra_fx.export.metadata import has_adapter
+from hra_fx.export.program_edit import ProgramEditor
+from hra_fx.export.rewrite import add_reflections, fold_reflections
 from hra_fx.layers.adapters import check_adapter_name
 
 if TYPE_CHECKING:
@@ -30,30 +29,30 @@ def is_program(value: object) -> bool:
         >>> is_program(nn.Linear(2, 2))
         False
     """
-    exporting = sys.modules.get("torch.export")
-    return exporting is not None and isinstance(value, exporting.ExportedProgram)
+    module = sys.modules.get("torch.export")
+    return module is not None and isinstance(value, module.ExportedProgram)
 
 
 def transform_program(program: ExportedProgram, config: HRAConfig, adapter_name: str = "default") -> ExportedProgram:
-    """An exported program with reflections: each selected weight acts as `W Q`, by one node `hra_fx::rotate`.
+    """Add reflections to an exported program: each selected weight is replaced by `W Q`, one node `hra_fx::rotate`.
 
-    Its parameters share the memory of the given program's, and are frozen; `state_dict` and `graph_signature` gain the
-    parameter `<layer>.hra_u.<adapter>` of shape `(d, r)`, and the buffer `<layer>.hra_u.<adapter>_anchor` where
-    `init_weights=True` takes one to start at the identity. Weights that were tied are separate names from now on, of
-    which only the selected layers' are rotated.
+    The parameters of the new program share memory with those of the original, and are frozen. `state_dict` and
+    `graph_signature` have in addition the parameter `<layer>.hra_u.<adapter>` of shape `(d, r)`, and the buffer
+    `<layer>.hra_u.<adapter>_anchor` if `init_weights=True` needs one. Tied weights are read by separate names, of which
+    only those of the selected layers are rotated.
 
     Args:
-        program: a program of `torch.export.export`, decomposed or not. It is not changed.
-        config: which layers, by the names that they had in the model, how many reflections, and how they start.
-        adapter_name: name of the adapter, a part of its parameters' names.
+        program: a program of `torch.export.export`, decomposed or not; not modified.
+        config: which layers, by their names in the model, how many reflections, and the initialization.
+        adapter_name: name of the adapter, part of its parameters' names.
 
     Returns:
-        A new program; `program` itself where it has this adapter already.
+        A new program; `program` itself if it has this adapter already.
 
     Raises:
         ConfigError: the configuration trains more than reflections.
         SelectionError: the configuration does not fit the program.
-        UnsupportedLayerError: a selected layer cannot be adapted rightly.
+        UnsupportedLayerError: a selected layer does not support reflections.
         AdapterError: the program has another adapter.
 
     Example:
@@ -64,40 +63,33 @@ def transform_program(program: ExportedProgram, config: HRAConfig, adapter_name:
         ['0.weight', '0.bias', '0.hra_u.default']
     """
     check_adapter_name(adapter_name)
-    if is_done(program.graph_module, config, adapter_name):
+    if has_adapter(program.graph_module, config, adapter_name):
         return program
     if program.graph_signature.backward_signature is not None:
         raise UnsupportedLayerError(
-            "the program: it holds a backward pass already, which knows nothing of reflections. Transform it before."
+            "the program contains a backward pass, which would not compute gradients of the reflections. Transform it "
+            "before adding the backward pass."
         )
-    draft = Draft(program)
-    sites = choose(draft.graph, draft.weights, draft.parameters, config)
-    for site in sites:
-        fresh = start(site, draft.parameters[site.name], config)
-        tensors = draft.add(site, fresh, adapter_name)
-        insert(draft.graph, site, draft.weights[site.source][0], tensors, apply_GS=config.apply_GS)
-    separate(sites, lambda name: draft.weights[name][0])
-    trainable = [name for name, parameter in draft.parameters.items() if parameter.requires_grad]
-    draft.give_gradient(set())
-    draft.graph_module.meta = with_note(draft.graph_module, config, adapter_name, trainable)
-    return draft.finish(program)
+    editor = ProgramEditor(program)
+    add_reflections(editor, config, adapter_name)
+    return editor.build(program)
 
 
 def fold_program(program: ExportedProgram) -> ExportedProgram:
-    """A program without its reflections, which are in its weights: the graph that was captured, node for node.
+    """Fold the reflections of a program into its weights: the original graph, node for node.
 
-    What was trained through `program.module()` is seen, since the parameters are the same. Where weights were tied, and
-    only some of the layers adapted, they stay apart.
+    Training through `program.module()` is included, because the parameters are shared. Weights that were tied stay
+    separate if only some of their layers are adapted.
 
     Args:
-        program: a program of `transform_program`, decomposed, saved and loaded since or not. It is not changed.
+        program: a program of `transform_program`, possibly decomposed, or saved and loaded; not modified.
 
     Returns:
-        A new program; what was not adapted shares its memory with `program`.
+        A new program; parameters that were not adapted share memory with `program`.
 
     Raises:
         AdapterError: the program has no reflections.
-        FoldError: a weight would not be finite.
+        FoldError: a folded weight would not be finite.
 
     Example:
         >>> import torch
@@ -107,15 +99,6 @@ def fold_program(program: ExportedProgram) -> ExportedProgram:
         >>> [node.name for node in folded.graph.nodes] == [node.name for node in program.graph.nodes]
         True
     """
-    draft = Draft(program)
-    nodes = rotations(draft.graph)
-    folded = folded_weights(nodes, draft.state_dict.__getitem__, lambda node: draft.names[node.name])
-    draft.replace(folded)
-    for node in nodes:
-        for leftover in remove(draft.graph, node):
-            draft.discard(leftover)
-    note = note_of(draft.graph_module)
-    if note is not None:
-        draft.give_gradient(set(note["trainable"]))
-    draft.graph_module.meta = without_note(draft.graph_module)
-    return draft.finish(program)
+    editor = ProgramEditor(program)
+    fold_reflections(editor)
+    return editor.build(program)

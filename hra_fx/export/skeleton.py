@@ -1,7 +1,7 @@
-"""The modules of a captured graph, as far as names and weights tell: what the selection of layers is made on.
+"""A skeleton model for a captured graph, on which `target_modules` are selected.
 
-A graph has no modules left. The outline has one for every path, with the real weights in layers of the kind that reads
-them, so that a configuration means the same layers of it, and refuses in the same words, as of the model before.
+A captured graph has no layers. The skeleton has a module for each path in its names, with the weights in layers of the
+kinds that use them, so a configuration selects the same layers, with the same errors, as in the original model.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hra_fx.export.match import GraphSite
+from hra_fx.export.match import GraphLayer
 from hra_fx.layers.target import SiteKind, weight_name
 
-# Where transformers' models have their output layer, by their get_output_embeddings.
+# The output layers of transformers' models (get_output_embeddings).
 _OUTPUTS = ("lm_head", "lm_head.decoder", "cls.predictions.decoder", "embed_out", "proj_out", "output_projection")
 _CONVOLUTIONS: dict[SiteKind, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
     "conv1d": nn.Conv1d,
@@ -24,30 +24,29 @@ _CONVOLUTIONS: dict[SiteKind, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
 }
 
 
-def outline_of(
-    sites: Mapping[str, GraphSite], tensors: Mapping[str, Tensor], classes: Mapping[str, str], *, with_output: bool
+def build_skeleton(
+    layers: Mapping[str, GraphLayer], tensors: Mapping[str, Tensor], classes: Mapping[str, str], *, with_output: bool
 ) -> nn.Module:
-    """The outline of a graph, as a model that shares its weights and must not be run.
+    """The skeleton of a graph: a model that shares the weights of the graph and cannot be run.
 
     Args:
-        sites: layer path -> site.
-        tensors: qualified name -> parameter, all that the graph has.
-        classes: module path -> qualified class name, as far as the graph tells.
+        layers: layer path -> layer.
+        tensors: qualified name -> parameter, for all parameters of the graph.
+        classes: module path -> qualified class name, as far as the graph has them.
         with_output: whether the output layer of a transformers model counts as a layer.
     """
     root_class = classes.get("", "Module")
     modules: dict[str, nn.Module] = {}
-    first = {alias: path for path, site in sites.items() for alias in site.aliases}
+    first = {alias: path for path, layer in layers.items() for alias in layer.aliases}
     for path in _paths([*tensors, *(f"{path}." for path in classes)]):
-        site = sites.get(path)
+        layer = layers.get(path)
         is_output = path in _OUTPUTS and root_class.startswith("transformers.")
-        # What only holds the weight of a linear operator, and is none, an embedding say, is not chosen as a layer.
         if path in first:
             modules[path] = modules[first[path]]
-        elif site is None or not (site.own or site.refusal is None) or (is_output and not with_output):
+        elif layer is None or not layer.is_candidate or (is_output and not with_output):
             modules[path] = _placeholder(classes.get(path, "Module"))
         else:
-            modules[path] = _layer(site, tensors[site.name].detach())
+            modules[path] = _make_layer(layer, tensors[layer.name].detach())
         if path:
             parent, _, child = path.rpartition(".")
             modules[parent]._modules[child] = modules[path]
@@ -57,7 +56,7 @@ def outline_of(
 
 
 def _paths(names: Iterable[str]) -> list[str]:
-    """The path of every module that names lead through, each after its parent."""
+    """The paths of all modules in the names, parents first."""
     paths: dict[str, None] = {"": None}
     for name in names:
         parts = name.split(".")[:-1]
@@ -66,28 +65,28 @@ def _paths(names: Iterable[str]) -> list[str]:
 
 
 def _placeholder(kind: str) -> nn.Module:
-    """A module of which only the name of the class is known."""
-    made: nn.Module = type(kind.rpartition(".")[2], (nn.Module,), {})()
-    return made
+    """An empty module of a class with this name."""
+    module: nn.Module = type(kind.rpartition(".")[2], (nn.Module,), {})()
+    return module
 
 
-def _layer(site: GraphSite, weight: Tensor) -> nn.Module:
-    """A layer of a site's kind around its weight; its other settings are made up."""
-    weight = weight.mT if site.columns else weight
+def _make_layer(layer: GraphLayer, weight: Tensor) -> nn.Module:
+    """A layer of the right kind with this weight; its other settings are arbitrary."""
+    weight = weight.mT if layer.transposed else weight
     shape: Any = weight.shape
-    layer: nn.Module
-    if site.kind in _CONVOLUTIONS:
-        layer = _CONVOLUTIONS[site.kind](shape[1], shape[0], tuple(shape[2:]), bias=False, device="meta")
-    elif site.kind == "attention":
-        layer = nn.MultiheadAttention(shape[1], 1, bias=False, device="meta")
+    module: nn.Module
+    if layer.kind in _CONVOLUTIONS:
+        module = _CONVOLUTIONS[layer.kind](shape[1], shape[0], tuple(shape[2:]), bias=False, device="meta")
+    elif layer.kind == "attention":
+        module = nn.MultiheadAttention(shape[1], 1, bias=False, device="meta")
     else:
-        layer = nn.Linear(shape[1], shape[0], bias=False, device="meta")
-    layer._parameters[weight_name(site.kind)] = nn.Parameter(weight, requires_grad=False)
-    return layer
+        module = nn.Linear(shape[1], shape[0], bias=False, device="meta")
+    module._parameters[weight_name(layer.kind)] = nn.Parameter(weight, requires_grad=False)
+    return module
 
 
 def _model_type(kind: str) -> str | None:
-    """The model type of a transformers class, if that is loaded."""
+    """The `model_type` of a transformers class, if its module is imported."""
     module, _, name = kind.rpartition(".")
     config = getattr(getattr(sys.modules.get(module), name, None), "config_class", None)
     found = getattr(config, "model_type", None)

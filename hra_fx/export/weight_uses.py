@@ -1,7 +1,7 @@
-"""What becomes of a weight in a graph of aten operators: which nodes read it, and as what.
+"""The uses of a weight in a graph of ATen operators.
 
-A read is followed through transposes, casts and cuts into blocks of outputs to the operator that multiplies with it.
-What ends elsewhere is a read of no known meaning, after which the weight must not be rotated.
+Each use is followed through transposes, casts and splits to the operator that multiplies with the weight. If it ends at
+any other operator, the kind of the use is unknown, and the weight must not be rotated.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from hra_fx.layers.target import SiteKind
 
 _aten = torch.ops.aten
 
-#: Multiplications by a matrix: argument that holds it -> the dimension of it that is summed over.
-_PRODUCTS: dict[Any, dict[int, int]] = {
+#: Matrix products: index of the argument with the matrix -> the dimension that is summed over.
+_MATMULS: dict[Any, dict[int, int]] = {
     _aten.linear.default: {1: 1},
     _aten.addmm.default: {1: 1, 2: 0},
     _aten.mm.default: {0: 1, 1: 0},
     _aten.matmul.default: {0: 1, 1: 0},
-    _aten.bmm.default: {0: 1, 1: 0},  # of the last two
+    _aten.bmm.default: {0: 1, 1: 0},  # of the last two dimensions
     _aten.mv.default: {0: 1},
     _aten.addmv.default: {1: 1},
 }
@@ -35,10 +35,10 @@ _CONVOLUTIONS: dict[Any, SiteKind | None] = {
     _aten.conv2d.padding: "conv2d",
     _aten.conv3d.default: "conv3d",
     _aten.conv3d.padding: "conv3d",
-    _aten.convolution.default: None,  # told by the weight's dimensions
+    _aten.convolution.default: None,  # depends on the dimensions of the weight
 }
 _BY_DIMENSIONS: dict[int, SiteKind] = {3: "conv1d", 4: "conv2d", 5: "conv3d"}
-_TRANSPOSED = 6  # argument of aten.convolution
+_TRANSPOSED = 6  # index of the argument of aten.convolution
 _TRANSPOSES = {_aten.t.default, _aten.numpy_T.default, _aten.mT.default, _aten.permute.default, _aten.transpose.int}
 _CASTS = {
     _aten._to_copy.default,
@@ -49,8 +49,8 @@ _CASTS = {
     _aten.contiguous.default,
     _aten.alias.default,
 }
-_REPEATS = {_aten.expand.default, _aten.view.default, _aten._unsafe_view.default, _aten.reshape.default}
-_CUTS = {
+_EXPANDS = {_aten.expand.default, _aten.view.default, _aten._unsafe_view.default, _aten.reshape.default}
+_SPLITS = {
     _aten.split.Tensor,
     _aten.split.sizes,
     _aten.split_with_sizes.default,
@@ -58,7 +58,7 @@ _CUTS = {
     _aten.slice.Tensor,
     _aten.narrow.default,
 }
-_QUESTIONS = {
+_METADATA = {
     _aten.sym_size.int,
     _aten.sym_size.default,
     _aten.sym_numel.default,
@@ -68,64 +68,65 @@ _QUESTIONS = {
 
 
 @dataclass(frozen=True)
-class Read:
-    """One way from a weight to what reads it.
+class WeightUse:
+    """One use of a weight.
 
     Attributes:
         name: the name of the weight.
         weight: its node.
-        first: the user of `weight` on this way, whose argument is replaced where the read is to see another weight.
-        reader: the end of the way.
-        kind: what the reader does with the weight; `None` for anything but a linear layer or a convolution.
-        columns: whether the reader sums over the first dimension of the weight, as GPT-2's layers do.
+        first_user: the user of `weight` through which it is used. Replacing the argument of this node changes the use.
+        consumer: the node at the end, which computes with the weight.
+        kind: the kind of layer that the consumer is; `None` for anything but a linear layer or a convolution.
+        transposed: whether the consumer sums over the first dimension of the weight, as transformers' `Conv1D` does.
     """
 
     name: str
     weight: fx.Node
-    first: fx.Node
-    reader: fx.Node
+    first_user: fx.Node
+    consumer: fx.Node
     kind: SiteKind | None = None
-    columns: bool = False
+    transposed: bool = False
 
     @property
     def path(self) -> str | None:
-        """The module in whose forward the reader stands, if the graph tells."""
-        return module_path(self.reader)
+        """The module in whose forward the consumer is, if the graph has this information."""
+        return module_path(self.consumer)
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """A weight on its way: as it is at `node`."""
+class _View:
+    """The weight after some operators: its form at `node`."""
 
     node: fx.Node
-    first: fx.Node
+    first_user: fx.Node
     rank: int
     transposed: bool = False
-    batched: bool = False  # repeated along dimensions before the matrix
-    cut: int | None = None  # dimension of the weight itself that it was cut along
+    batched: bool = False  # expanded along batch dimensions
+    split_dim: int | None = None  # the dimension of the weight itself that it was split along
 
 
-def reads_of(weight: fx.Node, rank: int, name: str = "") -> list[Read]:
-    """Every read of a weight but those that ask for its shape or dtype, in the order of the graph.
+def find_weight_uses(weight: fx.Node, rank: int, name: str = "") -> list[WeightUse]:
+    """All uses of a weight except reads of its shape or dtype, in the order of the graph.
 
     Args:
-        weight: the placeholder or `get_attr` of a parameter.
-        rank: how many dimensions that has.
-        name: what the reads are to call it.
+        weight: the placeholder or `get_attr` node of a parameter.
+        rank: the number of its dimensions.
+        name: its name, for the result.
 
     Returns:
-        One `Read` for each reader and way.
+        One `WeightUse` for each consumer and each way to it.
 
     Example:
         >>> program = torch.export.export(torch.nn.Linear(3, 2), (torch.randn(1, 3),))
-        >>> [(read.reader.name, read.kind, read.columns) for read in reads_of(next(iter(program.graph.nodes)), 2)]
+        >>> uses = find_weight_uses(next(iter(program.graph.nodes)), rank=2)
+        >>> [(use.consumer.name, use.kind, use.transposed) for use in uses]
         [('linear', 'linear', False)]
     """
-    return [read for user in weight.users for read in _follow(_Seen(weight, user, rank), user, (name, weight))]
+    return [use for user in weight.users for use in _follow(_View(weight, user, rank), user, (name, weight))]
 
 
 def module_path(node: fx.Node) -> str | None:
-    """The path of the module in whose forward a node stands, `""` for the root's; `None` where the graph does not tell.
+    """The path of the module whose forward contains a node, `""` for the root; `None` if the graph does not have it.
 
     Example:
         >>> program = torch.export.export(torch.nn.Sequential(torch.nn.Linear(3, 2)), (torch.randn(1, 3),))
@@ -133,14 +134,14 @@ def module_path(node: fx.Node) -> str | None:
         '0'
     """
     stack = node.meta.get("nn_module_stack")
-    return plain_path(list(stack.values())[-1][0]) if stack else None
+    return normalize_path(list(stack.values())[-1][0]) if stack else None
 
 
-def plain_path(path: str) -> str:
-    """A path of `nn_module_stack` as `named_modules` has it; TorchDynamo writes it as the source of an access.
+def normalize_path(path: str) -> str:
+    """A path of `nn_module_stack` in the form of `named_modules`; TorchDynamo writes it as Python source.
 
     Example:
-        >>> plain_path("L['self'].blocks[0].proj"), plain_path("L['self']._modules['blocks']._modules['0']")
+        >>> normalize_path("L['self'].blocks[0].proj"), normalize_path("L['self']._modules['blocks']._modules['0']")
         ('blocks.0.proj', 'blocks.0')
     """
     for before, after in (("L['self']", ""), ("._modules[", "["), ("['", "."), ("']", ""), ("[", "."), ("]", "")):
@@ -148,26 +149,26 @@ def plain_path(path: str) -> str:
     return path.strip(".")
 
 
-def _follow(seen: _Seen, user: fx.Node, origin: tuple[str, fx.Node]) -> Iterator[Read]:
-    """The reads that begin where `user` takes the weight as it is at `seen.node`."""
-    unknown = Read(*origin, seen.first, user)
-    if user.target in _QUESTIONS:
+def _follow(view: _View, user: fx.Node, origin: tuple[str, fx.Node]) -> Iterator[WeightUse]:
+    """The uses that start with `user`, a user of `view.node`."""
+    unknown = WeightUse(*origin, view.first_user, user)
+    if user.target in _METADATA:
         return
-    places = [place for place, argument in enumerate(user.args) if argument is seen.node]
-    if len(places) != 1 or _nested(user, seen.node) != 1:
+    indices = [index for index, argument in enumerate(user.args) if argument is view.node]
+    if len(indices) != 1 or _count_in_arguments(user, view.node) != 1:
         yield unknown
         return
-    further = _step(seen, user) if places == [0] else None
-    if further is not None:
-        for following in user.users:
-            yield from _follow(further, following, origin)
+    following = _step(view, user) if indices == [0] else None
+    if following is not None:
+        for next_user in user.users:
+            yield from _follow(following, next_user, origin)
         return
-    kind, columns = _meaning(seen, user, places[0])
-    yield replace(unknown, kind=kind, columns=columns)
+    kind, transposed = _classify(view, user, indices[0])
+    yield replace(unknown, kind=kind, transposed=transposed)
 
 
-def _nested(user: fx.Node, node: fx.Node) -> int:
-    """How often a node stands among the arguments of another, in lists too."""
+def _count_in_arguments(user: fx.Node, node: fx.Node) -> int:
+    """How often a node occurs in the arguments of another, including in lists."""
     count = 0
 
     def look(argument: fx.Node) -> fx.Node:
@@ -179,37 +180,37 @@ def _nested(user: fx.Node, node: fx.Node) -> int:
     return count
 
 
-def _step(seen: _Seen, user: fx.Node) -> _Seen | None:
-    """The weight behind an operator that only arranges it anew; `None` where the operator does more."""
+def _step(view: _View, user: fx.Node) -> _View | None:
+    """The weight after an operator that only rearranges it; `None` for any other operator."""
     target = user.target
-    if target in _CASTS or (target is operator.getitem and not seen.batched):
-        return replace(seen, node=user)
-    if target in _REPEATS and seen.rank == 2:
-        return _repeated(seen, user)
-    if seen.batched:
+    if target in _CASTS or (target is operator.getitem and not view.batched):
+        return replace(view, node=user)
+    if target in _EXPANDS and view.rank == 2:
+        return _expanded(view, user)
+    if view.batched:
         return None
-    if target in _TRANSPOSES and seen.rank == 2:
-        return replace(seen, node=user, transposed=seen.transposed ^ _swaps(user))
-    if target in _CUTS and seen.rank == 2:
-        place = 1 if target in (_aten.slice.Tensor, _aten.narrow.default) else 2
-        dimension = int(user.args[place] if len(user.args) > place else user.kwargs.get("dim", 0)) % 2  # type: ignore[arg-type]
-        dimension = 1 - dimension if seen.transposed else dimension
-        return replace(seen, node=user, cut=dimension) if seen.cut in (None, dimension) else None
+    if target in _TRANSPOSES and view.rank == 2:
+        return replace(view, node=user, transposed=view.transposed ^ _swaps(user))
+    if target in _SPLITS and view.rank == 2:
+        index = 1 if target in (_aten.slice.Tensor, _aten.narrow.default) else 2
+        dim = int(user.args[index] if len(user.args) > index else user.kwargs.get("dim", 0)) % 2  # type: ignore[arg-type]
+        dim = 1 - dim if view.transposed else dim
+        return replace(view, node=user, split_dim=dim) if view.split_dim in (None, dim) else None
     return None
 
 
-def _repeated(seen: _Seen, user: fx.Node) -> _Seen | None:
-    """A matrix behind an operator that repeats it for a batched product, as decompositions do."""
-    before, after = (node.meta.get("val") for node in (seen.node, user))
+def _expanded(view: _View, user: fx.Node) -> _View | None:
+    """A matrix after an operator that expands it for a batched product, as in decompositions."""
+    before, after = (node.meta.get("val") for node in (view.node, user))
     if before is None or after is None or after.dim() < 3 or before.shape[-2:] != after.shape[-2:]:
         return None
-    if user.target is not _aten.expand.default and not seen.batched:
+    if user.target is not _aten.expand.default and not view.batched:
         return None
-    return replace(seen, node=user, batched=True)
+    return replace(view, node=user, batched=True)
 
 
 def _swaps(user: fx.Node) -> bool:
-    """Whether an operator that may transpose a matrix does."""
+    """Whether an operator that can transpose a matrix does so."""
     if user.target is _aten.permute.default:
         order: Any = user.args[1]
         return bool(order[0] % 2)
@@ -219,16 +220,16 @@ def _swaps(user: fx.Node) -> bool:
     return True
 
 
-def _meaning(seen: _Seen, user: fx.Node, place: int) -> tuple[SiteKind | None, bool]:
-    """What an operator does with the weight that it has as its argument number `place`."""
-    if seen.batched != (user.target is _aten.bmm.default):
+def _classify(view: _View, user: fx.Node, index: int) -> tuple[SiteKind | None, bool]:
+    """Kind and `transposed` of an operator that has the weight as its argument `index`."""
+    if view.batched != (user.target is _aten.bmm.default):
         return None, False
-    if seen.rank == 2 and place in _PRODUCTS.get(user.target, {}):
-        summed = _PRODUCTS[user.target][place]
-        summed = 1 - summed if seen.transposed else summed
-        return ("linear", summed == 0) if seen.cut != summed else (None, False)
-    if user.target in _CONVOLUTIONS and place == 1 and seen.rank > 2:
+    if view.rank == 2 and index in _MATMULS.get(user.target, {}):
+        summed = _MATMULS[user.target][index]
+        summed = 1 - summed if view.transposed else summed
+        return ("linear", summed == 0) if view.split_dim != summed else (None, False)
+    if user.target in _CONVOLUTIONS and index == 1 and view.rank > 2:
         if user.target is _aten.convolution.default and user.args[_TRANSPOSED]:
             return None, False
-        return _CONVOLUTIONS[user.target] or _BY_DIMENSIONS.get(seen.rank), False
+        return _CONVOLUTIONS[user.target] or _BY_DIMENSIONS.get(view.rank), False
     return None, False

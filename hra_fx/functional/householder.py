@@ -1,6 +1,6 @@
-r"""The mathematics of Householder reflection adaptation (HRA, https://arxiv.org/abs/2405.17484), as pure functions.
+r"""The mathematics of Householder Reflection Adaptation (HRA, https://arxiv.org/abs/2405.17484), as pure functions.
 
-A *chain* `U: (d, k)` holds the vectors of `k` reflections in its columns, and stands for the orthogonal matrix
+A *chain* `U: (d, k)` holds the vectors of `k` reflections in its columns. It represents the orthogonal matrix
 
     Q = H_1 H_2 ... H_k,        H_i = I - 2 u_i u_i^T / (u_i^T u_i)             (paper, eq. 3)
 
@@ -9,32 +9,31 @@ upper triangular `T: (k, k)`:
 
     Q = I - U T U^T,            T^-1 = diag(|u_i|^2 / 2) + strictly_upper(U^T U)
 
-A weight is adapted as `W -> W Q`, so a row of inputs as `x -> x Q^T`. With Gram-Schmidt the paper's product collapses
-to `Q = I - 2 V V^T` with orthonormal `V`, which is again a plain chain: that of the columns of `V`.
+An adapted layer computes with `W Q` instead of `W`, so it maps a row of inputs as `x -> x Q^T`. With Gram-Schmidt the
+paper's product is `Q = I - 2 V V^T` with orthonormal `V`, which is the chain of the columns of `V`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
-from hra_fx.functional import exportable as products
+from hra_fx.functional import exportable
 
-# Seen as one node each by an fx tracer that goes into a reflection, where their branches would stop it.
+# The fx tracer records each of these as one node: their branches cannot be traced.
 for _name in ("normalize", "compact_wy", "reflect", "rotate", "orthonormalize"):
     fx.wrap(_name)
 
 
-# Looked up, for torch.export records a call of torch.promote_types as an operator, which no exporter knows.
+# A table, because torch.export records torch.promote_types as an operator that no exporter supports.
 _WIDE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which Gram matrices, `T` and QR of vectors of `dtype` are computed: float32 at least.
+    """The dtype for Gram matrices, `T` and QR of vectors of `dtype`: at least float32.
 
     Example:
         >>> working_dtype(torch.bfloat16), working_dtype(torch.float64)
@@ -44,7 +43,7 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Products in the dtypes that they are written in, on the device of a tensor."""
+    """Disable autocast on the device of a tensor."""
     device = tensor.device.type
     # Not asked for the usual devices: TorchDynamo cannot trace the question in torch 2.9.
     known = device in ("cpu", "cuda") or (device != "meta" and torch.amp.is_autocast_available(device))
@@ -54,11 +53,11 @@ def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object
 
 
 def normalize(chain: Tensor) -> Tensor:
-    """The same reflections by vectors of length one, since a reflection does not depend on the length.
+    """Scale each vector to length one, which does not change its reflection.
 
-    It keeps narrow dtypes in range (`U` and `U T` have scales that are inverse to each other) and float32 from under-
-    and overflow in `|u|^2`. The lengths count as constants, which leaves the gradient as it is: `Q` does not change
-    along `u`.
+    Unit vectors keep narrow dtypes in range (the scales of `U` and `U T` are inverse to each other) and avoid under-
+    and overflow of `|u|^2` in float32. The lengths are constants to autograd. The gradient stays correct, because `Q`
+    does not change along `u`.
 
     Args:
         chain: `U: (..., d, k)`; a zero column stays zero.
@@ -71,12 +70,12 @@ def normalize(chain: Tensor) -> Tensor:
         tensor([[0.6000, 0.0000],
                 [0.8000, 0.0000]])
     """
-    # Detached, and not in a block without gradients, which an exported program would hold as a block of its own.
-    held = chain.detach()
-    # In two steps, for the squares of a column may leave the range though its entries do not.
-    largest = held.abs().amax(dim=-2, keepdim=True)
+    # detach, not no_grad: torch.export would record no_grad as a nested graph.
+    constant = chain.detach()
+    # Two steps, because the squares of a column can overflow where its entries do not.
+    largest = constant.abs().amax(dim=-2, keepdim=True)
     largest = torch.where(largest > 0, largest, 1.0)
-    lengths = torch.linalg.vector_norm(held / largest, dim=-2, keepdim=True)
+    lengths = torch.linalg.vector_norm(constant / largest, dim=-2, keepdim=True)
     lengths = torch.where(lengths > 0, lengths, 1.0)
     return chain / largest / lengths
 
@@ -84,14 +83,14 @@ def normalize(chain: Tensor) -> Tensor:
 def compact_wy(chain: Tensor) -> Tensor:
     """The factor `T` of `Q = I - U T U^T`.
 
-    A zero column stands for the identity (PEFT gives NaN there), and its gradient is finite. While torch.export
-    reads it, it is made of products alone (`hra_fx.functional.exportable`).
+    A zero column is the identity (PEFT returns NaN), and its gradient is finite. Under torch.export only matrix
+    products are used (`hra_fx.functional.exportable`).
 
     Args:
-        chain: `U: (..., d, k)`, floating; of torch.export, `(d, k)`.
+        chain: `U: (..., d, k)`, floating; under torch.export, `(d, k)`.
 
     Returns:
-        `T: (..., k, k)`, upper triangular, float32 or wider, also under autocast.
+        `T: (..., k, k)`, upper triangular, at least float32, also under autocast.
 
     Example:
         >>> U = torch.tensor([[3.0], [4.0]])
@@ -102,10 +101,10 @@ def compact_wy(chain: Tensor) -> Tensor:
     with without_autocast(chain):
         vectors = chain.to(working_dtype(chain.dtype))
         if torch.compiler.is_exporting():
-            return products.inverse_factor(vectors)
+            return exportable.compact_wy(vectors)
         gram = vectors.mT @ vectors
         squares = gram.diagonal(dim1=-2, dim2=-1)
-        # A square below the smallest normal number has no usable inverse: such a column reflects nothing.
+        # A square below the smallest normal number has no usable inverse: that column counts as zero.
         halves = torch.where(squares > torch.finfo(gram.dtype).tiny, squares / 2, 1.0)
         inverse = gram.triu(1) + torch.diag_embed(halves)
         identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
@@ -114,12 +113,12 @@ def compact_wy(chain: Tensor) -> Tensor:
 
 
 def reflect(x: Tensor, chain: Tensor, factor: Tensor) -> Tensor:
-    """Rows `x` turned by the chain, `x Q^T = x - (x U) T^T U^T`: what a Linear with weight `W Q` sees of `x`.
+    """Apply a chain to rows: `x Q^T = x - (x U) T^T U^T`, the input of a Linear with weight `W Q`.
 
     Args:
         x: `(..., d)`; the products run in its dtype.
         chain: `U: (d, k)`.
-        factor: `T: (k, k)` of `compact_wy(chain)`.
+        factor: `T: (k, k)`, from `compact_wy(chain)`.
 
     Returns:
         `(..., d)` in the dtype of `x`.
@@ -129,18 +128,18 @@ def reflect(x: Tensor, chain: Tensor, factor: Tensor) -> Tensor:
         >>> reflect(torch.tensor([[2.0, 5.0]]), U, compact_wy(U))
         tensor([[-2.,  5.]])
     """
-    # U T is made before the cast, so that a narrow dtype rounds the small factor once and not T and U apart.
-    turned = (chain.to(factor.dtype) @ factor).to(x.dtype)
-    return x - ((x @ chain.to(x.dtype)) @ turned.mT).to(x.dtype)
+    # U T is computed before the cast, so that a narrow dtype rounds the product once.
+    projection = (chain.to(factor.dtype) @ factor).to(x.dtype)
+    return x - ((x @ chain.to(x.dtype)) @ projection.mT).to(x.dtype)
 
 
 def rotate(weight: Tensor, chain: Tensor, factor: Tensor) -> Tensor:
-    """The folded weight `W Q = W - (W U) T U^T`.
+    """The product `W Q = W - (W U) T U^T` of matrices of one dtype; see `hra_fx.functional.rotate.rotate_weight`.
 
     Args:
-        weight: `(out, d)`, any further dimensions already flattened into `d`; not cast, also under autocast.
-        chain: `U: (d, k)`, the dtype of `weight`.
-        factor: `T: (k, k)`, the dtype of `weight`.
+        weight: `W: (out, d)`; not cast, also under autocast.
+        chain: `U: (d, k)`, in the dtype of `weight`.
+        factor: `T: (k, k)`, in the dtype of `weight`.
 
     Returns:
         `(out, d)`.
@@ -158,14 +157,14 @@ def rotate(weight: Tensor, chain: Tensor, factor: Tensor) -> Tensor:
 def orthonormalize(vectors: Tensor) -> Tensor:
     """Gram-Schmidt by Householder QR: the thin factor `V` of `U = V R` with a positive diagonal of `R`.
 
-    PEFT runs the classical recurrence, whose loss of orthogonality grows with the square of the condition number. While
-    torch.export reads it, `hra_fx.functional.exportable.gram_schmidt` takes the place of QR.
+    PEFT uses the classical recurrence, which loses orthogonality with the square of the condition number. Under
+    torch.export `hra_fx.functional.exportable.gram_schmidt` is used instead of QR.
 
     Args:
-        vectors: `U: (d, r)` with `r <= d`, of full column rank (see `dependence`).
+        vectors: `U: (d, r)` with `r <= d`, of full column rank (see `statistics.inverse_condition`).
 
     Returns:
-        `V: (d, r)` with `V^T V = I`, float32 or wider, also under autocast.
+        `V: (d, r)` with `V^T V = I`, at least float32, also under autocast.
 
     Example:
         >>> orthonormalize(torch.tensor([[3.0, 1.0], [0.0, 2.0]]))
@@ -175,16 +174,19 @@ def orthonormalize(vectors: Tensor) -> Tensor:
     with without_autocast(vectors):
         wide = vectors.to(working_dtype(vectors.dtype))
         if torch.compiler.is_exporting():
-            # The basis does not depend on lengths, and these have squares that are in range.
-            return products.gram_schmidt(normalize(wide))
+            # The basis does not depend on the lengths; the squares of unit vectors are in range.
+            return exportable.gram_schmidt(normalize(wide))
         return positive_qr(wide)[0]
 
 
 def positive_qr(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """`V: (d, r)` and `R: (r, r)` of `U = V R` with a positive diagonal of `R`, which makes them unique.
+    """The thin QR `U = V R` with a positive diagonal of `R`, which makes it unique.
 
     Args:
-        vectors: `U: (d, r)` with `r <= d`, of full column rank, float32 or wider.
+        vectors: `U: (d, r)` with `r <= d`, of full column rank, at least float32.
+
+    Returns:
+        `V: (d, r)` and `R: (r, r)`.
 
     Example:
         >>> positive_qr(torch.tensor([[3.0, 1.0], [0.0, 2.0]]))[1]
@@ -193,20 +195,20 @@ def positive_qr(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """
     basis, triangle = torch.linalg.qr(vectors)
     signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(basis.dtype)
-    # Adding zero turns the -0.0 that a flipped sign leaves into 0.0.
+    # Adding zero turns -0.0 into 0.0 after a sign flip.
     return basis * signs + 0.0, triangle * signs.unsqueeze(1) + 0.0
 
 
-def qr_gradient(for_basis: Tensor, basis: Tensor, triangle: Tensor) -> Tensor:
-    r"""The gradient of the vectors whose basis has a given one; in operators that can be differentiated.
+def qr_gradient(basis_grad: Tensor, basis: Tensor, triangle: Tensor) -> Tensor:
+    r"""The gradient of `U` from the gradient of the basis `V` of `U = V R`, in differentiable operators.
 
-    For `U = V R`, with `C` the lower triangle of `dV^T V`, mirrored to the upper one, `dU^T = R^-1 (dV^T - C V^T)`
-    (Walter and Lehmann 2012, https://arxiv.org/abs/1001.1654).
+    With `C` the lower triangle of `dV^T V`, mirrored to the upper one, `dU^T = R^-1 (dV^T - C V^T)` (Walter and
+    Lehmann 2012, https://arxiv.org/abs/1001.1654).
 
     Args:
-        for_basis: `dV: (d, r)`.
+        basis_grad: `dV: (d, r)`.
         basis: `V: (d, r)`.
-        triangle: `R: (r, r)`, of any signs.
+        triangle: `R: (r, r)`; the diagonal may have any signs.
 
     Returns:
         `dU: (d, r)`.
@@ -216,29 +218,53 @@ def qr_gradient(for_basis: Tensor, basis: Tensor, triangle: Tensor) -> Tensor:
         tensor([[0.],
                 [2.]])
     """
-    inner = torch.mm(for_basis.mT, basis)
+    inner = torch.mm(basis_grad.mT, basis)
     mirrored = inner.tril() + inner.tril(-1).mT
-    given = torch.addmm(for_basis.mT, mirrored, basis.mT, alpha=-1)
-    # By columns, as LAPACK wants it: the other way round it would be copied.
-    solved: Tensor = torch.linalg.solve_triangular(triangle.mT, given.mT, upper=False, left=False)
+    right = torch.addmm(basis_grad.mT, mirrored, basis.mT, alpha=-1)
+    # Solved from the right: LAPACK takes this layout without a copy.
+    solved: Tensor = torch.linalg.solve_triangular(triangle.mT, right.mT, upper=False, left=False)
     return solved
 
 
-def dependence(vectors: Tensor) -> float:
-    """How far the columns of `U: (d, r)` are from being dependent: `min |R_ii| / max |R_ii|` of `U = V R`, in [0, 1].
+def init_vectors(
+    d: int,
+    r: int,
+    *,
+    apply_GS: bool,
+    init_weights: bool,
+    dtype: torch.dtype = torch.float32,
+    on_meta: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Initial vectors `U` of an adapter, and the frozen anchor `A` with which training starts at `Q(A) Q(U) = I`.
 
-    Near the epsilon of the dtype of `U` the Gram-Schmidt basis is rounding noise: there is no such `Q`.
+    `init_weights=True` draws half of the columns and repeats each, as PEFT does (for even `r` and the same seed, with
+    the same values), because `H H = I`. The last column of an odd rank stays single. Gram-Schmidt needs independent
+    columns, so all are drawn. These two starts cannot be the identity: an odd number of reflections has determinant -1,
+    and `I - 2 V V^T` has `r` eigenvalues -1. Both are their own inverse, so the anchor is a copy of what they reflect:
+    the last column, or all of `V`.
+
+    Args:
+        d: length of the vectors.
+        r: number of vectors.
+        apply_GS: whether the adapter uses Gram-Schmidt.
+        init_weights: start at the identity; if False, at random, without an anchor.
+        dtype: dtype of both results.
+        on_meta: create tensors on the meta device, and draw nothing.
+
+    Returns:
+        `U: (d, r)`, drawn on the CPU from torch's default generator, and `A`: `(d, r)` for Gram-Schmidt, `(d, 1)` for
+        an odd rank, else `None`. Both are contiguous.
 
     Example:
-        >>> dependence(torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
-        0.0
+        >>> U, A = init_vectors(5, 3, apply_GS=False, init_weights=True)
+        >>> bool((U[:, 0] == U[:, 1]).all()), U.shape, A.shape
+        (True, torch.Size([5, 3]), torch.Size([5, 1]))
     """
-    diagonal = torch.linalg.qr(vectors.detach().double(), mode="r").R.diagonal().abs()
-    largest = float(diagonal.max())
-    return float(diagonal.min()) / largest if largest > 0 else 0.0
+    vectors = _draw(d, r, apply_GS=apply_GS, init_weights=init_weights, dtype=dtype, on_meta=on_meta)
+    return vectors, _anchor(vectors, apply_GS=apply_GS) if init_weights else None
 
 
-def start(
+def _draw(
     d: int,
     r: int,
     *,
@@ -247,128 +273,16 @@ def start(
     dtype: torch.dtype = torch.float32,
     on_meta: bool = False,
 ) -> Tensor:
-    """Fresh vectors `U: (d, r)`, drawn from torch's default generator on the CPU; `on_meta` draws none.
-
-    `init_weights=True` draws half of the columns and takes each twice, as PEFT does (the same numbers for the same seed
-    where `r` is even), since `H H = I`; the last column of an odd rank stays single. Gram-Schmidt needs independent
-    columns, so there all are drawn. What is left of the start is taken back by `anchor`.
-
-    Example:
-        >>> U = start(5, 3, apply_GS=False, init_weights=True)
-        >>> bool((U[:, 0] == U[:, 1]).all()), U.shape
-        (True, torch.Size([5, 3]))
-    """
+    """The vectors of `init_vectors`."""
     paired = init_weights and not apply_GS
     drawn = torch.zeros(d, (r + 1) // 2 if paired else r, dtype=dtype, device="meta" if on_meta else "cpu")
     nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
     return drawn.repeat_interleave(2, dim=1)[:, :r].contiguous() if paired else drawn
 
 
-def anchor(vectors: Tensor, *, apply_GS: bool) -> Tensor | None:
-    """The frozen prefix `A` that undoes the start: with `Q = Q(A) Q(U)`, training begins at `Q = I` exactly.
-
-    Gram-Schmidt can never be the identity by itself (`I - 2 V V^T` has `r` eigenvalues -1) and neither can an odd
-    number of reflections (determinant -1). Both starts are their own inverse, so the anchor is what the start turns:
-    all of `V`, or the single last column.
-
-    Args:
-        vectors: `U: (d, r)` as `start(..., init_weights=True)` gave it.
-        apply_GS: whether the adapter runs Gram-Schmidt.
-
-    Returns:
-        `A: (d, r)` for Gram-Schmidt, `(d, 1)` for an odd rank, `None` where the start is the identity already.
-
-    Example:
-        >>> anchor(start(5, 3, apply_GS=False, init_weights=True), apply_GS=False).shape
-        torch.Size([5, 1])
-    """
+def _anchor(vectors: Tensor, *, apply_GS: bool) -> Tensor | None:
+    """The anchor of `init_vectors`."""
     if apply_GS:
-        return orthonormalize(vectors).to(vectors.dtype)
-    return vectors[:, -1:].clone() if vectors.shape[1] % 2 else None
-
-
-def principal_block(chain: Tensor, factor: Tensor) -> Tensor:
-    """`Q` seen inside the span of its vectors, where alone it differs from the identity.
-
-    With `U = V R` (thin QR), `Q = I - V (R T R^T) V^T`: the block is `I - R T R^T`. It is as orthogonal as `Q` is, and
-    its eigenvalues are those of `Q`, less the ones that the rest of the space adds.
-
-    Args:
-        chain: `U: (d, k)`.
-        factor: `T: (k, k)`, in the precision whose effect is asked for.
-
-    Returns:
-        `(m, m)` with `m = min(d, k)`, float64, on the CPU.
-
-    Example:
-        >>> U = torch.tensor([[0.0], [2.0]])
-        >>> principal_block(U, compact_wy(U))
-        tensor([[-1.]], dtype=torch.float64)
-    """
-    vectors, inner = (matrix.detach().to("cpu", torch.float64) for matrix in (chain, factor))
-    triangle: Tensor = torch.linalg.qr(vectors, mode="r").R
-    return torch.eye(triangle.shape[0], dtype=triangle.dtype) - triangle @ inner @ triangle.mT
-
-
-class Turn(NamedTuple):
-    """What a chain does, in numbers.
-
-    Attributes:
-        rotation: `|Q - I|_F`.
-        angles: by how much each plane is turned, in radians from 0 to pi, falling; see `turn`.
-        orthogonality: `|Q^T Q - I|_F` for `T` in the precision of the chain.
-    """
-
-    rotation: float
-    angles: tuple[float, ...]
-    orthogonality: float
-
-    @property
-    def angle(self) -> float:
-        """The largest angle, in radians; 0 where nothing turns, pi where a direction is reflected."""
-        return self.angles[0] if self.angles else 0.0
-
-    @property
-    def mean_angle(self) -> float:
-        """The mean of the angles, in radians; 0 where nothing turns."""
-        return sum(self.angles) / len(self.angles) if self.angles else 0.0
-
-
-def turn(chain: Tensor) -> Turn:
-    """How far a chain is from the identity, from `k x k` matrices only; NaN for one without data, or not finite.
-
-    `Q` turns planes that are orthogonal to each other, leaves what is orthogonal to all of them, and where its
-    determinant is -1 reflects one direction more. A plane has one angle, though two eigenvalues of `Q` tell of it; a
-    reflected direction has one too, pi (two of them are a plane that is turned by pi). Angles of no more than
-    `angle_floor` are what rounding leaves of vectors that cancel each other, and are no angles.
-
-    Args:
-        chain: `U: (d, k)`.
-
-    Example:
-        >>> U = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])  # half of 90 degrees apart, and one
-        >>> [round(math.degrees(angle)) for angle in turn(U).angles]
-        [180, 90]
-    """
-    if not chain.shape[1]:
-        return Turn(0.0, (), 0.0)
-    vectors = normalize(chain.detach())
-    if vectors.is_meta or not bool(torch.isfinite(vectors).all()):
-        return Turn(math.nan, (math.nan,), math.nan)
-    block = principal_block(vectors, compact_wy(vectors))
-    identity = torch.eye(block.shape[0], dtype=block.dtype)
-    norms = (torch.linalg.matrix_norm(matrix) for matrix in (block - identity, block.mT @ block - identity))
-    rotation, orthogonality = (float(norm) for norm in norms)
-    # Falling, each plane's angle stands there twice, behind a lone pi where there is one: so every other one is meant.
-    angles = torch.linalg.eigvals(block).angle().abs().sort(descending=True).values[::2]
-    return Turn(rotation, tuple(angles[angles > angle_floor(chain)].tolist()), orthogonality)
-
-
-def angle_floor(chain: Tensor) -> float:
-    """The largest angle that may be rounding, in radians: eight times `k` times the epsilon in which `T` is computed.
-
-    Example:
-        >>> f"{angle_floor(torch.ones(100, 8)):.0e}"
-        '8e-06'
-    """
-    return 8 * chain.shape[1] * torch.finfo(working_dtype(chain.dtype)).eps
+        # torch.export.save warns of tensors that are not contiguous.
+        return orthonormalize(vectors).to(vectors.dtype).contiguous()
+    return vectors[:, -1:].clone().contiguous() if vectors.shape[1] % 2 else None

@@ -1,8 +1,24 @@
-"""Training with transformers.
+"""Use with transformers, diffusers and their Trainer.
 
-Not imported by the rest of the package, since `transformers.Trainer` needs accelerate, which is no dependency of
-hra_fx.
+`HRATrainer` and `RotationCallback` are imported on first use, because the Trainer needs accelerate, which is not a
+dependency of hra_fx.
 """
 
-from hra_fx.integrations.rotation import RotationCallback as RotationCallback
-from hra_fx.integrations.trainer import HRATrainer as HRATrainer
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hra_fx.integrations.rotation import RotationCallback as RotationCallback
+    from hra_fx.integrations.trainer import HRATrainer as HRATrainer
+
+__all__ = ["HRATrainer", "RotationCallback"]
+
+_MODULES = {"HRATrainer": "trainer", "RotationCallback": "rotation"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

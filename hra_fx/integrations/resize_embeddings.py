@@ -1,8 +1,7 @@
-"""Another vocabulary under an adapted model: the layer in the old output layer's place takes over its reflections.
+"""`resize_token_embeddings` of a transformed model: the reflections of the output layer move to the resized one.
 
-`U` of an output layer is as long as a hidden state, whatever the number of tokens. transformers may put a new layer in
-the old one's place, or another tensor into the old layer, and sets flags on all that it finds in it: so it is given
-plain layers, and what stands in their places afterwards carries what they carried.
+The vectors of an output layer are as long as a hidden state, so they fit any number of tokens. transformers may create
+a new layer or put another tensor into the old one, so it gets plain output layers meanwhile.
 """
 
 from __future__ import annotations
@@ -19,91 +18,67 @@ from hra_fx.layers.adapters import Reflection
 from hra_fx.layers.class_swap import original_class, swap, unswap
 from hra_fx.layers.target import REFLECTION
 from hra_fx.layers.trained_copies import copies_of
-from hra_fx.model.defer_interrupt import uninterrupted
-from hra_fx.model.state import Record, require_outermost, sites_of
+from hra_fx.model.state import require_outermost, sites_of
 
 
 @contextmanager
-def resizable(model: nn.Module, record: Record) -> Iterator[None]:
-    """Plain layers inside the block; then every site's place carries its reflections again, the very same objects.
-
-    Args:
-        model: a transformed model of transformers.
-        record: its record.
+def plain_output_layers(model: nn.Module) -> Iterator[None]:
+    """Remove the reflections of the output layers inside the block, and add the same objects again after it.
 
     Raises:
-        AdapterError: the vocabulary cannot change under what the model carries.
+        AdapterError: the number of tokens cannot change because of what the adapters hold.
     """
-    _check(model)
+    ends = _embeddings_and_heads(model)
     sites = sites_of(model)
-    with uninterrupted():
-        held = {path: _undress(layer) for path, layer in sites.items()}
-        try:
-            yield
-        finally:
-            misfits = [path for path, old in sites.items() if not _dress(old, model.get_submodule(path), *held[path])]
-        if misfits:
-            raise AdapterError(
-                f"{misfits[0]}: a layer over another number of inputs came into its place, and its reflections are "
-                "lost. Load the model anew, and resize it before hra_fx.transform."
-            )
+    _check(model, sites, ends)
+    held = {path: _detach(layer) for path, layer in sites.items() if layer in ends}
+    try:
+        yield
+    finally:
+        for path, reflection in held.items():
+            layer = model.get_submodule(path).train(sites[path].training)
+            layer.add_module(REFLECTION, reflection)
+            swap(layer, carrier_for(layer))
 
 
-def _undress(layer: SiteCarrier) -> tuple[Reflection, list[str]]:
-    """Make a layer plain for a moment; its reflections, and the order of its children."""
-    order = list(layer._modules)
+def _detach(layer: SiteCarrier) -> Reflection:
+    reflection = layer.hra_u
     unswap(layer, carrier_for(layer))
-    reflection: Any = layer._modules.pop(REFLECTION)
-    return reflection, order
+    del layer._modules[REFLECTION]
+    return reflection
 
 
-def _dress(old: nn.Module, new: nn.Module, reflection: Reflection, order: list[str]) -> bool:
-    """Put reflections on the layer that stands in the place now; whether they fit it."""
-    if getattr(new, "in_features", reflection.width) != reflection.width:
-        return False
-    if new is not old:
-        new.train(old.training)
-        order = [*new._modules, REFLECTION]
-    new.add_module(REFLECTION, reflection)
-    for name in order:
-        new._modules[name] = new._modules.pop(name)
-    swap(new, carrier_for(new))
-    return True
-
-
-def _check(model: nn.Module) -> None:
+def _check(model: nn.Module, sites: dict[str, SiteCarrier], ends: list[nn.Module]) -> None:
     require_outermost(model)
-    ends = _ends(model)
-    embedding: Any = ends[0] if ends else None
-    rows = getattr(embedding, "num_embeddings", None)
+    rows = getattr(ends[0], "num_embeddings", None) if ends else None
     for path, (owner, _) in copies_of(model).items():
         if owner in ends or (isinstance(owner, nn.Embedding) and owner.num_embeddings == rows):
             raise AdapterError(
-                f"{path}: an adapter has a trained copy of it (modules_to_save or bias), and resize_token_embeddings "
-                "would resize only what is in place. Resize before hra_fx.transform, or fold or unload first."
+                f"{path}: an adapter has a trained copy of it (modules_to_save or bias), which resize_token_embeddings "
+                "does not resize. Resize before hra_fx.transform, or fold or unload first."
             )
-    by_itself = _resizes_by_itself(model)
-    for path, layer in sites_of(model).items():
+    resizes_more = _overrides_resize(model)
+    for path, layer in sites.items():
         if layer in ends and layer.hra_u.unmerged is not None:
             raise AdapterError(
-                f"{path}: an adapter is merged into it, and what an unmerge restores has the old number of tokens. "
-                "Call hra_fx.unmerge_adapter, resize, and merge again."
+                f"{path}: an adapter is merged into it, and its stored base weight has the old number of tokens. Call "
+                "hra_fx.unmerge_adapter, resize, and merge again."
             )
-        if by_itself and layer not in ends and layer.hra_u.width == rows:
+        if resizes_more and layer not in ends and layer.hra_u.width == rows:
             raise AdapterError(
-                f"{path}: its reflections are of width {rows}, the number of tokens, and would not fit after "
+                f"{path}: its vectors have the length {rows}, the number of tokens, and would not fit after "
                 "resize_token_embeddings. Resize before hra_fx.transform, or fold or unload first."
             )
 
 
-def _ends(model: Any) -> list[nn.Module]:
+def _embeddings_and_heads(model: Any) -> list[nn.Module]:
     """The input embeddings and the output layers, the embeddings first."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     return [part for end in ends if isinstance(end, nn.Module) for part in end.modules()]
 
 
-def _resizes_by_itself(model: nn.Module) -> bool:
-    """Whether a class resizes more layers than every model of transformers does, as MobileBERT's."""
+def _overrides_resize(model: nn.Module) -> bool:
+    """Whether a class resizes more layers than transformers' base class does, as MobileBERT's."""
     own: Any = original_class(model)
     base: Any = next((kind for kind in own.__mro__ if kind.__name__ == "PreTrainedModel"), None)
     return base is None or own.resize_token_embeddings is not base.resize_token_embeddings

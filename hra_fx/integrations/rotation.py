@@ -1,15 +1,15 @@
-"""What training does to a model, in the logs of transformers' Trainer and as a plot at its end.
+"""Rotation angles in the logs of transformers' Trainer, and a plot at the end of the training.
 
-The Trainer hands its callbacks the logs in their order, and those that report (TensorBoard, Weights & Biases, ...)
-stand before the user's. So this one goes to the front before the training begins; no argument that a callback is given
-leads to the list of them, only the object that calls it.
+The Trainer calls its callbacks in order, and those that report (TensorBoard, Weights & Biases, ...) come before the
+user's. A callback can only add to the logs that they report if it comes first, so this one moves to the front when the
+training begins.
 """
 
 from __future__ import annotations
 
+import gc
 import math
 import os
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -27,27 +27,27 @@ _MEAN, _LARGEST, _ERROR = "angle_mean_degrees", "angle_largest_degrees", "orthog
 
 
 class RotationCallback(TrainerCallback):
-    """Logs how far the layers are turned, whenever the Trainer logs a training loss, to whatever it reports to.
+    """Logs the rotation angles of the adapted layers with each training loss, to all reporters of the Trainer.
 
-    The logs, and `trainer.state.log_history`, get for the active adapter
+    The logs, and `trainer.state.log_history`, contain for the active adapter
 
     - `angle_mean_degrees`: the mean over the layers of each layer's mean angle;
     - `angle_largest_degrees`: the largest angle of all layers;
-    - `orthogonality_error`: the largest `|Q^T Q - I|_F`, which is rounding, and stays small.
+    - `orthogonality_error`: the largest `|Q^T Q - I|_F`, a rounding error.
 
-    In a model with several adapters each key ends in `/<adapter>`. It reads the vectors only, on the first process;
-    where a process holds shards of them (FSDP, DeepSpeed ZeRO-3) it warns, and logs nothing.
+    In a model with several adapters each key ends in `/<adapter>`. Only the vectors are read, on the first process. If
+    they are sharded (FSDP, DeepSpeed ZeRO-3) it warns and logs nothing.
 
     Args:
-        plot: a file for a plot of the whole training at its end, ending in `.svg`, `.png` or `.pdf`; needs matplotlib.
+        plot: a `.svg`, `.png` or `.pdf` file for a plot of the whole training; needs matplotlib.
 
     Attributes:
-        history: the points so far as `Progress`, one for each adapter and logged step, and for the start and the end;
-            after a resumed training those of the part before too, as far as the logs have them.
+        history: one `Progress` for each adapter and logged step, and for the start and the end. After resuming, it
+            includes the points in the logs of the training before.
 
     Raises:
-        VisualizeError: a plot that cannot be written: another ending, no such folder, or no matplotlib.
-        AdapterError: when the training begins, the model has no reflections.
+        VisualizeError: the plot cannot be written: unknown ending, missing folder, or no matplotlib.
+        AdapterError: the model has no reflections (raised when the training begins).
 
     Example:
         >>> callback = RotationCallback()  # Trainer(model, ..., callbacks=[callback])
@@ -56,7 +56,7 @@ class RotationCallback(TrainerCallback):
     """
 
     def __init__(self, plot: str | os.PathLike[str] | None = None) -> None:
-        """Check the name of the plot, before hours of training."""
+        """Check the path of the plot, before the training."""
         self.plot: Path | None = None
         if plot is not None:
             self.plot = check_plot(plot)
@@ -66,33 +66,33 @@ class RotationCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Go to the front of the callbacks, and look at the start."""
+        """Move to the front of the callbacks, and record the start."""
         model = kwargs["model"]
         require_sites(model)
         self._on = state.is_world_process_zero and not is_sharded(model)
         if state.is_world_process_zero and not self._on:
             warnings.warn(
-                "RotationCallback: this process holds only shards of the vectors, so that no angle can be told; "
-                "nothing is logged. Train with DDP, or call hra_fx.report on the gathered model.",
+                "RotationCallback: the vectors are sharded, so angles cannot be computed and are not logged. Train "
+                "with DDP, or call hra_fx.report on the gathered model.",
                 HRAWarning,
                 stacklevel=2,
             )
         if not self._on:
             return
-        self._go_first()
+        self._move_to_front()
         self.history = _restored(state.log_history, _adapters(model))
         if not state.global_step:
             self.history = progress_of(model, 0)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the numbers to the logs of a training step; those of evaluations and summaries are let be."""
+        """Add the angles to the logs of a training step. Evaluation and summary logs are not changed."""
         logs: dict[str, Any] = kwargs["logs"]
         if not self._on or "loss" not in logs:
             return
         points = progress_of(kwargs["model"], state.global_step)
         entries = _entries(points, suffixed=len(_adapters(kwargs["model"])) > 1)
         logs.update(entries)
-        # The Trainer keeps a copy that it made before it called.
+        # The Trainer copied the logs before calling.
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(entries)
         self._add(points, state.global_step)
@@ -100,37 +100,35 @@ class RotationCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Look at the end, and write the plot."""
+        """Record the end, and write the plot."""
         if not self._on:
             return
         self._add(progress_of(kwargs["model"], state.global_step), state.global_step)
         if self.plot is not None:
             try:
                 draw_training(self.history, self.plot)
-            except Exception as error:  # a plot is no reason to lose a trained model
-                text = f"RotationCallback: {self.plot} could not be written ({error}). Its numbers are in history."
+            except Exception as error:  # a failed plot must not lose a trained model
+                text = f"RotationCallback: {self.plot} could not be written ({error}). The values are in `history`."
                 warnings.warn(text, HRAWarning, stacklevel=2)
 
     def _add(self, points: list[Progress], step: int) -> None:
-        """The points of a step, in place of those that it had."""
+        """Set the points of a step."""
         self.history = [point for point in self.history if point.step != step] + points
 
-    def _go_first(self) -> None:
-        frame = sys._getframe(1)
-        while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
-            frame = frame.f_back  # type: ignore[assignment]
-        if frame is None:
+    def _move_to_front(self) -> None:
+        # No argument of a callback leads to the handler that calls it, so find the handler by what it holds.
+        handlers = [one for one in gc.get_objects() if issubclass(type(one), CallbackHandler) and self in one.callbacks]
+        if not handlers:
             warnings.warn(
-                "RotationCallback: it was not called by transformers' CallbackHandler, and cannot go before the "
-                "callbacks that report. The angles are in trainer.state.log_history and in history.",
+                "RotationCallback: no transformers.CallbackHandler has this callback, so it cannot run before the "
+                "callbacks that report. The angles are in trainer.state.log_history and in `history`.",
                 HRAWarning,
                 stacklevel=2,
             )
-            return
-        callbacks = frame.f_locals["self"].callbacks
-        # What is called after this one keeps its place, also in the loop that calls them right now.
-        callbacks.remove(self)
-        callbacks.insert(0, self)
+        for handler in handlers:
+            # Later callbacks keep their positions, also in a loop over the list that is running now.
+            handler.callbacks.remove(self)
+            handler.callbacks.insert(0, self)
 
 
 def _adapters(model: Any) -> list[str]:
@@ -138,7 +136,7 @@ def _adapters(model: Any) -> list[str]:
 
 
 def _entries(points: list[Progress], *, suffixed: bool) -> dict[str, float]:
-    """The entries of a log."""
+    """The log entries of some points."""
     entries = {}
     for point in points:
         end = f"/{point.adapter}" if suffixed else ""
@@ -149,7 +147,7 @@ def _entries(points: list[Progress], *, suffixed: bool) -> dict[str, float]:
 
 
 def _restored(log_history: list[dict[str, Any]], adapters: list[str]) -> list[Progress]:
-    """The points that a log tells of; keys without a name are of the first adapter."""
+    """The points in a log; keys without an adapter name belong to the first adapter."""
     points = []
     for entry in log_history:
         for key in entry:

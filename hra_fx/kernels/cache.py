@@ -1,8 +1,8 @@
-"""What a site computes from its vectors alone, kept from call to call while no gradient is asked for.
+"""A cache for values that a layer computes from its vectors, while no gradient is needed.
 
-Whoever writes through `.data` (as averages of weights do) leaves the version of a tensor as it was. So what is kept is
-taken only where the vectors are, number for number, those that it was made of; on a GPU that look would have to wait
-for the device, and nothing is kept there.
+Writes through `.data` (as in weight averaging) do not change the version of a tensor. So a cached value is used only if
+the vectors are equal to those that it was computed from. On a GPU this comparison would synchronize with the device, so
+nothing is cached there.
 """
 
 from __future__ import annotations
@@ -15,58 +15,58 @@ import torch
 from torch import Tensor, nn
 
 
-class _Kept(NamedTuple):
+class _Entry(NamedTuple):
     key: Hashable
     sources: tuple[Tensor, ...]
-    made: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
 
 
-# Beside the modules, not in them: copies, pickles and states of a model know nothing of it.
-_OF: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
+# Outside of the modules, so that copies, pickles and state dicts of a model do not contain it.
+_CACHE: weakref.WeakKeyDictionary[nn.Module, _Entry] = weakref.WeakKeyDictionary()
 
 
-def kept(
+def cached(
     owner: nn.Module, key: Hashable, sources: tuple[Tensor, ...], make: Callable[[], tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...]:
-    """What `make` gives, or gave when the sources were the same.
+    """The result of `make`, or its last result if key and sources are the same.
 
     Args:
-        owner: one thing is kept for each.
-        key: what it depends on besides the sources.
+        owner: each owner has one entry.
+        key: what the result depends on besides the sources.
         sources: tensors on the CPU.
-        make: makes it; called without gradients. A source itself in what it gives stands for a copy of it.
+        make: called without gradients. If it returns one of `sources`, the cached clone is returned instead.
 
     Example:
         >>> vectors = nn.Linear(2, 2).weight
         >>> calls = []
         >>> def make():
-        ...     calls.append("made")
+        ...     calls.append("make")
         ...     return (vectors * 2,)
         >>> owner = nn.Identity()
         >>> for _ in range(2):
-        ...     _ = kept(owner, "doubled", (vectors,), make)
+        ...     _ = cached(owner, "doubled", (vectors,), make)
         >>> vectors.data.zero_()
         tensor([[0., 0.],
                 [0., 0.]])
-        >>> kept(owner, "doubled", (vectors,), make)[0].sum(), calls
-        (tensor(0.), ['made', 'made'])
+        >>> cached(owner, "doubled", (vectors,), make)[0].sum(), calls
+        (tensor(0.), ['make', 'make'])
     """
-    known = _OF.get(owner)
-    if known is not None and known.key == key and _alike(known.sources, sources):
-        return known.made
+    entry = _CACHE.get(owner)
+    if entry is not None and entry.key == key and _all_equal(entry.sources, sources):
+        return entry.values
     with torch.inference_mode(False), torch.no_grad():
         copies = tuple(source.detach().clone() for source in sources)
-        # What was not changed is in the caches once it has been compared.
-        unchanged = {id(source): copy for source, copy in zip(sources, copies, strict=True)}
-        made = tuple(unchanged.get(id(part), part) for part in make())
-        _OF[owner] = _Kept(key, copies, made)
-    return made
+        # The clone is in the processor's caches after the comparison; the source may not be.
+        clone_of = {id(source): copy for source, copy in zip(sources, copies, strict=True)}
+        values = tuple(clone_of.get(id(value), value) for value in make())
+        _CACHE[owner] = _Entry(key, copies, values)
+    return values
 
 
-def _alike(ones: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
-    return len(ones) == len(others) and all(map(same_numbers, ones, others))
+def _all_equal(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> bool:
+    return len(left) == len(right) and all(map(tensors_equal, left, right))
 
 
-def same_numbers(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors on the CPU are equal number for number, and of one dtype; NaN equals nothing."""
-    return one.dtype is other.dtype and torch.equal(one, other)
+def tensors_equal(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors on the CPU have the same dtype, shape and values; NaN is not equal to NaN."""
+    return left.dtype is right.dtype and torch.equal(left, right)

@@ -1,11 +1,11 @@
-r"""Reflected rows as operators, which TorchDynamo puts into a graph whole, for passes to find and to join.
+r"""Reflected rows as operators: TorchDynamo records each as one node, which the passes share and hoist can find.
 
-    hra_fx::reflected_rows(x, vectors) -> Tensor            one site, as the model computes it
-    hra_fx::unit_factors(vectors[]) -> Tensor[]             unit chains, and then their factors `T`, of many sites
-    hra_fx::reflected_by(x, chains[], factors[]) -> Tensor[]    sites that read one value, from what these gave
+    hra_fx::reflected_rows(x, vectors) -> Tensor            the reflected input of one layer
+    hra_fx::unit_factors(vectors[]) -> Tensor[]             normalized chains of several layers, then their factors `T`
+    hra_fx::reflected_by(x, chains[], factors[]) -> Tensor[]    the reflected inputs of several layers with one input
 
-`x` is `(..., d)`, vectors and chains are `(d, k)`, factors `(k, k)`. They are compositions: AOTAutograd, and so
-inductor, goes through them to the operators of aten, also for their gradients.
+`x` is `(..., d)`, vectors and chains are `(d, k)`, factors `(k, k)`. The operators are composite: AOTAutograd and
+Inductor decompose them, and their gradients, into ATen operators.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _LIBRARY.define("reflected_rows(Tensor x, Tensor vectors) -> Tensor", tags=_TAGS
 _LIBRARY.define("unit_factors(Tensor[] vectors) -> Tensor[]", tags=_TAGS)
 _LIBRARY.define("reflected_by(Tensor x, Tensor[] chains, Tensor[] factors) -> Tensor[]", tags=_TAGS)
 
-#: The operators, as they stand in graphs.
+#: The overloads that are the targets of graph nodes.
 REFLECTED_ROWS = torch.ops.hra_fx.reflected_rows.default
 UNIT_FACTORS = torch.ops.hra_fx.unit_factors.default
 REFLECTED_BY = torch.ops.hra_fx.reflected_by.default
 
 
 def plain_rows(x: Tensor, vectors: Tensor) -> Tensor:
-    """`x Q^T: (..., d)` of one site.
+    """The reflected input `x Q^T: (..., d)` of one layer.
 
     Example:
         >>> plain_rows(torch.tensor([[2.0, 5.0]]), torch.tensor([[3.0], [0.0]]))
@@ -43,7 +43,7 @@ def plain_rows(x: Tensor, vectors: Tensor) -> Tensor:
 
 
 def unit_factors(vectors: Sequence[Tensor]) -> list[Tensor]:
-    """Unit chains of many sites, and then their factors; where they have one shape, all in one batch.
+    """The normalized chains of several layers, then their factors; computed in one batch if their shapes are equal.
 
     Example:
         >>> chain, factor = unit_factors([torch.tensor([[3.0], [0.0]])])
@@ -58,19 +58,19 @@ def unit_factors(vectors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def reflected_by(x: Tensor, chains: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
-    """The rows of several sites that read one value, with one product for what all read of it.
+    """The reflected inputs of several layers that have one input, with one product `x [U_1 U_2 ...]` for all.
 
     Example:
-        >>> [turned] = reflected_by(torch.tensor([[2.0, 5.0]]), *([one] for one in unit_factors([torch.eye(2)[:, :1]])))
-        >>> turned
+        >>> [rows] = reflected_by(torch.tensor([[2.0, 5.0]]), *([one] for one in unit_factors([torch.eye(2)[:, :1]])))
+        >>> rows
         tensor([[-2.,  5.]])
     """
     rows = x.reshape(-1, x.shape[-1])
     joined = chains[0] if len(chains) == 1 else torch.cat(list(chains), dim=1)
-    read = torch.split(joined.to(x.dtype).mT @ rows.mT, [chain.shape[1] for chain in chains])
-    made = zip(read, chains, factors, strict=True)
-    turned = [((factor @ part.to(factor.dtype)).to(x.dtype), chain.to(x.dtype)) for part, chain, factor in made]
-    return [(rows - (part.mT @ chain.mT).to(x.dtype)).view(x.shape) for part, chain in turned]
+    projected = torch.split(joined.to(x.dtype).mT @ rows.mT, [chain.shape[1] for chain in chains])
+    parts = zip(projected, chains, factors, strict=True)
+    low_rank = [((factor @ part.to(factor.dtype)).to(x.dtype), chain.to(x.dtype)) for part, chain, factor in parts]
+    return [(rows - (part.mT @ chain.mT).to(x.dtype)).view(x.shape) for part, chain in low_rank]
 
 
 for _name, _function in (

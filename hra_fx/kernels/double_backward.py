@@ -1,4 +1,4 @@
-"""Gradients that can be differentiated again: those of the plain formula."""
+"""Gradients that can be differentiated again, from the plain formula."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor
 from hra_fx.functional import householder
 
 
-def plain_gradients(
-    wanted: Sequence[bool], x: Tensor, chain: Tensor, gradient: Tensor, then: Callable[[Tensor], Tensor]
+def differentiable_gradients(
+    needed: Sequence[bool], x: Tensor, chain: Tensor, grad: Tensor, then: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of `then(x Q^T)` by `x` and by `U`, as a graph.
+    """The gradients of `then(x Q^T)` with respect to `x` and `U`, with a graph.
 
     Args:
-        wanted: which of the two are asked for.
+        needed: which of the two are needed.
         x: `(..., d)`.
         chain: `U: (d, k)`.
-        gradient: that of the result.
-        then: what becomes of the reflected rows.
+        grad: the gradient of the result.
+        then: the rest of the forward, applied to the reflected rows.
     """
-    # Aliases, for `x` may have been made of the same vectors, as where a layer is called twice.
-    own = x.view_as(x), chain.view_as(chain)
-    output = then(householder.reflect(own[0], own[1], householder.compact_wy(own[1])))
-    asked = [tensor for tensor, needed in zip(own, wanted, strict=True) if needed]
-    found = iter(torch.autograd.grad(output, asked, gradient, create_graph=True))
-    return next(found) if wanted[0] else None, next(found) if wanted[1] else None
+    # Views, because `x` can depend on the same vectors, as in a layer that is called twice.
+    inputs = x.view_as(x), chain.view_as(chain)
+    output = then(householder.reflect(inputs[0], inputs[1], householder.compact_wy(inputs[1])))
+    wanted = [tensor for tensor, is_needed in zip(inputs, needed, strict=True) if is_needed]
+    gradients = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
+    return next(gradients) if needed[0] else None, next(gradients) if needed[1] else None

@@ -1,4 +1,4 @@
-"""Rows turned by constant factors: where no gradient is asked for, and the factors are kept."""
+"""Reflected rows from precomputed factors, where no gradient is needed."""
 
 from __future__ import annotations
 
@@ -6,30 +6,31 @@ import torch
 from torch import Tensor
 
 from hra_fx.functional import householder
-from hra_fx.kernels.backward import filters_of, minus
-from hra_fx.kernels.wy_factor import bearable
+from hra_fx.kernels.backward import down_projection, subtract_low_rank
+from hra_fx.kernels.wy_factor import scaled_chain_and_factor
 
 
-def factors(vectors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What rows have to be multiplied with, for `turned`: `U: (d, k)` and `F = T U^T: (k, d)`, in the given dtype.
+def inference_factors(vectors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The factors for `reflect_rows_cached`: `U: (d, k)` and `F = T U^T: (k, d)`.
 
     Args:
-        vectors: `U: (d, k)`, of any length each.
-        dtype: that of the products.
+        vectors: `U: (d, k)`, of any lengths.
+        dtype: the dtype of the products, and of the result.
     """
     with householder.without_autocast(vectors):
-        chain, factor = bearable(vectors, dtype)
-        # Laid out as vectors are in training, so that it gives the same numbers to the last bit.
-        return chain.to(dtype), filters_of(chain, factor, dtype)
+        chain, factor = scaled_chain_and_factor(vectors, dtype)
+        # In the layout of training, so that both give the same bits.
+        return chain.to(dtype), down_projection(chain, factor, dtype)
 
 
-def turned(x: Tensor, chain: Tensor, filters: Tensor) -> Tensor:
-    """`x Q^T: (..., d)` by what `factors` gave; without gradients.
+def reflect_rows_cached(x: Tensor, chain: Tensor, down: Tensor) -> Tensor:
+    """`x Q^T: (..., d)`, from the results of `inference_factors`; without gradients.
 
     Example:
-        >>> turned(torch.tensor([[2.0, 5.0]]), *factors(torch.tensor([[3.0], [0.0]]), torch.float32))
+        >>> factors = inference_factors(torch.tensor([[3.0], [0.0]]), torch.float32)
+        >>> reflect_rows_cached(torch.tensor([[2.0, 5.0]]), *factors)
         tensor([[-2.,  5.]])
     """
     with householder.without_autocast(x):
         rows = x.reshape(-1, x.shape[-1])
-        return minus(rows, torch.mm(filters, rows.to(chain.dtype).mT), chain.mT).view(x.shape)
+        return subtract_low_rank(rows, torch.mm(down, rows.to(chain.dtype).mT), chain.mT).view(x.shape)

@@ -1,9 +1,8 @@
-"""What all sites of a model need of their vectors alone, made before the first of them runs.
+"""Factors that one forward requested are computed up front in the next one, in batches.
 
-It is made by a few small operators each. Between two layers, whose weights sweep the caches, most of their time goes
-into fetching their code; one site after another they take a third of it. What one forward asked for, the next one has.
-It is taken only where the vectors are, number for number, those that it was made of: who writes through `.data`, as
-averages, FSDP and DeepSpeed do, leaves the version of a tensor as it was.
+Each factor takes a few small operators. Run between two large layers, whose weights evict the processor's caches, they
+take three times as long as in one batch. A prefetched factor is used only if the vectors are equal to those that it was
+computed from: writes through `.data`, as in weight averaging, FSDP and DeepSpeed, do not change a tensor's version.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -21,119 +20,117 @@ from torch import Tensor, nn
 
 from hra_fx.compat import tensor_version
 from hra_fx.functional import householder
-from hra_fx.kernels.cache import same_numbers
-from hra_fx.kernels.dispatch import unobserved
+from hra_fx.kernels.cache import tensors_equal
+from hra_fx.kernels.dispatch import is_plain_eager
 
-_Made = TypeVar("_Made")
-#: Gives what belongs to each of some tuples of tensors, alike in shape and dtype; a constant to autograd.
-Make: TypeAlias = Callable[[Sequence[tuple[Tensor, ...]]], Sequence[_Made]]
+_Value = TypeVar("_Value")
+#: Computes the values of several tuples of tensors, all of the same shapes and dtypes; constants to autograd.
+Compute: TypeAlias = Callable[[Sequence[tuple[Tensor, ...]]], Sequence[_Value]]
 _Key: TypeAlias = tuple[object, ...]
 
 
-class _Wish(NamedTuple):
-    """What was asked for: by which function it is made, of what, and what these were like."""
+class _Request(NamedTuple):
+    """A requested value: the function, its tensors, and their shapes and dtypes at the time of the request."""
 
-    make: Make[Any]
+    compute: Compute[Any]
     sources: tuple[Tensor, ...]
-    likeness: tuple[tuple[torch.Size, torch.dtype], ...]
+    signature: tuple[tuple[torch.Size, torch.dtype], ...]
 
 
 @dataclass
 class _Forward:
-    """A forward of a model.
+    """The state of one forward of a model.
 
     Attributes:
-        ready: by function and identity of its sources, what was made ahead, with copies of them.
-        chains: by function and identity of a chain of this forward, what was made by the way, with the chain's version.
-        asked: what the next forward should have.
+        prefetched: by function and ids of its tensors: copies of the tensors, and the value.
+        published: by function and id of a tensor of this forward: the tensor, its version, and the value.
+        requested: what the next forward should prefetch.
     """
 
-    ready: dict[_Key, tuple[tuple[Tensor, ...], Any]] = field(default_factory=dict)
-    chains: dict[_Key, tuple[Tensor, int, Any]] = field(default_factory=dict)
-    asked: dict[_Key, _Wish] = field(default_factory=dict)
+    prefetched: dict[_Key, tuple[tuple[Tensor, ...], Any]] = field(default_factory=dict)
+    published: dict[_Key, tuple[Tensor, int, Any]] = field(default_factory=dict)
+    requested: dict[_Key, _Request] = field(default_factory=dict)
 
 
 class _Local(threading.local):
-    """The forward that this thread is in."""
+    """The forward that this thread is running."""
 
     forward: _Forward | None = None
 
 
-_NOW = _Local()
-# With the tensors themselves, for torch exchanges none that a weak reference points to.
-_ASKED: weakref.WeakKeyDictionary[nn.Module, dict[_Key, _Wish]] = weakref.WeakKeyDictionary()
+_CURRENT = _Local()
+# Holds the tensors themselves: torch cannot swap tensors that have weak references.
+_REQUESTS: weakref.WeakKeyDictionary[nn.Module, dict[_Key, _Request]] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
-def ahead(root: nn.Module) -> Iterator[None]:
-    """Have ready what the last forward of a model asked for, while this one runs with gradients.
+def prefetching(root: nn.Module) -> Iterator[None]:
+    """Prefetch what the last forward of a model requested, for the forward inside this context, if gradients are on.
 
     Args:
         root: the model.
     """
-    if not torch.is_grad_enabled() or not unobserved():
+    if not torch.is_grad_enabled() or not is_plain_eager():
         yield
         return
-    around, forward = _NOW.forward, _Forward()
+    outer, forward = _CURRENT.forward, _Forward()
     try:
-        _NOW.forward = forward
-        for make, alike in _grouped(_ASKED.get(root, {}).values()):
-            # A layer that cannot be served now makes its own, and tells what is wrong.
-            with suppress(Exception), householder.without_autocast(alike[0][0]), torch.no_grad():
-                copies = zip(*(torch.stack(part).unbind() for part in zip(*alike, strict=True)), strict=True)
-                for sources, own, made in zip(alike, copies, make(alike), strict=True):
-                    forward.ready[(make, *map(id, sources))] = (own, made)
+        _CURRENT.forward = forward
+        for compute, batch in _batches(_REQUESTS.get(root, {}).values()):
+            with householder.without_autocast(batch[0][0]), torch.no_grad():
+                copies = zip(*(torch.stack(part).unbind() for part in zip(*batch, strict=True)), strict=True)
+                for sources, own, value in zip(batch, copies, compute(batch), strict=True):
+                    forward.prefetched[(compute, *map(id, sources))] = (own, value)
         yield
-        _ASKED[root] = forward.asked
+        _REQUESTS[root] = forward.requested
     finally:
-        _NOW.forward = around
+        _CURRENT.forward = outer
 
 
-def forget(root: nn.Module) -> None:
-    """Hold nothing any more for a model that is no longer adapted."""
-    _ASKED.pop(root, None)
+def clear_requests(root: nn.Module) -> None:
+    """Release what is stored for a model, when its adapters are removed."""
+    _REQUESTS.pop(root, None)
 
 
-def ready(make: Make[_Made], *sources: Tensor) -> _Made:
-    """What a function makes of some tensors: made ahead, where it was and they are as they were.
+def get_or_compute(compute: Compute[_Value], *sources: Tensor) -> _Value:
+    """The value of a function: prefetched if its tensors have not changed since, else computed now.
 
     Args:
-        make: the function.
-        sources: what it is to be made of.
+        compute: the function.
+        sources: its tensors.
     """
-    forward = _NOW.forward
+    forward = _CURRENT.forward
     if forward is not None and sources[0].is_cpu:
-        key = (make, *map(id, sources))
-        if all(source.is_leaf and not source.is_inference() for source in sources):  # and so there the next time
-            forward.asked[key] = _Wish(make, sources, _likeness(sources))
-            copies, made = forward.ready.get(key, ((), None))
-            if copies and all(map(same_numbers, copies, sources)):
-                return made  # type: ignore[no-any-return]
-        elif (known := forward.chains.get(key)) is not None and known[1] == tensor_version(sources[0]):
+        key = (compute, *map(id, sources))
+        if all(source.is_leaf and not source.is_inference() for source in sources):  # still there in the next forward
+            forward.requested[key] = _Request(compute, sources, _signature(sources))
+            copies, value = forward.prefetched.get(key, ((), None))
+            if copies and all(map(tensors_equal, copies, sources)):
+                return value  # type: ignore[no-any-return]
+        elif (known := forward.published.get(key)) is not None and known[1] == tensor_version(sources[0]):
             return known[2]  # type: ignore[no-any-return]
-    return make([sources])[0]
+    return compute([sources])[0]
 
 
-def announce(make: Make[Any], chain: Tensor, made: object) -> None:
-    """Have something ready that was made by the way, of a tensor of this forward; outside of one, nothing."""
-    if _NOW.forward is not None:
-        _NOW.forward.chains[make, id(chain)] = (chain, tensor_version(chain), made)
+def publish(compute: Compute[Any], chain: Tensor, value: object) -> None:
+    """Store a value for `get_or_compute` that is known already, of a tensor of the current forward, if there is one."""
+    if _CURRENT.forward is not None:
+        _CURRENT.forward.published[compute, id(chain)] = (chain, tensor_version(chain), value)
 
 
-def _likeness(sources: tuple[Tensor, ...]) -> tuple[tuple[torch.Size, torch.dtype], ...]:
+def _signature(sources: tuple[Tensor, ...]) -> tuple[tuple[torch.Size, torch.dtype], ...]:
     return tuple([(source.shape, source.dtype) for source in sources])
 
 
-def _grouped(wishes: Iterable[_Wish]) -> Iterator[tuple[Make[Any], list[tuple[Tensor, ...]]]]:
-    """Those that can be made in one go.
+def _batches(requests: Iterable[_Request]) -> Iterator[tuple[Compute[Any], list[tuple[Tensor, ...]]]]:
+    """Requests grouped by function, shapes and dtypes.
 
-    What a tool gives its numbers for the time that its layer runs is left out: it has no storage now (FSDP), or another
-    shape or dtype.
+    Tensors that have no storage now (FSDP frees it between layers), or another shape or dtype, are left to their layer.
     """
     groups: dict[Any, list[tuple[Tensor, ...]]] = defaultdict(list)
-    for make, sources, likeness in wishes:
-        there = all(source.is_cpu and source.untyped_storage().size() for source in sources)
-        if there and _likeness(sources) == likeness:
-            groups[make, likeness].append(sources)
-    for (make, _), alike in groups.items():
-        yield make, alike
+    for compute, sources, signature in requests:
+        present = all(source.is_cpu and source.untyped_storage().size() for source in sources)
+        if present and _signature(sources) == signature:
+            groups[compute, signature].append(sources)
+    for (compute, _), batch in groups.items():
+        yield compute, batch

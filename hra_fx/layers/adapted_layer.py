@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx._symbolic_trace import is_fx_tracing
 
 from hra_fx.errors import AdapterError
-from hra_fx.kernels.dispatch import unobserved
+from hra_fx.kernels.dispatch import is_plain_eager
 from hra_fx.layers.adapters import Reflection
 from hra_fx.layers.class_swap import Carrier
 from hra_fx.layers.quantized.detect import packing_of
@@ -68,16 +68,21 @@ class SiteCarrier(Carrier):
         def weight(self: SiteCarrier) -> Any:
             if REFLECTION not in self._modules:  # a new object of this class
                 return nn.Module.__getattr__(self, name)
+            if name not in self._parameters and name not in vars(self):
+                raise AttributeError(name)
             try:
                 return _rotated(self)
             except AttributeError as error:  # which would send Python to nn.Module.__getattr__, and the base weight
                 raise RuntimeError(f"{type(self).__name__}: its weight cannot be rotated ({error})") from error
 
         def hold(self: SiteCarrier, value: Any) -> None:
-            """As a plain attribute: DataParallel gives its replicas their tensors so."""
+            """As a plain attribute, in which FSDP1 and DataParallel keep the weight during a forward."""
             vars(self)[name] = value
 
-        return {name: property(weight, hold)}
+        def drop(self: SiteCarrier) -> None:
+            vars(self).pop(name, None)
+
+        return {name: property(weight, hold, drop)}
 
 
 def _rotated(layer: SiteCarrier) -> Any:
@@ -88,7 +93,7 @@ def _rotated(layer: SiteCarrier) -> Any:
     # Parameters in shards are only read by the tool that shards them; while a module runs, they are whole.
     if not adapters.acts or is_shard(base):
         return base
-    if not torch.is_grad_enabled() and unobserved():
+    if not torch.is_grad_enabled() and is_plain_eager():
         return InferenceRotatedWeight(layer)
     return RotatedWeight(layer)
 
@@ -122,7 +127,7 @@ class LinearCarrier(SiteCarrier):
         return {**super().wrap(base), "forward": forward}
 
 
-def _addmm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _addmm(x: Tensor, weight: Tensor, bias: Any) -> Tensor:
     """The forward of transformers' `Conv1D`, whose weight is `(in, out)`."""
     return torch.addmm(bias, x.view(-1, x.size(-1)), weight).view(*x.shape[:-1], weight.shape[1])
 

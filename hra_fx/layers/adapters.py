@@ -15,10 +15,11 @@ from torch import Tensor, fx, nn
 
 from hra_fx.errors import AdapterError
 from hra_fx.functional import geodesic, householder
+from hra_fx.functional.rotate import as_rows, rotate_weight
 from hra_fx.kernels.gram_schmidt import orthonormal_chain
 from hra_fx.layers.rotated_weight import RotatedWeight
 from hra_fx.layers.sharding import laid_out_as, whole
-from hra_fx.layers.target import REFLECTION, SiteKind, as_rows, weight_name
+from hra_fx.layers.target import REFLECTION, SiteKind, weight_name
 
 #: The suffix of the name of an adapter's anchor.
 ANCHOR = "_anchor"
@@ -132,10 +133,9 @@ class Reflection(nn.ParameterDict):
             AdapterError: the name cannot be a parameter's name here.
         """
         dtype = householder.working_dtype(like.dtype)
-        vectors = householder.start(
+        vectors, anchor = householder.init_vectors(
             self.width, spec.r, apply_GS=spec.apply_GS, init_weights=spec.init_weights, dtype=dtype, on_meta=on_meta
         )
-        anchor = householder.anchor(vectors, apply_GS=spec.apply_GS) if spec.init_weights else None
         device = vectors.device if on_meta else like.device
         self.put(name, spec, vectors.to(device), None if anchor is None else anchor.to(device))
 
@@ -183,13 +183,13 @@ class Reflection(nn.ParameterDict):
             self._parameters[name].requires_grad_(wanted)  # type: ignore[union-attr]
 
     def scaled(self, name: str, alpha: float) -> Tensor:
-        """The chain of an adapter at strength `alpha` (`geodesic.fraction`), float32 at least.
+        """The chain of an adapter at strength `alpha` (`geodesic.fractional_rotation`), float32 at least.
 
         Raises:
             AdapterError: its `Q` is not a rotation.
         """
         dtype = householder.working_dtype(self[name].dtype)
-        return geodesic.fraction(self.full_chain(name, dtype).detach(), alpha)
+        return geodesic.fractional_rotation(self.full_chain(name, dtype).detach(), alpha)
 
     def scale(self, name: str, alpha: float, chain: Tensor | None = None) -> None:
         """Set the strength of an adapter, whose chain `scaled` makes; 1 restores it.
@@ -233,7 +233,7 @@ class Reflection(nn.ParameterDict):
         if dtype is None:
             scaled: Tensor = getattr(self, name + _SCALED)
             return scaled
-        return geodesic.fraction(self.full_chain(name, dtype), self.scales[name])
+        return geodesic.fractional_rotation(self.full_chain(name, dtype), self.scales[name])
 
     def full_chain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The adapter at full strength, `[A | U]`, or `[A | V]` with Gram-Schmidt: `(d, k)`, computed in `dtype`.
@@ -278,7 +278,7 @@ class Reflection(nn.ParameterDict):
             AdapterError: another tool has replaced the parameter.
         """
         weight = layer._parameters.get(self.weight_name)
-        if weight is None and getattr(layer, "_is_replica", False):  # which has its tensors as plain attributes
+        if weight is None:  # FSDP1 and DataParallel set a plain attribute
             weight = vars(layer).get(self.weight_name)
         if weight is None:
             raise AdapterError(
@@ -299,7 +299,7 @@ class Reflection(nn.ParameterDict):
 
     def rows(self, weight: Tensor) -> Tensor:
         """The weight, or a tensor of its shape, as the matrix `(out, d)` that is multiplied by `Q`."""
-        return as_rows(weight, columns=self.columns)
+        return as_rows(weight, transposed=self.columns)
 
     def shaped(self, rows: Tensor, like: Tensor) -> Tensor:
         """Rows `(out, d)` in the shape of the weight."""
@@ -347,11 +347,7 @@ def rotated_weight(weight: Tensor, vectors: Tensor, columns: bool) -> Tensor:
     """
     if isinstance(weight, RotatedWeight):  # which fx has copied into a GraphModule, in place of the parameter
         weight = weight.base()
-    chain = householder.normalize(vectors)
-    factor = householder.compact_wy(chain)
-    rows = as_rows(weight, columns=columns).to(factor.dtype)
-    rotated = householder.rotate(rows, chain.to(factor.dtype), factor).to(weight.dtype)
-    return rotated.mT.contiguous() if columns else rotated.view_as(weight)
+    return rotate_weight(weight, vectors, transposed=columns)
 
 
 # One node for an fx tracer that traces into a layer.

@@ -27,7 +27,7 @@ _METADATA = frozenset(
     ]
 )
 #: Set on the base weight: whoever freezes a weight, or clears its gradient, means the parameter.
-_SETTERS = frozenset([Tensor.requires_grad.__set__, Tensor.requires_grad_, Tensor.grad.__set__])  # type: ignore[attr-defined]
+_SETTERS = frozenset([*(getattr(Tensor, name).__set__ for name in ("requires_grad", "grad")), Tensor.requires_grad_])
 _DETACHED = frozenset([Tensor.data.__get__, Tensor.detach])  # type: ignore[attr-defined]
 
 
@@ -45,10 +45,7 @@ class RotatedWeight(Tensor):
     @staticmethod
     def __new__(cls, layer: nn.Module, detached: bool = False) -> RotatedWeight:
         """Stand for the weight of `layer`, which has an active adapter."""
-        base: Tensor = layer.hra_base  # type: ignore[assignment]
-        made: RotatedWeight = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, base.shape, strides=base.stride(), dtype=base.dtype, device=base.device, layout=base.layout
-        )
+        made: RotatedWeight = compat.wrapper_tensor(cls, layer.hra_base)  # type: ignore[arg-type]
         made._layer, made._detached = layer, detached
         return made
 
@@ -65,7 +62,7 @@ class RotatedWeight(Tensor):
         """The rotated weight of the copied layer."""
         return type(self)(copy.deepcopy(self._layer, memo), self._detached)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Its class and shape; values are not computed."""
         return f"RotatedWeight({', '.join(map(str, self.shape))})"
 
@@ -90,7 +87,7 @@ class RotatedWeight(Tensor):
         return func(*tree_map(_value, args), **tree_map(_value, kwargs))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Callable[..., Any],
         types: Sequence[type],
@@ -118,7 +115,7 @@ class InferenceRotatedWeight(RotatedWeight):
     torch takes the fast path through `nn.TransformerEncoderLayer` and `nn.MultiheadAttention` only with such weights.
     """
 
-    __torch_function__ = compat.disabled_torch_function
+    __torch_function__ = compat.disabled_torch_function  # type: ignore[assignment]
 
 
 def _value(value: Any) -> Any:
@@ -126,7 +123,7 @@ def _value(value: Any) -> Any:
 
 
 def _is_trained(weight: RotatedWeight) -> bool:
-    return not weight._detached and any(vectors.requires_grad for vectors in weight._layer.hra_u.parameters())  # type: ignore[operator, union-attr]
+    return not weight._detached and any(vectors.requires_grad for vectors in weight._layer.hra_u.parameters())  # type: ignore[union-attr]
 
 
 def _writes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:

@@ -113,11 +113,6 @@ def weight_name(kind: SiteKind) -> str:
     return "in_proj_weight" if kind == "attention" else "weight"
 
 
-def as_rows(weight: Tensor, *, columns: bool) -> Tensor:
-    """A weight as the matrix `(out, d)` that is multiplied by `Q` from the right, without a copy where possible."""
-    return weight.mT if columns else weight.flatten(1)
-
-
 def width_of(layer: nn.Module) -> int:
     """The length `d` of a layer's reflection vectors: one row of the weight, flattened.
 

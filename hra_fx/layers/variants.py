@@ -16,12 +16,18 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from hra_fx.functional import householder
 from hra_fx.kernels import conv as filters
-from hra_fx.kernels.cache import kept
+from hra_fx.kernels.cache import cached
 from hra_fx.kernels.compile_ops import REFLECTED_ROWS
-from hra_fx.kernels.dispatch import applies, are_plain, may_keep, products_dtype, unobserved
-from hra_fx.kernels.inference import factors, turned
-from hra_fx.kernels.linear import fits, linear
-from hra_fx.kernels.rows import reflected
+from hra_fx.kernels.dispatch import (
+    are_plain_tensors,
+    can_cache,
+    can_use_autograd_function,
+    is_plain_eager,
+    products_dtype,
+)
+from hra_fx.kernels.inference import inference_factors, reflect_rows_cached
+from hra_fx.kernels.linear import linear, supports_fused
+from hra_fx.kernels.rows import reflect_rows
 from hra_fx.layers.adapters import Reflection
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.quantized.detect import packing_of
@@ -49,8 +55,8 @@ def reflected_rows(x: Tensor, vectors: Tensor) -> Tensor:
         >>> reflected_rows(torch.tensor([[2.0, 5.0]]), torch.tensor([[3.0], [0.0]]))
         tensor([[-2.,  5.]])
     """
-    if applies(x, vectors):
-        return reflected(x, vectors)
+    if can_use_autograd_function(x, vectors):
+        return reflect_rows(x, vectors)
     if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
         made: Tensor = REFLECTED_ROWS(x, vectors)
         return made
@@ -126,7 +132,7 @@ class LinearReflection(Reflection):
 
     def reflect(self, x: Tensor) -> Tensor:
         """`x: (..., d)` to `(..., d)`, the same dtype."""
-        if unobserved() and may_keep(x, *(sources := self.sources())):
+        if is_plain_eager() and can_cache(x, *(sources := self.sources())):
             return self._turned(x, sources) if sources else x
         vectors = self.vectors_for(x)
         return x if vectors is None else reflected_rows(x, vectors)
@@ -136,17 +142,17 @@ class LinearReflection(Reflection):
 
         It must be called if it has hooks, and outside of plain eager mode.
         """
-        if not unobserved() or not are_plain(x) or _asks(self):
+        if not is_plain_eager() or not are_plain_tensors(x) or _asks(self):
             return None
-        if may_keep(x, *(sources := self.sources())):
+        if can_cache(x, *(sources := self.sources())):
             return F.linear(self._turned(x, sources), weight, layer.bias) if sources else None
         vectors = self.vectors_for(x)
-        if vectors is None or not fits(x, vectors, weight, layer.bias):
+        if vectors is None or not supports_fused(x, vectors, weight, layer.bias):
             return None
         return linear(x, vectors, weight, layer.bias)
 
     def _turned(self, x: Tensor, sources: tuple[Tensor, ...]) -> Tensor:
-        return turned(x, *_constant(self, sources, products_dtype(x)))
+        return reflect_rows_cached(x, *_constant(self, sources, products_dtype(x)))
 
 
 class QuantizedReflection(LinearReflection):
@@ -190,15 +196,15 @@ class ConvReflection(Reflection):
 
         `None` if the container must be called, as it must if it has hooks, and outside of plain eager mode.
         """
-        if not unobserved() or not are_plain(x) or _asks(self):
+        if not is_plain_eager() or not are_plain_tensors(x) or _asks(self):
             return None
-        if may_keep(x, weight, *(sources := self.sources())) and products_dtype(x) is x.dtype is weight.dtype:
+        if can_cache(x, weight, *(sources := self.sources())) and products_dtype(x) is x.dtype is weight.dtype:
             if not sources:
                 return None
             chain, read = _constant(self, sources, x.dtype)
-            drawing = filters.drawing_of(chain, weight.flatten(1))
-        elif (vectors := self.vectors_for(x)) is not None and filters.fits(x, vectors, weight):
-            read, drawing = filters.filters_and_drawing(vectors, weight.flatten(1))
+            drawing = filters.up_projection(chain, weight.flatten(1))
+        elif (vectors := self.vectors_for(x)) is not None and filters.supports_fused(x, vectors, weight):
+            read, drawing = filters.conv_projections(vectors, weight.flatten(1))
         else:
             return None
         convolve, stride = _CONVOLVE[len(self.stride)], self.stride
@@ -210,7 +216,7 @@ class ConvReflection(Reflection):
             x, padding = F.pad(x, self.border, mode=self.padding_mode), (0,) * len(stride)
         coordinates = convolve(x, kernel, None, stride, padding, self.dilation, self.groups)
         if self.groups == 1 and output.is_contiguous():
-            return filters.drawn_onto(output, drawing, coordinates, len(stride))
+            return filters.add_up_projection(output, drawing, coordinates, len(stride))
         image = drawing.view(weight.shape[0], -1, *(1 for _ in stride))
         return output.add_(convolve(coordinates, image, groups=self.groups))
 
@@ -226,10 +232,10 @@ def _constant(box: Reflection, sources: tuple[Tensor, ...], dtype: torch.dtype) 
     def make() -> tuple[Tensor, Tensor]:
         vectors = box.joint_vectors(box.active)
         assert vectors is not None  # something is active: there are sources
-        return factors(vectors, dtype)
+        return inference_factors(vectors, dtype)
 
     specs = tuple((box.specs[name], box.anchor(name) is None) for name in box.active)
-    return kept(box, (box.active, specs, tuple(box.scales.items()), dtype), sources, make)
+    return cached(box, (box.active, specs, tuple(box.scales.items()), dtype), sources, make)
 
 
 def _asks(module: nn.Module) -> bool:

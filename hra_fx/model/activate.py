@@ -1,4 +1,4 @@
-"""Which adapters act: the record says so, and every site and every copy is brought in step with it."""
+"""Bring every adapted layer and every trained copy in line with the state of the model: which adapters act."""
 
 from __future__ import annotations
 
@@ -9,53 +9,51 @@ from torch import nn
 from hra_fx.errors import AdapterError
 from hra_fx.layers.sharding import first_sharded
 from hra_fx.layers.trained_copies import BASE
-from hra_fx.model.defer_interrupt import uninterrupted
 from hra_fx.model.state import Inventory, Record
 from hra_fx.model.trainable import train_only
 
 
 def activate(parts: Inventory, record: Record, names: tuple[str, ...], *, trainable: bool) -> None:
-    """Make these the active adapters, and those that are trained."""
-    with uninterrupted():
-        record.active = names
-        refresh(parts, record)
-        train_only(parts, names if trainable else ())
+    """Activate these adapters, and train them and no others."""
+    record.active = names
+    sync_layers(parts, record)
+    train_only(parts, names if trainable else ())
 
 
-def refresh(parts: Inventory, record: Record) -> None:
-    """Bring every site and every copy in step with the record."""
+def sync_layers(parts: Inventory, record: Record) -> None:
+    """Update every adapted layer and every trained copy from the state of the model."""
     acting = () if record.disabled else record.active
     unmerged = tuple(name for name in acting if name not in record.merged)
-    with uninterrupted():
-        for reflection in parts.reflections:
-            reflection.active = tuple(name for name in unmerged if name in reflection.specs)
-        for owner, copies in parts.copies:
-            copies.put_in_place(owner, next((name for name in acting if name in copies.copied), BASE))
+    for reflection in parts.reflections:
+        reflection.active = tuple(name for name in unmerged if name in reflection.specs)
+    for owner, copies in parts.copies:
+        copies.put_in_place(owner, next((name for name in acting if name in copies.copied), BASE))
 
 
-def check_exchange(root: nn.Module, parts: Inventory, acting: Iterable[str]) -> None:
-    """Refuse to exchange trained copies where a tool puts its own parameters back at every forward.
+def check_copies_can_switch(root: nn.Module, parts: Inventory, acting: Iterable[str]) -> None:
+    """Refuse to exchange trained copies in a sharded model.
 
     Args:
         root: the model.
-        parts: what it carries.
-        acting: the adapters that are to act.
+        parts: its adapted layers and trained copies.
+        acting: the adapters that will act.
 
     Raises:
-        AdapterError: there are copies to exchange, in a model that is sharded.
+        AdapterError: a trained copy would have to be exchanged, and the model is sharded.
     """
     sharded, names = first_sharded(root) if parts.copies else None, tuple(acting)
-    for owner, copies in parts.copies if sharded else ():
+    if sharded is None:
+        return
+    for owner, copies in parts.copies:
         if copies.would_change(next((name for name in names if name in copies.copied), BASE)):
-            path = next(path for path, module in root.named_modules() if module is owner)
             raise AdapterError(
-                f"{path or 'the model'}: its trained copies (modules_to_save or bias) would change places, and "
-                f"{sharded[1] if sharded else ''} puts those back that it found. Choose the adapters before it."
+                f"{_path_of(root, owner)}: its trained copies (modules_to_save or bias) would have to be exchanged, "
+                f"but {sharded[1]} restores the parameters that it sharded. Set the adapters before sharding."
             )
 
 
 def check_copies(root: nn.Module, parts: Inventory, names: Iterable[str]) -> None:
-    """Refuse adapters that want different copies in the same place.
+    """Refuse to activate several adapters that have trained copies of the same module.
 
     Raises:
         AdapterError: they do.
@@ -64,8 +62,11 @@ def check_copies(root: nn.Module, parts: Inventory, names: Iterable[str]) -> Non
     for owner, copies in parts.copies:
         several = [name for name in wanted if name in copies.copied]
         if len(several) > 1:
-            path = next(path for path, module in root.named_modules() if module is owner)
             raise AdapterError(
-                f"adapters {several}: each has its own trained copy of {path} (modules_to_save or bias), and only one "
-                "can be in place. Set one of them at a time."
+                f"adapters {several} each have a trained copy of {_path_of(root, owner)} (modules_to_save or bias), "
+                "and only one copy can be used at a time. Set one of these adapters."
             )
+
+
+def _path_of(root: nn.Module, owner: nn.Module) -> str:
+    return next(path for path, module in root.named_modules() if module is owner) or "the model"

@@ -1,4 +1,4 @@
-"""`add_adapter`: another adapter beside those that a model has."""
+"""`add_adapter`: add another adapter to a transformed model."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from types import MappingProxyType
 
 from torch import Tensor, nn
 
-from hra_fx.api.transform import checked
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
-from hra_fx.model.activate import refresh
+from hra_fx.model.activate import sync_layers
 from hra_fx.model.inject import Fill, all_or_nothing, drawn, introduce
+from hra_fx.model.setup import checked
 from hra_fx.model.state import Record, inventory, root_of
-from hra_fx.model.trainable import give_gradients, make_copies
+from hra_fx.model.trainable import make_copies, set_requires_grad
 from hra_fx.selection.select import with_head
 
 
 def add_adapter(model: nn.Module, adapter_name: str, config: HRAConfig, *, low_cpu_mem_usage: bool = False) -> None:
-    """Add another adapter to a transformed model: its own layers, rank and Gram-Schmidt. It is not active yet.
+    """Add another adapter to a transformed model, with its own layers, rank and Gram-Schmidt. It is not active yet.
 
     Args:
         model: a transformed model.
         adapter_name: its name.
         config: as for `transform`.
-        low_cpu_mem_usage: make its vectors on the meta device, to be loaded into.
+        low_cpu_mem_usage: make its vectors on the meta device, to be loaded later.
 
     Raises:
         AdapterError: the name is taken, or adapters are merged.
         ConfigError, SelectionError, UnsupportedLayerError: as `transform`.
-        After any error the model is as it was.
+        After any error the model is unchanged.
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -40,10 +40,10 @@ def add_adapter(model: nn.Module, adapter_name: str, config: HRAConfig, *, low_c
     """
     root, record = root_of(model)
     config = with_head(root, checked(root, config, adapter_name))
-    put_beside(root, record, adapter_name, config, drawn(adapter_name, config, on_meta=low_cpu_mem_usage))
+    add_filled_adapter(root, record, adapter_name, config, drawn(adapter_name, config, on_meta=low_cpu_mem_usage))
 
 
-def put_beside(
+def add_filled_adapter(
     root: nn.Module,
     record: Record,
     adapter_name: str,
@@ -51,10 +51,10 @@ def put_beside(
     fill: Fill,
     copies: Mapping[tuple[str, str], Tensor] = MappingProxyType({}),
 ) -> None:
-    """Add an adapter whose vectors `fill` gives, and with these trained copies; errors as `add_adapter`."""
+    """Add an adapter with the vectors that `fill` gives and with these trained copies; errors as `add_adapter`."""
     if adapter_name in record.configs:
         raise AdapterError(
-            f"adapter {adapter_name!r}: the model has it already. Delete it first, or choose another name."
+            f"adapter {adapter_name!r} exists already in this model. Delete it first, or choose another name."
         )
     if record.merged:
         raise AdapterError(f"adapters {list(record.merged)} are merged into the weights. Call unmerge_adapter first.")
@@ -64,5 +64,5 @@ def put_beside(
         record.configs[adapter_name] = config
         undo.callback(record.configs.pop, adapter_name, None)
         parts = inventory(root)
-        give_gradients(parts, (adapter_name,), False)
-        refresh(parts, record)
+        set_requires_grad(parts, (adapter_name,), False)
+        sync_layers(parts, record)

@@ -1,4 +1,4 @@
-"""`combine`: the product of several adapters as one adapter."""
+"""`combine`: one adapter that is the product of several."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hra_fx.api.transform import checked
 from hra_fx.errors import AdapterError
 from hra_fx.functional import householder
 from hra_fx.layers.adapters import AdapterSpec, Reflection
 from hra_fx.layers.sharding import first_sharded
-from hra_fx.model.add import put_beside
-from hra_fx.model.offload import require_present
+from hra_fx.model.add import add_filled_adapter
+from hra_fx.model.offload import require_materialized
+from hra_fx.model.setup import checked
 from hra_fx.model.state import Record, names_in, root_of, sites_of
 
 
 def combine(model: nn.Module, adapters: Sequence[str], adapter_name: str) -> None:
-    """Make one new adapter of several: `Q = Q_a Q_b ...`, exactly, by `r_a + r_b + ...` plain reflections.
+    """Add an adapter that is exactly the product of several, `Q = Q_a Q_b ...`, with `r_a + r_b + ...` reflections.
 
-    An anchored adapter counts with its anchor, and every adapter with the strength that it has now. The new one is not
-    active yet; it has no Gram-Schmidt, and the layers of all. Where a layer lacks one of them, pairs of equal
-    reflections, which cancel, fill up its rank.
+    Anchors and the current strengths are included. The new adapter is not active yet, does not use Gram-Schmidt, and is
+    on the layers of all of them. If a layer lacks one of them, its rank is filled with pairs of equal reflections,
+    which cancel.
 
     Args:
         model: a transformed model.
-        adapters: names, in the order of the product.
+        adapters: their names, in the order of the product.
         adapter_name: name of the new adapter.
 
     Raises:
-        AdapterError: there is no such adapter, fewer than two are named, one has copies (`modules_to_save` or `bias`),
-            a layer would have to be filled up by an odd number, or all have strength 0; or vectors are shared out
-            among processes, or kept elsewhere.
+        AdapterError: the model has no such adapter, fewer than two are named, one has trained copies
+            (`modules_to_save` or `bias`), a layer would have to be filled with an odd number of reflections, all have
+            strength 0, or the vectors are sharded or offloaded.
 
     Example:
         >>> from hra_fx import HRAConfig, add_adapter, transform
@@ -47,17 +47,19 @@ def combine(model: nn.Module, adapters: Sequence[str], adapter_name: str) -> Non
     root, record = root_of(model)
     names = names_in(record, adapters)
     if len(names) < 2:
-        raise AdapterError(f"combine: {list(names)} is fewer than two adapters. Name those to combine, in their order.")
+        raise AdapterError(f"combine needs at least two adapters, got {list(names)}.")
     for name in names:
         config = record.configs[name]
         if config.modules_to_save or config.bias != "none":
-            raise AdapterError(f"adapter {name!r}: it has trained copies of modules or biases, which have no product.")
+            raise AdapterError(
+                f"adapter {name!r}: it has trained copies of modules or biases, which cannot be combined."
+            )
     if sharded := first_sharded(root):
         raise AdapterError(
-            f"{sharded[0]}: {sharded[1]} shares its parameters out among processes, and would not know of new vectors. "
-            "Combine before it."
+            f"{sharded[0]}: {sharded[1]} shards its parameters, and would not know the new vectors. Combine before "
+            "sharding."
         )
-    require_present(root)
+    require_materialized(root)
     with torch.inference_mode(False):
         _combine(root, record, names, adapter_name)
 
@@ -71,15 +73,15 @@ def _combine(root: nn.Module, record: Record, names: tuple[str, ...], adapter_na
     rank = max(sum(chain.shape[1] for chain in parts) for parts in chains.values())
     if not rank:
         raise AdapterError(
-            f"adapters {list(names)}: at the strengths that they have they turn nothing. Set others first."
+            f"adapters {list(names)}: all have strength 0, so their product is the identity. Set others first."
         )
-    joint = {path: _filled(path, torch.cat(parts, dim=1), rank) for path, parts in chains.items()}
+    joint = {path: _fill(path, torch.cat(parts, dim=1), rank) for path, parts in chains.items()}
     config = dataclasses.replace(
         record.configs[names[0]],
         r=rank,
         apply_GS=False,
         init_weights=True,
-        # The very paths: as a list they would also name what ends like them.
+        # A pattern: in a list, a path would also match longer paths that end like it.
         target_modules="|".join(re.escape(path) for path in chains),
         exclude_modules=None,
         layers_to_transform=None,
@@ -90,17 +92,17 @@ def _combine(root: nn.Module, record: Record, names: tuple[str, ...], adapter_na
     def fill(path: str, layer: nn.Module, reflection: Reflection) -> None:
         reflection.put(adapter_name, spec, joint[path], None)
 
-    put_beside(root, record, adapter_name, checked(root, config, adapter_name), fill)
+    add_filled_adapter(root, record, adapter_name, checked(root, config, adapter_name), fill)
 
 
-def _filled(path: str, chain: Tensor, rank: int) -> Tensor:
+def _fill(path: str, chain: Tensor, rank: int) -> Tensor:
     missing = rank - chain.shape[1]
     if not missing:
         return chain
     if missing % 2:
         raise AdapterError(
-            f"{path}: it has {chain.shape[1]} reflections of these adapters and others have {rank}. Reflections that "
-            "cancel come in pairs, so the difference must be even: combine adapters of even ranks."
+            f"{path}: it has {chain.shape[1]} reflections of these adapters, and other layers have {rank}. The "
+            "difference must be even, because it is filled with pairs that cancel. Combine adapters of even ranks."
         )
-    pairs = householder.start(chain.shape[0], missing, apply_GS=False, init_weights=True, dtype=chain.dtype)
+    pairs, _ = householder.init_vectors(chain.shape[0], missing, apply_GS=False, init_weights=True, dtype=chain.dtype)
     return torch.cat([chain, pairs.to(chain.device)], dim=1)

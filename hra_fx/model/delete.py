@@ -1,4 +1,4 @@
-"""`delete_adapter`: an adapter off, and with the last one all that made the model an adapted one."""
+"""`delete_adapter`: remove an adapter; without adapters the model is a plain model again."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ import warnings
 from torch import nn
 
 from hra_fx.errors import AdapterError, HRAWarning
-from hra_fx.model.activate import activate, refresh
-from hra_fx.model.defer_interrupt import uninterrupted
-from hra_fx.model.detach import forget
+from hra_fx.model.activate import activate, sync_layers
+from hra_fx.model.detach import remove_adapters
 from hra_fx.model.state import inventory, names_in, require_outermost, root_of
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter off; layers without another one are plain again, and with the last adapter the whole model is.
+    """Remove an adapter. Layers without another adapter become plain layers; without the last one, so does the model.
 
-    Where it was the only active one, the first that is left becomes active (as in PEFT).
+    If it was the only active adapter, the first remaining one becomes active (as in PEFT).
 
     Raises:
-        AdapterError: there is no such adapter, some are merged, or another tool put a class of its own over a part.
+        AdapterError: the model has no such adapter, adapters are merged, or another tool replaced a class.
 
     Warns:
         HRAWarning: another adapter becomes active.
@@ -37,13 +36,11 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         raise AdapterError(f"adapters {list(record.merged)} are merged into the weights. Call unmerge_adapter first.")
     require_outermost(root)
     was_active = name in record.active
-    with uninterrupted():
-        forget(root, record, (name,))
-        following = next(iter(record.configs)) if was_active and not record.active and record.configs else None
-        if following is not None:
-            activate(inventory(root), record, (following,), trainable=not record.configs[following].inference_mode)
-        elif record.configs:
-            refresh(inventory(root), record)
+    remove_adapters(root, record, (name,))
+    following = next(iter(record.configs)) if was_active and not record.active and record.configs else None
     if following is not None:
+        activate(inventory(root), record, (following,), trainable=not record.configs[following].inference_mode)
         text = f"adapter {name!r} was active and is deleted; {following!r} is active now."
         warnings.warn(text, HRAWarning, stacklevel=2)
+    elif record.configs:
+        sync_layers(inventory(root), record)

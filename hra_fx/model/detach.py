@@ -1,4 +1,4 @@
-"""Taking things off a model again: single adapters, and all that made it an adapted one."""
+"""Remove adapters from a model: some of them, or all together with everything that `transform` added."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hra_fx.layers.trained_copies import copies_of, held_by
 from hra_fx.model.graph_module import restore, rewrite
 from hra_fx.model.inject import take_off
 from hra_fx.model.state import Record, drop_record, record_of, sites_of
-from hra_fx.model.trainable import Changes, settle_ties
+from hra_fx.model.trainable import FlagChanges, restore_ties
 
 
-def release(model: nn.Module) -> None:
-    """Take everything off a model and off its parts. Tensors stay as they are, those in place of others too."""
+def detach_all(model: nn.Module) -> None:
+    """Restore the classes, children and `requires_grad` flags from before `transform`. Tensors are not changed."""
     restore(model)
     parts = list(model.modules())
     for part in parts:
@@ -27,12 +27,15 @@ def release(model: nn.Module) -> None:
             part.__class__ = original_class(part)
     for part in parts:
         if record := record_of(part):
-            Changes(record.requires_grad).restore(part)
+            FlagChanges(record.requires_grad).restore(part)
             drop_record(part)
 
 
-def forget(root: nn.Module, record: Record, names: tuple[str, ...]) -> None:
-    """Remove adapters; layers without another one are plain again, and with the last adapter the whole model is."""
+def remove_adapters(root: nn.Module, record: Record, names: tuple[str, ...]) -> None:
+    """Remove adapters; a layer without adapters becomes a plain layer, a model without adapters a plain model.
+
+    Check before with `require_outermost` that no other tool replaced a class; then nothing here fails.
+    """
     for layer in sites_of(root).values():
         for name in names:
             layer.hra_u.remove(name)
@@ -44,9 +47,9 @@ def forget(root: nn.Module, record: Record, names: tuple[str, ...]) -> None:
     for name in names:
         del record.configs[name]
     record.active = tuple(name for name in record.active if name not in names)
-    settle_ties(root, record)
+    restore_ties(root, record)
     if not record.configs:
-        release(root)
+        detach_all(root)
         return
     plain = [layer for layer in sites_of(root).values() if not layer.hra_u.specs]
     if plain and isinstance(root, fx.GraphModule):

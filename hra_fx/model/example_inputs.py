@@ -1,4 +1,4 @@
-"""Example inputs: what a user gives for one call of a model."""
+"""Example inputs: the arguments of one call of a model; and the state of random number generators around it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def as_call(example_inputs: Any) -> Call:
     """Example inputs as positional and keyword arguments.
 
     Args:
-        example_inputs: one tensor, a tuple or list of positional arguments, or a mapping of keyword arguments (as a
-            tokenizer of transformers gives it).
+        example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments (as a
+            tokenizer returns it).
 
     Raises:
         AdapterError: it is none of these.
@@ -41,25 +41,28 @@ def as_call(example_inputs: Any) -> Call:
     if isinstance(example_inputs, (tuple, list)):
         return tuple(example_inputs), {}
     raise AdapterError(
-        f"example_inputs: a {type(example_inputs).__name__}. Give a tensor, a tuple of positional arguments, or a "
-        "dictionary of keyword arguments."
+        "example_inputs must be a tensor, a tuple of positional arguments or a dict of keyword arguments, got "
+        f"{type(example_inputs).__name__}."
     )
 
 
-def fresh(call: Call) -> Call:
-    """A call with tensors of its own, for a forward may write into them; other objects (a cache) are copied too."""
+def clone_inputs(call: Call) -> Call:
+    """A call with its own tensors, because a forward may write into them; other objects (a cache) are copied too."""
 
     def own(value: Any) -> Any:
         return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
-    made: Call = pytree.tree_map(own, call)
-    return made
+    cloned: Call = pytree.tree_map(own, call)
+    return cloned
+
+
+fresh = clone_inputs  # the name that hra_fx/tracing still uses
 
 
 @contextmanager
 def random_kept() -> Iterator[None]:
-    """Put the random numbers of torch, Python and numpy back after the block, which a forward may draw from."""
-    numpy = sys.modules.get("numpy")  # what is not loaded, no forward uses
+    """Restore the random number generators of torch, Python and numpy after the block."""
+    numpy = sys.modules.get("numpy")  # if it is not loaded, no forward uses it
     states = random.getstate(), numpy.random.get_state() if numpy else None
     with torch.random.fork_rng():
         try:

@@ -1,41 +1,43 @@
-"""`merge_adapter` and `unmerge_adapter`: the active adapters inside the weights for a while, and out again exactly."""
+"""`merge_adapter` and `unmerge_adapter`: fold active adapters into the weights for now, and restore the weights."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from hra_fx.errors import AdapterError, HRAWarning
+from hra_fx.layers.adapted_layer import SiteCarrier
 from hra_fx.layers.sharding import laid_out_as, reshard
-from hra_fx.model.activate import check_copies, refresh
-from hra_fx.model.defer_interrupt import uninterrupted
-from hra_fx.model.rotate import check_floating, check_weights, rotated
+from hra_fx.model.activate import check_copies, sync_layers
+from hra_fx.model.inject import all_or_nothing
+from hra_fx.model.rotate import check_classes, check_floating, check_layer, check_no_ties, folded_weight
 from hra_fx.model.state import Record, inventory, names_in, root_of, sites_of
 
 
 def merge_adapter(model: nn.Module, adapter_names: str | Iterable[str] | None = None) -> None:
-    """Put adapters into the weights, `W <- W Q`, and keep them: a forward then costs what the base model's costs.
+    """Fold adapters into the weights, `W <- W Q`, and keep them: a forward then costs what the base model's costs.
 
-    The weights that were there are kept (`hra_u.unmerged`), so that `unmerge_adapter` restores them bit for bit in
-    every dtype. All new weights are computed, and found finite, before the first is written.
+    Every merged layer keeps a copy of its base weight in the buffer `hra_u.unmerged`, so that `unmerge_adapter`
+    restores it bit for bit in every dtype. Until then the adapted weights take twice their memory, and the `state_dict`
+    contains both. A merged `state_dict` loads into a model with merged adapters only. To keep the folded weights for
+    good without copies, call `fold`.
 
     Args:
         model: a transformed model.
-        adapter_names: which of the active adapters, the first ones in their order; `None` for all of them. An adapter
-            that is not active becomes active, before the others.
+        adapter_names: which of the active adapters: the first ones in the order of the product; `None` for all. An
+            adapter that is not active becomes active, before the others.
 
     Raises:
-        AdapterError: there is no such adapter, none to merge, others are merged already, or adapters before it in the
-            product would stay behind.
-        FoldError: a weight that cannot be rotated (see `fold`), as a quantised one. After any error the model is as it
-            was.
+        AdapterError: the model has no such adapter, no adapter is active, others are merged already, or an adapter that
+            is not merged comes earlier in the product.
+        FoldError: a weight cannot be rotated (see `fold`), for example a quantized one. After any error the model is
+            unchanged.
 
     Warns:
-        HRAWarning: these are merged already.
+        HRAWarning: the adapters are merged already.
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -49,59 +51,68 @@ def merge_adapter(model: nn.Module, adapter_names: str | Iterable[str] | None = 
     root, record = root_of(model)
     wanted = record.active if adapter_names is None else names_in(record, adapter_names)
     if record.merged and set(record.merged) >= set(wanted):
-        warnings.warn(f"adapters {list(record.merged)} are merged already; nothing is done.", HRAWarning, stacklevel=2)
+        text = f"adapters {list(record.merged)} are merged already; merge_adapter does nothing."
+        warnings.warn(text, HRAWarning, stacklevel=2)
         return
     if record.merged:
         raise AdapterError(f"adapters {list(record.merged)} are merged already. Call unmerge_adapter first.")
-    names = first_of(record, adapter_names)
-    _merge(root, record, names)
+    merge(root, record, resolve_merge_order(record, adapter_names))
 
 
 def unmerge_adapter(model: nn.Module) -> None:
-    """Take merged adapters out of the weights, which are then what they were, bit for bit.
+    """Restore the weights from before `merge_adapter`, bit for bit; the adapters act on activations again.
 
     Raises:
-        AdapterError: the model has no reflections.
+        AdapterError: the model has no adapters.
 
     Warns:
         HRAWarning: nothing is merged.
     """
     root, record = root_of(model)
     if not record.merged:
-        warnings.warn("unmerge_adapter: nothing is merged; nothing is done.", HRAWarning, stacklevel=2)
+        warnings.warn("no adapter is merged; unmerge_adapter does nothing.", HRAWarning, stacklevel=2)
         return
     reshard(model)
-    with torch.no_grad(), uninterrupted():
+    with torch.no_grad():
         for layer in sites_of(root).values():
-            if layer.hra_u.unmerged is not None:
-                layer.hra_base.copy_(laid_out_as(layer.hra_u.unmerged, layer.hra_base))
-                layer.hra_u.unmerged = None
-        record.merged = ()
-        refresh(inventory(root), record)
+            _restore(layer)
+    record.merged = ()
+    sync_layers(inventory(root), record)
 
 
-@contextmanager
-def merged_again(root: nn.Module, record: Record) -> Iterator[None]:
-    """Unmerged inside the block, merged as before after it, unless other adapters were set inside."""
-    names, active = record.merged, record.active
-    if names:
-        unmerge_adapter(root)
-    try:
-        yield
-    finally:
-        if names and record.active == active and not record.merged:  # none was set, deleted or merged inside
-            _merge(root, record, names)
+def merge(root: nn.Module, record: Record, names: tuple[str, ...]) -> None:
+    """Merge adapters whose order was resolved; every layer is checked before the first weight is written."""
+    sites = sites_of(root)
+    check_copies(root, inventory(root), dict.fromkeys((*names, *record.active)))
+    check_classes(root, sites)
+    check_no_ties(root, sites)
+    check_floating(sites, names, " Adapters also act without being merged.")
+    present = {path: [name for name in names if name in layer.hra_u] for path, layer in sites.items()}
+    for path, here in present.items():
+        if here:
+            check_layer(path, sites[path], here)
+    with all_or_nothing() as undo, torch.no_grad():
+        for layer, here in ((sites[path], here) for path, here in present.items() if here):
+            weight = folded_weight(layer, here).weight
+            layer.hra_u.unmerged = layer.hra_base.detach().clone()
+            undo.callback(_restore, layer)
+            layer.hra_base.copy_(weight)
+        others = tuple(name for name in record.active if name not in names)
+        undo.callback(setattr, record, "active", record.active)
+        record.active, record.merged = names + others, names
+        sync_layers(inventory(root), record)
 
 
-def first_of(record: Record, adapter_names: str | Iterable[str] | None) -> tuple[str, ...]:
-    """The adapters that go into the weights, whose product must come before that of the others.
+def resolve_merge_order(record: Record, adapter_names: str | Iterable[str] | None) -> tuple[str, ...]:
+    """The adapters to fold into the weights, in the order of the product; `None` stands for all active ones.
 
     Raises:
-        AdapterError: no such adapter, none is active, all are switched off, or another one comes before.
+        AdapterError: the model has no such adapter, none is active, all are disabled, or one that is not named comes
+            earlier in the product.
     """
     if record.disabled:
         raise AdapterError(
-            "adapters are switched off. Leave the disable_adapters block first, or call enable_adapter_layers()."
+            "adapters are disabled. Leave the disable_adapters block, or call set_adapter or enable_adapter_layers()."
         )
     names = record.active if adapter_names is None else names_in(record, adapter_names)
     if not names:
@@ -109,24 +120,14 @@ def first_of(record: Record, adapter_names: str | Iterable[str] | None) -> tuple
     inside = tuple(name for name in record.active if name in names)
     if inside != record.active[: len(inside)] or inside != tuple(name for name in names if name in inside):
         raise AdapterError(
-            f"adapters {list(names)}: the model acts as W Q in the order {list(record.active)}, and what goes into the "
-            "weights comes first. Name the first ones in that order, or call hra_fx.set_adapter with another order."
+            f"adapters {list(names)} cannot be folded first: the model computes W Q in the order {list(record.active)}."
+            " Name the first ones in that order, or call hra_fx.set_adapter with another order."
         )
     return names
 
 
-def _merge(root: nn.Module, record: Record, names: tuple[str, ...]) -> None:
-    sites = sites_of(root)
-    check_copies(root, inventory(root), dict.fromkeys((*names, *record.active)))
-    check_weights(root, sites)
-    check_floating(sites, names, " Adapters act without a merge too.")
-    new = {path: rotated(path, layer, names) for path, layer in sites.items() if any(n in layer.hra_u for n in names)}
-    # All that needs memory before the first weight is written.
-    old = {path: sites[path].hra_base.detach().clone() for path in new}
-    others = tuple(name for name in record.active if name not in names)
-    with torch.no_grad(), uninterrupted():
-        for path, change in new.items():
-            sites[path].hra_u.unmerged = old[path]
-            sites[path].hra_base.copy_(change.weight)
-        record.active, record.merged = names + others, names
-        refresh(inventory(root), record)
+@torch.no_grad()
+def _restore(layer: SiteCarrier) -> None:
+    if layer.hra_u.unmerged is not None:
+        layer.hra_base.copy_(laid_out_as(layer.hra_u.unmerged, layer.hra_base))
+        layer.hra_u.unmerged = None

@@ -1,7 +1,7 @@
-"""Tensors that are elsewhere between the calls of a module, so that nothing can be read from them or written to them.
+"""Detect parameters that are not in memory between calls, so that they cannot be read or written.
 
-Where accelerate offloads a module (`cpu_offload`, `disk_offload`, a device map), tensors on the meta device stand in
-their place. `FullyShardedDataParallel`, the older FSDP, and DeepSpeed's ZeRO-3 leave flat pieces, or nothing.
+accelerate's offloading (`cpu_offload`, `disk_offload`, a device map) puts tensors on the meta device in their place.
+`FullyShardedDataParallel`, the older FSDP, and DeepSpeed's ZeRO-3 leave flat shards, or nothing.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from hra_fx.errors import AdapterError
 from hra_fx.model.state import sites_of
 
 
-def why_absent(model: nn.Module) -> str | None:
-    """Why the weight or the vectors of a layer cannot be read or written now, with the way out; `None` where they can.
+def offload_reason(model: nn.Module) -> str | None:
+    """Why the weight or the vectors of some layer cannot be read now, and what to do; `None` if all can.
 
     Example:
-        >>> why_absent(nn.Linear(6, 4)) is None
+        >>> offload_reason(nn.Linear(6, 4)) is None
         True
     """
     for path, layer in sites_of(model).items():
@@ -29,18 +29,18 @@ def why_absent(model: nn.Module) -> str | None:
         for module in (layer, layer.hra_u):
             if "_hf_hook" in vars(module) and any(tensor.is_meta for tensor in module.parameters(recurse=False)):
                 return (
-                    f"{path}: accelerate keeps its weight or vectors elsewhere between calls (offload, device_map). "
-                    "Call accelerate.hooks.remove_hook_from_submodules(model) first, which brings them back, and "
-                    "dispatch the model again afterwards."
+                    f"{path}: accelerate offloads its weight or its vectors between calls. Call "
+                    "accelerate.hooks.remove_hook_from_submodules(model) first, which loads them, and dispatch the "
+                    "model again afterwards."
                 )
     return None
 
 
-def require_present(model: nn.Module) -> None:
-    """Refuse a model of which some layer is elsewhere.
+def require_materialized(model: nn.Module) -> None:
+    """Refuse a model with parameters that are not in memory.
 
     Raises:
         AdapterError: naming the layer.
     """
-    if reason := why_absent(model):
+    if reason := offload_reason(model):
         raise AdapterError(reason)

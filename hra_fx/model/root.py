@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hra_fx.kernels.prefetch import ahead
+from hra_fx.kernels.prefetch import prefetching
 from hra_fx.layers.adapters import ANCHOR
 from hra_fx.layers.class_swap import Carrier
 from hra_fx.layers.target import REFLECTION, SAVED
@@ -36,7 +36,7 @@ class RootCarrier(Carrier):
             record = record_of(self)
             if record is None or record.disabled or not record.active or getattr(self, "_is_replica", False):
                 return base.forward(self, *args, **kwargs)
-            with ahead(self):
+            with prefetching(self):
                 return base.forward(self, *args, **kwargs)
 
         return {"forward": forward}

@@ -1,211 +1,212 @@
-"""Rotated weights, `W Q`: computed in float64 and found finite before any is written. For `fold` and for merging.
+"""Folded weights, `W Q`, for `fold` and `merge_adapter`: check a layer, compute its weight in float64, measure it.
 
-A quantised weight is dequantised for it, and quantised anew.
+A quantized weight is dequantized, rotated and quantized again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hra_fx.errors import FoldError
-from hra_fx.functional import householder
+from hra_fx.functional.rotate import as_rows, check_finite, check_foldable, rotate_weight, rows_to_weight
 from hra_fx.layers.adapted_layer import SiteCarrier
-from hra_fx.layers.adapters import Reflection
 from hra_fx.layers.class_swap import is_outermost
 from hra_fx.layers.quantized.detect import packing_of
 from hra_fx.layers.quantized.scheme import Packing
 from hra_fx.layers.sharding import first_sharded
-from hra_fx.model.offload import why_absent
+from hra_fx.model.offload import offload_reason
 from hra_fx.model.tied import tied_to
 
-# A change of a weight that is the rounding of the product: its adapter has not been trained.
-_NOTHING = 1e-12
-#: What else there is to do with a quantised weight that is to be rotated.
-WAY_OUT = (
-    "Without loss: save the adapter (hra_fx.save_adapter), load it over the model before quantisation "
-    "(hra_fx.load_adapter), and fold that."
+# A relative change of a quantized weight below this is rounding: the adapter has not been trained.
+_UNTRAINED = 1e-12
+#: How to fold an adapter of a quantized layer without requantizing.
+WITHOUT_REQUANTIZING = (
+    "To avoid the quantization error, save the adapter (hra_fx.save_adapter), load it into the model before "
+    "quantization (hra_fx.load_adapter), and fold that."
 )
 
 
-@dataclass(frozen=True)
-class FoldedLayer:
-    """One weight of a fold that has been computed and not been written.
+class FoldedWeight(NamedTuple):
+    """The weight of one layer with adapters folded into it.
 
     Attributes:
-        path: the layer.
-        weight: the new weight, in the shape and dtype of the old one; a parameter to put in its place, where that is
-            quantised.
-        rounding: `|W'' - W'|_F / |W'|_F`, what the cast from float64 to that dtype, or quantising it, costs.
-        change: `|W' - W|_F / |W|_F`, how far the adapter moved the weight.
-        untied: names of the tensors that the old weight shares memory with; the new one gets its own.
-        quantized: how the weight is quantised, in words; empty where it is not.
+        weight: in the shape and dtype of the layer's; a new parameter for a quantized layer.
+        base: `W: (out, d)` in float64.
+        exact: `W Q: (out, d)` in float64.
+        stored: what `weight` stands for, `(out, d)`: `exact` after the cast or the requantization.
     """
 
-    path: str
-    weight: Tensor = field(repr=False)
-    rounding: float
-    change: float
-    untied: tuple[str, ...] = ()
-    quantized: str = ""
+    weight: Tensor
+    base: Tensor
+    exact: Tensor
+    stored: Tensor
+
+    @property
+    def change(self) -> float:
+        """`|W Q - W|_F / |W|_F`."""
+        return _relative(self.exact - self.base, self.base)
+
+    @property
+    def rounding(self) -> float:
+        """`|stored - W Q|_F / |W Q|_F`: the error of the cast to the dtype of the weight, or of the requantization."""
+        return _relative(self.stored.to(self.exact.dtype) - self.exact, self.exact)
+
+
+def folded_weight(layer: SiteCarrier, names: Iterable[str]) -> FoldedWeight:
+    """`W Q` of a layer, computed in float64 (float32 on MPS). Nothing is checked or written.
+
+    Args:
+        layer: the layer. If adapters are merged into it, `W` is the weight before the merge.
+        names: its adapters, in the order of the product.
+    """
+    packing, box = packing_of(layer), layer.hra_u
+    weight = base_weight(layer) if packing is None else packing.values(layer)
+    transposed = box.columns and packing is None
+    dtype = torch.float32 if weight.device.type == "mps" else torch.float64
+    base, chain = as_rows(weight, transposed=transposed).to(dtype), box.joint_vectors(names, dtype)
+    exact = base if chain is None else rotate_weight(base, chain.detach())
+    if packing is None:
+        stored = exact.to(weight.dtype)
+        return FoldedWeight(rows_to_weight(stored, weight, transposed=transposed), base, exact, stored)
+    if _relative(exact - base, base) < _UNTRAINED:  # requantizing would change it all the same
+        return FoldedWeight(layer.hra_base, base, base, base)
+    requantized = packing.repacked(layer, exact)
+    return FoldedWeight(requantized.weight, base, exact, requantized.values)
+
+
+def base_weight(layer: SiteCarrier) -> Tensor:
+    """The weight of a layer without its adapters, also without merged ones; detached."""
+    return layer.hra_base.detach() if layer.hra_u.unmerged is None else layer.hra_u.unmerged
+
+
+def check_layer(path: str, layer: SiteCarrier, names: Collection[str]) -> bool:
+    """Check that adapters can be folded into a layer, without keeping the result.
+
+    An orthogonal `Q` keeps the lengths of rows, so no entry of `W Q` is larger than the longest row of `W`. Only if
+    that length exceeds the range of the dtype, or for a quantized layer, `W Q` has to be computed.
+
+    Returns:
+        Whether the weight is written; not if it is quantized and the adapters have not been trained.
+
+    Raises:
+        FoldError: the weight or the vectors are on the meta device or not finite, the vectors of a Gram-Schmidt adapter
+            are linearly dependent, the weight cannot be written, or the folded weight would not be finite.
+    """
+    packing = packing_of(layer)
+    if packing is not None and (reason := packing.why_not_repacked(layer)):
+        raise FoldError(f"{path}: {_quantized(layer, packing)}, and {reason}. {WITHOUT_REQUANTIZING}")
+    weight = layer.hra_base.detach()
+    if packing is None and (layer.hra_base.is_inference() or _is_expanded(weight)):
+        raise FoldError(
+            f"{path}: its weight cannot be written, because it was made in inference mode or is an expanded tensor. "
+            "Replace it first: layer.weight = torch.nn.Parameter(layer.weight.detach().clone())."
+        )
+    finite = True
+    for name in names:
+        vectors = layer.hra_u[name]
+        check_foldable(path, weight, vectors, apply_GS=layer.hra_u.specs[name].apply_GS, adapter=name)
+        finite = finite and bool(torch.isfinite(vectors).all())
+    if (
+        not finite
+        or packing is not None
+        or not _fits_dtype(as_rows(base_weight(layer), transposed=layer.hra_u.columns))
+    ):
+        folded = folded_weight(layer, names)
+        check_finite(path, folded.stored)
+        return folded.weight is not layer.hra_base
+    return True
+
+
+def _fits_dtype(rows: Tensor) -> bool:
+    """Whether every rotation of finite rows stays finite in their dtype; false for NaN and infinity."""
+    dtype = torch.float32 if rows.device.type == "mps" else torch.float64
+    lengths = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
+    return bool((lengths < torch.finfo(rows.dtype).max).all())
 
 
 def check_classes(model: nn.Module, sites: Mapping[str, SiteCarrier]) -> None:
-    """Refuse to write weights whose class another tool has covered.
+    """Check that every weight is here, as a whole, in a layer whose class is ours.
 
     Raises:
-        FoldError: there is one.
+        FoldError: a tool moved, sharded or wrapped it.
     """
-    if absent := why_absent(model):
-        raise FoldError(absent)
+    if reason := offload_reason(model):
+        raise FoldError(reason)
     if sharded := first_sharded(model):
         raise FoldError(
-            f"{sharded[0]}: {sharded[1]} shares its parameters out among processes, and no process has a whole weight. "
-            "Save the adapter (hra_fx.save_adapter, in every process), and fold it into a plain model, or into the "
-            "checkpoint (hra_fx.fold_checkpoint)."
+            f"{sharded[0]}: {sharded[1]} shards its parameters, so no process holds a whole weight. Save the adapter "
+            "(hra_fx.save_adapter, in every process) and fold it into an unsharded model or into the checkpoint "
+            "(hra_fx.fold_checkpoint)."
         )
     for path, module in sites.items():
         if not is_outermost(module):
             raise FoldError(
-                f"{path or 'the model'}: another tool put a class of its own over it ({type(module).__name__}). Take "
-                "that off first (for FSDP: gather the weights into a plain model)."
+                f"{path or 'the model'}: another tool replaced its class ({type(module).__name__}). Undo that first "
+                "(for FSDP: gather the weights into an unsharded model)."
             )
 
 
-def check_weights(model: nn.Module, sites: Mapping[str, SiteCarrier]) -> None:
-    """Refuse to write in place where other tensors share the memory, or where `check_classes` refuses.
+def check_no_ties(model: nn.Module, sites: Mapping[str, SiteCarrier]) -> None:
+    """Refuse to write weights in place that share memory with other tensors.
 
     Raises:
         FoldError: there is such a weight.
     """
-    check_classes(model, sites)
     for path, others in ties_of(model, sites).items():
         name = sites[path].hra_u.weight_name
         full = f"{path}.{name}".lstrip(".")
         raise FoldError(
-            f"{full}: it shares its memory with {', '.join(others)}, which a merge would change too, for it writes in "
-            f"place. Untie it first (layer.{name} = torch.nn.Parameter(layer.{name}.detach().clone()), and "
-            "config.tie_word_embeddings = False); or call hra_fx.fold, which unties it."
+            f"{full}: it shares memory with {', '.join(others)}, which merging in place would change too. Untie it "
+            f"first (layer.{name} = torch.nn.Parameter(layer.{name}.detach().clone()) and "
+            "config.tie_word_embeddings = False), or call hra_fx.fold, which unties it."
         )
 
 
-def check_floating(sites: Mapping[str, SiteCarrier], names: Iterable[str], ask: str = "") -> None:
-    """Refuse to rotate quantised weights by the way.
+def check_floating(sites: Mapping[str, SiteCarrier], names: Iterable[str], hint: str = "") -> None:
+    """Refuse to rotate quantized weights.
 
     Args:
         sites: path -> layer.
-        names: the adapters that are to go into the weights.
-        ask: how to ask for it, a sentence.
+        names: the adapters to fold.
+        hint: a sentence that says how to do it anyway.
 
     Raises:
-        FoldError: there are such weights, and one of the adapters is at them.
+        FoldError: one of the adapters is on a quantized layer.
     """
-    going = set(names)
-    here = {path: layer for path, layer in sites.items() if going & set(layer.hra_u)}
+    folded = set(names)
+    here = {path: layer for path, layer in sites.items() if folded & set(layer.hra_u)}
     found = {path: packing for path, layer in here.items() if (packing := packing_of(layer))}
     if not found:
         return
     path, packing = next(iter(found.items()))
     others = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     reason = packing.why_not_repacked(here[path])
-    anew = "once rotated it would have to be quantised anew, by which it moves once more"
+    why = reason or "folding has to quantize it again, which adds a quantization error"
     raise FoldError(
-        f"{path or 'the layer'}{others}: its weight is quantised ({packing.words(here[path])}), and {reason or anew}."
-        f"{'' if reason else ask} {WAY_OUT}"
+        f"{path or 'the layer'}{others}: {_quantized(here[path], packing)}, and {why}.{'' if reason else hint} "
+        f"{WITHOUT_REQUANTIZING}"
     )
 
 
 def ties_of(model: nn.Module, sites: Mapping[str, SiteCarrier]) -> dict[str, list[str]]:
-    """Path -> names of the tensors that share memory with a site's weight, where there are some."""
+    """Path -> names of the tensors that share memory with the weight of an adapted layer, where there are any."""
     names = {path: f"{path}.{layer.hra_u.weight_name}".lstrip(".") for path, layer in sites.items()}
     found = tied_to(model, {names[path]: layer.hra_base for path, layer in sites.items()})
     return {path: found[name] for path, name in names.items() if name in found}
 
 
-def rotated(path: str, layer: SiteCarrier, names: Iterable[str], untied: Iterable[str] = ()) -> FoldedLayer:
-    """The weight of a layer, as it was before any merge, with the product of some adapters in it.
-
-    Args:
-        path: the layer's path, for errors.
-        layer: the layer.
-        names: adapters in the order of the product; one that the layer does not have is left out.
-        untied: names of the tensors that share its memory.
-
-    Raises:
-        FoldError: the weight cannot be written, holds no data, or would not be finite.
-    """
-    weight = layer.hra_base.detach() if layer.hra_u.unmerged is None else layer.hra_u.unmerged
-    here = [name for name in names if name in layer.hra_u]
-    if packing := packing_of(layer):
-        return _quantized(path, layer, here, tuple(untied), packing)
-    if layer.hra_base.is_inference() or any(
-        step == 0 < size - 1 for step, size in zip(weight.stride(), weight.shape, strict=True)
-    ):
-        raise FoldError(
-            f"{path}: its weight cannot be written (made in inference mode, or expanded from fewer numbers). Replace "
-            "it first: layer.weight = torch.nn.Parameter(layer.weight.detach().clone())."
-        )
-    _check_vectors(path, layer.hra_u, here, weight)
-    wide, exact = _product(layer.hra_u, here, layer.hra_u.rows(weight))
-    narrow = exact.to(weight.dtype)
-    rounding, change = _sizes(path, narrow, exact, wide)
-    return FoldedLayer(path, layer.hra_u.shaped(narrow, weight), rounding, change, tuple(untied))
+def _quantized(layer: nn.Module, packing: Packing) -> str:
+    return f"its weight is quantized ({packing.words(layer)})"
 
 
-def _quantized(
-    path: str, layer: SiteCarrier, here: list[str], untied: tuple[str, ...], packing: Packing
-) -> FoldedLayer:
-    words = packing.words(layer)
-    if not here:  # quantised anew it would not always be the same
-        return FoldedLayer(path, layer.hra_base, 0.0, 0.0, quantized=words)
-    if reason := packing.why_not_repacked(layer):
-        raise FoldError(f"{path or 'the layer'}: its weight is quantised ({words}), and {reason}. {WAY_OUT}")
-    values = packing.values(layer)
-    _check_vectors(path, layer.hra_u, here, values)
-    wide, exact = _product(layer.hra_u, here, values)
-    if _relative(exact - wide, wide) < _NOTHING:
-        return FoldedLayer(path, layer.hra_base, 0.0, 0.0, quantized=words)
-    repacked = packing.repacked(layer, exact)
-    rounding, change = _sizes(path, repacked.values, exact, wide)
-    return FoldedLayer(path, repacked.weight, rounding, change, untied, words)
-
-
-def _product(reflection: Reflection, names: list[str], rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows in float64, where the device has it, and their product with `Q`."""
-    dtype = torch.float32 if rows.device.type == "mps" else torch.float64
-    chain = reflection.joint_chain(names, dtype)
-    wide = rows.to(dtype)
-    if chain is None:
-        return wide, wide
-    return wide, householder.rotate(wide, chain.detach(), householder.compact_wy(chain.detach()))
-
-
-def _sizes(path: str, narrow: Tensor, exact: Tensor, wide: Tensor) -> tuple[float, float]:
-    """What the new weight costs in rounding, and how far it is from the old one.
-
-    Raises:
-        FoldError: it is not finite.
-    """
-    if not bool(torch.isfinite(narrow).all()):
-        raise FoldError(f"{path}: the folded weight is not finite. Look for NaN or inf in its weight and in hra_u.")
-    return _relative(narrow.to(exact.dtype) - exact, exact), _relative(exact - wide, wide)
+def _is_expanded(weight: Tensor) -> bool:
+    return any(step == 0 < size - 1 for step, size in zip(weight.stride(), weight.shape, strict=True))
 
 
 def _relative(difference: Tensor, whole: Tensor) -> float:
     size = float(torch.linalg.matrix_norm(whole))
     return float(torch.linalg.matrix_norm(difference)) / size if size else 0.0
-
-
-def _check_vectors(path: str, reflection: Reflection, names: Iterable[str], weight: Tensor) -> None:
-    for name in names:
-        vectors = reflection[name]
-        if vectors.is_meta or weight.is_meta:
-            raise FoldError(f"{path}: its weight or its vectors {name!r} are on the meta device. Load them first.")
-        if reflection.specs[name].apply_GS and householder.dependence(vectors) < 8 * torch.finfo(vectors.dtype).eps:
-            raise FoldError(
-                f"{path}: the vectors of {name!r} are linearly dependent, and Gram-Schmidt of such vectors is noise. "
-                "Train with apply_GS=False, or with init_weights=True from hra_fx, which starts them apart."
-            )

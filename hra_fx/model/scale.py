@@ -1,4 +1,4 @@
-"""`set_scale`: how strongly an adapter acts, along the geodesic from the identity to its rotation."""
+"""`set_scale`: the strength of an adapter, along the geodesic from the identity to its rotation."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.layers.sharding import reshard
 from hra_fx.layers.trained_copies import copies_of
-from hra_fx.model.offload import require_present
+from hra_fx.model.offload import require_materialized
 from hra_fx.model.state import names_in, root_of, sites_of
 
 
 def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
     """Set the strength of an adapter: `Q` becomes `exp(alpha log Q)`, orthogonal at every step.
 
-    At 0 it acts as the identity, at 1 it is itself. In between every plane that it turns is turned by `alpha` times the
-    angle. (PEFT warns, and ignores a scale.) An adapter is not trained while its strength is not 1, and the strength is
-    not saved with it. Trained copies (`modules_to_save`, `bias`) stay as they are at every strength.
+    At 0 the adapter acts as the identity, at 1 it acts in full. In between it rotates every plane by `alpha` times the
+    angle. (PEFT warns and ignores a scale.) An adapter is trained only at strength 1, and the strength is not saved
+    with it. It does not affect trained copies (`modules_to_save`, `bias`).
 
     Args:
         model: a transformed model.
@@ -27,8 +27,8 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
         alpha: 0 to 1.
 
     Raises:
-        AdapterError: there is no such adapter, it is merged, `alpha` is out of range, or its `Q` is no rotation at some
-            layer: an odd number of reflections has no path from the identity. The model is as it was.
+        AdapterError: the model has no such adapter, it is merged, `alpha` is out of range, or the `Q` of some layer is
+            not a rotation: an odd number of reflections has no path from the identity. The model is unchanged.
 
     Warns:
         HRAWarning: the adapter has trained copies.
@@ -47,7 +47,7 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
     check_strength(alpha)
     if name in record.merged:
         raise AdapterError(f"adapter {name!r}: it is merged into the weights. Call unmerge_adapter first.")
-    require_present(root)
+    require_materialized(root)
     reshard(model)
     sites = {path: layer.hra_u for path, layer in sites_of(root).items() if name in layer.hra_u}
     chains: dict[str, Tensor] = {}
@@ -59,15 +59,15 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
     for path, reflection in sites.items():
         reflection.scale(name, float(alpha), chains.get(path))
     if alpha != 1 and any(name in copies.copied for _, copies in copies_of(root).values()):
-        text = f"adapter {name!r}: its strength turns reflections alone; trained modules and biases stay as they are."
+        text = f"adapter {name!r}: its strength affects reflections only, not trained modules and biases."
         warnings.warn(text, HRAWarning, stacklevel=2)
 
 
 def check_strength(alpha: object) -> None:
-    """Refuse what is no strength.
+    """Check that a strength is a number from 0 to 1.
 
     Raises:
-        AdapterError: it is no number from 0 to 1.
+        AdapterError: it is not.
     """
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not (math.isfinite(alpha) and 0 <= alpha <= 1):
-        raise AdapterError(f"alpha: {alpha!r} is no strength. Give a number from 0 (base model) to 1 (the adapter).")
+        raise AdapterError(f"alpha must be a number from 0 (base model) to 1 (full adapter), got {alpha!r}.")

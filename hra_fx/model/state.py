@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
-from hra_fx.kernels.prefetch import forget
+from hra_fx.kernels.prefetch import clear_requests
 from hra_fx.layers.adapted_layer import SiteCarrier
 from hra_fx.layers.adapters import Reflection
 from hra_fx.layers.class_swap import carriers_of, is_outermost
@@ -30,7 +30,8 @@ class Record:
         configs: adapter name -> configuration.
         active: the active adapters, merged ones included, in the order of the product `W Q_a Q_b ...`.
         merged: the active adapters that are merged into the weights.
-        disabled: whether all adapters are switched off.
+        disabled: whether all adapters are disabled.
+        disabled_blocks: the number of open `with disable_adapters(...)` blocks.
         requires_grad: parameter name -> (before, after), for parameters that `transform` changed.
         untied: configurations of the model whose `tie_word_embeddings` was switched off by a trained copy.
     """
@@ -39,6 +40,7 @@ class Record:
     active: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
     disabled: bool = False
+    disabled_blocks: int = 0
     requires_grad: dict[str, tuple[bool, bool]] = field(default_factory=dict)
     untied: tuple[Any, ...] = ()
 
@@ -56,7 +58,7 @@ def keep_record(model: nn.Module, record: Record) -> None:
 
 def drop_record(model: nn.Module) -> None:
     """Remove the state, if there is one."""
-    forget(model)
+    clear_requests(model)
     _notes(model).pop(RECORD, None)
     vars(model).pop(RECORD, None)
 

@@ -1,37 +1,42 @@
-"""`set_adapter` and `disable_adapters`: which adapters act. No graph is made anew, only names change at each site."""
+"""`set_adapter` and `disable_adapters`: choose the adapters that act. Only names and flags of layers change."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from types import TracebackType
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from hra_fx.errors import HRAWarning
 from hra_fx.layers.sharding import reshard
-from hra_fx.model.activate import activate, check_copies, check_exchange, refresh
-from hra_fx.model.merge import merged_again, unmerge_adapter
+from hra_fx.model.activate import activate, check_copies, check_copies_can_switch, sync_layers
+from hra_fx.model.merge import merge, unmerge_adapter
 from hra_fx.model.state import inventory, names_in, only_root, root_of
 
 
 def set_adapter(model: nn.Module, adapter_name: str | Iterable[str], *, inference_mode: bool = False) -> None:
-    """Choose the adapters that act, and are trained; several act as `W Q_a Q_b ...`, in the order given.
+    """Choose the adapters that act and are trained; several act as `W Q_a Q_b ...`, in the order given.
 
-    A layer that one of them does not have is left out of that one's product. Copies of `modules_to_save` and biases
-    come into place with their adapter.
+    A layer that lacks one of them leaves it out of its product. Trained copies (`modules_to_save`, `bias`) are switched
+    with their adapter. Adapters that were disabled act again, except inside of a `with disable_adapters(model)` block.
+
+    `DistributedDataParallel` synchronizes only the gradients of parameters that were trainable when it wrapped the
+    model: wrap the model again after setting adapters that it did not know.
 
     Args:
         model: a transformed model.
-        adapter_name: one name, or names in order; an empty list for none.
-        inference_mode: leave their vectors and copies without gradients.
+        adapter_name: a name, or names in order; an empty list for none.
+        inference_mode: do not train them.
 
     Raises:
-        AdapterError: there is no such adapter, or two of them save the same module; or their copies would change places
-            in a model that is sharded.
+        AdapterError: the model has no such adapter, or two of them save the same module; or the trained copies of a
+            sharded model would have to be exchanged.
 
     Warns:
-        HRAWarning: an adapter was merged; it is unmerged first (as PEFT does).
+        HRAWarning: an adapter was merged, and is unmerged first (as PEFT does); or `model` is wrapped in
+            `DistributedDataParallel` and other parameters become trainable.
 
     Example:
         >>> from hra_fx import HRAConfig, add_adapter, transform
@@ -44,27 +49,41 @@ def set_adapter(model: nn.Module, adapter_name: str | Iterable[str], *, inferenc
     parts = inventory(model)
     root, record = only_root(model, parts)
     names = names_in(record, adapter_name)
+    disabled = record.disabled and record.disabled_blocks > 0
     check_copies(root, parts, names)
-    check_exchange(root, parts, () if record.disabled else names)
+    check_copies_can_switch(root, parts, () if disabled else names)
     reshard(model)
     if record.merged:
         text = f"adapters {list(record.merged)} were merged; they are unmerged before {list(names)} are set."
         warnings.warn(text, HRAWarning, stacklevel=2)
         unmerge_adapter(root)
+    wrapped = isinstance(model, DistributedDataParallel)
+    before = _trainable(model) if wrapped else set()
+    record.disabled = disabled
     activate(parts, record, names, trainable=not inference_mode)
+    if wrapped and (new := sorted(_trainable(model) - before)):
+        text = (
+            f"{new[0]} became trainable after DistributedDataParallel wrapped the model. If it was not trainable then, "
+            "its gradient is not synchronized. Wrap the model again: DistributedDataParallel(wrapper.module)."
+        )
+        warnings.warn(text, HRAWarning, stacklevel=2)
 
 
-@contextmanager
-def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model is the base model: reflections, copies and biases of every adapter are off.
+def _trainable(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
-    Afterwards all is as it was before, what was merged included.
+
+class disable_adapters:
+    """Disable all adapters of a model: reflections, trained copies and biases; the model computes as the base model.
+
+    It acts when it is called. Without `with`, the adapters stay disabled until `set_adapter` (or, on an `HRAModel`,
+    `enable_adapter_layers`). As a context manager, it restores on exit what was there before, also merged adapters.
 
     Args:
         model: a transformed model.
 
     Raises:
-        AdapterError: the model has no reflections, or trained copies in a model that is sharded.
+        AdapterError: the model has no adapters, or the trained copies of a sharded model would have to be exchanged.
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -76,14 +95,40 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         ...     print(bool((model(x) == nn.functional.linear(x, base.weight, base.bias)).all()))
         True
     """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Disable the adapters now."""
+        self._root, self._record = root, record = root_of(model)
+        check_copies_can_switch(root, inventory(root), ())
+        self._before = record.disabled, record.disabled_blocks
+        self._merged, self._active = record.merged, record.active
+        if record.merged:
+            unmerge_adapter(root)
+        self._set(True, record.disabled_blocks)
+
+    def __enter__(self) -> None:
+        """Open a block in which `set_adapter` chooses adapters and does not enable them."""
+        self._set(True, self._record.disabled_blocks + 1)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Restore what was there before, unless other adapters were set inside."""
+        self._set(*self._before)
+        record = self._record
+        if self._merged and record.active == self._active and not record.merged:
+            merge(self._root, record, self._merged)
+
+    def _set(self, disabled: bool, blocks: int) -> None:
+        self._record.disabled, self._record.disabled_blocks = disabled, blocks
+        sync_layers(inventory(self._root), self._record)
+
+
+def enable_adapters(model: nn.Module) -> None:
+    """Let the active adapters act again after `disable_adapters`.
+
+    Raises:
+        AdapterError: the model has no adapters, or the trained copies of a sharded model would have to be exchanged.
+    """
     root, record = root_of(model)
-    check_exchange(root, inventory(root), ())
-    before = record.disabled
-    with merged_again(root, record):
-        try:
-            record.disabled = True
-            refresh(inventory(root), record)
-            yield
-        finally:
-            record.disabled = before
-            refresh(inventory(root), record)
+    check_copies_can_switch(root, inventory(root), record.active)
+    record.disabled, record.disabled_blocks = False, 0
+    sync_layers(inventory(root), record)

@@ -1,9 +1,8 @@
-"""Tensors of a model that share memory: changing one changes the other."""
+"""Find parameters and buffers of a model that share memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -33,18 +32,16 @@ def tied_to(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, list[str]
         >>> tied_to(model, {"head.weight": model.head.weight})
         {'head.weight': ['embed.weight']}
     """
-    if not weights:
-        return {}
-    held: dict[tuple[object, int], list[tuple[str, Tensor]]] = {}
-    for name, tensor in _tensors(model):
-        held.setdefault(_storage(tensor), []).append((name, tensor))
+    by_storage: dict[object, list[tuple[str, range]]] = {}
+    for name, tensor in _tensors(model) if weights else ():
+        by_storage.setdefault(_storage(tensor), []).append((name, _elements(tensor)))
     found: dict[str, list[str]] = {}
-    for name, weight in ((name, _plain(weight)) for name, weight in weights.items()):
-        others = [
-            other for other, tensor in held.get(_storage(weight), []) if other != name and _overlap(weight, tensor)
-        ]
-        if others:
-            found[name] = others
+    for name, weight in weights.items():
+        plain = _unwrap(weight)
+        own = _elements(plain)
+        for other, theirs in by_storage.get(_storage(plain), []):
+            if other != name and own.start < theirs.stop and theirs.start < own.stop:
+                found.setdefault(name, []).append(other)
     return found
 
 
@@ -53,28 +50,24 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for registered in (module._parameters, module._buffers):
             for name, tensor in registered.items():
                 if tensor is not None and not is_lazy(tensor) and not tensor.is_meta:
-                    yield f"{path}.{name}".lstrip("."), _plain(tensor)
+                    yield f"{path}.{name}".lstrip("."), _unwrap(tensor)
 
 
-def _plain(tensor: Any) -> Tensor:
-    """A tensor with memory of its own: a wrapper, as a quantised weight is, shares what the first in it shares."""
+def _unwrap(tensor: Tensor) -> Tensor:
+    """A tensor with memory of its own: that of a wrapper subclass (a quantized weight) is in the tensors inside it."""
     while is_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         tensor = getattr(tensor, names[0])
     return tensor  # type: ignore[no-any-return]
 
 
-def _storage(tensor: Tensor) -> tuple[object, int]:
+def _storage(tensor: Tensor) -> object:
     return tensor.device, tensor.untyped_storage().data_ptr()
 
 
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    (a_start, a_end), (b_start, b_end) = _extent(a), _extent(b)
-    return a_start < b_end and b_start < a_end
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
+def _elements(tensor: Tensor) -> range:
+    """The bytes of the storage from the first to the last element, so that two halves of a buffer are not tied."""
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     length = 1 + sum((size - 1) * stride for size, stride in steps) if tensor.numel() else 0
     start = int(tensor.storage_offset()) * tensor.element_size()
-    return start, start + int(length) * tensor.element_size()
+    return range(start, start + int(length) * tensor.element_size())

@@ -1,4 +1,4 @@
-"""Which parameters an adapted model trains: the vectors of the active adapters, and the copies that they ask for."""
+"""Which parameters an adapted model trains: the vectors of the active adapters, and their trained copies."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import Copies, held_by, own_tensors
 from hra_fx.model.state import Inventory, Record
 from hra_fx.model.tied import tied_to
-from hra_fx.model.untie import Place, settings_that_tie, still_tied, turn_off, turn_on, why_not_off
+from hra_fx.model.untie import Place, find_ties, is_tied, set_tied, why_not_untie
 from hra_fx.selection.select import saved_modules
 
-#: What a bias is called; in an attention, that of q, k and v.
+#: Names of biases; the second one is that of q, k and v in nn.MultiheadAttention.
 _BIASES = ("bias", "in_proj_bias")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass(frozen=True)
-class Changes:
+class FlagChanges:
     """What `freeze` changed: parameter name -> `requires_grad` (before, after)."""
 
     flags: dict[str, tuple[bool, bool]]
 
     def restore(self, model: nn.Module) -> None:
-        """Set back every flag that is still as `freeze` left it; one that somebody set since stays."""
+        """Restore every flag that is still as `freeze` left it; a flag that was set since then stays."""
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for name, (before, after) in self.flags.items():
             if name in parameters and parameters[name].requires_grad is after:
                 _set_flag(parameters[name], before)
 
 
-def freeze(model: nn.Module) -> Changes:
+def freeze(model: nn.Module) -> FlagChanges:
     """Freeze every parameter of the base model."""
-    changes = Changes({})
+    changes = FlagChanges({})
     try:
-        # Tied tensors by each of their names: a trained copy may part them.
+        # Tied parameters under each of their names: a trained copy may untie them.
         named = [item for item in model.named_parameters(remove_duplicate=False) if item[1].requires_grad]
         for name, parameter in named:
             if _is_base(name):
@@ -55,18 +55,16 @@ def freeze(model: nn.Module) -> Changes:
 
 
 def train_only(parts: Inventory, names: Iterable[str]) -> None:
-    """Give gradients to the vectors and copies of some adapters, and take them from those of all others."""
+    """Train the vectors and copies of these adapters, and freeze those of all others."""
+    every = {name for reflection in parts.reflections for name in reflection.specs}
+    every |= {name for _, copies in parts.copies for name in copies.copied}
     wanted = set(names)
-    for reflection in parts.reflections:
-        for name in reflection.specs:
-            reflection.give_gradient(name, name in wanted)
-    for owner, copies in parts.copies:
-        for name in copies.copied:
-            copies.give_gradient(owner, name, name in wanted)
+    set_requires_grad(parts, every - wanted, False)
+    set_requires_grad(parts, wanted, True)
 
 
-def give_gradients(parts: Inventory, names: Iterable[str], wanted: bool) -> None:
-    """Give gradients to the vectors and copies of some adapters, or take them; others keep theirs."""
+def set_requires_grad(parts: Inventory, names: Iterable[str], wanted: bool) -> None:
+    """Train or freeze the vectors and copies of some adapters; those of others keep their flags."""
     for name in names:
         for reflection in parts.reflections:
             if name in reflection.specs:
@@ -84,18 +82,16 @@ def make_copies(
     undo: ExitStack,
     values: Mapping[tuple[str, str], Tensor],
 ) -> None:
-    """Copy what `config.modules_to_save` and `config.bias` train, for adapter `name`; the copies wait.
+    """Make the trained copies of adapter `name` (`config.modules_to_save` and `config.bias`); they are not used yet.
 
-    `values`, (path of the module, name of its tensor) -> tensor, goes in place of what the base model has.
-
-    Biases: none, all in the model (`"all"`), or those of the adapted layers (`"hra_only"`).
+    `values`, (path of the module, name of its tensor) -> tensor, replaces the values of the base model.
 
     Raises:
-        UnsupportedLayerError: a tensor that cannot be copied, or a layer that another adapter reflects.
+        UnsupportedLayerError: a tensor cannot be copied, or another adapter reflects the layer.
     """
     wanted = to_copy(model, config, sites)
     for path, (owner, names) in wanted.items():
-        if reason := _why_not(owner, names):
+        if reason := _why_not_copied(owner, names):
             raise UnsupportedLayerError(f"{path} ({type(owner).__name__}): {reason}.")
     originals = {f"{path}.{n}".lstrip("."): getattr(owner, n) for path, (owner, names) in wanted.items() for n in names}
     tied = {other for others in tied_to(model, originals).values() for other in others}
@@ -114,23 +110,22 @@ def make_copies(
         _untie(model, record, {(owner, name) for owner, names in wanted.values() for name in names}, undo)
 
 
-def settle_ties(model: nn.Module, record: Record) -> None:
-    """Say again in the model's configuration that embeddings are tied, where they are and no copy can untie them."""
-    if record.untied:
-        again = still_tied(model, record.untied)
-        turn_on(again)
-        record.untied = tuple(config for config in record.untied if not any(config is one for one in again))
+def restore_ties(model: nn.Module, record: Record) -> None:
+    """Turn the settings on again that trained copies turned off, where everything is one tensor again."""
+    tied = [tie for tie in record.untied if is_tied(model, tie)]
+    set_tied(tied, True)
+    record.untied = tuple(tie for tie in record.untied if tie not in tied)
 
 
 def _untie(model: nn.Module, record: Record, places: Collection[Place], undo: ExitStack) -> None:
-    """transformers ties weights anew whenever it likes, by its configuration, and would overwrite a trained copy."""
-    settings = settings_that_tie(model, places)
-    if reason := why_not_off(settings):
+    """Turn off the settings by which `tie_weights` of transformers would overwrite a trained copy."""
+    ties = find_ties(model, places)
+    if reason := why_not_untie(model, ties):
         raise UnsupportedLayerError(f"{reason}. Leave it out of modules_to_save.")
     undo.callback(setattr, record, "untied", record.untied)
-    off = turn_off(settings)
-    undo.callback(turn_on, off)
-    record.untied = (*record.untied, *off)
+    undo.callback(set_tied, ties, True)
+    set_tied(ties, False)
+    record.untied = (*record.untied, *ties)
 
 
 def to_copy(
@@ -150,19 +145,17 @@ def to_copy(
     return {path: (owner, names) for path, owner, names in found.values()}
 
 
-def _why_not(owner: nn.Module, names: tuple[str, ...]) -> str | None:
-    way_out = "Name other modules in modules_to_save, or set bias='none'"
+def _why_not_copied(owner: nn.Module, names: tuple[str, ...]) -> str | None:
+    hint = "Name other modules in modules_to_save, or set bias='none'"
     if isinstance(owner, _CONTAINERS):
-        return (
-            f"it runs its children one by one and holds {', '.join(names)} besides, so no copy fits into it. {way_out}"
-        )
+        return f"it is a container with tensors of its own ({', '.join(names)}), which cannot be copied. {hint}"
     reflection = reflection_of(owner)
     if reflection is not None and reflection.weight_name in names:
         return "another adapter reflects this layer, so it cannot be saved in full too. Fold or delete that one first"
     for name in names:
         tensor = owner._parameters.get(name)
         if tensor is not None and (is_lazy(tensor) or type(tensor) is not nn.Parameter):
-            return f"its {name} is a {type(tensor).__name__}, which cannot be copied for training. {way_out}"
+            return f"its {name} is a {type(tensor).__name__}, which cannot be copied for training. {hint}"
     return None
 
 
@@ -171,7 +164,7 @@ def _is_base(name: str) -> bool:
 
 
 def _set_flag(parameter: nn.Parameter, wanted: bool) -> None:
-    if is_lazy(parameter):  # allows no method before it is initialised
+    if is_lazy(parameter):  # has no methods before it is initialized
         parameter.requires_grad = wanted
     else:
         parameter.requires_grad_(wanted)

@@ -1,4 +1,4 @@
-"""Seeing through what wraps a whole model and adds nothing of its own to it."""
+"""Remove wrappers that add nothing to the graph of a model."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from hra_fx.compat import is_compiled_module
 M = TypeVar("M")
 
 
-def unwrapped(model: M) -> M:
-    """The model that `DistributedDataParallel`, `DataParallel` or `torch.compile` wraps; any other as it is.
+def unwrap(model: M) -> M:
+    """The model inside of `DistributedDataParallel`, `DataParallel` and `torch.compile`; another model itself.
 
     Example:
         >>> layer = nn.Linear(6, 4)
-        >>> unwrapped(nn.DataParallel(layer)) is layer
+        >>> unwrap(nn.DataParallel(layer)) is layer
         True
     """
     inner = model
-    while isinstance(inner, nn.Module) and (name := _name_of_the_wrapped(inner)):
+    while isinstance(inner, nn.Module) and (name := _child_name(inner)):
         inner = inner._modules[name]  # type: ignore[assignment]
     return inner
 
 
-def _name_of_the_wrapped(model: nn.Module) -> str | None:
+def _child_name(model: nn.Module) -> str | None:
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         return "module"
+    # If TorchDynamo is not loaded, no object has this class.
     return "_orig_mod" if is_compiled_module(model) else None

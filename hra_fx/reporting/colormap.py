@@ -1,7 +1,6 @@
-"""The colours of heat: from pale to dark, for whatever draws how far a layer was turned.
+"""The color scale of pictures and plots: a part of matplotlib's magma, reversed, from pale (0) to dark.
 
-They are a part of matplotlib's magma, reversed, so that their order survives every kind of colour blindness and a black
-and white print. What nothing turned is palest.
+Its order is visible with every kind of color blindness and in black and white prints.
 """
 
 from __future__ import annotations
@@ -9,16 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-#: Colours at equal steps from 0 to the top of the legend; between them the three channels are interpolated linearly.
+#: Colors at equal steps of the scale; between them the channels are interpolated linearly.
 PALETTE = ("#fcf7b9", "#fec88c", "#fd9869", "#f4675c", "#d8456c", "#ae347b", "#842681", "#5c167f", "#331067", "#0e0b2b")
-#: The colour of a value that could not be computed.
+#: The color of a value that could not be computed.
 UNKNOWN = "#c9ced6"
 
 
-def colour(value: float, top: float) -> str:
-    """The colour of a value on a scale from 0 to `top`.
+def color(value: float, top: float) -> str:
+    """The color of a value on a scale from 0 to `top`.
 
-    >>> colour(0.0, 10.0), colour(10.0, 10.0), colour(float("nan"), 10.0)
+    >>> color(0.0, 10.0), color(10.0, 10.0), color(float("nan"), 10.0)
     ('#fcf7b9', '#0e0b2b', '#c9ced6')
     """
     if math.isnan(value):
@@ -31,7 +30,7 @@ def colour(value: float, top: float) -> str:
 
 
 def ink_on(fill: str) -> str:
-    """Black or white, whichever is easier to read on a colour: the contrast is 4.5:1 or better on every one.
+    """Black or white, whichever has the higher contrast on a color (at least 4.5:1).
 
     >>> ink_on("#fcf7b9"), ink_on("#0e0b2b")
     ('#000000', '#ffffff')

@@ -1,38 +1,22 @@
-"""The columns of a report, as every table of it has them."""
+"""The columns of a report, the same for the terminal, Markdown and notebooks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 
 from hra_fx.reporting.row import Row
+from hra_fx.reporting.table import Column
 
 
-@dataclass(frozen=True)
-class Column:
-    """One column.
-
-    Attributes:
-        name: its heading.
-        text: what it says of a row.
-        words: whether that is text, and not a number.
-    """
-
-    name: str
-    text: Callable[[Row], str]
-    words: bool = False
-
-
-def columns_for(rows: Collection[Row], without: Collection[str] = ()) -> list[Column]:
-    """The columns that tell rows apart: the name of the adapter only where there are several.
-
-    Args:
-        rows: the rows.
-        without: names of columns to leave out.
-    """
-    several = len(adapters_of(rows)) > 1
-    return [column for column in _COLUMNS if column.name not in without and (several or column.name != "adapter")]
+def table_of(rows: Collection[Row]) -> tuple[list[Column], list[list[str]]]:
+    """The columns of a report, and the texts of each row. Columns that say nothing are left out: the adapter's name if
+    there is only one, and the graph if the model was not traced."""
+    hidden = set() if len(adapters_of(rows)) > 1 else {"adapter"}
+    if not is_traced(rows):
+        hidden.add("graph")
+    shown = [(column, text) for column, text in _COLUMNS if column.name not in hidden]
+    return [column for column, _ in shown], [[text(row) for _, text in shown] for row in rows]
 
 
 def adapters_of(rows: Collection[Row]) -> list[str]:
@@ -40,68 +24,65 @@ def adapters_of(rows: Collection[Row]) -> list[str]:
     return list(dict.fromkeys(row.adapter for row in rows))
 
 
+def is_traced(rows: Collection[Row]) -> bool:
+    """Whether the rows say by which graphs their layers are shown."""
+    return any(row.graph is not None or row.graph_reason for row in rows)
+
+
 def heading(rows: Collection[Row]) -> str:
-    """How many sites and parameters, of which adapters."""
+    """The numbers of adapted layers and parameters, and the names of the adapters."""
     total = sum(row.parameters for row in rows)
     names = adapters_of(rows)
-    sites = _count(len({row.path for row in rows}), "site")
-    return f"{sites}, {total:,} trained parameters, adapter{'s' * (len(names) > 1)} {', '.join(names)}"
+    layers = len({row.path for row in rows})
+    start = f"{layers:,} adapted layer{'s' * (layers != 1)}, {total:,} adapter parameters"
+    identity = ", no layer is rotated yet" if rows and all(row.angles == () for row in rows) else ""
+    return f"{start}, adapter{'s' * (len(names) > 1)} {', '.join(names)}{identity}"
 
 
 def degrees(angle: float) -> str:
-    """An angle in degrees, of two digits at least, for small ones matter at the beginning of a training.
+    """An angle in radians as text in degrees, with at least two digits.
 
     >>> degrees(0.0), degrees(math.pi / 4), degrees(1e-5)
     ('0°', '45.0°', '0.00057°')
     """
-    value = math.degrees(angle)
-    if 0 < value < 0.1:
-        return f"{_plainly(value)}°"
-    return f"{value:.1f}°" if value else "0°"
+    return _with_unit(math.degrees(angle), "°")
 
 
 def percent(share: float) -> str:
-    """A share in per cent.
+    """A share as text in percent, with at least two digits.
 
     >>> percent(0.0), percent(0.25), percent(0.0001)
     ('0%', '25.0%', '0.01%')
     """
-    value = 100 * share
+    return _with_unit(100 * share, "%")
+
+
+def _with_unit(value: float, unit: str) -> str:
+    if 0 < value < 1e-6:
+        return f"{value:.0e}{unit}"
     if 0 < value < 0.1:
-        return f"{_plainly(value)}%"
-    return f"{value:.1f}%" if value else "0%"
+        # Without an exponent, which is hard to read in a column.
+        return f"{value:.{1 - math.floor(math.log10(value))}f}".rstrip("0") + unit
+    return f"{value:.1f}{unit}" if value else f"0{unit}"
 
 
-def _plainly(value: float) -> str:
-    """Two digits of a small number; without an exponent, which no one reads in a column, unless it is tiny."""
-    if value < 1e-6:
-        return f"{value:.0e}"
-    return f"{value:.{1 - math.floor(math.log10(value))}f}".rstrip("0")
+def _graph(row: Row) -> str:
+    if row.graph is None:
+        return "none"
+    # The root of a graph is a prefix of the layer's own path, which is in the same line.
+    return f"…{row.graph.rpartition('.')[2]}" if row.graph else "whole model"
 
 
-def _count(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + "s" * (count != 1)
-
-
-def _region(row: Row) -> str:
-    if row.region == "alone":
-        return "alone"
-    if row.region == "whole":
-        return f"whole, {_count(row.region_sites, 'site')}"
-    # The root of a region is a beginning of the layer's own path, and stands beside it.
-    return f"…{row.region_path.rpartition('.')[2]}, {_count(row.region_sites, 'site')}"
-
-
-_COLUMNS = (
-    Column("layer", lambda row: row.path, words=True),
-    Column("site", lambda row: row.site + ", on its weight" * row.on_weight, words=True),
-    Column("region", _region, words=True),
-    Column("adapter", lambda row: row.adapter + ", off" * (not row.active), words=True),
-    Column("d", lambda row: str(row.d)),
-    Column("r", lambda row: str(row.r)),
-    Column("params", lambda row: f"{row.parameters:,}"),
-    Column("|Q - I|", lambda row: f"{row.rotation:.3f}"),
-    Column("mean angle", lambda row: degrees(row.mean_angle)),
-    Column("largest", lambda row: degrees(row.angle)),
-    Column("turned", lambda row: percent(row.share)),
+_COLUMNS: tuple[tuple[Column, Callable[[Row], str]], ...] = (
+    (Column("layer", is_text=True), lambda row: row.path),
+    (Column("type", is_text=True, priority=7), lambda row: row.layer_type),
+    (Column("graph", is_text=True, priority=5), _graph),
+    (Column("adapter", is_text=True), lambda row: row.adapter + ", inactive" * (not row.active)),
+    (Column("d", priority=6), lambda row: str(row.d)),
+    (Column("r", priority=1), lambda row: str(row.r)),
+    (Column("params", priority=2), lambda row: f"{row.parameters:,}"),
+    (Column("|Q - I|", priority=4), lambda row: f"{row.rotation:.3f}"),
+    (Column("mean angle"), lambda row: degrees(row.mean_angle)),
+    (Column("max angle"), lambda row: degrees(row.angle)),
+    (Column("share of W", priority=3), lambda row: percent(row.share)),
 )

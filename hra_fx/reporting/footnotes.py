@@ -1,58 +1,71 @@
-"""What is said below a table: why regions are not larger, and which layers carry no reflections; each thing once."""
+"""Footnotes of a report: which layers have no adapter and why, each reason once."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from hra_fx.reporting.row import Row
-from hra_fx.reporting.skipped_layers import Missed
+from hra_fx.reporting.skipped_layers import SkippedLayer
 
-# So many reasons, and so many names for each, tell what happened; the rest is in the data.
+# Limits of a printed report; the data have all reasons and names.
 _REASONS = 6
 _NAMES = 5
+#: `|Q^T Q - I|` above this is an error, not rounding.
+_NOT_ORTHOGONAL = 1e-3
 
 
 @dataclass(frozen=True)
-class Remark:
+class Footnote:
     """A heading with lines below it."""
 
     heading: str
     lines: tuple[str, ...]
 
 
-def remarks(rows: Collection[Row], missed: Collection[Missed]) -> list[Remark]:
-    """The remarks on a report, those that have something to say."""
+def footnotes(
+    rows: Collection[Row], skipped: Collection[SkippedLayer], trained_in_full: Collection[str] = ()
+) -> list[Footnote]:
+    """The footnotes of a report that have any lines.
+
+    Args:
+        rows: the rows of the report.
+        skipped: the layers without an adapter.
+        trained_in_full: paths of the layers in `modules_to_save`.
+    """
+    trained = (_listed(_counted(trained_in_full)),) if trained_in_full else ()
     found = [
-        Remark("Why regions are not larger:", tuple(_condensed(row.region_reason for row in rows))),
-        Remark(f"Without reflections: {len(missed):,} layer{'s' * (len(missed) != 1)}", tuple(_left_out(missed))),
-        Remark("Q is not orthogonal:", tuple(_rough(rows))),
+        Footnote("Not traced as one graph:", tuple(_untraced(rows))),
+        Footnote("Trained in full (modules_to_save):", trained),
+        Footnote(f"Not adapted: {len(skipped):,} layer{'s' * (len(skipped) != 1)}", tuple(_by_reason(skipped))),
+        Footnote("Q is not orthogonal:", tuple(_not_orthogonal(rows))),
     ]
-    return [remark for remark in found if remark.lines]
+    return [footnote for footnote in found if footnote.lines]
 
 
-def _condensed(reasons: Iterable[str]) -> list[str]:
-    """Reasons that differ only in a layer's number, once, with the number of times."""
-    counted: dict[str, int] = {}
-    for reason in dict.fromkeys(reasons):
-        if reason:
-            key = _starred(reason)
-            counted[key] = counted.get(key, 0) + 1
+def _untraced(rows: Collection[Row]) -> list[str]:
+    counted = _counted(dict.fromkeys(row.graph_reason for row in rows if row.graph_reason))
     return [f"{reason} ({count} times)" if count > 1 else reason for reason, count in counted.items()]
 
 
-def _left_out(missed: Collection[Missed]) -> list[str]:
-    """The layers by reason; those that differ only in a number once, with the number of times."""
-    by_reason: dict[str, dict[str, int]] = {}
-    for layer in missed:
-        names = by_reason.setdefault(layer.reason, {})
-        names[_starred(layer.path)] = names.get(_starred(layer.path), 0) + 1
-    lines = [f"{_listed(names)}: {reason}" for reason, names in by_reason.items()]
+def _by_reason(skipped: Collection[SkippedLayer]) -> list[str]:
+    by_reason: dict[str, list[str]] = {}
+    for layer in skipped:
+        by_reason.setdefault(layer.reason, []).append(layer.path)
+    lines = [f"{_listed(_counted(paths))}: {reason}" for reason, paths in by_reason.items()]
     if len(lines) <= _REASONS:
         return lines
-    rest = sum(sum(names.values()) for names in list(by_reason.values())[_REASONS:])
-    return [*lines[:_REASONS], f"{rest:,} more, for {len(lines) - _REASONS} other reasons"]
+    rest = sum(map(len, list(by_reason.values())[_REASONS:]))
+    return [*lines[:_REASONS], f"{rest:,} more layers, for {len(lines) - _REASONS} other reasons"]
+
+
+def _counted(texts: Collection[str]) -> dict[str, int]:
+    """Texts and how often they occur. Texts that differ only in the indices of layers are one, with `*` for these."""
+    same: dict[str, list[str]] = {}
+    for text in texts:
+        same.setdefault(re.sub(r"(?<![^\s.])\d+(?=[. ])|(?<=\.)\d+(?=[. ]|$)", "*", text), []).append(text)
+    return {key if len(found) > 1 else found[0]: len(found) for key, found in same.items()}
 
 
 def _listed(names: dict[str, int]) -> str:
@@ -61,15 +74,9 @@ def _listed(names: dict[str, int]) -> str:
     return ", ".join(shown[:_NAMES]) + f" and {rest:,} more" * (rest > 0)
 
 
-def _rough(rows: Collection[Row]) -> list[str]:
-    """What no user should ever see: a `Q` so far from orthogonal that the model computes something else."""
-    rough = [row for row in rows if row.orthogonality > 1e-3]
-    if not rough:
+def _not_orthogonal(rows: Collection[Row]) -> list[str]:
+    wrong = [row for row in rows if row.orthogonality > _NOT_ORTHOGONAL]
+    if not wrong:
         return []
-    worst = max(rough, key=lambda row: row.orthogonality)
+    worst = max(wrong, key=lambda row: row.orthogonality)
     return [f"|Q'Q - I| is up to {worst.orthogonality:.0e}, at {worst.path} ({worst.adapter})"]
-
-
-def _starred(text: str) -> str:
-    """A path, or a text with paths, with stars for the numbers in them."""
-    return re.sub(r"(?<![^\s.])\d+(?=[. ])|(?<=\.)\d+(?=[. ]|$)", "*", text)

@@ -1,4 +1,4 @@
-"""How far training turned each layer, as one number for a colour or an axis: its field, unit and scale."""
+"""The measures that colors and axes can show: a field of a report's rows, with its unit and its scale."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from hra_fx.errors import VisualizeError
 from hra_fx.reporting.row import Row
 
 _ROUND = (1.0, 1.2, 1.5, 1.8, 2.0, 2.5, 3.0, 4.0, 4.5, 5.0, 6.0, 8.0, 9.0, 10.0)
-#: Powers of ten far below this are zero, and nothing can be divided by them.
+#: Below this, powers of ten underflow to zero.
 _LEAST = 1e-300
 
 
 @dataclass(frozen=True)
 class Heat:
-    """One way to say how far a layer was turned.
+    """One measure of how far a layer is rotated.
 
     Attributes:
         field: the field of a row.
-        words: what it is called in a legend.
-        unit: what follows its numbers.
-        factor: from the field to that unit.
+        words: its name in a legend.
+        unit: the unit of its values.
+        factor: factor from the field to that unit.
     """
 
     field: str
@@ -31,7 +31,7 @@ class Heat:
     factor: float
 
     def value(self, row: Row) -> float:
-        """The number of a row, in the unit."""
+        """The value of a row in that unit."""
         return float(getattr(row, self.field)) * self.factor
 
 
@@ -42,31 +42,32 @@ HEATS: Mapping[str, Heat] = {
         Heat("mean_angle", "mean angle", "°", _DEGREES),
         Heat("angle", "largest angle", "°", _DEGREES),
         Heat("rotation", "|Q - I|", "", 1.0),
-        Heat("share", "share of the weight that is turned", "%", 100.0),
+        Heat("share", "share of the weight", "%", 100.0),
     )
 }
 
 
 def heat_named(name: object) -> Heat:
-    """The heat of a name.
+    """The measure of a name.
 
     Raises:
-        VisualizeError: there is none.
+        VisualizeError: the name is unknown.
 
     Example:
         >>> heat_named("angle").words
         'largest angle'
     """
     if not isinstance(name, str) or name not in HEATS:
-        raise VisualizeError(f"heat: {name!r} is not one of {', '.join(map(repr, HEATS))}.")
+        raise VisualizeError(f"`heat` must be one of {', '.join(map(repr, HEATS))}, got {name!r}.")
     return HEATS[name]
 
 
 def heat_of(rows: Iterable[Row], name: str) -> dict[str, float]:
-    """The value of every adapted layer, in the unit of the legend: degrees, percent, or none.
+    """The value of every adapted layer in the unit of the legend: degrees, percent, or none.
 
     Args:
-        rows: those of a report. Of several rows of one layer the largest value counts; of those in use, if any is.
+        rows: the rows of a report. A layer with several rows gets the largest value of its active adapters, or of all
+            its adapters if none is active.
         name: one of `HEATS`.
     """
     by_layer: dict[str, list[Row]] = {}
@@ -80,7 +81,7 @@ def heat_of(rows: Iterable[Row], name: str) -> dict[str, float]:
 
 
 def scale(values: Iterable[float]) -> float:
-    """The upper end of a legend: a round number, no smaller than any of the values.
+    """The upper end of a legend: a round number that is at least the largest value.
 
     >>> scale([3.1, 17.4]), scale([0.0]), scale([0.031, float("nan")]), scale([180.0])
     (18.0, 1.0, 0.04, 180.0)
@@ -89,6 +90,6 @@ def scale(values: Iterable[float]) -> float:
     if largest < _LEAST:
         return 1.0
     power = 10.0 ** math.floor(math.log10(largest))
-    # Rounding noise must not lift 180 degrees, which are exactly a half turn, to the next step.
+    # Rounding noise must not lift 180 degrees, a reflection, to the next step.
     step = next((step for step in _ROUND if step * power >= largest * (1 - 1e-6)), 10.0)
     return float(f"{step * power:.3g}")

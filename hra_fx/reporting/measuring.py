@@ -1,4 +1,4 @@
-"""The numbers of an adapter at a layer: how far it turns, and how much of the weight it gets hold of."""
+"""Measures one adapter at one layer: its rotation angles, and the share of the weight that they change."""
 
 from __future__ import annotations
 
@@ -7,49 +7,48 @@ import math
 from torch import Tensor
 
 from hra_fx.errors import AdapterError
-from hra_fx.functional import householder
-from hra_fx.functional.householder import Turn
+from hra_fx.functional.rotated_energy import readable_rows, rotated_energy
+from hra_fx.functional.statistics import RotationStats, rotation_stats
 from hra_fx.layers.adapted_layer import SiteCarrier
 from hra_fx.layers.quantized.detect import packing_of
 from hra_fx.layers.quantized.scheme import Packing
-from hra_fx.model.rotated_share import readable_rows, share_turned
 
-_UNKNOWN = Turn(math.nan, (math.nan,), math.nan)
+_UNKNOWN = RotationStats(math.nan, (math.nan,), math.nan)
 
 
-def turn_of(chain: Tensor | None) -> Turn:
-    """What the reflections of `chain_of` do; NaN where there are none to read."""
-    return _UNKNOWN if chain is None else householder.turn(chain)
+def turn_of(chain: Tensor | None) -> RotationStats:
+    """The angles of the reflections of `chain_of`, NaN for `None`."""
+    return _UNKNOWN if chain is None else rotation_stats(chain)
 
 
 def share_of(rows: Tensor | None, chain: Tensor | None) -> float:
-    """Which share of the weight of `weight_rows` the reflections turn; NaN where one of them cannot be read."""
-    return math.nan if rows is None or chain is None else share_turned(rows, chain)
+    """The share of the weight of `weight_rows` that the reflections change, NaN if one of them is `None`."""
+    return math.nan if rows is None or chain is None else rotated_energy(rows, chain)
 
 
 def chain_of(layer: SiteCarrier, adapter: str) -> Tensor | None:
-    """The reflections of an adapter at its strength, `(d, k)`; `None` where this process holds a shard of them only."""
+    """The reflection vectors of an adapter at its strength, `(d, k)`; `None` if this process holds only a shard."""
     vectors = layer.hra_u[adapter]
     whole = type(vectors.data) is Tensor and vectors.shape == (layer.hra_u.width, layer.hra_u.specs[adapter].r)
     return layer.hra_u.chain(adapter).detach() if whole else None
 
 
 def weight_rows(layer: SiteCarrier) -> Tensor | None:
-    """The weight of a layer as it was before any merge, `(out, d)`; `None` for one that cannot be read."""
+    """The base weight of a layer, before any merge, as `(out, d)`; `None` if it cannot be read."""
     try:
         weight = layer.hra_base.detach() if layer.hra_u.unmerged is None else layer.hra_u.unmerged
-    except AdapterError:  # another tool computes it from other parameters by now
+    except AdapterError:  # parametrized or removed since
         return None
     packing = packing_of(layer)
     if packing is None:
         return readable_rows(weight, layer.hra_u.width, columns=layer.hra_u.columns)
-    return _dequantised(layer, packing)
+    return _dequantized(layer, packing)
 
 
-def _dequantised(layer: SiteCarrier, packing: Packing) -> Tensor | None:
-    """What a quantised weight stands for, `(out, d)`; `None` where its library cannot say it."""
+def _dequantized(layer: SiteCarrier, packing: Packing) -> Tensor | None:
+    """A quantized weight as `(out, d)`; `None` if its library cannot dequantize it here."""
     try:
         values = packing.values(layer)
-    except Exception:  # each has errors of its own for a kernel that is not there, and a report goes on without it
+    except Exception:  # each library has its own errors for a missing kernel; the report goes on without the value
         return None
     return readable_rows(values, layer.hra_u.width, columns=False)

@@ -1,4 +1,4 @@
-"""How far a whole model is turned at one moment of a training: few numbers for each adapter, cheap enough for a log."""
+"""How far a whole model is rotated at one step of a training: a few values per adapter, cheap enough to log."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hra_fx.functional.householder import Turn
+from hra_fx.functional.statistics import RotationStats
 from hra_fx.model.state import require_sites
 from hra_fx.reporting.measuring import chain_of, turn_of
 
@@ -19,11 +19,11 @@ class Progress:
     """One adapter at one step.
 
     Attributes:
-        step: how many optimiser steps were done.
+        step: number of optimizer steps so far.
         adapter: name of the adapter.
-        mean_angle: the mean over its layers of each layer's mean angle, in radians (see `hra_fx.reporting.Row`).
-        angle: the largest angle of all its layers, in radians.
-        orthogonality: the largest `|Q^T Q - I|_F` of its layers.
+        mean_angle: mean of its layers' mean angles, in radians (see `hra_fx.reporting.row.Row`).
+        angle: largest angle of all its layers, in radians.
+        orthogonality: largest `|Q^T Q - I|_F` of all its layers.
     """
 
     step: int
@@ -34,16 +34,16 @@ class Progress:
 
 
 def progress_of(model: nn.Module, step: int) -> list[Progress]:
-    """The progress of each active adapter; no weight is read.
+    """The progress of each active adapter. Reads no weight.
 
     Args:
-        model: a transformed model, bare or wrapped (DDP, `torch.compile`).
-        step: what the entries are to have as their step.
+        model: a transformed model, may be wrapped (DDP, `torch.compile`).
+        step: the step to store in the entries.
 
     Raises:
-        AdapterError: the model has no reflections.
+        AdapterError: the model has no adapters.
     """
-    turns: dict[str, list[Turn]] = {}
+    turns: dict[str, list[RotationStats]] = {}
     with torch.no_grad():
         for layer in require_sites(model).values():
             for name in layer.hra_u.active:
@@ -61,10 +61,10 @@ def progress_of(model: nn.Module, step: int) -> list[Progress]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether this process holds only a part of some vectors (FSDP, ZeRO-3), so that no angle can be told.
+    """Whether this process holds only shards of some vectors (FSDP, ZeRO-3), so that angles cannot be computed.
 
     Raises:
-        AdapterError: the model has no reflections.
+        AdapterError: the model has no adapters.
     """
     return any(chain_of(layer, name) is None for layer in require_sites(model).values() for name in layer.hra_u)
 
@@ -75,6 +75,6 @@ def adapters_in(history: Sequence[Progress]) -> list[str]:
 
 
 def _largest(values: Iterable[float]) -> float:
-    """The largest number; NaN where one is, which `max` may miss."""
+    """The largest value, or NaN if one is NaN (which `max` may miss)."""
     found = list(values)
     return math.nan if any(map(math.isnan, found)) else max(found)

@@ -1,4 +1,4 @@
-"""The report of a model: its rows as data, and every form in which they are shown."""
+"""The report of a model: its rows as data, and all its formats."""
 
 from __future__ import annotations
 
@@ -13,26 +13,30 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 
+from hra_fx.reporting.columns import heading, table_of
+from hra_fx.reporting.footnotes import Footnote, footnotes
 from hra_fx.reporting.markdown import as_markdown
 from hra_fx.reporting.notebook import as_html
-from hra_fx.reporting.plots.heat_strip import draw_heat_strip
-from hra_fx.reporting.plots.two_adapters import draw_two_adapters
+from hra_fx.reporting.plots.comparison import draw_comparison
+from hra_fx.reporting.plots.heatmap import draw_heatmap
 from hra_fx.reporting.row import Row
-from hra_fx.reporting.skipped_layers import Missed
+from hra_fx.reporting.skipped_layers import SkippedLayer
 from hra_fx.reporting.table import as_text, in_terminal
 
 
 @dataclass(frozen=True)
 class Report:
-    """The rows of a model; prints as a table, in a terminal and in a notebook.
+    """What the adapters of a model do. It prints as a table, in a terminal and in a notebook.
 
     Attributes:
         rows: one for each adapter of each layer, in model order.
-        missed: the layers that could carry reflections and carry none, with the reason, in model order.
+        skipped: the layers that could have an adapter and have none, with the reason, in model order.
+        trained_in_full: paths of the layers that are trained in full because of `modules_to_save`.
     """
 
     rows: tuple[Row, ...]
-    missed: tuple[Missed, ...] = ()
+    skipped: tuple[SkippedLayer, ...] = ()
+    trained_in_full: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -47,36 +51,42 @@ class Report:
         return [dataclasses.asdict(row) | {"angles": list(row.angles)} for row in self.rows]
 
     def to_json(self, indent: int | None = None) -> str:
-        """`{"rows": [...], "missed": [...]}` as JSON, with `null` for what is NaN.
+        """`{"rows": [...], "skipped": [...], "trained_in_full": [...]}` as JSON, with `null` for NaN.
 
         Args:
             indent: spaces for each level; `None` for one line.
         """
-        content = {"rows": self.to_dicts(), "missed": [dataclasses.asdict(layer) for layer in self.missed]}
+        content = {
+            "rows": self.to_dicts(),
+            "skipped": [dataclasses.asdict(layer) for layer in self.skipped],
+            "trained_in_full": list(self.trained_in_full),
+        }
         return json.dumps(_without_nan(content), indent=indent, allow_nan=False)
 
     def to_markdown(self) -> str:
-        """The table in GitHub's Markdown, and below it what is said of regions and of layers left out."""
-        return as_markdown(self.rows, self.missed)
+        """The table in GitHub's Markdown, with its footnotes below."""
+        return as_markdown(self.rows, self._footnotes())
 
-    def heat_strip(self, path: str | os.PathLike[str], heat: str = "mean_angle", *, adapter: str | None = None) -> Path:
-        """Draw how far each layer is turned, as a strip: a row for each projection, a column for each block.
+    def plot_heatmap(
+        self, path: str | os.PathLike[str], heat: str = "mean_angle", *, adapter: str | None = None
+    ) -> Path:
+        """Plot how far each layer is rotated: one row for each projection, one column for each block.
 
         Args:
             path: the file, ending in `.svg`, `.png` or `.pdf`; its folder must exist.
-            heat: `"mean_angle"`, `"angle"`, `"rotation"` or `"share"`, the field that is shown.
-            adapter: of which adapter; `None` for the largest value of all that a layer has.
+            heat: the field that is shown: `"mean_angle"`, `"angle"`, `"rotation"` or `"share"`.
+            adapter: name of the adapter; `None` for the largest value among a layer's adapters.
 
         Returns:
             The path of the file.
 
         Raises:
-            VisualizeError: another ending, field or adapter, no such folder, or matplotlib is not installed.
+            VisualizeError: unknown file ending, field or adapter, no such folder, or matplotlib is not installed.
         """
-        return draw_heat_strip(self.rows, path, heat, adapter)
+        return draw_heatmap(self.rows, path, heat, adapter)
 
-    def compare(self, path: str | os.PathLike[str], first: str, second: str) -> Path:
-        """Draw two adapters side by side: the mean and the largest angle of each at each layer.
+    def plot_comparison(self, path: str | os.PathLike[str], first: str, second: str) -> Path:
+        """Plot the mean and the largest angle of two adapters side by side, layer by layer.
 
         Args:
             path: the file, ending in `.svg`, `.png` or `.pdf`; its folder must exist.
@@ -87,23 +97,26 @@ class Report:
             The path of the file.
 
         Raises:
-            VisualizeError: another ending, no such adapter, no such folder, or matplotlib is not installed.
+            VisualizeError: unknown file ending or adapter, no such folder, or matplotlib is not installed.
         """
-        return draw_two_adapters(self.rows, path, first, second)
+        return draw_comparison(self.rows, path, first, second)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The table, and below it each reason why a region is not larger and a layer was left out, once."""
-        yield from in_terminal(self.rows, self.missed, options.max_width)
+        """The table with as many columns as fit, and its footnotes."""
+        yield from in_terminal(*table_of(self.rows), heading(self.rows), self._footnotes(), options.max_width)
 
     def _repr_html_(self) -> str:
         """The table for notebooks."""
-        return as_html(self.rows, self.missed)
+        return as_html(self.rows, self._footnotes())
 
     def __str__(self) -> str:
-        """The table as text, as wide as it takes: nothing is cut off."""
-        return as_text(self.rows, self.missed)
+        """The table as text with all columns, as wide as needed, and its footnotes."""
+        return as_text(*table_of(self.rows), heading(self.rows), self._footnotes())
 
     __repr__ = __str__
+
+    def _footnotes(self) -> list[Footnote]:
+        return footnotes(self.rows, self.skipped, self.trained_in_full)
 
 
 def _without_nan(value: Any) -> Any:

@@ -1,59 +1,40 @@
-"""One line of a report, and what is said of where a layer runs."""
+"""One row of a report."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
-
-RegionKind = Literal["whole", "shared", "alone"]
-
-
-class Place(NamedTuple):
-    """Where a layer runs, as the fields of a row tell."""
-
-    region: RegionKind
-    region_path: str
-    region_sites: int
-    region_reason: str
 
 
 @dataclass(frozen=True)
 class Row:
     """One adapter at one layer.
 
-    What cannot be computed, of vectors without data or not finite, is NaN.
+    Values that cannot be computed (vectors without data, or not finite) are NaN.
 
     Attributes:
-        path: the layer.
-        region: `"whole"` (the model was captured whole), `"shared"` (a part of it was) or `"alone"` (the layer).
-        region_path: the root of the region.
-        region_sites: number of sites in the region.
-        region_reason: why the region is not larger; empty for a whole model.
-        site: kind and shape of the layer.
-        on_weight: whether its weight is reflected where it is read, and not its input.
+        path: qualified name of the layer.
+        layer_type: class and shape of the layer, such as `"Linear 6->8"`.
         adapter: name of the adapter.
-        active: whether it is one of the model's active adapters; while all are disabled too.
-        d: length of its vectors.
-        r: number of its trained vectors.
+        active: whether the adapter is one of the model's active adapters. Disabling all adapters does not change it.
+        d: length of a reflection vector.
+        r: number of trainable vectors.
         parameters: `d * r`.
         rotation: `|Q - I|_F`.
-        angle: largest angle by which `Q` turns a plane, in radians; pi where it reflects, 0 where nothing turns.
-        mean_angle: the mean of `angles`, in radians; 0 where nothing turns.
-        angles: the angle of each plane that `Q` turns, in radians from 0 to pi, falling. A plane has one; so has a
-            direction that is reflected, pi. Less than rounding leaves is no angle (see `hra_fx.functional.householder.turn`).
-        orthogonality: `|Q^T Q - I|_F` of `Q` in the precision in which the forward computes it.
-        share: which share of the layer's weight lies in the directions that `Q` turns, `|W P|_F^2 / |W|_F^2` with `P`
-            the projector on them; of a quantised weight as it is dequantised. NaN for a weight that cannot be read
-            (without data, sharded, or of a library that cannot dequantise it here).
+        angle: largest rotation angle of `Q` in radians. It is pi for a reflection, and 0 for the identity.
+        mean_angle: mean of `angles` in radians, 0 for the identity.
+        angles: rotation angle of each plane that `Q` rotates, in radians from 0 to pi, in descending order. A reflected
+            direction that is left over counts as one angle of pi. Angles below the rounding error are left out.
+        orthogonality: `|Q^T Q - I|_F` of `Q` in the precision of the forward pass.
+        share: share of the weight that `Q` changes: `|W P|_F^2 / |W|_F^2`, with `P` the projector on the directions
+            that `Q` does not leave as they are. A quantized weight is dequantized first. NaN if the weight cannot be
+            read (no data, sharded, or its library cannot dequantize it here).
+        graph: path of the traced graph that shows the layer (`""` for the whole model), `None` if there is none or
+            `report` was called without `capture=True`.
+        graph_reason: why that graph is not larger, `""` for the whole model.
     """
 
     path: str
-    region: RegionKind
-    region_path: str
-    region_sites: int
-    region_reason: str
-    site: str
-    on_weight: bool
+    layer_type: str
     adapter: str
     active: bool
     d: int
@@ -65,3 +46,5 @@ class Row:
     angles: tuple[float, ...]
     orthogonality: float
     share: float
+    graph: str | None = None
+    graph_reason: str = ""

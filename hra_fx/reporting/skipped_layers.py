@@ -1,21 +1,26 @@
-"""Which layers could carry reflections and carry none, and why: asked of the selection of layers itself."""
+"""Which layers have no adapter, and why. The reasons come from the same rules that select the layers."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import fx, nn
 
 from hra_fx.config import HRAConfig
+from hra_fx.export.inspect import unadapted_layers
 from hra_fx.layers.target import REFLECTION, SAVED, SiteKind, describe, find_kind
 from hra_fx.model.state import Record, inventory, record_of, sites_of
-from hra_fx.selection.select import is_target, layer_index, resolve_targets, shown_names
+from hra_fx.selection.select import is_target, layer_index, resolve_targets, saved_modules
+from hra_fx.selection.suggestions import shown_names
 
-#: The fields of a configuration that keep out what `target_modules` names.
-_KEEP_OUT: dict[str, Any] = dict.fromkeys(
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+#: The fields of a configuration that exclude layers which `target_modules` matches.
+_EXCLUDING: dict[str, Any] = dict.fromkeys(
     ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
 )
 
@@ -23,121 +28,141 @@ _SHOWN = 8
 
 
 @dataclass(frozen=True)
-class Missed:
-    """A layer that could carry reflections, and carries none.
+class SkippedLayer:
+    """A layer that could have an adapter and has none.
 
     Attributes:
-        path: the layer.
-        site: kind and shape of the layer.
-        reason: why it has none, in words.
+        path: qualified name of the layer.
+        layer_type: class and shape of the layer.
+        reason: why it has no adapter.
     """
 
     path: str
-    site: str
+    layer_type: str
     reason: str
 
 
-def missed_in(model: nn.Module) -> tuple[Missed, ...]:
-    """The layers of a model that no adapter is at, in model order; each once, however many paths it has.
+def not_adapted(model: nn.Module) -> tuple[tuple[SkippedLayer, ...], tuple[str, ...]]:
+    """The layers of a model without an adapter, in model order. Each is listed once, also if it has several paths.
 
     Args:
-        model: a transformed model, or one that holds some; of a part of one nobody knows what was asked for, and the
-            reason says so.
+        model: a transformed model, a module that contains one, or a part of one (then the reasons are unknown).
+
+    Returns:
+        The skipped layers, and the paths of those that are trained in full because of `modules_to_save`.
     """
     adapted = set(sites_of(model).values())
     roots = set(inventory(model).roots)
-    questions = {path: _questions(root) for path, root in model.named_modules() if root in roots}
-    found = []
+    selections = {path: _selections(root) for path, root in model.named_modules() if root in roots}
+    skipped, trained = [], []
     for path, layer in model.named_modules():
         kind = find_kind(layer)
-        if kind and layer not in adapted and path and not {REFLECTION, SAVED} & set(path.split(".")):
-            found.append(Missed(path, describe(layer), _why(path, kind, questions)))
-    return tuple(found)
+        if not kind or layer in adapted or not path or {REFLECTION, SAVED} & set(path.split(".")):
+            continue
+        root = next((root for root in selections if not root or path.startswith(f"{root}.")), None)
+        if root is None:
+            skipped.append(SkippedLayer(path, describe(layer), _why_outside(selections)))
+        elif any(selection.trains_in_full(layer) for selection in selections[root].values()):
+            trained.append(path)
+        else:
+            reason = reason_of(selections[root], path[len(root) :].lstrip("."), kind)
+            skipped.append(SkippedLayer(path, describe(layer), reason))
+    return tuple(skipped), tuple(trained)
 
 
-class Question:
-    """What one adapter asked for: which layers its configuration means, and what keeps the others out."""
+def not_adapted_in_graph(graph: fx.GraphModule | ExportedProgram) -> tuple[tuple[SkippedLayer, ...], tuple[str, ...]]:
+    """The same for an `ExportedProgram` or a captured `GraphModule`, which does not train layers in full."""
+    found = unadapted_layers(graph)
+    selections = {} if found.config is None else {found.adapter: Selection(found.skeleton, found.config)}
+    skipped = []
+    for path, (kind, layer_type, refusal) in found.layers.items():
+        reason = refusal
+        if reason is None and selections:
+            reason = reason_of(selections, path, kind)
+        skipped.append(SkippedLayer(path, layer_type, reason or "unknown: the graph has no adapter configuration"))
+    return tuple(skipped), ()
 
-    def __init__(self, outline: nn.Module, config: HRAConfig) -> None:
-        """Look up what "all-linear" or the defaults stand for in a model, or in its outline."""
+
+class Selection:
+    """What one adapter's configuration selects in a model, and what excludes the other layers."""
+
+    def __init__(self, model: nn.Module, config: HRAConfig) -> None:
+        """Resolve "all-linear" or the default targets for a model, or for a skeleton of one."""
         self.config = config
-        self.targets = resolve_targets(outline, config)
-        self._bare = dataclasses.replace(config, **_KEEP_OUT)
-        self._only = [
-            (f"exclude_modules={shown_names(config.exclude_modules)} leaves it out", self._with("exclude_modules")),
-            (f"modules_to_save={config.modules_to_save} trains it in full", self._with("modules_to_save")),
-            (None, self._with("layers_to_transform", "layers_pattern")),
+        self.targets = resolve_targets(model, config)
+        self._saved = {part for saved in saved_modules(model, config).values() for part in saved.modules()}
+        self._unrestricted = dataclasses.replace(config, **_EXCLUDING)
+        self._restrictions = [
+            (f"excluded by exclude_modules={shown_names(config.exclude_modules)}", self._only("exclude_modules")),
+            (f"inside modules_to_save={config.modules_to_save}", self._only("modules_to_save")),
+            (None, self._only("layers_to_transform", "layers_pattern")),
         ]
 
-    def _with(self, *names: str) -> HRAConfig:
-        """What would be meant if of the fields that keep layers out only these were given."""
+    def _only(self, *names: str) -> HRAConfig:
+        """The configuration with only these of the fields that exclude layers."""
         fields: dict[str, Any] = {name: getattr(self.config, name) for name in names}
-        return dataclasses.replace(self._bare, **fields)
+        return dataclasses.replace(self._unrestricted, **fields)
+
+    def trains_in_full(self, layer: nn.Module) -> bool:
+        """Whether the layer is, or is inside of, one of `modules_to_save`."""
+        return layer in self._saved
 
     def reason(self, path: str, kind: SiteKind) -> str:
-        """Why the adapter is not at the layer of this path."""
+        """Why this adapter is not at the layer of this path."""
         if is_target(self.config, path, self.targets):
-            return "it was folded, or put in its place, after the model was transformed"
-        if not is_target(self._bare, path, self.targets):
-            return self._why_not_named(kind)
-        against = [
-            text or self._why_not_index(path) for text, only in self._only if not is_target(only, path, self.targets)
-        ]
-        return ", and ".join(against)
+            return "folded or replaced after transform"
+        if not is_target(self._unrestricted, path, self.targets):
+            return self._why_not_matched(kind)
+        return ", and ".join(
+            text or self._why_not_index(path)
+            for text, only in self._restrictions
+            if not is_target(only, path, self.targets)
+        )
 
-    def _why_not_named(self, kind: SiteKind) -> str:
-        asked = self.config.target_modules
-        if isinstance(asked, str) and asked.lower() == "all-linear":
-            if kind == "linear":
-                return "it is the output layer, which target_modules='all-linear' leaves out"
-            return "target_modules='all-linear' means linear layers only"
-        if asked is None:
-            return f"the default target_modules of this architecture, {shown_names(self.targets)}, do not name it"
-        return f"target_modules={shown_names(asked)} does not name it"
+    def _why_not_matched(self, kind: SiteKind) -> str:
+        targets = self.config.target_modules
+        if isinstance(targets, str) and targets.lower() == "all-linear":
+            what = "the output layer" if kind == "linear" else "not a linear layer"
+            return f"{what}, which target_modules='all-linear' does not include"
+        if targets is None:
+            return f"not in the default target_modules of this architecture, {shown_names(self.targets)}"
+        return f"not {'matched by' if isinstance(targets, str) else 'in'} target_modules={shown_names(targets)}"
 
     def _why_not_index(self, path: str) -> str:
         wanted = f"layers_to_transform={_shown_indices(self.config.layers_to_transform)}"
         if layer_index(self.config, path) is None:
-            return f"no layer index is found in its path, and {wanted} asks for some"
-        return f"its layer index is not among {wanted}"
+            return f"no layer index in its path, and {wanted} is given"
+        return f"layer index not in {wanted}"
 
 
-def reason_of(questions: Mapping[str, Question], path: str, kind: SiteKind) -> str:
-    """Why no adapter is at a layer: the reason that all have in common, or that of each.
+def reason_of(selections: Mapping[str, Selection], path: str, kind: SiteKind) -> str:
+    """Why no adapter is at a layer: one reason if it is the same for all adapters, else one for each.
 
     Args:
-        questions: adapter name -> what it asked for.
-        path: the layer's path, as the adapters' configurations mean it.
+        selections: adapter name -> what it selects.
+        path: the layer's path below the transformed module.
         kind: the kind of layer.
     """
-    reasons = {name: question.reason(path, kind) for name, question in questions.items()}
+    reasons = {name: selection.reason(path, kind) for name, selection in selections.items()}
     if len(set(reasons.values())) == 1:
         return next(iter(reasons.values()))
     return "; ".join(f"{reason} (adapter {name})" for name, reason in reasons.items())
 
 
 def _shown_indices(indices: Collection[int] | int | None) -> str:
-    """Indices as they were given, or the ends of a long list."""
+    """Indices as they were given, or both ends of a long list."""
     if indices is None or isinstance(indices, int) or len(indices) <= _SHOWN:
         return repr(indices)
     return f"[{min(indices)}, ..., {max(indices)}] ({len(indices)} of them)"
 
 
-def _questions(root: nn.Module) -> dict[str, Question]:
+def _selections(root: nn.Module) -> dict[str, Selection]:
     record = record_of(root)
-    assert isinstance(record, Record)  # that is what makes it a root
-    return {name: Question(root, config) for name, config in record.configs.items()}
+    assert isinstance(record, Record)  # `inventory` lists only modules that have one
+    return {name: Selection(root, config) for name, config in record.configs.items()}
 
 
-def _why(path: str, kind: SiteKind, questions: Mapping[str, Mapping[str, Question]]) -> str:
-    if not questions:
-        return "nobody knows: this is a part of the model that was transformed"
-    root = _holder(path, questions)
-    if root is None:
-        return f"it is outside of the model that was transformed, {' and '.join(map(repr, questions))}"
-    return reason_of(questions[root], path[len(root) :].lstrip("."), kind)
-
-
-def _holder(path: str, roots: Iterable[str]) -> str | None:
-    """The root that a path lies below."""
-    return next((root for root in roots if not root or path.startswith(f"{root}.")), None)
+def _why_outside(roots: Iterable[str]) -> str:
+    if not roots:
+        return "unknown: this module is a part of a transformed model"
+    return f"outside of the transformed module {' and '.join(map(repr, roots))}"

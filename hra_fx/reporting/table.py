@@ -1,8 +1,10 @@
-"""A report in a terminal: one table, which loses columns before it loses letters."""
+"""Tables for a terminal: columns that do not fit are dropped before any text is cut."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -10,46 +12,96 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from hra_fx.reporting.columns import columns_for, heading
-from hra_fx.reporting.footnotes import remarks
-from hra_fx.reporting.row import Row
-from hra_fx.reporting.skipped_layers import Missed
+if TYPE_CHECKING:
+    from hra_fx.reporting.footnotes import Footnote
 
-_UNLIMITED = 10_000
-#: Columns that a narrow terminal does without, first to go first.
-_SPARE = ("site", "d", "region", "|Q - I|", "params", "turned", "r")
+#: Width of a console on which nothing is wrapped.
+UNLIMITED = 10_000
+_NARROWEST = 12  # characters per line of a text column
 
 
-def in_terminal(rows: Collection[Row], missed: Collection[Missed], width: int) -> Iterator[RenderableType]:
-    """The table with as many columns as fit, and the remarks below it."""
-    tables = (_table(rows, _SPARE[:dropped]) for dropped in range(len(_SPARE) + 1))
-    wide = Console(width=_UNLIMITED)
-    fitting = (table for table in tables if wide.measure(table).maximum <= width)
-    yield next(fitting, _table(rows, _SPARE))
-    for remark in remarks(rows, missed):
-        yield Text(remark.heading, style="bold")
-        yield from (Padding(Text(line), (0, 0, 0, 2)) for line in remark.lines)
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        name: its heading.
+        is_text: whether it holds text, aligned left and wrapped; numbers are aligned right.
+        priority: columns with the largest priority are dropped first where the table is too wide; 0 is never dropped.
+    """
+
+    name: str
+    is_text: bool = False
+    priority: int = 0
 
 
-def as_text(rows: Collection[Row], missed: Collection[Missed]) -> str:
-    """The same as plain text, as wide as it takes: nothing is cut off."""
-    width = Console(width=_UNLIMITED).measure(_table(rows)).maximum
+def fit_table(
+    columns: Sequence[Column], rows: Collection[Sequence[str]], width: int, title: str | None = None
+) -> Table:
+    """A table with as many columns as fit into a width. Columns without any text are left out.
+
+    Args:
+        columns: the columns.
+        rows: one text for each column.
+        width: characters per line.
+        title: the heading.
+    """
+    used = [i for i, column in enumerate(columns) if not rows or any(row[i] for row in rows)]
+    console = Console(width=UNLIMITED)
+    for limit in sorted({columns[i].priority for i in used}, reverse=True):
+        kept = [i for i in used if columns[i].priority <= limit]
+        table = _table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows], title)
+        if console.measure(table).maximum <= width:
+            break
+    return table
+
+
+def min_width(table: Table) -> int:
+    """The smallest width at which no number and no short word of a table is broken."""
+    return sum(column.min_width or 0 for column in table.columns) + 3 * len(table.columns) + 1
+
+
+def _table(columns: Sequence[Column], rows: Collection[Sequence[str]], title: str | None) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=None if title is None else Text(title), title_justify="left")
+    for i, column in enumerate(columns):
+        longest = max(len(text) for text in (column.name, *(row[i] for row in rows)))
+        table.add_column(
+            Text(column.name),
+            justify="left" if column.is_text else "right",
+            overflow="fold",
+            no_wrap=not column.is_text,
+            min_width=min(_NARROWEST, longest) if column.is_text else longest,
+        )
+    for row in rows:
+        # As Text, because names from a model may hold rich's markup.
+        table.add_row(*map(Text, row))
+    return table
+
+
+def in_terminal(
+    columns: Sequence[Column],
+    rows: Collection[Sequence[str]],
+    title: str,
+    footnotes: Collection[Footnote],
+    width: int,
+) -> Iterator[RenderableType]:
+    """A table that fits a width, and footnotes below it."""
+    yield fit_table(columns, rows, width, title)
+    for footnote in footnotes:
+        yield Text(footnote.heading, style="bold")
+        yield from (Padding(Text(line), (0, 0, 0, 2)) for line in footnote.lines)
+
+
+def as_text(
+    columns: Sequence[Column], rows: Collection[Sequence[str]], title: str, footnotes: Collection[Footnote]
+) -> str:
+    """The same as plain text, with every column and as wide as needed."""
+    table = fit_table(columns, rows, UNLIMITED, title)
+    width = Console(width=UNLIMITED).measure(table).maximum
     console = Console(width=max(100, width), no_color=True, highlight=False)
     with console.capture() as capture:
-        console.print(_table(rows))
+        console.print(table)
     lines = [line.rstrip() for line in capture.get().rstrip().splitlines()]
-    for remark in remarks(rows, missed):
-        lines += ["", remark.heading, *(f"  {line}" for line in remark.lines)]
+    for footnote in footnotes:
+        lines += ["", footnote.heading, *(f"  {line}" for line in footnote.lines)]
     return "\n".join(lines) + "\n"
-
-
-def _table(rows: Collection[Row], without: Collection[str] = ()) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=Text(heading(rows)), title_justify="left")
-    columns = columns_for(rows, without)
-    for column in columns:
-        justify = "left" if column.words else "right"
-        table.add_column(Text(column.name), overflow="fold", justify=justify, no_wrap=not column.words)  # type: ignore[arg-type]
-    for row in rows:
-        # As Text, for names from a model may hold what rich takes for its markup.
-        table.add_row(*(Text(column.text(row)) for column in columns))
-    return table

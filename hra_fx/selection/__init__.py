@@ -1,1 +1,1 @@
-"""Which layers to adapt: the matching rules of PEFT, and which layers can be adapted."""
+"""Select the layers to adapt: PEFT's matching rules, default targets, and checks of the selected layers."""

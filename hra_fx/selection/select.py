@@ -1,13 +1,13 @@
-"""Which layers of a model a configuration means: PEFT 0.21's set, and errors that say what was probably meant.
+"""Select the layers that a configuration targets, with the matching rules of PEFT 0.21.
 
-Source of the rules: `check_target_module_exists`, `_maybe_include_all_linear_layers` and `inject_adapter` of
-`peft.tuners.tuners_utils`. Their oddities are kept, because a saved adapter must meet the same layers again.
+Source of the rules: `check_target_module_exists`, `_maybe_include_all_linear_layers` and `inject_adapter` in
+`peft.tuners.tuners_utils`. Their edge cases are kept, because a saved adapter must select the same layers when it is
+loaded.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import sys
 import warnings
@@ -19,6 +19,7 @@ from torch import nn
 from hra_fx.config import HRAConfig, layer_index_regex, saved_module_regex
 from hra_fx.errors import HRAWarning, SelectionError
 from hra_fx.layers.target import REFLECTION, SAVED, find_kind
+from hra_fx.selection.suggestions import leaf_names, shown_names, suffixes, suggestion
 from hra_fx.selection.target_mapping import DEFAULT_TARGETS
 
 __all__ = [
@@ -27,37 +28,36 @@ __all__ = [
     "resolve_targets",
     "saved_modules",
     "select",
-    "shown_names",
     "targeted",
     "with_head",
     "without_absent",
 ]
 
-_ADAPTER = {REFLECTION, SAVED}
+_ADAPTER_CHILDREN = {REFLECTION, SAVED}
 _HEADS = ("score", "classifier")
 _TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-# From so many entries on PEFT shortens target_modules, which shows where layer indices are given too.
-_MANY = 20
+# PEFT shortens the entries of `target_modules` from this length on, which changes what layer indices select.
+_SHORTEN_FROM = 20
 _SHOWN = 8
-_KINDS = "nn.Linear, nn.Conv1d to Conv3d, nn.MultiheadAttention and transformers' Conv1D"
+_SUPPORTED = "nn.Linear, nn.Conv1d to nn.Conv3d, nn.MultiheadAttention and transformers' Conv1D"
 
 
 def select(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
-    """The layers of `model` that `config` names: path -> one that may be a site, in `named_modules` order.
+    """The layers of `model` that `config` targets, as path -> layer in `named_modules` order.
 
-    A layer that is reachable on several paths is listed once, under its first. Neither argument is changed.
+    A layer with several paths is listed once, under its first path. The arguments are not changed.
 
     Raises:
-        SelectionError: no layer is named (with near misses, and with what left them out), a named module is of another
-            kind, there are no default targets for this architecture, an entry of `modules_to_save`
-            names nothing, or a layer would be both adapted and saved in full.
+        SelectionError: no layer matches (the message suggests names, or says which field excludes the matches), a
+            matched module is not of a supported type, the architecture has no default targets, an entry of
+            `modules_to_save` matches no module, or a layer would be both adapted and saved in full.
 
     Warns:
-        HRAWarning: `exclude_modules` is given and leaves nothing out.
+        HRAWarning: `exclude_modules` matches no module.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
     >>> select(model, HRAConfig(target_modules="all-linear", exclude_modules=["2"]))
@@ -66,20 +66,20 @@ def select(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
     chosen = targeted(model, config)
     modules = dict(_walk(model))
     if not chosen:
-        raise SelectionError(_nothing_chosen(model, config, resolve_targets(model, config)))
+        raise SelectionError(_no_match(model, config, resolve_targets(model, config)))
     for path, module in chosen.items():
         if not _adaptable(module):
             raise SelectionError(_wrong_type(path, module))
     _check_saved(model, config, chosen)
-    if config.exclude_modules and not any(_is_named(config.exclude_modules, path) for path in modules):
-        near = _near_misses(config.exclude_modules, list(modules))
-        text = f"exclude_modules: {shown_names(config.exclude_modules)} leaves no module out{near}"
+    if config.exclude_modules and not any(_matches(config.exclude_modules, path) for path in modules):
+        hint = suggestion(config.exclude_modules, list(modules))
+        text = f"`exclude_modules={shown_names(config.exclude_modules)}` matches no module. {hint}"
         warnings.warn(text, HRAWarning, stacklevel=2)
     return chosen
 
 
 def targeted(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
-    """The modules that `config` names, whatever they are: path -> module, in `named_modules` order.
+    """The modules of any type that `config` targets, as path -> module in `named_modules` order.
 
     >>> list(targeted(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), HRAConfig(target_modules=["1"])))
     ['1']
@@ -89,22 +89,22 @@ def targeted(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
 
 
 def is_target(config: HRAConfig, path: str, targets: Collection[str] | str | None = None) -> bool:
-    """Whether the module at `path` is one that `config` names; looks at names only.
+    """Whether `config` targets the module at `path`. Only the path is checked, not the type of the module.
 
     Args:
-        config: the configuration, for what is left out and for the layer indices.
+        config: the configuration, with its exclusions and layer indices.
         path: a path as in `model.named_modules()`.
-        targets: what `resolve_targets` gives, where "all-linear" or the default of an architecture is to count.
-            None means `config.target_modules` as it stands; where that is None too, nothing is a target.
+        targets: the result of `resolve_targets`, needed for "all-linear" and for the default targets of an
+            architecture. None uses `config.target_modules` as it is; if that is None too, nothing matches.
 
     >>> config = HRAConfig(target_modules=["query"], layers_to_transform=1)
     >>> [is_target(config, f"encoder.layer.{i}.query") for i in range(3)]
     [False, True, False]
     """
-    named = config.target_modules if targets is None else targets
-    if not path or named is None or _left_out_by(config, path) or not _is_named(named, path):
+    names = config.target_modules if targets is None else targets
+    if not path or names is None or _excluded_by(config, path) or not _matches(names, path):
         return False
-    if isinstance(named, str) or path in named or not _uses_indices(config):
+    if isinstance(names, str) or path in names or not _uses_indices(config):
         return True
     index = layer_index(config, path)
     wanted = config.layers_to_transform
@@ -112,7 +112,7 @@ def is_target(config: HRAConfig, path: str, targets: Collection[str] | str | Non
 
 
 def resolve_targets(model: nn.Module, config: HRAConfig) -> set[str] | str:
-    """`config.target_modules` with "all-linear" and None replaced by what they stand for in `model`.
+    """`config.target_modules`, with "all-linear" and None replaced by the names they select in `model`.
 
     Raises:
         SelectionError: `target_modules` is None and there is no default for `model.config.model_type`.
@@ -127,15 +127,15 @@ def resolve_targets(model: nn.Module, config: HRAConfig) -> set[str] | str:
         targets = _all_linear(model, config)
     if isinstance(targets, str):
         return targets
-    if _uses_indices(config) and len(targets) >= _MANY:
+    if _uses_indices(config) and len(targets) >= _SHORTEN_FROM:
         return _shortened(set(targets), [path for path, _ in _walk(model)])
     return set(targets)
 
 
 def saved_modules(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
-    """The modules that `config.modules_to_save` names: path -> module, every path of a shared module by itself.
+    """The modules that `config.modules_to_save` matches, as path -> module, with every path of a shared module.
 
-    As in PEFT a path is named where it ends with an entry, at a dot or not.
+    As in PEFT, a path matches if it ends with an entry, whether or not a dot comes before it.
 
     >>> saved_modules(nn.Sequential(nn.ReLU(), nn.Tanh()), HRAConfig(modules_to_save=["1"]))
     {'1': Tanh()}
@@ -145,10 +145,10 @@ def saved_modules(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
 
 
 def with_head(model: nn.Module, config: HRAConfig) -> HRAConfig:
-    """`config` with the new head of its `task_type` among `modules_to_save`, where the model has one.
+    """`config` with the head of its `task_type` added to `modules_to_save`, if the model has one.
 
-    So do PEFT's models for sequence and token classification and for question answering: a head that is drawn at random
-    has to be trained.
+    PEFT's models for sequence classification, token classification and question answering do the same, because a
+    randomly initialized head must be trained.
 
     >>> model = nn.ModuleDict({"encoder": nn.Linear(2, 2), "classifier": nn.Linear(2, 2)})
     >>> with_head(model, HRAConfig(task_type="SEQ_CLS", target_modules=["encoder"])).modules_to_save
@@ -159,46 +159,40 @@ def with_head(model: nn.Module, config: HRAConfig) -> HRAConfig:
     present = [name for name in heads if any(path.endswith(name) for path in found)]
     if not present:
         return config
-    # PEFT writes every name that a head may have, so that those of others are no mistake.
+    # PEFT writes all possible names of a head, so names that this model does not have are not an error.
     given = [name for name in config.modules_to_save or () if name in present or name not in heads]
     return dataclasses.replace(config, modules_to_save=list(dict.fromkeys([*given, *present])))
 
 
 def without_absent(model: nn.Module, config: HRAConfig) -> HRAConfig:
-    """`config` without the entries of `modules_to_save` that name nothing: PEFT writes every name a head may have."""
+    """`config` without the entries of `modules_to_save` that match no module (see `with_head`)."""
     found = saved_modules(model, config)
     names = [name for name in config.modules_to_save or () if any(path.endswith(name) for path in found)]
     return dataclasses.replace(config, modules_to_save=names or None)
 
 
-# ---- the rules ----
+# ---- matching rules ----
 
 
 def _walk(model: nn.Module, *, remove_duplicate: bool = True) -> Iterable[tuple[str, nn.Module]]:
-    """Every module but the root and what earlier adapters put into the model."""
+    """Every module except the root and the modules that adapters added."""
     for path, module in model.named_modules(remove_duplicate=remove_duplicate):
-        if path and _ADAPTER.isdisjoint(path.split(".")):
+        if path and _ADAPTER_CHILDREN.isdisjoint(path.split(".")):
             yield path, module
 
 
-def _suffixes(path: str) -> list[str]:
-    """The dotted suffixes of a path, shortest first: "a.b.c" gives "c", "b.c", "a.b.c"."""
-    parts = path.split(".")
-    return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
-
-
-def _is_named(names: Collection[str] | str, path: str) -> bool:
-    """A string must match the whole path as a regular expression; of a collection one entry must end the path."""
+def _matches(names: Collection[str] | str, path: str) -> bool:
+    """A str must match the full path as a regex; in a collection, one entry must be a dotted suffix of the path."""
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
-    return any(suffix in names for suffix in _suffixes(path))
+    return any(suffix in names for suffix in suffixes(path))
 
 
-def _left_out_by(config: HRAConfig, path: str) -> str | None:
-    """The field that keeps `path` from being adapted whatever the targets are, or None."""
-    if not _ADAPTER.isdisjoint(path.split(".")):
+def _excluded_by(config: HRAConfig, path: str) -> str | None:
+    """The field that excludes `path` whatever the targets are, or None."""
+    if not _ADAPTER_CHILDREN.isdisjoint(path.split(".")):
         return "an earlier adapter"
-    if config.exclude_modules and _is_named(config.exclude_modules, path):
+    if config.exclude_modules and _matches(config.exclude_modules, path):
         return f"exclude_modules={shown_names(config.exclude_modules)}"
     if any(re.match(saved_module_regex(name), path) for name in config.modules_to_save or ()):
         return f"modules_to_save={config.modules_to_save}"
@@ -206,12 +200,12 @@ def _left_out_by(config: HRAConfig, path: str) -> str | None:
 
 
 def _uses_indices(config: HRAConfig) -> bool:
-    """An empty list of indices restricts nothing; index 0 does."""
+    """Whether layer indices are given. An empty list means no restriction, but index 0 is one."""
     return config.layers_to_transform is not None and config.layers_to_transform != []
 
 
 def layer_index(config: HRAConfig, path: str) -> int | None:
-    """The index of the block that `path` lies in, by the first of `layers_pattern` that finds one."""
+    """The index of the block that contains `path`, found by the first entry of `layers_pattern` that matches."""
     given = config.layers_pattern
     patterns: Iterable[str | None] = [None] if not given else [given] if isinstance(given, str) else given
     for pattern in patterns:
@@ -221,25 +215,25 @@ def layer_index(config: HRAConfig, path: str) -> int | None:
 
 
 def _shortened(targets: set[str], paths: list[str]) -> set[str]:
-    """Each target cut to its shortest suffix that ends no path outside the targets, as PEFT does with long lists.
+    """Replace each target by its shortest suffix that matches no other module, as PEFT does with long lists.
 
-    That names the same modules, but an entry which was a whole path, and so was free of `layers_to_transform`, may
-    become a suffix, which is not.
+    The same modules match, with one difference: a full path is not restricted by `layers_to_transform`, but the suffix
+    that replaces it is.
     """
-    others = {suffix for path in paths if not _is_named(targets, path) for suffix in _suffixes(path)}
-    short = {next(suffix for suffix in _suffixes(target) if suffix not in others) for target in targets}
+    others = {suffix for path in paths if not _matches(targets, path) for suffix in suffixes(path)}
+    short = {next(suffix for suffix in suffixes(target) if suffix not in others) for target in targets}
     return short if len(short) < len(targets) else targets
 
 
 def _all_linear(model: nn.Module, config: HRAConfig) -> set[str]:
-    """The paths of all linear layers but the output layer of a transformers model."""
+    """The paths of all linear layers, without the output layer of a transformers model."""
     kinds = tuple(filter(None, (nn.Linear, _transformers_class("pytorch_utils", "Conv1D"))))
     head = _output_layer(model, config)
     return {path for path, module in _walk(model) if isinstance(module, kinds) and module is not head}
 
 
 def _output_layer(model: nn.Module, config: HRAConfig) -> object:
-    """The output embedding of a transformers model, or its head where the task is SEQ_CLS; None for other models."""
+    """The output embedding of a transformers model, or its head for the task SEQ_CLS; None for other models."""
     pretrained = _transformers_class("modeling_utils", "PreTrainedModel")
     if pretrained is None or not isinstance(model, pretrained):
         return None
@@ -251,7 +245,7 @@ def _output_layer(model: nn.Module, config: HRAConfig) -> object:
 
 
 def _transformers_class(module: str, name: str) -> type | None:
-    """A class of transformers if that is loaded; if it is not, no object can be of that class."""
+    """A class of transformers, or None if transformers is not loaded: then no object can be an instance of it."""
     return getattr(sys.modules.get(f"transformers.{module}"), name, None)
 
 
@@ -259,14 +253,14 @@ def _default_targets(model: nn.Module) -> tuple[str, ...] | str:
     model_type = _model_type(model)
     if model_type in DEFAULT_TARGETS:
         return DEFAULT_TARGETS[model_type]
-    what = f"model_type {model_type!r}" if model_type else f"{type(model).__name__}, which has no config.model_type"
-    names = _leaf_names(path for path, module in _walk(model) if _adaptable(module))
-    layers = f"The layers of this model are called {names}" if names else "It has no layer to adapt"
-    raise SelectionError(f"target_modules: there is no default for {what}. Give target_modules. {layers}.")
+    what = f"model_type {model_type!r}" if model_type else f"{type(model).__name__}, which has no `config.model_type`"
+    names = leaf_names(path for path, module in _walk(model) if _adaptable(module))
+    layers = f"Its layers are called {names}" if names else "It has no layer that can be adapted"
+    raise SelectionError(f"`target_modules` must be given, because there is no default for {what}. {layers}.")
 
 
 def _model_type(model: nn.Module) -> str:
-    """`model.config.model_type` of a config that is an object, a dict or can become a dict; "" where there is none."""
+    """`model.config.model_type`, or "". The config may be an object, a mapping, or have a method `to_dict`."""
     config: Any = getattr(model, "config", None)
     if not isinstance(config, Mapping) and not hasattr(config, "model_type") and hasattr(config, "to_dict"):
         config = config.to_dict()
@@ -278,119 +272,70 @@ def _adaptable(module: nn.Module) -> bool:
     return find_kind(module) is not None
 
 
-# ---- what is said when they fail ----
+# ---- error messages ----
 
 
 def _check_saved(model: nn.Module, config: HRAConfig, chosen: Iterable[str]) -> None:
     saved = saved_modules(model, config)
     for name in config.modules_to_save or ():
         if not any(path.endswith(name) for path in saved):
-            near = _near_misses([name], [path for path, _ in _walk(model)])
-            raise SelectionError(f"modules_to_save: no module is called {name!r}{near}")
+            hint = suggestion([name], [path for path, _ in _walk(model)])
+            raise SelectionError(f"`modules_to_save`: there is no module {name!r}. {hint}")
     for path in chosen:
-        if held := next((s for s in saved if f"{path}.".startswith(f"{s}.")), None):
-            way_out = f"Add exclude_modules=[{path!r}], or write the whole name of what is to be saved."
-            what = f"is to be adapted, and modules_to_save={config.modules_to_save} saves {held!r} in full"
-            raise SelectionError(f"{path}: {what}. {way_out}")
+        if owner := next((s for s in saved if f"{path}.".startswith(f"{s}.")), None):
+            raise SelectionError(
+                f"{path}: a layer cannot be both adapted and saved in full, but `target_modules` matches {path!r} and "
+                f"`modules_to_save={config.modules_to_save}` matches {owner!r}. Add exclude_modules=[{path!r}], or use "
+                "a longer name in `modules_to_save`."
+            )
 
 
 def _wrong_type(path: str, module: nn.Module) -> str:
-    """What to say about a named module of a kind that cannot be adapted."""
+    """The message for a matched module whose type is not supported."""
     kind = type(module).__name__
-    text = f"{path}: target_modules names it, but it is a {kind}, and only {_KINDS} can be adapted. "
     if type(module).__module__.startswith("torch.ao."):
         return (
-            f"{path}: target_modules names it, but it is a quantised {kind} of torch.ao, which hides its weight and "
-            "gives its input no gradient. Transform, train and fold the model before its quantisation; or quantise "
-            "with torchao, as by Int8DynamicActivationInt8WeightConfig."
+            f"{path}: `target_modules` matches this {kind} of torch.ao, a quantized layer that hides its weight and "
+            "passes no gradient. Adapt, train and fold the model before you quantize it, or quantize it with torchao, "
+            "for example with Int8DynamicActivationInt8WeightConfig."
         )
+    text = f"{path}: `target_modules` matches this {kind}, but only {_SUPPORTED} can be adapted. "
     parts = path.split(".")
-    # A block number alone says nothing: "layer.0.query", not "0.query".
+    # A block number alone is ambiguous: suggest "layer.0.query", not "0.query".
     stem = ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
     below = [f"{stem}.{inner}" for inner, layer in _walk(module) if _adaptable(layer)]
     if below:
-        names = repr(below) if len(below) <= _SHOWN else f"[{_leaf_names(below)}]"
-        return text + f"To adapt the layers inside it write target_modules={names}."
-    return text + f"Name it no more, or add exclude_modules=[{path!r}]."
+        names = repr(below) if len(below) <= _SHOWN else f"[{leaf_names(below)}]"
+        return text + f"To adapt the layers inside it, use target_modules={names}."
+    return text + f"Remove it from `target_modules`, or add exclude_modules=[{path!r}]."
 
 
-def _nothing_chosen(model: nn.Module, config: HRAConfig, targets: set[str] | str) -> str:
-    """What to say when no module is left to adapt."""
+def _no_match(model: nn.Module, config: HRAConfig, targets: set[str] | str) -> str:
+    """The message for a configuration that selects no module."""
     kind, default = type(model).__name__, config.target_modules is None
-    shown = shown_names(targets if default else config.target_modules)
+    shown = f"`target_modules={shown_names(targets if default else config.target_modules)}`"
     shown += f", the default for {_model_type(model)!r}," * default
     if _adaptable(model):
-        return f"target_modules: the model is itself a {kind}, and only layers inside it can be adapted. Wrap it."
+        return f"The model itself is a layer ({kind}), and only layers inside a model can be adapted. Wrap it."
     layers = [path for path, module in _walk(model) if _adaptable(module)]
     if not layers:
-        return f"target_modules: {kind} has no layer to adapt: only {_KINDS} can be."
+        return f"{kind} has no layer that can be adapted. Supported layers: {_SUPPORTED}."
     if not targets:
-        return f"target_modules: {shown} names nothing. The layers of {kind} are called {_leaf_names(layers)}."
-    named = [path for path, _ in _walk(model) if _is_named(targets, path)]
-    if not named:
-        return f"target_modules: {shown} names no module of {kind}{_near_misses(targets, layers)}"
-    reasons = {_left_out_by(config, path) for path in named}
-    fields = sorted(reason or _left_out_by_index(config, named) for reason in reasons)
-    found = f"{len(named)} module{'s' * (len(named) > 1)} such as {named[0]!r}"
-    return f"target_modules: {shown} names {found}, but nothing is left after {' and '.join(fields)}."
+        return f"{shown} is empty. The layers of {kind} are called {leaf_names(layers)}."
+    matched = [path for path, _ in _walk(model) if _matches(targets, path)]
+    if not matched:
+        return f"{shown} matches no module of {kind}. {suggestion(targets, layers)}"
+    reasons = {_excluded_by(config, path) for path in matched}
+    fields = sorted(reason or _excluded_by_index(config, matched) for reason in reasons)
+    found = f"{len(matched)} module{'s' * (len(matched) > 1)} such as {matched[0]!r}"
+    return f"{shown} matches {found}, but none is left after {' and '.join(fields)}."
 
 
-def _left_out_by_index(config: HRAConfig, named: list[str]) -> str:
-    """The index fields, and the indices that there were to choose from."""
-    found = sorted({index for path in named if (index := layer_index(config, path)) is not None})
+def _excluded_by_index(config: HRAConfig, matched: list[str]) -> str:
+    """The fields with layer indices, and the indices of the matched modules."""
+    found = sorted({index for path in matched if (index := layer_index(config, path)) is not None})
     text = f"layers_to_transform={config.layers_to_transform}"
     if config.layers_pattern:
         text += f" with layers_pattern={config.layers_pattern!r}"
     some = ", ".join(map(str, found)) if len(found) <= _SHOWN else f"{found[0]} to {found[-1]}"
-    seen = f"their layer indices are {some}" if found else "no layer index is found in their paths"
-    return f"{text} ({seen})"
-
-
-def _near_misses(names: Collection[str] | str, paths: list[str]) -> str:
-    """How to go on from names that met nothing: the end of a sentence, from the full stop on."""
-    known = {suffix for path in paths for suffix in _suffixes(path)}
-    if isinstance(names, str):
-        if names in known:
-            return f". A string must match the whole path; to match the end of it write the list [{names!r}]."
-        if inside := [path for path in paths if re.search(names, path)]:
-            return f". A string must match the whole path; this one matches only a part of {inside[0]!r}."
-    for name in [] if isinstance(names, str) else sorted(names):
-        if any(_matches(name, path) for path in paths):
-            return f". In a list {name!r} is a name, not a regular expression: give the string itself."
-    near: dict[str, None] = {}
-    for name in [names] if isinstance(names, str) else sorted(names)[:_SHOWN]:
-        near |= dict.fromkeys(_close(name, known))
-    if not near:
-        return f". The names to choose from are {_leaf_names(paths)}."
-    guesses = [f"[{guess!r}]" if isinstance(names, str) else repr(guess) for guess in near]
-    return f"; did you mean {' or '.join(guesses[:_SHOWN])}?"
-
-
-def _close(name: str, known: set[str]) -> list[str]:
-    """Names of as many components that are spelled much like `name`, else such last components."""
-    alike = sorted(suffix for suffix in known if suffix.count(".") == name.count("."))
-    last = sorted(suffix for suffix in known if "." not in suffix)
-    return difflib.get_close_matches(name, alike) or difflib.get_close_matches(name.rpartition(".")[2], last)
-
-
-def _matches(regex: str, path: str) -> bool:
-    try:
-        return re.fullmatch(regex, path) is not None
-    except re.error:
-        return False
-
-
-def _leaf_names(paths: Iterable[str]) -> str:
-    """The different last components of paths, in order; numbers, which say little, last."""
-    names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
-    names.sort(key=str.isdigit)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(repr, names[:_SHOWN])) + more
-
-
-def shown_names(names: Collection[str] | str | None) -> str:
-    """A field of names as it would be written, sorted and not too long."""
-    if names is None or isinstance(names, str):
-        return repr(names)
-    entries = sorted(names)
-    return repr(entries) if len(entries) <= _SHOWN else f"{entries[:_SHOWN]!r} and {len(entries) - _SHOWN} more"
+    return f"{text} ({f'their layer indices are {some}' if found else 'their paths have no layer index'})"

@@ -1,7 +1,6 @@
-"""Which layers are adapted where `target_modules` is not given: facts about architectures, as PEFT 0.21 has them.
+"""Default `target_modules` by `model.config.model_type`, copied from PEFT 0.21.
 
-Keys are `model.config.model_type`. A tuple lists names, a string is a regular expression for the whole path; both mean
-what they mean in `HRAConfig.target_modules`.
+Values are written like `HRAConfig.target_modules`: a tuple of names, or a regular expression for the full path.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class _Trace:
             restore.enter_context(_LOCK)
             restore.callback(snapshot.restore)
             for part in self._paths.values():
-                vars(part)["training"] = training
+                part.training = training
             # What is cached between calls is computed in each call while TorchScript traces, and so in a graph.
             restore.enter_context(mock.patch.object(torch.jit, "is_tracing", lambda: True))
             try:

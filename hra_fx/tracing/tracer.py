@@ -150,7 +150,7 @@ class ModelTracer(fx.Tracer):
         """Unpack a value; only where the code says into how many."""
         try:
             with self.internal():
-                return super().iter(obj)  # type: ignore[return-value]
+                return super().iter(obj)
         except fx.proxy.TraceError:
             self.refuse("it loops over a value, or unpacks one in a way that does not tell how many there are")
 

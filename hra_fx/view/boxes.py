@@ -1,4 +1,4 @@
-"""Blocks with sizes and places: what the text of every box says, and how large the box is because of it."""
+"""Placed boxes: the text of every box, its size and its position."""
 
 from __future__ import annotations
 
@@ -6,43 +6,43 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from hra_fx.view.columns import Size
+from hra_fx.view.annotations import NO_CELLS, Annotations, Cells
+from hra_fx.view.coordinates import Size
 from hra_fx.view.layout import Arrangement, Route, in_rows, layered
-from hra_fx.view.notes import NO_CELLS, Cells, Notes
 from hra_fx.view.panels import Block
 from hra_fx.view.text import clean, shorten, width
 from hra_fx.view.tree import Leaf, Scope, span
 
 NAME, DETAIL = 12.5, 11.0  # font sizes
-STRIP = 19.0  # height of the reflection on top of its layer
+STRIP = 19.0  # height of the adapter strip on top of its layer
 HEADER = 27.0  # height of an open scope's title
 _PAD = 14.0
-_ROW, _ROW_OVERVIEW = 1020.0, 240.0  # widest row of a scope without edges
+_ROW, _ROW_OVERVIEW = 1020.0, 240.0  # maximum width of a row in a scope without edges
 _LETTERS, _PORT = 34, 48
-_LINES = 20  # of a tip
+_LINES = 20  # of a tooltip
 
-Look: TypeAlias = Literal["port", "site", "plain", "eager", "closed", "captured", "python", "root"]
-_OPEN = ("captured", "python", "root")
+Look: TypeAlias = Literal["port", "adapted_layer", "plain", "eager", "trained", "closed", "traced", "untraced", "root"]
+_OPEN = ("traced", "untraced", "root")
 
 
 @dataclass(frozen=True)
 class Box:
-    """A placed block; `x` and `y` are those of its upper left corner, in its parent.
+    """A placed block. `x` and `y` are the position of its upper left corner in its parent.
 
     Attributes:
         look: how it is drawn.
         size: its size and ports.
-        name, detail, strip: its texts; `strip` is the one of the reflection.
-        tip: what a reader sees who points at it.
-        sites: how many sites it stands for.
+        name, detail, strip: its texts; `strip` is the text of the adapter.
+        tip: its tooltip.
+        adapted: number of adapted layers that it stands for.
         letter: the panel that shows its inside.
-        count: `"× 6"`, if it stands for several.
-        heat: the colour of the reflection, where heat is on.
-        cells: the heat of each site, where there are several.
-        missed: how many layers in it could carry reflections, and do not.
+        count: `"× 6"`, if it stands for several modules.
+        heat: the color of the adapter strip, if a heatmap is shown.
+        cells: one cell for each adapted layer, if there are several.
+        skipped: number of layers in it without an adapter.
         parts: boxes inside.
         routes: edges between them.
-        body: where the inside begins.
+        body: position of the inside.
     """
 
     look: Look
@@ -50,13 +50,13 @@ class Box:
     name: str
     detail: str
     tip: str
-    sites: int
+    adapted: int
     strip: str = ""
     letter: str = ""
     count: str = ""
     heat: str = ""
     cells: Cells = NO_CELLS
-    missed: int = 0
+    skipped: int = 0
     x: float = 0.0
     y: float = 0.0
     parts: tuple[Box, ...] = ()
@@ -72,83 +72,87 @@ class Box:
             yield self
 
 
-def place(block: Block, notes: Notes, *, root: bool = False) -> Box:
-    """Size a block and place all that is inside it.
+def place(block: Block, annotations: Annotations, *, root: bool = False) -> Box:
+    """Compute the size of a block, and place everything inside it.
 
     Args:
         block: the block.
-        notes: what is shown besides.
-        root: whether it is a whole panel, which gets neither border nor title.
+        annotations: what is shown on the boxes.
+        root: whether it is a whole panel, which has no border and no title.
     """
     if isinstance(block.item, Leaf):
-        return _site(block.item, notes) if block.item.kind == "site" else _leaf(block.item, notes)
+        return (
+            _adapted(block.item, annotations) if block.item.kind == "adapted_layer" else _leaf(block.item, annotations)
+        )
     if block.parts is None:
-        return _closed(block.item, block.letter, notes)
-    return _open(block.item, block.parts, notes, root=root)
+        return _closed(block.item, block.letter, annotations)
+    return _open(block.item, block.parts, annotations, root=root)
 
 
-def _site(leaf: Leaf, notes: Notes) -> Box:
+def _adapted(leaf: Leaf, annotations: Annotations) -> Box:
     name, detail, count = shorten(clean(span(leaf)), _LETTERS), clean(leaf.detail), _count(leaf)
-    turned, heat = notes.strip(leaf)
-    strip = _strip(leaf, turned)
+    words, heat = annotations.strip(leaf)
+    strip = _strip(leaf, words)
     wide = max(
         width(name, NAME, bold=True) + _count_width(count), width(detail, DETAIL), width(strip, DETAIL, bold=True) + 12
     )
-    cells = notes.cells(leaf, wide) if len(leaf.marks) > 1 else NO_CELLS
-    tip = clean_lines([f"{leaf.target}: {detail}", strip], [notes.value(mark.path) for mark in leaf.marks])
+    cells = annotations.cells(leaf, wide) if len(leaf.marks) > 1 else NO_CELLS
+    tip = clean_lines([f"{leaf.target}: {detail}", strip], [annotations.value(mark.path) for mark in leaf.marks])
     size = Size(wide + 2 * _PAD, STRIP + 39 + cells.height)
-    return Box("site", size, name, detail, tip, len(leaf.marks), strip, count=count, heat=heat, cells=cells)
+    return Box("adapted_layer", size, name, detail, tip, len(leaf.marks), strip, count=count, heat=heat, cells=cells)
 
 
-def _strip(leaf: Leaf, turned: str) -> str:
-    """The words of a reflection: how many vectors, how long, how far they turn."""
+def _strip(leaf: Leaf, words: str) -> str:
+    """The text of an adapter: number and length of its vectors, and how far they rotate."""
     if not leaf.marks:
         return "same layer, called again"
     if leaf.op == "eager":
-        return f"r {leaf.rank} · d {leaf.width} · not called"
-    strip = f"r {leaf.rank} · d {leaf.width}" if leaf.rank else "no adapter in use"
+        return f"r {leaf.rank} · d {leaf.width} · not traced"
+    strip = f"r {leaf.rank} · d {leaf.width}" if leaf.rank else "no active adapter"
     rotations = [mark.rotation for mark in leaf.marks if mark.rotation is not None]
-    if turned:
-        return f"{strip} · {turned}"
+    if words:
+        return f"{strip} · {words}"
     return strip + (f" · |Q-I| {sum(rotations) / len(rotations):.2f}" if rotations else "")
 
 
-def _leaf(leaf: Leaf, notes: Notes) -> Box:
+def _leaf(leaf: Leaf, annotations: Annotations) -> Box:
     letters = _PORT if leaf.kind in ("input", "output") else _LETTERS
     name, detail, count = shorten(clean(span(leaf)), letters), shorten(clean(leaf.detail), _LETTERS), _count(leaf)
     detail = "" if detail == name else detail
-    missed = notes.missed_in(leaf)
+    skipped = annotations.skipped_in(leaf)
     wide = width(name, NAME) + (7 + width(detail, DETAIL) if detail else 0) + _count_width(count) + 2 * _PAD
-    tip = clean_lines([f"{leaf.target} ({leaf.op})", leaf.detail, leaf.shape, *notes.reasons(missed)])
+    tip = clean_lines([f"{leaf.target} ({leaf.op})", leaf.detail, leaf.shape, *annotations.lines(leaf)])
     if leaf.kind in ("input", "output"):
         return Box("port", Size(max(wide, 60), 24), name, detail, tip, 0)
-    look: Look = "eager" if leaf.kind == "eager" else "plain"
-    return Box(look, Size(max(wide, 70), 29), name, detail, tip, 0, count=count, missed=len(missed))
+    look: Look = "trained" if annotations.trained_in(leaf) else "eager" if leaf.kind == "eager" else "plain"
+    return Box(look, Size(max(wide, 70), 29), name, detail, tip, 0, count=count, skipped=len(skipped))
 
 
-def _closed(scope: Scope, letter: str, notes: Notes) -> Box:
+def _closed(scope: Scope, letter: str, annotations: Annotations) -> Box:
     name, count = shorten(clean(span(scope)), _LETTERS), _count(scope)
     detail = shorten(clean(scope.class_name), _LETTERS)
-    sites, missed = len(scope.marks), notes.missed_in(scope)
-    turned, _ = notes.strip(scope)
-    detail += f" · {_number(sites, 'site')}" * bool(sites) + f" · {turned}" * bool(turned)
-    detail += f" · {len(missed)} missed" * bool(missed)
+    adapted, skipped = len(scope.marks), annotations.skipped_in(scope)
+    words, _ = annotations.strip(scope)
+    detail += f" · {adapted} adapted" * bool(adapted) + f" · {words}" * bool(words)
+    detail += f" · {len(skipped)} not adapted" * bool(skipped)
     wide = max(width(name, NAME, bold=True) + _count_width(count), width(detail, DETAIL)) + (30 if letter else 0)
     tip = clean_lines(
         [f"{scope.path or scope.name}: {scope.class_name}"],
-        [notes.value(mark.path) for mark in scope.marks],
-        notes.reasons(missed),
+        [annotations.value(mark.path) for mark in scope.marks],
+        annotations.lines(scope),
     )
-    cells = notes.cells(scope, wide)
+    cells = annotations.cells(scope, wide)
     size = Size(wide + 2 * _PAD, 47 + cells.height)
-    return Box("closed", size, name, detail, tip, sites, letter=letter, count=count, cells=cells, missed=len(missed))
+    return Box(
+        "closed", size, name, detail, tip, adapted, letter=letter, count=count, cells=cells, skipped=len(skipped)
+    )
 
 
-def _open(scope: Scope, blocks: tuple[Block, ...], notes: Notes, *, root: bool) -> Box:
-    parts = [place(block, notes) for block in blocks]
+def _open(scope: Scope, blocks: tuple[Block, ...], annotations: Annotations, *, root: bool) -> Box:
+    parts = [place(block, annotations) for block in blocks]
     sizes = [part.size for part in parts]
     if scope.eager:
-        inner = in_rows(sizes, _ROW if scope.path or notes.wide else _ROW_OVERVIEW)
+        inner = in_rows(sizes, _ROW if scope.path or annotations.wide else _ROW_OVERVIEW)
     else:
         inner = layered(sizes, scope.edges, scope.inputs, scope.outputs)
     name, detail = shorten(clean(span(scope)), _LETTERS), shorten(clean(scope.class_name), _LETTERS)
@@ -162,7 +166,7 @@ def _open(scope: Scope, blocks: tuple[Block, ...], notes: Notes, *, root: bool) 
         high = top + inner.height + (0 if scope.outputs else 12)
     size = Size(wide, high, left + inner.enter - wide / 2, left + inner.leave - wide / 2)
     return Box(
-        "root" if root else "python" if scope.eager else "captured",
+        "root" if root else "untraced" if scope.eager else "traced",
         size,
         name,
         detail,
@@ -190,20 +194,16 @@ def _count_width(count: str) -> float:
     return width(count, DETAIL, bold=True) + 22 if count else 0.0
 
 
-def _number(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")
-
-
-def clean_lines(lines: list[str], sites: Sequence[str] = (), more: Sequence[str] = ()) -> str:
-    """Lines of a tip, without what XML cannot hold. All sites are named; of other long lists the end is cut off.
+def clean_lines(lines: list[str], layers: Sequence[str] = (), more: Sequence[str] = ()) -> str:
+    """Lines of a tooltip, without characters that XML cannot hold. All layers are listed; other long lists are cut.
 
     Args:
         lines: the first lines.
-        sites: a line for each site.
+        layers: a line for each adapted layer.
         more: further lines.
     """
     first, last = [clean(line) for line in lines if line], [clean(line) for line in more]
-    shown = [*_cut(first), *(clean(site) for site in sites), *_cut(last)]
+    shown = [*_cut(first), *map(clean, layers), *_cut(last)]
     return "\n".join(shown)
 
 

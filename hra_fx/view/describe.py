@@ -1,4 +1,4 @@
-"""Words and figures for a leaf: the name of a module below its parent, its class and shape, its size."""
+"""The texts of a leaf: name of a module below its parent, its class and shape, its parameters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hra_fx.layers.target import REFLECTION, describe
 
 
 def name_of(path: str) -> str:
-    """The last part of a qualified name, with the one before it where the last is only a number.
+    """The last part of a qualified name, with the part before it if the last one is a number.
 
     >>> name_of("encoder.layer.0.query"), name_of("encoder.layer.0")
     ('query', 'layer.0')
@@ -19,7 +19,7 @@ def name_of(path: str) -> str:
 
 
 def describe_module(module: nn.Module) -> str:
-    """Class and shape of a layer, the class of another module.
+    """Class and shape of a layer; the class of any other module.
 
     >>> describe_module(nn.Linear(4, 8)), describe_module(nn.ReLU())
     ('Linear 4→8', 'ReLU')
@@ -31,7 +31,7 @@ def describe_module(module: nn.Module) -> str:
 
 
 def own_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """A module's parameters without its reflections.
+    """A module's parameters without its adapters.
 
     >>> [tuple(parameter.shape) for parameter in own_parameters(nn.Linear(4, 8))]
     [(8, 4), (8,)]

@@ -1,4 +1,4 @@
-"""All that the writers of pictures and pages are given: the graph of a model, and what its adapters did."""
+"""What every picture and page is made from: the graph of a model, and what its adapters did."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 import networkx as nx
 
-from hra_fx.model.unwrap import unwrapped
-from hra_fx.reporting import Row, report
+from hra_fx.model.unwrap import unwrap
+from hra_fx.reporting.report import report
+from hra_fx.reporting.row import Row
 from hra_fx.view.graph import leaves_of
-from hra_fx.view.resolve_subject import find_subject, has_reflections
+from hra_fx.view.resolve_subject import find_subject, has_adapters
 from hra_fx.view.scopes import scope_tree
 from hra_fx.view.subject import Subject
 from hra_fx.view.tree import Scope
@@ -19,15 +20,16 @@ from hra_fx.view.tree import Scope
 
 @dataclass(frozen=True)
 class Drawing:
-    """What is drawn of a model.
+    """A model as it is drawn.
 
     Attributes:
         name: the class of the model.
         title: the heading, `"ResNet with HRA"`.
-        facts: one line: how many sites, their ranks and parameters, how the model was captured.
-        picture: the leaves and the flow of values between them; see `graph.leaves_of`.
-        rows: the rows of the report; none for a plain model.
-        missed: path of a layer that could carry reflections, and does not -> why; none for a plain model.
+        facts: one line: the number of adapted layers, their ranks and parameters, and what was traced.
+        picture: the leaves, and the flow of values between them; see `graph.leaves_of`.
+        rows: the rows of the report; empty for a plain model.
+        skipped: path of a layer without an adapter -> the reason; empty for a plain model.
+        trained_in_full: paths of the layers that are trained in full because of `modules_to_save`.
     """
 
     name: str
@@ -35,27 +37,28 @@ class Drawing:
     facts: str
     picture: nx.DiGraph[str]
     rows: tuple[Row, ...]
-    missed: Mapping[str, str]
+    skipped: Mapping[str, str]
+    trained_in_full: tuple[str, ...] = ()
 
     def tree(self) -> Scope:
-        """The leaves grouped by module, with neighbours that look alike as one."""
+        """The leaves grouped by module, with identical neighbors as one."""
         return scope_tree(self.picture, self.name)
 
 
 def drawing_of(model: Any, example_inputs: Any = None) -> Drawing:
-    """Look at a model; nothing in it is changed.
+    """Collect what is drawn of a model. The model is not changed.
 
     Args:
-        model: a module, transformed, plain or folded, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`; in
-            what wraps a whole model (DDP, `torch.compile`), that model is looked at.
-        example_inputs: those of one call: for shapes, and for a whole graph by TorchDynamo where fx has none.
+        model: a module, transformed, plain or folded, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`. A
+            wrapper of a whole model (DDP, `torch.compile`) is removed.
+        example_inputs: inputs of one call: for shapes, and for a whole graph by TorchDynamo if fx cannot trace it.
 
     Raises:
-        VisualizeError: it is no model, or has no use for example inputs.
-        AdapterError: the model does not run on the inputs, or TorchDynamo cannot record the call.
+        VisualizeError: the model has another type, or does not take example inputs.
+        AdapterError: the model does not run on the inputs, or TorchDynamo cannot trace the call.
     """
-    model = unwrapped(model)
-    found = report(model) if has_reflections(model) else None
+    model = unwrap(model)
+    found = report(model) if has_adapters(model) else None
     subject = find_subject(model, example_inputs, found.rows if found else ())
     name = subject.classes.get("", type(model).__name__)
     return Drawing(
@@ -64,31 +67,31 @@ def drawing_of(model: Any, example_inputs: Any = None) -> Drawing:
         facts=_facts(subject),
         picture=leaves_of(subject),
         rows=found.rows if found else (),
-        missed={layer.path: layer.reason for layer in found.missed} if found else {},
+        skipped={layer.path: layer.reason for layer in found.skipped} if found else {},
+        trained_in_full=found.trained_in_full if found else (),
     )
 
 
 def _facts(subject: Subject) -> str:
-    if not subject.sites:
-        return f"{subject.parameters:,} parameters · no adapters · {_captured(subject)}"
-    ranks = sorted({site.rank for site in subject.sites.values()})
+    if not subject.layers:
+        return f"{subject.parameters:,} parameters · no adapters · {_traced(subject)}"
+    ranks = sorted({layer.rank for layer in subject.layers.values()})
     span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    adapter = sum(site.vectors for site in subject.sites.values())
+    adapter = sum(layer.vectors for layer in subject.layers.values())
     share = adapter / max(subject.parameters, 1)
-    words = f"{_number(len(subject.sites), 'adapted layer')} · r = {span} · {adapter:,} adapter parameters"
-    return f"{words} ({share:.2%} of {subject.parameters:,}) · {_captured(subject)}"
+    words = f"{_number(len(subject.layers), 'adapted layer')} · r = {span} · {adapter:,} adapter parameters"
+    return f"{words} ({share:.2%} of {subject.parameters:,}) · {_traced(subject)}"
 
 
-def _captured(subject: Subject) -> str:
-    """In what graphs the model is drawn."""
+def _traced(subject: Subject) -> str:
+    """What of the model is drawn as a graph."""
     if subject.of_call:
         return "graph of one call" if "" in subject.graphs else f"one call in {len(subject.graphs)} graphs"
     if "" in subject.graphs:
-        return "captured whole"
-    alone = len(subject.graphs.keys() & subject.sites.keys())
-    regions = len(subject.graphs) - alone
-    words = [_number(regions, "captured region")] * bool(regions) + [f"{_number(alone, 'layer')} alone"] * bool(alone)
-    return ", ".join(words) or "no part captured"
+        return "traced as one graph"
+    modules = len(subject.graphs.keys() - subject.layers.keys())
+    what = f"{_number(modules, 'module')} traced" if modules else "not traced"
+    return f"{what}: pass example_inputs to draw the whole data flow"
 
 
 def _number(count: int, noun: str) -> str:

@@ -1,4 +1,4 @@
-"""The formats of pictures by file ending. What a format needs is imported when it is written."""
+"""The formats of pictures by file ending. A format's module is imported when a file is written."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Format:
     """A format.
 
     Attributes:
-        words: what it is for.
-        module: the file whose `render` writes it.
-        library: a package that has to be installed for it, `""` for none.
-        extra: the extra of this package that installs it.
+        words: what it is, in error messages.
+        module: the module with its `render` function.
+        library: a package that it requires, `""` for none.
+        extra: the extra of hra-fx that installs that package.
     """
 
     words: str
@@ -36,14 +36,14 @@ class Format:
 
     @property
     def works(self) -> bool:
-        """Whether all that it needs is installed."""
+        """Whether the required package is installed."""
         return not self.library or find_spec(self.library) is not None
 
 
 FORMATS: Mapping[str, Format] = {
-    ".svg": Format("a picture that fits a page", "hra_fx.view.page"),
-    ".png": Format("the same as pixels", "hra_fx.view.png", "resvg_py", "png"),
-    ".html": Format("a page to explore", "hra_fx.view.html.rendering"),
+    ".svg": Format("picture", "hra_fx.view.page"),
+    ".png": Format("picture", "hra_fx.view.png", "resvg_py", "png"),
+    ".html": Format("interactive page", "hra_fx.view.html.rendering"),
     ".mmd": Format("Mermaid, for READMEs", "hra_fx.view.mermaid"),
     ".dot": Format("Graphviz", "hra_fx.view.dot"),
     ".graphml": Format("networkx, Gephi, yEd", "hra_fx.view.graphml"),
@@ -52,27 +52,27 @@ FORMATS: Mapping[str, Format] = {
 
 
 def picture_file(path: str | os.PathLike[str], formats: Mapping[str, Format] = FORMATS) -> Path:
-    """The path of a picture that can be written.
+    """Check the path of a picture before the work starts, and return it.
 
     Args:
-        path: as the user gave it.
-        formats: those to choose from.
+        path: the path from the user.
+        formats: the available formats.
 
     Raises:
-        VisualizeError: as `output_file`, or the format's library is not installed; the message lists what works.
+        VisualizeError: as `output_file`, or the format's package is not installed; the message lists the other formats.
     """
     working = ", ".join(f"{ending} ({form.words})" for ending, form in formats.items() if form.works)
     file = output_file(path, formats, listed=working)
     form = formats[file.suffix.lower()]
     if not form.works:
         raise VisualizeError(
-            f"path: {file.name!r} needs the package {form.library.replace('_', '-')}, which is not installed: "
-            f"pip install 'hra-fx[{form.extra}]'. The formats that can be written without it are {working}."
+            f"{file.name!r} needs the package {form.library.replace('_', '-')}, which is not installed. Run: "
+            f"pip install 'hra-fx[{form.extra}]'. Formats that need no other package: {working}."
         )
     return file
 
 
 def renderer(file: Path) -> Render:
-    """What writes a file that `picture_file` let through."""
+    """The function that renders a file which `picture_file` has checked."""
     render: Render = import_module(FORMATS[file.suffix.lower()].module).render
     return render

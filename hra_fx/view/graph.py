@@ -1,9 +1,9 @@
-"""From captured graphs to one networkx graph of drawable leaves.
+"""From traced graphs to one networkx graph of leaves (boxes).
 
-Nodes are strings, in drawing order, each with the attribute `leaf`; edges are the flow of values inside a captured
-graph. A site's two nodes (its reflection, and the layer or its weight) become one leaf, parameters are folded into what
-reads them, and what only computes shapes or passes a value on is left out. Modules outside every captured graph are
-leaves without edges.
+Nodes are strings in drawing order, each with the attribute `leaf`. Edges are the flow of values inside a traced graph.
+The nodes of an adapted layer (its adapter, and the layer or its weight) become one leaf. Parameters belong to the leaf
+that reads them. Nodes that only compute shapes or pass a value on have no leaf. Modules outside of all traced graphs
+are leaves without edges.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from dataclasses import dataclass, field, replace
 import networkx as nx
 from torch import Tensor, fx, nn
 
-from hra_fx.export.weight_uses import plain_path
+from hra_fx.export.weight_uses import normalize_path
 from hra_fx.layers.target import SiteNote
 from hra_fx.view.describe import describe_module, name_of, own_parameters
 from hra_fx.view.subject import Subject, subject_of
 from hra_fx.view.tree import Leaf, Mark, module_of
-from hra_fx.view.values import Value, function_name, note_of, pass_through, read, shape_and_dtype
+from hra_fx.view.values import Value, function_name, pass_through, read, shape_and_dtype, tag_of
 
-#: The key of a graph that is one piece of a call, and not a module's.
+#: The key of a graph that is one piece of a call, not the graph of a module.
 _PIECE = re.compile(r"call\[\d+\]")
 
 
 def adapted_graph(model: nn.Module, graphs: Mapping[str, fx.GraphModule]) -> nx.DiGraph[str]:
-    """The leaves of a model and of graphs that were captured of it; see `leaves_of`.
+    """The leaves of a model and of graphs that were traced from it; see `leaves_of`.
 
     Args:
         model: a model, transformed or plain.
-        graphs: module path -> captured graph, as `hra_fx.graphs` gives them.
+        graphs: module path -> traced graph, as `hra_fx.graphs` returns them.
     """
     return leaves_of(subject_of(model, graphs))
 
@@ -40,9 +40,9 @@ def leaves_of(subject: Subject) -> nx.DiGraph[str]:
     """The leaves of the whole model.
 
     Returns:
-        A DiGraph, acyclic; `graph["regions"]` are the paths of captured graphs, `graph["classes"]` the class names by
-        module path, `graph["details"]` class and shape of the modules that may be one operation. The marks of its
-        leaves are all sites of the model, each exactly once.
+        An acyclic DiGraph. `graph["traced"]` has the paths of the traced modules, `graph["classes"]` the class names by
+        module path, `graph["details"]` class and shape of the modules without children. The marks of its leaves are
+        the adapted layers of the model, each exactly once.
     """
     builder = _Builder(subject)
     builder.draw()
@@ -63,59 +63,59 @@ def _parent(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def _stack(node: fx.Node, region: str) -> list[tuple[str, str]]:
+def _stack(node: fx.Node, root: str) -> list[tuple[str, str]]:
     """The calls around a node, outermost first: (name of the call, qualified name of the module)."""
     entries = node.meta.get("nn_module_stack") or {}
-    paths = [(str(call), plain_path(str(entry[0])).partition("@")[0]) for call, entry in entries.items()]
+    paths = [(str(call), normalize_path(str(entry[0])).partition("@")[0]) for call, entry in entries.items()]
     calls = [(path + "".join(re.findall(r"@\d+$", call)), path) for call, path in paths]
-    return [(_join(region, call), _join(region, path)) for call, path in calls if path]
+    return [(_join(root, call), _join(root, path)) for call, path in calls if path]
 
 
 @dataclass
 class _Builder:
     subject: Subject
     picture: nx.DiGraph[str] = field(default_factory=nx.DiGraph)
-    drawn: dict[str, str] = field(default_factory=dict)  # site -> the leaf that has its mark
-    counted: set[int] = field(default_factory=set)  # parameters, by identity, that a leaf counts
+    drawn: dict[str, str] = field(default_factory=dict)  # adapted layer -> the leaf that has its mark
+    counted: set[int] = field(default_factory=set)  # ids of the parameters that a leaf counts
 
     def __post_init__(self) -> None:
         self.model = self.subject.model
         self.pieces = {key: graph for key, graph in self.subject.graphs.items() if _PIECE.fullmatch(key)}
         self.graphs = {key: graph for key, graph in self.subject.graphs.items() if key not in self.pieces}
         self.visited: dict[int, str] = {}
-        for path in self.subject.sites:  # which count their own, though a helper may read the weight before them
+        for path in self.subject.layers:  # they count their own parameters, even if another node reads the weight first
             self._once(own_parameters(self.model.get_submodule(path)))
-        self.busy = {""} | {prefix for path in (*self.graphs, *self.subject.sites) for prefix in _prefixes(path)}
+        self.busy = {""} | {prefix for path in (*self.graphs, *self.subject.layers) for prefix in _prefixes(path)}
         details = {path: describe_module(part) for path, part in self.model.named_modules() if not _has_parts(part)}
-        self.picture.graph["regions"] = frozenset(self.graphs) | ({""} if self.pieces else frozenset())
+        self.picture.graph["traced"] = frozenset(self.graphs) | ({""} if self.pieces else frozenset())
         self.picture.graph["classes"] = dict(self.subject.classes)
         self.picture.graph["details"] = details
 
     def draw(self) -> None:
         """Add everything."""
         for key, graph in self.pieces.items():
-            self._add_region("", graph, key)
+            self._add_graph("", graph, key)
         if not self.pieces:
             self.walk(self.model, "")
-        for path in self.subject.sites:
+        for path in self.subject.layers:
             self.add_missing(path)
-        if not self.picture:  # a single layer, or a model without any: it is a box itself
+        if not self.picture:  # a single layer, or a model without layers, is one box
             name = self.subject.classes.get("", "")
             count = self._once(own_parameters(self.model))
             detail = describe_module(self.model)
             self._add("module:", Leaf(name, detail, "eager", "eager", name, (), parameters=count))
 
     def walk(self, module: nn.Module, path: str) -> None:
-        """Add a module and what is inside it, in the order of definition."""
+        """Add a module and its children, in the order of definition."""
         if path in self.graphs:
             self.visited[id(module)] = path
-            self._add_region(path, self.graphs[path], path)
-        elif path in self.subject.sites:
+            self._add_graph(path, self.graphs[path], path)
+        elif path in self.subject.layers:
             self.add_missing(path)
         elif id(module) in self.visited:
             self._add_eager(path, f"same module as {self.visited[id(module)]}")
         elif path not in self.busy:
-            if any(True for _ in module.parameters()):  # dropout and the like are no landmarks
+            if any(True for _ in module.parameters()):  # dropout and the like are not worth a box
                 self._add_eager(path, type(module).__name__)
         else:
             self.visited[id(module)] = path
@@ -123,9 +123,9 @@ class _Builder:
                 self.walk(child, _join(path, name))
 
     def add_missing(self, path: str) -> None:
-        """A site that no captured graph shows: it is drawn where it is defined."""
+        """Add an adapted layer that no traced graph shows, where it is defined."""
         if path not in self.drawn:
-            self._add(f"site:{path}", self._site_leaf(path, "eager", tuple(_prefixes(_parent(path)))))
+            self._add(f"layer:{path}", self._adapted_leaf(path, "eager", tuple(_prefixes(_parent(path)))))
 
     def _add(self, key: str, leaf: Leaf, sources: tuple[str, ...] = ()) -> None:
         for mark in leaf.marks:
@@ -140,27 +140,27 @@ class _Builder:
         leaf = Leaf(name_of(path), detail, "eager", "eager", path, place, paths=(path,), parameters=count)
         self._add(f"module:{path}", leaf)
 
-    def _site_leaf(self, path: str, op: str, place: tuple[str, ...]) -> Leaf:
+    def _adapted_leaf(self, path: str, op: str, place: tuple[str, ...]) -> Leaf:
         path = self.subject.aliases.get(path, path)
-        site = self.subject.sites[path]
-        marks = () if path in self.drawn else (Mark(path, site.rotation),)
+        layer = self.subject.layers[path]
+        marks = () if path in self.drawn else (Mark(path, layer.rotation),)
         return Leaf(
             name=name_of(path) or self.subject.classes.get(path, ""),
-            detail=site.detail,
-            kind="site",
+            detail=layer.detail,
+            kind="adapted_layer",
             op=op,
             target=path,
             place=place,
             marks=marks,
-            width=site.width,
-            rank=site.rank,
+            width=layer.width,
+            rank=layer.rank,
             paths=(path,),
-            parameters=site.parameters if marks else 0,
+            parameters=layer.parameters if marks else 0,
         )
 
-    def _reader_leaf(self, note: SiteNote, node: fx.Node, region: str, place: tuple[str, ...]) -> Leaf:
-        """What reads rotated weights by itself, with the marks of all sites that act in it."""
-        first, *others = (self._site_leaf(site, node.op, place) for site in (note.path, *note.also))
+    def _reader_leaf(self, note: SiteNote, node: fx.Node, root: str, place: tuple[str, ...]) -> Leaf:
+        """The leaf of a node that reads rotated weights, with the marks of all their layers."""
+        first, *others = (self._adapted_leaf(path, node.op, place) for path in (note.path, *note.also))
         joined = replace(
             first,
             marks=tuple(mark for leaf in (first, *others) for mark in leaf.marks),
@@ -169,27 +169,27 @@ class _Builder:
         )
         if node.op != "call_module":
             return joined
-        path = _join(region, str(node.target))
+        path = _join(root, str(node.target))
         return replace(joined, name=name_of(path), detail=describe_module(self.model.get_submodule(path)), target=path)
 
-    def _add_region(self, region: str, graph: fx.GraphModule, prefix: str) -> None:
+    def _add_graph(self, root: str, graph: fx.GraphModule, prefix: str) -> None:
         values: dict[fx.Node, Value] = {}
-        alone = region in self.subject.sites
+        single = root in self.subject.layers
         knows_places = any(node.meta.get("nn_module_stack") for node in graph.graph.nodes)
         held = dict(graph.named_parameters(remove_duplicate=False))
         for node in graph.graph.nodes:
             module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
             value = pass_through(node, values, module)
-            if value is None and alone and node.op in ("placeholder", "output"):
+            if value is None and single and node.op in ("placeholder", "output"):
                 value = Value()
             if value is None:
                 key = f"{prefix}:{node.name}"
                 before = read(node, values)
-                place = self._place(node, region, before if not knows_places else Value())
-                leaf = self._leaf(node, region, module, place, before)
+                place = self._place(node, root, before if not knows_places else Value())
+                leaf = self._leaf(node, root, module, place, before)
                 if leaf.kind == "op":
                     count = self._once(held[name] for name in before.weights if name in held)
-                    leaf = replace(leaf, parameters=count, readers=_readers(region, before.weights, place))
+                    leaf = replace(leaf, parameters=count, readers=_readers(root, before.weights, place))
                 shape, dtype = shape_and_dtype(node)
                 self._add(key, replace(leaf, shape=shape, dtype=dtype), before.sources)
                 value = Value((key,))
@@ -200,22 +200,22 @@ class _Builder:
     def _is_unread_input(self, key: str) -> bool:
         return self.picture.nodes[key]["leaf"].kind == "input" and not self.picture.out_degree(key)
 
-    def _place(self, node: fx.Node, region: str, before: Value) -> tuple[str, ...]:
-        """The modules around a node; without a record of calls, an operation stays with what it reads."""
-        stack = _stack(node, region)
-        note = note_of(node)
+    def _place(self, node: fx.Node, root: str, before: Value) -> tuple[str, ...]:
+        """The modules around a node. Without `nn_module_stack`, an operation is placed with its input."""
+        stack = _stack(node, root)
+        note = tag_of(node)
         if note is not None and note.role != "reader":
-            # The operators that multiply by the weight of an attention are some of many in it.
+            # An attention has more operators than those that read its weight.
             inside = note.kind == "attention" and node.op == "call_function"
             owner = note.path if inside else _parent(note.path)
         elif node.op == "call_module":
-            owner = _parent(_join(region, str(node.target)))
+            owner = _parent(_join(root, str(node.target)))
         elif stack:
             owner = stack[-1][1]
         elif before.sources and node.op not in ("placeholder", "output"):
             return self._leaf_of(before.sources[-1]).place
         else:
-            owner = region
+            owner = root
         calls = {path: call for call, path in stack}
         return tuple(calls.get(prefix, prefix) for prefix in _prefixes(owner))
 
@@ -223,16 +223,14 @@ class _Builder:
         leaf: Leaf = self.picture.nodes[key]["leaf"]
         return leaf
 
-    def _leaf(
-        self, node: fx.Node, region: str, module: nn.Module | None, place: tuple[str, ...], before: Value
-    ) -> Leaf:
-        note = note_of(node)
+    def _leaf(self, node: fx.Node, root: str, module: nn.Module | None, place: tuple[str, ...], before: Value) -> Leaf:
+        note = tag_of(node)
         if note is not None and note.role == "reader":
-            return self._reader_leaf(note, node, region, place)
+            return self._reader_leaf(note, node, root, place)
         if note is not None:
-            return self._site_leaf(note.path, node.op, place)
+            return self._adapted_leaf(note.path, node.op, place)
         if module is not None:
-            path, detail = _join(region, str(node.target)), describe_module(module)
+            path, detail = _join(root, str(node.target)), describe_module(module)
             count = self._once(own_parameters(module))
             return Leaf(name_of(path), detail, "module", node.op, path, place, paths=(path,), parameters=count)
         if node.op == "placeholder":
@@ -243,16 +241,16 @@ class _Builder:
         return Leaf(name, detail, "op", node.op, name, place)
 
     def _once(self, parameters: Iterable[Tensor]) -> int:
-        """How many numbers parameters hold that no box before holds."""
+        """The number of elements of parameters that no earlier leaf counts."""
         fresh = {id(parameter): parameter.numel() for parameter in parameters if id(parameter) not in self.counted}
         self.counted |= fresh.keys()
         return sum(fresh.values())
 
 
-def _readers(region: str, weights: tuple[str, ...], place: tuple[str, ...]) -> tuple[str, ...]:
-    """The modules whose parameters an operation reads, and the one it stands in: a tied parameter has one name only."""
+def _readers(root: str, weights: tuple[str, ...], place: tuple[str, ...]) -> tuple[str, ...]:
+    """The modules whose parameters an operation reads, and the one around it: a tied parameter has only one name."""
     around = [module_of(call) for call in place[-1:] if weights]
-    return tuple(dict.fromkeys([*(_join(region, _parent(name)) for name in weights), *around]))
+    return tuple(dict.fromkeys([*(_join(root, _parent(name)) for name in weights), *around]))
 
 
 def _has_parts(module: nn.Module) -> bool:
@@ -260,7 +258,7 @@ def _has_parts(module: nn.Module) -> bool:
 
 
 def _input_keys(values: Mapping[fx.Node, Value]) -> Iterator[str]:
-    """The leaves that were made for the placeholders of a graph."""
+    """The keys of the leaves of a graph's placeholders."""
     for node, value in values.items():
         if node.op == "placeholder":
             yield from value.sources

@@ -7,17 +7,17 @@ import math
 
 import networkx as nx
 
-from hra_fx.view.closing import closed
+from hra_fx.view.collapse import collapsed
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.focusing import focused
-from hra_fx.view.heat import heating
+from hra_fx.view.focus import focused
+from hra_fx.view.heatmap import heatmap_of
 from hra_fx.view.network import network
 from hra_fx.view.options import Options
 from hra_fx.view.text import clean
 
 
 def render(drawing: Drawing, options: Options) -> bytes:
-    """The file of a model, or of a part of it.
+    """The GraphML of a model, or of a part of it.
 
     Raises:
         VisualizeError: the options do not fit the model.
@@ -28,16 +28,16 @@ def render(drawing: Drawing, options: Options) -> bytes:
 
 
 def plain(drawing: Drawing, options: Options) -> nx.DiGraph[str]:
-    """The graph as GraphML can hold it: what is read back equals it.
+    """The graph of `to_networkx` as GraphML can represent it, so that reading the file gives an equal graph.
 
-    It is that of `to_networkx`, with U+FFFD for what XML cannot hold, and without attributes that are empty or NaN.
-    With a heat, its value is the attribute of that name with `heat_` before it.
+    Characters that XML cannot hold become U+FFFD, and attributes that are empty or NaN are left out. The values of
+    `options.heat` are in the attribute `heat_<name>`.
     """
-    part = closed(focused(drawing, options.focus), options.depth)
-    graph, heat = network(part), heating(part, options.heat)
+    part = collapsed(focused(drawing, options.focus), options.depth)
+    graph, heat = network(part), heatmap_of(part, options.heat)
     for key, leaf in part.picture.nodes(data="leaf"):
         if leaf.marks:
-            graph.nodes[key]["sites"] = "\n".join(mark.path for mark in leaf.marks)
+            graph.nodes[key]["adapted_layers"] = "\n".join(mark.path for mark in leaf.marks)
             if heat is not None:
                 graph.nodes[key][f"heat_{heat.name}"] = heat.mean(mark.path for mark in leaf.marks)
     names = _distinct(list(graph))
@@ -58,7 +58,7 @@ def _held(attributes: dict[str, str | int | float]) -> dict[str, str | int | flo
 
 
 def _distinct(keys: list[str]) -> dict[str, str]:
-    """A name for every node: its key, with a number behind it where nothing else tells two of them apart."""
+    """A unique name for every node: its key, with a number appended where two are equal."""
     names: dict[str, str] = {}
     taken: set[str] = set()
     for key in keys:

@@ -1,8 +1,8 @@
-"""Which layer each box of a scope is in, and the order in each layer: the part of the layout that knows no sizes.
+"""Layer assignment and ordering: the part of the layout that does not depend on the sizes of boxes.
 
-Boxes are put in layers from top to bottom (topological generations, so many to a layer at most). An edge over several
-layers gets a place of its own, a lane, in each layer between, so it never crosses a box; edges of one source share
-lanes. The order in a layer comes from sweeps of barycentres.
+Boxes are in layers from top to bottom (topological generations with a maximum size). An edge over several layers has a
+lane in each layer between, so that it never crosses a box; edges of one source share lanes. The order inside a layer
+comes from barycenter sweeps.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from bisect import bisect_right, insort
 from collections.abc import Sequence
 from itertools import pairwise
 
-from hra_fx.view.columns import Node
+from hra_fx.view.coordinates import Node
 
 _PER_LAYER = 5
 _SWEEPS = 12
@@ -24,10 +24,10 @@ class Layering:
     """The layers of a scope.
 
     Attributes:
-        links: the edges, those from the upper and to the lower border among them.
+        links: the edges, including those from the upper border and to the lower border.
         level: the layer of every box.
         rows: the layers from top to bottom, each from left to right.
-        below: for every node the nodes of the next layer that its edges lead to.
+        below: for every node, the nodes of the next layer that its edges lead to.
     """
 
     def __init__(
@@ -36,14 +36,14 @@ class Layering:
         """Order the layers.
 
         Args:
-            count: number of boxes, in a topological order.
+            count: number of boxes, which are in a topological order.
             edges: `(i, j)`, i < j.
             inputs: boxes that get an edge from the upper border.
             outputs: boxes that get an edge to the lower border.
         """
         self.links = [(UPPER, box) for box in inputs] + list(edges) + [(box, LOWER) for box in outputs]
         self.level = _levels(count, edges, inputs, outputs)
-        # Dictionaries for sets, which would forget the order.
+        # Dictionaries instead of sets, to keep the order.
         above: dict[Node, dict[Node, None]] = {(box, -1): {} for box in self.level}
         below: dict[Node, dict[Node, None]] = {(box, -1): {} for box in self.level}
         for source, target in self.links:
@@ -59,7 +59,7 @@ class Layering:
         self._order()
 
     def chain(self, source: int, target: int) -> list[Node]:
-        """An edge as nodes of neighbouring layers; edges of one source share their lanes."""
+        """An edge as nodes of neighboring layers; edges of one source share their lanes."""
         lanes = [(source, level) for level in range(self.level[source] + 1, self.level[target])]
         return [(source, -1), *lanes, (target, -1)]
 
@@ -68,7 +68,7 @@ class Layering:
         return self.level[node[0]] if node[1] < 0 else node[1]
 
     def _order(self) -> None:
-        """Sweep down and up by barycentres, and keep the order with the fewest crossings."""
+        """Sort by barycenters in sweeps down and up, and keep the order with the fewest crossings."""
         best, fewest = [list(row) for row in self.rows], self._crossings()
         for sweep in range(_SWEEPS):
             if not fewest:
@@ -77,11 +77,11 @@ class Layering:
             near = self._above if down else self.below
             place = {node: float(index) for row in self.rows for index, node in enumerate(row)}
             for row in (self.rows if down else self.rows[::-1])[1:]:
-                centre = {
+                center = {
                     node: sum(place[other] for other in near[node]) / len(near[node]) if near[node] else place[node]
                     for node in row
                 }
-                row.sort(key=lambda node: (centre[node], place[node]))
+                row.sort(key=lambda node: (center[node], place[node]))
                 place.update((node, float(index)) for index, node in enumerate(row))
             crossings = self._crossings()
             if crossings < fewest:
@@ -103,7 +103,7 @@ class Layering:
 def _levels(
     count: int, edges: Sequence[tuple[int, int]], inputs: Sequence[int], outputs: Sequence[int]
 ) -> dict[int, int]:
-    """A layer for every box: below all that it reads, no layer too full, what reads nothing just above its reader."""
+    """A layer for every box: below its sources, not too full; boxes without sources are just above their readers."""
     sources: dict[int, list[int]] = {box: [] for box in range(count)}
     readers: dict[int, list[int]] = {box: [] for box in range(count)}
     for source, target in edges:
@@ -126,7 +126,7 @@ def _levels(
     for box in reversed(range(count)):
         if not sources[box] and readers[box] and box not in entering:
             level[box] = max(level[box], min(level[reader] for reader in readers[box]) - 1)
-    # The borders are layers of their own; without them the boxes begin at the top.
+    # The borders are separate layers; without them the boxes start at the top.
     shift = 0 if inputs else -1
     levels = {box: value + shift for box, value in level.items()}
     if inputs:

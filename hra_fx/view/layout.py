@@ -1,6 +1,6 @@
 """Layered layout of one scope (after Sugiyama et al. 1981, https://doi.org/10.1109/TSMC.1981.4308636).
 
-The layers and the order in them come from `layering`, x from `columns`; here boxes are placed and edges routed.
+Layers and their order come from `layering`, x from `coordinates`. This module places boxes and routes edges.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 
 import networkx as nx
 
-from hra_fx.view.columns import GAP_X, LANE, Node, Size, columns
+from hra_fx.view.coordinates import GAP_X, LANE, Node, Size, x_coordinates
 from hra_fx.view.layering import LOWER, UPPER, Layering
 
 GAP_Y = 24.0
-_UNEVEN = 3.5  # boxes whose heights differ more do not share a row
+_UNEVEN = 3.5  # boxes whose heights differ by a larger factor do not share a row
 
 
 @dataclass(frozen=True)
 class Route:
-    """An edge: vertical pieces `(x, from y, to y)`, joined by curves in the gaps between layers.
+    """An edge: vertical segments `(x, from y, to y)`, joined by curves in the gaps between layers.
 
     Attributes:
         source: the box it leaves, `None` for the scope's upper border.
@@ -34,7 +34,7 @@ class Route:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """A laid-out scope: its size, the upper left corners of its boxes, its edges, and x of its ports."""
+    """The layout of a scope: its size, the upper left corners of its boxes, its edges, and x of its ports."""
 
     width: float
     height: float
@@ -50,7 +50,7 @@ def layered(
     inputs: Sequence[int] = (),
     outputs: Sequence[int] = (),
 ) -> Arrangement:
-    """Place boxes so that every edge goes down.
+    """Place boxes so that every edge points down.
 
     Args:
         sizes: the boxes, in a topological order.
@@ -62,8 +62,7 @@ def layered(
 
 
 def in_rows(sizes: Sequence[Size], limit: float) -> Arrangement:
-    """Place boxes from left to right in rows of at most `limit`, in their order and without edges; a
-    very tall box does not share a row with a low one."""
+    """Place boxes in rows of width `limit`, in order. Very tall boxes do not share a row with low ones."""
     corners: list[tuple[float, float]] = []
     x = y = row = width = 0.0
     for size in sizes:
@@ -97,7 +96,7 @@ class _Layering:
         return self.sizes[node[0]] if node[1] < 0 else Size(LANE, 0)
 
     def arrangement(self) -> Arrangement:
-        x = columns(self.rows, self.graph, self.size)
+        x = x_coordinates(self.rows, self.graph, self.size)
         tops: list[float] = []
         bottoms: list[float] = []
         y = 0.0
@@ -136,7 +135,7 @@ class _Layering:
         return Route(source if source >= 0 else None, target if target >= 0 else None, tuple(pieces))
 
     def ends(self, x: dict[Node, float]) -> dict[tuple[int, int], float]:
-        """Where edges enter: the straight one at the entry itself, the others beside it, on the side they come from."""
+        """x at which each edge enters: the straightest one at the entry, the others on the side they come from."""
         ends: dict[tuple[int, int], float] = {}
         for target in {target for _, target in self.links}:
             entry = x[target, -1] + self.sizes[target].enter

@@ -1,4 +1,4 @@
-"""The legend of a picture: what its colours and marks mean, in lines as wide as the page; only what the picture has."""
+"""The legend of a picture: the colors and markers in it, in lines as wide as the page."""
 
 from __future__ import annotations
 
@@ -9,61 +9,66 @@ from xml.etree.ElementTree import Element
 
 from hra_fx.reporting.colormap import UNKNOWN
 from hra_fx.reporting.heat import HEATS
+from hra_fx.view.annotations import Annotations
 from hra_fx.view.boxes import Box
-from hra_fx.view.heat import Heating
-from hra_fx.view.notes import Notes
-from hra_fx.view.svg import EDGE, FAINT, FRAMES, INK, LOOKS, VIOLET_LINE, VIOLET_PALE, hollow, shape, write
+from hra_fx.view.heatmap import Heatmap
+from hra_fx.view.svg import EDGE, FAINT, FRAMES, INK, LOOKS, VIOLET_LINE, VIOLET_PALE, shape, skipped_marker, write
 from hra_fx.view.text import width
 
 LINE = 22.0  # height of a line
 _GAP = 18.0
-_STEPS, _STEP = 45, 4.0  # rectangles of the colour bar, and their width
+_STEPS, _STEP = 45, 4.0  # rectangles of the color bar, and their width
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry: how wide it is, and what draws it at a place."""
+    """One entry: its width, and a function that draws it at a position."""
 
     width: float
     draw: Callable[[Element, float, float], None]
 
 
-def entries(boxes: Collection[Box], notes: Notes) -> list[Entry]:
-    """What there is to explain.
+def entries(boxes: Collection[Box], annotations: Annotations) -> list[Entry]:
+    """The entries of a picture's legend.
 
     Args:
         boxes: all boxes of the picture.
-        notes: what is shown of them besides.
+        annotations: what is shown on the boxes.
     """
     looks = {box.look for box in boxes}
     found: list[Entry] = []
-    if notes.heating is not None:
-        found.append(_colour_bar(notes.heating))
-        if any(math.isnan(value) for value in notes.heating.values.values()):
+    if annotations.heatmap is not None:
+        found.append(_color_bar(annotations.heatmap))
+        if any(math.isnan(value) for value in annotations.heatmap.values.values()):
             found.append(_swatch("unknown", UNKNOWN, EDGE))
-    elif "site" in looks:
-        found.append(_swatch("reflection: r vectors of length d; |Q-I| is how far they turn", VIOLET_PALE, VIOLET_LINE))
-    if notes.missed:
-        found.append(_missed(len(notes.missed)))
-    closed = "closed module; the panel of its letter opens it" if any(box.letter for box in boxes) else "closed module"
-    for look, words in (("site", "the layer it feeds"), ("plain", "other operation"), ("closed", closed)):
+    elif "adapted_layer" in looks:
+        found.append(_swatch("adapter: r vectors of length d, |Q-I| = size of the rotation", VIOLET_PALE, VIOLET_LINE))
+    if annotations.skipped:
+        found.append(_skipped(len(annotations.skipped)))
+    closed = "closed module, see the panel with its letter" if any(box.letter for box in boxes) else "closed module"
+    for look, words in (
+        ("adapted_layer", "adapted layer"),
+        ("trained", "trained in full (modules_to_save)"),
+        ("plain", "other operation"),
+        ("closed", closed),
+    ):
         if look in looks:
             found.append(_swatch(words, *LOOKS[look][:2]))
-    if "captured" in looks:
-        found.append(_swatch("module inside a captured graph", *FRAMES["captured"]))
-    if "python" in looks:
-        found.append(_swatch("module that runs as Python: order of definition, no edges", *FRAMES["python"]))
+    if "traced" in looks:
+        found.append(_swatch("traced module", *FRAMES["traced"]))
+    if "untraced" in looks:
+        found.append(_swatch("module that is not traced: in order of definition, without edges", *FRAMES["untraced"]))
     if "eager" in looks:
-        found.append(_swatch("Python module without adapters", *LOOKS["eager"][:2], "4 3"))
+        found.append(_swatch("not traced, without adapters", *LOOKS["eager"][:2], "4 3"))
     return found
 
 
 def placed(legend: Collection[Entry], wide: float) -> list[tuple[Entry, float, int]]:
-    """Each entry with its distance from the left, and its line.
+    """Each entry with its x position and its line.
 
     Args:
         legend: the entries.
-        wide: how wide a line may be.
+        wide: maximum width of a line.
     """
     places: list[tuple[Entry, float, int]] = []
     x, line = 0.0, 0
@@ -85,28 +90,27 @@ def _swatch(words: str, fill: str, line: str, dashes: str = "") -> Entry:
     return Entry(31 + width(words, 12), draw)
 
 
-def _missed(count: int) -> Entry:
-    words = f"{count} layers without an adapter that could have one: point at a box for the reason"
-    words = words.replace("layers", "layer", 1) if count == 1 else words
+def _skipped(count: int) -> Entry:
+    words = f"{count} layer{'s' * (count != 1)} not adapted (the tooltip has the reason)"
 
     def draw(parent: Element, x: float, y: float) -> None:
-        hollow(parent, x + 7, y + 7.5)
+        skipped_marker(parent, x + 7, y + 7.5)
         write(parent, x + 18, y + 12, words, 12, FAINT)
 
     return Entry(18 + width(words, 12), draw)
 
 
-def _colour_bar(heating: Heating) -> Entry:
-    """The colours of the heat, with the number at each end."""
-    unit = HEATS[heating.name].unit
-    words, low, high = f"reflection, {HEATS[heating.name].words}:", f"0{unit}", f"{heating.top:g}{unit}"
+def _color_bar(heatmap: Heatmap) -> Entry:
+    """The color scale, with the values at its ends."""
+    unit = HEATS[heatmap.name].unit
+    words, low, high = f"adapter, {HEATS[heatmap.name].words}:", f"0{unit}", f"{heatmap.top:g}{unit}"
     bar = width(words, 12) + 6 + width(low, 12) + 6
 
     def draw(parent: Element, x: float, y: float) -> None:
         write(parent, x, y + 12, words, 12, FAINT)
         write(parent, x + bar - 6, y + 12, low, 12, INK, anchor="end")
         for step in range(_STEPS):
-            fill = heating.colour(heating.top * step / (_STEPS - 1))
+            fill = heatmap.color(heatmap.top * step / (_STEPS - 1))
             shape(parent, "rect", x=x + bar + step * _STEP, y=y, width=_STEP, height=15.0, fill=fill, class_="heat")
         shape(parent, "rect", x=x + bar, y=y, width=_STEPS * _STEP, height=15.0, fill="none", stroke=EDGE)
         write(parent, x + bar + _STEPS * _STEP + 6, y + 12, high, 12, INK)

@@ -1,7 +1,7 @@
 """Mermaid text (https://mermaid.js.org/syntax/flowchart.html), which GitHub draws in a README.
 
-Blocks that look alike are drawn once, as on the page. Which adapted layers a box stands for is told in comments, since
-GitHub shows no tooltips.
+Identical blocks are drawn once, as in the SVG picture. Comments list the adapted layers of each box, because GitHub
+shows no tooltips.
 """
 
 from __future__ import annotations
@@ -12,53 +12,53 @@ from dataclasses import dataclass, field
 
 from hra_fx.errors import VisualizeError
 from hra_fx.reporting.colormap import ink_on
+from hra_fx.view.annotations import Annotations, annotations_of
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.focusing import focused
-from hra_fx.view.heat import heating
-from hra_fx.view.notes import Notes
+from hra_fx.view.focus import focused
+from hra_fx.view.heatmap import heatmap_of
 from hra_fx.view.options import Options
 from hra_fx.view.panels import BUDGET, Block, opened
 from hra_fx.view.svg import EDGE, FRAMES, INK, LOOKS, VIOLET, VIOLET_LINE, VIOLET_PALE
 from hra_fx.view.text import clean, shorten
 from hra_fx.view.tree import Item, Leaf, Scope, span
 
-#: What GitHub's Mermaid draws at most.
+#: The limits of Mermaid on GitHub.
 EDGES, CHARACTERS = 500, 50_000
 _LETTERS = 48
-#: All else is written as its number: quotes and brackets, and what Mermaid could take for an instruction or an entity.
+#: All other characters are written as numbers: quotes, brackets, and what Mermaid could read as a directive or entity.
 _PLAIN = re.compile(r"[A-Za-z0-9 ._/,()=+-]")
 
 
 def render(drawing: Drawing, options: Options) -> str:
-    """The text of a model, or of a part of it.
+    """The Mermaid text of a model, or of a part of it.
 
-    Without a depth, as many levels are opened as a reader can take in at once.
+    Without a depth, as many levels are open as stay readable.
 
     Raises:
         VisualizeError: the options do not fit the model, or Mermaid's limits are exceeded; the message names the depth
             that would fit.
     """
     part = focused(drawing, options.focus)
-    heat, tree, focus = heating(part, options.heat), part.tree(), options.focus or ""
+    heat, tree, focus = heatmap_of(part, options.heat), part.tree(), options.focus or ""
     depths = range(_deepest(tree) + 1)
     blocks = [opened(tree, depth, focus).block for depth in depths]
     readable = [depth for depth in depths if len(list(blocks[depth].boxes())) <= BUDGET]
     chosen = max(readable, default=0) if options.depth is None else min(options.depth, depths[-1])
-    notes = Notes(heat, part.missed)
-    text, edges = _text(part, blocks[chosen], notes)
+    annotations = annotations_of(part, heat)
+    text, edges = _text(part, blocks[chosen], annotations)
     if edges <= EDGES and len(text) <= CHARACTERS:
         return text
-    fitting = [depth for depth in depths[:chosen] if _fits(part, blocks[depth], notes)]
-    asked = f"depth: {options.depth} gives" if options.depth is not None else "path: the smallest Mermaid text has"
-    way_out = f"depth={max(fitting)} fits." if fitting else "Give the path of a module as focus, or write an .svg."
+    fitting = [depth for depth in depths[:chosen] if _fits(part, blocks[depth], annotations)]
+    asked = f"`depth={options.depth}` gives" if options.depth is not None else "The smallest Mermaid text has"
+    fix = f"`depth={max(fitting)}` fits." if fitting else "Pass the path of a module as `focus`, or write an .svg."
     raise VisualizeError(
-        f"{asked} {edges:,} edges and {len(text):,} characters, and GitHub draws Mermaid up to {EDGES:,} edges and "
-        f"{CHARACTERS:,} characters. {way_out}"
+        f"{asked} {edges:,} edges and {len(text):,} characters; GitHub draws at most {EDGES:,} edges and "
+        f"{CHARACTERS:,} characters. {fix}"
     )
 
 
 def escape(text: str) -> str:
-    """A text as it stands in a quoted label or a comment.
+    """A text as it is written in a quoted label or a comment.
 
     >>> escape('a"b <i>'), escape("%%{init}"), escape("日本")
     ('a#34;b #60;i#62;', '#37;#37;#123;init#125;', '日本')
@@ -73,14 +73,14 @@ def _deepest(item: Item) -> int:
     return max([len(item.path.split(".")) * bool(item.path), *map(_deepest, item.items)])
 
 
-def _fits(part: Drawing, block: Block, notes: Notes) -> bool:
-    text, edges = _text(part, block, notes)
+def _fits(part: Drawing, block: Block, annotations: Annotations) -> bool:
+    text, edges = _text(part, block, annotations)
     return edges <= EDGES and len(text) <= CHARACTERS
 
 
-def _text(part: Drawing, block: Block, notes: Notes) -> tuple[str, int]:
-    """The text of a block, and how many edges it has."""
-    flow = _Flowchart(notes)
+def _text(part: Drawing, block: Block, annotations: Annotations) -> tuple[str, int]:
+    """The text of a block, and its number of edges."""
+    flow = _Flowchart(annotations)
     lines = ["flowchart TD", f"  %% {escape(part.title)}", f"  %% {escape(part.facts)}", *flow.inside(block, "  ")]
     lines += [f"  {source} --> {target}" for source, target in flow.edges]
     return "\n".join([*lines, *flow.styles()]) + "\n", len(flow.edges)
@@ -88,7 +88,7 @@ def _text(part: Drawing, block: Block, notes: Notes) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class _Ends:
-    """The nodes at which edges enter a part and leave it."""
+    """The nodes at which edges enter and leave a part."""
 
     enter: str
     leave: str
@@ -96,14 +96,14 @@ class _Ends:
 
 @dataclass
 class _Flowchart:
-    notes: Notes
+    annotations: Annotations
     edges: dict[tuple[str, str], None] = field(default_factory=dict)
     classes: dict[str, list[str]] = field(default_factory=dict)
     fills: dict[str, str] = field(default_factory=dict)
     count: int = 0
 
     def inside(self, block: Block, indent: str) -> list[str]:
-        """The lines of the model's parts; edges are kept for later."""
+        """The lines of the model's parts. Edges are collected for later."""
         return self._parts(block, indent)[0]
 
     def _parts(self, block: Block, indent: str) -> tuple[list[str], _Ends]:
@@ -143,44 +143,47 @@ class _Flowchart:
             lines, ends = self._parts(part, indent + "  ")
             border = _Ends(ends.enter or name, ends.leave or name)
             return [f'{indent}subgraph {name}["{_label(item)}"]', *lines, f"{indent}end"], border
-        name = self._name("n", look)
-        words, fill = self.notes.strip(item)
-        missed = self.notes.missed_in(item)
-        extra = [*_facts(item, words), *([f"{len(missed)} without adapter"] if missed else [])]
+        trained = look in ("plain", "eager") and self.annotations.trained_in(item)
+        name = self._name("n", "trained" if trained else look)
+        words, fill = self.annotations.strip(item)
+        skipped = self.annotations.skipped_in(item)
+        extra = [*_facts(item, words), *([f"{len(skipped)} not adapted"] if skipped else [])]
         opening, closing = {"port": ("([", "])"), "closed": ("[[", "]]")}.get(look, ("[", "]"))
         if fill:
             self.fills[name] = fill
         label = "<br/>".join([_label(item), *map(escape, extra)])
-        # One line for all sites of a box: a comment counts as much as a label, and there are limits.
-        sites = " ".join(escape(mark.path).replace(" ", "#32;") for mark in item.marks)
-        comment = [f"{indent}%% {name}: {sites}"] if sites else []
+        # One line for all layers of a box, because comments count towards the limits too.
+        layers = " ".join(escape(mark.path).replace(" ", "#32;") for mark in item.marks)
+        comment = [f"{indent}%% {name}: {layers}"] if layers else []
         return [f'{indent}{name}{opening}"{label}"{closing}', *comment], _Ends(name, name)
 
     def styles(self) -> Iterator[str]:
-        """The colours of boxes; they are readable on a light page and on a dark one."""
+        """The colors of boxes, readable on light and dark pages."""
         for look, names in self.classes.items():
-            fill, line, ink = _COLOURS[look]
-            dashes = ",stroke-dasharray:4 3" if look in ("eager", "python") else ""
+            fill, line, ink = _COLORS[look]
+            dashes = ",stroke-dasharray:4 3" if look in ("eager", "untraced") else ""
             yield f"  classDef {look} fill:{fill},stroke:{line},color:{ink}{dashes}"
             yield f"  class {','.join(names)} {look}"
         for name, fill in self.fills.items():
             yield f"  style {name} fill:{fill},color:{ink_on(fill)}"
 
 
-_COLOURS = {
+_COLORS = {
     **LOOKS,
-    "site": (VIOLET_PALE, VIOLET_LINE, VIOLET),
+    "adapted_layer": (VIOLET_PALE, VIOLET_LINE, VIOLET),
     "dot": (EDGE, EDGE, INK),
     **{look: (fill, line, INK) for look, (fill, line, _) in FRAMES.items()},
 }
 
 
 def _look(part: Block) -> str:
-    """How a block is drawn, by the names of the page."""
+    """The look of a block, as in the SVG picture."""
     item = part.item
     if isinstance(item, Scope):
-        return "closed" if part.parts is None else "python" if item.eager else "captured"
-    return {"input": "port", "output": "port", "site": "site", "eager": "eager"}.get(item.kind, "plain")
+        return "closed" if part.parts is None else "untraced" if item.eager else "traced"
+    return {"input": "port", "output": "port", "adapted_layer": "adapted_layer", "eager": "eager"}.get(
+        item.kind, "plain"
+    )
 
 
 def _label(item: Item) -> str:
@@ -191,12 +194,9 @@ def _label(item: Item) -> str:
     return (" · " if isinstance(item, Scope) else "<br/>").join(map(escape, dict.fromkeys(words)))
 
 
-def _facts(item: Item, turned: str) -> list[str]:
-    """A line about reflections."""
+def _facts(item: Item, value: str) -> list[str]:
+    """A line about adapters."""
     if not item.marks:
         return []
-    if isinstance(item, Scope):
-        words = f"{len(item.marks)} site" + "s" * (len(item.marks) > 1)
-    else:
-        words = f"r {item.rank} · d {item.width}"
-    return [words + (f" · {turned}" if turned else "")]
+    words = f"{len(item.marks)} adapted" if isinstance(item, Scope) else f"r {item.rank} · d {item.width}"
+    return [words + (f" · {value}" if value else "")]

@@ -1,8 +1,8 @@
 """JSON for Google's Model Explorer (https://github.com/google-ai-edge/model-explorer).
 
-The file is two of its documented structures in one. `label` and `graphs` are a graph collection (`graph_builder.py` of
-its package): open it as a model. The entry under the name of the graph is node data (`node_data_builder.py`): add the
-same file as custom node data, and adapted layers are coloured by how far they are turned.
+The file holds two of its documented structures. `label` and `graphs` are a graph collection (`graph_builder.py` of its
+package): open the file as a model. The entry under the name of the graph is node data (`node_data_builder.py`): add the
+same file as custom node data to color adapted layers by how far they are rotated.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 from hra_fx.reporting.colormap import PALETTE, ink_on
 from hra_fx.reporting.heat import HEATS
-from hra_fx.view.closing import closed
+from hra_fx.view.annotations import Annotations, annotations_of
+from hra_fx.view.collapse import collapsed
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.focusing import focused
-from hra_fx.view.heat import heating
-from hra_fx.view.notes import Notes
+from hra_fx.view.focus import focused
+from hra_fx.view.heatmap import heatmap_of
 from hra_fx.view.options import Options
 from hra_fx.view.text import clean
 from hra_fx.view.tree import Leaf, module_of
@@ -26,15 +26,15 @@ _HEAT = "mean_angle"
 
 
 def render(drawing: Drawing, options: Options) -> str:
-    """The text of a model, or of a part of it; the node data are those of the heat, else mean angles.
+    """The JSON of a model, or of a part of it. Node data show `options.heat`, by default mean angles.
 
     Raises:
         VisualizeError: the options do not fit the model.
     """
-    part = closed(focused(drawing, options.focus), options.depth)
-    name = f"{clean(part.title)}: graph"  # not one of the two other keys, whatever the model is called
-    notes = Notes(None, part.missed)
-    nodes = [_node(part, key, data["leaf"], notes) for key, data in part.picture.nodes(data=True)]
+    part = collapsed(focused(drawing, options.focus), options.depth)
+    name = f"{clean(part.title)}: graph"  # differs from the two other keys for every name of a model
+    annotations = annotations_of(part)
+    nodes = [_node(part, key, data["leaf"], annotations) for key, data in part.picture.nodes(data=True)]
     graph = {"id": name, "nodes": nodes, "groupNodeAttributes": _groups(part)}
     content: dict[str, Any] = {"label": clean(part.title), "graphs": [graph]}
     if part.rows:
@@ -42,12 +42,12 @@ def render(drawing: Drawing, options: Options) -> str:
     return json.dumps(content, allow_nan=False, separators=(",", ":")) + "\n"
 
 
-def _node(part: Drawing, key: str, leaf: Leaf, notes: Notes) -> dict[str, Any]:
+def _node(part: Drawing, key: str, leaf: Leaf, annotations: Annotations) -> dict[str, Any]:
     node: dict[str, Any] = {
         "id": key,
         "label": clean(leaf.name),
         "namespace": _namespace(leaf.place),
-        "attrs": _pairs(_facts(leaf, notes)),
+        "attrs": _pairs(_facts(leaf, annotations)),
         "incomingEdges": [
             {"sourceNodeId": source, "sourceNodeOutputId": "0", "targetNodeInputId": str(place)}
             for place, source in enumerate(part.picture.pred[key])
@@ -60,7 +60,7 @@ def _node(part: Drawing, key: str, leaf: Leaf, notes: Notes) -> dict[str, Any]:
 
 
 def _groups(part: Drawing) -> dict[str, dict[str, str]]:
-    """What is told of the modules, by namespace; `""` stands for the model."""
+    """The attributes of modules by namespace; `""` is the model."""
     groups = {"": {"facts": clean(part.facts)}}
     for _, leaf in part.picture.nodes(data="leaf"):
         for end, call in enumerate(leaf.place, start=1):
@@ -75,23 +75,23 @@ def _namespace(place: tuple[str, ...]) -> str:
 
 
 def _component(call: str) -> str:
-    """The last part of a path as one level of a namespace, whose levels are set apart by slashes."""
+    """The last part of a path as one level of a namespace; slashes separate levels."""
     return clean(call.rpartition(".")[2]).replace("/", "\u2215") or "\u2215"
 
 
-def _facts(leaf: Leaf, notes: Notes) -> dict[str, str]:
+def _facts(leaf: Leaf, annotations: Annotations) -> dict[str, str]:
     facts = {"target": leaf.target, "op": leaf.op, "detail": leaf.detail}
     if leaf.parameters:
         facts["parameters"] = str(leaf.parameters)
-    if leaf.kind == "site":
+    if leaf.kind == "adapted_layer":
         facts |= {"rank": str(leaf.rank), "vector length": str(leaf.width)}
     for index, mark in enumerate(leaf.marks):
         number = f" {index + 1}" if len(leaf.marks) > 1 else ""
         facts[f"adapted layer{number}"] = mark.path
         if mark.rotation is not None:
             facts[f"|Q - I|{number}"] = f"{mark.rotation:.6g}"
-    for index, reason in enumerate(notes.reasons(notes.missed_in(leaf)), start=1):
-        facts["missed" if index == 1 else f"missed {index}"] = reason
+    for index, line in enumerate(annotations.lines(leaf), start=1):
+        facts["not adapted" if index == 1 else f"not adapted {index}"] = line
     return {name: value for name, value in facts.items() if value}
 
 
@@ -100,14 +100,14 @@ def _pairs(facts: dict[str, str]) -> list[dict[str, str]]:
 
 
 def _node_data(part: Drawing, name: str) -> dict[str, Any]:
-    """The value and colours of every box with adapted layers."""
-    heat = heating(part, name)
+    """Values and colors of the boxes with adapted layers."""
+    heat = heatmap_of(part, name)
     results: dict[str, Any] = {}
     for key, data in part.picture.nodes(data=True):
         marks = data["leaf"].marks
         value = heat.mean(mark.path for mark in marks) if heat and marks else math.nan
         if heat and math.isfinite(value):
-            fill = heat.colour(value)
+            fill = heat.color(value)
             results[key] = {"value": float(f"{value:.6g}"), "bgColor": fill, "textColor": ink_on(fill)}
     stops = [{"stop": index / (len(PALETTE) - 1), "bgColor": fill} for index, fill in enumerate(PALETTE)]
     unit = f" ({HEATS[name].unit})" if HEATS[name].unit else ""

@@ -1,4 +1,4 @@
-"""`to_networkx`: the graph of a model as plain values, for whoever wants to go on with it."""
+"""`to_networkx`: the graph of a model with plain attributes, for further processing."""
 
 from __future__ import annotations
 
@@ -7,38 +7,38 @@ from typing import Any
 
 import networkx as nx
 
-from hra_fx.reporting import Row
+from hra_fx.reporting.row import Row
+from hra_fx.view.annotations import annotations_of
 from hra_fx.view.drawing import Drawing, drawing_of
-from hra_fx.view.notes import Notes
 from hra_fx.view.tree import Leaf
 
 
 def to_networkx(model: Any, example_inputs: Any = None) -> nx.DiGraph[str]:
-    """The graph of a model: one node for each layer and operation, with parameters and reflections folded into them.
+    """The graph of a model: one node for each layer and operation, which includes its parameters and adapters.
 
     Every adapted layer is in exactly one node. Attributes are strings and numbers. All nodes have:
 
-    * `name`, `detail` (class and shape of a layer), `kind` (`input`, `output`, `site`, `module`, `op`, or `eager` for a
-      module outside of every captured graph), `op` (the fx opcode, or `eager`), `target`;
-    * `module`: the path of the module in whose forward it stands, `""` for the model's;
-    * `shape` and `dtype` of its value, `""` where not known (give `example_inputs`);
-    * `parameters`: how many numbers it holds, each tensor counted where it is read first.
+    * `name`, `detail` (class and shape of a layer), `kind` (`input`, `output`, `adapted_layer`, `module`, `op`, or
+      `eager` for a module that is not traced), `op` (the fx opcode, or `eager`), `target`;
+    * `module`: path of the module whose forward contains the node, `""` for the model;
+    * `shape` and `dtype` of its value, `""` if unknown (pass `example_inputs`);
+    * `parameters`: number of its parameters; a shared parameter counts at the first node that reads it.
 
-    Only sites have `sites` (the paths of the adapted layers, in lines), `adapters`, `d` and `r`, and `rotation`,
-    `mean_angle` and `angle` of the report, where these can be computed: of several adapters the largest, of those in
-    use, if any is. Only what could carry reflections and does not, in a model with others that do, has `missed`, the
-    reason: such a layer, the operation that reads its weight, or the one box of a module that has such layers.
+    Adapted layers also have `adapted_layers` (their paths, one per line), `adapters`, `d` and `r`, and `rotation`,
+    `mean_angle` and `angle` of the report if these can be computed (the largest value of the active adapters, or of all
+    if none is active). In an adapted model, nodes of layers without an adapter have `skipped`, the reason; nodes of
+    layers in `modules_to_save` have `trained_in_full`, their paths.
 
     Args:
         model: a module, transformed, plain or folded, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`.
-        example_inputs: those of one call: for shapes, and for a whole graph by TorchDynamo where fx has none.
+        example_inputs: inputs of one call: for shapes, and for a whole graph by TorchDynamo if fx cannot trace it.
 
     Returns:
-        An acyclic DiGraph; edges are the flow of values. Its own attributes are `title` and `facts`.
+        An acyclic DiGraph. Edges are the flow of values. The graph has the attributes `title` and `facts`.
 
     Raises:
-        VisualizeError: it is no model, or has no use for example inputs.
-        AdapterError: the model does not run on the inputs, or TorchDynamo cannot record the call.
+        VisualizeError: the model has another type, or does not take example inputs.
+        AdapterError: the model does not run on the inputs, or TorchDynamo cannot trace the call.
 
     Example:
         >>> from torch import nn
@@ -55,14 +55,16 @@ def network(drawing: Drawing) -> nx.DiGraph[str]:
     rows: dict[str, list[Row]] = {}
     for row in drawing.rows:
         rows.setdefault(row.path, []).append(row)
-    notes = Notes(None, drawing.missed)
+    annotations = annotations_of(drawing)
     graph: nx.DiGraph[str] = nx.DiGraph(title=drawing.title, facts=drawing.facts)
     for key, leaf in drawing.picture.nodes(data="leaf"):
         graph.add_node(key, **_described(leaf))
-        if leaf.kind == "site" and leaf.marks:
-            graph.add_node(key, **_turned(leaf, [row for mark in leaf.marks for row in rows.get(mark.path, ())]))
-        elif missed := notes.missed_in(leaf):
-            graph.add_node(key, missed="\n".join(dict.fromkeys(drawing.missed[path] for path in missed)))
+        if leaf.kind == "adapted_layer" and leaf.marks:
+            graph.add_node(key, **_measured(leaf, [row for mark in leaf.marks for row in rows.get(mark.path, ())]))
+        elif skipped := annotations.skipped_in(leaf):
+            graph.add_node(key, skipped="\n".join(dict.fromkeys(drawing.skipped[path] for path in skipped)))
+        if trained := annotations.trained_in(leaf):
+            graph.add_node(key, trained_in_full="\n".join(trained))
     graph.add_edges_from(drawing.picture.edges)
     return graph
 
@@ -81,11 +83,11 @@ def _described(leaf: Leaf) -> dict[str, str | int]:
     }
 
 
-def _turned(leaf: Leaf, every: list[Row]) -> dict[str, str | int | float]:
+def _measured(leaf: Leaf, every: list[Row]) -> dict[str, str | int | float]:
     rows = [row for row in every if row.active] or every
     measures = {name: [getattr(row, name) for row in rows] for name in ("rotation", "mean_angle", "angle")}
     return {
-        "sites": "\n".join(mark.path for mark in leaf.marks),
+        "adapted_layers": "\n".join(mark.path for mark in leaf.marks),
         "adapters": "\n".join(dict.fromkeys(row.adapter for row in every)),
         "d": leaf.width,
         "r": leaf.rank,

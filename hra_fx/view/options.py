@@ -1,4 +1,4 @@
-"""What a reader may ask of a picture: how deep, of which part, in which colours."""
+"""The options of a picture: depth, focus and heat."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from hra_fx.reporting.heat import heat_named
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked of a picture.
+    """The options of a picture.
 
     Attributes:
-        depth: how many levels of modules are opened: with 0 the children of the model are closed boxes, with 1 they
-            show their children. `None` leaves it to the format.
-        focus: qualified name of the module that is drawn, with what enters and leaves it; `None` for the model.
-        heat: what the colours of adapted layers tell, one of `reporting.heat.HEATS`; `None` for no colours.
+        depth: number of module levels that are open: with 0 the children of the model are closed, with 1 they show
+            their children. `None` leaves it to the format.
+        focus: qualified name of the module that is drawn, `None` for the model.
+        heat: the measure that colors adapted layers, a key of `reporting.heat.HEATS`; `None` for no colors.
 
     Raises:
-        VisualizeError: a depth that is no number of levels, a focus that is no name, or an unknown heat.
+        VisualizeError: an option has the wrong type or value.
 
-    >>> Options(heat="colour")
+    >>> Options(heat="color")
     Traceback (most recent call last):
         ...
-    hra_fx.errors.VisualizeError: heat: 'colour' is not one of 'mean_angle', 'angle', 'rotation', 'share'.
+    hra_fx.errors.VisualizeError: `heat` must be one of 'mean_angle', 'angle', 'rotation', 'share', got 'color'.
     """
 
     depth: int | None = None
@@ -38,21 +38,18 @@ class Options:
             object.__setattr__(self, "depth", _levels(self.depth))
         if self.focus is not None and not isinstance(self.focus, str):
             raise VisualizeError(
-                f"focus: {self.focus!r} is {type(self.focus).__name__}, no name of a module. "
-                "Give its path, as model.named_modules() does."
+                f"`focus` must be a module's name as in model.named_modules(), got {type(self.focus).__name__}."
             )
         if self.heat is not None:
             heat_named(self.heat)
 
 
 def _levels(depth: object) -> int:
-    """A number of levels as a plain int; numpy's integers are welcome, True and 1.0 are slips."""
+    """A number of levels as an int. Integers of numpy are accepted, bools and floats are not."""
     try:
         number = -1 if isinstance(depth, bool) else operator.index(depth)  # type: ignore[arg-type]
     except TypeError:
         number = -1
     if number < 0:
-        raise VisualizeError(
-            f"depth: {depth!r} is no number of levels. Give 0 (the model's children closed), 1, 2 ..., or None."
-        )
+        raise VisualizeError(f"`depth` must be a non-negative int or None, got {depth!r}.")
     return number

@@ -1,4 +1,4 @@
-"""The page: title, legend, and the panels packed into columns."""
+"""The SVG picture: title, legend, and the panels packed into columns."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element, SubElement, tostring
 
+from hra_fx.view.annotations import Annotations, annotations_of
 from hra_fx.view.boxes import Box, place
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.focusing import focused
-from hra_fx.view.heat import heating
+from hra_fx.view.focus import focused
+from hra_fx.view.heatmap import heatmap_of
 from hra_fx.view.legend import LINE, entries, placed
-from hra_fx.view.notes import Notes
 from hra_fx.view.options import Options
 from hra_fx.view.panels import Panel, opened, plan
 from hra_fx.view.svg import BLUE, CARD, EDGE, FAINT, FONT, INK, PAPER, RULE, draw, shape, write
 from hra_fx.view.text import clean, shorten, width
 
 _MARGIN, _GAP, _INSET = 32.0, 20.0, 24.0
-_TOP = 88.0  # where the legend begins
+_TOP = 88.0  # y of the legend
 _NARROWEST, _WIDEST, _ASPECT = 760.0, 1680.0, 1.4
-_NAMES = 40  # letters for the names of blocks above a panel
+_NAMES = 40  # characters for the names of blocks above a panel
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class _Sheet:
     panel: Panel
     box: Box
     title: str
-    notes: tuple[str, ...]
+    captions: tuple[str, ...]
 
     @property
     def width(self) -> float:
-        words = max([width(self.title, 14, bold=True) + 30, *(width(note, 11) for note in self.notes)])
+        words = max([width(self.title, 14, bold=True) + 30, *(width(note, 11) for note in self.captions)])
         return max(self.box.size.width, words) + 2 * _INSET
 
     @property
@@ -49,36 +49,36 @@ class _Sheet:
 
     @property
     def caption(self) -> float:
-        return 48 + 15.0 * len(self.notes)
+        return 48 + 15.0 * len(self.captions)
 
 
 def render(drawing: Drawing, options: Options) -> str:
-    """The text of an SVG file that shows a model, or a part of it.
+    """An SVG file that shows a model, or a part of it.
 
-    Without a depth, what is shown is chosen so that it fits a page: an overview, and panels for blocks that repeat.
+    Without a depth, it fits a page: an overview, and panels for blocks that repeat.
 
     Raises:
         VisualizeError: the options do not fit the model.
     """
     part = focused(drawing, options.focus)
-    tree, heat = part.tree(), heating(part, options.heat)
+    tree, heat = part.tree(), heatmap_of(part, options.heat)
     panels = plan(tree) if options.depth is None else [opened(tree, options.depth, options.focus or "")]
-    return page(panels, Heading(part.title, part.facts), Notes(heat, part.missed, wide=len(panels) == 1))
+    return page(panels, Heading(part.title, part.facts), annotations_of(part, heat, wide=len(panels) == 1))
 
 
-def page(panels: Sequence[Panel], heading: Heading, notes: Notes | None = None) -> str:
-    """The text of an SVG file; the same bytes for the same panels.
+def page(panels: Sequence[Panel], heading: Heading, annotations: Annotations | None = None) -> str:
+    """An SVG file, with the same bytes for the same panels.
 
     Args:
         panels: what is drawn, the overview first.
         heading: the words above.
-        notes: what is shown of the boxes besides.
+        annotations: what is shown on the boxes.
     """
-    notes = notes or Notes()
-    sheets = [_sheet(panel, notes) for panel in panels]
+    annotations = annotations or Annotations()
+    sheets = [_sheet(panel, annotations) for panel in panels]
     places, wide, high = _packed(sheets)
     wide = max(wide, _NARROWEST, width(heading.facts, 13) + 2 * _MARGIN)
-    legend = placed(entries([box for sheet in sheets for box in _all(sheet.box)], notes), wide - 2 * _MARGIN)
+    legend = placed(entries([box for sheet in sheets for box in _all(sheet.box)], annotations), wide - 2 * _MARGIN)
     top = _TOP + LINE * (1 + max((line for *_, line in legend), default=-1)) + 14
     high += top + _MARGIN
     root = Element(
@@ -105,16 +105,15 @@ def page(panels: Sequence[Panel], heading: Heading, notes: Notes | None = None) 
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + tostring(root, encoding="unicode") + "\n"
 
 
-def _sheet(panel: Panel, notes: Notes) -> _Sheet:
-    box = place(panel.block, notes, root=True)
+def _sheet(panel: Panel, annotations: Annotations) -> _Sheet:
+    box = place(panel.block, annotations, root=True)
     if not panel.letter:
-        sites = "1 site (adapted layer)" if box.sites == 1 else f"{box.sites} sites (adapted layers)"
-        return _Sheet(panel, box, "Overview", (f"{sites} in these boxes",) if box.sites else ())
+        return _Sheet(panel, box, "Overview", ())
     return _Sheet(panel, box, box.detail, _used(panel.used))
 
 
 def _used(names: Sequence[str]) -> tuple[str, ...]:
-    """Which blocks a panel stands for, as many names as fit, and whose sizes are shown."""
+    """The blocks that a panel stands for, as many names as fit, and the block whose sizes are shown."""
     shown = [shorten(clean(name), 40) for name in names]
     fit = 1
     while fit < len(shown) and len(", ".join(shown[: fit + 1])) <= _NAMES:
@@ -125,7 +124,7 @@ def _used(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _packed(sheets: Sequence[_Sheet]) -> tuple[list[tuple[float, float]], float, float]:
-    """Columns from left to right, filled from above, on the page that is best to look at and not too wide."""
+    """Columns filled from the top, with the page shape closest to `_ASPECT` that is not too wide."""
     tallest = max(sheet.height for sheet in sheets)
     total = sum(sheet.height + _GAP for sheet in sheets)
     tried = [_columns(sheets, tallest + (total - tallest) * step / 20) for step in range(21)]
@@ -153,7 +152,7 @@ def _draw_sheet(root: Element, sheet: _Sheet, x: float, y: float) -> None:
         write(group, left + 11, y + 27.5, sheet.panel.letter, 12.5, "#ffffff", bold=True, anchor="middle")
         left += 30
     write(group, left, y + 28, sheet.title, 14, INK, bold=True)
-    for line, note in enumerate(sheet.notes):
+    for line, note in enumerate(sheet.captions):
         write(group, x + _INSET, y + 48 + 15 * line, note, 11, FAINT)
     middle = x + (sheet.width - sheet.box.size.width) / 2
     draw(group, sheet.box, middle, y + sheet.caption, counted=not sheet.panel.letter)

@@ -1,7 +1,7 @@
-"""What is drawn where: an overview of the model, and one panel for each kind of block that the overview keeps closed.
+"""The panels of a picture: an overview of the model, and one panel for each kind of block that is closed there.
 
-The boxes of all panels together stay within a budget, so that the picture fits a page. Every site is in exactly one box
-of the overview; a panel only shows the inside of such boxes.
+The total number of boxes has a limit, so that the picture fits a page. Every adapted layer is in exactly one box of the
+overview; a panel shows the inside of such boxes.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from hra_fx.view.tree import Item, Leaf, Scope, contract, cut, span
 BUDGET = 60
 _OVERVIEW = 24
 _PANEL = 20
-#: Inside a model, a scope with more items than this shows neighbours that differ in size only as one.
+#: A scope inside the model with more items than this also merges neighbors of different sizes.
 _ROOMY = 8
-#: The kinds of operations that a box lists take so many letters at most.
+#: Maximum length of the list of operations in a box.
 _KINDS = 28
-#: A block that is used several times stays closed in the overview unless it is as small as this.
+#: Repeated blocks with more items than this stay closed in the overview.
 _SMALL = 3
 
 
@@ -32,7 +32,7 @@ class Block:
     Attributes:
         item: what it stands for.
         parts: the blocks inside an open scope, `None` for a single box.
-        letter: the panel that shows the inside, if any.
+        letter: letter of the panel that shows the inside, if any.
     """
 
     item: Item
@@ -40,7 +40,7 @@ class Block:
     letter: str = ""
 
     def boxes(self) -> Iterator[Block]:
-        """The blocks that are single boxes."""
+        """All blocks that are single boxes."""
         if self.parts is None:
             yield self
         else:
@@ -50,7 +50,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Panel:
-    """One drawing: `letter` is empty for the overview; `used` names the blocks whose inside it shows."""
+    """One panel. `letter` is empty for the overview; `used` has the names of the blocks whose inside it shows."""
 
     letter: str
     block: Block
@@ -58,22 +58,22 @@ class Panel:
 
 
 def plan(root: Scope, budget: int = BUDGET) -> list[Panel]:
-    """The overview, then the panels of the blocks that stay closed, in order of appearance.
+    """The overview, then the panels of the closed blocks, in order of appearance.
 
     Args:
         root: the tree of a model.
-        budget: at most so many boxes in all.
+        budget: maximum number of boxes in all panels.
     """
     return _Planner(budget, bool(root.marks)).panels(_fitted(root, min(budget, _OVERVIEW)))
 
 
 def opened(root: Scope, depth: int, focus: str = "") -> Panel:
-    """One panel with so many levels of modules open, however large it gets.
+    """One panel with `depth` levels of modules open, of any size.
 
     Args:
         root: the tree of a model, or of a module in it.
         depth: 0 for closed children.
-        focus: the path of that module.
+        focus: path of that module.
     """
     return Panel("", _opened(root, depth + len(focus.split(".")) * bool(focus)))
 
@@ -88,13 +88,13 @@ def _opened(item: Item, levels: int) -> Block:
 @dataclass
 class _Planner:
     budget: int
-    sites_only: bool  # whether blocks without sites stay closed; in a model without any, all blocks are worth a look
-    opened: dict[int, Scope] = field(default_factory=dict)  # by identity; holds the scopes alive
+    adapted_only: bool  # whether blocks without adapted layers stay closed
+    opened: dict[int, Scope] = field(default_factory=dict)  # by id; keeps the scopes alive
     letters: dict[Hashable, str] = field(default_factory=dict)
     used: dict[str, list[str]] = field(default_factory=dict)
 
     def panels(self, root: Scope) -> list[Panel]:
-        """Open scopes panel by panel until the budget is spent, then build the blocks."""
+        """Open scopes panel by panel until the budget is used, then build the blocks."""
         left = self.budget - self._open(root, min(self.budget, _OVERVIEW))
         drawn = [("", root)]
         for _, scope in drawn:  # grows while it is read
@@ -111,7 +111,7 @@ class _Planner:
         return [Panel(letter, self._block(scope), names.get(letter, ())) for letter, scope in drawn]
 
     def _open(self, root: Scope, limit: int) -> int:
-        """Open what fits, outer scopes first; all blocks that look alike, or none. Returns the number of boxes."""
+        """Open what fits, outer scopes first; identical blocks all or none. Returns the number of boxes."""
         self.opened[id(root)] = root
         boxes = len(root.items)
         while True:
@@ -129,7 +129,7 @@ class _Planner:
                 return boxes
 
     def _closed(self, scope: Scope) -> Iterator[Scope]:
-        """The closed scopes that can be seen in a panel, and are worth opening."""
+        """The closed scopes in a panel that are worth opening."""
         for item in scope.items:
             if isinstance(item, Scope) and id(item) in self.opened:
                 yield from self._closed(item)
@@ -137,7 +137,7 @@ class _Planner:
                 yield item
 
     def _matters(self, scope: Scope) -> bool:
-        return bool(scope.marks) or not self.sites_only
+        return bool(scope.marks) or not self.adapted_only
 
     def _block(self, item: Item, *, root: bool = True) -> Block:
         if isinstance(item, Leaf):
@@ -157,8 +157,8 @@ def _looks(scope: Scope) -> Hashable:
 
 
 def _fitted(scope: Scope, limit: int) -> Scope:
-    """The scope, and all inside it, with at most `limit` items each: blocks that differ in size only drawn once, then
-    runs of operations in one box, then runs of everything."""
+    """A scope with at most `limit` items at each level: merge blocks that differ in size only, then runs of operations,
+    then any runs."""
     items = tuple(_fitted(item, _PANEL) if isinstance(item, Scope) else item for item in scope.items)
     scope = replace(scope, items=items)
     if len(scope.items) > (_ROOMY if scope.path else limit):
@@ -176,7 +176,7 @@ def _plain(scope: Scope, index: int) -> bool:
 
 
 def _operations(scope: Scope, run: range) -> Item:
-    """A run of leaves without sites as one leaf."""
+    """A run of leaves without adapted layers as one leaf."""
     leaves = [item for item in scope.items[run[0] : run[-1] + 1] if isinstance(item, Leaf)]
     kinds = dict.fromkeys(
         kind
@@ -198,7 +198,7 @@ def _operations(scope: Scope, run: range) -> Item:
 
 
 def _listed(words: list[str]) -> str:
-    """Words in a list, as many as fit.
+    """A list of words, as many as fit.
 
     >>> _listed(["view", "transpose", "scaled_dot_product_attention", "reshape"])
     'view, transpose, …'

@@ -1,4 +1,4 @@
-"""`visualize`: the file that a reader opens."""
+"""`visualize`: writes a picture of a model to a file."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from hra_fx.atomic_write import put_whole
 from hra_fx.view.drawing import drawing_of
-from hra_fx.view.focusing import focused
+from hra_fx.view.focus import focused
 from hra_fx.view.formats import picture_file, renderer
-from hra_fx.view.heat import heating
+from hra_fx.view.heatmap import heatmap_of
 from hra_fx.view.options import Options
 
 
@@ -23,29 +23,30 @@ def visualize(
     focus: str | None = None,
     heat: str | None = None,
 ) -> Path:
-    """Write a picture of a model: where its reflections are, what they did, and which layers were missed.
+    """Write a picture of a model: its adapted layers, how far each is rotated, and which layers were skipped.
 
-    Modules are boxes around what they do. In `.svg`, `.png` and `.mmd` blocks that look alike are drawn once, so that a
-    deep model fits a page; `.html` is a page to explore; `.dot`, `.graphml` and `.json` (Model Explorer) have every box
-    by itself. Every adapted layer is in each of them exactly once.
+    The file ending selects the format. `.svg`, `.png` and `.mmd` (Mermaid) draw identical blocks once, so that a deep
+    model fits a page. `.html` is an interactive page. `.dot`, `.graphml` and `.json` (Model Explorer) contain every
+    box. Every adapted layer is in each of them exactly once.
 
     Args:
         model: a module, transformed, plain or folded, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`.
-        path: the file; its ending chooses the format, and its folder must exist.
-        example_inputs: those of one call: for shapes, and for a whole graph by TorchDynamo where fx has none.
-        depth: how many levels of modules are opened: 0 for the model with its children closed, 1 to open those, and so
-            on. `None` leaves it to the format: what fits a page in pictures, everything in files for other programs.
-        focus: qualified name of a module to be drawn by itself, with what enters and leaves it.
-        heat: colour adapted layers by how far they are turned: `"mean_angle"` (of the planes that turn), `"angle"` (the
-            largest), `"rotation"` (`|Q - I|_F`) or `"share"` (of the weight, that is turned).
+        path: the file; its folder must exist.
+        example_inputs: inputs of one call: for shapes, and for a whole graph by TorchDynamo if fx cannot trace it.
+            Without them, modules that fx cannot trace are drawn without edges.
+        depth: number of module levels that are open: 0 shows the model with its children closed. `None` leaves it to
+            the format: pictures fit a page, files for other programs contain everything.
+        focus: qualified name of a module, to draw only that module and the values that enter and leave it.
+        heat: color adapted layers by `"mean_angle"`, `"angle"` (the largest), `"rotation"` (`|Q - I|_F`) or `"share"`
+            (of the weight that the adapter changes).
 
     Returns:
-        The path of the file, which was written whole; where anything is refused, what was there is kept.
+        The path of the file. The file is written as a whole; if an error is raised, an existing file is unchanged.
 
     Raises:
-        VisualizeError: another file ending, no such folder, a library that is not installed, options that do not fit
-            the model, or a graph that the format cannot hold.
-        AdapterError: the model does not run on the example inputs, or TorchDynamo cannot record the call.
+        VisualizeError: unknown file ending, no such folder, a library that is not installed, options that do not fit
+            the model, or a graph that is too large for the format.
+        AdapterError: the model does not run on the example inputs, or TorchDynamo cannot trace the call.
 
     Example:
         >>> import hra_fx, tempfile, torch
@@ -58,7 +59,7 @@ def visualize(
     file, options = picture_file(path), Options(depth, focus, heat)
     render = renderer(file)
     drawing = drawing_of(model, example_inputs)
-    heating(focused(drawing, options.focus), options.heat)  # what does not fit is refused alike for all formats
+    heatmap_of(focused(drawing, options.focus), options.heat)  # the same errors for all formats
     content = render(drawing, options)
     put_whole(file, content if isinstance(content, bytes) else content.encode("utf-8"))
     return file

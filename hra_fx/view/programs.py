@@ -1,7 +1,7 @@
-"""The subject of a picture out of a graph of aten operators: a `torch.export.ExportedProgram`, or its `.module()`.
+"""The subject of a picture from a graph of ATen operators: a `torch.export.ExportedProgram`, or its `.module()`.
 
-Such a graph has no modules left. Names of weights, operators and the record of calls tell what they were. Its rotations
-are taken out of a copy, and the layers that they were for are marked.
+Such a graph has no modules. They are recovered from the names of weights, the operators and `nn_module_stack`.
+Rotations are removed from a copy of the graph, and the nodes of their layers are tagged.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
-from hra_fx.export.insert import remove, rotations
-from hra_fx.export.inspect import carried
-from hra_fx.export.match import GraphSite, find_sites, groups_of, module_classes, owner_of
-from hra_fx.export.skeleton import outline_of
+from hra_fx.export.insert import find_rotate_nodes, remove_rotation
+from hra_fx.export.inspect import adapter_layers
+from hra_fx.export.match import GraphLayer, find_layers, group_tied, module_classes, parent_path
+from hra_fx.export.skeleton import build_skeleton
 from hra_fx.layers.target import META, REFLECTION, SiteNote
-from hra_fx.reporting import Row
-from hra_fx.view.subject import SiteFacts, Subject, known_rotations
+from hra_fx.reporting.row import Row
+from hra_fx.view.subject import LayerFacts, Subject, known_rotations
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -30,7 +30,7 @@ def subject_of_program(program: ExportedProgram, rows: Iterable[Row] = ()) -> Su
 
     Args:
         program: the program.
-        rows: those of its report, which tell how far its layers are turned.
+        rows: the rows of its report.
     """
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -41,18 +41,18 @@ def subject_of_program(program: ExportedProgram, rows: Iterable[Row] = ()) -> Su
         if original.name in names:
             _read_by_name(graph, node, names[original.name])
     root: dict[str, Any] = {**program.constants, **program.state_dict}
-    root |= dict(program.graph_module.named_children())  # the bodies of control flow
+    root |= dict(program.graph_module.named_children())  # bodies of control flow
     read = {str(node.target) for node in graph.find_nodes(op="get_attr")}
     tensors = {name: value for name, value in root.items() if name in read}
     return _subject(fx.GraphModule(tensors, graph), dict(program.named_parameters()), known_rotations(rows))
 
 
 def subject_of_captured(module: fx.GraphModule, rows: Iterable[Row] = ()) -> Subject:
-    """A `GraphModule` whose operators read parameters by name; its graph is copied.
+    """A `GraphModule` of ATen operators that reads parameters by name; its graph is copied.
 
     Args:
-        module: the module, which `hra_fx.export.captured.is_captured`.
-        rows: those of its report, which tell how far its layers are turned.
+        module: the module, one that `hra_fx.export.captured.is_captured` accepts.
+        rows: the rows of its report.
     """
     copied = fx.GraphModule(module, copy.deepcopy(module.graph), type(module).__name__)
     return _subject(copied, dict(module.named_parameters(remove_duplicate=False)), known_rotations(rows))
@@ -60,37 +60,37 @@ def subject_of_captured(module: fx.GraphModule, rows: Iterable[Row] = ()) -> Sub
 
 def _subject(module: fx.GraphModule, tensors: Mapping[str, Tensor], known: Mapping[str, float]) -> Subject:
     own = {name: tensor for name, tensor in tensors.items() if REFLECTION not in name.split(".")}
-    nodes = rotations(module.graph)
-    adapted = carried(module) if nodes else []
+    nodes = find_rotate_nodes(module.graph)
+    adapted = adapter_layers(module) if nodes else []
     for node in nodes:
-        remove(module.graph, node)
+        remove_rotation(module.graph, node)
     weights: dict[str, list[fx.Node]] = {}
     for node in module.graph.find_nodes(op="get_attr"):
         if node.target in own:
             weights.setdefault(str(node.target), []).append(node)
-    layers = find_sites(weights, own)
+    found = find_layers(weights, own)
     classes = module_classes(module.graph)
-    outline = outline_of(layers, own, classes, with_output=True)
-    sites: dict[str, SiteFacts] = {}
+    skeleton = build_skeleton(found, own, classes, with_output=True)
+    layers: dict[str, LayerFacts] = {}
     for layer in adapted:
-        held = sum(tensor.numel() for key, tensor in own.items() if owner_of(key) == layer.path)
-        width, detail = int(layer.chain.shape[0]), layer.site.replace("->", "→")
+        parameters = sum(tensor.numel() for key, tensor in own.items() if parent_path(key) == layer.path)
+        width, detail = int(layer.chain.shape[0]), layer.description.replace("->", "→")
         rotation = known.get(layer.path, math.nan)
         shown = None if math.isnan(rotation) else rotation
-        sites[layer.path] = SiteFacts(detail, width, layer.r, shown, held, vectors=width * layer.r)
-        _mark(layer.path, layers)
+        layers[layer.path] = LayerFacts(detail, width, layer.r, shown, parameters, vectors=width * layer.r)
+        _tag(layer.path, found)
     return Subject(
-        model=outline,
+        model=skeleton,
         graphs={"": module},
-        sites=sites,
-        aliases={alias: path for path in sites for alias in (layers[path].aliases if path in layers else ())},
+        layers=layers,
+        aliases={alias: path for path in layers for alias in (found[path].aliases if path in found else ())},
         classes={path: kind.rpartition(".")[2] for path, kind in classes.items()},
-        parameters=sum(tensors[names[0]].numel() for names in groups_of(own)),
+        parameters=sum(tensors[names[0]].numel() for names in group_tied(own)),
     )
 
 
 def _read_by_name(graph: fx.Graph, node: fx.Node, name: str) -> None:
-    """Read an attribute in place of a placeholder."""
+    """Replace a placeholder by `get_attr`."""
     with graph.inserting_before(node):
         read = graph.get_attr(name)
     read.meta = dict(node.meta)
@@ -98,8 +98,8 @@ def _read_by_name(graph: fx.Graph, node: fx.Node, name: str) -> None:
     graph.erase_node(node)
 
 
-def _mark(path: str, layers: Mapping[str, GraphSite]) -> None:
-    """Leave a note on the operators that read the weight of a site."""
+def _tag(path: str, layers: Mapping[str, GraphLayer]) -> None:
+    """Tag the operators that read the weight of an adapted layer."""
     layer = layers.get(path)
-    for reader in (read.reader for read in (layer.reads if layer else ())):
-        reader.meta[META] = SiteNote(path, layer.kind, "layer")  # type: ignore[union-attr]
+    for consumer in (use.consumer for use in (layer.uses if layer else ())):
+        consumer.meta[META] = SiteNote(path, layer.kind, "layer")  # type: ignore[union-attr]

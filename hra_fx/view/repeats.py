@@ -1,7 +1,7 @@
-"""Neighbours that look alike are drawn once: `encoder.layer.0 … encoder.layer.5` as one block with "× 6".
+"""Draws identical neighbors once: `encoder.layer.0 … encoder.layer.5` becomes one block with "× 6".
 
-Two items look alike when their signatures are equal: the same classes, names (less their numbers), operations and
-edges all the way down, and, unless asked otherwise, the same shapes and ranks.
+Two items are identical if their signatures are equal: the same classes, names (without numbers), operations and edges
+at all levels, and optionally the same shapes and ranks.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ _NUMBER = re.compile(r"@?\d+")
 
 
 def signature(item: Item, *, sizes: bool) -> Hashable:
-    """What two items must have in common to be drawn as one, their own names left out.
+    """What two items must have in common to be drawn as one, without their own names.
 
     Args:
         item: the item.
-        sizes: whether shapes and ranks count too.
+        sizes: whether to compare shapes and ranks too.
     """
     if isinstance(item, Leaf):
         detail = item.detail if sizes else item.detail.partition(" ")[0]
@@ -40,7 +40,7 @@ def stem(name: str) -> str:
 
 
 def runs_where(length: int, follows: Callable[[int], bool]) -> list[range]:
-    """Maximal runs, of two at least, of indices each of which `follows` the one before it.
+    """Maximal runs of at least two indices in which `follows` is true for each index but the first.
 
     >>> runs_where(6, lambda index: index in (1, 2, 5))
     [range(0, 3), range(4, 6)]
@@ -57,18 +57,18 @@ def runs_where(length: int, follows: Callable[[int], bool]) -> list[range]:
 
 
 def merge_repeats(scope: Scope, *, sizes: bool = True) -> Scope:
-    """The scope with every run of neighbours that look alike drawn once. In a captured graph they must form a chain.
+    """A scope with every run of identical neighbors as one item. In a traced graph they must form a chain.
 
     Args:
         scope: the scope.
-        sizes: whether their shapes have to agree; where not, what is drawn says that they vary.
+        sizes: whether their shapes must be equal; if not, the merged item says that they vary.
     """
     looks = [(stem(item.name), signature(item, sizes=sizes)) for item in scope.items]
     edges = set(scope.edges)
 
     def follows(index: int) -> bool:
         item = scope.items[index]
-        drawable = isinstance(item, Scope) or item.kind in ("site", "module")
+        drawable = isinstance(item, Scope) or item.kind in ("adapted_layer", "module")
         linked = scope.eager or (index - 1, index) in edges
         return drawable and linked and item.count == 1 and looks[index - 1] == looks[index]
 
@@ -85,7 +85,7 @@ def _once(scope: Scope, run: range, *, varied: bool) -> Item:
 
 
 def _overlay(items: list[Item]) -> Item:
-    """The first item, with the marks of all of them at every leaf."""
+    """The first item, with the marks of all items at every leaf."""
     first = items[0]
     if isinstance(first, Leaf):
         leaves = [item for item in items if isinstance(item, Leaf)]

@@ -1,4 +1,4 @@
-"""Whatever a user wants to see, as the subject of a picture: adapted, plain and folded models, graphs and programs."""
+"""Turns any model that a user wants to draw into a `Subject`: adapted, plain and folded models, graphs and programs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import fx, nn
 
 from hra_fx.errors import VisualizeError
 from hra_fx.export.captured import is_captured
-from hra_fx.export.insert import rotations
+from hra_fx.export.insert import find_rotate_nodes
 from hra_fx.export.program import is_program
 from hra_fx.model.example_inputs import as_call
 from hra_fx.model.graph_module import shown_in
 from hra_fx.model.state import sites_of
-from hra_fx.reporting import Row
+from hra_fx.reporting.row import Row
 from hra_fx.tracing.graphs import graphs, plain_graphs
 from hra_fx.tracing.whole import whole_graphs
 from hra_fx.view.programs import subject_of_captured, subject_of_program
@@ -22,42 +22,42 @@ from hra_fx.view.shapes import note_shapes
 from hra_fx.view.subject import Subject, subject_of
 
 
-def has_reflections(model: Any) -> bool:
-    """Whether anything in a model, graph or program is adapted; of anything else no."""
+def has_adapters(model: Any) -> bool:
+    """Whether anything in a model, graph or program is adapted."""
     if is_program(model) or is_captured(model):
-        return bool(rotations(model.graph))
+        return bool(find_rotate_nodes(model.graph))
     return isinstance(model, nn.Module) and bool(sites_of(model))
 
 
 def find_subject(model: Any, example_inputs: Any = None, rows: Collection[Row] = ()) -> Subject:
-    """What is to be drawn of a model; nothing in it is changed.
+    """Collect what is drawn of a model. The model is not changed.
 
     Args:
         model: a module, transformed or not, or a `torch.export.ExportedProgram`.
-        example_inputs: those of one call, as `hra_fx.graphs` takes them.
-        rows: those of the model's report.
+        example_inputs: inputs of one call, as for `hra_fx.graphs`.
+        rows: the rows of the model's report.
 
     Raises:
-        VisualizeError: it is none of these, a single adapted layer, or has no use for example inputs.
-        AdapterError: the model does not run on the inputs, or TorchDynamo cannot record the call.
+        VisualizeError: the model has another type, is a single adapted layer, or does not take example inputs.
+        AdapterError: the model does not run on the inputs, or TorchDynamo cannot trace the call.
     """
     if is_program(model) or is_captured(model):
         if example_inputs is not None:
             raise VisualizeError(
-                f"example_inputs: a captured program ({type(model).__name__}) knows its shapes. Leave them out."
+                f"`example_inputs` must be None for a {type(model).__name__}, which already has the shapes."
             )
         return subject_of_program(model, rows) if is_program(model) else subject_of_captured(model, rows)
     if not isinstance(model, nn.Module):
         raise VisualizeError(
-            f"model: a {type(model).__name__}. Give a torch.nn.Module, a torch.fx.GraphModule or a "
-            "torch.export.ExportedProgram."
+            "`model` must be a torch.nn.Module, torch.fx.GraphModule or torch.export.ExportedProgram, "
+            f"got {type(model).__name__}."
         )
     if "" in sites_of(model):
         raise VisualizeError(
-            f"model: it is one adapted layer by itself ({type(model).__name__}), with nothing around it to be drawn. "
-            "Give the model that it is in, and the layer's path as focus."
+            f"`model` is a single adapted layer ({type(model).__name__}). Pass the model that contains it, and the "
+            "layer's path as `focus`."
         )
-    found = _captured(model)
+    found = _traced(model)
     of_call = example_inputs is not None and "" not in found
     if of_call:
         found = whole_graphs(model, as_call(example_inputs))
@@ -66,11 +66,9 @@ def find_subject(model: Any, example_inputs: Any = None, rows: Collection[Row] =
     return subject_of(model, found, rows, of_call=of_call)
 
 
-def _captured(model: nn.Module) -> dict[str, fx.GraphModule]:
-    """Module path -> what fx has of it."""
+def _traced(model: nn.Module) -> dict[str, fx.GraphModule]:
+    """Module path -> its traced graph, for the largest parts that fx can trace."""
     if isinstance(model, fx.GraphModule):
-        shown_in(model)  # marks the sites in it again
+        shown_in(model)  # tags the nodes of its adapted layers again
         return {"": model}
-    if sites_of(model):
-        return graphs(model)
-    return plain_graphs(model)
+    return graphs(model) if sites_of(model) else plain_graphs(model)

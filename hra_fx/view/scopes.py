@@ -1,4 +1,4 @@
-"""From the flat graph of leaves to the tree of scopes: grouped by the module that made each call."""
+"""From the flat graph of leaves to the tree of scopes, by the calls of modules."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hra_fx.view.describe import name_of
 from hra_fx.view.repeats import merge_repeats, runs_where
 from hra_fx.view.tree import Item, Leaf, Scope, contract, splice
 
-#: Several leaves in one box: names are listed up to this length.
+#: The names of several leaves in one box are listed up to this length.
 _LETTERS_SHOWN = 28
-#: A captured module with so many leaves at most is drawn without a frame.
+#: A traced module with this many leaves or fewer is drawn without a frame.
 _SMALL = 3
-#: Operations that only move or rename numbers; neighbours of this sort share a box.
+#: Operations that only move data or change its view; neighbors of this kind share a box.
 _VIEWS = frozenset(
     {"alias", "chunk", "clone", "contiguous", "expand", "expand_as", "flatten", "float", "getitem", "mT", "movedim"}
     | {"narrow", "permute", "slice", "t", "to_copy", "unsafe_view"}
@@ -27,11 +27,11 @@ _Group: TypeAlias = "str | tuple[str, int]"  # a leaf's key, or a call's name an
 
 
 def scope_tree(picture: nx.DiGraph[str], title: str) -> Scope:
-    """The tree of a model, with chains of operations joined and neighbours that look alike drawn once.
+    """The tree of a model, with chains of operations joined and identical neighbors merged.
 
     Args:
-        picture: what `graph.adapted_graph` gave.
-        title: the name of the root.
+        picture: the result of `graph.leaves_of`.
+        title: name of the root.
     """
     return _Nesting(picture).scope("", title, list(picture), 0)
 
@@ -49,9 +49,9 @@ class _Nesting:
 
         Args:
             call: its name in the places of leaves.
-            name: what to call it.
+            name: name of the scope.
             keys: the leaves inside, in order.
-            depth: how many entries of their places are behind us.
+            depth: number of entries of their places that are already handled.
         """
         path = call.rpartition("@")[0] if call.rpartition("@")[2].isdigit() and "@" in call else call
         entering, leaving, keys = self._ports(path, keys)
@@ -65,7 +65,7 @@ class _Nesting:
             path=path,
             name=name,
             class_name=self.picture.graph["classes"].get(path, ""),
-            eager=not self._is_captured(path),
+            eager=not self._is_traced(path),
             items=tuple(self._item(group, members[group], depth) for group in order),
             edges=tuple(sorted({(place[a], place[b]) for a, b in _between(self.picture, groups)})),
             inputs=tuple(sorted({place[groups[key]] for key in entering})),
@@ -73,18 +73,18 @@ class _Nesting:
         )
         return _open_small(merge_repeats(_gather_plain(_join_operations(scope))))
 
-    def _is_captured(self, path: str) -> bool:
+    def _is_traced(self, path: str) -> bool:
         parts = path.split(".") if path else []
-        regions = self.picture.graph["regions"]
-        return any(".".join(parts[:end]) in regions for end in range(len(parts) + 1))
+        roots = self.picture.graph["traced"]
+        return any(".".join(parts[:end]) in roots for end in range(len(parts) + 1))
 
     def _ports(self, path: str, keys: list[str]) -> tuple[set[str], set[str], list[str]]:
-        """Leaves that read from outside, leaves that are read outside, and all leaves but those that a border
-        shows: the output of a region inside a model, and its input where there is only one."""
+        """Leaves that read from outside, leaves that are read outside, and all leaves but the ports that the border of
+        a traced module inside of a model shows: its output, and its input if there is only one."""
         inside = set(keys)
         entering = {key for key in keys if any(source not in inside for source in self.picture.pred[key])}
         leaving = {key for key in keys if any(reader not in inside for reader in self.picture.succ[key])}
-        if not path or path not in self.picture.graph["regions"]:
+        if not path or path not in self.picture.graph["traced"]:
             return entering, leaving, keys
         inputs = [key for key in keys if self.leaf(key).kind == "input"]
         outputs = [key for key in keys if self.leaf(key).kind == "output"]
@@ -96,8 +96,8 @@ class _Nesting:
         return entering - border, leaving - border, [key for key in keys if key not in border]
 
     def _acyclic_groups(self, keys: list[str], depth: int) -> dict[str, _Group]:
-        """Which item each leaf belongs to. A module whose calls are interleaved with others is not drawn as one box:
-        contracting it would make a cycle, so its own items are put directly here."""
+        """The item of each leaf. A module whose calls are interleaved with others is not one box, because contracting
+        it would make a cycle; its items are placed directly in this scope."""
         opened: set[_Group] = set()
         while True:
             groups = {key: self._group(key, depth, opened) for key in keys}
@@ -117,14 +117,14 @@ class _Nesting:
     def _item(self, group: _Group, keys: list[str], depth: int) -> Item:
         if isinstance(group, str):
             leaf = self.leaf(group)
-            tangled = [name_of(call) for call in leaf.place[depth:]]  # modules that could not be drawn as one box
+            tangled = [name_of(call) for call in leaf.place[depth:]]  # modules that are not drawn as one box
             return replace(leaf, name=".".join([*tangled, leaf.name]))
         call, level = group
         return _unwrap(self.scope(call, name_of(call), keys, level + 1), self.picture.graph["details"])
 
 
 def _between(picture: nx.DiGraph[str], groups: dict[str, _Group]) -> list[tuple[_Group, _Group]]:
-    """Edges of the leaves as edges of their groups."""
+    """The edges of leaves as edges of their groups."""
     return [
         (group, groups[reader])
         for key, group in groups.items()
@@ -142,7 +142,7 @@ def _topological(picture: nx.DiGraph[str], groups: dict[str, _Group], members: l
 
 
 def _join_operations(scope: Scope) -> Scope:
-    """Chains of operations that only move numbers, each read by the next one only, in one box."""
+    """Join chains of operations that only change views into one box."""
     readers = {index: [j for i, j in scope.edges if i == index] for index in range(len(scope.items))}
     sources = {index: [i for i, j in scope.edges if j == index] for index in range(len(scope.items))}
 
@@ -163,7 +163,7 @@ def _join_operations(scope: Scope) -> Scope:
 
 
 def _gather_plain(scope: Scope) -> Scope:
-    """In a module that stays Python: neighbours without adapters in one box."""
+    """In a module that is not traced: join neighbors without adapters into one box."""
 
     def follows(index: int) -> bool:
         return all(isinstance(item, Leaf) and item.kind == "eager" for item in scope.items[index - 1 : index + 1])
@@ -175,7 +175,7 @@ def _gather_plain(scope: Scope) -> Scope:
 
 
 def _open_small(scope: Scope) -> Scope:
-    """Put the leaves of small captured modules directly here: a downsample branch of two layers needs no frame."""
+    """Replace small traced modules by their leaves: a downsample branch of two layers needs no frame."""
     return scope if scope.eager else splice(scope, _is_small, _below)
 
 
@@ -190,7 +190,7 @@ def _leaves(scope: Scope, run: range) -> list[Leaf]:
 
 
 def _listing(leaves: list[Leaf], separator: str) -> Leaf:
-    """One leaf under the names of several."""
+    """One leaf with the names of several."""
     names = [leaf.name for leaf in leaves]
     shown = names[0]
     for index, name in enumerate(names[1:], start=1):
@@ -211,7 +211,7 @@ def _listing(leaves: list[Leaf], separator: str) -> Leaf:
 
 
 def _unwrap(scope: Scope, details: Mapping[str, str]) -> Item:
-    """A scope with one item is drawn as that item, under both names; as itself where the item is its whole forward."""
+    """A scope with one item is drawn as that item with both names, or as a module if the item is its whole forward."""
     if len(scope.items) != 1:
         return scope
     item = scope.items[0]
@@ -222,7 +222,7 @@ def _unwrap(scope: Scope, details: Mapping[str, str]) -> Item:
 
 
 def _below(outer: str, inner: str) -> str:
-    """Two names as one, where the inner may repeat the last part of the outer.
+    """Two names as one; the inner may repeat the last part of the outer.
 
     >>> _below("blocks", "blocks.0"), _below("encoder", "layer.0")
     ('blocks.0', 'encoder.layer.0')

@@ -1,4 +1,4 @@
-"""Shapes and dtypes of the values of a captured graph, for one example, without running it."""
+"""Shapes and dtypes of the values of a graph for example inputs, without running it."""
 
 from __future__ import annotations
 
@@ -16,25 +16,24 @@ from hra_fx.model.example_inputs import Call
 
 
 def note_shapes(module: fx.GraphModule, call: Call) -> None:
-    """Leave in `node.meta["val"]` what every node would give; a graph that fake tensors cannot follow stays as it is.
+    """Store the fake value of every node in `node.meta["val"]`.
 
     Warns:
-        HRAWarning: they cannot, for the example does not fit, or an operator has no fake form; there are no shapes.
+        HRAWarning: the graph does not run on fake tensors (wrong inputs, or an operator without a fake kernel); then
+            the graph is not changed.
 
     Args:
-        module: a whole graph of the call: one with its arguments as placeholders, or with the tensors in them.
-        call: the example.
+        module: a whole graph of the call. Its placeholders are the arguments, or the tensors in them.
+        call: the example inputs.
     """
     try:
         mode = fake_tensor_mode()
         with torch.no_grad():
             copied = _copy(module, mode)
             FakeTensorProp(copied, mode).propagate(*_inputs(module, call))
-    except Exception as error:  # pictures do without shapes, and what runs on fake tensors is not ours alone
+    except Exception as error:  # shapes are optional, and any operator of the model may fail on fake tensors
         why = str(error).strip().partition("\n")[0]
-        text = (
-            f"example_inputs: the graph does not run on them ({why}), so no shapes are told. Are they those of a call?"
-        )
+        text = f"The graph does not run on `example_inputs` ({why}), so the picture has no shapes. Check the inputs."
         warnings.warn(text, HRAWarning, stacklevel=2)
         return
     for node, noted in zip(module.graph.nodes, copied.graph.nodes, strict=True):
@@ -43,15 +42,15 @@ def note_shapes(module: fx.GraphModule, call: Call) -> None:
 
 
 def _copy(module: fx.GraphModule, mode: Any) -> fx.GraphModule:
-    """A copy with fake tensors, for a forward may write into its buffers."""
+    """A copy with fake tensors, because a forward may write into its buffers."""
     tensors = (*module.parameters(), *module.buffers())
     memo: dict[int, Any] = {id(tensor): mode.from_tensor(tensor) for tensor in tensors}
-    # fx shares the tensors of a GraphModule's copy that its graph reads, unless they are known as copied.
+    # A copied GraphModule shares the tensors that its graph reads, unless they are in the memo.
     return copy.deepcopy(module, memo)
 
 
 def _inputs(module: fx.GraphModule, call: Call) -> list[Any]:
-    """One value for each placeholder: by position and name, where they are the arguments of the call."""
+    """One value for each placeholder: by position and name if they are the arguments of the call."""
     args, kwargs = call
     placeholders = module.graph.find_nodes(op="placeholder")
     names = [str(node.target) for node in placeholders]

@@ -1,4 +1,4 @@
-"""Placed boxes to SVG elements: colours, shapes and text. Pale fills with dark text; contrast is 7:1 or better."""
+"""Placed boxes as SVG elements: colors, shapes and text. Pale fills with dark text, with a contrast of at least 6:1."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from itertools import pairwise
 from xml.etree.ElementTree import Element, SubElement
 
 from hra_fx.reporting.colormap import ink_on
+from hra_fx.view.annotations import CELL
 from hra_fx.view.boxes import DETAIL, NAME, STRIP, Box
 from hra_fx.view.layout import Route
-from hra_fx.view.notes import CELL
 from hra_fx.view.text import width
 
 FONT = "'Segoe UI', Roboto, 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
@@ -18,19 +18,21 @@ VIOLET, VIOLET_PALE, VIOLET_LINE = "#43247a", "#e6dcf9", "#8a68cf"
 AMBER, AMBER_PALE, AMBER_LINE = "#5c430c", "#fdf6e3", "#c9a64f"
 BLUE, BLUE_PALE, BLUE_LINE = "#17406d", "#e3eefb", "#7ba3d0"
 EDGE = "#8893a4"
-MISSED = "#a3271f"
+SKIPPED = "#7b8696"
+GREEN, GREEN_PALE, GREEN_LINE = "#164a2b", "#e2f3e8", "#6bab82"
 
-#: Fill, border and text colour of every look.
+#: Fill, border and text color of each look.
 LOOKS = {
     "port": ("#eceff4", "#b4bdca", INK),
-    "site": (CARD, VIOLET_LINE, INK),
+    "adapted_layer": (CARD, VIOLET_LINE, INK),
     "plain": (CARD, "#bfc8d4", INK),
     "eager": (AMBER_PALE, AMBER_LINE, AMBER),
+    "trained": (GREEN_PALE, GREEN_LINE, GREEN),
     "closed": (BLUE_PALE, BLUE_LINE, BLUE),
 }
 
 #: Fill, border and dashes of modules that show their inside.
-FRAMES = {"captured": ("#eff3f8", "#c3cedb", ""), "python": ("#fffdf8", AMBER_LINE, "4 3")}
+FRAMES = {"traced": ("#eff3f8", "#c3cedb", ""), "untraced": ("#fffdf8", AMBER_LINE, "4 3")}
 
 
 def number(value: float) -> str:
@@ -43,7 +45,7 @@ def number(value: float) -> str:
 
 
 def shape(parent: Element, tag: str, **attributes: str | float) -> Element:
-    """Add an element; numbers are rounded, `_` in names becomes `-`."""
+    """Add an element. Numbers are rounded, and `_` in names becomes `-`."""
     texts = {
         name.rstrip("_").replace("_", "-"): value if isinstance(value, str) else number(value)
         for name, value in attributes.items()
@@ -72,7 +74,7 @@ def draw(parent: Element, box: Box, x: float, y: float, *, counted: bool) -> Non
         box: the box.
         x: its left edge.
         y: its upper edge.
-        counted: whether its boxes carry `data-sites`, as those of the overview do.
+        counted: whether its boxes have the attribute `data-adapted`, as in the overview.
     """
     group = shape(parent, "g", class_=box.look)
     SubElement(group, "title").text = box.tip
@@ -80,30 +82,30 @@ def draw(parent: Element, box: Box, x: float, y: float, *, counted: bool) -> Non
         _draw_open(group, box, x, y, counted=counted)
         return
     if counted:
-        group.set("data-sites", str(box.sites))
-    if box.look == "site":
-        _draw_site(group, box, x, y)
+        group.set("data-adapted", str(box.adapted))
+    if box.look == "adapted_layer":
+        _draw_adapted(group, box, x, y)
     elif box.look == "closed":
         _draw_closed(group, box, x, y)
     else:
         _draw_line(group, box, x, y)
-    if box.missed:
-        hollow(group, x, y)
+    if box.skipped:
+        skipped_marker(group, x, y)
 
 
-def hollow(parent: Element, x: float, y: float) -> None:
-    """The mark of a layer that could carry reflections, and does not."""
-    shape(parent, "circle", cx=x, cy=y, r=5.0, fill=CARD, stroke=MISSED, stroke_width=2.0, class_="missed")
+def skipped_marker(parent: Element, x: float, y: float) -> None:
+    """The marker of a layer without an adapter."""
+    shape(parent, "circle", cx=x, cy=y, r=5.0, fill=CARD, stroke=SKIPPED, stroke_width=2.0, class_="skipped")
 
 
 def _draw_cells(group: Element, box: Box, x: float, y: float) -> None:
-    """The heat of every site in the box, below its text."""
+    """A cell for every adapted layer in the box, below its text."""
     cells = box.cells
-    if not cells.colours:
+    if not cells.colors:
         return
     wide = (box.size.width - 16) / cells.columns
     top = y + box.size.height - cells.height
-    for index, (fill, tip) in enumerate(zip(cells.colours, cells.tips, strict=True)):
+    for index, (fill, tip) in enumerate(zip(cells.colors, cells.tips, strict=True)):
         row, column = divmod(index, cells.columns)
         cell = shape(group, "rect", x=x + 8 + column * wide, y=top + row * CELL, width=wide, height=CELL, fill=fill)
         if wide > 6:
@@ -114,7 +116,7 @@ def _draw_cells(group: Element, box: Box, x: float, y: float) -> None:
 
 
 def _frame(group: Element, box: Box, x: float, y: float, radius: float) -> str:
-    """The outline of a single box; returns the colour of its text."""
+    """The outline of a single box; returns the color of its text."""
     fill, line, ink = LOOKS[box.look]
     _outline(group, box, x, y, radius, fill, line, "4 3" if box.look == "eager" else "")
     return ink
@@ -138,11 +140,11 @@ def _draw_line(group: Element, box: Box, x: float, y: float) -> None:
     if box.detail:
         part = shape(line, "tspan", dx=7.0, font_size=DETAIL, fill=FAINT if box.look != "eager" else AMBER)
         part.text = box.detail
-    _badge(group, box, x + box.size.width - 8, y + 5, VIOLET if box.look == "site" else FAINT)
+    _badge(group, box, x + box.size.width - 8, y + 5, VIOLET if box.look == "adapted_layer" else FAINT)
 
 
-def _draw_site(group: Element, box: Box, x: float, y: float) -> None:
-    """The reflection as a strip on top of the layer that it feeds."""
+def _draw_adapted(group: Element, box: Box, x: float, y: float) -> None:
+    """The adapter as a strip on top of its layer."""
     wide = box.size.width
     _frame(group, box, x, y, 6)
     corner = STRIP - 6
@@ -159,7 +161,7 @@ def _draw_site(group: Element, box: Box, x: float, y: float) -> None:
 
 
 def _draw_closed(group: Element, box: Box, x: float, y: float) -> None:
-    """A closed module: a stack if it stands for several, with the letter of the panel that opens it."""
+    """A closed module: a stack if it stands for several, with the letter of the panel that shows its inside."""
     fill, line, _ = LOOKS["closed"]
     if box.count:
         _outline(group, box, x + 4, y + 4, 6, fill, line)
@@ -179,12 +181,12 @@ def _disc(group: Element, letter: str, x: float, y: float) -> None:
     write(group, x, y + 4.5, letter, 12.5, "#ffffff", bold=True, anchor="middle")
 
 
-def _badge(group: Element, box: Box, right: float, y: float, colour: str) -> None:
+def _badge(group: Element, box: Box, right: float, y: float, color: str) -> None:
     if not box.count:
         return
     wide = width(box.count, DETAIL, bold=True) + 10
-    shape(group, "rect", x=right - wide, y=y, width=wide, height=16.0, rx=8.0, fill=CARD, stroke=colour)
-    write(group, right - wide / 2, y + 12, box.count, DETAIL, colour, bold=True, anchor="middle")
+    shape(group, "rect", x=right - wide, y=y, width=wide, height=16.0, rx=8.0, fill=CARD, stroke=color)
+    write(group, right - wide / 2, y + 12, box.count, DETAIL, color, bold=True, anchor="middle")
 
 
 def _draw_open(group: Element, box: Box, x: float, y: float, *, counted: bool) -> None:
@@ -208,9 +210,9 @@ def _draw_open(group: Element, box: Box, x: float, y: float, *, counted: bool) -
 
 
 def path_of(route: Route, left: float, top: float) -> str:
-    """The path data of an edge: straight down beside boxes, curved in the gaps between layers.
+    """The path data of an edge: vertical beside boxes, curved in the gaps between layers.
 
-    No piece is of length zero, for some readers turn the arrow at the end of such a piece to the right.
+    No segment has length zero, because some viewers draw the arrow at the end of such a segment to the right.
     """
     x, begin, end = route.pieces[0]
     words, y = [f"M{number(left + x)} {number(top + begin)}"], number(top + begin)
@@ -226,7 +228,7 @@ def path_of(route: Route, left: float, top: float) -> str:
 
 
 def _down(words: list[str], start: str, end: str) -> str:
-    """Go straight to a height, unless we are there."""
+    """Add a vertical line to a y position, unless it is reached."""
     if start != end:
         words.append(f"V{end}")
     return end

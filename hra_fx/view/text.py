@@ -1,10 +1,10 @@
-"""Text in a picture: how wide it comes out, how it is shortened, which characters an SVG file may hold."""
+"""Text in a picture: its width, shortening, and the characters that XML allows."""
 
 from __future__ import annotations
 
 import re
 
-#: Widths in em, for the widest of the usual sans-serif fonts (DejaVu Sans), so that no text leaves its box.
+#: Widths in em of DejaVu Sans, the widest of the common sans-serif fonts, so that text fits its box in all of them.
 _WIDTHS = {
     **dict.fromkeys("ijl.,:;'|! I", 0.34),
     **dict.fromkeys('frt()[]{}/-"', 0.42),
@@ -15,7 +15,7 @@ _ILLEGAL = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 
 def clean(text: str) -> str:
-    """The text with what XML cannot hold replaced, and line breaks as spaces.
+    """The text with characters that XML does not allow replaced, and line breaks as spaces.
 
     >>> clean("a\\x00b\\nc")
     'a\\ufffdb c'
@@ -34,7 +34,7 @@ def width(text: str, size: float, *, bold: bool = False) -> float:
 
 
 def shorten(text: str, letters: int) -> str:
-    """At most so many letters, with the middle left out.
+    """A text with at most `letters` characters, with the middle left out.
 
     >>> shorten("scaled_dot_product_attention", 16)
     'scaled_d…tention'

@@ -1,7 +1,7 @@
-"""The vocabulary of a picture: leaves (what is drawn as one box) inside scopes (modules), as a tree of values.
+"""The tree of a picture: leaves (single boxes) inside scopes (modules).
 
-A scope keeps its items in a topological order and the edges between them as index pairs, so that any run of neighbours
-can be contracted without making a cycle: a path that left the run would have to come back to a later index.
+A scope has its items in a topological order, and the edges between them as pairs of indices. So any run of neighbors
+can be contracted without making a cycle: a path that leaves the run never returns to an earlier index.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-LeafKind: TypeAlias = Literal["input", "output", "site", "module", "op", "eager"]
+LeafKind: TypeAlias = Literal["input", "output", "adapted_layer", "module", "op", "eager"]
 
 
 @dataclass(frozen=True)
 class Mark:
-    """One adapted layer that a leaf stands for: its qualified name, and `|Q - I|_F` where that can be computed."""
+    """An adapted layer that a leaf stands for: its qualified name, and `|Q - I|_F` if that can be computed."""
 
     path: str
     rotation: float | None = None
@@ -23,25 +23,25 @@ class Mark:
 
 @dataclass(frozen=True)
 class Leaf:
-    """One box: a node of a captured graph, or a module that stays Python.
+    """One box: a node of a traced graph, or a module that is not traced.
 
     Attributes:
-        name: what the box is called inside its module.
+        name: name of the box inside its module.
         detail: class and shape, or the parameters that an operation reads.
         kind: how it is drawn.
-        op: the fx opcode; `"eager"` for a module outside every captured graph.
-        target: the qualified name of the module, or the name of the function.
-        place: the modules around it, outermost first, by qualified name; the n-th call of one module has `@n` appended.
-        marks: the sites that the box stands for; empty for every call after the first of a shared layer.
-        width: length `d` of the reflection vectors (sites only).
-        rank: number of reflection vectors in use, adapters together (sites only).
-        count: how many neighbours that look alike are drawn as this one.
-        last: the name of the last of them.
-        paths: the qualified names of the modules that the box stands for; empty for an operation.
-        readers: the qualified names of the modules in whose forward an operation reads parameters.
-        parameters: how many numbers these modules, or the weights that an operation reads, hold; no reflections.
-        shape: that of the value, `"1×64×56×56"`, where it is known.
-        dtype: that of the value, `"float32"`, where it is known.
+        op: the fx opcode; `"eager"` for a module that is not traced.
+        target: qualified name of the module, or name of the function.
+        place: qualified names of the modules around it, outermost first; the n-th call of a module has `@n` appended.
+        marks: the adapted layers that the box stands for; empty for later calls of a shared layer.
+        width: length `d` of the reflection vectors (adapted layers only).
+        rank: number of reflection vectors in use, over all adapters (adapted layers only).
+        count: number of identical neighbors that are drawn as this box.
+        last: name of the last of them.
+        paths: qualified names of the modules that the box stands for; empty for an operation.
+        readers: qualified names of the modules whose forward contains an operation that reads parameters.
+        parameters: number of parameters of these modules, or of the weights that an operation reads, without adapters.
+        shape: shape of the value, `"1×64×56×56"`, if known.
+        dtype: dtype of the value, `"float32"`, if known.
     """
 
     name: str
@@ -64,19 +64,19 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Scope:
-    """A module with what happens inside it.
+    """A module with its inside.
 
     Attributes:
         path: qualified name, `""` for the model.
-        name: the name below the enclosing scope.
+        name: name below the enclosing scope.
         class_name: its class.
-        eager: whether its forward stays Python; its items then stand in the order of definition, without edges.
+        eager: whether it is not traced; then its items are in the order of definition, without edges.
         items: leaves and scopes, in a topological order.
         edges: `(i, j)`, i < j: item j reads a value of item i.
         inputs: items that read a value from outside.
         outputs: items whose value is read outside.
-        count: how many neighbours that look alike are drawn as this one.
-        last: the name of the last of them.
+        count: number of identical neighbors that are drawn as this scope.
+        last: name of the last of them.
         varied: whether they have different sizes (the first one's are shown).
     """
 
@@ -94,7 +94,7 @@ class Scope:
 
     @property
     def marks(self) -> tuple[Mark, ...]:
-        """Every site inside, in order."""
+        """All adapted layers inside, in order."""
         return tuple(mark for item in self.items for mark in item.marks)
 
 
@@ -102,7 +102,7 @@ Item: TypeAlias = Leaf | Scope
 
 
 def contract(scope: Scope, runs: Sequence[range], combine: Callable[[Scope, range], Item]) -> Scope:
-    """The scope with each run of neighbouring items replaced by the one item that `combine` makes of it.
+    """A scope with each run of neighboring items replaced by the item that `combine` returns.
 
     Args:
         scope: the scope.
@@ -129,7 +129,7 @@ def contract(scope: Scope, runs: Sequence[range], combine: Callable[[Scope, rang
 
 
 def cut(scope: Scope, run: range, name: str, class_name: str) -> Scope:
-    """The items of a run as a scope of their own, with the edges between them and the ones that enter and leave."""
+    """The items of a run as a scope, with the edges between them, its inputs and outputs."""
     first, stop = run[0], run[-1] + 1
     inner = tuple((i - first, j - first) for i, j in scope.edges if i in run and j in run)
     entering = {j - first for i, j in scope.edges if j in run and i not in run} | {
@@ -151,12 +151,12 @@ def cut(scope: Scope, run: range, name: str, class_name: str) -> Scope:
 
 
 def splice(scope: Scope, small: Callable[[Scope], bool], rename: Callable[[str, str], str]) -> Scope:
-    """The opposite of `contract`: scopes that are `small` are replaced by their items.
+    """The inverse of `contract`: scopes for which `small` is true are replaced by their items.
 
     Args:
         scope: the scope.
-        small: which scopes inside it; such a scope must have one input and one output, or edges would be made up.
-        rename: the name of an item out of that of its scope and its own.
+        small: selects the scopes. They must have one input and one output, else edges would be invented.
+        rename: makes the name of an item from the name of its scope and its own.
     """
     items: list[Item] = []
     edges: set[tuple[int, int]] = set()
@@ -190,7 +190,7 @@ def module_of(call: str) -> str:
 
 
 def span(item: Item) -> str:
-    """The name of an item, or of the first and the last that it stands for.
+    """The name of an item, or of the first and the last item that it stands for.
 
     >>> span(Leaf("layer.0", "", "module", "call_module", "layer.0", (), count=6, last="layer.5"))
     'layer.0 … 5'
@@ -204,7 +204,7 @@ def span(item: Item) -> str:
 
 
 def _common_start(first: str, last: str) -> str:
-    """What two names have in common at the start, up to the number in which they differ."""
+    """The common start of two names, up to the number in which they differ."""
     length = 0
     while length < min(len(first), len(last)) and first[length] == last[length]:
         length += 1

@@ -1,4 +1,4 @@
-"""The values of a captured graph: which boxes they come from, and which nodes get no box at all."""
+"""The values of a traced graph: which boxes they come from, and which nodes get no box."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from torch import Tensor, fx, nn
 from hra_fx.compat import OpOverload
 from hra_fx.layers.target import META, REFLECTION, SiteNote
 
-#: Attributes and methods whose result is no tensor, so that what they feed is arithmetic on shapes.
+#: Attributes and methods whose result is not a tensor; nodes that use it compute shapes.
 _SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad"})
 _SHAPE_METHODS = frozenset({"size", "dim", "numel", "stride", "ndimension", "is_floating_point", "get_device"})
-#: The module by which a program checks its inputs.
+#: The submodule by which a program checks its inputs.
 _GUARDS = "_guards_fn"
 
 
 @dataclass(frozen=True)
 class Value:
-    """What is known about a value of a captured graph.
+    """What is known about a value of a traced graph.
 
     Attributes:
-        sources: the keys of the boxes that made it.
-        parameters: the names of the tensors in it that are worth telling.
-        weights: the names of the parameters in it.
-        is_shape: whether it is no tensor, but arithmetic on shapes.
+        sources: keys of the boxes that computed it.
+        parameters: names of the tensors in it that are shown.
+        weights: names of the parameters in it.
+        is_shape: whether it is a shape or computed from shapes, not a tensor.
     """
 
     sources: tuple[str, ...] = ()
@@ -38,14 +38,14 @@ class Value:
     is_shape: bool = False
 
 
-def note_of(node: fx.Node) -> SiteNote | None:
-    """The mark of a site on a node."""
+def tag_of(node: fx.Node) -> SiteNote | None:
+    """The tag of an adapted layer on a node."""
     note = node.meta.get(META)
     return note if isinstance(note, SiteNote) else None
 
 
 def read(node: fx.Node, values: Mapping[fx.Node, Value]) -> Value:
-    """All that a node reads, each once, in order."""
+    """The union of all values that a node reads, in order."""
     values_read = [values[source] for source in node.all_input_nodes]
     sources = dict.fromkeys(key for value in values_read for key in value.sources)
     parameters = dict.fromkeys(name for value in values_read for name in value.parameters)
@@ -55,14 +55,14 @@ def read(node: fx.Node, values: Mapping[fx.Node, Value]) -> Value:
 
 
 def pass_through(node: fx.Node, values: Mapping[fx.Node, Value], module: nn.Module | None) -> Value | None:
-    """The value of a node that gets no box, `None` where it gets one.
+    """The value of a node that gets no box, `None` if it gets one.
 
     Args:
         node: the node.
-        values: those of the nodes before it.
-        module: the one that it calls.
+        values: the values of the nodes before it.
+        module: the module that it calls.
     """
-    note = note_of(node)
+    note = tag_of(node)
     if note is not None:
         return read(node, values) if note.role == "reflection" else None
     if node.op == "get_attr":
@@ -74,7 +74,7 @@ def pass_through(node: fx.Node, values: Mapping[fx.Node, Value], module: nn.Modu
     if node.op in ("placeholder", "output", "call_module"):
         return None
     if not node.users and not node.all_input_nodes:
-        return Value()  # it only tells somebody something
+        return Value()  # called for its side effect
     before = read(node, values)
     if _computes_shape(node, before):
         return Value(is_shape=True)
@@ -84,7 +84,7 @@ def pass_through(node: fx.Node, values: Mapping[fx.Node, Value], module: nn.Modu
 
 
 def function_name(target: object) -> str:
-    """What a function or method is called, without the overload of an operator."""
+    """The name of a function or method, without the overload of an operator."""
     if isinstance(target, str):
         return target
     if isinstance(target, OpOverload):
@@ -95,7 +95,7 @@ def function_name(target: object) -> str:
 
 
 def shape_and_dtype(node: fx.Node) -> tuple[str, str]:
-    """Those of the tensor that a node gives, `"1×64×56×56"` and `"float32"`; empty where they are not known."""
+    """Shape and dtype of a node's value, `"1×64×56×56"` and `"float32"`; empty if unknown."""
     value: Any = node.meta.get("val", node.meta.get("tensor_meta"))
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         return "", ""

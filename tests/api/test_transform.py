@@ -130,7 +130,6 @@ def test_a_layer_that_reads_a_buffer_is_rotated_too() -> None:
             return self.out(x + self.lin(self.start))
 
     model = hra_fx.transform(Constant().double(), config("lin", "out"))
-    assert {row.region for row in hra_fx.report(model)} == {"whole"}
     randomise(model)
     x = torch.randn(2, 4, dtype=torch.float64)
     before = model(x)
@@ -201,9 +200,7 @@ def test_names_that_cannot_be(name: str) -> None:
 
 @pytest.mark.parametrize("wrong", [None, {"r": 8}, "HRAConfig", 8])
 def test_config_of_another_type(wrong: object) -> None:
-    with pytest.raises(
-        ConfigError, match=f"config: a builtins.{type(wrong).__name__}, where an hra_fx.HRAConfig is due"
-    ):
+    with pytest.raises(ConfigError, match=f"^config must be an hra_fx.HRAConfig, got builtins.{type(wrong).__name__}"):
         hra_fx.transform(mlp(), wrong)
 
 

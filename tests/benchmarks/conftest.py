@@ -1,4 +1,4 @@
-"""The benchmarks are no package that is installed; `speed` is found in their folder."""
+"""The benchmarks are not installed: make `speed` importable from its folder."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def test_a_page_of_a_gpu_stands_by_itself_and_is_linked(tmp_path: Path) -> None:
     assert "| 2048 | bfloat16 | 8 | 321 |" in file.read_text()
     (file,) = write(Results({"run": "full"}), tmp_path)
     assert "[benchmarks_gpu.md](benchmarks_gpu.md)" in file.read_text()
-    assert "Not run: no CUDA device" in page(Results({"run": "full"}))
+    assert "Not measured: there was no CUDA device" in page(Results({"run": "full"}))
 
 
 def test_without_a_gpu_its_run_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,14 +47,14 @@ def test_without_a_gpu_its_run_says_so(capsys: pytest.CaptureFixture[str], monke
     [
         ({"load average at start": 1.5, "cores": 2}, "busy (load average 1.5 at the start, 2 cores)"),
         (
-            {"load average at start": 1.5, "cores": 2, "seconds": "of the processor"},
-            "2 cores); seconds are of the processor.",
+            {"load average at start": 1.5, "cores": 2, "seconds": "CPU time"},
+            "2 cores); times are CPU times.",
         ),
-        ({"measured": "a part"}, "a part of the run"),
-        ({"load average at start": 0.4, "cores": 2, "measured": "all of it"}, ""),
+        ({"measured": "a part"}, "Only a part of the settings"),
+        ({"load average at start": 0.4, "cores": 2, "measured": "everything"}, ""),
     ],
 )
 def test_a_page_says_what_makes_it_unsure(about: dict[str, object], doubt: str) -> None:
     text = page(Results({"run": "full", **about}))
     assert doubt in text
-    assert ("**The" in text or "**This" in text) is bool(doubt)
+    assert ("**The" in text or "**Only" in text) is bool(doubt)

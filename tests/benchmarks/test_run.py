@@ -9,12 +9,12 @@ import pytest
 import torch
 from speed import cli, running
 from speed.grid import Job
-from speed.lines import LINES, findings
 from speed.methods import INFERENCE, TRAINING
 from speed.page import page
-from speed.report_lines import as_text
 from speed.results import Results, load
 from speed.setting import Mode, Setting
+from speed.target_report import as_text
+from speed.targets import TARGETS, findings
 from speed.timing import Budget
 
 TINY = "llama-64x1"
@@ -84,8 +84,8 @@ def test_the_page_has_a_table_of_every_model_and_mode(run: tuple[Results, Path])
         "### Llama, d=64, 1 layer: training step",
         "### Llama, d=64, 1 layer: inference",
         "### Llama, d=64, 1 layer: `generate`, 8 tokens after a prompt",
-        "### Llama, d=64, 1 layer: putting the adapter in",
-        "### Llama, d=64, 1 layer: taking it into the weights",
+        "### Llama, d=64, 1 layer: insert the adapter",
+        "### Llama, d=64, 1 layer: merge it into the weights",
     ]
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("| tokens ")]
     assert len(tables) == 5
@@ -95,11 +95,11 @@ def test_the_page_has_a_table_of_every_model_and_mode(run: tuple[Results, Path])
     assert tables[0][2].startswith("| 4 | float32 | 4 | ") and " ms | " in tables[0][2]
 
 
-def test_lines_that_were_not_measured_are_not_met(run: tuple[Results, Path]) -> None:
+def test_targets_that_were_not_measured_are_not_met(run: tuple[Results, Path]) -> None:
     results, _ = run
     assert not any(finding.met for finding in findings(results))
-    assert as_text(findings(results)).count("not measured") == len(LINES)
-    assert f"## Lines that must hold: 0 of {len(LINES)} are met" in page(results)
+    assert as_text(findings(results)).count("not measured") == len(TARGETS)
+    assert f"## Performance targets: 0 of {len(TARGETS)} met" in page(results)
 
 
 def test_docs_are_written_only_where_asked_for(run: tuple[Results, Path], tmp_path: Path) -> None:

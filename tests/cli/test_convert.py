@@ -1,4 +1,4 @@
-"""`convert`: PEFT reads what is written for it, and computes the same; ours is as `save_adapter` writes it."""
+"""`convert`: PEFT loads the result with the same outputs; in the other direction it equals that of `save_adapter`."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def test_peft_computes_the_same_with_plain_reflections(shelf: Shelf, tmp_path: P
 
 def test_what_is_said_of_an_anchor(shelf: Shelf, tmp_path: Path) -> None:
     text = answer("convert", shelf / "orthonormal", tmp_path, "--to", "peft")
-    assert f"HRA adapter in {tmp_path}, as PEFT writes it" in text
-    assert "reflections  4 at each of 4 layers, of which 2 stood frozen before" in text
-    assert "left out     4 tensors" in text
+    assert f"HRA adapter in {tmp_path}, in the format of PEFT" in text
+    assert "reflections  4 in each of 4 layers, 2 of them frozen before" in text
+    assert "dropped      4 tensors" in text
     done = Answer("convert", shelf / "orthonormal", tmp_path, "--to", "peft", "--overwrite", "--json").json
     assert (done["form"], done["layers"], done["r"], done["anchor"]) == ("peft", 4, 4, 2)
     assert done["dropped"][0].endswith("hra_vectors")
@@ -107,21 +107,23 @@ def test_a_folder_that_has_an_adapter(shelf: Shelf, tmp_path: Path) -> None:
     answer("convert", shelf / "second", tmp_path, "--to", "peft")
     before = picture(tmp_path)
     said = mistake("convert", shelf / "my-adapter", tmp_path, "--to", "peft")
-    assert said == f"{tmp_path}: there is an adapter in it. Give another folder, or --overwrite."
+    assert said == f"{tmp_path}: already contains an adapter. Choose another folder, or --overwrite."
     assert picture(tmp_path) == before
     answer("convert", shelf / "my-adapter", tmp_path, "--to", "peft", "--overwrite")
     assert picture(tmp_path) != before
 
 
-@pytest.mark.parametrize("name", ["config.json", "model_index.json", "model-00001-of-00002.safetensors"])
-@pytest.mark.parametrize("words", [[], ["--overwrite"]])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("config.json", []), ("model_index.json", []), ("model-00001-of-00002.safetensors", ["--overwrite"])],
+)
 def test_a_folder_that_has_a_model(shelf: Shelf, tmp_path: Path, name: str, words: list[str]) -> None:
     (tmp_path / name).write_text("{}")
     before = picture(tmp_path)
     said = mistake("convert", shelf / "my-adapter", tmp_path, "--to", "hra_fx", *words)
     assert said == (
-        f"{tmp_path}: {name} in it is of a model, with which from_pretrained would load the adapter. Give a folder of "
-        "its own."
+        f"{tmp_path}: contains a model ({name}), and from_pretrained would load the adapter with it. Choose another "
+        "folder."
     )
     assert picture(tmp_path) == before
 
@@ -129,9 +131,7 @@ def test_a_folder_that_has_a_model(shelf: Shelf, tmp_path: Path, name: str, word
 def test_a_folder_that_has_something_else(shelf: Shelf, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     said = mistake("convert", shelf / "my-adapter", tmp_path, "--to", "peft")
-    assert said == (
-        f"{tmp_path}: is not empty (notes.txt), and has no adapter in it. Give another folder, or --overwrite."
-    )
+    assert said == (f"{tmp_path}: is not empty (it contains notes.txt). Choose another folder, or --overwrite.")
     answer("convert", shelf / "my-adapter", tmp_path, "--to", "peft", "--overwrite")
     assert (tmp_path / "notes.txt").read_text() == "mine" and (tmp_path / WEIGHTS).exists()
 
@@ -141,7 +141,7 @@ def test_what_is_left_out_of_the_configuration_is_named(shelf: Shelf, tmp_path: 
     file = source / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"peft_version": "0.99", "of_tomorrow": 1, "more": []}))
     text = answer("convert", source, tmp_path / "out", "--to", "peft")
-    assert "left out     of its configuration more, of_tomorrow, peft_version" in text
+    assert "dropped      configuration fields more, of_tomorrow, peft_version" in text
     done = Answer("convert", source, tmp_path / "out", "--to", "hra_fx", "--overwrite", "--json").json
     assert done["fields"] == ["more", "of_tomorrow", "peft_version"]
 
@@ -156,8 +156,3 @@ def test_a_form_that_is_none(shelf: Shelf, tmp_path: Path) -> None:
     said = usage("convert", shelf / "my-adapter", tmp_path, "--to", "lora")
     assert "'peft'" in said and "'hra_fx'" in said
     assert "Missing option '--to'" in usage("convert", shelf / "my-adapter", tmp_path)
-
-
-def test_a_model_is_no_adapter(shelf: Shelf, tmp_path: Path) -> None:
-    said = mistake("convert", shelf / "my-model", tmp_path, "--to", "peft")
-    assert "adapter_config.json: there is no such file." in said

@@ -1,4 +1,4 @@
-"""`diff`: the numbers are those of whole tensors in float64; rotations are told from other changes."""
+"""`diff`: values match those of whole tensors in float64; rotations are distinguished from other changes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_fold_turns_the_layers_of_its_adapter_and_nothing_else(shelf: Shelf, f
     assert set(found) == {f"model.layers.{i}.self_attn.{n}_proj.weight" for i in range(2) for n in "qv"}
     for name, entry in found.items():
         change = other[name].double() - base[name].double()
-        assert entry["how"] == "turned"
+        assert entry["how"] == "rotated"
         assert entry["relative"] == pytest.approx(float(change.norm() / base[name].double().norm()))
         assert entry["largest"] == pytest.approx(float(change.abs().max()))
         lengths = [tensors[name].double().norm(dim=1) for tensors in (base, other)]
@@ -61,7 +61,7 @@ def test_the_exit_code_and_the_table(shelf: Shelf, folded: Path) -> None:
     done = Answer("diff", shelf / "my-model", folded, columns=120)
     assert (done.code, done.err) == (1, "")
     assert done.out.startswith("4 of 21 tensors differ\n")
-    assert "how  turned 4" in done.out
+    assert "how  rotated 4" in done.out
     same = answer("diff", shelf / "my-model", shelf / "my-model")
     assert same.startswith("21 tensors, all equal\n")
 
@@ -79,13 +79,13 @@ def test_the_way_back_is_rounding_and_a_tolerance_takes_it_for_equal(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("width", [8, 64, 1024])
+@pytest.mark.parametrize("width", [8, 1024])
 def test_rotations_are_told_from_other_changes_of_any_size(dtype: torch.dtype, width: int) -> None:
     weight = normal(40, width).to(dtype)
     q = dense_product(normal(width, 3, seed=1))
     turned = (weight.double() @ q).to(dtype)
-    assert change_of(weight, turned).how == "turned"
-    assert change_of(weight.T, turned.T).how == "turned (columns)"
+    assert change_of(weight, turned).how == "rotated"
+    assert change_of(weight.T, turned.T).how == "rotated (columns)"
     for size in (0.1, 2.0):
         other = (weight.double() + size * normal(40, width, seed=2)).to(dtype)
         assert change_of(weight, other).how == "changed", size
@@ -97,11 +97,11 @@ def test_rotations_are_told_from_other_changes_of_any_size(dtype: torch.dtype, w
 
 @pytest.mark.parametrize(("dtype", "seen", "unseen"), [(torch.bfloat16, 1.0, 0.2), (torch.float32, 1e-3, 3e-5)])
 def test_small_rotations(dtype: torch.dtype, seen: float, unseen: float) -> None:
-    """Two vectors that are half of the angle apart; what turns by less cannot be told from other small changes."""
+    """Two vectors that are half of the angle apart; smaller rotations cannot be told from other small changes."""
     weight, vector = normal(40, 64).to(dtype), normal(64, 1, seed=1)
     across = normal(64, 1, seed=3)
     across -= vector * (vector.T @ across) / vector.square().sum()
-    for angle, how in ((seen, "turned"), (unseen, "small")):
+    for angle, how in ((seen, "rotated"), (unseen, "small")):
         other = vector / vector.norm() + angle / 2 * across / across.norm()
         q = dense_product(torch.cat([vector, other], dim=1))
         assert change_of(weight, (weight.double() @ q).to(dtype)).how == how, angle
@@ -128,7 +128,7 @@ def test_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.tensor([math.nan, 1]), torch.tensor([2.0, 1]), "not finite"),
         (torch.tensor([math.inf, 1]), torch.tensor([math.inf, 1]), "equal"),
         (torch.tensor([0.0]), torch.tensor([-0.0]), "equal"),
-        (torch.ones(3, 4, 2, 2), torch.ones(3, 4, 2, 2).neg(), "turned"),
+        (torch.ones(3, 4, 2, 2), torch.ones(3, 4, 2, 2).neg(), "rotated"),
         (torch.ones(2, dtype=torch.complex64), torch.ones(2, dtype=torch.complex64) * 1j, "changed"),
         (torch.ones(4).to(torch.float8_e4m3fn), torch.full((4,), 2.0).to(torch.float8_e4m3fn), "changed"),
     ],
@@ -171,16 +171,16 @@ def test_folders_in_a_pipeline_and_variants(tmp_path: Path) -> None:
 
 def test_a_side_that_is_missing(shelf: Shelf, tmp_path: Path) -> None:
     said = mistake("diff", shelf / "my-model", tmp_path / "nothing")
-    assert said == f"{tmp_path / 'nothing'}: there is no such folder or file. Give two checkpoints."
-    assert "there is no .safetensors file in it." in mistake("diff", shelf / "my-model", tmp_path)
+    assert said == f"{tmp_path / 'nothing'}: no such folder or file."
+    assert "no .safetensors files found." in mistake("diff", shelf / "my-model", tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    assert "is a pickle or of another library, and is never read." in mistake("diff", shelf / "my-model", tmp_path)
+    assert "only safetensors files are read." in mistake("diff", shelf / "my-model", tmp_path)
 
 
 def test_a_damaged_file(shelf: Shelf, tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     shutil.copyfile(shelf / "my-model" / "model.safetensors", file)
     file.write_bytes(file.read_bytes()[:-2])
-    assert "model.safetensors: is cut short or damaged" in mistake("diff", shelf / "my-model", tmp_path)
+    assert "model.safetensors: truncated, damaged" in mistake("diff", shelf / "my-model", tmp_path)
     file.write_bytes(b"no header")
-    assert "model.safetensors: is cut short or damaged" in mistake("diff", file, shelf / "my-model")
+    assert "model.safetensors: truncated, damaged" in mistake("diff", file, shelf / "my-model")

@@ -1,4 +1,4 @@
-"""`fold` and `unfold`: the folders are those of the library's functions; the words are those of a shell."""
+"""`fold` and `unfold` write the same files as the functions of the library."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_two_adapters_in_their_order(shelf: Shelf, tmp_path: Path) -> None:
     out = tmp_path / "folded"
     text = answer("fold", shelf / "my-model", shelf / "my-adapter", shelf / "second", out, "--verify")
     assert text.startswith(f"{out}: 6 tensors rotated")
-    assert "verified: rows have the lengths they had" in text
+    assert "verified: row norms are preserved" in text
     base, folded = made.tensors(shelf / "my-model"), made.tensors(out)
     chains = [load_file(shelf / name / "adapter_model.safetensors") for name in ("my-adapter", "second")]
     for name, tensor in base.items():
@@ -48,8 +48,8 @@ def test_a_part_of_a_pipeline(tmp_path: Path) -> None:
     adapter = made.stack_adapter(tmp_path / "adapter", layers=1)
     words = ("fold", tmp_path / "pipe", adapter, tmp_path / "out")
     said = mistake(*words)
-    assert "has no subfolder with an adapter that is called as a part of the pipeline" in said
-    assert said.endswith("Say for which part it is: --part unet.")
+    assert "no subfolder with an adapter is named like a part of the pipeline" in said
+    assert said.endswith("(--part unet).")
     assert "out/unet" not in answer(*words, "--part", "unet")
     assert picture(tmp_path / "out").keys() == picture(tmp_path / "pipe").keys()
 
@@ -63,7 +63,9 @@ def test_how_a_square_weight_lies(tmp_path: Path, options: list[str], turned: bo
     save_file({"0.weight": weight}, tmp_path / "base" / "model.safetensors")
     adapter = made.stack_adapter(tmp_path / "adapter", layers=1)
     words = ("fold", tmp_path / "base", adapter, tmp_path / "out")
-    assert "Give --rows if every weight is (out, in), or --columns NAME for each layer that is not." in mistake(*words)
+    assert "Pass columns=[] (--rows) if every weight is (out, in), or columns=[names] (--columns NAME)" in mistake(
+        *words
+    )
     answer(*words, *options)
     q = dense_product(load_file(adapter / "adapter_model.safetensors")["base_model.model.0.hra_u"])
     wanted = q.T @ weight.double() if turned else weight.double() @ q
@@ -73,26 +75,22 @@ def test_how_a_square_weight_lies(tmp_path: Path, options: list[str], turned: bo
 def test_a_folder_that_is_there(shelf: Shelf, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     words = ("fold", shelf / "my-model", shelf / "my-adapter", tmp_path)
-    assert mistake(*words) == f"{tmp_path} is there and not empty. Give another folder, or --overwrite."
+    assert mistake(*words) == (
+        f"{tmp_path}: the output folder is not empty. Choose another folder, or overwrite=True (--overwrite)."
+    )
     assert picture(tmp_path) == {"mine.txt": b"mine"}
     answer(*words, "--overwrite")
     assert "mine.txt" not in picture(tmp_path)
 
 
-def test_a_base_that_is_not_there(shelf: Shelf, tmp_path: Path) -> None:
-    said = mistake("fold", tmp_path / "nothing", shelf / "my-adapter", tmp_path / "out")
-    assert "nothing: there is no such folder here." in said
-
-
-def test_an_adapter_of_another_model(shelf: Shelf, tmp_path: Path) -> None:
-    adapter = made.stack_adapter(tmp_path / "adapter", layers=1)
-    assert "it changes 0.weight, which is not in" in mistake("fold", shelf / "my-model", adapter, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_into_the_base_itself(shelf: Shelf) -> None:
-    said = mistake("fold", shelf / "my-model", shelf / "my-adapter", shelf / "my-model")
-    assert said.endswith("which is never written to. Give a folder beside it.")
+def test_mistakes(shelf: Shelf, tmp_path: Path) -> None:
+    base, adapter, out = shelf / "my-model", shelf / "my-adapter", tmp_path / "out"
+    assert "nothing: no such folder." in mistake("fold", tmp_path / "nothing", adapter, out)
+    assert mistake("fold", base, adapter, base).endswith("Choose a folder outside of it.")
+    assert "Missing argument 'ADAPTER'" in usage("fold", base, out)
+    other = made.stack_adapter(tmp_path / "adapter", layers=1)
+    assert "the adapter changes 0.weight, which is not in" in mistake("fold", base, other, out)
+    assert not out.exists()
 
 
 def test_what_an_adapter_replaced_is_not_brought_back(shelf: Shelf, tmp_path: Path) -> None:
@@ -100,10 +98,6 @@ def test_what_an_adapter_replaced_is_not_brought_back(shelf: Shelf, tmp_path: Pa
     answer("fold", shelf / "my-model", adapter, tmp_path / "folded")
     said = mistake("unfold", tmp_path / "folded", adapter, tmp_path / "back")
     assert "the adapter replaced lm_head.weight (modules_to_save or bias)" in said
-
-
-def test_no_adapter_at_all(shelf: Shelf, tmp_path: Path) -> None:
-    assert "Missing argument 'ADAPTER'" in usage("fold", shelf / "my-model", tmp_path / "out")
 
 
 def test_files_that_are_of_the_base_still_are_a_warning(shelf: Shelf, tmp_path: Path) -> None:
@@ -114,6 +108,6 @@ def test_files_that_are_of_the_base_still_are_a_warning(shelf: Shelf, tmp_path: 
     done = Answer("fold", tmp_path / "base", shelf / "my-adapter", tmp_path / "out")
     assert done.code == 0
     assert done.err == (
-        f"warning: {tmp_path / 'out'}: pytorch_model.bin hold the weights of the base still. Delete them, or do not "
-        "load them.\n"
+        f"warning: {tmp_path / 'out'}: pytorch_model.bin still contain the base model's weights. Delete them, or do "
+        "not load them.\n"
     )

@@ -1,4 +1,4 @@
-"""`match`: what it says would be adapted is what `transform` adapts; of others it says what `report` says."""
+"""`match` agrees with `transform` and `report`."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ CASES: dict[str, tuple[list[str], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_foretells_what_transform_does(shelf: Shelf, name: str) -> None:
+def test_it_predicts_transform(shelf: Shelf, name: str) -> None:
     words, fields = CASES[name]
     found = Answer("match", shelf / "my-model", *words, "--json")
     model = hra_fx.transform(copy.deepcopy(shelf.model), hra_fx.HRAConfig(**fields))
     report = hra_fx.report(model)
     assert (found.code, found.json["error"], found.json["refused"]) == (0, None, [])
     assert [(layer["path"], layer["d"]) for layer in found.json["adapted"]] == [(row.path, row.d) for row in report]
-    assert [(m["path"], m["reason"]) for m in found.json["missed"]] == [(m.path, m.reason) for m in report.missed]
+    assert [(m["path"], m["reason"]) for m in found.json["missed"]] == [(m.path, m.reason) for m in report.skipped]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert found.json["trained"] + found.json["trained_in_full"] == trained
     assert found.json["trained"] == sum(row.parameters for row in report)
@@ -57,14 +57,14 @@ def test_the_configuration_of_an_adapter_and_an_option_on_top(shelf: Shelf) -> N
 
 def test_the_table(shelf: Shelf) -> None:
     text = answer("match", shelf / "my-model", "-t", "q_proj", "-l", "1", columns=120)
-    assert "adapted  1 of 15 layers" in text
+    assert "adapted    1 of 15 layers" in text
     assert "model.layers.1.self_attn.q_proj       1   Linear 16->16   16   8      128" in text
-    assert "Without reflections: 14 layers" in text
-    assert "model.layers.*.self_attn.q_proj: its layer index is not among layers_to_transform=[1]" in text
+    assert "Not adapted: 14 layers" in text
+    assert "model.layers.0.self_attn.q_proj: layer index not in layers_to_transform=[1]" in text
 
 
 def test_no_weight_is_read_or_made(shelf: Shelf, tmp_path: Path) -> None:
-    """Not even a model with the memory of which there is none."""
+    """Even a model that is too large for any memory works."""
     config = json.loads((shelf / "my-model" / "config.json").read_text())
     huge = {"hidden_size": 1 << 17, "intermediate_size": 1 << 19, "num_attention_heads": 1024}
     (tmp_path / "config.json").write_text(json.dumps(config | huge))
@@ -106,15 +106,16 @@ def test_what_is_named_and_cannot_be_adapted(shelf: Shelf, tmp_path: Path) -> No
     shown = Answer("match", tmp_path, "-c", tmp_path / "adapter")
     assert shown.code == 1
     assert (
-        "Cannot be adapted: 2 layers\n  model.layers.0.self_attn.q_proj: Gram-Schmidt makes r=20 vectors" in shown.out
+        "Cannot be adapted: 2 layers\n  model.layers.0.self_attn.q_proj: with `apply_GS=True`, `r` must be at most"
+        in shown.out
     )
 
 
 def test_a_configuration_that_fits_nothing(shelf: Shelf) -> None:
     done = Answer("match", shelf / "my-model", "-t", "qproj")
     assert (done.code, done.out) == (1, "")
-    assert done.err.startswith("does not fit: target_modules: ['qproj'] names no module")
-    assert "did you mean 'q_proj'" in done.err
+    assert done.err.startswith("does not fit: `target_modules=['qproj']` matches no module")
+    assert "Did you mean 'q_proj'" in done.err
     done = Answer("match", shelf / "my-model", "-t", "qproj", "--json")
     assert done.code == 1 and done.json["adapted"] == [] and "'q_proj'" in done.json["error"]
 
@@ -122,38 +123,25 @@ def test_a_configuration_that_fits_nothing(shelf: Shelf) -> None:
 def test_an_exclusion_that_leaves_nothing_out_is_a_warning(shelf: Shelf) -> None:
     done = Answer("match", shelf / "my-model", "-t", "q_proj", "-x", "nothing", "--json")
     assert done.code == 0 and len(done.json["adapted"]) == 2
-    assert done.err.startswith("warning: exclude_modules: ['nothing'] leaves no module out")
+    assert done.err.startswith("warning: `exclude_modules=['nothing']` matches no module")
 
 
-def test_names_and_a_regular_expression(shelf: Shelf) -> None:
-    assert "give names (--target) or a regular expression (--regex), not both" in usage(
-        "match", shelf / "my-model", "-t", "q_proj", "--regex", "x"
-    )
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--regex", "x"], "use either --target or --regex, not both"),
+        (["-t", "all-linear"], "'all-linear' cannot be combined with other names"),
+        *((["-l", text], "must be an index or a range, for example 0-3,7.") for text in ("x", "1-", "1,,2", "0.5")),
+        # Without this error the list would be empty, which means all blocks.
+        (["-l", "0,7-3"], "'7-3' ends before it starts, for example 0-3,7."),
+        *((["-l", text], "is too large") for text in ("0-999999999999", "100000", "0-" + "9" * 5000)),
+    ],
+)
+def test_usage_errors(shelf: Shelf, words: list[str], message: str) -> None:
+    assert message in usage("match", shelf / "my-model", "-t", "q_proj", *words)
 
 
-def test_all_linear_stands_alone(shelf: Shelf) -> None:
-    said = usage("match", shelf / "my-model", "-t", "q_proj", "-t", "all-linear")
-    assert "'all-linear' means all linear layers, and stands alone" in said
-
-
-@pytest.mark.parametrize("indices", ["x", "1-", "-1", "1,,2", "0.5"])
-def test_indices_that_are_none(shelf: Shelf, indices: str) -> None:
-    said = usage("match", shelf / "my-model", "-t", "q_proj", f"--layers={indices}")
-    assert "is no index and no range. Write for example 0-3,7." in said
-
-
-def test_a_range_that_ends_before_it_begins(shelf: Shelf) -> None:
-    """It would be an empty list, which is none, and so all blocks."""
-    said = usage("match", shelf / "my-model", "-t", "q_proj", "--layers=0,7-3")
-    assert "'7-3' ends before it begins. Write for example 0-3,7." in said
-
-
-@pytest.mark.parametrize("indices", ["0-999999999999", "100000", "0-" + "9" * 5000])
-def test_a_range_that_no_memory_holds(shelf: Shelf, indices: str) -> None:
-    assert "more blocks than any model has" in usage("match", shelf / "my-model", "-t", "q_proj", "-l", indices)
-
-
-def test_a_file_is_asked_itself_and_not_one_beside_it(shelf: Shelf, tmp_path: Path) -> None:
+def test_a_configuration_file_with_another_name(shelf: Shelf, tmp_path: Path) -> None:
     entries = json.loads((shelf / "my-model" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(entries))
     (tmp_path / "other.json").write_text(json.dumps(entries | {"num_hidden_layers": 5}))
@@ -168,33 +156,35 @@ def test_a_file_is_asked_itself_and_not_one_beside_it(shelf: Shelf, tmp_path: Pa
     assert "model.layers.4" in (tmp_path / "a.json").read_text()
 
 
-def test_a_terminal_of_a_few_letters_keeps_the_names(shelf: Shelf) -> None:
+def test_a_very_narrow_terminal_keeps_the_names(shelf: Shelf) -> None:
     for columns in (1, 20):
         text = answer("match", shelf / "my-model", "-t", "q_proj", columns=columns)
         assert ["model.layers", "2", "256"] in [line.split() for line in text.splitlines()]
 
 
 def test_a_regular_expression_that_is_none(shelf: Shelf) -> None:
-    assert "target_modules: '(' is not a regular expression" in mistake("match", shelf / "my-model", "--regex", "(")
+    assert "`target_modules`: '(' is not a valid regular expression" in mistake(
+        "match", shelf / "my-model", "--regex", "("
+    )
 
 
 def test_a_rank_that_is_none(shelf: Shelf) -> None:
-    assert mistake("match", shelf / "my-model", "-r", "0") == "r: 0 is no rank. It must be an int > 0, such as 8."
+    assert mistake("match", shelf / "my-model", "-r", "0") == "`r` must be a positive int, got 0."
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("{", "config.json: is not JSON ("),
-        ("[]", "config.json: holds a JSON list, a configuration is an object."),
-        ("{}", "does not say which model it is of: none of model_type, _class_name, architecture is in it."),
-        ('{"model_type": "from-tomorrow"}', "config.json: transformers cannot build its model ("),
-        ('{"_class_name": "Nothing"}', "diffusers, as it is installed, has no model 'Nothing'."),
-        ('{"architecture": "nothing"}', "config.json: timm cannot build its model ("),
-        ('{"architecture": "resnet18", "model_args": 5}', "config.json: timm cannot build its model ("),
+        ("[]", "config.json: must be a JSON object, got a list."),
+        ("{}", "unknown model type, there is no model_type, _class_name, architecture."),
+        ('{"model_type": "from-tomorrow"}', "config.json: transformers cannot build the model ("),
+        ('{"_class_name": "Nothing"}', "the installed diffusers has no model 'Nothing'."),
+        ('{"architecture": "nothing"}', "config.json: timm cannot build the model ("),
+        ('{"architecture": "resnet18", "model_args": 5}', "config.json: timm cannot build the model ("),
     ],
 )
-def test_configurations_of_no_model(tmp_path: Path, text: str, said: str) -> None:
+def test_invalid_model_configurations(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "config.json").write_text(text)
     assert said in mistake("match", tmp_path)
 
@@ -213,30 +203,30 @@ def test_odd_entries_that_say_nothing(tmp_path: Path, entries: dict[str, Any], t
 
 
 @pytest.mark.parametrize("method", ["gptq", "fp8", "bitsandbytes", "torchao"])
-def test_weights_that_another_library_quantised(shelf: Shelf, tmp_path: Path, method: str) -> None:
-    """`transform` would refuse its layers, and these are those from before."""
+def test_quantized_weights(shelf: Shelf, tmp_path: Path, method: str) -> None:
+    """Quantization by another library is reported, because `transform` would refuse its layers."""
     entries = json.loads((shelf / "my-model" / "config.json").read_text())
-    quantised = {"quantization_config": {"quant_method": method, "bits": 4, "load_in_4bit": True}}
-    (tmp_path / "config.json").write_text(json.dumps(entries | quantised))
+    quantized = {"quantization_config": {"quant_method": method, "bits": 4, "load_in_4bit": True}}
+    (tmp_path / "config.json").write_text(json.dumps(entries | quantized))
     done = Answer("match", tmp_path, "-t", "q_proj", "--json")
     assert done.code == 0 and len(done.json["adapted"]) == 2
     said = (
-        f"warning: {tmp_path}/config.json: its weights are quantised by {method}, and this is of the model before "
-        "that. hra_fx.transform takes quantised layers of bitsandbytes and torchao.\n"
+        f"warning: {tmp_path}/config.json: the weights are quantized by {method}, and the layers before quantization "
+        "are shown. hra_fx.transform supports quantized layers of bitsandbytes and torchao.\n"
     )
     assert done.err == (said if method in ("gptq", "fp8") else "")
 
 
 def test_a_folder_without_one(tmp_path: Path) -> None:
-    assert "config.json: there is no such file. Give the folder of a model" in mistake("match", tmp_path)
-    assert "nowhere: cannot be read (No such file or directory)." in mistake("match", tmp_path / "nowhere")
+    assert "config.json: no such file. Give the folder of a transformers" in mistake("match", tmp_path)
+    assert "nowhere: cannot read the file (No such file or directory)." in mistake("match", tmp_path / "nowhere")
 
 
 def test_the_code_of_a_checkpoint_is_never_run(tmp_path: Path) -> None:
     (tmp_path / "evil.py").write_text("raise SystemExit(77)")
     entries = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}}
     (tmp_path / "config.json").write_text(json.dumps(entries))
-    assert "transformers cannot build its model" in mistake("match", tmp_path)
+    assert "transformers cannot build the model" in mistake("match", tmp_path)
 
 
 def test_a_model_on_the_command_line_leaves_the_default_device_alone(shelf: Shelf) -> None:

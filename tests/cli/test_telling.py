@@ -1,7 +1,8 @@
-"""What is said of what goes wrong, whichever command it is, and what a shell needs besides."""
+"""Error output, help, the version, and other things that all commands share."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
 import os
@@ -20,16 +21,17 @@ from typer.testing import CliRunner
 
 import hra_fx
 from hra_fx.cli import screen
-from hra_fx.cli.error_output import TellingGroup
+from hra_fx.cli.error_output import ErrorHandlingGroup
 from hra_fx.errors import CheckpointError, HRAWarning
+from hra_fx.reporting.table import Column
 
 COMMANDS = ["inspect", "match", "fold", "unfold", "diff", "convert", "visualize"]
 SCRIPT = Path(sys.executable).with_name("hra-fx")
 
 
 def group(raised: BaseException) -> typer.Typer:
-    """Commands that fail, under the group that tells of it."""
-    app = typer.Typer(cls=TellingGroup, pretty_exceptions_enable=False)
+    """An application with a command that raises an error."""
+    app = typer.Typer(cls=ErrorHandlingGroup, pretty_exceptions_enable=False)
 
     @app.callback()
     def before(debug: bool = False) -> None:
@@ -37,17 +39,17 @@ def group(raised: BaseException) -> typer.Typer:
 
     @app.command()
     def fail() -> None:
-        warnings.warn("mind: overwrite=True", HRAWarning, stacklevel=1)
+        warnings.warn("careful", HRAWarning, stacklevel=1)
         raise raised
 
     return app
 
 
 def test_an_error_of_ours_is_a_line_and_with_debug_an_exception() -> None:
-    app = group(CheckpointError("out_dir: x is there. Give overwrite=True."))
+    app = group(CheckpointError("x: is not empty."))
     done = CliRunner().invoke(app, ["fail"])
     assert (done.exit_code, done.stdout) == (2, "")
-    assert done.stderr == "warning: mind: --overwrite\nerror: x is there. Give --overwrite.\n"
+    assert done.stderr == "warning: careful\nerror: x: is not empty.\n"
     for words in (["--debug", "fail"], ["fail", "--debug"]):
         assert isinstance(CliRunner().invoke(app, words).exception, CheckpointError)
 
@@ -68,17 +70,22 @@ def test_ctrl_c_says_how_to_go_on() -> None:
 
         __notes__ = ("out: nothing is in it. Call again to go on.",)
 
-    for error, said in ((Noted(), Noted.__notes__[0]), (KeyboardInterrupt(), "nothing was finished")):
+    for error, said in ((Noted(), Noted.__notes__[0]), (KeyboardInterrupt(), "nothing was written")):
         done = CliRunner().invoke(group(error), ["fail"])
-        assert (done.exit_code, done.stderr.splitlines()[-1]) == (130, f"stopped: {said}")
+        assert (done.exit_code, done.stderr.splitlines()[-1]) == (130, f"interrupted: {said}")
 
 
-def test_the_version() -> None:
+def test_there_is_one_version() -> None:
+    """pyproject.toml reads it from the package, and so does the command line."""
     assert answer("--version") == f"hra-fx {hra_fx.__version__}\n"
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(r'^dynamic = \["version"\]$', project, re.MULTILINE)
+    assert re.search(r'^version = \{ attr = "hra_fx.version.VERSION" \}$', project, re.MULTILINE)
+    assert importlib.metadata.version("hra-fx") == hra_fx.__version__
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("columns", [60, 80, 120])
+@pytest.mark.parametrize("columns", [60, 120])
 def test_every_help_has_examples_and_fits(command: str, columns: int) -> None:
     text = answer(command, "--help", columns=columns)
     assert f"hra-fx {command} " in text.partition("Examples:")[2]
@@ -89,7 +96,7 @@ def test_every_help_has_examples_and_fits(command: str, columns: int) -> None:
 def test_the_help_lists_all_commands_and_exit_codes() -> None:
     text = answer("--help", columns=100)
     assert all(re.search(rf"^│ {command} ", text, re.MULTILINE) for command in COMMANDS)
-    assert "Exit codes: 0 done; 1 what was asked about is not so" in text
+    assert "Exit codes: 0 success; 1 check failed" in text
 
 
 def test_a_command_that_is_none() -> None:
@@ -109,7 +116,7 @@ def test_markup_in_names_is_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stdout", stream)
     screen.show_heading("a [bold]title[/bold]", {"[red]": "[/]"})
-    screen.show_table([screen.Column("[b]", words=True)], [("layers[0]",)])
+    screen.show_table([Column("[b]", is_text=True)], [("layers[0]",)])
     screen.show_lines("[i]", ["[/i]"])
     for words in ("a [bold]title[/bold]", "[red]  [/]", "[b]", "layers[0]", "[i]", "[/i]"):
         assert words in stream.getvalue()
@@ -125,12 +132,12 @@ def test_nothing_but_json_is_on_stdout(shelf: Shelf) -> None:
     assert json.loads(done.out) and done.err.startswith("warning: ")
 
 
-def test_colours_where_they_are_wanted(shelf: Shelf) -> None:
+def test_colors(shelf: Shelf) -> None:
     words, forced = ("inspect", shelf / "second"), {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
     said = ("inspect", "no/such/folder")
     assert "\x1b[" not in answer(*words) + Answer(*said).err
     assert "\x1b[1;31merror" in Answer(*said, columns=80, **forced).err
-    # The convention asks for no colours; bold and dim letters are none.
+    # NO_COLOR disables colors only, not bold or dim text.
     assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", Answer(*said, columns=80, NO_COLOR="1", **forced).err)
 
 
@@ -139,14 +146,15 @@ def shell(*words: object, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **env}, check=False)
 
 
-def test_the_script_in_a_process_of_its_own(shelf: Shelf, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_script_in_its_own_process(shelf: Shelf, tmp_path: Path) -> None:
     """Its libraries log what they lack while they are imported, and none of that is said."""
     done = shell(SCRIPT, "match", shelf / "my-model", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert len(json.loads(done.stdout)["adapted"]) == 4
     done = shell(sys.executable, "-m", "hra_fx", "inspect", tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error: {tmp_path}: there is neither") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {tmp_path}: contains neither") and done.stderr.count("\n") == 1
 
 
 def test_help_imports_neither_torch_nor_transformers() -> None:
@@ -159,6 +167,7 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["inspect"], ["inspect", "--json"]])
 def test_a_terminal_without_the_signs_that_are_printed(shelf: Shelf, tmp_path: Path, words: list[str]) -> None:
     """What cannot be shown is another sign, or escaped in JSON; the rest is as it is."""
@@ -183,4 +192,4 @@ def test_ctrl_c_while_the_program_is_imported() -> None:
         "main()"
     )
     done = shell(sys.executable, "-c", code)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped: nothing was finished\n")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")

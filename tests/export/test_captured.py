@@ -70,14 +70,14 @@ def test_the_module_of_a_transformed_program_can_be_folded_itself() -> None:
     assert "head.hra_u.default" in program.state_dict
 
 
-def test_a_tie_in_a_graph_module_is_undone_by_names() -> None:
+def test_tied_weights_are_separated_by_name() -> None:
     model, ids = mixed()
     module = fold_captured(transform_captured(capture(model, ids).module(), config("head", init_weights=False)))
     assert torch.equal(module.emb.weight, model.emb.weight)
     assert not torch.equal(module.head.weight, model.emb.weight)
 
 
-def test_what_a_captured_graph_is() -> None:
+def test_is_captured() -> None:
     model, ids = mixed()
     assert is_captured(capture(model, ids).module())
     assert is_captured(make_fx(nn.Linear(2, 2))(torch.ones(1, 2)))
@@ -89,7 +89,7 @@ def test_a_graph_without_names_says_how_to_keep_them() -> None:
     module = make_fx(nn.Linear(2, 2))(torch.ones(1, 2))
     with pytest.raises(hra_fx.SelectionError) as caught:
         transform_captured(module, config("0"))
-    assert "its parameters are called _param_constant0, _param_constant1. Capture the model with" in str(caught.value)
+    assert "Its parameters are _param_constant0, _param_constant1. Capture the model with" in str(caught.value)
 
 
 def test_a_refused_graph_module_stays_as_it_was() -> None:

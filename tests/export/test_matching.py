@@ -1,4 +1,4 @@
-"""Which layers of a captured graph are sites, which are refused, and in what words."""
+"""Which layers of a captured graph are adapted, which are refused, and the error messages."""
 
 from __future__ import annotations
 
@@ -58,26 +58,26 @@ class Forms(nn.Module):
         return out
 
 
+FORMS = {
+    "mm of a transposed": False,
+    "mm": True,
+    "addmm": True,
+    "twice transposed": True,
+    "from the left": False,
+    "blocks of outputs": False,
+    "cast": False,
+}
+
+
 @QUIET
 @pytest.mark.parametrize("early", [False, True], ids=["as captured", "decomposed"])
-@pytest.mark.parametrize(
-    ("form", "columns"),
-    [
-        ("mm of a transposed", False),
-        ("mm", True),
-        ("addmm", True),
-        ("twice transposed", True),
-        ("from the left", False),
-        ("blocks of outputs", False),
-        ("cast", False),
-    ],
-)
-def test_a_product_is_rotated_on_the_side_of_its_inputs(form: str, columns: bool, early: bool) -> None:
+@pytest.mark.parametrize(("form", "transposed"), FORMS.items())
+def test_a_product_is_rotated_on_the_side_of_its_inputs(form: str, transposed: bool, early: bool) -> None:
     model, x = Forms(form), normal(1, 4, 5)
     settings = config("inner")
     captured = capture(model, x)
     program = adapted(captured.run_decompositions() if early else captured, settings)
-    if columns:
+    if transposed:
         with_dense_weights(model, program, settings, lambda weight, q: q.mT @ weight)
     else:
         with_dense_weights(model, program, settings)
@@ -125,11 +125,11 @@ def test_a_model_of_transformers_has_the_layers_that_peft_gives_it(target: str |
 @pytest.mark.parametrize(
     ("settings", "wanted"),
     [
-        (config("blok.0"), "['blok.0'] names no module of Mixed; did you mean 'blocks.0'"),
-        (config("nothing"), "names no module of Mixed. The names to choose from are 'conv', 'head', '0', '1'."),
-        (config("blocks"), "blocks: target_modules names it, but it is a Module"),
-        (config("0", "1", layers_to_transform=7), "nothing is left after layers_to_transform=7"),
-        (hra_fx.HRAConfig(), "there is no default for Mixed, which has no config.model_type. Give target_modules."),
+        (config("blok.0"), "`target_modules=['blok.0']` matches no module of Mixed. Did you mean 'blocks.0'"),
+        (config("nothing"), "matches no module of Mixed. Available names: 'conv', 'head', '0', '1'."),
+        (config("blocks"), "blocks: `target_modules` matches this Module, but only"),
+        (config("0", "1", layers_to_transform=7), "none is left after layers_to_transform=7"),
+        (hra_fx.HRAConfig(), "`target_modules` must be given, because there is no default for Mixed"),
     ],
 )
 def test_a_configuration_that_does_not_fit(settings: hra_fx.HRAConfig, wanted: str) -> None:
@@ -153,21 +153,21 @@ def test_names_indices_and_expressions_choose_as_they_do_of_a_model() -> None:
 
 
 @pytest.mark.parametrize("fields", [{"bias": "all"}, {"modules_to_save": ["head"]}], ids=str)
-def test_only_reflections_are_trained(fields: dict[str, Any]) -> None:
+def test_only_reflections_can_be_trained(fields: dict[str, Any]) -> None:
     model, ids = mixed()
     message = refused(capture(model, ids), config("conv", **fields), hra_fx.ConfigError)
-    assert message.startswith(f"{next(iter(fields))}: ")
-    assert "in a captured graph only reflections are trained" in message
+    assert message.startswith(f"{next(iter(fields))}=")
+    assert "only reflections can be trained in a captured graph" in message
 
 
 def test_more_orthonormal_vectors_than_dimensions() -> None:
     model, ids = mixed()
     message = refused(capture(model, ids), config("blocks.0", r=7, apply_GS=True), hra_fx.UnsupportedLayerError)
-    assert message.startswith("blocks.0 (Linear): Gram-Schmidt makes r=7 vectors orthonormal")
+    assert message.startswith("blocks.0 (Linear): with `apply_GS=True`, `r` must be at most 6")
 
 
 class Odd(nn.Module):
-    """Weights that more than a layer reads."""
+    """Weights that not only their layer uses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,22 +192,25 @@ class Odd(nn.Module):
 @pytest.mark.parametrize(
     ("target", "wanted"),
     [
-        ("emb", "emb: its weight is read by aten.embedding.default (node 'embedding' in emb) too, which would see it"),
-        ("penalised", "penalised: its weight is read by aten.linalg_vector_norm.default"),
+        (
+            "emb",
+            "emb: its weight is also used by aten.embedding.default (node 'embedding' in emb), which would see the",
+        ),
+        ("penalised", "penalised: its weight is also used by aten.linalg_vector_norm.default"),
         (
             "both",
-            "both: its weight is read as it is by aten.linear.default (node 'linear_1' in both), and transposed by",
+            "both: its weight is used as `(out, d)` by aten.linear.default (node 'linear_1' in both), and transposed",
         ),
         (
             "up",
-            "up: in this graph its weight is read by aten.conv_transpose1d.default (node 'conv_transpose1d'), and not",
+            "up: in this graph its weight is used by aten.conv_transpose1d.default (node 'conv_transpose1d'); expect",
         ),
-        ("guarded", "guarded: in this graph its weight is read by wrap_with_autocast"),
-        ("unused", "unused: in this graph its weight is read by nothing"),
-        ("detached", "detached: in this graph its weight is read by aten.detach"),
+        ("guarded", "guarded: in this graph its weight is used by wrap_with_autocast"),
+        ("unused", "unused: in this graph its weight is not used"),
+        ("detached", "detached: in this graph its weight is used by aten.detach"),
     ],
 )
-def test_a_weight_of_more_or_other_uses_is_refused_by_name(target: str, wanted: str) -> None:
+def test_a_weight_with_other_uses_is_refused_by_name(target: str, wanted: str) -> None:
     program = torch.export.export(Odd(), (torch.zeros(2, 3, dtype=torch.long),))
     message = refused(program, config(target), hra_fx.UnsupportedLayerError)
     assert message.startswith(wanted)
@@ -228,9 +231,9 @@ def test_the_same_call_again_changes_nothing_and_another_is_refused() -> None:
     program = transform_program(capture(model, ids), settings)
     assert transform_program(program, config("head", "conv")) is program
     other = refused(program, config("conv"), hra_fx.AdapterError)
-    assert other.startswith("adapter 'default': the graph carries the adapter 'default' already, with another config")
+    assert other.startswith("adapter 'default': the graph already has the adapter 'default' with another configuration")
     beside = refused(program, settings, hra_fx.AdapterError, "second")
-    assert beside.startswith("adapter 'second': the graph carries the adapter 'default' already, and a captured graph")
+    assert beside.startswith("adapter 'second': the graph already has the adapter 'default'; a captured graph can have")
     assert "Fold it first (hra_fx.fold)" in beside
     assert "must be a string without dots" in refused(program, settings, hra_fx.AdapterError, "a.b")
 
@@ -245,7 +248,7 @@ def test_a_fold_of_a_plain_program_is_refused() -> None:
     ("apply_GS", "value", "wanted"),
     [
         (False, float("nan"), "conv.weight: the folded weight is not finite"),
-        (True, 1.0, "conv.weight: its vectors are"),
+        (True, 1.0, "conv.weight: the vectors are linearly dependent"),
     ],
 )
 def test_a_fold_that_would_write_noise_is_refused(apply_GS: bool, value: float, wanted: str) -> None:

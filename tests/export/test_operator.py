@@ -1,4 +1,4 @@
-"""`hra_fx::rotate` against the dense product, with first and second gradients, and torch's own checks of operators."""
+"""`hra_fx::rotate` against the dense product, with first and second derivatives, and torch's checks of operators."""
 
 from __future__ import annotations
 
@@ -104,7 +104,9 @@ def test_autocast_changes_nothing_of_it() -> None:
         assert torch.equal(ROTATE(weight, vectors, None, True, False), plain)
 
 
-@pytest.mark.parametrize(("anchored", "apply_GS", "columns"), [(False, False, True), (True, True, False)])
+@pytest.mark.parametrize(
+    ("anchored", "apply_GS", "columns"), [(False, False, True), pytest.param(True, True, False, marks=pytest.mark.slow)]
+)
 # torch reads the gradient of a copy, and hides its warning only where warnings are not errors.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_torch_finds_the_operator_well_defined(anchored: bool, apply_GS: bool, columns: bool) -> None:

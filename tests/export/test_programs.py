@@ -41,7 +41,16 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "conv2d, reflect": (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect", dtype=F64), (2, 4, 7, 8)),
     "conv3d": (nn.Conv3d(2, 4, (1, 3, 2), stride=2, padding=1, dtype=F64), (2, 2, 5, 5, 6)),
 }
-STARTS: list[dict[str, Any]] = [{"r": 2}, {"r": 3, "apply_GS": True}, {"r": 4, "apply_GS": True, "init_weights": False}]
+CASES = [
+    *((kind, {"r": 3}, False) for kind in LAYERS),
+    *(
+        (kind, {"r": 3}, True)
+        for kind in ("linear of one row", "conv1d, same", "conv2d, dilation and groups", "conv3d")
+    ),
+    ("linear", {"r": 2}, False),
+    ("linear", {"r": 4, "apply_GS": True, "init_weights": False}, False),
+    ("conv2d, same", {"r": 3, "apply_GS": True}, True),
+]
 
 
 def decomposed(program: ExportedProgram, really: bool) -> ExportedProgram:
@@ -49,15 +58,7 @@ def decomposed(program: ExportedProgram, really: bool) -> ExportedProgram:
 
 
 @QUIET
-@pytest.mark.parametrize("early", [False, True], ids=["as captured", "decomposed"])
-@pytest.mark.parametrize(
-    ("kind", "fields"),
-    [
-        *((kind, {"r": 3}) for kind in LAYERS),
-        *((kind, fields) for kind in ("linear", "conv2d, same") for fields in STARTS),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("kind", "fields", "early"), CASES, ids=str)
 def test_output_and_gradients_are_those_of_the_dense_weight(kind: str, fields: dict[str, Any], early: bool) -> None:
     layer, shape = LAYERS[kind]
     model = nn.Sequential(copy.deepcopy(layer))
@@ -76,8 +77,7 @@ def test_output_and_gradients_are_those_of_the_dense_weight(kind: str, fields: d
 
 
 @QUIET
-@pytest.mark.parametrize("late", [False, True], ids=["as it is", "decomposed after"])
-@pytest.mark.parametrize("early", [False, True], ids=["as captured", "decomposed"])
+@pytest.mark.parametrize(("early", "late"), [(False, False), (True, False), (False, True)])
 def test_a_whole_program_with_a_tied_head(early: bool, late: bool) -> None:
     model, ids = mixed()
     settings = config(*ALL)
@@ -91,12 +91,12 @@ def test_a_whole_program_with_a_tied_head(early: bool, late: bool) -> None:
     assert relative_error(fold_program(program).module()(more), model(more)) < 1e-12
 
 
-@pytest.mark.parametrize("apply_GS", [False, True])
-@pytest.mark.parametrize("r", [1, 2, 5])
-def test_the_start_is_the_model(r: int, apply_GS: bool) -> None:
+def test_the_initial_program_computes_what_the_model_does() -> None:
     model, ids = mixed()
-    program = transform_program(capture(model, ids), config(*ALL, r=r, apply_GS=apply_GS))
-    assert relative_error(program.module()(ids), model(ids)) < 1e-12
+    captured = capture(model, ids)
+    for r, apply_GS in ((2, False), (5, False), (5, True)):
+        program = transform_program(captured, config(*ALL, r=r, apply_GS=apply_GS))
+        assert relative_error(program.module()(ids), model(ids)) < 1e-12
 
 
 def test_the_given_program_and_its_model_do_not_change() -> None:
@@ -144,10 +144,9 @@ def test_the_same_seed_draws_the_vectors_of_the_eager_model() -> None:
         assert torch.equal(program.state_dict[name], eager[name])
 
 
-@pytest.mark.parametrize("apply_GS", [False, True])
-def test_training_is_that_of_the_eager_model(apply_GS: bool) -> None:
+def test_training_is_that_of_the_eager_model() -> None:
     model, ids = mixed()
-    settings = config("blocks.0", "blocks.1", "conv", apply_GS=apply_GS)
+    settings = config("blocks.0", "blocks.1", "conv", apply_GS=True)
     torch.manual_seed(7)
     program = transform_program(capture(model, ids), settings)
     torch.manual_seed(7)
@@ -292,7 +291,7 @@ class Attending(nn.Module):
 
 
 @QUIET
-@pytest.mark.parametrize("early", [False, True], ids=["as captured", "decomposed"])
+@pytest.mark.parametrize("early", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["captured", "decomposed"])
 def test_weights_that_are_read_by_another_module_or_in_parts(early: bool) -> None:
     model, x, y = Attending(), normal(1, 2, 3, 8), normal(2, 2, 3, 8)
     settings = config("attention", "out_proj")

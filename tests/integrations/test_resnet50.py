@@ -56,22 +56,6 @@ def trained(model: nn.Module, steps: int = 1) -> list[float]:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_it_starts_at_the_base(base: nn.Module, training: bool) -> None:
-    model = adapted(base, training=training)
-    assert relative_error(model(images()), copy.deepcopy(base).train(training)(images())) < 1e-9
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == [f"{p}.hra_u.default" for p in PATHS]
-
-
-def test_statistics_of_batches_are_kept_as_the_base_keeps_them(base: nn.Module) -> None:
-    model, plain = adapted(base, training=True), copy.deepcopy(base).train()
-    model(images())
-    plain(images())
-    for name, buffer in plain.named_buffers():
-        assert torch.allclose(model.get_buffer(name), buffer, rtol=1e-9, atol=1e-12), name
-    assert int(model.get_buffer("bn1.num_batches_tracked")) == 1
-
-
-@pytest.mark.parametrize("training", [False, True])
 def test_a_trained_one_is_the_base_with_rotated_kernels(base: nn.Module, training: bool) -> None:
     model = adapted(base, training=training)
     losses = trained(model)

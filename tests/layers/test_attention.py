@@ -127,8 +127,8 @@ def test_q_k_and_v_share_one_rotation() -> None:
 def test_inputs_of_different_widths_are_refused_for_the_attention_and_not_for_its_out_proj() -> None:
     model = nn.Sequential(nn.MultiheadAttention(12, 3, kdim=5, vdim=7))
     message = refused(model, config("0"))
-    assert message.startswith("0 (MultiheadAttention): its inputs differ in width (kdim, vdim)")
-    assert message.endswith("Leave it out with exclude_modules, and name its out_proj.")
+    assert message.startswith("0 (MultiheadAttention): its `kdim` or `vdim` differs from `embed_dim`")
+    assert message.endswith("Exclude the layer with `exclude_modules` and target its `out_proj`.")
 
     class Wide(nn.Module):
         def __init__(self) -> None:

@@ -113,9 +113,7 @@ def test_another_tools_class_on_top_is_refused_by_fold() -> None:
         assert original_class(part) is (Two if not path else nn.Linear)
         assert not is_outermost(part)
         assert_equals_oracle(adapted, base, X)
-        with pytest.raises(
-            hra_fx.FoldError, match=f"{path or 'the model'}: another tool put a class of its own over it"
-        ):
+        with pytest.raises(hra_fx.FoldError, match=f"{path or 'the model'}: another tool replaced its class"):
             hra_fx.fold(adapted)
         assert all(torch.equal(value, weights[name]) for name, value in adapted.state_dict().items())
         part.__class__ = ours

@@ -1,12 +1,8 @@
-"""What goes wrong in the middle of a step: a real Ctrl-C, or no memory; and how a whole fold looks."""
+"""Errors in the middle of a step, and a check of a complete fold."""
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,10 +11,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hra_fx.model.state import record_of
-
-
-def ctrl_c() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 class At(TorchFunctionMode):
@@ -38,26 +30,6 @@ class At(TorchFunctionMode):
 
 def no_memory() -> None:
     raise torch.OutOfMemoryError("no memory is left.")
-
-
-@contextmanager
-def ctrl_c_in(name: str, call: int = 1) -> Iterator[None]:
-    """A real Ctrl-C at a call of a function of hra_fx."""
-    calls = []
-
-    def watch(frame: Any, event: str, argument: object) -> None:
-        if event == "call" and frame.f_code.co_name == name and "hra_fx" in frame.f_code.co_filename:
-            calls.append(1)
-            if len(calls) == call:
-                ctrl_c()
-
-    before = sys.getprofile()
-    sys.setprofile(watch)
-    try:
-        yield
-    finally:
-        sys.setprofile(before)
-    assert len(calls) >= call, f"{name} was not called"
 
 
 def folded(plain: nn.Module, model: nn.Module, wanted: dict[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import hra_fx
 from hra_fx.layers.trained_copies import copies_of
-from hra_fx.model.state import record_of, regions_of, sites_of
+from hra_fx.model.state import record_of, sites_of
 
 F64 = torch.float64
 _TEXT = {
@@ -144,6 +144,14 @@ def assert_close(actual: Tensor, wanted: Tensor, bound: float = 1e-10) -> None:
     assert relative_error(actual, wanted) < bound
 
 
+def stored(model: nn.Module, name: str) -> Tensor:
+    """A parameter as it is stored, by its name; `layer.weight` of an adapted layer is the rotated weight."""
+    path, _, last = name.rpartition(".")
+    parameter = model.get_submodule(path)._parameters[last]
+    assert parameter is not None
+    return parameter
+
+
 def moved(one: Tensor, other: Tensor) -> bool:
     """Whether two outputs differ for good, so that a test that tells them apart means something."""
     return relative_error(one, other) > 1e-3
@@ -157,10 +165,8 @@ def seen(model: nn.Module) -> dict[str, Any]:
         for key, value in vars(part).items():
             if key in ("_parameters", "_buffers", "_modules"):
                 picture[f"{path}:{key}"] = [(name, id(child)) for name, child in value.items()]
-            elif key != "_hra_region":
+            else:
                 picture[f"{path}:{key}"] = repr(value)
-    for path, part in regions_of(model).items():
-        picture[f"{path}:region"] = id(part._hra_region)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         values = None if tensor.is_meta else tensor.detach().clone().nan_to_num(7.0).flatten().tolist()
         picture[f"tensor {name}"] = (id(tensor), tensor._version, tensor.requires_grad, values)

@@ -20,29 +20,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any, list[str], list[str]]] = {
 }
 
 
-def where(model: nn.Module) -> set[tuple[Any, ...]]:
-    rows = hra_fx.report(model)
-    return {(row.path, row.region, row.region_path, row.region_sites, row.region_reason) for row in rows}
-
-
-def read_in_graphs(model: nn.Module) -> list[str]:
-    """Paths of the sites whose reflections the graphs call, once for each call."""
-    return [
-        node.meta["hra"].path
-        for module in hra_fx.graphs(model).values()
-        for node in module.graph.nodes
-        if node.op == "call_module" and str(node.target).endswith("hra_u")
-    ]
-
-
 @pytest.mark.parametrize("name", MODELS)
-def test_new_layers_come_into_graphs_and_report_as_with_one_transform(name: str) -> None:
+def test_new_layers_act_as_with_one_transform(name: str) -> None:
     build, x, first, second = MODELS[name]
     plain, model = adapted(build(), a=config(*first), b=config(*second, r=3))
     at_once = hra_fx.transform(build(), config(*first, *second))
-    assert where(model) == where(at_once)
-    assert sorted(read_in_graphs(model)) == sorted({row.path for row in hra_fx.report(model)})
-    assert hra_fx.graphs(model).keys() == hra_fx.graphs(at_once).keys()
+    assert {row.path for row in hra_fx.report(model)} == {row.path for row in hra_fx.report(at_once)}
     for order in (["a"], ["b", "a"]):
         hra_fx.set_adapter(model, order)
         assert_close(run(model, x), oracle(plain, model, order, x))
@@ -73,7 +56,7 @@ def test_an_added_adapter_keeps_flags_that_were_set_by_hand() -> None:
 
 def test_an_added_adapter_keeps_the_training_of_copies_of_a_scaled_one() -> None:
     model = adapted(net(), a=config("first", modules_to_save=["head"]))[1]
-    with pytest.warns(hra_fx.HRAWarning, match="its strength turns reflections alone"):
+    with pytest.warns(hra_fx.HRAWarning, match="its strength affects reflections only"):
         hra_fx.set_scale(model, "a", 0.5)
     assert model.head.weight.requires_grad
     hra_fx.add_adapter(model, "b", config("second"))

@@ -69,8 +69,8 @@ def test_an_odd_difference_is_refused_with_its_layer() -> None:
     with pytest.raises(hra_fx.AdapterError) as caught:
         hra_fx.combine(model, ["a", "b"], "ab")
     assert str(caught.value) == (
-        "second: it has 2 reflections of these adapters and others have 5. Reflections that cancel come in pairs, so "
-        "the difference must be even: combine adapters of even ranks."
+        "second: it has 2 reflections of these adapters, and other layers have 5. The difference must be even, because "
+        "it is filled with pairs that cancel. Combine adapters of even ranks."
     )
     assert seen(model) == before
 
@@ -80,7 +80,7 @@ def test_fewer_than_two_and_copies_are_refused() -> None:
         net(), a=config("first"), b=config("first", modules_to_save=["head"]), c=config("first", bias="all")
     )
     before = seen(model[1])
-    with pytest.raises(hra_fx.AdapterError, match=r"^combine: \['a'\] is fewer than two adapters\. Name those to comb"):
+    with pytest.raises(hra_fx.AdapterError, match=r"^combine needs at least two adapters, got \['a'\]\.$"):
         hra_fx.combine(model[1], ["a"], "new")
     for name in ("b", "c"):
         with pytest.raises(

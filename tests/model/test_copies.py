@@ -170,8 +170,8 @@ def test_two_adapters_with_copies_of_one_module_are_not_set_together() -> None:
         with pytest.raises(hra_fx.AdapterError) as caught:
             hra_fx.set_adapter(model, names)
         assert str(caught.value) == (
-            f"adapters {names}: each has its own trained copy of {place} (modules_to_save or bias), and only one can "
-            "be in place. Set one of them at a time."
+            f"adapters {names} each have a trained copy of {place} (modules_to_save or bias), and only one copy can "
+            "be used at a time. Set one of these adapters."
         )
     for act in (lambda: hra_fx.merge_adapter(model, ["b", "a"]), lambda: hra_fx.fold(model, ["b", "a"])):
         with pytest.raises(hra_fx.AdapterError):
@@ -182,7 +182,7 @@ def test_two_adapters_with_copies_of_one_module_are_not_set_together() -> None:
 def test_merging_one_with_copies_before_another_with_copies_is_refused() -> None:
     model = adapted(net(), a=config("first", **HEAD), b=config("second", **HEAD))[1]
     before = seen(model)
-    with pytest.raises(hra_fx.AdapterError, match=r"^adapters \['b', 'a'\]: each has its own trained copy of head"):
+    with pytest.raises(hra_fx.AdapterError, match=r"^adapters \['b', 'a'\] each have a trained copy of head"):
         hra_fx.merge_adapter(model, "b")
     assert seen(model) == before
 
@@ -200,7 +200,7 @@ REFUSED: dict[str, tuple[hra_fx.HRAConfig, hra_fx.HRAConfig, str]] = {
     "saved, then reflected": (
         config("first", **HEAD),
         config("head"),
-        r"^head \(Linear\): another adapter saves it in full \(modules_to_save\)\. Fold or delete that one first\.$",
+        r"^head \(Linear\): another adapter trains it in full \(`modules_to_save`\)\. Fold or delete that adapter",
     ),
     "reflected, then saved": (
         config("head"),
@@ -248,7 +248,7 @@ def test_a_container_that_owns_a_parameter_is_refused(add: bool) -> None:
         hra_fx.transform(model, config("0"))
         act = lambda: hra_fx.add_adapter(model, "b", config("0", modules_to_save=["1"]))  # noqa: E731
     before = seen(model)
-    text = r"^1 \(Gate\): it runs its children one by one and holds gain besides, so no copy fits into it\. Name other"
+    text = r"^1 \(Gate\): it is a container with tensors of its own \(gain\), which cannot be copied\. Name other"
     with pytest.raises(hra_fx.UnsupportedLayerError, match=text):
         act()
     assert seen(model) == before

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import signal
 from typing import Any
 
 import pytest
@@ -13,7 +11,6 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hra_fx
-from hra_fx.layers.trained_copies import Copies
 
 
 class Two(nn.Module):
@@ -102,26 +99,6 @@ def test_a_part_with_trained_copies_is_not_folded_alone() -> None:
     with pytest.raises(hra_fx.AdapterError, match=r"^head: it has trained copies .* Fold the whole model\.$"):
         hra_fx.fold(model["inner"])
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-def test_an_interrupt_between_two_steps_of_a_switch_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, model = two(modules_to_save=["head"])
-    hra_fx.set_adapter(model, "a")
-    at_a = model(X)
-    hra_fx.set_adapter(model, "b")
-    at_b, put = model(X), Copies._put
-
-    def interrupted(self: Copies, *arguments: Any) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        put(self, *arguments)
-
-    monkeypatch.setattr(Copies, "_put", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        hra_fx.set_adapter(model, "a")
-    monkeypatch.undo()
-    assert torch.equal(model(X), at_a)
-    hra_fx.set_adapter(model, "b")
-    assert torch.equal(model(X), at_b)
 
 
 def test_a_merge_inside_a_disabled_block_is_not_merged_again_after_it() -> None:

@@ -87,7 +87,7 @@ def test_merged_adapters_are_out_inside_and_in_again_after(merged: list[str], dt
 def test_the_base_of_a_scaled_model_is_there_and_its_strength_after() -> None:
     plain, model = four()
     with pytest.warns(
-        hra_fx.HRAWarning, match=r"^adapter 'a': its strength turns reflections alone; trained modules and"
+        hra_fx.HRAWarning, match=r"^adapter 'a': its strength affects reflections only, not trained modules and"
     ):
         hra_fx.set_scale(model, "a", 0.5)
     x = normal(4, 6)
@@ -141,7 +141,7 @@ def test_the_last_adapter_can_be_deleted_inside() -> None:
 
 def test_merging_and_folding_inside_are_refused() -> None:
     model = four()[1]
-    text = r"^adapters are switched off\. Leave the disable_adapters block first, or call enable_adapter_layers\(\)\.$"
+    text = r"^adapters are disabled\. Leave the disable_adapters block, or call set_adapter or enable_adapter_layers"
     with hra_fx.disable_adapters(model):
         for act in (hra_fx.merge_adapter, hra_fx.fold):
             with pytest.raises(hra_fx.AdapterError, match=text):
@@ -149,5 +149,52 @@ def test_merging_and_folding_inside_are_refused() -> None:
 
 
 def test_a_plain_model_is_refused() -> None:
-    with pytest.raises(hra_fx.AdapterError, match=r"^Net: it has no reflections\."), hra_fx.disable_adapters(net()):
+    with pytest.raises(hra_fx.AdapterError, match=r"^Net: it has no reflections\."):
+        hra_fx.disable_adapters(net())
+
+
+# Without `with`
+
+
+def test_it_acts_when_it_is_called_and_set_adapter_enables() -> None:
+    plain, model = four()
+    x, wanted = normal(4, 6), model(normal(4, 6))
+    hra_fx.disable_adapters(model)
+    assert torch.equal(model(x), plain(x))
+    hra_fx.set_adapter(model, "a")
+    assert torch.equal(model(x), wanted)
+
+
+def test_an_object_made_before_its_block_restores_what_was_there_before_it() -> None:
+    plain, model = four()
+    hra_fx.merge_adapter(model)
+    x, before = normal(4, 6), model(normal(4, 6))
+    off = hra_fx.disable_adapters(model)
+    assert torch.equal(model(x), plain(x))
+    with off:
+        assert torch.equal(model(x), plain(x))
+    assert torch.equal(model(x), before)
+    assert hra_fx.HRAModel(model, config("first", "second", **SAVED), "a").peft_config.keys() == {"a", "b", "c"}
+
+
+def test_a_block_after_a_plain_call_leaves_the_adapters_disabled() -> None:
+    plain, model = four()
+    hra_fx.disable_adapters(model)
+    with hra_fx.disable_adapters(model):
         pass
+    assert torch.equal(model(normal(4, 6)), plain(normal(4, 6)))
+
+
+@pytest.mark.parametrize("names", ["adapter_layers", "adapters"])
+def test_methods_keep_them_disabled_until_they_are_enabled_as_in_peft(names: str) -> None:
+    plain, model = four()
+    model = hra_fx.HRAModel(model, config("first", "second", **SAVED), "a")
+    x, wanted = normal(4, 6), model(normal(4, 6))
+    getattr(model, f"disable_{names}")()
+    model.set_adapter("a")
+    assert torch.equal(model(x), plain(x))
+    with model.disable_adapter():
+        pass
+    assert torch.equal(model(x), plain(x))
+    getattr(model, f"enable_{names}")()
+    assert torch.equal(model(x), wanted)

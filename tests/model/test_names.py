@@ -69,13 +69,13 @@ def test_a_name_that_every_module_uses_is_refused() -> None:
 
 def test_no_string_is_refused() -> None:
     model = adapted(net(), a=config("first"))[1]
-    with pytest.raises(hra_fx.AdapterError, match=r"^adapter_name: 3 is no string\. Give a name such as 'default'\.$"):
+    with pytest.raises(hra_fx.AdapterError, match=r"^adapter_name must be a string such as 'default', got 3\.$"):
         hra_fx.add_adapter(model, 3, config("first"))  # type: ignore[arg-type]
 
 
 def test_a_taken_name_is_refused() -> None:
     model = adapted(net(), a=config("first"), b=config("second"))[1]
-    text = r"^adapter 'b': the model has it already\. Delete it first, or choose another name\.$"
+    text = r"^adapter 'b' exists already in this model\. Delete it first, or choose another name\.$"
     before = seen(model)
     for act in (
         lambda: hra_fx.add_adapter(model, "b", config("first")),

@@ -73,7 +73,11 @@ def test_a_class_over_ours_is_named_and_nothing_happens(place: str, step: str) -
     before, output = seen(model), run(model, x)
     assert_close(output, expected)
     kind, act = STEPS[step]
-    text = rf"^{place}: another tool put a class of its own over it \({made}\)\. Take that off first"
+    if (place, step) == ("the model", "merge"):  # which needs the classes of layers only
+        act(model)
+        assert_close(run(model, x), output)
+        return
+    text = rf"^{place}: another tool replaced its class \({made}\)\. Undo that first"
     with pytest.raises(kind, match=text):
         act(model)
     assert seen(model) == before
@@ -171,7 +175,7 @@ def test_the_smallest_one_folds_once_and_is_deleted(end: str) -> None:
     first, head = nn.Linear(6, 6, dtype=F64), nn.Linear(6, 3, dtype=F64)
     model = hra_fx.transform(nn.Sequential(first, scripted(copy.deepcopy(head))), config("0"))
     turn(model)
-    x, base = normal(4, 6), first.weight.detach().clone()
+    x, base = normal(4, 6), first._parameters["weight"].detach().clone()
     weight = base if end == "delete" else base @ product(model[0], ["default"])
     if end == "delete":
         hra_fx.delete_adapter(model, "default")

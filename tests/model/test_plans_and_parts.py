@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model.many import F64, adapted, assert_close, config, moved, net, normal, oracle, run, seen, turn, weights
+from model.many import F64, adapted, assert_close, config, net, normal, oracle, run, seen, stored, turn, weights
 from torch import Tensor, nn
 
 import hra_fx
@@ -37,7 +37,7 @@ def whole(**configs: hra_fx.HRAConfig) -> tuple[nn.Module, nn.Module]:
 
 def refused_part(model: nn.Module, listed: str, acting: str) -> None:
     before = seen(model)
-    text = rf"^0: of its adapters {listed} only {acting} act .*Fold the whole model\.$"
+    text = rf"^0: only {acting} of its adapters {listed} act .*Fold the whole model\.$"
     with pytest.raises(hra_fx.AdapterError, match=text):
         hra_fx.fold(model.body)
     with pytest.raises(hra_fx.AdapterError, match=text):
@@ -49,13 +49,13 @@ def test_a_part_where_all_act_is_folded_with_the_same_outputs() -> None:
     plain, model = whole(a=config("0", "2"), b=config("0"))
     hra_fx.set_adapter(model, ["b", "a"])
     x = normal(3, 6)
-    with pytest.raises(hra_fx.AdapterError, match=r"this part of the model has \['a', 'b'\]\. Give these"):
+    with pytest.raises(hra_fx.AdapterError, match=r"this part of the model has \['a', 'b'\]\. Name all of them"):
         hra_fx.fold(model.body, "a")
     wanted, new = oracle(plain, model, ["b", "a"], x), weights(plain, model, ["b", "a"])
     hra_fx.fold(model.body)
     assert_close(run(model, x), wanted)
     for name in new:
-        assert_close(model.get_parameter(name), new[name], 1e-12)
+        assert_close(stored(model, name), new[name], 1e-12)
     assert list(model.state_dict()) == list(plain.state_dict())
 
 
@@ -163,17 +163,18 @@ CHANGES: dict[str, Callable[[nn.Module, Path], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("names", [None, "a"])
-def test_a_plan_for_what_was_is_refused(change: str, names: str | None, tmp_path: Path) -> None:
+def test_a_plan_for_what_was_is_refused(change: str, tmp_path: Path) -> None:
     _, other = whole(a=config("0", "2"))
     turn(other, seed=8)
     hra_fx.save_adapter(other, tmp_path)
     plain, model = whole(a=config("0", "2"), b=config("0", "2"))
     x = normal(3, 6)
-    plan = hra_fx.plan_fold(model, names)
+    plan = hra_fx.plan_fold(model)
     CHANGES[change](model, tmp_path)
     before, output = seen(model), run(model, x)
-    with pytest.raises(hra_fx.FoldError, match=r"the model changed since the fold was planned\. Plan again\.$"):
+    with pytest.raises(
+        hra_fx.FoldError, match=r"the model changed since the fold was planned\. Call plan_fold again\.$"
+    ):
         plan.apply()
     assert seen(model) == before
     assert torch.equal(run(model, x), output)
@@ -184,27 +185,11 @@ def test_a_plan_for_what_was_is_refused(change: str, names: str | None, tmp_path
         assert_close(run(model, x), output)
 
 
-def test_what_was_loaded_in_place_is_what_the_next_plan_folds(tmp_path: Path) -> None:
-    plain, other = whole(a=config("0", "2"))
-    turn(other, seed=8)
-    hra_fx.save_adapter(other, tmp_path)
-    _, model = whole(a=config("0", "2"))
-    x = normal(3, 6)
-    first, wanted = run(model, x), oracle(plain, other, ["a"], x)
-    assert moved(first, wanted)
-    plan = hra_fx.plan_fold(model)
-    hra_fx.load_adapter(model, tmp_path, "a")
-    with pytest.raises(hra_fx.FoldError, match="Plan again"):
-        plan.apply()
-    assert_close(run(model, x), wanted)
-    assert_close(run(hra_fx.fold(model), x), wanted)
-
-
 def test_a_plan_is_not_for_the_model_while_its_adapters_are_off() -> None:
     plain, model = whole(a=config("0", "2"))
     x = normal(3, 6)
     plan = hra_fx.plan_fold(model)
-    with hra_fx.disable_adapters(model), pytest.raises(hra_fx.FoldError, match="Plan again"):
+    with hra_fx.disable_adapters(model), pytest.raises(hra_fx.FoldError, match="Call plan_fold again"):
         plan.apply()
     wanted = oracle(plain, model, ["a"], x)
     assert_close(run(model, x), wanted)
@@ -218,7 +203,7 @@ def test_a_plan_is_applied_once() -> None:
     wanted = oracle(plain, model, ["a"], x)
     plan = hra_fx.plan_fold(model)
     plan.apply()
-    with pytest.raises(hra_fx.FoldError, match="Plan again"):
+    with pytest.raises(hra_fx.FoldError, match="Call plan_fold again"):
         plan.apply()
     assert_close(run(model, x), wanted)
 
@@ -229,7 +214,7 @@ def test_a_plan_for_a_part_is_refused_as_well() -> None:
     plan = hra_fx.plan_fold(model.body)
     hra_fx.merge_adapter(model)
     before = seen(model)
-    with pytest.raises(hra_fx.FoldError, match="Plan again"):
+    with pytest.raises(hra_fx.FoldError, match="Call plan_fold again"):
         plan.apply()
     assert seen(model) == before
     hra_fx.unmerge_adapter(model)
@@ -279,9 +264,9 @@ def test_where_none_is_set_inside_all_is_merged_as_before(merged: list[str]) -> 
     x = normal(3, 6)
     hra_fx.set_adapter(model, ["a", "b"])
     hra_fx.merge_adapter(model, merged)
-    weight = model.second.weight.detach().clone()
+    weight = stored(model, "second.weight").detach().clone()
     with hra_fx.disable_adapters(model):
         assert torch.equal(run(model, x), run(plain, x))
     assert (record_of(model).active, record_of(model).merged) == (("a", "b"), tuple(merged))
-    assert torch.equal(model.second.weight, weight)
+    assert torch.equal(stored(model, "second.weight"), weight)
     assert_close(run(model, x), oracle(plain, model, ["a", "b"], x))

@@ -105,7 +105,7 @@ def test_adapters_of_strength_zero_have_no_product() -> None:
     hra_fx.set_scale(model, "a", 0)
     hra_fx.set_scale(model, "b", 0)
     before = seen(model)
-    text = r"^adapters \['a', 'b'\]: at the strengths that they have they turn nothing\. Set others first\.$"
+    text = r"^adapters \['a', 'b'\]: all have strength 0, so their product is the identity\. Set others first\.$"
     with pytest.raises(hra_fx.AdapterError, match=text):
         hra_fx.combine(model, ["a", "b"], "c")
     assert seen(model) == before

@@ -152,9 +152,7 @@ def test_what_is_no_strength_is_refused(alpha: Any) -> None:
     before = seen(model)
     with pytest.raises(hra_fx.AdapterError) as caught:
         hra_fx.set_scale(model, "a", alpha)
-    assert str(caught.value) == (
-        f"alpha: {alpha!r} is no strength. Give a number from 0 (base model) to 1 (the adapter)."
-    )
+    assert str(caught.value) == (f"alpha must be a number from 0 (base model) to 1 (full adapter), got {alpha!r}.")
     assert seen(model) == before
 
 
@@ -222,7 +220,7 @@ def test_a_scaled_adapter_is_saved_whole_and_not_replaced(tmp_path: Path) -> Non
         hra_fx.set_scale(each, "a", 0.5)
     hra_fx.save_adapter(model, tmp_path)
     before = seen(other)
-    with pytest.raises(hra_fx.AdapterError, match=r"^adapter 'a': its strength is not 1\. Call hra_fx\.set_scale"):
+    with pytest.raises(hra_fx.AdapterError, match=r"^adapter 'a' must have strength 1\. Call hra_fx\.set_scale"):
         hra_fx.load_adapter(other, tmp_path, "a")
     assert seen(other) == before
     x = normal(4, 6)

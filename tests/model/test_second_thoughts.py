@@ -62,7 +62,7 @@ def test_a_configuration_that_is_edited_afterwards_is_another() -> None:
 def test_a_configuration_that_is_edited_before_is_checked_again(rank: object) -> None:
     model, settings = mlp(), config("0")
     settings.r = rank
-    with pytest.raises(ConfigError, match="r: "):
+    with pytest.raises(ConfigError, match="`r` must be a positive int"):
         hra_fx.transform(model, settings)
     assert not keys(model)
 
@@ -74,16 +74,12 @@ def test_vectors_without_data_do_not_compute(layer: nn.Module) -> None:
         model(torch.randn(2, 6, *((3, 3) if isinstance(layer, nn.Conv2d) else ())))
 
 
-def test_things_that_are_no_model_and_no_name() -> None:
+def test_a_model_must_be_a_module() -> None:
     for wrong in ("bert-base", nn.Linear, None):
-        with pytest.raises(AdapterError, match=r"is no torch\.nn\.Module"):
+        with pytest.raises(AdapterError, match=r"^model must be a torch\.nn\.Module, got "):
             hra_fx.transform(wrong, config("0"))
-        with pytest.raises(AdapterError, match=r"is no torch\.nn\.Module"):
-            hra_fx.report(wrong)
-    with pytest.raises(AdapterError, match="adapter_name: 3 is no string"):
-        hra_fx.transform(mlp(), config("0"), 3)
     with pytest.raises(
-        ConfigError, match=r"config: a peft\.tuners\.hra\.config\.HRAConfig, where an hra_fx\.HRAConfig is due"
+        ConfigError, match=r"^config must be an hra_fx\.HRAConfig, got peft\.tuners\.hra\.config\.HRACo"
     ):
         hra_fx.transform(mlp(), peft.HRAConfig(target_modules=["0"]))
 
@@ -105,5 +101,5 @@ def test_a_plan_prints_its_numbers() -> None:
 
 def test_every_refused_layer_is_named_at_once() -> None:
     model = nn.Sequential(nn.Linear(4, 4, device="meta"), nn.Linear(4, 4), nn.Linear(4, 4, device="meta"))
-    with pytest.raises(hra_fx.UnsupportedLayerError, match=r"^0 \(Linear\): .* Refused as well: 2\.$"):
+    with pytest.raises(hra_fx.UnsupportedLayerError, match=r"^0 \(Linear\): .* Also unsupported: 2\.$"):
         hra_fx.transform(model, config("0", "1", "2"))

@@ -47,7 +47,7 @@ def turn(model: nn.Module) -> None:
 
 def oracle(layer: Any, *names: str) -> Tensor:
     """`W Q_a Q_b ...` of a layer, by the dense product."""
-    weight = layer.weight.detach()
+    weight = layer._parameters["weight"].detach()
     for name in names or ("default",):
         weight = dense_weight(weight, dense_q(layer.hra_u[name].detach(), anchor=layer.hra_u.anchor(name)))
     return weight.clone()
@@ -66,7 +66,7 @@ def test_a_head_tied_to_an_embedding_is_untied() -> None:
     held = model.embed.weight
     folds(
         model,
-        "untied: head (from embed.weight). Each has a weight of its own now, by which a saved model grows.",
+        "untied: head (from embed.weight). Each has its own weight now, so a saved model is larger.",
     )
     assert model.embed.weight is held
     assert torch.equal(model.embed.weight, before)
@@ -83,7 +83,7 @@ def test_the_plan_shows_what_will_be_untied_and_changes_nothing() -> None:
     assert {layer.path: layer.untied for layer in plan.layers} == {"body": (), "head": ("embed.weight",)}
     assert re.search(r"^head .* untied from embed\.weight$", str(plan), re.MULTILINE)
     assert "untied" not in next(line for line in str(plan).splitlines() if line.startswith("body"))
-    assert model.head.weight is model.embed.weight
+    assert model.head.hra_base is model.embed.weight
 
 
 def test_a_tied_head_that_is_left_out_stays_tied() -> None:
@@ -98,7 +98,7 @@ def test_a_tied_head_that_the_folded_adapter_leaves_alone_stays_tied() -> None:
     model = adapted(Tied(), "body")
     hra_fx.add_adapter(model, "other", hra_fx.HRAConfig(r=2, target_modules=["head"]))
     hra_fx.fold(model, "default")
-    assert model.head.weight is model.embed.weight
+    assert model.head.hra_base is model.embed.weight
     assert list(model.head.hra_u) == ["other"]
 
 
@@ -146,7 +146,7 @@ def test_two_layers_with_equal_vectors_part_too() -> None:
     wanted = oracle(model[0])
     folds(
         model,
-        "untied: 0 (from 1.weight), 1 (from 0.weight). Each has a weight of its own now, by which a saved model grows.",
+        "untied: 0 (from 1.weight), 1 (from 0.weight). Each has its own weight now, so a saved model is larger.",
     )
     assert relative_error(model[0].weight, wanted) < 1e-12
     assert torch.equal(model[0].weight, model[1].weight)
@@ -157,7 +157,7 @@ def test_a_view_of_a_bigger_tensor_parts_from_it() -> None:
     model[1].weight = nn.Parameter(model[0].weight.detach()[1:5])
     adapted(model, "1")
     bigger, wanted = model[0].weight.detach().clone(), oracle(model[1])
-    folds(model, "untied: 1 (from 0.weight). Each has a weight of its own now, by which a saved model grows.")
+    folds(model, "untied: 1 (from 0.weight). Each has its own weight now, so a saved model is larger.")
     assert torch.equal(model[0].weight, bigger)
     assert relative_error(model[1].weight, wanted) < 1e-12
     assert model[1].weight.untyped_storage().nbytes() == 4 * 6 * 8
@@ -168,7 +168,7 @@ def test_a_buffer_over_the_weight_keeps_its_values() -> None:
     model[0].register_buffer("mirror", model[0].weight.detach())
     adapted(model, "0")
     mirror, wanted = model[0].mirror.clone(), oracle(model[0])
-    folds(model, "untied: 0 (from 0.mirror). Each has a weight of its own now, by which a saved model grows.")
+    folds(model, "untied: 0 (from 0.mirror). Each has its own weight now, so a saved model is larger.")
     assert torch.equal(model[0].mirror, mirror)
     assert relative_error(model[0].weight, wanted) < 1e-12
 
@@ -195,7 +195,7 @@ def test_a_layer_by_two_paths_is_not_tied_to_itself() -> None:
     model: Any = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
     model.append(model[0])
     adapted(model, "0")
-    held, wanted = model[0].weight, oracle(model[0])
+    held, wanted = model[0].hra_base, oracle(model[0])
     hra_fx.fold(model)
     assert model[2] is model[0]
     assert model[0].weight is held
@@ -227,16 +227,16 @@ def test_a_fold_that_fails_leaves_all_tied() -> None:
         model.body.hra_u["default"].fill_(float("nan"))
     with pytest.raises(hra_fx.FoldError, match="not finite"):
         hra_fx.fold(model)
-    assert model.head.weight is model.embed.weight
+    assert model.head.hra_base is model.embed.weight
 
 
 def test_a_merge_writes_in_place_and_is_refused() -> None:
     model = adapted(Tied(), "head")
     output = model(TOKENS)
     text = (
-        "head.weight: it shares its memory with embed.weight, which a merge would change too, for it writes in place. "
-        "Untie it first (layer.weight = torch.nn.Parameter(layer.weight.detach().clone()), and "
-        "config.tie_word_embeddings = False); or call hra_fx.fold, which unties it."
+        "head.weight: it shares memory with embed.weight, which merging in place would change too. Untie it first "
+        "(layer.weight = torch.nn.Parameter(layer.weight.detach().clone()) and config.tie_word_embeddings = False), or "
+        "call hra_fx.fold, which unties it."
     )
     with pytest.raises(hra_fx.FoldError, match=f"^{re.escape(text)}$"):
         hra_fx.merge_adapter(model)
@@ -285,4 +285,4 @@ def test_an_adapter_of_a_tied_head_is_saved_and_loaded_as_any_other(tmp_path: An
     hra_fx.save_adapter(model, tmp_path)
     hra_fx.load_adapter(other, tmp_path)
     assert relative_error(other(TOKENS), model(TOKENS)) < 1e-14
-    assert other.head.weight is other.embed.weight
+    assert other.head.hra_base is other.embed.weight

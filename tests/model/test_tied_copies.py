@@ -67,7 +67,7 @@ def test_unload_ties_again() -> None:
 def test_a_fold_leaves_them_untied_and_says_so() -> None:
     model, embedding = trained()
     wanted = run(model, ids()).detach()
-    text = r"^embeddings stay untied, for one was trained; config\.tie_word_embeddings is False now\.$"
+    text = r"^embeddings stay untied because one was trained; config\.tie_word_embeddings is False now\.$"
     with pytest.warns(hra_fx.HRAWarning, match=text):
         hra_fx.fold(model)
     assert model.config.tie_word_embeddings is False

@@ -1,4 +1,4 @@
-"""share and hoist on graphs alone: what joins, what does not, node counts, numbers and gradients, idempotence."""
+"""The passes share and hoist on graphs: what is joined, node counts, values and gradients, idempotence."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from hra_fx.kernels.compile_ops import REFLECTED_BY, REFLECTED_ROWS, UNIT_FACTOR
 from hra_fx.layers.target import SiteOperators
 from passes.hoist import HoistPass
 from passes.share import SharePass
-from passes.side_effects import writes
+from passes.side_effects import has_side_effects
 
 OPERATORS = SiteOperators(REFLECTED_ROWS, UNIT_FACTORS, REFLECTED_BY)
 NAMES = {REFLECTED_ROWS: "rows", UNIT_FACTORS: "factors", REFLECTED_BY: "by"}
 
 
 def module(graph: fx.Graph, **examples: Tensor) -> fx.GraphModule:
-    """A graph with the notes that TorchDynamo leaves."""
+    """A graph with example values, as TorchDynamo sets them."""
     for node in graph.find_nodes(op="placeholder"):
         if node.name in examples:
             node.meta["example_value"] = examples[node.name]
@@ -36,7 +36,7 @@ def counts(graph: fx.Graph) -> dict[str, int]:
 
 
 def two_values(shapes: dict[str, tuple[int, int]]) -> tuple[fx.GraphModule, dict[str, Tensor]]:
-    """Three sites of `x` and two of what comes of them."""
+    """Three layers with the input `x`, and two with an input computed from them."""
     tensors = {name: normal(seed, *shape).requires_grad_() for seed, (name, shape) in enumerate(shapes.items())}
     graph = fx.Graph()
     nodes = {name: graph.placeholder(name) for name in ("x", *shapes)}
@@ -68,7 +68,7 @@ ODD = {"q": (12, 3), "k": (12, 5), "v": (12, 3), "gate": (12, 1), "up": (12, 5)}
         ("hoist share", EQUAL, {"factors": 1, "by": 5}),
     ],
 )
-def test_what_is_joined_and_that_it_computes_the_same(
+def test_what_is_joined_computes_the_same(
     passes: str, shapes: dict[str, tuple[int, int]], left: dict[str, int]
 ) -> None:
     graph, tensors = two_values(shapes)
@@ -87,7 +87,7 @@ def test_what_is_joined_and_that_it_computes_the_same(
         assert relative_error(one, other) < 1e-11
 
 
-def test_hoisted_factors_stand_before_all_that_reads_them() -> None:
+def test_hoisted_factors_are_at_the_top() -> None:
     graph, _ = two_values(EQUAL)
     HoistPass(OPERATORS)(graph)
     nodes = [node for node in graph.graph.nodes if node.op != "placeholder"]
@@ -96,7 +96,7 @@ def test_hoisted_factors_stand_before_all_that_reads_them() -> None:
 
 
 def site_pair(between: Any) -> fx.GraphModule:
-    """Two sites of one value, and something between them."""
+    """Two layers with one input, and something between them."""
     graph = fx.Graph()
     x, u, v = (graph.placeholder(name) for name in ("x", "u", "v"))
     first = graph.call_function(REFLECTED_ROWS, (x, u))
@@ -133,7 +133,7 @@ def without_gradients(graph: fx.Graph, x: fx.Node, u: fx.Node) -> None:
 @pytest.mark.parametrize(
     "between", [written, written_by_operator, written_by_aten, written_out, autocast, without_gradients]
 )
-def test_sites_are_not_shared_across_a_change(between: Any) -> None:
+def test_layers_are_not_joined_across_a_side_effect(between: Any) -> None:
     graph = site_pair(between)
     assert not SharePass(OPERATORS)(graph).modified
     assert counts(graph.graph) == {"rows": 2}
@@ -145,7 +145,7 @@ def read(graph: fx.Graph, x: fx.Node, u: fx.Node) -> None:
     graph.call_method("view", (x, -1))
 
 
-def test_what_only_reads_is_no_change() -> None:
+def test_reads_are_not_side_effects() -> None:
     assert SharePass(OPERATORS)(site_pair(read)).modified
 
 
@@ -154,7 +154,7 @@ def test_vectors_that_are_written_into_are_not_hoisted() -> None:
     assert not HoistPass(OPERATORS)(graph).modified
 
 
-def test_vectors_that_are_made_later_are_made_earlier() -> None:
+def test_vectors_that_are_computed_later_are_moved() -> None:
     graph = fx.Graph()
     x, u, anchor, v = (graph.placeholder(name) for name in ("x", "u", "anchor", "v"))
     first = graph.call_function(REFLECTED_ROWS, (x, u))
@@ -170,7 +170,7 @@ def test_vectors_that_are_made_later_are_made_earlier() -> None:
     assert relative_error(two, tensors[0] @ dense_q(torch.cat(tensors[2:], 1)).mT) < 1e-12
 
 
-def test_notes_of_a_site_go_to_what_stands_for_it() -> None:
+def test_metadata_moves_to_the_new_nodes() -> None:
     graph, _ = two_values(EQUAL)
     for node in graph.graph.nodes:
         node.meta["nn_module_stack"] = {node.name: (node.name, "Linear")}
@@ -186,11 +186,11 @@ def test_notes_of_a_site_go_to_what_stands_for_it() -> None:
     assert after == before
 
 
-def test_names_that_end_like_writers() -> None:
+def test_in_place_names() -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")
     names = [graph.call_method(name, (x,)) for name in ("add_", "__len__", "relu")]
-    assert [writes(node) for node in names] == [True, False, False]
+    assert [has_side_effects(node) for node in names] == [True, False, False]
 
 
 # The operators
@@ -205,7 +205,7 @@ def test_operators_in_narrow_dtypes(dtype: torch.dtype, bound: float) -> None:
         assert relative_error(turned, x.double() @ dense_q(one).mT) < bound
 
 
-def test_a_batch_of_factors_is_each_for_itself() -> None:
+def test_factors_in_a_batch_are_independent() -> None:
     vectors = [normal(seed, 9, 4) for seed in range(3)]
     vectors[1][:, 2] = 0
     vectors[2] *= 1e-30

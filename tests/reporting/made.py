@@ -1,27 +1,25 @@
-"""Reports of made-up rows, and of models with names that are hard to write."""
+"""Reports of made-up rows, oracles for their values, and names that contain markup."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hra_fx import HRAConfig, transform
-from hra_fx.reporting import Missed, Report, Row
+from hra_fx.reporting.result import Report
+from hra_fx.reporting.row import Row
+from hra_fx.reporting.skipped_layers import SkippedLayer
 
 #: What HTML, Markdown, JSON and rich each take for something of their own.
 HOSTILE = "<script>alert('&')</script>|`*[red]_x_[/red]\\\"~#"
 
 _ROW = Row(
     path="layer",
-    region="whole",
-    region_path="",
-    region_sites=1,
-    region_reason="",
-    site="Linear 8->4",
-    on_weight=False,
+    layer_type="Linear 8->4",
     adapter="default",
     active=True,
     d=8,
@@ -40,12 +38,12 @@ def row(path: str = "layer", **fields: Any) -> Row:
     return dataclasses.replace(_ROW, path=path, **fields)
 
 
-def report_of(*rows: Row, missed: tuple[Missed, ...] = ()) -> Report:
-    return Report(rows, missed)
+def report_of(*rows: Row, skipped: tuple[SkippedLayer, ...] = ()) -> Report:
+    return Report(rows, skipped)
 
 
 def blocks(count: int, *names: str, stack: str = "model.layers", **fields: Any) -> list[Row]:
-    """The rows of a deep model, each turned a little more than the one before."""
+    """The rows of a deep model, with increasing angles."""
     angles = torch.linspace(0.01, 0.5, count * len(names)).tolist()
     paths = [f"{stack}.{index}.attn.{name}" for index in range(count) for name in names]
     return [row(path, mean_angle=angle, angle=2 * angle, **fields) for path, angle in zip(paths, angles, strict=True)]
@@ -57,3 +55,21 @@ def adapted(r: int = 2) -> Any:
         vectors = model[0].hra_u["default"]
         vectors.add_(0.2 * torch.randn(vectors.shape, generator=torch.Generator().manual_seed(0)))
     return model
+
+
+def oracle_angles(q: Tensor, floor: float = 1e-7) -> list[float]:
+    """One angle for each plane and for a reflected direction that is left over, from all eigenvalues of `Q`."""
+    phases = torch.linalg.eigvals(q).angle()
+    # A plane that is rotated by less than pi has one eigenvalue above the real axis.
+    inner = [float(phase) for phase in phases if floor < float(phase) < math.pi - floor]
+    reflected = int((phases.abs() >= math.pi - floor).sum())
+    return sorted([math.pi] * math.ceil(reflected / 2) + inner, reverse=True)
+
+
+def oracle_share(weight: Tensor, q: Tensor) -> float:
+    """The share of `W: (out, d)` in the span of the eigenvectors of `(Q - I)^T (Q - I)` with nonzero eigenvalues."""
+    moved = q - torch.eye(q.shape[0], dtype=torch.float64)
+    sizes, vectors = torch.linalg.eigh(moved.mT @ moved)
+    basis = vectors[:, sizes > 1e-12]
+    wide = weight.detach().double()
+    return float((wide @ basis @ basis.mT).square().sum() / wide.square().sum())

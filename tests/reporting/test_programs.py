@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hra_fx import HRAConfig, fold, report, transform
 from hra_fx.errors import AdapterError
-from hra_fx.reporting import Report
+from hra_fx.reporting.result import Report
 
 
 class Net(nn.Module):
@@ -68,14 +68,17 @@ def test_they_are_those_of_the_model(r: int, apply_GS: bool) -> None:
     for found in (program, captured):
         assert [row.path for row in found] == [row.path for row in model] == ALL
         for row, wanted in zip(found, model, strict=True):
-            assert (row.region, row.region_path, row.region_sites, row.region_reason) == ("whole", "", 4, "")
-            assert (row.site, row.adapter, row.d, row.r) == (wanted.site, wanted.adapter, wanted.d, wanted.r)
-            assert row.on_weight
+            assert (row.layer_type, row.adapter, row.d, row.r) == (
+                wanted.layer_type,
+                wanted.adapter,
+                wanted.d,
+                wanted.r,
+            )
             assert row.angles == pytest.approx(wanted.angles, abs=1e-6)
             assert row.share == pytest.approx(wanted.share, rel=1e-5)
             assert row.rotation == pytest.approx(wanted.rotation, rel=1e-5)
             assert row.orthogonality < 1e-5
-        assert {layer.path: layer.site for layer in found.missed} == {"last": "Linear 5->3"}
+        assert {layer.path: layer.layer_type for layer in found.skipped} == {"last": "Linear 5->3"}
 
 
 def test_an_attention() -> None:
@@ -91,26 +94,26 @@ def test_an_attention() -> None:
     program = torch.export.export(Attending().train(), (torch.randn(2, 3, 12),))
     found = report(transform(program, config))
     (row,) = found
-    assert (row.path, row.site, row.d) == ("attention", "Attention 12->3x12", 12)
-    assert [layer.path for layer in found.missed] == ["attention.out_proj"]
+    assert (row.path, row.layer_type, row.d) == ("attention", "Attention 12->3x12", 12)
+    assert [layer.path for layer in found.skipped] == ["attention.out_proj"]
 
 
 @pytest.mark.parametrize(
     ("fields", "reasons"),
     [
-        ({"target_modules": ["head"]}, {"target_modules=['head'] does not name it"}),
+        ({"target_modules": ["head"]}, {"not in target_modules=['head']"}),
         (
             {"target_modules": ["head", "last"], "exclude_modules": ["last"]},
-            {"target_modules=['head', 'last'] does not name it", "exclude_modules=['last'] leaves it out"},
+            {"not in target_modules=['head', 'last']", "excluded by exclude_modules=['last']"},
         ),
-        ({"target_modules": "all-linear"}, {"target_modules='all-linear' means linear layers only"}),
+        ({"target_modules": "all-linear"}, {"not a linear layer, which target_modules='all-linear' does not include"}),
     ],
     ids=["not named", "excluded", "all linear"],
 )
-def test_missed_layers_have_the_reasons_of_the_model(fields: dict[str, Any], reasons: set[str]) -> None:
+def test_skipped_layers_have_the_reasons_of_the_model(fields: dict[str, Any], reasons: set[str]) -> None:
     model, program, captured = three(HRAConfig(r=2, **fields))
-    assert {layer.reason for layer in model.missed} == reasons
-    assert set(program.missed) == set(captured.missed) == set(model.missed)
+    assert {layer.reason for layer in model.skipped} == reasons
+    assert set(program.skipped) == set(captured.skipped) == set(model.skipped)
 
 
 def test_the_output_layer_of_transformers_and_a_tied_one() -> None:
@@ -121,8 +124,8 @@ def test_the_output_layer_of_transformers_and_a_tied_one() -> None:
     program = torch.export.export(model.eval(), (), {"input_ids": torch.ones(1, 3, dtype=torch.long)})
     found = report(transform(program, HRAConfig(r=2, target_modules="all-linear")))
     assert len(found) == 7
-    assert {layer.path: layer.reason for layer in found.missed} == {
-        "lm_head": "it is the output layer, which target_modules='all-linear' leaves out"
+    assert {layer.path: layer.reason for layer in found.skipped} == {
+        "lm_head": "the output layer, which target_modules='all-linear' does not include"
     }
 
 
@@ -136,9 +139,9 @@ def test_a_weight_that_the_graph_reads_otherwise_says_so() -> None:
             return self.second(self.first(x)) + self.second.weight.sum()  # type: ignore[no-any-return]
 
     program = torch.export.export(Reading(), (torch.ones(1, 4),))
-    (missed,) = report(transform(program, HRAConfig(r=2, target_modules=["first"]))).missed
-    assert missed.path == "second"
-    assert missed.reason.startswith("its weight is read by aten.sum.default")
+    (skipped,) = report(transform(program, HRAConfig(r=2, target_modules=["first"]))).skipped
+    assert skipped.path == "second"
+    assert skipped.reason.startswith("its weight is also used by aten.sum.default")
 
 
 @QUIET
@@ -152,11 +155,11 @@ def test_after_decomposition_saving_and_loading() -> None:
     file.seek(0)
     found = report(torch.export.load(file))
     assert {row.adapter for row in found} == {"style"}
-    assert [row.site for row in found] == [row.site for row in wanted]
+    assert [row.layer_type for row in found] == [row.layer_type for row in wanted]
     for row, before in zip(found, wanted, strict=True):
         assert row.angles == pytest.approx(before.angles)
         assert row.share == pytest.approx(before.share)
-    assert found.missed == wanted.missed
+    assert found.skipped == wanted.skipped
 
 
 def test_what_was_trained_through_the_module_is_seen() -> None:

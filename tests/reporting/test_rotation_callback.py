@@ -160,15 +160,7 @@ def test_of_several_adapters_the_active_ones_are_logged_by_name(tmp_path: Path) 
         assert math.degrees(point.angle) == pytest.approx(wanted(model, point.adapter)["angle_largest_degrees"])
 
 
-@pytest.mark.parametrize("fields", [{"apply_GS": True}, {"init_weights": False}], ids=str)
-def test_other_kinds_of_adapters(fields: dict[str, Any], tmp_path: Path) -> None:
-    callback = RotationCallback()
-    trainer_of(llama(**fields), tmp_path, [callback]).train()
-    assert (callback.history[0].angle > 0.5) == ("init_weights" in fields)
-    assert all(math.isfinite(point.mean_angle) for point in callback.history)
-
-
-def test_it_goes_with_the_regulariser_whose_log_it_leaves_alone(tmp_path: Path) -> None:
+def test_it_goes_with_the_regularizer_whose_log_it_leaves_alone(tmp_path: Path) -> None:
     recorder = Recorder()
     callbacks = [recorder, RotationCallback()]
     model = llama(init_weights=False)
@@ -239,7 +231,7 @@ def test_shards_of_vectors_are_warned_of() -> None:
     for name, parameter in model.named_parameters():
         if ".hra_u." in name:  # as DeepSpeed ZeRO-3 leaves them outside of the forward
             parameter.data = torch.empty(0)
-    with pytest.warns(hra_fx.HRAWarning, match=r"^RotationCallback: this process holds only shards of the vectors"):
+    with pytest.warns(hra_fx.HRAWarning, match=r"^RotationCallback: the vectors are sharded"):
         assert called_alone(RotationCallback(), model) == {"loss": 1.0}
 
 
@@ -252,13 +244,12 @@ def test_a_model_without_reflections_is_refused(tmp_path: Path) -> None:
 def test_called_by_something_else_it_says_where_the_angles_are() -> None:
     callback, model = RotationCallback(), llama()
     arguments = TrainingArguments(output_dir="unused", report_to=[], use_cpu=True)
-    with pytest.warns(hra_fx.HRAWarning, match="cannot go before the callbacks that report"):
+    with pytest.warns(hra_fx.HRAWarning, match="cannot run before the callbacks that report"):
         callback.on_train_begin(arguments, TrainerState(), TrainerControl(), model=model)
 
 
-@pytest.mark.parametrize("ending", [".svg", ".png", ".pdf"])
-def test_the_plot_is_written_at_the_end(ending: str, tmp_path: Path) -> None:
-    file = tmp_path / f"rotation{ending}"
+def test_the_plot_is_written_at_the_end(tmp_path: Path) -> None:
+    file = tmp_path / "rotation.svg"
     trainer_of(llama(), tmp_path, [RotationCallback(plot=file)]).train()
     assert file.stat().st_size > 1000
 
@@ -276,7 +267,7 @@ def test_a_plot_that_fails_at_the_end_does_not_lose_the_training(tmp_path: Path)
     callback = RotationCallback(plot=folder / "rotation.svg")
     trainer = trainer_of(llama(), tmp_path, [callback])
     folder.rmdir()
-    with pytest.warns(hra_fx.HRAWarning, match=r"rotation\.svg could not be written .* Its numbers are in history\."):
+    with pytest.warns(hra_fx.HRAWarning, match=r"rotation\.svg could not be written .* The values are in `history`\."):
         result = trainer.train()
     assert result.global_step == 5
     assert callback.history

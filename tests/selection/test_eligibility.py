@@ -1,4 +1,4 @@
-"""What is refused, in what words, and that the model is as it was then; and what must not be refused."""
+"""Layers and models that cannot be adapted: the message, and that the model is unchanged; and what is supported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers
-from adapting import config
+from adapting import config, randomise
 from refusals import mlp, refused
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -24,7 +24,7 @@ import hra_fx
 
 
 class OwnCall(nn.Linear):
-    """Never comes to its forward."""
+    """Bypasses forward."""
 
     def __call__(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight)
@@ -66,63 +66,44 @@ class Marked(Tensor):
     """A tensor subclass, such as a quantised or distributed one is."""
 
 
+COMPUTED = "its `weight` is computed from other parameters in each call, so it cannot be folded. "
+#: name -> (layer, reason, what to do)
 LAYERS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
-    "meta": (lambda: nn.Linear(6, 6, device="meta"), "meta device, without data", "Load the weights first"),
-    "instance forward": (with_instance_forward, "forward is set on the instance", "Remove it"),
-    "own attribute": (with_attribute, "attribute 'hra_u' already", "Rename that"),
-    "own call": (lambda: OwnCall(6, 6), "has a __call__ of its own", "exclude_modules"),
-    "LazyLinear": (lambda: nn.LazyLinear(6), "not initialised yet", "Run the model once first"),
-    "LazyConv2d": (lambda: nn.LazyConv2d(6, 3), "not initialised yet", "Run the model once first"),
-    "weight_norm": (
-        lambda: parametrizations.weight_norm(nn.Linear(6, 6)),
-        "its weight is computed from other parameters",
-        "remove_parametrizations",
-    ),
+    "meta": (lambda: nn.Linear(6, 6, device="meta"), "on the meta device and has no data", "Load the weights first"),
+    "instance forward": (with_instance_forward, "its `forward` is set on the instance", "Delete it, or exclude"),
+    "own attribute": (with_attribute, "it already has an attribute `hra_u`", "Rename the attribute"),
+    "own call": (lambda: OwnCall(6, 6), "its class overrides `__call__`", "`exclude_modules`"),
+    "LazyLinear": (lambda: nn.LazyLinear(6), "not initialized", "Run the model once first"),
+    "LazyConv2d": (lambda: nn.LazyConv2d(6, 3), "not initialized", "Run the model once first"),
+    "weight_norm": (lambda: parametrizations.weight_norm(nn.Linear(6, 6)), COMPUTED, "remove_parametrizations"),
     "spectral_norm": (
         lambda: parametrizations.spectral_norm(nn.Conv2d(6, 6, 3)),
-        "its weight is computed from other parameters",
-        "remove_parametrizations",
-    ),
-    "orthogonal": (
-        lambda: parametrizations.orthogonal(nn.Linear(6, 6)),
-        "its weight is computed from other parameters",
-        "remove_parametrizations",
-    ),
-    "weight_norm, Conv1d": (
-        lambda: parametrizations.weight_norm(nn.Conv1d(6, 6, 3)),
-        "its weight is computed from other parameters",
+        COMPUTED,
         "remove_parametrizations",
     ),
     "orthogonal, attention": (
         lambda: parametrizations.orthogonal(nn.MultiheadAttention(6, 2), "in_proj_weight"),
-        "its weight is computed from other parameters",
+        "its `in_proj_weight` is computed from other parameters",
         "remove_parametrizations",
     ),
     "attention of several widths": (
         lambda: nn.MultiheadAttention(6, 2, vdim=4),
-        "its inputs differ in width (kdim, vdim)",
-        "name its out_proj",
+        "its `kdim` or `vdim` differs from `embed_dim`",
+        "target its `out_proj`",
     ),
-    "old weight_norm": (with_old_weight_norm, "its weight is computed from other parameters", "remove_weight_norm"),
-    "old spectral_norm": (
-        lambda: nn.utils.spectral_norm(nn.Linear(6, 6)),
-        "its weight is computed from other parameters",
-        "exclude_modules",
-    ),
-    "int8": (lambda: with_weight(torch.ones(6, 6, dtype=torch.int8)), "its weight is a torch.int8", "exclude_modules"),
-    "complex": (lambda: nn.Linear(6, 6, dtype=torch.complex64), "its weight is a torch.complex64", "exclude_modules"),
-    "float8": (
-        lambda: with_weight(torch.ones(6, 6).to(torch.float8_e4m3fn)),
-        "its weight is a torch.float8_e4m3fn",
-        "exclude_modules",
-    ),
+    "old weight_norm": (with_old_weight_norm, COMPUTED, "remove_weight_norm"),
+    "old spectral_norm": (lambda: nn.utils.spectral_norm(nn.Linear(6, 6)), COMPUTED, "`exclude_modules`"),
+    "int8": (lambda: with_weight(torch.ones(6, 6, dtype=torch.int8)), "got torch.int8", "Exclude the layer"),
+    "complex": (lambda: nn.Linear(6, 6, dtype=torch.complex64), "got torch.complex64", "Exclude the layer"),
+    "float8": (lambda: with_weight(torch.ones(6, 6).to(torch.float8_e4m3fn)), "got torch.float8_e4m3fn", "Exclude"),
     "subclass": (
         lambda: with_weight(torch.ones(6, 6).as_subclass(Marked)),
-        "its weight is a Marked, which is not a plain floating-point tensor",
-        "exclude_modules",
+        "its weight must be a plain floating-point tensor, got Marked",
+        "Exclude the layer",
     ),
-    "empty": (lambda: with_weight(torch.ones(0, 6)), r"its weight is empty, of shape (0, 6)", "exclude_modules"),
-    "no weight": (lambda: without_weight(), "not initialised yet", "Run the model once first"),
+    "empty": (lambda: with_weight(torch.ones(0, 6)), "its weight is empty, got shape (0, 6)", "Exclude the layer"),
+    "packed": (lambda: with_weight(torch.ones(18, 2)), "must have shape (6, 6), got (18, 2)", "Exclude the layer"),
+    "no weight": (lambda: without_weight(), "not initialized", "Run the model once first"),
 }
 
 
@@ -132,8 +113,8 @@ def without_weight() -> nn.Module:
     return layer
 
 
-@pytest.mark.parametrize(("make", "reason", "way_out"), LAYERS.values(), ids=LAYERS.keys())
-def test_layer_is_refused(make: Callable[[], nn.Module], reason: str, way_out: str) -> None:
+@pytest.mark.parametrize(("make", "reason", "fix"), LAYERS.values(), ids=LAYERS.keys())
+def test_layer_is_refused(make: Callable[[], nn.Module], reason: str, fix: str) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Lazy modules are a new feature", UserWarning)
         model = with_layer(make())
@@ -141,17 +122,30 @@ def test_layer_is_refused(make: Callable[[], nn.Module], reason: str, way_out: s
     message = refused(model, config("plain", "odd"))
     assert message.startswith(f"odd ({kind}): ")
     assert reason in message
-    assert way_out in message
+    assert fix in message
     assert message.endswith(".")
 
 
-@pytest.mark.parametrize("make", [make for make, _, _ in LAYERS.values()], ids=LAYERS.keys())
-def test_layer_is_no_trouble_where_it_is_not_selected(make: Callable[[], nn.Module]) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Lazy modules are a new feature", UserWarning)
-        model = with_layer(make())
+@pytest.mark.parametrize("name", ["meta", "own call", "weight_norm", "int8"])
+def test_unsupported_layers_that_are_not_selected_are_ignored(name: str) -> None:
+    model = with_layer(LAYERS[name][0]())
     hra_fx.transform(model, config("plain"))
     assert [row.path for row in hra_fx.report(model)] == ["plain"]
+
+
+class Scaled(nn.Linear):
+    """A subclass whose own forward reads the weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, 2 * self.weight, self.bias)
+
+
+def test_subclass_with_a_forward_is_adapted_through_its_weight() -> None:
+    model = hra_fx.transform(with_layer(Scaled(6, 6)).double(), config("odd"))
+    randomise(model)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    adapted = model(x)
+    torch.testing.assert_close(hra_fx.fold(model)(x), adapted, rtol=0, atol=1e-12)
 
 
 def test_subclass_without_a_forward_is_adapted() -> None:
@@ -166,8 +160,8 @@ def test_subclass_without_a_forward_is_adapted() -> None:
 def test_more_vectors_than_dimensions(layer: nn.Module, width: int) -> None:
     model = nn.Sequential(layer)
     message = refused(model, config("0", r=width + 1, apply_GS=True))
-    assert f"r={width + 1} vectors orthonormal" in message and f"only {width} dimensions" in message
-    assert f"Lower r to {width} or less" in message and "apply_GS=False" in message
+    assert f"with `apply_GS=True`, `r` must be at most {width}, the input dimension of the layer" in message
+    assert f"got {width + 1}. Lower `r`, set `apply_GS=False`" in message
     hra_fx.transform(model, config("0", r=width + 1))
     hra_fx.transform(hra_fx.fold(model), config("0", r=width, apply_GS=True))
 
@@ -185,7 +179,7 @@ def test_accelerate(way: str) -> None:
     else:
         accelerate.hooks.add_hook_to_module(model[2], accelerate.hooks.ModelHook())
     message = refused(model, config("0"))
-    assert "accelerate dispatches or offloads it by a hook" in message
+    assert "accelerate put a hook on it, which moves its weights" in message
     assert "accelerate.hooks.remove_hook_from_submodules(model)" in message
     accelerate.hooks.remove_hook_from_submodules(model)
     hra_fx.transform(model, config("0", "2"))
@@ -200,8 +194,8 @@ def test_disk_offload(tmp_path: object) -> None:
 def test_peft_adapter_inside() -> None:
     wrapped = peft.get_peft_model(mlp(), peft.LoraConfig(r=2, target_modules=["0"]))
     message = refused(wrapped, config("2"))
-    assert message.startswith("base_model.model.0: a PEFT adapter is already inside. ")
-    assert "merge_and_unload() or unload()" in message
+    assert message.startswith("base_model.model.0: it already has a PEFT adapter. ")
+    assert "`merge_and_unload()` or `unload()`" in message
     hra_fx.transform(wrapped.merge_and_unload(), config("0", "2"))
 
 
@@ -213,7 +207,7 @@ def test_other_peft_adapters(kind: type) -> None:
         peft.IA3Config: {"feedforward_modules": []},
     }
     wrapped = peft.get_peft_model(mlp(), kind(target_modules=["0"], **fields[kind]))
-    assert "a PEFT adapter is already inside" in refused(wrapped, config("2"))
+    assert "it already has a PEFT adapter" in refused(wrapped, config("2"))
 
 
 # ---- what must not be refused ----

@@ -1,4 +1,4 @@
-"""What select() says where it refuses a configuration or warns of one."""
+"""Error messages and warnings of select()."""
 
 from __future__ import annotations
 
@@ -30,52 +30,56 @@ NO_NAME: list[Case] = [
     (
         tiny_bert,
         {"target_modules": ["qeury"]},
-        "names no module of BertForSequenceClassification; did you mean 'query'?",
+        "`target_modules=['qeury']` matches no module of BertForSequenceClassification. Did you mean 'query'?",
     ),
-    (tiny_bert, {"target_modules": ["Query", "valeu"]}, "did you mean 'query' or 'value'?"),
-    (tiny_bert, {"target_modules": ["self.qery"]}, "did you mean 'self.query' or 'self.key' or 'self.value'?"),
-    (tiny_bert, {"target_modules": ["a.b.c.query1"]}, "did you mean 'query'?"),
+    (tiny_bert, {"target_modules": ["Query", "valeu"]}, "Did you mean 'query' or 'value'?"),
+    (tiny_bert, {"target_modules": ["self.qery"]}, "Did you mean 'self.query' or 'self.key' or 'self.value'?"),
+    (tiny_bert, {"target_modules": ["a.b.c.query1"]}, "Did you mean 'query'?"),
     (
         tiny_bert,
         {"target_modules": ["xyz"]},
-        ". The names to choose from are 'query', 'key', 'value', 'dense', 'classif",
+        ". Available names: 'query', 'key', 'value', 'dense', 'classif",
     ),
-    (tiny_bert, {"target_modules": "qeury"}, "did you mean ['query']?"),
+    (tiny_bert, {"target_modules": "qeury"}, "Did you mean ['query']?"),
     (
         tiny_bert,
         {"target_modules": "query"},
-        "must match the whole path; to match the end of it write the list ['query'].",
+        "A str must match the full path as a regex. To match the end of a path, use the list ['query'].",
     ),
-    (tiny_bert, {"target_modules": "layer.0.*qu"}, "only a part of 'bert.encoder.layer.0.attention.self.query'."),
+    (
+        tiny_bert,
+        {"target_modules": "layer.0.*qu"},
+        "but this one matches only a part of 'bert.encoder.layer.0.attention.self.query'.",
+    ),
     (
         tiny_bert,
         {"target_modules": [".*query"]},
-        "In a list '.*query' is a name, not a regular expression: give the str",
+        "In a list, '.*query' is a name and not a regex. Use the str",
     ),
     (
         tiny_bert,
         {"target_modules": []},
-        "target_modules: [] names nothing. The layers of BertForSequenceClassification",
+        "`target_modules=[]` is empty. The layers of BertForSequenceClassification are called",
     ),
-    (tiny_opt, {"target_modules": ["("]}, "The names to choose from are"),
-    (Nested, {}, "there is no default for Nested, which has no config.model_type. Give target_modules. The layers"),
-    (tiny_vit, {}, "there is no default for model_type 'vit'. Give target_modules. The layers of this model are"),
-    (nn.ReLU, {}, "It has no layer to adapt."),
-    (nn.ReLU, {"target_modules": ["q"]}, "ReLU has no layer to adapt: only nn.Linear, nn.Conv1d to Conv3d, nn.Mul"),
-    (bare_linear, {"target_modules": "all-linear"}, "the model is itself a Linear, and only layers inside it can be"),
+    (tiny_opt, {"target_modules": ["("]}, "Available names:"),
+    (Nested, {}, "because there is no default for Nested, which has no `config.model_type`. Its layers are"),
+    (tiny_vit, {}, "`target_modules` must be given, because there is no default for model_type 'vit'. Its layers are"),
+    (nn.ReLU, {}, "It has no layer that can be adapted."),
+    (nn.ReLU, {"target_modules": ["q"]}, "ReLU has no layer that can be adapted. Supported layers: nn.Linear, nn"),
+    (bare_linear, {"target_modules": "all-linear"}, "The model itself is a layer (Linear), and only layers inside a"),
 ]
 ALL_LEFT_OUT: list[Case] = [
     (
         tiny_opt,
         {"layers_to_transform": [7]},
-        "target_modules: ['q_proj', 'v_proj'], the default for 'opt', names 6 modules such as "
-        "'model.decoder.layers.0.self_attn.v_proj', but nothing is left after layers_to_transform=[7] "
+        "`target_modules=['q_proj', 'v_proj']`, the default for 'opt', matches 6 modules such as "
+        "'model.decoder.layers.0.self_attn.v_proj', but none is left after layers_to_transform=[7] "
         "(their layer indices are 0, 1, 2).",
     ),
     (
         tiny_opt,
         {"target_modules": ["fc1"], "layers_to_transform": 1, "layers_pattern": "h"},
-        "layers_to_transform=1 with layers_pattern='h' (no layer index is found in their paths)",
+        "layers_to_transform=1 with layers_pattern='h' (their paths have no layer index)",
     ),
     (
         ten_blocks,
@@ -85,12 +89,12 @@ ALL_LEFT_OUT: list[Case] = [
     (
         Nested,
         {"target_modules": ["head"], "exclude_modules": "he.*"},
-        "['head'] names 1 module such as 'head', but nothing is left after exclude_modules='he.*'.",
+        "['head']` matches 1 module such as 'head', but none is left after exclude_modules='he.*'.",
     ),
     (
         tiny_opt,
         {"target_modules": ["fc1"], "exclude_modules": ["0.fc1"], "layers_to_transform": 0, "modules_to_save": ["2"]},
-        "nothing is left after exclude_modules=['0.fc1'] and layers_to_transform=0 "
+        "none is left after exclude_modules=['0.fc1'] and layers_to_transform=0 "
         "(their layer indices are 0, 1, 2) and modules_to_save=['2'].",
     ),
 ]
@@ -98,26 +102,30 @@ WRONG_TYPE: list[Case] = [
     (
         tiny_bert,
         {"target_modules": ["attention"]},
-        "bert.encoder.layer.0.attention: target_modules names it, but it is a BertAttention, and only nn.Linear, "
-        "nn.Conv1d to Conv3d, nn.MultiheadAttention and transformers' Conv1D can be adapted. To adapt the layers "
-        "inside it write target_modules=['attention.self.query', 'attention.self.key', 'attention.self.value', "
+        "bert.encoder.layer.0.attention: `target_modules` matches this BertAttention, but only nn.Linear, nn.Conv1d to "
+        "nn.Conv3d, nn.MultiheadAttention and transformers' Conv1D can be adapted. To adapt the layers inside it, use "
+        "target_modules=['attention.self.query', 'attention.self.key', 'attention.self.value', "
         "'attention.output.dense'].",
     ),
-    (tiny_bert, {"target_modules": ["encoder"]}, "write target_modules=['query', 'key', 'value', 'dense']."),
-    (Nested, {"target_modules": ["experts.0"]}, "write target_modules=['experts.0.w1', 'experts.0.q']."),
-    (Nested, {"target_modules": ["embed"]}, "embed: target_modules names it, but it is a Embedding"),
-    (Nested, {"target_modules": ["embed"]}, "Name it no more, or add exclude_modules=['embed']."),
-    (Nested, {"target_modules": ".*norm|.*head"}, "layers.0.norm: target_modules names it, but it is a LayerNorm"),
-    (tiny_gpt2, {"target_modules": ["wpe"]}, "transformer.wpe: target_modules names it, but it is a Embedding"),
+    (tiny_bert, {"target_modules": ["encoder"]}, "use target_modules=['query', 'key', 'value', 'dense']."),
+    (Nested, {"target_modules": ["experts.0"]}, "use target_modules=['experts.0.w1', 'experts.0.q']."),
+    (Nested, {"target_modules": ["embed"]}, "embed: `target_modules` matches this Embedding"),
+    (Nested, {"target_modules": ["embed"]}, "Remove it from `target_modules`, or add exclude_modules=['embed']."),
+    (Nested, {"target_modules": ".*norm|.*head"}, "layers.0.norm: `target_modules` matches this LayerNorm"),
+    (tiny_gpt2, {"target_modules": ["wpe"]}, "transformer.wpe: `target_modules` matches this Embedding"),
 ]
 TO_SAVE: list[Case] = [
-    (tiny_bert, {"modules_to_save": ["clasifier"]}, "no module is called 'clasifier'; did you mean 'classifier'?"),
-    (tiny_bert, {"modules_to_save": ["classifier", "zzzz"]}, "modules_to_save: no module is called 'zzzz'. The names"),
+    (
+        tiny_bert,
+        {"modules_to_save": ["clasifier"]},
+        "`modules_to_save`: there is no module 'clasifier'. Did you mean 'classifier'?",
+    ),
+    (tiny_bert, {"modules_to_save": ["classifier", "zzzz"]}, "`modules_to_save`: there is no module 'zzzz'. Available"),
     (
         Nested,
         {"target_modules": ["sub_head"], "modules_to_save": ["head"]},
-        "sub_head: is to be adapted, and modules_to_save=['head'] saves 'sub_head' in full. "
-        "Add exclude_modules=['sub_head'], or write the whole name of what is to be saved.",
+        "sub_head: a layer cannot be both adapted and saved in full, but `target_modules` matches 'sub_head' and "
+        "`modules_to_save=['head']` matches 'sub_head'. Add exclude_modules=['sub_head'], or use a longer name",
     ),
 ]
 
@@ -132,7 +140,7 @@ def test_messages(make: Callable[[], nn.Module], kwargs: dict[str, Any], message
 @pytest.mark.parametrize("excluded", [["fc3"], "fc1", r".*\.fc3"])
 def test_unused_exclusion_warns(excluded: Any) -> None:
     config = HRAConfig(target_modules=["fc1"], exclude_modules=excluded)
-    with pytest.warns(HRAWarning, match="exclude_modules: .* leaves no module out") as caught:
+    with pytest.warns(HRAWarning, match="`exclude_modules=.*` matches no module") as caught:
         assert len(select(built(tiny_opt), config)) == 3
     assert len(caught) == 1
 

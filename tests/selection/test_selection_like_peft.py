@@ -38,12 +38,22 @@ REFUSALS: list[tuple[type[Exception], str, str, str]] = [
         NoMatchingPeftModuleError,
         "",
         "no layer",
-        "^target_modules: .*(names nothing|names no module of|nothing is left)",
+        "^`target_modules=.*(is empty|matches no module of|none is left)",
     ),
-    (KeyError, "model_type", "no default", "^target_modules: there is no default for"),
-    (ValueError, "Please specify `target_modules`", "no default", "^target_modules: there is no default for"),
+    (KeyError, "model_type", "no default", "^`target_modules` must be given, because there is no default for"),
+    (
+        ValueError,
+        "Please specify `target_modules`",
+        "no default",
+        "^`target_modules` must be given, because there is no default for",
+    ),
     (TypeError, "only `torch.nn.Linear` and", "unsupported", "only nn.Linear, .* can be adapted"),
-    (TypeError, "of type <class 'peft.tuners.hra", "saved too", "to be adapted, and modules_to_save|is called 'no_"),
+    (
+        TypeError,
+        "of type <class 'peft.tuners.hra",
+        "saved too",
+        "cannot be both adapted and saved in full|is no module 'no_",
+    ),
 ]
 
 
@@ -220,7 +230,7 @@ def by_us(model: nn.Module, fields: Fields, *, whole: bool) -> tuple[list[str], 
         else:
             layers = list(select(model, config))
     assert all(warning.category is HRAWarning for warning in caught), [str(warning.message) for warning in caught]
-    return layers, any("leaves no module out" in str(warning.message) for warning in caught)
+    return layers, any("matches no module" in str(warning.message) for warning in caught)
 
 
 def refusal(model: nn.Module, fields: Fields, *, whole: bool) -> str:
@@ -262,7 +272,7 @@ def compare(model: nn.Module, plain: nn.Module, fields: Fields, *, whole: bool) 
         return name
     paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path]
     if absent := [name for name in fields.get("modules_to_save", []) if not any(p.endswith(name) for p in paths)]:
-        assert f"modules_to_save: no module is called {absent[0]!r}" in refusal(model, fields, whole=whole)
+        assert f"`modules_to_save`: there is no module {absent[0]!r}" in refusal(model, fields, whole=whole)
         return "nothing to save"
     grouped = [p for p in adapted(theirs) if getattr(model.get_submodule(p), "groups", 1) > 1]
     layers, warned = by_us(model, fields, whole=whole)

@@ -182,8 +182,7 @@ def test_hra_model_is_refused() -> None:
             hra_fx.HRAModel(captured, config())
         assert kind in str(caught.value)
         assert str(caught.value).endswith(
-            "is a captured graph, and cannot take on the methods of HRAModel. Call hra_fx.transform(model, config), "
-            "which gives its like."
+            "Call hra_fx.transform(model, config), which returns a model of the same type."
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import networkx as nx
 import pytest
 import torch
-from drawn_models import MAKERS, Residual, drawn
+from drawn_models import MAKERS, Residual, drawing, drawn
 from torch import nn
 
 import hra_fx
@@ -19,7 +19,7 @@ from hra_fx.view import dot, graphml, model_explorer
 from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.options import Options
 
-OPTIONS = [Options(), Options(depth=1), Options(heat="mean_angle"), Options(depth=0, heat="share")]
+OPTIONS = [Options(heat="mean_angle"), Options(depth=0, heat="share")]
 _TOKEN = re.compile(r'\s+|//[^\n]*|"(?:[^"\\]|\\.)*"|->|[{}\[\];=,]|\w[\w.]*')
 
 
@@ -43,7 +43,7 @@ def flow(drawing: Drawing) -> set[tuple[str, str]]:
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("name", MAKERS)
 def test_dot_is_whole_and_balanced(name: str, options: Options) -> None:
-    words = tokens(dot.render(drawing_of(drawn(name)), options))
+    words = tokens(dot.render(drawing(name), options))
     assert words[0] == "digraph"
     for opening, closing in ("{}", "[]"):
         heights = [0]
@@ -60,24 +60,24 @@ def test_dot_is_whole_and_balanced(name: str, options: Options) -> None:
 
 
 def test_dot_has_every_edge_and_the_limits_that_keep_graphviz_fast() -> None:
-    drawing = drawing_of(drawn("resnet"))
-    text = dot.render(drawing, Options())
-    assert text.count("->") == len(flow(drawing))
+    found = drawing("resnet")
+    text = dot.render(found, Options())
+    assert text.count("->") == len(flow(found))
     assert "nslimit=1, nslimit1=1, mclimit=0.5" in text
     assert 'label="layer2.1 · BasicBlock"' in text
 
 
-def test_dot_marks_missed_layers() -> None:
-    text = dot.render(drawing_of(drawn("llama")), Options())
+def test_dot_marks_skipped_layers() -> None:
+    text = dot.render(drawing("llama"), Options())
     assert sum("has no adapter: " in line for line in text.split("\n")) == 10
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("name", MAKERS)
 def test_graphml_read_back_equals_what_was_written(name: str, options: Options) -> None:
-    drawing = drawing_of(drawn(name))
-    written = graphml.plain(drawing, options)
-    read = nx.parse_graphml(graphml.render(drawing, options).decode("utf-8"))
+    found = drawing(name)
+    written = graphml.plain(found, options)
+    read = nx.parse_graphml(graphml.render(found, options).decode("utf-8"))
     assert list(read) == list(written)
     assert dict(read.nodes(data=True)) == dict(written.nodes(data=True))
     assert list(read.edges) == list(written.edges)
@@ -104,9 +104,13 @@ def test_names_that_only_differ_in_what_xml_cannot_hold_stay_apart() -> None:
 
 
 def test_graphml_has_the_heat() -> None:
-    graph = graphml.plain(drawing_of(drawn("resnet")), Options(heat="mean_angle"))
+    graph = graphml.plain(drawing("resnet"), Options(heat="mean_angle"))
     rows = {row.path: row for row in hra_fx.report(drawn("resnet"))}
-    heats = {data["sites"]: data["heat_mean_angle"] for _, data in graph.nodes(data=True) if "sites" in data}
+    heats = {
+        data["adapted_layers"]: data["heat_mean_angle"]
+        for _, data in graph.nodes(data=True)
+        if "adapted_layers" in data
+    }
     assert heats == {path: pytest.approx(math.degrees(row.mean_angle)) for path, row in rows.items()}
 
 
@@ -164,7 +168,7 @@ def loaded(drawing: Drawing, options: Options) -> tuple[dict[str, Any], dict[str
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("name", MAKERS)
 def test_json_is_what_model_explorer_documents(name: str, options: Options) -> None:
-    graph, data = loaded(drawing_of(drawn(name)), options)
+    graph, data = loaded(drawing(name), options)
     fits(graph, _GRAPH)
     fits(data, _NODE_DATA)
     ids = [node["id"] for node in graph["nodes"]]
@@ -177,12 +181,12 @@ def test_json_is_what_model_explorer_documents(name: str, options: Options) -> N
 
 
 def test_namespaces_are_the_modules() -> None:
-    graph, _ = loaded(drawing_of(drawn("resnet")), Options())
+    graph, _ = loaded(drawing("resnet"), Options())
     places = {node["namespace"] for node in graph["nodes"]}
     assert {place for place in places if place.startswith("layer3")} == {"layer3/0", "layer3/1", "layer3/0/downsample"}
     assert [node["namespace"] for node in graph["nodes"] if node["label"] == "fc"] == [""]
     assert graph["groupNodeAttributes"]["layer3/1"] == {"module": "layer3.1", "class": "BasicBlock"}
-    assert loaded(drawing_of(drawn("hostile")), Options())[0]["nodes"][0]["namespace"] == ""
+    assert loaded(drawing("hostile"), Options())[0]["nodes"][0]["namespace"] == ""
 
 
 def test_a_slash_in_a_name_is_no_level() -> None:
@@ -198,7 +202,7 @@ def test_node_data_are_the_numbers_of_the_report() -> None:
         (None, "mean angle (°)", lambda row: math.degrees(row.mean_angle)),
         ("rotation", "|Q - I|", lambda row: row.rotation),
     ):
-        graph, data = loaded(drawing_of(drawn("resnet")), Options(heat=heat))
+        graph, data = loaded(drawing("resnet"), Options(heat=heat))
         assert data["name"] == name
         sites = {
             pair["value"]: node["id"]

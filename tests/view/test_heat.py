@@ -1,4 +1,4 @@
-"""The colours of the heat, and the numbers that they stand for."""
+"""The colors of the heat, and the numbers that they stand for."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import math
 from itertools import pairwise
 
 import pytest
-from drawn_models import drawn
+from drawn_models import drawing, drawn
 from hypothesis import example, given, strategies as st
 from matplotlib import colormaps
 
 import hra_fx
-from hra_fx.reporting.colormap import PALETTE, UNKNOWN, colour, ink_on
+from hra_fx.reporting.colormap import PALETTE, color
 from hra_fx.reporting.heat import HEATS, heat_of, scale
-from hra_fx.view.drawing import drawing_of
-from hra_fx.view.heat import heating
+from hra_fx.view.heatmap import heatmap_of
 
 
 def channels(fill: str) -> list[int]:
@@ -29,12 +28,12 @@ def lightness(fill: str) -> float:
     return 116 * (y ** (1 / 3) if y > 216 / 24389 else (24389 / 27 * y + 16) / 116) - 16
 
 
-def test_the_order_of_colours_is_seen_without_colours() -> None:
-    steps = [lightness(colour(step / 60, 1.0)) for step in range(61)]
+def test_the_order_of_colors_is_seen_without_colors() -> None:
+    steps = [lightness(color(step / 60, 1.0)) for step in range(61)]
     assert all(lighter - darker > 0.5 for lighter, darker in pairwise(steps))
 
 
-def test_the_colours_are_those_of_a_map_that_was_made_for_every_eye() -> None:
+def test_the_colors_are_those_of_a_map_that_was_made_for_every_eye() -> None:
     magma = colormaps["magma"]
     known = [[round(255 * part) for part in magma(step)[:3]] for step in range(256)]
     for fill in PALETTE:
@@ -42,18 +41,11 @@ def test_the_colours_are_those_of_a_map_that_was_made_for_every_eye() -> None:
 
 
 @given(st.floats(0, 1), st.floats(1e-6, 1e6))
-def test_every_colour_is_between_its_neighbours(share: float, top: float) -> None:
+def test_every_color_is_between_its_neighbors(share: float, top: float) -> None:
     place = share * (len(PALETTE) - 1)
     low, high = PALETTE[math.floor(place)], PALETTE[math.ceil(place)]
-    for got, a, b in zip(*map(channels, (colour(share * top, top), low, high)), strict=True):
+    for got, a, b in zip(*map(channels, (color(share * top, top), low, high)), strict=True):
         assert min(a, b) - 1 <= got <= max(a, b) + 1
-
-
-def test_values_outside_the_scale_have_the_colours_of_its_ends() -> None:
-    assert colour(-1, 1) == PALETTE[0]
-    assert colour(2, 1) == PALETTE[-1]
-    assert colour(math.nan, 1) == UNKNOWN
-    assert ink_on(UNKNOWN) == "#000000"
 
 
 @given(st.lists(st.floats(0, 1e9), min_size=1))
@@ -83,8 +75,8 @@ def test_of_several_adapters_the_largest_counts_and_what_is_unknown_stays_so() -
 
 
 def test_the_words_of_a_value_have_its_unit() -> None:
-    heat = heating(drawing_of(drawn("resnet")), "mean_angle")
+    heat = heatmap_of(drawing("resnet"), "mean_angle")
     assert heat is not None
     assert heat.text(12.4) == "12°"
     assert heat.text(math.nan) == "unknown"
-    assert heating(drawing_of(drawn("resnet")), None) is None
+    assert heatmap_of(drawing("resnet"), None) is None

@@ -139,8 +139,8 @@ def test_more_edges_than_github_draws_are_refused_with_the_depth_that_fits() -> 
     drawing = drawing_of(Long(60))
     with pytest.raises(
         hra_fx.VisualizeError,
-        match=rf"depth: 3 gives 540 edges and [\d,]+ characters, and GitHub draws Mermaid up to {EDGES} edges and "
-        r"50,000 characters\. depth=1 fits\.",
+        match=rf"`depth=3` gives 540 edges and [\d,]+ characters; GitHub draws at most {EDGES} edges and "
+        r"50,000 characters\. `depth=1` fits\.",
     ):
         render(drawing, Options(depth=3))
     for depth in (None, 1):
@@ -149,13 +149,13 @@ def test_more_edges_than_github_draws_are_refused_with_the_depth_that_fits() -> 
         assert len(parsed(text).edges) <= EDGES
 
 
-def test_a_text_that_no_depth_makes_short_is_refused_with_another_way_out() -> None:
+def test_a_text_that_no_depth_makes_short_enough_is_refused() -> None:
     names = [f"layer_{'long' * 10}_{i}" for i in range(600)]
     model = nn.Sequential()
     for i, name in enumerate(names):
         model.add_module(name, nn.Linear(4 + i % 2, 4 + (i + 1) % 2))
     drawing = drawing_of(model)
-    with pytest.raises(hra_fx.VisualizeError, match=r"the smallest Mermaid text has 601 edges .* as focus"):
+    with pytest.raises(hra_fx.VisualizeError, match=r"The smallest Mermaid text has 601 edges .* as `focus`"):
         render(drawing, Options())
 
 

@@ -37,7 +37,7 @@ def bert() -> BertModel:
     return BertModel(BertConfig(**TEXT)).eval()
 
 
-def turned(model: Any, **fields: Any) -> Any:
+def rotated(model: Any, **fields: Any) -> Any:
     """A transformed model whose vectors were moved off their start."""
     model = hra_fx.transform(model, hra_fx.HRAConfig(**fields))
     with torch.no_grad():
@@ -48,7 +48,7 @@ def turned(model: Any, **fields: Any) -> Any:
 
 
 def sites_in(graph: nx.DiGraph) -> list[str]:
-    return sorted(site for _, sites in graph.nodes(data="sites") if sites for site in sites.split("\n"))
+    return sorted(site for _, sites in graph.nodes(data="adapted_layers") if sites for site in sites.split("\n"))
 
 
 def called(model: nn.Module) -> list[str]:
@@ -65,45 +65,47 @@ def test_a_plain_model_shows_the_calls_that_fx_sees_and_all_of_its_parameters() 
     assert sum(data["parameters"] for _, data in graph.nodes(data=True)) == sum(p.numel() for p in model.parameters())
     assert nx.is_directed_acyclic_graph(graph)
     assert not sites_in(graph)
-    assert not any("missed" in data for _, data in graph.nodes(data=True))
+    assert not any("skipped" in data for _, data in graph.nodes(data=True))
 
 
 def test_an_adapted_model_has_the_same_nodes_with_its_sites_among_them() -> None:
     plain = hra_fx.to_networkx(resnet())
-    graph = hra_fx.to_networkx(turned(resnet(), r=3, target_modules=["conv1", "fc"]))
+    graph = hra_fx.to_networkx(rotated(resnet(), r=3, target_modules=["conv1", "fc"]))
     assert [data["target"] for _, data in graph.nodes(data=True)] == [d["target"] for _, d in plain.nodes(data=True)]
     assert sites_in(graph) == sorted(
         ["conv1", "fc", *(f"layer{stage}.{block}.conv1" for stage in range(1, 5) for block in range(2))]
     )
-    site = next(data for _, data in graph.nodes(data=True) if data.get("sites") == "layer1.0.conv1")
-    assert (site["d"], site["r"], site["adapters"], site["kind"]) == (64 * 9, 3, "default", "site")
+    site = next(data for _, data in graph.nodes(data=True) if data.get("adapted_layers") == "layer1.0.conv1")
+    assert (site["d"], site["r"], site["adapters"], site["kind"]) == (64 * 9, 3, "default", "adapted_layer")
     assert site["detail"] == "Conv2d 64→64 3x3"
     assert site["module"] == "layer1.0"
-    missed = {data["target"]: data["missed"] for _, data in graph.nodes(data=True) if "missed" in data}
-    assert set(missed) == {target for target in called(resnet()) if "conv2" in target or "downsample.0" in target}
+    skipped = {data["target"]: data["skipped"] for _, data in graph.nodes(data=True) if "skipped" in data}
+    assert set(skipped) == {target for target in called(resnet()) if "conv2" in target or "downsample.0" in target}
 
 
 def test_the_numbers_of_a_site_are_those_of_the_report() -> None:
-    model = turned(bert(), r=2, target_modules=["query", "value", "dense"])
+    model = rotated(bert(), r=2, target_modules=["query", "value", "dense"])
     rows = {row.path: row for row in hra_fx.report(model)}
     graph = hra_fx.to_networkx(model)
     assert sites_in(graph) == sorted(rows)
     for _, data in graph.nodes(data=True):
-        if "sites" in data:
-            row = rows[data["sites"]]
+        if "adapted_layers" in data:
+            row = rows[data["adapted_layers"]]
             assert (data["rotation"], data["mean_angle"], data["angle"]) == (row.rotation, row.mean_angle, row.angle)
 
 
 def test_the_numbers_are_of_the_adapter_in_use_and_where_none_is_of_the_others() -> None:
     layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
-    model = turned(layers, r=1, target_modules=["0"])
+    model = rotated(layers, r=1, target_modules=["0"])
     hra_fx.add_adapter(model, "wide", hra_fx.HRAConfig(r=4, target_modules=["0", "2"]))
     with torch.no_grad():
         model.get_submodule("0").hra_u["wide"].normal_()  # type: ignore[index,operator,union-attr]
     rows = {(row.path, row.adapter): row for row in hra_fx.report(model)}
     assert rows["0", "wide"].rotation > rows["0", "default"].rotation
     turned_by = {
-        data["sites"]: data["rotation"] for _, data in hra_fx.to_networkx(model).nodes(data=True) if "r" in data
+        data["adapted_layers"]: data["rotation"]
+        for _, data in hra_fx.to_networkx(model).nodes(data=True)
+        if "r" in data
     }
     assert turned_by == {"0": rows["0", "default"].rotation, "2": rows["2", "wide"].rotation}
 
@@ -113,12 +115,12 @@ def test_a_folded_model_has_the_graph_of_the_base_model() -> None:
         base = build()
         before = hra_fx.to_networkx(base)
         targets = [path for path, part in base.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
-        after = hra_fx.to_networkx(hra_fx.fold(turned(copy.deepcopy(base), r=2, target_modules=targets)))
+        after = hra_fx.to_networkx(hra_fx.fold(rotated(copy.deepcopy(base), r=2, target_modules=targets)))
         assert nx.utils.graphs_equal(before, after)
 
 
 def test_shapes_are_those_that_hooks_see() -> None:
-    model = turned(resnet(), r=2, target_modules=["conv1", "fc"])
+    model = rotated(resnet(), r=2, target_modules=["conv1", "fc"])
     seen: dict[str, str] = {}
 
     def keep(path: str) -> Callable[..., None]:
@@ -135,11 +137,11 @@ def test_shapes_are_those_that_hooks_see() -> None:
     assert {data["dtype"] for _, data in graph.nodes(data=True) if data["shape"]} == {"float32"}
 
 
-@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("adapted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_call_shows_a_whole_graph_of_a_model_that_fx_cannot_trace(adapted: bool) -> None:
     model = llama()
     if adapted:
-        model = turned(model, r=2, target_modules=["q_proj", "v_proj", "gate_proj"])
+        model = rotated(model, r=2, target_modules=["q_proj", "v_proj", "gate_proj"])
     graph = hra_fx.to_networkx(model, {"input_ids": IDS})
     paths = sorted(
         f"model.layers.{i}.{part}"
@@ -164,13 +166,13 @@ def test_a_call_with_a_graph_break_shows_every_site_once() -> None:
             torch._dynamo.graph_break()
             return self.second(x)
 
-    model = turned(Broken(), r=2, target_modules=["first", "second"])
+    model = rotated(Broken(), r=2, target_modules=["first", "second"])
     graph = hra_fx.to_networkx(model, torch.randn(3, 4))
     assert sites_in(graph) == ["first", "second"]
 
 
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # torch's own, in a deepcopy
-@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("decomposed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_exported_program_shows_its_layers(decomposed: bool) -> None:
     program = torch.export.export(llama(), (), {"input_ids": IDS, "use_cache": False}, strict=False)
     program = program.run_decompositions() if decomposed else program
@@ -182,13 +184,15 @@ def test_an_exported_program_shows_its_layers(decomposed: bool) -> None:
         assert sites_in(graph) == sorted(
             f"model.layers.{i}.{part}" for i in range(3) for part in ("self_attn.q_proj", "mlp.down_proj")
         )
-        site = next(data for _, data in graph.nodes(data=True) if data.get("sites") == "model.layers.1.mlp.down_proj")
+        site = next(
+            data for _, data in graph.nodes(data=True) if data.get("adapted_layers") == "model.layers.1.mlp.down_proj"
+        )
         assert (site["d"], site["r"], site["adapters"], site["detail"]) == (32, 3, "default", "Linear 32→16")
     assert nx.utils.graphs_equal(hra_fx.to_networkx(hra_fx.fold(adapted)), plain)
 
 
 def test_a_graph_module_of_the_users_is_drawn_as_it_stands() -> None:
-    module = turned(fx.symbolic_trace(resnet()), r=2, target_modules=["fc"])
+    module = rotated(fx.symbolic_trace(resnet()), r=2, target_modules=["fc"])
     graph = hra_fx.to_networkx(module)
     assert sites_in(graph) == ["fc"]
     assert [data["target"] for _, data in graph.nodes(data=True) if data["op"] == "call_module"] == called(resnet())
@@ -204,7 +208,7 @@ def test_a_shared_layer_is_one_site_and_counts_once() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.again(torch.relu(self.layer(x)))
 
-    for model in (Twice(), turned(Twice(), r=2, target_modules=["layer"])):
+    for model in (Twice(), rotated(Twice(), r=2, target_modules=["layer"])):
         graph = hra_fx.to_networkx(model)
         assert sum(data["parameters"] for _, data in graph.nodes(data=True)) == 20
     assert sites_in(graph) == ["layer"]
@@ -225,11 +229,11 @@ def test_looking_changes_nothing() -> None:
 
 
 def test_what_cannot_be_looked_at_is_refused() -> None:
-    with pytest.raises(VisualizeError, match=r"model: a str\. Give a torch\.nn\.Module"):
+    with pytest.raises(VisualizeError, match=r"`model` must be a torch\.nn\.Module, .*, got str\."):
         hra_fx.to_networkx("resnet18")
     program = torch.export.export(nn.Linear(3, 2), (torch.ones(1, 3),))
     for captured in (program, program.module()):
-        with pytest.raises(VisualizeError, match=r"example_inputs: a captured program .* knows its shapes"):
+        with pytest.raises(VisualizeError, match=r"`example_inputs` must be None for a .*, which already has"):
             hra_fx.to_networkx(captured, torch.ones(1, 3))
     with pytest.raises(AdapterError, match="does not run on example_inputs"):
         hra_fx.to_networkx(llama(), {"tokens": IDS})

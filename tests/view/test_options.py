@@ -1,4 +1,4 @@
-"""What can be asked of a picture, and what is said where it cannot be had."""
+"""The options of a picture, and the errors of those that do not fit."""
 
 from __future__ import annotations
 
@@ -6,40 +6,34 @@ from typing import Any
 
 import numpy
 import pytest
-from drawn_models import Residual, drawn
+from drawn_models import Residual, drawing
 from torch import nn
 
 import hra_fx
 from hra_fx.view.drawing import drawing_of
-from hra_fx.view.focusing import focused
-from hra_fx.view.heat import heating
+from hra_fx.view.focus import focused
+from hra_fx.view.heatmap import heatmap_of
 from hra_fx.view.options import Options
 
 
-@pytest.mark.parametrize("depth", [-1, 1.0, True, "1", [1]])
-def test_a_depth_is_a_number_of_levels(depth: Any) -> None:
-    with pytest.raises(hra_fx.VisualizeError, match=r"depth: .* is no number of levels\. Give 0"):
-        Options(depth=depth)
-
-
-def test_integers_of_numpy_are_numbers_too() -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(
+            ({"depth": depth}, r"`depth` must be a non-negative int or None, got ")
+            for depth in (-1, 1.0, True, "1", [1])
+        ),
+        *(
+            ({"heat": heat}, r"`heat` must be one of 'mean_angle', 'angle', 'rotation', 'share', got ")
+            for heat in ("", 1)
+        ),
+        ({"focus": nn.ReLU()}, r"`focus` must be a module's name as in model\.named_modules\(\), got ReLU\."),
+    ],
+)
+def test_wrong_types_and_values(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(hra_fx.VisualizeError, match=f"^{message}"):
+        Options(**options)
     assert Options(depth=numpy.int64(2)).depth == 2  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("heat", ["colour", "", 1, True])
-def test_an_unknown_heat_is_refused_with_those_that_exist(heat: Any) -> None:
-    with pytest.raises(hra_fx.VisualizeError, match=r"heat: .* is not one of 'mean_angle', 'angle', 'rotation', 'sh"):
-        Options(heat=heat)
-
-
-def test_a_focus_is_a_name() -> None:
-    with pytest.raises(hra_fx.VisualizeError, match=r"focus: .*ReLU.* is ReLU, no name of a module"):
-        Options(focus=nn.ReLU())  # type: ignore[arg-type]
-
-
-def test_heat_needs_reflections() -> None:
-    with pytest.raises(hra_fx.VisualizeError, match=r"heat: 'angle' shows what .* do, and Sequential has none"):
-        heating(drawing_of(nn.Sequential(nn.Linear(4, 4))), "angle")
 
 
 @pytest.mark.parametrize(
@@ -49,18 +43,21 @@ def test_heat_needs_reflections() -> None:
         ("resnet", "layer3.0.conv9", r"no module 'layer3\.0\.conv9'; did you mean 'layer3\.0\.conv\d' or"),
         ("resnet", "backbone.fc", r"no module 'backbone\.fc'; did you mean 'fc'\?"),
         ("resnet", "zzz", r"no module 'zzz'\. Its children are 'conv1', 'bn1', 'relu' and 7 more\."),
-        ("bert", "embeddings.word_embeddings", r"is a part of 'embeddings', which is drawn as one box"),
-        ("bert", "encoder.layer.0.output.dropout", r"is a module of which nothing is drawn"),
+        (
+            "bert",
+            "embeddings.word_embeddings",
+            r"is inside 'embeddings', which is drawn as one box\. Pass",
+        ),
+        ("bert", "encoder.layer.0.output.dropout", r"has no boxes, because it computes nothing that is drawn"),
     ],
 )
-def test_a_focus_that_cannot_be_drawn_is_told_what_could_be(name: str, focus: str, message: str) -> None:
+def test_a_focus_without_boxes_names_other_modules(name: str, focus: str, message: str) -> None:
     with pytest.raises(hra_fx.VisualizeError, match=message):
-        focused(drawing_of(drawn(name)), focus)
+        focused(drawing(name), focus)
 
 
-def test_heat_of_a_focus_without_reflections_is_refused() -> None:
-    model = hra_fx.transform(
-        nn.Sequential(Residual(), nn.Linear(4, 2)).eval(), hra_fx.HRAConfig(r=2, target_modules=["fc1"])
-    )
-    with pytest.raises(hra_fx.VisualizeError, match=r"heat: 'angle' .* and 1 in Sequential with HRA has none"):
-        heating(focused(drawing_of(model), "1"), "angle")
+def test_heat_needs_adapters() -> None:
+    adapted = hra_fx.transform(nn.Sequential(Residual(), nn.Tanh()), hra_fx.HRAConfig(r=2, target_modules=["fc1"]))
+    for part in (drawing_of(nn.Sequential(nn.Linear(4, 4))), focused(drawing_of(adapted), "1")):
+        with pytest.raises(hra_fx.VisualizeError, match=r"^`heat` must be None for .*no adapters, got 'angle'"):
+            heatmap_of(part, "angle")

@@ -8,14 +8,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from drawn_models import drawn
+from drawn_models import drawing, drawn
 from torch import nn
 
 import hra_fx
-from hra_fx.view.drawing import drawing_of
 from hra_fx.view.options import Options
 from hra_fx.view.page import render
-from hra_fx.view.png import SCALE, SIDE, brought_along, rasterize
+from hra_fx.view.png import SCALE, SIDE, matplotlib_fonts, rasterize
 
 
 def size(png: bytes) -> tuple[int, int]:
@@ -28,7 +27,7 @@ def size(png: bytes) -> tuple[int, int]:
 
 def test_a_png_is_the_svg_at_twice_its_size(tmp_path: Path) -> None:
     file = hra_fx.visualize(drawn("resnet"), tmp_path / "a.png", heat="mean_angle")
-    root = ElementTree.fromstring(render(drawing_of(drawn("resnet")), Options(heat="mean_angle")))
+    root = ElementTree.fromstring(render(drawing("resnet"), Options(heat="mean_angle")))
     assert size(file.read_bytes()) == (SCALE * int(root.get("width", "0")), SCALE * int(root.get("height", "0")))
 
 
@@ -40,7 +39,7 @@ def tall(layers: int) -> nn.Sequential:
 def test_a_large_picture_has_one_pixel_for_a_unit_and_a_larger_one_is_refused(tmp_path: Path) -> None:
     file = hra_fx.visualize(tall(200), tmp_path / "a.png", depth=0)
     assert SIDE / SCALE < size(file.read_bytes())[1] < SIDE
-    with pytest.raises(hra_fx.VisualizeError, match=r"would be 2\d,\d\d\d pixels on a side.*smaller depth or a"):
+    with pytest.raises(hra_fx.VisualizeError, match=r"would be 2\d,\d\d\d pixels wide or high.*smaller `depth` or a"):
         hra_fx.visualize(tall(400), tmp_path / "b.png", depth=0)
     assert not (tmp_path / "b.png").exists()
 
@@ -48,7 +47,7 @@ def test_a_large_picture_has_one_pixel_for_a_unit_and_a_larger_one_is_refused(tm
 def letter(text: str) -> bytes:
     """The pixels of a text in the font that is brought along."""
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="40" height="40"><text x="5" y="25">{text}</text></svg>'
-    png = rasterize(svg, system_fonts=False, files=brought_along())
+    png = rasterize(svg, system_fonts=False, files=matplotlib_fonts())
     start = png.index(b"IDAT")
     (length,) = struct.unpack(">I", png[start - 4 : start])
     return zlib.decompress(png[start + 4 : start + 4 + length])
@@ -62,7 +61,7 @@ def test_every_mark_of_ours_has_a_glyph_without_fonts_of_the_system(mark: str) -
 
 
 def test_a_picture_without_any_font_is_refused() -> None:
-    text = render(drawing_of(drawn("one layer")), Options())
-    with pytest.raises(hra_fx.VisualizeError, match=r"a \.png needs a font, and none was found.*matplotlib.*\.svg"):
+    text = render(drawing("one layer"), Options())
+    with pytest.raises(hra_fx.VisualizeError, match=r"A \.png needs a font, and none was found.*matplotlib.*\.svg"):
         rasterize(text, system_fonts=False, files=[])
     assert size(rasterize(text, system_fonts=False))[0] > 0

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import networkx as nx
-import pytest
 import torch
 import torchvision
 import transformers
+from drawn_models import Residual, Shared
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.functional.householder import turn
 from hra_fx.view.graph import adapted_graph
 from hra_fx.view.scopes import scope_tree
 from hra_fx.view.tree import Item, Leaf, Scope
@@ -42,29 +40,6 @@ def scopes(item: Item) -> Iterator[Scope]:
             yield from scopes(part)
 
 
-class Residual(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(4, 4)
-        self.act = nn.ReLU()
-        self.fc2 = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.fc2(self.act(self.fc1(x)))
-
-
-class Shared(nn.Module):
-    """One block called three times, and one layer called in between."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = Residual()
-        self.fc = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.block(self.fc(self.block(self.block(x)))))
-
-
 class Pair(nn.Module):
     """Both layers belong to one module whose own forward is never called, so their order is the caller's."""
 
@@ -89,7 +64,7 @@ def test_sites_reach_each_other_as_in_the_captured_graph() -> None:
     layers = {node: node.meta["hra"].path for node in flow if "hra" in node.meta and node.meta["hra"].role == "layer"}
     want = {(layers[a], layers[b]) for a in layers for b in nx.descendants(flow, a) & layers.keys()}
     picture = adapted_graph(model, {"": captured})
-    drawn = {key: data["leaf"].target for key, data in picture.nodes(data=True) if data["leaf"].kind == "site"}
+    drawn = {key: data["leaf"].target for key, data in picture.nodes(data=True) if data["leaf"].kind == "adapted_layer"}
     assert {(drawn[a], drawn[b]) for a in drawn for b in nx.descendants(picture, a) & drawn.keys()} == want
     assert len(drawn) == 21
 
@@ -115,7 +90,7 @@ def test_identical_blocks_are_counted_and_different_ones_are_not() -> None:
 
 
 def test_a_shared_layer_is_one_site_however_often_it_is_called() -> None:
-    drawn = [leaf for leaf in leaves(tree(adapted(Shared()))) if leaf.kind == "site"]
+    drawn = [leaf for leaf in leaves(tree(adapted(Shared()))) if leaf.kind == "adapted_layer"]
     marks = [mark.path for leaf in drawn for mark in leaf.marks]
     assert sorted(marks) == ["block.fc1", "block.fc2", "fc"]
     assert any(not leaf.marks for leaf in drawn)
@@ -123,7 +98,7 @@ def test_a_shared_layer_is_one_site_however_often_it_is_called() -> None:
 
 def test_calls_of_two_modules_that_alternate_are_no_cycle() -> None:
     root = tree(adapted(Interleaved()))
-    assert [item.name for item in root.items if isinstance(item, Leaf) and item.kind == "site"] == [
+    assert [item.name for item in root.items if isinstance(item, Leaf) and item.kind == "adapted_layer"] == [
         "a.fc1",
         "b.fc1",
         "a.fc2",
@@ -167,17 +142,3 @@ def test_parameters_are_folded_into_what_reads_them_and_identities_are_left_out(
         ("output", ""),
     ]
     assert root.edges == ((0, 1), (1, 2), (2, 3), (3, 4))
-
-
-@pytest.mark.parametrize("k", [1, 2, 5, 9])
-def test_the_rotation_is_that_of_the_dense_product(k: int) -> None:
-    torch.manual_seed(k)
-    chain = torch.randn(12, k, dtype=torch.float64)
-    dense = torch.eye(12, dtype=torch.float64)
-    for u in chain.T:
-        dense = dense @ (torch.eye(12, dtype=torch.float64) - 2 * torch.outer(u, u) / (u @ u))
-    assert turn(chain).rotation == pytest.approx(float(torch.linalg.norm(dense - torch.eye(12))), rel=1e-10)
-
-
-def test_no_rotation_without_numbers() -> None:
-    assert math.isnan(turn(torch.empty(4, 2, device="meta")).rotation)

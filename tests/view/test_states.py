@@ -44,7 +44,7 @@ def test_adapters_that_are_off_turn_nothing(tmp_path: Path) -> None:
     model = two_adapters()
     with hra_fx.disable_adapters(model):
         shown = picture(model, tmp_path)
-    assert shown.count(">no adapter in use<") == 2
+    assert shown.count(">no active adapter<") == 2
     assert not re.search(r"\|Q-I\| \d", shown)
 
 
@@ -60,12 +60,12 @@ def test_a_model_without_parts_that_hold_numbers_is_one_box(model: nn.Module, tm
 def test_a_single_adapted_layer_is_refused_with_the_way_out(tmp_path: Path) -> None:
     layer = two_adapters()[0]
     assert [row.path for row in hra_fx.report(layer)] == ["", ""]
-    with pytest.raises(VisualizeError, match=r"one adapted layer by itself \(Linear\).*path as focus"):
+    with pytest.raises(VisualizeError, match=r"`model` is a single adapted layer \(Linear\).*path as `focus`"):
         hra_fx.visualize(layer, tmp_path / "a.svg")
 
 
 def test_inputs_that_do_not_fit_are_told_of(tmp_path: Path) -> None:
-    with pytest.warns(HRAWarning, match=r"example_inputs: the graph does not run on them.*no shapes"):
+    with pytest.warns(HRAWarning, match=r"The graph does not run on `example_inputs` .*no shapes"):
         hra_fx.visualize(two_adapters(), tmp_path / "a.svg", example_inputs=torch.zeros(2, 5))
 
 

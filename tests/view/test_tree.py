@@ -5,7 +5,7 @@ from __future__ import annotations
 import networkx as nx
 import pytest
 
-from hra_fx.view.repeats import merge_repeats, runs_where
+from hra_fx.view.repeats import merge_repeats
 from hra_fx.view.tree import Item, Leaf, Mark, Scope, contract, cut, span, splice
 
 
@@ -47,7 +47,8 @@ def test_splicing_undoes_cutting() -> None:
 
 def test_blocks_that_look_alike_are_drawn_once_with_all_their_sites() -> None:
     blocks = [
-        chain(leaf("fc", "Linear 4→4", f"h.{i}.fc", kind="site"), leaf("act", "ReLU"), name=f"h.{i}") for i in range(4)
+        chain(leaf("fc", "Linear 4→4", f"h.{i}.fc", kind="adapted_layer"), leaf("act", "ReLU"), name=f"h.{i}")
+        for i in range(4)
     ]
     got = merge_repeats(chain(*blocks, leaf("head")))
     assert [span(item) for item in got.items] == ["h.0 … 3", "head"]
@@ -62,7 +63,7 @@ def test_another_shape_class_or_name_is_not_merged() -> None:
 
 
 def test_sizes_may_vary_where_asked() -> None:
-    blocks = [chain(leaf("fc", f"Linear {i}→4", f"h.{i}", kind="site"), name=f"h.{i}") for i in range(3)]
+    blocks = [chain(leaf("fc", f"Linear {i}→4", f"h.{i}", kind="adapted_layer"), name=f"h.{i}") for i in range(3)]
     assert len(merge_repeats(chain(*blocks)).items) == 3
     (merged,) = merge_repeats(chain(*blocks), sizes=False).items
     assert isinstance(merged, Scope)
@@ -74,13 +75,6 @@ def test_blocks_side_by_side_are_not_a_chain() -> None:
     branches = [chain(leaf("fc", "Linear 4→4"), name=f"b.{i}") for i in range(3)]
     scope = Scope("m", "m", "Net", False, (leaf("x"), *branches, leaf("sum")), tuple((0, i) for i in (1, 2, 3)))
     assert merge_repeats(scope) == scope
-
-
-def test_runs() -> None:
-    assert runs_where(0, lambda index: True) == []
-    assert runs_where(1, lambda index: True) == []
-    assert runs_where(5, lambda index: True) == [range(0, 5)]
-    assert runs_where(5, lambda index: index != 2) == [range(0, 2), range(2, 5)]
 
 
 @pytest.mark.parametrize(

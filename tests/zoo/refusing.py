@@ -15,7 +15,7 @@ import hra_fx
 from hra_fx.layers.target import kind_of
 
 _MESSAGE = re.compile(
-    r"(?P<path>\S+?)(?: \([\w.]+\))?: (?P<reason>.*?)(?: Refused as well: (?P<also>.*)\.)?", re.DOTALL
+    r"(?P<path>\S+?)(?: \([\w.]+\))?: (?P<reason>.*?)(?: Also unsupported: (?P<also>.*)\.)?", re.DOTALL
 )
 
 

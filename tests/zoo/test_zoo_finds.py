@@ -155,7 +155,7 @@ def test_a_refusal_that_changes_the_model_is_found(monkeypatch: pytest.MonkeyPat
 def test_refused_layers_are_left_out_and_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     def choosy(model: Any, config: hra_fx.HRAConfig) -> Any:
         if "|6|" in str(config.target_modules):
-            raise hra_fx.UnsupportedLayerError("6 (Linear): it is Tuesday. Wait. Refused as well: 8.")
+            raise hra_fx.UnsupportedLayerError("6 (Linear): it is Tuesday. Wait. Also unsupported: 8.")
         return TRANSFORM(model, config)
 
     monkeypatch.setattr(hra_fx, "transform", choosy)

@@ -1,4 +1,4 @@
-"""An adapter as a fold on disk needs it: a chain for each layer, and the tensors that were trained in full."""
+"""Read an adapter for a fold on disk: a chain of reflections for each layer, and fully trained tensors."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from hra_fx.checkpoint.keys import PREFIX, VECTORS
 from hra_fx.checkpoint.weights import read
 from hra_fx.config import CONFIG_NAME, HRAConfig
 from hra_fx.errors import CheckpointError, FoldError
-from hra_fx.functional import householder
+from hra_fx.functional.statistics import inverse_condition
 from hra_fx.layers.adapters import plain_chain
 from hra_fx.layers.target import REFLECTION
 
-#: What PEFT writes besides, with bias="all", of a module that it saves in full.
-_BESIDES = re.compile(r"\.(original_module|modules_to_save)\.")
+#: Extra keys that PEFT writes for a module in `modules_to_save` if bias="all".
+_EXTRA_BIASES = re.compile(r"\.(original_module|modules_to_save)\.")
 _BIASES = ("bias", "in_proj_bias")
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """What the two files of an adapter say.
+    """The content of an adapter's two files.
 
     Attributes:
-        file: that of the weights.
+        file: the weights file.
         config: the configuration.
         chains: path of a layer -> `U: (d, k)`, float64, plain reflections.
-        full: name of a tensor -> what goes in its place.
-        embeddings: name of a tensor -> what it was in the base model.
-        digest: of both files.
+        full: name of a fully trained tensor -> its value.
+        embeddings: name of a copied tensor of the base model -> its value.
+        digest: hash of both files.
     """
 
     file: Path
@@ -47,19 +47,19 @@ class AdapterFiles:
     digest: str
 
     def saves(self, path: str) -> bool:
-        """Whether a module is, or lies in, one that is saved in full; as in PEFT an entry ends its path."""
+        """Whether a module, or one around it, is in `modules_to_save`; as in PEFT, entries match ends of paths."""
         names = tuple(self.config.modules_to_save or ())
         parts = path.split(".")
         return bool(names) and any(".".join(parts[:i]).endswith(names) for i in range(1, len(parts) + 1))
 
 
 def read_adapter(source: str | os.PathLike[str]) -> AdapterFiles:
-    """Read an adapter that `save_adapter` or PEFT wrote.
+    """Read an adapter saved by `save_adapter` or PEFT.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the two do not fit each other.
-        ConfigError: the configuration is broken.
-        FoldError: Gram-Schmidt of vectors that depend on each other.
+        CheckpointError: a file is missing or damaged, or the two do not match.
+        ConfigError: the configuration is invalid.
+        FoldError: Gram-Schmidt of linearly dependent vectors.
     """
     folder = find(source)
     config = HRAConfig.from_pretrained(folder)
@@ -71,15 +71,15 @@ def read_adapter(source: str | os.PathLike[str]) -> AdapterFiles:
         path, _, last = key.removeprefix(PREFIX).rpartition(".")
         if last == REFLECTION:
             if path in chains:
-                raise _twice(file, key)
+                raise _duplicate(file, key)
             chains[path] = _chain(file, key, tensor, config)
-        elif last != VECTORS and not (config.bias == "all" and _BESIDES.search(key)):
+        elif last != VECTORS and not (config.bias == "all" and _EXTRA_BIASES.search(key)):
             name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
             if name in others:
-                raise _twice(file, key)
+                raise _duplicate(file, key)
             others[name] = tensor
     if not chains:
-        raise CheckpointError(f"{file}: has no vectors (keys that end in {REFLECTION!r}). Save the adapter again.")
+        raise CheckpointError(f"{file}: no vectors found (keys that end in {REFLECTION!r}). Save the adapter again.")
     digest = _digest([folder / CONFIG_NAME, file])
     adapter = AdapterFiles(file, config, chains, {}, {}, digest)
     for name, tensor in others.items():
@@ -92,17 +92,17 @@ def read_adapter(source: str | os.PathLike[str]) -> AdapterFiles:
 def _chain(file: Path, key: str, tensor: Tensor, config: HRAConfig) -> Tensor:
     if tensor.dim() != 2 or tensor.shape[1] != config.r:
         raise CheckpointError(
-            f"{file}: {key} has shape {tuple(tensor.shape)}, and its configuration says r={config.r}. One of the two "
-            "files is of another adapter; save it again."
+            f"{file}: {key} must have shape (d, {config.r}), got {tuple(tensor.shape)}: the configuration says "
+            f"r={config.r}. The two files are from different adapters; save it again."
         )
     if config.apply_GS:
         rank = f"{config.r} vectors of length {tensor.shape[0]}"
-        # Of 8 bits a vector has so few that by the same rule every one would depend on others.
+        # By the same rule, all vectors in 8 bits would be dependent.
         least = min(8 * torch.finfo(tensor.dtype).eps, 1 / 16)
-        if config.r > tensor.shape[0] or householder.dependence(tensor) < least:
+        if config.r > tensor.shape[0] or inverse_condition(tensor) < least:
             raise FoldError(
-                f"{file}: {key}: its {rank} are linearly dependent, and Gram-Schmidt of such vectors is noise. Train "
-                "with apply_GS=False, or with init_weights=True from hra_fx, which starts them apart."
+                f"{file}: {key}: its {rank} are linearly dependent, so Gram-Schmidt is not defined. Train with "
+                "apply_GS=False, or with init_weights=True in hra_fx, which starts from independent vectors."
             )
     return plain_chain(tensor.double(), None, apply_GS=config.apply_GS)
 
@@ -114,5 +114,7 @@ def _digest(files: Iterable[Path]) -> str:
     return whole.hexdigest()
 
 
-def _twice(file: Path, key: str) -> CheckpointError:
-    return CheckpointError(f"{file}: {key} is there twice, with {PREFIX!r} before and without. Save it again.")
+def _duplicate(file: Path, key: str) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: duplicate key {key}, with and without the prefix {PREFIX!r}. Save the adapter again."
+    )

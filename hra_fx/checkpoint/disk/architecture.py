@@ -1,8 +1,8 @@
-"""What `config.json` tells of a checkpoint: read as text first, and by transformers only where that is needed.
+"""What `config.json` says about a checkpoint.
 
-To import a model's code takes seconds, longer than a fold; so it is asked only about layers whose weight may be stored
-in columns or tied, or whose name is not in the file. Whether a weight in a numbered block may be tied, or any be stored
-in columns, the text of that code tells in most cases.
+Importing a model's code takes seconds, longer than a fold. So a model is built only for layers whose weight may be
+transposed or tied, or whose name is not in the file. In most cases the text of the model's code shows that its weights
+are not transposed, and that nothing in numbered blocks is tied.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from hra_fx.errors import CheckpointError
 
 CONFIG = "config.json"
 _CONV1D = re.compile(r"\bConv1D\b")
-#: What a class ties: none, or pairs of names of which it can be seen that no part of them is a number.
+#: The tied weights of a class: None, or pairs of names; `_PLAIN` matches names without numbers.
 _TIES = re.compile(r"\b_tied_weights_keys\b(?: = (?P<none>None)\b| = \{(?P<pairs>[^}]*)\})?")
 _PLAIN = re.compile(r"""(["'])(?:[A-Za-z_]\w*\.)+(?:weight|bias)\1""")
 
 
 class Architecture:
-    """The model that a folder's `config.json` describes.
+    """The model described by a folder's `config.json`.
 
     Attributes:
         folder: the folder.
-        entries: the file's; empty where there is none.
+        entries: entries of the file; empty if there is none.
     """
 
     def __init__(self, folder: Path) -> None:
         """Read the file.
 
         Raises:
-            CheckpointError: it is no JSON object.
+            CheckpointError: the file is not a JSON object.
         """
         self.folder = folder
         self.entries: dict[str, Any] = {}
@@ -48,32 +48,32 @@ class Architecture:
                 self.entries = json.loads(file.read_text(encoding="utf-8"))
                 self.entries.keys()
             except (ValueError, AttributeError, RecursionError) as error:
-                raise CheckpointError(f"{file}: is no JSON object ({error}). Fetch it again.") from error
+                raise CheckpointError(f"{file}: must be a JSON object ({error}). Download it again.") from error
 
     @cached_property
     def in_rows(self) -> bool | None:
-        """Whether every weight is `(out, ...)`; `None` where the text of the file does not tell."""
+        """Whether every weight is `(out, ...)`; `None` if unknown without building the model."""
         if not self.entries:
             return None
         if not self._sources:
-            # diffusers and timm say so, and know no other layout.
+            # diffusers and timm have no other layout.
             return True if {"_class_name", "architecture"} & self.entries.keys() else None
         return True if all(self._sources) and not any(_CONV1D.search(text) for text in self._sources) else None
 
     @cached_property
     def ties_in_blocks(self) -> bool:
-        """Whether transformers may tie what is in numbered blocks, as the heads of Deformable DETR's decoder."""
+        """Whether transformers may tie tensors in numbered blocks, like the heads of Deformable DETR's decoder."""
         return not all(text and all(map(_in_no_block, _TIES.finditer(text))) for text in self._sources)
 
     @cached_property
     def _sources(self) -> list[str]:
-        """The text of transformers' code for each type of model in the file; empty where it is not found."""
+        """Source code of each model type in the file; empty if not found."""
         kinds = _values(self.entries, "model_type")
         return [_source(kind) for kind in {kind if isinstance(kind, str) else "" for kind in kinds}]
 
     @cached_property
     def model(self) -> nn.Module | None:
-        """The model of transformers on the meta device; `None` where transformers does not know it."""
+        """The transformers model on the meta device; `None` if transformers cannot build it."""
         if "model_type" not in self.entries:
             return None
         import transformers
@@ -85,20 +85,20 @@ class Architecture:
             make: Any = kind or transformers.AutoModel.from_config
             with torch.device("meta"):
                 built: nn.Module = make(config)
-        # Whatever an unusual configuration meets in the constructors of hundreds of models.
+        # An unusual configuration may raise anything in the constructors of hundreds of models.
         except Exception:
             return None
         return built
 
     @property
     def prefix(self) -> str:
-        """What names of the model begin with where it has a head, and do not where it has none; with its dot."""
+        """The prefix that names have in a model with a head, and do not have without it; with its dot."""
         prefix = getattr(self.model, "base_model_prefix", "")
         return f"{prefix}." if prefix else ""
 
     @property
     def says_tied(self) -> bool:
-        """Whether the text of the file says that embeddings are tied."""
+        """Whether the file says that embeddings are tied."""
         return any(flag is True for flag in _values(self.entries, "tie_word_embeddings"))
 
 
@@ -112,14 +112,14 @@ def _values(entries: object, key: str) -> Iterator[Any]:
 
 
 def _in_no_block(ties: re.Match[str]) -> bool:
-    """Whether a class is seen to tie nothing in numbered blocks; what it does by patterns, or at runtime, may be so."""
+    """Whether a class certainly ties nothing in numbered blocks; patterns and computed names are not certain."""
     if ties["none"]:
         return True
     return ties["pairs"] is not None and not re.sub(r"#.*|[\s:,]", "", _PLAIN.sub("", ties["pairs"]))
 
 
 def _source(model_type: str) -> str:
-    """The text of transformers' code for a type of model; empty where it is not found."""
+    """Source code of transformers for a model type; empty if not found."""
     found = importlib.util.find_spec("transformers")
     if found is None or not found.submodule_search_locations or not model_type:
         return ""

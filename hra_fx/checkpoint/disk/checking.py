@@ -1,49 +1,46 @@
-"""Whether a written file is what it has to be: `|W'| = |W|` for every row of a rotated weight, equal bytes elsewhere.
+"""Verify a written file: a rotated weight has the row norms of the base, everything else is identical.
 
-A rotation keeps the length of every row, so that nothing but the two files has to be known.
+A rotation preserves row norms, so only the two files are needed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from hra_fx.checkpoint.disk.edit_types import FilePlan, Given, Item, Rotation
-from hra_fx.checkpoint.disk.header import FLOATS, Stored
-from hra_fx.checkpoint.disk.streams import as_bytes, read_into
+from hra_fx.checkpoint.disk.edit_types import FilePlan, Item, Replacement, Rotation
+from hra_fx.checkpoint.disk.header import FLOATS, StoredTensor
+from hra_fx.checkpoint.disk.streams import as_bytes, read_bytes, read_into, read_rows
 from hra_fx.errors import FoldError
-
-_BLOCK = 1 << 20
 
 
 def check_file(plan: FilePlan, file: Path) -> None:
     """Check a written file against the base.
 
     Raises:
-        FoldError: it differs; the tensor is named.
+        FoldError: it differs; the message names the tensor.
     """
     start = len(plan.head)
     with open(file, "rb", buffering=0) as written:
         head = bytearray(start)
         read_into(written, head, file)
         if head != plan.head:
-            raise FoldError(f"{file}: its header is not what was written. Is the disk failing?")
+            raise FoldError(f"{file}: the header differs from what was written. Check the disk.")
         for item in plan.items:
             if isinstance(item.edit, Rotation) and item.source:
                 _check_rows(item, item.source, item.edit, file, start)
-            elif isinstance(item.edit, Given):
+            elif isinstance(item.edit, Replacement):
                 given = as_bytes(item.edit.tensor.reshape(-1)).tobytes()
-                _compare(item, given, b"".join(_pieces(written, start, item.size, file)), file)
+                _compare(item, given, b"".join(read_bytes(written, start, item.size, file)), file)
             elif item.source:
                 with open(item.source.file, "rb", buffering=0) as base:
                     both = zip(
-                        _pieces(base, item.source.start, item.size, item.source.file),
-                        _pieces(written, start, item.size, file),
+                        read_bytes(base, item.source.start, item.size, item.source.file),
+                        read_bytes(written, start, item.size, file),
                         strict=True,
                     )
                     for own, copied in both:
@@ -52,7 +49,7 @@ def check_file(plan: FilePlan, file: Path) -> None:
 
 
 def check_copy(base: Path, file: Path) -> None:
-    """Check a file that was copied whole.
+    """Check a copied file.
 
     Raises:
         FoldError: it differs.
@@ -60,58 +57,46 @@ def check_copy(base: Path, file: Path) -> None:
     size = base.stat().st_size
     with open(base, "rb", buffering=0) as own, open(file, "rb", buffering=0) as copied:
         same = file.stat().st_size == size and all(
-            one == other for one, other in zip(_pieces(own, 0, size, base), _pieces(copied, 0, size, file), strict=True)
+            one == other
+            for one, other in zip(read_bytes(own, 0, size, base), read_bytes(copied, 0, size, file), strict=True)
         )
     if not same:
-        raise FoldError(f"{file}: was to be a copy of {base}, and its bytes differ. Is the disk failing?")
+        raise FoldError(f"{file}: differs from {base}, of which it must be a copy. Check the disk.")
 
 
-def _pieces(stream: BinaryIO, start: int, size: int, file: Path) -> Iterator[bytes]:
-    stream.seek(start)
-    for left in range(size, 0, -_BLOCK):
-        buffer = bytearray(min(_BLOCK, left))
-        read_into(stream, buffer, file)
-        yield bytes(buffer)
+def _compare(item: Item, expected: bytes | bytearray, found: bytes | bytearray, file: Path) -> None:
+    if expected != found:
+        raise FoldError(f"{file}: {item.name} differs from what was written. Check the disk.")
 
 
-def _compare(item: Item, due: bytes, found: bytes, file: Path) -> None:
-    if due != found:
-        raise FoldError(f"{file}: {item.name} was to be copied, and its bytes differ. Is the disk failing?")
-
-
-def _check_rows(item: Item, base: Stored, rotation: Rotation, file: Path, start: int) -> None:
+def _check_rows(item: Item, base: StoredTensor, rotation: Rotation, file: Path, start: int) -> None:
     dtype = FLOATS[base.dtype]
-    before = _lengths(base.file, base.start, base, dtype, rotation.columns)
-    after = _lengths(file, start, base, dtype, rotation.columns)
+    before = _row_norms(base, rotation.columns)
+    after = _row_norms(dataclasses.replace(base, file=file, start=start), rotation.columns)
     info = torch.finfo(dtype)
     width = math.prod(item.shape) / before.numel()
-    # What is turned in the dtype itself shows what vectors that nearly cancel each other lose: more, the more they are.
+    # Without a wider dtype to compute in, reflections that nearly cancel each other add errors.
     steps = 64 * (1 + rotation.chain.shape[1]) if dtype == torch.float64 else 64
-    # Half a unit in the last place of each entry, the least number's for small ones, and what float32 rounds besides.
+    # Half a unit in the last place of each entry, the smallest number for small ones, and the rounding of float32.
     slack = before * (info.eps / 2 + steps * torch.finfo(torch.float32 if dtype.itemsize == 2 else dtype).eps)
     slack += math.sqrt(width) * info.smallest_normal * info.eps
     off = (after - before).abs() - slack
     if not bool((off <= 0).all()):
         row = int(off.nan_to_num(nan=math.inf).argmax())
         raise FoldError(
-            f"{file}: row {row} of {item.name} has length {float(after[row]):.8g}, and had {float(before[row]):.8g}, "
-            "which no rotation does. Is the disk failing, or another process writing?"
+            f"{file}: row {row} of {item.name} has norm {float(after[row]):.8g}, but {float(before[row]):.8g} in the "
+            "base, and a rotation preserves norms. Check the disk, and whether another process writes to the file."
         )
 
 
-def _lengths(file: Path, start: int, like: Stored, dtype: torch.dtype, columns: bool) -> Tensor:
-    """The lengths of the rows of `W: (out, d)`, in float64."""
-    rows, width = like.shape[0], math.prod(like.shape[1:])
-    step = max(1, _BLOCK // (width * dtype.itemsize))
-    squares = torch.zeros(width if columns else rows, dtype=torch.float64)
-    with open(file, "rb", buffering=0) as stream:
-        stream.seek(start)
-        for first in range(0, rows, step):
-            block = torch.empty(min(step, rows - first), width, dtype=dtype)
-            read_into(stream, as_bytes(block), file)
+def _row_norms(stored: StoredTensor, columns: bool) -> Tensor:
+    """Norms of the rows of `W: (out, d)`, in float64."""
+    squares = torch.zeros(math.prod(stored.shape[1:]) if columns else stored.shape[0], dtype=torch.float64)
+    with open(stored.file, "rb", buffering=0) as stream:
+        for first, block in read_rows(stream, stored, FLOATS[stored.dtype]):
             block = block.double().square_()
             if columns:
                 squares += block.sum(dim=0)
             else:
-                squares[first : first + step] = block.sum(dim=1)
+                squares[first : first + len(block)] = block.sum(dim=1)
     return squares.sqrt()

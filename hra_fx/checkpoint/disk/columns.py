@@ -1,6 +1,6 @@
-"""Which weights are stored as `(in, out)`: those of transformers' `Conv1D`, that GPT-2 has.
+"""Find weights that are stored as `(in, out)`, like those of transformers' `Conv1D` in GPT-2.
 
-The shape tells only where it is not square.
+The shape is not enough for square weights.
 """
 
 from __future__ import annotations
@@ -9,28 +9,28 @@ import math
 from collections.abc import Collection
 
 from hra_fx.checkpoint.disk.architecture import Architecture
-from hra_fx.checkpoint.disk.header import Stored
+from hra_fx.checkpoint.disk.header import StoredTensor
 from hra_fx.checkpoint.disk.naming import Names
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.target import has_columns
 
 
 class Columns:
-    """Tells of a layer whether its weight is `(in, out)`.
+    """Decides whether a layer's weight is `(in, out)`.
 
     Args:
         architecture: of the checkpoint.
-        given: what the user says of it: names of such layers, the last parts of their paths; `None` to find out.
+        given: the user's list of such layers, ends of their paths; `None` to find out.
     """
 
     def __init__(self, architecture: Architecture, given: Collection[str] | None) -> None:
-        """Nothing is found out yet."""
+        """Store the arguments."""
         self._architecture = architecture
         self._given = None if given is None else frozenset(given)
         self._names: Names | None = None
 
-    def of(self, path: str, weight: Stored, d: int) -> bool:
-        """Whether the weight of a layer is `(in, out)`.
+    def of(self, path: str, weight: StoredTensor, d: int) -> bool:
+        """Whether a layer's weight is `(in, out)`.
 
         Args:
             path: the layer.
@@ -38,40 +38,41 @@ class Columns:
             d: the length of its reflection vectors.
 
         Raises:
-            CheckpointError: `d` does not fit, nothing tells, or the user says otherwise than `config.json`.
+            CheckpointError: `d` does not fit, the layout is unknown, or the user contradicts `config.json`.
         """
         rows, width = weight.shape[0], math.prod(weight.shape[1:])
         known = self._known(path, weight) if len(weight.shape) == 2 else False
         if known is None and rows == width == d:
             raise CheckpointError(
-                f"{weight.file}: {weight.name} is square, {tuple(weight.shape)}, and config.json does not tell of a "
-                "model of transformers, diffusers or timm, so that it may be (out, in) or, as in GPT-2, (in, out). "
-                "Give columns=[] if every weight is (out, in), or columns=[names of layers that are not]."
+                f"{weight.file}: {weight.name} is square, {tuple(weight.shape)}, and there is no config.json of a "
+                "transformers, diffusers or timm model, so the layout is ambiguous: (out, in), or (in, out) as in "
+                "GPT-2. Pass columns=[] (--rows) if every weight is (out, in), or columns=[names] (--columns NAME) to "
+                "name layers that are (in, out)."
             )
         columns = rows == d != width if known is None else known
-        due = rows if columns else width
-        if due != d:
+        inputs = rows if columns else width
+        if inputs != d:
             raise CheckpointError(
-                f"{weight.file}: {weight.name} has shape {weight.shape}, a layer of {due} inputs, and the adapter's "
-                f"vectors of {path} have length {d}. Was the adapter trained on another base model?"
+                f"{weight.file}: {weight.name} of shape {weight.shape} has {inputs} inputs, but the adapter's vectors "
+                f"of {path} have length {d}. Was the adapter trained on another base model?"
             )
         return columns
 
-    def _known(self, path: str, weight: Stored) -> bool | None:
-        told = self._told(path)
+    def _known(self, path: str, weight: StoredTensor) -> bool | None:
+        by_config = self._by_config(path)
         if self._given is None:
-            return told
+            return by_config
         said = any(path == name or path.endswith(f".{name}") for name in self._given)
-        if told not in (None, said):
+        if by_config not in (None, said):
             kinds = ("(out, in)", "(in, out)")
             raise CheckpointError(
-                f"{weight.file}: {weight.name} is given as stored {kinds[said]}, and config.json is of a model that "
-                f"stores it {kinds[not said]}. Leave columns out, or correct config.json."
+                f"{weight.file}: {weight.name} is {kinds[not said]} according to config.json, but {kinds[said]} "
+                "according to columns (--columns, --rows). Omit columns, or correct config.json."
             )
         return said
 
-    def _told(self, path: str) -> bool | None:
-        """What `config.json` tells, if it does."""
+    def _by_config(self, path: str) -> bool | None:
+        """The layout according to `config.json`; `None` if unknown."""
         if self._architecture.in_rows:
             return False
         model = self._architecture.model

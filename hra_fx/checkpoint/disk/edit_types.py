@@ -1,4 +1,4 @@
-"""What happens to a tensor of a checkpoint: it is rotated, or another one comes in its place."""
+"""Changes of a checkpoint's tensors: rotations and replacements."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from hra_fx.checkpoint.disk.header import Stored
+from hra_fx.checkpoint.disk.header import StoredTensor
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Rotation:
     """`W -> W Q`.
 
     Attributes:
-        path: the layer, as the adapter calls it.
+        path: the layer's name in the adapter.
         chain: `U: (d, k)` of `Q`, float64.
         columns: whether the weight is `(in, out)`.
     """
@@ -26,41 +26,41 @@ class Rotation:
 
 
 @dataclass(frozen=True)
-class Given:
-    """Another tensor, in the dtype of the checkpoint."""
+class Replacement:
+    """A new value, in the checkpoint's dtype."""
 
     tensor: Tensor
 
 
-Edit: TypeAlias = Rotation | Given
+Edit: TypeAlias = Rotation | Replacement
 
 
 @dataclass(frozen=True)
 class Item:
-    """A tensor of a file that is to be written.
+    """A tensor of a planned file.
 
     Attributes:
         name: its key.
         shape: its shape.
-        size: its bytes.
-        source: what it is made from; `None` for one that the base does not have.
-        edit: what happens to it; `None` for a copy.
+        size: its size in bytes.
+        source: the tensor of the base; `None` for a new tensor.
+        edit: the change; `None` for a copy.
     """
 
     name: str
     shape: tuple[int, ...]
     size: int
-    source: Stored | None
+    source: StoredTensor | None
     edit: Edit | None
 
 
 @dataclass(frozen=True)
 class FilePlan:
-    """A safetensors file that is to be written.
+    """A planned safetensors file.
 
     Attributes:
         name: relative to the folder of the checkpoint.
-        head: its bytes up to the data.
+        head: its header.
         items: its tensors, in the order of the data.
     """
 
@@ -70,5 +70,5 @@ class FilePlan:
 
     @property
     def size(self) -> int:
-        """Its bytes."""
+        """Size in bytes."""
         return len(self.head) + sum(item.size for item in self.items)

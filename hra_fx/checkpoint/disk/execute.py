@@ -1,4 +1,4 @@
-"""A planned result made: file after file beside the wanted folder, checked, renamed; and what is said when it fails."""
+"""Write a planned result: file by file into a staging folder, verified, then renamed."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hra_fx.checkpoint.disk.arguments import Request
-from hra_fx.checkpoint.disk.buffers import Buffers
 from hra_fx.checkpoint.disk.checking import check_copy, check_file
 from hra_fx.checkpoint.disk.progress_bar import bar
 from hra_fx.checkpoint.disk.result import Result, stamps
-from hra_fx.checkpoint.disk.staging_dir import Partial
-from hra_fx.checkpoint.disk.streams import Part, copy, write_all
+from hra_fx.checkpoint.disk.staging_dir import StagingDir
+from hra_fx.checkpoint.disk.streams import read_bytes, write_all
 from hra_fx.checkpoint.disk.writing import write_file
 from hra_fx.errors import CheckpointError, FoldError, HRAError
 
 
-class Making:
-    """The making of one result.
+class FoldExecution:
+    """Writes one result.
 
     Attributes:
-        sizes: path -> bytes of each file.
-        rounding: name of a rotated tensor -> what rounding cost.
-        reused: how many files were there from a call before.
+        sizes: path -> size of each file in bytes.
+        rounding: name of a rotated tensor -> its relative rounding error.
+        reused: number of files that an earlier call had finished.
     """
 
     def __init__(self, request: Request, result: Result, *, progress: bool) -> None:
@@ -36,60 +35,62 @@ class Making:
         self._request = request
         self._result = result
         self._progress = progress
-        self._partial = Partial(request.out)
-        self._buffers = Buffers()
+        self._staging = StagingDir(request.out)
 
     def run(self, *, overwrite: bool, verify: bool) -> None:
-        """Make it.
+        """Write the result.
 
         Raises:
-            CheckpointError: the folder is there and not empty, the disk is too small or refuses, or the base changes.
+            CheckpointError: the output folder is not empty, the disk is full or refuses, or the base changes.
             FoldError: a rotated weight is not finite, or `verify` finds a difference.
         """
-        out, partial = self._request.out, self._partial
-        with self._told():
-            partial.tidy()
-            if partial.is_published(self._result.inputs):
-                self._take_up(verify)
+        out, staging = self._request.out, self._staging
+        with self._explained_errors():
+            staging.cleanup()
+            if staging.is_published(self._result.inputs):
+                self._complete_earlier_call(verify)
                 return
             if out.is_dir() and any(out.iterdir()) and not overwrite:
-                raise CheckpointError(f"out_dir: {out} is there and not empty. Give another folder, or overwrite=True.")
-            with partial.held(self._result.inputs):
+                raise CheckpointError(
+                    f"{out}: the output folder is not empty. Choose another folder, or overwrite=True (--overwrite)."
+                )
+            with staging.locked(self._result.inputs):
                 self._check_space()
                 try:
-                    self._make(verify)
+                    self._write_files(verify)
                 except HRAError:
-                    partial.discard()
+                    staging.discard()
                     raise
-                partial.publish()
+                staging.publish()
 
-    def _take_up(self, verify: bool) -> None:
-        """End a call before this one, which had only to tidy up; what it made may have been changed since."""
+    def _complete_earlier_call(self, verify: bool) -> None:
+        """Clean up after a call that was stopped once its result was in place; the result may have changed since."""
         self.reused = len(self.sizes)
-        for notes in self._partial.finished.values():
+        for notes in self._staging.finished.values():
             self.rounding |= notes
         try:
             if verify:
-                self._check(self._request.out)
-        finally:  # else the next call would find the same
-            self._partial.discard()
+                self._verify(self._request.out)
+        finally:  # otherwise the next call would verify it again
+            self._staging.discard()
 
-    def _make(self, verify: bool) -> None:
-        with bar(f"writing {self._request.out.name}", sum(self.sizes.values()), wanted=self._progress) as done:
+    def _write_files(self, verify: bool) -> None:
+        content = self._staging.content
+        with bar(f"writing {self._request.out.name}", sum(self.sizes.values()), wanted=self._progress) as advance:
             for path in self._request.folders:
-                (self._partial.content / path).mkdir(parents=True, exist_ok=True)
+                (content / path).mkdir(parents=True, exist_ok=True)
             for path in self.sizes:
-                self._make_file(path, done)
+                self._write_one(path, advance)
         if stamps(self._request.files) != self._result.inputs["files"]:
-            raise CheckpointError(f"{self._request.base}: its files changed while they were read. Call again.")
+            raise CheckpointError(f"{self._request.base}: files changed while they were read. Call again.")
         if verify:
-            self._check(self._partial.content)
+            self._verify(content)
         for path, folder in self._request.folders.items():
             mode = folder.stat().st_mode & 0o777
-            (self._partial.content / path).chmod(mode | 0o700)  # for it is still to be renamed
+            (content / path).chmod(mode | 0o700)  # it is still to be renamed
 
-    def _check(self, folder: Path) -> None:
-        """Read all files that were written."""
+    def _verify(self, folder: Path) -> None:
+        """Read all files again."""
         try:
             for path, plan in self._result.files.items():
                 check_file(plan, folder / path)
@@ -97,70 +98,71 @@ class Making:
                 check_copy(file, folder / path)
         except OSError as error:
             raise FoldError(
-                f"{folder / path}: cannot be read again ({error.strerror}). Is the disk failing?"
+                f"{folder / path}: cannot read the file again ({error.strerror}). Check the disk."
             ) from error
 
-    def _make_file(self, path: str, done: Callable[[int], object]) -> None:
-        partial, plan = self._partial, self._result.files.get(path)
-        target = partial.content / path
-        if partial.has(path, self.sizes[path]) and (plan is None or path in partial.finished):
-            self.rounding |= partial.finished.get(path, {})
+    def _write_one(self, path: str, advance: Callable[[int], object]) -> None:
+        staging, plan = self._staging, self._result.files.get(path)
+        target = staging.content / path
+        if staging.has(path, self.sizes[path]) and (plan is None or path in staging.finished):
+            self.rounding |= staging.finished.get(path, {})
             self.reused += 1
-            done(self.sizes[path])
+            advance(self.sizes[path])
             return
         mode = self._request.files[path].stat().st_mode & 0o777
         if plan is None:
-            partial.write(target, lambda stream: self._copy(path, stream, done), mode)
+            staging.write(target, lambda stream: self._copy(path, stream, advance), mode)
             return
-        turned: dict[str, float] = {}
-        partial.write(target, lambda stream: turned.update(write_file(plan, stream, self._buffers, done)), mode)
-        partial.finish(path, turned)
-        self.rounding |= turned
+        rounding: dict[str, float] = {}
+        staging.write(target, lambda stream: rounding.update(write_file(plan, stream, advance)), mode)
+        staging.finish(path, rounding)
+        self.rounding |= rounding
 
-    def _copy(self, path: str, target: BinaryIO, done: Callable[[int], object]) -> None:
+    def _copy(self, path: str, target: BinaryIO, advance: Callable[[int], object]) -> None:
         if path in self._result.texts:
             write_all(target, self._result.texts[path])
             return
         file = self._result.copies[path]
         with open(file, "rb", buffering=0) as source:
-            copy(Part(file, 0, 0, self.sizes[path]), source, target, done)
+            for block in read_bytes(source, 0, self.sizes[path], file):
+                write_all(target, block)
+                advance(len(block))
 
     def _check_space(self) -> None:
-        there = sum(size for path, size in self.sizes.items() if self._partial.has(path, size))
-        due, free = sum(self.sizes.values()) - there, shutil.disk_usage(self._partial.folder).free
-        if due > free:
-            self._partial.discard()
+        done = sum(size for path, size in self.sizes.items() if self._staging.has(path, size))
+        needed, free = sum(self.sizes.values()) - done, shutil.disk_usage(self._staging.folder).free
+        if needed > free:
+            self._staging.discard()
             raise CheckpointError(
-                f"{self._request.out.parent}: {due:,} bytes are to be written, and the disk has {free:,} left. Make "
-                "room, or give out_dir on another disk."
+                f"{self._request.out.parent}: {needed:,} bytes are needed, but only {free:,} are free. Free some "
+                "space, or choose an output folder on another disk."
             )
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """Say how to go on where the disk refuses, or the user stops it."""
+    def _explained_errors(self) -> Iterator[None]:
+        """Say how to continue if the disk refuses, or the user stops the call."""
         out = self._request.out
         try:
             yield
         except OSError as error:
             reason = str(error)
-            if str(self._partial.folder.with_suffix("")) in reason:  # of a hidden folder, which nobody asked for
+            if str(self._staging.folder.with_suffix("")) in reason:  # do not show the hidden folder
                 reason = f"[Errno {error.errno}] {error.strerror}"
-            state = self._state(" Make room, see to the disk, or give another out_dir.")
-            raise CheckpointError(f"{out}: could not be written ({reason}). {state}") from error
+            state = self._state(" Free some space, check the disk, or choose another output folder.")
+            raise CheckpointError(f"{out}: cannot write the result ({reason}). {state}") from error
         except KeyboardInterrupt as error:
-            if hasattr(error, "add_note"):  # of Python 3.11
+            if hasattr(error, "add_note"):  # Python 3.11
                 error.add_note(f"{out}: {self._state()}")
             raise
 
-    def _state(self, way_out: str = "") -> str:
-        """What there is when a call was stopped, in sentences."""
-        left = " and ".join(map(str, self._partial.left))
-        if self._partial.is_done:
-            return "All is written and in its place." + f" Only {left} is to be deleted." * bool(left)
-        text = f"Nothing is in it that was not before.{way_out}"
-        if self._partial.folder in self._partial.left:
+    def _state(self, suggestion: str = "") -> str:
+        """What exists when a call was stopped, in sentences."""
+        leftovers = " and ".join(map(str, self._staging.leftovers))
+        if self._staging.is_done:
+            return "The result is complete." + f" Delete the leftover {leftovers}." * bool(leftovers)
+        text = f"The output folder is unchanged.{suggestion}"
+        if self._staging.folder in self._staging.leftovers:
             text += (
-                f" Files that were finished wait in {self._partial.folder}: call again in the same way to go on, or "
+                f" Finished files are kept in {self._staging.folder}: repeat the call to resume, or delete that folder."
             )
-            text += "delete that folder."
         return text

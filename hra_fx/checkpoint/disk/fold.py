@@ -1,4 +1,4 @@
-"""`fold_checkpoint` and `unfold_checkpoint`: reflections into the weights of a checkpoint on disk, and out of them."""
+"""`fold_checkpoint` and `unfold_checkpoint`: merge adapters into the weights of a checkpoint on disk, and undo it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Collection, Mapping
 
 from hra_fx.checkpoint.disk.arguments import Adapters, Source, read_request
-from hra_fx.checkpoint.disk.execute import Making
+from hra_fx.checkpoint.disk.execute import FoldExecution
 from hra_fx.checkpoint.disk.report import CheckpointReport
 from hra_fx.checkpoint.disk.result import Result, result_of
 from hra_fx.errors import HRAWarning
@@ -23,41 +23,41 @@ def fold_checkpoint(
     verify: bool = False,
     progress: bool = True,
 ) -> CheckpointReport:
-    """Fold adapters into a checkpoint on disk, `W <- W Q`, tensor by tensor: no model is made, nor held in memory.
+    """Fold adapters into a checkpoint on disk, `W <- W Q`, without building or loading the model.
 
-    The result has the files of the base: tensors that no adapter changes, metadata, tokenizer and all else byte for
-    byte, and every dtype. Weights of 16 bits are turned in float32, wider ones in float64. What `bias` and
-    `modules_to_save` trained is in its place. A weight that is tied to the embeddings, and so not in the file, gets a
-    place of its own, and `tie_word_embeddings` goes off in `config.json`, as with `hra_fx.fold`.
+    All other tensors, metadata, the tokenizer and other files are copied unchanged; dtypes are kept. 16-bit weights are
+    rotated in float32, wider ones in float64. Trained `bias` and `modules_to_save` replace the base model's. A weight
+    tied to the embeddings gets its own tensor, and `tie_word_embeddings` becomes False in `config.json`, as in
+    `hra_fx.fold`.
 
-    All is written into the hidden folder `.<name>.partial` beside `out_dir`, and renamed at the end. Stopped at any
-    moment, the same call goes on where it was; `out_dir` is whole or not there.
+    Files are written to the hidden folder `.<name>.partial` next to `out_dir`, which is renamed at the end. An
+    interrupted run resumes when the call is repeated; `out_dir` is complete or does not exist.
 
     Args:
-        base_dir: a folder with safetensors files, as `save_pretrained` of transformers, diffusers or timm writes it;
-            one file or several with an index.
-        adapter_dir: the folder of an adapter (or its name on the Hub), by PEFT or hra_fx; several in their order; or,
-            for a pipeline of diffusers, subfolder of `base_dir` -> that. An adapter folder here, all of whose adapters
-            are in subfolders that are called as those of a pipeline, needs no mapping.
-        out_dir: the folder to be made, neither in `base_dir` nor around it.
-        columns: which layers store their weight as `(in, out)`: the last parts of their paths. `None`: those that are
-            transformers' `Conv1D` by `config.json`, which it must not contradict.
-        overwrite: replace `out_dir` where it is there, once all is written.
-        verify: read all again: rows have the lengths that they had, but for rounding, and all else is equal; also
-            where a call before this one was stopped when all was in its place.
-        progress: show a bar, where there is a terminal.
+        base_dir: a folder with safetensors files, as saved by `save_pretrained` of transformers, diffusers or timm; one
+            file, or several with an index.
+        adapter_dir: folder of an adapter (or its Hub name), saved by PEFT or hra_fx; or several, in order; or, for a
+            diffusers pipeline, a mapping from subfolders of `base_dir` to adapters. No mapping is needed if the
+            adapters are in subfolders with the names of the pipeline's parts.
+        out_dir: the folder to be created, neither inside `base_dir` nor around it.
+        columns: layers that store their weight as `(in, out)`: ends of their paths. `None`: the `Conv1D` layers of
+            transformers, according to `config.json`. It must not contradict `config.json`.
+        overwrite: replace `out_dir` if it exists, once everything is written.
+        verify: read the result again: row norms must be preserved up to rounding, and everything else must be equal.
+        progress: show a progress bar on a terminal.
 
     Returns:
-        What was done; it prints in a few lines.
+        A report, which prints in a few lines.
 
     Raises:
-        CheckpointError: a file is missing, damaged, a pickle, or does not fit; or the disk refused. It names the file,
-            and the key.
-        FoldError: a rotated weight is not finite, what is tied cannot come apart, or `verify` found a difference.
-            After any error `base_dir` and `out_dir` are as they were.
+        CheckpointError: a file is missing, damaged, a pickle, or does not fit; or writing failed. The message names the
+            file and the key.
+        FoldError: a rotated weight is not finite, tied weights cannot be untied, or `verify` found a difference. After
+            any error, `base_dir` and `out_dir` are unchanged.
 
     Warns:
-        HRAWarning: files with weights of the base are beside the folded ones; or a model ties again when it is loaded.
+        HRAWarning: the folder still has other files with weights of the base; or the model ties its weights again when
+            it is loaded.
 
     Example:
         >>> import tempfile
@@ -86,18 +86,18 @@ def unfold_checkpoint(
     verify: bool = False,
     progress: bool = True,
 ) -> CheckpointReport:
-    """Take adapters out of a folded checkpoint, `W <- W' Q^T`, up to the rounding of its dtype.
+    """Undo `fold_checkpoint`, `W <- W' Q^T`, up to rounding.
 
-    Arguments, result and errors are those of `fold_checkpoint`; several adapters are given in the order of the fold.
-    What a fold untied stays untied.
+    Arguments, result and errors are those of `fold_checkpoint`; several adapters are given in the order in which they
+    were folded. Untied weights stay untied.
 
     Raises:
-        CheckpointError: also where an adapter has `modules_to_save` or biases, for what these replaced is lost.
+        CheckpointError: also if an adapter has `modules_to_save` or biases, because the replaced values are lost.
 
     Example:
         >>> unfold_checkpoint("nowhere", "adapter", "out")
         Traceback (most recent call last):
-        hra_fx.errors.CheckpointError: nowhere: there is no such folder here. A model of the Hub: ...
+        hra_fx.errors.CheckpointError: nowhere: no such folder. ...
     """
     return _run(folded_dir, adapter_dir, out_dir, columns, overwrite, verify, progress, back=True)
 
@@ -116,21 +116,21 @@ def _run(
     begin = time.perf_counter()
     request = read_request(base_dir, adapter_dir, out_dir)
     result = result_of(request, columns, back=back)
-    making = Making(request, result, progress=progress)
-    making.run(overwrite=overwrite, verify=verify)
+    execution = FoldExecution(request, result, progress=progress)
+    execution.run(overwrite=overwrite, verify=verify)
     parts = result.parts.items()
-    roughest = max(making.rounding, key=lambda name: making.rounding[name], default="")
+    roughest = max(execution.rounding, key=lambda name: execution.rounding[name], default="")
     report = CheckpointReport(
         folder=request.out,
         rotated=tuple(_full(part, name) for part, plan in parts for name in plan.rotated),
         given=tuple(_full(part, name) for part, plan in parts for name in plan.given),
         untied={_full(part, new): _full(part, old) for part, plan in parts for new, old in plan.untied.items()},
-        rounding=making.rounding.get(roughest, 0.0),
+        rounding=execution.rounding.get(roughest, 0.0),
         roughest=roughest,
-        bytes=sum(making.sizes.values()),
+        bytes=sum(execution.sizes.values()),
         seconds=time.perf_counter() - begin,
-        reused=making.reused,
-        kept=tuple(file.relative_to(request.base) for _, plan in parts for file in plan.kept),
+        reused=execution.reused,
+        kept=tuple(file.relative_to(request.base) for _, plan in parts for file in plan.unfolded),
         verified=verify,
     )
     _warn(result, report)
@@ -142,14 +142,14 @@ def _full(part: str, name: str) -> str:
 
 
 def _warn(result: Result, report: CheckpointReport) -> None:
-    again = [kind for plan in result.parts.values() for kind in plan.returning]
-    if again:
+    retied = [kind for plan in result.parts.values() for kind in plan.retied_by]
+    if retied:
         text = (
-            f"{report.folder}: {again[0]} says tie_word_embeddings=True again when it is loaded, whatever config.json "
-            "says: set it to False right after from_pretrained."
+            f"{report.folder}: {retied[0]} sets tie_word_embeddings=True when it is loaded, and ignores config.json. "
+            "Set it to False right after from_pretrained."
         )
         warnings.warn(text, HRAWarning, stacklevel=4)
     if report.kept:
         names = ", ".join(file.as_posix() for file in report.kept[:4])
-        text = f"{report.folder}: {names} hold the weights of the base still. Delete them, or do not load them."
+        text = f"{report.folder}: {names} still contain the base model's weights. Delete them, or do not load them."
         warnings.warn(text, HRAWarning, stacklevel=4)

@@ -1,7 +1,7 @@
-"""The header of a safetensors file: which tensors are where. Read without the data, and written with tensors added.
+"""Read the header of a safetensors file without its data, and write one with additional tensors.
 
 Source of the format: https://github.com/huggingface/safetensors#format: eight bytes with the length of the JSON that
-follows, then the data; offsets count from the end of that JSON, and leave no gap.
+follows, then the data without gaps; offsets count from the end of the JSON.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 
 from hra_fx.errors import CheckpointError
 
-#: What safetensors itself allows.
+#: The limit of safetensors itself.
 _LONGEST = 100_000_000
 _METADATA = "__metadata__"
-#: Of these weights are folded; the names are those of the format.
+#: Dtypes of weights that can be folded, by their names in the format.
 FLOATS: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -40,16 +40,16 @@ _DTYPES: Mapping[str, torch.dtype] = {
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor in a safetensors file.
 
     Attributes:
         file: the file.
         name: its key.
-        dtype: as the format calls it, such as "BF16".
+        dtype: its name in the format, such as "BF16".
         shape: its shape.
-        start: where its bytes begin, from the beginning of the file.
-        size: how many there are.
+        start: offset in the file, in bytes.
+        size: size in bytes.
     """
 
     file: Path
@@ -61,8 +61,8 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Added:
-    """A tensor that a header is to get: as `Stored`, without a place."""
+class NewTensor:
+    """A tensor to be added to a file: like `StoredTensor`, without a place."""
 
     name: str
     dtype: str
@@ -76,26 +76,26 @@ class Header:
 
     Attributes:
         file: the file.
-        raw: its bytes up to the data.
-        metadata: its text entries.
+        raw: all bytes before the data.
+        metadata: text entries.
         tensors: key -> tensor, in the order of the data.
     """
 
     file: Path
     raw: bytes
     metadata: Mapping[str, str]
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, StoredTensor]
 
 
 def read_header(file: Path) -> Header:
     """Read and check a header.
 
     Raises:
-        CheckpointError: the file cannot be read, is cut short or damaged; it names the file.
+        CheckpointError: the file cannot be read, is truncated or damaged.
 
     >>> read_header(Path("nowhere.safetensors"))
     Traceback (most recent call last):
-    hra_fx.errors.CheckpointError: nowhere.safetensors: cannot be read (No such file or directory). Give a file ...
+    hra_fx.errors.CheckpointError: nowhere.safetensors: cannot read the file (No such file or directory).
     """
     try:
         size = file.stat().st_size
@@ -104,38 +104,38 @@ def read_header(file: Path) -> Header:
             length = struct.unpack("<Q", first)[0] if len(first) == 8 else size
             text = stream.read(length) if length <= min(size - 8, _LONGEST) else b""
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror}). Give a file that can be read.") from error
+        raise CheckpointError(f"{file}: cannot read the file ({error.strerror}).") from error
     try:
         entries = json.loads(text)
         metadata = entries.pop(_METADATA, {})
         tensors = [_stored(file, name, entry, 8 + length) for name, entry in entries.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged(file, f"its header of {length} bytes cannot be read") from error
+        raise _damaged(file, f"invalid header of {length} bytes") from error
     tensors.sort(key=lambda tensor: (tensor.start, tensor.size))
     end = 8 + length
     for tensor in tensors:
         if tensor.start != end or tensor.size < 0:
-            raise _damaged(file, f"{tensor.name!r} begins at byte {tensor.start}, and what is before it ends at {end}")
+            raise _damaged(file, f"{tensor.name!r} starts at byte {tensor.start} instead of {end}")
         end += tensor.size
     if end != size:
-        raise _damaged(file, f"its header tells of {end} bytes, and it has {size}")
+        raise _damaged(file, f"{end} bytes according to the header, {size} in the file")
     return Header(file, first + text, metadata, {tensor.name: tensor for tensor in tensors})
 
 
-def extended(header: Header, added: Sequence[Added]) -> tuple[bytes, list[Stored | Added]]:
+def extended(header: Header, added: Sequence[NewTensor]) -> tuple[bytes, list[StoredTensor | NewTensor]]:
     """The bytes of a header with tensors added, and the order of the data.
 
-    As safetensors does it, wide numbers come before narrow ones, so that every tensor stays aligned.
+    As in safetensors, wider dtypes come first, which keeps every tensor aligned.
 
     >>> import tempfile
     >>> from safetensors.torch import save_file
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_file({"a": torch.ones(2)}, Path(folder, "x.safetensors"))
     ...     header = read_header(Path(folder, "x.safetensors"))
-    >>> [tensor.name for tensor in extended(header, [Added("b", "F64", (1,), 8)])[1]]
+    >>> [tensor.name for tensor in extended(header, [NewTensor("b", "F64", (1,), 8)])[1]]
     ['b', 'a']
     """
-    order: list[Stored | Added] = list(header.tensors.values())
+    order: list[StoredTensor | NewTensor] = list(header.tensors.values())
     for new in added:
         places = (i for i, other in enumerate(order) if _width(other) < _width(new))
         order.insert(next(places, len(order)), new)
@@ -143,7 +143,7 @@ def extended(header: Header, added: Sequence[Added]) -> tuple[bytes, list[Stored
 
 
 def dtype_name(dtype: torch.dtype) -> str | None:
-    """What the format calls a dtype, where it is a usual one.
+    """The format's name of a dtype, if it has one.
 
     >>> dtype_name(torch.bfloat16)
     'BF16'
@@ -152,24 +152,24 @@ def dtype_name(dtype: torch.dtype) -> str | None:
 
 
 def dtype_of(name: str) -> torch.dtype | None:
-    """The dtype that the format calls so, where it is a usual one."""
+    """The dtype of a name in the format, if torch has it."""
     return _DTYPES.get(name)
 
 
-def _stored(file: Path, name: str, entry: Mapping[str, Any], data: int) -> Stored:
+def _stored(file: Path, name: str, entry: Mapping[str, Any], data: int) -> StoredTensor:
     begin, end = (int(offset) for offset in entry["data_offsets"])
     shape = tuple(int(size) for size in entry["shape"])
     dtype = _DTYPES.get(entry["dtype"])
     if dtype is not None and math.prod(shape) * dtype.itemsize != end - begin:
         raise ValueError(name)
-    return Stored(file, name, str(entry["dtype"]), shape, data + begin, end - begin)
+    return StoredTensor(file, name, str(entry["dtype"]), shape, data + begin, end - begin)
 
 
-def _width(tensor: Stored | Added) -> float:
+def _width(tensor: StoredTensor | NewTensor) -> float:
     return tensor.size / max(1, math.prod(tensor.shape))
 
 
-def _written(metadata: Mapping[str, str], order: Iterable[Stored | Added]) -> bytes:
+def _written(metadata: Mapping[str, str], order: Iterable[StoredTensor | NewTensor]) -> bytes:
     entries: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     end = 0
     for tensor in order:
@@ -182,4 +182,4 @@ def _written(metadata: Mapping[str, str], order: Iterable[Stored | Added]) -> by
 
 
 def _damaged(file: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"{file}: is cut short or damaged, or is no safetensors file ({reason}). Fetch it again.")
+    return CheckpointError(f"{file}: truncated, damaged, or not a safetensors file ({reason}). Download it again.")

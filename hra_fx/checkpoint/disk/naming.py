@@ -1,4 +1,4 @@
-"""Names of an adapter, of a checkpoint and of its model: the same, but for the prefix that a model with a head has."""
+"""Match names of an adapter, a checkpoint and a model, which may differ by the prefix of models with a head."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ _NEAR = 3
 
 
 class Names:
-    """The names in a checkpoint, to be found by those of an adapter or of a model.
+    """Names in a checkpoint, looked up by names of an adapter or a model.
 
     Args:
-        where: for messages.
+        where: the checkpoint, for messages.
         present: the names.
-        prefix: gives the prefix, and is asked only where a name is not found as it is: "bert." of `bert.encoder...`.
+        prefix: returns the prefix, such as "bert."; called only if a name is not found without it.
     """
 
     def __init__(self, where: str, present: Collection[str], prefix: Callable[[], str]) -> None:
-        """Nothing is looked up yet."""
+        """Store the arguments."""
         self.where = where
         self.present = present
         self._prefix = prefix
 
     def find(self, *names: str) -> str | None:
-        """The one name that is there, of some, as they are or with or without the prefix.
+        """The first of several names that exists, also with the prefix added or removed.
 
         Raises:
-            CheckpointError: several are.
+            CheckpointError: several exist.
 
         >>> Names("x", {"encoder.weight"}, lambda: "bert.").find("bert.encoder.weight")
         'encoder.weight'
@@ -39,18 +39,18 @@ class Names:
         ]
         if len(found) > 1:
             raise CheckpointError(
-                f"{self.where}: {names[0]} may be {' or '.join(found)}, which are both there. Load the model and fold "
-                "it in memory: hra_fx.load_adapter, then hra_fx.fold."
+                f"{self.where}: {names[0]} is ambiguous: {' and '.join(found)} both exist. Fold in memory instead: "
+                "hra_fx.load_adapter, then hra_fx.fold."
             )
         return found[0] if found else None
 
     def near(self, name: str) -> str:
-        """What to say of a name that is not there."""
+        """A sentence with the most similar names."""
         close = difflib.get_close_matches(name, self.present, n=_NEAR, cutoff=0.6)
         last = ".".join(name.split(".")[-3:])
         same_end = [other for other in self.present if other.endswith(f".{last}")][:_NEAR]
         names = list(dict.fromkeys([*same_end, *close]))[:_NEAR]
-        return f"The nearest names are {', '.join(names)}" if names else "No name is like it"
+        return f"Similar names: {', '.join(names)}." if names else "No name is similar."
 
     def _spellings(self, name: str) -> list[str]:
         prefix = self._prefix()

@@ -1,4 +1,4 @@
-"""What a fold writes into a folder: every file of the base, as it is, or planned tensor by tensor."""
+"""Plan the files that a fold writes for one folder of weights."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 from hra_fx.checkpoint.disk.adapter_files import AdapterFiles
 from hra_fx.checkpoint.disk.architecture import CONFIG, Architecture
 from hra_fx.checkpoint.disk.columns import Columns
-from hra_fx.checkpoint.disk.edit_types import FilePlan, Given, Item, Rotation
-from hra_fx.checkpoint.disk.header import Added, Header, Stored, dtype_name, extended
+from hra_fx.checkpoint.disk.edit_types import FilePlan, Item, Replacement, Rotation
+from hra_fx.checkpoint.disk.header import Header, NewTensor, StoredTensor, dtype_name, extended
 from hra_fx.checkpoint.disk.naming import Names
 from hra_fx.checkpoint.disk.plan_edits import Edits, edits_for, touches
 from hra_fx.checkpoint.disk.ties import FLAG
@@ -24,16 +24,16 @@ from hra_fx.errors import CheckpointError
 
 @dataclass(frozen=True)
 class FolderPlan:
-    """What is written in place of what a folder holds; other files are copied.
+    """New files of a folder; other files are copied.
 
     Attributes:
-        files: name -> safetensors file.
-        texts: name -> content of a file.
-        rotated: names of tensors.
-        given: names of those that come from the adapter.
-        untied: new names -> those that they were tied to.
-        kept: files that hold weights, of the base still.
-        returning: classes of configurations that tie again.
+        files: name -> planned safetensors file.
+        texts: name -> content of a text file.
+        rotated: names of rotated tensors.
+        given: names of tensors from the adapter.
+        untied: names of new tensors -> names of the tensors they were tied to.
+        unfolded: files with weights that are copied unchanged.
+        retied_by: see `Untying.retied_by`.
     """
 
     files: dict[str, FilePlan]
@@ -41,27 +41,27 @@ class FolderPlan:
     rotated: tuple[str, ...]
     given: tuple[str, ...]
     untied: dict[str, str]
-    kept: tuple[Path, ...]
-    returning: tuple[str, ...]
+    unfolded: tuple[Path, ...]
+    retied_by: tuple[str, ...]
 
 
 def plan_folder(folder: Path, adapters: Sequence[AdapterFiles], columns: Collection[str] | None) -> FolderPlan:
-    """Plan the fold of adapters, in their order, into the checkpoint of a folder.
+    """Plan the fold of adapters, in order, into the checkpoint of a folder.
 
     Raises:
         CheckpointError: there is no checkpoint, or an adapter does not fit it.
-        FoldError: what is tied cannot come apart.
+        FoldError: tied weights cannot be untied.
     """
     if (folder / CONFIG_NAME).exists():
         raise CheckpointError(
-            f"{folder / CONFIG_NAME}: an adapter lies in the folder of the base model, and from_pretrained would load "
-            "it on top of the folded weights. Move it to a folder of its own."
+            f"{folder / CONFIG_NAME}: there is an adapter in the base model's folder, and from_pretrained would load "
+            "it on top of the folded weights. Move it to another folder."
         )
     sets = weight_sets(folder)
     architecture = Architecture(folder)
     layout = Columns(architecture, columns)
     named = [(found, Names(found.name, found.tensors.keys(), lambda: architecture.prefix)) for found in sets]
-    # Where no set has any layer, the first tells what it lacks.
+    # If no set has any layer, the first one reports what is missing.
     folded = [pair for pair in named if touches(pair[0], adapters, pair[1])] or named[:1]
     plan = FolderPlan({}, {}, (), (), {}, (), ())
     for found, names in folded:
@@ -79,8 +79,8 @@ def _joined(one: FolderPlan, other: FolderPlan) -> FolderPlan:
         tuple(dict.fromkeys(one.rotated + other.rotated)),
         tuple(dict.fromkeys(one.given + other.given)),
         one.untied | other.untied,
-        one.kept + other.kept,
-        tuple(dict.fromkeys(one.returning + other.returning)),
+        one.unfolded + other.unfolded,
+        tuple(dict.fromkeys(one.retied_by + other.retied_by)),
     )
 
 
@@ -99,28 +99,28 @@ def _plan_set(found: WeightSet, edits: Edits, architecture: Architecture) -> Fol
         {file.name: file for file in files},
         texts,
         tuple(name for name, edit in done.items() if isinstance(edit, Rotation)),
-        tuple(name for name, edit in done.items() if isinstance(edit, Given)),
+        tuple(name for name, edit in done.items() if isinstance(edit, Replacement)),
         edits.untied,
         (),
-        edits.returning,
+        edits.retied_by,
     )
 
 
-def _added(name: str, source: Stored | None, edit: Any) -> Added:
+def _added(name: str, source: StoredTensor | None, edit: Any) -> NewTensor:
     if source is not None:
-        return Added(name, source.dtype, source.shape, source.size)
+        return NewTensor(name, source.dtype, source.shape, source.size)
     tensor = edit.tensor
     kind = dtype_name(tensor.dtype)
     if kind is None:
-        raise CheckpointError(f"{name}: the adapter has it in {tensor.dtype}, which is no usual dtype. Save it anew.")
-    return Added(name, kind, tuple(tensor.shape), tensor.numel() * tensor.itemsize)
+        raise CheckpointError(f"{name}: unsupported dtype {tensor.dtype} in the adapter. Save it in another dtype.")
+    return NewTensor(name, kind, tuple(tensor.shape), tensor.numel() * tensor.itemsize)
 
 
-def _plan_file(header: Header, edits: Edits, added: Sequence[Added]) -> FilePlan:
+def _plan_file(header: Header, edits: Edits, added: Sequence[NewTensor]) -> FilePlan:
     head, order = extended(header, added)
     items = []
     for tensor in order:
-        if isinstance(tensor, Stored):
+        if isinstance(tensor, StoredTensor):
             source, edit = tensor, edits.tensors.get(tensor.name)
         else:
             source, edit = edits.added[tensor.name]  # type: ignore[assignment]
@@ -128,8 +128,8 @@ def _plan_file(header: Header, edits: Edits, added: Sequence[Added]) -> FilePlan
     return FilePlan(header.file.name, head, tuple(items))
 
 
-def _index(found: WeightSet, added: Sequence[Added], file: str) -> bytes:
-    """As transformers writes it, with the new tensors in the last file; totals that are no numbers stay as they are."""
+def _index(found: WeightSet, added: Sequence[NewTensor], file: str) -> bytes:
+    """The index as transformers writes it, with new tensors in the last file; totals that are not numbers are kept."""
     entries: dict[str, Any] = dict(found.index_entries or {})
     entries["weight_map"] = {**entries["weight_map"], **{tensor.name: file for tensor in added}}
     if isinstance(entries.get("metadata"), dict):
@@ -145,7 +145,7 @@ def _index(found: WeightSet, added: Sequence[Added], file: str) -> bytes:
 
 
 def _config(architecture: Architecture, paths: Sequence[tuple[str, ...]]) -> bytes:
-    """The file with the setting off."""
+    """`config.json` with tied embeddings off."""
     entries: dict[str, Any] = json.loads(json.dumps(architecture.entries))
     for path in paths:
         place = entries

@@ -1,4 +1,4 @@
-"""A bar that shows how many bytes are written, on a terminal."""
+"""A progress bar for bytes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def bar(what: str, total: int, *, wanted: bool) -> Iterator[Callable[[int], object]]:
-    """A function to be told of bytes; it shows them where that is wanted, and there is a terminal.
+    """Yield a function that advances the progress bar by some bytes; there is no bar unless `wanted`, on a terminal.
 
     Example:
-        >>> with bar("folding", 100, wanted=False) as done:
-        ...     _ = done(100)
+        >>> with bar("folding", 100, wanted=False) as advance:
+        ...     _ = advance(100)
     """
     if not wanted:
         yield lambda count: None

@@ -1,4 +1,4 @@
-"""What a fold on disk did, in numbers and names."""
+"""The report of a fold on disk."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ _SHOWN = 4
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """What was written.
+    """What a fold on disk wrote.
 
     Attributes:
         folder: the new checkpoint.
         rotated: names of the tensors that were rotated.
-        given: names of those that came from an adapter (`modules_to_save`, `bias`).
-        untied: new names -> those that they were tied to in the base.
-        rounding: the largest `|W'' - W'|_F / |W'|_F`, what the cast to the dtype of the file costs; measured on the
-            first rows of each weight.
-        roughest: the tensor that it was found in.
-        bytes: size of all that is in the folder.
-        seconds: how long it took.
-        reused: how many files an interrupted call before had finished.
-        kept: files that were copied, and hold weights of the base still.
-        verified: whether lengths of rows and copies were checked.
+        given: names of the tensors that an adapter replaced or added (`modules_to_save`, `bias`).
+        untied: names of new tensors -> names of the tensors they were tied to in the base.
+        rounding: largest relative error `|W'' - W'|_F / |W'|_F` of the cast to the file's dtype, measured on the first
+            rows of each weight.
+        roughest: the tensor with this error.
+        bytes: total size of the folder.
+        seconds: run time.
+        reused: number of files that an interrupted earlier call had finished.
+        kept: files that were copied although they contain weights of the base.
+        verified: whether row norms and copies were checked.
 
     Example:
         >>> print(CheckpointReport(Path("folded"), ("a.weight",), (), {}, 1.6e-3, "a.weight", 2_300_000, 0.5))
         folded: 1 tensor rotated, 2.3 MB in 0.5 s
-          rounding at most 1.6e-03 (a.weight)
+          relative rounding error up to 1.6e-03 (a.weight)
     """
 
     folder: Path
@@ -46,22 +46,21 @@ class CheckpointReport:
     verified: bool = False
 
     def __str__(self) -> str:
-        """A few lines."""
+        """A summary in a few lines."""
         count = f"{len(self.rotated)} tensor{'s' * (len(self.rotated) != 1)} rotated"
         count += f", {len(self.given)} from the adapter" if self.given else ""
         lines = [f"{self.folder}: {count}, {_size(self.bytes)} in {self.seconds:.1f} s"]
-        lines.append(f"  rounding at most {self.rounding:.1e} ({self.roughest})")
+        lines.append(f"  relative rounding error up to {self.rounding:.1e} ({self.roughest})")
         if self.verified:
-            lines.append("  verified: rows have the lengths they had, and all else is equal byte for byte")
+            lines.append("  verified: row norms are preserved, everything else is identical")
         if self.untied:
             lines.append(f"  untied: {_some([f'{new} (from {old})' for new, old in self.untied.items()])}")
         if self.given:
             lines.append(f"  from the adapter: {_some(list(self.given))}")
         if self.reused:
-            were = "file was" if self.reused == 1 else "files were"
-            lines.append(f"  {self.reused} {were} finished by a call before this one")
+            lines.append(f"  resumed: {self.reused} file{'s' * (self.reused != 1)} finished earlier")
         if self.kept:
-            lines.append(f"  with the base's weights still: {_some([file.name for file in self.kept])}")
+            lines.append(f"  not folded: {_some([file.name for file in self.kept])}")
         return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""All that a call writes, over all parts of a checkpoint, and what it is made from."""
+"""Plan everything that a call writes, for all parts of a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from hra_fx.checkpoint.disk.edit_types import FilePlan
 from hra_fx.checkpoint.disk.planning import FolderPlan, plan_folder
 from hra_fx.errors import CheckpointError
 
-#: Grows with each change of what is written, so that an older unfinished result is not taken up.
+#: Increased when the written files change, so that an older unfinished result is not resumed.
 _FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Result:
-    """What is to be written.
+    """The planned result.
 
     Attributes:
         files: path in the new folder -> planned safetensors file.
         texts: path -> content.
         copies: path -> file of the base.
-        parts: folder in the base -> what its plan says.
-        inputs: what all of this is made from; equal inputs give equal results.
+        parts: folder in the base -> its plan.
+        inputs: everything that the result depends on.
     """
 
     files: dict[str, FilePlan]
@@ -38,7 +38,7 @@ class Result:
     inputs: dict[str, Any]
 
     def sizes(self) -> dict[str, int]:
-        """Path -> bytes."""
+        """Path -> size in bytes."""
         return {
             **{path: plan.size for path, plan in self.files.items()},
             **{path: len(text) for path, text in self.texts.items()},
@@ -50,20 +50,20 @@ def result_of(request: Request, columns: Collection[str] | None, *, back: bool) 
     """Plan every part.
 
     Args:
-        request: what is asked for.
+        request: the arguments.
         columns: see `fold_checkpoint`.
-        back: take the adapters out.
+        back: whether to undo a fold.
 
     Raises:
-        CheckpointError: as `plan_folder`; or what an adapter replaced cannot be brought back.
-        FoldError: as `plan_folder`.
+        CheckpointError: see `plan_folder`; or an adapter replaced values, which cannot be restored.
+        FoldError: see `plan_folder`.
     """
     parts: dict[str, FolderPlan] = {}
     files: dict[str, FilePlan] = {}
     texts: dict[str, bytes] = {}
     for name, adapters in request.adapters.items():
-        turned = [_reversed(adapter) for adapter in reversed(adapters)] if back else adapters
-        plan = parts[name] = plan_folder(request.base / name, turned, columns)
+        ordered = [_reversed(adapter) for adapter in reversed(adapters)] if back else adapters
+        plan = parts[name] = plan_folder(request.base / name, ordered, columns)
         files |= {_path(name, file): planned for file, planned in plan.files.items()}
         texts |= {_path(name, file): text for file, text in plan.texts.items()}
     copies = {path: file for path, file in request.files.items() if path not in files and path not in texts}
@@ -71,16 +71,16 @@ def result_of(request: Request, columns: Collection[str] | None, *, back: bool) 
 
 
 def stamps(files: Mapping[str, Path]) -> dict[str, list[int]]:
-    """Size and time of the last change of some files."""
+    """Size and modification time of files."""
     return {path: [(found := file.stat()).st_size, found.st_mtime_ns] for path, file in files.items()}
 
 
 def _reversed(adapter: AdapterFiles) -> AdapterFiles:
-    """`Q^T`: the same reflections in the opposite order."""
+    """`Q^T`: the same reflections in reverse order."""
     if adapter.full:
         raise CheckpointError(
-            f"{adapter.file}: the adapter replaced {next(iter(adapter.full))} (modules_to_save or bias), and what was "
-            "there before is in no file. Take the base checkpoint itself."
+            f"{adapter.file}: the adapter replaced {next(iter(adapter.full))} (modules_to_save or bias), whose old "
+            "value is lost. Use the base checkpoint."
         )
     return dataclasses.replace(adapter, chains={path: chain.flip(1) for path, chain in adapter.chains.items()})
 

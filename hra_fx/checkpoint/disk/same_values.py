@@ -1,15 +1,15 @@
-"""Whether a tensor of a file holds the values of another one, but for the rounding to a narrower dtype."""
+"""Compare a stored tensor with another one, up to rounding to the narrower dtype."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from hra_fx.checkpoint.disk.header import Stored, dtype_of
+from hra_fx.checkpoint.disk.header import StoredTensor, dtype_of
 
 
-def load(stored: Stored) -> Tensor | None:
-    """A tensor of a file; `None` where its dtype is not a usual one."""
+def load(stored: StoredTensor) -> Tensor | None:
+    """Read a tensor; `None` if torch has no such dtype."""
     dtype = dtype_of(stored.dtype)
     if dtype is None:
         return None
@@ -20,7 +20,7 @@ def load(stored: Stored) -> Tensor | None:
     return torch.frombuffer(data, dtype=dtype).view(stored.shape) if data else empty
 
 
-def holds(stored: Stored, tensor: Tensor) -> bool:
-    """Whether the values are equal once the wider of the two is rounded to the narrower."""
+def holds(stored: StoredTensor, tensor: Tensor) -> bool:
+    """Whether the values are equal after rounding the wider dtype to the narrower."""
     own = load(stored) if stored.shape == tuple(tensor.shape) else None
     return own is not None and (torch.equal(tensor.to(own.dtype), own) or torch.equal(own.to(tensor.dtype), tensor))

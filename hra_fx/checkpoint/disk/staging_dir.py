@@ -1,8 +1,8 @@
-"""The unfinished result, in a hidden folder beside the wanted one: taken up again by a later call, renamed at the end.
+"""The unfinished result: a hidden folder next to the output folder, which can be resumed and is renamed at the end.
 
-`.<name>.partial/` holds `content/`, in which every file is whole and on the disk; `part`, the one that is being
-written; `inputs.json`, what all is made from; `done.json`, what is to be told of finished files; and `replaced/`, for
-an instant, the folder that makes room. `.<name>.gone/` is what it is called while it is removed.
+`.<name>.partial/` holds `content/`, where every file is complete and on disk; `part`, the file being written;
+`inputs.json`, what the result is made from; `done.json`, notes about finished files; and, for a moment, `replaced/`,
+the old output folder. `.<name>.gone/` is the same folder while it is being deleted.
 """
 
 from __future__ import annotations
@@ -12,24 +12,25 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from hra_fx.atomic_write import Content, atomic_write
 from hra_fx.errors import CheckpointError
 
 
-class Partial:
+class StagingDir:
     """The unfinished result of one call.
 
     Attributes:
         folder: the hidden folder.
         content: what becomes the result.
-        finished: name of a file -> notes of it, see `finish`.
+        finished: name of a file -> its notes, see `finish`.
     """
 
     def __init__(self, out: Path) -> None:
-        """For a folder that is wanted; nothing is made yet."""
+        """Nothing is created yet."""
         self.out = out
         self.folder = out.with_name(f".{out.name}.partial")
         self.content = self.folder / "content"
@@ -37,78 +38,69 @@ class Partial:
         self._inputs = self.folder / "inputs.json"
         self._done = self.folder / "done.json"
         self._replaced = self.folder / "replaced"
-        self._gone = self.folder.with_suffix(".gone")
-        self._exchanging = False
+        self._trash = self.folder.with_suffix(".gone")
+        self._publishing = False
         self.finished: dict[str, dict[str, float]] = {}
 
     @property
-    def left(self) -> list[Path]:
-        """Those that are there."""
-        return [folder for folder in (self.folder, self._gone) if os.path.isdir(folder)]
+    def leftovers(self) -> list[Path]:
+        """Hidden folders that exist."""
+        return [folder for folder in (self.folder, self._trash) if os.path.isdir(folder)]
 
     @property
     def is_done(self) -> bool:
-        """Whether this call has made the content the wanted folder."""
-        return self._exchanging and not self.content.exists()
+        """Whether this call has renamed the content to the output folder."""
+        return self._publishing and not self.content.exists()
 
     @contextlib.contextmanager
-    def held(self, inputs: Mapping[str, Any]) -> Iterator[None]:
-        """Take it up where it was made from the same `inputs`, else begin anew; for one process at a time.
+    def locked(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """Create the folder, or resume it if it has the same `inputs`; for one process at a time.
 
         Raises:
-            CheckpointError: another process is at it.
+            CheckpointError: another process uses the folder.
         """
-        # For the user alone: what is in it may be of a folder that is.
+        # Readable by the user alone, since the base may be.
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         self.folder.mkdir(mode=0o700, exist_ok=True)
         with _lock(self.folder):
             self._recover()
-            if not self._is_of(inputs):
-                # In this order, so that what is there without content has been published.
-                for left in (self._inputs, self._done, self.content):
-                    remove(left)
+            if not self._has_inputs(inputs):
+                # In this order, since inputs without content mean that the result was published.
+                for path in (self._inputs, self._done, self.content):
+                    remove(path)
                 self.content.mkdir()
                 self._write_json(self._inputs, inputs)
             remove(self._part)
-            self.finished = self._notes()
+            self.finished = self._read_notes()
             yield
 
     def is_published(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether a call with these inputs was stopped between its last step and tidying up; its notes are read."""
-        published = self._is_of(inputs) and not self.content.exists() and self.out.is_dir()
+        """Whether a call with these inputs was stopped after publishing its result; reads its notes."""
+        published = self._has_inputs(inputs) and not self.content.exists() and self.out.is_dir()
         if published:
-            self.finished = self._notes()
+            self.finished = self._read_notes()
         return published
 
     def finish(self, name: str, notes: Mapping[str, float]) -> None:
-        """Remember of a file that it is there, and what is to be told of it."""
+        """Record that a file is complete, with notes for the report."""
         self.finished[name] = dict(notes)
         self._write_json(self._done, self.finished)
 
     def has(self, name: str, size: int) -> bool:
-        """Whether a file is there; it has its name only once it is whole."""
+        """Whether a file is complete."""
         file = self.content / name
         return file.is_file() and file.stat().st_size == size
 
-    def write(self, file: Path, fill: Callable[[BinaryIO], object], mode: int | None = None) -> None:
-        """Make a file: it is on the disk, with all that `fill` writes, before it gets its name."""
+    def write(self, file: Path, content: Content, mode: int | None = None) -> None:
+        """Write a file atomically. The temporary file is in a known place, where the next call finds and removes it."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(self._part, "wb", buffering=0) as stream:
-                fill(stream)
-                os.fsync(stream.fileno())
-            if mode is not None:
-                self._part.chmod(mode)
-            os.replace(self._part, file)
-        except BaseException:
-            self._part.unlink(missing_ok=True)
-            raise
+        atomic_write(file, content, mode=mode, temporary=self._part)
 
     def publish(self) -> None:
-        """Make the content the wanted folder."""
+        """Rename the content to the output folder."""
         for folder, _, _ in os.walk(self.content):
             _sync(Path(folder))
-        self._exchanging = True
+        self._publishing = True
         try:
             if self.out.is_dir():
                 os.replace(self.out, self._replaced)
@@ -120,51 +112,51 @@ class Partial:
         self.discard()
 
     def discard(self) -> None:
-        """Remove all that is unfinished: it is gone at one blow, for half of it would say less than nothing."""
+        """Delete the folder. It is renamed first, so that a partial delete is never mistaken for a result."""
         if self._replaced.exists() and not self.out.exists():
             os.replace(self._replaced, self.out)
-        self.tidy()
-        os.replace(self.folder, self._gone)
-        self.tidy()
+        self.cleanup()
+        os.replace(self.folder, self._trash)
+        self.cleanup()
 
-    def tidy(self) -> None:
-        """Remove what a call had no time to remove."""
-        remove(self._gone)
+    def cleanup(self) -> None:
+        """Delete what an earlier call did not get to delete."""
+        remove(self._trash)
 
     def _recover(self) -> None:
-        """Put back what was making room when the process was stopped, or remove it where all was done."""
+        """Restore the old output folder if a call was stopped while renaming; delete it if the renaming was done."""
         if self._replaced.exists() and not self.out.exists():
             os.replace(self._replaced, self.out)
         remove(self._replaced)
 
-    def _notes(self) -> dict[str, dict[str, float]]:
+    def _read_notes(self) -> dict[str, dict[str, float]]:
         notes: dict[str, dict[str, float]] = {}
         if self._done.is_file():
             notes = json.loads(self._done.read_text(encoding="utf-8"))
         return notes
 
-    def _is_of(self, inputs: Mapping[str, Any]) -> bool:
-        return self._inputs.is_file() and self._inputs.read_text(encoding="utf-8") == _text(inputs)
+    def _has_inputs(self, inputs: Mapping[str, Any]) -> bool:
+        return self._inputs.is_file() and self._inputs.read_text(encoding="utf-8") == _to_json(inputs)
 
     def _write_json(self, file: Path, entries: Mapping[str, Any]) -> None:
-        self.write(file, lambda stream: stream.write(_text(entries).encode()))
+        self.write(file, _to_json(entries).encode())
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder, if it is there."""
+    """Delete a file or folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
-def _text(entries: Mapping[str, Any]) -> str:
+def _to_json(entries: Mapping[str, Any]) -> str:
     return json.dumps(entries, indent=1, sort_keys=True)
 
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Have the folder for this process alone, where the system can tell; a process that is killed lets go of it."""
+    """Lock the folder for this process, where the system can; the lock of a killed process is released."""
     if sys.platform == "win32":
         yield
         return
@@ -178,12 +170,12 @@ def _lock(folder: Path) -> Iterator[None]:
         except OSError:
             free = False
         if not free:
-            raise CheckpointError(f"{folder}: another process writes into it. Wait for that one, or stop it.")
+            raise CheckpointError(f"{folder}: in use by another process. Wait until it has finished, or stop it.")
         yield
 
 
 def _sync(folder: Path) -> None:
-    """Put the names in a folder on the disk, where folders can be opened."""
+    """Flush the names in a folder to disk, where folders can be opened."""
     if sys.platform != "win32":
         handle = os.open(folder, os.O_RDONLY)
         try:

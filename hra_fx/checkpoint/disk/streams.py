@@ -1,47 +1,21 @@
-"""Reading and writing of files without a buffer in between, and copies that the kernel makes."""
+"""Read and write tensors of safetensors files without intermediate copies."""
 
 from __future__ import annotations
 
-import errno
-import os
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from hra_fx.checkpoint.disk.header import StoredTensor
 from hra_fx.errors import CheckpointError
 
-#: How much is copied at a time, so that progress can be told.
-_PIECE = 1 << 26
-_SMALL = 1 << 20
-#: What tells that the kernel cannot copy between these two files.
-_CANNOT = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of a file that is copied.
-
-    Attributes:
-        file: the file.
-        start: its first byte.
-        at: the byte of the new file where that goes.
-        size: how many there are.
-    """
-
-    file: Path
-    start: int
-    at: int
-    size: int
-
-    def cut(self, size: int) -> Iterator[Part]:
-        """Parts of at most `size` bytes."""
-        for offset in range(0, self.size, size):
-            yield Part(self.file, self.start + offset, self.at + offset, min(size, self.size - offset))
+#: Size of a block in bytes: large enough for fast matrix products, small enough for the processor's cache.
+BLOCK = 1 << 21
+_ROW_MULTIPLE = 16
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -51,60 +25,43 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def read_into(source: BinaryIO, buffer: Any, file: Path) -> None:
-    """Fill a buffer.
+    """Fill a buffer from the current position.
 
     Raises:
-        CheckpointError: the file ends before.
+        CheckpointError: the file is too short.
     """
     view = memoryview(buffer).cast("B")
     while view:
         count = source.readinto(view)  # type: ignore[attr-defined]
         if not count:
-            raise CheckpointError(f"{file}: it was cut short while it was read. Fetch it again.")
+            raise CheckpointError(f"{file}: the file became shorter while it was read. Download it again.")
         view = view[count:]
 
 
-def write_all(target: BinaryIO, buffer: Any, at: int = 0) -> None:
-    """Write all of a buffer, from byte `at` of the file on."""
-    target.seek(at)
-    view = memoryview(buffer).cast("B")
+def write_all(target: BinaryIO, data: bytes | bytearray | memoryview) -> None:
+    """Write all of `data` to an unbuffered file."""
+    view = memoryview(data)
     while view:
         view = view[target.write(view) :]
 
 
-def copy(part: Part, source: BinaryIO, target: BinaryIO, done: Callable[[int], object]) -> None:
-    """Copy a part of a file into another one, byte for byte.
-
-    Args:
-        part: what, and to where.
-        source: the file that it is of, unbuffered.
-        target: the other one, unbuffered.
-        done: is told of bytes as they are copied.
-
-    Raises:
-        CheckpointError: the file ends before.
-    """
-    start, at, size = part.start, part.at, part.size
-    while size:
-        count = min(size, _PIECE)
-        copied = _in_kernel(source, target, start, at, count)
-        if not copied:
-            copied = min(count, _SMALL)
-            buffer = bytearray(copied)
-            source.seek(start)
-            read_into(source, buffer, part.file)
-            write_all(target, buffer, at)
-        start, at, size = start + copied, at + copied, size - copied
-        done(copied)
+def read_bytes(source: BinaryIO, start: int, size: int, file: Path) -> Iterator[bytearray]:
+    """Read `size` bytes from `start` on, block by block."""
+    source.seek(start)
+    for left in range(size, 0, -BLOCK):
+        block = bytearray(min(BLOCK, left))
+        read_into(source, block, file)
+        yield block
 
 
-def _in_kernel(source: BinaryIO, target: BinaryIO, start: int, at: int, count: int) -> int:
-    """How many bytes the kernel copied; none where it cannot."""
-    if sys.platform != "linux":
-        return 0
-    try:
-        return os.copy_file_range(source.fileno(), target.fileno(), count, offset_src=start, offset_dst=at)
-    except OSError as error:
-        if error.errno in _CANNOT:
-            return 0
-        raise
+def read_rows(source: BinaryIO, stored: StoredTensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """Read a tensor as rows `(rows, width)`, block by block: index of the first row, rows."""
+    rows, width = stored.shape[0], math.prod(stored.shape[1:])
+    step = max(1, BLOCK // (width * dtype.itemsize))
+    if step > _ROW_MULTIPLE:  # matrix products are fastest
+        step -= step % _ROW_MULTIPLE
+    source.seek(stored.start)
+    for first in range(0, rows, step):
+        block = torch.empty(min(step, rows - first), width, dtype=dtype)
+        read_into(source, as_bytes(block), stored.file)
+        yield first, block

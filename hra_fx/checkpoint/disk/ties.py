@@ -1,41 +1,41 @@
-"""Tensors that transformers ties when it loads a checkpoint: one that is changed gets a place of its own in the file.
+"""Untie weights on disk: a changed tensor that transformers ties to another gets its own entry in the file.
 
-The policy is that of `hra_fx.fold`: `tie_word_embeddings` goes off, and all that it tied is written.
+As in `hra_fx.fold`, `tie_word_embeddings` becomes False, and everything that it tied is written to the file.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from hra_fx.checkpoint.disk.architecture import Architecture
 from hra_fx.checkpoint.disk.naming import Names
 from hra_fx.errors import FoldError
-from hra_fx.model.untie import Parted, Setting, settings_that_tie, turn_off, turn_on, why_not_off
 
 FLAG = "tie_word_embeddings"
 
 
 @dataclass(frozen=True)
 class Untying:
-    """What comes apart.
+    """Tensors to untie.
 
     Attributes:
-        sources: name of a tensor that the file does not have -> that of the one that it is tied to.
-        changed: those of them that are changed -> what the caller calls them; the others are written as they are.
-        one: what the caller calls tensors that change with what they are tied to, and need no place of their own.
-        configs: where in `config.json` the setting goes off: keys down to the object.
-        returning: classes of configurations that say that it is on again whenever one is loaded.
+        sources: name of a tensor that is not in the file -> name of the tensor that it is tied to.
+        changed: those of them that change -> the caller's name for them; the others are written unchanged.
+        stay_tied: the caller's names of tensors that change together with the tensor they are tied to.
+        configs: where `tie_word_embeddings` becomes False in `config.json`: keys down to the object.
+        retied_by: configuration classes that set it to True again whenever one is loaded, like T5's.
     """
 
     sources: Mapping[str, str] = field(default_factory=dict)
     changed: Mapping[str, str] = field(default_factory=dict)
-    one: Collection[str] = ()
+    stay_tied: Collection[str] = ()
     configs: tuple[tuple[str, ...], ...] = ()
-    returning: tuple[str, ...] = ()
+    retied_by: tuple[str, ...] = ()
 
 
 def is_in_block(name: str) -> bool:
@@ -48,92 +48,77 @@ def is_in_block(name: str) -> bool:
 
 
 def untying(architecture: Architecture, names: Names, changed: Mapping[str, Tensor | None]) -> Untying:
-    """What comes apart where some tensors are changed.
+    """What to untie if some tensors change.
 
     Args:
         architecture: of the checkpoint.
-        names: those in the file.
-        changed: name, in the file or as the adapter has it -> what comes in its place, `None` for one that is rotated.
+        names: names in the file.
+        changed: name, in the file or as the adapter has it -> new value, `None` for a rotation.
 
     Raises:
-        FoldError: it cannot come apart.
+        FoldError: the tensors cannot be untied.
     """
-    model = architecture.model
+    model: Any = architecture.model
     if model is None:
         if architecture.says_tied and changed:
             raise FoldError(
-                f"{architecture.folder / 'config.json'}: it says {FLAG}, and transformers does not know its model, so "
-                f"that what {next(iter(changed))} is tied to cannot be told. Fold it in memory: hra_fx.load_adapter, "
-                "then hra_fx.fold."
+                f"{architecture.folder / 'config.json'}: {FLAG} is True, but transformers does not know this model, so "
+                f"that it is unknown which tensors are tied to {next(iter(changed))}. Fold it in memory: "
+                "hra_fx.load_adapter, then hra_fx.fold."
             )
         return Untying()
     own = Names("config.json", model.state_dict().keys(), lambda: architecture.prefix)
     called = {found: name for name in changed if (found := own.find(name))}
     values = {name: changed[given] for name, given in called.items()}
-    settings = settings_that_tie(model, {_place(model, name) for name in called})
-    groups = _groups(model, settings)
+    groups = _groups(model.get_expanded_tied_weights_keys(all_submodels=True))
     touched = [group for group in groups if values.keys() & set(group)]
-    if all(_stay_one(group, values) for group in touched):
-        return Untying(one=[called[name] for group in touched for name in group])
-    if reason := why_not_off(settings):
-        raise FoldError(f"{reason}. Leave it out with exclude_modules.")
+    if all(_same_values(group, values) for group in touched):
+        return Untying(stay_tied=[called[name] for group in touched for name in group])
+    # Such as Switch Transformers, which scales its output by the flag.
+    if FLAG in inspect.getsource(type(model).forward):
+        raise FoldError(
+            f"{type(model).__name__}.forward depends on config.{FLAG}, so the output layer cannot be untied from the "
+            "embeddings. Leave it out with exclude_modules."
+        )
     sources: dict[str, str] = {}
     for group in groups:
-        there = {name: names.find(name) for name in group}
-        source = next((found for found in there.values() if found), None)
+        stored = {name: names.find(name) for name in group}
+        source = next((found for found in stored.values() if found), None)
         if source is not None:
-            sources |= {name: source for name, found in there.items() if found is None}
+            sources |= {name: source for name, found in stored.items() if found is None}
+    configs = {path: config for path, config in _config_tree(model.config) if getattr(config, FLAG, False)}
     return Untying(
         sources,
         {name: called[name] for name in sources if name in called},
         (),
-        tuple(dict.fromkeys(path for s in settings for c in s.configs for path in _paths(_config(model), c))),
-        _returning(settings),
+        tuple(configs),
+        tuple(dict.fromkeys(type(config).__name__ for config in configs.values() if _reties(config))),
     )
 
 
-def _returning(settings: list[Setting]) -> tuple[str, ...]:
-    """Asked of the configurations with the setting off; then it is on again, for another set of files may ask too."""
-    configs = turn_off(settings)
-    try:
-        return tuple(Parted(settings, {}).returning)
-    finally:
-        turn_on(configs)
+def _groups(ties: Mapping[str, str]) -> list[list[str]]:
+    """Names of each tied tensor, of which the first is the one that others are tied to."""
+    groups: dict[str, list[str]] = {}
+    for name, source in ties.items():
+        while source in ties:
+            source = ties[source]
+        groups.setdefault(source, [source]).append(name)
+    return list(groups.values())
 
 
-def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, last = name.rpartition(".")
-    return model.get_submodule(path), last
-
-
-def _groups(model: nn.Module, settings: list[Setting]) -> list[list[str]]:
-    """Names of what is one tensor, the one that others are tied to first."""
-    paths = {module: path for path, module in model.named_modules()}
-    groups: list[list[str]] = []
-    for pair in (pair for setting in settings for pair in setting.pairs):
-        joined = [f"{paths[owner]}.{name}".lstrip(".") for owner, name in reversed(pair)]
-        for group in [group for group in groups if set(group) & set(joined)]:
-            groups.remove(group)
-            joined = list(dict.fromkeys([*group, *joined]))
-        groups.append(joined)
-    return groups
-
-
-def _stay_one(group: list[str], changed: Mapping[str, Tensor | None]) -> bool:
-    """Whether all of a group get the same values, as where an adapter trained tied embeddings as one."""
+def _same_values(group: list[str], changed: Mapping[str, Tensor | None]) -> bool:
+    """Whether a group gets the same values everywhere, because an adapter trained tied embeddings as one."""
     values = [changed.get(name) for name in group]
     first = values[0]
     return first is not None and all(other is not None and first.equal(other) for other in values)
 
 
-def _config(model: nn.Module) -> Any:
-    return model.config
-
-
-def _paths(config: Any, wanted: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Where a configuration is in another one; copies that models make for their parts are not in it."""
-    if config is wanted:
-        yield path
+def _config_tree(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    yield path, config
     for key in getattr(config, "sub_configs", {}):
         if (inner := getattr(config, key, None)) is not None:
-            yield from _paths(inner, wanted, (*path, key))
+            yield from _config_tree(inner, (*path, key))
+
+
+def _reties(config: Any) -> bool:
+    return bool(getattr(type(config).from_dict({**config.to_dict(), FLAG: False}), FLAG, False))

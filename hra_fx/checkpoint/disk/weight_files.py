@@ -1,4 +1,4 @@
-"""The weights in a folder: sets of safetensors files that hold one state dict each, and files that are not read."""
+"""Find the weights in a folder: sets of safetensors files, each of which holds one state dict."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hra_fx.checkpoint.disk.header import Header, Stored, read_header
+from hra_fx.checkpoint.disk.header import Header, StoredTensor, read_header
 from hra_fx.errors import CheckpointError
 
 SAFE = ".safetensors"
 _INDEX = f"{SAFE}.index.json"
-#: Weights that are never opened, for they are pickles, or of another library.
+#: Weights in other formats, which are never read.
 OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx")
-#: Files with such an ending that a training leaves beside a model, and that hold no weights of it.
+#: Files with these extensions that training saves next to a model, and that have no weights.
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 
 
 @dataclass(frozen=True)
 class WeightSet:
-    """Files that hold one state dict.
+    """Files of one state dict.
 
     Attributes:
         files: their headers, sorted by name.
-        index: the file that says which tensor is where, if there is one.
-        index_entries: what it holds.
+        index: the index file, if there is one.
+        index_entries: its content.
     """
 
     files: tuple[Header, ...]
@@ -35,18 +35,18 @@ class WeightSet:
     index_entries: Mapping[str, Any] | None = None
 
     @cached_property
-    def tensors(self) -> dict[str, Stored]:
+    def tensors(self) -> dict[str, StoredTensor]:
         """Key -> tensor, of all files."""
         return {name: tensor for header in self.files for name, tensor in header.tensors.items()}
 
     @property
     def name(self) -> str:
-        """For messages: the index, or the only file."""
+        """The index or the only file, for messages."""
         return str(self.index or self.files[0].file)
 
     @cached_property
     def aliases(self) -> dict[str, str]:
-        """Key that is not there -> key of the tensor that stands for it: what `safetensors.torch.save_model` leaves."""
+        """Removed key -> key of the tensor that it shared, as recorded by `safetensors.torch.save_model`."""
         found: dict[str, str] = {}
         for header in self.files:
             for name, kept in header.metadata.items():
@@ -56,17 +56,17 @@ class WeightSet:
 
 
 def weight_sets(folder: Path) -> list[WeightSet]:
-    """All sets of a folder itself, subfolders not looked at.
+    """All sets in a folder, without its subfolders.
 
     Raises:
-        CheckpointError: there is none (pickles are named), a shard is missing or damaged, or an index is.
+        CheckpointError: there is none, or a shard or an index is missing or damaged.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = Path(folder, "pytorch_model.bin").write_bytes(b"")
     ...     weight_sets(Path(folder))
     Traceback (most recent call last):
-    hra_fx.errors.CheckpointError: ...pytorch_model.bin: is a pickle or of another library, and is never read. Save ...
+    hra_fx.errors.CheckpointError: ...pytorch_model.bin: only safetensors files are read. Load the model and save it ...
     """
     indices = sorted(folder.glob(f"*{_INDEX}"))
     sets = [_of_index(index) for index in indices]
@@ -77,19 +77,19 @@ def weight_sets(folder: Path) -> list[WeightSet]:
         return sets
     if others := sorted(foreign(folder)):
         raise CheckpointError(
-            f"{others[0]}: is a pickle or of another library, and is never read. Save the model as safetensors first: "
-            "load it, then model.save_pretrained(folder)."
+            f"{others[0]}: only safetensors files are read. Load the model and save it with "
+            "model.save_pretrained(folder)."
         )
     below = sorted(file.parent.relative_to(folder).as_posix() for file in folder.glob(f"*/*{SAFE}"))
-    way_out = "Give the folder of a checkpoint."
+    suggestion = "Give the folder of a checkpoint."
     if below:
         names = ", ".join(map(repr, dict.fromkeys(below)))
-        way_out = f"There are some in its subfolders {names}: give adapter_dir={{subfolder: adapter}}, or that folder."
-    raise CheckpointError(f"{folder}: there is no {SAFE} file in it. {way_out}")
+        suggestion = f"The subfolders {names} have some: give one of them, or adapter_dir={{name: adapter}} (--part)."
+    raise CheckpointError(f"{folder}: no {SAFE} files found. {suggestion}")
 
 
 def foreign(folder: Path) -> Iterator[Path]:
-    """Files of a folder, at any depth, that may hold weights in a form that is not read."""
+    """Files at any depth that may have weights in another format."""
     for file in folder.rglob("*"):
         if file.suffix in OTHERS and not file.name.startswith(_NO_WEIGHTS):
             yield file
@@ -101,19 +101,25 @@ def _of_index(index: Path) -> WeightSet:
         places: dict[str, str] = dict(entries["weight_map"])
         names = sorted(set(places.values()))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{index}: cannot be read, or has no weight_map ({error!r}). Fetch it again.") from error
+        raise CheckpointError(
+            f"{index}: cannot read the file, or it has no weight_map ({error!r}). Download it again."
+        ) from error
     headers: dict[str, Header] = {}
     for name in names:
         file = index.parent / name
         if file.parent != index.parent or not file.is_file():
-            raise CheckpointError(f"{index}: it names {name!r}, and there is no such file beside it. Fetch it again.")
+            raise CheckpointError(
+                f"{index}: lists {name!r}, but there is no such file in the folder. Download it again."
+            )
         headers[name] = read_header(file)
     for key, name in places.items():
         if key not in headers[name].tensors:
-            raise CheckpointError(f"{index}: it has {key!r} in {name!r}, which does not hold it. Fetch both again.")
+            raise CheckpointError(
+                f"{index}: lists {key!r} in {name!r}, but the file does not have it. Download both again."
+            )
     counts = sum(len(header.tensors) for header in headers.values())
     if counts != len(places):
         raise CheckpointError(
-            f"{index}: it lists {len(places)} tensors, and its files hold {counts}. Fetch them again."
+            f"{index}: lists {len(places)} tensors, but the files have {counts}. Download them again."
         )
     return WeightSet(tuple(headers[name] for name in names), index, entries)

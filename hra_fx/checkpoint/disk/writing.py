@@ -1,82 +1,79 @@
-"""A planned file written: tensors are turned one after the other, what is not touched is copied in between."""
+"""Write a planned safetensors file, several tensors at a time.
+
+Reading, rotating and writing take about equally long and block on different parts of the machine. With one thread per
+tensor they overlap, which makes a fold about twice as fast as a plain loop on two cores.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from functools import partial
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import BinaryIO
 
-from hra_fx.checkpoint.disk.async_writer import Behind
-from hra_fx.checkpoint.disk.buffers import Buffers
-from hra_fx.checkpoint.disk.edit_types import FilePlan, Given, Item, Rotation
-from hra_fx.checkpoint.disk.header import Stored
-from hra_fx.checkpoint.disk.prefetch_reader import pieces
-from hra_fx.checkpoint.disk.rotate_tensor import readings, turn
-from hra_fx.checkpoint.disk.streams import Part, as_bytes, copy
+from hra_fx.checkpoint.disk.edit_types import FilePlan, Item, Replacement, Rotation
+from hra_fx.checkpoint.disk.rotate_tensor import rotate_weight
+from hra_fx.checkpoint.disk.streams import as_bytes, read_bytes, write_all
 
-#: Bytes that are copied at a time, between the pieces of what is turned.
-_PART = 1 << 21
+_THREADS = min(4, os.cpu_count() or 1)
+#: Bytes after which the disk is told to start writing, so that the last `fsync` has little left to do.
+_FLUSH = 1 << 26
 
 
-def write_file(plan: FilePlan, target: BinaryIO, buffers: Buffers, done: Callable[[int], object]) -> dict[str, float]:
+def write_file(plan: FilePlan, target: BinaryIO, advance: Callable[[int], object]) -> dict[str, float]:
     """Write a planned file.
 
     Args:
         plan: the file.
-        target: where to, unbuffered.
-        buffers: memory to work in.
-        done: is told of bytes as they are written.
+        target: an empty file, unbuffered.
+        advance: called with numbers of bytes, for a progress bar.
 
     Returns:
-        Name of a rotated tensor -> what rounding to its dtype cost.
+        Name of a rotated tensor -> relative error of rounding to its dtype.
 
     Raises:
-        CheckpointError: a file of the base ends before its tensors do.
+        CheckpointError: a file of the base is too short.
         FoldError: a rotated weight is not finite.
     """
     rounding: dict[str, float] = {}
-    with ExitStack() as stack:
-        sources = {item.source.file for item in plan.items if item.source}
-        opened = {file: stack.enter_context(open(file, "rb", buffering=0)) for file in sources}
-        # Entered last, so that the files are open until all is written.
-        behind = stack.enter_context(Behind(target))
-        behind.write(0, plan.head)
-        for part in _copied(plan):
-            behind.later(partial(copy, part, opened[part.file], target, done), part.size)
-        ahead = pieces(_turned(plan), opened.__getitem__, behind, buffers)
-        for at, item in _places(plan):
-            if isinstance(item.edit, Rotation) and item.source:
-                rounding[item.name] = turn(item.source, item.edit, ahead, behind, at, buffers, done)
-            elif isinstance(item.edit, Given):
-                behind.write(at, as_bytes(item.edit.tensor.reshape(-1)))
+    write_all(target, plan.head)
+    offset, unflushed = len(plan.head), 0
+    with ThreadPoolExecutor(_THREADS, "hra_fx-fold") as pool:
+        tasks = []
+        for item in plan.items:
+            tasks.append((item, pool.submit(_write_item, item, Path(target.name), offset, advance)))
+            offset += item.size
+        try:
+            for item, task in tasks:
+                error = task.result()
+                if error is not None:
+                    rounding[item.name] = error
+                unflushed += item.size
+                if unflushed >= _FLUSH:
+                    os.fsync(target.fileno())
+                    unflushed = 0
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return rounding
 
 
-def _places(plan: FilePlan) -> Iterator[tuple[int, Item]]:
-    """Each tensor, and the byte of the file where it begins."""
-    at = len(plan.head)
-    for item in plan.items:
-        yield at, item
-        at += item.size
+def _write_item(item: Item, path: Path, offset: int, advance: Callable[[int], object]) -> float | None:
+    """Write one tensor at its offset; the rounding error if it is rotated."""
+    with open(path, "r+b", buffering=0) as target:
+        target.seek(offset)
 
+        def write(data: bytes | bytearray | memoryview) -> None:
+            write_all(target, data)
+            advance(len(data))
 
-def _turned(plan: FilePlan) -> Iterator[Stored]:
-    for item in plan.items:
-        if isinstance(item.edit, Rotation) and item.source:
-            yield from readings(item.source, item.edit)
-
-
-def _copied(plan: FilePlan) -> Iterator[Part]:
-    """What is not touched, in parts of which each is soon done; tensors that follow each other as one."""
-    run: Part | None = None
-    for at, item in _places(plan):
-        if item.edit or not item.source:
-            continue
-        file, start = item.source.file, item.source.start
-        if run and run.file == file and run.start + run.size == start and run.at + run.size == at:
-            run = Part(file, run.start, run.at, run.size + item.size)
-            continue
-        yield from run.cut(_PART) if run else ()
-        run = Part(file, start, at, item.size)
-    yield from run.cut(_PART) if run else ()
+        if isinstance(item.edit, Replacement):
+            write(as_bytes(item.edit.tensor.reshape(-1)))
+        elif item.source is not None:
+            with open(item.source.file, "rb", buffering=0) as source:
+                if isinstance(item.edit, Rotation):
+                    return rotate_weight(source, item.source, item.edit, write)
+                for block in read_bytes(source, item.source.start, item.source.size, item.source.file):
+                    write(block)
+    return None

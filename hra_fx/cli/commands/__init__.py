@@ -1,1 +1,1 @@
-"""One file for each command: its options, and how its answer is printed. What it does is imported when it runs."""
+"""One file per command: its options and its output. The implementation is imported when the command runs."""

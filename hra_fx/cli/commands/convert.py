@@ -18,7 +18,7 @@ EXAMPLES = (
 
 
 class Form(str, Enum):
-    """Whose form an adapter is to have."""
+    """The format of an adapter."""
 
     peft = "peft"
     hra_fx = "hra_fx"
@@ -26,15 +26,15 @@ class Form(str, Enum):
 
 def convert(
     source: Annotated[str, typer.Argument(metavar="IN", help="Folder of an adapter, or its name on the Hub.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to be written.")],
-    to: Annotated[Form, typer.Option("--to", help="Who is to go on with it.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder.")],
+    to: Annotated[Form, typer.Option("--to", help="Target format.")],
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Write an adapter as PEFT does, or as hra_fx does. It computes the same in both.
+    """Convert an adapter to the format of PEFT or hra_fx. Its outputs do not change.
 
-    Each opens the other's folders as they are. For PEFT, an anchored adapter becomes plain reflections for good, all of
-    which are trained on; for hra_fx, copies of what the base model has are left out.
+    Both libraries also load each other's folders directly. In PEFT's format, an anchored adapter becomes plain
+    reflections, all of which are trainable; in that of hra_fx, copies of base weights are dropped.
     """
     from hra_fx.cli.converting import convert_adapter
 
@@ -42,16 +42,16 @@ def convert(
     if as_json:
         show_json(done)
         return
-    anchor = f", of which {done.anchor} stood frozen before" if done.anchor else ""
+    anchor = f", {done.anchor} of them frozen before" if done.anchor else ""
     show_heading(
-        f"HRA adapter in {done.folder}, as {'PEFT' if to is Form.peft else 'hra_fx'} writes it",
+        f"HRA adapter in {done.folder}, in the format of {'PEFT' if to is Form.peft else 'hra_fx'}",
         {
-            "reflections": f"{done.r} at each of {count(done.layers, 'layer')}{anchor}",
-            "left out": ", ".join(_left_out(done.dropped, done.fields)) or "nothing",
+            "reflections": f"{done.r} in each of {count(done.layers, 'layer')}{anchor}",
+            "dropped": ", ".join(_dropped(done.dropped, done.fields)) or "nothing",
         },
     )
 
 
-def _left_out(tensors: tuple[str, ...], fields: tuple[str, ...]) -> list[str]:
-    named = [f"of its configuration {', '.join(fields)}"] if fields else []
+def _dropped(tensors: tuple[str, ...], fields: tuple[str, ...]) -> list[str]:
+    named = [f"configuration fields {', '.join(fields)}"] if fields else []
     return [count(len(tensors), "tensor"), *named] if tensors else named

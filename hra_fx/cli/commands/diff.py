@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hra_fx.cli.error_output import NO
+from hra_fx.cli.error_output import CHECK_FAILED
 from hra_fx.cli.options import Json, Quiet
-from hra_fx.cli.screen import Column, count, show_heading, show_json, show_table
+from hra_fx.cli.screen import count, show_heading, show_json, show_table
+from hra_fx.reporting.table import Column
 
 if TYPE_CHECKING:
     from hra_fx.cli.comparing import Comparison, Difference
@@ -24,26 +25,26 @@ EXAMPLES = (
 
 
 def diff(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint: a folder, or a safetensors file.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    a: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint: a folder or a safetensors file.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another checkpoint.")],
     tolerance: Annotated[
-        float, typer.Option("--tolerance", min=0, help="Relative change of a tensor up to which it counts as equal.")
+        float, typer.Option("--tolerance", min=0, help="Relative change up to which a tensor counts as equal.")
     ] = 0.0,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Show which tensors of two checkpoints differ, and how far. The exit code is 1 where any does.
+    """Show which tensors of two checkpoints differ, and how much. The exit code is 1 if any differs.
 
-    "change" is |B - A| / |A|, "largest" that of one element, "lengths" how far a row's length changed. "turned" says
-    that all rows (or columns) kept their lengths but for rounding, as a rotation does; "rounding", that no more changed
-    than the last digit; "small", that lengths do not tell.
+    "change" is |B - A| / |A|, "largest" the largest change of an element, "lengths" that of a row norm. "rotated" means
+    that all row (or column) norms are unchanged up to rounding; "rounding" that only the last digit changed; "small"
+    that the change is too small to tell whether it is a rotation.
     """
     from hra_fx.cli.comparing import compare
 
     found = compare(a, b, tolerance, progress=not quiet)
     show_json(found) if as_json else _show(found)
     if found.differences:
-        raise typer.Exit(NO)
+        raise typer.Exit(CHECK_FAILED)
 
 
 def _show(found: Comparison) -> None:
@@ -52,7 +53,7 @@ def _show(found: Comparison) -> None:
     differences = found.differences
     total = found.equal + len(differences)
     counts = Counter(difference.how for difference in differences)
-    # Of tensors that are near, nobody shall read that they are equal.
+    # With a tolerance, the tensors may not be equal.
     beyond = f" by more than {percent(found.tolerance)}" if found.tolerance else ""
     if differences:
         title = f"{len(differences):,} of {count(total, 'tensor')} differ{beyond}"
@@ -61,13 +62,13 @@ def _show(found: Comparison) -> None:
     facts = {"A": str(found.a), "B": str(found.b), "how": ", ".join(f"{how} {n}" for how, n in counts.items())}
     show_heading(title, facts)
     columns = (
-        Column("tensor", words=True),
-        Column("shape", words=True, rank=3),
-        Column("dtype", words=True, rank=2),
+        Column("tensor", is_text=True),
+        Column("shape", is_text=True, priority=3),
+        Column("dtype", is_text=True, priority=2),
         Column("change"),
-        Column("largest", rank=1),
-        Column("lengths", rank=4),
-        Column("how", words=True),
+        Column("largest", priority=1),
+        Column("lengths", priority=4),
+        Column("how", is_text=True),
     )
     if differences:
         show_table(columns, [_row(difference) for difference in differences])
@@ -78,8 +79,8 @@ def _row(difference: Difference) -> tuple[str, ...]:
 
     shapes = ["x".join(map(str, shape)) for shape in difference.shapes if shape is not None]
     dtypes = [dtype for dtype in difference.dtypes if dtype]
-    # A narrow terminal has no columns for these.
-    said = {"shape": shapes, "dtype": dtypes}.get(difference.how)
+    # A narrow terminal does not show these columns.
+    detail = {"shape": shapes, "dtype": dtypes}.get(difference.how)
     return (
         difference.name,
         " / ".join(dict.fromkeys(shapes)),
@@ -87,5 +88,5 @@ def _row(difference: Difference) -> tuple[str, ...]:
         "" if math.isnan(difference.relative) else percent(difference.relative),
         "" if math.isnan(difference.largest) else f"{difference.largest:.2g}",
         "" if math.isnan(difference.lengths) else percent(difference.lengths),
-        f"{difference.how} {' / '.join(said)}" if said else difference.how,
+        f"{difference.how} {' / '.join(detail)}" if detail else difference.how,
     )

@@ -19,9 +19,9 @@ EXAMPLES = (
 def fold(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Folder of the base model.")],
     adapters: Annotated[
-        list[str], typer.Argument(metavar="ADAPTER", help="Folders of adapters, in the order in which they act.")
+        list[str], typer.Argument(metavar="ADAPTER", help="Folders of adapters, in order of application.")
     ],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to be made.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Output folder.")],
     part: Part = None,
     columns: Columns = None,
     rows: Rows = False,
@@ -30,10 +30,10 @@ def fold(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Fold adapters into a checkpoint on disk: OUT is the base model again, with rotated weights.
+    """Fold adapters into a checkpoint on disk. OUT is the base model with rotated weights.
 
-    Tensor by tensor, so that no model has to fit into memory; all that no adapter changes is copied byte for byte.
-    Stopped at any moment, the same command goes on where it was.
+    The model is never loaded: tensors are processed one by one, and all other files are copied unchanged. Repeat an
+    interrupted command to resume it.
     """
     from hra_fx.checkpoint.disk.fold import fold_checkpoint
 

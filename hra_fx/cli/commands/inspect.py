@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hra_fx.cli.options import Json
-from hra_fx.cli.screen import Column, count, show_heading, show_json, show_table, size
+from hra_fx.cli.screen import count, show_heading, show_json, show_table, size
 from hra_fx.errors import CheckpointError
+from hra_fx.reporting.table import Column
 
 if TYPE_CHECKING:
-    from hra_fx.cli.inspect_adapter import AdapterLook
-    from hra_fx.cli.inspect_model import ModelLook
+    from hra_fx.cli.inspect_adapter import AdapterSummary
+    from hra_fx.cli.inspect_model import ModelSummary
 
 EXAMPLES = (
     "hra-fx inspect my-adapter",
@@ -29,60 +30,58 @@ def inspect(
     ],
     as_json: Json = False,
 ) -> None:
-    """Show what is in the folder of an adapter or of a model.
+    """Show the content of an adapter's or a model's folder.
 
-    Of an adapter: its layers, ranks, parameters, and how far each layer is turned, from the vectors alone. Of a model:
-    the layers that could be adapted, from its config.json alone.
+    For an adapter: its layers, ranks, parameters and rotation angles. For a model: the layers that can be adapted.
     """
     folder = Path(path)
     of_model = folder.is_file() or (folder.is_dir() and not _holds_adapter(folder))
     if of_model:
-        from hra_fx.cli.inspect_model import look_at_model
+        from hra_fx.cli.inspect_model import inspect_model
 
-        model = look_at_model(folder)
+        model = inspect_model(folder)
         show_json(model) if as_json else _show_model(model)
     else:
-        from hra_fx.cli.inspect_adapter import look_at_adapter
+        from hra_fx.cli.inspect_adapter import inspect_adapter
 
-        adapter = look_at_adapter(path)
+        adapter = inspect_adapter(path)
         show_json(adapter) if as_json else _show_adapter(adapter)
 
 
 def _holds_adapter(folder: Path) -> bool:
-    """Whether it is, or holds, that of an adapter; a folder that is neither is said to be none of both."""
+    """Whether a folder or a subfolder has an adapter; raises an error if there is no model either."""
     if (folder / _ADAPTER).exists() or any(folder.glob(f"*/{_ADAPTER}")):
         return True
     if not (folder / "config.json").exists() and not (folder / "model_index.json").exists():
         raise CheckpointError(
-            f"{folder}: there is neither {_ADAPTER} nor config.json in it. Give the folder that an adapter or a model "
-            "was saved in."
+            f"{folder}: contains neither {_ADAPTER} nor config.json. Give the folder of an adapter or a model."
         )
     return False
 
 
-def _show_adapter(look: AdapterLook) -> None:
+def _show_adapter(summary: AdapterSummary) -> None:
     from hra_fx.reporting.columns import degrees
 
-    targets = look.target_modules
+    targets = summary.target_modules
     show_heading(
-        f"HRA adapter in {look.folder}",
+        f"HRA adapter in {summary.folder}",
         {
-            "base model": look.base_model or "not named",
-            "task": look.task_type or "",
-            "written by": f"{look.written_by}, {look.dtype}",
-            "vectors": f"r = {look.r}{', made orthonormal by Gram-Schmidt' * look.gram_schmidt}"
-            + f", behind {count(look.anchor, 'frozen one')}" * bool(look.anchor),
-            "trained": f"{count(look.parameters, 'parameter')} at {count(len(look.layers), 'layer')}",
-            "trained too": _some(look.saved),
+            "base model": summary.base_model or "unknown",
+            "task": summary.task_type or "",
+            "written by": f"{summary.written_by}, {summary.dtype}",
+            "vectors": f"r = {summary.r}{', orthonormalized by Gram-Schmidt' * summary.gram_schmidt}"
+            + f", and {count(summary.anchor, 'frozen anchor vector')}" * bool(summary.anchor),
+            "trainable": f"{count(summary.parameters, 'parameter')} in {count(len(summary.layers), 'layer')}",
+            "also trained": _some(summary.saved),
             "targets": targets if isinstance(targets, str) else _some(targets or ()),
         },
     )
     columns = (
-        Column("layer", words=True),
-        Column("d", rank=1),
-        Column("r", rank=3),
-        Column("params", rank=2),
-        Column("|Q - I|", rank=4),
+        Column("layer", is_text=True),
+        Column("d", priority=1),
+        Column("r", priority=3),
+        Column("params", priority=2),
+        Column("|Q - I|", priority=4),
         Column("mean angle"),
         Column("largest"),
     )
@@ -96,36 +95,37 @@ def _show_adapter(look: AdapterLook) -> None:
             degrees(layer.mean_angle),
             degrees(layer.angle),
         )
-        for layer in look.layers
+        for layer in summary.layers
     ]
     show_table(columns, rows)
 
 
-def _show_model(look: ModelLook) -> None:
+def _show_model(summary: ModelSummary) -> None:
     from hra_fx.cli.grouping import grouped
 
-    targets = look.default_targets
-    dtypes = dict.fromkeys(dtype for file in look.files for dtype in file.dtypes)
-    weights = f"{count(len(look.files), 'file')}, {size(sum(file.bytes for file in look.files))}, {', '.join(dtypes)}"
+    targets = summary.default_targets
+    dtypes = dict.fromkeys(dtype for file in summary.files for dtype in file.dtypes)
+    total = size(sum(file.bytes for file in summary.files))
+    weights = f"{count(len(summary.files), 'file')}, {total}, {', '.join(dtypes)}"
     show_heading(
-        f"{look.model} of {look.library}, in {look.folder}",
+        f"{summary.model} ({summary.library}) in {summary.folder}",
         {
-            "parameters": f"{look.parameters:,}",
-            "weights": weights if look.files else "no safetensors file",
-            "default targets": targets if isinstance(targets, str) else ", ".join(targets or ()) or "none: name some",
-            "could be adapted": count(len(look.layers), "layer"),
+            "parameters": f"{summary.parameters:,}",
+            "weights": weights if summary.files else "no safetensors files",
+            "default targets": targets if isinstance(targets, str) else ", ".join(targets or ()) or "none, name some",
+            "adaptable": count(len(summary.layers), "layer"),
         },
     )
     columns = (
-        Column("layer", words=True),
+        Column("layer", is_text=True),
         Column("count"),
-        Column("site", words=True, rank=2),
+        Column("type", is_text=True, priority=2),
         Column("d"),
-        Column("params", rank=1),
+        Column("params", priority=1),
     )
     rows = [
         (group.path, str(group.count), group.site, str(group.d), f"{group.parameters:,}")
-        for group in grouped(look.layers)
+        for group in grouped(summary.layers)
     ]
     show_table(columns, rows)
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hra_fx.cli.error_output import NO, tell
+from hra_fx.cli.error_output import CHECK_FAILED, print_message
 from hra_fx.cli.options import Json
-from hra_fx.cli.screen import Column, count, show_heading, show_json, show_lines, show_table
+from hra_fx.cli.screen import count, show_heading, show_json, show_lines, show_table
+from hra_fx.reporting.table import Column
 
 if TYPE_CHECKING:
     from hra_fx.cli.matching import Match
@@ -24,7 +25,7 @@ EXAMPLES = (
     "hra-fx match my-model --config my-adapter",
 )
 _ALL = "all-linear"
-#: Of the index of a block.
+#: Most digits of a block index.
 _DIGITS = 5
 
 
@@ -33,25 +34,25 @@ def match(
     target: Annotated[
         list[str] | None,
         typer.Option(
-            "--target", "-t", metavar="NAME", help=f"A layer, by the end of its path, or {_ALL!r}. May be given again."
+            "--target", "-t", metavar="NAME", help=f"A layer, by the end of its path, or {_ALL!r}. Repeatable."
         ),
     ] = None,
     regex: Annotated[
-        str | None, typer.Option("--regex", metavar="REGEX", help="The layers whose whole path it matches.")
+        str | None, typer.Option("--regex", metavar="REGEX", help="Layers whose full path matches.")
     ] = None,
     exclude: Annotated[
         list[str] | None,
-        typer.Option("--exclude", "-x", metavar="NAME", help="A layer to leave out. May be given again."),
+        typer.Option("--exclude", "-x", metavar="NAME", help="A layer to exclude. Repeatable."),
     ] = None,
     layers: Annotated[
         str | None, typer.Option("--layers", "-l", metavar="INDICES", help="Blocks, such as 0-3,7.")
     ] = None,
     pattern: Annotated[
-        str | None, typer.Option("--layers-pattern", metavar="NAME", help="What the list of blocks is called.")
+        str | None, typer.Option("--layers-pattern", metavar="NAME", help="Name of the list of blocks.")
     ] = None,
-    rank: Annotated[int | None, typer.Option("--rank", "-r", help="Number of reflections, 8 if not given.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", "-r", help="Number of reflections. Default: 8.")] = None,
     save: Annotated[
-        list[str] | None, typer.Option("--save", metavar="NAME", help="A module to train in full. May be given again.")
+        list[str] | None, typer.Option("--save", metavar="NAME", help="A module to train in full. Repeatable.")
     ] = None,
     config: Annotated[
         Path | None,
@@ -59,15 +60,15 @@ def match(
             "--config",
             "-c",
             metavar="FOLDER",
-            help="An adapter whose configuration is meant; other options replace its fields.",
+            help="Use the configuration of an adapter; other options override its fields.",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show which layers of a model a configuration would adapt, which not, and why: a dry run.
+    """Show which layers of a model a configuration would adapt, and why others are skipped (dry run).
 
-    The model is made from its config.json, without weights. Options are fields of HRAConfig, and mean what they mean in
-    PEFT. The exit code is 1 where the configuration does not fit the model.
+    The model is built from its config.json, without weights. The options are fields of HRAConfig, as in PEFT. The exit
+    code is 1 if the configuration does not match the model.
     """
     fields: dict[str, Any] = {
         "target_modules": _targets(target, regex),
@@ -87,23 +88,23 @@ def match(
     elif found.error is None:
         _show(found)
     if found.error is not None:
-        tell("does not fit", found.error, "bold red")
+        print_message("does not match", found.error, "bold red")
     if not found.fits:
-        raise typer.Exit(NO)
+        raise typer.Exit(CHECK_FAILED)
 
 
 def _targets(names: list[str] | None, regex: str | None) -> list[str] | str | None:
     if names and regex is not None:
-        raise typer.BadParameter("give names (--target) or a regular expression (--regex), not both")
+        raise typer.BadParameter("use either --target or --regex, not both")
     if names and _ALL in names:
         if len(names) > 1:
-            raise typer.BadParameter(f"{_ALL!r} means all linear layers, and stands alone", param_hint="--target")
+            raise typer.BadParameter(f"{_ALL!r} cannot be combined with other names", param_hint="--target")
         return _ALL
     return regex if regex is not None else names or None
 
 
 def _indices(text: str) -> list[int]:
-    """Numbers and ranges, both ends of which count.
+    """Parse numbers and inclusive ranges.
 
     >>> _indices("0-2,7")
     [0, 1, 2, 7]
@@ -113,15 +114,15 @@ def _indices(text: str) -> list[int]:
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
         if not first.isdecimal() or not last.isdecimal():
-            reason = "is no index and no range"
+            reason = "must be an index or a range"
         elif max(len(first), len(last)) > _DIGITS:
-            reason = "is of more blocks than any model has"
+            reason = "is too large"
         elif int(last) < int(first):
-            reason = "ends before it begins"
+            reason = "ends before it starts"
         else:
             indices += range(int(first), int(last) + 1)
             continue
-        raise typer.BadParameter(f"{part!r} {reason}. Write for example 0-3,7.", param_hint="--layers")
+        raise typer.BadParameter(f"{part!r} {reason}, for example 0-3,7.", param_hint="--layers")
     return indices
 
 
@@ -136,24 +137,24 @@ def _configuration(folder: Path | None, fields: dict[str, Any]) -> HRAConfig:
 def _show(found: Match) -> None:
     from hra_fx.cli.grouping import grouped
     from hra_fx.reporting.columns import percent
-    from hra_fx.reporting.footnotes import remarks
+    from hra_fx.reporting.footnotes import footnotes
 
     share = percent(found.trained / max(found.parameters, 1))
     show_heading(
-        f"{found.model} of {found.library}",
+        f"{found.model} ({found.library})",
         {
             "adapted": f"{len(found.adapted)} of "
             + count(len(found.adapted) + len(found.refused) + len(found.missed), "layer"),
-            "trained": f"{count(found.trained, 'parameter')} ({share} of {found.parameters:,})",
-            "trained too": f"{count(found.trained_in_full, 'parameter')} in full" if found.trained_in_full else "",
+            "trainable": f"{count(found.trained, 'parameter')} ({share} of {found.parameters:,})",
+            "also trained": f"{count(found.trained_in_full, 'parameter')} in full" if found.trained_in_full else "",
         },
     )
     columns = (
-        Column("layer", words=True),
+        Column("layer", is_text=True),
         Column("count"),
-        Column("site", words=True, rank=2),
-        Column("d", rank=1),
-        Column("r", rank=1),
+        Column("type", is_text=True, priority=2),
+        Column("d", priority=1),
+        Column("r", priority=1),
         Column("params"),
     )
     if found.adapted:
@@ -164,5 +165,5 @@ def _show(found: Match) -> None:
         show_lines(
             f"Cannot be adapted: {count(len(found.refused), 'layer')}", [f"{m.path}: {m.reason}" for m in found.refused]
         )
-    for remark in remarks((), found.missed):
-        show_lines(remark.heading, remark.lines)
+    for footnote in footnotes((), found.missed):
+        show_lines(footnote.heading, footnote.lines)

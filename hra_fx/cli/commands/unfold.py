@@ -21,7 +21,7 @@ def unfold(
         list[str],
         typer.Argument(metavar="ADAPTER", help="Folders of adapters, in the order in which they were folded."),
     ],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to be made.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Output folder.")],
     part: Part = None,
     columns: Columns = None,
     rows: Rows = False,
@@ -30,9 +30,9 @@ def unfold(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Take adapters out of a folded checkpoint on disk, up to the rounding of its dtype.
+    """Undo a fold on disk, up to rounding.
 
-    What an adapter replaced (biases, modules to save) is in no file any more, and so is refused.
+    Adapters with biases or modules to save are refused, because the replaced values are lost.
     """
     from hra_fx.checkpoint.disk.fold import unfold_checkpoint
 

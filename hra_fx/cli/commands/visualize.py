@@ -21,27 +21,25 @@ def visualize(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a model, or its config.json.")],
     out: Annotated[
         Path,
-        typer.Argument(metavar="OUT", help="File to be written: .svg, .png, .html, .mmd, .dot, .graphml or .json."),
+        typer.Argument(metavar="OUT", help="Output file: .svg, .png, .html, .mmd, .dot, .graphml or .json."),
     ],
     adapter: Annotated[
-        str | None, typer.Option("--adapter", "-a", metavar="FOLDER", help="An adapter to be shown in it.")
+        str | None, typer.Option("--adapter", "-a", metavar="FOLDER", help="An adapter to show in the model.")
     ] = None,
     depth: Annotated[
-        int | None, typer.Option("--depth", "-d", help="How many levels of modules are opened; 0 closes all.")
+        int | None, typer.Option("--depth", "-d", help="Number of module levels to expand; 0 collapses all.")
     ] = None,
     focus: Annotated[str | None, typer.Option("--focus", "-f", metavar="MODULE", help="Draw this module only.")] = None,
     heat: Annotated[
         str | None,
-        typer.Option("--heat", metavar="NAME", help="Colour layers by mean_angle, angle, rotation or share."),
+        typer.Option("--heat", metavar="NAME", help="Color layers by mean_angle, angle, rotation or share."),
     ] = None,
-    weights: Annotated[
-        bool, typer.Option("--weights", help="Load the weights. Done without being asked for --heat share.")
-    ] = False,
+    weights: Annotated[bool, typer.Option("--weights", help="Load the weights. Implied by --heat share.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Draw a model, and where an adapter is in it; the ending of OUT chooses the format.
+    """Draw a model, optionally with an adapter. The extension of OUT selects the format.
 
-    The model is made from its config.json, without weights, where that is enough.
+    The model is built from its config.json, without weights if possible.
     """
     from hra_fx.cli.draw import draw
     from hra_fx.view.options import Options

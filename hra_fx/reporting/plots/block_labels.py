@@ -1,4 +1,4 @@
-"""The names of a strip's columns: the number of each block, and below it the module list that it is in."""
+"""The labels of a heatmap's columns: the index of each block, and below it the module list that it is in."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 
 def label_blocks(axes: Axes, blocks: Sequence[tuple[str, str]], cell: float) -> float:
-    """Name the columns of a strip.
+    """Label the columns of a heatmap.
 
     Args:
-        axes: one unit wide for each column.
+        axes: axes in which each column is one unit wide.
         blocks: (stack, index) of each.
-        cell: inches that a column is wide.
+        cell: width of a column in inches.
 
     Returns:
-        How many points below the axes that takes.
+        The height of the labels in points.
     """
     stacks: dict[str, list[int]] = {}
     for column, (stack, _) in enumerate(blocks):
@@ -39,14 +39,14 @@ def label_blocks(axes: Axes, blocks: Sequence[tuple[str, str]], cell: float) -> 
 
 
 def _upright(axes: Axes, blocks: Sequence[tuple[str, str]]) -> float:
-    """Whole names, one beside another, where they are too long for their columns."""
+    """Full names, rotated, if they are too long for their columns."""
     names = [shown(".".join(filter(None, block)), 56) for block in blocks]
     axes.set_xticks([column + 0.5 for column in range(len(names))], names, rotation=90, fontsize=7.5)
     return 72 * max(inches(name, 7.5) for name in names) + 6
 
 
 def _bracket(axes: Axes, name: str, start: int, end: int) -> None:
-    """A line below the columns of a stack, and its name."""
+    """A line below the columns of a stack, with its name."""
     from matplotlib.lines import Line2D
     from matplotlib.transforms import ScaledTranslation
 

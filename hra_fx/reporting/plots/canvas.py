@@ -1,4 +1,4 @@
-"""A figure of matplotlib without its global state, and its file, which is the same for the same numbers."""
+"""Matplotlib figures without its global state, and their files, which are the same for the same values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 FORMATS = (".svg", ".png", ".pdf")
 INK, QUIET, GRID = "#1f2328", "#59636e", "#d8dee4"
-# What matplotlib would write of the moment and of itself.
+# Leave out the date and the version of matplotlib.
 _METADATA: dict[str, dict[str, Any]] = {
     ".svg": {"Date": None, "Creator": None},
     ".png": {"Software": None},
@@ -25,10 +25,10 @@ _METADATA: dict[str, dict[str, Any]] = {
 }
 _STYLE: dict[str, Any] = {
     "svg.hashsalt": "hra_fx",
-    # Text as text, which can be searched and read aloud.
+    # Text as text, so that it can be searched and read aloud.
     "svg.fonttype": "none",
     "font.family": "sans-serif",
-    # The one font that comes with matplotlib, so that every machine draws the same.
+    # The font that comes with matplotlib, so that every machine draws the same.
     "font.sans-serif": ["DejaVu Sans"],
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -38,16 +38,16 @@ _STYLE: dict[str, Any] = {
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
     "font.size": 9.0,
-    # Names from a model are no formulas.
+    # Names from a model are not formulas.
     "text.parse_math": False,
 }
 
 
 def check_plot(path: str | os.PathLike[str]) -> Path:
-    """The path of a plot that can be written, asked for before the work of it.
+    """Check the path of a plot before the work starts, and return it.
 
     Raises:
-        VisualizeError: another ending, no such folder, or matplotlib is not installed.
+        VisualizeError: unknown file ending, no such folder, or matplotlib is not installed.
     """
     file = output_file(path, FORMATS)
     require_matplotlib()
@@ -55,7 +55,7 @@ def check_plot(path: str | os.PathLike[str]) -> Path:
 
 
 def require_matplotlib() -> None:
-    """Refuse to plot without matplotlib.
+    """Raise an error if matplotlib is not installed.
 
     Raises:
         VisualizeError: it is not installed.
@@ -64,28 +64,27 @@ def require_matplotlib() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise VisualizeError(
-            "plots are drawn by matplotlib, which is not installed. Call pip install 'hra-fx[plot]'. Without it "
-            "print(hra_fx.report(model)), its to_markdown() and to_json() have the same numbers, and hra_fx.visualize "
-            "draws them into the model."
+            "Plots need matplotlib, which is not installed. Run: pip install 'hra-fx[plot]'. Without it, "
+            "print(hra_fx.report(model)) or its to_json() give the same values, and hra_fx.visualize draws them."
         ) from error
 
 
 def style() -> Any:
-    """The context in which figures are made and written."""
+    """The rc context in which figures are made and written."""
     import matplotlib as mpl
 
     return mpl.rc_context(_STYLE)  # type: ignore[arg-type]
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty white figure of so many inches."""
+    """An empty white figure; width and height in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), facecolor="white")
 
 
 def entitle(axes: Axes, title: str, subtitle: str = "", points: int = 8) -> None:
-    """A heading so many points above the axes, and a line below it, both from the left end of what is drawn."""
+    """A heading some points above the axes, and a line below it, both aligned with the left end of the axes."""
     lines: list[tuple[str, dict[str, Any]]] = [(title, {"fontsize": 11, "fontweight": "bold"})]
     if subtitle:
         lines.append((subtitle, {"color": QUIET}))
@@ -95,19 +94,19 @@ def entitle(axes: Axes, title: str, subtitle: str = "", points: int = 8) -> None
 
 
 def inches(text: str, size: float) -> float:
-    """Upper estimate of the width of a text of so many points."""
+    """Upper estimate of the width of a text in inches; `size` in points."""
     return 0.58 * size / 72 * len(text)
 
 
 def write(figure: Figure, file: Path) -> Path:
-    """Write a figure, cut to what is on it: the whole file or nothing.
+    """Write a figure, cropped to its content, as a whole file or not at all.
 
     Raises:
-        VisualizeError: the disk refused.
+        VisualizeError: the file could not be written.
     """
     ending, buffer = file.suffix.lower(), io.BytesIO()
     with warnings.catch_warnings():
-        # A letter that the font lacks is a box in the picture, and an SVG leaves it to the reader's fonts.
+        # A missing glyph is drawn as a box, and in an SVG the reader's fonts draw it.
         warnings.filterwarnings("ignore", r"Glyph .* missing from font", UserWarning)
         figure.savefig(
             buffer, format=ending[1:], dpi=160, bbox_inches="tight", pad_inches=0.15, metadata=_METADATA[ending]
@@ -117,7 +116,7 @@ def write(figure: Figure, file: Path) -> Path:
 
 
 def shown(text: str, letters: int = 60) -> str:
-    """A name from a model as a label: on one line, printable, and not endless.
+    """A name from a model as a label: one line, printable, shortened.
 
     >>> shown("a\\nb"), shown("x" * 99, 9)
     ('a b', 'xxxx…xxxx')
@@ -127,3 +126,20 @@ def shown(text: str, letters: int = 60) -> str:
         return line
     tail = (letters - 1) // 2
     return f"{line[: letters - 1 - tail]}…{line[len(line) - tail :]}"
+
+
+def short_number(value: float) -> str:
+    """A value in about three characters, to fit into a cell.
+
+    >>> [short_number(value) for value in (0.0, 0.004, 0.25, 7.31, 123.4)]
+    ['0', '.004', '.25', '7.3', '123']
+    """
+    if value == 0:
+        return "0"
+    if value >= 9.95:
+        return f"{value:.0f}"
+    if value >= 0.995:
+        return f"{value:.1f}"
+    if value < 0.0005:
+        return f"{value:.0e}".replace("e-0", "e-")
+    return f"{value:.2g}".removeprefix("0")

@@ -1,4 +1,4 @@
-"""Layers as a grid: a row for each projection, a column for each block, as their paths tell."""
+"""Layers as a grid: a row for each projection, a column for each block, by their paths."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 
 class Cell(NamedTuple):
-    """Where a layer is in the grid.
+    """The place of a layer in the grid.
 
     Attributes:
-        stack: the module list that the block is in; `""` at the root, or where there is none.
-        block: its index there; `""` where there is none.
-        projection: what the layer is called inside of the block.
+        stack: path of the module list that the block is in; `""` at the root, or if there is none.
+        block: its index there; `""` if there is none.
+        projection: name of the layer inside the block.
     """
 
     stack: str
@@ -26,7 +26,7 @@ class Grid:
     """Paths as rows and columns.
 
     Attributes:
-        projections: the names of the rows, in model order; the shortest that tell them apart.
+        projections: names of the rows, in model order, as short as is unique.
         blocks: (stack, index) of the columns, in model order.
         places: path -> (row, column).
     """
@@ -48,7 +48,7 @@ def grid_of(paths: Iterable[str]) -> Grid:
     """
     cells = {path: cell_of(path) for path in paths}
     blocks = list(dict.fromkeys((cell.stack, cell.block) for cell in cells.values()))
-    # The blocks of a stack beside each other, also where others are in between.
+    # Keep the blocks of a stack together.
     stacks = list(dict.fromkeys(stack for stack, _ in blocks))
     blocks.sort(key=lambda block: stacks.index(block[0]))
     projections = list(dict.fromkeys(cell.projection for cell in cells.values()))
@@ -60,7 +60,7 @@ def grid_of(paths: Iterable[str]) -> Grid:
 
 
 def cell_of(path: str) -> Cell:
-    """The cell of a path: its block is the last number that a name follows, else its last number.
+    """The cell of a path. The block is the last number that is followed by a name, else the last number.
 
     Example:
         >>> cell_of("layer1.0.downsample.0"), cell_of("features.3"), cell_of("lm_head")
@@ -79,7 +79,7 @@ projection='features'), Cell(stack='', block='', projection='lm_head'))
 
 
 def _short(names: list[str]) -> list[str]:
-    """Each name cut to its shortest dotted end that no other one has; a number says nothing alone."""
+    """Each name cut to its shortest unique dotted end that does not start with a number."""
     return [_shortest(name, [other for other in names if other != name]) for name in names]
 
 

@@ -1,4 +1,4 @@
-"""The course of a training: mean and largest angle of each adapter by step, and how orthogonal `Q` stayed."""
+"""Angles over a training: mean and largest angle of each adapter by step, and the orthogonality error of `Q`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours that are read on white, which every eye tells apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Okabe and Ito's colors that are readable on white, safe for color blindness.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _WIDE, _HIGH, _LOW = 6.4, 2.8, 1.1
 
 
@@ -25,15 +25,15 @@ def draw_training(history: Sequence[Progress], path: str | os.PathLike[str]) -> 
     """Write the plot of a training.
 
     Args:
-        history: the points, by step.
+        history: the points in the order of steps.
         path: the file, ending in `.svg`, `.png` or `.pdf`; its folder must exist.
 
     Raises:
-        VisualizeError: another ending, no such folder, nothing to draw, or matplotlib is not installed.
+        VisualizeError: unknown file ending, no such folder, an empty history, or matplotlib is not installed.
     """
     file = check_plot(path)
     if not history:
-        raise VisualizeError("history: it is empty, so there is nothing to draw. Train with a RotationCallback first.")
+        raise VisualizeError("`history` is empty. Train with a RotationCallback first.")
     with style():
         return write(_figure(history), file)
 
@@ -47,18 +47,18 @@ def _figure(history: Sequence[Progress]) -> Figure:
     errors = figure.add_axes((0, 0, 1, _LOW / total), sharex=angles)
     for place, adapter in enumerate(adapters_in(history)):
         points = [point for point in history if point.adapter == adapter]
-        colour, name = _COLOURS[place % len(_COLOURS)], shown(adapter, 40)
-        _line(angles, points, lambda point: math.degrees(point.mean_angle), colour, "-", f"{name}, mean")
-        _line(angles, points, lambda point: math.degrees(point.angle), colour, ":", f"{name}, largest")
-        _line(errors, points, lambda point: point.orthogonality, colour, "-", "")
+        color, name = _COLORS[place % len(_COLORS)], shown(adapter, 40)
+        _line(angles, points, lambda point: math.degrees(point.mean_angle), color, "-", f"{name}, mean")
+        _line(angles, points, lambda point: math.degrees(point.angle), color, ":", f"{name}, largest")
+        _line(errors, points, lambda point: point.orthogonality, color, "-", "")
     angles.set_ylim(bottom=0)
     errors.set_ylim(bottom=0)
     errors.yaxis.set_major_locator(MaxNLocator(3))
-    # Not matplotlib's own, which sets powers of ten as formulas.
+    # Not matplotlib's own formatter, which writes powers of ten as formulas.
     errors.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.1e}" if value else "0"))
     errors.set_xlabel("step")
-    entitle(angles, "How far training turned the layers", "angles in degrees")
-    errors.set_title("largest |Q'Q - I|, the rounding of the forward", loc="left", fontsize=9, color=QUIET)
+    entitle(angles, "Rotation angles during training", "degrees")
+    errors.set_title("largest |Q'Q - I| (rounding error)", loc="left", fontsize=9, color=QUIET)
     for axes in (angles, errors):
         axes.grid(axis="y", color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
@@ -71,8 +71,8 @@ def _figure(history: Sequence[Progress]) -> Figure:
 
 
 def _line(
-    axes: Axes, points: Sequence[Progress], value: Callable[[Progress], float], colour: str, dashes: str, label: str
+    axes: Axes, points: Sequence[Progress], value: Callable[[Progress], float], color: str, dashes: str, label: str
 ) -> None:
     mark = "o" if len(points) < 30 else ""
     steps, values = [point.step for point in points], [value(point) for point in points]
-    axes.plot(steps, values, color=colour, linestyle=dashes, linewidth=1.6, marker=mark, markersize=3.5, label=label)
+    axes.plot(steps, values, color=color, linestyle=dashes, linewidth=1.6, marker=mark, markersize=3.5, label=label)

@@ -1,4 +1,4 @@
-"""All that the page's script is given, as plain values."""
+"""The data of the page's script, as plain values."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hra_fx.reporting import Row
 from hra_fx.reporting.colormap import PALETTE, UNKNOWN
 from hra_fx.reporting.heat import HEATS, heat_of, scale
+from hra_fx.reporting.row import Row
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.html.items import Items
 from hra_fx.view.html.packing import Texts, column, columns
 from hra_fx.view.text import clean
 
-#: What is shown at first, unless asked otherwise: the largest angle saturates.
+#: The heatmap that is shown at first.
 _FIRST_HEAT = "mean_angle"
 _DIGITS, _DIGITS_OF_MANY = 9, 7
 
 
 def page_data(drawing: Drawing, depth: int | None, heat: str | None) -> dict[str, Any]:
-    """What the script is given; `script/data.js` says how it reads it.
+    """The data of the script; `script/data.js` reads it.
 
     Args:
-        drawing: what is drawn.
-        depth: how many levels are open at first; `None` for as many as are easy to read.
-        heat: what the colours tell at first; `None` for the mean angle.
+        drawing: the drawing of a model.
+        depth: number of levels that are open at first; `None` for as many as are readable.
+        heat: the heatmap that is shown at first; `None` for the mean angle.
     """
     texts = Texts()
     items = Items(texts)
     items.add(drawing.tree())
-    missed = {texts.number(path): texts.number(why) for path, why in drawing.missed.items()}
+    skipped = {texts.number(path): texts.number(why) for path, why in drawing.skipped.items()}
     data = {
         "title": clean(drawing.title),
         "facts": clean(drawing.facts),
@@ -44,17 +44,21 @@ def page_data(drawing: Drawing, depth: int | None, heat: str | None) -> dict[str
         "heat": heat or _FIRST_HEAT,
         "palette": PALETTE,
         "unknown": UNKNOWN,
-        "missed": {
-            "paths": list(missed),
-            "reasons": list(missed.values()),
-            "items": [_holder(path, items) for path in drawing.missed],
+        "skipped": {
+            "paths": list(skipped),
+            "reasons": list(skipped.values()),
+            "items": [_holder(path, items) for path in drawing.skipped],
+        },
+        "trained": {
+            "paths": texts.numbers(drawing.trained_in_full),
+            "items": [_holder(path, items) for path in drawing.trained_in_full],
         },
     }
     return {**data, "texts": texts.shown()}
 
 
 def _rows(rows: Sequence[Row], texts: Texts) -> dict[str, Any]:
-    """The rows of the report as columns: those of texts, which are numbers of `texts`, apart from the others."""
+    """The rows of the report as columns: texts (as indices into `texts`) and numbers."""
     values = {field.name: [getattr(row, field.name) for row in rows] for field in dataclasses.fields(Row)}
     words = {name: found for name, found in values.items() if found and isinstance(found[0], str)}
     others = {name: [_plain(value) for value in found] for name, found in values.items() if name not in words}
@@ -66,7 +70,7 @@ def _rows(rows: Sequence[Row], texts: Texts) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value for JSON, which has no NaN: numbers with as many digits as anyone reads."""
+    """A value for JSON, which has no NaN; numbers are rounded."""
     if isinstance(value, float):
         return _rounded(value, _DIGITS)
     if isinstance(value, tuple):
@@ -79,7 +83,7 @@ def _rounded(value: float, digits: int) -> float | str:
 
 
 def _heats(rows: Sequence[Row], texts: Texts) -> dict[str, Any]:
-    """The value of every adapted layer, for each way to say how far it was turned."""
+    """The value of every adapted layer, for each heatmap."""
     heats: dict[str, Any] = {}
     for name, heat in HEATS.items() if rows else ():
         values: Mapping[str, float] = heat_of(rows, name)
@@ -94,7 +98,7 @@ def _heats(rows: Sequence[Row], texts: Texts) -> dict[str, Any]:
 
 
 def _holder(path: str, items: Items) -> int:
-    """The box that stands for a module, or else the innermost one around it."""
+    """The box that stands for a module, else the innermost box around it."""
     if path in items.holders:
         return items.holders[path]
     while path and path not in items.scopes and path not in items.holders:

@@ -1,4 +1,4 @@
-"""The tree of scopes as a list of records: every box before those inside it, each with the number of the box around."""
+"""The tree of scopes as a list of records: every box before those inside it, with the index of its parent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hra_fx.view.html.packing import Texts
 from hra_fx.view.layering import Layering
 from hra_fx.view.tree import Item, Leaf, Scope, span
 
-#: What a layering depends on: how many boxes there are, and their edges.
+#: What a layering depends on: the number of boxes, and their edges.
 _Flow: TypeAlias = "tuple[int, tuple[tuple[int, int], ...], tuple[int, ...], tuple[int, ...]]"
 
 
@@ -19,9 +19,9 @@ class Items:
     """The boxes of a tree.
 
     Attributes:
-        texts: gets every text of a record, which has its number.
-        records: one a box; the first is the root. What is 0, empty or false is left out.
-        layerings: the distinct arrangements of boxes in layers; records have their number, from 1.
+        texts: collects the texts; records have their indices.
+        records: one for each box; the first is the root. Values that are 0, empty or false are left out.
+        layerings: the distinct layerings; records have their indices, from 1.
         holders: path of a module -> the record of the box that stands for it.
         scopes: path of a module -> the record of the box that shows its inside.
     """
@@ -34,12 +34,12 @@ class Items:
     _flows: dict[_Flow, int] = field(default_factory=dict)
 
     def add(self, item: Item, parent: int = 0, around: Sequence[str] = ("",)) -> None:
-        """Add a box and all that is inside it.
+        """Add a box and everything inside it.
 
         Args:
             item: the box.
             parent: the record of the scope around it.
-            around: the modules that this scope stands for.
+            around: the modules that the scope around it stands for.
         """
         index = len(self.records)
         if isinstance(item, Leaf):
@@ -78,7 +78,7 @@ class Items:
         text = self.texts.number
         record = {
             "label": text(span(scope)),
-            "kind": text("python" if scope.eager else "captured"),
+            "kind": text("untraced" if scope.eager else "traced"),
             "detail": text(scope.class_name),
             "target": text(scope.path),
             "paths": self.texts.numbers(paths) if len(paths) > 1 else [],
@@ -97,7 +97,7 @@ class Items:
                     "edges": [end for edge in scope.edges for end in edge],
                     "inputs": scope.inputs,
                     "outputs": scope.outputs,
-                    # A box, a border or the lane of an edge of it as one number.
+                    # A box, a border or a lane as one number.
                     "rows": [[2 * (box + 2) + (lane >= 0) for box, lane in row] for row in layers.rows],
                 }
             )
@@ -106,10 +106,9 @@ class Items:
 
 
 def instances(scope: Scope, around: Sequence[str]) -> Sequence[str]:
-    """The paths of all modules that a scope stands for; only the first where the others' cannot be told.
+    """The paths of all modules that a scope stands for; only the first if the others are not known.
 
-    They are what the paths of the leaves inside have before the part that all of them share, or else what the modules
-    around have in place of the first one.
+    They are derived from the paths of the leaves inside, or else from the modules around.
 
     Args:
         scope: the scope.

@@ -1,4 +1,4 @@
-"""Records as columns: a page with ten thousand boxes stays small, and is read at once."""
+"""Records as columns, so that a page with ten thousand boxes is small and loads fast."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any, TypeAlias
 
 from hra_fx.view.text import clean
 
-#: A column: every value, or where it seldom differs from its default, the places where it does and the values there.
+#: A column: all values, or if most have the default, the indices and values of the others.
 Column: TypeAlias = "list[Any] | dict[str, list[Any]]"
 
 
 class Texts:
-    """Every text once; elsewhere its number. The empty text is 0.
+    """A table of distinct texts; other data have their indices. The empty text is 0.
 
     >>> texts = Texts()
     >>> [texts.number(text) for text in ("", "conv", "relu", "conv")], texts.shown()
@@ -20,19 +20,19 @@ class Texts:
     """
 
     def __init__(self) -> None:
-        """Begin with the empty text."""
+        """Start with the empty text."""
         self._numbers: dict[str, int] = {"": 0}
 
     def number(self, text: str) -> int:
-        """The number of a text."""
+        """The index of a text."""
         return self._numbers.setdefault(text, len(self._numbers))
 
     def numbers(self, texts: Sequence[str]) -> list[int]:
-        """The numbers of several texts."""
+        """The indices of several texts."""
         return [self.number(text) for text in texts]
 
     def shown(self) -> list[str]:
-        """The texts by number, with characters that no file should hold replaced."""
+        """The texts by index, with characters that XML does not allow replaced."""
         return [clean(text) for text in self._numbers]
 
 
@@ -49,7 +49,7 @@ def column(values: Sequence[Any]) -> Column:
 
 
 def columns(records: Sequence[Mapping[str, Any]]) -> dict[str, Column]:
-    """The columns of records; what a record lacks is `0`.
+    """The columns of records; missing values are `0`.
 
     >>> columns([{"r": 4}, {"r": 8, "d": 2}])
     {'r': [4, 8], 'd': [0, 2]}

@@ -1,4 +1,4 @@
-"""The page as text: the template with its style, its script and its data, and a policy that allows nothing else."""
+"""The page as text: the template with style, script, data and a strict content security policy."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from importlib import resources
 from typing import Any
 
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.focusing import focused
+from hra_fx.view.focus import focused
 from hra_fx.view.html.data import page_data
 from hra_fx.view.options import Options
 from hra_fx.view.text import clean
 
-#: The files of the style, later ones first where they differ.
-STYLES = ("colours", "controls", "drawing", "panel", "media")
-#: The files of the script, each before those that read it.
+#: The files of the style; later ones have priority.
+STYLES = ("colors", "controls", "drawing", "panel", "media")
+#: The files of the script, each before those that import it.
 SCRIPTS = (
-    *("data", "text", "svg", "layers", "columns", "layout", "boxes", "heat", "painting", "pane", "stage"),
+    *("data", "text", "svg", "layers", "coordinates", "layout", "boxes", "heat", "painting", "pane", "stage"),
     *("spectrum", "panel", "search", "keyboard", "legend", "printing", "main"),
 )
 _IMPORT = re.compile(r'^import (\{[^}]*\}) from "\./(\w+)\.js";$', re.MULTILINE)
@@ -30,14 +30,14 @@ _SLOT = re.compile(r"\{\{(\w+)\}\}")
 
 
 def render(drawing: Drawing, options: Options) -> str:
-    """The page of a drawing: one HTML file that asks for nothing, from anywhere.
+    """The page of a drawing: one self-contained HTML file.
 
     Args:
-        drawing: what is drawn.
-        options: how many levels are open at first, which module is the root, what the colours tell at first.
+        drawing: the drawing of a model.
+        options: levels that are open at first, the module that is the root, the heatmap that is shown at first.
 
     Raises:
-        VisualizeError: no module of the name in `options.focus`.
+        VisualizeError: there is no module `options.focus`.
 
     Example:
         >>> import hra_fx, torch
@@ -61,7 +61,7 @@ def render(drawing: Drawing, options: Options) -> str:
 
 
 def as_json(data: Any) -> str:
-    """Data as JSON that is no markup either, whatever its texts hold: in ASCII, without `<`.
+    """Data as JSON that cannot be read as markup: ASCII, without `<`.
 
     >>> as_json({"name": "</script>"})
     '{"name":"\\\\u003c/script>"}'
@@ -70,7 +70,7 @@ def as_json(data: Any) -> str:
 
 
 def _hash(text: str) -> str:
-    """The source expression that allows this text, and no other, inside the page (https://www.w3.org/TR/CSP3/)."""
+    """The source expression that allows only this text inside the page (https://www.w3.org/TR/CSP3/)."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
@@ -85,7 +85,7 @@ def _style() -> str:
 
 @cache
 def _script() -> str:
-    """The modules of the script as one, each a function that returns what it exports, so that it keeps its names."""
+    """The modules of the script as one text; each is a function with its own names that returns its exports."""
     return "\n" + "\n".join(_as_function(name, _file(f"script/{name}.js")) for name in SCRIPTS)
 
 

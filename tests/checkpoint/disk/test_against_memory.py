@@ -1,4 +1,4 @@
-"""Transformers' checkpoints: the same files as `load_adapter`, `fold` and `save_pretrained` in memory give."""
+"""Folds on disk give the files of `load_adapter`, `fold` and `save_pretrained` in memory."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_model_that_ties_again_when_it_is_loaded_is_named(tmp_path: Path) -> N
     model = made.t5()
     base = made.base_of(model, tmp_path / "base")
     adapter = made.adapter_of(model, tmp_path / "adapter", "q", "lm_head")
-    with pytest.warns(hra_fx.HRAWarning, match="T5Config says tie_word_embeddings=True again when it is loaded"):
+    with pytest.warns(hra_fx.HRAWarning, match="T5Config sets tie_word_embeddings=True when it is loaded"):
         report = hra_fx.fold_checkpoint(base, adapter, tmp_path / "out")
     loaded = type(model).from_pretrained(base, dtype="auto")
     memory = made.folded_in_memory(loaded, tmp_path / "memory", adapter)

@@ -19,8 +19,9 @@ MODELS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("Llama", torch.bfloat16), ("GPT-2", torch.float16), ("GPT-2", torch.float32)]
+)
 def test_a_fold_is_taken_back(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     build, targets = MODELS[name]
     model = build()
@@ -67,6 +68,6 @@ def test_what_an_adapter_replaced_is_lost(tmp_path: Path) -> None:
         hra_fx.unfold_checkpoint(tmp_path / "folded", adapter, tmp_path / "back")
     assert str(caught.value) == (
         f"{adapter / 'adapter_model.safetensors'}: the adapter replaced model.layers.0.self_attn.q_proj.bias "
-        "(modules_to_save or bias), and what was there before is in no file. Take the base checkpoint itself."
+        "(modules_to_save or bias), whose old value is lost. Use the base checkpoint."
     )
     assert not (tmp_path / "back").exists()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from export.exporting import exporters
-from export.exporting.cells import LIMIT, error_of, moved, program
+from export.exporting.cells import LIMIT, error_of, moved
 
 import hra_fx
 
@@ -18,15 +18,10 @@ QUIET = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:Future
 
 
 @QUIET
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "form"), [("OPT", "lowered"), ("BERT", "frozen"), ("T5 encoder", "folded")])
 def test_onnxruntime_gives_what_pytorch_gives_at_another_batch_and_length(name: str, form: str) -> None:
     assert error_of(name, form, "onnx") <= LIMIT < moved(name) / 1000
-
-
-def test_a_frozen_model_has_no_vectors_and_the_weights_of_the_base_model() -> None:
-    names = [name for name in program("BERT", "frozen", True).state_dict if ".hra_u." in name]
-    assert len(names) == 2 * 11
-    assert all(".hra_u.frozen_" in name for name in names)
 
 
 def blocks() -> list[tuple[bool, str]]:
@@ -36,6 +31,7 @@ def blocks() -> list[tuple[bool, str]]:
 
 
 @QUIET
+@pytest.mark.slow
 def test_the_recipes_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -146,8 +145,7 @@ def rotated(pipe: Any) -> Any:
     return plain
 
 
-@pytest.mark.parametrize("r", [8, 3])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "r"), [("HRAModel", 8), ("transform", 3)])
 def test_it_starts_at_the_images_of_the_base(way: str, r: int) -> None:
     pipe = adapted(way, r=r)
     assert isinstance(pipe.unet, diffusers.UNet2DConditionModel)
@@ -188,9 +186,9 @@ def dreambooth(pipe: Any, count: int) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_dreambooth_trains_the_vectors_and_nothing_else(way: str) -> None:
-    pipe, base = adapted(way), pipeline()
+@pytest.mark.slow
+def test_dreambooth_trains_the_vectors_and_nothing_else() -> None:
+    pipe, base = adapted(), pipeline()
     losses = dreambooth(pipe, 5)
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.99 * losses[0]
@@ -205,7 +203,7 @@ def test_dreambooth_trains_the_vectors_and_nothing_else(way: str) -> None:
     assert relative_error(image(pipe), image(base)) > 1e-2
 
 
-@pytest.mark.parametrize("r", [8, 3])
+@pytest.mark.parametrize("r", [3])
 def test_saved_adapters_are_opened_by_peft_and_over_a_fresh_pipeline(r: int, tmp_path: Path) -> None:
     pipe = adapted(r=r, random=True)
     for part in TARGETS:
@@ -304,21 +302,3 @@ def test_other_ways_to_compute_attention_read_the_same_reflections() -> None:
     assert relative_error(image(pipe), wanted) < 1e-4
     pipe.unet.set_default_attn_processor()
     assert relative_error(image(pipe), wanted) < 1e-4
-
-
-def test_a_copy_of_the_pipelines_parts_is_its_own() -> None:
-    pipe = adapted(random=True)
-    before = image(pipe)
-    twin = pipeline()
-    for part in TARGETS:
-        setattr(twin, part, hra_fx.fold(copy.deepcopy(getattr(pipe, part))))
-    assert relative_error(image(twin), before) < 1e-4
-    assert torch.equal(image(pipe), before)
-
-
-def test_switched_off_it_draws_the_images_of_the_base() -> None:
-    pipe = adapted(random=True)
-    before = image(pipe)
-    with hra_fx.disable_adapters(pipe.unet), hra_fx.disable_adapters(pipe.text_encoder):
-        assert torch.equal(image(pipe), image(pipeline()))
-    assert torch.equal(image(pipe), before)

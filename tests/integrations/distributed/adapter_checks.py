@@ -159,11 +159,11 @@ def refused_when_sharded(rank: int, folder: Path) -> None:
         model = wrap(MLP, MLP.model())
         for when in ("sharded", "gathered"):
             for refused in (hra_fx.fold, hra_fx.merge_adapter):
-                with pytest.raises(FoldError, match=r"shares its parameters out.*Save the adapter"):
+                with pytest.raises(FoldError, match=r"shards its parameters.*Save the adapter"):
                     refused(model)
-            with pytest.raises(UnsupportedLayerError, match=r"fully_shard shares its parameters out.*Adapt first"):
+            with pytest.raises(UnsupportedLayerError, match=r"already sharded it.*Adapt the model first"):
                 hra_fx.add_adapter(model, "b", config)
-            with pytest.raises(UnsupportedLayerError, match=r"Adapt first"):
+            with pytest.raises(UnsupportedLayerError, match=r"Adapt the model first"):
                 hra_fx.load_adapter(model, folder / str(rank), "b")
             with pytest.raises(AdapterError, match=r"fully_shard.*Take adapters off, and put others in, before it"):
                 hra_fx.delete_adapter(model, "default")
@@ -182,7 +182,7 @@ def combine_refused_when_sharded(rank: int, folder: Path) -> None:
         model = wrap_one(plain) if wrap is wrap_one else wrap(MLP, plain)
         for _ in ("sharded", "gathered"):
             names = {name for name, _ in model.named_parameters()}
-            with pytest.raises(AdapterError, match=r"fully_shard shares its parameters out .*\. Combine before it\."):
+            with pytest.raises(AdapterError, match=r"fully_shard shards its parameters.*\. Combine before"):
                 hra_fx.combine(model, ["default", "b"], "both")
             assert {name for name, _ in model.named_parameters()} == names
             output(model, MLP)
@@ -203,7 +203,7 @@ def refused_copies(rank: int, folder: Path) -> None:
     """FSDP2 puts back the parameters that it found, so trained copies cannot change places."""
     model = shard(COPIES.model(), COPIES.units)
     output(model, COPIES)
-    message = "trained copies .* would change places, and fully_shard puts those back"
+    message = "trained copies .* would have to be exchanged, but fully_shard restores"
     with pytest.raises(AdapterError, match=message), hra_fx.disable_adapters(model):
         pass
     with pytest.raises(AdapterError, match=message):
@@ -213,7 +213,7 @@ def refused_copies(rank: int, folder: Path) -> None:
 
 
 def refused_under_ddp(rank: int, folder: Path) -> None:
-    with pytest.raises(UnsupportedLayerError, match=r"DistributedDataParallel lists what it averages.*wrap it then"):
+    with pytest.raises(UnsupportedLayerError, match=r"DistributedDataParallel does not synchronize.*then wrap it"):
         hra_fx.transform(DistributedDataParallel(MLP.base()), hra_fx.HRAConfig(r=2, target_modules=["0"]))
 
 

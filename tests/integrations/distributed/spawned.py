@@ -1,7 +1,6 @@
-"""Two processes that run checks one after another, with gloo, and say which of them failed.
+"""Run checks one after another in two gloo processes, and report which failed.
 
-One start of two processes costs as much as all checks together. They meet at a file, not at a port, which another test
-may have at the same moment.
+Starting two processes takes as long as all checks together. They meet at a file instead of a port, which may be in use.
 """
 
 from __future__ import annotations
@@ -61,7 +60,9 @@ def _failure(check: Check, rank: int, place: Path) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            # torch's, of any layer with a bias over three dimensions, and of any attention, which is sharded alone.
+            # torch raises it when inductor is imported.
+            warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning)
+            # torch raises it for a sharded Linear with a bias and 3-D inputs, and for a sharded attention.
             warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
             check(rank, place)
     except BaseException:

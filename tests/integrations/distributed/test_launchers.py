@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+#: Each starts several Python processes; `tests/test_examples.py` runs the same example without a launcher.
+pytestmark = pytest.mark.slow
+
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "usage" / "distributed.py"
 # Their ports are whichever are free.
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -1,4 +1,4 @@
-"""torch.distributed as it is: DDP and FSDP2 with two processes. All checks run in one start of them."""
+"""DDP and FSDP2 with two real processes. All checks of a kind run in one start of them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,25 @@ import pytest
 from integrations.distributed import adapter_checks, trainer_checks, training_checks
 from integrations.distributed.spawned import run
 
-CHECKS = training_checks.CHECKS | adapter_checks.CHECKS | trainer_checks.CHECKS
+TRAINING = training_checks.CHECKS | trainer_checks.CHECKS
 
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run(CHECKS, tmp_path_factory.mktemp("processes"))
+    return run(adapter_checks.CHECKS, tmp_path_factory.mktemp("adapters"))
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_in_two_processes(name: str, failures: dict[str, str]) -> None:
+@pytest.fixture(scope="module")
+def training_failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return run(TRAINING, tmp_path_factory.mktemp("training"))
+
+
+@pytest.mark.parametrize("name", adapter_checks.CHECKS)
+def test_adapters_in_two_processes(name: str, failures: dict[str, str]) -> None:
     assert not failures[name], failures[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_in_two_processes(name: str, training_failures: dict[str, str]) -> None:
+    assert not training_failures[name], training_failures[name]

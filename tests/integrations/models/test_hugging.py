@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from integrations.models.zoo import BERT, HUGGING, LLAMA, OPT, T5, Case, adapted, assert_same, folded_copy
+from integrations.models.zoo import BERT, HUGGING, OPT, T5, Case, adapted, assert_same, folded_copy
 
 
-@pytest.mark.parametrize("case", [OPT, LLAMA, T5], ids=lambda case: case.name)
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_greedy_generation(case: Case, use_cache: bool) -> None:
+@pytest.mark.parametrize("case", [OPT, T5], ids=lambda case: case.name)
+def test_greedy_generation(case: Case) -> None:
     base, model = adapted(case)
     inputs = {"input_ids": case.inputs(2, 7)["input_ids"]}
-    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "use_cache": use_cache, "pad_token_id": 1}
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 1}
     settings |= {"output_scores": True, "return_dict_in_generate": True}
     actual = model.generate(**inputs, **settings)
     expected = folded_copy(base, model).generate(**inputs, **settings)

@@ -1,8 +1,8 @@
-"""The models of these tests, tiny and with random weights, and the oracle that they are held against.
+"""Tiny models with random weights, and the oracle that they are compared with.
 
-The oracle knows nothing of the library but the names of its parameters: it is the base model, run by
-`torch.func.functional_call` with each adapted weight replaced by `W Q`, made of one reflection after the
-other in float64.
+The oracle uses nothing of the library but the names of its parameters. It runs the base model with
+`torch.func.functional_call`, where each adapted weight is replaced by `W Q`, computed reflection by reflection in
+float64.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ Inputs = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One model: how to build it, what to adapt, and what `transform` is expected to capture.
+    """One model: how to build it, and what to adapt.
 
-    `inputs(batch, size)` gives keyword arguments; `floats(batch, size)` the same with floating-point values only, for
-    the gradient of the input. `regions` is region path -> number of sites, `alone` the number of sites in none.
+    `inputs(batch, size)` returns keyword arguments; `floats(batch, size)` returns floating-point ones, for the gradient
+    of the input.
     """
 
     name: str
@@ -38,8 +38,6 @@ class Case:
     inputs: Callable[[int, int], Inputs]
     floats: Callable[[int, int], Inputs]
     sizes: tuple[int, int]
-    regions: dict[str, int]
-    alone: int = 0
 
     def base(self) -> nn.Module:
         """The model with the same random weights each time, float64, in eval mode."""
@@ -59,7 +57,7 @@ class Case:
 
 
 def adapted(case: Case) -> tuple[nn.Module, nn.Module]:
-    """A base model, and a transformed copy of it whose vectors are random."""
+    """A base model, and an adapted copy with random vectors."""
     base = case.base()
     model = hra_fx.transform(copy.deepcopy(base), case.config())
     randomise(model)
@@ -101,7 +99,7 @@ def rotate(weight: Tensor, chain: Tensor) -> Tensor:
 
 
 def run_oracle(base: nn.Module, model: nn.Module, inputs: dict[str, Any]) -> Any:
-    """The base model over the rotated weights, each made anew from the vectors of `model`."""
+    """The base model over the rotated weights."""
     return torch.func.functional_call(base, dict(rotated_weights(base, model)), (), inputs)
 
 
@@ -232,12 +230,8 @@ def _vit() -> nn.Module:
     return transformers.ViTForImageClassification(config)
 
 
-RESNET = Case(
-    "resnet", _resnet, r"conv1|layer.*conv\d|.*downsample\.0|fc", _image("x"), _image("x"), (32, 48), {"": 21}
-)
-TIMM_VIT = Case(
-    "timm_vit", _timm_vit, ["proj", "qkv", "fc1", "fc2", "head"], _image("x"), _image("x"), (32, 32), {"": 10}
-)
+RESNET = Case("resnet", _resnet, r"conv1|layer.*conv\d|.*downsample\.0|fc", _image("x"), _image("x"), (32, 48))
+TIMM_VIT = Case("timm_vit", _timm_vit, ["proj", "qkv", "fc1", "fc2", "head"], _image("x"), _image("x"), (32, 32))
 CONVNEXT = Case(
     "timm_convnext",
     _timm_convnext,
@@ -245,7 +239,6 @@ CONVNEXT = Case(
     _image("x"),
     _image("x"),
     (64, 96),
-    {"": 20},
 )
 EFFICIENTNET = Case(
     "timm_efficientnet",
@@ -254,11 +247,10 @@ EFFICIENTNET = Case(
     _image("x"),
     _image("x"),
     (32, 48),
-    {"": 11},
 )
-BERT = Case("bert", _bert, ["query", "key", "value", "dense", "classifier"], _text, _text_floats, (7, 11), {}, 14)
-OPT = Case("opt", _opt, ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"], _text, _text_floats, (7, 11), {}, 12)
-T5 = Case("t5", _t5, ["q", "k", "v", "o", "wi", "wo"], _pair, _pair_floats, (7, 11), {}, 32)
+BERT = Case("bert", _bert, ["query", "key", "value", "dense", "classifier"], _text, _text_floats, (7, 11))
+OPT = Case("opt", _opt, ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"], _text, _text_floats, (7, 11))
+T5 = Case("t5", _t5, ["q", "k", "v", "o", "wi", "wo"], _pair, _pair_floats, (7, 11))
 LLAMA = Case(
     "llama",
     _llama,
@@ -266,8 +258,6 @@ LLAMA = Case(
     _text,
     _text_floats,
     (7, 11),
-    {"model.layers.0.mlp": 3, "model.layers.1.mlp": 3},
-    8,
 )
 VIT = Case(
     "vit",
@@ -276,8 +266,6 @@ VIT = Case(
     _image("pixel_values"),
     _image("pixel_values"),
     (32, 32),
-    {"vit.layers.0.mlp": 2, "vit.layers.1.mlp": 2},
-    9,
 )
 
 VISION = [RESNET, TIMM_VIT, CONVNEXT, EFFICIENTNET]

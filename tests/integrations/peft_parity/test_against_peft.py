@@ -87,13 +87,13 @@ def agree(theirs: Any, ours: Any, x: Tensor, floor: float = 0.0) -> None:
 
 
 @pytest.mark.parametrize("apply_GS", [False, True])
-@pytest.mark.parametrize("r", range(1, 34))
+@pytest.mark.parametrize("r", [1, 2, 3, 8, 33])
 def test_linear(r: int, apply_GS: bool) -> None:
     agree(*both(nn.Linear(48, 20, dtype=F64), r, apply_GS=apply_GS), normal(1, 5, 48))
 
 
 @pytest.mark.parametrize("apply_GS", [False, True])
-@pytest.mark.parametrize("r", [*range(1, 9), 16, 17, 32, 33])
+@pytest.mark.parametrize("r", [1, 2, 5, 32])
 def test_conv2d(r: int, apply_GS: bool) -> None:
     base = nn.Conv2d(5, 4, 3, padding=1, dtype=F64)
     agree(*both(base, r, apply_GS=apply_GS), normal(1, 2, 5, 6, 7))
@@ -106,27 +106,22 @@ def test_conv2d_kinds(kind: dict[str, Any], apply_GS: bool) -> None:
     agree(*both(base, 4, apply_GS=apply_GS), normal(1, 2, 6, 9, 8))
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 3), (2, 3, 4)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_linear_shapes(shape: tuple[int, ...], bias: bool) -> None:
-    agree(*both(nn.Linear(9, 14, bias=bias, dtype=F64), 3, apply_GS=False), normal(1, *shape, 9))
-
-
-def test_more_reflections_than_dimensions() -> None:
-    agree(*both(nn.Linear(4, 6, dtype=F64), 9, apply_GS=False), normal(1, 5, 4))
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 3, 4)])
+def test_linear_shapes(shape: tuple[int, ...]) -> None:
+    agree(*both(nn.Linear(9, 14, bias=False, dtype=F64), 3, apply_GS=False), normal(1, *shape, 9))
 
 
 @quick
 @given(st.integers(2, 20), st.integers(1, 20), st.integers(1, 33), st.booleans(), st.booleans(), seeds)
 def test_any_linear(d: int, out: int, r: int, apply_GS: bool, bias: bool, seed: int) -> None:
-    # PEFT's recurrence loses digits with the square of the condition number: keep it well below d vectors.
+    # The error of PEFT's recurrence grows with the square of the condition number: use far fewer than d vectors.
     r = min(r, (d + 1) // 2) if apply_GS else r
     theirs, ours = both(nn.Linear(d, out, bias=bias, dtype=F64), r, apply_GS=apply_GS, seed=seed)
     agree(theirs, ours, normal(seed, 5, d), floor=1.0)
 
 
 @pytest.mark.parametrize("apply_GS", [False, True])
-@pytest.mark.parametrize("r", [1, 2, 3, 8])
+@pytest.mark.parametrize("r", [2, 3])
 @pytest.mark.parametrize("base", [nn.Linear(20, 12, dtype=F64), nn.Conv2d(3, 4, 3, padding=1, dtype=F64)], ids=str)
 def test_fold_writes_the_weight_that_peft_merges(base: Layer, r: int, apply_GS: bool) -> None:
     theirs, ours = both(base, r, apply_GS=apply_GS)
@@ -136,7 +131,7 @@ def test_fold_writes_the_weight_that_peft_merges(base: Layer, r: int, apply_GS: 
 
 
 @pytest.mark.parametrize("apply_GS", [False, True])
-@pytest.mark.parametrize("r", [1, 2, 3, 8])
+@pytest.mark.parametrize("r", [2, 3])
 @pytest.mark.parametrize("base", [nn.Linear(20, 12, dtype=F64), nn.Conv2d(3, 4, 3, padding=1, dtype=F64)], ids=str)
 def test_an_anchored_adapter_is_a_plain_chain_of_pefts(base: Layer, r: int, apply_GS: bool) -> None:
     model = nn.Sequential(base)
@@ -198,8 +193,8 @@ def test_the_parameters_are_pefts_by_name_and_count(r: int, apply_GS: bool) -> N
     assert got == wanted
 
 
-def test_the_layers_where_peft_is_wrong_are_not_its() -> None:
-    """So that it shows if PEFT is put right: a dilated convolution, which its own merge contradicts."""
+def test_a_dilated_convolution_is_still_wrong_in_peft() -> None:
+    """This fails once PEFT fixes it: its unmerged and its merged convolution differ."""
     base = nn.Conv2d(3, 4, 3, dilation=2, dtype=F64)
     theirs, ours = both(base, 2, apply_GS=False)
     x = normal(1, 2, 3, 9, 9)

@@ -129,7 +129,7 @@ def test_a_class_without_subclasses_is_refused_and_the_model_is_as_it_was(way: s
     base = Demanding().double()
     settings = config("first", init_weights=False)
     before, wanted = seen(base), base(normal(3, 6))
-    message = r"^Demanding: no subclass can be made of it \(TypeError: .*'key'.*\)\."
+    message = r"^Demanding cannot be subclassed \(TypeError: .*'key'.*\)\."
     if way == "from a file":
         source = nn.Sequential()
         source.add_module("first", nn.Linear(6, 6))
@@ -158,14 +158,6 @@ def test_a_layer_whose_class_has_no_subclasses_is_refused_by_its_path(way: Calla
     before = seen(base)
     with pytest.raises(hra_fx.HRAError, match="DemandingLinear"):
         way(base, config("1", init_weights=False))
-    assert seen(base) == before
-
-
-def test_transform_refuses_such_a_class_as_well() -> None:
-    base = Demanding().double()
-    before = seen(base)
-    with pytest.raises(hra_fx.HRAError, match="Demanding"):
-        hra_fx.transform(base, config("first", init_weights=False))
     assert seen(base) == before
 
 
@@ -217,7 +209,7 @@ def test_a_strength_warns_of_what_it_does_not_turn(fields: dict[str, Any]) -> No
         name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad and "hra_u" not in name
     }
     assert copies != {}
-    message = "adapter 'default': its strength turns reflections alone; trained modules and biases stay as they are."
+    message = "adapter 'default': its strength affects reflections only, not trained modules and biases."
     with pytest.warns(hra_fx.HRAWarning, match=f"^{re.escape(message)}$") as caught:
         hra_fx.set_scale(model, "default", 0.0)
     assert len(caught) == 1
@@ -233,12 +225,6 @@ def test_a_strength_warns_of_what_it_does_not_turn(fields: dict[str, Any]) -> No
     assert moved(model(tokens()), plain(tokens()))
 
 
-def test_a_strength_of_reflections_alone_warns_of_nothing() -> None:
-    model = hra_fx.HRAModel(net(F64), hra_fx.HRAConfig(**FIELDS))
-    hra_fx.set_scale(model, "default", 0.0)
-    assert relative_error(model(tokens()), net(F64)(tokens())) < 1e-12
-
-
 @pytest.mark.parametrize("anchored", [False, True])
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_a_scaled_adapter_is_not_replaced_from_a_file(alpha: float, anchored: bool, tmp_path: Path) -> None:
@@ -249,7 +235,7 @@ def test_a_scaled_adapter_is_not_replaced_from_a_file(alpha: float, anchored: bo
     model = hra_fx.HRAModel(sequential(), settings)
     hra_fx.set_scale(model, "default", alpha)
     before, wanted = seen(model), model(normal(3, 6))
-    message = "adapter 'default': its strength is not 1. Call hra_fx.set_scale(model, 'default', 1) first."
+    message = "adapter 'default' must have strength 1. Call hra_fx.set_scale(model, 'default', 1) first."
     for load in (hra_fx.load_adapter, lambda _, folder: model.load_adapter(folder)):
         with pytest.raises(hra_fx.AdapterError, match=f"^{re.escape(message)}$"):
             load(model, tmp_path)
@@ -275,7 +261,7 @@ def test_merging_after_disable_adapter_layers_names_the_way_out() -> None:
     acting = model(normal(3, 6))
     model.disable_adapter_layers()
     before = seen(model)
-    message = "adapters are switched off. Leave the disable_adapters block first, or call enable_adapter_layers()."
+    message = "adapters are disabled. Leave the disable_adapters block, or call set_adapter or enable_adapter_layers()."
     with pytest.raises(hra_fx.AdapterError, match=f"^{re.escape(message)}$"):
         model.merge_adapter()
     assert seen(model) == before
@@ -299,7 +285,7 @@ def nested() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.Tanh())).double()
 
 
-@pytest.mark.parametrize("targets", ["0", ["0"], r"(1\.)?0"])
+@pytest.mark.parametrize("targets", ["0", r"(1\.)?0"])
 def test_adapters_of_nested_paths_with_the_same_ending_are_combined(targets: Any) -> None:
     base = nested()
     settings = hra_fx.HRAConfig(r=2, target_modules=targets, init_weights=False)

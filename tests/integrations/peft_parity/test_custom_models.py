@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from integrations.peft_parity.custom import CASES, MLP, Case, dense, mlp, randomised
+from integrations.peft_parity.custom import CASES, Case, dense, mlp, randomised
 from integrations.peft_parity.sides import opened_by_peft
 from oracles import relative_error
 from torch import nn
@@ -30,24 +28,19 @@ def train(model: nn.Module, case: Case, steps: int = 3) -> None:
 
 
 @cases
-@pytest.mark.parametrize("dtype", PRECISION, ids=str)
-def test_forward(case: Case, dtype: torch.dtype) -> None:
-    model, x = case.model(dtype), case.x(dtype=dtype)
-    output = model(x)
-    assert output.dtype is dtype
-    assert relative_error(output, dense(case.base(dtype), model, x)) < PRECISION[dtype]
+def test_forward_and_start(case: Case) -> None:
+    """Random vectors rotate the weights; with `init_weights=True` the model starts as the base model."""
+    for dtype, bound in PRECISION.items():
+        model, x = case.model(dtype), case.x(dtype=dtype)
+        output = model(x)
+        assert output.dtype is dtype
+        assert relative_error(output, dense(case.base(dtype), model, x)) < bound
+        config = hra_fx.HRAConfig(**(case.fields | {"init_weights": True}))
+        assert relative_error(hra_fx.HRAModel(case.base(dtype), config)(x), case.base(dtype)(x)) < bound
 
 
 @cases
-@pytest.mark.parametrize("dtype", PRECISION, ids=str)
-def test_the_start_is_the_base_model(case: Case, dtype: torch.dtype) -> None:
-    fields = case.fields | {"init_weights": True}
-    model = hra_fx.HRAModel(case.base(dtype), hra_fx.HRAConfig(**fields))
-    assert relative_error(model(case.x(dtype=dtype)), case.base(dtype)(case.x(dtype=dtype))) < PRECISION[dtype]
-
-
-@cases
-def test_only_what_is_trained_changes_and_all_of_it_does(case: Case) -> None:
+def test_training_changes_what_is_trained_and_can_be_disabled(case: Case) -> None:
     model = case.model()
     before = {name: (p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()}
     train(model, case)
@@ -56,17 +49,10 @@ def test_only_what_is_trained_changes_and_all_of_it_does(case: Case) -> None:
         assert (not torch.equal(parameter, value)) is flag, name
         assert (parameter.grad is not None) is flag, name
     assert any("hra_u" in name for name, (flag, _) in before.items() if flag)
-    assert relative_error(model(case.x()), dense(case.base(), model, case.x())) < 1e-5
-
-
-@cases
-def test_disabled_after_training(case: Case) -> None:
-    model = case.model()
-    train(model, case)
     wanted, base = dense(case.base(), model, case.x()), case.base()(case.x())
+    assert relative_error(model(case.x()), wanted) < 1e-5
     with model.disable_adapter():
         assert torch.equal(model(case.x()), base)
-    assert relative_error(model(case.x()), wanted) < 1e-5
     model.disable_adapter_layers()
     assert torch.equal(model(case.x()), base)
     model.enable_adapter_layers()
@@ -74,17 +60,8 @@ def test_disabled_after_training(case: Case) -> None:
     assert relative_error(model(case.x()), base) > 1e-3
 
 
-def test_an_error_inside_the_disable_block_leaves_it() -> None:
-    case = CASES["both"]
-    model = case.model()
-    with pytest.raises(RuntimeError, match="mine"), model.disable_adapter():
-        raise RuntimeError("mine")
-    assert relative_error(model(case.x()), dense(case.base(), model, case.x())) < 1e-5
-
-
 @cases
-@pytest.mark.parametrize("low", [False, True])
-@pytest.mark.parametrize("is_trainable", [False, True])
+@pytest.mark.parametrize(("low", "is_trainable"), [(False, True), (True, False)])
 def test_saved_and_loaded(case: Case, low: bool, is_trainable: bool, tmp_path: Path) -> None:
     model = case.model()
     train(model, case)
@@ -137,40 +114,14 @@ def two(other: dict[str, Any]) -> Any:
 
 
 @others
-def test_a_second_adapter_and_switching(other: dict[str, Any]) -> None:
+def test_switching_to_one_to_both_and_to_none(other: dict[str, Any]) -> None:
     model, x = two(other), FIRST.x()
-    for name in ("default", "other", "default"):
-        if model.active_adapter != name:
-            model.set_adapter(name)
-        assert relative_error(model(x), dense(FIRST.base(), model, x, [name])) < 1e-5
+    for names in (["default"], ["other"], ["default", "other"], ["other", "default"], ["default"]):
+        model.set_adapter(names)
+        assert model.active_adapters == names
+        assert relative_error(model(x), dense(FIRST.base(), model, x, names)) < 1e-5
     with model.disable_adapter():
         assert torch.equal(model(x), FIRST.base()(x))
-
-
-@others
-@pytest.mark.parametrize("order", [["default", "other"], ["other", "default"]], ids=str)
-def test_both_at_once(other: dict[str, Any], order: list[str]) -> None:
-    model, x = two(other), FIRST.x()
-    model.set_adapter(order)
-    assert model.active_adapters == order
-    assert relative_error(model(x), dense(FIRST.base(), model, x, order)) < 1e-5
-
-
-@others
-@pytest.mark.parametrize("active", ["default", "other"])
-@pytest.mark.parametrize("gone", ["default", "other"])
-def test_deleting(other: dict[str, Any], active: str, gone: str) -> None:
-    model, x = two(other), FIRST.x()
-    model.set_adapter(active)
-    left = ({"default", "other"} - {gone}).pop()
-    if gone == active:
-        with pytest.warns(hra_fx.HRAWarning, match=f"{left!r} is active now"):
-            model.delete_adapter(gone)
-    else:
-        model.delete_adapter(gone)
-    assert list(model.peft_config) == model.active_adapters == [left]
-    assert not any(key.endswith(f".{gone}") or f".{gone}." in key for key in model.state_dict())
-    assert relative_error(model(x), dense(FIRST.base(), model, x, [left])) < 1e-5
 
 
 def test_names_that_are_not_there() -> None:
@@ -178,20 +129,8 @@ def test_names_that_are_not_there() -> None:
     for step in (model.delete_adapter, model.set_adapter):
         with pytest.raises(ValueError, match="the model has no such adapter"):
             step("absent")
-    with pytest.raises(ValueError, match="has it already"):
+    with pytest.raises(ValueError, match="exists already"):
         model.add_adapter("other", hra_fx.HRAConfig(target_modules=["lin0"]))
-
-
-@others
-def test_the_other_adapter_stays_while_one_is_trained(other: dict[str, Any]) -> None:
-    model = two(other)
-    for name in ("other", "default"):
-        model.set_adapter(name)
-        before = {n: p.detach().clone() for n, p in model.named_parameters()}
-        train(model, FIRST)
-        changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-        assert changed == {n for n, p in model.named_parameters() if p.requires_grad}
-        assert all(n.endswith(f".{name}") or (name == "other" and n.startswith("lin1.")) for n in changed)
 
 
 @others
@@ -210,66 +149,7 @@ def test_two_adapters_saved_and_loaded_twice(other: dict[str, Any], tmp_path: Pa
     assert relative_error(again(x), judge(x)) < 1e-5
 
 
-@others
-@pytest.mark.parametrize("active", ["default", "other"])
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_copies_and_pickles(other: dict[str, Any], active: str, how: str) -> None:
-    model, x = two(other), FIRST.x()
-    model.set_adapter(active)
-    twin = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
-    assert isinstance(twin, (hra_fx.HRAModel, MLP))
-    assert type(twin) is type(model)
-    assert list(twin.state_dict()) == list(model.state_dict())
-    for name in ("default", "other", active):
-        for each in (model, twin):
-            each.set_adapter(name)
-        assert torch.equal(twin(x), model(x))
-    wanted = model(x)
-    train(twin, FIRST)
-    assert torch.equal(model(x), wanted)
-    assert not torch.equal(twin(x), wanted)
-
-
-def test_repr_names_adapters_and_layers_as_such() -> None:
-    text = repr(two(OTHERS["both layers"]))
-    assert "MLP" in text
-    assert "default" in text
-    assert "other" in text
-    assert "hra" in text.lower()
-
-
-@cases
-def test_dtypes_and_devices_move_with_the_model(case: Case) -> None:
-    model = case.model()
-    assert {tensor.device.type for tensor in copy.deepcopy(model).to("meta").state_dict().values()} == {"meta"}
-    double = copy.deepcopy(model).to("cpu").to(torch.float64)
-    assert {tensor.dtype for tensor in double.state_dict().values()} == {torch.float64}
-    x = case.x(dtype=torch.float64)
-    assert relative_error(double(x), dense(case.base(), model, x)) < 1e-12
-
-
-def test_dropout_follows_the_mode() -> None:
-    case = CASES["both"]
-    model = case.model()
-    torch.manual_seed(5)
-    drawn = [model.train()(case.x()) for _ in range(2)]
-    assert not torch.equal(*drawn)
-    kept = [model.eval()(case.x()) for _ in range(2)]
-    assert torch.equal(*kept)
-    torch.manual_seed(5)
-    assert torch.equal(model.train()(case.x()), drawn[0])
-
-
 def test_an_unknown_target_is_a_value_error_as_in_peft() -> None:
     for make, config in ((hra_fx.HRAModel, hra_fx.HRAConfig), (peft.get_peft_model, peft.HRAConfig)):
         with pytest.raises(ValueError, match="absent"):
             make(mlp().base(), config(target_modules=["absent"]))
-
-
-def test_a_gradient_comes_to_the_input_and_to_the_layers_before() -> None:
-    case = CASES["lin1"]
-    model, x = case.model(), case.x().requires_grad_()
-    model(x).sum().backward()
-    assert x.grad is not None
-    base = dense(case.base(), model, case.x())
-    assert relative_error(model(x), base) < 1e-5

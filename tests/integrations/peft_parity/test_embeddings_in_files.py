@@ -123,7 +123,7 @@ def test_our_file_of_a_reflected_head_holds_no_embeddings_and_peft_opens_it(tmp_
 
 def test_embeddings_are_not_saved_by_a_flag(tmp_path: Path) -> None:
     ours = by_us(tiny("llama"), **BODY)
-    message = "save_embedding_layers=True: embeddings are saved where modules_to_save names them."
+    message = "save_embedding_layers=True is not supported: name the embeddings in modules_to_save."
     with pytest.raises(hra_fx.AdapterError, match=f"^{re.escape(message)}$"):
         ours.save_pretrained(tmp_path, save_embedding_layers=True)
     assert list(tmp_path.iterdir()) == []

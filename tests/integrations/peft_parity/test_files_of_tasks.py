@@ -83,32 +83,7 @@ def sites(model: nn.Module) -> set[str]:
     return {name.partition(".hra_u.")[0] for name in model.state_dict() if ".hra_u." in name}
 
 
-@tasks
-def test_written_here_opened_by_peft(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
-    base = tiny(name)
-    ours = by_us(base, r=4, **fields)
-    randomise(ours)
-    ours.save_pretrained(tmp_path)
-    the_same(opened_by_peft(base, tmp_path, is_trainable=True), ours)
-
-
-@tasks
-def test_written_by_peft_opened_here(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
-    base = tiny(name)
-    theirs = by_peft(base, r=4, **fields)
-    randomise(theirs)
-    saved_by_peft(theirs, tmp_path)
-    the_same(theirs, hra_fx.HRAModel.from_pretrained(tiny(name), tmp_path, is_trainable=True))
-
-
-@tasks
-def test_the_configuration_is_written_as_peft_writes_it(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
-    base = tiny(name)
-    for side, model in (("theirs", by_peft(base, r=4, **fields)), ("ours", by_us(base, r=4, **fields))):
-        if side == "theirs":
-            saved_by_peft(model, tmp_path / side)
-        else:
-            model.save_pretrained(tmp_path / side)
+def check_same_configuration(name: str, base: nn.Module, tmp_path: Path) -> None:
     theirs, ours = (json.loads((tmp_path / side / "adapter_config.json").read_text()) for side in ("theirs", "ours"))
     for config in (theirs, ours):
         del config["peft_version"]
@@ -120,6 +95,19 @@ def test_the_configuration_is_written_as_peft_writes_it(name: str, fields: dict[
         saved = config["modules_to_save"] or []
         config["modules_to_save"] = sorted({n for n in saved if any(p.endswith(n) for p, _ in base.named_modules())})
     assert ours == theirs
+
+
+@tasks
+def test_files_go_both_ways(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    base = tiny(name)
+    ours, theirs = by_us(base, r=4, **fields), by_peft(base, r=4, **fields)
+    for model in (ours, theirs):
+        randomise(model)
+    ours.save_pretrained(tmp_path / "ours")
+    saved_by_peft(theirs, tmp_path / "theirs")
+    the_same(opened_by_peft(base, tmp_path / "ours", is_trainable=True), ours)
+    the_same(theirs, hra_fx.HRAModel.from_pretrained(tiny(name), tmp_path / "theirs", is_trainable=True))
+    check_same_configuration(name, base, tmp_path)
 
 
 def test_a_configuration_that_peft_wrote_starts_a_new_adapter(tmp_path: Path) -> None:
@@ -212,14 +200,14 @@ def test_several_adapters_written_by_peft_opened_here(tmp_path: Path) -> None:
     assert folders(tmp_path / "again") == {f for f in folders(tmp_path) if not f.startswith("again/")}
 
 
-@pytest.mark.parametrize("selected", [["default"], ["french"], ["french", "with head"], ["gs", "default"]])
+@pytest.mark.parametrize("selected", [["french"], ["gs", "default"]])
 def test_selected_adapters_go_into_pefts_folders(selected: list[str], tmp_path: Path) -> None:
     several(by_us).save_pretrained(tmp_path / "ours", selected_adapters=selected)
     saved_by_peft(several(by_peft), tmp_path / "theirs", selected_adapters=selected)
     assert folders(tmp_path / "ours") == folders(tmp_path / "theirs")
 
 
-@pytest.mark.parametrize("name", ["other", "hra", "a-b_c", "ünï", "base"])
+@pytest.mark.parametrize("name", ["hra", "ünï"])
 def test_the_name_of_an_adapter_is_no_part_of_its_file(name: str, tmp_path: Path) -> None:
     theirs = by_peft(net(F64), name, r=2, target_modules=["query", "conv"], modules_to_save=["classifier"])
     with torch.no_grad():

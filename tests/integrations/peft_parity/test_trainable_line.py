@@ -18,27 +18,21 @@ QV: Fields = {"r": 4, "target_modules": ["query", "value"]}
 NETS: dict[str, Fields] = {
     "plain": QV,
     "odd": {"r": 3, "target_modules": ["query", "value"]},
-    "odd, random": {"r": 3, "target_modules": ["query"], "init_weights": False},
-    "GS": {"r": 4, "apply_GS": True, "target_modules": ["query"]},
     "GS, random": {"r": 4, "apply_GS": True, "init_weights": False, "target_modules": ["query"]},
     "conv": {"r": 4, "target_modules": ["conv"]},
-    "conv, odd": {"r": 5, "target_modules": ["conv", "out"]},
     "all-linear": {"r": 2, "target_modules": "all-linear"},
     "regex": {"r": 2, "target_modules": r".*\.1\.(query|out)"},
     "bias all": QV | {"bias": "all"},
     "bias hra_only": QV | {"bias": "hra_only"},
-    "bias hra_only, conv": {"r": 2, "target_modules": ["conv", "out"], "bias": "hra_only"},
     "bias all, conv": {"r": 2, "target_modules": ["conv", "out"], "bias": "all"},
     "saved head": QV | {"modules_to_save": ["classifier"]},
     "saved nested head": QV | {"modules_to_save": ["head"]},
     "saved embedding": QV | {"modules_to_save": ["embed"]},
-    "saved norm": QV | {"modules_to_save": ["norm"]},
     "saved all": QV | {"modules_to_save": ["embed", "norm", "head", "classifier"]},
     "saved head, bias hra_only": QV | {"modules_to_save": ["head"], "bias": "hra_only"},
     "saved head, bias all": QV | {"modules_to_save": ["head"], "bias": "all"},
     "saved norm, bias all": QV | {"modules_to_save": ["norm", "classifier"], "bias": "all"},
     "inference": QV | {"inference_mode": True},
-    "inference, saved head": QV | {"inference_mode": True, "modules_to_save": ["classifier"]},
 }
 
 

@@ -41,9 +41,8 @@ def say(model: Any, prompt: Tensor = PROMPT, **way: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_decoder_says_what_the_rotated_weights_say(shape: str, way: str) -> None:
-    base, model = an_adapted("llama", shape)
+def test_a_decoder_generates_as_with_the_rotated_weights(way: str) -> None:
+    base, model = an_adapted("llama", "transform")
     said = say(model, **WAYS[way])
     assert said.shape[1] == 16
     assert torch.equal(said, say(rotated(base, model), **WAYS[way]))
@@ -51,10 +50,9 @@ def test_a_decoder_says_what_the_rotated_weights_say(shape: str, way: str) -> No
     assert torch.equal(said, say(hra_fx.fold(model), **WAYS[way]))
 
 
-@pytest.mark.parametrize("way", ["greedy", "greedy without a cache", "beams", "sampling"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_an_encoder_with_a_decoder_says_what_the_rotated_weights_say(shape: str, way: str) -> None:
-    base, model = an_adapted("t5", shape)
+@pytest.mark.parametrize("way", ["greedy", "beams"])
+def test_an_encoder_decoder_generates_as_with_the_rotated_weights(way: str) -> None:
+    base, model = an_adapted("t5", "HRAModel")
     said = say(model, **WAYS[way])
     assert torch.equal(said, say(rotated(base, model), **WAYS[way]))
     assert not torch.equal(said, say(base, **WAYS[way]))
@@ -69,19 +67,9 @@ def test_an_assistant_does_not_change_what_is_said(who: str) -> None:
     assert torch.equal(say(model, PROMPT[:1], do_sample=False, assistant_model=assistant), alone)
 
 
-def test_the_scores_are_those_of_the_rotated_weights() -> None:
+@pytest.mark.parametrize("way", ["greedy", "a static cache"])
+def test_adapters_are_switched_between_calls(way: str) -> None:
     base, model = an_adapted("llama", "HRAModel")
-    way = {"do_sample": False, "output_scores": True, "return_dict_in_generate": True}
-    found, wanted = say(model, **way), say(rotated(base, model), **way)
-    for actual, expected in zip(found.scores, wanted.scores, strict=True):
-        # Llama normalises in float32, whatever its weights are.
-        assert torch.allclose(actual, expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("way", ["greedy", "a static cache", "beams"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_adapters_are_switched_between_calls(shape: str, way: str) -> None:
-    base, model = an_adapted("llama", shape)
     hra_fx.add_adapter(model, "other", config_for("llama", r=3, target_modules=["o_proj", "v_proj"]))
     turn(model, 6)
     said = {}
@@ -111,12 +99,3 @@ def test_padding_on_the_left_changes_nothing() -> None:
     mask = (torch.arange(9) >= 3).long().expand(2, -1)
     said = model.generate(input_ids=padded, attention_mask=mask, do_sample=False, **LENGTH)
     assert torch.equal(said[:, 3:], say(rotated(base, model), do_sample=False))
-
-
-def test_a_model_that_was_trained_generates() -> None:
-    """From training mode and back, with the cache that training leaves out."""
-    _, model = an_adapted("llama", "HRAModel")
-    model.train()
-    model(input_ids=PROMPT, labels=PROMPT).loss.backward()
-    said = say(model.eval(), do_sample=False)
-    assert torch.equal(said, say(hra_fx.fold(model), do_sample=False))

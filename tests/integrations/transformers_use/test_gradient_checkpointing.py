@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.transformers_use.tiny import BASES, SHAPES, adapted, batch, trained_in, trainer_of, turn
+from integrations.transformers_use.tiny import BASES, adapted, batch, pairs, trained_in, trainer_of, turn
 from oracles import relative_error
 from torch import Tensor, nn
 from torch.utils import checkpoint
@@ -48,8 +48,7 @@ def recomputed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", BASES)
+@pairs
 def test_the_gradients_are_those_without(
     kind: str, shape: str, use_reentrant: bool, when: str, recomputed: list[bool]
 ) -> None:
@@ -81,8 +80,8 @@ def test_it_can_be_switched_off_again(kind: str, recomputed: list[bool]) -> None
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.slow
+@pairs
 def test_the_trainer_trains_the_same_with_it(
     kind: str, shape: str, use_reentrant: bool, tmp_path: Path, recomputed: list[bool]
 ) -> None:

@@ -6,22 +6,11 @@ import copy
 import inspect
 import io
 import pickle
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from integrations.transformers_use.tiny import (
-    BASES,
-    SHAPES,
-    VOCABULARY,
-    adapted,
-    batch,
-    llama,
-    rotated,
-    turn,
-    vectors_of,
-)
+from integrations.transformers_use.tiny import BASES, adapted, batch, pairs, turn, vectors_of
 from oracles import relative_error
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, LlamaForCausalLM, PreTrainedModel
@@ -30,7 +19,6 @@ from transformers.utils import find_labels
 import hra_fx
 
 CLASSES = {"bert": BertForSequenceClassification, "llama": LlamaForCausalLM}
-CASES = [pytest.param(kind, shape, id=f"{kind}-{shape}") for kind in BASES for shape in SHAPES]
 
 
 def turned(kind: str, shape: str, **fields: object) -> Any:
@@ -45,7 +33,7 @@ def logits(model: nn.Module, kind: str) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize(("kind", "shape"), CASES)
+@pairs
 def test_it_is_an_instance_of_its_class_and_goes_by_its_name(kind: str, shape: str) -> None:
     model = adapted(kind, shape)
     assert isinstance(model, CLASSES[kind])
@@ -55,7 +43,7 @@ def test_it_is_an_instance_of_its_class_and_goes_by_its_name(kind: str, shape: s
     assert str(type(model)) == str(CLASSES[kind])
 
 
-@pytest.mark.parametrize(("kind", "shape"), CASES)
+@pairs
 def test_it_has_the_attributes_of_the_model(kind: str, shape: str) -> None:
     base = BASES[kind]()
     embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
@@ -65,26 +53,21 @@ def test_it_has_the_attributes_of_the_model(kind: str, shape: str) -> None:
     assert model.config is settings
     assert model.device == torch.device("cpu")
     assert model.dtype == torch.float32
+    assert adapted(kind, shape, base=BASES[kind]().bfloat16()).dtype == torch.bfloat16
     assert model.get_input_embeddings() is embeddings
     assert model.get_output_embeddings() is head
     assert model.main_input_name == "input_ids"
     assert model.can_generate() is (kind == "llama")
 
 
-@pytest.mark.parametrize(("kind", "shape"), CASES)
+@pairs
 def test_the_arguments_that_the_trainer_looks_for_are_those_of_the_model(kind: str, shape: str) -> None:
     model = adapted(kind, shape)
     assert inspect.signature(model.forward) == inspect.signature(BASES[kind]().forward)
     assert find_labels(type(model)) == find_labels(CLASSES[kind]) == ["labels"]
 
 
-@pytest.mark.parametrize(("kind", "shape"), CASES)
-def test_a_narrow_model_says_its_own_dtype(kind: str, shape: str) -> None:
-    model = adapted(kind, shape, base=BASES[kind]().bfloat16())
-    assert model.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize(("kind", "shape"), CASES)
+@pairs
 def test_the_parameters_are_counted(kind: str, shape: str) -> None:
     base = BASES[kind]()
     model = adapted(kind, shape)
@@ -94,7 +77,7 @@ def test_the_parameters_are_counted(kind: str, shape: str) -> None:
     assert model.num_parameters(only_trainable=True) == vectors + head
 
 
-@pytest.mark.parametrize(("kind", "shape"), CASES)
+@pairs
 def test_modes_and_dtypes_reach_every_part(kind: str, shape: str) -> None:
     model = turned(kind, shape)
     wanted = logits(model, kind)
@@ -123,7 +106,7 @@ COPYING = {
 
 
 @pytest.mark.parametrize("way", COPYING)
-@pytest.mark.parametrize(("kind", "shape"), CASES)
+@pairs
 def test_a_copy_is_the_same_and_no_part_of_it_is_shared(kind: str, shape: str, way: str) -> None:
     model = turned(kind, shape)
     wanted = logits(model, kind)
@@ -139,81 +122,9 @@ def test_a_copy_is_the_same_and_no_part_of_it_is_shared(kind: str, shape: str, w
     assert torch.equal(logits(model, kind), wanted)
 
 
-@pytest.mark.parametrize(("kind", "shape"), CASES)
-def test_a_state_dict_goes_into_another_model_strictly(kind: str, shape: str) -> None:
-    model, other = turned(kind, shape), adapted(kind, shape, seed=9).eval()
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(logits(other, kind), logits(model, kind))
-
-
-@pytest.mark.parametrize("size", [VOCABULARY + 8, VOCABULARY - 4])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_embeddings_are_resized_under_an_adapter(shape: str, size: int) -> None:
-    model = turned("llama", shape)
-    tokens = batch("llama")["input_ids"].clamp(max=VOCABULARY - 5)
-    with torch.no_grad():
-        wanted = model(input_ids=tokens).logits
-        model.resize_token_embeddings(size, mean_resizing=False)
-        found = model(input_ids=tokens).logits
-    assert found.shape[-1] == model.config.vocab_size == size
-    kept = min(size, VOCABULARY)
-    assert torch.allclose(found[..., :kept], wanted[..., :kept], rtol=0, atol=1e-6)
-    plain = hra_fx.fold(model)
-    assert type(plain) is LlamaForCausalLM
-    with torch.no_grad():
-        assert torch.allclose(plain(input_ids=tokens).logits, found, rtol=0, atol=1e-4)
-
-
-REACHING = [
-    {"target_modules": ["q_proj", "lm_head"]},
-    {"modules_to_save": ["lm_head"]},
-    {"modules_to_save": ["embed_tokens"]},
-]
-
-
-@pytest.mark.parametrize("fields", REACHING, ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_resize_does_not_lose_what_an_adapter_has_of_the_embeddings(
-    shape: str, fields: dict[str, Any], tmp_path: Path
-) -> None:
-    """It works, file included, or it is refused and nothing changed."""
-    model = turned("llama", shape, **fields)
-    with torch.no_grad():
-        for name in fields.get("modules_to_save", ()):
-            {"lm_head": model.lm_head, "embed_tokens": model.model.embed_tokens}[name].weight.add_(0.1)
-    wanted = logits(model, "llama")
-    try:
-        model.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)
-    except hra_fx.HRAError:
-        assert torch.equal(logits(model, "llama"), wanted)
-        return
-    assert torch.allclose(logits(model, "llama")[..., :VOCABULARY], wanted, rtol=0, atol=1e-6)
-    with hra_fx.disable_adapters(model), torch.no_grad():
-        assert model(input_ids=torch.tensor([[VOCABULARY + 7]])).logits.shape == (1, 1, VOCABULARY + 8)
-    hra_fx.save_adapter(model, tmp_path)
-    base = llama()
-    base.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)
-    opened = hra_fx.load_adapter(base, tmp_path).eval()
-    assert torch.allclose(logits(opened, "llama")[..., :VOCABULARY], wanted, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_attention_can_be_exchanged_under_an_adapter(shape: str) -> None:
-    model = turned("llama", shape)
-    wanted = logits(model, "llama")
-    model.set_attn_implementation("eager")
-    assert relative_error(logits(model, "llama"), wanted) < 1e-5
-
-
-@pytest.mark.parametrize(("kind", "shape"), CASES)
+@pairs
 def test_tying_again_changes_nothing(kind: str, shape: str) -> None:
     model = turned(kind, shape)
     wanted = logits(model, kind)
     model.tie_weights()
     assert torch.equal(logits(model, kind), wanted)
-
-
-def test_what_is_printed_shows_the_layers_of_the_model() -> None:
-    model, base = turned("llama", "HRAModel"), llama()
-    assert str(model).splitlines()[0] == str(base).splitlines()[0] == "LlamaForCausalLM("
-    assert torch.allclose(logits(rotated(base, model), "llama"), logits(model, "llama"), rtol=0, atol=1e-4)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from integrations.transformers_use.tiny import (
     BASES,
-    SHAPES,
     adapted,
     batch,
+    pairs,
     rotated,
     trained_in,
     trainer_of,
@@ -31,8 +31,7 @@ EACH = [pytest.param(dtype, arguments, id=name) for name, (dtype, arguments) in 
 
 
 @pytest.mark.parametrize(("dtype", "arguments"), EACH)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", BASES)
+@pairs
 def test_the_loss_falls_and_the_vectors_stay_in_float32(
     kind: str, shape: str, dtype: torch.dtype, arguments: dict[str, Any], tmp_path: Path
 ) -> None:

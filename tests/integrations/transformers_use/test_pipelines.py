@@ -5,14 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
-from integrations.transformers_use.tiny import BASES, SHAPES, VOCABULARY, adapted, rotated, turn
+from integrations.transformers_use.tiny import BASES, VOCABULARY, adapted, rotated, turn
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, pipeline
-
-import hra_fx
 
 TEXTS = ["w5 w7 w9", "w30 w8 w61 w4 w12"]
 DECODING = {"max_new_tokens": 6, "do_sample": False}
@@ -41,37 +38,21 @@ def pair(kind: str, shape: str) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_text_generation(shape: str, batch_size: int) -> None:
+def test_text_generation(batch_size: int) -> None:
     texts = []
-    for model in pair("llama", shape):
+    for model in pair("llama", "transform"):
         generate = pipeline("text-generation", model=model, tokenizer=tokenizer(), device="cpu")
         texts.append(generate(TEXTS, batch_size=batch_size, **DECODING))
     assert texts[0] == texts[1]
     assert all(answer[0]["generated_text"].startswith(text) for answer, text in zip(texts[0], TEXTS, strict=True))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_text_classification(shape: str) -> None:
+def test_text_classification() -> None:
     found = []
-    for model in pair("bert", shape):
+    for model in pair("bert", "HRAModel"):
         classify = pipeline("text-classification", model=model, tokenizer=tokenizer(), device="cpu")
         found.append(classify(TEXTS, top_k=None))
     for actual, expected in zip(*found, strict=True):
         assert [entry["label"] for entry in actual] == [entry["label"] for entry in expected]
         for mine, wanted in zip(actual, expected, strict=True):
             assert mine["score"] == pytest.approx(wanted["score"], rel=1e-6)
-
-
-def test_adapters_are_switched_under_a_pipeline() -> None:
-    model, _ = pair("llama", "HRAModel")
-    generate = pipeline("text-generation", model=model, tokenizer=tokenizer(), device="cpu")
-    before = generate(TEXTS, **DECODING)
-    with hra_fx.disable_adapters(model):
-        plain = generate(TEXTS, **DECODING)
-    assert plain != before
-    assert generate(TEXTS, **DECODING) == before
-    torch.manual_seed(2)
-    model.add_adapter("other", hra_fx.HRAConfig(r=4, init_weights=False, target_modules=["q_proj", "down_proj"]))
-    model.set_adapter("other")
-    assert generate(TEXTS, **DECODING) not in (before, plain)

@@ -77,10 +77,9 @@ def test_resuming_with_the_other_adapter_active_gives_each_its_own_head_and_vect
         assert torch.equal(logits(fresh), logits(model))
 
 
-@shapes
 @pytest.mark.parametrize("active", ["a", "b"])
-def test_the_best_model_is_loaded_whichever_adapter_acts_by_then(active: str, shape: str, tmp_path: Path) -> None:
-    model = with_two_heads(shape)
+def test_the_best_model_is_loaded_whichever_adapter_acts_by_then(active: str, tmp_path: Path) -> None:
+    model = with_two_heads("transform")
     best: dict[str, dict[str, Tensor]] = {}
     settings = EVERY_SECOND | {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
     trainer = trainer_of(Trainer, "bert", model, tmp_path, **settings)
@@ -97,11 +96,8 @@ def test_the_best_model_is_loaded_whichever_adapter_acts_by_then(active: str, sh
         assert_same(of_adapter(model, name), best[name])
 
 
-@shapes
-def test_a_run_goes_on_with_the_other_adapter_and_leaves_the_first_one_as_it_was_trained(
-    shape: str, tmp_path: Path
-) -> None:
-    model = with_two_heads(shape)
+def test_a_run_goes_on_with_the_other_adapter_and_leaves_the_first_one_as_it_was_trained(tmp_path: Path) -> None:
+    model = with_two_heads("HRAModel")
     give_own_head(model, "b", 3.0)
     hra_fx.set_adapter(model, "a")
     trainer_of(Trainer, "bert", model, tmp_path / "first", **EVERY_SECOND).train()
@@ -111,7 +107,7 @@ def test_a_run_goes_on_with_the_other_adapter_and_leaves_the_first_one_as_it_was
     trainer_of(Trainer, "bert", model, tmp_path / "second", **EVERY_SECOND).train()
     second = of_adapter(model, "b")
 
-    fresh = with_two_heads(shape, seed=9)
+    fresh = with_two_heads("HRAModel", seed=9)
     hra_fx.set_adapter(fresh, "a")
     trainer_of(Trainer, "bert", fresh, tmp_path / "second", **EVERY_SECOND).train(resume_from_checkpoint=True)
     assert_same(of_adapter(fresh, "a"), first)
@@ -135,13 +131,12 @@ def test_a_state_dict_crosses_over_in_both_directions() -> None:
             assert torch.equal(fresh.classifier.weight, model.classifier.weight)
 
 
-@shapes
 @pytest.mark.parametrize("bias", ["hra_only", "all"])
-@pytest.mark.parametrize(("saved", "loaded"), [("a", "b"), ("b", "a"), ("a", "a")])
+@pytest.mark.parametrize(("saved", "loaded"), [("a", "b"), ("b", "a")])
 def test_biases_of_each_adapter_and_of_the_base_come_back_too(
-    shape: str, bias: str, saved: str, loaded: str, tmp_path: Path
+    bias: str, saved: str, loaded: str, tmp_path: Path
 ) -> None:
-    model = with_two_heads(shape, bias=bias)
+    model = with_two_heads("transform", bias=bias)
     turn(model)
     wanted = {}
     for step, name in enumerate(("a", "b")):
@@ -154,7 +149,7 @@ def test_biases_of_each_adapter_and_of_the_base_come_back_too(
     hra_fx.set_adapter(model, saved)
     model.save_pretrained(tmp_path / "checkpoint-1")
 
-    fresh = with_two_heads(shape, seed=9, bias=bias)
+    fresh = with_two_heads("transform", seed=9, bias=bias)
     hra_fx.set_adapter(fresh, loaded)
     trainer = trainer_of(Trainer, "bert", fresh, tmp_path)
     trainer._load_from_checkpoint(str(tmp_path / "checkpoint-1"))

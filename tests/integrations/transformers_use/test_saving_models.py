@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.transformers_use.tiny import BASES, SHAPES, adapted, batch, config_for, turn, vectors_of
+from integrations.transformers_use.tiny import BASES, adapted, batch, config_for, pairs, turn, vectors_of
 from oracles import relative_error
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -52,8 +52,7 @@ def stepped(kind: str, shape: str, folder: Path, **fields: object) -> Any:
 
 
 @pytest.mark.parametrize("fields", [{}, {"r": 4}, {"apply_GS": True}, {"bias": "hra_only"}], ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", BASES)
+@pairs
 def test_transformers_opens_the_folder_over_the_base_that_it_names(
     kind: str, shape: str, fields: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -71,9 +70,8 @@ def test_transformers_opens_the_folder_over_the_base_that_it_names(
     assert relative_error(logits(plain, kind), logits(model, kind)) > 1e-2
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_folder_that_names_no_base_is_not_opened_as_a_model_without_its_adapter(shape: str, tmp_path: Path) -> None:
-    model = adapted("llama", shape)
+def test_a_folder_that_names_no_base_is_not_opened_as_a_model_without_its_adapter(tmp_path: Path) -> None:
+    model = adapted("llama", "transform")
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] is None
     for maker in (AutoModelForCausalLM, LlamaForCausalLM):
@@ -82,8 +80,7 @@ def test_a_folder_that_names_no_base_is_not_opened_as_a_model_without_its_adapte
             maker.from_pretrained(tmp_path, local_files_only=True)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", BASES)
+@pairs
 def test_transformers_opens_a_checkpoint_of_the_trainer_too(kind: str, shape: str, tmp_path: Path) -> None:
     """What the Trainer resumes from lies beside the adapter, and is not taken for the model."""
     model = stepped(kind, shape, tmp_path)
@@ -94,44 +91,27 @@ def test_transformers_opens_a_checkpoint_of_the_trainer_too(kind: str, shape: st
         assert relative_error(logits(opened, kind), logits(model, kind)) < 1e-5
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", BASES)
-def test_our_loader_opens_the_folder_bitwise(kind: str, shape: str, tmp_path: Path) -> None:
-    model = stepped(kind, shape, tmp_path)
-    model.save_pretrained(tmp_path / "adapter")
-    opened = hra_fx.load_adapter(BASES[kind](), tmp_path / "adapter")
-    assert torch.equal(logits(opened, kind), logits(model, kind))
-    shaped = hra_fx.HRAModel.from_pretrained(BASES[kind](), tmp_path / "adapter")
-    assert torch.equal(logits(shaped, kind), logits(model, kind))
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"safe_serialization": False}, "safe_serialization must be True, got False: pickle files are never written."),
+    ({"push_to_hub": True}, "push_to_hub must be False, got True. Save first, then call model.push_to_hub(...)."),
+    ({"selected_adapters": ["other"]}, "adapter 'other': the model has no such adapter. It has 'default'."),
+]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_pickle_is_refused(shape: str, tmp_path: Path) -> None:
-    model = adapted("llama", shape)
-    message = "safe_serialization=False: a pickle is never written. Leave it True."
+@pytest.mark.parametrize(("options", "message"), REFUSED)
+def test_what_is_refused_writes_nothing(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(hra_fx.AdapterError, match=f"^{re.escape(message)}$"):
-        model.save_pretrained(tmp_path, safe_serialization=False)
+        adapted("llama", "transform").save_pretrained(tmp_path, **options)
     assert names_in(tmp_path) == set()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_pushing_on_the_way_is_refused(shape: str, tmp_path: Path) -> None:
-    model = adapted("llama", shape)
-    message = "push_to_hub=True: save first, then call model.push_to_hub(...)."
-    with pytest.raises(hra_fx.AdapterError, match=f"^{re.escape(message)}$"):
-        model.save_pretrained(tmp_path, push_to_hub=True)
-    assert names_in(tmp_path) == set()
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_other_processes_than_the_main_one_write_nothing(shape: str, tmp_path: Path) -> None:
-    adapted("llama", shape).save_pretrained(tmp_path / "adapter", is_main_process=False)
+def test_other_processes_than_the_main_one_write_nothing(tmp_path: Path) -> None:
+    adapted("llama", "transform").save_pretrained(tmp_path / "adapter", is_main_process=False)
     assert not (tmp_path / "adapter").exists()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_shards_and_variants_have_no_meaning_for_an_adapter(shape: str, tmp_path: Path) -> None:
-    model = adapted("llama", shape)
+def test_shards_and_variants_have_no_meaning_for_an_adapter(tmp_path: Path) -> None:
+    model = adapted("llama", "transform")
     model.save_pretrained(tmp_path / "plain")
     model.save_pretrained(tmp_path / "cut", max_shard_size="1KB", variant="fp16")
     assert names_in(tmp_path / "cut") == FILES
@@ -140,10 +120,9 @@ def test_shards_and_variants_have_no_meaning_for_an_adapter(shape: str, tmp_path
 
 
 @pytest.mark.parametrize("folder", ["adapter", "checkpoint-5"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_gathered_state_dict_is_what_is_written(shape: str, folder: str, tmp_path: Path) -> None:
+def test_a_gathered_state_dict_is_what_is_written(folder: str, tmp_path: Path) -> None:
     """A wrapper (FSDP) gathers it since the model's own tensors are in parts."""
-    model = adapted("bert", shape, r=4)
+    model = adapted("bert", "transform", r=4)
     gathered = {name: tensor + 1 for name, tensor in model.state_dict().items()}
     model.save_pretrained(tmp_path / folder, state_dict=gathered)
     saved = load_file(tmp_path / folder / "adapter_model.safetensors")
@@ -152,9 +131,8 @@ def test_a_gathered_state_dict_is_what_is_written(shape: str, folder: str, tmp_p
     assert torch.equal(saved["base_model.model.classifier.weight"], gathered["classifier.weight"])
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_all_adapters_are_written_or_those_that_are_named(shape: str, tmp_path: Path) -> None:
-    model = adapted("llama", shape)
+def test_all_adapters_are_written_or_those_that_are_named(tmp_path: Path) -> None:
+    model = adapted("llama", "HRAModel")
     for name in ("second", "third"):
         hra_fx.add_adapter(model, name, config_for("llama", r=3))
     turn(model)
@@ -167,14 +145,6 @@ def test_all_adapters_are_written_or_those_that_are_named(shape: str, tmp_path: 
         hra_fx.set_adapter(model, name)
         opened = hra_fx.load_adapter(BASES["llama"](), tmp_path / "all", subfolder=None if name == "default" else name)
         assert torch.equal(logits(opened, "llama"), logits(model, "llama"))
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_an_adapter_that_is_not_there_is_refused(shape: str, tmp_path: Path) -> None:
-    message = "adapter 'other': the model has no such adapter. It has 'default'."
-    with pytest.raises(hra_fx.AdapterError, match=f"^{re.escape(message)}$"):
-        adapted("llama", shape).save_pretrained(tmp_path, selected_adapters=["other"])
-    assert names_in(tmp_path) == set()
 
 
 @pytest.mark.parametrize("state", ["merged", "disabled", "inactive"])
@@ -192,8 +162,7 @@ def test_the_adapter_is_written_whatever_state_it_is_in(state: str, tmp_path: Pa
         assert (tmp_path / "after" / name).read_bytes() == (tmp_path / "before" / name).read_bytes()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", BASES)
+@pairs
 def test_a_folded_model_saves_itself_in_full_again(kind: str, shape: str, tmp_path: Path) -> None:
     model = stepped(kind, shape, tmp_path)
     assert relative_error(logits(model, kind), logits(CLASSES[kind].from_pretrained(tmp_path / "base"), kind)) > 1e-2
@@ -207,10 +176,3 @@ def test_a_folded_model_saves_itself_in_full_again(kind: str, shape: str, tmp_pa
     assert not found["missing_keys"] and not found["unexpected_keys"]
     assert torch.equal(logits(opened, kind), logits(folded, kind))
     assert relative_error(logits(opened, kind), wanted) < 1e-5
-
-
-def test_a_model_whose_adapters_are_taken_off_saves_itself_in_full_again(tmp_path: Path) -> None:
-    model = adapted("llama", "HRAModel")
-    model.unload().save_pretrained(tmp_path)
-    opened = LlamaForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(logits(opened, "llama"), logits(BASES["llama"](), "llama"))

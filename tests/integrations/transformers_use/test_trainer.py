@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.transformers_use.tiny import BASES, SHAPES, adapted, batch, trained_in, trainer_of, turn, vectors_of
+from integrations.transformers_use.tiny import BASES, adapted, batch, pairs, trained_in, trainer_of, turn, vectors_of
 from oracles import relative_error
 from torch import nn
 from transformers import Trainer, TrainerCallback
@@ -55,8 +55,7 @@ def assert_same_training(model: nn.Module, other: nn.Module) -> None:
     assert [key for key in wanted if not torch.equal(wanted[key], found[key])] == []
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", BASES)
+@pairs
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_training_lowers_the_loss_and_moves_only_the_adapter(
     trainer: str, kind: str, shape: str, tmp_path: Path
@@ -73,8 +72,7 @@ def test_training_lowers_the_loss_and_moves_only_the_adapter(
         assert [key for key, value in base.state_dict().items() if not torch.equal(state[key], value)] == []
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", BASES)
+@pairs
 def test_the_evaluated_loss_is_that_of_the_model(kind: str, shape: str, tmp_path: Path) -> None:
     model = adapted(kind, shape)
     turn(model)
@@ -89,8 +87,7 @@ def test_the_evaluated_loss_is_that_of_the_model(kind: str, shape: str, tmp_path
     [("stock", True), ("stock", False), ("ours", False), ("ours with the term", True)],
     ids=["stock, the latest", "stock, by its folder", "ours, by its folder", "ours with the term, the latest"],
 )
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", BASES)
+@pairs
 def test_a_run_that_was_stopped_goes_on_bitwise(
     trainer: str, latest: bool, kind: str, shape: str, tmp_path: Path
 ) -> None:
@@ -131,8 +128,7 @@ def test_every_kind_of_adapter_goes_on_bitwise(fields: dict[str, Any], tmp_path:
     assert_same_training(model, resumed)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", BASES)
+@pairs
 def test_the_best_model_is_loaded_at_the_end(kind: str, shape: str, tmp_path: Path) -> None:
     """The best is the first here, where the largest loss is asked for."""
     model = adapted(kind, shape)
@@ -160,6 +156,7 @@ def test_the_best_model_is_loaded_at_the_end(kind: str, shape: str, tmp_path: Pa
         assert torch.equal(value, trained_in(model)[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BASES)
 def test_accumulated_batches_make_the_step_of_one_large_batch(kind: str, tmp_path: Path) -> None:
     moved = []
@@ -174,6 +171,7 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(kind: str, tmp_pat
         assert relative_error(moved[1][name], wanted) < 1e-5, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BASES)
 def test_a_run_with_accumulated_batches_goes_on_bitwise(kind: str, tmp_path: Path) -> None:
     arguments = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}

@@ -11,12 +11,12 @@ import pytest
 import torch
 from integrations.transformers_use.tiny import (
     BASES,
-    SHAPES,
     adapted,
     batch,
     bert,
     config_for,
     llama,
+    pairs,
     rotated,
     trainer_of,
     turn,
@@ -66,8 +66,7 @@ def keys_of(path: Path) -> set[str]:
         return set(file.keys())
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", BASES)
+@pairs
 def test_a_checkpoint_holds_the_adapter_and_nothing_else_of_the_model(kind: str, shape: str, tmp_path: Path) -> None:
     _, folder = trained(kind, shape, tmp_path)
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
@@ -79,28 +78,20 @@ def test_a_checkpoint_holds_the_adapter_and_nothing_else_of_the_model(kind: str,
     assert keys_of(folder / "model.safetensors") == vectors | anchors | set(HEAD[kind])
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", BASES)
-def test_a_checkpoint_is_small_beside_the_base_model(kind: str, shape: str, tmp_path: Path) -> None:
-    base = BASES[kind](vocab_size=20_000)
+def test_a_checkpoint_is_small_beside_the_base_model(tmp_path: Path) -> None:
+    base = llama(vocab_size=20_000)
     size = sum(parameter.numel() * parameter.element_size() for parameter in base.parameters())
-    _, folder = trained(kind, shape, tmp_path, base)
+    _, folder = trained("llama", "transform", tmp_path, base)
     assert sum(path.stat().st_size for path in folder.rglob("*")) < size / 20
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", BASES)
-def test_peft_opens_a_checkpoint_and_computes_the_same(kind: str, shape: str, tmp_path: Path) -> None:
+@pairs
+def test_peft_and_our_loader_open_a_checkpoint(kind: str, shape: str, tmp_path: Path) -> None:
     model, folder = trained(kind, shape, tmp_path)
     opened = peft.PeftModel.from_pretrained(BASES[kind](), str(folder))
     assert type(opened) is {"bert": peft.PeftModelForSequenceClassification, "llama": peft.PeftModelForCausalLM}[kind]
     assert relative_error(logits(opened, kind), logits(model, kind)) < 1e-6
     assert (logits(BASES[kind](), kind) - logits(model, kind)).abs().max() > 1e-4
-
-
-@pytest.mark.parametrize("kind", BASES)
-def test_our_loader_opens_a_checkpoint_and_computes_the_same(kind: str, tmp_path: Path) -> None:
-    model, folder = trained(kind, "transform", tmp_path)
     assert torch.equal(logits(hra_fx.load_adapter(BASES[kind](), folder), kind), logits(model, kind))
 
 
@@ -114,11 +105,8 @@ def with_two(shape: str, active: str | list[str], seed: int = 1) -> Any:
 
 
 @pytest.mark.parametrize("active", ["default", "other", ["other", "default"]], ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_checkpoint_holds_all_adapters_whichever_are_active(
-    shape: str, active: str | list[str], tmp_path: Path
-) -> None:
-    model, resumed = with_two(shape, active), with_two(shape, active, seed=7)
+def test_a_checkpoint_contains_all_adapters_whichever_are_active(active: str | list[str], tmp_path: Path) -> None:
+    model, resumed = with_two("transform", active), with_two("HRAModel", active, seed=7)
     before = {name: vectors.detach().clone() for name, vectors in vectors_of(model).items()}
     trainer_of(Trainer, "llama", model, tmp_path, **EVERY_THIRD).train()
     folder = tmp_path / "checkpoint-6"
@@ -178,9 +166,8 @@ def test_an_adapter_alone_under_another_name_is_saved_and_goes_on(tmp_path: Path
     assert torch.equal(logits(resumed, "llama"), logits(model, "llama"))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_trainer_saves_the_model_for_use_without_what_only_it_needs(shape: str, tmp_path: Path) -> None:
-    model = adapted("llama", shape)
+def test_the_trainer_saves_the_model_for_use_without_what_only_it_needs(tmp_path: Path) -> None:
+    model = adapted("llama", "HRAModel")
     training = trainer_of(Trainer, "llama", model, tmp_path / "runs")
     training.train()
     training.save_model(str(tmp_path / "out"))
@@ -190,12 +177,3 @@ def test_the_trainer_saves_the_model_for_use_without_what_only_it_needs(shape: s
         "training_args.bin",
     }
     assert torch.equal(logits(hra_fx.load_adapter(llama(), tmp_path / "out"), "llama"), logits(model, "llama"))
-
-
-def test_a_folded_model_is_saved_in_full(tmp_path: Path) -> None:
-    model, _ = trained("bert", "transform", tmp_path)
-    wanted = logits(model, "bert")
-    training = trainer_of(Trainer, "bert", hra_fx.fold(copy.deepcopy(model)), tmp_path / "runs")
-    training.save_model(str(tmp_path / "out"))
-    opened = type(bert()).from_pretrained(tmp_path / "out")
-    assert relative_error(logits(opened, "bert"), wanted) < 1e-6

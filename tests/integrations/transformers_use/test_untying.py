@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from integrations.transformers_use.tied import CASES, Case, case, logits, turn
-from model.failing import At, ctrl_c_in, no_memory
+from model.failing import At, no_memory
 from oracles import dense_q, dense_weight, relative_error
 from torch import nn
 
 import hra_fx
 
 kinds = pytest.mark.parametrize("kind", CASES)
+few = pytest.mark.parametrize("kind", ["llama", "bart", "bert_to_bert"])
 
 
 def adapted(kind: str, *targets: str, shape: Any = hra_fx.transform, **fields: Any) -> Case:
@@ -60,24 +61,17 @@ def test_a_fold_unties_the_head_and_a_saved_model_loads_equal(kind: str, tmp_pat
     assert all(parameter.requires_grad for parameter in model.parameters())
     other = loaded(model, tmp_path)
     assert relative_error(logits(other), wanted) < 1e-12
+    if kind != "t5":  # its config class ties again, see below
+        other.tie_weights()
+        assert relative_error(logits(other), wanted) < 1e-12
     model.tie_weights()
     assert relative_error(logits(model), wanted) < 1e-12
-
-
-@pytest.mark.parametrize("kind", [kind for kind in CASES if kind != "t5"])
-def test_what_was_loaded_stays_untied(kind: str, tmp_path: Path) -> None:
-    model = adapted(kind).model
-    wanted = logits(model)
-    folded(model)
-    other = loaded(model, tmp_path)
-    other.tie_weights()
-    assert relative_error(logits(other), wanted) < 1e-12
 
 
 def test_a_class_that_ties_again_is_named_in_the_warning(tmp_path: Path) -> None:
     model = adapted("t5").model
     wanted = logits(model)
-    assert "T5Config says True again when it is loaded: set it to False right after from_pretrained." in folded(model)
+    assert "T5Config turns it on again when it is loaded: set it to False right after from_pretrained." in folded(model)
     other = loaded(model, tmp_path)
     other.config.tie_word_embeddings = False
     other.tie_weights()
@@ -96,7 +90,9 @@ def test_a_class_that_ties_again_is_named_in_the_warning(tmp_path: Path) -> None
 def test_what_the_same_setting_tied_is_parted_and_named(kind: str, also: str) -> None:
     made = adapted(kind)
     text = folded(made.model)
-    assert (f"The same setting tied {also}, parted as well." in text) if also else ("same setting" not in text)
+    assert (
+        (f"The same setting tied {also}, which are untied as well." in text) if also else ("same setting" not in text)
+    )
     pointers = [parameter.data_ptr() for parameter in made.model.parameters()]
     assert len(set(pointers)) == len(pointers)
 
@@ -132,15 +128,15 @@ def test_a_tie_of_the_users_own_leaves_the_setting_alone() -> None:
     turn(model)
     wanted = logits(model)
     assert folded(model) == (
-        "untied: model.layers.0.self_attn.q_proj (from model.layers.1.self_attn.q_proj.weight). Each has a weight of "
-        "its own now, by which a saved model grows."
+        "untied: model.layers.0.self_attn.q_proj (from model.layers.1.self_attn.q_proj.weight). Each has its own "
+        "weight now, so a saved model is larger."
     )
     assert model.config.tie_word_embeddings
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert relative_error(logits(model), wanted) < 1e-12
 
 
-@kinds
+@few
 def test_merge_and_unload_does_it_too(kind: str, tmp_path: Path) -> None:
     model = adapted(kind, shape=hra_fx.HRAModel).model
     wanted = logits(model)
@@ -150,7 +146,7 @@ def test_merge_and_unload_does_it_too(kind: str, tmp_path: Path) -> None:
     assert relative_error(logits(loaded(plain, tmp_path)), wanted) < 1e-12
 
 
-@kinds
+@few
 def test_unload_leaves_it_tied(kind: str) -> None:
     made = adapted(kind, shape=hra_fx.HRAModel)
     plain = made.model.unload()
@@ -158,7 +154,7 @@ def test_unload_leaves_it_tied(kind: str) -> None:
     assert torch.equal(logits(plain), logits(case(kind).model))
 
 
-@kinds
+@few
 def test_the_adapters_file_of_a_tied_head_is_as_any_other(kind: str, tmp_path: Path) -> None:
     made, other = adapted(kind), case(kind).model
     made.model.save_pretrained(tmp_path)
@@ -167,7 +163,7 @@ def test_the_adapters_file_of_a_tied_head_is_as_any_other(kind: str, tmp_path: P
     assert other.get_submodule(made.head).weight is other.get_submodule(made.embedding).weight
 
 
-@kinds
+@few
 def test_a_training_step_leaves_the_tie_and_the_embedding_alone(kind: str) -> None:
     model, head, embedding, _ = adapted(kind)
     before = model.get_submodule(embedding).weight.detach().clone()
@@ -181,7 +177,7 @@ def test_a_training_step_leaves_the_tie_and_the_embedding_alone(kind: str) -> No
     assert model.get_submodule(head).weight is model.get_submodule(embedding).weight
 
 
-@pytest.mark.parametrize("call", [1, 2, 3])
+@pytest.mark.parametrize("call", [1, 2])
 def test_without_memory_for_what_is_untied_nothing_changes(call: int) -> None:
     model = adapted("bart").model
     wanted, parameters = logits(model), [id(parameter) for parameter in model.parameters()]
@@ -192,18 +188,6 @@ def test_without_memory_for_what_is_untied_nothing_changes(call: int) -> None:
     assert torch.equal(logits(model), wanted)
     folded(model)
     assert relative_error(logits(model), wanted) < 1e-12
-
-
-def test_a_ctrl_c_while_ties_part_waits_until_all_have() -> None:
-    model = adapted("bart").model
-    wanted = logits(model)
-    with ctrl_c_in("turn_off"), pytest.raises(KeyboardInterrupt):
-        hra_fx.fold(model)
-    assert not model.config.tie_word_embeddings
-    assert type(model.lm_head) is nn.Linear
-    assert relative_error(logits(model), wanted) < 1e-12
-    pointers = [parameter.data_ptr() for parameter in model.parameters()]
-    assert len(set(pointers)) == len(pointers)
 
 
 # With trained copies
@@ -231,10 +215,10 @@ def test_a_trained_head_parts_all_that_the_setting_tied(kind: str, also: bool, t
     with torch.no_grad():
         made.model.get_submodule(made.head).weight.add_(1.0)
     wanted = logits(made.model)
-    with pytest.warns(hra_fx.HRAWarning, match=r"^embeddings stay untied, for one was trained;") as caught:
+    with pytest.warns(hra_fx.HRAWarning, match=r"^embeddings stay untied because one was trained;") as caught:
         hra_fx.fold(made.model)
     # BERT's bias is trained with its head, so that the setting tied nothing else.
-    assert str(caught[0].message).endswith("parted as well.") is also
+    assert str(caught[0].message).endswith("untied as well.") is also
     assert relative_error(logits(loaded(made.model, tmp_path)), wanted) < 1e-12
 
 
@@ -284,9 +268,9 @@ def test_a_model_whose_forward_asks_for_the_tie_is_not_folded() -> None:
     model, head, embedding, _ = adapted("switch")
     wanted = logits(model)
     text = (
-        r"^the model \(SwitchTransformersForConditionalGeneration\): its forward does otherwise where "
-        r"config\.tie_word_embeddings is False, so that its output layer cannot be parted from the embeddings\. Leave "
-        r"it out with exclude_modules\.$"
+        r"^the model \(SwitchTransformersForConditionalGeneration\): its forward depends on "
+        r"config\.tie_word_embeddings, so its output layer cannot be untied from the embeddings\. Leave it out with "
+        r"exclude_modules\.$"
     )
     with pytest.raises(hra_fx.FoldError, match=text):
         hra_fx.fold(model)
@@ -298,7 +282,7 @@ def test_nor_has_it_a_trained_copy_of_its_head() -> None:
     model = case("switch").model
     before, output = copy.deepcopy(model.state_dict()), logits(model)
     config = hra_fx.HRAConfig(r=2, target_modules=["q"], modules_to_save=["lm_head"])
-    with pytest.raises(hra_fx.UnsupportedLayerError, match=r"its forward does otherwise .* modules_to_save\.$"):
+    with pytest.raises(hra_fx.UnsupportedLayerError, match=r"its forward depends on .* modules_to_save\.$"):
         hra_fx.transform(model, config)
     assert list(model.state_dict()) == list(before)
     assert torch.equal(logits(model), output)

@@ -1,4 +1,4 @@
-"""Tiny models of transformers with random weights, adapted in both shapes, and a Trainer for them."""
+"""Tiny models of transformers with random weights, adapted by `transform` or `HRAModel`, and a Trainer for them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from oracles import dense_q
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ import hra_fx
 
 VOCABULARY = 64
 SHAPES = {"transform": hra_fx.transform, "HRAModel": hra_fx.HRAModel}
+#: A classifier and a language model, each adapted in one of the two ways.
+pairs = pytest.mark.parametrize(("kind", "shape"), [("bert", "transform"), ("llama", "HRAModel")])
 
 
 def bert(**fields: object) -> Any:

@@ -17,9 +17,9 @@ import hra_fx
 from hra_fx.errors import FoldError, HRAWarning
 
 REFOLDED = [name for name, scheme in SCHEMES.items() if scheme.refolds]
-WAY_OUT = (
-    "Without loss: save the adapter (hra_fx.save_adapter), load it over the model before quantisation "
-    "(hra_fx.load_adapter), and fold that."
+HINT = (
+    "To avoid the quantization error, save the adapter (hra_fx.save_adapter), load it into the model before "
+    "quantization (hra_fx.load_adapter), and fold that."
 )
 #: How a weight is quantised, by the names that the libraries' tensors have for it.
 AS_BEFORE = (
@@ -50,8 +50,8 @@ def test_fold_is_refused_unless_it_is_asked_for(scheme: str) -> None:
     with pytest.raises(FoldError) as caught:
         hra_fx.fold(model)
     message = str(caught.value)
-    assert message.startswith(f"0 (and 1 more): its weight is quantised ({SCHEMES[scheme].words}), and ")
-    assert message.endswith(WAY_OUT)
+    assert message.startswith(f"0 (and 1 more): its weight is quantized ({SCHEMES[scheme].words}), and ")
+    assert message.endswith(HINT)
     assert ("hra_fx.fold(model, requantize=True)" in message) is SCHEMES[scheme].refolds
     assert picture(model) == before
 
@@ -64,7 +64,7 @@ def test_fold_rotates_and_quantises_anew(scheme: str) -> None:
     kinds, kept = [type(layer) for layer in quantised(scheme)], vars(model[0].weight) | {}
     plan = hra_fx.plan_fold(model, requantize=True)
     assert torch.equal(values(model[0]), before[0]), "a plan writes nothing"
-    assert str(plan).count(f"quantised anew ({SCHEMES[scheme].words})") == 2
+    assert str(plan).count(f"requantized ({SCHEMES[scheme].words})") == 2
     with told() as texts:
         folded = hra_fx.fold(model, requantize=True)
     assert folded is model and [type(layer) for layer in model] == kinds
@@ -83,9 +83,11 @@ def test_fold_rotates_and_quantises_anew(scheme: str) -> None:
     assert relative_error(model.train()(x), wanted) < SCHEMES[scheme].tolerance
     (text,) = texts
     worst = max(plan.layers, key=lambda layer: layer.rounding)
-    assert text.startswith(f"2 quantised weights were quantised anew, which moves them by up to {worst.rounding:.1e} ")
-    assert f"({worst.path}, {worst.quantized}, which the adapter turned by {worst.change:.1e})" in text
-    assert text.endswith(WAY_OUT)
+    assert text.startswith(
+        f"2 weights were quantized again, with an error of up to {worst.rounding:.1e} of their norm "
+    )
+    assert f"({worst.path}, {worst.quantized}; its adapter changed it by {worst.change:.1e})" in text
+    assert text.endswith(HINT)
 
 
 @pytest.mark.parametrize("scheme", FEW)
@@ -105,8 +107,8 @@ def test_a_turn_that_drowns_in_the_rounding_is_told(scheme: str) -> None:
     with told() as texts:
         hra_fx.fold(model, requantize=True)
     (text,) = texts
-    assert text.startswith("1 quantised weights were quantised anew")
-    assert "1 of them it moves as far as the adapter did, or farther (0)." in text
+    assert text.startswith("1 weights were quantized again")
+    assert "For 1 of them the error is at least as large as the change (0)." in text
 
 
 @pytest.mark.parametrize("scheme", FEW)
@@ -115,7 +117,7 @@ def test_one_of_two_adapters_is_folded_and_the_other_stays(scheme: str) -> None:
     hra_fx.add_adapter(model, "other", config(r=3))
     turn(model, 9)
     hra_fx.set_adapter(model, ["default", "other"])
-    with pytest.raises(FoldError, match="its weight is quantised"):
+    with pytest.raises(FoldError, match="its weight is quantized"):
         hra_fx.fold(model, "default")
     due = rotated(model[0], "default").detach()
     with told() as texts:
@@ -197,7 +199,9 @@ def test_merging_is_refused(scheme: str) -> None:
     before = picture(model)
     with pytest.raises(FoldError) as caught:
         hra_fx.merge_adapter(model)
-    assert "its weight is quantised" in str(caught.value) and "Adapters act without a merge too." in str(caught.value)
+    assert "its weight is quantized" in str(caught.value) and "Adapters also act without being merged." in str(
+        caught.value
+    )
     assert picture(model) == before
 
 
@@ -217,7 +221,7 @@ def test_a_part_is_folded(scheme: str) -> None:
     due = rotated(model[0]).detach()
     with pytest.raises(FoldError) as caught:
         hra_fx.fold(model[0])
-    assert str(caught.value).startswith("the layer: its weight is quantised (")
+    assert str(caught.value).startswith("the layer: its weight is quantized (")
     with told() as texts:
         hra_fx.fold(model[0], requantize=True)
     assert len(texts) == 1 and relative_error(values(model[0]), due) < 0.15

@@ -61,7 +61,7 @@ class OwnPlainForward(nn.Linear):
 )
 def test_a_forward_of_its_own(layer: nn.Module, words: str) -> None:
     message = refused(only(layer), config("0"))
-    assert f"its weight would have to be rotated, and that is quantised ({words}). Leave it out" in message
+    assert f"needs the rotated weight, and a quantized weight ({words}) cannot be rotated. Exclude the layer" in message
 
 
 class Reader(nn.Module):
@@ -107,7 +107,7 @@ def test_verifying(scheme: str) -> None:
 def test_a_convolution() -> None:
     conv = nn.Conv2d(4, 4, 3)
     conv.weight = nn.Parameter(quantised("ao int8")[0].weight.data, requires_grad=False)
-    assert "its weight is a Int8Tensor, which is not a plain floating-point tensor" in refused(only(conv), config("0"))
+    assert "its weight must be a plain floating-point tensor, got Int8Tensor" in refused(only(conv), config("0"))
 
 
 def test_layers_of_torch_ao() -> None:
@@ -116,9 +116,9 @@ def test_layers_of_torch_ao() -> None:
         model = torch.ao.quantization.quantize_dynamic(plain(), {nn.Linear})
     message = refused(model, config(), SelectionError)
     assert message.startswith(
-        "0: target_modules names it, but it is a quantised Linear of torch.ao, which hides its weight"
+        "0: `target_modules` matches this Linear of torch.ao, a quantized layer that hides its weight"
     )
-    assert "Transform, train and fold the model before its quantisation" in message
+    assert "Adapt, train and fold the model before you quantize it" in message
     assert "Int8DynamicActivationInt8WeightConfig" in message
 
 
@@ -128,7 +128,7 @@ def test_layers_beside_that_stop_gradients_are_told(scheme: str) -> None:
         hra_fx.transform(quantised(scheme), config("0"))
     (text,) = (str(one.message) for one in caught)
     assert text.startswith("2: it quantises what it reads, and torchao lets no gradient pass that. ")
-    assert "Name such layers in target_modules too" in text
+    assert "Add such layers to `target_modules`" in text
     hra_fx.transform(quantised(scheme), config("0", inference_mode=True))
 
 

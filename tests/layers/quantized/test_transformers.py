@@ -100,7 +100,7 @@ def test_adapters_are_saved_loaded_and_generate(name: str, folder: Path, tmp_pat
 def test_folded_models_are_saved_and_loaded(name: str, folder: Path, tmp_path: Path) -> None:
     model = adapted(folder, name)
     turn(model)
-    with pytest.warns(HRAWarning, match="14 quantised weights were quantised anew"):
+    with pytest.warns(HRAWarning, match="14 weights were quantized again"):
         hra_fx.fold(model, requantize=True)
     model.save_pretrained(tmp_path)  # first, for bitsandbytes lays weights out anew where it evaluates (AVX512-BF16)
     assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model), atol=1e-3)
@@ -130,7 +130,9 @@ def test_a_model_without_adapters_is_not_given_out_for_one_with(folder: Path) ->
 def test_dequantize_is_refused_and_works_before(folder: Path, tmp_path: Path) -> None:
     model = adapted(folder, "bnb int8")
     turn(model)
-    with pytest.raises(AdapterError, match="dequantize puts new layers in place of those that carry reflections"):
+    with pytest.raises(
+        AdapterError, match="dequantize replaces the adapted layers, which would lose their reflections"
+    ):
         model.dequantize()
     model.save_pretrained(tmp_path)
     plain = hra_fx.load_adapter(loaded(folder, "bnb int8").dequantize(), tmp_path)

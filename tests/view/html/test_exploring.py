@@ -228,20 +228,20 @@ def test_each_view_alone(closed: Page) -> None:
         assert closed.locator(f".{mode} .strip").count() == strips
 
 
-def test_missed_layers_are_marked_listed_and_explained(closed: Page) -> None:
-    assert closed.locator(".leaf.missed").count() == 2
-    assert closed.locator("#missed").inner_text() == "2 layers not adapted"
-    closed.click("#missed")
+def test_skipped_layers_are_marked_listed_and_explained(closed: Page) -> None:
+    assert closed.locator(".leaf.skipped").count() == 2
+    assert closed.locator("#skipped").inner_text() == "2 layers not adapted"
+    closed.click("#skipped")
     assert closed.locator("#panel .not-adapted li").all_inner_texts() == ["stem", "head"]
     closed.locator("#panel").get_by_text("head").click()
     assert selected(closed) == "head"
-    assert "does not name it" in closed.locator("#panel .reason").inner_text()
+    assert "not in target_modules" in closed.locator("#panel .reason").inner_text()
     assert facts(closed)["class"] == "Linear 12→4"
 
 
-def test_missed_layers_inside_a_closed_module_are_counted(open_page: Open) -> None:
+def test_skipped_layers_inside_a_closed_module_are_counted(open_page: Open) -> None:
     page = open_page(page_of(trained_net(target_modules=["up"]), depth=0))
-    assert box(page, "blocks.0 … 2").locator(".mark").text_content() == "3"
+    assert "· 3 not adapted" in (box(page, "blocks.0 … 2").text_content() or "")
     assert "3 not adapted" in (box(page, "blocks.0 … 2").get_attribute("aria-label") or "")
     search(page, "blocks.1.down")
     page.keyboard.press("Enter")

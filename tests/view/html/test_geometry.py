@@ -8,7 +8,7 @@ import pytest
 import torch
 import torchvision
 import transformers
-from pages import page_of, trained_net, turned
+from pages import page_of, rotated, trained_net
 from playwright.sync_api import Page
 from torch import nn
 
@@ -76,12 +76,12 @@ def llama() -> nn.Module:
 
 
 def one_call() -> Drawing:
-    """With layers that were missed and are drawn as modules, since TorchDynamo records what is in them."""
+    """With layers that were skipped and are drawn as modules, since TorchDynamo records what is in them."""
     config = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0)
     model = hra_fx.transform(
         transformers.GPT2LMHeadModel(config).eval(), hra_fx.HRAConfig(r=2, target_modules=["c_attn", "c_proj"])
     )
-    return drawing_of(turned(model), (torch.arange(6)[None],))
+    return drawing_of(rotated(model), (torch.arange(6)[None],))
 
 
 def branches() -> nn.Module:
@@ -89,10 +89,13 @@ def branches() -> nn.Module:
     return hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=r".*branch\d(\.\d)?\.conv"))
 
 
-@pytest.mark.parametrize("make", [trained_net, resnet, llama, one_call, branches], ids=lambda make: make.__name__)
+SLOW = [pytest.param(make, marks=pytest.mark.slow) for make in (one_call, branches)]
+
+
+@pytest.mark.parametrize("make", [trained_net, resnet, llama, *SLOW], ids=lambda make: make.__name__)
 def test_nothing_overlaps_or_leaves_its_box(open_page: Open, make: Callable[[], nn.Module | Drawing]) -> None:
     made = make()
-    page = open_page(page_of(turned(made) if isinstance(made, nn.Module) else made))
+    page = open_page(page_of(rotated(made) if isinstance(made, nn.Module) else made))
     page.click("#expand")
     assert page.locator("#stage .closed").count() == 0
     for look in ("all", "adapted"):
@@ -117,7 +120,7 @@ def test_opening_one_by_one_gives_the_drawing_of_opening_all(open_page: Open) ->
 
 @pytest.mark.parametrize("look", ["adapted", "all"])
 def test_paper_has_everything_within_its_width_and_no_controls(open_page: Open, look: str) -> None:
-    page = open_page(page_of(turned(resnet())), color_scheme="dark")
+    page = open_page(page_of(rotated(resnet())), color_scheme="dark")
     page.click("#expand")
     page.check(f"[name=look][value={look}]", force=True)
     page.evaluate("dispatchEvent(new Event('beforeprint'))")

@@ -1,4 +1,4 @@
-"""Heat and panel show the numbers of the report, and no others."""
+"""The heatmap and the panel show the values of the report."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import math
 from collections.abc import Callable
 
 import pytest
-import transformers
 from pages import box, facts, page_of, search, strip, trained_net
 from playwright.sync_api import Page
 
 import hra_fx
-from hra_fx.reporting import Row
-from hra_fx.reporting.colormap import colour
+from hra_fx.reporting.colormap import color
 from hra_fx.reporting.heat import HEATS, heat_of, scale
+from hra_fx.reporting.row import Row
 
 Open = Callable[..., Page]
 
@@ -31,11 +30,11 @@ def expected(row: Row) -> dict[str, str]:
     return {
         "d": str(row.d),
         "r": str(row.r),
-        "trained numbers": f"{row.parameters:,}",
+        "parameters": f"{row.parameters:,}",
         "mean angle": f"{math.degrees(row.mean_angle):.1f}°",
         "largest angle": f"{math.degrees(row.angle):.1f}°",
         "|Q - I|": f"{row.rotation:.3f}",
-        "share of the weight turned": f"{row.share:.2%}",
+        "share of the weight": f"{row.share:.2%}",
     }
 
 
@@ -49,7 +48,6 @@ def test_the_panel_shows_the_row_of_the_report(open_page: Open) -> None:
         assert float(page.locator("#panel dt:text-is('|QᵀQ - I|') + dd").get_attribute("title") or "nan") == (
             pytest.approx(row.orthogonality)
         )
-        assert shown["captured graph"] == "the whole model, with 6 adapted layers"
         angles = page.locator(".spectrum .bar title").all_text_contents()
         assert angles == [f"plane {i}: {math.degrees(a):.2f}°" for i, a in enumerate(row.angles, start=1)]
 
@@ -82,24 +80,20 @@ def test_two_adapters_of_a_layer_are_both_told(open_page: Open) -> None:
     hra_fx.add_adapter(model, "second", hra_fx.HRAConfig(r=2, target_modules=["up"]))
     page = open_page(page_of(model))
     choose(page, "blocks.0.up")
-    assert page.locator("#panel h3").all_inner_texts()[1:3] == ["Adapter default", "Adapter second, not in use"]
+    assert page.locator("#panel h3").all_inner_texts()[1:3] == ["Adapter default", "Adapter second, inactive"]
     assert facts(page)["r"] == "2"
 
 
-def test_why_a_region_is_not_larger(open_page: Open) -> None:
-    config = transformers.BertConfig(
-        vocab_size=16, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=2
-    )
-    model = hra_fx.transform(transformers.BertModel(config), hra_fx.HRAConfig(r=2, target_modules=["query"]))
-    page = open_page(page_of(model))
-    row = hra_fx.report(model).rows[0]
-    choose(page, row.path)
-    assert facts(page)["captured graph"] == "the layer by itself"
-    assert page.locator("#panel .reason").all_inner_texts()[-1] == f"Not larger: {row.region_reason}"
+def test_layers_in_modules_to_save_are_trained_and_not_skipped(open_page: Open) -> None:
+    page = open_page(page_of(trained_net(modules_to_save=["head"])))
+    assert page.locator("#skipped").inner_text() == "1 layer not adapted"
+    choose(page, "head")
+    assert page.locator("#panel h3").all_inner_texts() == ["Trained in full (modules_to_save)"]
+    assert page.locator(".leaf.trained").count() == 1
 
 
 @pytest.mark.parametrize("name", HEATS)
-def test_heat_has_the_colours_of_the_report(open_page: Open, name: str) -> None:
+def test_heat_has_the_colors_of_the_report(open_page: Open, name: str) -> None:
     model = trained_net()
     page = open_page(page_of(model, heat=name))
     values = heat_of(hra_fx.report(model).rows, name)
@@ -108,9 +102,9 @@ def test_heat_has_the_colours_of_the_report(open_page: Open, name: str) -> None:
     for layer in ("up", "down"):
         cells = box(page, layer).locator(".cell").evaluate_all("all => all.map(cell => cell.style.fill)")
         paths = [f"blocks.{index}.{layer}" for index in range(3)]
-        assert cells == [rgb(colour(values[path], top)) for path in paths]
+        assert cells == [rgb(color(values[path], top)) for path in paths]
         mean = sum(values[path] for path in paths) / 3
-        assert box(page, layer).locator(".strip").evaluate("strip => strip.style.fill") == rgb(colour(mean, top))
+        assert box(page, layer).locator(".strip").evaluate("strip => strip.style.fill") == rgb(color(mean, top))
     assert page.locator("#scale").inner_text().split() == [f"{end:g}{HEATS[name].unit}" for end in (0, top)]
 
 
@@ -122,7 +116,7 @@ def test_heat_is_the_mean_angle_unless_chosen_otherwise(open_page: Open) -> None
     page.select_option("#heat", "angle")
     values = heat_of(hra_fx.report(model).rows, "angle")
     mean = sum(values[f"blocks.{index}.up"] for index in range(3)) / 3
-    assert tinted.evaluate("strip => strip.style.fill") == rgb(colour(mean, scale(values.values())))
+    assert tinted.evaluate("strip => strip.style.fill") == rgb(color(mean, scale(values.values())))
     assert strip(page, "up").startswith(f"r 4 · d 12 · mean {mean:.0f}"[:-1])
     page.select_option("#heat", label="off")
     assert tinted.evaluate("strip => strip.style.fill") == ""

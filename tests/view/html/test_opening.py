@@ -79,7 +79,7 @@ def test_a_plain_model_has_a_plain_view(open_page: Open) -> None:
     assert page.locator("h1").inner_text() == "Net"
     assert not page.locator(".choices").is_visible()
     assert not page.locator("#heat").is_visible()
-    assert not page.locator("#missed").is_visible()
+    assert not page.locator("#skipped").is_visible()
     assert page.locator(".strip").count() == 0
     box(page, "stem").click()
     assert facts(page)["parameters"] == "84"
@@ -94,22 +94,22 @@ def test_a_folded_model_is_a_plain_one(open_page: Open) -> None:
 def test_layers_that_nothing_turned_are_said_to_be_so(open_page: Open) -> None:
     model = hra_fx.transform(Net(), hra_fx.HRAConfig(r=4, target_modules=["up", "down"]))
     page = open_page(page_of(model))
-    assert "no layer is turned yet" in page.locator("#scale").inner_text()
+    assert "no layer is rotated yet" in page.locator("#scale").inner_text()
     page.get_by_text("Folded").click()
-    assert page.locator(".folded .strip-words").all_text_contents()[0].startswith("weight as before")
+    assert page.locator(".folded .strip-words").all_text_contents()[0].startswith("weight unchanged")
 
 
 def hostile_drawing() -> Drawing:
     """Layers of such names in a row; not all of them can be given to modules that are transformed."""
-    picture: nx.DiGraph[str] = nx.DiGraph(regions=frozenset({""}), classes={"": HOSTILE[0]}, details={})
+    picture: nx.DiGraph[str] = nx.DiGraph(traced=frozenset({""}), classes={"": HOSTILE[0]}, details={})
     row = hra_fx.report(trained_net()).rows[0]
     rows = []
     for name in HOSTILE:
         mark = (Mark(name, 0.1),)
-        picture.add_node(name, leaf=Leaf(name, name, "site", name, name, (), mark, 4, 2, paths=(name,), shape=name))
-        rows.append(
-            dataclasses.replace(row, path=name, region="shared", region_path=name, region_reason=name, site=name)
+        picture.add_node(
+            name, leaf=Leaf(name, name, "adapted_layer", name, name, (), mark, 4, 2, paths=(name,), shape=name)
         )
+        rows.append(dataclasses.replace(row, path=name, layer_type=name, adapter=name))
     nx.add_path(picture, HOSTILE)
     return Drawing(HOSTILE[0], HOSTILE[0], HOSTILE[4], picture, tuple(rows), {HOSTILE[1]: HOSTILE[0]})
 
@@ -119,8 +119,8 @@ def test_hostile_names_are_shown_and_do_nothing(open_page: Open) -> None:
     page.on("dialog", lambda dialog: pytest.fail(dialog.message))
     assert page.title() == page.locator("h1").inner_text() == HOSTILE[0]
     assert page.locator("script").count() == 2
-    assert page.locator("#stage .box.site").count() == len(HOSTILE)
-    page.click("#missed")
+    assert page.locator("#stage .box.adapted_layer").count() == len(HOSTILE)
+    page.click("#skipped")
     assert page.locator("#panel .reason").inner_text() == HOSTILE[0]
     page.click("#regex")
     for name in HOSTILE:
@@ -129,7 +129,7 @@ def test_hostile_names_are_shown_and_do_nothing(open_page: Open) -> None:
         page.keyboard.press("Enter")
         assert page.locator("#panel h2").inner_text() == shown
         assert facts(page)["path"] == facts(page)["shape"] == shown
-        assert page.locator("#panel .reason").last.inner_text() == f"Not larger: {shown}"
+        assert page.locator("#panel h3").filter(has_text="Adapter").first.inner_text() == f"Adapter {shown}"
     assert page.locator("img, #stage b, #panel b, #hits script").count() == 0
 
 
@@ -159,8 +159,8 @@ def test_the_policy_stops_scripts_and_styles_that_are_not_the_pages(browser, tmp
 
 
 def luminance(page: Page, selector: str) -> float:
-    colour = page.locator(selector).first.evaluate("element => getComputedStyle(element).backgroundColor")
-    return sum(map(int, re.findall(r"\d+", colour)[:3])) / 3
+    color = page.locator(selector).first.evaluate("element => getComputedStyle(element).backgroundColor")
+    return sum(map(int, re.findall(r"\d+", color)[:3])) / 3
 
 
 def test_dark_and_light_follow_the_system_and_the_button(open_page: Open) -> None:

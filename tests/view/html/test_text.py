@@ -89,7 +89,7 @@ def test_boxes_that_flow_alike_share_their_layers() -> None:
 
 
 def test_an_unknown_module_is_refused() -> None:
-    with pytest.raises(VisualizeError, match=r"focus: the model has no module 'block\.1'; did you mean 'blocks\.1'"):
+    with pytest.raises(VisualizeError, match=r"`focus`: the model has no module 'block\.1'; did you mean 'blocks\.1'"):
         render(drawing_of(Net()), Options(focus="block.1"))
 
 

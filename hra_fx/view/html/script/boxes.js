@@ -1,29 +1,29 @@
-// Which scopes are open, how large every box is because of that, and where it stands in the scope around it.
+// Which scopes are open, the size of every box, and its position in the scope around it.
 
 /** @import { Drawing, Item } from "./data.js" */
 /** @import { Arrangement } from "./layout.js" */
-import { GAP_X } from "./columns.js";
-import { marksOf, missedIn } from "./data.js";
+import { GAP_X } from "./coordinates.js";
+import { marksOf, skippedIn } from "./data.js";
 import { inRows, layered } from "./layout.js";
-import { counted, DETAIL, NAME, shorten, widthOf } from "./text.js";
+import { DETAIL, NAME, shorten, widthOf } from "./text.js";
 
-export const STRIP = 19; // height of the reflection on top of its layer
+export const STRIP = 19; // height of the adapter strip on top of its layer
 export const HEADER = 27; // height of an open scope's title
 export const PAD = 14;
 export const CELL = 8; // height of a line of cells
-export const CELLS = 24; // so many to a line at most
-const EDGE = 12; // room below the title, and above the lower border, where no edge passes
-const READABLE = 22; // boxes that are shown at first, unless there is just one level
+export const CELLS = 24; // maximum per line
+const EDGE = 12; // space below the title and above the lower border without edges
+const READABLE = 22; // maximum number of boxes that are shown at first, unless there is only one level
 
 /**
- * A box in its place; `x` and `y` are those of its upper left corner in the inside of its scope.
+ * A placed box; `x` and `y` are the position of its upper left corner inside its scope.
  * @typedef {object} Box
  * @property {string} name
  * @property {string} detail
- * @property {string} strip what the reflection says
- * @property {string} badge "× 6" for a box that stands for several
+ * @property {string} summary `detail` of a closed scope, with the number of layers that are not adapted
+ * @property {string} strip text of the adapter
+ * @property {string} badge "× 6" for a box that stands for several modules
  * @property {string[]} marks
- * @property {string[]} missed
  * @property {boolean} open
  * @property {number} x
  * @property {number} y
@@ -32,7 +32,7 @@ const READABLE = 22; // boxes that are shown at first, unless there is just one 
  * @property {number} enter
  * @property {number} leave
  * @property {Arrangement | null} inner
- * @property {{x: number, y: number}} body where the inside begins
+ * @property {{x: number, y: number}} body position of the inside
  */
 
 export class Boxes {
@@ -64,7 +64,7 @@ export class Boxes {
   }
 
   /**
-   * Place scopes that were never open before their enclosing ones.
+   * Place scopes that were never open before the scopes around them.
    * @param {Item} item
    */
   #placeAll(item) {
@@ -110,9 +110,7 @@ export class Boxes {
       Object.assign(box, { width: inner.width, height: inner.height, body: { x: 0, y: 0 } });
       return;
     }
-    const marked = item.missed.length ? 20 : 0;
-    const title =
-      18 + marked + widthOf(box.name, NAME, true) + 8 + widthOf(box.detail, DETAIL) + badgeWidth(box) + 2 * PAD;
+    const title = 18 + widthOf(box.name, NAME, true) + 8 + widthOf(box.detail, DETAIL) + badgeWidth(box) + 2 * PAD;
     box.width = Math.max(title, inner.width + 2 * PAD);
     box.body = { x: (box.width - inner.width) / 2, y: HEADER + (item.flow?.inputs.length ? 0 : EDGE) };
     box.height = box.body.y + inner.height + (item.flow?.outputs.length ? 0 : EDGE);
@@ -121,7 +119,7 @@ export class Boxes {
   }
 
   /**
-   * Where a box stands in the whole drawing.
+   * The position of a box in the whole drawing.
    * @param {Item} item
    */
   absolute(item) {
@@ -136,7 +134,7 @@ export class Boxes {
   }
 
   /**
-   * The boxes that can be seen, outer ones first; the root cannot.
+   * The visible boxes, outer ones first, without the root.
    * @param {Item} [item]
    * @returns {Item[]}
    */
@@ -156,7 +154,7 @@ export function around(item) {
 }
 
 /**
- * The words of a box.
+ * The texts of a box.
  * @param {Item} item
  * @returns {Box}
  */
@@ -164,20 +162,21 @@ function described(item) {
   const name = shorten(item.label);
   const marks = item.isScope ? marksOf(item) : item.marks;
   let detail = shorten(item.detail);
-  if (item.isScope && marks.length) detail += `${detail ? " · " : ""}${counted(marks.length, "site")}`;
+  const skipped = item.isScope ? skippedIn(item).length : 0;
+  if (item.isScope && marks.length) detail += ` · ${marks.length} adapted`;
   if (detail === name) detail = "";
   const badge = item.count > 1 ? `× ${item.count}${item.varied ? ", sizes vary" : ""}` : "";
-  const missed = item.isScope ? missedIn(item) : item.missed;
   const nowhere = { x: 0, y: 0, width: 0, height: 0, enter: 0, leave: 0, inner: null, body: { x: 0, y: 0 } };
-  return { name, detail, strip: stripOf(item), badge, marks, missed, open: false, ...nowhere };
+  const summary = detail + (skipped ? ` · ${skipped} not adapted` : "");
+  return { name, detail, summary, strip: stripOf(item), badge, marks, open: false, ...nowhere };
 }
 
 /** @param {Item} item */
 function stripOf(item) {
-  if (item.kind !== "site") return "";
+  if (item.kind !== "adapted_layer") return "";
   if (!item.marks.length) return "same layer, called again";
-  if (item.op === "eager") return `r ${item.rank} · d ${item.width} · not called`;
-  return item.rank ? `r ${item.rank} · d ${item.width}` : "no adapter in use";
+  if (item.op === "eager") return `r ${item.rank} · d ${item.width} · not traced`;
+  return item.rank ? `r ${item.rank} · d ${item.width}` : "no active adapter";
 }
 
 /**
@@ -185,31 +184,29 @@ function stripOf(item) {
  * @param {Box} box
  */
 function sizeLeaf(item, box) {
-  const marked = box.missed.length ? 16 : 0;
-  if (item.kind === "site") {
-    // The heat comes after the strip's words: room for the longest ones.
+  if (item.kind === "adapted_layer") {
+    // The value comes after the strip's text: space for the longest one.
     const strip =
-      Math.max(widthOf(box.strip, DETAIL, true), widthOf("weight as before", DETAIL, true)) +
+      Math.max(widthOf(box.strip, DETAIL, true), widthOf("weight unchanged", DETAIL, true)) +
       widthOf(box.marks.length > 1 ? " · mean 0.00000°" : " · 0.00000°", DETAIL, true) +
       12;
     const name = widthOf(box.name, NAME, true) + badgeWidth(box);
     const cells = box.marks.length > 1 ? Math.min(box.marks.length, CELLS) * 6 : 0;
-    box.width = Math.max(name, widthOf(box.detail, DETAIL), strip, cells) + 2 * PAD + marked;
+    box.width = Math.max(name, widthOf(box.detail, DETAIL), strip, cells) + 2 * PAD;
     box.height = STRIP + 39 + cellsHeight(box.marks.length);
     return;
   }
   const words = widthOf(box.name, NAME) + (box.detail ? 7 + widthOf(box.detail, DETAIL) : 0);
   const port = item.kind === "input" || item.kind === "output";
-  box.width = Math.max(words + badgeWidth(box) + 2 * PAD + marked, port ? 60 : 70);
+  box.width = Math.max(words + badgeWidth(box) + 2 * PAD, port ? 60 : 70);
   box.height = port ? 24 : 29;
 }
 
 /** @param {Box} box */
 function sizeClosed(box) {
-  const marked = box.missed.length ? 16 + widthOf(String(box.missed.length), DETAIL, true) : 0;
-  const words = Math.max(widthOf(box.name, NAME, true) + badgeWidth(box), widthOf(box.detail, DETAIL)) + 18;
+  const words = Math.max(widthOf(box.name, NAME, true) + badgeWidth(box), widthOf(box.summary, DETAIL)) + 18;
   Object.assign(box, { enter: 0, leave: 0 });
-  box.width = Math.max(words + 2 * PAD + marked, 120);
+  box.width = Math.max(words + 2 * PAD, 120);
   box.height = 47 + (box.marks.length ? CELL + 2 : 0);
 }
 
@@ -227,7 +224,7 @@ export function badgeWidth(box) {
 }
 
 /**
- * The widest row of a scope without edges: about as wide as high, for the boxes that it has.
+ * The maximum width of a row in a scope without edges, so that the scope is about square.
  * @param {Box[]} parts
  */
 function rowLimit(parts) {

@@ -1,46 +1,43 @@
-// What Python packed (hra_fx/view/html/data.py), as objects.
+// The data from Python (hra_fx/view/html/data.py) as objects.
 
 /**
- * How the boxes of a captured scope flow: edges as pairs of boxes, one after the other, and the layers from top to
- * bottom; an entry is 2 * (box + 2), plus 1 for a lane of an edge that leaves that box; -1 and -2 are the borders.
+ * The edges of a traced scope as a flat list of pairs of boxes, and its layers from top to bottom. An entry of a layer
+ * is 2 * (box + 2), plus 1 for a lane of an edge that leaves that box; boxes -1 and -2 are the borders.
  * @typedef {{edges: number[], inputs: number[], outputs: number[], rows: number[][]}} Flow
  */
 
 /**
  * A box: a leaf, or a scope with the boxes inside it.
  * @typedef {object} Item
- * @property {number} index place among all boxes; a box comes before those inside it
+ * @property {number} index index among all boxes; a box comes before the boxes inside it
  * @property {Item | null} parent the scope around it
  * @property {Item[]} parts the boxes inside, in order
  * @property {boolean} isScope whether it can be opened
- * @property {string} label what it is called inside its scope
- * @property {string} kind "captured" or "python" for a scope; "input", "output", "site", "module", "op" or "eager"
+ * @property {string} label name inside its scope
+ * @property {string} kind "traced" or "untraced" for a scope; else "input", "output", "adapted_layer", "module", "op" or
+ *   "eager"
  * @property {string} detail class and shape, or what an operation reads
  * @property {string} op the fx opcode
  * @property {string} target qualified name of the module, or name of the function
- * @property {string} shape that of its value
- * @property {string} dtype that of its value
+ * @property {string} shape shape of its value
+ * @property {string} dtype dtype of its value
  * @property {string[]} marks the adapted layers that it stands for
  * @property {string[]} paths the modules that it stands for
  * @property {number} width length of the reflection vectors
  * @property {number} rank number of reflection vectors
- * @property {number} parameters how many numbers the modules hold
- * @property {number} count how many neighbours that look alike it stands for
- * @property {boolean} varied whether these differ in size
+ * @property {number} parameters number of parameters of the modules
+ * @property {number} count number of identical neighbors that it stands for
+ * @property {boolean} varied whether they differ in size
  * @property {Flow | null} flow
- * @property {string[]} missed layers in it that could carry reflections and do not
+ * @property {string[]} skipped layers without an adapter in it
+ * @property {string[]} trained layers in it that are trained in full
  */
 
 /**
  * A row of `hra_fx.report`.
  * @typedef {object} Row
  * @property {string} path
- * @property {string} region
- * @property {string} region_path
- * @property {number} region_sites
- * @property {string} region_reason
- * @property {string} site
- * @property {boolean} on_weight
+ * @property {string} layer_type
  * @property {string} adapter
  * @property {boolean} active
  * @property {number} d
@@ -55,7 +52,7 @@
  */
 
 /** @typedef {{words: string, unit: string, top: number, values: Map<string, number>}} Heat */
-/** @typedef {{path: string, reason: string, item: Item}} Missed */
+/** @typedef {{path: string, reason: string, item: Item}} SkippedLayer */
 
 /**
  * @typedef {object} Drawing
@@ -65,10 +62,10 @@
  * @property {Item[]} items
  * @property {Map<string, Row[]>} rows by layer; several adapters are several rows
  * @property {Map<string, Heat>} heats by name
- * @property {string} heat the one that is shown at first
+ * @property {string} heat the heatmap that is shown at first
  * @property {string[]} palette
- * @property {string} unknown colour of a value that could not be computed
- * @property {Missed[]} missed
+ * @property {string} unknown color of a value that could not be computed
+ * @property {SkippedLayer[]} skipped
  */
 
 /** @typedef {any[] | {at: number[], values: any[]}} Column */
@@ -92,7 +89,7 @@ function dense(column, count) {
 }
 
 /**
- * A number of the report; JSON has none for NaN and infinity, which come as words.
+ * A number of the report. JSON has no NaN and infinity, so they are texts.
  * @param {any} value
  * @returns {any}
  */
@@ -107,7 +104,10 @@ function plain(value) {
 function itemsOf(data) {
   const count = data.count;
   /** @type {Item[]} */
-  const items = Array.from({ length: count }, (_, index) => /** @type {any} */ ({ index, parts: [], missed: [] }));
+  const items = Array.from(
+    { length: count },
+    (_, index) => /** @type {any} */ ({ index, parts: [], skipped: [], trained: [] }),
+  );
   for (const name of [...TEXTS, ...LISTS, "parent", "width", "rank", "parameters", "count", "varied", "layering"]) {
     const values = dense(data.items[name], count);
     items.forEach((item, index) => {
@@ -117,7 +117,7 @@ function itemsOf(data) {
   for (const item of /** @type {any[]} */ (items)) {
     for (const name of TEXTS) item[name] = data.texts[item[name]];
     for (const name of LISTS) item[name] = (item[name] || []).map((/** @type {number} */ text) => data.texts[text]);
-    item.isScope = item.kind === "captured" || item.kind === "python";
+    item.isScope = item.kind === "traced" || item.kind === "untraced";
     item.count += 1;
     item.varied = Boolean(item.varied);
     item.flow = item.layering ? data.layerings[item.layering - 1] : null;
@@ -165,12 +165,15 @@ export function read(json) {
     });
     return /** @type {[string, Heat]} */ ([name, { ...heat, values: new Map(values) }]);
   });
-  const missed = data.missed.paths.map((/** @type {number} */ text, /** @type {number} */ index) => {
-    const item = /** @type {Item} */ (items[data.missed.items[index]]);
-    item.missed.push(data.texts[text]);
-    return { path: data.texts[text], reason: data.texts[data.missed.reasons[index]], item };
+  const skipped = data.skipped.paths.map((/** @type {number} */ text, /** @type {number} */ index) => {
+    const item = /** @type {Item} */ (items[data.skipped.items[index]]);
+    item.skipped.push(data.texts[text]);
+    return { path: data.texts[text], reason: data.texts[data.skipped.reasons[index]], item };
   });
-  return { ...data, items, rows: rowsOf(data), heats: new Map(heats), missed };
+  data.trained.paths.forEach((/** @type {number} */ text, /** @type {number} */ index) => {
+    items[data.trained.items[index]].trained.push(data.texts[text]);
+  });
+  return { ...data, items, rows: rowsOf(data), heats: new Map(heats), skipped };
 }
 
 /**
@@ -187,6 +190,6 @@ export function marksOf(item) {
  * @param {Item} item
  * @returns {string[]}
  */
-export function missedIn(item) {
-  return [...item.missed, ...item.parts.flatMap(missedIn)];
+export function skippedIn(item) {
+  return [...item.skipped, ...item.parts.flatMap(skippedIn)];
 }

@@ -1,12 +1,12 @@
-// How far layers were turned, as colours: interpolated as in hra_fx/view/heat.py.
+// The heatmap: values as colors, interpolated as in hra_fx/reporting/colormap.py.
 
 /** @import { Drawing, Heat } from "./data.js" */
 
-export class Heating {
+export class Heatmap {
   /** @param {Drawing} drawing */
   constructor(drawing) {
     this.drawing = drawing;
-    /** What is shown: the name of a heat, or "" for none. */
+    /** The name of the measure that is shown, or "" for none. */
     this.name = drawing.heats.has(drawing.heat) ? drawing.heat : "";
   }
 
@@ -16,7 +16,7 @@ export class Heating {
   }
 
   /**
-   * The mean value of some layers, `undefined` where nothing is shown.
+   * The mean value of some layers, `undefined` if no heatmap is shown.
    * @param {string[]} paths
    */
   mean(paths) {
@@ -35,7 +35,7 @@ export class Heating {
   }
 
   /** @param {number} value */
-  colour(value) {
+  color(value) {
     const { palette, unknown } = this.drawing;
     if (!this.shown || Number.isNaN(value)) return unknown;
     const place = Math.min(Math.max(value / this.shown.top, 0), 1) * (palette.length - 1);
@@ -46,7 +46,7 @@ export class Heating {
 }
 
 /**
- * Black or white, whichever is easier to read on a colour.
+ * Black or white, whichever has the higher contrast on a color.
  * @param {string} fill
  */
 export function inkOn(fill) {
@@ -63,9 +63,9 @@ function decimals(top) {
   return Math.max(0, Math.min(2 - Math.floor(Math.log10(top)), 6));
 }
 
-/** @param {string} colour */
-function channels(colour) {
-  return [1, 3, 5].map((start) => Number.parseInt(colour.slice(start, start + 2), 16));
+/** @param {string} color */
+function channels(color) {
+  return [1, 3, 5].map((start) => Number.parseInt(color.slice(start, start + 2), 16));
 }
 
 /** @param {number} channel */

@@ -1,4 +1,4 @@
-// Moving between boxes with the arrow keys, and the keys of the page.
+// The keys of the page, and moving between boxes with the arrow keys.
 
 /** @import { Item } from "./data.js" */
 /** @import { Boxes } from "./boxes.js" */
@@ -46,7 +46,7 @@ export function listenToKeys(boxes, commands) {
 function pressed(key, boxes, commands) {
   const selected = commands.selected();
   if (key in ARROWS) {
-    const next = selected?.parent ? neighbour(boxes, selected, ARROWS[key]) : boxes.root.parts[0];
+    const next = selected?.parent ? neighbor(boxes, selected, ARROWS[key]) : boxes.root.parts[0];
     if (next) commands.select(next);
     return true;
   }
@@ -88,7 +88,7 @@ function common(key, commands) {
  * @param {[number, number]} direction
  * @returns {Item | null}
  */
-function neighbour(boxes, from, [right, down]) {
+function neighbor(boxes, from, [right, down]) {
   const here = target(boxes, from);
   /** @type {Item | null} */
   let best = null;
@@ -122,7 +122,7 @@ function target(boxes, item) {
 }
 
 /**
- * How far the other box begins after this one ends, in a direction; negative where it does not.
+ * The distance from the end of one range to the start of another in a direction; negative if they overlap.
  * @param {number} start
  * @param {number} size
  * @param {number} other
@@ -134,7 +134,7 @@ function gap(start, size, other, otherSize, sign) {
 }
 
 /**
- * How far two ranges are apart; 0 where they overlap.
+ * The distance of two ranges; 0 if they overlap.
  * @param {number} start
  * @param {number} size
  * @param {number} other

@@ -1,4 +1,4 @@
-// The layers of a captured scope as nodes (boxes, borders and lanes of long edges) between neighbouring layers.
+// The layers of a traced scope as nodes (boxes, borders and lanes of long edges) with edges between adjacent layers.
 
 /** @import { Flow } from "./data.js" */
 
@@ -16,7 +16,7 @@
 const built = new Map();
 
 /**
- * The layers of a flow, worked out once.
+ * The layers of a flow, computed once.
  * @param {Flow} flow
  * @returns {Layers}
  */
@@ -81,7 +81,7 @@ function linksOf(flow) {
 }
 
 /**
- * For every node the one above that it is drawn in line with: boxes with boxes first, then lanes with lanes, the longest
+ * Node -> the node above that it is aligned with: boxes with boxes first, then lanes with lanes, the longest
  * paths first; no two of the edges chosen cross or meet.
  * @param {Node[]} nodes
  * @param {number[][]} rows

@@ -1,16 +1,16 @@
-// Boxes of one scope in their places, and edges around them: from the layers that Python worked out, and the sizes of
-// boxes as they are now.
+// The layout of one scope: positions of boxes and routes of edges, from the layers computed by Python and the current
+// sizes of boxes.
 
 /** @import { Flow } from "./data.js" */
 /** @import { Layers } from "./layers.js" */
-/** @import { Size } from "./columns.js" */
-import { BORDER_SIZE, columns, GAP_X, LANE_SIZE } from "./columns.js";
+/** @import { Size } from "./coordinates.js" */
+import { BORDER_SIZE, columns, GAP_X, LANE_SIZE } from "./coordinates.js";
 import { layersOf } from "./layers.js";
 
 const GAP_Y = 24;
-const UNEVEN = 3.5; // boxes whose heights differ more do not share a row
+const UNEVEN = 3.5; // boxes whose heights differ by a larger factor do not share a row
 
-/** An edge: its path, and where its arrow points; -1 and -2 are the borders.
+/** An edge: its path, and the position of its arrow; -1 and -2 are the borders.
  * @typedef {{source: number, target: number, path: string, x: number, y: number}} Route */
 
 /**
@@ -24,7 +24,7 @@ const UNEVEN = 3.5; // boxes whose heights differ more do not share a row
  */
 
 /**
- * Boxes in rows of at most `limit`, in their order and without edges.
+ * Boxes without edges in rows of width `limit`, in order.
  * @param {Size[]} sizes
  * @param {number} limit
  * @returns {Arrangement}
@@ -45,7 +45,7 @@ export function inRows(sizes, limit) {
 }
 
 /**
- * Boxes in layers, so that every edge goes down.
+ * Boxes in layers, so that every edge points down.
  * @param {Size[]} sizes
  * @param {Flow} flow
  * @returns {Arrangement}
@@ -124,7 +124,7 @@ function routed(layers, sizes, { x, top, tops, bottoms }) {
 }
 
 /**
- * Where edges enter: the straightest one at the entry itself, the others beside it, on the side they come from.
+ * x at which each edge enters: the straightest one at the entry itself, the others on the side they come from.
  * @param {Layers} layers
  * @param {Size[]} sizes
  * @param {number[]} x
@@ -159,7 +159,7 @@ function endsOf(layers, sizes, x) {
 }
 
 /**
- * Straight down beside boxes, curved in the gaps between layers.
+ * Vertical beside boxes, curved in the gaps between layers.
  * @param {number[][]} pieces vertical ones, as x, from y and to y
  */
 function pathOf(pieces) {

@@ -1,18 +1,19 @@
-// What the colours and the looks of boxes mean.
+// The legend: colors and looks of boxes.
 
 /** @import { Drawing } from "./data.js" */
-/** @import { Heating } from "./heat.js" */
+/** @import { Heatmap } from "./heat.js" */
 import { html } from "./svg.js";
 
-/** Looks of boxes and their words, with what a drawing must have for them to be told.
+/** Looks of boxes, their texts, and whether a drawing has them.
  * @type {[string, string, (drawing: Drawing) => boolean][]} */
 const LOOKS = [
-  ["site", "layer with its reflection on top", ({ rows }) => rows.size > 0],
-  ["captured", "module; click to open", has("captured")],
-  ["python", "module that runs as Python: no edges inside", has("python")],
+  ["adapted_layer", "adapted layer, with its adapter on top", ({ rows }) => rows.size > 0],
+  ["traced", "module; click to open", has("traced")],
+  ["untraced", "module that is not traced: no edges inside", has("untraced")],
   ["module", "other module or operation", (drawing) => has("module")(drawing) || has("op")(drawing)],
-  ["eager", "Python module without adapters", has("eager")],
-  ["missed", "could carry reflections, has none", ({ missed }) => missed.length > 0],
+  ["eager", "not traced, without adapters", has("eager")],
+  ["skipped", "layer without an adapter", ({ skipped }) => skipped.length > 0],
+  ["trained", "trained in full (modules_to_save)", ({ items }) => items.some(({ trained }) => trained.length)],
 ];
 
 /** @param {string} kind */
@@ -33,13 +34,13 @@ export function explainLooks(element, drawing) {
 }
 
 /**
- * The colours of heat, from nothing to the largest value.
+ * The color scale, from 0 to the largest value.
  * @param {HTMLElement} element
  * @param {Drawing} drawing
- * @param {Heating} heating
+ * @param {Heatmap} heatmap
  */
-export function explainHeat(element, drawing, heating) {
-  const heat = heating.shown;
+export function explainHeat(element, drawing, heatmap) {
+  const heat = heatmap.shown;
   if (!heat) {
     element.replaceChildren();
     return;
@@ -47,7 +48,7 @@ export function explainHeat(element, drawing, heating) {
   const bar = html("span", { class: "bar" });
   bar.style.background = `linear-gradient(to right, ${drawing.palette.join(", ")})`;
   const [low, high] = [0, heat.top].map((value) => `${Number(value.toPrecision(4))}${heat.unit}`);
-  const turned = [...heat.values.values()].some((value) => value > 1e-6);
-  const note = turned ? [] : [html("span", { class: "note" }, "no layer is turned yet")];
+  const isRotated = [...heat.values.values()].some((value) => value > 1e-6);
+  const note = isRotated ? [] : [html("span", { class: "note" }, "no layer is rotated yet")];
   element.replaceChildren(html("span", { class: "measure" }, heat.words), low, bar, high, ...note);
 }

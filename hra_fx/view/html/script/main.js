@@ -1,10 +1,10 @@
-// The page: what its controls do.
+// The controls of the page.
 
 /** @import { Item } from "./data.js" */
 /** @import { Look } from "./stage.js" */
 import { around, Boxes } from "./boxes.js";
 import { read } from "./data.js";
-import { Heating } from "./heat.js";
+import { Heatmap } from "./heat.js";
 import { listenToKeys } from "./keyboard.js";
 import { explainHeat, explainLooks } from "./legend.js";
 import { Panel } from "./panel.js";
@@ -15,20 +15,20 @@ import { byId, html } from "./svg.js";
 import { counted } from "./text.js";
 
 const drawing = read(byId("data").textContent ?? "");
-const heating = new Heating(drawing);
+const heatmap = new Heatmap(drawing);
 const boxes = new Boxes(drawing);
 const adapted = drawing.rows.size > 0;
-const UNTURNED = 1e-6; // |Q - I| of rounding
+const UNROTATED = 1e-6; // |Q - I| of rounding
 
 /** @param {string} path */
-function isTurned(path) {
-  return (drawing.rows.get(path) ?? []).some((row) => !(row.rotation < UNTURNED));
+function isRotated(path) {
+  return (drawing.rows.get(path) ?? []).some((row) => !(row.rotation < UNROTATED));
 }
 
 byId("title").textContent = drawing.title;
 byId("facts").textContent = drawing.facts;
-const stage = new Stage(byId("stage"), { boxes, heating, isTurned }, "adapted");
-const panel = new Panel(byId("panel"), drawing, heating, choose);
+const stage = new Stage(byId("stage"), { boxes, heatmap, isRotated }, "adapted");
+const panel = new Panel(byId("panel"), drawing, heatmap, choose);
 const help = /** @type {HTMLDialogElement} */ (byId("help"));
 const input = /** @type {HTMLInputElement} */ (byId("query"));
 const elements = { input, regex: byId("regex"), status: byId("found"), hits: byId("hits") };
@@ -36,9 +36,9 @@ new Search(elements, drawing, choose).listen();
 let chosenPath = "";
 
 /**
- * Select a box; the panel tells about it.
+ * Select a box and show it in the panel.
  * @param {Item} item
- * @param {string} [path] which of the layers that it stands for
+ * @param {string} [path] which of its layers
  */
 function select(item, path = "") {
   chosenPath = path;
@@ -76,7 +76,7 @@ function setAll(open) {
 byId("stage").addEventListener("click", (event) => {
   const target = /** @type {Element} */ (event.target);
   const group = /** @type {HTMLElement | null} */ (target.closest(".box"));
-  // The second click of a double one finds what the first has opened, and leaves it.
+  // Ignore the second click of a double click: the first one has opened the module.
   if (!group || event.detail > 1 || target.closest(".dragged")) return;
   const item = drawing.items[Number(group.dataset.index)];
   if (!item.parent) return;
@@ -90,17 +90,17 @@ function cellOf(cell) {
 }
 
 function showHeat() {
-  explainHeat(byId("scale"), drawing, heating);
-  stage.recolour();
+  explainHeat(byId("scale"), drawing, heatmap);
+  stage.recolor();
   if (panel.isOpen && stage.selected) panel.show(stage.selected, chosenPath);
 }
 
 const heats = /** @type {HTMLSelectElement} */ (byId("heat"));
 for (const [name, { words }] of drawing.heats) heats.append(html("option", { value: name }, words));
 heats.append(html("option", { value: "" }, "off"));
-heats.value = heating.name;
+heats.value = heatmap.name;
 heats.addEventListener("change", () => {
-  heating.name = heats.value;
+  heatmap.name = heats.value;
   showHeat();
 });
 
@@ -109,7 +109,7 @@ explainLooks(byId("looks"), drawing);
 for (const choice of /** @type {NodeListOf<HTMLInputElement>} */ (document.querySelectorAll("[name=look]"))) {
   choice.addEventListener("change", () => {
     stage.show(/** @type {Look} */ (choice.value));
-    looks.open = choice.value !== "all"; // three drawings have no room for it
+    looks.open = choice.value !== "all"; // no room beside three drawings
     stage.fit();
   });
 }
@@ -117,10 +117,10 @@ for (const part of /** @type {NodeListOf<HTMLElement>} */ (document.querySelecto
   part.hidden = !adapted;
 }
 
-const missed = byId("missed");
-missed.hidden = !drawing.missed.length;
-missed.textContent = `${counted(drawing.missed.length, "layer")} not adapted`;
-missed.addEventListener("click", () => panel.showMissed());
+const skipped = byId("skipped");
+skipped.hidden = !drawing.skipped.length;
+skipped.textContent = `${counted(drawing.skipped.length, "layer")} not adapted`;
+skipped.addEventListener("click", () => panel.showSkipped());
 
 byId("expand").addEventListener("click", () => setAll(true));
 byId("collapse").addEventListener("click", () => setAll(false));

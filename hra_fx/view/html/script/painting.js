@@ -1,28 +1,28 @@
-// A box as SVG elements. Colours of looks are in style/; those of heat are set here.
+// A box as SVG elements. The colors of looks are in style/, the colors of the heatmap are set here.
 
 /** @import { Item } from "./data.js" */
 /** @import { Box, Boxes } from "./boxes.js" */
-/** @import { Heating } from "./heat.js" */
+/** @import { Heatmap } from "./heat.js" */
 import { badgeWidth, CELL, CELLS, HEADER, PAD, STRIP } from "./boxes.js";
 import { inkOn } from "./heat.js";
 import { svg } from "./svg.js";
 import { DETAIL, NAME, widthOf } from "./text.js";
 
-/** What a pane shows of a model: as it was, with its reflections, or with these inside its weights.
+/** What a pane shows: the base model, the adapted one, or the folded one.
  * @typedef {"base" | "adapted" | "folded"} Mode */
 
 /**
  * @typedef {object} Paint
  * @property {Mode} mode
  * @property {Boxes} boxes
- * @property {Heating} heating
- * @property {(path: string) => boolean} isTurned whether the weight of a layer changes when it is folded
+ * @property {Heatmap} heatmap
+ * @property {(path: string) => boolean} isRotated whether folding changes the weight of a layer
  */
 
-const MANY = 48; // a closed scope has so many cells at most; then each is the mean of several layers
+const MANY = 48; // maximum number of cells in a closed scope; with more layers, a cell is the mean of several
 
 /**
- * A box and, where it is open, all that is inside it.
+ * A box, and its inside if it is open.
  * @param {Item} item
  * @param {Paint} paint
  * @returns {SVGGElement}
@@ -30,7 +30,8 @@ const MANY = 48; // a closed scope has so many cells at most; then each is the m
 export function drawn(item, paint) {
   const box = paint.boxes.of(item);
   const classes = ["box", item.kind, item.isScope ? (box.open ? "open" : "closed") : "leaf"];
-  if (item.missed.length) classes.push("missed");
+  if (item.skipped.length) classes.push("skipped");
+  if (item.trained.length) classes.push("trained");
   const group = svg("g", {
     class: classes.join(" "),
     id: `${paint.mode}-${item.index}`,
@@ -44,14 +45,13 @@ export function drawn(item, paint) {
   group.append(svg("title", {}, tip(item)));
   if (box.open) paintOpen(group, item, box, paint);
   else if (item.isScope) paintClosed(group, box, paint);
-  else if (item.kind === "site") paintSite(group, box, paint);
+  else if (item.kind === "adapted_layer") paintSite(group, box, paint);
   else paintLine(group, item, box);
-  if (box.missed.length) paintMissed(group, item, box);
   return group;
 }
 
 /**
- * Put a box in its place.
+ * Move a box to its position.
  * @param {SVGGElement} group
  * @param {Box} box
  */
@@ -60,7 +60,7 @@ export function move(group, box) {
 }
 
 /**
- * The edges of an open scope: two paths, of lines and of arrows.
+ * The edges of an open scope: one path of lines and one of arrows.
  * @param {Item} item
  * @param {Paint} paint
  * @param {(source: number, target: number) => boolean} [chosen]
@@ -89,8 +89,9 @@ function tip(item) {
  * @param {Box} box
  */
 function spoken(item, box) {
-  const words = [item.label, item.detail, box.badge, box.strip];
-  if (box.missed.length) words.push(`${box.missed.length} not adapted`);
+  const words = [item.label, item.isScope ? box.summary : item.detail, box.badge, box.strip];
+  if (item.skipped.length && !item.isScope) words.push("not adapted");
+  if (item.trained.length && !item.isScope) words.push("trained in full");
   return words.filter(Boolean).join(", ");
 }
 
@@ -102,8 +103,7 @@ function spoken(item, box) {
 function paintLine(group, item, box) {
   const port = item.kind === "input" || item.kind === "output";
   group.append(outline(box, port ? box.height / 2 : 5));
-  const left = box.missed.length ? 16 : 0;
-  const middle = left + (box.width - left - badgeWidth(box)) / 2;
+  const middle = (box.width - badgeWidth(box)) / 2;
   const line = words(box.name, middle, box.height / 2 + 4.5, "name", "middle");
   if (box.detail) line.append(svg("tspan", { class: "detail", dx: 7 }, box.detail));
   group.append(line);
@@ -111,7 +111,8 @@ function paintLine(group, item, box) {
 }
 
 /**
- * A layer with its reflection as a strip on top, in the base model without, in the folded one with its mark.
+ * A layer with its adapter as a strip on top. The base model has no strip; the strip of the folded one says whether the
+ * weight changed.
  * @param {SVGGElement} group
  * @param {Box} box
  * @param {Paint} paint
@@ -125,8 +126,7 @@ function paintSite(group, box, paint) {
     const d = `M0 ${STRIP}v${-bend}a6 6 0 0 1 6 -6h${width - 12}a6 6 0 0 1 6 6v${bend}z`;
     group.append(svg("path", { class: "strip", d }), words("", width / 2, 13.5, "strip-words", "middle"));
   }
-  const left = box.missed.length ? 16 : 0;
-  group.append(words(box.name, left + (width - left - badgeWidth(box)) / 2, top + 16, "name strong", "middle"));
+  group.append(words(box.name, (width - badgeWidth(box)) / 2, top + 16, "name strong", "middle"));
   group.append(words(box.detail, width / 2, top + 31.5, "detail", "middle"));
   if (box.marks.length > 1 && paint.mode !== "base") {
     paintCells(
@@ -145,9 +145,9 @@ function paintSite(group, box, paint) {
  */
 function paintClosed(group, box, paint) {
   if (box.badge) group.append(svg("rect", { class: "frame under", x: 4, y: 4, ...extent(box), rx: 6 }));
-  const left = PAD + 16 + (box.missed.length ? 16 + widthOf(String(box.missed.length), DETAIL, true) : 0);
+  const left = PAD + 16;
   group.append(outline(box, 6), svg("path", { class: "twist", d: `M${PAD - 2} 11l6 4.5l-6 4.5z` }));
-  group.append(words(box.name, left, 20, "name strong"), words(box.detail, left, 36.5, "detail"));
+  group.append(words(box.name, left, 20, "name strong"), words(box.summary, left, 36.5, "detail"));
   if (box.marks.length && paint.mode !== "base") {
     const size = Math.ceil(box.marks.length / MANY);
     const bins = [];
@@ -168,7 +168,7 @@ function paintOpen(group, item, box, paint) {
   if (!inner) return;
   if (item.parent) {
     const title = svg("g", { class: "title" });
-    const left = PAD + 16 + (item.missed.length ? 20 : 0);
+    const left = PAD + 16;
     const line = words(box.name, left, 18, "name strong");
     if (box.detail) line.append(svg("tspan", { class: "detail", dx: 8 }, box.detail));
     title.append(svg("rect", { class: "bar", x: 0.5, y: 0.5, width: box.width - 1, height: HEADER - 2, rx: 7 }));
@@ -187,7 +187,7 @@ function paintOpen(group, item, box, paint) {
  * @param {SVGGElement} group
  * @param {string[][]} layers
  * @param {{x: number, y: number, width: number}} place
- * @param {number} [most] so many to a line
+ * @param {number} [most] maximum per line
  */
 function paintCells(group, layers, place, most = CELLS) {
   const across = Math.min(layers.length, most);
@@ -211,25 +211,6 @@ export const marksOfCell = new WeakMap();
 
 /**
  * @param {SVGGElement} group
- * @param {Item} item
- * @param {Box} box
- */
-function paintMissed(group, item, box) {
-  const count = box.missed.length;
-  const closed = item.isScope && !box.open;
-  if (item.isScope && box.open && !item.missed.length) return;
-  const text = closed ? String(count) : "!";
-  const width = closed ? widthOf(text, DETAIL, true) + 11 : 15;
-  const place = item.kind === "site" ? STRIP + 12 : item.isScope ? 15 : box.height / 2;
-  const x = item.isScope ? PAD + 11 : 6;
-  const mark = svg("g", { class: "mark" });
-  mark.append(svg("rect", { x, y: place - 7.5, width, height: 15, rx: 7.5 }));
-  mark.append(words(text, x + width / 2, place + 4, "mark-words", "middle"));
-  group.append(mark);
-}
-
-/**
- * @param {SVGGElement} group
  * @param {Box} box
  * @param {number} right
  * @param {number} y
@@ -242,31 +223,32 @@ function paintBadge(group, box, right, y) {
 }
 
 /**
- * The parts of a box that heat colours, and what its strip says.
+ * Color the parts of a box by the heatmap, and set the text of its strip.
  * @param {SVGGElement} group
  * @param {Item} item
  * @param {Paint} paint
  */
-export function colour(group, item, paint) {
+export function color(group, item, paint) {
   const box = paint.boxes.of(item);
-  const { heating, mode } = paint;
+  const { heatmap, mode } = paint;
   const strip = /** @type {SVGElement | null} */ (group.querySelector(":scope > .strip"));
   const line = /** @type {SVGElement | null} */ (group.querySelector(":scope > .strip-words"));
   if (strip && line) {
-    const value = heating.mean(box.marks);
-    const turned = box.marks.some(paint.isTurned);
-    const told = value === undefined ? "" : ` · ${box.marks.length > 1 ? "mean " : ""}${heating.text(value)}`;
-    line.textContent = mode === "adapted" ? box.strip + told : (turned ? "weight changed" : "weight as before") + told;
-    strip.classList.toggle("unchanged", mode === "folded" && !turned);
-    fill(strip, line, value === undefined ? "" : heating.colour(value));
+    const value = heatmap.mean(box.marks);
+    const changed = box.marks.some(paint.isRotated);
+    const shown = value === undefined ? "" : ` · ${box.marks.length > 1 ? "mean " : ""}${heatmap.text(value)}`;
+    line.textContent =
+      mode === "adapted" ? box.strip + shown : (changed ? "weight changed" : "weight unchanged") + shown;
+    strip.classList.toggle("unchanged", mode === "folded" && !changed);
+    fill(strip, line, value === undefined ? "" : heatmap.color(value));
   }
   for (const cell of /** @type {NodeListOf<SVGElement>} */ (group.querySelectorAll(":scope > .cell"))) {
     const marks = marksOfCell.get(cell) ?? [];
-    const value = heating.mean(marks);
-    cell.style.fill = value === undefined ? "" : heating.colour(value);
+    const value = heatmap.mean(marks);
+    cell.style.fill = value === undefined ? "" : heatmap.color(value);
     const names = marks.length > 1 ? `${marks[0]} … ${marks[marks.length - 1]}` : marks[0];
-    const told = value === undefined ? "" : `\n${heating.text(value)}`;
-    /** @type {Element} */ (cell.firstChild).textContent = names + told;
+    const shown = value === undefined ? "" : `\n${heatmap.text(value)}`;
+    /** @type {Element} */ (cell.firstChild).textContent = names + shown;
   }
 }
 

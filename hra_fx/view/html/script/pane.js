@@ -3,7 +3,7 @@
 /** @import { Item } from "./data.js" */
 /** @import { Mode, Paint } from "./painting.js" */
 import { around } from "./boxes.js";
-import { colour, drawn, edges, move } from "./painting.js";
+import { color, drawn, edges, move } from "./painting.js";
 import { html, svg } from "./svg.js";
 
 export const MARGIN = 28;
@@ -37,12 +37,12 @@ export class Pane {
     group.classList.add(this.paint.mode);
     this.group.replaceWith(group);
     this.group = group;
-    this.recolour();
+    this.recolor();
     this.resize();
   }
 
   /**
-   * Draw scopes anew that were opened or closed, and put what is around them in place.
+   * Redraw scopes that were opened or closed, and move everything around them.
    * @param {Item[]} items
    */
   redraw(items) {
@@ -51,7 +51,7 @@ export class Pane {
     for (const item of outer) {
       const group = drawn(item, this.paint);
       this.groupOf(item)?.replaceWith(group);
-      this.recolour(group);
+      this.recolor(group);
     }
     for (const scope of new Set(outer.flatMap(around))) {
       const group = this.groupOf(scope);
@@ -67,7 +67,7 @@ export class Pane {
   }
 
   /**
-   * The outline of a scope whose inside has changed its size.
+   * Update the outline of a scope whose inside has changed its size.
    * @param {Item} scope
    * @param {SVGGElement} group
    */
@@ -87,7 +87,7 @@ export class Pane {
     group.querySelector(":scope > .title > .badge-words")?.setAttribute("x", String(width - 8 - wide / 2));
   }
 
-  /** Take over the size of the drawing. */
+  /** Update to the size of the drawing. */
   resize() {
     const { width, height } = this.paint.boxes.of(this.root);
     this.width = Math.ceil(width) + 2 * MARGIN;
@@ -96,14 +96,14 @@ export class Pane {
   }
 
   /**
-   * Colour boxes by heat.
+   * Color boxes by the heatmap.
    * @param {Element} [within]
    */
-  recolour(within = this.svg) {
+  recolor(within = this.svg) {
     const { items } = this.paint.boxes;
-    const groups = /** @type {SVGGElement[]} */ ([...within.querySelectorAll(".box.site, .box.closed")]);
-    if (within.matches(".box.site, .box.closed")) groups.push(/** @type {SVGGElement} */ (within));
-    for (const group of groups) colour(group, items[Number(group.dataset.index)], this.paint);
+    const groups = /** @type {SVGGElement[]} */ ([...within.querySelectorAll(".box.adapted_layer, .box.closed")]);
+    if (within.matches(".box.adapted_layer, .box.closed")) groups.push(/** @type {SVGGElement} */ (within));
+    for (const group of groups) color(group, items[Number(group.dataset.index)], this.paint);
   }
 
   /**
@@ -119,7 +119,7 @@ export class Pane {
   }
 
   /**
-   * Mark a box and its edges, and no other.
+   * Highlight only this box and its edges.
    * @param {Item | null} item
    */
   select(item) {

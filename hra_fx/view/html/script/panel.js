@@ -1,32 +1,32 @@
-// What is known about the selected box; for a box that stands for several layers, about each of them.
+// The panel: the data of the selected box, and of each layer that it stands for.
 
 /** @import { Drawing, Item, Row } from "./data.js" */
-/** @import { Heating } from "./heat.js" */
-import { marksOf, missedIn } from "./data.js";
+/** @import { Heatmap } from "./heat.js" */
+import { marksOf, skippedIn } from "./data.js";
 import { spectrum } from "./spectrum.js";
 import { html } from "./svg.js";
 import { counted } from "./text.js";
 
 const LISTED = 200;
 
-/** Rows of a fact list: name, value, and what a reader sees who points at it.
+/** Rows of a fact list: name, value and tooltip.
  * @typedef {[string, string, string?][]} Facts */
 
 export class Panel {
   /**
    * @param {HTMLElement} element
    * @param {Drawing} drawing
-   * @param {Heating} heating
-   * @param {(item: Item, path?: string) => void} choose called with a box that the reader wants to see
+   * @param {Heatmap} heatmap
+   * @param {(item: Item, path?: string) => void} choose called with the box to select
    */
-  constructor(element, drawing, heating, choose) {
+  constructor(element, drawing, heatmap, choose) {
     this.element = element;
     this.drawing = drawing;
-    this.heating = heating;
+    this.heatmap = heatmap;
     this.choose = choose;
     this.whenClosed = () => {};
     /** @type {Map<string, string>} */
-    this.reasons = new Map(drawing.missed.map(({ path, reason }) => [path, reason]));
+    this.reasons = new Map(drawing.skipped.map(({ path, reason }) => [path, reason]));
   }
 
   get isOpen() {
@@ -62,7 +62,8 @@ export class Panel {
     this.#open(title, [
       ...this.#place(item),
       this.#facts(item, marks),
-      ...this.#missed(item),
+      ...this.#skipped(item),
+      ...trainedInFull(item),
       ...(one ? this.#layer(one, marks.length > 1) : []),
       ...(marks.length > 1 || (item.isScope && marks.length) ? this.#layers(item, marks, one) : []),
       ...this.#paths(item, marks),
@@ -95,26 +96,27 @@ export class Panel {
       [item.kind === "op" ? "reads" : "class", item.detail],
       ["shape", item.shape],
       ["dtype", item.dtype],
-      ["runs", { captured: "in a captured graph", python: "as Python; order of definition" }[item.kind] ?? ""],
-      ["stands for", several > 1 ? `${several} that look alike` : ""],
+      ["traced", item.isScope ? (item.kind === "traced" ? "yes" : "no, in order of definition") : ""],
+      ["stands for", several > 1 ? `${several} identical modules` : ""],
       [several > 1 ? "parameters of all" : "parameters", parameters ? parameters.toLocaleString("en") : ""],
       ["adapted layers", item.isScope && marks.length ? String(marks.length) : ""],
-      ["trained by HRA", trained.length > 1 ? trainedOf(trained).toLocaleString("en") : ""],
+      ["adapter parameters", trained.length > 1 ? trainedOf(trained).toLocaleString("en") : ""],
     ];
-    if (item.kind === "site" && !marks.length) facts.push(["adapter", "the layer's own, in its first call"]);
+    if (item.kind === "adapted_layer" && !marks.length)
+      facts.push(["adapter", "the same as in the layer's first call"]);
     return list(facts);
   }
 
   /** @param {Item} item */
-  #missed(item) {
-    const paths = item.isScope ? missedIn(item) : item.missed;
+  #skipped(item) {
+    const paths = item.isScope ? skippedIn(item) : item.skipped;
     if (!paths.length) return [];
     const title = item.isScope ? `${counted(paths.length, "layer")} not adapted` : "Not adapted";
     return [html("section", { class: "not-adapted" }, html("h3", {}, title), ...this.#reasoned(paths))];
   }
 
   /**
-   * Layers by the reason why they were missed.
+   * Skipped layers by reason.
    * @param {string[]} paths
    */
   #reasoned(paths) {
@@ -124,7 +126,7 @@ export class Panel {
       const reason = this.reasons.get(path) ?? "";
       groups.set(reason, [...(groups.get(reason) ?? []), path]);
     }
-    const items = new Map(this.drawing.missed.map(({ path, item }) => [path, item]));
+    const items = new Map(this.drawing.skipped.map(({ path, item }) => [path, item]));
     return [...groups].flatMap(([reason, group]) => {
       const buttons = group.slice(0, LISTED).map((path) => {
         const go = () => this.choose(/** @type {Item} */ (items.get(path)), path);
@@ -135,10 +137,10 @@ export class Panel {
     });
   }
 
-  /** The layers of the whole drawing that were missed. */
-  showMissed() {
-    const paths = this.drawing.missed.map(({ path }) => path);
-    const words = "These layers could carry reflections and have none.";
+  /** The skipped layers of the whole drawing. */
+  showSkipped() {
+    const paths = this.drawing.skipped.map(({ path }) => path);
+    const words = "These layers could have an adapter and have none.";
     const reasons = html("section", { class: "not-adapted" }, html("p", {}, words), ...this.#reasoned(paths));
     this.#open(`${counted(paths.length, "layer")} not adapted`, [reasons]);
   }
@@ -146,18 +148,18 @@ export class Panel {
   /**
    * The rows of the report for one layer.
    * @param {string} path
-   * @param {boolean} named whether it is one of several
+   * @param {boolean} named whether the box stands for several layers
    */
   #layer(path, named) {
     const rows = this.drawing.rows.get(path) ?? [];
     const sections = rows.map((row) => {
       const name = rows.length > 1 || row.adapter !== "default" ? `Adapter ${row.adapter}` : "Adapter";
-      const title = html("h3", {}, row.active ? name : `${name}, not in use`);
+      const title = html("h3", {}, row.active ? name : `${name}, inactive`);
       const chart = row.angles.length ? [spectrum(row.angles)] : [];
       return html("section", { class: "adapter" }, title, list(adapterFacts(row)), ...chart);
     });
     const heading = named ? [html("h3", { class: "instance" }, ...broken(path))] : [];
-    return [...heading, ...sections, ...rows.slice(0, 1).map((row) => region(row))];
+    return [...heading, ...sections];
   }
 
   /**
@@ -173,8 +175,8 @@ export class Panel {
     const head = html("tr", {}, ...named.map((name) => html("th", { scope: "col" }, name)));
     const body = rows.slice(0, LISTED).map((row) => {
       const tint = html("i", { class: "tint", "aria-hidden": "true" });
-      const value = this.heating.mean([row.path]);
-      tint.style.background = value === undefined ? "" : this.heating.colour(value);
+      const value = this.heatmap.mean([row.path]);
+      tint.style.background = value === undefined ? "" : this.heatmap.color(value);
       const go = () => this.choose(item.isScope ? this.#holder(row.path) : item, row.path);
       const name = html(
         "th",
@@ -188,7 +190,7 @@ export class Panel {
     });
     const more = rows.length > LISTED ? [html("p", {}, `and ${rows.length - LISTED} more`)] : [];
     const table = html("table", {}, html("thead", {}, head), html("tbody", {}, ...body));
-    const title = item.isScope ? "Adapted layers" : `All ${marks.length} of them`;
+    const title = item.isScope ? "Adapted layers" : `All ${marks.length} layers`;
     return [html("section", {}, html("h3", {}, title), html("div", { class: "wide" }, table), ...more)];
   }
 
@@ -201,12 +203,12 @@ export class Panel {
   }
 
   /**
-   * The modules that a box stands for, where nothing else tells.
+   * The modules that a box stands for, if no other section lists them.
    * @param {Item} item
    * @param {string[]} marks
    */
   #paths(item, marks) {
-    if (item.paths.length < 2 || (!item.isScope && marks.length > 1) || item.missed.length) return [];
+    if (item.paths.length < 2 || (!item.isScope && marks.length > 1) || item.skipped.length) return [];
     const lines = item.paths.slice(0, LISTED).map((path) => html("li", {}, ...broken(path)));
     if (item.paths.length > LISTED) lines.push(html("li", {}, `and ${item.paths.length - LISTED} more`));
     return [html("section", {}, html("h3", {}, "Modules"), html("ul", { class: "plain" }, ...lines))];
@@ -214,35 +216,30 @@ export class Panel {
 }
 
 /**
- * What the report says of one adapter at one layer.
+ * The report's values of one adapter at one layer.
  * @param {Row} row
  * @returns {Facts}
  */
 function adapterFacts(row) {
   return [
-    ["reflects", row.on_weight ? "the weight" : "the input"],
     ["d", String(row.d)],
     ["r", String(row.r)],
-    ["trained numbers", row.parameters.toLocaleString("en")],
+    ["parameters", row.parameters.toLocaleString("en")],
     ["mean angle", degrees(row.mean_angle), `${row.mean_angle} radians`],
     ["largest angle", degrees(row.angle), `${row.angle} radians`],
     ["|Q - I|", row.rotation.toFixed(3), String(row.rotation)],
-    ["share of the weight turned", `${(100 * row.share).toFixed(2)}%`, String(row.share)],
+    ["share of the weight", `${(100 * row.share).toFixed(2)}%`, String(row.share)],
     ["|QᵀQ - I|", row.orthogonality.toExponential(0), String(row.orthogonality)],
   ];
 }
 
-/** @param {Row} row */
-function region(row) {
-  const kinds = {
-    whole: `the whole model, with ${counted(row.region_sites, "adapted layer")}`,
-    shared: `${row.region_path}, with ${counted(row.region_sites, "adapted layer")}`,
-    alone: "the layer by itself",
-  };
-  /** @type {Facts} */
-  const facts = [["captured graph", kinds[/** @type {keyof typeof kinds} */ (row.region)] ?? row.region]];
-  const why = row.region_reason ? [html("p", { class: "reason" }, `Not larger: ${row.region_reason}`)] : [];
-  return html("section", {}, html("h3", {}, "Region"), list(facts), ...why);
+/** @param {Item} item */
+function trainedInFull(item) {
+  if (!item.trained.length) return [];
+  const lines = item.trained.map((path) => html("li", {}, ...broken(path)));
+  return [
+    html("section", {}, html("h3", {}, "Trained in full (modules_to_save)"), html("ul", { class: "plain" }, ...lines)),
+  ];
 }
 
 /** @param {Facts} facts */
@@ -258,7 +255,7 @@ function list(facts) {
 }
 
 /**
- * A text that may go on in a new line after each dot.
+ * A text that may wrap after each dot.
  * @param {string} text
  * @returns {(Node | string)[]}
  */
@@ -267,11 +264,11 @@ function broken(text) {
 }
 
 /**
- * The path of a scope, or its name where it stands for several.
+ * The path of a scope, or its name if it stands for several modules.
  * @param {Item} item
  */
 function nameOf(item) {
-  return item.paths.length > 1 ? `${item.label} (${item.paths.length} of them)` : item.target;
+  return item.paths.length > 1 ? `${item.label} (× ${item.paths.length})` : item.target;
 }
 
 /** @param {number} radians */

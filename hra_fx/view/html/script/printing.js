@@ -1,18 +1,18 @@
-// The drawing on paper: cut into pieces that stand side by side, where a screen would scroll.
+// The drawing on paper: cut into pieces side by side.
 
 /** @import { Stage } from "./stage.js" */
 import { MARGIN } from "./pane.js";
 import { html, svg } from "./svg.js";
 
-// What A4 and Letter both have room for inside the margins, in CSS pixels; the first page has the heading too.
+// The area inside the margins of both A4 and Letter in CSS pixels; the first page also has the heading.
 const [PAGE_WIDTH, PAGE_HEIGHT, FIRST_HEIGHT] = [690, 940, 790];
 const [LARGEST, READABLE] = [0.8, 0.6];
 const GAP = 18;
 
 /**
- * Lay the drawing out for each print, and clear it away afterwards.
+ * Lay out the drawing for each print, and remove it afterwards.
  * @param {HTMLElement} paper
- * @param {HTMLDetailsElement} legend which is open on paper
+ * @param {HTMLDetailsElement} legend it is open on paper
  * @param {Stage} stage
  */
 export function listenToPrints(paper, legend, stage) {
@@ -53,7 +53,7 @@ function pieces({ panes, paint: { boxes } }) {
 }
 
 /**
- * Where to cut: as far down as possible, through no box.
+ * Where to cut: as far down as possible without cutting a box.
  * @param {{y: number, end: number}[]} spans of the boxes, from above
  * @param {number} start
  * @param {number} limit

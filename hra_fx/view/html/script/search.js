@@ -1,4 +1,4 @@
-// Finding boxes by the names of all modules that they stand for, by class, or by a regular expression.
+// Search for boxes by the names of their modules, by class, or by a regular expression.
 
 /** @import { Drawing, Item } from "./data.js" */
 import { html } from "./svg.js";
@@ -34,7 +34,7 @@ export class Search {
       this.update();
       input.focus();
     });
-    // A hit takes the click before the field loses the focus.
+    // Keep the focus in the field until the click.
     hits.addEventListener("pointerdown", (event) => event.preventDefault());
     hits.addEventListener("click", (event) => {
       const hit = /** @type {Element} */ (event.target).closest("[data-hit]");
@@ -148,7 +148,7 @@ function entriesOf(items) {
   const entries = [];
   for (const item of items) {
     if (!item.parent) continue;
-    const paths = new Set([...item.paths, ...item.marks, ...item.missed]);
+    const paths = new Set([...item.paths, ...item.marks, ...item.skipped]);
     if (!paths.size) {
       const scope = item.parent.target;
       const name = scope ? `${scope}: ${item.label}` : item.label;

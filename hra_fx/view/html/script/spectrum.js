@@ -1,4 +1,4 @@
-// The angles by which a layer's planes are turned, as bars.
+// The rotation angles of a layer's planes as bars.
 
 import { html, svg } from "./svg.js";
 
@@ -7,7 +7,7 @@ const [LEFT, TOP, BOTTOM] = [34, 8, 18];
 const STEPS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 45, 90, 180];
 
 /**
- * One bar a plane, in degrees, the largest first.
+ * One bar for each plane, in degrees, the largest first.
  * @param {number[]} angles in radians
  */
 export function spectrum(angles) {
@@ -33,7 +33,7 @@ export function spectrum(angles) {
     bar.append(svg("title", {}, `plane ${index + 1}: ${angle.toFixed(2)}°`));
     chart.append(bar);
   });
-  const words = degrees.length === 1 ? "1 plane" : `planes 1 to ${degrees.length}, most turned first`;
+  const words = degrees.length === 1 ? "1 plane" : `planes 1 to ${degrees.length}, largest angle first`;
   chart.append(svg("text", { x: (LEFT + WIDTH) / 2, y: HEIGHT - 4, "text-anchor": "middle" }, words));
   return html("figure", {}, html("figcaption", {}, "Angle by plane"), chart);
 }

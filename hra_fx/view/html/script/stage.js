@@ -1,4 +1,4 @@
-// The panes side by side, which scroll and zoom as one.
+// The panes side by side; they scroll and zoom together.
 
 /** @import { Item } from "./data.js" */
 /** @import { Mode, Paint } from "./painting.js" */
@@ -6,8 +6,8 @@ import { MARGIN, Pane } from "./pane.js";
 
 const STEP = 1.25;
 const [SMALLEST, LARGEST] = [0.05, 4];
-const READABLE = 0.6; // a drawing is not made smaller than this to fit at first
-const CLICK = 4; // a pointer that moves further drags
+const READABLE = 0.6; // minimum zoom for fitting the drawing
+const CLICK = 4; // a pointer that moves further is dragging
 
 /** @typedef {"base" | "adapted" | "folded" | "all"} Look */
 
@@ -36,7 +36,7 @@ export class Stage {
   }
 
   /**
-   * Choose what is shown of the model.
+   * Choose the panes.
    * @param {Look} look
    */
   show(look) {
@@ -72,13 +72,13 @@ export class Stage {
     for (const pane of this.panes) pane.select(item);
   }
 
-  /** Colour everything anew. */
-  recolour() {
-    for (const pane of this.panes) pane.recolour();
+  /** Color everything again. */
+  recolor() {
+    for (const pane of this.panes) pane.recolor();
   }
 
   /**
-   * Draw what was opened or closed; the title of the first of it stays where it is on the screen.
+   * Draw scopes that were opened or closed; the title of a single one keeps its position on the screen.
    * @param {Item[]} items
    * @param {() => void} change
    */
@@ -103,7 +103,7 @@ export class Stage {
 
   /** Draw everything, after many scopes were opened or closed. */
   drawAll() {
-    const { clientWidth } = this.panes[0].scroller; // asked for later, it would have the browser lay out everything twice
+    const { clientWidth } = this.panes[0].scroller; // read before drawing, to avoid a second layout
     for (const pane of this.panes) {
       pane.draw();
       pane.select(this.selected);
@@ -113,7 +113,7 @@ export class Stage {
   }
 
   /**
-   * How far to scroll to the right to have the first box in the middle.
+   * The horizontal scroll position that centers the first box.
    * @param {number} room
    */
   #home(room) {
@@ -124,7 +124,7 @@ export class Stage {
     return (x + width / 2 + MARGIN) * this.zoom - room / 2;
   }
 
-  /** As much of the drawing as can be read. */
+  /** Fit the width, as far as the text stays readable. */
   fit() {
     const { scroller, width } = this.panes[0];
     this.setZoom(Math.max(Math.min(1, scroller.clientWidth / width), READABLE));
@@ -137,7 +137,7 @@ export class Stage {
   }
 
   /**
-   * Zoom, and keep what is under a point of the window (the middle, unless given) in its place.
+   * Zoom around a point of the window, by default its middle.
    * @param {number} zoom
    * @param {{x: number, y: number}} [point]
    * @param {HTMLElement} [scroller]
@@ -162,13 +162,13 @@ export class Stage {
   }
 
   /**
-   * Scroll until a box can be seen.
+   * Scroll until a box is visible.
    * @param {Item} item
    */
   reveal(item) {
     const { x, y, width, height } = this.paint.boxes.absolute(item);
     const { scroller } = this.panes[0];
-    const centre = (/** @type {number} */ start, /** @type {number} */ size, /** @type {number} */ room) =>
+    const center = (/** @type {number} */ start, /** @type {number} */ size, /** @type {number} */ room) =>
       size * this.zoom > room ? (start + MARGIN) * this.zoom - 40 : (start + size / 2 + MARGIN) * this.zoom - room / 2;
     const seen =
       (x + MARGIN) * this.zoom >= scroller.scrollLeft &&
@@ -178,8 +178,8 @@ export class Stage {
     if (seen) return;
     const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
     this.#scroll({
-      left: centre(x, width, scroller.clientWidth),
-      top: centre(y, height, scroller.clientHeight),
+      left: center(x, width, scroller.clientWidth),
+      top: center(y, height, scroller.clientHeight),
       behavior: still ? "auto" : "smooth",
     });
   }
@@ -192,8 +192,8 @@ export class Stage {
   }
 
   /**
-   * Scroll the other panes to where one is. The browser tells of it later, when somebody may have scrolled on: where
-   * each pane was put is kept, so that such news is not taken for a wish.
+   * Scroll the other panes to the position of one. Scroll events arrive later, so each pane's position is stored, to tell
+   * its own events from those of the user.
    * @param {HTMLElement} leader
    */
   #follow(leader) {
@@ -248,7 +248,7 @@ export class Stage {
       scroller.scrollTo(drag.left - x, drag.top - y);
     });
     const stop = () => {
-      // The click that ends a drag comes after this, and must find that it was one.
+      // The click event after a drag comes later, and must see the class.
       setTimeout(() => scroller.classList.remove("dragged"));
       drag = null;
     };

@@ -1,4 +1,4 @@
-// Elements of the drawing. Attributes and texts are set one by one; nothing is ever parsed as markup.
+// Creates elements. Attributes and texts are set one by one; nothing is parsed as markup.
 
 const SPACE = "http://www.w3.org/2000/svg";
 
@@ -20,7 +20,7 @@ export function svg(tag, attributes = {}, ...children) {
 }
 
 /**
- * An HTML element. Attributes that are false are left out, those that are true have no value; `on...` are listeners.
+ * An HTML element. False attributes are left out, true ones have no value; `on...` are listeners.
  * @template {keyof HTMLElementTagNameMap} Tag
  * @param {Tag} tag
  * @param {Record<string, string | number | boolean | EventListener>} [attributes]

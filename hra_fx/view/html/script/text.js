@@ -1,4 +1,4 @@
-// How wide texts come out, and how they are shortened.
+// Widths of texts, and shortening.
 
 export const NAME = 12.5;
 export const DETAIL = 11;
@@ -32,7 +32,7 @@ export function widthOf(text, size, bold = false) {
 }
 
 /**
- * A text with its middle left out where it is long.
+ * A long text with its middle left out.
  * @param {string} text
  * @param {number} [letters]
  */

@@ -1,0 +1,112 @@
+"""Rotated weights, `W -> W Q`, in any layout and dtype; and the checks before and after folding one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from hra_fx.errors import FoldError
+from hra_fx.functional import exportable
+from hra_fx.functional.householder import compact_wy, normalize, rotate, without_autocast, working_dtype
+from hra_fx.functional.statistics import inverse_condition
+
+# The fx tracer records it as one node: its branches cannot be traced.
+fx.wrap("rotate_weight")
+
+
+def rotate_weight(weight: Tensor, vectors: Tensor, *, transposed: bool = False, exportable_ops: bool = False) -> Tensor:
+    """The rotated weight `W Q = W - (W U) T U^T`, differentiable, not affected by autocast.
+
+    Args:
+        weight: `(out, d)`, the weight of a convolution `(out, ...)` with `d` entries per output channel, or
+            `(d, out)` if `transposed`.
+        vectors: `U: (d, k)`, a chain of reflections (anchor and Gram-Schmidt already applied), of any lengths.
+        transposed: whether the weight is stored as `(d, out)`, as transformers' `Conv1D` does.
+        exportable_ops: use matrix products only, without a triangular solve (`hra_fx.functional.exportable`).
+
+    Returns:
+        The rotated weight in the shape and dtype of `weight`, contiguous. It is computed in the wider dtype of both
+        arguments, at least float32; for float64, convert both.
+
+    Example:
+        >>> rotate_weight(torch.tensor([[2.0, 5.0]]), torch.tensor([[3.0], [0.0]]))
+        tensor([[-2.,  5.]])
+        >>> rotate_weight(torch.tensor([[2.0], [5.0]]), torch.tensor([[3.0], [0.0]]), transposed=True)
+        tensor([[-2.],
+                [ 5.]])
+    """
+    with without_autocast(weight):
+        dtype = working_dtype(torch.promote_types(weight.dtype, vectors.dtype))
+        chain = normalize(vectors.to(dtype))
+        factor = exportable.compact_wy(chain) if exportable_ops else compact_wy(chain)
+        rows = rotate(as_rows(weight, transposed=transposed).to(dtype), chain, factor)
+        return rows_to_weight(rows, weight, transposed=transposed)
+
+
+def as_rows(weight: Tensor, *, transposed: bool = False) -> Tensor:
+    """A weight as the matrix `(out, d)` that `Q` is multiplied with from the right; a view where possible.
+
+    Args:
+        weight: `(out, ...)`, or `(d, out)` if `transposed`.
+        transposed: whether the weight is stored as `(d, out)`.
+
+    Example:
+        >>> as_rows(torch.zeros(8, 4, 3, 3)).shape, as_rows(torch.zeros(4, 8), transposed=True).shape
+        (torch.Size([8, 36]), torch.Size([8, 4]))
+    """
+    return weight.mT if transposed else weight.flatten(1)
+
+
+def rows_to_weight(rows: Tensor, weight: Tensor, *, transposed: bool = False) -> Tensor:
+    """The inverse of `as_rows`: a matrix `(out, d)` in the shape and dtype of `weight`, contiguous.
+
+    Example:
+        >>> rows_to_weight(torch.ones(8, 36), torch.zeros(8, 4, 3, 3)).shape
+        torch.Size([8, 4, 3, 3])
+    """
+    return (rows.mT if transposed else rows.reshape(weight.shape)).to(weight.dtype).contiguous()
+
+
+def check_foldable(where: str, weight: Tensor, vectors: Tensor, *, apply_GS: bool, adapter: str | None = None) -> None:
+    """Refuse to fold an adapter that has no data, or no well-defined `Q`.
+
+    Args:
+        where: the path of the layer or the name of the weight, for the message.
+        weight: the base weight.
+        vectors: `U: (d, r)`, as trained.
+        apply_GS: whether the adapter uses Gram-Schmidt.
+        adapter: the name of the adapter, for the message.
+
+    Raises:
+        FoldError: weight or vectors are on the meta device, or Gram-Schmidt gets linearly dependent vectors.
+
+    Example:
+        >>> check_foldable("fc", torch.ones(2, 3), torch.ones(3, 2), apply_GS=True, adapter="default")
+        Traceback (most recent call last):
+        hra_fx.errors.FoldError: fc: the vectors of 'default' are linearly dependent, so their Gram-Schmidt basis is ...
+    """
+    of_adapter = "" if adapter is None else f" of {adapter!r}"
+    if weight.is_meta or vectors.is_meta:
+        raise FoldError(f"{where}: the weight or the vectors{of_adapter} are on the meta device. Load them first.")
+    if apply_GS and inverse_condition(vectors) < 8 * torch.finfo(vectors.dtype).eps:
+        raise FoldError(
+            f"{where}: the vectors{of_adapter} are linearly dependent, so their Gram-Schmidt basis is rounding noise. "
+            "Train with apply_GS=False, or with init_weights=True, which starts with independent vectors."
+        )
+
+
+def check_finite(where: str, folded: Tensor) -> None:
+    """Refuse to write a folded weight with NaN or infinity.
+
+    Raises:
+        FoldError: the weight has such values.
+
+    Example:
+        >>> check_finite("fc", torch.tensor([float("nan")]))
+        Traceback (most recent call last):
+        hra_fx.errors.FoldError: fc: the folded weight is not finite. Check the base weight and the vectors for NaN ...
+    """
+    if not bool(torch.isfinite(folded).all()):
+        raise FoldError(
+            f"{where}: the folded weight is not finite. Check the base weight and the vectors for NaN and inf."
+        )

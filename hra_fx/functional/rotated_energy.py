@@ -1,0 +1,98 @@
+r"""The share of a weight that a chain of reflections changes.
+
+`Q` rotates some directions and leaves the orthogonal complement as it is. Let `P` be the projector on the rotated
+directions. A row `w` of the weight is `w P + w (I - P)`, and `Q` changes the first part only. `|W P|_F^2 / |W|_F^2` is
+that part of the whole weight: a bound on how much the adapter can change the layer, whatever its angles are.
+
+The rotated directions lie in the span of the vectors, `U = V R` (thin QR), where `Q` is the block `B = I - R T R^T`.
+`I - B` is normal with singular values `2 sin(angle / 2)`, so the left singular vectors `G` of the nonzero ones span the
+rotated directions: `P = V G G^T V^T`, and `|W P|_F = |W V G|_F` takes one skinny product.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hra_fx.functional.householder import compact_wy, normalize, working_dtype
+from hra_fx.functional.statistics import min_angle
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Elements of a weight that are cast at a time.
+_CHUNK = 1 << 22
+
+
+def rotated_directions(chain: Tensor) -> Tensor:
+    """An orthonormal basis of the directions that a chain of reflections rotates or reflects.
+
+    Args:
+        chain: `U: (d, k)`, finite and with data.
+
+    Returns:
+        `(d, n)` with `n <= min(d, k)`, float64, on the CPU: two columns for each plane, one for a reflected direction.
+
+    Example:
+        >>> rotated_directions(torch.tensor([[0.0, 1.0, 1.0], [2.0, 0.0, 0.0]])).abs().round(decimals=6)
+        tensor([[0.],
+                [1.]], dtype=torch.float64)
+    """
+    vectors = normalize(chain.detach())
+    factor = compact_wy(vectors).to("cpu", torch.float64)
+    basis, triangle = torch.linalg.qr(vectors.to("cpu", torch.float64))
+    left, sizes, _ = torch.linalg.svd(triangle @ factor @ triangle.mT)
+    directions: Tensor = basis @ left[:, sizes > min_angle(chain)]
+    return directions
+
+
+def rotated_energy(rows: Tensor, chain: Tensor) -> float:
+    """`|W P|_F^2 / |W|_F^2`: the share of a weight in the directions that a chain rotates, from 0 to 1.
+
+    Makes no `d x d` matrix, and casts the weight piece by piece, to float32 at least.
+
+    Args:
+        rows: `W: (out, d)`, floating point.
+        chain: `U: (d, k)`.
+
+    Returns:
+        The share; 0 for a weight of zeros, NaN if the weight or the chain has no data or is not finite.
+
+    Example:
+        >>> rotated_energy(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]))
+        0.36
+    """
+    if rows.is_meta or chain.is_meta or not bool(torch.isfinite(chain).all()):
+        return math.nan
+    if not chain.shape[1]:
+        return 0.0
+    directions = rotated_directions(chain).to(rows.device, working_dtype(rows.dtype))
+    wide = torch.float32 if rows.device.type == "mps" else torch.float64
+    part, whole = (torch.zeros((), dtype=wide, device=rows.device) for _ in range(2))
+    for piece in torch.split(rows.detach(), max(1, _CHUNK // max(1, rows.shape[1]))):
+        cast = piece.to(directions.dtype)
+        for total, matrix in ((part, cast @ directions), (whole, cast)):
+            # Row by row: a single float32 sum over millions of elements has only three correct digits.
+            total += torch.linalg.vector_norm(matrix, dim=1).to(wide).square().sum()
+    size = float(whole)
+    # Rounding can make it slightly more than 1.
+    return min(float(part) / size, 1.0) if size else 0.0
+
+
+def readable_rows(weight: Tensor, width: int, *, columns: bool) -> Tensor | None:
+    """A weight as the matrix `(out, d)` without a copy; `None` if it is quantized, packed, sharded or sparse.
+
+    Args:
+        weight: a layer's weight.
+        width: `d`.
+        columns: whether the weight is stored as `(d, out)`.
+
+    Example:
+        >>> readable_rows(torch.ones(3, 2, 5), 10, columns=False).shape
+        torch.Size([3, 10])
+    """
+    plain = type(weight.data) is Tensor and weight.layout is torch.strided and weight.dtype in _DTYPES
+    if not plain or weight.dim() < 2:
+        return None
+    rows = weight.mT if columns else weight.flatten(1)
+    return rows if rows.shape[1] == width else None

@@ -1,0 +1,333 @@
+"""Fold adapters into the weights of a module: check everything first, then write layer by layer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from hra_fx.compat import tensor_version
+from hra_fx.errors import AdapterError, FoldError, HRAWarning
+from hra_fx.layers.adapted_layer import SiteCarrier
+from hra_fx.layers.quantized.detect import packing_of
+from hra_fx.layers.target import SAVED
+from hra_fx.layers.trained_copies import BASE, copies_of
+from hra_fx.model.activate import check_copies, sync_layers
+from hra_fx.model.detach import detach_all, remove_adapters
+from hra_fx.model.merge import resolve_merge_order, unmerge_adapter
+from hra_fx.model.rotate import (
+    WITHOUT_REQUANTIZING,
+    FoldedWeight,
+    check_classes,
+    check_floating,
+    check_layer,
+    folded_weight,
+    ties_of,
+)
+from hra_fx.model.state import inventory, record_of, require_outermost, require_sites, root_of, sites_of
+from hra_fx.model.untie import Place, Tie, always_tied, find_ties, set_tied, untied_copies, why_not_untie
+
+_REQUANTIZE = (
+    " To allow that, call hra_fx.fold(model, requantize=True); hra_fx.plan_fold(model, requantize=True) shows the "
+    "error and writes nothing."
+)
+
+
+@dataclass(frozen=True)
+class FoldedLayer:
+    """What a fold does to one layer.
+
+    Attributes:
+        path: the layer.
+        rounding: `|W'' - W'|_F / |W'|_F`: the error of the cast from float64 to the dtype of the weight, or of
+            quantizing it again.
+        change: `|W' - W|_F / |W|_F`: how much the adapter changed the weight.
+        untied: names of the tensors that share memory with the old weight; the new one gets its own memory.
+        quantized: the quantization scheme; empty if the weight is not quantized.
+    """
+
+    path: str
+    rounding: float
+    change: float
+    untied: tuple[str, ...] = ()
+    quantized: str = ""
+
+
+@dataclass(frozen=True)
+class FoldJob:
+    """A fold whose layers were all checked.
+
+    Attributes:
+        model: the root, or a part of a transformed model.
+        names: path of a layer -> the adapters that are folded into it, in the order of the product.
+        adopted: adapters whose trained copies become the model's own tensors.
+        going: adapters that are removed afterwards.
+        untied: path -> names of the tensors that share memory with the weight.
+        ties: settings of transformers that are turned off.
+    """
+
+    model: nn.Module
+    names: Mapping[str, tuple[str, ...]]
+    adopted: tuple[str, ...] = ()
+    going: tuple[str, ...] = ()
+    untied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    ties: Sequence[Tie] = ()
+
+    def measure(self, path: str, layer: SiteCarrier, weight: FoldedWeight | None = None) -> FoldedLayer:
+        """What the fold does to a layer."""
+        packing = packing_of(layer)
+        words = packing.words(layer) if packing else ""
+        names, untied = self.names[path], tuple(self.untied.get(path, ()))
+        if not names:
+            return FoldedLayer(path, 0.0, 0.0, untied, words)
+        weight = folded_weight(layer, names) if weight is None else weight
+        return FoldedLayer(path, weight.rounding, weight.change, untied, words)
+
+    def run(self) -> None:
+        """Write the weights, remove the folded adapters, and warn of what else changed.
+
+        A layer loses its folded adapters as soon as its weight is written. So if this is interrupted (Ctrl-C, no
+        memory), the model still computes the same, and another fold finishes the work.
+        """
+        require_outermost(self.model)
+        record, sites = record_of(self.model), sites_of(self.model)
+        places = _places(sites, self.untied)
+        with torch.inference_mode(False), torch.no_grad():
+            also = untied_copies(self.model, self.ties, places, self.adopted)
+            if record and record.merged:
+                unmerge_adapter(self.model)
+            measured = [done for path, layer in sites.items() if (done := self._write(path, layer))]
+        trained = _adopt(self.model, self.adopted) and record is not None and bool(record.untied)
+        for owner, name, parameter in also.values():
+            setattr(owner, name, parameter)
+        set_tied(self.ties, False)
+        if record is None:
+            detach_all(self.model)
+        else:
+            remove_adapters(self.model, record, self.going)
+            if record.configs:
+                sync_layers(inventory(self.model), record)
+        self._warn(measured, list(also), trained=trained and not copies_of(self.model))
+
+    def _write(self, path: str, layer: SiteCarrier) -> FoldedLayer | None:
+        """Fold a layer; returns what that did to a quantized weight."""
+        names, packing = self.names[path], packing_of(layer)
+        if not names:
+            return None
+        weight = folded_weight(layer, names)
+        measured = self.measure(path, layer, weight) if packing else None
+        if packing:
+            if isinstance(weight.weight, nn.Parameter) and weight.weight is not layer.hra_base:
+                packing.put(layer, weight.weight)
+        elif path in self.untied or record_of(self.model) is None:  # a part may be tied to something outside of it
+            own = torch.empty_like(layer.hra_base).copy_(weight.weight)
+            setattr(layer, layer.hra_u.weight_name, nn.Parameter(own, requires_grad=layer.hra_base.requires_grad))
+        else:
+            layer.hra_base.copy_(weight.weight)
+        for name in names:
+            layer.hra_u.remove(name)
+        return measured
+
+    def _warn(self, measured: list[FoldedLayer], also: list[str], *, trained: bool) -> None:
+        untied = [f"{path or 'the model'} (from {', '.join(names)})" for path, names in self.untied.items()]
+        setting = "config.tie_word_embeddings is False now"
+        more = f" The same setting tied {', '.join(also)}, which are untied as well." if also else ""
+        if again := always_tied(self.ties):
+            more += f" {again[0]} turns it on again when it is loaded: set it to False right after from_pretrained."
+        if untied:
+            text = f"untied: {', '.join(untied)}. Each has its own weight now, so a saved model is larger"
+            text += f", and {setting}." if self.ties else "."
+            warnings.warn(text + more, HRAWarning, stacklevel=4)
+        elif trained:
+            warnings.warn(f"embeddings stay untied because one was trained; {setting}.{more}", HRAWarning, stacklevel=4)
+        if requantized := [layer for layer in measured if layer.rounding]:
+            warnings.warn(_requantized(requantized), HRAWarning, stacklevel=4)
+        if dropped := [name for name in self.going if name not in self.adopted]:
+            text = f"adapters {dropped} were not active and are removed. To keep them, name the adapters to fold."
+            warnings.warn(text, HRAWarning, stacklevel=4)
+
+
+class FoldPlan:
+    """What a fold would do, computed without writing anything and without keeping the new weights.
+
+    Attributes:
+        layers: one `FoldedLayer` for each distinct layer.
+    """
+
+    def __init__(self, job: FoldJob) -> None:
+        """Compute every folded weight of a job once, and measure it."""
+        self._job = job
+        self.layers = [job.measure(path, layer) for path, layer in sites_of(job.model).items()]
+        self._versions = _versions(job.model)
+
+    def __str__(self) -> str:
+        """One line per layer: the change of the weight, the rounding error, and what the weight is untied from."""
+        width = max((len(layer.path) for layer in self.layers), default=5)
+        lines = [f"{'layer':<{width}}  {'change':>8}  rounding"]
+        for layer in self.layers:
+            untied = f"  untied from {', '.join(layer.untied)}" if layer.untied else ""
+            again = f"  requantized ({layer.quantized})" if layer.quantized and layer.rounding else ""
+            lines.append(f"{layer.path:<{width}}  {layer.change:8.4f}  {layer.rounding:.1e}{again}{untied}")
+        return "\n".join(lines)
+
+    def apply(self) -> nn.Module:
+        """Fold: compute the weights again, write them, and remove the folded adapters.
+
+        Returns:
+            The model.
+
+        Raises:
+            AdapterError: another tool replaced a class since then.
+            FoldError: weights, vectors or the active adapters changed since the plan was made.
+        """
+        if _versions(self._job.model) != self._versions:
+            raise FoldError("the model changed since the fold was planned. Call plan_fold again.")
+        self._job.run()
+        return self._job.model
+
+
+def plan_fold(
+    model: nn.Module, adapter_names: str | Sequence[str] | None = None, *, requantize: bool = False
+) -> FoldPlan:
+    """Compute what `fold` would do, and write nothing. Arguments and errors are those of `fold`.
+
+    Example:
+        >>> from hra_fx import HRAConfig, transform
+        >>> model = transform(nn.Sequential(nn.Linear(6, 8)), HRAConfig(r=2, target_modules=["0"]))
+        >>> [(layer.path, layer.rounding < 1e-7) for layer in plan_fold(model).layers]
+        [('0', True)]
+    """
+    return FoldPlan(prepare_fold(model, adapter_names, requantize=requantize))
+
+
+def prepare_fold(model: nn.Module, adapter_names: str | Sequence[str] | None, *, requantize: bool) -> FoldJob:
+    """Check that adapters can be folded, without changing anything; errors as `fold`."""
+    if not isinstance(model, nn.Module) or not any(record_of(part) for part in model.modules()):
+        return _prepare_part(model, adapter_names, requantize=requantize)
+    root, record = root_of(model)
+    names = resolve_merge_order(record, adapter_names)
+    check_copies(root, inventory(root), names)
+    sites = sites_of(root)
+    present = {path: tuple(name for name in names if name in layer.hra_u) for path, layer in sites.items()}
+    written = _check_layers(root, sites, present, requantize=requantize)
+    for path, (owner, copies) in copies_of(root).items():
+        for tensor in (tensor for name in names for tensor in copies.tensors(owner, name).values()):
+            if isinstance(tensor, nn.Parameter) and not bool(torch.isfinite(tensor).all()):
+                raise FoldError(f"{path}: its trained copy is not finite. Load a checkpoint from before it diverged.")
+    going = tuple(record.configs) if adapter_names is None else names
+    untied = _untied(root, written, names, going)
+    return FoldJob(root, present, names, going, untied, _ties(root, _places(sites, untied), names))
+
+
+def _prepare_part(model: nn.Module, adapter_names: str | Sequence[str] | None, *, requantize: bool) -> FoldJob:
+    """A part of a transformed model: everything that acts in it is folded, and it becomes a plain module."""
+    sites = require_sites(model)
+    present = {name for layer in sites.values() for name in layer.hra_u}
+    wanted = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names or present)
+    if wanted != present:
+        raise AdapterError(
+            f"adapter_names={sorted(wanted)}: this part of the model has {sorted(present)}. Name all of them, or fold "
+            "the whole model."
+        )
+    for path, layer in sites.items():
+        if layer.hra_u.unmerged is not None or set(layer.hra_u.active) != set(layer.hra_u):
+            raise AdapterError(
+                f"{path}: only {list(layer.hra_u.active)} of its adapters {list(layer.hra_u)} act (the others are "
+                "inactive, disabled or merged), and folding a part of the model would lose them. Fold the whole model."
+            )
+    for path in copies_of(model):
+        raise AdapterError(
+            f"{path or 'this part'}: it has trained copies (modules_to_save or bias), and a part of the model does not "
+            "know their adapter. Fold the whole model."
+        )
+    names = {path: layer.hra_u.active for path, layer in sites.items()}
+    written = _check_layers(model, sites, names, requantize=requantize)
+    untied = {path: tuple(others) for path, others in ties_of(model, written).items()}
+    return FoldJob(model, names, untied=untied, ties=_ties(model, _places(sites, untied), ()))
+
+
+def _check_layers(
+    root: nn.Module, sites: Mapping[str, SiteCarrier], names: Mapping[str, tuple[str, ...]], *, requantize: bool
+) -> dict[str, SiteCarrier]:
+    """Check every layer; returns those whose weights are written."""
+    check_classes(root, sites)
+    try:
+        require_outermost(root)
+    except AdapterError as error:
+        raise FoldError(str(error)) from error
+    if not requantize:
+        check_floating(sites, {name for here in names.values() for name in here}, _REQUANTIZE)
+    here = {path: layer for path, layer in sites.items() if names[path]}
+    return {path: layer for path, layer in here.items() if check_layer(path, layer, names[path])}
+
+
+def _untied(
+    root: nn.Module, written: Mapping[str, SiteCarrier], names: tuple[str, ...], going: tuple[str, ...]
+) -> dict[str, tuple[str, ...]]:
+    """What the weights that are written share memory with, of all that is left after the fold."""
+    gone: set[str] = set()
+    for path, (_, copies) in copies_of(root).items():
+        adopted = {tensor for name in names for tensor in copies.copied.get(name, ())}
+        for tensor, owner in copies.in_place.items():
+            removed = {*going, BASE} if tensor in adopted else set(going)
+            gone.update(f"{path}.{SAVED}.{holder}.{tensor}".lstrip(".") for holder in removed)
+            if owner in removed.difference(names):
+                gone.add(f"{path}.{tensor}".lstrip("."))
+    left = {path: tuple(o for o in others if o not in gone) for path, others in ties_of(root, written).items()}
+    return {path: others for path, others in left.items() if others}
+
+
+def _places(sites: Mapping[str, SiteCarrier], paths: Iterable[str]) -> set[Place]:
+    return {(sites[path], sites[path].hra_u.weight_name) for path in paths}
+
+
+def _ties(root: nn.Module, places: set[Place], names: tuple[str, ...]) -> list[Tie]:
+    """The settings of transformers that a fold turns off, or that a folded trained copy turned off already.
+
+    Raises:
+        FoldError: one of them cannot be turned off.
+    """
+    record = record_of(root)
+    adopts = any(name in copies.copied for _, copies in copies_of(root).values() for name in names)
+    ties = [*find_ties(root, places), *(record.untied if record and (adopts or places) else ())]
+    if reason := why_not_untie(root, ties):
+        raise FoldError(f"{reason}. Leave it out with exclude_modules.")
+    return ties
+
+
+def _adopt(root: nn.Module, names: tuple[str, ...]) -> bool:
+    """Make the copies of folded adapters the model's own; whether there were any."""
+    adopted = False
+    for owner, copies in copies_of(root).values():
+        for name in names:
+            adopted |= name in copies.copied
+            copies.adopt(owner, name)
+    return adopted
+
+
+def _requantized(layers: list[FoldedLayer]) -> str:
+    worst = max(layers, key=lambda layer: layer.rounding)
+    lost = [layer for layer in layers if layer.rounding >= layer.change]
+    text = (
+        f"{len(layers)} weights were quantized again, with an error of up to {worst.rounding:.1e} of their norm "
+        f"({worst.path}, {worst.quantized}; its adapter changed it by {worst.change:.1e})."
+    )
+    if lost:
+        text += f" For {len(lost)} of them the error is at least as large as the change ({lost[0].path})."
+    return f"{text} {WITHOUT_REQUANTIZING}"
+
+
+def _versions(model: nn.Module) -> list[object]:
+    """What a plan depends on: the active adapters, and identity, memory and version of every tensor that is read."""
+    record = record_of(model)
+    state = (tuple(record.configs), record.active, record.merged, record.disabled) if record else None
+    sites = sites_of(model).values()
+    read: Iterable[Tensor] = (
+        tensor for layer in sites for tensor in (layer.hra_base, *layer.hra_u.parameters(), *layer.hra_u.buffers())
+    )
+    # A tensor made in inference mode has no version.
+    tensors = ((id(t), t.dtype, t.data_ptr(), tensor_version(t)) for t in read)
+    return [state, *(layer.hra_u.active for layer in sites), *tensors]

@@ -1,0 +1,93 @@
+"""Turn a plain model into an adapted one: validate the arguments, insert the layers, attach the state."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from hra_fx.config import HRAConfig
+from hra_fx.errors import AdapterError, ConfigError
+from hra_fx.layers.adapters import check_adapter_name
+from hra_fx.layers.class_swap import Carrier, swap, unswap
+from hra_fx.model.activate import activate
+from hra_fx.model.example_inputs import Call
+from hra_fx.model.inject import Fill, all_or_nothing, introduce
+from hra_fx.model.state import Record, drop_record, inventory, keep_record
+from hra_fx.model.trainable import freeze, make_copies
+from hra_fx.model.verify import check_against_folded
+
+
+def set_up(
+    model: nn.Module,
+    config: HRAConfig,
+    adapter_name: str,
+    fill: Fill,
+    copies: Mapping[tuple[str, str], Tensor] = MappingProxyType({}),
+    *,
+    root_class: type[Carrier],
+    call: Call | None = None,
+) -> None:
+    """Adapt a plain model with one active adapter.
+
+    Args:
+        model: the model, changed in place.
+        config: validated by `checked`.
+        adapter_name: name of the adapter.
+        fill: gives each adapted layer its vectors.
+        copies: (path of the module, name of its tensor) -> value of a trained copy, where it is not the base model's.
+        root_class: mixed into the class of the model.
+        call: arguments of one call, to compare the result with its folded weights.
+    """
+    with all_or_nothing() as steps:
+        layers = introduce(model, adapter_name, config, fill, steps)
+        changed = freeze(model)
+        steps.callback(changed.restore, model)
+        record = Record({adapter_name: config}, requires_grad=changed.flags)
+        make_copies(model, adapter_name, config, layers, record, steps, copies)
+        steps.callback(drop_record, model)
+        keep_record(model, record)
+        if not isinstance(model, fx.GraphModule):
+            swap(model, root_class)
+            steps.callback(unswap, model, root_class)
+        activate(inventory(model), record, (adapter_name,), trainable=not config.inference_mode)
+        if call:
+            check_against_folded(model, call)
+
+
+def checked(model: Any, config: HRAConfig, adapter_name: str) -> HRAConfig:
+    """Validate the arguments of `transform` and `add_adapter`.
+
+    Returns:
+        A validated copy of the configuration: its fields may have been set since it was made.
+
+    Raises:
+        AdapterError: `model` is not a module, or `adapter_name` cannot be used.
+        ConfigError: `config` is not an `HRAConfig`.
+    """
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"model must be a torch.nn.Module, got {model!r}. Pass the model itself.")
+    config = valid_config(config)
+    if not isinstance(adapter_name, str):
+        raise AdapterError(f"adapter_name must be a string such as 'default', got {adapter_name!r}.")
+    check_adapter_name(adapter_name)
+    return config
+
+
+def valid_config(config: HRAConfig) -> HRAConfig:
+    """A validated copy of a configuration.
+
+    Raises:
+        ConfigError: it is not an `HRAConfig`.
+    """
+    if not isinstance(config, HRAConfig):
+        kind = f"{type(config).__module__}.{type(config).__qualname__}"
+        raise ConfigError(
+            f"config must be an hra_fx.HRAConfig, got {kind}. Make one with hra_fx.HRAConfig(r=..., "
+            "target_modules=...), or read PEFT's file with hra_fx.HRAConfig.from_pretrained(folder)."
+        )
+    return copy.deepcopy(dataclasses.replace(config))

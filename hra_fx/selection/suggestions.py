@@ -1,0 +1,69 @@
+"""Suggest names in the error messages of the selection."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterable
+
+_SHOWN = 8
+
+
+def suffixes(path: str) -> list[str]:
+    """The dotted suffixes of a path, shortest first: "a.b.c" gives "c", "b.c", "a.b.c"."""
+    parts = path.split(".")
+    return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
+
+
+def suggestion(names: Collection[str] | str, paths: list[str]) -> str:
+    """A sentence that helps to correct `names`, which match none of `paths`."""
+    known = {suffix for path in paths for suffix in suffixes(path)}
+    if isinstance(names, str):
+        if names in known:
+            return f"A str must match the full path as a regex. To match the end of a path, use the list [{names!r}]."
+        if inside := [path for path in paths if re.search(names, path)]:
+            return f"A str must match the full path as a regex, but this one matches only a part of {inside[0]!r}."
+    for name in [] if isinstance(names, str) else sorted(names):
+        if any(_is_regex_for(name, path) for path in paths):
+            return f"In a list, {name!r} is a name and not a regex. Use the str {name!r} instead of the list."
+    near: dict[str, None] = {}
+    for name in [names] if isinstance(names, str) else sorted(names)[:_SHOWN]:
+        near |= dict.fromkeys(_close(name, known))
+    if not near:
+        return f"Available names: {leaf_names(paths)}."
+    guesses = [f"[{guess!r}]" if isinstance(names, str) else repr(guess) for guess in near]
+    return f"Did you mean {' or '.join(guesses[:_SHOWN])}?"
+
+
+def _close(name: str, known: set[str]) -> list[str]:
+    """Similar names with as many components as `name`, or else similar last components."""
+    alike = sorted(suffix for suffix in known if suffix.count(".") == name.count("."))
+    last = sorted(suffix for suffix in known if "." not in suffix)
+    return difflib.get_close_matches(name, alike) or difflib.get_close_matches(name.rpartition(".")[2], last)
+
+
+def _is_regex_for(name: str, path: str) -> bool:
+    try:
+        return re.fullmatch(name, path) is not None
+    except re.error:
+        return False
+
+
+def leaf_names(paths: Iterable[str]) -> str:
+    """The distinct last components of paths, in order, with block numbers at the end."""
+    names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+    names.sort(key=str.isdigit)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(map(repr, names[:_SHOWN])) + more
+
+
+def shown_names(names: Collection[str] | str | None) -> str:
+    """The value of a field of names as Python source, sorted, and shortened if it is long.
+
+    >>> shown_names({"value", "query"})
+    "['query', 'value']"
+    """
+    if names is None or isinstance(names, str):
+        return repr(names)
+    entries = sorted(names)
+    return repr(entries) if len(entries) <= _SHOWN else f"{entries[:_SHOWN]!r} and {len(entries) - _SHOWN} more"

@@ -1,0 +1,135 @@
+"""A drawing of one module, with a box for each value that enters or leaves it."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import networkx as nx
+
+from hra_fx.errors import VisualizeError
+from hra_fx.view.drawing import Drawing
+from hra_fx.view.tree import Leaf, module_of
+
+_SHOWN = 3
+
+
+def focused(drawing: Drawing, focus: str | None) -> Drawing:
+    """The drawing of one module.
+
+    Args:
+        drawing: the drawing of the model.
+        focus: qualified name of the module; `None` or `""` for the model. All calls of a shared module are shown.
+
+    Raises:
+        VisualizeError: there is no such module, or it has no boxes.
+    """
+    if not focus:
+        return drawing
+    leaves: dict[str, Leaf] = {key: data["leaf"] for key, data in drawing.picture.nodes(data=True)}
+    inside = {key: leaf for key, leaf in leaves.items() if _is_inside(leaf, focus)}
+    if not inside:
+        raise VisualizeError(f"`focus`: {_unknown(drawing, focus, leaves.values())}")
+    rows = tuple(row for row in drawing.rows if _within(row.path, focus))
+    skipped = {path: why for path, why in drawing.skipped.items() if _within(path, focus)}
+    adapted = {mark.path for leaf in inside.values() for mark in leaf.marks}
+    here = f"{len(adapted)} adapted layer{'' if len(adapted) == 1 else 's'} here" if drawing.rows else "a part"
+    return replace(
+        drawing,
+        title=f"{focus} in {drawing.title}",
+        facts=f"{here} · whole model: {drawing.facts}",
+        picture=_cut_out(drawing.picture, focus, inside),
+        rows=rows,
+        skipped=skipped,
+        trained_in_full=tuple(path for path in drawing.trained_in_full if _within(path, focus)),
+    )
+
+
+def _within(path: str, focus: str) -> bool:
+    return path == focus or path.startswith(f"{focus}.")
+
+
+def _is_inside(leaf: Leaf, focus: str) -> bool:
+    return focus in map(module_of, leaf.place) or focus in leaf.paths or (leaf.kind != "op" and leaf.target == focus)
+
+
+def _cut_out(picture: nx.DiGraph[str], focus: str, inside: dict[str, Leaf]) -> nx.DiGraph[str]:
+    """The leaves inside, one box for each value from outside, and one for each value that is read outside."""
+    part: nx.DiGraph[str] = nx.DiGraph()
+    graph = picture.graph
+    traced = _is_traced(focus, graph["traced"])
+    below = {path for path in graph["traced"] if path.startswith(f"{focus}.")}
+    part.graph.update(graph, traced=frozenset(below | ({""} if traced else set())))
+    part.graph["classes"] = {**graph["classes"], "": graph["classes"].get(focus, "")}
+    address = _addresses(picture)
+    for source in dict.fromkeys(source for key in inside for source in picture.pred[key] if source not in inside):
+        part.add_node(f"from:{source}", leaf=_port("input", f"from {address[source]}"))
+        part.add_edges_from((f"from:{source}", key) for key in picture.succ[source] if key in inside)
+    for key, leaf in inside.items():
+        part.add_node(key, leaf=replace(leaf, place=_below(leaf.place, focus)))
+        part.add_edges_from((source, key) for source in picture.pred[key] if source in inside)
+    for key in inside:
+        readers = [reader for reader in picture.succ[key] if reader not in inside]
+        if readers:
+            more = f" + {len(readers) - 1}" if len(readers) > 1 else ""
+            part.add_edge(key, f"to:{key}")
+            part.nodes[f"to:{key}"]["leaf"] = _port("output", f"to {address[readers[0]]}{more}")
+    return part
+
+
+def _port(kind: str, name: str) -> Leaf:
+    if kind == "input":
+        return Leaf(name, "", "input", "placeholder", name, ())
+    return Leaf(name, "", "output", "output", name, ())
+
+
+def _addresses(picture: nx.DiGraph[str]) -> dict[str, str]:
+    """A name for each leaf: the path of its module, and the operation if it is not the only leaf there."""
+    leaves: dict[str, Leaf] = dict(picture.nodes(data="leaf"))
+    inside = Counter(call for leaf in leaves.values() for call in leaf.place)
+    return {key: _address(leaf, inside) for key, leaf in leaves.items()}
+
+
+def _address(leaf: Leaf, inside: Mapping[str, int]) -> str:
+    if leaf.paths or not leaf.place:
+        return leaf.target
+    call = leaf.place[-1]
+    return call if inside[call] == 1 else f"{call}: {leaf.name}"
+
+
+def _below(place: tuple[str, ...], focus: str) -> tuple[str, ...]:
+    """A place without the focus and the modules around it."""
+    return next((place[at + 1 :] for at, call in enumerate(place) if module_of(call) == focus), ())
+
+
+def _is_traced(path: str, roots: Iterable[str]) -> bool:
+    known = set(roots)
+    parts = path.split(".")
+    return any(".".join(parts[:end]) in known for end in range(len(parts) + 1))
+
+
+def _unknown(drawing: Drawing, focus: str, leaves: Iterable[Leaf]) -> str:
+    """Why a module has no boxes, and similar names."""
+    boxes = {path for leaf in leaves for path in leaf.paths}
+    shown = boxes | {module_of(call) for leaf in leaves for call in leaf.place}
+    known = drawing.picture.graph["classes"]
+    around = [focus[:end] for end in range(len(focus)) if focus[end] == "." and focus[:end] in boxes]
+    if focus in known and around:
+        return f"{focus!r} is inside {around[-1]!r}, which is drawn as one box. Pass {around[-1]!r}."
+    if focus in known:
+        return f"{focus!r} has no boxes, because it computes nothing that is drawn. Pass another module."
+    near = difflib.get_close_matches(focus, sorted(shown), _SHOWN) or _same_end(focus, shown)
+    if near:
+        return f"the model has no module {focus!r}; did you mean {' or '.join(map(repr, near))}?"
+    children = list(dict.fromkeys(path.partition(".")[0] for path in known if path))
+    more = f" and {len(children) - _SHOWN} more" if len(children) > _SHOWN else ""
+    return f"the model has no module {focus!r}. Its children are {', '.join(map(repr, children[:_SHOWN]))}{more}."
+
+
+def _same_end(focus: str, shown: Iterable[str]) -> list[str]:
+    """Modules with the same last name, outermost first."""
+    last = focus.rpartition(".")[2]
+    ends = [path for path in shown if path.rpartition(".")[2] == last]
+    return sorted(ends, key=lambda path: (path.count("."), path))[:_SHOWN]

@@ -1,0 +1,129 @@
+"""What is measured: the steps, whose weights they use, memory and kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from speed import grid, measuring
+from speed.grid import Job
+from speed.launches import counted
+from speed.memory import peaks
+from speed.methods import ALL, METHODS, Method
+from speed.models import WORKLOADS, Workload, linear, resnet50
+from speed.setting import Mode, Setting
+from speed.steps import plain_model, steps_of
+from speed.timing import Budget
+
+TINY = "llama-64x1"
+
+
+def test_the_frozen_base_runs_backward_through_all_layers() -> None:
+    setting = Setting(TINY, "training", 4)
+    plain = plain_model(setting)
+    reached: list[str] = []
+    for path in ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "lm_head"):
+        layer = plain.get_submodule(path)
+        layer.register_full_backward_hook(lambda *_, path=path: reached.append(path))
+    frozen = Method("frozen", lambda base, workload, r: plain)
+    steps, left_out = steps_of(setting, ["frozen"], {"frozen": frozen})
+    assert left_out == {}
+    steps["frozen"].run(None)
+    assert sorted(reached) == ["lm_head", "model.layers.0.mlp.down_proj", "model.layers.0.self_attn.q_proj"]
+    assert all(weight.grad is None for weight in plain.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_linear_gives_the_gradient_of_its_input_with_and_without_adapters(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(WORKLOADS, "linear-16", linear(16))
+    inputs: dict[str, torch.Tensor] = {}
+
+    def watched(key: str) -> Method:
+        def put(base: torch.nn.Module, workload: Workload, r: int) -> torch.nn.Module:
+            model = METHODS[key].put(base, workload, r)
+            model.register_forward_pre_hook(lambda *given: inputs.update({key: given[-1]["input"]}), with_kwargs=True)
+            return model
+
+        return dataclasses.replace(METHODS[key], put=put)
+
+    methods = ("base", "lora", "peft-hra", "ours", "ours-gs")
+    known = {key: watched(key) for key in methods}
+    steps, left_out = steps_of(Setting("linear-16", "training", 4, dtype), methods, known)
+    assert left_out == {}
+    for key, step in steps.items():
+        step.run(None)
+        assert inputs[key].dtype == getattr(torch, dtype)
+        assert inputs[key].grad is not None and inputs[key].grad.shape == (4, 16), key
+
+
+@pytest.mark.parametrize("mode", grid.STEPS)
+def test_convolutions_are_measured_at_any_size_of_image(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(WORKLOADS, "resnet50-32", resnet50(32))
+    steps, left_out = steps_of(Setting("resnet50-32", mode, 2), ("base", "lora", "ours"))
+    assert left_out == {}
+    for step in steps.values():
+        step.run(None)
+    pixels = [WORKLOADS[name].batch(2)["x"].shape[-1] for name in ("resnet50-32", "resnet50", "resnet50-224")]
+    assert pixels == [32, 64, 224]
+
+
+@pytest.mark.parametrize("key", ["base", "ours"])
+def test_compiled_methods_are_one_graph(key: str) -> None:
+    compiled = dataclasses.replace(METHODS[key], compiled={"backend": "aot_eager", "fullgraph": True})
+    steps, left_out = steps_of(Setting(TINY, "training", 4, compiled=True), [key], {key: compiled})
+    assert left_out == {}
+    steps[key].run(None)
+    torch._dynamo.reset()
+
+
+def test_methods_share_base_weights_unless_they_need_their_own() -> None:
+    setting = Setting(TINY, "training", 4)
+    models: dict[str, torch.nn.Module] = {}
+
+    def keeping(key: str) -> Method:
+        def put(base: torch.nn.Module, workload: object, r: int) -> torch.nn.Module:
+            models[key] = base
+            return base
+
+        return dataclasses.replace(METHODS[key], put=put)
+
+    steps_of(setting, list(METHODS), {key: keeping(key) for key in METHODS})
+    places = {key: next(model.parameters()).data_ptr() for key, model in models.items()}
+    assert {key for key, place in places.items() if place != places["base"]} == {"base-again", "folded"}
+
+
+def test_a_method_that_is_missing_is_left_out_with_the_reason() -> None:
+    missing = dataclasses.replace(METHODS["ours"], missing=lambda: "no such backend")
+    steps, left_out = steps_of(Setting(TINY, "training", 4), ["ours"], {"ours": missing})
+    assert (steps, left_out) == ({}, {"ours": "no such backend"})
+
+
+def test_titles_tell_methods_apart() -> None:
+    assert len({method.title for method in ALL.values()}) == len(ALL)
+
+
+def test_a_job_is_carried_out_by_its_mode() -> None:
+    cell = measuring.carry_out(Job(Setting(TINY, "training", 1), ("base", "ours-passes"), Budget(seconds=0, least=2)))
+    assert set(cell.measured.values) | set(cell.measured.left_out) == {"base", "ours-passes"}
+
+
+def test_peak_memory_is_that_of_a_process_of_its_own() -> None:
+    setting = Setting(TINY, "memory", 512)
+    measured = peaks(setting, ("ours",), rounds=1)
+    assert measured.left_out == {}
+    (grown,) = measured.values["ours"]
+    # Logits of 512 x 1024 in float32 and their gradient are 4 MB; the whole model is less than that.
+    assert grown is not None and 4e6 < grown < 60e6
+
+
+def test_kernels_are_counted_by_the_calls_that_launch_them() -> None:
+    @dataclasses.dataclass
+    class Event:
+        key: str
+        count: int
+
+    names = {"cudaLaunchKernel": 3, "cuLaunchKernelEx": 2, "cudaMemcpyAsync": 7, "aten::mm": 5}
+    assert counted(Event(key, count) for key, count in names.items()) == 5

@@ -1,0 +1,172 @@
+"""`lower` and `freeze` of captured graphs: the same outputs and gradients by ATen operators; and the refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from oracles import relative_error
+from torch import Tensor, nn
+
+import hra_fx
+
+F64 = torch.float64
+BATCH = torch.export.Dim.DYNAMIC
+
+
+class Net(nn.Module):
+    """A Linear, a grouped convolution, and an attention, whose weight is rotated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3, padding=1, groups=2, padding_mode="reflect")
+        self.fc = nn.Linear(54, 12)
+        self.attention = nn.MultiheadAttention(12, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc(self.conv(x).relu().flatten(1))[:, None]
+        attended: Tensor = self.attention(hidden, hidden, hidden, need_weights=False)[0]
+        return attended
+
+
+TARGETS = ["conv", "fc", "attention", "out_proj"]
+ANCHORED: dict[str, Any] = {"r": 3}
+GRAM_SCHMIDT: dict[str, Any] = {"r": 3, "apply_GS": True}
+
+
+def image(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 4, 3, 3, dtype=F64, generator=torch.Generator().manual_seed(batch))
+
+
+def randomise(tensors: Any, seed: int = 3) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in tensors:
+            if ".hra_u." in name and not name.endswith("_anchor"):
+                tensor.normal_(generator=generator)
+
+
+def adapted(**fields: Any) -> Net:
+    torch.manual_seed(0)
+    model = hra_fx.transform(Net().double().eval(), hra_fx.HRAConfig(**({"target_modules": TARGETS} | fields)))
+    randomise(model.named_parameters())
+    return model
+
+
+def exported(model: nn.Module, strict: bool = False) -> torch.export.ExportedProgram:
+    return torch.export.export(model, (image(),), dynamic_shapes=({0: BATCH},), strict=strict)
+
+
+def operators(graph: torch.fx.Graph) -> set[str]:
+    return {str(node.target) for node in graph.nodes if node.op == "call_function"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "strict"), [(ANCHORED, False), pytest.param(GRAM_SCHMIDT, True, marks=pytest.mark.slow)]
+)
+def test_an_exported_model_has_only_products_and_a_frozen_one_constants(fields: dict[str, Any], strict: bool) -> None:
+    model = adapted(**fields)
+    program = exported(model, strict)
+    assert not [name for name in operators(program.graph) if "linalg_qr" in name or "solve" in name or "hra_fx" in name]
+    frozen = hra_fx.freeze(program)
+    expected = model(image(5))
+    assert relative_error(program.module()(image(5)), expected) < 1e-14
+    assert relative_error(frozen.module()(image(5)), expected) < 1e-14
+    assert len(frozen.graph.nodes) < len(program.graph.nodes) / 4
+    names = [name for name in frozen.state_dict if ".hra_u." in name]
+    assert len(names) == 8
+    assert all(".frozen_" in name for name in names)
+    # The original program is unchanged.
+    assert [name for name in program.state_dict if name.endswith(".default")]
+    assert relative_error(program.module()(image(5)), expected) < 1e-14
+
+
+def test_the_gradient_through_an_exported_model_is_the_models() -> None:
+    model = adapted(**GRAM_SCHMIDT)
+    module = exported(model).module()
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    vectors = [model.get_parameter(name) for name in names]
+    assert len(vectors) == 4
+    assert all(module.get_parameter(name) is own for name, own in zip(names, vectors, strict=True))
+    grads = [torch.autograd.grad(function(image()).square().sum(), vectors) for function in (module, model)]
+    for ours, theirs in zip(*grads, strict=True):
+        assert relative_error(ours, theirs) < 1e-12
+
+
+def test_several_adapters_and_strengths_are_frozen_together() -> None:
+    model = adapted(r=4)
+    hra_fx.add_adapter(model, "b", hra_fx.HRAConfig(r=2, target_modules=["fc"]))
+    randomise(model.named_parameters())
+    hra_fx.set_scale(model, "b", 0.5)
+    hra_fx.set_adapter(model, ["default", "b"])
+    frozen = hra_fx.freeze(exported(model))
+    assert relative_error(frozen.module()(image(5)), model(image(5))) < 1e-14
+    assert not [name for name in (*frozen.state_dict, *frozen.constants) if name.endswith((".b", "_scaled"))]
+
+
+@pytest.mark.parametrize(("fields", "as_module"), [(ANCHORED, True), (GRAM_SCHMIDT, False)])
+def test_a_program_that_was_transformed_is_lowered_and_frozen(fields: dict[str, Any], as_module: bool) -> None:
+    torch.manual_seed(0)
+    config = hra_fx.HRAConfig(**({"target_modules": TARGETS} | fields))
+    program = hra_fx.transform(exported(Net().double().eval()), config)
+    randomise(program.state_dict.items())
+    expected = program.module()(image(5))
+
+    def run(function: Any) -> tuple[Tensor, torch.fx.Graph]:
+        if as_module:
+            module = function(program.module())
+            return module(image(5)), module.graph
+        made = function(program)
+        return made.module()(image(5)), made.graph
+
+    for function in (hra_fx.lower, hra_fx.freeze):
+        value, graph = run(function)
+        assert relative_error(value, expected) < 1e-14
+        assert "hra_fx" not in str(operators(graph))
+    assert [str(node.target) for node in run(hra_fx.freeze)[1].nodes].count("aten.mm.default") == len(TARGETS)
+
+
+def test_a_lowered_program_has_the_gradients_of_the_operator() -> None:
+    torch.manual_seed(0)
+    config = hra_fx.HRAConfig(r=3, apply_GS=True, target_modules=TARGETS)
+    program = hra_fx.transform(exported(Net().double().eval()), config)
+    randomise(program.state_dict.items())
+    grads = []
+    for made in (program, hra_fx.lower(program)):
+        module = made.module()
+        vectors = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        assert len(vectors) == 4
+        grads.append(torch.autograd.grad(module(image()).square().sum(), vectors))
+    for ours, theirs in zip(*grads, strict=True):
+        assert relative_error(ours, theirs) < 1e-11
+
+
+def test_lower_returns_a_program_without_the_operator_unchanged() -> None:
+    program = exported(adapted())
+    assert hra_fx.lower(program) is program
+
+
+def test_a_model_is_refused() -> None:
+    text = r"freeze: expected an ExportedProgram or a GraphModule, got Net\. Export .*\(torch.export.export\(mod"
+    with pytest.raises(hra_fx.AdapterError, match=text):
+        hra_fx.freeze(adapted())  # type: ignore[type-var]
+    with pytest.raises(hra_fx.AdapterError, match=r"lower: expected an ExportedProgram or a GraphModule, got Net\."):
+        hra_fx.lower(adapted())  # type: ignore[type-var]
+
+
+def test_a_graph_without_reflections_cannot_be_frozen() -> None:
+    text = r"freeze: the graph has no reflections. It is frozen already, or comes from a model that was folded or not"
+    model = hra_fx.transform(nn.Sequential(nn.Linear(3, 2)).eval(), hra_fx.HRAConfig(r=2, target_modules=["0"]))
+    frozen = hra_fx.freeze(torch.export.export(model, (torch.ones(1, 3),))).module()
+    for captured in (frozen, torch.export.export(hra_fx.fold(model), (torch.ones(1, 3),))):
+        with pytest.raises(hra_fx.AdapterError, match=text):
+            hra_fx.freeze(captured)
+
+
+def test_vectors_on_the_meta_device_cannot_be_frozen() -> None:
+    model = hra_fx.transform(nn.Sequential(nn.Linear(3, 2)).eval(), hra_fx.HRAConfig(r=2, target_modules=["0"]))
+    program = torch.export.export(model, (torch.ones(1, 3),))
+    program.state_dict["0.hra_u.default"] = nn.Parameter(torch.empty(3, 2, device="meta"))
+    with pytest.raises(hra_fx.AdapterError, match=r"0.hra_u.default is on the meta device. Load the adapter"):
+        hra_fx.freeze(program)

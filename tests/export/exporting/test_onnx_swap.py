@@ -1,0 +1,180 @@
+"""One ONNX graph for many adapters: onnxruntime computes what PyTorch does, and the refusals."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+import hra_fx
+
+QUIET = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
+INPUTS = [SimpleNamespace(name="0.hra_u", shape=[18, 4]), SimpleNamespace(name="3.hra_u", shape=[54, 4])]
+
+
+def config(*targets: str, **fields: Any) -> hra_fx.HRAConfig:
+    return hra_fx.HRAConfig(**({"r": 4, "target_modules": list(targets)} | fields))
+
+
+def net(**fields: Any) -> nn.Sequential:
+    """A convolution and a Linear, with an adapter "slot" on both."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(54, 5)).eval()
+    return hra_fx.transform(model, config("0", "3", **fields), "slot")
+
+
+def add(model: nn.Module, name: str, settings: hra_fx.HRAConfig) -> None:
+    hra_fx.add_adapter(model, name, settings)
+    with torch.no_grad():
+        for key, vectors in model.named_parameters():
+            if key.endswith(f".hra_u.{name}"):
+                vectors.normal_()
+
+
+def exported(model: nn.Module, optimize: bool = False) -> Any:
+    shapes = ({0: Dim("batch")},)
+    return torch.onnx.export(
+        model, (torch.ones(2, 2, 3, 3),), dynamo=True, optimize=optimize, dynamic_shapes=shapes, verbose=False
+    )
+
+
+def image() -> Tensor:
+    return torch.randn(5, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+
+
+@QUIET
+def test_adapters_of_every_sort_take_turns_on_one_graph() -> None:
+    model = net(r=8)
+    add(model, "even", config("0", "3"))
+    add(model, "odd, Gram-Schmidt", config("3", r=3, apply_GS=True))
+    add(model, "odd", config("0", r=7))
+    add(model, "soft", config("0", "3", r=2))
+    hra_fx.set_scale(model, "soft", 0.3)
+    program = hra_fx.make_swappable(exported(model), model)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), options)
+    inputs = session.get_overridable_initializers()
+    assert {given.name: given.shape for given in inputs} == {"0.hra_u": [18, 8], "3.hra_u": [54, 8]}
+    assert [given.name for given in session.get_inputs()] == ["input"]
+    (alone,) = session.run(None, {"input": image().numpy()})
+    for name in ("even", "odd, Gram-Schmidt", "odd", "soft", "even", "slot"):
+        hra_fx.set_adapter(model, name)
+        (actual,) = session.run(None, {"input": image().numpy()} | hra_fx.adapter_inputs(model, inputs))
+        with torch.no_grad():
+            expected = model(image())
+        assert float((torch.from_numpy(actual) - expected).abs().max()) < 1e-6
+        assert (abs(actual - alone).max() > 0.05) == (name != "slot")
+
+
+@QUIET
+@pytest.mark.slow
+def test_a_graph_whose_factors_are_constants_is_refused() -> None:
+    model = net()
+    with pytest.raises(
+        hra_fx.AdapterError, match=r"0: the graph does not use the vectors hra_u.slot\. .*optimize=False"
+    ):
+        hra_fx.make_swappable(exported(model, optimize=True), model)
+
+
+class ONNXProgram:
+    """Not looked into before the model is."""
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"), [({"r": 3}, "an anchor"), ({"apply_GS": True}, "Gram-Schmidt"), ({}, "a strength other than")]
+)
+def test_an_adapter_that_would_act_on_all_others_is_refused(fields: dict[str, Any], reason: str) -> None:
+    model = net(**fields)
+    if not fields:
+        hra_fx.set_scale(model, "slot", 0.5)
+    with pytest.raises(hra_fx.AdapterError, match=rf"0: adapter 'slot' has {reason}.*add_adapter\(model, 'slot', HRA"):
+        hra_fx.make_swappable(ONNXProgram(), model)  # type: ignore[arg-type]
+
+
+def test_one_adapter_has_to_act() -> None:
+    model = net()
+    add(model, "b", config("0"))
+    hra_fx.set_adapter(model, ["slot", "b"])
+    text = r"exactly one active adapter, but adapters are active: \['slot', 'b'\]\. Call hra_fx.set_adapter"
+    with pytest.raises(hra_fx.AdapterError, match=text):
+        hra_fx.make_swappable(ONNXProgram(), model)  # type: ignore[arg-type]
+    with hra_fx.disable_adapters(model), pytest.raises(hra_fx.AdapterError, match="adapters are disabled"):
+        hra_fx.adapter_inputs(model, INPUTS)
+    hra_fx.merge_adapter(model)
+    with pytest.raises(hra_fx.AdapterError, match=r"adapters are merged: \['slot', 'b'\]\."):
+        hra_fx.adapter_inputs(model, INPUTS)
+
+
+def test_an_adapter_that_is_too_large_for_a_graph_is_refused() -> None:
+    model = net()
+    add(model, "wide", config("3", r=6))
+    text = (
+        r"3: adapter 'wide' has 6 reflections of width 54 here, but the graph supports at most 4 of width 54. Export it"
+    )
+    with pytest.raises(hra_fx.AdapterError, match=text):
+        hra_fx.adapter_inputs(model, INPUTS, "wide")
+
+
+def test_an_adapter_on_layers_that_the_graph_has_no_inputs_for_is_refused() -> None:
+    text = (
+        r"3: adapter 'slot' adapts this layer, but the graph has no input 3.hra_u. The layers that have one: 0. Export"
+    )
+    with pytest.raises(hra_fx.AdapterError, match=text):
+        hra_fx.adapter_inputs(net(), INPUTS[:1])
+    with pytest.raises(hra_fx.AdapterError, match="The layers that have one: none"):
+        hra_fx.adapter_inputs(net(), [SimpleNamespace(name="input", shape=[1])])
+
+
+def test_an_adapter_with_trained_copies_is_refused() -> None:
+    model = net()
+    hra_fx.add_adapter(model, "b", config("0", bias="all"))
+    with pytest.raises(hra_fx.AdapterError, match=r"adapter 'b' has trained copies .*Export a separate graph"):
+        hra_fx.adapter_inputs(model, INPUTS, "b")
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"), [({"modules_to_save": ["4"]}, "4"), ({"bias": "hra_only"}, "0"), ({"bias": "all"}, "0")]
+)
+def test_an_exported_adapter_with_trained_copies_is_refused(fields: dict[str, Any], path: str) -> None:
+    """They are in the graph for good, and every other adapter would run with them."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    hra_fx.transform(model, config("0", "2", **fields), "a")
+    text = rf"{path}: adapter 'a' has a trained copy of it \(modules_to_save or bias\), .*add_adapter\(model, 'slot'"
+    with pytest.raises(hra_fx.AdapterError, match=text):
+        hra_fx.make_swappable(ONNXProgram(), model)  # type: ignore[arg-type]
+
+
+@QUIET
+@pytest.mark.slow
+def test_layers_without_the_adapter_get_zeros_in_the_dtype_of_the_graph() -> None:
+    torch.manual_seed(0)
+    dtype = torch.float16
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)).to(dtype).eval()
+    model = hra_fx.transform(model, config("0", "2"), "slot").to(dtype)
+    x = torch.randn(2, 6, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    raw = torch.onnx.export(model, (x,), dynamo=True, optimize=False, verbose=False)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Before 1.24, further optimizations fuse products for which there is no kernel in float64.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    proto = hra_fx.make_swappable(raw, model).model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(proto, options)
+    add(model, "b", config("0", r=2))
+    hra_fx.set_adapter(model, "b")
+    factors = hra_fx.adapter_inputs(model, session.get_overridable_initializers())
+    (actual,) = session.run(None, {session.get_inputs()[0].name: x.numpy(), **factors})
+    with torch.no_grad():
+        expected = model(x)
+    assert float((torch.from_numpy(actual) - expected).abs().max()) < 1e-2
+
+
+def test_a_graph_in_a_dtype_that_numpy_does_not_have_is_refused() -> None:
+    given = [SimpleNamespace(name=one.name, shape=one.shape, type="tensor(bfloat16)") for one in INPUTS]
+    with pytest.raises(hra_fx.AdapterError, match=r"0\.hra_u is bfloat16, .* Export the model in float32"):
+        hra_fx.adapter_inputs(net(), given)

@@ -1,0 +1,295 @@
+"""An adapted Linear as one autograd node, on its input and its output side, against the dense oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from one_layer import BF16, F32, F64, adapted, normal
+from oracles import dense_q, relative_error
+from torch import Tensor, nn
+
+import hra_fx
+from hra_fx.kernels import linear as fused_linear
+from hra_fx.kernels.wy_factor import scaled_chain_and_factor
+
+quick = settings(max_examples=40, deadline=None, derandomize=True)
+SIDES = ("_InputSide", "_OutputSide")
+
+
+def oracle(x: Tensor, vectors: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    turned = weight.double() @ dense_q(vectors)
+    return nn.functional.linear(x.double(), turned, None if bias is None else bias.double())
+
+
+def fused(side: str, x: Tensor, vectors: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    chain, factor = scaled_chain_and_factor(vectors, x.dtype)
+    output: Tensor = getattr(fused_linear, side).apply(x, chain, factor, weight, bias)
+    return output
+
+
+def leaf(seed: int, *shape: int, dtype: torch.dtype = F64) -> Tensor:
+    return normal(seed, *shape, dtype=dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("side", SIDES)
+@quick
+@given(
+    n=st.integers(0, 9),
+    d=st.integers(1, 20),
+    out=st.integers(1, 20),
+    k=st.integers(1, 22),
+    biased=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_outputs_and_both_gradients(side: str, n: int, d: int, out: int, k: int, biased: bool, seed: int) -> None:
+    x, vectors, weight = leaf(seed, n, d), leaf(seed + 1, d, k), normal(seed + 2, out, d)
+    bias = normal(seed + 3, out) if biased else None
+    got, wanted = fused(side, x, vectors, weight, bias), oracle(x, vectors, weight, bias)
+    assert got.shape == wanted.shape
+    assert relative_error(got, wanted, floor=1e-3) < 1e-11
+    upstream = normal(seed + 4, n, out)
+    found = torch.autograd.grad(got, (x, vectors), upstream)
+    sought = torch.autograd.grad(wanted, (x, vectors), upstream)
+    assert relative_error(found[0], sought[0], floor=1e-3) < 1e-11
+    assert relative_error(found[1], sought[1], floor=1e-1) < 1e-9
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("shape", [(8,), (2, 3, 8), (2, 0, 8)])
+def test_any_number_of_dimensions(side: str, shape: tuple[int, ...]) -> None:
+    x, vectors, weight = leaf(1, *shape), leaf(2, 8, 3), normal(3, 5, 8)
+    got, wanted = fused(side, x, vectors, weight, None), oracle(x, vectors, weight, None)
+    assert got.shape == (*shape[:-1], 5)
+    assert relative_error(got, wanted, floor=1.0) < 1e-12
+    gradients = torch.autograd.grad(got.square().sum(), (x, vectors))
+    sought = torch.autograd.grad(wanted.square().sum(), (x, vectors))
+    for one, other in zip(gradients, sought, strict=True):
+        assert relative_error(one, other, floor=1.0) < 1e-11
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_gradient_of_the_gradient(side: str) -> None:
+    x, vectors, weight = leaf(1, 3, 5), leaf(2, 5, 3), normal(3, 4, 5)
+    assert torch.autograd.gradgradcheck(lambda x, u: fused(side, x, u, weight, None), (x, vectors))
+
+
+def check_narrow(output: Tensor, x: Tensor, vectors: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Output and gradients of a bfloat16 layer with float32 vectors."""
+    wanted = oracle(x, vectors, weight, bias)
+    assert output.dtype == BF16
+    assert relative_error(output, wanted) < 6e-3
+    upstream = normal(4, *output.shape, dtype=BF16)
+    found = torch.autograd.grad(output, (x, vectors), upstream)
+    assert [gradient.dtype for gradient in found] == [BF16, F32]
+    for one, other in zip(found, torch.autograd.grad(wanted, (x, vectors), upstream.double()), strict=True):
+        assert relative_error(one, other) < 6e-3
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_bfloat16(side: str) -> None:
+    x, vectors, weight = leaf(1, 32, 96, dtype=BF16), leaf(2, 96, 8, dtype=F32), normal(3, 64, 96, dtype=BF16)
+    check_narrow(fused(side, x, vectors, weight, None), x, vectors, weight, None)
+
+
+# Which side a layer uses
+
+
+def node(output: Tensor) -> str:
+    """The name of the last node, without views."""
+    function: Any = output.grad_fn
+    while function.name() in ("ViewBackward0", "UnsafeViewBackward0"):
+        function = function.next_functions[0][0]
+    name: str = function.name()
+    return name
+
+
+def frozen(layer: nn.Module | None = None, r: int = 4) -> Any:
+    model = adapted(layer or nn.Linear(12, 6, dtype=F64), r)
+    model.requires_grad_(False)
+    model[0].hra_u["default"].requires_grad_()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("rows", "wants_gradient", "side"),
+    [
+        (1, True, "_InputSideBackward"),
+        (1, False, "_InputSideBackward"),
+        (16, False, "_OutputSideBackward"),
+        (16, True, "_InputSideBackward"),
+        (256, True, "_InputSideBackward"),
+    ],
+)
+def test_the_side_is_chosen_by_rows_and_gradients(rows: int, wants_gradient: bool, side: str) -> None:
+    model, x = frozen(), normal(1, rows, 12).requires_grad_(wants_gradient)
+    output = model(x)
+    assert node(output) == side
+    vectors = model[0].hra_u["default"]
+    wanted = oracle(x, vectors, model[0].weight, model[0].bias)
+    assert relative_error(output, wanted) < 1e-12
+    upstream = normal(2, rows, 6)
+    found, sought = torch.autograd.grad(output, vectors, upstream), torch.autograd.grad(wanted, vectors, upstream)
+    assert relative_error(found[0], sought[0]) < 1e-10
+
+
+def trained_weight(model: Any) -> None:
+    model[0].weight.requires_grad_()
+
+
+def trained_bias(model: Any) -> None:
+    model[0].bias.requires_grad_()
+
+
+def hooked(model: Any) -> None:
+    model[0].hra_u.register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize("change", [trained_weight, trained_bias, hooked])
+def test_a_trained_layer_or_a_hook_uses_the_plain_formula(change: Any) -> None:
+    model, x = frozen(), leaf(1, 3, 12)
+    change(model)
+    output = model(x)
+    assert node(output) == "AddmmBackward0"
+    model[0].zero_grad()
+    output.square().sum().backward()
+    wanted = oracle(x.detach(), model[0].hra_u["default"].detach(), model[0].weight, model[0].bias)
+    asked = [parameter for parameter in (model[0].weight, model[0].bias) if parameter.requires_grad]
+    for parameter, sought in zip(
+        asked, torch.autograd.grad(wanted.square().sum(), asked) if asked else [], strict=True
+    ):
+        assert relative_error(parameter.grad, sought) < 1e-10
+
+
+def test_autocast_uses_the_plain_formula() -> None:
+    model = frozen(nn.Linear(12, 6))
+    with torch.autocast("cpu", dtype=BF16):
+        output = model(normal(1, 3, 12, dtype=F32))
+    assert output.dtype == BF16
+
+
+def test_a_class_with_its_own_forward_uses_the_plain_formula() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    model, x = frozen(Conv1D(6, 12).double()), leaf(1, 3, 12)
+    output = model(x)
+    assert "Side" not in node(output)
+    wanted = oracle(x, model[0].hra_u["default"], model[0].weight.mT, model[0].bias)
+    assert relative_error(output, wanted) < 1e-12
+
+
+def test_gradient_checkpointing_gives_the_same_bits() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model, x = frozen(), leaf(1, 300, 12)
+    plain = torch.autograd.grad(model(x).square().sum(), (x, model[0].hra_u["default"]))
+    again = checkpoint(model, x, use_reentrant=False)
+    for one, other in zip(
+        plain, torch.autograd.grad(again.square().sum(), (x, model[0].hra_u["default"])), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("rows", [3, 300])
+def test_outputs_can_be_modified_in_place(rows: int) -> None:
+    model, x = frozen(), leaf(1, 2, rows, 12)
+    output = model(x)
+    output[..., 0] = 0
+    output.add_(1).relu_()
+    found = torch.autograd.grad(output.sum(), model[0].hra_u["default"])[0]
+    plain = oracle(x, model[0].hra_u["default"], model[0].weight, model[0].bias)
+    wanted = (torch.cat([torch.zeros_like(plain[..., :1]), plain[..., 1:]], dim=-1) + 1).relu()
+    assert relative_error(output, wanted) < 1e-12
+    assert relative_error(found, torch.autograd.grad(wanted.sum(), model[0].hra_u["default"])[0]) < 1e-11
+
+
+class Twice(nn.Module):
+    """A layer that is called twice, the second time with its own output."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.fc = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.fc(torch.tanh(self.fc(x)))
+        return output
+
+
+@pytest.mark.parametrize("rows", [4, 600])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_second_derivatives_of_a_layer_that_is_called_twice(rows: int, trained: bool, wants_gradient: bool) -> None:
+    model = frozen(nn.Linear(8, 8, dtype=F64))
+    model[0].weight.requires_grad_(trained)
+    x, vectors = normal(1, rows, 8).requires_grad_(wants_gradient), model[0].hra_u["default"]
+    loss = Twice(model[0])(x).square().sum()
+    found = torch.autograd.grad(loss, vectors, create_graph=True)[0]
+
+    def plain(u: Tensor) -> Tensor:
+        middle = torch.tanh(oracle(x, u, model[0].weight, model[0].bias))
+        return oracle(middle, u, model[0].weight, model[0].bias).square().sum()
+
+    sought = torch.autograd.grad(plain(vectors), vectors, create_graph=True)[0]
+    assert relative_error(found, sought) < 1e-10
+    again, wanted = (torch.autograd.grad(one.square().sum(), vectors)[0] for one in (found, sought))
+    assert relative_error(again, wanted) < 1e-9
+
+
+@pytest.mark.parametrize("rows", [4, 600])
+def test_a_narrow_model_under_autocast_of_its_dtype(rows: int) -> None:
+    model = frozen(nn.Linear(96, 64, dtype=BF16), 8)
+    x, vectors = leaf(1, rows, 96, dtype=BF16), model[0].hra_u["default"]
+    with torch.autocast("cpu", dtype=BF16):
+        output = model(x)
+    assert "Side" in node(output)
+    check_narrow(output, x, vectors, model[0].weight, model[0].bias)
+
+
+def test_float64_under_autocast() -> None:
+    model = frozen(nn.Linear(12, 6, dtype=F64))
+    box = model[0].hra_u
+    box["default"].data = box["default"].data.float()
+    x = normal(1, 3, 12)
+    with torch.autocast("cpu", dtype=BF16):
+        output = model(x)
+    assert relative_error(output, oracle(x, box["default"], model[0].weight, model[0].bias)) < 1e-5
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_gradients_in_a_batch(trained: bool) -> None:
+    model, x = frozen(), normal(1, 2, 12)
+    model[0].weight.requires_grad_(trained)
+    found = torch.autograd.functional.jacobian(model, x, vectorize=True)
+    turned = model[0].weight @ dense_q(model[0].hra_u["default"])
+    assert relative_error(found[0, :, 0], turned) < 1e-12
+    assert relative_error(found[1, :, 1], turned) < 1e-12
+
+
+def test_the_same_bits_with_and_without_gradients() -> None:
+    """So that a loaded adapter can be compared with the saved one."""
+    for dtype in (F64, F32, BF16):
+        model, x = frozen(nn.Linear(40, 24, dtype=dtype), 5), normal(1, 3, 40, dtype=dtype)
+        trained = model(x)
+        with torch.no_grad():
+            assert torch.equal(model(x), trained)
+        assert torch.equal(model.requires_grad_(False)(x), trained)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(12, 6, dtype=F64), nn.Conv2d(2, 6, 3, dtype=F64)])
+def test_cached_factors_notice_a_removed_anchor(layer: Any) -> None:
+    """The same vectors, loaded without their anchor."""
+    model = hra_fx.transform(nn.Sequential(layer), hra_fx.HRAConfig(r=3, target_modules=["0"]))
+    box: Any = model[0].hra_u
+    x = normal(1, 3, 12) if isinstance(layer, nn.Linear) else normal(1, 3, 2, 5, 5)
+    with torch.no_grad():
+        box["default"].copy_(normal(2, *box["default"].shape))
+        anchored = model(x)
+        box.replace("default", box["default"].clone(), None, box["default"].device)
+        assert box.anchor("default") is None
+        weight = layer.weight.flatten(1) @ dense_q(box["default"])
+        wanted = layer._conv_forward(x, weight.view_as(layer.weight), layer.bias) if x.dim() == 4 else None
+        wanted = nn.functional.linear(x, weight, layer.bias) if wanted is None else wanted
+        assert relative_error(model(x), wanted) < 1e-12
+        assert relative_error(anchored, wanted) > 1e-3

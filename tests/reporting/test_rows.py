@@ -1,0 +1,252 @@
+"""The values of a report's rows against dense products in float64, and the report as a table."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from oracles import dense_q
+from reporting.made import oracle_angles, oracle_share, report_of, row as made_row
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import hra_fx
+from hra_fx import HRAConfig, fold, report, transform
+from hra_fx.errors import AdapterError
+from hra_fx.reporting.row import Row
+
+F64 = torch.float64
+LAYERS: dict[str, Any] = {
+    "linear": lambda: nn.Linear(14, 9),
+    "conv": lambda: nn.Conv2d(3, 8, (3, 2)),
+    "conv with groups": lambda: nn.Conv2d(8, 12, 3, groups=4),
+    "conv1d": lambda: nn.Conv1d(6, 4, 3),
+    "conv3d": lambda: nn.Conv3d(2, 4, (2, 2, 3)),
+    "gpt-2": lambda: Conv1D(9, 14),
+    "attention": lambda: nn.MultiheadAttention(12, 3),
+}
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+class Holder(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layer(x)
+
+
+def adapt(kind: str, dtype: torch.dtype, *, scale: float, **fields: Any) -> Any:
+    """A model of one layer whose vectors were moved off their start by `scale`."""
+    model: Any = transform(Holder(LAYERS[kind]()).to(dtype), HRAConfig(target_modules=["layer"], **fields))
+    vectors = model.layer.hra_u["default"]
+    with torch.no_grad():
+        vectors.add_(scale * torch.randn(vectors.shape, dtype=F64, generator=torch.Generator().manual_seed(1)))
+    return model
+
+
+def one_linear(d: int = 6, **fields: Any) -> Any:
+    config = HRAConfig(**({"r": 2, "target_modules": ["0"], "init_weights": False} | fields))
+    return transform(nn.Sequential(nn.Linear(d, 4, dtype=F64)), config)
+
+
+def weight_of(layer: Any) -> Tensor:
+    if isinstance(layer, nn.MultiheadAttention):
+        return layer._parameters["in_proj_weight"].detach().double()  # type: ignore[union-attr]
+    weight = layer._parameters["weight"].detach().double()
+    return weight.T if isinstance(layer, Conv1D) else weight.flatten(1)
+
+
+def q_of(layer: Any, *, apply_GS: bool = False) -> Tensor:
+    anchor = layer.hra_u.anchor("default")
+    vectors = layer.hra_u["default"].detach()
+    return dense_q(vectors, apply_GS=apply_GS, anchor=None if anchor is None else anchor.double())
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    kind=st.sampled_from(sorted(LAYERS)),
+    r=st.integers(1, 9),
+    apply_GS=st.booleans(),
+    init_weights=st.booleans(),
+    scale=st.sampled_from([1e-3, 0.3, 10.0]),
+)
+def test_a_row_has_the_values_of_the_dense_product(
+    kind: str, r: int, apply_GS: bool, init_weights: bool, scale: float
+) -> None:
+    model = adapt(kind, F64, scale=scale, r=r, apply_GS=apply_GS, init_weights=init_weights)
+    (row,) = report(model)
+    q = q_of(model.layer, apply_GS=apply_GS)
+    angles = oracle_angles(q)
+    assert row.rotation == pytest.approx(float((q - torch.eye(row.d, dtype=F64)).norm()), rel=1e-9, abs=1e-10)
+    assert row.angles == pytest.approx(angles, abs=1e-6)
+    assert row.angle == pytest.approx(max(angles), rel=1e-6, abs=1e-7)
+    assert row.mean_angle == pytest.approx(sum(angles) / len(angles), abs=1e-6)
+    assert 0 <= row.orthogonality < 1e-11
+    assert (row.d, row.r, row.parameters) == (q.shape[0], r, q.shape[0] * r)
+    if scale > 0.01:
+        assert row.share == pytest.approx(oracle_share(weight_of(model.layer), q), rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_share_of_a_weight_in_lower_precision(kind: str, dtype: torch.dtype) -> None:
+    model = adapt(kind, dtype, scale=0.2, r=3)
+    (row,) = report(model)
+    assert 0 < row.share < 1
+    assert row.share == pytest.approx(oracle_share(weight_of(model.layer), q_of(model.layer)), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("apply_GS", [False, True])
+def test_a_new_adapter_rotates_nothing(apply_GS: bool, dtype: torch.dtype) -> None:
+    bound = 1e-12 if dtype == F64 else 1e-5
+    for r in (1, 2, 3, 6):
+        found = report(adapt("conv", dtype, scale=0.0, r=r, apply_GS=apply_GS))
+        (row,) = found
+        assert max(row.rotation, row.angle, row.orthogonality) < bound
+        assert (row.angles, row.mean_angle, row.share) == ((), 0.0, 0.0)
+        assert "adapter default, no layer is rotated yet" in str(found)
+
+
+def test_orthogonality_is_that_of_the_forward_precision() -> None:
+    for r in (1, 8):
+        (row,) = report(
+            transform(nn.Sequential(nn.Linear(64, 5)), HRAConfig(r=r, target_modules=["0"], init_weights=False))
+        )
+        assert 1e-9 < row.orthogonality < 1e-5
+
+
+def test_one_and_two_reflections_by_hand() -> None:
+    """A reflection has |H - I|_F = 2 and the angle pi. Two vectors at an angle of 0.25 rotate their plane by 0.5."""
+    (row,) = report(one_linear(7, r=1))
+    assert [row.rotation, row.angle] == pytest.approx([2.0, math.pi])
+    model = one_linear(7)
+    with torch.no_grad():
+        vectors = model[0].hra_u["default"].zero_()
+        vectors[0, 0] = 3.0
+        vectors[0, 1], vectors[1, 1] = math.cos(0.25), math.sin(0.25)
+    (row,) = report(model)
+    assert [row.angle, row.rotation] == pytest.approx([0.5, math.sqrt(8) * math.sin(0.25)])
+
+
+def test_the_report_changes_nothing_and_draws_no_random_numbers() -> None:
+    model = adapt("conv", F64, scale=0.1, r=3)
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    assert report(model) == report(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_zero_vectors_nan_and_missing_data() -> None:
+    for r in (1, 3):
+        model = one_linear(r=r)
+        with torch.no_grad():
+            model[0].hra_u["default"].zero_()
+        (row,) = report(model)
+        assert (row.rotation, row.angle, row.orthogonality) == (0.0, 0.0, 0.0)
+        with torch.no_grad():
+            model[0].hra_u["default"][0, 0] = float("nan")
+        (row,) = report(model)
+        assert all(math.isnan(value) for value in (row.rotation, row.angle, row.orthogonality, row.share))
+        assert "nan" in str(report(model))
+    (row,) = report(one_linear().to("meta"))
+    assert math.isnan(row.share)
+    assert math.isnan(row.angle)
+    assert (row.d, row.r) == (6, 2)
+
+
+def test_a_weight_that_cannot_be_read_has_no_share() -> None:
+    model = one_linear()
+    model[0]._parameters["weight"] = nn.Parameter(torch.ones(4, 6, dtype=torch.int8), requires_grad=False)
+    (row,) = report(model)
+    assert math.isnan(row.share)
+    assert row.angle > 0
+    model[0]._parameters["weight"] = nn.Parameter(torch.ones(12, 1), requires_grad=False)  # packed
+    assert math.isnan(report(model).rows[0].share)
+    del model[0]._parameters["weight"]
+    assert math.isnan(report(model).rows[0].share)
+
+
+def test_a_dense_product_would_not_fit_into_memory() -> None:
+    """`Q` of 200,000 x 200,000 takes 320 GB."""
+    (row,) = report(one_linear(200_000, r=3))
+    assert len(row.angles) == 2
+    assert 0 < row.share < 1e-3
+
+
+def test_scaled_merged_and_disabled_adapters() -> None:
+    """Scaling scales every angle. Merging and disabling an adapter do not change its row."""
+    model = adapt("linear", F64, scale=0.1, r=4)
+    (whole,) = report(model).rows
+    hra_fx.merge_adapter(model)
+    assert report(model).rows == (whole,)
+    hra_fx.unmerge_adapter(model)
+    with hra_fx.disable_adapters(model):
+        assert report(model).rows == (whole,)
+    hra_fx.set_scale(model, "default", 0.5)
+    (half,) = report(model).rows
+    assert half.angles == pytest.approx([angle / 2 for angle in whole.angles])
+    assert half.share == pytest.approx(whole.share)
+    hra_fx.set_scale(model, "default", 0.0)
+    (none,) = report(model).rows
+    assert (none.angles, none.mean_angle, none.share) == ((), 0.0, 0.0)
+
+
+def test_several_adapters_have_a_row_each() -> None:
+    model = transform(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"], init_weights=False), "a")
+    hra_fx.add_adapter(model, "b", HRAConfig(r=4, target_modules=["0"], init_weights=False))
+    layer: Any = model[0]
+    rows = report(model).rows
+    assert [(row.adapter, row.active, row.r) for row in rows] == [("a", True, 2), ("b", False, 4)]
+    for row in rows:
+        q = dense_q(layer.hra_u[row.adapter].detach())
+        assert row.share == pytest.approx(oracle_share(layer._parameters["weight"], q), rel=1e-4)
+
+
+def test_rows_as_dictionaries_go_through_json_and_back() -> None:
+    found = report(adapt("conv", F64, scale=0.1, r=3))
+    rows = found.to_dicts()
+    assert json.loads(json.dumps(rows)) == rows
+    assert [Row(**(row | {"angles": tuple(row["angles"])})) for row in rows] == list(found)
+    assert len(rows) == len(found) == 1
+
+
+def test_a_model_without_adapters_is_refused() -> None:
+    with pytest.raises(AdapterError, match="transform"):
+        report(fold(one_linear()))
+
+
+def test_the_table_has_every_layer_in_full() -> None:
+    names = [
+        "query",
+        "encoder.layer.11.attention.output.dense",
+        "model.vision_tower.vision_model.encoder.layers.23.self_attn.out_proj",
+    ]
+    found = report_of(*(made_row(name, layer_type="Linear 384->1536", parameters=1536) for name in names))
+    text = str(found)
+    assert repr(found) == text
+    assert "3 adapted layers" in text
+    assert all(name in text for name in (*names, "Linear 384->1536", "1,536"))
+
+
+def test_capture_names_the_graph_that_shows_each_layer() -> None:
+    model = transform(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), HRAConfig(r=2, target_modules=["0"]))
+    (plain,) = report(model)
+    assert (plain.graph, plain.graph_reason) == (None, "")
+    program = torch.export.export(nn.Sequential(nn.Linear(6, 8)), (torch.ones(1, 6),))
+    captured = report(transform(program, HRAConfig(r=2, target_modules=["0"])), capture=True)
+    assert [(row.graph, row.graph_reason) for row in captured] == [("", "")]
+    assert " whole model " in str(captured)
+    (traced,) = report(model, capture=True)
+    assert traced.graph in (None, "")

@@ -1,0 +1,184 @@
+"""The layers without an adapter, each with its reason."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import hra_fx
+from hra_fx import HRAConfig, report, transform
+from hra_fx.reporting.skipped_layers import SkippedLayer
+
+
+def llama(layers: int = 2) -> Any:
+    sizes: dict[str, Any] = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **heads, **sizes))
+
+
+def blocks() -> Any:
+    """Two layers with a block index, and one without."""
+    inner = nn.ModuleList(nn.ModuleDict({"proj": nn.Linear(4, 4)}) for _ in range(2))
+    return nn.ModuleDict({"blocks": inner, "out": nn.ModuleDict({"proj": nn.Linear(4, 4)})})
+
+
+def convolution() -> Any:
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4, 2))
+
+
+def reasons(model: Any) -> dict[str, str]:
+    return {layer.path: layer.reason for layer in report(model).skipped}
+
+
+Q0, Q1 = "layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj"
+CASES: dict[str, tuple[Any, dict[str, Any], str, str]] = {
+    "not in the list": (llama, {"target_modules": ["q_proj"]}, "lm_head", "not in target_modules=['q_proj']"),
+    "regular expression": (
+        llama,
+        {"target_modules": r".*\.0\..*q_proj"},
+        f"model.{Q1}",
+        r"not matched by target_modules='.*\\.0\\..*q_proj'",
+    ),
+    "defaults": (
+        llama,
+        {},
+        "model.layers.0.self_attn.k_proj",
+        "not in the default target_modules of this architecture, ['q_proj', 'v_proj']",
+    ),
+    "excluded": (
+        llama,
+        {"target_modules": ["q_proj"], "exclude_modules": [Q0]},
+        f"model.{Q0}",
+        f"excluded by exclude_modules=['{Q0}']",
+    ),
+    "all-linear, head": (
+        llama,
+        {"target_modules": "all-linear"},
+        "lm_head",
+        "the output layer, which target_modules='all-linear' does not include",
+    ),
+    "all-linear, convolution": (
+        convolution,
+        {"target_modules": "all-linear"},
+        "0",
+        "not a linear layer, which target_modules='all-linear' does not include",
+    ),
+    "no index": (
+        blocks,
+        {"target_modules": ["proj"], "layers_to_transform": [0, 1], "layers_pattern": "blocks"},
+        "out.proj",
+        "no layer index in its path, and layers_to_transform=[0, 1] is given",
+    ),
+    "two reasons": (
+        llama,
+        {"target_modules": ["q_proj"], "exclude_modules": [Q1], "layers_to_transform": 0},
+        f"model.{Q1}",
+        f"excluded by exclude_modules=['{Q1}'], and layer index not in layers_to_transform=0",
+    ),
+    **{
+        f"index not in {shown}": (
+            partial(llama, 11),
+            {"target_modules": ["q_proj"], "layers_to_transform": indices, "layers_pattern": "layers"},
+            "model.layers.10.self_attn.q_proj",
+            f"layer index not in layers_to_transform={shown}",
+        )
+        for indices, shown in (([0, 2], "[0, 2]"), (1, "1"), (list(range(10)), "[0, ..., 9] (10 of them)"))
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_reasons(case: str) -> None:
+    make, fields, path, reason = CASES[case]
+    assert reasons(transform(make(), HRAConfig(r=2, **fields)))[path] == reason
+
+
+def test_every_layer_is_either_adapted_or_skipped() -> None:
+    model = llama()
+    linear = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    found = report(transform(model, HRAConfig(r=2, target_modules=["q_proj", "down_proj"])))
+    adapted, skipped = {row.path for row in found}, {layer.path for layer in found.skipped}
+    assert adapted | skipped == linear
+    assert not adapted & skipped
+    assert [layer.layer_type for layer in found.skipped if layer.path == "lm_head"] == ["Linear 16->20"]
+    full = report(transform(nn.Sequential(nn.Linear(4, 4)), HRAConfig(r=2, target_modules=["0"])))
+    assert full.skipped == ()
+    assert "Not adapted" not in str(full)
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], r".*(q_proj|lm_head)"])
+def test_layers_in_modules_to_save_are_trained_and_not_skipped(targets: Any) -> None:
+    found = report(transform(llama(), HRAConfig(r=2, target_modules=targets, modules_to_save=["lm_head"])))
+    assert found.trained_in_full == ("lm_head",)
+    assert "lm_head" not in {layer.path for layer in found.skipped}
+    assert "Trained in full (modules_to_save):\n  lm_head\n" in str(found)
+
+
+def test_layers_inside_a_saved_module_and_the_head_of_a_task_are_trained_too() -> None:
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "classifier": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))})
+    found = report(transform(model, HRAConfig(r=2, target_modules=["body"], task_type="SEQ_CLS")))
+    assert (found.trained_in_full, found.skipped) == (("classifier.0", "classifier.1"), ())
+
+
+def test_several_adapters_give_a_reason_each() -> None:
+    model = transform(llama(), HRAConfig(r=2, target_modules=["q_proj"]), "a")
+    hra_fx.add_adapter(model, "b", HRAConfig(r=2, target_modules=["v_proj"], exclude_modules=["k_proj"]))
+    found = reasons(model)
+    assert {"model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"}.isdisjoint(found)
+    assert found["model.layers.0.self_attn.o_proj"] == (
+        "not in target_modules=['q_proj'] (adapter a); not in target_modules=['v_proj'] (adapter b)"
+    )
+
+
+def test_conv1d_layers_of_gpt2_are_listed() -> None:
+    config = GPT2Config(vocab_size=20, n_positions=8, n_embd=16, n_layer=1, n_head=2)
+    found = report(transform(GPT2LMHeadModel(config), HRAConfig(r=2, target_modules=["c_attn"])))
+    assert {layer.path: layer.layer_type for layer in found.skipped}["transformer.h.0.mlp.c_fc"] == "Conv1D 16->64"
+
+
+def test_a_layer_that_was_replaced_after_transform() -> None:
+    model: Any = transform(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), HRAConfig(r=2, target_modules=["0", "1"]))
+    model[1] = nn.Linear(4, 2)
+    assert report(model).skipped == (SkippedLayer("1", "Linear 4->2", "folded or replaced after transform"),)
+
+
+class Wrapper(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.model(x))
+
+
+def test_layers_around_a_transformed_module_and_parts_of_one() -> None:
+    inner = transform(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), HRAConfig(r=2, target_modules=["0"]))
+    assert reasons(Wrapper(inner)) == {
+        "model.1": "not in target_modules=['0']",
+        "head": "outside of the transformed module 'model'",
+    }
+    whole = transform(Wrapper(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))), HRAConfig(r=2, target_modules=["0"]))
+    assert reasons(whole.model) == {"1": "unknown: this module is a part of a transformed model"}
+
+
+def test_a_shared_layer_is_listed_once() -> None:
+    layer = nn.Linear(4, 4)
+    model = transform(nn.Sequential(layer, nn.ReLU(), layer, nn.Linear(4, 4)), HRAConfig(r=2, target_modules=["3"]))
+    assert [layer.path for layer in report(model).skipped] == ["0"]
+
+
+def test_a_printed_report_groups_layers_by_reason() -> None:
+    model = transform(llama(9), HRAConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1]))
+    state = torch.get_rng_state()
+    text = str(report(model))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert "Not adapted: 63 layers" in text
+    assert "  model.layers.*.self_attn.q_proj (8): layer index not in layers_to_transform=[1]\n" in text
+    assert "model.layers.*.self_attn.k_proj (9), model.layers.*.self_attn.v_proj (9), " in text
+    assert " and 10 more: not in target_modules=['q_proj']\n" in text
