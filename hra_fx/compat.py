@@ -75,19 +75,28 @@ def has_saved_tensors_hooks() -> bool:
 
 # --- modules ----------------------------------------------------------------------------------------------------------
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+
+def _has_global_hooks() -> bool:
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(nn_module, f"_global{name}", True) for name in names)
 
 
-def has_global_module_hooks() -> bool:
-    """Whether hooks are registered for all modules. The name is from 2.8; without it, look at each dictionary."""
-    asked = getattr(nn_module, "_has_any_global_hook", None)
-    return bool(asked()) if asked else any(getattr(nn_module, name, True) for name in _GLOBAL_HOOKS)
+#: Whether hooks are registered for all modules. The name is from 2.8; without it, look at each dictionary.
+has_global_module_hooks: Callable[[], bool] = getattr(nn_module, "_has_any_global_hook", _has_global_hooks)
+
+
+def has_own_hooks(module: nn.Module) -> bool:
+    """Whether hooks are registered on a module. No public name exists; without the private ones: yes."""
+    try:
+        own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    except AttributeError:
+        return True
+    return any(own)
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling a module runs hooks, its own or global ones. No public name exists."""
-    return any(getattr(module, name, True) for name in _HOOKS) or has_global_module_hooks()
+    """Whether calling a module runs hooks, its own or those of all modules."""
+    return has_own_hooks(module) or has_global_module_hooks()
 
 
 def non_persistent_buffers(module: nn.Module) -> set[str]:

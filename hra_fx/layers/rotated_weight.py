@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from hra_fx import compat
 from hra_fx.errors import AdapterError
@@ -84,7 +83,7 @@ class RotatedWeight(Tensor):
             return args[0].__repr__()
         if _writes(func, args, kwargs):
             _refuse(func)
-        return func(*tree_map(_value, args), **tree_map(_value, kwargs))
+        return func(*compat.pytree.tree_map(_value, args), **compat.pytree.tree_map(_value, kwargs))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -97,16 +96,16 @@ class RotatedWeight(Tensor):
         """Below autograd, where code in C++ or with torch functions disabled has read the weight."""
         if func is torch.ops.aten.detach.default:  # `w.data` too: whoever writes into it is told
             return cls(args[0]._layer, detached=True)
-        found = [part for part in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(part, RotatedWeight)]
+        found = [part for part in compat.pytree.tree_leaves((args, kwargs)) if isinstance(part, RotatedWeight)]
         if torch.is_grad_enabled() and any(_is_trained(weight) for weight in found):
             raise AdapterError(
                 f"{func} reads the weight of an adapted layer where autograd does not see it, and the adapters would "
                 "get no gradient. Call it under torch.no_grad(), or exclude the layer with exclude_modules."
             )
-        if getattr(getattr(func, "_schema", None), "is_mutable", False) and isinstance(args[0], RotatedWeight):
+        if getattr(compat.schema_of(func), "is_mutable", False) and isinstance(args[0], RotatedWeight):
             _refuse(func)
         with torch.no_grad():
-            return func(*tree_map(_value, args), **tree_map(_value, kwargs or {}))
+            return func(*compat.pytree.tree_map(_value, args), **compat.pytree.tree_map(_value, kwargs or {}))
 
 
 class InferenceRotatedWeight(RotatedWeight):
@@ -115,7 +114,7 @@ class InferenceRotatedWeight(RotatedWeight):
     torch takes the fast path through `nn.TransformerEncoderLayer` and `nn.MultiheadAttention` only with such weights.
     """
 
-    __torch_function__ = compat.disabled_torch_function  # type: ignore[assignment]
+    __torch_function__ = compat.disabled_torch_function
 
 
 def _value(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -53,7 +54,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                     yield f"{path}.{name}".lstrip("."), _unwrap(tensor)
 
 
-def _unwrap(tensor: Tensor) -> Tensor:
+def _unwrap(tensor: Any) -> Tensor:
     """A tensor with memory of its own: that of a wrapper subclass (a quantized weight) is in the tensors inside it."""
     while is_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
