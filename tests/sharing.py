@@ -1,4 +1,4 @@
-"""Models that use a layer in several places, and an oracle for them."""
+"""Models that contain a layer in several places, and the oracle for them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ F64 = torch.float64
 
 
 class Pair(nn.Module):
-    """A parent of a shared layer."""
+    """Two layers, of which another parent has the second too."""
 
     def __init__(self, shared: nn.Module) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class OtherPathOnly(TwoPaths):
 
 
 class TwoParents(nn.Module):
-    """Two parents share a layer, under a root that fx cannot trace."""
+    """Two traced parents share a layer under a root that cannot be traced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,8 +124,8 @@ CASES = {
     "two paths": Case(TwoPaths, ["first", "between"], ["first", "between"]),
     "two paths, both named": Case(TwoPaths, ["first", "again"], ["first"]),
     "the other path only": Case(OtherPathOnly, ["first", "between"], ["first", "between"]),
-    "two regions": Case(TwoParents, ["own", "shared"], ["left.own", "left.shared", "right.own"]),
-    "two regions, shared alone": Case(TwoParents, ["shared"], ["left.shared"]),
+    "two parents": Case(TwoParents, ["own", "shared"], ["left.own", "left.shared", "right.own"]),
+    "two parents, shared alone": Case(TwoParents, ["shared"], ["left.shared"]),
     "a block called three times": Case(SharedBlock, ["own", "shared"], ["block.own", "block.shared"]),
     "a list with a block twice": Case(
         SharedBlocks, ["own", "shared"], ["layers.0.own", "layers.0.shared", "layers.1.own", "layers.1.shared"]

@@ -64,6 +64,8 @@ def private_names(file: Path) -> Iterator[str]:
             text = ast.unparse(node)
             names = [text] if text.startswith("torch.") and node.attr.startswith("_") else []
             names += [f"torch.{node.attr}"] if node.attr in ATTRIBUTES else []
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names = [f"torch.{node.value}"] if node.value in ATTRIBUTES else []  # of getattr
         private = [name for name in names if re.search(r"\._(?!_)", name) and name != "torch._assert"]  # documented
         yield from (f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}: {name}" for name in private)
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hra_fx.compat import is_fx_tracing
+from hra_fx import compat
 from hra_fx.errors import AdapterError
 from hra_fx.kernels.dispatch import is_plain_eager
 from hra_fx.layers.adapters import Reflection
@@ -88,7 +88,7 @@ class SiteCarrier(Carrier):
 def _rotated(layer: SiteCarrier) -> Any:
     """What a reader of the weight gets."""
     base, adapters = layer.hra_base, layer.hra_u
-    if torch.compiler.is_compiling() or is_fx_tracing():  # a tracer needs the operations themselves
+    if torch.compiler.is_compiling() or compat.is_fx_tracing():  # a tracer needs the operations themselves
         return adapters(weight=base)
     # Parameters in shards are only read by the tool that shards them; while a module runs, they are whole.
     if not adapters.acts or is_shard(base):

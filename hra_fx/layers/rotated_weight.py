@@ -20,13 +20,18 @@ _METADATA = frozenset(
             for name in ("shape", "dtype", "device", "layout", "ndim", "is_cpu", "is_cuda")
         ),
         *(getattr(Tensor, name).__get__ for name in ("is_meta", "is_sparse", "is_quantized", "itemsize", "nbytes")),
-        *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "grad")),
         *(Tensor.dim, Tensor.size, Tensor.stride, Tensor.numel, Tensor.__len__, Tensor.nelement, Tensor.element_size),
         *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.data_ptr, Tensor.get_device),
     ]
 )
-#: Set on the base weight: whoever freezes a weight, or clears its gradient, means the parameter.
-_SETTERS = frozenset([*(getattr(Tensor, name).__set__ for name in ("requires_grad", "grad")), Tensor.requires_grad_])
+#: Read and set on the base weight: whoever freezes a weight, or clears its gradient, means the parameter.
+_FLAGS = frozenset(
+    [
+        *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "grad")),
+        *(getattr(Tensor, name).__set__ for name in ("requires_grad", "grad")),
+        Tensor.requires_grad_,
+    ]
+)
 _DETACHED = frozenset([Tensor.data.__get__, Tensor.detach])  # type: ignore[attr-defined]
 
 
@@ -75,13 +80,15 @@ class RotatedWeight(Tensor):
     ) -> Any:
         """Answer from the base weight, or compute with `W Q`."""
         kwargs = kwargs or {}
-        if func in _METADATA or (func in _SETTERS and not args[0]._detached):
+        if func in _METADATA:
             return func(args[0].base(), *args[1:], **kwargs)
+        if func in _FLAGS:
+            return _answer_flag(func, args, kwargs)
         if func in _DETACHED:
             return RotatedWeight(args[0]._layer, detached=True)
         if func is Tensor.__repr__:
             return args[0].__repr__()
-        if _writes(func, args, kwargs):
+        if not torch.compiler.is_compiling() and _writes(func, args, kwargs):  # TorchDynamo does not trace the question
             _refuse(func)
         return func(*compat.pytree.tree_map(_value, args), **compat.pytree.tree_map(_value, kwargs))
 
@@ -102,7 +109,7 @@ class RotatedWeight(Tensor):
                 f"{func} reads the weight of an adapted layer where autograd does not see it, and the adapters would "
                 "get no gradient. Call it under torch.no_grad(), or exclude the layer with exclude_modules."
             )
-        if getattr(compat.schema_of(func), "is_mutable", False) and isinstance(args[0], RotatedWeight):
+        if _writes_by_schema(func, args, kwargs or {}):
             _refuse(func)
         with torch.no_grad():
             return func(*compat.pytree.tree_map(_value, args), **compat.pytree.tree_map(_value, kwargs or {}))
@@ -117,6 +124,25 @@ class InferenceRotatedWeight(RotatedWeight):
     __torch_function__ = compat.disabled_torch_function
 
 
+def _answer(name: str, func: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: InferenceRotatedWeight, *args: Any, **kwargs: Any) -> Any:
+        return RotatedWeight.__torch_function__(func, (), (self, *args), kwargs)
+
+    method.__name__ = name
+    return method
+
+
+# These do not reach the dispatcher: without torch functions they would act on the empty tensor that stands for W Q.
+for _name in (
+    *("numpy", "tolist", "data_ptr", "untyped_storage", "requires_grad_", "share_memory_", "apply_", "map_"),
+    *("__setitem__", "__reduce_ex__", "__dlpack__"),
+):
+    setattr(InferenceRotatedWeight, _name, _answer(_name, getattr(Tensor, _name)))
+for _name in ("data", "requires_grad", "grad"):
+    _get, _set = (_answer(_name, getattr(getattr(Tensor, _name), side)) for side in ("__get__", "__set__"))
+    setattr(InferenceRotatedWeight, _name, property(_get, _set))
+
+
 def _value(value: Any) -> Any:
     return value.value() if isinstance(value, RotatedWeight) else value
 
@@ -125,14 +151,43 @@ def _is_trained(weight: RotatedWeight) -> bool:
     return not weight._detached and any(vectors.requires_grad for vectors in weight._layer.hra_u.parameters())  # type: ignore[union-attr]
 
 
+def _answer_flag(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """`requires_grad`, `grad` and `is_leaf` of the base weight; a detached weight has none of them."""
+    weight: RotatedWeight = args[0]
+    if not weight._detached:
+        answer = func(weight.base(), *args[1:], **kwargs)
+        return weight if func is Tensor.requires_grad_ else answer
+    if func.__name__ == "__get__":
+        return func(weight.base().detach())
+    raise AdapterError(
+        "The weight of an adapted layer is computed as W Q at each read, so it cannot become a parameter or another "
+        "leaf of autograd. Copy its values first: `layer.weight.detach().clone()`."
+    )
+
+
 def _writes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether a function writes into a rotated weight: `w.add_(...)`, `w[...] = ...`, `w.data = ...`, `out=w`."""
+    first = args[0] if args else next(iter(kwargs.values()), None)  # torch.nn.init passes its tensor by name
+    if isinstance(first, (list, tuple)):  # torch._foreach_add_
+        first = next((part for part in first if isinstance(part, RotatedWeight)), None)
     if isinstance(kwargs.get("out"), RotatedWeight):
         return True
     name = getattr(func, "__name__", "")
     in_place = name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__"))
     augmented = name.startswith("__i") and name.endswith("__") and name not in ("__index__", "__int__", "__invert__")
-    return (in_place or augmented) and bool(args) and isinstance(args[0], RotatedWeight)
+    return (in_place or augmented or kwargs.get("inplace") is True) and isinstance(first, RotatedWeight)
+
+
+def _writes_by_schema(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether an operator of the dispatcher writes into a rotated weight."""
+    schema = compat.schema_of(func)  # operators of higher order have none
+    arguments = schema.arguments if schema is not None and schema.is_mutable else ()
+    written = [
+        kwargs.get(argument.name, args[place] if place < len(args) else None)
+        for place, argument in enumerate(arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return any(isinstance(part, RotatedWeight) for part in compat.pytree.tree_leaves(written))
 
 
 def _refuse(func: Callable[..., Any]) -> NoReturn:

@@ -15,7 +15,6 @@ from refusals import refused
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.layers.target import Site
 
 
 class Attending(nn.Module):
@@ -144,9 +143,8 @@ def test_inputs_of_different_widths_are_refused_for_the_attention_and_not_for_it
     check_fold(base, adapted, *args)
 
 
-def test_a_captured_model_calls_it_whole() -> None:
+def test_a_graph_calls_it_whole() -> None:
     _, model = pair(WithNorm, ["attn", "out_proj", "fc"])
-    assert {row.region for row in hra_fx.report(model).rows} == {"whole"}
     calls = [node for node in hra_fx.graphs(model)[""].graph.nodes if node.op == "call_module"]
     assert [node.target for node in calls] == ["norm", "attn", "fc.hra_u", "fc"]
     note = calls[1].meta["hra"]
@@ -203,10 +201,8 @@ def test_the_fast_path_is_really_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     base, model = pair(encoder, EVERY)
     with torch.no_grad():
         wanted = run_dense(base, model, SEQUENCES)
-        assert_same(model(SEQUENCES), wanted)  # the first call is watched, and so takes the slow path
-        taken.clear()
         assert_same(model(SEQUENCES), wanted)
-    assert len(taken) == 2
+    assert len(taken) == 4  # two layers, of the base model over dense weights and of the adapted one
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -236,11 +232,6 @@ def test_torchvisions_vision_transformer(targets: list[str]) -> None:
         return model
 
     base, model = pair(make, targets)
-    assert {row.region for row in hra_fx.report(model).rows} == {"whole"}
     images = normal(9, 2, 3, 8, 8)
     check(base, model, images)
     check_fold(base, model, images)
-
-
-def test_a_site_is_hashable_and_says_where_it_acts() -> None:
-    assert len({Site("a", "attention", on_weight=True), Site("a", "attention", True), Site("a", "attention")}) == 2

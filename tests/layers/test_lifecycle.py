@@ -84,7 +84,7 @@ sorts = pytest.mark.parametrize("fields", [{"r": 2}, {"r": 3}, {"r": 2, "apply_G
 
 
 def other_start(case: Case, **fields: Any) -> nn.Module:
-    """The same base model, transformed anew."""
+    """The same base model, transformed again."""
     torch.manual_seed(0)
     base = case.make().double().eval()
     return hra_fx.transform(base, config(*case.targets, **fields))
@@ -294,7 +294,7 @@ def test_training_moves_the_vectors_alone(case: Case) -> None:
 
 @every
 def test_data_parallel_replicas_and_functional_calls(case: Case) -> None:
-    """A copy whose tensors are given anew, as `functional_call` does, rotates what it is given."""
+    """A copy whose tensors are replaced, as `functional_call` does, rotates what it is given."""
     base, model = case.pair()
     state = {name: value.detach() for name, value in model.named_parameters()}
     moved = {name: value * 1.5 if name.endswith("weight") else value for name, value in state.items()}

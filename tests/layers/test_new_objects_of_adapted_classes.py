@@ -13,7 +13,7 @@ import pytest
 import torch
 import torchvision
 import transformers
-from model import many
+from layers.checking import dense_weights, normal, run_dense
 from oracles import relative_error
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
@@ -25,7 +25,7 @@ ways = pytest.mark.parametrize("way", WAYS)
 
 
 class Branching(nn.Module):
-    """A model whose forward FX cannot trace, so that the parts of it are regions: `(n, 6) -> (n, 2)`."""
+    """A model whose forward FX cannot trace: `(n, 6) -> (n, 2)`."""
 
     def __init__(self, width: int = 8, *, scale: float = 1.0) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Branching(nn.Module):
 
 
 class Net(nn.Module):
-    """A model with arguments, traced as a whole: `(n, 6) -> (n, width)`."""
+    """A model with arguments: `(n, 6) -> (n, width)`."""
 
     def __init__(self, width: int, *, bias: bool = True) -> None:
         super().__init__()
@@ -60,7 +60,27 @@ def config(*targets: str) -> hra_fx.HRAConfig:
 
 
 def x(count: int = 3) -> Tensor:
-    return many.normal(count, 6)
+    return normal(1, count, 6)
+
+
+_TEXT = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+#: An adapted layer of each model, and how to make it.
+TEXT_MODELS: dict[str, tuple[str, type[Any], type[Any]]] = {
+    "bert": ("query", transformers.BertForSequenceClassification, transformers.BertConfig),
+    "llama": ("q_proj", transformers.LlamaForCausalLM, transformers.LlamaConfig),
+}
+texts = pytest.mark.parametrize("kind", TEXT_MODELS)
+IDS = torch.randint(0, 32, (2, 5), generator=torch.Generator().manual_seed(1))
+
+
+def text_model(kind: str) -> Any:
+    _, model, settings = TEXT_MODELS[kind]
+    torch.manual_seed(0)
+    return model(settings(**_TEXT, max_position_embeddings=32, initializer_range=0.4)).double().eval()
+
+
+def logits(model: nn.Module) -> Tensor:
+    return model(IDS).logits
 
 
 @ways
@@ -68,7 +88,7 @@ def test_a_slice_of_an_adapted_sequential_runs_its_adapted_layers(way: str) -> N
     base = sequential()
     model = WAYS[way](copy.deepcopy(base), config("0", "2"))
     whole = model(x())
-    rotated = many.weights(base, model, ["default"])
+    rotated = dense_weights(base, model)
     hidden = torch.relu(nn.functional.linear(x(), rotated["0.weight"], base[0].bias))
     first, last = model[:2], model[2:]
     assert (len(first), len(last)) == (2, 1)
@@ -95,7 +115,7 @@ def test_a_slice_of_a_part_runs_where_the_model_as_a_whole_cannot_be_traced(way:
     torch.manual_seed(0)
     base = Branching().double()
     model = WAYS[way](copy.deepcopy(base), config("body.0", "body.2"))
-    rotated = many.weights(base, model, ["default"])
+    rotated = dense_weights(base, model)
     hidden = torch.relu(nn.functional.linear(x(), rotated["body.0.weight"], base.body[0].bias))
     assert relative_error(model.body[:2](x()), hidden) < 1e-12
     assert relative_error(model.body[2:](hidden), model.body(x())) < 1e-12
@@ -184,14 +204,14 @@ def test_a_new_object_can_be_adapted_itself(way: str, make: Callable[[], Any]) -
     plain.load_state_dict(built.state_dict())
     adapted = WAYS[way](built, config(target))
     assert relative_error(adapted(x()), plain(x())) > 1e-3
-    assert relative_error(adapted(x()), many.oracle(plain, adapted, ["default"], x())) < 1e-12
+    assert relative_error(adapted(x()), run_dense(plain, adapted, x())) < 1e-12
 
 
 @ways
-@pytest.mark.parametrize("kind", ["bert", "llama"])
+@texts
 def test_a_model_of_transformers_is_made_again_from_its_config(way: str, kind: str, tmp_path: Path) -> None:
-    base = getattr(many, kind)()
-    target = {"bert": "query", "llama": "q_proj"}[kind]
+    base = text_model(kind)
+    target = TEXT_MODELS[kind][0]
     plain = copy.deepcopy(base)
     model = WAYS[way](base, config(target))
     built = type(model)(model.config).double().eval()
@@ -200,15 +220,15 @@ def test_a_model_of_transformers_is_made_again_from_its_config(way: str, kind: s
         key: t.shape for key, t in plain.state_dict().items()
     }
     built.load_state_dict(plain.state_dict())
-    assert torch.equal(many.run(built, many.ids()), many.run(plain, many.ids()))
+    assert torch.equal(logits(built), logits(plain))
 
 
 @ways
-@pytest.mark.parametrize("kind", ["bert", "llama"])
+@texts
 def test_such_a_model_of_transformers_is_saved_whole(way: str, kind: str, tmp_path: Path) -> None:
-    plain = getattr(many, kind)()
-    target = {"bert": "query", "llama": "q_proj"}[kind]
-    model = WAYS[way](getattr(many, kind)(), config(target))
+    plain = text_model(kind)
+    target = TEXT_MODELS[kind][0]
+    model = WAYS[way](text_model(kind), config(target))
     built = type(model)(model.config).double().eval()
     built.load_state_dict(plain.state_dict())
     built.save_pretrained(tmp_path)
@@ -220,13 +240,13 @@ def test_such_a_model_of_transformers_is_saved_whole(way: str, kind: str, tmp_pa
 
 
 @ways
-@pytest.mark.parametrize("kind", ["bert", "llama"])
+@texts
 def test_from_pretrained_of_an_adapted_model_loads_a_base_model(way: str, kind: str, tmp_path: Path) -> None:
-    plain = getattr(many, kind)()
+    plain = text_model(kind)
     plain.save_pretrained(tmp_path)
-    target = {"bert": "query", "llama": "q_proj"}[kind]
-    model = WAYS[way](getattr(many, kind)(), config(target))
-    before = many.run(model, many.ids())
+    target = TEXT_MODELS[kind][0]
+    model = WAYS[way](text_model(kind), config(target))
+    before = logits(model)
     for loaded in (
         model.from_pretrained(tmp_path, dtype=torch.float64),
         type(model).from_pretrained(tmp_path, dtype=torch.float64),
@@ -234,11 +254,11 @@ def test_from_pretrained_of_an_adapted_model_loads_a_base_model(way: str, kind: 
         assert isinstance(loaded, type(plain))
         assert not any("hra_" in key for key in loaded.state_dict())
         # Rotary frequencies are made in float32 here, and were made wider there.
-        assert relative_error(many.run(loaded.eval(), many.ids()), many.run(plain, many.ids())) < 1e-6
-    assert torch.equal(many.run(model, many.ids()), before)
+        assert relative_error(logits(loaded.eval()), logits(plain)) < 1e-6
+    assert torch.equal(logits(model), before)
 
 
 def test_auto_classes_know_the_model_by_its_config_as_before() -> None:
-    model = hra_fx.HRAModel(many.bert(), config("query"))
+    model = hra_fx.HRAModel(text_model("bert"), config("query"))
     built = transformers.AutoModelForSequenceClassification.from_config(model.config)
     assert type(built) is transformers.BertForSequenceClassification

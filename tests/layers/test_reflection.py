@@ -29,7 +29,7 @@ def _seeded() -> None:
 
 
 @pytest.mark.parametrize("apply_GS", [False, True])
-@pytest.mark.parametrize("r", range(1, 34))
+@pytest.mark.parametrize("r", [1, 2, 3, 7, 8, 16, 33])
 def test_linear_of_every_rank(r: int, apply_GS: bool) -> None:
     base = nn.Linear(40, 24, dtype=F64)
     check(base, adapted(base, r, apply_GS=apply_GS), normal(1, 6, 40), apply_GS=apply_GS, bound=1e-9)
@@ -130,7 +130,7 @@ def test_conv2d_on_an_empty_batch(name: str) -> None:
 
 
 @pytest.mark.parametrize("apply_GS", [False, True])
-@pytest.mark.parametrize("r", range(1, 34))
+@pytest.mark.parametrize("r", [1, 2, 3, 7, 8, 16, 33])
 def test_conv2d_of_every_rank(r: int, apply_GS: bool) -> None:
     base = nn.Conv2d(4, 5, 3, padding=1, dtype=F64)
     check(base, adapted(base, r, apply_GS=apply_GS), normal(1, 2, 4, 5, 6), apply_GS=apply_GS, bound=1e-9)
@@ -222,7 +222,7 @@ def test_an_adapter_name_that_cannot_be_a_parameters_name(name: str) -> None:
     layer = nn.Linear(6, 4)
     reflection = reflection_for(layer)
     reflection.add("default", AdapterSpec(r=2), layer.weight)
-    with pytest.raises(AdapterError, match="adapter name"):
+    with pytest.raises(AdapterError, match=r"^(`adapter_name` must be a string that|adapter 'default' exists already)"):
         reflection.add(name, AdapterSpec(r=2), layer.weight)
     assert list(reflection) == ["default"]
     assert reflection.active == ()

@@ -45,7 +45,7 @@ def test_linear_in_narrow_dtypes(r: int, apply_GS: bool, dtype: torch.dtype, bou
 @pytest.mark.parametrize(("dtype", "bound"), NARROW)
 @pytest.mark.parametrize("name", ["3x3", "3x5", "same", "reflect", "groups", "depthwise", "circular"])
 def test_conv2d_in_narrow_dtypes(name: str, dtype: torch.dtype, bound: float) -> None:
-    # As wide as the small layers of real models: of a handful of numbers, the rounding of one or two decides.
+    # As wide as the small layers of real models: with a handful of values, the rounding of one or two decides.
     wide = {"in_channels": 16, "out_channels": 24, **CONVOLUTIONS[name]}
     base = nn.Conv2d(**wide, dtype=dtype)
     x = normal(1, 2, base.in_channels, 9, 11, dtype=dtype)

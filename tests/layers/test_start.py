@@ -124,7 +124,7 @@ def test_twenty_steps_keep_the_matrix_orthogonal(kind: str, r: int, apply_GS: bo
     dense = dense_q(vectors.detach(), apply_GS=apply_GS, anchor=kept)
     # The layer itself, at the weight I without bias, over the rows of I: its output is Q^T.
     with torch.no_grad():
-        layer.weight.copy_(eye.view_as(layer.weight))
+        layer.hra_base.copy_(eye.view_as(layer.hra_base))
         layer.bias.zero_()
         applied = model(eye.view(36, *inputs.shape[1:])).flatten(1).mT
     for q in (dense, applied):

@@ -1,4 +1,4 @@
-"""The passes over sites on the weight: reads marked, one node inserted for each, taken back, and every rule broken."""
+"""The passes over reads of adapted weights: marked, one node inserted for each, taken back, and every rule broken."""
 
 from __future__ import annotations
 
@@ -18,13 +18,25 @@ from passes.match import MatchPass
 from passes.verify import VerifyPass
 
 
+class Doubling(nn.Module):
+    """In place of reflections: twice the input, or twice the weight."""
+
+    def forward(self, x: Tensor | None = None, *, weight: Tensor | None = None) -> Tensor:
+        given = x if weight is None else weight
+        assert given is not None
+        return 2 * given
+
+
 class Rotated(nn.Linear):
-    """What a carrier gives the passes: the weight as it is under another name, and a reflection of it."""
+    """What the passes need of an adapted layer: the base weight under its other name, and a container."""
 
     def __init__(self, *sizes: int) -> None:
         super().__init__(*sizes)
         self.hra_base = nn.Parameter(self.weight.detach().clone())
-        self.hra_u = nn.Identity()
+        self.hra_u = Doubling()
+
+    def forward(self, input: Tensor, reflected: Tensor | None = None) -> Tensor:
+        return F.linear(input if reflected is None else reflected, self.hra_base, self.bias)
 
 
 class Net(nn.Module):
@@ -43,11 +55,11 @@ class Net(nn.Module):
 
 
 SITES = {
-    "twice": Site("twice", "linear", on_weight=True),
-    "once": Site("once", "linear", on_weight=True),
+    "twice": Site("twice", "linear", is_called=False),
+    "once": Site("once", "linear", is_called=False),
     "called": Site("called", "linear"),
-    "attn": Site("attn", "attention", on_weight=True),
-    "attn.out_proj": Site("attn.out_proj", "linear", on_weight=True),
+    "attn": Site("attn", "attention", is_called=False),
+    "attn.out_proj": Site("attn.out_proj", "linear", is_called=False),
 }
 
 
@@ -96,6 +108,20 @@ def test_match_marks_reads_readers_and_calls() -> None:
         assert all(META not in node.meta for node in nodes_of(module, target))
 
 
+def test_a_read_of_metadata_alone_is_not_marked() -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.once = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.to(self.once.weight.dtype).view(-1, self.once.weight.size(1)) / self.once.weight.shape[0]
+
+    module, match = fx.symbolic_trace(Asks()), MatchPass(SITES)
+    assert nodes_of(module, "once.weight")
+    assert not match(module).modified and match.calls == {}
+
+
 def test_a_reader_names_only_sites_inside_it() -> None:
     module = traced()
     match = MatchPass({"attn.out_proj": SITES["attn.out_proj"], "attention": Site("attention", "linear")})
@@ -116,7 +142,7 @@ def test_a_layer_of_two_paths_is_one_site() -> None:
             return self.b(x, x, x)[0]
 
     module = fx.symbolic_trace(Two())
-    site = Site("a", "attention", on_weight=True)
+    site = Site("a", "attention", is_called=False)
     match = MatchPass({"a": site, "b": site})
     match(module)
     assert match.calls == {"a": 1}
@@ -125,7 +151,7 @@ def test_a_layer_of_two_paths_is_one_site() -> None:
 
 def test_match_stands_where_the_graph_is() -> None:
     module = traced()
-    sites = {f"tower.{path}": Site(f"tower.{path}", site.kind, site.on_weight) for path, site in SITES.items()}
+    sites = {f"tower.{path}": Site(f"tower.{path}", site.kind, site.is_called) for path, site in SITES.items()}
     match = MatchPass(sites | {"once": SITES["once"]}, "tower")
     match(module)
     assert match.calls.keys() == sites.keys()
@@ -142,7 +168,9 @@ def test_insert_adds_one_node_a_read() -> None:
         assert nodes_of(module, f"{name}.weight") == []
         for base in nodes_of(module, f"{name}.hra_base"):
             (reflection,) = base.users
-            assert reflection.target == f"{name}.hra_u" and reflection.args == (base,) and not reflection.kwargs
+            assert (
+                reflection.target == f"{name}.hra_u" and reflection.kwargs == {"weight": base} and not reflection.args
+            )
             assert reflection.meta[META] == SiteNote(name, "linear", "reflection")
             assert reflection.users and base.meta[META].role == "weight"
     assert nodes_of(module, "attn.hra_u") == nodes_of(module, "attn.out_proj.hra_u") == []
@@ -181,13 +209,20 @@ def test_fold_takes_back_node_for_node() -> None:
 def test_what_is_inserted_computes_with_what_the_reflection_gives() -> None:
     torch.manual_seed(0)
     plain, module = traced(), rewritten()
-    module.load_state_dict(plain.state_dict() | {"once.hra_base": torch.zeros(4, 4)}, strict=False)
-    plain.once.weight.data.zero_()
-    plain.once.forward = nn.Linear.forward.__get__(plain.once)
+    with torch.no_grad():
+        for name in ("twice", "once", "called"):
+            plain.get_submodule(name).weight.copy_(2 * module.get_submodule(name).hra_base)
+        # A reader is called as it is, and reads the weight itself.
+        plain.once.hra_base, plain.called.hra_base = module.once.hra_base, plain.called.weight
     x = torch.randn(3, 4)
-    module.twice.hra_base.data.copy_(plain.twice.weight.data)
-    module.once.weight.data.zero_()
-    module.called.forward = lambda x, reflected: F.linear(reflected, module.called.weight, module.called.bias)
+    module.load_state_dict(
+        {
+            name: value
+            for name, value in plain.state_dict().items()
+            if "attn" in name or "bias" in name or "other" in name
+        },
+        strict=False,
+    )
     torch.testing.assert_close(module(x), plain(x))
 
 
@@ -207,7 +242,7 @@ def reflect_it_twice(module: fx.GraphModule) -> None:
     base = nodes_of(module, "once.hra_base")[0]
     (reflection,) = base.users
     with module.graph.inserting_after(reflection):
-        again = module.graph.call_module("once.hra_u", (base,))
+        again = module.graph.call_module("once.hra_u", kwargs={"weight": base})
     again.meta[META] = reflection.meta[META]
     output = module.graph.find_nodes(op="output")[0]
     output.args = ((output.args[0], again),)
@@ -227,9 +262,13 @@ def forget_the_mark(module: fx.GraphModule) -> None:
     del nodes_of(module, "once.hra_u")[0].meta[META]
 
 
+def forget_the_mark_of_the_weight(module: fx.GraphModule) -> None:
+    del nodes_of(module, "once.hra_base")[0].meta[META]
+
+
 def drop_the_reflection(module: fx.GraphModule) -> None:
     (reflection,) = nodes_of(module, "once.hra_u")
-    reflection.replace_all_uses_with(reflection.args[0])
+    reflection.replace_all_uses_with(reflection.kwargs["weight"])
     module.graph.erase_node(reflection)
 
 
@@ -244,6 +283,7 @@ RULES: list[tuple[Callable[[fx.GraphModule], None], str]] = [
     (drop_the_reflection, "node 'once_weight': is the weight of a site, and is read by 'linear_1'"),
     (leave_it_unread, "node 'once_hra_u': is a reflection that nothing reads"),
     (forget_the_mark, "node 'once_hra_u': calls a reflection, and carries no mark"),
+    (forget_the_mark_of_the_weight, "node 'once_weight': reads a weight past its reflection, and carries no mark"),
 ]
 
 

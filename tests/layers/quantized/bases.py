@@ -1,4 +1,4 @@
-"""Models with quantised layers, a row for each scheme that runs on a CPU, and what their weights stand for."""
+"""Models with quantized layers, a row for each scheme that runs on a CPU, and what their weights stand for."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ WIDTH = 64
 
 
 class Scheme(NamedTuple):
-    """How to quantise a model of Linears.
+    """How to quantize a model of Linears.
 
     Attributes:
-        quantise: makes the quantised model of a plain one.
+        quantize: makes the quantized model of a plain one.
         words: what a refusal calls it.
-        refolds: whether a rotated weight can be quantised anew.
-        tolerance: of outputs against the dequantised weight, relative; coarse where inputs are quantised too.
+        refolds: whether a rotated weight can be quantized again.
+        tolerance: of outputs against the dequantized weight, relative; coarse where inputs are quantized too.
     """
 
-    quantise: Callable[[nn.Sequential], nn.Sequential]
+    quantize: Callable[[nn.Sequential], nn.Sequential]
     words: str
     refolds: bool = True
     tolerance: float = 1e-5
 
 
 def _bitsandbytes(make: Callable[[nn.Linear], nn.Module]) -> Callable[[nn.Sequential], nn.Sequential]:
-    def quantise(model: nn.Sequential) -> nn.Sequential:
+    def quantize(model: nn.Sequential) -> nn.Sequential:
         layers = []
         for layer in model:
             if isinstance(layer, nn.Linear):
@@ -52,7 +52,7 @@ def _bitsandbytes(make: Callable[[nn.Linear], nn.Module]) -> Callable[[nn.Sequen
             layers.append(layer)
         return nn.Sequential(*layers).to("cpu")
 
-    return quantise
+    return quantize
 
 
 def _eight(layer: nn.Linear) -> nn.Module:
@@ -73,11 +73,11 @@ def _four(kind: str, *, nested: bool = False) -> Callable[[nn.Linear], nn.Module
 
 
 def torchao(config: Any) -> Callable[[nn.Sequential], nn.Sequential]:
-    def quantise(model: nn.Sequential) -> nn.Sequential:
+    def quantize(model: nn.Sequential) -> nn.Sequential:
         quantize_(model, config)
         return model
 
-    return quantise
+    return quantize
 
 
 _INT8 = "torchao, Int8Tensor"
@@ -115,8 +115,8 @@ def plain() -> nn.Sequential:
     return nn.Sequential(nn.Linear(WIDTH, 128), nn.Tanh(), nn.Linear(128, 32))
 
 
-def quantised(scheme: str, base: nn.Sequential | None = None) -> nn.Sequential:
-    return SCHEMES[scheme].quantise(plain() if base is None else base)
+def quantized(scheme: str, base: nn.Sequential | None = None) -> nn.Sequential:
+    return SCHEMES[scheme].quantize(plain() if base is None else base)
 
 
 def config(*targets: str, **fields: object) -> hra_fx.HRAConfig:
@@ -124,8 +124,8 @@ def config(*targets: str, **fields: object) -> hra_fx.HRAConfig:
 
 
 def adapted(scheme: str, **fields: object) -> nn.Sequential:
-    """A quantised model with an adapter far from its start."""
-    model = hra_fx.transform(quantised(scheme), config(**fields))
+    """A quantized model with an adapter far from its start."""
+    model = hra_fx.transform(quantized(scheme), config(**fields))
     turn(model)
     return model
 
@@ -140,7 +140,7 @@ def turn(model: nn.Module, seed: int = 3) -> None:
 
 def values(layer: Any) -> Tensor:
     """What the weight of a layer stands for, float64: by the libraries' own formulas, without hra_fx."""
-    weight = layer.weight
+    weight = layer._parameters["weight"]
     if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
         scale = layer.state.SCB if weight.SCB is None else weight.SCB
         return bitsandbytes.functional.int8_vectorwise_dequant(weight.data, scale).double()

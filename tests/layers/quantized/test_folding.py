@@ -1,4 +1,4 @@
-"""Quantised weights are rotated where that is asked for, with what it costs; else nothing is written."""
+"""Quantized weights are rotated where that is asked for, with what it costs; else nothing is written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from layers.quantized.bases import FEW, SCHEMES, adapted, config, dense, inputs, quantised, rotated, turn, values
+from layers.quantized.bases import FEW, SCHEMES, adapted, config, dense, inputs, quantized, rotated, turn, values
 from oracles import relative_error
 from torch import nn
 
@@ -21,7 +21,7 @@ HINT = (
     "To avoid the quantization error, save the adapter (hra_fx.save_adapter), load it into the model before "
     "quantization (hra_fx.load_adapter), and fold that."
 )
-#: How a weight is quantised, by the names that the libraries' tensors have for it.
+#: How a weight is quantized, by the names that the libraries' tensors have for it.
 AS_BEFORE = (
     *("blocksize", "quant_type", "compress_statistics", "quant_storage"),
     *("block_size", "target_dtype", "act_quant_kwargs", "activation_quantization", "reduce_range"),
@@ -57,18 +57,18 @@ def test_fold_is_refused_unless_it_is_asked_for(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", REFOLDED)
-def test_fold_rotates_and_quantises_anew(scheme: str) -> None:
+def test_fold_rotates_and_quantizes_again(scheme: str) -> None:
     model, x = adapted(scheme), inputs()
     due = [rotated(model[0]).detach(), rotated(model[2]).detach()]
     before = [values(model[0]), values(model[2])]
-    kinds, kept = [type(layer) for layer in quantised(scheme)], vars(model[0].weight) | {}
+    kinds, kept = [type(layer) for layer in quantized(scheme)], vars(model[0]._parameters["weight"]) | {}
     plan = hra_fx.plan_fold(model, requantize=True)
     assert torch.equal(values(model[0]), before[0]), "a plan writes nothing"
     assert str(plan).count(f"requantized ({SCHEMES[scheme].words})") == 2
     with told() as texts:
         folded = hra_fx.fold(model, requantize=True)
     assert folded is model and [type(layer) for layer in model] == kinds
-    assert list(model.state_dict()) == list(quantised(scheme).state_dict())
+    assert list(model.state_dict()) == list(quantized(scheme).state_dict())
     for name in AS_BEFORE:
         assert vars(model[0].weight).get(name) == kept.get(name)
     for layer, old, new, planned in zip((model[0], model[2]), before, due, plan.layers, strict=True):
@@ -92,16 +92,16 @@ def test_fold_rotates_and_quantises_anew(scheme: str) -> None:
 
 @pytest.mark.parametrize("scheme", FEW)
 def test_an_adapter_that_does_nothing_leaves_the_weight(scheme: str) -> None:
-    """Quantised anew, torchao's would move though nothing has turned them."""
-    model = hra_fx.transform(quantised(scheme), config())
-    before = [model[0].weight, model[2].weight]
+    """Quantized again, torchao's would move though nothing has turned them."""
+    model = hra_fx.transform(quantized(scheme), config())
+    before = [model[0]._parameters["weight"], model[2]._parameters["weight"]]
     hra_fx.fold(model, requantize=True)
     assert model[0].weight is before[0] and model[2].weight is before[1]
 
 
 @pytest.mark.parametrize("scheme", ["ao int8", "ao int4"])
 def test_a_turn_that_drowns_in_the_rounding_is_told(scheme: str) -> None:
-    model = hra_fx.transform(quantised(scheme), config())
+    model = hra_fx.transform(quantized(scheme), config())
     with torch.no_grad():
         model[0].hra_u["default"][0, 0].add_(1e-4)
     with told() as texts:
@@ -142,7 +142,7 @@ def test_a_layer_that_the_folded_adapter_does_not_have_keeps_its_weight(scheme: 
 @pytest.mark.parametrize("scheme", FEW)
 def test_layers_that_nothing_turns_are_the_same_after_forwards(scheme: str) -> None:
     """After a first forward bitsandbytes keeps scales in the layer's state alone, which a new weight would clear."""
-    model, x = hra_fx.transform(quantised(scheme), config("0", inference_mode=True)).eval(), inputs()
+    model, x = hra_fx.transform(quantized(scheme), config("0", inference_mode=True)).eval(), inputs()
     hra_fx.add_adapter(model, "other", config("2"))
     hra_fx.set_adapter(model, ["default", "other"])
     with torch.no_grad():
@@ -162,7 +162,7 @@ def test_layers_that_nothing_turns_are_the_same_after_forwards(scheme: str) -> N
 
 @pytest.mark.parametrize("scheme", FEW)
 def test_a_shared_weight_that_nothing_turns_stays_shared(scheme: str) -> None:
-    base = quantised(scheme, nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)))
+    base = quantized(scheme, nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)))
     base[2].weight = base[0].weight
     model = hra_fx.transform(base, config("0", inference_mode=True))
     hra_fx.fold(model, requantize=True)
@@ -186,8 +186,8 @@ def test_a_pickled_model_is_folded_as_the_original(scheme: str, called: bool) ->
 
 
 @pytest.mark.parametrize("scheme", FEW)
-def test_only_quantised_layers_of_the_adapter_stand_in_the_way(scheme: str) -> None:
-    model = nn.ModuleDict({"packed": quantised(scheme), "head": nn.Linear(32, 8)})
+def test_only_quantized_layers_of_the_adapter_stand_in_the_way(scheme: str) -> None:
+    model = nn.ModuleDict({"packed": quantized(scheme), "head": nn.Linear(32, 8)})
     hra_fx.transform(model, config("head", inference_mode=True))
     hra_fx.fold(model)
     assert type(model["head"]) is nn.Linear
@@ -206,13 +206,13 @@ def test_merging_is_refused(scheme: str) -> None:
 
 
 def test_merge_and_unload_is_refused_and_unload_works() -> None:
-    base = quantised("bnb nf4")
+    base = quantized("bnb nf4")
     kept = base[0].weight
     model = hra_fx.HRAModel(base, config())
     with pytest.raises(FoldError, match=r"hra_fx\.fold\(model, requantize=True\)"):
         model.merge_and_unload()
     plain = model.unload()
-    assert type(plain[0]) is type(quantised("bnb nf4")[0]) and plain[0].weight is kept
+    assert type(plain[0]) is type(quantized("bnb nf4")[0]) and plain[0].weight is kept
 
 
 @pytest.mark.parametrize("scheme", FEW)
@@ -230,7 +230,7 @@ def test_a_part_is_folded(scheme: str) -> None:
 
 @pytest.mark.parametrize("scheme", FEW)
 def test_a_shared_weight_is_untied(scheme: str) -> None:
-    base = quantised(scheme, nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)))
+    base = quantized(scheme, nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)))
     base[2].weight = base[0].weight
     model = hra_fx.transform(base, config("0", inference_mode=True))
     turn(model)
@@ -246,7 +246,7 @@ def test_a_shared_weight_is_untied(scheme: str) -> None:
 def test_a_plan_is_stale_once_a_weight_was_replaced() -> None:
     model = adapted("ao int8")
     plan = hra_fx.plan_fold(model, requantize=True)
-    model[0].weight = quantised("ao int8")[0].weight
+    model[0].weight = quantized("ao int8")[0].weight
     with pytest.raises(FoldError, match="the model changed since"):
         plan.apply()
 
@@ -263,8 +263,8 @@ def test_vectors_that_are_not_finite_change_nothing(scheme: str) -> None:
 
 
 def test_rows_beyond_float16_are_not_finite_in_eight_bits() -> None:
-    """bitsandbytes quantises by way of float16, where a row of 64 numbers of 6e4 cannot be turned into one."""
-    model = quantised("bnb int8", nn.Sequential(nn.Linear(64, 32)))
+    """bitsandbytes quantizes by way of float16, where a row of 64 numbers of 6e4 cannot be turned into one."""
+    model = quantized("bnb int8", nn.Sequential(nn.Linear(64, 32)))
     model[0].weight.data.fill_(127)
     model[0].weight.SCB.fill_(6e4)
     hra_fx.transform(model, config("0"))

@@ -1,4 +1,4 @@
-"""Outputs and gradients over quantised weights, against dense products in float64 over what the weights stand for."""
+"""Outputs and gradients over quantized weights, against dense products in float64 over what the weights stand for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from layers.quantized.bases import FEW, SCHEMES, adapted, config, dense, inputs, quantised, rotated, turn, values
+import torch.nn.functional as F
+from layers.quantized.bases import FEW, SCHEMES, adapted, config, dense, inputs, quantized, rotated, turn, values
 from oracles import relative_error
 from torch import Tensor, nn
 
@@ -38,7 +39,7 @@ def test_output_is_that_of_the_rotated_weight(scheme: str) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_start_is_the_base_model(scheme: str) -> None:
     x = inputs()
-    base, model = quantised(scheme).train(), hra_fx.transform(quantised(scheme), config(r=3, apply_GS=True)).train()
+    base, model = quantized(scheme).train(), hra_fx.transform(quantized(scheme), config(r=3, apply_GS=True)).train()
     # Rounding of inputs to 8 bits may tip, and does so by one step in 255.
     assert relative_error(model(x), base(x)) < (1e-2 if scheme in DYNAMIC else 1e-5)
 
@@ -48,6 +49,32 @@ def test_gradient_is_that_of_the_dense_product(scheme: str) -> None:
     model, x, weights = adapted(scheme), inputs(), weighting()
     for ours, due in zip(gradients(model, model(x), weights), gradients(model, dense(model, x), weights), strict=True):
         assert relative_error(ours, due) < 1e-5
+
+
+class Reader(nn.Module):
+    """Reads the weight of a layer instead of calling it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.layer.weight, self.layer.bias)
+
+
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name.startswith("ao")])
+def test_another_module_reads_the_rotated_dequantized_weight(scheme: str) -> None:
+    """Inputs are not quantized then, whatever the scheme."""
+    model = hra_fx.transform(Reader(quantized(scheme)[0]), config("layer"))
+    turn(model)
+    x, weights = inputs(), torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
+    wanted = x.double() @ rotated(model.layer).mT + model.layer.bias.double()
+    vectors = model.layer.hra_u["default"]
+    assert relative_error(model(x), wanted) < 1e-5
+    (ours,), (oracle,) = (torch.autograd.grad((output * weights).sum(), [vectors]) for output in (model(x), wanted))
+    assert relative_error(ours, oracle) < 1e-5
+    with torch.no_grad():
+        assert relative_error(model(x), wanted) < 1e-5
 
 
 @pytest.mark.parametrize("scheme", DYNAMIC)
@@ -64,7 +91,7 @@ def test_gradient_goes_straight_through_rounded_inputs(scheme: str) -> None:
 
 @pytest.mark.parametrize("scheme", [name for name in SCHEMES if name.startswith("bnb")])
 def test_an_evaluation_changes_neither_weights_nor_gradients(scheme: str) -> None:
-    """On CPUs with AVX512-BF16, bitsandbytes lays 4-bit weights out anew, which stops gradients and mixes up scales."""
+    """On CPUs with AVX512-BF16, bitsandbytes changes the layout of 4-bit weights, which stops gradients."""
     model, x, weights = adapted(scheme), inputs(), weighting()
     before, first = [values(model[0]), values(model[2])], gradients(model, model(x), weights)
     with torch.no_grad():
@@ -77,7 +104,7 @@ def test_an_evaluation_changes_neither_weights_nor_gradients(scheme: str) -> Non
 
 @pytest.mark.parametrize("scheme", ["bnb nf4", "bnb fp4 nested"])
 def test_a_base_that_was_evaluated_before_is_trained(scheme: str) -> None:
-    base, x, weights = quantised(scheme), inputs(), weighting()
+    base, x, weights = quantized(scheme), inputs(), weighting()
     with torch.no_grad():
         base.eval()(x)
     model = hra_fx.transform(base, config()).train()
@@ -90,7 +117,7 @@ def test_a_base_that_was_evaluated_before_is_trained(scheme: str) -> None:
 
 @pytest.mark.parametrize("scheme", FEW)
 def test_it_learns(scheme: str) -> None:
-    model, x = hra_fx.transform(quantised(scheme), config()), inputs(16)
+    model, x = hra_fx.transform(quantized(scheme), config()), inputs(16)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert len(trained) == 2
     packed = [values(model[0]), values(model[2])]
@@ -116,7 +143,7 @@ def test_several_adapters_switch_scale_and_come_off(scheme: str) -> None:
     hra_fx.set_adapter(model, ["default", "other"])
     assert relative_error(model(x), dense(model, x, "default", "other")) < tolerance
     with hra_fx.disable_adapters(model):
-        assert torch.equal(model(x), quantised(scheme).train()(x))
+        assert torch.equal(model(x), quantized(scheme).train()(x))
     hra_fx.set_scale(model, "other", 0)
     assert relative_error(model(x), dense(model, x, "default")) < tolerance
     hra_fx.delete_adapter(model, "default")

@@ -1,4 +1,4 @@
-"""What is refused of quantised layers, in what words, and that the model is as it was."""
+"""What is refused of quantized layers, in what words, and that the model is as it was."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import bitsandbytes
 import pytest
 import torch
 import torch.nn.functional as F
-from layers.quantized.bases import FEW, SCHEMES, config, inputs, plain, quantised, torchao, values
+from layers.quantized.bases import FEW, SCHEMES, config, inputs, plain, quantized, torchao, values
 from layers.quantized.unreadable import int4, opaque
 from refusals import refused
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ def only(layer: nn.Module) -> nn.Sequential:
     [bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False), bitsandbytes.nn.Linear4bit(64, 32)],
     ids=["8 bit", "4 bit"],
 )
-def test_before_it_is_quantised(layer: nn.Module) -> None:
+def test_before_it_is_quantized(layer: nn.Module) -> None:
     message = refused(only(layer), config("0"))
     assert message == (
         f"0 ({type(layer).__name__}): its weight is quantised when it first moves to a device, and has not yet been. "
@@ -35,7 +35,7 @@ def test_before_it_is_quantised(layer: nn.Module) -> None:
     )
 
 
-def test_weights_that_are_quantised_in_each_forward() -> None:
+def test_weights_that_are_quantized_in_each_forward() -> None:
     message = refused(only(bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=True).to("cpu")), config("0"))
     assert "floating-point weight (has_fp16_weights=True)" in message
     assert "Make it with has_fp16_weights=False, or leave it out" in message
@@ -64,49 +64,29 @@ def test_a_forward_of_its_own(layer: nn.Module, words: str) -> None:
     assert f"needs the rotated weight, and a quantized weight ({words}) cannot be rotated. Exclude the layer" in message
 
 
-class Reader(nn.Module):
-    """Reads a weight itself."""
-
-    def __init__(self, lin: nn.Module) -> None:
-        super().__init__()
-        self.lin = lin
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.lin.weight)
-
-
-def test_a_weight_that_another_module_reads() -> None:
-    model = Reader(quantised("ao int8", nn.Sequential(nn.Linear(64, 32)))[0])
-    message = refused(model, config("lin"))
-    assert message == (
-        "lin: its weight is read by another module, and would have to be rotated, but it is quantised (torchao, "
-        "Int8Tensor). Leave it out with exclude_modules."
-    )
-
-
 @pytest.mark.parametrize("scheme", FEW)
 def test_a_trained_copy(scheme: str) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*lets no gradient pass", HRAWarning)
-        message = refused(quantised(scheme), config("0", modules_to_save=["2"]))
+        message = refused(quantized(scheme), config("0", modules_to_save=["2"]))
     assert message.startswith("2 (Linear") and "cannot be copied for training" in message
 
 
 @pytest.mark.parametrize("scheme", FEW)
 def test_verifying(scheme: str) -> None:
-    model = quantised(scheme)
+    model = quantized(scheme)
     with pytest.raises(UnsupportedLayerError) as caught:
         hra_fx.transform(model, config(), example_inputs=inputs(), verify=True)
     assert str(caught.value).startswith(
-        f"0: it is quantised ({SCHEMES[scheme].words}), so that there is no folded model"
+        f"0: it is quantized ({SCHEMES[scheme].words}), and folding would quantize it again"
     )
-    assert "verify the model before quantisation" in str(caught.value)
-    assert type(model[0]) is type(quantised(scheme)[0])
+    assert "verify the model before quantization" in str(caught.value)
+    assert type(model[0]) is type(quantized(scheme)[0])
 
 
 def test_a_convolution() -> None:
     conv = nn.Conv2d(4, 4, 3)
-    conv.weight = nn.Parameter(quantised("ao int8")[0].weight.data, requires_grad=False)
+    conv.weight = nn.Parameter(quantized("ao int8")[0].weight.data, requires_grad=False)
     assert "its weight must be a plain floating-point tensor, got Int8Tensor" in refused(only(conv), config("0"))
 
 
@@ -125,15 +105,15 @@ def test_layers_of_torch_ao() -> None:
 @pytest.mark.parametrize("scheme", ["ao int8 dynamic", "ao int4 dynamic"])
 def test_layers_beside_that_stop_gradients_are_told(scheme: str) -> None:
     with pytest.warns(HRAWarning) as caught:
-        hra_fx.transform(quantised(scheme), config("0"))
+        hra_fx.transform(quantized(scheme), config("0"))
     (text,) = (str(one.message) for one in caught)
     assert text.startswith("2: it quantises what it reads, and torchao lets no gradient pass that. ")
     assert "Add such layers to `target_modules`" in text
-    hra_fx.transform(quantised(scheme), config("0", inference_mode=True))
+    hra_fx.transform(quantized(scheme), config("0", inference_mode=True))
 
 
 def test_layers_that_stop_gradients_after_an_evaluation_are_told() -> None:
-    model = quantised("bnb nf4")
+    model = quantized("bnb nf4")
     model[2].support_avx512bf16_for_cpu = True
     model[0].support_avx512bf16_for_cpu = False
     with pytest.warns(HRAWarning, match="^2: on this CPU, bitsandbytes lets no gradient pass it once it was called"):
@@ -161,7 +141,7 @@ def test_int4_of_gpus_is_adapted_and_called_with_what_it_reads() -> None:
         hra_fx.fold(model)
 
 
-def test_a_weight_that_cannot_be_dequantised_is_read_through_the_layer() -> None:
+def test_a_weight_that_cannot_be_dequantized_is_read_through_the_layer() -> None:
     base, packed = opaque()
     model = hra_fx.transform(base, config("0"))
     x = inputs().requires_grad_()
@@ -175,5 +155,5 @@ def test_the_oracle_reads_what_the_libraries_say() -> None:
     """`values` is by the libraries' formulas; to a plain weight it is as near as the bits allow."""
     wanted = plain()[0].weight.detach()
     for scheme in SCHEMES:
-        near = float((values(quantised(scheme)[0]) - wanted.double()).norm() / wanted.double().norm())
+        near = float((values(quantized(scheme)[0]) - wanted.double()).norm() / wanted.double().norm())
         assert 1e-4 < near < 0.15

@@ -1,4 +1,4 @@
-"""The share of a quantised weight that turns, against dense projectors in float64 over what the weight stands for."""
+"""The share of a quantized weight that turns, against dense projectors in float64 over what the weight stands for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from layers.quantized.bases import SCHEMES, adapted, config, inputs, quantised, turn, values
+from layers.quantized.bases import SCHEMES, adapted, config, inputs, quantized, turn, values
 from layers.quantized.unreadable import int4, opaque
 from oracles import dense_q
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ def turned(layer: Any, name: str = "default") -> Tensor:
 @pytest.mark.parametrize("apply_GS", [False, True])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_scheme(scheme: str, apply_GS: bool) -> None:
-    model = hra_fx.transform(quantised(scheme), config(apply_GS=apply_GS))
+    model = hra_fx.transform(quantized(scheme), config(apply_GS=apply_GS))
     assert [row.share for row in hra_fx.report(model)] == [0.0, 0.0]
     turn(model)
     for row, layer in zip(hra_fx.report(model), (model[0], model[2]), strict=True):
@@ -46,7 +46,7 @@ def test_it_is_of_the_rounded_weight_and_changes_nothing(scheme: str) -> None:
     with torch.no_grad():
         for layer in (base[0], base[2]):
             layer.weight.mul_(1e-3)[:, 0] = 1.0
-    model = hra_fx.transform(quantised(scheme, base), config())
+    model = hra_fx.transform(quantized(scheme, base), config())
     turn(model)
     x = inputs()
     before, output = [values(model[0]), values(model[2])], model(x)
@@ -58,7 +58,7 @@ def test_it_is_of_the_rounded_weight_and_changes_nothing(scheme: str) -> None:
 
 
 def test_after_evaluation_too() -> None:
-    """Where a forward without gradients may have laid the weight out anew."""
+    """Where a forward without gradients may have changed the layout of the weight."""
     for scheme in ("bnb nf4", "bnb fp4 nested", "bnb int8"):
         model = adapted(scheme)
         before = [row.share for row in hra_fx.report(model)]

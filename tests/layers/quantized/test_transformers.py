@@ -1,4 +1,4 @@
-"""Models of transformers that are quantised as they are loaded, the usual way in: trained, saved, loaded, folded."""
+"""Models of transformers that are quantized as they are loaded, the usual way in: trained, saved, loaded, folded."""
 
 from __future__ import annotations
 
@@ -102,7 +102,9 @@ def test_folded_models_are_saved_and_loaded(name: str, folder: Path, tmp_path: P
     turn(model)
     with pytest.warns(HRAWarning, match="14 weights were quantized again"):
         hra_fx.fold(model, requantize=True)
-    model.save_pretrained(tmp_path)  # first, for bitsandbytes lays weights out anew where it evaluates (AVX512-BF16)
+    model.save_pretrained(
+        tmp_path
+    )  # first, for bitsandbytes changes the layout of weights where it evaluates (AVX512-BF16)
     assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model), atol=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""Weights of torchao that a CPU can make, and that it cannot dequantise."""
+"""Weights of torchao that a CPU can make, and that it cannot dequantize."""
 
 from __future__ import annotations
 

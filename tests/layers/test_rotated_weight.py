@@ -1,0 +1,302 @@
+"""`layer.weight` of an adapted layer: `W Q` for every reader, computed when it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from adapting import config
+from layers.checking import assert_same, dense_weights, normal, rotation, run_dense, turned, vectors_of
+from layers.reading_weights import X, assert_gradients, dense, functional, layer_pair, linear, weight_of
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
+from transformers.pytorch_utils import Conv1D
+
+import hra_fx
+from hra_fx.layers.adapters import Reflection
+from hra_fx.layers.rotated_weight import InferenceRotatedWeight, RotatedWeight
+
+F64 = torch.float64
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "Linear": linear,
+    "Conv1d": lambda: nn.Conv1d(4, 6, 3, groups=2),
+    "Conv2d": lambda: nn.Conv2d(4, 6, (3, 2)),
+    "Conv3d": lambda: nn.Conv3d(2, 4, (1, 2, 3)),
+    "Conv1D": lambda: Conv1D(4, 6),
+    "attention": lambda: nn.MultiheadAttention(6, 2),
+}
+kinds = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+modes = pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+
+
+# ---- values ----
+
+
+@kinds
+@pytest.mark.parametrize("fields", [{"r": 2}, {"r": 3}, {"r": 2, "apply_GS": True}], ids=["even", "odd", "GS"])
+def test_the_value_is_the_dense_product(make: Callable[[], nn.Module], fields: dict[str, Any]) -> None:
+    base, layer = layer_pair(make, **fields)
+    wanted, plain = dense(base, layer), weight_of(base)
+    with torch.no_grad():
+        assert type(weight_of(layer)) is InferenceRotatedWeight
+        assert_same(weight_of(layer).clone(), wanted)
+    assert type(weight_of(layer)) is RotatedWeight
+    assert_gradients(weight_of(layer) * 2, wanted * 2, [layer.hra_u["default"]])
+    assert torch.equal(layer.hra_base, plain)
+    assert float((wanted - plain).detach().abs().max()) > 1e-3
+    for same in (weight_of(layer).clone(), weight_of(layer).detach().clone(), weight_of(layer).data + 0):
+        assert type(same) is Tensor
+        assert_same(same, wanted)
+
+
+@kinds
+def test_metadata_does_not_compute_the_value(make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    base, layer = layer_pair(make)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("W Q was computed")
+
+    monkeypatch.setattr(Reflection, "forward", fail)
+    monkeypatch.setattr("hra_fx.layers.adapters.rotated_weight", fail)
+    plain = weight_of(base)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            weight = weight_of(layer)
+            for name in ("shape", "dtype", "device", "layout", "ndim", "is_cpu", "is_cuda", "is_meta", "is_sparse"):
+                assert getattr(weight, name) == getattr(plain, name), name
+            for name in ("is_quantized", "itemsize", "nbytes", "is_leaf", "grad"):
+                assert getattr(weight, name) == getattr(plain, name), name
+            for name in ("dim", "size", "stride", "numel", "__len__", "nelement", "element_size", "is_floating_point"):
+                assert getattr(weight, name)() == getattr(plain, name)(), name
+            assert not weight.is_complex() and weight.is_contiguous() and weight.get_device() == -1
+            assert weight.size(0) == plain.shape[0]
+            assert weight.data_ptr() == layer.hra_base.data_ptr()
+            assert weight.requires_grad is layer.hra_base.requires_grad is False
+            assert repr(weight) == f"RotatedWeight({', '.join(map(str, plain.shape))})"
+            assert weight.detach().shape == weight.data.shape == plain.shape
+    with pytest.raises(AssertionError, match="W Q was computed"):
+        weight_of(layer).sum()
+
+
+def test_the_dtype_of_a_narrow_weight_is_kept() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        base, layer = layer_pair(dtype=dtype)
+        assert layer.weight.dtype == layer.weight.clone().dtype == dtype
+        # One rounding of W Q, which is computed in float32.
+        assert_same(layer.weight.clone(), dense(base, layer), rtol=torch.finfo(dtype).eps)
+
+
+def test_a_read_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """torch's own `is_fx_tracing` does, once for each process."""
+    _, layer = layer_pair()
+    once = getattr(torch.fx._symbolic_trace, "is_fx_tracing_warning", None)
+    if once is not None:
+        once.cache_clear()
+    caplog.clear()
+    layer.weight.sum()
+    assert not caplog.records
+
+
+def test_numpy_and_lists() -> None:
+    base, layer = layer_pair()
+    wanted = dense(base, layer).detach()
+    with pytest.raises(RuntimeError, match="requires grad"):
+        layer.weight.numpy()
+    assert_same(torch.from_numpy(layer.weight.detach().numpy()), wanted)
+    with torch.no_grad():
+        assert_same(torch.from_numpy(layer.weight.numpy()), wanted)
+        assert_same(torch.from_numpy(np.asarray(layer.weight)), wanted)
+        assert_same(torch.from_dlpack(layer.weight), wanted)
+        assert_same(torch.tensor(layer.weight.tolist(), dtype=F64), wanted)
+    assert_same(torch.stack([*layer.weight]), wanted)
+    assert layer.weight[1, 2].item() == pytest.approx(float(wanted[1, 2]), abs=1e-12)
+
+
+@pytest.mark.parametrize("way", ["disabled", "strength 0", "merged", "folded"])
+def test_a_weight_that_no_adapter_rotates_is_the_parameter_itself(way: str) -> None:
+    base, model = functional()
+    parameter = model.read._parameters["weight"]
+    if way == "disabled":
+        with hra_fx.disable_adapters(model):
+            assert model.read.weight is parameter is model.read.hra_base
+        assert type(model.read.weight) is RotatedWeight
+        return
+    wanted = parameter if way == "strength 0" else dense_weights(base, model)["read.weight"].detach().clone()
+    if way == "strength 0":
+        hra_fx.set_scale(model, "default", 0.0)
+    else:
+        (hra_fx.merge_adapter if way == "merged" else hra_fx.fold)(model)
+    assert model.read.weight is parameter is dict(model.named_parameters())["read.weight"]
+    assert_same(parameter, wanted)
+
+
+# ---- gradients ----
+
+
+def test_functional_reads_pass_gradients_to_every_adapter() -> None:
+    base, model = functional()
+    hra_fx.add_adapter(model, "other", config("read", "both", r=2, apply_GS=True))
+    hra_fx.set_adapter(model, ["default", "other"])
+    with torch.no_grad():
+        for vectors in vectors_of(model, "other").values():
+            vectors.copy_(normal(5, *vectors.shape))
+    leaves = [*vectors_of(model).values(), *vectors_of(model, "other").values()]
+    assert len(leaves) == 5
+    assert_gradients(model(X), run_dense(base, model, X, adapters=("default", "other")), leaves)
+
+
+def test_a_base_weight_that_is_trained_gets_its_gradient() -> None:
+    base, layer = layer_pair()
+    layer.weight.requires_grad_(True)
+    plain = weight_of(base).detach().requires_grad_()
+    wanted = turned(base, plain, rotation(nn.ModuleDict({"layer": layer}), "layer"))
+    (F.linear(X, layer.weight) * normal(2, 3, 4)).sum().backward()
+    (F.linear(X, wanted) * normal(2, 3, 4)).sum().backward()
+    assert_same(layer.hra_base.grad, plain.grad)
+
+
+@modes
+def test_requires_grad_and_grad_are_those_of_the_base_weight(grad: bool) -> None:
+    _, layer = layer_pair()
+    parameter = layer._parameters["weight"]
+    with torch.set_grad_enabled(grad):
+        weight = layer.weight
+        assert weight.requires_grad_() is weight
+        assert parameter.requires_grad and layer.weight.requires_grad
+        layer.weight.requires_grad_(False)
+        assert not parameter.requires_grad and not layer.weight.requires_grad
+        layer.weight.requires_grad = True
+        assert parameter.requires_grad
+        assert not layer.weight.detach().requires_grad and layer.weight.detach().grad is None
+        assert layer.weight.grad is None
+        parameter.grad = torch.ones_like(parameter)
+        assert layer.weight.grad is parameter.grad
+        layer.weight.grad = None
+        assert parameter.grad is None
+
+
+def test_a_weight_read_without_gradients_is_not_used_with_them() -> None:
+    base, layer = layer_pair()
+    with torch.no_grad():
+        weight = layer.weight
+    with pytest.raises(hra_fx.AdapterError, match=r"where autograd does not see it.*Call it under torch\.no_grad\(\)"):
+        F.linear(X, weight)
+    with torch.no_grad():
+        assert_same(F.linear(X, weight), X @ dense(base, layer).mT)
+    layer.hra_u.requires_grad_(False)
+    assert_same(F.linear(X, weight), X @ dense(base, layer).mT)
+
+
+# ---- writes ----
+
+
+def assign_data(w: Any) -> None:
+    w.data = torch.zeros_like(w)
+
+
+def assign_item(w: Any) -> None:
+    w[0] = 0
+
+
+def add_assign(w: Any) -> None:
+    w += 1
+
+
+def multiply_assign(w: Any) -> None:
+    w *= 2
+
+
+WRITES: dict[str, Callable[[Any], Any]] = {
+    "add_": lambda w: w.add_(1),
+    "zero_": lambda w: w.zero_(),
+    "copy_": lambda w: w.copy_(torch.zeros(4, 6)),
+    "data.copy_": lambda w: w.data.copy_(torch.zeros(4, 6)),
+    "data.fill_": lambda w: w.data.fill_(0),
+    "detach().mul_": lambda w: w.detach().mul_(2),
+    "data =": assign_data,
+    "w[0] =": assign_item,
+    "+=": add_assign,
+    "*=": multiply_assign,
+    "out=": lambda w: torch.add(torch.ones(4, 6, dtype=F64), 1, out=w),
+    "init.normal_": lambda w: nn.init.normal_(w),
+    "init.zeros_": lambda w: nn.init.zeros_(w),
+    "init.kaiming_uniform_": lambda w: nn.init.kaiming_uniform_(w),
+    "relu, inplace": lambda w: F.relu(w, inplace=True),
+    "foreach": lambda w: torch._foreach_add_([w], 1),
+    "apply_": lambda w: w.apply_(abs),
+    "share_memory_": lambda w: w.share_memory_(),
+}
+
+
+@modes
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_writes_are_refused(write: Callable[[Any], Any], grad: bool) -> None:
+    base, layer = layer_pair()
+    with torch.set_grad_enabled(grad):
+        with pytest.raises(hra_fx.AdapterError) as caught:
+            write(layer.weight)
+        assert "writes into the weight of an adapted layer, which is computed as W Q" in str(caught.value)
+        assert "Write to `layer.hra_base`, or call hra_fx.fold(model) first." in str(caught.value)
+        assert torch.equal(layer.hra_base, base.weight)
+        assert_same(layer.weight.clone(), dense(base, layer))
+
+
+def test_writes_into_the_base_weight_are_seen() -> None:
+    base, layer = layer_pair()
+    with torch.no_grad():
+        for one in (layer.hra_base, base.weight):
+            one[0] = 7.0
+            one.mul_(2)
+    assert_same(layer.weight.clone(), dense(base, layer))
+    layer.weight = nn.Parameter(normal(4, 4, 6))  # replaces the parameter, as for any layer
+    base.weight = nn.Parameter(normal(4, 4, 6))
+    assert layer.hra_base is layer._parameters["weight"]
+    assert_same(layer(X), F.linear(X, dense(base, layer), base.bias))
+
+
+@modes
+def test_a_rotated_weight_does_not_become_a_parameter(grad: bool) -> None:
+    base, layer = layer_pair()
+    with torch.set_grad_enabled(grad):
+        for weight in (layer.weight, layer.weight.data):
+            with pytest.raises(hra_fx.AdapterError, match=r"layer\.weight\.detach\(\)\.clone\(\)"):
+                nn.Parameter(weight)
+        assert_same(nn.Parameter(layer.weight.detach().clone()), dense(base, layer))
+
+
+REPARAMETRIZATIONS: dict[str, Callable[[nn.Module], object]] = {
+    "pruning": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "random pruning": lambda layer: prune.random_structured(layer, "weight", 0.5, dim=0),
+    "spectral_norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "parametrize": lambda layer: parametrize.register_parametrization(layer, "weight", nn.Identity()),
+}
+
+
+@modes
+@pytest.mark.parametrize("act", REPARAMETRIZATIONS.values(), ids=REPARAMETRIZATIONS)
+def test_reparametrizing_an_adapted_layer_is_refused(act: Callable[[nn.Module], object], grad: bool) -> None:
+    _, layer = layer_pair()
+    with torch.set_grad_enabled(grad), pytest.raises(hra_fx.AdapterError):
+        act(layer)
+
+
+def test_pruning_is_refused_before_it_changes_the_layer() -> None:
+    base, layer = layer_pair()
+    with pytest.raises(hra_fx.AdapterError, match=r"before hra_fx\.transform, or call hra_fx\.fold\(model\) first"):
+        prune.l1_unstructured(layer, "weight", 0.5)
+    assert list(layer._parameters) == list(base._parameters) and not layer._buffers
+    assert_same(layer(X), F.linear(X, dense(base, layer), base.bias))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("act", [weight_norm, parametrizations.weight_norm])
+def test_weight_norm_fails_at_the_latest_when_the_layer_is_called(act: Callable[[nn.Module], Any]) -> None:
+    _, layer = layer_pair()
+    with pytest.raises(hra_fx.AdapterError, match=r"weight_norm, pruning or the like came after hra_fx\.transform"):
+        act(layer)(X)
