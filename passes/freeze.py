@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from hra_fx.compat import OpOverload, schema_of
 from hra_fx.errors import GraphInvariantError
 
 #: Adds a constant to the graph and returns its node; called with its value and the nodes of the vectors it depends on.
@@ -113,11 +114,11 @@ def _is_pure(node: fx.Node) -> bool:
     """Whether a node is deterministic and without side effects."""
     if node.op != "call_function":
         return False
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return node.target is operator.getitem
     # Dropouts are composite operators, which torch does not tag.
-    random = torch.Tag.nondeterministic_seeded in node.target.tags or "dropout" in node.target._schema.name
-    return not random and not node.target._schema.is_mutable
+    random = torch.Tag.nondeterministic_seeded in node.target.tags or "dropout" in schema_of(node.target).name
+    return not random and not schema_of(node.target).is_mutable
 
 
 def _used(graph: fx.Graph, fixed: Collection[fx.Node], factors: Collection[fx.Node]) -> set[fx.Node]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import operator
 
-import torch
 from torch import fx
+
+from hra_fx.compat import is_higher_order, schema_of
 
 _IN_PLACE = frozenset(
     getattr(operator, name)
@@ -46,11 +47,11 @@ def has_side_effects(node: fx.Node) -> bool:
         return node.op == "call_module"
     if node.target in _IN_PLACE or "out" in node.kwargs or _has_inplace_argument(node):
         return True
-    if isinstance(node.target, torch._ops.HigherOrderOperator):  # has a body that may do anything
+    if is_higher_order(node.target):  # has a body that may do anything
         return True
     if getattr(node.target, "__module__", None) in ("_operator", "builtins"):
         return False
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     if schema is not None:
         return bool(schema.is_mutable)
     name = str(getattr(node.target, "__name__", node.target))

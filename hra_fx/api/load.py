@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hra_fx.checkpoint.fitting import Fitted, fit
 from hra_fx.checkpoint.folder import find
+from hra_fx.compat import non_persistent_buffers
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.functional import householder
@@ -147,7 +148,7 @@ def _replace(root: nn.Module, record: Record, name: str, fitted: Fitted, is_trai
 
 
 def _saved(owner: nn.Module, copies: Copies, name: str) -> list[str]:
-    return [entry for entry in copies.copied.get(name, ()) if entry not in owner._non_persistent_buffers_set]
+    return [entry for entry in copies.copied.get(name, ()) if entry not in non_persistent_buffers(owner)]
 
 
 def _like(tensor: Tensor, weight: Tensor) -> Tensor:

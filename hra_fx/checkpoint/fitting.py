@@ -18,6 +18,7 @@ from hra_fx.checkpoint.folder import WEIGHTS_NAME
 from hra_fx.checkpoint.keys import PREFIX, copy_key, reflection_key, vectors_key
 from hra_fx.checkpoint.saving import RESUME
 from hra_fx.checkpoint.weights import read
+from hra_fx.compat import non_persistent_buffers
 from hra_fx.config import HRAConfig
 from hra_fx.errors import CheckpointError, HRAWarning, SelectionError
 from hra_fx.layers.adapters import AdapterSpec
@@ -104,7 +105,7 @@ def _copy_keys(
     keys: dict[tuple[str, str], str] = {}
     for path, (owner, names) in to_copy(model, config, layers).items():
         for name in names:
-            if name not in owner._non_persistent_buffers_set:
+            if name not in non_persistent_buffers(owner):
                 spellings = [copy_key(path, name, adapted=adapted) for adapted in (path in layers, path not in layers)]
                 keys[path, name] = next((key for key in spellings if key in tensors), spellings[0])
     return keys

@@ -28,6 +28,7 @@ from hra_fx.checkpoint.keys import (
     vectors_entry,
     vectors_key,
 )
+from hra_fx.compat import non_persistent_buffers
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.layers.adapters import plain_chain
@@ -177,7 +178,7 @@ def _contents(root: nn.Module, record: Record, name: str, state: Mapping[str, Te
         metadata[RESUME] = json.dumps({"r": config.r, "apply_GS": config.apply_GS, "anchor": anchor.shape[1]})
     for path, (owner, copies) in copies_of(root).items():
         for entry in copies.copied.get(name, ()):
-            if entry not in owner._non_persistent_buffers_set:
+            if entry not in non_persistent_buffers(owner):
                 in_place = copies.in_place[entry] == name
                 copied = whole(state[copy_entry(path, name, entry, in_place=in_place)])
                 tensors[copy_key(path, entry, adapted=path in sites)] = copied

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-import torch
 from torch import fx
 
+from hra_fx.compat import OpOverload
 from hra_fx.config import HRAConfig
 from hra_fx.export.metadata import has_adapter
 from hra_fx.export.module_edit import ModuleEditor, weight_nodes
@@ -31,7 +31,7 @@ def is_captured(value: object) -> bool:
         True
     """
     return isinstance(value, fx.GraphModule) and any(
-        isinstance(user.target, torch._ops.OpOverload) for node in weight_nodes(value) for user in node.users
+        isinstance(user.target, OpOverload) for node in weight_nodes(value) for user in node.users
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
+from hra_fx.compat import schema_of
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.export.insert import find_rotate_nodes
@@ -175,6 +176,6 @@ def _describe(kind: SiteKind, weight: Tensor, uses: list[WeightUse]) -> str:
 def _groups(convolution: fx.Node) -> int:
     """The groups of a convolution, the last argument of all these operators."""
     operator: Any = convolution.target
-    index = len(operator._schema.arguments) - 1
+    index = len(schema_of(operator).arguments) - 1
     groups = convolution.args[index] if len(convolution.args) > index else convolution.kwargs.get("groups", 1)
     return int(groups)  # type: ignore[arg-type]

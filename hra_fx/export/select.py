@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from hra_fx.compat import is_higher_order
 from hra_fx.config import HRAConfig
 from hra_fx.errors import ConfigError, SelectionError, UnsupportedLayerError
 from hra_fx.export.match import WEIGHTS, GraphLayer, find_layers, module_classes
@@ -84,7 +85,7 @@ def _check_targets(
         if last not in WEIGHTS or tensors[name].dim() < 2 or path in known:
             continue
         consumers = [use.consumer for node in nodes for use in find_weight_uses(node, tensors[name].dim())]
-        nested = any(isinstance(consumer.target, torch._ops.HigherOrderOperator) for consumer in consumers)
+        nested = any(is_higher_order(consumer.target) for consumer in consumers)
         if (nested or not all_linear) and is_target(config, path, ".*" if all_linear else None):
             used_by = f"used by {consumers[0].target} (node {consumers[0].name!r})" if consumers else "not used"
             raise UnsupportedLayerError(

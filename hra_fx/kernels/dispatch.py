@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+
+from hra_fx import compat
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -21,11 +22,11 @@ def can_use_autograd_function(x: Tensor, *others: Tensor) -> bool:
 
 def is_plain_eager() -> bool:
     """True in plain eager mode: no compiler, tracer, dispatch mode, functorch transform or forward-mode AD."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or compat.is_torchscript_tracing() or compat.is_dispatch_mode_active():
         return False
     if torch.is_inference_mode_enabled() and torch.is_grad_enabled():  # autograd saves nothing then
         return False
-    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+    return not compat.is_functorch_active() and not compat.is_forward_ad_active()
 
 
 def are_plain_tensors(x: Tensor, *others: Tensor) -> bool:

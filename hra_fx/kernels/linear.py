@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hra_fx.compat import is_view
 from hra_fx.functional import householder
 from hra_fx.kernels.backward import (
     down_projection,
@@ -132,7 +133,7 @@ class _OutputSide(torch.autograd.Function):
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + b`, never a view: views made in an autograd function cannot be modified in place."""
     output = F.linear(x, weight, bias)
-    return output.clone() if output._is_view() else output
+    return output.clone() if is_view(output) else output
 
 
 def _differentiable_gradients(

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
+from hra_fx.compat import tensor_version
 from hra_fx.functional import householder
 from hra_fx.kernels.cache import tensors_equal
 from hra_fx.kernels.dispatch import is_plain_eager
@@ -106,7 +107,7 @@ def get_or_compute(compute: Compute[_Value], *sources: Tensor) -> _Value:
             copies, value = forward.prefetched.get(key, ((), None))
             if copies and all(map(tensors_equal, copies, sources)):
                 return value  # type: ignore[no-any-return]
-        elif (known := forward.published.get(key)) is not None and known[1] == sources[0]._version:
+        elif (known := forward.published.get(key)) is not None and known[1] == tensor_version(sources[0]):
             return known[2]  # type: ignore[no-any-return]
     return compute([sources])[0]
 
@@ -114,7 +115,7 @@ def get_or_compute(compute: Compute[_Value], *sources: Tensor) -> _Value:
 def publish(compute: Compute[Any], chain: Tensor, value: object) -> None:
     """Store a value for `get_or_compute` that is known already, of a tensor of the current forward, if there is one."""
     if _CURRENT.forward is not None:
-        _CURRENT.forward.published[compute, id(chain)] = (chain, chain._version, value)
+        _CURRENT.forward.published[compute, id(chain)] = (chain, tensor_version(chain), value)
 
 
 def _signature(sources: tuple[Tensor, ...]) -> tuple[tuple[torch.Size, torch.dtype], ...]:

@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from hra_fx import compat
 from hra_fx.errors import AdapterError
@@ -91,7 +90,7 @@ class RotatedWeight(Tensor):
             return args[0].__repr__()
         if not torch.compiler.is_compiling() and _writes(func, args, kwargs):  # TorchDynamo does not trace the question
             _refuse(func)
-        return func(*tree_map(_value, args), **tree_map(_value, kwargs))
+        return func(*compat.pytree.tree_map(_value, args), **compat.pytree.tree_map(_value, kwargs))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -104,7 +103,7 @@ class RotatedWeight(Tensor):
         """Below autograd, where code in C++ or with torch functions disabled has read the weight."""
         if func is torch.ops.aten.detach.default:  # `w.data` too: whoever writes into it is told
             return cls(args[0]._layer, detached=True)
-        found = [part for part in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(part, RotatedWeight)]
+        found = [part for part in compat.pytree.tree_leaves((args, kwargs)) if isinstance(part, RotatedWeight)]
         if torch.is_grad_enabled() and any(_is_trained(weight) for weight in found):
             raise AdapterError(
                 f"{func} reads the weight of an adapted layer where autograd does not see it, and the adapters would "
@@ -113,7 +112,7 @@ class RotatedWeight(Tensor):
         if _writes_by_schema(func, args, kwargs or {}):
             _refuse(func)
         with torch.no_grad():
-            return func(*tree_map(_value, args), **tree_map(_value, kwargs or {}))
+            return func(*compat.pytree.tree_map(_value, args), **compat.pytree.tree_map(_value, kwargs or {}))
 
 
 class InferenceRotatedWeight(RotatedWeight):
@@ -122,7 +121,7 @@ class InferenceRotatedWeight(RotatedWeight):
     torch takes the fast path through `nn.TransformerEncoderLayer` and `nn.MultiheadAttention` only with such weights.
     """
 
-    __torch_function__ = compat.disabled_torch_function  # type: ignore[assignment]
+    __torch_function__ = compat.disabled_torch_function
 
 
 def _answer(name: str, func: Callable[..., Any]) -> Callable[..., Any]:
@@ -181,14 +180,14 @@ def _writes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any
 
 def _writes_by_schema(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether an operator of the dispatcher writes into a rotated weight."""
-    schema = getattr(func, "_schema", None)  # operators of higher order have none
+    schema = compat.schema_of(func)  # operators of higher order have none
     arguments = schema.arguments if schema is not None and schema.is_mutable else ()
     written = [
         kwargs.get(argument.name, args[place] if place < len(args) else None)
         for place, argument in enumerate(arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
-    return any(isinstance(part, RotatedWeight) for part in torch.utils._pytree.tree_leaves(written))
+    return any(isinstance(part, RotatedWeight) for part in compat.pytree.tree_leaves(written))
 
 
 def _refuse(func: Callable[..., Any]) -> NoReturn:

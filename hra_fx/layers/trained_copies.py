@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from hra_fx.compat import non_persistent_buffers
 from hra_fx.layers.target import SAVED
 
 #: Stands for the base model in place of an adapter's name.
@@ -58,7 +59,7 @@ class Copies(nn.Module):
                     memo[id(source)] = nn.Parameter(value.clone(), requires_grad=floating)
                 holder.register_parameter(name, memo[id(source)])
             else:
-                persistent = name not in owner._non_persistent_buffers_set
+                persistent = name not in non_persistent_buffers(owner)
                 holder.register_buffer(name, value.clone(), persistent=persistent)
 
     def get(self, owner: nn.Module, adapter: str, name: str) -> Tensor:
@@ -148,7 +149,7 @@ class Copies(nn.Module):
         if isinstance(tensor, nn.Parameter):
             holder.register_parameter(name, tensor)
         else:
-            holder.register_buffer(name, tensor, persistent=name not in owner._non_persistent_buffers_set)
+            holder.register_buffer(name, tensor, persistent=name not in non_persistent_buffers(owner))
 
 
 def copies_of(model: nn.Module) -> dict[str, tuple[nn.Module, Copies]]:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules.module import _has_any_global_hook
 
+from hra_fx.compat import conv_border, has_hooks
 from hra_fx.functional import householder
 from hra_fx.kernels import conv as filters
 from hra_fx.kernels.cache import cached
@@ -181,7 +181,7 @@ class ConvReflection(Reflection):
         self.padding_mode = conv.padding_mode
         self.padding = conv.padding
         # The list that torch gives to F.pad for padding modes other than zeros, 'same' included.
-        self.border = list(conv._reversed_padding_repeated_twice)
+        self.border = conv_border(conv)
 
     def reflect(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """`patch_coordinates` of `x`; `None` if no adapter is active."""
@@ -242,8 +242,7 @@ def _asks(module: nn.Module) -> bool:
     """Whether calling the container does more than to run its forward."""
     if type(module).forward is not Reflection.forward or "forward" in vars(module):  # as accelerate's offloading has it
         return True
-    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(own) or bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
+    return has_hooks(module)
 
 
 def reflection_for(layer: nn.Module) -> Reflection:

@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from hra_fx.compat import pytree
 from hra_fx.errors import AdapterError
 
 #: Positional and keyword arguments of one call.

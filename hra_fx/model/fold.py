@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from hra_fx.compat import tensor_version
 from hra_fx.errors import AdapterError, FoldError, HRAWarning
 from hra_fx.layers.adapted_layer import SiteCarrier
 from hra_fx.layers.quantized.detect import packing_of
@@ -330,5 +331,5 @@ def _versions(model: nn.Module) -> list[object]:
         tensor for layer in sites for tensor in (layer.hra_base, *layer.hra_u.parameters(), *layer.hra_u.buffers())
     )
     # A tensor made in inference mode has no version.
-    tensors = ((id(t), t.dtype, t.data_ptr(), -1 if t.is_inference() else t._version) for t in read)
+    tensors = ((id(t), t.dtype, t.data_ptr(), tensor_version(t)) for t in read)
     return [state, *(layer.hra_u.active for layer in sites), *tensors]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hra_fx.compat import is_replica
 from hra_fx.kernels.prefetch import prefetching
 from hra_fx.layers.adapters import ANCHOR
 from hra_fx.layers.class_swap import Carrier
@@ -34,7 +35,7 @@ class RootCarrier(Carrier):
             if torch.compiler.is_compiling():  # first, because a compiler guards on everything read before
                 return base.forward(self, *args, **kwargs)
             record = record_of(self)
-            if record is None or record.disabled or not record.active or getattr(self, "_is_replica", False):
+            if record is None or record.disabled or not record.active or is_replica(self):
                 return base.forward(self, *args, **kwargs)
             with prefetching(self):
                 return base.forward(self, *args, **kwargs)

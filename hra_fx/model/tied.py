@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from hra_fx.compat import is_wrapper_subclass
 
 
 def tied_to(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, list[str]]:
@@ -52,12 +54,12 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                     yield f"{path}.{name}".lstrip("."), _unwrap(tensor)
 
 
-def _unwrap(tensor: Tensor) -> Tensor:
+def _unwrap(tensor: Any) -> Tensor:
     """A tensor with memory of its own: that of a wrapper subclass (a quantized weight) is in the tensors inside it."""
-    while is_traceable_wrapper_subclass(tensor):
+    while is_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         tensor = getattr(tensor, names[0])
-    return tensor
+    return tensor  # type: ignore[no-any-return]
 
 
 def _storage(tensor: Tensor) -> object:

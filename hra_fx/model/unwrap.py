@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TypeVar
 
 from torch import nn
+
+from hra_fx.compat import is_compiled_module
 
 M = TypeVar("M")
 
@@ -28,5 +29,4 @@ def _child_name(model: nn.Module) -> str | None:
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         return "module"
     # If TorchDynamo is not loaded, no object has this class.
-    compiled = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", None)
-    return "_orig_mod" if compiled is not None and isinstance(model, compiled) else None
+    return "_orig_mod" if is_compiled_module(model) else None

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from hra_fx.compat import pytree
 from hra_fx.errors import HRAError, HRAWarning, UnsupportedLayerError, VerificationError
 from hra_fx.functional.rotate import rotate_weight
 from hra_fx.layers.quantized.detect import packing_of

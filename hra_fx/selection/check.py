@@ -100,7 +100,7 @@ def _state_problem(layer: nn.Module) -> str | None:
         return f"it already has an attribute `{REFLECTION}`. Rename the attribute, or {_EXCLUDE}"
     if type(layer).__call__ is not nn.Module.__call__:
         return f"its class overrides `__call__`, which would bypass the adapter. {_EXCLUDE_IT}"
-    if isinstance(layer, nn.MultiheadAttention) and not layer._qkv_same_embed_dim:
+    if isinstance(layer, nn.MultiheadAttention) and {layer.kdim, layer.vdim} != {layer.embed_dim}:
         return (
             "its `kdim` or `vdim` differs from `embed_dim`, so query, key and value have no joint weight. "
             f"{_EXCLUDE_IT} and target its `out_proj`"

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import fx
 
+from hra_fx.compat import inductor_mode_options, lookup_backend
 from hra_fx.errors import ConfigError
 from hra_fx.kernels.compile_ops import REFLECTED_BY, REFLECTED_ROWS, UNIT_FACTORS
 from hra_fx.layers.target import SiteOperators
@@ -50,8 +51,6 @@ def hra_fx(
         >>> compiled(torch.ones(3, 6)).shape
         torch.Size([3, 4])
     """
-    from torch._dynamo.backends.registry import lookup_backend
-
     settings = {**_OURS, **(options or {})}
     inner, share, hoist = (settings.pop(name) for name in _OURS)
     keywords: dict[str, Any] = {}
@@ -97,6 +96,4 @@ def _checkpointed(graph_module: fx.GraphModule) -> list[fx.GraphModule]:
 def _patches(mode: str | None) -> dict[str, Any]:
     if not mode or mode == "default":
         return {}
-    from torch._inductor import list_mode_options
-
-    return dict(list_mode_options(mode))
+    return inductor_mode_options(mode)

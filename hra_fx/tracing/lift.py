@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
+from hra_fx.compat import pytree
 from hra_fx.layers.adapters import Reflection
 from hra_fx.layers.class_swap import below
 from hra_fx.model.example_inputs import Call

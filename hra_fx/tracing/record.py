@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
+from hra_fx.compat import allowed_in_graph, dynamo_codes, dynamo_settings, pytree, reset_code
 from hra_fx.functional.householder import orthonormalize
 from hra_fx.layers import variants as forms
 from hra_fx.layers.adapters import rotated_weight
@@ -45,8 +45,6 @@ _SETTINGS = {
     "recompile_limit": 1000,
     "accumulated_recompile_limit": 100_000,
 }
-#: Its set of functions that are left out, where they would be a graph break; by its former name too.
-_LEFT_OUT = ("ignore_logging_functions", "ignore_logger_methods")
 
 
 @dataclass(frozen=True)
@@ -150,51 +148,22 @@ def twin(model: nn.Module) -> nn.Module:
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """TorchDynamo with settings of ours and reflections as nodes; random numbers and its caches as before."""
-    from torch._C._dynamo.eval_frame import reset_code
-    from torch._dynamo import config, convert_frame
-
     said = {warnings.warn, print, *(method for method in vars(logging.Logger).values() if callable(method))}
-    left_out = next(name for name in _LEFT_OUT if hasattr(config, name))
-    settings = {**_SETTINGS, left_out: said | getattr(config, left_out)}
-    known = {id(code) for code in _codes(convert_frame.input_codes)}
+    known = {id(code) for code in dynamo_codes()}
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(_same_chance(model))
-        stack.enter_context(config.patch(settings))
+        stack.enter_context(dynamo_settings(_SETTINGS, ignored_functions=said))
         stack.enter_context(torch.compiler.set_stance("default"))
-        stack.enter_context(_as_one_node((*ONE_NODE, outputs)))
+        stack.enter_context(allowed_in_graph((*ONE_NODE, outputs)))
         try:
             yield
         finally:
             # Those that were compiled before keep what they have: that of this backend serves no other.
-            for code in _codes(convert_frame.input_codes):
+            for code in dynamo_codes():
                 if id(code) not in known or code in (_call.__code__, _flat_call.__code__):
                     reset_code(code)
-
-
-def _codes(tracker: Any) -> list[Any]:
-    """The code objects that TorchDynamo has seen, and that are alive."""
-    return [code for reference in tracker.seen if (code := reference()) is not None]
-
-
-@contextlib.contextmanager
-def _as_one_node(functions: tuple[Callable[..., Any], ...]) -> Iterator[None]:
-    """Have TorchDynamo put calls of some functions into a graph as they are.
-
-    Only for the moment, where `torch.compiler.allow_in_graph` is for ever: what users compile is to be as it was.
-    """
-    from torch._dynamo import trace_rules
-
-    allowed = trace_rules._allowed_callable_ids
-    added = [id(function) for function in functions if id(function) not in allowed()]
-    for number in added:
-        allowed.add(number)
-    try:
-        yield
-    finally:
-        for number in added:
-            allowed.remove(number)
 
 
 @contextlib.contextmanager

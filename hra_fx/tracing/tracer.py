@@ -13,13 +13,12 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import Attribute
 
+from hra_fx.compat import has_own_hooks
 from hra_fx.errors import CaptureError
 from hra_fx.layers.target import find_kind
 from hra_fx.tracing.inplace_ops import SPECIAL_METHODS
 from hra_fx.tracing.opaque_calls import OpaqueCalls
 from hra_fx.tracing.recorded_state import GraphState
-
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 class TracedValue(fx.Proxy):
@@ -230,7 +229,7 @@ class ModelTracer(fx.Tracer):
 
 def _why_not_inlined(module: nn.Module) -> str | None:
     """Why the forward of a module cannot be dissolved into the graph around it, if it cannot."""
-    if any(getattr(module, hooks) for hooks in _HOOKS):
+    if has_own_hooks(module):
         return "it has hooks, which would not run"
     if type(module).__call__ is not nn.Module.__call__ and getattr(module, "gradient_checkpointing", False):
         return "it checkpoints its activations, which a graph drops"

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-from torch.utils import _pytree as pytree
 
+from hra_fx.compat import fake_tensor_mode, pytree
 from hra_fx.errors import HRAWarning
 from hra_fx.model.example_inputs import Call
 
@@ -27,8 +26,8 @@ def note_shapes(module: fx.GraphModule, call: Call) -> None:
         module: a whole graph of the call. Its placeholders are the arguments, or the tensors in them.
         call: the example inputs.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
+        mode = fake_tensor_mode()
         with torch.no_grad():
             copied = _copy(module, mode)
             FakeTensorProp(copied, mode).propagate(*_inputs(module, call))
@@ -42,7 +41,7 @@ def note_shapes(module: fx.GraphModule, call: Call) -> None:
             node.meta["val"] = noted.meta["val"]
 
 
-def _copy(module: fx.GraphModule, mode: FakeTensorMode) -> fx.GraphModule:
+def _copy(module: fx.GraphModule, mode: Any) -> fx.GraphModule:
     """A copy with fake tensors, because a forward may write into its buffers."""
     tensors = (*module.parameters(), *module.buffers())
     memo: dict[int, Any] = {id(tensor): mode.from_tensor(tensor) for tensor in tensors}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from hra_fx.compat import OpOverload
 from hra_fx.layers.target import META, REFLECTION, SiteNote
 
 #: Attributes and methods whose result is not a tensor; nodes that use it compute shapes.
@@ -86,7 +87,7 @@ def function_name(target: object) -> str:
     """The name of a function or method, without the overload of an operator."""
     if isinstance(target, str):
         return target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return str(target.overloadpacket.__name__).strip("_")
     if isinstance(target, FunctionType | BuiltinFunctionType):
         return target.__name__.strip("_")

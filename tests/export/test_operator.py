@@ -107,6 +107,8 @@ def test_autocast_changes_nothing_of_it() -> None:
 @pytest.mark.parametrize(
     ("anchored", "apply_GS", "columns"), [(False, False, True), pytest.param(True, True, False, marks=pytest.mark.slow)]
 )
+# torch reads the gradient of a copy, and hides its warning only where warnings are not errors.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_torch_finds_the_operator_well_defined(anchored: bool, apply_GS: bool, columns: bool) -> None:
     """Schema, fake kernel, autograd registration, and the joint graph of torch.compile."""
     torch.library.opcheck(ROTATE, (*arguments(anchored, columns), apply_GS, columns))

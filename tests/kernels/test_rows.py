@@ -135,7 +135,6 @@ def test_under_autocast_products_are_narrow_and_rows_are_not() -> None:
 # Transforms and tracers get the plain formula
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own, for forward mode
 def test_functorch_transforms_and_forward_mode() -> None:
     x, vectors = normal(1, 4, 8), normal(2, 8, 3)
     each = torch.vmap(torch.func.grad(lambda u, row: reflected_rows(row, u).square().cos().sum()), (None, 0))

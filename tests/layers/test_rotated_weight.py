@@ -253,10 +253,23 @@ def test_writes_into_the_base_weight_are_seen() -> None:
             one[0] = 7.0
             one.mul_(2)
     assert_same(layer.weight.clone(), dense(base, layer))
-    layer.weight = nn.Parameter(normal(4, 4, 6))  # replaces the parameter, as for any layer
+    layer.hra_base = nn.Parameter(normal(4, 4, 6))
     base.weight = nn.Parameter(normal(4, 4, 6))
     assert layer.hra_base is layer._parameters["weight"]
     assert_same(layer(X), F.linear(X, dense(base, layer), base.bias))
+
+
+def test_assigning_a_weight_that_is_read_as_rotated_is_refused() -> None:
+    """Otherwise `layer.weight = f(layer.weight)`, as the fusion of a BatchNorm has it, would be rotated twice."""
+    _, layer = layer_pair()
+    before = layer.hra_base
+    message = r"^Linear\.weight is read as W Q, .* Assign the base weight W to `layer\.hra_base`, or call hra_fx\.fold"
+    with pytest.raises(hra_fx.AdapterError, match=message):
+        torch.nn.utils.fusion.fuse_linear_bn_eval(layer, nn.BatchNorm1d(4).double().eval())
+    with pytest.raises(hra_fx.AdapterError, match=message):
+        layer.weight = nn.Parameter(normal(4, 4, 6))
+    layer.weight = before
+    assert layer.hra_base is before
 
 
 @modes

@@ -101,6 +101,6 @@ def test_without_data_it_is_not_a_number() -> None:
 
 def test_a_plain_weight_that_came_in_its_place_is_read() -> None:
     model = adapted("ao int8")
-    model[0].weight = nn.Parameter(torch.randn(128, 64, generator=torch.Generator().manual_seed(2)))
+    model[0].hra_base = nn.Parameter(torch.randn(128, 64, generator=torch.Generator().manual_seed(2)))
     row, _ = hra_fx.report(model)
     assert row.share == pytest.approx(due(model[0]._parameters["weight"].detach().double(), turned(model[0])), rel=1e-4)

@@ -1,0 +1,194 @@
+"""Supported versions: the pins that are tested, and private names of torch in one file."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+
+from hra_fx import compat
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Its lower bound needs a newer torch than the lowest.
+NOT_IN_LOWEST = {"torchao"}
+#: Private attributes of torch's objects: they are read through `hra_fx.compat`.
+ATTRIBUTES = {
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_is_replica",
+    "_is_view",
+    "_non_persistent_buffers_set",
+    "_qkv_same_embed_dim",
+    "_reversed_padding_repeated_twice",
+    "_schema",
+    "_version",
+}
+
+
+def bounds() -> dict[str, str]:
+    """Name -> lower bound, of what hra_fx and its tests need."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    lists = [re.search(rf"^{name} = \[\n(.*?)^\]", text, re.DOTALL | re.MULTILINE) for name in ("dependencies", "test")]
+    return dict(
+        re.findall(r'^    "([\w-]+)>=([\d.]+?)(?:\.0)*",$', "".join(found[1] for found in lists if found), re.MULTILINE)
+    )
+
+
+def test_the_lowest_pins_are_the_lower_bounds() -> None:
+    text = (ROOT / "tests/lowest.txt").read_text(encoding="utf-8")
+    pins = re.findall(r"^([\w-]+)==([\d.]+?)(?:\.0)*$", text, re.MULTILINE)
+    wanted = {name: bound for name, bound in bounds().items() if name not in NOT_IN_LOWEST}
+    assert len(wanted) > 20
+    assert dict(pins) == wanted
+
+
+def private_names(file: Path) -> Iterator[str]:
+    """Where a file names something private of torch."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.split(".")[0] == "torch"]
+        elif isinstance(node, ast.Attribute):
+            text = ast.unparse(node)
+            names = [text] if text.startswith("torch.") and node.attr.startswith("_") else []
+            names += [f"torch.{node.attr}"] if node.attr in ATTRIBUTES else []
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names = [f"torch.{node.value}"] if node.value in ATTRIBUTES else []  # of getattr
+        private = [name for name in names if re.search(r"\._(?!_)", name) and name != "torch._assert"]  # documented
+        yield from (f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}: {name}" for name in private)
+
+
+def test_private_names_of_torch_are_in_compat_alone() -> None:
+    files = [file for package in ("hra_fx", "passes") for file in (ROOT / package).rglob("*.py")]
+    found = [name for file in files if file.name != "compat.py" for name in private_names(file)]
+    assert not found, "\n".join(found)
+    assert len(list(private_names(ROOT / "hra_fx" / "compat.py"))) > 5, "the scan finds them"
+
+
+#: Removes private names before hra_fx is imported, as a future release may.
+REMOVED = """
+import torch, torch.fx, torch.nn.modules.module as modules
+removed = []
+for owner, name in [
+    (torch._C, "_is_tracing"), (torch._C, "_are_functorch_transforms_active"), (torch._C, "_len_torch_dispatch_stack"),
+    (modules, "_has_any_global_hook"), (torch.fx._symbolic_trace, "is_fx_symbolic_tracing"),
+    (torch._ops, "HigherOrderOperator"),
+]:
+    removed.append((owner, name, getattr(owner, name)))
+    delattr(owner, name)
+import hra_fx.compat
+for owner, name, value in removed:
+    if owner is torch._C:  # torch cannot do without them
+        setattr(owner, name, value)
+"""
+WITHOUT = """
+import hra_fx
+from hra_fx import compat
+from torch import nn
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(36, 5)).double()
+hra_fx.transform(model, hra_fx.HRAConfig(r=3, target_modules=["0", "2"]))
+for name, vectors in model.named_parameters():
+    if name.endswith("hra_u.default"):
+        nn.init.normal_(vectors)
+x = torch.randn(2, 3, 3, 3, dtype=torch.float64)
+adapted = model(x)
+adapted.square().sum().backward()
+assert all(vectors.grad is not None for name, vectors in model.named_parameters() if "hra_u.default" in name[-13:])
+assert torch.allclose(hra_fx.fold(model)(x), adapted, rtol=1e-12, atol=1e-12)
+
+assert not compat.is_torchscript_tracing() and not compat.is_fx_tracing()
+# Where nothing is known, the answer is the one that costs time and cannot be wrong.
+assert compat.is_functorch_active() and compat.is_dispatch_mode_active()
+assert not compat.has_global_module_hooks()
+with torch.nn.modules.module.register_module_forward_hook(lambda *_: None):
+    assert compat.has_global_module_hooks()
+assert compat.is_higher_order(torch.ops.higher_order.cond) and not compat.is_higher_order(torch.add)
+"""
+
+
+def test_without_the_private_names_the_answers_are_safe_and_the_results_equal() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", REMOVED + WITHOUT], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# ---- what the functions say ----
+
+
+def test_what_is_active_around_a_call() -> None:
+    seen: list[tuple[bool, ...]] = []
+
+    def look() -> tuple[bool, ...]:
+        asked = (
+            compat.is_fx_tracing,
+            compat.is_torchscript_tracing,
+            compat.is_functorch_active,
+            compat.is_dispatch_mode_active,
+            compat.is_forward_ad_active,
+        )
+        return tuple(bool(ask()) for ask in asked)
+
+    class Looks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(look())
+            return x * 2
+
+    torch.fx.symbolic_trace(Looks())
+    torch.jit.trace(Looks(), torch.ones(2), check_trace=False)
+    torch.func.vmap(Looks())(torch.ones(2))
+    with compat.fake_tensor_mode():
+        Looks()(torch.ones(2))
+    with forward_ad.dual_level():
+        Looks()(torch.ones(2))
+    assert [answers.index(True) for answers in seen if sum(answers) == 1] == list(range(5))
+    assert not any(look())
+
+
+def test_hooks_of_a_module_and_of_all_modules() -> None:
+    layer = nn.Linear(2, 2)
+    assert not compat.has_hooks(layer)
+    with layer.register_forward_pre_hook(lambda *_: None):
+        assert compat.has_hooks(layer) and not compat.has_global_module_hooks()
+    with torch.nn.modules.module.register_module_forward_hook(lambda *_: None):
+        assert compat.has_hooks(layer) and compat.has_global_module_hooks()
+    assert not compat.has_hooks(layer)
+
+
+@pytest.mark.parametrize("padding", [0, (1, 2), "valid", "same"])
+@pytest.mark.parametrize("kernel", [(3, 3), (4, 3)])
+def test_the_border_of_a_convolution_is_that_of_torch(padding: object, kernel: tuple[int, int]) -> None:
+    conv = nn.Conv2d(2, 2, kernel, padding=padding, dilation=(1, 2))  # type: ignore[arg-type]
+    assert compat.conv_border(conv) == list(conv._reversed_padding_repeated_twice)
+
+
+def test_a_version_counts_writes_and_a_view_is_told() -> None:
+    tensor = torch.zeros(3)
+    before = compat.tensor_version(tensor)
+    assert compat.tensor_version(tensor) == before
+    assert compat.tensor_version(tensor.add_(1)) != before
+    with torch.inference_mode():
+        assert compat.tensor_version(torch.zeros(2)) == -1
+    assert compat.is_view(tensor[1:]) and not compat.is_view(tensor)
+
+
+def test_buffers_outside_of_the_state_and_compiled_modules() -> None:
+    module = nn.BatchNorm1d(2)
+    module.register_buffer("cached", torch.zeros(1), persistent=False)
+    assert compat.non_persistent_buffers(module) == {"cached"}
+    assert compat.is_compiled_module(torch.compile(module))  # type: ignore[arg-type]
+    assert not compat.is_compiled_module(module)
