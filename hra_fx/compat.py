@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.utils.checkpoint
 
 
 def has_saved_tensors_hooks() -> bool:
@@ -13,3 +16,8 @@ def has_saved_tensors_hooks() -> bool:
 
 #: `__torch_function__` of a tensor subclass that overrides none.
 disabled_torch_function = torch._C._disabled_torch_function_impl
+
+#: The function below the decorators of `torch.utils.checkpoint.checkpoint`, and the attribute of it that is called in
+#: its place if it is set, under whatever name `checkpoint` was imported.
+checkpoint: Any = getattr(torch.utils.checkpoint.checkpoint, "__wrapped__", torch.utils.checkpoint.checkpoint)
+CHECKPOINT_CALLS = "__dynamo_disable"

@@ -19,5 +19,8 @@ def graph_module(root: nn.Module, traced: Traced) -> fx.GraphModule:
         path = str(node.target).rpartition(".")[0]
         if path:
             module.set_submodule(path, holder.get_submodule(path))
-    module.train(root.training)
+    shared = set(root.modules())
+    for part in module.modules():  # a part of the model may be frozen in eval mode
+        if part not in shared:
+            part.training = root.training
     return module
