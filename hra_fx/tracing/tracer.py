@@ -167,7 +167,7 @@ class ModelTracer(fx.Tracer):
                 self.has_drawn = self._state.has_drawn()
         if self.refused:
             raise CaptureError(self.refused[0])
-        graph._tracer_cls = None  # fx makes one without arguments when it unpickles a graph
+        graph._tracer_cls = UnpicklingTracer
         for node in graph.nodes:
             node.type = None  # an annotation, which may be a string, and then fx cannot pickle the graph
         return graph
@@ -265,6 +265,12 @@ class ModelTracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> TracedValue:
         """The value that stands for a node."""
         return TracedValue(node, self)
+
+
+class UnpicklingTracer(fx.Tracer):
+    """Traces the code of a graph, as fx does to unpickle one; reads of buffers are nodes, and not constants."""
+
+    proxy_buffer_attributes = True
 
 
 def _why_not_inlined(module: nn.Module) -> str | None:
