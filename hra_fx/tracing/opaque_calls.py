@@ -95,7 +95,7 @@ def _called_as(code: types.CodeType, namespace: dict[str, Any]) -> Iterator[tupl
                     yield space, name, function  # a nested function could not be pickled
 
 
-def _may_return_none(function: types.FunctionType) -> bool:
+def _may_return_none(function: Any) -> bool:
     """Whether a function is annotated so: the forward may ask for None, and the value of a node is never None."""
     returned = str(function.__annotations__.get("return", ""))
     return any(word in returned for word in ("None", "Optional", "Any"))

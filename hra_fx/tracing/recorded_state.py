@@ -47,7 +47,8 @@ class GraphState:
 @contextlib.contextmanager
 def refusing(refuse: Callable[[str], NoReturn]) -> Iterator[None]:
     """A block in which this thread may not enter autocast (to turn it off, say) or checkpoint activations."""
-    thread, enter = threading.get_ident(), torch.autocast.__enter__
+    thread = threading.get_ident()
+    enter: Any = torch.autocast.__enter__
 
     def enter_autocast(context: torch.autocast) -> Any:
         if threading.get_ident() == thread:

@@ -92,16 +92,19 @@ class _Trace:
         with ExitStack() as restore:
             restore.callback(snapshot.restore)
             for part in self._paths.values():
-                vars(part)["training"] = training
+                part.__dict__["training"] = training
             # What is cached between calls is computed in each call while TorchScript traces, and so in a graph.
-            restore.enter_context(mock.patch.object(torch.jit, "is_tracing", _in_this_thread(torch.jit.is_tracing)))
+            is_tracing = _in_this_thread(torch.jit._trace.is_tracing)
+            restore.enter_context(mock.patch.object(torch.jit, "is_tracing", is_tracing))
             try:
                 graph = tracer.trace(self._module)
             except BaseException:
                 self._stack = [part for _, part in tracer.innermost]
                 raise
             if tracer.has_drawn:
-                raise _DrawnError("it draws random numbers in Python or seeds a generator, which happens once in a trace")
+                raise _DrawnError(
+                    "it draws random numbers in Python or seeds a generator, which happens once in a trace"
+                )
             if changes := snapshot.changes():
                 self._stack = [self._paths[path] for path, _ in changes]
                 names = ", ".join(f"{path}.{name}".lstrip(".") for path, name in changes[:3])

@@ -84,7 +84,9 @@ for _name, _act in SPECIAL_METHODS.items():
 
     def _augmented(self: TracedValue, other: Any, act: Any = _act) -> Any:
         made = _tracer(self).create_proxy("call_function", act, (self, other), {})
-        object.__getattribute__(made, "node").meta["is_wrapped"] = True  # so that it stays a node when fx unpickles the graph
+        object.__getattribute__(made, "node").meta["is_wrapped"] = (
+            True  # so that it stays a node when fx unpickles the graph
+        )
         return made
 
     setattr(TracedValue, _name, _augmented)
@@ -180,7 +182,7 @@ class ModelTracer(fx.Tracer):
         """Unpack a value; only where the code says into how many."""
         try:
             with self.internal():
-                return super().iter(obj)  # type: ignore[return-value]
+                return super().iter(obj)
         except fx.proxy.TraceError:
             self.refuse("it loops over a value, or unpacks one in a way that does not tell how many there are")
 

@@ -63,7 +63,7 @@ def _same(before: Any, now: Any) -> bool:
     if isinstance(before, dict):
         return all(key in now and now[key] is value for key, value in before.items())
     if isinstance(before, set):
-        return before == now
+        return bool(before == now)
     return all(a is b for a, b in zip(before, now, strict=True))
 
 

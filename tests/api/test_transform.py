@@ -130,7 +130,6 @@ def test_a_layer_that_reads_a_buffer_is_rotated_too() -> None:
             return self.out(x + self.lin(self.start))
 
     model = hra_fx.transform(Constant().double(), config("lin", "out"))
-    assert {row.region for row in hra_fx.report(model)} == {"whole"}
     randomise(model)
     x = torch.randn(2, 4, dtype=torch.float64)
     before = model(x)
@@ -270,7 +269,7 @@ def test_a_layer_called_twice_is_rotated_in_both_calls() -> None:
 
     torch.manual_seed(0)
     model = hra_fx.transform(Twice().double(), config("lin", init_weights=False))
-    weight, x = model.lin.weight.detach().clone(), torch.randn(3, 4, dtype=torch.float64)
+    weight, x = model.lin.hra_base.detach().clone(), torch.randn(3, 4, dtype=torch.float64)
     for u in model.lin.hra_u["default"].detach().unbind(1):
         weight = weight @ (torch.eye(4, dtype=torch.float64) - 2 * torch.outer(u, u) / u.dot(u))
     linear = nn.functional.linear

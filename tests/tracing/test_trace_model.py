@@ -171,7 +171,11 @@ def bert() -> tuple[nn.Module, Any, Any]:
 
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     ids, mask = tokens(), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
-    return BertModel(BertConfig(vocab_size=16, **sizes)), {"input_ids": ids, "attention_mask": mask}, ["query", "output.dense"]
+    return (
+        BertModel(BertConfig(vocab_size=16, **sizes)),
+        {"input_ids": ids, "attention_mask": mask},
+        ["query", "output.dense"],
+    )
 
 
 def llama() -> tuple[nn.Module, Any, Any]:

@@ -28,7 +28,9 @@ def totals(results: list[Result]) -> dict[str, str]:
     counts["CPU minutes"] = f"{sum(result.cpu_s for result in results) / 60:.0f}"
     counts["slowest first transform"] = f"{max(result.first_s for result in results):.1f}s" if results else ""
     if ratios:
-        counts["transform time / symbolic_trace time: median, largest"] = f"{ratios[len(ratios) // 2]:.1f}, {ratios[-1]:.1f}"
+        counts["transform time / symbolic_trace time: median, largest"] = (
+            f"{ratios[len(ratios) // 2]:.1f}, {ratios[-1]:.1f}"
+        )
     return counts
 
 
@@ -42,7 +44,7 @@ def markdown(results: list[Result], seconds: float) -> str:
         [
             "# The zoo",
             "",
-            "`make zoo` writes this page; do not edit it. In every model, every linear layer and convolution is adapted",
+            "`make zoo` writes this page; do not edit it. Every linear layer and convolution of every model is adapted",
             "(r = 3, random vectors), and the model is compared with the plain model over weights `W Q` in float64.",
             "",
             "| | |",
@@ -126,7 +128,7 @@ def _by_reason(found: dict[str, list[str]]) -> Iterable[str]:
 
 
 def _notes(results: list[Result]) -> Iterable[str]:
-    """Layers that are not called, or of width one (a reflection only changes a sign); checks that do not apply."""
+    """Layers that are not called, or of width one (a reflection changes a sign only); checks not made."""
     lines = [
         f"- `{r.name}`: no output depends on the vectors of {', '.join(_shown(r.untouched))}"
         for r in results
@@ -151,7 +153,7 @@ def _legend() -> Iterable[str]:
         "  captures a call with `example_inputs`), or no.",
         f"- ✓ correct, {_NONE} not applicable (a fixed input size, say), ⊘ refused with a reason, ✗ wrong.",
         "- start: fresh adapters change nothing. random: random adapters give the output of weights `W Q`. train: the",
-        "  same in train mode, with dropout and batch norm. grads: gradients of every adapter, in both modes. batch and",
+        "  same in train mode, with dropout and batch norm. grads: gradients of every adapter, in both modes. batch,",
         "  size: another batch size and input size. copy: a deep copy. state: a `state_dict` loaded into a new model.",
         "  trace: the traced graph gives the same outputs. fold: `fold` gives the same outputs.",
         "- graphs: number of graphs of `hra_fx.graphs(model, example_inputs)`.",

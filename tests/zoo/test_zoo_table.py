@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from zoo.result import BY_EXAMPLE, CHECKS, NOT_APPLICABLE, OK, REFUSED, YES, Result
 from zoo.table import markdown, totals
 
@@ -56,6 +57,7 @@ def test_a_row_that_was_not_looked_at_is_not_right() -> None:
     assert not Result("timm/d").right
 
 
+@pytest.mark.slow
 def test_the_runner_writes_a_table_and_exits_with_zero(tmp_path: Path) -> None:
     table = tmp_path / "zoo.md"
     options = ["--only", "test_vit", "squeezenet1_1", "--jobs", "1", "--no-dynamo", "--table", str(table)]
@@ -65,10 +67,3 @@ def test_the_runner_writes_a_table_and_exits_with_zero(tmp_path: Path) -> None:
     assert "ok    torchvision/squeezenet1_1: 26 layers, traced" in done.stdout
     assert "| models with a wrong result | 0 |" in table.read_text()
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
-
-
-def test_the_runner_refuses_a_name_that_it_does_not_know() -> None:
-    command = [sys.executable, "-m", "zoo.run", "--only", "resnet17"]
-    done = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "resnet17: no model of the zoo is called so" in done.stderr
