@@ -8,7 +8,7 @@ and pickles of the graph work as for any other module.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import fx, nn
@@ -51,18 +51,21 @@ class ModesDifferError(Exception):
         self.nodes = nodes
 
 
-def merge_modes(in_train: fx.Graph, in_eval: fx.Graph) -> dict[str, ByMode]:
+def merge_modes(
+    in_train: fx.Graph, in_eval: fx.Graph, may_differ: Callable[[fx.Node], bool] = lambda _: True
+) -> dict[str, ByMode]:
     """Make the graph of train mode one for both modes, in place.
 
     Args:
         in_train: the graph of a forward in train mode.
         in_eval: the graph of the same forward in eval mode.
+        may_differ: whether constants of a node of `in_train` may differ.
 
     Returns:
         Name -> module, for every module that the graph calls in addition.
 
     Raises:
-        ModesDifferError: they differ in more than constants.
+        ModesDifferError: they differ in more than such constants.
     """
     modules: dict[str, ByMode] = {}
     twins: dict[fx.Node, fx.Node] = {}
@@ -74,7 +77,10 @@ def merge_modes(in_train: fx.Graph, in_eval: fx.Graph) -> dict[str, ByMode]:
                 raise _DifferError
             with in_train.inserting_before(one):
                 merge = _Merge(in_train, twins, modules)
+                known = len(modules)
                 args, kwargs = merge(one.args, other.args), merge(one.kwargs, other.kwargs)
+            if len(modules) > known and not may_differ(one):
+                raise _DifferError
             one.args, one.kwargs = args, kwargs
         except _DifferError:
             raise ModesDifferError(one, other) from None

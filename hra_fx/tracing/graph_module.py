@@ -19,5 +19,22 @@ def graph_module(root: nn.Module, traced: Traced) -> fx.GraphModule:
         path = str(node.target).rpartition(".")[0]
         if path:
             module.set_submodule(path, holder.get_submodule(path))
-    module.train(root.training)
+    _keep_unused(module, root)
+    shared = set(root.modules())
+    for part in module.modules():  # a part of the model may be frozen in eval mode
+        if part not in shared:
+            part.training = root.training
     return module
+
+
+def _keep_unused(module: fx.GraphModule, root: nn.Module) -> None:
+    """Add the tensors that the graph does not use, so that the `state_dict` has the same keys."""
+    for kind in ("_parameters", "_buffers"):
+        missing = {name: value for name, value in vars(root)[kind].items() if name not in vars(module)[kind]}
+        vars(module)[kind].update(missing)
+    module._non_persistent_buffers_set = set(root._non_persistent_buffers_set)
+    present = dict(module.named_modules(remove_duplicate=False))
+    for path, part in root.named_modules(remove_duplicate=False):
+        if path and (part._parameters or part._buffers) and present.get(path) is not part:
+            module.add_submodule(path, part)
+            present.update(part.named_modules(prefix=path, remove_duplicate=False))

@@ -103,9 +103,10 @@ def _name_outputs(graph: fx.Graph) -> None:
 
 
 def _clean(graph: fx.Graph, names: Names) -> None:
-    """Drop shapes that nobody reads, and keep of `node.meta` what outlives the recording, with paths as fx has them."""
-    for node in graph.nodes:
-        if node.target is getattr and not node.users:
+    """Drop unused shapes and rotated weights, and keep of `node.meta` what outlives the recording, with fx's paths."""
+    for node in reversed(graph.nodes):
+        # A look at the dtype of a weight, say, leaves an unused `W Q`.
+        if node.target in (getattr, *ONE_NODE) and not node.users:
             graph.erase_node(node)
             continue
         stack = node.meta.get("nn_module_stack") or {}

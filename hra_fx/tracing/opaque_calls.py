@@ -91,5 +91,11 @@ def _called_as(code: types.CodeType, namespace: dict[str, Any]) -> Iterator[tupl
             function = space.get(name)
             if isinstance(function, types.FunctionType) and function.__code__ is code:
                 home = sys.modules.get(function.__module__)
-                if getattr(home, function.__qualname__, None) is function:  # else no graph could be pickled
-                    yield space, name, function
+                if getattr(home, function.__qualname__, None) is function and not _may_return_none(function):
+                    yield space, name, function  # a nested function could not be pickled
+
+
+def _may_return_none(function: Any) -> bool:
+    """Whether a function is annotated so: the forward may ask for None, and the value of a node is never None."""
+    returned = str(function.__annotations__.get("return", ""))
+    return any(word in returned for word in ("None", "Optional", "Any"))

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+from unittest import mock
 
 import torch
 
@@ -17,7 +23,7 @@ class GraphState:
         self._grad = torch.is_grad_enabled()
         self._autocast = _autocast()
         self._hooks = compat.has_saved_tensors_hooks()
-        self._random = (torch.get_rng_state(), random.getstate())
+        self._random = _Random()
 
     def why_not(self) -> str | None:
         """Why no node can be made now, if none can."""
@@ -30,14 +36,66 @@ class GraphState:
             return "it checkpoints activations or changes what is saved for backward, which a graph drops"
         return None
 
-    def why_not_random(self) -> str | None:
-        """Why the trace is not valid, if it drew or seeded random numbers, which the graph has as constants."""
-        torch_state, python_state = self._random
-        if torch.equal(torch_state, torch.get_rng_state()) and python_state == random.getstate():
-            return None
-        torch.set_rng_state(torch_state)
-        random.setstate(python_state)
-        return "it draws random numbers that would become constants"
+    def has_drawn(self) -> bool:
+        """Whether random numbers were drawn, or a generator was seeded; the generators are set back."""
+        if self._random.is_unchanged():
+            return False
+        self._random.restore()
+        return True
+
+
+@contextlib.contextmanager
+def refusing(refuse: Callable[[str], NoReturn]) -> Iterator[None]:
+    """A block in which this thread may not enter autocast (to turn it off, say) or checkpoint activations."""
+    thread = threading.get_ident()
+    enter: Any = torch.autocast.__enter__
+
+    def enter_autocast(context: torch.autocast) -> Any:
+        if threading.get_ident() == thread:
+            refuse("it runs under its own autocast, which a graph drops")
+        return enter(context)
+
+    def checkpoint(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == thread:
+            refuse("it checkpoints activations, which a graph drops")
+        return compat.checkpoint(*args, **kwargs)
+
+    with (
+        mock.patch.object(torch.autocast, "__enter__", enter_autocast),
+        mock.patch.object(compat.checkpoint, compat.CHECKPOINT_CALLS, checkpoint, create=True),
+    ):
+        yield
+
+
+class _Random:
+    """The states of the generators of torch, Python and NumPy."""
+
+    def __init__(self) -> None:
+        self._torch, self._python, self._numpy = torch.get_rng_state(), random.getstate(), _numpy_state()
+
+    def is_unchanged(self) -> bool:
+        return (
+            torch.equal(self._torch, torch.get_rng_state())
+            and self._python == random.getstate()
+            and self._numpy == _numpy_state()
+        )
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._torch)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            name, keys, *rest = self._numpy
+            numpy: Any = sys.modules["numpy"]
+            numpy.random.set_state((name, numpy.frombuffer(keys, dtype="uint32"), *rest))
+
+
+def _numpy_state() -> tuple[Any, ...] | None:
+    """A state that compares by value, if NumPy is imported."""
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is None:
+        return None
+    name, keys, *rest = numpy.random.get_state()
+    return (name, keys.tobytes(), *rest)
 
 
 def _autocast() -> tuple[bool, ...]:

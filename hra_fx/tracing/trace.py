@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from typing import NamedTuple
 from unittest import mock
@@ -19,6 +19,8 @@ from hra_fx.tracing.unchanged import Snapshot
 
 # fx patches `nn.Module` for the whole process while it traces.
 _LOCK = threading.RLock()
+#: After so many traces in which random numbers were drawn it was the forward that drew, and no other thread.
+_DRAWS = 5
 
 
 class Traced(NamedTuple):
@@ -45,7 +47,12 @@ def trace(module: nn.Module, layers: Collection[nn.Module]) -> Traced:
     Raises:
         CaptureError: fx cannot trace it, or the graph would not compute what the forward does.
     """
-    return _Trace(module, layers).run()
+    with _LOCK:
+        return _Trace(module, layers).run()
+
+
+class _DrawnError(CaptureError):
+    """Random numbers were drawn during a trace."""
 
 
 class _Trace:
@@ -59,42 +66,58 @@ class _Trace:
         # Modules that must be dissolved, because adapted layers are inside.
         self._open = {part for part in self._paths.values() if not self._keep.isdisjoint(part.modules())}
         self._stack: list[nn.Module] = []
+        self._other_mode = {path for path, part in self._paths.items() if part.training != module.training}
 
     def run(self) -> Traced:
         """Trace until both modes succeed."""
+        draws = 0
         while True:
             try:
                 in_train, in_eval = self._once(True), self._once(False)
-                return Traced(in_train, merge_modes(in_train, in_eval))
+                return Traced(in_train, merge_modes(in_train, in_eval, self._may_differ))
             except ModesDifferError as error:
                 self._keep_one_of(error)
+            except _DrawnError:
+                draws += 1
+                if draws == _DRAWS:
+                    raise
             except Exception as error:
                 if not self._keep_innermost() and not self._opaque.add_culprit(error):
                     raise _as_capture_error(error) from error
 
     def _once(self, training: bool) -> fx.Graph:
         snapshot = Snapshot(self._module)
-        tracer = ModelTracer(self._keep, self._opaque)
+        tracer = ModelTracer(self._keep, self._opaque, training)
         self._stack = []
         with ExitStack() as restore:
-            restore.enter_context(_LOCK)
             restore.callback(snapshot.restore)
             for part in self._paths.values():
-                part.training = training
+                part.__dict__["training"] = training
             # What is cached between calls is computed in each call while TorchScript traces, and so in a graph.
-            restore.enter_context(mock.patch.object(torch.jit, "is_tracing", lambda: True))
+            is_tracing = _in_this_thread(torch.jit._trace.is_tracing)
+            restore.enter_context(mock.patch.object(torch.jit, "is_tracing", is_tracing))
             try:
                 graph = tracer.trace(self._module)
             except BaseException:
                 self._stack = [part for _, part in tracer.innermost]
                 raise
-            if reason := tracer.why_not_random():
-                raise CaptureError(reason)
+            if tracer.has_drawn:
+                raise _DrawnError(
+                    "it draws random numbers in Python or seeds a generator, which happens once in a trace"
+                )
             if changes := snapshot.changes():
                 self._stack = [self._paths[path] for path, _ in changes]
                 names = ", ".join(f"{path}.{name}".lstrip(".") for path, name in changes[:3])
                 raise CaptureError(f"its forward changes {names}, and a graph does not")
         return graph
+
+    def _may_differ(self, node: fx.Node) -> bool:
+        """Whether a node may have one constant in train mode and another in eval mode, those of the whole model.
+
+        Elsewhere the module stays a call: it keeps a mode of its own, as batch norms do that are frozen in eval mode.
+        """
+        stack = _stack_of(node)
+        return self._other_mode.isdisjoint(stack) and (not stack or self._paths[stack[-1]] in self._open)
 
     def _keep_innermost(self) -> bool:
         """Make the innermost module that was running a call, if it may be one, and all others of its class."""
@@ -106,13 +129,26 @@ class _Trace:
 
     def _keep_one_of(self, error: ModesDifferError) -> None:
         """Make the innermost module of one of the nodes that differ a call."""
-        for node in error.nodes:
-            stack = node.meta.get("nn_module_stack", {}).values()
-            self._stack = [self._paths[path] for path, _ in stack if path in self._paths]
+        stacks = [_stack_of(node) for node in error.nodes]
+        for stack in stacks:
+            self._stack = [self._paths[path] for path in stack if path in self._paths]
             if self._keep_innermost():
                 return
-        where = next((path for path, _ in reversed(stack)), "") or type(self._module).__name__
+        where = next((path for path in reversed(stacks[0]) if path in stacks[1]), "") or type(self._module).__name__
+        if odd := [path for path in stacks[0] if path in self._other_mode]:
+            raise CaptureError(f"{odd[0]} is not in the mode of the model. Call train() or eval() on the whole model")
         raise CaptureError(f"{where} computes other operations in train mode than in eval mode")
+
+
+def _in_this_thread(is_tracing: Callable[[], bool]) -> Callable[[], bool]:
+    """True in this thread, and what `is_tracing` says in others."""
+    thread = threading.get_ident()
+    return lambda: threading.get_ident() == thread or is_tracing()
+
+
+def _stack_of(node: fx.Node) -> list[str]:
+    """The paths of the modules in whose forward a node was made, outermost first."""
+    return [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
 
 
 def _as_capture_error(error: Exception) -> CaptureError:

@@ -1,17 +1,20 @@
-"""One GraphModule for a whole plain model: by torch.fx, or from an example call by TorchDynamo."""
+"""One GraphModule for a whole plain model: by torch.fx, or from an example call by torch.export."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from hra_fx.errors import AdapterError, CaptureError
-from hra_fx.model.example_inputs import as_call, fresh
+from hra_fx.model.example_inputs import as_call, fresh, random_kept
 from hra_fx.tracing.graph_module import graph_module
 from hra_fx.tracing.trace import trace
+from hra_fx.tracing.unchanged import Snapshot
 
 
 def trace_model(model: nn.Module, layers: Collection[nn.Module], example_inputs: Any = None) -> fx.GraphModule:
@@ -21,14 +24,14 @@ def trace_model(model: nn.Module, layers: Collection[nn.Module], example_inputs:
         model: a plain model; it is not changed.
         layers: layers that must stay calls, as far as torch.fx can trace the model.
         example_inputs: one tensor, a tuple of positional or a dictionary of keyword arguments. Where torch.fx cannot
-            trace the model, TorchDynamo (`torch.export`) captures this call.
+            trace the model, `torch.export` captures this call.
 
     Returns:
-        By torch.fx: a graph that calls modules, valid in train and eval mode. By TorchDynamo: a graph of ATen
+        By torch.fx: a graph that calls modules, valid in train and eval mode. By `torch.export`: a graph of ATen
         operators, which is called as the model was called, for the mode that the model is in.
 
     Raises:
-        AdapterError: torch.fx cannot trace the model, and there are no example inputs; or TorchDynamo cannot either.
+        AdapterError: torch.fx cannot trace the model, and there are no example inputs; or `torch.export` cannot either.
 
     Example:
         >>> model = trace_model(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), [])
@@ -41,15 +44,30 @@ def trace_model(model: nn.Module, layers: Collection[nn.Module], example_inputs:
         if example_inputs is None:
             raise AdapterError(
                 f"torch.fx cannot trace {type(model).__name__}: {error.reason}. Pass example_inputs to capture a call "
-                "with TorchDynamo, or leave out trace=True."
+                "with torch.export, or leave out trace=True."
             ) from error
+    return _exported(model, example_inputs)
+
+
+def _exported(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
+    """The graph of one call, by torch.export.
+
+    With `strict=True` TorchDynamo reads the Python code: it is two to five times slower, and warns about the outputs
+    that transformers collects in a global. Without it the forward runs on tensors without values, so what that leaves
+    behind in the model is removed.
+    """
     args, kwargs = fresh(as_call(example_inputs))
-    try:
-        captured: Any = torch.export.export(model, args, kwargs, strict=True).module()
-    except Exception as error:
-        line = str(error).strip().split("\n")[0]
-        raise AdapterError(
-            f"TorchDynamo cannot capture {type(model).__name__} ({type(error).__name__}: {line[:160]}). Leave out "
-            "trace=True: the adapted layers work without a graph."
-        ) from error
+    with ExitStack() as restore:
+        restore.callback(Snapshot(model).restore)
+        restore.enter_context(random_kept())
+        restore.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        try:
+            captured: Any = torch.export.export(model, args, kwargs, strict=False).module()
+        except Exception as error:
+            line = str(error).strip().split("\n")[0]
+            raise AdapterError(
+                f"torch.export cannot capture {type(model).__name__} ({type(error).__name__}: {line[:160]}). Leave out "
+                "trace=True: the adapted layers work without a graph."
+            ) from error
     return captured  # type: ignore[no-any-return]

@@ -1,4 +1,8 @@
-"""A `torch.fx.Tracer` that refuses where fx would go on with a wrong graph."""
+"""A `torch.fx.Tracer` that refuses where fx would go on with a wrong graph.
+
+Python gives a traced value no say in `is`, `type(x)` and f-strings: their answers are constants of the graph. Neither
+are globals, or attributes of objects that are no modules, watched.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,10 @@ from hra_fx.errors import CaptureError
 from hra_fx.layers.target import find_kind
 from hra_fx.tracing.inplace_ops import SPECIAL_METHODS
 from hra_fx.tracing.opaque_calls import OpaqueCalls
-from hra_fx.tracing.recorded_state import GraphState
+from hra_fx.tracing.recorded_state import GraphState, refusing
 
+#: Attributes of a traced value that fx itself sets.
+_OWN = frozenset(("tracer", "node", "_node", "root", "attr"))
 
 class TracedValue(fx.Proxy):
     """A traced value that refuses questions to which fx gives a wrong answer.
@@ -50,6 +56,23 @@ class TracedValue(fx.Proxy):
             tracer.refuse(f"it reads {name!r} of a value, which a tensor does not have")
         return TracedAttribute(self, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Only fx sets attributes: no node stands for `value.data = ...`."""
+        if name not in _OWN:
+            _tracer(self).refuse(f"it sets {name!r} of a value")
+        object.__setattr__(self, name, value)
+
+    def __setitem__(self, index: Any, value: Any) -> NoReturn:
+        """Writing into a part of a value, which fx has no node for."""
+        _tracer(self).refuse("it writes into a part of a value (value[...] = ...)")
+
+    def __hash__(self) -> int:
+        """As a key; only fx may use a traced value as one."""
+        tracer = _tracer(self)
+        if not tracer.is_internal:
+            tracer.refuse("it looks a value up in a set or dictionary")
+        return object.__hash__(self)
+
     def _as_number(self) -> NoReturn:
         _tracer(self).refuse("it uses a value as a Python number, or asks for its length")
 
@@ -59,7 +82,11 @@ class TracedValue(fx.Proxy):
 for _name, _act in SPECIAL_METHODS.items():
 
     def _augmented(self: TracedValue, other: Any, act: Any = _act) -> Any:
-        return _tracer(self).create_proxy("call_function", act, (self, other), {})
+        made = _tracer(self).create_proxy("call_function", act, (self, other), {})
+        object.__getattribute__(made, "node").meta["is_wrapped"] = (
+            True  # so that it stays a node when fx unpickles the graph
+        )
+        return made
 
     setattr(TracedValue, _name, _augmented)
 
@@ -94,18 +121,21 @@ class ModelTracer(fx.Tracer):
     proxy_buffer_attributes = True
     trace_asserts = True
 
-    def __init__(self, keep: Collection[nn.Module], opaque: OpaqueCalls) -> None:
+    def __init__(self, keep: Collection[nn.Module], opaque: OpaqueCalls, training: bool) -> None:
         """Prepare for one trace.
 
         Args:
             keep: modules that stay calls, whatever their class.
             opaque: functions whose calls stay calls.
+            training: the mode in which all modules are traced.
         """
         super().__init__()
         self._keep = keep
         self._opaque = opaque
         self._thread = threading.get_ident()
         self._state = GraphState()
+        self._training = training
+        self.has_drawn = False
         self.refused: list[str] = []
         self.is_internal = False
         self.innermost: list[tuple[str, nn.Module]] = []
@@ -130,16 +160,18 @@ class ModelTracer(fx.Tracer):
         Raises:
             CaptureError: the graph would not compute what the forward does.
         """
-        with self._opaque.active(self.create_proxy), torch.enable_grad():
+        with self._opaque.active(self.create_proxy), torch.enable_grad(), refusing(self.refuse):
             self._state = GraphState()
-            graph = super().trace(root)
+            try:
+                graph = super().trace(root)
+            finally:
+                self.has_drawn = self._state.has_drawn()
         if self.refused:
             raise CaptureError(self.refused[0])
+        graph._tracer_cls = UnpicklingTracer
+        for node in graph.nodes:
+            node.type = None  # an annotation, which may be a string, and then fx cannot pickle the graph
         return graph
-
-    def why_not_random(self) -> str | None:
-        """Why the graph is not valid, if the forward drew or seeded random numbers."""
-        return self._state.why_not_random()
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """A branch on a value."""
@@ -169,12 +201,19 @@ class ModelTracer(fx.Tracer):
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
         self.innermost.append((path, m))
-        if not self.is_leaf_module(m, path) and (reason := _why_not_inlined(m)):
+        is_leaf = self.is_leaf_module(m, path)
+        if reason := self._why_not_called(m) if is_leaf else _why_not_inlined(m):
             self.refuse(f"{path}: {reason}")
-        with self.internal() if self.is_leaf_module(m, path) else contextlib.nullcontext():
+        with self.internal() if is_leaf else contextlib.nullcontext():
             result = super().call_module(m, forward, args, kwargs)
         self.innermost.pop()
-        return _given(m, args, kwargs, result) if self.is_leaf_module(m, path) else result
+        return _given(m, args, kwargs, result) if is_leaf else result
+
+    def _why_not_called(self, module: nn.Module) -> str | None:
+        """Why the call of a module cannot be a node: the forward around it may change its mode for the call."""
+        if all(part.training == self._training for part in module.modules()):
+            return None
+        return "its mode is changed for this call, and in a graph it is not"
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """A parameter or buffer of a module."""
@@ -196,6 +235,8 @@ class ModelTracer(fx.Tracer):
         container = issubclass(kind, (list, dict)) and kind not in (list, dict)
         if (container or dataclasses.is_dataclass(kind)) and not kind.__module__.startswith("torch.fx"):
             self.refuse(f"it makes or returns a {kind.__name__}, which would come out as a plain container")
+        if issubclass(kind, torch.Tensor) and kind is not nn.Parameter and a not in self.tensor_attrs:
+            self.refuse("it makes a tensor in Python, which would become a constant")
         with self.internal():
             return super().create_arg(a)
 
@@ -225,6 +266,12 @@ class ModelTracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> TracedValue:
         """The value that stands for a node."""
         return TracedValue(node, self)
+
+
+class UnpicklingTracer(fx.Tracer):
+    """Traces the code of a graph, as fx does to unpickle one; reads of buffers are nodes, and not constants."""
+
+    proxy_buffer_attributes = True
 
 
 def _why_not_inlined(module: nn.Module) -> str | None:

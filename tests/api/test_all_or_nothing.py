@@ -21,7 +21,7 @@ def test_refusal_of_the_last_layer_leaves_the_first_as_it_was() -> None:
     assert picture(model) == before
 
 
-def test_refusal_after_layers_and_regions_are_rewritten_leaves_nothing() -> None:
+def test_refusal_after_all_layers_are_rewritten_leaves_nothing() -> None:
     """The class of the model refuses the subclass that keeps its state right: the very last step fails."""
 
     class Sealed(nn.Module):

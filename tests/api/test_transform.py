@@ -267,7 +267,7 @@ def test_a_layer_called_twice_is_rotated_in_both_calls() -> None:
 
     torch.manual_seed(0)
     model = hra_fx.transform(Twice().double(), config("lin", init_weights=False))
-    weight, x = model.lin.weight.detach().clone(), torch.randn(3, 4, dtype=torch.float64)
+    weight, x = model.lin.hra_base.detach().clone(), torch.randn(3, 4, dtype=torch.float64)
     for u in model.lin.hra_u["default"].detach().unbind(1):
         weight = weight @ (torch.eye(4, dtype=torch.float64) - 2 * torch.outer(u, u) / u.dot(u))
     linear = nn.functional.linear

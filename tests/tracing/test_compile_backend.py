@@ -92,11 +92,11 @@ def test_it_is_registered() -> None:
     ("fields", "options", "left"),
     [
         ({}, {}, {"factors": 1, "by": 4}),
-        ({}, {"hoist": False}, {"factors": 4, "by": 4}),
-        ({}, {"share": False}, {"factors": 1, "by": 10}),
-        ({}, {"share": False, "hoist": False}, {"rows": 10}),
+        pytest.param({}, {"hoist": False}, {"factors": 4, "by": 4}, marks=pytest.mark.slow),
+        pytest.param({}, {"share": False}, {"factors": 1, "by": 10}, marks=pytest.mark.slow),
+        pytest.param({}, {"share": False, "hoist": False}, {"rows": 10}, marks=pytest.mark.slow),
         ({"r": 3}, {}, {"factors": 4, "by": 4}),  # with their anchors, made in the graph
-        ({"apply_GS": True}, {}, {"factors": 4, "by": 4}),
+        pytest.param({"apply_GS": True}, {}, {"factors": 4, "by": 4}, marks=pytest.mark.slow),
     ],
 )
 def test_a_training_step_is_one_graph_that_shares(
@@ -118,6 +118,7 @@ def test_a_training_step_is_one_graph_that_shares(
         assert relative_error(gradient, eager[name]) < 1e-9, name
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # inductor's own, of torch's deprecations
 def test_with_inductor() -> None:
     base = llama()
@@ -134,6 +135,7 @@ def test_with_inductor() -> None:
         assert relative_error(found[name], gradient) < 1e-5, name
 
 
+@pytest.mark.slow
 def test_generate_with_a_cache(seen: list[dict[str, int]]) -> None:
     model = adapted(llama())
     asked = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -144,6 +146,7 @@ def test_generate_with_a_cache(seen: list[dict[str, int]]) -> None:
     assert len(seen) <= 4, "not a graph for each token"
 
 
+@pytest.mark.slow
 def test_lengths_that_change_are_one_graph_more(seen: list[dict[str, int]]) -> None:
     base = llama()
     model = adapted(copy.deepcopy(base))
@@ -155,6 +158,7 @@ def test_lengths_that_change_are_one_graph_more(seen: list[dict[str, int]]) -> N
     assert len(seen) == 2
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing(seen: list[dict[str, int]]) -> None:
     base = llama()
     model = adapted(copy.deepcopy(base))

@@ -16,7 +16,7 @@ from zoo.entry import Entry
 from zoo.oracle import Oracle, buffers_of, kept_buffers, randomise, stir, vectors_of
 from zoo.outputs import LOOSEST, TIGHT, Differs, cast, check_usable, distances, flat, seed
 from zoo.refusing import candidates, transform_most
-from zoo.result import CHECKS, NOT_APPLICABLE, OK, REFUSED, Result
+from zoo.result import BY_EXAMPLE, CHECKS, NOT_APPLICABLE, OK, REFUSED, YES, Result
 
 import hra_fx
 
@@ -36,7 +36,7 @@ def check(entry: Entry, *, dynamo: bool = False) -> Result:
     begin = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trial = Trial(entry)
+        trial = Trial(entry, dynamo=dynamo)
         for name in CHECKS:
             trial.make(name)
             if trial.over:
@@ -50,11 +50,8 @@ def check(entry: Entry, *, dynamo: bool = False) -> Result:
 def dynamo_graphs(trial: Trial) -> str:
     """How many graphs TorchDynamo makes of one call, or why it makes none."""
     model = hra_fx.transform(copy.deepcopy(trial.base), trial.config)
-    args, kwargs = trial.inputs()
-    if args and kwargs:  # `graphs` takes either
-        kwargs |= dict(zip(inspect.signature(model.forward).parameters, args, strict=False))
     try:
-        return str(len(hra_fx.graphs(model, kwargs or args)))
+        return str(len(hra_fx.graphs(model, trial.example())))
     except Exception as error:
         return _short(error)
 
@@ -69,8 +66,9 @@ class Trial:
         over: whether there is nothing left to check.
     """
 
-    def __init__(self, entry: Entry) -> None:
+    def __init__(self, entry: Entry, *, dynamo: bool = False) -> None:
         self.entry = entry
+        self.dynamo = dynamo
         self.result = Result(entry.name)
         self.over = False
         self.base: nn.Module
@@ -101,6 +99,13 @@ class Trial:
         seed(7)
         args, kwargs = self.entry.call(self.entry.batches[batch], size)
         return cast(tuple(args), self.dtype), cast(dict(kwargs), self.dtype)
+
+    def example(self) -> Any:
+        """The same arguments as `example_inputs`: positional or keyword arguments, not both."""
+        args, kwargs = self.inputs()
+        if args and kwargs:
+            kwargs |= dict(zip(inspect.signature(self.base.forward).parameters, args, strict=False))
+        return kwargs or args
 
     def run(self, model: nn.Module, batch: int = 0, size: int = 0, *, grad: bool = False) -> dict[str, Tensor]:
         """What a model gives, from the same seed each time; its buffers are as before afterwards."""
@@ -173,9 +178,6 @@ class Trial:
         self._time(first)
         rows = hra_fx.report(self.model).rows
         self.result.matched = len(rows)
-        for kind in ("whole", "shared", "alone"):
-            setattr(self.result, kind, sum(row.region == kind for row in rows))
-        self.result.reasons = sorted({row.region_reason for row in rows if row.region_reason})
         missed = wanted.keys() - {row.path for row in rows} - self.result.refused.keys()
         if missed:
             raise Differs(f"neither adapted nor refused: {', '.join(sorted(missed)[:4])}")
@@ -287,6 +289,37 @@ class Trial:
         self._fresh.load_state_dict(state)
         self._equal(self.run(self._fresh.eval()), self.run(self.model.eval()))
         del self._fresh
+
+    def check_trace(self) -> None:
+        """The GraphModule of `trace=True` gives what the adapted model does, in both modes, or is refused.
+
+        With `dynamo`, a model that torch.fx refuses is captured from an example call, in eval mode.
+        """
+        try:
+            traced = hra_fx.transform(copy.deepcopy(self.base), self.config, trace=True)
+            self.result.traced = YES
+        except hra_fx.AdapterError as error:
+            self.result.traced = f"{REFUSED}{error}"
+            if not self.dynamo:
+                raise NotApplicable from error
+            traced = self._captured()
+        vectors = {name: value for name, value in self.model.state_dict().items() if ".hra_u." in name}
+        traced.load_state_dict(vectors, strict=False)  # a captured call has no layers that it did not run
+        if self.result.traced == YES and (odd := self.model.state_dict().keys() ^ traced.state_dict().keys()):
+            raise Differs(f"keys of the model and of the traced one: {sorted(odd)[:3]} are not in both")
+        if self.result.traced == YES:
+            for training in (False, True) if self._trains() else (False,):
+                self.agree(traced.train(training), self.oracle)
+        else:
+            self._equal(self.run(traced), self.run(self.model.eval()))
+
+    def _captured(self) -> nn.Module:
+        try:
+            made = hra_fx.transform(copy.deepcopy(self.base), self.config, trace=True, example_inputs=self.example())
+        except hra_fx.HRAError as error:
+            raise NotApplicable from error
+        self.result.traced = BY_EXAMPLE
+        return made
 
     def check_fold(self) -> None:
         """Folded it is the base model again, key for key and class for class, over the rotated weights."""

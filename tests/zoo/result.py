@@ -15,9 +15,11 @@ CHECKS = {
     "size": "size",
     "deepcopy": "copy",
     "state_dict": "state",
+    "trace": "trace",
     "fold": "fold",
 }
 OK, NOT_APPLICABLE = "ok", "-"
+YES, BY_EXAMPLE = "yes", "by example"
 #: How the text of a check begins that ended in a refusal, with a reason and without any change.
 REFUSED = "refused: "
 
@@ -28,13 +30,13 @@ class Result:
 
     Attributes:
         name: `"<library>/<model>"`.
-        matched: layers that carry reflections.
-        whole, shared, alone: how many of them are in the graph of the whole model, of a part, or by themselves.
+        matched: adapted layers.
+        traced: whether `transform(trace=True)` makes a graph: `YES`, `BY_EXAMPLE` (by torch.export, from an example
+            call) or `REFUSED` with the reason.
         refused: layer -> why `transform` refused it.
         checks: name -> "ok", "-" (not applicable), "refused: ..." or what went wrong.
         inert: layers whose vectors get no gradient, while those of the oracle do.
         untouched: layers whose vectors change no output, in the oracle either: not called, or of one dimension.
-        reasons: why regions are not larger.
         notes: why a check is not applicable, and what else is to be known.
         dtype: in which the model was run.
         graphs: what TorchDynamo gives: a number of graphs, a reason why not, or nothing.
@@ -47,14 +49,11 @@ class Result:
 
     name: str
     matched: int = 0
-    whole: int = 0
-    shared: int = 0
-    alone: int = 0
+    traced: str = ""
     refused: dict[str, str] = field(default_factory=dict)
     checks: dict[str, str] = field(default_factory=dict)
     inert: list[str] = field(default_factory=list)
     untouched: list[str] = field(default_factory=list)
-    reasons: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     dtype: str = ""
     graphs: str = ""
@@ -86,9 +85,9 @@ class Result:
     def line(self) -> str:
         """One line for a terminal."""
         state = "ok   " if self.right else "WRONG"
-        where = f"{self.matched} layers ({self.whole} whole, {self.shared} region, {self.alone} alone)"
         refused = f", {len(self.refused)} refused" if self.refused else ""
-        text = f"{state} {self.name}: {where}{refused}, {self.seconds:.1f}s"
+        traced = ", traced" if self.traced == YES else ""
+        text = f"{state} {self.name}: {self.matched} layers{refused}{traced}, {self.seconds:.1f}s"
         troubles = [f"{name}: {what}" for name, what in self.failures.items()]
         if self.inert:
             troubles.append(f"inert: {', '.join(self.inert[:4])}")

@@ -6,31 +6,31 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-from zoo.result import CHECKS, NOT_APPLICABLE, OK, REFUSED, Result
+from zoo.result import BY_EXAMPLE, CHECKS, NOT_APPLICABLE, OK, REFUSED, YES, Result
 
 _NONE = "\u2013"
 _LIBRARIES = ("torchvision", "timm", "transformers", "diffusers")
 
 
 def totals(results: list[Result]) -> dict[str, str]:
-    """What the zoo comes to, in words and numbers."""
+    """The summary."""
     matched = sum(result.matched for result in results)
     ratios = sorted(ratio for result in results if (ratio := result.ratio) is not None)
     counts = {
         "models": f"{len(results)}",
         "layers adapted": f"{matched}",
-        "of them in the graph of the whole model": f"{sum(result.whole for result in results)}",
-        "in the graph of a part": f"{sum(result.shared for result in results)}",
-        "by themselves": f"{sum(result.alone for result in results)}",
-        "models captured whole": f"{sum(result.whole > 0 and result.whole == result.matched for result in results)}",
+        "models traced by torch.fx": f"{sum(result.traced == YES for result in results)}",
+        "models captured from an example call": f"{sum(result.traced == BY_EXAMPLE for result in results)}",
         "layers refused": f"{sum(len(result.refused) for result in results)}",
-        "silently wrong": f"{sum(bool(result.failures) for result in results)}",
-        "inert layers": f"{sum(len(result.inert) for result in results)}",
+        "models with a wrong result": f"{sum(bool(result.failures) for result in results)}",
+        "layers without a gradient": f"{sum(len(result.inert) for result in results)}",
     }
-    counts["minutes of one core, all models together"] = f"{sum(result.cpu_s for result in results) / 60:.0f}"
+    counts["CPU minutes"] = f"{sum(result.cpu_s for result in results) / 60:.0f}"
     counts["slowest first transform"] = f"{max(result.first_s for result in results):.1f}s" if results else ""
     if ratios:
-        counts["transform / symbolic_trace, median and largest"] = f"{ratios[len(ratios) // 2]:.1f}, {ratios[-1]:.1f}"
+        counts["transform time / symbolic_trace time: median, largest"] = (
+            f"{ratios[len(ratios) // 2]:.1f}, {ratios[-1]:.1f}"
+        )
     return counts
 
 
@@ -44,17 +44,18 @@ def markdown(results: list[Result], seconds: float) -> str:
         [
             "# The zoo",
             "",
-            "Written by `make zoo`; not to be edited. Every Linear and convolution of every model is adapted (r = 3,",
-            "random weights), and held against the plain model over weights `W Q` in float64.",
+            "`make zoo` writes this page; do not edit it. Every linear layer and convolution of every model is adapted",
+            "(r = 3, random vectors), and the model is compared with the plain model over weights `W Q` in float64.",
             "",
             "| | |",
             "|---|---|",
             *(f"| {key} | {value} |" for key, value in totals(results).items()),
-            f"| minutes | {seconds / 60:.0f} |",
+            f"| elapsed minutes | {seconds / 60:.0f} |",
             "",
             *_by_library(groups, order),
             *_troubles(results),
             *_refusals(results),
+            *_not_traced(results),
             *_notes(results),
             *_legend(),
             *(line for library in order for line in _section(library, groups[library])),
@@ -63,18 +64,16 @@ def markdown(results: list[Result], seconds: float) -> str:
 
 
 def _by_library(groups: dict[str, list[Result]], order: list[str]) -> Iterable[str]:
-    yield "| library | models | right | captured whole | layers | whole | region | alone | refused |"
-    yield "|---|--:|--:|--:|--:|--:|--:|--:|--:|"
+    yield "| library | models | correct | traced | by example | layers | refused layers |"
+    yield "|---|--:|--:|--:|--:|--:|--:|"
     for library in order:
         rows = groups[library]
         numbers = (
             len(rows),
             sum(row.right for row in rows),
-            sum(row.whole > 0 and row.whole == row.matched for row in rows),
+            sum(row.traced == YES for row in rows),
+            sum(row.traced == BY_EXAMPLE for row in rows),
             sum(row.matched for row in rows),
-            sum(row.whole for row in rows),
-            sum(row.shared for row in rows),
-            sum(row.alone for row in rows),
             sum(len(row.refused) for row in rows),
         )
         yield f"| {library} | {' | '.join(map(str, numbers))} |"
@@ -85,7 +84,7 @@ def _troubles(results: list[Result]) -> Iterable[str]:
     wrong = [result for result in results if not result.right]
     if not wrong:
         return
-    yield from ("## Wrong", "")
+    yield from ("## Wrong results", "")
     for result in wrong:
         troubles = [f"{name}: {_cell(text)}" for name, text in result.failures.items()] or ["nothing was checked"]
         yield f"- `{result.name}`: {'; '.join(troubles)}"
@@ -103,7 +102,23 @@ def _refusals(results: list[Result]) -> Iterable[str]:
                 found[f"({name}) {text.removeprefix(REFUSED)}"].append(result.name)
     if not found:
         return
-    yield from ("## Refused", "", "| reason | layers |", "|---|---|")
+    yield from ("## Refused layers", "", "| reason | layers |", "|---|---|")
+    yield from _by_reason(found)
+
+
+def _not_traced(results: list[Result]) -> Iterable[str]:
+    """Reason -> models that `trace=True` refuses without example inputs."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for result in results:
+        if result.traced.startswith(REFUSED):
+            reason = result.traced.removeprefix(REFUSED).partition(" Pass example_inputs")[0]
+            found[reason.partition(": ")[2] or reason].append(result.name)
+    if found:
+        yield from ("## Not traced", "", "| reason | models |", "|---|---|")
+        yield from _by_reason(found)
+
+
+def _by_reason(found: dict[str, list[str]]) -> Iterable[str]:
     for reason, places in sorted(found.items()):
         counted = Counter(places)
         shown = ", ".join(f"`{place}`" + (f" × {n}" if n > 1 else "") for place, n in list(counted.items())[:12])
@@ -113,9 +128,9 @@ def _refusals(results: list[Result]) -> Iterable[str]:
 
 
 def _notes(results: list[Result]) -> Iterable[str]:
-    """Layers that are not called, or of one dimension (a reflection is a sign there); checks that did not apply."""
+    """Layers that are not called, or of width one (a reflection changes a sign only); checks not made."""
     lines = [
-        f"- `{r.name}`: no output changes with the vectors of {', '.join(_shown(r.untouched))}"
+        f"- `{r.name}`: no output depends on the vectors of {', '.join(_shown(r.untouched))}"
         for r in results
         if r.untouched
     ]
@@ -131,12 +146,18 @@ def _shown(paths: list[str]) -> list[str]:
 
 def _legend() -> Iterable[str]:
     yield from (
-        "Columns: layers adapted, and how many of them stand in the graph of the whole model, of a part, or alone;",
-        f"✓ right, {_NONE} not applicable (a fixed size, say), ⊘ refused with a reason, ✗ wrong.",
-        "start: fresh reflections change nothing; random: random reflections are the rotated weights; train: the same",
-        "with dropout and moving buffers; grads: of every adapter, in both modes; batch, size: another one; then a",
-        "deep copy, a `state_dict` loaded into a fresh model, and `fold`. graphs: TorchDynamo's, of one call.",
-        "time: the first `transform`, and how many times `symbolic_trace` a second one takes, where that works.",
+        "## Columns",
+        "",
+        "- layers: adapted layers. refused: layers that `transform` refuses, see above.",
+        "- traced: whether `transform(..., trace=True)` returns a graph: yes (by torch.fx), by example (torch.export",
+        "  captures a call with `example_inputs`), or no.",
+        f"- ✓ correct, {_NONE} not applicable (a fixed input size, say), ⊘ refused with a reason, ✗ wrong.",
+        "- start: fresh adapters change nothing. random: random adapters give the output of weights `W Q`. train: the",
+        "  same in train mode, with dropout and batch norm. grads: gradients of every adapter, in both modes. batch,",
+        "  size: another batch size and input size. copy: a deep copy. state: a `state_dict` loaded into a new model.",
+        "  trace: the traced graph gives the same outputs. fold: `fold` gives the same outputs.",
+        "- graphs: number of graphs of `hra_fx.graphs(model, example_inputs)`.",
+        "- time: of the first `transform` (and as a multiple of the time of `symbolic_trace`, where that works).",
         "",
     )
 
@@ -144,16 +165,17 @@ def _legend() -> Iterable[str]:
 def _section(library: str, results: list[Result]) -> Iterable[str]:
     checks = [name for name in CHECKS if name != "transform"]
     yield from (f"## {library}", "")
-    header = ["model", "layers", "whole", "region", "alone", "refused", *(CHECKS[name] for name in checks)]
+    header = ["model", "layers", "refused", "traced", *(CHECKS[name] for name in checks)]
     yield "| " + " | ".join([*header, "graphs", "time"]) + " |"
-    yield "|---" + "|--:" * 5 + "|:-:" * len(checks) + "|---|--:|"
+    yield "|---" + "|--:" * 2 + "|---" + "|:-:" * len(checks) + "|---|--:|"
     for row in results:
-        numbers = (row.matched, row.whole, row.shared, row.alone, len(row.refused))
+        numbers = (row.matched, len(row.refused))
+        traced = "no" if row.traced.startswith(REFUSED) else row.traced
         glyphs = [_glyph(row.checks.get(name, "")) for name in checks]
         if "transform" in row.failures:
             glyphs[0] = "✗ transform"
         ratio = f" ({row.ratio:.1f}×)" if row.ratio else ""
-        cells = [f"`{row.name.partition('/')[2]}`", *(str(n) if n else "" for n in numbers), *glyphs]
+        cells = [f"`{row.name.partition('/')[2]}`", *(str(n) if n else "" for n in numbers), traced, *glyphs]
         yield "| " + " | ".join([*cells, _cell(row.graphs)[:60], f"{row.first_s:.2f}s{ratio}"]) + " |"
     yield ""
 

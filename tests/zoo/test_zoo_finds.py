@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from zoo.checks import check
 from zoo.entry import Call, Entry
-from zoo.result import CHECKS, NOT_APPLICABLE, OK, REFUSED, Result
+from zoo.result import BY_EXAMPLE, CHECKS, NOT_APPLICABLE, OK, REFUSED, YES, Result
 
 import hra_fx
 
@@ -42,9 +42,11 @@ ENTRY = Entry("toy/toy", toy, images)
 def looked_at(monkeypatch: pytest.MonkeyPatch, damage: Damage, entry: Entry = ENTRY) -> Result:
     """What the zoo says of a model that is damaged after each transform."""
 
-    def broken(model: Any, config: hra_fx.HRAConfig) -> Any:
-        damage(TRANSFORM(model, config))
-        return model
+    def broken(model: Any, config: hra_fx.HRAConfig, **options: Any) -> Any:
+        made = TRANSFORM(model, config, **options)
+        if not options:
+            damage(made)
+        return made
 
     monkeypatch.setattr(hra_fx, "transform", broken)
     return check(entry)
@@ -102,7 +104,7 @@ def test_the_toy_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     result = looked_at(monkeypatch, lambda model: None)
     assert result.checks == dict.fromkeys(CHECKS, OK)
     assert result.right
-    assert (result.matched, result.whole, result.dtype) == (3, 3, "float64")
+    assert (result.matched, result.traced, result.dtype) == (3, YES, "float64")
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -135,7 +137,7 @@ def test_a_layer_that_no_output_depends_on_is_not_called_inert() -> None:
 
 
 def test_a_layer_that_is_neither_adapted_nor_refused_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forgetful(model: Any, config: hra_fx.HRAConfig) -> Any:
+    def forgetful(model: Any, config: hra_fx.HRAConfig, **options: Any) -> Any:
         return TRANSFORM(model, hra_fx.HRAConfig(r=3, target_modules=["0", "8"]))
 
     monkeypatch.setattr(hra_fx, "transform", forgetful)
@@ -143,7 +145,7 @@ def test_a_layer_that_is_neither_adapted_nor_refused_is_found(monkeypatch: pytes
 
 
 def test_a_refusal_that_changes_the_model_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def careless(model: Any, config: hra_fx.HRAConfig) -> Any:
+    def careless(model: Any, config: hra_fx.HRAConfig, **options: Any) -> Any:
         model.requires_grad_(False)
         raise hra_fx.UnsupportedLayerError("6 (Linear): it is Tuesday. Wait.")
 
@@ -153,16 +155,38 @@ def test_a_refusal_that_changes_the_model_is_found(monkeypatch: pytest.MonkeyPat
 
 
 def test_refused_layers_are_left_out_and_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def choosy(model: Any, config: hra_fx.HRAConfig) -> Any:
+    def choosy(model: Any, config: hra_fx.HRAConfig, **options: Any) -> Any:
         if "|6|" in str(config.target_modules):
             raise hra_fx.UnsupportedLayerError("6 (Linear): it is Tuesday. Wait. Also unsupported: 8.")
-        return TRANSFORM(model, config)
+        return TRANSFORM(model, config, **options)
 
     monkeypatch.setattr(hra_fx, "transform", choosy)
     result = check(ENTRY)
     assert result.right
     assert result.refused == {"6": "it is Tuesday. Wait."}
     assert result.matched == 2
+
+
+def test_a_wrong_graph_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(model: Any, config: hra_fx.HRAConfig, **options: Any) -> Any:
+        made = TRANSFORM(model, config, **options)
+        if options:
+            on_reflection(lambda m, x, y: x if m.training else y)({6: made.get_submodule("6")})
+        return made
+
+    monkeypatch.setattr(hra_fx, "transform", broken)
+    assert list(check(ENTRY).failures) == ["trace"]
+
+
+def test_a_model_that_is_not_traced_is_correct() -> None:
+    class Branches(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x if x.shape[0] < 9 else x[:9])
+
+    entry = Entry("toy/branches", lambda: Branches(*toy()), images)
+    for dynamo, traced in ((False, f"{REFUSED}torch.fx cannot trace Branches"), (True, BY_EXAMPLE)):
+        result = check(entry, dynamo=dynamo)
+        assert result.right and result.traced.startswith(traced)
 
 
 def test_a_fold_that_does_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

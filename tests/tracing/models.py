@@ -1,0 +1,262 @@
+"""Small models that torch.fx traces correctly here, though plain fx often does not."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+
+class Two(nn.Module):
+    """Two layers, 6 -> 8 -> 5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.second = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.second(self.middle(self.first(x)))
+
+    def middle(self, hidden: Tensor) -> Any:
+        """What is computed between both layers."""
+        return torch.tanh(hidden)
+
+
+class Dropout(Two):
+    def middle(self, hidden: Tensor) -> Tensor:
+        return F.dropout(hidden, 0.5, self.training)
+
+
+class Constants(Two):
+    """Constants of each mode: by position, by keyword, in a tuple, in a slice; a float beside an int."""
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        hidden = F.dropout(hidden, p=0.25 if self.training else 0, training=self.training)
+        hidden = hidden.reshape((-1, 2, 4) if self.training else (-1, 4, 2)).flatten(1)
+        hidden = hidden + hidden[:, (0 if self.training else 3) :].sum()
+        return torch.add(hidden, 1 if self.training else 1.5)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth with other operations in train mode than in eval mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        return x * x.new_empty((x.shape[0], 1)).bernoulli_(0.5)
+
+
+class Depths(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.path = DropPath()
+        self.depth = StochasticDepth(0.5, "row")
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        return hidden + self.depth(self.path(torch.tanh(hidden)))
+
+
+class Norm(nn.BatchNorm1d):
+    """A subclass outside of torch, which fx does not take for a leaf."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        mean, var = self.running_mean, self.running_var
+        return torch.relu(F.batch_norm(x, mean, var, self.weight, self.bias, self.training, 0.1, self.eps))
+
+
+class Norms(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = Norm(8)
+        self.norm = nn.BatchNorm1d(8)
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        return self.norm(self.own(hidden))
+
+
+class Augmented(Two):
+    """`*=` writes into a tensor that has another name too, and not into a number."""
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        hidden = hidden * 1
+        skip, count = hidden, hidden.shape[0]
+        before = count
+        hidden *= 0.5
+        count += 1
+        return (hidden + skip) * before / count
+
+
+class Metadata(Two):
+    """Shapes and dtypes are nodes, so the graph is valid for other batch sizes."""
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        hidden = hidden.to(self.first.weight.dtype)
+        batch, width = hidden.shape
+        hidden = hidden.view(batch, 2, -1).transpose(1, 2).reshape(batch, width)
+        return hidden * hidden.shape[0] + torch.zeros_like(hidden)
+
+
+@dataclasses.dataclass
+class Pair:
+    left: Any
+    right: Any
+
+
+class Containers(Two):
+    """Containers inside, a dictionary and a tuple as output."""
+
+    def forward(self, x: Tensor) -> Any:
+        pair = Pair(self.first(x), [x])
+        return {"out": self.second(pair.left), "more": (pair.left, pair.right[0])}
+
+
+def even_rows(x: Tensor) -> Tensor:
+    """Branches on a shape."""
+    if x.shape[0] % 2:
+        return F.pad(x, (0, 0, 0, 1))
+    return x
+
+
+def scaled(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Loops, branches, and turns gradients and autocast off."""
+    count = int(x.shape[0])
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        rows = torch.stack([row * count for row in x])
+    return x + rows if bias is None else x + rows + bias
+
+
+class Functions(Two):
+    """Functions that cannot be traced are called by the graph."""
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        return even_rows(scaled(hidden) + scaled(hidden, bias=self.first.bias))
+
+
+class Frozen(nn.Module):
+    """Without layers that are adapted, a module that cannot be traced stays one call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        with torch.no_grad():
+            return x * 2 if x.shape[0] > 1 else x
+
+
+class Calls(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = Frozen()
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        return hidden + self.frozen(hidden)
+
+
+class Attention(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, dropout=0.2, batch_first=True)
+        self.identity = nn.Identity()
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        rows = hidden[:, None]
+        found, weights = self.attention(rows, rows, rows, need_weights=False)
+        found = found * 2 if weights is None else found
+        found = found + 1 if self.identity(None) is None else found
+        return found.flatten(1) + self.attention(rows, rows, rows)[1].sum()
+
+
+class Shared(Two):
+    """One layer on two paths, called three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        self.again = nn.ModuleList([self.inner, nn.Tanh(), self.inner])
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        for layer in self.again:
+            hidden = layer(hidden)
+        return self.inner(hidden)
+
+
+class Reads(Two):
+    """The weights of both layers are read, and one is called by keyword."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.linear(self.second(input=torch.tanh(self.first(x))), self.second.weight.T)
+        return hidden @ self.first.weight * self.second.weight.shape[0]
+
+
+class Optional(Two):
+    """The graph is that of a call without the optional arguments."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, gain: float = 2.0) -> Tensor:
+        hidden = self.first(x) if mask is None else self.first(x) * mask
+        return self.second(torch.relu(hidden)) * gain
+
+
+class Asserts(Two):
+    """`torch._assert` is a node, its message a constant."""
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        torch._assert(hidden.shape[1] == 8, f"expected 8 columns, got {hidden.shape[1]}")
+        return torch.tanh(hidden)
+
+
+class Convolutions(nn.Module):
+    """Images, `(batch, 6)` reshaped, with in-place activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, (1, 3), padding="same", padding_mode="circular")
+        self.norm = nn.BatchNorm2d(4)
+        self.grouped = nn.Conv2d(4, 6, (2, 2), groups=2)
+        self.second = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu_(self.norm(self.conv(x.view(-1, 1, 2, 3))))
+        return self.second(F.dropout2d(self.grouped(x), 0.2, self.training).mean(dim=(2, 3)))
+
+
+class Buffers(Two):
+    """A buffer is written to in train mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(8, dtype=torch.float64))
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        share = 0.1 if self.training else 0.0
+        self.total.mul_(1 - share).add_(share * hidden.detach().mean(0))
+        return hidden + self.total.clone()
+
+
+TRACED: tuple[type[nn.Module], ...] = (
+    Two,
+    Dropout,
+    Constants,
+    Depths,
+    Norms,
+    Augmented,
+    Metadata,
+    Containers,
+    Functions,
+    Calls,
+    Attention,
+    Shared,
+    Reads,
+    Optional,
+    Asserts,
+    Convolutions,
+    Buffers,
+)

@@ -1,0 +1,366 @@
+"""Tracing with torch.fx: right in train and eval mode, or refused with a reason; the model is not changed."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from graph_modules import COPIES
+from layers.checking import assert_same, check, normal, randomise
+from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
+from tracing.models import TRACED, Augmented, Containers, Metadata, Norms, Optional, Two
+
+import hra_fx
+from hra_fx.errors import CaptureError
+from hra_fx.layers.target import find_kind
+from hra_fx.tracing.by_mode import ByMode
+from hra_fx.tracing.trace import trace
+
+X = normal(7, 4, 6)
+
+
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    return {path: part for path, part in model.named_modules() if find_kind(part) is not None}
+
+
+def pair(make: Callable[[], nn.Module]) -> tuple[nn.Module, Any]:
+    """A model in float64, and its adapted GraphModule with random vectors."""
+    torch.manual_seed(0)
+    base = make().double()
+    config = hra_fx.HRAConfig(r=2, target_modules=list(layers_of(base)))
+    model = hra_fx.transform(copy.deepcopy(base), config, trace=True)
+    randomise(model)
+    return base, model
+
+
+def buffers(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in model.named_buffers() if "hra_u" not in name}
+
+
+# ---- traced ----
+
+
+@pytest.mark.parametrize("make", TRACED)
+def test_outputs_gradients_and_buffers_are_those_of_the_model(make: type[nn.Module]) -> None:
+    base, model = pair(make)
+    assert isinstance(model, fx.GraphModule)
+    for mine in (model, *(copied(model) for copied in COPIES[:2])):
+        own = copy.deepcopy(base)
+        for x in (X, normal(8, 7, 6)):
+            check(own, mine, x)
+            assert buffers(mine).keys() == buffers(own).keys()
+            for name, value in buffers(mine).items():
+                torch.testing.assert_close(value, buffers(own)[name], rtol=1e-10, atol=1e-10)
+
+
+def test_constants_of_a_mode_are_modules() -> None:
+    constant = ByMode(0.1, 0.0)
+    assert (constant(), constant.eval()(), repr(constant)) == (0.1, 0.0, "ByMode(train=0.1, eval=0.0)")
+
+
+def test_a_batch_norm_frozen_in_eval_mode_stays_frozen() -> None:
+    torch.manual_seed(0)
+    base = Norms().double()
+    for early in (True, False):
+        frozen = copy.deepcopy(base)
+        if early:
+            frozen.own.eval(), frozen.norm.eval()
+        config = hra_fx.HRAConfig(r=2, target_modules=["first", "second"])
+        model = hra_fx.transform(copy.deepcopy(frozen), config, trace=True)
+        if not early:
+            for each in (frozen, model):
+                each.own.eval(), each.norm.eval()
+        assert model.training
+        assert_same(model(X), frozen(X))
+        assert int(model.own.num_batches_tracked) == int(model.norm.num_batches_tracked) == 0
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Drops()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+
+class Drops(Two):
+    def middle(self, hidden: Tensor) -> Tensor:
+        return F.dropout(hidden, 0.5, self.training)
+
+
+def test_a_part_in_another_mode_is_refused() -> None:
+    model = Nested()
+    model.block.eval()
+    with pytest.raises(CaptureError, match="block is not in the mode of the model"):
+        trace(model, list(layers_of(model).values()))
+
+
+# ---- refused ----
+
+
+class Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 3
+
+
+def middle(change: Callable[[Two, Tensor], Any]) -> type[Two]:
+    """A model that does something between its two layers."""
+    return type("Changed", (Two,), {"middle": change})
+
+
+def under(context: Callable[[], Any]) -> type[Two]:
+    """A model that runs its first layer under a context."""
+
+    def forward(self: Two, x: Tensor) -> Any:
+        with context():
+            hidden = self.first(x)
+        return self.second(hidden)
+
+    return type("Under", (Two,), {"forward": forward})
+
+
+def swallowed(self: Two, hidden: Tensor) -> Tensor:
+    try:
+        return hidden * (2 if isinstance(hidden, Tensor) else 5)
+    except Exception:
+        return hidden * 3
+
+
+def suppressed(self: Two, hidden: Any) -> Tensor:
+    with contextlib.suppress(Exception):
+        hidden = hidden.logits
+    return hidden * 2
+
+
+def looped(self: Two, hidden: Tensor) -> Tensor:
+    return torch.stack([row * 2 for row in hidden])
+
+
+def written(self: Two, hidden: Tensor) -> Tensor:
+    hidden[..., 0] = 0
+    return hidden
+
+
+def asserted(self: Two, hidden: Tensor) -> Tensor:
+    assert hidden.shape[0] < 9
+    return hidden
+
+
+def counted(self: Any, hidden: Tensor) -> Tensor:
+    self.calls = getattr(self, "calls", 0) + 1
+    return hidden
+
+
+def few_rows(x: Tensor) -> Tensor | None:
+    return x if x.shape[0] > 3 else None
+
+
+def asked(self: Two, hidden: Tensor) -> Tensor:
+    found = few_rows(hidden)
+    return hidden if found is None else hidden * 2
+
+
+def appended(self: Any, hidden: Tensor) -> Tensor:
+    self.seen.append(1)
+    return hidden
+
+
+def cached(self: Any, hidden: Tensor) -> Tensor:
+    if "gain" not in self.table:
+        self.table["gain"] = hidden.new_full((8,), 2.0)
+    return hidden * self.table["gain"]
+
+
+def data_set(self: Two, hidden: Tensor) -> Tensor:
+    self.first.bias.data = torch.clamp(self.first.bias.data, max=0.5)
+    return hidden
+
+
+def mode_changed(self: Any, hidden: Tensor) -> Tensor:
+    self.drop.training = True
+    return self.drop(hidden)
+
+
+class Keeps(Two):
+    """A model with attributes that a forward may change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+        self.table: dict[str, Tensor] = {}
+        self.drop = nn.Dropout(0.5)
+
+
+def kept(change: Callable[[Any, Tensor], Any]) -> type[Two]:
+    return type("Kept", (Keeps,), {"middle": change})
+
+
+class Hooked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Two()
+        self.block.register_forward_hook(lambda module, args, output: output * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+
+class NoArguments(Two):
+    def forward(self, *x: Tensor) -> Tensor:
+        return self.second(self.first(x[0]))
+
+
+class Modes(Two):
+    def forward(self, x: Tensor) -> Any:
+        return self.second(self.first(x)) if self.training else torch.relu(self.second(self.first(x)))
+
+
+class Outputs(Two):
+    def forward(self, x: Tensor) -> Any:
+        out = self.second(self.first(x))
+        return out if self.training else (out, x)
+
+
+BRANCH, TYPE, NUMBER = "it branches on a value", "it asks for the type of a value", "it uses a value as a Python number"
+AUTOCAST, GRAD, SAVED = "it runs under its own autocast", "it changes grad mode", "it checkpoints activations"
+RANDOM, OTHER = "it draws random numbers in Python", "computes other operations in train mode"
+REFUSED: dict[str, tuple[type[nn.Module], str]] = {
+    "autocast": (under(lambda: torch.autocast("cpu", dtype=torch.bfloat16)), AUTOCAST),
+    "autocast off": (under(lambda: torch.amp.autocast("cpu", enabled=False)), AUTOCAST),
+    "no_grad": (under(torch.no_grad), GRAD),
+    "set_grad_enabled": (under(lambda: torch.set_grad_enabled(False)), GRAD),
+    "inference_mode": (under(torch.inference_mode), GRAD),
+    "saved-tensor hooks": (under(lambda: torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone)), SAVED),
+    "autograd function": (middle(lambda self, hidden: Straight.apply(hidden)), TYPE),
+    "checkpoint": (middle(lambda self, hidden: checkpoint(torch.tanh, hidden, use_reentrant=False)), SAVED),
+    "reentrant checkpoint": (middle(lambda self, hidden: checkpoint(torch.tanh, hidden, use_reentrant=True)), SAVED),
+    "Python random": (middle(lambda self, hidden: hidden * random.random()), RANDOM),
+    "NumPy random": (middle(lambda self, hidden: hidden * float(np.random.rand())), RANDOM),
+    "torch random": (middle(lambda self, hidden: (torch.rand(1), hidden)[1]), RANDOM),
+    "seed": (middle(lambda self, hidden: (torch.manual_seed(3), hidden)[1]), RANDOM),
+    "isinstance": (middle(lambda self, hidden: hidden * 2 if isinstance(hidden, Tensor) else hidden), TYPE),
+    "is_tensor": (middle(lambda self, hidden: hidden * 2 if torch.is_tensor(hidden) else hidden), TYPE),
+    "caught refusal": (middle(swallowed), TYPE),
+    "hasattr": (middle(lambda self, hidden: hidden if hasattr(hidden, "logits") else hidden * 2), "it reads 'logits'"),
+    "suppressed": (middle(suppressed), "it reads 'logits' of a value, which a tensor does not have"),
+    "if": (middle(lambda self, hidden: hidden * 2 if hidden.sum() > 0 else hidden), BRANCH),
+    "a function that may return None": (middle(asked), BRANCH),
+    "and": (middle(lambda self, hidden: hidden.shape[0] and hidden), BRANCH),
+    "assert": (middle(asserted), BRANCH),
+    "loop": (middle(looped), "it loops over a value"),
+    "len": (middle(lambda self, hidden: hidden * len(hidden)), NUMBER),
+    "int": (middle(lambda self, hidden: hidden * int(hidden.shape[0])), NUMBER),
+    "float": (middle(lambda self, hidden: hidden * float(hidden.shape[0])), NUMBER),
+    "range": (middle(lambda self, hidden: hidden * sum(range(hidden.shape[0]))), NUMBER),
+    "set": (middle(lambda self, hidden: hidden * (2 if hidden.shape[0] in {3, 4} else 1)), "in a set or dictionary"),
+    "dictionary": (middle(lambda self, hidden: hidden * {4: 2}.get(hidden.shape[0], 1)), "in a set or dictionary"),
+    "keywords": (middle(lambda self, hidden: torch.add(**hidden)), "it unpacks a value as keyword arguments"),
+    "index assignment": (middle(written), "it writes into a part of a value"),
+    "attribute of a value": (middle(data_set), "it sets 'data' of a value"),
+    "OrderedDict": (middle(lambda self, hidden: collections.OrderedDict(a=hidden)), "OrderedDict"),
+    "constant tensor": (middle(lambda self, hidden: hidden * torch.tensor(2.0)), "it makes a tensor in Python"),
+    "attribute": (middle(counted), "its forward changes calls"),
+    "list": (kept(appended), "its forward changes seen"),
+    "cache": (kept(cached), "its forward changes table"),
+    "mode of a part": (kept(mode_changed), "drop: its mode is changed for this call"),
+    "hooks": (Hooked, "block: it has hooks"),
+    "no arguments": (NoArguments, "its forward has no argument that every call must give"),
+    "modes": (Modes, f"Modes {OTHER}"),
+    "outputs": (Outputs, f"Outputs {OTHER}"),
+}
+
+
+def state_of(model: nn.Module) -> list[Any]:
+    modules = [(path, type(m), [(k, id(v), repr(v)) for k, v in vars(m).items()]) for path, m in model.named_modules()]
+    generators = torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+    return [modules, generators, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")]
+
+
+PATCHED = (
+    lambda: torch.autocast.__enter__,
+    lambda: nn.Module.__call__,
+    lambda: nn.Module.__getattr__,
+    lambda: torch.jit.is_tracing,
+    lambda: vars(checkpoint.__wrapped__),
+)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_a_reason_and_without_a_change(name: str) -> None:
+    make, reason = REFUSED[name]
+    model = make().double()
+    before, patched = state_of(model), [look() for look in PATCHED]
+    with pytest.raises(CaptureError) as caught:
+        trace(model, list(layers_of(model).values()))
+    assert reason in caught.value.reason
+    assert state_of(model) == before and [look() for look in PATCHED] == patched
+
+
+def test_a_trace_changes_nothing_either() -> None:
+    for make in TRACED:
+        model = make().double()
+        model.train(make is not Norms)
+        before, patched = state_of(model), [look() for look in PATCHED]
+        trace(model, list(layers_of(model).values()))
+        assert state_of(model) == before and [look() for look in PATCHED] == patched
+
+
+def test_a_layer_that_is_not_called_makes_no_trouble() -> None:
+    class Unused(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x)
+
+    model = Unused()
+    graph = trace(model, [model.first, model.second]).graph
+    assert [node.target for node in graph.find_nodes(op="call_module")] == ["first"]
+
+
+# ---- threads ----
+
+
+def test_models_are_traced_and_run_in_several_threads_at_once() -> None:
+    """fx patches `nn.Module` for the whole process, and other threads go on."""
+    stop, errors = threading.Event(), []
+    torch.manual_seed(0)
+    running = Norms().double().eval()
+    wanted = running(X)
+
+    def run() -> None:
+        while not stop.is_set():
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                if not torch.equal(running(X), wanted) or torch.jit.is_tracing():
+                    errors.append("another output")
+
+    def traced() -> None:
+        try:
+            for make in (Two, Norms, Augmented, Metadata, Containers, Optional):
+                base, model = pair(make)
+                check(base, model, X)
+        except BaseException as error:
+            errors.append(error)
+
+    runner = threading.Thread(target=run)
+    tracers = [threading.Thread(target=traced) for _ in range(2)]
+    for thread in (runner, *tracers):
+        thread.start()
+    for thread in tracers:
+        thread.join()
+    stop.set()
+    runner.join()
+    assert not errors
