@@ -60,8 +60,8 @@ def transform(
             shares the modules and parameters of `model`, and replaces it. torch.fx traces without running the model;
             the graph is valid in train and eval mode. Where torch.fx refuses, give `example_inputs`.
         example_inputs: one tensor, a tuple of positional or a dictionary of keyword arguments: the call for `verify`,
-            and the call that `torch.export` captures for `trace` where torch.fx cannot trace the model. That graph is for
-            inputs of these shapes and the mode that the model is in, and each rotated weight is a node.
+            and the call that `torch.export` captures for `trace` where torch.fx cannot trace the model. That graph is
+            for inputs of these shapes and the mode that the model is in, and each rotated weight is a node.
         verify: compare random reflections with folded weights on copies of the model, for `example_inputs`, in train
             and eval mode, with gradients, before the model is returned.
 

@@ -45,24 +45,27 @@ class GraphState:
 
 
 @contextlib.contextmanager
-def refusing(refuse: Callable[[str], NoReturn]) -> Iterator[None]:
-    """A block in which this thread may not enter autocast (to turn it off, say) or checkpoint activations."""
+def patched(refuse: Callable[[str], NoReturn]) -> Iterator[None]:
+    """A block in which this thread may not enter autocast, and in which `torch.jit.is_tracing()` is true for it.
+
+    To turn autocast off changes no state that could be compared, if it is off already. What a model caches between
+    calls, it computes in each call while TorchScript traces, and so in a graph. Only called under the lock of traces.
+    """
     thread = threading.get_ident()
     enter: Any = torch.autocast.__enter__
+    was_tracing: Any = vars(torch.jit)["is_tracing"]
 
     def enter_autocast(context: torch.autocast) -> Any:
         if threading.get_ident() == thread:
             refuse("it runs under its own autocast, which a graph drops")
         return enter(context)
 
-    def checkpoint(*args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() == thread:
-            refuse("it checkpoints activations, which a graph drops")
-        return compat.checkpoint(*args, **kwargs)
+    def is_tracing() -> bool:
+        return threading.get_ident() == thread or was_tracing()
 
     with (
         mock.patch.object(torch.autocast, "__enter__", enter_autocast),
-        mock.patch.object(compat.checkpoint, compat.CHECKPOINT_CALLS, checkpoint, create=True),
+        mock.patch.object(torch.jit, "is_tracing", is_tracing),
     ):
         yield
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import ExitStack
 from typing import NamedTuple
-from unittest import mock
 
-import torch
 from torch import fx, nn
 
 from hra_fx.errors import CaptureError
 from hra_fx.tracing.by_mode import ByMode, ModesDifferError, merge_modes
-from hra_fx.tracing.opaque_calls import OpaqueCalls
 from hra_fx.tracing.tracer import ModelTracer
 from hra_fx.tracing.unchanged import Snapshot
 
@@ -38,7 +35,7 @@ class Traced(NamedTuple):
 def trace(module: nn.Module, layers: Collection[nn.Module]) -> Traced:
     """Trace a module in both modes; it is not run, and is the same afterwards.
 
-    A module or function without adapted layers inside which cannot be traced stays one call.
+    A module without adapted layers inside which cannot be traced stays one call.
 
     Args:
         module: the module.
@@ -61,7 +58,6 @@ class _Trace:
     def __init__(self, module: nn.Module, layers: Collection[nn.Module]) -> None:
         self._module = module
         self._keep = set(layers)
-        self._opaque = OpaqueCalls()
         self._paths = dict(module.named_modules())
         # Modules that must be dissolved, because adapted layers are inside.
         self._open = {part for part in self._paths.values() if not self._keep.isdisjoint(part.modules())}
@@ -82,20 +78,17 @@ class _Trace:
                 if draws == _DRAWS:
                     raise
             except Exception as error:
-                if not self._keep_innermost() and not self._opaque.add_culprit(error):
+                if not self._keep_innermost():
                     raise _as_capture_error(error) from error
 
     def _once(self, training: bool) -> fx.Graph:
         snapshot = Snapshot(self._module)
-        tracer = ModelTracer(self._keep, self._opaque, training)
+        tracer = ModelTracer(self._keep, training)
         self._stack = []
         with ExitStack() as restore:
             restore.callback(snapshot.restore)
             for part in self._paths.values():
                 part.__dict__["training"] = training
-            # What is cached between calls is computed in each call while TorchScript traces, and so in a graph.
-            is_tracing = _in_this_thread(torch.jit._trace.is_tracing)
-            restore.enter_context(mock.patch.object(torch.jit, "is_tracing", is_tracing))
             try:
                 graph = tracer.trace(self._module)
             except BaseException:
@@ -138,12 +131,6 @@ class _Trace:
         if odd := [path for path in stacks[0] if path in self._other_mode]:
             raise CaptureError(f"{odd[0]} is not in the mode of the model. Call train() or eval() on the whole model")
         raise CaptureError(f"{where} computes other operations in train mode than in eval mode")
-
-
-def _in_this_thread(is_tracing: Callable[[], bool]) -> Callable[[], bool]:
-    """True in this thread, and what `is_tracing` says in others."""
-    thread = threading.get_ident()
-    return lambda: threading.get_ident() == thread or is_tracing()
 
 
 def _stack_of(node: fx.Node) -> list[str]:

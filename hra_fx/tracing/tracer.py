@@ -21,11 +21,11 @@ from hra_fx.compat import has_own_hooks
 from hra_fx.errors import CaptureError
 from hra_fx.layers.target import find_kind
 from hra_fx.tracing.inplace_ops import SPECIAL_METHODS
-from hra_fx.tracing.opaque_calls import OpaqueCalls
-from hra_fx.tracing.recorded_state import GraphState, refusing
+from hra_fx.tracing.recorded_state import GraphState, patched
 
 #: Attributes of a traced value that fx itself sets.
 _OWN = frozenset(("tracer", "node", "_node", "root", "attr"))
+
 
 class TracedValue(fx.Proxy):
     """A traced value that refuses questions to which fx gives a wrong answer.
@@ -121,17 +121,15 @@ class ModelTracer(fx.Tracer):
     proxy_buffer_attributes = True
     trace_asserts = True
 
-    def __init__(self, keep: Collection[nn.Module], opaque: OpaqueCalls, training: bool) -> None:
+    def __init__(self, keep: Collection[nn.Module], training: bool) -> None:
         """Prepare for one trace.
 
         Args:
             keep: modules that stay calls, whatever their class.
-            opaque: functions whose calls stay calls.
             training: the mode in which all modules are traced.
         """
         super().__init__()
         self._keep = keep
-        self._opaque = opaque
         self._thread = threading.get_ident()
         self._state = GraphState()
         self._training = training
@@ -160,7 +158,7 @@ class ModelTracer(fx.Tracer):
         Raises:
             CaptureError: the graph would not compute what the forward does.
         """
-        with self._opaque.active(self.create_proxy), torch.enable_grad(), refusing(self.refuse):
+        with torch.enable_grad(), patched(self.refuse):
             self._state = GraphState()
             try:
                 graph = super().trace(root)

@@ -213,5 +213,5 @@ def test_a_layer_called_twice_has_two_pairs_of_nodes_and_one_parameter() -> None
 
 
 def test_a_plain_model_has_no_graphs() -> None:
-    with pytest.raises(AdapterError, match=r"Net: it has no reflections\. Call hra_fx\.transform"):
+    with pytest.raises(AdapterError, match=r"Net has no adapters\. Call hra_fx\.transform"):
         hra_fx.graphs(Net())

@@ -238,7 +238,8 @@ class Outputs(Two):
 
 
 BRANCH, TYPE, NUMBER = "it branches on a value", "it asks for the type of a value", "it uses a value as a Python number"
-AUTOCAST, GRAD, SAVED = "it runs under its own autocast", "it changes grad mode", "it checkpoints activations"
+AUTOCAST, GRAD = "it runs under its own autocast", "it changes grad mode"
+SAVED = "it asks for the type of a value"  # `checkpoint` does, of its arguments
 RANDOM, OTHER = "it draws random numbers in Python", "computes other operations in train mode"
 REFUSED: dict[str, tuple[type[nn.Module], str]] = {
     "autocast": (under(lambda: torch.autocast("cpu", dtype=torch.bfloat16)), AUTOCAST),
@@ -297,7 +298,6 @@ PATCHED = (
     lambda: nn.Module.__call__,
     lambda: nn.Module.__getattr__,
     lambda: torch.jit.is_tracing,
-    lambda: vars(checkpoint.__wrapped__),
 )
 
 

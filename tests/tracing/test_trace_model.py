@@ -258,7 +258,7 @@ ERRORS: dict[str, tuple[type[nn.Module], dict[str, Any], type[Exception], str]] 
     "torch.export": (Breaks, {"example_inputs": X}, AdapterError, "torch.export cannot capture Breaks"),
     "selection": (Dropout, {"config": config("nowhere")}, SelectionError, "nowhere"),
     "modules_to_save": (Dropout, {"config": config(modules_to_save=["nowhere"])}, SelectionError, "nowhere"),
-    "example_inputs": (Branches, {"example_inputs": 3}, AdapterError, "example_inputs: a int"),
+    "example_inputs": (Branches, {"example_inputs": 3}, AdapterError, "example_inputs must be a tensor, .*, got int"),
 }
 
 
