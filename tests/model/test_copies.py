@@ -105,6 +105,8 @@ def test_a_saved_lstm_runs_on_the_copies_in_place() -> None:
         lstm = {f"lstm.{key}": weight.detach() for key, weight in named.items()}
         assert_close(model(x), oracle(plain, model, [order] if order else [], x, **lstm))
     assert torch.equal(model.lstm.weight_hh_l1, plain.lstm.weight_hh_l1)
+    hra_fx.set_adapter(model, "b")
+    assert train_step(model, torch.optim.SGD(model.parameters(), lr=0.1)) == owned(model, "b")
 
 
 class Twice(nn.Module):
