@@ -162,28 +162,6 @@ def test_one_with_copies_acts_together_with_one_without() -> None:
     assert_close(model(x), oracle(plain, model, ["b", "a"], x, **head))
 
 
-REFUSED: dict[str, tuple[hra_fx.HRAConfig, hra_fx.HRAConfig, str]] = {
-    "saved, then reflected": (
-        config("first", **HEAD),
-        config("head"),
-        r"^head \(Linear\): another adapter trains it in full \(`modules_to_save`\)\. Fold or delete that adapter",
-    ),
-    "reflected, then saved": (
-        config("head"),
-        config("first", **HEAD),
-        r"^head \(Linear\): another adapter reflects this layer, so it cannot be saved in full too\. Fold or delete",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_layer_is_not_saved_and_reflected_by_two_adapters(case: str) -> None:
-    first, second, text = REFUSED[case]
-    model = adapted(net(), a=first)[1]
-    with refuses(model, text, hra_fx.UnsupportedLayerError):
-        hra_fx.add_adapter(model, "b", second)
-
-
 def test_a_layer_can_be_reflected_once_the_adapter_that_saved_it_is_gone() -> None:
     plain, model = adapted(net(), a=config("first", bias="all"), b=config("first", **HEAD))
     hra_fx.delete_adapter(model, "b")
