@@ -33,7 +33,9 @@ def test_adapters_on_the_meta_device_wait_for_their_values() -> None:
     assert model.second.hra_u["b"].is_meta
     assert_close(model(x), oracle(plain, model, ["a"], x))
     hra_fx.set_adapter(model, "b")
-    with pytest.raises(hra_fx.AdapterError, match="the vectors of b are on the meta device, without data"):
+    with pytest.raises(
+        hra_fx.AdapterError, match=r"the vectors of b are on the meta device, without data\. Fill .*assign=True\)"
+    ):
         model(x)
     state = {f"{path}.hra_u.b": normal(width, 2) for path, width in (("first", 6), ("second", 8))}
     model.load_state_dict(model.state_dict() | state, assign=True)
