@@ -120,6 +120,15 @@ def adapted(base: nn.Module, **configs: hra_fx.HRAConfig) -> tuple[nn.Module, nn
     return plain, base
 
 
+def three(dtype: torch.dtype = F64) -> tuple[nn.Module, nn.Module]:
+    """A plain `Net`, and one with three active adapters: two on each of two layers."""
+    plain, model = adapted(
+        net(), a=config("first"), b=config("first", "second", r=3), c=config("second", apply_GS=True)
+    )
+    hra_fx.set_adapter(model, ["a", "b", "c"])
+    return plain.to(dtype), model.to(dtype)
+
+
 def product(layer: Any, names: Iterable[str]) -> Tensor:
     """`Q_a Q_b ...: (d, d)` of a layer in float64, of those adapters that it has."""
     q = torch.eye(layer.hra_u.width, dtype=F64)

@@ -127,28 +127,3 @@ def test_another_adapter_leaves_the_order(
     hra_fx.delete_adapter(model, "c")
     assert order(model) == before
     assert torch.equal(run(model, x), wanted)
-
-
-def test_an_optimizer_that_is_made_after_an_addition_resumes_the_state_of_one_before() -> None:
-    def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
-
-    def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.zero_grad()
-        model(normal(3, 6)).square().sum().backward()
-        optimizer.step()
-
-    outputs = []
-    for added in (False, True):
-        _, model = two_in_both_orders()
-        hra_fx.set_adapter(model, ["a", "b"])
-        optimizer = optimizer_of(model)
-        train(model, optimizer)
-        if added:
-            hra_fx.add_adapter(model, "c", config("head", "second"))
-            state = optimizer.state_dict()
-            optimizer = optimizer_of(model)
-            optimizer.load_state_dict(state)
-        train(model, optimizer)
-        outputs.append(run(model, normal(3, 6)))
-    assert torch.equal(outputs[0], outputs[1])

@@ -8,18 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from model.many import adapted, assert_close, config, net, normal, oracle, refuses, seen, stored, weights
-from torch import nn
+from model.many import assert_close, normal, oracle, refuses, seen, stored, three, weights
 
 import hra_fx
-
-
-def three(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
-    plain, model = adapted(
-        net(), a=config("first"), b=config("first", "second", r=3), c=config("second", apply_GS=True)
-    )
-    hra_fx.set_adapter(model, ["a", "b", "c"])
-    return plain.to(dtype), model.to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

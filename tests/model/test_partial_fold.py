@@ -4,18 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model.many import adapted, assert_close, config, net, normal, oracle, stored, weights
+from model.many import adapted, assert_close, config, net, normal, oracle, stored, three, weights
 from torch import nn
 
 import hra_fx
-
-
-def three() -> tuple[nn.Module, nn.Module]:
-    plain, model = adapted(
-        net(), a=config("first"), b=config("first", "second", r=3), c=config("second", apply_GS=True)
-    )
-    hra_fx.set_adapter(model, ["a", "b", "c"])
-    return plain, model
 
 
 @pytest.mark.parametrize(

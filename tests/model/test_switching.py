@@ -23,7 +23,7 @@ def test_two_adapters_of_every_kind_act_in_their_order(fields: str) -> None:
         assert_close(model(x), oracle(plain, model, order, x))
 
 
-def test_three_adapters_act_in_their_order_and_no_tensor_changes() -> None:
+def test_three_adapters_act_in_their_order_and_only_flags_change() -> None:
     layers = {"a": config("first", "second"), "b": config("second", r=3), "c": config("first", "head", apply_GS=True)}
     plain, model = adapted(net(), **layers)
     before = [(name, id(tensor), tensor._version) for name, tensor in model.state_dict(keep_vars=True).items()]
@@ -31,36 +31,12 @@ def test_three_adapters_act_in_their_order_and_no_tensor_changes() -> None:
     for order in (["a", "b", "c"], ["c", "b", "a"], ["c", "a"], [], ["b", "c"]):
         hra_fx.set_adapter(model, order)
         assert_close(model(x), oracle(plain, model, order, x))
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trained == {
+            name for name, *_ in before if name.endswith(tuple(f".hra_u.{adapter}" for adapter in order))
+        }
         after = [(name, id(tensor), tensor._version) for name, tensor in model.state_dict(keep_vars=True).items()]
         assert after == before
-
-
-def test_the_gradients_are_those_of_the_product() -> None:
-    plain, model = adapted(net(), a=config("first"), b=config("first", r=3))
-    hra_fx.set_adapter(model, ["b", "a"])
-    model(normal(4, 6)).square().sum().backward()
-    u = {name: model.first.hra_u[name].detach().clone().requires_grad_() for name in ("a", "b")}
-    weight = plain.first.weight
-    for column in (*model.first.hra_u.anchor("b").unbind(1), *u["b"].unbind(1), *u["a"].unbind(1)):
-        weight = weight @ (torch.eye(6, dtype=torch.float64) - 2 * torch.outer(column, column) / (column @ column))
-    torch.func.functional_call(plain, {"first.weight": weight}, (normal(4, 6),)).square().sum().backward()
-    for name, vectors in u.items():
-        assert_close(model.first.hra_u[name].grad, vectors.grad)
-
-
-def test_switching_trains_the_active_adapters_only() -> None:
-    _, model = adapted(net(), a=config("first", "second"), b=config("first"), c=config("head"))
-
-    def trained() -> set[str]:
-        return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-    assert trained() == {"first.hra_u.a", "second.hra_u.a"}
-    hra_fx.set_adapter(model, ["c", "b"])
-    assert trained() == {"first.hra_u.b", "head.hra_u.c"}
-    hra_fx.set_adapter(model, "a", inference_mode=True)
-    assert trained() == set()
-    hra_fx.set_adapter(model, [])
-    assert trained() == set()
 
 
 class Holder(nn.Module):

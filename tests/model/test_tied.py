@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -197,17 +196,3 @@ def test_a_reflected_head_and_a_trained_copy_of_its_embedding(saved: list[str]) 
     assert torch.equal(model.embed.weight, trained)
     assert_close(model.head.weight, wanted, 1e-12)
     assert_close(model(TOKENS), output, 1e-12)
-
-
-def test_a_reflected_head_whose_embedding_another_adapter_trained() -> None:
-    plain, model = adapted(Tied(), a=config("head"), b=config("body", modules_to_save=["embed"]))
-    base, output = copy.deepcopy(model), model(TOKENS).detach()
-    wanted = weights(plain, model, ["a"])["head.weight"]
-    folds(model, "head (from embed.weight)", "a")
-    hra_fx.set_adapter(model, "b")
-    assert not torch.equal(model.embed.weight, plain.embed.weight)
-    hra_fx.delete_adapter(model, "b")
-    assert torch.equal(model.embed.weight, plain.embed.weight)
-    assert_close(model.head.weight, wanted, 1e-12)
-    assert_close(model(TOKENS), output, 1e-12)
-    assert_close(base(TOKENS), output, 1e-12)
