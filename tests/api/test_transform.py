@@ -53,31 +53,6 @@ def test_the_model_its_layers_and_its_parameters_are_the_same_objects_and_frozen
 
 
 @pytest.mark.parametrize(
-    ("layer", "width"),
-    [
-        (nn.Linear(6, 8), 6),
-        (nn.Linear(6, 8, bias=False), 6),
-        (nn.Conv2d(4, 8, (3, 5)), 60),
-        (nn.Conv2d(4, 8, (1, 3), groups=2), 6),
-        (nn.Conv2d(4, 4, 3, groups=4), 9),
-        (nn.Conv2d(4, 8, 1), 4),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("r", [1, 2, 3])
-def test_keys_and_shapes(layer: nn.Module, width: int, r: int) -> None:
-    model = nn.Sequential(copy.deepcopy(layer))
-    before = list(model.state_dict())
-    state = hra_fx.transform(model, config("0", r=r)).state_dict()
-    added = {key: tuple(value.shape) for key, value in state.items() if key not in before}
-    expected = {"0.hra_u.default": (width, r)}
-    if r % 2:
-        expected["0.hra_u.default_anchor"] = (width, 1)
-    assert added == expected
-    assert [key for key in state if key in before] == before
-
-
-@pytest.mark.parametrize(
     ("base", "vectors"),
     [
         (torch.float32, torch.float32),

@@ -14,8 +14,6 @@ from model.many import (
     adapted,
     assert_close,
     config,
-    ids,
-    llama,
     net,
     normal,
     oracle,
@@ -192,19 +190,6 @@ def test_a_fold_is_complete_when_it_warns_of_removed_adapters() -> None:
     with pytest.raises(hra_fx.HRAWarning, match=r"adapters \['b'\] were not active and are removed"):
         hra_fx.fold(model)
     folded(plain, model, wanted)
-
-
-def test_a_fold_is_complete_when_it_warns_of_untied_embeddings() -> None:
-    plain, model = adapted(llama(tie_word_embeddings=True), a=config("q_proj", modules_to_save=["lm_head"]))
-    head = model.lm_head.weight.detach().clone()
-    wanted = weights(plain, model, ["a"])
-    with pytest.raises(hra_fx.HRAWarning, match="embeddings stay untied because one was trained"):
-        hra_fx.fold(model)
-    folded(plain, model, {**wanted, "lm_head.weight": head})
-    assert model.config.tie_word_embeddings is False
-    with torch.no_grad():
-        plain.lm_head.weight = nn.Parameter(head)
-    assert_close(run(model, ids()), torch.func.functional_call(plain, wanted, (), ids()).logits)
 
 
 def test_a_deletion_is_complete_when_it_warns_of_the_new_active_adapter() -> None:

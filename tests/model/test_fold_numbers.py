@@ -8,15 +8,14 @@ from typing import Any, TypeAlias
 import pytest
 import torch
 from hypothesis import assume, given, settings, strategies as st
-from model.many import refuses
-from oracles import dense_q, dense_weight, relative_error
+from model.many import F64, adapted, config, normal, product, refuses
+from oracles import dense_weight, relative_error
 from torch import Tensor, nn
 
-from hra_fx import HRAConfig, fold, plan_fold, transform
+from hra_fx import fold, plan_fold
 from hra_fx.errors import FoldError
 
 Layer: TypeAlias = nn.Linear | nn.Conv2d
-F64 = torch.float64
 LAYERS: dict[str, Callable[..., tuple[Any, tuple[int, ...]]]] = {
     "linear": lambda dtype: (nn.Linear(40, 24, dtype=dtype), (5, 40)),
     "conv": lambda dtype: (nn.Conv2d(4, 6, 3, padding=1, dtype=dtype), (2, 4, 6, 7)),
@@ -31,33 +30,14 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def normal(seed: int, *shape: int, dtype: torch.dtype = F64) -> Tensor:
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def randomize(model: nn.Module) -> None:
-    for seed, (name, parameter) in enumerate(model.named_parameters()):
-        if ".hra_u." in name:
-            with torch.no_grad():
-                parameter.copy_(normal(seed, *parameter.shape, dtype=parameter.dtype))
-
-
-def adapt(model: Any, *paths: str, r: int = 3, apply_GS: bool = False, init_weights: bool = True) -> Any:
+def adapt(model: Any, *paths: str, **fields: Any) -> Any:
     """`model` itself, with reflections at random vectors."""
-    model = transform(model, HRAConfig(r=r, apply_GS=apply_GS, init_weights=init_weights, target_modules=list(paths)))
-    randomize(model)
-    return model
+    return adapted(model, a=config(*paths, **{"r": 3} | fields))[1]
 
 
 def oracle_weight(layer: Any) -> Tensor:
     """`W Q` in float64 of an adapted layer."""
-    reflection = layer.hra_u
-    q = dense_q(
-        reflection["default"].detach(),
-        apply_GS=reflection.specs["default"].apply_GS,
-        anchor=reflection.anchor("default"),
-    )
-    return dense_weight(layer._parameters["weight"].detach(), q)
+    return dense_weight(layer._parameters["weight"].detach(), product(layer, ["a"]))
 
 
 def memory(tensor: Tensor) -> tuple[Any, ...]:
@@ -79,7 +59,7 @@ def test_weights_are_the_nearest_to_the_exact_ones_and_in_the_same_memory(
     assume(not apply_GS or r <= base.weight[0].numel())
     bias, before = base.bias.detach().clone(), memory(base.weight)
     model = adapt(nn.Sequential(base), "0", r=r, apply_GS=apply_GS, init_weights=init_weights)
-    x = normal(50, *shape, dtype=dtype)
+    x = normal(*shape).to(dtype)
     wanted, weight = model(x).detach(), oracle_weight(model[0])
     fold(model)
     assert model[0] is base
@@ -122,8 +102,8 @@ def test_rounding_and_change_of_a_zero_weight_are_zero() -> None:
 def test_fold_agrees_with_the_forward_on_columns_of_extreme_size(r: int, scale: float) -> None:
     model = adapt(nn.Sequential(nn.Linear(18, 24)), "0", r=r, init_weights=False)
     with torch.no_grad():
-        model[0].hra_u["default"].mul_(scale)
-    x = normal(50, 4, 18, dtype=torch.float32)
+        model[0].hra_u["a"].mul_(scale)
+    x = normal(4, 18).float()
     wanted, exact = model(x).detach(), x.double() @ oracle_weight(model[0]).mT + model[0].bias.double()
     assert relative_error(wanted, exact) < 1e-5
     assert relative_error(fold(model)(x), exact) < 1e-5
@@ -136,13 +116,13 @@ def channels_last() -> nn.Sequential:
 
 def transposed() -> nn.Sequential:
     layer = nn.Linear(6, 4, dtype=F64)
-    layer.weight = nn.Parameter(normal(1, 6, 4).mT)
+    layer.weight = nn.Parameter(normal(6, 4).mT)
     return nn.Sequential(layer)
 
 
 def halves_of_one_buffer() -> nn.Sequential:
     """As optimizers with flat parameters lay them out: the same storage, but no common element, so not tied."""
-    flat = normal(1, 48)
+    flat = normal(48)
     model: Any = nn.Sequential(nn.Linear(6, 4, dtype=F64), nn.Linear(4, 6, dtype=F64))
     model[0].weight, model[1].weight = (nn.Parameter(flat[:24].view(4, 6)), nn.Parameter(flat[24:].view(6, 4)))
     return model
@@ -177,7 +157,7 @@ def test_fold_is_exact_in_any_context(context: Callable[[], Any]) -> None:
 
 
 def spoil_vectors(value: float) -> Callable[[Any], None]:
-    return lambda layer: layer.hra_u["default"][1, 1].fill_(value)
+    return lambda layer: layer.hra_u["a"][1, 1].fill_(value)
 
 
 def spoil_weight(layer: Any) -> None:
@@ -187,17 +167,17 @@ def spoil_weight(layer: Any) -> None:
 def overflow(layer: Any) -> None:
     """Float16 weights of 65,000; `W Q` rotates (1, 1, 1, 1) onto one axis, where it is twice as long."""
     layer.to(torch.float16)._parameters["weight"].fill_(65000.0)
-    layer.hra_u["default"].zero_()[:4, 0] = torch.tensor([-1.0, 1.0, 1.0, 1.0])
+    layer.hra_u["a"].zero_()[:4, 0] = torch.tensor([-1.0, 1.0, 1.0, 1.0])
     layer._parameters["weight"][:, 4:] = 0
 
 
 def depend(layer: Any) -> None:
-    layer.hra_u["default"][:, 2] = layer.hra_u["default"][:, 0]
+    layer.hra_u["a"][:, 2] = layer.hra_u["a"][:, 0]
 
 
 def pair_up(layer: Any) -> None:
     """The initial values of PEFT."""
-    layer.hra_u["default"][:, 1] = layer.hra_u["default"][:, 0]
+    layer.hra_u["a"][:, 1] = layer.hra_u["a"][:, 0]
 
 
 @pytest.mark.parametrize(

@@ -28,25 +28,31 @@ def test_ten_cycles_leave_every_bit(dtype: torch.dtype) -> None:
     assert {key: id(value) for key, value in model.named_parameters()} == identities
 
 
+@pytest.mark.parametrize("act", [hra_fx.merge_adapter, hra_fx.fold])
 @pytest.mark.parametrize(
     ("active", "merged"),
     [
-        (["a", "b", "c"], ["a"]),
-        (["a", "b", "c"], ["a", "b"]),
-        (["a", "b", "c"], ["a", "b", "c"]),
-        (["a"], ["c", "b"]),  # inactive adapters are merged before the active ones
+        ("abc", "a"),
+        ("abc", ["a"]),
+        ("abc", ["a", "b"]),
+        ("abc", ["a", "b", "c"]),
+        ("a", ["c", "b"]),  # inactive adapters act before the active ones
     ],
 )
-def test_the_first_ones_are_merged_and_the_others_still_act(active: list[str], merged: list[str]) -> None:
+def test_the_first_ones_are_merged_or_folded_and_the_others_still_act(
+    act: Callable[..., Any], active: str, merged: str | list[str]
+) -> None:
     plain, model = three()
-    hra_fx.set_adapter(model, active)
+    hra_fx.set_adapter(model, list(active))
     x = normal(4, 6)
-    wanted = oracle(plain, model, dict.fromkeys([*merged, *active]), x)
-    hra_fx.merge_adapter(model, merged)
+    wanted, new = oracle(plain, model, dict.fromkeys([*merged, *active]), x), weights(plain, model, merged)
+    act(model, merged)
     assert_close(model(x), wanted)
-    assert_close(stored(model, "first.weight"), weights(plain, model, merged)["first.weight"])
-    hra_fx.unmerge_adapter(model)
-    assert_close(model(x), wanted)
+    for key, weight in new.items():
+        assert_close(stored(model, key), weight)
+    if act is hra_fx.merge_adapter:
+        hra_fx.unmerge_adapter(model)
+        assert_close(model(x), wanted)
 
 
 def test_the_others_can_be_trained_while_some_are_merged() -> None:

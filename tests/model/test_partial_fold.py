@@ -4,24 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model.many import adapted, assert_close, config, net, normal, oracle, stored, three, weights
+from model.many import adapted, assert_close, config, net, normal, oracle, three
 from torch import nn
 
 import hra_fx
-
-
-@pytest.mark.parametrize(
-    ("active", "folded"), [("abc", "a"), ("abc", ["a"]), ("abc", ["a", "b"]), ("abc", ["a", "b", "c"]), ("a", "b")]
-)
-def test_the_outputs_stay_and_the_weights_are_the_product(active: str, folded: str | list[str]) -> None:
-    plain, model = three()
-    hra_fx.set_adapter(model, list(active))
-    x = normal(4, 6)
-    wanted, new = oracle(plain, model, dict.fromkeys([*folded, *active]), x), weights(plain, model, list(folded))
-    hra_fx.fold(model, folded)
-    assert_close(model(x), wanted)
-    for key, weight in new.items():
-        assert_close(stored(model, key), weight)
 
 
 def test_the_remaining_adapters_act_on_the_new_weights_alone_and_together() -> None:
@@ -106,14 +92,3 @@ def test_copies_become_the_models_own_and_the_others_keep_theirs(active: str) ->
     hra_fx.delete_adapter(model, "b")
     assert not any("hra_saved" in key for key in model.state_dict())
     assert torch.equal(model.head.weight, heads["a"][0])
-
-
-def test_a_plan_writes_nothing_before_it_is_applied() -> None:
-    plain, model = three()
-    wanted = weights(plain, model, ["a"])["first.weight"]
-    plan = hra_fx.plan_fold(model, "a")
-    assert torch.equal(stored(model, "first.weight"), plain.first.weight)
-    assert [(layer.path, layer.change > 0.1) for layer in plan.layers if layer.change] == [("first", True)]
-    plan.apply()
-    assert_close(stored(model, "first.weight"), wanted)
-    assert model.first.hra_u.active == ("b",)

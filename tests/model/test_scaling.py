@@ -48,7 +48,7 @@ def test_every_kind_of_adapter_follows_its_geodesic(fields: str, alpha: float) -
     assert_close(model(x), output(plain, power(q, alpha), x), 1e-8)
     if alpha in (0, 1):
         assert torch.equal(model(x), full if alpha else plain(x))
-    part = dense_product(model.first.hra_u.chain("a"))
+    part = dense_product(model.first.hra_u.chain("a").detach())
     assert float((part.mT @ part - torch.eye(6, dtype=F64)).norm()) < 1e-12
     row = hra_fx.report(model).rows[0]
     assert row.angle == pytest.approx(alpha * float(torch.linalg.eigvals(q).angle().max()), abs=1e-6)

@@ -15,7 +15,7 @@ from integrations.transformers_use import tiny
 from model.many import adapted, assert_close, normal, oracle
 from refusals import picture
 from torch import Tensor, nn
-from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import hra_fx
 import hra_fx.model.inject
@@ -89,11 +89,6 @@ IDS = torch.randint(3, 32, (2, 5), generator=torch.Generator().manual_seed(0))
 TOKENS = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 
 
-def t5() -> Any:
-    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4}
-    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
-
-
 def mixtral() -> Any:
     sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "max_position_embeddings": 32}
@@ -107,7 +102,7 @@ GOOD: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any]]] = {
     "biases": (Cnn, IMAGES.float(), {"bias": "all"}),
     "bert with labels": (tiny.bert, TOKENS | {"labels": torch.tensor([0, 1])}, {"target_modules": "all-linear"}),
     "tied llama": (lambda: tiny.llama(tie_word_embeddings=True), TOKENS, {"target_modules": ["q_proj", "lm_head"]}),
-    "t5": (t5, {"input_ids": IDS, "labels": IDS}, {"target_modules": ["q", "k", "v", "o", "wi", "wo"]}),
+    "t5": (tiny.t5, {"input_ids": IDS, "labels": IDS}, {"target_modules": ["q", "k", "v", "o", "wi", "wo"]}),
     "mixtral": (mixtral, TOKENS, {"target_modules": ["q_proj", "o_proj", "lm_head"]}),
 }
 
