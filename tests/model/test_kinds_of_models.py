@@ -9,6 +9,7 @@ import pytest
 import torch
 from model.failing import folded
 from model.many import (
+    F64,
     adapted,
     assert_close,
     bert,
@@ -25,15 +26,29 @@ from model.many import (
     stored,
     weights,
 )
-from torch import nn
+from torch import Tensor, nn
 
 import hra_fx
 from hra_fx.layers.adapted_layer import SiteCarrier
 from hra_fx.layers.class_swap import original_class
 
+
+class Reads(nn.Module):
+    """Reads the weight of a layer, which it does not call: `(n, 6) -> (n, 6)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(6, 6, dtype=F64), nn.Linear(6, 6, dtype=F64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.a(x), self.b.weight)
+
+
 #: A model, its inputs, and the layers of two adapters: some of one alone, some of both.
 KINDS: dict[str, tuple[Callable[[], nn.Module], Any, list[str], list[str]]] = {
     "net": (net, normal(4, 6), ["first", "second"], ["second", "head"]),
+    "reads a weight": (Reads, normal(4, 6), ["a"], ["a", "b"]),
     "sequential": (sequential, normal(4, 6), ["0"], ["0", "3"]),
     "resnet": (resnet, normal(2, 3, 32, 32), ["layer1.0.conv1", "fc"], ["layer2.0.downsample.0", "fc"]),
     "llama": (llama, ids(), ["q_proj", "gate_proj"], ["gate_proj", "down_proj", "lm_head"]),

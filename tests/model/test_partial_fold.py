@@ -23,7 +23,9 @@ def test_the_remaining_adapters_act_on_the_new_weights_alone_and_together() -> N
 
 def test_the_report_and_the_graph_show_what_is_left() -> None:
     model = three()[1]
-    hra_fx.fold(model, "a")
+    plan = hra_fx.plan_fold(model, "a")
+    assert [(layer.path, layer.change > 0.1) for layer in plan.layers] == [("first", True), ("second", False)]
+    plan.apply()
     assert [(row.path, row.adapter) for row in hra_fx.report(model)] == [
         ("first", "b"),
         ("second", "b"),
