@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import pytest
 import torch
 import torchvision
 import transformers
@@ -17,6 +19,16 @@ from hra_fx.layers.trained_copies import copies_of
 from hra_fx.model.state import record_of, sites_of
 
 F64 = torch.float64
+#: Copies of modules and biases next to reflections.
+SAVED: dict[str, Any] = {"modules_to_save": ["head", "norm"], "bias": "all"}
+#: Settings of two adapters, and the rank of their product.
+PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    "even ranks": ({"r": 2}, {"r": 4}, 6),
+    "anchors": ({"r": 3}, {"r": 1}, 6),
+    "Gram-Schmidt": ({"r": 2, "apply_GS": True}, {"r": 3, "apply_GS": True}, 10),
+    "Gram-Schmidt without an anchor": ({"r": 2, "apply_GS": True, "init_weights": False}, {"r": 2}, 4),
+    "odd plain ranks": ({"r": 3, "init_weights": False}, {"r": 1, "init_weights": False}, 4),
+}
 _TEXT = {
     "vocab_size": 32,
     "hidden_size": 16,
@@ -108,6 +120,15 @@ def adapted(base: nn.Module, **configs: hra_fx.HRAConfig) -> tuple[nn.Module, nn
     return plain, base
 
 
+def three(dtype: torch.dtype = F64) -> tuple[nn.Module, nn.Module]:
+    """A plain `Net`, and one with three active adapters: two on each of two layers."""
+    plain, model = adapted(
+        net(), a=config("first"), b=config("first", "second", r=3), c=config("second", apply_GS=True)
+    )
+    hra_fx.set_adapter(model, ["a", "b", "c"])
+    return plain.to(dtype), model.to(dtype)
+
+
 def product(layer: Any, names: Iterable[str]) -> Tensor:
     """`Q_a Q_b ...: (d, d)` of a layer in float64, of those adapters that it has."""
     q = torch.eye(layer.hra_u.width, dtype=F64)
@@ -171,3 +192,12 @@ def seen(model: nn.Module) -> dict[str, Any]:
         values = None if tensor.is_meta else tensor.detach().clone().nan_to_num(7.0).flatten().tolist()
         picture[f"tensor {name}"] = (id(tensor), tensor._version, tensor.requires_grad, values)
     return picture
+
+
+@contextlib.contextmanager
+def refuses(model: nn.Module, text: str, kind: type[Exception] = hra_fx.AdapterError) -> Iterator[None]:
+    """The block raises this error, whose message matches `text`, and leaves the model as it was."""
+    before = seen(model)
+    with pytest.raises(kind, match=text):
+        yield
+    assert seen(model) == before

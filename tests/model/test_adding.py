@@ -1,66 +1,29 @@
-"""`add_adapter`: the model is then as if all layers had been adapted at once, and the first adapter as it was."""
+"""`add_adapter`: flags, modes and the order of parameters, which optimizer states depend on, do not change."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from model.many import adapted, assert_close, bert, config, ids, llama, net, normal, oracle, resnet, run, sequential
-from torch import Tensor, nn
+from model.many import adapted, assert_close, config, net, normal, oracle, refuses, run
+from torch import nn
 
 import hra_fx
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], Any, list[str], list[str]]] = {
-    "whole": (sequential, normal(4, 6), ["0"], ["0", "3"]),
-    "resnet": (resnet, normal(2, 3, 32, 32), ["layer1.0.conv1", "fc"], ["layer1.0.conv2", "layer1.1.conv1", "fc"]),
-    "llama": (llama, ids(), ["q_proj", "gate_proj"], ["gate_proj", "up_proj", "down_proj", "lm_head"]),
-    "bert": (bert, ids(), ["query", "classifier"], ["value", "query", "pooler.dense"]),
-}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_new_layers_act_as_with_one_transform(name: str) -> None:
-    build, x, first, second = MODELS[name]
-    plain, model = adapted(build(), a=config(*first), b=config(*second, r=3))
-    at_once = hra_fx.transform(build(), config(*first, *second))
-    assert {row.path for row in hra_fx.report(model)} == {row.path for row in hra_fx.report(at_once)}
-    for order in (["a"], ["b", "a"]):
-        hra_fx.set_adapter(model, order)
-        assert_close(run(model, x), oracle(plain, model, order, x))
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_an_added_adapter_does_not_act_and_is_not_trained(name: str) -> None:
-    build, x, first, second = MODELS[name]
-    model = adapted(build(), a=config(*first))[1]
-    before, keys = run(model, x), list(model.state_dict())
-    flags = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
-    hra_fx.add_adapter(model, "b", config(*second, init_weights=False))
-    assert torch.equal(run(model, x), before)
-    assert [key for key in model.state_dict() if not key.endswith("hra_u.b")] == keys
-    assert {k: p.requires_grad for k, p in model.named_parameters() if k in flags} == flags
-    assert not any(p.requires_grad for k, p in model.named_parameters() if k.endswith(".b"))
-
 
 def test_an_added_adapter_keeps_flags_that_were_set_by_hand() -> None:
-    model = adapted(net(), a=config("first", "second"))[1]
+    model = adapted(net(), a=config("first", "second", modules_to_save=["norm"]))[1]
     model.first.hra_u["a"].requires_grad_(False)
     model.head.bias.requires_grad_(True)
-    hra_fx.add_adapter(model, "b", config("head"))
-    assert not model.first.hra_u["a"].requires_grad
-    assert model.second.hra_u["a"].requires_grad
-    assert model.head.bias.requires_grad
-
-
-def test_an_added_adapter_keeps_the_training_of_copies_of_a_scaled_one() -> None:
-    model = adapted(net(), a=config("first", modules_to_save=["head"]))[1]
     with pytest.warns(hra_fx.HRAWarning, match="its strength affects reflections only"):
         hra_fx.set_scale(model, "a", 0.5)
-    assert model.head.weight.requires_grad
-    hra_fx.add_adapter(model, "b", config("second"))
-    assert model.head.weight.requires_grad
+    hra_fx.add_adapter(model, "b", config("head"))
+    assert model.norm.weight.requires_grad and model.head.bias.requires_grad
+    hra_fx.set_scale(model, "a", 1)
+    assert not model.first.hra_u["a"].requires_grad
+    assert model.second.hra_u["a"].requires_grad
 
 
 def test_adapters_on_the_meta_device_wait_for_their_values() -> None:
@@ -70,59 +33,97 @@ def test_adapters_on_the_meta_device_wait_for_their_values() -> None:
     assert model.second.hra_u["b"].is_meta
     assert_close(model(x), oracle(plain, model, ["a"], x))
     hra_fx.set_adapter(model, "b")
-    with pytest.raises(hra_fx.AdapterError, match="the vectors of b are on the meta device, and hold no data"):
+    with pytest.raises(
+        hra_fx.AdapterError, match=r"the vectors of b are on the meta device, without data\. Fill .*assign=True\)"
+    ):
         model(x)
     state = {f"{path}.hra_u.b": normal(width, 2) for path, width in (("first", 6), ("second", 8))}
     model.load_state_dict(model.state_dict() | state, assign=True)
     assert_close(model(x), oracle(plain, model, ["b"], x))
 
 
-def test_adding_in_inference_mode_gives_vectors_that_can_be_trained() -> None:
-    model = adapted(net(), a=config("first"))[1]
+def test_an_adapter_has_the_mode_of_its_layer_and_can_be_trained_though_added_in_inference_mode() -> None:
+    model = adapted(net(), a=config("first"))[1].train()
+    model.second.eval()
     with torch.inference_mode():
         hra_fx.add_adapter(model, "b", config("first", "second"))
+    assert (model.first.hra_u.training, model.second.hra_u.training) == (True, False)
     hra_fx.set_adapter(model, "b")
     model(normal(4, 6)).sum().backward()
     assert model.second.hra_u["b"].grad is not None
 
 
-def test_an_adapter_comes_in_the_mode_of_its_layer() -> None:
-    model = adapted(net(), a=config("first"))[1].train()
-    model.second.eval()
-    hra_fx.add_adapter(model, "b", config("first", "second"))
-    assert model.first.hra_u.training
-    assert not model.second.hra_u.training
-
-
-def test_adapters_work_inside_a_switched_off_model() -> None:
+def test_an_adapter_can_be_added_to_a_disabled_model_and_not_to_a_plain_or_merged_one() -> None:
     plain, model = adapted(net(), a=config("first"))
     x = normal(4, 6)
     with hra_fx.disable_adapters(model):
         hra_fx.add_adapter(model, "b", config("second", init_weights=False))
         assert torch.equal(model(x), plain(x))
     assert_close(model(x), oracle(plain, model, ["a"], x))
-
-
-def test_adding_to_a_plain_or_merged_model_is_refused() -> None:
-    plain, model = adapted(net(), a=config("first"))
-    with pytest.raises(hra_fx.AdapterError, match=r"^Net: it has no reflections\. Call hra_fx\.transform"):
+    with refuses(plain, r"^Net has no adapters\. Call hra_fx\.transform"):
         hra_fx.add_adapter(plain, "b", config("first"))
     hra_fx.merge_adapter(model)
-    with pytest.raises(hra_fx.AdapterError, match=r"^adapters \['a'\] are merged into the weights\. Call unmerge_ada"):
-        hra_fx.add_adapter(model, "b", config("second"))
+    with refuses(model, r"^adapters \['a'\] are merged into the weights\. Call unmerge_ada"):
+        hra_fx.add_adapter(model, "c", config("second"))
 
 
-def test_layers_of_a_model_that_reads_weights_take_a_second_adapter() -> None:
-    class Reads(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+# The order of parameters
 
-        def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.linear(self.a(x), self.b.weight)
 
-    plain, model = adapted(Reads().double(), a=config("a"), b=config("a", "b", r=3))
-    x = normal(4, 4)
-    for order in (["a"], ["b"], ["a", "b"]):
-        hra_fx.set_adapter(model, order)
-        assert_close(model(x), oracle(plain, model, order, x))
+def order(model: nn.Module, besides: str = "") -> dict[str, list[str]]:
+    """Names of children, parameters, buffers and the state, in their order, without those of one adapter."""
+    found = {path: list(part._modules) for path, part in model.named_modules()}
+    found["parameters"] = [name for name, _ in model.named_parameters()]
+    found["buffers"] = [name for name, _ in model.named_buffers()]
+    found["state"] = list(model.state_dict())
+    if not besides:
+        return found
+    return {
+        path: [name for name in names if besides not in name.split(".")]
+        for path, names in found.items()
+        if besides not in path.split(".")
+    }
+
+
+def two_in_both_orders() -> tuple[nn.Module, nn.Module]:
+    """`second` has trained copies before it gets reflections, and `first` the other way round."""
+    saved: dict[str, Any] = {"bias": "all", "modules_to_save": ["norm"]}
+    plain, model = adapted(net(), a=config("first", **saved), b=config("second"))
+    assert list(model.second._modules) == ["hra_saved", "hra_u"]
+    assert list(model.first._modules) == ["hra_u", "hra_saved"]
+    return plain, model
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize(
+    ("targets", "fields"),
+    [
+        (["head", "first"], {}),
+        (["first", "second"], {"bias": "hra_only"}),
+        (["second"], {"modules_to_save": ["head"]}),
+    ],
+)
+def test_another_adapter_leaves_the_order(
+    targets: list[str], fields: dict[str, Any], loaded: bool, tmp_path: Path
+) -> None:
+    plain, model = two_in_both_orders()
+    x = normal(3, 6)
+    before, wanted = order(model), run(model, x)
+    if loaded:
+        hra_fx.save_adapter(adapted(net(), a=config(*targets, **fields))[1], tmp_path)
+        hra_fx.load_adapter(model, tmp_path, "c")
+    else:
+        hra_fx.add_adapter(model, "c", config(*targets, **fields))
+    after = order(model, besides="c")
+    for path, names in before.items():
+        assert [name for name in after[path] if name in names] == names
+    for path in ("first", "second"):
+        assert after[path] == before[path]
+    assert torch.equal(run(model, x), wanted)
+    if not fields:
+        hra_fx.set_adapter(model, "c")
+        assert_close(run(model, x), oracle(plain, model, ["c"], x))
+        hra_fx.set_adapter(model, "a")
+    hra_fx.delete_adapter(model, "c")
+    assert order(model) == before
+    assert torch.equal(run(model, x), wanted)

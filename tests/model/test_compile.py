@@ -26,7 +26,9 @@ def compiled_graphs() -> int:
 
 
 @pytest.mark.usefixtures("_fresh_dynamo")
-@pytest.mark.parametrize("copies", [{}, {"modules_to_save": ["head"]}, {"bias": "hra_only"}])
+@pytest.mark.parametrize(
+    "copies", [{}, pytest.param({"modules_to_save": ["head"], "bias": "hra_only"}, marks=pytest.mark.slow)]
+)
 def test_torch_compile_does_not_compile_again_for_a_set_that_it_knows(copies: dict[str, Any]) -> None:
     plain, model = adapted(net(), a=config("first", "second", **copies), b=config("first", r=3))
     fast, x = torch.compile(model, backend="eager", fullgraph=True), normal(4, 6)

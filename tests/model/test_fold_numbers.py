@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import pytest
 import torch
 from hypothesis import assume, given, settings, strategies as st
-from oracles import dense_q, dense_weight, relative_error
+from model.many import F64, adapted, config, normal, product, refuses
+from oracles import dense_weight, relative_error
 from torch import Tensor, nn
 
-from hra_fx import HRAConfig, fold, plan_fold, transform
+from hra_fx import fold, plan_fold
 from hra_fx.errors import FoldError
 
 Layer: TypeAlias = nn.Linear | nn.Conv2d
-F64 = torch.float64
 LAYERS: dict[str, Callable[..., tuple[Any, tuple[int, ...]]]] = {
     "linear": lambda dtype: (nn.Linear(40, 24, dtype=dtype), (5, 40)),
     "conv": lambda dtype: (nn.Conv2d(4, 6, 3, padding=1, dtype=dtype), (2, 4, 6, 7)),
@@ -31,33 +30,18 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def normal(seed: int, *shape: int, dtype: torch.dtype = F64) -> Tensor:
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def randomize(model: nn.Module) -> None:
-    for seed, (name, parameter) in enumerate(model.named_parameters()):
-        if ".hra_u." in name:
-            with torch.no_grad():
-                parameter.copy_(normal(seed, *parameter.shape, dtype=parameter.dtype))
-
-
-def adapt(model: Any, *paths: str, r: int = 3, apply_GS: bool = False, init_weights: bool = True) -> Any:
+def adapt(model: Any, *paths: str, **fields: Any) -> Any:
     """`model` itself, with reflections at random vectors."""
-    model = transform(model, HRAConfig(r=r, apply_GS=apply_GS, init_weights=init_weights, target_modules=list(paths)))
-    randomize(model)
-    return model
+    return adapted(model, a=config(*paths, **{"r": 3} | fields))[1]
 
 
 def oracle_weight(layer: Any) -> Tensor:
     """`W Q` in float64 of an adapted layer."""
-    reflection = layer.hra_u
-    q = dense_q(
-        reflection["default"].detach(),
-        apply_GS=reflection.specs["default"].apply_GS,
-        anchor=reflection.anchor("default"),
-    )
-    return dense_weight(layer._parameters["weight"].detach(), q)
+    return dense_weight(layer._parameters["weight"].detach(), product(layer, ["a"]))
+
+
+def memory(tensor: Tensor) -> tuple[Any, ...]:
+    return id(tensor), tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.requires_grad
 
 
 @given(
@@ -68,18 +52,18 @@ def oracle_weight(layer: Any) -> Tensor:
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, F64]),
 )
 @settings(max_examples=40, deadline=None, derandomize=True)
-def test_weights_are_the_nearest_to_the_exact_ones(
+def test_weights_are_the_nearest_to_the_exact_ones_and_in_the_same_memory(
     kind: str, r: int, apply_GS: bool, init_weights: bool, dtype: torch.dtype
 ) -> None:
     base, shape = LAYERS[kind](dtype)
     assume(not apply_GS or r <= base.weight[0].numel())
-    bias = base.bias.detach().clone()
+    bias, before = base.bias.detach().clone(), memory(base.weight)
     model = adapt(nn.Sequential(base), "0", r=r, apply_GS=apply_GS, init_weights=init_weights)
-    x = normal(50, *shape, dtype=dtype)
+    x = normal(*shape).to(dtype)
     wanted, weight = model(x).detach(), oracle_weight(model[0])
     fold(model)
     assert model[0] is base
-    assert base.weight.dtype == dtype
+    assert memory(base.weight) == before
     assert torch.equal(base.bias, bias)
     if dtype == F64:
         assert relative_error(model(x), wanted) < 1e-9
@@ -101,11 +85,16 @@ def test_rounding_and_change(dtype: torch.dtype) -> None:
 
 
 def test_rounding_and_change_of_a_zero_weight_are_zero() -> None:
-    """A layer that starts at zero (a zero-initialised head or projection) has nothing to round."""
+    """A layer that starts at zero (a zero-initialized head or projection) has nothing to round."""
     base = nn.Linear(6, 4)
     nn.init.zeros_(base.weight)
-    (row,) = plan_fold(adapt(nn.Sequential(base), "0")).layers
+    plan = plan_fold(adapt(nn.Sequential(base), "0"))
+    (row,) = plan.layers
     assert (row.rounding, row.change) == (0.0, 0.0)
+    assert [line.split() for line in str(plan).splitlines()] == [
+        ["layer", "change", "rounding"],
+        ["0", "0.0000", "0.0e+00"],
+    ]
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e-12, 1e15, 1e20])
@@ -113,222 +102,102 @@ def test_rounding_and_change_of_a_zero_weight_are_zero() -> None:
 def test_fold_agrees_with_the_forward_on_columns_of_extreme_size(r: int, scale: float) -> None:
     model = adapt(nn.Sequential(nn.Linear(18, 24)), "0", r=r, init_weights=False)
     with torch.no_grad():
-        model[0].hra_u["default"].mul_(scale)
-    x = normal(50, 4, 18, dtype=torch.float32)
+        model[0].hra_u["a"].mul_(scale)
+    x = normal(4, 18).float()
     wanted, exact = model(x).detach(), x.double() @ oracle_weight(model[0]).mT + model[0].bias.double()
     assert relative_error(wanted, exact) < 1e-5
     assert relative_error(fold(model)(x), exact) < 1e-5
 
 
-# Memory
+def channels_last() -> nn.Sequential:
+    layer = nn.Conv2d(4, 6, 3, dtype=F64)
+    return nn.Sequential(layer.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
 
 
-def memory(tensor: Tensor) -> tuple[Any, ...]:
-    return id(tensor), tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_contiguous()
+def transposed() -> nn.Sequential:
+    layer = nn.Linear(6, 4, dtype=F64)
+    layer.weight = nn.Parameter(normal(6, 4).mT)
+    return nn.Sequential(layer)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, F64])
-@pytest.mark.parametrize("kind", LAYERS)
-def test_the_parameter_and_its_memory_stay(kind: str, dtype: torch.dtype) -> None:
-    base, _ = LAYERS[kind](dtype)
-    before, wanted = memory(base.weight), base.weight.requires_grad
-    fold(adapt(nn.Sequential(base), "0"))
-    assert memory(base.weight) == before
-    assert base.weight.requires_grad is wanted
-
-
-def test_channels_last_weights_stay_so() -> None:
-    base = nn.Conv2d(4, 6, 3, dtype=F64)
-    base.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    before = memory(base.weight)
-    model = adapt(nn.Sequential(base), "0")
-    wanted = oracle_weight(base)
-    fold(model)
-    assert memory(base.weight) == before
-    assert base.weight.is_contiguous(memory_format=torch.channels_last)
-    assert not base.weight.is_contiguous()
-    assert relative_error(base.weight, wanted) < 1e-12
-
-
-def test_a_transposed_weight_keeps_its_strides() -> None:
-    base = nn.Linear(6, 4, dtype=F64)
-    base.weight = nn.Parameter(normal(1, 6, 4).mT)
-    before = memory(base.weight)
-    model = adapt(nn.Sequential(base), "0")
-    wanted = oracle_weight(base)
-    fold(model)
-    assert memory(base.weight) == before
-    assert relative_error(base.weight, wanted) < 1e-12
-
-
-def test_two_halves_of_one_buffer_are_not_tied() -> None:
-    """As flat-parameter optimisers lay them out: the same storage, and no element in common."""
-    flat = normal(1, 48)
+def halves_of_one_buffer() -> nn.Sequential:
+    """As optimizers with flat parameters lay them out: the same storage, but no common element, so not tied."""
+    flat = normal(48)
     model: Any = nn.Sequential(nn.Linear(6, 4, dtype=F64), nn.Linear(4, 6, dtype=F64))
     model[0].weight, model[1].weight = (nn.Parameter(flat[:24].view(4, 6)), nn.Parameter(flat[24:].view(6, 4)))
-    model = adapt(model, "0", "1")
+    return model
+
+
+@pytest.mark.parametrize("make", [channels_last, transposed, halves_of_one_buffer])
+def test_weights_of_any_layout_keep_it(make: Callable[[], nn.Sequential]) -> None:
+    model = make()
+    before = [memory(layer.weight) for layer in model]
+    model = adapt(model, *map(str, range(len(model))))
     wanted = [oracle_weight(layer) for layer in model]
     fold(model)
-    for layer, weight in zip(model, wanted, strict=True):
-        assert relative_error(layer.weight, weight) < 1e-12
+    assert [memory(layer.weight) for layer in model] == before
+    assert all(relative_error(layer.weight, weight) < 1e-12 for layer, weight in zip(model, wanted, strict=True))
 
 
-def test_a_shared_layer_is_folded_once() -> None:
-    shared = nn.Linear(6, 6, dtype=F64)
-    model = adapt(nn.Sequential(shared, nn.ReLU(), shared), "0", "2")
-    wanted, x = oracle_weight(shared), normal(1, 3, 6)
-    output = model(x).detach()
-    plan = plan_fold(model)
-    assert [row.path for row in plan.layers] == ["0"]
-    plan.apply()
-    assert relative_error(shared.weight, wanted) < 1e-12
-    assert relative_error(model(x), output) < 1e-9
-
-
-def test_what_is_not_adapted_is_not_touched() -> None:
-    model = adapt(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6)), "2")
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if not name.startswith("2.")}
-    fold(model)
-    after = model.state_dict()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-
-
-@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_fold_in_any_gradient_mode(guard: Any) -> None:
+@pytest.mark.parametrize(
+    "context",
+    [torch.no_grad, torch.inference_mode, torch.enable_grad, lambda: torch.autocast("cpu", dtype=torch.bfloat16)],
+)
+def test_fold_is_exact_in_any_context(context: Callable[[], Any]) -> None:
     model = adapt(nn.Sequential(nn.Linear(6, 4, dtype=F64)), "0")
     wanted = oracle_weight(model[0])
-    with guard():
+    with context():
         fold(model)
     assert relative_error(model[0].weight, wanted) < 1e-12
     assert model[0].weight.requires_grad
     assert model[0].weight.grad_fn is None
 
 
-def test_fold_under_autocast_is_exact() -> None:
-    model = adapt(nn.Sequential(nn.Linear(6, 4, dtype=F64)), "0")
-    wanted = oracle_weight(model[0])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        fold(model)
-    assert relative_error(model[0].weight, wanted) < 1e-12
-
-
-# Plans
-
-
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def untouched(model: nn.Module, before: dict[str, Tensor], x: Tensor, output: Tensor) -> bool:
-    """The same keys, values (NaN included), classes and outputs as before."""
-    after = model.state_dict()
-    same = after.keys() == before.keys() and all(
-        torch.equal(after[name].nan_to_num(7.0), before[name].nan_to_num(7.0)) for name in before
-    )
-    return same and torch.equal(model(x).nan_to_num(7.0), output.nan_to_num(7.0))
-
-
-def test_a_plan_changes_nothing() -> None:
-    model, x = adapt(nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 4)), "0", "2"), torch.randn(3, 6)
-    before, output = snapshot(model), model(x)
-    versions = [parameter._version for parameter in model.parameters()]
-    plan_fold(model)
-    assert untouched(model, before, x, output)
-    assert [parameter._version for parameter in model.parameters()] == versions
-
-
-def successor(tensor: Tensor) -> nn.Parameter:
-    """Another parameter of that shape, which was written to as many times."""
-    made = nn.Parameter(torch.randn_like(tensor))
-    while made._version < tensor._version:
-        made.mul_(1.0)
-    return made
-
-
-@pytest.mark.parametrize("what", ["vectors", "weight", "vectors replaced", "weight replaced", "state assigned", "step"])
-def test_a_plan_does_not_outlive_a_change(what: str) -> None:
-    model = adapt(nn.Sequential(nn.Linear(6, 4)), "0")
-    plan, layer = plan_fold(model), model[0]
-    with torch.no_grad():
-        if what == "vectors":
-            layer.hra_u["default"].mul_(1.5).add_(0.1)
-        elif what == "weight":
-            layer._parameters["weight"].add_(1.0)
-        elif what == "vectors replaced":
-            layer.hra_u["default"] = successor(layer.hra_u["default"])
-        elif what == "weight replaced":
-            layer.weight = successor(layer._parameters["weight"])
-        elif what == "step":
-            layer.hra_u["default"].grad = torch.ones(6, 3)
-            torch.optim.SGD(model.parameters(), lr=0.1).step()
-        else:
-            state = {name: successor(tensor) for name, tensor in model.state_dict().items()}
-            model.load_state_dict(state, assign=True)
-    before, x = snapshot(model), torch.randn(3, 6)
-    output = model(x)
-    with pytest.raises(FoldError, match="changed since"):
-        plan.apply()
-    assert untouched(model, before, x, output)
-
-
 # Refusals
 
 
-def refused(model: nn.Module, x: Tensor, *words: str) -> None:
-    before, output = snapshot(model), model(x).detach()
-    with pytest.raises(FoldError) as caught:
-        fold(model)
-    for word in words:
-        assert word in str(caught.value)
-    assert untouched(model, before, x, output)
+def spoil_vectors(value: float) -> Callable[[Any], None]:
+    return lambda layer: layer.hra_u["a"][1, 1].fill_(value)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("apply_GS", [False, True])
-def test_vectors_that_are_not_finite(value: float, apply_GS: bool) -> None:
+def spoil_weight(layer: Any) -> None:
+    layer._parameters["weight"][0, 0] = float("nan")
+
+
+def overflow(layer: Any) -> None:
+    """Float16 weights of 65,000; `W Q` rotates (1, 1, 1, 1) onto one axis, where it is twice as long."""
+    layer.to(torch.float16)._parameters["weight"].fill_(65000.0)
+    layer.hra_u["a"].zero_()[:4, 0] = torch.tensor([-1.0, 1.0, 1.0, 1.0])
+    layer._parameters["weight"][:, 4:] = 0
+
+
+def depend(layer: Any) -> None:
+    layer.hra_u["a"][:, 2] = layer.hra_u["a"][:, 0]
+
+
+def pair_up(layer: Any) -> None:
+    """The initial values of PEFT."""
+    layer.hra_u["a"][:, 1] = layer.hra_u["a"][:, 0]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "apply_GS", "text"),
+    [
+        (spoil_vectors(float("nan")), False, "not finite"),
+        (spoil_vectors(float("inf")), False, "not finite"),
+        (spoil_vectors(float("nan")), True, "not finite|dependent"),
+        (spoil_vectors(float("inf")), True, "not finite|dependent"),
+        (spoil_weight, False, "not finite"),
+        (overflow, False, "not finite"),
+        (depend, True, "dependent"),
+        (pair_up, True, "dependent"),
+    ],
+)
+def test_a_layer_that_cannot_be_folded_is_named_and_no_other_one_is_folded(
+    spoil: Callable[[Any], None], apply_GS: bool, text: str
+) -> None:
     model = adapt(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4)), "0", "2", apply_GS=apply_GS)
     with torch.no_grad():
-        model[2].hra_u["default"][1, 1] = value
-    refused(model, torch.randn(3, 6), "2")
-
-
-def test_a_weight_that_is_not_finite() -> None:
-    model = adapt(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4)), "0", "2")
-    with torch.no_grad():
-        model[2]._parameters["weight"][0, 0] = float("nan")
-    refused(model, torch.randn(3, 6), "2", "not finite")
-
-
-def test_a_float16_weight_that_overflows() -> None:
-    base = nn.Linear(4, 1, dtype=torch.float16)
-    with torch.no_grad():
-        base.weight.fill_(65000.0)
-    model = adapt(nn.Sequential(base), "0", r=1, init_weights=False)
-    with torch.no_grad():
-        # Turns (1, 1, 1, 1) onto one axis, twice as long.
-        model[0].hra_u["default"].copy_(torch.tensor([[-1.0], [1.0], [1.0], [1.0]]))
-    refused(model, torch.zeros(1, 4, dtype=torch.float16), "0", "not finite")
-
-
-def test_dependent_vectors_with_gram_schmidt() -> None:
-    model = adapt(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4)), "0", "1", apply_GS=True)
-    with torch.no_grad():
-        model[1].hra_u["default"][:, 2] = model[1].hra_u["default"][:, 0]
-    refused(model, torch.randn(3, 6), "1", "dependent")
-
-
-def test_pefts_paired_start_with_gram_schmidt() -> None:
-    model = adapt(nn.Sequential(nn.Linear(6, 6)), "0", r=4, apply_GS=True)
-    with torch.no_grad():
-        half = torch.randn(6, 2)
-        model[0].hra_u["default"].copy_(half.repeat_interleave(2, dim=1))
-    refused(model, torch.randn(3, 6), "0", "dependent")
-
-
-def test_a_deep_copy_is_folded_alone() -> None:
-    model = adapt(nn.Sequential(nn.Linear(6, 4, dtype=F64)), "0")
-    other, before, x = copy.deepcopy(model), snapshot(model), normal(1, 3, 6)
-    output = model(x)
-    fold(other)
-    assert untouched(model, before, x, output)
-    assert relative_error(other(x), output) < 1e-9
+        spoil(model[2])
+    with refuses(model, f"^2: .*({text})", FoldError):
+        fold(model)

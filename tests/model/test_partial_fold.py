@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from model.many import adapted, assert_close, bert, config, ids, llama, net, normal, oracle, run, seen, stored, weights
+from model.many import adapted, assert_close, config, net, normal, oracle, three
 from torch import nn
 
 import hra_fx
 
 
-def three(**fields: Any) -> tuple[nn.Module, nn.Module]:
-    plain, model = adapted(
-        net(), a=config("first", **fields), b=config("first", "second", r=3), c=config("second", apply_GS=True)
-    )
-    hra_fx.set_adapter(model, ["a", "b", "c"])
-    return plain, model
-
-
-@pytest.mark.parametrize("folded", ["a", ["a"], ["a", "b"], ["a", "b", "c"]])
-def test_folding_the_first_ones_leaves_the_outputs(folded: str | list[str]) -> None:
-    plain, model = three()
-    x = normal(4, 6)
-    wanted = oracle(plain, model, ["a", "b", "c"], x)
-    new = weights(plain, model, list(folded))
-    hra_fx.fold(model, folded)
-    assert_close(model(x), wanted)
-    for key, weight in new.items():
-        assert_close(stored(model, key), weight)
-
-
-def test_what_stays_acts_on_the_new_weights_alone_and_together() -> None:
+def test_the_remaining_adapters_act_on_the_new_weights_alone_and_together() -> None:
     plain, model = three()
     x = normal(4, 6)
     sets = {("b",): ["a", "b"], ("c",): ["a", "c"], ("c", "b"): ["a", "c", "b"], (): ["a"]}
@@ -43,45 +21,11 @@ def test_what_stays_acts_on_the_new_weights_alone_and_together() -> None:
         assert_close(model(x), output)
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
-def test_it_is_so_in_models_of_transformers(name: str) -> None:
-    build, first, second = (
-        (llama, ["q_proj", "gate_proj"], ["gate_proj", "down_proj"])
-        if name == "llama"
-        else (bert, ["query", "classifier"], ["value", "query"])
-    )
-    plain, model = adapted(build(), a=config(*first), b=config(*second, r=3))
-    hra_fx.set_adapter(model, ["a", "b"])
-    wanted = oracle(plain, model, ["a", "b"], ids())
-    hra_fx.fold(model, "a")
-    assert_close(run(model, ids()), wanted)
-    hra_fx.fold(model, "b")
-    assert_close(run(model, ids()), wanted)
-    assert list(model.state_dict()) == list(plain.state_dict())
-
-
-def test_an_adapter_that_is_not_active_can_be_folded() -> None:
-    plain, model = three()
-    hra_fx.set_adapter(model, ["a"])
-    x = normal(4, 6)
-    wanted = oracle(plain, model, ["b", "a"], x)
-    hra_fx.fold(model, "b")
-    assert_close(model(x), wanted)
-
-
-@pytest.mark.parametrize("wrong", [["b"], ["b", "a"], ["a", "c"]])
-def test_what_is_not_first_in_order_is_refused(wrong: list[str]) -> None:
+def test_the_report_and_the_graph_show_what_is_left() -> None:
     model = three()[1]
-    before = seen(model)
-    text = r"the model computes W Q in the order \['a', 'b', 'c'\]\. Name"
-    with pytest.raises(hra_fx.AdapterError, match=text):
-        hra_fx.fold(model, wrong)
-    assert seen(model) == before
-
-
-def test_the_report_shows_what_is_left() -> None:
-    model = three()[1]
-    hra_fx.fold(model, "a")
+    plan = hra_fx.plan_fold(model, "a")
+    assert [(layer.path, layer.change > 0.1) for layer in plan.layers] == [("first", True), ("second", False)]
+    plan.apply()
     assert [(row.path, row.adapter) for row in hra_fx.report(model)] == [
         ("first", "b"),
         ("second", "b"),
@@ -94,7 +38,7 @@ def test_the_report_shows_what_is_left() -> None:
     assert type(model.first) is nn.Linear
 
 
-def test_all_of_them_without_names_warns_of_those_that_are_not_active() -> None:
+def test_a_fold_without_names_warns_of_adapters_that_are_not_active() -> None:
     plain, model = three()
     hra_fx.set_adapter(model, "b")
     x = normal(4, 6)
@@ -127,47 +71,26 @@ def test_after_the_last_fold_keys_classes_and_flags_are_those_of_the_base() -> N
     assert not any(key.startswith("_hra") for part in model.modules() for key in vars(part))
 
 
-def test_copies_become_the_models_own_and_the_others_keep_theirs() -> None:
+@pytest.mark.parametrize("active", ["a", "b"])
+def test_copies_become_the_models_own_and_the_others_keep_theirs(active: str) -> None:
+    """Also while another adapter's copies are in place."""
     saved = {"modules_to_save": ["head", "norm"]}
     plain, model = adapted(net(), a=config("first", **saved), b=config("first", **saved), c=config("second"))
-    ours = {key: value.clone() for key, value in model.head.state_dict().items() if "." not in key}
-    hra_fx.set_adapter(model, "b")
-    theirs = {key: value.clone() for key, value in model.head.state_dict().items() if "." not in key}
+    heads = {}
+    for name in ("a", "b"):
+        hra_fx.set_adapter(model, name)
+        heads[name] = model.head.weight.detach().clone(), model.head.bias.detach().clone()
     x = normal(4, 6)
-    hra_fx.set_adapter(model, "a")
+    hra_fx.set_adapter(model, active)
     hra_fx.fold(model, "a")
-    assert torch.equal(model.head.weight, ours["weight"])
-    hra_fx.set_adapter(model, "b")
-    assert torch.equal(model.head.weight, theirs["weight"])
-    hra_fx.set_adapter(model, "c")
-    assert torch.equal(model.head.weight, ours["weight"])
+    assert torch.equal(model.head.weight, heads[active][0])
+    for name, owner in (("b", "b"), ("c", "a"), ([], "a")):
+        hra_fx.set_adapter(model, name)
+        assert torch.equal(model.head.weight, heads[owner][0])
+    assert not model.head.weight.requires_grad
     with hra_fx.disable_adapters(model):
-        assert torch.equal(model.head.bias, ours["bias"])
+        assert torch.equal(model.head.bias, heads["a"][1])
         assert not torch.equal(model(x), plain(x))
     hra_fx.delete_adapter(model, "b")
     assert not any("hra_saved" in key for key in model.state_dict())
-    assert not torch.equal(model.head.weight, plain.head.weight)
-
-
-def test_copies_of_an_adapter_that_waits_are_adopted_while_another_is_in_place() -> None:
-    saved = {"modules_to_save": ["head"]}
-    _, model = adapted(net(), a=config("first", **saved), b=config("second", **saved))
-    ours = model.head.weight.detach().clone()
-    hra_fx.set_adapter(model, "b")
-    theirs = model.head.weight.detach().clone()
-    hra_fx.fold(model, "a")
-    assert torch.equal(model.head.weight, theirs)
-    hra_fx.set_adapter(model, [])
-    assert torch.equal(model.head.weight, ours)
-    assert not model.head.weight.requires_grad
-
-
-def test_a_plan_writes_nothing_before_it_is_applied() -> None:
-    plain, model = three()
-    wanted = weights(plain, model, ["a"])["first.weight"]
-    plan = hra_fx.plan_fold(model, "a")
-    assert torch.equal(stored(model, "first.weight"), plain.first.weight)
-    assert [(layer.path, layer.change > 0.1) for layer in plan.layers if layer.change] == [("first", True)]
-    plan.apply()
-    assert_close(stored(model, "first.weight"), wanted)
-    assert model.first.hra_u.active == ("b",)
+    assert torch.equal(model.head.weight, heads["a"][0])

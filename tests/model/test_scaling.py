@@ -1,73 +1,21 @@
-"""`set_scale`: the way from the base model to the adapter along the geodesic, orthogonal at every step."""
+"""`set_scale`: the geodesic from the base model to the adapter, orthogonal at every step."""
 
 from __future__ import annotations
 
-import math
+import re
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from model.many import adapted, assert_close, config, net, normal, oracle, product, seen
+from model.many import F64, adapted, assert_close, config, net, normal, oracle, product, refuses, turn
 from oracles import dense_product
 from torch import Tensor, nn
 
 import hra_fx
 
-F64 = torch.float64
-ANGLES = (0.7, -2.4)
-
-
-def planes() -> Tensor:
-    """Two orthogonal planes: orthonormal `(6, 4)`, two columns for each."""
-    return torch.linalg.qr(normal(6, 4, seed=9)).Q
-
-
-def turned(alpha: float) -> Tensor:
-    """The rotation of those planes by `alpha` times `ANGLES`, from its definition."""
-    q = torch.eye(6, dtype=F64)
-    for (e, f), angle in zip(planes().T.view(2, 2, 6), ANGLES, strict=True):
-        flat, skew = torch.outer(e, e) + torch.outer(f, f), torch.outer(f, e) - torch.outer(e, f)
-        q = q + (math.cos(alpha * angle) - 1) * flat + math.sin(alpha * angle) * skew
-    return q
-
-
-def known() -> tuple[nn.Module, nn.Module]:
-    """An adapter on `first` whose planes and angles are known; its vectors are of any length."""
-    plain, model = adapted(net(), a=config("first", r=4, init_weights=False))
-    columns = []
-    for (e, f), angle in zip(planes().T.view(2, 2, 6), ANGLES, strict=True):
-        columns += [3 * (math.cos(angle / 2) * e + math.sin(angle / 2) * f), 0.2 * e]
-    with torch.no_grad():
-        model.first.hra_u["a"].copy_(torch.stack(columns, dim=1))
-    assert_close(product(model.first, ["a"]), turned(1))
-    return plain, model
-
-
-def output(plain: nn.Module, q: Tensor, x: Tensor) -> Tensor:
-    return torch.func.functional_call(plain, {"first.weight": plain.first.weight @ q}, (x,))
-
-
-@pytest.mark.parametrize("alpha", [0, 0.25, 0.5, 0.9, 1, 1.0])
-def test_every_step_is_the_rotation_by_a_part_of_its_angles(alpha: float) -> None:
-    plain, model = known()
-    hra_fx.set_scale(model, "a", alpha)
-    x = normal(4, 6)
-    assert_close(model(x), output(plain, turned(alpha), x))
-    assert hra_fx.report(model).rows[0].angle == pytest.approx(alpha * 2.4, abs=1e-6)
-
-
-def test_nothing_and_all_are_the_base_and_the_adapter() -> None:
-    plain, model = known()
-    x = normal(4, 6)
-    wanted = model(x)
-    hra_fx.set_scale(model, "a", 0)
-    assert torch.equal(model(x), plain(x))
-    hra_fx.set_scale(model, "a", 1)
-    assert torch.equal(model(x), wanted)
-
-
+#: Kinds of adapters whose number of reflections is even.
 FIELDS: dict[str, dict[str, Any]] = {
     "even rank": {"r": 4},
     "anchor": {"r": 3},
@@ -76,23 +24,37 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 
 
+def one(**fields: Any) -> tuple[nn.Module, nn.Module]:
+    return adapted(net(), a=config("first", **fields or {"r": 4}))
+
+
 def power(q: Tensor, alpha: float) -> Tensor:
     """`exp(alpha log Q)` of a rotation without an angle of pi, by its complex eigenvalues."""
     values, vectors = torch.linalg.eig(q)
     return (vectors @ torch.diag(torch.exp(1j * alpha * values.angle())) @ torch.linalg.inv(vectors)).real
 
 
-@pytest.mark.parametrize("alpha", [0.1, 0.5, 0.8])
+def output(plain: nn.Module, q: Tensor, x: Tensor) -> Tensor:
+    return torch.func.functional_call(plain, {"first.weight": plain.first.weight @ q}, (x,))
+
+
+@pytest.mark.parametrize("alpha", [0, 0.1, 0.5, 0.8, 1, 1.0])
 @pytest.mark.parametrize("fields", FIELDS)
-def test_every_kind_of_adapter_goes_its_geodesic(fields: str, alpha: float) -> None:
-    plain, model = adapted(net(), a=config("first", **FIELDS[fields]))
-    q = product(model.first, ["a"])
+def test_every_kind_of_adapter_follows_its_geodesic(fields: str, alpha: float) -> None:
+    plain, model = one(**FIELDS[fields])
+    q, x = product(model.first, ["a"]), normal(4, 6)
+    full = model(x)
     hra_fx.set_scale(model, "a", alpha)
-    x = normal(4, 6)
     assert_close(model(x), output(plain, power(q, alpha), x), 1e-8)
-    part = dense_product(model.first.hra_u.chain("a"))
+    if alpha in (0, 1):
+        assert torch.equal(model(x), full if alpha else plain(x))
+    part = dense_product(model.first.hra_u.chain("a").detach())
     assert float((part.mT @ part - torch.eye(6, dtype=F64)).norm()) < 1e-12
-    assert hra_fx.report(model).rows[0].orthogonality < 1e-12
+    row = hra_fx.report(model).rows[0]
+    assert row.angle == pytest.approx(alpha * float(torch.linalg.eigvals(q).angle().max()), abs=1e-6)
+    assert row.orthogonality < 1e-12
+    hra_fx.fold(model)
+    assert_close(model.first.weight, plain.first.weight @ power(q, alpha), 1e-8)
 
 
 def test_each_of_several_adapters_has_its_own_strength() -> None:
@@ -105,33 +67,26 @@ def test_each_of_several_adapters_has_its_own_strength() -> None:
     assert_close(model(x), output(plain, q, x), 1e-8)
     hra_fx.merge_adapter(model)
     assert_close(model(x), output(plain, q, x), 1e-8)
-    hra_fx.unmerge_adapter(model)
-    hra_fx.fold(model)
-    assert_close(model.first.weight, plain.first.weight @ q, 1e-8)
 
 
-def test_a_fold_takes_the_strength_that_is_set() -> None:
-    plain, model = known()
-    hra_fx.set_scale(model, "a", 0.5)
-    hra_fx.fold(model)
-    assert_close(model.first.weight, plain.first.weight @ turned(0.5))
+ODD = "first: adapter 'a': an odd number of reflections (determinant -1) has no path from the identity. Train with"
 
 
-def test_an_adapter_of_odd_rank_from_peft_is_refused_with_its_layer(tmp_path: Path) -> None:
+def test_an_odd_rank_from_peft_can_have_full_strength_only(tmp_path: Path) -> None:
     settings = peft.HRAConfig(r=3, init_weights=False, target_modules=["first", "second"])
     peft.get_peft_model(net().float(), settings).save_pretrained(tmp_path)
     model = hra_fx.load_adapter(net(), tmp_path, "a", is_trainable=True)
-    before = seen(model)
-    with pytest.raises(hra_fx.AdapterError) as caught:
-        hra_fx.set_scale(model, "a", 0.5)
-    assert str(caught.value).startswith(
-        "first: adapter 'a': an odd number of reflections (determinant -1) has no path from the identity. Train with"
-    )
-    assert seen(model) == before
+    x = normal(4, 6)
+    wanted = oracle(net(), model, ["a"], x)
+    for alpha in (1, 1.0):
+        hra_fx.set_scale(model, "a", alpha)
+        with refuses(model, f"^{re.escape(ODD)}"):
+            hra_fx.set_scale(model, "a", 0.5)
+        assert_close(model(x), wanted)
 
 
 @pytest.mark.parametrize("scale", [1, 0.3])
-def test_a_refusal_at_the_second_layer_takes_back_the_first(scale: float) -> None:
+def test_a_refusal_at_the_second_layer_restores_the_first(scale: float) -> None:
     model = adapted(net(), a=config("first", "second"))[1]
     hra_fx.set_scale(model, "a", scale)
     with torch.no_grad():
@@ -141,33 +96,45 @@ def test_a_refusal_at_the_second_layer_takes_back_the_first(scale: float) -> Non
     with pytest.raises(hra_fx.AdapterError, match=r"^second: adapter 'a': an odd number of reflections"):
         hra_fx.set_scale(model, "a", 0.5)
     assert torch.equal(model.first.hra_u.chain("a"), before)
-    assert model.first.hra_u.scales.get("a", 1) == scale
-    assert model.second.hra_u.scales.get("a", 1) == scale
+    assert [layer.hra_u.scales.get("a", 1) for layer in (model.first, model.second)] == [scale, scale]
     assert torch.equal(model(x), wanted)
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan"), float("inf"), True, "half", None])
-def test_what_is_no_strength_is_refused(alpha: Any) -> None:
-    model = known()[1]
-    before = seen(model)
-    with pytest.raises(hra_fx.AdapterError) as caught:
+def test_a_strength_that_is_not_in_the_range_is_refused(alpha: Any) -> None:
+    model = one()[1]
+    text = f"alpha must be a number from 0 (base model) to 1 (full adapter), got {alpha!r}."
+    with refuses(model, f"^{re.escape(text)}$"):
         hra_fx.set_scale(model, "a", alpha)
-    assert str(caught.value) == (f"alpha must be a number from 0 (base model) to 1 (full adapter), got {alpha!r}.")
-    assert seen(model) == before
 
 
 def flags(model: nn.Module) -> dict[str, bool]:
     return {key: parameter.requires_grad for key, parameter in model.named_parameters()}
 
 
-def test_a_scaled_adapter_is_not_trained_and_is_again_at_full_strength() -> None:
+def freeze(model: nn.Module) -> None:
+    model.first.hra_u["a"].requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [
+        ("a", lambda model: None),
+        ("b", lambda model: None),  # it is not active
+        ("a", lambda model: hra_fx.set_adapter(model, "a", inference_mode=True)),
+        ("a", freeze),
+    ],
+    ids=["active", "inactive", "in inference", "frozen by hand"],
+)
+def test_a_scaled_adapter_is_not_trained_and_gets_its_flags_back_at_full_strength(name: str, before: Any) -> None:
     model = adapted(net(), a=config("first", "second"), b=config("first"))[1]
-    before = flags(model)
+    before(model)
+    wanted = flags(model)
     for alpha in (0.5, 0.5, 0):
-        hra_fx.set_scale(model, "a", alpha)
-        assert not any(flags(model).values())
-    hra_fx.set_scale(model, "a", 1)
-    assert flags(model) == before
+        hra_fx.set_scale(model, name, alpha)
+        assert not any(flag for key, flag in flags(model).items() if key.endswith(f"hra_u.{name}"))
+    hra_fx.set_scale(model, name, 1)
+    assert flags(model) == wanted
 
 
 def test_a_scaled_adapter_is_trained_after_switching_only_at_full_strength() -> None:
@@ -180,48 +147,15 @@ def test_a_scaled_adapter_is_trained_after_switching_only_at_full_strength() -> 
     assert model.second.hra_u["b"].requires_grad
 
 
-def test_an_adapter_that_is_not_active_is_not_trained_at_full_strength_either() -> None:
-    model = adapted(net(), a=config("first"), b=config("second"))[1]
-    for alpha in (0.5, 1):
-        hra_fx.set_scale(model, "b", alpha)
-        assert not model.second.hra_u["b"].requires_grad
-
-
-def test_an_adapter_in_inference_stays_there_at_full_strength() -> None:
-    model = adapted(net(), a=config("first"))[1]
-    hra_fx.set_adapter(model, "a", inference_mode=True)
-    for alpha in (0.5, 1):
-        hra_fx.set_scale(model, "a", alpha)
-        assert not model.first.hra_u["a"].requires_grad
-
-
-def test_flags_that_were_set_by_hand_stay_at_full_strength() -> None:
-    model = adapted(net(), a=config("first", "second"))[1]
-    model.first.hra_u["a"].requires_grad_(False)
-    before = flags(model)
-    for alpha in (0.5, 1):
-        hra_fx.set_scale(model, "a", alpha)
-    assert flags(model) == before
-
-
-def test_values_that_are_loaded_meanwhile_are_scaled_too() -> None:
-    (plain, model), (_, other) = known(), adapted(net(), a=config("first", r=4, init_weights=False))
+def test_states_and_files_have_the_vectors_of_full_strength(tmp_path: Path) -> None:
+    (plain, model), (_, other) = one(), one()
+    turn(other, seed=5)
+    q, x = product(model.first, ["a"]), normal(4, 6)
+    hra_fx.set_scale(model, "a", 0.2)
     hra_fx.set_scale(other, "a", 0.5)
     other.load_state_dict(model.state_dict())
-    x = normal(4, 6)
-    assert_close(other(x), output(plain, turned(0.5), x))
+    assert_close(other(x), output(plain, power(q, 0.5), x), 1e-8)
     hra_fx.set_scale(other, "a", 1)
-    assert_close(other(x), oracle(plain, model, ["a"], x))
-
-
-def test_a_scaled_adapter_is_saved_whole_and_not_replaced(tmp_path: Path) -> None:
-    (plain, model), (_, other) = known(), adapted(net(), a=config("first", r=4, init_weights=False))
-    for each in (model, other):
-        hra_fx.set_scale(each, "a", 0.5)
+    assert_close(other(x), output(plain, q, x))
     hra_fx.save_adapter(model, tmp_path)
-    before = seen(other)
-    with pytest.raises(hra_fx.AdapterError, match=r"^adapter 'a' must have strength 1\. Call hra_fx\.set_scale"):
-        hra_fx.load_adapter(other, tmp_path, "a")
-    assert seen(other) == before
-    x = normal(4, 6)
-    assert_close(hra_fx.load_adapter(net(), tmp_path)(x), output(plain, turned(1), x))
+    assert_close(hra_fx.load_adapter(net(), tmp_path)(x), output(plain, q, x))

@@ -1,4 +1,4 @@
-"""Copies, pickles and `state_dict`s of a model with several adapters carry all of its state."""
+"""Copies, pickles and `state_dict`s of a model with several adapters contain all of its state."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from model.many import adapted, assert_close, config, net, normal, oracle, seen, turn
-from torch import nn
+from model.many import F64, SAVED, adapted, assert_close, config, net, normal, oracle, seen, turn
+from torch import Tensor, nn
 
 import hra_fx
 
 
 def full() -> tuple[nn.Module, nn.Module]:
-    """Two active adapters, one of them with copies, and one that waits with copies of its own."""
+    """Two active adapters, one of them with copies, and an inactive one with copies of its own."""
     saved = {"modules_to_save": ["head", "norm"]}
     plain, model = adapted(
         net(), a=config("first", r=3), b=config("first", "second", **saved), c=config("second", bias="all")
@@ -35,7 +35,7 @@ def pickled(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, pickled])
 @pytest.mark.parametrize("state", ["plain", "merged", "scaled", "disabled"])
-def test_a_twin_is_in_the_same_state_and_goes_its_own_way(state: str, twin_of: Callable[[Any], Any]) -> None:
+def test_a_copy_is_in_the_same_state_and_independent(state: str, twin_of: Callable[[Any], Any]) -> None:
     plain, model = full()
     x = normal(4, 6)
     if state == "merged":
@@ -43,14 +43,10 @@ def test_a_twin_is_in_the_same_state_and_goes_its_own_way(state: str, twin_of: C
     if state == "scaled":
         hra_fx.set_scale(model, "a", 0.5)
     if state == "disabled":
-        with hra_fx.disable_adapters(model):
-            wanted, twin = model(x), twin_of(model)
-            assert torch.equal(twin(x), wanted)
-        return
-    wanted, twin = model(x), twin_of(model)
+        hra_fx.disable_adapters(model)
+    wanted, twin, before = model(x), twin_of(model), seen(model)
     assert torch.equal(twin(x), wanted)
     assert [p.requires_grad for p in twin.parameters()] == [p.requires_grad for p in model.parameters()]
-    before = seen(model)
     if state == "merged":
         hra_fx.unmerge_adapter(twin)
     hra_fx.set_adapter(twin, "c")
@@ -61,49 +57,116 @@ def test_a_twin_is_in_the_same_state_and_goes_its_own_way(state: str, twin_of: C
     assert seen(model) == before
 
 
-def test_a_state_loads_into_a_model_with_the_same_active_set() -> None:
-    (_, model), (_, other) = full(), full()
-    turn(other, seed=5)
-    x = normal(4, 6)
-    assert not torch.equal(other(x), model(x))
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(other(x), model(x))
-    for names in ("c", "a"):
-        for each in (model, other):
-            hra_fx.set_adapter(each, names)
-        assert torch.equal(other(x), model(x))
+def test_every_key_is_the_base_models_or_an_adapters() -> None:
+    plain, model = full()
+    for active in (["b", "a"], "c"):
+        hra_fx.set_adapter(model, active)
+        added = [key for key in model.state_dict() if key not in plain.state_dict()]
+        assert plain.state_dict().keys() <= model.state_dict().keys()
+        assert all(".hra_u." in key or ".hra_saved." in key for key in added)
 
 
-@pytest.mark.parametrize("theirs", ["a", "b", []], ids=str)
+@pytest.mark.parametrize("theirs", ["a", "b", [], "disabled"], ids=str)
 @pytest.mark.parametrize("ours", ["a", "b", []], ids=str)
 @pytest.mark.parametrize("inside", [False, True], ids=["the model", "a parent"])
-def test_a_state_is_loaded_rightly_whosever_copies_were_in_place(ours: Any, theirs: Any, inside: bool) -> None:
-    saved = {"modules_to_save": ["head"]}
-    (_, model), (_, other) = (adapted(net(), a=config("first", **saved), b=config("first", **saved)) for _ in range(2))
+def test_a_state_loads_correctly_whichever_adapters_copies_were_in_place(ours: Any, theirs: Any, inside: bool) -> None:
+    (plain, model), (_, other) = (adapted(Shared(), a=config("a", **HEAD), b=config("b", **HEAD)) for _ in range(2))
     turn(model, seed=5)
-    hra_fx.set_adapter(model, "b")
-    turn(model, seed=6)
-    hra_fx.set_adapter(model, theirs)
-    hra_fx.set_adapter(other, ours)
     saver, loader = (nn.ModuleDict({"inner": each}) if inside else each for each in (model, other))
-    loader.load_state_dict(saver.state_dict())
+    hra_fx.set_adapter(other, ours)
+    if theirs == "disabled":
+        hra_fx.disable_adapters(model)
+    else:
+        hra_fx.set_adapter(model, theirs)
+    loader.load_state_dict({key: value.clone() for key, value in saver.state_dict().items()})
     x = normal(4, 6)
     for name in ("a", "b", []):
         for each in (model, other):
             hra_fx.set_adapter(each, name)
         assert torch.equal(other(x), model(x)), name
+    assert torch.equal(other(x), plain(x))
 
 
-def test_every_key_is_the_base_models_or_an_adapters() -> None:
-    plain, model = full()
-    added = [key for key in model.state_dict() if key not in plain.state_dict()]
-    assert plain.state_dict().keys() <= model.state_dict().keys()
-    assert all(".hra_u." in key or ".hra_saved." in key for key in added)
-    hra_fx.set_adapter(model, "c")
-    assert plain.state_dict().keys() <= model.state_dict().keys()
+HEAD: dict[str, Any] = {"modules_to_save": ["head"], "bias": "all"}
 
 
-def test_dtype_and_device_move_everything_that_waits() -> None:
+class Shared(nn.Module):
+    """Two layers, a bias of its own, and a head with a second name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.head = (nn.Linear(6, 6, dtype=F64) for _ in range(3))
+        self.again = self.head
+        self.bias = nn.Parameter(torch.zeros(6, dtype=F64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(self.b(self.a(x))) + self.bias
+
+
+def test_copies_of_an_adapter_that_the_model_does_not_have_are_reported_and_not_loaded() -> None:
+    plain, model = adapted(net(), a=config("first", **SAVED), z=config("second", **SAVED))
+    other = hra_fx.transform(net(), config("first", **SAVED), "a")
+    hra_fx.set_adapter(model, "z")
+    loaded = other.load_state_dict(model.state_dict(), strict=False)
+    assert any("of_another_adapter.weight" in key for key in loaded.unexpected_keys)
+    x = normal(4, 6)
+    with hra_fx.disable_adapters(other):
+        assert torch.equal(other(x), plain(x))
+    hra_fx.set_adapter(model, "a")
+    assert torch.equal(other(x), model(x))
+
+
+@pytest.mark.parametrize("state", ["merged", "unmerged", "of the base model"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_merged_state_loads_into_a_merged_model_only(state: str, strict: bool) -> None:
+    (plain, model), (_, other) = (adapted(net(), a=config("first"), b=config("second")) for _ in range(2))
+    turn(other, seed=5)
+    hra_fx.merge_adapter(model if state == "merged" else other)
+    given = plain.state_dict() if state == "of the base model" else model.state_dict()
+    side = "state and not in the model" if state == "merged" else "model and not in the state"
+    text = f"adapters are merged in the {side}\\. Call hra_fx\\.merge_adapter or hra_fx\\.unmerge_adapter first"
+    values, x = {key: value.clone() for key, value in other.state_dict().items()}, normal(4, 6)
+    wanted = other(x)
+    with pytest.raises(RuntimeError, match=text):
+        other.load_state_dict(given, strict=strict)
+    assert all(torch.equal(value, values[key]) for key, value in other.state_dict().items())
+    assert torch.equal(other(x), wanted)
+    if state == "of the base model":
+        return
+    hra_fx.merge_adapter(other if state == "merged" else model)
+    other.load_state_dict(model.state_dict(), strict=strict)
+    assert torch.equal(other(x), model(x))
+    hra_fx.unmerge_adapter(other)
+    assert_close(other(x), oracle(plain, model, ["a"], x))
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_vectors_that_cannot_be_scaled_are_refused_with_their_layer(rank: int) -> None:
+    """A zero column leaves an odd number of reflections, which is not a rotation."""
+    plain, model = adapted(net(), a=config("first", "second", r=rank))
+    hra_fx.set_scale(model, "a", 0.5)
+    x, parts = normal(3, 6), (model.first.hra_u, model.second.hra_u)
+    output = model(x)
+    before = [(dict(part.scales), dict(part.paused), [p.requires_grad for p in part.parameters()]) for part in parts]
+    good = {name: value.clone() for name, value in model.state_dict().items()}
+    bad = {name: value.clone() for name, value in good.items()}
+    bad["first.hra_u.a"][:, 0] = 0
+    with pytest.raises(RuntimeError, match=r"first\.hra_u\.a: .*odd|first\.hra_u\.a: .*rotation"):
+        model.load_state_dict(bad)
+    assert before == [
+        (dict(part.scales), dict(part.paused), [p.requires_grad for p in part.parameters()]) for part in parts
+    ]
+    assert before[0][:2] == ({"a": 0.5}, {"a": True})
+    model.load_state_dict(good)
+    assert_close(model(x), output, 1e-14)
+    hra_fx.set_scale(model, "a", 1)
+    assert_close(model(x), oracle(plain, model, ["a"], x))
+    trained = [name for name, value in model.named_parameters() if value.requires_grad]
+    assert trained == ["first.hra_u.a", "second.hra_u.a"]
+
+
+def test_dtype_moves_also_what_is_not_in_place() -> None:
     _, model = full()
     hra_fx.set_scale(model, "a", 0.5)
     hra_fx.merge_adapter(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import peft
 import pytest
@@ -39,7 +40,6 @@ SETTINGS = {
     "inference": {"inference_mode": True},
     "inference, modules_to_save": {"inference_mode": True, "modules_to_save": ["head"]},
 }
-settings = pytest.mark.parametrize("fields", SETTINGS.values(), ids=SETTINGS.keys())
 
 
 def config(**fields: object) -> hra_fx.HRAConfig:
@@ -54,93 +54,54 @@ def trained(model: nn.Module) -> set[str]:
     return {name for name, flag in flags(model).items() if flag}
 
 
-def trained_by_peft(fields: dict) -> set[str]:
+def trained_by_peft(fields: dict[str, Any]) -> set[str]:
     settings = peft.HRAConfig(r=2, target_modules=["conv", "body.0", "body.1"], **fields)
     names = trained(peft.get_peft_model(Net(), settings))
     plain = {name.replace("base_model.model.", "").replace(".base_layer", "") for name in names}
     return {name.replace(".modules_to_save.default", "") for name in plain}
 
 
-@settings
-def test_same_set_as_peft(fields: dict) -> None:
-    model = hra_fx.transform(Net(), config(**fields))
+@pytest.mark.parametrize("fields", SETTINGS.values(), ids=SETTINGS.keys())
+def test_the_parameters_that_peft_trains_are_trained_and_a_fold_restores_all_flags(fields: dict[str, Any]) -> None:
+    model = Net()
+    model.norm.weight.requires_grad_(False)
+    model.body[0].weight.requires_grad_(False)
+    before = flags(model)
+    hra_fx.transform(model, config(**fields))
     assert trained(model) == trained_by_peft(fields)
+    if trained(model):
+        model(torch.randn(2, 3, 5, 5)).sum().backward()
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained(model)
+    twin = copy.deepcopy(model)
+    assert flags(hra_fx.fold(model)) == flags(hra_fx.fold(twin)) == before
 
 
 @pytest.mark.parametrize("bias", ["all", "hra_only"])
-def test_inference_mode_freezes_biases_too_where_peft_leaves_them_trainable(bias: str) -> None:
+def test_inference_mode_freezes_biases_too_which_peft_leaves_trainable(bias: str) -> None:
     fields = {"inference_mode": True, "bias": bias}
     assert trained(hra_fx.transform(Net(), config(**fields))) == set()
     assert "conv.bias" in trained_by_peft(fields)
 
 
-@settings
-def test_fold_gives_the_flags_back(fields: dict) -> None:
+def test_flags_that_the_user_changed_stay_after_a_fold() -> None:
     model = Net()
-    model.norm.weight.requires_grad_(False)
-    model.head.bias.requires_grad_(False)
-    model.body[0].weight.requires_grad_(False)
-    before = flags(model)
-    assert flags(hra_fx.fold(hra_fx.transform(model, config(**fields)))) == before
-
-
-def test_names_spelled_out() -> None:
-    vectors = {"conv.hra_u.default", "body.0.hra_u.default", "body.1.hra_u.default"}
-    assert trained(hra_fx.transform(Net(), config())) == vectors
-    assert trained(hra_fx.transform(Net(), config(bias="hra_only"))) == vectors | {"conv.bias", "body.0.bias"}
-    everything = {"conv.bias", "body.0.bias", "norm.bias", "head.bias", "bias"}
-    assert trained(hra_fx.transform(Net(), config(bias="all"))) == vectors | everything | (
-        {"some_bias"} & trained_by_peft({"bias": "all"})
-    )
-    assert trained(hra_fx.transform(Net(), config(modules_to_save=["head"]))) == vectors | {"head.weight", "head.bias"}
-    assert trained(hra_fx.transform(Net(), config(inference_mode=True))) == set()
-
-
-def test_flags_that_the_user_changed_stay() -> None:
-    model = hra_fx.transform(Net(), config())
-    model.norm.weight.requires_grad_(True)
-    model.head.weight.requires_grad_(True)
-    model.conv.weight.requires_grad_(True)
-    model.head.requires_grad_(True)
-    folded = flags(hra_fx.fold(model))
-    assert all(folded.values())
+    model.norm.requires_grad_(False)
+    hra_fx.transform(model, config())
+    for part in (model.norm.weight, model.conv.weight, model.head):
+        part.requires_grad_(True)
+    assert {name for name, flag in flags(hra_fx.fold(model)).items() if not flag} == {"norm.bias"}
     model = Net()
     model.head.requires_grad_(False)
     model = hra_fx.transform(model, config(modules_to_save=["head"]))
     model.head.weight.requires_grad_(False)
-    folded = flags(hra_fx.fold(model))
-    assert {name for name, flag in folded.items() if not flag} == {"head.weight", "head.bias"}
+    assert {name for name, flag in flags(hra_fx.fold(model)).items() if not flag} == {"head.weight", "head.bias"}
 
 
-def test_a_flag_that_transform_left_alone_and_the_user_set_stays() -> None:
-    model = Net()
-    model.norm.requires_grad_(False)
-    model = hra_fx.transform(model, config())
-    model.norm.weight.requires_grad_(True)
-    assert {name for name, flag in flags(hra_fx.fold(model)).items() if not flag} == {"norm.bias"}
-
-
-def test_flags_survive_deepcopy() -> None:
-    before = flags(Net())
-    twin = copy.deepcopy(hra_fx.transform(Net(), config(bias="hra_only")))
-    assert flags(hra_fx.fold(twin)) == before
-
-
-def test_gradients_reach_exactly_what_is_trained() -> None:
-    model = hra_fx.transform(Net(), config(bias="hra_only", modules_to_save=["norm"]))
-    model(torch.randn(2, 3, 5, 5)).sum().backward()
-    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained(model)
-
-
-def test_integer_parameters_are_let_alone() -> None:
-    model = Net()
-    model.head.counts = nn.Parameter(torch.zeros(2, dtype=torch.long), requires_grad=False)
-    model = hra_fx.transform(model, config(modules_to_save=["head"]))
-    assert "head.counts" not in trained(model)
-    assert "head.weight" in trained(model)
-
-
-def test_a_saved_module_is_the_models_own() -> None:
+def test_a_saved_module_stays_the_same_object_and_its_integer_parameters_are_not_trained() -> None:
     model = Net()
     head = model.head
-    assert hra_fx.transform(model, config(modules_to_save=["head"])).head is head
+    head.counts = nn.Parameter(torch.zeros(2, dtype=torch.long), requires_grad=False)
+    model = hra_fx.transform(model, config(modules_to_save=["head"]))
+    assert model.head is head
+    assert "head.counts" not in trained(model)
+    assert "head.weight" in trained(model)

@@ -12,24 +12,81 @@ import numpy as np
 import pytest
 import torch
 from integrations.transformers_use import tiny
-from model.many import adapted, assert_close, oracle
-from model.verified import IMAGES, Cnn, Two, X, fresh, refused, targets, verified
+from model.many import adapted, assert_close, normal, oracle
 from refusals import picture
 from torch import Tensor, nn
-from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import hra_fx
 import hra_fx.model.inject
-from hra_fx.errors import AdapterError, HRAWarning
+from hra_fx.errors import AdapterError, HRAWarning, VerificationError
 from hra_fx.layers.variants import LinearReflection
+
+X = normal(4, 6)
+IMAGES = normal(3, 3, 8, 8)
+
+
+def fresh(model: nn.Module) -> nn.Module:
+    """The model in float64 with parameters that do not depend on what ran before."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.double().parameters():
+            parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64, generator=generator) / 2)
+    return model
+
+
+class Two(nn.Module):
+    """Two layers 6 -> 6 and a branch on the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.second = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.second(torch.tanh(self.first(x))) if float(x.detach().sum()) < 1e9 else x
+
+
+class Cnn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.ReLU(inplace=True),
+            nn.Conv2d(3, 6, 3, padding=1, stride=2),
+            nn.BatchNorm2d(6),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(6, 8, 3, groups=2, dilation=2, padding="same", padding_mode="reflect"),
+            nn.Dropout2d(0.3),
+        )
+        self.first = nn.Linear(8, 6)
+        self.second = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.features(x).mean(dim=(2, 3))
+        return self.second(nn.functional.dropout(self.first(hidden), 0.2, self.training))
+
+
+def targets(model: nn.Module) -> list[str]:
+    return [name for name, part in model.named_modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
+
+
+def verified(model: nn.Module, example: Any, **fields: Any) -> Any:
+    torch.manual_seed(0)
+    config = hra_fx.HRAConfig(**({"r": 2, "target_modules": targets(model)} | fields))
+    return hra_fx.transform(model, config, example_inputs=example, verify=True)
+
+
+def refused(model: nn.Module, example: Any, kind: Any = VerificationError, **fields: Any) -> str:
+    before, state = picture(model), torch.get_rng_state()
+    with pytest.raises(kind) as caught:
+        verified(model, example, **fields)
+    assert picture(model) == before
+    torch.set_rng_state(state)
+    return str(caught.value)
+
 
 IDS = torch.randint(3, 32, (2, 5), generator=torch.Generator().manual_seed(0))
 TOKENS = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
-
-
-def t5() -> Any:
-    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4}
-    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
 
 
 def mixtral() -> Any:
@@ -45,7 +102,7 @@ GOOD: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any]]] = {
     "biases": (Cnn, IMAGES.float(), {"bias": "all"}),
     "bert with labels": (tiny.bert, TOKENS | {"labels": torch.tensor([0, 1])}, {"target_modules": "all-linear"}),
     "tied llama": (lambda: tiny.llama(tie_word_embeddings=True), TOKENS, {"target_modules": ["q_proj", "lm_head"]}),
-    "t5": (t5, {"input_ids": IDS, "labels": IDS}, {"target_modules": ["q", "k", "v", "o", "wi", "wo"]}),
+    "t5": (tiny.t5, {"input_ids": IDS, "labels": IDS}, {"target_modules": ["q", "k", "v", "o", "wi", "wo"]}),
     "mixtral": (mixtral, TOKENS, {"target_modules": ["q_proj", "o_proj", "lm_head"]}),
 }
 
@@ -76,14 +133,6 @@ def test_a_verified_model_equals_the_oracle() -> None:
     plain, model = adapted(fresh(Two()), default=config)
     hra_fx.transform(model, config, example_inputs=X, verify=True)
     assert_close(model(X), oracle(plain, model, ["default"], X))
-
-
-def test_example_inputs_are_required() -> None:
-    model = Two()
-    before = picture(model)
-    with pytest.raises(AdapterError, match=r"^verify=True: .*Give example_inputs"):
-        hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["first"]), verify=True)
-    assert picture(model) == before
 
 
 class Draws(Two):
@@ -168,52 +217,27 @@ def test_warnings_of_the_fold_are_not_shown() -> None:
 # Refusals
 
 
-class Scaled(LinearReflection):
-    """Not quite a reflection."""
+def wrong(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[nn.Module, Tensor], Tensor], layer: nn.Module | None = None
+) -> None:
+    """Let `transform` make reflections of this layer, or of all layers, whose output is changed."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) * 1.01
+    class Wrong(LinearReflection):
+        def forward(self, input: Tensor) -> Tensor:
+            return change(self, super().forward(input))
 
-
-class Detached(LinearReflection):
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input).detach()
-
-
-class HalfTheGradient(LinearReflection):
-    """Correct in value."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        right = super().forward(input)
-        return (right + right.detach()) / 2
-
-
-class WrongInTrainMode(LinearReflection):
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) * (1.01 if self.training else 1.0)
-
-
-class WrongInEvalMode(LinearReflection):
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) * (1.0 if self.training else 1.01)
-
-
-class Crashing(LinearReflection):
-    def forward(self, input: Tensor) -> Tensor:
-        raise ZeroDivisionError("by design")
-
-
-def wrong(monkeypatch: pytest.MonkeyPatch, kind: type[LinearReflection], only: str = "") -> None:
-    """Let `transform` use another reflection in layers whose `tag` contains `only`."""
-
-    def make(layer: nn.Module, **options: Any) -> Any:
-        reflection = ours(layer, **options)
-        if only in getattr(layer, "tag", ""):
-            reflection.__class__ = kind
+    def make(given: nn.Module, **options: Any) -> Any:
+        reflection = ours(given, **options)
+        if layer is None or given is layer:
+            reflection.__class__ = Wrong
         return reflection
 
     ours = hra_fx.model.inject.reflection_for
     monkeypatch.setattr(hra_fx.model.inject, "reflection_for", make)
+
+
+def crash(reflection: nn.Module, output: Tensor) -> Tensor:
+    raise ZeroDivisionError("by design")
 
 
 class Blocks(nn.Module):
@@ -229,8 +253,7 @@ class Blocks(nn.Module):
 @pytest.mark.parametrize("layer", ["left.2", "right.0", "head"])
 def test_the_first_module_whose_output_differs_is_named(monkeypatch: pytest.MonkeyPatch, layer: str) -> None:
     model = fresh(Blocks())
-    model.get_submodule(layer).tag = "this"
-    wrong(monkeypatch, Scaled, "this")
+    wrong(monkeypatch, lambda _, output: output * 1.01, model.get_submodule(layer))
     assert refused(model, X) == (
         f"{layer}: in train mode its output with adapters differs from that with folded weights. The model is "
         "unchanged. Leave the layers out with exclude_modules, and please report the model."
@@ -240,36 +263,42 @@ def test_the_first_module_whose_output_differs_is_named(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("kind", "text"),
+    ("change", "text"),
     [
-        (Detached, "left.0: in train mode the gradient of its vectors 'default' is missing. "),
-        (HalfTheGradient, "left.0: in train mode the gradient of its vectors 'default' is wrong. "),
-        (Crashing, "the model: in train mode it runs with folded weights, but not with adapters (ZeroDivision"),
+        (
+            lambda _, output: output.detach(),
+            "left.0: in train mode the gradient of its vectors 'default' is missing. ",
+        ),
+        (
+            lambda _, output: (output + output.detach()) / 2,
+            "left.0: in train mode the gradient of its vectors 'default' is wrong. ",
+        ),
+        (crash, "the model: in train mode it runs with folded weights, but not with adapters (ZeroDivision"),
     ],
+    ids=["missing", "wrong", "crash"],
 )
 @pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_wrong_gradients_and_errors_are_reported(
-    monkeypatch: pytest.MonkeyPatch, kind: Any, text: str, context: Any
+    monkeypatch: pytest.MonkeyPatch, change: Any, text: str, context: Any
 ) -> None:
-    """Those of the layers before a wrong one are wrong too, so the first one is named."""
+    """The gradients of the layers before a wrong one are wrong too, so the first one is named."""
     model = fresh(Blocks())
-    model.left[2].tag = "this"
-    wrong(monkeypatch, kind, "this")
+    wrong(monkeypatch, change, model.left[2])
     with context():
         assert refused(model, X).startswith(text)
 
 
-@pytest.mark.parametrize(("kind", "mode"), [(WrongInTrainMode, "train"), (WrongInEvalMode, "eval")])
+@pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("training", [True, False])
-def test_both_modes_are_compared(monkeypatch: pytest.MonkeyPatch, kind: Any, mode: str, training: bool) -> None:
-    wrong(monkeypatch, kind)
+def test_both_modes_are_compared(monkeypatch: pytest.MonkeyPatch, mode: str, training: bool) -> None:
+    wrong(monkeypatch, lambda part, output: output * (1.01 if part.training is (mode == "train") else 1.0))
     assert f"in {mode} mode its output with adapters differs" in refused(fresh(Two()).train(training), X)
 
 
 @pytest.mark.parametrize("make", [Rounded, Structured])
 def test_float32_and_structured_outputs_are_compared(monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
     torch.manual_seed(0)
-    wrong(monkeypatch, Scaled)
+    wrong(monkeypatch, lambda _, output: output * 1.01)
     assert "in train mode its output with adapters differs" in refused(make(), X.float())
 
 
@@ -290,3 +319,4 @@ def test_unsuitable_example_inputs_are_refused() -> None:
     assert message.endswith("Give inputs that the base model takes in both modes.")
     verified(model.eval(), IMAGES.float())
     assert not model.training and not model.features[2].training
+    assert refused(Two(), None, AdapterError).startswith("verify=True: there is nothing to run. Give example_inputs")
