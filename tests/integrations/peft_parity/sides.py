@@ -4,9 +4,10 @@ adapted model and ours against each other by the names of the base model."""
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,17 @@ def agree(theirs: nn.Module, ours: nn.Module, x: Tensor, dtype: torch.dtype, ada
         # The Frobenius norm of all gradients bounds what rounding may leave in one that cancels.
         floor = 1e-3 * max(float(other.norm()) for other in wanted.values())
         assert relative_error(got[name], value, floor=floor) < TOLERANCE[dtype], name
+
+
+def same_line(theirs: Any, ours: Any) -> None:
+    """The same line from `print_trainable_parameters`, and the same counts."""
+    lines = []
+    for model in (theirs, ours):
+        with redirect_stdout(io.StringIO()) as out:
+            model.print_trainable_parameters()
+        lines.append(out.getvalue())
+    assert lines[1] == lines[0]
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
 
 
 def same_tensors(left: Path, right: Path) -> None:

@@ -18,11 +18,12 @@ from integrations.peft_parity.sides import (
     peft_warnings_ignored,
     plain_name,
     randomise,
+    same_line,
     saved_by_peft,
     tokens,
     trained,
 )
-from integrations.peft_parity.tiny import inputs, tiny
+from integrations.peft_parity.tiny import MODELS, inputs, tiny
 from oracles import relative_error
 from torch import Tensor, nn
 
@@ -62,8 +63,6 @@ def output_of(model: nn.Module) -> Tensor:
 
 def the_same(theirs: Any, ours: Any) -> None:
     """Outputs, names of what is trained, and every gradient."""
-    if not hasattr(ours, "get_base_model"):
-        ours = hra_fx.HRAModel(ours, ours._hra_record.configs["default"])
     results = []
     for model in (theirs, ours):
         model.zero_grad()
@@ -105,6 +104,7 @@ def test_files_go_both_ways(name: str, fields: dict[str, Any], tmp_path: Path) -
         randomise(model)
     ours.save_pretrained(tmp_path / "ours")
     saved_by_peft(theirs, tmp_path / "theirs")
+    same_line(theirs, ours)
     the_same(opened_by_peft(base, tmp_path / "ours", is_trainable=True), ours)
     the_same(theirs, hra_fx.HRAModel.from_pretrained(tiny(name), tmp_path / "theirs", is_trainable=True))
     check_same_configuration(name, base, tmp_path)
@@ -180,24 +180,26 @@ def folders(directory: Path) -> set[str]:
     return {path.relative_to(directory).as_posix() for path in directory.rglob("adapter_*")}
 
 
-def test_several_adapters_written_here_opened_by_peft(tmp_path: Path) -> None:
-    ours = several(by_us)
-    ours.save_pretrained(tmp_path)
-    theirs = opened_by_peft(net(F64), tmp_path)
+def test_files_of_several_adapters_go_both_ways(tmp_path: Path) -> None:
+    ours, theirs = several(by_us), several(by_peft)
+    ours.save_pretrained(tmp_path / "ours")
+    saved_by_peft(theirs, tmp_path / "theirs")
+    assert folders(tmp_path / "ours") == folders(tmp_path / "theirs")
+    opened = opened_by_peft(net(F64), tmp_path / "ours")
+    again = hra_fx.HRAModel.from_pretrained(net(F64), tmp_path / "theirs")
     for name in list(SEVERAL)[1:]:
-        theirs.load_adapter(tmp_path / name, name)
-    assert_equal_outputs(outputs_of_each(ours), outputs_of_each(theirs))
+        opened.load_adapter(tmp_path / "ours" / name, name)
+        again.load_adapter(tmp_path / "theirs", name, subfolder=name)
+    assert_equal_outputs(outputs_of_each(ours), outputs_of_each(opened))
+    assert_equal_outputs(outputs_of_each(again), outputs_of_each(theirs))
 
 
-def test_several_adapters_written_by_peft_opened_here(tmp_path: Path) -> None:
-    theirs = several(by_peft)
-    saved_by_peft(theirs, tmp_path)
-    ours = hra_fx.HRAModel.from_pretrained(net(F64), tmp_path)
-    for name in list(SEVERAL)[1:]:
-        ours.load_adapter(tmp_path, name, subfolder=name)
-    assert_equal_outputs(outputs_of_each(ours), outputs_of_each(theirs))
-    ours.save_pretrained(tmp_path / "again")
-    assert folders(tmp_path / "again") == {f for f in folders(tmp_path) if not f.startswith("again/")}
+def test_a_head_tied_to_the_embedding_counts_once() -> None:
+    base = MODELS["llama"]()
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    assert base.lm_head.weight is base.model.embed_tokens.weight
+    same_line(by_peft(base, r=4), by_us(base, r=4))
 
 
 @pytest.mark.parametrize("selected", [["french"], ["gs", "default"]])
