@@ -183,6 +183,8 @@ BAD_FIELDS: list[tuple[str, list[Any], str]] = [
     ("init_hra_weights", [1], "HRAConfig has no field `init_hra_weights`. Did you mean `init_weights`"),
     ("zzz", [1], "HRAConfig has no field `zzz`. The fields are task_type, peft_type, "),
 ]
+
+
 @pytest.mark.parametrize(("field", "bad", "message"), BAD_FIELDS)
 def test_bad_fields_are_named(field: str, bad: list[Any], message: str) -> None:
     for value in bad:
