@@ -65,8 +65,9 @@ def test_embeddings_in_a_file_of_peft_must_be_those_of_the_base(
     written(tmp_path / "other", fields, options, changed("llama", "lm_head.weight", "model.embed_tokens.weight"))
     before = seen(base)
     message = (
-        r"adapter_model\.safetensors: base_model\.model\.\S+\.weight, of shape \(37, 16\), is a tensor of the base "
-        r"model that it was trained on, and this model's \S+\.weight, of shape \(37, 16\), is another\."
+        r"adapter_model\.safetensors: base_model\.model\.\S+\.weight of shape \(37, 16\) is a copy of the base model's "
+        r"embeddings, but this model's \S+\.weight of shape \(37, 16\) has other values\. Use the base model that the "
+        r"adapter was trained on\.$"
     )
     for load in (hra_fx.HRAModel.from_pretrained, hra_fx.load_adapter):
         with pytest.raises(hra_fx.CheckpointError, match=message):
@@ -87,7 +88,7 @@ def test_an_adapter_of_a_larger_vocabulary_is_refused_with_both_shapes(tmp_path:
     other = tiny("llama")
     other.resize_token_embeddings(41, mean_resizing=False)
     written(tmp_path, BODY, {"save_embedding_layers": True}, other)
-    with pytest.raises(hra_fx.CheckpointError, match=r"of shape \(41, 16\), is a tensor .*, of shape \(37, 16\)"):
+    with pytest.raises(hra_fx.CheckpointError, match=r"of shape \(41, 16\) is a copy .* of shape \(37, 16\)"):
         hra_fx.HRAModel.from_pretrained(tiny("llama"), tmp_path)
     # Over the base model that it was trained on, it is taken.
     ours = hra_fx.HRAModel.from_pretrained(other, tmp_path)
@@ -151,5 +152,5 @@ def test_embeddings_are_known_by_the_model_and_not_by_their_names(kind: str, tmp
     ours = hra_fx.HRAModel.from_pretrained(tiny(kind), tmp_path / "same")
     assert relative_error(logits(ours), logits(theirs)) < 1e-9
     written(tmp_path / "other", fields, {"save_embedding_layers": True}, changed(kind, *names))
-    with pytest.raises(hra_fx.CheckpointError, match="is a tensor of the base model that it was trained on"):
+    with pytest.raises(hra_fx.CheckpointError, match="is a copy of the base model's embeddings"):
         hra_fx.load_adapter(tiny(kind), tmp_path / "other")
