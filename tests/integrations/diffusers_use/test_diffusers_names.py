@@ -190,7 +190,11 @@ def test_projections_are_not_fused_under_reflections_and_are_after_a_fold() -> N
     sample = torch.randn(1, 4, 8, 8, dtype=torch.float64), torch.tensor([3]), torch.randn(1, 3, 16, dtype=torch.float64)
     with torch.no_grad():
         adapted = model(*sample).sample
-    with pytest.raises(hra_fx.AdapterError, match=r"copies the weights .* Fold the adapters first"):
+    message = (
+        "UNet2DConditionModel: fuse_qkv_projections copies weights into new layers, which would have no reflections. "
+        "Fold the adapters first (hra_fx.fold)."
+    )
+    with pytest.raises(hra_fx.AdapterError, match=f"^{re.escape(message)}$"):
         model.fuse_qkv_projections()
     assert not any("to_qkv" in name for name, _ in model.named_modules())
     folded = hra_fx.fold(model)

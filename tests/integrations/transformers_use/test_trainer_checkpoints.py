@@ -67,9 +67,7 @@ def keys_of(path: Path) -> set[str]:
 
 
 @pairs
-def test_a_checkpoint_holds_the_adapter_alone_and_peft_opens_it(
-    kind: str, shape: str, tmp_path: Path
-) -> None:
+def test_a_checkpoint_holds_the_adapter_alone_and_peft_opens_it(kind: str, shape: str, tmp_path: Path) -> None:
     model, folder = trained(kind, shape, tmp_path)
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
     assert files - TRAINERS_OWN == {"adapter_config.json", "adapter_model.safetensors", "model.safetensors"}

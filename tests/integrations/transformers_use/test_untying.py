@@ -168,20 +168,6 @@ def test_without_memory_for_what_is_untied_nothing_changes(call: int) -> None:
 # With trained copies
 
 
-@pytest.mark.parametrize(("kind", "saved"), [("bart", "shared"), ("bert", "word_embeddings")])
-def test_a_reflected_head_beside_a_trained_embedding(kind: str, saved: str, tmp_path: Path) -> None:
-    made = adapted(kind, modules_to_save=[saved])
-    model, embedding = made.model, made.model.get_submodule(made.embedding)
-    with torch.no_grad():
-        embedding.weight.add_(torch.randn_like(embedding.weight))
-    wanted, trained = logits(model), embedding.weight.detach().clone()
-    with pytest.warns(hra_fx.HRAWarning):
-        hra_fx.fold(model)
-    assert torch.equal(embedding.weight, trained)
-    assert not model.config.tie_word_embeddings
-    assert relative_error(logits(loaded(model, tmp_path)), wanted) < 1e-12
-
-
 @pytest.mark.parametrize(("kind", "also"), [("bart", True), ("bert", False)])
 def test_a_trained_head_parts_all_that_the_setting_tied(kind: str, also: bool, tmp_path: Path) -> None:
     made = adapted(kind, case(kind).inside, modules_to_save=[case(kind).head])
