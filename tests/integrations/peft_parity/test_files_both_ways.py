@@ -233,15 +233,3 @@ def two_steps(model: nn.Module) -> None:
         optimizer.zero_grad()
         (model(tokens(step)) ** 2).mean().backward()
         optimizer.step()
-
-
-def test_two_steps_of_sgd_are_pefts(tmp_path: Path) -> None:
-    fields = full({"bias": "all", "modules_to_save": ["classifier"], "init_weights": False})
-    theirs = by_peft(net(F64), **fields)
-    randomise(theirs)
-    saved_by_peft(theirs, tmp_path)
-    ours = hra_fx.load_adapter(net(F64), tmp_path, is_trainable=True)
-    for model in (theirs, ours):
-        two_steps(model)
-    for name, parameter in trained(theirs).items():
-        assert relative_error(trained(ours)[name], parameter) < 1e-9, name

@@ -80,11 +80,3 @@ def test_adapters_are_switched_between_calls(way: str) -> None:
         assert torch.equal(said[()], say(base, **WAYS[way]))
     assert torch.equal(say(model, **WAYS[way]), said["default", "other"])
     assert len({tuple(each.flatten().tolist()) for each in said.values()}) == 5
-
-
-def test_padding_on_the_left_changes_nothing() -> None:
-    base, model = an_adapted("llama", "transform")
-    padded = torch.cat([torch.full((2, 3), 2), PROMPT], dim=1)
-    mask = (torch.arange(9) >= 3).long().expand(2, -1)
-    said = model.generate(input_ids=padded, attention_mask=mask, do_sample=False, **LENGTH)
-    assert torch.equal(said[:, 3:], say(rotated(base, model), do_sample=False))

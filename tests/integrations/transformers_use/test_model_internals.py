@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-import io
 import pickle
 from typing import Any
 
-import pytest
 import torch
 from integrations.transformers_use.tiny import BASES, adapted, batch, pairs, turn, vectors_of
 from oracles import relative_error
@@ -81,26 +78,12 @@ def test_modes_and_dtypes_reach_every_part_and_tying_again_changes_nothing(kind:
     assert relative_error(logits(model, kind), wanted.double()) < 1e-5
 
 
-def saved_by_torch(model: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPYING = {
-    "torch.save": saved_by_torch,
-    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "deepcopy": copy.deepcopy,
-}
-
-
-@pytest.mark.parametrize("way", COPYING)
 @pairs
-def test_a_copy_is_the_same_and_no_part_of_it_is_shared(kind: str, shape: str, way: str) -> None:
+def test_a_pickled_copy_is_the_same_and_shares_nothing(kind: str, shape: str) -> None:
+    """Deep copies are tested in `tests/zoo`, `torch.save` in `tests/integrations/test_models.py`."""
     model = turned(kind, shape)
     wanted = logits(model, kind)
-    other = COPYING[way](model)
+    other = pickle.loads(pickle.dumps(model))
     assert type(other) is type(model)
     assert torch.equal(logits(other, kind), wanted)
     turn(other, 8)

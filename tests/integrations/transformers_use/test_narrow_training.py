@@ -10,20 +10,13 @@ import torch
 from integrations.transformers_use.tiny import (
     BASES,
     adapted,
-    batch,
     pairs,
-    rotated,
     trained_in,
     trainer_of,
-    turn,
     vectors_of,
 )
-from oracles import relative_error
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import Trainer
-
-import hra_fx
 
 LONG = {"max_steps": 40, "learning_rate": 3e-2}
 NARROW = {"the model": (torch.bfloat16, {}), "autocast": (torch.float32, {"bf16": True})}
@@ -51,23 +44,3 @@ def test_the_loss_falls_the_vectors_stay_in_float32_and_a_run_goes_on_bitwise(
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
     wanted, found = model.state_dict(), resumed.state_dict()
     assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == []
-
-
-@pytest.mark.parametrize("kind", BASES)
-def test_the_outputs_are_those_of_the_rotated_weights_as_well_as_bfloat16_can(kind: str) -> None:
-    """The error is measured against float64 weights, and so is that of the folded model beside it."""
-    model = adapted(kind, "transform", base=BASES[kind]().bfloat16()).eval()
-    turn(model)
-    with hra_fx.disable_adapters(model):
-        base = BASES[kind]()
-        base.load_state_dict({name: model.state_dict()[name] for name in base.state_dict()})
-    wanted = logits(rotated(base.double(), model), kind)
-    error = relative_error(logits(model, kind), wanted)
-    assert error < 0.05
-    assert error < 3 * relative_error(logits(hra_fx.fold(model), kind), wanted)
-
-
-def logits(model: Any, kind: str) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model(input_ids=batch(kind)["input_ids"]).logits
-    return out

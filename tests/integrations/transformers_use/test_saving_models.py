@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.transformers_use.tiny import BASES, adapted, batch, config_for, pairs, turn, vectors_of
+from integrations.transformers_use.tiny import BASES, adapted, batch, pairs, turn, vectors_of
 from oracles import relative_error
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -121,22 +121,6 @@ def test_a_gathered_state_dict_is_what_is_written(folder: str, tmp_path: Path) -
     for name in vectors_of(model):
         assert torch.equal(saved["base_model.model." + name.removesuffix(".default")], gathered[name]), name
     assert torch.equal(saved["base_model.model.classifier.weight"], gathered["classifier.weight"])
-
-
-def test_all_adapters_are_written_or_those_that_are_named(tmp_path: Path) -> None:
-    model = adapted("llama", "HRAModel")
-    for name in ("second", "third"):
-        hra_fx.add_adapter(model, name, config_for("llama", r=3))
-    turn(model)
-    model.save_pretrained(tmp_path / "all")
-    model.save_pretrained(tmp_path / "some", selected_adapters=["second"])
-    inside = {f"{name}/{file}" for name in ("second", "third") for file in FILES}
-    assert names_in(tmp_path / "all") == FILES | inside
-    assert names_in(tmp_path / "some") == {f"second/{file}" for file in FILES}
-    for name in ("default", "second", "third"):
-        hra_fx.set_adapter(model, name)
-        opened = hra_fx.load_adapter(BASES["llama"](), tmp_path / "all", subfolder=None if name == "default" else name)
-        assert torch.equal(logits(opened, "llama"), logits(model, "llama"))
 
 
 def test_the_adapter_is_written_whether_it_is_merged_disabled_or_inactive(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from integrations.transformers_use.tiny import BASES, adapted, batch, pairs, trained_in, trainer_of
-from oracles import relative_error
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
@@ -23,7 +22,6 @@ TRAINERS: dict[str, tuple[type[Trainer], Weight]] = {
     "ours": (HRATrainer, {}),
     "ours with the term": (HRATrainer, {"orthogonality_weight": 1e-3}),
 }
-WITHOUT_DROPOUT = {"bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, "llama": {}}
 EVERY_THIRD = {"save_strategy": "steps", "save_steps": 3}
 
 
@@ -128,18 +126,3 @@ def test_the_best_model_is_loaded_at_the_end(kind: str, shape: str, tmp_path: Pa
     wanted = hra_fx.load_adapter(BASES[kind](), best, is_trainable=True)
     for name, value in trained_in(wanted).items():
         assert torch.equal(value, trained_in(model)[name]), name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", BASES)
-def test_accumulated_batches_make_the_step_of_one_large_batch(kind: str, tmp_path: Path) -> None:
-    moved = []
-    for size, accumulated in ((4, 1), (1, 4)):
-        model = adapted(kind, "transform", base=BASES[kind](**WITHOUT_DROPOUT[kind]))
-        # The Trainer takes the classifier for one that counts what is accumulated; it gives the mean of each batch.
-        model.accepts_loss_kwargs = kind == "llama"
-        arguments = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated}
-        run("stock", kind, model, tmp_path, max_steps=3, optim="sgd", learning_rate=0.1, **arguments).train()
-        moved.append(trained_in(model))
-    for name, wanted in moved[0].items():
-        assert relative_error(moved[1][name], wanted) < 1e-5, name

@@ -13,7 +13,6 @@ from integrations.transformers_use.tiny import (
     BASES,
     adapted,
     batch,
-    bert,
     config_for,
     llama,
     pairs,
@@ -120,33 +119,6 @@ def test_a_checkpoint_contains_all_adapters_whichever_are_active(active: str | l
     trainer_of(Trainer, "llama", resumed, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     for name, value in model.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
-
-
-def test_two_heads_are_saved_each_with_its_adapter(tmp_path: Path) -> None:
-    """The one of the adapter that does not act waits beside, and is in the checkpoint too."""
-    model = adapted("bert", "transform")
-    hra_fx.add_adapter(model, "other", config_for("bert"))
-    hra_fx.set_adapter(model, "other")
-    trainer_of(Trainer, "bert", model, tmp_path, **EVERY_THIRD).train()
-    folder = tmp_path / "checkpoint-6"
-    for name, inside in (("default", folder), ("other", folder / "other")):
-        hra_fx.set_adapter(model, name)
-        opened = peft.PeftModel.from_pretrained(bert(), str(inside))
-        assert relative_error(logits(opened, "bert"), logits(model, "bert")) < 1e-6
-        assert torch.equal(
-            load_file(inside / "adapter_model.safetensors")["base_model.model.classifier.weight"],
-            model.classifier.weight,
-        )
-
-
-def test_an_adapter_alone_under_another_name_is_saved_and_goes_on(tmp_path: Path) -> None:
-    model = hra_fx.transform(llama(), config_for("llama"), "mine")
-    trainer_of(Trainer, "llama", model, tmp_path, **EVERY_THIRD).train()
-    assert (tmp_path / "checkpoint-6" / "mine" / "adapter_model.safetensors").is_file()
-    torch.manual_seed(9)
-    resumed = hra_fx.transform(llama(), config_for("llama"), "mine")
-    trainer_of(Trainer, "llama", resumed, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert torch.equal(logits(resumed, "llama"), logits(model, "llama"))
 
 
 def test_the_trainer_saves_the_model_for_use_without_what_only_it_needs(tmp_path: Path) -> None:
