@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from integrations.distributed.spawned import Check
 from integrations.distributed.trained import CASES, WAYS, Case, output, part_of, shard, train
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import hra_fx
@@ -60,17 +61,16 @@ def save_and_load(rank: int, folder: Path) -> None:
         assert not close(other, case, wanted), name
 
 
-def the_first_writes(rank: int, folder: Path) -> None:
-    """Each process names a folder of its own, and only that of the first is made; all hear of its failure."""
+def who_writes(rank: int, folder: Path) -> None:
+    """Sharded: each process names a folder of its own, and only that of the first is made; all get its error.
+
+    Under DDP a process saves alone; no other is waited for.
+    """
     hra_fx.save_adapter(WAYS["FSDP2, parts"](MLP, MLP.model()), folder / str(rank))
     assert (folder / str(rank)).exists() is (rank == 0)
     (folder / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"file: is a file\. Give a folder"):
         hra_fx.save_adapter(WAYS["FSDP2, parts"](MLP, MLP.model()), folder / "file")
-
-
-def alone_under_ddp(rank: int, folder: Path) -> None:
-    """No other process is waited for."""
     model = DistributedDataParallel(MLP.model())
     if rank == 1:
         hra_fx.save_adapter(model, folder / "one")
@@ -91,24 +91,18 @@ def save_pretrained(rank: int, folder: Path) -> None:
     assert close(hra_fx.load_adapter(llama.base(), folder / "given"), llama, output(llama.model(), llama))
 
 
-def strength(rank: int, folder: Path) -> None:
-    half: Any = MLP.model()
+def strength_and_disabling(rank: int, folder: Path) -> None:
+    half, whole, base = MLP.model(), output(MLP.model(), MLP), output(MLP.base(), MLP)
     hra_fx.set_scale(half, "default", 0.5)
     for wrap in WAYS.values():
         model = wrap(MLP, MLP.model())
-        output(model, MLP)
+        with hra_fx.disable_adapters(model):
+            assert close(model, MLP, base)
+        assert close(model, MLP, whole)
         hra_fx.set_scale(model, "default", 0.5)
         assert close(model, MLP, output(half, MLP))
         hra_fx.set_scale(model, "default", 1.0)
-        assert close(model, MLP, output(MLP.model(), MLP))
-
-
-def switching(rank: int, folder: Path) -> None:
-    for wrap in WAYS.values():
-        model = wrap(MLP, MLP.model())
-        with hra_fx.disable_adapters(model):
-            assert close(model, MLP, output(MLP.base(), MLP))
-        assert close(model, MLP, output(MLP.model(), MLP))
+        assert close(model, MLP, whole)
 
 
 def pictures(rank: int, folder: Path) -> None:
@@ -152,51 +146,51 @@ def merged_then_sharded(rank: int, folder: Path) -> None:
     assert close(model, MLP, output(MLP.model(), MLP))
 
 
+def wrap_one(model: nn.Module) -> nn.Module:
+    """Where another part alone is sharded, new vectors would not be averaged either."""
+    fully_shard(model.get_submodule("4"))
+    return model
+
+
 def refused_when_sharded(rank: int, folder: Path) -> None:
-    config = hra_fx.HRAConfig(r=2, target_modules=["0"])
+    config = hra_fx.HRAConfig(r=2, target_modules=["0", "2"])
     hra_fx.save_adapter(MLP.model(), folder / str(rank))
-    for wrap in (WAYS["FSDP2, whole"], WAYS["FSDP2, every layer"]):
-        model = wrap(MLP, MLP.model())
+    for wrap in (WAYS["FSDP2, whole"], WAYS["FSDP2, every layer"], lambda case, model: wrap_one(model)):
+        plain = MLP.model()
+        hra_fx.add_adapter(plain, "b", config)
+        model, wanted = wrap(MLP, plain), output(MLP.model(), MLP)
+        names = {name for name, _ in model.named_parameters()}
+        first = "the model" if isinstance(model, FSDPModule) else "4"
+        message = (
+            rf"^{first}: fully_shard has sharded its parameters already\. Add and remove adapters before sharding\.$"
+        )
         for when in ("sharded", "gathered"):
-            for refused in (hra_fx.fold, hra_fx.merge_adapter):
+            for refused in (hra_fx.fold, hra_fx.merge_adapter) if isinstance(model, FSDPModule) else ():
                 with pytest.raises(FoldError, match=r"shards its parameters.*Save the adapter"):
                     refused(model)
             with pytest.raises(UnsupportedLayerError, match=r"already sharded it.*Adapt the model first"):
-                hra_fx.add_adapter(model, "b", config)
+                hra_fx.add_adapter(model, "c", config)
             with pytest.raises(UnsupportedLayerError, match=r"Adapt the model first"):
-                hra_fx.load_adapter(model, folder / str(rank), "b")
-            with pytest.raises(AdapterError, match=r"fully_shard.*Take adapters off, and put others in, before it"):
+                hra_fx.load_adapter(model, folder / str(rank), "c")
+            with pytest.raises(AdapterError, match=message):
                 hra_fx.delete_adapter(model, "default")
-            assert close(model, MLP, output(MLP.model(), MLP)), when
-    with pytest.raises(UnsupportedLayerError, match=r"fully_shard"):
-        hra_fx.transform(shard(MLP.base()), config)
-    with pytest.raises(UnsupportedLayerError, match=r"fully_shard"):
-        hra_fx.transform(wrap_one(MLP.base()), config)
-
-
-def combine_refused_when_sharded(rank: int, folder: Path) -> None:
-    """As `add_adapter` is, with what it is told apart by; beside DDP it is an adapter as any other."""
-    for wrap in (WAYS["FSDP2, whole"], WAYS["FSDP2, every layer"], wrap_one):
-        plain = MLP.model()
-        hra_fx.add_adapter(plain, "b", hra_fx.HRAConfig(r=2, target_modules=["0", "2"]))
-        model = wrap_one(plain) if wrap is wrap_one else wrap(MLP, plain)
-        for _ in ("sharded", "gathered"):
-            names = {name for name, _ in model.named_parameters()}
             with pytest.raises(AdapterError, match=r"fully_shard shards its parameters.*\. Combine before"):
                 hra_fx.combine(model, ["default", "b"], "both")
             assert {name for name, _ in model.named_parameters()} == names
-            output(model, MLP)
-    ddp = MLP.model()
-    hra_fx.add_adapter(ddp, "b", hra_fx.HRAConfig(r=2, target_modules=["0", "2"]))
-    hra_fx.combine(DistributedDataParallel(ddp).module, ["default", "b"], "both")
+            assert close(model, MLP, wanted), when
+    for sharded in (shard(MLP.base()), wrap_one(MLP.base())):
+        with pytest.raises(UnsupportedLayerError, match=r"fully_shard"):
+            hra_fx.transform(sharded, config)
 
 
-def wrap_one(model: nn.Module) -> nn.Module:
-    """Where another part alone is sharded, new vectors would not be averaged either."""
-    from torch.distributed.fsdp import fully_shard
-
-    fully_shard(model.get_submodule("4"))
-    return model
+def under_ddp(rank: int, folder: Path) -> None:
+    """A model is adapted before it is wrapped; the model inside can still combine adapters."""
+    config = hra_fx.HRAConfig(r=2, target_modules=["0", "2"])
+    with pytest.raises(UnsupportedLayerError, match=r"DistributedDataParallel does not synchronize.*then wrap it"):
+        hra_fx.transform(DistributedDataParallel(MLP.base()), config)
+    model = MLP.model()
+    hra_fx.add_adapter(model, "b", config)
+    hra_fx.combine(DistributedDataParallel(model).module, ["default", "b"], "both")
 
 
 def refused_copies(rank: int, folder: Path) -> None:
@@ -212,16 +206,20 @@ def refused_copies(rank: int, folder: Path) -> None:
     assert close(model, COPIES, output(COPIES.model(), COPIES))
 
 
-def refused_under_ddp(rank: int, folder: Path) -> None:
-    with pytest.raises(UnsupportedLayerError, match=r"DistributedDataParallel does not synchronize.*then wrap it"):
-        hra_fx.transform(DistributedDataParallel(MLP.base()), hra_fx.HRAConfig(r=2, target_modules=["0"]))
-
-
-def refused_flat_shards(rank: int, folder: Path) -> None:
-    """The older FSDP trains rightly; between its calls it holds flat pieces of vectors."""
+def flat_shards(rank: int, folder: Path) -> None:
+    """FSDP1 trains too, and leaves base weights alone; between its calls it holds flat pieces of vectors."""
+    losses, device = train(MLP.model(), MLP), torch.device("cpu")
+    for strategy in (ShardingStrategy.NO_SHARD, ShardingStrategy.FULL_SHARD):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # NO_SHARD, which one process alone gets, is deprecated
+            model = FullyShardedDataParallel(
+                MLP.model(), device_id=device, use_orig_params=True, sharding_strategy=strategy
+            )
+        assert train(model, MLP, part_of(rank)) == pytest.approx(losses, abs=1e-13)
+        with FullyShardedDataParallel.summon_full_params(model):
+            base = {name: tensor for name, tensor in model.module.state_dict().items() if ".hra_u." not in name}
+            assert all(torch.equal(tensor, MLP.base().state_dict()[name]) for name, tensor in base.items())
     hra_fx.save_adapter(MLP.model(), folder / str(rank))
-    model = FullyShardedDataParallel(MLP.model(), device_id=torch.device("cpu"), use_orig_params=True)
-    assert train(model, MLP, part_of(rank)) == pytest.approx(train(MLP.model(), MLP), abs=1e-13)
     calls: list[tuple[type[Exception], Callable[[], object]]] = [
         (AdapterError, lambda: hra_fx.save_adapter(model, folder / "other")),
         (AdapterError, lambda: hra_fx.load_adapter(model, folder / str(rank))),
@@ -271,12 +269,9 @@ def full_state(rank: int, folder: Path) -> None:
 
 
 CHECKS: dict[str, Check] = {
-    **{"save and load": save_and_load, "the first process writes": the_first_writes},
-    **{"one process saves under DDP": alone_under_ddp, "save_pretrained": save_pretrained},
-    **{"strength": strength, "switching": switching, "pictures": pictures},
-    **{"fold under DDP": fold_under_ddp, "merged, then sharded": merged_then_sharded},
-    **{"combine, refused when sharded": combine_refused_when_sharded},
+    **{"save and load": save_and_load, "who writes": who_writes, "save_pretrained": save_pretrained},
+    **{"strength and disabling": strength_and_disabling, "pictures": pictures},
+    **{"fold under DDP": fold_under_ddp, "merged, then sharded": merged_then_sharded, "under DDP": under_ddp},
     **{"refused when sharded": refused_when_sharded, "refused copies": refused_copies},
-    **{"refused under DDP": refused_under_ddp, "refused flat shards": refused_flat_shards},
-    **{"checkpoints": checkpoints, "full state": full_state},
+    **{"flat shards": flat_shards, "checkpoints": checkpoints, "full state": full_state},
 }

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from integrations.distributed import adapter_checks, trainer_checks, training_checks
+from integrations.distributed import adapter_checks, training_checks
 from integrations.distributed.spawned import run
-
-TRAINING = training_checks.CHECKS | trainer_checks.CHECKS
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +14,7 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def training_failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run(TRAINING, tmp_path_factory.mktemp("training"))
+    return run(training_checks.CHECKS, tmp_path_factory.mktemp("training"))
 
 
 @pytest.mark.parametrize("name", adapter_checks.CHECKS)
@@ -25,6 +23,6 @@ def test_adapters_in_two_processes(name: str, failures: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", training_checks.CHECKS)
 def test_training_in_two_processes(name: str, training_failures: dict[str, str]) -> None:
     assert not training_failures[name], training_failures[name]

@@ -1,4 +1,4 @@
-"""Training in two processes: the losses and the vectors are those of one process."""
+"""Training in two processes, by hand and by the Trainer: the losses and the vectors are those of one process."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ import torch
 from integrations.distributed.spawned import Check
 from integrations.distributed.trained import CASES, F64, WAYS, loss_of, output, part_of, same, shard, train, trained
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainingArguments
 
 import hra_fx
+from hra_fx.integrations import HRATrainer
 
-MLP = CASES["mlp, whole"]
+MLP, BERT = CASES["mlp, whole"], CASES["bert"]
 
 
 def losses_and_vectors(case: str, rank: int, folder: Path) -> None:
@@ -141,8 +143,6 @@ def pipeline(rank: int, folder: Path) -> None:
 
 def mixed_precision(rank: int, folder: Path) -> None:
     """FSDP2 gathers the vectors in the narrow dtype, unless they are a group of their own."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
     wanted = output(MLP.model(), MLP)
     model = MLP.model().float()
     for layer in (model.get_submodule(path) for path in MLP.units):
@@ -155,10 +155,45 @@ def mixed_precision(rank: int, folder: Path) -> None:
     assert (found.to(F64) - wanted).abs().max() < 2e-2
 
 
+class Items(torch.utils.data.Dataset[Any]):
+    def __init__(self) -> None:
+        self.x, self.labels = BERT.data()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.x[index], "labels": self.labels[index]}
+
+
+def hra_trainer(rank: int, folder: Path) -> None:
+    """The whole batch is 8: four for each of two processes, against one process with all and a loop by hand."""
+    model = BERT.model()
+    arguments = TrainingArguments(
+        **{"output_dir": str(folder), "max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.1},
+        **{"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "use_cpu": True, "report_to": []},
+        # Else transformers doubles the loss of a model that takes **kwargs and averages by itself, as BERT does.
+        average_tokens_across_devices=False,
+        **{"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False},
+    )
+    trainer = HRATrainer(model, arguments, train_dataset=Items(), orthogonality_weight=0.1)
+    trainer.train()
+    assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
+    alone: Any = BERT.model()
+    optimizer = torch.optim.SGD([p for p in alone.parameters() if p.requires_grad], lr=0.1)
+    x, labels = BERT.data()
+    for _ in range(2):
+        loss = alone(input_ids=x, labels=labels).loss + 0.1 * hra_fx.orthogonality_loss(alone)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    same(trained(alone), trained(model), within=1e-12)
+
+
 CHECKS: dict[str, Check] = {
     **{f"losses and vectors: {case}": functools.partial(losses_and_vectors, case) for case in CASES},
     **{"orthogonality": orthogonality, "orthogonality, a backward of its own": orthogonality_apart},
     **{"several adapters": several_adapters, "an adapter that DDP does not know": unknown_to_ddp},
     **{"what DDP is told to ignore": left_out_on_purpose},
-    **{"torch.compile": compiled, "pipeline": pipeline, "mixed precision": mixed_precision},
+    **{"torch.compile": compiled, "pipeline": pipeline, "mixed precision": mixed_precision, "HRATrainer": hra_trainer},
 }

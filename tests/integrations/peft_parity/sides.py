@@ -4,9 +4,10 @@ adapted model and ours against each other by the names of the base model."""
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -127,25 +128,35 @@ def randomise(model: nn.Module, seed: int = 2) -> None:
             parameter.copy_(drawn if parameter.dim() > 1 else parameter + drawn / 2)
 
 
-def gradients(model: nn.Module, x: Tensor, adapter: str = "default", **inputs: Any) -> dict[str, Tensor]:
+def gradients(model: nn.Module, x: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
     """The output, and the gradient of everything that is trained, by its name in the base model."""
     model.zero_grad()
-    output = model(x, **inputs)
-    output = output if isinstance(output, Tensor) else next(v for k, v in output.items() if k != "loss")
+    output = model(x) if isinstance(x, Tensor) else model(**x)[0]
     upstream = torch.randn(output.shape, dtype=F64, generator=torch.Generator().manual_seed(99)).to(output.dtype)
     output.backward(upstream)
-    found = {name: p.grad for name, p in trained(model, adapter).items()}
+    found = {name: p.grad for name, p in trained(model).items()}
     return {"": output.detach()} | {name: grad.clone() for name, grad in found.items() if grad is not None}
 
 
-def agree(theirs: nn.Module, ours: nn.Module, x: Tensor, dtype: torch.dtype, adapter: str = "default") -> None:
+def agree(theirs: nn.Module, ours: nn.Module, x: Tensor | dict[str, Tensor], dtype: torch.dtype) -> None:
     """The same output, the same trained parameters by name, and the same gradient of each."""
-    wanted, got = gradients(theirs, x, adapter), gradients(ours, x, adapter)
+    wanted, got = gradients(theirs, x), gradients(ours, x)
     assert got.keys() == wanted.keys()
     for name, value in wanted.items():
         # The Frobenius norm of all gradients bounds what rounding may leave in one that cancels.
         floor = 1e-3 * max(float(other.norm()) for other in wanted.values())
         assert relative_error(got[name], value, floor=floor) < TOLERANCE[dtype], name
+
+
+def same_line(theirs: Any, ours: Any) -> None:
+    """The same line from `print_trainable_parameters`, and the same counts."""
+    lines = []
+    for model in (theirs, ours):
+        with redirect_stdout(io.StringIO()) as out:
+            model.print_trainable_parameters()
+        lines.append(out.getvalue())
+    assert lines[1] == lines[0]
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
 
 
 def same_tensors(left: Path, right: Path) -> None:

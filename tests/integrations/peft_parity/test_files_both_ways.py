@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from integrations.peft_parity.sides import (
     F32,
     F64,
     TOLERANCE,
-    Net,
     agree,
     by_peft,
     by_us,
@@ -22,6 +20,7 @@ from integrations.peft_parity.sides import (
     opened_by_peft,
     peft_warnings_ignored,
     randomise,
+    same_line,
     same_tensors,
     saved_by_peft,
     tokens,
@@ -100,16 +99,9 @@ def moved_statistics(model: nn.Module) -> None:
     model.eval()
 
 
-def ours_trained(dtype: torch.dtype, fields: dict[str, Any]) -> Any:
-    model = by_us(net(dtype), **full(fields))
-    randomise(model)
-    if "head" in (fields.get("modules_to_save") or ()):
-        moved_statistics(model)
-    return model
-
-
-def theirs_trained(dtype: torch.dtype, fields: dict[str, Any]) -> Any:
-    model = by_peft(net(dtype), **full(fields))
+def trained_by(make: Any, dtype: torch.dtype, fields: dict[str, Any]) -> Any:
+    """A model of either side with random values, and for BatchNorm other buffers than the base model's."""
+    model = make(net(dtype), **full(fields))
     randomise(model)
     if "head" in (fields.get("modules_to_save") or ()):
         moved_statistics(model)
@@ -135,10 +127,11 @@ def check_same_file(tmp_path: Path, fields: dict[str, Any]) -> None:
 @options
 def test_written_here_opened_by_peft_and_back(fields: dict[str, Any], tmp_path: Path) -> None:
     """Outputs and gradients agree, and the round trip through PEFT changes no bit."""
-    ours = ours_trained(F32, fields)
+    ours = trained_by(by_us, F32, fields)
     hra_fx.save_adapter(ours, tmp_path / "a")
     theirs = opened_by_peft(net(), tmp_path / "a", is_trainable=True)
     agree(theirs, ours, tokens(), F32)
+    same_line(theirs, ours)
     assert relative_error(ours(tokens()), net()(tokens())) > 1e-3
     saved_by_peft(theirs, tmp_path / "b")
     again = hra_fx.load_adapter(net(), tmp_path / "b", is_trainable=True)
@@ -152,11 +145,11 @@ def test_written_here_opened_by_peft_and_back(fields: dict[str, Any], tmp_path: 
 @options
 def test_written_by_peft_opened_here(fields: dict[str, Any], tmp_path: Path) -> None:
     """Outputs and gradients agree, and both libraries write the same file."""
-    theirs = theirs_trained(F64, fields)
+    theirs = trained_by(by_peft, F64, fields)
     saved_by_peft(theirs, tmp_path / "theirs")
     ours = hra_fx.HRAModel.from_pretrained(net(F64), tmp_path / "theirs", is_trainable=True)
     agree(theirs, ours, tokens(), F64)
-    ours_trained(F64, fields).save_pretrained(tmp_path / "ours")
+    trained_by(by_us, F64, fields).save_pretrained(tmp_path / "ours")
     check_same_file(tmp_path, fields)
 
 
@@ -176,26 +169,20 @@ def test_injected_by_peft_and_saved_by_hand(name: str, tmp_path: Path) -> None:
     agree(theirs, hra_fx.load_adapter(net(F64), tmp_path, is_trainable=True), tokens(), F64)
 
 
-@pytest.mark.parametrize(("low", "is_trainable"), [(False, False), (True, True)])
-@pytest.mark.parametrize("fields", [OPTIONS["save head, bias all"], OPTIONS["r=2, random"]], ids=["head", "plain"])
-def test_low_memory_and_trainable(fields: dict[str, Any], low: bool, is_trainable: bool, tmp_path: Path) -> None:
-    theirs = theirs_trained(F64, fields)
+@pytest.mark.parametrize("name", ["save head, bias all", "r=2, random"])
+def test_low_memory(name: str, tmp_path: Path) -> None:
+    theirs = trained_by(by_peft, F64, OPTIONS[name])
     saved_by_peft(theirs, tmp_path)
-    settings = {"low_cpu_mem_usage": low, "is_trainable": is_trainable}
-    ours = hra_fx.HRAModel.from_pretrained(net(F64), tmp_path, **settings)
-    reopened = opened_by_peft(net(F64), tmp_path, **settings)
+    ours = hra_fx.HRAModel.from_pretrained(net(F64), tmp_path, low_cpu_mem_usage=True)
     assert not any(tensor.is_meta for tensor in ours.state_dict().values())
     assert relative_error(ours(tokens()), theirs(tokens())) < 1e-9
-    hra = {name for name in trained(reopened) if "hra_u" in name}
-    assert {name for name in trained(ours) if "hra_u" in name} == hra
-    assert bool(trained(ours)) is is_trainable
 
 
 @dtypes
 @anchored
 def test_anchored_written_here_opened_by_peft(fields: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
     """PEFT has the anchor as trained vectors too; without Gram-Schmidt, the last vectors are ours."""
-    ours = ours_trained(dtype, fields)
+    ours = trained_by(by_us, dtype, fields)
     ours.save_pretrained(tmp_path)
     theirs = opened_by_peft(net(dtype), tmp_path, is_trainable=True)
     assert relative_error(ours(tokens()), theirs(tokens())) < TOLERANCE[dtype]
@@ -215,59 +202,34 @@ def test_anchored_written_here_opened_by_peft(fields: dict[str, Any], dtype: tor
         assert relative_error(got, wanted) < 10 * TOLERANCE[dtype], name
 
 
-@anchored
-def test_anchored_loaded_here_again_bit_for_bit(fields: dict[str, Any], tmp_path: Path) -> None:
-    ours = ours_trained(F32, fields)
+@pytest.mark.parametrize("fields", GOING_ON.values(), ids=GOING_ON.keys())
+def test_loaded_here_again_bit_for_bit_and_training_goes_on(fields: dict[str, Any], tmp_path: Path) -> None:
+    ours = trained_by(by_us, F32, fields)
     hra_fx.save_adapter(ours, tmp_path / "a")
     again = hra_fx.load_adapter(net(), tmp_path / "a", is_trainable=True)
-    before, after = ours.state_dict(), again.state_dict()
-    assert after.keys() == before.keys()
-    for key, value in before.items():
-        assert after[key].dtype == value.dtype
-        assert torch.equal(after[key], value), key
+    same_state(ours, again)
     specs = [[m.hra_u.specs for m in model.modules() if hasattr(m, "hra_u")] for model in (ours, again)]
-    assert specs[0] == specs[1]
+    assert specs[0] == specs[1] or fields not in ANCHORED.values()  # a file without an anchor has no start
     hra_fx.save_adapter(again, tmp_path / "b")
     same_tensors(tmp_path / "a", tmp_path / "b")
     configs = [(tmp_path / side / "adapter_config.json").read_bytes() for side in ("a", "b")]
     assert configs[0] == configs[1]
-
-
-@pytest.mark.parametrize("fields", GOING_ON.values(), ids=GOING_ON.keys())
-def test_training_goes_on_as_if_nothing_had_been_saved(fields: dict[str, Any], tmp_path: Path) -> None:
-    ours = ours_trained(F32, fields)
-    hra_fx.save_adapter(ours, tmp_path)
-    again = hra_fx.load_adapter(net(), tmp_path, is_trainable=True)
     for model in (ours, again):
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-        for step in range(2):
-            optimizer.zero_grad()
-            (model(tokens(step)) ** 2).mean().backward()
-            optimizer.step()
-    after = again.state_dict()
-    for key, value in ours.state_dict().items():
+        two_steps(model)
+    same_state(ours, again)
+
+
+def same_state(one: nn.Module, other: nn.Module) -> None:
+    before, after = one.state_dict(), other.state_dict()
+    assert after.keys() == before.keys()
+    for key, value in before.items():
+        assert after[key].dtype == value.dtype
         assert torch.equal(after[key], value), key
 
 
-def test_two_steps_of_sgd_are_pefts(tmp_path: Path) -> None:
-    fields = full({"bias": "all", "modules_to_save": ["classifier"], "init_weights": False})
-    theirs = by_peft(net(F64), **fields)
-    randomise(theirs)
-    saved_by_peft(theirs, tmp_path)
-    ours = hra_fx.load_adapter(net(F64), tmp_path, is_trainable=True)
-    for model in (theirs, ours):
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-        for step in range(2):
-            optimizer.zero_grad()
-            (model(tokens(step)) ** 2).mean().backward()
-            optimizer.step()
-    for name, parameter in trained(theirs).items():
-        assert relative_error(trained(ours)[name], parameter) < 1e-9, name
-
-
-def test_the_models_class_and_object_stay(tmp_path: Path) -> None:
-    saved_by_peft(theirs_trained(F32, {}), tmp_path)
-    base = net()
-    assert hra_fx.HRAModel.from_pretrained(base, tmp_path) is base
-    assert isinstance(base, Net)
-    assert copy.deepcopy(base)(tokens()).equal(base(tokens()))
+def two_steps(model: nn.Module) -> None:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for step in range(2):
+        optimizer.zero_grad()
+        (model(tokens(step)) ** 2).mean().backward()
+        optimizer.step()

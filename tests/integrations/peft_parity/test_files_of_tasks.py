@@ -11,6 +11,7 @@ import pytest
 import torch
 from integrations.peft_parity.sides import (
     F64,
+    agree,
     by_peft,
     by_us,
     net,
@@ -18,11 +19,12 @@ from integrations.peft_parity.sides import (
     peft_warnings_ignored,
     plain_name,
     randomise,
+    same_line,
     saved_by_peft,
     tokens,
     trained,
 )
-from integrations.peft_parity.tiny import inputs, tiny
+from integrations.peft_parity.tiny import MODELS, inputs, tiny
 from oracles import relative_error
 from torch import Tensor, nn
 
@@ -54,31 +56,6 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
 tasks = pytest.mark.parametrize(("name", "fields"), TASKS.values(), ids=TASKS.keys())
 
 
-def output_of(model: nn.Module) -> Tensor:
-    output = model(**inputs(model.get_base_model()))
-    found: Tensor = output.logits if hasattr(output, "logits") else output[0]
-    return found
-
-
-def the_same(theirs: Any, ours: Any) -> None:
-    """Outputs, names of what is trained, and every gradient."""
-    if not hasattr(ours, "get_base_model"):
-        ours = hra_fx.HRAModel(ours, ours._hra_record.configs["default"])
-    results = []
-    for model in (theirs, ours):
-        model.zero_grad()
-        output = output_of(model)
-        output.backward(torch.randn(output.shape, dtype=F64, generator=torch.Generator().manual_seed(3)))
-        results.append(
-            {"": output.detach()} | {name: p.grad for name, p in trained(model).items() if p.grad is not None}
-        )
-    assert trained(ours).keys() == trained(theirs).keys()
-    floor = 1e-3 * max(float(value.norm()) for value in results[0].values())
-    assert results[1].keys() == results[0].keys()
-    for name, wanted in results[0].items():
-        assert relative_error(results[1][name], wanted, floor=floor) < 1e-9, name
-
-
 def sites(model: nn.Module) -> set[str]:
     return {name.partition(".hra_u.")[0] for name in model.state_dict() if ".hra_u." in name}
 
@@ -105,8 +82,10 @@ def test_files_go_both_ways(name: str, fields: dict[str, Any], tmp_path: Path) -
         randomise(model)
     ours.save_pretrained(tmp_path / "ours")
     saved_by_peft(theirs, tmp_path / "theirs")
-    the_same(opened_by_peft(base, tmp_path / "ours", is_trainable=True), ours)
-    the_same(theirs, hra_fx.HRAModel.from_pretrained(tiny(name), tmp_path / "theirs", is_trainable=True))
+    same_line(theirs, ours)
+    agree(opened_by_peft(base, tmp_path / "ours", is_trainable=True), ours, inputs(base), F64)
+    again = hra_fx.HRAModel.from_pretrained(tiny(name), tmp_path / "theirs", is_trainable=True)
+    agree(theirs, again, inputs(base), F64)
     check_same_configuration(name, base, tmp_path)
 
 
@@ -119,21 +98,6 @@ def test_a_configuration_that_peft_wrote_starts_a_new_adapter(tmp_path: Path) ->
     assert theirs.peft_config["default"].modules_to_save.count("score") > 0
     ours = hra_fx.transform(base, hra_fx.HRAConfig.from_pretrained(tmp_path))
     assert sites(ours) == {name.removeprefix("base_model.model.") for name in sites(theirs)}
-
-
-def test_a_model_that_was_given_its_name(tmp_path: Path) -> None:
-    base = tiny("bert")
-    base.config._name_or_path = base.name_or_path = "some/base"
-    by_us(base, r=2).save_pretrained(tmp_path / "ours")
-    with peft_warnings_ignored():
-        model = by_peft(base, r=2)
-        model.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
-    names = [json.loads((tmp_path / side / "adapter_config.json").read_text()) for side in ("ours", "theirs")]
-    assert names[0]["base_model_name_or_path"] == names[1]["base_model_name_or_path"] == "some/base"
-    with pytest.warns(hra_fx.HRAWarning, match="other/model"):
-        other = tiny("bert")
-        other.name_or_path = "other/model"
-        hra_fx.load_adapter(other, tmp_path / "theirs")
 
 
 SEVERAL: dict[str, dict[str, Any]] = {
@@ -180,31 +144,30 @@ def folders(directory: Path) -> set[str]:
     return {path.relative_to(directory).as_posix() for path in directory.rglob("adapter_*")}
 
 
-def test_several_adapters_written_here_opened_by_peft(tmp_path: Path) -> None:
-    ours = several(by_us)
-    ours.save_pretrained(tmp_path)
-    theirs = opened_by_peft(net(F64), tmp_path)
-    for name in list(SEVERAL)[1:]:
-        theirs.load_adapter(tmp_path / name, name)
-    assert_equal_outputs(outputs_of_each(ours), outputs_of_each(theirs))
-
-
-def test_several_adapters_written_by_peft_opened_here(tmp_path: Path) -> None:
-    theirs = several(by_peft)
-    saved_by_peft(theirs, tmp_path)
-    ours = hra_fx.HRAModel.from_pretrained(net(F64), tmp_path)
-    for name in list(SEVERAL)[1:]:
-        ours.load_adapter(tmp_path, name, subfolder=name)
-    assert_equal_outputs(outputs_of_each(ours), outputs_of_each(theirs))
-    ours.save_pretrained(tmp_path / "again")
-    assert folders(tmp_path / "again") == {f for f in folders(tmp_path) if not f.startswith("again/")}
-
-
-@pytest.mark.parametrize("selected", [["french"], ["gs", "default"]])
-def test_selected_adapters_go_into_pefts_folders(selected: list[str], tmp_path: Path) -> None:
-    several(by_us).save_pretrained(tmp_path / "ours", selected_adapters=selected)
-    saved_by_peft(several(by_peft), tmp_path / "theirs", selected_adapters=selected)
+def test_files_of_several_adapters_go_both_ways(tmp_path: Path) -> None:
+    ours, theirs = several(by_us), several(by_peft)
+    ours.save_pretrained(tmp_path / "ours")
+    saved_by_peft(theirs, tmp_path / "theirs")
     assert folders(tmp_path / "ours") == folders(tmp_path / "theirs")
+    opened = opened_by_peft(net(F64), tmp_path / "ours")
+    again = hra_fx.HRAModel.from_pretrained(net(F64), tmp_path / "theirs")
+    for name in list(SEVERAL)[1:]:
+        opened.load_adapter(tmp_path / "ours" / name, name)
+        again.load_adapter(tmp_path / "theirs", name, subfolder=name)
+    assert_equal_outputs(outputs_of_each(ours), outputs_of_each(opened))
+    assert_equal_outputs(outputs_of_each(again), outputs_of_each(theirs))
+    for number, selected in enumerate((["french"], ["gs", "default"])):
+        ours.save_pretrained(tmp_path / f"ours{number}", selected_adapters=selected)
+        saved_by_peft(theirs, tmp_path / f"theirs{number}", selected_adapters=selected)
+        assert folders(tmp_path / f"ours{number}") == folders(tmp_path / f"theirs{number}")
+
+
+def test_a_head_tied_to_the_embedding_counts_once() -> None:
+    base = MODELS["llama"]()
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    assert base.lm_head.weight is base.model.embed_tokens.weight
+    same_line(by_peft(base, r=4), by_us(base, r=4))
 
 
 @pytest.mark.parametrize("name", ["hra", "ünï"])
@@ -228,16 +191,3 @@ def test_the_name_of_an_adapter_is_no_part_of_its_file(name: str, tmp_path: Path
     theirs.load_adapter(tmp_path / "again" / "mine", "back")
     theirs.set_adapter("back")
     assert relative_error(ours(tokens()), theirs(tokens())) < 1e-9
-
-
-def test_loading_under_the_same_name_replaces_the_values(tmp_path: Path) -> None:
-    theirs = by_peft(net(F64), r=2, target_modules=["query"], modules_to_save=["classifier"])
-    ours = None
-    for seed in (1, 2):
-        randomise(theirs, seed)
-        saved_by_peft(theirs, tmp_path / str(seed))
-        if ours is None:
-            ours = hra_fx.HRAModel.from_pretrained(net(F64), tmp_path / str(seed))
-        else:
-            ours.load_adapter(tmp_path / str(seed), "default")
-        assert relative_error(ours(tokens()), theirs(tokens())) < 1e-9

@@ -1,4 +1,4 @@
-"""Which parameters have `requires_grad` after every step that changes it: PEFT's rules, with PEFT beside."""
+"""Which parameters have `requires_grad` after every step that changes it, and the line that counts them, as in PEFT."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from integrations.peft_parity.sides import (
     net,
     opened_by_peft,
     peft_warnings_ignored,
+    same_line,
     saved_by_peft,
     tokens,
 )
@@ -80,169 +81,105 @@ def pair(first: Fields, second: Fields | None = None) -> tuple[Any, Any]:
     return theirs, ours
 
 
-def same(theirs: nn.Module, ours: nn.Module) -> set[Flag]:
+def same(theirs: nn.Module, ours: nn.Module) -> set[str]:
+    """The adapters that have trained parameters; which those are, and how many, is as in PEFT."""
     got = ours_trained(ours)
     assert got == theirs_trained(theirs)
-    return got
+    same_line(theirs, ours)
+    return {adapter for _, adapter in got}
+
+
+def set_both(theirs: Any, ours: Any, name: str, **options: bool) -> set[str]:
+    for model in (theirs, ours):
+        model.set_adapter(name, **options)
+    return same(theirs, ours)
 
 
 @firsts
-def test_after_transform(first: Fields) -> None:
-    assert {adapter for _, adapter in same(*pair(first))} == {"default"}
+def test_one_adapter(first: Fields) -> None:
     assert same(*pair(first | {"inference_mode": True})) == set()
+    theirs, ours = pair(first)
+    assert same(theirs, ours) == {"default"}
+    before = ours_trained(ours)
+    with theirs.disable_adapter(), ours.disable_adapter():
+        # PEFT clears the flags here; ours stay, and nothing reads the parameters.
+        assert theirs_trained(theirs) == set()
+        assert ours_trained(ours) == before
+        assert not ours(tokens()).requires_grad
+    assert same(theirs, ours) == {"default"}
+    for steps in (("disable_adapter_layers", "enable_adapter_layers"), ("merge_adapter", "unmerge_adapter")):
+        for step in steps:
+            for model in (theirs.base_model, ours):
+                getattr(model, step)()
+            assert step == "disable_adapter_layers" or same(theirs, ours) == {"default"}
+    # PEFT leaves the base model frozen; here it is as it was before.
+    for finish in ("unload", "merge_and_unload"):
+        assert all(parameter.requires_grad for parameter in getattr(pair(first)[1], finish)().parameters())
 
 
 @firsts
 @seconds
-def test_after_add_adapter_and_set_adapter(first: Fields, second: Fields) -> None:
+def test_two_adapters(first: Fields, second: Fields) -> None:
     theirs, ours = pair(first, second)
-    assert {adapter for _, adapter in same(theirs, ours)} == {"default"}
+    assert same(theirs, ours) == {"default"}
     for name in ("other", "default", "default", "other"):
-        for model in (theirs, ours):
-            model.set_adapter(name)
-        assert {adapter for _, adapter in same(theirs, ours)} == {name}
-    for model in (theirs, ours):
-        model.set_adapter("default", inference_mode=True)
-    assert same(theirs, ours) == set()
-    for model in (theirs, ours):
-        model.set_adapter("other", inference_mode=False)
-    assert {adapter for _, adapter in same(theirs, ours)} == {"other"}
+        assert set_both(theirs, ours, name) == {name}
+    assert set_both(theirs, ours, "default", inference_mode=True) == set()
+    assert set_both(theirs, ours, "other", inference_mode=False) == {"other"}
 
 
 @seconds
-def test_after_setting_a_list(second: Fields) -> None:
+def test_a_list_of_adapters(second: Fields) -> None:
     theirs, ours = pair(FIRST["plain"], second)
-    for names in (["default", "other"], ["other", "default"], ["other"]):
-        theirs.base_model.set_adapter(names)
-        ours.set_adapter(names)
-        flags = same(theirs, ours)
-        assert {adapter for _, adapter in flags} == set(names)
-    theirs.base_model.set_adapter(["default", "other"], inference_mode=True)
-    ours.set_adapter(["default", "other"], inference_mode=True)
-    assert same(theirs, ours) == set()
+    for inference_mode in (False, True):
+        for names in (["default", "other"], ["other", "default"], ["other"]):
+            for model in (theirs.base_model, ours):
+                model.set_adapter(names, inference_mode=inference_mode)
+            assert same(theirs, ours) == (set() if inference_mode else set(names))
 
 
 @firsts
 @seconds
-@pytest.mark.parametrize(("active", "gone"), [("default", "default"), ("other", "default")])
-def test_after_delete_adapter(first: Fields, second: Fields, active: str, gone: str) -> None:
-    """What is left acts, all of it. PEFT forgets the head of it, and layers that the deleted one did not have, until
-    it is set once more."""
+@pytest.mark.parametrize("active", ["default", "other"])
+def test_a_deleted_adapter(first: Fields, second: Fields, active: str) -> None:
+    """The other one acts with all its parts. PEFT forgets its head, and layers that the deleted one did not have,
+    until it is set once more."""
     theirs, ours = pair(first, second)
     for model in (theirs, ours):
         model.set_adapter(active)
         with peft_warnings_ignored():
-            model.delete_adapter(gone)
-    left = "other" if gone == "default" else "default"
+            model.delete_adapter("default")
     assert theirs_trained(theirs) <= ours_trained(ours)
-    theirs.set_adapter(left)
-    assert {adapter for _, adapter in same(theirs, ours)} == {left}
-    assert ours.active_adapters == theirs.active_adapters == [left]
-
-
-@firsts
-def test_after_the_disable_block(first: Fields) -> None:
-    theirs, ours = pair(first)
-    with theirs.disable_adapter(), ours.disable_adapter():
-        pass
-    assert {adapter for _, adapter in same(theirs, ours)} == {"default"}
-
-
-@firsts
-def test_inside_the_disable_block_no_gradient_comes_to_an_adapter(first: Fields) -> None:
-    """PEFT clears the flags there as well; here they stay, and nothing reads what they belong to."""
-    theirs, ours = pair(first)
-    before = ours_trained(ours)
-    with theirs.disable_adapter(), ours.disable_adapter():
-        assert theirs_trained(theirs) == set()
-        assert ours_trained(ours) == before
-        assert not ours(tokens()).requires_grad
-
-
-@firsts
-def test_after_layers_were_switched_off_and_on(first: Fields) -> None:
-    theirs, ours = pair(first)
-    for model in (theirs.base_model, ours):
-        model.disable_adapter_layers()
-        model.enable_adapter_layers()
-    assert {adapter for _, adapter in same(theirs, ours)} == {"default"}
-
-
-@firsts
-def test_after_merge_and_unmerge(first: Fields) -> None:
-    theirs, ours = pair(first)
-    before = same(theirs, ours)
-    for step in ("merge_adapter", "unmerge_adapter"):
-        for model in (theirs, ours):
-            getattr(model, step)()
-        assert same(theirs, ours) == before
-
-
-@firsts
-@pytest.mark.parametrize("finish", ["unload", "merge_and_unload"])
-def test_after_the_adapters_are_gone_flags_are_those_of_the_base_model(first: Fields, finish: str) -> None:
-    """PEFT leaves the base model frozen; here it is what it was before."""
-    _, ours = pair(first)
-    model = getattr(ours, finish)()
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    theirs.set_adapter("other")
+    assert same(theirs, ours) == {"other"}
+    assert ours.active_adapters == theirs.active_adapters == ["other"]
 
 
 @firsts
 @pytest.mark.parametrize("is_trainable", [False, True])
-def test_after_loading(first: Fields, is_trainable: bool, tmp_path: Path) -> None:
+def test_a_loaded_adapter(first: Fields, is_trainable: bool, tmp_path: Path) -> None:
+    """Loading for inference also puts the model into eval mode."""
     saved_by_peft(by_peft(net(), **first), tmp_path)
-    theirs = opened_by_peft(net(), tmp_path, is_trainable=is_trainable)
-    ours = hra_fx.HRAModel.from_pretrained(net(), tmp_path, is_trainable=is_trainable)
-    assert {adapter for _, adapter in same(theirs, ours)} == ({"default"} if is_trainable else set())
-    for model in (theirs, ours):
-        model.set_adapter("default")
-    assert {adapter for _, adapter in same(theirs, ours)} == {"default"}
+    theirs = opened_by_peft(net().train(), tmp_path, is_trainable=is_trainable)
+    ours = hra_fx.HRAModel.from_pretrained(net().train(), tmp_path, is_trainable=is_trainable)
+    assert ours.training is ours.body.layers[0].training is theirs.training is is_trainable
+    assert same(theirs, ours) == ({"default"} if is_trainable else set())
+    assert set_both(theirs, ours, "default") == {"default"}
 
 
 @firsts
 @seconds
-def test_after_loading_a_second_one_for_inference(first: Fields, second: Fields, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_a_second_loaded_adapter(first: Fields, second: Fields, is_trainable: bool, tmp_path: Path) -> None:
+    """PEFT trains a loaded adapter that is not active too, where no forward could reach it."""
     saved_by_peft(by_peft(net(), **second), tmp_path)
     theirs, ours = pair(first)
-    with peft_warnings_ignored():
-        theirs.load_adapter(tmp_path, "other")
-    ours.load_adapter(tmp_path, "other")
-    assert {adapter for _, adapter in same(theirs, ours)} == {"default"}
-    for name in ("other", "default"):
-        for model in (theirs, ours):
-            model.set_adapter(name)
-        assert {adapter for _, adapter in same(theirs, ours)} == {name}
-
-
-def test_a_second_one_that_is_to_be_trained_gets_its_gradients_when_it_acts(tmp_path: Path) -> None:
-    """PEFT gives gradients to the waiting adapter too, where no forward could reach them."""
-    saved_by_peft(by_peft(net(), **SECOND["same"]), tmp_path)
-    theirs, ours = pair(FIRST["plain"])
-    with peft_warnings_ignored():
-        theirs.load_adapter(tmp_path, "other", is_trainable=True)
-    ours.load_adapter(tmp_path, "other", is_trainable=True)
-    assert {adapter for _, adapter in ours_trained(ours)} == {"default"}
-    for model in (theirs, ours):
-        model.set_adapter("other")
-    assert {adapter for _, adapter in same(theirs, ours)} == {"other"}
-
-
-@pytest.mark.parametrize("is_trainable", [False, True])
-def test_loading_for_inference_puts_the_model_into_eval_mode(is_trainable: bool, tmp_path: Path) -> None:
-    """So that dropout is off without a word more, as after transformers' own `from_pretrained`."""
-    saved_by_peft(by_peft(net(), **FIRST["plain"]), tmp_path)
-    theirs = opened_by_peft(net().train(), tmp_path, is_trainable=is_trainable)
-    ours = hra_fx.HRAModel.from_pretrained(net().train(), tmp_path, is_trainable=is_trainable)
-    assert ours.training is theirs.training is is_trainable
-    assert ours.body.layers[0].training is is_trainable
-
-
-@pytest.mark.parametrize("is_trainable", [False, True])
-def test_loading_a_second_one_for_inference_puts_the_model_into_eval_mode(is_trainable: bool, tmp_path: Path) -> None:
-    saved_by_peft(by_peft(net(), **SECOND["same"]), tmp_path)
-    theirs, ours = pair(FIRST["plain"])
     for model in (theirs, ours):
         model.train()
         with peft_warnings_ignored():
             model.load_adapter(tmp_path, "other", is_trainable=is_trainable)
     assert ours.training is theirs.training is is_trainable
+    assert {adapter for _, adapter in ours_trained(ours)} == {"default"}
+    assert is_trainable or same(theirs, ours) == {"default"}
+    for name in ("other", "default"):
+        assert set_both(theirs, ours, name) == {name}

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from integrations.transformers_use.tiny import BASES, adapted, batch, pairs, trained_in, trainer_of, turn
+from integrations.transformers_use.tiny import BASES, adapted, batch, pairs, turn
 from oracles import relative_error
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import checkpoint
-from transformers import Trainer
 
 # The names that transformers has had since 5.0; it means to rename them.
 pytestmark = pytest.mark.filterwarnings(
@@ -64,35 +62,11 @@ def test_the_gradients_are_those_without(
     if when == "after":
         enable(model, use_reentrant=use_reentrant)
     turn(model)
-    found = gradients(kind, model)
+    found = {name: gradient.clone() for name, gradient in gradients(kind, model).items()}
     assert recomputed == [use_reentrant] * 2, "one for each block"
-    assert wanted.keys() == found.keys()
-    assert {name: error for name in wanted if (error := relative_error(found[name], wanted[name])) > 1e-5} == {}
-
-
-@pytest.mark.parametrize("kind", BASES)
-def test_it_can_be_switched_off_again(kind: str, recomputed: list[bool]) -> None:
-    model = adapted(kind, "HRAModel")
-    enable(model, use_reentrant=False)
+    model.zero_grad()
     model.gradient_checkpointing_disable()
     gradients(kind, model)
-    assert recomputed == []
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
-@pytest.mark.slow
-@pairs
-def test_the_trainer_trains_the_same_with_it(
-    kind: str, shape: str, use_reentrant: bool, tmp_path: Path, recomputed: list[bool]
-) -> None:
-    found: list[dict[str, Tensor]] = []
-    for arguments in ({}, {"gradient_checkpointing": True}):
-        if arguments:
-            arguments |= {"gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
-        model: nn.Module = adapted(kind, shape)
-        trainer_of(Trainer, kind, model, tmp_path, **arguments).train()
-        found.append(trained_in(model))
-    assert recomputed == [use_reentrant] * 2 * 6, "one for each block and step"
-    assert {
-        name: error for name, value in found[0].items() if (error := relative_error(found[1][name], value)) > 1e-5
-    } == {}
+    assert len(recomputed) == 2
+    assert wanted.keys() == found.keys()
+    assert {name: error for name in wanted if (error := relative_error(found[name], wanted[name])) > 1e-5} == {}

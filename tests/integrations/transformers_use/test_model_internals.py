@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-import io
 import pickle
 from typing import Any
 
-import pytest
 import torch
 from integrations.transformers_use.tiny import BASES, adapted, batch, pairs, turn, vectors_of
 from oracles import relative_error
 from torch import Tensor, nn
-from transformers import BertForSequenceClassification, LlamaForCausalLM, PreTrainedModel
+from transformers import BertForSequenceClassification, LlamaForCausalLM
 from transformers.utils import find_labels
 
 import hra_fx
@@ -34,21 +31,14 @@ def logits(model: nn.Module, kind: str) -> Tensor:
 
 
 @pairs
-def test_it_is_an_instance_of_its_class_and_goes_by_its_name(kind: str, shape: str) -> None:
-    model = adapted(kind, shape)
+def test_it_is_its_class_with_its_name_attributes_and_signature(kind: str, shape: str) -> None:
+    base = BASES[kind]()
+    embeddings, head, settings = base.get_input_embeddings(), base.get_output_embeddings(), base.config
+    model = adapted(kind, shape, base=base)
     assert isinstance(model, CLASSES[kind])
-    assert isinstance(model, PreTrainedModel)
     assert isinstance(model, hra_fx.HRAModel) is (shape == "HRAModel")
     assert type(model).__name__ == CLASSES[kind].__name__
     assert str(type(model)) == str(CLASSES[kind])
-
-
-@pairs
-def test_it_has_the_attributes_of_the_model(kind: str, shape: str) -> None:
-    base = BASES[kind]()
-    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
-    settings = base.config
-    model = adapted(kind, shape, base=base)
     assert model is base
     assert model.config is settings
     assert model.device == torch.device("cpu")
@@ -58,11 +48,7 @@ def test_it_has_the_attributes_of_the_model(kind: str, shape: str) -> None:
     assert model.get_output_embeddings() is head
     assert model.main_input_name == "input_ids"
     assert model.can_generate() is (kind == "llama")
-
-
-@pairs
-def test_the_arguments_that_the_trainer_looks_for_are_those_of_the_model(kind: str, shape: str) -> None:
-    model = adapted(kind, shape)
+    # The Trainer reads the names of arguments.
     assert inspect.signature(model.forward) == inspect.signature(BASES[kind]().forward)
     assert find_labels(type(model)) == find_labels(CLASSES[kind]) == ["labels"]
 
@@ -78,9 +64,11 @@ def test_the_parameters_are_counted(kind: str, shape: str) -> None:
 
 
 @pairs
-def test_modes_and_dtypes_reach_every_part(kind: str, shape: str) -> None:
+def test_modes_and_dtypes_reach_every_part_and_tying_again_changes_nothing(kind: str, shape: str) -> None:
     model = turned(kind, shape)
     wanted = logits(model, kind)
+    model.tie_weights()
+    assert torch.equal(logits(model, kind), wanted)
     assert model.train() is model
     assert all(part.training for part in model.modules())
     assert model.eval() is model
@@ -88,29 +76,14 @@ def test_modes_and_dtypes_reach_every_part(kind: str, shape: str) -> None:
     assert model.to(torch.float64) is model
     assert {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()} == {torch.float64}
     assert relative_error(logits(model, kind), wanted.double()) < 1e-5
-    assert model.to("cpu").device == torch.device("cpu")
 
 
-def saved_by_torch(model: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPYING = {
-    "torch.save": saved_by_torch,
-    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "deepcopy": copy.deepcopy,
-}
-
-
-@pytest.mark.parametrize("way", COPYING)
 @pairs
-def test_a_copy_is_the_same_and_no_part_of_it_is_shared(kind: str, shape: str, way: str) -> None:
+def test_a_pickled_copy_is_the_same_and_shares_nothing(kind: str, shape: str) -> None:
+    """Deep copies are tested in `tests/zoo`, `torch.save` in `tests/integrations/test_models.py`."""
     model = turned(kind, shape)
     wanted = logits(model, kind)
-    other = COPYING[way](model)
+    other = pickle.loads(pickle.dumps(model))
     assert type(other) is type(model)
     assert torch.equal(logits(other, kind), wanted)
     turn(other, 8)
@@ -119,12 +92,4 @@ def test_a_copy_is_the_same_and_no_part_of_it_is_shared(kind: str, shape: str, w
     other.train()(**batch(kind)).loss.backward()
     assert all(vectors.grad is not None for vectors in vectors_of(other).values())
     assert type(hra_fx.fold(other)) is CLASSES[kind]
-    assert torch.equal(logits(model, kind), wanted)
-
-
-@pairs
-def test_tying_again_changes_nothing(kind: str, shape: str) -> None:
-    model = turned(kind, shape)
-    wanted = logits(model, kind)
-    model.tie_weights()
     assert torch.equal(logits(model, kind), wanted)

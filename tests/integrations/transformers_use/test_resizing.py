@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from integrations.transformers_use.tied import CASES, VOCABULARY, Case, case, logits, turn
+from integrations.transformers_use.tied import CASES, VOCABULARY, Case, case, logits, stored, turn
 from oracles import dense_q, dense_weight, relative_error
 from torch import Tensor, nn
 from transformers import MobileBertConfig, MobileBertForMaskedLM
@@ -50,11 +51,11 @@ def kept(found: Tensor, size: int) -> Tensor:
 
 @every
 @sizes
-def test_old_tokens_come_out_as_before_under_the_same_vectors(kind: str, tied: bool, size: int) -> None:
+def test_old_tokens_come_out_as_before_and_new_ones_are_rotated_too(kind: str, tied: bool, size: int) -> None:
     made = adapted(kind, tied=tied)
     model, before = made.model, made.model.get_submodule(made.head)
-    reflection, vectors = before.hra_u, before.hra_u["default"]
-    anchor, wanted = reflection.anchor("default"), logits(model)
+    reflection, vectors, anchor = before.hra_u, before.hra_u["default"], before.hra_u.anchor("default")
+    wanted, names, keys = logits(model), [name for name, _ in model.named_parameters()], list(model.state_dict())
     resize(model, size)
     head = model.get_submodule(made.head)
     assert logits(model).shape[-1] == head.weight.shape[0] == size
@@ -63,25 +64,16 @@ def test_old_tokens_come_out_as_before_under_the_same_vectors(kind: str, tied: b
     assert head.hra_u["default"] is vectors
     assert head.hra_u.anchor("default") is anchor
     assert (head is before) is tied
-    assert (head.weight is model.get_submodule(made.embedding).weight) is tied
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
-        name for name, _ in model.named_parameters() if ".hra_u." in name
-    }
+    assert (stored(head) is stored(model.get_submodule(made.embedding))) is tied
+    assert ([name for name, _ in model.named_parameters()], list(model.state_dict())) == (names, keys)
+    assert all(p.requires_grad is (".hra_u." in name) for name, p in model.named_parameters())
     assert not any(module.training for module in model.modules())
+    if kind == "bert":  # another module holds the bias too
+        assert head.bias is model.cls.predictions.bias
+        assert head.bias.shape == (size,)
 
-
-@every
-def test_new_tokens_are_rotated_too_and_the_model_folds(kind: str, tied: bool) -> None:
-    made = adapted(kind, tied=tied)
-    model = made.model
-    resize(model, VOCABULARY + 8)
-    head = model.get_submodule(made.head)
-    q = dense_q(head.hra_u["default"].detach(), anchor=head.hra_u.anchor("default"))
-    wanted, weight = logits(model), dense_weight(head.weight.detach(), q)
-    if tied:
-        with pytest.warns(hra_fx.HRAWarning, match="^untied: "):
-            hra_fx.fold(model)
-    else:
+    wanted, weight = logits(model), dense_weight(stored(head).detach(), dense_q(vectors.detach(), anchor=anchor))
+    with pytest.warns(hra_fx.HRAWarning, match="^untied: ") if tied else nullcontext():
         hra_fx.fold(model)
     assert relative_error(model.get_submodule(made.head).weight, weight) < 1e-12
     assert relative_error(logits(model), wanted) < 1e-12
@@ -90,7 +82,7 @@ def test_new_tokens_are_rotated_too_and_the_model_folds(kind: str, tied: bool) -
 
 
 @few
-def test_an_optimizer_from_before_trains_on(kind: str, tied: bool) -> None:
+def test_an_optimizer_from_before_trains_on_and_a_frozen_adapter_stays_frozen(kind: str, tied: bool) -> None:
     made = adapted(kind, tied=tied)
     optimizer = torch.optim.SGD([p for p in made.model.parameters() if p.requires_grad], lr=0.1)
     resize(made.model, VOCABULARY + 8)
@@ -99,6 +91,9 @@ def test_an_optimizer_from_before_trains_on(kind: str, tied: bool) -> None:
     logits(made.model.train()).square().mean().backward()
     optimizer.step()
     assert not torch.equal(vectors, start)
+    model = adapted(kind, tied=tied, inference_mode=True).model
+    resize(model, VOCABULARY + 8)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 @few
@@ -144,23 +139,7 @@ def test_all_adapters_come_along_and_can_be_switched(tied: bool) -> None:
     assert relative_error(kept(logits(plain), VOCABULARY), off) < 1e-12
 
 
-@ties
-def test_a_frozen_adapter_stays_frozen(tied: bool) -> None:
-    model = adapted("llama", tied=tied, inference_mode=True).model
-    resize(model, VOCABULARY + 8)
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-
-
-@ties
-@sizes
-def test_a_bias_that_another_module_holds_too_goes_along(tied: bool, size: int) -> None:
-    model = adapted("bert", tied=tied).model
-    resize(model, size)
-    assert model.cls.predictions.decoder.bias is model.cls.predictions.bias
-    assert model.cls.predictions.bias.shape == (size,)
-
-
-def test_the_mean_of_the_old_tokens_is_given_to_new_ones() -> None:
+def test_new_tokens_are_the_mean_of_the_old_ones_unless_told_otherwise() -> None:
     model = adapted("llama", tied=False).model
     wanted = logits(model)
     model.resize_token_embeddings(VOCABULARY + 8)
@@ -185,15 +164,6 @@ def test_a_resize_that_transformers_refuses_changes_nothing() -> None:
         model.resize_token_embeddings(VOCABULARY + 8)
     assert [type(module) for module in model.modules()] == kinds_of
     assert torch.equal(logits(model), wanted)
-
-
-@ties
-def test_the_order_of_parameters_stays(tied: bool) -> None:
-    model = adapted("llama", tied=tied).model
-    names, keys = [name for name, _ in model.named_parameters()], list(model.state_dict())
-    resize(model, VOCABULARY + 8)
-    assert [name for name, _ in model.named_parameters()] == names
-    assert list(model.state_dict()) == keys
 
 
 # Refusals
@@ -238,9 +208,7 @@ def test_a_merged_head_must_be_unmerged_first() -> None:
     resize(model, VOCABULARY + 8)
     hra_fx.merge_adapter(model)
     assert relative_error(kept(logits(model), VOCABULARY), wanted) < 1e-12
-
-
-def test_layers_that_are_merged_elsewhere_do_not_matter() -> None:
+    # Layers that are merged elsewhere do not matter.
     model = adapted("llama", tied=False, target_modules=["q_proj"]).model
     wanted = logits(model)
     hra_fx.merge_adapter(model)

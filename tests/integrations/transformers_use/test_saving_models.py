@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.transformers_use.tiny import BASES, adapted, batch, config_for, pairs, turn, vectors_of
+from integrations.transformers_use.tiny import BASES, adapted, batch, pairs, turn, vectors_of
 from oracles import relative_error
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ def stepped(kind: str, shape: str, folder: Path, **fields: object) -> Any:
     return model
 
 
-@pytest.mark.parametrize("fields", [{}, {"r": 4}, {"apply_GS": True}, {"bias": "hra_only"}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"apply_GS": True}, {"bias": "hra_only"}], ids=str)
 @pairs
 def test_transformers_opens_the_folder_over_the_base_that_it_names(
     kind: str, shape: str, fields: dict[str, Any], tmp_path: Path
@@ -66,6 +66,12 @@ def test_transformers_opens_the_folder_over_the_base_that_it_names(
     opened = AUTO[kind].from_pretrained(tmp_path / "adapter")
     assert type(opened) is CLASSES[kind]
     assert relative_error(logits(opened, kind), logits(model, kind)) < 1e-5
+    # What the Trainer resumes from lies next to the adapter, and is not taken for the model.
+    model.save_pretrained(tmp_path / "checkpoint-3")
+    assert names_in(tmp_path / "checkpoint-3") == FILES | {"model.safetensors"}
+    for maker in (AUTO[kind], CLASSES[kind]):
+        opened = maker.from_pretrained(tmp_path / "checkpoint-3", local_files_only=True)
+        assert relative_error(logits(opened, kind), logits(model, kind)) < 1e-5
     plain = CLASSES[kind].from_pretrained(tmp_path / "base")
     assert relative_error(logits(plain, kind), logits(model, kind)) > 1e-2
 
@@ -80,21 +86,10 @@ def test_a_folder_that_names_no_base_is_not_opened_as_a_model_without_its_adapte
             maker.from_pretrained(tmp_path, local_files_only=True)
 
 
-@pairs
-def test_transformers_opens_a_checkpoint_of_the_trainer_too(kind: str, shape: str, tmp_path: Path) -> None:
-    """What the Trainer resumes from lies beside the adapter, and is not taken for the model."""
-    model = stepped(kind, shape, tmp_path)
-    model.save_pretrained(tmp_path / "checkpoint-3")
-    assert names_in(tmp_path / "checkpoint-3") == FILES | {"model.safetensors"}
-    for maker in (AUTO[kind], CLASSES[kind]):
-        opened = maker.from_pretrained(tmp_path / "checkpoint-3", local_files_only=True)
-        assert relative_error(logits(opened, kind), logits(model, kind)) < 1e-5
-
-
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"safe_serialization": False}, "safe_serialization must be True, got False: pickle files are never written."),
     ({"push_to_hub": True}, "push_to_hub must be False, got True. Save first, then call model.push_to_hub(...)."),
-    ({"selected_adapters": ["other"]}, "adapter 'other': the model has no such adapter. It has 'default'."),
+    ({"selected_adapters": ["other"]}, "the model has no adapter 'other'. It has 'default'."),
 ]
 
 
@@ -105,13 +100,10 @@ def test_what_is_refused_writes_nothing(options: dict[str, Any], message: str, t
     assert names_in(tmp_path) == set()
 
 
-def test_other_processes_than_the_main_one_write_nothing(tmp_path: Path) -> None:
-    adapted("llama", "transform").save_pretrained(tmp_path / "adapter", is_main_process=False)
-    assert not (tmp_path / "adapter").exists()
-
-
-def test_shards_and_variants_have_no_meaning_for_an_adapter(tmp_path: Path) -> None:
+def test_options_for_whole_models_change_nothing_and_other_processes_write_nothing(tmp_path: Path) -> None:
     model = adapted("llama", "transform")
+    model.save_pretrained(tmp_path / "none", is_main_process=False)
+    assert not (tmp_path / "none").exists()
     model.save_pretrained(tmp_path / "plain")
     model.save_pretrained(tmp_path / "cut", max_shard_size="1KB", variant="fp16")
     assert names_in(tmp_path / "cut") == FILES
@@ -131,35 +123,17 @@ def test_a_gathered_state_dict_is_what_is_written(folder: str, tmp_path: Path) -
     assert torch.equal(saved["base_model.model.classifier.weight"], gathered["classifier.weight"])
 
 
-def test_all_adapters_are_written_or_those_that_are_named(tmp_path: Path) -> None:
-    model = adapted("llama", "HRAModel")
-    for name in ("second", "third"):
-        hra_fx.add_adapter(model, name, config_for("llama", r=3))
-    turn(model)
-    model.save_pretrained(tmp_path / "all")
-    model.save_pretrained(tmp_path / "some", selected_adapters=["second"])
-    inside = {f"{name}/{file}" for name in ("second", "third") for file in FILES}
-    assert names_in(tmp_path / "all") == FILES | inside
-    assert names_in(tmp_path / "some") == {f"second/{file}" for file in FILES}
-    for name in ("default", "second", "third"):
-        hra_fx.set_adapter(model, name)
-        opened = hra_fx.load_adapter(BASES["llama"](), tmp_path / "all", subfolder=None if name == "default" else name)
-        assert torch.equal(logits(opened, "llama"), logits(model, "llama"))
-
-
-@pytest.mark.parametrize("state", ["merged", "disabled", "inactive"])
-def test_the_adapter_is_written_whatever_state_it_is_in(state: str, tmp_path: Path) -> None:
+def test_the_adapter_is_written_whether_it_is_merged_disabled_or_inactive(tmp_path: Path) -> None:
     model = adapted("llama", "HRAModel")
     turn(model)
     model.save_pretrained(tmp_path / "before")
-    {
-        "merged": model.merge_adapter,
-        "disabled": model.disable_adapter_layers,
-        "inactive": lambda: model.set_adapter([]),
-    }[state]()
-    model.save_pretrained(tmp_path / "after")
-    for name in FILES:
-        assert (tmp_path / "after" / name).read_bytes() == (tmp_path / "before" / name).read_bytes()
+    for number, change in enumerate(
+        (model.merge_adapter, model.unmerge_adapter, model.disable_adapter_layers, lambda: model.set_adapter([]))
+    ):
+        change()
+        model.save_pretrained(tmp_path / str(number))
+        for name in FILES:
+            assert (tmp_path / str(number) / name).read_bytes() == (tmp_path / "before" / name).read_bytes()
 
 
 @pairs

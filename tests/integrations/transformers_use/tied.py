@@ -112,9 +112,15 @@ def case(kind: str) -> Case:
         for name, parameter in made.model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_()
-    tensors = (made.model.get_submodule(path).weight for path in (made.head, made.embedding))
-    assert len({id(tensor) for tensor in tensors}) == 1
+    assert made.model.get_submodule(made.head).weight is made.model.get_submodule(made.embedding).weight
     return made
+
+
+def stored(layer: nn.Module) -> nn.Parameter:
+    """The weight as it is stored; `layer.weight` of an adapted layer is the rotated one."""
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    return weight
 
 
 def logits(model: Any) -> Tensor:

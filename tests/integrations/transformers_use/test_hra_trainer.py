@@ -1,0 +1,193 @@
+"""`HRATrainer` compared with `Trainer`: what the regularizer changes, and what it does not."""
+
+from __future__ import annotations
+
+import copy
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from integrations.transformers_use.tiny import BASES, SHAPES, batch, config_for, samples, trainer_of, vectors_of
+from oracles import relative_error
+from torch import Tensor, nn
+from transformers import Trainer
+
+import hra_fx
+from hra_fx.integrations import HRATrainer
+from hra_fx.model.orthogonality import orthogonality_loss
+
+WEIGHT = 0.5
+LR = 0.1
+#: SGD of a constant rate and without clipping: a step is the gradient.
+ONE_STEP = {
+    **{"per_device_train_batch_size": 2, "max_steps": 1, "max_grad_norm": 0.0},
+    **{"optim": "sgd", "learning_rate": LR, "lr_scheduler_type": "constant", "logging_strategy": "no"},
+}
+Weighted = partial(HRATrainer, orthogonality_weight=WEIGHT)
+
+
+def adapted(kind: str) -> Any:
+    """A model in float64, without dropout; the Trainer divides the loss of one with "a mean loss" itself."""
+    name = kind.partition(",")[0]
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} if name == "bert" else {}
+    base = BASES[name](**still).double()
+    if kind.endswith("a mean loss"):
+        base.accepts_loss_kwargs = False
+    torch.manual_seed(1)
+    return SHAPES["transform"](base, config_for(name, r=4, init_weights=False))
+
+
+def trainer(maker: Any, kind: str, model: nn.Module, folder: Path, count: int = 4, **arguments: Any) -> Any:
+    made = trainer_of(maker, kind.partition(",")[0], model, folder, **(ONE_STEP | arguments))
+    made.train_dataset = samples(kind.partition(",")[0], count)
+    return made
+
+
+def penalty(model: nn.Module) -> Tensor:
+    """The term in float64, from its formula."""
+    total = torch.zeros((), dtype=torch.float64)
+    for vectors in vectors_of(model).values():
+        columns = vectors.double() / vectors.double().square().sum(dim=0).sqrt()
+        total = total + (columns.mT @ columns - torch.eye(columns.shape[1])).square().sum().sqrt()
+    return total
+
+
+def summed(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+    """A loss function of the user's."""
+    return nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "batches", "function", "scaled"),
+    [
+        ("llama", 1, 1, None, None),
+        ("llama", 4, 2, None, None),
+        ("bert", 4, 4, None, None),
+        ("bert, a mean loss", 1, 1, None, None),
+        ("bert, a mean loss", 4, 2, None, None),
+        ("bert, a mean loss", 4, 4, summed, None),
+        pytest.param("bert", 4, 4, None, True, marks=pytest.mark.slow),
+        pytest.param("bert", 4, 4, None, False, marks=pytest.mark.slow),
+    ],
+)
+def test_the_term_counts_once_per_step_however_many_batches_are_accumulated(
+    kind: str, steps: int, batches: int, function: Any, scaled: bool | None, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """One step from the same start with and without the term: what differs is the term's own step."""
+    if scaled is not None:
+        monkeypatch.setattr(Trainer, "loss_is_scaled_for_ga", scaled)
+    model = adapted(kind)
+    models = stock, ours = copy.deepcopy(model), copy.deepcopy(model)
+    for maker, each in zip((Trainer, Weighted), models, strict=True):
+        made = trainer(
+            partial(maker, compute_loss_func=function),  # type: ignore[arg-type]
+            kind,
+            each,
+            tmp_path,
+            2 * batches,
+            gradient_accumulation_steps=steps,
+        )
+        made.train()
+        assert made.state.global_step == 1
+    start = vectors_of(model)
+    gradients = torch.autograd.grad(penalty(model), list(start.values()))
+    for (name, before), gradient in zip(start.items(), gradients, strict=True):
+        without, having = vectors_of(stock)[name], vectors_of(ours)[name]
+        assert float((without - before).detach().norm()) > 1e-8, "the task has a step too"
+        assert relative_error(having - without, -LR * WEIGHT * gradient) < 1e-12
+
+
+def test_the_first_step_is_the_one_made_by_hand(tmp_path: Path) -> None:
+    model = adapted("llama")
+    before = copy.deepcopy(model)
+    trainer(Weighted, "llama", model, tmp_path, 8, gradient_accumulation_steps=4).train()
+    (before(**batch("llama", 8)).loss + WEIGHT * penalty(before)).backward()
+    for name, vectors in vectors_of(before).items():
+        assert vectors.grad is not None
+        # Llama computes its loss in float32, whatever its weights are.
+        assert relative_error(vectors_of(model)[name] - vectors, -LR * vectors.grad) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "bert, a mean loss"])
+def test_an_evaluation_does_not_contain_the_term(kind: str, tmp_path: Path) -> None:
+    """Neither after training, nor between steps, nor of a model in training mode."""
+    model = adapted(kind)
+    ours = trainer(Weighted, kind, model, tmp_path, eval_strategy="steps", eval_steps=1, max_steps=2)
+    ours.train()
+    stock = trainer(Trainer, kind, model, tmp_path)
+    wanted = stock.evaluate()["eval_loss"]
+    assert [entry["eval_loss"] for entry in ours.state.log_history if "eval_loss" in entry][-1] == wanted
+    assert ours.evaluate()["eval_loss"] == wanted
+    data = batch(kind.partition(",")[0])
+    assert torch.equal(*(each.prediction_step(model.train(), data, True)[0] for each in (stock, ours)))
+
+
+def test_compute_loss_adds_the_term_before_training_too(tmp_path: Path) -> None:
+    model = adapted("bert").train()
+    loss, outputs = trainer(Weighted, "bert", model, tmp_path).compute_loss(model, batch("bert"), return_outputs=True)
+    assert outputs.logits.shape == (4, 2)
+    assert relative_error(loss, outputs.loss + WEIGHT * penalty(model)) < 1e-14
+    none = partial(Weighted, compute_loss_func=lambda outputs, labels, num_items_in_batch: outputs.logits.sum() * 0)
+    loss = trainer(none, "bert", model, tmp_path).compute_loss(model, batch("bert"))
+    assert relative_error(loss, WEIGHT * penalty(model)) < 1e-14
+    assert relative_error(orthogonality_loss(model), penalty(model)) < 1e-14
+
+
+def test_without_a_weight_it_is_the_stock_trainer(tmp_path: Path) -> None:
+    models, histories = [adapted("bert"), adapted("bert")], []
+    for maker, model in zip((Trainer, HRATrainer), models, strict=True):
+        made = trainer(maker, "bert", model, tmp_path, 8, max_steps=3, logging_strategy="steps")
+        made.train()
+        histories.append([(entry.keys(), entry.get("loss")) for entry in made.state.log_history])
+    assert histories[0] == histories[1]
+    for wanted, found in zip(*(vectors_of(model).values() for model in models), strict=True):
+        assert torch.equal(wanted, found)
+
+
+def test_the_training_logs_have_the_mean_of_the_term(tmp_path: Path) -> None:
+    model, seen = adapted("bert"), []
+
+    class Watched(HRATrainer):
+        """Keeps the term as it is before each step."""
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            seen.append(float(penalty(self.model).detach()))
+            return super().training_step(*args, **kwargs)
+
+    logging = {"max_steps": 4, "logging_strategy": "steps", "logging_steps": 2}
+    maker = partial(Watched, orthogonality_weight=WEIGHT)
+    made = trainer(maker, "bert", model, tmp_path, 8, eval_strategy="steps", eval_steps=1, **logging)
+    made.train()
+    logged = [entry["orthogonality"] for entry in made.state.log_history if "loss" in entry]
+    assert logged == pytest.approx([sum(seen[:2]) / 2, sum(seen[2:]) / 2], rel=1e-13)
+    assert [key for entry in made.state.log_history if "loss" not in entry for key in entry if "orthog" in key] == []
+
+
+@pytest.mark.parametrize("weight", [-1e-6, float("nan"), float("inf"), True, "1e-6", None])
+def test_an_invalid_weight_is_refused(weight: Any) -> None:
+    with pytest.raises(hra_fx.ConfigError) as caught:
+        HRATrainer(orthogonality_weight=weight)
+    assert str(caught.value) == (
+        f"`orthogonality_weight` must be a finite number >= 0, got {weight!r}. Use 0.0 to disable the term, or a small "
+        "value such as 1e-6."
+    )
+
+
+def test_a_model_without_reflections_is_refused_with_a_weight_and_trained_without(tmp_path: Path) -> None:
+    model = hra_fx.fold(adapted("bert"))
+    model.classifier.requires_grad_(True)
+    trainer(HRATrainer, "bert", model, tmp_path).train()
+    message = "BertForSequenceClassification has no adapters. Call hra_fx.transform(model, config) first."
+    with pytest.raises(hra_fx.AdapterError, match=re.escape(message)):
+        trainer(Weighted, "bert", model, tmp_path).train()
+
+
+def test_the_package_does_not_import_the_trainer() -> None:
+    code = "import sys, hra_fx; hra_fx.transform, hra_fx.fold; assert 'transformers.trainer' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
