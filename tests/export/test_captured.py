@@ -11,7 +11,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import hra_fx
 from hra_fx.export.captured import fold_captured, is_captured, transform_captured
-from hra_fx.export.program import transform_program
 
 ALL = ("blocks.0", "blocks.1", "conv", "head")
 
@@ -26,7 +25,7 @@ def test_a_graph_module_is_trained_and_folded_in_place(early: bool) -> None:
     torch.manual_seed(7)
     assert transform_captured(module, config(*ALL, apply_GS=True)) is module
     torch.manual_seed(7)
-    twin = transform_program(program, config(*ALL, apply_GS=True))
+    twin = transform_captured(program, config(*ALL, apply_GS=True))
     assert relative_error(module(ids), model(ids)) < 1e-12
     assert transform_captured(module, config(*ALL, apply_GS=True)) is module
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -62,7 +61,7 @@ def test_a_folded_graph_module_is_the_captured_code() -> None:
 def test_the_module_of_a_transformed_program_can_be_folded_itself() -> None:
     model, ids = mixed()
     settings = config("conv", "head")
-    program = transform_program(capture(model, ids), settings)
+    program = transform_captured(capture(model, ids), settings)
     module = program.module()
     wanted = (model.head.weight @ q_of(program, "head", settings)).detach()
     fold_captured(module)
