@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hra_fx.checkpoint.disk.edit_types import FilePlan, Item, Replacement, Rotation
+from hra_fx.checkpoint.disk.edits import Item, Replacement, Rotation
 from hra_fx.checkpoint.disk.header import FLOATS, StoredTensor
+from hra_fx.checkpoint.disk.plan import FilePlan
 from hra_fx.checkpoint.disk.streams import as_bytes, read_bytes, read_into, read_rows
 from hra_fx.errors import FoldError
 

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 import hra_fx
 from hra_fx.checkpoint.disk.arguments import read_request
 from hra_fx.checkpoint.disk.checking import check_copy, check_file
-from hra_fx.checkpoint.disk.edit_types import FilePlan
-from hra_fx.checkpoint.disk.result import result_of
+from hra_fx.checkpoint.disk.plan import FilePlan, plan_fold
 from hra_fx.errors import FoldError
 
 
@@ -26,8 +25,8 @@ def written(tmp_path: Path, *targets: str, gpt2: bool = False) -> tuple[FilePlan
     adapter = made.adapter_of(model, tmp_path / "adapter", *targets, **saved)
     report = hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", verify=True)
     assert report.verified and "verified: row norms are preserved" in str(report)
-    result = result_of(read_request(base, adapter, tmp_path / "elsewhere"), None, back=False)
-    return result.files["model.safetensors"], tmp_path / "out" / "model.safetensors"
+    plan = plan_fold(read_request(base, adapter, tmp_path / "elsewhere"), None, back=False)
+    return plan.files["model.safetensors"], tmp_path / "out" / "model.safetensors"
 
 
 def told(plan: FilePlan, file: Path, name: str, place: tuple[int, ...], by: float) -> str:
