@@ -12,7 +12,7 @@ from torch import Tensor
 from hra_fx.checkpoint.disk.adapter_files import read_adapter
 from hra_fx.checkpoint.fitting import resume_of
 from hra_fx.checkpoint.weights import read
-from hra_fx.cli.paths import natural
+from hra_fx.cli.layers import natural
 from hra_fx.config import CONFIG_NAME
 from hra_fx.functional import householder
 from hra_fx.functional.statistics import rotation_stats

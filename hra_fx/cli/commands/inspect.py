@@ -101,7 +101,7 @@ def _show_adapter(summary: AdapterSummary) -> None:
 
 
 def _show_model(summary: ModelSummary) -> None:
-    from hra_fx.cli.grouping import grouped
+    from hra_fx.cli.layers import grouped
 
     targets = summary.default_targets
     dtypes = dict.fromkeys(dtype for file in summary.files for dtype in file.dtypes)
