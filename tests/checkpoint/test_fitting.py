@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapting import config, mlp, picture, randomise
+from adapting import config, mlp, randomise
 from checkpoint.damaging import (
     CONFIG_NAME,
     MODELS,
@@ -49,22 +48,16 @@ def blocks(count: int, width: int = 6, hidden: int = 8) -> nn.Sequential:
 # ---- over other bases ----
 
 
-def test_a_narrower_base_is_refused(tmp_path: Path) -> None:
-    folder = saved(tmp_path, "up", base=lambda: blocks(2), r=2)
-    model = blocks(2, width=5)
-    before = picture(model)
-    with pytest.raises(CheckpointError) as caught:
-        hra_fx.load_adapter(model, folder)
-    assert picture(model) == before
-    assert str(caught.value) == (
-        f"{folder / WEIGHTS_NAME}: {PREFIX}0.up.hra_u must have shape (5, 2), got (6, 2). Was the adapter trained on "
-        "another base model, or its configuration edited?"
-    )
-
-
 NAMED = ", ".join(f"{PREFIX}{i}.up.hra_u" for i in range(1, 6))
 #: Targets of the adapter, its base, the base that it is loaded onto, the message.
 BASES: dict[str, tuple[tuple[str, ...], nn.Module, nn.Module, str]] = {
+    "narrower": (
+        ("up",),
+        blocks(2),
+        blocks(2, width=5),
+        f"{WEIGHTS_NAME}: {PREFIX}0.up.hra_u must have shape (5, 2), got (6, 2). Was the adapter trained on another "
+        "base model, or its configuration edited?",
+    ),
     "narrower inside": (
         ("up", "down"),
         blocks(2),
@@ -82,7 +75,7 @@ BASES: dict[str, tuple[tuple[str, ...], nn.Module, nn.Module, str]] = {
         ("0.up", "0.down"),
         blocks(2),
         mlp(),
-        "the configuration does not fit Sequential: target_modules: ['0.down', '0.up'] names no module of Sequential",
+        "does not fit Sequential: `target_modules=['0.down', '0.up']` matches no module of Sequential",
     ),
     "inside another module": (
         ("up",),
@@ -181,34 +174,11 @@ def test_a_head_beside_an_adapter_that_reflects_it_is_refused(tmp_path: Path) ->
 # ---- looked for where it is not ----
 
 
-@pytest.mark.parametrize(
-    ("way", "state"), [("../whole", "plain"), ("/absolute", "beside"), ("absolute path", "replacing")]
-)
-def test_a_path_out_of_the_folder_is_refused(way: str, state: str, tmp_path: Path) -> None:
-    whole = saved(tmp_path / "whole", "0")
-    folder = saved(tmp_path / "mine", "0")
-    subfolder = str(whole) if way == "absolute path" else way
-    load: Callable[[Any], object] = lambda model: hra_fx.load_adapter(model, folder, subfolder=subfolder)  # noqa: E731
-    message = refused(load, MODELS[state](whole), CheckpointError)
-    assert message.startswith(f"{folder}: the subfolder {subfolder!r} is outside of the folder.")
-    if state == "plain":
-        load = lambda model: hra_fx.HRAModel.from_pretrained(model, folder, subfolder=subfolder)  # noqa: E731
-        assert refused(load, mlp(), CheckpointError) == message
-
-
-@pytest.mark.parametrize("state", MODELS)
-def test_a_folder_that_is_not_there_is_refused(state: str, tmp_path: Path) -> None:
-    model = MODELS[state](saved(tmp_path / "whole", "0"))
-    message = refused(lambda model: hra_fx.load_adapter(model, tmp_path / "nowhere"), model, CheckpointError)
-    assert message == f"{tmp_path / 'nowhere'}: no such folder. Give the folder of an adapter."
-
-
 @pytest.mark.parametrize(("name", "state"), [("a/b", "plain"), ("a.b", "beside"), ("", "replacing"), (" ", "plain")])
 def test_a_name_that_is_no_name_is_refused(state: str, name: str, tmp_path: Path) -> None:
     folder = saved(tmp_path / "whole", "0")
     message = refused(lambda model: hra_fx.load_adapter(model, folder, name), MODELS[state](folder), AdapterError)
-    assert message.startswith(f"adapter name {name!r}: ")
-    assert "Choose another name." in message
+    assert message.startswith("`adapter_name` must be a string") and message.endswith(f"got {name!r}.")
 
 
 # ---- let through ----

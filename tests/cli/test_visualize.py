@@ -83,14 +83,14 @@ def test_a_folder_that_is_not_there_is_named_before_the_model_is_built(tmp_path:
 
 def test_an_unknown_heat_and_depth(shelf: Shelf, tmp_path: Path) -> None:
     words = ("visualize", shelf / "my-model", tmp_path / "a.svg")
-    assert mistake(*words, "--heat", "hot").startswith("heat: 'hot' is not one of 'mean_angle'")
+    assert mistake(*words, "--heat", "hot").startswith("`heat` must be one of 'mean_angle'")
     assert mistake(*words, "--depth", "-1").startswith("depth: -1 is no number of levels.")
     assert "Invalid value for '--depth'" in usage(*words, "--depth", "deep")
 
 
 def test_heat_without_an_adapter(shelf: Shelf, tmp_path: Path) -> None:
     said = mistake("visualize", shelf / "my-model", tmp_path / "a.svg", "--heat", "angle")
-    assert said.startswith("heat: 'angle' shows what reflections do, and LlamaForCausalLM has none.")
+    assert said.startswith("`heat` must be None for LlamaForCausalLM, which has no adapters, got 'angle'.")
 
 
 def test_an_adapter_of_another_model(shelf: Shelf, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import hra_fx
-from hra_fx.export.captured import fold_captured, is_program, transform_captured
+from hra_fx.export.captured import fold_captured, transform_captured
 
 ALL = ("blocks.0", "blocks.1", "conv", "head")
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
@@ -269,15 +269,6 @@ def test_a_layer_of_two_names_has_one_reflection_and_tied_layers_have_one_each()
     assert folded.state_dict["left.weight"] is not folded.state_dict["right.weight"]
 
 
-def test_of_two_tied_layers_the_other_stays() -> None:
-    model, x = Twice(), normal(1, 2, 6)
-    settings = config("left")
-    program = adapted(capture(model, x), settings)
-    with_dense_weights(model, program, settings)
-    assert relative_error(program.module()(x), model(x)) < 1e-12
-    assert relative_error(fold_captured(program).module()(x), model(x)) < 1e-12
-
-
 class Attending(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -299,10 +290,3 @@ def test_weights_that_are_read_by_another_module_or_in_parts(early: bool) -> Non
     assert relative_error(program.module()(x, y), model(x, y)) < 1e-12
     assert relative_error(torch.export.unflatten(program)(x, y), model(x, y)) < 1e-12
     assert relative_error(fold_captured(program).module()(x, y), model(x, y)) < 1e-12
-
-
-def test_what_a_program_is() -> None:
-    model, ids = mixed()
-    assert is_program(capture(model, ids))
-    assert not is_program(model)
-    assert not is_program(None)
