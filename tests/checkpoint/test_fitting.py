@@ -22,6 +22,7 @@ from checkpoint.damaging import (
     with_config,
     with_weights,
 )
+from checkpoint.disk import made
 from oracles import dense_q, dense_weight, relative_error
 from torch import Tensor, nn
 
@@ -295,16 +296,12 @@ def test_a_head_that_the_model_does_not_have_is_let_through(tmp_path: Path) -> N
 # ---- not saved ----
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
 def unsaved(model: nn.Module, folder: Path) -> str:
     """The message of the refusal, after a look that the folder and the model are as they were."""
-    before, held = content(folder), values(model)
+    before, held = made.picture(folder), values(model)
     with pytest.raises(CheckpointError) as caught:
         hra_fx.save_adapter(model, folder)
-    assert content(folder) == before
+    assert made.picture(folder) == before
     assert values(model).keys() == held.keys()
     return str(caught.value)
 
@@ -339,11 +336,11 @@ def test_of_several_adapters_the_one_that_cannot_be_saved_stays_as_it_was_saved(
     model.add_adapter("second", config("3"))
     randomise(model)
     model.save_pretrained(tmp_path)
-    before = content(tmp_path / "second")
+    before = made.picture(tmp_path / "second")
     with torch.no_grad():
         model[3].hra_u["second"][0] = float("inf")
     with pytest.raises(CheckpointError) as caught:
         model.save_pretrained(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path / 'second' / WEIGHTS_NAME}: '{PREFIX}3.hra_u' has ")
-    assert content(tmp_path / "second") == before
+    assert made.picture(tmp_path / "second") == before
     hra_fx.load_adapter(mlp(), tmp_path)

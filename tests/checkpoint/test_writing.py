@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint.folders import BOTH, CONFIG, KEY, normal, picture, saved, unwritten
+from checkpoint.folders import BOTH, CONFIG, KEY, files_of_at_most, normal, picture, saved, unwritten
 
 from hra_fx.checkpoint.folder import WEIGHTS_NAME, find, write
 from hra_fx.checkpoint.weights import read
@@ -97,18 +94,6 @@ for number in range(10**9):
     if number == 3:
         print("saving", flush=True)
 """
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """The system refuses to write larger files, as on a full disk."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_full_disk_leaves_the_old_adapter(tmp_path: Path) -> None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import resource
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoint.disk import made
+from checkpoint.folders import files_of_at_most
 from safetensors.torch import save_file
 
 import hra_fx
@@ -46,17 +44,6 @@ def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
     for i in range(20):
         assert made.picture(tmp_path / "runs" / str(i) / "out") == due
         assert [path.name for path in (tmp_path / "runs" / str(i)).iterdir()] == ["out"]
-
-
-@contextlib.contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """The system refuses to write larger files, as a full disk would."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_disk_that_refuses_leaves_nothing_half_written_and_the_call_goes_on(tmp_path: Path) -> None:
