@@ -53,17 +53,11 @@ NAMED = ", ".join(f"{PREFIX}{i}.up.hra_u" for i in range(1, 6))
 #: Targets of the adapter, its base, the base that it is loaded onto, the message.
 BASES: dict[str, tuple[tuple[str, ...], nn.Module, nn.Module, str]] = {
     "narrower": (
-        ("up",),
-        blocks(2),
-        blocks(2, width=5),
-        f"{WEIGHTS_NAME}: {PREFIX}0.up.hra_u must have shape (5, 2), got (6, 2). Was the adapter trained on another "
-        "base model, or its configuration edited?",
-    ),
-    "narrower inside": (
         ("up", "down"),
         blocks(2),
         blocks(2, hidden=7),
-        f"{PREFIX}0.down.hra_u must have shape (7, 2), got (8, 2).",
+        f"{WEIGHTS_NAME}: {PREFIX}0.down.hra_u must have shape (7, 2), got (8, 2). Was the adapter trained on another "
+        "base model, or its configuration edited?",
     ),
     "deeper": (
         ("up",),

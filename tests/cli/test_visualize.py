@@ -84,7 +84,7 @@ def test_a_folder_that_is_not_there_is_named_before_the_model_is_built(tmp_path:
 def test_an_unknown_heat_and_depth(shelf: Shelf, tmp_path: Path) -> None:
     words = ("visualize", shelf / "my-model", tmp_path / "a.svg")
     assert mistake(*words, "--heat", "hot").startswith("`heat` must be one of 'mean_angle'")
-    assert mistake(*words, "--depth", "-1").startswith("depth: -1 is no number of levels.")
+    assert mistake(*words, "--depth", "-1").startswith("`depth` must be a non-negative int or None, got -1.")
     assert "Invalid value for '--depth'" in usage(*words, "--depth", "deep")
 
 
