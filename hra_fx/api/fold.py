@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from hra_fx.errors import AdapterError
 from hra_fx.export.captured import fold_captured, is_captured
-from hra_fx.export.program import fold_program, is_program
 from hra_fx.model.fold import prepare_fold
 
 if TYPE_CHECKING:
@@ -61,15 +60,14 @@ def fold(model: M, adapter_names: str | Sequence[str] | None = None, *, requanti
         >>> list(fold(model).state_dict())
         ['0.weight', '0.bias']
     """
-    if is_program(model) or is_captured(model):
+    if is_captured(model):
         if adapter_names is not None or requantize:
             raise AdapterError(
                 "fold of a captured program takes no adapter_names and no requantize: it has one adapter, and its "
                 "weights are not quantized. Leave them out."
             )
-        captured: Any = fold_program if is_program(model) else fold_captured
-        folded: M = captured(model)
-        return folded
+        captured: Any = model
+        return fold_captured(captured)  # type: ignore[no-any-return]
     module: Any = model
     prepare_fold(module, adapter_names, requantize=requantize).run()
     return model

@@ -19,7 +19,7 @@ from hra_fx.api.load import load_adapter
 from hra_fx.api.transform import transform
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning
-from hra_fx.export.program import is_program
+from hra_fx.export.captured import is_program
 from hra_fx.integrations.pretrained import save_adapters_or_model
 from hra_fx.layers.adapted_layer import SiteCarrier
 from hra_fx.layers.class_swap import Carrier, original_class, swap, swapped_class

@@ -9,7 +9,6 @@ from torch import fx, nn
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.export.captured import is_captured, transform_captured
-from hra_fx.export.program import is_program, transform_program
 from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.model.detach import detach_all
 from hra_fx.model.example_inputs import as_call
@@ -83,15 +82,14 @@ def transform(
         >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         ['0.hra_u.default', '2.hra_u.default']
     """
-    if is_program(model) or is_captured(model):
+    if is_captured(model):
         if low_cpu_mem_usage or verify or (example_inputs is not None and not trace):
             raise AdapterError(
                 "low_cpu_mem_usage, example_inputs, verify: a captured program has no use for them. Leave them out, or "
                 "transform the model before its capture."
             )
-        captured: Any = transform_program if is_program(model) else transform_captured
-        transformed: M = captured(model, valid_config(config), adapter_name)
-        return transformed
+        captured: Any = model
+        return transform_captured(captured, valid_config(config), adapter_name)  # type: ignore[no-any-return]
     module: Any = model
     config = with_head(module, checked(module, config, adapter_name))
     call = None if example_inputs is None else as_call(example_inputs)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hra_fx.checkpoint.folder import WEIGHTS_NAME
 from hra_fx.checkpoint.keys import PREFIX, copy_key, reflection_key, vectors_key
 from hra_fx.checkpoint.saving import RESUME
-from hra_fx.checkpoint.weights import read
+from hra_fx.checkpoint.weights import read_prefixed
 from hra_fx.compat import non_persistent_buffers
 from hra_fx.config import HRAConfig
 from hra_fx.errors import CheckpointError, HRAWarning, SelectionError
@@ -72,13 +72,7 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None = None) -> Fitte
     """
     file = folder / WEIGHTS_NAME
     config = without_absent(model, HRAConfig.from_pretrained(folder) if given is None else given)
-    tensors, metadata = read(file)
-    twice = sorted(key for key in tensors if f"{PREFIX}{key}" in tensors)
-    if twice:
-        raise CheckpointError(
-            f"{file}: duplicate keys, with and without the prefix {PREFIX!r}: {_some(twice)}. Save the adapter again."
-        )
-    tensors = {key if key.startswith(PREFIX) else f"{PREFIX}{key}": tensor for key, tensor in tensors.items()}
+    tensors, metadata = read_prefixed(file)
     try:
         layers: Any = select(model, config)
     except SelectionError as error:

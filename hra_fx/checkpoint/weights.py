@@ -8,11 +8,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hra_fx.checkpoint.keys import VECTORS
+from hra_fx.checkpoint.keys import PREFIX, VECTORS
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.target import REFLECTION
 
-__all__ = ["non_finite", "read"]
+__all__ = ["non_finite", "read", "read_prefixed"]
 
 # Two values per byte, which cannot be infinite or NaN; torch has no arithmetic for them.
 _PACKED = getattr(torch, "float4_e2m1fn_x2", None)
@@ -46,6 +46,21 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     for key, tensor in tensors.items():
         _check(path, key, tensor)
     return tensors, metadata
+
+
+def read_prefixed(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """`read`, with PEFT's prefix for all keys; some writers leave it out.
+
+    Raises:
+        CheckpointError: also if a key is there with and without the prefix.
+    """
+    tensors, metadata = read(path)
+    twice = sorted(key for key in tensors if f"{PREFIX}{key}" in tensors)
+    if twice:
+        raise CheckpointError(
+            f"{path}: duplicate key {twice[0]}, with and without the prefix {PREFIX!r}. Save the adapter again."
+        )
+    return {key if key.startswith(PREFIX) else f"{PREFIX}{key}": tensor for key, tensor in tensors.items()}, metadata
 
 
 def _check(path: Path, key: str, tensor: Tensor) -> None:

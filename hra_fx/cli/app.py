@@ -15,10 +15,9 @@ from rich.markup import escape
 
 from hra_fx.cli.commands.convert import EXAMPLES as CONVERT_EXAMPLES, convert
 from hra_fx.cli.commands.diff import EXAMPLES as DIFF_EXAMPLES, diff
-from hra_fx.cli.commands.fold import EXAMPLES as FOLD_EXAMPLES, fold
+from hra_fx.cli.commands.fold import FOLD_EXAMPLES, UNFOLD_EXAMPLES, fold, unfold
 from hra_fx.cli.commands.inspect import EXAMPLES as INSPECT_EXAMPLES, inspect
 from hra_fx.cli.commands.match import EXAMPLES as MATCH_EXAMPLES, match
-from hra_fx.cli.commands.unfold import EXAMPLES as UNFOLD_EXAMPLES, unfold
 from hra_fx.cli.commands.visualize import EXAMPLES as VISUALIZE_EXAMPLES, visualize
 from hra_fx.cli.error_output import ErrorHandlingGroup
 

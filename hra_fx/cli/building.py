@@ -1,19 +1,19 @@
-"""Build a model from its `config.json` alone, with placeholder weights."""
+"""Create a model from its `config.json`, with placeholder weights or its own. Code next to it is never run."""
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hra_fx.cli.model_factories import ModelFactory, factory_for
-from hra_fx.cli.placeholder_weights import use_placeholders
 from hra_fx.errors import CheckpointError, HRAWarning
 
 CONFIG = "config.json"
@@ -21,68 +21,48 @@ _PIPELINE = "model_index.json"
 #: Quantization methods whose layers can be adapted, by their names in transformers.
 _QUANTIZED = ("bitsandbytes", "torchao")
 _EXPECTED = "Give the folder of a transformers, diffusers or timm model."
+#: Otherwise transformers asks on the terminal whether to run code next to a configuration.
+_LOCAL_ONLY = {"local_files_only": True, "trust_remote_code": False}
 
 
-@dataclass(frozen=True)
-class Built:
-    """A model in eval mode.
+def build(path: Path, *, weights: bool = False) -> tuple[nn.Module, str]:
+    """The model of a folder or a `config.json`, in eval mode, and the name of its library.
 
-    Attributes:
-        model: the model.
-        library: the library that it is from.
-    """
-
-    model: nn.Module
-    library: str
-
-
-def build(path: Path) -> Built:
-    """Build the model of a folder, or of a `config.json`, with the tensors of `use_placeholders`.
+    Args:
+        path: the folder or file.
+        weights: whether to load the weights. Otherwise tensors have a shape and a dtype, but the memory of one value.
 
     Raises:
-        CheckpointError: there is no such file, or no installed library knows the model.
+        CheckpointError: there is no such file, or no installed library knows the model, or it cannot be loaded.
     """
-    file, factory = _factory(path)
-    _warn_if_quantized(file)
-    try:
-        with torch.device("meta"):
-            model = factory.make()
-        return Built(use_placeholders(model).eval(), factory.library)
-    # An unusual configuration may raise anything in the constructors of hundreds of models.
-    except Exception as error:
-        raise CheckpointError(f"{file}: {factory.library} cannot build the model ({_reason(error)}).") from error
-
-
-def load(path: Path) -> Built:
-    """Load the model of a folder with its weights; raises the errors of `build`."""
-    file, factory = _factory(path)
-    try:
-        return Built(factory.load().eval(), factory.library)
-    except Exception as error:
-        raise CheckpointError(f"{file.parent}: {factory.library} cannot load the model ({_reason(error)}).") from error
-
-
-def _factory(path: Path) -> tuple[Path, ModelFactory]:
     file = path / CONFIG if path.is_dir() else path
     if path.is_dir() and not file.is_file():
         if (path / _PIPELINE).is_file():
             parts = sorted(found.parent.name for found in path.glob(f"*/{CONFIG}"))
             raise CheckpointError(f"{path}: is a diffusers pipeline. Give one of its parts: {', '.join(parts)}.")
         raise CheckpointError(f"{file}: no such file. {_EXPECTED}")
-    return file, factory_for(file, _entries(file))
-
-
-def _warn_if_quantized(file: Path) -> None:
-    """The model is built with its layers before quantization, which some libraries replace by their own."""
-    given = _entries(file).get("quantization_config")
-    method = given.get("quant_method") if isinstance(given, dict) else None
-    if method is not None and method not in _QUANTIZED:
-        warnings.warn(
-            f"{file}: the weights are quantized by {method}, and the layers before quantization are shown. "
-            f"hra_fx.transform supports quantized layers of {' and '.join(_QUANTIZED)}.",
-            HRAWarning,
-            stacklevel=3,
-        )
+    entries = _entries(file)
+    key = next((key for key in _LIBRARIES if entries.get(key)), None)
+    if key is None:
+        raise CheckpointError(f"{file}: unknown model type, there is no {', '.join(_LIBRARIES)}. {_EXPECTED}")
+    library, create = _LIBRARIES[key]
+    if find_spec(library) is None:
+        raise CheckpointError(f"{file}: {library} is not installed. Run: pip install {library}.")
+    if not weights:
+        _warn_if_quantized(file, entries)
+    try:
+        if weights:
+            return create(file, entries, True).eval(), library
+        with torch.device("meta"):
+            model = create(file, entries, False)
+        return _use_placeholders(model).eval(), library
+    except CheckpointError:
+        raise
+    # An unusual configuration may raise anything in the constructors of hundreds of models.
+    except Exception as error:
+        what = f"{file.parent}: {library} cannot load" if weights else f"{file}: {library} cannot build"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise CheckpointError(f"{what} the model ({reason}).") from error
 
 
 def _entries(file: Path) -> Mapping[str, Any]:
@@ -97,5 +77,80 @@ def _entries(file: Path) -> Mapping[str, Any]:
     return entries
 
 
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+def _warn_if_quantized(file: Path, entries: Mapping[str, Any]) -> None:
+    """The model is built with its layers before quantization, which some libraries replace by their own."""
+    given = entries.get("quantization_config")
+    method = given.get("quant_method") if isinstance(given, dict) else None
+    if method is not None and method not in _QUANTIZED:
+        warnings.warn(
+            f"{file}: the weights are quantized by {method}, and the layers before quantization are shown. "
+            f"hra_fx.transform supports quantized layers of {' and '.join(_QUANTIZED)}.",
+            HRAWarning,
+            stacklevel=3,
+        )
+
+
+def _from_transformers(file: Path, entries: Mapping[str, Any], weights: bool) -> nn.Module:
+    transformers = importlib.import_module("transformers")
+    given = entries.get("architectures")
+    names = [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
+    kind: Any = next((found for name in names if (found := getattr(transformers, name, None))), None)
+    # From this file, which may be one of several in its folder.
+    config = transformers.AutoConfig.from_pretrained(str(file), **_LOCAL_ONLY)
+    made: nn.Module
+    if weights:
+        transformers.utils.logging.disable_progress_bar()
+        kind = kind or transformers.AutoModel
+        made = kind.from_pretrained(file.parent, config=config, use_safetensors=True, **_LOCAL_ONLY)
+    else:
+        made = transformers.AutoModel.from_config(config) if kind is None else kind(config)
+    return made
+
+
+def _from_diffusers(file: Path, entries: Mapping[str, Any], weights: bool) -> nn.Module:
+    kind: Any = getattr(importlib.import_module("diffusers"), str(entries["_class_name"]), None)
+    if not hasattr(kind, "from_config"):
+        raise CheckpointError(f"{file}: the installed diffusers has no model {entries['_class_name']!r}.")
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
+    made: nn.Module = kind.from_pretrained(file.parent, **options) if weights else kind.from_config(dict(entries))
+    return made
+
+
+def _from_timm(file: Path, entries: Mapping[str, Any], weights: bool) -> nn.Module:
+    given = {key: entries[key] for key in ("num_classes", "global_pool") if key in entries}
+    arguments = {**given, **(entries.get("model_args") or {})}
+    made: nn.Module = importlib.import_module("timm").create_model(entries["architecture"], **arguments)
+    if weights:
+        importlib.import_module("timm.models").load_checkpoint(made, str(file.with_name("model.safetensors")))
+    return made
+
+
+#: Key that identifies a library's configuration -> name of the library, function that creates the model.
+_LIBRARIES: Mapping[str, tuple[str, Callable[[Path, Mapping[str, Any], bool], nn.Module]]] = {
+    "model_type": ("transformers", _from_transformers),
+    "_class_name": ("diffusers", _from_diffusers),
+    "architecture": ("timm", _from_timm),
+}
+
+
+def _use_placeholders(model: nn.Module) -> nn.Module:
+    """Replace all parameters and buffers by one value expanded to the shape; shared tensors stay shared.
+
+    `transform` refuses tensors on the meta device. Parameters are NaN, so that anything computed from weights is
+    visibly unknown.
+    """
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                new = made.setdefault(id(parameter), nn.Parameter(_expanded(parameter), parameter.requires_grad))
+                module._parameters[name] = new  # type: ignore[assignment]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = made.setdefault(id(buffer), _expanded(buffer))
+    return model
+
+
+def _expanded(tensor: Tensor) -> Tensor:
+    value = math.nan if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() else 0
+    return torch.full((), value, dtype=tensor.dtype, device="cpu").expand(tensor.shape)

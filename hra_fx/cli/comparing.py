@@ -14,7 +14,7 @@ from torch import Tensor
 from hra_fx.checkpoint.disk.header import StoredTensor, read_header
 from hra_fx.checkpoint.disk.progress_bar import bar
 from hra_fx.checkpoint.disk.weight_files import weight_sets
-from hra_fx.cli.paths import natural
+from hra_fx.cli.layers import natural
 from hra_fx.cli.tensor_change import change_of
 from hra_fx.errors import CheckpointError
 

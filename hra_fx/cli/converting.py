@@ -15,11 +15,9 @@ from torch import Tensor
 
 from hra_fx.checkpoint.disk.adapter_files import read_adapter
 from hra_fx.checkpoint.disk.weight_files import SAFE
-from hra_fx.checkpoint.fitting import resume_of
 from hra_fx.checkpoint.folder import write
 from hra_fx.checkpoint.keys import PREFIX, VECTORS
 from hra_fx.checkpoint.saving import RESUME
-from hra_fx.checkpoint.weights import read
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.target import REFLECTION
@@ -59,18 +57,17 @@ def convert_adapter(source: str, out: Path, form: Form, *, overwrite: bool) -> C
         CheckpointError: `out` contains a model, or other files without `overwrite`.
     """
     files = read_adapter(source)
-    tensors, metadata = read(files.file)
-    resume = resume_of(files.file, metadata, files.config)
+    resume, metadata = files.resume, files.metadata
     _check_free(out, overwrite=overwrite)
     kept: dict[str, Tensor] = {}
     dropped: list[str] = []
-    for key, tensor in tensors.items():
+    for key, tensor in files.tensors.items():
         name = key.removeprefix(PREFIX)
         last = name.rpartition(".")[2]
         spelled = name.replace(".base_layer.", ".")
         ours = last == REFLECTION or spelled in files.full or (last == VECTORS and bool(resume["anchor"]))
         if (last != VECTORS) if form == "peft" else ours:
-            kept[f"{PREFIX}{name}"] = tensor
+            kept[key] = tensor
         else:
             dropped.append(key)
     config = dataclasses.replace(files.config, extra={}, peft_version=None)

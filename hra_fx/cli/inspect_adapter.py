@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from hra_fx.checkpoint.disk.adapter_files import read_adapter
-from hra_fx.checkpoint.fitting import resume_of
-from hra_fx.checkpoint.weights import read
-from hra_fx.cli.paths import natural
+from hra_fx.cli.layers import natural
 from hra_fx.config import CONFIG_NAME
 from hra_fx.functional import householder
 from hra_fx.functional.statistics import rotation_stats
@@ -73,9 +71,8 @@ def inspect_adapter(source: str) -> AdapterSummary:
         HRAError: a file is missing, damaged, or of another method.
     """
     files = read_adapter(source)
-    tensors, metadata = read(files.file)
-    resume = resume_of(files.file, metadata, files.config)
-    dtype = next(tensor.dtype for key, tensor in tensors.items() if key.endswith(f".{REFLECTION}"))
+    resume = files.resume
+    dtype = next(tensor.dtype for key, tensor in files.tensors.items() if key.endswith(f".{REFLECTION}"))
     paths = sorted(files.chains, key=natural)
     layers = tuple(_layer(path, files.chains[path], resume["r"], dtype) for path in paths)
     base, targets = files.config.base_model_name_or_path, files.config.target_modules

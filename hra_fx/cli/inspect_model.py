@@ -9,20 +9,11 @@ from torch import nn
 
 from hra_fx.checkpoint.disk.header import read_header
 from hra_fx.cli.building import CONFIG, build
+from hra_fx.cli.layers import LayerSummary, summarize_layer
 from hra_fx.config import HRAConfig
 from hra_fx.errors import SelectionError
-from hra_fx.layers.target import describe, find_kind, weight_name, width_of
+from hra_fx.layers.target import find_kind
 from hra_fx.selection.select import resolve_targets
-
-
-@dataclass(frozen=True)
-class LayerSummary:
-    """A layer that can be adapted; `d` is the length of its vectors."""
-
-    path: str
-    site: str
-    d: int
-    parameters: int
 
 
 @dataclass(frozen=True)
@@ -64,28 +55,21 @@ def inspect_model(path: Path) -> ModelSummary:
     Raises:
         CheckpointError: no installed library knows the model, or a weight file is damaged.
     """
-    built = build(path)
+    model, library = build(path)
     folder = path if path.is_dir() else path.parent
     # Weights next to a configuration with another name may belong to another model.
     weights = sorted(folder.glob("*.safetensors")) if path.is_dir() or path.name == CONFIG else []
     return ModelSummary(
         folder=folder,
-        model=type(built.model).__name__,
-        library=built.library,
-        parameters=sum(parameter.numel() for parameter in built.model.parameters()),
-        default_targets=_default_targets(built.model),
+        model=type(model).__name__,
+        library=library,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        default_targets=_default_targets(model),
         files=tuple(_file(file) for file in weights),
         layers=tuple(
-            summarize_layer(name, layer) for name, layer in built.model.named_modules() if name and find_kind(layer)
+            summarize_layer(name, layer) for name, layer in model.named_modules() if name and find_kind(layer)
         ),
     )
-
-
-def summarize_layer(path: str, layer: nn.Module) -> LayerSummary:
-    """Describe a layer that can be adapted."""
-    kind = find_kind(layer)
-    weight = layer._parameters[weight_name(kind)] if kind else None
-    return LayerSummary(path, describe(layer), width_of(layer), 0 if weight is None else weight.numel())
 
 
 def _default_targets(model: nn.Module) -> tuple[str, ...] | str | None:

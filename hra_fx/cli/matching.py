@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from hra_fx.cli.building import build
-from hra_fx.cli.inspect_model import LayerSummary, summarize_layer
+from hra_fx.cli.layers import LayerSummary, summarize_layer
 from hra_fx.config import HRAConfig
 from hra_fx.errors import SelectionError, UnsupportedLayerError
 from hra_fx.layers.target import describe, find_kind
@@ -58,20 +58,19 @@ def match_layers(path: Path, config: HRAConfig) -> Match:
     Raises:
         CheckpointError: no installed library knows the model.
     """
-    built = build(path)
-    model = built.model
+    model, library = build(path)
     config = with_head(model, config)
     total = sum(parameter.numel() for parameter in model.parameters())
     try:
         chosen = select(model, config)
     except SelectionError as error:
-        return Match(type(model).__name__, built.library, total, config.r, error=str(error))
+        return Match(type(model).__name__, library, total, config.r, error=str(error))
     refused = {name: reason for name, layer in chosen.items() if (reason := _why_not(name, layer, config))}
     adapted = tuple(summarize_layer(name, layer) for name, layer in chosen.items() if name not in refused)
     copies = to_copy(model, config, chosen)
     return Match(
         type(model).__name__,
-        built.library,
+        library,
         total,
         config.r,
         trained=sum(layer.d * config.r for layer in adapted),

@@ -98,13 +98,3 @@ def count(number: int, noun: str) -> str:
     ('1 layer', '2,000 layers')
     """
     return f"{number:,} {noun}" + "s" * (number != 1)
-
-
-def size(number: int) -> str:
-    """A size in bytes.
-
-    >>> size(512), size(2_300_000)
-    ('512 B', '2.3 MB')
-    """
-    power = max(0, min(4, int(math.log10(max(number, 1)) // 3)))
-    return f"{number / 1000**power:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}" if power else f"{number} B"

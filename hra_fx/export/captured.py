@@ -1,27 +1,51 @@
-"""`transform` and `fold`, in place, of a captured `fx.GraphModule` of ATen operators, such as `program.module()`.
+"""`transform` and `fold` of captured graphs: programs of `torch.export`, and `GraphModule`s of ATen operators.
 
-The graph reads parameters by `get_attr`. They are replaced by new ones on the
-same memory, so the program and the model that they come from do not change.
+program = hra_fx.transform(torch.export.export(model, args), config)
+module = program.module()                 # shares its parameters with the program: train it as usual
+program = hra_fx.fold(program)            # the original graph, with the trained adapter in its weights
+
+A program is not modified, a module is modified in place. Parameters are replaced by new ones on the same memory, so the
+model that was captured does not change.
 """
 
 from __future__ import annotations
 
-from typing import TypeVar
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from hra_fx.compat import OpOverload
 from hra_fx.config import HRAConfig
-from hra_fx.export.metadata import has_adapter
-from hra_fx.export.module_edit import ModuleEditor, weight_nodes
-from hra_fx.export.rewrite import add_reflections, fold_reflections
-from hra_fx.layers.adapters import check_adapter_name
+from hra_fx.errors import AdapterError, UnsupportedLayerError
+from hra_fx.export.editors import Editor, ModuleEditor, ProgramEditor
+from hra_fx.export.insert import find_rotate_nodes, insert_rotation, remove_rotation, split_shared_uses
+from hra_fx.export.metadata import get_metadata, has_adapter, with_metadata, without_metadata
+from hra_fx.export.select import init_adapter, select_layers
+from hra_fx.functional.rotate import check_finite, check_foldable, rotate_weight
+from hra_fx.layers.adapters import ANCHOR, check_adapter_name, plain_chain
+from hra_fx.layers.target import REFLECTION
 
-G = TypeVar("G", bound=fx.GraphModule)
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+P = TypeVar("P", bound="ExportedProgram | fx.GraphModule")
+
+
+def is_program(value: object) -> bool:
+    """Whether a value is a `torch.export.ExportedProgram`; does not import torch.export.
+
+    Example:
+        >>> is_program(torch.nn.Linear(2, 2))
+        False
+    """
+    module = sys.modules.get("torch.export")
+    return module is not None and isinstance(value, module.ExportedProgram)
 
 
 def is_captured(value: object) -> bool:
-    """Whether a value is a `GraphModule` of ATen operators that read parameters, without calls of layers.
+    """Whether a value is a program, or a `GraphModule` of ATen operators that read parameters, without layer calls.
 
     Example:
         >>> from torch import nn
@@ -30,74 +54,145 @@ def is_captured(value: object) -> bool:
         >>> is_captured(torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),)).module())
         True
     """
-    return isinstance(value, fx.GraphModule) and any(
-        isinstance(user.target, OpOverload) for node in weight_nodes(value) for user in node.users
-    )
+    if not isinstance(value, fx.GraphModule):
+        return is_program(value)
+    parameters = dict(value.named_parameters(remove_duplicate=False))
+    nodes = [node for node in value.graph.find_nodes(op="get_attr") if node.target in parameters]
+    return any(isinstance(user.target, OpOverload) for node in nodes for user in node.users)
 
 
-def transform_captured(module: G, config: HRAConfig, adapter_name: str = "default") -> G:
-    """Add reflections to a captured graph, in place: each selected weight is replaced by `W Q`.
+def editor_of(captured: Any) -> Editor:
+    """The editor of a captured graph."""
+    return ProgramEditor(captured) if is_program(captured) else ModuleEditor(captured)
 
-    The `state_dict` gains the keys of `transform_program`. The parameters are new objects on the same memory, frozen.
+
+def transform_captured(captured: P, config: HRAConfig, adapter_name: str = "default") -> P:
+    """Add reflections to a captured graph: each selected weight is replaced by `W Q`, one node `hra_fx::rotate`.
+
+    The parameters share memory with those before, and are frozen. The `state_dict` (and the `graph_signature` of a
+    program) has in addition the parameter `<layer>.hra_u.<adapter>` of shape `(d, r)`, and the buffer
+    `<layer>.hra_u.<adapter>_anchor` if `init_weights=True` needs one. Tied weights are read by separate names, of which
+    only those of the selected layers are rotated.
 
     Args:
-        module: a graph of ATen operators, with the parameter names of the model that was captured.
-        config: which layers, how many reflections, and the initialization.
+        captured: a program of `torch.export.export`, decomposed or not; or a graph of ATen operators, with the
+            parameter names of the model that was captured.
+        config: which layers, by their names in the model, how many reflections, and the initialization.
         adapter_name: name of the adapter, part of its parameters' names.
 
     Returns:
-        `module`.
+        A new program, or the module; `captured` itself if it has this adapter already.
 
     Raises:
         ConfigError: the configuration trains more than reflections.
         SelectionError: the configuration does not fit the graph.
         UnsupportedLayerError: a selected layer does not support reflections.
-        AdapterError: the graph has another adapter. After any error the module is unchanged.
+        AdapterError: the graph has another adapter. After any error `captured` is unchanged.
 
     Example:
         >>> from torch import nn
-        >>> module = torch.export.export(nn.Sequential(nn.Linear(3, 2)), (torch.randn(1, 3),)).module()
-        >>> module = transform_captured(module, HRAConfig(r=2, target_modules=["0"]))
-        >>> [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-        ['0.hra_u.default']
+        >>> program = torch.export.export(nn.Sequential(nn.Linear(3, 2)), (torch.randn(1, 3),))
+        >>> list(transform_captured(program, HRAConfig(r=2, target_modules=["0"])).state_dict)
+        ['0.weight', '0.bias', '0.hra_u.default']
     """
     check_adapter_name(adapter_name)
-    if has_adapter(module, config, adapter_name):
-        return module
-    add_reflections(ModuleEditor(module), config, adapter_name)
-    _move_before_users(module.graph)
-    module.recompile()
-    return module
+    graph_module: Any = getattr(captured, "graph_module", captured)
+    if has_adapter(graph_module, config, adapter_name):
+        return captured
+    if is_program(captured) and captured.graph_signature.backward_signature is not None:  # type: ignore[union-attr]
+        raise UnsupportedLayerError(
+            "the program contains a backward pass, which would not compute gradients of the reflections. Transform it "
+            "before adding the backward pass."
+        )
+    editor = editor_of(captured)
+    layers = select_layers(editor.graph, editor.weights, editor.parameters, config)
+    initials = [init_adapter(layer, editor.parameters[layer.name], config) for layer in layers]
+    for layer, (vectors, anchor) in zip(layers, initials, strict=True):
+        weight, name = editor.weight_node(layer.source), f"{layer.path}.{REFLECTION}.{adapter_name}"
+        vectors_node = editor.add(name, vectors, weight)
+        anchor_node = None if anchor is None else editor.add(name + ANCHOR, anchor, weight)
+        insert_rotation(editor.graph, layer, weight, vectors_node, anchor_node, apply_GS=config.apply_GS)
+    split_shared_uses(layers, editor.weight_node)
+    trainable = [name for name, parameter in editor.parameters.items() if parameter.requires_grad]
+    editor.set_trainable(set())
+    editor.graph_module.meta = with_metadata(editor.graph_module, config, adapter_name, trainable)
+    return editor.build()  # type: ignore[no-any-return]
 
 
-def fold_captured(module: G) -> G:
-    """Fold the reflections of a captured graph into its weights, in place; the folded weights are new tensors.
+def fold_captured(captured: P) -> P:
+    """Fold the reflections of a captured graph into its weights: the original graph, node for node.
+
+    All folded weights are computed and checked before any is written. They are new tensors; other parameters share
+    memory. Weights that were tied stay separate if only some of their layers are adapted.
 
     Args:
-        module: a graph of `transform_captured`, or the module of a program of `transform_program`.
+        captured: a result of `transform_captured`, possibly decomposed, or saved and loaded; or its `module()`.
 
     Returns:
-        `module`.
+        A new program, or the module.
 
     Raises:
         AdapterError: the graph has no reflections.
-        FoldError: a folded weight would not be finite. The module is unchanged.
+        FoldError: a weight or its vectors are on the meta device, or the folded weight would not be finite, or
+            Gram-Schmidt gets linearly dependent vectors. `captured` is unchanged.
 
     Example:
         >>> from torch import nn
-        >>> module = torch.export.export(nn.Sequential(nn.Linear(3, 2)), (torch.randn(1, 3),)).module()
-        >>> list(fold_captured(transform_captured(module, HRAConfig(r=2, target_modules=["0"]))).state_dict())
-        ['0.weight', '0.bias']
+        >>> program = torch.export.export(nn.Sequential(nn.Linear(3, 2)), (torch.randn(1, 3),))
+        >>> folded = fold_captured(transform_captured(program, HRAConfig(r=2, target_modules=["0"])))
+        >>> [node.name for node in folded.graph.nodes] == [node.name for node in program.graph.nodes]
+        True
     """
-    fold_reflections(ModuleEditor(module))
-    module.recompile()
-    return module
+    editor = editor_of(captured)
+    rotations = rotations_of(editor)
+    editor.replace_weights({rotation.weight_name: _folded(rotation) for rotation in rotations})
+    for rotation in rotations:
+        for leftover in remove_rotation(editor.graph, rotation.node):
+            editor.remove_if_unused(leftover)
+    metadata = get_metadata(editor.graph_module)
+    if metadata is not None:
+        editor.set_trainable(set(metadata["trainable"]))
+    editor.graph_module.meta = without_metadata(editor.graph_module)
+    return editor.build()  # type: ignore[no-any-return]
 
 
-def _move_before_users(graph: fx.Graph) -> None:
-    """Move each `get_attr` node before its first user, which may have read another node before."""
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    for node in graph.find_nodes(op="get_attr"):
-        first = min(node.users, key=order.__getitem__, default=node)
-        if order[first] < order[node]:
-            first.prepend(node)
+class Rotation(NamedTuple):
+    """A node of `hra_fx::rotate`, and the tensors that it reads."""
+
+    node: fx.Node
+    weight_name: str
+    vectors_name: str
+    weight: Tensor
+    vectors: Tensor
+    anchor: Tensor | None
+    apply_GS: bool
+    transposed: bool
+
+
+def rotations_of(editor: Editor) -> list[Rotation]:
+    """The rotations of a graph, in its order.
+
+    Raises:
+        AdapterError: there are none.
+    """
+    found = []
+    for node in find_rotate_nodes(editor.graph):
+        names: list[Any] = [None if argument is None else editor.name_of(argument) for argument in node.args[:3]]  # type: ignore[arg-type]
+        weight, vectors, anchor = (None if name is None else editor.tensor(name).detach() for name in names)
+        assert weight is not None and vectors is not None
+        flags = (bool(argument) for argument in node.args[3:])
+        found.append(Rotation(node, names[0], names[1], weight, vectors, anchor, *flags))
+    if not found:
+        raise AdapterError("the graph has no reflections. Transform it first: hra_fx.transform(program, config).")
+    return found
+
+
+def _folded(rotation: Rotation) -> Tensor:
+    """The folded weight, computed in float64 (float32 on MPS), in the dtype of the base weight."""
+    name, weight, apply_GS = rotation.weight_name, rotation.weight, rotation.apply_GS
+    check_foldable(name, weight, rotation.vectors, apply_GS=apply_GS)
+    dtype = torch.float32 if weight.device.type == "mps" else torch.float64
+    chain = plain_chain(rotation.vectors.to(dtype), rotation.anchor, apply_GS=apply_GS)
+    folded = rotate_weight(weight.to(dtype), chain, transposed=rotation.transposed).to(weight.dtype)
+    check_finite(name, folded)
+    return folded

@@ -5,16 +5,14 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor, fx, nn
 
 from hra_fx.errors import AdapterError
+from hra_fx.export.captured import editor_of
+from hra_fx.export.editors import is_adapter_tensor
 from hra_fx.export.lower import check_is_captured, lower
-from hra_fx.export.module_edit import ModuleEditor
-from hra_fx.export.program import is_program
-from hra_fx.export.program_edit import ProgramEditor, is_adapter_tensor
-from hra_fx.export.rewrite import Editor
 from passes.freeze import FreezePass
 
 if TYPE_CHECKING:
@@ -53,17 +51,7 @@ def freeze(program: P) -> P:
         {'0.hra_u.frozen_0': (3, 2), '0.hra_u.frozen_1': (2, 3)}
     """
     check_is_captured(program, "freeze")
-    captured: Any = lower(program)
-    if is_program(captured):
-        program_editor = ProgramEditor(captured)
-        _freeze(program_editor)
-        return program_editor.build(captured)  # type: ignore[return-value]
-    _freeze(ModuleEditor(captured))
-    captured.recompile()
-    return captured  # type: ignore[no-any-return]
-
-
-def _freeze(editor: Editor) -> None:
+    editor = editor_of(lower(program))
     names = editor.constant_nodes
     tensors = {node: editor.tensor(name) for node, name in names.items()}
     vectors = _vector_nodes(names, tensors)
@@ -71,11 +59,12 @@ def _freeze(editor: Editor) -> None:
     def add_constant(value: Tensor, made_of: list[fx.Node]) -> fx.Node:
         container = names[made_of[0]].rpartition(".")[0]
         free = (name for count in itertools.count() if not editor.has(name := f"{container}.{_FROZEN}_{count}"))
-        return editor.add_buffer(next(free), value, made_of[0])
+        return editor.add(next(free), value, made_of[0])
 
     FreezePass(tensors, vectors, add_constant)(editor.graph_module)
     for node in (node for node, name in names.items() if is_adapter_tensor(name)):
         editor.remove_if_unused(node)
+    return editor.build()  # type: ignore[no-any-return]
 
 
 def _vector_nodes(names: Mapping[fx.Node, str], tensors: Mapping[fx.Node, Tensor]) -> list[fx.Node]:

@@ -6,7 +6,6 @@ y = linear(x, w)        becomes        h = hra_fx.rotate(w, u, a, apply_GS, colu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -16,34 +15,24 @@ from hra_fx.export.ops import ROTATE
 from hra_fx.layers.target import META, SiteNote
 
 
-@dataclass(frozen=True)
-class AdapterNodes:
-    """The nodes of the adapter of one layer: `vectors`, and `anchor` or `None`."""
-
-    vectors: fx.Node
-    anchor: fx.Node | None
-
-
 def insert_rotation(
-    graph: fx.Graph, layer: GraphLayer, weight: fx.Node, adapter: AdapterNodes, *, apply_GS: bool
-) -> fx.Node:
+    graph: fx.Graph, layer: GraphLayer, weight: fx.Node, vectors: fx.Node, anchor: fx.Node | None, *, apply_GS: bool
+) -> None:
     """Rotate the weight of a layer by one node, inserted before its first use, for all its uses.
 
     Args:
         graph: the graph, which is modified.
         layer: a layer of `graph`.
         weight: the node of its weight.
-        adapter: the nodes of its vectors.
+        vectors: the node of its vectors.
+        anchor: the node of its anchor, if it has one.
         apply_GS: whether the adapter uses Gram-Schmidt.
-
-    Returns:
-        The new node.
     """
     users = {use.first_user for use in layer.uses}
     first = next(node for node in graph.nodes if node in users)
     consumer = next(use.consumer for use in layer.uses if use.first_user is first)
     with graph.inserting_before(first):
-        arguments = (weight, adapter.vectors, adapter.anchor, apply_GS, layer.transposed)
+        arguments = (weight, vectors, anchor, apply_GS, layer.transposed)
         rotated = graph.create_node("call_function", ROTATE, arguments, {}, name=f"{weight.name}_rotated")
     rotated.meta = {key: consumer.meta[key] for key in ("nn_module_stack", "stack_trace") if key in consumer.meta}
     values = [argument.meta.get("val") if isinstance(argument, fx.Node) else argument for argument in arguments]
@@ -53,7 +42,6 @@ def insert_rotation(
     rotated.meta[META] = SiteNote(layer.path, layer.kind, "reflection")
     for use in layer.uses:
         use.first_user.replace_input_with(use.weight, rotated)
-    return rotated
 
 
 def split_shared_uses(layers: Iterable[GraphLayer], node_of: Callable[[str], fx.Node]) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, fx
 
 from hra_fx.errors import AdapterError
+from hra_fx.export.captured import editor_of, is_program
 from hra_fx.export.metadata import without_metadata
 from hra_fx.export.ops import ROTATE
-from hra_fx.export.program import is_program
-from hra_fx.export.program_edit import ProgramEditor
 from hra_fx.functional import exportable, householder
 from hra_fx.functional.rotate import rotate_weight
 from passes.lower import LowerPass
@@ -51,18 +50,10 @@ def lower(program: P) -> P:
     check_is_captured(program, "lower")
     if not program.graph.find_nodes(op="call_function", target=ROTATE):
         return program
-    lower_pass = LowerPass({ROTATE: rotate_decomposition})
-    if not is_program(program):
-        captured: Any = program
-        lower_pass(captured)
-        captured.meta = without_metadata(captured)
-        return program
-    exported: Any = program
-    editor = ProgramEditor(exported)
-    lower_pass(editor.graph_module)
+    editor = editor_of(program)
+    LowerPass({ROTATE: rotate_decomposition})(editor.graph_module)
     editor.graph_module.meta = without_metadata(editor.graph_module)
-    lowered: Any = editor.build(exported)
-    return lowered  # type: ignore[no-any-return]
+    return editor.build()  # type: ignore[no-any-return]
 
 
 def check_is_captured(program: object, function: str) -> None:

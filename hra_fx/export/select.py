@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from hra_fx.compat import is_higher_order
 from hra_fx.config import HRAConfig
@@ -18,21 +17,6 @@ from hra_fx.functional import householder
 from hra_fx.functional.rotate import as_rows
 from hra_fx.selection.check import check
 from hra_fx.selection.select import is_target, select
-
-
-@dataclass(frozen=True)
-class InitialAdapter:
-    """The initial adapter of one layer.
-
-    Attributes:
-        vectors: `U: (d, r)`.
-        anchor: `A: (d, k)`, or `None`.
-        trainable: whether the vectors require gradients.
-    """
-
-    vectors: Tensor
-    anchor: Tensor | None
-    trainable: bool
 
 
 def select_layers(
@@ -103,8 +87,8 @@ def _check_targets(
             raise UnsupportedLayerError(f"{path}: {layer.refusal}.")
 
 
-def init_adapter(layer: GraphLayer, weight: Tensor, config: HRAConfig) -> InitialAdapter:
-    """Initial vectors for a layer, at least float32: the same as for the layer of the model, for the same seed."""
+def init_adapter(layer: GraphLayer, weight: Tensor, config: HRAConfig) -> tuple[nn.Parameter, Tensor | None]:
+    """Initial vectors `U: (d, r)` and anchor of a layer, at least float32; as for the layer of the model and a seed."""
     with torch.inference_mode(False):
         vectors, anchor = householder.init_vectors(
             as_rows(weight, transposed=layer.transposed).shape[1],
@@ -114,4 +98,4 @@ def init_adapter(layer: GraphLayer, weight: Tensor, config: HRAConfig) -> Initia
             dtype=householder.working_dtype(weight.dtype),
         )
         anchor = None if anchor is None else anchor.to(weight.device)
-        return InitialAdapter(vectors.to(weight.device), anchor, trainable=not config.inference_mode)
+        return nn.Parameter(vectors.to(weight.device), requires_grad=not config.inference_mode), anchor

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from hra_fx.export.captured import is_captured
 from hra_fx.export.inspect import adapter_layers
-from hra_fx.export.program import is_program
 from hra_fx.layers.target import describe
 from hra_fx.model.state import record_of, require_sites
 from hra_fx.reporting.measuring import chain_of, share_of, turn_of, weight_rows
@@ -44,7 +43,7 @@ def report(model: nn.Module | ExportedProgram, *, capture: bool = False) -> Repo
         >>> row.path, row.layer_type, row.d, row.r, row.angles
         ('0', 'Linear 6->8', 6, 2, ())
     """
-    if is_program(model) or is_captured(model):
+    if is_captured(model):
         return _report_of_graph(model, capture=capture)
     module: Any = model
     skipped, trained = not_adapted(module)

@@ -8,9 +8,8 @@ from typing import Any
 from torch import fx, nn
 
 from hra_fx.errors import VisualizeError
-from hra_fx.export.captured import is_captured
+from hra_fx.export.captured import is_captured, is_program
 from hra_fx.export.insert import find_rotate_nodes
-from hra_fx.export.program import is_program
 from hra_fx.model.example_inputs import as_call
 from hra_fx.model.graph_module import shown_in
 from hra_fx.model.state import sites_of
@@ -24,7 +23,7 @@ from hra_fx.view.subject import Subject, subject_of
 
 def has_adapters(model: Any) -> bool:
     """Whether anything in a model, graph or program is adapted."""
-    if is_program(model) or is_captured(model):
+    if is_captured(model):
         return bool(find_rotate_nodes(model.graph))
     return isinstance(model, nn.Module) and bool(sites_of(model))
 
@@ -41,7 +40,7 @@ def find_subject(model: Any, example_inputs: Any = None, rows: Collection[Row] =
         VisualizeError: the model has another type, is a single adapted layer, or does not take example inputs.
         AdapterError: the model does not run on the inputs, or TorchDynamo cannot trace the call.
     """
-    if is_program(model) or is_captured(model):
+    if is_captured(model):
         if example_inputs is not None:
             raise VisualizeError(
                 f"`example_inputs` must be None for a {type(model).__name__}, which already has the shapes."

@@ -1,8 +1,11 @@
-"""An adapter's folder, a picture of it, and what is said where it is refused."""
+"""An adapter's folder, its content, refusals, and a full disk."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import resource
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +49,15 @@ def unwritten(folder: Path, tensors: Mapping[str, Tensor], config: str = CONFIG,
         write(folder, config, tensors, metadata)
     assert picture(folder) == before
     return str(caught.value)
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """The system refuses to write larger files, as on a full disk."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import errno
 import re
-import resource
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoint.folders import files_of_at_most, picture
 from model.many import bert, config, ids, run, turn
 from oracles import relative_error
 from safetensors.torch import load_file
@@ -28,22 +25,6 @@ def model_of(shape: str) -> Any:
     model = SHAPES[shape](bert(), config("query", "value"))
     turn(model)
     return model
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes, as on a disk that is full: the system refuses to write on."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @shapes
@@ -76,7 +57,7 @@ def test_folders_of_other_names_hold_adapters_alone(shape: str, name: str, tmp_p
 def test_a_whole_model_in_such_a_folder_is_left_whole(shape: str, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-3"
     bert().save_pretrained(folder)
-    before = content(folder)
+    before = picture(folder)
     assert sorted(before) == ["config.json", "model.safetensors"]
     model = model_of(shape)
     message = (
@@ -86,26 +67,11 @@ def test_a_whole_model_in_such_a_folder_is_left_whole(shape: str, tmp_path: Path
     with pytest.warns(hra_fx.HRAWarning, match=f"^{re.escape(message)}$") as caught:
         model.save_pretrained(folder)
     assert len(caught) == 1
-    after = content(folder)
+    after = picture(folder)
     assert {name: after[name] for name in before} == before
     assert sorted(after) == [*ADAPTER, "config.json", "model.safetensors"]
     opened = hra_fx.load_adapter(bert(), folder)
     assert relative_error(run(opened, ids()), run(model, ids())) < 1e-13
-
-
-@shapes
-def test_on_a_full_disk_the_old_checkpoint_is_whole(shape: str, tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoint-3"
-    model = model_of(shape)
-    model.save_pretrained(folder)
-    before = content(folder)
-    turn(model, seed=7)
-    with (
-        files_of_at_most(200),
-        pytest.raises(hra_fx.CheckpointError, match=rf"cannot write the adapter \(\[Errno {errno.EFBIG}\].*unchanged"),
-    ):
-        model.save_pretrained(folder)
-    assert content(folder) == before
 
 
 @shapes
@@ -115,7 +81,7 @@ def test_where_only_the_trainers_file_is_too_large_it_stays_the_old_one(shape: s
     model = model_of(shape)
     hra_fx.add_adapter(model, "more", config("query", "value", "dense", r=8, init_weights=False))
     model.save_pretrained(folder, selected_adapters=["default"])
-    before = content(folder)
+    before = picture(folder)
     small, large = len(before["adapter_model.safetensors"]), len(before["model.safetensors"])
     assert small + 500 < large
     turn(model, seed=7)
@@ -125,7 +91,7 @@ def test_where_only_the_trainers_file_is_too_large_it_stays_the_old_one(shape: s
     )
     with files_of_at_most(small + 400), pytest.raises(hra_fx.CheckpointError, match=message):
         model.save_pretrained(folder, selected_adapters=["default"])
-    after = content(folder)
+    after = picture(folder)
     assert sorted(after) == sorted(before)
     assert after["model.safetensors"] == before["model.safetensors"]
     # And the next time, with room on the disk, it is written.

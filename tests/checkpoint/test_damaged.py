@@ -169,7 +169,7 @@ CONFIGS: dict[str, Damage] = {
     "JSON without an end": (CHAIN, text_in(CONFIG_NAME, "[" * 100_000), "JSON"),
     "another method": (CHAIN, with_config(peft_type="LORA", lora_alpha=8), "'LORA'"),
     "no rank": (CHAIN, with_config(r=0), "r"),
-    "targets that do not compile": (CHAIN, with_config(target_modules="("), "'(' is not a regular expression"),
+    "targets that do not compile": (CHAIN, with_config(target_modules="("), "'(' is not a valid regular expression"),
 }
 OTHERS: dict[str, tuple[Saved, Callable[[Path], object], str, str]] = {
     "only a pickle": (CHAIN, only_a_pickle, "adapter_model.bin", "pickle files are never read"),
@@ -178,13 +178,13 @@ OTHERS: dict[str, tuple[Saved, Callable[[Path], object], str, str]] = {
         CHAIN,
         with_config(target_modules=["query"]),
         "",
-        "the configuration does not fit Sequential: target_modules: ['query'] names no module of Sequential",
+        "the configuration does not fit Sequential: `target_modules=['query']` matches no module of Sequential",
     ),
     "targets of other types": (
         CHAIN,
         with_config(target_modules=["0", "1"]),
         "",
-        "the configuration does not fit Sequential: 1: target_modules names it, but it is a ReLU",
+        "the configuration does not fit Sequential: 1: `target_modules` matches this ReLU",
     ),
 }
 #: Name, what was saved, how it is damaged, the named file, the message, the type of the error.

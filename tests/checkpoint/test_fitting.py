@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapting import config, mlp, picture, randomise
+from adapting import config, mlp, randomise
 from checkpoint.damaging import (
     CONFIG_NAME,
     MODELS,
@@ -23,6 +22,7 @@ from checkpoint.damaging import (
     with_config,
     with_weights,
 )
+from checkpoint.disk import made
 from oracles import dense_q, dense_weight, relative_error
 from torch import Tensor, nn
 
@@ -49,27 +49,15 @@ def blocks(count: int, width: int = 6, hidden: int = 8) -> nn.Sequential:
 # ---- over other bases ----
 
 
-def test_a_narrower_base_is_refused(tmp_path: Path) -> None:
-    folder = saved(tmp_path, "up", base=lambda: blocks(2), r=2)
-    model = blocks(2, width=5)
-    before = picture(model)
-    with pytest.raises(CheckpointError) as caught:
-        hra_fx.load_adapter(model, folder)
-    assert picture(model) == before
-    assert str(caught.value) == (
-        f"{folder / WEIGHTS_NAME}: {PREFIX}0.up.hra_u must have shape (5, 2), got (6, 2). Was the adapter trained on "
-        "another base model, or its configuration edited?"
-    )
-
-
 NAMED = ", ".join(f"{PREFIX}{i}.up.hra_u" for i in range(1, 6))
 #: Targets of the adapter, its base, the base that it is loaded onto, the message.
 BASES: dict[str, tuple[tuple[str, ...], nn.Module, nn.Module, str]] = {
-    "narrower inside": (
+    "narrower": (
         ("up", "down"),
         blocks(2),
         blocks(2, hidden=7),
-        f"{PREFIX}0.down.hra_u must have shape (7, 2), got (8, 2).",
+        f"{WEIGHTS_NAME}: {PREFIX}0.down.hra_u must have shape (7, 2), got (8, 2). Was the adapter trained on another "
+        "base model, or its configuration edited?",
     ),
     "deeper": (
         ("up",),
@@ -82,7 +70,7 @@ BASES: dict[str, tuple[tuple[str, ...], nn.Module, nn.Module, str]] = {
         ("0.up", "0.down"),
         blocks(2),
         mlp(),
-        "the configuration does not fit Sequential: target_modules: ['0.down', '0.up'] names no module of Sequential",
+        "does not fit Sequential: `target_modules=['0.down', '0.up']` matches no module of Sequential",
     ),
     "inside another module": (
         ("up",),
@@ -181,34 +169,11 @@ def test_a_head_beside_an_adapter_that_reflects_it_is_refused(tmp_path: Path) ->
 # ---- looked for where it is not ----
 
 
-@pytest.mark.parametrize(
-    ("way", "state"), [("../whole", "plain"), ("/absolute", "beside"), ("absolute path", "replacing")]
-)
-def test_a_path_out_of_the_folder_is_refused(way: str, state: str, tmp_path: Path) -> None:
-    whole = saved(tmp_path / "whole", "0")
-    folder = saved(tmp_path / "mine", "0")
-    subfolder = str(whole) if way == "absolute path" else way
-    load: Callable[[Any], object] = lambda model: hra_fx.load_adapter(model, folder, subfolder=subfolder)  # noqa: E731
-    message = refused(load, MODELS[state](whole), CheckpointError)
-    assert message.startswith(f"{folder}: the subfolder {subfolder!r} is outside of the folder.")
-    if state == "plain":
-        load = lambda model: hra_fx.HRAModel.from_pretrained(model, folder, subfolder=subfolder)  # noqa: E731
-        assert refused(load, mlp(), CheckpointError) == message
-
-
-@pytest.mark.parametrize("state", MODELS)
-def test_a_folder_that_is_not_there_is_refused(state: str, tmp_path: Path) -> None:
-    model = MODELS[state](saved(tmp_path / "whole", "0"))
-    message = refused(lambda model: hra_fx.load_adapter(model, tmp_path / "nowhere"), model, CheckpointError)
-    assert message == f"{tmp_path / 'nowhere'}: no such folder. Give the folder of an adapter."
-
-
 @pytest.mark.parametrize(("name", "state"), [("a/b", "plain"), ("a.b", "beside"), ("", "replacing"), (" ", "plain")])
 def test_a_name_that_is_no_name_is_refused(state: str, name: str, tmp_path: Path) -> None:
     folder = saved(tmp_path / "whole", "0")
     message = refused(lambda model: hra_fx.load_adapter(model, folder, name), MODELS[state](folder), AdapterError)
-    assert message.startswith(f"adapter name {name!r}: ")
-    assert "Choose another name." in message
+    assert message.startswith("`adapter_name` must be a string") and message.endswith(f"got {name!r}.")
 
 
 # ---- let through ----
@@ -325,16 +290,12 @@ def test_a_head_that_the_model_does_not_have_is_let_through(tmp_path: Path) -> N
 # ---- not saved ----
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
 def unsaved(model: nn.Module, folder: Path) -> str:
     """The message of the refusal, after a look that the folder and the model are as they were."""
-    before, held = content(folder), values(model)
+    before, held = made.picture(folder), values(model)
     with pytest.raises(CheckpointError) as caught:
         hra_fx.save_adapter(model, folder)
-    assert content(folder) == before
+    assert made.picture(folder) == before
     assert values(model).keys() == held.keys()
     return str(caught.value)
 
@@ -369,11 +330,11 @@ def test_of_several_adapters_the_one_that_cannot_be_saved_stays_as_it_was_saved(
     model.add_adapter("second", config("3"))
     randomise(model)
     model.save_pretrained(tmp_path)
-    before = content(tmp_path / "second")
+    before = made.picture(tmp_path / "second")
     with torch.no_grad():
         model[3].hra_u["second"][0] = float("inf")
     with pytest.raises(CheckpointError) as caught:
         model.save_pretrained(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path / 'second' / WEIGHTS_NAME}: '{PREFIX}3.hra_u' has ")
-    assert content(tmp_path / "second") == before
+    assert made.picture(tmp_path / "second") == before
     hra_fx.load_adapter(mlp(), tmp_path)

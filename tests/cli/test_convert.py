@@ -103,37 +103,34 @@ def test_keys_without_the_prefix_get_it(shelf: Shelf, tmp_path: Path) -> None:
     assert load_file(tmp_path / "out" / WEIGHTS).keys() == vectors.keys()
 
 
-def test_a_folder_that_has_an_adapter(shelf: Shelf, tmp_path: Path) -> None:
-    answer("convert", shelf / "second", tmp_path, "--to", "peft")
-    before = picture(tmp_path)
-    said = mistake("convert", shelf / "my-adapter", tmp_path, "--to", "peft")
-    assert said == f"{tmp_path}: already contains an adapter. Choose another folder, or --overwrite."
-    assert picture(tmp_path) == before
-    answer("convert", shelf / "my-adapter", tmp_path, "--to", "peft", "--overwrite")
-    assert picture(tmp_path) != before
+#: File in the output folder -> the refusal, and whether --overwrite helps.
+PRESENT: dict[str, tuple[str, bool]] = {
+    "adapter_config.json": ("already contains an adapter. Choose another folder, or --overwrite.", True),
+    "notes.txt": ("is not empty (it contains notes.txt). Choose another folder, or --overwrite.", True),
+    **{
+        name: (
+            f"contains a model ({name}), and from_pretrained would load the adapter with it. Choose another folder.",
+            False,
+        )
+        for name in ("config.json", "model_index.json", "model-00001-of-00002.safetensors")
+    },
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [("config.json", []), ("model_index.json", []), ("model-00001-of-00002.safetensors", ["--overwrite"])],
-)
-def test_a_folder_that_has_a_model(shelf: Shelf, tmp_path: Path, name: str, words: list[str]) -> None:
+@pytest.mark.parametrize("name", PRESENT)
+def test_an_output_folder_with_other_files(shelf: Shelf, tmp_path: Path, name: str) -> None:
+    message, replaceable = PRESENT[name]
     (tmp_path / name).write_text("{}")
-    before = picture(tmp_path)
-    said = mistake("convert", shelf / "my-adapter", tmp_path, "--to", "hra_fx", *words)
-    assert said == (
-        f"{tmp_path}: contains a model ({name}), and from_pretrained would load the adapter with it. Choose another "
-        "folder."
-    )
-    assert picture(tmp_path) == before
-
-
-def test_a_folder_that_has_something_else(shelf: Shelf, tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    said = mistake("convert", shelf / "my-adapter", tmp_path, "--to", "peft")
-    assert said == (f"{tmp_path}: is not empty (it contains notes.txt). Choose another folder, or --overwrite.")
-    answer("convert", shelf / "my-adapter", tmp_path, "--to", "peft", "--overwrite")
-    assert (tmp_path / "notes.txt").read_text() == "mine" and (tmp_path / WEIGHTS).exists()
+    words = ("convert", shelf / "my-adapter", tmp_path, "--to", "peft")
+    for refused in (words,) if replaceable else (words, (*words, "--overwrite")):
+        assert mistake(*refused) == f"{tmp_path}: {message}"
+        assert picture(tmp_path) == {name: b"{}"}
+    if replaceable:
+        answer(*words, "--overwrite")
+        assert (tmp_path / name).exists() and (tmp_path / WEIGHTS).exists()
+    else:
+        out = tmp_path / name
+        assert mistake("convert", shelf / "my-adapter", out, "--to", "peft").startswith(f"{out}: is a file.")
 
 
 def test_what_is_left_out_of_the_configuration_is_named(shelf: Shelf, tmp_path: Path) -> None:
@@ -144,12 +141,6 @@ def test_what_is_left_out_of_the_configuration_is_named(shelf: Shelf, tmp_path: 
     assert "dropped      configuration fields more, of_tomorrow, peft_version" in text
     done = Answer("convert", source, tmp_path / "out", "--to", "hra_fx", "--overwrite", "--json").json
     assert done["fields"] == ["more", "of_tomorrow", "peft_version"]
-
-
-def test_a_target_that_is_a_file(shelf: Shelf, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    said = mistake("convert", shelf / "my-adapter", tmp_path / "file", "--to", "peft")
-    assert said == f"{tmp_path / 'file'}: is a file. Give a folder to save in."
 
 
 def test_a_form_that_is_none(shelf: Shelf, tmp_path: Path) -> None:

@@ -57,15 +57,6 @@ def test_a_fold_turns_the_layers_of_its_adapter_and_nothing_else(shelf: Shelf, f
         assert (entry["shapes"], entry["dtypes"]) == ([list(base[name].shape)] * 2, ["BF16"] * 2)
 
 
-def test_the_exit_code_and_the_table(shelf: Shelf, folded: Path) -> None:
-    done = Answer("diff", shelf / "my-model", folded, columns=120)
-    assert (done.code, done.err) == (1, "")
-    assert done.out.startswith("4 of 21 tensors differ\n")
-    assert "how  rotated 4" in done.out
-    same = answer("diff", shelf / "my-model", shelf / "my-model")
-    assert same.startswith("21 tensors, all equal\n")
-
-
 def test_the_way_back_is_rounding_and_a_tolerance_takes_it_for_equal(
     shelf: Shelf, folded: Path, tmp_path: Path
 ) -> None:

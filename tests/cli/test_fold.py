@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,42 +73,18 @@ def test_how_a_square_weight_lies(tmp_path: Path, options: list[str], turned: bo
     torch.testing.assert_close(made.tensors(tmp_path / "out")["0.weight"].double(), wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_a_folder_that_is_there(shelf: Shelf, tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("mine")
-    words = ("fold", shelf / "my-model", shelf / "my-adapter", tmp_path)
-    assert mistake(*words) == (
-        f"{tmp_path}: the output folder is not empty. Choose another folder, or overwrite=True (--overwrite)."
-    )
-    assert picture(tmp_path) == {"mine.txt": b"mine"}
-    answer(*words, "--overwrite")
-    assert "mine.txt" not in picture(tmp_path)
-
-
-def test_mistakes(shelf: Shelf, tmp_path: Path) -> None:
-    base, adapter, out = shelf / "my-model", shelf / "my-adapter", tmp_path / "out"
-    assert "nothing: no such folder." in mistake("fold", tmp_path / "nothing", adapter, out)
-    assert mistake("fold", base, adapter, base).endswith("Choose a folder outside of it.")
-    assert "Missing argument 'ADAPTER'" in usage("fold", base, out)
-    other = made.stack_adapter(tmp_path / "adapter", layers=1)
-    assert "the adapter changes 0.weight, which is not in" in mistake("fold", base, other, out)
-    assert not out.exists()
-
-
-def test_what_an_adapter_replaced_is_not_brought_back(shelf: Shelf, tmp_path: Path) -> None:
-    adapter = made.adapter_of(shelf.model, tmp_path / "adapter", "q_proj", modules_to_save=["lm_head"])
-    answer("fold", shelf / "my-model", adapter, tmp_path / "folded")
-    said = mistake("unfold", tmp_path / "folded", adapter, tmp_path / "back")
-    assert "the adapter replaced lm_head.weight (modules_to_save or bias)" in said
-
-
-def test_files_that_are_of_the_base_still_are_a_warning(shelf: Shelf, tmp_path: Path) -> None:
-    import shutil
-
+def test_errors_and_warnings_of_the_library_are_printed(shelf: Shelf, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
     shutil.copytree(shelf / "my-model", tmp_path / "base")
     (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"pickle")
-    done = Answer("fold", tmp_path / "base", shelf / "my-adapter", tmp_path / "out")
-    assert done.code == 0
-    assert done.err == (
-        f"warning: {tmp_path / 'out'}: pytorch_model.bin still contain the base model's weights. Delete them, or do "
-        "not load them.\n"
+    words = ("fold", tmp_path / "base", shelf / "my-adapter", out)
+    assert mistake(*words) == (
+        f"{out}: the output folder is not empty. Choose another folder, or overwrite=True (--overwrite)."
     )
+    assert picture(out) == {"mine.txt": b"mine"}
+    done = Answer(*words, "--overwrite")
+    assert done.code == 0 and "mine.txt" not in picture(out)
+    assert done.err.startswith(f"warning: {out}: pytorch_model.bin still contain the base model's weights.")
+    assert "Missing argument 'ADAPTER'" in usage("fold", tmp_path / "base", out)

@@ -14,7 +14,7 @@ from cli.conftest import Shelf
 from cli.shell import Answer, answer, mistake, usage
 
 import hra_fx
-from hra_fx.cli.building import build, load
+from hra_fx.cli.building import build
 
 
 @pytest.mark.parametrize("ending", ["svg", "html", "mmd", "dot", "graphml", "json"])
@@ -52,12 +52,12 @@ def test_weights_of_timm_and_transformers_are_loaded(shelf: Shelf, tmp_path: Pat
     model = timm.create_model("test_vit", num_classes=3)
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
     for folder, whole in ((tmp_path, model), (shelf / "my-model", shelf.model)):
-        loaded = load(folder).model.state_dict()
+        loaded = build(folder, weights=True)[0].state_dict()
         assert all(torch.equal(loaded[key], tensor) for key, tensor in whole.state_dict().items())
 
 
 def test_a_model_that_is_built_takes_no_memory(shelf: Shelf) -> None:
-    model = build(shelf / "my-model").model
+    model = build(shelf / "my-model")[0]
     assert model.state_dict().keys() == shelf.model.state_dict().keys()
     for key, tensor in model.state_dict().items():
         assert tensor.shape == shelf.model.state_dict()[key].shape and tensor.untyped_storage().nbytes() <= 8
@@ -66,7 +66,7 @@ def test_a_model_that_is_built_takes_no_memory(shelf: Shelf) -> None:
 def test_tied_tensors_are_one(shelf: Shelf, tmp_path: Path) -> None:
     entries = json.loads((shelf / "my-model" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(entries | {"tie_word_embeddings": True}))
-    built = build(tmp_path).model
+    built = build(tmp_path)[0]
     assert built.lm_head.weight is built.model.embed_tokens.weight
 
 
@@ -83,14 +83,14 @@ def test_a_folder_that_is_not_there_is_named_before_the_model_is_built(tmp_path:
 
 def test_an_unknown_heat_and_depth(shelf: Shelf, tmp_path: Path) -> None:
     words = ("visualize", shelf / "my-model", tmp_path / "a.svg")
-    assert mistake(*words, "--heat", "hot").startswith("heat: 'hot' is not one of 'mean_angle'")
-    assert mistake(*words, "--depth", "-1").startswith("depth: -1 is no number of levels.")
+    assert mistake(*words, "--heat", "hot").startswith("`heat` must be one of 'mean_angle'")
+    assert mistake(*words, "--depth", "-1").startswith("`depth` must be a non-negative int or None, got -1.")
     assert "Invalid value for '--depth'" in usage(*words, "--depth", "deep")
 
 
 def test_heat_without_an_adapter(shelf: Shelf, tmp_path: Path) -> None:
     said = mistake("visualize", shelf / "my-model", tmp_path / "a.svg", "--heat", "angle")
-    assert said.startswith("heat: 'angle' shows what reflections do, and LlamaForCausalLM has none.")
+    assert said.startswith("`heat` must be None for LlamaForCausalLM, which has no adapters, got 'angle'.")
 
 
 def test_an_adapter_of_another_model(shelf: Shelf, tmp_path: Path) -> None:

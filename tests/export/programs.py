@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import hra_fx
-from hra_fx.export.program import transform_program
+from hra_fx.export.captured import transform_captured
 
 F64 = torch.float64
 #: torch warns of its own copies of tree specifications, in saving and in run_decompositions.
@@ -68,7 +68,7 @@ def randomise(program: ExportedProgram, seed: int = 5) -> None:
 
 def adapted(program: ExportedProgram, settings: hra_fx.HRAConfig) -> ExportedProgram:
     """The transformed program at random vectors."""
-    made = transform_program(program, settings, "default")
+    made = transform_captured(program, settings, "default")
     randomise(made)
     return made
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from export.programs import QUIET, capture, config, mixed, normal, q_of
+from export.programs import QUIET, capture, config, mixed, normal
 from oracles import relative_error
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import hra_fx
 from hra_fx.export.captured import fold_captured, is_captured, transform_captured
-from hra_fx.export.program import transform_program
 
 ALL = ("blocks.0", "blocks.1", "conv", "head")
 
@@ -26,7 +25,7 @@ def test_a_graph_module_is_trained_and_folded_in_place(early: bool) -> None:
     torch.manual_seed(7)
     assert transform_captured(module, config(*ALL, apply_GS=True)) is module
     torch.manual_seed(7)
-    twin = transform_program(program, config(*ALL, apply_GS=True))
+    twin = transform_captured(program, config(*ALL, apply_GS=True))
     assert relative_error(module(ids), model(ids)) < 1e-12
     assert transform_captured(module, config(*ALL, apply_GS=True)) is module
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -44,37 +43,16 @@ def test_a_graph_module_is_trained_and_folded_in_place(early: bool) -> None:
     assert relative_error(output, model(ids)) > 1e-3
     fold_captured(module)
     assert relative_error(module(ids), output) < 1e-12
+    # The head is untied from the embedding, which stays.
+    assert torch.equal(module.emb.weight, model.emb.weight) and not torch.equal(module.head.weight, model.emb.weight)
     assert list(module.state_dict()) == keys
     assert module.code.count("\n") == code.count("\n")
+    # The module of a program is folded alone.
+    fold_captured(twin_module)
+    assert relative_error(twin_module(ids), output) < 1e-9
+    assert "head.hra_u.default" in twin.state_dict
     assert all(parameter.requires_grad for parameter in [*module.parameters(), *model.parameters()])
     assert all(torch.equal(program.state_dict[name], value) for name, value in model.state_dict().items())
-
-
-def test_a_folded_graph_module_is_the_captured_code() -> None:
-    model, ids = mixed()
-    module = capture(model, ids).module()
-    code = module.code
-    transform_captured(module, config("blocks.0", "conv"))
-    assert "hra_fx.rotate" in module.code
-    assert fold_captured(module).code == code
-
-
-def test_the_module_of_a_transformed_program_can_be_folded_itself() -> None:
-    model, ids = mixed()
-    settings = config("conv", "head")
-    program = transform_program(capture(model, ids), settings)
-    module = program.module()
-    wanted = (model.head.weight @ q_of(program, "head", settings)).detach()
-    fold_captured(module)
-    assert relative_error(module.head.weight, wanted) < 1e-12
-    assert "head.hra_u.default" in program.state_dict
-
-
-def test_tied_weights_are_separated_by_name() -> None:
-    model, ids = mixed()
-    module = fold_captured(transform_captured(capture(model, ids).module(), config("head", init_weights=False)))
-    assert torch.equal(module.emb.weight, model.emb.weight)
-    assert not torch.equal(module.head.weight, model.emb.weight)
 
 
 def test_is_captured() -> None:

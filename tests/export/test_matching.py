@@ -25,13 +25,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 import hra_fx
-from hra_fx.export.program import fold_program, transform_program
+from hra_fx.export.captured import fold_captured, transform_captured
 
 
 def refused(program: ExportedProgram, settings: hra_fx.HRAConfig, kind: type[Exception], name: str = "default") -> str:
     before = picture(program)
     with pytest.raises(kind) as caught:
-        transform_program(program, settings, name)
+        transform_captured(program, settings, name)
     assert picture(program) == before
     return str(caught.value)
 
@@ -83,7 +83,7 @@ def test_a_product_is_rotated_on_the_side_of_its_inputs(form: str, transposed: b
         with_dense_weights(model, program, settings)
     bound = 1e-6 if form == "cast" else 1e-12
     assert relative_error(program.module()(x), model(x)) < bound
-    assert relative_error(fold_program(program).module()(x), model(x)) < bound
+    assert relative_error(fold_captured(program).module()(x), model(x)) < bound
 
 
 class Columns(nn.Module):
@@ -103,7 +103,7 @@ def test_the_layers_of_gpt2_hold_inputs_in_rows() -> None:
     assert program.state_dict["c_attn.hra_u.default"].shape == (4, 3)
     with_dense_weights(model, program, settings, lambda weight, q: q.mT @ weight)
     assert relative_error(program.module()(x), model(x)) < 1e-12
-    assert relative_error(fold_program(program).module()(x), model(x)) < 1e-12
+    assert relative_error(fold_captured(program).module()(x), model(x)) < 1e-12
 
 
 @pytest.mark.parametrize("target", [None, "all-linear"])
@@ -114,12 +114,12 @@ def test_a_model_of_transformers_has_the_layers_that_peft_gives_it(target: str |
     model = GPT2LMHeadModel(GPT2Config(**sizes, use_cache=False, attn_implementation="eager")).eval()
     ids = torch.arange(4)[None]
     given = torch.export.export(model, (ids,))
-    program = transform_program(given, settings)
+    program = transform_captured(given, settings)
     wanted = hra_fx.transform(model, settings).state_dict().keys()
     assert {name for name in program.state_dict if ".hra_u." in name} == {name for name in wanted if ".hra_u." in name}
     assert program.state_dict["transformer.h.0.attn.c_attn.hra_u.default"].shape == (8, 2)
     randomise(program)
-    assert relative_error(fold_program(program).module()(ids).logits, program.module()(ids).logits) < 1e-5
+    assert relative_error(fold_captured(program).module()(ids).logits, program.module()(ids).logits) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_names_indices_and_expressions_choose_as_they_do_of_a_model() -> None:
         config("0", "1", "conv", exclude_modules=["blocks.1"]),
         config("weight", "head", "blocks.0"),
     ):
-        chosen = {name.partition(".hra_u.")[0] for name in transform_program(program, settings).state_dict}
+        chosen = {name.partition(".hra_u.")[0] for name in transform_captured(program, settings).state_dict}
         assert {path for path in chosen if ".weight" not in path and ".bias" not in path} - {"shift"} == set(
             hra_fx.selection.select.select(model, settings)
         )
@@ -228,20 +228,20 @@ def test_all_linear_misses_no_layer_silently() -> None:
 def test_the_same_call_again_changes_nothing_and_another_is_refused() -> None:
     model, ids = mixed()
     settings = config("conv", "head")
-    program = transform_program(capture(model, ids), settings)
-    assert transform_program(program, config("head", "conv")) is program
+    program = transform_captured(capture(model, ids), settings)
+    assert transform_captured(program, config("head", "conv")) is program
     other = refused(program, config("conv"), hra_fx.AdapterError)
     assert other.startswith("adapter 'default': the graph already has the adapter 'default' with another configuration")
     beside = refused(program, settings, hra_fx.AdapterError, "second")
     assert beside.startswith("adapter 'second': the graph already has the adapter 'default'; a captured graph can have")
     assert "Fold it first (hra_fx.fold)" in beside
-    assert "must be a string without dots" in refused(program, settings, hra_fx.AdapterError, "a.b")
+    assert "`adapter_name` must be a string" in refused(program, settings, hra_fx.AdapterError, "a.b")
 
 
 def test_a_fold_of_a_plain_program_is_refused() -> None:
     model, ids = mixed()
     with pytest.raises(hra_fx.AdapterError, match=r"the graph has no reflections\. Transform it first"):
-        fold_program(capture(model, ids))
+        fold_captured(capture(model, ids))
 
 
 @pytest.mark.parametrize(
@@ -253,11 +253,11 @@ def test_a_fold_of_a_plain_program_is_refused() -> None:
 )
 def test_a_fold_that_would_write_noise_is_refused(apply_GS: bool, value: float, wanted: str) -> None:
     model, ids = mixed()
-    program = transform_program(capture(model, ids), config("conv", "head", apply_GS=apply_GS))
+    program = transform_captured(capture(model, ids), config("conv", "head", apply_GS=apply_GS))
     with torch.no_grad():
         program.state_dict["conv.hra_u.default"].fill_(value)
     before = picture(program)
     with pytest.raises(hra_fx.FoldError) as caught:
-        fold_program(program)
+        fold_captured(program)
     assert str(caught.value).startswith(wanted)
     assert picture(program) == before

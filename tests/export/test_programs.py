@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import hra_fx
-from hra_fx.export.program import fold_program, is_program, transform_program
+from hra_fx.export.captured import fold_captured, transform_captured
 
 ALL = ("blocks.0", "blocks.1", "conv", "head")
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
@@ -73,7 +73,7 @@ def test_output_and_gradients_are_those_of_the_dense_weight(kind: str, fields: d
     upstream = normal(3, *wanted.shape)
     (grad,) = torch.autograd.grad(ours, other, upstream)
     assert relative_error(grad, torch.autograd.grad(wanted, other, upstream)[0]) < 1e-12
-    assert relative_error(fold_program(program).module()(other), wanted) < 1e-12
+    assert relative_error(fold_captured(program).module()(other), wanted) < 1e-12
 
 
 @QUIET
@@ -88,14 +88,14 @@ def test_a_whole_program_with_a_tied_head(early: bool, late: bool) -> None:
     with_dense_weights(model, program, settings)
     more = torch.cat([ids, ids.flip(0)])
     assert relative_error(program.module()(more), model(more)) < 1e-12
-    assert relative_error(fold_program(program).module()(more), model(more)) < 1e-12
+    assert relative_error(fold_captured(program).module()(more), model(more)) < 1e-12
 
 
 def test_the_initial_program_computes_what_the_model_does() -> None:
     model, ids = mixed()
     captured = capture(model, ids)
     for r, apply_GS in ((2, False), (5, False), (5, True)):
-        program = transform_program(captured, config(*ALL, r=r, apply_GS=apply_GS))
+        program = transform_captured(captured, config(*ALL, r=r, apply_GS=apply_GS))
         assert relative_error(program.module()(ids), model(ids)) < 1e-12
 
 
@@ -103,11 +103,11 @@ def test_the_given_program_and_its_model_do_not_change() -> None:
     model, ids = mixed()
     given = capture(model, ids)
     before = picture(given)
-    program = transform_program(given, config(*ALL))
+    program = transform_captured(given, config(*ALL))
     randomise(program)
     program.module()(ids).sum().backward()
     adapted_before = picture(program)
-    fold_program(program)
+    fold_captured(program)
     assert picture(program) == adapted_before
     assert picture(given) == before
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
@@ -116,7 +116,7 @@ def test_the_given_program_and_its_model_do_not_change() -> None:
 def test_parameters_are_shared_and_frozen_and_vectors_are_parameters_of_the_signature() -> None:
     model, ids = mixed()
     given = capture(model, ids)
-    program = transform_program(given, config(*ALL, r=3), "style-2")
+    program = transform_captured(given, config(*ALL, r=3), "style-2")
     for name, tensor in given.state_dict.items():
         assert program.state_dict[name].data_ptr() == tensor.data_ptr()
     names = [f"{path}.hra_u.style-2" for path in ALL]
@@ -137,7 +137,7 @@ def test_the_same_seed_draws_the_vectors_of_the_eager_model() -> None:
     given = capture(model, ids)
     settings = config("blocks.0", "blocks.1", "conv")
     torch.manual_seed(7)
-    program = transform_program(given, settings)
+    program = transform_captured(given, settings)
     torch.manual_seed(7)
     eager = hra_fx.transform(model, settings).state_dict()
     for name in (name for name in eager if ".hra_u." in name):
@@ -148,7 +148,7 @@ def test_training_is_that_of_the_eager_model() -> None:
     model, ids = mixed()
     settings = config("blocks.0", "blocks.1", "conv", apply_GS=True)
     torch.manual_seed(7)
-    program = transform_program(capture(model, ids), settings)
+    program = transform_captured(capture(model, ids), settings)
     torch.manual_seed(7)
     eager = hra_fx.transform(model, settings)
     target = normal(4, 3, 5, 10)
@@ -168,7 +168,7 @@ def test_training_is_that_of_the_eager_model() -> None:
         if ".hra_u." in name:
             assert relative_error(tensor, eager.state_dict()[name]) < 1e-9
     trained_output = eager(ids)
-    assert relative_error(fold_program(program).module()(ids), trained_output) < 1e-9
+    assert relative_error(fold_captured(program).module()(ids), trained_output) < 1e-9
 
 
 def test_a_fold_gives_the_captured_graph_node_for_node_with_its_flags_and_keys() -> None:
@@ -176,7 +176,7 @@ def test_a_fold_gives_the_captured_graph_node_for_node_with_its_flags_and_keys()
     model.head.weight = nn.Parameter(model.head.weight.detach().clone())
     model.blocks[0].bias.requires_grad_(False)
     given = capture(model, ids)
-    folded = fold_program(adapted(given, config(*ALL)))
+    folded = fold_captured(adapted(given, config(*ALL)))
     assert str(folded) == str(given)
     assert str(folded.graph_signature) == str(given.graph_signature)
     assert folded.graph_module.meta.get("custom") == given.graph_module.meta.get("custom")
@@ -185,7 +185,7 @@ def test_a_fold_gives_the_captured_graph_node_for_node_with_its_flags_and_keys()
     ]
     changed = {name for name, tensor in folded.state_dict.items() if not torch.equal(tensor, given.state_dict[name])}
     assert changed == {f"{path}.weight" for path in ALL}
-    again = transform_program(folded, config("conv"))
+    again = transform_captured(folded, config("conv"))
     assert relative_error(again.module()(ids), folded.module()(ids)) < 1e-12
 
 
@@ -196,7 +196,7 @@ def test_a_bfloat16_program_folds_from_float64(apply_GS: bool) -> None:
     assert program.state_dict["0.hra_u.default"].dtype == torch.float32
     exact = model.double()
     with_dense_weights(exact, program, config("0", apply_GS=apply_GS))
-    folded = fold_program(program).state_dict["0.weight"]
+    folded = fold_captured(program).state_dict["0.weight"]
     assert folded.dtype == torch.bfloat16
     assert torch.equal(folded, exact[0].weight.bfloat16())  # type: ignore[union-attr]
     x = normal(2, 8, 64).bfloat16()
@@ -214,11 +214,11 @@ def test_a_saved_program_is_the_same_when_it_is_loaded() -> None:
     file.seek(0)
     loaded = torch.export.load(file)
     assert torch.equal(loaded.module()(ids), program.module()(ids))
-    assert transform_program(loaded, settings) is loaded
+    assert transform_captured(loaded, settings) is loaded
     trainable = [name for name, parameter in loaded.module().named_parameters() if parameter.requires_grad]
     assert trainable == [f"{path}.hra_u.default" for path in ALL]
-    folded = fold_program(loaded)
-    assert torch.equal(folded.module()(ids), fold_program(program).module()(ids))
+    folded = fold_captured(loaded)
+    assert torch.equal(folded.module()(ids), fold_captured(program).module()(ids))
     assert all(tensor.requires_grad for tensor in folded.state_dict.values() if isinstance(tensor, nn.Parameter))
 
 
@@ -264,19 +264,10 @@ def test_a_layer_of_two_names_has_one_reflection_and_tied_layers_have_one_each()
     assert torch.equal(torch.export.unflatten(program)(x), output)
     with_dense_weights(model, program, settings)
     assert relative_error(output, model(x)) < 1e-12
-    folded = fold_program(program)
+    folded = fold_captured(program)
     assert relative_error(folded.module()(x), model(x)) < 1e-12
     assert folded.state_dict["first.weight"] is folded.state_dict["second.weight"]
     assert folded.state_dict["left.weight"] is not folded.state_dict["right.weight"]
-
-
-def test_of_two_tied_layers_the_other_stays() -> None:
-    model, x = Twice(), normal(1, 2, 6)
-    settings = config("left")
-    program = adapted(capture(model, x), settings)
-    with_dense_weights(model, program, settings)
-    assert relative_error(program.module()(x), model(x)) < 1e-12
-    assert relative_error(fold_program(program).module()(x), model(x)) < 1e-12
 
 
 class Attending(nn.Module):
@@ -299,11 +290,4 @@ def test_weights_that_are_read_by_another_module_or_in_parts(early: bool) -> Non
     with_dense_weights(model, program, settings)
     assert relative_error(program.module()(x, y), model(x, y)) < 1e-12
     assert relative_error(torch.export.unflatten(program)(x, y), model(x, y)) < 1e-12
-    assert relative_error(fold_program(program).module()(x, y), model(x, y)) < 1e-12
-
-
-def test_what_a_program_is() -> None:
-    model, ids = mixed()
-    assert is_program(capture(model, ids))
-    assert not is_program(model)
-    assert not is_program(None)
+    assert relative_error(fold_captured(program).module()(x, y), model(x, y)) < 1e-12

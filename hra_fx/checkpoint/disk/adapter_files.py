@@ -8,13 +8,15 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hra_fx.checkpoint.fitting import resume_of
 from hra_fx.checkpoint.folder import WEIGHTS_NAME, find
 from hra_fx.checkpoint.keys import PREFIX, VECTORS
-from hra_fx.checkpoint.weights import read
+from hra_fx.checkpoint.weights import read_prefixed
 from hra_fx.config import CONFIG_NAME, HRAConfig
 from hra_fx.errors import CheckpointError, FoldError
 from hra_fx.functional.statistics import inverse_condition
@@ -33,6 +35,9 @@ class AdapterFiles:
     Attributes:
         file: the weights file.
         config: the configuration.
+        tensors: all tensors, by their keys with PEFT's prefix.
+        metadata: of the weights file.
+        resume: see `resume_of`.
         chains: path of a layer -> `U: (d, k)`, float64, plain reflections.
         full: name of a fully trained tensor -> its value.
         embeddings: name of a copied tensor of the base model -> its value.
@@ -41,6 +46,9 @@ class AdapterFiles:
 
     file: Path
     config: HRAConfig
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    resume: dict[str, Any]
     chains: dict[str, Tensor]
     full: dict[str, Tensor]
     embeddings: dict[str, Tensor]
@@ -64,24 +72,25 @@ def read_adapter(source: str | os.PathLike[str]) -> AdapterFiles:
     folder = find(source)
     config = HRAConfig.from_pretrained(folder)
     file = folder / WEIGHTS_NAME
-    tensors, _ = read(file)
+    tensors, metadata = read_prefixed(file)
+    resume = resume_of(file, metadata, config)
     chains: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         path, _, last = key.removeprefix(PREFIX).rpartition(".")
         if last == REFLECTION:
-            if path in chains:
-                raise _duplicate(file, key)
             chains[path] = _chain(file, key, tensor, config)
         elif last != VECTORS and not (config.bias == "all" and _EXTRA_BIASES.search(key)):
             name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
             if name in others:
-                raise _duplicate(file, key)
+                raise CheckpointError(
+                    f"{file}: duplicate key {key}, with and without '.base_layer.'. Save the adapter again."
+                )
             others[name] = tensor
     if not chains:
         raise CheckpointError(f"{file}: no vectors found (keys that end in {REFLECTION!r}). Save the adapter again.")
     digest = _digest([folder / CONFIG_NAME, file])
-    adapter = AdapterFiles(file, config, chains, {}, {}, digest)
+    adapter = AdapterFiles(file, config, tensors, metadata, resume, chains, {}, {}, digest)
     for name, tensor in others.items():
         path, _, last = name.rpartition(".")
         full = adapter.saves(path) or (config.bias != "none" and last in _BIASES)
@@ -112,9 +121,3 @@ def _digest(files: Iterable[Path]) -> str:
     for file in files:
         whole.update(hashlib.sha256(file.read_bytes()).digest())
     return whole.hexdigest()
-
-
-def _duplicate(file: Path, key: str) -> CheckpointError:
-    return CheckpointError(
-        f"{file}: duplicate key {key}, with and without the prefix {PREFIX!r}. Save the adapter again."
-    )

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hra_fx.checkpoint.disk.edit_types import FilePlan, Item, Replacement, Rotation
+from hra_fx.checkpoint.disk.edits import Item, Replacement, Rotation
 from hra_fx.checkpoint.disk.header import FLOATS, StoredTensor
-from hra_fx.checkpoint.disk.streams import as_bytes, read_bytes, read_into, read_rows
+from hra_fx.checkpoint.disk.plan import FilePlan
+from hra_fx.checkpoint.disk.streams import BLOCK, as_bytes, read_bytes, read_into, read_rows
 from hra_fx.errors import FoldError
 
 
@@ -33,18 +35,8 @@ def check_file(plan: FilePlan, file: Path) -> None:
         for item in plan.items:
             if isinstance(item.edit, Rotation) and item.source:
                 _check_rows(item, item.source, item.edit, file, start)
-            elif isinstance(item.edit, Replacement):
-                given = as_bytes(item.edit.tensor.reshape(-1)).tobytes()
-                _compare(item, given, b"".join(read_bytes(written, start, item.size, file)), file)
-            elif item.source:
-                with open(item.source.file, "rb", buffering=0) as base:
-                    both = zip(
-                        read_bytes(base, item.source.start, item.size, item.source.file),
-                        read_bytes(written, start, item.size, file),
-                        strict=True,
-                    )
-                    for own, copied in both:
-                        _compare(item, own, copied, file)
+            elif not _equal(_expected(item), read_bytes(written, start, item.size, file)):
+                raise FoldError(f"{file}: {item.name} differs from what was written. Check the disk.")
             start += item.size
 
 
@@ -55,18 +47,28 @@ def check_copy(base: Path, file: Path) -> None:
         FoldError: it differs.
     """
     size = base.stat().st_size
-    with open(base, "rb", buffering=0) as own, open(file, "rb", buffering=0) as copied:
-        same = file.stat().st_size == size and all(
-            one == other
-            for one, other in zip(read_bytes(own, 0, size, base), read_bytes(copied, 0, size, file), strict=True)
-        )
-    if not same:
-        raise FoldError(f"{file}: differs from {base}, of which it must be a copy. Check the disk.")
+    with open(file, "rb", buffering=0) as copied:
+        if file.stat().st_size != size or not _equal(_read(base, 0, size), read_bytes(copied, 0, size, file)):
+            raise FoldError(f"{file}: differs from {base}, of which it must be a copy. Check the disk.")
 
 
-def _compare(item: Item, expected: bytes | bytearray, found: bytes | bytearray, file: Path) -> None:
-    if expected != found:
-        raise FoldError(f"{file}: {item.name} differs from what was written. Check the disk.")
+def _expected(item: Item) -> Iterator[bytes | bytearray | memoryview]:
+    """The bytes of a tensor that is not rotated."""
+    if isinstance(item.edit, Replacement):
+        data = as_bytes(item.edit.tensor.reshape(-1))
+        for start in range(0, len(data), BLOCK):
+            yield data[start : start + BLOCK]
+    elif item.source:
+        yield from _read(item.source.file, item.source.start, item.source.size)
+
+
+def _read(file: Path, start: int, size: int) -> Iterator[bytearray]:
+    with open(file, "rb", buffering=0) as stream:
+        yield from read_bytes(stream, start, size, file)
+
+
+def _equal(expected: Iterable[object], found: Iterable[object]) -> bool:
+    return all(one == other for one, other in zip(expected, found, strict=True))
 
 
 def _check_rows(item: Item, base: StoredTensor, rotation: Rotation, file: Path, start: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import BinaryIO
 
 from hra_fx.checkpoint.disk.arguments import Request
 from hra_fx.checkpoint.disk.checking import check_copy, check_file
+from hra_fx.checkpoint.disk.plan import Plan, stamps
 from hra_fx.checkpoint.disk.progress_bar import bar
-from hra_fx.checkpoint.disk.result import Result, stamps
 from hra_fx.checkpoint.disk.staging_dir import StagingDir
 from hra_fx.checkpoint.disk.streams import read_bytes, write_all
 from hra_fx.checkpoint.disk.writing import write_file
@@ -27,13 +28,13 @@ class FoldExecution:
         reused: number of files that an earlier call had finished.
     """
 
-    def __init__(self, request: Request, result: Result, *, progress: bool) -> None:
+    def __init__(self, request: Request, plan: Plan, *, progress: bool) -> None:
         """Nothing is written yet."""
-        self.sizes = result.sizes()
+        self.sizes = plan.sizes()
         self.rounding: dict[str, float] = {}
         self.reused = 0
         self._request = request
-        self._result = result
+        self._plan = plan
         self._progress = progress
         self._staging = StagingDir(request.out)
 
@@ -46,33 +47,18 @@ class FoldExecution:
         """
         out, staging = self._request.out, self._staging
         with self._explained_errors():
-            staging.cleanup()
-            if staging.is_published(self._result.inputs):
-                self._complete_earlier_call(verify)
-                return
             if out.is_dir() and any(out.iterdir()) and not overwrite:
                 raise CheckpointError(
                     f"{out}: the output folder is not empty. Choose another folder, or overwrite=True (--overwrite)."
                 )
-            with staging.locked(self._result.inputs):
-                self._check_space()
+            with staging.locked(self._plan.inputs):
                 try:
+                    self._check_space()
                     self._write_files(verify)
                 except HRAError:
                     staging.discard()
                     raise
                 staging.publish()
-
-    def _complete_earlier_call(self, verify: bool) -> None:
-        """Clean up after a call that was stopped once its result was in place; the result may have changed since."""
-        self.reused = len(self.sizes)
-        for notes in self._staging.finished.values():
-            self.rounding |= notes
-        try:
-            if verify:
-                self._verify(self._request.out)
-        finally:  # otherwise the next call would verify it again
-            self._staging.discard()
 
     def _write_files(self, verify: bool) -> None:
         content = self._staging.content
@@ -81,7 +67,7 @@ class FoldExecution:
                 (content / path).mkdir(parents=True, exist_ok=True)
             for path in self.sizes:
                 self._write_one(path, advance)
-        if stamps(self._request.files) != self._result.inputs["files"]:
+        if stamps(self._request.files) != self._plan.inputs["files"]:
             raise CheckpointError(f"{self._request.base}: files changed while they were read. Call again.")
         if verify:
             self._verify(content)
@@ -92,9 +78,9 @@ class FoldExecution:
     def _verify(self, folder: Path) -> None:
         """Read all files again."""
         try:
-            for path, plan in self._result.files.items():
+            for path, plan in self._plan.files.items():
                 check_file(plan, folder / path)
-            for path, file in self._result.copies.items():
+            for path, file in self._plan.copies.items():
                 check_copy(file, folder / path)
         except OSError as error:
             raise FoldError(
@@ -102,7 +88,7 @@ class FoldExecution:
             ) from error
 
     def _write_one(self, path: str, advance: Callable[[int], object]) -> None:
-        staging, plan = self._staging, self._result.files.get(path)
+        staging, plan = self._staging, self._plan.files.get(path)
         target = staging.content / path
         if staging.has(path, self.sizes[path]) and (plan is None or path in staging.finished):
             self.rounding |= staging.finished.get(path, {})
@@ -119,10 +105,10 @@ class FoldExecution:
         self.rounding |= rounding
 
     def _copy(self, path: str, target: BinaryIO, advance: Callable[[int], object]) -> None:
-        if path in self._result.texts:
-            write_all(target, self._result.texts[path])
+        if path in self._plan.texts:
+            write_all(target, self._plan.texts[path])
             return
-        file = self._result.copies[path]
+        file = self._plan.copies[path]
         with open(file, "rb", buffering=0) as source:
             for block in read_bytes(source, 0, self.sizes[path], file):
                 write_all(target, block)
@@ -132,7 +118,6 @@ class FoldExecution:
         done = sum(size for path, size in self.sizes.items() if self._staging.has(path, size))
         needed, free = sum(self.sizes.values()) - done, shutil.disk_usage(self._staging.folder).free
         if needed > free:
-            self._staging.discard()
             raise CheckpointError(
                 f"{self._request.out.parent}: {needed:,} bytes are needed, but only {free:,} are free. Free some "
                 "space, or choose an output folder on another disk."
@@ -157,12 +142,9 @@ class FoldExecution:
 
     def _state(self, suggestion: str = "") -> str:
         """What exists when a call was stopped, in sentences."""
-        leftovers = " and ".join(map(str, self._staging.leftovers))
+        folder = self._staging.folder
+        left = os.path.isdir(folder)
         if self._staging.is_done:
-            return "The result is complete." + f" Delete the leftover {leftovers}." * bool(leftovers)
-        text = f"The output folder is unchanged.{suggestion}"
-        if self._staging.folder in self._staging.leftovers:
-            text += (
-                f" Finished files are kept in {self._staging.folder}: repeat the call to resume, or delete that folder."
-            )
-        return text
+            return "The result is complete." + f" Delete the leftover {folder}." * left
+        kept = f" Finished files are kept in {folder}: repeat the call to resume, or delete that folder." * left
+        return f"The output folder is unchanged.{suggestion}{kept}"

@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping
 
 from hra_fx.checkpoint.disk.arguments import Adapters, Source, read_request
 from hra_fx.checkpoint.disk.execute import FoldExecution
+from hra_fx.checkpoint.disk.plan import plan_fold
 from hra_fx.checkpoint.disk.report import CheckpointReport
-from hra_fx.checkpoint.disk.result import Result, result_of
 from hra_fx.errors import HRAWarning
 
 
@@ -115,41 +115,31 @@ def _run(
 ) -> CheckpointReport:
     begin = time.perf_counter()
     request = read_request(base_dir, adapter_dir, out_dir)
-    result = result_of(request, columns, back=back)
-    execution = FoldExecution(request, result, progress=progress)
+    plan = plan_fold(request, columns, back=back)
+    execution = FoldExecution(request, plan, progress=progress)
     execution.run(overwrite=overwrite, verify=verify)
-    parts = result.parts.items()
     roughest = max(execution.rounding, key=lambda name: execution.rounding[name], default="")
     report = CheckpointReport(
         folder=request.out,
-        rotated=tuple(_full(part, name) for part, plan in parts for name in plan.rotated),
-        given=tuple(_full(part, name) for part, plan in parts for name in plan.given),
-        untied={_full(part, new): _full(part, old) for part, plan in parts for new, old in plan.untied.items()},
+        rotated=tuple(plan.rotated),
+        given=tuple(plan.given),
+        untied=plan.untied,
         rounding=execution.rounding.get(roughest, 0.0),
         roughest=roughest,
         bytes=sum(execution.sizes.values()),
         seconds=time.perf_counter() - begin,
         reused=execution.reused,
-        kept=tuple(file.relative_to(request.base) for _, plan in parts for file in plan.unfolded),
+        kept=tuple(file.relative_to(request.base) for file in plan.kept),
         verified=verify,
     )
-    _warn(result, report)
-    return report
-
-
-def _full(part: str, name: str) -> str:
-    return f"{part}/{name}" if part else name
-
-
-def _warn(result: Result, report: CheckpointReport) -> None:
-    retied = [kind for plan in result.parts.values() for kind in plan.retied_by]
-    if retied:
+    if plan.retied_by:
         text = (
-            f"{report.folder}: {retied[0]} sets tie_word_embeddings=True when it is loaded, and ignores config.json. "
-            "Set it to False right after from_pretrained."
+            f"{report.folder}: {plan.retied_by[0]} sets tie_word_embeddings=True when it is loaded, and ignores "
+            "config.json. Set it to False right after from_pretrained."
         )
-        warnings.warn(text, HRAWarning, stacklevel=4)
+        warnings.warn(text, HRAWarning, stacklevel=3)
     if report.kept:
         names = ", ".join(file.as_posix() for file in report.kept[:4])
         text = f"{report.folder}: {names} still contain the base model's weights. Delete them, or do not load them."
-        warnings.warn(text, HRAWarning, stacklevel=4)
+        warnings.warn(text, HRAWarning, stacklevel=3)
+    return report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ class CheckpointReport:
         """A summary in a few lines."""
         count = f"{len(self.rotated)} tensor{'s' * (len(self.rotated) != 1)} rotated"
         count += f", {len(self.given)} from the adapter" if self.given else ""
-        lines = [f"{self.folder}: {count}, {_size(self.bytes)} in {self.seconds:.1f} s"]
+        lines = [f"{self.folder}: {count}, {file_size(self.bytes)} in {self.seconds:.1f} s"]
         lines.append(f"  relative rounding error up to {self.rounding:.1e} ({self.roughest})")
         if self.verified:
             lines.append("  verified: row norms are preserved, everything else is identical")
@@ -64,13 +65,14 @@ class CheckpointReport:
         return "\n".join(lines)
 
 
-def _size(count: int) -> str:
-    size, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, larger
-    return f"{size:.1f} {unit}" if unit != "B" else f"{count} B"
+def file_size(number: int) -> str:
+    """A size in bytes.
+
+    >>> file_size(512), file_size(2_300_000)
+    ('512 B', '2.3 MB')
+    """
+    power = max(0, min(4, int(math.log10(max(number, 1)) // 3)))
+    return f"{number / 1000**power:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}" if power else f"{number} B"
 
 
 def _some(names: list[str]) -> str:

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from hra_fx.checkpoint.disk.edit_types import Rotation
+from hra_fx.checkpoint.disk.edits import Rotation
 from hra_fx.checkpoint.disk.header import FLOATS, StoredTensor
 from hra_fx.checkpoint.disk.streams import as_bytes, read_rows
 from hra_fx.errors import FoldError

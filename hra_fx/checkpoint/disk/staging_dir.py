@@ -2,7 +2,7 @@
 
 `.<name>.partial/` holds `content/`, where every file is complete and on disk; `part`, the file being written;
 `inputs.json`, what the result is made from; `done.json`, notes about finished files; and, for a moment, `replaced/`,
-the old output folder. `.<name>.gone/` is the same folder while it is being deleted.
+the old output folder. `content/` exists until it becomes the output folder.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ class StagingDir:
     """The unfinished result of one call.
 
     Attributes:
+        out: the output folder.
         folder: the hidden folder.
         content: what becomes the result.
+        is_done: whether this call has renamed the content to the output folder.
         finished: name of a file -> its notes, see `finish`.
     """
 
@@ -34,23 +36,11 @@ class StagingDir:
         self.out = out
         self.folder = out.with_name(f".{out.name}.partial")
         self.content = self.folder / "content"
-        self._part = self.folder / "part"
-        self._inputs = self.folder / "inputs.json"
-        self._done = self.folder / "done.json"
-        self._replaced = self.folder / "replaced"
-        self._trash = self.folder.with_suffix(".gone")
-        self._publishing = False
+        self.is_done = False
         self.finished: dict[str, dict[str, float]] = {}
-
-    @property
-    def leftovers(self) -> list[Path]:
-        """Hidden folders that exist."""
-        return [folder for folder in (self.folder, self._trash) if os.path.isdir(folder)]
-
-    @property
-    def is_done(self) -> bool:
-        """Whether this call has renamed the content to the output folder."""
-        return self._publishing and not self.content.exists()
+        self._part, self._inputs, self._done, self._replaced, self._lock = (
+            self.folder / name for name in ("part", "inputs.json", "done.json", "replaced", "lock")
+        )
 
     @contextlib.contextmanager
     def locked(self, inputs: Mapping[str, Any]) -> Iterator[None]:
@@ -62,29 +52,23 @@ class StagingDir:
         # Readable by the user alone, since the base may be.
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         self.folder.mkdir(mode=0o700, exist_ok=True)
-        with _lock(self.folder):
+        with _lock(self._lock):
             self._recover()
-            if not self._has_inputs(inputs):
-                # In this order, since inputs without content mean that the result was published.
+            text = json.dumps(inputs, indent=1, sort_keys=True)
+            if not (self.content.is_dir() and self._inputs.is_file() and self._inputs.read_text("utf-8") == text):
+                # The inputs go first and come last: content without inputs is not resumed.
                 for path in (self._inputs, self._done, self.content):
                     remove(path)
                 self.content.mkdir()
-                self._write_json(self._inputs, inputs)
+                self.write(self._inputs, text.encode())
             remove(self._part)
-            self.finished = self._read_notes()
+            self.finished = json.loads(self._done.read_text("utf-8")) if self._done.is_file() else {}
             yield
-
-    def is_published(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether a call with these inputs was stopped after publishing its result; reads its notes."""
-        published = self._has_inputs(inputs) and not self.content.exists() and self.out.is_dir()
-        if published:
-            self.finished = self._read_notes()
-        return published
 
     def finish(self, name: str, notes: Mapping[str, float]) -> None:
         """Record that a file is complete, with notes for the report."""
         self.finished[name] = dict(notes)
-        self._write_json(self._done, self.finished)
+        self.write(self._done, json.dumps(self.finished).encode())
 
     def has(self, name: str, size: int) -> bool:
         """Whether a file is complete."""
@@ -100,46 +84,32 @@ class StagingDir:
         """Rename the content to the output folder."""
         for folder, _, _ in os.walk(self.content):
             _sync(Path(folder))
-        self._publishing = True
         try:
             if self.out.is_dir():
                 os.replace(self.out, self._replaced)
             os.replace(self.content, self.out)
         except BaseException:
+            self.is_done = not self.content.exists()
             self._recover()
             raise
+        self.is_done = True
         _sync(self.out.parent)
         self.discard()
 
     def discard(self) -> None:
-        """Delete the folder. It is renamed first, so that a partial delete is never mistaken for a result."""
-        if self._replaced.exists() and not self.out.exists():
-            os.replace(self._replaced, self.out)
-        self.cleanup()
-        os.replace(self.folder, self._trash)
-        self.cleanup()
-
-    def cleanup(self) -> None:
-        """Delete what an earlier call did not get to delete."""
-        remove(self._trash)
+        """Delete the folder, the inputs first: without them, a partly deleted folder is not resumed."""
+        self._recover()
+        for path in (self._inputs, self._done, self._part, self.content, self._lock):
+            remove(path)
+        # Another call may have started in the folder once the lock was gone.
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
     def _recover(self) -> None:
         """Restore the old output folder if a call was stopped while renaming; delete it if the renaming was done."""
-        if self._replaced.exists() and not self.out.exists():
+        if self._replaced.exists() and self.content.exists() and not self.out.exists():
             os.replace(self._replaced, self.out)
         remove(self._replaced)
-
-    def _read_notes(self) -> dict[str, dict[str, float]]:
-        notes: dict[str, dict[str, float]] = {}
-        if self._done.is_file():
-            notes = json.loads(self._done.read_text(encoding="utf-8"))
-        return notes
-
-    def _has_inputs(self, inputs: Mapping[str, Any]) -> bool:
-        return self._inputs.is_file() and self._inputs.read_text(encoding="utf-8") == _to_json(inputs)
-
-    def _write_json(self, file: Path, entries: Mapping[str, Any]) -> None:
-        self.write(file, _to_json(entries).encode())
 
 
 def remove(path: Path) -> None:
@@ -150,19 +120,14 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _to_json(entries: Mapping[str, Any]) -> str:
-    return json.dumps(entries, indent=1, sort_keys=True)
-
-
 @contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Lock the folder for this process, where the system can; the lock of a killed process is released."""
+def _lock(file: Path) -> Iterator[None]:
+    """Lock a file for this process, where the system can; the lock of a killed process is released."""
     if sys.platform == "win32":
         yield
         return
     import fcntl
 
-    file = folder / "lock"
     with open(file, "wb") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -170,7 +135,7 @@ def _lock(folder: Path) -> Iterator[None]:
         except OSError:
             free = False
         if not free:
-            raise CheckpointError(f"{folder}: in use by another process. Wait until it has finished, or stop it.")
+            raise CheckpointError(f"{file.parent}: in use by another process. Wait until it has finished, or stop it.")
         yield
 
 

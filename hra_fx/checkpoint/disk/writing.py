@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
-from hra_fx.checkpoint.disk.edit_types import FilePlan, Item, Replacement, Rotation
+from hra_fx.checkpoint.disk.edits import Item, Replacement, Rotation
+from hra_fx.checkpoint.disk.plan import FilePlan
 from hra_fx.checkpoint.disk.rotate_tensor import rotate_weight
 from hra_fx.checkpoint.disk.streams import as_bytes, read_bytes, write_all
 

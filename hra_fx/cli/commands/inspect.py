@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hra_fx.cli.options import Json
-from hra_fx.cli.screen import count, show_heading, show_json, show_table, size
+from hra_fx.cli.screen import count, show_heading, show_json, show_table
 from hra_fx.errors import CheckpointError
 from hra_fx.reporting.table import Column
 
@@ -101,11 +101,12 @@ def _show_adapter(summary: AdapterSummary) -> None:
 
 
 def _show_model(summary: ModelSummary) -> None:
-    from hra_fx.cli.grouping import grouped
+    from hra_fx.checkpoint.disk.report import file_size
+    from hra_fx.cli.layers import grouped
 
     targets = summary.default_targets
     dtypes = dict.fromkeys(dtype for file in summary.files for dtype in file.dtypes)
-    total = size(sum(file.bytes for file in summary.files))
+    total = file_size(sum(file.bytes for file in summary.files))
     weights = f"{count(len(summary.files), 'file')}, {total}, {', '.join(dtypes)}"
     show_heading(
         f"{summary.model} ({summary.library}) in {summary.folder}",

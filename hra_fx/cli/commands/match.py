@@ -135,7 +135,7 @@ def _configuration(folder: Path | None, fields: dict[str, Any]) -> HRAConfig:
 
 
 def _show(found: Match) -> None:
-    from hra_fx.cli.grouping import grouped
+    from hra_fx.cli.layers import grouped
     from hra_fx.reporting.columns import percent
     from hra_fx.reporting.footnotes import footnotes
 

@@ -15,6 +15,8 @@ EXAMPLES = (
     "hra-fx visualize my-model adapters.svg --adapter my-adapter --heat mean_angle",
     "hra-fx visualize my-model block.png --adapter my-adapter --focus model.layers.0",
 )
+#: The heat value that is computed from weights.
+_NEEDS_WEIGHTS = "share"
 
 
 def visualize(
@@ -41,8 +43,16 @@ def visualize(
 
     The model is built from its config.json, without weights if possible.
     """
-    from hra_fx.cli.draw import draw
+    from hra_fx.api.load import load_adapter
+    from hra_fx.cli.building import build
+    from hra_fx.view.formats import picture_file
     from hra_fx.view.options import Options
+    from hra_fx.view.picture import visualize as draw
 
-    file = draw(model, out, adapter, Options(depth, focus, heat), weights=weights)
+    Options(depth, focus, heat)  # checked before the slow step of building the model, like the output file
+    picture_file(out)
+    made, _ = build(model, weights=weights or heat == _NEEDS_WEIGHTS)
+    if adapter is not None:
+        load_adapter(made, adapter)
+    file = draw(made, out, depth=depth, focus=focus, heat=heat)
     show_json({"file": file}) if as_json else typer.echo(file)

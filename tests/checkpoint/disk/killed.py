@@ -54,9 +54,7 @@ def main() -> None:
             time.sleep(random.random() * whole)
             os.kill(number, signal.SIGKILL)
             killed += os.WIFSIGNALED(os.waitpid(number, 0)[1])
-        # Where it came to its end, the call is one that replaces.
-        whole_already = out.exists() and not out.with_name(".out.partial").exists()
-        resumed += fold(base, adapter, out, columns=[], overwrite=whole_already).reused > 0
+        resumed += fold(base, adapter, out, columns=[], overwrite=True).reused > 0
     print(json.dumps({"runs": RUNS, "killed": killed, "resumed": resumed}))
 
 

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 import hra_fx
 from hra_fx.checkpoint.disk.arguments import read_request
 from hra_fx.checkpoint.disk.checking import check_copy, check_file
-from hra_fx.checkpoint.disk.edit_types import FilePlan
-from hra_fx.checkpoint.disk.result import result_of
+from hra_fx.checkpoint.disk.plan import FilePlan, plan_fold
 from hra_fx.errors import FoldError
 
 
@@ -26,51 +25,32 @@ def written(tmp_path: Path, *targets: str, gpt2: bool = False) -> tuple[FilePlan
     adapter = made.adapter_of(model, tmp_path / "adapter", *targets, **saved)
     report = hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", verify=True)
     assert report.verified and "verified: row norms are preserved" in str(report)
-    result = result_of(read_request(base, adapter, tmp_path / "elsewhere"), None, back=False)
-    return result.files["model.safetensors"], tmp_path / "out" / "model.safetensors"
+    plan = plan_fold(read_request(base, adapter, tmp_path / "elsewhere"), None, back=False)
+    return plan.files["model.safetensors"], tmp_path / "out" / "model.safetensors"
 
 
-def told(plan: FilePlan, file: Path, name: str, place: tuple[int, ...], by: float) -> str:
-    """The message of the check after one value of a tensor has changed."""
+QUERY = "bert.encoder.layer.1.attention.self.query.weight"
+C_ATTN = "transformer.h.0.attn.c_attn.weight"
+#: What was adapted, the changed value: tensor, place, by how much; and the message.
+CHANGES: dict[str, tuple[str, str, tuple[int, ...], float, str]] = {
+    "norm of a row": ("query", QUERY, (3, 2), 2.0, rf"row 3 of {QUERY} has norm .+ in the base, and a rotation pres"),
+    "norm of a column": ("c_attn", C_ATTN, (3, 2), 2.0, rf"row 2 of {C_ATTN} has norm "),
+    "NaN": ("query", QUERY, (5, 2), float("nan"), rf"row 5 of {QUERY} has norm nan"),
+    "a copy": ("query", "bert.pooler.dense.bias", (0,), 1.0, r"bert.pooler.dense.bias differs from what was written\."),
+    "a new value": ("query", "classifier.weight", (0, 0), 1.0, r"classifier.weight differs from what was written\."),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_changed_value_is_found(tmp_path: Path, what: str) -> None:
+    target, name, place, by, message = CHANGES[what]
+    plan, file = written(tmp_path, target, gpt2=target == "c_attn")
+    check_file(plan, file)
     state = load_file(file)
     state[name][place] += by
     save_file(state, file, {"format": "pt"})
-    with pytest.raises(FoldError) as caught:
+    with pytest.raises(FoldError, match=rf"^{file}: {message}.*Check the disk"):
         check_file(plan, file)
-    return str(caught.value)
-
-
-def test_the_length_of_a_row(tmp_path: Path) -> None:
-    plan, file = written(tmp_path, "query")
-    check_file(plan, file)
-    name = "bert.encoder.layer.1.attention.self.query.weight"
-    message = told(plan, file, name, (3, 2), 2.0)
-    assert message.startswith(f"{file}: row 3 of {name} has norm ")
-    assert message.endswith(
-        " in the base, and a rotation preserves norms. Check the disk, and whether another process writes to the file."
-    )
-
-
-def test_the_length_of_a_column(tmp_path: Path) -> None:
-    plan, file = written(tmp_path, "c_attn", gpt2=True)
-    check_file(plan, file)
-    assert "row 2 of transformer.h.0.attn.c_attn.weight" in told(
-        plan, file, "transformer.h.0.attn.c_attn.weight", (3, 2), 2
-    )
-
-
-def test_nan(tmp_path: Path) -> None:
-    plan, file = written(tmp_path, "query")
-    name = "bert.encoder.layer.1.attention.self.query.weight"
-    assert f"row 5 of {name} has norm nan" in told(plan, file, name, (5, 2), float("nan"))
-
-
-@pytest.mark.parametrize("name", ["bert.pooler.dense.bias", "classifier.weight"])
-def test_a_copy_that_differs(tmp_path: Path, name: str) -> None:
-    plan, file = written(tmp_path, "query")
-    place = (0,) * load_file(file)[name].dim()
-    message = told(plan, file, name, place, 1.0)
-    assert message == f"{file}: {name} differs from what was written. Check the disk."
 
 
 def test_another_header(tmp_path: Path) -> None:

@@ -233,10 +233,15 @@ def test_a_broken_configuration(tmp_path: Path) -> None:
 def test_a_duplicate_key(tmp_path: Path) -> None:
     stack(tmp_path)
     add(tmp_path, **{"0.hra_u": torch.ones(6, 2)})
-    assert refused(tmp_path, columns=[]) in [
-        f"{FILE}: duplicate key {key}, with and without the prefix 'base_model.model.'. Save the adapter again."
-        for key in (U.format("0"), "0.hra_u")
-    ]
+    message = f"{FILE}: duplicate key 0.hra_u, with and without the prefix 'base_model.model.'. Save the adapter again."
+    assert refused(tmp_path, columns=[]) == message
+    with pytest.raises(hra_fx.CheckpointError, match=r"duplicate key 0\.hra_u"):
+        hra_fx.load_adapter(nn.Sequential(*(nn.Linear(6, 8) for _ in range(3))), tmp_path / "adapter")
+    made.without(tmp_path / "adapter")
+    made.stack_adapter(tmp_path / "adapter")
+    add(tmp_path, **{f"base_model.model.0.{name}": torch.ones(8) for name in ("bias", "base_layer.bias")})
+    message = f"{FILE}: duplicate key base_model.model.0.bias, with and without '.base_layer.'. Save the adapter again."
+    assert refused(tmp_path, columns=[]) in (message, message.replace("0.bias", "0.base_layer.bias"))
 
 
 def test_a_square_weight_of_an_unknown_model(tmp_path: Path) -> None:

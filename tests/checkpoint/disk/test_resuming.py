@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import resource
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoint.disk import made
+from checkpoint.folders import files_of_at_most
 from safetensors.torch import save_file
 
 import hra_fx
-from hra_fx.checkpoint.disk.header import read_header
 from hra_fx.checkpoint.disk.staging_dir import StagingDir
 from hra_fx.errors import CheckpointError, FoldError
 
@@ -47,17 +44,6 @@ def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
     for i in range(20):
         assert made.picture(tmp_path / "runs" / str(i) / "out") == due
         assert [path.name for path in (tmp_path / "runs" / str(i)).iterdir()] == ["out"]
-
-
-@contextlib.contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """The system refuses to write larger files, as a full disk would."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_disk_that_refuses_leaves_nothing_half_written_and_the_call_goes_on(tmp_path: Path) -> None:
@@ -137,37 +123,34 @@ def test_two_processes_do_not_write_into_one_folder(tmp_path: Path) -> None:
     assert made.picture(tmp_path / "out") == due
 
 
-@pytest.mark.parametrize("moment", ["before the exchange", "amid", "after", "after, without a folder before"])
-def test_stopped_while_the_folder_is_exchanged(tmp_path: Path, moment: str) -> None:
-    """The few moments that a random kill seldom meets."""
-    base, adapter, due = prepared(tmp_path)
+@pytest.mark.parametrize("moment", ["before", "between", "after"])
+def test_killed_around_the_two_renames(tmp_path: Path, moment: str) -> None:
+    """The moments that a random kill seldom meets: the old folder is moved away, and the new one gets its name."""
+    base, adapter, expected = prepared(tmp_path)
     out, partial = tmp_path / "out", tmp_path / ".out.partial"
     interrupted(base, adapter, out)
     out.mkdir()
     (out / "old").write_text("old")
-    # As a call is stopped that had only the renaming left.
-    stopped = StagingDir(out)
-    inputs = json.loads((partial / "inputs.json").read_text())
     hra_fx.fold_checkpoint(base, adapter, tmp_path / "whole", columns=[])
-    (tmp_path / "whole" / "zzz").rename(stopped.content / "zzz")
-    if moment != "before the exchange":
+    (tmp_path / "whole" / "zzz").rename(partial / "content" / "zzz")
+    if moment != "before":
         os.replace(out, partial / "replaced")
-    if moment.startswith("after"):
-        os.replace(stopped.content, out)
-    if moment.endswith("before"):
-        made.without(partial / "replaced")
-    assert stopped.is_published(inputs) == moment.startswith("after")
-    report = hra_fx.fold_checkpoint(base, adapter, out, columns=[], overwrite=not moment.startswith("after"))
+    if moment == "after":
+        os.replace(partial / "content", out)
+        with pytest.raises(CheckpointError, match="the output folder is not empty"):
+            hra_fx.fold_checkpoint(base, adapter, out, columns=[])
+    report = hra_fx.fold_checkpoint(base, adapter, out, columns=[], overwrite=True)
     after = made.picture(out)
-    assert {name: after[name] for name in due} == due and "old" not in after
-    assert report.reused == 7 and not partial.exists()
+    assert {name: after[name] for name in expected} == expected and "old" not in after
+    assert report.reused == (0 if moment == "after" else 7) and not partial.exists()
 
 
 def test_stopped_while_renaming_and_then_refused(tmp_path: Path) -> None:
     """The folder that made room comes back, also where another call follows."""
     base, adapter, _ = prepared(tmp_path)
     out, partial = tmp_path / "out", tmp_path / ".out.partial"
-    (partial / "replaced").mkdir(parents=True)
+    (partial / "content").mkdir(parents=True)
+    (partial / "replaced").mkdir()
     (partial / "replaced" / "old").write_text("old")
     state = made.tensors(base)
     state["0.weight"][0, 0] = float("nan")
@@ -178,57 +161,28 @@ def test_stopped_while_renaming_and_then_refused(tmp_path: Path) -> None:
     assert made.picture(out) == {"old": b"old"}
 
 
-def stopped_before_tidying_up(base: Path, adapter: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What a call that is stopped in its last moment says; the result has its name by then."""
-
-    def stop(partial: StagingDir) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
-        patch.setattr(StagingDir, "discard", stop)
-        hra_fx.fold_checkpoint(base, adapter, out, columns=[])
-    return " ".join(getattr(caught.value, "__notes__", []))
-
-
 def test_the_unfinished_result_is_for_the_user_alone(tmp_path: Path) -> None:
     """The base may be, and its folder has no mode of its own before the end."""
     with StagingDir(tmp_path / "deeper" / "out").locked({}):
         assert (tmp_path / "deeper" / ".out.partial").stat().st_mode & 0o777 == 0o700
 
 
-def test_stopped_once_all_is_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, adapter, due = prepared(tmp_path)
+def test_interrupted_once_the_result_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter, expected = prepared(tmp_path)
     out = tmp_path / "out"
-    said = stopped_before_tidying_up(base, adapter, out, monkeypatch)
+
+    def stop(staging: StagingDir) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
+        patch.setattr(StagingDir, "discard", stop)
+        hra_fx.fold_checkpoint(base, adapter, out, columns=[])
     if sys.version_info >= (3, 11):
-        left = tmp_path / ".out.partial"
-        assert said == f"{out}: The result is complete. Delete the leftover {left}."
-    assert made.picture(out) == due
-    report = hra_fx.fold_checkpoint(base, adapter, out, columns=[], verify=True)
-    assert report.verified and report.reused == 6 and report.rounding > 0 and report.roughest
-    assert made.picture(out) == due and not (tmp_path / ".out.partial").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "words"), [("0.weight", "a rotation preserves norms"), ("0.bias", "differs"), ("", "cannot read")]
-)
-def test_what_was_changed_since_is_found_by_the_call_that_takes_it_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: str
-) -> None:
-    base, adapter, _ = prepared(tmp_path)
-    out, file = tmp_path / "out", tmp_path / "out" / "model-00001-of-00004.safetensors"
-    stopped_before_tidying_up(base, adapter, out, monkeypatch)
-    if name:
-        data = bytearray(file.read_bytes())
-        data[read_header(file).tensors[name].start + 3] ^= 1  # in the exponent of its first number
-        file.write_bytes(data)
-    else:
-        file.unlink()
-    with pytest.raises(FoldError, match=words):
-        hra_fx.fold_checkpoint(base, adapter, out, columns=[], verify=True)
-    with pytest.raises(CheckpointError, match=r"the output folder is not empty"):
-        hra_fx.fold_checkpoint(base, adapter, out, columns=[], verify=True)
+        note = f"{out}: The result is complete. Delete the leftover {tmp_path / '.out.partial'}."
+        assert caught.value.__notes__ == [note]
+    assert made.picture(out) == expected
     assert hra_fx.fold_checkpoint(base, adapter, out, columns=[], overwrite=True).reused == 0
+    assert made.picture(out) == expected and not (tmp_path / ".out.partial").exists()
 
 
 @pytest.mark.slow

@@ -1,9 +1,10 @@
-"""Plan what adapters change in one set of weight files, and check all names and shapes first."""
+"""What adapters change in one set of weight files: rotations and replacements; all names and shapes are checked."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,10 +12,9 @@ from torch import Tensor
 from hra_fx.checkpoint.disk.adapter_files import AdapterFiles
 from hra_fx.checkpoint.disk.architecture import Architecture
 from hra_fx.checkpoint.disk.columns import Columns
-from hra_fx.checkpoint.disk.edit_types import Edit, Replacement, Rotation
-from hra_fx.checkpoint.disk.header import FLOATS, StoredTensor, dtype_of
+from hra_fx.checkpoint.disk.header import DTYPES, FLOATS, StoredTensor
 from hra_fx.checkpoint.disk.naming import Names
-from hra_fx.checkpoint.disk.same_values import holds
+from hra_fx.checkpoint.disk.streams import as_bytes, read_into
 from hra_fx.checkpoint.disk.ties import Untying, is_in_block, untying
 from hra_fx.checkpoint.disk.weight_files import WeightSet
 from hra_fx.errors import CheckpointError
@@ -24,23 +24,65 @@ _WEIGHTS = ("weight", "in_proj_weight")
 _IN_MEMORY = "Fold it in memory: hra_fx.load_adapter, then hra_fx.fold"
 
 
+@dataclass(frozen=True)
+class Rotation:
+    """`W -> W Q`.
+
+    Attributes:
+        path: the layer's name in the adapter.
+        chain: `U: (d, k)` of `Q`, float64.
+        columns: whether the weight is `(in, out)`.
+    """
+
+    path: str
+    chain: Tensor
+    columns: bool
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A new value, in the checkpoint's dtype."""
+
+    tensor: Tensor
+
+
+Edit: TypeAlias = Rotation | Replacement
+
+
+@dataclass(frozen=True)
+class Item:
+    """A tensor of a planned file.
+
+    Attributes:
+        name: its key.
+        dtype: its name in the format, such as "BF16".
+        shape: its shape.
+        size: its size in bytes.
+        source: the tensor of the base; `None` for a new tensor.
+        edit: the change; `None` for a copy.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+    source: StoredTensor | None
+    edit: Edit | None
+
+
 @dataclass
 class Edits:
     """Changes of a set of files.
 
     Attributes:
+        apart: what is untied.
         tensors: key -> its change.
-        added: new key -> (the tensor it is made from, the change).
-        untied: new key of an untied tensor -> key of the tensor it was tied to.
-        configs: see `Untying.configs`.
-        retied_by: see `Untying.retied_by`.
+        added: new tensors.
     """
 
+    apart: Untying
     tensors: dict[str, Edit] = field(default_factory=dict)
-    added: dict[str, tuple[StoredTensor | None, Edit | None]] = field(default_factory=dict)
-    untied: dict[str, str] = field(default_factory=dict)
-    configs: tuple[tuple[str, ...], ...] = ()
-    retied_by: tuple[str, ...] = ()
+    added: list[Item] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -51,7 +93,7 @@ class _Requested:
     full: dict[str, Tensor]
 
 
-def touches(found: WeightSet, adapters: Iterable[AdapterFiles], names: Names) -> bool:
+def touches(adapters: Iterable[AdapterFiles], names: Names) -> bool:
     """Whether a set of files has any layer of any adapter."""
     return any(_weight(names, path) for adapter in adapters for path in adapter.chains)
 
@@ -74,18 +116,16 @@ def edits_for(
         if name not in found.tensors or not is_in_block(name) or architecture.ties_in_blocks
     }
     apart = untying(architecture, names, tied) if tied else Untying()
-    edits = Edits(untied=dict(apart.sources), configs=apart.configs, retied_by=apart.retied_by)
-    for new, source in apart.sources.items():
-        called = apart.changed.get(new)
-        edits.added[new] = (
-            found.tensors[source],
-            None if called is None else _edit(called, found.tensors[source], requested, columns),
-        )
+    edits = Edits(apart)
+    for new, name in apart.sources.items():
+        called, source = apart.changed.get(new), found.tensors[name]
+        edit = None if called is None else _edit(called, source, requested, columns)
+        edits.added.append(Item(new, source.dtype, source.shape, source.size, source, edit))
     for name in changed:
         if name in found.tensors:
             edits.tensors[name] = _edit(name, found.tensors[name], requested, columns)
         elif name not in apart.changed.values() and name not in apart.stay_tied:
-            edits.added[name] = (None, _new(name, found, adapters, names))
+            edits.added.append(_new(name, found, adapters, names))
     _check_embeddings(found, adapters, names, apart)
     for adapter in adapters:
         _check_complete(found, adapter, architecture, names)
@@ -143,7 +183,7 @@ def _edit(name: str, stored: StoredTensor, requested: _Requested, columns: Colum
 
 
 def _given(name: str, tensor: Tensor, stored: StoredTensor) -> Replacement:
-    dtype = dtype_of(stored.dtype)
+    dtype = DTYPES.get(stored.dtype)
     if tuple(tensor.shape) != stored.shape or dtype is None or dtype.is_floating_point != tensor.is_floating_point():
         raise CheckpointError(
             f"{stored.file}: {stored.name} is {stored.dtype} of shape {stored.shape}, but the adapter's {name} is "
@@ -152,7 +192,7 @@ def _given(name: str, tensor: Tensor, stored: StoredTensor) -> Replacement:
     return Replacement(tensor.to(dtype).contiguous())
 
 
-def _new(name: str, found: WeightSet, adapters: Iterable[AdapterFiles], names: Names) -> Replacement:
+def _new(name: str, found: WeightSet, adapters: Iterable[AdapterFiles], names: Names) -> Item:
     """A tensor that the base does not have, such as a new classification head."""
     path = name.rpartition(".")[0]
     adapter = next(a for a in adapters if name in a.full or any(_names(name, p) for p in a.chains))
@@ -167,7 +207,11 @@ def _new(name: str, found: WeightSet, adapters: Iterable[AdapterFiles], names: N
         if stored.dtype in sizes:
             sizes[stored.dtype] += stored.size
     dtype = FLOATS[max(sizes, key=lambda kind: sizes[kind])]
-    return Replacement((tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous())
+    tensor = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+    kind = next((known for known, dtype in DTYPES.items() if dtype is tensor.dtype), None)
+    if kind is None:
+        raise CheckpointError(f"{name}: unsupported dtype {tensor.dtype} in the adapter. Save it in another dtype.")
+    return Item(name, kind, tuple(tensor.shape), tensor.numel() * tensor.itemsize, None, Replacement(tensor))
 
 
 def _names(name: str, path: str) -> bool:
@@ -184,12 +228,23 @@ def _check_embeddings(found: WeightSet, adapters: Iterable[AdapterFiles], names:
                     f"{adapter.file}: unexpected key {name}, which is neither in modules_to_save nor in {found.name}. "
                     f"{names.near(name)} Was the adapter trained on another base model?"
                 )
-            if not holds(found.tensors[key], tensor):
+            if not _holds(found.tensors[key], tensor):
                 raise CheckpointError(
                     f"{adapter.file}: {name} of shape {tuple(tensor.shape)} is a copy of the base model's embeddings, "
                     f"but {key} of shape {found.tensors[key].shape} in {found.tensors[key].file} has other values. Use "
                     "the base model that the adapter was trained on."
                 )
+
+
+def _holds(stored: StoredTensor, tensor: Tensor) -> bool:
+    """Whether the values are equal after rounding the wider dtype to the narrower."""
+    if stored.shape != tuple(tensor.shape) or stored.dtype not in DTYPES:
+        return False
+    own = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+    with open(stored.file, "rb", buffering=0) as stream:
+        stream.seek(stored.start)
+        read_into(stream, as_bytes(own.view(-1)), stored.file)
+    return torch.equal(tensor.to(own.dtype), own) or torch.equal(own.to(tensor.dtype), tensor)
 
 
 def _check_complete(found: WeightSet, adapter: AdapterFiles, architecture: Architecture, names: Names) -> None:

@@ -1,0 +1,61 @@
+"""Layers that can be adapted: described, sorted and grouped by their paths."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from hra_fx.layers.target import describe, find_kind, weight_name, width_of
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """A layer that can be adapted; `d` is the length of its vectors."""
+
+    path: str
+    site: str
+    d: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers of one type and shape; `path` has stars instead of numbers."""
+
+    path: str
+    site: str
+    d: int
+    count: int
+    parameters: int
+
+
+def summarize_layer(path: str, layer: nn.Module) -> LayerSummary:
+    """Describe a layer that can be adapted."""
+    kind = find_kind(layer)
+    weight = layer._parameters[weight_name(kind)] if kind else None
+    return LayerSummary(path, describe(layer), width_of(layer), 0 if weight is None else weight.numel())
+
+
+def grouped(layers: Iterable[LayerSummary]) -> list[Group]:
+    """Groups of layers whose paths differ only in a number, by type and shape, in order of first appearance."""
+    groups: dict[tuple[str, str, int], list[LayerSummary]] = {}
+    for layer in layers:
+        starred = re.sub(r"(?<![^.])\d+(?![^.])", "*", layer.path)
+        groups.setdefault((starred, layer.site, layer.d), []).append(layer)
+    return [
+        # A single layer keeps its number.
+        Group(path if len(found) > 1 else found[0].path, site, d, len(found), sum(layer.parameters for layer in found))
+        for (path, site, d), found in groups.items()
+    ]
+
+
+def natural(path: str) -> list[tuple[int, int, str]]:
+    """A sort key for paths that compares numbers as numbers.
+
+    >>> sorted(["h.10.q", "h.2.q"], key=natural)
+    ['h.2.q', 'h.10.q']
+    """
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.split(".")]

@@ -1,0 +1,313 @@
+"""Edit a captured graph by one interface: a copy of a `torch.export.ExportedProgram`, or a `GraphModule` in place.
+
+Parameters are replaced by new objects, never written to.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx, nn
+
+from hra_fx.export.match import group_tied, parent_path
+from hra_fx.layers.target import REFLECTION
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram, ModuleCallEntry
+    from torch.export.graph_signature import ExportGraphSignature, InputSpec
+
+
+def is_adapter_tensor(name: str) -> bool:
+    """Whether a tensor of a graph belongs to an adapter, by its name.
+
+    Example:
+        >>> is_adapter_tensor("layer.hra_u.default"), is_adapter_tensor("layer.weight")
+        (True, False)
+    """
+    return REFLECTION in name.split(".")[:-1]
+
+
+class Editor(ABC):
+    """A captured graph that is edited.
+
+    Attributes:
+        graph_module: the graph.
+        weights: name of a parameter -> the nodes that read it.
+    """
+
+    graph_module: fx.GraphModule
+    weights: dict[str, list[fx.Node]]
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph."""
+        return self.graph_module.graph
+
+    @property
+    @abstractmethod
+    def parameters(self) -> dict[str, Tensor]:
+        """Name -> parameter, without those that were added."""
+
+    @property
+    @abstractmethod
+    def constant_nodes(self) -> dict[fx.Node, str]:
+        """Node -> name of each tensor that no call writes to: parameters, constants, and the buffers of adapters."""
+
+    @abstractmethod
+    def tensor(self, name: str) -> Tensor:
+        """The parameter, buffer or constant of a name."""
+
+    @abstractmethod
+    def has(self, name: str) -> bool:
+        """Whether the graph has a tensor of this name."""
+
+    @abstractmethod
+    def name_of(self, node: fx.Node) -> str:
+        """The name of the tensor of a node."""
+
+    @abstractmethod
+    def weight_node(self, name: str) -> fx.Node:
+        """The first node that reads a parameter."""
+
+    @abstractmethod
+    def add(self, name: str, tensor: Tensor, like: fx.Node) -> fx.Node:
+        """Add a parameter, or a buffer if it is none; returns its node. `like` is a node of another tensor."""
+
+    @abstractmethod
+    def remove_if_unused(self, node: fx.Node) -> None:
+        """Remove the parameter or buffer of a node that has no users."""
+
+    @abstractmethod
+    def build(self) -> Any:
+        """The edited program or module."""
+
+    @abstractmethod
+    def _set(self, name: str, parameter: nn.Parameter) -> None:
+        """Replace a parameter."""
+
+    def replace_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace weights, and also tied names of them that no node reads."""
+        for names in group_tied(self.parameters):
+            new = {name: nn.Parameter(tensors[name]) for name in names if name in tensors}
+            if len(new) == 1:
+                unread = [name for name in names if not any(node.users for node in self.weights.get(name, ()))]
+                new |= {name: weight for weight in new.values() for name in unread}
+            for name, weight in new.items():
+                self._set(name, weight)
+
+    def set_trainable(self, trainable: set[str]) -> None:
+        """Set which of the original parameters require gradients. Changed ones are new objects on the same memory."""
+        parameters = self.parameters
+        for names in group_tied(parameters):
+            tensor, wanted = parameters[names[0]], not trainable.isdisjoint(names)
+            if tensor.requires_grad != wanted:
+                alias = nn.Parameter(tensor.detach(), requires_grad=wanted)
+                for name in names:
+                    self._set(name, alias)
+
+
+class ProgramEditor(Editor):
+    """A copy of a program's graph, input specifications and state, which can be modified; tensors are shared."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        """Copy `program`, which is not modified."""
+        self._program = program
+        self.graph_module = fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
+        # torch.export.unflatten caches a module there, which belongs to the original program.
+        self.graph_module.meta = {
+            key: value for key, value in program.graph_module.meta.items() if key != "unflattened_module"
+        }
+        for node, copied in zip(program.graph.nodes, self.graph.nodes, strict=True):
+            copied.name = node.name  # the copy renames nodes with names of Python builtins, such as "input"
+        self._specs: list[InputSpec] = list(program.graph_signature.input_specs)
+        self._state: dict[str, Tensor] = dict(program.state_dict)
+        self._constants = dict(program.constants)
+        self._nodes = {node.name: node for node in self.graph.find_nodes(op="placeholder")}
+        self._names = {spec.arg.name: spec.target for spec in self._specs if spec.target in self._state}
+        self.weights = {
+            target: [self._nodes[name]]
+            for name, target in self._names.items()
+            if isinstance(self._state[target], nn.Parameter)
+        }
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:  # noqa: D102
+        return {name: tensor for name, tensor in self._state.items() if name in self.weights}
+
+    @property
+    def constant_nodes(self) -> dict[fx.Node, str]:  # noqa: D102
+        from torch.export.graph_signature import InputKind
+
+        constant_kinds = (InputKind.PARAMETER, InputKind.CONSTANT_TENSOR)
+        return {
+            self._nodes[spec.arg.name]: spec.target
+            for spec in self._specs
+            if spec.target is not None and (spec.kind in constant_kinds or is_adapter_tensor(spec.target))
+        }
+
+    def tensor(self, name: str) -> Tensor:  # noqa: D102
+        found: Tensor = self._state[name] if name in self._state else self._constants[name]
+        return found
+
+    def has(self, name: str) -> bool:  # noqa: D102
+        return name in self._state
+
+    def name_of(self, node: fx.Node) -> str:  # noqa: D102
+        return self._names[node.name]
+
+    def weight_node(self, name: str) -> fx.Node:  # noqa: D102
+        node: fx.Node = self.weights[name][0]
+        return node
+
+    def add(self, name: str, tensor: Tensor, like: fx.Node) -> fx.Node:  # noqa: D102
+        from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+
+        is_buffer = not isinstance(tensor, nn.Parameter)
+        kinds = (InputKind.PARAMETER, InputKind.BUFFER) if is_buffer else (InputKind.PARAMETER,)
+        last = max(index for index, spec in enumerate(self._specs) if spec.kind in kinds)
+        with self.graph.inserting_after(self._nodes[self._specs[last].arg.name]):
+            node = self.graph.placeholder(f"{'b' if is_buffer else 'p'}_{name}")
+        node.target = node.name
+        node.meta["val"] = like.meta["val"].fake_mode.from_tensor(tensor, static_shapes=True)
+        persistent = True if is_buffer else None
+        spec = InputSpec(kinds[-1], TensorArgument(name=node.name), name, persistent=persistent)
+        self._specs.insert(last + 1, spec)
+        self._state[name], self._nodes[node.name] = tensor, node
+        return node
+
+    def remove_if_unused(self, node: fx.Node) -> None:  # noqa: D102
+        if node.users:
+            return
+        for spec in self._specs:
+            if spec.arg.name == node.name and spec.target is not None:
+                tensors = self._state if spec.target in self._state else self._constants
+                del tensors[spec.target]
+        self._specs = [spec for spec in self._specs if spec.arg.name != node.name]
+        self.graph.erase_node(node)
+
+    def build(self) -> ExportedProgram:
+        """A new program, verified by torch."""
+        from torch.export import ExportedProgram
+
+        program = self._program
+        signature: ExportGraphSignature = dataclasses.replace(program.graph_signature, input_specs=self._specs)
+        self.graph_module.recompile()
+        return ExportedProgram(
+            root=self.graph_module,
+            graph=self.graph,
+            graph_signature=signature,
+            state_dict=self._state,
+            range_constraints=copy.deepcopy(program.range_constraints),
+            module_call_graph=[_copy_entry(entry) for entry in program.module_call_graph],
+            example_inputs=program.example_inputs,
+            constants=self._constants,
+            verifiers=program.verifiers,
+        )
+
+    def _set(self, name: str, parameter: nn.Parameter) -> None:
+        self._state[name] = parameter
+
+
+class ModuleEditor(Editor):
+    """A captured module, edited in place; its submodules only hold tensors, which the graph reads by `get_attr`."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        """Edit `module`."""
+        self.graph_module = module
+        self._original = set(self._named_parameters())
+        self.weights = {}
+        for node in self.graph.find_nodes(op="get_attr"):
+            if node.target in self._original:
+                self.weights.setdefault(str(node.target), []).append(node)
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:  # noqa: D102
+        return {name: tensor for name, tensor in self._named_parameters().items() if name in self._original}
+
+    @property
+    def constant_nodes(self) -> dict[fx.Node, str]:  # noqa: D102
+        buffers = dict(self.graph_module.named_buffers(remove_duplicate=False))
+        constant = [*self._named_parameters(), *filter(is_adapter_tensor, buffers)]
+        read = {str(node.target) for node in self.graph.find_nodes(op="get_attr")}
+        for name in filter(is_adapter_tensor, constant):
+            if name not in read:  # an adapter that is not active
+                self._read(name)
+        return {node: str(node.target) for node in self.graph.find_nodes(op="get_attr") if node.target in constant}
+
+    def tensor(self, name: str) -> Tensor:  # noqa: D102
+        found: Tensor = getattr(*self._locate(name))
+        return found
+
+    def has(self, name: str) -> bool:  # noqa: D102
+        return hasattr(*self._locate(name))
+
+    def name_of(self, node: fx.Node) -> str:  # noqa: D102
+        return str(node.target)
+
+    def weight_node(self, name: str) -> fx.Node:
+        """The first node that reads a parameter; created if there is none (tied names, dead code elimination)."""
+        if name not in self.weights:
+            self.weights[name] = [self._read(name)]
+        return self.weights[name][0]
+
+    def add(self, name: str, tensor: Tensor, like: fx.Node) -> fx.Node:  # noqa: D102
+        owner = self.graph_module.get_submodule(parent_path(parent_path(name)))
+        if REFLECTION not in owner._modules:
+            owner.add_module(REFLECTION, nn.Module())
+        container, last = self._locate(name)
+        if isinstance(tensor, nn.Parameter):
+            container.register_parameter(last, tensor)
+        else:
+            container.register_buffer(last, tensor)
+        return self._read(name)
+
+    def remove_if_unused(self, node: fx.Node) -> None:
+        """Remove the tensor of a node that has no users, and its container with the last one."""
+        if node.users:
+            return
+        name = str(node.target)
+        container, last = self._locate(name)
+        self.graph.erase_node(node)
+        if last in container._parameters or last in container._buffers:
+            delattr(container, last)
+        if not [*container.parameters(), *container.buffers()]:
+            self.graph_module.get_submodule(parent_path(parent_path(name)))._modules.pop(REFLECTION, None)
+
+    def build(self) -> fx.GraphModule:
+        """The module itself, each `get_attr` node moved before its first user, which may have read another before."""
+        order = {node: index for index, node in enumerate(self.graph.nodes)}
+        for node in self.graph.find_nodes(op="get_attr"):
+            first = min(node.users, key=order.__getitem__, default=node)
+            if order[first] < order[node]:
+                first.prepend(node)
+        self.graph_module.recompile()
+        return self.graph_module
+
+    def _set(self, name: str, parameter: nn.Parameter) -> None:
+        owner, last = self._locate(name)
+        owner._parameters[last] = parameter
+
+    def _named_parameters(self) -> dict[str, Tensor]:
+        return dict(self.graph_module.named_parameters(remove_duplicate=False))
+
+    def _locate(self, name: str) -> tuple[nn.Module, str]:
+        path, _, last = name.rpartition(".")
+        return self.graph_module.get_submodule(path), last
+
+    def _read(self, name: str) -> fx.Node:
+        """A new node that reads a tensor, at the top of the graph."""
+        with self.graph.inserting_before(next(iter(self.graph.nodes))):
+            return self.graph.get_attr(name)
+
+
+def _copy_entry(entry: ModuleCallEntry) -> ModuleCallEntry:
+    """A copy whose node names can change. The tree specs are shared: torch warns when they are copied."""
+    signature = entry.signature
+    if signature is None:
+        return dataclasses.replace(entry)
+    inputs, outputs = copy.deepcopy(signature.inputs), copy.deepcopy(signature.outputs)
+    return dataclasses.replace(entry, signature=dataclasses.replace(signature, inputs=inputs, outputs=outputs))
