@@ -1,8 +1,9 @@
-"""Classes that another tool puts over ours, and scripted children."""
+"""Classes that another tool puts over ours, scripted children, and new objects of our classes."""
 
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -159,14 +160,14 @@ def test_a_part_without_the_scripted_child_is_folded_alone() -> None:
     assert type(model[0]) is nn.Linear
 
 
-def test_trained_copies_in_a_model_with_a_scripted_child_are_switched_and_folded() -> None:
-    plain, model = with_scripted()
-    x = normal(4, 6)
-    hra_fx.transform(model, config("0", modules_to_save=["2"], bias="hra_only"), "a")
-    turn(model)
-    copies = {name: model.get_parameter(name).detach() for name in ("0.bias", "2.weight", "2.bias")}
-    wanted = oracle(plain, model, ["a"], x, **copies)
-    assert_close(run(model, x), wanted)
-    with hra_fx.disable_adapters(model):
-        assert torch.equal(run(model, x), run(plain, x))
-    assert_close(run(hra_fx.fold(model), x), wanted)
+def test_a_new_object_of_the_class_of_an_adapted_layer_is_a_plain_layer() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 6), nn.Conv1d(1, 1, 1), nn.Conv2d(2, 3, 3, padding=1)).to(F64)
+    plain, model = adapted(base, a=config("0", "2"))
+    assert_close(model[0].weight.detach(), plain[0].weight @ product(model[0], ["a"]))
+    line, conv = type(model[0])(6, 4).double(), type(model[2])(2, 5, 3, padding=1).double()
+    x, image = normal(3, 6), normal(2, 2, 4, 4)
+    assert torch.equal(line(x), nn.functional.linear(x, line.weight, line.bias))
+    assert torch.equal(conv(image), nn.functional.conv2d(image, conv.weight, conv.bias, padding=1))
+    assert list(line.state_dict()) == ["weight", "bias"]
+    assert torch.equal(pickle.loads(pickle.dumps(copy.deepcopy(line)))(x), line(x))
