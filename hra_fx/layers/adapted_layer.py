@@ -9,7 +9,6 @@ gets the same result. Whoever reads `layer.weight` gets `W Q` (`hra_fx.layers.ro
 from __future__ import annotations
 
 import functools
-import sys
 from typing import Any
 
 import torch
@@ -27,9 +26,6 @@ from hra_fx.layers.rotated_weight import InferenceRotatedWeight, RotatedWeight
 from hra_fx.layers.sharding import is_shard
 from hra_fx.layers.target import BASE_WEIGHT, REFLECTION, kind_of, weight_name
 from hra_fx.layers.variants import ConvReflection, LinearReflection, QuantizedReflection
-
-#: The module of torch that FSDP1 (`FullyShardedDataParallel`) flattens parameters with.
-_FSDP1 = "torch.distributed.fsdp._flat_param"
 
 
 class SiteCarrier(Carrier):
@@ -67,7 +63,8 @@ class SiteCarrier(Carrier):
             isinstance(adapters, Reflection)
             and name == adapters.weight_name
             and adapters.acts
-            and param is not self._parameters.get(name)
+            and self._parameters.get(name) is not None
+            and param is not self._parameters[name]
         ):
             raise AdapterError(
                 f"{type(self).__name__}.{name} is read as W Q, so it is not clear whether W or W Q is assigned. Assign "
@@ -98,8 +95,9 @@ class SiteCarrier(Carrier):
                 return nn.Module.__getattr__(self, name)
             if name not in self._parameters and name not in vars(self):
                 raise AttributeError(name)
-            if vars(self).get("_is_fsdp_managed_module") and _reader() == _FSDP1:
-                return self.hra_base  # FSDP1 takes what it finds here for the parameter, and stores it
+            # FSDP1 reads and stores its parameters here; while a forward runs, the weight is a plain attribute.
+            if vars(self).get("_is_fsdp_managed_module") and name in self._parameters:
+                return self.hra_base
             try:
                 return _rotated(self)
             except AttributeError as error:  # which would send Python to nn.Module.__getattr__, and the base weight
@@ -113,11 +111,6 @@ class SiteCarrier(Carrier):
             vars(self).pop(name, None)
 
         return {name: property(weight, hold, drop)}
-
-
-def _reader() -> str:
-    """The name of the module whose code reads an attribute that is a property."""
-    return str(sys._getframe(2).f_globals.get("__name__"))
 
 
 def _rotated(layer: SiteCarrier) -> Any:
