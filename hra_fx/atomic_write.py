@@ -91,7 +91,7 @@ def output_file(path: str | os.PathLike[str], formats: Collection[str], *, liste
     return file
 
 
-def put_whole(path: Path, data: bytes) -> None:
+def write_output_file(path: Path, data: bytes) -> None:
     """Write an output file atomically; if `path` is a symbolic link, the file that it points to is replaced.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from hra_fx.layers.target import META, SiteNote, weight_name
+from hra_fx.layers.target import META, NodeTag, weight_name
 
 
 class FoldPass(PassBase):
@@ -14,10 +14,10 @@ class FoldPass(PassBase):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite the graph and recompile it."""
         graph = graph_module.graph
-        noted = [node for node in graph.nodes if isinstance(node.meta.get(META), SiteNote)]
+        noted = [node for node in graph.nodes if isinstance(node.meta.get(META), NodeTag)]
         # Backwards, so that every reflection of an input has lost its readers by the time that it is erased.
         for node in reversed(noted):
-            note: SiteNote = node.meta.pop(META)
+            note: NodeTag = node.meta.pop(META)
             if note.role == "layer":
                 node.args = node.args[:1]
             elif note.role == "weight":

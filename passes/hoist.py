@@ -18,7 +18,7 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from hra_fx.layers.target import SiteOperators
+from hra_fx.layers.target import LayerOperators
 from passes.side_effects import grad_mode_after, has_side_effects
 
 #: Key of the fake tensor of a value in `meta`, as TorchDynamo sets it.
@@ -28,7 +28,7 @@ _EXAMPLE = "example_value"
 class HoistPass(PassBase):
     """Computes factors of equal shape together, at least two; a second run changes nothing."""
 
-    def __init__(self, operators: SiteOperators) -> None:
+    def __init__(self, operators: LayerOperators) -> None:
         """Take the operators of reflected inputs."""
         self._rows, self._factors, self._by = operators.rows, operators.factors, operators.by
 

@@ -4,7 +4,7 @@ r"""insert: the reflection before each marked call, and after each marked read o
     y = f(x, layer.weight)          becomes        w = layer.hra_u(weight=layer.hra_base);  y = f(x, w)
 
 For a Linear, `h = x Q^T` and the layer computes `h W^T = x (W Q)^T`. For a convolution, `h` holds the coordinates of
-the patches and the layer subtracts their image (`hra_fx.layers.variants.ConvReflection`). The layer still gets `x`
+the patches and the layer subtracts their image (`hra_fx.layers.variants.ConvAdapters`). The layer still gets `x`
 as its first argument, so that hooks on it see what they saw before. Of a weight, `hra_base` is the base weight, and `w`
 is `W Q`. A reader, which is a module that is called as a whole, gets `W Q` by itself: nothing is inserted.
 """
@@ -17,7 +17,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from hra_fx.errors import GraphInvariantError
-from hra_fx.layers.target import BASE_WEIGHT, META, REFLECTION, SiteNote
+from hra_fx.layers.target import BASE_WEIGHT, META, REFLECTION, NodeTag
 
 
 class InsertPass(PassBase):
@@ -39,7 +39,7 @@ class InsertPass(PassBase):
 
 def _is_bare(node: fx.Node) -> bool:
     note = node.meta.get(META)
-    if not isinstance(note, SiteNote):
+    if not isinstance(note, NodeTag):
         return False
     if note.role == "weight":
         return not str(node.target).endswith(f".{BASE_WEIGHT}")
@@ -47,7 +47,7 @@ def _is_bare(node: fx.Node) -> bool:
 
 
 def _insert_before(graph: fx.Graph, node: fx.Node) -> None:
-    note: SiteNote = node.meta[META]
+    note: NodeTag = node.meta[META]
     # By whatever name the layer's class has for its one argument.
     value = node.args[0] if node.args else next(iter(node.kwargs.values()))
     if not isinstance(value, fx.Node):
@@ -70,8 +70,8 @@ def _insert_after(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _reflection(graph: fx.Graph, node: fx.Node, layer: str, args: Any, kwargs: Any) -> fx.Node:
-    note: SiteNote = node.meta[META]
+    note: NodeTag = node.meta[META]
     reflection = graph.create_node("call_module", f"{layer}.{REFLECTION}", args, kwargs)
     reflection.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
-    reflection.meta[META] = SiteNote(note.path, note.kind, "reflection")
+    reflection.meta[META] = NodeTag(note.path, note.kind, "reflection")
     return reflection

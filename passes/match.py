@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from hra_fx.layers.target import META, Site, SiteNote, weight_name
+from hra_fx.layers.target import META, LayerTarget, NodeTag, weight_name
 
 #: Attributes and methods that say nothing about the values of a weight.
 _METADATA = frozenset(
@@ -16,7 +16,7 @@ _METADATA = frozenset(
 
 
 class MatchPass(PassBase):
-    """Marks what a graph does with every adapted layer with a `SiteNote`; the graph itself is not changed.
+    """Marks what a graph does with every adapted layer with a `NodeTag`; the graph itself is not changed.
 
     A call of a layer whose input is reflected is a `"layer"`. A read of an adapted weight is a `"weight"`, unless only
     its dtype, shape or the like is used. The call of a module that has adapted layers inside, or of an adapted layer
@@ -28,7 +28,7 @@ class MatchPass(PassBase):
         calls: path of an adapted layer in the model -> the number of nodes in which it acts.
     """
 
-    def __init__(self, sites: Mapping[str, Site], prefix: str = "") -> None:
+    def __init__(self, sites: Mapping[str, LayerTarget], prefix: str = "") -> None:
         """Prepare for one graph.
 
         Args:
@@ -55,25 +55,25 @@ class MatchPass(PassBase):
             node.meta[META] = note
         return PassResult(graph_module, modified)
 
-    def _note(self, node: fx.Node) -> SiteNote | None:
+    def _note(self, node: fx.Node) -> NodeTag | None:
         target = str(node.target)
         if node.op == "get_attr":
             owner, _, name = target.rpartition(".")
             site = self._sites.get(owner)
             found = site is not None and name == weight_name(site.kind) and not all(map(_is_metadata, node.users))
-            return SiteNote(site.path, site.kind, "weight") if site is not None and found else None
+            return NodeTag(site.path, site.kind, "weight") if site is not None and found else None
         if node.op != "call_module":
             return None
         site = self._sites.get(target)
         if site is not None and site.is_called:
-            return SiteNote(site.path, site.kind, "layer")
+            return NodeTag(site.path, site.kind, "layer")
         if site is None and target not in self._above:
             return None
         inside = [s for path, s in self._sites.items() if path == target or path.startswith(f"{target}.")]
         if not inside:
             return None
         first, *others = dict.fromkeys(inside)
-        return SiteNote(first.path, first.kind, "reader", tuple(other.path for other in others))
+        return NodeTag(first.path, first.kind, "reader", tuple(other.path for other in others))
 
 
 def _is_metadata(node: fx.Node) -> bool:

@@ -18,14 +18,14 @@ from typing import Any
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from hra_fx.layers.target import SiteOperators
+from hra_fx.layers.target import LayerOperators
 from passes.side_effects import has_side_effects
 
 
 class SharePass(PassBase):
     """Joins the reflections of each value that has at least two; a second run changes nothing."""
 
-    def __init__(self, operators: SiteOperators) -> None:
+    def __init__(self, operators: LayerOperators) -> None:
         """Take the operators of reflected inputs."""
         self._rows, self._factors, self._by = operators.rows, operators.factors, operators.by
 

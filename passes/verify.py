@@ -6,7 +6,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from hra_fx.errors import GraphInvariantError
-from hra_fx.layers.target import BASE_WEIGHT, META, REFLECTION, SiteNote
+from hra_fx.layers.target import BASE_WEIGHT, META, REFLECTION, NodeTag
 
 
 class VerifyPass(PassBase):
@@ -26,7 +26,7 @@ class VerifyPass(PassBase):
         graph_module.graph.lint()
         for node in graph_module.graph.nodes:
             note = node.meta.get(META)
-            if not isinstance(note, SiteNote):
+            if not isinstance(note, NodeTag):
                 if node.op == "call_module" and str(node.target).endswith(f".{REFLECTION}"):
                     raise _broken(node, "calls a reflection, and carries no mark")
                 if node.op == "get_attr" and str(node.target).endswith(f".{BASE_WEIGHT}"):

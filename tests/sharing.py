@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AlbertConfig, AlbertForMaskedLM
 
 import hra_fx
-from hra_fx.model.state import sites_of
+from hra_fx.model.state import adapted_layers
 
 F64 = torch.float64
 
@@ -152,7 +152,7 @@ def config(name: str, **fields: Any) -> hra_fx.HRAConfig:
 def turn(model: nn.Module, seed: int = 4) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for layer in sites_of(model).values():
+        for layer in adapted_layers(model).values():
             for vectors in layer.hra_u.values():
                 vectors.copy_(torch.randn(vectors.shape, dtype=vectors.dtype, generator=generator))
 
@@ -178,13 +178,15 @@ def run(model: nn.Module, x: Tensor) -> Tensor:
 
 def leaves(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the vectors of every adapted layer, to be trained by the oracle."""
-    return {path: layer.hra_u["default"].detach().clone().requires_grad_() for path, layer in sites_of(model).items()}
+    return {
+        path: layer.hra_u["default"].detach().clone().requires_grad_() for path, layer in adapted_layers(model).items()
+    }
 
 
 def oracle(plain: nn.Module, model: nn.Module, x: Tensor, vectors: dict[str, Tensor]) -> Tensor:
     """The base model over `W Q`, by the dense product, differentiable in the vectors."""
     twin = copy.deepcopy(plain)
-    for path, layer in sites_of(model).items():
+    for path, layer in adapted_layers(model).items():
         part, q = twin.get_submodule(path), dense_q(vectors[path], anchor=layer.hra_u.anchor("default"))
         # functional_call does not restore the weight of a layer that has two paths.
         weight = part._parameters.pop("weight")

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import hra_fx
-from hra_fx.model.state import sites_of
+from hra_fx.model.state import adapted_layers
 
 TOKENS = torch.tensor([[5, 9, 3, 7], [8, 4, 11, 6]])
 SMALL = {"vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 1}
@@ -94,7 +94,7 @@ def calls_of(model: nn.Module, inputs: Any) -> Counter[str]:
     """How often the reflection of each layer is called, counted by hooks."""
     calls: Counter[str] = Counter()
     hooked = copy.deepcopy(model)
-    for path, layer in sites_of(hooked).items():
+    for path, layer in adapted_layers(hooked).items():
         layer.hra_u.register_forward_pre_hook(lambda *_, path=path: calls.update([path]))  # type: ignore[misc]
     run(hooked, inputs)
     return calls

@@ -17,14 +17,14 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.functional import householder
 from hra_fx.integrations.pretrained import root_class_for
-from hra_fx.layers.adapters import ANCHOR, Reflection
-from hra_fx.layers.sharding import laid_out_as, reshard
-from hra_fx.layers.trained_copies import Copies, copies_of
+from hra_fx.layers.adapters import ANCHOR, HouseholderAdapters
+from hra_fx.layers.sharding import distribute_like, reshard
+from hra_fx.layers.trained_copies import Copies, all_copies
 from hra_fx.model.add import add_filled_adapter
-from hra_fx.model.example_inputs import as_call
+from hra_fx.model.example_inputs import normalize_inputs
 from hra_fx.model.offload import require_materialized
 from hra_fx.model.setup import checked, set_up
-from hra_fx.model.state import Record, inventory, record_of, root_of, sites_of
+from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, get_state, root_of
 from hra_fx.model.trainable import set_requires_grad
 
 M = TypeVar("M", bound=nn.Module)
@@ -80,15 +80,15 @@ def load_adapter(
     # Tensors made in inference mode could never be trained.
     with torch.inference_mode(False):
         if example_inputs is not None:
-            as_call(example_inputs)
-        plain = isinstance(model, nn.Module) and not any(record_of(part) for part in model.modules())
+            normalize_inputs(example_inputs)
+        plain = isinstance(model, nn.Module) and not any(get_state(part) for part in model.modules())
         root, record = (model, None) if plain else root_of(model)
         if record is not None:
             require_materialized(root)
         fitted = fit(find(directory, subfolder, **hub), root, config)
         config = checked(root, dataclasses.replace(fitted.config, inference_mode=not is_trainable), adapter_name)
 
-        def fill(path: str, layer: nn.Module, reflection: Reflection) -> None:
+        def fill(path: str, layer: nn.Module, reflection: HouseholderAdapters) -> None:
             vectors, anchor = fitted.vectors[path]
             weight = reflection.weight_of(layer)
             anchored = None if anchor is None else _like(anchor, weight)
@@ -105,13 +105,13 @@ def load_adapter(
     return model
 
 
-def _replace(root: nn.Module, record: Record, name: str, fitted: Fitted, is_trainable: bool) -> None:
+def _replace(root: nn.Module, record: AdapterState, name: str, fitted: Fitted, is_trainable: bool) -> None:
     """Copy new values into an adapter's parameters, which an optimizer may hold."""
     if name in record.merged:
         raise AdapterError(f"adapter {name!r} is merged into the weights. Call unmerge_adapter first.")
-    if any(name in reflection.scales for reflection in inventory(root).reflections):
+    if any(name in reflection.scales for reflection in collect_parts(root).reflections):
         raise AdapterError(f"adapter {name!r} must have strength 1. Call hra_fx.set_scale(model, {name!r}, 1) first.")
-    layers = {path: layer for path, layer in sites_of(root).items() if name in layer.hra_u}
+    layers = {path: layer for path, layer in adapted_layers(root).items() if name in layer.hra_u}
     spec = next(iter(layers.values())).hra_u.specs[name]
     candidates = ((fitted.vectors, fitted.spec.apply_GS), (fitted.written, fitted.written_GS))
     shapes = {path: layer.hra_u[name].shape for path, layer in layers.items()}
@@ -123,7 +123,9 @@ def _replace(root: nn.Module, record: Record, name: str, fitted: Fitted, is_trai
         ),
         None,
     )
-    held = {(path, entry) for path, (owner, copies) in copies_of(root).items() for entry in _saved(owner, copies, name)}
+    held = {
+        (path, entry) for path, (owner, copies) in all_copies(root).items() for entry in _saved(owner, copies, name)
+    }
     if values is None or held != fitted.copies.keys():
         raise AdapterError(
             f"adapter {name!r} exists in the model, but with other layers, r, apply_GS, bias or modules_to_save than "
@@ -137,14 +139,14 @@ def _replace(root: nn.Module, record: Record, name: str, fitted: Fitted, is_trai
                 undo.callback(adapters.register_buffer, name + ANCHOR, anchor)
             undo.callback(own.copy_, own.clone())
             adapters.replace(name, *values[path], layer.hra_base.device)
-        for path, (owner, copies) in copies_of(root).items():
+        for path, (owner, copies) in all_copies(root).items():
             for entry in _saved(owner, copies, name):
                 own = copies.get(owner, name, entry)
                 undo.callback(own.copy_, own.clone())
-                own.copy_(laid_out_as(fitted.copies[path, entry], own))
+                own.copy_(distribute_like(fitted.copies[path, entry], own))
         undo.pop_all()
     record.configs[name].inference_mode = not is_trainable
-    set_requires_grad(inventory(root), (name,), is_trainable and name in record.active)
+    set_requires_grad(collect_parts(root), (name,), is_trainable and name in record.active)
 
 
 def _saved(owner: nn.Module, copies: Copies, name: str) -> list[str]:

@@ -21,16 +21,16 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.export.captured import is_program
 from hra_fx.integrations.pretrained import save_adapters_or_model
-from hra_fx.layers.adapted_layer import SiteCarrier
-from hra_fx.layers.class_swap import Carrier, original_class, swap, swapped_class
+from hra_fx.layers.adapted_layer import AdaptedLayer
+from hra_fx.layers.class_swap import SwapMixin, original_class, swap, swapped_class
 from hra_fx.layers.sharding import reshard
-from hra_fx.layers.trained_copies import BASE, copies_of
+from hra_fx.layers.trained_copies import BASE, all_copies
 from hra_fx.model.add import add_adapter
 from hra_fx.model.delete import delete_adapter
 from hra_fx.model.detach import remove_adapters
 from hra_fx.model.merge import merge_adapter, unmerge_adapter
 from hra_fx.model.scale import check_strength, set_scale
-from hra_fx.model.state import Record, inventory, names_in, record_of, require_outermost, root_of
+from hra_fx.model.state import AdapterState, check_no_foreign_class, collect_parts, get_state, names_in, root_of
 from hra_fx.model.switch import disable_adapters, enable_adapters, set_adapter
 from hra_fx.model.trainable import set_requires_grad
 from hra_fx.selection.target_mapping import DEFAULT_TARGETS
@@ -39,7 +39,7 @@ from hra_fx.selection.target_mapping import DEFAULT_TARGETS
 _REPLACED = ("transformers.", "diffusers.", "huggingface_hub.", "hra_fx.")
 
 
-class HRAModel(Carrier):
+class HRAModel(SwapMixin):
     """An adapted model with PEFT's methods.
 
     `HRAModel(model, config, adapter_name)` transforms `model` in place (`hra_fx.transform`), adds these methods, and
@@ -69,9 +69,9 @@ class HRAModel(Carrier):
         True
     """
 
-    _hra_height = 3
+    _hra_priority = 3
     prefix: str = "hra_"
-    tuner_layer_cls: type[nn.Module] = SiteCarrier
+    tuner_layer_cls: type[nn.Module] = AdaptedLayer
     target_module_mapping: Mapping[str, Any] = DEFAULT_TARGETS
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -117,7 +117,7 @@ class HRAModel(Carrier):
         return "HRA"
 
     @property
-    def _record(self) -> Record:
+    def _record(self) -> AdapterState:
         return root_of(self)[1]
 
     def get_base_model(self) -> nn.Module:
@@ -128,7 +128,7 @@ class HRAModel(Carrier):
         """The number of trainable and of all parameters, counted as in PEFT: a trained bias counts once."""
         waiting = {
             id(copies.get(owner, BASE, "bias"))
-            for owner, copies in copies_of(self).values()
+            for owner, copies in all_copies(self).values()
             if set(copies.in_place) == {"bias"} and copies.in_place["bias"] != BASE
         }
         counted = [parameter for parameter in self.parameters() if id(parameter) not in waiting]
@@ -165,7 +165,7 @@ class HRAModel(Carrier):
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         """Train or freeze the vectors and copies of these adapters; others keep their flags."""
         reshard(self)
-        set_requires_grad(inventory(self), names_in(self._record, adapter_names), requires_grad)
+        set_requires_grad(collect_parts(self), names_in(self._record, adapter_names), requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As `hra_fx.delete_adapter`; call `unload` to remove the last one.
@@ -234,7 +234,7 @@ class HRAModel(Carrier):
             HRAWarning: adapters are removed without being folded.
         """
         fold(self, adapter_names)
-        if record := record_of(self):
+        if record := get_state(self):
             text = f"adapters {list(record.configs)} were not folded and are removed. To keep them, call hra_fx.fold."
             remove_adapters(self, record, tuple(record.configs))
             warnings.warn(text, HRAWarning, stacklevel=2)
@@ -249,7 +249,7 @@ class HRAModel(Carrier):
         record = self._record
         if record.merged:
             unmerge_adapter(self)
-        require_outermost(self)
+        check_no_foreign_class(self)
         remove_adapters(self, record, tuple(record.configs))
         return self
 
@@ -328,13 +328,13 @@ def _adapted(
     given: Any = peft_config if config is None else config
     configs = dict(given) if isinstance(given, Mapping) else {adapter_name: given}
     first = adapter_name if adapter_name in configs else next(iter(configs), adapter_name)
-    plain = isinstance(model, nn.Module) and record_of(model) is None
+    plain = isinstance(model, nn.Module) and get_state(model) is None
     transform(model, configs.pop(first, given), first, low_cpu_mem_usage=low_cpu_mem_usage)
     try:
         for name, other in configs.items():
             add_adapter(model, name, other, low_cpu_mem_usage=low_cpu_mem_usage)
     except BaseException:
-        record = record_of(model)
+        record = get_state(model)
         if plain and record:
             remove_adapters(model, record, tuple(record.configs))
         raise

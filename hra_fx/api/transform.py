@@ -11,10 +11,10 @@ from hra_fx.errors import AdapterError
 from hra_fx.export.captured import is_captured, transform_captured
 from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.model.detach import detach_all
-from hra_fx.model.example_inputs import as_call
-from hra_fx.model.inject import drawn
+from hra_fx.model.example_inputs import normalize_inputs
+from hra_fx.model.inject import random_init
 from hra_fx.model.setup import checked, set_up, valid_config
-from hra_fx.model.state import record_of, sites_of
+from hra_fx.model.state import adapted_layers, get_state
 from hra_fx.model.verify import check_against_folded
 from hra_fx.selection.check import check
 from hra_fx.selection.select import select, with_head
@@ -92,7 +92,7 @@ def transform(
         return transform_captured(captured, valid_config(config), adapter_name)  # type: ignore[no-any-return]
     module: Any = model
     config = with_head(module, checked(module, config, adapter_name))
-    call = None if example_inputs is None else as_call(example_inputs)
+    call = None if example_inputs is None else normalize_inputs(example_inputs)
     if verify and call is None:
         raise AdapterError("verify=True: there is nothing to run. Give example_inputs, the arguments of one call.")
     if trace and not isinstance(module, fx.GraphModule):
@@ -107,7 +107,7 @@ def transform(
         )
         return made
     if not _is_done(module, config, adapter_name):
-        fill = drawn(adapter_name, config, on_meta=low_cpu_mem_usage)
+        fill = random_init(adapter_name, config, on_meta=low_cpu_mem_usage)
         root_class = root_class_for(module)
         set_up(module, config, adapter_name, fill, root_class=root_class, call=call if verify else None)
     elif verify and call:
@@ -116,7 +116,7 @@ def transform(
 
 
 def _traced(model: nn.Module, config: HRAConfig, example_inputs: Any) -> fx.GraphModule:
-    if record_of(model) or sites_of(model):
+    if get_state(model) or adapted_layers(model):
         raise AdapterError(
             f"trace=True: {type(model).__name__} has adapters already. Trace it when the first one is added, or call "
             "hra_fx.graphs(model) for a graph to look at."
@@ -127,8 +127,8 @@ def _traced(model: nn.Module, config: HRAConfig, example_inputs: Any) -> fx.Grap
 
 
 def _is_done(model: nn.Module, config: HRAConfig, adapter_name: str) -> bool:
-    record = record_of(model)
-    carried = sites_of(model)
+    record = get_state(model)
+    carried = adapted_layers(model)
     if record and not carried:  # its parts were folded one by one
         detach_all(model)
         record = None
@@ -155,4 +155,4 @@ def _is_done(model: nn.Module, config: HRAConfig, adapter_name: str) -> bool:
 
 
 def _layers_with(model: nn.Module, adapter_name: str) -> set[str]:
-    return {path for path, layer in sites_of(model).items() if adapter_name in layer.hra_u}
+    return {path for path, layer in adapted_layers(model).items() if adapter_name in layer.hra_u}

@@ -6,8 +6,8 @@ from torch import nn
 
 from hra_fx.layers.adapters import ANCHOR
 from hra_fx.layers.target import REFLECTION, SAVED
-from hra_fx.layers.trained_copies import BASE, copies_of
-from hra_fx.model.state import sites_of
+from hra_fx.layers.trained_copies import BASE, all_copies
+from hra_fx.model.state import adapted_layers
 
 PREFIX = "base_model.model."
 #: The vectors before Gram-Schmidt, stored together with their orthonormal chain, to resume training.
@@ -63,11 +63,11 @@ def adapter_entries(model: nn.Module) -> list[str]:
     """Entries of the model's `state_dict` that belong to adapters, including active trained copies."""
     entries = [
         f"{path}.{REFLECTION}.{name}"
-        for path, layer in sites_of(model).items()
+        for path, layer in adapted_layers(model).items()
         for name in layer.hra_u.state_dict()
         if name != "unmerged"
     ]
-    for path, (_, copies) in copies_of(model).items():
+    for path, (_, copies) in all_copies(model).items():
         entries += [f"{path}.{name}".lstrip(".") for name, whose in copies.in_place.items() if whose != BASE]
         entries += [
             f"{path}.{SAVED}.{key}".lstrip(".") for key in copies.state_dict() if not key.startswith(f"{BASE}.")

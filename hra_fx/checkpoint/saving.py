@@ -33,10 +33,10 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.layers.adapters import plain_chain
 from hra_fx.layers.class_swap import original_class
-from hra_fx.layers.sharding import by_the_first, is_shard, whole
-from hra_fx.layers.trained_copies import copies_of
+from hra_fx.layers.sharding import full_tensor, is_dtensor, on_first_rank
+from hra_fx.layers.trained_copies import all_copies
 from hra_fx.model.offload import require_materialized
-from hra_fx.model.state import Record, names_in, root_of, sites_of
+from hra_fx.model.state import AdapterState, adapted_layers, names_in, root_of
 from hra_fx.selection.select import resolve_targets, targeted
 
 #: Metadata key in `adapter_model.safetensors`: how to split the chain to resume training.
@@ -80,7 +80,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     name = _only_adapter(record) if adapter_name is None else names_in(record, adapter_name)[0]
     require_materialized(root)
     config, tensors, metadata = _contents(root, record, name, root.state_dict())
-    by_the_first(root.parameters(), lambda: write(directory, config.to_json_string(), tensors, metadata))
+    on_first_rank(root.parameters(), lambda: write(directory, config.to_json_string(), tensors, metadata))
 
 
 def save_pretrained(
@@ -123,13 +123,13 @@ def save_pretrained(
     if state_dict is None:
         require_materialized(root)
     state = root.state_dict() if state_dict is None else state_dict
-    shards = [tensor for tensor in state.values() if is_shard(tensor)]
+    shards = [tensor for tensor in state.values() if is_dtensor(tensor)]
     if not (is_main_process or shards):
         return
     contents = {name: _contents(root, record, name, state) for name in names}
     checkpoint = _CHECKPOINT.fullmatch(Path(directory).name) and not Path(directory, "config.json").exists()
-    entries = {key: whole(state[key]) for key in adapter_entries(root) if key in state} if checkpoint else {}
-    by_the_first(shards, lambda: _write_all(Path(directory), contents, entries))
+    entries = {key: full_tensor(state[key]) for key in adapter_entries(root) if key in state} if checkpoint else {}
+    on_first_rank(shards, lambda: _write_all(Path(directory), contents, entries))
     if Path(directory, "config.json").exists():
         text = (
             f"{directory}: the adapters were saved next to a full model. from_pretrained of diffusers, or of "
@@ -145,7 +145,7 @@ def _write_all(directory: Path, contents: Mapping[str, _Contents], entries: Mapp
         write_weights(directory / "model.safetensors", entries, {})
 
 
-def _only_adapter(record: Record) -> str:
+def _only_adapter(record: AdapterState) -> str:
     candidates = tuple(record.configs) if len(record.configs) == 1 else record.active
     if len(candidates) != 1:
         raise AdapterError(
@@ -155,9 +155,9 @@ def _only_adapter(record: Record) -> str:
     return candidates[0]
 
 
-def _contents(root: nn.Module, record: Record, name: str, state: Mapping[str, Tensor]) -> _Contents:
+def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[str, Tensor]) -> _Contents:
     config = record.configs[name]
-    sites = [path for path, layer in sites_of(root).items() if name in layer.hra_u]
+    sites = [path for path, layer in adapted_layers(root).items() if name in layer.hra_u]
     if odd := sorted(targeted(root, config).keys() ^ set(sites)):
         raise AdapterError(
             f"adapter {name!r}: {odd[0]} does not match the adapter's configuration, because a part of the model was "
@@ -167,7 +167,7 @@ def _contents(root: nn.Module, record: Record, name: str, state: Mapping[str, Te
     metadata = {"format": "pt"}
     rank, apply_GS = config.r, config.apply_GS
     for path in sites:
-        vectors, anchor = whole(state[vectors_entry(path, name)]), state.get(anchor_entry(path, name))
+        vectors, anchor = full_tensor(state[vectors_entry(path, name)]), state.get(anchor_entry(path, name))
         if anchor is None:
             tensors[reflection_key(path)] = vectors
             continue
@@ -176,11 +176,11 @@ def _contents(root: nn.Module, record: Record, name: str, state: Mapping[str, Te
             tensors[vectors_key(path)] = vectors
         rank, apply_GS = anchor.shape[1] + config.r, False
         metadata[RESUME] = json.dumps({"r": config.r, "apply_GS": config.apply_GS, "anchor": anchor.shape[1]})
-    for path, (owner, copies) in copies_of(root).items():
+    for path, (owner, copies) in all_copies(root).items():
         for entry in copies.copied.get(name, ()):
             if entry not in non_persistent_buffers(owner):
                 in_place = copies.in_place[entry] == name
-                copied = whole(state[copy_entry(path, name, entry, in_place=in_place)])
+                copied = full_tensor(state[copy_entry(path, name, entry, in_place=in_place)])
                 tensors[copy_key(path, entry, adapted=path in sites)] = copied
     return _inference_config(root, config, rank, apply_GS), {key: t.detach() for key, t in tensors.items()}, metadata
 

@@ -12,7 +12,7 @@ from torch import fx
 
 from hra_fx.export.match import GraphLayer
 from hra_fx.export.ops import ROTATE
-from hra_fx.layers.target import META, SiteNote
+from hra_fx.layers.target import META, NodeTag
 
 
 def insert_rotation(
@@ -39,7 +39,7 @@ def insert_rotation(
     if values[0] is not None and values[1] is not None:
         with torch.no_grad():
             rotated.meta["val"] = ROTATE(*values)
-    rotated.meta[META] = SiteNote(layer.path, layer.kind, "reflection")
+    rotated.meta[META] = NodeTag(layer.path, layer.kind, "reflection")
     for use in layer.uses:
         use.first_user.replace_input_with(use.weight, rotated)
 

@@ -16,7 +16,7 @@ from hra_fx.export.skeleton import build_skeleton
 from hra_fx.export.weight_uses import WeightUse, find_weight_uses
 from hra_fx.functional.rotated_energy import readable_rows
 from hra_fx.layers.adapters import plain_chain
-from hra_fx.layers.target import REFLECTION, SiteKind
+from hra_fx.layers.target import REFLECTION, LayerKind
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -57,7 +57,7 @@ class UnadaptedLayers:
     skeleton: nn.Module
     config: HRAConfig | None
     adapter: str
-    layers: dict[str, tuple[SiteKind, str, str | None]]
+    layers: dict[str, tuple[LayerKind, str, str | None]]
 
 
 def adapter_layers(captured: ExportedProgram | fx.GraphModule) -> list[LayerAdapter]:
@@ -107,7 +107,7 @@ def _layer_adapter(rotation: Rotation) -> LayerAdapter:
     container, _, adapter = rotation.vectors_name.rpartition(".")
     uses = find_weight_uses(rotation.node, weight.dim())
     by_name = WEIGHTS[rotation.weight_name.rpartition(".")[2]]
-    kinds: list[SiteKind] = [kind for kind in (by_name, *(use.kind for use in uses)) if kind]
+    kinds: list[LayerKind] = [kind for kind in (by_name, *(use.kind for use in uses)) if kind]
     return LayerAdapter(
         path=container.removesuffix(f".{REFLECTION}"),
         description=_describe(kinds[0] if kinds else "linear", weight, uses),
@@ -118,7 +118,7 @@ def _layer_adapter(rotation: Rotation) -> LayerAdapter:
     )
 
 
-def _describe(kind: SiteKind, weight: Tensor, uses: list[WeightUse]) -> str:
+def _describe(kind: LayerKind, weight: Tensor, uses: list[WeightUse]) -> str:
     """The text that `hra_fx.layers.target.describe` returns for the original layer."""
     out, *rest = weight.shape
     if kind == "linear":

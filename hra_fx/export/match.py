@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from hra_fx.export.weight_uses import WeightUse, find_weight_uses, normalize_path
-from hra_fx.layers.target import SiteKind
+from hra_fx.layers.target import LayerKind
 
 #: Names of parameters that can be rotated -> the kind of layer, if the name determines it.
-WEIGHTS: dict[str, SiteKind | None] = {"weight": None, "in_proj_weight": "attention"}
+WEIGHTS: dict[str, LayerKind | None] = {"weight": None, "in_proj_weight": "attention"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class GraphLayer:
 
     path: str
     name: str
-    kind: SiteKind
+    kind: LayerKind
     transposed: bool
     uses: tuple[WeightUse, ...]
     refusal: str | None

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from hra_fx.errors import AdapterError
-from hra_fx.layers.adapters import Reflection
+from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.target import REFLECTION
-from hra_fx.layers.trained_copies import copies_of
-from hra_fx.model.state import Record, names_in, root_of, sites_of
+from hra_fx.layers.trained_copies import all_copies
+from hra_fx.model.state import AdapterState, adapted_layers, names_in, root_of
 
 if TYPE_CHECKING:
     import numpy
@@ -129,7 +129,7 @@ def adapter_inputs(
             f"adapter {name!r} has trained copies (modules_to_save or bias; of {path or 'the model'}), which are not "
             "inputs of the graph. Export a separate graph for it."
         )
-    layers = {path: layer.hra_u for path, layer in sites_of(model).items() if name in layer.hra_u}
+    layers = {path: layer.hra_u for path, layer in adapted_layers(model).items() if name in layer.hra_u}
     slots = {_path(slot.name): slot for slot in inputs if slot.name.rpartition(".")[2] == REFLECTION}
     for path in layers:
         if path not in slots:
@@ -143,7 +143,7 @@ def adapter_inputs(
     return {slot.name: _vectors(slot, layers.get(path), name, dtypes[path]).numpy() for path, slot in slots.items()}
 
 
-def _exported_adapter(model: nn.Module) -> tuple[str, dict[str, Reflection]]:
+def _exported_adapter(model: nn.Module) -> tuple[str, dict[str, HouseholderAdapters]]:
     """The active adapter, and the reflections of its layers."""
     root, record = root_of(model)
     name = _active_adapter(record)
@@ -152,7 +152,7 @@ def _exported_adapter(model: nn.Module) -> tuple[str, dict[str, Reflection]]:
             f"{path or 'the model'}: adapter {name!r} has a trained copy of it (modules_to_save or bias), which would "
             f"be part of the graph for all other adapters. {_HOW_TO_EXPORT}"
         )
-    reflections = {path: layer.hra_u for path, layer in sites_of(model).items() if name in layer.hra_u}
+    reflections = {path: layer.hra_u for path, layer in adapted_layers(model).items() if name in layer.hra_u}
     for path, reflection in reflections.items():
         unsupported = {
             "Gram-Schmidt": reflection.specs[name].apply_GS,
@@ -167,7 +167,7 @@ def _exported_adapter(model: nn.Module) -> tuple[str, dict[str, Reflection]]:
     return name, reflections
 
 
-def _active_adapter(record: Record) -> str:
+def _active_adapter(record: AdapterState) -> str:
     if record.disabled or record.merged or len(record.active) != 1:
         state = "disabled" if record.disabled else f"merged: {list(record.merged)}"
         state = state if record.disabled or record.merged else f"active: {list(record.active)}"
@@ -179,7 +179,7 @@ def _active_adapter(record: Record) -> str:
 
 def _trained_copy(root: nn.Module, name: str) -> str | None:
     """The first module that an adapter has trained copies of, or `None`."""
-    return next((path for path, (_, copies) in copies_of(root).items() if name in copies.copied), None)
+    return next((path for path, (_, copies) in all_copies(root).items() if name in copies.copied), None)
 
 
 def _dtype(slot: Input, default: torch.dtype) -> torch.dtype:
@@ -197,7 +197,7 @@ def _path(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _vectors(slot: Input, reflection: Reflection | None, name: str, dtype: torch.dtype) -> Tensor:
+def _vectors(slot: Input, reflection: HouseholderAdapters | None, name: str, dtype: torch.dtype) -> Tensor:
     """The vectors of a layer, padded with zeros to the shape of the input."""
     width, rank = (int(size) for size in slot.shape)
     if reflection is None:

@@ -13,11 +13,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from hra_fx.export.match import GraphLayer
-from hra_fx.layers.target import SiteKind, weight_name
+from hra_fx.layers.target import LayerKind, weight_name
 
 # The output layers of transformers' models (get_output_embeddings).
 _OUTPUTS = ("lm_head", "lm_head.decoder", "cls.predictions.decoder", "embed_out", "proj_out", "output_projection")
-_CONVOLUTIONS: dict[SiteKind, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
+_CONVOLUTIONS: dict[LayerKind, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
     "conv1d": nn.Conv1d,
     "conv2d": nn.Conv2d,
     "conv3d": nn.Conv3d,

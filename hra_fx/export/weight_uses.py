@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from hra_fx.layers.target import SiteKind
+from hra_fx.layers.target import LayerKind
 
 _aten = torch.ops.aten
 
@@ -28,7 +28,7 @@ _MATMULS: dict[Any, dict[int, int]] = {
     _aten.mv.default: {0: 1},
     _aten.addmv.default: {1: 1},
 }
-_CONVOLUTIONS: dict[Any, SiteKind | None] = {
+_CONVOLUTIONS: dict[Any, LayerKind | None] = {
     _aten.conv1d.default: "conv1d",
     _aten.conv1d.padding: "conv1d",
     _aten.conv2d.default: "conv2d",
@@ -37,7 +37,7 @@ _CONVOLUTIONS: dict[Any, SiteKind | None] = {
     _aten.conv3d.padding: "conv3d",
     _aten.convolution.default: None,  # depends on the dimensions of the weight
 }
-_BY_DIMENSIONS: dict[int, SiteKind] = {3: "conv1d", 4: "conv2d", 5: "conv3d"}
+_BY_DIMENSIONS: dict[int, LayerKind] = {3: "conv1d", 4: "conv2d", 5: "conv3d"}
 _TRANSPOSED = 6  # index of the argument of aten.convolution
 _TRANSPOSES = {_aten.t.default, _aten.numpy_T.default, _aten.mT.default, _aten.permute.default, _aten.transpose.int}
 _CASTS = {
@@ -84,7 +84,7 @@ class WeightUse:
     weight: fx.Node
     first_user: fx.Node
     consumer: fx.Node
-    kind: SiteKind | None = None
+    kind: LayerKind | None = None
     transposed: bool = False
 
     @property
@@ -220,7 +220,7 @@ def _swaps(user: fx.Node) -> bool:
     return True
 
 
-def _classify(view: _View, user: fx.Node, index: int) -> tuple[SiteKind | None, bool]:
+def _classify(view: _View, user: fx.Node, index: int) -> tuple[LayerKind | None, bool]:
     """Kind and `transposed` of an operator that has the weight as its argument `index`."""
     if view.batched != (user.target is _aten.bmm.default):
         return None, False

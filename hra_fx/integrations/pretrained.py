@@ -14,11 +14,11 @@ from hra_fx.checkpoint.saving import save_pretrained
 from hra_fx.errors import AdapterError
 from hra_fx.integrations.resize_embeddings import plain_output_layers
 from hra_fx.layers.class_swap import original_class
-from hra_fx.model.root import RootCarrier
-from hra_fx.model.state import record_of
+from hra_fx.model.root import AdaptedModel
+from hra_fx.model.state import get_state
 
 
-class PretrainedCarrier(RootCarrier):
+class AdaptedPretrainedModel(AdaptedModel):
     """A transformed model with `save_pretrained`, which writes its adapters only, as transformers does for PEFT.
 
     The base class would write base weights and vectors into one file, and drop the vectors when it loads it.
@@ -79,7 +79,7 @@ class PretrainedCarrier(RootCarrier):
                 output layer. The model is unchanged.
         """
         base: Any = super()
-        if record_of(self) is None:  # a new object of this class
+        if get_state(self) is None:  # a new object of this class
             return base.resize_token_embeddings(*args, **kwargs)
         with plain_output_layers(self):
             return base.resize_token_embeddings(*args, **kwargs)
@@ -90,7 +90,7 @@ class PretrainedCarrier(RootCarrier):
         Raises:
             AdapterError: the model has adapters, which the new layers would lose. The model is unchanged.
         """
-        if record_of(self) is not None:
+        if get_state(self) is not None:
             raise AdapterError(
                 f"{type(self).__name__}: dequantize replaces the adapted layers, which would lose their reflections. "
                 "Save the adapter (hra_fx.save_adapter), dequantize a model without it, and load it there "
@@ -102,7 +102,7 @@ class PretrainedCarrier(RootCarrier):
     @property
     def _hf_peft_config_loaded(self) -> bool:
         """True for a quantized model with adapters: the Trainer takes it as trainable then."""
-        quantized = record_of(self) is not None and getattr(self, "is_quantized", False)
+        quantized = get_state(self) is not None and getattr(self, "is_quantized", False)
         return bool(quantized or vars(self).get("_hf_peft_config_loaded", False))
 
     @_hf_peft_config_loaded.setter
@@ -113,7 +113,7 @@ class PretrainedCarrier(RootCarrier):
     @property
     def _keys_to_ignore_on_save(self) -> Any:
         """Keys that `save_pretrained` does not write; the Trainer accepts that they are missing when it resumes."""
-        if record_of(self) is None:  # a new object of this class
+        if get_state(self) is None:  # a new object of this class
             return vars(self).get("_keys_to_ignore_on_save")
         return set(self.state_dict()) - set(adapter_entries(self))
 
@@ -126,7 +126,7 @@ class PretrainedCarrier(RootCarrier):
 def _fuse_unless_adapted(base: Any) -> Callable[..., Any]:
     @functools.wraps(base.fuse_qkv_projections)
     def fuse_qkv_projections(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if record_of(self) is not None:
+        if get_state(self) is not None:
             raise AdapterError(
                 f"{type(self).__name__}: fuse_qkv_projections copies weights into new layers, which would have no "
                 "reflections. Fold the adapters first (hra_fx.fold)."
@@ -152,7 +152,7 @@ def save_adapters_or_model(
         options: for `hra_fx.checkpoint.saving.save_pretrained`.
         others: options of the base class only.
     """
-    if record_of(model) is not None:
+    if get_state(model) is not None:
         save_pretrained(model, directory, selected_adapters, **options)
         return
     defaults = {"state_dict": None, "is_main_process": True, "safe_serialization": True, "push_to_hub": False}
@@ -161,7 +161,7 @@ def save_adapters_or_model(
     base.save_pretrained(model, directory, **given, **others)
 
 
-def root_class_for(model: nn.Module) -> type[RootCarrier]:
+def root_class_for(model: nn.Module) -> type[AdaptedModel]:
     """The class that is mixed into a model: models with `save_pretrained` need more methods replaced."""
     pretrained = callable(getattr(original_class(model), "save_pretrained", None))
-    return PretrainedCarrier if pretrained else RootCarrier
+    return AdaptedPretrainedModel if pretrained else AdaptedModel

@@ -13,12 +13,12 @@ from typing import Any
 from torch import nn
 
 from hra_fx.errors import AdapterError
-from hra_fx.layers.adapted_layer import SiteCarrier, carrier_for
-from hra_fx.layers.adapters import Reflection
+from hra_fx.layers.adapted_layer import AdaptedLayer, layer_class_for
+from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.class_swap import original_class, swap, unswap
 from hra_fx.layers.target import REFLECTION
-from hra_fx.layers.trained_copies import copies_of
-from hra_fx.model.state import require_outermost, sites_of
+from hra_fx.layers.trained_copies import all_copies
+from hra_fx.model.state import adapted_layers, check_no_foreign_class
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def plain_output_layers(model: nn.Module) -> Iterator[None]:
         AdapterError: the number of tokens cannot change because of what the adapters hold.
     """
     ends = _embeddings_and_heads(model)
-    sites = sites_of(model)
+    sites = adapted_layers(model)
     _check(model, sites, ends)
     held = {path: _detach(layer) for path, layer in sites.items() if layer in ends}
     try:
@@ -38,20 +38,20 @@ def plain_output_layers(model: nn.Module) -> Iterator[None]:
         for path, reflection in held.items():
             layer = model.get_submodule(path).train(sites[path].training)
             layer.add_module(REFLECTION, reflection)
-            swap(layer, carrier_for(layer))
+            swap(layer, layer_class_for(layer))
 
 
-def _detach(layer: SiteCarrier) -> Reflection:
+def _detach(layer: AdaptedLayer) -> HouseholderAdapters:
     reflection = layer.hra_u
-    unswap(layer, carrier_for(layer))
+    unswap(layer, layer_class_for(layer))
     del layer._modules[REFLECTION]
     return reflection
 
 
-def _check(model: nn.Module, sites: dict[str, SiteCarrier], ends: list[nn.Module]) -> None:
-    require_outermost(model)
+def _check(model: nn.Module, sites: dict[str, AdaptedLayer], ends: list[nn.Module]) -> None:
+    check_no_foreign_class(model)
     rows = getattr(ends[0], "num_embeddings", None) if ends else None
-    for path, (owner, _) in copies_of(model).items():
+    for path, (owner, _) in all_copies(model).items():
         if owner in ends or (isinstance(owner, nn.Embedding) and owner.num_embeddings == rows):
             raise AdapterError(
                 f"{path}: an adapter has a trained copy of it (modules_to_save or bias), which resize_token_embeddings "

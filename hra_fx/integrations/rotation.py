@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 
 from hra_fx.errors import HRAWarning
-from hra_fx.model.state import require_sites
+from hra_fx.model.state import require_adapted_layers
 from hra_fx.reporting.plots.canvas import check_plot
 from hra_fx.reporting.plots.training import draw_training
 from hra_fx.reporting.progress import Progress, is_sharded, progress_of
@@ -68,7 +68,7 @@ class RotationCallback(TrainerCallback):
     ) -> None:
         """Move to the front of the callbacks, and record the start."""
         model = kwargs["model"]
-        require_sites(model)
+        require_adapted_layers(model)
         self._on = state.is_world_process_zero and not is_sharded(model)
         if state.is_world_process_zero and not self._on:
             warnings.warn(
@@ -100,7 +100,7 @@ class RotationCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Record the end, and write the plot."""
+        """AdapterState the end, and write the plot."""
         if not self._on:
             return
         self._add(progress_of(kwargs["model"], state.global_step), state.global_step)
@@ -132,7 +132,7 @@ class RotationCallback(TrainerCallback):
 
 
 def _adapters(model: Any) -> list[str]:
-    return list(dict.fromkeys(name for layer in require_sites(model).values() for name in layer.hra_u))
+    return list(dict.fromkeys(name for layer in require_adapted_layers(model).values() for name in layer.hra_u))
 
 
 def _entries(points: list[Progress], *, suffixed: bool) -> dict[str, float]:

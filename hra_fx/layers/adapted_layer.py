@@ -18,23 +18,23 @@ from torch import Tensor, nn
 from hra_fx import compat
 from hra_fx.errors import AdapterError
 from hra_fx.kernels.dispatch import is_plain_eager
-from hra_fx.layers.adapters import Reflection
-from hra_fx.layers.class_swap import Carrier
-from hra_fx.layers.quantized.detect import packing_of
+from hra_fx.layers.adapters import HouseholderAdapters
+from hra_fx.layers.class_swap import SwapMixin
+from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.quantized.straight_through import straight_through
 from hra_fx.layers.rotated_weight import InferenceRotatedWeight, RotatedWeight
-from hra_fx.layers.sharding import is_shard
+from hra_fx.layers.sharding import is_dtensor
 from hra_fx.layers.target import BASE_WEIGHT, REFLECTION, kind_of, weight_name
-from hra_fx.layers.variants import ConvReflection, LinearReflection, QuantizedReflection
+from hra_fx.layers.variants import ConvAdapters, LinearAdapters, QuantizedAdapters
 
 
-class SiteCarrier(Carrier):
+class AdaptedLayer(SwapMixin):
     """An adapted layer; a new object of its class, which has no adapters, is a plain layer.
 
     By itself it is for layers with a forward of their own, which reads the rotated weight as any other reader does.
     """
 
-    hra_u: Reflection
+    hra_u: HouseholderAdapters
 
     @property
     def hra_base(self) -> nn.Parameter:
@@ -60,7 +60,7 @@ class SiteCarrier(Carrier):
             return
         adapters = self._modules.get(REFLECTION)
         if (
-            isinstance(adapters, Reflection)
+            isinstance(adapters, HouseholderAdapters)
             and name == adapters.weight_name
             and adapters.acts
             and self._parameters.get(name) is not None
@@ -90,7 +90,7 @@ class SiteCarrier(Carrier):
         """A property in place of the weight; the parameter itself stays in `_parameters`."""
         name = "in_proj_weight" if issubclass(base, nn.MultiheadAttention) else "weight"
 
-        def weight(self: SiteCarrier) -> Any:
+        def weight(self: AdaptedLayer) -> Any:
             if REFLECTION not in self._modules:  # a new object of this class
                 return nn.Module.__getattr__(self, name)
             if name not in self._parameters and name not in vars(self):
@@ -103,33 +103,33 @@ class SiteCarrier(Carrier):
             except AttributeError as error:  # which would send Python to nn.Module.__getattr__, and the base weight
                 raise RuntimeError(f"{type(self).__name__}: its weight cannot be rotated ({error})") from error
 
-        def hold(self: SiteCarrier, value: Any) -> None:
+        def hold(self: AdaptedLayer, value: Any) -> None:
             """As a plain attribute, in which FSDP1 and DataParallel keep the weight during a forward."""
             vars(self)[name] = value
 
-        def drop(self: SiteCarrier) -> None:
+        def drop(self: AdaptedLayer) -> None:
             vars(self).pop(name, None)
 
         return {name: property(weight, hold, drop)}
 
 
-def _rotated(layer: SiteCarrier) -> Any:
+def _rotated(layer: AdaptedLayer) -> Any:
     """What a reader of the weight gets."""
     base, adapters = layer.hra_base, layer.hra_u
     if torch.compiler.is_compiling() or compat.is_fx_tracing():  # a tracer needs the operations themselves
         return adapters(weight=base)
     # Parameters in shards are only read by the tool that shards them; while a module runs, they are whole.
-    if not adapters.acts or is_shard(base):
+    if not adapters.acts or is_dtensor(base):
         return base
     if not torch.is_grad_enabled() and is_plain_eager():
         return InferenceRotatedWeight(layer)
     return RotatedWeight(layer)
 
 
-class LinearCarrier(SiteCarrier):
+class AdaptedLinear(AdaptedLayer):
     """A Linear over its reflected input."""
 
-    hra_u: LinearReflection
+    hra_u: LinearAdapters
     weight: Tensor
     bias: Tensor | None
 
@@ -139,7 +139,7 @@ class LinearCarrier(SiteCarrier):
         apply = _addmm if base.forward is not nn.Linear.forward else F.linear
 
         @functools.wraps(base.forward)
-        def forward(self: LinearCarrier, input: Tensor, reflected: Tensor | None = None) -> Any:
+        def forward(self: AdaptedLinear, input: Tensor, reflected: Tensor | None = None) -> Any:
             box: Any = self._modules.get(REFLECTION)
             if box is None:  # a new object of this class
                 return base.forward(self, input)
@@ -160,12 +160,12 @@ def _addmm(x: Tensor, weight: Tensor, bias: Any) -> Tensor:
     return torch.addmm(bias, x.view(-1, x.size(-1)), weight).view(*x.shape[:-1], weight.shape[1])
 
 
-class QuantizedCarrier(LinearCarrier):
+class AdaptedQuantizedLinear(AdaptedLinear):
     """A quantized Linear over its reflected input: a gradient reaches that whatever the library does with it."""
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """As `LinearCarrier`, straight through the layer where its library passes no gradient."""
+        """As `AdaptedLinear`, straight through the layer where its library passes no gradient."""
 
         is_torchao = base.forward is nn.Linear.forward
 
@@ -173,12 +173,12 @@ class QuantizedCarrier(LinearCarrier):
             return F.linear(x, self.hra_base, self.bias) if is_torchao else base.forward(self, x)
 
         @functools.wraps(base.forward)
-        def forward(self: QuantizedCarrier, input: Tensor, reflected: Tensor | None = None) -> Any:
+        def forward(self: AdaptedQuantizedLinear, input: Tensor, reflected: Tensor | None = None) -> Any:
             if REFLECTION not in self._modules:  # a new object of this class
                 return base.forward(self, input)
             if reflected is None:
                 reflected = self.hra_u(input)
-            packing = packing_of(self)
+            packing = quant_scheme_of(self)
             if packing is None:  # another tool has put another weight into it
                 return run(self, reflected)
             made = packing.straight_through and torch.is_grad_enabled() and reflected.requires_grad
@@ -190,10 +190,10 @@ class QuantizedCarrier(LinearCarrier):
         return {**super().wrap(base), "forward": forward} if is_torchao else {"forward": forward}
 
 
-class ConvCarrier(SiteCarrier):
+class AdaptedConv(AdaptedLayer):
     """A convolution whose output is corrected by what its reflections read of the input."""
 
-    hra_u: ConvReflection
+    hra_u: ConvAdapters
     weight: Tensor
     bias: Tensor | None
 
@@ -218,11 +218,11 @@ class ConvCarrier(SiteCarrier):
         return {**super().wrap(base), "forward": forward}
 
 
-def carrier_for(layer: nn.Module) -> type[SiteCarrier]:
+def layer_class_for(layer: nn.Module) -> type[AdaptedLayer]:
     """The class to mix into a layer that has its container of adapters already."""
     adapters = layer._modules[REFLECTION]
-    if isinstance(adapters, QuantizedReflection):
-        return QuantizedCarrier
-    if isinstance(adapters, ConvReflection):
-        return ConvCarrier
-    return LinearCarrier if isinstance(adapters, LinearReflection) else SiteCarrier
+    if isinstance(adapters, QuantizedAdapters):
+        return AdaptedQuantizedLinear
+    if isinstance(adapters, ConvAdapters):
+        return AdaptedConv
+    return AdaptedLinear if isinstance(adapters, LinearAdapters) else AdaptedLayer

@@ -19,8 +19,8 @@ from hra_fx.functional import geodesic, householder
 from hra_fx.functional.rotate import as_rows, rotate_weight
 from hra_fx.kernels.gram_schmidt import orthonormal_chain
 from hra_fx.layers.rotated_weight import RotatedWeight
-from hra_fx.layers.sharding import laid_out_as, whole
-from hra_fx.layers.target import REFLECTION, SiteKind, weight_name
+from hra_fx.layers.sharding import distribute_like, full_tensor
+from hra_fx.layers.target import REFLECTION, LayerKind, weight_name
 
 #: The suffix of the name of an adapter's anchor.
 ANCHOR = "_anchor"
@@ -29,7 +29,7 @@ _SCALED = "_scaled"
 _RESERVED = (
     *("kind", "columns", "weight_name", "is_called", "width", "specs", "active", "scales", "paused", "unmerged"),
     *("acts", "inactive", "base_layer", "original_module"),
-    *("copied", "in_place", "make", "tensors", "put_in_place", "adopt", "remove", "give_gradient", "would_change"),
+    *("copied", "in_place", "make", "tensors", "activate_copies", "adopt", "remove", "set_trainable", "would_change"),
 )
 
 
@@ -72,7 +72,7 @@ def check_adapter_name(name: object) -> None:
         )
 
 
-class Reflection(nn.ParameterDict):
+class HouseholderAdapters(nn.ParameterDict):
     """The adapters of one layer: adapter name -> `U: (d, r)`; calling it reflects the layer's input or its weight.
 
     Attributes:
@@ -91,7 +91,7 @@ class Reflection(nn.ParameterDict):
     is_called: ClassVar[bool] = False
     unmerged: Tensor | None
 
-    def __init__(self, width: int, kind: SiteKind = "linear", *, columns: bool = False) -> None:
+    def __init__(self, width: int, kind: LayerKind = "linear", *, columns: bool = False) -> None:
         """An empty container for vectors of length `width`."""
         super().__init__()
         self.kind = kind
@@ -160,7 +160,7 @@ class Reflection(nn.ParameterDict):
         if own.is_meta:
             self[name] = nn.Parameter(vectors.to(device, own.dtype), requires_grad=own.requires_grad)
         else:
-            own.copy_(laid_out_as(vectors, own))
+            own.copy_(distribute_like(vectors, own))
         self._drop(name + ANCHOR)
         if anchor is not None:
             self.register_buffer(name + ANCHOR, anchor.to(own.device, own.dtype))
@@ -176,7 +176,7 @@ class Reflection(nn.ParameterDict):
             self._drop(name + suffix)
         self.active = tuple(other for other in self.active if other != name)
 
-    def give_gradient(self, name: str, wanted: bool) -> None:
+    def set_trainable(self, name: str, wanted: bool) -> None:
         """Train or freeze the vectors of an adapter; if its strength is not 1, once it is 1 again."""
         if name in self.scales:
             self.paused[name] = wanted
@@ -241,7 +241,7 @@ class Reflection(nn.ParameterDict):
 
         With a `dtype`, shards of the vectors are gathered from all processes.
         """
-        vectors: Tensor = self[name] if dtype is None else whole(self[name]).to(dtype)
+        vectors: Tensor = self[name] if dtype is None else full_tensor(self[name]).to(dtype)
         return plain_chain(vectors, self.anchor(name), apply_GS=self.specs[name].apply_GS)
 
     def active_chain(self, dtype: torch.dtype | None = None) -> Tensor | None:
@@ -384,10 +384,10 @@ def plain_chain(vectors: Tensor, anchor: Tensor | None, *, apply_GS: bool) -> Te
     return vectors if anchor is None else torch.cat([anchor.to(vectors.dtype), vectors], dim=1)
 
 
-def reflection_of(layer: nn.Module) -> Reflection | None:
+def get_adapters(layer: nn.Module) -> HouseholderAdapters | None:
     """The adapters of a layer, or `None`."""
     # The children of a scripted module are not a dict.
     if REFLECTION not in layer._modules:
         return None
     reflection = layer._modules[REFLECTION]
-    return reflection if isinstance(reflection, Reflection) else None
+    return reflection if isinstance(reflection, HouseholderAdapters) else None

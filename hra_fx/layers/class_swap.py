@@ -16,19 +16,19 @@ from torch import nn
 
 from hra_fx.errors import UnsupportedLayerError
 
-C = TypeVar("C", bound="Carrier")
+C = TypeVar("C", bound="SwapMixin")
 
 _SWAPPED: dict[tuple[type, type], Any] = {}
 
 
-class Carrier(nn.Module):
+class SwapMixin(nn.Module):
     """Base class of all mixins: it adds methods to the class of a module, or wraps those that the class has.
 
     Attributes:
-        _hra_height: the order of several mixins on one module. A higher one wraps a lower one, whichever came first.
+        _hra_priority: the order of several mixins on one module. A higher one wraps a lower one, whichever came first.
     """
 
-    _hra_height: int = 0
+    _hra_priority: int = 0
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
@@ -38,10 +38,10 @@ class Carrier(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle, deepcopy and `torch.save`: as the base class does, with the class given by its parts."""
         reduced = super().__reduce_ex__(protocol)
-        if not is_outermost(self) or not isinstance(reduced, tuple) or reduced[1][:1] != (type(self),):
+        if not is_swapped(self) or not isinstance(reduced, tuple) or reduced[1][:1] != (type(self),):
             return reduced
         make, (_, *arguments), *rest = reduced
-        return (_rebuild, (carriers_of(self), original_class(self), make, tuple(arguments)), *rest)
+        return (_rebuild, (mixins_of(self), original_class(self), make, tuple(arguments)), *rest)
 
 
 def swapped_class(carrier: type[C], base: type[nn.Module]) -> type[C]:
@@ -57,7 +57,7 @@ def _make(carrier: type[C], base: type[nn.Module]) -> type[C]:
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
-        "_hra_carrier": (carrier, base),
+        "_hra_mixin": (carrier, base),
         **carrier.wrap(base),
     }
     made = types.new_class(base.__name__, (carrier, base), exec_body=lambda body: body.update(names))
@@ -65,18 +65,18 @@ def _make(carrier: type[C], base: type[nn.Module]) -> type[C]:
     return made
 
 
-def swap(module: nn.Module, carrier: type[Carrier]) -> None:
+def swap(module: nn.Module, carrier: type[SwapMixin]) -> None:
     """Add a mixin to the class of a module, below those that are higher.
 
     Raises:
         UnsupportedLayerError: its class cannot be subclassed.
     """
-    if carrier in carriers_of(module):
+    if carrier in mixins_of(module):
         return
-    over: list[type[Carrier]] = []
+    over: list[type[SwapMixin]] = []
     kind = type(module)
-    while "_hra_carrier" in vars(kind) and vars(kind)["_hra_carrier"][0]._hra_height > carrier._hra_height:
-        outer, kind = vars(kind)["_hra_carrier"]
+    while "_hra_mixin" in vars(kind) and vars(kind)["_hra_mixin"][0]._hra_priority > carrier._hra_priority:
+        outer, kind = vars(kind)["_hra_mixin"]
         over.insert(0, outer)
     try:
         module.__class__ = _pile([carrier, *over], kind)
@@ -87,17 +87,17 @@ def swap(module: nn.Module, carrier: type[Carrier]) -> None:
         ) from error
 
 
-def unswap(module: nn.Module, carrier: type[Carrier]) -> None:
+def unswap(module: nn.Module, carrier: type[SwapMixin]) -> None:
     """Remove one mixin from the class of a module; keep the others."""
-    worn = [other for other in carriers_of(module) if other is not carrier]
+    worn = [other for other in mixins_of(module) if other is not carrier]
     module.__class__ = _pile(worn, original_class(module))
 
 
-def carriers_of(module: nn.Module) -> tuple[type[Carrier], ...]:
+def mixins_of(module: nn.Module) -> tuple[type[SwapMixin], ...]:
     """The mixins of a module, the innermost first."""
-    worn: list[type[Carrier]] = []
+    worn: list[type[SwapMixin]] = []
     kind = type(module)
-    while parts := getattr(kind, "_hra_carrier", None):
+    while parts := getattr(kind, "_hra_mixin", None):
         worn.append(parts[0])
         kind = parts[1]
     return tuple(reversed(worn))
@@ -105,26 +105,26 @@ def carriers_of(module: nn.Module) -> tuple[type[Carrier], ...]:
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module without mixins, and without a class that another tool (FSDP) put over them."""
-    return below(type(module))
+    return unwrap_class(type(module))
 
 
-def below(kind: type[nn.Module]) -> type[nn.Module]:
+def unwrap_class(kind: type[nn.Module]) -> type[nn.Module]:
     """The class below all swapped ones; a class that is not swapped is returned."""
-    while parts := getattr(kind, "_hra_carrier", None):
+    while parts := getattr(kind, "_hra_mixin", None):
         kind = parts[1]
     return kind
 
 
-def is_outermost(module: nn.Module) -> bool:
+def is_swapped(module: nn.Module) -> bool:
     """Whether a module's class is a swapped one, and not one that another tool derived from it."""
-    return "_hra_carrier" in vars(type(module))
+    return "_hra_mixin" in vars(type(module))
 
 
-def _pile(carriers: Iterable[type[Carrier]], base: type[nn.Module]) -> type[nn.Module]:
+def _pile(carriers: Iterable[type[SwapMixin]], base: type[nn.Module]) -> type[nn.Module]:
     return functools.reduce(lambda kind, carrier: swapped_class(carrier, kind), carriers, base)
 
 
 def _rebuild(
-    carriers: tuple[type[Carrier], ...], base: type[nn.Module], make: Callable[..., Any], arguments: tuple[Any, ...]
+    carriers: tuple[type[SwapMixin], ...], base: type[nn.Module], make: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> Any:
     return make(_pile(carriers, base), *arguments)

@@ -34,11 +34,11 @@ def first_sharded(model: nn.Module) -> tuple[str, str] | None:
     return next(found, None)
 
 
-def is_shard(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> bool:
     """Whether a tensor is a `DTensor`, of which this process may hold a part only.
 
     Example:
-        >>> is_shard(nn.Linear(6, 4).weight)
+        >>> is_dtensor(nn.Linear(6, 4).weight)
         False
     """
     tensors = sys.modules.get("torch.distributed.tensor")
@@ -53,18 +53,18 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor of a `DTensor`; every process that holds a shard must call this. Differentiable.
 
     Each process gets the gradient of its own shard, as if all of them computed the same.
     """
     gathered: Any = tensor
-    return gathered.full_tensor() if is_shard(tensor) else tensor
+    return gathered.full_tensor() if is_dtensor(tensor) else tensor
 
 
-def laid_out_as(values: Tensor, like: Tensor) -> Tensor:
+def distribute_like(values: Tensor, like: Tensor) -> Tensor:
     """Distribute values that every process has like the tensor `like`, without communication."""
-    if not is_shard(like):
+    if not is_dtensor(like):
         return values
     from torch.distributed.tensor import distribute_tensor
 
@@ -73,12 +73,12 @@ def laid_out_as(values: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(values, shards.device_mesh, shards.placements, src_data_rank=None)
 
 
-def by_the_first(tensors: Iterable[Tensor], act: Callable[[], None]) -> None:
+def on_first_rank(tensors: Iterable[Tensor], act: Callable[[], None]) -> None:
     """Call `act` on the first of the processes that hold shards of these tensors, while the others wait.
 
     Without shards, every caller acts. An error on the first process is raised on all.
     """
-    meshes: list[Any] = [tensor.device_mesh for tensor in tensors if is_shard(tensor)]  # type: ignore[attr-defined]
+    meshes: list[Any] = [tensor.device_mesh for tensor in tensors if is_dtensor(tensor)]  # type: ignore[attr-defined]
     if not meshes:
         act()
         return

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
-SiteKind: TypeAlias = Literal["linear", "conv1d", "conv2d", "conv3d", "attention"]
+LayerKind: TypeAlias = Literal["linear", "conv1d", "conv2d", "conv3d", "attention"]
 
 #: Name of the child module that holds the adapters of a layer, and so of its `state_dict` keys (PEFT's name).
 REFLECTION = "hra_u"
@@ -16,14 +16,14 @@ REFLECTION = "hra_u"
 SAVED = "hra_saved"
 #: Name of the attribute of an adapted layer that is its base weight.
 BASE_WEIGHT = "hra_base"
-#: Key of `torch.fx.Node.meta` under which the passes keep a `SiteNote`.
+#: Key of `torch.fx.Node.meta` under which the passes keep a `NodeTag`.
 META = "hra"
 
-_CONVOLUTIONS: dict[type[nn.Module], SiteKind] = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d"}
+_CONVOLUTIONS: dict[type[nn.Module], LayerKind] = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d"}
 
 
 @dataclass(frozen=True)
-class Site:
+class LayerTarget:
     """What a pass has to know of an adapted layer.
 
     Attributes:
@@ -34,12 +34,12 @@ class Site:
     """
 
     path: str
-    kind: SiteKind
+    kind: LayerKind
     is_called: bool = True
 
 
 @dataclass(frozen=True)
-class SiteNote:
+class NodeTag:
     """The mark that passes leave on a node, in `node.meta["hra"]`.
 
     Attributes:
@@ -51,13 +51,13 @@ class SiteNote:
     """
 
     path: str
-    kind: SiteKind
+    kind: LayerKind
     role: Literal["layer", "reflection", "weight", "reader"]
     also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class SiteOperators:
+class LayerOperators:
     """The operators of adapted layers in a graph of TorchDynamo (`hra_fx.kernels.compile_ops`).
 
     Attributes:
@@ -71,7 +71,7 @@ class SiteOperators:
     by: Any
 
 
-def find_kind(layer: nn.Module) -> SiteKind | None:
+def find_kind(layer: nn.Module) -> LayerKind | None:
     """The kind of a layer that can be adapted, `None` for any other module.
 
     Example:
@@ -85,7 +85,7 @@ def find_kind(layer: nn.Module) -> SiteKind | None:
     return next((kind for base, kind in _CONVOLUTIONS.items() if isinstance(layer, base)), None)
 
 
-def kind_of(layer: nn.Module) -> SiteKind:
+def kind_of(layer: nn.Module) -> LayerKind:
     """The kind of a layer that can be adapted.
 
     Raises:
@@ -108,7 +108,7 @@ def has_columns(layer: nn.Module) -> bool:
     return kind is not None and isinstance(layer, kind)
 
 
-def weight_name(kind: SiteKind) -> str:
+def weight_name(kind: LayerKind) -> str:
     """The name of the parameter that is rotated; that of an attention holds the projections of q, k and v in one."""
     return "in_proj_weight" if kind == "attention" else "weight"
 

@@ -74,20 +74,20 @@ class Copies(nn.Module):
         """All copies of an adapter, by name."""
         return {name: self.get(owner, adapter, name) for name in self.copied.get(adapter, ())}
 
-    def give_gradient(self, owner: nn.Module, adapter: str, wanted: bool) -> None:
+    def set_trainable(self, owner: nn.Module, adapter: str, wanted: bool) -> None:
         """Train the copies of an adapter, or freeze them."""
         for tensor in self.tensors(owner, adapter).values():
             if isinstance(tensor, nn.Parameter):
                 tensor.requires_grad_(wanted and tensor.is_floating_point())
 
     def would_change(self, adapter: str) -> bool:
-        """Whether `put_in_place` would exchange anything."""
+        """Whether `activate_copies` would exchange anything."""
         return any(self._wanted(adapter, name) != present for name, present in self.in_place.items())
 
     def _wanted(self, adapter: str, name: str) -> str:
         return adapter if name in self.copied.get(adapter, ()) else BASE
 
-    def put_in_place(self, owner: nn.Module, adapter: str) -> None:
+    def activate_copies(self, owner: nn.Module, adapter: str) -> None:
         """Put the copies of `adapter` in place, and the tensors of the base model where it has none."""
         for name, present in self.in_place.items():
             wanted = self._wanted(adapter, name)
@@ -152,12 +152,12 @@ class Copies(nn.Module):
             holder.register_buffer(name, tensor, persistent=name not in non_persistent_buffers(owner))
 
 
-def copies_of(model: nn.Module) -> dict[str, tuple[nn.Module, Copies]]:
+def all_copies(model: nn.Module) -> dict[str, tuple[nn.Module, Copies]]:
     """Path -> (owner, copies), for every module in `model` with trained copies."""
-    return {path: (owner, copies) for path, owner in model.named_modules() if (copies := held_by(owner)) is not None}
+    return {path: (owner, copies) for path, owner in model.named_modules() if (copies := get_copies(owner)) is not None}
 
 
-def held_by(module: nn.Module) -> Copies | None:
+def get_copies(module: nn.Module) -> Copies | None:
     """The copies of a module's own tensors, or `None`."""
     # The children of a scripted module are not a dict.
     if SAVED not in module._modules:

@@ -28,9 +28,9 @@ from hra_fx.kernels.dispatch import (
 from hra_fx.kernels.inference import inference_factors, reflect_rows_cached
 from hra_fx.kernels.linear import linear, supports_fused
 from hra_fx.kernels.rows import reflect_rows
-from hra_fx.layers.adapters import Reflection
+from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.class_swap import original_class
-from hra_fx.layers.quantized.detect import packing_of
+from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.target import has_columns, kind_of, width_of
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -125,7 +125,7 @@ def patch_image(coordinates: Tensor, chain: Tensor, weight: Tensor, groups: int)
     return _CONVOLVE[weight.dim() - 2](coordinates, filters, groups=groups)
 
 
-class LinearReflection(Reflection):
+class LinearAdapters(HouseholderAdapters):
     """Reflects the input of a Linear: `x -> x Q^T`."""
 
     is_called = True
@@ -155,15 +155,15 @@ class LinearReflection(Reflection):
         return reflect_rows_cached(x, *_constant(self, sources, products_dtype(x)))
 
 
-class QuantizedReflection(LinearReflection):
+class QuantizedAdapters(LinearAdapters):
     """Reflects the input of a Linear whose weight is quantized; only other readers of the weight need its values."""
 
     def forward(self, x: Tensor | None = None, *, weight: Tensor | None = None) -> Any:
-        """As `Reflection.forward`, with the weight dequantized."""
+        """As `HouseholderAdapters.forward`, with the weight dequantized."""
         return super().forward(x, weight=None if weight is None else weight.dequantize())
 
 
-class ConvReflection(Reflection):
+class ConvAdapters(HouseholderAdapters):
     """Computes the correction of a convolution's output.
 
     With `W` seen as `(out, d)` and `p` a patch, `(W Q) p = W p - (W U) (T U^T p)`: the right parenthesis is a
@@ -226,7 +226,7 @@ class ConvReflection(Reflection):
         return patch_image(coordinates, chain, weight, self.groups)
 
 
-def _constant(box: Reflection, sources: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _constant(box: HouseholderAdapters, sources: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The inference factors of a layer, cached for the next call; for calls without gradients."""
 
     def make() -> tuple[Tensor, Tensor]:
@@ -240,12 +240,14 @@ def _constant(box: Reflection, sources: tuple[Tensor, ...], dtype: torch.dtype) 
 
 def _asks(module: nn.Module) -> bool:
     """Whether calling the container does more than to run its forward."""
-    if type(module).forward is not Reflection.forward or "forward" in vars(module):  # as accelerate's offloading has it
+    if type(module).forward is not HouseholderAdapters.forward or "forward" in vars(
+        module
+    ):  # as accelerate's offloading has it
         return True
     return has_hooks(module)
 
 
-def reflection_for(layer: nn.Module) -> Reflection:
+def adapters_for(layer: nn.Module) -> HouseholderAdapters:
     """An empty container of the form that fits a layer.
 
     Args:
@@ -253,16 +255,16 @@ def reflection_for(layer: nn.Module) -> Reflection:
 
     Example:
         >>> from hra_fx.layers.adapters import AdapterSpec
-        >>> box = reflection_for(nn.Linear(6, 4))
+        >>> box = adapters_for(nn.Linear(6, 4))
         >>> box.add("default", AdapterSpec(r=2), nn.Linear(6, 4).weight)
         >>> box
-        LinearReflection(default: d=6, r=2)
+        LinearAdapters(default: d=6, r=2)
     """
     if has_own_forward(layer):
-        return Reflection(width_of(layer), kind_of(layer), columns=has_columns(layer))
+        return HouseholderAdapters(width_of(layer), kind_of(layer), columns=has_columns(layer))
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return ConvReflection(layer)
-    form = LinearReflection if packing_of(layer) is None else QuantizedReflection
+        return ConvAdapters(layer)
+    form = LinearAdapters if quant_scheme_of(layer) is None else QuantizedAdapters
     return form(width_of(layer), kind_of(layer), columns=has_columns(layer))
 
 
@@ -276,7 +278,7 @@ def has_own_forward(layer: nn.Module) -> bool:
         (False, True)
     """
     standard: list[Any] = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d]
-    if packing := packing_of(layer):
+    if packing := quant_scheme_of(layer):
         standard = [packing.kind]
     if has_columns(layer):
         standard = [next(kind for kind in type(layer).__mro__ if kind.__name__ == "Conv1D")]

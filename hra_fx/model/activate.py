@@ -9,28 +9,28 @@ from torch import nn
 from hra_fx.errors import AdapterError
 from hra_fx.layers.sharding import first_sharded
 from hra_fx.layers.trained_copies import BASE
-from hra_fx.model.state import Inventory, Record
+from hra_fx.model.state import AdaptedParts, AdapterState
 from hra_fx.model.trainable import train_only
 
 
-def activate(parts: Inventory, record: Record, names: tuple[str, ...], *, trainable: bool) -> None:
+def activate(parts: AdaptedParts, record: AdapterState, names: tuple[str, ...], *, trainable: bool) -> None:
     """Activate these adapters, and train them and no others."""
     record.active = names
     sync_layers(parts, record)
     train_only(parts, names if trainable else ())
 
 
-def sync_layers(parts: Inventory, record: Record) -> None:
+def sync_layers(parts: AdaptedParts, record: AdapterState) -> None:
     """Update every adapted layer and every trained copy from the state of the model."""
     acting = () if record.disabled else record.active
     unmerged = tuple(name for name in acting if name not in record.merged)
     for reflection in parts.reflections:
         reflection.active = tuple(name for name in unmerged if name in reflection.specs)
     for owner, copies in parts.copies:
-        copies.put_in_place(owner, next((name for name in acting if name in copies.copied), BASE))
+        copies.activate_copies(owner, next((name for name in acting if name in copies.copied), BASE))
 
 
-def check_copies_can_switch(root: nn.Module, parts: Inventory, acting: Iterable[str]) -> None:
+def check_copies_can_switch(root: nn.Module, parts: AdaptedParts, acting: Iterable[str]) -> None:
     """Refuse to exchange trained copies in a sharded model.
 
     Args:
@@ -52,7 +52,7 @@ def check_copies_can_switch(root: nn.Module, parts: Inventory, acting: Iterable[
             )
 
 
-def check_copies(root: nn.Module, parts: Inventory, names: Iterable[str]) -> None:
+def check_copies(root: nn.Module, parts: AdaptedParts, names: Iterable[str]) -> None:
     """Refuse to activate several adapters that have trained copies of the same module.
 
     Raises:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.model.activate import sync_layers
-from hra_fx.model.inject import Fill, all_or_nothing, drawn, introduce
+from hra_fx.model.inject import Fill, all_or_nothing, inject_adapter, random_init
 from hra_fx.model.setup import checked
-from hra_fx.model.state import Record, inventory, root_of
+from hra_fx.model.state import AdapterState, collect_parts, root_of
 from hra_fx.model.trainable import make_copies, set_requires_grad
 from hra_fx.selection.select import with_head
 
@@ -40,12 +40,12 @@ def add_adapter(model: nn.Module, adapter_name: str, config: HRAConfig, *, low_c
     """
     root, record = root_of(model)
     config = with_head(root, checked(root, config, adapter_name))
-    add_filled_adapter(root, record, adapter_name, config, drawn(adapter_name, config, on_meta=low_cpu_mem_usage))
+    add_filled_adapter(root, record, adapter_name, config, random_init(adapter_name, config, on_meta=low_cpu_mem_usage))
 
 
 def add_filled_adapter(
     root: nn.Module,
-    record: Record,
+    record: AdapterState,
     adapter_name: str,
     config: HRAConfig,
     fill: Fill,
@@ -59,10 +59,10 @@ def add_filled_adapter(
     if record.merged:
         raise AdapterError(f"adapters {list(record.merged)} are merged into the weights. Call unmerge_adapter first.")
     with all_or_nothing() as undo:
-        layers = introduce(root, adapter_name, config, fill, undo)
+        layers = inject_adapter(root, adapter_name, config, fill, undo)
         make_copies(root, adapter_name, config, layers, record, undo, copies)
         record.configs[adapter_name] = config
         undo.callback(record.configs.pop, adapter_name, None)
-        parts = inventory(root)
+        parts = collect_parts(root)
         set_requires_grad(parts, (adapter_name,), False)
         sync_layers(parts, record)

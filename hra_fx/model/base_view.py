@@ -7,20 +7,20 @@ from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
-from hra_fx.layers.adapted_layer import SiteCarrier, carrier_for
+from hra_fx.layers.adapted_layer import AdaptedLayer, layer_class_for
 from hra_fx.layers.class_swap import unswap
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.model.state import RECORD
 
 
 @contextmanager
-def laid_bare(model: nn.Module) -> Iterator[None]:
+def base_model_view(model: nn.Module) -> Iterator[None]:
     """The model as it was before it was transformed, except for trained copies that are in place."""
     with ExitStack() as restore:
         for module in list(model.modules()):
-            if isinstance(module, SiteCarrier) and REFLECTION in module._modules:
+            if isinstance(module, AdaptedLayer) and REFLECTION in module._modules:
                 restore.callback(setattr, module, "__class__", type(module))
-                unswap(module, carrier_for(module))
+                unswap(module, layer_class_for(module))
             if SAVED in module._modules or REFLECTION in module._modules:
                 restore.callback(_refill, module._modules, dict(module._modules))
                 for child in (SAVED, REFLECTION):

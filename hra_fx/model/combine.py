@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from hra_fx.errors import AdapterError
 from hra_fx.functional import householder
-from hra_fx.layers.adapters import AdapterSpec, Reflection
+from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
 from hra_fx.layers.sharding import first_sharded
 from hra_fx.model.add import add_filled_adapter
 from hra_fx.model.offload import require_materialized
 from hra_fx.model.setup import checked
-from hra_fx.model.state import Record, names_in, root_of, sites_of
+from hra_fx.model.state import AdapterState, adapted_layers, names_in, root_of
 
 
 def combine(model: nn.Module, adapters: Sequence[str], adapter_name: str) -> None:
@@ -64,10 +64,10 @@ def combine(model: nn.Module, adapters: Sequence[str], adapter_name: str) -> Non
         _combine(root, record, names, adapter_name)
 
 
-def _combine(root: nn.Module, record: Record, names: tuple[str, ...], adapter_name: str) -> None:
+def _combine(root: nn.Module, record: AdapterState, names: tuple[str, ...], adapter_name: str) -> None:
     chains = {
         path: [layer.hra_u.chain(name).detach() for name in names if name in layer.hra_u]
-        for path, layer in sites_of(root).items()
+        for path, layer in adapted_layers(root).items()
         if any(name in layer.hra_u for name in names)
     }
     rank = max(sum(chain.shape[1] for chain in parts) for parts in chains.values())
@@ -89,7 +89,7 @@ def _combine(root: nn.Module, record: Record, names: tuple[str, ...], adapter_na
     )
     spec = AdapterSpec(rank, init_weights=False)
 
-    def fill(path: str, layer: nn.Module, reflection: Reflection) -> None:
+    def fill(path: str, layer: nn.Module, reflection: HouseholderAdapters) -> None:
         reflection.put(adapter_name, spec, joint[path], None)
 
     add_filled_adapter(root, record, adapter_name, checked(root, config, adapter_name), fill)

@@ -9,7 +9,7 @@ from torch import nn
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.model.activate import activate, sync_layers
 from hra_fx.model.detach import remove_adapters
-from hra_fx.model.state import inventory, names_in, require_outermost, root_of
+from hra_fx.model.state import check_no_foreign_class, collect_parts, names_in, root_of
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -34,13 +34,13 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     (name,) = names_in(record, adapter_name)
     if record.merged:
         raise AdapterError(f"adapters {list(record.merged)} are merged into the weights. Call unmerge_adapter first.")
-    require_outermost(root)
+    check_no_foreign_class(root)
     was_active = name in record.active
     remove_adapters(root, record, (name,))
     following = next(iter(record.configs)) if was_active and not record.active and record.configs else None
     if following is not None:
-        activate(inventory(root), record, (following,), trainable=not record.configs[following].inference_mode)
+        activate(collect_parts(root), record, (following,), trainable=not record.configs[following].inference_mode)
         text = f"adapter {name!r} was active and is deleted; {following!r} is active now."
         warnings.warn(text, HRAWarning, stacklevel=2)
     elif record.configs:
-        sync_layers(inventory(root), record)
+        sync_layers(collect_parts(root), record)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from hra_fx.layers.adapters import Reflection
-from hra_fx.layers.class_swap import carriers_of, original_class
+from hra_fx.layers.adapters import HouseholderAdapters
+from hra_fx.layers.class_swap import mixins_of, original_class
 from hra_fx.layers.target import REFLECTION, SAVED
-from hra_fx.layers.trained_copies import copies_of, held_by
+from hra_fx.layers.trained_copies import all_copies, get_copies
 from hra_fx.model.graph_module import restore, rewrite
-from hra_fx.model.inject import take_off
-from hra_fx.model.state import Record, drop_record, record_of, sites_of
+from hra_fx.model.inject import remove_adapter_layer
+from hra_fx.model.state import AdapterState, adapted_layers, clear_state, get_state
 from hra_fx.model.trainable import FlagChanges, restore_ties
 
 
@@ -19,27 +19,27 @@ def detach_all(model: nn.Module) -> None:
     restore(model)
     parts = list(model.modules())
     for part in parts:
-        if REFLECTION in part._modules and isinstance(part._modules[REFLECTION], Reflection):
+        if REFLECTION in part._modules and isinstance(part._modules[REFLECTION], HouseholderAdapters):
             del part._modules[REFLECTION]
-        if held_by(part) is not None:
+        if get_copies(part) is not None:
             del part._modules[SAVED]
-        if carriers_of(part):
+        if mixins_of(part):
             part.__class__ = original_class(part)
     for part in parts:
-        if record := record_of(part):
+        if record := get_state(part):
             FlagChanges(record.requires_grad).restore(part)
-            drop_record(part)
+            clear_state(part)
 
 
-def remove_adapters(root: nn.Module, record: Record, names: tuple[str, ...]) -> None:
+def remove_adapters(root: nn.Module, record: AdapterState, names: tuple[str, ...]) -> None:
     """Remove adapters; a layer without adapters becomes a plain layer, a model without adapters a plain model.
 
-    Check before with `require_outermost` that no other tool replaced a class; then nothing here fails.
+    Check before with `check_no_foreign_class` that no other tool replaced a class; then nothing here fails.
     """
-    for layer in sites_of(root).values():
+    for layer in adapted_layers(root).values():
         for name in names:
             layer.hra_u.remove(name)
-    for owner, copies in copies_of(root).values():
+    for owner, copies in all_copies(root).values():
         for name in names:
             copies.remove(owner, name)
         if not copies.copied:
@@ -51,10 +51,10 @@ def remove_adapters(root: nn.Module, record: Record, names: tuple[str, ...]) -> 
     if not record.configs:
         detach_all(root)
         return
-    plain = [layer for layer in sites_of(root).values() if not layer.hra_u.specs]
+    plain = [layer for layer in adapted_layers(root).values() if not layer.hra_u.specs]
     if plain and isinstance(root, fx.GraphModule):
         restore(root)
     for layer in plain:
-        take_off(layer)
+        remove_adapter_layer(layer)
     if plain and isinstance(root, fx.GraphModule):
         rewrite(root)

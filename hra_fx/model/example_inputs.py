@@ -19,7 +19,7 @@ from hra_fx.errors import AdapterError
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def as_call(example_inputs: Any) -> Call:
+def normalize_inputs(example_inputs: Any) -> Call:
     """Example inputs as positional and keyword arguments.
 
     Args:
@@ -31,7 +31,7 @@ def as_call(example_inputs: Any) -> Call:
 
     Example:
         >>> import torch
-        >>> as_call({"input_ids": torch.ones(1, 2)})
+        >>> normalize_inputs({"input_ids": torch.ones(1, 2)})
         ((), {'input_ids': tensor([[1., 1.]])})
     """
     if isinstance(example_inputs, Tensor):
@@ -60,7 +60,7 @@ fresh = clone_inputs  # the name that hra_fx/tracing still uses
 
 
 @contextmanager
-def random_kept() -> Iterator[None]:
+def preserve_rng_state() -> Iterator[None]:
     """Restore the random number generators of torch, Python and numpy after the block."""
     numpy = sys.modules.get("numpy")  # if it is not loaded, no forward uses it
     states = random.getstate(), numpy.random.get_state() if numpy else None
@@ -73,7 +73,7 @@ def random_kept() -> Iterator[None]:
                 numpy.random.set_state(states[1])
 
 
-def seed_all(seed: int) -> None:
+def seed_everything(seed: int) -> None:
     """Seed torch, Python and numpy."""
     torch.manual_seed(seed)
     random.seed(seed)

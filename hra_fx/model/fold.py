@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from hra_fx.compat import tensor_version
 from hra_fx.errors import AdapterError, FoldError, HRAWarning
-from hra_fx.layers.adapted_layer import SiteCarrier
-from hra_fx.layers.quantized.detect import packing_of
+from hra_fx.layers.adapted_layer import AdaptedLayer
+from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.target import SAVED
-from hra_fx.layers.trained_copies import BASE, copies_of
+from hra_fx.layers.trained_copies import BASE, all_copies
 from hra_fx.model.activate import check_copies, sync_layers
 from hra_fx.model.detach import detach_all, remove_adapters
 from hra_fx.model.merge import resolve_merge_order, unmerge_adapter
@@ -27,7 +27,14 @@ from hra_fx.model.rotate import (
     folded_weight,
     ties_of,
 )
-from hra_fx.model.state import inventory, record_of, require_outermost, require_sites, root_of, sites_of
+from hra_fx.model.state import (
+    adapted_layers,
+    check_no_foreign_class,
+    collect_parts,
+    get_state,
+    require_adapted_layers,
+    root_of,
+)
 from hra_fx.model.untie import Place, Tie, always_tied, find_ties, set_tied, untied_copies, why_not_untie
 
 _REQUANTIZE = (
@@ -76,9 +83,9 @@ class FoldJob:
     untied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     ties: Sequence[Tie] = ()
 
-    def measure(self, path: str, layer: SiteCarrier, weight: FoldedWeight | None = None) -> FoldedLayer:
+    def measure(self, path: str, layer: AdaptedLayer, weight: FoldedWeight | None = None) -> FoldedLayer:
         """What the fold does to a layer."""
-        packing = packing_of(layer)
+        packing = quant_scheme_of(layer)
         words = packing.words(layer) if packing else ""
         names, untied = self.names[path], tuple(self.untied.get(path, ()))
         if not names:
@@ -92,8 +99,8 @@ class FoldJob:
         A layer loses its folded adapters as soon as its weight is written. So if this is interrupted (Ctrl-C, no
         memory), the model still computes the same, and another fold finishes the work.
         """
-        require_outermost(self.model)
-        record, sites = record_of(self.model), sites_of(self.model)
+        check_no_foreign_class(self.model)
+        record, sites = get_state(self.model), adapted_layers(self.model)
         places = _places(sites, self.untied)
         with torch.inference_mode(False), torch.no_grad():
             also = untied_copies(self.model, self.ties, places, self.adopted)
@@ -109,12 +116,12 @@ class FoldJob:
         else:
             remove_adapters(self.model, record, self.going)
             if record.configs:
-                sync_layers(inventory(self.model), record)
-        self._warn(measured, list(also), trained=trained and not copies_of(self.model))
+                sync_layers(collect_parts(self.model), record)
+        self._warn(measured, list(also), trained=trained and not all_copies(self.model))
 
-    def _write(self, path: str, layer: SiteCarrier) -> FoldedLayer | None:
+    def _write(self, path: str, layer: AdaptedLayer) -> FoldedLayer | None:
         """Fold a layer; returns what that did to a quantized weight."""
-        names, packing = self.names[path], packing_of(layer)
+        names, packing = self.names[path], quant_scheme_of(layer)
         if not names:
             return None
         weight = folded_weight(layer, names)
@@ -122,7 +129,7 @@ class FoldJob:
         if packing:
             if isinstance(weight.weight, nn.Parameter) and weight.weight is not layer.hra_base:
                 packing.put(layer, weight.weight)
-        elif path in self.untied or record_of(self.model) is None:  # a part may be tied to something outside of it
+        elif path in self.untied or get_state(self.model) is None:  # a part may be tied to something outside of it
             own = torch.empty_like(layer.hra_base).copy_(weight.weight)
             layer.hra_base = nn.Parameter(  # type: ignore[misc]
                 own, requires_grad=layer.hra_base.requires_grad
@@ -162,7 +169,7 @@ class FoldPlan:
     def __init__(self, job: FoldJob) -> None:
         """Compute every folded weight of a job once, and measure it."""
         self._job = job
-        self.layers = [job.measure(path, layer) for path, layer in sites_of(job.model).items()]
+        self.layers = [job.measure(path, layer) for path, layer in adapted_layers(job.model).items()]
         self._versions = _versions(job.model)
 
     def __str__(self) -> str:
@@ -207,15 +214,15 @@ def plan_fold(
 
 def prepare_fold(model: nn.Module, adapter_names: str | Sequence[str] | None, *, requantize: bool) -> FoldJob:
     """Check that adapters can be folded, without changing anything; errors as `fold`."""
-    if not isinstance(model, nn.Module) or not any(record_of(part) for part in model.modules()):
+    if not isinstance(model, nn.Module) or not any(get_state(part) for part in model.modules()):
         return _prepare_part(model, adapter_names, requantize=requantize)
     root, record = root_of(model)
     names = resolve_merge_order(record, adapter_names)
-    check_copies(root, inventory(root), names)
-    sites = sites_of(root)
+    check_copies(root, collect_parts(root), names)
+    sites = adapted_layers(root)
     present = {path: tuple(name for name in names if name in layer.hra_u) for path, layer in sites.items()}
     written = _check_layers(root, sites, present, requantize=requantize)
-    for path, (owner, copies) in copies_of(root).items():
+    for path, (owner, copies) in all_copies(root).items():
         for tensor in (tensor for name in names for tensor in copies.tensors(owner, name).values()):
             if isinstance(tensor, nn.Parameter) and not bool(torch.isfinite(tensor).all()):
                 raise FoldError(f"{path}: its trained copy is not finite. Load a checkpoint from before it diverged.")
@@ -226,7 +233,7 @@ def prepare_fold(model: nn.Module, adapter_names: str | Sequence[str] | None, *,
 
 def _prepare_part(model: nn.Module, adapter_names: str | Sequence[str] | None, *, requantize: bool) -> FoldJob:
     """A part of a transformed model: everything that acts in it is folded, and it becomes a plain module."""
-    sites = require_sites(model)
+    sites = require_adapted_layers(model)
     present = {name for layer in sites.values() for name in layer.hra_u}
     wanted = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names or present)
     if wanted != present:
@@ -240,7 +247,7 @@ def _prepare_part(model: nn.Module, adapter_names: str | Sequence[str] | None, *
                 f"{path}: only {list(layer.hra_u.active)} of its adapters {list(layer.hra_u)} act (the others are "
                 "inactive, disabled or merged), and folding a part of the model would lose them. Fold the whole model."
             )
-    for path in copies_of(model):
+    for path in all_copies(model):
         raise AdapterError(
             f"{path or 'this part'}: it has trained copies (modules_to_save or bias), and a part of the model does not "
             "know their adapter. Fold the whole model."
@@ -252,12 +259,12 @@ def _prepare_part(model: nn.Module, adapter_names: str | Sequence[str] | None, *
 
 
 def _check_layers(
-    root: nn.Module, sites: Mapping[str, SiteCarrier], names: Mapping[str, tuple[str, ...]], *, requantize: bool
-) -> dict[str, SiteCarrier]:
+    root: nn.Module, sites: Mapping[str, AdaptedLayer], names: Mapping[str, tuple[str, ...]], *, requantize: bool
+) -> dict[str, AdaptedLayer]:
     """Check every layer; returns those whose weights are written."""
     check_classes(root, sites)
     try:
-        require_outermost(root)
+        check_no_foreign_class(root)
     except AdapterError as error:
         raise FoldError(str(error)) from error
     if not requantize:
@@ -267,11 +274,11 @@ def _check_layers(
 
 
 def _untied(
-    root: nn.Module, written: Mapping[str, SiteCarrier], names: tuple[str, ...], going: tuple[str, ...]
+    root: nn.Module, written: Mapping[str, AdaptedLayer], names: tuple[str, ...], going: tuple[str, ...]
 ) -> dict[str, tuple[str, ...]]:
     """What the weights that are written share memory with, of all that is left after the fold."""
     gone: set[str] = set()
-    for path, (_, copies) in copies_of(root).items():
+    for path, (_, copies) in all_copies(root).items():
         adopted = {tensor for name in names for tensor in copies.copied.get(name, ())}
         for tensor, owner in copies.in_place.items():
             removed = {*going, BASE} if tensor in adopted else set(going)
@@ -282,7 +289,7 @@ def _untied(
     return {path: others for path, others in left.items() if others}
 
 
-def _places(sites: Mapping[str, SiteCarrier], paths: Iterable[str]) -> set[Place]:
+def _places(sites: Mapping[str, AdaptedLayer], paths: Iterable[str]) -> set[Place]:
     return {(sites[path], sites[path].hra_u.weight_name) for path in paths}
 
 
@@ -292,8 +299,8 @@ def _ties(root: nn.Module, places: set[Place], names: tuple[str, ...]) -> list[T
     Raises:
         FoldError: one of them cannot be turned off.
     """
-    record = record_of(root)
-    adopts = any(name in copies.copied for _, copies in copies_of(root).values() for name in names)
+    record = get_state(root)
+    adopts = any(name in copies.copied for _, copies in all_copies(root).values() for name in names)
     ties = [*find_ties(root, places), *(record.untied if record and (adopts or places) else ())]
     if reason := why_not_untie(root, ties):
         raise FoldError(f"{reason}. Leave it out with exclude_modules.")
@@ -303,7 +310,7 @@ def _ties(root: nn.Module, places: set[Place], names: tuple[str, ...]) -> list[T
 def _adopt(root: nn.Module, names: tuple[str, ...]) -> bool:
     """Make the copies of folded adapters the model's own; whether there were any."""
     adopted = False
-    for owner, copies in copies_of(root).values():
+    for owner, copies in all_copies(root).values():
         for name in names:
             adopted |= name in copies.copied
             copies.adopt(owner, name)
@@ -324,9 +331,9 @@ def _requantized(layers: list[FoldedLayer]) -> str:
 
 def _versions(model: nn.Module) -> list[object]:
     """What a plan depends on: the active adapters, and identity, memory and version of every tensor that is read."""
-    record = record_of(model)
+    record = get_state(model)
     state = (tuple(record.configs), record.active, record.merged, record.disabled) if record else None
-    sites = sites_of(model).values()
+    sites = adapted_layers(model).values()
     read: Iterable[Tensor] = (
         tensor for layer in sites for tensor in (layer.hra_base, *layer.hra_u.parameters(), *layer.hra_u.buffers())
     )

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from hra_fx.layers.adapted_layer import SiteCarrier
-from hra_fx.layers.target import META, REFLECTION, Site, SiteNote
-from hra_fx.model.state import sites_of
+from hra_fx.layers.adapted_layer import AdaptedLayer
+from hra_fx.layers.target import META, REFLECTION, LayerTarget, NodeTag
+from hra_fx.model.state import adapted_layers
 from passes.fold import FoldPass
 from passes.insert import InsertPass
 from passes.match import MatchPass
@@ -38,10 +38,13 @@ def insert(module: fx.GraphModule, model: nn.Module, path: str = "") -> None:
         model: the model.
         path: path in the model of the module whose forward the graph is.
     """
-    adapted = {layer: Site(name, layer.hra_u.kind, layer.hra_u.is_called) for name, layer in sites_of(model).items()}
+    adapted = {
+        layer: LayerTarget(name, layer.hra_u.kind, layer.hra_u.is_called)
+        for name, layer in adapted_layers(model).items()
+    }
     # By every path, for the graph calls a shared layer by one of its own.
     names = model.named_modules(remove_duplicate=False)
-    sites = {name: adapted[part] for name, part in names if isinstance(part, SiteCarrier) and part in adapted}
+    sites = {name: adapted[part] for name, part in names if isinstance(part, AdaptedLayer) and part in adapted}
     for step in (MatchPass(sites, path), InsertPass(), VerifyPass()):
         step(module)
 
@@ -49,32 +52,32 @@ def insert(module: fx.GraphModule, model: nn.Module, path: str = "") -> None:
 def restore(module: nn.Module) -> None:
     """Remove all reflections from the graph of a `GraphModule`; other modules have none."""
     if isinstance(module, fx.GraphModule):
-        _mark_again(module)
+        _restore_tags(module)
         FoldPass()(module)
 
 
-def shown_in(module: nn.Module) -> frozenset[str]:
+def tag_adapted_layers(module: nn.Module) -> frozenset[str]:
     """The paths of the adapted layers in the graph of a `GraphModule`; none for other modules."""
     if not isinstance(module, fx.GraphModule):
         return frozenset()
-    _mark_again(module)
+    _restore_tags(module)
     notes = [node.meta.get(META) for node in module.graph.nodes]
-    return frozenset(path for note in notes if isinstance(note, SiteNote) for path in (note.path, *note.also))
+    return frozenset(path for note in notes if isinstance(note, NodeTag) for path in (note.path, *note.also))
 
 
-def _mark_again(module: fx.GraphModule) -> None:
+def _restore_tags(module: fx.GraphModule) -> None:
     """Restore the marks that a pickle has lost: fx keeps the code of a graph, not the `meta` of its nodes."""
-    paths = {layer: path for path, layer in sites_of(module).items()}
+    paths = {layer: path for path, layer in adapted_layers(module).items()}
     for node in module.graph.find_nodes(op="call_module"):
         layer = str(node.target).removesuffix(f".{REFLECTION}")
         called: Any = module.get_submodule(layer)
         if layer == node.target or META in node.meta or called not in paths:
             continue
         path, kind = paths[called], called.hra_u.kind
-        node.meta[META] = SiteNote(path, kind, "reflection")
+        node.meta[META] = NodeTag(path, kind, "reflection")
         weight = node.kwargs.get("weight")
         if isinstance(weight, fx.Node):
-            weight.meta[META] = SiteNote(path, kind, "weight")
+            weight.meta[META] = NodeTag(path, kind, "weight")
             continue
         for user in node.users:
-            user.meta[META] = SiteNote(path, kind, "layer")
+            user.meta[META] = NodeTag(path, kind, "layer")

@@ -11,18 +11,18 @@ from torch import fx, nn
 
 from hra_fx.config import HRAConfig
 from hra_fx.errors import UnsupportedLayerError
-from hra_fx.layers.adapted_layer import carrier_for
-from hra_fx.layers.adapters import AdapterSpec, Reflection
+from hra_fx.layers.adapted_layer import layer_class_for
+from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
 from hra_fx.layers.class_swap import swap, unswap
 from hra_fx.layers.target import REFLECTION
-from hra_fx.layers.variants import reflection_for
+from hra_fx.layers.variants import adapters_for
 from hra_fx.model.graph_module import rewrite
-from hra_fx.model.state import require_outermost, sites_of
-from hra_fx.selection.check import check, has_redundant_forward
+from hra_fx.model.state import adapted_layers, check_no_foreign_class
+from hra_fx.selection.check import check, has_class_forward
 from hra_fx.selection.select import select
 
 #: Adds an adapter to the container of a layer: (path, layer, container).
-Fill: TypeAlias = Callable[[str, nn.Module, Reflection], None]
+Fill: TypeAlias = Callable[[str, nn.Module, HouseholderAdapters], None]
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def all_or_nothing() -> Iterator[ExitStack]:
         undo.pop_all()
 
 
-def introduce(model: nn.Module, name: str, config: HRAConfig, fill: Fill, undo: ExitStack) -> dict[str, nn.Module]:
+def inject_adapter(model: nn.Module, name: str, config: HRAConfig, fill: Fill, undo: ExitStack) -> dict[str, nn.Module]:
     """Give adapter `name` to every layer that `config` selects; it is not active yet.
 
     Returns:
@@ -48,10 +48,10 @@ def introduce(model: nn.Module, name: str, config: HRAConfig, fill: Fill, undo: 
     """
     layers = select(model, config)
     check(model, layers, config)
-    present = sites_of(model)
+    present = adapted_layers(model)
     new = {path: layer for path, layer in layers.items() if path not in present}
     if new or config.modules_to_save or config.bias != "none":
-        require_outermost(model)
+        check_no_foreign_class(model)
     for path, layer in layers.items():
         if path in new:
             _attach(path, layer, undo)
@@ -63,26 +63,26 @@ def introduce(model: nn.Module, name: str, config: HRAConfig, fill: Fill, undo: 
     return layers
 
 
-def drawn(name: str, config: HRAConfig, *, on_meta: bool) -> Fill:
+def random_init(name: str, config: HRAConfig, *, on_meta: bool) -> Fill:
     """New vectors, initialized as the configuration says."""
     spec = AdapterSpec(config.r, config.apply_GS, config.init_weights)
     return lambda path, layer, reflection: reflection.add(name, spec, reflection.weight_of(layer), on_meta=on_meta)
 
 
-def take_off(layer: nn.Module) -> None:
+def remove_adapter_layer(layer: nn.Module) -> None:
     """Make an adapted layer a plain one again."""
-    unswap(layer, carrier_for(layer))
+    unswap(layer, layer_class_for(layer))
     del layer._modules[REFLECTION]
 
 
 def _attach(path: str, layer: nn.Module, undo: ExitStack) -> None:
-    reflection = reflection_for(layer)
+    reflection = adapters_for(layer)
     reflection.train(layer.training)
     undo.callback(layer._modules.pop, REFLECTION, None)
     layer.add_module(REFLECTION, reflection)
-    if has_redundant_forward(layer):  # it would hide the forward of the swapped class
+    if has_class_forward(layer):  # it would hide the forward of the swapped class
         undo.callback(setattr, layer, "forward", vars(layer).pop("forward"))
-    carrier = carrier_for(layer)
+    carrier = layer_class_for(layer)
     try:
         swap(layer, carrier)
     except UnsupportedLayerError as error:

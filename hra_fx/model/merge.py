@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from hra_fx.errors import AdapterError, HRAWarning
-from hra_fx.layers.adapted_layer import SiteCarrier
-from hra_fx.layers.sharding import laid_out_as, reshard
+from hra_fx.layers.adapted_layer import AdaptedLayer
+from hra_fx.layers.sharding import distribute_like, reshard
 from hra_fx.model.activate import check_copies, sync_layers
 from hra_fx.model.inject import all_or_nothing
 from hra_fx.model.rotate import check_classes, check_floating, check_layer, check_no_ties, folded_weight
-from hra_fx.model.state import Record, inventory, names_in, root_of, sites_of
+from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, names_in, root_of
 
 
 def merge_adapter(model: nn.Module, adapter_names: str | Iterable[str] | None = None) -> None:
@@ -74,16 +74,16 @@ def unmerge_adapter(model: nn.Module) -> None:
         return
     reshard(model)
     with torch.no_grad():
-        for layer in sites_of(root).values():
+        for layer in adapted_layers(root).values():
             _restore(layer)
     record.merged = ()
-    sync_layers(inventory(root), record)
+    sync_layers(collect_parts(root), record)
 
 
-def merge(root: nn.Module, record: Record, names: tuple[str, ...]) -> None:
+def merge(root: nn.Module, record: AdapterState, names: tuple[str, ...]) -> None:
     """Merge adapters whose order was resolved; every layer is checked before the first weight is written."""
-    sites = sites_of(root)
-    check_copies(root, inventory(root), dict.fromkeys((*names, *record.active)))
+    sites = adapted_layers(root)
+    check_copies(root, collect_parts(root), dict.fromkeys((*names, *record.active)))
     check_classes(root, sites)
     check_no_ties(root, sites)
     check_floating(sites, names, " Adapters also act without being merged.")
@@ -100,10 +100,10 @@ def merge(root: nn.Module, record: Record, names: tuple[str, ...]) -> None:
         others = tuple(name for name in record.active if name not in names)
         undo.callback(setattr, record, "active", record.active)
         record.active, record.merged = names + others, names
-        sync_layers(inventory(root), record)
+        sync_layers(collect_parts(root), record)
 
 
-def resolve_merge_order(record: Record, adapter_names: str | Iterable[str] | None) -> tuple[str, ...]:
+def resolve_merge_order(record: AdapterState, adapter_names: str | Iterable[str] | None) -> tuple[str, ...]:
     """The adapters to fold into the weights, in the order of the product; `None` stands for all active ones.
 
     Raises:
@@ -127,7 +127,7 @@ def resolve_merge_order(record: Record, adapter_names: str | Iterable[str] | Non
 
 
 @torch.no_grad()
-def _restore(layer: SiteCarrier) -> None:
+def _restore(layer: AdaptedLayer) -> None:
     if layer.hra_u.unmerged is not None:
-        layer.hra_base.copy_(laid_out_as(layer.hra_u.unmerged, layer.hra_base))
+        layer.hra_base.copy_(distribute_like(layer.hra_u.unmerged, layer.hra_base))
         layer.hra_u.unmerged = None

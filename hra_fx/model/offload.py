@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from hra_fx.errors import AdapterError
-from hra_fx.model.state import sites_of
+from hra_fx.model.state import adapted_layers
 
 
 def offload_reason(model: nn.Module) -> str | None:
@@ -19,7 +19,7 @@ def offload_reason(model: nn.Module) -> str | None:
         >>> offload_reason(nn.Linear(6, 4)) is None
         True
     """
-    for path, layer in sites_of(model).items():
+    for path, layer in adapted_layers(model).items():
         if any(layer.hra_u[name].shape != (layer.hra_u.width, spec.r) for name, spec in layer.hra_u.specs.items()):
             return (
                 f"{path}: this process holds only a flat shard of its vectors (FullyShardedDataParallel, ZeRO-3). "

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hra_fx.functional import householder
-from hra_fx.layers.sharding import reshard, whole
+from hra_fx.layers.sharding import full_tensor, reshard
 from hra_fx.model.offload import require_materialized
-from hra_fx.model.state import require_sites
+from hra_fx.model.state import require_adapted_layers
 
 
 def orthogonality_loss(model: nn.Module) -> Tensor:
@@ -47,7 +47,7 @@ def orthogonality_loss(model: nn.Module) -> Tensor:
         >>> print(f"{orthogonality_loss(model):.4f}")  # the cosine 0.6 appears twice in the Gram matrix
         0.8485
     """
-    sites = require_sites(model)
+    sites = require_adapted_layers(model)
     require_materialized(model)
     # FSDP2 may keep gathered parameters after a forward and free them before the backward of a separate term.
     reshard(model)
@@ -58,7 +58,7 @@ def orthogonality_loss(model: nn.Module) -> Tensor:
     total = torch.zeros((), device=device)
     for vectors, apply_GS in active:
         if not apply_GS:
-            total = total + _penalty(whole(vectors)).to(device)
+            total = total + _penalty(full_tensor(vectors)).to(device)
     return total
 
 

@@ -15,26 +15,26 @@ from torch import Tensor, nn
 from hra_fx.compat import is_replica
 from hra_fx.kernels.prefetch import prefetching
 from hra_fx.layers.adapters import ANCHOR
-from hra_fx.layers.class_swap import Carrier
+from hra_fx.layers.class_swap import SwapMixin
 from hra_fx.layers.target import REFLECTION, SAVED
-from hra_fx.layers.trained_copies import BASE, held_by
-from hra_fx.model.state import record_of, sites_of
+from hra_fx.layers.trained_copies import BASE, get_copies
+from hra_fx.model.state import adapted_layers, get_state
 
 
-class RootCarrier(Carrier):
+class AdaptedModel(SwapMixin):
     """A model that was transformed."""
 
-    _hra_height = 2
+    _hra_priority = 2
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
         """`base.forward`; the factors of all layers are computed at its start."""
 
         @functools.wraps(base.forward)
-        def forward(self: RootCarrier, *args: Any, **kwargs: Any) -> Any:
+        def forward(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():  # first, because a compiler guards on everything read before
                 return base.forward(self, *args, **kwargs)
-            record = record_of(self)
+            record = get_state(self)
             if record is None or record.disabled or not record.active or is_replica(self):
                 return base.forward(self, *args, **kwargs)
             with prefetching(self):
@@ -49,7 +49,7 @@ class RootCarrier(Carrier):
         theirs = {name.removesuffix(ANCHOR) for path, _, name in parts if path}
         # By every path of a shared module, because a state_dict has all of them.
         for path, owner in self.named_modules(remove_duplicate=False):
-            copies = held_by(owner)
+            copies = get_copies(owner)
             if copies is None:
                 continue
             place = f"{prefix}{path}." if path else prefix
@@ -63,7 +63,7 @@ class RootCarrier(Carrier):
         """Merged weights in an unmerged model would be rotated twice, unmerged ones in a merged model not at all."""
         given = [key for key in state if key.startswith(prefix)]
         there = any(key.endswith(f".{REFLECTION}.unmerged") for key in given)
-        here = any(layer.hra_u.unmerged is not None for layer in sites_of(self).values())
+        here = any(layer.hra_u.unmerged is not None for layer in adapted_layers(self).values())
         if not given or there is here:
             return
         side = "state and not in the model" if there else "model and not in the state"

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from hra_fx.errors import FoldError
 from hra_fx.functional.rotate import as_rows, check_finite, check_foldable, rotate_weight, rows_to_weight
-from hra_fx.layers.adapted_layer import SiteCarrier
-from hra_fx.layers.class_swap import is_outermost
-from hra_fx.layers.quantized.detect import packing_of
-from hra_fx.layers.quantized.scheme import Packing
+from hra_fx.layers.adapted_layer import AdaptedLayer
+from hra_fx.layers.class_swap import is_swapped
+from hra_fx.layers.quantized.detect import quant_scheme_of
+from hra_fx.layers.quantized.scheme import QuantScheme
 from hra_fx.layers.sharding import first_sharded
 from hra_fx.model.offload import offload_reason
 from hra_fx.model.tied import tied_to
@@ -56,14 +56,14 @@ class FoldedWeight(NamedTuple):
         return _relative(self.stored.to(self.exact.dtype) - self.exact, self.exact)
 
 
-def folded_weight(layer: SiteCarrier, names: Iterable[str]) -> FoldedWeight:
+def folded_weight(layer: AdaptedLayer, names: Iterable[str]) -> FoldedWeight:
     """`W Q` of a layer, computed in float64 (float32 on MPS). Nothing is checked or written.
 
     Args:
         layer: the layer. If adapters are merged into it, `W` is the weight before the merge.
         names: its adapters, in the order of the product.
     """
-    packing, box = packing_of(layer), layer.hra_u
+    packing, box = quant_scheme_of(layer), layer.hra_u
     weight = base_weight(layer) if packing is None else packing.values(layer)
     transposed = box.columns and packing is None
     dtype = torch.float32 if weight.device.type == "mps" else torch.float64
@@ -78,12 +78,12 @@ def folded_weight(layer: SiteCarrier, names: Iterable[str]) -> FoldedWeight:
     return FoldedWeight(requantized.weight, base, exact, requantized.values)
 
 
-def base_weight(layer: SiteCarrier) -> Tensor:
+def base_weight(layer: AdaptedLayer) -> Tensor:
     """The weight of a layer without its adapters, also without merged ones; detached."""
     return layer.hra_base.detach() if layer.hra_u.unmerged is None else layer.hra_u.unmerged
 
 
-def check_layer(path: str, layer: SiteCarrier, names: Collection[str]) -> bool:
+def check_layer(path: str, layer: AdaptedLayer, names: Collection[str]) -> bool:
     """Check that adapters can be folded into a layer, without keeping the result.
 
     An orthogonal `Q` keeps the lengths of rows, so no entry of `W Q` is larger than the longest row of `W`. Only if
@@ -96,8 +96,8 @@ def check_layer(path: str, layer: SiteCarrier, names: Collection[str]) -> bool:
         FoldError: the weight or the vectors are on the meta device or not finite, the vectors of a Gram-Schmidt adapter
             are linearly dependent, the weight cannot be written, or the folded weight would not be finite.
     """
-    packing = packing_of(layer)
-    if packing is not None and (reason := packing.why_not_repacked(layer)):
+    packing = quant_scheme_of(layer)
+    if packing is not None and (reason := packing.why_not_requantized(layer)):
         raise FoldError(f"{path}: {_quantized(layer, packing)}, and {reason}. {WITHOUT_REQUANTIZING}")
     weight = layer.hra_base.detach()
     if packing is None and (layer.hra_base.is_inference() or _is_expanded(weight)):
@@ -128,7 +128,7 @@ def _fits_dtype(rows: Tensor) -> bool:
     return bool((lengths < torch.finfo(rows.dtype).max).all())
 
 
-def check_classes(model: nn.Module, sites: Mapping[str, SiteCarrier]) -> None:
+def check_classes(model: nn.Module, sites: Mapping[str, AdaptedLayer]) -> None:
     """Check that every weight is here, as a whole, in a layer whose class is ours.
 
     Raises:
@@ -143,14 +143,14 @@ def check_classes(model: nn.Module, sites: Mapping[str, SiteCarrier]) -> None:
             "(hra_fx.fold_checkpoint)."
         )
     for path, module in sites.items():
-        if not is_outermost(module):
+        if not is_swapped(module):
             raise FoldError(
                 f"{path or 'the model'}: another tool replaced its class ({type(module).__name__}). Undo that first "
                 "(for FSDP: gather the weights into an unsharded model)."
             )
 
 
-def check_no_ties(model: nn.Module, sites: Mapping[str, SiteCarrier]) -> None:
+def check_no_ties(model: nn.Module, sites: Mapping[str, AdaptedLayer]) -> None:
     """Refuse to write weights in place that share memory with other tensors.
 
     Raises:
@@ -166,7 +166,7 @@ def check_no_ties(model: nn.Module, sites: Mapping[str, SiteCarrier]) -> None:
         )
 
 
-def check_floating(sites: Mapping[str, SiteCarrier], names: Iterable[str], hint: str = "") -> None:
+def check_floating(sites: Mapping[str, AdaptedLayer], names: Iterable[str], hint: str = "") -> None:
     """Refuse to rotate quantized weights.
 
     Args:
@@ -179,12 +179,12 @@ def check_floating(sites: Mapping[str, SiteCarrier], names: Iterable[str], hint:
     """
     folded = set(names)
     here = {path: layer for path, layer in sites.items() if folded & set(layer.hra_u)}
-    found = {path: packing for path, layer in here.items() if (packing := packing_of(layer))}
+    found = {path: packing for path, layer in here.items() if (packing := quant_scheme_of(layer))}
     if not found:
         return
     path, packing = next(iter(found.items()))
     others = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    reason = packing.why_not_repacked(here[path])
+    reason = packing.why_not_requantized(here[path])
     why = reason or "folding has to quantize it again, which adds a quantization error"
     raise FoldError(
         f"{path or 'the layer'}{others}: {_quantized(here[path], packing)}, and {why}.{'' if reason else hint} "
@@ -192,14 +192,14 @@ def check_floating(sites: Mapping[str, SiteCarrier], names: Iterable[str], hint:
     )
 
 
-def ties_of(model: nn.Module, sites: Mapping[str, SiteCarrier]) -> dict[str, list[str]]:
+def ties_of(model: nn.Module, sites: Mapping[str, AdaptedLayer]) -> dict[str, list[str]]:
     """Path -> names of the tensors that share memory with the weight of an adapted layer, where there are any."""
     names = {path: f"{path}.{layer.hra_u.weight_name}".lstrip(".") for path, layer in sites.items()}
     found = tied_to(model, {names[path]: layer.hra_base for path, layer in sites.items()})
     return {path: found[name] for path, name in names.items() if name in found}
 
 
-def _quantized(layer: nn.Module, packing: Packing) -> str:
+def _quantized(layer: nn.Module, packing: QuantScheme) -> str:
     return f"its weight is quantized ({packing.words(layer)})"
 
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.layers.sharding import reshard
-from hra_fx.layers.trained_copies import copies_of
+from hra_fx.layers.trained_copies import all_copies
 from hra_fx.model.offload import require_materialized
-from hra_fx.model.state import names_in, root_of, sites_of
+from hra_fx.model.state import adapted_layers, names_in, root_of
 
 
 def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
@@ -49,7 +49,7 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
         raise AdapterError(f"adapter {name!r}: it is merged into the weights. Call unmerge_adapter first.")
     require_materialized(root)
     reshard(model)
-    sites = {path: layer.hra_u for path, layer in sites_of(root).items() if name in layer.hra_u}
+    sites = {path: layer.hra_u for path, layer in adapted_layers(root).items() if name in layer.hra_u}
     chains: dict[str, Tensor] = {}
     for path, reflection in sites.items() if alpha != 1 else ():
         try:
@@ -58,7 +58,7 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
             raise AdapterError(f"{path}: adapter {name!r}: {error}") from error
     for path, reflection in sites.items():
         reflection.scale(name, float(alpha), chains.get(path))
-    if alpha != 1 and any(name in copies.copied for _, copies in copies_of(root).values()):
+    if alpha != 1 and any(name in copies.copied for _, copies in all_copies(root).values()):
         text = f"adapter {name!r}: its strength affects reflections only, not trained modules and biases."
         warnings.warn(text, HRAWarning, stacklevel=2)
 

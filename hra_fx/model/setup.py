@@ -13,11 +13,11 @@ from torch import Tensor, fx, nn
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, ConfigError
 from hra_fx.layers.adapters import check_adapter_name
-from hra_fx.layers.class_swap import Carrier, swap, unswap
+from hra_fx.layers.class_swap import SwapMixin, swap, unswap
 from hra_fx.model.activate import activate
 from hra_fx.model.example_inputs import Call
-from hra_fx.model.inject import Fill, all_or_nothing, introduce
-from hra_fx.model.state import Record, drop_record, inventory, keep_record
+from hra_fx.model.inject import Fill, all_or_nothing, inject_adapter
+from hra_fx.model.state import AdapterState, attach_state, clear_state, collect_parts
 from hra_fx.model.trainable import freeze, make_copies
 from hra_fx.model.verify import check_against_folded
 
@@ -29,7 +29,7 @@ def set_up(
     fill: Fill,
     copies: Mapping[tuple[str, str], Tensor] = MappingProxyType({}),
     *,
-    root_class: type[Carrier],
+    root_class: type[SwapMixin],
     call: Call | None = None,
 ) -> None:
     """Adapt a plain model with one active adapter.
@@ -44,17 +44,17 @@ def set_up(
         call: arguments of one call, to compare the result with its folded weights.
     """
     with all_or_nothing() as steps:
-        layers = introduce(model, adapter_name, config, fill, steps)
+        layers = inject_adapter(model, adapter_name, config, fill, steps)
         changed = freeze(model)
         steps.callback(changed.restore, model)
-        record = Record({adapter_name: config}, requires_grad=changed.flags)
+        record = AdapterState({adapter_name: config}, requires_grad=changed.flags)
         make_copies(model, adapter_name, config, layers, record, steps, copies)
-        steps.callback(drop_record, model)
-        keep_record(model, record)
+        steps.callback(clear_state, model)
+        attach_state(model, record)
         if not isinstance(model, fx.GraphModule):
             swap(model, root_class)
             steps.callback(unswap, model, root_class)
-        activate(inventory(model), record, (adapter_name,), trainable=not config.inference_mode)
+        activate(collect_parts(model), record, (adapter_name,), trainable=not config.inference_mode)
         if call:
             check_against_folded(model, call)
 

@@ -11,9 +11,9 @@ from torch import fx, nn
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.kernels.prefetch import clear_requests
-from hra_fx.layers.adapted_layer import SiteCarrier
-from hra_fx.layers.adapters import Reflection
-from hra_fx.layers.class_swap import carriers_of, is_outermost
+from hra_fx.layers.adapted_layer import AdaptedLayer
+from hra_fx.layers.adapters import HouseholderAdapters
+from hra_fx.layers.class_swap import is_swapped, mixins_of
 from hra_fx.layers.sharding import first_sharded
 from hra_fx.layers.target import REFLECTION
 from hra_fx.layers.trained_copies import Copies
@@ -23,7 +23,7 @@ RECORD = "_hra_record"
 
 
 @dataclass
-class Record:
+class AdapterState:
     """The state of a transformed model, in a plain attribute that is copied and pickled with it.
 
     Attributes:
@@ -45,18 +45,18 @@ class Record:
     untied: tuple[Any, ...] = ()
 
 
-def record_of(model: nn.Module) -> Record | None:
+def get_state(model: nn.Module) -> AdapterState | None:
     """The state of this module, or `None` if it is not the root of a transformed model."""
     record = _notes(model).get(RECORD)
-    return record if isinstance(record, Record) else None
+    return record if isinstance(record, AdapterState) else None
 
 
-def keep_record(model: nn.Module, record: Record) -> None:
+def attach_state(model: nn.Module, record: AdapterState) -> None:
     """Attach a state to a model."""
     vars(model)[RECORD] = _notes(model)[RECORD] = record
 
 
-def drop_record(model: nn.Module) -> None:
+def clear_state(model: nn.Module) -> None:
     """Remove the state, if there is one."""
     clear_requests(model)
     _notes(model).pop(RECORD, None)
@@ -75,7 +75,7 @@ def _notes(model: nn.Module) -> dict[str, Any]:
     return model.meta
 
 
-class Inventory(NamedTuple):
+class AdaptedParts(NamedTuple):
     """The adapted parts of a model, found in one walk without paths, to keep a switch of adapters fast.
 
     Attributes:
@@ -85,11 +85,11 @@ class Inventory(NamedTuple):
     """
 
     roots: list[nn.Module]
-    reflections: list[Reflection]
+    reflections: list[HouseholderAdapters]
     copies: list[tuple[nn.Module, Copies]]
 
 
-def inventory(model: nn.Module) -> Inventory:
+def collect_parts(model: nn.Module) -> AdaptedParts:
     """Collect the adapted parts of a model.
 
     Raises:
@@ -97,7 +97,7 @@ def inventory(model: nn.Module) -> Inventory:
     """
     if not isinstance(model, nn.Module):
         raise AdapterError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
-    found = Inventory([], [], [])
+    found = AdaptedParts([], [], [])
     stack, seen = [model], {model}
     while stack:
         module = stack.pop()
@@ -108,7 +108,7 @@ def inventory(model: nn.Module) -> Inventory:
             if child is None or child in seen:
                 continue
             seen.add(child)
-            if isinstance(child, Reflection):
+            if isinstance(child, HouseholderAdapters):
                 found.reflections.append(child)
             elif isinstance(child, Copies):
                 found.copies.append((module, child))
@@ -117,16 +117,16 @@ def inventory(model: nn.Module) -> Inventory:
     return found
 
 
-def root_of(model: nn.Module) -> tuple[nn.Module, Record]:
+def root_of(model: nn.Module) -> tuple[nn.Module, AdapterState]:
     """The transformed model in `model`, and its state: `model` itself, or the module in a wrapper such as DDP.
 
     Raises:
         AdapterError: there is none, or there are several.
     """
-    return only_root(model, inventory(model))
+    return only_root(model, collect_parts(model))
 
 
-def only_root(model: nn.Module, found: Inventory) -> tuple[nn.Module, Record]:
+def only_root(model: nn.Module, found: AdaptedParts) -> tuple[nn.Module, AdapterState]:
     """As `root_of`, with the adapted parts of `model` given."""
     kind = type(model).__name__
     if not found.roots and found.reflections:
@@ -136,11 +136,11 @@ def only_root(model: nn.Module, found: Inventory) -> tuple[nn.Module, Record]:
     if len(found.roots) > 1:
         paths = ", ".join(repr(path) for path, part in model.named_modules() if part in found.roots)
         raise AdapterError(f"{kind} contains several transformed models ({paths}). Pass one of them.")
-    record: Record = _notes(found.roots[0])[RECORD]
+    record: AdapterState = _notes(found.roots[0])[RECORD]
     return found.roots[0], record
 
 
-def require_outermost(model: nn.Module) -> None:
+def check_no_foreign_class(model: nn.Module) -> None:
     """Refuse a model if another tool sharded it, or swapped the class of an adapted part again.
 
     Raises:
@@ -151,14 +151,14 @@ def require_outermost(model: nn.Module) -> None:
             f"{sharded[0]}: {sharded[1]} has sharded its parameters already. Add and remove adapters before sharding."
         )
     for path, module in model.named_modules():
-        if carriers_of(module) and not is_outermost(module):
+        if mixins_of(module) and not is_swapped(module):
             raise AdapterError(
                 f"{path or 'the model'}: another tool replaced its class ({type(module).__name__}). Undo that first "
                 "(for parametrizations: torch.nn.utils.parametrize.remove_parametrizations)."
             )
 
 
-def names_in(record: Record, names: str | Iterable[str]) -> tuple[str, ...]:
+def names_in(record: AdapterState, names: str | Iterable[str]) -> tuple[str, ...]:
     """Adapter names as a tuple.
 
     Raises:
@@ -174,24 +174,24 @@ def names_in(record: Record, names: str | Iterable[str]) -> tuple[str, ...]:
     return wanted
 
 
-def sites_of(model: nn.Module) -> dict[str, SiteCarrier]:
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """Path -> layer, for every adapted layer in `model`; a shared layer once."""
     return {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, SiteCarrier) and REFLECTION in module._modules
+        if isinstance(module, AdaptedLayer) and REFLECTION in module._modules
     }
 
 
-def require_sites(model: nn.Module) -> dict[str, SiteCarrier]:
-    """As `sites_of`, if there are any.
+def require_adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """As `adapted_layers`, if there are any.
 
     Raises:
         AdapterError: the model has no adapted layers.
     """
     if not isinstance(model, nn.Module):
         raise AdapterError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
-    sites = sites_of(model)
+    sites = adapted_layers(model)
     if not sites:
         raise AdapterError(f"{type(model).__name__} has no adapters. Call hra_fx.transform(model, config) first.")
     return sites

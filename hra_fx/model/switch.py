@@ -13,7 +13,7 @@ from hra_fx.errors import HRAWarning
 from hra_fx.layers.sharding import reshard
 from hra_fx.model.activate import activate, check_copies, check_copies_can_switch, sync_layers
 from hra_fx.model.merge import merge, unmerge_adapter
-from hra_fx.model.state import inventory, names_in, only_root, root_of
+from hra_fx.model.state import collect_parts, names_in, only_root, root_of
 
 
 def set_adapter(model: nn.Module, adapter_name: str | Iterable[str], *, inference_mode: bool = False) -> None:
@@ -46,7 +46,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Iterable[str], *, inferenc
         >>> model[0].hra_u.active
         ('fr', 'en')
     """
-    parts = inventory(model)
+    parts = collect_parts(model)
     root, record = only_root(model, parts)
     names = names_in(record, adapter_name)
     disabled = record.disabled and record.disabled_blocks > 0
@@ -99,7 +99,7 @@ class disable_adapters:
     def __init__(self, model: nn.Module) -> None:
         """Disable the adapters now."""
         self._root, self._record = root, record = root_of(model)
-        check_copies_can_switch(root, inventory(root), ())
+        check_copies_can_switch(root, collect_parts(root), ())
         self._before = record.disabled, record.disabled_blocks
         self._merged, self._active = record.merged, record.active
         if record.merged:
@@ -119,7 +119,7 @@ class disable_adapters:
 
     def _set(self, disabled: bool, blocks: int) -> None:
         self._record.disabled, self._record.disabled_blocks = disabled, blocks
-        sync_layers(inventory(self._root), self._record)
+        sync_layers(collect_parts(self._root), self._record)
 
 
 def enable_adapters(model: nn.Module) -> None:
@@ -129,6 +129,6 @@ def enable_adapters(model: nn.Module) -> None:
         AdapterError: the model has no adapters, or the trained copies of a sharded model would have to be exchanged.
     """
     root, record = root_of(model)
-    check_copies_can_switch(root, inventory(root), record.active)
+    check_copies_can_switch(root, collect_parts(root), record.active)
     record.disabled, record.disabled_blocks = False, 0
-    sync_layers(inventory(root), record)
+    sync_layers(collect_parts(root), record)

@@ -11,10 +11,10 @@ from torch.nn.parameter import is_lazy
 
 from hra_fx.config import HRAConfig
 from hra_fx.errors import UnsupportedLayerError
-from hra_fx.layers.adapters import reflection_of
+from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.target import REFLECTION, SAVED
-from hra_fx.layers.trained_copies import Copies, held_by, own_tensors
-from hra_fx.model.state import Inventory, Record
+from hra_fx.layers.trained_copies import Copies, get_copies, own_tensors
+from hra_fx.model.state import AdaptedParts, AdapterState
 from hra_fx.model.tied import tied_to
 from hra_fx.model.untie import Place, find_ties, is_tied, set_tied, why_not_untie
 from hra_fx.selection.select import saved_modules
@@ -54,7 +54,7 @@ def freeze(model: nn.Module) -> FlagChanges:
     return changes
 
 
-def train_only(parts: Inventory, names: Iterable[str]) -> None:
+def train_only(parts: AdaptedParts, names: Iterable[str]) -> None:
     """Train the vectors and copies of these adapters, and freeze those of all others."""
     every = {name for reflection in parts.reflections for name in reflection.specs}
     every |= {name for _, copies in parts.copies for name in copies.copied}
@@ -63,14 +63,14 @@ def train_only(parts: Inventory, names: Iterable[str]) -> None:
     set_requires_grad(parts, wanted, True)
 
 
-def set_requires_grad(parts: Inventory, names: Iterable[str], wanted: bool) -> None:
+def set_requires_grad(parts: AdaptedParts, names: Iterable[str], wanted: bool) -> None:
     """Train or freeze the vectors and copies of some adapters; those of others keep their flags."""
     for name in names:
         for reflection in parts.reflections:
             if name in reflection.specs:
-                reflection.give_gradient(name, wanted)
+                reflection.set_trainable(name, wanted)
         for owner, copies in parts.copies:
-            copies.give_gradient(owner, name, wanted)
+            copies.set_trainable(owner, name, wanted)
 
 
 def make_copies(
@@ -78,7 +78,7 @@ def make_copies(
     name: str,
     config: HRAConfig,
     sites: Mapping[str, nn.Module],
-    record: Record,
+    record: AdapterState,
     undo: ExitStack,
     values: Mapping[tuple[str, str], Tensor],
 ) -> None:
@@ -97,7 +97,7 @@ def make_copies(
     tied = {other for others in tied_to(model, originals).values() for other in others}
     memo: dict[int, nn.Parameter] = {}
     for path, (owner, names) in wanted.items():
-        copies = held_by(owner)
+        copies = get_copies(owner)
         if copies is None:
             copies = Copies()
             copies.train(owner.training)
@@ -110,14 +110,14 @@ def make_copies(
         _untie(model, record, {(owner, name) for owner, names in wanted.values() for name in names}, undo)
 
 
-def restore_ties(model: nn.Module, record: Record) -> None:
+def restore_ties(model: nn.Module, record: AdapterState) -> None:
     """Turn the settings on again that trained copies turned off, where everything is one tensor again."""
     tied = [tie for tie in record.untied if is_tied(model, tie)]
     set_tied(tied, True)
     record.untied = tuple(tie for tie in record.untied if tie not in tied)
 
 
-def _untie(model: nn.Module, record: Record, places: Collection[Place], undo: ExitStack) -> None:
+def _untie(model: nn.Module, record: AdapterState, places: Collection[Place], undo: ExitStack) -> None:
     """Turn off the settings by which `tie_weights` of transformers would overwrite a trained copy."""
     ties = find_ties(model, places)
     if reason := why_not_untie(model, ties):
@@ -149,7 +149,7 @@ def _why_not_copied(owner: nn.Module, names: tuple[str, ...]) -> str | None:
     hint = "Name other modules in modules_to_save, or set bias='none'"
     if isinstance(owner, _CONTAINERS):
         return f"it is a container with tensors of its own ({', '.join(names)}), which cannot be copied. {hint}"
-    reflection = reflection_of(owner)
+    reflection = get_adapters(owner)
     if reflection is not None and reflection.weight_name in names:
         return "another adapter reflects this layer, so it cannot be saved in full too. Fold or delete that one first"
     for name in names:

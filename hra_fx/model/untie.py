@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from hra_fx.layers.class_swap import original_class
-from hra_fx.layers.trained_copies import BASE, held_by
-from hra_fx.model.base_view import laid_bare
+from hra_fx.layers.trained_copies import BASE, get_copies
+from hra_fx.model.base_view import base_model_view
 
 #: (module, name of its tensor).
 Place: TypeAlias = tuple[nn.Module, str]
@@ -50,7 +50,7 @@ def find_ties(model: nn.Module, places: Collection[Place]) -> list[Tie]:
 def _all_ties(model: nn.Module) -> list[Tie]:
     found = []
     # Some classes find what they tie by patterns over the parameter names, which must be those of the base model.
-    with laid_bare(model):
+    with base_model_view(model):
         for path, module in model.named_modules():
             expand = getattr(module, "get_expanded_tied_weights_keys", None)
             if callable(expand) and (keys := expand()):
@@ -95,7 +95,7 @@ def is_tied(model: nn.Module, tie: Tie) -> bool:
     """Whether everything that the setting ties is one tensor, and none of it has trained copies."""
     for pair in tie.pairs:
         (owner, name), (source, other) = (place_of(model, end) for end in pair)
-        if owner._parameters.get(name) is not source._parameters.get(other) or held_by(owner) or held_by(source):
+        if owner._parameters.get(name) is not source._parameters.get(other) or get_copies(owner) or get_copies(source):
             return False
     return True
 
@@ -120,7 +120,7 @@ def untied_copies(
     copies: dict[str, tuple[nn.Module, str, nn.Parameter]] = {}
     for full in names:
         owner, name = place_of(model, full)
-        held = held_by(owner)
+        held = get_copies(owner)
         tensor: Tensor | None = owner._parameters.get(name)
         if held is not None and name in held.in_place:
             tensor = held.get(owner, next((a for a in folded if name in held.copied.get(a, ())), BASE), name)

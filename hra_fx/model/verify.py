@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from hra_fx.compat import pytree
 from hra_fx.errors import HRAError, HRAWarning, UnsupportedLayerError, VerificationError
 from hra_fx.functional.rotate import rotate_weight
-from hra_fx.layers.quantized.detect import packing_of
-from hra_fx.model.example_inputs import Call, clone_inputs, random_kept, seed_all
+from hra_fx.layers.quantized.detect import quant_scheme_of
+from hra_fx.model.example_inputs import Call, clone_inputs, preserve_rng_state, seed_everything
 from hra_fx.model.fold import prepare_fold
 from hra_fx.model.rotate import base_weight
-from hra_fx.model.state import sites_of
+from hra_fx.model.state import adapted_layers
 
 _SEED = 20240517
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
@@ -54,13 +54,13 @@ def check_against_folded(model: nn.Module, call: Call) -> None:
         VerificationError: naming the mode and the first module whose output differs, or the layer.
     """
     for path, layer in model.named_modules():
-        if packing := packing_of(layer):
+        if packing := quant_scheme_of(layer):
             raise UnsupportedLayerError(
                 f"{path}: it is quantized ({packing.words(layer)}), and folding would quantize it again, so there is "
                 "nothing to compare with. Leave verify out, or verify the model before quantization."
             )
     kind = type(model).__name__
-    with random_kept(), torch.inference_mode(False), torch.enable_grad():
+    with preserve_rng_state(), torch.inference_mode(False), torch.enable_grad():
         for dtype in (torch.float64, torch.float32, None):  # float64 first: no rounding changes a choice of experts
             ours, theirs = _run_both(model, call, dtype)
             if isinstance(theirs[1], _Run):
@@ -102,7 +102,7 @@ def _run_both(
     call = pytree.tree_map(cast, call)
     copied = copy.deepcopy(model).requires_grad_(False)
     copied._apply(cast)  # type: ignore[no-untyped-call]  # Module.to would drop the imaginary part of complex buffers
-    sites = {path: layer for path, layer in sites_of(copied).items() if layer.hra_u.active}
+    sites = {path: layer for path, layer in adapted_layers(copied).items() if layer.hra_u.active}
     boxes = {path: layer.hra_u for path, layer in sites.items()}
     vectors = [box[name] for box in boxes.values() for name in box.active]
     generator = torch.Generator().manual_seed(_SEED)
@@ -127,7 +127,7 @@ def _run(module: nn.Module, call: Call, watched: Sequence[Tensor], training: boo
     seen: list[tuple[str, list[Tensor]]] = []
     parts = [(path, part) for path, part in module.named_modules() if trace and "hra_" not in path]
     hooks = [part.register_forward_hook(_recorder(path, seen)) for path, part in parts]
-    seed_all(_SEED)
+    seed_everything(_SEED)
     try:
         args, kwargs = clone_inputs(call)
         outputs = _floating(module.train(training)(*args, **kwargs))
@@ -164,7 +164,7 @@ def _through_rotation(model: nn.Module, boxes: dict[str, Any], run: _Run) -> _Ru
 
 
 def _compare_gradients(model: nn.Module, ours: list[Tensor | None], theirs: list[Tensor | None], mode: str) -> None:
-    names = [(path, name) for path, layer in sites_of(model).items() for name in layer.hra_u.active]
+    names = [(path, name) for path, layer in adapted_layers(model).items() for name in layer.hra_u.active]
     # Next to the largest gradient, a small one may be rounding noise.
     largest = max((float(wanted.norm()) for wanted in theirs if wanted is not None), default=0.0)
     for (path, name), mine, wanted in zip(names, ours, theirs, strict=True):

@@ -9,9 +9,9 @@ from torch import Tensor
 from hra_fx.errors import AdapterError
 from hra_fx.functional.rotated_energy import readable_rows, rotated_energy
 from hra_fx.functional.statistics import RotationStats, rotation_stats
-from hra_fx.layers.adapted_layer import SiteCarrier
-from hra_fx.layers.quantized.detect import packing_of
-from hra_fx.layers.quantized.scheme import Packing
+from hra_fx.layers.adapted_layer import AdaptedLayer
+from hra_fx.layers.quantized.detect import quant_scheme_of
+from hra_fx.layers.quantized.scheme import QuantScheme
 
 _UNKNOWN = RotationStats(math.nan, (math.nan,), math.nan)
 
@@ -26,26 +26,26 @@ def share_of(rows: Tensor | None, chain: Tensor | None) -> float:
     return math.nan if rows is None or chain is None else rotated_energy(rows, chain)
 
 
-def chain_of(layer: SiteCarrier, adapter: str) -> Tensor | None:
+def chain_of(layer: AdaptedLayer, adapter: str) -> Tensor | None:
     """The reflection vectors of an adapter at its strength, `(d, k)`; `None` if this process holds only a shard."""
     vectors = layer.hra_u[adapter]
     whole = type(vectors.data) is Tensor and vectors.shape == (layer.hra_u.width, layer.hra_u.specs[adapter].r)
     return layer.hra_u.chain(adapter).detach() if whole else None
 
 
-def weight_rows(layer: SiteCarrier) -> Tensor | None:
+def weight_rows(layer: AdaptedLayer) -> Tensor | None:
     """The base weight of a layer, before any merge, as `(out, d)`; `None` if it cannot be read."""
     try:
         weight = layer.hra_base.detach() if layer.hra_u.unmerged is None else layer.hra_u.unmerged
     except AdapterError:  # parametrized or removed since
         return None
-    packing = packing_of(layer)
+    packing = quant_scheme_of(layer)
     if packing is None:
         return readable_rows(weight, layer.hra_u.width, columns=layer.hra_u.columns)
     return _dequantized(layer, packing)
 
 
-def _dequantized(layer: SiteCarrier, packing: Packing) -> Tensor | None:
+def _dequantized(layer: AdaptedLayer, packing: QuantScheme) -> Tensor | None:
     """A quantized weight as `(out, d)`; `None` if its library cannot dequantize it here."""
     try:
         values = packing.values(layer)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hra_fx.functional.statistics import RotationStats
-from hra_fx.model.state import require_sites
+from hra_fx.model.state import require_adapted_layers
 from hra_fx.reporting.measuring import chain_of, turn_of
 
 
@@ -45,7 +45,7 @@ def progress_of(model: nn.Module, step: int) -> list[Progress]:
     """
     turns: dict[str, list[RotationStats]] = {}
     with torch.no_grad():
-        for layer in require_sites(model).values():
+        for layer in require_adapted_layers(model).values():
             for name in layer.hra_u.active:
                 turns.setdefault(name, []).append(turn_of(chain_of(layer, name)))
     return [
@@ -66,7 +66,9 @@ def is_sharded(model: nn.Module) -> bool:
     Raises:
         AdapterError: the model has no adapters.
     """
-    return any(chain_of(layer, name) is None for layer in require_sites(model).values() for name in layer.hra_u)
+    return any(
+        chain_of(layer, name) is None for layer in require_adapted_layers(model).values() for name in layer.hra_u
+    )
 
 
 def adapters_in(history: Sequence[Progress]) -> list[str]:

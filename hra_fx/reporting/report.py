@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hra_fx.export.captured import is_captured
 from hra_fx.export.inspect import adapter_layers
 from hra_fx.layers.target import describe
-from hra_fx.model.state import record_of, require_sites
+from hra_fx.model.state import get_state, require_adapted_layers
 from hra_fx.reporting.measuring import chain_of, share_of, turn_of, weight_rows
 from hra_fx.reporting.result import Report
 from hra_fx.reporting.row import Row
@@ -51,7 +51,7 @@ def report(model: nn.Module | ExportedProgram, *, capture: bool = False) -> Repo
 
 
 def _rows(model: nn.Module, *, capture: bool) -> tuple[Row, ...]:
-    layers, record = require_sites(model), record_of(model)
+    layers, record = require_adapted_layers(model), get_state(model)
     graphs = capture_layers(model) if capture else {}
     rows: list[Row] = []
     for path, layer in layers.items():

@@ -11,10 +11,10 @@ from torch import fx, nn
 
 from hra_fx.config import HRAConfig
 from hra_fx.export.inspect import unadapted_layers
-from hra_fx.layers.target import REFLECTION, SAVED, SiteKind, describe, find_kind
-from hra_fx.model.state import Record, inventory, record_of, sites_of
+from hra_fx.layers.target import REFLECTION, SAVED, LayerKind, describe, find_kind
+from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, get_state
 from hra_fx.selection.select import is_target, layer_index, resolve_targets, saved_modules
-from hra_fx.selection.suggestions import shown_names
+from hra_fx.selection.suggestions import format_names
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -51,8 +51,8 @@ def not_adapted(model: nn.Module) -> tuple[tuple[SkippedLayer, ...], tuple[str, 
     Returns:
         The skipped layers, and the paths of those that are trained in full because of `modules_to_save`.
     """
-    adapted = set(sites_of(model).values())
-    roots = set(inventory(model).roots)
+    adapted = set(adapted_layers(model).values())
+    roots = set(collect_parts(model).roots)
     selections = {path: _selections(root) for path, root in model.named_modules() if root in roots}
     skipped, trained = [], []
     for path, layer in model.named_modules():
@@ -93,7 +93,7 @@ class Selection:
         self._saved = {part for saved in saved_modules(model, config).values() for part in saved.modules()}
         self._unrestricted = dataclasses.replace(config, **_EXCLUDING)
         self._restrictions = [
-            (f"excluded by exclude_modules={shown_names(config.exclude_modules)}", self._only("exclude_modules")),
+            (f"excluded by exclude_modules={format_names(config.exclude_modules)}", self._only("exclude_modules")),
             (f"inside modules_to_save={config.modules_to_save}", self._only("modules_to_save")),
             (None, self._only("layers_to_transform", "layers_pattern")),
         ]
@@ -107,7 +107,7 @@ class Selection:
         """Whether the layer is, or is inside of, one of `modules_to_save`."""
         return layer in self._saved
 
-    def reason(self, path: str, kind: SiteKind) -> str:
+    def reason(self, path: str, kind: LayerKind) -> str:
         """Why this adapter is not at the layer of this path."""
         if is_target(self.config, path, self.targets):
             return "folded or replaced after transform"
@@ -119,14 +119,14 @@ class Selection:
             if not is_target(only, path, self.targets)
         )
 
-    def _why_not_matched(self, kind: SiteKind) -> str:
+    def _why_not_matched(self, kind: LayerKind) -> str:
         targets = self.config.target_modules
         if isinstance(targets, str) and targets.lower() == "all-linear":
             what = "the output layer" if kind == "linear" else "not a linear layer"
             return f"{what}, which target_modules='all-linear' does not include"
         if targets is None:
-            return f"not in the default target_modules of this architecture, {shown_names(self.targets)}"
-        return f"not {'matched by' if isinstance(targets, str) else 'in'} target_modules={shown_names(targets)}"
+            return f"not in the default target_modules of this architecture, {format_names(self.targets)}"
+        return f"not {'matched by' if isinstance(targets, str) else 'in'} target_modules={format_names(targets)}"
 
     def _why_not_index(self, path: str) -> str:
         wanted = f"layers_to_transform={_shown_indices(self.config.layers_to_transform)}"
@@ -135,7 +135,7 @@ class Selection:
         return f"layer index not in {wanted}"
 
 
-def reason_of(selections: Mapping[str, Selection], path: str, kind: SiteKind) -> str:
+def reason_of(selections: Mapping[str, Selection], path: str, kind: LayerKind) -> str:
     """Why no adapter is at a layer: one reason if it is the same for all adapters, else one for each.
 
     Args:
@@ -157,8 +157,8 @@ def _shown_indices(indices: Collection[int] | int | None) -> str:
 
 
 def _selections(root: nn.Module) -> dict[str, Selection]:
-    record = record_of(root)
-    assert isinstance(record, Record)  # `inventory` lists only modules that have one
+    record = get_state(root)
+    assert isinstance(record, AdapterState)  # `collect_parts` lists only modules that have one
     return {name: Selection(root, config) for name, config in record.configs.items()}
 
 

@@ -12,11 +12,11 @@ from torch.nn.utils import parametrize
 
 from hra_fx.config import HRAConfig
 from hra_fx.errors import HRAWarning, UnsupportedLayerError
-from hra_fx.layers.adapters import reflection_of
-from hra_fx.layers.quantized.detect import packing_of
+from hra_fx.layers.adapters import get_adapters
+from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.sharding import sharded_by
 from hra_fx.layers.target import REFLECTION, kind_of, weight_name, width_of
-from hra_fx.layers.trained_copies import held_by
+from hra_fx.layers.trained_copies import get_copies
 from hra_fx.layers.variants import has_own_forward
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -56,7 +56,7 @@ def check(model: nn.Module, layers: Mapping[str, nn.Module], config: HRAConfig) 
         _warn_about_blocked_gradients(model, layers.values())
 
 
-def has_redundant_forward(layer: nn.Module) -> bool:
+def has_class_forward(layer: nn.Module) -> bool:
     """Whether the instance attribute `forward` is just the method of the class. accelerate leaves one behind."""
     forward = vars(layer).get("forward")
     own = getattr(forward, "__self__", None) is layer
@@ -89,12 +89,12 @@ def _layer_problem(layer: nn.Module, config: HRAConfig) -> str | None:
 
 def _state_problem(layer: nn.Module) -> str | None:
     name = weight_name(kind_of(layer))
-    copies = held_by(layer)
+    copies = get_copies(layer)
     if copies is not None and name in copies.in_place:
         return "another adapter trains it in full (`modules_to_save`). Fold or delete that adapter first"
-    if reflection_of(layer) is not None:
+    if get_adapters(layer) is not None:
         return None  # It was checked when it got its first adapter.
-    if "forward" in vars(layer) and not has_redundant_forward(layer):
+    if "forward" in vars(layer) and not has_class_forward(layer):
         return f"its `forward` is set on the instance, which would bypass the adapter. Delete it, or {_EXCLUDE}"
     if hasattr(layer, REFLECTION):
         return f"it already has an attribute `{REFLECTION}`. Rename the attribute, or {_EXCLUDE}"
@@ -120,7 +120,7 @@ def _weight_problem(layer: nn.Module) -> str | None:
         return "its weight is not initialized. Run the model once first"
     if weight.is_meta:
         return "its weight is on the meta device and has no data. Load the weights first"
-    if packing := packing_of(layer):
+    if packing := quant_scheme_of(layer):
         return packing.why_not_adapted(layer) or _quantized_problem(layer, packing.words(layer))
     if type(weight.data) is not Tensor or weight.dtype not in _DTYPES:
         found = type(weight.data).__name__ if type(weight.data) is not Tensor else str(weight.dtype)
@@ -166,8 +166,8 @@ def _warn_about_blocked_gradients(model: nn.Module, layers: Iterable[nn.Module])
     blocked = {
         path: reason
         for path, layer in model.named_modules()
-        if layer not in adapted and reflection_of(layer) is None
-        if (packing := packing_of(layer)) and (reason := packing.why_no_gradient(layer))
+        if layer not in adapted and get_adapters(layer) is None
+        if (packing := quant_scheme_of(layer)) and (reason := packing.why_no_gradient(layer))
     }
     if blocked:
         path, reason = next(iter(blocked.items()))

@@ -19,7 +19,7 @@ from torch import nn
 from hra_fx.config import HRAConfig, layer_index_regex, saved_module_regex
 from hra_fx.errors import HRAWarning, SelectionError
 from hra_fx.layers.target import REFLECTION, SAVED, find_kind
-from hra_fx.selection.suggestions import leaf_names, shown_names, suffixes, suggestion
+from hra_fx.selection.suggestions import format_names, leaf_names, suffixes, suggestion
 from hra_fx.selection.target_mapping import DEFAULT_TARGETS
 
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
     "select",
     "targeted",
     "with_head",
-    "without_absent",
+    "without_unmatched",
 ]
 
 _ADAPTER_CHILDREN = {REFLECTION, SAVED}
@@ -73,7 +73,7 @@ def select(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
     _check_saved(model, config, chosen)
     if config.exclude_modules and not any(_matches(config.exclude_modules, path) for path in modules):
         hint = suggestion(config.exclude_modules, list(modules))
-        text = f"`exclude_modules={shown_names(config.exclude_modules)}` matches no module. {hint}"
+        text = f"`exclude_modules={format_names(config.exclude_modules)}` matches no module. {hint}"
         warnings.warn(text, HRAWarning, stacklevel=2)
     return chosen
 
@@ -164,7 +164,7 @@ def with_head(model: nn.Module, config: HRAConfig) -> HRAConfig:
     return dataclasses.replace(config, modules_to_save=list(dict.fromkeys([*given, *present])))
 
 
-def without_absent(model: nn.Module, config: HRAConfig) -> HRAConfig:
+def without_unmatched(model: nn.Module, config: HRAConfig) -> HRAConfig:
     """`config` without the entries of `modules_to_save` that match no module (see `with_head`)."""
     found = saved_modules(model, config)
     names = [name for name in config.modules_to_save or () if any(path.endswith(name) for path in found)]
@@ -193,7 +193,7 @@ def _excluded_by(config: HRAConfig, path: str) -> str | None:
     if not _ADAPTER_CHILDREN.isdisjoint(path.split(".")):
         return "an earlier adapter"
     if config.exclude_modules and _matches(config.exclude_modules, path):
-        return f"exclude_modules={shown_names(config.exclude_modules)}"
+        return f"exclude_modules={format_names(config.exclude_modules)}"
     if any(re.match(saved_module_regex(name), path) for name in config.modules_to_save or ()):
         return f"modules_to_save={config.modules_to_save}"
     return None
@@ -313,7 +313,7 @@ def _wrong_type(path: str, module: nn.Module) -> str:
 def _no_match(model: nn.Module, config: HRAConfig, targets: set[str] | str) -> str:
     """The message for a configuration that selects no module."""
     kind, default = type(model).__name__, config.target_modules is None
-    shown = f"`target_modules={shown_names(targets if default else config.target_modules)}`"
+    shown = f"`target_modules={format_names(targets if default else config.target_modules)}`"
     shown += f", the default for {_model_type(model)!r}," * default
     if _adaptable(model):
         return f"The model itself is a layer ({kind}), and only layers inside a model can be adapted. Wrap it."

@@ -57,10 +57,10 @@ def leaf_names(paths: Iterable[str]) -> str:
     return ", ".join(map(repr, names[:_SHOWN])) + more
 
 
-def shown_names(names: Collection[str] | str | None) -> str:
+def format_names(names: Collection[str] | str | None) -> str:
     """The value of a field of names as Python source, sorted, and shortened if it is long.
 
-    >>> shown_names({"value", "query"})
+    >>> format_names({"value", "query"})
     "['query', 'value']"
     """
     if names is None or isinstance(names, str):

@@ -11,8 +11,8 @@ from torch import fx, nn
 
 from hra_fx.errors import CaptureError
 from hra_fx.layers.class_swap import original_class
-from hra_fx.model.base_view import laid_bare
-from hra_fx.model.state import sites_of
+from hra_fx.model.base_view import base_model_view
+from hra_fx.model.state import adapted_layers
 from hra_fx.tracing.trace import Traced, trace
 
 
@@ -40,7 +40,7 @@ def capture(model: nn.Module, layers: Mapping[str, nn.Module]) -> Captured:
         layers: path -> layer to be shown as a call.
     """
     search = _Search(layers)
-    with laid_bare(model):
+    with base_model_view(model):
         search.visit("", model, "")
     return search.found
 
@@ -57,7 +57,7 @@ def capture_layers(model: nn.Module) -> dict[str, tuple[str | None, str]]:
         >>> capture_layers(model)
         {'0': ('', '')}
     """
-    found = capture(model, sites_of(model))
+    found = capture(model, adapted_layers(model))
     return {path: (root, found.reasons[path]) for path, root in found.roots.items()}
 
 

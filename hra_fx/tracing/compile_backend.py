@@ -15,7 +15,7 @@ from torch import fx
 from hra_fx.compat import inductor_mode_options, lookup_backend
 from hra_fx.errors import ConfigError
 from hra_fx.kernels.compile_ops import REFLECTED_BY, REFLECTED_ROWS, UNIT_FACTORS
-from hra_fx.layers.target import SiteOperators
+from hra_fx.layers.target import LayerOperators
 from passes.hoist import HoistPass
 from passes.share import SharePass
 
@@ -72,7 +72,7 @@ def rewrite(graph_module: fx.GraphModule, *, share: bool, hoist: bool) -> None:
     Branches (`torch.cond`) and loops stay as they are: their outputs, and the gradients of these, have to be laid out
     alike, which those of a batch are not.
     """
-    operators = SiteOperators(REFLECTED_ROWS, UNIT_FACTORS, REFLECTED_BY)
+    operators = LayerOperators(REFLECTED_ROWS, UNIT_FACTORS, REFLECTED_BY)
     chosen = [made(operators) for made, wanted in ((SharePass, share), (HoistPass, hoist)) if wanted]
     waiting = [graph_module]
     while waiting:

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import fx, nn
 
-from hra_fx.layers.adapted_layer import SiteCarrier
-from hra_fx.layers.target import META, SiteNote, find_kind
-from hra_fx.model.example_inputs import as_call
+from hra_fx.layers.adapted_layer import AdaptedLayer
+from hra_fx.layers.target import META, NodeTag, find_kind
+from hra_fx.model.example_inputs import normalize_inputs
 from hra_fx.model.graph_module import insert
-from hra_fx.model.state import require_sites
+from hra_fx.model.state import require_adapted_layers
 from hra_fx.tracing.capture import capture
 from hra_fx.tracing.graph_module import graph_module
 from hra_fx.tracing.trace import Traced
@@ -25,7 +25,7 @@ def graphs(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.GraphMo
     Without example inputs these are the graph of the whole model, or of the largest parts that fx can trace; they are
     valid in train and eval mode. With them they are whole graphs: that of a model which fx traces whole, else what
     TorchDynamo makes of one call, with each reflection as one node (a function of `hra_fx.layers`) that has a
-    `SiteNote` in `meta["hra"]`.
+    `NodeTag` in `meta["hra"]`.
 
     A whole graph of TorchDynamo takes the tensors of `example_inputs` in the order in which they stand there, and
     returns a tuple of those that the model returns; it is valid for inputs of these shapes, for the mode that the model
@@ -54,10 +54,10 @@ def graphs(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.GraphMo
         >>> [node.target for node in graphs(model)[""].graph.nodes if node.op == "call_module"]
         ['0.hra_u', '0', '1']
     """
-    sites = require_sites(model)
+    sites = require_adapted_layers(model)
     captured = capture(model, sites)
     if example_inputs is not None and list(captured.parts) != [""]:
-        return whole_graphs(model, as_call(example_inputs))
+        return whole_graphs(model, normalize_inputs(example_inputs))
     found = {path: _adapted(model, path, traced) for path, traced in captured.parts.items()}
     found |= {path: _alone(path, sites[path]) for path, root in captured.roots.items() if root is None}
     return dict(sorted(found.items()))
@@ -89,7 +89,7 @@ def _adapted(model: nn.Module, path: str, traced: Traced) -> fx.GraphModule:
     return module
 
 
-def _alone(path: str, layer: SiteCarrier) -> fx.GraphModule:
+def _alone(path: str, layer: AdaptedLayer) -> fx.GraphModule:
     """A graph of the one call, or of the weight that others read; its root holds the layer under its own name."""
     name = path.rpartition(".")[2]
     name = "layer" if keyword.iskeyword(name) else name
@@ -101,7 +101,7 @@ def _alone(path: str, layer: SiteCarrier) -> fx.GraphModule:
     else:
         marked = graph.get_attr(f"{name}.{layer.hra_u.weight_name}")
     graph.output(marked)
-    marked.meta[META] = SiteNote(path, layer.hra_u.kind, "layer" if layer.hra_u.is_called else "weight")
+    marked.meta[META] = NodeTag(path, layer.hra_u.kind, "layer" if layer.hra_u.is_called else "weight")
     module = graph_module(root, Traced(graph, {}))
     InsertPass()(module)
     module.train(layer.training)

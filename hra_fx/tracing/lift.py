@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from hra_fx.compat import pytree
-from hra_fx.layers.adapters import Reflection
-from hra_fx.layers.class_swap import below
+from hra_fx.layers.adapters import HouseholderAdapters
+from hra_fx.layers.class_swap import unwrap_class
 from hra_fx.model.example_inputs import Call
 from hra_fx.tracing.record import ONE_NODE, Recorded, outputs
 
@@ -32,7 +32,7 @@ class Names:
 def names_in(model: nn.Module) -> Names:
     """The names of everything in a model."""
     named = (*model.named_parameters(), *model.named_buffers())
-    modules = ((path, part) for path, part in model.named_modules() if not isinstance(part, Reflection))
+    modules = ((path, part) for path, part in model.named_modules() if not isinstance(part, HouseholderAdapters))
     return Names({id(tensor): name for name, tensor in named}, {id(part): path for path, part in modules})
 
 
@@ -65,7 +65,7 @@ def lift(recorded: Recorded, model: nn.Module, names: Names, call: Call | None =
     if call is not None:
         _name_outputs(graph)
     _clean(graph, names)
-    module = fx.GraphModule(attributes, graph, below(type(model)).__name__)
+    module = fx.GraphModule(attributes, graph, unwrap_class(type(model)).__name__)
     module.training = model.training
     return module
 
@@ -112,7 +112,7 @@ def _clean(graph: fx.Graph, names: Names) -> None:
         stack = node.meta.get("nn_module_stack") or {}
         paths = {names.modules.get(_number(key)): kind for key, (_, kind) in stack.items()}
         kept = {key: node.meta[key] for key in ("stack_trace",) if key in node.meta}
-        if places := {path: (path, below(kind)) for path, kind in paths.items() if path}:
+        if places := {path: (path, unwrap_class(kind)) for path, kind in paths.items() if path}:
             kept["nn_module_stack"] = places
         if node.target in ONE_NODE:
             # What fx's tracer writes for a function that it does not go into: it holds for one that reads this graph.

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from hra_fx.errors import AdapterError, CaptureError
-from hra_fx.model.example_inputs import as_call, fresh, random_kept
+from hra_fx.model.example_inputs import fresh, normalize_inputs, preserve_rng_state
 from hra_fx.tracing.graph_module import graph_module
 from hra_fx.tracing.trace import trace
 from hra_fx.tracing.unchanged import Snapshot
@@ -56,10 +56,10 @@ def _exported(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     that transformers collects in a global. Without it the forward runs on tensors without values, so what that leaves
     behind in the model is removed.
     """
-    args, kwargs = fresh(as_call(example_inputs))
+    args, kwargs = fresh(normalize_inputs(example_inputs))
     with ExitStack() as restore:
         restore.callback(Snapshot(model).restore)
-        restore.enter_context(random_kept())
+        restore.enter_context(preserve_rng_state())
         restore.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         try:

@@ -7,7 +7,7 @@ from torch import fx, nn
 from hra_fx.errors import AdapterError
 from hra_fx.layers.class_swap import original_class
 from hra_fx.model.example_inputs import Call
-from hra_fx.model.state import sites_of
+from hra_fx.model.state import adapted_layers
 from hra_fx.tracing.annotate import mark
 from hra_fx.tracing.lift import lift, names_in
 from hra_fx.tracing.record import error_of, record_pieces, record_whole, twin
@@ -24,7 +24,7 @@ def whole_graphs(model: nn.Module, call: Call) -> dict[str, fx.GraphModule]:
     found = _in_pieces(model, call) if recorded is None else {"": lift(recorded, model, names, call)}
     if not any(_computes(module) for module in found.values()):
         raise _failure(original_class(model).__name__, "TorchDynamo found no operator on tensors in this call")
-    sites = sites_of(model)
+    sites = adapted_layers(model)
     for module in found.values():
         mark(module.graph, sites)
     return found
@@ -54,7 +54,9 @@ def _computes(module: fx.GraphModule) -> bool:
 
 
 def _failure(kind: str, reason: str) -> AdapterError:
-    return AdapterError(f"{kind}: {reason}. hra_fx.graphs(model), without inputs, gives the regions that fx captured.")
+    return AdapterError(
+        f"{kind}: {reason}. hra_fx.graphs(model), without inputs, gives the parts that torch.fx can trace."
+    )
 
 
 def _short(error: Exception) -> str:

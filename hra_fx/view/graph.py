@@ -16,7 +16,7 @@ import networkx as nx
 from torch import Tensor, fx, nn
 
 from hra_fx.export.weight_uses import normalize_path
-from hra_fx.layers.target import SiteNote
+from hra_fx.layers.target import NodeTag
 from hra_fx.view.describe import describe_module, name_of, own_parameters
 from hra_fx.view.subject import Subject, subject_of
 from hra_fx.view.tree import Leaf, Mark, module_of
@@ -158,7 +158,7 @@ class _Builder:
             parameters=layer.parameters if marks else 0,
         )
 
-    def _reader_leaf(self, note: SiteNote, node: fx.Node, root: str, place: tuple[str, ...]) -> Leaf:
+    def _reader_leaf(self, note: NodeTag, node: fx.Node, root: str, place: tuple[str, ...]) -> Leaf:
         """The leaf of a node that reads rotated weights, with the marks of all their layers."""
         first, *others = (self._adapted_leaf(path, node.op, place) for path in (note.path, *note.also))
         joined = replace(

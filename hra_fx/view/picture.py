@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hra_fx.atomic_write import put_whole
+from hra_fx.atomic_write import write_output_file
 from hra_fx.view.drawing import drawing_of
 from hra_fx.view.focus import focused
 from hra_fx.view.formats import picture_file, renderer
@@ -61,5 +61,5 @@ def visualize(
     drawing = drawing_of(model, example_inputs)
     heatmap_of(focused(drawing, options.focus), options.heat)  # the same errors for all formats
     content = render(drawing, options)
-    put_whole(file, content if isinstance(content, bytes) else content.encode("utf-8"))
+    write_output_file(file, content if isinstance(content, bytes) else content.encode("utf-8"))
     return file

@@ -17,7 +17,7 @@ from hra_fx.export.insert import find_rotate_nodes, remove_rotation
 from hra_fx.export.inspect import adapter_layers
 from hra_fx.export.match import GraphLayer, find_layers, group_tied, module_classes, parent_path
 from hra_fx.export.skeleton import build_skeleton
-from hra_fx.layers.target import META, REFLECTION, SiteNote
+from hra_fx.layers.target import META, REFLECTION, NodeTag
 from hra_fx.reporting.row import Row
 from hra_fx.view.subject import LayerFacts, Subject, known_rotations
 
@@ -102,4 +102,4 @@ def _tag(path: str, layers: Mapping[str, GraphLayer]) -> None:
     """Tag the operators that read the weight of an adapted layer."""
     layer = layers.get(path)
     for consumer in (use.consumer for use in (layer.uses if layer else ())):
-        consumer.meta[META] = SiteNote(path, layer.kind, "layer")  # type: ignore[union-attr]
+        consumer.meta[META] = NodeTag(path, layer.kind, "layer")  # type: ignore[union-attr]

@@ -10,9 +10,9 @@ from torch import fx, nn
 from hra_fx.errors import VisualizeError
 from hra_fx.export.captured import is_captured, is_program
 from hra_fx.export.insert import find_rotate_nodes
-from hra_fx.model.example_inputs import as_call
-from hra_fx.model.graph_module import shown_in
-from hra_fx.model.state import sites_of
+from hra_fx.model.example_inputs import normalize_inputs
+from hra_fx.model.graph_module import tag_adapted_layers
+from hra_fx.model.state import adapted_layers
 from hra_fx.reporting.row import Row
 from hra_fx.tracing.graphs import graphs, plain_graphs
 from hra_fx.tracing.whole import whole_graphs
@@ -25,7 +25,7 @@ def has_adapters(model: Any) -> bool:
     """Whether anything in a model, graph or program is adapted."""
     if is_captured(model):
         return bool(find_rotate_nodes(model.graph))
-    return isinstance(model, nn.Module) and bool(sites_of(model))
+    return isinstance(model, nn.Module) and bool(adapted_layers(model))
 
 
 def find_subject(model: Any, example_inputs: Any = None, rows: Collection[Row] = ()) -> Subject:
@@ -51,7 +51,7 @@ def find_subject(model: Any, example_inputs: Any = None, rows: Collection[Row] =
             "`model` must be a torch.nn.Module, torch.fx.GraphModule or torch.export.ExportedProgram, "
             f"got {type(model).__name__}."
         )
-    if "" in sites_of(model):
+    if "" in adapted_layers(model):
         raise VisualizeError(
             f"`model` is a single adapted layer ({type(model).__name__}). Pass the model that contains it, and the "
             "layer's path as `focus`."
@@ -59,15 +59,15 @@ def find_subject(model: Any, example_inputs: Any = None, rows: Collection[Row] =
     found = _traced(model)
     of_call = example_inputs is not None and "" not in found
     if of_call:
-        found = whole_graphs(model, as_call(example_inputs))
+        found = whole_graphs(model, normalize_inputs(example_inputs))
     if example_inputs is not None and "" in found:
-        note_shapes(found[""], as_call(example_inputs))
+        note_shapes(found[""], normalize_inputs(example_inputs))
     return subject_of(model, found, rows, of_call=of_call)
 
 
 def _traced(model: nn.Module) -> dict[str, fx.GraphModule]:
     """Module path -> its traced graph, for the largest parts that fx can trace."""
     if isinstance(model, fx.GraphModule):
-        shown_in(model)  # tags the nodes of its adapted layers again
+        tag_adapted_layers(model)  # tags the nodes of its adapted layers again
         return {"": model}
-    return graphs(model) if sites_of(model) else plain_graphs(model)
+    return graphs(model) if adapted_layers(model) else plain_graphs(model)

@@ -10,10 +10,10 @@ import torch
 from torch import fx, nn
 
 from hra_fx.functional.statistics import rotation_stats
-from hra_fx.layers.adapted_layer import SiteCarrier
-from hra_fx.layers.adapters import Reflection
-from hra_fx.layers.sharding import is_shard
-from hra_fx.model.state import Record, record_of, sites_of
+from hra_fx.layers.adapted_layer import AdaptedLayer
+from hra_fx.layers.adapters import HouseholderAdapters
+from hra_fx.layers.sharding import is_dtensor
+from hra_fx.model.state import AdapterState, adapted_layers, get_state
 from hra_fx.reporting.row import Row
 from hra_fx.view.describe import describe_module, own_parameters
 
@@ -73,11 +73,11 @@ def subject_of(
         rows: the rows of the model's report, if known; their values are not computed again.
         of_call: whether the graphs are TorchDynamo's graphs of one call.
     """
-    layers = sites_of(model)
+    layers = adapted_layers(model)
     first = {layer: path for path, layer in layers.items()}
     named = dict(model.named_modules(remove_duplicate=False))
     known = known_rotations(rows)
-    record = record_of(model)
+    record = get_state(model)
     return Subject(
         model=model,
         graphs=graphs,
@@ -97,7 +97,7 @@ def known_rotations(rows: Iterable[Row]) -> dict[str, float]:
     return {path: own[0].rotation for path, own in by_layer.items() if len(own) == 1 and own[0].active}
 
 
-def _facts(layer: SiteCarrier, known: float | None, record: Record | None) -> LayerFacts:
+def _facts(layer: AdaptedLayer, known: float | None, record: AdapterState | None) -> LayerFacts:
     reflection = layer.hra_u
     used = _in_use(reflection, record)
     rank = sum(reflection.specs[name].r for name in used)
@@ -108,7 +108,7 @@ def _facts(layer: SiteCarrier, known: float | None, record: Record | None) -> La
     return LayerFacts(describe_module(layer), reflection.width, rank, shown, parameters, vectors)
 
 
-def _in_use(reflection: Reflection, record: Record | None) -> tuple[str, ...]:
+def _in_use(reflection: HouseholderAdapters, record: AdapterState | None) -> tuple[str, ...]:
     """The adapters that act on the layer, in its forward or merged into its weight, in the order of their product."""
     if record is None or reflection.unmerged is None:
         return reflection.active
@@ -116,10 +116,10 @@ def _in_use(reflection: Reflection, record: Record | None) -> tuple[str, ...]:
     return tuple(name for name in record.active if name in held and name in reflection)
 
 
-def _rotation(reflection: Reflection, used: tuple[str, ...]) -> float:
+def _rotation(reflection: HouseholderAdapters, used: tuple[str, ...]) -> float:
     """`|Q - I|_F` of some adapters; NaN for none, or if it cannot be computed."""
     # Shards are not gathered, because only one process may be drawing.
-    if any(map(is_shard, reflection.parameters())):
+    if any(map(is_dtensor, reflection.parameters())):
         return math.nan
     with torch.no_grad():
         chain = reflection.joint_chain(used)

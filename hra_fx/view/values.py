@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hra_fx.compat import OpOverload
-from hra_fx.layers.target import META, REFLECTION, SiteNote
+from hra_fx.layers.target import META, REFLECTION, NodeTag
 
 #: Attributes and methods whose result is not a tensor; nodes that use it compute shapes.
 _SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad"})
@@ -38,10 +38,10 @@ class Value:
     is_shape: bool = False
 
 
-def tag_of(node: fx.Node) -> SiteNote | None:
+def tag_of(node: fx.Node) -> NodeTag | None:
     """The tag of an adapted layer on a node."""
     note = node.meta.get(META)
-    return note if isinstance(note, SiteNote) else None
+    return note if isinstance(note, NodeTag) else None
 
 
 def read(node: fx.Node, values: Mapping[fx.Node, Value]) -> Value:

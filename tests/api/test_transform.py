@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import hra_fx
 from hra_fx.errors import AdapterError, ConfigError, SelectionError, UnsupportedLayerError
-from hra_fx.model.root import RootCarrier
+from hra_fx.model.root import AdaptedModel
 
 
 class Wrapped(nn.Module):
@@ -212,7 +212,7 @@ class Sealed(Wrapped):
     """Refuses the subclass that handles its state, which is made in the very last step."""
 
     def __init_subclass__(cls) -> None:
-        if issubclass(cls, RootCarrier):
+        if issubclass(cls, AdaptedModel):
             raise TypeError("sealed")
 
 

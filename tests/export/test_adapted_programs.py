@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import hra_fx
-from hra_fx.model.state import sites_of
+from hra_fx.model.state import adapted_layers
 from hra_fx.view.describe import describe_module
 from hra_fx.view.graph import adapted_graph
 
@@ -109,7 +109,7 @@ def test_graphs_are_the_model(kind: Callable[[], nn.Module], mode: bool) -> None
         for mine, oracle in zip(gradients(graph(X), leaves), wanted, strict=True):
             assert_same(mine, oracle, rtol=1e-8)
     else:
-        assert graphs.keys() == sites_of(model).keys()
+        assert graphs.keys() == adapted_layers(model).keys()
         for path in ("read", "own", "attn", "attn.out_proj"):
             layer = model.get_submodule(path)
             name = "in_proj_weight" if path == "attn" else "weight"
@@ -155,7 +155,7 @@ def test_the_picture_marks_every_adapted_layer_once(
     _, model = pair(make, targets)
     picture = adapted_graph(model, hra_fx.graphs(model))
     marks = Counter(mark.path for _, leaf in picture.nodes(data="leaf") for mark in leaf.marks)
-    assert marks == dict.fromkeys(sites_of(model), 1)
+    assert marks == dict.fromkeys(adapted_layers(model), 1)
     assert not re.search("hra_u|hra_base", " ".join(leaf.name for _, leaf in picture.nodes(data="leaf")))
     hra_fx.visualize(model, tmp_path / "adapters.svg")
     assert len(list(ElementTree.parse(tmp_path / "adapters.svg").getroot().iter())) > len(marks)

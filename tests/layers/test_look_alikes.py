@@ -19,8 +19,8 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 import hra_fx
-from hra_fx.layers.adapters import Reflection
-from hra_fx.layers.variants import ConvReflection, LinearReflection
+from hra_fx.layers.adapters import HouseholderAdapters
+from hra_fx.layers.variants import ConvAdapters, LinearAdapters
 
 # ---- forwards of their own ----
 
@@ -84,9 +84,9 @@ LINEARS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 def test_subclasses_of_linear(layer: Callable[[], nn.Module], count: int, fields: dict[str, Any]) -> None:
     base, model = pair(lambda: Feeding(layer(), count), ["layer", "before"], **fields)
     plain = type(base.layer).__name__.startswith("NonDynamically")
-    assert type(model.layer.hra_u) is (LinearReflection if plain else Reflection)
+    assert type(model.layer.hra_u) is (LinearAdapters if plain else HouseholderAdapters)
     assert model.layer.hra_u.is_called is plain
-    assert type(model.before.hra_u) is LinearReflection
+    assert type(model.before.hra_u) is LinearAdapters
     check(base, model, normal(1, 3, 6))
     check_fold(base, model, normal(1, 3, 6))
 
@@ -114,7 +114,7 @@ def test_subclasses_of_conv2d(layer: Callable[[], nn.Module], fields: dict[str, 
         return model
 
     base, model = pair(settled, ["0", "1"], **fields)
-    assert type(model[1].hra_u) is Reflection
+    assert type(model[1].hra_u) is HouseholderAdapters
     check(base, model, normal(2, 2, 3, 8, 8), rtol=1e-9)
     check_fold(base, model, normal(2, 2, 3, 8, 8), rtol=1e-9)
 
@@ -139,7 +139,7 @@ TIMM: dict[str, tuple[Callable[[], nn.Module], str]] = {
 @pytest.mark.parametrize(("make", "targets"), TIMM.values(), ids=TIMM)
 def test_timm_models_made_of_them(make: Callable[[], nn.Module], targets: str) -> None:
     base, model = pair(make, targets)
-    assert any(type(part) is Reflection for part in model.modules())
+    assert any(type(part) is HouseholderAdapters for part in model.modules())
     x = normal(3, 2, 3, 32, 32)
     with torch.no_grad():
         wanted = run_dense(base, model, x)
@@ -232,7 +232,7 @@ class Convolved(nn.Module):
 @pytest.mark.parametrize("batched", [True, False], ids=["batch", "unbatched"])
 def test_convolutions(axes: int, geometry: dict[str, Any], batched: bool) -> None:
     base, model = pair(lambda: Convolved(AXES[axes](4, 8, **geometry)), ["conv"])
-    assert isinstance(model.conv.hra_u, ConvReflection)
+    assert isinstance(model.conv.hra_u, ConvAdapters)
     x = normal(5, *(2,) * batched, 4, *((9, 6, 7)[-axes:]))
     check(base, model, x)
     check_fold(base, model, x)

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import hra_fx
-from hra_fx.model.state import sites_of
+from hra_fx.model.state import adapted_layers
 
 X = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -43,7 +43,7 @@ def adapted(model: nn.Module, targets: list[str], **options: Any) -> tuple[nn.Mo
     oracle = copy.deepcopy(model.double())
     hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=targets), **options)
     with torch.no_grad():
-        for path, layer in sites_of(model).items():
+        for path, layer in adapted_layers(model).items():
             vectors = layer.hra_u["default"].normal_(generator=torch.Generator().manual_seed(3))
             plain = oracle.get_submodule(path)
             plain.weight.copy_(dense_weight(plain.weight, dense_product(vectors)))

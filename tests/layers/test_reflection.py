@@ -13,8 +13,8 @@ from oracles import dense_q, dense_weight, relative_error
 from torch import nn
 
 from hra_fx.errors import AdapterError
-from hra_fx.layers.adapters import AdapterSpec, Reflection
-from hra_fx.layers.variants import reflection_for
+from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
+from hra_fx.layers.variants import adapters_for
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**31 - 1)
@@ -207,7 +207,7 @@ def test_no_active_adapter_is_the_base_layer() -> None:
 @pytest.mark.parametrize("base", [nn.Linear(6, 4, dtype=F64), nn.Conv2d(2, 4, 3, padding=1, dtype=F64)], ids=str)
 def test_two_active_adapters_multiply_in_their_order(base: Layer) -> None:
     model = adapted(base, 2)
-    reflection: Reflection = model[0].hra_u
+    reflection: HouseholderAdapters = model[0].hra_u
     reflection.add("second", AdapterSpec(r=3, apply_GS=True, init_weights=False), base.weight)
     reflection.active = ("second", "default")
     q = dense_q(reflection["second"].detach(), apply_GS=True) @ dense_q(reflection["default"].detach())
@@ -220,7 +220,7 @@ def test_two_active_adapters_multiply_in_their_order(base: Layer) -> None:
 @pytest.mark.parametrize("name", ["", "a.b", "x_anchor", "keys", "forward", "default"])
 def test_an_adapter_name_that_cannot_be_a_parameters_name(name: str) -> None:
     layer = nn.Linear(6, 4)
-    reflection = reflection_for(layer)
+    reflection = adapters_for(layer)
     reflection.add("default", AdapterSpec(r=2), layer.weight)
     with pytest.raises(AdapterError, match=r"^(`adapter_name` must be a string that|adapter 'default' exists already)"):
         reflection.add(name, AdapterSpec(r=2), layer.weight)

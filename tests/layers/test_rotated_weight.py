@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 from transformers.pytorch_utils import Conv1D
 
 import hra_fx
-from hra_fx.layers.adapters import Reflection
+from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.rotated_weight import InferenceRotatedWeight, RotatedWeight
 
 F64 = torch.float64
@@ -61,7 +61,7 @@ def test_metadata_does_not_compute_the_value(make: Callable[[], nn.Module], monk
     def fail(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("W Q was computed")
 
-    monkeypatch.setattr(Reflection, "forward", fail)
+    monkeypatch.setattr(HouseholderAdapters, "forward", fail)
     monkeypatch.setattr("hra_fx.layers.adapters.rotated_weight", fail)
     plain = weight_of(base)
     for grad in (True, False):

@@ -15,7 +15,7 @@ from sharing import CASES, adapted, base, cases, config, leaves, oracle, run, tu
 from torch import nn
 
 import hra_fx
-from hra_fx.model.state import sites_of
+from hra_fx.model.state import adapted_layers
 
 F64 = torch.float64
 
@@ -23,8 +23,8 @@ F64 = torch.float64
 @cases
 def test_each_layer_carries_one_reflection(name: str) -> None:
     _, model = adapted(name)
-    assert list(sites_of(model)) == CASES[name].sites
-    assert len({id(layer.hra_u) for layer in sites_of(model).values()}) == len(CASES[name].sites)
+    assert list(adapted_layers(model)) == CASES[name].sites
+    assert len({id(layer.hra_u) for layer in adapted_layers(model).values()}) == len(CASES[name].sites)
     assert [row.path for row in hra_fx.report(model).rows] == CASES[name].sites
 
 
@@ -46,7 +46,7 @@ def test_outputs_and_gradients_are_those_of_the_dense_product(name: str, trainin
     weighting = torch.randn(wanted.shape, dtype=F64, generator=torch.Generator().manual_seed(2))
     (wanted * weighting).sum().backward()
     (found * weighting).sum().backward()
-    for path, layer in sites_of(model).items():
+    for path, layer in adapted_layers(model).items():
         gradient = layer.hra_u["default"].grad
         assert gradient is not None, path
         assert float(gradient.norm()) > 1e-6
@@ -76,7 +76,7 @@ def test_a_fold_rotates_each_weight_once(name: str) -> None:
     plan = hra_fx.plan_fold(model)
     assert [layer.path for layer in plan.layers] == CASES[name].sites
     assert {layer.untied for layer in plan.layers} == {()}
-    held = {path: layer.hra_base for path, layer in sites_of(model).items()}
+    held = {path: layer.hra_base for path, layer in adapted_layers(model).items()}
     plan.apply()
     assert relative_error(run(model, x), wanted) < 1e-12
     assert all(model.get_submodule(path).weight is weight for path, weight in held.items())
@@ -104,7 +104,7 @@ def test_the_state_has_the_keys_of_every_path(name: str) -> None:
     by_path = {
         f"{path}.hra_u.default"
         for path, part in model.named_modules(remove_duplicate=False)
-        if part in sites_of(model).values()
+        if part in adapted_layers(model).values()
     }
     keys = set(model.state_dict())
     assert {key for key in keys if key.endswith(".hra_u.default")} == by_path
@@ -211,7 +211,7 @@ def test_outputs_and_counts_are_pefts(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in CASES if name != "albert" and "alone" not in name])
 def test_every_call_is_in_a_graph_with_its_reflection(name: str) -> None:
     _, model = adapted(name)
-    layers, graphs = set(sites_of(model).values()), hra_fx.graphs(model)
+    layers, graphs = set(adapted_layers(model).values()), hra_fx.graphs(model)
     assert list(graphs) == (["left", "right"] if name == "two parents" else [""])
     for path, graph in graphs.items():
         calls = [node for node in graph.graph.nodes if node.op == "call_module"]
@@ -228,7 +228,7 @@ def test_a_part_that_is_folded_is_folded_for_the_other_parent_too() -> None:
     x, vectors = x_of("two parents"), leaves(model)
     wanted = oracle(plain, model, x, vectors)
     hra_fx.fold(model.left)
-    assert list(sites_of(model)) == ["right.own"]
+    assert list(adapted_layers(model)) == ["right.own"]
     assert relative_error(run(model, x), wanted) < 1e-12
     hra_fx.fold(model)
     assert relative_error(run(model, x), wanted) < 1e-12

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hra_fx import HRAConfig, transform
 from hra_fx.layers.adapters import AdapterSpec
-from hra_fx.layers.variants import reflection_for
+from hra_fx.layers.variants import adapters_for
 
 Layer: TypeAlias = nn.Linear | nn.Conv2d
 F64 = torch.float64
@@ -153,7 +153,7 @@ def test_the_same_seed_gives_the_same_start_and_another_seed_another() -> None:
 
 
 def test_the_anchor_is_a_buffer_and_the_count_pefts() -> None:
-    reflection = reflection_for(nn.Linear(6, 4))
+    reflection = adapters_for(nn.Linear(6, 4))
     reflection.add("default", AdapterSpec(r=3), torch.empty(0))
     assert sum(parameter.numel() for parameter in reflection.parameters()) == 6 * 3
     assert dict(reflection.named_buffers()).keys() == {"default_anchor"}
@@ -161,7 +161,7 @@ def test_the_anchor_is_a_buffer_and_the_count_pefts() -> None:
 
 
 def test_the_chain_can_be_made_in_a_wider_dtype() -> None:
-    reflection = reflection_for(nn.Linear(6, 4))
+    reflection = adapters_for(nn.Linear(6, 4))
     reflection.add("default", AdapterSpec(r=3, apply_GS=True), torch.empty(0))
     chain = reflection.chain("default", F64)
     assert chain.dtype == F64

@@ -13,10 +13,10 @@ from layers.checking import check, normal, pair
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.layers.adapted_layer import ConvCarrier, LinearCarrier
-from hra_fx.layers.class_swap import carriers_of, is_outermost, original_class, swap, swapped_class, unswap
-from hra_fx.model.root import RootCarrier
-from hra_fx.model.state import sites_of
+from hra_fx.layers.adapted_layer import AdaptedConv, AdaptedLinear
+from hra_fx.layers.class_swap import is_swapped, mixins_of, original_class, swap, swapped_class, unswap
+from hra_fx.model.root import AdaptedModel
+from hra_fx.model.state import adapted_layers
 
 X = normal(7, 4, 6)
 
@@ -118,7 +118,7 @@ def test_names_and_classes(make: type[nn.Module]) -> None:
         assert original_class(part) is old, name
         assert part._get_name() == before._get_name()
         swapped += new is not old
-    assert swapped == len({*sites_of(adapted), ""})
+    assert swapped == len({*adapted_layers(adapted), ""})
     assert adapted.extra_repr() == base.extra_repr()
 
 
@@ -126,21 +126,21 @@ def test_one_class_for_each_pair() -> None:
     first, _ = adapt(Two)
     second, _ = adapt(Two)
     assert type(first) is type(second) and type(first.first) is type(first.second) is type(second.first)
-    assert swapped_class(LinearCarrier, nn.Linear) is type(first.first)
-    assert swapped_class(ConvCarrier, nn.Conv2d) is not type(first.first)
-    assert carriers_of(first) == (RootCarrier,) and carriers_of(first.first) == (LinearCarrier,)
-    assert carriers_of(nn.Linear(2, 2)) == ()
-    assert is_outermost(first) and not is_outermost(nn.Linear(2, 2))
+    assert swapped_class(AdaptedLinear, nn.Linear) is type(first.first)
+    assert swapped_class(AdaptedConv, nn.Conv2d) is not type(first.first)
+    assert mixins_of(first) == (AdaptedModel,) and mixins_of(first.first) == (AdaptedLinear,)
+    assert mixins_of(nn.Linear(2, 2)) == ()
+    assert is_swapped(first) and not is_swapped(nn.Linear(2, 2))
 
 
 def test_swap_and_back() -> None:
     layer = nn.Linear(2, 2)
     before = dict(vars(layer))
-    swap(layer, LinearCarrier)
+    swap(layer, AdaptedLinear)
     assert type(layer) is not nn.Linear and vars(layer) == before
-    unswap(layer, LinearCarrier)
+    unswap(layer, AdaptedLinear)
     assert type(layer) is nn.Linear and vars(layer) == before
-    unswap(layer, LinearCarrier)
+    unswap(layer, AdaptedLinear)
     assert type(layer) is nn.Linear
 
 
@@ -174,7 +174,7 @@ def test_another_tools_class_on_top_is_refused_by_fold() -> None:
         part.__class__ = type(f"FSDP{ours.__name__}", (Sharded, ours), {})
         weights = {name: value.clone() for name, value in adapted.state_dict().items()}
         assert original_class(part) is (Two if not path else nn.Linear)
-        assert not is_outermost(part)
+        assert not is_swapped(part)
         check(base, adapted, X)
         with pytest.raises(hra_fx.HRAError, match=f"^{path or 'the model'}: .*FSDP{ours.__name__}"):
             hra_fx.fold(adapted)
@@ -231,25 +231,25 @@ def test_a_part_that_is_saved_alone() -> None:
 
 
 def test_carriers_pile_up_and_come_off_one_by_one() -> None:
-    from hra_fx.layers.class_swap import Carrier
+    from hra_fx.layers.class_swap import SwapMixin
 
-    class Marked(Carrier):
+    class Marked(SwapMixin):
         """Brings a method and keeps the forward."""
 
     layer = nn.Linear(2, 2)
-    swap(layer, LinearCarrier)
+    swap(layer, AdaptedLinear)
     swap(layer, Marked)
-    assert carriers_of(layer) == (LinearCarrier, Marked) and original_class(layer) is nn.Linear
-    assert type(layer).forward is swapped_class(LinearCarrier, nn.Linear).forward
-    unswap(layer, LinearCarrier)
-    assert carriers_of(layer) == (Marked,) and type(layer).forward is nn.Linear.forward
+    assert mixins_of(layer) == (AdaptedLinear, Marked) and original_class(layer) is nn.Linear
+    assert type(layer).forward is swapped_class(AdaptedLinear, nn.Linear).forward
+    unswap(layer, AdaptedLinear)
+    assert mixins_of(layer) == (Marked,) and type(layer).forward is nn.Linear.forward
     unswap(layer, Marked)
     assert type(layer) is nn.Linear
 
 
 def test_a_model_with_methods_of_peft_goes_by_its_class() -> None:
     model = hra_fx.HRAModel(Two(), hra_fx.HRAConfig(r=2, target_modules=["first"]))
-    assert carriers_of(model) == (RootCarrier, hra_fx.HRAModel) == carriers_of(copy.deepcopy(model))
+    assert mixins_of(model) == (AdaptedModel, hra_fx.HRAModel) == mixins_of(copy.deepcopy(model))
     assert isinstance(model, Two) and original_class(model) is Two
 
 

@@ -10,7 +10,7 @@ from model.many import assert_close
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hra_fx.model.state import record_of
+from hra_fx.model.state import get_state
 
 
 class At(TorchFunctionMode):
@@ -36,6 +36,6 @@ def folded(plain: nn.Module, model: nn.Module, wanted: dict[str, Tensor]) -> Non
     """The model is the plain one with these weights."""
     assert list(model.state_dict()) == list(plain.state_dict())
     assert [type(part) for part in model.modules()] == [type(part) for part in plain.modules()]
-    assert record_of(model) is None
+    assert get_state(model) is None
     for name, value in model.state_dict().items():
         assert_close(value, wanted.get(name, plain.state_dict()[name]), 1e-12)

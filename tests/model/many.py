@@ -15,8 +15,8 @@ from oracles import dense_q, dense_weight, relative_error
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.layers.trained_copies import copies_of
-from hra_fx.model.state import record_of, sites_of
+from hra_fx.layers.trained_copies import all_copies
+from hra_fx.model.state import adapted_layers, get_state
 
 F64 = torch.float64
 #: Copies of modules and biases next to reflections.
@@ -99,10 +99,10 @@ def turn(model: nn.Module, seed: int = 2) -> None:
     """Random vectors for every adapter, far from the start, and other values for every copy."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for layer in sites_of(model).values():
+        for layer in adapted_layers(model).values():
             for vectors in layer.hra_u.values():
                 vectors.copy_(torch.randn(vectors.shape, dtype=F64, generator=generator))
-        for owner, copies in copies_of(model).values():
+        for owner, copies in all_copies(model).values():
             for adapter in copies.copied:
                 for tensor in copies.tensors(owner, adapter).values():
                     if tensor.is_floating_point():
@@ -144,7 +144,7 @@ def weights(plain: nn.Module, model: nn.Module, names: Iterable[str]) -> dict[st
     wanted = tuple(names)
     return {
         f"{path}.weight": dense_weight(plain.get_submodule(path).weight, product(layer, wanted))
-        for path, layer in sites_of(model).items()
+        for path, layer in adapted_layers(model).items()
     }
 
 
@@ -180,7 +180,7 @@ def moved(one: Tensor, other: Tensor) -> bool:
 
 def seen(model: nn.Module) -> dict[str, Any]:
     """All that there is to see of a model: containers and tensors by identity, plain attributes by value."""
-    picture: dict[str, Any] = {"record": repr(record_of(model)), "config": str(getattr(model, "config", None))}
+    picture: dict[str, Any] = {"record": repr(get_state(model)), "config": str(getattr(model, "config", None))}
     for path, part in model.named_modules():
         picture[f"{path}:class"] = (type(part), id(part), part.training)
         for key, value in vars(part).items():

@@ -30,9 +30,9 @@ import hra_fx.model.add
 import hra_fx.model.inject
 import hra_fx.model.setup
 from hra_fx.errors import GraphInvariantError
-from hra_fx.layers.adapters import Reflection
+from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.trained_copies import Copies
-from hra_fx.model.state import record_of
+from hra_fx.model.state import get_state
 
 BOTH: dict[str, Any] = {"modules_to_save": ["head", "norm"], "bias": "hra_only"}
 #: Where a step is looked up, and at which of its calls it fails.
@@ -40,19 +40,26 @@ Step = tuple[ModuleType | type, str, int]
 COMMON: list[Step] = [
     (hra_fx.model.inject, "select", 1),
     (hra_fx.model.inject, "check", 1),
-    (hra_fx.model.inject, "reflection_for", 1),
+    (hra_fx.model.inject, "adapters_for", 1),
     (hra_fx.model.inject, "swap", 1),
-    (Reflection, "put", 1),
-    (Reflection, "put", 2),
+    (HouseholderAdapters, "put", 1),
+    (HouseholderAdapters, "put", 2),
     (Copies, "make", 1),
     (Copies, "make", 2),
 ]
-ADDING: list[Step] = [*COMMON, (hra_fx.model.add, "introduce", 1), (hra_fx.model.add, "make_copies", 1)]
+ADDING: list[Step] = [*COMMON, (hra_fx.model.add, "inject_adapter", 1), (hra_fx.model.add, "make_copies", 1)]
 STARTING: list[Step] = [
     *COMMON,
-    *((hra_fx.model.setup, name, 1) for name in ("introduce", "freeze", "make_copies", "keep_record", "activate")),
+    *(
+        (hra_fx.model.setup, name, 1)
+        for name in ("inject_adapter", "freeze", "make_copies", "attach_state", "activate")
+    ),
 ]
-COMBINING: list[Step] = [(Reflection, "put", 1), (Reflection, "put", 2), (hra_fx.model.add, "sync_layers", 1)]
+COMBINING: list[Step] = [
+    (HouseholderAdapters, "put", 1),
+    (HouseholderAdapters, "put", 2),
+    (hra_fx.model.add, "sync_layers", 1),
+]
 
 
 def second() -> tuple[nn.Module, nn.Module]:
@@ -198,7 +205,7 @@ def test_a_deletion_is_complete_when_it_warns_of_the_new_active_adapter() -> Non
     wanted = oracle(plain, model, ["b"], x)
     with pytest.raises(hra_fx.HRAWarning, match="adapter 'a' was active and is deleted; 'b' is active now"):
         hra_fx.delete_adapter(model, "a")
-    assert (list(record_of(model).configs), record_of(model).active) == (["b"], ("b",))
+    assert (list(get_state(model).configs), get_state(model).active) == (["b"], ("b",))
     assert_close(run(model, x), wanted)
 
 

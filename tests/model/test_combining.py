@@ -29,7 +29,7 @@ from oracles import dense_product
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.model.state import sites_of
+from hra_fx.model.state import adapted_layers
 
 
 @pytest.mark.parametrize("fields", PAIRS)
@@ -39,7 +39,7 @@ def test_the_new_one_is_the_product(fields: str) -> None:
     hra_fx.combine(model, ["b", "a"], "ba")
     assert model.first.hra_u["ba"].shape == (6, rank)
     assert hra_fx.report(model).rows[-1].r == rank
-    for layer in sites_of(model).values():
+    for layer in adapted_layers(model).values():
         assert layer.hra_u.anchor("ba") is None
         assert_close(dense_product(layer.hra_u["ba"].detach()), product(layer, ["b", "a"]))
     x = normal(4, 6)
@@ -52,7 +52,7 @@ def test_the_new_one_is_the_product(fields: str) -> None:
 def test_layers_of_one_alone_are_filled_with_pairs_that_cancel() -> None:
     plain, model = adapted(net(), a=config("first", "head"), b=config("first", "second", r=3), c=config("second"))
     hra_fx.combine(model, ["c", "a", "b"], "all")
-    for path, layer in sites_of(model).items():
+    for path, layer in adapted_layers(model).items():
         assert layer.hra_u["all"].shape == (layer.in_features, 6), path
         assert bool(layer.hra_u["all"].ne(0).any(dim=0).all()), path
         assert_close(dense_product(layer.hra_u["all"].detach()), product(layer, ["c", "a", "b"]))
@@ -60,7 +60,7 @@ def test_layers_of_one_alone_are_filled_with_pairs_that_cancel() -> None:
     x = normal(4, 6)
     assert_close(model(x), oracle(plain, model, ["c", "a", "b"], x))
     model(x).square().sum().backward()
-    assert all(bool(layer.hra_u["all"].grad.ne(0).any(dim=0).all()) for layer in sites_of(model).values())
+    assert all(bool(layer.hra_u["all"].grad.ne(0).any(dim=0).all()) for layer in adapted_layers(model).values())
 
 
 def test_an_odd_difference_is_refused_with_its_layer() -> None:
@@ -152,7 +152,7 @@ def test_the_product_is_on_exactly_the_layers_of_its_parts_also_in_a_file(
     fields: dict[str, Any], layers: list[str], tmp_path: Path
 ) -> None:
     def layers_of(model: nn.Module, name: str) -> list[str]:
-        return [path for path, layer in sites_of(model).items() if name in layer.hra_u]
+        return [path for path, layer in adapted_layers(model).items() if name in layer.hra_u]
 
     plain, model = adapted(Alike(), a=config(**fields), b=config(**fields), z=config("041", "fcx"))
     x = normal(3, 6)

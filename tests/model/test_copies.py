@@ -12,7 +12,7 @@ from model.many import adapted, assert_close, config, net, normal, oracle, refus
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.layers.trained_copies import copies_of
+from hra_fx.layers.trained_copies import all_copies
 
 HEAD: dict[str, Any] = {"modules_to_save": ["head"]}
 
@@ -20,7 +20,7 @@ HEAD: dict[str, Any] = {"modules_to_save": ["head"]}
 def owned(model: nn.Module, adapter: str) -> set[int]:
     """Identities of the vectors and copies of an adapter."""
     vectors = {id(parameter) for key, parameter in model.named_parameters() if key.endswith(f"hra_u.{adapter}")}
-    copied = (copies.tensors(owner, adapter).values() for owner, copies in copies_of(model).values())
+    copied = (copies.tensors(owner, adapter).values() for owner, copies in all_copies(model).values())
     return vectors | {id(tensor) for tensors in copied for tensor in tensors if isinstance(tensor, nn.Parameter)}
 
 
@@ -54,7 +54,7 @@ def test_one_optimizer_over_all_parameters_trains_each_adapters_own_head_and_vec
 def test_biases_are_each_adapters_own(bias: str, trained: set[str]) -> None:
     plain, model = adapted(net(), a=config("second", bias=bias), b=config("first", bias="hra_only"))
     assert train_step(model, torch.optim.SGD(model.parameters(), lr=0.1)) == owned(model, "a")
-    assert {path for path, (_, copies) in copies_of(model).items() if "a" in copies.copied} == trained
+    assert {path for path, (_, copies) in all_copies(model).items() if "a" in copies.copied} == trained
     ours = {f"{path}.bias": plain.get_submodule(path).bias for path in ("first", "norm", "second", "head")}
     ours |= {f"{path}.bias": model.get_submodule(path).bias.detach() for path in trained}
     x = normal(4, 6)

@@ -8,7 +8,7 @@ from model.many import SAVED, adapted, assert_close, config, moved, net, normal,
 from torch import nn
 
 import hra_fx
-from hra_fx.model.state import record_of
+from hra_fx.model.state import get_state
 
 
 def four() -> tuple[nn.Module, nn.Module]:
@@ -52,7 +52,7 @@ def test_merged_adapters_are_unmerged_inside_and_merged_again_after(merged: list
     assert list(after) == list(before)
     assert all(torch.equal(value, before[key]) for key, value in after.items())
     assert torch.equal(model(x), wanted)
-    assert (record_of(model).active, record_of(model).merged) == (("b", "a"), tuple(merged))
+    assert (get_state(model).active, get_state(model).merged) == (("b", "a"), tuple(merged))
 
 
 def test_the_buffers_of_a_saved_norm_are_not_updated_inside() -> None:
@@ -82,7 +82,7 @@ def test_an_adapter_that_is_set_inside_is_active_afterwards(merged: bool, saved:
         hra_fx.set_adapter(model, "b")
         hra_fx.delete_adapter(model, "c")
         assert torch.equal(model(x), plain(x))
-    record = record_of(model)
+    record = get_state(model)
     assert (record.active, record.merged, record.disabled) == (("b",), (), False)
     trained = [name for name, value in model.named_parameters() if value.requires_grad]
     assert trained == ["second.hra_u.b", *head] if saved else ["second.hra_u.b"]

@@ -29,7 +29,7 @@ from model.many import (
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.layers.adapted_layer import SiteCarrier
+from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.class_swap import original_class
 
 
@@ -120,8 +120,8 @@ def test_after_a_deletion_the_model_is_as_if_that_adapter_had_never_been_there(n
     build, _, first, _ = KINDS[name]
     alone = hra_fx.transform(build(), config(*first), "a")
     assert list(model.state_dict()) == list(alone.state_dict())
-    assert [(original_class(part), isinstance(part, SiteCarrier)) for part in model.modules()] == [
-        (original_class(part), isinstance(part, SiteCarrier)) for part in alone.modules()
+    assert [(original_class(part), isinstance(part, AdaptedLayer)) for part in model.modules()] == [
+        (original_class(part), isinstance(part, AdaptedLayer)) for part in alone.modules()
     ]
     assert [row.path for row in hra_fx.report(model)] == [row.path for row in hra_fx.report(alone)]
     assert_close(run(model, x), oracle(plain, model, ["a"], x))

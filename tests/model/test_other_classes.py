@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import hra_fx
-from hra_fx.model.state import record_of
+from hra_fx.model.state import get_state
 
 
 class Twice(nn.Module):
@@ -145,7 +145,7 @@ def test_a_model_with_a_scripted_child_has_adapters_as_any_other(tmp_path: Path)
     assert_close(run(again, x), last)
     hra_fx.delete_adapter(again, "b")
     assert torch.equal(run(again, x), run(plain, x))
-    assert record_of(again) is None
+    assert get_state(again) is None
 
 
 def test_a_part_without_the_scripted_child_is_folded_alone() -> None:

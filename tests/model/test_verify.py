@@ -20,7 +20,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 import hra_fx
 import hra_fx.model.inject
 from hra_fx.errors import AdapterError, HRAWarning, VerificationError
-from hra_fx.layers.variants import LinearReflection
+from hra_fx.layers.variants import LinearAdapters
 
 X = normal(4, 6)
 IMAGES = normal(3, 3, 8, 8)
@@ -222,7 +222,7 @@ def wrong(
 ) -> None:
     """Let `transform` make reflections of this layer, or of all layers, whose output is changed."""
 
-    class Wrong(LinearReflection):
+    class Wrong(LinearAdapters):
         def forward(self, input: Tensor) -> Tensor:
             return change(self, super().forward(input))
 
@@ -232,8 +232,8 @@ def wrong(
             reflection.__class__ = Wrong
         return reflection
 
-    ours = hra_fx.model.inject.reflection_for
-    monkeypatch.setattr(hra_fx.model.inject, "reflection_for", make)
+    ours = hra_fx.model.inject.adapters_for
+    monkeypatch.setattr(hra_fx.model.inject, "adapters_for", make)
 
 
 def crash(reflection: nn.Module, output: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hra_fx.errors import GraphInvariantError
-from hra_fx.layers.target import META, SiteNote
+from hra_fx.layers.target import META, NodeTag
 from passes.freeze import FreezePass
 from passes.lower import LowerPass
 
@@ -94,7 +94,7 @@ def with_operator() -> fx.GraphModule:
     value = graph.placeholder("x")
     value.meta["val"] = torch.empty(3, 2, device="meta")
     node = graph.call_function(operator.matmul, (value, value))
-    node.meta = {META: SiteNote("layer", "linear", "reflection"), "stack_trace": "here"}
+    node.meta = {META: NodeTag("layer", "linear", "reflection"), "stack_trace": "here"}
     graph.output(node)
     return fx.GraphModule(nn.Module(), graph)
 
@@ -107,7 +107,7 @@ def test_lower_replaces_an_operator_by_the_graph_of_its_decomposition() -> None:
     inner = [node for node in module.graph.nodes if node.op == "call_function"]
     assert [node.target for node in inner] == [ATEN.mul.Tensor, ATEN.transpose.int, ATEN.mm.default]
     assert all(node.meta["stack_trace"] == "here" for node in inner)
-    assert [node.meta.get(META) for node in inner] == [None, None, SiteNote("layer", "linear", "reflection")]
+    assert [node.meta.get(META) for node in inner] == [None, None, NodeTag("layer", "linear", "reflection")]
     assert inner[-1].meta["val"].shape == (3, 3)
     x = torch.randn(3, 2)
     assert torch.equal(module(x), (x * 2) @ x.mT)

@@ -14,7 +14,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 import hra_fx
 from hra_fx.errors import GraphInvariantError
-from hra_fx.layers.target import META, Site, SiteNote
+from hra_fx.layers.target import META, LayerTarget, NodeTag
 from passes.fold import FoldPass
 from passes.insert import InsertPass
 from passes.match import MatchPass
@@ -39,9 +39,9 @@ class Net(nn.Module):
 
 
 SITES = {
-    "conv": Site("conv", "conv2d"),
-    "body.shared": Site("body.shared", "linear"),
-    "body.fc_1": Site("body.fc_1", "linear"),
+    "conv": LayerTarget("conv", "conv2d"),
+    "body.shared": LayerTarget("body.shared", "linear"),
+    "body.fc_1": LayerTarget("body.fc_1", "linear"),
 }
 
 
@@ -75,7 +75,7 @@ def assert_isomorphic(a: fx.Graph, b: fx.Graph) -> None:
     )
 
 
-def notes(graph: fx.Graph) -> list[SiteNote]:
+def notes(graph: fx.Graph) -> list[NodeTag]:
     return [node.meta[META] for node in graph.nodes if META in node.meta]
 
 
@@ -111,11 +111,11 @@ def test_match_again_changes_nothing_and_counts_anew() -> None:
 
 def test_match_knows_where_in_the_model_the_graph_stands() -> None:
     graph = traced()
-    conv = Site("encoder.0.conv", "conv2d")
+    conv = LayerTarget("encoder.0.conv", "conv2d")
     match = MatchPass({"encoder.0.conv": conv, "body.shared": SITES["body.shared"]}, "encoder.0")
     match(graph)
     assert match.calls == {"encoder.0.conv": 1}
-    assert notes(graph.graph) == [SiteNote("encoder.0.conv", "conv2d", "layer")]
+    assert notes(graph.graph) == [NodeTag("encoder.0.conv", "conv2d", "layer")]
 
 
 def test_match_goes_by_target_and_not_by_the_names_of_nodes() -> None:
@@ -155,7 +155,7 @@ def test_insert_adds_one_node_a_call() -> None:
         (layer,) = node.users
         assert f"{layer.target}.hra_u" == node.target
         assert layer.args == (node.args[0], node) and not layer.kwargs and not node.kwargs
-        assert node.meta[META] == SiteNote(layer.meta[META].path, layer.meta[META].kind, "reflection")
+        assert node.meta[META] == NodeTag(layer.meta[META].path, layer.meta[META].kind, "reflection")
     graph.graph.lint()
     assert VerifyPass()(graph).modified is False
 

@@ -13,12 +13,12 @@ from oracles import dense_q, relative_error
 from torch import Tensor, fx
 
 from hra_fx.kernels.compile_ops import REFLECTED_BY, REFLECTED_ROWS, UNIT_FACTORS, reflected_by, unit_factors
-from hra_fx.layers.target import SiteOperators
+from hra_fx.layers.target import LayerOperators
 from passes.hoist import HoistPass
 from passes.share import SharePass
 from passes.side_effects import has_side_effects
 
-OPERATORS = SiteOperators(REFLECTED_ROWS, UNIT_FACTORS, REFLECTED_BY)
+OPERATORS = LayerOperators(REFLECTED_ROWS, UNIT_FACTORS, REFLECTED_BY)
 NAMES = {REFLECTED_ROWS: "rows", UNIT_FACTORS: "factors", REFLECTED_BY: "by"}
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hra_fx.errors import GraphInvariantError, HRAError
-from hra_fx.layers.target import META, Site, SiteNote
+from hra_fx.layers.target import META, LayerTarget, NodeTag
 from passes.insert import InsertPass
 from passes.match import MatchPass
 from passes.verify import VerifyPass
@@ -28,7 +28,7 @@ class Net(nn.Module):
 
 def rewritten() -> fx.GraphModule:
     graph: fx.GraphModule = fx.symbolic_trace(Net())
-    MatchPass({name: Site(name, "linear") for name in ("first", "second")})(graph)
+    MatchPass({name: LayerTarget(name, "linear") for name in ("first", "second")})(graph)
     InsertPass()(graph)
     return graph
 
@@ -88,7 +88,7 @@ def leave_a_reflection_unread(graph: fx.GraphModule) -> None:
     node = node_of(graph, "second")
     with graph.graph.inserting_before(node):
         extra = graph.graph.call_module("second.hra_u", (node.args[0],))
-    extra.meta[META] = SiteNote("second", "linear", "reflection")
+    extra.meta[META] = NodeTag("second", "linear", "reflection")
 
 
 def forget_the_mark_of_a_reflection(graph: fx.GraphModule) -> None:

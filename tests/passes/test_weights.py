@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from hra_fx.errors import GraphInvariantError
-from hra_fx.layers.target import META, Site, SiteNote
+from hra_fx.layers.target import META, LayerTarget, NodeTag
 from passes.fold import FoldPass
 from passes.insert import InsertPass
 from passes.match import MatchPass
@@ -55,11 +55,11 @@ class Net(nn.Module):
 
 
 SITES = {
-    "twice": Site("twice", "linear", is_called=False),
-    "once": Site("once", "linear", is_called=False),
-    "called": Site("called", "linear"),
-    "attn": Site("attn", "attention", is_called=False),
-    "attn.out_proj": Site("attn.out_proj", "linear", is_called=False),
+    "twice": LayerTarget("twice", "linear", is_called=False),
+    "once": LayerTarget("once", "linear", is_called=False),
+    "called": LayerTarget("called", "linear"),
+    "attn": LayerTarget("attn", "attention", is_called=False),
+    "attn.out_proj": LayerTarget("attn.out_proj", "linear", is_called=False),
 }
 
 
@@ -86,7 +86,7 @@ def nodes_of(module: fx.GraphModule, target: str) -> list[fx.Node]:
     return [node for node in module.graph.nodes if node.target == target]
 
 
-def notes(module: fx.GraphModule) -> list[tuple[str, SiteNote]]:
+def notes(module: fx.GraphModule) -> list[tuple[str, NodeTag]]:
     return [(str(node.target), node.meta[META]) for node in module.graph.nodes if META in node.meta]
 
 
@@ -98,11 +98,11 @@ def test_match_marks_reads_readers_and_calls() -> None:
     reads = len(nodes_of(module, "twice.weight"))
     assert match.calls == {"twice": reads, "once": 2, "called": 1, "attn": 1, "attn.out_proj": 1}
     assert notes(module) == [
-        *[("twice.weight", SiteNote("twice", "linear", "weight"))] * reads,
-        ("once.weight", SiteNote("once", "linear", "weight")),
-        ("once", SiteNote("once", "linear", "reader")),
-        ("called", SiteNote("called", "linear", "layer")),
-        ("attn", SiteNote("attn", "attention", "reader", ("attn.out_proj",))),
+        *[("twice.weight", NodeTag("twice", "linear", "weight"))] * reads,
+        ("once.weight", NodeTag("once", "linear", "weight")),
+        ("once", NodeTag("once", "linear", "reader")),
+        ("called", NodeTag("called", "linear", "layer")),
+        ("attn", NodeTag("attn", "attention", "reader", ("attn.out_proj",))),
     ]
     for target in ("once.bias", "other.weight"):
         assert all(META not in node.meta for node in nodes_of(module, target))
@@ -124,10 +124,10 @@ def test_a_read_of_metadata_alone_is_not_marked() -> None:
 
 def test_a_reader_names_only_sites_inside_it() -> None:
     module = traced()
-    match = MatchPass({"attn.out_proj": SITES["attn.out_proj"], "attention": Site("attention", "linear")})
+    match = MatchPass({"attn.out_proj": SITES["attn.out_proj"], "attention": LayerTarget("attention", "linear")})
     match(module)
     assert match.calls == {"attn.out_proj": 1}
-    assert notes(module) == [("attn", SiteNote("attn.out_proj", "linear", "reader"))]
+    assert notes(module) == [("attn", NodeTag("attn.out_proj", "linear", "reader"))]
 
 
 def test_a_layer_of_two_paths_is_one_site() -> None:
@@ -142,16 +142,16 @@ def test_a_layer_of_two_paths_is_one_site() -> None:
             return self.b(x, x, x)[0]
 
     module = fx.symbolic_trace(Two())
-    site = Site("a", "attention", is_called=False)
+    site = LayerTarget("a", "attention", is_called=False)
     match = MatchPass({"a": site, "b": site})
     match(module)
     assert match.calls == {"a": 1}
-    assert [note for _, note in notes(module)] == [SiteNote("a", "attention", "reader")]
+    assert [note for _, note in notes(module)] == [NodeTag("a", "attention", "reader")]
 
 
 def test_match_stands_where_the_graph_is() -> None:
     module = traced()
-    sites = {f"tower.{path}": Site(f"tower.{path}", site.kind, site.is_called) for path, site in SITES.items()}
+    sites = {f"tower.{path}": LayerTarget(f"tower.{path}", site.kind, site.is_called) for path, site in SITES.items()}
     match = MatchPass(sites | {"once": SITES["once"]}, "tower")
     match(module)
     assert match.calls.keys() == sites.keys()
@@ -171,7 +171,7 @@ def test_insert_adds_one_node_a_read() -> None:
             assert (
                 reflection.target == f"{name}.hra_u" and reflection.kwargs == {"weight": base} and not reflection.args
             )
-            assert reflection.meta[META] == SiteNote(name, "linear", "reflection")
+            assert reflection.meta[META] == NodeTag(name, "linear", "reflection")
             assert reflection.users and base.meta[META].role == "weight"
     assert nodes_of(module, "attn.hra_u") == nodes_of(module, "attn.out_proj.hra_u") == []
     module.graph.lint()

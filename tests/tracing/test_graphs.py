@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 import hra_fx
 from hra_fx.errors import AdapterError
-from hra_fx.layers.target import SiteNote
+from hra_fx.layers.target import NodeTag
 
 
 class Net(nn.Module):
@@ -87,10 +87,10 @@ def test_nodes_carry_notes() -> None:
     found = hra_fx.graphs(model)
     notes = [node.meta["hra"] for node in found["mlp"].graph.nodes if "hra" in node.meta]
     assert notes == [
-        SiteNote("mlp.0", "linear", "reflection"),
-        SiteNote("mlp.0", "linear", "layer"),
-        SiteNote("mlp.2", "linear", "reflection"),
-        SiteNote("mlp.2", "linear", "layer"),
+        NodeTag("mlp.0", "linear", "reflection"),
+        NodeTag("mlp.0", "linear", "layer"),
+        NodeTag("mlp.2", "linear", "reflection"),
+        NodeTag("mlp.2", "linear", "layer"),
     ]
     assert [node.meta["hra"].path for node in found["gate"].graph.nodes if "hra" in node.meta] == ["gate", "gate"]
     kinds = {node.meta["hra"].kind for node in hra_fx.graphs(net())[""].graph.nodes if "hra" in node.meta}

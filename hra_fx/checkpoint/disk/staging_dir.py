@@ -66,7 +66,7 @@ class StagingDir:
             yield
 
     def finish(self, name: str, notes: Mapping[str, float]) -> None:
-        """Record that a file is complete, with notes for the report."""
+        """AdapterState that a file is complete, with notes for the report."""
         self.finished[name] = dict(notes)
         self.write(self._done, json.dumps(self.finished).encode())
 

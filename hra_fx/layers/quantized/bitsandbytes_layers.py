@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hra_fx.layers.quantized.scheme import Packing, Repacked
+from hra_fx.layers.quantized.scheme import QuantScheme, Requantized
 
 #: Whether a layer may change its layout for the CPU.
 _FAST = "support_avx512bf16_for_cpu"
 _UNPACKED = "its weight is quantised when it first moves to a device, and has not yet been. Call model.to(device) first"
 
 
-class EightBit(Packing):
+class EightBit(QuantScheme):
     """`Linear8bitLt`: int8 with a scale a row. What the layer keeps goes back and forth between weight and state."""
 
     def __init__(self, kind: type[nn.Module]) -> None:
@@ -43,13 +43,13 @@ class EightBit(Packing):
         scale = layer.state.SCB if weight.SCB is None else weight.SCB
         return _scaled(weight.data, scale)
 
-    def repacked(self, layer: Any, rows: Tensor) -> Repacked:
+    def repacked(self, layer: Any, rows: Tensor) -> Requantized:
         """By way of float16, as the library does it."""
         weight = layer.weight
         # It quantises what comes to a device from the CPU, and nothing else.
         fresh = _class("Int8Params")(rows.to("cpu", torch.float32), requires_grad=False, has_fp16_weights=False)
         made = fresh.to(weight.device)
-        return Repacked(made, _scaled(made.data, made.SCB))
+        return Requantized(made, _scaled(made.data, made.SCB))
 
     def put(self, layer: Any, weight: nn.Parameter) -> None:
         """With the state forgotten, which would go on with the old weight."""
@@ -57,7 +57,7 @@ class EightBit(Packing):
         layer.state.reset_grads()
 
 
-class FourBit(Packing):
+class FourBit(QuantScheme):
     """`Linear4bit`: nf4 or fp4 in blocks, packed into a column of bytes.
 
     On a CPU with AVX512-BF16, a forward without gradients changes the layout for good. No gradient passes that, and the
@@ -100,7 +100,7 @@ class FourBit(Packing):
         _unpack(layer)
         return _dequantized(layer.weight)
 
-    def repacked(self, layer: Any, rows: Tensor) -> Repacked:
+    def repacked(self, layer: Any, rows: Tensor) -> Requantized:
         """With the block size, the type and the nesting that it has."""
         _unpack(layer)
         weight = layer.weight
@@ -114,7 +114,7 @@ class FourBit(Packing):
             quant_storage=weight.quant_storage,
         )
         made = fresh.to(weight.device)
-        return Repacked(made, _dequantized(made))
+        return Requantized(made, _dequantized(made))
 
     def put(self, layer: Any, weight: Any) -> None:
         """With the scales, which the layer keeps a second time."""
@@ -122,7 +122,7 @@ class FourBit(Packing):
         layer._parameters["weight"], layer.quant_state = weight, weight.quant_state
 
 
-def bitsandbytes_packing(layer: nn.Module) -> Packing | None:
+def bitsandbytes_packing(layer: nn.Module) -> QuantScheme | None:
     """The packing of a layer of bitsandbytes; `None` for any other."""
     # If the library is not loaded, no object can be of its classes.
     library: Any = sys.modules.get("bitsandbytes.nn")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 
-class Repacked(NamedTuple):
+class Requantized(NamedTuple):
     """A weight that was quantised anew.
 
     Attributes:
@@ -21,7 +21,7 @@ class Repacked(NamedTuple):
     values: Tensor
 
 
-class Packing(ABC):
+class QuantScheme(ABC):
     """One way in which a library keeps the weight of a Linear; without state, for any layer kept in that way.
 
     Attributes:
@@ -40,7 +40,7 @@ class Packing(ABC):
         """Why a layer cannot carry reflections, if it cannot; without a full stop."""
         return None
 
-    def why_not_repacked(self, layer: nn.Module) -> str | None:
+    def why_not_requantized(self, layer: nn.Module) -> str | None:
         """Why its weight cannot be quantised anew, if it cannot; without a full stop."""
         return None
 
@@ -57,7 +57,7 @@ class Packing(ABC):
         """The weight, dequantised: `(out, d)`, floating."""
 
     @abstractmethod
-    def repacked(self, layer: nn.Module, rows: Tensor) -> Repacked:
+    def repacked(self, layer: nn.Module, rows: Tensor) -> Requantized:
         """Other values `(out, d)` in the very scheme of a layer, which is not changed."""
 
     def put(self, layer: Any, weight: nn.Parameter) -> None:

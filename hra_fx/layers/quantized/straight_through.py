@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hra_fx.layers.quantized.scheme import Packing
+from hra_fx.layers.quantized.scheme import QuantScheme
 
 
-def straight_through(output: Tensor, x: Tensor, layer: nn.Module, packing: Packing) -> Tensor:
+def straight_through(output: Tensor, x: Tensor, layer: nn.Module, packing: QuantScheme) -> Tensor:
     """The output of a layer, with a gradient for its input.
 
     Args:
@@ -33,7 +33,7 @@ def straight_through(output: Tensor, x: Tensor, layer: nn.Module, packing: Packi
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, layer: nn.Module, packing: Packing) -> Tensor:
+    def forward(ctx: Any, output: Tensor, x: Tensor, layer: nn.Module, packing: QuantScheme) -> Tensor:
         ctx.layer, ctx.packing, ctx.dtype = layer, packing, x.dtype
         return output.view_as(output)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hra_fx.layers.quantized.scheme import Packing, Repacked
+from hra_fx.layers.quantized.scheme import QuantScheme, Requantized
 
 #: Tensor subclasses that can be made again from what they keep.
 _MADE = ("Int8Tensor", "IntxUnpackedToInt8Tensor")
@@ -17,7 +17,7 @@ _MADE = ("Int8Tensor", "IntxUnpackedToInt8Tensor")
 _OF_INPUTS = ("act_quant_kwargs", "activation_quantization")
 
 
-class TorchAO(Packing):
+class TorchAO(QuantScheme):
     """A tensor of torchao.
 
     Its own gradient of the input is none at all where inputs are quantised, and costs a floating-point copy of the
@@ -39,7 +39,7 @@ class TorchAO(Packing):
         rounds = any(getattr(weight, name, None) is not None for name in _OF_INPUTS)
         return "it quantises what it reads, and torchao lets no gradient pass that" if rounds else None
 
-    def why_not_repacked(self, layer: Any) -> str | None:
+    def why_not_requantized(self, layer: Any) -> str | None:
         """Only from some classes it can be read how they were made."""
         weight = layer._parameters["weight"]
         name = type(weight).__name__
@@ -59,14 +59,14 @@ class TorchAO(Packing):
         with torch.no_grad():
             return F.linear(unit, weight).mT
 
-    def repacked(self, layer: Any, rows: Tensor) -> Repacked:
+    def repacked(self, layer: Any, rows: Tensor) -> Requantized:
         """With the blocks, the symmetry and the handling of inputs that it has."""
         old = layer._parameters["weight"].data
         new = (_int8 if type(old).__name__ == "Int8Tensor" else _intx)(old, rows.to(old.dtype))
-        return Repacked(nn.Parameter(new, requires_grad=False), new.dequantize())
+        return Requantized(nn.Parameter(new, requires_grad=False), new.dequantize())
 
 
-def torchao_packing(layer: nn.Module) -> Packing | None:
+def torchao_packing(layer: nn.Module) -> QuantScheme | None:
     """The packing of a Linear whose weight is a tensor of torchao; `None` for any other layer."""
     # If the library is not loaded, no object can be of its classes.
     kind = getattr(sys.modules.get("torchao.utils"), "TorchAOBaseTensor", None)

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hra_fx.atomic_write import output_file, put_whole
+from hra_fx.atomic_write import output_file, write_output_file
 from hra_fx.errors import VisualizeError
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def write(figure: Figure, file: Path) -> Path:
         figure.savefig(
             buffer, format=ending[1:], dpi=160, bbox_inches="tight", pad_inches=0.15, metadata=_METADATA[ending]
         )
-    put_whole(file, buffer.getvalue())
+    write_output_file(file, buffer.getvalue())
     return file
 
 

@@ -10,7 +10,7 @@ from playwright.sync_api import Page, expect
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.model.state import sites_of
+from hra_fx.model.state import adapted_layers
 
 Open = Callable[..., Page]
 
@@ -63,7 +63,7 @@ def test_what_is_opened_stays_under_the_pointer(open_page: Open) -> None:
 
 def test_every_site_is_found_once_and_opened(closed: Page) -> None:
     closed.click("#regex")
-    for path in sites_of(trained_net()):
+    for path in adapted_layers(trained_net()):
         assert search(closed, f"^{path.replace('.', '[.]')}$") == [path]
         closed.keyboard.press("Enter")
         assert selected(closed) == path.rpartition(".")[2]

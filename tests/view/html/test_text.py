@@ -14,7 +14,7 @@ from pages import Net, page_of, trained_net
 
 import hra_fx
 from hra_fx.errors import VisualizeError
-from hra_fx.model.state import sites_of
+from hra_fx.model.state import adapted_layers
 from hra_fx.view.drawing import drawing_of
 from hra_fx.view.html.items import Items, instances
 from hra_fx.view.html.packing import Texts
@@ -58,7 +58,7 @@ def test_resnet50_is_a_small_page() -> None:
         torchvision.models.resnet50(), hra_fx.HRAConfig(r=8, target_modules=r".*(conv\d|downsample\.0)")
     )
     text = page_of(model)
-    assert len(sites_of(model)) == 53
+    assert len(adapted_layers(model)) == 53
     assert len(text.encode()) < 250_000
 
 
@@ -69,7 +69,7 @@ def test_every_site_is_the_mark_of_one_box() -> None:
     items.add(drawing_of(model).tree())
     names = texts.shown()
     marks = [names[mark] for record in items.records for mark in record.get("marks", ())]
-    assert sorted(marks) == sorted(sites_of(model))
+    assert sorted(marks) == sorted(adapted_layers(model))
 
 
 def test_a_repeat_has_the_paths_of_all_its_modules() -> None:
