@@ -27,6 +27,7 @@ from hra_fx.tracing.recorded_state import GraphState, refusing
 #: Attributes of a traced value that fx itself sets.
 _OWN = frozenset(("tracer", "node", "_node", "root", "attr"))
 
+
 class TracedValue(fx.Proxy):
     """A traced value that refuses questions to which fx gives a wrong answer.
 
