@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
+from hra_fx.compat import non_persistent_buffers
 from hra_fx.tracing.trace import Traced
 
 
@@ -32,7 +33,8 @@ def _keep_unused(module: fx.GraphModule, root: nn.Module) -> None:
     for kind in ("_parameters", "_buffers"):
         missing = {name: value for name, value in vars(root)[kind].items() if name not in vars(module)[kind]}
         vars(module)[kind].update(missing)
-    module._non_persistent_buffers_set = set(root._non_persistent_buffers_set)
+    for name in non_persistent_buffers(root):
+        module.register_buffer(name, module._buffers[name], persistent=False)
     present = dict(module.named_modules(remove_duplicate=False))
     for path, part in root.named_modules(remove_duplicate=False):
         if path and (part._parameters or part._buffers) and present.get(path) is not part:
