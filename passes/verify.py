@@ -43,11 +43,12 @@ class VerifyPass(PassBase):
 def _check_layer(node: fx.Node) -> None:
     if len(node.args) != 2 or node.kwargs:
         raise _broken(
-            node, f"is a site's call with {len(node.args)} arguments, where the input and its reflection are due"
+            node,
+            f"is the call of an adapted layer with {len(node.args)} arguments, expected the input and its reflection",
         )
     value, reflection = node.args
     if not isinstance(reflection, fx.Node) or reflection.target != f"{node.target}.{REFLECTION}":
-        raise _broken(node, f"is a call of {node.target} over {reflection}, which is no reflection of that layer")
+        raise _broken(node, f"is a call of {node.target} over {reflection}, which is not a reflection of that layer")
     if reflection.args != (value,):
         raise _broken(node, f"reads {value}, while its reflection reads {reflection.args[0]}")
 
@@ -55,11 +56,11 @@ def _check_layer(node: fx.Node) -> None:
 def _check_weight(node: fx.Node) -> None:
     layer, _, name = str(node.target).rpartition(".")
     if name != BASE_WEIGHT:
-        raise _broken(node, f"reads {node.target}, where {BASE_WEIGHT} and its reflection are due")
+        raise _broken(node, f"reads {node.target}, expected {BASE_WEIGHT} and its reflection")
     others = [user for user in node.users if user.target != f"{layer}.{REFLECTION}"]
     if others or len(node.users) != 1:
         read = f"is read by {others[0].name!r}" if others else f"has {len(node.users)} reflections"
-        raise _broken(node, f"is the weight of a site, and {read}, where one reflection is due")
+        raise _broken(node, f"is the weight of an adapted layer and {read}, expected one reflection")
 
 
 def _check_reflection(node: fx.Node) -> None:

@@ -17,7 +17,7 @@ from speed.setting import Mode, Setting
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, which every eye tells apart; the marks differ too.
+# Okabe and Ito's colors, which every eye tells apart; the marks differ too.
 LOOKS = {
     "peft-hra": ("#CC79A7", "s"),
     "oft": ("#E69F00", "^"),
@@ -75,11 +75,11 @@ def _panel(axes: Axes, panel: Points, sizes: list[int]) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     axes.axhline(1, color=QUIET, linewidth=1)
-    for key, (colour, mark) in LOOKS.items():
+    for key, (color, mark) in LOOKS.items():
         curve = panel.get(key, {})
         places = [place for place, size in enumerate(sizes) if size in curve]
         values = [curve[sizes[place]] for place in places]
-        axes.plot(places, values, color=colour, marker=mark, markersize=5, linewidth=1.6)
+        axes.plot(places, values, color=color, marker=mark, markersize=5, linewidth=1.6)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(FixedLocator(TICKS))
     axes.yaxis.set_minor_locator(NullLocator())
@@ -97,6 +97,6 @@ def _legend(axes: Axes, panels: list[Points]) -> None:
     from matplotlib.lines import Line2D
 
     shown = {key: look for key, look in LOOKS.items() if any(key in panel for panel in panels)}
-    handles = [Line2D([], [], color=colour, marker=mark, markersize=5) for colour, mark in shown.values()]
+    handles = [Line2D([], [], color=color, marker=mark, markersize=5) for color, mark in shown.values()]
     labels = [METHODS[key].title for key in shown]
     axes.legend(handles, labels, frameon=False, loc="upper left", bbox_to_anchor=(1.03, 1), borderaxespad=0)

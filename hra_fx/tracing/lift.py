@@ -44,7 +44,7 @@ def lift(recorded: Recorded, model: nn.Module, names: Names, call: Call | None =
         model: the one whose tensors the graph is to share.
         names: those in the model that ran.
         call: what it was called with, if the graph is that of a whole call: then its inputs are the tensors in there,
-            each once, and other tensors from outside (attributes that are no buffers) become buffers of the graph.
+            each once, and other tensors from outside (attributes that are not buffers) become buffers of the graph.
     """
     graph, attributes = recorded.graph, dict(recorded.owned)
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}

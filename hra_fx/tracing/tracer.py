@@ -1,7 +1,7 @@
 """A `torch.fx.Tracer` that refuses where fx would go on with a wrong graph.
 
-Python gives a traced value no say in `is`, `type(x)` and f-strings: their answers are constants of the graph. Neither
-are globals, or attributes of objects that are no modules, watched.
+Not detected: `is`, `type(x)` and f-strings of traced values, whose results are constants of the graph; changes of globals
+and of attributes of objects that are not modules; and a leaf module that returns None.
 """
 
 from __future__ import annotations

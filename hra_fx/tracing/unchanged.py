@@ -1,4 +1,4 @@
-"""A module whose forward is traced must be the same afterwards: what it changes of itself is no part of a graph."""
+"""Detect and undo what a forward changes in its module during a trace; a graph does not contain such changes."""
 
 from __future__ import annotations
 

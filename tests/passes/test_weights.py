@@ -274,13 +274,16 @@ def drop_the_reflection(module: fx.GraphModule) -> None:
 
 RULES: list[tuple[Callable[[fx.GraphModule], None], str]] = [
     (read_the_bare_weight, "node 'once_weight': reads once.weight, where hra_base and its reflection are due"),
-    (read_the_weight_beside_its_reflection, "node 'once_weight': is the weight of a site, and is read by 'linear_1'"),
+    (
+        read_the_weight_beside_its_reflection,
+        "node 'once_weight': is the weight of an adapted layer and is read by 'linear_1'",
+    ),
     (
         reflect_it_twice,
-        "node 'once_weight': is the weight of a site, and has 2 reflections, where one reflection is due",
+        "node 'once_weight': is the weight of an adapted layer and has 2 reflections, expected one reflection",
     ),
-    (reflect_it_by_another_layer, "node 'once_weight': is the weight of a site, and is read by 'once_hra_u'"),
-    (drop_the_reflection, "node 'once_weight': is the weight of a site, and is read by 'linear_1'"),
+    (reflect_it_by_another_layer, "node 'once_weight': is the weight of an adapted layer and is read by 'once_hra_u'"),
+    (drop_the_reflection, "node 'once_weight': is the weight of an adapted layer and is read by 'linear_1'"),
     (leave_it_unread, "node 'once_hra_u': is a reflection that nothing reads"),
     (forget_the_mark, "node 'once_hra_u': calls a reflection, and carries no mark"),
     (forget_the_mark_of_the_weight, "node 'once_weight': reads a weight past its reflection, and carries no mark"),

@@ -63,7 +63,7 @@ def with_weight(weight: Tensor) -> nn.Module:
 
 
 class Marked(Tensor):
-    """A tensor subclass, such as a quantised or distributed one is."""
+    """A tensor subclass, such as a quantized or distributed one is."""
 
 
 COMPUTED = "its `weight` is computed from other parameters in each call, so it cannot be folded. "

@@ -14,7 +14,7 @@ from hra_fx.layers.quantized.scheme import QuantScheme, Requantized
 
 #: Whether a layer may change its layout for the CPU.
 _FAST = "support_avx512bf16_for_cpu"
-_UNPACKED = "its weight is quantised when it first moves to a device, and has not yet been. Call model.to(device) first"
+_UNPACKED = "its weight is quantized when it first moves to a device, and has not yet been. Call model.to(device) first"
 
 
 class EightBit(QuantScheme):
@@ -29,10 +29,10 @@ class EightBit(QuantScheme):
         return "bitsandbytes, 8 bit"
 
     def why_not_adapted(self, layer: Any) -> str | None:
-        """Weights that are kept in floating point are quantised in each forward, from a memory that a fold misses."""
+        """Weights that are kept in floating point are quantized in each forward, from a memory that a fold misses."""
         if layer.state.has_fp16_weights:
             return (
-                "it keeps a floating-point weight (has_fp16_weights=True), which it quantises behind the back of a "
+                "it keeps a floating-point weight (has_fp16_weights=True), which it quantizes behind the back of a "
                 "fold. Make it with has_fp16_weights=False, or leave it out with exclude_modules"
             )
         return None if layer.weight.dtype == torch.int8 else _UNPACKED
@@ -46,7 +46,7 @@ class EightBit(QuantScheme):
     def repacked(self, layer: Any, rows: Tensor) -> Requantized:
         """By way of float16, as the library does it."""
         weight = layer.weight
-        # It quantises what comes to a device from the CPU, and nothing else.
+        # It quantizes what comes to a device from the CPU, and nothing else.
         fresh = _class("Int8Params")(rows.to("cpu", torch.float32), requires_grad=False, has_fp16_weights=False)
         made = fresh.to(weight.device)
         return Requantized(made, _scaled(made.data, made.SCB))

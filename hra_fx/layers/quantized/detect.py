@@ -1,4 +1,4 @@
-"""How the weight of a layer is quantised, if it is."""
+"""Detect the quantization scheme of a layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hra_fx.layers.quantized.torchao_weights import torchao_packing
 
 
 def quant_scheme_of(layer: nn.Module) -> QuantScheme | None:
-    """The packing of a quantised Linear; `None` for any other layer, of a library that is not known here too.
+    """The scheme of a quantized Linear; `None` for other layers, and for libraries that hra_fx does not know.
 
     Example:
         >>> quant_scheme_of(nn.Linear(6, 4)) is None

@@ -1,4 +1,4 @@
-"""What has to be known of a quantised Linear: reflections of its input do without its weight, all else needs this."""
+"""The interface to a library's quantized Linear: its values, and how to quantize other values in the same way."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 
 class Requantized(NamedTuple):
-    """A weight that was quantised anew.
+    """A weight that was quantized again.
 
     Attributes:
-        weight: a parameter to put in place of the layer's.
-        values: what it stands for, `(out, d)`.
+        weight: a parameter that replaces the layer's.
+        values: its dequantized values, `(out, d)`.
     """
 
     weight: nn.Parameter
@@ -22,11 +22,11 @@ class Requantized(NamedTuple):
 
 
 class QuantScheme(ABC):
-    """One way in which a library keeps the weight of a Linear; without state, for any layer kept in that way.
+    """A quantization scheme of a library; it has no state and is valid for every layer of that scheme.
 
     Attributes:
-        kind: the class whose forward is the library's own, as far as reflections are concerned.
-        straight_through: whether the gradient of the layer's input is to be made here, for the library passes none.
+        kind: the class whose forward is the library's own.
+        straight_through: whether the gradient of the layer's input is computed here, because the library has none.
     """
 
     kind: type[nn.Module] = nn.Linear
@@ -34,32 +34,32 @@ class QuantScheme(ABC):
 
     @abstractmethod
     def words(self, layer: nn.Module) -> str:
-        """Library and scheme, for messages."""
+        """The library and the scheme, for messages."""
 
     def why_not_adapted(self, layer: nn.Module) -> str | None:
-        """Why a layer cannot carry reflections, if it cannot; without a full stop."""
+        """Why a layer cannot be adapted, or `None`; without a full stop."""
         return None
 
     def why_not_requantized(self, layer: nn.Module) -> str | None:
-        """Why its weight cannot be quantised anew, if it cannot; without a full stop."""
+        """Why its weight cannot be quantized again, or `None`; without a full stop."""
         return None
 
     def why_no_gradient(self, layer: nn.Module) -> str | None:
-        """Why no gradient passes a layer that has no reflections, if it does not; without a full stop."""
+        """Why no gradient passes a layer without an adapter, or `None`; without a full stop."""
         return None
 
     def called(self, layer: nn.Module) -> AbstractContextManager[None]:
-        """A block in which the layer is called."""
+        """A context in which the layer is called."""
         return nullcontext()
 
     @abstractmethod
     def values(self, layer: nn.Module) -> Tensor:
-        """The weight, dequantised: `(out, d)`, floating."""
+        """The dequantized weight, `(out, d)`, floating point."""
 
     @abstractmethod
     def repacked(self, layer: nn.Module, rows: Tensor) -> Requantized:
-        """Other values `(out, d)` in the very scheme of a layer, which is not changed."""
+        """Other values `(out, d)`, quantized as the weight of a layer is; the layer is not changed."""
 
     def put(self, layer: Any, weight: nn.Parameter) -> None:
-        """Give a layer a weight of `repacked`."""
+        """Set a weight of `repacked` on a layer."""
         layer._parameters["weight"] = weight

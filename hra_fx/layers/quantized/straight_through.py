@@ -1,7 +1,7 @@
-"""The gradient of a quantised layer's input, where the library gives none: straight through what it rounds.
+"""The gradient of a quantized layer's input, if the library has none: the straight-through estimator.
 
-`y = W x` for the weight as it is dequantised, so that the gradient of `x` is `W^T` times that of `y`. Where inputs are
-quantised too, their rounding is taken for the identity, as in quantisation-aware training (Bengio et al., 2013,
+With `y = W x` for the dequantized weight, the gradient of `x` is `W^T` times that of `y`. If inputs are quantized too,
+the backward pass ignores their rounding, as in quantization-aware training (Bengio et al., 2013,
 https://arxiv.org/abs/1308.3432).
 """
 
@@ -16,16 +16,16 @@ from hra_fx.layers.quantized.scheme import QuantScheme
 
 
 def straight_through(output: Tensor, x: Tensor, layer: nn.Module, packing: QuantScheme) -> Tensor:
-    """The output of a layer, with a gradient for its input.
+    """Connect the output of a layer to its input for autograd.
 
     Args:
         output: `(..., out)`, which does not depend on `x` for autograd.
-        x: `(..., d)`, what the layer has read.
-        layer: the layer, whose weight is dequantised once the gradient comes.
-        packing: how its weight is kept.
+        x: `(..., d)`, the input of the layer.
+        layer: the layer; its weight is dequantized in the backward pass.
+        packing: its quantization scheme.
 
     Returns:
-        `output`, of which the gradient goes to both.
+        `output`, with a gradient to `output` and to `x`.
     """
     passed: Tensor = _StraightThrough.apply(output, x, layer, packing)  # type: ignore[no-untyped-call]
     return passed

@@ -1,4 +1,4 @@
-"""torchao: a plain Linear whose weight is a tensor subclass, of which some quantise the layer's input too."""
+"""torchao: a plain Linear whose weight is a tensor subclass; some of them quantize the layer's input too."""
 
 from __future__ import annotations
 
@@ -13,46 +13,46 @@ from hra_fx.layers.quantized.scheme import QuantScheme, Requantized
 
 #: Tensor subclasses that can be made again from what they keep.
 _MADE = ("Int8Tensor", "IntxUnpackedToInt8Tensor")
-#: What a tensor says that quantises inputs, whichever name its class has for it.
+#: What a tensor says that quantizes inputs, whichever name its class has for it.
 _OF_INPUTS = ("act_quant_kwargs", "activation_quantization")
 
 
 class TorchAO(QuantScheme):
-    """A tensor of torchao.
+    """A weight of torchao.
 
-    Its own gradient of the input is none at all where inputs are quantised, and costs a floating-point copy of the
-    weight, kept from forward to backward, where they are not. So it is always made here.
+    torchao has no gradient of the input if inputs are quantized, and otherwise keeps a floating-point copy of the
+    weight from forward to backward. So the gradient is always computed here.
     """
 
     straight_through = True
 
     def words(self, layer: Any) -> str:
-        """Library and class."""
+        """The library and the class."""
         weight = layer._parameters["weight"]
         size = getattr(weight, "target_dtype", None)
         of = f" of {str(size).removeprefix('torch.')}" if size is not None else ""
         return f"torchao, {type(weight).__name__}{of}"
 
     def why_no_gradient(self, layer: Any) -> str | None:
-        """Where inputs are quantised."""
+        """If inputs are quantized."""
         weight = layer._parameters["weight"]
         rounds = any(getattr(weight, name, None) is not None for name in _OF_INPUTS)
-        return "it quantises what it reads, and torchao lets no gradient pass that" if rounds else None
+        return "it quantizes its input, and torchao passes no gradient through that" if rounds else None
 
     def why_not_requantized(self, layer: Any) -> str | None:
-        """Only from some classes it can be read how they were made."""
+        """Only some classes record how they were made."""
         weight = layer._parameters["weight"]
         name = type(weight).__name__
         if name not in _MADE:
-            return f"how its {name} was made cannot be read from it"
+            return f"its {name} does not record how it was made"
         if getattr(weight, "act_pre_scale", None) is not None or getattr(weight, "act_quant_scale", None) is not None:
-            return f"its {name} has scales of inputs, which were calibrated for the weight that it is"
+            return f"its {name} has scales of inputs that were calibrated for the current weight"
         return None
 
     def values(self, layer: Any) -> Tensor:
-        """As the tensor says; where it cannot, as the layer maps the unit vectors."""
+        """From `dequantize`, or else from the layer's outputs for the unit vectors."""
         weight = layer._parameters["weight"]
-        if type(weight).dequantize is not Tensor.dequantize:  # which every tensor has, and is for those of torch.ao
+        if type(weight).dequantize is not Tensor.dequantize:  # the default is for tensors of torch.ao
             values: Tensor = weight.dequantize()
             return values.detach()
         unit = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
@@ -60,15 +60,15 @@ class TorchAO(QuantScheme):
             return F.linear(unit, weight).mT
 
     def repacked(self, layer: Any, rows: Tensor) -> Requantized:
-        """With the blocks, the symmetry and the handling of inputs that it has."""
+        """With its block size, symmetry and handling of inputs."""
         old = layer._parameters["weight"].data
         new = (_int8 if type(old).__name__ == "Int8Tensor" else _intx)(old, rows.to(old.dtype))
         return Requantized(nn.Parameter(new, requires_grad=False), new.dequantize())
 
 
 def torchao_packing(layer: nn.Module) -> QuantScheme | None:
-    """The packing of a Linear whose weight is a tensor of torchao; `None` for any other layer."""
-    # If the library is not loaded, no object can be of its classes.
+    """The scheme of a Linear whose weight is a tensor of torchao; `None` for other layers."""
+    # If the library is not imported, no object has one of its classes.
     kind = getattr(sys.modules.get("torchao.utils"), "TorchAOBaseTensor", None)
     fits = kind is not None and isinstance(layer, nn.Linear) and isinstance(layer._parameters.get("weight"), kind)
     return TorchAO() if fits else None
