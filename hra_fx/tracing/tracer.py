@@ -1,7 +1,7 @@
 """A `torch.fx.Tracer` that refuses where fx would go on with a wrong graph.
 
-Not detected: `is`, `type(x)` and f-strings of traced values, whose results are constants of the graph; changes of globals
-and of attributes of objects that are not modules; and a leaf module that returns None.
+Not detected: `is`, `type(x)` and f-strings of traced values, whose results are constants of the graph; changes of
+globals and of attributes of objects that are not modules; and a leaf module that returns None.
 """
 
 from __future__ import annotations

@@ -111,11 +111,11 @@ RULES: list[tuple[Callable[[fx.GraphModule], None], str]] = [
     (read_the_reflection_of_another_layer, "node 'second|node 'first_hra_u'"),
     (
         read_a_value_for_a_reflection,
-        "node 'second': is a call of second over tanh, which is no reflection of that layer",
+        "node 'second': is a call of second over tanh, which is not a reflection of that layer",
     ),
     (
         read_a_number_for_a_reflection,
-        "node 'second': is a call of second over 3.0, which is no reflection of that layer",
+        "node 'second': is a call of second over 3.0, which is not a reflection of that layer",
     ),
     (reflect_another_value, "node 'second': reads tanh, while its reflection reads first"),
     (read_another_value, "node 'second': reads first, while its reflection reads tanh"),

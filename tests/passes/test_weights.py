@@ -273,7 +273,7 @@ def drop_the_reflection(module: fx.GraphModule) -> None:
 
 
 RULES: list[tuple[Callable[[fx.GraphModule], None], str]] = [
-    (read_the_bare_weight, "node 'once_weight': reads once.weight, where hra_base and its reflection are due"),
+    (read_the_bare_weight, "node 'once_weight': reads once.weight, expected hra_base and its reflection"),
     (
         read_the_weight_beside_its_reflection,
         "node 'once_weight': is the weight of an adapted layer and is read by 'linear_1'",
