@@ -103,7 +103,7 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
 
 
 @cache
-def random_init(name: str) -> nn.Module:
+def drawn(name: str) -> nn.Module:
     """A model with reflections that turn; the same object for every test, which must leave it as it is."""
     model = MAKERS[name]()
     generator = torch.Generator().manual_seed(0)
@@ -117,4 +117,4 @@ def random_init(name: str) -> nn.Module:
 @cache
 def drawing(name: str) -> Drawing:
     """The drawing of that model, shared by all tests."""
-    return drawing_of(random_init(name))
+    return drawing_of(drawn(name))

@@ -96,7 +96,7 @@ class AdaptedLayer(SwapMixin):
             if name not in self._parameters and name not in vars(self):
                 raise AttributeError(name)
             # FSDP1 reads and stores its parameters here; while a forward runs, the weight is a plain attribute.
-            if vars(self).get("_is_fsdp_managed_module") and name in self._parameters:
+            if getattr(self._parameters.get(name), "_fsdp_flattened", False):
                 return self.hra_base
             try:
                 return _rotated(self)

@@ -104,7 +104,7 @@ def test_a_full_disk_leaves_the_old_adapter(tmp_path: Path) -> None:
     assert message.startswith(f"{tmp_path}: cannot write the adapter ([Errno 27] File too large)")
 
 
-def full_tensor(folder: Path) -> float:
+def whole(folder: Path) -> float:
     """The value of all elements of the adapter in `folder`."""
     HRAConfig.from_pretrained(find(folder))
     values = read(folder / WEIGHTS_NAME)[0]["hra_u"].unique()
@@ -118,12 +118,12 @@ def test_a_reader_and_a_killed_writer_leave_a_complete_adapter(tmp_path: Path) -
         command = [sys.executable, "-c", SAVING, str(tmp_path), CONFIG]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None and process.stdout.readline() == "saving\n"
-        seen = {full_tensor(tmp_path)}
+        seen = {whole(tmp_path)}
         while len(seen) < 5:
-            seen.add(full_tensor(tmp_path))
+            seen.add(whole(tmp_path))
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=60)
-        assert full_tensor(tmp_path) >= max(seen)
+        assert whole(tmp_path) >= max(seen)
 
 
 def interrupted(folder: Path, step: int) -> bool:

@@ -25,7 +25,7 @@ def frozen(layer: nn.Module, r: int = 3, **options: Any) -> Any:
 
 
 def oracle(layer: Any, vectors: Tensor, x: Tensor, *, apply_GS: bool = False, anchor: Tensor | None = None) -> Tensor:
-    weight = layer.weight.double()
+    weight = layer.hra_base.double()
     turned = (weight.flatten(1) @ dense_q(vectors, apply_GS=apply_GS, anchor=anchor)).view_as(weight)
     bias = None if layer.bias is None else layer.bias.double()
     output: Tensor = layer._conv_forward(x.double(), turned, bias)
@@ -115,7 +115,7 @@ def test_bfloat16(autocast: bool) -> None:
 
 
 def trained(model: Any) -> None:
-    model[0].weight.requires_grad_()
+    model[0].hra_base.requires_grad_()
 
 
 def hooked(model: Any) -> None:
@@ -164,10 +164,10 @@ def test_cached_projections_follow_the_vectors_and_the_weight() -> None:
             if change == 0:
                 vectors.data.copy_(normal(7, *vectors.shape))  # does not change its version
             elif change == 1:
-                layer.weight.data.copy_(normal(8, *layer.weight.shape))
+                layer.hra_base.data.copy_(normal(8, *layer.hra_base.shape))
             elif change == 2:
                 hra_fx.set_scale(model, "default", 0.0)
-                assert torch.equal(model(x), layer._conv_forward(x, layer.weight, layer.bias))
+                assert torch.equal(model(x), layer._conv_forward(x, layer.hra_base, layer.bias))
                 hra_fx.set_scale(model, "default", 1.0)
 
 

@@ -128,7 +128,7 @@ def test_the_side_is_chosen_by_rows_and_gradients(rows: int, wants_gradient: boo
     output = model(x)
     assert node(output) == side
     vectors = model[0].hra_u["default"]
-    wanted = oracle(x, vectors, model[0].weight, model[0].bias)
+    wanted = oracle(x, vectors, model[0].hra_base, model[0].bias)
     assert relative_error(output, wanted) < 1e-12
     upstream = normal(2, rows, 6)
     found, sought = torch.autograd.grad(output, vectors, upstream), torch.autograd.grad(wanted, vectors, upstream)
@@ -136,7 +136,7 @@ def test_the_side_is_chosen_by_rows_and_gradients(rows: int, wants_gradient: boo
 
 
 def trained_weight(model: Any) -> None:
-    model[0].weight.requires_grad_()
+    model[0].hra_base.requires_grad_()
 
 
 def trained_bias(model: Any) -> None:
@@ -155,8 +155,8 @@ def test_a_trained_layer_or_a_hook_uses_the_plain_formula(change: Any) -> None:
     assert node(output) == "AddmmBackward0"
     model[0].zero_grad()
     output.square().sum().backward()
-    wanted = oracle(x.detach(), model[0].hra_u["default"].detach(), model[0].weight, model[0].bias)
-    asked = [parameter for parameter in (model[0].weight, model[0].bias) if parameter.requires_grad]
+    wanted = oracle(x.detach(), model[0].hra_u["default"].detach(), model[0].hra_base, model[0].bias)
+    asked = [parameter for parameter in (model[0].hra_base, model[0].bias) if parameter.requires_grad]
     for parameter, sought in zip(
         asked, torch.autograd.grad(wanted.square().sum(), asked) if asked else [], strict=True
     ):
@@ -176,7 +176,7 @@ def test_a_class_with_its_own_forward_uses_the_plain_formula() -> None:
     model, x = frozen(Conv1D(6, 12).double()), leaf(1, 3, 12)
     output = model(x)
     assert "Side" not in node(output)
-    wanted = oracle(x, model[0].hra_u["default"], model[0].weight.mT, model[0].bias)
+    wanted = oracle(x, model[0].hra_u["default"], model[0].hra_base.mT, model[0].bias)
     assert relative_error(output, wanted) < 1e-12
 
 
@@ -199,7 +199,7 @@ def test_outputs_can_be_modified_in_place(rows: int) -> None:
     output[..., 0] = 0
     output.add_(1).relu_()
     found = torch.autograd.grad(output.sum(), model[0].hra_u["default"])[0]
-    plain = oracle(x, model[0].hra_u["default"], model[0].weight, model[0].bias)
+    plain = oracle(x, model[0].hra_u["default"], model[0].hra_base, model[0].bias)
     wanted = (torch.cat([torch.zeros_like(plain[..., :1]), plain[..., 1:]], dim=-1) + 1).relu()
     assert relative_error(output, wanted) < 1e-12
     assert relative_error(found, torch.autograd.grad(wanted.sum(), model[0].hra_u["default"])[0]) < 1e-11
@@ -222,14 +222,14 @@ class Twice(nn.Module):
 @pytest.mark.parametrize("wants_gradient", [False, True])
 def test_second_derivatives_of_a_layer_that_is_called_twice(rows: int, trained: bool, wants_gradient: bool) -> None:
     model = frozen(nn.Linear(8, 8, dtype=F64))
-    model[0].weight.requires_grad_(trained)
+    model[0].hra_base.requires_grad_(trained)
     x, vectors = normal(1, rows, 8).requires_grad_(wants_gradient), model[0].hra_u["default"]
     loss = Twice(model[0])(x).square().sum()
     found = torch.autograd.grad(loss, vectors, create_graph=True)[0]
 
     def plain(u: Tensor) -> Tensor:
-        middle = torch.tanh(oracle(x, u, model[0].weight, model[0].bias))
-        return oracle(middle, u, model[0].weight, model[0].bias).square().sum()
+        middle = torch.tanh(oracle(x, u, model[0].hra_base, model[0].bias))
+        return oracle(middle, u, model[0].hra_base, model[0].bias).square().sum()
 
     sought = torch.autograd.grad(plain(vectors), vectors, create_graph=True)[0]
     assert relative_error(found, sought) < 1e-10
@@ -244,7 +244,7 @@ def test_a_narrow_model_under_autocast_of_its_dtype(rows: int) -> None:
     with torch.autocast("cpu", dtype=BF16):
         output = model(x)
     assert "Side" in node(output)
-    check_narrow(output, x, vectors, model[0].weight, model[0].bias)
+    check_narrow(output, x, vectors, model[0].hra_base, model[0].bias)
 
 
 def test_float64_under_autocast() -> None:
@@ -254,15 +254,15 @@ def test_float64_under_autocast() -> None:
     x = normal(1, 3, 12)
     with torch.autocast("cpu", dtype=BF16):
         output = model(x)
-    assert relative_error(output, oracle(x, box["default"], model[0].weight, model[0].bias)) < 1e-5
+    assert relative_error(output, oracle(x, box["default"], model[0].hra_base, model[0].bias)) < 1e-5
 
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_gradients_in_a_batch(trained: bool) -> None:
     model, x = frozen(), normal(1, 2, 12)
-    model[0].weight.requires_grad_(trained)
+    model[0].hra_base.requires_grad_(trained)
     found = torch.autograd.functional.jacobian(model, x, vectorize=True)
-    turned = model[0].weight @ dense_q(model[0].hra_u["default"])
+    turned = model[0].hra_base @ dense_q(model[0].hra_u["default"])
     assert relative_error(found[0, :, 0], turned) < 1e-12
     assert relative_error(found[1, :, 1], turned) < 1e-12
 
@@ -288,8 +288,8 @@ def test_cached_factors_notice_a_removed_anchor(layer: Any) -> None:
         anchored = model(x)
         box.replace("default", box["default"].clone(), None, box["default"].device)
         assert box.anchor("default") is None
-        weight = layer.weight.flatten(1) @ dense_q(box["default"])
-        wanted = layer._conv_forward(x, weight.view_as(layer.weight), layer.bias) if x.dim() == 4 else None
+        weight = layer.hra_base.flatten(1) @ dense_q(box["default"])
+        wanted = layer._conv_forward(x, weight.view_as(layer.hra_base), layer.bias) if x.dim() == 4 else None
         wanted = nn.functional.linear(x, weight, layer.bias) if wanted is None else wanted
         assert relative_error(model(x), wanted) < 1e-12
         assert relative_error(anchored, wanted) > 1e-3

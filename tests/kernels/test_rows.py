@@ -173,7 +173,7 @@ def wanted_of(model: Any, x: Tensor) -> Tensor:
     box = model[0].hra_u
     spec = box.specs["default"]
     turned = dense_q(box["default"].detach(), apply_GS=spec.apply_GS, anchor=box.anchor("default"))
-    return nn.functional.linear(x @ turned.mT, model[0].weight, model[0].bias)
+    return nn.functional.linear(x @ turned.mT, model[0].hra_base, model[0].bias)
 
 
 def counting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -228,7 +228,7 @@ def test_changes_of_adapter_strength_and_dtype_are_noticed() -> None:
     one, two = dense_q(box["default"].detach()), dense_q(box["other"].detach())
 
     def is_turned_by(q: Tensor, dtype: torch.dtype = F64) -> bool:
-        plain = nn.functional.linear(x @ q.mT, model[0].weight.double(), model[0].bias.double())
+        plain = nn.functional.linear(x @ q.mT, model[0].hra_base.double(), model[0].bias.double())
         return relative_error(model(x.to(dtype)), plain) < (1e-12 if dtype == F64 else 1e-5)
 
     with torch.no_grad():

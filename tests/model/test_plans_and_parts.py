@@ -28,7 +28,7 @@ class Whole(nn.Module):
         return self.head(self.body(x))
 
 
-def full_tensor(**configs: hra_fx.HRAConfig) -> tuple[nn.Module, nn.Module]:
+def whole(**configs: hra_fx.HRAConfig) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     return adapted(Whole().to(F64).eval(), **configs)
 
@@ -47,7 +47,7 @@ ACTIONS: dict[str, tuple[list[str], Callable[[nn.Module], object], list[str], li
 @pytest.mark.parametrize("action", ACTIONS)
 def test_a_part_with_adapters_that_do_not_act_is_refused(action: str) -> None:
     targets, act, present, acting = ACTIONS[action]
-    plain, model = full_tensor(a=config("0", "2"), b=config(*targets))
+    plain, model = whole(a=config("0", "2"), b=config(*targets))
     x = normal(3, 6)
     hra_fx.set_adapter(model, ["a", "b"])
     act(model)
@@ -62,7 +62,7 @@ def test_a_part_with_adapters_that_do_not_act_is_refused(action: str) -> None:
 
 
 def test_a_part_where_all_act_is_folded_with_the_same_outputs() -> None:
-    plain, model = full_tensor(a=config("0", "2"), b=config("0"))
+    plain, model = whole(a=config("0", "2"), b=config("0"))
     hra_fx.set_adapter(model, ["b", "a"])
     x = normal(3, 6)
     with refuses(model, r"this part of the model has \['a', 'b'\]\. Name all of them"):
@@ -76,14 +76,14 @@ def test_a_part_where_all_act_is_folded_with_the_same_outputs() -> None:
 
 
 def test_a_part_with_trained_copies_is_not_folded_alone() -> None:
-    _, model = full_tensor(a=config("0", modules_to_save=["2"]))
+    _, model = whole(a=config("0", modules_to_save=["2"]))
     with refuses(model, r"^2: it has trained copies .* Fold the whole model\.$"):
         hra_fx.fold(model.body)
 
 
 @pytest.mark.parametrize("targets", [["0", "2", "head"], ["0", "2"]])
 def test_after_a_part_was_folded_the_adapter_cannot_be_saved(targets: list[str], tmp_path: Path) -> None:
-    plain, model = full_tensor(a=config(*targets))
+    plain, model = whole(a=config(*targets))
     x = normal(3, 6)
     wanted = oracle(plain, model, ["a"], x)
     hra_fx.fold(model.body)
@@ -103,7 +103,7 @@ NOT_MATCHING = (
 
 
 def test_an_adapter_of_a_layer_that_was_replaced_cannot_be_saved(tmp_path: Path) -> None:
-    _, model = full_tensor(a=config("0", "2"), b=config("2"))
+    _, model = whole(a=config("0", "2"), b=config("2"))
     model.body[0] = nn.Linear(6, 6, dtype=F64)
     with pytest.raises(hra_fx.AdapterError, match=NOT_MATCHING):
         hra_fx.save_adapter(model, tmp_path / "a", "a")
@@ -164,10 +164,10 @@ CHANGES: dict[str, Callable[[Any, Path], object]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_plan_cannot_be_applied_after_a_change(change: str, tmp_path: Path) -> None:
-    _, other = full_tensor(a=config("0", "2"))
+    _, other = whole(a=config("0", "2"))
     turn(other, seed=8)
     hra_fx.save_adapter(other, tmp_path)
-    plain, model = full_tensor(a=config("0", "2"), b=config("0", "2"))
+    plain, model = whole(a=config("0", "2"), b=config("0", "2"))
     x, before = normal(3, 6), seen(model)
     plan = hra_fx.plan_fold(model)
     assert seen(model) == before
@@ -185,7 +185,7 @@ def test_a_plan_cannot_be_applied_after_a_change(change: str, tmp_path: Path) ->
 
 
 def test_a_plan_is_applied_once_and_not_while_adapters_are_disabled() -> None:
-    plain, model = full_tensor(a=config("0", "2"))
+    plain, model = whole(a=config("0", "2"))
     x = normal(3, 6)
     wanted = oracle(plain, model, ["a"], x)
     plan = hra_fx.plan_fold(model)
@@ -199,7 +199,7 @@ def test_a_plan_is_applied_once_and_not_while_adapters_are_disabled() -> None:
 
 
 def test_a_plan_for_a_part_is_refused_after_a_change_too() -> None:
-    plain, model = full_tensor(a=config("0", "2"))
+    plain, model = whole(a=config("0", "2"))
     x = normal(3, 6)
     plan = hra_fx.plan_fold(model.body)
     hra_fx.merge_adapter(model)

@@ -79,7 +79,7 @@ def leading(batch: int, length: int) -> Tensor:
     return (torch.arange(length) == 0).long().expand(batch, length)
 
 
-def random_init(extra: dict[str, Any], batch: int, length: int) -> dict[str, Any]:
+def drawn(extra: dict[str, Any], batch: int, length: int) -> dict[str, Any]:
     """The inputs of a table: what is callable is made for this batch and length (or side), the rest is as it stands."""
     return {name: value(batch, length) if callable(value) else value for name, value in extra.items()}
 
@@ -92,7 +92,7 @@ def tokens(lengths: tuple[int, ...] = LENGTHS, *, masked: bool = True, **extra: 
         inputs: dict[str, Any] = {"input_ids": words(batch, length)}
         if masked:
             inputs["attention_mask"] = padding(batch, length)
-        return (), inputs | random_init(extra, batch, length)
+        return (), inputs | drawn(extra, batch, length)
 
     return call
 
@@ -102,6 +102,6 @@ def images(sides: tuple[int, ...] = SIDES, channels: int = 3, **extra: Any) -> I
 
     def call(batch: int, size: int) -> Call:
         side = sides[size]
-        return (), {"pixel_values": torch.randn(batch, channels, side, side)} | random_init(extra, batch, side)
+        return (), {"pixel_values": torch.randn(batch, channels, side, side)} | drawn(extra, batch, side)
 
     return call
