@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import keyword
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -94,6 +96,8 @@ class _Trace:
             except BaseException:
                 self._stack = [part for _, part in tracer.innermost]
                 raise
+            if unwritable := next((name for name in map(str, _targets(graph)) if not _can_be_written(name)), None):
+                raise CaptureError(f"the code of a graph cannot contain the name {unwritable!r}")
             if tracer.has_drawn:
                 raise _DrawnError(
                     "it draws random numbers in Python or seeds a generator, which happens once in a trace"
@@ -131,6 +135,19 @@ class _Trace:
         if odd := [path for path in stacks[0] if path in self._other_mode]:
             raise CaptureError(f"{odd[0]} is not in the mode of the model. Call train() or eval() on the whole model")
         raise CaptureError(f"{where} computes other operations in train mode than in eval mode")
+
+
+def _targets(graph: fx.Graph) -> Iterator[str]:
+    return (node.target for node in graph.nodes if node.op in ("call_module", "get_attr", "placeholder"))
+
+
+def _can_be_written(name: str) -> bool:
+    """Whether fx can write a name into the code of a graph, where it stands between quotation marks."""
+    try:
+        is_same: bool = ast.literal_eval(f'"{name}"') == name
+    except (SyntaxError, ValueError):
+        return False
+    return is_same and not any(map(keyword.iskeyword, name.split(".")))
 
 
 def _stack_of(node: fx.Node) -> list[str]:

@@ -110,10 +110,13 @@ def test_graphs_are_the_model(kind: Callable[[], nn.Module], mode: bool) -> None
             assert_same(mine, oracle, rtol=1e-8)
     else:
         assert graphs.keys() == adapted_layers(model).keys()
-        for path in ("read", "own", "attn", "attn.out_proj"):
-            layer = model.get_submodule(path)
-            name = "in_proj_weight" if path == "attn" else "weight"
-            assert_same(graphs[path](), getattr(layer, name), rtol=1e-14)
+        for path, layer in adapted_layers(model).items():
+            if layer.hra_u.is_called:
+                x = normal(5, 1, 3, 5) if path == "conv" else normal(5, 2, layer.hra_u.width)
+                assert_same(graphs[path](x), layer(x), rtol=1e-14)
+            else:
+                name = "in_proj_weight" if path == "attn" else "weight"
+                assert_same(graphs[path](), getattr(layer, name), rtol=1e-14)
 
 
 def torchvision_swin() -> nn.Module:

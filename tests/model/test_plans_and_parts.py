@@ -152,7 +152,7 @@ CHANGES: dict[str, Callable[[Any, Path], object]] = {
     "write vectors": lambda model, folder: model.body[0].hra_u["a"].mul_(1.5),
     "write a weight": lambda model, folder: model.body[0].hra_base.add_(1.0),
     "replace vectors": lambda model, folder: setattr(model.body[0].hra_u, "a", successor(model.body[0].hra_u["a"])),
-    "replace a weight": lambda model, folder: setattr(model.body[0], "weight", successor(model.body[0].hra_base)),
+    "replace a weight": lambda model, folder: setattr(model.body[0], "hra_base", successor(model.body[0].hra_base)),
     "scale": lambda model, folder: hra_fx.set_scale(model, "a", 0.5),
     "merge": lambda model, folder: hra_fx.merge_adapter(model),
     "add": lambda model, folder: hra_fx.add_adapter(model, "c", config("0")),

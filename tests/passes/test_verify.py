@@ -106,8 +106,8 @@ def give_the_reflection_two_inputs(graph: fx.GraphModule) -> None:
 
 RULES: list[tuple[Callable[[fx.GraphModule], None], str]] = [
     (drop_the_reflection, "node 'second': is the call of an adapted layer with 1 arguments"),
-    (add_an_argument, "node 'second': is a site's call with 3 arguments"),
-    (add_a_keyword, "node 'second': is a site's call"),
+    (add_an_argument, "node 'second': is the call of an adapted layer with 3 arguments"),
+    (add_a_keyword, "node 'second': is the call of an adapted layer"),
     (read_the_reflection_of_another_layer, "node 'second|node 'first_hra_u'"),
     (
         read_a_value_for_a_reflection,

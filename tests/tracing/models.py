@@ -117,28 +117,6 @@ class Containers(Two):
         return {"out": self.second(pair.left), "more": (pair.left, pair.right[0])}
 
 
-def even_rows(x: Tensor) -> Tensor:
-    """Branches on a shape."""
-    if x.shape[0] % 2:
-        return F.pad(x, (0, 0, 0, 1))
-    return x
-
-
-def scaled(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Loops, branches, and turns gradients and autocast off."""
-    count = int(x.shape[0])
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        rows = torch.stack([row * count for row in x])
-    return x + rows if bias is None else x + rows + bias
-
-
-class Functions(Two):
-    """Functions that cannot be traced are called by the graph."""
-
-    def middle(self, hidden: Tensor) -> Tensor:
-        return even_rows(scaled(hidden) + scaled(hidden, bias=self.first.bias))
-
-
 class Frozen(nn.Module):
     """Without layers that are adapted, a module that cannot be traced stays one call."""
 
@@ -250,7 +228,6 @@ TRACED: tuple[type[nn.Module], ...] = (
     Augmented,
     Metadata,
     Containers,
-    Functions,
     Calls,
     Attention,
     Shared,

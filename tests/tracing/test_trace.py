@@ -240,6 +240,7 @@ class Outputs(Two):
 BRANCH, TYPE, NUMBER = "it branches on a value", "it asks for the type of a value", "it uses a value as a Python number"
 AUTOCAST, GRAD = "it runs under its own autocast", "it changes grad mode"
 SAVED = "it asks for the type of a value"  # `checkpoint` does, of its arguments
+HOOKS = "it checkpoints activations or changes what is saved for backward"
 RANDOM, OTHER = "it draws random numbers in Python", "computes other operations in train mode"
 REFUSED: dict[str, tuple[type[nn.Module], str]] = {
     "autocast": (under(lambda: torch.autocast("cpu", dtype=torch.bfloat16)), AUTOCAST),
@@ -247,7 +248,7 @@ REFUSED: dict[str, tuple[type[nn.Module], str]] = {
     "no_grad": (under(torch.no_grad), GRAD),
     "set_grad_enabled": (under(lambda: torch.set_grad_enabled(False)), GRAD),
     "inference_mode": (under(torch.inference_mode), GRAD),
-    "saved-tensor hooks": (under(lambda: torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone)), SAVED),
+    "saved-tensor hooks": (under(lambda: torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone)), HOOKS),
     "autograd function": (middle(lambda self, hidden: Straight.apply(hidden)), TYPE),
     "checkpoint": (middle(lambda self, hidden: checkpoint(torch.tanh, hidden, use_reentrant=False)), SAVED),
     "reentrant checkpoint": (middle(lambda self, hidden: checkpoint(torch.tanh, hidden, use_reentrant=True)), SAVED),
