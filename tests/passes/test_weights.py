@@ -70,7 +70,7 @@ def traced() -> fx.GraphModule:
 
     net = Net()
     module = fx.GraphModule(net, Tracer().trace(net))
-    for name in ("twice", "once"):  # as `hra_fx.tracing.share_modules` does
+    for name in ("twice", "once"):  # as `hra_fx.tracing.graph_module` does
         module.set_submodule(name, net.get_submodule(name))
     return module
 

@@ -1,6 +1,6 @@
 """accelerate's offloading after `transform`: a model runs as before, and what the next call would lose is refused.
 
-Before `transform` it is refused in `tests/test_eligibility.py`.
+Before `transform` it is refused in `tests/selection/test_eligibility.py`.
 """
 
 from __future__ import annotations
