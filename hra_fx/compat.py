@@ -68,7 +68,7 @@ _MODULE_CALL = nn.Module.__call__
 
 
 def is_exporting() -> bool:
-    """Whether `torch.export` runs. TorchDynamo of torch 2.10 answers yes to the public function in any `torch.compile`."""
+    """Whether `torch.export` runs. In `torch.compile`, torch 2.10 takes the public answer for yes."""
     exporting: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
     return torch.compiler.is_exporting() if exporting is None else exporting
 
