@@ -57,10 +57,13 @@ def transform(
             `load_state_dict(..., assign=True)`, to fill.
         trace: trace the model, and return a `torch.fx.GraphModule` in which each reflection is a node of its own. It
             shares the modules and parameters of `model`, and replaces it. torch.fx traces without running the model;
-            the graph is valid in train and eval mode. Where torch.fx refuses, give `example_inputs`.
+            the graph is valid in train and eval mode, and its optional arguments keep their defaults. Where torch.fx
+            refuses, give `example_inputs`.
         example_inputs: one tensor, a tuple of positional or a dictionary of keyword arguments: the call for `verify`,
-            and the call that `torch.export` captures for `trace` where torch.fx cannot trace the model. That graph is
-            for inputs of these shapes and the mode that the model is in, and each rotated weight is a node.
+            and the call that `torch.export` captures for `trace` where torch.fx cannot trace the model, or where the
+            call gives optional arguments. That graph is for inputs of these shapes and the mode that the model is in,
+            each rotated weight is a node, and its parameters share the memory of the model's. `report` and `fold`
+            accept it; `verify` and the functions for several adapters do not.
         verify: compare random reflections with folded weights on copies of the model, for `example_inputs`, in train
             and eval mode, with gradients, before the model is returned.
 
@@ -70,7 +73,7 @@ def transform(
     Raises:
         ConfigError: `config` is not an `HRAConfig`.
         SelectionError: the configuration does not fit the model.
-        UnsupportedLayerError: a selected layer cannot be adapted rightly.
+        UnsupportedLayerError: a selected layer cannot be adapted.
         AdapterError: the model has another adapter (see `add_adapter`), or this one with another configuration; or
             `verify` without `example_inputs`; or the model cannot be traced.
         VerificationError: the rewritten model would not compute what the folded one does.

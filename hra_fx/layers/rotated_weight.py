@@ -40,7 +40,7 @@ class RotatedWeight(Tensor):
 
     Shape, dtype, device and the like are those of the base weight, and cost nothing. Any other operation computes `W Q`
     first, with a gradient to the adapters. Writing into it is refused, because the result would be lost: write to
-    `layer.hra_base`, or fold first.
+    `layer.hra_base`, or fold first. (A write into a view of it, such as `layer.weight[0]`, is lost without an error.)
     """
 
     _layer: nn.Module

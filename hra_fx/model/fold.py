@@ -17,6 +17,7 @@ from hra_fx.layers.target import SAVED
 from hra_fx.layers.trained_copies import BASE, all_copies
 from hra_fx.model.activate import check_copies, sync_layers
 from hra_fx.model.detach import detach_all, remove_adapters
+from hra_fx.model.inject import complete
 from hra_fx.model.merge import resolve_merge_order, unmerge_adapter
 from hra_fx.model.rotate import (
     WITHOUT_REQUANTIZING,
@@ -126,18 +127,24 @@ class FoldJob:
             return None
         weight = folded_weight(layer, names)
         measured = self.measure(path, layer, weight) if packing else None
-        if packing:
-            if isinstance(weight.weight, nn.Parameter) and weight.weight is not layer.hra_base:
-                packing.put(layer, weight.weight)
-        elif path in self.untied or get_state(self.model) is None:  # a part may be tied to something outside of it
-            own = torch.empty_like(layer.hra_base).copy_(weight.weight)
-            layer.hra_base = nn.Parameter(  # type: ignore[misc]
-                own, requires_grad=layer.hra_base.requires_grad
-            )
-        else:
-            layer.hra_base.copy_(weight.weight)
-        for name in names:
-            layer.hra_u.remove(name)
+        # A part may be tied to something outside of it.
+        untied = path in self.untied or get_state(self.model) is None
+
+        def write() -> None:
+            if packing:
+                if isinstance(weight.weight, nn.Parameter) and weight.weight is not layer.hra_base:
+                    packing.put(layer, weight.weight)
+            elif untied:
+                own = torch.empty_like(layer.hra_base).copy_(weight.weight)
+                layer.hra_base = nn.Parameter(  # type: ignore[misc]
+                    own, requires_grad=layer.hra_base.requires_grad
+                )
+            else:
+                layer.hra_base.copy_(weight.weight)
+            for name in names:
+                layer.hra_u.remove(name)
+
+        complete(write)
         return measured
 
     def _warn(self, measured: list[FoldedLayer], also: list[str], *, trained: bool) -> None:

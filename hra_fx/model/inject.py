@@ -36,6 +36,19 @@ def all_or_nothing() -> Iterator[ExitStack]:
         undo.pop_all()
 
 
+def complete(act: Callable[[], None]) -> None:
+    """Call `act`, and once more if it is interrupted (Ctrl-C), so that it is never left half done.
+
+    Args:
+        act: may be repeated after any part of it.
+    """
+    try:
+        act()
+    except BaseException:
+        act()
+        raise
+
+
 def inject_adapter(model: nn.Module, name: str, config: HRAConfig, fill: Fill, undo: ExitStack) -> dict[str, nn.Module]:
     """Give adapter `name` to every layer that `config` selects; it is not active yet.
 

@@ -12,7 +12,7 @@ from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.sharding import distribute_like, reshard
 from hra_fx.model.activate import check_copies, sync_layers
-from hra_fx.model.inject import all_or_nothing
+from hra_fx.model.inject import all_or_nothing, complete
 from hra_fx.model.rotate import check_classes, check_floating, check_layer, check_no_ties, folded_weight
 from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, names_in, root_of
 
@@ -73,11 +73,14 @@ def unmerge_adapter(model: nn.Module) -> None:
         warnings.warn("no adapter is merged; unmerge_adapter does nothing.", HRAWarning, stacklevel=2)
         return
     reshard(model)
-    with torch.no_grad():
+
+    def restore() -> None:
         for layer in adapted_layers(root).values():
             _restore(layer)
-    record.merged = ()
-    sync_layers(collect_parts(root), record)
+        record.merged = ()
+        sync_layers(collect_parts(root), record)
+
+    complete(restore)
 
 
 def merge(root: nn.Module, record: AdapterState, names: tuple[str, ...]) -> None:

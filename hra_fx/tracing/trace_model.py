@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Collection
 from contextlib import ExitStack
@@ -13,8 +14,18 @@ from torch import fx, nn
 from hra_fx.errors import AdapterError, CaptureError
 from hra_fx.model.example_inputs import fresh, normalize_inputs, preserve_rng_state
 from hra_fx.tracing.graph_module import graph_module
-from hra_fx.tracing.trace import trace
+from hra_fx.tracing.trace import Traced, trace
 from hra_fx.tracing.unchanged import Snapshot
+
+
+def _is_called_so(model: nn.Module, traced: Traced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call gives the placeholders of a graph only; in the graph, optional arguments have their defaults."""
+    names = [str(node.target) for node in traced.graph.find_nodes(op="placeholder")]
+    try:
+        given = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
+    except TypeError:
+        return False
+    return list(given)[1:] == names
 
 
 def trace_model(model: nn.Module, layers: Collection[nn.Module], example_inputs: Any = None) -> fx.GraphModule:
@@ -24,7 +35,7 @@ def trace_model(model: nn.Module, layers: Collection[nn.Module], example_inputs:
         model: a plain model; it is not changed.
         layers: layers that must stay calls, as far as torch.fx can trace the model.
         example_inputs: one tensor, a tuple of positional or a dictionary of keyword arguments. Where torch.fx cannot
-            trace the model, `torch.export` captures this call.
+            trace the model, or the call gives optional arguments, `torch.export` captures this call.
 
     Returns:
         By torch.fx: a graph that calls modules, valid in train and eval mode. By `torch.export`: a graph of ATen
@@ -39,7 +50,9 @@ def trace_model(model: nn.Module, layers: Collection[nn.Module], example_inputs:
         ['placeholder', 'call_module', 'call_module', 'output']
     """
     try:
-        return graph_module(model, trace(model, layers))
+        traced = trace(model, layers)
+        if example_inputs is None or _is_called_so(model, traced, *normalize_inputs(example_inputs)):
+            return graph_module(model, traced)
     except CaptureError as error:
         if example_inputs is None:
             raise AdapterError(

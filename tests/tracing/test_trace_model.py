@@ -277,3 +277,26 @@ def test_a_model_with_adapters_is_refused() -> None:
     model = hra_fx.transform(Dropout(), config("first"))
     with pytest.raises(AdapterError, match=r"trace=True: Dropout has adapters already.*hra_fx\.graphs\(model\)"):
         hra_fx.transform(model, config("second"), "other", trace=True)
+
+
+class Optional(nn.Module):
+    """A forward with an argument that fx leaves at its default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        return self.layer(x) if scale is None else self.layer(x) * scale
+
+
+@pytest.mark.parametrize("with_scale", [False, True])
+def test_the_graph_is_called_as_in_the_example(with_scale: bool) -> None:
+    torch.manual_seed(0)
+    base = Optional().double()
+    inputs = {"x": torch.randn(3, 6).double()} | ({"scale": torch.randn(6).double()} if with_scale else {})
+    settings = hra_fx.HRAConfig(r=2, target_modules=["layer"], init_weights=False)
+    graph = hra_fx.transform(copy.deepcopy(base), settings, trace=True, example_inputs=inputs)
+    eager = hra_fx.transform(copy.deepcopy(base), settings)
+    eager.load_state_dict(graph.state_dict())
+    torch.testing.assert_close(graph(**inputs), eager(**inputs), rtol=1e-12, atol=1e-13)

@@ -39,7 +39,7 @@ def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told["runs"] == 20 and told["killed"] >= 10 and told["resumed"] >= 5, told
+    assert told["runs"] == 20 and told["killed"] >= 10 and told["resumed"] >= 2, told
     assert made.picture(base) == before
     for i in range(20):
         assert made.picture(tmp_path / "runs" / str(i) / "out") == due
