@@ -26,8 +26,10 @@ LOWEST_PYTHON ?= $(call runnable,python3.10 python3.11 python3.12)
 NEWEST_PYTHON ?= $(call runnable,python3.13)
 VERSION_TESTS := tests/functional tests/kernels tests/layers tests/passes tests/api tests/tracing tests/export \
 	tests/model tests/zoo/test_zoo.py tests/test_versions.py
-# torchao needs a newer torch than the lowest.
-LOWEST_FLAGS  := --ignore=tests/layers/quantized
+# torch.compile of the lowest torch has no `isolate_recompiles`; T5 of the lowest transformers breaks the graph.
+GRAPHS        := tests/tracing/test_whole_graphs.py
+LOWEST_FLAGS  := --deselect $(GRAPHS)::test_recordings_do_not_count_against_the_limit_of_recompiles_of_the_user \
+	--deselect "$(GRAPHS)::test_a_model_of_transformers_is_one_graph[t5]"
 NEWEST_FLAGS  :=
 
 export HF_HUB_OFFLINE := 1

@@ -67,6 +67,12 @@ def is_fx_tracing() -> bool:
 _MODULE_CALL = nn.Module.__call__
 
 
+def is_exporting() -> bool:
+    """Whether `torch.export` runs. In `torch.compile`, torch 2.10 takes the public answer for yes."""
+    exporting: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if exporting is None else exporting
+
+
 def has_saved_tensors_hooks() -> bool:
     """Whether saved-tensor hooks are active, as in activation checkpointing. It has no public name."""
     top = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)

@@ -17,8 +17,6 @@ from torch.autograd import forward_ad
 from hra_fx import compat
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Its lower bound needs a newer torch than the lowest.
-NOT_IN_LOWEST = {"torchao"}
 #: Private attributes of torch's objects: they are read through `hra_fx.compat`.
 ATTRIBUTES = {
     "_backward_hooks",
@@ -47,9 +45,8 @@ def bounds() -> dict[str, str]:
 def test_the_lowest_pins_are_the_lower_bounds() -> None:
     text = (ROOT / "tests/lowest.txt").read_text(encoding="utf-8")
     pins = re.findall(r"^([\w-]+)==([\d.]+?)(?:\.0)*$", text, re.MULTILINE)
-    wanted = {name: bound for name, bound in bounds().items() if name not in NOT_IN_LOWEST}
-    assert len(wanted) > 20
-    assert dict(pins) == wanted
+    assert len(pins) > 20
+    assert dict(pins) == bounds()
 
 
 def private_names(file: Path) -> Iterator[str]:

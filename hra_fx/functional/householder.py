@@ -21,6 +21,7 @@ import math
 import torch
 from torch import Tensor, fx, nn
 
+from hra_fx import compat
 from hra_fx.functional import exportable
 
 # The fx tracer records each of these as one node: their branches cannot be traced.
@@ -45,7 +46,7 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Disable autocast on the device of a tensor."""
     device = tensor.device.type
-    # Not asked for the usual devices: TorchDynamo cannot trace the question in torch 2.9.
+    # Not asked for the usual devices: TorchDynamo cannot trace the question in torch 2.10.
     known = device in ("cpu", "cuda") or (device != "meta" and torch.amp.is_autocast_available(device))
     if known and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
@@ -100,7 +101,7 @@ def compact_wy(chain: Tensor) -> Tensor:
     """
     with without_autocast(chain):
         vectors = chain.to(working_dtype(chain.dtype))
-        if torch.compiler.is_exporting():
+        if compat.is_exporting():
             return exportable.compact_wy(vectors)
         gram = vectors.mT @ vectors
         squares = gram.diagonal(dim1=-2, dim2=-1)
@@ -173,7 +174,7 @@ def orthonormalize(vectors: Tensor) -> Tensor:
     """
     with without_autocast(vectors):
         wide = vectors.to(working_dtype(vectors.dtype))
-        if torch.compiler.is_exporting():
+        if compat.is_exporting():
             # The basis does not depend on the lengths; the squares of unit vectors are in range.
             return exportable.gram_schmidt(normalize(wide))
         return positive_qr(wide)[0]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from hra_fx import compat
 from hra_fx.compat import conv_border, has_hooks
 from hra_fx.functional import householder
 from hra_fx.kernels import conv as filters
@@ -57,7 +58,7 @@ def reflected_rows(x: Tensor, vectors: Tensor) -> Tensor:
     """
     if can_use_autograd_function(x, vectors):
         return reflect_rows(x, vectors)
-    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_dynamo_compiling() and not compat.is_exporting():
         made: Tensor = REFLECTED_ROWS(x, vectors)
         return made
     chain = householder.normalize(vectors)

@@ -204,7 +204,7 @@ def test_a_bfloat16_program_folds_from_float64(apply_GS: bool) -> None:
 
 
 @QUIET
-@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # torch.export.load of torch 2.9
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # torch.export.load of torch 2.10
 def test_a_saved_program_is_the_same_when_it_is_loaded() -> None:
     model, ids = mixed()
     settings = config(*ALL, apply_GS=True)

@@ -271,6 +271,7 @@ class ReluByPlace(nn.Module):
         return nn.functional.relu(x, True)
 
 
+@pytest.mark.filterwarnings("ignore:.*remat_using_tags_for_fwd_loss_bwd_graph:UserWarning")  # torch 2.10, of a body
 @pytest.mark.parametrize(
     "act",
     [nn.LeakyReLU(0.1, inplace=True), nn.ELU(inplace=True), nn.ReLU(inplace=True), ReluByPlace(), Body()],
