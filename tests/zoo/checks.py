@@ -31,29 +31,18 @@ class NotApplicable(Exception):
     """A check that a model has no use for; the message says why."""
 
 
-def check(entry: Entry, *, dynamo: bool = False) -> Result:
-    """Make every check on one model, one after the other; a failure of one does not keep the next from being made."""
+def check(entry: Entry, *, by_example: bool = False) -> Result:
+    """Make every check on one model, also after one has failed; `by_example`: see `Trial.check_trace`."""
     begin = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trial = Trial(entry, dynamo=dynamo)
+        trial = Trial(entry, by_example=by_example)
         for name in CHECKS:
             trial.make(name)
             if trial.over:
                 break
-        if dynamo and not trial.over:
-            trial.result.graphs = dynamo_graphs(trial)
     trial.result.seconds = time.perf_counter() - begin
     return trial.result
-
-
-def dynamo_graphs(trial: Trial) -> str:
-    """How many graphs TorchDynamo makes of one call, or why it makes none."""
-    model = hra_fx.transform(copy.deepcopy(trial.base), trial.config)
-    try:
-        return str(len(hra_fx.graphs(model, trial.example())))
-    except Exception as error:
-        return _short(error)
 
 
 class Trial:
@@ -66,9 +55,9 @@ class Trial:
         over: whether there is nothing left to check.
     """
 
-    def __init__(self, entry: Entry, *, dynamo: bool = False) -> None:
+    def __init__(self, entry: Entry, *, by_example: bool = False) -> None:
         self.entry = entry
-        self.dynamo = dynamo
+        self.by_example = by_example
         self.result = Result(entry.name)
         self.over = False
         self.base: nn.Module
@@ -293,14 +282,14 @@ class Trial:
     def check_trace(self) -> None:
         """The GraphModule of `trace=True` gives what the adapted model does, in both modes, or is refused.
 
-        With `dynamo`, a model that torch.fx refuses is captured from an example call, in eval mode.
+        With `by_example`, a model that torch.fx refuses is captured from an example call, in eval mode.
         """
         try:
             traced = hra_fx.transform(copy.deepcopy(self.base), self.config, trace=True)
             self.result.traced = YES
         except hra_fx.AdapterError as error:
             self.result.traced = f"{REFUSED}{error}"
-            if not self.dynamo:
+            if not self.by_example:
                 raise NotApplicable from error
             traced = self._captured()
         vectors = {name: value for name, value in self.model.state_dict().items() if ".hra_u." in name}

@@ -7,8 +7,7 @@ with warnings.catch_warnings(), contextlib.suppress(ImportError):
     warnings.simplefilter("ignore")
     import diffusers
     import timm
-    import torch._dynamo
-    import torch._inductor.utils
+    import torch.export
     import torchvision
     import transformers
     import zoo.checks

@@ -39,7 +39,6 @@ class Result:
         untouched: layers whose vectors change no output, in the oracle either: not called, or of one dimension.
         notes: why a check is not applicable, and what else is to be known.
         dtype: in which the model was run.
-        graphs: what TorchDynamo gives: a number of graphs, a reason why not, or nothing.
         first_s: seconds of the first `transform`.
         transform_s: those of the better one of two, to compare with the next.
         trace_s: seconds of `torch.fx.symbolic_trace` of the same model; `None` where that fails.
@@ -56,7 +55,6 @@ class Result:
     untouched: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     dtype: str = ""
-    graphs: str = ""
     first_s: float = 0.0
     transform_s: float = 0.0
     trace_s: float | None = None

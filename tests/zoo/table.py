@@ -156,7 +156,6 @@ def _legend() -> Iterable[str]:
         "  same in train mode, with dropout and batch norm. grads: gradients of every adapter, in both modes. batch,",
         "  size: another batch size and input size. copy: a deep copy. state: a `state_dict` loaded into a new model.",
         "  trace: the traced graph gives the same outputs. fold: `fold` gives the same outputs.",
-        "- graphs: number of graphs of `hra_fx.graphs(model, example_inputs)`.",
         "- time: of the first `transform` (and as a multiple of the time of `symbolic_trace`, where that works).",
         "",
     )
@@ -165,9 +164,9 @@ def _legend() -> Iterable[str]:
 def _section(library: str, results: list[Result]) -> Iterable[str]:
     checks = [name for name in CHECKS if name != "transform"]
     yield from (f"## {library}", "")
-    header = ["model", "layers", "refused", "traced", *(CHECKS[name] for name in checks)]
-    yield "| " + " | ".join([*header, "graphs", "time"]) + " |"
-    yield "|---" + "|--:" * 2 + "|---" + "|:-:" * len(checks) + "|---|--:|"
+    header = ["model", "layers", "refused", "traced", *(CHECKS[name] for name in checks), "time"]
+    yield "| " + " | ".join(header) + " |"
+    yield "|---" + "|--:" * 2 + "|---" + "|:-:" * len(checks) + "|--:|"
     for row in results:
         numbers = (row.matched, len(row.refused))
         traced = "no" if row.traced.startswith(REFUSED) else row.traced
@@ -176,7 +175,7 @@ def _section(library: str, results: list[Result]) -> Iterable[str]:
             glyphs[0] = "✗ transform"
         ratio = f" ({row.ratio:.1f}×)" if row.ratio else ""
         cells = [f"`{row.name.partition('/')[2]}`", *(str(n) if n else "" for n in numbers), traced, *glyphs]
-        yield "| " + " | ".join([*cells, _cell(row.graphs)[:60], f"{row.first_s:.2f}s{ratio}"]) + " |"
+        yield "| " + " | ".join([*cells, f"{row.first_s:.2f}s{ratio}"]) + " |"
     yield ""
 
 

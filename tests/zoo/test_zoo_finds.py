@@ -184,8 +184,8 @@ def test_a_model_that_is_not_traced_is_correct() -> None:
             return super().forward(x if x.shape[0] < 9 else x[:9])
 
     entry = Entry("toy/branches", lambda: Branches(*toy()), images)
-    for dynamo, traced in ((False, f"{REFUSED}torch.fx cannot trace Branches"), (True, BY_EXAMPLE)):
-        result = check(entry, dynamo=dynamo)
+    for by_example, traced in ((False, f"{REFUSED}torch.fx cannot trace Branches"), (True, BY_EXAMPLE)):
+        result = check(entry, by_example=by_example)
         assert result.right and result.traced.startswith(traced)
 
 
