@@ -42,8 +42,9 @@ class _Run(NamedTuple):
 def check_against_folded(model: nn.Module, call: Call) -> None:
     """Compare a transformed model with its folded self, in float64 if it runs in that, else in float32.
 
-    Memory: a copy of the model in float64 and the gradients of its adapted weights. Without activations, that is at
-        most four times the memory of a float32 model, and eight times that of a bfloat16 model.
+    Memory: a copy of the model and the gradients of its adapted weights, both in float64. Without activations, that is
+        four times the memory of a float32 model and eight times that of a bfloat16 model, and a few copies of its
+        largest weight.
 
     Args:
         model: a transformed model; it is not run and not changed.
@@ -118,8 +119,13 @@ def _run_both(
         for name, buffer in copied.named_buffers():
             buffer.copy_(buffers[name])
     weights = [boxes[path].weight_of(layer).requires_grad_(True) for path, layer in sites.items()]
-    theirs = [_run(copied, call, weights, training, trace) for training in (True, False)]
-    return ours, [_through_rotation(model, boxes, run) if isinstance(run, _Run) else run for run in theirs]
+    theirs: list[_Run | Exception] = []
+    for training in (True, False):
+        run = _run(copied, call, weights, training, trace)
+        # Mode by mode, because the gradients of all weights take as much memory as the copy.
+        theirs.append(_through_rotation(model, boxes, run) if isinstance(run, _Run) else run)
+        del run
+    return ours, theirs
 
 
 def _run(module: nn.Module, call: Call, watched: Sequence[Tensor], training: bool, trace: bool) -> _Run | Exception:

@@ -1,4 +1,4 @@
-"""Peak memory of `fold` and `merge_adapter` on a model of many equal layers."""
+"""Peak memory of `fold`, `merge_adapter` and `verify=True` on a model of many equal layers."""
 
 from __future__ import annotations
 
@@ -65,3 +65,13 @@ def test_a_merge_holds_one_copy_of_each_base_weight(dtype: torch.dtype) -> None:
     few, many = peak(hra_fx.merge_adapter, 4, dtype), peak(hra_fx.merge_adapter, 40, dtype)
     weight = WIDTH * WIDTH * dtype.itemsize
     assert many < few + 36 * weight + LAYER
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_verification_holds_a_copy_and_its_gradients_in_float64(dtype: torch.dtype) -> None:
+    layers = 40
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False, dtype=dtype) for _ in range(layers)))
+    with Allocated() as allocated:
+        names = map(str, range(layers))
+        hra_fx.transform(model, config(*names), verify=True, example_inputs=torch.randn(2, WIDTH, dtype=dtype))
+    assert allocated.peak < 2 * layers * LAYER + 16 * LAYER
