@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hra_fx import compat
 from hra_fx.errors import AdapterError
+from hra_fx.layers.target import REFLECTION, kind_of, weight_name
 
 #: Answered from the base weight: they say nothing about its values.
 _METADATA = frozenset(
@@ -39,8 +40,9 @@ class RotatedWeight(Tensor):
     """The weight of an adapted layer as others see it: a tensor whose values are `W Q`.
 
     Shape, dtype, device and the like are those of the base weight, and cost nothing. Any other operation computes `W Q`
-    first, with a gradient to the adapters. Writing into it is refused, because the result would be lost: write to
-    `layer.hra_base`, or fold first. (A write into a view of it, such as `layer.weight[0]`, is lost without an error.)
+    first, with a gradient to the adapters that act then: like a parameter, a weight that is held follows its layer.
+    Writing into it is refused, because the result would be lost: write to `layer.hra_base`, or fold first. (A write
+    into a view of it, such as `layer.weight[0]`, is lost without an error.)
     """
 
     _layer: nn.Module
@@ -54,13 +56,18 @@ class RotatedWeight(Tensor):
         return made
 
     def base(self) -> Tensor:
-        """The base weight `W`."""
-        return self._layer.hra_base  # type: ignore[return-value]
+        """The base weight `W`; once the adapters are folded or deleted, the weight of the plain layer."""
+        name = "hra_base" if self._adapters() is not None else weight_name(kind_of(self._layer))
+        return getattr(self._layer, name)  # type: ignore[no-any-return]
 
     def value(self) -> Tensor:
         """`W Q`, as a plain tensor."""
-        rotated: Tensor = self._layer.hra_u(weight=self.base())  # type: ignore[operator]
+        adapters = self._adapters()
+        rotated: Tensor = self.base() if adapters is None else adapters(weight=self.base())
         return rotated.detach() if self._detached else rotated
+
+    def _adapters(self) -> nn.Module | None:
+        return self._layer._modules.get(REFLECTION)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RotatedWeight:
         """The rotated weight of the copied layer."""
@@ -148,7 +155,8 @@ def _value(value: Any) -> Any:
 
 
 def _is_trained(weight: RotatedWeight) -> bool:
-    return not weight._detached and any(vectors.requires_grad for vectors in weight._layer.hra_u.parameters())  # type: ignore[union-attr]
+    adapters = weight._adapters()
+    return not weight._detached and adapters is not None and any(v.requires_grad for v in adapters.parameters())
 
 
 def _answer_flag(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -24,6 +24,18 @@ F64 = torch.float64
 modes = pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 
 
+@modes
+def test_a_weight_held_since_before_a_fold_is_the_folded_weight(grad: bool) -> None:
+    base, model = functional()
+    wanted = dense(base.read, model.read).detach()
+    with torch.set_grad_enabled(grad):
+        held, detached = model.read.weight, model.read.weight.detach()
+        hra_fx.fold(model)
+        assert held.shape == wanted.shape and held.requires_grad == model.read.weight.requires_grad
+        for same in (held, detached, model.read.weight):
+            assert_same(same * 1, wanted)
+
+
 # ---- copies, files, dtypes ----
 
 
