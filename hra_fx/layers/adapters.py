@@ -244,10 +244,6 @@ class HouseholderAdapters(nn.ParameterDict):
         vectors: Tensor = self[name] if dtype is None else full_tensor(self[name]).to(dtype)
         return plain_chain(vectors, self.anchor(name), apply_GS=self.specs[name].apply_GS)
 
-    def active_chain(self, dtype: torch.dtype | None = None) -> Tensor | None:
-        """All active adapters as one chain of unit vectors, in the order `W Q_a Q_b`; `None` if none is active."""
-        return self.joint_chain(self.active, dtype)
-
     def joint_chain(self, names: Iterable[str], dtype: torch.dtype | None = None) -> Tensor | None:
         """Some adapters as one chain of unit vectors, in their order; `None` if they do nothing."""
         vectors = self.joint_vectors(names, dtype)

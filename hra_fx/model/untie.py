@@ -20,7 +20,8 @@ from hra_fx.model.base_view import base_model_view
 
 #: (module, name of its tensor).
 Place: TypeAlias = tuple[nn.Module, str]
-_FLAG = "tie_word_embeddings"
+#: The setting of a configuration by which transformers ties weights.
+TIE_SETTING = "tie_word_embeddings"
 
 
 class Tie(NamedTuple):
@@ -66,29 +67,38 @@ def place_of(model: nn.Module, name: str) -> Place:
 
 
 def why_not_untie(model: nn.Module, ties: Iterable[Tie]) -> str | None:
-    """Why one of these settings cannot be turned off, if so: Switch Transformers scales its output by it."""
+    """Why one of these settings cannot be turned off, if so."""
     for tie in ties:
         kind: Any = original_class(model.get_submodule(tie.path))
-        if _FLAG in _source(kind.forward):
+        if reads_tie_setting(kind):
             return (
-                f"{tie.path or 'the model'} ({kind.__name__}): its forward depends on config.{_FLAG}, so its output "
-                "layer cannot be untied from the embeddings"
+                f"{tie.path or 'the model'} ({kind.__name__}): its forward depends on config.{TIE_SETTING}, so its "
+                "output layer cannot be untied from the embeddings"
             )
     return None
+
+
+def reads_tie_setting(kind: type[nn.Module]) -> bool:
+    """Whether the forward of a class reads the setting itself: Switch Transformers scales its output by it."""
+    return TIE_SETTING in inspect.unwrap(kind.forward).__code__.co_names
 
 
 def set_tied(ties: Iterable[Tie], wanted: bool) -> None:
     """Turn the settings on or off."""
     for tie in ties:
         for config in tie.configs:
-            setattr(config, _FLAG, wanted)
+            setattr(config, TIE_SETTING, wanted)
 
 
 def always_tied(ties: Iterable[Tie]) -> list[str]:
     """Configuration classes that turn the setting on again when they are loaded, as T5's."""
     configs = [config for tie in ties for config in tie.configs]
-    loaded = [type(config).from_dict({**config.to_dict(), _FLAG: False}) for config in configs]
-    return list(dict.fromkeys(type(config).__name__ for config in loaded if getattr(config, _FLAG, False)))
+    return list(dict.fromkeys(type(config).__name__ for config in configs if ties_when_loaded(config)))
+
+
+def ties_when_loaded(config: Any) -> bool:
+    """Whether a configuration turns the setting on again when it is loaded."""
+    return bool(getattr(type(config).from_dict({**config.to_dict(), TIE_SETTING: False}), TIE_SETTING, False))
 
 
 def is_tied(model: nn.Module, tie: Tie) -> bool:
@@ -133,17 +143,10 @@ def untied_copies(
     return copies
 
 
-def _source(function: Any) -> str:
-    try:
-        return inspect.getsource(function)
-    except (OSError, TypeError):  # made by exec or in a console
-        return ""
-
-
 def _configs(module: Any) -> tuple[Any, ...]:
     try:
         text = module.config.get_text_config()
     except ValueError:  # it has several text models
         text = module.config
     configs = (module.config,) if text is module.config else (module.config, text)
-    return tuple(config for config in configs if getattr(config, _FLAG, False))
+    return tuple(config for config in configs if getattr(config, TIE_SETTING, False))

@@ -19,10 +19,10 @@ from hra_fx.checkpoint.disk.columns import Columns
 from hra_fx.checkpoint.disk.edits import Edits, Item, Replacement, Rotation, edits_for, touches
 from hra_fx.checkpoint.disk.header import METADATA, Header
 from hra_fx.checkpoint.disk.naming import Names
-from hra_fx.checkpoint.disk.ties import FLAG
 from hra_fx.checkpoint.disk.weight_files import WeightSet, foreign, weight_sets
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError
+from hra_fx.model.untie import TIE_SETTING
 
 #: Increased when the written files change, so that an older unfinished result is not resumed.
 _FORMAT = 2
@@ -218,5 +218,5 @@ def _config(architecture: Architecture, paths: Sequence[tuple[str, ...]]) -> byt
         place = entries
         for key in path:
             place = place.setdefault(key, {})
-        place[FLAG] = False
+        place[TIE_SETTING] = False
     return (json.dumps(entries, indent=2, ensure_ascii=False) + "\n").encode()

@@ -5,7 +5,6 @@ As in `hra_fx.fold`, `tie_word_embeddings` becomes False, and everything that it
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +14,7 @@ from torch import Tensor
 from hra_fx.checkpoint.disk.architecture import Architecture
 from hra_fx.checkpoint.disk.naming import Names
 from hra_fx.errors import FoldError
-
-FLAG = "tie_word_embeddings"
+from hra_fx.model.untie import TIE_SETTING, reads_tie_setting, ties_when_loaded
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,8 @@ def untying(architecture: Architecture, names: Names, changed: Mapping[str, Tens
     if model is None:
         if architecture.says_tied and changed:
             raise FoldError(
-                f"{architecture.folder / 'config.json'}: {FLAG} is True, but transformers does not know this model, so "
-                f"that it is unknown which tensors are tied to {next(iter(changed))}. Fold it in memory: "
+                f"{architecture.folder / 'config.json'}: {TIE_SETTING} is True, but transformers does not know this "
+                f"model, so that it is unknown which tensors are tied to {next(iter(changed))}. Fold it in memory: "
                 "hra_fx.load_adapter, then hra_fx.fold."
             )
         return Untying()
@@ -74,11 +72,10 @@ def untying(architecture: Architecture, names: Names, changed: Mapping[str, Tens
     touched = [group for group in groups if values.keys() & set(group)]
     if all(_same_values(group, values) for group in touched):
         return Untying(stay_tied=[called[name] for group in touched for name in group])
-    # Such as Switch Transformers, which scales its output by the flag.
-    if FLAG in inspect.getsource(type(model).forward):
+    if reads_tie_setting(type(model)):
         raise FoldError(
-            f"{type(model).__name__}.forward depends on config.{FLAG}, so the output layer cannot be untied from the "
-            "embeddings. Leave it out with exclude_modules."
+            f"{type(model).__name__}.forward depends on config.{TIE_SETTING}, so the output layer cannot be untied "
+            "from the embeddings. Leave it out with exclude_modules."
         )
     sources: dict[str, str] = {}
     for group in groups:
@@ -86,13 +83,13 @@ def untying(architecture: Architecture, names: Names, changed: Mapping[str, Tens
         source = next((found for found in stored.values() if found), None)
         if source is not None:
             sources |= {name: source for name, found in stored.items() if found is None}
-    configs = {path: config for path, config in _config_tree(model.config) if getattr(config, FLAG, False)}
+    configs = {path: config for path, config in _config_tree(model.config) if getattr(config, TIE_SETTING, False)}
     return Untying(
         sources,
         {name: called[name] for name in sources if name in called},
         (),
         tuple(configs),
-        tuple(dict.fromkeys(type(config).__name__ for config in configs.values() if _reties(config))),
+        tuple(dict.fromkeys(type(config).__name__ for config in configs.values() if ties_when_loaded(config))),
     )
 
 
@@ -118,7 +115,3 @@ def _config_tree(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tupl
     for key in getattr(config, "sub_configs", {}):
         if (inner := getattr(config, key, None)) is not None:
             yield from _config_tree(inner, (*path, key))
-
-
-def _reties(config: Any) -> bool:
-    return bool(getattr(type(config).from_dict({**config.to_dict(), FLAG: False}), FLAG, False))
