@@ -162,10 +162,10 @@ def orthonormalize(vectors: Tensor) -> Tensor:
     torch.export `hra_fx.functional.exportable.gram_schmidt` is used instead of QR.
 
     Args:
-        vectors: `U: (d, r)` with `r <= d`, of full column rank (see `statistics.inverse_condition`).
+        vectors: `U: (..., d, r)` with `r <= d`, of full column rank (see `statistics.inverse_condition`).
 
     Returns:
-        `V: (d, r)` with `V^T V = I`, at least float32, also under autocast.
+        `V: (..., d, r)` with `V^T V = I`, at least float32, also under autocast.
 
     Example:
         >>> orthonormalize(torch.tensor([[3.0, 1.0], [0.0, 2.0]]))
@@ -184,10 +184,10 @@ def positive_qr(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """The thin QR `U = V R` with a positive diagonal of `R`, which makes it unique.
 
     Args:
-        vectors: `U: (d, r)` with `r <= d`, of full column rank, at least float32.
+        vectors: `U: (..., d, r)` with `r <= d`, of full column rank, at least float32.
 
     Returns:
-        `V: (d, r)` and `R: (r, r)`.
+        `V: (..., d, r)` and `R: (..., r, r)`.
 
     Example:
         >>> positive_qr(torch.tensor([[3.0, 1.0], [0.0, 2.0]]))[1]
@@ -195,9 +195,9 @@ def positive_qr(vectors: Tensor) -> tuple[Tensor, Tensor]:
                 [0., 2.]])
     """
     basis, triangle = torch.linalg.qr(vectors)
-    signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(basis.dtype)
+    signs = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(basis.dtype)
     # Adding zero turns -0.0 into 0.0 after a sign flip.
-    return basis * signs + 0.0, triangle * signs.unsqueeze(1) + 0.0
+    return basis * signs.unsqueeze(-2) + 0.0, triangle * signs.unsqueeze(-1) + 0.0
 
 
 def qr_gradient(basis_grad: Tensor, basis: Tensor, triangle: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,7 +17,6 @@ from torch import Tensor, fx, nn
 from hra_fx.errors import AdapterError
 from hra_fx.functional import geodesic, householder
 from hra_fx.functional.rotate import as_rows, rotate_weight
-from hra_fx.kernels.gram_schmidt import orthonormal_chain
 from hra_fx.layers.rotated_weight import RotatedWeight
 from hra_fx.layers.sharding import distribute_like, full_tensor
 from hra_fx.layers.target import REFLECTION, LayerKind, weight_name
@@ -46,6 +45,24 @@ class AdapterSpec:
     r: int
     apply_GS: bool = False
     init_weights: bool = True
+
+
+class ChainPart(NamedTuple):
+    """One adapter in the chain of a layer: `U: (d, r)`, its anchor `A: (d, a)`, and whether it uses Gram-Schmidt."""
+
+    vectors: Tensor
+    anchor: Tensor | None = None
+    apply_GS: bool = False
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that it is computed from."""
+        return (self.vectors,) if self.anchor is None else (self.vectors, self.anchor)
+
+    @property
+    def signature(self) -> tuple[object, ...]:
+        """What must be the same for parts to be computed in one batch."""
+        return (self.apply_GS, *((tensor.shape, tensor.dtype, tensor.device) for tensor in self.tensors))
 
 
 def check_adapter_name(name: object) -> None:
@@ -256,12 +273,14 @@ class HouseholderAdapters(nn.ParameterDict):
             return None
         return chains[0] if len(chains) == 1 else torch.cat(chains, dim=1)
 
-    def sources(self) -> tuple[Tensor, ...]:
-        """The tensors from which the chain of the active adapters is computed, in their order."""
-        names = [name for name in self.active if not self._is_idle(name)]
-        held = [self._buffers[name + _SCALED] if name in self.scales else self._held(name) for name in names]
-        anchors = [self._buffers.get(name + ANCHOR) for name in names if name not in self.scales]
-        return tuple(tensor for tensor in (*held, *anchors) if tensor is not None)
+    def chain_parts(self) -> list[ChainPart]:
+        """The active adapters that do something, in their order, as their chain is computed from them."""
+        return [self._part(name) for name in self.active if not self._is_idle(name)]
+
+    def _part(self, name: str) -> ChainPart:
+        if name in self.scales:
+            return ChainPart(getattr(self, name + _SCALED))
+        return ChainPart(self._held(name), self.anchor(name), self.specs[name].apply_GS)
 
     def _held(self, name: str) -> Tensor:
         """The vectors of an adapter, not an fx proxy of them; a replica of DataParallel has no parameters."""
@@ -315,17 +334,24 @@ class HouseholderAdapters(nn.ParameterDict):
         """The vectors of all active adapters for an input `x`, `(d, k)`, of any length; `None` if they do nothing.
 
         Raises:
-            AdapterError: they have no data yet. Operators would mix in uninitialized memory without an error.
+            AdapterError: they have no data yet.
         """
         vectors = self.joint_vectors(self.active, None)
-        # Read from the parameters, as in _is_idle.
-        empty = any(self._held(name).is_meta for name in self.active)
-        if empty and not x.is_meta:
+        if not x.is_meta:
+            self.check_data()
+        return vectors
+
+    def check_data(self) -> None:
+        """Refuse to compute with vectors on the meta device: operators would mix in memory that nothing has filled.
+
+        Raises:
+            AdapterError: the vectors have no data yet.
+        """
+        if any(self._held(name).is_meta for name in self.active):  # from the parameters, as in _is_idle
             raise AdapterError(
                 f"hra_u of width {self.width}: the vectors of {', '.join(self.active)} are on the meta device, without "
                 "data. Fill them first: hra_fx.load_adapter, or model.load_state_dict(..., assign=True)."
             )
-        return vectors
 
     def extra_repr(self) -> str:
         """One line for all adapters."""
@@ -364,20 +390,19 @@ def plain_chain(vectors: Tensor, anchor: Tensor | None, *, apply_GS: bool) -> Te
     """An adapter as plain reflections: `[A | U]`, or `[A | V]` with Gram-Schmidt.
 
     Args:
-        vectors: `U: (d, r)`.
-        anchor: `A: (d, k)`, if it has one.
+        vectors: `U: (..., d, r)`.
+        anchor: `A: (..., d, k)`, if it has one.
         apply_GS: whether it runs Gram-Schmidt.
 
     Returns:
-        `(d, k + r)`, in the dtype of `vectors`, float32 at least with Gram-Schmidt.
+        `(..., d, k + r)`, in the dtype of `vectors`, float32 at least with Gram-Schmidt.
 
     Example:
         >>> plain_chain(torch.ones(4, 2), torch.zeros(4, 1), apply_GS=False).shape
         torch.Size([4, 3])
     """
-    if apply_GS:
-        return orthonormal_chain(vectors, anchor)
-    return vectors if anchor is None else torch.cat([anchor.to(vectors.dtype), vectors], dim=1)
+    chain = householder.orthonormalize(vectors) if apply_GS else vectors
+    return chain if anchor is None else torch.cat([anchor.to(chain.dtype), chain], dim=-1)
 
 
 def get_adapters(layer: nn.Module) -> HouseholderAdapters | None:

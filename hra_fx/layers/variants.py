@@ -16,20 +16,12 @@ from torch import Tensor, fx, nn
 from hra_fx import compat
 from hra_fx.compat import conv_border, has_hooks
 from hra_fx.functional import householder
-from hra_fx.kernels import conv as filters
-from hra_fx.kernels.cache import cached
 from hra_fx.kernels.compile_ops import REFLECTED_ROWS
-from hra_fx.kernels.dispatch import (
-    are_plain_tensors,
-    can_cache,
-    can_use_autograd_function,
-    is_plain_eager,
-    products_dtype,
-)
-from hra_fx.kernels.inference import inference_factors, reflect_rows_cached
-from hra_fx.kernels.linear import linear, supports_fused
-from hra_fx.kernels.rows import reflect_rows
+from hra_fx.kernels.conv import add_up_projection, up_projection
+from hra_fx.kernels.dispatch import is_plain, is_plain_eager, products_dtype
+from hra_fx.kernels.linear import linear, reflect_rows
 from hra_fx.layers.adapters import HouseholderAdapters
+from hra_fx.layers.batching import factors_of
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.target import has_columns, kind_of, width_of
@@ -56,8 +48,6 @@ def reflected_rows(x: Tensor, vectors: Tensor) -> Tensor:
         >>> reflected_rows(torch.tensor([[2.0, 5.0]]), torch.tensor([[3.0], [0.0]]))
         tensor([[-2.,  5.]])
     """
-    if can_use_autograd_function(x, vectors):
-        return reflect_rows(x, vectors)
     if torch.compiler.is_dynamo_compiling() and not compat.is_exporting():
         made: Tensor = REFLECTED_ROWS(x, vectors)
         return made
@@ -133,8 +123,9 @@ class LinearAdapters(HouseholderAdapters):
 
     def reflect(self, x: Tensor) -> Tensor:
         """`x: (..., d)` to `(..., d)`, the same dtype."""
-        if is_plain_eager() and can_cache(x, *(sources := self.sources())):
-            return self._turned(x, sources) if sources else x
+        if _is_eager(self, x):
+            factors = factors_of(self, products_dtype(x))
+            return x if factors is None else reflect_rows(x, factors)
         vectors = self.vectors_for(x)
         return x if vectors is None else reflected_rows(x, vectors)
 
@@ -143,17 +134,10 @@ class LinearAdapters(HouseholderAdapters):
 
         It must be called if it has hooks, and outside of plain eager mode.
         """
-        if not is_plain_eager() or not are_plain_tensors(x) or _asks(self):
+        if not _is_eager(self, x) or _asks(self):
             return None
-        if can_cache(x, *(sources := self.sources())):
-            return F.linear(self._turned(x, sources), weight, layer.bias) if sources else None
-        vectors = self.vectors_for(x)
-        if vectors is None or not supports_fused(x, vectors, weight, layer.bias):
-            return None
-        return linear(x, vectors, weight, layer.bias)
-
-    def _turned(self, x: Tensor, sources: tuple[Tensor, ...]) -> Tensor:
-        return reflect_rows_cached(x, *_constant(self, sources, products_dtype(x)))
+        factors = factors_of(self, products_dtype(x))
+        return None if factors is None else linear(x, factors, weight, layer.bias)
 
 
 class QuantizedAdapters(LinearAdapters):
@@ -197,19 +181,13 @@ class ConvAdapters(HouseholderAdapters):
 
         `None` if the container must be called, as it must if it has hooks, and outside of plain eager mode.
         """
-        if not is_plain_eager() or not are_plain_tensors(x) or _asks(self):
+        if not _is_eager(self, x) or _asks(self) or not products_dtype(x) is x.dtype is weight.dtype:
             return None
-        if can_cache(x, weight, *(sources := self.sources())) and products_dtype(x) is x.dtype is weight.dtype:
-            if not sources:
-                return None
-            chain, read = _constant(self, sources, x.dtype)
-            drawing = filters.up_projection(chain, weight.flatten(1))
-        elif (vectors := self.vectors_for(x)) is not None and filters.supports_fused(x, vectors, weight):
-            read, drawing = filters.conv_projections(vectors, weight.flatten(1))
-        else:
+        factors = factors_of(self, x.dtype)
+        if factors is None:
             return None
         convolve, stride = _CONVOLVE[len(self.stride)], self.stride
-        kernel = read.view(-1, *self.patch)
+        kernel, up = factors.down.reshape(-1, *self.patch), up_projection(factors.rows, weight)
         if self.groups > 1:
             kernel = kernel.repeat(self.groups, *(1 for _ in self.patch))
         padding: Any = self.padding
@@ -217,9 +195,9 @@ class ConvAdapters(HouseholderAdapters):
             x, padding = F.pad(x, self.border, mode=self.padding_mode), (0,) * len(stride)
         coordinates = convolve(x, kernel, None, stride, padding, self.dilation, self.groups)
         if self.groups == 1 and output.is_contiguous():
-            return filters.add_up_projection(output, drawing, coordinates, len(stride))
-        image = drawing.view(weight.shape[0], -1, *(1 for _ in stride))
-        return output.add_(convolve(coordinates, image, groups=self.groups))
+            return add_up_projection(output, up, coordinates, len(stride))
+        image = up.reshape(weight.shape[0], -1, *(1 for _ in stride))
+        return output + convolve(coordinates, image, groups=self.groups)
 
     def project(self, read: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
         """What the layer subtracts from its output: `patch_image` of the result of `forward`."""
@@ -227,16 +205,9 @@ class ConvAdapters(HouseholderAdapters):
         return patch_image(coordinates, chain, weight, self.groups)
 
 
-def _constant(box: HouseholderAdapters, sources: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The inference factors of a layer, cached for the next call; for calls without gradients."""
-
-    def make() -> tuple[Tensor, Tensor]:
-        vectors = box.joint_vectors(box.active)
-        assert vectors is not None  # something is active: there are sources
-        return inference_factors(vectors, dtype)
-
-    specs = tuple((box.specs[name], box.anchor(name) is None) for name in box.active)
-    return cached(box, (box.active, specs, tuple(box.scales.items()), dtype), sources, make)
+def _is_eager(box: HouseholderAdapters, x: Tensor) -> bool:
+    """Whether a layer computes with its factors; tracers, compilers and subclasses of tensors get the plain formula."""
+    return is_plain_eager() and is_plain(x, *(tensor for part in box.chain_parts() for tensor in part.tensors))
 
 
 def _asks(module: nn.Module) -> bool:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from hra_fx.compat import is_replica
-from hra_fx.kernels.prefetch import prefetching
 from hra_fx.layers.adapters import ANCHOR
+from hra_fx.layers.batching import factors_in_batches
 from hra_fx.layers.class_swap import SwapMixin
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import BASE, get_copies
@@ -37,7 +37,7 @@ class AdaptedModel(SwapMixin):
             record = get_state(self)
             if record is None or record.disabled or not record.active or is_replica(self):
                 return base.forward(self, *args, **kwargs)
-            with prefetching(self):
+            with factors_in_batches(record.boxes):
                 return base.forward(self, *args, **kwargs)
 
         return {"forward": forward}

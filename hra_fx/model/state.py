@@ -10,7 +10,6 @@ from torch import fx, nn
 
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
-from hra_fx.kernels.prefetch import clear_requests
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.class_swap import is_swapped, mixins_of
@@ -34,6 +33,7 @@ class AdapterState:
         disabled_blocks: the number of open `with disable_adapters(...)` blocks.
         requires_grad: parameter name -> (before, after), for parameters that `transform` changed.
         untied: configurations of the model whose `tie_word_embeddings` was switched off by a trained copy.
+        boxes: the containers of adapters of all adapted layers, so that a forward does not search for them.
     """
 
     configs: dict[str, HRAConfig] = field(default_factory=dict)
@@ -43,6 +43,7 @@ class AdapterState:
     disabled_blocks: int = 0
     requires_grad: dict[str, tuple[bool, bool]] = field(default_factory=dict)
     untied: tuple[Any, ...] = ()
+    boxes: tuple[HouseholderAdapters, ...] = ()
 
 
 def get_state(model: nn.Module) -> AdapterState | None:
@@ -58,7 +59,6 @@ def attach_state(model: nn.Module, record: AdapterState) -> None:
 
 def clear_state(model: nn.Module) -> None:
     """Remove the state, if there is one."""
-    clear_requests(model)
     _notes(model).pop(RECORD, None)
     vars(model).pop(RECORD, None)
 

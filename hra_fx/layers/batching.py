@@ -1,0 +1,130 @@
+"""The factors of all layers of a model, computed in batches at the start of its forward.
+
+One layer's factors take a dozen small operators, and their gradient as many. In a batch of all layers with vectors of
+one shape they take as many in all. A layer that is called outside of its model's forward, or whose vectors are not
+there at its start (FSDP2 gathers them layer by layer), computes its own factors by the same functions.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from hra_fx.functional import householder
+from hra_fx.kernels.dispatch import is_plain, is_plain_eager
+from hra_fx.kernels.factors import Factors, wy_factors
+from hra_fx.layers.adapters import ChainPart, HouseholderAdapters, plain_chain
+
+
+class _Batch:
+    """The factors of some layers whose adapters have the same shapes."""
+
+    def __init__(self, layers: Sequence[Sequence[ChainPart]]) -> None:
+        """Compute them, in the grad mode of now.
+
+        Args:
+            layers: the parts of the chain of each layer.
+        """
+        self.has_graph = torch.is_grad_enabled()
+        self.is_inference = torch.is_inference_mode_enabled()
+        parts = [_stacked([layer[place] for layer in layers]) for place in range(len(layers[0]))]
+        self._wide = wy_factors(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
+        self._split: dict[tuple[torch.dtype, bool], list[Factors]] = {}
+
+    def factors(self, index: int, dtype: torch.dtype) -> Factors:
+        """Those of one layer, in the dtype of its products."""
+        key = dtype, torch.is_grad_enabled()  # a cast that was made without gradients has no graph
+        if key not in self._split:
+            rows, down = (tensor.to(dtype).unbind() for tensor in self._wide)
+            self._split[key] = [Factors(*pair) for pair in zip(rows, down, strict=True)]
+        return self._split[key][index]
+
+
+#: Layer -> (its active adapters, the batch that has their factors, the index in there).
+_Batches: TypeAlias = dict[HouseholderAdapters, tuple[tuple[str, ...], _Batch, int]]
+
+
+class _Current(threading.local):
+    """What the forward that this thread runs has computed at its start."""
+
+    batches: _Batches | None = None
+
+
+_CURRENT = _Current()
+
+
+@contextmanager
+def factors_in_batches(boxes: Iterable[HouseholderAdapters]) -> Iterator[None]:
+    """A block in which `factors_of` returns factors that were computed at its start.
+
+    Args:
+        boxes: the containers of adapters of a model.
+    """
+    outer = _CURRENT.batches
+    try:
+        _CURRENT.batches = _batches(boxes) if is_plain_eager() else {}
+        yield
+    finally:
+        _CURRENT.batches = outer
+
+
+def factors_of(box: HouseholderAdapters, dtype: torch.dtype) -> Factors | None:
+    """`R` and `F` of the active adapters of a layer, in `dtype`; `None` if they do nothing.
+
+    Raises:
+        AdapterError: the vectors have no data yet.
+    """
+    names, batch, index = (_CURRENT.batches or {}).get(box, ((), None, 0))
+    if batch is not None and names is box.active and _is_usable(batch):
+        return batch.factors(index, dtype)
+    parts = box.chain_parts()
+    if not parts:
+        return None
+    box.check_data()
+    # A checkpointed block that runs again in the backward must save the tensors of its first run, which had a batch.
+    with saved_tensors_hooks(_same, _same):
+        return _Batch([parts]).factors(0, dtype)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _is_usable(batch: _Batch) -> bool:
+    """Whether what was computed at the start can be used in the grad mode of now."""
+    is_trained_now = torch.is_grad_enabled() and not batch.has_graph
+    return not is_trained_now and batch.is_inference == torch.is_inference_mode_enabled()
+
+
+def _batches(boxes: Iterable[HouseholderAdapters]) -> _Batches:
+    groups: dict[object, list[tuple[HouseholderAdapters, list[ChainPart]]]] = defaultdict(list)
+    for box in boxes:
+        parts = box.chain_parts()
+        if parts and all(_is_here(tensor, box.width) for part in parts for tensor in part.tensors):
+            groups[tuple([part.signature for part in parts])].append((box, parts))
+    found: _Batches = {}
+    for group in groups.values():
+        batch = _Batch([parts for _, parts in group])
+        found |= {box: (box.active, batch, index) for index, (box, _) in enumerate(group)}
+    return found
+
+
+def _is_here(tensor: Tensor, width: int) -> bool:
+    """Whether a tensor has its data: FSDP and offloading take it away between the calls of a layer."""
+    return is_plain(tensor) and not tensor.is_meta and len(tensor) == width and bool(tensor.untyped_storage().size())
+
+
+def _stacked(parts: Sequence[ChainPart]) -> Tensor:
+    """One part of the chains of several layers, `(n, d, k)`, at least float32."""
+    vectors = torch.stack([part.vectors for part in parts])
+    anchors = [part.anchor for part in parts if part.anchor is not None]
+    with householder.without_autocast(vectors):
+        wide = vectors.to(householder.working_dtype(vectors.dtype))
+        return plain_chain(wide, torch.stack(anchors) if anchors else None, apply_GS=parts[0].apply_GS)
