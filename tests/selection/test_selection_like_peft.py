@@ -1,7 +1,7 @@
-"""Against real injection by PEFT, on six architectures: the layers that come out adapted, or refusals of the same kind.
+"""Random configurations on six architectures: PEFT and hra_fx adapt the same layers, or refuse for the same reason.
 
-`select` is held against `peft.inject_adapter_in_model`. A whole `transform` is so too, but where the task is SEQ_CLS:
-there it keeps the head out as `peft.get_peft_model` does, which injection alone does not.
+`select` and `transform` are compared with `peft.inject_adapter_in_model`; for the task SEQ_CLS `transform` is compared
+with `peft.get_peft_model`, since both leave out the head, which injection alone does not.
 """
 
 from __future__ import annotations
@@ -258,7 +258,7 @@ def for_peft(model: nn.Module) -> nn.Module:
 
 
 def compare(model: nn.Module, plain: nn.Module, fields: Fields, *, whole: bool) -> str:
-    """Hold the two sides against each other; what came of it, in a word or two."""
+    """Compare the two sides; returns the outcome in a word or two."""
     theirs, idle = by_peft(plain, fields, whole=whole)
     if isinstance(theirs, Exception):
         kinds = [(name, ours) for kind, text, name, ours in REFUSALS if type(theirs) is kind and text in str(theirs)]
