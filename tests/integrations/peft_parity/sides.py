@@ -1,5 +1,4 @@
-"""Both sides of a comparison with PEFT: a small model with everything that a configuration can name, adapted by PEFT and
-by hra_fx, and comparisons by the names of the base model."""
+"""A small model with everything that a configuration can name, adapted by PEFT and by hra_fx, and their comparison."""
 
 from __future__ import annotations
 
