@@ -1,4 +1,4 @@
-"""Layers that are almost a Linear or a Conv2d: own forwards, GPT-2's Conv1D, and convolutions of one and three axes."""
+"""Layers that are almost a Linear or a Conv2d: own forwards, GPT-2's Conv1D, and convolutions of every dimension."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_gpt2_whole() -> None:
     assert torch.equal(base.generate(IDS, max_new_tokens=6, do_sample=False), written)
 
 
-# ---- convolutions of one and three axes ----
+# ---- convolutions of one, two and three axes ----
 
 GEOMETRY: dict[str, dict[str, Any]] = {
     "pointwise": {"kernel_size": 1},
@@ -171,7 +171,7 @@ GEOMETRY: dict[str, dict[str, Any]] = {
     "circular, same, dilated": {"kernel_size": 3, "padding": "same", "dilation": 2, "padding_mode": "circular"},
     "everything": {"kernel_size": 3, "stride": 2, "padding": 2, "dilation": 1, "groups": 2, "padding_mode": "circular"},
 }
-AXES: dict[int, type[nn.Module]] = {1: nn.Conv1d, 3: nn.Conv3d}
+AXES: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class Convolved(nn.Module):
