@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from one_layer import F64, normal
 from oracles import dense_product, relative_error
 from torch import Tensor
 
@@ -16,17 +17,12 @@ from hra_fx.errors import AdapterError
 from hra_fx.functional.geodesic import fractional_rotation
 from hra_fx.functional.householder import init_vectors, orthonormalize
 
-F64 = torch.float64
 ALPHAS = [0.0, 1e-9, 0.1, 0.25, 0.5, 0.9, 1.0]
 SPECIAL = [0.0, 1e-12, 1e-8, 1e-4, 0.5, math.pi / 4, math.pi / 2, 3 * math.pi / 4, 2.0, -2.0, 3.0]
 
 seeds = st.integers(0, 2**31 - 1)
 alphas = st.floats(0, 1)
 quick = settings(max_examples=40, deadline=None, derandomize=True)
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
 def identity(d: int) -> Tensor:

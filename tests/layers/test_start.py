@@ -8,13 +8,13 @@ from typing import Any, TypeAlias
 
 import pytest
 import torch
+from one_layer import F64, normal
 from oracles import dense_q, relative_error
 from torch import Tensor, nn
 
 from hra_fx import HRAConfig, transform
 
 Layer: TypeAlias = nn.Linear | nn.Conv2d
-F64 = torch.float64
 #: The last one takes all dimensions of the square layer.
 RANKS = [1, 2, 3, 8, 16]
 LAYERS: dict[str, Callable[..., tuple[Any, tuple[int, ...]]]] = {
@@ -29,10 +29,6 @@ LAYERS: dict[str, Callable[..., tuple[Any, tuple[int, ...]]]] = {
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
 def adapt(base: nn.Module, r: int, *, apply_GS: bool, init_weights: bool = True) -> Any:
