@@ -268,7 +268,7 @@ def test_what_peft_adapts_is_adapted_and_what_it_refuses_refused(make: Callable[
         (Nested, {"target_modules": ["w1"], "layers_to_transform": 3}, "no layer"),
         (Nested, {"target_modules": None}, "no default"),
         (tiny_unet, {"target_modules": None}, "no default"),
-        (Nested, {"target_modules": ["seq"], "modules_to_save": ["head", "seq"]}, "saved too"),
+        (Nested, {"target_modules": ["sub_head"], "modules_to_save": ["head"]}, "saved too"),
         (Nested, {"target_modules": ["q"], "modules_to_save": ["no_head"]}, "nothing to save"),
     ],
 )
