@@ -80,13 +80,21 @@ def test_the_class_of_an_adapted_model_makes_a_plain_one_which_can_be_adapted(wa
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: nn.Linear(6, 2), lambda: nn.Conv2d(6, 2, 1), lambda: nn.MultiheadAttention(6, 2)]
+    ("kind", "sizes", "shape"),
+    [(nn.Linear, (6, 2), (3, 6)), (nn.Conv2d, (6, 2, 1), (3, 6, 4, 4)), (nn.MultiheadAttention, (6, 2), (3, 6))],
 )
-def test_the_class_of_an_adapted_layer_makes_a_plain_layer(make: Callable[[], Any]) -> None:
-    model = nn.ModuleDict({"layer": make(), "other": nn.Linear(6, 2)})
+def test_the_class_of_an_adapted_layer_makes_a_plain_layer(
+    kind: Any, sizes: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
+    model = nn.ModuleDict({"layer": kind(*sizes), "other": nn.Linear(6, 2)})
     hra_fx.transform(model, config("layer"))
-    new = type(model["layer"])(6, 2, *((1,) if isinstance(model["layer"], nn.Conv2d) else ()))
-    assert isinstance(new, type(make())) and list(new.state_dict()) == list(make().state_dict())
+    plain, new = kind(*sizes), type(model["layer"])(*sizes)
+    assert isinstance(new, kind) and list(new.state_dict()) == list(plain.state_dict())
+    new.load_state_dict(plain.state_dict())
+    args = (torch.randn(shape),) * (3 if kind is nn.MultiheadAttention else 1)
+    outputs = [layer(*args) for layer in (plain, new, copy.deepcopy(new))]
+    first = [output[0] if isinstance(output, tuple) else output for output in outputs]
+    assert torch.equal(first[0], first[1]) and torch.equal(first[0], first[2])
 
 
 _TEXT = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
