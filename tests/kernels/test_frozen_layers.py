@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import hra_fx
 
 LAYERS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
-    "Linear": (lambda **options: nn.Linear(48, 24, **options), (3, 48)),
-    "Linear, many rows": (lambda **options: nn.Linear(48, 24, **options), (300, 48)),
+    "Linear": (lambda **options: nn.Linear(48, 24, **options), (2, 3, 48)),
+    "Linear, many rows": (lambda **options: nn.Linear(48, 24, **options), (2, 300, 48)),
     "Conv2d": (lambda **options: nn.Conv2d(16, 24, 3, **options), (2, 16, 7, 7)),
 }
 layers = pytest.mark.parametrize("name", LAYERS)

@@ -66,6 +66,7 @@ def test_a_named_adapter_is_merged_and_unloaded() -> None:
     model.add_adapter("other", hra_fx.HRAConfig(r=3, target_modules=["out"], init_weights=False))
     model.set_adapter("other")
     wanted = model(x)
+    model.set_adapter("default")
     with pytest.warns(hra_fx.HRAWarning, match="default"):
         plain = model.merge_and_unload(adapter_names=["other"])
     assert relative_error(plain(x), wanted) < 1e-12
