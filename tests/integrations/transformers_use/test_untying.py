@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.transformers_use.tied import CASES, Case, case, logits, stored, turn
+from integrations.transformers_use.tied import CASES, Case, case, logits, stored
+from integrations.transformers_use.tiny import turn
 from model.failing import At, no_memory
 from model.many import seen
 from oracles import dense_q, dense_weight, relative_error
