@@ -190,17 +190,6 @@ def test_vectors_that_a_tool_provides_only_while_a_layer_runs(apply_GS: bool, aw
         values.copy_(normal(70 + step, *values.shape))
 
 
-def test_other_adapters() -> None:
-    model = adapted(apply_GS=True, warm=2)
-    before = model(X)
-    config = hra_fx.HRAConfig(r=3, target_modules="all-linear", exclude_modules=[], init_weights=False)
-    hra_fx.add_adapter(model, "other", config)
-    hra_fx.set_adapter(model, "other")
-    assert relative_error(model(X), before) > 1e-2
-    hra_fx.set_adapter(model, "default")
-    assert torch.equal(model(X), before)
-
-
 def test_lengths_out_of_range_are_left_to_their_layer() -> None:
     model = adapted(dtype=F32, init_weights=False)
     with torch.no_grad():
