@@ -19,6 +19,7 @@ GAP_X = 22.0
 LANE = 14.0  # width of an edge among boxes
 _SWEEPS = 16
 
+
 @dataclass(frozen=True)
 class Size:
     """A box to place: width, height, and where edges enter (top) and leave (bottom), relative to its middle."""

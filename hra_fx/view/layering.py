@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right, insort
 from collections import Counter
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import networkx as nx
@@ -67,12 +66,14 @@ class Layering:
 
     def _order(self) -> None:
         """Sort by barycenters in sweeps down and up, and keep the order with the fewest crossings."""
-        best, fewest = [list(row) for row in self.rows], self._crossings()
+        below = nx.to_dict_of_lists(self.graph)
+        above = nx.to_dict_of_lists(self.graph.reverse())
+        best, fewest = [list(row) for row in self.rows], self._crossings(below)
         for sweep in range(_SWEEPS):
             if not fewest:
                 break
             down = sweep % 2 == 0
-            near = self.graph.pred if down else self.graph.succ
+            near = above if down else below
             place = {node: float(index) for row in self.rows for index, node in enumerate(row)}
             for row in (self.rows if down else self.rows[::-1])[1:]:
                 center = {
@@ -81,18 +82,18 @@ class Layering:
                 }
                 row.sort(key=lambda node: (center[node], place[node]))
                 place.update((node, float(index)) for index, node in enumerate(row))
-            crossings = self._crossings()
+            crossings = self._crossings(below)
             if crossings < fewest:
                 best, fewest = [list(row) for row in self.rows], crossings
         self.rows = best
 
-    def _crossings(self) -> int:
+    def _crossings(self, below: Mapping[Node, Sequence[Node]]) -> int:
         place = {node: index for row in self.rows for index, node in enumerate(row)}
         total = 0
         for row in self.rows:
             seen: list[int] = []  # where the edges of the nodes so far end, sorted
             for node in row:
-                for end in sorted(place[below] for below in self.graph.succ[node]):
+                for end in sorted(place[lower] for lower in below[node]):
                     total += len(seen) - bisect_right(seen, end)
                     insort(seen, end)
         return total
@@ -111,7 +112,9 @@ class Layering:
         over: dict[Node, Node] = {}
         for row in self.rows:
             edges = [(upper, node) for node in row for upper in self.graph.pred[node]]
-            edges.sort(key=lambda edge: (_kind(*edge), -above[edge[0]] - below[edge[1]], place[edge[1]], place[edge[0]]))
+            edges.sort(
+                key=lambda edge: (_kind(*edge), -above[edge[0]] - below[edge[1]], place[edge[1]], place[edge[0]])
+            )
             chosen: list[tuple[int, int]] = []
             for upper, node in edges:
                 if all((place[upper] - a) * (place[node] - b) > 0 for a, b in chosen):

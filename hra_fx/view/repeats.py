@@ -98,4 +98,5 @@ def _overlay(items: list[Item]) -> Item:
         )
     scopes = [item for item in items if isinstance(item, Scope)]
     columns = zip(*(scope.items for scope in scopes), strict=True)
-    return replace(first, items=tuple(_overlay(list(column)) for column in columns))
+    paths = tuple(path for scope in scopes for path in scope.paths)
+    return replace(first, items=tuple(_overlay(list(column)) for column in columns), paths=paths)

@@ -70,6 +70,7 @@ class _Nesting:
             edges=tuple(sorted({(place[a], place[b]) for a, b in _between(self.picture, groups)})),
             inputs=tuple(sorted({place[groups[key]] for key in entering})),
             outputs=tuple(sorted({place[groups[key]] for key in leaving})),
+            paths=(path,) if path else (),
         )
         return _open_small(merge_repeats(_gather_plain(_join_operations(scope))))
 

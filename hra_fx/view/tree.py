@@ -78,6 +78,7 @@ class Scope:
         count: number of identical neighbors that are drawn as this scope.
         last: name of the last of them.
         varied: whether they have different sizes (the first one's are shown).
+        paths: qualified names of all modules that are drawn as this scope.
     """
 
     path: str
@@ -91,6 +92,7 @@ class Scope:
     count: int = 1
     last: str = ""
     varied: bool = False
+    paths: tuple[str, ...] = ()
 
     @property
     def marks(self) -> tuple[Mark, ...]:
