@@ -19,7 +19,7 @@ from hra_fx.export.weight_uses import normalize_path
 from hra_fx.layers.target import NodeTag
 from hra_fx.view.describe import describe_module, name_of, own_parameters
 from hra_fx.view.subject import Subject, subject_of
-from hra_fx.view.tree import Leaf, Mark, module_of
+from hra_fx.view.tree import Leaf, Mark, joined, module_of
 from hra_fx.view.values import Value, function_name, pass_through, read, shape_and_dtype, tag_of
 
 #: The key of a graph that is one piece of a call, not the graph of a module.
@@ -160,17 +160,11 @@ class _Builder:
 
     def _reader_leaf(self, note: NodeTag, node: fx.Node, root: str, place: tuple[str, ...]) -> Leaf:
         """The leaf of a node that reads rotated weights, with the marks of all their layers."""
-        first, *others = (self._adapted_leaf(path, node.op, place) for path in (note.path, *note.also))
-        joined = replace(
-            first,
-            marks=tuple(mark for leaf in (first, *others) for mark in leaf.marks),
-            paths=tuple(leaf.target for leaf in (first, *others)),
-            parameters=sum(leaf.parameters for leaf in (first, *others)),
-        )
+        leaf = joined([self._adapted_leaf(path, node.op, place) for path in (note.path, *note.also)])
         if node.op != "call_module":
-            return joined
+            return leaf
         path = _join(root, str(node.target))
-        return replace(joined, name=name_of(path), detail=describe_module(self.model.get_submodule(path)), target=path)
+        return replace(leaf, name=name_of(path), detail=describe_module(self.model.get_submodule(path)), target=path)
 
     def _add_graph(self, root: str, graph: fx.GraphModule, prefix: str) -> None:
         values: dict[fx.Node, Value] = {}

@@ -12,10 +12,8 @@ from dataclasses import dataclass, field
 
 from hra_fx.errors import VisualizeError
 from hra_fx.reporting.colormap import ink_on
-from hra_fx.view.annotations import Annotations, annotations_of
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.focus import focused
-from hra_fx.view.heatmap import heatmap_of
+from hra_fx.view.heatmap import Heatmap, heatmap_of
 from hra_fx.view.options import Options
 from hra_fx.view.panels import BUDGET, Block, opened
 from hra_fx.view.svg import EDGE, FRAMES, INK, LOOKS, VIOLET, VIOLET_LINE, VIOLET_PALE
@@ -38,23 +36,24 @@ def render(drawing: Drawing, options: Options) -> str:
         VisualizeError: the options do not fit the model, or Mermaid's limits are exceeded; the message names the depth
             that would fit.
     """
-    part = focused(drawing, options.focus)
-    heat, tree, focus = heatmap_of(part, options.heat), part.tree(), options.focus or ""
-    depths = range(_deepest(tree) + 1)
-    blocks = [opened(tree, depth, focus).block for depth in depths]
-    readable = [depth for depth in depths if len(list(blocks[depth].boxes())) <= BUDGET]
-    chosen = max(readable, default=0) if options.depth is None else min(options.depth, depths[-1])
-    annotations = annotations_of(part, heat)
-    text, edges = _text(part, blocks[chosen], annotations)
-    if edges <= EDGES and len(text) <= CHARACTERS:
+    heatmap, tree = heatmap_of(drawing, options.heat), drawing.tree()
+    blocks = [opened(tree, depth, options.focus or "").block for depth in range(_deepest(tree) + 1)]
+    readable = [depth for depth, block in enumerate(blocks) if len(list(block.boxes())) <= BUDGET]
+    chosen = max(readable, default=0) if options.depth is None else min(options.depth, len(blocks) - 1)
+    text, edges = _text(drawing, blocks[chosen], heatmap)
+    if _fits(text, edges):
         return text
-    fitting = [depth for depth in depths[:chosen] if _fits(part, blocks[depth], annotations)]
+    fitting = [depth for depth in range(chosen) if _fits(*_text(drawing, blocks[depth], heatmap))]
     asked = f"`depth={options.depth}` gives" if options.depth is not None else "The smallest Mermaid text has"
     fix = f"`depth={max(fitting)}` fits." if fitting else "Pass the path of a module as `focus`, or write an .svg."
     raise VisualizeError(
         f"{asked} {edges:,} edges and {len(text):,} characters; GitHub draws at most {EDGES:,} edges and "
         f"{CHARACTERS:,} characters. {fix}"
     )
+
+
+def _fits(text: str, edges: int) -> bool:
+    return edges <= EDGES and len(text) <= CHARACTERS
 
 
 def escape(text: str) -> str:
@@ -73,15 +72,15 @@ def _deepest(item: Item) -> int:
     return max([len(item.path.split(".")) * bool(item.path), *map(_deepest, item.items)])
 
 
-def _fits(part: Drawing, block: Block, annotations: Annotations) -> bool:
-    text, edges = _text(part, block, annotations)
-    return edges <= EDGES and len(text) <= CHARACTERS
-
-
-def _text(part: Drawing, block: Block, annotations: Annotations) -> tuple[str, int]:
+def _text(drawing: Drawing, block: Block, heatmap: Heatmap) -> tuple[str, int]:
     """The text of a block, and its number of edges."""
-    flow = _Flowchart(annotations)
-    lines = ["flowchart TD", f"  %% {escape(part.title)}", f"  %% {escape(part.facts)}", *flow.inside(block, "  ")]
+    flow = _Flowchart(heatmap)
+    lines = [
+        "flowchart TD",
+        f"  %% {escape(drawing.title)}",
+        f"  %% {escape(drawing.facts)}",
+        *flow.inside(block, "  "),
+    ]
     lines += [f"  {source} --> {target}" for source, target in flow.edges]
     return "\n".join([*lines, *flow.styles()]) + "\n", len(flow.edges)
 
@@ -96,7 +95,7 @@ class _Ends:
 
 @dataclass
 class _Flowchart:
-    annotations: Annotations
+    heatmap: Heatmap
     edges: dict[tuple[str, str], None] = field(default_factory=dict)
     classes: dict[str, list[str]] = field(default_factory=dict)
     fills: dict[str, str] = field(default_factory=dict)
@@ -143,11 +142,10 @@ class _Flowchart:
             lines, ends = self._parts(part, indent + "  ")
             border = _Ends(ends.enter or name, ends.leave or name)
             return [f'{indent}subgraph {name}["{_label(item)}"]', *lines, f"{indent}end"], border
-        trained = look in ("plain", "eager") and self.annotations.trained_in(item)
+        trained = look in ("plain", "eager") and item.trained
         name = self._name("n", "trained" if trained else look)
-        words, fill = self.annotations.strip(item)
-        skipped = self.annotations.skipped_in(item)
-        extra = [*_facts(item, words), *([f"{len(skipped)} not adapted"] if skipped else [])]
+        words, fill = self.heatmap.strip(item)
+        extra = [*_facts(item, words), *([f"{len(item.skipped)} not adapted"] if item.skipped else [])]
         opening, closing = {"port": ("([", "])"), "closed": ("[[", "]]")}.get(look, ("[", "]"))
         if fill:
             self.fills[name] = fill

@@ -8,7 +8,6 @@ from typing import Any
 import networkx as nx
 
 from hra_fx.reporting.row import Row
-from hra_fx.view.annotations import annotations_of
 from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.tree import Leaf
 
@@ -55,16 +54,15 @@ def network(drawing: Drawing) -> nx.DiGraph[str]:
     rows: dict[str, list[Row]] = {}
     for row in drawing.rows:
         rows.setdefault(row.path, []).append(row)
-    annotations = annotations_of(drawing)
     graph: nx.DiGraph[str] = nx.DiGraph(title=drawing.title, facts=drawing.facts)
     for key, leaf in drawing.picture.nodes(data="leaf"):
         graph.add_node(key, **_described(leaf))
         if leaf.kind == "adapted_layer" and leaf.marks:
             graph.add_node(key, **_measured(leaf, [row for mark in leaf.marks for row in rows.get(mark.path, ())]))
-        elif skipped := annotations.skipped_in(leaf):
-            graph.add_node(key, skipped="\n".join(dict.fromkeys(drawing.skipped[path] for path in skipped)))
-        if trained := annotations.trained_in(leaf):
-            graph.add_node(key, trained_in_full="\n".join(trained))
+        elif leaf.skipped:
+            graph.add_node(key, skipped="\n".join(dict.fromkeys(leaf.skipped.values())))
+        if leaf.trained:
+            graph.add_node(key, trained_in_full="\n".join(leaf.trained))
     graph.add_edges_from(drawing.picture.edges)
     return graph
 

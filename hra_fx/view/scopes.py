@@ -10,7 +10,7 @@ import networkx as nx
 
 from hra_fx.view.describe import name_of
 from hra_fx.view.repeats import merge_repeats, runs_where
-from hra_fx.view.tree import Item, Leaf, Scope, contract, splice
+from hra_fx.view.tree import Item, Leaf, Scope, contract, joined, module_of, splice
 
 #: The names of several leaves in one box are listed up to this length.
 _LETTERS_SHOWN = 28
@@ -53,7 +53,7 @@ class _Nesting:
             keys: the leaves inside, in order.
             depth: number of entries of their places that are already handled.
         """
-        path = call.rpartition("@")[0] if call.rpartition("@")[2].isdigit() and "@" in call else call
+        path = module_of(call)
         entering, leaving, keys = self._ports(path, keys)
         groups = self._acyclic_groups(keys, depth)
         members: dict[_Group, list[str]] = {}
@@ -200,12 +200,9 @@ def _listing(leaves: list[Leaf], separator: str) -> Leaf:
             break
         shown += f", {name}"
     return replace(
-        leaves[0],
+        joined(leaves),
         name=shown,
         target=separator.join(names),
-        paths=tuple(path for leaf in leaves for path in leaf.paths),
-        readers=tuple(path for leaf in leaves for path in leaf.readers),
-        parameters=sum(leaf.parameters for leaf in leaves),
         shape=leaves[-1].shape,
         dtype=leaves[-1].dtype,
     )

@@ -6,8 +6,8 @@ from itertools import pairwise
 from xml.etree.ElementTree import Element, SubElement
 
 from hra_fx.reporting.colormap import ink_on
-from hra_fx.view.annotations import CELL
 from hra_fx.view.boxes import DETAIL, NAME, STRIP, Box
+from hra_fx.view.heatmap import CELL
 from hra_fx.view.layout import Route
 from hra_fx.view.text import width
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import hra_fx
 from hra_fx.view.drawing import Drawing, drawing_of
-from hra_fx.view.formats import FORMATS, Format, picture_file, renderer
+from hra_fx.view.formats import FORMATS, Format, picture_file, rendered
 from hra_fx.view.options import Options
 from hra_fx.view.text import clean
 
@@ -26,8 +26,7 @@ def written(found: Drawing, folder: Path, **options: Any) -> Iterable[tuple[str,
     """For each readable format, how often it names each adapted layer."""
     for ending in READABLE:
         file = folder / f"a.{ending}"
-        content = renderer(file)(found, Options(**options))
-        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        file.write_bytes(rendered(file, found, Options(**options)))
         yield ending, Counter(layers_in(file))
 
 
@@ -90,10 +89,6 @@ def test_a_missing_package_is_named_with_the_other_formats(tmp_path: Path) -> No
     wanted = r"needs the package no-such-library.*pip install 'hra-fx\[png\]'.*no other package: \.svg \([^)]*\)\.$"
     with pytest.raises(hra_fx.VisualizeError, match=wanted):
         picture_file(tmp_path / "a.png", formats)
-
-
-def test_every_format_has_a_renderer() -> None:
-    assert all(callable(renderer(Path(f"a{ending}"))) for ending in FORMATS)
 
 
 def test_errors_leave_the_folder_as_it_was(tmp_path: Path) -> None:

@@ -7,17 +7,14 @@ import hashlib
 import json
 import re
 
-import pytest
 import torchvision
-from pages import Net, page_of, trained_net
+from pages import page_of, trained_net
 
 import hra_fx
-from hra_fx.errors import VisualizeError
 from hra_fx.model.state import adapted_layers
 from hra_fx.view.drawing import drawing_of
 from hra_fx.view.html.data import items_of
-from hra_fx.view.html.rendering import as_json, render
-from hra_fx.view.options import Options
+from hra_fx.view.html.rendering import as_json
 
 
 def test_the_same_model_gives_the_same_bytes() -> None:
@@ -66,8 +63,3 @@ def test_every_layer_is_the_mark_of_one_box_and_a_repeat_has_the_paths_of_all_it
     paths = {item["label"]: item["paths"] for item in items}
     assert paths["blocks.0 … 2"] == ("blocks.0", "blocks.1", "blocks.2")
     assert paths["norm"] == ("blocks.0.norm", "blocks.1.norm", "blocks.2.norm")
-
-
-def test_an_unknown_module_is_refused() -> None:
-    with pytest.raises(VisualizeError, match=r"`focus`: the model has no module 'block\.1'; did you mean 'blocks\.1'"):
-        render(drawing_of(Net()), Options(focus="block.1"))
