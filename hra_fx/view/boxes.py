@@ -93,7 +93,7 @@ def _adapted(leaf: Leaf, heatmap: Heatmap) -> Box:
     words, heat = heatmap.strip(leaf)
     strip = _strip(leaf, words)
     wide = max(
-        width(name, NAME, bold=True) + _count_width(count), width(detail, DETAIL), width(strip, DETAIL, bold=True) + 12
+        width(name, NAME, bold=True) + count_width(count), width(detail, DETAIL), width(strip, DETAIL, bold=True) + 12
     )
     cells = heatmap.cells(leaf, wide) if len(leaf.marks) > 1 else NO_CELLS
     tip = clean_lines([f"{leaf.target}: {detail}", strip], [heatmap.line(mark.path) for mark in leaf.marks])
@@ -118,7 +118,7 @@ def _leaf(leaf: Leaf, heatmap: Heatmap) -> Box:
     letters = _PORT if leaf.kind in ("input", "output") else _LETTERS
     name, detail, count = shorten(clean(span(leaf)), letters), shorten(clean(leaf.detail), _LETTERS), _count(leaf)
     detail = "" if detail == name else detail
-    wide = width(name, NAME) + (7 + width(detail, DETAIL) if detail else 0) + _count_width(count) + 2 * _PAD
+    wide = width(name, NAME) + (7 + width(detail, DETAIL) if detail else 0) + count_width(count) + 2 * _PAD
     tip = clean_lines([f"{leaf.target} ({leaf.op})", leaf.detail, leaf.shape, *notes(leaf)])
     if leaf.kind in ("input", "output"):
         return Box("port", Size(max(wide, 60), 24), name, detail, tip, 0)
@@ -133,7 +133,7 @@ def _closed(scope: Scope, letter: str, heatmap: Heatmap) -> Box:
     words, _ = heatmap.strip(scope)
     detail += f" · {adapted} adapted" * bool(adapted) + f" · {words}" * bool(words)
     detail += f" · {len(skipped)} not adapted" * bool(skipped)
-    wide = max(width(name, NAME, bold=True) + _count_width(count), width(detail, DETAIL)) + (30 if letter else 0)
+    wide = max(width(name, NAME, bold=True) + count_width(count), width(detail, DETAIL)) + (30 if letter else 0)
     tip = clean_lines(
         [f"{scope.path or scope.name}: {scope.class_name}"],
         [heatmap.line(mark.path) for mark in scope.marks],
@@ -155,7 +155,7 @@ def _open(scope: Scope, blocks: tuple[Block, ...], heatmap: Heatmap, *, root: bo
         inner = layered(sizes, scope.edges, scope.inputs, scope.outputs)
     name, detail = shorten(clean(span(scope)), _LETTERS), shorten(clean(scope.class_name), _LETTERS)
     count = _count(scope)
-    title = width(name, NAME, bold=True) + 8 + width(detail, DETAIL) + _count_width(count) + 2 * _PAD
+    title = width(name, NAME, bold=True) + 8 + width(detail, DETAIL) + count_width(count) + 2 * _PAD
     if root:
         left, top, wide, high = 0.0, 0.0, inner.width, inner.height
     else:
@@ -188,7 +188,8 @@ def _count(item: Leaf | Scope) -> str:
     return f"× {item.count}" + (", sizes vary" if isinstance(item, Scope) and item.varied else "")
 
 
-def _count_width(count: str) -> float:
+def count_width(count: str) -> float:
+    """The width that the number of modules takes in a box."""
     return width(count, DETAIL, bold=True) + 22 if count else 0.0
 
 

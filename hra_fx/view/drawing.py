@@ -15,7 +15,7 @@ from hra_fx.view.graph import leaves_of
 from hra_fx.view.resolve_subject import find_subject, has_adapters
 from hra_fx.view.scopes import scope_tree
 from hra_fx.view.subject import Subject
-from hra_fx.view.tree import Leaf, Scope
+from hra_fx.view.tree import Leaf, Scope, prefixes
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,8 @@ def _mark(picture: nx.DiGraph[str], skipped: Mapping[str, str], trained: Collect
     layers = {*skipped, *trained}
     below: dict[str, list[str]] = {}  # path of a module -> the layers that it is or contains
     for path in (*skipped, *trained):
-        parts = path.split(".")
-        for end in range(len(parts)):
-            below.setdefault(".".join(parts[: end + 1]), []).append(path)
+        for module in prefixes(path):
+            below.setdefault(module, []).append(path)
     leaves: dict[str, Leaf] = dict(picture.nodes(data="leaf"))
     for key, leaf in leaves.items():
         # A graph of operators has no boxes of modules: a layer is shown where its parameters are read.

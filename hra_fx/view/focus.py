@@ -11,7 +11,7 @@ import networkx as nx
 
 from hra_fx.errors import VisualizeError
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.tree import Leaf, module_of
+from hra_fx.view.tree import Leaf, module_of, prefixes
 
 _SHOWN = 3
 
@@ -59,7 +59,7 @@ def _cut_out(picture: nx.DiGraph[str], focus: str, inside: dict[str, Leaf]) -> n
     """The leaves inside, one box for each value from outside, and one for each value that is read outside."""
     part: nx.DiGraph[str] = nx.DiGraph()
     graph = picture.graph
-    traced = _is_traced(focus, graph["traced"])
+    traced = not graph["traced"].isdisjoint(["", *prefixes(focus)])
     below = {path for path in graph["traced"] if path.startswith(f"{focus}.")}
     part.graph.update(graph, traced=frozenset(below | ({""} if traced else set())))
     part.graph["classes"] = {**graph["classes"], "": graph["classes"].get(focus, "")}
@@ -102,12 +102,6 @@ def _address(leaf: Leaf, inside: Mapping[str, int]) -> str:
 def _below(place: tuple[str, ...], focus: str) -> tuple[str, ...]:
     """A place without the focus and the modules around it."""
     return next((place[at + 1 :] for at, call in enumerate(place) if module_of(call) == focus), ())
-
-
-def _is_traced(path: str, roots: Iterable[str]) -> bool:
-    known = set(roots)
-    parts = path.split(".")
-    return any(".".join(parts[:end]) in known for end in range(len(parts) + 1))
 
 
 def _unknown(drawing: Drawing, focus: str, leaves: Iterable[Leaf]) -> str:

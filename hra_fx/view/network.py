@@ -7,6 +7,7 @@ from typing import Any
 
 import networkx as nx
 
+from hra_fx.reporting.heat import largest
 from hra_fx.reporting.row import Row
 from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.tree import Leaf
@@ -83,11 +84,12 @@ def _described(leaf: Leaf) -> dict[str, str | int]:
 
 def _measured(leaf: Leaf, every: list[Row]) -> dict[str, str | int | float]:
     rows = [row for row in every if row.active] or every
-    measures = {name: [getattr(row, name) for row in rows] for name in ("rotation", "mean_angle", "angle")}
+    names = ("rotation", "mean_angle", "angle") if rows else ()
+    measures = {name: largest(getattr(row, name) for row in rows) for name in names}
     return {
         "adapted_layers": "\n".join(mark.path for mark in leaf.marks),
         "adapters": "\n".join(dict.fromkeys(row.adapter for row in every)),
         "d": leaf.width,
         "r": leaf.rank,
-        **{name: max(values) for name, values in measures.items() if values and not any(map(math.isnan, values))},
+        **{name: value for name, value in measures.items() if not math.isnan(value)},
     }

@@ -10,7 +10,7 @@ import networkx as nx
 
 from hra_fx.view.describe import name_of
 from hra_fx.view.repeats import merge_repeats, runs_where
-from hra_fx.view.tree import Item, Leaf, Scope, contract, joined, module_of, splice
+from hra_fx.view.tree import Item, Leaf, Scope, contract, joined, module_of, prefixes, splice
 
 #: The names of several leaves in one box are listed up to this length.
 _LETTERS_SHOWN = 28
@@ -65,7 +65,7 @@ class _Nesting:
             path=path,
             name=name,
             class_name=self.picture.graph["classes"].get(path, ""),
-            eager=not self._is_traced(path),
+            eager=self.picture.graph["traced"].isdisjoint(["", *prefixes(path)]),
             items=tuple(self._item(group, members[group], depth) for group in order),
             edges=tuple(sorted({(place[a], place[b]) for a, b in _between(self.picture, groups)})),
             inputs=tuple(sorted({place[groups[key]] for key in entering})),
@@ -73,11 +73,6 @@ class _Nesting:
             paths=(path,) if path else (),
         )
         return _open_small(merge_repeats(_gather_plain(_join_operations(scope))))
-
-    def _is_traced(self, path: str) -> bool:
-        parts = path.split(".") if path else []
-        roots = self.picture.graph["traced"]
-        return any(".".join(parts[:end]) in roots for end in range(len(parts) + 1))
 
     def _ports(self, path: str, keys: list[str]) -> tuple[set[str], set[str], list[str]]:
         """Leaves that read from outside, leaves that are read outside, and all leaves but the ports that the border of

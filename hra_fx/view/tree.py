@@ -213,6 +213,16 @@ def splice(scope: Scope, small: Callable[[Scope], bool], rename: Callable[[str, 
     return replace(scope, items=tuple(items), edges=tuple(sorted(edges)), inputs=inputs, outputs=outputs)
 
 
+def prefixes(path: str) -> list[str]:
+    """The qualified names of a module and of those around it, outermost first.
+
+    >>> prefixes("a.b.c"), prefixes("")
+    (['a', 'a.b', 'a.b.c'], [])
+    """
+    parts = path.split(".") if path else []
+    return [".".join(parts[: end + 1]) for end in range(len(parts))]
+
+
 def module_of(call: str) -> str:
     """The module of a place: the n-th call of a module has `@n` appended.
 
