@@ -18,22 +18,12 @@ from torch import Tensor, fx, nn
 from hra_fx.export.weight_uses import normalize_path
 from hra_fx.layers.target import NodeTag
 from hra_fx.view.describe import describe_module, name_of, own_parameters
-from hra_fx.view.subject import Subject, subject_of
+from hra_fx.view.subject import Subject
 from hra_fx.view.tree import Leaf, Mark, joined, module_of, prefixes
 from hra_fx.view.values import Value, function_name, pass_through, read, shape_and_dtype, tag_of
 
 #: The key of a graph that is one piece of a call, not the graph of a module.
 _PIECE = re.compile(r"call\[\d+\]")
-
-
-def adapted_graph(model: nn.Module, graphs: Mapping[str, fx.GraphModule]) -> nx.DiGraph[str]:
-    """The leaves of a model and of graphs that were traced from it; see `leaves_of`.
-
-    Args:
-        model: a model, transformed or plain.
-        graphs: module path -> traced graph, as `hra_fx.graphs` returns them.
-    """
-    return leaves_of(subject_of(model, graphs))
 
 
 def leaves_of(subject: Subject) -> nx.DiGraph[str]:
