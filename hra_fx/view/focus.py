@@ -65,7 +65,8 @@ def _cut_out(picture: nx.DiGraph[str], focus: str, inside: dict[str, Leaf]) -> n
     part.graph["classes"] = {**graph["classes"], "": graph["classes"].get(focus, "")}
     address = _addresses(picture)
     for source in dict.fromkeys(source for key in inside for source in picture.pred[key] if source not in inside):
-        part.add_node(f"from:{source}", leaf=_port("input", f"from {address[source]}"))
+        name = f"from {address[source]}"
+        part.add_node(f"from:{source}", leaf=Leaf(name, "", "input", "placeholder", name, ()))
         part.add_edges_from((f"from:{source}", key) for key in picture.succ[source] if key in inside)
     for key, leaf in inside.items():
         part.add_node(key, leaf=replace(leaf, place=_below(leaf.place, focus)))
@@ -75,14 +76,9 @@ def _cut_out(picture: nx.DiGraph[str], focus: str, inside: dict[str, Leaf]) -> n
         if readers:
             more = f" + {len(readers) - 1}" if len(readers) > 1 else ""
             part.add_edge(key, f"to:{key}")
-            part.nodes[f"to:{key}"]["leaf"] = _port("output", f"to {address[readers[0]]}{more}")
+            name = f"to {address[readers[0]]}{more}"
+            part.nodes[f"to:{key}"]["leaf"] = Leaf(name, "", "output", "output", name, ())
     return part
-
-
-def _port(kind: str, name: str) -> Leaf:
-    if kind == "input":
-        return Leaf(name, "", "input", "placeholder", name, ())
-    return Leaf(name, "", "output", "output", name, ())
 
 
 def _addresses(picture: nx.DiGraph[str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from hra_fx.errors import VisualizeError
 from hra_fx.reporting.colormap import ink_on
@@ -85,12 +86,8 @@ def _text(drawing: Drawing, block: Block, heatmap: Heatmap) -> tuple[str, int]:
     return "\n".join([*lines, *flow.styles()]) + "\n", len(flow.edges)
 
 
-@dataclass(frozen=True)
-class _Ends:
-    """The nodes at which edges enter and leave a part."""
-
-    enter: str
-    leave: str
+#: The nodes at which edges enter and leave a part.
+_Ends: TypeAlias = tuple[str, str]
 
 
 @dataclass
@@ -113,14 +110,14 @@ class _Flowchart:
             lines += more
             ends.append(end)
         if not isinstance(block.item, Scope):
-            return lines, _Ends("", "")
-        self.edges.update(((ends[i].leave, ends[j].enter), None) for i, j in block.item.edges)
-        enter = [ends[i].enter for i in block.item.inputs]
-        leave = [ends[i].leave for i in block.item.outputs]
+            return lines, ("", "")
+        self.edges.update(((ends[i][1], ends[j][0]), None) for i, j in block.item.edges)
+        enter = [ends[i][0] for i in block.item.inputs]
+        leave = [ends[i][1] for i in block.item.outputs]
         into, out = self._port(enter, lines, indent), self._port(leave, lines, indent)
         self.edges.update(((into, inner), None) for inner in enter if inner != into)
         self.edges.update(((inner, out), None) for inner in leave if inner != out)
-        return lines, _Ends(into, out)
+        return lines, (into, out)
 
     def _port(self, inner: list[str], lines: list[str], indent: str) -> str:
         """The node at which edges cross a border: the only one inside that they reach, else a dot."""
@@ -139,8 +136,8 @@ class _Flowchart:
         item, look = part.item, _look(part)
         if part.parts is not None:
             name = self._name("m", look)
-            lines, ends = self._parts(part, indent + "  ")
-            border = _Ends(ends.enter or name, ends.leave or name)
+            lines, (enter, leave) = self._parts(part, indent + "  ")
+            border = (enter or name, leave or name)
             return [f'{indent}subgraph {name}["{_label(item)}"]', *lines, f"{indent}end"], border
         trained = look in ("plain", "eager") and item.trained
         name = self._name("n", "trained" if trained else look)
@@ -153,7 +150,7 @@ class _Flowchart:
         # One line for all layers of a box, because comments count towards the limits too.
         layers = " ".join(escape(mark.path).replace(" ", "#32;") for mark in item.marks)
         comment = [f"{indent}%% {name}: {layers}"] if layers else []
-        return [f'{indent}{name}{opening}"{label}"{closing}', *comment], _Ends(name, name)
+        return [f'{indent}{name}{opening}"{label}"{closing}', *comment], (name, name)
 
     def styles(self) -> Iterator[str]:
         """The colors of boxes, readable on light and dark pages."""
