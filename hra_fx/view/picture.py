@@ -8,9 +8,7 @@ from typing import Any
 
 from hra_fx.atomic_write import write_output_file
 from hra_fx.view.drawing import drawing_of
-from hra_fx.view.focus import focused
-from hra_fx.view.formats import picture_file, renderer
-from hra_fx.view.heatmap import heatmap_of
+from hra_fx.view.formats import picture_file, rendered
 from hra_fx.view.options import Options
 
 
@@ -57,9 +55,5 @@ def visualize(
         '<?xml version="1.0" encoding="UTF-8"?>'
     """
     file, options = picture_file(path), Options(depth, focus, heat)
-    render = renderer(file)
-    drawing = drawing_of(model, example_inputs)
-    heatmap_of(focused(drawing, options.focus), options.heat)  # the same errors for all formats
-    content = render(drawing, options)
-    write_output_file(file, content if isinstance(content, bytes) else content.encode("utf-8"))
+    write_output_file(file, rendered(file, drawing_of(model, example_inputs), options))
     return file
