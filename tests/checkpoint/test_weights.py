@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import struct
 from pathlib import Path
@@ -69,13 +68,6 @@ def test_integers_scalars_and_empty_tensors_are_let_through(path: Path) -> None:
     path.write_bytes(content(saved))
     tensors, _ = read(path)
     assert all(torch.equal(tensors[key], saved[key]) for key in saved)
-
-
-def test_packed_floats_of_four_bits_are_let_through(path: Path) -> None:
-    header = json.dumps({"packed": {"dtype": "F4", "shape": [2, 4], "data_offsets": [0, 4]}}).encode()
-    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(range(4)))
-    tensors, _ = read(path)
-    assert bytes(tensors["packed"].view(torch.uint8).flatten().tolist()) == bytes(range(4))
 
 
 def test_the_tensors_are_no_windows_into_the_file(path: Path) -> None:

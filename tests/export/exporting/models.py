@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import torch
 import torchvision
 import transformers
+from diffusion_models import unet
 from torch import Tensor, nn
 
 import hra_fx
@@ -82,20 +82,6 @@ def noised(batch: int, length: int) -> tuple[Tensor, ...]:
 
 def config(*targets: str, **fields: Any) -> hra_fx.HRAConfig:
     return hra_fx.HRAConfig(**({"r": 4, "target_modules": list(targets)} | fields))
-
-
-def unet() -> nn.Module:
-    made: nn.Module = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=4,
-        norm_num_groups=4,
-    )
-    return made
 
 
 def opt() -> nn.Module:
