@@ -86,7 +86,8 @@ def test_reflections_that_nearly_cancel_each_other_pass(tmp_path: Path, dtype: t
     near = torch.randn(64, 1, dtype=torch.float64, generator=generator)
     near = near + spread * torch.randn(64, 63, dtype=torch.float64, generator=generator)
     save_file({"base_model.model.0.hra_u": near}, adapter / "adapter_model.safetensors", {"format": "pt"})
-    hra_fx.fold_checkpoint(tmp_path / "base", adapter, tmp_path / "out", columns=[], verify=True)
+    report = hra_fx.fold_checkpoint(tmp_path / "base", adapter, tmp_path / "out", columns=[], verify=True)
+    assert 0 <= report.rounding < max(torch.finfo(dtype).eps / 2, 1e-15)
     folded = load_file(tmp_path / "out" / "model.safetensors")["0.weight"]
     assert relative_error(folded, dense_weight(weight, dense_q(near))) < max(torch.finfo(dtype).eps, 1e-12)
 
