@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from hra_fx.errors import AdapterError, CaptureError
-from hra_fx.model.example_inputs import fresh, normalize_inputs, preserve_rng_state
+from hra_fx.model.example_inputs import Call, fresh, normalize_inputs, preserve_rng_state
 from hra_fx.tracing.graph_module import graph_module
 from hra_fx.tracing.trace import Traced, trace
 from hra_fx.tracing.unchanged import Snapshot
@@ -59,17 +59,34 @@ def trace_model(model: nn.Module, layers: Collection[nn.Module], example_inputs:
                 f"torch.fx cannot trace {type(model).__name__}: {error.reason}. Pass example_inputs to capture a call "
                 "with torch.export, or leave out trace=True."
             ) from error
-    return _exported(model, example_inputs)
+    advice = "Leave out trace=True: the adapted layers work without a graph."
+    return export_call(model, normalize_inputs(example_inputs), advice)
 
 
-def _exported(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
-    """The graph of one call, by torch.export.
+def export_call(model: nn.Module, call: Call, advice: str) -> fx.GraphModule:
+    """Capture one call of a model with `torch.export`.
 
     With `strict=True` TorchDynamo reads the Python code: it is two to five times slower, and warns about the outputs
     that transformers collects in a global. Without it the forward runs on tensors without values, so what that leaves
     behind in the model is removed.
+
+    Args:
+        model: the model; it is not changed.
+        call: the example call.
+        advice: what to do where `torch.export` refuses.
+
+    Returns:
+        A graph of ATen operators over the model's own parameters and buffers, which is called as the model is.
+
+    Raises:
+        AdapterError: `torch.export` cannot capture the call.
+
+    Example:
+        >>> module = export_call(nn.Linear(6, 8), ((torch.ones(1, 6),), {}), "")
+        >>> [node.name for node in module.graph.find_nodes(op="get_attr")]
+        ['weight', 'bias']
     """
-    args, kwargs = fresh(normalize_inputs(example_inputs))
+    args, kwargs = fresh(call)
     with ExitStack() as restore:
         restore.callback(Snapshot(model).restore)
         restore.enter_context(preserve_rng_state())
@@ -80,7 +97,6 @@ def _exported(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
         except Exception as error:
             line = str(error).strip().split("\n")[0]
             raise AdapterError(
-                f"torch.export cannot capture {type(model).__name__} ({type(error).__name__}: {line[:160]}). Leave out "
-                "trace=True: the adapted layers work without a graph."
+                f"torch.export cannot capture {type(model).__name__} ({type(error).__name__}: {line[:160]}). {advice}"
             ) from error
     return captured  # type: ignore[no-any-return]
