@@ -17,7 +17,8 @@ from hra_fx.export.insert import find_rotate_nodes, remove_rotation
 from hra_fx.export.inspect import adapter_layers
 from hra_fx.export.match import GraphLayer, find_layers, group_tied, module_classes, parent_path
 from hra_fx.export.skeleton import build_skeleton
-from hra_fx.layers.target import META, REFLECTION, NodeTag
+from hra_fx.export.weight_uses import normalize_path
+from hra_fx.layers.target import META, REFLECTION, LayerKind, NodeTag
 from hra_fx.reporting.row import Row
 from hra_fx.view.subject import LayerFacts, Subject, known_rotations, subject_of
 
@@ -130,3 +131,15 @@ def _tag(path: str, layer: GraphLayer) -> None:
     """Tag the operators that read the weight of an adapted layer."""
     for use in layer.uses:
         use.consumer.meta[META] = NodeTag(path, layer.kind, "layer")
+
+
+def _tag_inside(graph: fx.Graph, path: str, kind: LayerKind) -> None:
+    """Tag the operators in the forward of an adapted layer: the last one is the layer."""
+    calls: dict[str, fx.Node] = {}
+    for node in graph.nodes:
+        for call, _ in (node.meta.get("nn_module_stack") or {}).values():
+            if normalize_path(call).partition("@")[0] == path:
+                node.meta[META] = NodeTag(path, kind, "reflection")
+                calls[call] = node
+    for node in calls.values():
+        node.meta[META] = NodeTag(path, kind, "layer")
