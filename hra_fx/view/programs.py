@@ -19,6 +19,8 @@ from hra_fx.export.match import GraphLayer, find_layers, group_tied, module_clas
 from hra_fx.export.skeleton import build_skeleton
 from hra_fx.export.weight_uses import normalize_path
 from hra_fx.layers.target import META, REFLECTION, LayerKind, NodeTag
+from hra_fx.layers.variants import QuantizedAdapters
+from hra_fx.model.state import adapted_layers
 from hra_fx.reporting.row import Row
 from hra_fx.view.subject import LayerFacts, Subject, known_rotations, subject_of
 
@@ -68,11 +70,13 @@ def subject_of_call(model: nn.Module, module: fx.GraphModule, rows: Iterable[Row
         rows: the rows of the model's report.
     """
     subject = subject_of(model, {"": module}, rows)
-    for path, layer in _remove_rotations(
-        module, _own_tensors(dict(module.named_parameters(remove_duplicate=False)))
-    ).items():
+    own = _own_tensors(dict(module.named_parameters(remove_duplicate=False)))
+    for path, layer in _remove_rotations(module, own).items():
         if path in subject.aliases:
             _tag(subject.aliases[path], layer)
+    for path, adapted in adapted_layers(model).items():
+        if isinstance(adapted.hra_u, QuantizedAdapters):
+            _tag_inside(module.graph, path, adapted.hra_u.kind)
     return subject
 
 
