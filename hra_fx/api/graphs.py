@@ -9,15 +9,15 @@ from torch import fx, nn
 from hra_fx.export.adapted_call import capture_call
 from hra_fx.model.example_inputs import normalize_inputs
 from hra_fx.tracing.graphs import adapted_graphs
+from hra_fx.tracing.trace_model import is_graph_of_call
 
 
 def graphs(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.GraphModule]:
     """Trace a transformed model, with the reflections of its adapted layers in the graphs.
 
     Without example inputs, torch.fx traces the whole model, or the largest parts that it can trace. These graphs are
-    valid in train and eval mode. With example inputs the result is always one graph: that of torch.fx if it can trace
-    the whole model, else that of the call, which `torch.export` captures as in
-    `transform(model, config, trace=True, example_inputs=...)`.
+    valid in train and eval mode. With example inputs the result is always one graph, as in graph mode: `torch.export`
+    captures the call where torch.fx cannot trace the whole model, or where the call gives optional arguments.
 
     A graph of `torch.export` consists of ATen operators, with one node `hra_fx::rotate` for each active adapter of a
     layer, which has a `NodeTag` in `meta["hra"]`. It is called as the model is, and returns what the model returns,
@@ -43,6 +43,9 @@ def graphs(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.GraphMo
         ['0.hra_u', '0', '1']
     """
     traced = adapted_graphs(model)
-    if example_inputs is None or list(traced) == [""]:
+    if example_inputs is None:
         return traced
-    return {"": capture_call(model, normalize_inputs(example_inputs))}
+    call = normalize_inputs(example_inputs)
+    if "" in traced and is_graph_of_call(model, traced[""].graph, call):
+        return traced
+    return {"": capture_call(model, call)}

@@ -14,13 +14,27 @@ from torch import fx, nn
 from hra_fx.errors import AdapterError, CaptureError
 from hra_fx.model.example_inputs import Call, fresh, normalize_inputs, preserve_rng_state
 from hra_fx.tracing.graph_module import graph_module
-from hra_fx.tracing.trace import Traced, trace
+from hra_fx.tracing.trace import trace
 from hra_fx.tracing.unchanged import Snapshot
 
 
-def _is_called_so(model: nn.Module, traced: Traced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call gives the placeholders of a graph only; in the graph, optional arguments have their defaults."""
-    names = [str(node.target) for node in traced.graph.find_nodes(op="placeholder")]
+def is_graph_of_call(model: nn.Module, graph: fx.Graph, call: Call) -> bool:
+    """Whether a graph of torch.fx is that of a call; optional arguments have their defaults in the graph.
+
+    Args:
+        model: the model; the graph of a `GraphModule` is its own, with all arguments.
+        graph: the graph of the whole model.
+        call: the call.
+
+    Example:
+        >>> model = nn.Linear(6, 8)
+        >>> is_graph_of_call(model, trace(model, []).graph, ((torch.ones(1, 6),), {}))
+        True
+    """
+    if isinstance(model, fx.GraphModule):
+        return True
+    args, kwargs = call
+    names = [str(node.target) for node in graph.find_nodes(op="placeholder")]
     try:
         given = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
     except TypeError:
@@ -51,7 +65,7 @@ def trace_model(model: nn.Module, layers: Collection[nn.Module], example_inputs:
     """
     try:
         traced = trace(model, layers)
-        if example_inputs is None or _is_called_so(model, traced, *normalize_inputs(example_inputs)):
+        if example_inputs is None or is_graph_of_call(model, traced.graph, normalize_inputs(example_inputs)):
             return graph_module(model, traced)
     except CaptureError as error:
         if example_inputs is None:

@@ -51,12 +51,12 @@ def drawing_of(model: Any, example_inputs: Any = None) -> Drawing:
     Args:
         model: a module, transformed, plain or folded, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`. A
             wrapper of a whole model (DDP, `torch.compile`) is removed.
-        example_inputs: inputs of one call, for shapes. Where torch.fx cannot trace the whole model, `torch.export`
-            captures this call.
+        example_inputs: inputs of one call, for shapes. `torch.export` captures this call where torch.fx cannot trace
+            the whole model, or where the call gives optional arguments.
 
     Raises:
         VisualizeError: the model has another type, or does not take example inputs.
-        AdapterError: torch.fx cannot trace the model, and `torch.export` cannot capture the call.
+        AdapterError: `torch.export` is needed for the call, and cannot capture it.
     """
     model = unwrap(model)
     found = report(model) if has_adapters(model) else None

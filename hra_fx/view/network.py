@@ -31,15 +31,15 @@ def to_networkx(model: Any, example_inputs: Any = None) -> nx.DiGraph[str]:
 
     Args:
         model: a module, transformed, plain or folded, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`.
-        example_inputs: inputs of one call, for shapes. Where torch.fx cannot trace the whole model, `torch.export`
-            captures this call.
+        example_inputs: inputs of one call, for shapes. `torch.export` captures this call where torch.fx cannot trace
+            the whole model, or where the call gives optional arguments.
 
     Returns:
         An acyclic DiGraph. Edges are the flow of values. The graph has the attributes `title` and `facts`.
 
     Raises:
         VisualizeError: the model has another type, or does not take example inputs.
-        AdapterError: torch.fx cannot trace the model, and `torch.export` cannot capture the call.
+        AdapterError: `torch.export` is needed for the call, and cannot capture it.
 
     Example:
         >>> from torch import nn

@@ -16,6 +16,7 @@ from hra_fx.model.graph_module import tag_adapted_layers
 from hra_fx.model.state import adapted_layers
 from hra_fx.reporting.row import Row
 from hra_fx.tracing.graphs import adapted_graphs, plain_graphs
+from hra_fx.tracing.trace_model import is_graph_of_call
 from hra_fx.view.programs import subject_of_call, subject_of_captured, subject_of_program
 from hra_fx.view.shapes import note_shapes
 from hra_fx.view.subject import Subject, subject_of
@@ -38,7 +39,7 @@ def find_subject(model: Any, example_inputs: Any = None, rows: Collection[Row] =
 
     Raises:
         VisualizeError: the model has another type, is a single adapted layer, or does not take example inputs.
-        AdapterError: torch.fx cannot trace the model, and `torch.export` cannot capture the call.
+        AdapterError: `torch.export` is needed for the call, and cannot capture it.
     """
     if is_captured(model):
         if example_inputs is not None:
@@ -59,7 +60,7 @@ def find_subject(model: Any, example_inputs: Any = None, rows: Collection[Row] =
     found = _traced(model)
     if example_inputs is not None:
         call = normalize_inputs(example_inputs)
-        if "" not in found:
+        if "" not in found or not is_graph_of_call(model, found[""].graph, call):
             return subject_of_call(model, capture_call(model, call), rows)
         note_shapes(found[""], call)
     return subject_of(model, found, rows)

@@ -61,9 +61,21 @@ def test_a_unet_of_diffusers_is_one_graph() -> None:
     check_call(adapted(model, r".*(to_q|to_v|conv1|conv_in|conv_out)"), inputs)
 
 
-def test_a_model_that_fx_traces_whole_gives_the_graph_of_fx() -> None:
-    model = adapted(nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), ["0"])
+class Scaled(nn.Module):
+    """fx traces it, with the optional argument at its default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.conv(x) * scale
+
+
+def test_a_call_that_the_graph_of_fx_covers_gives_that_graph() -> None:
+    model = adapted(Scaled().double(), ["conv"])
     assert hra_fx.graphs(model, image())[""].code == hra_fx.graphs(model)[""].code
+    assert rotations_in(check_call(model, (image(), 3.0))) == {"conv": 1}
 
 
 @pytest.mark.parametrize("fields", [{}, {"r": 3}, {"apply_GS": True}, {"r": 3, "init_weights": False}], ids=str)
