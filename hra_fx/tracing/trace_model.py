@@ -1,4 +1,4 @@
-"""One GraphModule for a whole plain model: by torch.fx, or from an example call by torch.export."""
+"""One GraphModule for a whole model: by torch.fx, or from an example call by torch.export."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from hra_fx.errors import AdapterError, CaptureError
-from hra_fx.model.example_inputs import Call, fresh, normalize_inputs, preserve_rng_state
+from hra_fx.model.example_inputs import Call, clone_inputs, normalize_inputs, preserve_rng_state
 from hra_fx.tracing.graph_module import graph_module
 from hra_fx.tracing.trace import trace
 from hra_fx.tracing.unchanged import Snapshot
@@ -100,7 +100,7 @@ def export_call(model: nn.Module, call: Call, advice: str) -> fx.GraphModule:
         >>> [node.name for node in module.graph.find_nodes(op="get_attr")]
         ['weight', 'bias']
     """
-    args, kwargs = fresh(call)
+    args, kwargs = clone_inputs(call)
     with ExitStack() as restore:
         restore.callback(Snapshot(model).restore)
         restore.enter_context(preserve_rng_state())
