@@ -154,4 +154,4 @@ def _computes_shape(node: fx.Node, before: Value) -> bool:
     if isinstance(value, int | float | torch.SymInt | torch.SymFloat | torch.SymBool) and not isinstance(value, Tensor):
         return True
     module = getattr(node.target, "__module__", "")
-    return before.is_shape and module in ("_operator", "operator", "builtins", "math", "_warnings", "warnings")
+    return before.is_shape and module in ("_operator", "operator", "builtins", "math")
