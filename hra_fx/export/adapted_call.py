@@ -52,7 +52,7 @@ def capture_call(model: nn.Module, call: Call) -> fx.GraphModule:
         >>> from hra_fx import HRAConfig, transform
         >>> model = transform(nn.Sequential(nn.Linear(6, 8)), HRAConfig(r=2, target_modules=["0"]))
         >>> module = capture_call(model, ((torch.ones(1, 6),), {}))
-        >>> [node.name for node in module.graph.find_nodes(op="call_function")]
+        >>> [node.name for node in module.graph.nodes if node.op == "call_function"]
         ['rotate', 'linear']
     """
     layers = adapted_layers(model)

@@ -109,7 +109,8 @@ def _subject(module: fx.GraphModule, tensors: Mapping[str, Tensor], known: Mappi
         width, detail = int(layer.chain.shape[0]), layer.description.replace("->", "→")
         rotation = known.get(layer.path, math.nan)
         shown = None if math.isnan(rotation) else rotation
-        layers[layer.path] = LayerFacts(detail, width, layer.r, shown, parameters, vectors=width * layer.r)
+        rank = layer.r + (layers[layer.path].rank if layer.path in layers else 0)  # a weight may have several adapters
+        layers[layer.path] = LayerFacts(detail, width, rank, shown, parameters, vectors=width * rank)
         if layer.path in found:
             _tag(layer.path, found[layer.path])
     return Subject(

@@ -159,13 +159,17 @@ def test_only_the_adapted_layer_of_a_tied_weight_is_rotated() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_report_and_fold_work_on_a_graph_of_several_adapters() -> None:
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # torch's own, in a deepcopy
+def test_report_visualize_and_fold_work_on_a_graph_of_several_adapters() -> None:
     model = branching()
+    ranks = {"conv": 5, "head": 5, "attention": 2, "attention.out_proj": 2}
     hra_fx.add_adapter(model, "other", hra_fx.HRAConfig(r=3, target_modules=["conv", "head"]))
     hra_fx.set_adapter(turned(model), ["default", "other"])
     graph = hra_fx.graphs(model, image())[""]
     described = {(row.path, row.adapter, row.layer_type, row.r) for row in hra_fx.report(graph)}
     assert described == {(row.path, row.adapter, row.layer_type, row.r) for row in hra_fx.report(model)}
+    boxes = [data for _, data in hra_fx.to_networkx(graph).nodes(data=True) if data["kind"] == "adapted_layer"]
+    assert {data["target"]: data["r"] for data in boxes} == {row.path: ranks[row.path] for row in hra_fx.report(model)}
     folded = hra_fx.fold(graph)
     torch.testing.assert_close(tensors_in(folded(image())), tensors_in(model(image())), rtol=1e-12, atol=1e-12)
     assert not rotations_in(folded)
