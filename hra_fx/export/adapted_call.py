@@ -56,8 +56,7 @@ def capture_call(model: nn.Module, call: Call) -> fx.GraphModule:
         ['rotate', 'linear']
     """
     layers = adapted_layers(model)
-    rotated = {path: layer for path, layer in layers.items() if not isinstance(layer.hra_u, QuantizedAdapters)}
-    with _plain_layers(model, rotated):
+    with _plain_layers(model, [part for part in layers.values() if not isinstance(part.hra_u, QuantizedAdapters)]):
         captured = export_call(model, call, _ADVICE)
     paths = {layer: path for path, layer in layers.items()}
     own_names: dict[fx.Node, str] = {}
@@ -74,7 +73,7 @@ def capture_call(model: nn.Module, call: Call) -> fx.GraphModule:
 
 
 @contextmanager
-def _plain_layers(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> Iterator[None]:
+def _plain_layers(model: nn.Module, layers: Collection[AdaptedLayer]) -> Iterator[None]:
     """A block in which layers have their original class, and `W Q` in place of their weight while the model runs.
 
     `W Q` is computed once for a call of the model, before its forward, so that a layer that is called twice, or whose
@@ -87,10 +86,10 @@ def _plain_layers(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> Itera
                 undo.callback(setattr, part, "graph", part.graph)
                 part.graph = copy.deepcopy(part.graph)
                 restore(part)
-        for layer in layers.values():
+        for layer in layers:
             undo.callback(setattr, layer, "__class__", type(layer))
             unswap(layer, layer_class_for(layer))
-        model.forward = _with_rotated_weights(model.forward, layers.values())
+        model.forward = _with_rotated_weights(model.forward, layers)
         yield
 
 
@@ -116,8 +115,8 @@ def _rotated_weight(layer: AdaptedLayer) -> Tensor:
         if name not in adapters.scales:
             vectors, anchor, apply_GS = adapters[name], adapters.anchor(name), adapters.specs[name].apply_GS
             weight = ROTATE(weight, vectors, anchor, apply_GS, adapters.columns)
-        elif adapters.scales[name]:
-            weight = ROTATE(weight, adapters.chain(name), None, False, adapters.columns)
+        elif (chain := adapters.chain(name)).shape[1]:  # at scale 0 there are no vectors
+            weight = ROTATE(weight, chain, None, False, adapters.columns)
     return weight
 
 
