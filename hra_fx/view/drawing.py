@@ -51,11 +51,12 @@ def drawing_of(model: Any, example_inputs: Any = None) -> Drawing:
     Args:
         model: a module, transformed, plain or folded, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`. A
             wrapper of a whole model (DDP, `torch.compile`) is removed.
-        example_inputs: inputs of one call: for shapes, and for a whole graph by TorchDynamo if fx cannot trace it.
+        example_inputs: inputs of one call, for shapes. `torch.export` captures this call where torch.fx cannot trace
+            the whole model, or where the call gives optional arguments.
 
     Raises:
         VisualizeError: the model has another type, or does not take example inputs.
-        AdapterError: the model does not run on the inputs, or TorchDynamo cannot trace the call.
+        AdapterError: `torch.export` is needed for the call, and cannot capture it.
     """
     model = unwrap(model)
     found = report(model) if has_adapters(model) else None
@@ -100,8 +101,6 @@ def _facts(subject: Subject) -> str:
 
 def _traced(subject: Subject) -> str:
     """What of the model is drawn as a graph."""
-    if subject.of_call:
-        return "graph of one call" if "" in subject.graphs else f"one call in {len(subject.graphs)} graphs"
     if "" in subject.graphs:
         return "traced as one graph"
     modules = len(subject.graphs.keys() - subject.layers.keys())

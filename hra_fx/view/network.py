@@ -31,14 +31,15 @@ def to_networkx(model: Any, example_inputs: Any = None) -> nx.DiGraph[str]:
 
     Args:
         model: a module, transformed, plain or folded, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`.
-        example_inputs: inputs of one call: for shapes, and for a whole graph by TorchDynamo if fx cannot trace it.
+        example_inputs: inputs of one call, for shapes. `torch.export` captures this call where torch.fx cannot trace
+            the whole model, or where the call gives optional arguments.
 
     Returns:
         An acyclic DiGraph. Edges are the flow of values. The graph has the attributes `title` and `facts`.
 
     Raises:
         VisualizeError: the model has another type, or does not take example inputs.
-        AdapterError: the model does not run on the inputs, or TorchDynamo cannot trace the call.
+        AdapterError: `torch.export` is needed for the call, and cannot capture it.
 
     Example:
         >>> from torch import nn

@@ -30,8 +30,9 @@ def visualize(
     Args:
         model: a module, transformed, plain or folded, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`.
         path: the file; its folder must exist.
-        example_inputs: inputs of one call: for shapes, and for a whole graph by TorchDynamo if fx cannot trace it.
-            Without them, modules that fx cannot trace are drawn without edges.
+        example_inputs: inputs of one call, for shapes. `torch.export` captures this call where torch.fx cannot trace
+            the whole model, or where the call gives optional arguments. Without them, modules that torch.fx cannot
+            trace are drawn without edges.
         depth: number of module levels that are open: 0 shows the model with its children closed. `None` leaves it to
             the format: pictures fit a page, files for other programs contain everything.
         focus: qualified name of a module, to draw only that module and the values that enter and leave it.
@@ -44,7 +45,7 @@ def visualize(
     Raises:
         VisualizeError: unknown file ending, no such folder, a library that is not installed, options that do not fit
             the model, or a graph that is too large for the format.
-        AdapterError: the model does not run on the example inputs, or TorchDynamo cannot trace the call.
+        AdapterError: `torch.export` is needed for the call, and cannot capture it.
 
     Example:
         >>> import hra_fx, tempfile, torch

@@ -47,7 +47,7 @@ class Mixed(nn.Module):
 
 
 class MixedUntraced(Mixed):
-    """A branch on a shape that fx cannot trace, and TorchDynamo can."""
+    """A branch on a shape that fx cannot trace, and torch.export can."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(1 * x if x.shape[0] > 1 else x)
