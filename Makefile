@@ -26,11 +26,6 @@ LOWEST_PYTHON ?= $(call runnable,python3.10 python3.11 python3.12)
 NEWEST_PYTHON ?= $(call runnable,python3.13)
 VERSION_TESTS := tests/functional tests/kernels tests/layers tests/passes tests/api tests/tracing tests/export \
 	tests/model tests/zoo/test_zoo.py tests/test_versions.py
-# torch.compile of the lowest torch has no `isolate_recompiles`; T5 of the lowest transformers breaks the graph.
-GRAPHS        := tests/tracing/test_whole_graphs.py
-LOWEST_FLAGS  := --deselect $(GRAPHS)::test_recordings_do_not_count_against_the_limit_of_recompiles_of_the_user \
-	--deselect "$(GRAPHS)::test_a_model_of_transformers_is_one_graph[t5]"
-NEWEST_FLAGS  :=
 
 export HF_HUB_OFFLINE := 1
 
@@ -64,16 +59,16 @@ test-all: test ## Run all tests, the slow ones too.
 test-versions: test-lowest test-newest ## Run a part of the tests with the lowest and the newest supported releases.
 
 test-lowest: $(LOWEST)/test.stamp
-	$(call run-versions,$(LOWEST),$(LOWEST_FLAGS))
+	$(call run-versions,$(LOWEST))
 
 test-newest: $(NEWEST)/bin/python
 	@echo "Installing the newest releases into $(NEWEST) ..."
 	$(NEWEST)/bin/python -m pip $(PIP_FLAGS) install --upgrade --upgrade-strategy eager --editable '.[test]'
-	$(call run-versions,$(NEWEST),$(NEWEST_FLAGS))
+	$(call run-versions,$(NEWEST))
 
 define run-versions
 @$(1)/bin/python -c 'import platform, importlib.metadata as m; print("Python", platform.python_version(), *(f"{n} {m.version(n)}" for n in ("torch", "transformers", "peft")))'
-OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 -m "not slow" $(2) $(VERSION_TESTS) $(PYTEST_FLAGS)
+OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 -m "not slow" $(VERSION_TESTS) $(PYTEST_FLAGS)
 endef
 
 zoo: $(VENV)/test.stamp ## Check every model of the zoo (an hour), and write docs/zoo.md.

@@ -31,6 +31,7 @@ from hra_fx.version import VERSION
 
 if TYPE_CHECKING:
     from hra_fx.api.fold import fold as fold
+    from hra_fx.api.graphs import graphs as graphs
     from hra_fx.api.load import load_adapter as load_adapter
     from hra_fx.api.peft_model import HRAModel as HRAModel
     from hra_fx.api.transform import transform as transform
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
     from hra_fx.model.switch import disable_adapters as disable_adapters, set_adapter as set_adapter
     from hra_fx.reporting.report import report as report
     from hra_fx.reporting.result import Report as Report
-    from hra_fx.tracing.graphs import graphs as graphs
     from hra_fx.view import visualize as visualize
     from hra_fx.view.network import to_networkx as to_networkx
 
@@ -73,7 +73,7 @@ _HOMES = {
     "fold": "api.fold",
     "fold_checkpoint": "checkpoint.disk.fold",
     "freeze": "export.freeze",
-    "graphs": "tracing.graphs",
+    "graphs": "api.graphs",
     "load_adapter": "api.load",
     "lower": "export.lower",
     "make_swappable": "export.onnx_swap",

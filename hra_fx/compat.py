@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from types import CodeType, ModuleType
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -221,63 +221,6 @@ def schema_of(target: object) -> Any:
 
 
 # --- TorchDynamo, which loads slowly: only when a function here is called ---------------------------------------------
-
-
-def dynamo_settings(settings: dict[str, Any], ignored_functions: set[Any]) -> Any:
-    """A context with settings of TorchDynamo, of those that this release has.
-
-    Args:
-        settings: name -> value.
-        ignored_functions: calls of these are left out of graphs, where they would be graph breaks. Their setting has a
-            new name since 2.12.
-    """
-    from torch._dynamo import config
-
-    known = {name: value for name, value in settings.items() if hasattr(config, name)}
-    for name in ("ignore_logging_functions", "ignore_logger_methods"):
-        if hasattr(config, name):
-            known[name] = ignored_functions | getattr(config, name)
-            break
-    return config.patch(known)
-
-
-def dynamo_codes() -> list[CodeType]:
-    """The code objects that TorchDynamo has compiled and that are alive; none where it does not list them."""
-    from torch._dynamo import convert_frame
-
-    seen = getattr(getattr(convert_frame, "input_codes", None), "seen", ())
-    return [code for reference in seen if (code := reference()) is not None]
-
-
-def reset_code(code: CodeType) -> None:
-    """Forget what TorchDynamo compiled for one code object; where it cannot, it stays in the cache."""
-    from torch._C._dynamo import eval_frame
-
-    reset: Callable[[CodeType], None] = getattr(eval_frame, "reset_code", lambda code: None)
-    reset(code)
-
-
-@contextlib.contextmanager
-def allowed_in_graph(functions: Iterable[Callable[..., Any]]) -> Iterator[None]:
-    """Have TorchDynamo put calls of some functions into a graph as they are, inside of this context.
-
-    The public `torch.compiler.allow_in_graph` has no end; it is the fallback.
-    """
-    from torch._dynamo import trace_rules
-
-    allowed = getattr(trace_rules, "_allowed_callable_ids", None)
-    if allowed is None:
-        torch.compiler.allow_in_graph(list(functions))  # type: ignore[no-untyped-call]
-        yield
-        return
-    added = [id(function) for function in functions if id(function) not in allowed()]
-    for number in added:
-        allowed.add(number)
-    try:
-        yield
-    finally:
-        for number in added:
-            allowed.remove(number)
 
 
 def lookup_backend(name: str) -> Callable[..., Any]:

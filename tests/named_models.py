@@ -23,7 +23,7 @@ class Block(nn.Module):
 
 
 class Nested(nn.Module):
-    """Two module lists, layers at the root, a shared block and an embedding."""
+    """Two module lists, layers at the root, a shared block, a grouped convolution, and a name that is a regex."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,6 +37,8 @@ class Nested(nn.Module):
         self.tower = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 4), nn.Conv2d(4, 4, 1)))
         self.head = nn.Linear(4, 2)
         self.sub_head = nn.Linear(4, 2)
+        self.depthwise = nn.Conv2d(4, 4, 1, groups=4)
+        self.add_module("w+", nn.Linear(4, 4))
 
 
 SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}

@@ -59,7 +59,7 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
 
 
 def normal(seed: int, *shape: int, dtype: torch.dtype = F64) -> Tensor:
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def adapted(base: Layer, r: int, *, apply_GS: bool = False, init_weights: bool = False, seed: int = 0) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import hra_fx
 from hra_fx.view.drawing import Drawing, drawing_of
+from hra_fx.view.focus import focused
 from hra_fx.view.html.rendering import render
 from hra_fx.view.options import Options
 
@@ -55,7 +56,7 @@ def trained_net(**fields: Any) -> nn.Module:
 
 def page_of(model: Any, *, depth: int | None = None, focus: str | None = None, heat: str | None = None) -> str:
     drawing = model if isinstance(model, Drawing) else drawing_of(model)
-    return render(drawing, Options(depth, focus, heat))
+    return render(focused(drawing, focus), Options(depth, focus, heat))
 
 
 def boxes(page: Page, mode: str = "adapted") -> Locator:

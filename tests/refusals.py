@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from adapting import picture
 from torch import nn
 
 import hra_fx
@@ -11,14 +12,6 @@ from hra_fx.errors import HRAError, UnsupportedLayerError
 
 def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
-
-
-def picture(model: nn.Module) -> list[object]:
-    """Classes, attributes, keys, flags and identities: everything that `transform` could change."""
-    modules = [
-        (path, id(m), type(m), sorted(vars(m)), m.training, list(m._modules)) for path, m in model.named_modules()
-    ]
-    return [modules, [(name, id(p), p.requires_grad, p._version) for name, p in model.named_parameters()]]
 
 
 def refused(model: nn.Module, settings: hra_fx.HRAConfig, kind: type[HRAError] = UnsupportedLayerError) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -13,9 +12,6 @@ from hra_fx.errors import CheckpointError
 from hra_fx.layers.target import REFLECTION
 
 __all__ = ["non_finite", "read", "read_prefixed"]
-
-# Two values per byte, which cannot be infinite or NaN; torch has no arithmetic for them.
-_PACKED = getattr(torch, "float4_e2m1fn_x2", None)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -79,10 +75,11 @@ def _check(path: Path, key: str, tensor: Tensor) -> None:
 def non_finite(tensor: Tensor) -> int:
     """Number of values that are infinite or NaN, for a tensor of any dtype.
 
+    >>> import torch
     >>> non_finite(torch.tensor([1.0, float("nan"), float("inf")]))
     2
     """
-    if tensor.dtype is _PACKED or not (tensor.is_floating_point() or tensor.is_complex()):
+    if not (tensor.is_floating_point() or tensor.is_complex()):
         return 0
     # isfinite is not implemented for every 8-bit float.
     wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor

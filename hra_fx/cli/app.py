@@ -13,13 +13,13 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from hra_fx.cli.commands.convert import EXAMPLES as CONVERT_EXAMPLES, convert
-from hra_fx.cli.commands.diff import EXAMPLES as DIFF_EXAMPLES, diff
-from hra_fx.cli.commands.fold import FOLD_EXAMPLES, UNFOLD_EXAMPLES, fold, unfold
-from hra_fx.cli.commands.inspect import EXAMPLES as INSPECT_EXAMPLES, inspect
-from hra_fx.cli.commands.match import EXAMPLES as MATCH_EXAMPLES, match
-from hra_fx.cli.commands.visualize import EXAMPLES as VISUALIZE_EXAMPLES, visualize
+from hra_fx.cli.convert import EXAMPLES as CONVERT_EXAMPLES, convert
+from hra_fx.cli.diff import EXAMPLES as DIFF_EXAMPLES, diff
 from hra_fx.cli.error_output import ErrorHandlingGroup
+from hra_fx.cli.fold import FOLD_EXAMPLES, FOLD_HELP, UNFOLD_EXAMPLES, UNFOLD_HELP, fold_or_unfold
+from hra_fx.cli.inspect import EXAMPLES as INSPECT_EXAMPLES, inspect
+from hra_fx.cli.match import EXAMPLES as MATCH_EXAMPLES, match
+from hra_fx.cli.visualize import EXAMPLES as VISUALIZE_EXAMPLES, visualize
 
 _HELP = "Inspect Householder reflection adapters (HRA), fold them into checkpoints, and draw them."
 _EXIT_CODES = (
@@ -27,14 +27,15 @@ _EXIT_CODES = (
     "2 error, see stderr; 130 interrupted."
 )
 
+#: Name, function, help and examples.
 _COMMANDS = (
-    (inspect, INSPECT_EXAMPLES),
-    (match, MATCH_EXAMPLES),
-    (fold, FOLD_EXAMPLES),
-    (unfold, UNFOLD_EXAMPLES),
-    (diff, DIFF_EXAMPLES),
-    (convert, CONVERT_EXAMPLES),
-    (visualize, VISUALIZE_EXAMPLES),
+    ("inspect", inspect, inspect.__doc__, INSPECT_EXAMPLES),
+    ("match", match, match.__doc__, MATCH_EXAMPLES),
+    ("fold", fold_or_unfold, FOLD_HELP, FOLD_EXAMPLES),
+    ("unfold", fold_or_unfold, UNFOLD_HELP, UNFOLD_EXAMPLES),
+    ("diff", diff, diff.__doc__, DIFF_EXAMPLES),
+    ("convert", convert, convert.__doc__, CONVERT_EXAMPLES),
+    ("visualize", visualize, visualize.__doc__, VISUALIZE_EXAMPLES),
 )
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 
@@ -59,13 +60,10 @@ app = typer.Typer(
     # An unexpected error is a bug, and a bug report needs the plain traceback.
     pretty_exceptions_enable=False,
 )
-for _command, _examples in _COMMANDS:
-    app.command(
-        _command.__name__,
-        help=_unwrapped(_command.__doc__ or ""),
-        epilog=_list_examples(_examples),
-        context_settings=_SETTINGS,
-    )(_command)
+for _name, _function, _help, _examples in _COMMANDS:
+    app.command(_name, help=_unwrapped(_help or ""), epilog=_list_examples(_examples), context_settings=_SETTINGS)(
+        _function
+    )
 
 
 def _show_version(wanted: bool) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from hra_fx.layers.target import describe, find_kind, weight_name, width_of
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Group:
 
 def summarize_layer(path: str, layer: nn.Module) -> LayerSummary:
     """Describe a layer that can be adapted."""
+    from hra_fx.layers.target import describe, find_kind, weight_name, width_of
+
     kind = find_kind(layer)
     weight = layer._parameters[weight_name(kind)] if kind else None
     return LayerSummary(path, describe(layer), width_of(layer), 0 if weight is None else weight.numel())

@@ -10,22 +10,4 @@ Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print only JSON t
 Overwrite: TypeAlias = Annotated[
     bool, typer.Option("--overwrite", help="Replace OUT if it exists, after everything is written.")
 ]
-Verify: TypeAlias = Annotated[
-    bool, typer.Option("--verify", help="Read the result again: check row norms, and that everything else is equal.")
-]
 Quiet: TypeAlias = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")]
-Part: TypeAlias = Annotated[
-    str | None, typer.Option("--part", metavar="FOLDER", help="The part of a pipeline to change, such as unet.")
-]
-Columns: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--columns",
-        metavar="NAME",
-        help="A layer that stores its weight as (in, out), by the end of its path. Repeatable. Not needed for models "
-        "with a config.json.",
-    ),
-]
-Rows: TypeAlias = Annotated[
-    bool, typer.Option("--rows", help="Every weight is (out, in). Not needed for models with a config.json.")
-]

@@ -22,6 +22,7 @@ from hra_fx.errors import AdapterError, UnsupportedLayerError
 from hra_fx.export.editors import Editor, ModuleEditor, ProgramEditor
 from hra_fx.export.insert import find_rotate_nodes, insert_rotation, remove_rotation, split_shared_uses
 from hra_fx.export.metadata import get_metadata, has_adapter, with_metadata, without_metadata
+from hra_fx.export.ops import ROTATE
 from hra_fx.export.select import init_adapter, select_layers
 from hra_fx.functional.rotate import check_finite, check_foldable, rotate_weight
 from hra_fx.layers.adapters import ANCHOR, check_adapter_name, plain_chain
@@ -145,7 +146,11 @@ def fold_captured(captured: P) -> P:
     """
     editor = editor_of(captured)
     rotations = rotations_of(editor)
-    editor.replace_weights({rotation.weight_name: _folded(rotation) for rotation in rotations})
+    folded: dict[str, Tensor] = {}
+    for rotation in rotations:
+        name = rotation.weight_name
+        folded[name] = _folded(rotation, folded.get(name, rotation.weight))
+    editor.replace_weights(folded)
     for rotation in rotations:
         for leftover in remove_rotation(editor.graph, rotation.node):
             editor.remove_if_unused(leftover)
@@ -157,9 +162,19 @@ def fold_captured(captured: P) -> P:
 
 
 class Rotation(NamedTuple):
-    """A node of `hra_fx::rotate`, and the tensors that it reads."""
+    """A node of `hra_fx::rotate`, and the tensors that it reads.
+
+    Attributes:
+        node: the node.
+        result: the last node of a chain of rotations, of several adapters for one weight; else `node`.
+        weight_name, vectors_name: names of the tensors.
+        weight: the base weight.
+        vectors, anchor: the adapter.
+        apply_GS, transposed: the other arguments of the operator.
+    """
 
     node: fx.Node
+    result: fx.Node
     weight_name: str
     vectors_name: str
     weight: Tensor
@@ -177,19 +192,30 @@ def rotations_of(editor: Editor) -> list[Rotation]:
     """
     found = []
     for node in find_rotate_nodes(editor.graph):
-        names: list[Any] = [None if argument is None else editor.name_of(argument) for argument in node.args[:3]]  # type: ignore[arg-type]
+        arguments: list[Any] = [_base_weight(node), *node.args[1:3]]
+        names: list[Any] = [None if argument is None else editor.name_of(argument) for argument in arguments]
         weight, vectors, anchor = (None if name is None else editor.tensor(name).detach() for name in names)
         assert weight is not None and vectors is not None
         flags = (bool(argument) for argument in node.args[3:])
-        found.append(Rotation(node, names[0], names[1], weight, vectors, anchor, *flags))
+        found.append(Rotation(node, _last_rotation(node), names[0], names[1], weight, vectors, anchor, *flags))
     if not found:
         raise AdapterError("the graph has no reflections. Transform it first: hra_fx.transform(program, config).")
     return found
 
 
-def _folded(rotation: Rotation) -> Tensor:
+def _base_weight(rotate: fx.Node) -> fx.Node:
+    weight = rotate.args[0]
+    assert isinstance(weight, fx.Node)
+    return _base_weight(weight) if weight.target is ROTATE else weight
+
+
+def _last_rotation(rotate: fx.Node) -> fx.Node:
+    return next((_last_rotation(user) for user in rotate.users if user.target is ROTATE), rotate)
+
+
+def _folded(rotation: Rotation, weight: Tensor) -> Tensor:
     """The folded weight, computed in float64 (float32 on MPS), in the dtype of the base weight."""
-    name, weight, apply_GS = rotation.weight_name, rotation.weight, rotation.apply_GS
+    name, apply_GS = rotation.weight_name, rotation.apply_GS
     check_foldable(name, weight, rotation.vectors, apply_GS=apply_GS)
     dtype = torch.float32 if weight.device.type == "mps" else torch.float64
     chain = plain_chain(rotation.vectors.to(dtype), rotation.anchor, apply_GS=apply_GS)

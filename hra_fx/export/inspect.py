@@ -105,7 +105,7 @@ def unadapted_layers(captured: ExportedProgram | fx.GraphModule) -> UnadaptedLay
 def _layer_adapter(rotation: Rotation) -> LayerAdapter:
     weight, vectors = rotation.weight, rotation.vectors
     container, _, adapter = rotation.vectors_name.rpartition(".")
-    uses = find_weight_uses(rotation.node, weight.dim())
+    uses = find_weight_uses(rotation.result, weight.dim())
     by_name = WEIGHTS[rotation.weight_name.rpartition(".")[2]]
     kinds: list[LayerKind] = [kind for kind in (by_name, *(use.kind for use in uses)) if kind]
     return LayerAdapter(

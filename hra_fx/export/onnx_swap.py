@@ -12,7 +12,7 @@ A vector of zeros is the identity, so a graph can run every adapter of its rank 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,18 +34,6 @@ _HOW_TO_EXPORT = (
 )
 #: onnxruntime's names of dtypes.
 _DTYPES = {"float": torch.float32, "float16": torch.float16, "double": torch.float64, "bfloat16": torch.bfloat16}
-
-
-class Input(Protocol):
-    """An input of `InferenceSession.get_overridable_initializers()`; those also have a `type`."""
-
-    @property
-    def name(self) -> str:
-        """Its name."""
-
-    @property
-    def shape(self) -> Any:
-        """Its shape."""
 
 
 def make_swappable(onnx_program: ONNXProgram, model: nn.Module) -> ONNXProgram:
@@ -96,7 +84,7 @@ def make_swappable(onnx_program: ONNXProgram, model: nn.Module) -> ONNXProgram:
 
 
 def adapter_inputs(
-    model: nn.Module, inputs: Iterable[Input], adapter_name: str | None = None
+    model: nn.Module, inputs: Iterable[Any], adapter_name: str | None = None
 ) -> dict[str, numpy.ndarray[Any, Any]]:
     """The inputs with which a graph of `make_swappable` runs an adapter of the model, active or not.
 
@@ -105,7 +93,8 @@ def adapter_inputs(
 
     Args:
         model: a transformed model with the layers of the exported one.
-        inputs: `InferenceSession.get_overridable_initializers()`; inputs other than `<layer>.hra_u` are ignored.
+        inputs: `InferenceSession.get_overridable_initializers()`, or objects with `name` and `shape`;
+            inputs other than `<layer>.hra_u` are ignored.
         adapter_name: the adapter; `None` for the active one.
 
     Returns:
@@ -182,7 +171,7 @@ def _trained_copy(root: nn.Module, name: str) -> str | None:
     return next((path for path, (_, copies) in all_copies(root).items() if name in copies.copied), None)
 
 
-def _dtype(slot: Input, default: torch.dtype) -> torch.dtype:
+def _dtype(slot: Any, default: torch.dtype) -> torch.dtype:
     """The dtype of an input, if it has a `type`."""
     kind = str(getattr(slot, "type", "")).removeprefix("tensor(").removesuffix(")")
     dtype = _DTYPES.get(kind, default)
@@ -197,7 +186,7 @@ def _path(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _vectors(slot: Input, reflection: HouseholderAdapters | None, name: str, dtype: torch.dtype) -> Tensor:
+def _vectors(slot: Any, reflection: HouseholderAdapters | None, name: str, dtype: torch.dtype) -> Tensor:
     """The vectors of a layer, padded with zeros to the shape of the input."""
     width, rank = (int(size) for size in slot.shape)
     if reflection is None:

@@ -100,7 +100,7 @@ class RotationCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """AdapterState the end, and write the plot."""
+        """Record the end, and write the plot."""
         if not self._on:
             return
         self._add(progress_of(kwargs["model"], state.global_step), state.global_step)

@@ -56,9 +56,6 @@ def clone_inputs(call: Call) -> Call:
     return cloned
 
 
-fresh = clone_inputs  # the name that hra_fx/tracing still uses
-
-
 @contextmanager
 def preserve_rng_state() -> Iterator[None]:
     """Restore the random number generators of torch, Python and numpy after the block."""

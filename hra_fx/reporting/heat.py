@@ -47,6 +47,16 @@ HEATS: Mapping[str, Heat] = {
 }
 
 
+def largest(values: Iterable[float]) -> float:
+    """The largest of at least one value, or NaN if one is NaN (which `max` may miss).
+
+    >>> largest([1.0, 3.0]), largest([1.0, math.nan])
+    (3.0, nan)
+    """
+    found = list(values)
+    return math.nan if any(map(math.isnan, found)) else max(found)
+
+
 def heat_named(name: object) -> Heat:
     """The measure of a name.
 
@@ -73,11 +83,8 @@ def heat_of(rows: Iterable[Row], name: str) -> dict[str, float]:
     by_layer: dict[str, list[Row]] = {}
     for row in rows:
         by_layer.setdefault(row.path, []).append(row)
-    values: dict[str, float] = {}
-    for path, own in by_layer.items():
-        numbers = [HEATS[name].value(row) for row in [row for row in own if row.active] or own]
-        values[path] = math.nan if any(map(math.isnan, numbers)) else max(numbers)
-    return values
+    used = {path: [row for row in own if row.active] or own for path, own in by_layer.items()}
+    return {path: largest(map(HEATS[name].value, own)) for path, own in used.items()}
 
 
 def scale(values: Iterable[float]) -> float:

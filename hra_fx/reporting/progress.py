@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 
 from hra_fx.functional.statistics import RotationStats
 from hra_fx.model.state import require_adapted_layers
+from hra_fx.reporting.heat import largest
 from hra_fx.reporting.measuring import chain_of, turn_of
 
 
@@ -53,8 +53,8 @@ def progress_of(model: nn.Module, step: int) -> list[Progress]:
             step,
             adapter,
             sum(turn.mean_angle for turn in found) / len(found),
-            _largest(turn.angle for turn in found),
-            _largest(turn.orthogonality for turn in found),
+            largest(turn.angle for turn in found),
+            largest(turn.orthogonality for turn in found),
         )
         for adapter, found in turns.items()
     ]
@@ -74,9 +74,3 @@ def is_sharded(model: nn.Module) -> bool:
 def adapters_in(history: Sequence[Progress]) -> list[str]:
     """The names of the adapters, in the order of a history."""
     return list(dict.fromkeys(point.adapter for point in history))
-
-
-def _largest(values: Iterable[float]) -> float:
-    """The largest value, or NaN if one is NaN (which `max` may miss)."""
-    found = list(values)
-    return math.nan if any(map(math.isnan, found)) else max(found)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -58,9 +59,12 @@ def _rows(model: nn.Module, *, capture: bool) -> tuple[Row, ...]:
         weight, reflection = weight_rows(layer), layer.hra_u
         for name in reflection:
             active = name in (record.active if record else reflection.active)
-            r = reflection.specs[name].r
-            adapter = _Adapter(path, describe(layer), name, active, reflection.width, r)
-            rows.append(_row(adapter, chain_of(layer, name), weight, *graphs.get(path, (None, ""))))
+            d, r = reflection.width, reflection.specs[name].r
+            graph, reason = graphs.get(path, (None, ""))
+            measured = _measured(chain_of(layer, name), weight)
+            rows.append(
+                Row(path, describe(layer), name, active, d, r, d * r, **measured, graph=graph, graph_reason=reason)
+            )
     return tuple(rows)
 
 
@@ -68,33 +72,14 @@ def _report_of_graph(graph: Any, *, capture: bool) -> Report:
     """The report of an `ExportedProgram` or captured `GraphModule`, which is one graph."""
     rows = []
     for layer in adapter_layers(graph):
-        adapter = _Adapter(layer.path, layer.description, layer.adapter, True, layer.chain.shape[0], layer.r)
-        rows.append(_row(adapter, layer.chain, layer.rows, "" if capture else None, ""))
+        d, measured = layer.chain.shape[0], _measured(layer.chain, layer.rows)
+        row = Row(layer.path, layer.description, layer.adapter, True, d, layer.r, d * layer.r, **measured)
+        rows.append(replace(row, graph="") if capture else row)
     return Report(tuple(rows), *not_adapted_in_graph(graph))
 
 
-class _Adapter(NamedTuple):
-    """The fields of a row that are not measured."""
-
-    path: str
-    layer_type: str
-    adapter: str
-    active: bool
-    d: int
-    r: int
-
-
-def _row(adapter: _Adapter, chain: Tensor | None, weight: Tensor | None, graph: str | None, reason: str) -> Row:
+def _measured(chain: Tensor | None, weight: Tensor | None) -> dict[str, Any]:
+    """The fields of a row that are measured."""
     found = turn_of(chain)
-    return Row(
-        **adapter._asdict(),
-        parameters=adapter.d * adapter.r,
-        rotation=found.rotation,
-        angle=found.angle,
-        mean_angle=found.mean_angle,
-        angles=found.angles,
-        orthogonality=found.orthogonality,
-        share=share_of(weight, chain),
-        graph=graph,
-        graph_reason=reason,
-    )
+    angles = {"angle": found.angle, "mean_angle": found.mean_angle}
+    return {**found._asdict(), **angles, "share": share_of(weight, chain)}

@@ -96,11 +96,9 @@ def as_text(
     columns: Sequence[Column], rows: Collection[Sequence[str]], title: str, footnotes: Collection[Footnote]
 ) -> str:
     """The same as plain text, with every column and as wide as needed."""
-    table = fit_table(columns, rows, UNLIMITED, title)
-    width = Console(width=UNLIMITED).measure(table).maximum
-    console = Console(width=max(100, width), no_color=True, highlight=False)
+    console = Console(width=UNLIMITED, no_color=True, highlight=False)
     with console.capture() as capture:
-        console.print(table)
+        console.print(fit_table(columns, rows, UNLIMITED, title))
     lines = [line.rstrip() for line in capture.get().rstrip().splitlines()]
     for footnote in footnotes:
         lines += ["", footnote.heading, *(f"  {line}" for line in footnote.lines)]

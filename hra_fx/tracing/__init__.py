@@ -1,1 +1,1 @@
-"""fx graphs of a model: tracing, TorchDynamo capture, and the compile backend."""
+"""fx graphs of a model: tracing by torch.fx, capture of a call by torch.export, and the compile backend."""

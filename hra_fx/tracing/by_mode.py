@@ -1,4 +1,4 @@
-"""One graph for train and eval mode, where the traces of both differ in constants only.
+"""One graph for train and eval mode, if the traces of both modes differ only in constants.
 
     y = dropout(x, 0.1, training=True)      becomes      t = by_mode_0();  y = dropout(x, 0.1, training=t)
 
@@ -24,7 +24,7 @@ class ByMode(nn.Module):
     """
 
     def __init__(self, in_train: Any, in_eval: Any) -> None:
-        """Keep both constants."""
+        """Store both constants."""
         super().__init__()
         self.in_train = in_train
         self.in_eval = in_eval
@@ -46,7 +46,7 @@ class ModesDifferError(Exception):
     """
 
     def __init__(self, *nodes: fx.Node) -> None:
-        """Keep the pair."""
+        """Store the pair."""
         super().__init__()
         self.nodes = nodes
 
@@ -54,7 +54,7 @@ class ModesDifferError(Exception):
 def merge_modes(
     in_train: fx.Graph, in_eval: fx.Graph, may_differ: Callable[[fx.Node], bool] = lambda _: True
 ) -> dict[str, ByMode]:
-    """Make the graph of train mode one for both modes, in place.
+    """Change the graph of train mode into a graph for both modes, in place.
 
     Args:
         in_train: the graph of a forward in train mode.
@@ -62,7 +62,7 @@ def merge_modes(
         may_differ: whether constants of a node of `in_train` may differ.
 
     Returns:
-        Name -> module, for every module that the graph calls in addition.
+        Name -> module, for every module that is added to the graph.
 
     Raises:
         ModesDifferError: they differ in more than such constants.
@@ -102,7 +102,7 @@ class _Merge:
         self._modules = modules
 
     def __call__(self, ours: Any, theirs: Any) -> Any:
-        """What both are: a node, a constant, or the call of a `ByMode`."""
+        """The merged argument: a node, a constant, or the call of a `ByMode`."""
         if isinstance(theirs, fx.Node):
             if self._twins.get(theirs) is ours:
                 return ours

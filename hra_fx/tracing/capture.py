@@ -21,10 +21,9 @@ class Captured:
     """What fx traces of a model.
 
     Attributes:
-        parts: path of a module -> its graph; `""` alone for a model that is traced whole.
-        reasons: path of a layer -> why the graph that shows it is not larger, or why there is none; `""` if it shows
-            the whole model.
-        roots: path of a layer -> path of the module whose graph shows it, `None` if there is none.
+        parts: path of a module -> its graph. The only key is `""` if the whole model is traced.
+        reasons: path of a layer -> why no larger graph contains it; `""` if it is in the graph of the whole model.
+        roots: path of a layer -> path of the module whose graph contains it, or `None`.
     """
 
     parts: dict[str, Traced] = field(default_factory=dict)
@@ -33,11 +32,11 @@ class Captured:
 
 
 def capture(model: nn.Module, layers: Mapping[str, nn.Module]) -> Captured:
-    """Trace a model whole, or the largest parts of it that fx can trace.
+    """Trace the whole model, or the largest parts of it that fx can trace.
 
     Args:
         model: the model; it is not changed.
-        layers: path -> layer to be shown as a call.
+        layers: path -> layer that must stay a call.
     """
     search = _Search(layers)
     with base_model_view(model):
@@ -49,7 +48,7 @@ def capture_layers(model: nn.Module) -> dict[str, tuple[str | None, str]]:
     """How much of a transformed model fx can trace.
 
     Returns:
-        Path of an adapted layer -> (path of the module whose graph shows it, or `None`; why it is not larger).
+        Path of an adapted layer -> (path of the module whose graph contains it, or `None`; why no larger graph does).
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -62,7 +61,7 @@ def capture_layers(model: nn.Module) -> dict[str, tuple[str | None, str]]:
 
 
 class _Search:
-    """A walk from the model down to its layers, which stops at each module that can be traced."""
+    """A walk from the model down to its layers that stops at each module that can be traced."""
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         self.found = Captured()
@@ -70,14 +69,14 @@ class _Search:
         self._names = {layer: path for path, layer in layers.items()}
 
     def visit(self, path: str, module: nn.Module, why: str) -> None:
-        """Look at a module; `why` is the reason why the module around it has no graph."""
+        """Visit a module; `why` is the reason why its parent has no graph."""
         below = [part for part in module.modules() if part in self._names]
         if not below:
             return
         if module in self._names:
             self._note(below, None, why)
             return
-        # A part with one layer gains nothing over the layer alone, and a container is never called.
+        # A graph of one layer is no larger than that of the layer alone, and a container is never called.
         if path and (len(below) == 1 or type(module).forward is nn.Module.forward):
             self._visit_children(path, module, why)
             return
@@ -111,6 +110,6 @@ def _trace(path: str, module: nn.Module, layers: list[nn.Module]) -> Traced:
 
 
 def _optional_arguments(module: Any) -> list[str]:
-    """Only of the model itself is it known that they keep their defaults."""
+    """Arguments with defaults. For a submodule it is not known whether its callers pass them."""
     parameters = list(signature(type(module).forward).parameters.values())[1:]
     return [parameter.name for parameter in parameters if parameter.default is not Parameter.empty]

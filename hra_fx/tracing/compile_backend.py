@@ -1,7 +1,7 @@
-"""`torch.compile(model, backend="hra_fx")`: passes of ours over TorchDynamo's graphs, then another backend.
+"""`torch.compile(model, backend="hra_fx")`: runs passes on the graphs of TorchDynamo, then another backend.
 
-In these graphs the reflections of all layers of a call stand side by side, whatever modules they belong to: sites that
-read one value can share a product, and the factors of all can be made at once.
+These graphs contain the reflections of all layers of a call, across modules: layers that read the same value can share
+a product, and all factors can be computed in one batch.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ def hra_fx(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """Compile a graph of TorchDynamo; `torch.compile` calls it.
+    """Compile a graph of TorchDynamo. `torch.compile` calls this function.
 
     Args:
-        graph_module: the graph, with each reflection as one node; it is rewritten.
+        graph_module: the graph, with one node for each reflection. It is modified.
         example_inputs: its inputs.
-        mode: that of inductor.
-        options: `backend`, the one that compiles what comes out (`"inductor"`, `"aot_eager"`, `"eager"` or any that
-            torch knows); `share` and `hoist`, whether these passes run (both do). All others go to inductor.
+        mode: the mode of inductor.
+        options: `backend`, which compiles the result (`"inductor"` by default, `"aot_eager"`, `"eager"` or any other
+            name that torch knows); `share` and `hoist`, whether these passes run (True by default). All other options
+            are passed to inductor.
 
     Raises:
-        ConfigError: `mode`, or an option that is not ours, for another backend than inductor.
+        ConfigError: `mode`, or an option of inductor, with another backend.
 
     Example:
         >>> import torch, hra_fx
@@ -67,10 +68,10 @@ def hra_fx(
 
 
 def rewrite(graph_module: fx.GraphModule, *, share: bool, hoist: bool) -> None:
-    """Run the passes over a graph, and over what is checkpointed in it.
+    """Run the passes on a graph, and on the checkpointed graphs in it.
 
-    Branches (`torch.cond`) and loops stay as they are: their outputs, and the gradients of these, have to be laid out
-    alike, which those of a batch are not.
+    Branches (`torch.cond`) and loops are not changed: their outputs and gradients must have equal strides, and slices
+    of a batch do not.
     """
     operators = LayerOperators(REFLECTED_ROWS, UNIT_FACTORS, REFLECTED_BY)
     chosen = [made(operators) for made, wanted in ((SharePass, share), (HoistPass, hoist)) if wanted]

@@ -1,4 +1,4 @@
-"""A GraphModule that shares the modules of another module, with whole layers where a graph reads only a weight."""
+"""Make a GraphModule that shares the modules and parameters of another module."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from hra_fx.tracing.trace import Traced
 
 
 def graph_module(root: nn.Module, traced: Traced) -> fx.GraphModule:
-    """A GraphModule over what a graph uses of `root`, under the same names.
+    """A GraphModule with the modules and parameters of `root`, under the same names.
 
-    fx itself makes an empty module to hold a weight that is read, which would have no adapters.
+    Where a graph reads only the weight of a layer, fx would hold it in an empty module, without the adapters.
     """
     holder = nn.Module()
     holder.__dict__.update({**vars(root), "_modules": {**root._modules, **traced.modules}})

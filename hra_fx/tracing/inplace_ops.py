@@ -1,8 +1,8 @@
-"""Augmented assignments of traced values: `h += x` writes into the tensor that `h` is, which other names may share.
+"""Augmented assignments of traced values: `h += x` writes into the tensor `h`, which other variables may share.
 
-fx's proxy has none of them, so that Python falls back to `h = h + x`, and `skip = h; h *= 0.5` leaves `skip` as it was.
-They are functions of this module and not of `operator`, for which fx would write `h += x` into the code of a graph,
-and so give a new value to the name of another node where `h` is a number.
+`fx.Proxy` does not define them, so Python evaluates `h = h + x`, and after `skip = h; h *= 0.5` the graph would have
+the wrong `skip`. They are functions of this module, not of `operator`, for which fx generates the code `h += x`: if `h`
+is a number, that would reassign the variable of another node.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ior = _augmented("ior")
 ixor = _augmented("ixor")
 imatmul = _augmented("imatmul")
 
-#: Name of the special method -> what becomes the node.
+#: Name of the special method -> the target of the node.
 SPECIAL_METHODS: dict[str, Callable[[Any, Any], Any]] = {
     f"__{act.__name__}__": act for act in (iadd, isub, imul, itruediv, ifloordiv, imod, ipow, iand, ior, ixor, imatmul)
 }

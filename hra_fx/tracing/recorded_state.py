@@ -1,4 +1,4 @@
-"""Process state that a graph does not record: grad mode, autocast, saved-tensor hooks and random generators."""
+"""State that a graph does not record: grad mode, autocast, saved-tensor hooks and random generators."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from hra_fx import compat
 
 
 class GraphState:
-    """The state in which a trace started; a forward that changes it cannot be a graph."""
+    """The state at the start of a trace. A forward that changes it cannot be represented by a graph."""
 
     def __init__(self) -> None:
-        """Remember the state of this thread."""
+        """Save the state of this thread."""
         self._grad = torch.is_grad_enabled()
         self._autocast = _autocast()
         self._hooks = compat.has_saved_tensors_hooks()
         self._random = _Random()
 
     def why_not(self) -> str | None:
-        """Why no node can be made now, if none can."""
+        """The reason why no node can be recorded now, or `None`."""
         if torch.is_grad_enabled() != self._grad:
             # A custom autograd function runs its forward without gradients too.
             return "it changes grad mode or calls a custom autograd function, which a graph drops"
@@ -37,7 +37,7 @@ class GraphState:
         return None
 
     def has_drawn(self) -> bool:
-        """Whether random numbers were drawn, or a generator was seeded; the generators are set back."""
+        """Whether random numbers were drawn, or a generator was seeded. The generators are restored."""
         if self._random.is_unchanged():
             return False
         self._random.restore()
@@ -46,10 +46,10 @@ class GraphState:
 
 @contextlib.contextmanager
 def patched(refuse: Callable[[str], NoReturn]) -> Iterator[None]:
-    """A block in which this thread may not enter autocast, and in which `torch.jit.is_tracing()` is true for it.
+    """A block in which this thread must not enter autocast, and `torch.jit.is_tracing()` returns True for it.
 
-    To turn autocast off changes no state that could be compared, if it is off already. What a model caches between
-    calls, it computes in each call while TorchScript traces, and so in a graph. Only called under the lock of traces.
+    A block that disables autocast where it is off already would change no state. Models that cache values between calls
+    compute them in each call while TorchScript traces, so the graph computes them too. The caller holds the trace lock.
     """
     thread = threading.get_ident()
     enter: Any = torch.autocast.__enter__

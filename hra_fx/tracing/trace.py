@@ -18,7 +18,7 @@ from hra_fx.tracing.unchanged import Snapshot
 
 # fx patches `nn.Module` for the whole process while it traces.
 _LOCK = threading.RLock()
-#: After so many traces in which random numbers were drawn it was the forward that drew, and no other thread.
+#: Another thread may draw random numbers during a trace. After this many such traces, the forward draws them.
 _DRAWS = 5
 
 
@@ -35,13 +35,13 @@ class Traced(NamedTuple):
 
 
 def trace(module: nn.Module, layers: Collection[nn.Module]) -> Traced:
-    """Trace a module in both modes; it is not run, and is the same afterwards.
+    """Trace a module in both modes. The module is not changed.
 
-    A module without adapted layers inside which cannot be traced stays one call.
+    A submodule that cannot be traced, and has no adapted layers inside, stays one call.
 
     Args:
         module: the module.
-        layers: layers that must stay calls, as those to be adapted.
+        layers: layers that must stay calls, such as those to be adapted.
 
     Raises:
         CaptureError: fx cannot trace it, or the graph would not compute what the forward does.
@@ -55,13 +55,13 @@ class _DrawnError(CaptureError):
 
 
 class _Trace:
-    """The traces of one module: each failure makes one more part of it a call, until none is left that could be."""
+    """The traces of one module: after each failure, one more submodule becomes a call, until none is left."""
 
     def __init__(self, module: nn.Module, layers: Collection[nn.Module]) -> None:
         self._module = module
         self._keep = set(layers)
         self._paths = dict(module.named_modules())
-        # Modules that must be dissolved, because adapted layers are inside.
+        # Modules that must be inlined, because they contain adapted layers.
         self._open = {part for part in self._paths.values() if not self._keep.isdisjoint(part.modules())}
         self._stack: list[nn.Module] = []
         self._other_mode = {path for path, part in self._paths.items() if part.training != module.training}
@@ -109,15 +109,15 @@ class _Trace:
         return graph
 
     def _may_differ(self, node: fx.Node) -> bool:
-        """Whether a node may have one constant in train mode and another in eval mode, those of the whole model.
+        """Whether a node may have one constant in train mode and another in eval mode.
 
-        Elsewhere the module stays a call: it keeps a mode of its own, as batch norms do that are frozen in eval mode.
+        If not, its module becomes a call, which has its own mode, as a batch norm that is frozen in eval mode.
         """
         stack = _stack_of(node)
         return self._other_mode.isdisjoint(stack) and (not stack or self._paths[stack[-1]] in self._open)
 
     def _keep_innermost(self) -> bool:
-        """Make the innermost module that was running a call, if it may be one, and all others of its class."""
+        """Turn the innermost module of the failed trace, and others of its class, into calls; False if none can be."""
         for part in reversed(self._stack):
             if part not in self._open and part not in self._keep:
                 self._keep |= {other for other in self._paths.values() if type(other) is type(part)} - self._open
@@ -125,7 +125,7 @@ class _Trace:
         return False
 
     def _keep_one_of(self, error: ModesDifferError) -> None:
-        """Make the innermost module of one of the nodes that differ a call."""
+        """Turn the innermost module of one of the nodes that differ into a call."""
         stacks = [_stack_of(node) for node in error.nodes]
         for stack in stacks:
             self._stack = [self._paths[path] for path in stack if path in self._paths]
@@ -142,7 +142,7 @@ def _targets(graph: fx.Graph) -> Iterator[str]:
 
 
 def _can_be_written(name: str) -> bool:
-    """Whether fx can write a name into the code of a graph, where it stands between quotation marks."""
+    """Whether fx can write a name into the generated code of a graph, in quotation marks."""
     try:
         is_same: bool = ast.literal_eval(f'"{name}"') == name
     except (SyntaxError, ValueError):

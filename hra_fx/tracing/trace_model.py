@@ -1,4 +1,4 @@
-"""One GraphModule for a whole plain model: by torch.fx, or from an example call by torch.export."""
+"""One GraphModule for a whole model: by torch.fx, or from an example call by torch.export."""
 
 from __future__ import annotations
 
@@ -12,15 +12,29 @@ import torch
 from torch import fx, nn
 
 from hra_fx.errors import AdapterError, CaptureError
-from hra_fx.model.example_inputs import fresh, normalize_inputs, preserve_rng_state
+from hra_fx.model.example_inputs import Call, clone_inputs, normalize_inputs, preserve_rng_state
 from hra_fx.tracing.graph_module import graph_module
-from hra_fx.tracing.trace import Traced, trace
+from hra_fx.tracing.trace import trace
 from hra_fx.tracing.unchanged import Snapshot
 
 
-def _is_called_so(model: nn.Module, traced: Traced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call gives the placeholders of a graph only; in the graph, optional arguments have their defaults."""
-    names = [str(node.target) for node in traced.graph.find_nodes(op="placeholder")]
+def is_graph_of_call(model: nn.Module, graph: fx.Graph, call: Call) -> bool:
+    """Whether a graph of torch.fx is that of a call; optional arguments have their defaults in the graph.
+
+    Args:
+        model: the model; the graph of a `GraphModule` is its own, with all arguments.
+        graph: the graph of the whole model.
+        call: the call.
+
+    Example:
+        >>> model = nn.Linear(6, 8)
+        >>> is_graph_of_call(model, trace(model, []).graph, ((torch.ones(1, 6),), {}))
+        True
+    """
+    if isinstance(model, fx.GraphModule):
+        return True
+    args, kwargs = call
+    names = [str(node.target) for node in graph.find_nodes(op="placeholder")]
     try:
         given = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
     except TypeError:
@@ -51,7 +65,7 @@ def trace_model(model: nn.Module, layers: Collection[nn.Module], example_inputs:
     """
     try:
         traced = trace(model, layers)
-        if example_inputs is None or _is_called_so(model, traced, *normalize_inputs(example_inputs)):
+        if example_inputs is None or is_graph_of_call(model, traced.graph, normalize_inputs(example_inputs)):
             return graph_module(model, traced)
     except CaptureError as error:
         if example_inputs is None:
@@ -59,17 +73,34 @@ def trace_model(model: nn.Module, layers: Collection[nn.Module], example_inputs:
                 f"torch.fx cannot trace {type(model).__name__}: {error.reason}. Pass example_inputs to capture a call "
                 "with torch.export, or leave out trace=True."
             ) from error
-    return _exported(model, example_inputs)
+    advice = "Leave out trace=True: the adapted layers work without a graph."
+    return export_call(model, normalize_inputs(example_inputs), advice)
 
 
-def _exported(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
-    """The graph of one call, by torch.export.
+def export_call(model: nn.Module, call: Call, advice: str) -> fx.GraphModule:
+    """Capture one call of a model with `torch.export`.
 
     With `strict=True` TorchDynamo reads the Python code: it is two to five times slower, and warns about the outputs
     that transformers collects in a global. Without it the forward runs on tensors without values, so what that leaves
     behind in the model is removed.
+
+    Args:
+        model: the model; it is not changed.
+        call: the example call.
+        advice: what to do where `torch.export` refuses.
+
+    Returns:
+        A graph of ATen operators over the model's own parameters and buffers, which is called as the model is.
+
+    Raises:
+        AdapterError: `torch.export` cannot capture the call.
+
+    Example:
+        >>> module = export_call(nn.Linear(6, 8), ((torch.ones(1, 6),), {}), "")
+        >>> [node.name for node in module.graph.find_nodes(op="get_attr")]
+        ['weight', 'bias']
     """
-    args, kwargs = fresh(normalize_inputs(example_inputs))
+    args, kwargs = clone_inputs(call)
     with ExitStack() as restore:
         restore.callback(Snapshot(model).restore)
         restore.enter_context(preserve_rng_state())
@@ -80,7 +111,6 @@ def _exported(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
         except Exception as error:
             line = str(error).strip().split("\n")[0]
             raise AdapterError(
-                f"torch.export cannot capture {type(model).__name__} ({type(error).__name__}: {line[:160]}). Leave out "
-                "trace=True: the adapted layers work without a graph."
+                f"torch.export cannot capture {type(model).__name__} ({type(error).__name__}: {line[:160]}). {advice}"
             ) from error
     return captured  # type: ignore[no-any-return]

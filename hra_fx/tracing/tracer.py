@@ -1,4 +1,4 @@
-"""A `torch.fx.Tracer` that refuses where fx would go on with a wrong graph.
+"""A `torch.fx.Tracer` that raises an error where fx would record a wrong graph.
 
 Not detected: `is`, `type(x)` and f-strings of traced values, whose results are constants of the graph; changes of
 globals and of attributes of objects that are not modules; and a leaf module that returns None.
@@ -28,15 +28,15 @@ _OWN = frozenset(("tracer", "node", "_node", "root", "attr"))
 
 
 class TracedValue(fx.Proxy):
-    """A traced value that refuses questions to which fx gives a wrong answer.
+    """A traced value that raises an error where fx would return a wrong answer.
 
-    fx says False to `isinstance(proxy, Tensor)` and True to any `hasattr(proxy, ...)`, and the branch of that answer
-    would become the graph.
+    In fx, `isinstance(proxy, Tensor)` is False and `hasattr(proxy, ...)` is always True, and the graph would contain
+    the branch that follows from this answer.
     """
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """The type, for fx alone: `isinstance` asks for it when the type itself gives no answer."""
+        """The type, for fx only; `isinstance` reads `__class__` if `type(value)` does not match."""
         tracer = _tracer(self)
         if not tracer.is_internal:
             tracer.refuse("it asks for the type of a value (isinstance), and a traced value has none")
@@ -57,17 +57,17 @@ class TracedValue(fx.Proxy):
         return TracedAttribute(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Only fx sets attributes: no node stands for `value.data = ...`."""
+        """Set an attribute; only fx does. A graph has no node for `value.data = ...`."""
         if name not in _OWN:
             _tracer(self).refuse(f"it sets {name!r} of a value")
         object.__setattr__(self, name, value)
 
     def __setitem__(self, index: Any, value: Any) -> NoReturn:
-        """Writing into a part of a value, which fx has no node for."""
+        """Refuse an assignment to an item, for which fx has no node."""
         _tracer(self).refuse("it writes into a part of a value (value[...] = ...)")
 
     def __hash__(self) -> int:
-        """As a key; only fx may use a traced value as one."""
+        """The hash; only fx may use a traced value as a key."""
         tracer = _tracer(self)
         if not tracer.is_internal:
             tracer.refuse("it looks a value up in a set or dictionary")
@@ -148,7 +148,7 @@ class ModelTracer(fx.Tracer):
             self.is_internal = before
 
     def refuse(self, reason: str) -> NoReturn:
-        """Give up, even if the forward catches the error."""
+        """Raise an error, and remember it in case the forward catches it."""
         self.refused.append(reason)
         raise CaptureError(reason)
 
@@ -172,11 +172,11 @@ class ModelTracer(fx.Tracer):
         return graph
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """A branch on a value."""
+        """Refuse a branch on a value."""
         self.refuse("it branches on a value (if, while, and, or, not, assert)")
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        """Unpack a value; only where the code says into how many."""
+        """Unpack a value, if the code shows the number of items."""
         try:
             with self.internal():
                 return super().iter(obj)
@@ -184,17 +184,17 @@ class ModelTracer(fx.Tracer):
             self.refuse("it loops over a value, or unpacks one in a way that does not tell how many there are")
 
     def keys(self, obj: fx.Proxy) -> NoReturn:
-        """A value given as keyword arguments."""
+        """Refuse a value that is unpacked as keyword arguments."""
         self.refuse("it unpacks a value as keyword arguments")
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Modules to keep, layers that can be adapted, and what fx itself takes for leaves."""
+        """Whether a module stays a call: modules to keep, layers that can be adapted, and the leaf modules of fx."""
         return m in self._keep or find_kind(m) is not None or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """A node for a leaf; the nodes of its forward for any other module."""
+        """A node for a leaf module; the nodes of the forward for any other module."""
         if threading.get_ident() != self._thread:  # fx patches modules for all threads
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
@@ -205,10 +205,10 @@ class ModelTracer(fx.Tracer):
         with self.internal() if is_leaf else contextlib.nullcontext():
             result = super().call_module(m, forward, args, kwargs)
         self.innermost.pop()
-        return _given(m, args, kwargs, result) if is_leaf else result
+        return _leaf_result(m, args, kwargs, result) if is_leaf else result
 
     def _why_not_called(self, module: nn.Module) -> str | None:
-        """Why the call of a module cannot be a node: the forward around it may change its mode for the call."""
+        """The reason why the call of a module cannot be a node, or `None`."""
         if all(part.training == self._training for part in module.modules()):
             return None
         return "its mode is changed for this call, and in a graph it is not"
@@ -220,13 +220,13 @@ class ModelTracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """A node, where a graph can say all that happens."""
+        """A node, if the graph can represent the current state."""
         if reason := self._state.why_not():
             self.refuse(reason)
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
-        """An argument of a node; containers of other kinds than Python's own would come out as those."""
+        """An argument of a node. Subclasses of list and dict are refused: fx would turn them into lists and dicts."""
         kind = type(a)  # not isinstance, which asks a traced value for its class
         if issubclass(kind, fx.Proxy):
             return object.__getattribute__(a, "node") if kind is not TracedAttribute else a.node
@@ -239,14 +239,14 @@ class ModelTracer(fx.Tracer):
             return super().create_arg(a)
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
-        """A node, and the value that stands for it."""
+        """A node, and the traced value that represents it."""
         with self.internal():
             return super().create_proxy(*args, **kwargs)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
-        """One placeholder for each argument that every call must give."""
+        """One placeholder for each required argument."""
         parameters = list(inspect.signature(type(self.root).forward).parameters.values())[1:]
         variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         names = [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in variadic]
@@ -262,7 +262,7 @@ class ModelTracer(fx.Tracer):
         return run, [self.root]
 
     def proxy(self, node: fx.Node) -> TracedValue:
-        """The value that stands for a node."""
+        """The traced value that represents a node."""
         return TracedValue(node, self)
 
 
@@ -273,7 +273,7 @@ class UnpicklingTracer(fx.Tracer):
 
 
 def _why_not_inlined(module: nn.Module) -> str | None:
-    """Why the forward of a module cannot be dissolved into the graph around it, if it cannot."""
+    """The reason why the forward of a module cannot be inlined, or `None`."""
     if has_own_hooks(module):
         return "it has hooks, which would not run"
     if type(module).__call__ is not nn.Module.__call__ and getattr(module, "gradient_checkpointing", False):
@@ -281,8 +281,8 @@ def _why_not_inlined(module: nn.Module) -> str | None:
     return None
 
 
-def _given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-    """What the call of a leaf gives: an attention without weights gives None beside its output."""
+def _leaf_result(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+    """The result of a leaf module: an attention without weights returns its output and None."""
     if isinstance(module, nn.Identity):
         return args[0] if args else result
     if not isinstance(module, nn.MultiheadAttention):

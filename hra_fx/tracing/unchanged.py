@@ -1,4 +1,4 @@
-"""Detect and undo what a forward changes in its module during a trace; a graph does not contain such changes."""
+"""Detect and undo changes that a forward makes to its module during a trace, which the graph does not contain."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _OWN = ("_parameters", "_buffers", "_modules")
 
 
 class Snapshot:
-    """The attributes of a module and of all modules below it, to be compared and restored."""
+    """A copy of the attributes of a module and its submodules, for comparing and restoring them."""
 
     def __init__(self, root: nn.Module) -> None:
-        """Remember them; containers with what is in them, one level deep."""
+        """Save the attributes, and the items of dictionaries, lists and sets in them, one level deep."""
         self._parts = [
             (path, part, dict(vars(part)), {name: _copy(value) for name, value in vars(part).items() if _holds(value)})
             for path, part in root.named_modules()
         ]
 
     def changes(self) -> list[tuple[str, str]]:
-        """(path of the module, name of the attribute) of what is not as it was; `training` is not looked at."""
+        """(path of the module, name of the attribute) for each attribute that changed, except `training`."""
         found = []
         for path, part, attributes, contents in self._parts:
             now = vars(part)
@@ -35,7 +35,7 @@ class Snapshot:
         return found
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Restore all attributes."""
         for _, part, attributes, contents in self._parts:
             for name, value in contents.items():
                 if not _same(value, attributes[name]):

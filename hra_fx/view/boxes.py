@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from hra_fx.view.annotations import NO_CELLS, Annotations, Cells
 from hra_fx.view.coordinates import Size
+from hra_fx.view.heatmap import NO_CELLS, Cells, Heatmap
 from hra_fx.view.layout import Arrangement, Route, in_rows, layered
 from hra_fx.view.panels import Block
 from hra_fx.view.text import clean, shorten, width
-from hra_fx.view.tree import Leaf, Scope, span
+from hra_fx.view.tree import Leaf, Scope, notes, span
 
 NAME, DETAIL = 12.5, 11.0  # font sizes
 STRIP = 19.0  # height of the adapter strip on top of its layer
@@ -72,32 +72,31 @@ class Box:
             yield self
 
 
-def place(block: Block, annotations: Annotations, *, root: bool = False) -> Box:
+def place(block: Block, heatmap: Heatmap, *, root: bool = False, alone: bool = True) -> Box:
     """Compute the size of a block, and place everything inside it.
 
     Args:
         block: the block.
-        annotations: what is shown on the boxes.
+        heatmap: the colors of adapted layers.
         root: whether it is a whole panel, which has no border and no title.
+        alone: whether it is the only panel; then modules without edges may take the width of a whole page.
     """
     if isinstance(block.item, Leaf):
-        return (
-            _adapted(block.item, annotations) if block.item.kind == "adapted_layer" else _leaf(block.item, annotations)
-        )
+        return _adapted(block.item, heatmap) if block.item.kind == "adapted_layer" else _leaf(block.item, heatmap)
     if block.parts is None:
-        return _closed(block.item, block.letter, annotations)
-    return _open(block.item, block.parts, annotations, root=root)
+        return _closed(block.item, block.letter, heatmap)
+    return _open(block.item, block.parts, heatmap, root=root, alone=alone)
 
 
-def _adapted(leaf: Leaf, annotations: Annotations) -> Box:
+def _adapted(leaf: Leaf, heatmap: Heatmap) -> Box:
     name, detail, count = shorten(clean(span(leaf)), _LETTERS), clean(leaf.detail), _count(leaf)
-    words, heat = annotations.strip(leaf)
+    words, heat = heatmap.strip(leaf)
     strip = _strip(leaf, words)
     wide = max(
-        width(name, NAME, bold=True) + _count_width(count), width(detail, DETAIL), width(strip, DETAIL, bold=True) + 12
+        width(name, NAME, bold=True) + count_width(count), width(detail, DETAIL), width(strip, DETAIL, bold=True) + 12
     )
-    cells = annotations.cells(leaf, wide) if len(leaf.marks) > 1 else NO_CELLS
-    tip = clean_lines([f"{leaf.target}: {detail}", strip], [annotations.value(mark.path) for mark in leaf.marks])
+    cells = heatmap.cells(leaf, wide) if len(leaf.marks) > 1 else NO_CELLS
+    tip = clean_lines([f"{leaf.target}: {detail}", strip], [heatmap.line(mark.path) for mark in leaf.marks])
     size = Size(wide + 2 * _PAD, STRIP + 39 + cells.height)
     return Box("adapted_layer", size, name, detail, tip, len(leaf.marks), strip, count=count, heat=heat, cells=cells)
 
@@ -115,49 +114,48 @@ def _strip(leaf: Leaf, words: str) -> str:
     return strip + (f" · |Q-I| {sum(rotations) / len(rotations):.2f}" if rotations else "")
 
 
-def _leaf(leaf: Leaf, annotations: Annotations) -> Box:
+def _leaf(leaf: Leaf, heatmap: Heatmap) -> Box:
     letters = _PORT if leaf.kind in ("input", "output") else _LETTERS
     name, detail, count = shorten(clean(span(leaf)), letters), shorten(clean(leaf.detail), _LETTERS), _count(leaf)
     detail = "" if detail == name else detail
-    skipped = annotations.skipped_in(leaf)
-    wide = width(name, NAME) + (7 + width(detail, DETAIL) if detail else 0) + _count_width(count) + 2 * _PAD
-    tip = clean_lines([f"{leaf.target} ({leaf.op})", leaf.detail, leaf.shape, *annotations.lines(leaf)])
+    wide = width(name, NAME) + (7 + width(detail, DETAIL) if detail else 0) + count_width(count) + 2 * _PAD
+    tip = clean_lines([f"{leaf.target} ({leaf.op})", leaf.detail, leaf.shape, *notes(leaf)])
     if leaf.kind in ("input", "output"):
         return Box("port", Size(max(wide, 60), 24), name, detail, tip, 0)
-    look: Look = "trained" if annotations.trained_in(leaf) else "eager" if leaf.kind == "eager" else "plain"
-    return Box(look, Size(max(wide, 70), 29), name, detail, tip, 0, count=count, skipped=len(skipped))
+    look: Look = "trained" if leaf.trained else "eager" if leaf.kind == "eager" else "plain"
+    return Box(look, Size(max(wide, 70), 29), name, detail, tip, 0, count=count, skipped=len(leaf.skipped))
 
 
-def _closed(scope: Scope, letter: str, annotations: Annotations) -> Box:
+def _closed(scope: Scope, letter: str, heatmap: Heatmap) -> Box:
     name, count = shorten(clean(span(scope)), _LETTERS), _count(scope)
     detail = shorten(clean(scope.class_name), _LETTERS)
-    adapted, skipped = len(scope.marks), annotations.skipped_in(scope)
-    words, _ = annotations.strip(scope)
+    adapted, skipped = len(scope.marks), scope.skipped
+    words, _ = heatmap.strip(scope)
     detail += f" · {adapted} adapted" * bool(adapted) + f" · {words}" * bool(words)
     detail += f" · {len(skipped)} not adapted" * bool(skipped)
-    wide = max(width(name, NAME, bold=True) + _count_width(count), width(detail, DETAIL)) + (30 if letter else 0)
+    wide = max(width(name, NAME, bold=True) + count_width(count), width(detail, DETAIL)) + (30 if letter else 0)
     tip = clean_lines(
         [f"{scope.path or scope.name}: {scope.class_name}"],
-        [annotations.value(mark.path) for mark in scope.marks],
-        annotations.lines(scope),
+        [heatmap.line(mark.path) for mark in scope.marks],
+        notes(scope),
     )
-    cells = annotations.cells(scope, wide)
+    cells = heatmap.cells(scope, wide)
     size = Size(wide + 2 * _PAD, 47 + cells.height)
     return Box(
         "closed", size, name, detail, tip, adapted, letter=letter, count=count, cells=cells, skipped=len(skipped)
     )
 
 
-def _open(scope: Scope, blocks: tuple[Block, ...], annotations: Annotations, *, root: bool) -> Box:
-    parts = [place(block, annotations) for block in blocks]
+def _open(scope: Scope, blocks: tuple[Block, ...], heatmap: Heatmap, *, root: bool, alone: bool) -> Box:
+    parts = [place(block, heatmap) for block in blocks]
     sizes = [part.size for part in parts]
     if scope.eager:
-        inner = in_rows(sizes, _ROW if scope.path or annotations.wide else _ROW_OVERVIEW)
+        inner = in_rows(sizes, _ROW if scope.path or alone else _ROW_OVERVIEW)
     else:
         inner = layered(sizes, scope.edges, scope.inputs, scope.outputs)
     name, detail = shorten(clean(span(scope)), _LETTERS), shorten(clean(scope.class_name), _LETTERS)
     count = _count(scope)
-    title = width(name, NAME, bold=True) + 8 + width(detail, DETAIL) + _count_width(count) + 2 * _PAD
+    title = width(name, NAME, bold=True) + 8 + width(detail, DETAIL) + count_width(count) + 2 * _PAD
     if root:
         left, top, wide, high = 0.0, 0.0, inner.width, inner.height
     else:
@@ -190,7 +188,8 @@ def _count(item: Leaf | Scope) -> str:
     return f"× {item.count}" + (", sizes vary" if isinstance(item, Scope) and item.varied else "")
 
 
-def _count_width(count: str) -> float:
+def count_width(count: str) -> float:
+    """The width that the number of modules takes in a box."""
     return width(count, DETAIL, bold=True) + 22 if count else 0.0
 
 

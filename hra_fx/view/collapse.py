@@ -12,7 +12,7 @@ import networkx as nx
 
 from hra_fx.view.describe import name_of
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.tree import Leaf, module_of
+from hra_fx.view.tree import Leaf, joined, module_of
 
 
 def collapsed(drawing: Drawing, depth: int | None) -> Drawing:
@@ -48,6 +48,7 @@ def _module(leaves: list[Leaf], depth: int, classes: dict[str, str]) -> Leaf:
     """One leaf for all leaves of a collapsed module."""
     call = leaves[0].place[depth]
     path = module_of(call)
+    inside = joined(leaves)
     return Leaf(
         name=name_of(call),
         detail=classes.get(path, ""),
@@ -55,7 +56,9 @@ def _module(leaves: list[Leaf], depth: int, classes: dict[str, str]) -> Leaf:
         op="call_module",
         target=path,
         place=leaves[0].place[:depth],
-        marks=tuple(mark for leaf in leaves for mark in leaf.marks),
-        paths=(path, *dict.fromkeys(inner for leaf in leaves for inner in leaf.paths)),
-        parameters=sum(leaf.parameters for leaf in leaves),
+        marks=inside.marks,
+        paths=(path, *dict.fromkeys(inside.paths)),
+        skipped=inside.skipped,
+        trained=inside.trained,
+        parameters=inside.parameters,
     )

@@ -5,20 +5,17 @@ Graphviz takes minutes for a thousand boxes unless its search is limited, so the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 
 from hra_fx.reporting.colormap import ink_on
-from hra_fx.view.annotations import Annotations, annotations_of
 from hra_fx.view.collapse import collapsed
 from hra_fx.view.describe import name_of
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.focus import focused
-from hra_fx.view.heatmap import heatmap_of
+from hra_fx.view.heatmap import Heatmap, heatmap_of
 from hra_fx.view.options import Options
 from hra_fx.view.svg import EDGE, FRAMES, LOOKS, SKIPPED, VIOLET, VIOLET_LINE, VIOLET_PALE
 from hra_fx.view.text import clean
-from hra_fx.view.tree import Leaf, module_of
+from hra_fx.view.tree import Leaf, module_of, notes
 
 #: Limits network simplex and crossing minimization.
 _LIMITS = "nslimit=1, nslimit1=1, mclimit=0.5"
@@ -31,20 +28,18 @@ def render(drawing: Drawing, options: Options) -> str:
     Raises:
         VisualizeError: the options do not fit the model.
     """
-    part = collapsed(focused(drawing, options.focus), options.depth)
+    part = collapsed(drawing, options.depth)
     picture = part.picture
     names = {key: f"n{index}" for index, key in enumerate(picture)}
-    root = _Cluster()
-    for key, data in picture.nodes(data=True):
-        root.at(data["leaf"].place).leaves.append((names[key], data["leaf"]))
-    annotations = annotations_of(part, heatmap_of(part, options.heat))
+    leaves = [(names[key], leaf) for key, leaf in picture.nodes(data="leaf")]
+    heatmap = heatmap_of(part, options.heat)
     lines = [
         f"// {clean(part.facts)}",
         f"digraph {quoted(part.title)} {{",
         f"  graph [{_LIMITS}, label={quoted(part.title)}, labelloc=t, fontname={quoted('sans-serif')}]",
         f'  node [shape=box, style="filled,rounded", fontname={quoted("sans-serif")}, fontsize=11, margin="0.12,0.06"]',
         f'  edge [color="{EDGE}", arrowsize=0.7]',
-        *_inside(root, annotations, picture.graph["classes"], "  "),
+        *_inside(leaves, heatmap, picture.graph["classes"]),
         *(f"  {names[source]} -> {names[target]}" for source, target in picture.edges),
     ]
     return "\n".join([*lines, "}"]) + "\n"
@@ -60,43 +55,30 @@ def quoted(*lines: str) -> str:
     return '"' + r"\n".join(safe) + '"'
 
 
-@dataclass
-class _Cluster:
-    """A call of a module: the clusters inside it by call, and its own boxes."""
-
-    inner: dict[str, _Cluster] = field(default_factory=dict)
-    leaves: list[tuple[str, Leaf]] = field(default_factory=list)
-
-    def at(self, place: tuple[str, ...]) -> _Cluster:
-        """The cluster of a place, created if it is missing."""
-        cluster = self
-        for call in place:
-            cluster = cluster.inner.setdefault(call, _Cluster())
-        return cluster
-
-
-def _inside(cluster: _Cluster, annotations: Annotations, classes: dict[str, str], indent: str) -> Iterator[str]:
-    for name, leaf in cluster.leaves:
-        yield f"{indent}{name} [{_attributes(leaf, annotations)}]"
+def _inside(
+    leaves: Sequence[tuple[str, Leaf]], heatmap: Heatmap, classes: Mapping[str, str], depth: int = 0
+) -> Iterator[str]:
+    """The boxes of one call of a module, and a cluster for each call inside it."""
+    indent = "  " * (depth + 1)
+    inner: dict[str, list[tuple[str, Leaf]]] = {}
+    for name, leaf in leaves:
+        if len(leaf.place) > depth:
+            inner.setdefault(leaf.place[depth], []).append((name, leaf))
+        else:
+            yield f"{indent}{name} [{_attributes(leaf, heatmap)}]"
     fill, line, _ = FRAMES["traced"]
-    for call, inner in cluster.inner.items():
+    for call, members in inner.items():
         # Graphviz joins clusters of one name, so each is named after its first box, which is unique at its depth.
-        yield f"{indent}subgraph cluster_{len(indent)}_{_first(inner)} {{"
+        yield f"{indent}subgraph cluster_{depth}_{members[0][0]} {{"
         title = " · ".join(filter(None, (name_of(call), classes.get(module_of(call), ""))))
         yield f'{indent}  label={quoted(title)}; style="filled,rounded"; fillcolor="{fill}"; color="{line}"'
-        yield from _inside(inner, annotations, classes, indent + "  ")
+        yield from _inside(members, heatmap, classes, depth + 1)
         yield f"{indent}}}"
 
 
-def _first(cluster: _Cluster) -> str:
-    if cluster.leaves:
-        return cluster.leaves[0][0]
-    return _first(next(iter(cluster.inner.values())))
-
-
-def _attributes(leaf: Leaf, annotations: Annotations) -> str:
-    value, heat = annotations.strip(leaf)
-    look = "trained" if annotations.trained_in(leaf) else _LOOKS.get(leaf.kind, "plain")
+def _attributes(leaf: Leaf, heatmap: Heatmap) -> str:
+    value, heat = heatmap.strip(leaf)
+    look = "trained" if leaf.trained else _LOOKS.get(leaf.kind, "plain")
     fill, line, ink = LOOKS[look]
     if leaf.marks:
         fill, line, ink = heat or VIOLET_PALE, VIOLET_LINE, ink_on(heat) if heat else VIOLET
@@ -106,13 +88,13 @@ def _attributes(leaf: Leaf, annotations: Annotations) -> str:
     elif leaf.marks:
         words.append(f"{len(leaf.marks)} adapted")
     words[-1] += f" · {value}" * bool(value)
-    tip = [*(annotations.value(mark.path) for mark in leaf.marks), *annotations.lines(leaf)] or [leaf.target]
+    tip = [*(heatmap.line(mark.path) for mark in leaf.marks), *notes(leaf)] or [leaf.target]
     shown = {
         "label": quoted(*filter(None, words)),
         "tooltip": quoted(*tip),
         "class": quoted("adapted_layer" if leaf.marks else "again" if leaf.kind == "adapted_layer" else leaf.kind),
         "fillcolor": quoted(fill),
-        "color": quoted(SKIPPED if annotations.skipped_in(leaf) else line),
+        "color": quoted(SKIPPED if leaf.skipped else line),
         "fontcolor": quoted(ink),
     }
     return ", ".join(f"{name}={value}" for name, value in shown.items())

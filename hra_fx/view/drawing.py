@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import networkx as nx
@@ -15,7 +15,7 @@ from hra_fx.view.graph import leaves_of
 from hra_fx.view.resolve_subject import find_subject, has_adapters
 from hra_fx.view.scopes import scope_tree
 from hra_fx.view.subject import Subject
-from hra_fx.view.tree import Scope
+from hra_fx.view.tree import Leaf, Scope, prefixes
 
 
 @dataclass(frozen=True)
@@ -51,25 +51,41 @@ def drawing_of(model: Any, example_inputs: Any = None) -> Drawing:
     Args:
         model: a module, transformed, plain or folded, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`. A
             wrapper of a whole model (DDP, `torch.compile`) is removed.
-        example_inputs: inputs of one call: for shapes, and for a whole graph by TorchDynamo if fx cannot trace it.
+        example_inputs: inputs of one call, for shapes. `torch.export` captures this call where torch.fx cannot trace
+            the whole model, or where the call gives optional arguments.
 
     Raises:
         VisualizeError: the model has another type, or does not take example inputs.
-        AdapterError: the model does not run on the inputs, or TorchDynamo cannot trace the call.
+        AdapterError: `torch.export` is needed for the call, and cannot capture it.
     """
     model = unwrap(model)
     found = report(model) if has_adapters(model) else None
     subject = find_subject(model, example_inputs, found.rows if found else ())
     name = subject.classes.get("", type(model).__name__)
-    return Drawing(
-        name=name,
-        title=f"{name} with HRA" if found else name,
-        facts=_facts(subject),
-        picture=leaves_of(subject),
-        rows=found.rows if found else (),
-        skipped={layer.path: layer.reason for layer in found.skipped} if found else {},
-        trained_in_full=found.trained_in_full if found else (),
-    )
+    picture = leaves_of(subject)
+    if found is None:
+        return Drawing(name, name, _facts(subject), picture, (), {})
+    skipped = {layer.path: layer.reason for layer in found.skipped}
+    _mark(picture, skipped, found.trained_in_full)
+    title = f"{name} with HRA"
+    return Drawing(name, title, _facts(subject), picture, found.rows, skipped, found.trained_in_full)
+
+
+def _mark(picture: nx.DiGraph[str], skipped: Mapping[str, str], trained: Collection[str]) -> None:
+    """Note at each leaf which layers without an adapter it stands for."""
+    layers = {*skipped, *trained}
+    below: dict[str, list[str]] = {}  # path of a module -> the layers that it is or contains
+    for path in (*skipped, *trained):
+        for module in prefixes(path):
+            below.setdefault(module, []).append(path)
+    leaves: dict[str, Leaf] = dict(picture.nodes(data="leaf"))
+    for key, leaf in leaves.items():
+        # A graph of operators has no boxes of modules: a layer is shown where its parameters are read.
+        paths = [path for own in leaf.paths for path in below.get(own, ())]
+        paths += [path for path in leaf.readers if path in layers]
+        here = {path: skipped[path] for path in paths if path in skipped}
+        full = tuple(dict.fromkeys(path for path in paths if path not in skipped))
+        picture.nodes[key]["leaf"] = replace(leaf, skipped=here, trained=full)
 
 
 def _facts(subject: Subject) -> str:
@@ -85,8 +101,6 @@ def _facts(subject: Subject) -> str:
 
 def _traced(subject: Subject) -> str:
     """What of the model is drawn as a graph."""
-    if subject.of_call:
-        return "graph of one call" if "" in subject.graphs else f"one call in {len(subject.graphs)} graphs"
     if "" in subject.graphs:
         return "traced as one graph"
     modules = len(subject.graphs.keys() - subject.layers.keys())

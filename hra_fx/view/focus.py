@@ -11,7 +11,7 @@ import networkx as nx
 
 from hra_fx.errors import VisualizeError
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.tree import Leaf, module_of
+from hra_fx.view.tree import Leaf, module_of, prefixes
 
 _SHOWN = 3
 
@@ -59,13 +59,14 @@ def _cut_out(picture: nx.DiGraph[str], focus: str, inside: dict[str, Leaf]) -> n
     """The leaves inside, one box for each value from outside, and one for each value that is read outside."""
     part: nx.DiGraph[str] = nx.DiGraph()
     graph = picture.graph
-    traced = _is_traced(focus, graph["traced"])
+    traced = not graph["traced"].isdisjoint(["", *prefixes(focus)])
     below = {path for path in graph["traced"] if path.startswith(f"{focus}.")}
     part.graph.update(graph, traced=frozenset(below | ({""} if traced else set())))
     part.graph["classes"] = {**graph["classes"], "": graph["classes"].get(focus, "")}
     address = _addresses(picture)
     for source in dict.fromkeys(source for key in inside for source in picture.pred[key] if source not in inside):
-        part.add_node(f"from:{source}", leaf=_port("input", f"from {address[source]}"))
+        name = f"from {address[source]}"
+        part.add_node(f"from:{source}", leaf=Leaf(name, "", "input", "placeholder", name, ()))
         part.add_edges_from((f"from:{source}", key) for key in picture.succ[source] if key in inside)
     for key, leaf in inside.items():
         part.add_node(key, leaf=replace(leaf, place=_below(leaf.place, focus)))
@@ -75,14 +76,9 @@ def _cut_out(picture: nx.DiGraph[str], focus: str, inside: dict[str, Leaf]) -> n
         if readers:
             more = f" + {len(readers) - 1}" if len(readers) > 1 else ""
             part.add_edge(key, f"to:{key}")
-            part.nodes[f"to:{key}"]["leaf"] = _port("output", f"to {address[readers[0]]}{more}")
+            name = f"to {address[readers[0]]}{more}"
+            part.nodes[f"to:{key}"]["leaf"] = Leaf(name, "", "output", "output", name, ())
     return part
-
-
-def _port(kind: str, name: str) -> Leaf:
-    if kind == "input":
-        return Leaf(name, "", "input", "placeholder", name, ())
-    return Leaf(name, "", "output", "output", name, ())
 
 
 def _addresses(picture: nx.DiGraph[str]) -> dict[str, str]:
@@ -102,12 +98,6 @@ def _address(leaf: Leaf, inside: Mapping[str, int]) -> str:
 def _below(place: tuple[str, ...], focus: str) -> tuple[str, ...]:
     """A place without the focus and the modules around it."""
     return next((place[at + 1 :] for at, call in enumerate(place) if module_of(call) == focus), ())
-
-
-def _is_traced(path: str, roots: Iterable[str]) -> bool:
-    known = set(roots)
-    parts = path.split(".")
-    return any(".".join(parts[:end]) in known for end in range(len(parts) + 1))
 
 
 def _unknown(drawing: Drawing, focus: str, leaves: Iterable[Leaf]) -> str:

@@ -13,8 +13,11 @@ from typing import TypeAlias
 from hra_fx.atomic_write import output_file
 from hra_fx.errors import VisualizeError
 from hra_fx.view.drawing import Drawing
+from hra_fx.view.focus import focused
+from hra_fx.view.heatmap import heatmap_of
 from hra_fx.view.options import Options
 
+#: Renders a drawing that is already the one of `options.focus`.
 Render: TypeAlias = Callable[[Drawing, Options], "str | bytes"]
 
 
@@ -72,7 +75,19 @@ def picture_file(path: str | os.PathLike[str], formats: Mapping[str, Format] = F
     return file
 
 
-def renderer(file: Path) -> Render:
-    """The function that renders a file which `picture_file` has checked."""
+def rendered(file: Path, drawing: Drawing, options: Options) -> bytes:
+    """The content of a file which `picture_file` has checked.
+
+    Args:
+        file: the path of the picture.
+        drawing: the drawing of the whole model.
+        options: what of it is drawn.
+
+    Raises:
+        VisualizeError: the options do not fit the model.
+    """
+    part = focused(drawing, options.focus)
+    heatmap_of(part, options.heat)  # the same error for all formats
     render: Render = import_module(FORMATS[file.suffix.lower()].module).render
-    return render
+    content = render(part, options)
+    return content if isinstance(content, bytes) else content.encode("utf-8")

@@ -18,22 +18,9 @@ from torch import Tensor, fx, nn
 from hra_fx.export.weight_uses import normalize_path
 from hra_fx.layers.target import NodeTag
 from hra_fx.view.describe import describe_module, name_of, own_parameters
-from hra_fx.view.subject import Subject, subject_of
-from hra_fx.view.tree import Leaf, Mark, module_of
-from hra_fx.view.values import Value, function_name, pass_through, read, shape_and_dtype, tag_of
-
-#: The key of a graph that is one piece of a call, not the graph of a module.
-_PIECE = re.compile(r"call\[\d+\]")
-
-
-def adapted_graph(model: nn.Module, graphs: Mapping[str, fx.GraphModule]) -> nx.DiGraph[str]:
-    """The leaves of a model and of graphs that were traced from it; see `leaves_of`.
-
-    Args:
-        model: a model, transformed or plain.
-        graphs: module path -> traced graph, as `hra_fx.graphs` returns them.
-    """
-    return leaves_of(subject_of(model, graphs))
+from hra_fx.view.subject import Subject
+from hra_fx.view.tree import Leaf, Mark, joined, module_of, prefixes
+from hra_fx.view.values import Value, constant_masks, function_name, pass_through, read, shape_and_dtype, tag_of
 
 
 def leaves_of(subject: Subject) -> nx.DiGraph[str]:
@@ -47,12 +34,6 @@ def leaves_of(subject: Subject) -> nx.DiGraph[str]:
     builder = _Builder(subject)
     builder.draw()
     return builder.picture
-
-
-def _prefixes(path: str) -> list[str]:
-    """`"a.b.c"` to `["a", "a.b", "a.b.c"]`."""
-    parts = path.split(".") if path else []
-    return [".".join(parts[: end + 1]) for end in range(len(parts))]
 
 
 def _join(path: str, name: str) -> str:
@@ -80,23 +61,19 @@ class _Builder:
 
     def __post_init__(self) -> None:
         self.model = self.subject.model
-        self.pieces = {key: graph for key, graph in self.subject.graphs.items() if _PIECE.fullmatch(key)}
-        self.graphs = {key: graph for key, graph in self.subject.graphs.items() if key not in self.pieces}
+        self.graphs = self.subject.graphs
         self.visited: dict[int, str] = {}
         for path in self.subject.layers:  # they count their own parameters, even if another node reads the weight first
             self._once(own_parameters(self.model.get_submodule(path)))
-        self.busy = {""} | {prefix for path in (*self.graphs, *self.subject.layers) for prefix in _prefixes(path)}
+        self.busy = {""} | {prefix for path in (*self.graphs, *self.subject.layers) for prefix in prefixes(path)}
         details = {path: describe_module(part) for path, part in self.model.named_modules() if not _has_parts(part)}
-        self.picture.graph["traced"] = frozenset(self.graphs) | ({""} if self.pieces else frozenset())
+        self.picture.graph["traced"] = frozenset(self.graphs)
         self.picture.graph["classes"] = dict(self.subject.classes)
         self.picture.graph["details"] = details
 
     def draw(self) -> None:
         """Add everything."""
-        for key, graph in self.pieces.items():
-            self._add_graph("", graph, key)
-        if not self.pieces:
-            self.walk(self.model, "")
+        self.walk(self.model, "")
         for path in self.subject.layers:
             self.add_missing(path)
         if not self.picture:  # a single layer, or a model without layers, is one box
@@ -109,7 +86,7 @@ class _Builder:
         """Add a module and its children, in the order of definition."""
         if path in self.graphs:
             self.visited[id(module)] = path
-            self._add_graph(path, self.graphs[path], path)
+            self._add_graph(path, self.graphs[path])
         elif path in self.subject.layers:
             self.add_missing(path)
         elif id(module) in self.visited:
@@ -125,7 +102,7 @@ class _Builder:
     def add_missing(self, path: str) -> None:
         """Add an adapted layer that no traced graph shows, where it is defined."""
         if path not in self.drawn:
-            self._add(f"layer:{path}", self._adapted_leaf(path, "eager", tuple(_prefixes(_parent(path)))))
+            self._add(f"layer:{path}", self._adapted_leaf(path, "eager", tuple(prefixes(_parent(path)))))
 
     def _add(self, key: str, leaf: Leaf, sources: tuple[str, ...] = ()) -> None:
         for mark in leaf.marks:
@@ -134,7 +111,7 @@ class _Builder:
         self.picture.add_edges_from((source, key) for source in sources)
 
     def _add_eager(self, path: str, detail: str) -> None:
-        place = tuple(_prefixes(_parent(path)))
+        place = tuple(prefixes(_parent(path)))
         module = self.model.get_submodule(path)
         count = self._once(own_parameters(module))
         leaf = Leaf(name_of(path), detail, "eager", "eager", path, place, paths=(path,), parameters=count)
@@ -160,30 +137,25 @@ class _Builder:
 
     def _reader_leaf(self, note: NodeTag, node: fx.Node, root: str, place: tuple[str, ...]) -> Leaf:
         """The leaf of a node that reads rotated weights, with the marks of all their layers."""
-        first, *others = (self._adapted_leaf(path, node.op, place) for path in (note.path, *note.also))
-        joined = replace(
-            first,
-            marks=tuple(mark for leaf in (first, *others) for mark in leaf.marks),
-            paths=tuple(leaf.target for leaf in (first, *others)),
-            parameters=sum(leaf.parameters for leaf in (first, *others)),
-        )
+        leaf = joined([self._adapted_leaf(path, node.op, place) for path in (note.path, *note.also)])
         if node.op != "call_module":
-            return joined
+            return leaf
         path = _join(root, str(node.target))
-        return replace(joined, name=name_of(path), detail=describe_module(self.model.get_submodule(path)), target=path)
+        return replace(leaf, name=name_of(path), detail=describe_module(self.model.get_submodule(path)), target=path)
 
-    def _add_graph(self, root: str, graph: fx.GraphModule, prefix: str) -> None:
+    def _add_graph(self, root: str, graph: fx.GraphModule) -> None:
         values: dict[fx.Node, Value] = {}
+        masks = constant_masks(graph.graph)
         single = root in self.subject.layers
         knows_places = any(node.meta.get("nn_module_stack") for node in graph.graph.nodes)
         held = dict(graph.named_parameters(remove_duplicate=False))
         for node in graph.graph.nodes:
             module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-            value = pass_through(node, values, module)
+            value = Value() if node in masks else pass_through(node, values, module)
             if value is None and single and node.op in ("placeholder", "output"):
                 value = Value()
             if value is None:
-                key = f"{prefix}:{node.name}"
+                key = f"{root}:{node.name}"
                 before = read(node, values)
                 place = self._place(node, root, before if not knows_places else Value())
                 leaf = self._leaf(node, root, module, place, before)
@@ -217,7 +189,7 @@ class _Builder:
         else:
             owner = root
         calls = {path: call for call, path in stack}
-        return tuple(calls.get(prefix, prefix) for prefix in _prefixes(owner))
+        return tuple(calls.get(prefix, prefix) for prefix in prefixes(owner))
 
     def _leaf_of(self, key: str) -> Leaf:
         leaf: Leaf = self.picture.nodes[key]["leaf"]

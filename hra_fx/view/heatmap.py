@@ -1,20 +1,49 @@
-"""The heatmap of a picture: a value and a color for each adapted layer, on one scale."""
+"""The heatmap of a picture: a value and a color for each adapted layer, on one scale, and how boxes show them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import ceil
 
 from hra_fx.errors import VisualizeError
 from hra_fx.reporting.colormap import color
 from hra_fx.reporting.heat import HEATS, heat_of, scale
 from hra_fx.view.drawing import Drawing
+from hra_fx.view.text import clean
+from hra_fx.view.tree import Item
+
+CELL = 8.0  # height of a row of heat cells
+_NARROWEST = 3.0  # width of a cell
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A grid of colored cells, one for each adapted layer in a box, row by row.
+
+    Attributes:
+        colors: their fills.
+        tips: their tooltips.
+        columns: cells per row.
+    """
+
+    colors: tuple[str, ...] = ()
+    tips: tuple[str, ...] = ()
+    columns: int = 1
+
+    @property
+    def height(self) -> float:
+        """Height of the rows and of the space above them."""
+        return ceil(len(self.colors) / self.columns) * CELL + 5 if self.colors else 0.0
+
+
+NO_CELLS = Cells()
 
 
 @dataclass(frozen=True)
 class Heatmap:
-    """The values of a picture.
+    """The values of a picture; a heatmap without values is not shown.
 
     Attributes:
         name: which measure, a key of `HEATS`.
@@ -39,15 +68,42 @@ class Heatmap:
         """The color of a value."""
         return color(value, self.top)
 
+    def line(self, path: str) -> str:
+        """A line of a tooltip: an adapted layer with its value."""
+        return f"{path} · {self.text(self.mean([path]))}" if self.values else path
 
-def heatmap_of(drawing: Drawing, name: str | None) -> Heatmap | None:
-    """The heatmap of a picture, `None` for `None`.
+    def strip(self, item: Item) -> tuple[str, str]:
+        """Text and color of the mean value in a box; empty without a heatmap or an adapted layer."""
+        if not self.values or not item.marks:
+            return "", ""
+        mean = self.mean(mark.path for mark in item.marks)
+        words = ("" if HEATS[self.name].unit else "|Q-I| ") + self.text(mean)
+        return (f"mean {words}" if len(item.marks) > 1 else words), self.color(mean)
+
+    def cells(self, item: Item, width: float) -> Cells:
+        """One cell for each adapted layer in a box. If the box stands for several modules, each has a column.
+
+        Args:
+            item: what the box stands for.
+            width: width of the grid.
+        """
+        if not self.values or not item.marks:
+            return NO_CELLS
+        paths = [mark.path for mark in item.marks]
+        fitting = max(int(width / _NARROWEST), 1)
+        columns = item.count if 1 < item.count <= fitting else ceil(len(paths) / ceil(len(paths) / fitting))
+        colors = tuple(self.color(self.mean([path])) for path in paths)
+        return Cells(colors, tuple(clean(self.line(path)) for path in paths), columns)
+
+
+def heatmap_of(drawing: Drawing, name: str | None) -> Heatmap:
+    """The heatmap of a picture, without values for `None`.
 
     Raises:
         VisualizeError: the model has no adapters.
     """
     if name is None:
-        return None
+        return Heatmap("", {}, 1.0)
     if not drawing.rows:
         raise VisualizeError(
             f"`heat` must be None for {drawing.title}, which has no adapters, got {name!r}. "

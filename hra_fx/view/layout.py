@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import networkx as nx
-
-from hra_fx.view.coordinates import GAP_X, LANE, Node, Size, x_coordinates
-from hra_fx.view.layering import LOWER, UPPER, Layering
+from hra_fx.view.coordinates import GAP_X, LANE, Size, x_coordinates
+from hra_fx.view.layering import LOWER, UPPER, Layering, Node
 
 GAP_Y = 24.0
 _UNEVEN = 3.5  # boxes whose heights differ by a larger factor do not share a row
@@ -58,7 +56,7 @@ def layered(
         inputs: boxes that get an edge from the upper border.
         outputs: boxes that get an edge to the lower border.
     """
-    return _Layering(sizes, edges, inputs, outputs).arrangement()
+    return _Layout(sizes, edges, inputs, outputs).arrangement()
 
 
 def in_rows(sizes: Sequence[Size], limit: float) -> Arrangement:
@@ -76,7 +74,9 @@ def in_rows(sizes: Sequence[Size], limit: float) -> Arrangement:
     return Arrangement(width, y + row, tuple(corners), enter=width / 2, leave=width / 2)
 
 
-class _Layering:
+class _Layout(Layering):
+    """Layers with the sizes of boxes and the positions of all nodes."""
+
     def __init__(
         self,
         sizes: Sequence[Size],
@@ -84,74 +84,63 @@ class _Layering:
         inputs: Sequence[int],
         outputs: Sequence[int],
     ) -> None:
-        self.sizes = dict(enumerate(sizes))
-        self.sizes[UPPER] = self.sizes[LOWER] = Size(0, 0)
-        layers = Layering(len(sizes), edges, inputs, outputs)
-        self.links, self.level, self.rows, self.chain = layers.links, layers.level, layers.rows, layers.chain
-        self.graph: nx.DiGraph[Node] = nx.DiGraph()
-        self.graph.add_nodes_from(layers.below)
-        self.graph.add_edges_from((node, lower) for node, below in layers.below.items() for lower in below)
+        super().__init__(len(sizes), edges, inputs, outputs)
+        border = Size(0, 0)
+        self.sizes = {**dict(enumerate(sizes)), UPPER: border, LOWER: border}
+        x = x_coordinates(self, self.size)
+        self.left = min((x[node] - self.size(node).width / 2 for node in x), default=0.0)
+        self.right = max((x[node] + self.size(node).width / 2 for node in x), default=0.0)
+        self.x = {node: value - self.left for node, value in x.items()}
+        self.tops: list[float] = []
+        self.bottoms: list[float] = []
+        y = 0.0
+        for row in self.rows:
+            self.tops.append(y)
+            self.bottoms.append(y + max((self.size(node).height for node in row), default=0))
+            y = self.bottoms[-1] + GAP_Y
 
     def size(self, node: Node) -> Size:
         return self.sizes[node[0]] if node[1] < 0 else Size(LANE, 0)
 
-    def arrangement(self) -> Arrangement:
-        x = x_coordinates(self.rows, self.graph, self.size)
-        tops: list[float] = []
-        bottoms: list[float] = []
-        y = 0.0
-        for row in self.rows:
-            tops.append(y)
-            bottoms.append(y + max((self.size(node).height for node in row), default=0))
-            y = bottoms[-1] + GAP_Y
-        left = min((x[node] - self.size(node).width / 2 for node in x), default=0.0)
-        right = max((x[node] + self.size(node).width / 2 for node in x), default=0.0)
-        x = {node: value - left for node, value in x.items()}
-        middle = [(top + bottom) / 2 for top, bottom in zip(tops, bottoms, strict=True)]
-        top_of = {box: middle[level] - self.sizes[box].height / 2 for box, level in self.level.items()}
-        corners = tuple((x[box, -1] - self.sizes[box].width / 2, top_of[box]) for box in sorted(self.level) if box >= 0)
-        ends = self.ends(x)
-        routes = tuple(self.route(link, x, ends, top_of, tops, bottoms) for link in self.links)
-        width = right - left
-        return Arrangement(
-            width, bottoms[-1], corners, routes, x.get((UPPER, -1), width / 2), x.get((LOWER, -1), width / 2)
-        )
+    def top(self, box: int) -> float:
+        """The upper edge of a box, which is in the middle of its layer."""
+        level = self.level[box]
+        return (self.tops[level] + self.bottoms[level]) / 2 - self.sizes[box].height / 2
 
-    def route(
-        self,
-        link: tuple[int, int],
-        x: dict[Node, float],
-        ends: dict[tuple[int, int], float],
-        top_of: dict[int, float],
-        tops: list[float],
-        bottoms: list[float],
-    ) -> Route:
-        source, target = link
-        start = x[source, -1] + self.sizes[source].leave
-        begin = top_of[source] + self.sizes[source].height
-        pieces = [(start, begin, bottoms[self.level[source]])]
-        pieces += [(x[lane], tops[lane[1]], bottoms[lane[1]]) for lane in self.chain(source, target)[1:-1]]
-        pieces.append((ends[link], tops[self.level[target]], top_of[target]))
+    def arrangement(self) -> Arrangement:
+        boxes = sorted(box for box in self.level if box >= 0)
+        corners = tuple((self.x[box, -1] - self.sizes[box].width / 2, self.top(box)) for box in boxes)
+        ends = self.ends()
+        routes = tuple(self.route(source, target, ends[source, target]) for source, target in self.links)
+        width = self.right - self.left
+        enter, leave = (self.x.get((border, -1), width / 2) for border in (UPPER, LOWER))
+        return Arrangement(width, self.bottoms[-1], corners, routes, enter, leave)
+
+    def route(self, source: int, target: int, end: float) -> Route:
+        start = self.x[source, -1] + self.sizes[source].leave
+        begin = self.top(source) + self.sizes[source].height
+        pieces = [(start, begin, self.bottoms[self.level[source]])]
+        lanes = self.chain(source, target)[1:-1]
+        pieces += [(self.x[lane], self.tops[lane[1]], self.bottoms[lane[1]]) for lane in lanes]
+        pieces.append((end, self.tops[self.level[target]], self.top(target)))
         return Route(source if source >= 0 else None, target if target >= 0 else None, tuple(pieces))
 
-    def ends(self, x: dict[Node, float]) -> dict[tuple[int, int], float]:
+    def ends(self) -> dict[tuple[int, int], float]:
         """x at which each edge enters: the straightest one at the entry, the others on the side they come from."""
         ends: dict[tuple[int, int], float] = {}
         for target in {target for _, target in self.links}:
-            entry = x[target, -1] + self.sizes[target].enter
+            entry = self.x[target, -1] + self.sizes[target].enter
             coming: list[tuple[float, int]] = []
             for source in [source for source, other in self.links if other == target]:
                 last = self.chain(source, target)[-2]
-                coming.append((x[last] + (self.sizes[source].leave if last[1] < 0 else 0.0) - entry, source))
-            straight = min(coming, key=lambda pair: (abs(pair[0]), pair[1]))
+                leave = self.sizes[source].leave if last[1] < 0 else 0.0
+                coming.append((self.x[last] + leave - entry, source))
+            coming.sort(key=lambda pair: (abs(pair[0]), pair[1]))
+            ends[coming[0][1], target] = entry
             room = max(self.sizes[target].width / 2 - abs(self.sizes[target].enter) - 10, 0.0)
             for side in (-1, 1):
-                others = sorted(
-                    (pair for pair in coming if pair != straight and (pair[0] > 0) == (side > 0)),
-                    key=lambda pair: side * pair[0],
-                )
+                others = [source for shift, source in coming[1:] if (shift > 0) == (side > 0)]
                 step = min(16.0, room / max(len(others), 1))
-                for place, (_, source) in enumerate(others, start=1):
+                for place, source in enumerate(others, start=1):
                     ends[source, target] = entry + side * step * place
-            ends[straight[1], target] = entry
         return ends

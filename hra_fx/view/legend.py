@@ -9,7 +9,6 @@ from xml.etree.ElementTree import Element
 
 from hra_fx.reporting.colormap import UNKNOWN
 from hra_fx.reporting.heat import HEATS
-from hra_fx.view.annotations import Annotations
 from hra_fx.view.boxes import Box
 from hra_fx.view.heatmap import Heatmap
 from hra_fx.view.svg import EDGE, FAINT, FRAMES, INK, LOOKS, VIOLET_LINE, VIOLET_PALE, shape, skipped_marker, write
@@ -28,23 +27,24 @@ class Entry:
     draw: Callable[[Element, float, float], None]
 
 
-def entries(boxes: Collection[Box], annotations: Annotations) -> list[Entry]:
+def entries(boxes: Collection[Box], heatmap: Heatmap, skipped: int) -> list[Entry]:
     """The entries of a picture's legend.
 
     Args:
         boxes: all boxes of the picture.
-        annotations: what is shown on the boxes.
+        heatmap: the colors of adapted layers.
+        skipped: number of layers without an adapter.
     """
     looks = {box.look for box in boxes}
     found: list[Entry] = []
-    if annotations.heatmap is not None:
-        found.append(_color_bar(annotations.heatmap))
-        if any(math.isnan(value) for value in annotations.heatmap.values.values()):
+    if heatmap.values:
+        found.append(_color_bar(heatmap))
+        if any(math.isnan(value) for value in heatmap.values.values()):
             found.append(_swatch("unknown", UNKNOWN, EDGE))
     elif "adapted_layer" in looks:
         found.append(_swatch("adapter: r vectors of length d, |Q-I| = size of the rotation", VIOLET_PALE, VIOLET_LINE))
-    if annotations.skipped:
-        found.append(_skipped(len(annotations.skipped)))
+    if skipped:
+        found.append(_skipped(skipped))
     closed = "closed module, see the panel with its letter" if any(box.letter for box in boxes) else "closed module"
     for look, words in (
         ("adapted_layer", "adapted layer"),

@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from hra_fx.errors import VisualizeError
 from hra_fx.reporting.colormap import ink_on
-from hra_fx.view.annotations import Annotations, annotations_of
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.focus import focused
-from hra_fx.view.heatmap import heatmap_of
+from hra_fx.view.heatmap import Heatmap, heatmap_of
 from hra_fx.view.options import Options
 from hra_fx.view.panels import BUDGET, Block, opened
 from hra_fx.view.svg import EDGE, FRAMES, INK, LOOKS, VIOLET, VIOLET_LINE, VIOLET_PALE
@@ -38,23 +37,24 @@ def render(drawing: Drawing, options: Options) -> str:
         VisualizeError: the options do not fit the model, or Mermaid's limits are exceeded; the message names the depth
             that would fit.
     """
-    part = focused(drawing, options.focus)
-    heat, tree, focus = heatmap_of(part, options.heat), part.tree(), options.focus or ""
-    depths = range(_deepest(tree) + 1)
-    blocks = [opened(tree, depth, focus).block for depth in depths]
-    readable = [depth for depth in depths if len(list(blocks[depth].boxes())) <= BUDGET]
-    chosen = max(readable, default=0) if options.depth is None else min(options.depth, depths[-1])
-    annotations = annotations_of(part, heat)
-    text, edges = _text(part, blocks[chosen], annotations)
-    if edges <= EDGES and len(text) <= CHARACTERS:
+    heatmap, tree = heatmap_of(drawing, options.heat), drawing.tree()
+    blocks = [opened(tree, depth, options.focus or "").block for depth in range(_deepest(tree) + 1)]
+    readable = [depth for depth, block in enumerate(blocks) if len(list(block.boxes())) <= BUDGET]
+    chosen = max(readable, default=0) if options.depth is None else min(options.depth, len(blocks) - 1)
+    text, edges = _text(drawing, blocks[chosen], heatmap)
+    if _fits(text, edges):
         return text
-    fitting = [depth for depth in depths[:chosen] if _fits(part, blocks[depth], annotations)]
+    fitting = [depth for depth in range(chosen) if _fits(*_text(drawing, blocks[depth], heatmap))]
     asked = f"`depth={options.depth}` gives" if options.depth is not None else "The smallest Mermaid text has"
     fix = f"`depth={max(fitting)}` fits." if fitting else "Pass the path of a module as `focus`, or write an .svg."
     raise VisualizeError(
         f"{asked} {edges:,} edges and {len(text):,} characters; GitHub draws at most {EDGES:,} edges and "
         f"{CHARACTERS:,} characters. {fix}"
     )
+
+
+def _fits(text: str, edges: int) -> bool:
+    return edges <= EDGES and len(text) <= CHARACTERS
 
 
 def escape(text: str) -> str:
@@ -73,30 +73,26 @@ def _deepest(item: Item) -> int:
     return max([len(item.path.split(".")) * bool(item.path), *map(_deepest, item.items)])
 
 
-def _fits(part: Drawing, block: Block, annotations: Annotations) -> bool:
-    text, edges = _text(part, block, annotations)
-    return edges <= EDGES and len(text) <= CHARACTERS
-
-
-def _text(part: Drawing, block: Block, annotations: Annotations) -> tuple[str, int]:
+def _text(drawing: Drawing, block: Block, heatmap: Heatmap) -> tuple[str, int]:
     """The text of a block, and its number of edges."""
-    flow = _Flowchart(annotations)
-    lines = ["flowchart TD", f"  %% {escape(part.title)}", f"  %% {escape(part.facts)}", *flow.inside(block, "  ")]
+    flow = _Flowchart(heatmap)
+    lines = [
+        "flowchart TD",
+        f"  %% {escape(drawing.title)}",
+        f"  %% {escape(drawing.facts)}",
+        *flow.inside(block, "  "),
+    ]
     lines += [f"  {source} --> {target}" for source, target in flow.edges]
     return "\n".join([*lines, *flow.styles()]) + "\n", len(flow.edges)
 
 
-@dataclass(frozen=True)
-class _Ends:
-    """The nodes at which edges enter and leave a part."""
-
-    enter: str
-    leave: str
+#: The nodes at which edges enter and leave a part.
+_Ends: TypeAlias = tuple[str, str]
 
 
 @dataclass
 class _Flowchart:
-    annotations: Annotations
+    heatmap: Heatmap
     edges: dict[tuple[str, str], None] = field(default_factory=dict)
     classes: dict[str, list[str]] = field(default_factory=dict)
     fills: dict[str, str] = field(default_factory=dict)
@@ -114,14 +110,14 @@ class _Flowchart:
             lines += more
             ends.append(end)
         if not isinstance(block.item, Scope):
-            return lines, _Ends("", "")
-        self.edges.update(((ends[i].leave, ends[j].enter), None) for i, j in block.item.edges)
-        enter = [ends[i].enter for i in block.item.inputs]
-        leave = [ends[i].leave for i in block.item.outputs]
+            return lines, ("", "")
+        self.edges.update(((ends[i][1], ends[j][0]), None) for i, j in block.item.edges)
+        enter = [ends[i][0] for i in block.item.inputs]
+        leave = [ends[i][1] for i in block.item.outputs]
         into, out = self._port(enter, lines, indent), self._port(leave, lines, indent)
         self.edges.update(((into, inner), None) for inner in enter if inner != into)
         self.edges.update(((inner, out), None) for inner in leave if inner != out)
-        return lines, _Ends(into, out)
+        return lines, (into, out)
 
     def _port(self, inner: list[str], lines: list[str], indent: str) -> str:
         """The node at which edges cross a border: the only one inside that they reach, else a dot."""
@@ -140,14 +136,13 @@ class _Flowchart:
         item, look = part.item, _look(part)
         if part.parts is not None:
             name = self._name("m", look)
-            lines, ends = self._parts(part, indent + "  ")
-            border = _Ends(ends.enter or name, ends.leave or name)
+            lines, (enter, leave) = self._parts(part, indent + "  ")
+            border = (enter or name, leave or name)
             return [f'{indent}subgraph {name}["{_label(item)}"]', *lines, f"{indent}end"], border
-        trained = look in ("plain", "eager") and self.annotations.trained_in(item)
+        trained = look in ("plain", "eager") and item.trained
         name = self._name("n", "trained" if trained else look)
-        words, fill = self.annotations.strip(item)
-        skipped = self.annotations.skipped_in(item)
-        extra = [*_facts(item, words), *([f"{len(skipped)} not adapted"] if skipped else [])]
+        words, fill = self.heatmap.strip(item)
+        extra = [*_facts(item, words), *([f"{len(item.skipped)} not adapted"] if item.skipped else [])]
         opening, closing = {"port": ("([", "])"), "closed": ("[[", "]]")}.get(look, ("[", "]"))
         if fill:
             self.fills[name] = fill
@@ -155,7 +150,7 @@ class _Flowchart:
         # One line for all layers of a box, because comments count towards the limits too.
         layers = " ".join(escape(mark.path).replace(" ", "#32;") for mark in item.marks)
         comment = [f"{indent}%% {name}: {layers}"] if layers else []
-        return [f'{indent}{name}{opening}"{label}"{closing}', *comment], _Ends(name, name)
+        return [f'{indent}{name}{opening}"{label}"{closing}', *comment], (name, name)
 
     def styles(self) -> Iterator[str]:
         """The colors of boxes, readable on light and dark pages."""

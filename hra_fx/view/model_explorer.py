@@ -13,14 +13,12 @@ from typing import Any
 
 from hra_fx.reporting.colormap import PALETTE, ink_on
 from hra_fx.reporting.heat import HEATS
-from hra_fx.view.annotations import Annotations, annotations_of
 from hra_fx.view.collapse import collapsed
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.focus import focused
 from hra_fx.view.heatmap import heatmap_of
 from hra_fx.view.options import Options
 from hra_fx.view.text import clean
-from hra_fx.view.tree import Leaf, module_of
+from hra_fx.view.tree import Leaf, module_of, notes
 
 _HEAT = "mean_angle"
 
@@ -31,10 +29,9 @@ def render(drawing: Drawing, options: Options) -> str:
     Raises:
         VisualizeError: the options do not fit the model.
     """
-    part = collapsed(focused(drawing, options.focus), options.depth)
+    part = collapsed(drawing, options.depth)
     name = f"{clean(part.title)}: graph"  # differs from the two other keys for every name of a model
-    annotations = annotations_of(part)
-    nodes = [_node(part, key, data["leaf"], annotations) for key, data in part.picture.nodes(data=True)]
+    nodes = [_node(part, key, data["leaf"]) for key, data in part.picture.nodes(data=True)]
     graph = {"id": name, "nodes": nodes, "groupNodeAttributes": _groups(part)}
     content: dict[str, Any] = {"label": clean(part.title), "graphs": [graph]}
     if part.rows:
@@ -42,12 +39,12 @@ def render(drawing: Drawing, options: Options) -> str:
     return json.dumps(content, allow_nan=False, separators=(",", ":")) + "\n"
 
 
-def _node(part: Drawing, key: str, leaf: Leaf, annotations: Annotations) -> dict[str, Any]:
+def _node(part: Drawing, key: str, leaf: Leaf) -> dict[str, Any]:
     node: dict[str, Any] = {
         "id": key,
         "label": clean(leaf.name),
         "namespace": _namespace(leaf.place),
-        "attrs": _pairs(_facts(leaf, annotations)),
+        "attrs": _pairs(_facts(leaf)),
         "incomingEdges": [
             {"sourceNodeId": source, "sourceNodeOutputId": "0", "targetNodeInputId": str(place)}
             for place, source in enumerate(part.picture.pred[key])
@@ -79,7 +76,7 @@ def _component(call: str) -> str:
     return clean(call.rpartition(".")[2]).replace("/", "\u2215") or "\u2215"
 
 
-def _facts(leaf: Leaf, annotations: Annotations) -> dict[str, str]:
+def _facts(leaf: Leaf) -> dict[str, str]:
     facts = {"target": leaf.target, "op": leaf.op, "detail": leaf.detail}
     if leaf.parameters:
         facts["parameters"] = str(leaf.parameters)
@@ -90,7 +87,7 @@ def _facts(leaf: Leaf, annotations: Annotations) -> dict[str, str]:
         facts[f"adapted layer{number}"] = mark.path
         if mark.rotation is not None:
             facts[f"|Q - I|{number}"] = f"{mark.rotation:.6g}"
-    for index, line in enumerate(annotations.lines(leaf), start=1):
+    for index, line in enumerate(notes(leaf), start=1):
         facts["not adapted" if index == 1 else f"not adapted {index}"] = line
     return {name: value for name, value in facts.items() if value}
 
@@ -105,8 +102,8 @@ def _node_data(part: Drawing, name: str) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for key, data in part.picture.nodes(data=True):
         marks = data["leaf"].marks
-        value = heat.mean(mark.path for mark in marks) if heat and marks else math.nan
-        if heat and math.isfinite(value):
+        value = heat.mean(mark.path for mark in marks)
+        if math.isfinite(value):
             fill = heat.color(value)
             results[key] = {"value": float(f"{value:.6g}"), "bgColor": fill, "textColor": ink_on(fill)}
     stops = [{"stop": index / (len(PALETTE) - 1), "bgColor": fill} for index, fill in enumerate(PALETTE)]

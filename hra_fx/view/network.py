@@ -7,8 +7,8 @@ from typing import Any
 
 import networkx as nx
 
+from hra_fx.reporting.heat import largest
 from hra_fx.reporting.row import Row
-from hra_fx.view.annotations import annotations_of
 from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.tree import Leaf
 
@@ -31,14 +31,15 @@ def to_networkx(model: Any, example_inputs: Any = None) -> nx.DiGraph[str]:
 
     Args:
         model: a module, transformed, plain or folded, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`.
-        example_inputs: inputs of one call: for shapes, and for a whole graph by TorchDynamo if fx cannot trace it.
+        example_inputs: inputs of one call, for shapes. `torch.export` captures this call where torch.fx cannot trace
+            the whole model, or where the call gives optional arguments.
 
     Returns:
         An acyclic DiGraph. Edges are the flow of values. The graph has the attributes `title` and `facts`.
 
     Raises:
         VisualizeError: the model has another type, or does not take example inputs.
-        AdapterError: the model does not run on the inputs, or TorchDynamo cannot trace the call.
+        AdapterError: `torch.export` is needed for the call, and cannot capture it.
 
     Example:
         >>> from torch import nn
@@ -55,16 +56,15 @@ def network(drawing: Drawing) -> nx.DiGraph[str]:
     rows: dict[str, list[Row]] = {}
     for row in drawing.rows:
         rows.setdefault(row.path, []).append(row)
-    annotations = annotations_of(drawing)
     graph: nx.DiGraph[str] = nx.DiGraph(title=drawing.title, facts=drawing.facts)
     for key, leaf in drawing.picture.nodes(data="leaf"):
         graph.add_node(key, **_described(leaf))
         if leaf.kind == "adapted_layer" and leaf.marks:
             graph.add_node(key, **_measured(leaf, [row for mark in leaf.marks for row in rows.get(mark.path, ())]))
-        elif skipped := annotations.skipped_in(leaf):
-            graph.add_node(key, skipped="\n".join(dict.fromkeys(drawing.skipped[path] for path in skipped)))
-        if trained := annotations.trained_in(leaf):
-            graph.add_node(key, trained_in_full="\n".join(trained))
+        elif leaf.skipped:
+            graph.add_node(key, skipped="\n".join(dict.fromkeys(leaf.skipped.values())))
+        if leaf.trained:
+            graph.add_node(key, trained_in_full="\n".join(leaf.trained))
     graph.add_edges_from(drawing.picture.edges)
     return graph
 
@@ -85,11 +85,12 @@ def _described(leaf: Leaf) -> dict[str, str | int]:
 
 def _measured(leaf: Leaf, every: list[Row]) -> dict[str, str | int | float]:
     rows = [row for row in every if row.active] or every
-    measures = {name: [getattr(row, name) for row in rows] for name in ("rotation", "mean_angle", "angle")}
+    names = ("rotation", "mean_angle", "angle") if rows else ()
+    measures = {name: largest(getattr(row, name) for row in rows) for name in names}
     return {
         "adapted_layers": "\n".join(mark.path for mark in leaf.marks),
         "adapters": "\n".join(dict.fromkeys(row.adapter for row in every)),
         "d": leaf.width,
         "r": leaf.rank,
-        **{name: max(values) for name, values in measures.items() if values and not any(map(math.isnan, values))},
+        **{name: value for name, value in measures.items() if not math.isnan(value)},
     }

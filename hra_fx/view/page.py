@@ -6,11 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element, SubElement, tostring
 
-from hra_fx.view.annotations import Annotations, annotations_of
 from hra_fx.view.boxes import Box, place
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.focus import focused
-from hra_fx.view.heatmap import heatmap_of
+from hra_fx.view.heatmap import Heatmap, heatmap_of
 from hra_fx.view.legend import LINE, entries, placed
 from hra_fx.view.options import Options
 from hra_fx.view.panels import Panel, opened, plan
@@ -21,14 +19,6 @@ _MARGIN, _GAP, _INSET = 32.0, 20.0, 24.0
 _TOP = 88.0  # y of the legend
 _NARROWEST, _WIDEST, _ASPECT = 760.0, 1680.0, 1.4
 _NAMES = 40  # characters for the names of blocks above a panel
-
-
-@dataclass(frozen=True)
-class Heading:
-    """The words above a picture: its title and one line of facts."""
-
-    title: str
-    facts: str
 
 
 @dataclass(frozen=True)
@@ -60,25 +50,24 @@ def render(drawing: Drawing, options: Options) -> str:
     Raises:
         VisualizeError: the options do not fit the model.
     """
-    part = focused(drawing, options.focus)
-    tree, heat = part.tree(), heatmap_of(part, options.heat)
+    tree = drawing.tree()
     panels = plan(tree) if options.depth is None else [opened(tree, options.depth, options.focus or "")]
-    return page(panels, Heading(part.title, part.facts), annotations_of(part, heat, wide=len(panels) == 1))
+    return page(panels, drawing, heatmap_of(drawing, options.heat))
 
 
-def page(panels: Sequence[Panel], heading: Heading, annotations: Annotations | None = None) -> str:
+def page(panels: Sequence[Panel], drawing: Drawing, heatmap: Heatmap) -> str:
     """An SVG file, with the same bytes for the same panels.
 
     Args:
         panels: what is drawn, the overview first.
-        heading: the words above.
-        annotations: what is shown on the boxes.
+        drawing: what the panels are of, for the words above them.
+        heatmap: the colors of adapted layers.
     """
-    annotations = annotations or Annotations()
-    sheets = [_sheet(panel, annotations) for panel in panels]
+    sheets = [_sheet(panel, heatmap, alone=len(panels) == 1) for panel in panels]
     places, wide, high = _packed(sheets)
-    wide = max(wide, _NARROWEST, width(heading.facts, 13) + 2 * _MARGIN)
-    legend = placed(entries([box for sheet in sheets for box in _all(sheet.box)], annotations), wide - 2 * _MARGIN)
+    wide = max(wide, _NARROWEST, width(drawing.facts, 13) + 2 * _MARGIN)
+    boxes = [box for sheet in sheets for box in _all(sheet.box)]
+    legend = placed(entries(boxes, heatmap, len(drawing.skipped)), wide - 2 * _MARGIN)
     top = _TOP + LINE * (1 + max((line for *_, line in legend), default=-1)) + 14
     high += top + _MARGIN
     root = Element(
@@ -91,13 +80,13 @@ def page(panels: Sequence[Panel], heading: Heading, annotations: Annotations | N
             "font-family": FONT,
         },
     )
-    SubElement(root, "title").text = clean(heading.title)
+    SubElement(root, "title").text = clean(drawing.title)
     marker = shape(shape(root, "defs"), "marker", id="arrow", viewBox="0 0 8 8", refX="7", refY="4")
     marker.attrib.update(markerWidth="7", markerHeight="7", orient="auto")
     shape(marker, "path", d="M0 0.6L8 4L0 7.4z", fill=EDGE)
     shape(root, "rect", width="100%", height="100%", fill=PAPER)
-    write(root, _MARGIN, 46, clean(heading.title), 22, INK, bold=True)
-    write(root, _MARGIN, 70, clean(heading.facts), 13, FAINT)
+    write(root, _MARGIN, 46, clean(drawing.title), 22, INK, bold=True)
+    write(root, _MARGIN, 70, clean(drawing.facts), 13, FAINT)
     for entry, left, line in legend:
         entry.draw(root, _MARGIN + left, _TOP + LINE * line)
     for sheet, (x, y) in zip(sheets, places, strict=True):
@@ -105,8 +94,8 @@ def page(panels: Sequence[Panel], heading: Heading, annotations: Annotations | N
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + tostring(root, encoding="unicode") + "\n"
 
 
-def _sheet(panel: Panel, annotations: Annotations) -> _Sheet:
-    box = place(panel.block, annotations, root=True)
+def _sheet(panel: Panel, heatmap: Heatmap, *, alone: bool) -> _Sheet:
+    box = place(panel.block, heatmap, root=True, alone=alone)
     if not panel.letter:
         return _Sheet(panel, box, "Overview", ())
     return _Sheet(panel, box, box.detail, _used(panel.used))

@@ -12,7 +12,7 @@ from math import ceil
 from string import ascii_uppercase
 
 from hra_fx.view.repeats import merge_repeats, runs_where, signature
-from hra_fx.view.tree import Item, Leaf, Scope, contract, cut, span
+from hra_fx.view.tree import Item, Leaf, Scope, contract, cut, joined, span
 
 BUDGET = 60
 _OVERVIEW = 24
@@ -185,15 +185,12 @@ def _operations(scope: Scope, run: range) -> Item:
     )
     first, last = leaves[0].name.partition(",")[0], (leaves[-1].last or leaves[-1].name).rpartition(", ")[2]
     return replace(
-        leaves[0],
+        joined(leaves),
         name=f"{first} … {last}",
         detail=_listed(list(kinds)),
         target=", ".join(leaf.target for leaf in leaves),
         count=1,
         last="",
-        paths=tuple(path for leaf in leaves for path in leaf.paths),
-        readers=tuple(path for leaf in leaves for path in leaf.readers),
-        parameters=sum(leaf.parameters for leaf in leaves),
     )
 
 

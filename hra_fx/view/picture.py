@@ -8,9 +8,7 @@ from typing import Any
 
 from hra_fx.atomic_write import write_output_file
 from hra_fx.view.drawing import drawing_of
-from hra_fx.view.focus import focused
-from hra_fx.view.formats import picture_file, renderer
-from hra_fx.view.heatmap import heatmap_of
+from hra_fx.view.formats import picture_file, rendered
 from hra_fx.view.options import Options
 
 
@@ -32,8 +30,9 @@ def visualize(
     Args:
         model: a module, transformed, plain or folded, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`.
         path: the file; its folder must exist.
-        example_inputs: inputs of one call: for shapes, and for a whole graph by TorchDynamo if fx cannot trace it.
-            Without them, modules that fx cannot trace are drawn without edges.
+        example_inputs: inputs of one call, for shapes. `torch.export` captures this call where torch.fx cannot trace
+            the whole model, or where the call gives optional arguments. Without them, modules that torch.fx cannot
+            trace are drawn without edges.
         depth: number of module levels that are open: 0 shows the model with its children closed. `None` leaves it to
             the format: pictures fit a page, files for other programs contain everything.
         focus: qualified name of a module, to draw only that module and the values that enter and leave it.
@@ -46,7 +45,7 @@ def visualize(
     Raises:
         VisualizeError: unknown file ending, no such folder, a library that is not installed, options that do not fit
             the model, or a graph that is too large for the format.
-        AdapterError: the model does not run on the example inputs, or TorchDynamo cannot trace the call.
+        AdapterError: `torch.export` is needed for the call, and cannot capture it.
 
     Example:
         >>> import hra_fx, tempfile, torch
@@ -57,9 +56,5 @@ def visualize(
         '<?xml version="1.0" encoding="UTF-8"?>'
     """
     file, options = picture_file(path), Options(depth, focus, heat)
-    render = renderer(file)
-    drawing = drawing_of(model, example_inputs)
-    heatmap_of(focused(drawing, options.focus), options.heat)  # the same errors for all formats
-    content = render(drawing, options)
-    write_output_file(file, content if isinstance(content, bytes) else content.encode("utf-8"))
+    write_output_file(file, rendered(file, drawing_of(model, example_inputs), options))
     return file

@@ -1,4 +1,4 @@
-"""The subject of a picture from a graph of ATen operators: a `torch.export.ExportedProgram`, or its `.module()`.
+"""The subject of a picture from a graph of ATen operators: a program, a captured module, or a model and one call of it.
 
 Such a graph has no modules. They are recovered from the names of weights, the operators and `nn_module_stack`.
 Rotations are removed from a copy of the graph, and the nodes of their layers are tagged.
@@ -11,15 +11,18 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from hra_fx.export.insert import find_rotate_nodes, remove_rotation
 from hra_fx.export.inspect import adapter_layers
 from hra_fx.export.match import GraphLayer, find_layers, group_tied, module_classes, parent_path
 from hra_fx.export.skeleton import build_skeleton
-from hra_fx.layers.target import META, REFLECTION, NodeTag
+from hra_fx.export.weight_uses import normalize_path
+from hra_fx.layers.target import META, REFLECTION, LayerKind, NodeTag
+from hra_fx.layers.variants import QuantizedAdapters
+from hra_fx.model.state import adapted_layers
 from hra_fx.reporting.row import Row
-from hra_fx.view.subject import LayerFacts, Subject, known_rotations
+from hra_fx.view.subject import LayerFacts, Subject, known_rotations, subject_of
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -58,17 +61,46 @@ def subject_of_captured(module: fx.GraphModule, rows: Iterable[Row] = ()) -> Sub
     return _subject(copied, dict(module.named_parameters(remove_duplicate=False)), known_rotations(rows))
 
 
-def _subject(module: fx.GraphModule, tensors: Mapping[str, Tensor], known: Mapping[str, float]) -> Subject:
-    own = {name: tensor for name, tensor in tensors.items() if REFLECTION not in name.split(".")}
-    nodes = find_rotate_nodes(module.graph)
-    adapted = adapter_layers(module) if nodes else []
-    for node in nodes:
+def subject_of_call(model: nn.Module, module: fx.GraphModule, rows: Iterable[Row] = ()) -> Subject:
+    """A model, adapted or not, and the graph of one call of it.
+
+    Args:
+        model: the model.
+        module: the result of `capture_call(model, call)`; its rotations are removed.
+        rows: the rows of the model's report.
+    """
+    subject = subject_of(model, {"": module}, rows)
+    own = _own_tensors(dict(module.named_parameters(remove_duplicate=False)))
+    for path, layer in _remove_rotations(module, own).items():
+        if path in subject.aliases:
+            _tag(subject.aliases[path], layer)
+    for path, adapted in adapted_layers(model).items():
+        if isinstance(adapted.hra_u, QuantizedAdapters):
+            _tag_inside(module.graph, path, adapted.hra_u.kind)
+    return subject
+
+
+def _own_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a model without those of its adapters."""
+    return {name: tensor for name, tensor in tensors.items() if REFLECTION not in name.split(".")}
+
+
+def _remove_rotations(module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> dict[str, GraphLayer]:
+    """Remove the rotations and the dead code from a graph, and find its layers."""
+    for node in find_rotate_nodes(module.graph):
         remove_rotation(module.graph, node)
+    module.graph.eliminate_dead_code()
     weights: dict[str, list[fx.Node]] = {}
     for node in module.graph.find_nodes(op="get_attr"):
-        if node.target in own:
+        if node.target in tensors:
             weights.setdefault(str(node.target), []).append(node)
-    found = find_layers(weights, own)
+    return find_layers(weights, tensors)
+
+
+def _subject(module: fx.GraphModule, tensors: Mapping[str, Tensor], known: Mapping[str, float]) -> Subject:
+    own = _own_tensors(tensors)
+    adapted = adapter_layers(module) if find_rotate_nodes(module.graph) else []
+    found = _remove_rotations(module, own)
     classes = module_classes(module.graph)
     skeleton = build_skeleton(found, own, classes, with_output=True)
     layers: dict[str, LayerFacts] = {}
@@ -77,8 +109,10 @@ def _subject(module: fx.GraphModule, tensors: Mapping[str, Tensor], known: Mappi
         width, detail = int(layer.chain.shape[0]), layer.description.replace("->", "→")
         rotation = known.get(layer.path, math.nan)
         shown = None if math.isnan(rotation) else rotation
-        layers[layer.path] = LayerFacts(detail, width, layer.r, shown, parameters, vectors=width * layer.r)
-        _tag(layer.path, found)
+        rank = layer.r + (layers[layer.path].rank if layer.path in layers else 0)  # a weight may have several adapters
+        layers[layer.path] = LayerFacts(detail, width, rank, shown, parameters, vectors=width * rank)
+        if layer.path in found:
+            _tag(layer.path, found[layer.path])
     return Subject(
         model=skeleton,
         graphs={"": module},
@@ -98,8 +132,19 @@ def _read_by_name(graph: fx.Graph, node: fx.Node, name: str) -> None:
     graph.erase_node(node)
 
 
-def _tag(path: str, layers: Mapping[str, GraphLayer]) -> None:
+def _tag(path: str, layer: GraphLayer) -> None:
     """Tag the operators that read the weight of an adapted layer."""
-    layer = layers.get(path)
-    for consumer in (use.consumer for use in (layer.uses if layer else ())):
-        consumer.meta[META] = NodeTag(path, layer.kind, "layer")  # type: ignore[union-attr]
+    for use in layer.uses:
+        use.consumer.meta[META] = NodeTag(path, layer.kind, "layer")
+
+
+def _tag_inside(graph: fx.Graph, path: str, kind: LayerKind) -> None:
+    """Tag the operators in the forward of an adapted layer: the last one is the layer."""
+    calls: dict[str, fx.Node] = {}
+    for node in graph.nodes:
+        for call, _ in (node.meta.get("nn_module_stack") or {}).values():
+            if normalize_path(call).partition("@")[0] == path:
+                node.meta[META] = NodeTag(path, kind, "reflection")
+                calls[call] = node
+    for node in calls.values():
+        node.meta[META] = NodeTag(path, kind, "layer")

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 
-from hra_fx.view.tree import Item, Leaf, Scope, contract
+from hra_fx.view.tree import Item, Leaf, Scope, contract, joined
 
 _NUMBER = re.compile(r"@?\d+")
 
@@ -88,14 +88,8 @@ def _overlay(items: list[Item]) -> Item:
     """The first item, with the marks of all items at every leaf."""
     first = items[0]
     if isinstance(first, Leaf):
-        leaves = [item for item in items if isinstance(item, Leaf)]
-        return replace(
-            first,
-            marks=tuple(mark for leaf in leaves for mark in leaf.marks),
-            paths=tuple(path for leaf in leaves for path in leaf.paths),
-            readers=tuple(path for leaf in leaves for path in leaf.readers),
-            parameters=sum(leaf.parameters for leaf in leaves),
-        )
+        return joined([item for item in items if isinstance(item, Leaf)])
     scopes = [item for item in items if isinstance(item, Scope)]
     columns = zip(*(scope.items for scope in scopes), strict=True)
-    return replace(first, items=tuple(_overlay(list(column)) for column in columns))
+    paths = tuple(path for scope in scopes for path in scope.paths)
+    return replace(first, items=tuple(_overlay(list(column)) for column in columns), paths=paths)

@@ -8,15 +8,16 @@ from typing import Any
 from torch import fx, nn
 
 from hra_fx.errors import VisualizeError
+from hra_fx.export.adapted_call import capture_call
 from hra_fx.export.captured import is_captured, is_program
 from hra_fx.export.insert import find_rotate_nodes
 from hra_fx.model.example_inputs import normalize_inputs
 from hra_fx.model.graph_module import tag_adapted_layers
 from hra_fx.model.state import adapted_layers
 from hra_fx.reporting.row import Row
-from hra_fx.tracing.graphs import graphs, plain_graphs
-from hra_fx.tracing.whole import whole_graphs
-from hra_fx.view.programs import subject_of_captured, subject_of_program
+from hra_fx.tracing.graphs import adapted_graphs, plain_graphs
+from hra_fx.tracing.trace_model import is_graph_of_call
+from hra_fx.view.programs import subject_of_call, subject_of_captured, subject_of_program
 from hra_fx.view.shapes import note_shapes
 from hra_fx.view.subject import Subject, subject_of
 
@@ -38,7 +39,7 @@ def find_subject(model: Any, example_inputs: Any = None, rows: Collection[Row] =
 
     Raises:
         VisualizeError: the model has another type, is a single adapted layer, or does not take example inputs.
-        AdapterError: the model does not run on the inputs, or TorchDynamo cannot trace the call.
+        AdapterError: `torch.export` is needed for the call, and cannot capture it.
     """
     if is_captured(model):
         if example_inputs is not None:
@@ -57,12 +58,12 @@ def find_subject(model: Any, example_inputs: Any = None, rows: Collection[Row] =
             "layer's path as `focus`."
         )
     found = _traced(model)
-    of_call = example_inputs is not None and "" not in found
-    if of_call:
-        found = whole_graphs(model, normalize_inputs(example_inputs))
-    if example_inputs is not None and "" in found:
-        note_shapes(found[""], normalize_inputs(example_inputs))
-    return subject_of(model, found, rows, of_call=of_call)
+    if example_inputs is not None:
+        call = normalize_inputs(example_inputs)
+        if "" not in found or not is_graph_of_call(model, found[""].graph, call):
+            return subject_of_call(model, capture_call(model, call), rows)
+        note_shapes(found[""], call)
+    return subject_of(model, found, rows)
 
 
 def _traced(model: nn.Module) -> dict[str, fx.GraphModule]:
@@ -70,4 +71,4 @@ def _traced(model: nn.Module) -> dict[str, fx.GraphModule]:
     if isinstance(model, fx.GraphModule):
         tag_adapted_layers(model)  # tags the nodes of its adapted layers again
         return {"": model}
-    return graphs(model) if adapted_layers(model) else plain_graphs(model)
+    return adapted_graphs(model) if adapted_layers(model) else plain_graphs(model)

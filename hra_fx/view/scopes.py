@@ -10,7 +10,7 @@ import networkx as nx
 
 from hra_fx.view.describe import name_of
 from hra_fx.view.repeats import merge_repeats, runs_where
-from hra_fx.view.tree import Item, Leaf, Scope, contract, splice
+from hra_fx.view.tree import Item, Leaf, Scope, contract, joined, module_of, prefixes, splice
 
 #: The names of several leaves in one box are listed up to this length.
 _LETTERS_SHOWN = 28
@@ -53,30 +53,27 @@ class _Nesting:
             keys: the leaves inside, in order.
             depth: number of entries of their places that are already handled.
         """
-        path = call.rpartition("@")[0] if call.rpartition("@")[2].isdigit() and "@" in call else call
+        path = module_of(call)
         entering, leaving, keys = self._ports(path, keys)
-        groups = self._acyclic_groups(keys, depth)
-        members: dict[_Group, list[str]] = {}
+        groups, flow = self._acyclic_groups(keys, depth)
+        members: dict[_Group, list[str]] = {group: [] for group in flow}
         for key in keys:
-            members.setdefault(groups[key], []).append(key)
-        order = _topological(self.picture, groups, list(members))
+            members[groups[key]].append(key)
+        first = {group: index for index, group in enumerate(flow)}
+        order = list(nx.lexicographical_topological_sort(flow, key=first.__getitem__))
         place = {group: index for index, group in enumerate(order)}
         scope = Scope(
             path=path,
             name=name,
             class_name=self.picture.graph["classes"].get(path, ""),
-            eager=not self._is_traced(path),
+            eager=self.picture.graph["traced"].isdisjoint(["", *prefixes(path)]),
             items=tuple(self._item(group, members[group], depth) for group in order),
-            edges=tuple(sorted({(place[a], place[b]) for a, b in _between(self.picture, groups)})),
+            edges=tuple(sorted((place[a], place[b]) for a, b in flow.edges)),
             inputs=tuple(sorted({place[groups[key]] for key in entering})),
             outputs=tuple(sorted({place[groups[key]] for key in leaving})),
+            paths=(path,) if path else (),
         )
         return _open_small(merge_repeats(_gather_plain(_join_operations(scope))))
-
-    def _is_traced(self, path: str) -> bool:
-        parts = path.split(".") if path else []
-        roots = self.picture.graph["traced"]
-        return any(".".join(parts[:end]) in roots for end in range(len(parts) + 1))
 
     def _ports(self, path: str, keys: list[str]) -> tuple[set[str], set[str], list[str]]:
         """Leaves that read from outside, leaves that are read outside, and all leaves but the ports that the border of
@@ -95,17 +92,20 @@ class _Nesting:
         leaving |= {source for key in outputs for source in self.picture.pred[key]}
         return entering - border, leaving - border, [key for key in keys if key not in border]
 
-    def _acyclic_groups(self, keys: list[str], depth: int) -> dict[str, _Group]:
-        """The item of each leaf. A module whose calls are interleaved with others is not one box, because contracting
-        it would make a cycle; its items are placed directly in this scope."""
+    def _acyclic_groups(self, keys: list[str], depth: int) -> tuple[dict[str, _Group], nx.DiGraph[_Group]]:
+        """The item of each leaf, and the flow between items. A module whose calls are interleaved with others is not
+        one box, because contracting it would make a cycle; its items are placed directly in this scope."""
         opened: set[_Group] = set()
         while True:
             groups = {key: self._group(key, depth, opened) for key in keys}
-            quotient: nx.DiGraph[_Group] = nx.DiGraph()
-            quotient.add_edges_from(_between(self.picture, groups))
-            tangled = [part for part in nx.strongly_connected_components(quotient) if len(part) > 1]
+            flow: nx.DiGraph[_Group] = nx.DiGraph()
+            flow.add_nodes_from(groups.values())
+            for key, reader in self.picture.out_edges(keys):
+                if reader in groups and groups[reader] != groups[key]:
+                    flow.add_edge(groups[key], groups[reader])
+            tangled = [part for part in nx.strongly_connected_components(flow) if len(part) > 1]
             if not tangled:
-                return groups
+                return groups, flow
             opened |= {group for part in tangled for group in part if not isinstance(group, str)}
 
     def _group(self, key: str, depth: int, opened: set[_Group]) -> _Group:
@@ -121,24 +121,6 @@ class _Nesting:
             return replace(leaf, name=".".join([*tangled, leaf.name]))
         call, level = group
         return _unwrap(self.scope(call, name_of(call), keys, level + 1), self.picture.graph["details"])
-
-
-def _between(picture: nx.DiGraph[str], groups: dict[str, _Group]) -> list[tuple[_Group, _Group]]:
-    """The edges of leaves as edges of their groups."""
-    return [
-        (group, groups[reader])
-        for key, group in groups.items()
-        for reader in picture.succ[key]
-        if reader in groups and groups[reader] != group
-    ]
-
-
-def _topological(picture: nx.DiGraph[str], groups: dict[str, _Group], members: list[_Group]) -> list[_Group]:
-    first = {group: index for index, group in enumerate(members)}
-    quotient: nx.DiGraph[_Group] = nx.DiGraph()
-    quotient.add_nodes_from(members)
-    quotient.add_edges_from(_between(picture, groups))
-    return list(nx.lexicographical_topological_sort(quotient, key=first.__getitem__))
 
 
 def _join_operations(scope: Scope) -> Scope:
@@ -199,12 +181,9 @@ def _listing(leaves: list[Leaf], separator: str) -> Leaf:
             break
         shown += f", {name}"
     return replace(
-        leaves[0],
+        joined(leaves),
         name=shown,
         target=separator.join(names),
-        paths=tuple(path for leaf in leaves for path in leaf.paths),
-        readers=tuple(path for leaf in leaves for path in leaf.readers),
-        parameters=sum(leaf.parameters for leaf in leaves),
         shape=leaves[-1].shape,
         dtype=leaves[-1].dtype,
     )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from hra_fx.compat import fake_tensor_mode, pytree
+from hra_fx.compat import fake_tensor_mode
 from hra_fx.errors import HRAWarning
 from hra_fx.model.example_inputs import Call
 
@@ -23,7 +24,7 @@ def note_shapes(module: fx.GraphModule, call: Call) -> None:
             the graph is not changed.
 
     Args:
-        module: a whole graph of the call. Its placeholders are the arguments, or the tensors in them.
+        module: the graph of the whole model by torch.fx; its placeholders are the arguments of the call.
         call: the example inputs.
     """
     try:
@@ -49,14 +50,13 @@ def _copy(module: fx.GraphModule, mode: Any) -> fx.GraphModule:
     return copy.deepcopy(module, memo)
 
 
-def _inputs(module: fx.GraphModule, call: Call) -> list[Any]:
-    """One value for each placeholder: by position and name if they are the arguments of the call."""
+def _inputs(module: fx.GraphModule, call: Call) -> tuple[Any, ...]:
+    """One value for each placeholder.
+
+    Raises:
+        TypeError: the graph does not have these arguments.
+    """
     args, kwargs = call
-    placeholders = module.graph.find_nodes(op="placeholder")
-    names = [str(node.target) for node in placeholders]
-    if len(args) <= len(names) and set(kwargs) <= set(names[len(args) :]):
-        defaults = [node.args[0] if node.args else None for node in placeholders]
-        return [*args, *(kwargs.get(name, default) for name, default in zip(names, defaults, strict=True))][
-            : len(names)
-        ]
-    return [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return tuple(bound.arguments.values())

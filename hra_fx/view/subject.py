@@ -45,12 +45,11 @@ class Subject:
 
     Attributes:
         model: the modules by name; for a program, a skeleton of the modules that its names and calls show.
-        graphs: module path -> traced graph; `"call[0]"`, ... for the pieces of a call.
+        graphs: module path -> traced graph.
         layers: path -> facts, once for each adapted layer.
         aliases: any path of an adapted layer -> its first one.
         classes: module path -> name of the class.
         parameters: number of parameters of the model, without its adapters.
-        of_call: whether the graphs are TorchDynamo's graphs of one call.
     """
 
     model: nn.Module
@@ -59,19 +58,15 @@ class Subject:
     aliases: Mapping[str, str]
     classes: Mapping[str, str]
     parameters: int
-    of_call: bool = False
 
 
-def subject_of(
-    model: nn.Module, graphs: Mapping[str, fx.GraphModule], rows: Iterable[Row] = (), *, of_call: bool = False
-) -> Subject:
+def subject_of(model: nn.Module, graphs: Mapping[str, fx.GraphModule], rows: Iterable[Row] = ()) -> Subject:
     """A model, adapted or not, with graphs that were traced from it.
 
     Args:
         model: the model.
         graphs: module path -> traced graph.
         rows: the rows of the model's report, if known; their values are not computed again.
-        of_call: whether the graphs are TorchDynamo's graphs of one call.
     """
     layers = adapted_layers(model)
     first = {layer: path for path, layer in layers.items()}
@@ -85,7 +80,6 @@ def subject_of(
         aliases={path: first[part] for path, part in named.items() if part in first},
         classes={path: type(part).__name__ for path, part in named.items()},
         parameters=sum(parameter.numel() for parameter in own_parameters(model)),
-        of_call=of_call,
     )
 
 

@@ -6,8 +6,8 @@ from itertools import pairwise
 from xml.etree.ElementTree import Element, SubElement
 
 from hra_fx.reporting.colormap import ink_on
-from hra_fx.view.annotations import CELL
-from hra_fx.view.boxes import DETAIL, NAME, STRIP, Box
+from hra_fx.view.boxes import DETAIL, NAME, STRIP, Box, count_width
+from hra_fx.view.heatmap import CELL
 from hra_fx.view.layout import Route
 from hra_fx.view.text import width
 
@@ -135,7 +135,7 @@ def _draw_line(group: Element, box: Box, x: float, y: float) -> None:
     """A box with one line: name, then detail."""
     ink = _frame(group, box, x, y, box.size.height / 2 if box.look == "port" else 5)
     base = y + box.size.height / 2 + 4.5
-    middle = x + (box.size.width - (width(box.count, DETAIL, bold=True) + 22 if box.count else 0)) / 2
+    middle = x + (box.size.width - count_width(box.count)) / 2
     line = write(group, middle, base, box.name, NAME, ink, anchor="middle")
     if box.detail:
         part = shape(line, "tspan", dx=7.0, font_size=DETAIL, fill=FAINT if box.look != "eager" else AMBER)
@@ -153,7 +153,7 @@ def _draw_adapted(group: Element, box: Box, x: float, y: float) -> None:
     shape(group, "path", d=top, fill=box.heat or VIOLET_PALE, stroke=VIOLET_LINE)
     ink = ink_on(box.heat) if box.heat else VIOLET
     write(group, x + wide / 2, y + 13.5, box.strip, DETAIL, ink, bold=True, anchor="middle")
-    middle = x + (wide - (width(box.count, DETAIL, bold=True) + 22 if box.count else 0)) / 2
+    middle = x + (wide - count_width(box.count)) / 2
     write(group, middle, y + STRIP + 16, box.name, NAME, INK, bold=True, anchor="middle")
     write(group, x + wide / 2, y + STRIP + 31.5, box.detail, DETAIL, FAINT, anchor="middle")
     _badge(group, box, x + wide - 8, y + STRIP + 4, VIOLET)

@@ -20,7 +20,7 @@ def clean(text: str) -> str:
     >>> clean("a\\x00b\\nc")
     'a\\ufffdb c'
     """
-    return re.sub(r"\s", " ", _ILLEGAL.sub("\ufffd", text))
+    return text if text.isprintable() else re.sub(r"\s", " ", _ILLEGAL.sub("\ufffd", text))
 
 
 def width(text: str, size: float, *, bold: bool = False) -> float:

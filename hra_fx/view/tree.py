@@ -6,8 +6,8 @@ can be contracted without making a cycle: a path that leaves the run never retur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 LeafKind: TypeAlias = Literal["input", "output", "adapted_layer", "module", "op", "eager"]
@@ -39,6 +39,8 @@ class Leaf:
         last: name of the last of them.
         paths: qualified names of the modules that the box stands for; empty for an operation.
         readers: qualified names of the modules whose forward contains an operation that reads parameters.
+        skipped: path of a layer without an adapter that the box stands for -> the reason.
+        trained: paths of the layers that it stands for and that are trained in full (`modules_to_save`).
         parameters: number of parameters of these modules, or of the weights that an operation reads, without adapters.
         shape: shape of the value, `"1×64×56×56"`, if known.
         dtype: dtype of the value, `"float32"`, if known.
@@ -57,6 +59,8 @@ class Leaf:
     last: str = ""
     paths: tuple[str, ...] = ()
     readers: tuple[str, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    trained: tuple[str, ...] = ()
     parameters: int = 0
     shape: str = ""
     dtype: str = ""
@@ -78,6 +82,7 @@ class Scope:
         count: number of identical neighbors that are drawn as this scope.
         last: name of the last of them.
         varied: whether they have different sizes (the first one's are shown).
+        paths: qualified names of all modules that are drawn as this scope.
     """
 
     path: str
@@ -91,14 +96,43 @@ class Scope:
     count: int = 1
     last: str = ""
     varied: bool = False
+    paths: tuple[str, ...] = ()
 
     @property
     def marks(self) -> tuple[Mark, ...]:
         """All adapted layers inside, in order."""
         return tuple(mark for item in self.items for mark in item.marks)
 
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """The layers inside without an adapter, each with the reason."""
+        return {path: reason for item in self.items for path, reason in item.skipped.items()}
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The layers inside that are trained in full."""
+        return tuple(dict.fromkeys(path for item in self.items for path in item.trained))
+
 
 Item: TypeAlias = Leaf | Scope
+
+
+def joined(leaves: Sequence[Leaf]) -> Leaf:
+    """The first of several leaves, with the layers and parameters of all of them."""
+    return replace(
+        leaves[0],
+        marks=tuple(mark for leaf in leaves for mark in leaf.marks),
+        paths=tuple(path for leaf in leaves for path in leaf.paths),
+        skipped={path: reason for leaf in leaves for path, reason in leaf.skipped.items()},
+        trained=tuple(dict.fromkeys(path for leaf in leaves for path in leaf.trained)),
+        parameters=sum(leaf.parameters for leaf in leaves),
+    )
+
+
+def notes(item: Item) -> list[str]:
+    """Lines of a tooltip: why layers have no adapter, and which are trained in full."""
+    skipped = [f"{path} has no adapter: {reason}" for path, reason in item.skipped.items()]
+    return [*skipped, *(f"{path} is trained in full (modules_to_save)" for path in item.trained)]
 
 
 def contract(scope: Scope, runs: Sequence[range], combine: Callable[[Scope, range], Item]) -> Scope:
@@ -177,6 +211,16 @@ def splice(scope: Scope, small: Callable[[Scope], bool], rename: Callable[[str, 
     inputs = tuple(sorted({enter[i] for i in scope.inputs}))
     outputs = tuple(sorted({leave[i] for i in scope.outputs}))
     return replace(scope, items=tuple(items), edges=tuple(sorted(edges)), inputs=inputs, outputs=outputs)
+
+
+def prefixes(path: str) -> list[str]:
+    """The qualified names of a module and of those around it, outermost first.
+
+    >>> prefixes("a.b.c"), prefixes("")
+    (['a', 'a.b', 'a.b.c'], [])
+    """
+    parts = path.split(".") if path else []
+    return [".".join(parts[: end + 1]) for end in range(len(parts))]
 
 
 def module_of(call: str) -> str:

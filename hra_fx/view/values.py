@@ -19,6 +19,10 @@ _SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "is_cuda", "r
 _SHAPE_METHODS = frozenset({"size", "dim", "numel", "stride", "ndimension", "is_floating_point", "get_device"})
 #: The submodule by which a program checks its inputs.
 _GUARDS = "_guards_fn"
+#: Operators that return their input where it has the dtype and device that they are asked for.
+_CASTS = frozenset({"alias", "detach", "to"})
+#: How `torch.export` names the tensors that a forward makes.
+_LIFTED = "lifted_tensor_"
 
 
 @dataclass(frozen=True)
@@ -78,9 +82,25 @@ def pass_through(node: fx.Node, values: Mapping[fx.Node, Value], module: nn.Modu
     before = read(node, values)
     if _computes_shape(node, before):
         return Value(is_shape=True)
+    if _returns_its_input(node):
+        return before
     picks = node.target is operator.getitem and isinstance(node.args[1], int)
     only_parameters = bool(before.parameters or before.weights) and not before.sources
     return before if picks or only_parameters else None
+
+
+def constant_masks(graph: fx.Graph) -> set[fx.Node]:
+    """The operators that compute masks from nothing but sizes, as those of causal attention; they get no box."""
+    constant: set[fx.Node] = set()
+    for node in graph.nodes:
+        if isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded not in node.target.tags:
+            constant |= {node} if constant.issuperset(node.all_input_nodes) else set()
+    masks: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node in constant:
+            is_bool = getattr(node.meta.get("val"), "dtype", None) is torch.bool
+            masks |= {node} if is_bool or (node.users and masks.issuperset(node.users)) else set()
+    return masks
 
 
 def function_name(target: object) -> str:
@@ -107,11 +127,20 @@ def _tensor(name: str) -> Value:
     path, _, last = name.rpartition(".")
     if path.rpartition(".")[2] == REFLECTION:
         return Value()
-    return Value(parameters=() if last in ("weight", "bias") else (last,), weights=(name,))
+    is_plain = last in ("weight", "bias") or last.startswith(_LIFTED)
+    return Value(parameters=() if is_plain else (last,), weights=(name,))
 
 
 def _is_pass_through(module: nn.Module) -> bool:
     return isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and module.p == 0)
+
+
+def _returns_its_input(node: fx.Node) -> bool:
+    if not isinstance(node.target, OpOverload) or function_name(node.target) not in _CASTS:
+        return False
+    before, after = (one.meta.get("val") for one in (node.all_input_nodes[0], node))
+    kinds = [(value.dtype, value.device) for value in (before, after) if isinstance(value, Tensor)]
+    return len(kinds) == 2 and kinds[0] == kinds[1]
 
 
 def _computes_shape(node: fx.Node, before: Value) -> bool:
@@ -125,4 +154,4 @@ def _computes_shape(node: fx.Node, before: Value) -> bool:
     if isinstance(value, int | float | torch.SymInt | torch.SymFloat | torch.SymBool) and not isinstance(value, Tensor):
         return True
     module = getattr(node.target, "__module__", "")
-    return before.is_shape and module in ("_operator", "operator", "builtins", "math", "_warnings", "warnings")
+    return before.is_shape and module in ("_operator", "operator", "builtins", "math")

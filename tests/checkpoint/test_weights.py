@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import struct
 from pathlib import Path
@@ -46,6 +45,18 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "adapter_model.safetensors"
 
 
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+def test_every_dtype_is_read_and_integers_scalars_and_empty_tensors_too(path: Path) -> None:
+    saved = {f"{dtype}.hra_u": normal(6, 3, dtype=dtype) for dtype in DTYPES}
+    saved |= {"steps": torch.tensor(7), "none": torch.empty(0, 3), "mask": torch.tensor([True, False])}
+    path.write_bytes(content(saved))
+    tensors, _ = read(path)
+    for key, tensor in saved.items():
+        assert tensors[key].dtype == tensor.dtype and torch.equal(tensors[key].double(), tensor.double())
+
+
 def test_tensors_and_metadata_are_what_is_in_the_file(path: Path) -> None:
     path.write_bytes(content())
     tensors, metadata = read(path)
@@ -53,29 +64,6 @@ def test_tensors_and_metadata_are_what_is_in_the_file(path: Path) -> None:
     assert tensors.keys() == wanted.keys()
     assert all(np.array_equal(tensors[key].numpy(), wanted[key]) for key in wanted)
     assert metadata == {"format": "pt", "note": "ours"}
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
-def test_every_floating_dtype_comes_back(path: Path, dtype: torch.dtype) -> None:
-    vectors = normal(6, 3, dtype=dtype)
-    path.write_bytes(content({KEY: vectors}))
-    tensors, _ = read(path)
-    assert tensors[KEY].dtype == dtype
-    assert torch.equal(tensors[KEY].double(), vectors.double())
-
-
-def test_integers_scalars_and_empty_tensors_are_let_through(path: Path) -> None:
-    saved = {"steps": torch.tensor(7), "none": torch.empty(0, 3), "mask": torch.tensor([True, False])}
-    path.write_bytes(content(saved))
-    tensors, _ = read(path)
-    assert all(torch.equal(tensors[key], saved[key]) for key in saved)
-
-
-def test_packed_floats_of_four_bits_are_let_through(path: Path) -> None:
-    header = json.dumps({"packed": {"dtype": "F4", "shape": [2, 4], "data_offsets": [0, 4]}}).encode()
-    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(range(4)))
-    tensors, _ = read(path)
-    assert bytes(tensors["packed"].view(torch.uint8).flatten().tolist()) == bytes(range(4))
 
 
 def test_the_tensors_are_no_windows_into_the_file(path: Path) -> None:
@@ -86,23 +74,6 @@ def test_the_tensors_are_no_windows_into_the_file(path: Path) -> None:
         file.seek(0)
         file.write(bytes(path.stat().st_size))
     assert torch.equal(tensors[KEY], kept)
-
-
-def test_flipped_bits_of_the_header_are_refused_or_read_as_another_valid_file(path: Path) -> None:
-    whole = content()
-    end = 8 + struct.unpack("<Q", whole[:8])[0]
-    outcomes = set()
-    for place in range(0, end, 3):
-        for mask in (0x01, 0x80):
-            path.write_bytes(whole[:place] + bytes([whole[place] ^ mask]) + whole[place + 1 :])
-            try:
-                read(path)
-                outcomes.add("read")
-            except CheckpointError as error:
-                assert str(error).startswith(f"{path}: ")
-                outcomes.add("refused")
-    # A changed letter of a key is another key; who knows the model finds that out.
-    assert outcomes == {"read", "refused"}
 
 
 @pytest.mark.parametrize(
@@ -151,9 +122,6 @@ def test_a_missing_file_and_a_folder_cannot_be_read(path: Path, tmp_path: Path) 
 def test_vectors_that_are_not_floating_are_refused(path: Path, dtype: torch.dtype) -> None:
     message = refused(path, content({KEY: torch.ones(6, 3, dtype=dtype)}))
     assert f"{KEY!r} must have a floating-point dtype, got {dtype}" in message
-
-
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -103,6 +103,12 @@ def test_what_is_named_and_cannot_be_adapted(shelf: Shelf, tmp_path: Path) -> No
     )
 
 
+def test_an_exclusion_that_leaves_nothing_out_is_a_warning_and_not_in_the_json(shelf: Shelf) -> None:
+    done = Answer("match", shelf / "my-model", "-t", "q_proj", "-x", "nothing", "--json")
+    assert done.code == 0 and len(done.json["adapted"]) == 2
+    assert done.err.startswith("warning: `exclude_modules=['nothing']` matches no module")
+
+
 def test_a_configuration_that_fits_nothing(shelf: Shelf) -> None:
     done = Answer("match", shelf / "my-model", "-t", "qproj")
     assert (done.code, done.out) == (1, "")
@@ -110,12 +116,6 @@ def test_a_configuration_that_fits_nothing(shelf: Shelf) -> None:
     assert "Did you mean 'q_proj'" in done.err
     done = Answer("match", shelf / "my-model", "-t", "qproj", "--json")
     assert done.code == 1 and done.json["adapted"] == [] and "'q_proj'" in done.json["error"]
-
-
-def test_an_exclusion_that_leaves_nothing_out_is_a_warning(shelf: Shelf) -> None:
-    done = Answer("match", shelf / "my-model", "-t", "q_proj", "-x", "nothing", "--json")
-    assert done.code == 0 and len(done.json["adapted"]) == 2
-    assert done.err.startswith("warning: `exclude_modules=['nothing']` matches no module")
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,13 @@ import copy
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 from cli.conftest import Shelf
-from cli.shell import Answer, answer, mistake, usage
+from cli.shell import Answer, answer, mistake
 
 import hra_fx
 from hra_fx.cli.building import build
@@ -29,22 +30,17 @@ def test_an_adapter_without_weights_is_drawn_as_with_them(shelf: Shelf, tmp_path
     assert drawn == due
 
 
-def test_json(shelf: Shelf, tmp_path: Path) -> None:
-    assert Answer("visualize", shelf / "my-model", tmp_path / "a.svg", "--json").json == {"file": f"{tmp_path}/a.svg"}
-
-
-def test_a_plain_model_with_depth_and_focus(shelf: Shelf, tmp_path: Path) -> None:
-    answer("visualize", shelf / "my-model", tmp_path / "a.svg", "--focus", "model.layers.0", "--depth", "1")
-    hra_fx.visualize(shelf.model, tmp_path / "b.svg", focus="model.layers.0", depth=1)
-    assert (tmp_path / "a.svg").read_text() == (tmp_path / "b.svg").read_text()
-
-
-def test_the_share_of_a_weight_is_of_the_weights_on_disk(shelf: Shelf, tmp_path: Path) -> None:
-    words = ["--adapter", shelf / "my-adapter", "--heat", "share"]
-    answer("visualize", shelf / "my-model", tmp_path / "a.html", *words)
+@pytest.mark.parametrize(
+    ("ending", "options"), [("svg", {"focus": "model.layers.0", "depth": 1}), ("html", {"heat": "share"})]
+)
+def test_options_are_those_of_the_function(shelf: Shelf, tmp_path: Path, ending: str, options: dict[str, Any]) -> None:
+    """`--heat share` reads the weights on disk."""
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    out = tmp_path / f"a.{ending}"
+    done = Answer("visualize", shelf / "my-model", out, "--adapter", shelf / "my-adapter", *words, "--json")
+    assert done.json == {"file": str(out)}
     model = hra_fx.load_adapter(copy.deepcopy(shelf.model), shelf / "my-adapter")
-    hra_fx.visualize(model, tmp_path / "b.html", heat="share")
-    assert (tmp_path / "a.html").read_text() == (tmp_path / "b.html").read_text()
+    assert out.read_text() == hra_fx.visualize(model, tmp_path / f"b.{ending}", **options).read_text()
 
 
 def test_weights_of_timm_and_transformers_are_loaded(shelf: Shelf, tmp_path: Path) -> None:
@@ -70,27 +66,23 @@ def test_tied_tensors_are_one(shelf: Shelf, tmp_path: Path) -> None:
     assert built.lm_head.weight is built.model.embed_tokens.weight
 
 
-def test_an_ending_that_is_none(shelf: Shelf, tmp_path: Path) -> None:
-    said = mistake("visualize", shelf / "my-model", tmp_path / "a.xyz")
-    assert "unsupported file extension '.xyz' in 'a.xyz'. Use one of .svg" in said
-
-
 def test_a_folder_that_is_not_there_is_named_before_the_model_is_built(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no such type"}')
     said = mistake("visualize", tmp_path, tmp_path / "absent" / "a.svg")
     assert re.match(r"path: the folder '.*absent' does not exist\. Create it", said)
 
 
-def test_an_unknown_heat_and_depth(shelf: Shelf, tmp_path: Path) -> None:
-    words = ("visualize", shelf / "my-model", tmp_path / "a.svg")
-    assert mistake(*words, "--heat", "hot").startswith("`heat` must be one of 'mean_angle'")
-    assert mistake(*words, "--depth", "-1").startswith("`depth` must be a non-negative int or None, got -1.")
-    assert "Invalid value for '--depth'" in usage(*words, "--depth", "deep")
-
-
-def test_heat_without_an_adapter(shelf: Shelf, tmp_path: Path) -> None:
-    said = mistake("visualize", shelf / "my-model", tmp_path / "a.svg", "--heat", "angle")
-    assert said.startswith("`heat` must be None for LlamaForCausalLM, which has no adapters, got 'angle'.")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["a.xyz"], "path: unsupported file extension '.xyz' in 'a.xyz'. Use one of .svg"),
+        (["a.svg", "--heat", "hot"], "`heat` must be one of 'mean_angle'"),
+        (["a.svg", "--depth", "-1"], "`depth` must be a non-negative int or None, got -1."),
+        (["a.svg", "--heat", "angle"], "`heat` must be None for LlamaForCausalLM, which has no adapters, got 'angle'."),
+    ],
+)
+def test_mistakes(shelf: Shelf, words: list[str], said: str) -> None:
+    assert mistake("visualize", shelf / "my-model", *words).startswith(said)
 
 
 def test_an_adapter_of_another_model(shelf: Shelf, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 import hra_fx
 from hra_fx.model.state import adapted_layers
 from hra_fx.view.describe import describe_module
-from hra_fx.view.graph import adapted_graph
+from hra_fx.view.graph import leaves_of
+from hra_fx.view.subject import subject_of
 
 
 class Doubling(nn.Linear):
@@ -46,7 +47,7 @@ class Mixed(nn.Module):
 
 
 class MixedUntraced(Mixed):
-    """A branch on a shape that fx cannot trace, and TorchDynamo can."""
+    """A branch on a shape that fx cannot trace, and torch.export can."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(1 * x if x.shape[0] > 1 else x)
@@ -156,7 +157,7 @@ def test_the_picture_marks_every_adapted_layer_once(
     make: Callable[[], nn.Module], targets: list[str], tmp_path: Path
 ) -> None:
     _, model = pair(make, targets)
-    picture = adapted_graph(model, hra_fx.graphs(model))
+    picture = leaves_of(subject_of(model, hra_fx.graphs(model)))
     marks = Counter(mark.path for _, leaf in picture.nodes(data="leaf") for mark in leaf.marks)
     assert marks == dict.fromkeys(adapted_layers(model), 1)
     assert not re.search("hra_u|hra_base", " ".join(leaf.name for _, leaf in picture.nodes(data="leaf")))
@@ -166,7 +167,7 @@ def test_the_picture_marks_every_adapted_layer_once(
 
 def test_an_attention_is_one_box_with_the_marks_of_its_layers() -> None:
     _, model = pair(torchvision_vit, ["self_attention", "out_proj"])
-    picture = adapted_graph(model, hra_fx.graphs(model))
+    picture = leaves_of(subject_of(model, hra_fx.graphs(model)))
     leaves = [leaf for _, leaf in picture.nodes(data="leaf") if leaf.marks]
     attention = "encoder.layers.encoder_layer_0.self_attention"
     assert [mark.path for mark in leaves[0].marks] == [attention, f"{attention}.out_proj"]
@@ -181,7 +182,7 @@ def test_an_attention_is_one_box_with_the_marks_of_its_layers() -> None:
 
 def test_a_rotated_weight_is_drawn_before_its_consumer() -> None:
     _, model = pair(torchvision_swin, ["qkv"])
-    picture = adapted_graph(model, hra_fx.graphs(model))
+    picture = leaves_of(subject_of(model, hra_fx.graphs(model)))
     for key, leaf in picture.nodes(data="leaf"):
         if leaf.marks:
             assert leaf.name == "qkv" and leaf.detail == describe_module(model.get_submodule(leaf.target))

@@ -22,7 +22,6 @@ from oracles import relative_error
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from transformers import GPT2Config, GPT2LMHeadModel
-from transformers.pytorch_utils import Conv1D
 
 import hra_fx
 from hra_fx.export.captured import fold_captured, transform_captured
@@ -84,26 +83,6 @@ def test_a_product_is_rotated_on_the_side_of_its_inputs(form: str, transposed: b
     bound = 1e-6 if form == "cast" else 1e-12
     assert relative_error(program.module()(x), model(x)) < bound
     assert relative_error(fold_captured(program).module()(x), model(x)) < bound
-
-
-class Columns(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.c_attn = Conv1D(7, 4).double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.c_attn(x)
-        return out
-
-
-def test_the_layers_of_gpt2_hold_inputs_in_rows() -> None:
-    model, x = Columns(), normal(1, 2, 3, 4)
-    settings = config("c_attn", apply_GS=True)
-    program = adapted(capture(model, x), settings)
-    assert program.state_dict["c_attn.hra_u.default"].shape == (4, 3)
-    with_dense_weights(model, program, settings, lambda weight, q: q.mT @ weight)
-    assert relative_error(program.module()(x), model(x)) < 1e-12
-    assert relative_error(fold_captured(program).module()(x), model(x)) < 1e-12
 
 
 @pytest.mark.parametrize("target", [None, "all-linear"])

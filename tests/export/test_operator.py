@@ -6,17 +6,13 @@ import itertools
 
 import pytest
 import torch
+from export.programs import normal
 from oracles import dense_q, relative_error
 from torch import Tensor
 
 from hra_fx.export.ops import ROTATE
 
-F64 = torch.float64
 CASES = list(itertools.product([False, True], [False, True], [False, True]))
-
-
-def normal(seed: int, *shape: int, dtype: torch.dtype = F64) -> Tensor:
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def arguments(anchored: bool, columns: bool) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from one_layer import BF16, CONVOLUTIONS, F32, F64, adapted, normal
+from one_layer import CONVOLUTIONS, F64, adapted, normal
 from oracles import dense_q, relative_error
 from torch import Tensor, nn
 
-import hra_fx
 from hra_fx.kernels.conv import conv_projections
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
@@ -63,18 +62,6 @@ def test_outputs_and_gradients_of_every_geometry(name: str) -> None:
         assert relative_error(found, sought, floor=1e-3) < 1e-9
 
 
-@pytest.mark.parametrize("layer", [nn.Conv1d(4, 6, 3, dtype=F64), nn.Conv3d(4, 6, 2, groups=2, dtype=F64)], ids=str)
-def test_other_dimensions(layer: Any) -> None:
-    model = frozen(layer)
-    x = normal(1, 2, 4, *[5] * (layer.weight.dim() - 2)).requires_grad_()
-    output, vectors = model(x), model[0].hra_u["default"]
-    assert is_fused(output)
-    wanted = oracle(model[0], vectors, x, anchor=model[0].hra_u.anchor("default"))
-    assert relative_error(output, wanted) < 1e-11
-    found, sought = (torch.autograd.grad(one.square().sum(), vectors)[0] for one in (output, wanted))
-    assert relative_error(found, sought) < 1e-9
-
-
 @quick
 @given(
     d=st.integers(1, 20),
@@ -97,86 +84,6 @@ def test_the_two_projections_and_their_gradient(d: int, out: int, k: int, scale:
 def test_a_gradient_of_the_gradient() -> None:
     vectors, weight = normal(1, 6, 3).requires_grad_(), normal(2, 4, 6)
     assert torch.autograd.gradgradcheck(lambda u: conv_projections(u, weight), (vectors,))
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_bfloat16(autocast: bool) -> None:
-    model = frozen(nn.Conv2d(16, 24, 3, dtype=BF16), 4)
-    x, vectors = normal(1, 2, 16, 9, 9, dtype=BF16), model[0].hra_u["default"]
-    with torch.autocast("cpu", dtype=BF16, enabled=autocast):
-        output = model(x)
-    assert vectors.dtype == F32
-    assert is_fused(output)
-    wanted = oracle(model[0], vectors, x)
-    assert relative_error(output, wanted) < 6e-3
-    upstream = normal(2, *output.shape, dtype=BF16)
-    found = torch.autograd.grad(output, vectors, upstream)[0]
-    assert relative_error(found, torch.autograd.grad(wanted, vectors, upstream.double())[0]) < 6e-3
-
-
-def trained(model: Any) -> None:
-    model[0].hra_base.requires_grad_()
-
-
-def hooked(model: Any) -> None:
-    model[0].hra_u.register_forward_hook(lambda *_: None)
-
-
-@pytest.mark.parametrize("change", [trained, hooked])
-def test_a_trained_weight_or_a_hook_uses_the_plain_formula(change: Any) -> None:
-    model, x = frozen(nn.Conv2d(2, 3, 3, dtype=F64)), normal(1, 2, 2, 5, 5)
-    change(model)
-    assert not is_fused(model(x))
-
-
-def test_outputs_can_be_modified_in_place() -> None:
-    model, x = frozen(nn.Conv2d(2, 3, 3, dtype=F64)), normal(1, 2, 2, 5, 5).requires_grad_()
-    output, vectors = model(x), model[0].hra_u["default"]
-    output[:, 0] = 0
-    output.add_(1).relu_()
-    plain = oracle(model[0], vectors, x, anchor=model[0].hra_u.anchor("default"))
-    wanted = (torch.cat([torch.zeros_like(plain[:, :1]), plain[:, 1:]], dim=1) + 1).relu()
-    assert relative_error(output, wanted) < 1e-12
-    found, sought = (torch.autograd.grad(one.sum(), vectors)[0] for one in (output, wanted))
-    assert relative_error(found, sought) < 1e-10
-
-
-@pytest.mark.parametrize("grouped", [1, 2])
-@pytest.mark.parametrize("wanted", [False, True])
-@pytest.mark.parametrize("shape", [(4, 9, 8), (3, 4, 9, 8), (0, 4, 9, 8)])
-def test_any_batch_with_and_without_gradients(shape: tuple[int, ...], wanted: bool, grouped: int) -> None:
-    model = frozen(nn.Conv2d(4, 6, 3, padding=1, groups=grouped, dtype=F64))
-    vectors = model[0].hra_u["default"]
-    for seed in range(3):
-        x = normal(seed, *shape)
-        with torch.set_grad_enabled(wanted):
-            found = model(x)
-        assert found.requires_grad is wanted
-        assert relative_error(found, oracle(model[0], vectors, x), floor=1e-3) < 1e-12
-
-
-def test_cached_projections_follow_the_vectors_and_the_weight() -> None:
-    model, x = frozen(nn.Conv2d(4, 6, 3, dtype=F64), 4), normal(1, 2, 4, 7, 7)
-    layer, vectors = model[0], model[0].hra_u["default"]
-    with torch.no_grad():
-        for change in range(4):
-            assert relative_error(model(x), oracle(layer, vectors, x)) < 1e-12
-            if change == 0:
-                vectors.data.copy_(normal(7, *vectors.shape))  # does not change its version
-            elif change == 1:
-                layer.hra_base.data.copy_(normal(8, *layer.hra_base.shape))
-            elif change == 2:
-                hra_fx.set_scale(model, "default", 0.0)
-                assert torch.equal(model(x), layer._conv_forward(x, layer.hra_base, layer.bias))
-                hra_fx.set_scale(model, "default", 1.0)
-
-
-def test_the_same_bits_with_and_without_gradients() -> None:
-    for dtype in (F64, F32, BF16):
-        model, x = frozen(nn.Conv2d(8, 5, 3, dtype=dtype)), normal(1, 2, 8, 7, 7, dtype=dtype)
-        trained = model(x)
-        with torch.no_grad():
-            assert torch.equal(model(x), trained)
 
 
 @pytest.mark.parametrize("wanted", [False, True])

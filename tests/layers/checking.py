@@ -11,17 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from one_layer import F64, normal
 from oracles import dense_product, dense_q
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import hra_fx
-
-F64 = torch.float64
-
-
-def normal(seed: int, *shape: int, dtype: torch.dtype = F64) -> Tensor:
-    return torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def pair(

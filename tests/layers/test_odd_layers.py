@@ -1,21 +1,18 @@
-"""Layers with a weight of their own kind: refused where a reflection would be lost, and whole where tools meet them."""
+"""Layers with a forward of their own, attentions, and models whose forward depends on settings or gradients."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
-from oracles import dense_product, dense_weight, relative_error
-from refusals import refused
+from layers.checking import assert_same, normal, pair, run_dense
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import hra_fx
-from hra_fx.model.state import adapted_layers
 
-X = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+X = normal(1, 5, 6)
 
 
 class Own(nn.Linear):
@@ -23,46 +20,11 @@ class Own(nn.Linear):
         return F.linear(x, self.weight, self.bias)
 
 
-class Packed(nn.Linear):
-    def __init__(self, d: int, out: int) -> None:
-        super().__init__(d, out)
-        self.weight = nn.Parameter(torch.zeros(d * out, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.view(self.out_features, self.in_features))
-
-
-def test_a_packed_weight_is_refused() -> None:
-    message = refused(nn.Sequential(Packed(6, 4)), hra_fx.HRAConfig(r=2, target_modules=["0"]))
-    assert message.startswith("0 (Packed): its weight must have shape (4, 6), got (24, 1)")
-    assert "`exclude_modules`" in message
-
-
-def adapted(model: nn.Module, targets: list[str], **options: Any) -> tuple[nn.Module, nn.Module]:
-    """Transformed, with random vectors, and the oracle: the base model with dense `W Q` for weights."""
-    oracle = copy.deepcopy(model.double())
-    hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=targets), **options)
-    with torch.no_grad():
-        for path, layer in adapted_layers(model).items():
-            vectors = layer.hra_u["default"].normal_(generator=torch.Generator().manual_seed(3))
-            plain = oracle.get_submodule(path)
-            plain.weight.copy_(dense_weight(plain.weight, dense_product(vectors)))
-    return model, oracle
-
-
 def test_plain_fx_traces_a_layer_with_its_own_forward() -> None:
-    model, oracle = adapted(nn.Sequential(Own(6, 6), nn.Linear(6, 4)), ["0", "1"])
+    base, model = pair(lambda: nn.Sequential(Own(6, 6), nn.Linear(6, 4)), ["0", "1"])
     traced = fx.symbolic_trace(model)
-    assert relative_error(traced(X), oracle(X)) < 1e-12
-    assert relative_error(copy.deepcopy(traced)(X), oracle(X)) < 1e-12
-
-
-@pytest.mark.parametrize("kind", [Own, nn.MultiheadAttention])
-def test_a_new_object_of_an_adapted_class_is_a_plain_layer(kind: Any) -> None:
-    model = nn.ModuleDict({"layer": kind(6, 2), "other": nn.Linear(6, 2)})
-    hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["layer"]))
-    new = type(model["layer"])(6, 2)
-    assert isinstance(new, kind) and list(new.state_dict()) == list(kind(6, 2).state_dict())
+    for graph in (traced, copy.deepcopy(traced)):
+        assert_same(graph(X), run_dense(base, model, X))
 
 
 @pytest.mark.parametrize("first", ["reflected", "saved"])
@@ -100,9 +62,9 @@ class Fused(nn.Module):
 
 
 def test_a_model_that_reads_weights_after_a_setting_changed() -> None:
-    model, oracle = adapted(Fused(), ["left", "right"])
+    base, model = pair(Fused, ["left", "right"])
     for model.fused in (False, True, False):
-        assert relative_error(model(X), oracle(X)) < 1e-12
+        assert_same(model(X), run_dense(base, model, X))
 
 
 class Outputs(nn.Module):

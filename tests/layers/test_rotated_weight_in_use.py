@@ -56,38 +56,6 @@ def test_copies_of_a_weight(grad: bool) -> None:
             assert_same(same, wanted)
 
 
-def test_copies_of_a_model() -> None:
-    base, model = functional()
-    wanted = run_dense(base, model, X).detach()
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
-        assert type(twin.read.weight) is RotatedWeight and twin.read.weight.data_ptr() != model.read.weight.data_ptr()
-        assert_same(twin(X), wanted)
-        with torch.no_grad():
-            twin.read.hra_u["default"].normal_()
-        assert_same(twin(X), run_dense(base, twin, X))
-        assert_same(model(X), wanted)
-
-
-@pytest.mark.parametrize("assign", [False, True])
-def test_states_hold_the_base_weight(assign: bool) -> None:
-    base, model = functional()
-    state = model.state_dict()
-    for name, value in base.state_dict().items():
-        assert torch.equal(state[name], value) and type(state[name]) is Tensor
-    assert {name for name, _ in model.named_parameters()} == {name for name in state if not name.endswith("_anchor")}
-    assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
-    _, other = functional(init_weights=True)
-    moved = {name: value * 1.5 for name, value in state.items()}
-    other.load_state_dict(moved, assign=assign)
-    scaled = copy.deepcopy(base)
-    scaled.load_state_dict({name: value * 1.5 for name, value in base.state_dict().items()})
-    assert_same(other(X), run_dense(scaled, other, X))
-    assert type(other.read.weight) is RotatedWeight
-
-
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.bfloat16, 4e-2), (torch.float16, 4e-3), (torch.float32, 1e-5)])
 def test_a_model_moves_to_another_dtype(dtype: torch.dtype, rtol: float) -> None:
     base, model = functional()
@@ -146,16 +114,6 @@ def test_an_adapted_head_that_is_tied_to_the_embedding(read: bool) -> None:
 # ---- compilers, tracers, transformations ----
 
 
-@pytest.mark.slow
-def test_torch_compile_of_functional_reads() -> None:
-    base, model = functional()
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    assert_gradients(compiled(X), run_dense(base, model, X), list(vectors_of(model).values()))
-    with torch.no_grad():
-        assert_same(compiled(X), run_dense(base, model, X))
-
-
 def test_one_graph_of_torch_compile() -> None:
     base, model = functional()
     torch._dynamo.reset()
@@ -188,15 +146,6 @@ def test_activation_checkpointing(reentrant: bool) -> None:
     wanted = torch.autograd.grad((run_dense(base, model, X) * normal(3, 3, 6)).sum(), leaves)
     for leaf, oracle in zip(leaves, wanted, strict=True):
         assert_same(leaf.grad, oracle)
-
-
-@modes
-def test_autocast(grad: bool) -> None:
-    base, layer = layer_pair(dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
-        output = F.linear(X.float(), layer.weight)
-    assert output.dtype == torch.bfloat16
-    assert_same(output, X @ dense(base, layer).mT, rtol=2e-2)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
@@ -273,13 +222,3 @@ def test_optimizers_hold_parameters_and_train_the_base_weight_too(foreach: bool)
     trained.load_state_dict({name: state[name] for name in base.state_dict()})
     assert not torch.equal(trained.read.weight, base.read.weight)
     assert_same(model(X), run_dense(trained, model, X))
-
-
-@pytest.mark.parametrize("foreach", [False, True])
-def test_an_optimizer_over_a_rotated_weight_does_not_lose_its_step(foreach: bool) -> None:
-    _, layer = layer_pair()
-    layer.weight.requires_grad_()
-    optimizer = torch.optim.SGD([layer.weight], lr=0.1, foreach=foreach)
-    layer(X).sum().backward()
-    with pytest.raises(hra_fx.AdapterError, match="writes into the weight of an adapted layer"):
-        optimizer.step()

@@ -13,9 +13,7 @@ from layers.checking import check, normal, pair
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.layers.adapted_layer import AdaptedConv, AdaptedLinear
-from hra_fx.layers.class_swap import is_swapped, mixins_of, original_class, swap, swapped_class, unswap
-from hra_fx.model.root import AdaptedModel
+from hra_fx.layers.class_swap import original_class
 from hra_fx.model.state import adapted_layers
 
 X = normal(7, 4, 6)
@@ -100,7 +98,7 @@ class Specials(Two):
 
 
 @pytest.mark.parametrize("make", [Two, Stack, Convolutions, Specials])
-def test_names_and_classes(make: type[nn.Module]) -> None:
+def test_names_and_classes_with_adapters_and_after_a_fold(make: type[nn.Module]) -> None:
     adapted, base = adapt(make)
     swapped = 0
     for (name, before), part in zip(
@@ -120,28 +118,9 @@ def test_names_and_classes(make: type[nn.Module]) -> None:
         swapped += new is not old
     assert swapped == len({*adapted_layers(adapted), ""})
     assert adapted.extra_repr() == base.extra_repr()
-
-
-def test_one_class_for_each_pair() -> None:
-    first, _ = adapt(Two)
-    second, _ = adapt(Two)
-    assert type(first) is type(second) and type(first.first) is type(first.second) is type(second.first)
-    assert swapped_class(AdaptedLinear, nn.Linear) is type(first.first)
-    assert swapped_class(AdaptedConv, nn.Conv2d) is not type(first.first)
-    assert mixins_of(first) == (AdaptedModel,) and mixins_of(first.first) == (AdaptedLinear,)
-    assert mixins_of(nn.Linear(2, 2)) == ()
-    assert is_swapped(first) and not is_swapped(nn.Linear(2, 2))
-
-
-def test_swap_and_back() -> None:
-    layer = nn.Linear(2, 2)
-    before = dict(vars(layer))
-    swap(layer, AdaptedLinear)
-    assert type(layer) is not nn.Linear and vars(layer) == before
-    unswap(layer, AdaptedLinear)
-    assert type(layer) is nn.Linear and vars(layer) == before
-    unswap(layer, AdaptedLinear)
-    assert type(layer) is nn.Linear
+    hra_fx.fold(adapted)
+    for part, before in zip(adapted.modules(), base.modules(), strict=True):
+        assert type(part) is type(before) and vars(part).keys() == vars(before).keys()
 
 
 def test_signature_of_forward_stays() -> None:
@@ -151,41 +130,6 @@ def test_signature_of_forward_stays() -> None:
     assert inspect.signature(type(adapted).forward) == inspect.signature(type(base).forward)
     assert type(adapted).forward.__doc__ == type(base).forward.__doc__
     assert inspect.signature(adapted.stem.forward) == inspect.signature(base.stem.forward)
-
-
-@pytest.mark.parametrize("make", [Two, Stack, Convolutions, Specials])
-def test_classes_and_attributes_after_fold_are_the_base_models(make: type[nn.Module]) -> None:
-    adapted, base = adapt(make)
-    hra_fx.fold(adapted)
-    assert [(name, type(part)) for name, part in adapted.named_modules()] == [
-        (name, type(part)) for name, part in base.named_modules()
-    ]
-    for part, before in zip(adapted.modules(), base.modules(), strict=True):
-        assert vars(part).keys() == vars(before).keys()
-    assert list(adapted.state_dict()) == list(base.state_dict())
-
-
-def test_another_tools_class_on_top_is_refused_by_fold() -> None:
-    """As FSDP's `fully_shard` does, which puts a class of its own over the module's."""
-    for path in ("", "first"):
-        adapted, base = adapt(Two)
-        part = adapted.get_submodule(path)
-        ours = type(part)
-        part.__class__ = type(f"FSDP{ours.__name__}", (Sharded, ours), {})
-        weights = {name: value.clone() for name, value in adapted.state_dict().items()}
-        assert original_class(part) is (Two if not path else nn.Linear)
-        assert not is_swapped(part)
-        check(base, adapted, X)
-        with pytest.raises(hra_fx.HRAError, match=f"^{path or 'the model'}: .*FSDP{ours.__name__}"):
-            hra_fx.fold(adapted)
-        assert all(torch.equal(value, weights[name]) for name, value in adapted.state_dict().items())
-        part.__class__ = ours
-        hra_fx.fold(adapted)
-        assert type(adapted) is Two
-
-
-class Sharded:
-    """What another tool mixes in."""
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
@@ -228,29 +172,6 @@ def test_a_part_that_is_saved_alone() -> None:
         if path != "blocks":
             x = normal(7, 3, 6 if path == "stem" else 8)
             assert torch.equal(again.eval()(x), part.eval()(x))
-
-
-def test_carriers_pile_up_and_come_off_one_by_one() -> None:
-    from hra_fx.layers.class_swap import SwapMixin
-
-    class Marked(SwapMixin):
-        """Brings a method and keeps the forward."""
-
-    layer = nn.Linear(2, 2)
-    swap(layer, AdaptedLinear)
-    swap(layer, Marked)
-    assert mixins_of(layer) == (AdaptedLinear, Marked) and original_class(layer) is nn.Linear
-    assert type(layer).forward is swapped_class(AdaptedLinear, nn.Linear).forward
-    unswap(layer, AdaptedLinear)
-    assert mixins_of(layer) == (Marked,) and type(layer).forward is nn.Linear.forward
-    unswap(layer, Marked)
-    assert type(layer) is nn.Linear
-
-
-def test_a_model_with_methods_of_peft_goes_by_its_class() -> None:
-    model = hra_fx.HRAModel(Two(), hra_fx.HRAConfig(r=2, target_modules=["first"]))
-    assert mixins_of(model) == (AdaptedModel, hra_fx.HRAModel) == mixins_of(copy.deepcopy(model))
-    assert isinstance(model, Two) and original_class(model) is Two
 
 
 def test_another_object_of_the_class_is_not_touched() -> None:

@@ -232,22 +232,34 @@ def test_a_merge_that_runs_out_of_memory_leaves_the_model_and_a_second_one_succe
         assert_close(stored(model, name), weight, 1e-6)
 
 
+#: What is interrupted, and whether the adapter is merged before.
+INTERRUPTED: dict[str, tuple[Callable[[nn.Module], object], bool]] = {
+    "fold": (hra_fx.fold, False),
+    "unmerge": (hra_fx.unmerge_adapter, True),
+    "fold of merged adapters": (hra_fx.fold, True),
+}
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory is left."), KeyboardInterrupt()], ids=type)
-@pytest.mark.parametrize("merged", [False, True])
-def test_an_interrupted_fold_leaves_the_outputs_and_a_second_one_finishes_it(error: Any, merged: bool) -> None:
+@pytest.mark.parametrize("write", [1, 2, 3])
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_an_interrupted_fold_or_unmerge_leaves_the_outputs_and_a_second_fold_finishes_it(
+    name: str, write: int, error: BaseException
+) -> None:
     def fail() -> None:
         raise error
 
-    plain, model = adapted(net(), a=config("first", "second"), b=config("second"))
+    act, merged = INTERRUPTED[name]
+    plain, model = adapted(net(), a=config("first", "second", "head"), b=config("second"))
     hra_fx.set_adapter(model, ["a", "b"])
     x, wanted = normal(3, 6), weights(plain, model, ["a", "b"])
     output = run(model, x)
     if merged:
-        hra_fx.merge_adapter(model, "a")
-    # The second or fourth write: an unmerge writes two weights first.
-    with At(Tensor.copy_, 4 if merged else 2, fail), pytest.raises(type(error)):
-        hra_fx.fold(model)
-    assert_close(stored(model, "first.weight"), wanted["first.weight"])
+        hra_fx.merge_adapter(model)
+    with At(Tensor.copy_, write, fail), pytest.raises(type(error)):
+        act(model)
     assert_close(run(model, x), output)
-    hra_fx.fold(model)
-    folded(plain, model, wanted)
+    if act is hra_fx.fold:
+        act(model)
+        assert_close(run(model, x), output)
+        folded(plain, model, wanted)

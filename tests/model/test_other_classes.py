@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -158,16 +157,3 @@ def test_a_part_without_the_scripted_child_is_folded_alone() -> None:
     assert_close(model[0].weight, weight, 1e-14)
     assert_close(run(model, x), wanted)
     assert type(model[0]) is nn.Linear
-
-
-def test_a_new_object_of_the_class_of_an_adapted_layer_is_a_plain_layer() -> None:
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(6, 6), nn.Conv1d(1, 1, 1), nn.Conv2d(2, 3, 3, padding=1)).to(F64)
-    plain, model = adapted(base, a=config("0", "2"))
-    assert_close(model[0].weight.detach(), plain[0].weight @ product(model[0], ["a"]))
-    line, conv = type(model[0])(6, 4).double(), type(model[2])(2, 5, 3, padding=1).double()
-    x, image = normal(3, 6), normal(2, 2, 4, 4)
-    assert torch.equal(line(x), nn.functional.linear(x, line.weight, line.bias))
-    assert torch.equal(conv(image), nn.functional.conv2d(image, conv.weight, conv.bias, padding=1))
-    assert list(line.state_dict()) == ["weight", "bias"]
-    assert torch.equal(pickle.loads(pickle.dumps(copy.deepcopy(line)))(x), line(x))

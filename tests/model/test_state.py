@@ -176,3 +176,16 @@ def test_dtype_moves_also_what_is_not_in_place() -> None:
     wanted = model(normal(4, 6).float())
     hra_fx.unmerge_adapter(model)
     assert_close(model(normal(4, 6).float()), wanted, 1e-5)
+
+
+def test_a_partial_state_replaces_the_copies_that_it_has() -> None:
+    """As a checkpoint of one adapter: it has no entry for the copies that are in place in the model that saved it."""
+    (_, model), (_, other) = (adapted(net(), a=config("first", **SAVED), b=config("second", **SAVED)) for _ in range(2))
+    turn(model, seed=5)
+    state = {key: value.clone() for key, value in model.state_dict().items() if ".b" in key}
+    assert "head.hra_saved.b.weight" in state and "head.weight" not in state
+    hra_fx.set_adapter(other, "b")
+    other.load_state_dict(state, strict=False)
+    hra_fx.set_adapter(model, "b")
+    x = normal(4, 6)
+    assert torch.equal(other(x), model(x))

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adapting import picture
 from integrations.transformers_use import tiny
 from model.many import adapted, assert_close, normal, oracle
-from refusals import picture
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 

@@ -257,18 +257,6 @@ def refusals() -> dict[str, tuple[Any, str]]:
             lambda folder: found.plot_heatmap(folder / "strip.gif"),
             r"path: unsupported file extension '\.gif' in 'strip\.gif'\. Use one of \.svg, \.png, \.pdf\.",
         ),
-        "no ending": (
-            lambda folder: found.plot_heatmap(folder / "strip"),
-            "path: unsupported file extension '' in 'strip'",
-        ),
-        "no folder": (
-            lambda folder: found.plot_comparison(folder / "absent" / "a.svg", "x", "y"),
-            r"path: the folder '.*absent' does not exist\. Create it, or choose another one\.$",
-        ),
-        "a folder": (
-            lambda folder: found.plot_heatmap(made(folder / "a.svg")),
-            r"path: '.*a\.svg' is a folder\. Give the name of a file\.$",
-        ),
         "an unknown heat": (
             lambda folder: found.plot_heatmap(folder / "a.svg", "angles"),
             "`heat` must be one of 'mean_angle', 'angle', 'rotation', 'share', got 'angles'.",
@@ -293,30 +281,9 @@ def refusals() -> dict[str, tuple[Any, str]]:
     }
 
 
-def made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
-
-
 @pytest.mark.parametrize("kind", refusals())
 def test_refusals(kind: str, tmp_path: Path) -> None:
     draw, message = refusals()[kind]
     with pytest.raises(VisualizeError, match=f"^{message}"):
         draw(tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
-
-
-def test_a_disk_that_refuses_leaves_what_was_there(tmp_path: Path) -> None:
-    long = tmp_path / ("p" * 245 + ".svg")  # a name that fits, while the one beside it does not
-    long.write_text("before")
-    points = [Progress(0, "default", 0.0, 0.0, 0.0)]
-    two = report_of(*blocks(2, "q_proj"), *blocks(2, "q_proj", adapter="b"))
-    for draw in (
-        lambda: two.plot_heatmap(long),
-        lambda: two.plot_comparison(long, "default", "b"),
-        lambda: draw_training(points, long),
-    ):
-        with pytest.raises(VisualizeError, match=r"^path: cannot write "):
-            draw()
-    assert long.read_text() == "before"
-    assert list(tmp_path.iterdir()) == [long]

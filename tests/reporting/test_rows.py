@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
@@ -17,7 +16,6 @@ from transformers.pytorch_utils import Conv1D
 import hra_fx
 from hra_fx import HRAConfig, fold, report, transform
 from hra_fx.errors import AdapterError
-from hra_fx.reporting.row import Row
 
 F64 = torch.float64
 LAYERS: dict[str, Any] = {
@@ -212,14 +210,6 @@ def test_several_adapters_have_a_row_each() -> None:
     for row in rows:
         q = dense_q(layer.hra_u[row.adapter].detach())
         assert row.share == pytest.approx(oracle_share(layer._parameters["weight"], q), rel=1e-4)
-
-
-def test_rows_as_dictionaries_go_through_json_and_back() -> None:
-    found = report(adapt("conv", F64, scale=0.1, r=3))
-    rows = found.to_dicts()
-    assert json.loads(json.dumps(rows)) == rows
-    assert [Row(**(row | {"angles": tuple(row["angles"])})) for row in rows] == list(found)
-    assert len(rows) == len(found) == 1
 
 
 def test_a_model_without_adapters_is_refused() -> None:

@@ -16,12 +16,7 @@ from named_models import (
     MAKERS,
     Nested,
     built,
-    tiny_bert,
-    tiny_llama,
-    tiny_llama_classifier,
     tiny_opt,
-    tiny_t5,
-    tiny_vit,
 )
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_HRA_TARGET_MODULES_MAPPING as PEFT_DEFAULTS
 from torch import nn
@@ -71,45 +66,6 @@ def test_all_linear_and_defaults(make: Callable[[], nn.Module], task_type: str |
     for targets in ("all-linear", None):
         kwargs = {"target_modules": targets, "task_type": task_type}
         assert our_layers(model, **kwargs) == peft_layers(model, **kwargs)
-
-
-@pytest.mark.parametrize(
-    ("make", "kwargs", "count", "absent"),
-    [
-        (tiny_llama, {"target_modules": "all-linear"}, 14, "lm_head"),
-        (tiny_opt, {"target_modules": "all-linear"}, 18, "lm_head"),
-        (tiny_bert, {"target_modules": "all-linear", "task_type": "SEQ_CLS"}, 13, "classifier"),
-        (tiny_bert, {"target_modules": "all-linear"}, 14, None),
-        (tiny_llama_classifier, {"target_modules": "all-linear", "task_type": "SEQ_CLS"}, 14, "score"),
-        (tiny_vit, {"target_modules": "all-linear"}, 13, None),
-        (tiny_bert, {}, 4, "bert.encoder.layer.0.attention.self.key"),
-        (tiny_t5, {}, 12, "decoder.block.0.layer.0.SelfAttention.k"),
-        (tiny_opt, {"layers_to_transform": [0, 2]}, 4, "model.decoder.layers.1.self_attn.q_proj"),
-        (tiny_opt, {"layers_to_transform": 0}, 2, "model.decoder.layers.1.self_attn.q_proj"),
-        (tiny_opt, {"layers_to_transform": []}, 6, None),
-        (tiny_opt, {"exclude_modules": r".*\.1\..*"}, 4, "model.decoder.layers.1.self_attn.q_proj"),
-        (Nested, {"target_modules": ["q"], "layers_to_transform": 1}, 8, "layers.1.q"),
-        (Nested, {"target_modules": ["q"], "layers_to_transform": 1, "layers_pattern": "layers"}, 5, "layers.0.q"),
-        (Nested, {"target_modules": ["q"], "layers_to_transform": 1, "layers_pattern": "experts"}, 6, "layers.0.q"),
-        (Nested, {"target_modules": ["head"]}, 1, "sub_head"),
-        (Nested, {"target_modules": ["layers.0.q", "layers.2.q"], "layers_to_transform": 2}, 2, "layers.1.q"),
-        (Nested, {"target_modules": ["seq"], "exclude_modules": ["layers.0.seq"]}, 4, "layers.0.seq"),
-        (tiny_bert, {"target_modules": ["dense"]}, 7, None),
-        (
-            tiny_bert,
-            {"target_modules": ["dense"], "modules_to_save": ["attention"]},
-            5,
-            "bert.encoder.layer.0.attention.output.dense",
-        ),
-    ],
-)
-def test_table(make: Callable[[], nn.Module], kwargs: dict[str, Any], count: int, absent: str | None) -> None:
-    model = built(make)
-    chosen = select(model, HRAConfig(**kwargs))
-    assert list(chosen) == peft_layers(model, **kwargs)
-    assert len(chosen) == count
-    assert absent is None or (absent not in chosen and model.get_submodule(absent) is not None)
-    assert all(model.get_submodule(path) is layer for path, layer in chosen.items())
 
 
 def test_long_lists_lose_whole_paths_to_layer_indices_as_in_peft() -> None:

@@ -1,7 +1,7 @@
-"""Against real injection by PEFT, on six architectures: the layers that come out adapted, or refusals of the same kind.
+"""Random configurations on six architectures: PEFT and hra_fx adapt the same layers, or refuse for the same reason.
 
-`select` is held against `peft.inject_adapter_in_model`. A whole `transform` is so too, but where the task is SEQ_CLS:
-there it keeps the head out as `peft.get_peft_model` does, which injection alone does not.
+`select` and `transform` are compared with `peft.inject_adapter_in_model`; for the task SEQ_CLS `transform` is compared
+with `peft.get_peft_model`, since both leave out the head, which injection alone does not.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import peft
 import pytest
 import transformers
 from hypothesis import HealthCheck, given, settings, strategies as st
-from named_models import built, tiny_bert, tiny_llama, tiny_t5
+from named_models import Nested, built, tiny_bert, tiny_llama, tiny_t5
 from peft.tuners.hra.layer import HRALayer
 from peft.utils.error import NoMatchingPeftModuleError
 from refusals import refused
-from torch import Tensor, nn
+from torch import nn
 
 import hra_fx
 from hra_fx.errors import HRAWarning, SelectionError
@@ -55,55 +55,6 @@ REFUSALS: list[tuple[type[Exception], str, str, str]] = [
         "cannot be both adapted and saved in full|is no module 'no_",
     ),
 ]
-
-
-class Step(nn.Module):
-    """Names that end others with a dot before them (q, v.q) and without (q_q), and one with a sign of a regex."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q = nn.Linear(4, 4)
-        self.q_q = nn.Linear(4, 4)
-        self.v = nn.ModuleDict({"q": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
-        self.add_module("w+", nn.Linear(4, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.q(x) + self.q_q(x) + self.v["q"](self.v["norm"](x)) + getattr(self, "w+")(x)
-
-
-class Stage(nn.Module):
-    """A list called like the one that it is in: "layers.1.layers.0.q"."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Step() for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers[1](self.layers[0](x))
-
-
-class Awkward(nn.Module):
-    """Lists called h and hh, numbers for names, a shared block, grouped and oblong convolutions, a Conv1d."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.h = nn.ModuleList(Step() for _ in range(3))
-        self.hh = nn.ModuleList(Step() for _ in range(2))
-        self.layers = nn.ModuleList(Stage() for _ in range(2))
-        self.again = self.h[1]
-        self.add_module("7", nn.Linear(4, 4))
-        self.tail = nn.Sequential(*(nn.Linear(4, 4) if i % 3 else nn.ReLU() for i in range(12)))
-        self.line = nn.Conv1d(4, 4, 1)
-        self.image = nn.ModuleDict({"depthwise": nn.Conv2d(4, 4, 1, groups=4), "wise": nn.Conv2d(4, 4, (1, 3))})
-        self.head = nn.Linear(4, 2)
-        self.sub_head = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in (*self.h, *self.hh, *self.layers, self.again, getattr(self, "7"), self.tail):
-            x = block(x)
-        x = self.line(x[:, :, None])
-        x = self.image["wise"](self.image["depthwise"](x[..., None].expand(-1, -1, -1, 3))).flatten(1)
-        return self.head(x) + self.sub_head(x)
 
 
 def tiny_swin() -> nn.Module:
@@ -258,7 +209,7 @@ def for_peft(model: nn.Module) -> nn.Module:
 
 
 def compare(model: nn.Module, plain: nn.Module, fields: Fields, *, whole: bool) -> str:
-    """Hold the two sides against each other; what came of it, in a word or two."""
+    """Compare the two sides; returns the outcome in a word or two."""
     theirs, idle = by_peft(plain, fields, whole=whole)
     if isinstance(theirs, Exception):
         kinds = [(name, ours) for kind, text, name, ours in REFUSALS if type(theirs) is kind and text in str(theirs)]
@@ -287,7 +238,7 @@ def compare(model: nn.Module, plain: nn.Module, fields: Fields, *, whole: bool) 
     return "groups"
 
 
-@pytest.mark.parametrize("make", [tiny_llama, tiny_bert, tiny_t5, tiny_swin, tiny_unet, Awkward])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_bert, tiny_t5, tiny_swin, tiny_unet, Nested])
 def test_what_peft_adapts_is_adapted_and_what_it_refuses_refused(make: Callable[[], nn.Module]) -> None:
     model = built(make)
     plain, seen = for_peft(model), Counter[str]()
@@ -306,19 +257,19 @@ def test_what_peft_adapts_is_adapted_and_what_it_refuses_refused(make: Callable[
 @pytest.mark.parametrize(
     ("make", "fields", "outcome"),
     [
-        (Awkward, {"target_modules": ["q"], "layers_to_transform": 1, "layers_pattern": "h"}, "adapted"),
+        (Nested, {"target_modules": ["q"], "layers_to_transform": 1, "layers_pattern": "h"}, "adapted"),
         (tiny_llama, {"target_modules": ["q_proj"], "layers_to_transform": 0}, "adapted"),
         (tiny_bert, {"target_modules": ["query", "classifier"], "task_type": "SEQ_CLS"}, "adapted"),
         (tiny_bert, {"target_modules": ["classifier"], "task_type": "SEQ_CLS"}, "no layer"),
-        (Awkward, {"target_modules": "all-linear", "exclude_modules": ["eq", "q.7"]}, "adapted"),
-        (Awkward, {"target_modules": ["q", "wise", "depthwise"]}, "groups"),
-        (Awkward, {"target_modules": ["line"]}, "adapted"),
-        (Awkward, {"target_modules": ["line", "norm"]}, "unsupported"),
-        (Awkward, {"target_modules": ["q"], "layers_to_transform": 3}, "no layer"),
-        (Awkward, {"target_modules": None}, "no default"),
+        (Nested, {"target_modules": "all-linear", "exclude_modules": ["eq", "q.7"]}, "adapted"),
+        (Nested, {"target_modules": ["q", "conv", "depthwise"]}, "groups"),
+        (Nested, {"target_modules": ["conv1d"]}, "adapted"),
+        (Nested, {"target_modules": ["conv1d", "norm"]}, "unsupported"),
+        (Nested, {"target_modules": ["w1"], "layers_to_transform": 3}, "no layer"),
+        (Nested, {"target_modules": None}, "no default"),
         (tiny_unet, {"target_modules": None}, "no default"),
-        (Awkward, {"target_modules": ["q_q"], "modules_to_save": ["head", "q"]}, "saved too"),
-        (Awkward, {"target_modules": ["q"], "modules_to_save": ["no_head"]}, "nothing to save"),
+        (Nested, {"target_modules": ["sub_head"], "modules_to_save": ["head"]}, "saved too"),
+        (Nested, {"target_modules": ["q"], "modules_to_save": ["no_head"]}, "nothing to save"),
     ],
 )
 def test_each_outcome_of_a_whole_transform(make: Callable[[], nn.Module], fields: Fields, outcome: str) -> None:

@@ -165,6 +165,18 @@ def test_verify_and_an_example_work_on_a_graph_too() -> None:
     check(base, model, IMAGES)
 
 
+def test_graphs_gives_a_copy_of_its_own_graph() -> None:
+    _, model = adapted()
+    code, own = model.code, dict(model.named_parameters())
+    for inputs in (None, X):
+        (graph,) = hra_fx.graphs(model, inputs).values()
+        assert_same(graph(X), model(X))
+        doubled(graph)
+        graph.recompile()
+        assert graph.code != code == model.code
+        assert all(parameter is own[name] for name, parameter in graph.named_parameters())
+
+
 def test_hra_model_is_refused() -> None:
     program = torch.export.export(Mlp().double(), (X,))
     for captured, kind in ((traced(), "Mlp"), (program, "ExportedProgram")):

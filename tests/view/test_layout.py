@@ -121,8 +121,3 @@ def test_rows_keep_the_order_and_the_limit(shapes: list[tuple[int, int]]) -> Non
     assert overlapping(sizes, placed) == []
     assert placed.width <= 400
     assert sorted(placed.corners, key=lambda corner: (corner[1], corner[0])) == list(placed.corners)
-
-
-def test_the_layout_is_deterministic() -> None:
-    graph = [Size(60, 30)] * 9, [(i, j) for j in range(9) for i in range(j) if (i * j) % 3 != 1], [0, 1], [8]
-    assert layered(*graph) == layered(*graph)

@@ -155,20 +155,40 @@ def test_a_call_shows_a_whole_graph_of_a_model_that_fx_cannot_trace(adapted: boo
     assert layer["shape"] == "2×5×16"
 
 
-def test_a_call_with_a_graph_break_shows_every_site_once() -> None:
-    class Broken(nn.Module):
+def test_a_call_that_cannot_be_captured_is_refused_and_the_parts_are_shown_without_it() -> None:
+    class Breaks(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.first(x)
-            torch._dynamo.graph_break()
-            return self.second(x)
+            return self.second(x) if float(x.detach().sum()) > 0 else x
 
-    model = rotated(Broken(), r=2, target_modules=["first", "second"])
-    graph = hra_fx.to_networkx(model, torch.randn(3, 4))
-    assert sites_in(graph) == ["first", "second"]
+    model = rotated(Breaks(), r=2, target_modules=["first", "second"])
+    with pytest.raises(AdapterError, match=r"torch\.export cannot capture Breaks.*Without example_inputs"):
+        hra_fx.to_networkx(model, torch.randn(3, 4))
+    assert sites_in(hra_fx.to_networkx(model)) == ["first", "second"]
+
+
+def test_a_call_shows_the_layers_of_adapters_that_do_not_act() -> None:
+    model = rotated(llama(), r=2, target_modules=["q_proj"])
+    hra_fx.add_adapter(model, "other", hra_fx.HRAConfig(r=3, target_modules=["q_proj"]))
+    paths = [f"model.layers.{i}.self_attn.q_proj" for i in range(3)]
+    ranks = {"default": 2, "other": 3}
+    for active in (["default"], ["other", "default"], []):
+        hra_fx.set_adapter(model, active)
+        graph = hra_fx.to_networkx(model, {"input_ids": IDS})
+        assert sites_in(graph) == paths
+        rows = [data for _, data in graph.nodes(data=True) if data["kind"] == "adapted_layer"]
+        assert [(data["op"], data["r"]) for data in rows] == [("call_function", sum(map(ranks.get, active)))] * 3
+
+
+def test_a_call_shows_no_masks_that_are_made_of_sizes_and_no_casts_to_the_same_dtype() -> None:
+    graph = hra_fx.to_networkx(llama(), {"input_ids": IDS})
+    boxes = [data for _, data in graph.nodes(data=True)]
+    assert {"scaled_dot_product_attention", "arange"} <= {data["name"] for data in boxes}
+    assert not {"le", "expand", "to", "alias"} & {data["name"] for data in boxes if data["module"] in ("", "model")}
 
 
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # torch's own, in a deepcopy
@@ -235,5 +255,5 @@ def test_what_cannot_be_looked_at_is_refused() -> None:
     for captured in (program, program.module()):
         with pytest.raises(VisualizeError, match=r"`example_inputs` must be None for a .*, which already has"):
             hra_fx.to_networkx(captured, torch.ones(1, 3))
-    with pytest.raises(AdapterError, match="does not run on example_inputs"):
+    with pytest.raises(AdapterError, match=r"torch\.export cannot capture LlamaForCausalLM"):
         hra_fx.to_networkx(llama(), {"tokens": IDS})

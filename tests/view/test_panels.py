@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -12,10 +12,10 @@ import transformers
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.view.graph import adapted_graph
-from hra_fx.view.panels import BUDGET, Block, Panel, plan
+from hra_fx.view.graph import leaves_of
+from hra_fx.view.panels import BUDGET, Panel, plan
 from hra_fx.view.scopes import scope_tree
-from hra_fx.view.tree import Scope
+from hra_fx.view.subject import subject_of
 
 
 class Wide(nn.Module):
@@ -78,13 +78,7 @@ def adapted(name: str) -> nn.Module:
 
 @cache
 def planned(model: nn.Module, budget: int = BUDGET) -> list[Panel]:
-    return plan(scope_tree(adapted_graph(model, hra_fx.graphs(model)), "model"), budget)
-
-
-def blocks(block: Block) -> Iterator[Block]:
-    yield block
-    for part in block.parts or ():
-        yield from blocks(part)
+    return plan(scope_tree(leaves_of(subject_of(model, hra_fx.graphs(model))), "model"), budget)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -108,14 +102,3 @@ def test_a_panel_shows_as_many_sites_as_each_box_that_refers_to_it_counts() -> N
     referring = [box for box in overview.block.boxes() if box.letter]
     assert len(referring) == 8
     assert all(len(box.item.marks) == inside[box.letter] * box.item.count for box in referring)
-
-
-def test_identical_encoder_layers_are_one_block() -> None:
-    panels = planned(adapted("bert"))
-    layers = [
-        block.item
-        for panel in panels
-        for block in blocks(panel.block)
-        if isinstance(block.item, Scope) and block.item.class_name == "BertLayer"
-    ]
-    assert {(layer.count, len(layer.marks)) for layer in layers} == {(6, 36)}

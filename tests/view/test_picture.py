@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import networkx as nx
 import pytest
 import torchvision
 from drawn_models import HOSTILE, UNSPEAKABLE, drawn
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 import hra_fx
 from hra_fx.reporting.colormap import PALETTE, UNKNOWN, color, ink_on
 from hra_fx.view import svg
-from hra_fx.view.drawing import drawing_of
+from hra_fx.view.drawing import Drawing, drawing_of
+from hra_fx.view.heatmap import heatmap_of
 from hra_fx.view.options import Options
-from hra_fx.view.page import Heading, page, render
+from hra_fx.view.page import page, render
 from hra_fx.view.panels import Block, Panel
 from hra_fx.view.text import width
 from hra_fx.view.tree import Leaf, Mark, Scope
@@ -87,7 +89,8 @@ def test_no_name_breaks_the_file() -> None:
     )
     closed = Scope("<b>", '"&<b>', "C<l>a&ss", False, leaves)
     panels = [Panel("", Block(Scope("", "m", "<M>", True, (*leaves, closed)), (*map(Block, leaves), Block(closed))))]
-    text = page(panels, Heading("<title>&", "</svg>"))
+    drawing = Drawing("m", "<title>&", "</svg>", nx.DiGraph(), (), {})
+    text = page(panels, drawing, heatmap_of(drawing, None))
     root = ElementTree.fromstring(text.encode("utf-8"))
     words = "".join(root.itertext())
     for name in ('quo"te', "nul\ufffd", "line break", '"&<b>', "C<l>a&ss", "<title>&", "</svg>"):

@@ -12,8 +12,9 @@ from drawn_models import Residual, Shared
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.view.graph import adapted_graph
+from hra_fx.view.graph import leaves_of
 from hra_fx.view.scopes import scope_tree
+from hra_fx.view.subject import subject_of
 from hra_fx.view.tree import Item, Leaf, Scope
 
 
@@ -22,7 +23,7 @@ def adapted(model: nn.Module, targets: str | list[str] = r"(.*\.)?fc\d*", r: int
 
 
 def tree(model: nn.Module) -> Scope:
-    return scope_tree(adapted_graph(model, hra_fx.graphs(model)), "model")
+    return scope_tree(leaves_of(subject_of(model, hra_fx.graphs(model))), "model")
 
 
 def leaves(item: Item) -> Iterator[Leaf]:
@@ -63,7 +64,7 @@ def test_sites_reach_each_other_as_in_the_captured_graph() -> None:
     flow = nx.DiGraph((source, node) for node in captured.graph.nodes for source in node.all_input_nodes)
     layers = {node: node.meta["hra"].path for node in flow if "hra" in node.meta and node.meta["hra"].role == "layer"}
     want = {(layers[a], layers[b]) for a in layers for b in nx.descendants(flow, a) & layers.keys()}
-    picture = adapted_graph(model, {"": captured})
+    picture = leaves_of(subject_of(model, {"": captured}))
     drawn = {key: data["leaf"].target for key, data in picture.nodes(data=True) if data["leaf"].kind == "adapted_layer"}
     assert {(drawn[a], drawn[b]) for a in drawn for b in nx.descendants(picture, a) & drawn.keys()} == want
     assert len(drawn) == 21

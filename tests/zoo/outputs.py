@@ -1,4 +1,4 @@
-"""What a model gives, as a list of named tensors, and how two of them are compared."""
+"""The outputs of a model as named tensors, and their comparison."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOOSEST = 2e-2
 
 
 class Differs(Exception):
-    """Two outputs, buffers or gradients that ought to be equal, and are not; the message says where and by how much."""
+    """Two outputs, buffers or gradients differ; the message says where and by how much."""
 
 
 def seed(value: int) -> None:
@@ -99,13 +99,13 @@ def _distance(name: str, got: Tensor, want: Tensor) -> float:
 
 
 def check_usable(output: Mapping[str, Tensor]) -> None:
-    """Refuse an output that shows nothing.
+    """Refuse an output that cannot be compared.
 
     Raises:
         Differs: no floating-point value, or values that are mostly not finite.
     """
     values = [tensor for tensor in output.values() if tensor.is_floating_point() and tensor.numel()]
     if not values:
-        raise Differs("the base model gives no floating-point value, which shows nothing")
+        raise Differs("the base model returns no floating-point value, so there is nothing to compare")
     if not all(float(torch.isfinite(tensor).double().mean()) > 0.3 for tensor in values):
-        raise Differs("the base model gives values that are not finite, which shows nothing")
+        raise Differs("the base model returns values that are not finite, so there is nothing to compare")

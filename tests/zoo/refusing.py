@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -37,24 +36,19 @@ def config_for(paths: Iterable[str]) -> hra_fx.HRAConfig:
     return hra_fx.HRAConfig(r=3, target_modules="|".join(map(re.escape, paths)))
 
 
-def transform_most(
-    model: nn.Module, run: Callable[[nn.Module], object] = lambda model: None
-) -> tuple[hra_fx.HRAConfig | None, dict[str, str], float]:
-    """Transform a model with all its layers but those that are refused; each refusal must leave it as it was.
-
-    Layers are refused by `transform`, or by the first forward, which sees what no source and no trace told.
+def transform_most(model: nn.Module) -> tuple[hra_fx.HRAConfig | None, dict[str, str], float]:
+    """Transform a model with all its layers except the refused ones; a refusal must not change the model.
 
     Args:
         model: the model.
-        run: calls a model, in its mode.
 
     Returns:
-        The configuration that was taken (`None`: everything was refused), layer -> why it was refused, and the
+        The configuration that was accepted (`None`: all layers were refused), layer -> reason for its refusal, and the
         seconds of the last call.
 
     Raises:
         AssertionError: a refusal changed the model.
-        HRAError: the model was refused otherwise than by naming layers.
+        HRAError: the model was refused without naming a layer.
     """
     left = candidates(model)
     refused: dict[str, str] = {}
@@ -73,26 +67,8 @@ def transform_most(
             refused |= named
             left = {path: layer for path, layer in left.items() if path not in named}
         else:
-            seconds = time.perf_counter() - begin
-            unseen = _unseen(copy.deepcopy(model), run, left)
-            if not unseen:
-                return config, refused, seconds
-            hra_fx.delete_adapter(model, "default")
-            refused |= unseen
-            left = {path: layer for path, layer in left.items() if path not in unseen}
+            return config, refused, time.perf_counter() - begin
     return None, refused, 0.0
-
-
-def _unseen(model: nn.Module, run: Callable[[nn.Module], object], left: dict[str, nn.Module]) -> dict[str, str]:
-    """The layer that the first forward of either mode refuses, and why."""
-    for training in (False, True):
-        try:
-            run(model.train(training))
-        except hra_fx.UnsupportedLayerError as error:
-            return _named(str(error), left)
-        except Exception:  # which the checks find, and name
-            return {}
-    return {}
 
 
 def _named(message: str, left: dict[str, nn.Module]) -> dict[str, str]:

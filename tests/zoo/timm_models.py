@@ -1,4 +1,7 @@
-"""One small model of every timm family, by a table that `choose_timm.py` wrote."""
+"""The smallest model of every timm family, from a table.
+
+Columns of timm_table.tsv: model, keyword arguments that make it smaller, image size, another image size (0: none).
+"""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hra_fx.checkpoint.disk.naming import Names
 from hra_fx.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -89,6 +90,19 @@ class Architecture:
         except Exception:
             return None
         return built
+
+    def find(self, path: str) -> nn.Module | None:
+        """The module of a path, also with the prefix added or removed; `None` if unknown."""
+        found = self._names.find(path)
+        return None if found is None else self._modules[found]
+
+    @cached_property
+    def _modules(self) -> dict[str, nn.Module]:
+        return {} if self.model is None else dict(self.model.named_modules(remove_duplicate=False))
+
+    @cached_property
+    def _names(self) -> Names:
+        return Names(CONFIG, self._modules.keys(), lambda: self.prefix)
 
     @property
     def prefix(self) -> str:

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hra_fx.checkpoint.disk.edits import Item, Replacement, Rotation
+from hra_fx.checkpoint.disk.edits import Item, Rotation
 from hra_fx.checkpoint.disk.header import FLOATS, StoredTensor
 from hra_fx.checkpoint.disk.plan import FilePlan
-from hra_fx.checkpoint.disk.streams import BLOCK, as_bytes, read_bytes, read_into, read_rows
+from hra_fx.checkpoint.disk.streams import BLOCK, as_bytes, read_bytes, read_rows
 from hra_fx.errors import FoldError
 
 
@@ -28,10 +28,8 @@ def check_file(plan: FilePlan, file: Path) -> None:
     """
     start = len(plan.head)
     with open(file, "rb", buffering=0) as written:
-        head = bytearray(start)
-        read_into(written, head, file)
-        if head != plan.head:
-            raise FoldError(f"{file}: the header differs from what was written. Check the disk.")
+        if file.stat().st_size != plan.size or b"".join(read_bytes(written, 0, start, file)) != plan.head:
+            raise FoldError(f"{file}: the size or the header differs from what was written. Check the disk.")
         for item in plan.items:
             if isinstance(item.edit, Rotation) and item.source:
                 _check_rows(item, item.source, item.edit, file, start)
@@ -40,31 +38,15 @@ def check_file(plan: FilePlan, file: Path) -> None:
             start += item.size
 
 
-def check_copy(base: Path, file: Path) -> None:
-    """Check a copied file.
-
-    Raises:
-        FoldError: it differs.
-    """
-    size = base.stat().st_size
-    with open(file, "rb", buffering=0) as copied:
-        if file.stat().st_size != size or not _equal(_read(base, 0, size), read_bytes(copied, 0, size, file)):
-            raise FoldError(f"{file}: differs from {base}, of which it must be a copy. Check the disk.")
-
-
 def _expected(item: Item) -> Iterator[bytes | bytearray | memoryview]:
     """The bytes of a tensor that is not rotated."""
-    if isinstance(item.edit, Replacement):
-        data = as_bytes(item.edit.tensor.reshape(-1))
+    if isinstance(item.edit, Tensor):
+        data = as_bytes(item.edit.reshape(-1))
         for start in range(0, len(data), BLOCK):
             yield data[start : start + BLOCK]
     elif item.source:
-        yield from _read(item.source.file, item.source.start, item.source.size)
-
-
-def _read(file: Path, start: int, size: int) -> Iterator[bytearray]:
-    with open(file, "rb", buffering=0) as stream:
-        yield from read_bytes(stream, start, size, file)
+        with open(item.source.file, "rb", buffering=0) as stream:
+            yield from read_bytes(stream, item.source.start, item.source.size, item.source.file)
 
 
 def _equal(expected: Iterable[object], found: Iterable[object]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hra_fx.checkpoint.disk.adapter_files import AdapterFiles
 from hra_fx.checkpoint.disk.architecture import Architecture
-from hra_fx.checkpoint.disk.columns import Columns
+from hra_fx.checkpoint.disk.columns import in_columns
 from hra_fx.checkpoint.disk.header import DTYPES, FLOATS, StoredTensor
 from hra_fx.checkpoint.disk.naming import Names
 from hra_fx.checkpoint.disk.streams import as_bytes, read_into
@@ -29,24 +29,16 @@ class Rotation:
     """`W -> W Q`.
 
     Attributes:
-        path: the layer's name in the adapter.
         chain: `U: (d, k)` of `Q`, float64.
         columns: whether the weight is `(in, out)`.
     """
 
-    path: str
     chain: Tensor
     columns: bool
 
 
-@dataclass(frozen=True)
-class Replacement:
-    """A new value, in the checkpoint's dtype."""
-
-    tensor: Tensor
-
-
-Edit: TypeAlias = Rotation | Replacement
+#: A rotation, or a new value in the checkpoint's dtype.
+Edit: TypeAlias = Rotation | Tensor
 
 
 @dataclass(frozen=True)
@@ -70,6 +62,11 @@ class Item:
     edit: Edit | None
 
 
+def stored_item(stored: StoredTensor, edit: Edit | None = None, name: str | None = None) -> Item:
+    """A tensor of the base, changed or not, under its own name or another one."""
+    return Item(name or stored.name, stored.dtype, stored.shape, stored.size, stored, edit)
+
+
 @dataclass
 class Edits:
     """Changes of a set of files.
@@ -85,21 +82,17 @@ class Edits:
     added: list[Item] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Requested:
-    """What adapters change, by the name in the file, or in the adapter if the file does not have it."""
-
-    chains: dict[str, list[tuple[str, Tensor]]]
-    full: dict[str, Tensor]
-
-
 def touches(adapters: Iterable[AdapterFiles], names: Names) -> bool:
     """Whether a set of files has any layer of any adapter."""
     return any(_weight(names, path) for adapter in adapters for path in adapter.chains)
 
 
 def edits_for(
-    found: WeightSet, adapters: Sequence[AdapterFiles], architecture: Architecture, names: Names, columns: Columns
+    found: WeightSet,
+    adapters: Sequence[AdapterFiles],
+    architecture: Architecture,
+    names: Names,
+    columns: Collection[str] | None,
 ) -> Edits:
     """What adapters, applied in order, change in a set of files.
 
@@ -107,23 +100,29 @@ def edits_for(
         CheckpointError: an adapter does not fit; the message names the key.
         FoldError: tied weights cannot be untied.
     """
-    requested = _requested(adapters, names)
-    _check_requested(found, requested)
-    changed: dict[str, Tensor | None] = {**dict.fromkeys(requested.chains), **requested.full}
+    chains, full = _requested(adapters, names)
+    _check_requested(found, chains, full)
+    changed: dict[str, Tensor | None] = {**dict.fromkeys(chains), **full}
     tied = {
         name: value
         for name, value in changed.items()
         if name not in found.tensors or not is_in_block(name) or architecture.ties_in_blocks
     }
+
+    def edit_of(name: str, stored: StoredTensor) -> Edit:
+        if name in full:
+            return _given(name, full[name], stored)
+        return _rotation(stored, chains[name], architecture, columns)
+
     apart = untying(architecture, names, tied) if tied else Untying()
     edits = Edits(apart)
     for new, name in apart.sources.items():
         called, source = apart.changed.get(new), found.tensors[name]
-        edit = None if called is None else _edit(called, source, requested, columns)
-        edits.added.append(Item(new, source.dtype, source.shape, source.size, source, edit))
+        edit = None if called is None else edit_of(called, source)
+        edits.added.append(stored_item(source, edit, new))
     for name in changed:
         if name in found.tensors:
-            edits.tensors[name] = _edit(name, found.tensors[name], requested, columns)
+            edits.tensors[name] = edit_of(name, found.tensors[name])
         elif name not in apart.changed.values() and name not in apart.stay_tied:
             edits.added.append(_new(name, found, adapters, names))
     _check_embeddings(found, adapters, names, apart)
@@ -132,30 +131,33 @@ def edits_for(
     return edits
 
 
-def _requested(adapters: Iterable[AdapterFiles], names: Names) -> _Requested:
-    requested = _Requested({}, {})
+def _requested(
+    adapters: Iterable[AdapterFiles], names: Names
+) -> tuple[dict[str, list[tuple[str, Tensor]]], dict[str, Tensor]]:
+    """Rotations and new values, by the name in the file, or in the adapter if the file does not have it."""
+    chains: dict[str, list[tuple[str, Tensor]]] = {}
+    full: dict[str, Tensor] = {}
     for adapter in adapters:
         for path, chain in adapter.chains.items():
-            name = _weight(names, path) or f"{path}.weight"
-            requested.chains.setdefault(name, []).append((path, chain))
+            chains.setdefault(_weight(names, path) or f"{path}.weight", []).append((path, chain))
         for given, tensor in adapter.full.items():
             name = names.find(given) or given
-            if name in requested.full:
+            if name in full:
                 raise CheckpointError(
                     f"{adapter.file}: {given} is trained by this adapter and by an earlier one (modules_to_save or "
                     "bias), and only one can replace it. Leave out one of them."
                 )
-            requested.full[name] = tensor
-    return requested
+            full[name] = tensor
+    return chains, full
 
 
 def _weight(names: Names, path: str) -> str | None:
     return names.find(*(f"{path}.{weight}" for weight in _WEIGHTS))
 
 
-def _check_requested(found: WeightSet, requested: _Requested) -> None:
-    for name in (*requested.chains, *requested.full):
-        if name in requested.chains and name in requested.full:
+def _check_requested(found: WeightSet, chains: Collection[str], full: Collection[str]) -> None:
+    for name in (*chains, *full):
+        if name in chains and name in full:
             raise CheckpointError(
                 f"{found.name}: one adapter rotates {name}, and another one replaces it (modules_to_save). Leave out "
                 "one of them."
@@ -168,28 +170,30 @@ def _check_requested(found: WeightSet, requested: _Requested) -> None:
             )
 
 
-def _edit(name: str, stored: StoredTensor, requested: _Requested, columns: Columns) -> Edit:
-    if name in requested.full:
-        return _given(name, requested.full[name], stored)
-    path, first = requested.chains[name][0]
+def _rotation(
+    stored: StoredTensor,
+    chains: Sequence[tuple[str, Tensor]],
+    architecture: Architecture,
+    columns: Collection[str] | None,
+) -> Rotation:
     if stored.dtype not in FLOATS or len(stored.shape) < 2 or not stored.size:
         raise CheckpointError(
             f"{stored.file}: {stored.name} must be {', '.join(FLOATS)} with at least two dimensions, got "
             f"{stored.dtype} of shape {stored.shape}. Use a base model that is not quantized."
         )
-    in_columns = [columns.of(path, stored, chain.shape[0]) for path, chain in requested.chains[name]]
-    chain = torch.cat([chain for _, chain in requested.chains[name]], dim=1) if len(in_columns) > 1 else first
-    return Rotation(path, chain, in_columns[0])
+    layouts = [in_columns(path, stored, chain.shape[0], architecture, columns) for path, chain in chains]
+    chain = chains[0][1]
+    return Rotation(torch.cat([each for _, each in chains], dim=1) if len(chains) > 1 else chain, layouts[0])
 
 
-def _given(name: str, tensor: Tensor, stored: StoredTensor) -> Replacement:
+def _given(name: str, tensor: Tensor, stored: StoredTensor) -> Tensor:
     dtype = DTYPES.get(stored.dtype)
     if tuple(tensor.shape) != stored.shape or dtype is None or dtype.is_floating_point != tensor.is_floating_point():
         raise CheckpointError(
             f"{stored.file}: {stored.name} is {stored.dtype} of shape {stored.shape}, but the adapter's {name} is "
             f"{tensor.dtype} of shape {tuple(tensor.shape)}. Was it trained on another base model?"
         )
-    return Replacement(tensor.to(dtype).contiguous())
+    return tensor.to(dtype).contiguous()
 
 
 def _new(name: str, found: WeightSet, adapters: Iterable[AdapterFiles], names: Names) -> Item:
@@ -211,7 +215,7 @@ def _new(name: str, found: WeightSet, adapters: Iterable[AdapterFiles], names: N
     kind = next((known for known, dtype in DTYPES.items() if dtype is tensor.dtype), None)
     if kind is None:
         raise CheckpointError(f"{name}: unsupported dtype {tensor.dtype} in the adapter. Save it in another dtype.")
-    return Item(name, kind, tuple(tensor.shape), tensor.numel() * tensor.itemsize, None, Replacement(tensor))
+    return Item(name, kind, tuple(tensor.shape), tensor.numel() * tensor.itemsize, None, tensor)
 
 
 def _names(name: str, path: str) -> bool:
@@ -258,17 +262,9 @@ def _check_complete(found: WeightSet, adapter: AdapterFiles, architecture: Archi
         theirs = f"{prefix}{path}" if stripped else path.removeprefix(prefix)
         if key in keys or last not in _WEIGHTS or len(stored.shape) < 2 or not is_target(adapter.config, theirs):
             continue
-        if _is_loaded(architecture, path):
+        # Files may have layers that the model does not load, such as heads for multi-token prediction.
+        if architecture.model is None or architecture.find(path) is not None:
             raise CheckpointError(
                 f"{adapter.file}: there are no vectors for {theirs}, which the configuration names. Was the adapter "
                 f"trained on another base model than {found.name}, or its configuration edited?"
             )
-
-
-def _is_loaded(architecture: Architecture, path: str) -> bool:
-    """Whether the model loads a layer; files may have others, such as heads for multi-token prediction."""
-    model = architecture.model
-    if model is None:
-        return True
-    modules: Mapping[str, object] = dict(model.named_modules(remove_duplicate=False))
-    return Names("config.json", modules.keys(), lambda: architecture.prefix).find(path) is not None

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Collection, Mapping
 
 from hra_fx.checkpoint.disk.arguments import Adapters, Source, read_request
-from hra_fx.checkpoint.disk.execute import FoldExecution
+from hra_fx.checkpoint.disk.execute import write_result
 from hra_fx.checkpoint.disk.plan import plan_fold
 from hra_fx.checkpoint.disk.report import CheckpointReport
 from hra_fx.errors import HRAWarning
@@ -116,19 +116,18 @@ def _run(
     begin = time.perf_counter()
     request = read_request(base_dir, adapter_dir, out_dir)
     plan = plan_fold(request, columns, back=back)
-    execution = FoldExecution(request, plan, progress=progress)
-    execution.run(overwrite=overwrite, verify=verify)
-    roughest = max(execution.rounding, key=lambda name: execution.rounding[name], default="")
+    rounding, reused = write_result(request, plan, overwrite=overwrite, verify=verify, progress=progress)
+    roughest = max(rounding, key=lambda name: rounding[name], default="")
     report = CheckpointReport(
         folder=request.out,
         rotated=tuple(plan.rotated),
         given=tuple(plan.given),
         untied=plan.untied,
-        rounding=execution.rounding.get(roughest, 0.0),
+        rounding=rounding.get(roughest, 0.0),
         roughest=roughest,
-        bytes=sum(execution.sizes.values()),
+        bytes=plan.size,
         seconds=time.perf_counter() - begin,
-        reused=execution.reused,
+        reused=reused,
         kept=tuple(file.relative_to(request.base) for file in plan.kept),
         verified=verify,
     )

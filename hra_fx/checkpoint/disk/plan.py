@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from hra_fx.checkpoint.disk.adapter_files import AdapterFiles
 from hra_fx.checkpoint.disk.architecture import CONFIG, Architecture
 from hra_fx.checkpoint.disk.arguments import Request
-from hra_fx.checkpoint.disk.columns import Columns
-from hra_fx.checkpoint.disk.edits import Edits, Item, Replacement, Rotation, edits_for, touches
-from hra_fx.checkpoint.disk.header import METADATA, Header
+from hra_fx.checkpoint.disk.edits import Edits, Item, Rotation, edits_for, stored_item, touches
+from hra_fx.checkpoint.disk.header import METADATA, Header, StoredTensor
 from hra_fx.checkpoint.disk.naming import Names
 from hra_fx.checkpoint.disk.weight_files import WeightSet, foreign, weight_sets
 from hra_fx.config import CONFIG_NAME
@@ -30,11 +31,11 @@ _FORMAT = 2
 
 @dataclass(frozen=True)
 class FilePlan:
-    """A planned safetensors file.
+    """A planned file: a safetensors file, a new text (only `head`), or a copy of any file (one item).
 
     Attributes:
-        head: its header.
-        items: its tensors, in the order of the data.
+        head: the header.
+        items: the tensors, in the order of the data.
     """
 
     head: bytes
@@ -51,9 +52,7 @@ class Plan:
     """The planned result. Paths and names of tensors start with the part of the pipeline that they are in.
 
     Attributes:
-        files: path in the new folder -> planned safetensors file.
-        texts: path -> content of a text file.
-        copies: path -> file of the base.
+        files: path in the new folder -> planned file.
         inputs: everything that the result depends on.
         rotated: names of rotated tensors.
         given: names of tensors from an adapter.
@@ -63,8 +62,6 @@ class Plan:
     """
 
     files: dict[str, FilePlan] = field(default_factory=dict)
-    texts: dict[str, bytes] = field(default_factory=dict)
-    copies: dict[str, Path] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
     rotated: list[str] = field(default_factory=list)
     given: list[str] = field(default_factory=list)
@@ -72,13 +69,10 @@ class Plan:
     kept: list[Path] = field(default_factory=list)
     retied_by: list[str] = field(default_factory=list)
 
-    def sizes(self) -> dict[str, int]:
-        """Path -> size in bytes."""
-        return {
-            **{path: plan.size for path, plan in self.files.items()},
-            **{path: len(text) for path, text in self.texts.items()},
-            **{path: file.stat().st_size for path, file in self.copies.items()},
-        }
+    @property
+    def size(self) -> int:
+        """Size of all files in bytes."""
+        return sum(file.size for file in self.files.values())
 
 
 def plan_fold(request: Request, columns: Collection[str] | None, *, back: bool) -> Plan:
@@ -98,8 +92,10 @@ def plan_fold(request: Request, columns: Collection[str] | None, *, back: bool) 
     for part, adapters in request.adapters.items():
         ordered = [_reversed(adapter) for adapter in reversed(adapters)] if back else adapters
         _plan_part(plan, f"{part}/" if part else "", request.base / part, ordered, columns)
-    planned = {**plan.files, **plan.texts}
-    plan.copies = {path: file for path, file in request.files.items() if path not in planned}
+    for path, file in request.files.items():
+        if path not in plan.files:
+            size = file.stat().st_size
+            plan.files[path] = FilePlan(b"", (stored_item(StoredTensor(file, path, "U8", (size,), 0, size)),))
     heads = b"".join(plan.files[path].head for path in sorted(plan.files))
     plan.inputs = {
         "format": _FORMAT,
@@ -140,12 +136,11 @@ def _plan_part(
         )
     sets = weight_sets(folder)
     architecture = Architecture(folder)
-    layout = Columns(architecture, columns)
     named = [(found, Names(found.name, found.tensors.keys(), lambda: architecture.prefix)) for found in sets]
     # If no set has any layer, the first one reports what is missing.
     folded = [pair for pair in named if touches(adapters, pair[1])] or named[:1]
     for found, names in folded:
-        _plan_set(plan, part, found, edits_for(found, adapters, architecture, names, layout), architecture)
+        _plan_set(plan, part, found, edits_for(found, adapters, architecture, names, columns), architecture)
     taken = {header.file for found, _ in folded for header in found.files}
     plan.kept += [header.file for found in sets for header in found.files if header.file not in taken]
     plan.kept += sorted(foreign(folder))
@@ -156,22 +151,19 @@ def _plan_set(plan: Plan, part: str, found: WeightSet, edits: Edits, architectur
     for header in found.files:
         plan.files[part + header.file.name] = _plan_file(header, edits, edits.added if header is last else [])
     if edits.added and found.index is not None:
-        plan.texts[part + found.index.name] = _index(found, edits.added, last.file.name)
+        plan.files[part + found.index.name] = FilePlan(_index(found, edits.added, last.file.name), ())
     if edits.apart.configs:
-        plan.texts[part + CONFIG] = _config(architecture, edits.apart.configs)
+        plan.files[part + CONFIG] = FilePlan(_config(architecture, edits.apart.configs), ())
     done = [(name, edits.tensors.get(name)) for name in found.tensors] + [(new.name, new.edit) for new in edits.added]
     plan.rotated += [part + name for name, edit in done if isinstance(edit, Rotation)]
-    plan.given += [part + name for name, edit in done if isinstance(edit, Replacement)]
+    plan.given += [part + name for name, edit in done if isinstance(edit, Tensor)]
     plan.untied |= {part + new: part + source for new, source in edits.apart.sources.items()}
     plan.retied_by += edits.apart.retied_by
 
 
 def _plan_file(header: Header, edits: Edits, added: Sequence[Item]) -> FilePlan:
     """As in safetensors, wider dtypes come first, which keeps every tensor aligned."""
-    items = [
-        Item(tensor.name, tensor.dtype, tensor.shape, tensor.size, tensor, edits.tensors.get(tensor.name))
-        for tensor in header.tensors.values()
-    ]
+    items = [stored_item(tensor, edits.tensors.get(tensor.name)) for tensor in header.tensors.values()]
     for new in added:
         places = (i for i, other in enumerate(items) if _width(other) < _width(new))
         items.insert(next(places, len(items)), new)

@@ -20,7 +20,7 @@ class CheckpointReport:
         given: names of the tensors that an adapter replaced or added (`modules_to_save`, `bias`).
         untied: names of new tensors -> names of the tensors they were tied to in the base.
         rounding: largest relative error `|W'' - W'|_F / |W'|_F` of the cast to the file's dtype, measured on the first
-            rows of each weight.
+            rows of each weight, of the files that this call wrote.
         roughest: the tensor with this error.
         bytes: total size of the folder.
         seconds: run time.
@@ -51,7 +51,8 @@ class CheckpointReport:
         count = f"{len(self.rotated)} tensor{'s' * (len(self.rotated) != 1)} rotated"
         count += f", {len(self.given)} from the adapter" if self.given else ""
         lines = [f"{self.folder}: {count}, {file_size(self.bytes)} in {self.seconds:.1f} s"]
-        lines.append(f"  relative rounding error up to {self.rounding:.1e} ({self.roughest})")
+        if self.roughest:
+            lines.append(f"  relative rounding error up to {self.rounding:.1e} ({self.roughest})")
         if self.verified:
             lines.append("  verified: row norms are preserved, everything else is identical")
         if self.untied:

@@ -1,8 +1,8 @@
 """The unfinished result: a hidden folder next to the output folder, which can be resumed and is renamed at the end.
 
 `.<name>.partial/` holds `content/`, where every file is complete and on disk; `part`, the file being written;
-`inputs.json`, what the result is made from; `done.json`, notes about finished files; and, for a moment, `replaced/`,
-the old output folder. `content/` exists until it becomes the output folder.
+`inputs.json`, what the result is made from; and, for a moment, `replaced/`, the old output folder. `content/` exists
+until it becomes the output folder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ class StagingDir:
         folder: the hidden folder.
         content: what becomes the result.
         is_done: whether this call has renamed the content to the output folder.
-        finished: name of a file -> its notes, see `finish`.
     """
 
     def __init__(self, out: Path) -> None:
@@ -37,9 +36,8 @@ class StagingDir:
         self.folder = out.with_name(f".{out.name}.partial")
         self.content = self.folder / "content"
         self.is_done = False
-        self.finished: dict[str, dict[str, float]] = {}
-        self._part, self._inputs, self._done, self._replaced, self._lock = (
-            self.folder / name for name in ("part", "inputs.json", "done.json", "replaced", "lock")
+        self._part, self._inputs, self._replaced, self._lock = (
+            self.folder / name for name in ("part", "inputs.json", "replaced", "lock")
         )
 
     @contextlib.contextmanager
@@ -57,23 +55,16 @@ class StagingDir:
             text = json.dumps(inputs, indent=1, sort_keys=True)
             if not (self.content.is_dir() and self._inputs.is_file() and self._inputs.read_text("utf-8") == text):
                 # The inputs go first and come last: content without inputs is not resumed.
-                for path in (self._inputs, self._done, self.content):
+                for path in (self._inputs, self.content):
                     remove(path)
                 self.content.mkdir()
                 self.write(self._inputs, text.encode())
             remove(self._part)
-            self.finished = json.loads(self._done.read_text("utf-8")) if self._done.is_file() else {}
             yield
 
-    def finish(self, name: str, notes: Mapping[str, float]) -> None:
-        """AdapterState that a file is complete, with notes for the report."""
-        self.finished[name] = dict(notes)
-        self.write(self._done, json.dumps(self.finished).encode())
-
-    def has(self, name: str, size: int) -> bool:
+    def has(self, name: str) -> bool:
         """Whether a file is complete."""
-        file = self.content / name
-        return file.is_file() and file.stat().st_size == size
+        return (self.content / name).is_file()
 
     def write(self, file: Path, content: Content, mode: int | None = None) -> None:
         """Write a file atomically. The temporary file is in a known place, where the next call finds and removes it."""
@@ -99,7 +90,7 @@ class StagingDir:
     def discard(self) -> None:
         """Delete the folder, the inputs first: without them, a partly deleted folder is not resumed."""
         self._recover()
-        for path in (self._inputs, self._done, self._part, self.content, self._lock):
+        for path in (self._inputs, self._part, self.content, self._lock):
             remove(path)
         # Another call may have started in the folder once the lock was gone.
         with contextlib.suppress(OSError):

@@ -12,7 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
-from hra_fx.checkpoint.disk.edits import Item, Replacement, Rotation
+from torch import Tensor
+
+from hra_fx.checkpoint.disk.edits import Item, Rotation
 from hra_fx.checkpoint.disk.plan import FilePlan
 from hra_fx.checkpoint.disk.rotate_tensor import rotate_weight
 from hra_fx.checkpoint.disk.streams import as_bytes, read_bytes, write_all
@@ -69,8 +71,8 @@ def _write_item(item: Item, path: Path, offset: int, advance: Callable[[int], ob
             write_all(target, data)
             advance(len(data))
 
-        if isinstance(item.edit, Replacement):
-            write(as_bytes(item.edit.tensor.reshape(-1)))
+        if isinstance(item.edit, Tensor):
+            write(as_bytes(item.edit.reshape(-1)))
         elif item.source is not None:
             with open(item.source.file, "rb", buffering=0) as source:
                 if isinstance(item.edit, Rotation):

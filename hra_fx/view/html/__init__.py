@@ -1,5 +1,5 @@
 """The interactive page: one self-contained HTML file.
 
-Python packs the data of a model (`data`, `items`, `packing`) and computes the order of boxes. `script/` measures text,
+Python collects the data of a model (`data`) and computes the order of boxes. `script/` measures text,
 places boxes when they are opened, and draws. Data of a model are never used as markup or code.
 """

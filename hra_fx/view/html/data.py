@@ -1,23 +1,24 @@
-"""The data of the page's script, as plain values."""
+"""The data of a page: the report, and all boxes as a list, each before those inside it."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, TypeAlias
 
 from hra_fx.reporting.colormap import PALETTE, UNKNOWN
 from hra_fx.reporting.heat import HEATS, heat_of, scale
-from hra_fx.reporting.row import Row
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.html.items import Items
-from hra_fx.view.html.packing import Texts, column, columns
+from hra_fx.view.layering import Layering
 from hra_fx.view.text import clean
+from hra_fx.view.tree import Item, Leaf, Scope, span
+
+_Edges: TypeAlias = tuple[tuple[int, int], ...]
 
 #: The heatmap that is shown at first.
 _FIRST_HEAT = "mean_angle"
-_DIGITS, _DIGITS_OF_MANY = 9, 7
 
 
 def page_data(drawing: Drawing, depth: int | None, heat: str | None) -> dict[str, Any]:
@@ -28,79 +29,105 @@ def page_data(drawing: Drawing, depth: int | None, heat: str | None) -> dict[str
         depth: number of levels that are open at first; `None` for as many as are readable.
         heat: the heatmap that is shown at first; `None` for the mean angle.
     """
-    texts = Texts()
-    items = Items(texts)
-    items.add(drawing.tree())
-    skipped = {texts.number(path): texts.number(why) for path, why in drawing.skipped.items()}
+    items = items_of(drawing.tree())
+    box = {path: index for index, item in reversed([*enumerate(items)]) for path in item["paths"]}
     data = {
-        "title": clean(drawing.title),
-        "facts": clean(drawing.facts),
+        "title": drawing.title,
+        "facts": drawing.facts,
         "depth": depth,
-        "items": columns(items.records),
-        "count": len(items.records),
-        "layerings": items.layerings,
-        "rows": _rows(drawing.rows, texts),
-        "heats": _heats(drawing.rows, texts),
+        "items": items,
+        "rows": [dataclasses.asdict(row) for row in drawing.rows],
+        "heats": _heats(drawing),
         "heat": heat or _FIRST_HEAT,
         "palette": PALETTE,
         "unknown": UNKNOWN,
-        "skipped": {
-            "paths": list(skipped),
-            "reasons": list(skipped.values()),
-            "items": [_holder(path, items) for path in drawing.skipped],
-        },
-        "trained": {
-            "paths": texts.numbers(drawing.trained_in_full),
-            "items": [_holder(path, items) for path in drawing.trained_in_full],
-        },
+        "skipped": [
+            {"path": path, "reason": reason, "item": _box(path, box)} for path, reason in drawing.skipped.items()
+        ],
+        "trained": [{"path": path, "item": _box(path, box)} for path in drawing.trained_in_full],
     }
-    return {**data, "texts": texts.shown()}
+    plain: dict[str, Any] = _plain(data)
+    return plain
 
 
-def _rows(rows: Sequence[Row], texts: Texts) -> dict[str, Any]:
-    """The rows of the report as columns: texts (as indices into `texts`) and numbers."""
-    values = {field.name: [getattr(row, field.name) for row in rows] for field in dataclasses.fields(Row)}
-    words = {name: found for name, found in values.items() if found and isinstance(found[0], str)}
-    others = {name: [_plain(value) for value in found] for name, found in values.items() if name not in words}
+def items_of(item: Item, parent: int = 0, index: int = 0) -> list[dict[str, Any]]:
+    """A box and all boxes inside it.
+
+    Args:
+        item: the box.
+        parent: the index of the scope around it.
+        index: its own index.
+    """
+    record = _leaf(item) if isinstance(item, Leaf) else _scope(item)
+    items = [{"parent": parent, "label": span(item), "paths": item.paths, "count": item.count, **record}]
+    for part in item.items if isinstance(item, Scope) else ():
+        items += items_of(part, index, index + len(items))
+    return items
+
+
+def _leaf(leaf: Leaf) -> dict[str, Any]:
     return {
-        "count": len(rows),
-        "texts": {name: column(texts.numbers(found)) for name, found in words.items()},
-        "numbers": {name: column(found) for name, found in others.items()},
+        "kind": leaf.kind,
+        "detail": leaf.detail,
+        "op": leaf.op,
+        "target": leaf.target,
+        "shape": leaf.shape,
+        "dtype": leaf.dtype,
+        "marks": [mark.path for mark in leaf.marks],
+        "width": leaf.width,
+        "rank": leaf.rank,
+        "parameters": leaf.parameters,
     }
 
 
-def _plain(value: Any) -> Any:
-    """A value for JSON, which has no NaN; numbers are rounded."""
-    if isinstance(value, float):
-        return _rounded(value, _DIGITS)
-    if isinstance(value, tuple):
-        return [_rounded(entry, _DIGITS_OF_MANY) for entry in value]
-    return value
+def _scope(scope: Scope) -> dict[str, Any]:
+    flow = (len(scope.items), scope.edges, scope.inputs, scope.outputs)
+    return {
+        "kind": "untraced" if scope.eager else "traced",
+        "detail": scope.class_name,
+        "target": scope.path,
+        "varied": scope.varied,
+        "flow": None if scope.eager else _flow(*flow),
+    }
 
 
-def _rounded(value: float, digits: int) -> float | str:
-    return float(f"{value:.{digits}g}") if math.isfinite(value) else str(value)
+@lru_cache(maxsize=64)  # blocks that repeat have the same layers
+def _flow(count: int, edges: _Edges, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> dict[str, Any]:
+    """The layers of a scope: its boxes, borders and lanes as numbers from top to bottom, and its edges as chains."""
+    layers = Layering(count, edges, inputs, outputs)
+    number = {node: index for index, node in enumerate(node for row in layers.rows for node in row)}
+    over = {node: number[upper] for node, upper in layers.over.items()}
+    return {
+        "rows": [[[node[0], node[1] >= 0, over.get(node, -1)] for node in row] for row in layers.rows],
+        "chains": [[number[node] for node in layers.chain(*link)] for link in layers.links],
+        "enters": bool(inputs),
+        "leaves": bool(outputs),
+    }
 
 
-def _heats(rows: Sequence[Row], texts: Texts) -> dict[str, Any]:
+def _heats(drawing: Drawing) -> dict[str, Any]:
     """The value of every adapted layer, for each heatmap."""
     heats: dict[str, Any] = {}
-    for name, heat in HEATS.items() if rows else ():
-        values: Mapping[str, float] = heat_of(rows, name)
-        heats[name] = {
-            "words": heat.words,
-            "unit": heat.unit,
-            "top": scale(values.values()),
-            "paths": texts.numbers(list(values)),
-            "values": [_rounded(value, _DIGITS) for value in values.values()],
-        }
+    for name, heat in HEATS.items() if drawing.rows else ():
+        values = heat_of(drawing.rows, name)
+        top = scale(values.values())
+        heats[name] = {"words": heat.words, "unit": heat.unit, "top": top, "values": list(values.items())}
     return heats
 
 
-def _holder(path: str, items: Items) -> int:
+def _box(path: str, box: Mapping[str, int]) -> int:
     """The box that stands for a module, else the innermost box around it."""
-    if path in items.holders:
-        return items.holders[path]
-    while path and path not in items.scopes and path not in items.holders:
+    while path and path not in box:
         path = path.rpartition(".")[0]
-    return items.holders.get(path, items.scopes.get(path, 0))
+    return box.get(path, 0)
+
+
+def _plain(value: Any) -> Any:
+    """A value for JSON, which has no NaN, and whose texts a page can show."""
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _plain(entry) for name, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value

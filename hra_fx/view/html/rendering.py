@@ -12,7 +12,6 @@ from importlib import resources
 from typing import Any
 
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.focus import focused
 from hra_fx.view.html.data import page_data
 from hra_fx.view.options import Options
 from hra_fx.view.text import clean
@@ -21,7 +20,7 @@ from hra_fx.view.text import clean
 STYLES = ("colors", "controls", "drawing", "panel", "media")
 #: The files of the script, each before those that import it.
 SCRIPTS = (
-    *("data", "text", "svg", "layers", "coordinates", "layout", "boxes", "heat", "painting", "pane", "stage"),
+    *("data", "text", "svg", "coordinates", "layout", "boxes", "heat", "painting", "pane", "stage"),
     *("spectrum", "panel", "search", "keyboard", "legend", "printing", "main"),
 )
 _IMPORT = re.compile(r'^import (\{[^}]*\}) from "\./(\w+)\.js";$', re.MULTILINE)
@@ -36,9 +35,6 @@ def render(drawing: Drawing, options: Options) -> str:
         drawing: the drawing of a model.
         options: levels that are open at first, the module that is the root, the heatmap that is shown at first.
 
-    Raises:
-        VisualizeError: there is no module `options.focus`.
-
     Example:
         >>> import hra_fx, torch
         >>> from hra_fx.view.drawing import drawing_of
@@ -47,7 +43,6 @@ def render(drawing: Drawing, options: Options) -> str:
         >>> render(drawing_of(model), Options())[:15]
         '<!doctype html>'
     """
-    drawing = focused(drawing, options.focus)
     style, script = _style(), _script()
     words = {
         "policy": f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "

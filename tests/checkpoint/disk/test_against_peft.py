@@ -7,16 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import peft
 import pytest
 import timm
 import torch
 from checkpoint.disk import made
+from diffusion_models import text_encoder, unet
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
 import hra_fx
 
@@ -62,24 +61,6 @@ def test_models_of_transformers(tmp_path: Path, name: str) -> None:
     report = hra_fx.fold_checkpoint(base, tmp_path / "adapter", tmp_path / "out", verify=True)
     made.equal_but_for_steps(made.tensors(tmp_path / "out"), made.tensors(tmp_path / "peft"))
     assert report.rotated and not report.untied and len(list(base.glob("*.safetensors"))) > 1
-
-
-def unet() -> Any:
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=4,
-        norm_num_groups=4,
-    )
-
-
-def text_encoder() -> Any:
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return CLIPTextModel(CLIPTextConfig(**sizes, vocab_size=40, max_position_embeddings=12, eos_token_id=39))
 
 
 def pipeline(folder: Path) -> dict[str, Any]:

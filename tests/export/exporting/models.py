@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import diffusers
 import torch
 import torchvision
 import transformers
+from diffusion_models import unet
+from export import programs
 from torch import Tensor, nn
 
 import hra_fx
@@ -80,24 +82,6 @@ def noised(batch: int, length: int) -> tuple[Tensor, ...]:
     return latents, torch.arange(batch) * 10.0, states
 
 
-def config(*targets: str, **fields: Any) -> hra_fx.HRAConfig:
-    return hra_fx.HRAConfig(**({"r": 4, "target_modules": list(targets)} | fields))
-
-
-def unet() -> nn.Module:
-    made: nn.Module = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=4,
-        norm_num_groups=4,
-    )
-    return made
-
-
 def opt() -> nn.Module:
     sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "word_embed_proj_dim": 32, "init_std": 0.2}
     return transformers.OPTForCausalLM(transformers.OPTConfig(**SIZES, **sizes))
@@ -125,7 +109,7 @@ def resnet() -> nn.Module:
     return torchvision.models.resnet18(num_classes=10)
 
 
-ALL_LINEAR = hra_fx.HRAConfig(r=4, target_modules="all-linear")
+config = partial(programs.config, r=4)
 WORDS = ({0: BATCH, 1: LENGTH},)
 MODELS: dict[str, Model] = {
     # An odd rank has an anchor.

@@ -10,11 +10,11 @@ import pytest
 import torch
 from export.exporting import exporters
 from export.exporting.cells import LIMIT, error_of, moved
+from export.programs import QUIET
 
 import hra_fx
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "export.md"
-QUIET = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
 
 
 @QUIET

@@ -8,17 +8,14 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
+from export.exporting.models import config
+from export.programs import QUIET
 from torch import Tensor, nn
 from torch.export import Dim
 
 import hra_fx
 
-QUIET = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
 INPUTS = [SimpleNamespace(name="0.hra_u", shape=[18, 4]), SimpleNamespace(name="3.hra_u", shape=[54, 4])]
-
-
-def config(*targets: str, **fields: Any) -> hra_fx.HRAConfig:
-    return hra_fx.HRAConfig(**({"r": 4, "target_modules": list(targets)} | fields))
 
 
 def net(**fields: Any) -> nn.Sequential:

@@ -11,7 +11,8 @@ import diffusers
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
-from integrations.diffusers_use.test_stable_diffusion import WAYS, unet
+from diffusion_models import unet
+from integrations.diffusers_use.test_stable_diffusion import WAYS
 from model.many import seen
 from oracles import relative_error
 from safetensors.torch import load_file

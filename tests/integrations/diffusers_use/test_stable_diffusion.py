@@ -12,9 +12,10 @@ import peft
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
+from diffusion_models import text_encoder, unet
 from oracles import dense_q, dense_weight, relative_error
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 import hra_fx
 
@@ -34,34 +35,6 @@ def tokenizer() -> CLIPTokenizer:
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=12)
-
-
-def text_encoder(words: int) -> CLIPTextModel:
-    config = CLIPTextConfig(
-        vocab_size=words,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=12,
-        bos_token_id=words - 2,
-        eos_token_id=words - 1,
-        pad_token_id=words - 1,
-    )
-    return CLIPTextModel(config)
-
-
-def unet() -> diffusers.UNet2DConditionModel:
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=4,
-        norm_num_groups=4,
-    )
 
 
 def vae() -> diffusers.AutoencoderKL:

@@ -1,5 +1,4 @@
-"""Both sides of a comparison with PEFT: one small model with all that a configuration can name, and how to hold PEFT's
-adapted model and ours against each other by the names of the base model."""
+"""A small model with everything that a configuration can name, adapted by PEFT and by hra_fx, and their comparison."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import pickle
 from typing import Any
 
 import torch
@@ -76,20 +75,3 @@ def test_modes_and_dtypes_reach_every_part_and_tying_again_changes_nothing(kind:
     assert model.to(torch.float64) is model
     assert {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()} == {torch.float64}
     assert relative_error(logits(model, kind), wanted.double()) < 1e-5
-
-
-@pairs
-def test_a_pickled_copy_is_the_same_and_shares_nothing(kind: str, shape: str) -> None:
-    """Deep copies are tested in `tests/zoo`, `torch.save` in `tests/integrations/test_models.py`."""
-    model = turned(kind, shape)
-    wanted = logits(model, kind)
-    other = pickle.loads(pickle.dumps(model))
-    assert type(other) is type(model)
-    assert torch.equal(logits(other, kind), wanted)
-    turn(other, 8)
-    assert not torch.equal(logits(other, kind), wanted)
-    assert torch.equal(logits(model, kind), wanted)
-    other.train()(**batch(kind)).loss.backward()
-    assert all(vectors.grad is not None for vectors in vectors_of(other).values())
-    assert type(hra_fx.fold(other)) is CLASSES[kind]
-    assert torch.equal(logits(model, kind), wanted)

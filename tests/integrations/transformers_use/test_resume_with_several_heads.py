@@ -96,51 +96,6 @@ def test_the_best_model_is_loaded_whichever_adapter_acts_by_then(active: str, tm
         assert_same(of_adapter(model, name), best[name])
 
 
-def test_a_state_dict_crosses_over_in_both_directions() -> None:
-    model = with_two_heads("transform")
-    turn(model)
-    give_own_head(model, "b", 3.0)
-    for saved, loaded in (("a", "b"), ("b", "a")):
-        hra_fx.set_adapter(model, saved)
-        state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-        fresh = with_two_heads("transform", seed=9)
-        hra_fx.set_adapter(fresh, loaded)
-        result = fresh.load_state_dict(state)
-        assert (result.missing_keys, result.unexpected_keys) == ([], [])
-        for name in ("a", "b"):
-            assert_same(of_adapter(fresh, name), of_adapter(model, name))
-        with hra_fx.disable_adapters(fresh), hra_fx.disable_adapters(model):
-            assert torch.equal(fresh.classifier.weight, model.classifier.weight)
-
-
-@pytest.mark.parametrize(("bias", "saved", "loaded"), [("hra_only", "a", "b"), ("all", "b", "a")])
-def test_biases_of_each_adapter_and_of_the_base_come_back_too(
-    bias: str, saved: str, loaded: str, tmp_path: Path
-) -> None:
-    model = with_two_heads("transform", bias=bias)
-    turn(model)
-    wanted = {}
-    for step, name in enumerate(("a", "b")):
-        hra_fx.set_adapter(model, name)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(step + 1)
-        wanted[name] = logits(model)
-    hra_fx.set_adapter(model, saved)
-    model.save_pretrained(tmp_path / "checkpoint-1")
-
-    fresh = with_two_heads("transform", seed=9, bias=bias)
-    hra_fx.set_adapter(fresh, loaded)
-    trainer = trainer_of(Trainer, "bert", fresh, tmp_path)
-    trainer._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
-    for name in (loaded, *({"a", "b"} - {loaded})):
-        hra_fx.set_adapter(fresh, name)
-        assert torch.equal(logits(fresh), wanted[name]), name
-    with hra_fx.disable_adapters(fresh):
-        assert torch.equal(logits(fresh), logits(bert()))
-
-
 def test_a_state_of_one_adapter_does_not_touch_the_head_of_another(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = SHAPES["transform"](bert(), config_for("bert", target_modules=["query"]), "a")

@@ -130,12 +130,3 @@ def logits(model: Any) -> Tensor:
         inputs["decoder_input_ids"] = tokens.flip(1)
     found: Tensor = model(**inputs).logits
     return found
-
-
-def turn(model: nn.Module, seed: int = 5) -> None:
-    """Give every adapter random vectors, far from the start."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, vectors in model.named_parameters():
-            if ".hra_u." in name:
-                vectors.copy_(torch.randn(vectors.shape, dtype=vectors.dtype, generator=generator))

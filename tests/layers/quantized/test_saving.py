@@ -12,8 +12,10 @@ import torch
 from layers.quantized.bases import FEW, SCHEMES, adapted, config, dense, inputs, plain, quantized, turn
 from oracles import relative_error
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 import hra_fx
+from hra_fx.errors import AdapterError
 
 PLAIN_STATES = [name for name in FEW if name != "bnb nf4"]
 
@@ -98,3 +100,25 @@ def test_reports_and_pictures(scheme: str, tmp_path: Path) -> None:
         assert (tmp_path / f"adapters.{ending}").stat().st_size
     (graph,) = hra_fx.graphs(model).values()
     assert torch.equal(graph(inputs()), model(inputs()))
+
+
+class Branching(nn.Module):
+    """fx cannot trace it."""
+
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x if x.shape[0] < 100 else x[:100])
+
+
+def test_a_call_is_captured_if_torch_export_knows_the_weights() -> None:
+    model = Branching(adapted("ao int8"))
+    graph = hra_fx.graphs(model, inputs())[""]
+    torch.testing.assert_close(graph(inputs()), model(inputs()), rtol=1e-5, atol=1e-5)
+    boxes = [(data["name"], data["kind"]) for _, data in hra_fx.to_networkx(model, inputs()).nodes(data=True)]
+    kinds = ["input", "adapted_layer", "op", "adapted_layer", "output"]
+    assert boxes == list(zip(["x", "layers.0", "tanh", "layers.2", "output"], kinds, strict=True))
+    with pytest.raises(AdapterError, match=r"torch\.export cannot capture Branching"):
+        hra_fx.graphs(Branching(adapted("bnb nf4")), inputs())

@@ -76,7 +76,7 @@ def llama() -> nn.Module:
 
 
 def one_call() -> Drawing:
-    """With layers that were skipped and are drawn as modules, since TorchDynamo records what is in them."""
+    """With layers that were skipped and are drawn as modules, since torch.export records what is in them."""
     config = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0)
     model = hra_fx.transform(
         transformers.GPT2LMHeadModel(config).eval(), hra_fx.HRAConfig(r=2, target_modules=["c_attn", "c_proj"])

@@ -6,21 +6,15 @@ import base64
 import hashlib
 import json
 import re
-from dataclasses import replace
 
-import pytest
 import torchvision
-from pages import Net, page_of, trained_net
+from pages import page_of, trained_net
 
 import hra_fx
-from hra_fx.errors import VisualizeError
 from hra_fx.model.state import adapted_layers
 from hra_fx.view.drawing import drawing_of
-from hra_fx.view.html.items import Items, instances
-from hra_fx.view.html.packing import Texts
-from hra_fx.view.html.rendering import as_json, render
-from hra_fx.view.options import Options
-from hra_fx.view.tree import Leaf, Scope
+from hra_fx.view.html.data import items_of
+from hra_fx.view.html.rendering import as_json
 
 
 def test_the_same_model_gives_the_same_bytes() -> None:
@@ -62,39 +56,10 @@ def test_resnet50_is_a_small_page() -> None:
     assert len(text.encode()) < 250_000
 
 
-def test_every_site_is_the_mark_of_one_box() -> None:
+def test_every_layer_is_the_mark_of_one_box_and_a_repeat_has_the_paths_of_all_its_modules() -> None:
     model = trained_net()
-    texts = Texts()
-    items = Items(texts)
-    items.add(drawing_of(model).tree())
-    names = texts.shown()
-    marks = [names[mark] for record in items.records for mark in record.get("marks", ())]
-    assert sorted(marks) == sorted(adapted_layers(model))
-
-
-def test_a_repeat_has_the_paths_of_all_its_modules() -> None:
-    items = Items(Texts())
-    items.add(drawing_of(trained_net()).tree())
-    assert {"blocks.0", "blocks.1", "blocks.2"} <= items.scopes.keys()
-    assert {"blocks.0.up", "blocks.1.norm", "blocks.2.down"} <= items.holders.keys()
-
-
-def test_boxes_that_flow_alike_share_their_layers() -> None:
-    items = Items(Texts())
-    drawing = drawing_of(
-        hra_fx.transform(torchvision.models.resnet18(), hra_fx.HRAConfig(r=2, target_modules=r".*conv\d"))
-    )
-    items.add(drawing.tree())
-    assert len(items.layerings) < sum("layering" in record for record in items.records)
-
-
-def test_an_unknown_module_is_refused() -> None:
-    with pytest.raises(VisualizeError, match=r"`focus`: the model has no module 'block\.1'; did you mean 'blocks\.1'"):
-        render(drawing_of(Net()), Options(focus="block.1"))
-
-
-def test_modules_without_boxes_of_their_own_are_told_by_the_modules_around() -> None:
-    operation = Leaf("mul", "", "op", "call_function", "mul", ())
-    inner = Scope("blocks.0.act", "act", "GELU", False, (operation, operation), ((0, 1),), (0,), (1,))
-    assert instances(inner, ("blocks.0", "blocks.1")) == ("blocks.0.act", "blocks.1.act")
-    assert instances(replace(inner, count=2), ("blocks.0",)) == ("blocks.0.act",), "the other's name is not known"
+    items = items_of(drawing_of(model).tree())
+    assert sorted(mark for item in items for mark in item.get("marks", ())) == sorted(adapted_layers(model))
+    paths = {item["label"]: item["paths"] for item in items}
+    assert paths["blocks.0 … 2"] == ("blocks.0", "blocks.1", "blocks.2")
+    assert paths["norm"] == ("blocks.0.norm", "blocks.1.norm", "blocks.2.norm")

@@ -103,7 +103,7 @@ export class Boxes {
   #sizeOpen(item, box) {
     const parts = item.parts.map((part) => this.of(part));
     for (const part of item.parts) if (!this.of(part).width) this.#placeAll(part);
-    const inner = item.flow ? layered(parts, item.flow) : inRows(parts, rowLimit(parts));
+    const inner = item.layers ? layered(parts, item.layers) : inRows(parts, rowLimit(parts));
     parts.forEach((part, index) => void Object.assign(part, inner.corners[index]));
     box.inner = inner;
     if (item === this.root) {
@@ -112,8 +112,8 @@ export class Boxes {
     }
     const title = 18 + widthOf(box.name, NAME, true) + 8 + widthOf(box.detail, DETAIL) + badgeWidth(box) + 2 * PAD;
     box.width = Math.max(title, inner.width + 2 * PAD);
-    box.body = { x: (box.width - inner.width) / 2, y: HEADER + (item.flow?.inputs.length ? 0 : EDGE) };
-    box.height = box.body.y + inner.height + (item.flow?.outputs.length ? 0 : EDGE);
+    box.body = { x: (box.width - inner.width) / 2, y: HEADER + (item.layers?.enters ? 0 : EDGE) };
+    box.height = box.body.y + inner.height + (item.layers?.leaves ? 0 : EDGE);
     box.enter = box.body.x + inner.enter - box.width / 2;
     box.leave = box.body.x + inner.leave - box.width / 2;
   }

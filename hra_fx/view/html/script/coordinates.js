@@ -1,6 +1,6 @@
 // x coordinates of the boxes of a layered scope, as in hra_fx/view/coordinates.py.
 
-/** @import { Layers } from "./layers.js" */
+/** @import { Layers } from "./data.js" */
 
 /** A box to place, and where edges enter (top) and leave (bottom), relative to its middle.
  * @typedef {{width: number, height: number, enter: number, leave: number}} Size */
@@ -61,7 +61,7 @@ function linesOf(layers, sizes) {
   const shift = [];
   let count = 0;
   for (const node of layers.rows.flat()) {
-    const upper = layers.over[node];
+    const upper = layers.nodes[node].over;
     line[node] = upper < 0 ? count++ : line[upper];
     shift[node] = upper < 0 ? 0 : shift[upper] + sizes[upper].leave - sizes[node].enter;
   }

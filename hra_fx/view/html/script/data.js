@@ -1,9 +1,24 @@
 // The data from Python (hra_fx/view/html/data.py) as objects.
 
 /**
- * The edges of a traced scope as a flat list of pairs of boxes, and its layers from top to bottom. An entry of a layer
- * is 2 * (box + 2), plus 1 for a lane of an edge that leaves that box; boxes -1 and -2 are the borders.
- * @typedef {{edges: number[], inputs: number[], outputs: number[], rows: number[][]}} Flow
+ * A box, a border (-1 and -2), or a lane of an edge that leaves a box; with edges between adjacent rows.
+ * @typedef {object} Node
+ * @property {number} box
+ * @property {boolean} lane
+ * @property {number} row
+ * @property {number} over the node above that it is drawn in line with, or -1
+ * @property {number[]} above
+ * @property {number[]} below
+ */
+
+/**
+ * The layers of a traced scope.
+ * @typedef {object} Layers
+ * @property {Node[]} nodes
+ * @property {number[][]} rows numbers of nodes, from left to right
+ * @property {number[][]} chains every edge as numbers of nodes, from box to box
+ * @property {boolean} enters whether an edge comes from the upper border
+ * @property {boolean} leaves whether an edge goes to the lower border
  */
 
 /**
@@ -28,7 +43,7 @@
  * @property {number} parameters number of parameters of the modules
  * @property {number} count number of identical neighbors that it stands for
  * @property {boolean} varied whether they differ in size
- * @property {Flow | null} flow
+ * @property {Layers | null} layers
  * @property {string[]} skipped layers without an adapter in it
  * @property {string[]} trained layers in it that are trained in full
  */
@@ -68,88 +83,70 @@
  * @property {SkippedLayer[]} skipped
  */
 
-/** @typedef {any[] | {at: number[], values: any[]}} Column */
-
-const TEXTS = ["label", "kind", "detail", "op", "target", "shape", "dtype"];
-const LISTS = ["marks", "paths"];
+/** The numbers of a row that may be NaN, which is `null` in JSON. */
+const NUMBERS = ["rotation", "angle", "mean_angle", "orthogonality", "share"];
 
 /**
- * A column as an array.
- * @param {Column | undefined} column
- * @param {number} count
- * @returns {any[]}
- */
-function dense(column, count) {
-  if (Array.isArray(column)) return column;
-  const values = new Array(count).fill(0);
-  column?.at.forEach((place, index) => {
-    values[place] = column.values[index];
-  });
-  return values;
-}
-
-/**
- * A number of the report. JSON has no NaN and infinity, so they are texts.
- * @param {any} value
- * @returns {any}
- */
-function plain(value) {
-  return typeof value === "string" ? Number(value.replace("inf", "Infinity")) : value;
-}
-
-/**
- * @param {any} data
+ * @param {any[]} records
  * @returns {Item[]}
  */
-function itemsOf(data) {
-  const count = data.count;
+function itemsOf(records) {
   /** @type {Item[]} */
-  const items = Array.from(
-    { length: count },
-    (_, index) => /** @type {any} */ ({ index, parts: [], skipped: [], trained: [] }),
-  );
-  for (const name of [...TEXTS, ...LISTS, "parent", "width", "rank", "parameters", "count", "varied", "layering"]) {
-    const values = dense(data.items[name], count);
-    items.forEach((item, index) => {
-      /** @type {any} */ (item)[name] = values[index];
-    });
-  }
-  for (const item of /** @type {any[]} */ (items)) {
-    for (const name of TEXTS) item[name] = data.texts[item[name]];
-    for (const name of LISTS) item[name] = (item[name] || []).map((/** @type {number} */ text) => data.texts[text]);
+  const items = [];
+  records.forEach(({ parent, flow, ...record }, index) => {
+    const item = { marks: [], ...record, index, parts: [], skipped: [], trained: [] };
     item.isScope = item.kind === "traced" || item.kind === "untraced";
-    item.count += 1;
-    item.varied = Boolean(item.varied);
-    item.flow = item.layering ? data.layerings[item.layering - 1] : null;
-    item.parent = item.index ? items[item.parent] : null;
+    item.layers = flow ? layersOf(flow) : null;
+    item.parent = index ? items[parent] : null;
     item.parent?.parts.push(item);
-    if (!item.paths.length) item.paths = item.isScope && item.target ? [item.target] : item.marks;
-  }
+    items.push(item);
+  });
   return items;
 }
 
 /**
- * @param {any} data
+ * @param {any} flow
+ * @returns {Layers}
+ */
+function layersOf(flow) {
+  /** @type {Node[]} */
+  const nodes = [];
+  const rows = flow.rows.map((/** @type {any[]} */ entries, /** @type {number} */ row) =>
+    entries.map(([box, lane, over]) => nodes.push({ box, lane, row, over, above: [], below: [] }) - 1),
+  );
+  for (const chain of flow.chains) {
+    for (let step = 1; step < chain.length; step++) {
+      const [upper, lower] = [chain[step - 1], chain[step]];
+      if (nodes[lower].above.includes(upper)) continue;
+      nodes[lower].above.push(upper);
+      nodes[upper].below.push(lower);
+    }
+  }
+  return { ...flow, nodes, rows };
+}
+
+/**
+ * @param {any[]} rows
  * @returns {Map<string, Row[]>}
  */
-function rowsOf(data) {
-  const { count, texts, numbers } = data.rows;
-  /** @type {any[]} */
-  const rows = Array.from({ length: count }, () => ({ angles: [] }));
-  for (const [name, column] of Object.entries(texts)) {
-    dense(/** @type {Column} */ (column), count).forEach((text, index) => {
-      rows[index][name] = data.texts[text];
-    });
-  }
-  for (const [name, column] of Object.entries(numbers)) {
-    dense(/** @type {Column} */ (column), count).forEach((value, index) => {
-      rows[index][name] = name === "angles" ? (value || []).map(plain) : plain(value);
-    });
-  }
+function rowsOf(rows) {
   /** @type {Map<string, Row[]>} */
   const byPath = new Map();
-  for (const row of rows) byPath.set(row.path, [...(byPath.get(row.path) ?? []), row]);
+  for (const row of rows) {
+    for (const name of NUMBERS) row[name] ??= NaN;
+    row.angles = row.angles.map((/** @type {number | null} */ angle) => angle ?? NaN);
+    byPath.set(row.path, [...(byPath.get(row.path) ?? []), row]);
+  }
   return byPath;
+}
+
+/**
+ * @param {any} heat
+ * @returns {Heat}
+ */
+function heatOf(heat) {
+  const values = heat.values.map((/** @type {[string, number | null]} */ [path, value]) => [path, value ?? NaN]);
+  return { ...heat, values: new Map(values) };
 }
 
 /**
@@ -158,22 +155,13 @@ function rowsOf(data) {
  */
 export function read(json) {
   const data = JSON.parse(json);
-  const items = itemsOf(data);
-  const heats = Object.entries(data.heats).map(([name, heat]) => {
-    const values = heat.paths.map((/** @type {number} */ text, /** @type {number} */ index) => {
-      return [data.texts[text], plain(heat.values[index])];
-    });
-    return /** @type {[string, Heat]} */ ([name, { ...heat, values: new Map(values) }]);
-  });
-  const skipped = data.skipped.paths.map((/** @type {number} */ text, /** @type {number} */ index) => {
-    const item = /** @type {Item} */ (items[data.skipped.items[index]]);
-    item.skipped.push(data.texts[text]);
-    return { path: data.texts[text], reason: data.texts[data.skipped.reasons[index]], item };
-  });
-  data.trained.paths.forEach((/** @type {number} */ text, /** @type {number} */ index) => {
-    items[data.trained.items[index]].trained.push(data.texts[text]);
-  });
-  return { ...data, items, rows: rowsOf(data), heats: new Map(heats), skipped };
+  const items = itemsOf(data.items);
+  const heats = new Map(Object.entries(data.heats).map(([name, heat]) => [name, heatOf(heat)]));
+  /** @type {SkippedLayer[]} */
+  const skipped = data.skipped.map((/** @type {any} */ layer) => ({ ...layer, item: items[layer.item] }));
+  for (const { path, item } of skipped) item.skipped.push(path);
+  for (const { path, item } of data.trained) items[item].trained.push(path);
+  return { ...data, items, rows: rowsOf(data.rows), heats, skipped };
 }
 
 /**

@@ -1,11 +1,9 @@
 // The layout of one scope: positions of boxes and routes of edges, from the layers computed by Python and the current
 // sizes of boxes.
 
-/** @import { Flow } from "./data.js" */
-/** @import { Layers } from "./layers.js" */
+/** @import { Layers } from "./data.js" */
 /** @import { Size } from "./coordinates.js" */
 import { BORDER_SIZE, columns, GAP_X, LANE_SIZE } from "./coordinates.js";
-import { layersOf } from "./layers.js";
 
 const GAP_Y = 24;
 const UNEVEN = 3.5; // boxes whose heights differ by a larger factor do not share a row
@@ -47,11 +45,10 @@ export function inRows(sizes, limit) {
 /**
  * Boxes in layers, so that every edge points down.
  * @param {Size[]} sizes
- * @param {Flow} flow
+ * @param {Layers} layers
  * @returns {Arrangement}
  */
-export function layered(sizes, flow) {
-  const layers = layersOf(flow);
+export function layered(sizes, layers) {
   const nodeSizes = layers.nodes.map(({ box, lane }) => (lane ? LANE_SIZE : box < 0 ? BORDER_SIZE : sizes[box]));
   const raw = columns(layers, nodeSizes);
   let [left, right] = [Infinity, -Infinity];

@@ -286,5 +286,5 @@ function trainedOf(rows) {
  * @returns {number}
  */
 function sum(items) {
-  return items.reduce((total, item) => total + item.parameters + sum(item.parts), 0);
+  return items.reduce((total, item) => total + (item.isScope ? sum(item.parts) : item.parameters), 0);
 }

@@ -1,8 +1,7 @@
-"""Models to trace with TorchDynamo, and the checks of their graphs."""
+"""Models that torch.fx cannot trace, and the check of the graphs that torch.export captures of them."""
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from typing import Any
 
@@ -23,7 +22,6 @@ from transformers import (
 )
 
 import hra_fx
-from hra_fx.model.state import adapted_layers
 
 TOKENS = torch.tensor([[5, 9, 3, 7], [8, 4, 11, 6]])
 SMALL = {"vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 1}
@@ -48,15 +46,6 @@ class Branching(nn.Module):
         return {"again": self.head(read), "rows": self.drop(self.head(scale * rows))}
 
 
-class Broken(Branching):
-    """A graph break between the norm and the rest."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.norm(self.conv(x if x.shape[0] < 100 else x[:100]))
-        torch._dynamo.graph_break()
-        return self.head(self.drop(hidden.mean((2, 3))))
-
-
 def adapted(model: nn.Module, targets: Any, **fields: Any) -> Any:
     torch.manual_seed(0)
     model = hra_fx.transform(model, hra_fx.HRAConfig(**({"r": 2, "target_modules": targets} | fields)))
@@ -73,11 +62,11 @@ def turned(model: nn.Module) -> nn.Module:
 
 def branching(**fields: Any) -> Any:
     torch.manual_seed(1)
-    return adapted(Branching().eval(), ["conv", "attention", "attention.out_proj", "head"], **fields)
+    return adapted(Branching().double().eval(), ["conv", "attention", "attention.out_proj", "head"], **fields)
 
 
 def image() -> Tensor:
-    return torch.randn(2, 2, 3, 3, generator=torch.Generator().manual_seed(3))
+    return torch.randn(2, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -90,21 +79,10 @@ def run(model: nn.Module, inputs: Any) -> Any:
     return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
-def calls_of(model: nn.Module, inputs: Any) -> Counter[str]:
-    """How often the reflection of each layer is called, counted by hooks."""
-    calls: Counter[str] = Counter()
-    hooked = copy.deepcopy(model)
-    for path, layer in adapted_layers(hooked).items():
-        layer.hra_u.register_forward_pre_hook(lambda *_, path=path: calls.update([path]))  # type: ignore[misc]
-    run(hooked, inputs)
-    return calls
-
-
-def reflections_in(*graphs: fx.GraphModule) -> Counter[str]:
-    nodes = [node for graph in graphs for node in graph.graph.nodes]
-    return Counter(
-        node.meta["hra"].path for node in nodes if "hra" in node.meta and node.meta["hra"].role == "reflection"
-    )
+def rotations_in(graph: fx.GraphModule) -> Counter[str]:
+    """How many rotations the weight of each layer has."""
+    nodes = graph.graph.find_nodes(op="call_function", target=torch.ops.hra_fx.rotate.default)
+    return Counter(node.meta["hra"].path for node in nodes if node.meta["hra"].role == "reflection")
 
 
 def gradients(outputs: list[Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -113,31 +91,29 @@ def gradients(outputs: list[Tensor], model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def check_whole(model: nn.Module, inputs: Any) -> fx.GraphModule:
-    """Check the graph of a whole model."""
+def check_call(model: nn.Module, inputs: Any) -> fx.GraphModule:
+    """The graph of a call, in float64: it computes what the model does, with the same gradients and parameters."""
+    model.double()
     found = hra_fx.graphs(model, inputs)
     assert list(found) == [""]
     graph = found[""]
-    assert reflections_in(graph) == calls_of(model, inputs)
     torch.manual_seed(5)
     wanted = tensors_in(run(model, inputs))
     wanted_gradients = gradients(wanted, model)
     torch.manual_seed(5)
-    given = graph(*tensors_in(inputs))
-    assert len(given) == len(wanted) > 0
-    for one, other in zip(given, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
-    found_gradients = gradients(list(given), model)
+    given = tensors_in(run(graph, inputs))
+    # Without the cache that a language model returns.
+    assert 0 < len(given) <= len(wanted)
+    for one, other in zip(given, wanted, strict=False):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    found_gradients = gradients(given, model)
     assert found_gradients.keys() == wanted_gradients.keys()
     for name, gradient in wanted_gradients.items():
-        torch.testing.assert_close(found_gradients[name], gradient, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found_gradients[name], gradient, rtol=1e-9, atol=1e-9)
     own = dict(model.named_parameters()) | dict(model.named_buffers())
     shared = {**dict(graph.named_parameters()), **dict(graph.named_buffers())}
-    assert all(own[name] is tensor for name, tensor in shared.items())
-    assert {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"} == shared.keys()
-    paths = {path for path, _ in model.named_modules()}
-    stacks = [node.meta["nn_module_stack"] for node in graph.graph.nodes if "nn_module_stack" in node.meta]
-    assert {path for stack in stacks for path, _ in stack.values()} <= paths
+    assert all(own[name] is tensor for name, tensor in shared.items() if name in own)
+    assert {name for name, _ in model.named_parameters()} <= shared.keys()
     graph.graph.lint()
     return graph
 

@@ -1,21 +1,27 @@
-"""`hra-fx match`."""
+"""`hra-fx match`: find the layers that a configuration would adapt, from the model's `config.json` alone."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hra_fx.cli.error_output import CHECK_FAILED, print_message
+from hra_fx.cli.layers import grouped, summarize_layer
 from hra_fx.cli.options import Json
 from hra_fx.cli.screen import count, show_heading, show_json, show_lines, show_table
+from hra_fx.errors import SelectionError, UnsupportedLayerError
 from hra_fx.reporting.table import Column
 
 if TYPE_CHECKING:
-    from hra_fx.cli.matching import Match
+    from torch import nn
+
+    from hra_fx.cli.layers import LayerSummary
     from hra_fx.config import HRAConfig
+    from hra_fx.reporting.skipped_layers import SkippedLayer
 
 EXAMPLES = (
     "hra-fx match my-model",
@@ -27,6 +33,35 @@ EXAMPLES = (
 _ALL = "all-linear"
 #: Most digits of a block index.
 _DIGITS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """The effect of a configuration.
+
+    Attributes:
+        model: class of the model.
+        library: the library that it is from.
+        parameters: number of parameters of the model.
+        r: rank.
+        trained: number of adapter parameters.
+        trained_in_full: number of other trainable parameters (biases and modules to save).
+        adapted: layers that would be adapted.
+        refused: matched layers that cannot be adapted.
+        missed: layers that could be adapted, but do not match.
+        error: why the configuration does not fit the model; then nothing else is known.
+    """
+
+    model: str
+    library: str
+    parameters: int
+    r: int
+    trained: int = 0
+    trained_in_full: int = 0
+    adapted: Sequence[LayerSummary] = ()
+    refused: Sequence[SkippedLayer] = ()
+    missed: Sequence[SkippedLayer] = ()
+    error: str | None = None
 
 
 def match(
@@ -78,18 +113,15 @@ def match(
         "r": rank,
         "modules_to_save": save,
     }
-    from hra_fx.cli.matching import match_layers
-
-    found = match_layers(
-        path, _configuration(config, {name: given for name, given in fields.items() if given is not None})
-    )
+    given = {name: value for name, value in fields.items() if value is not None}
+    found = _match_layers(path, _configuration(config, given))
     if as_json:
         show_json(found)
     elif found.error is None:
         _show(found)
     if found.error is not None:
         print_message("does not match", found.error, "bold red")
-    if not found.fits:
+    if found.error is not None or found.refused:
         raise typer.Exit(CHECK_FAILED)
 
 
@@ -134,8 +166,60 @@ def _configuration(folder: Path | None, fields: dict[str, Any]) -> HRAConfig:
     return dataclasses.replace(HRAConfig.from_pretrained(folder), **fields)
 
 
+def _match_layers(path: Path, config: HRAConfig) -> Match:
+    from hra_fx.cli.building import build
+    from hra_fx.layers.target import describe
+    from hra_fx.model.trainable import to_copy
+    from hra_fx.reporting.skipped_layers import SkippedLayer
+    from hra_fx.selection.select import select, with_head
+
+    model, library = build(path)
+    config = with_head(model, config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    try:
+        chosen = select(model, config)
+    except SelectionError as error:
+        return Match(type(model).__name__, library, total, config.r, error=str(error))
+    refused = {name: reason for name, layer in chosen.items() if (reason := _why_not(name, layer, config))}
+    adapted = [summarize_layer(name, layer) for name, layer in chosen.items() if name not in refused]
+    copies = to_copy(model, config, chosen)
+    return Match(
+        type(model).__name__,
+        library,
+        total,
+        config.r,
+        trained=sum(layer.d * config.r for layer in adapted),
+        trained_in_full=sum(getattr(owner, name).numel() for owner, names in copies.values() for name in names),
+        adapted=adapted,
+        refused=[SkippedLayer(name, describe(chosen[name]), reason) for name, reason in refused.items()],
+        missed=_missed(model, chosen, config),
+    )
+
+
+def _why_not(name: str, layer: nn.Module, config: HRAConfig) -> str | None:
+    """The reason for one layer; a check of the whole model would report only the first."""
+    from hra_fx.selection.check import check
+
+    try:
+        check(layer, {name: layer}, config)
+    except UnsupportedLayerError as error:
+        return str(error).removeprefix(f"{name} ({type(layer).__name__}): ")
+    return None
+
+
+def _missed(model: nn.Module, chosen: dict[str, nn.Module], config: HRAConfig) -> list[SkippedLayer]:
+    from hra_fx.layers.target import describe, find_kind
+    from hra_fx.reporting.skipped_layers import Selection, SkippedLayer
+
+    selection = Selection(model, config)
+    return [
+        SkippedLayer(name, describe(layer), selection.reason(name, kind))
+        for name, layer in model.named_modules()
+        if name and name not in chosen and (kind := find_kind(layer)) and not selection.trains_in_full(layer)
+    ]
+
+
 def _show(found: Match) -> None:
-    from hra_fx.cli.layers import grouped
     from hra_fx.reporting.columns import percent
     from hra_fx.reporting.footnotes import footnotes
 

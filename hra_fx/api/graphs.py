@@ -1,0 +1,51 @@
+"""`graphs`: fx graphs of a transformed model, made when asked for: for pictures, exporters and further passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx, nn
+
+from hra_fx.export.adapted_call import capture_call
+from hra_fx.model.example_inputs import normalize_inputs
+from hra_fx.tracing.graphs import adapted_graphs
+from hra_fx.tracing.trace_model import is_graph_of_call
+
+
+def graphs(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.GraphModule]:
+    """Trace a transformed model, with the reflections of its adapted layers in the graphs.
+
+    Without example inputs, torch.fx traces the whole model, or the largest parts that it can trace. These graphs are
+    valid in train and eval mode. With example inputs the result is always one graph, as in graph mode: `torch.export`
+    captures the call where torch.fx cannot trace the whole model, or where the call gives optional arguments.
+
+    A graph of `torch.export` consists of ATen operators, with one node `hra_fx::rotate` for each active adapter of a
+    layer, which has a `NodeTag` in `meta["hra"]`. It is called as the model is, and returns what the model returns,
+    with `None` in place of an object that `torch.export` does not know, such as a cache. It is valid for inputs of
+    these shapes and for the mode that the model is in.
+
+    Args:
+        model: a transformed model.
+        example_inputs: a tuple of positional arguments, a dictionary of keyword arguments, or one tensor.
+
+    Returns:
+        Without example inputs: module path -> GraphModule over the model's own modules and parameters; the key is `""`
+        for a model that is traced whole, and the layer's path for a layer in no graph. With them: `""` -> the graph of
+        the whole model, whose parameters are the model's own. Changing a graph does not change the model.
+
+    Raises:
+        AdapterError: the model has no reflections, or `torch.export` cannot capture the call.
+
+    Example:
+        >>> from hra_fx import HRAConfig, transform
+        >>> model = transform(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), HRAConfig(r=2, target_modules=["0"]))
+        >>> [node.target for node in graphs(model)[""].graph.nodes if node.op == "call_module"]
+        ['0.hra_u', '0', '1']
+    """
+    traced = adapted_graphs(model)
+    if example_inputs is None:
+        return traced
+    call = normalize_inputs(example_inputs)
+    if "" in traced and is_graph_of_call(model, traced[""].graph, call):
+        return traced
+    return {"": capture_call(model, call)}

@@ -1,1 +1,0 @@
-"""One file per command: its options and its output. The implementation is imported when the command runs."""

@@ -1,0 +1,75 @@
+"""`hra-fx fold` and `hra-fx unfold`, which have the same arguments."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hra_fx.cli.options import Json, Overwrite, Quiet
+from hra_fx.cli.screen import show_json, stdout
+
+FOLD_HELP = """Fold adapters into a checkpoint on disk. OUT is the base model with rotated weights.
+
+The model is never loaded: tensors are processed one by one, and all other files are copied unchanged. Repeat an
+interrupted command to resume it.
+"""
+FOLD_EXAMPLES = (
+    "hra-fx fold my-model my-adapter folded",
+    "hra-fx fold my-model first second folded --verify",
+    "hra-fx fold my-pipeline my-adapter folded --part unet",
+)
+UNFOLD_HELP = """Undo a fold on disk, up to rounding. BASE is the folder of the folded model.
+
+Adapters with biases or modules to save are refused, because the replaced values are lost.
+"""
+UNFOLD_EXAMPLES = (
+    "hra-fx unfold folded my-adapter restored",
+    "hra-fx unfold folded first second restored --verify",
+)
+
+
+def fold_or_unfold(
+    context: typer.Context,
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Folder of the model.")],
+    adapters: Annotated[
+        list[str],
+        typer.Argument(metavar="ADAPTER", help="Folders of adapters, in the order in which they are folded."),
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Output folder.")],
+    part: Annotated[
+        str | None, typer.Option("--part", metavar="FOLDER", help="The part of a pipeline to change, such as unet.")
+    ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--columns",
+            metavar="NAME",
+            help="A layer that stores its weight as (in, out), by the end of its path. Repeatable. Not needed for "
+            "models with a config.json.",
+        ),
+    ] = None,
+    rows: Annotated[
+        bool, typer.Option("--rows", help="Every weight is (out, in). Not needed for models with a config.json.")
+    ] = False,
+    overwrite: Overwrite = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Read the result again: check row norms, and that everything else is equal."),
+    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Run the command that the user typed."""
+    from hra_fx.checkpoint.disk.fold import fold_checkpoint, unfold_checkpoint
+
+    report = (unfold_checkpoint if context.info_name == "unfold" else fold_checkpoint)(
+        base,
+        {part: adapters} if part else adapters,
+        out,
+        columns=[] if rows else columns or None,
+        overwrite=overwrite,
+        verify=verify,
+        progress=not quiet,
+    )
+    show_json(report) if as_json else stdout().print(str(report), markup=False, soft_wrap=True)

@@ -1,0 +1,227 @@
+"""`hra-fx inspect`: an adapter's two files without its base model, or a model's folder without its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hra_fx.cli.layers import grouped, natural, summarize_layer
+from hra_fx.cli.options import Json
+from hra_fx.cli.screen import count, show_heading, show_json, show_table
+from hra_fx.errors import CheckpointError, SelectionError
+from hra_fx.reporting.table import Column
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+EXAMPLES = (
+    "hra-fx inspect my-adapter",
+    "hra-fx inspect my-model",
+    "hra-fx inspect my-adapter --json | jq '.layers[].mean_angle'",
+)
+_ADAPTER = "adapter_config.json"
+_MODEL = "config.json"
+
+
+def inspect(
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="Folder of an adapter (or its name on the Hub), or of a model.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Show the content of an adapter's or a model's folder.
+
+    For an adapter: its layers, ranks, parameters and rotation angles. For a model: the layers that can be adapted.
+    """
+    folder = Path(path)
+    if folder.is_file() or (folder.is_dir() and not _holds_adapter(folder)):
+        summary, show = _summarize_model(folder), _show_model
+    else:
+        summary, show = _summarize_adapter(path), _show_adapter
+    show_json(summary) if as_json else show(summary)
+
+
+def _holds_adapter(folder: Path) -> bool:
+    """Whether a folder or a subfolder has an adapter; raises an error if there is no model either."""
+    if (folder / _ADAPTER).exists() or any(folder.glob(f"*/{_ADAPTER}")):
+        return True
+    if not (folder / _MODEL).exists() and not (folder / "model_index.json").exists():
+        raise CheckpointError(
+            f"{folder}: contains neither {_ADAPTER} nor {_MODEL}. Give the folder of an adapter or a model."
+        )
+    return False
+
+
+def _summarize_adapter(source: str) -> dict[str, Any]:
+    """What `--json` prints for an adapter: `r` trained and `anchor` frozen vectors per layer; angles in radians."""
+    from hra_fx.checkpoint.disk.adapter_files import read_adapter
+    from hra_fx.layers.target import REFLECTION
+
+    files = read_adapter(source)
+    config, r = files.config, files.resume["r"]
+    dtype = next(tensor.dtype for key, tensor in files.tensors.items() if key.endswith(f".{REFLECTION}"))
+    layers = [_adapted_layer(path, files.chains[path], r, dtype) for path in sorted(files.chains, key=natural)]
+    targets = config.target_modules
+    return {
+        "folder": files.file.parent,
+        "base_model": str(config.base_model_name_or_path) if config.base_model_name_or_path else None,
+        "written_by": _writer(files.file.with_name(_ADAPTER)),
+        "task_type": config.task_type,
+        "target_modules": targets if isinstance(targets, str) or targets is None else sorted(targets),
+        "r": r,
+        "gram_schmidt": files.resume["apply_GS"],
+        "anchor": files.resume["anchor"],
+        "dtype": str(dtype).removeprefix("torch."),
+        "parameters": sum(layer["parameters"] for layer in layers),
+        "saved": sorted(files.full, key=natural),
+        "layers": layers,
+        "kind": "adapter",
+    }
+
+
+def _adapted_layer(path: str, chain: Tensor, r: int, dtype: torch.dtype) -> dict[str, Any]:
+    """A layer with the values of `hra_fx.report`."""
+    from hra_fx.functional.householder import working_dtype
+    from hra_fx.functional.statistics import rotation_stats
+
+    # In the file's precision: rounding errors of vectors that cancel each other are not angles.
+    turned = rotation_stats(chain.to(working_dtype(dtype)))
+    d = chain.shape[0]
+    return {
+        "path": path,
+        "d": d,
+        "r": r,
+        "parameters": d * r,
+        "rotation": turned.rotation,
+        "angle": turned.angle,
+        "mean_angle": turned.mean_angle,
+        "angles": turned.angles,
+        "orthogonality": turned.orthogonality,
+    }
+
+
+def _writer(file: Path) -> str:
+    """The writer of a configuration: PEFT stores its version since 0.18, hra_fx leaves the entry empty."""
+    entries = json.loads(file.read_text(encoding="utf-8"))
+    if "peft_version" not in entries:
+        return "PEFT before 0.18"
+    return f"PEFT {entries['peft_version']}" if entries["peft_version"] else "hra_fx"
+
+
+def _show_adapter(summary: dict[str, Any]) -> None:
+    from hra_fx.reporting.columns import degrees
+
+    layers = summary["layers"]
+    show_heading(
+        f"HRA adapter in {summary['folder']}",
+        {
+            "base model": summary["base_model"] or "unknown",
+            "task": summary["task_type"] or "",
+            "written by": f"{summary['written_by']}, {summary['dtype']}",
+            "vectors": f"r = {summary['r']}{', orthonormalized by Gram-Schmidt' * summary['gram_schmidt']}"
+            + f", and {count(summary['anchor'], 'frozen anchor vector')}" * bool(summary["anchor"]),
+            "trainable": f"{count(summary['parameters'], 'parameter')} in {count(len(layers), 'layer')}",
+            "also trained": _some(summary["saved"]),
+            "targets": _some(summary["target_modules"]),
+        },
+    )
+    columns = (
+        Column("layer", is_text=True),
+        Column("d", priority=1),
+        Column("r", priority=3),
+        Column("params", priority=2),
+        Column("|Q - I|", priority=4),
+        Column("mean angle"),
+        Column("largest"),
+    )
+    rows = [
+        (
+            layer["path"],
+            str(layer["d"]),
+            str(layer["r"]),
+            f"{layer['parameters']:,}",
+            f"{layer['rotation']:.3f}",
+            degrees(layer["mean_angle"]),
+            degrees(layer["angle"]),
+        )
+        for layer in layers
+    ]
+    show_table(columns, rows)
+
+
+def _summarize_model(path: Path) -> dict[str, Any]:
+    """What `--json` prints for a model: tied parameters count once, and each layer is listed once."""
+    from hra_fx.checkpoint.disk.header import read_header
+    from hra_fx.cli.building import build
+    from hra_fx.layers.target import find_kind
+
+    model, library = build(path)
+    folder = path if path.is_dir() else path.parent
+    # Weights next to a configuration with another name may belong to another model.
+    weights = sorted(folder.glob("*.safetensors")) if path.is_dir() or path.name == _MODEL else []
+    files = []
+    for file in weights:
+        tensors = read_header(file).tensors.values()
+        dtypes = list(dict.fromkeys(tensor.dtype for tensor in tensors))
+        files.append({"name": file.name, "tensors": len(tensors), "bytes": file.stat().st_size, "dtypes": dtypes})
+    return {
+        "folder": folder,
+        "model": type(model).__name__,
+        "library": library,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "default_targets": _default_targets(model),
+        "files": files,
+        "layers": [summarize_layer(name, layer) for name, layer in model.named_modules() if name and find_kind(layer)],
+        "kind": "model",
+    }
+
+
+def _default_targets(model: nn.Module) -> list[str] | str | None:
+    from hra_fx.config import HRAConfig
+    from hra_fx.selection.select import resolve_targets
+
+    try:
+        targets = resolve_targets(model, HRAConfig())
+    except SelectionError:
+        return None
+    return targets if isinstance(targets, str) else sorted(targets)
+
+
+def _show_model(summary: dict[str, Any]) -> None:
+    from hra_fx.checkpoint.disk.report import file_size
+
+    targets, files = summary["default_targets"], summary["files"]
+    dtypes = dict.fromkeys(dtype for file in files for dtype in file["dtypes"])
+    weights = f"{count(len(files), 'file')}, {file_size(sum(file['bytes'] for file in files))}, {', '.join(dtypes)}"
+    show_heading(
+        f"{summary['model']} ({summary['library']}) in {summary['folder']}",
+        {
+            "parameters": f"{summary['parameters']:,}",
+            "weights": weights if files else "no safetensors files",
+            "default targets": targets if isinstance(targets, str) else ", ".join(targets or ()) or "none, name some",
+            "adaptable": count(len(summary["layers"]), "layer"),
+        },
+    )
+    columns = (
+        Column("layer", is_text=True),
+        Column("count"),
+        Column("type", is_text=True, priority=2),
+        Column("d"),
+        Column("params", priority=1),
+    )
+    rows = [
+        (group.path, str(group.count), group.site, str(group.d), f"{group.parameters:,}")
+        for group in grouped(summary["layers"])
+    ]
+    show_table(columns, rows)
+
+
+def _some(names: list[str] | str | None) -> str:
+    if isinstance(names, str):
+        return names
+    names = names or []
+    return ", ".join(names[:6]) + f" and {len(names) - 6} more" * (len(names) > 6)

@@ -1,0 +1,272 @@
+"""`hra_fx.graphs(model, example_inputs)`: one graph that computes what the model does, and nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from adapted_calls import (
+    TOKENS,
+    Branching,
+    adapted,
+    bert,
+    branching,
+    check_call,
+    gpt2,
+    image,
+    llama,
+    mamba,
+    rotations_in,
+    run,
+    t5,
+    tensors_in,
+    turned,
+)
+from graph_modules import X, traced
+from torch import Tensor, fx, nn
+
+import hra_fx
+from hra_fx.errors import AdapterError
+
+
+@pytest.mark.parametrize(
+    "make", [llama, bert, t5, *(pytest.param(make, marks=pytest.mark.slow) for make in (gpt2, mamba))]
+)
+def test_a_model_of_transformers_is_one_graph(make: Callable[[], nn.Module]) -> None:
+    labels = torch.tensor([0, 1]) if make is bert else TOKENS
+    model = make()
+    graph = check_call(model, {"input_ids": TOKENS, "labels": labels})
+    assert rotations_in(graph) == {row.path: 1 for row in hra_fx.report(model)}
+    assert [node.target for node in graph.graph.find_nodes(op="placeholder")] == ["input_ids", "labels"]
+
+
+@pytest.mark.slow
+def test_a_unet_of_diffusers_is_one_graph() -> None:
+    from diffusers import UNet2DConditionModel
+
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    sizes = {"block_out_channels": (8,), "layers_per_block": 1, "cross_attention_dim": 8, "attention_head_dim": 4}
+    model = UNet2DConditionModel(sample_size=4, norm_num_groups=4, mid_block_type=None, **blocks, **sizes).eval()
+    inputs = {
+        "sample": torch.randn(1, 4, 4, 4).double(),
+        "timestep": torch.tensor([3]),
+        "encoder_hidden_states": torch.randn(1, 3, 8).double(),
+    }
+    check_call(adapted(model, r".*(to_q|to_v|conv1|conv_in|conv_out)"), inputs)
+
+
+class Scaled(nn.Module):
+    """fx traces it, with the optional argument at its default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.conv(x) * scale
+
+
+def test_a_call_that_the_graph_of_fx_covers_gives_that_graph() -> None:
+    model = adapted(Scaled().double(), ["conv"])
+    assert hra_fx.graphs(model, image())[""].code == hra_fx.graphs(model)[""].code
+    assert rotations_in(check_call(model, (image(), 3.0))) == {"conv": 1}
+
+
+@pytest.mark.parametrize("fields", [{}, {"r": 3}, {"apply_GS": True}, {"r": 3, "init_weights": False}], ids=str)
+def test_each_layer_has_one_rotation_however_often_it_is_called(fields: dict[str, Any]) -> None:
+    graph = check_call(branching(**fields), (image(), 2.0))
+    assert rotations_in(graph) == dict.fromkeys(("conv", "attention", "attention.out_proj", "head"), 1)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_attention_is_rotated_whatever_is_trained(training: bool) -> None:
+    model = branching(inference_mode=True).train(training)
+    inputs = (image(), 1.0)
+    graph = hra_fx.graphs(model, inputs)[""]
+    torch.manual_seed(5)
+    wanted = tensors_in(run(copy.deepcopy(model), inputs))
+    torch.manual_seed(5)
+    torch.testing.assert_close(tensors_in(run(graph, inputs)), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_two_active_adapters_are_two_rotations_in_their_order() -> None:
+    model = branching()
+    hra_fx.add_adapter(model, "other", hra_fx.HRAConfig(r=3, target_modules=["conv", "head"]))
+    hra_fx.set_adapter(model, ["other", "default"])
+    graph = check_call(turned(model), image())
+    assert rotations_in(graph) == {"conv": 2, "head": 2, "attention": 1, "attention.out_proj": 1}
+
+
+def check_output(model: nn.Module) -> fx.GraphModule:
+    """The graph of a model whose vectors may have no gradient."""
+    graph = hra_fx.graphs(model, image())[""]
+    torch.testing.assert_close(tensors_in(graph(image())), tensors_in(model(image())), rtol=1e-12, atol=1e-12)
+    return graph
+
+
+@pytest.mark.parametrize(("scale", "count"), [(0.5, 1), (0.0, 0)])
+def test_a_scaled_adapter_rotates_by_its_scaled_vectors(scale: float, count: int) -> None:
+    model = branching()
+    hra_fx.set_scale(model, "default", scale)
+    assert rotations_in(check_output(model))["head"] == count
+
+
+def test_adapters_that_are_disabled_or_merged_have_no_rotations() -> None:
+    model = branching()
+    with hra_fx.disable_adapters(model):
+        assert not rotations_in(check_output(model))
+    hra_fx.merge_adapter(model)
+    assert not rotations_in(check_output(model))
+
+
+def test_trained_copies_are_in_the_graph() -> None:
+    config = hra_fx.HRAConfig(r=2, target_modules=["conv"], bias="all", modules_to_save=["norm"])
+    model = turned(hra_fx.transform(Branching().double().eval(), config))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += torch.randn_like(parameter) * parameter.requires_grad
+    check_call(model, image())
+
+
+class Tied(nn.Module):
+    """An embedding and a head with one weight, and one layer by two names; fx cannot trace it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(16, 4), nn.Linear(4, 16, bias=False)
+        self.head.weight = self.embed.weight
+        self.first = self.second = nn.Linear(4, 4)
+        self.unused = nn.Linear(4, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embed(tokens if tokens.shape[0] < 100 else tokens[:100])
+        return self.head(self.second(self.first(hidden)) @ self.first.weight)
+
+
+def test_only_the_adapted_layer_of_a_tied_weight_is_rotated() -> None:
+    model = adapted(Tied().double(), ["head", "first", "unused"])
+    graph = check_call(model, TOKENS)
+    assert rotations_in(graph) == {"head": 1, "first": 1}
+    expected, before = model(TOKENS), copy.deepcopy(model.state_dict())
+    folded = hra_fx.fold(graph)
+    torch.testing.assert_close(folded(TOKENS), expected, rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # torch's own, in a deepcopy
+def test_report_visualize_and_fold_work_on_a_graph_of_several_adapters() -> None:
+    model = branching()
+    ranks = {"conv": 5, "head": 5, "attention": 2, "attention.out_proj": 2}
+    hra_fx.add_adapter(model, "other", hra_fx.HRAConfig(r=3, target_modules=["conv", "head"]))
+    hra_fx.set_adapter(turned(model), ["default", "other"])
+    graph = hra_fx.graphs(model, image())[""]
+    described = {(row.path, row.adapter, row.layer_type, row.r) for row in hra_fx.report(graph)}
+    assert described == {(row.path, row.adapter, row.layer_type, row.r) for row in hra_fx.report(model)}
+    boxes = [data for _, data in hra_fx.to_networkx(graph).nodes(data=True) if "r" in data]
+    assert {data["target"]: data["r"] for data in boxes} == {row.path: ranks[row.path] for row in hra_fx.report(model)}
+    folded = hra_fx.fold(graph)
+    torch.testing.assert_close(tensors_in(folded(image())), tensors_in(model(image())), rtol=1e-12, atol=1e-12)
+    assert not rotations_in(folded)
+
+
+class Holder(nn.Module):
+    """A GraphModule inside of a model that fx cannot trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = traced()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x if x.shape[0] < 100 else x[:100])
+
+
+def test_a_graph_module_in_a_model_has_rotations_in_place_of_its_reflections() -> None:
+    model = Holder()
+    hra_fx.transform(model.inner, hra_fx.HRAConfig(r=2, target_modules=["first", "second"]))
+    code = turned(model).inner.code
+    graph = check_call(model, X)
+    assert rotations_in(graph) == {"inner.first": 1, "inner.second": 1} and model.inner.code == code
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # torch's own, in a deepcopy
+def test_graphs_are_copied() -> None:
+    graph = hra_fx.graphs(branching(), image())[""]
+    other = copy.deepcopy(graph)
+    torch.testing.assert_close(other(image()), graph(image()), rtol=0, atol=0)
+    assert rotations_in(other) == rotations_in(graph)
+
+
+def state_of(model: nn.Module) -> Any:
+    tensors = {name: (id(tensor), tensor._version) for name, tensor in model.state_dict(keep_vars=True).items()}
+    flags = {name: (parameter.requires_grad, parameter.grad) for name, parameter in model.named_parameters()}
+    modes = [(type(module), module.training, len(module._forward_hooks)) for module in model.modules()]
+    attributes = [sorted(vars(module)) for module in model.modules()]
+    chance = torch.get_rng_state().tolist(), random.getstate()
+    return tensors, flags, modes, attributes, chance, torch.is_grad_enabled()
+
+
+class Breaks(Branching):
+    """Neither torch.fx nor torch.export can trace it."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        hidden = self.norm(self.conv(x)).mean((2, 3))
+        return self.head(hidden if float(hidden.detach().sum()) > 0 else -hidden)
+
+
+@pytest.mark.parametrize("kind", [Branching, Breaks])
+def test_model_inputs_and_random_numbers_are_as_before(kind: type[nn.Module]) -> None:
+    model = adapted(kind().double().train(), ["conv", "head"])
+    values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x = image()
+    before, version = state_of(model), x._version
+    try:
+        hra_fx.graphs(model, x)
+    except AdapterError:
+        assert kind is Breaks
+    assert state_of(model) == before and x._version == version
+    assert all(torch.equal(tensor, values[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.slow
+def test_models_are_compiled_and_exported_as_ever_afterwards() -> None:
+    model = branching()
+    hra_fx.graphs(model, image())
+    expected = model(image())
+    found = torch.compile(model, backend="aot_eager", fullgraph=True)(image())
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    exported = torch.export.export(model, (image(),)).module()
+    torch.testing.assert_close(exported(image()), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("inputs", [3, "x", {1.0}], ids=str)
+def test_example_inputs_of_another_kind_are_refused(inputs: Any) -> None:
+    with pytest.raises(
+        AdapterError, match=f"^example_inputs must be a tensor, a tuple .*, got {type(inputs).__name__}"
+    ):
+        hra_fx.graphs(branching(), inputs)
+
+
+ADVICE = r"Without example_inputs, hra_fx\.graphs and hra_fx\.visualize use torch\.fx"
+
+
+def test_a_call_that_torch_export_cannot_capture_is_refused() -> None:
+    model = adapted(Breaks(), ["head"])
+    with pytest.raises(AdapterError, match=rf"torch\.export cannot capture Breaks \(.*\)\. {ADVICE}"):
+        hra_fx.graphs(model, image().float())
+
+
+def test_inputs_on_which_the_model_does_not_run_are_refused() -> None:
+    with pytest.raises(AdapterError, match=rf"torch\.export cannot capture Branching \(.*\)\. {ADVICE}"):
+        hra_fx.graphs(branching(), torch.randn(2, 5, 3, 3))
+
+
+def test_torch_dynamo_is_not_imported_before_it_is_asked_for() -> None:
+    code = "import sys, hra_fx; hra_fx.graphs; hra_fx.transform; assert 'torch._dynamo' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

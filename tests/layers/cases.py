@@ -1,0 +1,208 @@
+"""Models with adapted layers of every kind: read by hand, called, shared by several paths, and whole models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from layers.checking import normal, pair, run_dense
+from model.many import bert, ids, llama, net, sequential
+from torch import Tensor, nn
+from transformers import AlbertConfig, AlbertForMaskedLM
+from transformers.pytorch_utils import Conv1D
+
+
+class Reading(nn.Module):
+    """A Linear read by hand, beside one that is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.after = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(torch.tanh(F.linear(x, self.fc.weight, self.fc.bias)))
+
+
+class Untraced(Reading):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if float(x.detach().sum()) < 1e9 else -x)
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.after = nn.MultiheadAttention(6, 2), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.attn(x, x, x, need_weights=False)[0])
+
+
+class Doubling(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, 2 * self.weight, self.bias)
+
+
+class Calling(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.fc, self.after = layer, nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(torch.tanh(self.fc(x)))
+
+
+class Pair(nn.Module):
+    """Two layers, of which another parent has the second too."""
+
+    def __init__(self, shared: nn.Module) -> None:
+        super().__init__()
+        self.own = nn.Linear(6, 6)
+        self.shared = shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.shared(torch.tanh(self.own(x))))
+
+
+class TwoPaths(nn.Module):
+    """A parent that has and calls a layer by two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.between = nn.Linear(6, 6)
+        self.again = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(torch.tanh(self.between(torch.tanh(self.first(x)))))
+
+
+class OtherPathOnly(TwoPaths):
+    """Only the later name is called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(torch.tanh(self.between(torch.tanh(x))))
+
+
+class TwoParents(nn.Module):
+    """Two traced parents share a layer under a root that cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shared = nn.Linear(6, 6)
+        self.left, self.right = Pair(shared), Pair(shared)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.left(x)
+        if bool(x.sum() > 1e9):
+            return x
+        return self.right(x)
+
+
+class SharedBlocks(nn.Module):
+    """A list that holds one block twice, and another between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = Pair(nn.Linear(6, 6))
+        self.layers = nn.ModuleList([block, Pair(nn.Linear(6, 6)), block])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+class SharedConv(nn.Module):
+    """A convolution by two paths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 2, 3, padding=1)
+        self.last = self.first
+        self.out = nn.Linear(9, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(torch.tanh(self.first(x.view(-1, 2, 3, 1))))
+        return self.out(x.repeat(1, 1, 1, 3).flatten(2))[:, 0]
+
+
+def albert() -> nn.Module:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "embedding_size": 8, "num_attention_heads": 2}
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "tie_word_embeddings": False}
+    return AlbertForMaskedLM(
+        AlbertConfig(vocab_size=32, num_hidden_layers=3, max_position_embeddings=32, **sizes, **still)
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and how it is adapted.
+
+    Attributes:
+        make: builds the model.
+        targets: the layers of its adapter.
+        x: its input, or its keyword arguments.
+        others: the layers of a second adapter; those of the first by default.
+        sites: the paths of the adapted layers, where a layer has several.
+    """
+
+    make: Callable[[], nn.Module]
+    targets: tuple[str, ...]
+    x: Any
+    others: tuple[str, ...] = ()
+    sites: tuple[str, ...] = ()
+
+    def pair(self, **fields: Any) -> tuple[Any, Any]:
+        """The base model, and an adapted copy with random vectors."""
+        return pair(self.make, self.targets, **fields)
+
+    def run(self, model: nn.Module) -> Any:
+        return model(**self.x) if isinstance(self.x, dict) else model(self.x)
+
+    def dense(self, base: nn.Module, model: nn.Module, *adapters: str) -> Any:
+        """The output of the base model over dense weights `W Q`."""
+        args, kwargs = ((), self.x) if isinstance(self.x, dict) else ((self.x,), {})
+        return run_dense(base, model, *args, adapters=adapters or ("default",), **kwargs)
+
+
+_ALBERT = "albert.encoder.albert_layer_groups.0.albert_layers.0"
+ROWS = normal(1, 4, 6)
+#: Layers that are reached more than once.
+SHARED = {
+    "two paths": Case(TwoPaths, ("first", "between"), ROWS, sites=("first", "between")),
+    "two paths, both named": Case(TwoPaths, ("first", "again"), ROWS, sites=("first",)),
+    "the other path only": Case(OtherPathOnly, ("first", "between"), ROWS, sites=("first", "between")),
+    "two parents": Case(TwoParents, ("own", "shared"), ROWS, sites=("left.own", "left.shared", "right.own")),
+    "two parents, shared alone": Case(TwoParents, ("shared",), ROWS, sites=("left.shared",)),
+    "a list with a block twice": Case(
+        SharedBlocks,
+        ("own", "shared"),
+        ROWS,
+        sites=("layers.0.own", "layers.0.shared", "layers.1.own", "layers.1.shared"),
+    ),
+    "a convolution by two paths": Case(SharedConv, ("first", "out"), ROWS, sites=("first", "out")),
+    "albert": Case(
+        albert,
+        ("query", "ffn", "ffn_output"),
+        ids(),
+        sites=(f"{_ALBERT}.attention.query", f"{_ALBERT}.ffn", f"{_ALBERT}.ffn_output"),
+    ),
+}
+CASES = {
+    "read": Case(Reading, ("fc", "after"), ROWS),
+    "read, untraced": Case(Untraced, ("fc", "after"), ROWS, others=("fc",)),
+    "attention": Case(Attending, ("attn", "out_proj", "after"), normal(1, 5, 2, 6), others=("attn",)),
+    "own forward": Case(lambda: Calling(Doubling(6, 6)), ("fc", "after"), ROWS),
+    "Conv1D": Case(lambda: Calling(Conv1D(6, 6)), ("fc", "after"), ROWS),
+    "Conv1d": Case(lambda: Calling(nn.Conv1d(4, 5, 3, padding="same")), ("fc", "after"), normal(1, 2, 4, 6)),
+    "Conv2d": Case(lambda: Calling(nn.Conv2d(4, 6, 3, padding=1, groups=2)), ("fc", "after"), normal(1, 2, 4, 5, 6)),
+    "Conv3d": Case(lambda: Calling(nn.Conv3d(2, 4, (1, 2, 3), padding=(0, 0, 1))), ("fc",), normal(1, 2, 2, 3, 4, 6)),
+    "net": Case(net, ("first", "second"), ROWS, others=("second", "head")),
+    "sequential": Case(sequential, ("0",), ROWS, others=("0", "3")),
+    "llama": Case(llama, ("q_proj", "gate_proj"), ids(), others=("gate_proj", "down_proj", "lm_head")),
+    "bert": Case(bert, ("query", "classifier"), ids(), others=("value", "query", "pooler.dense")),
+    **SHARED,
+}
