@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import fx, nn
@@ -10,6 +11,7 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.export.captured import is_captured, transform_captured
 from hra_fx.integrations.pretrained import root_class_for
+from hra_fx.layers.target import kind_of, weight_name
 from hra_fx.model.detach import detach_all
 from hra_fx.model.example_inputs import normalize_inputs
 from hra_fx.model.inject import random_init
@@ -126,7 +128,22 @@ def _traced(model: nn.Module, config: HRAConfig, example_inputs: Any) -> fx.Grap
         )
     layers = select(model, config)
     check(model, layers, config)
-    return trace_model(model, list(layers.values()), example_inputs)
+    traced = trace_model(model, list(layers.values()), example_inputs)
+    if is_captured(traced):
+        _refuse_tied(layers)
+    return traced
+
+
+def _refuse_tied(layers: Mapping[str, nn.Module]) -> None:
+    """Refuse layers that share a weight: in a graph of operators, they would be one layer with one adapter."""
+    first: dict[int, str] = {}
+    for path, layer in layers.items():
+        weight = layer._parameters[weight_name(kind_of(layer))]
+        if (other := first.setdefault(id(weight), path)) != path:
+            raise AdapterError(
+                f"trace=True: {other} and {path} share a weight, and a graph of torch.export does not tell them apart. "
+                f"Exclude one of them with exclude_modules=[{path!r}], or leave out trace=True."
+            )
 
 
 def _is_done(model: nn.Module, config: HRAConfig, adapter_name: str) -> bool:

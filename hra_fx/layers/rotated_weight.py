@@ -33,6 +33,13 @@ _FLAGS = frozenset(
         Tensor.requires_grad_,
     ]
 )
+#: Scaling `W Q` is scaling `W`. RWKV divides weights in place when it changes between train and eval mode.
+_SCALING = frozenset(
+    [
+        *(Tensor.mul_, Tensor.div_, torch.ops.aten.mul_.Tensor, torch.ops.aten.div_.Tensor),
+        *(torch.ops.aten.mul_.Scalar, torch.ops.aten.div_.Scalar),
+    ]
+)
 _DETACHED = frozenset([Tensor.data.__get__, Tensor.detach])  # type: ignore[attr-defined]
 
 
@@ -41,8 +48,8 @@ class RotatedWeight(Tensor):
 
     Shape, dtype, device and the like are those of the base weight, and cost nothing. Any other operation computes `W Q`
     first, with a gradient to the adapters that act then: like a parameter, a weight that is held follows its layer.
-    Writing into it is refused, because the result would be lost: write to `layer.hra_base`, or fold first. (A write
-    into a view of it, such as `layer.weight[0]`, is lost without an error.)
+    Multiplying it by a number in place scales `W`. Other writes are refused, because the result would be lost: write to
+    `layer.hra_base`, or fold first. (A write into a view of it, such as `layer.weight[0]`, is lost without an error.)
     """
 
     _layer: nn.Module
@@ -95,6 +102,9 @@ class RotatedWeight(Tensor):
             return RotatedWeight(args[0]._layer, detached=True)
         if func is Tensor.__repr__:
             return args[0].__repr__()
+        if _scales(func, args):
+            func(args[0].base(), *args[1:], **kwargs)
+            return args[0]
         if not torch.compiler.is_compiling() and _writes(func, args, kwargs):  # TorchDynamo does not trace the question
             _refuse(func)
         return func(*compat.pytree.tree_map(_value, args), **compat.pytree.tree_map(_value, kwargs))
@@ -110,6 +120,9 @@ class RotatedWeight(Tensor):
         """Below autograd, where code in C++ or with torch functions disabled has read the weight."""
         if func is torch.ops.aten.detach.default:  # `w.data` too: whoever writes into it is told
             return cls(args[0]._layer, detached=True)
+        if _scales(func, args):
+            func(args[0].base(), *args[1:])
+            return args[0]
         found = [part for part in compat.pytree.tree_leaves((args, kwargs)) if isinstance(part, RotatedWeight)]
         if torch.is_grad_enabled() and any(_is_trained(weight) for weight in found):
             raise AdapterError(
@@ -171,6 +184,14 @@ def _answer_flag(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str
         "The weight of an adapted layer is computed as W Q at each read, so it cannot become a parameter or another "
         "leaf of autograd. Copy its values first: `layer.weight.detach().clone()`."
     )
+
+
+def _scales(func: Callable[..., Any], args: Sequence[Any]) -> bool:
+    """Whether a function multiplies or divides a rotated weight by one number, in place."""
+    if func not in _SCALING or len(args) != 2 or not isinstance(args[0], RotatedWeight):
+        return False
+    factor = args[1]
+    return not isinstance(factor, Tensor) or (factor.dim() == 0 and not isinstance(factor, RotatedWeight))
 
 
 def _writes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:

@@ -21,6 +21,7 @@ def graph_module(root: nn.Module, traced: Traced) -> fx.GraphModule:
         if path:
             module.set_submodule(path, holder.get_submodule(path))
     _keep_unused(module, root)
+    _restore_order(module, root)
     shared = set(root.modules())
     for part in module.modules():  # a part of the model may be frozen in eval mode
         if part not in shared:
@@ -40,3 +41,19 @@ def _keep_unused(module: fx.GraphModule, root: nn.Module) -> None:
         if path and (part._parameters or part._buffers) and present.get(path) is not part:
             module.add_submodule(path, part)
             present.update(part.named_modules(prefix=path, remove_duplicate=False))
+
+
+def _restore_order(module: fx.GraphModule, root: nn.Module) -> None:
+    """Put modules and parameters in the order of `root`, not of the graph.
+
+    The first path of a shared module depends on the order, and with it the name by which a configuration selects it; so
+    do the states of an optimizer.
+    """
+    originals = dict(root.named_modules(remove_duplicate=False))
+    for path, own in list(module.named_modules()):
+        original = originals.get(path, own)
+        for kind in ("_modules", "_parameters", "_buffers") if original is not own else ():
+            held, wanted = vars(own)[kind], vars(original)[kind]
+            ordered = {name: held[name] for name in (*(name for name in wanted if name in held), *held)}
+            held.clear()
+            held.update(ordered)

@@ -208,7 +208,7 @@ def add_assign(w: Any) -> None:
 
 
 def multiply_assign(w: Any) -> None:
-    w *= 2
+    w *= w.shape[0] * torch.ones(6, dtype=F64)
 
 
 WRITES: dict[str, Callable[[Any], Any]] = {
@@ -217,7 +217,7 @@ WRITES: dict[str, Callable[[Any], Any]] = {
     "copy_": lambda w: w.copy_(torch.zeros(4, 6)),
     "data.copy_": lambda w: w.data.copy_(torch.zeros(4, 6)),
     "data.fill_": lambda w: w.data.fill_(0),
-    "detach().mul_": lambda w: w.detach().mul_(2),
+    "detach().add_": lambda w: w.detach().add_(2),
     "data =": assign_data,
     "w[0] =": assign_item,
     "+=": add_assign,
@@ -244,6 +244,24 @@ def test_writes_are_refused(write: Callable[[Any], Any], grad: bool) -> None:
         assert "Write to `layer.hra_base`, or call hra_fx.fold(model) first." in str(caught.value)
         assert torch.equal(layer.hra_base, base.weight)
         assert_same(layer.weight.clone(), dense(base, layer))
+
+
+@pytest.mark.parametrize("factor", [4, torch.tensor(4.0, dtype=F64)])
+def test_a_weight_can_be_scaled_by_a_number(factor: Any) -> None:
+    """As RWKV does when it changes between train and eval mode."""
+    base, layer = layer_pair()
+    with torch.no_grad():
+        layer.weight.mul_(factor)
+        torch.mul(layer.hra_base, 2, out=layer.hra_base)
+        layer.weight.detach().div_(factor)
+        base.weight.mul_(2)
+    assert torch.equal(layer.hra_base, base.weight)
+    assert_same(layer(X), F.linear(X, dense(base, layer), base.bias))
+    with pytest.raises(RuntimeError, match="leaf"):
+        layer.weight.requires_grad_().mul_(factor)  # as for a parameter
+    layer.hra_base.requires_grad_(False)
+    with pytest.raises(hra_fx.AdapterError, match="computed as W Q"):
+        layer.weight.mul_(torch.ones(4, 6, dtype=F64))
 
 
 def test_writes_into_the_base_weight_are_seen() -> None:

@@ -163,6 +163,28 @@ def test_unused_layers_keep_their_keys_and_adapters() -> None:
     assert hra_fx.fold(model).state_dict().keys() == base.state_dict().keys()
 
 
+class Late(Two):
+    """Its first layers, one of them shared, are called last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(8))
+        self.inner = nn.ModuleDict({"shared": self.second, "own": nn.Linear(8, 8)})
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.inner["own"](self.first(x)) * self.scale + self.token
+        return self.inner["shared"](hidden)
+
+
+def test_modules_and_parameters_keep_their_order_and_first_names() -> None:
+    base, model = traced(Late, "second")
+    assert list(dict(fx.symbolic_trace(base).named_modules())) == ["", "first", "inner", "inner.own", "second"]
+    eager = hra_fx.transform(copy.deepcopy(base), config("second"))
+    assert list(dict(model.named_parameters())) == list(dict(eager.named_parameters()))
+    assert "second.hra_u.default" in dict(model.named_parameters())
+
+
 # ---- torch.export ----
 
 
@@ -253,9 +275,24 @@ class Breaks(Two):
         return self.second(hidden * 2 if float(hidden.sum().detach()) > 0 else hidden)
 
 
+class Tied(Branches):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+
+
 ERRORS: dict[str, tuple[type[nn.Module], dict[str, Any], type[Exception], str]] = {
     "torch.fx": (Branches, {}, AdapterError, r"torch\.fx cannot trace Branches: it branches on a value"),
     "torch.export": (Breaks, {"example_inputs": X}, AdapterError, "torch.export cannot capture Breaks"),
+    "tied": (
+        Tied,
+        {"example_inputs": X, "config": config("first", "second")},
+        AdapterError,
+        r"first and second share a weight, .*Exclude one of them with exclude_modules=\['second'\], or leave out trace",
+    ),
     "selection": (Dropout, {"config": config("nowhere")}, SelectionError, "nowhere"),
     "modules_to_save": (Dropout, {"config": config(modules_to_save=["nowhere"])}, SelectionError, "nowhere"),
     "example_inputs": (Branches, {"example_inputs": 3}, AdapterError, "example_inputs must be a tensor, .*, got int"),
