@@ -47,7 +47,10 @@ def wy_factors(vectors: Tensor) -> Factors:
 
 def _plain_factors(vectors: Tensor) -> Factors:
     """The same in differentiable operators, for compilers, forward-mode derivatives and second derivatives."""
-    chain = householder.normalize(vectors)
+    # The lengths are not constants here, as they are in `householder.normalize`: second derivatives depend on them.
+    scaled = householder.normalize(vectors)
+    lengths = torch.linalg.vector_norm(scaled, dim=-2, keepdim=True)
+    chain = scaled / torch.where(lengths > 0, lengths, 1.0)
     return Factors(chain.mT, -(householder.compact_wy(chain) @ chain.mT))
 
 

@@ -11,7 +11,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,7 +34,8 @@ class _Batch:
         """
         self.has_graph = torch.is_grad_enabled()
         self.is_inference = torch.is_inference_mode_enabled()
-        parts = [_stacked([layer[place] for layer in layers]) for place in range(len(layers[0]))]
+        self._reached: set[int] = set()
+        parts = [self._stacked([layer[place] for layer in layers]) for place in range(len(layers[0]))]
         self._wide = wy_factors(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
         self._split: dict[tuple[torch.dtype, bool], list[Factors]] = {}
 
@@ -42,9 +43,51 @@ class _Batch:
         """Those of one layer, in the dtype of its products."""
         key = dtype, torch.is_grad_enabled()  # a cast that was made without gradients has no graph
         if key not in self._split:
-            rows, down = (tensor.to(dtype).unbind() for tensor in self._wide)
-            self._split[key] = [Factors(*pair) for pair in zip(rows, down, strict=True)]
+            split: tuple[Tensor, ...] = _Unbind.apply(self._reached, *(tensor.to(dtype) for tensor in self._wide))  # type: ignore[no-untyped-call]
+            count = len(split) // 2
+            self._split[key] = [Factors(*pair) for pair in zip(split[:count], split[count:], strict=True)]
         return self._split[key][index]
+
+    def _stacked(self, parts: Sequence[ChainPart]) -> Tensor:
+        """One part of the chains of all layers, `(n, d, k)`, at least float32."""
+        vectors: Tensor = _Stack.apply(self._reached, *(part.vectors for part in parts))  # type: ignore[no-untyped-call]
+        anchors = [part.anchor for part in parts if part.anchor is not None]
+        with householder.without_autocast(vectors):
+            wide = vectors.to(householder.working_dtype(vectors.dtype))
+            return plain_chain(wide, torch.stack(anchors) if anchors else None, apply_GS=parts[0].apply_GS)
+
+
+class _Stack(torch.autograd.Function):
+    """`torch.stack`, with a gradient for those layers alone that the backward pass has reached.
+
+    An optimizer moves parameters whose gradient is zero (by their momentum), and leaves those without one alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, reached: set[int], *tensors: Tensor) -> Tensor:
+        ctx.reached = reached
+        return torch.stack(tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(part if index in ctx.reached else None for index, part in enumerate(grad.unbind()))
+
+
+class _Unbind(torch.autograd.Function):
+    """`torch.unbind` of several tensors; its backward notes which layers it has reached."""
+
+    @staticmethod
+    def forward(ctx: Any, reached: set[int], *stacked: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.reached, ctx.like = reached, stacked[0][0].detach()
+        return tuple(part for tensor in stacked for part in tensor.unbind())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        count = len(grads) // 2
+        ctx.reached.update(place % count for place, grad in enumerate(grads) if grad is not None)
+        filled = [torch.zeros_like(ctx.like) if grad is None else grad for grad in grads]
+        return None, torch.stack(filled[:count]), torch.stack(filled[count:])
 
 
 #: Layer -> (its active adapters, the batch that has their factors, the index in there).
@@ -119,12 +162,3 @@ def _batches(boxes: Iterable[HouseholderAdapters]) -> _Batches:
 def _is_here(tensor: Tensor, width: int) -> bool:
     """Whether a tensor has its data: FSDP and offloading take it away between the calls of a layer."""
     return is_plain(tensor) and not tensor.is_meta and len(tensor) == width and bool(tensor.untyped_storage().size())
-
-
-def _stacked(parts: Sequence[ChainPart]) -> Tensor:
-    """One part of the chains of several layers, `(n, d, k)`, at least float32."""
-    vectors = torch.stack([part.vectors for part in parts])
-    anchors = [part.anchor for part in parts if part.anchor is not None]
-    with householder.without_autocast(vectors):
-        wide = vectors.to(householder.working_dtype(vectors.dtype))
-        return plain_chain(wide, torch.stack(anchors) if anchors else None, apply_GS=parts[0].apply_GS)

@@ -6,14 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
 from one_layer import CONVOLUTIONS, F64, adapted, normal
 from oracles import dense_q, relative_error
 from torch import Tensor, nn
-
-from hra_fx.kernels.conv import conv_projections
-
-quick = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 def frozen(layer: nn.Module, r: int = 3, **options: Any) -> Any:
@@ -31,17 +26,6 @@ def oracle(layer: Any, vectors: Tensor, x: Tensor, *, apply_GS: bool = False, an
     return output
 
 
-def is_fused(output: Tensor) -> bool:
-    """Whether the fused node computed the projections."""
-    waiting, seen = [output.grad_fn], set()
-    while waiting:
-        node: Any = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += [function for function, _ in node.next_functions]
-    return any(node.name() == "_ConvProjectionsBackward" for node in seen)
-
-
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_outputs_and_gradients_of_every_geometry(name: str) -> None:
@@ -51,7 +35,6 @@ def test_outputs_and_gradients_of_every_geometry(name: str) -> None:
     x = normal(1, 2, layer.in_channels, 9, 11).requires_grad_()
     box = model[0].hra_u
     output = model(x)
-    assert is_fused(output)
     wanted = oracle(model[0], box["default"], x, apply_GS=apply_GS, anchor=box.anchor("default"))
     assert relative_error(output, wanted) < 1e-11
     upstream = normal(2, *output.shape)
@@ -60,30 +43,6 @@ def test_outputs_and_gradients_of_every_geometry(name: str) -> None:
         torch.autograd.grad(output, asked, upstream), torch.autograd.grad(wanted, asked, upstream), strict=True
     ):
         assert relative_error(found, sought, floor=1e-3) < 1e-9
-
-
-@quick
-@given(
-    d=st.integers(1, 20),
-    out=st.integers(1, 9),
-    k=st.integers(1, 22),
-    scale=st.integers(-90, 90),
-    seed=st.integers(0, 99),
-)
-def test_the_two_projections_and_their_gradient(d: int, out: int, k: int, scale: int, seed: int) -> None:
-    vectors = (normal(seed, d, k) * 10.0**scale).requires_grad_()
-    weight = normal(seed + 1, out, d)
-    down, up = conv_projections(vectors, weight)
-    turned, wanted = weight + up @ down, weight @ dense_q(vectors)
-    assert relative_error(turned, wanted) < 1e-11
-    upstream = normal(seed + 2, out, d)
-    found, sought = (torch.autograd.grad(one, vectors, upstream)[0] for one in (turned, wanted))
-    assert relative_error(found * 10.0**scale, sought * 10.0**scale, floor=1e-1) < 1e-9
-
-
-def test_a_gradient_of_the_gradient() -> None:
-    vectors, weight = normal(1, 6, 3).requires_grad_(), normal(2, 4, 6)
-    assert torch.autograd.gradgradcheck(lambda u: conv_projections(u, weight), (vectors,))
 
 
 @pytest.mark.parametrize("wanted", [False, True])

@@ -1,0 +1,138 @@
+"""The factors of chains in one autograd node, and what a layer computes with them, against the dense oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from one_layer import BF16, F32, F64, normal
+from oracles import dense_q, relative_error
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from hra_fx.kernels.factors import wy_factors
+from hra_fx.kernels.linear import linear, reflect_rows
+
+quick = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+def leaf(seed: int, *shape: int, dtype: torch.dtype = F64) -> Tensor:
+    return normal(seed, *shape, dtype=dtype).requires_grad_()
+
+
+def q_of(vectors: Tensor) -> Tensor:
+    """`Q` of each chain of a batch, from its factors: `x Q^T = x + (x F^T) R`."""
+    rows, down = wy_factors(vectors)
+    return torch.eye(vectors.shape[-2], dtype=vectors.dtype) + rows.mT @ down
+
+
+@quick
+@given(
+    n=st.integers(1, 4),
+    d=st.integers(1, 24),
+    k=st.integers(1, 26),
+    scale=st.integers(-140, 140),
+    seed=st.integers(0, 99),
+)
+def test_a_batch_and_its_gradient_at_any_size_and_length(n: int, d: int, k: int, scale: int, seed: int) -> None:
+    vectors = (normal(seed, n, d, k) * 10.0**scale).requires_grad_()
+    upstream = normal(seed + 1, n, d, d)
+    found = q_of(vectors)
+    sought = torch.stack([dense_q(one) for one in vectors])
+    assert relative_error(found, sought) < 1e-11
+    got, wanted = (torch.autograd.grad(one, vectors, upstream)[0] * 10.0**scale for one in (found, sought))
+    # In one dimension Q does not depend on the vectors.
+    assert relative_error(got, wanted, floor=1e-1) < 1e-9
+
+
+@pytest.mark.parametrize("lengths", [(1.0, 1e-25), (1e25, 1.0), (1e-25, 1e-25), (0.0, 1.0), (1e-9, 1e9)])
+def test_lengths_beyond_the_range_of_float32(lengths: tuple[float, float]) -> None:
+    vectors = (normal(2, 16, 2, dtype=F32) * torch.tensor(lengths)).requires_grad_()
+    turned = q_of(vectors)
+    turned.backward(normal(3, 16, 16, dtype=F32))
+    assert relative_error(turned, dense_q(vectors)) < 1e-6
+    assert vectors.grad is not None
+    assert bool(torch.isfinite(vectors.grad).all())
+
+
+def test_second_derivatives_and_transforms() -> None:
+    vectors = leaf(1, 2, 5, 3)
+    assert torch.autograd.gradcheck(q_of, (vectors,))
+    assert torch.autograd.gradgradcheck(q_of, (vectors,))
+    one, tangent = normal(2, 5, 3), normal(3, 5, 3)
+    each = torch.func.jacfwd(q_of)(one)
+    with forward_ad.dual_level():
+        pushed = forward_ad.unpack_dual(q_of(forward_ad.make_dual(one, tangent))).tangent
+    assert relative_error(pushed, (each * tangent).sum((-1, -2))) < 1e-12
+    step = 1e-6
+    moved = (dense_q(one + step * tangent) - dense_q(one - step * tangent)) / (2 * step)
+    assert relative_error(pushed, moved) < 1e-8
+
+
+@quick
+@given(
+    n=st.integers(0, 99),
+    d=st.integers(1, 20),
+    out=st.integers(1, 20),
+    k=st.integers(1, 22),
+    biased=st.booleans(),
+    wants_gradient=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_linear_on_both_sides(
+    n: int, d: int, out: int, k: int, biased: bool, wants_gradient: bool, seed: int
+) -> None:
+    x, vectors, weight = (
+        normal(seed, n, d).requires_grad_(wants_gradient),
+        leaf(seed + 1, d, k),
+        normal(seed + 2, out, d),
+    )
+    bias = normal(seed + 3, out) if biased else None
+    got = linear(x, wy_factors(vectors), weight, bias)
+    wanted = nn.functional.linear(x, weight @ dense_q(vectors), bias)
+    assert got.shape == wanted.shape
+    assert relative_error(got, wanted, floor=1e-3) < 1e-11
+    upstream, asked = normal(seed + 4, n, out), (vectors, x)[: 1 + wants_gradient]
+    found, sought = (torch.autograd.grad(one, asked, upstream) for one in (got, wanted))
+    for one, other in zip(found, sought, strict=True):
+        assert relative_error(one, other, floor=1e-1) < 1e-9
+
+
+@pytest.mark.parametrize("layout", ["expanded", "transposed", "strided", "one row", "none", "dimensions"])
+def test_rows_in_any_layout(layout: str) -> None:
+    rows = {
+        "expanded": normal(1, 1, 8).expand(6, 8),
+        "transposed": normal(1, 8, 6).mT,
+        "strided": normal(1, 6, 16)[:, ::2],
+        "one row": normal(1, 8),
+        "none": normal(1, 2, 0, 8),
+        "dimensions": normal(1, 2, 3, 8),
+    }[layout]
+    vectors = leaf(2, 8, 3)
+    found, wanted = reflect_rows(rows, wy_factors(vectors)), rows @ dense_q(vectors).mT
+    assert relative_error(found, wanted, floor=1.0) < 1e-12
+    upstream = normal(3, 1).expand(found.shape)
+    got, sought = (torch.autograd.grad(one, vectors, upstream)[0] for one in (found, wanted))
+    assert relative_error(got, sought, floor=1.0) < 1e-12
+
+
+def test_under_autocast_products_are_narrow_and_rows_are_not() -> None:
+    x, vectors = leaf(1, 6, 64, dtype=F32), leaf(2, 64, 4, dtype=F32)
+
+    def reflected(u: Tensor) -> Tensor:
+        rows, down = wy_factors(u)
+        assert rows.dtype is F32
+        return reflect_rows(x, type(wy_factors(u))(rows.to(BF16), down.to(BF16)))
+
+    with torch.autocast("cpu", dtype=BF16):
+        y = reflected(vectors)
+        y.sum().backward()
+    assert y.dtype == F32
+    wanted = x.double() @ dense_q(vectors).mT
+    assert relative_error(y, wanted) < 5e-3
+    sought = torch.autograd.grad(wanted, (x, vectors), torch.ones(6, 64, dtype=F64))
+    assert relative_error(x.grad, sought[0]) < 5e-3
+    assert relative_error(vectors.grad, sought[1]) < 1e-2
+    # What is added to the rows is small where the reflections do little: the rows themselves keep their digits.
+    with torch.autocast("cpu", dtype=BF16):
+        assert relative_error(reflected(vectors.detach()[:, :1].repeat(1, 2)), x) < 1e-6
