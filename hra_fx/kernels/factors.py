@@ -86,10 +86,8 @@ class _WYFactors(torch.autograd.Function):
 def _unit_rows(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """`R: (..., k, d)`, contiguous, and the lengths `(..., k, 1)` of `U`; 1 for a zero column."""
     rows = vectors.mT.contiguous()
-    # Two steps, because the squares of a column can overflow where its entries do not.
-    largest = rows.abs().amax(-1, keepdim=True)
-    largest = torch.where(largest > 0, largest, 1.0)
-    rows = rows / largest
-    lengths = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    # In float64, because the squares of a column can overflow in float32 where its entries do not.
+    wide = rows.dtype if rows.device.type == "mps" else torch.float64
+    lengths = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=wide).to(rows.dtype)
     lengths = torch.where(lengths > 0, lengths, 1.0)
-    return rows / lengths, lengths * largest
+    return rows / lengths, lengths

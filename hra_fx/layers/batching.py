@@ -136,6 +136,11 @@ def factors_of(box: HouseholderAdapters, dtype: torch.dtype) -> Factors | None:
         return _Batch([parts]).factors(0, dtype)
 
 
+def has_batch(box: HouseholderAdapters) -> bool:
+    """Whether the factors of a layer were computed at the start of the forward that this thread runs."""
+    return _CURRENT.batches is not None and box in _CURRENT.batches
+
+
 def _same(tensor: Tensor) -> Tensor:
     return tensor
 

@@ -21,7 +21,7 @@ from hra_fx.kernels.conv import add_up_projection, up_projection
 from hra_fx.kernels.dispatch import is_plain, is_plain_eager, products_dtype
 from hra_fx.kernels.linear import linear, reflect_rows
 from hra_fx.layers.adapters import HouseholderAdapters
-from hra_fx.layers.batching import factors_of
+from hra_fx.layers.batching import factors_of, has_batch
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.target import has_columns, kind_of, width_of
@@ -207,7 +207,9 @@ class ConvAdapters(HouseholderAdapters):
 
 def _is_eager(box: HouseholderAdapters, x: Tensor) -> bool:
     """Whether a layer computes with its factors; tracers, compilers and subclasses of tensors get the plain formula."""
-    return is_plain_eager() and is_plain(x, *(tensor for part in box.chain_parts() for tensor in part.tensors))
+    if not is_plain_eager() or not is_plain(x):
+        return False
+    return has_batch(box) or all(is_plain(*part.tensors) for part in box.chain_parts())
 
 
 def _asks(module: nn.Module) -> bool:
