@@ -72,15 +72,16 @@ class _WYFactors(torch.autograd.Function):
         vectors, rows, lengths, factor = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
             own = vectors.view_as(vectors)
-            return torch.autograd.grad(_plain_factors(own), own, (rows_grad, down_grad), create_graph=True)[0]
+            gradient: Tensor
+            (gradient,) = torch.autograd.grad(_plain_factors(own), own, (rows_grad, down_grad), create_graph=True)
+            return gradient
         with householder.without_autocast(vectors):
             through = factor.mT @ down_grad
             gram_grad = ((through @ rows.mT) @ factor.mT).triu_(1)
             total = rows_grad - through + (gram_grad + gram_grad.mT) @ rows
             # The length of a vector has no effect.
             total -= rows * (rows * total).sum(-1, keepdim=True)
-            gradient: Tensor = (total / lengths).mT.contiguous()
-            return gradient
+            return (total / lengths).mT.contiguous()
 
 
 def _unit_rows(vectors: Tensor) -> tuple[Tensor, Tensor]:
