@@ -170,12 +170,6 @@ def wrapper_tensor(kind: type[T], like: Tensor) -> T:
     return made
 
 
-def is_view(tensor: Tensor) -> bool:
-    """Whether a tensor is a view that autograd tracks. Where torch does not say: yes, so that it is copied."""
-    answer: Callable[[], bool] = getattr(tensor, "_is_view", _yes)
-    return answer()
-
-
 def _without_overrides(function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
         return function(*args, **(kwargs or {}))

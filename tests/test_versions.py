@@ -24,7 +24,6 @@ ATTRIBUTES = {
     "_forward_hooks",
     "_forward_pre_hooks",
     "_is_replica",
-    "_is_view",
     "_non_persistent_buffers_set",
     "_qkv_same_embed_dim",
     "_reversed_padding_repeated_twice",
@@ -180,7 +179,6 @@ def test_a_version_counts_writes_and_a_view_is_told() -> None:
     assert compat.tensor_version(tensor.add_(1)) != before
     with torch.inference_mode():
         assert compat.tensor_version(torch.zeros(2)) == -1
-    assert compat.is_view(tensor[1:]) and not compat.is_view(tensor)
 
 
 def test_buffers_outside_of_the_state_and_compiled_modules() -> None:

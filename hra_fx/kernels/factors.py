@@ -69,10 +69,10 @@ class _WYFactors(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, rows_grad: Tensor, down_grad: Tensor) -> Tensor:
+        gradient: Tensor
         vectors, rows, lengths, factor = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
             own = vectors.view_as(vectors)
-            gradient: Tensor
             (gradient,) = torch.autograd.grad(_plain_factors(own), own, (rows_grad, down_grad), create_graph=True)
             return gradient
         with householder.without_autocast(vectors):
@@ -81,7 +81,8 @@ class _WYFactors(torch.autograd.Function):
             total = rows_grad - through + (gram_grad + gram_grad.mT) @ rows
             # The length of a vector has no effect.
             total -= rows * (rows * total).sum(-1, keepdim=True)
-            return (total / lengths).mT.contiguous()
+            gradient = (total / lengths).mT.contiguous()
+            return gradient
 
 
 def _unit_rows(vectors: Tensor) -> tuple[Tensor, Tensor]:
