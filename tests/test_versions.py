@@ -172,7 +172,7 @@ def test_the_border_of_a_convolution_is_that_of_torch(padding: object, kernel: t
     assert compat.conv_border(conv) == list(conv._reversed_padding_repeated_twice)
 
 
-def test_a_version_counts_writes_and_a_view_is_told() -> None:
+def test_a_version_counts_writes() -> None:
     tensor = torch.zeros(3)
     before = compat.tensor_version(tensor)
     assert compat.tensor_version(tensor) == before
