@@ -22,7 +22,7 @@ from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.class_swap import SwapMixin
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.quantized.straight_through import straight_through
-from hra_fx.layers.rotated_weight import InferenceRotatedWeight, RotatedWeight
+from hra_fx.layers.rotated_weight import InferenceRotatedWeight, RotatedWeight, link
 from hra_fx.layers.sharding import is_dtensor
 from hra_fx.layers.target import BASE_WEIGHT, REFLECTION, kind_of, weight_name
 from hra_fx.layers.variants import ConvAdapters, LinearAdapters, QuantizedAdapters
@@ -43,6 +43,11 @@ class AdaptedLayer(SwapMixin):
             return self.hra_u.weight_of(self)
         plain: nn.Parameter = self._parameters[weight_name(kind_of(self))]  # type: ignore[assignment]
         return plain
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; nothing for the second half of `layer.weight *= 2`, which has scaled the base weight."""
+        if not isinstance(value, RotatedWeight) or value._layer is not self:
+            super().__setattr__(name, value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Replace a parameter, the base weight as `hra_base`; `nn.Module` calls this for an attribute that is set.
@@ -121,9 +126,9 @@ def _rotated(layer: AdaptedLayer) -> Any:
     # Parameters in shards are only read by the tool that shards them; while a module runs, they are whole.
     if not adapters.acts or is_dtensor(base):
         return base
-    if not torch.is_grad_enabled() and is_plain_eager():
-        return InferenceRotatedWeight(layer)
-    return RotatedWeight(layer)
+    if not is_plain_eager():
+        return RotatedWeight(layer)
+    return link(layer) if torch.is_grad_enabled() else InferenceRotatedWeight(layer)
 
 
 class AdaptedLinear(AdaptedLayer):

@@ -22,7 +22,7 @@ _METADATA = frozenset(
         ),
         *(getattr(Tensor, name).__get__ for name in ("is_meta", "is_sparse", "is_quantized", "itemsize", "nbytes")),
         *(Tensor.dim, Tensor.size, Tensor.stride, Tensor.numel, Tensor.__len__, Tensor.nelement, Tensor.element_size),
-        *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.data_ptr, Tensor.get_device),
+        *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.get_device),
     ]
 )
 #: Read and set on the base weight: whoever freezes a weight, or clears its gradient, means the parameter.
@@ -41,6 +41,7 @@ _SCALING = frozenset(
     ]
 )
 _DETACHED = frozenset([Tensor.data.__get__, Tensor.detach])  # type: ignore[attr-defined]
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 class RotatedWeight(Tensor):
@@ -53,13 +54,13 @@ class RotatedWeight(Tensor):
     """
 
     _layer: nn.Module
-    _detached: bool
+    _is_linked: bool = False
 
     @staticmethod
-    def __new__(cls, layer: nn.Module, detached: bool = False) -> RotatedWeight:
+    def __new__(cls, layer: nn.Module) -> RotatedWeight:
         """Stand for the weight of `layer`, which has an active adapter."""
         made: RotatedWeight = compat.wrapper_tensor(cls, layer.hra_base)  # type: ignore[arg-type]
-        made._layer, made._detached = layer, detached
+        made._layer = layer
         return made
 
     def base(self) -> Tensor:
@@ -71,14 +72,25 @@ class RotatedWeight(Tensor):
         """`W Q`, as a plain tensor."""
         adapters = self._adapters()
         rotated: Tensor = self.base() if adapters is None else adapters(weight=self.base())
-        return rotated.detach() if self._detached else rotated
+        return rotated
+
+    def address(self) -> int:
+        """Where the values are in memory, while this object lives."""
+        self._kept = self.value().contiguous()
+        return self._kept.data_ptr()
 
     def _adapters(self) -> nn.Module | None:
         return self._layer._modules.get(REFLECTION)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> RotatedWeight:
+    def _trained(self) -> list[nn.Parameter]:
+        """What gets a gradient through this weight."""
+        adapters = self._adapters()
+        every = [] if adapters is None else [*adapters.parameters(), self.base()]
+        return [tensor for tensor in every if isinstance(tensor, nn.Parameter) and tensor.requires_grad]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """The rotated weight of the copied layer."""
-        return type(self)(copy.deepcopy(self._layer, memo), self._detached)
+        return type(self)(copy.deepcopy(self._layer, memo))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Its class and shape; values are not computed."""
@@ -99,12 +111,15 @@ class RotatedWeight(Tensor):
         if func in _FLAGS:
             return _answer_flag(func, args, kwargs)
         if func in _DETACHED:
-            return RotatedWeight(args[0]._layer, detached=True)
+            return DetachedRotatedWeight(args[0])
+        if func is Tensor.data_ptr:
+            return args[0].address()
         if func is Tensor.__repr__:
             return args[0].__repr__()
-        if _scales(func, args):
-            func(args[0].base(), *args[1:], **kwargs)
-            return args[0]
+        if _scales(func, args, kwargs):
+            return _scale(func, *args)
+        if func == _SET_DATA and _are_of_one_layer(*args):  # the second half of `layer.weight.data *= 2`
+            return None
         if not torch.compiler.is_compiling() and _writes(func, args, kwargs):  # TorchDynamo does not trace the question
             _refuse(func)
         return func(*compat.pytree.tree_map(_value, args), **compat.pytree.tree_map(_value, kwargs))
@@ -119,12 +134,11 @@ class RotatedWeight(Tensor):
     ) -> Any:
         """Below autograd, where code in C++ or with torch functions disabled has read the weight."""
         if func is torch.ops.aten.detach.default:  # `w.data` too: whoever writes into it is told
-            return cls(args[0]._layer, detached=True)
-        if _scales(func, args):
-            func(args[0].base(), *args[1:])
-            return args[0]
+            return DetachedRotatedWeight(args[0])
+        if _scales(func, args, kwargs or {}):
+            return _scale(func, *args)
         found = [part for part in compat.pytree.tree_leaves((args, kwargs)) if isinstance(part, RotatedWeight)]
-        if torch.is_grad_enabled() and any(_is_trained(weight) for weight in found):
+        if torch.is_grad_enabled() and any(not weight._is_linked and weight._trained() for weight in found):
             raise AdapterError(
                 f"{func} reads the weight of an adapted layer where autograd does not see it, and the adapters would "
                 "get no gradient. Call it under torch.no_grad(), or exclude the layer with exclude_modules."
@@ -133,6 +147,39 @@ class RotatedWeight(Tensor):
             _refuse(func)
         with torch.no_grad():
             return func(*compat.pytree.tree_map(_value, args), **compat.pytree.tree_map(_value, kwargs or {}))
+
+
+class DetachedRotatedWeight(RotatedWeight):
+    """`layer.weight.data` and `layer.weight.detach()`: the values of now, in memory of their own, without a gradient.
+
+    Writing into it is refused, as into the weight itself.
+    """
+
+    _now: Tensor
+
+    @staticmethod
+    def __new__(cls, weight: RotatedWeight) -> DetachedRotatedWeight:
+        """The values of a rotated weight."""
+        with torch.no_grad():
+            values = weight.value().detach()
+        made: DetachedRotatedWeight = compat.subclass_of(cls, values)
+        made._layer, made._now = weight._layer, values
+        return made
+
+    def value(self) -> Tensor:
+        """The values, as a plain tensor."""
+        return self._now
+
+    def address(self) -> int:
+        """Where the values are in memory."""
+        return self._now.data_ptr()
+
+    def _trained(self) -> list[nn.Parameter]:
+        return []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """The values, as a plain tensor."""
+        return self._now.clone()
 
 
 class InferenceRotatedWeight(RotatedWeight):
@@ -167,15 +214,40 @@ def _value(value: Any) -> Any:
     return value.value() if isinstance(value, RotatedWeight) else value
 
 
-def _is_trained(weight: RotatedWeight) -> bool:
-    adapters = weight._adapters()
-    return not weight._detached and adapters is not None and any(v.requires_grad for v in adapters.parameters())
+def link(layer: nn.Module) -> RotatedWeight:
+    """The weight of a layer, with a gradient to its adapters for those readers too that compute their own.
+
+    Torch functions compute with `W Q`, and autograd sees that. The forward of a custom `torch.autograd.Function` runs
+    without gradients: what its backward returns for the weight comes back here.
+    """
+    weight = RotatedWeight(layer)
+    if trained := weight._trained():
+        weight = _Link.apply(layer, *trained)  # type: ignore[no-untyped-call]
+        weight._is_linked = True
+    return weight
+
+
+class _Link(torch.autograd.Function):
+    """`(layer, parameters that are trained) -> W Q`; its backward is that of `W Q` as others read it."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: nn.Module, *trained: nn.Parameter) -> RotatedWeight:
+        ctx.layer, ctx.trained = layer, trained
+        return RotatedWeight(layer)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        again = torch.is_grad_enabled()  # create_graph=True
+        with torch.enable_grad():
+            rotated = RotatedWeight(ctx.layer).value()
+        gradients = torch.autograd.grad(rotated, ctx.trained, grad, create_graph=again, allow_unused=True)
+        return None, *gradients
 
 
 def _answer_flag(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """`requires_grad`, `grad` and `is_leaf` of the base weight; a detached weight has none of them."""
     weight: RotatedWeight = args[0]
-    if not weight._detached:
+    if not isinstance(weight, DetachedRotatedWeight):
         answer = func(weight.base(), *args[1:], **kwargs)
         return weight if func is Tensor.requires_grad_ else answer
     if func.__name__ == "__get__":
@@ -186,12 +258,24 @@ def _answer_flag(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str
     )
 
 
-def _scales(func: Callable[..., Any], args: Sequence[Any]) -> bool:
+def _scales(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether a function multiplies or divides a rotated weight by one number, in place."""
-    if func not in _SCALING or len(args) != 2 or not isinstance(args[0], RotatedWeight):
+    if func not in _SCALING or len(args) != 2 or kwargs or not isinstance(args[0], RotatedWeight):
         return False
     factor = args[1]
-    return not isinstance(factor, Tensor) or (factor.dim() == 0 and not isinstance(factor, RotatedWeight))
+    return not isinstance(factor, Tensor) or (factor.dim() == 0 and type(factor) is Tensor and not factor.requires_grad)
+
+
+def _scale(func: Callable[..., Any], weight: RotatedWeight, factor: Any) -> RotatedWeight:
+    """Scale `W`, and the values that have been computed of it."""
+    func(weight.base(), factor)
+    if isinstance(weight, DetachedRotatedWeight):
+        func(weight._now, factor)
+    return weight
+
+
+def _are_of_one_layer(weight: Any, other: Any) -> bool:
+    return isinstance(other, RotatedWeight) and isinstance(weight, RotatedWeight) and weight._layer is other._layer
 
 
 def _writes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
