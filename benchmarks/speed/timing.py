@@ -1,6 +1,6 @@
 """Measures steps in turns, in one process.
 
-Each round takes every step once, in an order drawn anew, and each counted step comes after an uncounted one of the same
+Each round takes every step once, in a new random order, and each counted step comes after an uncounted one of the same
 model: whoever runs after another model finds its own weights out of the caches.
 """
 
@@ -99,7 +99,7 @@ def interleave(steps: Mapping[str, Step], budget: Budget, measure: Measure) -> M
 
 
 def rounds_of(taking_part: Mapping[str, Sequence[bool]]) -> Iterator[list[str]]:
-    """For each round, who takes part, in an order drawn anew."""
+    """For each round, who takes part, in a new random order."""
     order = random.Random(0)
     for turn in range(max((len(turns) for turns in taking_part.values()), default=0)):
         names = [name for name, turns in taking_part.items() if turns[turn]]

@@ -64,8 +64,9 @@ def transform(
         example_inputs: one tensor, a tuple of positional or a dictionary of keyword arguments: the call for `verify`,
             and the call that `torch.export` captures for `trace` where torch.fx cannot trace the model, or where the
             call gives optional arguments. That graph is for inputs of these shapes and the mode that the model is in,
-            each rotated weight is a node, and its parameters share the memory of the model's. `report` and `fold`
-            accept it; `verify` and the functions for several adapters do not.
+            each rotated weight is a node, and its parameters share the memory of the model's. Only forward, `report`,
+            `fold`, `freeze`, `lower` and `visualize` work on it. For anything else, such as `save_adapter`, load its
+            `state_dict` (with `strict=False`) into a model that was transformed without `trace`.
         verify: compare random reflections with folded weights on copies of the model, for `example_inputs`, in train
             and eval mode, with gradients, before the model is returned.
 
@@ -102,12 +103,15 @@ def transform(
         raise AdapterError("verify=True: there is nothing to run. Give example_inputs, the arguments of one call.")
     if trace and not isinstance(module, fx.GraphModule):
         traced: Any = _traced(module, config, example_inputs)
+        if is_captured(traced):
+            _refuse_options(verify=verify, low_cpu_mem_usage=low_cpu_mem_usage)
+            example_inputs = None
         made: M = transform(
             traced,
             config,
             adapter_name,
             low_cpu_mem_usage=low_cpu_mem_usage,
-            example_inputs=None if is_captured(traced) else example_inputs,
+            example_inputs=example_inputs,
             verify=verify,
         )
         return made
@@ -132,6 +136,17 @@ def _traced(model: nn.Module, config: HRAConfig, example_inputs: Any) -> fx.Grap
     if is_captured(traced):
         _refuse_tied(layers)
     return traced
+
+
+def _refuse_options(**options: bool) -> None:
+    """Refuse options that a graph of torch.export does not support."""
+    for option, given in options.items():
+        if given:
+            raise AdapterError(
+                f"{option}=True: this works for graphs that torch.fx traces. torch.export captured this call, because "
+                "torch.fx cannot trace the model, or because the call gives optional arguments. Leave out "
+                f"{option} or trace."
+            )
 
 
 def _refuse_tied(layers: Mapping[str, nn.Module]) -> None:

@@ -130,8 +130,9 @@ def write(
 ) -> None:
     """Write an adapter into `directory`, which is created if needed.
 
-    Both files are written to disk under temporary names, then renamed. Only a process that is stopped between the two
-    renames leaves the new weights with the old configuration; `load_adapter` refuses them if they do not match.
+    The folder always holds the old adapter or the new one: both files are written to disk under temporary names, then
+    renamed. A process killed between the two renames leaves the new configuration with the old weights; if the
+    configuration did not change, only the weights are renamed.
 
     Args:
         directory: the folder.
@@ -155,10 +156,7 @@ def write(
     data = _serialize(folder / WEIGHTS_NAME, tensors, metadata)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        config, weights = folder / CONFIG_NAME, folder / WEIGHTS_NAME
-        with temporary_file(config, config_text.encode()) as new_config, temporary_file(weights, data) as new_weights:
-            os.replace(new_weights, weights)
-            os.replace(new_config, config)
+        _replace_both(folder, config_text.encode(), data)
     except OSError as error:
         raise CheckpointError(
             f"{folder}: cannot write the adapter ({error}). The old files, if any, are unchanged. Choose another "
@@ -209,3 +207,33 @@ def _check(path: Path, key: str, tensor: Tensor) -> None:
             f"{path}: {key!r} has {count} of {tensor.numel()} values that are infinite or NaN. Nothing was written. "
             "Save a state from before the training diverged."
         )
+
+
+def _replace_both(folder: Path, config_text: bytes, data: bytes) -> None:
+    """Replace both files, or neither if an exception is raised in between."""
+    config, weights = folder / CONFIG_NAME, folder / WEIGHTS_NAME
+    try:
+        before = config.read_bytes()
+    except FileNotFoundError:
+        before = None
+    with temporary_file(weights, data) as new_weights:
+        if before == config_text:
+            os.replace(new_weights, weights)
+            return
+        # The backup is written first, since the disk may be full when it is needed.
+        with temporary_file(config, config_text) as new_config, temporary_file(config, before or b"") as old_config:
+            try:
+                os.replace(new_config, config)
+                os.replace(new_weights, weights)
+            except BaseException:
+                # An interrupt can also arrive after the last rename, when all is done.
+                if new_weights.exists():
+                    _restore(config, None if before is None else old_config)
+                raise
+
+
+def _restore(config: Path, backup: Path | None) -> None:
+    if backup is None:
+        config.unlink(missing_ok=True)
+    else:
+        os.replace(backup, config)

@@ -132,7 +132,7 @@ def only_root(model: nn.Module, found: AdaptedParts) -> tuple[nn.Module, Adapter
     if not found.roots and found.reflections:
         raise AdapterError(f"{kind} is a part of a transformed model. Pass the model that was transformed.")
     if not found.roots:
-        raise AdapterError(f"{kind} has no adapters. Call hra_fx.transform(model, config) first.")
+        raise _no_adapters(model)
     if len(found.roots) > 1:
         paths = ", ".join(repr(path) for path, part in model.named_modules() if part in found.roots)
         raise AdapterError(f"{kind} contains several transformed models ({paths}). Pass one of them.")
@@ -193,5 +193,19 @@ def require_adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
         raise AdapterError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
     sites = adapted_layers(model)
     if not sites:
-        raise AdapterError(f"{type(model).__name__} has no adapters. Call hra_fx.transform(model, config) first.")
+        raise _no_adapters(model)
     return sites
+
+
+def _no_adapters(model: nn.Module) -> AdapterError:
+    kind = type(model).__name__
+    # The graph of torch.export: the vectors are parameters, but operators read them, not layers.
+    if isinstance(model, fx.GraphModule) and any(
+        f".{REFLECTION}." in f".{name}" for name, _ in model.named_parameters()
+    ):
+        return AdapterError(
+            f"{kind} is a graph of operators: only forward, report, fold, freeze, lower and visualize work on it. For "
+            "anything else, load its state_dict into a model that was transformed without trace=True: "
+            "load_state_dict(graph.state_dict(), strict=False)."
+        )
+    return AdapterError(f"{kind} has no adapters. Call hra_fx.transform(model, config) first.")

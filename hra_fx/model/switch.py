@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
+from typing import ParamSpec, TypeVar
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -14,6 +16,9 @@ from hra_fx.layers.sharding import reshard
 from hra_fx.model.activate import activate, check_copies, check_copies_can_switch, sync_layers
 from hra_fx.model.merge import merge, unmerge_adapter
 from hra_fx.model.state import collect_parts, names_in, only_root, root_of
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def set_adapter(model: nn.Module, adapter_name: str | Iterable[str], *, inference_mode: bool = False) -> None:
@@ -78,6 +83,7 @@ class disable_adapters:
 
     It acts when it is called. Without `with`, the adapters stay disabled until `set_adapter` (or, on an `HRAModel`,
     `enable_adapter_layers`). As a context manager, it restores on exit what was there before, also merged adapters.
+    As a decorator, it disables the adapters during each call of the function.
 
     Args:
         model: a transformed model.
@@ -105,6 +111,18 @@ class disable_adapters:
         if record.merged:
             unmerge_adapter(root)
         self._set(True, record.disabled_blocks)
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        """Decorate a function. The adapters are restored now, and disabled during each call."""
+        self.__exit__(None, None, None)
+        root = self._root
+
+        @functools.wraps(function)
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+            with disable_adapters(root):
+                return function(*args, **kwargs)
+
+        return wrapper
 
     def __enter__(self) -> None:
         """Open a block in which `set_adapter` chooses adapters and does not enable them."""

@@ -32,7 +32,7 @@ _REPORT = "The model is unchanged. Leave the layers out with exclude_modules, an
 
 
 class _Run(NamedTuple):
-    """Floating-point outputs of one call, gradients of the watched parameters, and outputs of each module."""
+    """Floating-point outputs of one call, gradients of the selected parameters, and outputs of each module."""
 
     outputs: list[Tensor]
     gradients: list[Tensor | None]
@@ -128,7 +128,7 @@ def _run_both(
     return ours, theirs
 
 
-def _run(module: nn.Module, call: Call, watched: Sequence[Tensor], training: bool, trace: bool) -> _Run | Exception:
+def _run(module: nn.Module, call: Call, selected: Sequence[Tensor], training: bool, trace: bool) -> _Run | Exception:
     """Forward and backward of a random projection of the outputs; or the error of the model's own code."""
     seen: list[tuple[str, list[Tensor]]] = []
     parts = [(path, part) for path, part in module.named_modules() if trace and "hra_" not in path]
@@ -146,7 +146,7 @@ def _run(module: nn.Module, call: Call, watched: Sequence[Tensor], training: boo
     # Drawn for each output: in the folded model, more of them may have a gradient.
     terms = [(out * torch.randn(out.shape, generator=generator).to(out)).sum() for out in outputs]
     terms = [term.to(terms[0]) for term in terms if term.requires_grad]
-    grads: Any = torch.autograd.grad(terms, watched, allow_unused=True) if terms else (None,) * len(watched)
+    grads: Any = torch.autograd.grad(terms, selected, allow_unused=True) if terms else (None,) * len(selected)
     return _Run([out.detach() for out in outputs], list(grads), seen)
 
 

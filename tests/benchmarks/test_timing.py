@@ -32,7 +32,7 @@ def test_each_counted_step_comes_after_an_uncounted_one_of_the_same_method() -> 
     assert rounds[::2] == rounds[1::2]
     in_rounds = [rounds[6 * turn : 6 * turn + 6 : 2] for turn in range(4)]
     assert all(sorted(names) == list("abc") for names in in_rounds)
-    assert len({tuple(names) for names in in_rounds}) > 1, "the order is drawn anew"
+    assert len({tuple(names) for names in in_rounds}) > 1, "each round has a new random order"
     assert measured.values == {name: [1.0] * 4 for name in "abc"}
 
 

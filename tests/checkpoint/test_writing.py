@@ -8,14 +8,15 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from checkpoint.folders import BOTH, CONFIG, KEY, files_of_at_most, normal, saved, unwritten
+from checkpoint.folders import BOTH, CONFIG, KEY, files_of_at_most, normal, picture, saved, unwritten
 
 from hra_fx.checkpoint.folder import WEIGHTS_NAME, find, write
 from hra_fx.checkpoint.weights import read
-from hra_fx.config import HRAConfig
+from hra_fx.config import CONFIG_NAME, HRAConfig
 from hra_fx.errors import CheckpointError
 
 
@@ -31,11 +32,14 @@ def test_permissions_are_those_of_any_new_file(tmp_path: Path, umask: int) -> No
     assert [stat.S_IMODE((tmp_path / "adapter" / name).stat().st_mode) for name in BOTH] == [wanted, wanted]
 
 
-def test_a_second_save_replaces_the_first(tmp_path: Path) -> None:
-    weights = (saved(tmp_path) / WEIGHTS_NAME).stat()
+def test_a_second_save_replaces_the_first_and_leaves_the_same_configuration_alone(tmp_path: Path) -> None:
+    saved(tmp_path)
+    config, weights = ((tmp_path / name).stat() for name in BOTH)
     with open(tmp_path / WEIGHTS_NAME, "rb") as opened:
         saved(tmp_path, seed=1)
         assert torch.equal(read(tmp_path / WEIGHTS_NAME)[0][KEY], normal(6, 2, seed=1))
+        after = (tmp_path / CONFIG_NAME).stat()
+        assert (after.st_ino, after.st_mtime_ns) == (config.st_ino, config.st_mtime_ns)
         assert (tmp_path / WEIGHTS_NAME).stat().st_ino != weights.st_ino
         assert len(opened.read()) == weights.st_size, "who reads the old file goes on reading it"
     write(tmp_path, HRAConfig(r=2).to_json_string(), {KEY: normal(6, 2)}, {})
@@ -68,9 +72,15 @@ def test_a_file_in_place_of_the_folder_or_above_it_is_refused(tmp_path: Path) ->
     assert file.read_text() == "kept"
 
 
-def test_a_rename_that_fails_leaves_no_temporary_file(tmp_path: Path) -> None:
-    (saved(tmp_path) / WEIGHTS_NAME).unlink()
-    (tmp_path / WEIGHTS_NAME / "inside").mkdir(parents=True)
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("other_is_there", [True, False])
+def test_a_rename_that_fails_is_taken_back(tmp_path: Path, name: str, other_is_there: bool) -> None:
+    saved(tmp_path)
+    (other,) = set(BOTH) - {name}
+    (tmp_path / name).unlink()
+    (tmp_path / name / "inside").mkdir(parents=True)
+    if not other_is_there:
+        (tmp_path / other).unlink()
     message = unwritten(tmp_path, {KEY: normal(6, 2, seed=1)}, HRAConfig(r=4).to_json_string())
     assert message.startswith(f"{tmp_path}: cannot write the adapter (")
     assert "The old files, if any, are unchanged" in message
@@ -114,3 +124,48 @@ def test_a_reader_and_a_killed_writer_leave_a_complete_adapter(tmp_path: Path) -
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=60)
         assert whole(tmp_path) >= max(seen)
+
+
+def interrupted(folder: Path, step: int) -> bool:
+    """Whether a save of an r of 4 ended before its `step`-th opcode between the files, where Ctrl-C arrives."""
+    left = [step]
+
+    def trace(frame: Any, event: str, _: object) -> Any:
+        if frame.f_code.co_name != "_replace_both":
+            return None
+        frame.f_trace_opcodes = True
+        left[0] -= event == "opcode"
+        if left[0] == 0:
+            left[0] = -1
+            raise KeyboardInterrupt
+        return trace
+
+    outer = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        write(folder, HRAConfig(r=4).to_json_string(), {KEY: normal(6, 4)}, {})
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(outer)
+    return False
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.slow
+def test_an_interrupt_at_any_place_leaves_the_old_adapter_or_the_new_one(tmp_path: Path, first: bool) -> None:
+    old = {} if first else picture(saved(tmp_path / "old"))
+    assert not interrupted(tmp_path / "new", -1)
+    new = picture(tmp_path / "new")
+    outcomes = []
+    while True:
+        folder = tmp_path / str(len(outcomes))
+        folder.mkdir()
+        if not first:
+            saved(folder)
+        if not interrupted(folder, len(outcomes) + 1):
+            break
+        outcomes.append(picture(folder))
+    assert all(outcome in (old, new) for outcome in outcomes)
+    assert outcomes[0] == old
+    assert outcomes[-1] == new

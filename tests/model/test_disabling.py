@@ -170,3 +170,41 @@ def test_a_merge_inside_a_disabled_block_is_not_merged_again_after_it() -> None:
     assert_close(model(x), wanted, 1e-5)
     model.unmerge_adapter()
     assert torch.equal(stored(model, "first.weight"), plain.first.weight)
+
+
+def state_of(model: nn.Module) -> tuple[object, ...]:
+    state = get_state(model)
+    return state.active, state.merged, state.disabled, state.disabled_blocks
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_decorator_disables_during_each_call_and_restores_at_once(merged: bool) -> None:
+    plain, model = four()
+    hra_fx.set_adapter(model, ["b", "a"])
+    if merged:
+        hra_fx.merge_adapter(model)
+    x, before = normal(4, 6), state_of(model)
+    wanted = model(x)
+
+    @hra_fx.disable_adapters(model)
+    def base(value: torch.Tensor, *, fail: bool = False) -> torch.Tensor:
+        """The base model."""
+        if fail:
+            raise ZeroDivisionError
+        result: torch.Tensor = model(value)
+        return result
+
+    assert (base.__name__, base.__doc__) == ("base", "The base model.")
+    assert state_of(model) == before
+    assert torch.equal(model(x), wanted)
+    for _ in range(2):
+        assert torch.equal(base(x), plain(x))
+        assert torch.equal(model(x), wanted)
+    with pytest.raises(ZeroDivisionError):
+        base(x, fail=True)
+    assert state_of(model) == before
+    if merged:
+        hra_fx.unmerge_adapter(model)
+    hra_fx.set_adapter(model, "b")
+    assert torch.equal(base(x), plain(x))
+    assert get_state(model).active == ("b",)

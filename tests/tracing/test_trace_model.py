@@ -255,8 +255,52 @@ def test_a_small_model_is_captured_as_it_is_called() -> None:
     model = hra_fx.transform(copy.deepcopy(base), config(), trace=True, example_inputs=X)
     randomise(model)
     eager = hra_fx.transform(copy.deepcopy(base), config())
-    eager.load_state_dict(model.state_dict(), strict=False)
+    assert not any(eager.load_state_dict(model.state_dict(), strict=False))
     assert_same(model(X), eager(X))
+
+
+def exported() -> Any:
+    program = hra_fx.transform(torch.export.export(Branches().double().eval(), (X,)), config())
+    return program.module()
+
+
+def captured() -> Any:
+    return hra_fx.transform(Branches().double().eval(), config(), trace=True, example_inputs=X)
+
+
+FOR_LAYERS: dict[str, Callable[[Any], object]] = {
+    "save_adapter": lambda graph: hra_fx.save_adapter(graph, "adapter"),
+    "set_scale": lambda graph: hra_fx.set_scale(graph, "default", 0.5),
+    "set_adapter": lambda graph: hra_fx.set_adapter(graph, "default"),
+    "disable_adapters": hra_fx.disable_adapters,
+    "orthogonality_loss": hra_fx.orthogonality_loss,
+    "plan_fold": hra_fx.plan_fold,
+    "graphs": hra_fx.graphs,
+}
+
+
+@pytest.mark.parametrize("make", [exported, captured])
+def test_a_captured_graph_says_what_works_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    graph = make()
+    for function in FOR_LAYERS.values():
+        message = r"GraphModule is a graph of operators: only .*load_state_dict\(graph\.state_dict\(\), strict=False\)"
+        with pytest.raises(AdapterError, match=message):
+            function(graph)
+    with pytest.raises(AdapterError, match=r"GraphModule has no adapters\. Call hra_fx\.transform"):
+        hra_fx.set_adapter(hra_fx.fold(graph), "default")
+
+
+def test_the_vectors_of_a_captured_graph_are_saved_from_a_model_without_trace(tmp_path: Path) -> None:
+    base = Branches().double().eval()
+    eager = hra_fx.transform(copy.deepcopy(base), config())
+    graph = hra_fx.transform(copy.deepcopy(base), config(), trace=True, example_inputs=X)
+    randomise(graph)
+    eager.load_state_dict(graph.state_dict(), strict=False)
+    hra_fx.save_adapter(eager, tmp_path)
+    assert_same(hra_fx.load_adapter(base, tmp_path)(X), graph(X))
 
 
 def test_with_an_example_torch_fx_still_goes_first() -> None:
@@ -292,6 +336,18 @@ ERRORS: dict[str, tuple[type[nn.Module], dict[str, Any], type[Exception], str]] 
         {"example_inputs": X, "config": config("first", "second")},
         AdapterError,
         r"first and second share a weight, .*Exclude one of them with exclude_modules=\['second'\], or leave out trace",
+    ),
+    "verify": (
+        Branches,
+        {"example_inputs": X, "verify": True},
+        AdapterError,
+        r"^verify=True: this works for graphs that torch\.fx traces\. .*Leave out verify or trace\.$",
+    ),
+    "low_cpu_mem_usage": (
+        Branches,
+        {"example_inputs": X, "low_cpu_mem_usage": True},
+        AdapterError,
+        r"^low_cpu_mem_usage=True: this works for graphs .*Leave out low_cpu_mem_usage or trace\.$",
     ),
     "selection": (Dropout, {"config": config("nowhere")}, SelectionError, "nowhere"),
     "modules_to_save": (Dropout, {"config": config(modules_to_save=["nowhere"])}, SelectionError, "nowhere"),
