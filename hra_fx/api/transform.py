@@ -65,7 +65,10 @@ def transform(
             and the call that `torch.export` captures for `trace` where torch.fx cannot trace the model, or where the
             call gives optional arguments. That graph is for inputs of these shapes and the mode that the model is in,
             each rotated weight is a node, and its parameters share the memory of the model's. `report` and `fold`
-            accept it; `verify` and the functions for several adapters do not.
+            accept it; `verify` and the functions for several adapters do not. A model is refused if its graph would
+            train differently: it has backward hooks, its forward adds one to a tensor, calls a custom autograd function
+            or draws from the global generators of Python or NumPy. Draws from other generators of these, and hooks on
+            autograd nodes, are not detected.
         verify: compare random reflections with folded weights on copies of the model, for `example_inputs`, in train
             and eval mode, with gradients, before the model is returned.
 
