@@ -100,6 +100,12 @@ def has_own_hooks(module: nn.Module) -> bool:
     return any(own)
 
 
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether the backward pass of a module runs hooks, its own or those of all modules."""
+    names = ("_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name, True) or getattr(nn_module, f"_global{name}", True) for name in names)
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling a module runs hooks, its own or those of all modules."""
     return has_own_hooks(module) or has_global_module_hooks()

@@ -66,7 +66,10 @@ def transform(
             call gives optional arguments. That graph is for inputs of these shapes and the mode that the model is in,
             each rotated weight is a node, and its parameters share the memory of the model's. Only forward, `report`,
             `fold`, `freeze`, `lower` and `visualize` work on it. For anything else, such as `save_adapter`, load its
-            `state_dict` (with `strict=False`) into a model that was transformed without `trace`.
+            `state_dict` (with `strict=False`) into a model that was transformed without `trace`. A model is refused if
+            its graph would train differently: it has backward hooks, its forward adds one to a tensor, calls a custom
+            autograd function or draws from the global generators of Python or NumPy. Draws from other generators of
+            these, and hooks on autograd nodes, are not detected.
         verify: compare random reflections with folded weights on copies of the model, for `example_inputs`, in train
             and eval mode, with gradients, before the model is returned.
 

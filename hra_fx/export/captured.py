@@ -23,7 +23,7 @@ from hra_fx.export.editors import Editor, ModuleEditor, ProgramEditor
 from hra_fx.export.insert import find_rotate_nodes, insert_rotation, remove_rotation, split_shared_uses
 from hra_fx.export.metadata import get_metadata, has_adapter, with_metadata, without_metadata
 from hra_fx.export.ops import ROTATE
-from hra_fx.export.select import init_adapter, select_layers
+from hra_fx.export.select import context_of, init_adapter, select_layers
 from hra_fx.functional.rotate import check_finite, check_foldable, rotate_weight
 from hra_fx.layers.adapters import ANCHOR, check_adapter_name, plain_chain
 from hra_fx.layers.target import REFLECTION
@@ -59,7 +59,9 @@ def is_captured(value: object) -> bool:
         return is_program(value)
     parameters = dict(value.named_parameters(remove_duplicate=False))
     nodes = [node for node in value.graph.find_nodes(op="get_attr") if node.target in parameters]
-    return any(isinstance(user.target, OpOverload) for node in nodes for user in node.users)
+    users = [user.target for node in nodes for user in node.users]
+    # All layers may be in nested graphs, as under torch.autocast.
+    return any(isinstance(target, OpOverload) or context_of(target) for target in users)
 
 
 def editor_of(captured: Any) -> Editor:

@@ -71,10 +71,9 @@ def _check_targets(
         consumers = [use.consumer for node in nodes for use in find_weight_uses(node, tensors[name].dim())]
         nested = any(is_higher_order(consumer.target) for consumer in consumers)
         if (nested or not all_linear) and is_target(config, path, ".*" if all_linear else None):
-            used_by = f"used by {consumers[0].target} (node {consumers[0].name!r})" if consumers else "not used"
             raise UnsupportedLayerError(
-                f"{path}: in this graph its weight is {used_by}; expected an operator of a linear layer or a "
-                "convolution. Exclude it with exclude_modules, or transform the model before capturing it."
+                f"{path}: {_why_not(consumers)}. Exclude it with exclude_modules, or transform the model before "
+                "capturing it (without trace=True)."
             )
     if not layers:
         raise SelectionError(
@@ -85,6 +84,35 @@ def _check_targets(
     for path, layer in layers.items():
         if not all_linear and layer.refusal and is_target(config, path):
             raise UnsupportedLayerError(f"{path}: {layer.refusal}.")
+
+
+#: Operators of `torch.export` with a nested graph -> the context that it records by them.
+_CONTEXTS = {
+    "wrap_with_autocast": "torch.autocast",
+    "wrap_with_set_grad_enabled": "torch.no_grad() or another grad mode",
+}
+
+
+def context_of(target: object) -> str | None:
+    """The context that an operator of `torch.export` runs its graph under; `None` for other operators.
+
+    Example:
+        >>> context_of(torch.ops.higher_order.wrap_with_autocast)
+        'torch.autocast'
+        >>> context_of(torch.ops.aten.linear.default)
+    """
+    return _CONTEXTS.get(str(target)) if is_higher_order(target) else None
+
+
+def _why_not(consumers: list[fx.Node]) -> str:
+    """Why a weight with these consumers is not that of a layer."""
+    expected = "expected an operator of a linear layer or a convolution"
+    if not consumers:
+        return f"in this graph its weight is not used; {expected}"
+    target = consumers[0].target
+    if context := context_of(target):
+        return f"the layer runs under {context}, which torch.export captures as a graph of its own"
+    return f"in this graph its weight is used by {target} (node {consumers[0].name!r}); {expected}"
 
 
 def init_adapter(layer: GraphLayer, weight: Tensor, config: HRAConfig) -> tuple[nn.Parameter, Tensor | None]:

@@ -11,8 +11,10 @@ from typing import Any, NoReturn
 from unittest import mock
 
 import torch
+from torch import nn
 
 from hra_fx import compat
+from hra_fx.errors import CaptureError
 
 
 class GraphState:
@@ -66,6 +68,57 @@ def patched(refuse: Callable[[str], NoReturn]) -> Iterator[None]:
     with (
         mock.patch.object(torch.autocast, "__enter__", enter_autocast),
         mock.patch.object(torch.jit, "is_tracing", is_tracing),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def checked_capture(model: nn.Module) -> Iterator[None]:
+    """A block in which `torch.export` captures a call of a model, for a graph that trains as the model does.
+
+    `torch.export` records the operators of the forward. Hooks of the backward pass, the backward of a custom autograd
+    function and random numbers of Python are not in its graph, and it does not report them.
+
+    Raises:
+        CaptureError: the model has backward hooks; or in the block its forward added a hook to a tensor, called a
+            custom autograd function, drew random numbers outside of torch or seeded a generator.
+    """
+    for path, part in model.named_modules():
+        if compat.has_backward_hooks(part):
+            name = path or type(part).__name__
+            raise CaptureError(f"backward hooks are registered for {name}, which a graph drops")
+    state, dropped = GraphState(), list[str]()
+    with _recorded_backward(dropped.append):
+        yield
+    if dropped:
+        raise CaptureError(dropped[0])
+    if state.has_drawn():
+        raise CaptureError(
+            "it draws random numbers of Python or NumPy, or seeds a generator, which happens once in a capture"
+        )
+
+
+@contextlib.contextmanager
+def _recorded_backward(report: Callable[[str], None]) -> Iterator[None]:
+    """A block that reports what this thread adds to the backward pass and a graph of `torch.export` drops."""
+    thread = threading.get_ident()
+    apply: Any = vars(torch.autograd.Function)["apply"].__func__
+    register_hook: Any = torch.Tensor.register_hook
+
+    def reported_apply(kind: type, *args: Any, **kwargs: Any) -> Any:
+        # torch runs functions of its own (torch._library, torch._higher_order_ops) for operators that the graph keeps.
+        if threading.get_ident() == thread and not kind.__module__.startswith("torch._"):
+            report(f"it calls the custom autograd function {kind.__name__}, whose backward a graph drops")
+        return apply(kind, *args, **kwargs)
+
+    def reported_hook(tensor: torch.Tensor, hook: Any) -> Any:
+        if threading.get_ident() == thread:
+            report("it registers a backward hook on a tensor, which a graph drops")
+        return register_hook(tensor, hook)
+
+    with (
+        mock.patch.object(torch.autograd.Function, "apply", classmethod(reported_apply)),
+        mock.patch.object(torch.Tensor, "register_hook", reported_hook),
     ):
         yield
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import io
+import logging
 import warnings
-from collections.abc import Collection
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import fx, nn
 from hra_fx.errors import AdapterError, CaptureError
 from hra_fx.model.example_inputs import Call, clone_inputs, normalize_inputs, preserve_rng_state
 from hra_fx.tracing.graph_module import graph_module
+from hra_fx.tracing.recorded_state import checked_capture
 from hra_fx.tracing.trace import trace
 from hra_fx.tracing.unchanged import Snapshot
 
@@ -56,7 +59,8 @@ def trace_model(model: nn.Module, layers: Collection[nn.Module], example_inputs:
         operators, which is called as the model was called, for the mode that the model is in.
 
     Raises:
-        AdapterError: torch.fx cannot trace the model, and there are no example inputs; or `torch.export` cannot either.
+        AdapterError: torch.fx cannot trace the model, and there are no example inputs; or `torch.export` cannot either,
+            or its graph would not train as the model does.
 
     Example:
         >>> model = trace_model(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), [])
@@ -74,10 +78,10 @@ def trace_model(model: nn.Module, layers: Collection[nn.Module], example_inputs:
                 "with torch.export, or leave out trace=True."
             ) from error
     advice = "Leave out trace=True: the adapted layers work without a graph."
-    return export_call(model, normalize_inputs(example_inputs), advice)
+    return export_call(model, normalize_inputs(example_inputs), advice, is_trained=True)
 
 
-def export_call(model: nn.Module, call: Call, advice: str) -> fx.GraphModule:
+def export_call(model: nn.Module, call: Call, advice: str, *, is_trained: bool = False) -> fx.GraphModule:
     """Capture one call of a model with `torch.export`.
 
     With `strict=True` TorchDynamo reads the Python code: it is two to five times slower, and warns about the outputs
@@ -88,12 +92,13 @@ def export_call(model: nn.Module, call: Call, advice: str) -> fx.GraphModule:
         model: the model; it is not changed.
         call: the example call.
         advice: what to do where `torch.export` refuses.
+        is_trained: refuse a graph whose gradients or random numbers would not be those of the model.
 
     Returns:
         A graph of ATen operators over the model's own parameters and buffers, which is called as the model is.
 
     Raises:
-        AdapterError: `torch.export` cannot capture the call.
+        AdapterError: `torch.export` cannot capture the call, or see `is_trained`.
 
     Example:
         >>> module = export_call(nn.Linear(6, 8), ((torch.ones(1, 6),), {}), "")
@@ -104,13 +109,30 @@ def export_call(model: nn.Module, call: Call, advice: str) -> fx.GraphModule:
     with ExitStack() as restore:
         restore.callback(Snapshot(model).restore)
         restore.enter_context(preserve_rng_state())
-        restore.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
+        restore.enter_context(_quiet())
         try:
-            captured: Any = torch.export.export(model, args, kwargs, strict=False).module()
+            with checked_capture(model) if is_trained else nullcontext():
+                captured: Any = torch.export.export(model, args, kwargs, strict=False).module()
+        except CaptureError as error:
+            raise AdapterError(
+                f"torch.export cannot capture {type(model).__name__}: {error.reason}. {advice}"
+            ) from error
         except Exception as error:
             line = str(error).strip().split("\n")[0]
             raise AdapterError(
                 f"torch.export cannot capture {type(model).__name__} ({type(error).__name__}: {line[:160]}). {advice}"
             ) from error
     return captured  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A block without warnings, and without the graph that `torch.export` prints to stderr where it refuses."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    before, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torchvision.models.swin_transformer import SwinTransformer
 from tracing.models import Dropout, Two
 
 import hra_fx
-from hra_fx.errors import AdapterError, SelectionError
+from hra_fx.errors import AdapterError, SelectionError, UnsupportedLayerError
 
 X = normal(7, 4, 6)
 
@@ -319,6 +320,16 @@ class Breaks(Two):
         return self.second(hidden * 2 if float(hidden.sum().detach()) > 0 else hidden)
 
 
+def under(context: Callable[[], Any]) -> type[Two]:
+    """A model that torch.fx cannot trace, with all layers under a context."""
+
+    def forward(self: Branches, x: Tensor) -> dict[str, Tensor]:
+        with context():
+            return Branches.forward(self, x)
+
+    return type("Under", (Branches,), {"forward": forward})
+
+
 class Tied(Branches):
     """Two layers with one weight."""
 
@@ -331,6 +342,18 @@ class Tied(Branches):
 ERRORS: dict[str, tuple[type[nn.Module], dict[str, Any], type[Exception], str]] = {
     "torch.fx": (Branches, {}, AdapterError, r"torch\.fx cannot trace Branches: it branches on a value"),
     "torch.export": (Breaks, {"example_inputs": X}, AdapterError, "torch.export cannot capture Breaks"),
+    "autocast": (
+        under(lambda: torch.autocast("cpu", torch.bfloat16)),
+        {"example_inputs": X},
+        UnsupportedLayerError,
+        r"first: the layer runs under torch\.autocast, .*exclude_modules.*without trace=True",
+    ),
+    "no_grad": (
+        under(torch.no_grad),
+        {"example_inputs": X},
+        UnsupportedLayerError,
+        r"first: the layer runs under torch\.no_grad\(\) or another grad mode, .*exclude_modules",
+    ),
     "tied": (
         Tied,
         {"example_inputs": X, "config": config("first", "second")},
@@ -364,6 +387,15 @@ def test_an_error_leaves_the_model_as_it_was(name: str) -> None:
         hra_fx.transform(model, **({"config": config(), "trace": True} | options))
     assert picture(model) == before
     assert model(X) is not None
+
+
+def test_a_refusal_of_torch_export_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    before = logger.disabled
+    with pytest.raises(AdapterError, match=r"torch\.export cannot capture Breaks"):
+        hra_fx.transform(Breaks().double(), config(), trace=True, example_inputs=X)
+    assert capfd.readouterr() == ("", "")
+    assert logger.disabled is before
 
 
 def test_a_model_with_adapters_is_refused() -> None:
