@@ -44,11 +44,6 @@ class AdaptedLayer(SwapMixin):
         plain: nn.Parameter = self._parameters[weight_name(kind_of(self))]  # type: ignore[assignment]
         return plain
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; nothing for the second half of `layer.weight *= 2`, which has scaled the base weight."""
-        if not isinstance(value, RotatedWeight) or value._layer is not self:
-            super().__setattr__(name, value)
-
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Replace a parameter, the base weight as `hra_base`; `nn.Module` calls this for an attribute that is set.
 

@@ -41,7 +41,6 @@ _SCALING = frozenset(
     ]
 )
 _DETACHED = frozenset([Tensor.data.__get__, Tensor.detach])  # type: ignore[attr-defined]
-_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 class RotatedWeight(Tensor):
@@ -88,6 +87,14 @@ class RotatedWeight(Tensor):
         every = [] if adapters is None else [*adapters.parameters(), self.base()]
         return [tensor for tensor in every if isinstance(tensor, nn.Parameter) and tensor.requires_grad]
 
+    def __imul__(self, other: Any) -> NoReturn:  # type: ignore[misc]
+        """`layer.weight *= 2` would scale `W` and then assign the result, which is refused."""
+        _refuse(Tensor.__imul__)
+
+    def __itruediv__(self, other: Any) -> NoReturn:  # type: ignore[misc]
+        """As `*=`."""
+        _refuse(Tensor.__itruediv__)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """The rotated weight of the copied layer."""
         return type(self)(copy.deepcopy(self._layer, memo))
@@ -118,8 +125,6 @@ class RotatedWeight(Tensor):
             return args[0].__repr__()
         if _scales(func, args, kwargs):
             return _scale(func, *args)
-        if func == _SET_DATA and _are_of_one_layer(*args):  # the second half of `layer.weight.data *= 2`
-            return None
         if not torch.compiler.is_compiling() and _writes(func, args, kwargs):  # TorchDynamo does not trace the question
             _refuse(func)
         return func(*compat.pytree.tree_map(_value, args), **compat.pytree.tree_map(_value, kwargs))
@@ -272,10 +277,6 @@ def _scale(func: Callable[..., Any], weight: RotatedWeight, factor: Any) -> Rota
     if isinstance(weight, DetachedRotatedWeight):
         func(weight._now, factor)
     return weight
-
-
-def _are_of_one_layer(weight: Any, other: Any) -> bool:
-    return isinstance(other, RotatedWeight) and isinstance(weight, RotatedWeight) and weight._layer is other._layer
 
 
 def _writes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
