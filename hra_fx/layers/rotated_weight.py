@@ -73,11 +73,6 @@ class RotatedWeight(Tensor):
         rotated: Tensor = self.base() if adapters is None else adapters(weight=self.base())
         return rotated
 
-    def address(self) -> int:
-        """Where the values are in memory, while this object lives."""
-        self._kept = self.value().contiguous()
-        return self._kept.data_ptr()
-
     def _adapters(self) -> nn.Module | None:
         return self._layer._modules.get(REFLECTION)
 
@@ -119,8 +114,8 @@ class RotatedWeight(Tensor):
             return _answer_flag(func, args, kwargs)
         if func in _DETACHED:
             return DetachedRotatedWeight(args[0])
-        if func is Tensor.data_ptr:
-            return args[0].address()
+        if func is Tensor.data_ptr:  # by which accelerate knows tied parameters
+            return func(args[0].value() if isinstance(args[0], DetachedRotatedWeight) else args[0].base())
         if func is Tensor.__repr__:
             return args[0].__repr__()
         if _scales(func, args, kwargs):
@@ -174,10 +169,6 @@ class DetachedRotatedWeight(RotatedWeight):
     def value(self) -> Tensor:
         """The values, as a plain tensor."""
         return self._now
-
-    def address(self) -> int:
-        """Where the values are in memory."""
-        return self._now.data_ptr()
 
     def _trained(self) -> list[nn.Parameter]:
         return []
