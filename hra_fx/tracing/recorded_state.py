@@ -102,14 +102,14 @@ def checked_capture(model: nn.Module) -> Iterator[None]:
 def _recorded_backward(report: Callable[[str], None]) -> Iterator[None]:
     """A block that reports what this thread adds to the backward pass and a graph of `torch.export` drops."""
     thread = threading.get_ident()
-    apply: Any = vars(torch.autograd.Function)["apply"].__func__
+    apply: Any = vars(torch.autograd.Function)["apply"]  # a class method, in Python or in C
     register_hook: Any = torch.Tensor.register_hook
 
     def reported_apply(kind: type, *args: Any, **kwargs: Any) -> Any:
         # torch runs functions of its own (torch._library, torch._higher_order_ops) for operators that the graph keeps.
         if threading.get_ident() == thread and not kind.__module__.startswith("torch._"):
             report(f"it calls the custom autograd function {kind.__name__}, whose backward a graph drops")
-        return apply(kind, *args, **kwargs)
+        return apply.__get__(None, kind)(*args, **kwargs)
 
     def reported_hook(tensor: torch.Tensor, hook: Any) -> Any:
         if threading.get_ident() == thread:
