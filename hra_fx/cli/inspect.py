@@ -46,7 +46,7 @@ def inspect(
 
 
 def _holds_adapter(folder: Path) -> bool:
-    """Whether a folder or a subfolder has an adapter; raises an error if there is no model either."""
+    """Whether a folder or one of its subfolders has an adapter; raises an error if it has no model or adapter."""
     if (folder / _ADAPTER).exists() or any(folder.glob(f"*/{_ADAPTER}")):
         return True
     if not (folder / _MODEL).exists() and not (folder / "model_index.json").exists():

@@ -115,7 +115,7 @@ def _rotated_weight(layer: AdaptedLayer) -> Tensor:
         if name not in adapters.scales:
             vectors, anchor, apply_GS = adapters[name], adapters.anchor(name), adapters.specs[name].apply_GS
             weight = ROTATE(weight, vectors, anchor, apply_GS, adapters.columns)
-        elif (chain := adapters.chain(name)).shape[1]:  # at scale 0 there are no vectors
+        elif (chain := adapters.chain(name)).shape[1]:  # at scale 0 the chain is empty
             weight = ROTATE(weight, chain, None, False, adapters.columns)
     return weight
 

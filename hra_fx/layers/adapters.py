@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from hra_fx.errors import AdapterError
 from hra_fx.functional import geodesic, householder
 from hra_fx.functional.rotate import as_rows, rotate_weight
+from hra_fx.layers.chain import ChainPart, plain_chain
 from hra_fx.layers.rotated_weight import RotatedWeight
 from hra_fx.layers.sharding import distribute_like, full_tensor
 from hra_fx.layers.target import REFLECTION, LayerKind, weight_name
@@ -45,24 +46,6 @@ class AdapterSpec:
     r: int
     apply_GS: bool = False
     init_weights: bool = True
-
-
-class ChainPart(NamedTuple):
-    """One adapter in the chain of a layer: `U: (d, r)`, its anchor `A: (d, a)`, and whether it uses Gram-Schmidt."""
-
-    vectors: Tensor
-    anchor: Tensor | None = None
-    apply_GS: bool = False
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors that it is computed from."""
-        return (self.vectors,) if self.anchor is None else (self.vectors, self.anchor)
-
-    @property
-    def signature(self) -> tuple[object, ...]:
-        """What must be the same for parts to be computed in one batch."""
-        return (self.apply_GS, *((tensor.shape, tensor.dtype, tensor.device) for tensor in self.tensors))
 
 
 def check_adapter_name(name: object) -> None:
@@ -384,25 +367,6 @@ def rotated_weight(weight: Tensor, vectors: Tensor, columns: bool) -> Tensor:
 
 # One node for an fx tracer that traces into a layer.
 fx.wrap("rotated_weight")
-
-
-def plain_chain(vectors: Tensor, anchor: Tensor | None, *, apply_GS: bool) -> Tensor:
-    """An adapter as plain reflections: `[A | U]`, or `[A | V]` with Gram-Schmidt.
-
-    Args:
-        vectors: `U: (..., d, r)`.
-        anchor: `A: (..., d, k)`, if it has one.
-        apply_GS: whether it runs Gram-Schmidt.
-
-    Returns:
-        `(..., d, k + r)`, in the dtype of `vectors`, float32 at least with Gram-Schmidt.
-
-    Example:
-        >>> plain_chain(torch.ones(4, 2), torch.zeros(4, 1), apply_GS=False).shape
-        torch.Size([4, 3])
-    """
-    chain = householder.orthonormalize(vectors) if apply_GS else vectors
-    return chain if anchor is None else torch.cat([anchor.to(chain.dtype), chain], dim=-1)
 
 
 def get_adapters(layer: nn.Module) -> HouseholderAdapters | None:

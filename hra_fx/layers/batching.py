@@ -21,7 +21,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from hra_fx.functional import householder
 from hra_fx.kernels.dispatch import is_plain, is_plain_eager
 from hra_fx.kernels.factors import Factors, wy_factors
-from hra_fx.layers.adapters import ChainPart, HouseholderAdapters, plain_chain
+from hra_fx.layers.adapters import HouseholderAdapters
+from hra_fx.layers.chain import ChainPart, plain_chain
 
 
 class _Batch:

@@ -13,10 +13,10 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import diffusers
 import peft
 import pytest
 import transformers
+from diffusion_models import unet
 from hypothesis import HealthCheck, given, settings, strategies as st
 from named_models import Nested, built, tiny_bert, tiny_llama, tiny_t5
 from peft.tuners.hra.layer import HRALayer
@@ -60,19 +60,6 @@ REFUSALS: list[tuple[type[Exception], str, str, str]] = [
 def tiny_swin() -> nn.Module:
     sizes = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2]}
     return transformers.SwinForImageClassification(transformers.SwinConfig(**sizes, window_size=4))
-
-
-def tiny_unet() -> nn.Module:
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=8,
-        attention_head_dim=4,
-        norm_num_groups=4,
-    )
 
 
 # ---- configurations ----
@@ -238,7 +225,7 @@ def compare(model: nn.Module, plain: nn.Module, fields: Fields, *, whole: bool) 
     return "groups"
 
 
-@pytest.mark.parametrize("make", [tiny_llama, tiny_bert, tiny_t5, tiny_swin, tiny_unet, Nested])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_bert, tiny_t5, tiny_swin, unet, Nested])
 def test_what_peft_adapts_is_adapted_and_what_it_refuses_refused(make: Callable[[], nn.Module]) -> None:
     model = built(make)
     plain, seen = for_peft(model), Counter[str]()
@@ -267,7 +254,7 @@ def test_what_peft_adapts_is_adapted_and_what_it_refuses_refused(make: Callable[
         (Nested, {"target_modules": ["conv1d", "norm"]}, "unsupported"),
         (Nested, {"target_modules": ["w1"], "layers_to_transform": 3}, "no layer"),
         (Nested, {"target_modules": None}, "no default"),
-        (tiny_unet, {"target_modules": None}, "no default"),
+        (unet, {"target_modules": None}, "no default"),
         (Nested, {"target_modules": ["sub_head"], "modules_to_save": ["head"]}, "saved too"),
         (Nested, {"target_modules": ["q"], "modules_to_save": ["no_head"]}, "nothing to save"),
     ],

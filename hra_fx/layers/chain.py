@@ -1,0 +1,47 @@
+"""The chain of reflections of an adapter, and the tensors that it is computed from."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hra_fx.functional import householder
+
+
+class ChainPart(NamedTuple):
+    """One adapter in the chain of a layer: `U: (d, r)`, its anchor `A: (d, a)`, and whether it uses Gram-Schmidt."""
+
+    vectors: Tensor
+    anchor: Tensor | None = None
+    apply_GS: bool = False
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that it is computed from."""
+        return (self.vectors,) if self.anchor is None else (self.vectors, self.anchor)
+
+    @property
+    def signature(self) -> tuple[object, ...]:
+        """What must be the same for parts to be computed in one batch."""
+        return (self.apply_GS, *((tensor.shape, tensor.dtype, tensor.device) for tensor in self.tensors))
+
+
+def plain_chain(vectors: Tensor, anchor: Tensor | None, *, apply_GS: bool) -> Tensor:
+    """An adapter as plain reflections: `[A | U]`, or `[A | V]` with Gram-Schmidt.
+
+    Args:
+        vectors: `U: (..., d, r)`.
+        anchor: `A: (..., d, k)`, if it has one.
+        apply_GS: whether it runs Gram-Schmidt.
+
+    Returns:
+        `(..., d, k + r)`, in the dtype of `vectors`, float32 at least with Gram-Schmidt.
+
+    Example:
+        >>> plain_chain(torch.ones(4, 2), torch.zeros(4, 1), apply_GS=False).shape
+        torch.Size([4, 3])
+    """
+    chain = householder.orthonormalize(vectors) if apply_GS else vectors
+    return chain if anchor is None else torch.cat([anchor.to(chain.dtype), chain], dim=-1)
