@@ -225,19 +225,3 @@ def is_higher_order(target: object) -> bool:
 def schema_of(target: object) -> Any:
     """The schema of an operator, with `name`, `arguments` and `is_mutable`; `None` for other functions."""
     return getattr(target, "_schema", None)
-
-
-# --- TorchDynamo, which loads slowly: only when a function here is called ---------------------------------------------
-
-
-def lookup_backend(name: str) -> Callable[..., Any]:
-    """A backend of `torch.compile` by name. `torch.compiler.list_backends` has the names, but not the functions."""
-    found: Callable[..., Any] = _lookup(
-        "torch._dynamo.backends.registry.lookup_backend", "torch._dynamo.lookup_backend"
-    )(name)
-    return found
-
-
-def inductor_mode_options(mode: str) -> dict[str, Any]:
-    """The settings that a mode of inductor stands for."""
-    return dict(_lookup("torch._inductor.list_mode_options", "torch._inductor.utils.list_mode_options")(mode))

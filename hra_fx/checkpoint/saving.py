@@ -31,7 +31,7 @@ from hra_fx.checkpoint.keys import (
 from hra_fx.compat import non_persistent_buffers
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning
-from hra_fx.layers.chain import plain_chain
+from hra_fx.functional.chain import plain_chain
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.sharding import full_tensor, is_dtensor, on_first_rank
 from hra_fx.layers.trained_copies import all_copies

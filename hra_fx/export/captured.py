@@ -24,9 +24,9 @@ from hra_fx.export.insert import find_rotate_nodes, insert_rotation, remove_rota
 from hra_fx.export.metadata import get_metadata, has_adapter, with_metadata, without_metadata
 from hra_fx.export.ops import ROTATE
 from hra_fx.export.select import context_of, init_adapter, select_layers
+from hra_fx.functional.chain import plain_chain
 from hra_fx.functional.rotate import check_finite, check_foldable, rotate_weight
 from hra_fx.layers.adapters import ANCHOR, check_adapter_name
-from hra_fx.layers.chain import plain_chain
 from hra_fx.layers.target import REFLECTION
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from hra_fx.export.match import WEIGHTS, find_layers, module_classes
 from hra_fx.export.metadata import get_metadata
 from hra_fx.export.skeleton import build_skeleton
 from hra_fx.export.weight_uses import WeightUse, find_weight_uses
+from hra_fx.functional.chain import plain_chain
 from hra_fx.functional.rotated_energy import readable_rows
-from hra_fx.layers.chain import plain_chain
 from hra_fx.layers.target import REFLECTION, LayerKind
 
 if TYPE_CHECKING:

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from hra_fx.functional import householder
+from hra_fx.functional.chain import plain_chain
 from hra_fx.functional.rotate import as_rows, rotate_weight, rows_to_weight
-from hra_fx.layers.chain import plain_chain
 
 # torch has no types for its libraries.
 _LIBRARY: Any = torch.library.Library("hra_fx", "FRAGMENT")  # type: ignore[no-untyped-call]

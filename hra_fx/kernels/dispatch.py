@@ -10,6 +10,11 @@ from hra_fx import compat
 _PLAIN = (Tensor, nn.Parameter)
 
 
+def is_compiling() -> bool:
+    """True while TorchDynamo traces for a compiler, not for an export."""
+    return torch.compiler.is_dynamo_compiling() and not compat.is_exporting()
+
+
 def is_plain_eager() -> bool:
     """True in plain eager mode: no compiler, tracer, dispatch mode, functorch transform or forward-mode AD."""
     if torch.compiler.is_compiling() or compat.is_torchscript_tracing() or compat.is_dispatch_mode_active():
@@ -24,9 +29,8 @@ def is_plain(*tensors: Tensor) -> bool:
     return all(type(tensor) in _PLAIN and tensor.is_floating_point() for tensor in tensors)
 
 
-def products_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of matrix products with `x`: its own, or that of autocast."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+def products_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of matrix products of tensors of `dtype`: that of autocast, if it is enabled."""
+    if torch.is_autocast_enabled(device.type) and dtype is not torch.float64:
+        return torch.get_autocast_dtype(device.type)
+    return dtype

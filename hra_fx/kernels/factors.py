@@ -1,9 +1,16 @@
 r"""The two factors of a chain of reflections, `R` and `F`, for any number of layers in one autograd node.
 
-A chain `U: (d, k)` acts on rows as `x Q^T = x + (x F^T) R`, with the unit vectors `R = (U / |u|)^T: (k, d)` and
-`F = -T R: (k, d)`, for `T` of `hra_fx.functional.householder.compact_wy`. From gradients `dR` and `dF`:
+A chain `U: (d, k)` acts on rows as `x Q^T = x + (x F^T) R`. With `D = diag(1 / |u|)` and `T` of
+`hra_fx.functional.householder.compact_wy` for the unit vectors `U D`, both factors are one product:
 
-    S = T^T dF,    G = triu(S R^T T^T, 1),    dR' = dR - S + (G + G^T) R,    dU^T = (dR' - R (R . dR')) / |u|
+    [R; F] = C U^T,    C = [D; -T D],    T^-1 = 1/2 + triu(D U^T U D, 1)
+
+From gradients `dR` and `dF`, with `S = T^T dF` and `G` symmetric:
+
+    G = triu(S R^T T^T, 1) + transposed,    B = dR - S + G R,    dU = [dR; dF]^T C + R^T (G - diag(B R^T)) D
+
+Two products in the forward pass and three in the backward pass read the long dimension `d`. All others are of `(k, k)`
+matrices.
 """
 
 from __future__ import annotations
@@ -13,25 +20,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hra_fx import compat
 from hra_fx.functional import householder
-from hra_fx.kernels.dispatch import is_plain_eager
 
 
 class Factors(NamedTuple):
-    """`R` and `F`, each `(..., k, d)`."""
+    """`R` and `F` of one layer, each `(k, d)`."""
 
     rows: Tensor
     down: Tensor
 
 
-def wy_factors(vectors: Tensor) -> Factors:
+def wy_factors(vectors: Tensor) -> Tensor:
     """The factors of chains of one shape.
 
     Args:
-        vectors: `U: (..., d, k)`, of any lengths, at least float32; a zero column is the identity.
+        vectors: `U: (..., d, k)`, at least float32. A column counts as zero, which is the identity, if its square
+            is below the smallest normal number (lengths below 1e-19 in float32); above 1e19 the result is NaN.
 
     Returns:
-        `R` and `F`, `(..., k, d)` in the dtype of `vectors`.
+        `R` and `F`, stacked: `(..., 2, k, d)` in the dtype of `vectors`.
 
     Example:
         >>> rows, down = wy_factors(torch.tensor([[3.0], [0.0]]))
@@ -40,56 +48,56 @@ def wy_factors(vectors: Tensor) -> Factors:
                 [ 0.,  1.]])
     """
     with householder.without_autocast(vectors):
-        if is_plain_eager():
-            return Factors(*_WYFactors.apply(vectors))  # type: ignore[no-untyped-call]
+        if not (compat.is_functorch_active() or compat.is_forward_ad_active()):
+            factors: Tensor = _WYFactors.apply(vectors.reshape(-1, *vectors.shape[-2:]))  # type: ignore[no-untyped-call]
+            return factors.view(*vectors.shape[:-2], *factors.shape[1:])
         return _plain_factors(vectors)
 
 
-def _plain_factors(vectors: Tensor) -> Factors:
-    """The same in differentiable operators, for compilers, forward-mode derivatives and second derivatives."""
+def _plain_factors(vectors: Tensor) -> Tensor:
+    """The same in differentiable operators, for functorch, forward-mode derivatives and second derivatives."""
     # The lengths are not constants here, as they are in `householder.normalize`: second derivatives depend on them.
     scaled = householder.normalize(vectors)
     lengths = torch.linalg.vector_norm(scaled, dim=-2, keepdim=True)
     chain = scaled / torch.where(lengths > 0, lengths, 1.0)
-    return Factors(chain.mT, -(householder.compact_wy(chain) @ chain.mT))
+    return torch.stack([chain.mT, -(householder.compact_wy(chain) @ chain.mT)], dim=-3)
 
 
 class _WYFactors(torch.autograd.Function):
-    """`U -> (R, F)`."""
+    """`U: (n, d, k) -> [R, F]: (n, 2, k, d)`."""
 
     @staticmethod
-    def forward(ctx: Any, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        rows, lengths = _unit_rows(vectors)
-        inverse = (rows @ rows.mT).triu_(1)
-        inverse.diagonal(dim1=-2, dim2=-1).fill_(0.5)
-        identity = torch.eye(inverse.shape[-1], dtype=inverse.dtype, device=inverse.device).expand_as(inverse)
+    def forward(ctx: Any, vectors: Tensor) -> Tensor:
+        gram = vectors.mT @ vectors
+        squares = gram.diagonal(dim1=1, dim2=2)
+        scale = torch.where(squares > torch.finfo(gram.dtype).tiny, squares, 1.0).rsqrt_()
+        gram = gram * scale.unsqueeze(1) * scale.unsqueeze(2)
+        inverse = gram.triu(1)
+        inverse.diagonal(dim1=1, dim2=2).fill_(0.5)
+        identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
         factor = torch.linalg.solve_triangular(inverse, identity, upper=True)
-        ctx.save_for_backward(vectors, rows, lengths, factor)
-        return rows, (factor @ rows).neg_()
+        coefficients = torch.cat([identity, factor.neg()], dim=1) * scale.unsqueeze(1)
+        k, d = vectors.shape[2], vectors.shape[1]
+        factors = (coefficients @ vectors.mT).view(-1, 2, k, d)
+        ctx.save_for_backward(vectors, factors, gram, scale, factor, coefficients)
+        return factors
 
     @staticmethod
-    def backward(ctx: Any, rows_grad: Tensor, down_grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         gradient: Tensor
-        vectors, rows, lengths, factor = ctx.saved_tensors
+        vectors, factors, gram, scale, factor, coefficients = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
             own = vectors.view_as(vectors)
-            (gradient,) = torch.autograd.grad(_plain_factors(own), own, (rows_grad, down_grad), create_graph=True)
+            (gradient,) = torch.autograd.grad(_plain_factors(own), own, grad, create_graph=True)
             return gradient
         with householder.without_autocast(vectors):
-            through = factor.mT @ down_grad
-            gram_grad = ((through @ rows.mT) @ factor.mT).triu_(1)
-            total = rows_grad - through + (gram_grad + gram_grad.mT) @ rows
+            rows, joint = factors[:, 0], grad.flatten(1, 2)
+            rows_inner, down_inner = (joint @ rows.mT).chunk(2, dim=1)
+            through = factor.mT @ down_inner
+            gram_grad = (through @ factor.mT).triu_(1)
+            gram_grad = gram_grad + gram_grad.mT
             # The length of a vector has no effect.
-            total -= rows * (rows * total).sum(-1, keepdim=True)
-            gradient = (total / lengths).mT.contiguous()
+            along = (rows_inner - through + gram_grad @ gram).diagonal(dim1=1, dim2=2)
+            inner = (gram_grad - torch.diag_embed(along)) * scale.unsqueeze(1)
+            gradient = torch.baddbmm(joint.mT @ coefficients, rows.mT, inner)
             return gradient
-
-
-def _unit_rows(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """`R: (..., k, d)`, contiguous, and the lengths `(..., k, 1)` of `U`; 1 for a zero column."""
-    rows = vectors.mT.contiguous()
-    # In float64, because the squares of a column can overflow in float32 where its entries do not.
-    wide = rows.dtype if rows.device.type == "mps" else torch.float64
-    lengths = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=wide).to(rows.dtype)
-    lengths = torch.where(lengths > 0, lengths, 1.0)
-    return rows / lengths, lengths

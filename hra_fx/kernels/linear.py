@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hra_fx.kernels.dispatch import is_compiling
 from hra_fx.kernels.factors import Factors
 
 # The number of rows per vector from which the skinny product with `W` is cheaper than `G W`, as measured on CPUs.
@@ -30,8 +31,8 @@ def reflect_rows(x: Tensor, factors: Factors) -> Tensor:
         `(..., d)`, in the dtype of `x`.
 
     Example:
-        >>> from hra_fx.kernels.factors import wy_factors
-        >>> reflect_rows(torch.tensor([[2.0, 5.0]]), wy_factors(torch.tensor([[3.0], [0.0]])))
+        >>> from hra_fx.kernels.factors import Factors, wy_factors
+        >>> reflect_rows(torch.tensor([[2.0, 5.0]]), Factors(*wy_factors(torch.tensor([[3.0], [0.0]]))))
         tensor([[-2.,  5.]])
     """
     rows, down = factors
@@ -54,8 +55,8 @@ def linear(x: Tensor, factors: Factors, weight: Tensor, bias: Tensor | None) -> 
         `(..., out)`.
 
     Example:
-        >>> from hra_fx.kernels.factors import wy_factors
-        >>> linear(torch.tensor([[2.0, 5.0]]), wy_factors(torch.tensor([[3.0], [0.0]])), torch.eye(2), None)
+        >>> from hra_fx.kernels.factors import Factors, wy_factors
+        >>> linear(torch.tensor([[2.0, 5.0]]), Factors(*wy_factors(torch.tensor([[3.0], [0.0]]))), torch.eye(2), None)
         tensor([[-2.,  5.]])
     """
     if x.dtype is factors.rows.dtype is weight.dtype and prefer_output_side(x, factors.rows, weight):
@@ -69,4 +70,7 @@ def linear(x: Tensor, factors: Factors, weight: Tensor, bias: Tensor | None) -> 
 def prefer_output_side(x: Tensor, rows: Tensor, weight: Tensor) -> bool:
     """Whether the output side is cheaper: only the vectors need a gradient, and there are many rows."""
     only_vectors = rows.requires_grad and not x.requires_grad and not weight.requires_grad
-    return only_vectors and torch.is_grad_enabled() and x.numel() >= _MIN_ROWS_PER_VECTOR * rows.numel()
+    if not only_vectors or not torch.is_grad_enabled():
+        return False
+    # A compiler would guard on the number of rows, and compile twice.
+    return is_compiling() or x.numel() >= _MIN_ROWS_PER_VECTOR * rows.numel()

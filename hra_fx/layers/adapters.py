@@ -16,8 +16,8 @@ from torch import Tensor, fx, nn
 
 from hra_fx.errors import AdapterError
 from hra_fx.functional import geodesic, householder
+from hra_fx.functional.chain import ChainPart, plain_chain
 from hra_fx.functional.rotate import as_rows, rotate_weight
-from hra_fx.layers.chain import ChainPart, plain_chain
 from hra_fx.layers.rotated_weight import RotatedWeight
 from hra_fx.layers.sharding import distribute_like, full_tensor
 from hra_fx.layers.target import REFLECTION, LayerKind, weight_name

@@ -1,135 +1,76 @@
 """The factors of all layers of a model, computed in batches at the start of its forward.
 
-One layer's factors take a dozen small operators, and their gradient as many. In a batch of all layers with vectors of
-one shape they take as many in all. A layer that is called outside of its model's forward, or whose vectors are not
-there at its start (FSDP2 gathers them layer by layer), computes its own factors by the same functions.
+A layer that is called outside of its model's forward, or whose vectors are not there at its start (FSDP2 gathers them
+layer by layer), computes its own factors by the same functions.
 """
 
 from __future__ import annotations
 
 import threading
-import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from hra_fx.functional import householder
-from hra_fx.kernels.dispatch import is_plain, is_plain_eager
-from hra_fx.kernels.factors import Factors, wy_factors
+from hra_fx.functional.chain import ChainPart
+from hra_fx.kernels.batch import batched_factors
+from hra_fx.kernels.dispatch import is_compiling, is_plain, is_plain_eager, products_dtype
+from hra_fx.kernels.factors import Factors
 from hra_fx.layers.adapters import HouseholderAdapters
-from hra_fx.layers.chain import ChainPart, plain_chain
+from hra_fx.layers.target import REFLECTION
 
 
-class _Batch:
-    """The factors of some layers whose adapters have the same shapes."""
+class _Start(NamedTuple):
+    """What a forward has computed at its start: container -> (its active adapters, their factors)."""
 
-    def __init__(self, layers: Sequence[Sequence[ChainPart]]) -> None:
-        """Compute them, in the grad mode of now.
+    factors: dict[HouseholderAdapters, tuple[tuple[str, ...], Factors]]
+    has_graph: bool
+    is_inference: bool
 
-        Args:
-            layers: the parts of the chain of each layer.
-        """
-        self.has_graph = torch.is_grad_enabled()
-        self.is_inference = torch.is_inference_mode_enabled()
-        self._reached: set[int] = set()
-        parts = [self._stacked([layer[place] for layer in layers]) for place in range(len(layers[0]))]
-        self._wide = wy_factors(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
-        self._split: dict[tuple[torch.dtype, bool], list[Factors]] = {}
-
-    def factors(self, index: int, dtype: torch.dtype) -> Factors:
-        """Those of one layer, in the dtype of its products."""
-        key = dtype, torch.is_grad_enabled()  # a cast that was made without gradients has no graph
-        if key not in self._split:
-            split: tuple[Tensor, ...] = _Unbind.apply(self._reached, *(tensor.to(dtype) for tensor in self._wide))  # type: ignore[no-untyped-call]
-            count = len(split) // 2
-            self._split[key] = [Factors(*pair) for pair in zip(split[:count], split[count:], strict=True)]
-        return self._split[key][index]
-
-    def _stacked(self, parts: Sequence[ChainPart]) -> Tensor:
-        """One part of the chains of all layers, `(n, d, k)`, at least float32."""
-        vectors: Tensor = _Stack.apply(self._reached, *(part.vectors for part in parts))  # type: ignore[no-untyped-call]
-        anchors = [part.anchor for part in parts if part.anchor is not None]
-        with householder.without_autocast(vectors):
-            wide = vectors.to(householder.working_dtype(vectors.dtype))
-            return plain_chain(wide, torch.stack(anchors) if anchors else None, apply_GS=parts[0].apply_GS)
-
-
-class _Stack(torch.autograd.Function):
-    """`torch.stack`, with a gradient for those layers alone that the backward pass has reached.
-
-    An optimizer moves parameters whose gradient is zero (by their momentum), and leaves those without one alone.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, reached: set[int], *tensors: Tensor) -> Tensor:
-        ctx.reached = reached
-        return torch.stack(tensors)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(part if index in ctx.reached else None for index, part in enumerate(grad.unbind()))
-
-
-class _Unbind(torch.autograd.Function):
-    """`torch.unbind` of several tensors; its backward notes which layers it has reached."""
-
-    @staticmethod
-    def forward(ctx: Any, reached: set[int], *stacked: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.reached, ctx.like = reached, stacked[0][0].detach()
-        return tuple(part for tensor in stacked for part in tensor.unbind())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        count = len(grads) // 2
-        ctx.reached.update(place % count for place, grad in enumerate(grads) if grad is not None)
-        filled = [torch.zeros_like(ctx.like) if grad is None else grad for grad in grads]
-        return None, torch.stack(filled[:count]), torch.stack(filled[count:])
-
-
-#: Layer -> (its active adapters, the batch that has their factors, the index in there).
-_Batches: TypeAlias = dict[HouseholderAdapters, tuple[tuple[str, ...], _Batch, int]]
+    def is_usable(self) -> bool:
+        """Whether it can be used in the grad mode of now."""
+        is_trained_now = torch.is_grad_enabled() and not self.has_graph
+        return not is_trained_now and self.is_inference == _is_inference()
 
 
 class _Current(threading.local):
-    """What the forward that this thread runs has computed at its start."""
+    """The forward that this thread runs; apart from that, the one that TorchDynamo traces.
 
-    batches: _Batches | None = None
+    A compiled part of a model must not depend on what its model has computed outside of the graph: it would be
+    compiled for each batch again.
+    """
+
+    def __init__(self) -> None:
+        self.eager: _Start | None = None
+        self.traced: _Start | None = None
+
+    @property
+    def start(self) -> _Start | None:
+        return self.traced if is_compiling() else self.eager
 
 
 _CURRENT = _Current()
 
 
-class _Known(NamedTuple):
-    """The batch of an earlier forward: what it depends on besides the vectors, copies of them, and the batch."""
-
-    key: object
-    values: Sequence[Tensor]
-    batch: _Batch
-
-
-# By the first layer of a batch; outside of the modules, so that copies and pickles of a model do not have it.
-_LAST: weakref.WeakKeyDictionary[HouseholderAdapters, _Known] = weakref.WeakKeyDictionary()
-
-
 @contextmanager
-def factors_in_batches(boxes: Iterable[HouseholderAdapters]) -> Iterator[None]:
+def factors_in_batches(layers: Iterable[nn.Module]) -> Iterator[None]:
     """A block in which `factors_of` returns factors that were computed at its start.
 
     Args:
-        boxes: the containers of adapters of a model.
+        layers: the adapted layers of a model.
     """
-    outer = _CURRENT.batches
+    is_traced = is_compiling()
+    outer = _CURRENT.start
+    start = _compute(layers) if is_traced or is_plain_eager() else None
     try:
-        _CURRENT.batches = _batches(boxes) if is_plain_eager() else {}
+        _set(start, is_traced)
         yield
     finally:
-        _CURRENT.batches = outer
+        _set(outer, is_traced)
 
 
 def factors_of(box: HouseholderAdapters, dtype: torch.dtype) -> Factors | None:
@@ -138,63 +79,68 @@ def factors_of(box: HouseholderAdapters, dtype: torch.dtype) -> Factors | None:
     Raises:
         AdapterError: the vectors have no data yet.
     """
-    names, batch, index = (_CURRENT.batches or {}).get(box, ((), None, 0))
-    if batch is not None and names is box.active and _is_usable(batch):
-        return batch.factors(index, dtype)
+    start = _CURRENT.start
+    if start is not None and start.is_usable() and box in start.factors:
+        names, factors = start.factors[box]
+        if names == box.active:
+            return factors if factors.rows.dtype is dtype else Factors(factors.rows.to(dtype), factors.down.to(dtype))
     parts = box.chain_parts()
     if not parts:
         return None
     box.check_data()
+    if is_compiling():
+        return batched_factors([parts], dtype)[0]
     # A checkpointed block that runs again in the backward must save the tensors of its first run, which had a batch.
     with saved_tensors_hooks(_same, _same):
-        return _Batch([parts]).factors(0, dtype)
+        return batched_factors([parts], dtype)[0]
 
 
 def has_batch(box: HouseholderAdapters) -> bool:
     """Whether the factors of a layer were computed at the start of the forward that this thread runs."""
-    return _CURRENT.batches is not None and box in _CURRENT.batches
+    start = _CURRENT.start
+    return start is not None and box in start.factors
 
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _is_usable(batch: _Batch) -> bool:
-    """Whether what was computed at the start can be used in the grad mode of now."""
-    is_trained_now = torch.is_grad_enabled() and not batch.has_graph
-    return not is_trained_now and batch.is_inference == torch.is_inference_mode_enabled()
+def _set(start: _Start | None, is_traced: bool) -> None:
+    if is_traced:
+        _CURRENT.traced = start
+    else:
+        _CURRENT.eager = start
 
 
-def _batches(boxes: Iterable[HouseholderAdapters]) -> _Batches:
-    groups: dict[object, list[tuple[HouseholderAdapters, list[ChainPart]]]] = defaultdict(list)
-    for box in boxes:
+def _compute(layers: Iterable[nn.Module]) -> _Start:
+    groups: dict[tuple[torch.dtype, object], list[tuple[HouseholderAdapters, list[ChainPart]]]] = defaultdict(list)
+    for layer in layers:
+        box: HouseholderAdapters = layer._modules[REFLECTION]  # type: ignore[assignment]
         parts = box.chain_parts()
         if parts and all(_is_here(tensor, box.width) for part in parts for tensor in part.tensors):
-            groups[tuple([part.signature for part in parts])].append((box, parts))
-    found: _Batches = {}
-    for group in groups.values():
-        batch = _batch_of(group[0][0], [parts for _, parts in group])
-        found |= {box: (box.active, batch, index) for index, (box, _) in enumerate(group)}
-    return found
+            dtype = _expected_dtype(box.weight_of(layer), parts[0].vectors)
+            groups[dtype, tuple([part.signature for part in parts])].append((box, parts))
+    found: dict[HouseholderAdapters, tuple[tuple[str, ...], Factors]] = {}
+    for (dtype, _), group in groups.items():
+        factors = batched_factors([parts for _, parts in group], dtype)
+        found |= {box: (box.active, one) for (box, _), one in zip(group, factors, strict=True)}
+    return _Start(found, torch.is_grad_enabled(), _is_inference())
 
 
-def _batch_of(first: HouseholderAdapters, layers: Sequence[Sequence[ChainPart]]) -> _Batch:
-    """A batch; on a CPU and without gradients the one of the last forward, if all vectors are equal to those of then.
+def _is_inference() -> bool:
+    """Whether inference mode is enabled; a graph of TorchDynamo is in one mode, and cannot ask."""
+    return not is_compiling() and torch.is_inference_mode_enabled()
 
-    To compare them takes a fifth of the time, which is a tenth of a forward of one token. On a GPU it would wait for
-    the device.
-    """
-    if torch.is_grad_enabled() or not layers[0][0].vectors.is_cpu:
-        return _Batch(layers)
-    columns = zip(*([tensor for part in layer for tensor in part.tensors] for layer in layers), strict=True)
-    values = [torch.stack(column) for column in columns]
-    key = torch.is_inference_mode_enabled(), len(layers), [part.signature for part in layers[0]]
-    known = _LAST.get(first)
-    if known is None or known.key != key or not all(map(torch.equal, known.values, values)):
-        known = _LAST[first] = _Known(key, values, _Batch(layers))
-    return known.batch
+
+def _expected_dtype(weight: Tensor, vectors: Tensor) -> torch.dtype:
+    """The dtype in which a layer will compute, as far as its weight tells."""
+    packed = getattr(weight, "quant_state", None)  # bitsandbytes
+    dtype: torch.dtype = weight.dtype if packed is None else packed.dtype
+    return products_dtype(weight.device, dtype if dtype.is_floating_point else vectors.dtype)
 
 
 def _is_here(tensor: Tensor, width: int) -> bool:
     """Whether a tensor has its data: FSDP and offloading take it away between the calls of a layer."""
-    return is_plain(tensor) and not tensor.is_meta and len(tensor) == width and bool(tensor.untyped_storage().size())
+    if not is_plain(tensor) or tensor.is_meta or len(tensor) != width:
+        return False
+    return is_compiling() or bool(tensor.untyped_storage().size())

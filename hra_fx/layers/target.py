@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from torch import Tensor, nn
 
@@ -54,21 +54,6 @@ class NodeTag:
     kind: LayerKind
     role: Literal["layer", "reflection", "weight", "reader"]
     also: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class LayerOperators:
-    """The operators of adapted layers in a graph of TorchDynamo (`hra_fx.kernels.compile_ops`).
-
-    Attributes:
-        rows: reflects a value by one layer's vectors.
-        factors: takes a list of vectors, and returns their chains and then their factors.
-        by: takes a value, chains and factors, and returns a list of reflected values.
-    """
-
-    rows: Any
-    factors: Any
-    by: Any
 
 
 def find_kind(layer: nn.Module) -> LayerKind | None:

@@ -9,16 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from hra_fx import compat
 from hra_fx.compat import conv_border, has_hooks
 from hra_fx.functional import householder
-from hra_fx.kernels.compile_ops import REFLECTED_ROWS
 from hra_fx.kernels.conv import add_up_projection, up_projection
-from hra_fx.kernels.dispatch import is_plain, is_plain_eager, products_dtype
+from hra_fx.kernels.dispatch import is_compiling, is_plain, is_plain_eager, products_dtype
 from hra_fx.kernels.linear import linear, reflect_rows
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.batching import factors_of, has_batch
@@ -48,9 +45,6 @@ def reflected_rows(x: Tensor, vectors: Tensor) -> Tensor:
         >>> reflected_rows(torch.tensor([[2.0, 5.0]]), torch.tensor([[3.0], [0.0]]))
         tensor([[-2.,  5.]])
     """
-    if torch.compiler.is_dynamo_compiling() and not compat.is_exporting():
-        made: Tensor = REFLECTED_ROWS(x, vectors)
-        return made
     chain = householder.normalize(vectors)
     return householder.reflect(x, chain, householder.compact_wy(chain))
 
@@ -123,8 +117,8 @@ class LinearAdapters(HouseholderAdapters):
 
     def reflect(self, x: Tensor) -> Tensor:
         """`x: (..., d)` to `(..., d)`, the same dtype."""
-        if _is_eager(self, x):
-            factors = factors_of(self, products_dtype(x))
+        if _uses_factors(self, x):
+            factors = factors_of(self, products_dtype(x.device, x.dtype))
             return x if factors is None else reflect_rows(x, factors)
         vectors = self.vectors_for(x)
         return x if vectors is None else reflected_rows(x, vectors)
@@ -132,11 +126,11 @@ class LinearAdapters(HouseholderAdapters):
     def through(self, x: Tensor, weight: Tensor, layer: nn.Linear) -> Tensor | None:
         """The output of the layer over reflected rows, `(..., out)`; `None` if the container must be called.
 
-        It must be called if it has hooks, and outside of plain eager mode.
+        It must be called if it has hooks, and by tracers.
         """
-        if not _is_eager(self, x) or _asks(self):
+        if not _uses_factors(self, x) or _asks(self):
             return None
-        factors = factors_of(self, products_dtype(x))
+        factors = factors_of(self, products_dtype(x.device, x.dtype))
         return None if factors is None else linear(x, factors, weight, layer.bias)
 
 
@@ -179,9 +173,11 @@ class ConvAdapters(HouseholderAdapters):
     def corrected(self, output: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
         """The corrected output of the layer for `x`; `output` may be written into.
 
-        `None` if the container must be called, as it must if it has hooks, and outside of plain eager mode.
+        `None` if the container must be called, as it must if it has hooks, and by tracers.
         """
-        if not _is_eager(self, x) or _asks(self) or not products_dtype(x) is x.dtype is weight.dtype:
+        if not _uses_factors(self, x) or _asks(self):
+            return None
+        if not products_dtype(x.device, x.dtype) is x.dtype is weight.dtype:
             return None
         factors = factors_of(self, x.dtype)
         if factors is None:
@@ -205,9 +201,9 @@ class ConvAdapters(HouseholderAdapters):
         return patch_image(coordinates, chain, weight, self.groups)
 
 
-def _is_eager(box: HouseholderAdapters, x: Tensor) -> bool:
-    """Whether a layer computes with its factors; tracers, compilers and subclasses of tensors get the plain formula."""
-    if not is_plain_eager() or not is_plain(x):
+def _uses_factors(box: HouseholderAdapters, x: Tensor) -> bool:
+    """Whether a layer computes with its factors; tracers and subclasses of tensors get the plain formula."""
+    if not (is_plain_eager() or is_compiling()) or not is_plain(x):
         return False
     return has_batch(box) or all(is_plain(*part.tensors) for part in box.chain_parts())
 

@@ -22,7 +22,7 @@ def activate(parts: AdaptedParts, record: AdapterState, names: tuple[str, ...], 
 
 def sync_layers(parts: AdaptedParts, record: AdapterState) -> None:
     """Update every adapted layer and every trained copy from the state of the model."""
-    record.boxes = tuple(parts.reflections)
+    record.layers = tuple(parts.layers)
     acting = () if record.disabled else record.active
     unmerged = tuple(name for name in acting if name not in record.merged)
     for reflection in parts.reflections:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hra_fx.compat import is_replica
@@ -32,12 +31,10 @@ class AdaptedModel(SwapMixin):
 
         @functools.wraps(base.forward)
         def forward(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():  # first, because a compiler guards on everything read before
-                return base.forward(self, *args, **kwargs)
             record = get_state(self)
             if record is None or record.disabled or not record.active or is_replica(self):
                 return base.forward(self, *args, **kwargs)
-            with factors_in_batches(record.boxes):
+            with factors_in_batches(record.layers):
                 return base.forward(self, *args, **kwargs)
 
         return {"forward": forward}

@@ -33,7 +33,7 @@ class AdapterState:
         disabled_blocks: the number of open `with disable_adapters(...)` blocks.
         requires_grad: parameter name -> (before, after), for parameters that `transform` changed.
         untied: configurations of the model whose `tie_word_embeddings` was switched off by a trained copy.
-        boxes: the containers of adapters of all adapted layers, so that a forward does not search for them.
+        layers: all adapted layers, so that a forward does not search for them.
     """
 
     configs: dict[str, HRAConfig] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class AdapterState:
     disabled_blocks: int = 0
     requires_grad: dict[str, tuple[bool, bool]] = field(default_factory=dict)
     untied: tuple[Any, ...] = ()
-    boxes: tuple[HouseholderAdapters, ...] = ()
+    layers: tuple[nn.Module, ...] = ()
 
 
 def get_state(model: nn.Module) -> AdapterState | None:
@@ -80,11 +80,13 @@ class AdaptedParts(NamedTuple):
 
     Attributes:
         roots: the modules that were transformed.
-        reflections: the containers of adapters of all adapted layers.
+        layers: all adapted layers.
+        reflections: their containers of adapters.
         copies: (owner, copies) of every module with trained copies.
     """
 
     roots: list[nn.Module]
+    layers: list[nn.Module]
     reflections: list[HouseholderAdapters]
     copies: list[tuple[nn.Module, Copies]]
 
@@ -97,7 +99,7 @@ def collect_parts(model: nn.Module) -> AdaptedParts:
     """
     if not isinstance(model, nn.Module):
         raise AdapterError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
-    found = AdaptedParts([], [], [])
+    found = AdaptedParts([], [], [], [])
     stack, seen = [model], {model}
     while stack:
         module = stack.pop()
@@ -109,6 +111,7 @@ def collect_parts(model: nn.Module) -> AdaptedParts:
                 continue
             seen.add(child)
             if isinstance(child, HouseholderAdapters):
+                found.layers.append(module)
                 found.reflections.append(child)
             elif isinstance(child, Copies):
                 found.copies.append((module, child))

@@ -294,7 +294,7 @@ def test_a_forward_that_is_interrupted(error: type[BaseException]) -> None:
     with pytest.raises(error):
         model(X)
     handle.remove()
-    assert batching._CURRENT.batches is None
+    assert batching._CURRENT.eager is None
     model.one.hra_u["default"].data.neg_().add_(1.0)
     assert_right(model, model.three(torch.tanh(model.two(torch.tanh(model.one(X))))))
 

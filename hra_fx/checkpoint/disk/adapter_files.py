@@ -19,8 +19,8 @@ from hra_fx.checkpoint.keys import PREFIX, VECTORS
 from hra_fx.checkpoint.weights import read_prefixed
 from hra_fx.config import CONFIG_NAME, HRAConfig
 from hra_fx.errors import CheckpointError, FoldError
+from hra_fx.functional.chain import plain_chain
 from hra_fx.functional.statistics import inverse_condition
-from hra_fx.layers.chain import plain_chain
 from hra_fx.layers.target import REFLECTION
 
 #: Extra keys that PEFT writes for a module in `modules_to_save` if bias="all".

@@ -1,5 +1,5 @@
-"""`torch.compile(model, backend="hra_fx")`: the same numbers as the model with reflections in its weights, one graph,
-products shared across layers, and no compilation that is not needed."""
+"""`torch.compile(model)`: the same numbers as the model with `W Q` in its weights, one graph, one batch of factors, and
+no compilation that is not needed."""
 
 from __future__ import annotations
 
@@ -14,16 +14,13 @@ import transformers
 from adapting import randomise
 from one_layer import normal
 from oracles import dense_q, relative_error
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._dynamo import lookup_backend
 from torch.utils.checkpoint import checkpoint
 
 import hra_fx
-from hra_fx.errors import ConfigError
-from hra_fx.kernels.compile_ops import REFLECTED_BY, REFLECTED_ROWS, UNIT_FACTORS
-from hra_fx.tracing import compile_backend as backend
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
-EAGER = {"backend": "aot_eager"}
 
 
 @pytest.fixture(autouse=True)
@@ -58,20 +55,22 @@ def with_dense_weights(base: nn.Module, model: nn.Module) -> Any:
     return made
 
 
+class Recorder:
+    """A backend of `torch.compile` that notes, for each graph, how many layers each batch of factors in it has."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+
+    def __call__(self, graph: fx.GraphModule, inputs: Any) -> Any:
+        nodes = [node for part in graph.modules() if isinstance(part, fx.GraphModule) for node in part.graph.nodes]
+        found = [node for node in nodes if node.target is torch.ops.hra_fx.batched_factors.default]
+        self.batches.append([len(list(node.args[0])) // (1 + sum(node.args[2])) for node in found])
+        return lookup_backend("aot_eager")(graph, inputs)
+
+
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
-    """What of ours is in each graph after the passes."""
-    found: list[dict[str, int]] = []
-    rewrite = backend.rewrite
-
-    def looked_at(module: Any, **options: Any) -> None:
-        rewrite(module, **options)
-        targets = [node.target for part in module.modules() if hasattr(part, "graph") for node in part.graph.nodes]
-        names = (("rows", REFLECTED_ROWS), ("factors", UNIT_FACTORS), ("by", REFLECTED_BY))
-        found.append({name: targets.count(target) for name, target in names if target in targets})
-
-    monkeypatch.setattr(backend, "rewrite", looked_at)
-    return found
+def seen() -> Recorder:
+    return Recorder()
 
 
 def ids(*shape: int) -> Tensor:
@@ -84,33 +83,17 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def test_it_is_registered() -> None:
-    assert "hra_fx" in torch._dynamo.list_backends(exclude_tags=())
-
-
-@pytest.mark.parametrize(
-    ("fields", "options", "left"),
-    [
-        ({}, {}, {"factors": 1, "by": 4}),
-        pytest.param({}, {"hoist": False}, {"factors": 4, "by": 4}, marks=pytest.mark.slow),
-        pytest.param({}, {"share": False}, {"factors": 1, "by": 10}, marks=pytest.mark.slow),
-        pytest.param({}, {"share": False, "hoist": False}, {"rows": 10}, marks=pytest.mark.slow),
-        ({"r": 3}, {}, {"factors": 4, "by": 4}),  # with their anchors, made in the graph
-        pytest.param({"apply_GS": True}, {}, {"factors": 4, "by": 4}, marks=pytest.mark.slow),
-    ],
-)
-def test_a_training_step_is_one_graph_that_shares(
-    seen: list[dict[str, int]], fields: dict[str, Any], options: dict[str, Any], left: dict[str, int]
-) -> None:
+@pytest.mark.parametrize("fields", [{}, {"r": 3}, {"apply_GS": True}], ids=str)
+def test_a_training_step_is_one_graph_with_one_batch(seen: Recorder, fields: dict[str, Any]) -> None:
     base = llama()
     model = adapted(copy.deepcopy(base), **fields)
     inputs = {"input_ids": ids(2, 7), "labels": ids(2, 7), "use_cache": False}
     model(**inputs).loss.backward()
     eager = gradients(model)
-    compiled = torch.compile(model, backend="hra_fx", fullgraph=True, options={**EAGER, **options})
+    compiled = torch.compile(model, backend=seen, fullgraph=True)
     output = compiled(**inputs)
     output.loss.backward()
-    assert seen == [left]
+    assert seen.batches == [[10]]
     assert relative_error(output.logits, with_dense_weights(base, model)(**inputs).logits) < 1e-11
     found = gradients(model)
     assert found.keys() == eager.keys()
@@ -123,7 +106,7 @@ def test_a_training_step_is_one_graph_that_shares(
 def test_with_inductor() -> None:
     base = llama()
     model = adapted(copy.deepcopy(base))
-    compiled = torch.compile(model, backend="hra_fx", options={"max_autotune": False})
+    compiled = torch.compile(model)
     output = compiled(input_ids=ids(2, 7), labels=ids(2, 7), use_cache=False)
     output.loss.backward()
     found = gradients(model)
@@ -136,30 +119,30 @@ def test_with_inductor() -> None:
 
 
 @pytest.mark.slow
-def test_generate_with_a_cache(seen: list[dict[str, int]]) -> None:
+def test_generate_with_a_cache(seen: Recorder) -> None:
     model = adapted(llama())
     asked = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     wanted = model.generate(ids(1, 5), **asked)
-    model.forward = torch.compile(model.forward, backend="hra_fx", options={"backend": "eager"})
+    model.forward = torch.compile(model.forward, backend=seen)
     assert torch.equal(model.generate(ids(1, 5), **asked), wanted)
-    assert all(found.get("rows", 0) == 0 for found in seen)
-    assert len(seen) <= 4, "not a graph for each token"
+    assert all(found == [10] for found in seen.batches)
+    assert len(seen.batches) <= 4, "not a graph for each token"
 
 
 @pytest.mark.slow
-def test_lengths_that_change_are_one_graph_more(seen: list[dict[str, int]]) -> None:
+def test_lengths_that_change_are_one_graph_more(seen: Recorder) -> None:
     base = llama()
     model = adapted(copy.deepcopy(base))
     dense = with_dense_weights(base, model)
-    compiled = torch.compile(model, backend="hra_fx", options=EAGER)
+    compiled = torch.compile(model, backend=seen)
     for length in (7, 9, 12, 5):
         got = compiled(input_ids=ids(2, length), use_cache=False).logits
         assert relative_error(got, dense(input_ids=ids(2, length)).logits) < 1e-11
-    assert len(seen) == 2
+    assert len(seen.batches) == 2
 
 
 @pytest.mark.slow
-def test_gradient_checkpointing(seen: list[dict[str, int]]) -> None:
+def test_gradient_checkpointing(seen: Recorder) -> None:
     base = llama()
     model = adapted(copy.deepcopy(base))
     inputs = {"input_ids": ids(2, 7), "labels": ids(2, 7), "use_cache": False}
@@ -169,9 +152,9 @@ def test_gradient_checkpointing(seen: list[dict[str, int]]) -> None:
     for layer in model.model.layers:
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-    compiled = torch.compile(model, backend="hra_fx", options=EAGER)
+    compiled = torch.compile(model, backend=seen)
     compiled(**inputs).loss.backward()
-    assert all(found.get("rows", 0) == 0 for found in seen)
+    assert all(found == [10] for found in seen.batches)
     for name, gradient in gradients(model).items():
         assert relative_error(gradient, eager[name]) < 1e-9, name
 
@@ -185,13 +168,13 @@ class Switched(nn.Module):
         return self.q(x) * self.k(x)
 
 
-def test_a_switch_back_is_not_compiled_again(seen: list[dict[str, int]]) -> None:
+def test_a_switch_back_is_not_compiled_again(seen: Recorder) -> None:
     config = hra_fx.HRAConfig(r=2, target_modules=["q", "k"], init_weights=False)
     base = Switched()
     model = hra_fx.transform(copy.deepcopy(base), config, "a")
     hra_fx.add_adapter(model, "b", config)
     x = normal(1, 3, 6)
-    compiled = torch.compile(model, backend="hra_fx", options=EAGER)
+    compiled = torch.compile(model, backend=seen)
 
     def wanted(name: str) -> Tensor:
         q, k = (dense_q(getattr(model, layer).hra_u[name].detach()) for layer in ("q", "k"))
@@ -200,7 +183,7 @@ def test_a_switch_back_is_not_compiled_again(seen: list[dict[str, int]]) -> None
     for name in ("a", "b", "a", "b"):
         hra_fx.set_adapter(model, name)
         assert relative_error(compiled(x), wanted(name)) < 1e-12
-    assert len(seen) == 2
+    assert len(seen.batches) == 2
     with hra_fx.disable_adapters(model):
         assert torch.allclose(compiled(x), base(x))
 
@@ -213,14 +196,14 @@ class Broken(Switched):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # TorchDynamo's own look at it
-def test_a_graph_break_costs_no_correctness(seen: list[dict[str, int]]) -> None:
+def test_a_graph_break_costs_no_correctness(seen: Recorder) -> None:
     base = Broken()
     model = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(r=2, target_modules=["q", "k"], init_weights=False))
     x = normal(1, 3, 6)
     q, k = (dense_q(getattr(model, layer).hra_u["default"].detach()) for layer in ("q", "k"))
-    compiled = torch.compile(model, backend="hra_fx", options=EAGER)
+    compiled = torch.compile(model, backend=seen)
     assert relative_error(compiled(x), base.q(x @ q.mT) * base.k(x @ k.mT)) < 1e-12
-    assert seen == [{"rows": 1}, {"rows": 1}]
+    assert [layers for found in seen.batches for layers in found] == [2]
 
 
 class Writing(Switched):
@@ -231,17 +214,14 @@ class Writing(Switched):
         return first * self.k(x)
 
 
-def test_a_value_that_is_written_into_is_read_anew() -> None:
+def test_a_value_that_is_written_into_is_read_again(seen: Recorder) -> None:
     base = Writing()
     model = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(r=2, target_modules=["q", "k"], init_weights=False))
     x = normal(1, 3, 6)
     q, k = (dense_q(getattr(model, layer).hra_u["default"].detach()) for layer in ("q", "k"))
     with torch.no_grad():
-        got = torch.compile(model, backend="hra_fx", options=EAGER)(x)
+        got = torch.compile(model, backend=seen)(x)
     assert relative_error(got, base.q(x @ q.mT) * base.k(2 * x @ k.mT)) < 1e-12
-
-
-# What the passes leave alone
 
 
 class Activated(Switched):
@@ -277,13 +257,13 @@ class ReluByPlace(nn.Module):
     [nn.LeakyReLU(0.1, inplace=True), nn.ELU(inplace=True), nn.ReLU(inplace=True), ReluByPlace(), Body()],
     ids=lambda act: type(act).__name__,
 )
-def test_activations_in_place_between_sites(act: nn.Module) -> None:
+def test_activations_in_place_between_sites(seen: Recorder, act: nn.Module) -> None:
     base = Activated(act)
     model = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(r=2, target_modules=["q", "k"], init_weights=False))
     x = normal(1, 3, 6)
     q, k = (dense_q(getattr(model, layer).hra_u["default"].detach()) for layer in ("q", "k"))
     with torch.no_grad():
-        got = torch.compile(model, backend="hra_fx", options=EAGER)(x)
+        got = torch.compile(model, backend=seen)(x)
         again = x.clone()
         middle = act(again)
         assert relative_error(got, base.q(x @ q.mT) + base.k(again @ k.mT) + middle) < 1e-12
@@ -301,7 +281,7 @@ class WithGradients(Switched):
 
 @pytest.mark.parametrize("outside", [True, False])
 @pytest.mark.parametrize("inside", [True, False])
-def test_gradients_are_on_where_they_were(inside: bool, outside: bool) -> None:
+def test_gradients_are_on_where_they_were(seen: Recorder, inside: bool, outside: bool) -> None:
     model = hra_fx.transform(WithGradients(inside), hra_fx.HRAConfig(r=2, target_modules=["q", "k"]))
     randomise(model)
     x = normal(1, 3, 6).requires_grad_()
@@ -315,65 +295,48 @@ def test_gradients_are_on_where_they_were(inside: bool, outside: bool) -> None:
         return gradients(model)
 
     wanted = found(model)
-    got = found(torch.compile(model, backend="hra_fx", options=EAGER))
+    got = found(torch.compile(model, backend=seen))
     assert got.keys() == wanted.keys()
     assert len(wanted) == (2 if inside else 0)
     for name, gradient in got.items():
         assert relative_error(gradient, wanted[name]) < 1e-12
 
 
-class Clamping(Switched):
-    def forward(self, x: Tensor) -> Tensor:
-        first = self.q(x)
-        vectors: Any = self.k.hra_u
-        vectors["default"].detach().clamp_(-0.1, 0.5)
-        return first * self.k(x)
-
-
-def test_vectors_that_are_written_into_by_another_name() -> None:
-    base = Clamping()
-    model = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(r=2, target_modules=["q", "k"], init_weights=False))
-    x = normal(1, 3, 6)
-    q, k = (getattr(model, layer).hra_u["default"].detach().clone() for layer in ("q", "k"))
-    with torch.no_grad():
-        got = torch.compile(model, backend="hra_fx", options=EAGER)(x)
-    wanted = base.q(x @ dense_q(q).mT) * base.k(x @ dense_q(k.clamp(-0.1, 0.5)).mT)
-    assert relative_error(got, wanted) < 1e-12
-
-
-class Branching(nn.Module):
+class Skipping(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c = (nn.Linear(6, 6).double() for _ in range(3))
+        self.a, self.b = nn.Linear(6, 6).double(), nn.Linear(6, 6).double()
 
-    def forward(self, x: Tensor) -> Tensor:
-        branch = torch.cond(x.sum() > 0, lambda x: self.b(x) * self.c(x), lambda x: self.c(x) - self.b(x), (x,))
-        result: Tensor = self.a(x) + branch
+    def forward(self, x: Tensor, which: str) -> Tensor:
+        result: Tensor = getattr(self, which)(x)
         return result
 
 
-def test_branches_stay_as_they_are() -> None:
-    base = Branching()
-    config = hra_fx.HRAConfig(r=2, target_modules=["a", "b", "c"], init_weights=False)
-    model = hra_fx.transform(copy.deepcopy(base), config)
+def test_a_layer_that_is_not_called_gets_no_gradient(seen: Recorder) -> None:
+    model = adapted(Skipping(), target_modules=["a", "b"])
+    torch.compile(model, backend=seen)(normal(1, 3, 6), "b").sum().backward()
+    assert seen.batches == [[2]]
+    assert gradients(model).keys() == {"b.hra_u.default"}
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.GELU()).double() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_blocks_that_are_compiled_one_by_one_share_a_graph(seen: Recorder) -> None:
+    model = adapted(Blocks(), target_modules=r"blocks\.\d\.0")
     x = normal(1, 3, 6)
-    x = x if x.sum() > 0 else -x
-    asked = [getattr(model, layer).hra_u["default"] for layer in "abc"]
-    output = torch.compile(model, backend="hra_fx", options=EAGER)(x)
-    a, b, c = (getattr(base, layer)(x @ dense_q(vectors).mT) for layer, vectors in zip("abc", asked, strict=True))
-    assert relative_error(output, a + b * c) < 1e-12
-    found, sought = (torch.autograd.grad(one.square().sum(), asked) for one in (output, a + b * c))
-    for one, other in zip(found, sought, strict=True):
-        assert relative_error(one, other) < 1e-9
-
-
-@pytest.mark.parametrize(
-    ("given", "named"),
-    [({"options": {"backend": "eager", "max_autotune": True}}, "max_autotune"), ({"mode": "reduce-overhead"}, "mode")],
-)
-def test_what_is_inductors_is_refused_for_others(given: dict[str, Any], named: str) -> None:
-    from torch.fx import symbolic_trace
-
-    options = {"backend": "eager", **given.get("options", {})}
-    with pytest.raises(ConfigError, match=f"{named} can be given for inductor only.*'eager'"):
-        backend.hra_fx(symbolic_trace(Switched()), [], mode=given.get("mode"), options=options)
+    wanted = model(x)
+    for block in model.blocks:
+        block.compile(backend=seen)
+    for _ in range(3):
+        assert relative_error(model(x), wanted) < 1e-12
+    assert all(found == [1] for found in seen.batches)
+    assert len(seen.batches) <= len(model.blocks)

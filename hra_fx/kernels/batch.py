@@ -1,0 +1,118 @@
+r"""The factors of the adapters of several layers, computed together.
+
+One layer's factors take a dozen small operators, and their gradient as many; those of all layers take no more.
+TorchDynamo records the batch as one operator, which AOTAutograd decomposes:
+
+    hra_fx::batched_factors(tensors[], apply_GS[], anchored[], dtype) -> Tensor[]
+
+`tensors` are those of the first part of each layer's chain, then of the second, and so on. `apply_GS` and `anchored`
+have an entry for each part. The result is `R` and `F` of each layer in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hra_fx import compat
+from hra_fx.functional import householder
+from hra_fx.functional.chain import ChainPart, plain_chain
+from hra_fx.kernels.dispatch import is_compiling
+from hra_fx.kernels.factors import Factors, wy_factors
+
+
+def batched_factors(layers: Sequence[Sequence[ChainPart]], dtype: torch.dtype) -> list[Factors]:
+    """The factors of some layers, whose chains consist of parts of the same signatures.
+
+    Args:
+        layers: the parts of the chain of each layer.
+        dtype: dtype of the result; they are computed in float32 at least.
+
+    Returns:
+        `R` and `F: (k, d)` of each layer. In the backward pass, a layer whose factors had no effect gets no gradient.
+
+    Example:
+        >>> [(rows, down)] = batched_factors([[ChainPart(torch.tensor([[3.0], [0.0]]))]], torch.float32)
+        >>> torch.eye(2) + down.T @ rows
+        tensor([[-1.,  0.],
+                [ 0.,  1.]])
+    """
+    tensors = [tensor for place in range(len(layers[0])) for tensor in _column(layers, place)]
+    apply_GS = [part.apply_GS for part in layers[0]]
+    anchored = [part.anchor is not None for part in layers[0]]
+    compute = torch.ops.hra_fx.batched_factors.default if is_compiling() else _compute
+    factors = compute(tensors, apply_GS, anchored, dtype)
+    return [Factors(*pair) for pair in zip(factors[::2], factors[1::2], strict=True)]
+
+
+def _column(layers: Sequence[Sequence[ChainPart]], place: int) -> list[Tensor]:
+    """The vectors of one part of all layers, then the anchors if there are any."""
+    parts = [layer[place] for layer in layers]
+    return [part.vectors for part in parts] + [part.anchor for part in parts if part.anchor is not None]
+
+
+def _compute(tensors: list[Tensor], apply_GS: list[bool], anchored: list[bool], dtype: torch.dtype) -> list[Tensor]:
+    layers = len(tensors) // (len(anchored) + sum(anchored))
+    groups = [tensors[start : start + layers] for start in range(0, len(tensors), layers)]
+    stack, unbind = _gradients_where_reached()
+    parts = []
+    for uses_GS, has_anchor in zip(apply_GS, anchored, strict=True):
+        vectors = stack(groups.pop(0))
+        anchors = torch.stack(groups.pop(0)) if has_anchor else None
+        with householder.without_autocast(vectors):
+            wide = vectors.to(householder.working_dtype(vectors.dtype))
+            parts.append(plain_chain(wide, anchors, apply_GS=uses_GS))
+    factors = wy_factors(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
+    return list(unbind(factors.to(dtype)))
+
+
+_LIBRARY: Any = torch.library.Library("hra_fx", "FRAGMENT")  # type: ignore[no-untyped-call]  # not typed by torch
+_LIBRARY.define(
+    "batched_factors(Tensor[] tensors, bool[] apply_GS, bool[] anchored, ScalarType dtype) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.impl("batched_factors", _compute, "CompositeImplicitAutograd")
+
+
+def _gradients_where_reached() -> tuple[Any, Any]:
+    """Stack and unbind, with a gradient for those layers alone that the backward pass has reached.
+
+    An optimizer moves parameters whose gradient is zero (by their momentum), and leaves those without one alone.
+    Transforms of functorch and forward-mode derivatives need the operators themselves.
+    """
+    if compat.is_functorch_active() or compat.is_forward_ad_active():
+        return torch.stack, lambda factors: factors.flatten(0, 1).unbind()
+    reached: set[int] = set()
+    return (lambda tensors: _Stack.apply(reached, *tensors)), (lambda factors: _Unbind.apply(reached, factors))  # type: ignore[no-untyped-call]
+
+
+class _Stack(torch.autograd.Function):
+    """`torch.stack`, with a gradient for those tensors alone whose layer the backward pass has reached."""
+
+    @staticmethod
+    def forward(ctx: Any, reached: set[int], *tensors: Tensor) -> Tensor:
+        ctx.reached = reached
+        return torch.stack(tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(part if index in ctx.reached else None for index, part in enumerate(grad.unbind()))
+
+
+class _Unbind(torch.autograd.Function):
+    """`(n, 2, k, d)` to `R` and `F` of each layer in turn; its backward notes which layers it has reached."""
+
+    @staticmethod
+    def forward(ctx: Any, reached: set[int], stacked: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.reached, ctx.like = reached, stacked[0, 0].detach()
+        return stacked.flatten(0, 1).unbind()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, Tensor]:
+        ctx.reached.update(place // 2 for place, grad in enumerate(grads) if grad is not None)
+        filled = [torch.zeros_like(ctx.like) if grad is None else grad for grad in grads]
+        return None, torch.stack(filled).view(-1, 2, *ctx.like.shape)
