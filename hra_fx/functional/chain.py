@@ -25,7 +25,8 @@ class ChainPart(NamedTuple):
     @property
     def signature(self) -> tuple[object, ...]:
         """What must be the same for parts to be computed in one batch."""
-        return (self.apply_GS, *((tensor.shape, tensor.dtype, tensor.device) for tensor in self.tensors))
+        vectors, anchor, apply_GS = self
+        return apply_GS, vectors.shape, vectors.dtype, vectors.device, None if anchor is None else anchor.shape
 
 
 def plain_chain(vectors: Tensor, anchor: Tensor | None, *, apply_GS: bool) -> Tensor:

@@ -177,7 +177,32 @@ def orthonormalize(vectors: Tensor) -> Tensor:
         if compat.is_exporting():
             # The basis does not depend on the lengths; the squares of unit vectors are in range.
             return exportable.gram_schmidt(normalize(wide))
-        return positive_qr(wide)[0]
+        return cholesky_basis(wide) if wide.is_cuda else positive_qr(wide)[0]
+
+
+def cholesky_basis(vectors: Tensor) -> Tensor:
+    """Gram-Schmidt by two Cholesky factorizations, for GPUs: a QR there runs dozens of kernels for each matrix.
+
+    CholeskyQR2 (Yamamoto et al. 2015, ETNA 44, pages 306 to 326) is as accurate as Householder QR up to a condition
+    number of about 1e8 in float64, in which it is computed.
+
+    Args:
+        vectors: `U: (..., d, r)` of full column rank, at least float32.
+
+    Returns:
+        `V: (..., d, r)`, as `orthonormalize` returns it; NaN where a factorization fails.
+
+    Example:
+        >>> cholesky_basis(torch.tensor([[3.0, 1.0], [0.0, 2.0]]))
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    rows = normalize(vectors).double().mT
+    for _ in range(2):
+        factor, failed = torch.linalg.cholesky_ex(rows @ rows.mT)
+        factor = factor.masked_fill(failed[..., None, None] > 0, torch.nan)
+        rows = torch.linalg.solve_triangular(factor, rows, upper=False)
+    return rows.mT.to(vectors.dtype)
 
 
 def positive_qr(vectors: Tensor) -> tuple[Tensor, Tensor]:

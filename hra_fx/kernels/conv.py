@@ -1,6 +1,7 @@
-r"""The correction of an adapted convolution, from the factors `R` and `F` of its adapters (`hra_fx.kernels.factors`).
+r"""Adapted convolutions, from the factors `R` and `F` of their adapters (`hra_fx.kernels.factors`).
 
-With `W` seen as `(out, d)`, `(W Q) p = W p + (W R^T) (F p)` for a patch `p`.
+With `W` seen as `(out, d)` and a patch `p`, `(W Q) p = W p + (W R^T) (F p)`: the convolution and a correction of its
+output. The product `W R^T` costs as much as `k` patches. For few patches, `(W Q) p = W (p + R^T (F p))` is cheaper.
 """
 
 from __future__ import annotations
@@ -8,7 +9,64 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from hra_fx.kernels.factors import Factors
+
+#: The number of patches per vector from which the correction of the output is cheaper, as measured on CPUs.
+MIN_PATCHES_PER_VECTOR = 8
+
+
+def convolve_patches(
+    x: Tensor,
+    factors: Factors,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> Tensor:
+    """A Conv2d with the weight `W Q`, as matrix products with its patches.
+
+    Args:
+        x: `(n, c, height, width)`, padded.
+        factors: `R` and `F: (k, d)`, in the dtype of `x` and `W`.
+        weight: `W: (out, c, ...)`, without groups.
+        bias: `(out,)`.
+        stride: of the convolution.
+        dilation: of the convolution.
+
+    Returns:
+        `(n, out, ...)`, contiguous.
+
+    Example:
+        >>> from hra_fx.kernels.factors import wy_factors
+        >>> factors = Factors(*wy_factors(torch.ones(4, 1)))
+        >>> convolve_patches(torch.ones(1, 1, 3, 3), factors, torch.ones(1, 1, 2, 2), None, (1, 1), (1, 1))
+        tensor([[[[-4., -4.],
+                  [-4., -4.]]]])
+    """
+    rows, down = factors
+    kernel = weight.shape[2:]
+    patches = F.unfold(x, kernel, dilation=dilation, stride=stride).transpose(0, 1).flatten(1)
+    reflected = torch.addmm(patches, rows.mT, down @ patches)
+    flat = weight.flatten(1)
+    output = flat @ reflected if bias is None else torch.addmm(bias.unsqueeze(1), flat, reflected)
+    size = positions(x.shape[2:], kernel, stride, dilation)
+    return output.view(-1, len(x), *size).transpose(0, 1).contiguous()
+
+
+def positions(
+    size: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
+) -> list[int]:
+    """The size of the output of a convolution of a padded input.
+
+    Example:
+        >>> positions((9, 11), (3, 3), (2, 1), (1, 2))
+        [4, 7]
+    """
+    steps = zip(size, kernel, stride, dilation, strict=True)
+    return [(length - spread * (width - 1) - 1) // step + 1 for length, width, step, spread in steps]
 
 
 def up_projection(rows: Tensor, weight: Tensor) -> Tensor:

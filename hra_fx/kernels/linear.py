@@ -35,11 +35,7 @@ def reflect_rows(x: Tensor, factors: Factors) -> Tensor:
         >>> reflect_rows(torch.tensor([[2.0, 5.0]]), Factors(*wy_factors(torch.tensor([[3.0], [0.0]]))))
         tensor([[-2.,  5.]])
     """
-    rows, down = factors
-    flat = x.reshape(-1, x.shape[-1])
-    if x.dtype is rows.dtype:
-        return torch.addmm(flat, torch.mm(down, flat.mT).mT, rows).view(x.shape)
-    return (flat + torch.mm(torch.mm(down, flat.to(rows.dtype).mT).mT, rows).to(x.dtype)).view(x.shape)
+    return _reflect_flat(x.reshape(-1, x.shape[-1]), factors).view(x.shape)
 
 
 def linear(x: Tensor, factors: Factors, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -59,12 +55,21 @@ def linear(x: Tensor, factors: Factors, weight: Tensor, bias: Tensor | None) -> 
         >>> linear(torch.tensor([[2.0, 5.0]]), Factors(*wy_factors(torch.tensor([[3.0], [0.0]]))), torch.eye(2), None)
         tensor([[-2.,  5.]])
     """
-    if x.dtype is factors.rows.dtype is weight.dtype and prefer_output_side(x, factors.rows, weight):
-        rows, down = factors
-        flat = x.reshape(-1, x.shape[-1])
+    rows, down = factors
+    flat = x.reshape(-1, x.shape[-1])
+    if x.dtype is rows.dtype is weight.dtype and prefer_output_side(x, rows, weight):
         output = torch.addmm(F.linear(flat, weight, bias), torch.mm(down, flat.mT).mT, torch.mm(rows, weight.mT))
-        return output.view(*x.shape[:-1], weight.shape[0])
-    return F.linear(reflect_rows(x, factors), weight, bias)
+    else:
+        output = F.linear(_reflect_flat(flat, factors), weight, bias)
+    return output.view(*x.shape[:-1], weight.shape[0])
+
+
+def _reflect_flat(x: Tensor, factors: Factors) -> Tensor:
+    """`reflect_rows` for `x: (n, d)`."""
+    rows, down = factors
+    if x.dtype is rows.dtype:
+        return torch.addmm(x, torch.mm(down, x.mT).mT, rows)
+    return x + torch.mm(torch.mm(down, x.to(rows.dtype).mT).mT, rows).to(x.dtype)
 
 
 def prefer_output_side(x: Tensor, rows: Tensor, weight: Tensor) -> bool:

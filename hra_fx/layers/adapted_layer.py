@@ -207,12 +207,12 @@ class AdaptedConv(AdaptedLayer):
             if box is None:  # a new object of this class
                 return base.forward(self, input)
             weight = box.weight_of(self)
-            output = self._conv_forward(input, weight, self.bias)
             if read is None:
-                corrected = box.corrected(output, input, weight)
-                if corrected is not None:
-                    return corrected
+                output = box.through(input, weight, self)
+                if output is not None:
+                    return output
                 read = box(input)
+            output = self._conv_forward(input, weight, self.bias)
             return output if read is None else output - box.project(read, weight)
 
         return {**super().wrap(base), "forward": forward}

@@ -117,7 +117,7 @@ def _compute(layers: Iterable[nn.Module]) -> _Start:
     for layer in layers:
         box: HouseholderAdapters = layer._modules[REFLECTION]  # type: ignore[assignment]
         parts = box.chain_parts()
-        if parts and all(_is_here(tensor, box.width) for part in parts for tensor in part.tensors):
+        if parts and all([_is_here(part.vectors, box.width) for part in parts]):
             dtype = _expected_dtype(box.weight_of(layer), parts[0].vectors)
             groups[dtype, tuple([part.signature for part in parts])].append((box, parts))
     found: dict[HouseholderAdapters, tuple[tuple[str, ...], Factors]] = {}
@@ -141,6 +141,6 @@ def _expected_dtype(weight: Tensor, vectors: Tensor) -> torch.dtype:
 
 def _is_here(tensor: Tensor, width: int) -> bool:
     """Whether a tensor has its data: FSDP and offloading take it away between the calls of a layer."""
-    if not is_plain(tensor) or tensor.is_meta or len(tensor) != width:
+    if not is_plain(tensor) or tensor.is_meta or tensor.shape[0] != width:
         return False
-    return is_compiling() or bool(tensor.untyped_storage().size())
+    return is_compiling() or tensor.untyped_storage().size() > 0

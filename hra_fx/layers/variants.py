@@ -14,8 +14,15 @@ from torch import Tensor, fx, nn
 
 from hra_fx.compat import conv_border, has_hooks
 from hra_fx.functional import householder
-from hra_fx.kernels.conv import add_up_projection, up_projection
+from hra_fx.kernels.conv import (
+    MIN_PATCHES_PER_VECTOR,
+    add_up_projection,
+    convolve_patches,
+    positions,
+    up_projection,
+)
 from hra_fx.kernels.dispatch import is_compiling, is_plain, is_plain_eager, products_dtype
+from hra_fx.kernels.factors import Factors
 from hra_fx.kernels.linear import linear, reflect_rows
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.batching import factors_of, has_batch
@@ -170,8 +177,8 @@ class ConvAdapters(HouseholderAdapters):
         geometry: Any = (self.stride, self.padding, self.dilation, self.groups, self.padding_mode, self.border)
         return patch_coordinates(x, vectors, self.patch, *geometry)
 
-    def corrected(self, output: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
-        """The corrected output of the layer for `x`; `output` may be written into.
+    def through(self, x: Tensor, weight: Tensor, layer: Any) -> Tensor | None:
+        """The output of the layer for `x`.
 
         `None` if the container must be called, as it must if it has hooks, and by tracers.
         """
@@ -182,6 +189,23 @@ class ConvAdapters(HouseholderAdapters):
         factors = factors_of(self, x.dtype)
         if factors is None:
             return None
+        if self._has_few_patches(x, factors.rows):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            padded = F.pad(x, self.border, mode=mode)
+            return convolve_patches(padded, factors, weight, layer.bias, self.stride, self.dilation)
+        return self._corrected(layer._conv_forward(x, weight, layer.bias), x, factors, weight)
+
+    def _has_few_patches(self, x: Tensor, rows: Tensor) -> bool:
+        """Whether products with the patches themselves are cheaper than a correction of the output."""
+        if x.dim() != 4 or len(self.stride) != 2 or self.groups > 1 or is_compiling() or not x.is_contiguous():
+            return False
+        borders = zip(x.shape[2:], self.border[2::-2], self.border[3::-2], strict=True)
+        padded = tuple(length + before + after for length, before, after in borders)
+        places = positions(padded, self.patch[1:], self.stride, self.dilation)
+        return len(x) * places[0] * places[1] <= MIN_PATCHES_PER_VECTOR * len(rows)
+
+    def _corrected(self, output: Tensor, x: Tensor, factors: Factors, weight: Tensor) -> Tensor:
+        """The output of the base layer with its correction, which may be added in place."""
         convolve, stride = _CONVOLVE[len(self.stride)], self.stride
         kernel, up = factors.down.reshape(-1, *self.patch), up_projection(factors.rows, weight)
         if self.groups > 1:

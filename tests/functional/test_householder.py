@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from oracles import dense_gs, dense_product, relative_error
 from torch import Tensor
 
 from hra_fx.functional.householder import (
+    cholesky_basis,
     compact_wy,
     init_vectors,
     normalize,
@@ -170,14 +172,17 @@ def test_reflect_returns_the_dtype_of_x(dtype: torch.dtype) -> None:
     assert relative_error(y, x.double() @ dense_product(chain).mT) < bound
 
 
-# orthonormalize
+# orthonormalize, on CPUs and as GPUs compute it
+
+both = pytest.mark.parametrize("basis_of", [orthonormalize, cholesky_basis])
 
 
+@both
 @quick
-@given(widths, ranks, seeds)
-def test_orthonormalize_is_gram_schmidt(d: int, r: int, seed: int) -> None:
+@given(d=widths, r=ranks, seed=seeds)
+def test_orthonormalize_is_gram_schmidt(basis_of: Any, d: int, r: int, seed: int) -> None:
     vectors = normal(seed, d, min(r, d))
-    v = orthonormalize(vectors)
+    v = basis_of(vectors)
     triangle = v.mT @ vectors
     assert orthogonality(v) < 1e-12
     assert bool((triangle.diagonal() > 0).all())
@@ -186,26 +191,37 @@ def test_orthonormalize_is_gram_schmidt(d: int, r: int, seed: int) -> None:
     assert relative_error(explicit(v), torch.eye(d, dtype=F64) - 2 * v @ v.mT) < 1e-12
 
 
+@both
 @pytest.mark.parametrize(("d", "r"), [(1, 1), (5, 1), (5, 5), (40, 8), (64, 33)])
-def test_orthonormalize_and_its_gradient_equal_the_recurrence(d: int, r: int) -> None:
+def test_orthonormalize_and_its_gradient_equal_the_recurrence(basis_of: Any, d: int, r: int) -> None:
     vectors = normal(23, d, r).requires_grad_()
     upstream = normal(24, d, r)
-    got, wanted = orthonormalize(vectors), dense_gs(vectors)
+    got, wanted = basis_of(vectors), dense_gs(vectors)
     assert relative_error(got, wanted) < 1e-10
     gradient, wanted_gradient = (torch.autograd.grad((v * upstream).sum(), vectors)[0] for v in (got, wanted))
     assert relative_error(gradient, wanted_gradient, floor=1.0) < 1e-9
 
 
-def test_orthonormalize_survives_a_condition_number_that_breaks_the_classical_recurrence() -> None:
+@both
+def test_orthonormalize_survives_a_condition_number_that_breaks_the_classical_recurrence(basis_of: Any) -> None:
     left, right = (torch.linalg.qr(normal(seed, *shape)).Q for seed, shape in ((25, (64, 16)), (26, (16, 16))))
     vectors = (left * torch.logspace(0, -5, 16, dtype=F64)) @ right.mT
-    assert orthogonality(orthonormalize(vectors.float())) < 1e-5
+    assert orthogonality(basis_of(vectors.float())) < 1e-5
 
 
-def test_orthonormalize_does_not_depend_on_positive_scales() -> None:
+@both
+def test_orthonormalize_does_not_depend_on_positive_scales(basis_of: Any) -> None:
     vectors = normal(27, 20, 6)
     scales = torch.tensor([1e-20, 1e15, 1.0, 1e-3, 1e7, 2.0], dtype=F64)
-    assert relative_error(orthonormalize(vectors * scales), orthonormalize(vectors)) < 1e-12
+    assert relative_error(basis_of(vectors * scales), basis_of(vectors)) < 1e-12
+
+
+def test_a_failed_cholesky_factorization_is_not_a_number() -> None:
+    vectors = normal(28, 3, 20, 4)
+    vectors[1, :, 3] = 0
+    basis = cholesky_basis(vectors)
+    assert bool(basis[1].isnan().any())
+    assert relative_error(basis[::2], orthonormalize(vectors[::2])) < 1e-12
 
 
 # init_vectors

@@ -27,14 +27,16 @@ def oracle(layer: Any, vectors: Tensor, x: Tensor, *, apply_GS: bool = False, an
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("few", [False, True], ids=["many patches", "few patches"])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_outputs_and_gradients_of_every_geometry(name: str) -> None:
+def test_outputs_and_gradients_of_every_geometry(name: str, few: bool) -> None:
     layer = nn.Conv2d(**{"in_channels": 4, "out_channels": 6, **CONVOLUTIONS[name]}, dtype=F64)
-    r, apply_GS = min(3, layer.weight[0].numel()), list(CONVOLUTIONS).index(name) % 2 == 0
+    r, apply_GS = min(6 if few else 3, layer.weight[0].numel()), list(CONVOLUTIONS).index(name) % 2 == 0
     model = frozen(layer, r, apply_GS=apply_GS)
-    x = normal(1, 2, layer.in_channels, 9, 11).requires_grad_()
+    x = normal(1, *((1, layer.in_channels, 6, 7) if few else (2, layer.in_channels, 9, 11))).requires_grad_()
     box = model[0].hra_u
     output = model(x)
+    assert output.is_contiguous()
     wanted = oracle(model[0], box["default"], x, apply_GS=apply_GS, anchor=box.anchor("default"))
     assert relative_error(output, wanted) < 1e-11
     upstream = normal(2, *output.shape)
