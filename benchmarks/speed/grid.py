@@ -1,4 +1,4 @@
-"""The settings to measure, and the time for each: all of them, those of the performance targets, those for a GPU.
+"""The settings to measure, and the time for each: all of them, or those of the performance targets.
 
 The Llama of width 768 has the full grid of tokens, ranks and dtypes, the other models a sample. Budgets are seconds
 on two cores, chosen so that `make bench` takes about 40 minutes and `make bench-quick` under five.
@@ -21,7 +21,6 @@ RANKS = (8, 32)
 TOKENS = {1: 6, 16: 10, 512: 30, 2048: 40}
 STEPS: tuple[Mode, ...] = ("training", "inference")
 ONCE: tuple[Mode, ...] = ("transform", "fold")
-ON_GPU: tuple[Mode, ...] = (*STEPS, "memory", "launches")
 
 
 @dataclass(frozen=True)
@@ -103,14 +102,3 @@ def quick() -> Iterator[Job]:
     for workload, count, training_and_inference in (("resnet50", 4, (5, 4)), ("resnet50-224", 2, (12, 6))):
         for mode, seconds in zip(STEPS, training_and_inference, strict=True):
             yield Job(Setting(workload, mode, count), ("lora", "ours"), Budget(seconds))
-
-
-def gpu() -> Iterator[Job]:
-    """The settings for a GPU: bf16, width 4096, 2048 tokens."""
-    for r in RANKS:
-        for mode in ON_GPU:
-            setting = Setting("llama-4096x3", mode, 2048, "bfloat16", r, device="cuda")
-            yield Job(setting, methods_of(mode), Budget(20))
-    for mode in STEPS:
-        setting = Setting("llama-4096x3", mode, 2048, "bfloat16", compiled=True, device="cuda")
-        yield Job(setting, COMPILERS, Budget(20))

@@ -45,11 +45,15 @@ def _plain(base: nn.Module, workload: Workload, r: int) -> nn.Module:
     return base
 
 
-def _lora(base: nn.Module, workload: Workload, r: int) -> nn.Module:
+def _lora(base: nn.Module, workload: Workload, r: int, **settings: Any) -> nn.Module:
     import peft
 
-    config = peft.LoraConfig(r=r, lora_alpha=r, lora_dropout=0.0, target_modules=workload.targets)
+    config = peft.LoraConfig(r=r, lora_alpha=r, lora_dropout=0.0, target_modules=workload.targets, **settings)
     return peft.get_peft_model(base, config)
+
+
+def _dora(base: nn.Module, workload: Workload, r: int) -> nn.Module:
+    return _lora(base, workload, r, use_dora=True)
 
 
 def _oft(base: nn.Module, workload: Workload, r: int) -> nn.Module:
@@ -86,6 +90,7 @@ METHODS: dict[str, Method] = {
     "base": Method("frozen base", _plain),
     "base-again": Method("base again", _plain, own_weights=True),
     "lora": Method("PEFT LoRA", _lora),
+    "dora": Method("PEFT DoRA", _dora),
     "oft": Method("PEFT OFT", _oft),
     "peft-hra": Method("PEFT HRA", _peft_hra),
     "ours": Method("hra_fx", _ours),
@@ -94,14 +99,20 @@ METHODS: dict[str, Method] = {
 }
 
 INDUCTOR: Mapping[str, Any] = {"backend": "inductor", "dynamic": False}
+#: Inductor, whose kernels are recorded in CUDA graphs and replayed.
+REDUCE_OVERHEAD: Mapping[str, Any] = {"mode": "reduce-overhead", "dynamic": False}
 
 
-def _inductor(key: str) -> Method:
+def _compiled(key: str, name: str, settings: Mapping[str, Any]) -> Method:
     method = METHODS[key]
-    return replace(method, title=f"{method.title}, inductor", compiled=INDUCTOR)
+    return replace(method, title=f"{method.title}, {name}", compiled=settings)
 
 
-COMPILED: dict[str, Method] = {f"{key}-inductor": _inductor(key) for key in ("base", "lora", "ours")}
+_TRAINED = ("base", "lora", "dora", "oft", "peft-hra", "ours", "ours-gs")
+COMPILED: dict[str, Method] = {f"{key}-inductor": _compiled(key, "inductor", INDUCTOR) for key in _TRAINED}
+REDUCED: dict[str, Method] = {
+    f"{key}-reduced": _compiled(key, "reduce-overhead", REDUCE_OVERHEAD) for key in ("base", "lora", "ours", "ours-gs")
+}
 
 
 def _no_backend() -> str:
@@ -123,8 +134,8 @@ PASSES: dict[str, Method] = {
     "ours-no-passes": _passes("its backend, no passes", share=False, hoist=False),
 }
 
-ALL: dict[str, Method] = {**METHODS, **COMPILED, **PASSES}
+ALL: dict[str, Method] = {**METHODS, **COMPILED, **REDUCED, **PASSES}
 
 TRAINING = ("base", "base-again", "lora", "oft", "peft-hra", "ours", "ours-gs")
 INFERENCE = (*TRAINING, "folded")
-COMPILERS = (*COMPILED, *PASSES)
+COMPILERS = ("base-inductor", "lora-inductor", "ours-inductor", *PASSES)

@@ -19,13 +19,13 @@ MODES: dict[Mode, str] = {
     "transform": "insert the adapter",
     "fold": "merge it into the weights",
     "memory": "peak memory of a training step",
-    "launches": "kernels launched by a training step",
+    "gradients": "forward and backward",
+    "graphed": "CUDA graph of forward and backward",
 }
 ABSOLUTE: dict[Mode, Callable[[float], str]] = {
     "transform": seconds,
     "fold": seconds,
     "memory": megabytes,
-    "launches": lambda value: f"{value:.0f}",
 }
 #: Compared in columns of their own, where both are there.
 PAIRS = (
