@@ -27,9 +27,10 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks_launches.md"
 NOTES = """\
 A site is an adapted layer. Its launches are those of a step of the adapted model, without those of the frozen base
 model, divided by the number of sites. A step is forward and backward; the optimizer is not part of it. A launch is an
-operator that computes and calls no other one that does, as torch's profiler records it on a CPU, so views and
-allocations do not count. Of a compiled model, a launch is a kernel that inductor generated or an operator that it
-calls. On CUDA, where `make bench-gpu` counts kernels, the replay of a CUDA graph is one launch.
+operator with a kernel of its own, as torch's profiler records it on a CPU; views, allocations and what such an operator
+calls in turn do not count. In parentheses: how many times the launches of PEFT LoRA. Of a compiled model, a launch is a
+kernel that inductor generated or an operator that it calls. `make bench-gpu` counts kernels on CUDA, where the replay
+of a CUDA graph is one launch. Counts do not depend on widths, and on the number of tokens by less than 3 %.
 """
 
 

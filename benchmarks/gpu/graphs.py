@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import torch
 from speed.cuda_graph import captured
@@ -61,16 +61,23 @@ def _checked(group: str, setting: Setting, key: str, make: Make) -> Check:
     try:
         model = method.put(plain_model(setting), workload, setting.r)
         _move_off_start(model)
-        eager = run_of(model, method, setting)
-        eager()
-        wanted = _gradients(model)
-        step = make(model, eager)
-        for _ in range(3):
-            step()
-        error = _largest_error(_gradients(model), wanted)
+        error = largest_error(model, run_of(model, method, setting), make)
     except Exception as failure:
         return Check(group, words, False, reason(failure))
     return Check(group, words, error <= TOLERANCE, f"largest relative error {error:.1e}")
+
+
+def largest_error(model: nn.Module, eager: Callable[[], object], make: Make) -> float:
+    """The largest relative error of a gradient; infinite if one is missing, NaN if one is NaN."""
+    eager()
+    wanted = _gradients(model)
+    step = make(model, eager)
+    for _ in range(3):
+        step()
+    found = _gradients(model)
+    if found.keys() != wanted.keys() or not wanted:
+        return float("inf")
+    return float(torch.tensor([relative_error(found[name], wanted[name].double()) for name in wanted]).max())
 
 
 def _move_off_start(model: nn.Module) -> None:
@@ -84,10 +91,3 @@ def _move_off_start(model: nn.Module) -> None:
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
-
-
-def _largest_error(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
-    """Of all gradients; infinite if some are missing, NaN if one is NaN."""
-    if found.keys() != wanted.keys() or not wanted:
-        return float("inf")
-    return float(torch.tensor([relative_error(found[name], wanted[name].double()) for name in wanted]).max())

@@ -20,8 +20,8 @@ the ResNet blocks. Weights are random; adapters are float32. TF32 is off. Memory
 """
 SITES = """\
 A site is an adapted layer. Its launches are those of forward and backward of the adapted model, without those of the
-frozen base model, divided by the number of sites. An operator counts if it computes and calls no other one that does.
-Kernels are calls that launch a kernel, or the replay of a CUDA graph, which is one launch.
+frozen base model, divided by the number of sites. Operators are those with a kernel of their own; views and
+allocations do not count. Kernels are calls that launch a kernel, or the replay of a CUDA graph, which is one launch.
 """
 
 

@@ -52,6 +52,9 @@ def per_site(setting: Setting, methods: Sequence[str], count: Callable[[Run], Co
         setting: of mode `gradients`.
         methods: keys of `METHODS`; their compiled forms are counted if the setting is compiled.
         count: gives the launches of one run.
+
+    Raises:
+        RuntimeError: the base model could not be counted.
     """
     suffix = "-inductor" if setting.compiled else ""
     if setting.compiled:
@@ -64,14 +67,16 @@ def per_site(setting: Setting, methods: Sequence[str], count: Callable[[Run], Co
                 counts[key.removesuffix(suffix)] = _counted(step, count)
             except Exception as error:
                 left_out[key] = reason(error)
-    base = counts.pop("base", Counter[str]())
+    if "base" not in counts:
+        raise RuntimeError(f"The frozen base model could not be counted: {left_out[f'base{suffix}']}")
+    base = counts.pop("base")
     sites = len(adapted_layers(setting.workload))
     launches = {key: _difference(found, base, sites) for key, found in counts.items()}
     return PerSite(setting, base.total(), launches, {ALL[key].title: why for key, why in left_out.items()})
 
 
 def adapted_layers(workload: str) -> list[str]:
-    """The names of the layers that get an adapter, by PEFT's rule for names and for a regular expression."""
+    """The names of the layers that get an adapter, by PEFT's rules for lists and regular expressions."""
     with torch.device("meta"):
         model: nn.Module = WORKLOADS[workload].build()
     targets, names = WORKLOADS[workload].targets, [name for name, _ in model.named_modules()]

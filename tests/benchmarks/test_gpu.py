@@ -13,7 +13,7 @@ from pathlib import Path
 import oracles
 import pytest
 import torch
-from gpu import cli, correctness, dense
+from gpu import cli, correctness, dense, graphs
 from gpu.page import page
 from gpu.plan import for_gpu, smoke
 from gpu.report import Check, Report
@@ -29,16 +29,17 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = os.pathsep.join(sorted({sysconfig.get_paths()[name] for name in ("purelib", "platlib")}))
 
 
-def python(*arguments: str, path: str) -> subprocess.CompletedProcess[str]:
+def python(*arguments: str, path: str, folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-S", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-S", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.slow
 def test_it_runs_without_the_project_installed(tmp_path: Path) -> None:
-    assert "No module named 'hra_fx'" in python("-c", "import hra_fx", path=PACKAGES).stderr
+    assert "No module named 'hra_fx'" in python("-c", "import hra_fx", path=PACKAGES, folder=tmp_path).stderr
     path = os.pathsep.join([".", "benchmarks", PACKAGES])
-    done = python("-m", "gpu", "--smoke", "--out", str(tmp_path), path=path)
+    done = python("-m", "gpu", "--smoke", "--out", str(tmp_path), path=path, folder=ROOT)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "benchmarks_gpu.json").read_text())
     assert found["failures"] == {}
@@ -108,6 +109,24 @@ def test_a_part_that_fails_is_recorded_and_the_next_ones_run() -> None:
 def test_a_check_that_does_not_hold_is_told() -> None:
     report = Report({}, [Check("Group", "one", False, "why"), Check("Group", "two", None, "needs CUDA")])
     assert list(verdicts(report)) == ["Group: not so for one (why)"]
+
+
+@pytest.mark.parametrize(("factor", "error"), [(1.0, 0.0), (1.5, 0.5), (float("nan"), float("nan"))])
+def test_gradients_of_two_steps_are_compared(factor: float, error: float) -> None:
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+
+    def gradients(times: float) -> None:
+        model.zero_grad()
+        (times * model(x)).square().sum().backward()
+
+    found = graphs.largest_error(model, lambda: gradients(1.0), lambda _, __: lambda: gradients(factor**0.5))
+    assert found == pytest.approx(error, abs=1e-6, nan_ok=True)
+
+
+def test_a_gradient_that_is_missing_is_an_infinite_error() -> None:
+    model = nn.Linear(3, 2)
+    found = graphs.largest_error(model, lambda: model(torch.ones(3)).sum().backward(), lambda _, __: model.zero_grad)
+    assert found == float("inf")
 
 
 def test_all_settings_for_a_gpu_can_be_built() -> None:
