@@ -80,7 +80,7 @@ bench: $(VENV)/test.stamp ## Speed and memory compared with the base model and P
 bench-quick: $(VENV)/test.stamp ## Only the performance targets: print each as met or not (under 5 minutes).
 	PYTHONPATH=benchmarks $(BIN)/python -m speed --quick $(BENCH_FLAGS)
 
-bench-launches: $(VENV)/test.stamp ## Operators launched per adapted layer and step, compared with PEFT; write docs/benchmarks_launches.md.
+bench-launches: $(VENV)/test.stamp ## Operators launched per adapted layer and step (two minutes, and as long to compile); write docs/benchmarks_launches.md.
 	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python benchmarks/launches.py --docs $(BENCH_FLAGS)
 
 # Installs nothing: $(PYTHON) if it sees a CUDA device, or else the one of .venv.

@@ -1,10 +1,11 @@
 """Operators that adapters launch, per adapted layer and step, compared with PEFT's methods.
 
     PYTHONPATH=benchmarks python benchmarks/launches.py                      # or: make bench-launches
-    PYTHONPATH=benchmarks python benchmarks/launches.py --compiled 3 12      # depths that are compiled too (slow)
+    PYTHONPATH=benchmarks python benchmarks/launches.py --compiled 3 12      # depths that are compiled too
     PYTHONPATH=benchmarks python benchmarks/launches.py --names ours lora    # what they launch, by operator
 
-Needs peft. Prints Markdown tables, and which targets are met; with --docs writes docs/benchmarks_launches.md.
+Needs peft. Prints Markdown tables, and which targets are met; with --docs writes docs/benchmarks_launches.md. Without
+--compiled only three layers are compiled: for twelve, inductor takes many minutes.
 """
 
 from __future__ import annotations

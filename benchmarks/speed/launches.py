@@ -27,6 +27,7 @@ Run = Callable[[], object]
 _KERNEL = re.compile(r"cu(da)?(Launch(Cooperative)?Kernel|GraphLaunch)")
 #: With `torch._inductor.config.cpp.enable_kernel_profile`.
 _GENERATED_FOR_CPU = re.compile(r"(graph_\d+_)?cpp_fused_")
+GENERATED = "generated kernel"
 #: They return memory as it is, or a view that their schema does not call one.
 _ALLOCATION = re.compile(r"(new_)?empty(_|$)|_unsafe_view$|unsafe_(split|chunk)")
 
@@ -67,13 +68,15 @@ def within(event: Any) -> Iterator[str]:
     found = [name for child in event.cpu_children for name in within(child)]
     if found:
         yield from found
+    elif _GENERATED_FOR_CPU.match(event.name):
+        yield GENERATED
     elif is_launch(event.name):
         yield event.name
 
 
 @functools.cache
 def has_kernel(name: str) -> bool:
-    """Whether an event of this name is a launch, whatever it calls."""
+    """Whether an operator of this name is a launch, whatever it calls."""
     # Some overloads are TorchScript's alone, and not known to the dispatcher.
     names = _dispatched().intersection(overload.name() for overload in _computing(name))
     return any(torch._C._dispatch_has_kernel_for_dispatch_key(one, key) for one in names for key in ("CPU", "CUDA"))
@@ -86,12 +89,12 @@ def _dispatched() -> frozenset[str]:
 
 @functools.cache
 def is_launch(name: str) -> bool:
-    """Whether an event of this name is a launch if it calls none.
+    """Whether an operator of this name is a launch if it calls none.
 
     >>> [is_launch(f"aten::{name}") for name in ("mm", "add_", "transpose", "detach_", "empty_like", "item")]
     [True, True, False, False, False, False]
     """
-    return bool(_computing(name)) or _GENERATED_FOR_CPU.match(name) is not None
+    return bool(_computing(name))
 
 
 def _computing(name: str) -> list[Any]:
