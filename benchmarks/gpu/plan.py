@@ -22,7 +22,8 @@ class Plan:
     Attributes:
         device: `cuda` or `cpu`.
         width: of the Linear, and `channels` of the Conv2d, that are compared with float64 products.
-        waiting: settings in which the host must not wait, of mode `gradients`.
+        waiting: settings in which the host must not wait, of mode `gradients`; no Llama, in which transformers makes
+            the host wait for a value of its mask.
         graphs: settings that are captured, of mode `gradients` in float32; the first is compiled too.
         measured: settings whose steps are measured, with the methods, and `rounds` the most rounds of one.
         launches: settings in which launches are counted, of mode `gradients`, with the methods.
@@ -40,12 +41,11 @@ class Plan:
 
 def for_gpu() -> Plan:
     """bf16 at the shapes of real models."""
-    llama, blocks = "llama-2048x8", "resnet-blocks"
     return Plan(
         device="cuda",
         width=2048,
         channels=128,
-        waiting=[_on_gpu(llama, "gradients", 128), _on_gpu(blocks, "gradients", 1)],
+        waiting=[_on_gpu("vit-large", "gradients", 1), _on_gpu("resnet-blocks", "gradients", 1)],
         graphs=[
             Setting("llama-64x3", "gradients", 256, device="cuda"),
             Setting("resnet-blocks-32", "gradients", 2, device="cuda"),
@@ -95,7 +95,7 @@ def smoke() -> Plan:
         device="cpu",
         width=64,
         channels=8,
-        waiting=[Setting("llama-64x1", "gradients", 16, "bfloat16"), Setting("resnet-blocks-32", "gradients", 1)],
+        waiting=[Setting("vit-64", "gradients", 1, "bfloat16"), Setting("resnet-blocks-32", "gradients", 1)],
         graphs=[Setting("llama-64x1", "gradients", 16)],
         measured=[
             *((Setting(workload, "training", size, "bfloat16"), METHODS) for workload, size in sizes.items()),

@@ -1,4 +1,7 @@
-"""Whether the host waits for the device in a training step, or when adapters are switched."""
+"""Whether the host waits for the device in a training step, or when adapters are switched.
+
+On a CPU, where nothing waits, operators whose result depends on values are looked for: on CUDA the host waits in them.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from speed.models import WORKLOADS
 from speed.setting import Setting
 from speed.steps import plain_model, run_of
 from speed.timing import reason
+from torch.profiler import ProfilerActivity, profile
 
 from gpu.report import Check
 
@@ -54,13 +58,28 @@ def _switching(setting: Setting) -> Callable[[], object]:
 def _checked(words: str, run: Callable[[], object], setting: Setting) -> Check:
     run()  # libraries may wait when they are loaded
     if setting.device == "cpu":
-        return Check(GROUP, words, None, "needs CUDA")
+        found = sorted(reading_values(run))
+        return Check(GROUP, words, not found, f"on a CPU, operators that read values: {', '.join(found) or 'none'}")
     try:
         with _waiting_is_an_error():
             run()
     except RuntimeError as error:
         return Check(GROUP, words, False, reason(error))
     return Check(GROUP, words, True, "")
+
+
+def reading_values(run: Callable[[], object]) -> set[str]:
+    """The operators of one run whose result, or its shape, depends on values."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run()
+    # `index` is tagged for masks, of which it calls `nonzero`.
+    names = {event.key for event in profiler.key_averages() if event.key.startswith("aten::")} - {"aten::index"}
+    return {name for name in names if _reads_values(getattr(torch.ops.aten, name.removeprefix("aten::")))}
+
+
+def _reads_values(packet: Any) -> bool:
+    tags = {tag for overload in packet.overloads() for tag in getattr(packet, overload).tags}
+    return torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags
 
 
 @contextmanager

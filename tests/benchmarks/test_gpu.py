@@ -13,7 +13,7 @@ from pathlib import Path
 import oracles
 import pytest
 import torch
-from gpu import cli, correctness, dense, graphs
+from gpu import cli, correctness, dense, graphs, waiting
 from gpu.page import page
 from gpu.plan import for_gpu, smoke
 from gpu.report import Check, Report
@@ -45,6 +45,8 @@ def test_it_runs_without_the_project_installed(tmp_path: Path) -> None:
     assert found["failures"] == {}
     assert [check["holds"] for check in found["checks"] if check["group"] == "Correctness"] == [True] * 8
     assert {check["detail"] for check in found["checks"] if check["holds"] is None} == {"needs CUDA"}
+    waits = [check["holds"] for check in found["checks"] if check["group"] == "The host does not wait for the device"]
+    assert waits == [True] * 9
     for cell in found["cells"]:
         needs_cuda = cell["setting"]["mode"] == "graphed"
         assert (cell["measured"]["values"] == {}) is needs_cuda
@@ -127,6 +129,13 @@ def test_a_gradient_that_is_missing_is_an_infinite_error() -> None:
     model = nn.Linear(3, 2)
     found = graphs.largest_error(model, lambda: model(torch.ones(3)).sum().backward(), lambda _, __: model.zero_grad)
     assert found == float("inf")
+
+
+def test_operators_that_read_values_are_found() -> None:
+    x = torch.ones(3)
+    assert waiting.reading_values(lambda: (x @ x, x.view(3, 1).sum(), torch.where(x > 0, x, 0))) == set()
+    assert waiting.reading_values(lambda: x.sum().item()) == {"aten::item", "aten::_local_scalar_dense"}
+    assert waiting.reading_values(lambda: (torch.equal(x, x + 1), x[x > 0])) == {"aten::equal", "aten::nonzero"}
 
 
 def test_all_settings_for_a_gpu_can_be_built() -> None:
