@@ -83,8 +83,8 @@ bench-quick: $(VENV)/test.stamp ## Only the performance targets: print each as m
 bench-launches: $(VENV)/test.stamp ## Operators launched per adapted layer and step (two minutes, and as long to compile); write docs/benchmarks_launches.md.
 	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python benchmarks/launches.py --docs $(BENCH_FLAGS)
 
-# Installs nothing: $(PYTHON) if it sees a CUDA device, or else the one of .venv.
-CUDA_PYTHON = $(shell $(PYTHON) -c 'import torch; torch.cuda.current_device()' 2>/dev/null && echo $(PYTHON) || echo $(BIN)/python)
+# Installs nothing: $(PYTHON) if it sees a CUDA device, or else the one of .venv if it is there.
+CUDA_PYTHON = $(shell { $(PYTHON) -c 'import torch; torch.cuda.current_device()' && echo $(PYTHON) || ls $(BIN)/python || echo $(PYTHON); } 2>/dev/null)
 bench-gpu: ## Correctness, speed, memory and kernels on a CUDA device (under 9 minutes); write docs/benchmarks_gpu.md.
 	PYTHONPATH=.:benchmarks $(CUDA_PYTHON) -m gpu --docs $(BENCH_FLAGS)
 
