@@ -92,11 +92,11 @@ def quick() -> Iterator[Job]:
         yield Job(Setting(LLAMA, "training", tokens), with_gs if tokens in (16, 512) else pair, Budget(seconds))
     for tokens, seconds in {512: 8, 2048: 20}.items():
         yield Job(Setting(LLAMA, "training", tokens, "bfloat16"), pair, Budget(seconds))
-    for tokens, seconds in {16: 5, 512: 12}.items():
+    for tokens, seconds in {16: 5, 512: 10}.items():
         compiled = Setting(LLAMA, "training", tokens, compiled=True)
         yield Job(compiled, ("lora-inductor", "ours-inductor"), Budget(seconds))
     folded = ("base", "base-again", *pair, "folded")
-    for tokens, seconds in {1: 2, 16: 3, 512: 14, 2048: 14}.items():
+    for tokens, seconds in {1: 2, 16: 3, 512: 12, 2048: 10}.items():
         yield Job(Setting(LLAMA, "inference", tokens), folded if tokens in (16, 512) else pair, Budget(seconds))
     yield Job(Setting(LLAMA, "inference", 512, "bfloat16"), pair, Budget(4))
     for tokens in (512, 2048):

@@ -9,9 +9,9 @@ says otherwise. See [how it was measured](#how-it-was-measured).
 """
 
 TABLES = """\
-In the tables below, the first method has a time and the others their time divided by it; in tables of memory and setup
-all have units. "hra_fx, GS" applies Gram-Schmidt, and "folded" is hra_fx merged into the weights. The last column
-divides the times of the same rounds, so it can differ from the quotient of two columns.
+In each row of the tables below, the first method has a time and the others their time divided by it; in tables of
+memory and setup all have units. "hra_fx, GS" applies Gram-Schmidt, and "folded" is hra_fx merged into the weights.
+The last column divides the times of the same rounds, so it can differ from the quotient of two columns.
 """
 
 METHOD = """\

@@ -55,7 +55,8 @@ def rows(group: Sequence[Cell]) -> Iterator[str]:
     names = [ALL[key].title for key in methods]
     yield from _head(labels, [*names, *(f"{ALL[own].title} / {ALL[peer].title}" for own, peer in pairs)])
     for cell in group:
-        numbers = [_number(cell, key, methods[0], absolute) for key in methods]
+        first = next((key for key in methods if key in cell.measured.values), "")
+        numbers = [_number(cell, key, first, absolute) for key in methods]
         named = [columns(cell.setting)[label] for label in labels]
         yield _row([*named, *numbers, *(_share(cell, *pair) for pair in pairs)])
 
@@ -110,7 +111,7 @@ def _row(texts: Sequence[str]) -> str:
 
 
 def _number(cell: Cell, key: str, first: str, absolute: Callable[[float], str] | None) -> str:
-    """A value with a unit for the first method, and for the others the ratio to it."""
+    """A value with a unit for the first method of a row, and for the others the ratio to it."""
     if absolute is None and key != first:
         return _share(cell, key, first)
     value = median(cell.measured.values.get(key, []))
