@@ -1,7 +1,6 @@
 """Who is measured: one entry for each way to adapt a model, or not to.
 
-A new variant of ours is one more entry: in `METHODS` where it is run as it stands, in `PASSES` where a compiler backend
-does it. The lists below say which of them take part in which table.
+A new variant of ours is one more entry in `METHODS`. The lists below say which of them take part in which table.
 """
 
 from __future__ import annotations
@@ -17,10 +16,6 @@ from speed.models import Workload
 OFT_BLOCK = 32
 
 
-def _available() -> str:
-    return ""
-
-
 @dataclass(frozen=True)
 class Method:
     """One way to run a model.
@@ -31,14 +26,12 @@ class Method:
         own_weights: whether the base weights are a copy of its own. The others share them, so that where a weight
             happens to lie in memory is no part of a ratio.
         compiled: keywords of `torch.compile`, for those that are compiled.
-        missing: why it cannot take part here, or nothing.
     """
 
     title: str
     put: Callable[[nn.Module, Workload, int], nn.Module]
     own_weights: bool = False
     compiled: Mapping[str, Any] | None = None
-    missing: Callable[[], str] = _available
 
 
 def _plain(base: nn.Module, workload: Workload, r: int) -> nn.Module:
@@ -115,27 +108,8 @@ REDUCED: dict[str, Method] = {
 }
 
 
-def _no_backend() -> str:
-    from torch._dynamo import list_backends
-
-    return "" if "hra_fx" in list_backends(exclude_tags=()) else 'torch knows no backend "hra_fx" here'
-
-
-def _passes(title: str, **options: bool) -> Method:
-    compiled = {"backend": "hra_fx", "dynamic": False, "options": options}  # and then inductor
-    return Method(f"hra_fx, {title}", _ours, compiled=compiled, missing=_no_backend)
-
-
-#: Ours with each pass on and off.
-PASSES: dict[str, Method] = {
-    "ours-passes": _passes("its backend", share=True, hoist=True),
-    "ours-no-share": _passes("its backend without share", share=False, hoist=True),
-    "ours-no-hoist": _passes("its backend without hoist", share=True, hoist=False),
-    "ours-no-passes": _passes("its backend, no passes", share=False, hoist=False),
-}
-
-ALL: dict[str, Method] = {**METHODS, **COMPILED, **REDUCED, **PASSES}
+ALL: dict[str, Method] = {**METHODS, **COMPILED, **REDUCED}
 
 TRAINING = ("base", "base-again", "lora", "oft", "peft-hra", "ours", "ours-gs")
 INFERENCE = (*TRAINING, "folded")
-COMPILERS = ("base-inductor", "lora-inductor", "ours-inductor", *PASSES)
+COMPILERS = ("base-inductor", "lora-inductor", "ours-inductor")

@@ -29,9 +29,6 @@ def steps_of(
     steps, left_out = dict[str, Step](), dict[str, str]()
     for key in methods:
         method = known[key]
-        if missing := method.missing():
-            left_out[key] = missing
-            continue
         try:
             model = method.put(copy_of(plain, own_weights=method.own_weights), WORKLOADS[setting.workload], setting.r)
             steps[key] = step_of(model, method, setting)

@@ -54,7 +54,7 @@ def test_it_runs_without_the_project_installed(tmp_path: Path) -> None:
     assert all(found["launches"]["operators"][0]["launches"][key] for key in ("lora", "ours", "ours-gs"))
     text = (tmp_path / "benchmarks_gpu.md").read_text()
     assert "## Correctness" in text
-    assert "### ResNet blocks of 32, 64 channels, latents of 16: training step" in text
+    assert "| ResNet blocks of 32, 64 channels, latents of 16 | 1 image " in text
 
 
 def test_without_a_device_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The page: its plot, its link to that of a GPU, and its caveats."""
+"""The page: its order, the summary, the plot, and what makes it unsure."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from speed.page import page, write
 from speed.plot import plotted
 from speed.results import Cell, Results
 from speed.setting import Setting
+from speed.summary import summary
+from speed.table import tables
 from speed.timing import Measured
 
 
@@ -22,14 +24,52 @@ def test_a_plot_is_drawn_of_two_sizes_or_more(tmp_path: Path) -> None:
     files = write(results, tmp_path)
     assert [file.name for file in files] == ["benchmarks.md", "benchmarks.svg"]
     assert "](benchmarks.svg)" in files[0].read_text()
-    assert "PEFT LoRA" in files[1].read_text()
+    drawn = files[1].read_text()
+    assert "PEFT LoRA" in drawn
+    assert "5.0×" in drawn, "the value of PEFT HRA, which has an axis of its own"
+    curves = drawn[: drawn.index('id="legend_')]
+    assert curves.rindex("#d55e00") > curves.rindex("#0072b2"), "hra_fx is in front of LoRA"
 
 
-def test_the_page_of_a_gpu_is_linked_if_it_is_there(tmp_path: Path) -> None:
-    assert "](benchmarks_gpu.md)" not in page(Results({"run": "full"}))
-    (tmp_path / "benchmarks_gpu.md").touch()
-    (file,) = write(Results({"run": "full"}), tmp_path)
-    assert "[benchmarks_gpu.md](benchmarks_gpu.md)" in file.read_text()
+def test_results_come_first_and_targets_last() -> None:
+    cell = Cell(Setting(grid.LLAMA, "training", 512), Measured({"base": [1.0], "lora": [2.0], "ours": [1.5]}))
+    text = page(Results({"run": "full", "torch": "2.10"}, [cell]), plot="benchmarks.svg")
+    parts = [
+        "hra_fx / PEFT LoRA",
+        "](benchmarks.svg)",
+        "### Training step",
+        "| torch | 2.10 |",
+        "## Performance targets",
+    ]
+    places = [text.index(part) for part in parts]
+    assert places == sorted(places)
+
+
+def test_the_summary_divides_by_each_peer() -> None:
+    eager = Measured({"base": [1.0], "lora": [2.0], "peft-hra": [30.0], "ours": [1.5]})
+    compiled = Measured({"base-inductor": [1.0], "lora-inductor": [2.0], "ours-inductor": [0.5]})
+    folded = Measured({"base": [4.0], "folded": [4.0]})
+    cells = [
+        Cell(Setting(grid.LLAMA, "training", 512), eager),
+        Cell(Setting(grid.LLAMA, "training", 512, compiled=True), compiled),
+        Cell(Setting(grid.LLAMA, "inference", 512), folded),
+    ]
+    assert list(summary(Results({}, cells)))[2:] == [
+        "| training step, 512 tokens | 1.50 s | 0.75 | 0.050 | 1.50 |",
+        "| training step, 512 tokens, compiled | 500 ms | 0.25 | - | 0.50 |",
+        "| inference, 512 tokens, folded | 4.00 s | - | - | 1.00 |",
+    ]
+
+
+def test_other_models_share_a_table_and_say_which_they_are() -> None:
+    values: dict[str, list[float | None]] = {"base": [2.0, 2.0], "base-again": [2.1, 2.1], "ours": [3.0, 3.0]}
+    cells = [Cell(Setting(model, "training", 4), Measured(dict(values))) for model in ("vit", "resnet50", grid.LLAMA)]
+    text = "\n".join(tables(cells))
+    assert "### Training step: other models, float32, r=8" in text
+    assert "| ResNet-50, its 3x3 convolutions, images of 64 | 4 images | 2.00 s | 1.50 |" in text
+    assert "### Training step: Llama, d=768, 3 layers, float32, r=8" in text
+    assert "\n| 4 tokens | 2.00 s | 1.50 |" in text
+    assert text.count("Noise: a copy of the base model takes 1.05.") == 2
 
 
 @pytest.mark.parametrize(
