@@ -36,7 +36,7 @@ BROWSER   = test -n "$$(which $(BROWSERS))" || { test "$$(id -u)" = 0 && which a
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-language demo-vision test test-all test-versions test-lowest test-newest zoo export-table bench-disk bench-frozen bench-quantized check format clean
+.PHONY: help demo demo-language demo-vision test test-all test-versions test-lowest test-newest zoo export-table bench bench-quick bench-launches bench-gpu bench-disk bench-frozen bench-quantized check format clean
 
 help: ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,8 +80,13 @@ bench: $(VENV)/test.stamp ## Speed and memory compared with the base model and P
 bench-quick: $(VENV)/test.stamp ## Only the performance targets: print each as met or not (under 5 minutes).
 	PYTHONPATH=benchmarks $(BIN)/python -m speed --quick $(BENCH_FLAGS)
 
-bench-gpu: $(VENV)/test.stamp ## The same in bf16 at width 4096 on a CUDA device, and write docs/benchmarks_gpu.md.
-	PYTHONPATH=benchmarks $(BIN)/python -m speed --gpu --docs $(BENCH_FLAGS)
+bench-launches: $(VENV)/test.stamp ## Operators launched per adapted layer and step (two minutes, and as long to compile); write docs/benchmarks_launches.md.
+	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python benchmarks/launches.py --docs $(BENCH_FLAGS)
+
+# Installs nothing: $(PYTHON) if it sees a CUDA device, or else the one of .venv if it is there.
+CUDA_PYTHON = $(shell { $(PYTHON) -c 'import torch; torch.cuda.current_device()' && echo $(PYTHON) || ls $(BIN)/python || echo $(PYTHON); } 2>/dev/null)
+bench-gpu: ## Correctness, speed, memory and kernels on a CUDA device (under 9 minutes); write docs/benchmarks_gpu.md.
+	PYTHONPATH=.:benchmarks $(CUDA_PYTHON) -m gpu --docs $(BENCH_FLAGS)
 
 bench-frozen: $(VENV)/test.stamp ## Print the speedup by freeze in exported and compiled programs (two minutes).
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/frozen.py

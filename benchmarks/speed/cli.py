@@ -2,7 +2,6 @@
 
     PYTHONPATH=benchmarks python -m speed                          # everything, about 40 minutes on two cores
     PYTHONPATH=benchmarks python -m speed --quick                  # the performance targets, under five minutes
-    PYTHONPATH=benchmarks python -m speed --gpu                    # bf16 at width 4096, on a CUDA device
     PYTHONPATH=benchmarks python -m speed --only 'bert' --budget 0.1
 
 Results go to build/speed as JSON; docs/ is written only with --docs.
@@ -11,7 +10,6 @@ Results go to build/speed as JSON; docs/ is written only with --docs.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,10 +27,7 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    which = parser.add_mutually_exclusive_group()
-    for name in ("quick", "gpu"):
-        which.add_argument(f"--{name}", action="store_const", const=name, dest="run")
-    parser.set_defaults(run="full")
+    parser.add_argument("--quick", action="store_const", const="quick", default="full", dest="run")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="only settings with all these words")
     parser.add_argument("--budget", type=float, default=1.0, metavar="TIMES", help="factor for the time per setting")
     parser.add_argument(
@@ -51,27 +46,17 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write the results."""
     options = options_of(arguments)
-    if options.read is None and options.run == "gpu" and not _has_cuda():
-        print("make bench-gpu: torch sees no CUDA device, so nothing was measured.", file=sys.stderr)
-        return 1
     results = load(options.read) if options.read else measure(options)
     if options.read is None:
         print(f"\n{results.about['minutes']} minutes; the results are in {_shown(options.json)}.")
     print("\n" + "\n".join(tables(results.cells, warm_compiler=results.about["run"] == "quick")))
-    if results.about["run"] != "gpu":
-        print(as_text(findings(results)))
+    print(as_text(findings(results)))
     print(*caveats(results.about), sep="\n")
     if options.docs:
         from speed.page import write
 
         print(*(f"Written: {_shown(file)}" for file in write(results, options.docs)), sep="\n")
     return 0
-
-
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def _shown(file: Path) -> str:

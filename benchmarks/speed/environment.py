@@ -25,7 +25,7 @@ def environment(run: str, *, whole: bool = True, by_processor: bool = False) -> 
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "commit": commit(),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        **{name: version(name) for name in PACKAGES},
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -34,6 +34,14 @@ def environment(run: str, *, whole: bool = True, by_processor: bool = False) -> 
     if torch.cuda.is_available():
         about["card"] = torch.cuda.get_device_name()
     return about
+
+
+def version(package: str) -> str:
+    """The version of a package, which may be missing."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def busy() -> float:

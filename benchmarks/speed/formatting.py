@@ -1,4 +1,4 @@
-"""Format ratios, times and sizes with about three significant digits."""
+"""Format ratios, times and sizes with two or three significant digits."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ def share(value: float) -> str:
     """Format a ratio.
 
     >>> share(0.0123), share(0.98765), share(1.0234), share(12.3456), share(123.4)
-    ('0.0123', '0.988', '1.023', '12.3', '123')
+    ('0.012', '0.99', '1.02', '12.3', '123')
     """
-    if value < 0.1:
-        return f"{value:.4f}"
-    return f"{value:.3f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+    digits = 3 if value < 0.1 else 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:.{digits}f}"
 
 
 def seconds(value: float) -> str:
@@ -30,6 +29,6 @@ def megabytes(value: float) -> str:
     """Format a size.
 
     >>> megabytes(123_456_789)
-    '123.5 MB'
+    '123 MB'
     """
-    return f"{value / 1e6:,.1f} MB"
+    return f"{value / 1e6:,.0f} MB" if value >= 1e8 else f"{value / 1e6:.1f} MB"

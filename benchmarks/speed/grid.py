@@ -1,7 +1,7 @@
-"""The settings to measure, and the time for each: all of them, those of the performance targets, those for a GPU.
+"""The settings to measure, and the time for each: all of them, or those of the performance targets.
 
 The Llama of width 768 has the full grid of tokens, ranks and dtypes, the other models a sample. Budgets are seconds
-on two cores, chosen so that `make bench` takes about 40 minutes and `make bench-quick` under five.
+on two cores, chosen so that `make bench` takes about 40 minutes and `make bench-quick` about five.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ RANKS = (8, 32)
 TOKENS = {1: 6, 16: 10, 512: 30, 2048: 40}
 STEPS: tuple[Mode, ...] = ("training", "inference")
 ONCE: tuple[Mode, ...] = ("transform", "fold")
-ON_GPU: tuple[Mode, ...] = (*STEPS, "memory", "launches")
 
 
 @dataclass(frozen=True)
@@ -87,30 +86,20 @@ def _sample() -> Iterator[Job]:
 
 def quick() -> Iterator[Job]:
     """Only the settings of the performance targets."""
-    some = Budget(34)
-    trained = ("base", "lora", "peft-hra", "ours", "ours-gs")
-    yield Job(Setting(LLAMA, "training", 512), trained, some)
-    yield Job(Setting(LLAMA, "training", 16), trained, replace(some, seconds=10))
-    for workload, rounds in (("llama-4096x1", Budget(0, least=3, least_slow=1)), ("linear-4096", Budget(0, least=3))):
-        yield Job(Setting(workload, "training", 64), ("base", "peft-hra", "ours"), rounds)
-    for tokens, seconds in ((512, 15), (16, 5)):
-        compilers = ("base-inductor", "lora-inductor", "ours-inductor", "ours-passes")
-        yield Job(Setting(LLAMA, "training", tokens, compiled=True), compilers, Budget(seconds))
-    yield Job(Setting(LLAMA, "memory", 512), ("lora", "ours", "ours-gs"), Budget(0, least=1))
-    for tokens, seconds in ((512, 14), (16, 3)):
-        unfolded_and_folded = ("base", "base-again", "lora", "ours", "folded")
-        yield Job(Setting(LLAMA, "inference", tokens), unfolded_and_folded, Budget(seconds))
+    pair, with_gs = ("lora", "ours"), ("lora", "ours", "ours-gs")
+    for tokens, seconds in {1: 4, 16: 8, 512: 20, 2048: 30}.items():
+        yield Job(Setting(LLAMA, "training", tokens), with_gs if tokens in (16, 512) else pair, Budget(seconds))
+    for tokens, seconds in {512: 8, 2048: 20}.items():
+        yield Job(Setting(LLAMA, "training", tokens, "bfloat16"), pair, Budget(seconds))
+    for tokens, seconds in {16: 5, 512: 10}.items():
+        compiled = Setting(LLAMA, "training", tokens, compiled=True)
+        yield Job(compiled, ("lora-inductor", "ours-inductor"), Budget(seconds))
+    folded = ("base", "base-again", *pair, "folded")
+    for tokens, seconds in {1: 2, 16: 3, 512: 12, 2048: 10}.items():
+        yield Job(Setting(LLAMA, "inference", tokens), folded if tokens in (16, 512) else pair, Budget(seconds))
+    yield Job(Setting(LLAMA, "inference", 512, "bfloat16"), pair, Budget(4))
+    for tokens in (512, 2048):
+        yield Job(Setting(LLAMA, "memory", tokens), with_gs if tokens == 512 else pair, Budget(0, least=1))
     for workload, count, training_and_inference in (("resnet50", 4, (5, 4)), ("resnet50-224", 2, (12, 6))):
         for mode, seconds in zip(STEPS, training_and_inference, strict=True):
-            yield Job(Setting(workload, mode, count), ("lora", "ours"), Budget(seconds))
-
-
-def gpu() -> Iterator[Job]:
-    """The settings for a GPU: bf16, width 4096, 2048 tokens."""
-    for r in RANKS:
-        for mode in ON_GPU:
-            setting = Setting("llama-4096x3", mode, 2048, "bfloat16", r, device="cuda")
-            yield Job(setting, methods_of(mode), Budget(20))
-    for mode in STEPS:
-        setting = Setting("llama-4096x3", mode, 2048, "bfloat16", compiled=True, device="cuda")
-        yield Job(setting, COMPILERS, Budget(20))
+            yield Job(Setting(workload, mode, count), pair, Budget(seconds))

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 from speed import memory
 from speed.grid import Job
-from speed.launches import all_launches
 from speed.once import steps_once
 from speed.results import Cell
 from speed.steps import steps_of
@@ -25,12 +24,7 @@ def carry_out(job: Job, measure: Measure = clocked) -> Cell:
     if setting.compiled:
         start_compiling_anew()
     steps, left_out = steps_of(setting, job.methods)
-    if setting.mode == "memory":
-        measured = memory.peaks_on_cuda(steps)
-    elif setting.mode == "launches":
-        measured = all_launches(steps)
-    else:
-        measured = interleave(steps, job.budget, measure)
+    measured = memory.peaks_on_cuda(steps) if setting.mode == "memory" else interleave(steps, job.budget, measure)
     return Cell(setting, Measured(measured.values, measured.first, left_out | measured.left_out))
 
 

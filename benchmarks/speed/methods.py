@@ -1,7 +1,6 @@
 """Who is measured: one entry for each way to adapt a model, or not to.
 
-A new variant of ours is one more entry: in `METHODS` where it is run as it stands, in `PASSES` where a compiler backend
-does it. The lists below say which of them take part in which table.
+A new variant of ours is one more entry in `METHODS`. The lists below say which of them take part in which table.
 """
 
 from __future__ import annotations
@@ -17,10 +16,6 @@ from speed.models import Workload
 OFT_BLOCK = 32
 
 
-def _available() -> str:
-    return ""
-
-
 @dataclass(frozen=True)
 class Method:
     """One way to run a model.
@@ -31,25 +26,27 @@ class Method:
         own_weights: whether the base weights are a copy of its own. The others share them, so that where a weight
             happens to lie in memory is no part of a ratio.
         compiled: keywords of `torch.compile`, for those that are compiled.
-        missing: why it cannot take part here, or nothing.
     """
 
     title: str
     put: Callable[[nn.Module, Workload, int], nn.Module]
     own_weights: bool = False
     compiled: Mapping[str, Any] | None = None
-    missing: Callable[[], str] = _available
 
 
 def _plain(base: nn.Module, workload: Workload, r: int) -> nn.Module:
     return base
 
 
-def _lora(base: nn.Module, workload: Workload, r: int) -> nn.Module:
+def _lora(base: nn.Module, workload: Workload, r: int, **settings: Any) -> nn.Module:
     import peft
 
-    config = peft.LoraConfig(r=r, lora_alpha=r, lora_dropout=0.0, target_modules=workload.targets)
+    config = peft.LoraConfig(r=r, lora_alpha=r, lora_dropout=0.0, target_modules=workload.targets, **settings)
     return peft.get_peft_model(base, config)
+
+
+def _dora(base: nn.Module, workload: Workload, r: int) -> nn.Module:
+    return _lora(base, workload, r, use_dora=True)
 
 
 def _oft(base: nn.Module, workload: Workload, r: int) -> nn.Module:
@@ -86,6 +83,7 @@ METHODS: dict[str, Method] = {
     "base": Method("frozen base", _plain),
     "base-again": Method("base again", _plain, own_weights=True),
     "lora": Method("PEFT LoRA", _lora),
+    "dora": Method("PEFT DoRA", _dora),
     "oft": Method("PEFT OFT", _oft),
     "peft-hra": Method("PEFT HRA", _peft_hra),
     "ours": Method("hra_fx", _ours),
@@ -94,37 +92,24 @@ METHODS: dict[str, Method] = {
 }
 
 INDUCTOR: Mapping[str, Any] = {"backend": "inductor", "dynamic": False}
+#: Inductor, whose kernels are recorded in CUDA graphs and replayed.
+REDUCE_OVERHEAD: Mapping[str, Any] = {"mode": "reduce-overhead", "dynamic": False}
 
 
-def _inductor(key: str) -> Method:
+def _compiled(key: str, name: str, settings: Mapping[str, Any]) -> Method:
     method = METHODS[key]
-    return replace(method, title=f"{method.title}, inductor", compiled=INDUCTOR)
+    return replace(method, title=f"{method.title}, {name}", compiled=settings)
 
 
-COMPILED: dict[str, Method] = {f"{key}-inductor": _inductor(key) for key in ("base", "lora", "ours")}
-
-
-def _no_backend() -> str:
-    from torch._dynamo import list_backends
-
-    return "" if "hra_fx" in list_backends(exclude_tags=()) else 'torch knows no backend "hra_fx" here'
-
-
-def _passes(title: str, **options: bool) -> Method:
-    compiled = {"backend": "hra_fx", "dynamic": False, "options": options}  # and then inductor
-    return Method(f"hra_fx, {title}", _ours, compiled=compiled, missing=_no_backend)
-
-
-#: Ours with each pass on and off.
-PASSES: dict[str, Method] = {
-    "ours-passes": _passes("its backend", share=True, hoist=True),
-    "ours-no-share": _passes("its backend without share", share=False, hoist=True),
-    "ours-no-hoist": _passes("its backend without hoist", share=True, hoist=False),
-    "ours-no-passes": _passes("its backend, no passes", share=False, hoist=False),
+_TRAINED = ("base", "lora", "dora", "oft", "peft-hra", "ours", "ours-gs")
+COMPILED: dict[str, Method] = {f"{key}-inductor": _compiled(key, "inductor", INDUCTOR) for key in _TRAINED}
+REDUCED: dict[str, Method] = {
+    f"{key}-reduced": _compiled(key, "reduce-overhead", REDUCE_OVERHEAD) for key in ("base", "lora", "ours", "ours-gs")
 }
 
-ALL: dict[str, Method] = {**METHODS, **COMPILED, **PASSES}
+
+ALL: dict[str, Method] = {**METHODS, **COMPILED, **REDUCED}
 
 TRAINING = ("base", "base-again", "lora", "oft", "peft-hra", "ours", "ours-gs")
 INFERENCE = (*TRAINING, "folded")
-COMPILERS = (*COMPILED, *PASSES)
+COMPILERS = ("base-inductor", "lora-inductor", "ours-inductor")

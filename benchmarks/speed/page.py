@@ -1,60 +1,52 @@
-"""docs/benchmarks.md: the machine, the method, all tables, and the performance targets."""
+"""docs/benchmarks.md: the results, then the method, and last the performance targets."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from speed.environment import caveats
-from speed.notes import ON_CPU, ON_GPU
+from speed.notes import METHOD, SUMMARY, TABLES, TARGETS
 from speed.results import Cell, Results
+from speed.summary import summary
 from speed.table import tables
-from speed.target_report import FLOOR, as_table, noises
+from speed.target_report import as_table, count_met
 from speed.targets import findings
 
 SETUP = "Setup and generation"
-SECTIONS = ("Eager", "Compiled", "Memory", SETUP)
+SECTIONS = ("Training and inference", "Compiled", "Memory", SETUP)
+#: The space between a number and its unit, where a narrow column of a table would break the line.
+SPACE = re.compile(r"(?<=\d) (?=(ms|s|MB|tokens?|images?)\b)")
 
 
-def page(results: Results, plot: str = "", gpu_page: str = "") -> str:
+def page(results: Results, plot: str = "") -> str:
     """The whole page.
 
     Args:
         results: the results of a run.
         plot: file name of the plot.
-        gpu_page: file name of the page for a GPU, if there is one.
     """
-    gpu = results.about.get("run") == "gpu"
-    return "\n".join([*_head(results, gpu), *_body(results, plot), *([] if gpu else _targets(results, gpu_page))])
+    lines = [*_head(results), *_results(results, plot), *_method(results), *_targets(results)]
+    return "\n".join(SPACE.sub("\N{NO-BREAK SPACE}", line) if line.startswith("|") else line for line in lines)
 
 
-def _head(results: Results, gpu: bool) -> Iterator[str]:
-    run = str(results.about.get("run"))
-    yield from (f"# Speed and memory{' on a GPU' * gpu}", "")
-    yield from (f"Written by `make bench{'' if run == 'full' else '-' + run}`; do not edit.", "")
-    if run == "quick":
+def _head(results: Results) -> Iterator[str]:
+    quick = results.about.get("run") == "quick"
+    yield from (f"<!-- Written by make bench{'-quick' * quick}; do not edit. -->", "# Speed and memory", "")
+    if quick:
         yield from ("This is the short run, which measures only the performance targets.", "")
     yield from (word for doubt in caveats(results.about) for word in (f"**{doubt}**", ""))
-    yield from ("| | |", "|---|---|")
-    yield from (f"| {key} | {value} |" for key, value in results.about.items() if key != "run")
-    yield from ("", ON_GPU if gpu else ON_CPU)
 
 
-def _targets(results: Results, gpu_page: str) -> Iterator[str]:
-    found = findings(results)
-    met = sum(finding.met for finding in found)
-    yield from (f"## Performance targets: {met} of {len(found)} met", "", FLOOR, *as_table(found), "")
-    yield from (word for noise in noises(found) for word in (noise, ""))
-    yield from ("## On a GPU", "")
-    if gpu_page:
-        yield from (f"See [{gpu_page}]({gpu_page}).", "")
-    else:
-        yield from ("Not measured: there was no CUDA device. `make bench-gpu` writes a separate page.", "")
-
-
-def _body(results: Results, plot: str) -> Iterator[str]:
+def _results(results: Results, plot: str) -> Iterator[str]:
+    rows = list(summary(results))
+    if rows:
+        yield from (SUMMARY, *rows, "")
     if plot:
-        yield from (f"![Training step and inference relative to the base model]({plot})", "")
+        yield from (f"![Time of a training step and of inference relative to the frozen base model]({plot})", "")
+    if results.cells:
+        yield TABLES
     for section in SECTIONS:
         cells = [cell for cell in results.cells if _section(cell) == section]
         if cells:
@@ -64,19 +56,26 @@ def _body(results: Results, plot: str) -> Iterator[str]:
 def _section(cell: Cell) -> str:
     mode = cell.setting.mode
     if mode in ("training", "inference"):
-        return "Compiled" if cell.setting.compiled else "Eager"
-    return "Memory" if mode in ("memory", "launches") else SETUP
+        return SECTIONS[cell.setting.compiled]
+    return "Memory" if mode == "memory" else SETUP
 
 
-def write(results: Results, folder: Path, names: Sequence[str] = ("benchmarks", "benchmarks_gpu")) -> list[Path]:
+def _method(results: Results) -> Iterator[str]:
+    yield from ("## How it was measured", "", METHOD, "| environment | |", "|---|---|")
+    yield from (f"| {key} | {value} |" for key, value in results.about.items() if key != "run")
+    yield ""
+
+
+def _targets(results: Results) -> Iterator[str]:
+    found = findings(results)
+    yield from (f"## Performance targets: {count_met(found)} met", "", TARGETS, *as_table(found), "")
+
+
+def write(results: Results, folder: Path) -> list[Path]:
     """Write the page of a run, and its plot if there is something to plot; return the files."""
     from speed.plot import draw, plotted
 
-    gpu = results.about.get("run") == "gpu"
-    name, other = names[gpu], f"{names[1]}.md"
-    written = [folder / f"{name}.md"]
-    if plotted(results):
-        written.append(draw(results, folder / f"{name}.svg"))
-    gpu_page = other if (folder / other).exists() and not gpu else ""
-    written[0].write_text(page(results, plot=f"{name}.svg" if len(written) > 1 else "", gpu_page=gpu_page))
-    return written
+    file = folder / "benchmarks.md"
+    plots = [draw(results, file.with_suffix(".svg"))] if plotted(results) else []
+    file.write_text(page(results, plot=plots[0].name if plots else ""))
+    return [file, *plots]

@@ -1,14 +1,15 @@
-"""The picture: training and inference of every method beside the base model, by tokens, at rank 8 in float32.
+"""The picture: training and inference of every method relative to the base model, by tokens, at rank 8 in float32.
 
-On white, which is read on light and dark pages alike.
+PEFT HRA has axes of its own above the others: it takes many times as long, so a common axis would hide what the others
+differ by. White background, for light and dark pages.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from hra_fx.reporting.plots.canvas import GRID, QUIET, entitle, new_figure, style, write
+from hra_fx.reporting.plots.canvas import GRID, INK, QUIET, entitle, new_figure, style, write
 from speed.grid import LLAMA
 from speed.methods import METHODS
 from speed.results import Results
@@ -16,25 +17,29 @@ from speed.setting import Mode, Setting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-# Okabe and Ito's colors, which every eye tells apart; the marks differ too.
+SLOW = "peft-hra"
+# Okabe and Ito's colors, which people with color vision deficiency can tell apart; the markers differ too. The last
+# one is in front.
 LOOKS = {
-    "peft-hra": ("#CC79A7", "s"),
+    SLOW: ("#CC79A7", "s"),
     "oft": ("#E69F00", "^"),
-    "lora": ("#0072B2", "D"),
-    "ours-gs": ("#56B4E9", "v"),
-    "ours": ("#D55E00", "o"),
     "folded": ("#009E73", "x"),
+    "ours-gs": ("#56B4E9", "v"),
+    "lora": ("#0072B2", "D"),
+    "ours": ("#D55E00", "o"),
 }
-PANELS: tuple[tuple[Mode, str], ...] = (("training", "training step"), ("inference", "inference"))
-WIDE, HIGH, GAP = 3.6, 3.0, 0.5
-TICKS = (0.8, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 200)
+PANELS: tuple[tuple[Mode, str], ...] = (("training", "Training step"), ("inference", "Inference"))
+# In inches: the size of a panel, of its part for the slow method, and the gaps.
+WIDE, HIGH, TOP, GAP, BETWEEN = 3.55, 2.7, 0.75, 0.55, 0.25
+WIDTH, HEIGHT = 2 * WIDE + GAP, HIGH + BETWEEN + TOP
 
 Points = dict[str, dict[int, float]]
 
 
 def points(results: Results, mode: Mode) -> Points:
-    """By method and tokens: how many times the base's."""
+    """By method and tokens: the ratio to the base model."""
     found: Points = {}
     for cell in results.cells:
         setting = cell.setting
@@ -53,50 +58,81 @@ def plotted(results: Results) -> bool:
 def draw(results: Results, file: Path) -> Path:
     """Write the picture."""
     with style():
-        figure = new_figure(2 * WIDE + GAP, HIGH)
+        figure = new_figure(WIDTH, HEIGHT)
         panels = [points(results, mode) for mode, _ in PANELS]
         sizes = sorted({size for panel in panels for curve in panel.values() for size in curve})
-        values = [value for panel in panels for curve in panel.values() for value in curve.values()]
         for place, (panel, (_, title)) in enumerate(zip(panels, PANELS, strict=True)):
-            left = place * (WIDE + GAP) / (2 * WIDE + GAP)
-            axes = figure.add_axes((left, 0, WIDE / (2 * WIDE + GAP), 1))
-            _panel(axes, panel, sizes)
-            # The same for both, or a panel without slow methods would blow up its noise.
-            axes.set_ylim(min(0.8, 0.9 * min(values)), 1.3 * max(values))
-            axes.set_title(title, loc="left", fontsize=9, color=QUIET)
-        first = figure.axes[0]
-        subtitle = "Llama, d=768, 3 layers, float32, r=8; times the frozen base's time, lower is better"
-        entitle(first, "HRA, LoRA and OFT beside the base model", subtitle, points=26)
-        _legend(figure.axes[-1], panels)
+            slow = _axes(figure, place, HIGH + BETWEEN, TOP)
+            _slow(slow, panel.get(SLOW, {}), sizes)
+            slow.set_title(title, loc="left", fontsize=10, fontweight="bold", pad=6)
+            fast = _axes(figure, place, 0, HIGH)
+            if place:  # the same limits for both panels, so that they can be compared
+                fast.sharey(figure.axes[1])
+            _fast(fast, panel, sizes)
+        subtitle = (
+            "Llama, d=768, 3 layers, float32, r=8. Time divided by that of the frozen base model; lower is better."
+        )
+        entitle(figure.axes[0], "hra_fx compared with PEFT's LoRA, OFT and HRA", subtitle, points=32)
+        _legend(figure, {key for panel in panels for key in panel})
         return write(figure, file)
 
 
-def _panel(axes: Axes, panel: Points, sizes: list[int]) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+def _axes(figure: Figure, place: int, bottom: float, height: float) -> Axes:
+    """Axes in one of the two columns; lengths in inches."""
+    axes = figure.add_axes((place * (WIDE + GAP) / WIDTH, bottom / HEIGHT, WIDE / WIDTH, height / HEIGHT))
+    axes.tick_params(length=0, labelsize=10)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_axisbelow(True)
+    return axes
 
-    axes.axhline(1, color=QUIET, linewidth=1)
-    for key, (color, mark) in LOOKS.items():
-        curve = panel.get(key, {})
-        places = [place for place, size in enumerate(sizes) if size in curve]
-        values = [curve[sizes[place]] for place in places]
-        axes.plot(places, values, color=color, marker=mark, markersize=5, linewidth=1.6)
+
+def _slow(axes: Axes, curve: dict[int, float], sizes: list[int]) -> None:
+    """One curve on a log axis, each point with its value."""
+    _curve(axes, SLOW, curve, sizes)
+    for size, value in curve.items():
+        text = f"{value:.0f}×" if value >= 10 else f"{value:.1f}×"
+        axes.annotate(text, (sizes.index(size), value), (0, 6), textcoords="offset points", ha="center", fontsize=10)
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(FixedLocator(TICKS))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+    axes.set_yticks([])
+    axes.minorticks_off()
+    axes.set_xticks([])
+    axes.margins(y=0.45)
+    axes.text(0.02, 0.06, f"{METHODS[SLOW].title}, log axis", transform=axes.transAxes, color=QUIET, fontsize=10)
+    axes.set_xlim(-0.3, len(sizes) - 0.7)
+    axes.spines["bottom"].set_color(GRID)
+
+
+def _fast(axes: Axes, panel: Points, sizes: list[int]) -> None:
+    """All other curves on a linear axis."""
+    from matplotlib.ticker import StrMethodFormatter
+
+    axes.axhline(1, color=INK, linewidth=1)
+    for key in LOOKS:
+        if key != SLOW:
+            _curve(axes, key, panel.get(key, {}), sizes)
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.1f}×"))
     axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
     axes.set_xlim(-0.3, len(sizes) - 0.7)
-    axes.set_xlabel("tokens")
+    axes.set_xlabel("tokens", fontsize=10)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
 
 
-def _legend(axes: Axes, panels: list[Points]) -> None:
+def _curve(axes: Axes, key: str, curve: dict[int, float], sizes: list[int]) -> None:
+    axes.plot([sizes.index(size) for size in curve], list(curve.values()), **_look(key))
+
+
+def _look(key: str) -> dict[str, Any]:
+    color, marker = LOOKS[key]
+    front = key == "ours"
+    return {"color": color, "marker": marker, "markersize": 7 if front else 5, "linewidth": 3 if front else 1.5}
+
+
+def _legend(figure: Figure, shown: set[str]) -> None:
     from matplotlib.lines import Line2D
 
-    shown = {key: look for key, look in LOOKS.items() if any(key in panel for panel in panels)}
-    handles = [Line2D([], [], color=color, marker=mark, markersize=5) for color, mark in shown.values()]
-    labels = [METHODS[key].title for key in shown]
-    axes.legend(handles, labels, frameon=False, loc="upper left", bbox_to_anchor=(1.03, 1), borderaxespad=0)
+    keys = [key for key in reversed(LOOKS) if key in shown]
+    handles = [Line2D([], [], **_look(key)) for key in keys]
+    labels = [METHODS[key].title for key in keys]
+    figure.legend(
+        handles, labels, frameon=False, fontsize=10, ncols=len(keys), loc="upper center", bbox_to_anchor=(0.5, -0.14)
+    )

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from speed.environment import busy, environment
-from speed.grid import Job, full, gpu, quick
+from speed.grid import Job, full, quick
 from speed.measuring import carry_out
 from speed.results import Results
 from speed.timing import by_processor, clocked
 
-RUNS: dict[str, Callable[[], Iterable[Job]]] = {"full": full, "quick": quick, "gpu": gpu}
+RUNS: dict[str, Callable[[], Iterable[Job]]] = {"full": full, "quick": quick}
 
 
 def measure(options: argparse.Namespace) -> Results:
@@ -29,7 +29,7 @@ def measure(options: argparse.Namespace) -> Results:
     whole = not options.only and options.budget >= 1
     results = Results(environment(options.run, whole=whole, by_processor=options.processor))
     results.about |= {"load average at end": busy(), "minutes": 0.0}
-    with _quiet(), _own_compiler_cache(options.run != "quick"):
+    with quiet(), _own_compiler_cache(options.run != "quick"):
         for count, job in enumerate(jobs, 1):
             started = time.monotonic()
             _tell(f"[{count}/{len(jobs)}] {job.setting} ...", end=" ")
@@ -54,8 +54,8 @@ def wanted(job: Job, patterns: Sequence[str]) -> bool:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what libraries have to say of themselves."""
+def quiet() -> Iterator[None]:
+    """Without the warnings of libraries."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)

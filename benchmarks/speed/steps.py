@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from speed.cuda_graph import captured
 from speed.methods import ALL, Method
 from speed.models import WORKLOADS, Workload
 from speed.setting import Setting
@@ -28,9 +29,6 @@ def steps_of(
     steps, left_out = dict[str, Step](), dict[str, str]()
     for key in methods:
         method = known[key]
-        if missing := method.missing():
-            left_out[key] = missing
-            continue
         try:
             model = method.put(copy_of(plain, own_weights=method.own_weights), WORKLOADS[setting.workload], setting.r)
             steps[key] = step_of(model, method, setting)
@@ -42,7 +40,8 @@ def steps_of(
 def plain_model(setting: Setting) -> nn.Module:
     """The frozen base model of a setting, with the same weights in every call."""
     torch.manual_seed(0)
-    model = WORKLOADS[setting.workload].build()
+    with torch.device(setting.device):
+        model = WORKLOADS[setting.workload].build()
     return model.to(setting.device, getattr(torch, setting.dtype)).requires_grad_(False)
 
 
@@ -53,16 +52,26 @@ def copy_of(model: nn.Module, *, own_weights: bool) -> nn.Module:
 
 def step_of(model: nn.Module, method: Method, setting: Setting) -> Step:
     """The step of a method."""
-    workload = WORKLOADS[setting.workload]
-    batch = {name: placed(value, setting) for name, value in workload.batch(setting.size).items()}
-    kinds: dict[str, Make] = {"inference": inference, "generate": generating}
-    make: Make = kinds.get(setting.mode, training)
-    compiler: Any = torch.compile
-    called = model if method.compiled is None else compiler(model, **method.compiled)
-    run = make(model, called, batch, workload)
+    run = run_of(model, method, setting)
     wait: Callable[[], None] | None = torch.cuda.synchronize if setting.device == "cuda" else None
     # The first runs of a compiled model compile: the second may still, for it finds gradients.
     return Step(finished(run, wait), warm_ups=1 if method.compiled is None else 2)
+
+
+def run_of(model: nn.Module, method: Method, setting: Setting) -> Callable[[], object]:
+    """What a step runs; it does not wait for the device."""
+    workload = WORKLOADS[setting.workload]
+    batch = {name: placed(value, setting) for name, value in workload.batch(setting.size).items()}
+    kinds: dict[str, Make] = {
+        "inference": inference,
+        "generate": generating,
+        "gradients": gradients,
+        "graphed": graphed,
+    }
+    make: Make = kinds.get(setting.mode, training)
+    compiler: Any = torch.compile
+    called = model if method.compiled is None else compiler(model, **method.compiled)
+    return make(model, called, batch, workload)
 
 
 def placed(value: Any, setting: Setting) -> Any:
@@ -84,23 +93,43 @@ def finished(run: Callable[[], object], wait: Callable[[], None] | None) -> Call
     return whole
 
 
-def training(model: nn.Module, called: Any, batch: dict[str, Any], workload: Workload) -> Callable[[], object]:
-    """Forward, backward and AdamW; for a frozen model, backward to its input or the output of its first layer."""
+def gradients(model: nn.Module, called: Any, batch: dict[str, Any], workload: Workload) -> Callable[[], object]:
+    """Forward and backward; for a frozen model, backward to its input or the output of its first layer."""
     model.train()
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
-    if optimizer is None and workload.first is not None:
+    trained = trainable(model)
+    if not trained and workload.first is not None:
         start_gradient_at(workload.first(model))
 
     def step() -> None:
-        if optimizer is not None:
-            optimizer.zero_grad()
+        for weight in trained:
+            weight.grad = None
         loss: Any = workload.output(called(**batch)).float().square().mean()
         loss.backward()
+
+    return step
+
+
+def training(model: nn.Module, called: Any, batch: dict[str, Any], workload: Workload) -> Callable[[], object]:
+    """Forward, backward and AdamW."""
+    compute = gradients(model, called, batch, workload)
+    trained = trainable(model)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
+
+    def step() -> None:
+        compute()
         if optimizer is not None:
             optimizer.step()
 
     return step
+
+
+def graphed(model: nn.Module, called: Any, batch: dict[str, Any], workload: Workload) -> Callable[[], object]:
+    """The replay of a CUDA graph of forward and backward."""
+    return captured(gradients(model, called, batch, workload)).replay
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [weight for weight in model.parameters() if weight.requires_grad]
 
 
 def start_gradient_at(layer: nn.Module) -> None:

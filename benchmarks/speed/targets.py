@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from speed.grid import STEPS
-from speed.methods import ALL
-from speed.models import WORKLOADS
+from speed.grid import LLAMA, STEPS
 from speed.ratios import Ratio
 from speed.results import Cell, Results
 from speed.setting import Setting
 
-TITLES = {
-    1: "Training step",
-    2: "Training step, compiled",
-    3: "Memory, and the cost of Gram-Schmidt",
-    4: "Inference",
-    5: "Convolutions",
-}
+#: The maximal noise that is added to a limit. With more noise the result is unsure.
+MOST_NOISE = 0.05
 
 
 @dataclass(frozen=True)
@@ -25,7 +19,6 @@ class Target:
     """One target.
 
     Attributes:
-        group: a key of `TITLES`.
         setting: the setting that is measured.
         own: the method with the target.
         peer: the method that it is compared with.
@@ -33,30 +26,11 @@ class Target:
         control: a copy of `peer`; its difference from `peer` is the noise, which is added to the limit.
     """
 
-    group: int
     setting: Setting
     own: str
     peer: str
     limit: float
     control: str = ""
-
-    @property
-    def words(self) -> str:
-        """A description of the target."""
-        setting, what = self.setting, {"memory": ", peak memory"}.get(self.setting.mode, f", {self.setting.mode}")
-        workload = WORKLOADS[setting.workload]
-        where = f"{workload.title}, {setting.size} {workload.unit}{what}"
-        return f"{where}: {ALL[self.own].title} / {ALL[self.peer].title}"
-
-    @property
-    def base(self) -> str:
-        """The frozen base model in this setting; "" if it is the peer."""
-        base = "base-inductor" if self.setting.compiled else "base"
-        return "" if self.peer == base else base
-
-
-#: The maximal noise that is added to a limit. With more noise the result is unsure.
-MOST_NOISE = 0.05
 
 
 @dataclass(frozen=True)
@@ -67,13 +41,11 @@ class Finding:
         target: the target.
         ratio: of the method to its peer.
         noise: the difference of the control from the peer.
-        floor: the ratio of the frozen base model to the same peer.
     """
 
     target: Target
     ratio: Ratio | None
     noise: float = 0.0
-    floor: Ratio | None = None
 
     @property
     def limit(self) -> float:
@@ -84,61 +56,49 @@ class Finding:
         return self.ratio is not None and self.ratio.median <= self.limit
 
     @property
-    def below_floor(self) -> bool:
-        """Whether even the frozen base model does not reach the limit."""
-        return self.floor is not None and self.floor.median > self.limit
-
-    @property
     def verdict(self) -> str:
         """The result by the medians; "unsure" if the interval contains the limit."""
         if self.ratio is None:
             return "not measured"
-        word = ("met" if self.met else "NOT met") + self._unsure(self.ratio)
-        if self.met or self.floor is None or not self.below_floor:
-            return word
-        return f"{word} (nor by the frozen base{self._unsure(self.floor)})"
-
-    def _unsure(self, ratio: Ratio) -> str:
-        return ", unsure" * (ratio.low < self.limit < ratio.high or self.noise > MOST_NOISE)
+        unsure = self.ratio.low < self.limit < self.ratio.high or self.noise > MOST_NOISE
+        return ("met" if self.met else "not met") + ", unsure" * unsure
 
 
-def _targets() -> tuple[Target, ...]:
-    llama = "llama-768x3"
-    many, few = Setting(llama, "training", 512), Setting(llama, "training", 16)
-    # A layer of width 4096: one of a Llama, and one Linear.
-    wide = [Setting(workload, "training", 64) for workload in ("llama-4096x1", "linear-4096")]
-    memory = Setting(llama, "memory", 512)
-    inference = [Setting(llama, "inference", tokens) for tokens in (512, 16)]
-    convolutions = (("resnet50", 4), ("resnet50-224", 2))
-    images = [Setting(workload, mode, count) for workload, count in convolutions for mode in STEPS]
-    return (
-        Target(1, many, "ours", "lora", 1.00),
-        Target(1, many, "ours", "base", 1.02),
-        Target(1, many, "ours", "peft-hra", 0.35),
-        Target(1, few, "ours", "lora", 0.97),
-        Target(1, few, "ours", "peft-hra", 0.05),
-        *(Target(1, setting, "ours", "peft-hra", 0.0085) for setting in wide),
-        *_compiled("ours-inductor"),
-        *_compiled("ours-passes"),
-        Target(3, memory, "ours", "lora", 1.00),
-        Target(3, memory, "ours-gs", "ours", 1.10),
-        *(Target(3, setting, "ours-gs", "ours", 1.10) for setting in (many, few)),
-        *(Target(4, setting, "ours", "lora", 1.00) for setting in inference),
-        *(Target(4, setting, "folded", "base", 1.00, control="base-again") for setting in inference),
-        *(Target(5, setting, "ours", "lora", 1.00) for setting in images),
-    )
+def _training() -> Iterator[Target]:
+    for tokens, limit in {1: 1.00, 16: 1.00, 512: 0.98, 2048: 0.98}.items():
+        yield Target(Setting(LLAMA, "training", tokens), "ours", "lora", limit)
+    for tokens in (512, 2048):
+        yield Target(Setting(LLAMA, "training", tokens, "bfloat16"), "ours", "lora", 0.85)
+    for tokens, limit in {16: 1.00, 512: 0.98}.items():
+        yield Target(Setting(LLAMA, "training", tokens, compiled=True), "ours-inductor", "lora-inductor", limit)
 
 
-def _compiled(own: str) -> tuple[Target, ...]:
-    many, few = (Setting("llama-768x3", "training", tokens, compiled=True) for tokens in (512, 16))
-    return (
-        Target(2, many, own, "lora-inductor", 1.00),
-        Target(2, many, own, "base-inductor", 1.02),
-        Target(2, few, own, "lora-inductor", 0.97),
-    )
+def _inference() -> Iterator[Target]:
+    for tokens in (1, 16, 512, 2048):
+        yield Target(Setting(LLAMA, "inference", tokens), "ours", "lora", 1.00)
+    yield Target(Setting(LLAMA, "inference", 512, "bfloat16"), "ours", "lora", 1.00)
+    for tokens in (16, 512):
+        yield Target(Setting(LLAMA, "inference", tokens), "folded", "base", 1.00, control="base-again")
 
 
-TARGETS = _targets()
+def _memory() -> Iterator[Target]:
+    for tokens in (512, 2048):
+        yield Target(Setting(LLAMA, "memory", tokens), "ours", "lora", 1.00)
+
+
+def _gram_schmidt() -> Iterator[Target]:
+    for tokens in (16, 512):
+        yield Target(Setting(LLAMA, "training", tokens), "ours-gs", "ours", 1.10)
+    yield Target(Setting(LLAMA, "memory", 512), "ours-gs", "ours", 1.10)
+
+
+def _convolutions() -> Iterator[Target]:
+    for workload, images, limit in (("resnet50-224", 2, 1.05), ("resnet50", 4, 1.10)):
+        for mode in STEPS:
+            yield Target(Setting(workload, mode, images), "ours", "lora", limit)
+
+
+TARGETS = (*_training(), *_inference(), *_memory(), *_gram_schmidt(), *_convolutions())
 
 
 def findings(results: Results) -> list[Finding]:
@@ -149,5 +109,5 @@ def findings(results: Results) -> list[Finding]:
 def _finding(target: Target, cell: Cell | None) -> Finding:
     if cell is None:
         return Finding(target, None)
-    measured, control, floor = (cell.ratio(own, target.peer) for own in (target.own, target.control, target.base))
-    return Finding(target, measured, control.off_one if control else 0.0, floor)
+    control = cell.ratio(target.control, target.peer)
+    return Finding(target, cell.ratio(target.own, target.peer), control.off_one if control else 0.0)

@@ -1,17 +1,18 @@
-"""The pages: the plot, and that of a GPU."""
+"""The page: its order, the summary, the plot, and what makes it unsure."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import torch
-from speed import cli, grid
+from speed import grid
 from speed.methods import TRAINING
 from speed.page import page, write
 from speed.plot import plotted
 from speed.results import Cell, Results
 from speed.setting import Setting
+from speed.summary import summary
+from speed.table import tables
 from speed.timing import Measured
 
 
@@ -23,23 +24,52 @@ def test_a_plot_is_drawn_of_two_sizes_or_more(tmp_path: Path) -> None:
     files = write(results, tmp_path)
     assert [file.name for file in files] == ["benchmarks.md", "benchmarks.svg"]
     assert "](benchmarks.svg)" in files[0].read_text()
-    assert "PEFT LoRA" in files[1].read_text()
+    drawn = files[1].read_text()
+    assert "PEFT LoRA" in drawn
+    assert "5.0×" in drawn, "the value of PEFT HRA, which has an axis of its own"
+    curves = drawn[: drawn.index('id="legend_')]
+    assert curves.rindex("#d55e00") > curves.rindex("#0072b2"), "hra_fx is in front of LoRA"
 
 
-def test_a_page_of_a_gpu_stands_by_itself_and_is_linked(tmp_path: Path) -> None:
-    setting = Setting("llama-4096x3", "launches", 2048, "bfloat16", device="cuda")
-    (file,) = write(Results({"run": "gpu"}, [Cell(setting, Measured({"ours": [321.0]}))]), tmp_path)
-    assert file.name == "benchmarks_gpu.md"
-    assert "| 2048 | bfloat16 | 8 | 321 |" in file.read_text()
-    (file,) = write(Results({"run": "full"}), tmp_path)
-    assert "[benchmarks_gpu.md](benchmarks_gpu.md)" in file.read_text()
-    assert "Not measured: there was no CUDA device" in page(Results({"run": "full"}))
+def test_results_come_first_and_targets_last() -> None:
+    cell = Cell(Setting(grid.LLAMA, "training", 512), Measured({"base": [1.0], "lora": [2.0], "ours": [1.5]}))
+    text = page(Results({"run": "full", "torch": "2.10"}, [cell]), plot="benchmarks.svg")
+    parts = [
+        "hra_fx / PEFT LoRA",
+        "](benchmarks.svg)",
+        "### Training step",
+        "| torch | 2.10 |",
+        "## Performance targets",
+    ]
+    places = [text.index(part) for part in parts]
+    assert places == sorted(places)
 
 
-def test_without_a_gpu_its_run_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cli.main(["--gpu"]) == 1
-    assert "no CUDA device" in capsys.readouterr().err
+def test_the_summary_divides_by_each_peer() -> None:
+    eager = Measured({"base": [1.0], "lora": [2.0], "peft-hra": [30.0], "ours": [1.5]})
+    compiled = Measured({"base-inductor": [1.0], "lora-inductor": [2.0], "ours-inductor": [0.5]})
+    folded = Measured({"base": [4.0], "folded": [4.0]})
+    cells = [
+        Cell(Setting(grid.LLAMA, "training", 512), eager),
+        Cell(Setting(grid.LLAMA, "training", 512, compiled=True), compiled),
+        Cell(Setting(grid.LLAMA, "inference", 512), folded),
+    ]
+    assert list(summary(Results({}, cells)))[2:] == [
+        "| training step, 512 tokens | 1.50 s | 0.75 | 0.050 | 1.50 |",
+        "| training step, 512 tokens, compiled | 500 ms | 0.25 | - | 0.50 |",
+        "| inference, 512 tokens, folded | 4.00 s | - | - | 1.00 |",
+    ]
+
+
+def test_other_models_share_a_table_and_say_which_they_are() -> None:
+    values: dict[str, list[float | None]] = {"base": [2.0, 2.0], "base-again": [2.1, 2.1], "ours": [3.0, 3.0]}
+    cells = [Cell(Setting(model, "training", 4), Measured(dict(values))) for model in ("vit", "resnet50", grid.LLAMA)]
+    text = "\n".join(tables(cells))
+    assert "### Training step: other models, float32, r=8" in text
+    assert "| ResNet-50, its 3x3 convolutions, images of 64 | 4 images | 2.00 s | 1.50 |" in text
+    assert "### Training step: Llama, d=768, 3 layers, float32, r=8" in text
+    assert "\n| 4 tokens | 2.00 s | 1.50 |" in text
+    assert text.count("Noise: a copy of the base model takes 1.05.") == 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,147 @@
+"""The benchmark for GPUs, run on the CPU as it is without the project installed, and its parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import oracles
+import pytest
+import torch
+from gpu import cli, correctness, dense, graphs, waiting
+from gpu.page import page
+from gpu.plan import for_gpu, smoke
+from gpu.report import Check, Report
+from gpu.run import Run, WrongResult, verdicts
+from speed.models import WORKLOADS
+from speed.setting import Setting
+from torch import nn
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Where packages lie. Without `site`, .pth files are not read, so an editable installation is not seen.
+PACKAGES = os.pathsep.join(sorted({sysconfig.get_paths()[name] for name in ("purelib", "platlib")}))
+
+
+def python(*arguments: str, path: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-S", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_it_runs_without_the_project_installed(tmp_path: Path) -> None:
+    assert "No module named 'hra_fx'" in python("-c", "import hra_fx", path=PACKAGES, folder=tmp_path).stderr
+    path = os.pathsep.join([".", "benchmarks", PACKAGES])
+    done = python("-m", "gpu", "--smoke", "--out", str(tmp_path), path=path, folder=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "benchmarks_gpu.json").read_text())
+    assert found["failures"] == {}
+    assert [check["holds"] for check in found["checks"] if check["group"] == "Correctness"] == [True] * 8
+    assert {check["detail"] for check in found["checks"] if check["holds"] is None} == {"needs CUDA"}
+    waits = [check["holds"] for check in found["checks"] if check["group"] == "The host does not wait for the device"]
+    assert waits == [True] * 9
+    for cell in found["cells"]:
+        needs_cuda = cell["setting"]["mode"] == "graphed"
+        assert (cell["measured"]["values"] == {}) is needs_cuda
+        assert set(cell["measured"]["left_out"].values()) == ({"needs CUDA"} if needs_cuda else set())
+    assert all(found["launches"]["operators"][0]["launches"][key] for key in ("lora", "ours", "ours-gs"))
+    text = (tmp_path / "benchmarks_gpu.md").read_text()
+    assert "## Correctness" in text
+    assert "| ResNet blocks of 32, 64 channels, latents of 16 | 1 image " in text
+
+
+def test_without_a_device_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main([]) == 1
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("apply_GS", [False, True])
+@pytest.mark.parametrize("layer", [nn.Linear(8, 6), nn.Conv2d(3, 4, 3, padding=1)])
+def test_the_dense_product_is_that_of_the_tests(layer: nn.Linear | nn.Conv2d, apply_GS: bool) -> None:
+    layer = layer.double()
+    vectors = torch.randn(layer.weight[0].numel(), 4, dtype=torch.float64)
+    x = torch.randn(5, 8, dtype=torch.float64) if isinstance(layer, nn.Linear) else torch.randn(2, 3, 5, 5).double()
+    found = dense.output(layer, x, vectors, apply_GS=apply_GS)
+    with torch.no_grad():
+        layer.weight.copy_(oracles.dense_weight(layer.weight, oracles.dense_q(vectors, apply_GS=apply_GS)))
+    torch.testing.assert_close(found, layer(x))
+
+
+def run_of(plan: object, budget: float, files: list[str]) -> Run:
+    report = Report({"run": "smoke"})
+    return Run(plan, report, budget, lambda: files.append(page(report)))  # type: ignore[arg-type]
+
+
+def test_a_wrong_result_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(correctness.TOLERANCE, torch.float32, 0.0)
+    files = list[str]()
+    run = run_of(smoke(), 1.0, files)
+    with pytest.raises(WrongResult, match="Linear, float32: relative errors: output"):
+        run.all()
+    assert run.report.cells == []
+    assert "| Linear, float32 | **no** |" in files[-1]
+
+
+def test_a_part_that_fails_is_recorded_and_the_next_ones_run() -> None:
+    files = list[str]()
+    tiny = Setting("llama-64x1", "gradients", 4)
+    plan = dataclasses.replace(
+        smoke(),
+        waiting=[dataclasses.replace(tiny, workload="no-such")],
+        graphs=[tiny],
+        launches=[(tiny, ("lora",))],
+        measured=[(dataclasses.replace(tiny, mode="training"), ("base", "lora"))],
+    )
+    run = run_of(plan, 0.0, files)
+    run.all()
+    assert run.report.failures == {"waiting": "KeyError: 'no-such'"}
+    assert [cell.measured.left_out["lora"] for cell in run.report.cells] == ["no time was left"]
+    assert '**The part "waiting" ended with an error**' in files[-1]
+    assert list(verdicts(run.report)) == ["waiting ended with KeyError: 'no-such'"]
+
+
+def test_a_check_that_does_not_hold_is_told() -> None:
+    report = Report({}, [Check("Group", "one", False, "why"), Check("Group", "two", None, "needs CUDA")])
+    assert list(verdicts(report)) == ["Group: not so for one (why)"]
+
+
+@pytest.mark.parametrize(("factor", "error"), [(1.0, 0.0), (1.5, 0.5), (float("nan"), float("nan"))])
+def test_gradients_of_two_steps_are_compared(factor: float, error: float) -> None:
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+
+    def gradients(times: float) -> None:
+        model.zero_grad()
+        (times * model(x)).square().sum().backward()
+
+    found = graphs.largest_error(model, lambda: gradients(1.0), lambda _, __: lambda: gradients(factor**0.5))
+    assert found == pytest.approx(error, abs=1e-6, nan_ok=True)
+
+
+def test_a_gradient_that_is_missing_is_an_infinite_error() -> None:
+    model = nn.Linear(3, 2)
+    found = graphs.largest_error(model, lambda: model(torch.ones(3)).sum().backward(), lambda _, __: model.zero_grad)
+    assert found == float("inf")
+
+
+def test_operators_that_read_values_are_found() -> None:
+    x = torch.ones(3)
+    assert waiting.reading_values(lambda: (x @ x, x.view(3, 1).sum(), torch.where(x > 0, x, 0))) == set()
+    assert waiting.reading_values(lambda: x.sum().item()) == {"aten::item", "aten::_local_scalar_dense"}
+    assert waiting.reading_values(lambda: (torch.equal(x, x + 1), x[x > 0])) == {"aten::equal", "aten::nonzero"}
+
+
+def test_all_settings_for_a_gpu_can_be_built() -> None:
+    plan = for_gpu()
+    measured = [setting for setting, _ in (*plan.measured, *plan.launches)] + plan.waiting + plan.graphs
+    assert {setting.device for setting in measured} == {"cuda"}
+    for workload in {setting.workload for setting in measured}:
+        with torch.device("meta"):
+            assert sum(weight.numel() for weight in WORKLOADS[workload].build().parameters()) > 0
