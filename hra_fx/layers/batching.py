@@ -117,7 +117,7 @@ def _compute(layers: Iterable[nn.Module]) -> _Start:
     for layer in layers:
         box: HouseholderAdapters = layer._modules[REFLECTION]  # type: ignore[assignment]
         parts = box.chain_parts()
-        if parts and all([_is_here(part.vectors, box.width) for part in parts]):
+        if parts and all(_is_here(part.vectors, box.width) for part in parts):
             dtype = _expected_dtype(box.weight_of(layer), parts[0].vectors)
             groups[dtype, tuple([part.signature for part in parts])].append((box, parts))
     found: dict[HouseholderAdapters, tuple[tuple[str, ...], Factors]] = {}
