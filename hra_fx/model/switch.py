@@ -57,7 +57,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Iterable[str], *, inferenc
     disabled = record.disabled and record.disabled_blocks > 0
     check_copies(root, parts, names)
     check_copies_can_switch(root, parts, () if disabled else names)
-    reshard(model)
+    reshard(parts.modules)
     if record.merged:
         text = f"adapters {list(record.merged)} were merged; they are unmerged before {list(names)} are set."
         warnings.warn(text, HRAWarning, stacklevel=2)
@@ -146,7 +146,8 @@ def enable_adapters(model: nn.Module) -> None:
     Raises:
         AdapterError: the model has no adapters, or the trained copies of a sharded model would have to be exchanged.
     """
-    root, record = root_of(model)
-    check_copies_can_switch(root, collect_parts(root), record.active)
+    parts = collect_parts(model)
+    root, record = only_root(model, parts)
+    check_copies_can_switch(root, parts, record.active)
     record.disabled, record.disabled_blocks = False, 0
-    sync_layers(collect_parts(root), record)
+    sync_layers(parts, record)
