@@ -26,8 +26,11 @@ PEFT = "PEFT"
 
 def base_model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    width = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=BLOCKS, **width))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=BLOCKS, num_attention_heads=2
+        )
+    )
 
 
 def with_peft() -> Callable[[str], object]:
