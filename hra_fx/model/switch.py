@@ -15,7 +15,7 @@ from hra_fx.errors import HRAWarning
 from hra_fx.layers.sharding import reshard
 from hra_fx.model.activate import activate, check_copies, check_copies_can_switch, sync_layers
 from hra_fx.model.merge import merge, unmerge_adapter
-from hra_fx.model.state import collect_parts, names_in, only_root, root_of
+from hra_fx.model.state import collect_parts, names_in, only_root
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -104,8 +104,9 @@ class disable_adapters:
 
     def __init__(self, model: nn.Module) -> None:
         """Disable the adapters now."""
-        self._root, self._record = root, record = root_of(model)
-        check_copies_can_switch(root, collect_parts(root), ())
+        parts = collect_parts(model)
+        self._root, self._record = root, record = only_root(model, parts)
+        check_copies_can_switch(root, parts, ())
         self._before = record.disabled, record.disabled_blocks
         self._merged, self._active = record.merged, record.active
         if record.merged:
