@@ -131,7 +131,7 @@ def _replace(root: nn.Module, record: AdapterState, name: str, fitted: Fitted, i
             f"adapter {name!r} exists in the model, but with other layers, r, apply_GS, bias or modules_to_save than "
             "in the file. Delete it first (hra_fx.delete_adapter), or load under another adapter_name."
         )
-    reshard(root)
+    reshard(root.modules())
     with torch.no_grad(), ExitStack() as undo:
         for path, layer in layers.items():
             adapters, own = layer.hra_u, layer.hra_u[name]

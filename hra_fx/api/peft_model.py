@@ -164,8 +164,9 @@ class HRAModel(SwapMixin):
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         """Train or freeze the vectors and copies of these adapters; others keep their flags."""
-        reshard(self)
-        set_requires_grad(collect_parts(self), names_in(self._record, adapter_names), requires_grad)
+        parts = collect_parts(self)
+        reshard(parts.modules)
+        set_requires_grad(parts, names_in(self._record, adapter_names), requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As `hra_fx.delete_adapter`; call `unload` to remove the last one.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hra_fx.checkpoint.folder import WEIGHTS_NAME
-from hra_fx.checkpoint.keys import PREFIX, copy_key, reflection_key, vectors_key
+from hra_fx.checkpoint.keys import EXTRA_BIASES, PREFIX, copy_key, reflection_key, vectors_key
 from hra_fx.checkpoint.saving import RESUME
 from hra_fx.checkpoint.weights import read_prefixed
 from hra_fx.compat import non_persistent_buffers
@@ -30,8 +30,6 @@ _SHOWN = 5
 _OTHER_BASE = "Was the adapter trained on another base model, or its configuration edited?"
 #: Layers that PEFT regards as embeddings, by name.
 _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|lm_head)\.weight$")
-#: Extra keys that PEFT writes for a module in `modules_to_save` if bias="all".
-_EXTRA_BIASES = re.compile(r"\.(original_module|modules_to_save)\.(.*\.)?bias$")
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,7 @@ def _check_keys(
     }
     allowed |= {vectors_key(path) for path in layers}
     missing = sorted(expected - tensors.keys())
-    ignored = _EXTRA_BIASES.search if config.bias == "all" else (lambda key: None)
+    ignored = EXTRA_BIASES.search if config.bias == "all" else (lambda key: None)
     others = sorted(key for key in tensors.keys() - expected - allowed if not ignored(key))
     extra = [key for key in others if not _is_embedding(file, model, key, tensors[key])]
     if missing or extra:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 
 from hra_fx.layers.adapters import ANCHOR
@@ -12,6 +14,8 @@ from hra_fx.model.state import adapted_layers
 PREFIX = "base_model.model."
 #: The vectors before Gram-Schmidt, stored together with their orthonormal chain, to resume training.
 VECTORS = "hra_vectors"
+#: Keys that PEFT writes with bias="all" for each bias of a module in `modules_to_save`, besides the key that it reads.
+EXTRA_BIASES = re.compile(r"\.(original_module|modules_to_save)\.(.*\.)?bias$")
 
 
 def reflection_key(path: str) -> str:

@@ -286,21 +286,12 @@ def init_vectors(
         >>> bool((U[:, 0] == U[:, 1]).all()), U.shape, A.shape
         (True, torch.Size([5, 3]), torch.Size([5, 1]))
     """
-    vectors = _draw(d, r, apply_GS=apply_GS, init_weights=init_weights, dtype=dtype, on_meta=on_meta)
+    vectors = _draw(d, r, dtype, paired=init_weights and not apply_GS, on_meta=on_meta)
     return vectors, _anchor(vectors, apply_GS=apply_GS) if init_weights else None
 
 
-def _draw(
-    d: int,
-    r: int,
-    *,
-    apply_GS: bool,
-    init_weights: bool,
-    dtype: torch.dtype = torch.float32,
-    on_meta: bool = False,
-) -> Tensor:
-    """The vectors of `init_vectors`."""
-    paired = init_weights and not apply_GS
+def _draw(d: int, r: int, dtype: torch.dtype, *, paired: bool, on_meta: bool) -> Tensor:
+    """The vectors of `init_vectors`; `paired` repeats each of them."""
     drawn = torch.zeros(d, (r + 1) // 2 if paired else r, dtype=dtype, device="meta" if on_meta else "cpu")
     nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
     return drawn.repeat_interleave(2, dim=1)[:, :r].contiguous() if paired else drawn

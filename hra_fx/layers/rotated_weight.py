@@ -84,11 +84,11 @@ class RotatedWeight(Tensor):
 
     def __imul__(self, other: Any) -> NoReturn:  # type: ignore[misc]
         """`layer.weight *= 2` would scale `W` and then assign the result, which is refused."""
-        _refuse(Tensor.__imul__)
+        _refuse(Tensor.__imul__, self)
 
     def __itruediv__(self, other: Any) -> NoReturn:  # type: ignore[misc]
         """As `*=`."""
-        _refuse(Tensor.__itruediv__)
+        _refuse(Tensor.__itruediv__, self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """The rotated weight of the copied layer."""
@@ -121,7 +121,7 @@ class RotatedWeight(Tensor):
         if _scales(func, args, kwargs):
             return _scale(func, *args)
         if not torch.compiler.is_compiling() and _writes(func, args, kwargs):  # TorchDynamo does not trace the question
-            _refuse(func)
+            _refuse(func, args, kwargs)
         return func(*compat.pytree.tree_map(_value, args), **compat.pytree.tree_map(_value, kwargs))
 
     @classmethod
@@ -144,7 +144,7 @@ class RotatedWeight(Tensor):
                 "get no gradient. Call it under torch.no_grad(), or exclude the layer with exclude_modules."
             )
         if _writes_by_schema(func, args, kwargs or {}):
-            _refuse(func)
+            _refuse(func, args, kwargs)
         with torch.no_grad():
             return func(*compat.pytree.tree_map(_value, args), **compat.pytree.tree_map(_value, kwargs or {}))
 
@@ -295,8 +295,11 @@ def _writes_by_schema(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) ->
     return any(isinstance(part, RotatedWeight) for part in compat.pytree.tree_leaves(written))
 
 
-def _refuse(func: Callable[..., Any]) -> NoReturn:
+def _refuse(func: Callable[..., Any], *given: Any) -> NoReturn:
+    weight = next(part for part in compat.pytree.tree_leaves(given) if isinstance(part, RotatedWeight))
+    layer = weight._layer
     raise AdapterError(
-        f"{getattr(func, '__name__', func)} writes into the weight of an adapted layer, which is computed as W Q at "
-        "each read, so the change would be lost. Write to `layer.hra_base`, or call hra_fx.fold(model) first."
+        f"{type(layer).__name__}.{weight_name(kind_of(layer))}: {getattr(func, '__name__', func)} writes into the "
+        "weight of an adapted layer, which is computed as W Q at each read, so the change would be lost. Write to "
+        "`layer.hra_base`, or call hra_fx.fold(model) first."
     )

@@ -45,10 +45,10 @@ def is_dtensor(tensor: Tensor) -> bool:
     return tensors is not None and isinstance(tensor, tensors.DTensor)
 
 
-def reshard(model: nn.Module) -> None:
-    """Free the unsharded parameters that modules of FSDP2 still hold after their last forward."""
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Free the unsharded parameters that modules of FSDP2, among these, still hold after their last forward."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # looked up once, to keep a switch of adapters fast
-    for module in model.modules() if fsdp else ():
+    for module in modules if fsdp else ():
         if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]
             module.reshard()
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from hra_fx.errors import AdapterError
-from hra_fx.layers.sharding import first_sharded
+from hra_fx.layers.sharding import sharded_by
 from hra_fx.layers.trained_copies import BASE
 from hra_fx.model.state import AdaptedParts, AdapterState
 from hra_fx.model.trainable import train_only
@@ -26,7 +26,8 @@ def sync_layers(parts: AdaptedParts, record: AdapterState) -> None:
     acting = () if record.disabled else record.active
     unmerged = tuple(name for name in acting if name not in record.merged)
     for reflection in parts.reflections:
-        reflection.active = tuple(name for name in unmerged if name in reflection.specs)
+        # nn.Module.__setattr__ takes longer than all else that a switch of adapters does with a layer.
+        vars(reflection)["active"] = tuple([name for name in unmerged if name in reflection.specs])
     for owner, copies in parts.copies:
         copies.activate_copies(owner, next((name for name in acting if name in copies.copied), BASE))
 
@@ -42,14 +43,14 @@ def check_copies_can_switch(root: nn.Module, parts: AdaptedParts, acting: Iterab
     Raises:
         AdapterError: a trained copy would have to be exchanged, and the model is sharded.
     """
-    sharded, names = first_sharded(root) if parts.copies else None, tuple(acting)
-    if sharded is None:
+    tool, names = next(filter(None, map(sharded_by, parts.modules)), None) if parts.copies else None, tuple(acting)
+    if tool is None:
         return
     for owner, copies in parts.copies:
         if copies.would_change(next((name for name in names if name in copies.copied), BASE)):
             raise AdapterError(
                 f"{_path_of(root, owner)}: its trained copies (modules_to_save or bias) would have to be exchanged, "
-                f"but {sharded[1]} restores the parameters that it sharded. Set the adapters before sharding."
+                f"but {tool} restores the parameters that it sharded. Set the adapters before sharding."
             )
 
 

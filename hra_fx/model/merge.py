@@ -72,7 +72,7 @@ def unmerge_adapter(model: nn.Module) -> None:
     if not record.merged:
         warnings.warn("no adapter is merged; unmerge_adapter does nothing.", HRAWarning, stacklevel=2)
         return
-    reshard(model)
+    reshard(model.modules())
 
     def restore() -> None:
         for layer in adapted_layers(root).values():

@@ -50,7 +50,7 @@ def orthogonality_loss(model: nn.Module) -> Tensor:
     sites = require_adapted_layers(model)
     require_materialized(model)
     # FSDP2 may keep gathered parameters after a forward and free them before the backward of a separate term.
-    reshard(model)
+    reshard(model.modules())
     active = [
         (layer.hra_u[name], layer.hra_u.specs[name].apply_GS) for layer in sites.values() for name in layer.hra_u.active
     ]

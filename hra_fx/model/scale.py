@@ -48,7 +48,7 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
     if name in record.merged:
         raise AdapterError(f"adapter {name!r}: it is merged into the weights. Call unmerge_adapter first.")
     require_materialized(root)
-    reshard(model)
+    reshard(model.modules())
     sites = {path: layer.hra_u for path, layer in adapted_layers(root).items() if name in layer.hra_u}
     chains: dict[str, Tensor] = {}
     for path, reflection in sites.items() if alpha != 1 else ():

@@ -79,12 +79,14 @@ class AdaptedParts(NamedTuple):
     """The adapted parts of a model, found in one walk without paths, to keep a switch of adapters fast.
 
     Attributes:
+        modules: all modules of the model.
         roots: the modules that were transformed.
         layers: all adapted layers.
         reflections: their containers of adapters.
         copies: (owner, copies) of every module with trained copies.
     """
 
+    modules: list[nn.Module]
     roots: list[nn.Module]
     layers: list[nn.Module]
     reflections: list[HouseholderAdapters]
@@ -99,10 +101,9 @@ def collect_parts(model: nn.Module) -> AdaptedParts:
     """
     if not isinstance(model, nn.Module):
         raise AdapterError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
-    found = AdaptedParts([], [], [], [])
-    stack, seen = [model], {model}
-    while stack:
-        module = stack.pop()
+    found = AdaptedParts([model], [], [], [], [])
+    seen = {model}
+    for module in found.modules:  # it grows while it is read
         namespace = vars(module)
         if RECORD in namespace or (isinstance(module, fx.GraphModule) and RECORD in module.meta):
             found.roots.append(module)
@@ -110,13 +111,12 @@ def collect_parts(model: nn.Module) -> AdaptedParts:
             if child is None or child in seen:
                 continue
             seen.add(child)
+            found.modules.append(child)
             if isinstance(child, HouseholderAdapters):
                 found.layers.append(module)
                 found.reflections.append(child)
             elif isinstance(child, Copies):
                 found.copies.append((module, child))
-            else:
-                stack.append(child)
     return found
 
 

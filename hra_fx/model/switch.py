@@ -15,7 +15,7 @@ from hra_fx.errors import HRAWarning
 from hra_fx.layers.sharding import reshard
 from hra_fx.model.activate import activate, check_copies, check_copies_can_switch, sync_layers
 from hra_fx.model.merge import merge, unmerge_adapter
-from hra_fx.model.state import collect_parts, names_in, only_root, root_of
+from hra_fx.model.state import collect_parts, names_in, only_root
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -57,7 +57,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Iterable[str], *, inferenc
     disabled = record.disabled and record.disabled_blocks > 0
     check_copies(root, parts, names)
     check_copies_can_switch(root, parts, () if disabled else names)
-    reshard(model)
+    reshard(parts.modules)
     if record.merged:
         text = f"adapters {list(record.merged)} were merged; they are unmerged before {list(names)} are set."
         warnings.warn(text, HRAWarning, stacklevel=2)
@@ -104,8 +104,9 @@ class disable_adapters:
 
     def __init__(self, model: nn.Module) -> None:
         """Disable the adapters now."""
-        self._root, self._record = root, record = root_of(model)
-        check_copies_can_switch(root, collect_parts(root), ())
+        parts = collect_parts(model)
+        self._root, self._record = root, record = only_root(model, parts)
+        check_copies_can_switch(root, parts, ())
         self._before = record.disabled, record.disabled_blocks
         self._merged, self._active = record.merged, record.active
         if record.merged:
@@ -146,7 +147,8 @@ def enable_adapters(model: nn.Module) -> None:
     Raises:
         AdapterError: the model has no adapters, or the trained copies of a sharded model would have to be exchanged.
     """
-    root, record = root_of(model)
-    check_copies_can_switch(root, collect_parts(root), record.active)
+    parts = collect_parts(model)
+    root, record = only_root(model, parts)
+    check_copies_can_switch(root, parts, record.active)
     record.disabled, record.disabled_blocks = False, 0
-    sync_layers(collect_parts(root), record)
+    sync_layers(parts, record)

@@ -56,11 +56,13 @@ def freeze(model: nn.Module) -> FlagChanges:
 
 def train_only(parts: AdaptedParts, names: Iterable[str]) -> None:
     """Train the vectors and copies of these adapters, and freeze those of all others."""
-    every = {name for reflection in parts.reflections for name in reflection.specs}
-    every |= {name for _, copies in parts.copies for name in copies.copied}
     wanted = set(names)
-    set_requires_grad(parts, every - wanted, False)
-    set_requires_grad(parts, wanted, True)
+    for reflection in parts.reflections:
+        for name in reflection.specs:
+            reflection.set_trainable(name, name in wanted)
+    for owner, copies in parts.copies:
+        for name in copies.copied:
+            copies.set_trainable(owner, name, name in wanted)
 
 
 def set_requires_grad(parts: AdaptedParts, names: Iterable[str], wanted: bool) -> None:

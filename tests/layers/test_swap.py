@@ -11,24 +11,13 @@ import pytest
 import torch
 from layers.checking import check, normal, pair
 from torch import Tensor, nn
+from tracing.models import Two
 
 import hra_fx
 from hra_fx.layers.class_swap import original_class
 from hra_fx.model.state import adapted_layers
 
 X = normal(7, 4, 6)
-
-
-class Two(nn.Module):
-    """Two layers with a nonlinearity between them: 6 -> 8 -> 5."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(6, 8)
-        self.second = nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.second(torch.tanh(self.first(x)))
 
 
 class Block(nn.Module):

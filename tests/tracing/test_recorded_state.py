@@ -13,6 +13,7 @@ from adapting import picture
 from layers.checking import assert_same, gradients, normal
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_full_backward_hook
+from tracing.graph_mode import Straight
 from tracing.models import Two
 
 import hra_fx
@@ -27,18 +28,6 @@ class Branches(Two):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.first(x)
         return self.second(self.middle(hidden) if hidden.shape[0] > 2 else hidden)
-
-
-class Straight(torch.autograd.Function):
-    """A rounding whose gradient is that of the identity."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.round()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
 
 
 class Rounds(Branches):

@@ -18,6 +18,7 @@ from graph_modules import COPIES
 from layers.checking import assert_same, check, normal, randomise
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
+from tracing.graph_mode import Straight
 from tracing.models import TRACED, Augmented, Containers, Metadata, Norms, Optional, Two
 
 import hra_fx
@@ -107,16 +108,6 @@ def test_a_part_in_another_mode_is_refused() -> None:
 
 
 # ---- refused ----
-
-
-class Straight(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.round()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad * 3
 
 
 def middle(change: Callable[[Two, Tensor], Any]) -> type[Two]:

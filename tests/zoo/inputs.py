@@ -37,6 +37,16 @@ TEXT: dict[str, Any] = SMALL | {
     "attention_dropout": 0.1,
     "use_cache": False,
 }
+#: The same for encoder-decoders.
+BOTH_SIDES: dict[str, Any] = {
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+}
 
 
 def hugging(model: str, **config: Any) -> Callable[[], nn.Module]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from zoo.entry import Call, Entry
-from zoo.inputs import SMALL, TEXT, Inputs, drawn, hugging, tokens, words
+from zoo.inputs import BOTH_SIDES, SMALL, TEXT, Inputs, drawn, hugging, tokens, words
 
 #: Without layer drop and masks in time, which numpy draws.
 WAVES: dict[str, Any] = SMALL | {
@@ -28,14 +28,9 @@ WAVES: dict[str, Any] = SMALL | {
     "tdnn_dilation": [1, 1],
     "xvector_output_dim": 16,
 }
-SPEECH: dict[str, Any] = TEXT | {
-    "d_model": 16,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
+SPEECH: dict[str, Any] = {
+    **TEXT,
+    **BOTH_SIDES,
     "dropout": 0.1,
     "num_mel_bins": 8,
     "max_source_positions": 20,

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 from zoo.entry import Entry
-from zoo.inputs import TEXT, Inputs, hugging, leading, tokens, words
+from zoo.inputs import BOTH_SIDES, TEXT, Inputs, hugging, leading, tokens, words
 
 T5: dict[str, Any] = {
     "d_model": 16,
@@ -17,14 +17,7 @@ T5: dict[str, Any] = {
     "num_heads": 2,
     "decoder_start_token_id": 0,
 }
-BART: dict[str, Any] = {
-    "d_model": 16,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
+BART: dict[str, Any] = BOTH_SIDES | {
     "dropout": 0.1,
     "activation_dropout": 0.1,
     "decoder_start_token_id": 2,

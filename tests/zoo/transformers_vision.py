@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from zoo.entry import Call, Entry
-from zoo.inputs import SIDES, SMALL, Inputs, hugging, images, tokens
+from zoo.inputs import BOTH_SIDES, SIDES, SMALL, Inputs, hugging, images, tokens
 
 PATCHES: dict[str, Any] = SMALL | {
     "image_size": SIDES[0],
@@ -43,14 +43,9 @@ BACKBONE: dict[str, Any] = {
     "use_pretrained_backbone": False,
     "backbone": None,
 }
-DETECTOR: dict[str, Any] = BACKBONE | {
-    "d_model": 16,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
+DETECTOR: dict[str, Any] = {
+    **BACKBONE,
+    **BOTH_SIDES,
     "num_queries": 4,
     "num_labels": 5,
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from hra_fx.checkpoint.fitting import resume_of
 from hra_fx.checkpoint.folder import WEIGHTS_NAME, find
-from hra_fx.checkpoint.keys import PREFIX, VECTORS
+from hra_fx.checkpoint.keys import EXTRA_BIASES, PREFIX, VECTORS
 from hra_fx.checkpoint.weights import read_prefixed
 from hra_fx.config import CONFIG_NAME, HRAConfig
 from hra_fx.errors import CheckpointError, FoldError
@@ -23,8 +22,6 @@ from hra_fx.functional.chain import plain_chain
 from hra_fx.functional.statistics import inverse_condition
 from hra_fx.layers.target import REFLECTION
 
-#: Extra keys that PEFT writes for a module in `modules_to_save` if bias="all".
-_EXTRA_BIASES = re.compile(r"\.(original_module|modules_to_save)\.")
 _BIASES = ("bias", "in_proj_bias")
 
 
@@ -80,7 +77,7 @@ def read_adapter(source: str | os.PathLike[str]) -> AdapterFiles:
         path, _, last = key.removeprefix(PREFIX).rpartition(".")
         if last == REFLECTION:
             chains[path] = _chain(file, key, tensor, config)
-        elif last != VECTORS and not (config.bias == "all" and _EXTRA_BIASES.search(key)):
+        elif last != VECTORS and not (config.bias == "all" and EXTRA_BIASES.search(key)):
             name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
             if name in others:
                 raise CheckpointError(

@@ -1,0 +1,109 @@
+"""What `transform(..., trace=True)` refuses: the model stays as it was."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from adapting import picture
+from torch import Tensor, nn
+from tracing.graph_mode import Branches, X, config
+from tracing.models import Dropout, Two
+
+import hra_fx
+from hra_fx.errors import AdapterError, SelectionError, UnsupportedLayerError
+
+
+class Breaks(Two):
+    """Neither torch.fx nor torch.export can trace it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return self.second(hidden * 2 if float(hidden.sum().detach()) > 0 else hidden)
+
+
+def under(context: Callable[[], Any]) -> type[Two]:
+    """A model that torch.fx cannot trace, with all layers under a context."""
+
+    def forward(self: Branches, x: Tensor) -> dict[str, Tensor]:
+        with context():
+            return Branches.forward(self, x)
+
+    return type("Under", (Branches,), {"forward": forward})
+
+
+class Tied(Branches):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+
+
+ERRORS: dict[str, tuple[type[nn.Module], dict[str, Any], type[Exception], str]] = {
+    "torch.fx": (Branches, {}, AdapterError, r"torch\.fx cannot trace Branches: it branches on a value"),
+    "torch.export": (Breaks, {"example_inputs": X}, AdapterError, "torch.export cannot capture Breaks"),
+    "autocast": (
+        under(lambda: torch.autocast("cpu", torch.bfloat16)),
+        {"example_inputs": X},
+        UnsupportedLayerError,
+        r"first: the layer runs under torch\.autocast, .*exclude_modules.*without trace=True",
+    ),
+    "no_grad": (
+        under(torch.no_grad),
+        {"example_inputs": X},
+        UnsupportedLayerError,
+        r"first: the layer runs under torch\.no_grad\(\) or another grad mode, .*exclude_modules",
+    ),
+    "tied": (
+        Tied,
+        {"example_inputs": X, "config": config("first", "second")},
+        AdapterError,
+        r"first and second share a weight, .*Exclude one of them with exclude_modules=\['second'\], or leave out trace",
+    ),
+    "verify": (
+        Branches,
+        {"example_inputs": X, "verify": True},
+        AdapterError,
+        r"^verify=True: this works for graphs that torch\.fx traces\. .*Leave out verify or trace\.$",
+    ),
+    "low_cpu_mem_usage": (
+        Branches,
+        {"example_inputs": X, "low_cpu_mem_usage": True},
+        AdapterError,
+        r"^low_cpu_mem_usage=True: this works for graphs .*Leave out low_cpu_mem_usage or trace\.$",
+    ),
+    "selection": (Dropout, {"config": config("nowhere")}, SelectionError, "nowhere"),
+    "modules_to_save": (Dropout, {"config": config(modules_to_save=["nowhere"])}, SelectionError, "nowhere"),
+    "example_inputs": (Branches, {"example_inputs": 3}, AdapterError, "example_inputs must be a tensor, .*, got int"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_leaves_the_model_as_it_was(name: str) -> None:
+    make, options, kind, message = ERRORS[name]
+    model = make().double().eval()
+    before = picture(model)
+    with pytest.raises(kind, match=message):
+        hra_fx.transform(model, **({"config": config(), "trace": True} | options))
+    assert picture(model) == before
+    assert model(X) is not None
+
+
+def test_a_refusal_of_torch_export_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    before = logger.disabled
+    with pytest.raises(AdapterError, match=r"torch\.export cannot capture Breaks"):
+        hra_fx.transform(Breaks().double(), config(), trace=True, example_inputs=X)
+    assert capfd.readouterr() == ("", "")
+    assert logger.disabled is before
+
+
+def test_a_model_with_adapters_is_refused() -> None:
+    model = hra_fx.transform(Dropout(), config("first"))
+    with pytest.raises(AdapterError, match=r"trace=True: Dropout has adapters already.*hra_fx\.graphs\(model\)"):
+        hra_fx.transform(model, config("second"), "other", trace=True)
