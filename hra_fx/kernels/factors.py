@@ -35,8 +35,7 @@ def wy_factors(vectors: Tensor) -> Tensor:
     """The factors of chains of one shape.
 
     Args:
-        vectors: `U: (..., d, k)`, at least float32. A column counts as zero, which is the identity, if its square
-            is below the smallest normal number (lengths below 1e-19 in float32); above 1e19 the result is NaN.
+        vectors: `U: (..., d, k)`, of any lengths, at least float32; a zero column is the identity.
 
     Returns:
         `R` and `F`, stacked: `(..., 2, k, d)` in the dtype of `vectors`.
@@ -68,15 +67,18 @@ class _WYFactors(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, vectors: Tensor) -> Tensor:
-        gram = vectors.mT @ vectors
+        # In float64: squares of float32 can overflow, and TF32, if enabled, is not accurate enough for `T`.
+        wide = vectors if vectors.device.type == "mps" else vectors.double()
+        gram = wide.mT @ wide
         squares = gram.diagonal(dim1=1, dim2=2)
-        scale = torch.where(squares > torch.finfo(gram.dtype).tiny, squares, 1.0).rsqrt_()
+        scale = torch.where(squares > 0, squares, 1.0).rsqrt_()
         gram = gram * scale.unsqueeze(1) * scale.unsqueeze(2)
         inverse = gram.triu(1)
         inverse.diagonal(dim1=1, dim2=2).fill_(0.5)
         identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
         factor = torch.linalg.solve_triangular(inverse, identity, upper=True)
         coefficients = torch.cat([identity, factor.neg()], dim=1) * scale.unsqueeze(1)
+        gram, scale, factor, coefficients = (one.to(vectors.dtype) for one in (gram, scale, factor, coefficients))
         k, d = vectors.shape[2], vectors.shape[1]
         factors = (coefficients @ vectors.mT).view(-1, 2, k, d)
         ctx.save_for_backward(vectors, factors, gram, scale, factor, coefficients)

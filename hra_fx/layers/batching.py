@@ -20,8 +20,7 @@ from hra_fx.functional.chain import ChainPart
 from hra_fx.kernels.batch import batched_factors
 from hra_fx.kernels.dispatch import is_compiling, is_plain, is_plain_eager, products_dtype
 from hra_fx.kernels.factors import Factors
-from hra_fx.layers.adapters import HouseholderAdapters
-from hra_fx.layers.target import REFLECTION
+from hra_fx.layers.adapters import HouseholderAdapters, get_adapters
 
 
 class _Start(NamedTuple):
@@ -115,9 +114,9 @@ def _set(start: _Start | None, is_traced: bool) -> None:
 def _compute(layers: Iterable[nn.Module]) -> _Start:
     groups: dict[tuple[torch.dtype, object], list[tuple[HouseholderAdapters, list[ChainPart]]]] = defaultdict(list)
     for layer in layers:
-        box: HouseholderAdapters = layer._modules[REFLECTION]  # type: ignore[assignment]
-        parts = box.chain_parts()
-        if parts and all(_is_here(part.vectors, box.width) for part in parts):
+        box = get_adapters(layer)  # none in a layer that was folded alone
+        parts = box.chain_parts() if box is not None else []
+        if box is not None and parts and all(_is_here(part.vectors, box.width) for part in parts):
             dtype = _expected_dtype(box.weight_of(layer), parts[0].vectors)
             groups[dtype, tuple([part.signature for part in parts])].append((box, parts))
     found: dict[HouseholderAdapters, tuple[tuple[str, ...], Factors]] = {}

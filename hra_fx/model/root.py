@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hra_fx.compat import is_replica
+from hra_fx.compat import is_exporting, is_replica
 from hra_fx.layers.adapters import ANCHOR
 from hra_fx.layers.batching import factors_in_batches
 from hra_fx.layers.class_swap import SwapMixin
@@ -31,6 +31,8 @@ class AdaptedModel(SwapMixin):
 
         @functools.wraps(base.forward)
         def forward(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
+            if is_exporting():  # which records the state that a forward writes
+                return base.forward(self, *args, **kwargs)
             record = get_state(self)
             if record is None or record.disabled or not record.active or is_replica(self):
                 return base.forward(self, *args, **kwargs)
