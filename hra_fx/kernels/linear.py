@@ -3,8 +3,6 @@ r"""Reflected rows, and a Linear over them, from the factors `R` and `F` of its 
 Input side: `y = h W^T + b` with `h = x + Z R`, `Z = x F^T`. Output side, as in LoRA: `y = x W^T + b + Z (R W^T)`. That
 needs a skinny product with `W`, which costs about as much as `k` rows, and no product with `W` in the backward if `x`
 needs no gradient, as in the first layers of a model.
-
-Products are written so that the long dimension is the last one: BLAS on CPUs is several times faster there.
 """
 
 from __future__ import annotations
@@ -58,7 +56,7 @@ def linear(x: Tensor, factors: Factors, weight: Tensor, bias: Tensor | None) -> 
     rows, down = factors
     flat = x.reshape(-1, x.shape[-1])
     if x.dtype is rows.dtype is weight.dtype and prefer_output_side(x, rows, weight):
-        output = torch.addmm(F.linear(flat, weight, bias), torch.mm(down, flat.mT).mT, torch.mm(rows, weight.mT))
+        output = torch.addmm(F.linear(flat, weight, bias), torch.mm(flat, down.mT), torch.mm(rows, weight.mT))
     else:
         output = F.linear(_reflect_flat(flat, factors), weight, bias)
     return output.view(*x.shape[:-1], weight.shape[0])
@@ -68,8 +66,8 @@ def _reflect_flat(x: Tensor, factors: Factors) -> Tensor:
     """`reflect_rows` for `x: (n, d)`."""
     rows, down = factors
     if x.dtype is rows.dtype:
-        return torch.addmm(x, torch.mm(down, x.mT).mT, rows)
-    return x + torch.mm(torch.mm(down, x.to(rows.dtype).mT).mT, rows).to(x.dtype)
+        return torch.addmm(x, torch.mm(x, down.mT), rows)
+    return x + torch.mm(torch.mm(x.to(rows.dtype), down.mT), rows).to(x.dtype)
 
 
 def prefer_output_side(x: Tensor, rows: Tensor, weight: Tensor) -> bool:

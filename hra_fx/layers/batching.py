@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -24,8 +24,16 @@ from hra_fx.layers.adapters import HouseholderAdapters, get_adapters
 
 
 class _Start(NamedTuple):
-    """What a forward has computed at its start: container -> (its active adapters, their factors)."""
+    """What a forward has computed at its start.
 
+    Attributes:
+        layers: the layers for which it was computed.
+        factors: container -> (its active adapters, their factors).
+        has_graph: whether gradients were enabled.
+        is_inference: whether inference mode was.
+    """
+
+    layers: tuple[nn.Module, ...]
     factors: dict[HouseholderAdapters, tuple[tuple[str, ...], Factors]]
     has_graph: bool
     is_inference: bool
@@ -56,15 +64,16 @@ _CURRENT = _Current()
 
 
 @contextmanager
-def factors_in_batches(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """A block in which `factors_of` returns factors that were computed at its start.
+def factors_in_batches(layers: tuple[nn.Module, ...]) -> Iterator[None]:
+    """A block in which `factors_of` returns factors that were computed at its start, or at that of a block around it.
 
     Args:
         layers: the adapted layers of a model.
     """
     is_traced = is_compiling()
-    outer = _CURRENT.start
-    start = _compute(layers) if is_traced or is_plain_eager() else None
+    start = outer = _CURRENT.start
+    if outer is None or outer.layers is not layers or not outer.is_usable():
+        start = _compute(layers) if is_traced or is_plain_eager() else None
     try:
         _set(start, is_traced)
         yield
@@ -111,7 +120,7 @@ def _set(start: _Start | None, is_traced: bool) -> None:
         _CURRENT.eager = start
 
 
-def _compute(layers: Iterable[nn.Module]) -> _Start:
+def _compute(layers: tuple[nn.Module, ...]) -> _Start:
     groups: dict[tuple[torch.dtype, object], list[tuple[HouseholderAdapters, list[ChainPart]]]] = defaultdict(list)
     for layer in layers:
         box = get_adapters(layer)  # none in a layer that was folded alone
@@ -123,7 +132,7 @@ def _compute(layers: Iterable[nn.Module]) -> _Start:
     for (dtype, _), group in groups.items():
         factors = batched_factors([parts for _, parts in group], dtype)
         found |= {box: (box.active, one) for (box, _), one in zip(group, factors, strict=True)}
-    return _Start(found, torch.is_grad_enabled(), _is_inference())
+    return _Start(layers, found, torch.is_grad_enabled(), _is_inference())
 
 
 def _is_inference() -> bool:

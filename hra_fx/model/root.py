@@ -7,8 +7,12 @@ the active adapter. Entries are renamed before they are loaded.
 from __future__ import annotations
 
 import functools
+import inspect
+from contextlib import ExitStack
+from types import FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hra_fx.compat import is_exporting, is_replica
@@ -27,19 +31,32 @@ class AdaptedModel(SwapMixin):
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """`base.forward`; the factors of all layers are computed at its start."""
+        """`forward` and `generate` of `base`; the factors of all layers are computed at their start."""
 
         @functools.wraps(base.forward)
         def forward(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
             if is_exporting():  # which records the state that a forward writes
                 return base.forward(self, *args, **kwargs)
-            record = get_state(self)
-            if record is None or record.disabled or not record.active or is_replica(self):
+            layers = _acting_layers(self)
+            if not layers:
                 return base.forward(self, *args, **kwargs)
-            with factors_in_batches(record.layers):
+            with factors_in_batches(layers):
                 return base.forward(self, *args, **kwargs)
 
-        return {"forward": forward}
+        made = inspect.getattr_static(base, "generate", None)
+        if not isinstance(made, FunctionType):
+            return {"forward": forward}
+
+        @functools.wraps(made)
+        def generate(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
+            with ExitStack() as block:
+                if layers := _acting_layers(self):
+                    # Forwards with gradients, if it has any, do not use what was computed without.
+                    with torch.no_grad():
+                        block.enter_context(factors_in_batches(layers))
+                return made(self, *args, **kwargs)
+
+        return {"forward": forward, "generate": generate}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Rename entries; this is called before the children load theirs."""
@@ -70,6 +87,14 @@ class AdaptedModel(SwapMixin):
         errors.append(f"{prefix}: adapters are merged in the {side}. {fix}")
         # The present values, so that a load that is going to fail changes nothing.
         state.update({f"{prefix}{key}": own for key, own in self.state_dict().items() if f"{prefix}{key}" in state})
+
+
+def _acting_layers(model: AdaptedModel) -> tuple[nn.Module, ...]:
+    """The adapted layers of a model whose adapters are active; none in a replica of DataParallel."""
+    record = get_state(model)
+    if record is None or record.disabled or not record.active or is_replica(model):
+        return ()
+    return record.layers
 
 
 def _rename(state: dict[str, Any], in_place: str, waiting: dict[str, str], ours: str, theirs: set[str]) -> None:

@@ -6,11 +6,11 @@ import copy
 import gc
 import threading
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from layers.three_layers import Net, X, adapted, vectors_of, wanted
 from one_layer import BF16, F32, F64, normal
 from oracles import dense_q, relative_error
 from torch import Tensor, nn
@@ -19,42 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import hra_fx
 from hra_fx.layers import batching
 
-X = normal(1, 4, 12)
 both = pytest.mark.parametrize("apply_GS", [False, True])
-
-
-class Net(nn.Module):
-    """Three layers, two of one width."""
-
-    def __init__(self, dtype: torch.dtype = F64) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(12, 12, dtype=dtype), nn.Linear(12, 7, dtype=dtype)
-        self.three = nn.Linear(7, 5, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.three(torch.tanh(self.two(torch.tanh(self.one(x)))))
-
-
-def adapted(make: Callable[[], nn.Module] = Net, *, r: int = 3, dtype: torch.dtype = F64, **settings: Any) -> Any:
-    config = hra_fx.HRAConfig(r=r, target_modules="all-linear", exclude_modules=[], **settings)
-    model: Any = hra_fx.transform(make().to(dtype), config)
-    for seed, layer in enumerate((model.one, model.two, model.three)):
-        with torch.no_grad():
-            layer.hra_u["default"].copy_(normal(seed, *layer.hra_u["default"].shape))
-    return model
-
-
-def vectors_of(model: Any) -> list[nn.Parameter]:
-    return [layer.hra_u["default"] for layer in (model.one, model.two, model.three)]
-
-
-def wanted(model: Any, x: Tensor, *, apply_GS: bool = False) -> Tensor:
-    for layer in (model.one, model.two, model.three):
-        box = layer.hra_u
-        weight = layer.hra_base.double() @ dense_q(box["default"], apply_GS=apply_GS, anchor=box.anchor("default"))
-        x = nn.functional.linear(x, weight, layer.bias.double())
-        x = x if layer is model.three else torch.tanh(x)
-    return x
 
 
 def assert_right(model: Any, found: Tensor, x: Tensor = X, *, apply_GS: bool = False) -> None:
@@ -127,7 +92,6 @@ def test_layers_that_the_loss_does_not_reach_get_no_gradient() -> None:
 
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
 def test_factors_without_gradients_follow_every_change(guard: Any) -> None:
-    """They are kept while nothing changes."""
     model = adapted(r=2, init_weights=False)
     other = hra_fx.HRAConfig(r=2, target_modules="all-linear", exclude_modules=[], init_weights=False, apply_GS=True)
     hra_fx.add_adapter(model, "other", other)
