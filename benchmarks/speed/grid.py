@@ -98,6 +98,7 @@ def quick() -> Iterator[Job]:
     for tokens, seconds in {1: 2, 16: 3, 512: 12, 2048: 10}.items():
         yield Job(Setting(LLAMA, "inference", tokens), folded if tokens in (16, 512) else pair, Budget(seconds))
     yield Job(Setting(LLAMA, "inference", 512, "bfloat16"), pair, Budget(4))
+    yield Job(Setting(LLAMA, "generate", 16), pair, Budget(6))
     for tokens in (512, 2048):
         yield Job(Setting(LLAMA, "memory", tokens), with_gs if tokens == 512 else pair, Budget(0, least=1))
     for workload, count, training_and_inference in (("resnet50", 4, (5, 4)), ("resnet50-224", 2, (12, 6))):

@@ -77,6 +77,7 @@ def _inference() -> Iterator[Target]:
     for tokens in (1, 16, 512, 2048):
         yield Target(Setting(LLAMA, "inference", tokens), "ours", "lora", 1.00)
     yield Target(Setting(LLAMA, "inference", 512, "bfloat16"), "ours", "lora", 1.00)
+    yield Target(Setting(LLAMA, "generate", 16), "ours", "lora", 1.00)
     for tokens in (16, 512):
         yield Target(Setting(LLAMA, "inference", tokens), "folded", "base", 1.00, control="base-again")
 
