@@ -77,7 +77,7 @@ zoo: $(VENV)/test.stamp ## Check every model of the zoo (an hour), and write doc
 bench: $(VENV)/test.stamp ## Speed and memory compared with the base model and PEFT (40 minutes on 2 cores); write docs/benchmarks.md.
 	PYTHONPATH=benchmarks $(BIN)/python -m speed --docs $(BENCH_FLAGS)
 
-bench-quick: $(VENV)/test.stamp ## Only the performance targets: print each as met or not (under 5 minutes).
+bench-quick: $(VENV)/test.stamp ## Only the performance targets: print each as met or not (about 6 minutes).
 	PYTHONPATH=benchmarks $(BIN)/python -m speed --quick $(BENCH_FLAGS)
 
 bench-launches: $(VENV)/test.stamp ## Operators launched per adapted layer and step (two minutes, and as long to compile); write docs/benchmarks_launches.md.

@@ -1,7 +1,7 @@
 """The command line.
 
     PYTHONPATH=benchmarks python -m speed                          # everything, about 40 minutes on two cores
-    PYTHONPATH=benchmarks python -m speed --quick                  # the performance targets, under five minutes
+    PYTHONPATH=benchmarks python -m speed --quick                  # the performance targets, about six minutes
     PYTHONPATH=benchmarks python -m speed --only 'bert' --budget 0.1
 
 Results go to build/speed as JSON; docs/ is written only with --docs.

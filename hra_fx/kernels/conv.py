@@ -53,7 +53,7 @@ def convolve_patches(
     flat = weight.flatten(1)
     output = flat @ reflected if bias is None else torch.addmm(bias.unsqueeze(1), flat, reflected)
     size = positions(x.shape[2:], kernel, stride, dilation)
-    return output.view(-1, len(x), *size).transpose(0, 1).contiguous()
+    return output.view(len(flat), len(x), *size).transpose(0, 1).contiguous()
 
 
 def positions(

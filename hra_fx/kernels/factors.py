@@ -71,7 +71,7 @@ class _WYFactors(torch.autograd.Function):
         wide = vectors if vectors.device.type == "mps" else vectors.double()
         gram = wide.mT @ wide
         squares = gram.diagonal(dim1=1, dim2=2)
-        scale = torch.where(squares > 0, squares, 1.0).rsqrt_()
+        scale = squares.masked_fill(squares == 0, 1.0).rsqrt_()
         gram = gram * scale.unsqueeze(1) * scale.unsqueeze(2)
         inverse = gram.triu(1)
         inverse.diagonal(dim1=1, dim2=2).fill_(0.5)
