@@ -113,6 +113,7 @@ class _Unbind(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, Tensor]:
+        ctx.reached.clear()  # of an earlier backward pass
         ctx.reached.update(place // 2 for place, grad in enumerate(grads) if grad is not None)
         filled = [torch.zeros_like(ctx.like) if grad is None else grad for grad in grads]
         return None, torch.stack(filled).view(-1, 2, *ctx.like.shape)

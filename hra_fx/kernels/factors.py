@@ -81,19 +81,23 @@ class _WYFactors(torch.autograd.Function):
         gram, scale, factor, coefficients = (one.to(vectors.dtype) for one in (gram, scale, factor, coefficients))
         k, d = vectors.shape[2], vectors.shape[1]
         factors = (coefficients @ vectors.mT).view(-1, 2, k, d)
-        ctx.save_for_backward(vectors, factors, gram, scale, factor, coefficients)
+        ctx.save_for_backward(vectors)
+        # Not saved, because the first backward pass frees what is saved, and layers of one batch can be in several
+        # passes: that of each output of a model.
+        ctx.values = factors.detach(), gram, scale, factor, coefficients
         return factors
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         gradient: Tensor
-        vectors, factors, gram, scale, factor, coefficients = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
+            (vectors,) = ctx.saved_tensors
             own = vectors.view_as(vectors)
             (gradient,) = torch.autograd.grad(_plain_factors(own), own, grad, create_graph=True)
             return gradient
-        with householder.without_autocast(vectors):
-            rows, joint = factors[:, 0], grad.flatten(1, 2)
+        factors, gram, scale, factor, coefficients = ctx.values
+        with householder.without_autocast(grad):
+            rows, joint = factors[:, 0], grad.reshape(len(factors), -1, factors.shape[-1])
             rows_inner, down_inner = (joint @ rows.mT).chunk(2, dim=1)
             through = factor.mT @ down_inner
             gram_grad = (through @ factor.mT).triu_(1)

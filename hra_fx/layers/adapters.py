@@ -85,6 +85,7 @@ class HouseholderAdapters(nn.ParameterDict):
         active: names of the adapters in use, in the order of the product `W Q_a Q_b ...`.
         scales: adapter name -> its strength, if that is not 1.
         paused: adapter name -> whether it is trained once its strength is 1 again.
+        prepared: the factors of the layer, while TorchDynamo traces its model (`hra_fx.layers.batching.Prepared`).
         unmerged: the weight before a merge; `None` while nothing is merged.
     """
 
@@ -102,6 +103,7 @@ class HouseholderAdapters(nn.ParameterDict):
         self.active: tuple[str, ...] = ()
         self.scales: dict[str, float] = {}
         self.paused: dict[str, bool] = {}
+        self.prepared: Any = None
         self.register_buffer("unmerged", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -308,10 +310,6 @@ class HouseholderAdapters(nn.ParameterDict):
     def rows(self, weight: Tensor) -> Tensor:
         """The weight, or a tensor of its shape, as the matrix `(out, d)` that is multiplied by `Q`."""
         return as_rows(weight, transposed=self.columns)
-
-    def shaped(self, rows: Tensor, like: Tensor) -> Tensor:
-        """Rows `(out, d)` in the shape of the weight."""
-        return rows.mT.contiguous() if self.columns else rows.view_as(like)
 
     def vectors_for(self, x: Tensor) -> Tensor | None:
         """The vectors of all active adapters for an input `x`, `(d, k)`, of any length; `None` if they do nothing.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from hra_fx.compat import tensor_version
 from hra_fx.functional.chain import ChainPart
 from hra_fx.kernels.batch import batched_factors
 from hra_fx.kernels.dispatch import is_compiling, is_plain, is_plain_eager, products_dtype
@@ -23,62 +24,98 @@ from hra_fx.kernels.factors import Factors
 from hra_fx.layers.adapters import HouseholderAdapters, get_adapters
 
 
-class _Start(NamedTuple):
-    """What a forward has computed at its start.
+class Prepared(NamedTuple):
+    """The factors of one layer, computed at the start of a forward, and what they were computed for.
 
     Attributes:
-        layers: the layers for which it was computed.
-        factors: container -> (its active adapters, their factors).
+        factors: `R` and `F`.
+        active: the adapters that were active.
         has_graph: whether gradients were enabled.
         is_inference: whether inference mode was.
     """
 
-    layers: tuple[nn.Module, ...]
-    factors: dict[HouseholderAdapters, tuple[tuple[str, ...], Factors]]
+    factors: Factors
+    active: tuple[str, ...]
     has_graph: bool
     is_inference: bool
 
-    def is_usable(self) -> bool:
-        """Whether it can be used in the grad mode of now."""
-        is_trained_now = torch.is_grad_enabled() and not self.has_graph
-        return not is_trained_now and self.is_inference == _is_inference()
+    def is_usable(self, active: tuple[str, ...], dtype: torch.dtype) -> bool:
+        """Whether they can be used for these adapters in the current grad mode, without a loss of precision."""
+        if self.active != active or self.is_inference != _is_inference():
+            return False
+        if torch.is_grad_enabled() and not self.has_graph:
+            return False
+        own = self.factors.rows.dtype
+        return own is dtype or torch.promote_types(own, dtype) is own
+
+
+class _Start(NamedTuple):
+    """What a forward, or `generate`, has computed at its start.
+
+    Attributes:
+        prepared: container -> the factors of its layer.
+        modes: whether gradients and inference mode were enabled.
+        sources: the tensors from which the factors were computed, with their versions; none if they are not to be used
+            again.
+    """
+
+    prepared: dict[HouseholderAdapters, Prepared]
+    modes: tuple[bool, bool]
+    sources: list[tuple[Tensor, int]] | None
+
+    def is_current(self, layers: Sequence[nn.Module]) -> bool:
+        """Whether the same would be computed now. Writes to `.data` of a tensor have no version, and are not seen."""
+        if self.sources is None or self.modes != _modes():
+            return False
+        now = _sources(layers)
+        if len(now) != len(self.sources):
+            return False
+        pairs = zip(self.sources, now, strict=True)
+        return all(old is new and before == after for (old, before), (new, after) in pairs)
 
 
 class _Current(threading.local):
-    """The forward that this thread runs; apart from that, the one that TorchDynamo traces.
-
-    A compiled part of a model must not depend on what its model has computed outside of the graph: it would be
-    compiled for each batch again.
-    """
+    """What the forward that this thread runs has computed at its start."""
 
     def __init__(self) -> None:
-        self.eager: _Start | None = None
-        self.traced: _Start | None = None
-
-    @property
-    def start(self) -> _Start | None:
-        return self.traced if is_compiling() else self.eager
+        self.start: _Start | None = None
 
 
 _CURRENT = _Current()
 
 
 @contextmanager
-def factors_in_batches(layers: tuple[nn.Module, ...]) -> Iterator[None]:
-    """A block in which `factors_of` returns factors that were computed at its start, or at that of a block around it.
+def factors_in_batches(layers: Sequence[nn.Module], *, reuse: bool = False) -> Iterator[None]:
+    """A block in which `factors_of` returns factors that were computed at its start.
 
     Args:
         layers: the adapted layers of a model.
+        reuse: whether blocks inside this one use them too, until the vectors or the adapters change.
     """
-    is_traced = is_compiling()
-    start = outer = _CURRENT.start
-    if outer is None or outer.layers is not layers or not outer.is_usable():
-        start = _compute(layers) if is_traced or is_plain_eager() else None
+    outer = _CURRENT.start
     try:
-        _set(start, is_traced)
+        if outer is None or not outer.is_current(layers):
+            _CURRENT.start = _start(layers, reuse=reuse) if is_plain_eager() else None
         yield
     finally:
-        _set(outer, is_traced)
+        _CURRENT.start = outer
+
+
+@contextmanager
+def factors_in_traced_batches(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """As `factors_in_batches`, while TorchDynamo traces.
+
+    The factors are attributes of the containers: after a graph break, layers with the same code share a compiled graph,
+    in which only an attribute of the layer itself is that of the right layer.
+    """
+    prepared = _prepare(layers)
+    try:
+        for box, one in prepared.items():
+            box.prepared = one
+        yield
+    finally:
+        for box in prepared:
+            box.prepared = None
 
 
 def factors_of(box: HouseholderAdapters, dtype: torch.dtype) -> Factors | None:
@@ -87,11 +124,10 @@ def factors_of(box: HouseholderAdapters, dtype: torch.dtype) -> Factors | None:
     Raises:
         AdapterError: the vectors have no data yet.
     """
-    start = _CURRENT.start
-    if start is not None and start.is_usable() and box in start.factors:
-        names, factors = start.factors[box]
-        if names == box.active:
-            return factors if factors.rows.dtype is dtype else Factors(factors.rows.to(dtype), factors.down.to(dtype))
+    prepared = _prepared(box)
+    if prepared is not None and prepared.is_usable(box.active, dtype):
+        rows, down = prepared.factors
+        return prepared.factors if rows.dtype is dtype else Factors(rows.to(dtype), down.to(dtype))
     parts = box.chain_parts()
     if not parts:
         return None
@@ -104,23 +140,26 @@ def factors_of(box: HouseholderAdapters, dtype: torch.dtype) -> Factors | None:
 
 
 def has_batch(box: HouseholderAdapters) -> bool:
-    """Whether the factors of a layer were computed at the start of the forward that this thread runs."""
-    start = _CURRENT.start
-    return start is not None and box in start.factors
+    """Whether the factors of a layer were computed at the start of the forward that runs."""
+    return _prepared(box) is not None
+
+
+def _prepared(box: HouseholderAdapters) -> Prepared | None:
+    if is_compiling():
+        traced: Prepared | None = box.prepared
+        return traced
+    return None if _CURRENT.start is None else _CURRENT.start.prepared.get(box)
 
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _set(start: _Start | None, is_traced: bool) -> None:
-    if is_traced:
-        _CURRENT.traced = start
-    else:
-        _CURRENT.eager = start
+def _start(layers: Sequence[nn.Module], *, reuse: bool) -> _Start:
+    return _Start(_prepare(layers), _modes(), _sources(layers) if reuse else None)
 
 
-def _compute(layers: tuple[nn.Module, ...]) -> _Start:
+def _prepare(layers: Sequence[nn.Module]) -> dict[HouseholderAdapters, Prepared]:
     groups: dict[tuple[torch.dtype, object], list[tuple[HouseholderAdapters, list[ChainPart]]]] = defaultdict(list)
     for layer in layers:
         box = get_adapters(layer)  # none in a layer that was folded alone
@@ -128,11 +167,23 @@ def _compute(layers: tuple[nn.Module, ...]) -> _Start:
         if box is not None and parts and all(_is_here(part.vectors, box.width) for part in parts):
             dtype = _expected_dtype(box.weight_of(layer), parts[0].vectors)
             groups[dtype, tuple([part.signature for part in parts])].append((box, parts))
-    found: dict[HouseholderAdapters, tuple[tuple[str, ...], Factors]] = {}
+    found: dict[HouseholderAdapters, Prepared] = {}
     for (dtype, _), group in groups.items():
         factors = batched_factors([parts for _, parts in group], dtype)
-        found |= {box: (box.active, one) for (box, _), one in zip(group, factors, strict=True)}
-    return _Start(layers, found, torch.is_grad_enabled(), _is_inference())
+        for (box, _), one in zip(group, factors, strict=True):
+            found[box] = Prepared(one, box.active, *_modes())
+    return found
+
+
+def _sources(layers: Sequence[nn.Module]) -> list[tuple[Tensor, int]]:
+    boxes = [box for layer in layers if (box := get_adapters(layer)) is not None]
+    parts = [part for box in boxes for part in box.chain_parts()]
+    return [(part.vectors, tensor_version(part.vectors)) for part in parts]
+
+
+def _modes() -> tuple[bool, bool]:
+    """Whether gradients and inference mode are enabled."""
+    return torch.is_grad_enabled(), _is_inference()
 
 
 def _is_inference() -> bool:
@@ -144,7 +195,8 @@ def _expected_dtype(weight: Tensor, vectors: Tensor) -> torch.dtype:
     """The dtype in which a layer will compute, as far as its weight tells."""
     packed = getattr(weight, "quant_state", None)  # bitsandbytes
     dtype: torch.dtype = weight.dtype if packed is None else packed.dtype
-    return products_dtype(weight.device, dtype if dtype.is_floating_point else vectors.dtype)
+    computes = dtype.is_floating_point and dtype.itemsize > 1  # weights in float8 are cast before they are used
+    return products_dtype(weight.device, dtype if computes else vectors.dtype)
 
 
 def _is_here(tensor: Tensor, width: int) -> bool:

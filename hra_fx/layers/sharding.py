@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -26,6 +27,13 @@ def sharded_by(module: nn.Module) -> str | None:
     if isinstance(module, fsdp.FSDPModule):
         return "fully_shard"
     return "FullyShardedDataParallel" if isinstance(module, fsdp.FullyShardedDataParallel) else None
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a tool shards the parameters of any module of a model; quick where no processes work together."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    return any(sharded_by(module) for module in model.modules())
 
 
 def first_sharded(model: nn.Module) -> tuple[str, str] | None:

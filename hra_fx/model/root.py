@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from hra_fx.compat import is_exporting, is_replica
+from hra_fx.kernels.dispatch import is_compiling
 from hra_fx.layers.adapters import ANCHOR
-from hra_fx.layers.batching import factors_in_batches
+from hra_fx.layers.batching import factors_in_batches, factors_in_traced_batches
 from hra_fx.layers.class_swap import SwapMixin
+from hra_fx.layers.sharding import is_sharded
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import BASE, get_copies
 from hra_fx.model.state import adapted_layers, get_state
@@ -40,7 +42,7 @@ class AdaptedModel(SwapMixin):
             layers = _acting_layers(self)
             if not layers:
                 return base.forward(self, *args, **kwargs)
-            with factors_in_batches(layers):
+            with factors_in_traced_batches(layers) if is_compiling() else factors_in_batches(layers):
                 return base.forward(self, *args, **kwargs)
 
         made = inspect.getattr_static(base, "generate", None)
@@ -50,10 +52,11 @@ class AdaptedModel(SwapMixin):
         @functools.wraps(made)
         def generate(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
             with ExitStack() as block:
-                if layers := _acting_layers(self):
+                layers = _acting_layers(self)
+                if layers and not is_compiling():
                     # Forwards with gradients, if it has any, do not use what was computed without.
                     with torch.no_grad():
-                        block.enter_context(factors_in_batches(layers))
+                        block.enter_context(factors_in_batches(layers, reuse=True))
                 return made(self, *args, **kwargs)
 
         return {"forward": forward, "generate": generate}
@@ -90,9 +93,12 @@ class AdaptedModel(SwapMixin):
 
 
 def _acting_layers(model: AdaptedModel) -> tuple[nn.Module, ...]:
-    """The adapted layers of a model whose adapters are active; none in a replica of DataParallel."""
+    """The adapted layers of a model whose adapters are active, if their factors can be computed together.
+
+    They cannot in a replica of DataParallel, and where FSDP reduces the gradients of a block before the batch has its.
+    """
     record = get_state(model)
-    if record is None or record.disabled or not record.active or is_replica(model):
+    if record is None or record.disabled or not record.active or is_replica(model) or is_sharded(model):
         return ()
     return record.layers
 

@@ -258,7 +258,7 @@ def test_a_forward_that_is_interrupted(error: type[BaseException]) -> None:
     with pytest.raises(error):
         model(X)
     handle.remove()
-    assert batching._CURRENT.eager is None
+    assert batching._CURRENT.start is None
     model.one.hra_u["default"].data.neg_().add_(1.0)
     assert_right(model, model.three(torch.tanh(model.two(torch.tanh(model.one(X))))))
 
@@ -275,3 +275,63 @@ def test_nothing_is_kept_alive(folded: bool) -> None:
     gc.collect()
     assert vectors() is None
     assert (whole() is None) is not folded
+
+
+class Towers(nn.Module):
+    """Two layers in one batch, and an output of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 12, dtype=F64), nn.Linear(12, 12, dtype=F64)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.a(x), self.b(x)
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_a_backward_pass_for_each_output(retain: bool) -> None:
+    model = hra_fx.transform(Towers(), hra_fx.HRAConfig(r=2, target_modules=["a", "b"]))
+    first, second = (layer.hra_u["default"] for layer in (model.a, model.b))
+    a, b = model(X)
+    a.square().sum().backward(retain_graph=retain)
+    assert second.grad is None
+    wanted = first.grad.clone()
+    model.zero_grad()
+    b.square().sum().backward()
+    assert first.grad is None
+    assert second.grad is not None
+    model.zero_grad()
+    sum(output.square().sum() for output in model(X)).backward()
+    assert relative_error(first.grad, wanted) < 1e-12
+
+
+def test_batched_gradients() -> None:
+    model = adapted()
+    output = model(X)
+    each = torch.eye(output.numel(), dtype=F64).view(-1, *output.shape)
+    found = torch.autograd.grad(output, vectors_of(model), each, retain_graph=True, is_grads_batched=True)
+    one_by_one = zip(
+        *(torch.autograd.grad(output, vectors_of(model), one, retain_graph=True) for one in each), strict=True
+    )
+    for one, other in zip(found, map(torch.stack, one_by_one), strict=True):
+        assert relative_error(one, other) < 1e-12
+
+
+class Island(nn.Module):
+    """Computes in float32 under autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            output: Tensor = self.layer(x)
+            return output
+
+
+def test_a_layer_in_a_wider_dtype_than_its_batch() -> None:
+    model = hra_fx.transform(Island(), hra_fx.HRAConfig(r=4, target_modules=["layer"], init_weights=False))
+    with torch.autocast("cpu", dtype=BF16):
+        found = model(X.float())
+    assert relative_error(found, model(X.float())) < 1e-6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -80,3 +81,27 @@ class Maker(Net):
 
 def test_generate_that_is_not_a_method_is_left_alone() -> None:
     assert adapted(Maker).generate(3) == 6
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "strength": lambda model: hra_fx.set_scale(model, "default", 0.0),
+    "vectors": lambda model: model.one.hra_u["default"].add_(1.0),
+    "load_state_dict": lambda model: model.load_state_dict(
+        {name: -0.5 + tensor for name, tensor in model.state_dict().items()}
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_in_the_middle_of_generate(change: str) -> None:
+    sought: list[Tensor] = []
+
+    def between(model: Any) -> None:
+        if not sought:
+            CHANGES[change](model)
+            sought.append(hra_fx.fold(copy.deepcopy(model))(X))
+
+    with torch.no_grad():
+        first, second, _ = adapted(Generator, init_weights=False, r=2).generate(X, between)
+    assert relative_error(second, sought[0]) < 1e-12
+    assert relative_error(second, first) > 1e-3

@@ -341,3 +341,19 @@ def test_blocks_that_are_compiled_one_by_one_share_a_graph(seen: Recorder) -> No
         assert relative_error(model(x), wanted) < 1e-12
     assert all(found == [1] for found in seen.batches)
     assert len(seen.batches) <= len(model.blocks)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # TorchDynamo's own look at it
+def test_a_hook_that_breaks_the_graph(seen: Recorder) -> None:
+    model = adapted(nn.Sequential(*(nn.Linear(6, 6) for _ in range(5))).double(), target_modules=list("01234"))
+    x = normal(1, 3, 6)
+    wanted = model(x)
+    wanted.sum().backward()
+    eager = gradients(model)
+    model[0].register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    for _ in range(2):
+        found = torch.compile(model, backend=seen)(x)
+        found.sum().backward()
+        assert relative_error(found, wanted) < 1e-12
+        for name, gradient in gradients(model).items():
+            assert relative_error(gradient, eager[name]) < 1e-9, name

@@ -160,15 +160,31 @@ def loss_of(output: Any, labels: Tensor) -> Tensor:
 
 
 def train(
-    model: nn.Module, case: Case, part: slice = slice(None), steps: int = 3, term: Callable[..., Any] | None = None
+    model: nn.Module,
+    case: Case,
+    part: slice = slice(None),
+    steps: int = 3,
+    term: Callable[..., Any] | None = None,
+    evaluate: bool = False,
 ) -> list[float]:
-    """The losses of whole batches; `part` is what this process takes of each, `term` a loss of the model's besides."""
+    """The losses of whole batches.
+
+    Args:
+        model: the model.
+        case: its case.
+        part: what this process takes of each batch.
+        steps: number of steps.
+        term: an additional loss, of the model.
+        evaluate: whether to call the model without gradients before each step.
+    """
     x, labels = case.data()
     if isinstance(model, FSDPModule):
         model.reshard()  # after a forward without backward, parameters() gives what is thrown away
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     losses = []
     for _ in range(steps):
+        if evaluate:
+            output(model, case)
         loss = loss_of(model(x[part]), labels[part])
         (loss if term is None else loss + term(model)).backward()
         optimizer.step()

@@ -39,6 +39,16 @@ def kept_whole(case: Any, model: nn.Module) -> nn.Module:
     return fully_shard(model, reshard_after_forward=False)
 
 
+def evaluation_between_steps(rank: int, folder: Path) -> None:
+    """FSDP2 then has whole parameters at the start of a step, and reduces the gradients of a block after its backward."""
+    alone = MLP.model()
+    losses = train(alone, MLP)
+    for wrap in (*WAYS.values(), kept_whole):
+        together = wrap(MLP, MLP.model())
+        assert train(together, MLP, part_of(rank), evaluate=True) == pytest.approx(losses, abs=1e-13)
+        same(trained(alone), trained(together))
+
+
 def orthogonality(rank: int, folder: Path) -> None:
     def term(model: nn.Module) -> Any:
         return 0.1 * hra_fx.orthogonality_loss(model)
@@ -192,6 +202,7 @@ def hra_trainer(rank: int, folder: Path) -> None:
 
 CHECKS: dict[str, Check] = {
     **{f"losses and vectors: {case}": functools.partial(losses_and_vectors, case) for case in CASES},
+    "an evaluation between steps": evaluation_between_steps,
     **{"orthogonality": orthogonality, "orthogonality, a backward of its own": orthogonality_apart},
     **{"several adapters": several_adapters, "an adapter that DDP does not know": unknown_to_ddp},
     **{"what DDP is told to ignore": left_out_on_purpose},
