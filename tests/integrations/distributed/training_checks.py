@@ -40,7 +40,7 @@ def kept_whole(case: Any, model: nn.Module) -> nn.Module:
 
 
 def evaluation_between_steps(rank: int, folder: Path) -> None:
-    """FSDP2 then has whole parameters at the start of a step, and reduces the gradients of a block after its backward."""
+    """FSDP2 then has whole parameters at the start of a step, and reduces gradients block by block."""
     alone = MLP.model()
     losses = train(alone, MLP)
     for wrap in (*WAYS.values(), kept_whole):
