@@ -83,7 +83,7 @@ def _gradients_where_reached() -> tuple[Any, Any]:
     An optimizer moves parameters whose gradient is zero (by their momentum), and leaves those without one alone.
     Transforms of functorch and forward-mode derivatives need the operators themselves.
     """
-    if compat.is_functorch_active() or compat.is_forward_ad_active():
+    if not torch.is_grad_enabled() or compat.is_functorch_active() or compat.is_forward_ad_active():
         return torch.stack, lambda factors: factors.flatten(0, 1).unbind()
     reached: set[int] = set()
     return (lambda tensors: _Stack.apply(reached, *tensors)), (lambda factors: _Unbind.apply(reached, factors))  # type: ignore[no-untyped-call]

@@ -77,8 +77,7 @@ class _WYFactors(torch.autograd.Function):
         inverse.diagonal(dim1=1, dim2=2).fill_(0.5)
         identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
         factor = torch.linalg.solve_triangular(inverse, identity, upper=True)
-        coefficients = torch.cat([identity, factor.neg()], dim=1) * scale.unsqueeze(1)
-        gram, scale, factor, coefficients = (one.to(vectors.dtype) for one in (gram, scale, factor, coefficients))
+        coefficients = (torch.cat([identity, factor.neg()], dim=1) * scale.unsqueeze(1)).to(vectors.dtype)
         k, d = vectors.shape[2], vectors.shape[1]
         factors = (coefficients @ vectors.mT).view(-1, 2, k, d)
         ctx.save_for_backward(vectors)
@@ -98,12 +97,12 @@ class _WYFactors(torch.autograd.Function):
         factors, gram, scale, factor, coefficients = ctx.values
         with householder.without_autocast(grad):
             rows, joint = factors[:, 0], grad.reshape(len(factors), -1, factors.shape[-1])
-            rows_inner, down_inner = (joint @ rows.mT).chunk(2, dim=1)
+            rows_inner, down_inner = (joint @ rows.mT).to(gram.dtype).chunk(2, dim=1)
             through = factor.mT @ down_inner
             gram_grad = (through @ factor.mT).triu_(1)
             gram_grad = gram_grad + gram_grad.mT
             # The length of a vector has no effect.
             along = (rows_inner - through + gram_grad @ gram).diagonal(dim1=1, dim2=2)
             inner = (gram_grad - torch.diag_embed(along)) * scale.unsqueeze(1)
-            gradient = torch.baddbmm(joint.mT @ coefficients, rows.mT, inner)
+            gradient = torch.baddbmm(joint.mT @ coefficients, rows.mT, inner.to(rows.dtype))
             return gradient
