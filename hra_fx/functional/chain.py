@@ -17,12 +17,12 @@ class ChainPart(NamedTuple):
     anchor: Tensor | None = None
     apply_GS: bool = False
 
-    @property
+    # Methods, because TorchDynamo of torch 2.10 does not trace properties of a NamedTuple.
+
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors that it is computed from."""
         return (self.vectors,) if self.anchor is None else (self.vectors, self.anchor)
 
-    @property
     def signature(self) -> tuple[object, ...]:
         """What must be the same for parts to be computed in one batch."""
         vectors, anchor, apply_GS = self

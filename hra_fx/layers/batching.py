@@ -166,7 +166,7 @@ def _prepare(layers: Sequence[nn.Module]) -> dict[HouseholderAdapters, Prepared]
         parts = box.chain_parts() if box is not None else []
         if box is not None and parts and all(_is_here(part.vectors, box.width) for part in parts):
             dtype = _expected_dtype(box.weight_of(layer), parts[0].vectors)
-            groups[dtype, tuple([part.signature for part in parts])].append((box, parts))
+            groups[dtype, tuple([part.signature() for part in parts])].append((box, parts))
     found: dict[HouseholderAdapters, Prepared] = {}
     for (dtype, _), group in groups.items():
         factors = batched_factors([parts for _, parts in group], dtype)

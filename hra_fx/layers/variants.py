@@ -229,7 +229,7 @@ def _uses_factors(box: HouseholderAdapters, x: Tensor) -> bool:
     """Whether a layer computes with its factors; tracers and subclasses of tensors get the plain formula."""
     if not (is_plain_eager() or is_compiling()) or not is_plain(x):
         return False
-    return has_batch(box) or all(is_plain(*part.tensors) for part in box.chain_parts())
+    return has_batch(box) or all(is_plain(*part.tensors()) for part in box.chain_parts())
 
 
 def _asks(module: nn.Module) -> bool:

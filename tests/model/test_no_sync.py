@@ -22,6 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 import hra_fx
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # torch 2.10, once
+
 CALLS = {
     *("__bool__", "__float__", "__int__", "__index__", "__contains__", "item", "tolist", "numpy", "cpu", "to_list"),
     *("equal", "allclose", "nonzero", "argwhere", "is_nonzero", "masked_select", "unique", "repeat_interleave"),
