@@ -196,8 +196,13 @@ class ConvAdapters(HouseholderAdapters):
         return self._corrected(layer._conv_forward(x, weight, layer.bias), x, factors, weight)
 
     def _has_few_patches(self, x: Tensor, rows: Tensor) -> bool:
-        """Whether products with the patches themselves are cheaper than a correction of the output."""
-        if x.dim() != 4 or len(self.stride) != 2 or self.groups > 1 or is_compiling() or not x.is_contiguous():
+        """Whether products with the patches themselves are cheaper than a correction of the output; on GPUs never.
+
+        They launch more kernels, and for so few patches a GPU waits for launches.
+        """
+        if not x.is_cpu or x.dim() != 4 or len(self.stride) != 2 or self.groups > 1:
+            return False
+        if is_compiling() or not x.is_contiguous():
             return False
         borders = zip(x.shape[2:], self.border[2::-2], self.border[3::-2], strict=True)
         padded = tuple(length + before + after for length, before, after in borders)
