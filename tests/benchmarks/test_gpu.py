@@ -44,7 +44,7 @@ def test_it_runs_without_the_project_installed(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "benchmarks_gpu.json").read_text())
     assert found["failures"] == {}
-    assert [check["holds"] for check in found["checks"] if check["group"] == "Correctness"] == [True] * 8
+    assert [check["holds"] for check in found["checks"] if check["group"] == "Correctness"] == [True] * 12
     assert {check["detail"] for check in found["checks"] if check["holds"] is None} == {"needs CUDA"}
     waits = [check["holds"] for check in found["checks"] if check["group"] == "The host does not wait for the device"]
     assert waits == [True] * 9
