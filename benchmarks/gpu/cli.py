@@ -27,7 +27,7 @@ NAME = "benchmarks_gpu"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run all parts; 1 if something is wrong, failed, or there is no CUDA device."""
+    """Run all parts. Return 0 on success, and 1 if a check fails, a part raises, or CUDA is not available."""
     options = options_of(arguments)
     if not options.smoke and not torch.cuda.is_available():
         print("torch sees no CUDA device, so nothing was measured; --smoke runs on the CPU.", file=sys.stderr)

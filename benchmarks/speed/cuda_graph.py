@@ -11,7 +11,7 @@ def captured(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """A graph of a step, which ran three times on a side stream before, as torch's notes on CUDA graphs say.
 
     Raises:
-        RuntimeError: the step does what a graph cannot record, or there is no CUDA device.
+        RuntimeError: the step uses an operation that cannot be captured, or CUDA is not available.
     """
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())

@@ -59,8 +59,8 @@ def trace_model(model: nn.Module, layers: Collection[nn.Module], example_inputs:
         operators, which is called as the model was called, for the mode that the model is in.
 
     Raises:
-        AdapterError: torch.fx cannot trace the model, and there are no example inputs; or `torch.export` cannot either,
-            or its graph would not train as the model does.
+        AdapterError: torch.fx cannot trace the model and no example inputs were given, `torch.export` cannot trace it
+            either, or the exported graph would not train like the model.
 
     Example:
         >>> model = trace_model(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), [])
