@@ -29,6 +29,7 @@ ORDER = (
     "hra_fx.model",
     "hra_fx.tracing",
     "hra_fx.checkpoint",
+    "hra_fx.lora",
     "hra_fx.export",
     "hra_fx.reporting",
     "hra_fx.view",

@@ -1,0 +1,76 @@
+"""One adapter in its LoRA form, made from a model in memory or from files, before it is written in any format."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hra_fx.layers.target import LayerKind
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """The LoRA form of one layer: its rows `W: (out, d)` become `W + B A`.
+
+    Attributes:
+        path: the layer's qualified name in the model.
+        kind: the kind of layer.
+        A: `(k, d)`, float64 on the CPU; of a convolution, `d` is the flattened `(in, *kernel)`.
+        B: `(out, k)`, float64 on the CPU.
+        kernel: the kernel size of a convolution; empty for other layers.
+        columns: whether the layer stores its weight as `(in, out)`, as transformers' `Conv1D` does.
+        error: `|W Q - W - B A|_F / |W Q - W|_F`; 0 unless a smaller rank was asked for.
+    """
+
+    path: str
+    kind: LayerKind
+    A: Tensor
+    B: Tensor
+    kernel: tuple[int, ...] = ()
+    columns: bool = False
+    error: float = 0.0
+
+    @property
+    def rank(self) -> int:
+        """The number of rows of `A`, 0 for a layer that the adapter does not change."""
+        return self.A.shape[0]
+
+    def padded(self, rank: int) -> tuple[Tensor, Tensor]:
+        """`A: (rank, d)` and `B: (out, rank)`, with zeros for the rows and columns that are not there."""
+        missing = rank - self.rank
+        A = torch.nn.functional.pad(self.A, (0, 0, 0, missing))
+        return A, torch.nn.functional.pad(self.B, (0, missing))
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """An adapter as LoRA, independent of the format it is written in.
+
+    Attributes:
+        layers: the adapted layers, in the order of the model.
+        copies: trained tensors of `modules_to_save` and biases, by their keys in PEFT's file without its prefix.
+        modules: paths of all modules of the model, among which `target_modules` must match the adapted ones only.
+        bias: LoRA's `bias`: "none", "all" or "lora_only".
+        modules_to_save: PEFT's field.
+        task_type: PEFT's field.
+        base_model: name or path of the base model.
+        model_config: content of the model's `config.json`; empty if it has none.
+    """
+
+    layers: tuple[LoraLayer, ...]
+    copies: Mapping[str, Tensor] = field(default_factory=dict)
+    modules: Collection[str] = ()
+    bias: str = "none"
+    modules_to_save: tuple[str, ...] = ()
+    task_type: str | None = None
+    base_model: str | None = None
+    model_config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """The one rank of all layers: the largest, at least 1."""
+        return max(1, *(layer.rank for layer in self.layers))
