@@ -1,0 +1,128 @@
+r"""The change that a chain of reflections makes to a weight, as a product of two thin matrices: its LoRA form.
+
+A chain `U: (d, k)` has `Q - I = -U T U^T` (see `hra_fx.functional.householder`), so the change of a weight has at most
+rank `k`:
+
+    W Q - W = -(W U) T U^T = B A,        A: (n, d),  B: (out, n),  n <= k
+
+which is exactly a LoRA of rank `n` and scale 1. It is computed in three steps, of which none needs a `(d, d)` matrix:
+
+1. `core`: a thin QR `U = V R` gives `Q - I = V K V^T` with the small core `K = -R T R^T`.
+2. The caller computes `W V`, in blocks if `W` is large or on disk.
+3. `weight_change`: a thin QR of `(W V) K` and an SVD of its small triangle give the singular values of the change. They
+   show its numerical rank, give the best approximation of a smaller rank (Eckart and Young 1936,
+   https://doi.org/10.1007/BF02288367), and are split evenly between both factors, so that half precision rounds both
+   alike.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hra_fx.functional.householder import compact_wy, normalize
+
+#: Singular values below this share of the largest one are rounding errors of float32 factors.
+_NEGLIGIBLE = 2.0**-27
+
+
+class WeightChange(NamedTuple):
+    """The change of a weight, `W Q - W = B A`.
+
+    Attributes:
+        A: `(n, d)`, with orthogonal rows.
+        B: `(out, n)`, with orthogonal columns as long as the rows of `A`.
+        error: `|W Q - W - B A|_F / |W Q - W|_F` of an approximation by a smaller rank, else 0.
+    """
+
+    A: Tensor
+    B: Tensor
+    error: float
+
+
+def core(chain: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The small core of `Q - I = V K V^T`.
+
+    Args:
+        chain: `U: (d, k)`, of any lengths; a zero column is the identity.
+        noise: a `Q` that differs from the identity by no more than this, in the spectral norm, is the identity.
+
+    Returns:
+        `V: (d, m)` with `V^T V = I` and `K: (m, m)`, `m <= min(d, k)`; float64 on the CPU, detached. `m = 0` if `Q`
+        is the identity up to the rounding of float64.
+
+    Example:
+        >>> V, K = core(torch.tensor([[3.0], [4.0]]))
+        >>> torch.eye(2) + (V @ K @ V.T).float()
+        tensor([[ 0.2800, -0.9600],
+                [-0.9600, -0.2800]])
+    """
+    # Two steps, because some devices (mps) have no float64.
+    vectors = normalize(chain.detach().cpu().double())
+    V, R = torch.linalg.qr(vectors)
+    K = -R @ compact_wy(vectors) @ R.mT
+    tiny = max(noise, 8 * vectors.shape[1] * torch.finfo(K.dtype).eps)
+    if not K.numel() or float(torch.linalg.matrix_norm(K, 2)) <= tiny:
+        return V[:, :0], K[:0, :0]
+    return V, K
+
+
+def weight_change(projected: Tensor, V: Tensor, K: Tensor, rank: int | None = None) -> WeightChange:
+    """The factors of `W Q - W = (W V) K V^T`, of its numerical rank.
+
+    Args:
+        projected: `W V: (out, m)`, float64.
+        V: from `core`.
+        K: from `core`.
+        rank: the largest rank of the result. `None`: no limit.
+
+    Returns:
+        The factors in float64. They have rank 0 if the change is zero.
+
+    Example:
+        >>> W, U = torch.tensor([[2.0, 5.0]], dtype=torch.float64), torch.tensor([[3.0], [0.0]])
+        >>> V, K = core(U)
+        >>> A, B, error = weight_change(W @ V, V, K)
+        >>> (W + B @ A).round(decimals=6), error
+        (tensor([[-2.,  5.]], dtype=torch.float64), 0.0)
+    """
+    G, triangle = torch.linalg.qr(projected @ K)
+    left, sigma, right = torch.linalg.svd(triangle, full_matrices=False)
+    if not sigma.numel():
+        return WeightChange(V.mT[:0], projected[:, :0], 0.0)
+    tiny = max(_NEGLIGIBLE * float(sigma[0]), 8 * len(K) * torch.finfo(K.dtype).eps * float(projected.norm()))
+    numerical = int((sigma > tiny).sum())
+    kept = numerical if rank is None else min(rank, numerical)
+    root = sigma[:kept].sqrt()
+    A = root[:, None] * (V @ right[:kept].mT).mT
+    B = (G @ left[:, :kept]) * root
+    lost = float(sigma[kept:numerical].norm() / sigma.norm()) if numerical else 0.0
+    return WeightChange(A.contiguous(), B.contiguous(), lost)
+
+
+def rounding_error(A: Tensor, B: Tensor, dtype: torch.dtype) -> float:
+    """`|B' A' - B A|_F / |B A|_F`, for the factors rounded to `dtype`; 0 for rank 0.
+
+    Args:
+        A: `(n, d)`, float64.
+        B: `(out, n)`, float64.
+        dtype: a floating-point dtype.
+
+    Example:
+        >>> A, B = torch.ones(1, 3, dtype=torch.float64), torch.full((2, 1), 1 / 3, dtype=torch.float64)
+        >>> round(rounding_error(A, B, torch.bfloat16), 6)
+        0.001953
+    """
+    rounded_A, rounded_B = A.to(dtype).to(A.dtype), B.to(dtype).to(B.dtype)
+    # B' A' - B A = [B' - B, B] [A'; A' - A], whose norm is that of two small triangles.
+    error = _norm_of_product(torch.cat([rounded_B - B, B], dim=1), torch.cat([rounded_A, rounded_A - A]))
+    size = _norm_of_product(B, A)
+    return error / size if size else 0.0
+
+
+def _norm_of_product(B: Tensor, A: Tensor) -> float:
+    """`|B A|_F`, without the product."""
+    left, right = (torch.linalg.qr(factor, mode="r").R for factor in (B, A.mT))
+    return float(torch.linalg.matrix_norm(left @ right.mT))
