@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from hra_fx.export.freeze import freeze as freeze
     from hra_fx.export.lower import lower as lower
     from hra_fx.export.onnx_swap import adapter_inputs as adapter_inputs, make_swappable as make_swappable
+    from hra_fx.lora.result import LoraResult as LoraResult
+    from hra_fx.lora.save import convert_to_lora as convert_to_lora, save_as_lora as save_as_lora
     from hra_fx.model.add import add_adapter as add_adapter
     from hra_fx.model.combine import combine as combine
     from hra_fx.model.delete import delete_adapter as delete_adapter
@@ -64,10 +66,12 @@ _HOMES = {
     "FoldPlan": "model.fold",
     "HRAConfig": "config",
     "HRAModel": "api.peft_model",
+    "LoraResult": "lora.result",
     "Report": "reporting.result",
     "adapter_inputs": "export.onnx_swap",
     "add_adapter": "model.add",
     "combine": "model.combine",
+    "convert_to_lora": "lora.save",
     "delete_adapter": "model.delete",
     "disable_adapters": "model.switch",
     "fold": "api.fold",
@@ -82,6 +86,7 @@ _HOMES = {
     "plan_fold": "model.fold",
     "report": "reporting.report",
     "save_adapter": "checkpoint.saving",
+    "save_as_lora": "lora.save",
     "set_adapter": "model.switch",
     "set_scale": "model.scale",
     "to_networkx": "view.network",

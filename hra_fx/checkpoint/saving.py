@@ -14,7 +14,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -187,9 +187,6 @@ def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[s
 
 def _inference_config(root: nn.Module, config: HRAConfig, rank: int, apply_GS: bool) -> HRAConfig:
     """The configuration as PEFT writes it: for inference, with explicit targets and the name of the base model."""
-    kind = original_class(root)
-    mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-    base = config.base_model_name_or_path or getattr(root, "name_or_path", None)
     targets = config.target_modules
     if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
         resolved = resolve_targets(root, config)
@@ -201,6 +198,19 @@ def _inference_config(root: nn.Module, config: HRAConfig, rank: int, apply_GS: b
         apply_GS=apply_GS,
         inference_mode=True,
         target_modules=targets,
-        base_model_name_or_path=base if isinstance(base, str) and base else None,
-        auto_mapping=config.auto_mapping or (None if config.task_type else mapping),
+        base_model_name_or_path=base_model_name(root, config),
+        auto_mapping=auto_mapping(root, config),
     )
+
+
+def base_model_name(root: nn.Module, config: HRAConfig) -> str | None:
+    """PEFT's `base_model_name_or_path`: as configured, or as transformers knows it."""
+    base = config.base_model_name_or_path or getattr(root, "name_or_path", None)
+    return base if isinstance(base, str) and base else None
+
+
+def auto_mapping(root: nn.Module, config: HRAConfig) -> dict[str, Any] | None:
+    """PEFT's `auto_mapping`: the class of the base model, where no task type tells it."""
+    kind = original_class(root)
+    mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    return config.auto_mapping or (None if config.task_type else mapping)

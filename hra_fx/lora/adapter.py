@@ -23,6 +23,7 @@ class LoraLayer:
         B: `(out, k)`, float64 on the CPU.
         kernel: the kernel size of a convolution; empty for other layers.
         columns: whether the layer stores its weight as `(in, out)`, as transformers' `Conv1D` does.
+        in_attention: whether the layer is the `out_proj` of an `nn.MultiheadAttention`, which reads its weight.
         error: `|W Q - W - B A|_F / |W Q - W|_F`; 0 unless a smaller rank was asked for.
     """
 
@@ -32,6 +33,7 @@ class LoraLayer:
     B: Tensor
     kernel: tuple[int, ...] = ()
     columns: bool = False
+    in_attention: bool = False
     error: float = 0.0
 
     @property
@@ -57,6 +59,7 @@ class LoraAdapter:
         bias: LoRA's `bias`: "none", "all" or "lora_only".
         modules_to_save: PEFT's field.
         task_type: PEFT's field.
+        auto_mapping: PEFT's field.
         base_model: name or path of the base model.
         model_config: content of the model's `config.json`; empty if it has none.
     """
@@ -67,10 +70,11 @@ class LoraAdapter:
     bias: str = "none"
     modules_to_save: tuple[str, ...] = ()
     task_type: str | None = None
+    auto_mapping: Mapping[str, Any] | None = None
     base_model: str | None = None
     model_config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
         """The one rank of all layers: the largest, at least 1."""
-        return max(1, *(layer.rank for layer in self.layers))
+        return max([1, *(layer.rank for layer in self.layers)])

@@ -1,0 +1,122 @@
+"""The LoRA form of one adapted layer in memory, and the layers that LoRA cannot express."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hra_fx.errors import AdapterError, UnsupportedLayerError
+from hra_fx.functional import low_rank
+from hra_fx.functional.rotate import as_rows, check_foldable
+from hra_fx.layers.adapted_layer import AdaptedLayer
+from hra_fx.layers.adapters import HouseholderAdapters
+from hra_fx.layers.quantized.detect import quant_scheme_of
+from hra_fx.layers.target import describe
+from hra_fx.lora.adapter import LoraLayer
+from hra_fx.model.rotate import base_weight
+
+_FOLD = "Fold the model instead (hra_fx.fold), or leave the layer out with exclude_modules"
+
+
+def lora_layer(
+    path: str, layer: AdaptedLayer, names: Sequence[str], rank: int | None, *, in_attention: bool
+) -> LoraLayer:
+    """The LoRA form of a layer under some of its adapters.
+
+    Args:
+        path: the layer's path.
+        layer: the layer.
+        names: its adapters, in the order of the product.
+        rank: the largest rank, or `None`.
+        in_attention: whether it is the `out_proj` of an `nn.MultiheadAttention`.
+
+    Raises:
+        AdapterError: the weight or the vectors are not finite.
+        FoldError: the weight or the vectors are on the meta device, or the vectors of a Gram-Schmidt adapter are
+            linearly dependent.
+    """
+    packing, box = quant_scheme_of(layer), layer.hra_u
+    weight = base_weight(layer) if packing is None else packing.values(layer)
+    for name in names:
+        check_foldable(path, layer.hra_base, box[name], apply_GS=box.specs[name].apply_GS, adapter=name)
+    dtype = torch.float32 if weight.device.type == "mps" else torch.float64
+    rows = as_rows(weight.detach(), transposed=box.columns and packing is None).to(dtype)
+    chain = box.joint_vectors(names, dtype)
+    chain = rows.new_zeros(box.width, 0) if chain is None else chain.detach()
+    if not (bool(torch.isfinite(rows).all()) and bool(torch.isfinite(chain).all())):
+        raise AdapterError(f"{path}: its weight or its vectors have NaN or infinite values. Load or train it again.")
+    V, K = low_rank.core(chain, _noise(box, names))
+    A, B, error = low_rank.weight_change((rows @ V.to(rows)).cpu().double(), V, K, rank)
+    kernel = tuple(weight.shape[2:]) if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else ()
+    return LoraLayer(path, box.kind, A, B, kernel, box.columns, in_attention, error)
+
+
+def _noise(box: HouseholderAdapters, names: Sequence[str]) -> float:
+    """How far a fresh adapter with Gram-Schmidt may be from the identity: its anchor is rounded to its dtype."""
+    anchored = [box[name] for name in names if box.specs[name].apply_GS and box.anchor(name) is not None]
+    return float(sum(2 * vectors.shape[1] * torch.finfo(vectors.dtype).eps for vectors in anchored))
+
+
+def check_expressible(path: str, layer: AdaptedLayer, *, in_attention: bool) -> None:
+    """Refuse a layer that PEFT's LoRA cannot express, or computes differently.
+
+    Raises:
+        UnsupportedLayerError: naming the layer and the reason.
+    """
+    if reason := _why_not(layer, in_attention):
+        raise UnsupportedLayerError(f"{path}: {describe(layer)} {reason}. {_FOLD}.")
+
+
+def _why_not(layer: AdaptedLayer, in_attention: bool) -> str | None:
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        if layer.groups > 1:
+            return "has groups, for which the change of the weight is not a LoRA of this rank"
+        if any(step > 1 < size for step, size in zip(layer.dilation, layer.kernel_size, strict=True)):
+            return "is dilated, which the convolutions of PEFT's LoRA are not"
+        if layer.padding_mode != "zeros" and layer.padding not in ("valid", (0,) * len(layer.kernel_size)):
+            return f"has padding_mode={layer.padding_mode!r}, and the convolutions of PEFT's LoRA pad with zeros"
+    if not layer.hra_u.is_called and layer.hra_u.kind != "attention" and not in_attention and not _adds_change(layer):
+        return "has a forward of its own, to which PEFT's LoRA does not add what it adds to a plain layer"
+    return None
+
+
+@torch.no_grad()
+def _adds_change(layer: AdaptedLayer) -> bool:
+    """Whether another weight changes the output of a layer as PEFT's LoRA does: by a plain layer with the difference.
+
+    A forward of its own may normalize the weight or pad the input first. One random input shows that.
+    """
+    weight, name, held = layer.hra_base, layer.hra_u.weight_name, layer._parameters
+    generator = torch.Generator().manual_seed(0)
+    change = torch.randn(weight.shape, generator=generator).to(weight)
+    width = (layer.hra_u.width,) if layer.hra_u.kind == "linear" else _image_size(weight)
+    x = torch.randn(1, *width, generator=generator).to(weight)
+    try:
+        with layer.hra_u.inactive():
+            before = layer(x)
+            held[name] = nn.Parameter(weight + change)
+            actual = layer(x) - before
+        expected = _plain(layer, x, change)
+    except Exception:  # a forward of the user's may raise anything
+        return False
+    finally:
+        held[name] = weight
+    tolerance = 64 * float(torch.finfo(weight.dtype).eps)
+    return actual.shape == expected.shape and bool((actual - expected).norm() <= tolerance * expected.norm())
+
+
+def _image_size(weight: Tensor) -> tuple[int, ...]:
+    """The shape of an image that is larger than the kernel of a convolution."""
+    return (weight.shape[1], *(2 * size + 1 for size in weight.shape[2:]))
+
+
+def _plain(layer: AdaptedLayer, x: Tensor, weight: Tensor) -> Tensor:
+    """A plain layer without a bias, of the same geometry."""
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(layer.kernel_size)]
+        result: Tensor = convolve(x, weight, None, layer.stride, layer.padding)
+        return result
+    return x @ (weight if layer.hra_u.columns else weight.mT)

@@ -1,0 +1,83 @@
+"""What an export as LoRA wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hra_fx.functional.low_rank import rounding_error
+from hra_fx.lora.adapter import LoraAdapter
+
+
+@dataclass(frozen=True)
+class LoraRow:
+    """One layer of an export.
+
+    Attributes:
+        path: its qualified name; in a diffusers pipeline, with its part.
+        rank: the rank of its change, before it is padded; 0 if the adapter does not change it.
+        error: `|W Q - W - B A|_F / |W Q - W|_F` in float64; 0 unless a smaller rank was asked for.
+        rounding: the error of rounding the factors to `dtype`, relative to the change in the same way.
+    """
+
+    path: str
+    rank: int
+    error: float
+    rounding: float
+
+
+@dataclass(frozen=True)
+class LoraResult:
+    """What `hra_fx.save_as_lora` or `hra-fx convert` wrote.
+
+    Attributes:
+        path: the folder or the file.
+        format: "peft", "gguf" or "diffusers".
+        rank: the one rank of all layers in the file.
+        dtype: of the factors, such as "float32".
+        rows: one for each layer.
+        warnings: what a server that was asked for with `check` does not accept.
+
+    Example:
+        >>> print(LoraResult(Path("out"), "peft", 8, "float32", (LoraRow("q_proj", 8, 0.0, 5e-8),)))
+        out: 1 layer as LoRA of rank 8 (peft, float32)
+          rounding error up to 5.0e-08 of the weight change (q_proj)
+    """
+
+    path: Path
+    format: str
+    rank: int
+    dtype: str
+    rows: tuple[LoraRow, ...]
+    warnings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """A summary in a few lines."""
+        count = f"{len(self.rows)} layer{'s' * (len(self.rows) != 1)}"
+        lines = [f"{self.path}: {count} as LoRA of rank {self.rank} ({self.format}, {self.dtype})"]
+        rough = max(self.rows, key=lambda row: row.rounding)
+        lines.append(f"  rounding error up to {rough.rounding:.1e} of the weight change ({rough.path})")
+        cut = max(self.rows, key=lambda row: row.error)
+        if cut.error:
+            lines.append(f"  error of the smaller rank up to {cut.error:.1e} of the weight change ({cut.path})")
+        return "\n".join([*lines, *(f"  warning: {text}" for text in self.warnings)])
+
+
+def rows_of(adapter: LoraAdapter, dtype: torch.dtype, part: str = "") -> list[LoraRow]:
+    """The rows of an adapter; `part` is written before the paths."""
+    return [
+        LoraRow(f"{part}{layer.path}", layer.rank, layer.error, rounding_error(layer.A, layer.B, dtype))
+        for layer in adapter.layers
+    ]
+
+
+def result_of(
+    path: Path, kind: str, adapters: dict[str, LoraAdapter], dtype: torch.dtype, warnings: Sequence[str] = ()
+) -> LoraResult:
+    """The result of writing adapters, by the part of a pipeline that they are for; "" for a single model."""
+    rows = [row for part, found in adapters.items() for row in rows_of(found, dtype, f"{part}." if part else "")]
+    rank = max(found.rank for found in adapters.values())
+    return LoraResult(path, kind, rank, str(dtype).removeprefix("torch."), tuple(rows), tuple(warnings))

@@ -1,0 +1,141 @@
+"""`convert_to_lora` and `save_as_lora`: adapters of a model in memory as LoRA."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hra_fx.errors import AdapterError, HRAWarning
+from hra_fx.lora.adapter import LoraAdapter
+from hra_fx.lora.from_model import lora_adapter
+from hra_fx.lora.peft_format import peft_form
+from hra_fx.lora.result import LoraResult
+from hra_fx.lora.write import write_lora
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def convert_to_lora(
+    model: nn.Module,
+    adapter_names: str | Iterable[str] | None = None,
+    *,
+    rank: int | None = None,
+    rank_pattern: bool = False,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Adapters as a LoRA of the same rank, `W Q = W + B A`, without approximation.
+
+    The factors are computed in float64, at the numerical rank of each layer's change, and balanced: `A` and `B` have
+    the same singular values. An adapter that has not been trained changes nothing; it becomes a LoRA of rank 1 with
+    zeros.
+
+    Args:
+        model: a transformed model; it is not changed. Adapters may be merged.
+        adapter_names: the adapters, in the order of the product `W Q_a Q_b`, each at its strength (`set_scale`).
+            `None`: the active ones.
+        rank: the largest rank of a layer: the best approximation of the weight's change. `None`: exact.
+        rank_pattern: give each layer its own rank by PEFT's `rank_pattern` and `alpha_pattern`. The default is one rank
+            for all layers, padded with zeros, because servers read one rank and one alpha.
+
+    Returns:
+        The configuration, fields of `peft.LoraConfig` as a dict, and the tensors of `adapter_model.safetensors`, with
+        PEFT's keys: factors in float32 on the CPU; `modules_to_save` and biases as trained.
+
+    Raises:
+        AdapterError: the model has no such adapters, `rank` is not positive, parameters are not in memory, or a tensor
+            is not finite.
+        FoldError: an adapter has no well-defined `Q` (see `hra_fx.fold`).
+        UnsupportedLayerError: LoRA cannot express a layer: a convolution with groups, a dilation or another padding
+            mode than zeros; a class that does more with its weight than multiply; or a layer shared by modules.
+
+    Warns:
+        HRAWarning: the adapters do not change any weight.
+
+    Example:
+        >>> from hra_fx import HRAConfig, transform
+        >>> model = transform(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"], init_weights=False))
+        >>> config, tensors = convert_to_lora(model)
+        >>> config["r"], config["target_modules"]
+        (2, ['0'])
+        >>> {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        {'base_model.model.0.lora_A.weight': (2, 6), 'base_model.model.0.lora_B.weight': (4, 2)}
+    """
+    adapter = lora_adapter(model, adapter_names, rank)
+    _warn_if_unchanged({"": adapter})
+    return peft_form(adapter, torch.float32, rank_pattern=rank_pattern)
+
+
+def save_as_lora(
+    model_or_pipeline: Any,
+    path: str | os.PathLike[str],
+    adapter_names: str | Iterable[str] | None = None,
+    *,
+    rank: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    rank_pattern: bool = False,
+    check: str | None = None,
+) -> LoraResult:
+    """Save adapters as a LoRA that PEFT, vLLM, llama.cpp, diffusers and other runtimes load; see docs/serving.md.
+
+    Args:
+        model_or_pipeline: a transformed model, which becomes a folder in PEFT's format; or a diffusers pipeline,
+            UNet or transformer, which becomes a folder for `pipe.load_lora_weights`. It is not changed.
+        path: the folder, created if needed; or a file that ends in ".gguf", for llama.cpp.
+        adapter_names: as in `convert_to_lora`.
+        rank: as in `convert_to_lora`.
+        dtype: float32, float16 or bfloat16, as a torch dtype or its name. `None`: float32.
+        rank_pattern: as in `convert_to_lora`; for PEFT's format.
+        check: the name of a server, such as "vllm": warn of what it does not accept in this adapter.
+
+    Returns:
+        The rank of each layer, the error of a smaller rank and the rounding error of `dtype`.
+
+    Raises:
+        AdapterError, FoldError, UnsupportedLayerError: as in `convert_to_lora`; or the format does not support the
+            model or a layer.
+        CheckpointError: the files cannot be written. After any error, old files are unchanged.
+
+    Warns:
+        HRAWarning: the adapters do not change any weight; or the server does not accept something (`check`).
+
+    Example:
+        >>> import tempfile
+        >>> from hra_fx import HRAConfig, transform
+        >>> model = transform(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"], init_weights=False))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     result = save_as_lora(model, folder, dtype="bfloat16")
+        ...     sorted(os.listdir(folder)), result.rank, result.rows[0].rounding < 0.01
+        (['adapter_config.json', 'adapter_model.safetensors'], 2, True)
+    """
+    kind, parts = _parts(model_or_pipeline, Path(path))
+    chosen = _dtype(dtype)
+    adapters = {prefix: lora_adapter(part, adapter_names, rank) for prefix, part in parts.items()}
+    _warn_if_unchanged(adapters)
+    result = write_lora(adapters, Path(path), kind, chosen, rank_pattern=rank_pattern, check=check)
+    for text in result.warnings:
+        warnings.warn(text, HRAWarning, stacklevel=2)
+    return result
+
+
+def _parts(model: Any, path: Path) -> tuple[str, dict[str, nn.Module]]:
+    """The format, and the parts of a pipeline that have adapters; a single model is the part ""."""
+    return ("gguf" if path.suffix == ".gguf" else "peft"), {"": model}
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.float32
+    if found not in _DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
+        raise AdapterError(f"`dtype` must be one of {names}, got {dtype!r}.")
+    return found
+
+
+def _warn_if_unchanged(adapters: Mapping[str, LoraAdapter]) -> None:
+    if not any(layer.rank for adapter in adapters.values() for layer in adapter.layers):
+        text = "the adapters do not change any weight (untrained, or at strength 0): the LoRA is zero."
+        warnings.warn(text, HRAWarning, stacklevel=3)
