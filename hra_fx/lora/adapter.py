@@ -23,7 +23,6 @@ class LoraLayer:
         B: `(out, k)`, float64 on the CPU.
         kernel: the kernel size of a convolution; empty for other layers.
         columns: whether the layer stores its weight as `(in, out)`, as transformers' `Conv1D` does.
-        in_attention: whether the layer is the `out_proj` of an `nn.MultiheadAttention`, which reads its weight.
         error: `|W Q - W - B A|_F / |W Q - W|_F`; 0 unless a smaller rank was asked for.
     """
 
@@ -33,7 +32,6 @@ class LoraLayer:
     B: Tensor
     kernel: tuple[int, ...] = ()
     columns: bool = False
-    in_attention: bool = False
     error: float = 0.0
 
     @property

@@ -53,18 +53,14 @@ def lora_adapter(
         )
     check_copies(root, collect_parts(root), names)
     sites = {path: layer for path, layer in adapted_layers(root).items() if set(names) & set(layer.hra_u)}
-    inside = _inside_attention(root, sites)
     _check_places(root, sites)
     for path, layer in sites.items():
-        check_expressible(path, layer, in_attention=path in inside)
-    layers = tuple(
-        lora_layer(path, layer, [name for name in names if name in layer.hra_u], rank, in_attention=path in inside)
-        for path, layer in sites.items()
-    )
+        check_expressible(path, layer, root.get_submodule(path.rpartition(".")[0]))
+    present = {path: [name for name in names if name in layer.hra_u] for path, layer in sites.items()}
     configs = [record.configs[name] for name in names]
     saved = dict.fromkeys(name for config in configs for name in config.modules_to_save or ())
     return LoraAdapter(
-        layers=layers,
+        layers=tuple(lora_layer(path, layer, present[path], rank) for path, layer in sites.items()),
         copies=_copies(root, names, sites),
         modules=[path for path, _ in root.named_modules() if path and not _is_ours(path)],
         bias=_BIASES[max((config.bias for config in configs), key=list(_BIASES).index)],
@@ -83,16 +79,6 @@ def _names(record: AdapterState, adapter_names: str | Iterable[str] | None) -> t
     if not names:
         raise AdapterError(f"no adapter is active. Name at least one of {list(record.configs)}.")
     return names
-
-
-def _inside_attention(root: nn.Module, sites: Mapping[str, AdaptedLayer]) -> set[str]:
-    """The paths that are the `out_proj` of an `nn.MultiheadAttention`."""
-    parents = ((path, path.rpartition(".")) for path in sites)
-    return {
-        path
-        for path, (parent, _, name) in parents
-        if name == "out_proj" and isinstance(root.get_submodule(parent), nn.MultiheadAttention)
-    }
 
 
 def _check_places(root: nn.Module, sites: Mapping[str, AdaptedLayer]) -> None:

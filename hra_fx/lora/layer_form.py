@@ -21,9 +21,7 @@ from hra_fx.model.rotate import base_weight
 _FOLD = "Fold the model instead (hra_fx.fold), or leave the layer out with exclude_modules"
 
 
-def lora_layer(
-    path: str, layer: AdaptedLayer, names: Sequence[str], rank: int | None, *, in_attention: bool
-) -> LoraLayer:
+def lora_layer(path: str, layer: AdaptedLayer, names: Sequence[str], rank: int | None) -> LoraLayer:
     """The LoRA form of a layer under some of its adapters.
 
     Args:
@@ -31,7 +29,6 @@ def lora_layer(
         layer: the layer.
         names: its adapters, in the order of the product.
         rank: the largest rank, or `None`.
-        in_attention: whether it is the `out_proj` of an `nn.MultiheadAttention`.
 
     Raises:
         AdapterError: the weight or the vectors are not finite.
@@ -51,7 +48,7 @@ def lora_layer(
     V, K = low_rank.core(chain, _noise(box, names))
     A, B, error = low_rank.weight_change((rows @ V.to(rows)).cpu().double(), V, K, rank)
     kernel = tuple(weight.shape[2:]) if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else ()
-    return LoraLayer(path, box.kind, A, B, kernel, box.columns, in_attention, error)
+    return LoraLayer(path, box.kind, A, B, kernel, box.columns, error)
 
 
 def _noise(box: HouseholderAdapters, names: Sequence[str]) -> float:
@@ -60,17 +57,19 @@ def _noise(box: HouseholderAdapters, names: Sequence[str]) -> float:
     return float(sum(2 * vectors.shape[1] * torch.finfo(vectors.dtype).eps for vectors in anchored))
 
 
-def check_expressible(path: str, layer: AdaptedLayer, *, in_attention: bool) -> None:
+def check_expressible(path: str, layer: AdaptedLayer, parent: nn.Module) -> None:
     """Refuse a layer that PEFT's LoRA cannot express, or computes differently.
 
     Raises:
         UnsupportedLayerError: naming the layer and the reason.
     """
-    if reason := _why_not(layer, in_attention):
+    if reason := _why_not(layer, parent):
         raise UnsupportedLayerError(f"{path}: {describe(layer)} {reason}. {_FOLD}.")
 
 
-def _why_not(layer: AdaptedLayer, in_attention: bool) -> str | None:
+def _why_not(layer: AdaptedLayer, parent: nn.Module) -> str | None:
+    if isinstance(parent, nn.MultiheadAttention):
+        return "is the output projection of an attention, whose change PEFT's LoRA (0.21) adds twice"
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         if layer.groups > 1:
             return "has groups, for which the change of the weight is not a LoRA of this rank"
@@ -78,7 +77,7 @@ def _why_not(layer: AdaptedLayer, in_attention: bool) -> str | None:
             return "is dilated, which the convolutions of PEFT's LoRA are not"
         if layer.padding_mode != "zeros" and layer.padding not in ("valid", (0,) * len(layer.kernel_size)):
             return f"has padding_mode={layer.padding_mode!r}, and the convolutions of PEFT's LoRA pad with zeros"
-    if not layer.hra_u.is_called and layer.hra_u.kind != "attention" and not in_attention and not _adds_change(layer):
+    if not layer.hra_u.is_called and layer.hra_u.kind != "attention" and not _adds_change(layer):
         return "has a forward of its own, to which PEFT's LoRA does not add what it adds to a plain layer"
     return None
 

@@ -30,16 +30,18 @@ def peft_form(
         dtype: of the factors; trained copies keep theirs.
         rank_pattern: keep the rank of each layer, with PEFT's `rank_pattern` and `alpha_pattern`.
     """
-    layers = _with_attentions(adapter)
+    layers = {layer.path: layer for layer in adapter.layers}
     ranks = {path: max(1, layer.rank) if rank_pattern else adapter.rank for path, layer in layers.items()}
     tensors: dict[str, Tensor] = {}
     for path, layer in layers.items():
         A, B = layer.padded(ranks[path])
-        key = f"{PREFIX}{_peft_path(layer)}"
-        tensors[f"{key}.lora_A.weight"] = _as_filters(A, layer).to(dtype)
-        tensors[f"{key}.lora_B.weight"] = B.reshape(*B.shape, *(1 for _ in layer.kernel)).to(dtype).contiguous()
-    tensors |= {f"{PREFIX}{_peft_key(key, layers)}": tensor for key, tensor in adapter.copies.items()}
-    return _config(adapter, layers, ranks), tensors
+        tensors[f"{path}.lora_A.weight"] = _as_filters(A, layer)
+        tensors[f"{path}.lora_B.weight"] = B.reshape(*B.shape, *(1 for _ in layer.kernel))
+        if layer.kind == "attention":
+            tensors |= _output_projection(path, A.shape[1], ranks[path])
+    factors = {key: tensor.to(dtype).contiguous() for key, tensor in tensors.items()}
+    copies = {_peft_key(key, layers): tensor for key, tensor in adapter.copies.items()}
+    return _config(adapter, ranks), {f"{PREFIX}{key}": tensor for key, tensor in (factors | copies).items()}
 
 
 def write_peft(adapter: LoraAdapter, folder: Path, dtype: torch.dtype, *, rank_pattern: bool = False) -> None:
@@ -52,11 +54,9 @@ def write_peft(adapter: LoraAdapter, folder: Path, dtype: torch.dtype, *, rank_p
     write(folder, json.dumps(config, indent=2, sort_keys=True), tensors, {})
 
 
-def _config(adapter: LoraAdapter, layers: Mapping[str, LoraLayer], ranks: Mapping[str, int]) -> dict[str, Any]:
+def _config(adapter: LoraAdapter, ranks: Mapping[str, int]) -> dict[str, Any]:
     """The fields of `peft.LoraConfig` that differ from its defaults, or that servers read."""
     other = {path: rank for path, rank in ranks.items() if rank != adapter.rank}
-    targets = [path for path, layer in layers.items() if not layer.in_attention]
-    # PEFT adapts the out_proj of an attention together with it, so it must not match by itself: it stays in `modules`.
     return {
         "peft_type": "LORA",
         "task_type": adapter.task_type,
@@ -66,8 +66,8 @@ def _config(adapter: LoraAdapter, layers: Mapping[str, LoraLayer], ranks: Mappin
         "r": adapter.rank,
         "lora_alpha": adapter.rank,
         "lora_dropout": 0.0,
-        "target_modules": exact_targets(targets, adapter.modules),
-        "fan_in_fan_out": any(layer.columns for layer in layers.values()),
+        "target_modules": exact_targets(list(ranks), adapter.modules),
+        "fan_in_fan_out": any(layer.columns for layer in adapter.layers),
         "bias": adapter.bias,
         "modules_to_save": list(adapter.modules_to_save) or None,
         "rank_pattern": other,
@@ -77,35 +77,17 @@ def _config(adapter: LoraAdapter, layers: Mapping[str, LoraLayer], ranks: Mappin
     }
 
 
-def _with_attentions(adapter: LoraAdapter) -> dict[str, LoraLayer]:
-    """All layers by path; PEFT adapts an attention's `in_proj` and `out_proj` together, so the other one gets zeros."""
-    layers = {layer.path: layer for layer in adapter.layers}
-    for layer in adapter.layers:
-        width = layer.A.shape[1]
-        if layer.kind == "attention" and f"{layer.path}.out_proj" not in layers:
-            path = f"{layer.path}.out_proj"
-            layers[path] = _unchanged(path, width, width, in_attention=True)
-        parent = layer.path.rpartition(".")[0]
-        if layer.in_attention and parent not in layers:
-            layers[parent] = _unchanged(parent, width, 3 * width, in_attention=False)
-    return layers
-
-
-def _unchanged(path: str, width: int, out: int, *, in_attention: bool) -> LoraLayer:
-    nothing = torch.zeros(0, width, dtype=torch.float64), torch.zeros(out, 0, dtype=torch.float64)
-    return LoraLayer(path, "linear" if in_attention else "attention", *nothing, in_attention=in_attention)
-
-
-def _peft_path(layer: LoraLayer) -> str:
-    """The path under which PEFT stores a layer: it wraps an attention around its `out_proj`."""
-    parent, _, name = layer.path.rpartition(".")
-    return f"{parent}.base_layer.{name}" if layer.in_attention else layer.path
+def _output_projection(path: str, width: int, rank: int) -> dict[str, Tensor]:
+    """Zeros for the output projection of an attention, which PEFT adapts together with `in_proj_weight`."""
+    key = f"{path}.base_layer.out_proj"
+    return {f"{key}.lora_A.weight": torch.zeros(rank, width), f"{key}.lora_B.weight": torch.zeros(width, rank)}
 
 
 def _peft_key(key: str, layers: Mapping[str, LoraLayer]) -> str:
-    """The key of a trained copy; PEFT wraps every adapted layer, also the `out_proj` of an attention."""
-    path, _, entry = key.replace(".base_layer.", ".").rpartition(".")
-    return f"{_peft_path(layers[path])}.base_layer.{entry}" if path in layers else key
+    """The key of a trained copy; PEFT also wraps the output projection of an adapted attention."""
+    parent, _, name = key.removesuffix(".bias").rpartition(".")
+    inside = name == "out_proj" and parent in layers and layers[parent].kind == "attention"
+    return f"{parent}.base_layer.out_proj.base_layer.bias" if inside else key
 
 
 def _as_filters(A: Tensor, layer: LoraLayer) -> Tensor:
