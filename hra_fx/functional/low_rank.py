@@ -8,7 +8,7 @@ rank `k`:
 which is exactly a LoRA of rank `n` and scale 1. It is computed in three steps, of which none needs a `(d, d)` matrix:
 
 1. `core`: a thin QR `U = V R` gives `Q - I = V K V^T` with the small core `K = -R T R^T`.
-2. The caller computes `W V`, in blocks if `W` is large or on disk.
+2. `project` computes `W V`; a caller that reads `W` from disk does so by itself, in blocks.
 3. `weight_change`: a thin QR of `(W V) K` and an SVD of its small triangle give the singular values of the change. They
    show its numerical rank, give the best approximation of a smaller rank (Eckart and Young 1936,
    https://doi.org/10.1007/BF02288367), and are split evenly between both factors, so that half precision rounds both
@@ -26,6 +26,8 @@ from hra_fx.functional.householder import compact_wy, normalize
 
 #: Singular values below this share of the largest one are rounding errors of float32 factors.
 _NEGLIGIBLE = 2.0**-27
+#: Entries of a weight that are converted at a time: few enough for the cache of a processor.
+_BLOCK = 1 << 18
 
 
 class WeightChange(NamedTuple):
@@ -67,6 +69,28 @@ def core(chain: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor]:
     if not K.numel() or float(torch.linalg.matrix_norm(K, 2)) <= tiny:
         return V[:, :0], K[:0, :0]
     return V, K
+
+
+def project(rows: Tensor, V: Tensor) -> Tensor:
+    """`W V` in float64 (float32 on MPS), without a copy of `W` in that dtype.
+
+    Args:
+        rows: `W: (out, d)`, of any floating-point dtype, on any device.
+        V: `(d, m)`, from `core`.
+
+    Returns:
+        `(out, m)`, float64 on the CPU.
+
+    Example:
+        >>> project(torch.ones(2, 3, dtype=torch.bfloat16), torch.eye(3, 1).double())
+        tensor([[1.],
+                [1.]], dtype=torch.float64)
+    """
+    dtype = torch.float32 if rows.device.type == "mps" else torch.float64
+    wide = V.to(rows.device, dtype)
+    step = max(1, _BLOCK // max(1, rows.shape[1]))
+    blocks = [rows[i : i + step].to(dtype) @ wide for i in range(0, len(rows), step)]
+    return torch.cat(blocks).cpu().double()
 
 
 def weight_change(projected: Tensor, V: Tensor, K: Tensor, rank: int | None = None) -> WeightChange:

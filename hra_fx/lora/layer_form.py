@@ -39,16 +39,21 @@ def lora_layer(path: str, layer: AdaptedLayer, names: Sequence[str], rank: int |
     weight = base_weight(layer) if packing is None else packing.values(layer)
     for name in names:
         check_foldable(path, layer.hra_base, box[name], apply_GS=box.specs[name].apply_GS, adapter=name)
-    dtype = torch.float32 if weight.device.type == "mps" else torch.float64
-    rows = as_rows(weight.detach(), transposed=box.columns and packing is None).to(dtype)
-    chain = box.joint_vectors(names, dtype)
-    chain = rows.new_zeros(box.width, 0) if chain is None else chain.detach()
-    if not (bool(torch.isfinite(rows).all()) and bool(torch.isfinite(chain).all())):
-        raise AdapterError(f"{path}: its weight or its vectors have NaN or infinite values. Load or train it again.")
+    rows = as_rows(weight.detach(), transposed=box.columns and packing is None)
+    chain = box.joint_vectors(names, torch.float32 if weight.device.type == "mps" else torch.float64)
+    chain = torch.zeros(box.width, 0) if chain is None else chain
+    _check_finite(path, chain)
     V, K = low_rank.core(chain, _noise(box, names))
-    A, B, error = low_rank.weight_change((rows @ V.to(rows)).cpu().double(), V, K, rank)
+    projected = low_rank.project(rows, V)
+    _check_finite(path, projected)
+    A, B, error = low_rank.weight_change(projected, V, K, rank)
     kernel = tuple(weight.shape[2:]) if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else ()
     return LoraLayer(path, box.kind, A, B, kernel, box.columns, error)
+
+
+def _check_finite(path: str, values: Tensor) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise AdapterError(f"{path}: its weight or its vectors have NaN or infinite values. Load or train it again.")
 
 
 def _noise(box: HouseholderAdapters, names: Sequence[str]) -> float:

@@ -31,7 +31,8 @@ def peft_form(
         rank_pattern: keep the rank of each layer, with PEFT's `rank_pattern` and `alpha_pattern`.
     """
     layers = {layer.path: layer for layer in adapter.layers}
-    ranks = {path: max(1, layer.rank) if rank_pattern else adapter.rank for path, layer in layers.items()}
+    common = adapter.rank
+    ranks = {path: max(1, layer.rank) if rank_pattern else common for path, layer in layers.items()}
     tensors: dict[str, Tensor] = {}
     for path, layer in layers.items():
         A, B = layer.padded(ranks[path])
