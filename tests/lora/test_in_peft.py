@@ -1,0 +1,189 @@
+"""Exported adapters in PEFT's LoRA, whose outputs must be those of the adapted model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from lora.kinds import KINDS, move
+from oracles import relative_error
+from torch import Tensor, nn
+from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import hra_fx
+from hra_fx import HRAConfig
+
+# PEFT asks transformers for it, and warns of every tied model that has an adapter on its output layer.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True` and:UserWarning"),
+]
+IDS = torch.arange(24).view(2, 12)
+SIZES = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA = {**SIZES, "hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2}
+GPT2 = {
+    "vocab_size": 64,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 32,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+LANGUAGE_MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "Llama": (lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)), ["q_proj", "v_proj", "down_proj"]),
+    "a tied output layer": (
+        lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True)),
+        ["k_proj", "lm_head"],
+    ),
+    "GPT-2, Conv1D": (lambda: GPT2LMHeadModel(GPT2Config(**GPT2)), ["c_attn", "c_proj", "c_fc"]),
+    "Falcon, Linear with its own forward": (
+        lambda: FalconForCausalLM(FalconConfig(**SIZES, hidden_size=32, bos_token_id=0, eos_token_id=1)),
+        ["query_key_value", "dense"],
+    ),
+}
+
+
+def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
+    with torch.no_grad():
+        output: Tensor = model.eval()(input_ids=ids).logits
+    return output
+
+
+def pair(make: Callable[[], nn.Module], config: HRAConfig, seed: int = 0) -> tuple[nn.Module, nn.Module]:
+    """A base model, and a copy of it with an adapter that is not at its start."""
+    torch.manual_seed(seed)
+    base = make()
+    model = hra_fx.transform(copy.deepcopy(base), config)
+    move(model, seed)
+    return base, model
+
+
+def loaded(base: nn.Module, folder: Path, name: str = "default") -> Any:
+    return peft.PeftModel.from_pretrained(copy.deepcopy(base), folder, adapter_name=name).eval()
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_the_logits_are_those_of_the_adapted_model(name: str, tmp_path: Path) -> None:
+    make, targets = LANGUAGE_MODELS[name]
+    base, model = pair(make, HRAConfig(r=3, target_modules=targets, task_type="CAUSAL_LM"))
+    hra_fx.save_as_lora(model, tmp_path)
+    wanted, before = logits(model), logits(base)
+    lora = loaded(base, tmp_path)
+    assert relative_error(logits(lora) - before, wanted - before) < 1e-5
+    if "lm_head" not in targets:  # PEFT would merge into the embeddings as well
+        assert relative_error(logits(lora.merge_and_unload()) - before, wanted - before) < 1e-5
+
+
+@pytest.mark.parametrize("rank_pattern", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_layer_with_its_biases_and_saved_modules(kind: str, rank_pattern: bool, tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.norm, self.head = KINDS[kind](), nn.LayerNorm(4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            output = self.one(x, x, x)[0] if kind == "attention" else self.one(x)
+            return torch.cat([output.flatten(), self.head(self.norm(y)).flatten()])
+
+    config = HRAConfig(r=3, target_modules=["one"], bias="all", modules_to_save=["head"])
+    base, model = pair(Net, config)
+    layer: Any = base.one
+    shape = (2, *layer.weight.shape[1:2], *(9,) * (layer.weight.dim() - 2)) if hasattr(layer, "stride") else (2, 5, 12)
+    x, y = torch.randn(shape), torch.randn(3, 4)
+    hra_fx.save_as_lora(model, tmp_path, rank_pattern=rank_pattern)
+    with torch.no_grad():
+        before, wanted = base.eval()(x, y), model.eval()(x, y)
+        assert relative_error(loaded(base, tmp_path)(x, y) - before, wanted - before) < 1e-5
+
+
+def test_target_modules_match_the_adapted_layers_only(tmp_path: Path) -> None:
+    make, _ = LANGUAGE_MODELS["Llama"]
+    config = HRAConfig(r=2, target_modules=["q_proj", "up_proj"], layers_to_transform=[1], exclude_modules=["up_proj"])
+    base, model = pair(make, config)
+    hra_fx.save_as_lora(model, tmp_path)
+    lora = loaded(base, tmp_path)
+    assert lora.targeted_module_names == ["model.layers.1.self_attn.q_proj"]
+    assert relative_error(logits(lora), logits(model)) < 1e-5
+
+
+def test_a_path_that_ends_another_one_is_matched_alone(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.ModuleDict({"fc": nn.Linear(6, 4), "block": nn.ModuleDict({"fc": nn.Linear(6, 4)})})
+
+    base, model = pair(make, HRAConfig(r=2, target_modules="fc"))
+    hra_fx.save_as_lora(model, tmp_path)
+    assert loaded(base, tmp_path).targeted_module_names == ["fc"]
+
+
+def test_two_exported_adapters_in_one_batch(tmp_path: Path) -> None:
+    make, targets = LANGUAGE_MODELS["Llama"]
+    wanted = []
+    for name, seed in (("one", 1), ("two", 2)):
+        base, _ = pair(make, HRAConfig(target_modules=targets))
+        model = hra_fx.transform(copy.deepcopy(base), HRAConfig(r=2 * seed, target_modules=targets))
+        move(model, seed)
+        hra_fx.save_as_lora(model, tmp_path / name)
+        wanted.append(logits(model))
+    lora = loaded(base, tmp_path / "one", "one")
+    lora.load_adapter(tmp_path / "two", "two")
+    with torch.no_grad():
+        mixed = lora(input_ids=IDS[:1].repeat(3, 1), adapter_names=["one", "__base__", "two"]).logits
+    before = logits(base)[0]
+    assert relative_error(mixed[0] - before, wanted[0][0] - before) < 1e-5
+    assert relative_error(mixed[1], before) < 1e-6
+    assert relative_error(mixed[2] - before, wanted[1][0] - before) < 1e-5
+
+
+def trained_by_peft(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The factors of a `(out, d)` change that PEFT's LoRA learns from its start, in float64."""
+    out, d = change.shape
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"])
+    model: Any = peft.get_peft_model(nn.Sequential(nn.Linear(d, out, bias=False, dtype=torch.float64)), config)
+    layer = model.base_model.model[0].double()
+    optimizer = torch.optim.LBFGS(
+        [p for p in model.parameters() if p.requires_grad], max_iter=500, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        error: Tensor = ((layer.get_delta_weight("default") - change) / change.norm()).square().sum()
+        error.backward()
+        return error
+
+    optimizer.step(loss)
+    assert float(loss().detach()) < 1e-8  # 20 times less than bfloat16 rounds
+    return layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+
+
+def bfloat16_error(A: Tensor, B: Tensor) -> float:
+    return relative_error(B.bfloat16().double() @ A.bfloat16().double(), B @ A)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bfloat16_factors_lose_no_more_than_those_that_peft_trains_to_the_same_change(seed: int) -> None:
+    _, model = pair(lambda: nn.Sequential(nn.Linear(96, 64)), HRAConfig(r=8, target_modules=["0"]), seed)
+    _, tensors = hra_fx.convert_to_lora(model)
+    A, B = (tensors[f"base_model.model.0.lora_{name}.weight"].double() for name in "AB")
+    assert bfloat16_error(A, B) < 1.1 * bfloat16_error(*trained_by_peft(B @ A, 8))
+
+
+def test_the_result_tells_the_rounding_error_of_each_layer(tmp_path: Path) -> None:
+    make, targets = LANGUAGE_MODELS["Llama"]
+    base, model = pair(make, HRAConfig(r=4, target_modules=targets))
+    result = hra_fx.save_as_lora(model, tmp_path, dtype="bfloat16")
+    assert (result.dtype, result.rank, result.format, result.path) == ("bfloat16", 4, "peft", tmp_path)
+    exact = hra_fx.convert_to_lora(model)[1]
+    for row in result.rows:
+        A, B = (exact[f"base_model.model.{row.path}.lora_{name}.weight"].double() for name in "AB")
+        assert row.rounding == pytest.approx(bfloat16_error(A, B), rel=1e-2)
+        assert (row.rank, row.error) == (4, 0)
+    wanted, before = logits(model), logits(base)
+    assert relative_error(logits(loaded(base, tmp_path)) - before, wanted - before) < 4e-3

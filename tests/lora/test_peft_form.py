@@ -1,0 +1,138 @@
+"""The factors of `convert_to_lora` against the dense change `W Q - W` in float64, and the configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import peft
+import pytest
+import torch
+from functional.test_householder import quick, seeds
+from hypothesis import given, strategies as st
+from lora.kinds import KINDS, adapted, dense_change, exported_change, move
+from oracles import relative_error
+from torch import nn
+
+import hra_fx
+from hra_fx import HRAConfig
+
+
+@quick
+@given(st.sampled_from(list(KINDS)), st.integers(1, 5), st.booleans(), st.booleans(), seeds)
+def test_the_factors_are_the_change_of_the_weight(kind: str, r: int, apply_GS: bool, init: bool, seed: int) -> None:
+    model = adapted(kind, HRAConfig(r=r, apply_GS=apply_GS, init_weights=init, target_modules=["0"]), seed=seed)
+    config, tensors = hra_fx.convert_to_lora(model)
+    wanted = dense_change(model[0], ["a"])
+    assert relative_error(exported_change(tensors, "0"), wanted) < 1e-6
+    assert config["r"] == config["lora_alpha"] == int(torch.linalg.matrix_rank(wanted, rtol=1e-7))
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+@quick
+@given(st.sampled_from(list(KINDS)), st.booleans(), st.floats(0.05, 1), st.floats(0.05, 1), seeds)
+def test_several_adapters_act_in_their_order_and_at_their_strengths(
+    kind: str, apply_GS: bool, first: float, second: float, seed: int
+) -> None:
+    one = HRAConfig(r=2, apply_GS=apply_GS, target_modules=["0"])
+    model = adapted(kind, one, HRAConfig(r=3, target_modules=["0"]), seed=seed)
+    hra_fx.set_scale(model, "a", first)
+    hra_fx.set_scale(model, "b", second)
+    for names in (["a", "b"], ["b", "a"], ["b"]):
+        _, tensors = hra_fx.convert_to_lora(model, names)
+        assert relative_error(exported_change(tensors, "0"), dense_change(model[0], names)) < 1e-6
+    hra_fx.set_adapter(model, ["b", "a"])
+    _, tensors = hra_fx.convert_to_lora(model)
+    assert relative_error(exported_change(tensors, "0"), dense_change(model[0], ["b", "a"])) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_base_of_any_dtype_gives_float32_factors_of_its_own_change(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = hra_fx.transform(nn.Sequential(nn.Linear(12, 9).to(dtype)), HRAConfig(r=4, target_modules=["0"]))
+    move(model, 1)
+    _, tensors = hra_fx.convert_to_lora(model)
+    assert relative_error(exported_change(tensors, "0"), dense_change(model[0], ["default"])) < 1e-6
+
+
+def test_a_merged_adapter_changes_the_base_weight_from_before_the_merge() -> None:
+    model = adapted("Linear", HRAConfig(r=4, target_modules=["0"]))
+    wanted, before = hra_fx.convert_to_lora(model), dense_change(model[0], ["a"])
+    hra_fx.merge_adapter(model)
+    config, tensors = hra_fx.convert_to_lora(model)
+    assert config == wanted[0]
+    assert relative_error(exported_change(tensors, "0"), before) < 1e-6
+
+
+def test_nothing_of_the_model_changes() -> None:
+    model = adapted("Linear", HRAConfig(r=4, target_modules=["0"]))
+    before = {name: (value.clone(), value._version) for name, value in model.state_dict().items()}
+    hra_fx.convert_to_lora(model)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(after[name].equal(value) and after[name]._version == v for name, (value, v) in before.items())
+
+
+@pytest.mark.parametrize("r", [3, 8])
+@pytest.mark.parametrize("apply_GS", [False, True])
+def test_a_fresh_adapter_is_a_zero_of_rank_one_with_a_warning(r: int, apply_GS: bool) -> None:
+    model = hra_fx.transform(nn.Sequential(nn.Linear(12, 9)), HRAConfig(r=r, apply_GS=apply_GS, target_modules=["0"]))
+    with pytest.warns(
+        hra_fx.HRAWarning, match=r"^the adapters do not change any weight \(untrained, or at strength 0\)"
+    ):
+        config, tensors = hra_fx.convert_to_lora(model)
+    assert config["r"] == 1
+    assert [(tuple(t.shape), int(t.count_nonzero())) for t in tensors.values()] == [((1, 12), 0), ((9, 1), 0)]
+
+
+@pytest.mark.parametrize(("r", "apply_GS", "rank"), [(8, False, 8), (3, False, 4), (2, True, 4)])
+def test_the_rank_is_minimal(r: int, apply_GS: bool, rank: int) -> None:
+    model = adapted("Linear", HRAConfig(r=r, apply_GS=apply_GS, target_modules=["0"]))
+    assert hra_fx.convert_to_lora(model)[0]["r"] == rank
+
+
+def two_layers() -> nn.Module:
+    """Adapters of rank 2 on "first" and of rank 5 on "second"."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"first": nn.Linear(12, 9), "second": nn.Linear(9, 7), "third": nn.Linear(7, 7)})
+    hra_fx.transform(model, HRAConfig(r=2, target_modules=["first"]), "a")
+    move(model, 1)
+    hra_fx.add_adapter(model, "b", HRAConfig(r=4, target_modules=["second"]))
+    hra_fx.set_adapter(model, "b")
+    move(model, 2)
+    hra_fx.set_adapter(model, ["a", "b"])
+    return model
+
+
+def test_all_layers_have_one_rank_padded_with_zeros() -> None:
+    model = two_layers()
+    config, tensors = hra_fx.convert_to_lora(model)
+    assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (4, {}, {})
+    shapes = {key.removeprefix("base_model.model."): tuple(tensor.shape) for key, tensor in tensors.items()}
+    assert shapes["first.lora_A.weight"] == (4, 12)
+    assert shapes["first.lora_B.weight"] == (9, 4)
+    assert tensors["base_model.model.first.lora_A.weight"][2:].count_nonzero() == 0
+    assert relative_error(exported_change(tensors, "first"), dense_change(model["first"], ["a"])) < 1e-6
+
+
+def test_each_layer_has_its_own_rank_on_request() -> None:
+    config, tensors = hra_fx.convert_to_lora(two_layers(), rank_pattern=True)
+    assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (4, {"first": 2}, {"first": 2})
+    assert tensors["base_model.model.first.lora_A.weight"].shape == (2, 12)
+
+
+def test_a_smaller_rank_keeps_the_largest_part_of_the_change() -> None:
+    model = adapted("Linear", HRAConfig(r=4, target_modules=["0"]))
+    config, tensors = hra_fx.convert_to_lora(model, rank=2)
+    left, sigma, right = torch.linalg.svd(dense_change(model[0], ["a"]))
+    assert config["r"] == 2
+    assert relative_error(exported_change(tensors, "0"), (left[:, :2] * sigma[:2]) @ right[:2]) < 1e-6
+
+
+def test_the_configuration_is_one_of_peft() -> None:
+    model = adapted("Linear", HRAConfig(r=4, target_modules=["0"], task_type="CAUSAL_LM"))
+    config, _ = hra_fx.convert_to_lora(model)
+    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    assert config.keys() <= fields
+    made: Any = peft.LoraConfig(**{key: value for key, value in config.items() if key != "peft_type"})
+    assert (made.r, made.lora_alpha, made.task_type, made.inference_mode) == (4, 4, "CAUSAL_LM", True)

@@ -1,0 +1,152 @@
+"""What cannot be LoRA is refused with its name before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lora.kinds import move
+from timm.layers import Conv2dSame, StdConv2d
+from torch import nn
+
+import hra_fx
+from hra_fx import HRAConfig
+from hra_fx.errors import AdapterError, CheckpointError, FoldError, UnsupportedLayerError
+
+CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), "layer: Conv2d 4->6 3x3, groups 2 has groups, for which the chan"),
+    "dilation": (lambda: nn.Conv1d(4, 6, 3, dilation=2), "layer: Conv1d 4->6 3 is dilated, which the convolutions of"),
+    "padding mode": (
+        lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
+        "layer: Conv2d 4->6 3x3 has padding_mode='reflect', and the convolutions of PEFT's LoRA pad with zeros",
+    ),
+    "a standardized weight": (lambda: StdConv2d(4, 6, 3), "layer: Conv2d 4->6 3x3 has a forward of its own, to which"),
+    "a padded input": (lambda: Conv2dSame(4, 6, 3, stride=2), "layer: Conv2d 4->6 3x3 has a forward of its own, to"),
+}
+
+
+def one_layer(layer: nn.Module, **fields: Any) -> nn.Module:
+    model = hra_fx.transform(
+        nn.ModuleDict({"layer": layer}), HRAConfig(**({"r": 2, "target_modules": ["layer"]} | fields))
+    )
+    move(model, 0)
+    return model
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_layer_that_lora_cannot_express(name: str, tmp_path: Path) -> None:
+    make, message = CONVOLUTIONS[name]
+    folder = tmp_path / "out"
+    with pytest.raises(UnsupportedLayerError) as caught:
+        hra_fx.save_as_lora(one_layer(make()), folder)
+    assert str(caught.value).startswith(message)
+    assert str(caught.value).endswith(
+        "Fold the model instead (hra_fx.fold), or leave the layer out with exclude_modules."
+    )
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 6, 1, dilation=2),
+        nn.Conv2d(4, 6, 3, padding_mode="circular"),
+        nn.Conv2d(4, 6, 3, padding="valid", padding_mode="circular"),
+    ],
+    ids=["dilation of one entry", "no padding", "valid"],
+)
+def test_settings_without_effect_are_accepted(layer: nn.Module, tmp_path: Path) -> None:
+    assert hra_fx.save_as_lora(one_layer(layer), tmp_path).rank == 2
+
+
+def test_the_output_projection_of_an_attention() -> None:
+    model = nn.ModuleDict({"layer": nn.MultiheadAttention(6, 2)})
+    hra_fx.transform(model, HRAConfig(r=2, target_modules=["layer.out_proj"]))
+    with pytest.raises(
+        UnsupportedLayerError, match=r"^layer\.out_proj: .* is the output projection of an attention, wh"
+    ):
+        hra_fx.convert_to_lora(model)
+
+
+def test_a_layer_of_two_modules() -> None:
+    shared = nn.Linear(6, 6)
+    model = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(shared)})
+    hra_fx.transform(model, HRAConfig(r=2, target_modules=["0"]))
+    with pytest.raises(
+        UnsupportedLayerError, match=r"^a\.0: this layer is also b\.0, and PEFT's LoRA would change it in"
+    ):
+        hra_fx.convert_to_lora(model)
+
+
+def test_a_module_of_two_parents_is_one_place() -> None:
+    block = nn.Sequential(nn.Linear(6, 6))
+    model = hra_fx.transform(nn.Sequential(block, block), HRAConfig(r=2, target_modules=["0.0"], init_weights=False))
+    assert hra_fx.convert_to_lora(model)[0]["target_modules"] == ["0.0"]
+
+
+@pytest.mark.parametrize("rank", [0, -1, True, 2.0])
+def test_a_rank(rank: Any) -> None:
+    with pytest.raises(AdapterError, match=rf"^`rank` must be a positive int or None, got {rank!r}\.$"):
+        hra_fx.convert_to_lora(one_layer(nn.Linear(6, 4)), rank=rank)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "half-baked", torch.float64])
+def test_a_dtype(dtype: Any, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError) as caught:
+        hra_fx.save_as_lora(one_layer(nn.Linear(6, 4)), tmp_path / "out", dtype=dtype)
+    assert str(caught.value) == f"`dtype` must be one of float32, float16, bfloat16, got {dtype!r}."
+
+
+def test_names_and_states() -> None:
+    model = one_layer(nn.Linear(6, 4))
+    with pytest.raises(AdapterError, match=r"^the model has no adapter 'x'\. It has 'default'\.$"):
+        hra_fx.convert_to_lora(model, "x")
+    with hra_fx.disable_adapters(model):
+        with pytest.raises(
+            AdapterError, match=r"^adapters are disabled\. Name the adapters, or leave the disable_adapt"
+        ):
+            hra_fx.convert_to_lora(model)
+        assert hra_fx.convert_to_lora(model, "default")[0]["r"] == 2
+    hra_fx.set_adapter(model, [])
+    with pytest.raises(AdapterError, match=r"^no adapter is active\. Name at least one of \['default'\]\.$"):
+        hra_fx.convert_to_lora(model)
+    with pytest.raises(AdapterError, match="has no adapters"):
+        hra_fx.convert_to_lora(nn.Linear(6, 4))
+
+
+def test_values_that_are_not_finite_or_missing(tmp_path: Path) -> None:
+    model: Any = one_layer(nn.Linear(6, 4))
+    with torch.no_grad():
+        model["layer"].hra_u["default"][0, 0] = float("nan")
+    with pytest.raises(
+        AdapterError, match=r"^layer: its weight or its vectors have NaN or infinite values\. Load or tra"
+    ):
+        hra_fx.save_as_lora(model, tmp_path / "out")
+    with torch.device("meta"):
+        empty = nn.ModuleDict({"layer": nn.Linear(6, 4)})
+    model = hra_fx.transform(nn.ModuleDict({"layer": nn.Linear(6, 4)}), HRAConfig(r=2, target_modules=["layer"]))
+    model["layer"]._parameters["weight"] = empty["layer"].weight
+    with pytest.raises(
+        FoldError, match=r"^layer: the weight or the vectors of 'default' are on the meta device\. Load"
+    ):
+        hra_fx.save_as_lora(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_copies_of_one_module_by_two_adapters() -> None:
+    model = nn.ModuleDict({"layer": nn.Linear(6, 4), "head": nn.Linear(4, 2)})
+    config = HRAConfig(r=2, target_modules=["layer"], modules_to_save=["head"])
+    hra_fx.add_adapter(hra_fx.transform(model, config, "a"), "b", config)
+    with pytest.raises(AdapterError, match=r"each have a trained copy of head"):
+        hra_fx.convert_to_lora(model, ["a", "b"])
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
+    file = tmp_path / "out"
+    file.write_text("mine")
+    with pytest.raises(CheckpointError, match=r"out: is a file\. Give a folder to save in\.$"):
+        hra_fx.save_as_lora(one_layer(nn.Linear(6, 4)), file)
+    assert file.read_text() == "mine"
