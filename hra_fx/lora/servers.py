@@ -1,0 +1,183 @@
+"""What servers refuse or ignore in a LoRA adapter.
+
+The facts are read from the sources of vLLM 0.33.0 (`vllm/lora`, `vllm/config/lora.py`), SGLang 0.5.23
+(`sglang/srt/lora`), text-generation-inference 3.3.7 (`models/__init__.py`, `utils/adapter.py`), TensorRT-LLM
+(`_torch/peft/lora` at commit 1630fc3), llama.cpp (`src/llama-adapter.cpp`) and Ollama 0.33.0-rc2 (which starts the
+server of llama.cpp). docs/serving.md has a recipe for each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from hra_fx.errors import ConfigError
+from hra_fx.lora.adapter import LoraAdapter
+from hra_fx.lora.targets import exact_targets
+
+__all__ = ["check_for_server"]
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class _Server:
+    """The facts about one server; `{}` in a sentence is a list of layers or modules.
+
+    Attributes:
+        name: the server, with the version that was read.
+        bias: what it does with trained biases, as a verb.
+        saved: what it does with `modules_to_save`, as a verb.
+        saved_allowed: modules in `modules_to_save` that it loads.
+        ranks: the values that its rank option takes, if not any.
+        rank_default: rank up to which the option is not needed; 0 for no limit.
+        rank_option: how to raise that limit.
+        layers: pattern of the layer names that it accepts.
+        other_layers: sentence about the others.
+        companions: names of layers, each with another that must be adapted in the same block.
+        target_list: whether `target_modules` must be a list of names.
+        all_blocks: whether a kind of layer is ignored unless it is adapted in every block.
+        tied_head: whether it loads an output layer that is tied to the embeddings.
+    """
+
+    name: str
+    bias: str = "refuses"
+    saved: str = "refuses"
+    saved_allowed: Collection[str] = ()
+    ranks: tuple[int, ...] = ()
+    rank_default: int = 0
+    rank_option: str = ""
+    layers: str = ".*"
+    other_layers: str = ""
+    companions: tuple[tuple[str, str], ...] = ()
+    target_list: bool = False
+    all_blocks: bool = False
+    tied_head: bool = True
+
+
+_SERVERS = {
+    "vllm": _Server(
+        "vLLM 0.33.0",
+        saved_allowed=("classifier", "score"),
+        ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
+        rank_default=16,
+        rank_option="start it with `--max-lora-rank {}`",
+        layers=r"(?!(.*\.)?lm_head$).*",
+        other_layers="refuses {} in many models (Mistral, Qwen2) and accepts it in others (Llama, Qwen3)",
+    ),
+    "sglang": _Server(
+        "SGLang 0.5.23",
+        bias="does not support",
+        saved="ignores",
+        layers=r"(.*\.)?lm_head|(.*\.)?layers\.\d+\.(.*\.)?((q|k|v|o|qkv|gate|up|down|gate_up)_proj"
+        r"|q_a_proj|kv_a_proj_with_mqa|q_b_proj|kv_b_proj|wq_b|wk|weights_proj|qkvr|wo_ud)",
+        other_layers="does not accept {}: the names are not choices of its `--lora-target-modules`",
+        companions=(("q_proj", "v_proj"), ("k_proj", "q_proj"), ("v_proj", "q_proj"), ("up_proj", "gate_proj")),
+        target_list=True,
+    ),
+    "tgi": _Server(
+        "text-generation-inference 3.3.7",
+        bias="ignores",
+        saved="ignores",
+        layers=r"model\.layers\.\d+\.(self_attn\.(q|k|v|o|qkv)_proj|mlp\.((gate|up|down)_proj|c_fc|c_proj))",
+        other_layers="ignores {}",
+        all_blocks=True,
+    ),
+    "tensorrt-llm": _Server(
+        "TensorRT-LLM",
+        rank_default=64,
+        rank_option="set `max_lora_rank: {}` in its `lora_config`",
+        layers=r".*\.\d+\.\w+\.(q|k|v|o|qkv|gate|up|down|gate_up)_proj",
+        other_layers="ignores or refuses {}, unless `trtllm_modules_to_hf_modules` in its `lora_config` maps the names",
+    ),
+    "llama.cpp": _Server("llama.cpp", tied_head=False),
+    "ollama": _Server("Ollama", tied_head=False),
+}
+
+
+def check_for_server(server: str, adapter: LoraAdapter, rank: int) -> list[str]:
+    """Sentences about what a server would refuse or ignore in this adapter; empty if nothing is known to.
+
+    Args:
+        server: "vllm", "sglang", "tgi", "tensorrt-llm", "llama.cpp" or "ollama".
+        adapter: the adapter.
+        rank: the rank that all layers are written with.
+
+    Raises:
+        ConfigError: the server is not known.
+
+    >>> from hra_fx.lora.adapter import LoraAdapter
+    >>> check_for_server("vllm", LoraAdapter(()), rank=24)
+    ['vLLM 0.33.0 accepts ranks up to 16 by default, and the adapter has 24: start it with `--max-lora-rank 32`.']
+    """
+    if server not in _SERVERS:
+        raise ConfigError(f"`check` must be one of {', '.join(map(repr, _SERVERS))}, got {server!r}.")
+    facts = _SERVERS[server]
+    found = [*_rank(facts, rank), *_copies(facts, adapter), *_kinds(facts, adapter), *_names(facts, adapter)]
+    return [f"{facts.name} {sentence}." for sentence in found]
+
+
+def _rank(facts: _Server, rank: int) -> list[str]:
+    if facts.ranks and rank > facts.ranks[-1]:
+        return [f"accepts ranks up to {facts.ranks[-1]}, and the adapter has {rank}: pass a smaller `rank`, or fold it"]
+    if not facts.rank_default or rank <= facts.rank_default:
+        return []
+    value = next((allowed for allowed in facts.ranks if allowed >= rank), rank)
+    option = facts.rank_option.format(value)
+    return [f"accepts ranks up to {facts.rank_default} by default, and the adapter has {rank}: {option}"]
+
+
+def _copies(facts: _Server, adapter: LoraAdapter) -> list[str]:
+    """About trained tensors that are not factors."""
+    modules = sorted(set(adapter.modules_to_save) - set(facts.saved_allowed))
+    found = [f"{facts.saved} `modules_to_save`, here {_shown(modules)}: fold the adapter"] if modules else []
+    if adapter.bias != "none":
+        found.append(f"{facts.bias} trained biases, here `bias={adapter.bias!r}`: fold the adapter")
+    return found
+
+
+def _kinds(facts: _Server, adapter: LoraAdapter) -> list[str]:
+    """About layers that are not linear, which no server adapts."""
+    others = [f"{layer.path} ({layer.kind})" for layer in adapter.layers if layer.kind != "linear"]
+    return [f"adapts linear layers only, not {_shown(others)}: fold the adapter"] if others else []
+
+
+def _names(facts: _Server, adapter: LoraAdapter) -> list[str]:
+    """About linear layers that the server does not know, or only together with others."""
+    paths = [layer.path for layer in adapter.layers if layer.kind == "linear"]
+    known = {path for path in paths if re.fullmatch(facts.layers, path)}
+    found = []
+    if unknown := [path for path in paths if path not in known]:
+        found.append(facts.other_layers.format(_shown(unknown)))
+    for name, needed in facts.companions:
+        if alone := [path for path in known if _lacks(path, name, needed, adapter)]:
+            found.append(f"does not load {_shown(sorted(alone))} without `{needed}` of the same block: adapt both")
+    if facts.target_list and isinstance(exact_targets([layer.path for layer in adapter.layers], adapter.modules), str):
+        found.append(
+            "needs a list in `target_modules`, and no list of names matches these layers only: fold the adapter"
+        )
+    if facts.all_blocks and (missing := _missing_blocks(known, adapter)):
+        found.append(f"ignores a kind of layer unless it is adapted in every block; not adapted: {_shown(missing)}")
+    heads = [path for path in paths if path.rpartition(".")[2] == "lm_head"]
+    if heads and not facts.tied_head and adapter.model_config.get("tie_word_embeddings"):
+        found.append(f"has no tensor for {_shown(heads)}, which is tied to the embeddings: fold the adapter")
+    return found
+
+
+def _lacks(path: str, name: str, needed: str, adapter: LoraAdapter) -> bool:
+    """Whether `path` is a layer `name` whose neighbor `needed` is in the model and not adapted."""
+    block, _, last = path.rpartition(".")
+    neighbor = f"{block}.{needed}"
+    return last == name and neighbor in adapter.modules and all(layer.path != neighbor for layer in adapter.layers)
+
+
+def _missing_blocks(known: Collection[str], adapter: LoraAdapter) -> list[str]:
+    """Modules that are not adapted, while the one of the same name in another block is."""
+    kinds = {re.sub(r"\.\d+\.", ".*.", path) for path in known}
+    return [path for path in adapter.modules if path not in known and re.sub(r"\.\d+\.", ".*.", path) in kinds]
+
+
+def _shown(names: list[str]) -> str:
+    rest = len(names) - _SHOWN
+    return ", ".join(f"`{name}`" for name in names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
