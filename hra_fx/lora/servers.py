@@ -39,6 +39,7 @@ class _Server:
         target_list: whether `target_modules` must be a list of names.
         all_blocks: whether a kind of layer is ignored unless it is adapted in every block.
         tied_head: whether it loads an output layer that is tied to the embeddings.
+        rank_pattern: whether it reads a rank for each layer.
     """
 
     name: str
@@ -54,12 +55,14 @@ class _Server:
     target_list: bool = False
     all_blocks: bool = False
     tied_head: bool = True
+    rank_pattern: bool = False
 
 
 _SERVERS = {
     "vllm": _Server(
         "vLLM 0.33.0",
         saved_allowed=("classifier", "score"),
+        rank_pattern=True,
         ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
         rank_default=16,
         rank_option="start it with `--max-lora-rank {}`",
@@ -96,13 +99,14 @@ _SERVERS = {
 }
 
 
-def check_for_server(server: str, adapter: LoraAdapter, rank: int) -> list[str]:
+def check_for_server(server: str, adapter: LoraAdapter, rank: int, *, rank_pattern: bool = False) -> list[str]:
     """Sentences about what a server would refuse or ignore in this adapter; empty if nothing is known to.
 
     Args:
         server: "vllm", "sglang", "tgi", "tensorrt-llm", "llama.cpp" or "ollama".
         adapter: the adapter.
         rank: the rank that all layers are written with.
+        rank_pattern: whether each layer has its own rank, and `rank` is the largest.
 
     Raises:
         ConfigError: the server is not known.
@@ -115,6 +119,8 @@ def check_for_server(server: str, adapter: LoraAdapter, rank: int) -> list[str]:
         raise ConfigError(f"`check` must be one of {', '.join(map(repr, _SERVERS))}, got {server!r}.")
     facts = _SERVERS[server]
     found = [*_rank(facts, rank), *_copies(facts, adapter), *_kinds(facts, adapter), *_names(facts, adapter)]
+    if rank_pattern and not facts.rank_pattern:
+        found.append("expects one rank for all layers: omit `rank_pattern`")
     return [f"{facts.name} {sentence}." for sentence in found]
 
 

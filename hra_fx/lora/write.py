@@ -10,6 +10,7 @@ import torch
 from hra_fx.lora.adapter import LoraAdapter
 from hra_fx.lora.peft_format import write_peft
 from hra_fx.lora.result import LoraResult, result_of
+from hra_fx.lora.servers import check_for_server
 
 
 def write_lora(
@@ -30,7 +31,15 @@ def write_lora(
         dtype: of the factors.
         rank_pattern: see `hra_fx.save_as_lora`.
         check: see `hra_fx.save_as_lora`.
+
+    Raises:
+        CheckpointError: the files cannot be written.
+        ConfigError: the server is not known.
     """
-    warnings: list[str] = []
+    warnings = [
+        text
+        for adapter in adapters.values()
+        for text in (check_for_server(check, adapter, adapter.rank, rank_pattern=rank_pattern) if check else ())
+    ]
     write_peft(adapters[""], path, dtype, rank_pattern=rank_pattern)
     return result_of(path, kind, dict(adapters), dtype, warnings)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hra_fx
@@ -186,3 +189,23 @@ def test_a_tied_output_layer_has_no_tensor_in_gguf(server: str) -> None:
 def test_several_findings_are_several_sentences() -> None:
     adapter = _adapter("lm_head", bias="all", modules_to_save=("embed",))
     assert len(check_for_server("vllm", adapter, 1000)) == 4
+
+
+@pytest.mark.parametrize(("server", "count"), [("vllm", 0), ("sglang", 1), ("tgi", 1), ("tensorrt-llm", 1)])
+def test_a_rank_for_each_layer(server: str, count: int) -> None:
+    found = check_for_server(server, _adapter(*LLAMA), 8, rank_pattern=True)
+    assert len(found) == count
+    assert all(text.endswith("expects one rank for all layers: omit `rank_pattern`.") for text in found)
+
+
+def test_save_as_lora_warns_and_writes(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    model = hra_fx.transform(model, hra_fx.HRAConfig(r=32, target_modules=["0"], init_weights=False))
+    text = "vLLM 0.33.0 accepts ranks up to 16 by default, and the adapter has 32: start it with `--max-lora-rank 32`."
+    with pytest.warns(hra_fx.HRAWarning, match=f"^{re.escape(text)}$"):
+        result = hra_fx.save_as_lora(model, tmp_path / "out", check="vllm")
+    assert result.warnings == (text,)
+    assert str(result).endswith(f"\n  warning: {text}")
+    with pytest.raises(hra_fx.ConfigError, match=r"^`check` must be one of 'vllm', 'sglang', .*, got 'vlm'\.$"):
+        hra_fx.save_as_lora(model, tmp_path / "other", check="vlm")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
