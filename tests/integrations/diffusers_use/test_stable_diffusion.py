@@ -12,10 +12,10 @@ import peft
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
-from diffusion_models import text_encoder, unet
+from diffusion_pipelines import image, quiet, stable_diffusion as pipeline
 from oracles import dense_q, dense_weight, relative_error
-from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from torch import nn
+from transformers import CLIPTextModel
 
 import hra_fx
 
@@ -28,61 +28,6 @@ TARGETS = {
     "unet": ["proj_in", "proj_out", "to_k", "to_q", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"],
 }
 WAYS: dict[str, Callable[..., Any]] = {"HRAModel": hra_fx.HRAModel, "transform": hra_fx.transform}
-
-
-def tokenizer() -> CLIPTokenizer:
-    """One that knows letters, and merges none."""
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=12)
-
-
-def vae() -> diffusers.AutoencoderKL:
-    return diffusers.AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        sample_size=16,
-    )
-
-
-def scheduler() -> diffusers.DDIMScheduler:
-    return diffusers.DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-
-
-def pipeline() -> Any:
-    """The same random weights each time."""
-    torch.manual_seed(0)
-    words = tokenizer()
-    pipe = Pipeline(
-        vae=vae(),
-        text_encoder=text_encoder(len(words)),
-        tokenizer=words,
-        unet=unet(),
-        scheduler=scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    return quiet(pipe)
-
-
-def quiet(pipe: Any) -> Any:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def image(pipe: Any) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.from_numpy(pipe("a dog", num_inference_steps=2, output_type="np", generator=generator).images)
 
 
 def adapted(way: str = "HRAModel", *, r: int = 8, random: bool = False) -> Any:
