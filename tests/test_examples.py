@@ -32,7 +32,12 @@ EXPECTED = {
         f"polite, from a file .* {SMALL}",
     ],
     "several_adapters": [f"disabled.* {SMALL}", f"at 1.0.* {SMALL}", f"combined.* {SMALL}", f"folded.* {SMALL}"],
-    "stable_diffusion": [f"not trained.*: {SMALL}", f"fresh pipeline: +{SMALL}", f"folded: +{SMALL}"],
+    "stable_diffusion": [
+        f"not trained.*: {SMALL}",
+        f"fresh pipeline: +{SMALL}",
+        f"folded: +{SMALL}",
+        f"as LoRA, .*: +{SMALL}",
+    ],
     "trainer": [r"adapter_model\.safetensors: \d kB", r"whole run (\d\.\d{6}), after a resumed run \1"],
 }
 

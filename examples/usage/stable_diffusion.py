@@ -89,6 +89,11 @@ def main() -> None:
         hra_fx.fold(fresh.unet)
         print(f"folded:                       {(image(fresh) - trained).abs().max().item():.1e}")
 
+        hra_fx.save_as_lora(pipe, f"{folder}/lora")
+        plain = pipeline(folder)
+        plain.load_lora_weights(f"{folder}/lora")
+        print(f"as LoRA, without hra_fx:      {(image(plain) - trained).abs().max().item():.1e}")
+
 
 if __name__ == "__main__":
     main()

@@ -165,9 +165,10 @@ def write(
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write one safetensors file atomically; raises the errors of `write`."""
+    """Write one safetensors file atomically, in a folder that is created if needed; raises the errors of `write`."""
     data = _serialize(path, tensors, metadata)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, data)
     except OSError as error:
         raise CheckpointError(

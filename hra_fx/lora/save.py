@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.lora.adapter import LoraAdapter
+from hra_fx.lora.diffusers_parts import adapters_of, parts_of
 from hra_fx.lora.from_model import lora_adapter
 from hra_fx.lora.peft_format import peft_form
 from hra_fx.lora.result import LoraResult
@@ -83,10 +84,11 @@ def save_as_lora(
     """Save adapters as a LoRA that PEFT, vLLM, llama.cpp, diffusers and other runtimes load; see docs/serving.md.
 
     Args:
-        model_or_pipeline: a transformed model, which becomes a folder in PEFT's format; or a diffusers pipeline,
-            UNet or transformer, which becomes a folder for `pipe.load_lora_weights`. It is not changed.
+        model_or_pipeline: a transformed model, which becomes a folder in PEFT's format; or a diffusers pipeline with
+            transformed parts, a UNet or a transformer of diffusers, which becomes a folder for
+            `pipe.load_lora_weights`. It is not changed.
         path: the folder, created if needed; or a file that ends in ".gguf", for llama.cpp.
-        adapter_names: as in `convert_to_lora`.
+        adapter_names: as in `convert_to_lora`. Parts of a pipeline that have none of them are left out.
         rank: as in `convert_to_lora`.
         dtype: float32, float16 or bfloat16, as a torch dtype or its name. `None`: float32.
         rank_pattern: as in `convert_to_lora`; for PEFT's format.
@@ -112,19 +114,17 @@ def save_as_lora(
         ...     sorted(os.listdir(folder)), result.rank, result.rows[0].rounding < 0.01
         (['adapter_config.json', 'adapter_model.safetensors'], 2, True)
     """
-    kind, parts = _parts(model_or_pipeline, Path(path))
     chosen = _dtype(dtype)
-    adapters = {prefix: lora_adapter(part, adapter_names, rank) for prefix, part in parts.items()}
+    kind = "gguf" if Path(path).suffix == ".gguf" else "peft"
+    if kind == "peft" and (parts := parts_of(model_or_pipeline)):
+        kind, adapters = "diffusers", adapters_of(parts, adapter_names, rank)
+    else:
+        adapters = {"": lora_adapter(model_or_pipeline, adapter_names, rank)}
     _warn_if_unchanged(adapters)
     result = write_lora(adapters, Path(path), kind, chosen, rank_pattern=rank_pattern, check=check)
     for text in result.warnings:
         warnings.warn(text, HRAWarning, stacklevel=2)
     return result
-
-
-def _parts(model: Any, path: Path) -> tuple[str, dict[str, nn.Module]]:
-    """The format, and the parts of a pipeline that have adapters; a single model is the part ""."""
-    return ("gguf" if path.suffix == ".gguf" else "peft"), {"": model}
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:

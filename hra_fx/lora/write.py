@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from hra_fx.lora.adapter import LoraAdapter
+from hra_fx.lora.diffusers_format import write_diffusers
 from hra_fx.lora.peft_format import write_peft
 from hra_fx.lora.result import LoraResult, result_of
 from hra_fx.lora.servers import check_for_server
@@ -41,5 +42,8 @@ def write_lora(
         for adapter in adapters.values()
         for text in (check_for_server(check, adapter, adapter.rank, rank_pattern=rank_pattern) if check else ())
     ]
-    write_peft(adapters[""], path, dtype, rank_pattern=rank_pattern)
+    if kind == "diffusers":
+        write_diffusers(adapters, path, dtype)
+    else:
+        write_peft(adapters[""], path, dtype, rank_pattern=rank_pattern)
     return result_of(path, kind, dict(adapters), dtype, warnings)

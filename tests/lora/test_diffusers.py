@@ -1,0 +1,325 @@
+"""`save_as_lora` of diffusers pipelines: the images of the adapted pipeline, drawn by diffusers with the LoRA."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import peft
+import pytest
+import torch
+from diffusers.training_utils import _collate_lora_metadata
+from diffusers.utils import convert_state_dict_to_diffusers
+from diffusion_pipelines import flux, flux_transformer, image, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+from oracles import dense_q, dense_weight, relative_error
+from safetensors import safe_open
+from torch import Tensor, nn
+
+import hra_fx
+from hra_fx.errors import AdapterError, CheckpointError, HRAError, UnsupportedLayerError
+
+NAME = "pytorch_lora_weights.safetensors"
+#: Convolutions of 3x3, 1x1 and with a stride, and linear layers inside and outside of the attentions.
+UNET = ["to_q", "to_out.0", "ff.net.2", "proj_in", "conv", "conv1", "conv_shortcut", "conv_in", "time_emb_proj"]
+CLIP = ["q_proj", "out_proj", "fc1"]
+PIPELINES: dict[Callable[[], Any], dict[str, Any]] = {
+    stable_diffusion: {"unet": UNET, "text_encoder": CLIP},
+    stable_diffusion_xl: {"unet": UNET, "text_encoder": ["fc1"], "text_encoder_2": ["text_projection", "fc2"]},
+    stable_diffusion_3: {
+        "transformer": ["to_q", "add_k_proj", "proj_out", "proj", "linear"],
+        "text_encoder": CLIP,
+        "text_encoder_2": ["text_projection"],
+    },
+    flux: {"transformer": ["to_q", "proj_out", "x_embedder"]},
+}
+
+
+def adapt(model: nn.Module, targets: Any, name: str = "default", *, seed: int = 1, **fields: Any) -> None:
+    """Add an adapter that rotates far."""
+    config = hra_fx.HRAConfig(r=3, target_modules=targets, **fields)
+    if any(".hra_u." in key for key, _ in model.named_parameters()):
+        hra_fx.add_adapter(model, name, config)
+    else:
+        hra_fx.transform(model, config, name)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith(f".hra_u.{name}"):
+                parameter.normal_()
+
+
+def adapted(make: Callable[[], Any] = stable_diffusion, targets: Mapping[str, Any] | None = None, **fields: Any) -> Any:
+    pipe = make()
+    for part, names in (targets or PIPELINES[make]).items():
+        adapt(getattr(pipe, part), names, **fields)
+    return pipe
+
+
+def change_error(drawn: Tensor, wanted: Tensor, base: Tensor) -> float:
+    """`|drawn - wanted|` relative to the change of the image, which must be large."""
+    assert relative_error(wanted, base) > 0.02
+    return relative_error(drawn - base, wanted - base)
+
+
+def stored(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of the file, and the configurations in its metadata."""
+    with safe_open(folder / NAME, "pt") as file:
+        metadata = file.metadata()
+        assert metadata["format"] == "pt"
+        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(metadata["lora_adapter_metadata"])  # noqa: SIM118
+
+
+@pytest.mark.parametrize("make", PIPELINES, ids=lambda make: make.__name__)
+def test_a_fresh_pipeline_draws_the_same(make: Callable[[], Any], tmp_path: Path) -> None:
+    pipe, fresh = adapted(make), make()
+    base, wanted = image(fresh), image(pipe)
+    result = hra_fx.save_as_lora(pipe, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [NAME]
+    fresh.load_lora_weights(tmp_path)
+    assert change_error(image(fresh), wanted, base) < 1e-5
+    assert torch.equal(image(pipe), wanted)
+    assert (result.format, result.rank, len(result.rows)) == ("diffusers", 4, len(list(adapted_paths(pipe, make))))
+    assert {row.path.split(".")[0] for row in result.rows} == set(PIPELINES[make])
+
+
+def adapted_paths(pipe: Any, make: Callable[[], Any]) -> list[str]:
+    return [
+        key for part in PIPELINES[make] for key in getattr(pipe, part).state_dict() if key.endswith("hra_u.default")
+    ]
+
+
+def test_fused_unfused_and_unloaded(tmp_path: Path) -> None:
+    fresh = stable_diffusion()
+    pipe, base = adapted(), image(fresh)
+    wanted = image(pipe)
+    hra_fx.save_as_lora(pipe, tmp_path)
+    fresh.load_lora_weights(tmp_path)
+    fresh.fuse_lora()
+    assert change_error(image(fresh), wanted, base) < 1e-5
+    fresh.unfuse_lora()
+    fresh.disable_lora()
+    assert relative_error(image(fresh), base) < 1e-5
+    fresh.enable_lora()
+    fresh.fuse_lora()
+    fresh.unload_lora_weights()
+    assert change_error(image(fresh), wanted, base) < 1e-5
+    assert not any("lora" in name for name, _ in fresh.unet.named_modules())
+
+
+def test_a_weight_scales_the_change_of_the_weights(tmp_path: Path) -> None:
+    pipe, fresh, half = adapted(), stable_diffusion(), stable_diffusion()
+    base = image(fresh)
+    for part in PIPELINES[stable_diffusion]:
+        rotate_by_half(getattr(half, part), getattr(pipe, part))
+    hra_fx.save_as_lora(pipe, tmp_path)
+    fresh.load_lora_weights(tmp_path, adapter_name="own")
+    fresh.set_adapters(["own"], [0.5])
+    assert change_error(image(fresh), image(half), base) < 1e-5
+
+
+def rotate_by_half(plain: nn.Module, model: nn.Module) -> None:
+    """`W -> W + (W Q - W) / 2` by the oracle, for every adapted layer of `model`."""
+    buffers = dict(model.named_buffers())
+    for key, vectors in model.named_parameters():
+        if key.endswith(".hra_u.default"):
+            layer = plain.get_submodule(key.removesuffix(".hra_u.default"))
+            with torch.no_grad():
+                q = dense_q(vectors, anchor=buffers.get(f"{key}_anchor"))
+                layer.weight.copy_((layer.weight + dense_weight(layer.weight, q)) / 2)
+
+
+# PEFT warns of any second adapter.
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+def test_two_adapters_side_by_side(tmp_path: Path) -> None:
+    """The second one is in the UNet only."""
+    pipe, fresh = stable_diffusion(), stable_diffusion()
+    base = image(fresh)
+    adapt(pipe.unet, UNET, "first")
+    adapt(pipe.text_encoder, CLIP, "first")
+    wanted = {"first": image(pipe)}
+    adapt(pipe.unet, ["to_k", "to_v", "conv2", "ff.net.0.proj"], "second", seed=2)
+    hra_fx.set_adapter(pipe.unet, "second")
+    hra_fx.disable_adapters(pipe.text_encoder)
+    wanted["second"] = image(pipe)
+    for name in ("first", "second"):
+        hra_fx.save_as_lora(pipe, tmp_path / name, name)
+        fresh.load_lora_weights(tmp_path / name, adapter_name=name)
+    for name in ("first", "second", "first"):
+        fresh.set_adapters(name)
+        assert change_error(image(fresh), wanted[name], base) < 1e-5
+
+
+def test_the_file_is_the_one_that_diffusers_writes(tmp_path: Path) -> None:
+    """Of its own LoRA adapters, which it made of our file."""
+    fresh = stable_diffusion()
+    hra_fx.save_as_lora(adapted(targets={"unet": UNET, "text_encoder": ["q_proj", "out_proj"]}), tmp_path / "ours")
+    fresh.load_lora_weights(tmp_path / "ours", adapter_name="default")
+    states = {part: peft.get_peft_model_state_dict(getattr(fresh, part)) for part in ("unet", "text_encoder")}
+    states["text_encoder"] = convert_state_dict_to_diffusers(states["text_encoder"])
+    layers = {f"{part}_lora_layers": state for part, state in states.items()}
+    metadata = _collate_lora_metadata({"unet": fresh.unet, "text_encoder": fresh.text_encoder})
+    fresh.save_lora_weights(tmp_path / "theirs", **layers, **metadata)
+    ours, ours_fields = stored(tmp_path / "ours")
+    theirs, their_fields = stored(tmp_path / "theirs")
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    targets = {key for key in ours_fields if key.endswith(".target_modules")}
+    assert len(targets) == 2
+    assert all(set(ours_fields[key]) == set(their_fields[key]) for key in targets)
+    assert {key: value for key, value in ours_fields.items() if key not in targets}.items() <= their_fields.items()
+
+
+def test_all_layers_of_a_part_have_one_rank(tmp_path: Path) -> None:
+    hra_fx.save_as_lora(adapted(targets={"unet": UNET}), tmp_path, rank=3)
+    tensors, fields = stored(tmp_path)
+    assert {len(tensor) for key, tensor in tensors.items() if ".lora_A." in key} == {3}
+    assert {tensor.shape[1] for key, tensor in tensors.items() if ".lora_B." in key} == {3}
+    assert (fields["unet.r"], fields["unet.lora_alpha"]) == (3, 3)
+
+
+def test_a_layer_whose_path_is_the_end_of_another(tmp_path: Path) -> None:
+    """Lists of targets cannot name `proj_out` without `single_transformer_blocks.0.proj_out`."""
+    fresh = flux()
+    pipe, base = adapted(flux, {"transformer": "proj_out"}), image(fresh)
+    hra_fx.save_as_lora(pipe, tmp_path)
+    fresh.load_lora_weights(tmp_path)
+    assert change_error(image(fresh), image(pipe), base) < 1e-5
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_unet_alone(compiled: bool, tmp_path: Path) -> None:
+    pipe, fresh, alone = stable_diffusion(), stable_diffusion(), stable_diffusion()
+    base = image(fresh)
+    pipe.unet = hra_fx.HRAModel(pipe.unet, hra_fx.HRAConfig(r=4, target_modules=UNET, init_weights=False))
+    hra_fx.save_as_lora(torch.compile(pipe.unet) if compiled else pipe.unet, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [NAME]
+    fresh.load_lora_weights(tmp_path)
+    alone.unet.load_lora_adapter(tmp_path, prefix="unet", use_safetensors=True)
+    assert change_error(image(fresh), image(pipe), base) < 1e-5
+    assert torch.equal(image(alone), image(fresh))
+
+
+def test_a_transformer_alone(tmp_path: Path) -> None:
+    fresh, alone, model = flux(), flux(), flux_transformer()
+    base = image(fresh)
+    adapt(model, PIPELINES[flux]["transformer"])
+    hra_fx.save_as_lora(model, tmp_path)
+    fresh.load_lora_weights(tmp_path)
+    alone.transformer.load_lora_adapter(tmp_path, use_safetensors=True)
+    wanted = flux()
+    wanted.transformer = model
+    assert change_error(image(fresh), image(wanted), base) < 1e-5
+    assert torch.equal(image(alone), image(fresh))
+
+
+def test_a_text_encoder_alone_is_a_model_of_transformers(tmp_path: Path) -> None:
+    fresh = stable_diffusion()
+    pipe, base = adapted(targets={"text_encoder": CLIP}), image(fresh)
+    result = hra_fx.save_as_lora(pipe.text_encoder, tmp_path)
+    assert result.format == "peft"
+    fresh.text_encoder.load_adapter(tmp_path)
+    assert change_error(image(fresh), image(pipe), base) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_in_half_precision(dtype: str, tmp_path: Path) -> None:
+    fresh = stable_diffusion()
+    pipe, base = adapted(), image(fresh)
+    result = hra_fx.save_as_lora(pipe, tmp_path, dtype=dtype)
+    assert {str(tensor.dtype) for tensor in stored(tmp_path)[0].values()} == {f"torch.{dtype}"}
+    assert 1e-4 < max(row.rounding for row in result.rows) < 5e-3
+    fresh.load_lora_weights(tmp_path)
+    assert change_error(image(fresh), image(pipe), base) < 0.05
+
+
+def refused(model: Any, folder: Path, message: str, error: type[HRAError] = AdapterError) -> None:
+    """Refused with this message, before anything is written."""
+    with pytest.raises(error, match=re.escape(message)):
+        hra_fx.save_as_lora(model, folder / "out")
+    assert not (folder / "out").exists()
+
+
+def test_parts_without_a_place_are_refused(tmp_path: Path) -> None:
+    pipe = adapted(targets={"unet": ["to_q"], "vae": ["conv_in"]})
+    refused(pipe, tmp_path, "vae: load_lora_weights of diffusers loads only into unet, text_encoder without")
+
+
+def test_the_second_transformer_of_wan_is_refused_but_not_by_itself(tmp_path: Path) -> None:
+    def transformer() -> Any:
+        return diffusers.WanTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8, freq_dim=16,
+            ffn_dim=16, num_layers=1,
+        )  # fmt: skip
+
+    pipe = diffusers.WanPipeline(None, None, None, None, transformer(), transformer(), boundary_ratio=0.5)
+    adapt(pipe.transformer_2, ["to_q"])
+    refused(pipe, tmp_path, "transformer_2: load_lora_weights of diffusers loads only into transformer without")
+    hra_fx.save_as_lora(pipe.transformer_2, tmp_path)
+    pipe = diffusers.WanPipeline(None, None, None, None, transformer(), transformer(), boundary_ratio=0.5)
+    pipe.load_lora_weights(tmp_path, load_into_transformer_2=True)
+    assert any("lora_A" in name for name, _ in pipe.transformer_2.named_modules())
+
+
+def test_pipelines_without_lora_or_adapters_are_refused(tmp_path: Path) -> None:
+    refused(stable_diffusion(), tmp_path, "StableDiffusionPipeline: none of its parts has adapters (vae, text_encoder,")
+    refused("pipe", tmp_path, "`model_or_pipeline` must be a torch.nn.Module or a diffusers pipeline, got str.")
+    unconditional = diffusers.DDIMPipeline(stable_diffusion().unet, diffusers.DDIMScheduler())
+    adapt(unconditional.unet, ["to_q"])
+    refused(unconditional, tmp_path, "unet: load_lora_weights of diffusers loads into no part of this pipeline")
+
+
+def test_a_part_must_be_the_model_that_was_transformed(tmp_path: Path) -> None:
+    pipe = stable_diffusion()
+    adapt(pipe.unet.mid_block, ["to_q"])
+    message = "only its 'mid_block' was transformed. Transform the whole UNet2DConditionModel."
+    refused(pipe, tmp_path, f"unet: {message}")
+    refused(pipe.unet, tmp_path, f"the model: {message}")
+
+
+@pytest.mark.parametrize(
+    ("fields", "key"),
+    [
+        ({"bias": "hra_only"}, ".layers.0.self_attn.k_proj.base_layer.bias, "),
+        ({"modules_to_save": ["final_layer_norm"]}, "final_layer_norm.weight, "),
+    ],
+)
+def test_trained_biases_and_modules_are_refused(fields: dict[str, Any], key: str, tmp_path: Path) -> None:
+    pipe = adapted(targets={"text_encoder": ["k_proj"]}, **fields)
+    refused(pipe, tmp_path, key, CheckpointError)
+    refused(pipe, tmp_path, "diffusers does not load trained modules or biases with a LoRA", CheckpointError)
+
+
+def test_what_a_part_cannot_express_names_the_part(tmp_path: Path) -> None:
+    pipe = stable_diffusion()
+    pipe.unet.conv_in.padding_mode = "circular"
+    adapt(pipe.unet, ["conv_in"])
+    refused(pipe, tmp_path, "unet: conv_in: ", UnsupportedLayerError)
+
+
+def test_an_attention_of_torch_is_refused(tmp_path: Path) -> None:
+    model = diffusers.ControlNetModel(
+        block_out_channels=(8,), down_block_types=("DownBlock2D",), layers_per_block=1, norm_num_groups=4,
+        conditioning_embedding_out_channels=(4, 4),
+    )  # fmt: skip
+    model.attention = nn.MultiheadAttention(8, 2)
+    adapt(model, ["attention"])
+    refused(model, tmp_path, "transformer.attention: diffusers has no keys for an nn.Mu", UnsupportedLayerError)
+
+
+def test_names_that_no_part_has_are_refused(tmp_path: Path) -> None:
+    pipe = adapted(targets={"unet": ["to_q"], "text_encoder": ["k_proj"]})
+    with pytest.raises(AdapterError, match=r"no part has an adapter 'other'. There are text_encoder: 'default'; unet:"):
+        hra_fx.save_as_lora(pipe, tmp_path, ["default", "other"])
+    hra_fx.disable_adapters(pipe.unet)
+    refused(pipe, tmp_path, "unet: adapters are disabled.")
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(CheckpointError, match="cannot write the file"):
+        hra_fx.save_as_lora(adapted(targets={"unet": ["to_q"]}), tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
