@@ -1,12 +1,11 @@
-"""Create a model from its `config.json`, with placeholder weights or its own. Code next to it is never run."""
+"""Create a model from its `config.json`, with placeholder weights or its own."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hra_fx.checkpoint.disk.architecture import CONFIG
+from hra_fx.checkpoint.disk.arguments import PIPELINE
+from hra_fx.checkpoint.disk.libraries import LIBRARIES
 from hra_fx.errors import CheckpointError, HRAWarning
 
-CONFIG = "config.json"
-_PIPELINE = "model_index.json"
 #: Quantization methods whose layers can be adapted, by their names in transformers.
 _QUANTIZED = ("bitsandbytes", "torchao")
 _EXPECTED = "Give the folder of a transformers, diffusers or timm model."
-#: Otherwise transformers asks on the terminal whether to run code next to a configuration.
-_LOCAL_ONLY = {"local_files_only": True, "trust_remote_code": False}
 
 
 def build(path: Path, *, weights: bool = False) -> tuple[nn.Module, str]:
@@ -37,15 +35,15 @@ def build(path: Path, *, weights: bool = False) -> tuple[nn.Module, str]:
     """
     file = path / CONFIG if path.is_dir() else path
     if path.is_dir() and not file.is_file():
-        if (path / _PIPELINE).is_file():
+        if (path / PIPELINE).is_file():
             parts = sorted(found.parent.name for found in path.glob(f"*/{CONFIG}"))
             raise CheckpointError(f"{path}: is a diffusers pipeline. Give one of its parts: {', '.join(parts)}.")
         raise CheckpointError(f"{file}: no such file. {_EXPECTED}")
     entries = _entries(file)
-    key = next((key for key in _LIBRARIES if entries.get(key)), None)
+    key = next((key for key in LIBRARIES if entries.get(key)), None)
     if key is None:
-        raise CheckpointError(f"{file}: unknown model type, there is no {', '.join(_LIBRARIES)}. {_EXPECTED}")
-    library, create = _LIBRARIES[key]
+        raise CheckpointError(f"{file}: unknown model type, there is no {', '.join(LIBRARIES)}. {_EXPECTED}")
+    library, create = LIBRARIES[key]
     if find_spec(library) is None:
         raise CheckpointError(f"{file}: {library} is not installed. Run: pip install {library}.")
     if not weights:
@@ -88,49 +86,6 @@ def _warn_if_quantized(file: Path, entries: Mapping[str, Any]) -> None:
             HRAWarning,
             stacklevel=3,
         )
-
-
-def _from_transformers(file: Path, entries: Mapping[str, Any], weights: bool) -> nn.Module:
-    transformers = importlib.import_module("transformers")
-    given = entries.get("architectures")
-    names = [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
-    kind: Any = next((found for name in names if (found := getattr(transformers, name, None))), None)
-    # From this file, which may be one of several in its folder.
-    config = transformers.AutoConfig.from_pretrained(str(file), **_LOCAL_ONLY)
-    made: nn.Module
-    if weights:
-        transformers.utils.logging.disable_progress_bar()
-        kind = kind or transformers.AutoModel
-        made = kind.from_pretrained(file.parent, config=config, use_safetensors=True, **_LOCAL_ONLY)
-    else:
-        made = transformers.AutoModel.from_config(config) if kind is None else kind(config)
-    return made
-
-
-def _from_diffusers(file: Path, entries: Mapping[str, Any], weights: bool) -> nn.Module:
-    kind: Any = getattr(importlib.import_module("diffusers"), str(entries["_class_name"]), None)
-    if not hasattr(kind, "from_config"):
-        raise CheckpointError(f"{file}: the installed diffusers has no model {entries['_class_name']!r}.")
-    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
-    made: nn.Module = kind.from_pretrained(file.parent, **options) if weights else kind.from_config(dict(entries))
-    return made
-
-
-def _from_timm(file: Path, entries: Mapping[str, Any], weights: bool) -> nn.Module:
-    given = {key: entries[key] for key in ("num_classes", "global_pool") if key in entries}
-    arguments = {**given, **(entries.get("model_args") or {})}
-    made: nn.Module = importlib.import_module("timm").create_model(entries["architecture"], **arguments)
-    if weights:
-        importlib.import_module("timm.models").load_checkpoint(made, str(file.with_name("model.safetensors")))
-    return made
-
-
-#: Key that identifies a library's configuration -> name of the library, function that creates the model.
-_LIBRARIES: Mapping[str, tuple[str, Callable[[Path, Mapping[str, Any], bool], nn.Module]]] = {
-    "model_type": ("transformers", _from_transformers),
-    "_class_name": ("diffusers", _from_diffusers),
-    "architecture": ("timm", _from_timm),
-}
 
 
 def _use_placeholders(model: nn.Module) -> nn.Module:

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from hra_fx.checkpoint.fitting import resume_of
 from hra_fx.checkpoint.folder import WEIGHTS_NAME, find
-from hra_fx.checkpoint.keys import EXTRA_BIASES, PREFIX, VECTORS
+from hra_fx.checkpoint.keys import EXTRA_BIASES, PREFIX, VECTORS, reflection_key
 from hra_fx.checkpoint.weights import read_prefixed
 from hra_fx.config import CONFIG_NAME, HRAConfig
 from hra_fx.errors import CheckpointError, FoldError
 from hra_fx.functional.chain import plain_chain
+from hra_fx.functional.low_rank import anchor_noise
 from hra_fx.functional.statistics import inverse_condition
 from hra_fx.layers.target import REFLECTION
 
@@ -56,6 +57,11 @@ class AdapterFiles:
         names = tuple(self.config.modules_to_save or ())
         parts = path.split(".")
         return bool(names) and any(".".join(parts[:i]).endswith(names) for i in range(1, len(parts) + 1))
+
+    def noise(self, path: str) -> float:
+        """How far the `Q` of a fresh adapter may be from the identity; 0 for a layer that it does not adapt."""
+        anchored = self.resume["apply_GS"] and self.resume["anchor"] and path in self.chains
+        return anchor_noise(self.resume["r"], self.tensors[reflection_key(path)].dtype) if anchored else 0.0
 
 
 def read_adapter(source: str | os.PathLike[str]) -> AdapterFiles:

@@ -15,7 +15,8 @@ from hra_fx.errors import CheckpointError
 #: Folder of an adapter, or its name on the Hub.
 Source: TypeAlias = str | os.PathLike[str]
 Adapters: TypeAlias = Source | Sequence[Source]
-_PIPELINE = "model_index.json"
+#: The file that describes a diffusers pipeline.
+PIPELINE = "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,7 @@ def read_request(base_dir: Source, adapter_dir: Adapters | Mapping[str, Adapters
     Raises:
         CheckpointError: a folder does not exist, or two overlap; or it is unknown which part an adapter is for.
     """
-    base, out = (Path(os.path.realpath(folder)) for folder in (base_dir, out_dir))
-    if not base.is_dir():
-        what = "is a file. Give the folder that contains it" if base.is_file() else "no such folder"
-        raise CheckpointError(
-            f"{base_dir}: {what}. Download a model from the Hub with huggingface_hub.snapshot_download(name)."
-        )
+    base, out = base_folder(base_dir), Path(os.path.realpath(out_dir))
     for folder in (out, *out.parents):
         if os.path.exists(folder) and not folder.is_dir():  # False for a name that is too long
             what = f"{out_dir}: is a file" if folder == out else f"{out_dir}: {folder} is a file"
@@ -69,6 +65,21 @@ def read_request(base_dir: Source, adapter_dir: Adapters | Mapping[str, Adapters
     return Request(base, out, adapters, files, folders)
 
 
+def base_folder(base_dir: Source) -> Path:
+    """The folder of a base model, without symbolic links.
+
+    Raises:
+        CheckpointError: there is no such folder.
+    """
+    base = Path(os.path.realpath(base_dir))
+    if not base.is_dir():
+        what = "is a file. Give the folder that contains it" if base.is_file() else "no such folder"
+        raise CheckpointError(
+            f"{base_dir}: {what}. Download a model from the Hub with huggingface_hub.snapshot_download(name)."
+        )
+    return base
+
+
 def _by_folder(base: Path, adapter_dir: Adapters | Mapping[str, Adapters]) -> dict[str, list[Source]]:
     if isinstance(adapter_dir, Mapping):
         named = {_inside(base, name): _listed(given) for name, given in adapter_dir.items()}
@@ -78,7 +89,7 @@ def _by_folder(base: Path, adapter_dir: Adapters | Mapping[str, Adapters]) -> di
     sources = _listed(adapter_dir)
     if not sources:
         raise CheckpointError("adapter_dir must name at least one adapter. Give a folder, or several in order.")
-    if not (base / _PIPELINE).is_file():
+    if not (base / PIPELINE).is_file():
         return {"": sources}
     parts: dict[str, list[Source]] = {}
     for source in sources:

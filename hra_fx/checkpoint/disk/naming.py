@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection
 
 from hra_fx.errors import CheckpointError
 
+#: What to do where the files do not say enough.
+IN_MEMORY = "Load the model instead: hra_fx.load_adapter, then hra_fx.fold or hra_fx.save_as_lora."
 _NEAR = 3
 
 
@@ -39,8 +41,7 @@ class Names:
         ]
         if len(found) > 1:
             raise CheckpointError(
-                f"{self.where}: {names[0]} is ambiguous: {' and '.join(found)} both exist. Fold in memory instead: "
-                "hra_fx.load_adapter, then hra_fx.fold."
+                f"{self.where}: {names[0]} is ambiguous: {' and '.join(found)} both exist. {IN_MEMORY}"
             )
         return found[0] if found else None
 

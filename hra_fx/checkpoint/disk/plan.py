@@ -17,9 +17,10 @@ from torch import Tensor
 from hra_fx.checkpoint.disk.adapter_files import AdapterFiles
 from hra_fx.checkpoint.disk.architecture import CONFIG, Architecture
 from hra_fx.checkpoint.disk.arguments import Request
-from hra_fx.checkpoint.disk.edits import Edits, Item, Rotation, edits_for, stored_item, touches
+from hra_fx.checkpoint.disk.edits import Edits, Item, Rotation, edits_for, stored_item
 from hra_fx.checkpoint.disk.header import METADATA, Header, StoredTensor
 from hra_fx.checkpoint.disk.naming import Names
+from hra_fx.checkpoint.disk.requests import touches
 from hra_fx.checkpoint.disk.weight_files import WeightSet, foreign, weight_sets
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError

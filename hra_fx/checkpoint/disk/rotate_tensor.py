@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hra_fx.checkpoint.disk.edits import Rotation
 from hra_fx.checkpoint.disk.header import FLOATS, StoredTensor
+from hra_fx.checkpoint.disk.project import product_dtype, project
 from hra_fx.checkpoint.disk.streams import as_bytes, read_rows
 from hra_fx.errors import FoldError
 from hra_fx.functional import householder
@@ -43,8 +44,8 @@ def rotate_weight(
         FoldError: the rotated weight is not finite.
     """
     dtype = FLOATS[stored.dtype]
-    left, right = _factors(rotation, dtype)
-    projected = _project(source, stored, left) if rotation.columns else None
+    left, right = _factors(rotation, product_dtype(stored))
+    projected = project(source, stored, left, columns=True) if rotation.columns else None
     rounding = 0.0
     for first, block in read_rows(source, stored, dtype):
         wide = block.to(left.dtype, copy=True)
@@ -65,19 +66,10 @@ def rotate_weight(
     return rounding
 
 
-def _project(source: BinaryIO, stored: StoredTensor, left: Tensor) -> Tensor:
-    """`(W U)^T: (k, out)` of a weight stored as `(in, out)`."""
-    total = torch.zeros(left.shape[0], math.prod(stored.shape[1:]), dtype=left.dtype)
-    for first, block in read_rows(source, stored, FLOATS[stored.dtype]):
-        total.addmm_(left[:, first : first + len(block)], block.to(left.dtype))
-    return total
-
-
-def _factors(rotation: Rotation, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _factors(rotation: Rotation, wide: torch.dtype) -> tuple[Tensor, Tensor]:
     """`U^T` and `T U^T`, both `(k, d)`, computed in float64."""
     # Column-major, since every operation below runs along columns.
     chain = householder.normalize(rotation.chain.mT.contiguous().mT)
-    wide = torch.float32 if dtype.itemsize == 2 else torch.float64
     left, right = chain.mT, householder.compact_wy(chain) @ chain.mT
     return left.to(wide).contiguous(), right.to(wide).contiguous()
 

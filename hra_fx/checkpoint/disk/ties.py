@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from hra_fx.checkpoint.disk.architecture import Architecture
-from hra_fx.checkpoint.disk.naming import Names
+from hra_fx.checkpoint.disk.naming import IN_MEMORY, Names
 from hra_fx.errors import FoldError
 from hra_fx.model.untie import TIE_SETTING, reads_tie_setting, ties_when_loaded
 
@@ -61,14 +61,12 @@ def untying(architecture: Architecture, names: Names, changed: Mapping[str, Tens
         if architecture.says_tied and changed:
             raise FoldError(
                 f"{architecture.folder / 'config.json'}: {TIE_SETTING} is True, but transformers does not know this "
-                f"model, so that it is unknown which tensors are tied to {next(iter(changed))}. Fold it in memory: "
-                "hra_fx.load_adapter, then hra_fx.fold."
+                f"model, so that it is unknown which tensors are tied to {next(iter(changed))}. {IN_MEMORY}"
             )
         return Untying()
-    own = Names("config.json", model.state_dict().keys(), lambda: architecture.prefix)
+    own, groups = _ties(architecture)
     called = {found: name for name in changed if (found := own.find(name))}
     values = {name: changed[given] for name, given in called.items()}
-    groups = _groups(model.get_expanded_tied_weights_keys(all_submodels=True))
     touched = [group for group in groups if values.keys() & set(group)]
     if all(_same_values(group, values) for group in touched):
         return Untying(stay_tied=[called[name] for group in touched for name in group])
@@ -91,6 +89,29 @@ def untying(architecture: Architecture, names: Names, changed: Mapping[str, Tens
         tuple(configs),
         tuple(dict.fromkeys(type(config).__name__ for config in configs.values() if ties_when_loaded(config))),
     )
+
+
+def tied_to(name: str, architecture: Architecture, names: Names) -> str | None:
+    """The tensor in the files that a tensor outside of them is tied to; `None` if unknown.
+
+    Args:
+        name: the tensor, as the adapter has it.
+        architecture: of the checkpoint.
+        names: names in the files.
+    """
+    if architecture.model is None:
+        return None
+    own, groups = _ties(architecture)
+    found = own.find(name)
+    group = next((group for group in groups if found in group), [])
+    return next((stored for other in group if (stored := names.find(other))), None)
+
+
+def _ties(architecture: Architecture) -> tuple[Names, list[list[str]]]:
+    """All names in the model, and those of each tied tensor."""
+    model: Any = architecture.model
+    own = Names("config.json", model.state_dict().keys(), lambda: architecture.prefix)
+    return own, _groups(model.get_expanded_tied_weights_keys(all_submodels=True))
 
 
 def _groups(ties: Mapping[str, str]) -> list[list[str]]:

@@ -18,7 +18,7 @@ from hra_fx.errors import ConfigError, FoldError, HRAError
 
 FILE = "adapter/adapter_model.safetensors"
 INDEX = "base/model.safetensors.index.json"
-IN_MEMORY = "Fold it in memory: hra_fx.load_adapter, then hra_fx.fold."
+IN_MEMORY = "Load the model instead: hra_fx.load_adapter, then hra_fx.fold or hra_fx.save_as_lora."
 OTHER_BASE = "Was the adapter trained on another base model"
 U = "base_model.model.{}.hra_u"
 
@@ -184,8 +184,8 @@ CASES: dict[str, tuple[Callable[[Path], None], type[HRAError], str]] = {
     "ambiguous name": (
         ambiguous_name,
         hra_fx.CheckpointError,
-        "base/model.safetensors: attn.weight is ambiguous: attn.weight and attn.in_proj_weight both exist. Fold in "
-        "memory instead: hra_fx.load_adapter, then hra_fx.fold.",
+        "base/model.safetensors: attn.weight is ambiguous: attn.weight and attn.in_proj_weight both exist. "
+        + IN_MEMORY,
     ),
     "other head": (
         other_head,
