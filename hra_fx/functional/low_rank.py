@@ -71,6 +71,16 @@ def core(chain: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor]:
     return V, K
 
 
+def anchor_noise(r: int, dtype: torch.dtype) -> float:
+    """How far the `Q` of a fresh Gram-Schmidt adapter may be from the identity: its anchor is rounded to its dtype.
+
+    Args:
+        r: the number of trained vectors.
+        dtype: of the anchor.
+    """
+    return 2 * r * float(torch.finfo(dtype).eps)
+
+
 def project(rows: Tensor, V: Tensor) -> Tensor:
     """`W V` in float64 (float32 on MPS), without a copy of `W` in that dtype.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -40,8 +41,25 @@ def parts_of(model: Any) -> dict[str, nn.Module]:
     if loader is None or not isinstance(inner, loader):
         return {}
     _check_root("the model", inner)
+    return {_part(type(inner).__name__): inner}
+
+
+def part_of_class(name: str | None) -> str | None:
+    """The part that a diffusers model is, by the name of its class; `None` for any other model.
+
+    >>> part_of_class("UNet2DConditionModel"), part_of_class("UNet2DModel"), part_of_class(None)
+    ('unet', None, None)
+    """
+    if not name or importlib.util.find_spec("diffusers") is None:
+        return None
+    kind = getattr(importlib.import_module("diffusers"), name, None)
+    loader = importlib.import_module("diffusers.loaders.peft").PeftAdapterMixin
+    return _part(name) if isinstance(kind, type) and issubclass(kind, loader) else None
+
+
+def _part(class_name: str) -> str:
     # "transformer" is also where `load_lora_adapter` of a model looks by default.
-    return {"unet" if type(inner).__name__.startswith("UNet") else "transformer": inner}
+    return "unet" if class_name.startswith("UNet") else "transformer"
 
 
 def _adapted_components(pipeline: Any) -> dict[str, nn.Module]:

@@ -10,19 +10,18 @@ from torch import Tensor, nn
 from hra_fx.checkpoint.keys import PREFIX, copy_key
 from hra_fx.checkpoint.saving import auto_mapping, base_model_name
 from hra_fx.compat import non_persistent_buffers
-from hra_fx.errors import AdapterError, UnsupportedLayerError
+from hra_fx.errors import AdapterError
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.sharding import first_sharded
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import all_copies
 from hra_fx.lora.adapter import LoraAdapter
+from hra_fx.lora.arguments import check_rank, lora_bias
 from hra_fx.lora.layer_form import check_expressible, lora_layer
+from hra_fx.lora.unsupported import check_places
 from hra_fx.model.activate import check_copies
 from hra_fx.model.offload import require_materialized
 from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, names_in, root_of
-
-#: HRA's `bias` -> LoRA's, from the least to the most.
-_BIASES = {"none": "none", "hra_only": "lora_only", "all": "all"}
 
 
 def lora_adapter(
@@ -41,8 +40,7 @@ def lora_adapter(
         FoldError: see `hra_fx.fold`.
         UnsupportedLayerError: a layer cannot be expressed as LoRA.
     """
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise AdapterError(f"`rank` must be a positive int or None, got {rank!r}.")
+    check_rank(rank)
     root, record = root_of(model)
     names = _names(record, adapter_names)
     require_materialized(root)
@@ -53,7 +51,7 @@ def lora_adapter(
         )
     check_copies(root, collect_parts(root), names)
     sites = {path: layer for path, layer in adapted_layers(root).items() if set(names) & set(layer.hra_u)}
-    _check_places(root, sites)
+    check_places(root, sites)
     for path, layer in sites.items():
         check_expressible(path, layer, root.get_submodule(path.rpartition(".")[0]))
     present = {path: [name for name in names if name in layer.hra_u] for path, layer in sites.items()}
@@ -63,7 +61,7 @@ def lora_adapter(
         layers=tuple(lora_layer(path, layer, present[path], rank) for path, layer in sites.items()),
         copies=_copies(root, names, sites),
         modules=[path for path, _ in root.named_modules() if path and not _is_ours(path)],
-        bias=_BIASES[max((config.bias for config in configs), key=list(_BIASES).index)],
+        bias=lora_bias(config.bias for config in configs),
         modules_to_save=tuple(saved),
         task_type=next((config.task_type for config in configs if config.task_type), None),
         auto_mapping=auto_mapping(root, configs[0]),
@@ -79,22 +77,6 @@ def _names(record: AdapterState, adapter_names: str | Iterable[str] | None) -> t
     if not names:
         raise AdapterError(f"no adapter is active. Name at least one of {list(record.configs)}.")
     return names
-
-
-def _check_places(root: nn.Module, sites: Mapping[str, AdaptedLayer]) -> None:
-    """Refuse a layer that several modules own: PEFT's LoRA would replace it in the first one only."""
-    paths = {layer: path for path, layer in sites.items()}
-    owners: dict[str, list[str]] = {}
-    for owner, module in root.named_modules():
-        for name, child in module._modules.items():
-            if child in paths:
-                owners.setdefault(paths[child], []).append(f"{owner}.{name}".lstrip("."))
-    for path, places in owners.items():
-        if len(places) > 1:
-            raise UnsupportedLayerError(
-                f"{path}: this layer is also {', '.join(places[1:])}, and PEFT's LoRA would change it in one place "
-                "only. Fold the model instead (hra_fx.fold), or leave the layer out with exclude_modules."
-            )
 
 
 def _copies(root: nn.Module, names: Iterable[str], sites: Mapping[str, AdaptedLayer]) -> dict[str, Tensor]:

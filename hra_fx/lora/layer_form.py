@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hra_fx.errors import AdapterError, UnsupportedLayerError
+from hra_fx.errors import AdapterError
 from hra_fx.functional import low_rank
 from hra_fx.functional.rotate import as_rows, check_foldable
 from hra_fx.layers.adapted_layer import AdaptedLayer
@@ -16,9 +16,8 @@ from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.target import describe
 from hra_fx.lora.adapter import LoraLayer
+from hra_fx.lora.unsupported import OUTPUT_PROJECTION, OWN_FORWARD, unsupported, why_not_convolution
 from hra_fx.model.rotate import base_weight
-
-_FOLD = "Fold the model instead (hra_fx.fold), or leave the layer out with exclude_modules"
 
 
 def lora_layer(path: str, layer: AdaptedLayer, names: Sequence[str], rank: int | None) -> LoraLayer:
@@ -57,9 +56,8 @@ def _check_finite(path: str, values: Tensor) -> None:
 
 
 def _noise(box: HouseholderAdapters, names: Sequence[str]) -> float:
-    """How far a fresh adapter with Gram-Schmidt may be from the identity: its anchor is rounded to its dtype."""
     anchored = [box[name] for name in names if box.specs[name].apply_GS and box.anchor(name) is not None]
-    return float(sum(2 * vectors.shape[1] * torch.finfo(vectors.dtype).eps for vectors in anchored))
+    return sum(low_rank.anchor_noise(vectors.shape[1], vectors.dtype) for vectors in anchored)
 
 
 def check_expressible(path: str, layer: AdaptedLayer, parent: nn.Module) -> None:
@@ -69,21 +67,16 @@ def check_expressible(path: str, layer: AdaptedLayer, parent: nn.Module) -> None
         UnsupportedLayerError: naming the layer and the reason.
     """
     if reason := _why_not(layer, parent):
-        raise UnsupportedLayerError(f"{path}: {describe(layer)} {reason}. {_FOLD}.")
+        raise unsupported(path, describe(layer), reason)
 
 
 def _why_not(layer: AdaptedLayer, parent: nn.Module) -> str | None:
     if isinstance(parent, nn.MultiheadAttention):
-        return "is the output projection of an attention, whose change PEFT's LoRA (0.21) adds twice"
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        if layer.groups > 1:
-            return "has groups, for which the change of the weight is not a LoRA of this rank"
-        if any(step > 1 < size for step, size in zip(layer.dilation, layer.kernel_size, strict=True)):
-            return "is dilated, which the convolutions of PEFT's LoRA are not"
-        if layer.padding_mode != "zeros" and layer.padding not in ("valid", (0,) * len(layer.kernel_size)):
-            return f"has padding_mode={layer.padding_mode!r}, and the convolutions of PEFT's LoRA pad with zeros"
+        return OUTPUT_PROJECTION
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and (reason := why_not_convolution(layer)):
+        return reason
     if not layer.hra_u.is_called and layer.hra_u.kind != "attention" and not _adds_change(layer):
-        return "has a forward of its own, to which PEFT's LoRA does not add what it adds to a plain layer"
+        return OWN_FORWARD
     return None
 
 

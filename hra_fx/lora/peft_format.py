@@ -33,14 +33,14 @@ def peft_form(
     layers = {layer.path: layer for layer in adapter.layers}
     common = adapter.rank
     ranks = {path: max(1, layer.rank) if rank_pattern else common for path, layer in layers.items()}
-    tensors: dict[str, Tensor] = {}
+    factors: dict[str, Tensor] = {}
     for path, layer in layers.items():
-        A, B = layer.padded(ranks[path])
-        tensors[f"{path}.lora_A.weight"] = _as_filters(A, layer)
-        tensors[f"{path}.lora_B.weight"] = B.reshape(*B.shape, *(1 for _ in layer.kernel))
+        # Cast at once, so that only one layer has a second copy in float64.
+        A, B = (factor.to(dtype).contiguous() for factor in layer.padded(ranks[path]))
+        factors[f"{path}.lora_A.weight"] = _as_filters(A, layer)
+        factors[f"{path}.lora_B.weight"] = B.reshape(*B.shape, *(1 for _ in layer.kernel))
         if layer.kind == "attention":
-            tensors |= _output_projection(path, A.shape[1], ranks[path])
-    factors = {key: tensor.to(dtype).contiguous() for key, tensor in tensors.items()}
+            factors |= _output_projection(path, A.shape[1], ranks[path], dtype)
     copies = {_peft_key(key, layers): tensor for key, tensor in adapter.copies.items()}
     return _config(adapter, ranks), {f"{PREFIX}{key}": tensor for key, tensor in (factors | copies).items()}
 
@@ -78,10 +78,11 @@ def _config(adapter: LoraAdapter, ranks: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-def _output_projection(path: str, width: int, rank: int) -> dict[str, Tensor]:
+def _output_projection(path: str, width: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Zeros for the output projection of an attention, which PEFT adapts together with `in_proj_weight`."""
     key = f"{path}.base_layer.out_proj"
-    return {f"{key}.lora_A.weight": torch.zeros(rank, width), f"{key}.lora_B.weight": torch.zeros(width, rank)}
+    A, B = torch.zeros(rank, width, dtype=dtype), torch.zeros(width, rank, dtype=dtype)
+    return {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
 
 
 def _peft_key(key: str, layers: Mapping[str, LoraLayer]) -> str:

@@ -11,15 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hra_fx.errors import AdapterError, HRAWarning
+from hra_fx.errors import HRAWarning
 from hra_fx.lora.adapter import LoraAdapter
+from hra_fx.lora.arguments import check_dtype
 from hra_fx.lora.diffusers_parts import adapters_of, parts_of
 from hra_fx.lora.from_model import lora_adapter
 from hra_fx.lora.peft_format import peft_form
 from hra_fx.lora.result import LoraResult
 from hra_fx.lora.write import write_lora
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def convert_to_lora(
@@ -67,7 +66,7 @@ def convert_to_lora(
         {'base_model.model.0.lora_A.weight': (2, 6), 'base_model.model.0.lora_B.weight': (4, 2)}
     """
     adapter = lora_adapter(model, adapter_names, rank)
-    _warn_if_unchanged({"": adapter})
+    warn_if_unchanged({"": adapter})
     return peft_form(adapter, torch.float32, rank_pattern=rank_pattern)
 
 
@@ -114,28 +113,21 @@ def save_as_lora(
         ...     sorted(os.listdir(folder)), result.rank, result.rows[0].rounding < 0.01
         (['adapter_config.json', 'adapter_model.safetensors'], 2, True)
     """
-    chosen = _dtype(dtype)
+    chosen = check_dtype(dtype)
     kind = "gguf" if Path(path).suffix == ".gguf" else "peft"
     if kind == "peft" and (parts := parts_of(model_or_pipeline)):
         kind, adapters = "diffusers", adapters_of(parts, adapter_names, rank)
     else:
         adapters = {"": lora_adapter(model_or_pipeline, adapter_names, rank)}
-    _warn_if_unchanged(adapters)
+    warn_if_unchanged(adapters)
     result = write_lora(adapters, Path(path), kind, chosen, rank_pattern=rank_pattern, check=check)
     for text in result.warnings:
         warnings.warn(text, HRAWarning, stacklevel=2)
     return result
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.float32
-    if found not in _DTYPES:
-        names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
-        raise AdapterError(f"`dtype` must be one of {names}, got {dtype!r}.")
-    return found
-
-
-def _warn_if_unchanged(adapters: Mapping[str, LoraAdapter]) -> None:
+def warn_if_unchanged(adapters: Mapping[str, LoraAdapter]) -> None:
+    """Warn if no adapter changes any weight."""
     if not any(layer.rank for adapter in adapters.values() for layer in adapter.layers):
         text = "the adapters do not change any weight (untrained, or at strength 0): the LoRA is zero."
         warnings.warn(text, HRAWarning, stacklevel=3)

@@ -1,0 +1,58 @@
+"""Convert adapters on disk to LoRA on disk, without a model in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import torch
+
+from hra_fx.checkpoint.disk.arguments import Source
+from hra_fx.lora.arguments import check_dtype
+from hra_fx.lora.diffusers_parts import part_of_class
+from hra_fx.lora.from_disk import read_as_lora
+from hra_fx.lora.result import LoraResult
+from hra_fx.lora.save import warn_if_unchanged
+from hra_fx.lora.write import write_lora
+
+
+def convert_files(
+    adapters: Sequence[Source],
+    base: Source,
+    out: str | os.PathLike[str],
+    *,
+    rank: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    rank_pattern: bool = False,
+    check: str | None = None,
+    columns: Collection[str] | None = None,
+    progress: bool = True,
+) -> LoraResult:
+    """Write adapters, applied in order, as one LoRA.
+
+    Args:
+        adapters: as in `read_as_lora`.
+        base: as in `read_as_lora`.
+        out: a folder, in the format of diffusers if the base is a UNet or transformer of diffusers, else of PEFT; or a
+            file that ends in ".gguf".
+        rank: as in `hra_fx.save_as_lora`.
+        dtype: as in `hra_fx.save_as_lora`.
+        rank_pattern: as in `hra_fx.save_as_lora`.
+        check: as in `hra_fx.save_as_lora`.
+        columns: as in `read_as_lora`.
+        progress: as in `read_as_lora`.
+
+    Raises:
+        AdapterError, CheckpointError, FoldError, UnsupportedLayerError: see `read_as_lora` and `hra_fx.save_as_lora`.
+
+    Warns:
+        HRAWarning: the adapters do not change any weight.
+    """
+    chosen, path = check_dtype(dtype), Path(out)
+    adapter = read_as_lora(adapters, base, rank=rank, columns=columns, progress=progress)
+    part = None if path.suffix == ".gguf" else part_of_class(adapter.model_config.get("_class_name"))
+    kind = "gguf" if path.suffix == ".gguf" else "diffusers" if part else "peft"
+    named = {part or "": adapter}
+    warn_if_unchanged(named)
+    return write_lora(named, path, kind, chosen, rank_pattern=rank_pattern, check=check)

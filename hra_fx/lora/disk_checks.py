@@ -1,0 +1,65 @@
+"""Refuse layers on disk that LoRA cannot express. The model is only built if a convolution is adapted.
+
+The shape of a convolution's weight does not show its groups, its dilation or its padding; the model does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from hra_fx.checkpoint.disk.architecture import CONFIG, Architecture
+from hra_fx.checkpoint.disk.libraries import LIBRARIES
+from hra_fx.checkpoint.disk.naming import IN_MEMORY
+from hra_fx.errors import CheckpointError
+from hra_fx.layers.target import LayerKind, describe
+from hra_fx.lora.base_files import BaseFiles
+from hra_fx.lora.unsupported import OUTPUT_PROJECTION, OWN_FORWARD, unsupported, why_not_convolution
+
+_PLAIN = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+
+
+def check_layers(opened: BaseFiles, layers: Mapping[str, LayerKind]) -> None:
+    """Check that LoRA can express all layers, given by path.
+
+    Raises:
+        UnsupportedLayerError: it cannot.
+        CheckpointError: there is a convolution, and the model of `config.json` cannot be built.
+    """
+    for path in layers:
+        parent, _, name = path.rpartition(".")
+        if name == "out_proj" and opened.names.find(f"{parent}.in_proj_weight", f"{parent}.q_proj_weight"):
+            raise unsupported(path, "this layer", OUTPUT_PROJECTION)
+    convolutions = [path for path, kind in layers.items() if kind.startswith("conv")]
+    modules = _modules(opened.architecture, convolutions) if convolutions else {}
+    for path in convolutions:
+        layer: Any = modules.get(path)
+        if layer is None:
+            raise CheckpointError(
+                f"{opened.architecture.folder}: there is no {CONFIG} of an installed transformers, diffusers or timm "
+                f"model with {path}, so it is unknown whether this convolution has groups or a dilation, which LoRA "
+                f"cannot express. {IN_MEMORY}"
+            )
+        reason = why_not_convolution(layer) or (None if type(layer).forward in _PLAIN else OWN_FORWARD)
+        if reason:
+            raise unsupported(path, describe(layer), reason)
+
+
+def _modules(architecture: Architecture, paths: Iterable[str]) -> Mapping[str, nn.Module | None]:
+    """Layers of the model of `config.json`, built without weights; none if no installed library knows it."""
+    if "model_type" in architecture.entries:
+        return {path: architecture.find(path) for path in paths}
+    key = next((key for key in LIBRARIES if architecture.entries.get(key)), None)
+    if key is None or find_spec(LIBRARIES[key][0]) is None:
+        return {}
+    try:
+        with torch.device("meta"):
+            model = LIBRARIES[key][1](architecture.folder / CONFIG, architecture.entries, False)
+    # An unusual configuration may raise anything in the constructors of hundreds of models.
+    except Exception:
+        return {}
+    return dict(model.named_modules(remove_duplicate=False))

@@ -1,0 +1,88 @@
+"""The LoRA form of layers whose weights are on disk: `W V` is computed while a weight is read, block by block."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from hra_fx.checkpoint.disk.edits import Rotation
+from hra_fx.checkpoint.disk.header import StoredTensor
+from hra_fx.checkpoint.disk.progress_bar import bar
+from hra_fx.checkpoint.disk.project import product_dtype, project
+from hra_fx.errors import CheckpointError
+from hra_fx.functional.low_rank import core, weight_change
+from hra_fx.layers.target import LayerKind
+from hra_fx.lora.adapter import LoraLayer
+
+_THREADS = min(4, os.cpu_count() or 1)
+#: Number of dimensions of a weight -> kind of layer.
+_KINDS: dict[int, LayerKind] = {2: "linear", 3: "conv1d", 4: "conv2d", 5: "conv3d"}
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """An adapted layer.
+
+    Attributes:
+        path: its path, as the adapter names it.
+        stored: its weight.
+        rotation: what the adapters do to it.
+        noise: see `hra_fx.functional.low_rank.core`.
+    """
+
+    path: str
+    stored: StoredTensor
+    rotation: Rotation
+    noise: float
+
+    @property
+    def kind(self) -> LayerKind:
+        """The kind of layer."""
+        return "attention" if self.stored.name.endswith("in_proj_weight") else _KINDS[len(self.stored.shape)]
+
+
+def convert_layers(layers: Sequence[StoredLayer], rank: int | None, *, progress: bool) -> Iterator[LoraLayer]:
+    """The LoRA form of layers, in their order.
+
+    Several are converted at a time, because reading and multiplying block on different parts of the machine.
+
+    Args:
+        layers: the layers.
+        rank: the largest rank. `None`: no limit.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        CheckpointError: a weight is not finite, or its file is too short.
+    """
+    total = sum(layer.stored.size for layer in layers)
+    with bar("reading weights", total, wanted=progress) as advance, ThreadPoolExecutor(_THREADS, "hra_fx-lora") as pool:
+        tasks = [pool.submit(_convert, layer, rank, advance) for layer in layers]
+        try:
+            for task in tasks:
+                yield task.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _convert(layer: StoredLayer, rank: int | None, advance: Callable[[int], object]) -> LoraLayer:
+    stored, columns = layer.stored, layer.rotation.columns
+    V, K = core(layer.rotation.chain, layer.noise)
+    left = V.mT.to(product_dtype(stored)).contiguous()
+    if len(K):
+        with open(stored.file, "rb", buffering=0) as source:
+            product = project(source, stored, left, columns=columns, advance=advance)
+    else:  # the layer does not change, so its weight is not read
+        product = left.new_zeros(0, stored.shape[1 if columns else 0])
+        advance(stored.size)
+    if not bool(torch.isfinite(product).all()):
+        raise CheckpointError(
+            f"{stored.file}: {stored.name} has values that are infinite, NaN, or too large for products in "
+            f"{product.dtype}. Download the base model again, or store it in a wider dtype."
+        )
+    A, B, error = weight_change(product.mT.double(), V, K, rank)
+    return LoraLayer(layer.path, layer.kind, A, B, stored.shape[2:], columns, error)
