@@ -36,7 +36,7 @@ BROWSER   = test -n "$$(which $(BROWSERS))" || { test "$$(id -u)" = 0 && which a
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-language demo-vision test test-all test-versions test-lowest test-newest zoo export-table bench bench-quick bench-launches bench-gpu bench-disk bench-frozen bench-quantized bench-switch check format clean
+.PHONY: help demo demo-language demo-vision test test-all test-versions test-lowest test-newest zoo export-table bench bench-quick bench-launches bench-gpu bench-disk bench-convert bench-frozen bench-quantized bench-switch check format clean
 
 help: ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -93,6 +93,9 @@ bench-frozen: $(VENV)/test.stamp ## Print the speedup by freeze in exported and 
 
 bench-disk: $(VENV)/test.stamp ## fold_checkpoint compared with cp and PEFT, 1.1 billion parameters (10 GB of disk, some minutes).
 	$(BIN)/python benchmarks/disk.py $(BENCH_FLAGS)
+
+bench-convert: $(VENV)/test.stamp ## hra-fx convert --to lora compared with reading the weights, 1.1 billion parameters (2.3 GB of disk, a minute).
+	$(BIN)/python benchmarks/convert.py $(BENCH_FLAGS)
 
 bench-quantized: $(VENV)/test.stamp $(VENV)/demo.stamp ## Print the quantization error compared with the effect of an adapter, on MiniLM.
 	HF_HUB_OFFLINE=1 PYTHONPATH=examples $(BIN)/python benchmarks/quantized.py

@@ -117,12 +117,12 @@ print(json.dumps([time.perf_counter() - begin, peak() - before]))
 """
 
 
-def run(imports: str, *folders: Path) -> tuple[float, int]:
+def run(imports: str, *arguments: object) -> tuple[float, int]:
     """Seconds and bytes of one call in its own process."""
     code = MEASURE.format(imports=imports)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    arguments = [sys.executable, "-W", "ignore", "-c", code, *map(str, folders)]
-    done = subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     seconds, size = json.loads(done.stdout.splitlines()[-1])
     return seconds, size
 

@@ -1,101 +1,136 @@
-"""`hra-fx convert`: convert an adapter's folder between the formats of PEFT and `hra_fx.save_adapter`.
-
-Both have the same two files. Files of hra_fx may also contain how a chain splits into an anchor and trained vectors (as
-metadata), and the vectors before Gram-Schmidt; PEFT ignores both. Files of PEFT may contain copies of base weights.
-"""
+"""`hra-fx convert`: convert adapters to LoRA, or between the formats of PEFT's HRA and `hra_fx.save_adapter`."""
 
 from __future__ import annotations
 
-import dataclasses
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from hra_fx.cli.options import Json, Overwrite
-from hra_fx.cli.screen import count, show_heading, show_json
+from hra_fx.cli.options import Columns, Json, Overwrite, Quiet, Rows
 from hra_fx.errors import CheckpointError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from hra_fx.checkpoint.disk.adapter_files import AdapterFiles
-
 EXAMPLES = (
+    "hra-fx convert my-adapter for-vllm --to lora --base my-model --check vllm",
+    "hra-fx convert first second adapter.gguf --to gguf --base my-model --dtype float16",
     "hra-fx convert my-adapter for-peft --to peft",
     "hra-fx convert from-peft my-adapter --to hra_fx",
 )
-_CONFIG = "adapter_config.json"
+#: Files of adapters, of PEFT and diffusers.
+_OF_ADAPTERS = ("adapter_config.json", "pytorch_lora_weights.safetensors")
 _OF_MODELS = ("config.json", "model_index.json")
+_GGUF = ".gguf"
 
 
 class Form(str, Enum):
-    """The format of an adapter."""
+    """The format of the result."""
 
+    lora = "lora"
+    gguf = "gguf"
     peft = "peft"
     hra_fx = "hra_fx"
 
 
+class Dtype(str, Enum):
+    """The dtype of LoRA factors."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
 def convert(
-    source: Annotated[str, typer.Argument(metavar="IN", help="Folder of an adapter, or its name on the Hub.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder.")],
+    context: typer.Context,
+    adapters: Annotated[
+        list[str],
+        typer.Argument(metavar="ADAPTER", help="Folders of adapters, or names on the Hub; for LoRA several, in order."),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder; for gguf a file that ends in .gguf.")],
     to: Annotated[Form, typer.Option("--to", help="Target format.")],
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="MODEL", help="Folder of the base model; LoRA needs its weights.")
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", min=1, help="Largest LoRA rank: the best approximation. The default is exact."),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Dtype of the LoRA factors.")] = Dtype.float32,
+    rank_pattern: Annotated[
+        bool, typer.Option("--rank-pattern", help="A rank for each layer, which few servers read. Only for lora.")
+    ] = False,
+    check: Annotated[
+        str | None,
+        typer.Option("--check", metavar="SERVER", help="Warn of what a server, such as vllm, does not accept."),
+    ] = None,
+    columns: Columns = None,
+    rows: Rows = False,
     overwrite: Overwrite = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Convert an adapter to the format of PEFT or hra_fx. Its outputs do not change.
+    """Convert adapters to LoRA, for PEFT, vLLM, SGLang or llama.cpp; or one adapter to the format of PEFT or hra_fx.
 
-    Both libraries also load each other's folders directly. In PEFT's format, an anchored adapter becomes plain
-    reflections, all of which are trainable; in that of hra_fx, copies of base weights are dropped.
+    With --to lora and --to gguf, several adapters become one LoRA, which is exact unless --rank or --dtype limits it.
+    Only the weights of adapted layers are read from MODEL. The folder is in PEFT's format, and in that of diffusers if
+    MODEL is a UNet or transformer of a pipeline.
+
+    With --to peft and --to hra_fx, outputs do not change. Both libraries also load each other's folders directly. In
+    PEFT's format, an anchored adapter becomes plain reflections, all of which are trainable; in that of hra_fx, copies
+    of base weights are dropped.
     """
-    from hra_fx.checkpoint.disk.adapter_files import read_adapter
-    from hra_fx.checkpoint.folder import write
-    from hra_fx.checkpoint.saving import RESUME
+    if to in (Form.peft, Form.hra_fx):
+        _refuse_options(context, to, len(adapters))
+        _check_free(out, overwrite=overwrite)
+        from hra_fx.cli.convert_hra import convert_hra
 
-    files = read_adapter(source)
-    _check_free(out, overwrite=overwrite)
-    kept = _kept(files, to)
-    config = dataclasses.replace(files.config, extra={}, peft_version=None)
-    splits = {RESUME: files.metadata[RESUME]} if to is Form.hra_fx and RESUME in files.metadata else {}
-    write(out, config.to_json_string(), kept, splits)
-    dropped = [key for key in files.tensors if key not in kept]
-    fields = [*sorted(files.config.extra), *(["peft_version"] if files.config.peft_version else [])]
-    layers, frozen = len(files.chains), files.resume["anchor"] if to is Form.peft else 0
-    if as_json:
-        done = {"folder": out, "form": to.value, "layers": layers, "r": config.r, "anchor": frozen}
-        show_json({**done, "dropped": dropped, "fields": fields})
+        convert_hra(adapters[0], out, for_peft=to is Form.peft, as_json=as_json)
         return
-    left_out = [count(len(dropped), "tensor")] if dropped else []
-    left_out += [f"configuration fields {', '.join(fields)}"] if fields else []
-    anchor = f", {frozen} of them frozen before" if frozen else ""
-    show_heading(
-        f"HRA adapter in {out}, in the format of {'PEFT' if to is Form.peft else 'hra_fx'}",
-        {
-            "reflections": f"{config.r} in each of {count(layers, 'layer')}{anchor}",
-            "dropped": ", ".join(left_out) or "nothing",
-        },
+    if base is None:
+        raise typer.BadParameter(f"--to {to.value} needs the folder of the base model", param_hint="--base")
+    if (out.suffix == _GGUF) is not (to is Form.gguf):
+        need = "a file that ends in .gguf" if to is Form.gguf else "a folder, and .gguf files need --to gguf"
+        raise typer.BadParameter(f"--to {to.value} writes {need}, got {out}", param_hint="OUT")
+    if rank_pattern and to is Form.gguf:
+        raise typer.BadParameter(
+            "a GGUF adapter has one rank and one alpha. Use --to lora", param_hint="--rank-pattern"
+        )
+    _check_free(out, overwrite=overwrite)
+    from hra_fx.cli.screen import show_json, stdout
+    from hra_fx.lora.convert import convert_files
+
+    result = convert_files(
+        adapters,
+        base,
+        out,
+        rank=rank,
+        dtype=dtype.value,
+        rank_pattern=rank_pattern,
+        check=check,
+        columns=[] if rows else columns or None,
+        progress=not quiet,
     )
+    show_json(result) if as_json else stdout().print(str(result), markup=False, soft_wrap=True)
 
 
-def _kept(files: AdapterFiles, to: Form) -> dict[str, Tensor]:
-    """The tensors that the new format has."""
-    from hra_fx.checkpoint.keys import PREFIX, VECTORS
-    from hra_fx.layers.target import REFLECTION
-
-    kept = {}
-    for key, tensor in files.tensors.items():
-        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-        last = name.rpartition(".")[2]
-        ours = last == REFLECTION or name in files.full or (last == VECTORS and files.resume["anchor"] > 0)
-        if (last != VECTORS) if to is Form.peft else ours:
-            kept[key] = tensor
-    return kept
+def _refuse_options(context: typer.Context, to: Form, count: int) -> None:
+    """LoRA's options have no meaning for the other formats."""
+    if count > 1:
+        raise typer.BadParameter(f"--to {to.value} converts one adapter, got {count}", param_hint="ADAPTER")
+    for name in ("base", "rank", "dtype", "rank_pattern", "check", "columns", "rows"):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter("is an option of --to lora and --to gguf", param_hint=option)
 
 
 def _check_free(out: Path, *, overwrite: bool) -> None:
+    if out.suffix == _GGUF:
+        if out.exists() and not overwrite:
+            raise CheckpointError(f"{out}: the file exists. Choose another name, or --overwrite.")
+        return
     there = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    if _CONFIG in there:
+    if any(name in there for name in _OF_ADAPTERS):
         if not overwrite:
             raise CheckpointError(f"{out}: already contains an adapter. Choose another folder, or --overwrite.")
         return

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hra_fx.cli.options import Json, Overwrite, Quiet
+from hra_fx.cli.options import Columns, Json, Overwrite, Quiet, Rows
 from hra_fx.cli.screen import show_json, stdout
 
 FOLD_HELP = """Fold adapters into a checkpoint on disk. OUT is the base model with rotated weights.
@@ -40,18 +40,8 @@ def fold_or_unfold(
     part: Annotated[
         str | None, typer.Option("--part", metavar="FOLDER", help="The part of a pipeline to change, such as unet.")
     ] = None,
-    columns: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--columns",
-            metavar="NAME",
-            help="A layer that stores its weight as (in, out), by the end of its path. Repeatable. Not needed for "
-            "models with a config.json.",
-        ),
-    ] = None,
-    rows: Annotated[
-        bool, typer.Option("--rows", help="Every weight is (out, in). Not needed for models with a config.json.")
-    ] = False,
+    columns: Columns = None,
+    rows: Rows = False,
     overwrite: Overwrite = False,
     verify: Annotated[
         bool,
