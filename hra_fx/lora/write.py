@@ -9,6 +9,7 @@ import torch
 
 from hra_fx.lora.adapter import LoraAdapter
 from hra_fx.lora.diffusers_format import write_diffusers
+from hra_fx.lora.gguf_file import write_gguf
 from hra_fx.lora.peft_format import write_peft
 from hra_fx.lora.result import LoraResult, result_of
 from hra_fx.lora.servers import check_for_server
@@ -44,6 +45,8 @@ def write_lora(
     ]
     if kind == "diffusers":
         write_diffusers(adapters, path, dtype)
+    elif kind == "gguf":
+        write_gguf(adapters[""], path, dtype)
     else:
         write_peft(adapters[""], path, dtype, rank_pattern=rank_pattern)
     return result_of(path, kind, dict(adapters), dtype, warnings)
