@@ -1,0 +1,180 @@
+"""The content of GGUF adapters, and what is refused before anything is written."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+import transformers
+from adapting import randomise
+from gguf_models import MODELS, tiny
+
+import hra_fx
+from hra_fx.lora.adapter import LoraAdapter, LoraLayer
+from hra_fx.lora.gguf_file import write_gguf
+from hra_fx.lora.gguf_names import ARCHITECTURES
+
+LLAMA = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2}
+
+
+def layer(path: str, rank: int = 1, out: int = 8, **fields: Any) -> LoraLayer:
+    torch.manual_seed(0)
+    factors = {"A": torch.randn(rank, 8).double(), "B": torch.randn(out, rank).double()}
+    return LoraLayer(**{"path": path, "kind": "linear"} | factors | fields)
+
+
+def adapter(*layers: LoraLayer, config: Mapping[str, Any] = LLAMA, **fields: Any) -> LoraAdapter:
+    return LoraAdapter(layers, model_config=config, **fields)
+
+
+def write(path: Path, *layers: LoraLayer, dtype: torch.dtype = torch.float32, **fields: Any) -> dict[str, Any]:
+    """Write an adapter, and read its tensors."""
+    write_gguf(adapter(*layers, **fields), path, dtype)
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+
+
+def test_the_fields_that_llama_cpp_reads(tmp_path: Path) -> None:
+    write(tmp_path / "a.gguf", layer("model.layers.11.mlp.up_proj", 3), base_model="someone/llama")
+    fields = {key: field.contents() for key, field in gguf.GGUFReader(tmp_path / "a.gguf").fields.items()}
+    assert fields["general.type"] == "adapter"
+    assert fields["general.architecture"] == "llama"
+    assert fields["general.base_model.0.name"] == "someone/llama"
+    assert fields["adapter.type"] == "lora"
+    assert fields["adapter.lora.alpha"] == 3.0
+
+
+def test_all_layers_have_one_rank(tmp_path: Path) -> None:
+    low, high = layer("model.layers.11.mlp.up_proj", 1), layer("model.layers.2.mlp.down_proj", 3)
+    tensors = write(tmp_path / "a.gguf", low, high)
+    a, b = tensors["blk.11.ffn_up.weight.lora_a"].data, tensors["blk.11.ffn_up.weight.lora_b"].data
+    assert a.shape == (3, 8)
+    assert b.shape == (8, 3)
+    torch.testing.assert_close(torch.tensor(b @ a), (low.B @ low.A).float())
+    assert (tensors["blk.2.ffn_down.weight.lora_a"].data == high.A.float().numpy()).all()
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "F32"), (torch.float16, "F16"), (torch.bfloat16, "BF16")])
+def test_dtypes(dtype: torch.dtype, name: str, tmp_path: Path) -> None:
+    found = layer("model.layers.0.mlp.up_proj", 2)
+    tensor = write(tmp_path / "a.gguf", found, dtype=dtype)["blk.0.ffn_up.weight.lora_a"]
+    assert tensor.tensor_type.name == name
+    values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    assert (values == found.A.to(dtype).float().numpy()).all()
+
+
+def test_every_architecture_that_is_offered_is_tested() -> None:
+    assert {*MODELS, "gemma3"} == {*ARCHITECTURES}  # gemma3 has a vision tower
+
+
+REFUSED = {
+    "an unknown architecture": (
+        adapter(layer("bert.encoder.layer.0.attention.self.query"), config={"model_type": "bert"}),
+        hra_fx.AdapterError,
+        r"GGUF adapters can be written for the model types gemma, .*, starcoder2, got 'bert'\. Fold the model",
+    ),
+    "a model without configuration": (adapter(layer("0"), config={}), hra_fx.AdapterError, "got None"),
+    "a layer that llama.cpp does not have": (
+        adapter(layer("score")),
+        hra_fx.UnsupportedLayerError,
+        "^score: llama.cpp has no weight for this linear layer of a model of type 'llama'",
+    ),
+    "a convolution": (
+        adapter(layer("model.layers.0.mlp.up_proj", kind="conv1d", kernel=(1,))),
+        hra_fx.UnsupportedLayerError,
+        "^model.layers.0.mlp.up_proj: llama.cpp has no weight for this conv1d layer",
+    ),
+    "a tied output layer": (
+        adapter(layer("lm_head"), config=LLAMA | {"tie_word_embeddings": True}),
+        hra_fx.UnsupportedLayerError,
+        "^lm_head: this layer is tied to the embeddings",
+    ),
+    "an output layer that is tied by default": (
+        adapter(layer("lm_head"), config={"model_type": "gemma3_text"}),
+        hra_fx.UnsupportedLayerError,
+        "^lm_head: this layer is tied to the embeddings",
+    ),
+    "a bias": (
+        adapter(layer("model.layers.0.mlp.up_proj"), copies={"model.layers.0.mlp.up_proj.bias": torch.zeros(8)}),
+        hra_fx.AdapterError,
+        "^model.layers.0.mlp.up_proj.bias: a GGUF adapter changes weights of layers, and cannot replace biases",
+    ),
+    "heads of another size": (
+        adapter(layer("model.layers.0.self_attn.q_proj", out=6)),
+        hra_fx.AdapterError,
+        "^model.layers.0.self_attn.q_proj: its 6 rows are not a multiple of 4, the head dimension",
+    ),
+    "a value that float16 does not have": (
+        adapter(layer("model.layers.0.mlp.up_proj", A=torch.full((1, 8), 1e6, dtype=torch.float64))),
+        hra_fx.AdapterError,
+        "^model.layers.0.mlp.up_proj: its factors are out of the range of torch.float16. Use float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_anything_is_written(case: str, tmp_path: Path) -> None:
+    found, error, message = REFUSED[case]
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"old")
+    with pytest.raises(error, match=message):
+        write_gguf(found, path, torch.float16)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_modules_to_save_of_a_model(tmp_path: Path) -> None:
+    model = hra_fx.transform(
+        tiny("llama"), hra_fx.HRAConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], init_weights=False)
+    )
+    with pytest.raises(hra_fx.AdapterError, match=r"^lm_head.weight: .* modules_to_save. Fold the model instead"):
+        hra_fx.save_as_lora(model, tmp_path / "a.gguf")
+
+
+def test_a_tied_output_layer_of_a_model(tmp_path: Path) -> None:
+    model = tiny("llama", tie_word_embeddings=True)
+    hra_fx.transform(model, hra_fx.HRAConfig(target_modules=["lm_head"], init_weights=False))
+    with pytest.raises(hra_fx.UnsupportedLayerError, match=r"^lm_head: this layer is tied to the embeddings"):
+        hra_fx.save_as_lora(model, tmp_path / "a.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_vision_tower(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = tiny("gemma3_text").config.to_dict()
+    model = transformers.Gemma3ForConditionalGeneration(
+        transformers.Gemma3Config(text_config=text, vision_config=sizes)
+    )
+    hra_fx.transform(model, hra_fx.HRAConfig(target_modules=r".*vision_tower.*\.q_proj", init_weights=False))
+    with pytest.raises(hra_fx.UnsupportedLayerError, match=r"^model.vision_tower.*\.q_proj: llama.cpp has no weight"):
+        hra_fx.save_as_lora(model, tmp_path / "a.gguf")
+
+
+def test_the_package_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(hra_fx.CheckpointError, match=r"Run: pip install 'hra-fx\[gguf\]'"):
+        write_gguf(adapter(layer("model.layers.0.mlp.up_proj")), tmp_path / "a.gguf", torch.float32)
+
+
+def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(hra_fx.CheckpointError, match=r"cannot write the file .* Choose another path"):
+        write_gguf(adapter(layer("model.layers.0.mlp.up_proj")), tmp_path / "no" / "a.gguf", torch.float32)
+
+
+def test_a_symbolic_link_stays(tmp_path: Path) -> None:
+    (tmp_path / "link.gguf").symlink_to(tmp_path / "a.gguf")
+    write(tmp_path / "link.gguf", layer("model.layers.0.mlp.up_proj"))
+    assert (tmp_path / "link.gguf").is_symlink()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.gguf", "link.gguf"]
+
+
+def test_the_result_says_what_was_written(tmp_path: Path) -> None:
+    model = hra_fx.transform(tiny("llama"), hra_fx.HRAConfig(r=4, target_modules=["q_proj"]))
+    randomise(model)
+    result = hra_fx.save_as_lora(model, tmp_path / "a.gguf", rank=2)
+    assert (result.format, result.rank) == ("gguf", 2)
+    assert all(0 < row.error < 1 for row in result.rows)

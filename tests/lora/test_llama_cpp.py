@@ -1,0 +1,194 @@
+"""GGUF adapters in llama.cpp, against the adapted model in PyTorch: greedy tokens and all their log-probabilities."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import _data
+import gguf
+import pytest
+import smollm2_newsgroups
+import torch
+import transformers
+from adapting import randomise
+from gguf_models import MODELS, VOCABULARY, tiny, write_model
+from llama_cpp import Continuation, serve
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import hra_fx
+
+PROMPT = [1, 50, 77, 120, 9, 20, 33]
+COUNT = 12
+#: Of a log-probability. Everything is computed in float32, whose rounding errors add up to 4e-6 in these models.
+EXACT = 2e-5
+#: llama.cpp rounds the inputs of its GELU to half precision, where the last bit of float32 can decide.
+TABULATED = 5e-4
+_WITH_GELU = ("gemma", "gemma2", "gemma3_text", "gpt2", "phi", "starcoder2")
+
+
+def tolerance_of(model_type: str) -> float:
+    return TABULATED if model_type in _WITH_GELU else EXACT
+
+
+def linears(model: nn.Module) -> list[str]:
+    """The paths of all layers that llama.cpp can adapt."""
+    tied = model.config.tie_word_embeddings
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and not (tied and path == "lm_head")
+    ]
+
+
+def adapt(model: nn.Module, *targets: str) -> None:
+    """Add an adapter that rotates far."""
+    hra_fx.transform(model, hra_fx.HRAConfig(r=4, target_modules=list(targets) or linears(model)))
+    randomise(model)
+
+
+@torch.no_grad()
+def log_probabilities(model: nn.Module, continuation: Continuation, prompt: list[int] = PROMPT) -> Tensor:
+    """What PyTorch says at each token of a continuation: `(count, vocabulary)`."""
+    ids = torch.tensor([prompt + continuation.tokens])
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return logits.double().log_softmax(dim=-1)
+
+
+def check(model: nn.Module, continuation: Continuation, tolerance: float = EXACT) -> None:
+    expected = log_probabilities(model, continuation)
+    assert len(continuation.tokens) == COUNT
+    assert continuation.tokens == expected.argmax(dim=-1).tolist()
+    assert float((continuation.log_probabilities - expected).abs().max()) < tolerance
+
+
+def test_hot_swap_of_two_adapters_in_one_server(tmp_path: Path) -> None:
+    model = tiny("llama")
+    base = write_model(model, tmp_path / "base.gguf")
+    hra_fx.transform(model, hra_fx.HRAConfig(r=4, target_modules=linears(model)), "a")
+    hra_fx.add_adapter(model, "b", hra_fx.HRAConfig(r=3, target_modules=["q_proj", "down_proj"]))
+    randomise(model)
+    files = {name: tmp_path / f"{name}.gguf" for name in ("a", "b")}
+    for name, file in files.items():
+        hra_fx.save_as_lora(model, file, name)
+    with serve(base, *files.values()) as server:
+        said = {}
+        for turn, name in enumerate("aba"):
+            said[f"{name}{turn}"] = server.complete(PROMPT, COUNT, {0: name == "a", 1: name == "b"}, VOCABULARY)
+            hra_fx.set_adapter(model, name)
+            check(model, said[f"{name}{turn}"])
+        neither = server.complete(PROMPT, COUNT, {0: 0.0, 1: 0.0}, VOCABULARY)
+        with hra_fx.disable_adapters(model):
+            check(model, neither)
+    assert len({tuple(answer.tokens) for answer in (said["a0"], said["b1"], neither)}) == 3
+    assert said["a0"].tokens == said["a2"].tokens
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_every_layer_of_every_architecture(model_type: str, tmp_path: Path) -> None:
+    tolerance = tolerance_of(model_type)
+    model = tiny(model_type)
+    base = write_model(model, tmp_path / "base.gguf")
+    with serve(base) as server:
+        before = server.complete(PROMPT, COUNT, top=VOCABULARY)
+    check(model, before, tolerance)
+    adapt(model)
+    hra_fx.save_as_lora(model, tmp_path / "adapter.gguf")
+    with serve(base, tmp_path / "adapter.gguf") as server:
+        after = server.complete(PROMPT, COUNT, top=VOCABULARY)
+    check(model, after, tolerance)
+    assert float((after.log_probabilities[0] - before.log_probabilities[0]).abs().max()) > 0.5
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 5e-3), (torch.bfloat16, 5e-2)])
+def test_half_precision(dtype: torch.dtype, tolerance: float, tmp_path: Path) -> None:
+    """llama.cpp also rounds the inputs of a layer to the dtype of its factors: a relative error of 5e-4, or 4e-3."""
+    model = tiny("llama")
+    base = write_model(model, tmp_path / "base.gguf")
+    adapt(model)
+    hra_fx.save_as_lora(model, tmp_path / "adapter.gguf", dtype=dtype)
+    with serve(base, tmp_path / "adapter.gguf") as server:
+        said = server.complete(PROMPT, COUNT, top=VOCABULARY)
+    assert float((said.log_probabilities - log_probabilities(model, said)).abs().max()) < tolerance
+    with hra_fx.disable_adapters(model):
+        assert float((said.log_probabilities - log_probabilities(model, said)).abs().max()) > 0.5
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt2"])
+def test_a_model_without_head(model_type: str, tmp_path: Path) -> None:
+    model = tiny(model_type)
+    base = write_model(model, tmp_path / "base.gguf")
+    adapt(model.base_model)
+    hra_fx.save_as_lora(model.base_model, tmp_path / "adapter.gguf")
+    with serve(base, tmp_path / "adapter.gguf") as server:
+        check(model, server.complete(PROMPT, COUNT, top=VOCABULARY), tolerance_of(model_type))
+
+
+def test_an_adapter_that_was_not_trained_changes_nothing(tmp_path: Path) -> None:
+    model = tiny("llama")
+    base = write_model(model, tmp_path / "base.gguf")
+    hra_fx.transform(model, hra_fx.HRAConfig(r=4, target_modules=linears(model)))
+    with pytest.warns(hra_fx.HRAWarning, match="do not change any weight"):
+        hra_fx.save_as_lora(model, tmp_path / "adapter.gguf")
+    with serve(base, tmp_path / "adapter.gguf") as server:
+        check(model, server.complete(PROMPT, COUNT, top=VOCABULARY))
+
+
+def test_the_language_model_of_a_multimodal_model(tmp_path: Path) -> None:
+    text = tiny("gemma3_text")
+    base = write_model(text, tmp_path / "base.gguf")
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(text_config=text.config.to_dict(), vision_config=vision)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    model.model.language_model = text.model
+    model.tie_weights()
+    adapt(model, *(path for path in linears(model) if ".language_model." in path))
+    hra_fx.save_as_lora(model, tmp_path / "adapter.gguf")
+    with serve(base, tmp_path / "adapter.gguf") as server:
+        check(model, server.complete(PROMPT, COUNT, top=VOCABULARY), TABULATED)
+
+
+def test_llama_cpp_refuses_an_adapter_of_a_tied_output_layer(tmp_path: Path) -> None:
+    """Why `save_as_lora` refuses it: the file that it would be does not load."""
+    base = write_model(tiny("llama", tie_word_embeddings=True), tmp_path / "base.gguf")
+    untied = tiny("llama")
+    adapt(untied, "lm_head")
+    hra_fx.save_as_lora(untied, tmp_path / "adapter.gguf")
+    names = [tensor.name for tensor in gguf.GGUFReader(tmp_path / "adapter.gguf").tensors]
+    assert names == ["output.weight.lora_a", "output.weight.lora_b"]
+    with pytest.raises(RuntimeError, match="Failed to init server"), serve(base, tmp_path / "adapter.gguf"):
+        pass
+
+
+@pytest.mark.slow
+def test_smollm2_over_its_4_bit_file(tmp_path: Path) -> None:
+    """Real weights, trained for five steps: llama.cpp reads the file in 4 bits that PyTorch reads dequantized."""
+    torch.manual_seed(0)
+    model, tokenizer = smollm2_newsgroups.load()
+    posts = smollm2_newsgroups.posts(tokenizer, "train", 32)[:20, :32]
+    hra_fx.transform(model, smollm2_newsgroups.CONFIG)
+    optimizer = torch.optim.Adam([vectors for vectors in model.parameters() if vectors.requires_grad], lr=3e-3)
+    for batch in posts.split(4):
+        optimizer.zero_grad()
+        smollm2_newsgroups.loss_of(smollm2_newsgroups.Logits(model), batch).backward()
+        optimizer.step()
+    hra_fx.save_as_lora(model, tmp_path / "adapter.gguf")
+
+    prompt = tokenizer(smollm2_newsgroups.SENTENCE)["input_ids"]
+    files = _data.smollm2()
+    with serve(Path(files["pretrained_model_name_or_path"], files["gguf_file"]), tmp_path / "adapter.gguf") as server:
+        after = server.complete(prompt, 9)
+        before = server.complete(prompt, 5, {0: 0.0})
+    # So far, the second most probable tokens are farther away than the rounding errors of llama.cpp.
+    check_greedy(model, after, prompt)
+    with hra_fx.disable_adapters(model):
+        check_greedy(model, before, prompt)
+    assert after.text == tokenizer.decode(after.tokens)
+    assert after.tokens[:5] != before.tokens
+
+
+def check_greedy(model: nn.Module, continuation: Continuation, prompt: list[int]) -> None:
+    """The same greedy tokens. llama.cpp rounds inputs of layers in 4 bits to 8 bits, with or without an adapter."""
+    highest = log_probabilities(model, continuation, prompt).max(dim=-1)
+    assert continuation.tokens == highest.indices.tolist()
+    assert float((continuation.chosen - highest.values).abs().mean()) < 0.1
