@@ -21,7 +21,7 @@ MORE_THAN_READING, TIMES_LARGEST = 3.0, 4
 LARGEST_ADAPTED = 4 * INNER * HIDDEN
 
 CONVERT = """
-from hra_fx.lora.convert import convert_files
+from hra_fx.lora.disk.convert import convert_files
 def act(base, adapter, out, dtype):
     convert_files([adapter], base, out, dtype=dtype, progress=False)
 """

@@ -1,10 +1,11 @@
-"""Adapt SmolLM2 to 20 Newsgroups with Householder reflections, fold them into its weights, and export the result.
+"""Adapt SmolLM2 to 20 Newsgroups with Householder reflections, fold them into its weights, and serve the result.
 
     python examples/smollm2_newsgroups.py
 
 It uses the weights of SmolLM2-135M-Instruct and takes a few minutes on two cores. Every attention and MLP projection is
-adapted, with about 1% of the parameters, and the model learns to continue posts of 20 Newsgroups. The folded model is a
-plain transformers model, and onnxruntime continues a sentence with the same words.
+adapted, with about 1% of the parameters, and the model learns to continue posts of 20 Newsgroups. The adapter becomes a
+LoRA for llama.cpp, over the quantized file of the base model; the folded model is a plain transformers model, for
+onnxruntime and others. All of them continue a sentence with the same words.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import transformers
 from _data import newsgroups, smollm2
+from _llama_cpp import llama_cpp_text
 from _shared import (
     bar,
     check_fold,
@@ -100,6 +102,13 @@ def continued(run: Callable[..., Tensor], tokenizer: transformers.PreTrainedToke
     return text
 
 
+def served(adapter: Path, tokenizer: transformers.PreTrainedTokenizerBase) -> str:
+    """Continue `SENTENCE` in llama.cpp, with an adapter over the quantized base model."""
+    files = smollm2()
+    base = Path(files["pretrained_model_name_or_path"], files["gguf_file"])
+    return SENTENCE + llama_cpp_text(base, adapter, tokenizer(SENTENCE)["input_ids"], WORDS)
+
+
 def main(train_size: int, test_size: int, output: Path) -> None:
     """Run the demo, and write the results to `output`."""
     began = time.perf_counter()
@@ -128,6 +137,8 @@ def main(train_size: int, test_size: int, output: Path) -> None:
         adapted = model(some)
     texts["adapted"] = continued(model, tokenizer)
     write_adapters(base, output)
+    lora = hra_fx.save_as_lora(base, output / "adapter.gguf", dtype="float16")
+    texts["adapted, in llama.cpp"] = served(lora.path, tokenizer)
 
     hra_fx.fold(base)
     with torch.no_grad():
@@ -142,8 +153,10 @@ def main(train_size: int, test_size: int, output: Path) -> None:
         check_fold(folded, adapted, base, keys),
         check_onnx(run, model, {"input_ids": some}, f"batch {len(some)}, length {LENGTH}"),
     ]
-    same = texts["adapted"] == texts["folded"] == texts["folded, in onnxruntime"]
-    require(same, f"all models continue the sentence with the same words: {texts}")
+    adapted_texts = {text for name, text in texts.items() if name != "base"}
+    require(len(adapted_texts) == 1, f"all adapted models continue the sentence with the same words: {texts}")
+    rough = max(row.rounding for row in lora.rows)
+    checks.insert(1, ("LoRA in float16 against the exact change of a weight, largest error", f"{rough:.1e}"))
 
     show(
         f"SmolLM2 ({size:,} parameters), {len(train_posts)} posts of 20 Newsgroups, {len(test_posts)} held out",
@@ -153,8 +166,8 @@ def main(train_size: int, test_size: int, output: Path) -> None:
     show("The folded model: the base model's keys, the same answers", ("check", "figure"), checks)
     show(f"{SENTENCE!r}, continued", ("model", "text"), [(name, repr(text)) for name, text in texts.items()])
     seconds = time.perf_counter() - began
-    written = f"Written to {output}/: report.txt, adapters.html, two pictures, smollm2.onnx   ({seconds:.0f} s)"
-    console.print(written, soft_wrap=True)
+    files = "report.txt, adapters.html, two pictures, adapter.gguf, smollm2.onnx"
+    console.print(f"Written to {output}/: {files}   ({seconds:.0f} s)", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def convert(
         )
     _check_free(out, overwrite=overwrite)
     from hra_fx.cli.screen import show_json, stdout
-    from hra_fx.lora.convert import convert_files
+    from hra_fx.lora.disk.convert import convert_files
 
     result = convert_files(
         adapters,

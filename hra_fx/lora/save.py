@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from hra_fx.errors import HRAWarning
 from hra_fx.lora.adapter import LoraAdapter
 from hra_fx.lora.arguments import check_dtype
-from hra_fx.lora.diffusers_parts import adapters_of, parts_of
+from hra_fx.lora.formats.diffusers_parts import adapters_of, parts_of
+from hra_fx.lora.formats.peft import peft_form
 from hra_fx.lora.from_model import lora_adapter
-from hra_fx.lora.peft_format import peft_form
 from hra_fx.lora.result import LoraResult
 from hra_fx.lora.write import write_lora
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from hra_fx.lora.adapter import LoraAdapter
-from hra_fx.lora.diffusers_format import write_diffusers
-from hra_fx.lora.gguf_file import write_gguf
-from hra_fx.lora.peft_format import write_peft
+from hra_fx.lora.formats.diffusers import write_diffusers
+from hra_fx.lora.formats.gguf_file import write_gguf
+from hra_fx.lora.formats.peft import write_peft
 from hra_fx.lora.result import LoraResult, result_of
 from hra_fx.lora.servers import check_for_server
 

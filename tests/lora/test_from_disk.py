@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import hra_fx
 from hra_fx.lora.adapter import LoraAdapter, LoraLayer
-from hra_fx.lora.from_disk import read_as_lora
+from hra_fx.lora.disk.read import read_as_lora
 from hra_fx.lora.from_model import lora_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -293,7 +293,7 @@ def test_only_the_weights_of_adapted_layers_are_read(tmp_path: Path) -> None:
 
 MEASURE = """
 import sys
-from hra_fx.lora.from_disk import read_as_lora
+from hra_fx.lora.disk.read import read_as_lora
 def peak():
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))

@@ -16,8 +16,8 @@ from gguf_models import MODELS, tiny
 
 import hra_fx
 from hra_fx.lora.adapter import LoraAdapter, LoraLayer
-from hra_fx.lora.gguf_file import write_gguf
-from hra_fx.lora.gguf_names import ARCHITECTURES
+from hra_fx.lora.formats.gguf_file import write_gguf
+from hra_fx.lora.formats.gguf_names import ARCHITECTURES
 
 LLAMA = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2}
 

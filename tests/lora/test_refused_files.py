@@ -17,7 +17,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from hra_fx.errors import AdapterError, CheckpointError, HRAError, UnsupportedLayerError
-from hra_fx.lora.from_disk import read_as_lora
+from hra_fx.lora.disk.read import read_as_lora
 
 FILE = "adapter/adapter_model.safetensors"
 IN_MEMORY = "Load the model instead: hra_fx.load_adapter, then hra_fx.fold or hra_fx.save_as_lora."

@@ -10,8 +10,8 @@ import torch
 
 from hra_fx.checkpoint.disk.arguments import Source
 from hra_fx.lora.arguments import check_dtype
-from hra_fx.lora.diffusers_parts import part_of_class
-from hra_fx.lora.from_disk import read_as_lora
+from hra_fx.lora.disk.read import read_as_lora
+from hra_fx.lora.formats.diffusers_parts import part_of_class
 from hra_fx.lora.result import LoraResult
 from hra_fx.lora.save import warn_if_unchanged
 from hra_fx.lora.write import write_lora

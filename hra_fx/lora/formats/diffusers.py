@@ -18,7 +18,7 @@ from hra_fx.checkpoint.folder import write_weights
 from hra_fx.checkpoint.keys import PREFIX
 from hra_fx.errors import CheckpointError, UnsupportedLayerError
 from hra_fx.lora.adapter import LoraAdapter
-from hra_fx.lora.peft_format import peft_form
+from hra_fx.lora.formats.peft import peft_form
 
 LORA_NAME = "pytorch_lora_weights.safetensors"
 _CONFIG_KEY = "lora_adapter_metadata"

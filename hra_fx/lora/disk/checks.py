@@ -17,7 +17,7 @@ from hra_fx.checkpoint.disk.libraries import LIBRARIES
 from hra_fx.checkpoint.disk.naming import IN_MEMORY
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.target import LayerKind, describe
-from hra_fx.lora.base_files import BaseFiles
+from hra_fx.lora.disk.base_files import BaseFiles
 from hra_fx.lora.unsupported import OUTPUT_PROJECTION, OWN_FORWARD, unsupported, why_not_convolution
 
 _PLAIN = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)

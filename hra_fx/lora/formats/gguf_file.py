@@ -18,7 +18,7 @@ from hra_fx.atomic_write import atomic_write
 from hra_fx.checkpoint.weights import non_finite
 from hra_fx.errors import AdapterError, CheckpointError
 from hra_fx.lora.adapter import LoraAdapter
-from hra_fx.lora.gguf_names import INSTEAD, find_architecture, rows_in_order, tensor_name
+from hra_fx.lora.formats.gguf_names import INSTEAD, find_architecture, rows_in_order, tensor_name
 
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 

@@ -23,9 +23,9 @@ from hra_fx.checkpoint.keys import PREFIX, copy_key
 from hra_fx.errors import CheckpointError
 from hra_fx.lora.adapter import LoraAdapter
 from hra_fx.lora.arguments import check_rank, lora_bias
-from hra_fx.lora.base_files import BaseFiles, open_base, parents
-from hra_fx.lora.disk_checks import check_layers
-from hra_fx.lora.disk_layers import StoredLayer, convert_layers
+from hra_fx.lora.disk.base_files import BaseFiles, open_base, parents
+from hra_fx.lora.disk.checks import check_layers
+from hra_fx.lora.disk.layers import StoredLayer, convert_layers
 
 
 def read_as_lora(

@@ -1,0 +1,1 @@
+"""The formats that an adapter is written in, one for each kind of runtime."""
