@@ -16,6 +16,8 @@ from pathlib import Path
 
 from disk import HIDDEN, INNER, LARGEST, line, make, run
 
+from hra_fx.lora.disk.convert import convert_files
+
 MORE_THAN_READING, TIMES_LARGEST = 3.0, 4
 #: The largest weight that is adapted, in float32.
 LARGEST_ADAPTED = 4 * INNER * HIDDEN
@@ -72,7 +74,11 @@ def measure(folder: Path, rounds: int, dtype: str) -> None:
     text = f"growth ({size / 1e6:.0f} MB) over the largest weight in float32"
     line(text, growth, TIMES_LARGEST, growth <= TIMES_LARGEST)
     print(f"growth over the largest weight that is adapted, in float32: {size / LARGEST_ADAPTED:.2f}")
-    print(f"size on disk: adapter {size_of(adapter) / 1e6:.1f} MB, as LoRA {size_of(out) / 1e6:.1f} MB")
+    print(f"size on disk: adapter {size_of(adapter) / 1e6:.1f} MB, folded model {size_of(base) / 1e6:.0f} MB")
+    for kind in ("float32", "bfloat16"):
+        rows = convert_files([adapter], base, folder / kind, dtype=kind, progress=False).rows
+        error = max(row.rounding for row in rows)
+        print(f"as LoRA in {kind}: {size_of(folder / kind) / 1e6:.1f} MB, rounding error up to {error:.1e}")
 
 
 def size_of(folder: Path) -> int:
