@@ -156,13 +156,7 @@ def _only_adapter(record: AdapterState) -> str:
 
 
 def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[str, Tensor]) -> _Contents:
-    config = record.configs[name]
-    sites = [path for path, layer in adapted_layers(root).items() if name in layer.hra_u]
-    if odd := sorted(targeted(root, config).keys() ^ set(sites)):
-        raise AdapterError(
-            f"adapter {name!r}: {odd[0]} does not match the adapter's configuration, because a part of the model was "
-            "folded or replaced after transform. The saved file could not be loaded. Fold the whole model instead."
-        )
+    config, sites = record.configs[name], layers_with(root, record, name)
     tensors: dict[str, Tensor] = {}
     metadata = {"format": "pt"}
     rank, apply_GS = config.r, config.apply_GS
@@ -183,6 +177,21 @@ def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[s
                 copied = full_tensor(state[copy_entry(path, name, entry, in_place=in_place)])
                 tensors[copy_key(path, entry, adapted=path in sites)] = copied
     return _inference_config(root, config, rank, apply_GS), {key: t.detach() for key, t in tensors.items()}, metadata
+
+
+def layers_with(root: nn.Module, record: AdapterState, name: str) -> list[str]:
+    """Paths of the layers with an adapter.
+
+    Raises:
+        AdapterError: they are not those of its configuration.
+    """
+    sites = [path for path, layer in adapted_layers(root).items() if name in layer.hra_u]
+    if odd := sorted(targeted(root, record.configs[name]).keys() ^ set(sites)):
+        raise AdapterError(
+            f"adapter {name!r}: {odd[0]} does not match the adapter's configuration, because a part of the model was "
+            "folded or replaced after transform. The saved file could not be loaded. Fold the whole model instead."
+        )
+    return sites
 
 
 def _inference_config(root: nn.Module, config: HRAConfig, rank: int, apply_GS: bool) -> HRAConfig:

@@ -19,7 +19,6 @@ EXAMPLES = (
 )
 #: Files of adapters, of PEFT and diffusers.
 _OF_ADAPTERS = ("adapter_config.json", "pytorch_lora_weights.safetensors")
-_OF_MODELS = ("config.json", "model_index.json")
 _GGUF = ".gguf"
 
 
@@ -88,7 +87,7 @@ def convert(
         return
     if base is None:
         raise typer.BadParameter(f"--to {to.value} needs the folder of the base model", param_hint="--base")
-    if (out.suffix == _GGUF) is not (to is Form.gguf):
+    if (out.suffix.lower() == _GGUF) is not (to is Form.gguf):
         need = "a file that ends in .gguf" if to is Form.gguf else "a folder, and .gguf files need --to gguf"
         raise typer.BadParameter(f"--to {to.value} writes {need}, got {out}", param_hint="OUT")
     if rank_pattern and to is Form.gguf:
@@ -125,20 +124,15 @@ def _refuse_options(context: typer.Context, to: Form, count: int) -> None:
 
 
 def _check_free(out: Path, *, overwrite: bool) -> None:
-    if out.suffix == _GGUF:
+    if out.suffix.lower() == _GGUF:
         if out.exists() and not overwrite:
             raise CheckpointError(f"{out}: the file exists. Choose another name, or --overwrite.")
         return
     there = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    if any(name in there for name in _OF_ADAPTERS):
-        if not overwrite:
-            raise CheckpointError(f"{out}: already contains an adapter. Choose another folder, or --overwrite.")
-        return
-    model = next((name for name in there if name in _OF_MODELS or name.endswith(".safetensors")), None)
-    if model:
-        raise CheckpointError(
-            f"{out}: contains a model ({model}), and from_pretrained would load the adapter with it. Choose another "
-            "folder."
-        )
+    if any(name in there for name in _OF_ADAPTERS) and not overwrite:
+        raise CheckpointError(f"{out}: already contains an adapter. Choose another folder, or --overwrite.")
+    from hra_fx.lora.arguments import check_no_model
+
+    check_no_model(out)
     if there and not overwrite:
         raise CheckpointError(f"{out}: is not empty (it contains {there[0]}). Choose another folder, or --overwrite.")

@@ -74,11 +74,13 @@ def core(chain: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor]:
 def anchor_noise(r: int, dtype: torch.dtype) -> float:
     """How far the `Q` of a fresh Gram-Schmidt adapter may be from the identity: its anchor is rounded to its dtype.
 
+    For vectors that were cast to 16 bits it stays that of float32: there, a small rotation is not told from rounding.
+
     Args:
         r: the number of trained vectors.
         dtype: of the anchor.
     """
-    return 2 * r * float(torch.finfo(dtype).eps)
+    return 2 * r * min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
 
 
 def project(rows: Tensor, V: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hra_fx.checkpoint.keys import PREFIX, copy_key
-from hra_fx.checkpoint.saving import auto_mapping, base_model_name
+from hra_fx.checkpoint.saving import auto_mapping, base_model_name, layers_with
 from hra_fx.compat import non_persistent_buffers
 from hra_fx.errors import AdapterError
 from hra_fx.layers.adapted_layer import AdaptedLayer
@@ -22,6 +22,7 @@ from hra_fx.lora.unsupported import check_places
 from hra_fx.model.activate import check_copies
 from hra_fx.model.offload import require_materialized
 from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, names_in, root_of
+from hra_fx.model.unwrap import unwrap
 
 
 def lora_adapter(
@@ -42,7 +43,29 @@ def lora_adapter(
     """
     check_rank(rank)
     root, record = root_of(model)
+    whole = unwrap(model)
+    # Runtimes load the LoRA into the whole model, also where only a part of it was transformed.
+    prefix = "".join(f"{path}." for path, module in whole.named_modules() if module is root and path)
     names = _names(record, adapter_names)
+    sites = _checked_layers(root, record, names)
+    present = {path: [name for name in names if name in layer.hra_u] for path, layer in sites.items()}
+    configs = [record.configs[name] for name in names]
+    saved = dict.fromkeys(name for config in configs for name in config.modules_to_save or ())
+    return LoraAdapter(
+        layers=tuple(lora_layer(f"{prefix}{path}", layer, present[path], rank) for path, layer in sites.items()),
+        copies={f"{prefix}{key}": tensor for key, tensor in _copies(root, names, sites).items()},
+        modules=[path for path, _ in whole.named_modules() if path and not _is_ours(path)],
+        bias=lora_bias(config.bias for config in configs),
+        modules_to_save=tuple(saved),
+        task_type=next((config.task_type for config in configs if config.task_type), None),
+        auto_mapping=auto_mapping(whole, configs[0]),
+        base_model=next(filter(None, (base_model_name(whole, config) for config in configs)), None),
+        model_config=_model_config(whole),
+    )
+
+
+def _checked_layers(root: nn.Module, record: AdapterState, names: tuple[str, ...]) -> dict[str, AdaptedLayer]:
+    """The layers with one of the adapters, by path, all of which LoRA can express."""
     require_materialized(root)
     if sharded := first_sharded(root):
         raise AdapterError(
@@ -50,24 +73,12 @@ def lora_adapter(
             "(hra_fx.save_adapter, in every process) and convert the files (hra-fx convert --to lora)."
         )
     check_copies(root, collect_parts(root), names)
-    sites = {path: layer for path, layer in adapted_layers(root).items() if set(names) & set(layer.hra_u)}
+    paths = {path for name in names for path in layers_with(root, record, name)}
+    sites = {path: layer for path, layer in adapted_layers(root).items() if path in paths}
     check_places(root, sites)
     for path, layer in sites.items():
         check_expressible(path, layer, root.get_submodule(path.rpartition(".")[0]))
-    present = {path: [name for name in names if name in layer.hra_u] for path, layer in sites.items()}
-    configs = [record.configs[name] for name in names]
-    saved = dict.fromkeys(name for config in configs for name in config.modules_to_save or ())
-    return LoraAdapter(
-        layers=tuple(lora_layer(path, layer, present[path], rank) for path, layer in sites.items()),
-        copies=_copies(root, names, sites),
-        modules=[path for path, _ in root.named_modules() if path and not _is_ours(path)],
-        bias=lora_bias(config.bias for config in configs),
-        modules_to_save=tuple(saved),
-        task_type=next((config.task_type for config in configs if config.task_type), None),
-        auto_mapping=auto_mapping(root, configs[0]),
-        base_model=next(filter(None, (base_model_name(root, config) for config in configs)), None),
-        model_config=_model_config(root),
-    )
+    return sites
 
 
 def _names(record: AdapterState, adapter_names: str | Iterable[str] | None) -> tuple[str, ...]:

@@ -59,7 +59,8 @@ class LoraResult:
         count = f"{len(self.rows)} layer{'s' * (len(self.rows) != 1)}"
         lines = [f"{self.path}: {count} as LoRA of rank {self.rank} ({self.format}, {self.dtype})"]
         rough = max(self.rows, key=lambda row: row.rounding)
-        lines.append(f"  rounding error up to {rough.rounding:.1e} of the weight change ({rough.path})")
+        if rough.rounding:
+            lines.append(f"  rounding error up to {rough.rounding:.1e} of the weight change ({rough.path})")
         cut = max(self.rows, key=lambda row: row.error)
         if cut.error:
             lines.append(f"  error of the smaller rank up to {cut.error:.1e} of the weight change ({cut.path})")

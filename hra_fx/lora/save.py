@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hra_fx.errors import HRAWarning
-from hra_fx.lora.adapter import LoraAdapter
+from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.lora.arguments import check_dtype
 from hra_fx.lora.formats.diffusers_parts import adapters_of, parts_of
 from hra_fx.lora.formats.peft import peft_form
 from hra_fx.lora.from_model import lora_adapter
 from hra_fx.lora.result import LoraResult
-from hra_fx.lora.write import write_lora
+from hra_fx.lora.write import Output, unchanged, write_lora
 
 
 def convert_to_lora(
@@ -28,10 +27,11 @@ def convert_to_lora(
     rank: int | None = None,
     rank_pattern: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Adapters as a LoRA of the same rank, `W Q = W + B A`, without approximation.
+    """Adapters as a LoRA in PEFT's format, `W Q = W + B A`, without approximation.
 
     The factors are computed in float64, at the numerical rank of each layer's change, and balanced: `A` and `B` have
-    the same singular values. An adapter that has not been trained changes nothing; it becomes a LoRA of rank 1 with
+    the same singular values. The rank is at most `r`, `r + 1` for odd ranks and `2 r` with Gram-Schmidt, whose anchors
+    have as many columns more. An adapter that has not been trained changes nothing; it becomes a LoRA of rank 1 with
     zeros.
 
     Args:
@@ -66,7 +66,8 @@ def convert_to_lora(
         {'base_model.model.0.lora_A.weight': (2, 6), 'base_model.model.0.lora_B.weight': (4, 2)}
     """
     adapter = lora_adapter(model, adapter_names, rank)
-    warn_if_unchanged({"": adapter})
+    for text in unchanged([adapter]):
+        warnings.warn(text, HRAWarning, stacklevel=2)
     return peft_form(adapter, torch.float32, rank_pattern=rank_pattern)
 
 
@@ -90,7 +91,7 @@ def save_as_lora(
         adapter_names: as in `convert_to_lora`. Parts of a pipeline that have none of them are left out.
         rank: as in `convert_to_lora`.
         dtype: float32, float16 or bfloat16, as a torch dtype or its name. `None`: float32.
-        rank_pattern: as in `convert_to_lora`; for PEFT's format.
+        rank_pattern: as in `convert_to_lora`; for PEFT's format only.
         check: the name of a server, such as "vllm": warn of what it does not accept in this adapter.
 
     Returns:
@@ -114,20 +115,15 @@ def save_as_lora(
         (['adapter_config.json', 'adapter_model.safetensors'], 2, True)
     """
     chosen = check_dtype(dtype)
-    kind = "gguf" if Path(path).suffix == ".gguf" else "peft"
+    kind = "gguf" if Path(path).suffix.lower() == ".gguf" else "peft"
+    if kind == "gguf" and not isinstance(model_or_pipeline, nn.Module):
+        name = type(model_or_pipeline).__name__
+        raise AdapterError(f"GGUF files are for language models, got {name}. Give a folder to save a pipeline.")
     if kind == "peft" and (parts := parts_of(model_or_pipeline)):
         kind, adapters = "diffusers", adapters_of(parts, adapter_names, rank)
     else:
         adapters = {"": lora_adapter(model_or_pipeline, adapter_names, rank)}
-    warn_if_unchanged(adapters)
-    result = write_lora(adapters, Path(path), kind, chosen, rank_pattern=rank_pattern, check=check)
+    result = write_lora(adapters, Output(Path(path), kind, chosen, rank_pattern, check))
     for text in result.warnings:
         warnings.warn(text, HRAWarning, stacklevel=2)
     return result
-
-
-def warn_if_unchanged(adapters: Mapping[str, LoraAdapter]) -> None:
-    """Warn if no adapter changes any weight."""
-    if not any(layer.rank for adapter in adapters.values() for layer in adapter.layers):
-        text = "the adapters do not change any weight (untrained, or at strength 0): the LoRA is zero."
-        warnings.warn(text, HRAWarning, stacklevel=3)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from hra_fx.errors import ConfigError
 from hra_fx.lora.adapter import LoraAdapter
+from hra_fx.lora.formats.gguf_names import is_tied
 from hra_fx.lora.targets import exact_targets
 
 __all__ = ["check_for_server"]
@@ -40,6 +41,7 @@ class _Server:
         all_blocks: whether a kind of layer is ignored unless it is adapted in every block.
         tied_head: whether it loads an output layer that is tied to the embeddings.
         rank_pattern: whether it reads a rank for each layer.
+        formats: of adapters.
     """
 
     name: str
@@ -56,6 +58,7 @@ class _Server:
     all_blocks: bool = False
     tied_head: bool = True
     rank_pattern: bool = False
+    formats: tuple[str, ...] = ("peft",)
 
 
 _SERVERS = {
@@ -94,19 +97,22 @@ _SERVERS = {
         layers=r".*\.\d+\.\w+\.(q|k|v|o|qkv|gate|up|down|gate_up)_proj",
         other_layers="ignores or refuses {}, unless `trtllm_modules_to_hf_modules` in its `lora_config` maps the names",
     ),
-    "llama.cpp": _Server("llama.cpp", tied_head=False),
-    "ollama": _Server("Ollama", tied_head=False),
+    "llama.cpp": _Server("llama.cpp", tied_head=False, formats=("gguf",)),
+    "ollama": _Server("Ollama", tied_head=False, formats=("gguf", "peft")),
 }
 
 
-def check_for_server(server: str, adapter: LoraAdapter, rank: int, *, rank_pattern: bool = False) -> list[str]:
+def check_for_server(
+    server: str, adapter: LoraAdapter, rank: int, *, kind: str = "peft", rank_pattern: bool = False
+) -> list[str]:
     """Sentences about what a server would refuse or ignore in this adapter; empty if nothing is known to.
 
     Args:
         server: "vllm", "sglang", "tgi", "tensorrt-llm", "llama.cpp" or "ollama".
         adapter: the adapter.
-        rank: the rank that all layers are written with.
-        rank_pattern: whether each layer has its own rank, and `rank` is the largest.
+        rank: the rank that all layers are written with, or the largest of them.
+        kind: the format that it is written in: "peft", "gguf" or "diffusers".
+        rank_pattern: whether each layer has its own rank.
 
     Raises:
         ConfigError: the server is not known.
@@ -118,6 +124,8 @@ def check_for_server(server: str, adapter: LoraAdapter, rank: int, *, rank_patte
     if server not in _SERVERS:
         raise ConfigError(f"`check` must be one of {', '.join(map(repr, _SERVERS))}, got {server!r}.")
     facts = _SERVERS[server]
+    if kind not in facts.formats:
+        return [f"{facts.name} reads the format of {' or '.join(facts.formats)}, not that of {kind}."]
     found = [*_rank(facts, rank), *_copies(facts, adapter), *_kinds(facts, adapter), *_names(facts, adapter)]
     if rank_pattern and not facts.rank_pattern:
         found.append("expects one rank for all layers: omit `rank_pattern`")
@@ -166,7 +174,7 @@ def _names(facts: _Server, adapter: LoraAdapter) -> list[str]:
     if facts.all_blocks and (missing := _missing_blocks(known, adapter)):
         found.append(f"ignores a kind of layer unless it is adapted in every block; not adapted: {_shown(missing)}")
     heads = [path for path in paths if path.rpartition(".")[2] == "lm_head"]
-    if heads and not facts.tied_head and adapter.model_config.get("tie_word_embeddings"):
+    if heads and not facts.tied_head and is_tied(adapter):
         found.append(f"has no tensor for {_shown(heads)}, which is tied to the embeddings: fold the adapter")
     return found
 

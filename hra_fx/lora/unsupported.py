@@ -9,6 +9,7 @@ from torch import nn
 from hra_fx.errors import UnsupportedLayerError
 
 OUTPUT_PROJECTION = "is the output projection of an attention, whose change PEFT's LoRA (0.21) adds twice"
+IN_ENCODER_LAYER = "is in an nn.TransformerEncoderLayer, which reads its weight, so that PEFT's LoRA has no effect"
 OWN_FORWARD = "has a forward of its own, to which PEFT's LoRA does not add what it adds to a plain layer"
 
 
@@ -32,7 +33,7 @@ def why_not_convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str | None:
     """
     if layer.groups > 1:
         return "has groups, for which the change of the weight is not a LoRA of this rank"
-    if any(step > 1 < size for step, size in zip(layer.dilation, layer.kernel_size, strict=True)):
+    if any(step > 1 and size > 1 for step, size in zip(layer.dilation, layer.kernel_size, strict=True)):
         return "is dilated, which the convolutions of PEFT's LoRA are not"
     if layer.padding_mode != "zeros" and layer.padding not in ("valid", (0,) * len(layer.kernel_size)):
         return f"has padding_mode={layer.padding_mode!r}, and the convolutions of PEFT's LoRA pad with zeros"

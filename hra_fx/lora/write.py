@@ -2,51 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from hra_fx.errors import AdapterError
 from hra_fx.lora.adapter import LoraAdapter
-from hra_fx.lora.formats.diffusers import write_diffusers
-from hra_fx.lora.formats.gguf_file import write_gguf
+from hra_fx.lora.arguments import check_path
+from hra_fx.lora.formats.diffusers import check_diffusers, write_diffusers
+from hra_fx.lora.formats.gguf_file import check_gguf, write_gguf
 from hra_fx.lora.formats.peft import write_peft
 from hra_fx.lora.result import LoraResult, result_of
 from hra_fx.lora.servers import check_for_server
 
 
-def write_lora(
-    adapters: Mapping[str, LoraAdapter],
-    path: Path,
-    kind: str,
-    dtype: torch.dtype,
-    *,
-    rank_pattern: bool = False,
-    check: str | None = None,
-) -> LoraResult:
-    """Write adapters, and say what was written.
+@dataclass(frozen=True)
+class Output:
+    """Where and how adapters are written.
 
-    Args:
-        adapters: the adapter of each part of a pipeline; of a single model, under "".
+    Attributes:
         path: the folder or the file.
         kind: "peft", "gguf" or "diffusers".
         dtype: of the factors.
         rank_pattern: see `hra_fx.save_as_lora`.
         check: see `hra_fx.save_as_lora`.
+    """
+
+    path: Path
+    kind: str
+    dtype: torch.dtype
+    rank_pattern: bool = False
+    check: str | None = None
+
+
+def check_lora(adapters: Mapping[str, LoraAdapter], output: Output) -> None:
+    """Check all but the values of the factors, so that a caller can do so before it computes them.
+
+    Args:
+        adapters: the adapter of each part of a pipeline; of a single model, under "".
+        output: where and how.
 
     Raises:
-        CheckpointError: the files cannot be written.
+        AdapterError, UnsupportedLayerError: the format does not support a model, a layer or `rank_pattern`.
+        CheckpointError: the folder is not free for a LoRA, or a package is not installed.
         ConfigError: the server is not known.
     """
-    warnings = [
-        text
-        for adapter in adapters.values()
-        for text in (check_for_server(check, adapter, adapter.rank, rank_pattern=rank_pattern) if check else ())
-    ]
-    if kind == "diffusers":
-        write_diffusers(adapters, path, dtype)
-    elif kind == "gguf":
-        write_gguf(adapters[""], path, dtype)
+    check_path(output.path)
+    if output.rank_pattern and output.kind != "peft":
+        raise AdapterError(f"`rank_pattern` is for PEFT's format; the format of {output.kind} has one rank. Omit it.")
+    if output.kind == "gguf":
+        check_gguf(adapters[""], output.path)
+    elif output.kind == "diffusers":
+        check_diffusers(adapters)
+    _server_warnings(adapters, output)
+
+
+def write_lora(adapters: Mapping[str, LoraAdapter], output: Output) -> LoraResult:
+    """Write adapters, and say what was written; arguments and errors as `check_lora`.
+
+    Raises:
+        AdapterError: also if a factor is out of the range of the dtype.
+        CheckpointError: also if the files cannot be written.
+    """
+    check_lora(adapters, output)
+    if output.kind == "diffusers":
+        write_diffusers(adapters, output.path, output.dtype)
+    elif output.kind == "gguf":
+        write_gguf(adapters[""], output.path, output.dtype)
     else:
-        write_peft(adapters[""], path, dtype, rank_pattern=rank_pattern)
-    return result_of(path, kind, dict(adapters), dtype, warnings)
+        write_peft(adapters[""], output.path, output.dtype, rank_pattern=output.rank_pattern)
+    warnings = [*unchanged(adapters.values()), *_server_warnings(adapters, output)]
+    return result_of(output.path, output.kind, dict(adapters), output.dtype, warnings)
+
+
+def _server_warnings(adapters: Mapping[str, LoraAdapter], output: Output) -> list[str]:
+    if output.check is None:
+        return []
+    found: dict[str, None] = {}
+    for adapter in adapters.values():
+        texts = check_for_server(
+            output.check, adapter, adapter.rank, kind=output.kind, rank_pattern=output.rank_pattern
+        )
+        found |= dict.fromkeys(texts)
+    return list(found)
+
+
+def unchanged(adapters: Iterable[LoraAdapter]) -> list[str]:
+    """A warning if no adapter changes any weight."""
+    if any(layer.rank for adapter in adapters for layer in adapter.layers):
+        return []
+    return ["the adapters do not change any weight (untrained, or at strength 0): the LoRA is zero."]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -17,7 +18,7 @@ from gguf_models import MODELS, tiny
 import hra_fx
 from hra_fx.lora.adapter import LoraAdapter, LoraLayer
 from hra_fx.lora.formats.gguf_file import write_gguf
-from hra_fx.lora.formats.gguf_names import ARCHITECTURES
+from hra_fx.lora.formats.gguf_names import ARCHITECTURES, is_tied
 
 LLAMA = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2}
 
@@ -156,13 +157,66 @@ def test_a_vision_tower(tmp_path: Path) -> None:
 
 def test_the_package_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(hra_fx.CheckpointError, match=r"Run: pip install 'hra-fx\[gguf\]'"):
+    with pytest.raises(hra_fx.CheckpointError, match=r"which is not installed\. Run: pip install gguf\.$"):
         write_gguf(adapter(layer("model.layers.0.mlp.up_proj")), tmp_path / "a.gguf", torch.float32)
 
 
-def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
-    with pytest.raises(hra_fx.CheckpointError, match=r"cannot write the file .* Choose another path"):
-        write_gguf(adapter(layer("model.layers.0.mlp.up_proj")), tmp_path / "no" / "a.gguf", torch.float32)
+def test_the_folder_is_made(tmp_path: Path) -> None:
+    write(tmp_path / "new" / "a.gguf", layer("model.layers.0.mlp.up_proj"))
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["a.gguf"]
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(
+        hra_fx.CheckpointError, match=r"a\.gguf: cannot write the file \((File exists|Not a directory)\)\."
+    ):
+        write(tmp_path / "file" / "a.gguf", layer("model.layers.0.mlp.up_proj"))
+    model = hra_fx.transform(tiny("llama"), hra_fx.HRAConfig(r=4, target_modules=["q_proj"], init_weights=False))
+    with pytest.raises(hra_fx.CheckpointError, match=r"d\.gguf: is a folder\. Give the name of a file\.$"):
+        (tmp_path / "d.gguf").mkdir()
+        hra_fx.save_as_lora(model, tmp_path / "d.gguf")
+
+
+def test_a_base_model_in_a_folder_is_named_without_its_path(tmp_path: Path) -> None:
+    write(tmp_path / "a.gguf", layer("model.layers.0.mlp.up_proj"), base_model=str(tmp_path / "my-llama"))
+    fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
+    assert fields["general.base_model.0.name"].contents() == "my-llama"
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_which_model_types_tie_their_output_layer(model_type: str) -> None:
+    """A `config.json` may leave it out where it is the default of the class."""
+    config = transformers.AutoConfig.for_model(model_type).get_text_config()
+    assert is_tied(adapter(config={"model_type": model_type})) == config.tie_word_embeddings
+    assert not is_tied(adapter(config={"model_type": model_type, "text_config": {"tie_word_embeddings": False}}))
+
+
+def test_a_gemma3_that_makes_embeddings(tmp_path: Path) -> None:
+    config = {"model_type": "gemma3_text", "use_bidirectional_attention": True}
+    with pytest.raises(
+        hra_fx.AdapterError, match=r"^`use_bidirectional_attention` is True: llama\.cpp has another archite"
+    ):
+        write(tmp_path / "a.gguf", layer("model.layers.0.mlp.up_proj"), config=config)
+
+
+def test_what_has_no_meaning_for_gguf(tmp_path: Path) -> None:
+    model = hra_fx.transform(tiny("llama"), hra_fx.HRAConfig(r=4, target_modules=["q_proj"], init_weights=False))
+    with pytest.raises(
+        hra_fx.AdapterError, match=r"^`rank_pattern` is for PEFT's format; the format of gguf has one rank"
+    ):
+        hra_fx.save_as_lora(model, tmp_path / "a.gguf", rank_pattern=True)
+    with pytest.raises(
+        hra_fx.AdapterError, match=r"^GGUF files are for language models, got SimpleNamespace\. Give a fold"
+    ):
+        hra_fx.save_as_lora(SimpleNamespace(components={}), tmp_path / "a.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_suffix_in_capitals(tmp_path: Path) -> None:
+    model = hra_fx.transform(tiny("llama"), hra_fx.HRAConfig(r=4, target_modules=["q_proj"], init_weights=False))
+    assert hra_fx.save_as_lora(model, tmp_path / "A.GGUF").format == "gguf"
+    assert (tmp_path / "A.GGUF").is_file()
 
 
 def test_a_symbolic_link_stays(tmp_path: Path) -> None:

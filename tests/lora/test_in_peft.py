@@ -114,6 +114,19 @@ def test_target_modules_match_the_adapted_layers_only(tmp_path: Path) -> None:
     assert relative_error(logits(lora), logits(model)) < 1e-5
 
 
+@pytest.mark.parametrize("part", ["model", "model.layers.1"])
+def test_a_part_that_was_transformed_is_saved_for_the_whole_model(part: str, tmp_path: Path) -> None:
+    make, _ = LANGUAGE_MODELS["Llama"]
+    torch.manual_seed(0)
+    base = make()
+    model = copy.deepcopy(base)
+    hra_fx.transform(model.get_submodule(part), HRAConfig(r=2, target_modules=["q_proj", "v_proj"], bias="all"))
+    move(model.get_submodule(part), 0)
+    hra_fx.save_as_lora(model, tmp_path)
+    wanted, before = logits(model), logits(base)
+    assert relative_error(logits(loaded(base, tmp_path)) - before, wanted - before) < 1e-5
+
+
 def test_a_path_that_ends_another_one_is_matched_alone(tmp_path: Path) -> None:
     def make() -> nn.Module:
         return nn.ModuleDict({"fc": nn.Linear(6, 4), "block": nn.ModuleDict({"fc": nn.Linear(6, 4)})})
@@ -121,6 +134,21 @@ def test_a_path_that_ends_another_one_is_matched_alone(tmp_path: Path) -> None:
     base, model = pair(make, HRAConfig(r=2, target_modules="fc"))
     hra_fx.save_as_lora(model, tmp_path)
     assert loaded(base, tmp_path).targeted_module_names == ["fc"]
+
+
+def test_a_rank_for_a_path_that_ends_another_one(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.ModuleDict({"block": nn.ModuleDict({"fc": nn.Linear(16, 12)}), "fc": nn.Linear(16, 12)})
+
+    base, model = pair(make, HRAConfig(r=2, target_modules=["fc"]))
+    hra_fx.add_adapter(model, "wide", HRAConfig(r=4, target_modules=["block.fc"], init_weights=False))
+    hra_fx.set_adapter(model, ["default", "wide"])
+    hra_fx.save_as_lora(model, tmp_path, rank_pattern=True)
+    lora, x = loaded(base, tmp_path), torch.randn(3, 16)
+    assert lora.peft_config["default"].rank_pattern == {"^fc": 2}
+    for path in ("fc", "block.fc"):
+        before, wanted = base.get_submodule(path)(x), model.get_submodule(path)(x)
+        assert relative_error(lora.base_model.model.get_submodule(path)(x) - before, wanted - before) < 1e-5
 
 
 def test_two_exported_adapters_in_one_batch(tmp_path: Path) -> None:

@@ -91,6 +91,19 @@ def test_the_rank_is_minimal(r: int, apply_GS: bool, rank: int) -> None:
     assert hra_fx.convert_to_lora(model)[0]["r"] == rank
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_trained_adapter_of_a_narrow_model_keeps_its_change(dtype: torch.dtype) -> None:
+    """Its anchor is rounded to the dtype, and the change may be of the size of that rounding."""
+    torch.manual_seed(0)
+    model: Any = hra_fx.transform(nn.Sequential(nn.Linear(64, 48)), HRAConfig(r=8, apply_GS=True, target_modules=["0"]))
+    move(model, 1, size=0.05)
+    model.to(dtype)
+    wanted = dense_change(model[0], ["default"])
+    _, tensors = hra_fx.convert_to_lora(model)
+    assert wanted.norm() < 0.2 * model[0].hra_base.norm()
+    assert relative_error(exported_change(tensors, "0"), wanted) < 1e-6
+
+
 def two_layers() -> nn.Module:
     """Adapters of rank 2 on "first" and of rank 5 on "second"."""
     torch.manual_seed(0)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from lora.kinds import move
 from timm.layers import Conv2dSame, StdConv2d
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import hra_fx
 from hra_fx import HRAConfig
@@ -60,6 +61,71 @@ def test_a_layer_that_lora_cannot_express(name: str, tmp_path: Path) -> None:
 )
 def test_settings_without_effect_are_accepted(layer: nn.Module, tmp_path: Path) -> None:
     assert hra_fx.save_as_lora(one_layer(layer), tmp_path).rank == 2
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, 0.9 * self.weight, self.bias)
+
+
+class Dropping(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(super().forward(x), 0.5, self.training)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forward_of_its_own_is_tried_in_float32_and_eval_mode(dtype: torch.dtype) -> None:
+    with pytest.raises(
+        UnsupportedLayerError, match=r"^layer: Linear 6->4 has a forward of its own, to which PEFT's LoR"
+    ):
+        hra_fx.convert_to_lora(one_layer(Scaled(6, 4).to(dtype)))
+    model = one_layer(Dropping(6, 4).to(dtype)).train()
+    before = model["layer"].hra_base
+    assert hra_fx.convert_to_lora(model)[0]["r"] == 2
+    assert model.training and model["layer"].hra_base is before
+
+
+@pytest.mark.parametrize("name", ["linear1", "self_attn"])
+def test_layers_that_an_encoder_layer_reads(name: str) -> None:
+    model = nn.ModuleDict({"block": nn.TransformerEncoderLayer(6, 2, 8)})
+    hra_fx.transform(model, HRAConfig(r=2, target_modules=[name]))
+    with pytest.raises(
+        UnsupportedLayerError, match=rf"^block\.{name}: .* is in an nn\.TransformerEncoderLayer, which rea"
+    ):
+        hra_fx.convert_to_lora(model)
+
+
+def test_a_model_that_was_folded_in_part() -> None:
+    model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(6, 6)), "b": nn.Sequential(nn.Linear(6, 6))})
+    hra_fx.transform(model, HRAConfig(r=2, target_modules=["0"]))
+    hra_fx.fold(model["a"])
+    with pytest.raises(
+        AdapterError, match=r"^adapter 'default': a\.0 does not match the adapter's configuration, because"
+    ):
+        hra_fx.convert_to_lora(model)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model_index.json", "model-00001-of-00002.safetensors"])
+def test_the_folder_of_a_model(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(
+        CheckpointError, match=rf"contains a model \({name}\), and from_pretrained would load the adapte"
+    ):
+        hra_fx.save_as_lora(one_layer(nn.Linear(6, 4)), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_the_folder_of_an_hra_adapter(tmp_path: Path) -> None:
+    model = one_layer(nn.Linear(6, 4))
+    hra_fx.save_adapter(model, tmp_path / "hra")
+    hra_fx.save_as_lora(model, tmp_path / "lora")
+    hra_fx.save_as_lora(model, tmp_path / "lora")
+    before = (tmp_path / "hra" / "adapter_config.json").read_bytes()
+    with pytest.raises(
+        CheckpointError, match=r"hra: contains an HRA adapter, which the LoRA would replace, and which can"
+    ):
+        hra_fx.save_as_lora(model, tmp_path / "hra")
+    assert (tmp_path / "hra" / "adapter_config.json").read_bytes() == before
 
 
 def test_the_output_projection_of_an_attention() -> None:

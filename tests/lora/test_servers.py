@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hra_fx
 from hra_fx.errors import ConfigError
 from hra_fx.layers.target import LayerKind
+from hra_fx.lora import servers
 from hra_fx.lora.adapter import LoraAdapter, LoraLayer
 from hra_fx.lora.from_model import lora_adapter
-from hra_fx.lora.servers import check_for_server
 
 SERVERS = ("vllm", "sglang", "tgi", "tensorrt-llm", "llama.cpp", "ollama")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -32,6 +32,13 @@ LLAMA = tuple(
 
 def _layer(path: str, kind: LayerKind = "linear") -> LoraLayer:
     return LoraLayer(path, kind, torch.zeros(2, 4, dtype=torch.float64), torch.zeros(4, 2, dtype=torch.float64))
+
+
+def check_for_server(server: str, adapter: LoraAdapter, rank: int, **more: Any) -> list[str]:
+    """What is said of the format that the server reads."""
+    return servers.check_for_server(
+        server, adapter, rank, **{"kind": "gguf" if server == "llama.cpp" else "peft"} | more
+    )
 
 
 def _adapter(*paths: str, modules: tuple[str, ...] = LLAMA, **fields: Any) -> LoraAdapter:
@@ -196,6 +203,16 @@ def test_a_rank_for_each_layer(server: str, count: int) -> None:
     found = check_for_server(server, _adapter(*LLAMA), 8, rank_pattern=True)
     assert len(found) == count
     assert all(text.endswith("expects one rank for all layers: omit `rank_pattern`.") for text in found)
+
+
+@pytest.mark.parametrize(
+    ("server", "kind", "formats"),
+    [("vllm", "gguf", "peft"), ("sglang", "diffusers", "peft"), ("llama.cpp", "peft", "gguf")],
+)
+def test_a_format_that_the_server_does_not_read(server: str, kind: str, formats: str) -> None:
+    (text,) = check_for_server(server, _adapter(*LLAMA, bias="all"), 1000, kind=kind)
+    assert text.endswith(f" reads the format of {formats}, not that of {kind}.")
+    assert check_for_server("ollama", _adapter(*LLAMA), 8, kind="gguf") == []
 
 
 def test_save_as_lora_warns_and_writes(tmp_path: Path) -> None:

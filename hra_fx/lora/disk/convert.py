@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
-from hra_fx.checkpoint.disk.arguments import Source
+from hra_fx.checkpoint.disk.architecture import Architecture
+from hra_fx.checkpoint.disk.arguments import Source, base_folder
+from hra_fx.lora.adapter import LoraAdapter
 from hra_fx.lora.arguments import check_dtype
 from hra_fx.lora.disk.read import read_as_lora
 from hra_fx.lora.formats.diffusers_parts import part_of_class
 from hra_fx.lora.result import LoraResult
-from hra_fx.lora.save import warn_if_unchanged
-from hra_fx.lora.write import write_lora
+from hra_fx.lora.write import Output, check_lora, write_lora
 
 
 def convert_files(
@@ -45,14 +46,15 @@ def convert_files(
 
     Raises:
         AdapterError, CheckpointError, FoldError, UnsupportedLayerError: see `read_as_lora` and `hra_fx.save_as_lora`.
-
-    Warns:
-        HRAWarning: the adapters do not change any weight.
     """
     chosen, path = check_dtype(dtype), Path(out)
-    adapter = read_as_lora(adapters, base, rank=rank, columns=columns, progress=progress)
-    part = None if path.suffix == ".gguf" else part_of_class(adapter.model_config.get("_class_name"))
-    kind = "gguf" if path.suffix == ".gguf" else "diffusers" if part else "peft"
-    named = {part or "": adapter}
-    warn_if_unchanged(named)
-    return write_lora(named, path, kind, chosen, rank_pattern=rank_pattern, check=check)
+    to_gguf = path.suffix.lower() == ".gguf"
+    part = None if to_gguf else part_of_class(Architecture(base_folder(base)).entries.get("_class_name"))
+    kind = "gguf" if to_gguf else "diffusers" if part else "peft"
+    output = Output(path, kind, chosen, rank_pattern, check)
+
+    def check_first(adapter: LoraAdapter) -> None:
+        check_lora({part or "": adapter}, output)
+
+    adapter = read_as_lora(adapters, base, rank=rank, columns=columns, progress=progress, check=check_first)
+    return write_lora({part or "": adapter}, output)

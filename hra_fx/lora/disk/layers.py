@@ -44,6 +44,13 @@ class StoredLayer:
         """The kind of layer."""
         return "attention" if self.stored.name.endswith("in_proj_weight") else _KINDS[len(self.stored.shape)]
 
+    def unchanged(self) -> LoraLayer:
+        """The layer at rank 0."""
+        width = self.rotation.chain.shape[0]
+        out = self.stored.shape[1 if self.rotation.columns else 0]
+        A, B = torch.zeros(0, width, dtype=torch.float64), torch.zeros(out, 0, dtype=torch.float64)
+        return LoraLayer(self.path, self.kind, A, B, self.stored.shape[2:], self.rotation.columns)
+
 
 def convert_layers(layers: Sequence[StoredLayer], rank: int | None, *, progress: bool) -> Iterator[LoraLayer]:
     """The LoRA form of layers, in their order.

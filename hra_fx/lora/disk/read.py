@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from torch import Tensor
 
@@ -35,6 +36,7 @@ def read_as_lora(
     rank: int | None = None,
     columns: Collection[str] | None = None,
     progress: bool = True,
+    check: Callable[[LoraAdapter], object] = lambda adapter: None,
 ) -> LoraAdapter:
     """The LoRA form of adapters on disk, applied in order.
 
@@ -48,6 +50,7 @@ def read_as_lora(
         rank: the largest rank of a layer. `None`: no limit, and the LoRA is exact.
         columns: layers that store their weight as `(in, out)`, see `hra_fx.fold_checkpoint`.
         progress: show a progress bar on a terminal.
+        check: called with the adapter at rank 0 before weights are read, to raise what can be known by then.
 
     Raises:
         CheckpointError: a file is missing or damaged, an adapter does not fit the base, a weight is quantized or not
@@ -83,8 +86,8 @@ def read_as_lora(
         check_complete(opened.found, file, opened.architecture, opened.names)
     configs = [file.config for file in files]
     paths = [*opened.modules(), *(path for layer in layers for path in (layer.path, *parents(layer.path)))]
-    return LoraAdapter(
-        layers=tuple(convert_layers(layers, rank, progress=progress)),
+    planned = LoraAdapter(
+        layers=tuple(layer.unchanged() for layer in layers),
         copies=copies,
         modules=tuple(dict.fromkeys(paths)),
         bias=lora_bias(config.bias for config in configs),
@@ -94,6 +97,8 @@ def read_as_lora(
         base_model=next((str(name) for config in configs if (name := config.base_model_name_or_path)), os.fspath(base)),
         model_config=opened.architecture.entries,
     )
+    check(planned)
+    return dataclasses.replace(planned, layers=tuple(convert_layers(layers, rank, progress=progress)))
 
 
 def _layers_of(

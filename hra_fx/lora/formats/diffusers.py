@@ -38,10 +38,10 @@ def write_diffusers(parts: Mapping[str, LoraAdapter], folder: Path, dtype: torch
         CheckpointError: an adapter has trained modules or biases, or the file cannot be written.
         UnsupportedLayerError: an `nn.MultiheadAttention` is adapted.
     """
+    check_diffusers(parts)
     tensors: dict[str, Tensor] = {}
     configs: dict[str, Any] = {}
     for part, adapter in parts.items():
-        _check(part, adapter)
         config, factors = peft_form(adapter, dtype)
         tensors |= {f"{part}.{_key(part, name)}": factor for name, factor in factors.items()}
         configs |= {f"{part}.{name}": value for name, value in config.items()}
@@ -54,6 +54,12 @@ def _key(part: str, name: str) -> str:
         for ours, theirs in _TEXT_ENCODER_NAMES.items():
             key = key.replace(ours, theirs)
     return key
+
+
+def check_diffusers(parts: Mapping[str, LoraAdapter]) -> None:
+    """Check all but the values of the factors; raises the errors of `write_diffusers`."""
+    for part, adapter in parts.items():
+        _check(part, adapter)
 
 
 def _check(part: str, adapter: LoraAdapter) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from hra_fx.errors import AdapterError, HRAError
+from hra_fx.errors import AdapterError, CheckpointError, HRAError
 from hra_fx.lora.adapter import LoraAdapter
 from hra_fx.lora.from_model import lora_adapter
 from hra_fx.model.state import collect_parts, get_state, root_of
@@ -47,11 +47,16 @@ def parts_of(model: Any) -> dict[str, nn.Module]:
 def part_of_class(name: str | None) -> str | None:
     """The part that a diffusers model is, by the name of its class; `None` for any other model.
 
+    Raises:
+        CheckpointError: diffusers is not installed.
+
     >>> part_of_class("UNet2DConditionModel"), part_of_class("UNet2DModel"), part_of_class(None)
     ('unet', None, None)
     """
-    if not name or importlib.util.find_spec("diffusers") is None:
+    if not name:
         return None
+    if importlib.util.find_spec("diffusers") is None:
+        raise CheckpointError(f"{name}: is a class of diffusers, which is not installed. Run: pip install diffusers.")
     kind = getattr(importlib.import_module("diffusers"), name, None)
     loader = importlib.import_module("diffusers.loaders.peft").PeftAdapterMixin
     return _part(name) if isinstance(kind, type) and issubclass(kind, loader) else None
@@ -114,6 +119,8 @@ def _names(parts: Mapping[str, nn.Module], adapter_names: str | Iterable[str] | 
     if adapter_names is None:
         return dict.fromkeys(parts)
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    if not names:
+        raise AdapterError("`adapter_names` must name at least one adapter. Use None for the active ones.")
     present = {part: root_of(model)[1].configs for part, model in parts.items()}
     for name in names:
         if not any(name in configs for configs in present.values()):

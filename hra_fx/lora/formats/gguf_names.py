@@ -72,7 +72,19 @@ def find_architecture(adapter: LoraAdapter) -> Architecture:
             f"GGUF adapters can be written for the model types {', '.join(ARCHITECTURES)}, got {model_type!r}. "
             f"{INSTEAD}."
         )
+    if text_config(adapter).get("use_bidirectional_attention"):
+        raise AdapterError(
+            f"`use_bidirectional_attention` is True: llama.cpp has another architecture for such a {model_type}, for "
+            f"which GGUF adapters cannot be written. {INSTEAD}."
+        )
     return ARCHITECTURES[model_type]
+
+
+def is_tied(adapter: LoraAdapter) -> bool:
+    """Whether the output layer of the base model is tied to its embeddings, so that llama.cpp has no weight for it."""
+    given = text_config(adapter).get("tie_word_embeddings")
+    known = ARCHITECTURES.get(str(adapter.model_config.get("model_type")))
+    return bool(given if given is not None else known and known.ties)
 
 
 def text_config(adapter: LoraAdapter) -> dict[str, Any]:
@@ -95,8 +107,7 @@ def tensor_name(layer: LoraLayer, adapter: LoraAdapter, names: TensorNames) -> s
             f"{layer.path}: llama.cpp has no weight for this {layer.kind} layer of a model of type "
             f"{adapter.model_config['model_type']!r}, so a GGUF adapter cannot change it. {_LEAVE_OUT}"
         )
-    ties = text_config(adapter).get("tie_word_embeddings", find_architecture(adapter).ties)
-    if name == "output" and ties:
+    if name == "output" and is_tied(adapter):
         # llama.cpp looks for "output.weight", and refuses the whole adapter if the model file does not have it.
         raise UnsupportedLayerError(
             f"{layer.path}: this layer is tied to the embeddings, so llama.cpp's model file has no weight of its own "

@@ -18,6 +18,7 @@ from hra_fx.checkpoint.folder import write
 from hra_fx.checkpoint.keys import PREFIX
 from hra_fx.lora.adapter import LoraAdapter, LoraLayer
 from hra_fx.lora.targets import exact_targets
+from hra_fx.selection.suggestions import suffixes
 
 
 def peft_form(
@@ -57,7 +58,9 @@ def write_peft(adapter: LoraAdapter, folder: Path, dtype: torch.dtype, *, rank_p
 
 def _config(adapter: LoraAdapter, ranks: Mapping[str, int]) -> dict[str, Any]:
     """The fields of `peft.LoraConfig` that differ from its defaults, or that servers read."""
-    other = {path: rank for path, rank in ranks.items() if rank != adapter.rank}
+    # PEFT compares a key with the end of a path, so a path that is itself the end of another one needs an anchor.
+    others = {end for path in ranks for end in suffixes(path) if end != path}
+    other = {f"^{path}" if path in others else path: rank for path, rank in ranks.items() if rank != adapter.rank}
     return {
         "peft_type": "LORA",
         "task_type": adapter.task_type,

@@ -12,7 +12,8 @@ import peft
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
-from integrations.diffusers_use.test_stable_diffusion import TARGETS, unet
+from diffusion_models import unet
+from integrations.diffusers_use.test_stable_diffusion import TARGETS
 from integrations.peft_parity.sides import (
     F64,
     by_peft,
