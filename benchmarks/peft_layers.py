@@ -43,7 +43,7 @@ class Setting(NamedTuple):
     rounds: int
 
 
-SETTINGS = (Setting(512, 27, 0.5, 30), Setting(2048, 64, 0.1, 7))
+SETTINGS = (Setting(512, 27, 0.5, 30), Setting(2048, 64, 0.1, 3))
 
 
 def base_model(d: int) -> Any:

@@ -1,7 +1,7 @@
 """PEFT's HRA layers compute by the kernels of hra_fx, until a handle is closed.
 
-An object's class is swapped for a subclass of the same name. For models that are made later, PEFT's own names of the
-two classes are replaced.
+The class of each layer is swapped for a subclass of the same name. For models that are made later, PEFT's own names of
+the two classes are replaced.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import nn
 
 from hra_fx.errors import AdapterError
 from hra_fx.integrations.peft_layers import COLLECTING, AcceleratedConv2d, AcceleratedLayer, AcceleratedLinear
+from hra_fx.integrations.peft_root import set_batches
 from hra_fx.layers.class_swap import mixins_of, swap, swapped_class, unswap
 from hra_fx.layers.target import width_of
 
@@ -33,6 +34,8 @@ class Acceleration:
         """Accelerate layers, and those that are made from now on."""
         self.layers = layers
         self.collects = collects
+        if not _OPEN:
+            set_batches(enabled=True)
         _OPEN.append(self)
         for layer in layers:
             _accelerate(layer)
@@ -51,6 +54,8 @@ class Acceleration:
         for layer in self.layers:
             if not any(layer in other.layers for other in _OPEN):
                 _restore(layer)
+        if not _OPEN:
+            set_batches(enabled=False)
 
     def __enter__(self) -> Acceleration:
         """Itself; it acts since it was made."""

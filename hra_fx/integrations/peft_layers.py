@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hra_fx.compat import has_hooks, is_replica
 from hra_fx.errors import UnsupportedLayerError
 from hra_fx.functional.rotate import rotate_weight
-from hra_fx.integrations.peft_vectors import PeftConvAdapters, PeftLinearAdapters, vectors_of
+from hra_fx.integrations.peft_vectors import PeftConvAdapters, PeftLinearAdapters, Site
 from hra_fx.layers.class_swap import SwapMixin
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.quantized.straight_through import call_quantized
@@ -24,7 +24,7 @@ from hra_fx.layers.target import describe, width_of
 
 #: Where new layers are added; one for each open handle of `accelerate_peft()`.
 COLLECTING: list[WeakSet[nn.Module]] = []
-_BOX = "_hra_vectors"
+_SITE = "_hra_site"
 
 
 class AcceleratedLayer(SwapMixin):
@@ -54,11 +54,11 @@ class AcceleratedLayer(SwapMixin):
     def read_vectors(self) -> None:
         """Set what the layer computes with, once its adapters are there."""
         # Not a child: parameters and states are those of PEFT's layer.
-        vars(self)[_BOX] = vectors_of(self)
+        vars(self)[_SITE] = Site(self)
 
     def forget_vectors(self) -> None:
         """Remove what `read_vectors` has set."""
-        vars(self).pop(_BOX, None)
+        vars(self).pop(_SITE, None)
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         """Add an adapter, as PEFT does."""
@@ -66,17 +66,25 @@ class AcceleratedLayer(SwapMixin):
         base.update_layer(*args, **kwargs)
         self.read_vectors()
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The output of the layer with the weight `W Q`, in the dtype of `x: (..., d)`."""
+    def acting(self) -> Site | None:
+        """What the layer computes with, or `None` where PEFT's own code runs."""
         # A replica of DataParallel shares the attributes, and so the vectors, of the original.
         if self.disable_adapters or self.merged or _is_tuner_layer(self.base_layer) or is_replica(self):
+            return None
+        site: Site = vars(self)[_SITE]
+        active = tuple(name for name in self.active_adapters if name in self.hra_u)
+        if site.hra_u.active != active:
+            site.hra_u.active = active
+        return site
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output of the layer with the weight `W Q`, in the dtype of `x: (..., d)`."""
+        site = self.acting()
+        if site is None:
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
-        box = vars(self)[_BOX]
-        active = tuple(name for name in self.active_adapters if name in self.hra_u)
-        if box.active != active:
-            box.active = active
-        output = self.adapted(x, box) if active else self.base_layer(x, *args, **kwargs)
+        box = site.hra_u
+        output = self.adapted(x, box) if box.active else self.base_layer(x, *args, **kwargs)
         return output.to(x.dtype)
 
     def adapted(self, x: Tensor, box: Any) -> Tensor:
@@ -86,7 +94,7 @@ class AcceleratedLayer(SwapMixin):
     def get_delta_weight(self, adapter_name: str, reverse: bool = False) -> Tensor:
         """`Q` of an adapter, or `Q^T`: `(d, d)` in the dtype of its vectors."""
         vectors = self.hra_u[adapter_name]
-        chain = vars(self)[_BOX].unit_chain(adapter_name, reverse=reverse)
+        chain = vars(self)[_SITE].hra_u.unit_chain(adapter_name, reverse=reverse)
         identity = torch.eye(chain.shape[0], dtype=chain.dtype, device=chain.device)
         return rotate_weight(identity, chain).to(vectors.dtype)
 
@@ -126,7 +134,7 @@ class AcceleratedLayer(SwapMixin):
                 f"{describe(base)}: its weight is quantized ({reason}), and a merge would round it. Load the adapter "
                 "into the base model (hra_fx.load_adapter), and fold it there (hra_fx.fold(model, requantize=True))."
             )
-        chain = vars(self)[_BOX].unit_chain(name, reverse=reverse).detach()
+        chain = vars(self)[_SITE].hra_u.unit_chain(name, reverse=reverse).detach()
         weight = base.weight.data
         rotated = rotate_weight(weight.to(chain.dtype), chain).to(weight.dtype)
         if must_be_finite and not bool(torch.isfinite(rotated).all()):

@@ -20,11 +20,17 @@ class _PeftVectors(HouseholderAdapters):
 
     def read(self, layer: Any) -> None:
         """Take the adapters of PEFT's layer."""
-        vars(self)["source"] = layer.hra_u  # not by setattr, which would register it as a child
+        # Not by setattr, which would register them as children.
+        vars(self)["source"], vars(self)["base_layer"] = layer.hra_u, layer.get_base_layer()
         self.specs = {name: AdapterSpec(r, layer.hra_apply_GS[name]) for name, r in layer.hra_r.items()}
 
     def __getitem__(self, name: str) -> Any:
         return vars(self)["source"][name]
+
+    def weight_of(self, layer: nn.Module) -> nn.Parameter:
+        """The base weight."""
+        weight: nn.Parameter = vars(self)["base_layer"].weight
+        return weight
 
     def _held(self, name: str) -> Tensor:
         vectors: Tensor = self[name]
@@ -46,13 +52,15 @@ class PeftConvAdapters(_PeftVectors, ConvAdapters):
     """The adapters of `peft.tuners.hra.layer.HRAConv2d`."""
 
 
-def vectors_of(layer: Any) -> PeftLinearAdapters | PeftConvAdapters:
-    """The adapters of an HRA layer of PEFT, as they are now; none is active.
+class Site(nn.Module):
+    """Stands for a layer of PEFT where factors are computed: a module whose child `hra_u` is a container of ours."""
 
-    Args:
-        layer: an `HRALinear` or `HRAConv2d`.
-    """
-    base = layer.get_base_layer()
-    box = PeftConvAdapters(base) if isinstance(base, nn.Conv2d) else PeftLinearAdapters(width_of(base), kind_of(base))
-    box.read(layer)
-    return box
+    hra_u: PeftLinearAdapters | PeftConvAdapters
+
+    def __init__(self, layer: Any) -> None:
+        """Of an `HRALinear` or `HRAConv2d`, with the adapters that it has now; none is active."""
+        super().__init__()
+        base = layer.get_base_layer()
+        is_conv = isinstance(base, nn.Conv2d)
+        self.hra_u = PeftConvAdapters(base) if is_conv else PeftLinearAdapters(width_of(base), kind_of(base))
+        self.hra_u.read(layer)

@@ -91,6 +91,13 @@ def test_nested_handles_in_any_order() -> None:
     assert classes(made) == PEFTS
 
 
+def test_pefts_class_of_models_is_restored() -> None:
+    before = dict(vars(theirs.HRAModel))
+    with hra_fx.accelerate_peft(), hra_fx.accelerate_peft():
+        assert dict(vars(theirs.HRAModel)) != before
+    assert dict(vars(theirs.HRAModel)) == before
+
+
 def test_an_error_in_the_block_closes_it() -> None:
     with pytest.raises(RuntimeError, match="stop"), hra_fx.accelerate_peft():
         raise RuntimeError("stop")

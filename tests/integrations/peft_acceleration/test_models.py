@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -13,6 +14,7 @@ from integrations.peft_parity.tiny import tiny
 from oracles import relative_error
 from torch import Tensor, nn
 from torch._dynamo import reset
+from torch.profiler import profile
 
 import hra_fx
 
@@ -87,6 +89,26 @@ def test_generate_is_pefts() -> None:
         assert not torch.equal(model.generate(input_ids=TOKENS, **options), wanted)
     with hra_fx.accelerate_peft(model):
         assert torch.equal(model.generate(input_ids=TOKENS, **options), wanted)
+
+
+def test_the_factors_of_all_layers_are_computed_in_one_batch() -> None:
+    model = llama(torch.float32).eval()
+    model.generation_config.pad_token_id = 0
+    hra_fx.accelerate_peft(model)
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    assert solves(lambda: model(TOKENS)) == 1
+    assert solves(lambda: model.generate(input_ids=TOKENS, max_new_tokens=4, do_sample=False)) == 1
+    assert solves(lambda: layer(torch.ones(1, 16))) == 1
+    assert solves(lambda: model.get_base_model()(TOKENS)) == 8, "called without the PeftModel: one for each layer"
+    with model.disable_adapter():
+        assert solves(lambda: model(TOKENS)) == 0
+
+
+def solves(call: Callable[[], object]) -> int:
+    """How many triangular systems a call solves: one for each batch of layers."""
+    with profile() as recorded:
+        call()
+    return sum(event.count for event in recorded.key_averages() if event.key == "aten::linalg_solve_triangular")
 
 
 def test_adapters_that_are_disabled_merged_and_unloaded() -> None:
