@@ -110,7 +110,7 @@ def trainer(kind: str, method: str, folder: Path, *, steps: int = 3, **options: 
         made = make(model, args=args, **given)
         if kind == FAST:
             hra_fx.accelerate_peft(made.model)
-    _start(made.model)
+    redraw(made.model, seed=0)
     return made
 
 
@@ -118,10 +118,11 @@ def _longer_is_better(completions: list[str], **others: Any) -> list[float]:
     return [float(len(completion)) for completion in completions]
 
 
-def _start(model: nn.Module) -> None:
+def redraw(model: nn.Module, seed: int = 100) -> None:
+    """Other pairs of vectors, with which the model is the base model again."""
     with torch.no_grad():
-        for seed, vectors in enumerate(vectors_of(model).values()):
-            pairs = normal(seed, vectors.shape[0], vectors.shape[1] // 2, dtype=vectors.dtype)
+        for number, vectors in enumerate(vectors_of(model).values()):
+            pairs = normal(seed + number, vectors.shape[0], vectors.shape[1] // 2, dtype=vectors.dtype)
             vectors.copy_(pairs.repeat_interleave(2, dim=1))
 
 

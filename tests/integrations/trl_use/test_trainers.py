@@ -8,7 +8,18 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from integrations.trl_use.runs import FAST, OURS, PEFT, QUESTION, base_model, logs, tokenizer, trainer, vectors_of
+from integrations.trl_use.runs import (
+    FAST,
+    OURS,
+    PEFT,
+    QUESTION,
+    base_model,
+    logs,
+    redraw,
+    tokenizer,
+    trainer,
+    vectors_of,
+)
 from oracles import relative_error
 from peft.tuners.hra.layer import HRALinear
 from transformers import set_seed
@@ -67,11 +78,16 @@ def test_sft(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     assert type(layer) is not HRALinear
 
 
-@KINDS
-def test_sft_resumes(kind: str, tmp_path: Path) -> None:
-    whole = trainer(kind, "SFT", tmp_path, steps=4, save_steps=2)
+@pytest.mark.parametrize(
+    ("kind", "method", "options"),
+    [(FAST, "SFT", {}), (OURS, "SFT", {}), (OURS, "DPO", {"precompute_ref_log_probs": True})],
+    ids=["SFT, accelerated", "SFT, transformed", "DPO, transformed"],
+)
+def test_training_resumes(kind: str, method: str, options: dict[str, Any], tmp_path: Path) -> None:
+    whole = trainer(kind, method, tmp_path, steps=4, save_steps=2, **options)
     whole.train()
-    again = trainer(kind, "SFT", tmp_path, steps=4, save_steps=2)
+    again = trainer(kind, method, tmp_path, steps=4, save_steps=2, **options)
+    redraw(again.model)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_close(logs(again, "loss"), logs(whole, "loss"))
     for name, vectors in vectors_of(again.model).items():
