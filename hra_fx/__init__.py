@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from hra_fx.export.freeze import freeze as freeze
     from hra_fx.export.lower import lower as lower
     from hra_fx.export.onnx_swap import adapter_inputs as adapter_inputs, make_swappable as make_swappable
+    from hra_fx.integrations.peft_acceleration import accelerate_peft as accelerate_peft
     from hra_fx.lora.result import LoraResult as LoraResult
     from hra_fx.lora.save import convert_to_lora as convert_to_lora, save_as_lora as save_as_lora
     from hra_fx.model.add import add_adapter as add_adapter
@@ -68,6 +69,7 @@ _HOMES = {
     "HRAModel": "api.peft_model",
     "LoraResult": "lora.result",
     "Report": "reporting.result",
+    "accelerate_peft": "integrations.peft_acceleration",
     "adapter_inputs": "export.onnx_swap",
     "add_adapter": "model.add",
     "combine": "model.combine",

@@ -20,8 +20,7 @@ from hra_fx.errors import AdapterError
 from hra_fx.kernels.dispatch import is_plain_eager
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.class_swap import SwapMixin
-from hra_fx.layers.quantized.detect import quant_scheme_of
-from hra_fx.layers.quantized.straight_through import straight_through
+from hra_fx.layers.quantized.straight_through import call_quantized
 from hra_fx.layers.rotated_weight import InferenceRotatedWeight, RotatedWeight, link
 from hra_fx.layers.sharding import is_dtensor
 from hra_fx.layers.target import BASE_WEIGHT, REFLECTION, kind_of, weight_name
@@ -178,13 +177,7 @@ class AdaptedQuantizedLinear(AdaptedLinear):
                 return base.forward(self, input)
             if reflected is None:
                 reflected = self.hra_u(input)
-            packing = quant_scheme_of(self)
-            if packing is None:  # another tool has put another weight into it
-                return run(self, reflected)
-            made = packing.straight_through and torch.is_grad_enabled() and reflected.requires_grad
-            with packing.called(self):
-                output = run(self, reflected.detach() if made else reflected)
-            return straight_through(output, reflected, self, packing) if made else output
+            return call_quantized(self, reflected, functools.partial(run, self))
 
         # The forward of bitsandbytes reads its packed weight itself; nobody else can compute with that.
         return {**super().wrap(base), "forward": forward} if is_torchao else {"forward": forward}

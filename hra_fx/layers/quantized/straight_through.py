@@ -7,12 +7,34 @@ https://arxiv.org/abs/1308.3432).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.quantized.scheme import QuantScheme
+
+
+def call_quantized(layer: nn.Module, x: Tensor, run: Callable[[Tensor], Any]) -> Any:
+    """Call a quantized layer, with a gradient to its input whatever the library does.
+
+    Args:
+        layer: the layer.
+        x: `(..., d)`, its input.
+        run: the library's own forward of it.
+
+    Returns:
+        `(..., out)`.
+    """
+    packing = quant_scheme_of(layer)
+    if packing is None:  # another tool has put another weight into it
+        return run(x)
+    made = packing.straight_through and torch.is_grad_enabled() and x.requires_grad
+    with packing.called(layer):
+        output = run(x.detach() if made else x)
+    return straight_through(output, x, layer, packing) if made else output
 
 
 def straight_through(output: Tensor, x: Tensor, layer: nn.Module, packing: QuantScheme) -> Tensor:

@@ -1,0 +1,160 @@
+"""PEFT's HRA layers compute by the kernels of hra_fx, until a handle is closed.
+
+The class of each layer is swapped for a subclass of the same name. For models that are made later, PEFT's own names of
+the two classes are replaced.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+from weakref import WeakSet
+
+from torch import nn
+
+from hra_fx.errors import AdapterError
+from hra_fx.integrations.peft_layers import COLLECTING, AcceleratedConv2d, AcceleratedLayer, AcceleratedLinear
+from hra_fx.integrations.peft_root import set_batches
+from hra_fx.layers.class_swap import mixins_of, swap, swapped_class, unswap
+from hra_fx.layers.target import width_of
+
+#: Class of PEFT -> what is mixed into it.
+_MIXINS: dict[str, type[AcceleratedLayer]] = {"HRALinear": AcceleratedLinear, "HRAConv2d": AcceleratedConv2d}
+
+
+class Acceleration:
+    """The handle of `accelerate_peft`; as a context manager, it is closed at the end of the block.
+
+    Attributes:
+        layers: the layers that it has accelerated, or that were made while it was open.
+        collects: whether it accelerates layers that are made.
+    """
+
+    def __init__(self, layers: WeakSet[nn.Module], *, collects: bool) -> None:
+        """Accelerate layers, and those that are made from now on."""
+        self.layers = layers
+        self.collects = collects
+        if not _OPEN:
+            set_batches(enabled=True)
+        _OPEN.append(self)
+        for layer in layers:
+            _accelerate(layer)
+        if collects:
+            COLLECTING.append(layers)
+            _name_classes(accelerated=True)
+
+    def close(self) -> None:
+        """Give PEFT its code back, except where another open handle holds a layer; again, it does nothing."""
+        if self not in _OPEN:
+            return
+        _OPEN.remove(self)
+        if self.collects:
+            COLLECTING[:] = [layers for layers in COLLECTING if layers is not self.layers]
+            _name_classes(accelerated=bool(COLLECTING))
+        for layer in self.layers:
+            if not any(layer in other.layers for other in _OPEN):
+                _restore(layer)
+        if not _OPEN:
+            set_batches(enabled=False)
+
+    def __enter__(self) -> Acceleration:
+        """Itself; it acts since it was made."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close it."""
+        self.close()
+
+
+_OPEN: list[Acceleration] = []
+
+
+def accelerate_peft(model: nn.Module | None = None) -> Acceleration:
+    """Let PEFT's own HRA layers compute by the kernels of hra_fx.
+
+    Outputs and gradients are those of `W Q`, in less time and memory. Parameters, their names, files, active adapters,
+    `merge_adapter`, `disable_adapter` and the trainers that look for a `peft.PeftModel` go on as before. What PEFT
+    computes wrongly becomes right: convolutions with dilation, oblong kernels, unequal strides and paddings, groups or
+    padding modes; quantized bases; zero columns.
+
+    Args:
+        model: a `peft.PeftModel`, or any module with PEFT's HRA layers; its layers are accelerated. `None`: all that
+            are made from now on, also by trainers that are given a `peft.HRAConfig`.
+
+    Returns:
+        A handle whose `close()` restores PEFT's code in the layers and for new ones. It is a context manager.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        AdapterError: the model has no HRA layers of PEFT, or one whose vectors PEFT has made too long or too short.
+
+    Example:
+        >>> import peft, torch
+        >>> with accelerate_peft():
+        ...     model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        ...     model = peft.get_peft_model(model, peft.HRAConfig(r=2, target_modules=["0"]))
+        ...     model(torch.ones(1, 6)).shape
+        torch.Size([1, 4])
+    """
+    if model is None:
+        _peft_classes()
+        return Acceleration(WeakSet(), collects=True)
+    kinds = tuple(_peft_classes().values())
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
+    if not layers:
+        raise AdapterError(
+            f"{type(model).__name__}: it has no HRA layers of PEFT. Give a model of peft.get_peft_model(model, "
+            "peft.HRAConfig(...)); one of hra_fx.transform uses the kernels already."
+        )
+    for path, layer in layers.items():
+        _check_vectors(path, layer)
+    return Acceleration(WeakSet(layers.values()), collects=False)
+
+
+def _peft_classes() -> dict[str, Any]:
+    """PEFT's classes of layers, by name.
+
+    Raises:
+        ImportError: PEFT is not installed.
+    """
+    try:
+        module = importlib.import_module("peft.tuners.hra.layer")
+    except ModuleNotFoundError as error:
+        raise ImportError("accelerate_peft needs PEFT with HRA. Run: pip install peft.") from error
+    return {name: getattr(module, name) for name in _MIXINS}
+
+
+def _name_classes(*, accelerated: bool) -> None:
+    """Set the names by which PEFT makes its layers."""
+    module = importlib.import_module("peft.tuners.hra.model")
+    for name, kind in _peft_classes().items():
+        setattr(module, name, swapped_class(_MIXINS[name], kind) if accelerated else kind)
+
+
+def _mixin_of(layer: nn.Module) -> type[AcceleratedLayer]:
+    return next(_MIXINS[name] for name, kind in _peft_classes().items() if isinstance(layer, kind))
+
+
+def _accelerate(layer: Any) -> None:
+    mixin = _mixin_of(layer)
+    if mixin not in mixins_of(layer):
+        swap(layer, mixin)
+        layer.read_vectors()
+
+
+def _restore(layer: Any) -> None:
+    mixin = _mixin_of(layer)
+    if mixin in mixins_of(layer):
+        layer.forget_vectors()
+        unswap(layer, mixin)
+
+
+def _check_vectors(path: str, layer: Any) -> None:
+    """Refuse vectors of another length than a row of the weight, as PEFT makes for oblong kernels."""
+    width = width_of(layer.get_base_layer())
+    for name, vectors in layer.hra_u.items():
+        if vectors.shape[0] != width:
+            raise AdapterError(
+                f"{path}: PEFT has made the vectors of {name!r} with d={vectors.shape[0]}, and a row of the weight has "
+                f"{width} entries. Make the adapter after hra_fx.accelerate_peft()."
+            )

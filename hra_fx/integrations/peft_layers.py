@@ -1,0 +1,228 @@
+"""HRA layers of PEFT that compute by the kernels of hra_fx.
+
+Everything that is not computed stays PEFT's: parameters and their names, active and merged adapters, files.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+from weakref import WeakSet
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hra_fx.compat import has_hooks, is_replica
+from hra_fx.errors import UnsupportedLayerError
+from hra_fx.functional.rotate import rotate_weight
+from hra_fx.integrations.peft_vectors import PeftConvAdapters, PeftLinearAdapters, Site
+from hra_fx.layers.class_swap import SwapMixin
+from hra_fx.layers.quantized.detect import quant_scheme_of
+from hra_fx.layers.quantized.straight_through import call_quantized
+from hra_fx.layers.target import describe, width_of
+
+#: Where new layers are added; one for each open handle of `accelerate_peft()`.
+COLLECTING: list[WeakSet[nn.Module]] = []
+_SITE = "_hra_site"
+
+
+class AcceleratedLayer(SwapMixin):
+    """What accelerated layers share: when they act, merging, and Q itself."""
+
+    # Of PEFT's layer, which the class is mixed into.
+    base_layer: Any
+    get_base_layer: Any
+    hra_u: Any
+    hra_r: dict[str, int]
+    hra_apply_GS: dict[str, bool]
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    merged: bool
+    disable_adapters: bool
+    set_adapter: Any
+    reset_hra_parameters: Any
+    reset_hra_parameters_random: Any
+    _move_adapter_to_device_of_base_layer: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's layer."""
+        super().__init__(*args, **kwargs)
+        for layers in COLLECTING:
+            layers.add(self)
+
+    def read_vectors(self) -> None:
+        """Set what the layer computes with, once its adapters are there."""
+        # Not a child: parameters and states are those of PEFT's layer.
+        vars(self)[_SITE] = Site(self)
+
+    def forget_vectors(self) -> None:
+        """Remove what `read_vectors` has set."""
+        vars(self).pop(_SITE, None)
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter, as PEFT does."""
+        base: Any = super()
+        base.update_layer(*args, **kwargs)
+        self.read_vectors()
+
+    def acting(self) -> Site | None:
+        """What the layer computes with, or `None` where PEFT's own code runs."""
+        # A replica of DataParallel shares the attributes, and so the vectors, of the original.
+        if self.disable_adapters or self.merged or _is_tuner_layer(self.base_layer) or is_replica(self):
+            return None
+        site: Site = vars(self)[_SITE]
+        active = tuple(name for name in self.active_adapters if name in self.hra_u)
+        if site.hra_u.active != active:
+            site.hra_u.active = active
+        return site
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output of the layer with the weight `W Q`, in the dtype of `x: (..., d)`."""
+        site = self.acting()
+        if site is None:
+            output: Tensor = super().forward(x, *args, **kwargs)
+            return output
+        box = site.hra_u
+        output = self.adapted(x, box) if box.active else self.base_layer(x, *args, **kwargs)
+        return output.to(x.dtype)
+
+    def adapted(self, x: Tensor, box: Any) -> Tensor:
+        """The output of the layer with its active adapters."""
+        raise NotImplementedError
+
+    def get_delta_weight(self, adapter_name: str, reverse: bool = False) -> Tensor:
+        """`Q` of an adapter, or `Q^T`: `(d, d)` in the dtype of its vectors."""
+        vectors = self.hra_u[adapter_name]
+        chain = vars(self)[_SITE].hra_u.unit_chain(adapter_name, reverse=reverse)
+        identity = torch.eye(chain.shape[0], dtype=chain.dtype, device=chain.device)
+        return rotate_weight(identity, chain).to(vectors.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters into the base weight, `W <- W Q`, computed in float64.
+
+        Args:
+            safe_merge: refuse to write a weight that is not finite.
+            adapter_names: `None` for the active ones.
+
+        Raises:
+            ValueError: `safe_merge`, and the weight is not finite. That adapter is not merged.
+            UnsupportedLayerError: the weight is quantized.
+        """
+        from peft.tuners.tuners_utils import check_adapters_to_merge
+
+        this: Any = self
+        for name in check_adapters_to_merge(this, adapter_names):
+            if name in self.hra_u:
+                self._rotate_base(name, must_be_finite=safe_merge)
+                self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take all merged adapters out of the base weight, `W <- W Q^T`, computed in float64."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name in self.hra_u:
+                self._rotate_base(name, reverse=True)
+
+    def _rotate_base(self, name: str, *, reverse: bool = False, must_be_finite: bool = False) -> None:
+        base = self.get_base_layer()
+        if reason := _why_not_merged(base):
+            raise UnsupportedLayerError(
+                f"{describe(base)}: its weight is quantized ({reason}), and a merge would round it. Load the adapter "
+                "into the base model (hra_fx.load_adapter), and fold it there (hra_fx.fold(model, requantize=True))."
+            )
+        chain = vars(self)[_SITE].hra_u.unit_chain(name, reverse=reverse).detach()
+        weight = base.weight.data
+        rotated = rotate_weight(weight.to(chain.dtype), chain).to(weight.dtype)
+        if must_be_finite and not bool(torch.isfinite(rotated).all()):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        base.weight.data = rotated
+
+
+class AcceleratedLinear(AcceleratedLayer):
+    """`peft.tuners.hra.layer.HRALinear`: the input is reflected, the weight is only multiplied."""
+
+    def adapted(self, x: Tensor, box: PeftLinearAdapters) -> Tensor:
+        """`x: (..., d)` to `(..., out)`."""
+        base = self.base_layer
+        if quant_scheme_of(base) is not None:
+            output: Tensor = call_quantized(base, box.reflect(x), base)
+            return output
+        if not _is_plain(base, nn.Linear):  # offloaded, hooked, or with a forward of its own
+            output = base(box.reflect(x))
+            return output
+        if x.dtype is base.weight.dtype and (made := box.through(x, base.weight, base)) is not None:
+            return made
+        x, weight, bias = _same_dtype(x, base)
+        return F.linear(box.reflect(x), weight, bias)
+
+
+class AcceleratedConv2d(AcceleratedLayer):
+    """`peft.tuners.hra.layer.HRAConv2d`, for all groups, kernels, strides, dilations, paddings and padding modes."""
+
+    def update_layer(self, adapter_name: str, r: int, config: Any, **kwargs: Any) -> None:
+        """Add an adapter; PEFT refuses groups, and takes every kernel for square."""
+        base: Any = self.get_base_layer()
+        height, width = base.kernel_size
+        if r <= 0 or (base.groups == 1 and height == width):
+            super().update_layer(adapter_name, r, config=config, **kwargs)
+            return
+        self.hra_r[adapter_name], self.hra_apply_GS[adapter_name] = r, config.apply_GS
+        self.hra_u[adapter_name] = nn.Parameter(torch.empty(width_of(base), r))
+        draw = self.reset_hra_parameters if config.init_weights else self.reset_hra_parameters_random
+        draw(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self.read_vectors()
+
+    def adapted(self, x: Tensor, box: PeftConvAdapters) -> Tensor:
+        """`x: (n, c, height, width)` to `(n, out, ...)`."""
+        base = self.base_layer
+        if not _is_plain(base, nn.Conv2d):  # for instance one that standardizes its weight, which is W Q then
+            return _with_rotated_weight(base, x, box)
+        if (output := box.through(x, base.weight, base)) is not None:
+            return output
+        x, weight, bias = _same_dtype(x, base)
+        read = box.reflect(x)
+        plain: Tensor = base._conv_forward(x, weight, bias)
+        return plain if read is None else plain - box.project(read, weight)
+
+
+def _with_rotated_weight(base: Any, x: Tensor, box: PeftConvAdapters) -> Tensor:
+    weight, chain = base.weight, box.joint_vectors(box.active)
+    if weight.is_meta and not x.is_meta:
+        raise UnsupportedLayerError(
+            f"{describe(base)}: its weight is offloaded, so W Q cannot be computed. Keep this layer on the device "
+            "(device_map), or leave it out with exclude_modules."
+        )
+    rotated = weight if chain is None else rotate_weight(weight, chain)
+    output: Tensor = torch.func.functional_call(base, {"weight": rotated}, (x,))
+    return output
+
+
+def _is_plain(base: nn.Module, kind: type[nn.Linear] | type[nn.Conv2d]) -> bool:
+    """Whether a call of a layer does nothing but the forward of `kind`."""
+    return type(base).forward is kind.forward and "forward" not in vars(base) and not has_hooks(base)
+
+
+def _same_dtype(x: Tensor, base: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Input, weight and bias in the wider dtype of input and weight, as PEFT casts them."""
+    dtype = torch.promote_types(x.dtype, base.weight.dtype)
+    return x.to(dtype), base.weight.to(dtype), None if base.bias is None else base.bias.to(dtype)
+
+
+def _is_tuner_layer(module: nn.Module) -> bool:
+    """Whether PEFT has put another method between this layer and the base layer; its own code takes care of that."""
+    return hasattr(module, "get_base_layer")
+
+
+def _why_not_merged(base: nn.Module) -> str | None:
+    """The scheme of a quantized weight; `None` for others."""
+    packing, weight = quant_scheme_of(base), base.weight
+    if packing is not None:
+        return packing.words(base)
+    is_wide = isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1
+    return None if is_wide else str(weight.dtype)

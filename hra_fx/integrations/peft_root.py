@@ -1,0 +1,59 @@
+"""The factors of all accelerated layers of a `PeftModel`, computed in batches at the start of its forward.
+
+A `PeftModel` enters `_enable_peft_forward_hooks` of the model inside of it around each forward and `generate`, if that
+has the method; PEFT's LoRA does, for its mixed batches. Layers that are injected into a model without a `PeftModel`
+around it compute their own factors.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from hra_fx.compat import is_replica
+from hra_fx.integrations.peft_layers import AcceleratedLayer
+from hra_fx.layers.batching import factors_in_batches
+from hra_fx.layers.sharding import is_sharded
+
+_AROUND = "_enable_peft_forward_hooks"
+
+
+def set_batches(*, enabled: bool) -> None:
+    """Let PEFT's models of HRA compute the factors of their layers in batches, or not any more."""
+    tuner = importlib.import_module("peft.tuners.hra.model").HRAModel
+    current = vars(tuner).get(_AROUND)
+    if enabled:
+        setattr(tuner, _AROUND, _with_batches(current))
+    elif (own := current.own) is not None:
+        setattr(tuner, _AROUND, own)
+    else:
+        delattr(tuner, _AROUND)
+
+
+def _with_batches(own: Any) -> Any:
+    """The method, which also does what PEFT's `own` does."""
+
+    @contextmanager
+    def around(self: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
+        with ExitStack() as block:
+            if own is not None:
+                block.enter_context(own(self, *args, **kwargs))
+            if sites := _sites(self):
+                block.enter_context(factors_in_batches(sites))
+            yield
+
+    around.own = own  # type: ignore[attr-defined]
+    return around
+
+
+def _sites(tuner: nn.Module) -> list[nn.Module]:
+    """What acts in a model; nothing where a batch cannot be made (see `hra_fx.model.root`)."""
+    if torch.compiler.is_compiling() or is_replica(tuner) or is_sharded(tuner):
+        return []
+    layers = (module for module in tuner.modules() if isinstance(module, AcceleratedLayer))
+    return [site for layer in layers if (site := layer.acting()) is not None]

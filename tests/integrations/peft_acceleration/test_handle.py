@@ -1,0 +1,191 @@
+"""The handle of `accelerate_peft`: what it changes, and that it changes it back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import peft.tuners.hra.model as theirs
+import pytest
+import torch
+from integrations.peft_acceleration.layers import adapted, turn
+from oracles import relative_error
+from peft.tuners.hra.layer import HRAConv2d, HRALinear
+from torch import nn
+
+import hra_fx
+
+
+def plain() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(12, 4))
+
+
+def model_of_peft() -> Any:
+    model = adapted(plain(), "0", "2")
+    turn(model)
+    return model
+
+
+def classes(model: Any) -> list[type]:
+    return [type(model.base_model.model[0]), type(model.base_model.model[2])]
+
+
+X = torch.linspace(-1, 1, 36).view(2, 2, 3, 3)
+PEFTS = [HRAConv2d, HRALinear]
+
+
+def test_a_model_stays_pefts_in_all_but_its_computation() -> None:
+    model = model_of_peft()
+    wanted, text = model(X), repr(model)
+    entries, modules = list(model.state_dict()), [name for name, _ in model.named_modules()]
+    parameters = dict(model.named_parameters())
+    with hra_fx.accelerate_peft(model) as handle:
+        assert len(handle.layers) == 2
+        assert classes(model) != PEFTS
+        assert all(issubclass(kind, own) for kind, own in zip(classes(model), PEFTS, strict=True))
+        assert [kind.__qualname__ for kind in classes(model)] == ["HRAConv2d", "HRALinear"]
+        assert repr(model) == text
+        assert list(model.state_dict()) == entries
+        assert [name for name, _ in model.named_modules()] == modules
+        assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+        assert relative_error(model(X), wanted) < 1e-5
+    assert classes(model) == PEFTS
+    assert [key for key in vars(model.base_model.model[0]) if key.startswith("_hra")] == []
+    assert torch.equal(model(X), wanted)
+
+
+def test_models_made_later_are_accelerated_until_it_is_closed() -> None:
+    handle = hra_fx.accelerate_peft()
+    model = model_of_peft()
+    fast = classes(model)
+    assert fast != PEFTS
+    assert [theirs.HRAConv2d, theirs.HRALinear] == fast
+    got = model(X)
+    handle.close()
+    handle.close()
+    assert [theirs.HRAConv2d, theirs.HRALinear] == PEFTS
+    assert classes(model) == PEFTS
+    assert relative_error(got, model(X)) < 1e-5
+    assert classes(model_of_peft()) == PEFTS
+
+
+def test_nested_handles_in_any_order() -> None:
+    model = model_of_peft()
+    outer, inner = hra_fx.accelerate_peft(), hra_fx.accelerate_peft()
+    made = model_of_peft()
+    first, second = hra_fx.accelerate_peft(model), hra_fx.accelerate_peft(model)
+    first.close()
+    outer.close()
+    assert theirs.HRALinear is not HRALinear
+    assert PEFTS not in (classes(model), classes(made))
+    second.close()
+    assert classes(model) == PEFTS
+    inner.close()
+    assert theirs.HRALinear is HRALinear
+    assert classes(made) == PEFTS
+
+
+def test_pefts_class_of_models_is_restored() -> None:
+    before = dict(vars(theirs.HRAModel))
+    with hra_fx.accelerate_peft(), hra_fx.accelerate_peft():
+        assert dict(vars(theirs.HRAModel)) != before
+    assert dict(vars(theirs.HRAModel)) == before
+
+
+def test_an_error_in_the_block_closes_it() -> None:
+    with pytest.raises(RuntimeError, match="stop"), hra_fx.accelerate_peft():
+        raise RuntimeError("stop")
+    assert theirs.HRALinear is HRALinear
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_has_its_own_vectors(copied: Any) -> None:
+    model = model_of_peft()
+    hra_fx.accelerate_peft(model)
+    wanted = model(X)
+    other = copied(model)
+    turn(model, seed=5)
+    assert torch.equal(other(X), wanted)
+    turn(other, seed=5)
+    assert torch.equal(other(X), model(X))
+
+
+def test_files_are_byte_for_byte_pefts(tmp_path: Path) -> None:
+    model = model_of_peft()
+    model.save_pretrained(tmp_path / "plain")
+    with hra_fx.accelerate_peft(model):
+        model.save_pretrained(tmp_path / "fast")
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            assert (tmp_path / "fast" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    with hra_fx.accelerate_peft():
+        for options in ({}, {"low_cpu_mem_usage": True}):
+            loaded = peft.PeftModel.from_pretrained(plain(), tmp_path / "fast", **options)
+            assert classes(loaded) != PEFTS
+            assert relative_error(loaded(X), model(X)) < 1e-5
+
+
+def test_the_same_seed_draws_pefts_vectors() -> None:
+    def drawn() -> dict[str, torch.Tensor]:
+        torch.manual_seed(3)
+        return adapted(plain(), "0", "2", r=2, init_weights=True).state_dict()
+
+    wanted = drawn()
+    with hra_fx.accelerate_peft():
+        assert all(torch.equal(wanted[name], values) for name, values in drawn().items())
+
+
+def test_an_oblong_kernel_starts_as_the_base_model() -> None:
+    base = nn.Sequential(nn.Conv2d(4, 6, (1, 3), groups=2))
+    with hra_fx.accelerate_peft():
+        model = adapted(base, "0", init_weights=True)
+        assert model.base_model.model[0].hra_u["default"].shape == (6, 4)
+        x = torch.randn(2, 4, 5, 5)
+        assert relative_error(model(x), base(x)) < 1e-6
+        with pytest.raises(ValueError, match="should be a positive integer"):
+            adapted(base, "0", r=0)
+
+
+def test_vectors_of_the_wrong_length_are_refused() -> None:
+    model = adapted(nn.Sequential(nn.Linear(4, 3), nn.Conv2d(4, 6, (1, 3))), "0", "1")
+    with pytest.raises(
+        hra_fx.AdapterError, match=r"base_model.model.1: PEFT has made the vectors of 'default' with d=4.*12 entries"
+    ):
+        hra_fx.accelerate_peft(model)
+    assert type(model.base_model.model[0]) is HRALinear
+
+
+def test_a_model_without_layers_of_peft_is_refused() -> None:
+    model = hra_fx.transform(plain(), hra_fx.HRAConfig(r=2, target_modules=["2"]))
+    with pytest.raises(hra_fx.AdapterError, match=r"Sequential: it has no HRA layers of PEFT.*uses the kernels"):
+        hra_fx.accelerate_peft(model)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
+def test_another_method_of_peft_below_is_left_to_peft() -> None:
+    """PEFT's HRA over its LoRA."""
+    lora = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["2"], init_lora_weights=False), plain())
+    model = peft.inject_adapter_in_model(peft.HRAConfig(r=2, target_modules=["2"]), lora, adapter_name="other")
+    assert type(model[2]) is HRALinear
+    wanted = model(X)
+    with hra_fx.accelerate_peft(model):
+        assert type(model[2]) is not HRALinear
+        assert relative_error(model(X), wanted) < 1e-6
+
+
+def test_without_peft_the_error_says_what_to_install() -> None:
+    code = (
+        "import sys, hra_fx\n"
+        "hra_fx.accelerate_peft\n"
+        "assert 'peft' not in sys.modules, 'it is not a dependency'\n"
+        "sys.modules['peft'] = None\n"
+        "try: hra_fx.accelerate_peft()\n"
+        "except ImportError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "accelerate_peft needs PEFT with HRA. Run: pip install peft.\n"

@@ -1,0 +1,197 @@
+"""What an accelerated layer of PEFT computes: PEFT's results where PEFT is right, the dense product everywhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from integrations.peft_acceleration.layers import adapted, dense_results, one_layer, results, turn
+from integrations.peft_parity.test_against_peft import RIGHT_CONVOLUTIONS
+from layers.quantized.bases import FEW, SCHEMES, WIDTH, quantized
+from one_layer import BF16, CONVOLUTIONS, F32, F64, normal
+from oracles import dense_q, relative_error
+from torch import Tensor, nn
+
+import hra_fx
+from hra_fx.layers.quantized.detect import quant_scheme_of
+
+TOLERANCE = {F32: 1e-5, F64: 1e-9}
+DTYPES = pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+
+
+def agree(got: list[Tensor], wanted: list[Tensor], bound: float) -> None:
+    floor = 1e-3 * max(float(one.detach().norm()) for one in wanted)
+    for one, other in zip(got, wanted, strict=True):
+        assert relative_error(one, other, floor=floor) < bound
+
+
+def against_peft(base: nn.Module, x: Tensor, **fields: Any) -> None:
+    theirs = adapted(nn.Sequential(base), "0", **fields).to(x.dtype)
+    turn(theirs)
+    layer = theirs.base_model.model[0]
+    wanted = results(layer, x)
+    with hra_fx.accelerate_peft(theirs):
+        agree(results(layer, x), wanted, TOLERANCE[x.dtype])
+
+
+@DTYPES
+@pytest.mark.parametrize("apply_GS", [False, True], ids=["plain", "GS"])
+@pytest.mark.parametrize(("rows", "r"), [(1, 1), (5, 4), (300, 3)])
+def test_a_linear_is_pefts(rows: int, r: int, apply_GS: bool, dtype: torch.dtype) -> None:
+    base = nn.Linear(12, 7, bias=rows > 1, dtype=dtype)
+    against_peft(base, normal(1, rows, 12, dtype=dtype), r=r, apply_GS=apply_GS)
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", RIGHT_CONVOLUTIONS, ids=str)
+def test_a_convolution_is_pefts_where_it_is_right(kind: dict[str, Any], dtype: torch.dtype) -> None:
+    against_peft(nn.Conv2d(6, 4, **kind, dtype=dtype), normal(1, 2, 6, 9, 8, dtype=dtype), r=4)
+
+
+# Of torch, also for the base layer.
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+@pytest.mark.parametrize("size", [(9, 8), (40, 36)], ids=["few patches", "many"])
+@pytest.mark.parametrize("kind", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_every_convolution_is_the_dense_product(kind: dict[str, Any], size: tuple[int, int]) -> None:
+    base = nn.Conv2d(**({"in_channels": 4, "out_channels": 6, "dtype": F64} | kind))
+    layer = one_layer(base, r=3)
+    assert type(layer).__name__ == "HRAConv2d"
+    x = normal(1, 2, 4, *size)
+    agree(results(layer, x), dense_results(layer, x), 1e-9)
+
+
+@pytest.mark.parametrize("apply_GS", [False, True], ids=["plain", "GS"])
+@pytest.mark.parametrize("order", [["one", "two"], ["two", "one"], ["two"]], ids="+".join)
+def test_adapters_act_in_the_order_of_peft(order: list[str], apply_GS: bool) -> None:
+    model = adapted(nn.Sequential(nn.Linear(10, 6)), "0", adapter="one")
+    model.add_adapter("two", peft.HRAConfig(r=2, apply_GS=apply_GS, target_modules=["0"]))
+    turn(model.double())
+    x, layer = normal(1, 5, 10), model.base_model.model[0]
+    model.base_model.set_adapter(order)
+    wanted = layer(x)
+    with hra_fx.accelerate_peft(model):
+        assert relative_error(layer(x), wanted) < 1e-12
+        model.base_model.set_adapter("two")
+        model.delete_adapter("one")
+        assert relative_error(layer(x), x @ (layer.base_layer.weight @ q_of(layer, "two")).T + layer.bias) < 1e-9
+
+
+def q_of(layer: Any, name: str) -> Tensor:
+    return dense_q(layer.hra_u[name].detach(), apply_GS=layer.hra_apply_GS[name])
+
+
+def test_a_zero_vector_is_the_identity() -> None:
+    layer = one_layer(nn.Linear(10, 6, dtype=F64), r=3)
+    with torch.no_grad():
+        layer.hra_u["default"][:, 1] = 0
+    x = normal(1, 5, 10)
+    output, x_grad, gradient = results(layer, x)
+    wanted = dense_results_of_the_others(layer, x)
+    assert relative_error(output, wanted) < 1e-12
+    assert torch.isfinite(x_grad).all()
+    assert torch.isfinite(gradient).all()
+    layer.merge(safe_merge=True)
+    assert relative_error(layer(x), wanted) < 1e-12
+
+
+def dense_results_of_the_others(layer: Any, x: Tensor) -> Tensor:
+    q = dense_q(layer.hra_u["default"].detach())  # in which a zero vector is the identity
+    return nn.functional.linear(x, layer.base_layer.weight @ q, layer.base_layer.bias)
+
+
+def test_without_an_active_adapter_and_disabled_it_is_the_base_layer() -> None:
+    layer = one_layer(nn.Linear(10, 6))
+    x = normal(1, 5, 10, dtype=F32)
+    wanted = layer.base_layer(x)
+    assert relative_error(layer(x), wanted) > 1e-2
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), wanted)
+    layer.enable_adapters(True)
+    layer._active_adapter = ["of other layers"]
+    assert torch.equal(layer(x), wanted)
+
+
+@pytest.mark.parametrize("base_dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_the_output_keeps_the_dtype_of_the_input(kind: str, dtype: torch.dtype, base_dtype: torch.dtype) -> None:
+    base = nn.Linear(16, 8) if kind == "linear" else nn.Conv2d(4, 8, 3, groups=2)
+    x = normal(1, 5, 16) if kind == "linear" else normal(1, 2, 4, 9, 8)
+    layer = one_layer(base.to(base_dtype))
+    wide, mixed = torch.float32 in (dtype, base_dtype), dtype is not base_dtype
+    output = layer(x.to(dtype))
+    assert output.dtype is dtype
+    assert layer.hra_u["default"].dtype is F32
+    wanted = dense_results(layer, x.to(dtype))[0]
+    assert relative_error(output, wanted) < (1e-5 if wide and (dtype is F32 or not mixed) else 1e-2)
+    with torch.autocast("cpu", BF16):
+        output = layer(x.to(dtype))
+    assert output.dtype is dtype
+    assert relative_error(output, wanted) < 2e-2
+
+
+class Centered(nn.Conv2d):
+    """Its filters have mean zero."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight - self.weight.mean(dim=(1, 2, 3), keepdim=True), self.bias)
+
+
+class Doubled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_base_layer_with_a_forward_of_its_own(kind: str) -> None:
+    base = Doubled(8, 6, dtype=F64) if kind == "linear" else Centered(2, 3, 3, dtype=F64)
+    x = normal(1, 5, 8) if kind == "linear" else normal(1, 2, 2, 6, 5)
+    layer = one_layer(base)
+    agree(results(layer, x), dense_results(layer, x), 1e-9)
+    before = layer(x)
+    layer.merge()
+    assert relative_error(layer(x), before) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_hooks_of_a_base_layer_run(kind: str) -> None:
+    base = nn.Linear(8, 6, dtype=F64) if kind == "linear" else nn.Conv2d(2, 3, 3, dtype=F64)
+    x = normal(1, 5, 8) if kind == "linear" else normal(1, 2, 2, 6, 5)
+    layer = one_layer(base)
+    wanted = layer(x)
+    seen: list[Tensor] = []
+    layer.base_layer.register_forward_hook(lambda module, given, output: seen.append(output))
+    assert relative_error(layer(x), wanted) < 1e-12
+    assert len(seen) == 1
+    assert relative_error(seen[0], wanted) < 1e-12
+
+
+def test_an_offloaded_convolution_is_refused() -> None:
+    layer = one_layer(nn.Conv2d(2, 3, 3))
+    layer.base_layer.register_forward_pre_hook(lambda module, given: None)
+    layer.base_layer.to("meta")
+    with pytest.raises(hra_fx.UnsupportedLayerError, match=r"Conv2d 2->3 3x3: its weight is offloaded.*device_map"):
+        layer(torch.ones(1, 2, 6, 5))
+
+
+@pytest.mark.parametrize("scheme", FEW)
+def test_a_quantized_base(scheme: str) -> None:
+    model = adapted(quantized(scheme), "0")
+    turn(model)
+    hra_fx.accelerate_peft(model)
+    layer = model.base_model.model[0]
+    x = normal(1, 5, WIDTH, dtype=F32).requires_grad_()
+    output = layer(x)
+    packing = quant_scheme_of(layer.base_layer)
+    assert packing is not None
+    vectors = layer.hra_u["default"].detach().double().requires_grad_()
+    q = dense_q(vectors)
+    wanted = x.double() @ (packing.values(layer.base_layer).double() @ q).T + layer.base_layer.bias
+    assert relative_error(output, wanted) < SCHEMES[scheme].tolerance
+    got = torch.autograd.grad(output.sum(), layer.hra_u["default"])[0]
+    assert relative_error(got, torch.autograd.grad(wanted.sum(), vectors)[0]) < max(1e-4, SCHEMES[scheme].tolerance)
+    with pytest.raises(hra_fx.UnsupportedLayerError, match=r"Linear 64->128: its weight is quantized \(.*requantize"):
+        layer.merge()
+    assert not layer.merged

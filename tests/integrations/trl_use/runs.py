@@ -1,0 +1,137 @@
+"""Trainers of TRL over a tiny Llama: with PEFT's HRA, with that accelerated, and with a transformed model.
+
+All start at the same pairs of vectors, which cancel, and train with SGD, so that logs and vectors can be compared.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from datasets import Dataset
+from one_layer import normal
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+
+import hra_fx
+
+PEFT, FAST, OURS = "PEFT", "PEFT, accelerated", "transformed"
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+QUESTION = "what color is the sky"
+_WORDS = ["<pad>", "<unk>", "<eos>", "<user>", "<bot>", *QUESTION.split(), "blue", "red", "good", "bad", "no"]
+#: With the marks of what the assistant says.
+_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<user> ' + m['content'] + ' ' }}{% else %}"
+    "{{ '<bot> ' }}{% generation %}{{ m['content'] + ' <eos> ' }}{% endgeneration %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<bot> ' }}{% endif %}"
+)
+
+
+def tokenizer() -> Any:
+    plain = Tokenizer(WordLevel({word: number for number, word in enumerate(_WORDS)}, unk_token="<unk>"))
+    plain.pre_tokenizer = WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
+    made.chat_template = _TEMPLATE
+    return made
+
+
+def _chat(answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": answer}]}
+
+
+_DATA: dict[str, list[dict[str, Any]]] = {
+    "SFT": [_chat(answer) for answer in ("blue", "the sky is blue", "good blue", "no red")] * 3,
+    "DPO": [{"prompt": QUESTION, "chosen": " the sky is blue", "rejected": " bad red"}] * 8,
+    "GRPO": [{"prompt": QUESTION}] * 8,
+    "reward": [{"chosen": "the sky is blue", "rejected": "bad red no"}] * 8,
+}
+_TRAINERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "SFT": (SFTTrainer, SFTConfig, {"max_length": 16}),
+    "DPO": (DPOTrainer, DPOConfig, {}),
+    "GRPO": (GRPOTrainer, GRPOConfig, {"num_generations": 2, "max_completion_length": 6}),
+    "reward": (RewardTrainer, RewardConfig, {}),
+}
+
+
+def base_model(method: str) -> Any:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    tokens = {"vocab_size": len(_WORDS), "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 2}
+    config = LlamaConfig(**sizes, **tokens, num_attention_heads=2, max_position_embeddings=64, num_labels=1)
+    # Deeper than the usual start, so that adapters have an effect.
+    config.initializer_range = 0.3
+    return (LlamaForSequenceClassification if method == "reward" else LlamaForCausalLM)(config)
+
+
+def trainer(kind: str, method: str, folder: Path, *, steps: int = 3, **options: Any) -> Any:
+    """A trainer that is ready to train; an accelerated model stays accelerated."""
+    make, configure, usual = _TRAINERS[method]
+    arguments: dict[str, Any] = {"gradient_checkpointing": False, "per_device_train_batch_size": 2, **usual, **options}
+    args = configure(
+        output_dir=str(folder),
+        max_steps=steps,
+        logging_steps=1,
+        optim="sgd",
+        learning_rate=0.1,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,  # which TRL takes by default; PEFT then computes Q in bfloat16
+        disable_tqdm=True,
+        **arguments,
+    )
+    fields = {"r": 4, "target_modules": TARGETS, "task_type": "SEQ_CLS" if method == "reward" else "CAUSAL_LM"}
+    model = base_model(method)
+    given: dict[str, Any] = {"train_dataset": Dataset.from_list(_DATA[method]), "processing_class": tokenizer()}
+    if method == "GRPO":
+        given["reward_funcs"] = _longer_is_better
+    with ExitStack() as block:
+        if kind == OURS:
+            model = hra_fx.transform(model, hra_fx.HRAConfig(**fields))
+        else:
+            given["peft_config"] = peft.HRAConfig(**fields)
+        if kind == FAST:
+            block.enter_context(hra_fx.accelerate_peft())
+        made = make(model, args=args, **given)
+        if kind == FAST:
+            hra_fx.accelerate_peft(made.model)
+    redraw(made.model, seed=0)
+    return made
+
+
+def _longer_is_better(completions: list[str], **others: Any) -> list[float]:
+    return [float(len(completion)) for completion in completions]
+
+
+def redraw(model: nn.Module, seed: int = 100) -> None:
+    """Other pairs of vectors, with which the model is the base model again."""
+    with torch.no_grad():
+        for number, vectors in enumerate(vectors_of(model).values()):
+            pairs = normal(seed + number, vectors.shape[0], vectors.shape[1] // 2, dtype=vectors.dtype)
+            vectors.copy_(pairs.repeat_interleave(2, dim=1))
+
+
+def vectors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Path in the base model -> vectors."""
+    found = {name: p for name, p in model.named_parameters() if ".hra_u." in name}
+    return {name.removeprefix("base_model.model.").partition(".hra_u.")[0]: p for name, p in found.items()}
+
+
+def logs(trainer: Any, *keys: str) -> list[list[float]]:
+    """The values of some keys in the log of each step."""
+    return [[float(entry[key]) for key in keys] for entry in trainer.state.log_history if "loss" in entry]

@@ -1,0 +1,142 @@
+"""TRL's trainers: accelerated and transformed models train as PEFT's HRA does, with the same reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from integrations.trl_use.runs import (
+    FAST,
+    OURS,
+    PEFT,
+    QUESTION,
+    base_model,
+    logs,
+    redraw,
+    tokenizer,
+    trainer,
+    vectors_of,
+)
+from oracles import relative_error
+from peft.tuners.hra.layer import HRALinear
+from transformers import set_seed
+
+# Names that transformers has had since 5.0, and means to rename; PEFT and TRL use them.
+pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing\\w*` is deprecated:FutureWarning")
+
+KINDS = pytest.mark.parametrize("kind", [FAST, OURS])
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file outside of the folder of the test."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+def trained_alike(
+    kind: str, method: str, folder: Path, *keys: str, ours: dict[str, Any] | None = None, **options: Any
+) -> tuple[Any, Any]:
+    """The trainers of PEFT and of `kind`, after the same training."""
+    own = (ours or {}) if kind == OURS else {}
+    theirs, fast = trainer(PEFT, method, folder, **options), trainer(kind, method, folder, **(options | own))
+    before = {name: vectors.detach().clone() for name, vectors in vectors_of(fast.model).items()}
+    for one in (theirs, fast):
+        set_seed(0)  # GRPO samples
+        one.train()
+    assert_close(logs(fast, "loss", *keys), logs(theirs, "loss", *keys))
+    wanted = vectors_of(theirs.model)
+    assert len(wanted) == 6
+    for name, vectors in vectors_of(fast.model).items():
+        moved, as_theirs = vectors - before[name], wanted[name] - before[name]
+        assert float(as_theirs.detach().norm()) > 1e-4, name
+        assert relative_error(moved, as_theirs) < 1e-2, name
+    return theirs, fast
+
+
+def assert_close(got: list[list[float]], wanted: list[list[float]]) -> None:
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(wanted), rtol=1e-4, atol=1e-5)
+
+
+@KINDS
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"assistant_only_loss": True, "packing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    ],
+    ids=["plain", "packed, assistant only", "checkpointed", "checkpointed, reentrant"],
+)
+def test_sft(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    _, fast = trained_alike(kind, "SFT", tmp_path, "mean_token_accuracy", **options)
+    layer = fast.model.get_submodule(("" if kind == OURS else "base_model.model.") + "model.layers.0.mlp.down_proj")
+    assert type(layer) is not HRALinear
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "options"),
+    [(FAST, "SFT", {}), (OURS, "SFT", {}), (OURS, "DPO", {"precompute_ref_log_probs": True})],
+    ids=["SFT, accelerated", "SFT, transformed", "DPO, transformed"],
+)
+def test_training_resumes(kind: str, method: str, options: dict[str, Any], tmp_path: Path) -> None:
+    whole = trainer(kind, method, tmp_path, steps=4, save_steps=2, **options)
+    whole.train()
+    again = trainer(kind, method, tmp_path, steps=4, save_steps=2, **options)
+    redraw(again.model)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_close(logs(again, "loss"), logs(whole, "loss"))
+    for name, vectors in vectors_of(again.model).items():
+        assert torch.equal(vectors, vectors_of(whole.model)[name]), name
+
+
+@KINDS
+def test_dpo_with_the_base_model_as_its_reference(kind: str, tmp_path: Path) -> None:
+    keys = ("rewards/chosen", "rewards/rejected", "logps/chosen")
+    _, fast = trained_alike(kind, "DPO", tmp_path, *keys, ours={"precompute_ref_log_probs": True})
+    rewards = logs(fast, *keys)
+    assert rewards[0][0] == pytest.approx(0, abs=1e-5)
+    assert abs(rewards[-1][0]) > 1e-3
+    assert fast.ref_model is None
+    # What the rewards are measured from.
+    assert rewards[0][2] == pytest.approx(reference_logps(), rel=1e-5)
+
+
+def reference_logps() -> float:
+    """The log-probability of what is chosen, of the base model."""
+    prompt, answer = (tokenizer()(text).input_ids for text in (QUESTION, " the sky is blue <eos>"))
+    tokens = torch.tensor([prompt + answer])
+    with torch.no_grad():
+        logits = base_model("DPO")(tokens).logits.log_softmax(-1)
+    return float(logits[0, :-1].gather(1, tokens[0, 1:, None])[len(prompt) - 1 :].sum())
+
+
+@KINDS
+def test_grpo(kind: str, tmp_path: Path) -> None:
+    """With a penalty for the distance from the base model, which TRL knows of a PeftModel only."""
+    beta = 0.0 if kind == OURS else 0.5
+    _, fast = trained_alike(kind, "GRPO", tmp_path, *(["kl"] if beta else []), "reward", beta=beta)
+    assert fast.ref_model is None
+    if beta:
+        assert logs(fast, "kl")[-1][0] > 1e-5
+
+
+@KINDS
+def test_reward(kind: str, tmp_path: Path) -> None:
+    theirs, fast = trained_alike(kind, "reward", tmp_path, "margin")
+    heads = [one.model.get_submodule(path) for one, path in ((theirs, PEFT_HEAD), (fast, head_of(kind)))]
+    trained = [module.weight for module in heads]
+    assert trained[1].requires_grad
+    assert relative_error(trained[1], trained[0]) < 1e-4
+    assert relative_error(trained[1], base_model("reward").score.weight) > 1e-3
+
+
+PEFT_HEAD = "base_model.model.score.modules_to_save.default"
+
+
+def head_of(kind: str) -> str:
+    return "score" if kind == OURS else PEFT_HEAD
