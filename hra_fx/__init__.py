@@ -30,10 +30,26 @@ from hra_fx.errors import (
 from hra_fx.version import VERSION
 
 if TYPE_CHECKING:
+    from hra_fx.api.auto import (
+        AutoPeftModel as AutoPeftModel,
+        AutoPeftModelForCausalLM as AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification,
+    )
     from hra_fx.api.fold import fold as fold
+    from hra_fx.api.from_peft import from_peft as from_peft
     from hra_fx.api.graphs import graphs as graphs
     from hra_fx.api.load import load_adapter as load_adapter
     from hra_fx.api.peft_model import HRAModel as HRAModel
+    from hra_fx.api.peft_names import (
+        PeftModel as PeftModel,
+        get_peft_model as get_peft_model,
+        get_peft_model_state_dict as get_peft_model_state_dict,
+    )
+    from hra_fx.api.status import get_layer_status as get_layer_status, get_model_status as get_model_status
     from hra_fx.api.transform import transform as transform
     from hra_fx.checkpoint.disk.fold import (
         fold_checkpoint as fold_checkpoint,
@@ -63,10 +79,18 @@ __version__ = VERSION
 
 #: Public name -> the module that it is imported from; the same as the block above, which type checkers read.
 _HOMES = {
+    "AutoPeftModel": "api.auto",
+    "AutoPeftModelForCausalLM": "api.auto",
+    "AutoPeftModelForFeatureExtraction": "api.auto",
+    "AutoPeftModelForQuestionAnswering": "api.auto",
+    "AutoPeftModelForSeq2SeqLM": "api.auto",
+    "AutoPeftModelForSequenceClassification": "api.auto",
+    "AutoPeftModelForTokenClassification": "api.auto",
     "FoldPlan": "model.fold",
     "HRAConfig": "config",
     "HRAModel": "api.peft_model",
     "LoraResult": "lora.result",
+    "PeftModel": "api.peft_names",
     "Report": "reporting.result",
     "adapter_inputs": "export.onnx_swap",
     "add_adapter": "model.add",
@@ -77,6 +101,11 @@ _HOMES = {
     "fold": "api.fold",
     "fold_checkpoint": "checkpoint.disk.fold",
     "freeze": "export.freeze",
+    "from_peft": "api.from_peft",
+    "get_layer_status": "api.status",
+    "get_model_status": "api.status",
+    "get_peft_model": "api.peft_names",
+    "get_peft_model_state_dict": "api.peft_names",
     "graphs": "api.graphs",
     "load_adapter": "api.load",
     "lower": "export.lower",

@@ -235,7 +235,7 @@ def test_positional_arguments_are_refused() -> None:
     ("text", "message"),
     [
         (b"\xff\xfe\x00", "is not valid JSON"),
-        (None, "cannot be read (No such file or directory). Pass a local directory"),
+        (None, "cannot be read (No such file or directory). Pass a folder that contains"),
         ("{", "is not valid JSON (Expecting property name"),
         ("[1]", "must contain a JSON object, got a list."),
         ('{"peft_type": "LORA", "r": 8}', "`peft_type` must be 'HRA', got 'LORA'."),

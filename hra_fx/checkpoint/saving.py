@@ -138,6 +138,24 @@ def save_pretrained(
         warnings.warn(text, HRAWarning, stacklevel=3)
 
 
+def adapter_tensors(
+    model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of an adapter under the keys of its file.
+
+    Args:
+        model: a transformed model.
+        adapter_name: name of the adapter.
+        state_dict: the model's, if a wrapper has gathered it.
+
+    Raises:
+        AdapterError: the model has no such adapter.
+    """
+    root, record = root_of(model)
+    names_in(record, adapter_name)
+    return _contents(root, record, adapter_name, root.state_dict() if state_dict is None else state_dict)[1]
+
+
 def _write_all(directory: Path, contents: Mapping[str, _Contents], entries: Mapping[str, Tensor]) -> None:
     for name, (config, tensors, metadata) in contents.items():
         write(directory if name == "default" else directory / name, config.to_json_string(), tensors, metadata)
