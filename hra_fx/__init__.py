@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from hra_fx.export.freeze import freeze as freeze
     from hra_fx.export.lower import lower as lower
     from hra_fx.export.onnx_swap import adapter_inputs as adapter_inputs, make_swappable as make_swappable
+    from hra_fx.integrations.push import push_to_hub as push_to_hub
     from hra_fx.lora.result import LoraResult as LoraResult
     from hra_fx.lora.save import convert_to_lora as convert_to_lora, save_as_lora as save_as_lora
     from hra_fx.model.add import add_adapter as add_adapter
@@ -113,6 +114,7 @@ _HOMES = {
     "merge_adapter": "model.merge",
     "orthogonality_loss": "model.orthogonality",
     "plan_fold": "model.fold",
+    "push_to_hub": "integrations.push",
     "report": "reporting.report",
     "save_adapter": "checkpoint.saving",
     "save_as_lora": "lora.save",

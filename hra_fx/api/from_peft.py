@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hra_fx.api.peft_model import as_hra_model, check_names
+from hra_fx.api.attribute_names import check_names
+from hra_fx.api.peft_model import HRAModel, as_hra_model
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.integrations.pretrained import root_class_for
@@ -58,7 +59,7 @@ def from_peft(model: nn.Module) -> Any:
     found = _collect(root)
     with torch.inference_mode(False), ExitStack() as undo:
         _take_out(root, found, undo)
-        check_names(root)
+        check_names(root, HRAModel)
         undo.callback(_remove_all, root)
         for name, config in found.configs.items():
             _add(root, name, config, found)

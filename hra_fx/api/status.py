@@ -98,7 +98,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     for name, config in record.configs.items():
         for path, module in saved_modules(root, config).items():
             saved.setdefault(path, {})[name] = _copies(module, name)
-    return found + [_status(path, "ModulesToSaveWrapper", held, record, None) for path, held in saved.items()]
+    return found + [_status(path, "ModulesToSaveWrapper", held, record) for path, held in saved.items()]
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
@@ -145,7 +145,10 @@ def _of_layer(path: str, layer: AdaptedLayer, record: AdapterState) -> TunerLaye
     scheme = quant_scheme_of(layer)
     vectors: dict[str, list[Tensor]] = {name: [layer.hra_u[name]] for name in layer.hra_u}
     kind = f"hra.HRA{original_class(layer).__name__}"
-    return _status(path, kind, vectors, record, scheme.words(layer) if scheme else None)
+    status = _status(path, kind, vectors, record)
+    status.merged_adapters = [name for name in record.merged if name in vectors]
+    status.quantization_backend = scheme.words(layer) if scheme else None
+    return status
 
 
 def _copies(module: nn.Module, name: str) -> list[Tensor]:
@@ -154,19 +157,17 @@ def _copies(module: nn.Module, name: str) -> list[Tensor]:
     return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
 
 
-def _status(
-    path: str, kind: str, tensors: dict[str, list[Tensor]], record: AdapterState, quantization: str | None
-) -> TunerLayerStatus:
+def _status(path: str, kind: str, tensors: dict[str, list[Tensor]], record: AdapterState) -> TunerLayerStatus:
     return TunerLayerStatus(
         name=path,
         module_type=kind,
         enabled=not record.disabled,
         active_adapters=list(record.active),
-        merged_adapters=[name for name in record.merged if name in tensors],
+        merged_adapters=[],
         requires_grad={name: _common([t.requires_grad for t in held]) for name, held in tensors.items()},
         available_adapters=sorted(tensors),
         devices={name: sorted({t.device.type for t in held}) for name, held in tensors.items()},
-        quantization_backend=quantization,
+        quantization_backend=None,
     )
 
 
