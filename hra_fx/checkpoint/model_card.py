@@ -26,7 +26,11 @@ CARD_NAME = "README.md"
 PLACE = "folder-or-name-of-this-repository"
 _PIPELINES = {"CAUSAL_LM": "text-generation"}
 
-_TEXT = """# {title}
+_TEXT = """---
+library_name: peft
+---
+
+# {title}
 
 {kind} of Householder reflection adaptation ([HRA](https://arxiv.org/abs/2405.17484)), saved by hra_fx in PEFT's format.
 
@@ -104,7 +108,7 @@ def _metadata(root: Any, configs: Mapping[str, HRAConfig], tags: list[str]) -> d
     own += [f"base_model:adapter:{base}"] if known else []
     tasks = [config.task_type for config in configs.values() if config.task_type in _PIPELINES]
     return {
-        "library_name": "peft",
+        "library_name": "peft",  # whose format the files have
         "tags": sorted({*tags, *own, *(getattr(root, "model_tags", None) or ())}),
         **({"base_model": base} if known else {}),
         **({"pipeline_tag": _PIPELINES[tasks[0]]} if tasks and tasks[0] else {}),

@@ -23,7 +23,7 @@ from transformers import (
 
 import hra_fx
 
-FILES = {"adapter_config.json", "adapter_model.safetensors"}
+FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 CLASSES: dict[str, Any] = {"bert": BertForSequenceClassification, "llama": LlamaForCausalLM}
 AUTO: dict[str, Any] = {"bert": AutoModelForSequenceClassification, "llama": AutoModelForCausalLM}
 
