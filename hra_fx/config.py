@@ -6,6 +6,7 @@ kept when it is written again.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -251,7 +252,7 @@ def _local(directory: str | os.PathLike[str], subfolder: str | None, hub: Mappin
     if not isinstance(directory, str) or os.path.isdir(directory):
         return Path(directory)
     try:
-        return download(directory, [f"{subfolder}/{CONFIG_NAME}" if subfolder else CONFIG_NAME], hub)
+        return download(directory, [f"{glob.escape(subfolder)}/{CONFIG_NAME}" if subfolder else CONFIG_NAME], hub)
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
 
