@@ -26,7 +26,8 @@ def warn_unmatched(model: nn.Module, config: HRAConfig, paths: Iterable[str], la
         HRAWarning: the names, with suggestions.
     """
     names = config.target_modules
-    if names is None or isinstance(names, str):
+    # A saved adapter may list the default names of its architecture, of which models have some.
+    if names is None or isinstance(names, str) or config.inference_mode:
         return
     known = {suffix for path in paths for suffix in suffixes(path)}
     for name in sorted(set(names) - known):

@@ -80,6 +80,16 @@ def test_peft_refuses_our_configuration_with_what_to_call() -> None:
     assert model.peft_config["default"].r == 2
 
 
+def test_hotswap_replaces_the_values_in_place(tmp_path: Path) -> None:
+    first, second = (hra_fx.get_peft_model(net(F64), hra_fx.HRAConfig(**FIELDS["even rank"])) for _ in range(2))
+    randomise(first)
+    first.save_pretrained(tmp_path)
+    vectors = second.body.layers[0].query.hra_u["default"]
+    second.load_adapter(tmp_path, "default", hotswap=True)
+    assert second.body.layers[0].query.hra_u["default"] is vectors
+    assert relative_error(second(tokens()), first(tokens())) < 1e-12
+
+
 # The states of layers and models, field by field
 
 
