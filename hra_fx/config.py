@@ -156,14 +156,14 @@ class HRAConfig:
 
     @property
     def is_prompt_learning(self) -> bool:
-        """Not an attribute: `peft.get_peft_model` reads it, and takes no configuration but PEFT's.
+        """Not an attribute: functions of PEFT read it first, and take no configuration but PEFT's.
 
         Raises:
             AttributeError: always; it says what to call.
         """
         raise AttributeError(
-            "hra_fx.HRAConfig is not a peft.PeftConfig. Call hra_fx.get_peft_model(model, config), or pass PEFT "
-            "peft.HRAConfig.from_peft_type(**config.to_dict())."
+            "hra_fx.HRAConfig is not a peft.PeftConfig. Call the function of hra_fx with the same name, such as "
+            "hra_fx.get_peft_model, or convert it: peft.HRAConfig.from_peft_type(**config.to_dict())."
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,6 +6,8 @@ In transformers 5, the experts of a layer are one module, with parameters of sha
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import nn
 
 from hra_fx.layers.target import REFLECTION, SAVED, find_kind
@@ -37,13 +39,19 @@ def owner_of(model: nn.Module, path: str) -> nn.Module:
     return model.get_submodule(path.rpartition(".")[0])
 
 
-def hint_for(model: nn.Module, name: str) -> str | None:
-    """What to write instead of `name` in `target_modules`, if it is the name of a 3-D parameter and not of a module."""
-    paths = [path for path in expert_parameters(model) if f".{path}".endswith(f".{name}")]
+def hint_for(model: nn.Module, names: Collection[str]) -> str | None:
+    """What to write instead of those `names` in `target_modules` that are the names of 3-D parameters, if any."""
+    parameters = expert_parameters(model)
+    found = {name: [path for path in parameters if f".{path}".endswith(f".{name}")] for name in sorted(names)}
+    paths = [path for path in parameters if any(path in held for held in found.values())]
     if not paths:
         return None
     kind = type(owner_of(model, paths[0])).__name__
-    return f"{name!r} is a 3-D parameter of {kind} and not a module. Use target_parameters={_short_names(paths)}."
+    named = " and ".join(repr(name) for name, held in found.items() if held)
+    what = "is a 3-D parameter" if sum(map(bool, found.values())) == 1 else "are 3-D parameters"
+    return (
+        f"{named} {what} of {kind}, which `target_modules` does not reach. Use target_parameters={_short_names(paths)}."
+    )
 
 
 def hint_inside(module: nn.Module, path: str) -> str | None:

@@ -333,16 +333,12 @@ def _no_match(model: nn.Module, config: HRAConfig, targets: set[str] | str) -> s
         return f"{shown} is empty. The layers of {kind} are called {leaf_names(layers)}."
     matched = [path for path, _ in _walk(model) if _matches(targets, path)]
     if not matched:
-        hints = [hint for name in _names(targets) if (hint := hint_for(model, name))]
-        return f"{shown} matches no module of {kind}. {' '.join(hints) or suggestion(targets, layers)}"
+        hint = hint_for(model, [targets] if isinstance(targets, str) else targets)
+        return f"{shown} matches no module of {kind}. {hint or suggestion(targets, layers)}"
     reasons = {_excluded_by(config, path) for path in matched}
     fields = sorted(reason or _excluded_by_index(config, matched) for reason in reasons)
     found = f"{len(matched)} module{'s' * (len(matched) > 1)} such as {matched[0]!r}"
     return f"{shown} matches {found}, but none is left after {' and '.join(fields)}."
-
-
-def _names(targets: Collection[str] | str) -> list[str]:
-    return [targets] if isinstance(targets, str) else sorted(targets)
 
 
 def _excluded_by_index(config: HRAConfig, matched: list[str]) -> str:

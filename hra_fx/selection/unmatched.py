@@ -31,6 +31,6 @@ def warn_unmatched(model: nn.Module, config: HRAConfig, paths: Iterable[str], la
         return
     known = {suffix for path in paths for suffix in suffixes(path)}
     for name in sorted(set(names) - known):
-        hint = hint_for(model, name) or suggestion([name], layers)
+        hint = hint_for(model, [name]) or suggestion([name], layers)
         text = f"`target_modules`: the entry {name!r} matches no module of {type(model).__name__}. {hint}"
         warnings.warn(text, HRAWarning, stacklevel=4)

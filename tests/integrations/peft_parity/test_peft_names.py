@@ -73,9 +73,11 @@ def test_arguments_of_get_peft_model() -> None:
 def test_peft_refuses_our_configuration_with_what_to_call() -> None:
     config = hra_fx.HRAConfig(r=2, target_modules=["query"])
     assert not hasattr(config, "is_prompt_learning")
-    text = r"not a peft\.PeftConfig\. Call hra_fx\.get_peft_model\(model, config\), or pass PEFT peft\.HRAConfig\."
+    text = r"^hra_fx\.HRAConfig is not a peft\.PeftConfig\. Call the function of hra_fx with the same name, such as "
     with pytest.raises(AttributeError, match=text):
         peft.get_peft_model(net(), config)
+    with pytest.raises(AttributeError, match=text):
+        peft.get_peft_model_state_dict(hra_fx.HRAModel(net(), config))
     model = peft.get_peft_model(net(), peft.HRAConfig.from_peft_type(**config.to_dict()))
     assert model.peft_config["default"].r == 2
 
