@@ -30,10 +30,26 @@ from hra_fx.errors import (
 from hra_fx.version import VERSION
 
 if TYPE_CHECKING:
+    from hra_fx.api.auto import (
+        AutoPeftModel as AutoPeftModel,
+        AutoPeftModelForCausalLM as AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification,
+    )
     from hra_fx.api.fold import fold as fold
+    from hra_fx.api.from_peft import from_peft as from_peft
     from hra_fx.api.graphs import graphs as graphs
     from hra_fx.api.load import load_adapter as load_adapter
     from hra_fx.api.peft_model import HRAModel as HRAModel
+    from hra_fx.api.peft_names import (
+        PeftModel as PeftModel,
+        get_peft_model as get_peft_model,
+        get_peft_model_state_dict as get_peft_model_state_dict,
+    )
+    from hra_fx.api.status import get_layer_status as get_layer_status, get_model_status as get_model_status
     from hra_fx.api.transform import transform as transform
     from hra_fx.checkpoint.disk.fold import (
         fold_checkpoint as fold_checkpoint,
@@ -45,6 +61,7 @@ if TYPE_CHECKING:
     from hra_fx.export.lower import lower as lower
     from hra_fx.export.onnx_swap import adapter_inputs as adapter_inputs, make_swappable as make_swappable
     from hra_fx.integrations.peft_acceleration import accelerate_peft as accelerate_peft
+    from hra_fx.integrations.push import push_to_hub as push_to_hub
     from hra_fx.lora.result import LoraResult as LoraResult
     from hra_fx.lora.save import convert_to_lora as convert_to_lora, save_as_lora as save_as_lora
     from hra_fx.model.add import add_adapter as add_adapter
@@ -64,10 +81,18 @@ __version__ = VERSION
 
 #: Public name -> the module that it is imported from; the same as the block above, which type checkers read.
 _HOMES = {
+    "AutoPeftModel": "api.auto",
+    "AutoPeftModelForCausalLM": "api.auto",
+    "AutoPeftModelForFeatureExtraction": "api.auto",
+    "AutoPeftModelForQuestionAnswering": "api.auto",
+    "AutoPeftModelForSeq2SeqLM": "api.auto",
+    "AutoPeftModelForSequenceClassification": "api.auto",
+    "AutoPeftModelForTokenClassification": "api.auto",
     "FoldPlan": "model.fold",
     "HRAConfig": "config",
     "HRAModel": "api.peft_model",
     "LoraResult": "lora.result",
+    "PeftModel": "api.peft_names",
     "Report": "reporting.result",
     "accelerate_peft": "integrations.peft_acceleration",
     "adapter_inputs": "export.onnx_swap",
@@ -79,6 +104,11 @@ _HOMES = {
     "fold": "api.fold",
     "fold_checkpoint": "checkpoint.disk.fold",
     "freeze": "export.freeze",
+    "from_peft": "api.from_peft",
+    "get_layer_status": "api.status",
+    "get_model_status": "api.status",
+    "get_peft_model": "api.peft_names",
+    "get_peft_model_state_dict": "api.peft_names",
     "graphs": "api.graphs",
     "load_adapter": "api.load",
     "lower": "export.lower",
@@ -86,6 +116,7 @@ _HOMES = {
     "merge_adapter": "model.merge",
     "orthogonality_loss": "model.orthogonality",
     "plan_fold": "model.fold",
+    "push_to_hub": "integrations.push",
     "report": "reporting.report",
     "save_adapter": "checkpoint.saving",
     "save_as_lora": "lora.save",

@@ -6,7 +6,7 @@ kept when it is written again.
 
 from __future__ import annotations
 
-import difflib
+import glob
 import json
 import os
 import re
@@ -15,37 +15,17 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from hra_fx.errors import ConfigError
+from hra_fx.errors import CheckpointError, ConfigError
+from hra_fx.field_hints import field_hint
+from hra_fx.hub import check_options, download
 
 __all__ = ["CONFIG_NAME", "HRAConfig", "layer_index_regex", "saved_module_regex"]
 
 CONFIG_NAME = "adapter_config.json"
 _TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 _BIASES = ("none", "all", "hra_only")
-# Other names for the fields, from other libraries and the paper, that are not found by similar spelling.
-_SYNONYMS = {
-    "rank": "r",
-    "hra_r": "r",
-    "lora_r": "r",
-    "num_reflections": "r",
-    "gs": "apply_GS",
-    "gram_schmidt": "apply_GS",
-    "use_gram_schmidt": "apply_GS",
-    "init_hra_weights": "init_weights",
-    "init_lora_weights": "init_weights",
-    "targets": "target_modules",
-    "target_layers": "target_modules",
-    "modules": "target_modules",
-    "excludes": "exclude_modules",
-    "modules_to_exclude": "exclude_modules",
-    "ignore_modules": "exclude_modules",
-    "layers": "layers_to_transform",
-    "layer_indices": "layers_to_transform",
-    "layer_ids": "layers_to_transform",
-    "trainable_modules": "modules_to_save",
-    "base_model": "base_model_name_or_path",
-    "task": "task_type",
-}
+#: Values of `bias` of other methods of PEFT.
+_OTHER_BIASES = ("lora_only", "oft_only", "boft_only")
 
 
 @dataclass(kw_only=True)
@@ -109,7 +89,7 @@ class HRAConfig:
             raise ConfigError(f"HRAConfig takes keyword arguments only, got {args[0]!r}. Use for example r=8.")
         for name in kwargs:
             if name not in cls.__dataclass_fields__:
-                raise ConfigError(f"HRAConfig has no field `{name}`. {_hint(name)}")
+                raise ConfigError(f"HRAConfig has no field `{name}`. {field_hint(name, _field_names())}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -174,6 +154,18 @@ class HRAConfig:
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Not an attribute: functions of PEFT read it first, and take no configuration but PEFT's.
+
+        Raises:
+            AttributeError: always; it says what to call.
+        """
+        raise AttributeError(
+            "hra_fx.HRAConfig is not a peft.PeftConfig. Call the function of hra_fx with the same name, such as "
+            "hra_fx.get_peft_model, or convert it: peft.HRAConfig.from_peft_type(**config.to_dict())."
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """All fields and extra entries as a dict for JSON. Sets become sorted lists, and values are copied.
 
@@ -223,19 +215,26 @@ class HRAConfig:
         return cls(**known, extra=extra)
 
     @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike[str], subfolder: str | None = None) -> HRAConfig:
-        """Read `adapter_config.json` of hra_fx or PEFT from a local directory, or from `subfolder` in it.
+    def from_pretrained(cls, directory: str | os.PathLike[str], subfolder: str | None = None, **hub: Any) -> HRAConfig:
+        """Read `adapter_config.json` of hra_fx or PEFT.
+
+        Args:
+            directory: a local folder; otherwise the name of a Hub repository.
+            subfolder: path of the adapter in `directory`.
+            hub: passed to `huggingface_hub.snapshot_download`: `revision`, `token`, `cache_dir` and others.
 
         Raises:
-            ConfigError: the file is missing, does not contain a JSON object, or has a wrong value. The message names
-                the file.
+            ConfigError: the file is missing, cannot be downloaded, does not contain a JSON object, or has a wrong
+                value. The message names the file.
+            TypeError: an unknown keyword argument.
         """
-        path = Path(directory, subfolder or "", CONFIG_NAME)
+        check_options(hub)
+        path = Path(_local(directory, subfolder, hub), subfolder or "", CONFIG_NAME)
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             reason = error.strerror or type(error).__name__
-            fix = f"Pass a local directory that contains {CONFIG_NAME}."
+            fix = f"Pass a folder that contains {CONFIG_NAME}, or the name of a Hub repository."
             raise ConfigError(f"{path}: cannot be read ({reason}). {fix}") from error
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: is not valid JSON ({error}).") from error
@@ -245,6 +244,17 @@ class HRAConfig:
             return cls.from_dict(values)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
+
+
+def _local(directory: str | os.PathLike[str], subfolder: str | None, hub: Mapping[str, Any]) -> Path:
+    """The folder itself, or where the Hub's file is downloaded to."""
+    # A path object is never the name of a repository.
+    if not isinstance(directory, str) or os.path.isdir(directory):
+        return Path(directory)
+    try:
+        return download(directory, [f"{glob.escape(subfolder)}/{CONFIG_NAME}" if subfolder else CONFIG_NAME], hub)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
 
 
 def layer_index_regex(pattern: str | None) -> str:
@@ -270,20 +280,12 @@ def _field_names() -> list[str]:
     return [f.name for f in fields(HRAConfig) if f.name != "extra"]
 
 
-def _hint(name: str) -> str:
-    """A sentence that suggests a field instead of the unknown `name`."""
-    lower = {known.lower(): known for known in _field_names()}
-    near = difflib.get_close_matches(name.lower(), [*lower, *_SYNONYMS], n=1, cutoff=0.75)
-    if near:
-        return f"Did you mean `{lower.get(near[0]) or _SYNONYMS[near[0]]}`?"
-    return f"The fields are {', '.join(_field_names())}."
-
-
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> str:
     """`value` as a plain string (PEFT's enums are strings too), which must be one of `allowed`."""
     if not isinstance(value, str) or value not in allowed:
         expected = f"one of {', '.join(map(repr, allowed))}" if len(allowed) > 1 else repr(allowed[0])
-        raise ConfigError(f"`{name}` must be {expected}, got {value!r}.")
+        hint = " Use 'hra_only' for the biases of the adapted layers." if value in _OTHER_BIASES else ""
+        raise ConfigError(f"`{name}` must be {expected}, got {value!r}.{hint}")
     return str.__str__(value)
 
 

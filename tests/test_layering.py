@@ -19,6 +19,8 @@ ORDER = (
     "hra_fx.version",
     "hra_fx.errors",
     "hra_fx.compat",
+    "hra_fx.field_hints",
+    "hra_fx.hub",
     "hra_fx.config",
     "hra_fx.atomic_write",
     "hra_fx.functional",

@@ -14,17 +14,19 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from hra_fx.api.attribute_names import check_names
 from hra_fx.api.fold import fold
 from hra_fx.api.load import load_adapter
+from hra_fx.api.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from hra_fx.api.transform import transform
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.export.captured import is_program
 from hra_fx.integrations.pretrained import save_adapters_or_model
+from hra_fx.integrations.push import create_or_update_model_card, push_to_hub
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.class_swap import SwapMixin, original_class, swap, swapped_class
+from hra_fx.layers.class_swap import SwapMixin, swap
 from hra_fx.layers.sharding import reshard
-from hra_fx.layers.trained_copies import BASE, all_copies
 from hra_fx.model.add import add_adapter
 from hra_fx.model.delete import delete_adapter
 from hra_fx.model.detach import remove_adapters
@@ -32,11 +34,8 @@ from hra_fx.model.merge import merge_adapter, unmerge_adapter
 from hra_fx.model.scale import check_strength, set_scale
 from hra_fx.model.state import AdapterState, check_no_foreign_class, collect_parts, get_state, names_in, root_of
 from hra_fx.model.switch import disable_adapters, enable_adapters, set_adapter
-from hra_fx.model.trainable import set_requires_grad
+from hra_fx.model.trainable import count_parameters, set_requires_grad
 from hra_fx.selection.target_mapping import DEFAULT_TARGETS
-
-#: Packages whose classes have methods of these names, which those of `HRAModel` replace.
-_REPLACED = ("transformers.", "diffusers.", "huggingface_hub.", "hra_fx.")
 
 
 class HRAModel(SwapMixin):
@@ -126,19 +125,20 @@ class HRAModel(SwapMixin):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """The number of trainable and of all parameters, counted as in PEFT: a trained bias counts once."""
-        waiting = {
-            id(copies.get(owner, BASE, "bias"))
-            for owner, copies in all_copies(self).values()
-            if set(copies.in_place) == {"bias"} and copies.in_place["bias"] != BASE
-        }
-        counted = [parameter for parameter in self.parameters() if id(parameter) not in waiting]
-        trained = sum(parameter.numel() for parameter in counted if parameter.requires_grad)
-        return trained, sum(parameter.numel() for parameter in counted)
+        return count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
         """Print the number of trainable parameters as PEFT does."""
         trained, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """As `hra_fx.get_layer_status`."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """As `hra_fx.get_model_status`."""
+        return get_model_status(self)
 
     def add_adapter(
         self,
@@ -282,6 +282,14 @@ class HRAModel(SwapMixin):
         }
         save_adapters_or_model(self, save_directory, selected_adapters, options, kwargs)
 
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> str:
+        """As `hra_fx.push_to_hub`."""
+        return push_to_hub(self, repo_id, *args, **kwargs)
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write the model card of the adapters, or update the metadata of the one in the folder."""
+        create_or_update_model_card(self, output_dir)
+
     @classmethod
     def from_pretrained(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
         """`HRAModel.from_pretrained(base, directory, adapter_name="default", is_trainable=False)`.
@@ -325,7 +333,7 @@ def _adapted(
             "hra_fx.transform(model, config), which returns a model of the same type."
         )
     if isinstance(model, nn.Module):
-        _check_names(model)
+        check_names(model, HRAModel)
     given: Any = peft_config if config is None else config
     configs = dict(given) if isinstance(given, Mapping) else {adapter_name: given}
     first = adapter_name if adapter_name in configs else next(iter(configs), adapter_name)
@@ -339,7 +347,7 @@ def _adapted(
         if plain and record:
             remove_adapters(model, record, tuple(record.configs))
         raise
-    return _as_hra_model(model)
+    return as_hra_model(model)
 
 
 def _loaded(
@@ -350,37 +358,19 @@ def _loaded(
     **kwargs: Any,
 ) -> nn.Module:
     if isinstance(model, nn.Module):
-        _check_names(model)
+        check_names(model, HRAModel)
     load_adapter(model, model_id, adapter_name, is_trainable=is_trainable, **_known_options(kwargs))
-    return _as_hra_model(model)
+    return as_hra_model(model)
 
 
-def _as_hra_model(model: nn.Module) -> nn.Module:
+def as_hra_model(model: nn.Module) -> nn.Module:
+    """Add the methods of `HRAModel` to a transformed model, whose names were checked (`check_names`)."""
     if not isinstance(model, HRAModel):
         swap(model, HRAModel)
     return model
 
 
 def _known_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Without options of PEFT that are always on here: loading with little memory, and at least float32 vectors."""
-    always = ("low_cpu_mem_usage", "autocast_adapter_dtype", "ephemeral_gpu_offload", "torch_device")
+    """Without options of PEFT that are always on here: little memory, float32 vectors, new values in place."""
+    always = ("low_cpu_mem_usage", "autocast_adapter_dtype", "ephemeral_gpu_offload", "torch_device", "hotswap")
     return {name: value for name, value in options.items() if name not in always}
-
-
-def _check_names(model: nn.Module) -> None:
-    """Check that a subclass of the class can be made, and that it hides no attribute of the model."""
-    kind = original_class(model)
-    try:
-        swapped_class(HRAModel, kind)
-    except Exception as error:
-        raise AdapterError(f"{kind.__name__} cannot be subclassed ({type(error).__name__}: {error}).") from error
-    for name in vars(HRAModel):
-        if name.startswith("_"):
-            continue
-        held = any(name in space for space in (model._modules, model._parameters, model._buffers, vars(model)))
-        home = next((base for base in kind.__mro__ if name in vars(base)), None)
-        if held or (home and not f"{home.__module__}.".startswith(_REPLACED)):
-            raise AdapterError(
-                f"{name}: {kind.__name__} has an attribute of this name, which HRAModel would hide. Rename it, or use "
-                "hra_fx.transform and the functions of hra_fx instead."
-            )

@@ -53,7 +53,7 @@ def transform(
         model: any module with layers that can be adapted (Linear, Conv1d to Conv3d, transformers' Conv1D, attention);
             a `GraphModule` gets the reflections in its own graph. Of a `torch.export.ExportedProgram` a new one is
             made, with one node `hra_fx::rotate` for each weight.
-        config: which layers, how many reflections, and how they start.
+        config: which layers, how many reflections, and how they start; a `peft.HRAConfig` is converted.
         adapter_name: name of the adapter, a part of its parameters' names.
         low_cpu_mem_usage: make the vectors on the meta device, for `load_adapter`, or for
             `load_state_dict(..., assign=True)`, to fill.
@@ -77,7 +77,7 @@ def transform(
         `model`, or the `GraphModule` of `trace`. The same call on a model that has the adapter already changes nothing.
 
     Raises:
-        ConfigError: `config` is not an `HRAConfig`.
+        ConfigError: `config` is not an `HRAConfig` of hra_fx or PEFT.
         SelectionError: the configuration does not fit the model.
         UnsupportedLayerError: a selected layer cannot be adapted.
         AdapterError: the model has another adapter (see `add_adapter`), or this one with another configuration; or

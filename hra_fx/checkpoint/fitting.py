@@ -23,6 +23,7 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import CheckpointError, HRAWarning, SelectionError
 from hra_fx.layers.adapters import AdapterSpec
 from hra_fx.layers.target import width_of
+from hra_fx.model.setup import valid_config
 from hra_fx.model.trainable import to_copy
 from hra_fx.selection.select import saved_modules, select, without_unmatched
 
@@ -69,7 +70,7 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None = None) -> Fitte
         HRAWarning: the configuration names another base model.
     """
     file = folder / WEIGHTS_NAME
-    config = without_unmatched(model, HRAConfig.from_pretrained(folder) if given is None else given)
+    config = without_unmatched(model, HRAConfig.from_pretrained(folder) if given is None else valid_config(given))
     tensors, metadata = read_prefixed(file)
     try:
         layers: Any = select(model, config)

@@ -20,23 +20,12 @@ from hra_fx.atomic_write import atomic_write, temporary_file
 from hra_fx.checkpoint.weights import non_finite
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError
+from hra_fx.hub import check_options, download
 
 __all__ = ["WEIGHTS_NAME", "find", "write", "write_weights"]
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLE_NAME = "adapter_model.bin"
-_HUB_OPTIONS = (
-    "cache_dir",
-    "endpoint",
-    "etag_timeout",
-    "force_download",
-    "headers",
-    "local_files_only",
-    "max_workers",
-    "revision",
-    "token",
-    "user_agent",
-)
 _MAX_LISTED = 10
 _SAVED_BY = "Give the folder that an adapter was saved in (in PEFT, with safe_serialization=True)."
 
@@ -58,9 +47,7 @@ def find(source: str | os.PathLike[str], subfolder: str | None = None, **hub: An
     Traceback (most recent call last):
     hra_fx.errors.CheckpointError: runs/of/mine: no such folder, and not a valid Hub repository name. ...
     """
-    for option in hub:
-        if option not in _HUB_OPTIONS:
-            raise TypeError(f"unexpected keyword argument {option!r}. Use subfolder, {', '.join(_HUB_OPTIONS)}.")
+    check_options(hub)
     inside = _normalized(source, subfolder)
     root = Path(source) if os.path.isdir(source) else _download(source, inside, hub)
     folder = root / inside
@@ -101,28 +88,8 @@ def _suggestion(root: Path, folder: Path) -> str:
 
 def _download(source: str | os.PathLike[str], inside: str, hub: Mapping[str, Any]) -> Path:
     """Download the adapter's files; the repository's folder in the Hub cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    if os.path.isfile(source):
-        raise CheckpointError(f"{os.fspath(source)}: is a file. Give the folder that contains it.")
-    if not isinstance(source, str):
-        raise CheckpointError(f"{os.fspath(source)}: no such folder. Give the folder of an adapter.")
     within = "" if inside == "." else glob.escape(inside) + "/"
-    try:
-        path = snapshot_download(source, allow_patterns=[within + CONFIG_NAME, within + WEIGHTS_NAME], **hub)
-    except HFValidationError as error:
-        raise CheckpointError(
-            f"{source}: no such folder, and not a valid Hub repository name. Give a folder, or a name such as "
-            "'user/name'."
-        ) from error
-    # The Hub's errors and those of its transports have no common base class.
-    except Exception as error:
-        raise CheckpointError(
-            f"{source}: no such folder, and the download from the Hub failed ({' '.join(str(error).split())}). Check "
-            "the name, the revision, the network, and that your token may read the repository."
-        ) from error
-    return Path(path)
+    return download(source, [within + CONFIG_NAME, within + WEIGHTS_NAME], hub)
 
 
 def write(

@@ -14,10 +14,11 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from torch import Tensor, nn
 
+from hra_fx.checkpoint.base_model import auto_mapping, base_model_name
 from hra_fx.checkpoint.folder import write, write_weights
 from hra_fx.checkpoint.keys import (
     adapter_entries,
@@ -28,11 +29,11 @@ from hra_fx.checkpoint.keys import (
     vectors_entry,
     vectors_key,
 )
+from hra_fx.checkpoint.model_card import CARD_NAME, write_card
 from hra_fx.compat import non_persistent_buffers
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.functional.chain import plain_chain
-from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.sharding import full_tensor, is_dtensor, on_first_rank
 from hra_fx.layers.trained_copies import all_copies
 from hra_fx.model.offload import require_materialized
@@ -95,6 +96,8 @@ def save_pretrained(
 ) -> None:
     """Save several adapters like PEFT's `save_pretrained`: "default" to the folder, others to subfolders.
 
+    A model card is written too, if the folder has none.
+
     In a checkpoint folder of transformers' Trainer, the adapters' entries of the `state_dict` are also saved to
     `model.safetensors`, from which the Trainer resumes.
 
@@ -129,13 +132,37 @@ def save_pretrained(
     contents = {name: _contents(root, record, name, state) for name in names}
     checkpoint = _CHECKPOINT.fullmatch(Path(directory).name) and not Path(directory, "config.json").exists()
     entries = {key: full_tensor(state[key]) for key in adapter_entries(root) if key in state} if checkpoint else {}
-    on_first_rank(shards, lambda: _write_all(Path(directory), contents, entries))
+
+    def write_all() -> None:
+        _write_all(Path(directory), contents, entries)
+        if not Path(directory, CARD_NAME).exists():
+            write_card(Path(directory), root, {name: config for name, (config, _, _) in contents.items()})
+
+    on_first_rank(shards, write_all)
     if Path(directory, "config.json").exists():
         text = (
             f"{directory}: the adapters were saved next to a full model. from_pretrained of diffusers, or of "
             "transformers without PEFT, loads that model without them: use hra_fx.load_adapter, or another folder."
         )
         warnings.warn(text, HRAWarning, stacklevel=3)
+
+
+def adapter_tensors(
+    model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of an adapter under the keys of its file.
+
+    Args:
+        model: a transformed model.
+        adapter_name: name of the adapter.
+        state_dict: the model's, if a wrapper has gathered it.
+
+    Raises:
+        AdapterError: the model has no such adapter.
+    """
+    root, record = root_of(model)
+    names_in(record, adapter_name)
+    return _contents(root, record, adapter_name, root.state_dict() if state_dict is None else state_dict)[1]
 
 
 def _write_all(directory: Path, contents: Mapping[str, _Contents], entries: Mapping[str, Tensor]) -> None:
@@ -210,16 +237,3 @@ def _inference_config(root: nn.Module, config: HRAConfig, rank: int, apply_GS: b
         base_model_name_or_path=base_model_name(root, config),
         auto_mapping=auto_mapping(root, config),
     )
-
-
-def base_model_name(root: nn.Module, config: HRAConfig) -> str | None:
-    """PEFT's `base_model_name_or_path`: as configured, or as transformers knows it."""
-    base = config.base_model_name_or_path or getattr(root, "name_or_path", None)
-    return base if isinstance(base, str) and base else None
-
-
-def auto_mapping(root: nn.Module, config: HRAConfig) -> dict[str, Any] | None:
-    """PEFT's `auto_mapping`: the class of the base model, where no task type tells it."""
-    kind = original_class(root)
-    mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-    return config.auto_mapping or (None if config.task_type else mapping)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hra_fx.cli.layers import LayerSummary
     from hra_fx.config import HRAConfig
     from hra_fx.reporting.skipped_layers import SkippedLayer
+    from hra_fx.reporting.skipped_parameters import SkippedParameter
 
 EXAMPLES = (
     "hra-fx match my-model",
@@ -49,6 +50,8 @@ class Match:
         adapted: layers that would be adapted.
         refused: matched layers that cannot be adapted.
         missed: layers that could be adapted, but do not match.
+        trained_layers: paths of the layers that would be trained in full.
+        missed_parameters: 3-D parameters (experts), which would not be adapted.
         error: why the configuration does not fit the model; then nothing else is known.
     """
 
@@ -61,6 +64,8 @@ class Match:
     adapted: Sequence[LayerSummary] = ()
     refused: Sequence[SkippedLayer] = ()
     missed: Sequence[SkippedLayer] = ()
+    trained_layers: Sequence[str] = ()
+    missed_parameters: Sequence[SkippedParameter] = ()
     error: str | None = None
 
 
@@ -171,6 +176,7 @@ def _match_layers(path: Path, config: HRAConfig) -> Match:
     from hra_fx.layers.target import describe
     from hra_fx.model.trainable import to_copy
     from hra_fx.reporting.skipped_layers import SkippedLayer
+    from hra_fx.reporting.skipped_parameters import skipped_parameters
     from hra_fx.selection.select import select, with_head
 
     model, library = build(path)
@@ -183,6 +189,8 @@ def _match_layers(path: Path, config: HRAConfig) -> Match:
     refused = {name: reason for name, layer in chosen.items() if (reason := _why_not(name, layer, config))}
     adapted = [summarize_layer(name, layer) for name, layer in chosen.items() if name not in refused]
     copies = to_copy(model, config, chosen)
+    in_full = {f"{path}.{name}" for path, (_, names) in copies.items() for name in names}
+    missed, trained_layers = _not_adapted(model, chosen, config)
     return Match(
         type(model).__name__,
         library,
@@ -192,7 +200,9 @@ def _match_layers(path: Path, config: HRAConfig) -> Match:
         trained_in_full=sum(getattr(owner, name).numel() for owner, names in copies.values() for name in names),
         adapted=adapted,
         refused=[SkippedLayer(name, describe(chosen[name]), reason) for name, reason in refused.items()],
-        missed=_missed(model, chosen, config),
+        missed=missed,
+        trained_layers=trained_layers,
+        missed_parameters=[p for p in skipped_parameters(model.requires_grad_(False)) if p.path not in in_full],
     )
 
 
@@ -207,16 +217,25 @@ def _why_not(name: str, layer: nn.Module, config: HRAConfig) -> str | None:
     return None
 
 
-def _missed(model: nn.Module, chosen: dict[str, nn.Module], config: HRAConfig) -> list[SkippedLayer]:
+def _not_adapted(
+    model: nn.Module, chosen: dict[str, nn.Module], config: HRAConfig
+) -> tuple[list[SkippedLayer], list[str]]:
+    """The layers that would not be adapted, and those that would be trained in full."""
     from hra_fx.layers.target import describe, find_kind
     from hra_fx.reporting.skipped_layers import Selection, SkippedLayer
 
     selection = Selection(model, config)
-    return [
-        SkippedLayer(name, describe(layer), selection.reason(name, kind))
+    others = [
+        (name, layer, kind)
         for name, layer in model.named_modules()
-        if name and name not in chosen and (kind := find_kind(layer)) and not selection.trains_in_full(layer)
+        if name and name not in chosen and (kind := find_kind(layer))
     ]
+    missed = [
+        SkippedLayer(name, describe(layer), selection.reason(name, kind))
+        for name, layer, kind in others
+        if not selection.trains_in_full(layer)
+    ]
+    return missed, [name for name, layer, _ in others if selection.trains_in_full(layer)]
 
 
 def _show(found: Match) -> None:
@@ -249,5 +268,5 @@ def _show(found: Match) -> None:
         show_lines(
             f"Cannot be adapted: {count(len(found.refused), 'layer')}", [f"{m.path}: {m.reason}" for m in found.refused]
         )
-    for footnote in footnotes((), found.missed):
+    for footnote in footnotes((), found.missed, found.trained_layers, found.missed_parameters):
         show_lines(footnote.heading, footnote.lines)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hra_fx.checkpoint.keys import adapter_entries
 from hra_fx.checkpoint.saving import save_pretrained
 from hra_fx.errors import AdapterError
+from hra_fx.integrations.push import create_or_update_model_card, push_to_hub
 from hra_fx.integrations.resize_embeddings import plain_output_layers
 from hra_fx.layers.class_swap import original_class
 from hra_fx.model.root import AdaptedModel
@@ -67,6 +68,17 @@ class AdaptedPretrainedModel(AdaptedModel):
             "push_to_hub": push_to_hub,
         }
         save_adapters_or_model(self, save_directory, selected_adapters, options, kwargs)
+
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """As `hra_fx.push_to_hub`: upload the adapters, with a model card if the repository has none."""
+        if get_state(self) is None:  # a new object of this class
+            base: Any = super()
+            return base.push_to_hub(repo_id, *args, **kwargs)
+        return push_to_hub(self, repo_id, *args, **kwargs)
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write the model card of the adapters; transformers' Trainer calls it when it writes its own."""
+        create_or_update_model_card(self, output_dir)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Resize as the base class does; the resized output layer keeps its reflections.

@@ -79,15 +79,17 @@ def checked(model: Any, config: HRAConfig, adapter_name: str) -> HRAConfig:
 
 
 def valid_config(config: HRAConfig) -> HRAConfig:
-    """A validated copy of a configuration.
+    """A validated copy of a configuration, which may also be a `peft.HRAConfig`.
 
     Raises:
-        ConfigError: it is not an `HRAConfig`.
+        ConfigError: it is neither.
     """
+    kind = f"{type(config).__module__}.{type(config).__qualname__}"
+    if kind == "peft.tuners.hra.config.HRAConfig":
+        return HRAConfig.from_dict(copy.deepcopy(config.to_dict()))
     if not isinstance(config, HRAConfig):
-        kind = f"{type(config).__module__}.{type(config).__qualname__}"
         raise ConfigError(
-            f"config must be an hra_fx.HRAConfig, got {kind}. Make one with hra_fx.HRAConfig(r=..., "
-            "target_modules=...), or read PEFT's file with hra_fx.HRAConfig.from_pretrained(folder)."
+            f"config must be an hra_fx.HRAConfig or a peft.HRAConfig, got {kind}. Make one with "
+            "hra_fx.HRAConfig(r=..., target_modules=...), or read a file with hra_fx.HRAConfig.from_pretrained(folder)."
         )
     return copy.deepcopy(dataclasses.replace(config))

@@ -13,6 +13,7 @@ from hra_fx.errors import AdapterError
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.class_swap import is_swapped, mixins_of
+from hra_fx.layers.peft_layers import find_peft_layer
 from hra_fx.layers.sharding import first_sharded
 from hra_fx.layers.target import REFLECTION
 from hra_fx.layers.trained_copies import Copies
@@ -211,4 +212,6 @@ def _no_adapters(model: nn.Module) -> AdapterError:
             "anything else, load its state_dict into a model that was transformed without trace=True: "
             "load_state_dict(graph.state_dict(), strict=False)."
         )
+    if found := find_peft_layer(model):
+        return AdapterError(f"{kind} has adapters of PEFT ({found[0]}), and none of hra_fx. {found[1]}")
     return AdapterError(f"{kind} has no adapters. Call hra_fx.transform(model, config) first.")

@@ -13,7 +13,7 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import UnsupportedLayerError
 from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.target import REFLECTION, SAVED
-from hra_fx.layers.trained_copies import Copies, get_copies, own_tensors
+from hra_fx.layers.trained_copies import BASE, Copies, all_copies, get_copies, own_tensors
 from hra_fx.model.state import AdaptedParts, AdapterState
 from hra_fx.model.tied import tied_to
 from hra_fx.model.untie import Place, find_ties, is_tied, set_tied, why_not_untie
@@ -73,6 +73,18 @@ def set_requires_grad(parts: AdaptedParts, names: Iterable[str], wanted: bool) -
                 reflection.set_trainable(name, wanted)
         for owner, copies in parts.copies:
             copies.set_trainable(owner, name, wanted)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """The number of trainable and of all parameters, counted as in PEFT: a trained bias counts once."""
+    waiting = {
+        id(copies.get(owner, BASE, "bias"))
+        for owner, copies in all_copies(model).values()
+        if set(copies.in_place) == {"bias"} and copies.in_place["bias"] != BASE
+    }
+    counted = [parameter for parameter in model.parameters() if id(parameter) not in waiting]
+    trained = sum(parameter.numel() for parameter in counted if parameter.requires_grad)
+    return trained, sum(parameter.numel() for parameter in counted)
 
 
 def make_copies(

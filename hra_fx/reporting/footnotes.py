@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from hra_fx.reporting.row import Row
 from hra_fx.reporting.skipped_layers import SkippedLayer
+from hra_fx.reporting.skipped_parameters import SkippedParameter
 
 # Limits of a printed report; the data have all reasons and names.
 _REASONS = 6
@@ -25,23 +26,41 @@ class Footnote:
 
 
 def footnotes(
-    rows: Collection[Row], skipped: Collection[SkippedLayer], trained_in_full: Collection[str] = ()
+    rows: Collection[Row],
+    skipped: Collection[SkippedLayer],
+    trained_in_full: Collection[str] = (),
+    parameters: Collection[SkippedParameter] = (),
 ) -> list[Footnote]:
     """The footnotes of a report that have any lines.
 
     Args:
         rows: the rows of the report.
         skipped: the layers without an adapter.
-        trained_in_full: paths of the layers in `modules_to_save`.
+        trained_in_full: paths of the layers that are trained in full.
+        parameters: the 3-D parameters without an adapter.
     """
     trained = (_listed(_counted(trained_in_full)),) if trained_in_full else ()
+    lost, others = ([layer for layer in skipped if layer.targeted is wanted] for wanted in (True, False))
+    share = sum(parameter.share for parameter in parameters)
     found = [
+        Footnote(f"Targeted, but not adapted: {_layers(lost)}", tuple(_by_reason(lost))),
+        Footnote(f"Not adapted: 3-D parameters, {share:.1%} of the base model", tuple(_experts(parameters))),
         Footnote("Not traced as one graph:", tuple(_untraced(rows))),
-        Footnote("Trained in full (modules_to_save):", trained),
-        Footnote(f"Not adapted: {len(skipped):,} layer{'s' * (len(skipped) != 1)}", tuple(_by_reason(skipped))),
+        Footnote("Trained in full:", trained),
+        Footnote(f"Not adapted: {_layers(others)}", tuple(_by_reason(others))),
         Footnote("Q is not orthogonal:", tuple(_not_orthogonal(rows))),
     ]
     return [footnote for footnote in found if footnote.lines]
+
+
+def _layers(layers: Collection[SkippedLayer]) -> str:
+    return f"{len(layers):,} layer{'s' * (len(layers) != 1)}"
+
+
+def _experts(parameters: Collection[SkippedParameter]) -> list[str]:
+    counted = _counted([parameter.path for parameter in parameters])
+    names = list(dict.fromkeys(".".join(parameter.path.split(".")[-2:]) for parameter in parameters))
+    return [f"{_listed(counted)}: to adapt them, use target_parameters={names}"] if parameters else []
 
 
 def _untraced(rows: Collection[Row]) -> list[str]:

@@ -15,6 +15,7 @@ from hra_fx.reporting.measuring import chain_of, share_of, turn_of, weight_rows
 from hra_fx.reporting.result import Report
 from hra_fx.reporting.row import Row
 from hra_fx.reporting.skipped_layers import not_adapted, not_adapted_in_graph
+from hra_fx.reporting.skipped_parameters import skipped_parameters
 from hra_fx.tracing.capture import capture_layers
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def report(model: nn.Module | ExportedProgram, *, capture: bool = False) -> Report:
-    """Describe what each adapter does at each layer, and list the layers without an adapter.
+    """Describe what each adapter does at each layer, and list the layers and 3-D parameters without an adapter.
 
     The angles come from matrices of size `r x r`, and the share of the weight from one product of the weight with at
     most `r + 1` columns, so that no `d x d` matrix is made.
@@ -48,7 +49,7 @@ def report(model: nn.Module | ExportedProgram, *, capture: bool = False) -> Repo
         return _report_of_graph(model, capture=capture)
     module: Any = model
     skipped, trained = not_adapted(module)
-    return Report(_rows(module, capture=capture), skipped, trained)
+    return Report(_rows(module, capture=capture), skipped, trained, skipped_parameters(module))
 
 
 def _rows(model: nn.Module, *, capture: bool) -> tuple[Row, ...]:

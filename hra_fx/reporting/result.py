@@ -21,6 +21,7 @@ from hra_fx.reporting.plots.comparison import draw_comparison
 from hra_fx.reporting.plots.heatmap import draw_heatmap
 from hra_fx.reporting.row import Row
 from hra_fx.reporting.skipped_layers import SkippedLayer
+from hra_fx.reporting.skipped_parameters import SkippedParameter
 from hra_fx.reporting.table import as_text, in_terminal
 
 
@@ -31,12 +32,14 @@ class Report:
     Attributes:
         rows: one for each adapter of each layer, in model order.
         skipped: the layers that could have an adapter and have none, with the reason, in model order.
-        trained_in_full: paths of the layers that are trained in full because of `modules_to_save`.
+        trained_in_full: paths of the layers that are trained in full: those of `modules_to_save`, and new heads.
+        skipped_parameters: the 3-D parameters (experts) that have no adapter, in model order.
     """
 
     rows: tuple[Row, ...]
     skipped: tuple[SkippedLayer, ...] = ()
     trained_in_full: tuple[str, ...] = ()
+    skipped_parameters: tuple[SkippedParameter, ...] = ()
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -51,7 +54,7 @@ class Report:
         return [dataclasses.asdict(row) | {"angles": list(row.angles)} for row in self.rows]
 
     def to_json(self, indent: int | None = None) -> str:
-        """`{"rows": [...], "skipped": [...], "trained_in_full": [...]}` as JSON, with `null` for NaN.
+        """A JSON object with the fields of the report, and `null` for NaN.
 
         Args:
             indent: spaces for each level; `None` for one line.
@@ -60,6 +63,7 @@ class Report:
             "rows": self.to_dicts(),
             "skipped": [dataclasses.asdict(layer) for layer in self.skipped],
             "trained_in_full": list(self.trained_in_full),
+            "skipped_parameters": [dataclasses.asdict(parameter) for parameter in self.skipped_parameters],
         }
         return json.dumps(_without_nan(content), indent=indent, allow_nan=False)
 
@@ -116,7 +120,7 @@ class Report:
     __repr__ = __str__
 
     def _footnotes(self) -> list[Footnote]:
-        return footnotes(self.rows, self.skipped, self.trained_in_full)
+        return footnotes(self.rows, self.skipped, self.trained_in_full, self.skipped_parameters)
 
 
 def _without_nan(value: Any) -> Any:

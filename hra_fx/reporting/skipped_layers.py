@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from hra_fx.config import HRAConfig
 from hra_fx.export.inspect import unadapted_layers
-from hra_fx.layers.target import REFLECTION, SAVED, LayerKind, describe, find_kind
+from hra_fx.layers.target import REFLECTION, SAVED, LayerKind, describe, find_kind, weight_name
 from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, get_state
 from hra_fx.selection.select import is_target, layer_index, resolve_targets, saved_modules
 from hra_fx.selection.suggestions import format_names
@@ -35,11 +35,13 @@ class SkippedLayer:
         path: qualified name of the layer.
         layer_type: class and shape of the layer.
         reason: why it has no adapter.
+        targeted: whether the configuration of an adapter selects it, so that it should have one.
     """
 
     path: str
     layer_type: str
     reason: str
+    targeted: bool = False
 
 
 def not_adapted(model: nn.Module) -> tuple[tuple[SkippedLayer, ...], tuple[str, ...]]:
@@ -49,7 +51,8 @@ def not_adapted(model: nn.Module) -> tuple[tuple[SkippedLayer, ...], tuple[str, 
         model: a transformed model, a module that contains one, or a part of one (then the reasons are unknown).
 
     Returns:
-        The skipped layers, and the paths of those that are trained in full because of `modules_to_save`.
+        The skipped layers, and the paths of those that are trained in full: because of `modules_to_save`, or because
+        their weight requires gradients (a new head).
     """
     adapted = set(adapted_layers(model).values())
     roots = set(collect_parts(model).roots)
@@ -60,14 +63,21 @@ def not_adapted(model: nn.Module) -> tuple[tuple[SkippedLayer, ...], tuple[str, 
         if not kind or layer in adapted or not path or {REFLECTION, SAVED} & set(path.split(".")):
             continue
         root = next((root for root in selections if not root or path.startswith(f"{root}.")), None)
-        if root is None:
-            skipped.append(SkippedLayer(path, describe(layer), _why_outside(selections)))
-        elif any(selection.trains_in_full(layer) for selection in selections[root].values()):
+        inside, below = {} if root is None else selections[root], path[len(root or "") :].lstrip(".")
+        targeted = any(selection.selects(below) for selection in inside.values())
+        in_full = any(selection.trains_in_full(layer) for selection in inside.values())
+        if in_full or (selections and not targeted and _requires_grad(layer, kind)):
             trained.append(path)
         else:
-            reason = reason_of(selections[root], path[len(root) :].lstrip("."), kind)
-            skipped.append(SkippedLayer(path, describe(layer), reason))
+            reason = _why_outside(selections) if root is None else reason_of(inside, below, kind)
+            skipped.append(SkippedLayer(path, describe(layer), reason, targeted))
     return tuple(skipped), tuple(trained)
+
+
+def _requires_grad(layer: nn.Module, kind: LayerKind) -> bool:
+    """Whether the weight of a layer is trained itself."""
+    weight = layer._parameters.get(weight_name(kind))
+    return weight is not None and weight.requires_grad
 
 
 def not_adapted_in_graph(graph: fx.GraphModule | ExportedProgram) -> tuple[tuple[SkippedLayer, ...], tuple[str, ...]]:
@@ -79,7 +89,9 @@ def not_adapted_in_graph(graph: fx.GraphModule | ExportedProgram) -> tuple[tuple
         reason = refusal
         if reason is None and selections:
             reason = reason_of(selections, path, kind)
-        skipped.append(SkippedLayer(path, layer_type, reason or "unknown: the graph has no adapter configuration"))
+        targeted = any(selection.selects(path) for selection in selections.values())
+        reason = reason or "unknown: the graph has no adapter configuration"
+        skipped.append(SkippedLayer(path, layer_type, reason, targeted))
     return tuple(skipped), ()
 
 
@@ -107,9 +119,13 @@ class Selection:
         """Whether the layer is, or is inside of, one of `modules_to_save`."""
         return layer in self._saved
 
+    def selects(self, path: str) -> bool:
+        """Whether the layer of this path should have an adapter."""
+        return is_target(self.config, path, self.targets)
+
     def reason(self, path: str, kind: LayerKind) -> str:
         """Why this adapter is not at the layer of this path."""
-        if is_target(self.config, path, self.targets):
+        if self.selects(path):
             return "folded or replaced after transform"
         if not is_target(self._unrestricted, path, self.targets):
             return self._why_not_matched(kind)

@@ -77,8 +77,6 @@ def _module_problem(module: nn.Module) -> str | None:
             "DistributedDataParallel does not synchronize parameters that are added later. Adapt the model first, then "
             "wrap it"
         )
-    if type(module).__module__.startswith("peft.tuners") and hasattr(module, "base_layer"):
-        return "it already has a PEFT adapter. Call `merge_and_unload()` or `unload()` on the PEFT model first"
     return None
 
 

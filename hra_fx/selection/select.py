@@ -17,10 +17,13 @@ from typing import Any
 from torch import nn
 
 from hra_fx.config import HRAConfig, layer_index_regex, saved_module_regex
-from hra_fx.errors import HRAWarning, SelectionError
+from hra_fx.errors import HRAWarning, SelectionError, UnsupportedLayerError
+from hra_fx.layers.peft_layers import find_peft_layer
 from hra_fx.layers.target import REFLECTION, SAVED, find_kind
+from hra_fx.selection.parameters import hint_for, hint_inside
 from hra_fx.selection.suggestions import format_names, leaf_names, suffixes, suggestion
 from hra_fx.selection.target_mapping import DEFAULT_TARGETS
+from hra_fx.selection.unmatched import warn_unmatched
 
 __all__ = [
     "is_target",
@@ -55,14 +58,17 @@ def select(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
         SelectionError: no layer matches (the message suggests names, or says which field excludes the matches), a
             matched module is not of a supported type, the architecture has no default targets, an entry of
             `modules_to_save` matches no module, or a layer would be both adapted and saved in full.
+        UnsupportedLayerError: the model has adapters of PEFT.
 
     Warns:
-        HRAWarning: `exclude_modules` matches no module.
+        HRAWarning: `exclude_modules`, or an entry of `target_modules`, matches no module.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
     >>> select(model, HRAConfig(target_modules="all-linear", exclude_modules=["2"]))
     {'0': Linear(in_features=2, out_features=2, bias=True)}
     """
+    if found := find_peft_layer(model):
+        raise UnsupportedLayerError(f"{found[0]}: it already has a PEFT adapter. {found[1]}")
     chosen = targeted(model, config)
     modules = dict(_walk(model))
     if not chosen:
@@ -75,6 +81,7 @@ def select(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
         hint = suggestion(config.exclude_modules, list(modules))
         text = f"`exclude_modules={format_names(config.exclude_modules)}` matches no module. {hint}"
         warnings.warn(text, HRAWarning, stacklevel=2)
+    warn_unmatched(model, config, modules, [path for path, module in modules.items() if _adaptable(module)])
     return chosen
 
 
@@ -307,6 +314,8 @@ def _wrong_type(path: str, module: nn.Module) -> str:
     if below:
         names = repr(below) if len(below) <= _SHOWN else f"[{leaf_names(below)}]"
         return text + f"To adapt the layers inside it, use target_modules={names}."
+    if hint := hint_inside(module, path):
+        return text + hint
     return text + f"Remove it from `target_modules`, or add exclude_modules=[{path!r}]."
 
 
@@ -324,7 +333,8 @@ def _no_match(model: nn.Module, config: HRAConfig, targets: set[str] | str) -> s
         return f"{shown} is empty. The layers of {kind} are called {leaf_names(layers)}."
     matched = [path for path, _ in _walk(model) if _matches(targets, path)]
     if not matched:
-        return f"{shown} matches no module of {kind}. {suggestion(targets, layers)}"
+        hint = hint_for(model, [targets] if isinstance(targets, str) else targets)
+        return f"{shown} matches no module of {kind}. {hint or suggestion(targets, layers)}"
     reasons = {_excluded_by(config, path) for path in matched}
     fields = sorted(reason or _excluded_by_index(config, matched) for reason in reasons)
     found = f"{len(matched)} module{'s' * (len(matched) > 1)} such as {matched[0]!r}"

@@ -29,7 +29,7 @@ class Drawing:
         picture: the leaves, and the flow of values between them; see `graph.leaves_of`.
         rows: the rows of the report; empty for a plain model.
         skipped: path of a layer without an adapter -> the reason; empty for a plain model.
-        trained_in_full: paths of the layers that are trained in full because of `modules_to_save`.
+        trained_in_full: paths of the layers that are trained in full.
     """
 
     name: str

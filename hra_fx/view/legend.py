@@ -48,7 +48,7 @@ def entries(boxes: Collection[Box], heatmap: Heatmap, skipped: int) -> list[Entr
     closed = "closed module, see the panel with its letter" if any(box.letter for box in boxes) else "closed module"
     for look, words in (
         ("adapted_layer", "adapted layer"),
-        ("trained", "trained in full (modules_to_save)"),
+        ("trained", "trained in full"),
         ("plain", "other operation"),
         ("closed", closed),
     ):

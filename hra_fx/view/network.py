@@ -27,7 +27,7 @@ def to_networkx(model: Any, example_inputs: Any = None) -> nx.DiGraph[str]:
     Adapted layers also have `adapted_layers` (their paths, one per line), `adapters`, `d` and `r`, and `rotation`,
     `mean_angle` and `angle` of the report if these can be computed (the largest value of the active adapters, or of all
     if none is active). In an adapted model, nodes of layers without an adapter have `skipped`, the reason; nodes of
-    layers in `modules_to_save` have `trained_in_full`, their paths.
+    layers that are trained in full have `trained_in_full`, their paths.
 
     Args:
         model: a module, transformed, plain or folded, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`.

@@ -40,7 +40,7 @@ class Leaf:
         paths: qualified names of the modules that the box stands for; empty for an operation.
         readers: qualified names of the modules whose forward contains an operation that reads parameters.
         skipped: path of a layer without an adapter that the box stands for -> the reason.
-        trained: paths of the layers that it stands for and that are trained in full (`modules_to_save`).
+        trained: paths of the layers that it stands for and that are trained in full.
         parameters: number of parameters of these modules, or of the weights that an operation reads, without adapters.
         shape: shape of the value, `"1×64×56×56"`, if known.
         dtype: dtype of the value, `"float32"`, if known.
@@ -132,7 +132,7 @@ def joined(leaves: Sequence[Leaf]) -> Leaf:
 def notes(item: Item) -> list[str]:
     """Lines of a tooltip: why layers have no adapter, and which are trained in full."""
     skipped = [f"{path} has no adapter: {reason}" for path, reason in item.skipped.items()]
-    return [*skipped, *(f"{path} is trained in full (modules_to_save)" for path in item.trained)]
+    return [*skipped, *(f"{path} is trained in full" for path in item.trained)]
 
 
 def contract(scope: Scope, runs: Sequence[range], combine: Callable[[Scope, range], Item]) -> Scope:

@@ -168,10 +168,10 @@ def test_arguments_of_another_type_are_refused() -> None:
     for wrong in ("bert-base", nn.Linear, None):
         with pytest.raises(AdapterError, match=r"^model must be a torch\.nn\.Module, got "):
             hra_fx.transform(wrong, config("0"))
-    peft_config = peft.HRAConfig(target_modules=["0"])
-    for wrong, kind in ((None, "builtins.NoneType"), ({"r": 8}, "builtins.dict"), (peft_config, "peft.tuners.hra.con")):
+    lora = peft.LoraConfig(target_modules=["0"])
+    for wrong, kind in ((None, "builtins.NoneType"), ({"r": 8}, "builtins.dict"), (lora, "peft.tuners.lora.config.Lo")):
         model = mlp()
-        text = f"^config must be an hra_fx.HRAConfig, got {kind}"
+        text = f"^config must be an hra_fx.HRAConfig or a peft.HRAConfig, got {kind}"
         refused(lambda model=model, wrong=wrong: hra_fx.transform(model, wrong), model, text, ConfigError)
 
 

@@ -18,7 +18,7 @@ import hra_fx
 
 SHAPES = {"transform": hra_fx.transform, "HRAModel": hra_fx.HRAModel}
 shapes = pytest.mark.parametrize("shape", SHAPES)
-ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
+ADAPTER = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 
 
 def model_of(shape: str) -> Any:

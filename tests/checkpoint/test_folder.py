@@ -18,8 +18,8 @@ from checkpoint.folders import BOTH, KEY, normal, picture, refused, saved
 
 from hra_fx.checkpoint.folder import WEIGHTS_NAME, find
 from hra_fx.checkpoint.weights import read
-from hra_fx.config import CONFIG_NAME
-from hra_fx.errors import CheckpointError
+from hra_fx.config import CONFIG_NAME, HRAConfig
+from hra_fx.errors import CheckpointError, ConfigError
 
 
 def test_a_local_folder_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,3 +200,19 @@ def test_errors_of_the_hub_are_refusals(hub: dict[str, Any], source: str, option
         "Check the name, the revision, the network, and that your token may read the repository."
     )
     assert type(caught.value.__cause__).__module__ == "huggingface_hub.errors"
+
+
+def test_a_configuration_is_fetched_alone(hub: dict[str, Any], tmp_path: Path) -> None:
+    wanted = HRAConfig.from_pretrained(tmp_path / "repository")
+    assert HRAConfig.from_pretrained("user/name", **hub) == wanted
+    assert HRAConfig.from_pretrained("user/name", "other [1]", **hub) == wanted
+    cached = sorted(path.name for path in (tmp_path / "cache").rglob("*") if path.is_symlink() or path.is_file())
+    assert CONFIG_NAME in cached and WEIGHTS_NAME not in cached
+    for source, options, text in (
+        ("user/nobody", hub, "^user/nobody: no such folder, and the download from the Hub failed"),
+        ("a/b/c", {}, "^a/b/c: no such folder, and not a valid Hub repository name"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            HRAConfig.from_pretrained(source, **options)
+    with pytest.raises(TypeError, match=r"^unexpected keyword argument 'sub_folder'\. Use subfolder, cache_dir, "):
+        HRAConfig.from_pretrained("user/name", sub_folder="a")

@@ -12,6 +12,7 @@ import diffusers
 import pytest
 import timm
 import torch
+import transformers
 from cli.conftest import Shelf
 from cli.shell import Answer, answer, mistake, usage
 
@@ -100,6 +101,32 @@ def test_what_is_named_and_cannot_be_adapted(shelf: Shelf, tmp_path: Path) -> No
     assert (
         "Cannot be adapted: 2 layers\n  model.layers.0.self_attn.q_proj: with `apply_GS=True`, `r` must be at most"
         in shown.out
+    )
+
+
+def test_experts_and_layers_that_are_trained_in_full(tmp_path: Path) -> None:
+    """As the report of the same configuration says."""
+    config = transformers.MixtralConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"architectures": ["MixtralForCausalLM"]}))
+    words = ("-t", "q_proj", "--save", "lm_head")
+    found = Answer("match", tmp_path, *words, "--json").json
+    model = transformers.MixtralForCausalLM(config)
+    fields = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    report = json.loads(hra_fx.report(hra_fx.transform(model, hra_fx.HRAConfig(**fields))).to_json())
+    assert found["missed_parameters"] == report["skipped_parameters"] != []
+    assert found["trained_layers"] == report["trained_in_full"] == ["lm_head"]
+    shown = answer("match", tmp_path, *words, columns=200)
+    assert "Not adapted: 3-D parameters, 75.1%" in shown and "Trained in full:\n  lm_head\n" in shown
+    assert Answer("match", tmp_path, "-t", "q_proj", "--save", "experts", "--json").json["missed_parameters"] == []
+
+
+def test_a_name_that_matches_nothing_is_a_warning(shelf: Shelf) -> None:
+    done = Answer("match", shelf / "my-model", "-t", "q_proj", "-t", "vproj", "--json")
+    assert done.code == 0 and len(done.json["adapted"]) == 2
+    assert done.err.startswith(
+        "warning: `target_modules`: the entry 'vproj' matches no module of LlamaForCausalLM. Did "
     )
 
 

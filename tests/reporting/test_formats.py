@@ -137,10 +137,10 @@ def test_json_is_valid_and_has_null_for_what_is_no_number() -> None:
         raise AssertionError(f"{constant} is no JSON")
 
     content = json.loads(found.to_json(), parse_constant=refuse)
-    assert content.keys() == {"rows", "skipped", "trained_in_full"}
+    assert content.keys() == {"rows", "skipped", "trained_in_full", "skipped_parameters"}
     (only,) = content["rows"]
     assert (only["path"], only["share"], only["angles"], only["rotation"]) == (HOSTILE, None, [None], None)
-    assert content["skipped"] == [{"path": "a", "layer_type": "b", "reason": "c"}]
+    assert content["skipped"] == [{"path": "a", "layer_type": "b", "reason": "c", "targeted": False}]
 
 
 def test_json_says_what_the_rows_say() -> None:
@@ -210,4 +210,9 @@ def test_a_notebook_of_no_angles_and_of_nan() -> None:
 def test_an_empty_report_has_every_form() -> None:
     for text in (str(report_of()), report_of().to_markdown(), report_of()._repr_html_()):
         assert "0 adapted layers" in text
-    assert json.loads(report_of().to_json()) == {"rows": [], "skipped": [], "trained_in_full": []}
+    assert json.loads(report_of().to_json()) == {
+        "rows": [],
+        "skipped": [],
+        "trained_in_full": [],
+        "skipped_parameters": [],
+    }

@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    ViTConfig,
+    ViTModel,
+)
 
 import hra_fx
 from hra_fx import HRAConfig, report, transform
@@ -116,7 +125,7 @@ def test_layers_in_modules_to_save_are_trained_and_not_skipped(targets: Any) -> 
     found = report(transform(llama(), HRAConfig(r=2, target_modules=targets, modules_to_save=["lm_head"])))
     assert found.trained_in_full == ("lm_head",)
     assert "lm_head" not in {layer.path for layer in found.skipped}
-    assert "Trained in full (modules_to_save):\n  lm_head\n" in str(found)
+    assert "Trained in full:\n  lm_head\n" in str(found)
 
 
 def test_layers_inside_a_saved_module_and_the_head_of_a_task_are_trained_too() -> None:
@@ -144,7 +153,7 @@ def test_conv1d_layers_of_gpt2_are_listed() -> None:
 def test_a_layer_that_was_replaced_after_transform() -> None:
     model: Any = transform(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), HRAConfig(r=2, target_modules=["0", "1"]))
     model[1] = nn.Linear(4, 2)
-    assert report(model).skipped == (SkippedLayer("1", "Linear 4->2", "folded or replaced after transform"),)
+    assert report(model).skipped == (SkippedLayer("1", "Linear 4->2", "folded or replaced after transform", True),)
 
 
 class Wrapper(nn.Module):
@@ -159,7 +168,7 @@ class Wrapper(nn.Module):
 
 def test_layers_around_a_transformed_module_and_parts_of_one() -> None:
     inner = transform(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), HRAConfig(r=2, target_modules=["0"]))
-    assert reasons(Wrapper(inner)) == {
+    assert reasons(Wrapper(inner).requires_grad_(False)) == {
         "model.1": "not in target_modules=['0']",
         "head": "outside of the transformed module 'model'",
     }
@@ -182,3 +191,58 @@ def test_a_printed_report_groups_layers_by_reason() -> None:
     assert "  model.layers.*.self_attn.q_proj (8): layer index not in layers_to_transform=[1]\n" in text
     assert "model.layers.*.self_attn.k_proj (9), model.layers.*.self_attn.v_proj (9), " in text
     assert " and 10 more: not in target_modules=['q_proj']\n" in text
+
+
+def mixtral() -> Any:
+    sizes: dict[str, Any] = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
+    return MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+
+
+def test_experts_are_named_with_their_share_of_the_model() -> None:
+    model = mixtral()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    found = report(transform(model, HRAConfig(r=2, target_modules="all-linear")))
+    assert [(p.path, p.owner_type, p.shape) for p in found.skipped_parameters] == [
+        (f"model.layers.{i}.mlp.experts.{name}", "MixtralExperts", shape)
+        for i in range(2)
+        for name, shape in (("gate_up_proj", (4, 48, 16)), ("down_proj", (4, 16, 24)))
+    ]
+    experts = 2 * 4 * (48 * 16 + 16 * 24)
+    assert sum(parameter.share for parameter in found.skipped_parameters) == pytest.approx(experts / total)
+    text = (
+        f"Not adapted: 3-D parameters, {100 * experts / total:.1f}% of the base model\n"
+        "  model.layers.*.mlp.experts.gate_up_proj (2), model.layers.*.mlp.experts.down_proj (2): to adapt them, use "
+        "target_parameters=['experts.gate_up_proj', 'experts.down_proj']\n"
+    )
+    assert text in str(found)
+    assert report(transform(llama(), HRAConfig(r=2))).skipped_parameters == ()
+
+
+def test_experts_that_are_trained_in_full_and_position_embeddings_are_not_listed() -> None:
+    saved = report(transform(mixtral(), HRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["experts"])))
+    assert saved.skipped_parameters == ()
+    images = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8)
+    assert report(transform(ViTModel(images), HRAConfig(target_modules="all-linear"))).skipped_parameters == ()
+
+
+def test_a_new_head_is_trained_and_not_missed() -> None:
+    model: Any = transform(
+        nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 2)}), HRAConfig(r=2, target_modules=["body"])
+    )
+    assert [layer.path for layer in report(model).skipped] == ["head"]
+    model["head"] = nn.Linear(4, 3)
+    assert (report(model).trained_in_full, report(model).skipped) == (("head",), ())
+    wrapped = Wrapper(transform(nn.Sequential(nn.Linear(4, 4)), HRAConfig(r=2, target_modules=["0"])))
+    assert report(wrapped).trained_in_full == ("head",)
+
+
+def test_a_layer_that_lost_its_adapter_comes_first_under_its_own_heading() -> None:
+    model: Any = transform(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(2, 2)), HRAConfig(r=2, target_modules=["0", "1"])
+    )
+    model[1] = nn.Linear(4, 2)
+    text = str(report(model))
+    lost = "Targeted, but not adapted: 1 layer\n  1: folded or replaced after transform\n"
+    assert lost in text
+    assert text.index(lost) < text.index("Not adapted: 1 layer\n  2: not in target_modules=['0', '1']\n")

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import transformers
 from named_models import Nested, built, tiny_bert, tiny_gpt2, tiny_opt, tiny_vit
 from torch import nn
 
+import hra_fx
 from hra_fx.config import HRAConfig
 from hra_fx.errors import HRAWarning, SelectionError
 from hra_fx.selection.select import select
@@ -149,3 +151,63 @@ def test_used_exclusion_is_silent() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         select(built(tiny_opt), HRAConfig(target_modules=["fc1"], exclude_modules=["fc2"]))
+
+
+def mixtral() -> nn.Module:
+    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**sizes, num_attention_heads=2, num_local_experts=3)
+    )
+
+
+def warned(model: nn.Module, **fields: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert select(model, HRAConfig(**fields))
+    assert all(warning.category is HRAWarning for warning in caught)
+    return [str(warning.message) for warning in caught]
+
+
+def test_each_name_that_matches_nothing_is_named_once() -> None:
+    model = built(tiny_bert)
+    assert warned(model, target_modules=["query", "valeu", "self.kye"]) == [
+        "`target_modules`: the entry 'self.kye' matches no module of BertForSequenceClassification. Did you mean "
+        "'self.key' or 'self.value' or 'self.query'?",
+        "`target_modules`: the entry 'valeu' matches no module of BertForSequenceClassification. Did you mean 'value'?",
+    ]
+    # Names that match something are silent, also where another field excludes it.
+    quiet = {"exclude_modules": ["value"], "modules_to_save": ["classifier"], "layers_to_transform": [0]}
+    assert warned(model, target_modules=["query", "value", "classifier"], **quiet) == []
+    assert warned(model, target_modules=r".*(query|valeu)") == []
+    # So is a saved adapter, which may list the default names of its architecture.
+    assert warned(model, target_modules=["query", "valeu"], inference_mode=True) == []
+
+
+def test_transform_warns_once() -> None:
+    with pytest.warns(HRAWarning, match="the entry 'valeu' matches no module") as caught:
+        hra_fx.transform(tiny_bert(), HRAConfig(target_modules=["query", "valeu"]))
+    assert len(caught) == 1
+
+
+EXPERTS = (
+    "'gate_up_proj' is a 3-D parameter of MixtralExperts, which `target_modules` does not reach. Use "
+    "target_parameters=['experts.gate_up_proj']."
+)
+
+
+def test_the_name_of_a_parameter_says_what_to_write_instead() -> None:
+    with pytest.raises(SelectionError) as caught:
+        select(mixtral(), HRAConfig(target_modules=["gate_up_proj", "down_proj"]))
+    assert str(caught.value) == (
+        "`target_modules=['down_proj', 'gate_up_proj']` matches no module of MixtralForCausalLM. 'down_proj' and "
+        "'gate_up_proj' are 3-D parameters of MixtralExperts, which `target_modules` does not reach. Use "
+        "target_parameters=['experts.gate_up_proj', 'experts.down_proj']."
+    )
+    assert warned(mixtral(), target_modules=["q_proj", "gate_up_proj"]) == [
+        f"`target_modules`: the entry 'gate_up_proj' matches no module of MixtralForCausalLM. {EXPERTS}"
+    ]
+    with pytest.raises(SelectionError) as caught:
+        select(mixtral(), HRAConfig(target_modules=["experts"]))
+    assert str(caught.value).endswith(
+        "Its weights are 3-D parameters. Use target_parameters=['experts.gate_up_proj', 'experts.down_proj']."
+    )

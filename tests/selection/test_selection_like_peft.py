@@ -168,7 +168,7 @@ def by_us(model: nn.Module, fields: Fields, *, whole: bool) -> tuple[list[str], 
         else:
             layers = list(select(model, config))
     assert all(warning.category is HRAWarning for warning in caught), [str(warning.message) for warning in caught]
-    return layers, any("matches no module" in str(warning.message) for warning in caught)
+    return layers, any(str(warning.message).startswith("`exclude_modules=") for warning in caught)
 
 
 def refusal(model: nn.Module, fields: Fields, *, whole: bool) -> str:

@@ -93,7 +93,7 @@ def test_saved_adapters_are_opened_by_peft_and_over_a_fresh_pipeline(tmp_path: P
     for part in TARGETS:
         getattr(pipe, part).save_pretrained(tmp_path / part)
         files = sorted(file.name for file in (tmp_path / part).iterdir())
-        assert files == ["adapter_config.json", "adapter_model.safetensors"]
+        assert files == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
         hra_fx.load_adapter(getattr(fresh, part), tmp_path / part)
         opened = hra_fx.HRAModel.from_pretrained(getattr(by_class, part), tmp_path / part)
         assert opened is getattr(by_class, part)

@@ -23,7 +23,7 @@ from transformers import (
 
 import hra_fx
 
-FILES = {"adapter_config.json", "adapter_model.safetensors"}
+FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 CLASSES: dict[str, Any] = {"bert": BertForSequenceClassification, "llama": LlamaForCausalLM}
 AUTO: dict[str, Any] = {"bert": AutoModelForSequenceClassification, "llama": AutoModelForCausalLM}
 
@@ -73,6 +73,11 @@ def test_transformers_opens_the_folder_over_the_base_that_it_names(
         opened = maker.from_pretrained(tmp_path / "checkpoint-3", local_files_only=True)
         assert relative_error(logits(opened, kind), logits(model, kind)) < 1e-5
     plain = CLASSES[kind].from_pretrained(tmp_path / "base")
+    loaded = CLASSES[kind].from_pretrained(tmp_path / "base")
+    loaded.load_adapter(str(tmp_path / "adapter"))  # of transformers, which calls PEFT
+    assert relative_error(logits(loaded, kind), logits(model, kind)) < 1e-5
+    ours = hra_fx.from_peft(loaded)
+    assert relative_error(logits(ours, kind), logits(model, kind)) < 1e-5
     assert relative_error(logits(plain, kind), logits(model, kind)) > 1e-2
 
 

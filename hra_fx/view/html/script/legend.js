@@ -13,7 +13,7 @@ const LOOKS = [
   ["module", "other module or operation", (drawing) => has("module")(drawing) || has("op")(drawing)],
   ["eager", "not traced, without adapters", has("eager")],
   ["skipped", "layer without an adapter", ({ skipped }) => skipped.length > 0],
-  ["trained", "trained in full (modules_to_save)", ({ items }) => items.some(({ trained }) => trained.length)],
+  ["trained", "trained in full", ({ items }) => items.some(({ trained }) => trained.length)],
 ];
 
 /** @param {string} kind */

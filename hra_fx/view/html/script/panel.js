@@ -238,7 +238,7 @@ function trainedInFull(item) {
   if (!item.trained.length) return [];
   const lines = item.trained.map((path) => html("li", {}, ...broken(path)));
   return [
-    html("section", {}, html("h3", {}, "Trained in full (modules_to_save)"), html("ul", { class: "plain" }, ...lines)),
+    html("section", {}, html("h3", {}, "Trained in full"), html("ul", { class: "plain" }, ...lines)),
   ];
 }
 

@@ -1,0 +1,73 @@
+"""Names of PEFT: `get_peft_model`, `PeftModel`, `get_peft_model_state_dict`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from hra_fx.api.peft_model import HRAModel
+from hra_fx.checkpoint.saving import adapter_tensors
+from hra_fx.config import HRAConfig
+
+#: PEFT's name of the class whose `from_pretrained` loads an adapter into a base model.
+PeftModel = HRAModel
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: HRAConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> Any:
+    """`HRAModel(model, peft_config, adapter_name)`, with the arguments of `peft.get_peft_model`.
+
+    Args:
+        model: any module that `hra_fx.transform` accepts, changed in place.
+        peft_config: an `hra_fx.HRAConfig` or a `peft.HRAConfig`.
+        adapter_name: name of the adapter.
+        mixed, autocast_adapter_dtype: have no effect: there is one type of adapter, and its vectors are float32 at
+            least.
+        revision: revision of the base model, written into the configuration.
+        low_cpu_mem_usage: make the vectors on the meta device, to be loaded later.
+
+    Returns:
+        `model`, with PEFT's methods.
+
+    Raises:
+        As `HRAModel`.
+
+    Example:
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"]))
+        >>> model.print_trainable_parameters()
+        trainable params: 12 || all params: 40 || trainable%: 30.0000
+    """
+    adapted = HRAModel(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+    if revision is not None:
+        adapted.peft_config[adapter_name].revision = revision
+    return adapted
+
+
+def get_peft_model_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default"
+) -> dict[str, Tensor]:
+    """The tensors of an adapter under the keys of its file, as `peft.get_peft_model_state_dict`.
+
+    Args:
+        model: a transformed model.
+        state_dict: that of the model, if a wrapper gathered it.
+        adapter_name: name of the adapter.
+
+    Raises:
+        AdapterError: the model has no such adapter, or is a model of PEFT.
+
+    Example:
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"]))
+        >>> list(get_peft_model_state_dict(model))
+        ['base_model.model.0.hra_u']
+    """
+    return adapter_tensors(model, adapter_name, state_dict)

@@ -1,0 +1,60 @@
+"""What to write instead of a keyword that `HRAConfig` does not have: its own field, or why HRA has none."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+
+# Other names for the fields, from other libraries and the paper, that are not found by similar spelling.
+_SYNONYMS = {
+    "rank": "r",
+    "hra_r": "r",
+    "lora_r": "r",
+    "num_reflections": "r",
+    "gs": "apply_GS",
+    "gram_schmidt": "apply_GS",
+    "use_gram_schmidt": "apply_GS",
+    "init_hra_weights": "init_weights",
+    "init_lora_weights": "init_weights",
+    "targets": "target_modules",
+    "target_layers": "target_modules",
+    "modules": "target_modules",
+    "excludes": "exclude_modules",
+    "modules_to_exclude": "exclude_modules",
+    "ignore_modules": "exclude_modules",
+    "layers": "layers_to_transform",
+    "layer_indices": "layers_to_transform",
+    "layer_ids": "layers_to_transform",
+    "trainable_modules": "modules_to_save",
+    "base_model": "base_model_name_or_path",
+    "task": "task_type",
+}
+_NO_ALPHA = (
+    "HRA has no alpha, because Q is orthogonal: hra_fx.set_scale(model, name, strength) sets a strength. Remove it."
+)
+#: Fields of PEFT's `LoraConfig` without a counterpart.
+_ONLY_IN_LORA = {
+    "lora_alpha": _NO_ALPHA,
+    "alpha_pattern": _NO_ALPHA,
+    "use_rslora": _NO_ALPHA,
+    "lora_dropout": "HRA has no dropout. Remove it, and set the dropout of the model itself.",
+    "lora_bias": "Reflections have no bias. Use bias='hra_only' to train the biases of the adapted layers.",
+    "use_dora": "HRA keeps the length of each row of the weight. Remove it.",
+    "fan_in_fan_out": "The layout of a weight is known from its layer. Remove it.",
+    "trainable_token_indices": "Use `modules_to_save` to train embeddings.",
+}
+
+
+def field_hint(name: str, fields: Collection[str]) -> str:
+    """A sentence that says what to write instead of the unknown field `name`.
+
+    >>> field_hint("lora_r", ["r", "bias"])
+    'Did you mean `r`?'
+    """
+    if name in _ONLY_IN_LORA:
+        return _ONLY_IN_LORA[name]
+    lower = {known.lower(): known for known in fields}
+    near = difflib.get_close_matches(name.lower(), [*lower, *_SYNONYMS], n=1, cutoff=0.75)
+    if near:
+        return f"Did you mean `{lower.get(near[0]) or _SYNONYMS[near[0]]}`?"
+    return f"The fields are {', '.join(fields)}."

@@ -1,0 +1,72 @@
+"""Download files from a repository of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hra_fx.errors import CheckpointError
+
+#: Arguments of `huggingface_hub.snapshot_download` that loading functions take.
+OPTIONS = (
+    "cache_dir",
+    "endpoint",
+    "etag_timeout",
+    "force_download",
+    "headers",
+    "local_files_only",
+    "max_workers",
+    "revision",
+    "token",
+    "user_agent",
+)
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse keyword arguments that `download` does not have.
+
+    Raises:
+        TypeError: an unknown keyword argument.
+    """
+    for option in options:
+        if option not in OPTIONS:
+            raise TypeError(f"unexpected keyword argument {option!r}. Use subfolder, {', '.join(OPTIONS)}.")
+
+
+def download(source: str | os.PathLike[str], patterns: Sequence[str], options: Mapping[str, Any]) -> Path:
+    """Download the files of a repository that match, and return its folder in the Hub cache.
+
+    Args:
+        source: the name of the repository; not a local folder.
+        patterns: names of files, as for `huggingface_hub.snapshot_download(allow_patterns=...)`.
+        options: other arguments of `huggingface_hub.snapshot_download`.
+
+    Raises:
+        CheckpointError: `source` is no valid name, or the download failed.
+
+    >>> download("runs/of/mine", ["adapter_config.json"], {})
+    Traceback (most recent call last):
+    hra_fx.errors.CheckpointError: runs/of/mine: no such folder, and not a valid Hub repository name. ...
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    if os.path.isfile(source):
+        raise CheckpointError(f"{os.fspath(source)}: is a file. Give the folder that contains it.")
+    if not isinstance(source, str):
+        raise CheckpointError(f"{os.fspath(source)}: no such folder. Give the folder of an adapter.")
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(patterns), **options))
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"{source}: no such folder, and not a valid Hub repository name. Give a folder, or a name such as "
+            "'user/name'."
+        ) from error
+    # The Hub's errors and those of its transports have no common base class.
+    except Exception as error:
+        raise CheckpointError(
+            f"{source}: no such folder, and the download from the Hub failed ({' '.join(str(error).split())}). Check "
+            "the name, the revision, the network, and that your token may read the repository."
+        ) from error

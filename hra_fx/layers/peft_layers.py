@@ -1,0 +1,34 @@
+"""Recognize the layers of PEFT in a model, and say what to do with them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+_HRA = "peft.tuners.hra."
+
+
+def is_peft_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer of any method of PEFT, around a base layer.
+
+    Example:
+        >>> is_peft_layer(nn.Linear(2, 2))
+        False
+    """
+    # The children of a scripted module are not a dict.
+    if "base_layer" not in module._modules:
+        return False
+    return any(kind.__module__.startswith("peft.tuners.") for kind in type(module).__mro__)
+
+
+def is_peft_hra_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer of PEFT's HRA."""
+    return is_peft_layer(module) and any(kind.__module__.startswith(_HRA) for kind in type(module).__mro__)
+
+
+def find_peft_layer(model: nn.Module) -> tuple[str, str] | None:
+    """The path of the first layer of PEFT in a model, and what to do about it; `None` if there is none."""
+    for path, module in model.named_modules():
+        if is_peft_layer(module):
+            keep = "Call hra_fx.from_peft(model) to use it with hra_fx, or" if is_peft_hra_layer(module) else "Call"
+            return path, f"{keep} `merge_and_unload()` or `unload()` on the PEFT model first."
+    return None

@@ -1,0 +1,181 @@
+"""`from_peft`: the same outputs, gradients, names and state as PEFT's model, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+from integrations.peft_parity.sides import (
+    F32,
+    F64,
+    Net,
+    agree,
+    by_peft,
+    net,
+    peft_warnings_ignored,
+    randomise,
+    same_line,
+    tokens,
+    trained,
+)
+from integrations.peft_parity.tiny import inputs, tiny
+from oracles import relative_error
+from torch import nn
+
+import hra_fx
+
+CASES: dict[str, dict[str, Any]] = {
+    "linear": {"r": 4, "target_modules": ["query", "value"]},
+    "odd rank, regex": {"r": 3, "target_modules": r".*\.(query|out)"},
+    "Gram-Schmidt, convolution": {"r": 2, "target_modules": ["conv", "out"], "apply_GS": True},
+    "all-linear, some layers": {"r": 2, "target_modules": "all-linear", "exclude_modules": ["head.0"]},
+    "trained modules": {"r": 2, "target_modules": ["query"], "modules_to_save": ["head", "classifier"]},
+    "biases": {"r": 2, "target_modules": ["query", "out"], "bias": "hra_only"},
+    "all biases": {"r": 2, "target_modules": ["query", "out"], "bias": "all"},
+}
+
+
+def randomised(**fields: Any) -> Any:
+    model = by_peft(net(F64), **fields)
+    randomise(model)
+    return model
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_gradients_and_counts_are_those_of_peft(case: str) -> None:
+    theirs = randomised(**CASES[case])
+    kept = copy.deepcopy(theirs)
+    ours = hra_fx.from_peft(theirs)
+    assert isinstance(ours, Net) and isinstance(ours, hra_fx.HRAModel)
+    assert trained(ours).keys() == trained(kept).keys()
+    agree(kept, ours, tokens(), F64)
+    same_line(kept, ours)
+    with peft_warnings_ignored(), ours.disable_adapter(), kept.disable_adapter():
+        assert relative_error(ours(tokens()), kept(tokens())) < 1e-12
+    assert ours.training is kept.get_base_model().training
+    assert not any(type(part).__module__.startswith("peft.") for part in ours.modules())
+
+
+def test_after_a_fold_the_model_is_the_base_model() -> None:
+    theirs = randomised(**CASES["trained modules"])
+    wanted, keys = theirs(tokens()), list(net().state_dict())
+    folded = hra_fx.fold(hra_fx.from_peft(theirs))
+    assert type(folded) is Net and list(folded.state_dict()) == keys
+    assert "peft_config" not in vars(folded)
+    assert relative_error(folded(tokens()), wanted) < 1e-12
+
+
+def with_two() -> Any:
+    model = randomised(**CASES["linear"])
+    with peft_warnings_ignored():
+        model.add_adapter("other", peft.HRAConfig(r=3, target_modules=["query", "out"], init_weights=False))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("hra_u.other"):
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+    return model
+
+
+@pytest.mark.parametrize("active", [["default"], ["other"], ["default", "other"], ["other", "default"]])
+def test_all_adapters_and_the_order_of_the_active_ones(active: list[str]) -> None:
+    model = with_two()
+    model.base_model.set_adapter(active)
+    kept = copy.deepcopy(model)
+    ours = hra_fx.from_peft(model)
+    assert ours.active_adapters == active and list(ours.peft_config) == ["default", "other"]
+    # PEFT computes layers without an active adapter in float32.
+    agree(kept, ours, tokens(), F32)
+    for names in (["default"], ["other"]):
+        kept.base_model.set_adapter(names)
+        ours.set_adapter(names)
+        assert relative_error(ours(tokens()), kept(tokens())) < 1e-6
+
+
+def test_frozen_and_disabled_adapters_stay_so() -> None:
+    model = with_two()
+    model.base_model.set_adapter(["other"], inference_mode=True)
+    ours = hra_fx.from_peft(copy.deepcopy(model))
+    assert not trained(ours)
+    model.base_model.disable_adapter_layers()
+    ours = hra_fx.from_peft(model)
+    assert relative_error(ours(tokens()), net(F64)(tokens())) < 1e-12
+    ours.enable_adapter_layers()
+    assert ours.active_adapters == ["other"]
+    assert relative_error(ours(tokens()), net(F64)(tokens())) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "task"), [("bert, classes", "SEQ_CLS"), ("llama", "CAUSAL_LM"), ("llama, classes", "SEQ_CLS")]
+)
+def test_models_of_transformers(name: str, task: str) -> None:
+    with peft_warnings_ignored():
+        theirs = peft.get_peft_model(tiny(name), peft.HRAConfig(r=4, task_type=task))
+    randomise(theirs)
+    kept = copy.deepcopy(theirs)
+    ours = hra_fx.from_peft(theirs)
+    agree(kept, ours, inputs(tiny(name)), F64)
+
+
+def test_a_model_with_the_layers_of_peft_inside() -> None:
+    """As `add_adapter` of transformers makes it."""
+    model = tiny("llama")
+    with peft_warnings_ignored():
+        peft.inject_adapter_in_model(peft.HRAConfig(r=4, target_modules=["q_proj"], init_weights=False), model)
+    model._hf_peft_config_loaded = True
+    wanted = model(**inputs(model)).logits
+    ours = hra_fx.from_peft(model)
+    assert ours is model and not ours._hf_peft_config_loaded
+    assert relative_error(ours(**inputs(model)).logits, wanted) < 1e-12
+    hra_fx.fold(ours)
+    assert not hasattr(model, "peft_config")
+
+
+def picture(model: nn.Module) -> list[Any]:
+    return [(path, id(part), type(part)) for path, part in model.named_modules(remove_duplicate=False)] + [
+        (name, id(p), p.requires_grad) for name, p in model.named_parameters()
+    ]
+
+
+def refused(model: nn.Module, text: str) -> None:
+    before = picture(model)
+    with pytest.raises(hra_fx.AdapterError, match=text):
+        hra_fx.from_peft(model)
+    assert picture(model) == before
+
+
+def test_what_cannot_be_taken_over_is_refused_and_unchanged() -> None:
+    refused(net(), r"^Net has no adapters of PEFT\. Call hra_fx\.transform\(model, config\)")
+    with peft_warnings_ignored():
+        lora = peft.get_peft_model(net(), peft.LoraConfig(r=2, target_modules=["query"]))
+    refused(lora, r"query: this is a layer of another method of PEFT \(Linear\)\. Only HRA can be taken over\.")
+    merged = randomised(**CASES["linear"])
+    merged.merge_adapter()
+    refused(merged, r"query: adapters \['default'\] are merged\. Call unmerge_adapter\(\) on the PEFT model\.")
+    changed = with_two()
+    changed.peft_config["other"].target_modules = ["query"]
+    x = tokens()
+    wanted = changed(x)
+    refused(changed, r"adapter 'other': body\.layers\.0\.out does not match its configuration\. It was changed in PEFT")
+    assert torch.equal(changed(x), wanted)
+    ours = hra_fx.HRAModel(net(), hra_fx.HRAConfig(r=2, target_modules=["query"]))
+    refused(ours, "^Net has adapters of hra_fx")
+    with pytest.raises(hra_fx.AdapterError, match=r"^`model` must be a torch\.nn\.Module, got int\.$"):
+        hra_fx.from_peft(3)  # type: ignore[arg-type]
+
+
+def test_functions_of_hra_fx_say_what_to_do_with_a_model_of_peft() -> None:
+    advice = r"Call hra_fx\.from_peft\(model\) to use it with hra_fx, or `merge_and_unload\(\)` or `unload\(\)` on the"
+    model = randomised(**CASES["linear"])
+    for step in (hra_fx.report, hra_fx.fold, hra_fx.orthogonality_loss, hra_fx.get_peft_model_state_dict):
+        with pytest.raises(hra_fx.AdapterError, match=rf" has adapters of PEFT \(base_model.*query\), .*{advice}"):
+            step(model)
+    for target in ("query", "conv", "absent"):
+        with pytest.raises(hra_fx.UnsupportedLayerError, match=rf"query: it already has a PEFT adapter\. {advice}"):
+            hra_fx.transform(model, hra_fx.HRAConfig(target_modules=[target]))
+    with peft_warnings_ignored():
+        lora = peft.get_peft_model(net(), peft.LoraConfig(r=2, target_modules=["query"]))
+    with pytest.raises(hra_fx.AdapterError, match=r"and none of hra_fx\. Call `merge_and_unload\(\)`"):
+        hra_fx.report(lora)

@@ -1,0 +1,251 @@
+"""PEFT's functions under their names: `get_peft_model`, the statuses, the state dict, the auto classes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from integrations.peft_parity.sides import F64, by_peft, net, peft_warnings_ignored, randomise, same_line, tokens
+from integrations.peft_parity.tiny import inputs, tiny
+from oracles import relative_error
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+import hra_fx
+
+FIELDS: dict[str, dict[str, Any]] = {
+    "even rank": {"r": 4, "target_modules": ["query", "value"]},
+    "trained modules": {"r": 2, "target_modules": ["query"], "modules_to_save": ["head", "classifier"]},
+    "convolution": {"r": 2, "target_modules": ["conv", "out"], "layers_to_transform": None},
+    "biases": {"r": 2, "target_modules": ["query", "out"], "bias": "hra_only"},
+}
+fields = pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+
+
+@fields
+def test_a_script_with_the_other_import(fields: dict[str, Any], tmp_path: Path) -> None:
+    """One function, with `peft` and with `hra_fx` as its library."""
+
+    def script(library: Any, folder: Path) -> Any:
+        model = library.get_peft_model(net(F64), library.HRAConfig(**fields))
+        randomise(model)
+        model.save_pretrained(folder)
+        return library.PeftModel.from_pretrained(net(F64), folder)
+
+    with peft_warnings_ignored():
+        theirs, ours = script(peft, tmp_path / "peft"), script(hra_fx, tmp_path / "ours")
+    assert relative_error(ours(tokens()), theirs(tokens())) < 1e-9
+    wanted, got = peft.get_peft_model_state_dict(theirs), hra_fx.get_peft_model_state_dict(ours)
+    assert got.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        assert torch.equal(got[key], tensor), key
+
+
+@fields
+def test_a_configuration_of_peft_is_converted(fields: dict[str, Any]) -> None:
+    for add in (hra_fx.transform, hra_fx.HRAModel, hra_fx.get_peft_model):
+        ours = add(net(F64), peft.HRAConfig(**copy.deepcopy(fields)))
+        assert hra_fx.get_model_status(ours).peft_types == {"default": "HRA"}
+        written = hra_fx.HRAConfig(**fields, peft_version=peft.__version__)
+        assert ours._hra_record.configs["default"] == written
+    hra_fx.add_adapter(ours, "other", peft.HRAConfig(r=2, target_modules=["out"]))
+    assert list(ours.peft_config) == ["default", "other"]
+    same_line(by_peft(net(F64), **fields), hra_fx.get_peft_model(net(F64), peft.HRAConfig(**copy.deepcopy(fields))))
+    # The configuration of PEFT is not changed.
+    config = peft.HRAConfig(r=2, target_modules=["query"])
+    hra_fx.transform(net(), config)
+    assert config == peft.HRAConfig(r=2, target_modules=["query"])
+
+
+def test_arguments_of_get_peft_model() -> None:
+    config = hra_fx.HRAConfig(r=2, target_modules=["query"])
+    model = hra_fx.get_peft_model(net(), config, "mine", revision="v2", low_cpu_mem_usage=True)
+    assert model.peft_config["mine"].revision == "v2" and config.revision is None
+    assert model.body.layers[0].query.hra_u["mine"].is_meta
+
+
+def test_peft_refuses_our_configuration_with_what_to_call() -> None:
+    config = hra_fx.HRAConfig(r=2, target_modules=["query"])
+    assert not hasattr(config, "is_prompt_learning")
+    text = r"^hra_fx\.HRAConfig is not a peft\.PeftConfig\. Call the function of hra_fx with the same name, such as "
+    with pytest.raises(AttributeError, match=text):
+        peft.get_peft_model(net(), config)
+    with pytest.raises(AttributeError, match=text):
+        peft.get_peft_model_state_dict(hra_fx.HRAModel(net(), config))
+    model = peft.get_peft_model(net(), peft.HRAConfig.from_peft_type(**config.to_dict()))
+    assert model.peft_config["default"].r == 2
+
+
+def test_hotswap_replaces_the_values_in_place(tmp_path: Path) -> None:
+    first, second = (hra_fx.get_peft_model(net(F64), hra_fx.HRAConfig(**FIELDS["even rank"])) for _ in range(2))
+    randomise(first)
+    first.save_pretrained(tmp_path)
+    vectors = second.body.layers[0].query.hra_u["default"]
+    second.load_adapter(tmp_path, "default", hotswap=True)
+    assert second.body.layers[0].query.hra_u["default"] is vectors
+    assert relative_error(second(tokens()), first(tokens())) < 1e-12
+
+
+# The states of layers and models, field by field
+
+
+def statuses(model: Any, library: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The state of the model, and of each layer by its name in the base model."""
+    layers = {}
+    for status in library.get_layer_status(model):
+        found = dataclasses.asdict(status)
+        layers[found.pop("name").removeprefix("model.")] = found
+    return dataclasses.asdict(library.get_model_status(model)), layers
+
+
+def both(fields: dict[str, Any]) -> tuple[Any, Any]:
+    theirs = by_peft(net(), **fields)
+    return theirs, hra_fx.HRAModel(net(), hra_fx.HRAConfig(**fields))
+
+
+def add_to_both(theirs: Any, ours: Any) -> None:
+    more = {"r": 2, "target_modules": ["query", "value"]}
+    with peft_warnings_ignored():
+        theirs.add_adapter("other", peft.HRAConfig(**copy.deepcopy(more)))
+    ours.add_adapter("other", hra_fx.HRAConfig(**more))
+
+
+CHANGES: dict[str, Any] = {
+    "new": lambda model: None,
+    "other": lambda model: model.set_adapter("other"),
+    "merged": lambda model: model.merge_adapter(),
+    "disabled": lambda model: (
+        model.base_model.disable_adapter_layers()
+        if isinstance(model, peft.PeftModel)
+        else model.disable_adapter_layers()
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("case", ["even rank", "trained modules", "convolution"])
+def test_statuses_are_those_of_peft(case: str, change: str) -> None:
+    theirs, ours = both(FIELDS[case])
+    add_to_both(theirs, ours)
+    for model in (theirs, ours):
+        CHANGES[change](model)
+    model_wanted, wanted = statuses(theirs, peft)
+    model_got, got = statuses(ours, hra_fx)
+    assert got.keys() == wanted.keys()
+    for name, state in wanted.items():
+        if change == "disabled":  # PEFT freezes them until they are enabled
+            assert state.pop("requires_grad").keys() == got[name].pop("requires_grad").keys()
+        if state["module_type"] == "ModulesToSaveWrapper":  # PEFT lists the active adapters with a copy there
+            got[name]["active_adapters"] = [a for a in got[name]["active_adapters"] if a in state["available_adapters"]]
+        assert got[name] == state, name
+    assert set(model_got) == set(model_wanted)
+    if change == "disabled":
+        model_wanted["requires_grad"] = model_got["requires_grad"]
+        model_wanted["trainable_params"] = model_got["trainable_params"]
+    if case == "trained modules":  # "irregular" to PEFT, as the wrappers have no adapter "other" and merge nothing
+        model_wanted["active_adapters"] = list(ours.active_adapters)
+        model_wanted["merged_adapters"] = ["default"] if change == "merged" else []
+    assert model_got == model_wanted
+    assert (dataclasses.asdict(ours.get_model_status()), ours.get_layer_status()) == (
+        model_got,
+        hra_fx.get_layer_status(ours),
+    )
+
+
+def test_irregular_flags_and_no_adapters() -> None:
+    ours = hra_fx.HRAModel(net(), hra_fx.HRAConfig(r=2, target_modules=["query"]))
+    ours.body.layers[1].query.hra_u["default"].requires_grad_(False)
+    assert hra_fx.get_model_status(ours).requires_grad == {"default": "irregular"}
+    for function in (hra_fx.get_layer_status, hra_fx.get_model_status):
+        with pytest.raises(
+            ValueError, match=r"^Net has no adapters\. Call hra_fx\.transform\(model, config\) first\.$"
+        ):
+            function(net())
+
+
+# The base model that an adapter names
+
+
+def saved_base(name: str, folder: Path) -> Any:
+    model = tiny(name, torch.float32)
+    model.save_pretrained(folder / "base")
+    return type(model).from_pretrained(folder / "base").eval()
+
+
+AUTO = [
+    ("llama", "AutoPeftModelForCausalLM", "CAUSAL_LM"),
+    ("bert, classes", "AutoPeftModelForSequenceClassification", "SEQ_CLS"),
+    ("bert, tokens", "AutoPeftModelForTokenClassification", "TOKEN_CLS"),
+    ("bert, answers", "AutoPeftModelForQuestionAnswering", "QUESTION_ANS"),
+    ("t5", "AutoPeftModelForSeq2SeqLM", "SEQ_2_SEQ_LM"),
+    ("bert", "AutoPeftModelForFeatureExtraction", "FEATURE_EXTRACTION"),
+    ("llama", "AutoPeftModel", None),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "task"), AUTO)
+def test_an_auto_class_loads_the_base_model_and_the_adapter(name: str, kind: str, task: Any, tmp_path: Path) -> None:
+    fields = {} if task in (None, "FEATURE_EXTRACTION") else {"task_type": task}
+    if task == "FEATURE_EXTRACTION":
+        fields = {"task_type": task}
+    model = hra_fx.get_peft_model(saved_base(name, tmp_path), hra_fx.HRAConfig(r=4, **fields))
+    randomise(model)
+    model.save_pretrained(tmp_path / "adapter")
+    opened = getattr(hra_fx, kind).from_pretrained(tmp_path / "adapter")
+    x = inputs(model)
+    assert relative_error(opened(**x)[0], model(**x)[0]) < 1e-5
+    assert isinstance(opened, hra_fx.HRAModel) and not opened.training
+    assert not any(parameter.requires_grad for parameter in opened.parameters())
+    with peft_warnings_ignored():
+        theirs = getattr(peft, kind).from_pretrained(tmp_path / "adapter")
+    assert relative_error(opened(**x)[0], theirs(**x)[0]) < 1e-5
+
+
+def test_options_of_an_auto_class(tmp_path: Path) -> None:
+    model = hra_fx.get_peft_model(saved_base("llama", tmp_path), hra_fx.HRAConfig(r=4))
+    randomise(model)
+    model.save_pretrained(tmp_path / "all" / "mine")
+    opened = hra_fx.AutoPeftModelForCausalLM.from_pretrained(
+        tmp_path / "all", "mine", True, subfolder="mine", dtype=torch.bfloat16, local_files_only=True
+    )
+    assert opened.dtype is torch.bfloat16 and opened.active_adapters == ["mine"]
+    assert {name for name, p in opened.named_parameters() if p.requires_grad} == {
+        name for name in opened.state_dict() if name.endswith("hra_u.mine")
+    }
+
+
+def test_embeddings_are_resized_to_the_tokenizer_in_the_folder(tmp_path: Path) -> None:
+    base = saved_base("llama", tmp_path)
+    model = hra_fx.get_peft_model(base, hra_fx.HRAConfig(r=4, task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "adapter")
+    vocabulary = Tokenizer(WordLevel({f"w{i}": i for i in range(41)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=vocabulary).save_pretrained(tmp_path / "adapter")
+    opened = hra_fx.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert opened.get_input_embeddings().weight.shape[0] == 41 > base.config.vocab_size
+
+
+def test_what_an_auto_class_refuses(tmp_path: Path) -> None:
+    hra_fx.transform(net(), hra_fx.HRAConfig(r=2, target_modules=["query"])).eval()
+    for folder, values in {
+        "no base": {},
+        "task": {"base_model_name_or_path": "x", "task_type": "SEQ_CLS"},
+        "class": {"base_model_name_or_path": "x", "auto_mapping": {"parent_library": "os", "base_model_class": "Net"}},
+    }.items():
+        hra_fx.HRAConfig(r=2, target_modules=["query"], **values).save_pretrained(tmp_path / folder)
+    with pytest.raises(
+        hra_fx.ConfigError, match=r"no base: `base_model_name_or_path` is None, so the base model is unk"
+    ):
+        hra_fx.AutoPeftModel.from_pretrained(tmp_path / "no base")
+    text = r"loads adapters with task_type='CAUSAL_LM', got 'SEQ_CLS'\. Use AutoPeftModelForSequenceClassification\.$"
+    with pytest.raises(hra_fx.ConfigError, match=text):
+        hra_fx.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "task")
+    with pytest.raises(
+        hra_fx.ConfigError, match=r"`auto_mapping` must name a class of transformers or diffusers, got "
+    ):
+        hra_fx.AutoPeftModel.from_pretrained(tmp_path / "class")
