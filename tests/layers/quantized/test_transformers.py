@@ -88,7 +88,11 @@ def test_adapters_are_saved_loaded_and_generate(name: str, folder: Path, tmp_pat
     model = adapted(folder, name)
     turn(model)
     model.save_pretrained(tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     again = hra_fx.load_adapter(loaded(folder, name), tmp_path)
     assert torch.equal(logits(again), logits(model))
     assert not torch.allclose(logits(again), logits(loaded(folder, name)), atol=1.0)
