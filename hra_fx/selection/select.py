@@ -81,7 +81,8 @@ def select(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
         hint = suggestion(config.exclude_modules, list(modules))
         text = f"`exclude_modules={format_names(config.exclude_modules)}` matches no module. {hint}"
         warnings.warn(text, HRAWarning, stacklevel=2)
-    warn_unmatched(model, config, modules, [path for path, module in modules.items() if _adaptable(module)])
+    paths = [path for path, _ in _walk(model, remove_duplicate=False)]
+    warn_unmatched(model, config, paths, [path for path, module in modules.items() if _adaptable(module)])
     return chosen
 
 

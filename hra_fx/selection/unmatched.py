@@ -19,7 +19,7 @@ def warn_unmatched(model: nn.Module, config: HRAConfig, paths: Iterable[str], la
     Args:
         model: the model.
         config: a configuration that selects other layers of it.
-        paths: the paths of its modules.
+        paths: the paths of its modules, all of a shared one.
         layers: the paths of the layers that can be adapted, to suggest names from.
 
     Warns:

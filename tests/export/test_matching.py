@@ -116,6 +116,7 @@ def test_a_configuration_that_does_not_fit(settings: hra_fx.HRAConfig, wanted: s
     assert wanted in refused(capture(model, ids), settings, hra_fx.SelectionError)
 
 
+@pytest.mark.filterwarnings("ignore:.*the entry 'weight' matches no module:hra_fx.HRAWarning")
 def test_names_indices_and_expressions_choose_as_they_do_of_a_model() -> None:
     model, ids = mixed()
     program = capture(model, ids)

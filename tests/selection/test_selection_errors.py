@@ -179,6 +179,7 @@ def test_each_name_that_matches_nothing_is_named_once() -> None:
     quiet = {"exclude_modules": ["value"], "modules_to_save": ["classifier"], "layers_to_transform": [0]}
     assert warned(model, target_modules=["query", "value", "classifier"], **quiet) == []
     assert warned(model, target_modules=r".*(query|valeu)") == []
+    assert warned(built(Nested), target_modules=["layers.1.seq", "encoder.again.seq"]) == []  # one layer
     # So is a saved adapter, which may list the default names of its architecture.
     assert warned(model, target_modules=["query", "valeu"], inference_mode=True) == []
 

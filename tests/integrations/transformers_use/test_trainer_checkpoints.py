@@ -69,7 +69,12 @@ def keys_of(path: Path) -> set[str]:
 def test_a_checkpoint_holds_the_adapter_alone_and_peft_opens_it(kind: str, shape: str, tmp_path: Path) -> None:
     model, folder = trained(kind, shape, tmp_path)
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
-    assert files - TRAINERS_OWN == {"adapter_config.json", "adapter_model.safetensors", "model.safetensors"}
+    assert files - TRAINERS_OWN == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "model.safetensors",
+    }
     chains = {f"base_model.model.{site}.hra_u" for site in SITES[kind]}
     assert keys_of(folder / "adapter_model.safetensors") == chains | {f"base_model.model.{n}" for n in HEAD[kind]}
     vectors = {f"{site}.hra_u.default" for site in SITES[kind]}
@@ -128,6 +133,7 @@ def test_the_trainer_saves_the_model_for_use_without_what_only_it_needs(tmp_path
     training.save_model(str(tmp_path / "out"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "adapter_config.json",
+        "README.md",
         "adapter_model.safetensors",
         "training_args.bin",
     }
