@@ -17,7 +17,14 @@ from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.target import describe
 from hra_fx.lora.adapter import LoraLayer
-from hra_fx.lora.unsupported import IN_ENCODER_LAYER, OUTPUT_PROJECTION, OWN_FORWARD, unsupported, why_not_convolution
+from hra_fx.lora.unsupported import (
+    EXPERTS,
+    IN_ENCODER_LAYER,
+    OUTPUT_PROJECTION,
+    OWN_FORWARD,
+    unsupported,
+    why_not_convolution,
+)
 from hra_fx.model.rotate import base_weight
 
 
@@ -72,6 +79,8 @@ def check_expressible(path: str, layer: AdaptedLayer, parent: nn.Module) -> None
 
 
 def _why_not(layer: AdaptedLayer, parent: nn.Module) -> str | None:
+    if layer.hra_u.kind == "experts":
+        return EXPERTS
     if isinstance(parent, nn.MultiheadAttention):
         return OUTPUT_PROJECTION
     if isinstance(parent, nn.TransformerEncoderLayer):

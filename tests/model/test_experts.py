@@ -237,3 +237,19 @@ def test_saved_in_full_by_another_adapter() -> None:
     config = hra_fx.HRAConfig(target_modules=["q_proj"], modules_to_save=["0.mlp.experts"])
     with pytest.raises(hra_fx.UnsupportedLayerError, match="another adapter reflects its gate_up_proj"):
         hra_fx.add_adapter(model, "full", config)
+
+
+def test_what_works_in_memory_only(tmp_path: Path) -> None:
+    model = model_of("qwen3_moe")
+    hra_fx.save_adapter(model, tmp_path / "adapter")
+    base_of("qwen3_moe").save_pretrained(tmp_path / "base")
+    with pytest.raises(hra_fx.CheckpointError, match=r"on parameters of experts .*only in memory"):
+        hra_fx.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    with pytest.raises(hra_fx.UnsupportedLayerError, match="is a parameter of experts, which is not converted"):
+        hra_fx.save_as_lora(model, tmp_path / "lora")
+
+
+def test_a_captured_program_has_no_experts() -> None:
+    program = torch.export.export(nn.Sequential(nn.Linear(2, 2)), (torch.ones(1, 2),))
+    with pytest.raises(hra_fx.SelectionError, match="has no 3-D parameters"):
+        hra_fx.transform(program, experts_config())
