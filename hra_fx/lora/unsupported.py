@@ -10,7 +10,6 @@ from hra_fx.errors import UnsupportedLayerError
 
 OUTPUT_PROJECTION = "is the output projection of an attention, whose change PEFT's LoRA (0.21) adds twice"
 IN_ENCODER_LAYER = "is in an nn.TransformerEncoderLayer, which reads its weight, so that PEFT's LoRA has no effect"
-EXPERTS = "is a parameter of experts, which is not converted to LoRA"
 OWN_FORWARD = "has a forward of its own, to which PEFT's LoRA does not add what it adds to a plain layer"
 
 
