@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from zoo.entry import Entry
@@ -108,4 +109,12 @@ ENTRIES: list[Entry] = [
         hugging("SwitchTransformersForConditionalGeneration", **TEXT | SWITCH, decoder_start_token_id=0),
         tokens(decoder_input_ids=words, decoder_attention_mask=padding),
     ),
+]
+
+#: Models whose experts are adapted too.
+_ADAPTED = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe", "gpt_oss", "llama4")
+ENTRIES += [
+    replace(entry, name=f"{entry.name}_experts", parameters=("experts.gate_up_proj", "experts.down_proj"))
+    for entry in ENTRIES
+    if entry.name.partition("/")[2] in _ADAPTED
 ]
