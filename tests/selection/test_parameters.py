@@ -88,3 +88,13 @@ def test_the_field() -> None:
         hra_fx.HRAConfig(target_parameters="a")
     with pytest.raises(hra_fx.ConfigError, match=r"got the entry 3"):
         hra_fx.HRAConfig(target_parameters=[3])
+
+
+def test_experts_of_integers() -> None:
+    model = nn.ModuleDict({"experts": nn.Module()})
+    model["experts"].is_transposed = False
+    model["experts"].up = nn.Parameter(torch.ones(3, 4, 5, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(
+        hra_fx.UnsupportedLayerError, match=r"experts.hra_up .*plain floating-point tensor, got torch.int8"
+    ):
+        hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_parameters=["up"]))
