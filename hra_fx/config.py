@@ -45,6 +45,10 @@ class HRAConfig:
         layers_pattern: one or more regular expressions for the name of the module list that is indexed, such as "h".
         bias: which biases are trained: "none", "all", or "hra_only" for those of the adapted layers.
         modules_to_save: names of modules that are trained and saved in full. Layers inside them are not adapted.
+        target_parameters: names of 3-D parameters, those of experts, to adapt, as PEFT's LoraConfig has it: a parameter
+            matches if its path equals a name or ends with "." + name. `exclude_modules` and `layers_to_transform` do
+            not restrict them. With target_modules=None, only these parameters are adapted. PEFT's HRAConfig does not
+            have this field.
         task_type: None or a PEFT task type, such as "SEQ_CLS".
         peft_type: always "HRA".
         auto_mapping, peft_version, base_model_name_or_path, revision, inference_mode: as in PEFT.
@@ -81,6 +85,7 @@ class HRAConfig:
     layers_pattern: Collection[str] | str | None = None
     bias: str = "none"
     modules_to_save: Collection[str] | None = None
+    target_parameters: Collection[str] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __new__(cls, *args: object, **kwargs: object) -> HRAConfig:
@@ -100,6 +105,7 @@ class HRAConfig:
         self.layers_to_transform = _indices(self.layers_to_transform)
         self._check_layers_pattern()
         self._check_modules_to_save()
+        self._check_target_parameters()
         self._check_together()
         _check_extra(self.extra)
         self.extra = dict(self.extra)
@@ -145,6 +151,12 @@ class HRAConfig:
             _compile("modules_to_save", name)
             _compile("modules_to_save", name, saved_module_regex(name))
 
+    def _check_target_parameters(self) -> None:
+        names = self.target_parameters
+        if isinstance(names, str):
+            raise ConfigError(f"`target_parameters` must be a list of names, got the str {names!r}. Use [{names!r}].")
+        self.target_parameters = _strings("target_parameters", names) or None if names is not None else None
+
     def _check_together(self) -> None:
         fix = " Put the indices into the regular expression, or pass `target_modules` as a list."
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
@@ -173,6 +185,8 @@ class HRAConfig:
         ['a', 'b']
         """
         values = {name: getattr(self, name) for name in _field_names()}
+        if self.target_parameters is None:  # PEFT warns of fields that its HRAConfig does not have
+            del values["target_parameters"]
         return {name: _plain(value) for name, value in (values | self.extra).items()}
 
     def to_json_string(self) -> str:

@@ -135,6 +135,11 @@ def _traced(model: nn.Module, config: HRAConfig, example_inputs: Any) -> fx.Grap
         )
     layers = select(model, config)
     check(model, layers, config)
+    if stacked := next((path for path, layer in layers.items() if kind_of(layer) == "experts"), None):
+        raise AdapterError(
+            f"trace=True: {stacked} stands for a parameter of experts, whose reflections a graph cannot have. Leave "
+            "out trace=True, or target_parameters."
+        )
     traced = trace_model(model, list(layers.values()), example_inputs)
     if is_captured(traced):
         _refuse_tied(layers)

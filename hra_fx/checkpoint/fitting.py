@@ -22,7 +22,7 @@ from hra_fx.compat import non_persistent_buffers
 from hra_fx.config import HRAConfig
 from hra_fx.errors import CheckpointError, HRAWarning, SelectionError
 from hra_fx.layers.adapters import AdapterSpec
-from hra_fx.layers.target import width_of
+from hra_fx.layers.variants import adapters_for
 from hra_fx.model.setup import valid_config
 from hra_fx.model.trainable import to_copy
 from hra_fx.selection.select import saved_modules, select, without_unmatched
@@ -158,7 +158,7 @@ def _check_shapes(
     config: HRAConfig,
 ) -> None:
     for path, layer in layers.items():
-        _check_shape(file, reflection_key(path), tensors, (width_of(layer), config.r))
+        _check_shape(file, reflection_key(path), tensors, adapters_for(layer).vectors_shape(config.r))
     for (path, name), key in copies.items():
         own: Tensor = getattr(model.get_submodule(path), name)
         _check_shape(file, key, tensors, tuple(own.shape))
@@ -202,12 +202,12 @@ def _split(
     if not anchor:
         return chain, None
     if not resume["apply_GS"]:
-        return chain[:, anchor:].contiguous(), chain[:, :anchor].contiguous()
+        return chain[..., anchor:].contiguous(), chain[..., :anchor].contiguous()
     key = vectors_key(path)
     if key not in tensors:
         raise CheckpointError(f"{file}: missing key {key}, the vectors before Gram-Schmidt. Save the adapter again.")
-    _check_shape(file, key, tensors, (chain.shape[0], resume["r"]))
-    return tensors[key], chain[:, :anchor].contiguous()
+    _check_shape(file, key, tensors, (*chain.shape[:-1], resume["r"]))
+    return tensors[key], chain[..., :anchor].contiguous()
 
 
 def _compare_base(file: Path, config: HRAConfig, model: nn.Module) -> None:

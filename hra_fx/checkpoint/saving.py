@@ -195,8 +195,8 @@ def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[s
         tensors[reflection_key(path)] = plain_chain(vectors, anchor, apply_GS=config.apply_GS)
         if config.apply_GS:
             tensors[vectors_key(path)] = vectors
-        rank, apply_GS = anchor.shape[1] + config.r, False
-        metadata[RESUME] = json.dumps({"r": config.r, "apply_GS": config.apply_GS, "anchor": anchor.shape[1]})
+        rank, apply_GS = anchor.shape[-1] + config.r, False
+        metadata[RESUME] = json.dumps({"r": config.r, "apply_GS": config.apply_GS, "anchor": anchor.shape[-1]})
     for path, (owner, copies) in all_copies(root).items():
         for entry in copies.copied.get(name, ()):
             if entry not in non_persistent_buffers(owner):

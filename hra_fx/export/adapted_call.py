@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from hra_fx.compat import pytree
+from hra_fx.errors import AdapterError
 from hra_fx.export.editors import ModuleEditor, is_adapter_tensor
 from hra_fx.export.insert import find_rotate_nodes
 from hra_fx.export.match import group_tied
@@ -18,7 +19,7 @@ from hra_fx.export.ops import ROTATE
 from hra_fx.export.weight_uses import module_path
 from hra_fx.layers.adapted_layer import AdaptedLayer, layer_class_for
 from hra_fx.layers.class_swap import unswap
-from hra_fx.layers.target import META, REFLECTION, NodeTag
+from hra_fx.layers.target import META, REFLECTION, NodeTag, describe
 from hra_fx.layers.variants import QuantizedAdapters
 from hra_fx.model.example_inputs import Call
 from hra_fx.model.graph_module import restore
@@ -56,6 +57,11 @@ def capture_call(model: nn.Module, call: Call) -> fx.GraphModule:
         ['rotate', 'linear']
     """
     layers = adapted_layers(model)
+    if stacked := next((layer for layer in layers.values() if layer.hra_u.kind == "experts"), None):
+        raise AdapterError(
+            f"{describe(stacked)}: a graph of torch.export cannot have the reflections of experts. Leave out "
+            "example_inputs, or fold the model first (hra_fx.fold)."
+        )
     with _plain_layers(model, [part for part in layers.values() if not isinstance(part.hra_u, QuantizedAdapters)]):
         captured = export_call(model, call, _ADVICE)
     paths = {layer: path for path, layer in layers.items()}

@@ -142,8 +142,8 @@ def rounding_error(A: Tensor, B: Tensor, dtype: torch.dtype) -> float:
     """`|B' A' - B A|_F / |B A|_F`, for the factors rounded to `dtype`; 0 for rank 0.
 
     Args:
-        A: `(n, d)`, float64.
-        B: `(out, n)`, float64.
+        A: `(n, d)`, float64; or several of them, `(..., n, d)`.
+        B: `(out, n)`, float64; or `(..., out, n)`.
         dtype: a floating-point dtype.
 
     Example:
@@ -153,7 +153,7 @@ def rounding_error(A: Tensor, B: Tensor, dtype: torch.dtype) -> float:
     """
     rounded_A, rounded_B = A.to(dtype).to(A.dtype), B.to(dtype).to(B.dtype)
     # B' A' - B A = [B' - B, B] [A'; A' - A], whose norm is that of two small triangles.
-    error = _norm_of_product(torch.cat([rounded_B - B, B], dim=1), torch.cat([rounded_A, rounded_A - A]))
+    error = _norm_of_product(torch.cat([rounded_B - B, B], dim=-1), torch.cat([rounded_A, rounded_A - A], dim=-2))
     size = _norm_of_product(B, A)
     return error / size if size else 0.0
 
@@ -161,4 +161,4 @@ def rounding_error(A: Tensor, B: Tensor, dtype: torch.dtype) -> float:
 def _norm_of_product(B: Tensor, A: Tensor) -> float:
     """`|B A|_F`, without the product."""
     left, right = (torch.linalg.qr(factor, mode="r").R for factor in (B, A.mT))
-    return float(torch.linalg.matrix_norm(left @ right.mT))
+    return float(torch.linalg.vector_norm(left @ right.mT))

@@ -19,8 +19,9 @@ def rotate_weight(weight: Tensor, vectors: Tensor, *, transposed: bool = False, 
 
     Args:
         weight: `(out, d)`, the weight of a convolution `(out, ...)` with `d` entries per output channel, or
-            `(d, out)` if `transposed`.
-        vectors: `U: (d, k)`, a chain of reflections (anchor and Gram-Schmidt already applied), of any lengths.
+            `(d, out)` if `transposed`; of several experts, `(experts, out, d)` or `(experts, d, out)`.
+        vectors: `U: (d, k)`, a chain of reflections (anchor and Gram-Schmidt already applied), of any lengths; of
+            several experts, `(experts, d, k)`.
         transposed: whether the weight is stored as `(d, out)`, as transformers' `Conv1D` does.
         exportable_ops: use matrix products only, without a triangular solve (`hra_fx.functional.exportable`).
 
@@ -39,22 +40,23 @@ def rotate_weight(weight: Tensor, vectors: Tensor, *, transposed: bool = False, 
         dtype = working_dtype(torch.promote_types(weight.dtype, vectors.dtype))
         chain = normalize(vectors.to(dtype))
         factor = exportable.compact_wy(chain) if exportable_ops else compact_wy(chain)
-        rows = rotate(as_rows(weight, transposed=transposed).to(dtype), chain, factor)
+        rows = rotate(as_rows(weight, transposed=transposed, batched=chain.dim() == 3).to(dtype), chain, factor)
         return rows_to_weight(rows, weight, transposed=transposed)
 
 
-def as_rows(weight: Tensor, *, transposed: bool = False) -> Tensor:
+def as_rows(weight: Tensor, *, transposed: bool = False, batched: bool = False) -> Tensor:
     """A weight as the matrix `(out, d)` that `Q` is multiplied with from the right; a view where possible.
 
     Args:
         weight: `(out, ...)`, or `(d, out)` if `transposed`.
         transposed: whether the weight is stored as `(d, out)`.
+        batched: whether the first dimension is that of experts, which is kept.
 
     Example:
         >>> as_rows(torch.zeros(8, 4, 3, 3)).shape, as_rows(torch.zeros(4, 8), transposed=True).shape
         (torch.Size([8, 36]), torch.Size([8, 4]))
     """
-    return weight.mT if transposed else weight.flatten(1)
+    return weight.mT if transposed else weight if batched else weight.flatten(1)
 
 
 def rows_to_weight(rows: Tensor, weight: Tensor, *, transposed: bool = False) -> Tensor:

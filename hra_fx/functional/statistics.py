@@ -104,12 +104,14 @@ def principal_block(chain: Tensor, factor: Tensor) -> Tensor:
 def inverse_condition(vectors: Tensor) -> float:
     """How linearly independent the columns of `U: (d, r)` are: `min |R_ii| / max |R_ii|` of `U = V R`, in [0, 1].
 
+    Of several matrices `(n, d, r)`, it is the smallest.
+
     Near the epsilon of the dtype of `U`, the Gram-Schmidt basis is rounding noise.
 
     Example:
         >>> inverse_condition(torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
         0.0
     """
-    diagonal = torch.linalg.qr(vectors.detach().double(), mode="r").R.diagonal().abs()
-    largest = float(diagonal.max())
-    return float(diagonal.min()) / largest if largest > 0 else 0.0
+    diagonal = torch.linalg.qr(vectors.detach().double(), mode="r").R.diagonal(dim1=-2, dim2=-1).abs()
+    largest, smallest = diagonal.amax(dim=-1), diagonal.amin(dim=-1)
+    return float(torch.where(largest > 0, smallest / largest, 0.0).min())

@@ -23,7 +23,7 @@ from hra_fx.layers.class_swap import SwapMixin
 from hra_fx.layers.quantized.straight_through import call_quantized
 from hra_fx.layers.rotated_weight import InferenceRotatedWeight, RotatedWeight, link
 from hra_fx.layers.sharding import is_dtensor
-from hra_fx.layers.target import BASE_WEIGHT, REFLECTION, kind_of, weight_name
+from hra_fx.layers.target import BASE_WEIGHT, REFLECTION, weight_place
 from hra_fx.layers.variants import ConvAdapters, LinearAdapters, QuantizedAdapters
 
 
@@ -40,8 +40,8 @@ class AdaptedLayer(SwapMixin):
         """The base weight `W`, without adapters that are not merged."""
         if REFLECTION in self._modules:
             return self.hra_u.weight_of(self)
-        plain: nn.Parameter = self._parameters[weight_name(kind_of(self))]  # type: ignore[assignment]
-        return plain
+        owner, name = weight_place(self)
+        return owner._parameters[name]  # type: ignore[return-value]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Replace a parameter, the base weight as `hra_base`; `nn.Module` calls this for an attribute that is set.
@@ -55,7 +55,8 @@ class AdaptedLayer(SwapMixin):
                 "the model before hra_fx.transform, or call hra_fx.fold(model) first."
             )
         if name == BASE_WEIGHT:
-            self._parameters[weight_name(kind_of(self))] = param
+            owner, own_name = weight_place(self)
+            owner._parameters[own_name] = param
             return
         adapters = self._modules.get(REFLECTION)
         if (
@@ -76,7 +77,7 @@ class AdaptedLayer(SwapMixin):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
         """Load; with `assign=True`, torch assigns the base weight by its name."""
-        name = weight_name(kind_of(self))
+        _, name = weight_place(self)
         weight = state_dict.get(prefix + name)
         if not local_metadata.get("assign_to_params_buffers") or REFLECTION not in self._modules or weight is None:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
@@ -92,13 +93,14 @@ class AdaptedLayer(SwapMixin):
         def weight(self: AdaptedLayer) -> Any:
             if REFLECTION not in self._modules:  # a new object of this class
                 return nn.Module.__getattr__(self, name)
-            if name not in self._parameters and name not in vars(self):
+            owner, own = weight_place(self)
+            if own not in owner._parameters and own not in vars(owner):
                 raise AttributeError(name)
             # FSDP1 reads and stores its parameters here; while a forward runs, the weight is a plain attribute.
-            if getattr(self._parameters.get(name), "_fsdp_flattened", False):
+            if getattr(owner._parameters.get(own), "_fsdp_flattened", False):
                 return self.hra_base
             try:
-                return _rotated(self)
+                return read_weight(self)
             except AttributeError as error:  # which would send Python to nn.Module.__getattr__, and the base weight
                 raise RuntimeError(f"{type(self).__name__}: its weight cannot be rotated ({error})") from error
 
@@ -112,8 +114,12 @@ class AdaptedLayer(SwapMixin):
         return {name: property(weight, hold, drop)}
 
 
-def _rotated(layer: AdaptedLayer) -> Any:
-    """What a reader of the weight gets."""
+def read_weight(
+    layer: AdaptedLayer,
+    kind: type[RotatedWeight] = RotatedWeight,
+    without_gradient: type[RotatedWeight] = InferenceRotatedWeight,
+) -> Any:
+    """What a reader of the weight gets; `kind` and `without_gradient` are the classes of the rotated weight."""
     base, adapters = layer.hra_base, layer.hra_u
     if torch.compiler.is_compiling() or compat.is_fx_tracing():  # a tracer needs the operations themselves
         return adapters(weight=base)
@@ -122,7 +128,7 @@ def _rotated(layer: AdaptedLayer) -> Any:
         return base
     if not is_plain_eager():
         return RotatedWeight(layer)
-    return link(layer) if torch.is_grad_enabled() else InferenceRotatedWeight(layer)
+    return link(layer, kind) if torch.is_grad_enabled() else without_gradient(layer)
 
 
 class AdaptedLinear(AdaptedLayer):

@@ -20,7 +20,7 @@ from hra_fx.functional.chain import ChainPart, plain_chain
 from hra_fx.functional.rotate import as_rows, rotate_weight
 from hra_fx.layers.rotated_weight import RotatedWeight
 from hra_fx.layers.sharding import distribute_like, full_tensor
-from hra_fx.layers.target import REFLECTION, LayerKind, weight_name
+from hra_fx.layers.target import REFLECTION, LayerKind, weight_name, weight_place
 
 #: The suffix of the name of an adapter's anchor.
 ANCHOR = "_anchor"
@@ -136,11 +136,19 @@ class HouseholderAdapters(nn.ParameterDict):
             AdapterError: the name cannot be a parameter's name here.
         """
         dtype = householder.working_dtype(like.dtype)
-        vectors, anchor = householder.init_vectors(
-            self.width, spec.r, apply_GS=spec.apply_GS, init_weights=spec.init_weights, dtype=dtype, on_meta=on_meta
-        )
+        vectors, anchor = self.initial(spec, dtype, on_meta=on_meta)
         device = vectors.device if on_meta else like.device
         self.put(name, spec, vectors.to(device), None if anchor is None else anchor.to(device))
+
+    def initial(self, spec: AdapterSpec, dtype: torch.dtype, *, on_meta: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Fresh vectors `U: (d, r)` and their anchor (`householder.init_vectors`)."""
+        return householder.init_vectors(
+            self.width, spec.r, apply_GS=spec.apply_GS, init_weights=spec.init_weights, dtype=dtype, on_meta=on_meta
+        )
+
+    def vectors_shape(self, r: int) -> tuple[int, ...]:
+        """The shape of the vectors of an adapter of rank `r`: `(d, r)`."""
+        return self.width, r
 
     def put(self, name: str, spec: AdapterSpec, vectors: Tensor, anchor: Tensor | None) -> None:
         """Add an adapter with given vectors `U: (d, r)` and anchor `A: (d, k)`; it is not active yet.
@@ -192,7 +200,11 @@ class HouseholderAdapters(nn.ParameterDict):
             AdapterError: its `Q` is not a rotation.
         """
         dtype = householder.working_dtype(self[name].dtype)
-        return geodesic.fractional_rotation(self.full_chain(name, dtype).detach(), alpha)
+        return self.fraction(self.full_chain(name, dtype).detach(), alpha)
+
+    def fraction(self, chain: Tensor, alpha: float) -> Tensor:
+        """A chain at strength `alpha`; errors as `scaled`."""
+        return geodesic.fractional_rotation(chain, alpha)
 
     def scale(self, name: str, alpha: float, chain: Tensor | None = None) -> None:
         """Set the strength of an adapter, whose chain `scaled` makes; 1 restores it.
@@ -236,7 +248,7 @@ class HouseholderAdapters(nn.ParameterDict):
         if dtype is None:
             scaled: Tensor = getattr(self, name + _SCALED)
             return scaled
-        return geodesic.fractional_rotation(self.full_chain(name, dtype), self.scales[name])
+        return self.fraction(self.full_chain(name, dtype), self.scales[name])
 
     def full_chain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The adapter at full strength, `[A | U]`, or `[A | V]` with Gram-Schmidt: `(d, k)`, computed in `dtype`.
@@ -256,7 +268,7 @@ class HouseholderAdapters(nn.ParameterDict):
         chains = [self.chain(name, dtype) for name in names if not self._is_idle(name)]
         if not chains:
             return None
-        return chains[0] if len(chains) == 1 else torch.cat(chains, dim=1)
+        return chains[0] if len(chains) == 1 else torch.cat(chains, dim=-1)
 
     def chain_parts(self) -> list[ChainPart]:
         """The active adapters that do something, in their order, as their chain is computed from them."""
@@ -278,12 +290,13 @@ class HouseholderAdapters(nn.ParameterDict):
         Raises:
             AdapterError: another tool has replaced the parameter.
         """
-        weight = layer._parameters.get(self.weight_name)
+        owner, name = weight_place(layer)
+        weight = owner._parameters.get(name)
         if weight is None:  # FSDP1 and DataParallel set a plain attribute
-            weight = vars(layer).get(self.weight_name)
+            weight = vars(owner).get(name)
         if weight is None:
             raise AdapterError(
-                f"{type(layer).__name__}: its {self.weight_name} is not a parameter any more, because weight_norm, "
+                f"{type(owner).__name__}: its {name} is not a parameter any more, because weight_norm, "
                 "pruning or the like came after hra_fx.transform. Remove that first (remove_weight_norm, prune.remove)."
             )
         return weight
@@ -291,7 +304,7 @@ class HouseholderAdapters(nn.ParameterDict):
     def _is_idle(self, name: str) -> bool:
         """Whether an adapter is at strength 0; read from the buffer, because an fx proxy has no shape."""
         scaled = self._buffers.get(name + _SCALED) if name in self.scales else None
-        return scaled is not None and not scaled.shape[1]
+        return scaled is not None and not scaled.shape[-1]
 
     @property
     def acts(self) -> bool:

@@ -201,6 +201,6 @@ def _expected_dtype(weight: Tensor, vectors: Tensor) -> torch.dtype:
 
 def _is_here(tensor: Tensor, width: int) -> bool:
     """Whether a tensor has its data: FSDP and offloading take it away between the calls of a layer."""
-    if not is_plain(tensor) or tensor.is_meta or tensor.shape[0] != width:
+    if not is_plain(tensor) or tensor.is_meta or tensor.dim() != 2 or tensor.shape[0] != width:
         return False
     return is_compiling() or tensor.untyped_storage().size() > 0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hra_fx import compat
 from hra_fx.errors import AdapterError
-from hra_fx.layers.target import REFLECTION, kind_of, weight_name
+from hra_fx.layers.target import REFLECTION, weight_place
 
 #: Answered from the base weight: they say nothing about its values.
 _METADATA = frozenset(
@@ -64,8 +64,10 @@ class RotatedWeight(Tensor):
 
     def base(self) -> Tensor:
         """The base weight `W`; once the adapters are folded or deleted, the weight of the plain layer."""
-        name = "hra_base" if self._adapters() is not None else weight_name(kind_of(self._layer))
-        return getattr(self._layer, name)  # type: ignore[no-any-return]
+        if self._adapters() is not None:
+            return self._layer.hra_base  # type: ignore[return-value]
+        owner, name = weight_place(self._layer)
+        return getattr(owner, name)  # type: ignore[no-any-return]
 
     def value(self) -> Tensor:
         """`W Q`, as a plain tensor."""
@@ -210,26 +212,26 @@ def _value(value: Any) -> Any:
     return value.value() if isinstance(value, RotatedWeight) else value
 
 
-def link(layer: nn.Module) -> RotatedWeight:
+def link(layer: nn.Module, kind: type[RotatedWeight] = RotatedWeight) -> RotatedWeight:
     """The weight of a layer, with a gradient to its adapters for those readers too that compute their own.
 
     Torch functions compute with `W Q`, and autograd sees that. The forward of a custom `torch.autograd.Function` runs
     without gradients: what its backward returns for the weight comes back here.
     """
-    weight = RotatedWeight(layer)
+    weight = kind(layer)
     if trained := weight._trained():
-        weight = _Link.apply(layer, *trained)  # type: ignore[no-untyped-call]
+        weight = _Link.apply(layer, kind, *trained)  # type: ignore[no-untyped-call]
         weight._is_linked = True
     return weight
 
 
 class _Link(torch.autograd.Function):
-    """`(layer, parameters that are trained) -> W Q`; its backward is that of `W Q` as others read it."""
+    """`(layer, class of the result, parameters that are trained) -> W Q`; its backward is that of `W Q`."""
 
     @staticmethod
-    def forward(ctx: Any, layer: nn.Module, *trained: nn.Parameter) -> RotatedWeight:
+    def forward(ctx: Any, layer: nn.Module, kind: type[RotatedWeight], *trained: nn.Parameter) -> RotatedWeight:
         ctx.layer, ctx.trained = layer, trained
-        return RotatedWeight(layer)
+        return kind(layer)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -237,7 +239,7 @@ class _Link(torch.autograd.Function):
         with torch.enable_grad():
             rotated = RotatedWeight(ctx.layer).value()
         gradients = torch.autograd.grad(rotated, ctx.trained, grad, create_graph=again, allow_unused=True)
-        return None, *gradients
+        return None, None, *gradients
 
 
 def _answer_flag(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -297,9 +299,9 @@ def _writes_by_schema(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) ->
 
 def _refuse(func: Callable[..., Any], *given: Any) -> NoReturn:
     weight = next(part for part in compat.pytree.tree_leaves(given) if isinstance(part, RotatedWeight))
-    layer = weight._layer
+    owner, name = weight_place(weight._layer)
     raise AdapterError(
-        f"{type(layer).__name__}.{weight_name(kind_of(layer))}: {getattr(func, '__name__', func)} writes into the "
+        f"{type(owner).__name__}.{name}: {getattr(func, '__name__', func)} writes into the "
         "weight of an adapted layer, which is computed as W Q at each read, so the change would be lost. Write to "
         "`layer.hra_base`, or call hra_fx.fold(model) first."
     )

@@ -8,7 +8,9 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor, nn
 
-LayerKind: TypeAlias = Literal["linear", "conv1d", "conv2d", "conv3d", "attention"]
+from hra_fx.layers.experts_weight import ExpertsWeight, describe_experts
+
+LayerKind: TypeAlias = Literal["linear", "conv1d", "conv2d", "conv3d", "attention", "experts"]
 
 #: Name of the child module that holds the adapters of a layer, and so of its `state_dict` keys (PEFT's name).
 REFLECTION = "hra_u"
@@ -67,6 +69,8 @@ def find_kind(layer: nn.Module) -> LayerKind | None:
         return "linear"
     if isinstance(layer, nn.MultiheadAttention):
         return "attention"
+    if isinstance(layer, ExpertsWeight):
+        return "experts"
     return next((kind for base, kind in _CONVOLUTIONS.items() if isinstance(layer, base)), None)
 
 
@@ -98,6 +102,31 @@ def weight_name(kind: LayerKind) -> str:
     return "in_proj_weight" if kind == "attention" else "weight"
 
 
+def weight_place(layer: nn.Module) -> tuple[nn.Module, str]:
+    """The module that has the parameter which is rotated, and the name of the parameter in it.
+
+    Example:
+        >>> layer = nn.Linear(3, 8)
+        >>> weight_place(layer) == (layer, "weight")
+        True
+    """
+    if isinstance(layer, ExpertsWeight):
+        return layer.owner, layer.parameter
+    return layer, weight_name(kind_of(layer))
+
+
+def weight_entry(path: str, layer: nn.Module) -> str:
+    """The entry of the parameter that is rotated in the `state_dict` of the model, for a layer with this path.
+
+    Example:
+        >>> weight_entry("encoder.query", nn.Linear(3, 8))
+        'encoder.query.weight'
+    """
+    owner, name = weight_place(layer)
+    place = path if owner is layer else path.rpartition(".")[0]
+    return f"{place}.{name}".lstrip(".")
+
+
 def width_of(layer: nn.Module) -> int:
     """The length `d` of a layer's reflection vectors: one row of the weight, flattened.
 
@@ -105,6 +134,8 @@ def width_of(layer: nn.Module) -> int:
         >>> width_of(nn.Conv2d(8, 16, (3, 5), groups=2))
         60
     """
+    if isinstance(layer, ExpertsWeight):
+        return layer.width
     weight: Tensor = layer._parameters[weight_name(kind_of(layer))]  # type: ignore[assignment]
     if isinstance(layer, nn.Linear) and not weight.is_floating_point():
         return layer.in_features  # the shape of a packed weight says nothing
@@ -125,6 +156,8 @@ def describe(layer: nn.Module) -> str:
         return f"Conv1D {weight.shape[0]}->{weight.shape[1]}"
     if isinstance(layer, nn.MultiheadAttention):
         return f"Attention {layer.embed_dim}->3x{layer.embed_dim}"
+    if isinstance(layer, ExpertsWeight):
+        return describe_experts(layer)
     if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return type(layer).__name__
     size = "x".join(map(str, layer.kernel_size))

@@ -27,6 +27,8 @@ from hra_fx.kernels.linear import linear, reflect_rows
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.batching import factors_of, has_batch
 from hra_fx.layers.class_swap import original_class
+from hra_fx.layers.experts_adapters import ExpertsAdapters
+from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.target import has_columns, kind_of, width_of
 
@@ -259,6 +261,8 @@ def adapters_for(layer: nn.Module) -> HouseholderAdapters:
         >>> box
         LinearAdapters(default: d=6, r=2)
     """
+    if isinstance(layer, ExpertsWeight):
+        return ExpertsAdapters(layer)
     if has_own_forward(layer):
         return HouseholderAdapters(width_of(layer), kind_of(layer), columns=has_columns(layer))
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
@@ -282,4 +286,6 @@ def has_own_forward(layer: nn.Module) -> bool:
     if has_columns(layer):
         standard = [next(kind for kind in type(layer).__mro__ if kind.__name__ == "Conv1D")]
     own: Any = original_class(layer)
-    return isinstance(layer, nn.MultiheadAttention) or own.forward not in [kind.forward for kind in standard]
+    return isinstance(layer, (nn.MultiheadAttention, ExpertsWeight)) or own.forward not in [
+        kind.forward for kind in standard
+    ]

@@ -19,11 +19,13 @@ class LoraLayer:
     Attributes:
         path: the layer's qualified name in the model.
         kind: the kind of layer.
-        A: `(k, d)`, float64 on the CPU; of a convolution, `d` is the flattened `(in, *kernel)`.
-        B: `(out, k)`, float64 on the CPU.
+        A: `(k, d)`, float64 on the CPU; of a convolution, `d` is the flattened `(in, *kernel)`; of experts,
+            `(experts, k, d)`.
+        B: `(out, k)`, float64 on the CPU; of experts, `(experts, out, k)`.
         kernel: the kernel size of a convolution; empty for other layers.
         columns: whether the layer stores its weight as `(in, out)`, as transformers' `Conv1D` does.
         error: `|W Q - W - B A|_F / |W Q - W|_F`; 0 unless a smaller rank was asked for.
+        place: of experts, the position of the parameter among those of its module.
     """
 
     path: str
@@ -33,14 +35,15 @@ class LoraLayer:
     kernel: tuple[int, ...] = ()
     columns: bool = False
     error: float = 0.0
+    place: int = 0
 
     @property
     def rank(self) -> int:
         """The number of rows of `A`, 0 for a layer that the adapter does not change."""
-        return self.A.shape[0]
+        return self.A.shape[-2]
 
     def padded(self, rank: int) -> tuple[Tensor, Tensor]:
-        """`A: (rank, d)` and `B: (out, rank)`, with zeros for the rows and columns that are not there."""
+        """`A: (..., rank, d)` and `B: (..., out, rank)`, with zeros for the rows and columns that are not there."""
         missing = rank - self.rank
         A = torch.nn.functional.pad(self.A, (0, 0, 0, missing))
         return A, torch.nn.functional.pad(self.B, (0, missing))

@@ -9,15 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hra_fx.errors import AdapterError
-from hra_fx.functional import low_rank
 from hra_fx.functional.rotate import as_rows, check_foldable
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.target import describe
 from hra_fx.lora.adapter import LoraLayer
-from hra_fx.lora.unsupported import IN_ENCODER_LAYER, OUTPUT_PROJECTION, OWN_FORWARD, unsupported, why_not_convolution
+from hra_fx.lora.change import change_of, noise_of
+from hra_fx.lora.experts import experts_layer
+from hra_fx.lora.unsupported import (
+    IN_ENCODER_LAYER,
+    OUTPUT_PROJECTION,
+    OWN_FORWARD,
+    unsupported,
+    why_not_convolution,
+)
 from hra_fx.model.rotate import base_weight
 
 
@@ -35,6 +40,8 @@ def lora_layer(path: str, layer: AdaptedLayer, names: Sequence[str], rank: int |
         FoldError: the weight or the vectors are on the meta device, or the vectors of a Gram-Schmidt adapter are
             linearly dependent.
     """
+    if layer.hra_u.kind == "experts":
+        return experts_layer(path, layer, names, rank)
     packing, box = quant_scheme_of(layer), layer.hra_u
     weight = base_weight(layer) if packing is None else packing.values(layer)
     for name in names:
@@ -42,23 +49,9 @@ def lora_layer(path: str, layer: AdaptedLayer, names: Sequence[str], rank: int |
     rows = as_rows(weight.detach(), transposed=box.columns and packing is None)
     chain = box.joint_vectors(names, torch.float32 if weight.device.type == "mps" else torch.float64)
     chain = torch.zeros(box.width, 0) if chain is None else chain
-    _check_finite(path, chain)
-    V, K = low_rank.core(chain, _noise(box, names))
-    projected = low_rank.project(rows, V)
-    _check_finite(path, projected)
-    A, B, error = low_rank.weight_change(projected, V, K, rank)
+    A, B, error = change_of(path, rows, chain, noise_of(box, names), rank)
     kernel = tuple(weight.shape[2:]) if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else ()
     return LoraLayer(path, box.kind, A, B, kernel, box.columns, error)
-
-
-def _check_finite(path: str, values: Tensor) -> None:
-    if not bool(torch.isfinite(values).all()):
-        raise AdapterError(f"{path}: its weight or its vectors have NaN or infinite values. Load or train it again.")
-
-
-def _noise(box: HouseholderAdapters, names: Sequence[str]) -> float:
-    anchored = [box[name] for name in names if box.specs[name].apply_GS and box.anchor(name) is not None]
-    return sum(low_rank.anchor_noise(vectors.shape[1], vectors.dtype) for vectors in anchored)
 
 
 def check_expressible(path: str, layer: AdaptedLayer, parent: nn.Module) -> None:
@@ -72,6 +65,8 @@ def check_expressible(path: str, layer: AdaptedLayer, parent: nn.Module) -> None
 
 
 def _why_not(layer: AdaptedLayer, parent: nn.Module) -> str | None:
+    if layer.hra_u.kind == "experts":
+        return None
     if isinstance(parent, nn.MultiheadAttention):
         return OUTPUT_PROJECTION
     if isinstance(parent, nn.TransformerEncoderLayer):

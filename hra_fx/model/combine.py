@@ -13,6 +13,7 @@ from hra_fx.errors import AdapterError
 from hra_fx.functional import householder
 from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
 from hra_fx.layers.sharding import first_sharded
+from hra_fx.layers.target import weight_entry
 from hra_fx.model.add import add_filled_adapter
 from hra_fx.model.offload import require_materialized
 from hra_fx.model.setup import checked
@@ -70,19 +71,21 @@ def _combine(root: nn.Module, record: AdapterState, names: tuple[str, ...], adap
         for path, layer in adapted_layers(root).items()
         if any(name in layer.hra_u for name in names)
     }
-    rank = max(sum(chain.shape[1] for chain in parts) for parts in chains.values())
+    rank = max(sum(chain.shape[-1] for chain in parts) for parts in chains.values())
     if not rank:
         raise AdapterError(
             f"adapters {list(names)}: all have strength 0, so their product is the identity. Set others first."
         )
-    joint = {path: _fill(path, torch.cat(parts, dim=1), rank) for path, parts in chains.items()}
+    joint = {path: _fill(path, torch.cat(parts, dim=-1), rank) for path, parts in chains.items()}
+    stacked = [path for path, layer in adapted_layers(root).items() if path in chains and layer.hra_u.kind == "experts"]
     config = dataclasses.replace(
         record.configs[names[0]],
         r=rank,
         apply_GS=False,
         init_weights=True,
         # A pattern: in a list, a path would also match longer paths that end like it.
-        target_modules="|".join(re.escape(path) for path in chains),
+        target_modules="|".join(re.escape(path) for path in chains if path not in stacked) or None,
+        target_parameters=[weight_entry(path, adapted_layers(root)[path]) for path in stacked] or None,
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
@@ -96,13 +99,13 @@ def _combine(root: nn.Module, record: AdapterState, names: tuple[str, ...], adap
 
 
 def _fill(path: str, chain: Tensor, rank: int) -> Tensor:
-    missing = rank - chain.shape[1]
+    missing = rank - chain.shape[-1]
     if not missing:
         return chain
     if missing % 2:
         raise AdapterError(
-            f"{path}: it has {chain.shape[1]} reflections of these adapters, and other layers have {rank}. The "
+            f"{path}: it has {chain.shape[-1]} reflections of these adapters, and other layers have {rank}. The "
             "difference must be even, because it is filled with pairs that cancel. Combine adapters of even ranks."
         )
-    pairs, _ = householder.init_vectors(chain.shape[0], missing, apply_GS=False, init_weights=True, dtype=chain.dtype)
-    return torch.cat([chain, pairs.to(chain.device)], dim=1)
+    pairs, _ = householder.init_vectors(chain.shape[-2], missing, apply_GS=False, init_weights=True, dtype=chain.dtype)
+    return torch.cat([chain, pairs.to(chain.device).expand(*chain.shape[:-2], -1, -1)], dim=-1)

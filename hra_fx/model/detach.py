@@ -6,6 +6,7 @@ from torch import fx, nn
 
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.class_swap import mixins_of, original_class
+from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import all_copies, get_copies
 from hra_fx.model.graph_module import restore, rewrite
@@ -25,6 +26,8 @@ def detach_all(model: nn.Module) -> None:
             del part._modules[SAVED]
         if mixins_of(part):
             part.__class__ = original_class(part)
+        if isinstance(part, ExpertsWeight):
+            part.owner._modules.pop(part.child, None)
     for part in parts:
         if record := get_state(part):
             FlagChanges(record.requires_grad).restore(part)

@@ -13,7 +13,7 @@ from hra_fx.compat import tensor_version
 from hra_fx.errors import AdapterError, FoldError, HRAWarning
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.quantized.detect import quant_scheme_of
-from hra_fx.layers.target import SAVED
+from hra_fx.layers.target import SAVED, weight_place
 from hra_fx.layers.trained_copies import BASE, all_copies
 from hra_fx.model.activate import check_copies, sync_layers
 from hra_fx.model.detach import detach_all, remove_adapters
@@ -297,7 +297,7 @@ def _untied(
 
 
 def _places(sites: Mapping[str, AdaptedLayer], paths: Iterable[str]) -> set[Place]:
-    return {(sites[path], sites[path].hra_u.weight_name) for path in paths}
+    return {weight_place(sites[path]) for path in paths}
 
 
 def _ties(root: nn.Module, places: set[Place], names: tuple[str, ...]) -> list[Tie]:

@@ -11,9 +11,11 @@ from torch import fx, nn
 
 from hra_fx.config import HRAConfig
 from hra_fx.errors import UnsupportedLayerError
+from hra_fx.layers.adapted_experts import attach, detach
 from hra_fx.layers.adapted_layer import layer_class_for
 from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
 from hra_fx.layers.class_swap import swap, unswap
+from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.target import REFLECTION
 from hra_fx.layers.variants import adapters_for
 from hra_fx.model.graph_module import rewrite
@@ -86,6 +88,8 @@ def remove_adapter_layer(layer: nn.Module) -> None:
     """Make an adapted layer a plain one again."""
     unswap(layer, layer_class_for(layer))
     del layer._modules[REFLECTION]
+    if isinstance(layer, ExpertsWeight):
+        detach(layer)
 
 
 def _attach(path: str, layer: nn.Module, undo: ExitStack) -> None:
@@ -101,3 +105,9 @@ def _attach(path: str, layer: nn.Module, undo: ExitStack) -> None:
     except UnsupportedLayerError as error:
         raise UnsupportedLayerError(f"{path}: {error}") from error
     undo.callback(unswap, layer, carrier)
+    if isinstance(layer, ExpertsWeight):
+        try:
+            attach(layer)
+        except UnsupportedLayerError as error:
+            raise UnsupportedLayerError(f"{path}: {error}") from error
+        undo.callback(detach, layer)

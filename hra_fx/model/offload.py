@@ -20,7 +20,9 @@ def offload_reason(model: nn.Module) -> str | None:
         True
     """
     for path, layer in adapted_layers(model).items():
-        if any(layer.hra_u[name].shape != (layer.hra_u.width, spec.r) for name, spec in layer.hra_u.specs.items()):
+        if any(
+            layer.hra_u[name].shape != layer.hra_u.vectors_shape(spec.r) for name, spec in layer.hra_u.specs.items()
+        ):
             return (
                 f"{path}: this process holds only a flat shard of its vectors (FullyShardedDataParallel, ZeRO-3). "
                 "Gather them first (FullyShardedDataParallel.summon_full_params, deepspeed.zero.GatheredParameters), "

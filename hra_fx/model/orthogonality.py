@@ -63,14 +63,14 @@ def orthogonality_loss(model: nn.Module) -> Tensor:
 
 
 def _penalty(vectors: Tensor) -> Tensor:
-    """`|U_n^T U_n - I|_F` of `U: (d, r)`; `()`."""
+    """`|U_n^T U_n - I|_F` of `U: (d, r)`, or the sum of it over the experts of `(experts, d, r)`; `()`."""
     device = vectors.device.type
     autocasts = torch.amp.is_autocast_available(device)
     with torch.autocast(device, enabled=False) if autocasts else contextlib.nullcontext():
         wide = vectors.to(householder.working_dtype(vectors.dtype))
         # Scaled by constants first, because squares may leave the range of the dtype; then by differentiable lengths,
         # whose result and derivative do not depend on the scale.
-        unit = F.normalize(householder.normalize(wide), dim=0)
-        identity = torch.eye(unit.shape[1], dtype=unit.dtype, device=unit.device)
-        norm: Tensor = torch.linalg.matrix_norm(unit.mT @ unit - identity)
+        unit = F.normalize(householder.normalize(wide), dim=-2)
+        identity = torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
+        norm: Tensor = torch.linalg.matrix_norm(unit.mT @ unit - identity).sum()
     return norm

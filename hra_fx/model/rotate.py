@@ -18,6 +18,7 @@ from hra_fx.layers.class_swap import is_swapped
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.quantized.scheme import QuantScheme
 from hra_fx.layers.sharding import first_sharded
+from hra_fx.layers.target import weight_entry, weight_place
 from hra_fx.model.offload import offload_reason
 from hra_fx.model.tied import tied_to
 
@@ -65,13 +66,13 @@ def folded_weight(layer: AdaptedLayer, names: Iterable[str]) -> FoldedWeight:
     """
     packing, box = quant_scheme_of(layer), layer.hra_u
     weight = base_weight(layer) if packing is None else packing.values(layer)
-    transposed = box.columns and packing is None
     dtype = torch.float32 if weight.device.type == "mps" else torch.float64
-    base, chain = as_rows(weight, transposed=transposed).to(dtype), box.joint_vectors(names, dtype)
+    base = (box.rows(weight) if packing is None else as_rows(weight)).to(dtype)
+    chain = box.joint_vectors(names, dtype)
     exact = base if chain is None else rotate_weight(base, chain.detach())
     if packing is None:
         stored = exact.to(weight.dtype)
-        return FoldedWeight(rows_to_weight(stored, weight, transposed=transposed), base, exact, stored)
+        return FoldedWeight(rows_to_weight(stored, weight, transposed=box.columns), base, exact, stored)
     if _relative(exact - base, base) < _UNTRAINED:  # requantizing would change it all the same
         return FoldedWeight(layer.hra_base, base, base, base)
     requantized = packing.repacked(layer, exact)
@@ -110,11 +111,7 @@ def check_layer(path: str, layer: AdaptedLayer, names: Collection[str]) -> bool:
         vectors = layer.hra_u[name]
         check_foldable(path, weight, vectors, apply_GS=layer.hra_u.specs[name].apply_GS, adapter=name)
         finite = finite and bool(torch.isfinite(vectors).all())
-    if (
-        not finite
-        or packing is not None
-        or not _fits_dtype(as_rows(base_weight(layer), transposed=layer.hra_u.columns))
-    ):
+    if not finite or packing is not None or not _fits_dtype(layer.hra_u.rows(base_weight(layer))):
         folded = folded_weight(layer, names)
         check_finite(path, folded.stored)
         return folded.weight is not layer.hra_base
@@ -124,7 +121,7 @@ def check_layer(path: str, layer: AdaptedLayer, names: Collection[str]) -> bool:
 def _fits_dtype(rows: Tensor) -> bool:
     """Whether every rotation of finite rows stays finite in their dtype; false for NaN and infinity."""
     dtype = torch.float32 if rows.device.type == "mps" else torch.float64
-    lengths = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
+    lengths = torch.linalg.vector_norm(rows, dim=-1, dtype=dtype)
     return bool((lengths < torch.finfo(rows.dtype).max).all())
 
 
@@ -157,8 +154,7 @@ def check_no_ties(model: nn.Module, sites: Mapping[str, AdaptedLayer]) -> None:
         FoldError: there is such a weight.
     """
     for path, others in ties_of(model, sites).items():
-        name = sites[path].hra_u.weight_name
-        full = f"{path}.{name}".lstrip(".")
+        (_, name), full = weight_place(sites[path]), weight_entry(path, sites[path])
         raise FoldError(
             f"{full}: it shares memory with {', '.join(others)}, which merging in place would change too. Untie it "
             f"first (layer.{name} = torch.nn.Parameter(layer.{name}.detach().clone()) and "
@@ -194,7 +190,7 @@ def check_floating(sites: Mapping[str, AdaptedLayer], names: Iterable[str], hint
 
 def ties_of(model: nn.Module, sites: Mapping[str, AdaptedLayer]) -> dict[str, list[str]]:
     """Path -> names of the tensors that share memory with the weight of an adapted layer, where there are any."""
-    names = {path: f"{path}.{layer.hra_u.weight_name}".lstrip(".") for path, layer in sites.items()}
+    names = {path: weight_entry(path, layer) for path, layer in sites.items()}
     found = tied_to(model, {names[path]: layer.hra_base for path, layer in sites.items()})
     return {path: found[name] for path, name in names.items() if name in found}
 
@@ -208,5 +204,5 @@ def _is_expanded(weight: Tensor) -> bool:
 
 
 def _relative(difference: Tensor, whole: Tensor) -> float:
-    size = float(torch.linalg.matrix_norm(whole))
-    return float(torch.linalg.matrix_norm(difference)) / size if size else 0.0
+    size = float(torch.linalg.vector_norm(whole))
+    return float(torch.linalg.vector_norm(difference)) / size if size else 0.0

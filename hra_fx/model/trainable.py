@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from hra_fx.config import HRAConfig
 from hra_fx.errors import UnsupportedLayerError
+from hra_fx.layers.adapted_experts import adapted_parameters
 from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import BASE, Copies, all_copies, get_copies, own_tensors
@@ -166,6 +167,8 @@ def _why_not_copied(owner: nn.Module, names: tuple[str, ...]) -> str | None:
     reflection = get_adapters(owner)
     if reflection is not None and reflection.weight_name in names:
         return "another adapter reflects this layer, so it cannot be saved in full too. Fold or delete that one first"
+    if stacked := [layer.parameter for layer in adapted_parameters(owner) if layer.parameter in names]:
+        return f"another adapter reflects its {stacked[0]}, so it cannot be saved in full too. Fold or delete that one"
     for name in names:
         tensor = owner._parameters.get(name)
         if tensor is not None and (is_lazy(tensor) or type(tensor) is not nn.Parameter):

@@ -10,6 +10,7 @@ from hra_fx.errors import AdapterError
 from hra_fx.functional.rotated_energy import readable_rows, rotated_energy
 from hra_fx.functional.statistics import RotationStats, rotation_stats
 from hra_fx.layers.adapted_layer import AdaptedLayer
+from hra_fx.layers.experts_adapters import ExpertsAdapters
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.quantized.scheme import QuantScheme
 
@@ -17,19 +18,39 @@ _UNKNOWN = RotationStats(math.nan, (math.nan,), math.nan)
 
 
 def turn_of(chain: Tensor | None) -> RotationStats:
-    """The angles of the reflections of `chain_of`, NaN for `None`."""
-    return _UNKNOWN if chain is None else rotation_stats(chain)
+    """The angles of the reflections of `chain_of`, NaN for `None`; of experts, those of all together."""
+    if chain is None:
+        return _UNKNOWN
+    return rotation_stats(chain) if chain.dim() == 2 else _joint([rotation_stats(one) for one in chain])
+
+
+def _joint(experts: list[RotationStats]) -> RotationStats:
+    """The statistics of `Q` of all experts together, a block-diagonal matrix."""
+    angles = sorted((angle for expert in experts for angle in expert.angles), reverse=True)
+    norms = (math.hypot(*(getattr(expert, name) for expert in experts)) for name in ("rotation", "orthogonality"))
+    rotation, orthogonality = norms
+    return RotationStats(rotation, tuple(angles), orthogonality)
 
 
 def share_of(rows: Tensor | None, chain: Tensor | None) -> float:
     """The share of the weight of `weight_rows` that the reflections change, NaN if one of them is `None`."""
-    return math.nan if rows is None or chain is None else rotated_energy(rows, chain)
+    if rows is None or chain is None:
+        return math.nan
+    if chain.dim() == 2:
+        return rotated_energy(rows, chain)
+    sizes = [float(expert.double().square().sum()) for expert in rows]
+    shares = [rotated_energy(expert, own) for expert, own in zip(rows, chain, strict=True)]
+    total = sum(sizes)
+    return sum(size * share for size, share in zip(sizes, shares, strict=True)) / total if total else 0.0
 
 
 def chain_of(layer: AdaptedLayer, adapter: str) -> Tensor | None:
-    """The reflection vectors of an adapter at its strength, `(d, k)`; `None` if this process holds only a shard."""
+    """The reflection vectors of an adapter at its strength, `(d, k)`; `None` if this process holds only a shard.
+
+    Those of experts are `(experts, d, k)`.
+    """
     vectors = layer.hra_u[adapter]
-    whole = type(vectors.data) is Tensor and vectors.shape == (layer.hra_u.width, layer.hra_u.specs[adapter].r)
+    whole = type(vectors.data) is Tensor and vectors.shape == layer.hra_u.vectors_shape(layer.hra_u.specs[adapter].r)
     return layer.hra_u.chain(adapter).detach() if whole else None
 
 
@@ -40,6 +61,8 @@ def weight_rows(layer: AdaptedLayer) -> Tensor | None:
     except AdapterError:  # parametrized or removed since
         return None
     packing = quant_scheme_of(layer)
+    if packing is None and isinstance(layer.hra_u, ExpertsAdapters):
+        return layer.hra_u.rows(weight)
     if packing is None:
         return readable_rows(weight, layer.hra_u.width, columns=layer.hra_u.columns)
     return _dequantized(layer, packing)

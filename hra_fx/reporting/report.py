@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -61,10 +62,11 @@ def _rows(model: nn.Module, *, capture: bool) -> tuple[Row, ...]:
         for name in reflection:
             active = name in (record.active if record else reflection.active)
             d, r = reflection.width, reflection.specs[name].r
+            parameters = math.prod(reflection.vectors_shape(r))
             graph, reason = graphs.get(path, (None, ""))
             measured = _measured(chain_of(layer, name), weight)
             rows.append(
-                Row(path, describe(layer), name, active, d, r, d * r, **measured, graph=graph, graph_reason=reason)
+                Row(path, describe(layer), name, active, d, r, parameters, **measured, graph=graph, graph_reason=reason)
             )
     return tuple(rows)
 

@@ -18,7 +18,7 @@ class Row:
         active: whether the adapter is one of the model's active adapters. Disabling all adapters does not change it.
         d: length of a reflection vector.
         r: number of trainable vectors.
-        parameters: `d * r`.
+        parameters: `d * r`; for experts, `experts * d * r`.
         rotation: `|Q - I|_F`.
         angle: largest rotation angle of `Q` in radians. It is pi for a reflection, and 0 for the identity.
         mean_angle: mean of `angles` in radians, 0 for the identity.

@@ -140,6 +140,8 @@ class Selection:
         if isinstance(targets, str) and targets.lower() == "all-linear":
             what = "the output layer" if kind == "linear" else "not a linear layer"
             return f"{what}, which target_modules='all-linear' does not include"
+        if targets is None and self.config.target_parameters:
+            return "not in target_parameters, and target_modules is not given"
         if targets is None:
             return f"not in the default target_modules of this architecture, {format_names(self.targets)}"
         return f"not {'matched by' if isinstance(targets, str) else 'in'} target_modules={format_names(targets)}"

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from hra_fx.layers.experts_weight import CHILD
 from hra_fx.layers.target import REFLECTION, SAVED
-from hra_fx.selection.parameters import expert_parameters, owner_of
+from hra_fx.selection.parameter_hints import expert_parameters, owner_of
 
 
 @dataclass(frozen=True)
@@ -41,5 +42,5 @@ def skipped_parameters(model: nn.Module) -> tuple[SkippedParameter, ...]:
     return tuple(
         SkippedParameter(path, type(owner_of(model, path)).__name__, tuple(parameter.shape), parameter.numel() / total)
         for path, parameter in expert_parameters(model).items()
-        if not parameter.requires_grad
+        if not parameter.requires_grad and CHILD + path.rpartition(".")[2] not in owner_of(model, path)._modules
     )

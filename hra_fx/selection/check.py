@@ -15,7 +15,7 @@ from hra_fx.errors import HRAWarning, UnsupportedLayerError
 from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.sharding import sharded_by
-from hra_fx.layers.target import REFLECTION, kind_of, weight_name, width_of
+from hra_fx.layers.target import REFLECTION, weight_place, width_of
 from hra_fx.layers.trained_copies import get_copies
 from hra_fx.layers.variants import has_own_forward
 
@@ -86,8 +86,8 @@ def _layer_problem(layer: nn.Module, config: HRAConfig) -> str | None:
 
 
 def _state_problem(layer: nn.Module) -> str | None:
-    name = weight_name(kind_of(layer))
-    copies = get_copies(layer)
+    owner, name = weight_place(layer)
+    copies = get_copies(owner)
     if copies is not None and name in copies.in_place:
         return "another adapter trains it in full (`modules_to_save`). Fold or delete that adapter first"
     if get_adapters(layer) is not None:
@@ -103,7 +103,7 @@ def _state_problem(layer: nn.Module) -> str | None:
             "its `kdim` or `vdim` differs from `embed_dim`, so query, key and value have no joint weight. "
             f"{_EXCLUDE_IT} and target its `out_proj`"
         )
-    if parametrize.is_parametrized(layer, name) or name not in layer._parameters:
+    if parametrize.is_parametrized(owner, name) or name not in owner._parameters:
         return (
             f"its `{name}` is computed from other parameters in each call, so it cannot be folded. Call "
             "torch.nn.utils.parametrize.remove_parametrizations (or torch.nn.utils.remove_weight_norm) first, or "
@@ -113,7 +113,8 @@ def _state_problem(layer: nn.Module) -> str | None:
 
 
 def _weight_problem(layer: nn.Module) -> str | None:
-    weight = layer._parameters[weight_name(kind_of(layer))]
+    owner, name = weight_place(layer)
+    weight = owner._parameters[name]
     if weight is None or is_lazy(weight):
         return "its weight is not initialized. Run the model once first"
     if weight.is_meta:

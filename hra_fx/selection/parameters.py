@@ -1,65 +1,75 @@
-"""Weights that are parameters of a module and not layers: the experts of a mixture of experts.
-
-In transformers 5, the experts of a layer are one module, with parameters of shape `(experts, out, in)` or
-`(experts, in, out)`. `target_modules` names modules, so it never reaches them.
-"""
+"""Select the 3-D parameters that `target_parameters` names, with the matching rule of PEFT's LoRA."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
 
 from torch import nn
 
-from hra_fx.layers.target import REFLECTION, SAVED, find_kind
+from hra_fx.config import HRAConfig
+from hra_fx.layers.experts_weight import CHILD, ExpertsWeight, expert_parameters, is_transposed
+from hra_fx.selection.suggestions import format_names, suggestion
 
 
-def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Path -> parameter, for the 3-D parameters of a model that belong to no layer, a shared one once.
+def targeted_parameters(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
+    """The 3-D parameters that `config` targets, each as the layer that stands for it: path -> layer.
 
-    Parameters with a dimension of size 1, such as position embeddings of shape `(1, n, d)`, are left out.
+    The path is that of the layer once it is adapted, `<path of the module>.hra_<parameter>`.
 
-    Example:
-        >>> import torch
-        >>> experts = nn.Module()
-        >>> experts.gate_up_proj = nn.Parameter(torch.zeros(4, 6, 3))
-        >>> list(expert_parameters(nn.ModuleDict({"experts": experts, "conv": nn.Conv1d(2, 2, 3)})))
-        ['experts.gate_up_proj']
+    >>> model = nn.ModuleDict({"experts": nn.Module()})
+    >>> model["experts"].up = nn.Parameter(__import__("torch").ones(4, 8, 6))
+    >>> list(targeted_parameters(model, HRAConfig(target_parameters=["experts.up"])))
+    ['experts.hra_up']
     """
-    return {
-        path: parameter
-        for path, parameter in model.named_parameters()
-        if {REFLECTION, SAVED}.isdisjoint(path.split("."))
-        if parameter.dim() == 3 and min(parameter.shape) > 1
-        if find_kind(owner_of(model, path)) is None
-    }
+    found: dict[str, nn.Module] = {}
+    names = config.target_parameters or ()
+    for path, owner, name in expert_parameters(model) if names else ():
+        if matches_parameter(names, f"{path}.{name}".lstrip(".")):
+            present = owner._modules.get(CHILD + name)
+            found[f"{path}.{CHILD}{name}".lstrip(".")] = present or ExpertsWeight(owner, name)
+    return found
 
 
-def owner_of(model: nn.Module, path: str) -> nn.Module:
-    """The module that a parameter belongs to."""
-    return model.get_submodule(path.rpartition(".")[0])
+def matches_parameter(names: Iterable[str], parameter: str) -> bool:
+    """Whether one of the names is the path of a parameter, or the end of it after a dot.
+
+    >>> matches_parameter(["experts.up"], "mlp.experts.up"), matches_parameter(["perts.up"], "mlp.experts.up")
+    (True, False)
+    """
+    return any(parameter == name or parameter.endswith(f".{name}") for name in names)
 
 
-def hint_for(model: nn.Module, names: Collection[str]) -> str | None:
-    """What to write instead of those `names` in `target_modules` that are the names of 3-D parameters, if any."""
-    parameters = expert_parameters(model)
-    found = {name: [path for path in parameters if f".{path}".endswith(f".{name}")] for name in sorted(names)}
-    paths = [path for path in parameters if any(path in held for held in found.values())]
-    if not paths:
+def parameters_problem(model: nn.Module, config: HRAConfig) -> str | None:
+    """What is wrong with the entries of `target_parameters` for a model, or `None`."""
+    names = config.target_parameters or ()
+    if not names:
         return None
-    kind = type(owner_of(model, paths[0])).__name__
-    named = " and ".join(repr(name) for name, held in found.items() if held)
-    what = "is a 3-D parameter" if sum(map(bool, found.values())) == 1 else "are 3-D parameters"
-    return (
-        f"{named} {what} of {kind}, which `target_modules` does not reach. Use target_parameters={_short_names(paths)}."
-    )
-
-
-def hint_inside(module: nn.Module, path: str) -> str | None:
-    """What to write instead of the path of a module that holds 3-D parameters."""
-    inside = [f"{path}.{name}" for name in expert_parameters(module)]
-    return f"Its weights are 3-D parameters. Use target_parameters={_short_names(inside)}." if inside else None
-
-
-def _short_names(paths: list[str]) -> list[str]:
-    """The last two components of each path: a name that does not depend on the block."""
-    return list(dict.fromkeys(".".join(path.split(".")[-2:]) for path in paths))
+    stacked = {f"{path}.{name}".lstrip("."): owner for path, owner, name in expert_parameters(model)}
+    others = {name: parameter for name, parameter in model.named_parameters() if name not in stacked}
+    for name in names:
+        if any(matches_parameter([name], known) for known in stacked):
+            continue
+        if other := next((known for known in others if matches_parameter([name], known)), None):
+            return (
+                f"{other}: `target_parameters` matches this parameter of shape {tuple(others[other].shape)}, but only "
+                "3-D parameters (experts, out, in) or (experts, in, out) can be adapted. Name its module in "
+                "`target_modules` instead."
+            )
+        if not stacked:
+            return (
+                f"`target_parameters={format_names(names)}`: {type(model).__name__} has no 3-D parameters. Name its "
+                "layers in `target_modules`."
+            )
+        return f"`target_parameters`: {name!r} matches no 3-D parameter. {suggestion([name], list(stacked))}"
+    unknown = {
+        known: owner
+        for known, owner in stacked.items()
+        if matches_parameter(names, known) and is_transposed(owner) is None
+    }
+    if unknown:
+        first, owner = next(iter(unknown.items()))
+        return (
+            f"{first}: {type(owner).__name__} does not say whether its parameters are (experts, out, in) or "
+            "(experts, in, out). Set the attribute `is_transposed` of the module to False or True."
+        )
+    return None

@@ -18,9 +18,11 @@ from torch import nn
 
 from hra_fx.config import HRAConfig, layer_index_regex, saved_module_regex
 from hra_fx.errors import HRAWarning, SelectionError, UnsupportedLayerError
+from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.peft_layers import find_peft_layer
 from hra_fx.layers.target import REFLECTION, SAVED, find_kind
-from hra_fx.selection.parameters import hint_for, hint_inside
+from hra_fx.selection.parameter_hints import hint_for, hint_inside
+from hra_fx.selection.parameters import parameters_problem, targeted_parameters
 from hra_fx.selection.suggestions import format_names, leaf_names, suffixes, suggestion
 from hra_fx.selection.target_mapping import DEFAULT_TARGETS
 from hra_fx.selection.unmatched import warn_unmatched
@@ -71,6 +73,8 @@ def select(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
         raise UnsupportedLayerError(f"{found[0]}: it already has a PEFT adapter. {found[1]}")
     chosen = targeted(model, config)
     modules = dict(_walk(model))
+    if problem := parameters_problem(model, config):
+        raise SelectionError(problem)
     if not chosen:
         raise SelectionError(_no_match(model, config, resolve_targets(model, config)))
     for path, module in chosen.items():
@@ -87,13 +91,14 @@ def select(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
 
 
 def targeted(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
-    """The modules of any type that `config` targets, as path -> module in `named_modules` order.
+    """The modules of any type that `config` targets, as path -> module in `named_modules` order, then the parameters.
 
     >>> list(targeted(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), HRAConfig(target_modules=["1"])))
     ['1']
     """
     targets = resolve_targets(model, config)
-    return {path: module for path, module in _walk(model) if is_target(config, path, targets)}
+    modules = {path: module for path, module in _walk(model) if is_target(config, path, targets)}
+    return modules | targeted_parameters(model, config)
 
 
 def is_target(config: HRAConfig, path: str, targets: Collection[str] | str | None = None) -> bool:
@@ -130,7 +135,7 @@ def resolve_targets(model: nn.Module, config: HRAConfig) -> set[str] | str:
     """
     targets = config.target_modules
     if targets is None:
-        targets = _default_targets(model)
+        targets = () if config.target_parameters else _default_targets(model)
     elif isinstance(targets, str) and targets.lower() == "all-linear":
         targets = _all_linear(model, config)
     if isinstance(targets, str):
@@ -185,7 +190,7 @@ def without_unmatched(model: nn.Module, config: HRAConfig) -> HRAConfig:
 def _walk(model: nn.Module, *, remove_duplicate: bool = True) -> Iterable[tuple[str, nn.Module]]:
     """Every module except the root and the modules that adapters added."""
     for path, module in model.named_modules(remove_duplicate=remove_duplicate):
-        if path and _ADAPTER_CHILDREN.isdisjoint(path.split(".")):
+        if path and _ADAPTER_CHILDREN.isdisjoint(path.split(".")) and not isinstance(module, ExpertsWeight):
             yield path, module
 
 

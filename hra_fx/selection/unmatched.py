@@ -9,7 +9,7 @@ from torch import nn
 
 from hra_fx.config import HRAConfig
 from hra_fx.errors import HRAWarning
-from hra_fx.selection.parameters import hint_for
+from hra_fx.selection.parameter_hints import hint_for
 from hra_fx.selection.suggestions import suffixes, suggestion
 
 

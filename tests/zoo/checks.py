@@ -78,8 +78,8 @@ class Trial(Runs):
         """Every layer is adapted, or refused by name."""
         self._prepare()
         self.model = copy.deepcopy(self.base)
-        wanted = candidates(self.model)
-        config, self.result.refused, first = transform_most(self.model)
+        wanted = candidates(self.model, self.entry.parameters)
+        config, self.result.refused, first = transform_most(self.model, self.entry.parameters)
         if config is None:
             self.over = True
             raise NotApplicable("every layer is refused" if wanted else "there is no layer to adapt")

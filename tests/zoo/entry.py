@@ -25,6 +25,7 @@ class Entry:
         batches: the batch sizes to try; the second is the other one.
         trains: whether train mode takes the same inputs (detection models want targets there).
         double: whether to try float64; a model that is slow in it says no.
+        parameters: ends of the names of 3-D parameters of experts that are adapted too.
     """
 
     name: str
@@ -34,3 +35,4 @@ class Entry:
     batches: tuple[int, int] = (2, 3)
     trains: bool = True
     double: bool = True
+    parameters: tuple[str, ...] = ()

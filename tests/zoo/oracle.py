@@ -36,8 +36,19 @@ def weight_name(layer: nn.Module) -> str:
     return "in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
 
 
+def place_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module and the parameter that the vectors at this path rotate."""
+    owner, _, last = path.rpartition(".")
+    if last.startswith("hra_"):
+        return model.get_submodule(owner), last.removeprefix("hra_")
+    layer = model.get_submodule(path)
+    return layer, weight_name(layer)
+
+
 def is_transposed(layer: nn.Module) -> bool:
-    """Whether the weight of a layer is `(in, out)`: transformers' Conv1D."""
+    """Whether the weight of a layer is `(in, out)`: transformers' Conv1D, and experts of two models."""
+    if type(layer).__name__ in ("GptOssExperts", "Llama4TextExperts"):
+        return True
     return any(
         kind.__module__ == "transformers.pytorch_utils" and kind.__name__ == "Conv1D" for kind in type(layer).mro()
     )
@@ -49,8 +60,10 @@ def rotated(layer: nn.Module, weight: Tensor, chain: Tensor) -> Tensor:
     Args:
         layer: the plain layer.
         weight: its weight.
-        chain: `(d, k)`, the reflections in order.
+        chain: `(d, k)`, the reflections in order; of experts, `(experts, d, k)`.
     """
+    if chain.dim() == 3:
+        return torch.stack([rotated(layer, one, own) for one, own in zip(weight, chain, strict=True)])
     turned = weight.double().mT if is_transposed(layer) else weight.double()
     rows = turned.flatten(1)
     if len(chain) <= _DENSE:
@@ -83,8 +96,7 @@ class Oracle:
         self._weights: dict[str, Tensor] = {}
         generator = torch.Generator().manual_seed(5)
         for path in self.vectors:
-            layer = self.plain.get_submodule(path)
-            name = weight_name(layer)
+            layer, name = place_of(self.plain, path)
             weight = layer._parameters[name]
             assert weight is not None
             self._weights[path] = weight
@@ -99,8 +111,8 @@ class Oracle:
         """Layer path -> `d loss / d U`, after a backward pass through `plain`, and clears what that left."""
         found = {}
         for path, vectors in self.vectors.items():
-            layer = self.plain.get_submodule(path)
-            turned = layer._parameters[weight_name(layer)]
+            layer, name = place_of(self.plain, path)
+            turned = layer._parameters[name]
             assert turned is not None
             leaf = vectors.detach().double().requires_grad_()
             if turned.grad is not None:
@@ -113,7 +125,7 @@ class Oracle:
 
     def _chain(self, path: str, vectors: Tensor) -> Tensor:
         anchor = self._anchors.get(f"{path}{_MARK}default_anchor")
-        return vectors.double() if anchor is None else torch.cat([anchor.double(), vectors.double()], dim=1)
+        return vectors.double() if anchor is None else torch.cat([anchor.double(), vectors.double()], dim=-1)
 
 
 @contextmanager

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 import hra_fx
+from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.target import kind_of
 
 _MESSAGE = re.compile(
@@ -18,9 +19,14 @@ _MESSAGE = re.compile(
 )
 
 
-def candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> layer of every kind that hra_fx takes; each layer once."""
-    return {path: module for path, module in model.named_modules() if path and _is_site(module)}
+def candidates(model: nn.Module, parameters: Sequence[str] = ()) -> dict[str, nn.Module]:
+    """Path -> layer of every kind that hra_fx takes; each layer once, and those of parameters with these names."""
+    found = {path: module for path, module in model.named_modules() if path and _is_site(module)}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.dim() == 3 and f"{path}.{name}".endswith(tuple(parameters) or " "):
+                found[f"{path}.hra_{name}"] = ExpertsWeight(module, name)
+    return found
 
 
 def _is_site(module: nn.Module) -> bool:
@@ -31,16 +37,21 @@ def _is_site(module: nn.Module) -> bool:
     return True
 
 
-def config_for(paths: Iterable[str]) -> hra_fx.HRAConfig:
+def config_for(paths: Collection[str]) -> hra_fx.HRAConfig:
     """Three reflections for exactly these layers: an odd rank, hence with an anchor."""
-    return hra_fx.HRAConfig(r=3, target_modules="|".join(map(re.escape, paths)))
+    experts = [path.replace(".hra_", ".") for path in paths if ".hra_" in path]
+    layers = "|".join(re.escape(path) for path in paths if ".hra_" not in path)
+    return hra_fx.HRAConfig(r=3, target_modules=layers, target_parameters=experts or None)
 
 
-def transform_most(model: nn.Module) -> tuple[hra_fx.HRAConfig | None, dict[str, str], float]:
+def transform_most(
+    model: nn.Module, parameters: Sequence[str] = ()
+) -> tuple[hra_fx.HRAConfig | None, dict[str, str], float]:
     """Transform a model with all its layers except the refused ones; a refusal must not change the model.
 
     Args:
         model: the model.
+        parameters: ends of the names of 3-D parameters.
 
     Returns:
         The configuration that was accepted (`None`: all layers were refused), layer -> reason for its refusal, and the
@@ -50,7 +61,7 @@ def transform_most(model: nn.Module) -> tuple[hra_fx.HRAConfig | None, dict[str,
         AssertionError: a refusal changed the model.
         HRAError: the model was refused without naming a layer.
     """
-    left = candidates(model)
+    left = candidates(model, parameters)
     refused: dict[str, str] = {}
     while left:
         before = picture(model)

@@ -21,6 +21,7 @@ timm/levit_128s timm/test_nfnet timm/xcit_nano_12_p8_224
 transformers/albert transformers/bert transformers/distilbert transformers/falcon transformers/gemma3
 transformers/gpt2 transformers/llama transformers/mamba transformers/mixtral transformers/modernbert
 transformers/phi3 transformers/qwen3_moe transformers/bart transformers/t5 transformers/switch_transformers
+transformers/qwen3_moe_experts transformers/gpt_oss_experts
 transformers/beit transformers/clip transformers/detr transformers/hubert transformers/llava transformers/sam
 transformers/segformer transformers/swin transformers/vit_mae transformers/wav2vec2 transformers/whisper
 diffusers/AutoencoderKL diffusers/ControlNetModel diffusers/FluxTransformer2DModel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from zoo.entry import Entry
@@ -47,6 +48,14 @@ HYBRID: dict[str, Any] = {
     "mamba_d_state": 4,
     "mamba_dt_rank": 2,
 }
+#: One layer whose attention looks at a chunk, one that looks at all.
+LLAMA4: dict[str, Any] = {
+    "intermediate_size_mlp": 32,
+    "interleave_moe_layer_step": 1,
+    "attention_chunk_size": 8,
+    "max_position_embeddings": 32,
+    "num_key_value_heads": 1,
+}
 DBRX: dict[str, Any] = {
     "d_model": 16,
     "n_heads": 2,
@@ -88,6 +97,7 @@ ENTRIES: list[Entry] = [
     _moe("granitemoeshared", "GraniteMoeSharedForCausalLM", shared_intermediate_size=16),
     _moe("phimoe", "PhimoeForCausalLM", hidden_dropout=0.1),
     _moe("gpt_oss", "GptOssForCausalLM", sliding_window=4, max_position_embeddings=None),
+    _moe("llama4", "Llama4ForCausalLM", **LLAMA4),
     _moe("dbrx", "DbrxForCausalLM", **DBRX),
     _moe("jamba", "JambaForCausalLM", **HYBRID),
     _moe("jetmoe", "JetMoeForCausalLM", kv_channels=8),
@@ -99,4 +109,12 @@ ENTRIES: list[Entry] = [
         hugging("SwitchTransformersForConditionalGeneration", **TEXT | SWITCH, decoder_start_token_id=0),
         tokens(decoder_input_ids=words, decoder_attention_mask=padding),
     ),
+]
+
+#: Models whose experts are adapted too.
+_ADAPTED = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe", "gpt_oss", "llama4")
+ENTRIES += [
+    replace(entry, name=f"{entry.name}_experts", parameters=("experts.gate_up_proj", "experts.down_proj"))
+    for entry in ENTRIES
+    if entry.name.partition("/")[2] in _ADAPTED
 ]

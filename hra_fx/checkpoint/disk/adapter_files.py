@@ -68,13 +68,19 @@ def read_adapter(source: str | os.PathLike[str]) -> AdapterFiles:
     """Read an adapter saved by `save_adapter` or PEFT.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the two do not match.
+        CheckpointError: a file is missing or damaged, the two do not match, or the adapter is on experts.
         ConfigError: the configuration is invalid.
         FoldError: Gram-Schmidt of linearly dependent vectors.
     """
     folder = find(source)
     config = HRAConfig.from_pretrained(folder)
     file = folder / WEIGHTS_NAME
+    if config.target_parameters:
+        raise CheckpointError(
+            f"{file}: the adapter is on parameters of experts (target_parameters={config.target_parameters}), which "
+            "can be folded or converted only in memory. Load the model, then call hra_fx.load_adapter and hra_fx.fold, "
+            "and save it with save_pretrained. PEFT's HRA does not support target_parameters."
+        )
     tensors, metadata = read_prefixed(file)
     resume = resume_of(file, metadata, config)
     chains: dict[str, Tensor] = {}

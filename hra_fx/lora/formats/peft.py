@@ -17,6 +17,7 @@ from torch import Tensor
 from hra_fx.checkpoint.folder import write
 from hra_fx.checkpoint.keys import PREFIX
 from hra_fx.lora.adapter import LoraAdapter, LoraLayer
+from hra_fx.lora.formats.peft_experts import experts_tensors, parameter_of
 from hra_fx.lora.targets import exact_targets
 from hra_fx.selection.suggestions import suffixes
 
@@ -33,11 +34,15 @@ def peft_form(
     """
     layers = {layer.path: layer for layer in adapter.layers}
     common = adapter.rank
-    ranks = {path: max(1, layer.rank) if rank_pattern else common for path, layer in layers.items()}
+    own = {path for path, layer in layers.items() if rank_pattern and layer.kind != "experts"}
+    ranks = {path: max(1, layer.rank) if path in own else common for path, layer in layers.items()}
     factors: dict[str, Tensor] = {}
     for path, layer in layers.items():
         # Cast at once, so that only one layer has a second copy in float64.
         A, B = (factor.to(dtype).contiguous() for factor in layer.padded(ranks[path]))
+        if layer.kind == "experts":
+            factors |= experts_tensors(layer, adapter.layers, A, B)
+            continue
         factors[f"{path}.lora_A.weight"] = _as_filters(A, layer)
         factors[f"{path}.lora_B.weight"] = B.reshape(*B.shape, *(1 for _ in layer.kernel))
         if layer.kind == "attention":
@@ -61,6 +66,7 @@ def _config(adapter: LoraAdapter, ranks: Mapping[str, int]) -> dict[str, Any]:
     # PEFT compares a key with the end of a path, so a path that is itself the end of another one needs an anchor.
     others = {end for path in ranks for end in suffixes(path) if end != path}
     other = {f"^{path}" if path in others else path: rank for path, rank in ranks.items() if rank != adapter.rank}
+    stacked = {layer.path for layer in adapter.layers if layer.kind == "experts"}
     return {
         "peft_type": "LORA",
         "task_type": adapter.task_type,
@@ -70,7 +76,8 @@ def _config(adapter: LoraAdapter, ranks: Mapping[str, int]) -> dict[str, Any]:
         "r": adapter.rank,
         "lora_alpha": adapter.rank,
         "lora_dropout": 0.0,
-        "target_modules": exact_targets(list(ranks), adapter.modules),
+        "target_modules": exact_targets([path for path in ranks if path not in stacked], adapter.modules),
+        "target_parameters": [parameter_of(path) for path in ranks if path in stacked] or None,
         "fan_in_fan_out": any(layer.columns for layer in adapter.layers),
         "bias": adapter.bias,
         "modules_to_save": list(adapter.modules_to_save) or None,

@@ -1,0 +1,85 @@
+"""The adapters of the experts in one 3-D parameter: every expert has reflections of its own, `U: (experts, d, r)`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hra_fx.functional import geodesic, householder
+from hra_fx.functional.chain import ChainPart, plain_chain
+from hra_fx.functional.rotate import as_rows
+from hra_fx.kernels.factors import Factors, wy_factors
+from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
+from hra_fx.layers.experts_weight import ExpertsWeight
+
+
+class ExpertsAdapters(HouseholderAdapters):
+    """Adapter name -> `U: (experts, d, r)`; anchors and chains have the same first dimension.
+
+    Attributes:
+        experts: the number of experts.
+    """
+
+    def __init__(self, layer: ExpertsWeight) -> None:
+        """An empty container for the experts of a parameter."""
+        super().__init__(layer.width, "experts", columns=layer.columns)
+        self.experts = layer.experts
+
+    def initial(self, spec: AdapterSpec, dtype: torch.dtype, *, on_meta: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Fresh vectors of every expert, `(experts, d, r)`, and their anchors."""
+        made = [super(ExpertsAdapters, self).initial(spec, dtype, on_meta=on_meta) for _ in range(self.experts)]
+        anchors = [anchor for _, anchor in made if anchor is not None]
+        return torch.stack([vectors for vectors, _ in made]), torch.stack(anchors) if anchors else None
+
+    def vectors_shape(self, r: int) -> tuple[int, ...]:
+        """The shape of the vectors of an adapter of rank `r`: `(experts, d, r)`."""
+        return self.experts, self.width, r
+
+    def fraction(self, chain: Tensor, alpha: float) -> Tensor:
+        """A chain of every expert at strength `alpha`, filled with zero columns to the same length."""
+        chains = [geodesic.fractional_rotation(one, alpha) for one in chain]
+        longest = max(one.shape[1] for one in chains)
+        return torch.stack([torch.nn.functional.pad(one, (0, longest - one.shape[1])) for one in chains])
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """The weights as matrices `(experts, out, d)`."""
+        return as_rows(weight, transposed=self.columns, batched=True)
+
+    def vectors_at(self, index: Any) -> Tensor | None:
+        """The vectors of all active adapters, `(experts, d, k)`, or of some experts; `None` if they do nothing.
+
+        Args:
+            index: what selects experts from the first dimension; `None` for all. An integer gives `(d, k)`.
+
+        Raises:
+            AdapterError: they have no data yet.
+        """
+        parts = self.chain_parts()
+        if not parts:
+            return None
+        self.check_data()
+        many = isinstance(index, Tensor) and index.dim() > 0
+        early, late = (None, index) if many else (index, None)
+        chains = [_chain(part, early) for part in parts]
+        chain = chains[0] if len(chains) == 1 else torch.cat(chains, dim=-1)
+        return chain if late is None else chain[late]
+
+    def factors_at(self, index: Any, dtype: torch.dtype) -> Factors | None:
+        """`R` and `F: (experts, k, d)` of the active adapters, or of some experts, in `dtype`; see `vectors_at`."""
+        many = isinstance(index, Tensor) and index.dim() > 0
+        vectors = self.vectors_at(None if many else index)
+        if vectors is None:
+            return None
+        with householder.without_autocast(vectors):
+            wide = vectors.to(householder.working_dtype(vectors.dtype))
+            rows, down = wy_factors(wide).to(dtype).unbind(dim=-3)
+        return Factors(rows[index], down[index]) if many else Factors(rows, down)
+
+
+def _chain(part: ChainPart, index: Any) -> Tensor:
+    vectors, anchor, apply_GS = part
+    if index is not None:
+        vectors, anchor = vectors[index], None if anchor is None else anchor[index]
+    return plain_chain(vectors, anchor, apply_GS=apply_GS)

@@ -1,0 +1,88 @@
+"""A 3-D parameter that holds the weights of several experts, as a layer that can be adapted.
+
+A mixture of experts keeps the weights of all its experts in one parameter of a module, such as `experts.gate_up_proj`.
+An adapter needs a layer of its own for each of these. It is `ExpertsWeight`, which becomes a child of the module,
+`experts.hra_gate_up_proj`, when it gets its first adapter. The parameter stays where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+#: Start of the name of the child of a module that stands for one of its parameters.
+CHILD = "hra_"
+#: Whether experts of these classes of transformers store `(experts, in, out)`; they do not say so themselves.
+_IS_TRANSPOSED = {"Llama4TextExperts": True, "JetMoeParallelExperts": False}
+
+
+class ExpertsWeight(nn.Module):
+    """One 3-D parameter of a module.
+
+    Attributes:
+        owner: the module that has the parameter. It is not a child of this one.
+        parameter: its name.
+        columns: whether it is stored as `(experts, in, out)` instead of `(experts, out, in)`.
+        experts: the number of experts.
+        width: `d`, the size of the input.
+    """
+
+    owner: nn.Module
+
+    def __init__(self, owner: nn.Module, parameter: str) -> None:
+        """Stand for `owner.<parameter>`."""
+        super().__init__()
+        vars(self)["owner"] = owner  # setattr would make it a child
+        self.parameter = parameter
+        self.columns = bool(is_transposed(owner))
+        weight: Tensor = owner._parameters[parameter]  # type: ignore[assignment]
+        self.experts = weight.shape[0]
+        self.width = weight.shape[1 if self.columns else 2]
+        self.out = weight.shape[2 if self.columns else 1]
+
+    @property
+    def child(self) -> str:
+        """The name that it has as a child of its owner."""
+        return CHILD + self.parameter
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter of the owner."""
+        weight: Tensor = getattr(self.owner, self.parameter)
+        return weight
+
+    def extra_repr(self) -> str:
+        """The parameter and its sizes."""
+        return describe_experts(self)
+
+
+def is_transposed(owner: nn.Module) -> bool | None:
+    """Whether the 3-D parameters of a module are `(experts, in, out)`; `None` if the module does not say.
+
+    transformers sets the attribute `is_transposed`. PEFT reads it too.
+    """
+    given = getattr(owner, "is_transposed", None)
+    return bool(given) if isinstance(given, bool) else _IS_TRANSPOSED.get(type(owner).__name__)
+
+
+def describe_experts(layer: ExpertsWeight) -> str:
+    """A short description for tables and errors.
+
+    Example:
+        >>> owner = nn.Module()
+        >>> owner.up = nn.Parameter(__import__("torch").ones(4, 8, 6))
+        >>> describe_experts(ExpertsWeight(owner, "up"))
+        'Module.up 4x(6->8)'
+    """
+    return f"{type(layer.owner).__name__}.{layer.parameter} {layer.experts}x({layer.width}->{layer.out})"
+
+
+def expert_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """(path of the module, module, name of the parameter) of every 3-D parameter of a model that is not a kernel."""
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d, nn.ParameterDict)):
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.dim() == 3:
+                yield path, module, name

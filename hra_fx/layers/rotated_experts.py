@@ -1,0 +1,174 @@
+"""The 3-D parameter of adapted experts, as others read it: the experts that are used, rotated when they are used.
+
+`weight[i]` is the rotated weight of one expert, and its product with an input reflects the input instead: no rotated
+weight is computed, or kept for the backward pass. So are the products with all experts, by `torch.bmm` and by the
+grouped products of transformers. Any other operation computes `W_e Q_e` of the experts that it reads.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hra_fx import compat
+from hra_fx.functional.rotate import rotate_weight
+from hra_fx.kernels.dispatch import is_plain, is_plain_eager, products_dtype
+from hra_fx.kernels.experts import reflect_each, reflect_groups
+from hra_fx.layers.rotated_weight import RotatedWeight
+
+_TRANSPOSING = (Tensor.transpose, torch.transpose, Tensor.mT.__get__)  # type: ignore[attr-defined]
+_INTEGERS = (torch.int32, torch.int64)
+
+
+class RotatedExperts(RotatedWeight):
+    """The weights of experts as others see them: `(experts, out, d)` or `(experts, d, out)`, or those of some experts.
+
+    Attributes:
+        index: what has selected experts; `None` for all.
+        flipped: whether the last two dimensions are swapped.
+    """
+
+    index: Any = None
+    flipped: bool = False
+    _selected: Tensor | None = None
+
+    @staticmethod
+    def __new__(
+        cls, layer: nn.Module, index: Any = None, selected: Tensor | None = None, *, flipped: bool = False
+    ) -> RotatedExperts:
+        """Stand for the weight of a layer, or for `selected`, the experts in it that `index` selects."""
+        whole: Any = layer.hra_base if selected is None else selected
+        made: RotatedExperts = compat.wrapper_tensor(cls, whole.mT if flipped else whole)
+        made._layer, made.index, made._selected, made.flipped = layer, index, selected, flipped
+        return made
+
+    def base(self) -> Tensor:
+        """The base weights of the experts."""
+        weight = super().base() if self._selected is None else self._selected
+        return weight.mT if self.flipped else weight
+
+    def value(self) -> Tensor:
+        """The rotated weights of the experts, as a plain tensor."""
+        adapters: Any = self._adapters()
+        vectors = None if adapters is None else adapters.vectors_at(self.index)
+        if vectors is None:
+            return self.base()
+        return rotate_weight(self.base(), vectors, transposed=adapters.columns is not self.flipped)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """The rotated weight of the copied layer; of some experts, their values."""
+        return type(self)(copy.deepcopy(self._layer, memo)) if self._is_whole() else self.value().detach().clone()
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Select experts, or reflect the input of a product; else as every rotated weight."""
+        kwargs = kwargs or {}
+        if is_plain_eager():
+            if (part := _part(func, args, kwargs)) is not None:
+                return part
+            product = _PRODUCTS.get(getattr(func, "__name__", ""))
+            if product is not None and (output := product(func, args, kwargs)) is not None:
+                return output
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def _is_whole(self) -> bool:
+        return self.index is None and not self.flipped
+
+    def _width_is_last(self) -> bool:
+        """Whether the dimension that is reflected is the last one."""
+        adapters: Any = self._adapters()
+        return adapters is not None and bool(adapters.columns is self.flipped)
+
+
+def _part(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> RotatedExperts | None:
+    """Some of the experts, or the same with the last two dimensions swapped; `None` for any other function."""
+    weight = args[0] if args else None
+    if kwargs or type(weight) is not RotatedExperts:
+        return None
+    if func is Tensor.__getitem__ and weight._is_whole() and _selects(args[1]):
+        return RotatedExperts(weight._layer, args[1], weight.base()[args[1]])
+    if func in _TRANSPOSING and {dim % weight.dim() for dim in args[1:]} in (
+        set(),
+        {weight.dim() - 2, weight.dim() - 1},
+    ):
+        return RotatedExperts(weight._layer, weight.index, weight._selected, flipped=not weight.flipped)
+    return None
+
+
+def _selects(index: Any) -> bool:
+    """Whether an index selects experts: an integer, or a tensor of them with at most one dimension."""
+    if isinstance(index, Tensor):
+        return type(index) is Tensor and index.dim() < 2 and index.dtype in _INTEGERS
+    return isinstance(index, int) and not isinstance(index, bool)
+
+
+def _factors(weight: Any, x: Any, *, last: bool, dtype: torch.dtype | None = None) -> Any:
+    """The factors of the experts of a weight for an input `x`; `None` if the product must have their values.
+
+    Args:
+        weight: the weight.
+        x: what is multiplied by it.
+        last: whether the product sums over the last dimension of the weight.
+        dtype: that of the products with the factors.
+    """
+    if type(weight) is not RotatedExperts or not isinstance(x, Tensor) or not is_plain(x):
+        return None
+    adapters: Any = weight._adapters()
+    if adapters is None or weight._width_is_last() is not last:
+        return None
+    return adapters.factors_at(weight.index, dtype or products_dtype(x.device, x.dtype))
+
+
+def _linear(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """`F.linear(x, weight of one expert, bias)`."""
+    x, weight = (*args, None)[:2]
+    if weight is None or (factors := _factors(weight, x, last=True)) is None or weight.dim() != 2:
+        return None
+    return func(reflect_each(x, factors), weight.base(), *args[2:], **kwargs)
+
+
+def _matmul(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """`x @ weight`, for one expert, or for a batch of them."""
+    x, weight = args
+    if (factors := _factors(weight, x, last=False)) is None or (weight.dim() == 3 and x.shape[:-2] != weight.shape[:1]):
+        return None
+    return func(reflect_each(x, factors), weight.base(), **kwargs)
+
+
+def _bmm(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """`torch.bmm(x, weight)` or `torch.bmm(weight, x)`, for as many experts as there are matrices."""
+    first, second = args
+    if (factors := _factors(second, first, last=False)) is not None:
+        return func(reflect_each(first, factors), second.base(), **kwargs)
+    if (factors := _factors(first, second, last=True)) is not None:
+        return func(first.base(), reflect_each(second.mT, factors).mT, **kwargs)
+    return None
+
+
+def _grouped_mm(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The product of rows that are sorted by expert with the weights of all experts."""
+    x, weight, *rest = args
+    if not isinstance(x, Tensor) or x.dim() != 2:
+        return None
+    if (factors := _factors(weight, x, last=False, dtype=x.dtype)) is None or weight.index is not None:
+        return None
+    reflected = reflect_groups(x, factors, lambda rows, matrices: func(rows, matrices, *rest, **kwargs))
+    return func(reflected, weight.base(), *rest, **kwargs)
+
+
+_PRODUCTS: dict[str, Callable[..., Any]] = {
+    "linear": _linear,
+    **dict.fromkeys(("matmul", "__matmul__"), _matmul),
+    "bmm": _bmm,
+    **dict.fromkeys(("grouped_mm", "_grouped_mm", "grouped_mm_fallback"), _grouped_mm),
+}

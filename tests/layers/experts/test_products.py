@@ -1,0 +1,152 @@
+"""The 3-D parameter of adapted experts as its readers see it, against dense rotated weights."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers.integrations.moe  # noqa: F401  (registers torch.ops.transformers)
+from moe_models import dense_experts
+from oracles import relative_error
+from torch import Tensor, nn
+
+import hra_fx
+
+EXPERTS, D, OUT = 4, 6, 5
+
+
+class Experts(nn.Module):
+    """A parameter of one layout."""
+
+    def __init__(self, is_transposed: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.is_transposed = is_transposed
+        shape = (EXPERTS, D, OUT) if is_transposed else (EXPERTS, OUT, D)
+        self.up = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+
+
+def adapted(is_transposed: bool) -> tuple[nn.Module, Tensor, Tensor]:
+    """Adapted experts, their vectors, and the dense rotated weights, differentiable in a copy of the vectors."""
+    model = hra_fx.transform(nn.ModuleDict({"experts": Experts(is_transposed)}), config())
+    vectors = model["experts"].hra_up.hra_u["default"]
+    nn.init.normal_(vectors)
+    leaf = vectors.detach().clone().requires_grad_()
+    base = model["experts"].hra_up.hra_base
+    dense = dense_experts(base.detach(), leaf, is_transposed)
+    return model["experts"], leaf, dense
+
+
+def config() -> hra_fx.HRAConfig:
+    """Two reflections for each expert."""
+    return hra_fx.HRAConfig(r=2, target_parameters=["experts.up"])
+
+
+IDS = torch.tensor([3, 0, 0, 1, 2])
+OFFSETS = torch.tensor([2, 2, 5, 7], dtype=torch.int32)
+READS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    # Of a weight `(experts, out, d)` and rows `(7, d)`.
+    "linear": lambda w, x: F.linear(x, w[1]),
+    "linear, index": lambda w, x: F.linear(x, w[torch.tensor(2)], torch.ones(OUT, dtype=x.dtype)),
+    "matmul": lambda w, x: x @ w[1].T,
+    "matmul of a part": lambda w, x: x @ w[1, :3].T,
+    "dense": lambda w, x: w.exp().sum() * x,
+    "einsum": lambda w, x: torch.einsum("eod,nd->eno", w, x),
+    "slice": lambda w, x: torch.bmm(w[1:3], x.mT.expand(2, -1, -1)),
+    "mask": lambda w, x: w[torch.tensor([True, False, True, False])] @ x.mT,
+    "bmm": lambda w, x: torch.bmm(w, x.mT.expand(EXPERTS, -1, -1)),
+    "bmm, gathered": lambda w, x: torch.bmm(w[IDS], x[: len(IDS)].unsqueeze(-1)),
+    "bmm, rows": lambda w, x: torch.bmm(x.expand(EXPERTS, -1, -1), w.transpose(-2, -1)),
+    "matmul, batch": lambda w, x: x.expand(EXPERTS, -1, -1) @ w.mT,
+    "matmul, broadcast": lambda w, x: x @ w.mT,
+    "grouped": lambda w, x: torch.ops.transformers.grouped_mm_fallback(x, w.transpose(-2, -1), offs=OFFSETS),
+    "outputs": lambda w, x: F.linear(w[0], torch.ones(3, D, dtype=x.dtype)).sum() * x,
+}
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("read", READS)
+def test_reads_equal_those_of_dense_weights(read: str, is_transposed: bool) -> None:
+    experts, leaf, dense = adapted(is_transposed)
+    x = torch.randn(7, D, dtype=torch.float64, requires_grad=True)
+    own = x.detach().clone().requires_grad_()
+    weight, other = (w.mT if is_transposed else w for w in (experts.up, dense))
+    actual, wanted = READS[read](weight, x), READS[read](other, own)
+    assert relative_error(actual, wanted) <= 1e-12
+    actual.square().sum().backward()
+    wanted.square().sum().backward()
+    assert relative_error(experts.hra_up.hra_u["default"].grad, leaf.grad) <= 1e-9
+    assert relative_error(x.grad, own.grad) <= 1e-9
+    with torch.no_grad():
+        assert relative_error(READS[read](experts.up if not is_transposed else experts.up.mT, x), wanted) <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits(dtype: torch.dtype) -> None:
+    experts, _, dense = adapted(False)
+    model = experts.to(dtype)
+    x = torch.randn(7, D, dtype=dtype)
+    for index in (1, torch.tensor(1)):
+        output = F.linear(x, model.up[index])
+        assert output.dtype is dtype
+        assert relative_error(output, x.double() @ dense[1].T) < 0.03
+
+
+def test_autocast_computes_in_its_dtype() -> None:
+    experts, _, dense = adapted(False)
+    experts, x = experts.float(), torch.randn(7, D)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = F.linear(x, experts.up[1])
+    assert output.dtype is torch.bfloat16
+    assert relative_error(output, x.double() @ dense[1].T) < 0.03
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_compiled(is_transposed: bool) -> None:
+    experts, leaf, dense = adapted(is_transposed)
+    x = torch.randn(7, D, dtype=torch.float64)
+    other = dense.mT if is_transposed else dense
+
+    def read() -> Tensor:
+        weight = experts.up.mT if is_transposed else experts.up
+        return torch.bmm(weight, x.mT.expand(EXPERTS, -1, -1)) + F.linear(x, weight[1]).sum()
+
+    actual = torch.compile(read, backend="aot_eager", fullgraph=True)()
+    wanted = torch.bmm(other, x.mT.expand(EXPERTS, -1, -1)) + F.linear(x, other[1]).sum()
+    assert relative_error(actual, wanted) <= 1e-12
+    actual.square().sum().backward()
+    wanted.square().sum().backward()
+    assert relative_error(experts.hra_up.hra_u["default"].grad, leaf.grad) <= 1e-9
+
+
+def test_metadata_copies_and_pickles() -> None:
+    experts, _, dense = adapted(False)
+    assert experts.up.shape == (EXPERTS, OUT, D) and experts.up[1].shape == (OUT, D)
+    assert experts.up.mT.shape == (EXPERTS, D, OUT) and experts.up.dtype is torch.float64
+    assert torch.equal(copy.deepcopy(experts.up).detach(), experts.up.detach())
+    assert torch.equal(copy.deepcopy(experts.up[1]), experts.up[1].detach())
+    for other in (copy.deepcopy(experts), pickle.loads(pickle.dumps(experts))):
+        assert relative_error(other.up + 0, dense) <= 1e-12
+        assert type(other).__name__ == "Experts" and other.hra_up.owner is other
+        with torch.no_grad():
+            other.hra_up.hra_u["default"].zero_()
+            other.hra_up.hra_u["default"][:, 0].fill_(1)
+        assert relative_error(experts.up + 0, dense) <= 1e-12
+
+
+def test_an_adapter_that_does_nothing_leaves_the_parameter() -> None:
+    experts, _, _ = adapted(False)
+    with experts.hra_up.hra_u.inactive():
+        assert experts.up is experts.hra_up.hra_base
+
+
+def test_writes_are_refused() -> None:
+    experts, _, _ = adapted(False)
+    with pytest.raises(hra_fx.AdapterError, match=r"Experts.up is read as W Q of each expert"):
+        experts.up = nn.Parameter(torch.zeros(EXPERTS, OUT, D))
+    with pytest.raises(hra_fx.AdapterError, match=r"Experts.up: zero_ writes into the weight"), torch.no_grad():
+        experts.up.zero_()

@@ -1,0 +1,253 @@
+"""What an adapted model can do, with adapters on the experts of a mixture of experts."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from moe_models import built, call_of, experts_config, oracle, randomise, vectors_of
+from oracles import dense_product, relative_error
+from torch import Tensor, nn
+
+import hra_fx
+
+NAMES = ("qwen3_moe", "llama4")  # both layouts
+
+
+def base_of(name: str) -> nn.Module:
+    return built(name, implementation="eager")
+
+
+def model_of(name: str, adapter: str = "default", **fields: Any) -> nn.Module:
+    """A model with random vectors."""
+    model = hra_fx.transform(base_of(name), experts_config(**fields), adapter)
+    randomise(model)
+    return model
+
+
+def logits_of(name: str, model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(**call_of(name)).logits
+    return logits
+
+
+@pytest.mark.parametrize("fields", [{}, {"apply_GS": True}, {"r": 3}], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_fold_gives_the_base_model_with_dense_rotated_experts(name: str, fields: dict[str, Any]) -> None:
+    base, model = base_of(name), model_of(name, **fields)
+    wanted, _ = oracle(base, model, call_of(name), apply_GS="apply_GS" in fields)
+    plan = hra_fx.plan_fold(model)
+    assert all(layer.change > 0.1 and layer.rounding < 1e-12 for layer in plan.layers)
+    hra_fx.fold(model)
+    assert relative_error(logits_of(name, model), wanted) <= 1e-12
+    assert list(model.state_dict()) == list(base.state_dict())
+    assert [type(part) for part in model.modules()] == [type(part) for part in base.modules()]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_copies_pickles_and_states(name: str) -> None:
+    model = model_of(name)
+    wanted = logits_of(name, model)
+    other = hra_fx.transform(base_of(name), experts_config())
+    other.load_state_dict(model.state_dict())
+    assigned = hra_fx.transform(base_of(name), experts_config())
+    assigned.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), other, assigned):
+        assert torch.equal(logits_of(name, same), wanted)
+        hra_fx.fold(same)
+        assert relative_error(logits_of(name, same), wanted) <= 1e-12
+    assert torch.equal(logits_of(name, model), wanted)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_merge_disable_and_scale(name: str) -> None:
+    model, base = model_of(name), logits_of(name, base_of(name))
+    wanted = logits_of(name, model)
+    hra_fx.merge_adapter(model)
+    assert relative_error(logits_of(name, model), wanted) <= 1e-12
+    hra_fx.unmerge_adapter(model)
+    with hra_fx.disable_adapters(model):
+        assert torch.equal(logits_of(name, model), base)
+    hra_fx.set_scale(model, "default", 0.5)
+    half = logits_of(name, model)
+    assert relative_error(half, wanted) > 0.01 and relative_error(half, base) > 0.01
+    hra_fx.set_scale(model, "default", 0)
+    assert relative_error(logits_of(name, model), base) <= 1e-12
+    hra_fx.set_scale(model, "default", 1)
+    assert torch.equal(logits_of(name, model), wanted)
+
+
+def test_half_strength_twice_is_full_strength() -> None:
+    model = model_of("qwen3_moe")
+    wanted = logits_of("qwen3_moe", model)
+    hra_fx.set_scale(model, "default", 0.5)
+    hra_fx.fold(model)
+    again = hra_fx.transform(model, experts_config())
+    randomise(again)
+    hra_fx.set_scale(again, "default", 0.5)
+    assert relative_error(logits_of("qwen3_moe", again), wanted) <= 1e-9
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_several_adapters_in_order(name: str) -> None:
+    model = model_of(name)
+    alone = logits_of(name, model)
+    hra_fx.add_adapter(model, "b", experts_config(r=4, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for parameter, vectors in model.named_parameters():
+            if parameter.endswith(".hra_u.b"):
+                vectors.normal_()
+    assert torch.equal(logits_of(name, model), alone)
+    hra_fx.set_adapter(model, ["default", "b"])
+    both = logits_of(name, model)
+    hra_fx.set_adapter(model, ["b", "default"])
+    assert relative_error(logits_of(name, model), both) > 1e-3
+    hra_fx.combine(model, ["default", "b"], "ab")
+    hra_fx.set_adapter(model, "ab")
+    assert relative_error(logits_of(name, model), both) <= 1e-12
+    hra_fx.set_adapter(model, ["default", "b"])
+    partly = copy.deepcopy(model)
+    hra_fx.fold(partly, ["default"])
+    assert relative_error(logits_of(name, partly), both) <= 1e-12
+    for adapter in ("ab", "b"):
+        hra_fx.delete_adapter(model, adapter)
+    hra_fx.set_adapter(model, "default")
+    assert torch.equal(logits_of(name, model), alone)
+    hra_fx.delete_adapter(model, "default")
+    assert list(model.state_dict()) == list(base_of(name).state_dict())
+
+
+@pytest.mark.parametrize("fields", [{}, {"apply_GS": True}, {"r": 3}], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_files(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    model = model_of(name, **fields)
+    wanted = logits_of(name, model)
+    hra_fx.save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_parameters"] == ["experts.gate_up_proj", "experts.down_proj"]
+    loaded = hra_fx.load_adapter(base_of(name), tmp_path, is_trainable=True)
+    assert relative_error(logits_of(name, loaded), wanted) <= 1e-12
+    kept = vectors_of(loaded)
+    assert {n: tuple(v.shape) for n, v in kept.items()} == {n: tuple(v.shape) for n, v in vectors_of(model).items()}
+    randomise(loaded, seed=4)
+    hra_fx.load_adapter(loaded, tmp_path, is_trainable=True)
+    assert relative_error(logits_of(name, loaded), wanted) <= 1e-12
+    hra_fx.add_adapter(loaded, "other", experts_config())
+    hra_fx.load_adapter(loaded, tmp_path, "third")
+    hra_fx.set_adapter(loaded, "third")
+    assert relative_error(logits_of(name, loaded), wanted) <= 1e-12
+
+
+def test_verify_and_train() -> None:
+    call = call_of("qwen3_moe")
+    model = hra_fx.transform(base_of("qwen3_moe"), experts_config(), verify=True, example_inputs=call)
+    optimizer = torch.optim.SGD(vectors_of(model).values(), lr=0.1)
+    losses = []
+    for _ in range(4):
+        loss = model(**call, labels=call["input_ids"]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        name for name in dict(model.named_parameters()) if ".hra_u." in name
+    ]
+
+
+def test_report_and_pictures(tmp_path: Path) -> None:
+    model = model_of("qwen3_moe")
+    rows = hra_fx.report(model).rows
+    assert len(rows) == 4
+    row = rows[0]
+    assert row.path == "model.layers.0.mlp.experts.hra_gate_up_proj"
+    assert row.layer_type == "Qwen3MoeExperts.gate_up_proj 4x(16->32)"
+    assert (row.d, row.r, row.parameters) == (16, 2, 4 * 16 * 2)
+    assert len(row.angles) <= 4 and 0 < row.share < 1
+    vectors = next(iter(vectors_of(model).values())).detach()
+    dense = torch.block_diag(*(dense_product(own) for own in vectors))
+    assert abs(row.rotation - float((dense - torch.eye(len(dense))).norm())) < 1e-9
+    for ending in ("html", "svg", "mmd", "dot", "json", "graphml"):
+        hra_fx.visualize(model, tmp_path / f"picture.{ending}")
+    assert hra_fx.to_networkx(model).number_of_nodes() > 0
+    assert len(hra_fx.graphs(model)) == 4
+    assert float(hra_fx.orthogonality_loss(model).detach()) > 0
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing(_kwargs)?` is deprecated:FutureWarning")
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(use_reentrant: bool) -> None:
+    model = model_of("qwen3_moe")
+    wanted = gradients(model)
+    for part in model.modules():
+        if hasattr(part, "attention_dropout"):
+            part.attention_dropout = 0.0
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    found = gradients(model.train())
+    for name, gradient in wanted.items():
+        assert relative_error(found[name], gradient) <= 1e-9
+
+
+@pytest.mark.slow  # test_products.py compiles the experts alone
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # in TorchDynamo
+def test_compilation() -> None:
+    model = model_of("qwen3_moe")
+    wanted = gradients(model)
+    found = gradients(model, torch.compile(model, backend="aot_eager"))
+    for name, gradient in wanted.items():
+        assert relative_error(found[name], gradient) <= 1e-9
+
+
+def gradients(model: nn.Module, call: Any = None) -> dict[str, Tensor]:
+    """The gradients of the vectors, from a call of the model or of what is made of it."""
+    model.zero_grad()
+    (model if call is None else call)(**call_of("qwen3_moe")).logits.square().sum().backward()
+    return {name: vectors.grad.clone() for name, vectors in vectors_of(model).items()}
+
+
+REFUSED = {
+    "trace": (
+        lambda: hra_fx.transform(base_of("llama4"), experts_config(), trace=True),
+        r"trace=True: model.layers.0.feed_forward.experts.hra_gate_up_proj stands for a parameter of experts",
+    ),
+    "graphs": (
+        lambda: hra_fx.graphs(model_of("llama4"), example_inputs=call_of("llama4")),
+        r"Llama4TextExperts.gate_up_proj 4x\(16->64\): a graph of torch.export cannot have the reflections of experts",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case: str) -> None:
+    act, message = REFUSED[case]
+    with pytest.raises(hra_fx.AdapterError, match=message):
+        act()
+
+
+def test_saved_in_full_by_another_adapter() -> None:
+    model = model_of("qwen3_moe")
+    config = hra_fx.HRAConfig(target_modules=["q_proj"], modules_to_save=["0.mlp.experts"])
+    with pytest.raises(hra_fx.UnsupportedLayerError, match="another adapter reflects its gate_up_proj"):
+        hra_fx.add_adapter(model, "full", config)
+
+
+def test_what_works_in_memory_only(tmp_path: Path) -> None:
+    model = model_of("qwen3_moe")
+    hra_fx.save_adapter(model, tmp_path / "adapter")
+    base_of("qwen3_moe").save_pretrained(tmp_path / "base")
+    with pytest.raises(hra_fx.CheckpointError, match=r"on parameters of experts .*only in memory"):
+        hra_fx.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+
+
+def test_a_captured_program_has_no_experts() -> None:
+    program = torch.export.export(nn.Sequential(nn.Linear(2, 2)), (torch.ones(1, 2),))
+    with pytest.raises(hra_fx.SelectionError, match="has no 3-D parameters"):
+        hra_fx.transform(program, experts_config())

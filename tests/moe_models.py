@@ -1,0 +1,103 @@
+"""Tiny mixtures of experts of transformers, and the dense oracle for reflections of their experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from oracles import dense_q
+from torch import Tensor, nn
+from torch.func import functional_call
+from zoo.entry import Entry
+from zoo.transformers_moe import ENTRIES
+
+import hra_fx
+
+#: Models of both layouts, and with a loop over experts or with `torch.bmm` (Llama 4).
+NAMES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "olmoe", "glm4_moe", "llama4")
+TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
+_MARK = ".hra_u."
+
+
+def experts_config(**fields: Any) -> hra_fx.HRAConfig:
+    """A configuration for the experts."""
+    return hra_fx.HRAConfig(**{"r": 2, "target_parameters": TARGETS} | fields)
+
+
+def entry_of(name: str) -> Entry:
+    """The entry of the zoo."""
+    return next(entry for entry in ENTRIES if entry.name == f"transformers/{name}")
+
+
+def built(name: str, dtype: torch.dtype = torch.float64, implementation: str | None = None) -> nn.Module:
+    """A tiny model in eval mode, whose experts have weights of the usual size."""
+    torch.manual_seed(0)
+    model = entry_of(name).build().to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 3:
+                parameter.normal_(0, 0.3)
+    if implementation is not None:
+        model.set_experts_implementation(implementation)  # type: ignore[operator]
+    return model
+
+
+def call_of(name: str) -> dict[str, Any]:
+    """The arguments of one call."""
+    torch.manual_seed(1)
+    return entry_of(name).call(2, 0)[1]
+
+
+def randomise(model: nn.Module, seed: int = 3) -> None:
+    """Give all vectors random values."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for vectors in vectors_of(model).values():
+            vectors.copy_(torch.randn(vectors.shape, generator=generator, dtype=torch.float64))
+
+
+def vectors_of(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
+    """The parameter of the base model -> the vectors of its experts, `(experts, d, r)`."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if name.endswith(f"{_MARK}{adapter}"):
+            path, _, child = name.partition(_MARK)[0].rpartition(".")
+            found[f"{path}.{child.removeprefix('hra_')}"] = parameter
+    return found
+
+
+def is_transposed(model: nn.Module, parameter: str) -> bool:
+    """Whether the parameter is `(experts, in, out)`."""
+    kind = type(model.get_submodule(parameter.rpartition(".")[0])).__name__
+    return kind in ("GptOssExperts", "Llama4TextExperts")
+
+
+def dense_experts(
+    weight: Tensor, vectors: Tensor, transposed: bool, anchor: Tensor | None = None, *, apply_GS: bool = False
+) -> Tensor:
+    """`W_e Q_e` of every expert in float64, one dense product after another. Differentiable."""
+    rotated = []
+    for index, (one, own) in enumerate(zip(weight.double(), vectors, strict=True)):
+        q = dense_q(own, apply_GS=apply_GS, anchor=None if anchor is None else anchor[index])
+        rotated.append(q.T @ one if transposed else one @ q)
+    return torch.stack(rotated)
+
+
+def oracle(
+    base: nn.Module, model: nn.Module, call: Mapping[str, Any], *, adapter: str = "default", apply_GS: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits of `base` over dense rotated experts, and the gradients of the sum of their squares."""
+    leaves = {name: own.detach().clone().requires_grad_() for name, own in vectors_of(model, adapter).items()}
+    parameters = dict(base.named_parameters())
+    buffers = dict(model.named_buffers())
+    dense = {}
+    for name, own in leaves.items():
+        path, _, last = name.rpartition(".")
+        anchor = buffers.get(f"{path}.hra_{last}{_MARK}{adapter}_anchor")
+        weight = parameters[name].detach()
+        rotated = dense_experts(weight, own, is_transposed(base, name), anchor, apply_GS=apply_GS)
+        dense[name] = rotated.to(weight.dtype)
+    logits: Tensor = functional_call(base, dense, kwargs=dict(call)).logits
+    gradients = torch.autograd.grad(logits.square().sum(), list(leaves.values()))
+    return logits.detach(), dict(zip(leaves, gradients, strict=True))
