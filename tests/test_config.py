@@ -50,7 +50,7 @@ def values(config: Any) -> dict[str, Any]:
 
 
 def test_fields_and_defaults_are_pefts() -> None:
-    assert sorted(f.name for f in dataclasses.fields(HRAConfig)) == sorted([*FIELDS, "extra"])
+    assert sorted(f.name for f in dataclasses.fields(HRAConfig)) == sorted([*FIELDS, "extra", "rank_pattern"])
     assert values(HRAConfig()) == values(peft.HRAConfig())
     assert HRAConfig().peft_version is None
 
