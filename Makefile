@@ -36,7 +36,7 @@ BROWSER   = test -n "$$(which $(BROWSERS))" || { test "$$(id -u)" = 0 && which a
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-language demo-vision test test-all test-versions test-lowest test-newest zoo export-table bench bench-quick bench-launches bench-gpu bench-disk bench-convert bench-frozen bench-quantized bench-switch check format clean
+.PHONY: help demo demo-language demo-vision test test-all test-versions test-lowest test-newest zoo export-table bench bench-quick bench-launches bench-gpu bench-disk bench-convert bench-frozen bench-quantized bench-switch bench-mixed check format clean
 
 help: ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -102,6 +102,9 @@ bench-quantized: $(VENV)/test.stamp $(VENV)/demo.stamp ## Print the quantization
 
 bench-switch: $(VENV)/test.stamp ## Print the time of set_adapter compared with PEFT, for 224 adapted layers.
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/switching.py
+
+bench-mixed: $(VENV)/test.stamp ## Print the time of 64 adapters in one batch compared with one, and with PEFT's LoRA.
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mixed.py
 
 export-table: $(VENV)/test.stamp ## Print what passes through which exporter (install openvino and executorch for theirs).
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m export.exporting.table $(EXPORT_FLAGS)

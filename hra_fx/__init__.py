@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from hra_fx.model.delete import delete_adapter as delete_adapter
     from hra_fx.model.fold import FoldPlan as FoldPlan, plan_fold as plan_fold
     from hra_fx.model.merge import merge_adapter as merge_adapter, unmerge_adapter as unmerge_adapter
+    from hra_fx.model.mixed import mixed_batch as mixed_batch
     from hra_fx.model.orthogonality import orthogonality_loss as orthogonality_loss
     from hra_fx.model.scale import set_scale as set_scale
     from hra_fx.model.switch import disable_adapters as disable_adapters, set_adapter as set_adapter
@@ -82,6 +83,7 @@ _HOMES = {
     "lower": "export.lower",
     "make_swappable": "export.onnx_swap",
     "merge_adapter": "model.merge",
+    "mixed_batch": "model.mixed",
     "orthogonality_loss": "model.orthogonality",
     "plan_fold": "model.fold",
     "report": "reporting.report",
