@@ -65,10 +65,12 @@ if TYPE_CHECKING:
     from hra_fx.lora.result import LoraResult as LoraResult
     from hra_fx.lora.save import convert_to_lora as convert_to_lora, save_as_lora as save_as_lora
     from hra_fx.model.add import add_adapter as add_adapter
+    from hra_fx.model.allocate import allocate_ranks as allocate_ranks
     from hra_fx.model.combine import combine as combine
     from hra_fx.model.delete import delete_adapter as delete_adapter
     from hra_fx.model.fold import FoldPlan as FoldPlan, plan_fold as plan_fold
     from hra_fx.model.merge import merge_adapter as merge_adapter, unmerge_adapter as unmerge_adapter
+    from hra_fx.model.mixed import mixed_batch as mixed_batch
     from hra_fx.model.orthogonality import orthogonality_loss as orthogonality_loss
     from hra_fx.model.scale import set_scale as set_scale
     from hra_fx.model.switch import disable_adapters as disable_adapters, set_adapter as set_adapter
@@ -97,6 +99,7 @@ _HOMES = {
     "accelerate_peft": "integrations.peft_acceleration",
     "adapter_inputs": "export.onnx_swap",
     "add_adapter": "model.add",
+    "allocate_ranks": "model.allocate",
     "combine": "model.combine",
     "convert_to_lora": "lora.save",
     "delete_adapter": "model.delete",
@@ -114,6 +117,7 @@ _HOMES = {
     "lower": "export.lower",
     "make_swappable": "export.onnx_swap",
     "merge_adapter": "model.merge",
+    "mixed_batch": "model.mixed",
     "orthogonality_loss": "model.orthogonality",
     "plan_fold": "model.fold",
     "push_to_hub": "integrations.push",

@@ -19,7 +19,7 @@ from hra_fx.errors import CheckpointError, ConfigError
 from hra_fx.field_hints import field_hint
 from hra_fx.hub import check_options, download
 
-__all__ = ["CONFIG_NAME", "HRAConfig", "layer_index_regex", "saved_module_regex"]
+__all__ = ["CONFIG_NAME", "HRAConfig", "layer_index_regex", "rank_regex", "saved_module_regex"]
 
 CONFIG_NAME = "adapter_config.json"
 _TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -34,6 +34,9 @@ class HRAConfig:
 
     Args:
         r: rank, the number of reflections per layer; a positive int.
+        rank_pattern: ranks of some layers, in place of `r`: name -> rank, as in PEFT's LoRA. A name is a regular
+            expression that matches a layer's path, or the end of it after a dot; the first one that matches counts.
+            PEFT's HRA has no such field, and refuses what is saved with it: see `hra-fx convert --to peft`.
         apply_GS: make the vectors of a layer orthonormal (Gram-Schmidt) before they are used as reflections.
         target_modules: the layers to adapt. A collection of names matches a layer if its path equals a name or ends
             with "." + name. A str is a regular expression that must match the full path, or "all-linear" for every
@@ -64,6 +67,8 @@ class HRAConfig:
     >>> config = HRAConfig(r=4, target_modules=["query", "value"])
     >>> sorted(config.target_modules), config.bias
     (['query', 'value'], 'none')
+    >>> HRAConfig(r=8, rank_pattern={"layers.0.q_proj": 16, "v_proj": 4}).rank_of("model.layers.0.q_proj")
+    16
     >>> HRAConfig(rank=4)
     Traceback (most recent call last):
     hra_fx.errors.ConfigError: HRAConfig has no field `rank`. Did you mean `r`?
@@ -86,6 +91,7 @@ class HRAConfig:
     bias: str = "none"
     modules_to_save: Collection[str] | None = None
     target_parameters: Collection[str] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __new__(cls, *args: object, **kwargs: object) -> HRAConfig:
@@ -106,13 +112,18 @@ class HRAConfig:
         self._check_layers_pattern()
         self._check_modules_to_save()
         self._check_target_parameters()
+        self._check_rank_pattern()
         self._check_together()
         _check_extra(self.extra)
         self.extra = dict(self.extra)
 
+    def rank_of(self, path: str) -> int:
+        """The rank of the layer at `path`: that of the first entry of `rank_pattern` that matches, else `r`."""
+        patterns = (pattern for pattern in self.rank_pattern if re.match(rank_regex(pattern), path))
+        return self.rank_pattern.get(next(patterns, ""), self.r)
+
     def _check_scalars(self) -> None:
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
-            raise ConfigError(f"`r` must be a positive int, got {self.r!r}.")
+        _check_rank("r", self.r)
         for name in ("apply_GS", "init_weights", "inference_mode"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"`{name}` must be a bool, got {getattr(self, name)!r}.")
@@ -157,6 +168,16 @@ class HRAConfig:
             raise ConfigError(f"`target_parameters` must be a list of names, got the str {names!r}. Use [{names!r}].")
         self.target_parameters = _strings("target_parameters", names) or None if names is not None else None
 
+    def _check_rank_pattern(self) -> None:
+        patterns = self.rank_pattern
+        if not isinstance(patterns, Mapping) or not all(isinstance(pattern, str) and pattern for pattern in patterns):
+            raise ConfigError(f"`rank_pattern` must be a dict of names and ranks, got {patterns!r}.")
+        for pattern, rank in patterns.items():
+            _check_rank(f"rank_pattern[{pattern!r}]", rank)
+            _compile("rank_pattern", pattern)
+            _compile("rank_pattern", pattern, rank_regex(pattern))
+        self.rank_pattern = dict(patterns)
+
     def _check_together(self) -> None:
         fix = " Put the indices into the regular expression, or pass `target_modules` as a list."
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
@@ -181,12 +202,15 @@ class HRAConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields and extra entries as a dict for JSON. Sets become sorted lists, and values are copied.
 
+        Fields that PEFT does not have are left out at their default, because PEFT warns about them.
+
         >>> HRAConfig(target_modules={"b", "a"}).to_dict()["target_modules"]
         ['a', 'b']
         """
         values = {name: getattr(self, name) for name in _field_names()}
-        if self.target_parameters is None:  # PEFT warns of fields that its HRAConfig does not have
-            del values["target_parameters"]
+        for name in ("rank_pattern", "target_parameters"):
+            if not values[name]:
+                del values[name]
         return {name: _plain(value) for name, value in (values | self.extra).items()}
 
     def to_json_string(self) -> str:
@@ -196,7 +220,8 @@ class HRAConfig:
             ConfigError: an entry of `auto_mapping` or `extra` cannot be written as JSON.
         """
         try:
-            return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+            # Only the fields are sorted: the order of the patterns in `rank_pattern` counts.
+            return json.dumps(dict(sorted(self.to_dict().items())), indent=2)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"`auto_mapping` or `extra` cannot be written as JSON: {error}.") from error
 
@@ -290,6 +315,11 @@ def saved_module_regex(name: str) -> str:
     return rf"(^|.*\.){name}($|\..*)"
 
 
+def rank_regex(pattern: str) -> str:
+    """A regular expression for the paths that an entry of `rank_pattern` matches."""
+    return rf"(.*\.)?({pattern})$"
+
+
 def _field_names() -> list[str]:
     return [f.name for f in fields(HRAConfig) if f.name != "extra"]
 
@@ -301,6 +331,11 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> str:
         hint = " Use 'hra_only' for the biases of the adapted layers." if value in _OTHER_BIASES else ""
         raise ConfigError(f"`{name}` must be {expected}, got {value!r}.{hint}")
     return str.__str__(value)
+
+
+def _check_rank(name: str, rank: object) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
+        raise ConfigError(f"`{name}` must be a positive int, got {rank!r}.")
 
 
 def _strings(name: str, value: object) -> list[str]:

@@ -86,13 +86,13 @@ def load_adapter(
         if record is not None:
             require_materialized(root)
         fitted = fit(find(directory, subfolder, **hub), root, config)
-        config = checked(root, dataclasses.replace(fitted.config, inference_mode=not is_trainable), adapter_name)
+        config = checked(root, dataclasses.replace(fitted.resume.config, inference_mode=not is_trainable), adapter_name)
 
         def fill(path: str, layer: nn.Module, reflection: HouseholderAdapters) -> None:
             vectors, anchor = fitted.vectors[path]
             weight = reflection.weight_of(layer)
             anchored = None if anchor is None else _like(anchor, weight)
-            reflection.put(adapter_name, fitted.spec, _like(vectors, weight), anchored)
+            reflection.put(adapter_name, fitted.spec(path), _like(vectors, weight), anchored)
 
         if record is None:
             set_up(root, config, adapter_name, fill, fitted.copies, root_class=root_class_for(root))
@@ -113,7 +113,7 @@ def _replace(root: nn.Module, record: AdapterState, name: str, fitted: Fitted, i
         raise AdapterError(f"adapter {name!r} must have strength 1. Call hra_fx.set_scale(model, {name!r}, 1) first.")
     layers = {path: layer for path, layer in adapted_layers(root).items() if name in layer.hra_u}
     spec = next(iter(layers.values())).hra_u.specs[name]
-    candidates = ((fitted.vectors, fitted.spec.apply_GS), (fitted.written, fitted.written_GS))
+    candidates = ((fitted.vectors, fitted.resume.config.apply_GS), (fitted.written, fitted.written_GS))
     shapes = {path: layer.hra_u[name].shape for path, layer in layers.items()}
     values = next(
         (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import warnings
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from hra_fx.checkpoint.folder import WEIGHTS_NAME
 from hra_fx.checkpoint.keys import EXTRA_BIASES, PREFIX, copy_key, reflection_key, vectors_key
-from hra_fx.checkpoint.saving import RESUME
+from hra_fx.checkpoint.resume import Resume, read_resume
 from hra_fx.checkpoint.weights import read_prefixed
 from hra_fx.compat import non_persistent_buffers
 from hra_fx.config import HRAConfig
@@ -38,20 +37,23 @@ class Fitted:
     """An adapter from a file, checked against a model.
 
     Attributes:
-        config: the configuration for training on, whose rank excludes the anchor.
-        spec: rank, Gram-Schmidt and initialization of each layer.
+        resume: the configuration for training on, whose ranks exclude the anchors.
         vectors: path of a layer -> (`U: (d, r)`, anchor `A: (d, k)` or `None`).
         written: path of a layer -> (vectors as stored in the file, `None`).
         written_GS: whether Gram-Schmidt applies to `written`.
         copies: (path of a module, name of its tensor) -> tensor.
     """
 
-    config: HRAConfig
-    spec: AdapterSpec
+    resume: Resume
     vectors: dict[str, tuple[Tensor, Tensor | None]]
     written: dict[str, tuple[Tensor, Tensor | None]]
     written_GS: bool
     copies: dict[tuple[str, str], Tensor]
+
+    def spec(self, path: str) -> AdapterSpec:
+        """Rank, Gram-Schmidt and initialization of a layer."""
+        config = self.resume.config
+        return AdapterSpec(config.rank_of(path), config.apply_GS, init_weights=self.resume.has_anchors)
 
 
 def fit(folder: Path, model: nn.Module, given: HRAConfig | None = None) -> Fitted:
@@ -82,13 +84,11 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None = None) -> Fitte
     _check_keys(file, model, layers, tensors, copies, config)
     _check_shapes(file, model, layers, tensors, copies, config)
     _compare_base(file, config, model)
-    resume = resume_of(file, metadata if given is None else {}, config)
+    resume = read_resume(file, metadata if given is None else {}, config)
     vectors = {path: _split(file, path, tensors, resume) for path in layers}
-    resumed = HRAConfig.from_dict({**config.to_dict(), "r": resume["r"], "apply_GS": resume["apply_GS"]})
-    spec = AdapterSpec(resumed.r, resumed.apply_GS, init_weights=bool(resume["anchor"]))
     written: dict[str, tuple[Tensor, Tensor | None]] = {path: (tensors[reflection_key(path)], None) for path in layers}
     values = {place: tensors[key] for place, key in copies.items()}
-    return Fitted(resumed, spec, vectors, written, config.apply_GS, values)
+    return Fitted(resume, vectors, written, config.apply_GS, values)
 
 
 def _copy_keys(
@@ -158,7 +158,7 @@ def _check_shapes(
     config: HRAConfig,
 ) -> None:
     for path, layer in layers.items():
-        _check_shape(file, reflection_key(path), tensors, adapters_for(layer).vectors_shape(config.r))
+        _check_shape(file, reflection_key(path), tensors, adapters_for(layer).vectors_shape(config.rank_of(path)))
     for (path, name), key in copies.items():
         own: Tensor = getattr(model.get_submodule(path), name)
         _check_shape(file, key, tensors, tuple(own.shape))
@@ -176,37 +176,16 @@ def _check_shape(file: Path, key: str, tensors: Mapping[str, Tensor], expected: 
         )
 
 
-def resume_of(file: Path, metadata: Mapping[str, str], config: HRAConfig) -> dict[str, Any]:
-    """How the chain splits into anchor and vectors; adapters saved by PEFT have no anchor."""
-    plain: dict[str, Any] = {"r": config.r, "apply_GS": config.apply_GS, "anchor": 0}
-    if RESUME not in metadata:
-        return plain
-    try:
-        resume = json.loads(metadata[RESUME])
-        r, anchor = int(resume["r"]), int(resume["anchor"])
-        fits = r > 0 and anchor > 0 and r + anchor == config.r and not config.apply_GS
-        if fits:
-            return {"r": r, "apply_GS": bool(resume["apply_GS"]), "anchor": anchor}
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        pass
-    raise CheckpointError(
-        f"{file}: the metadata {RESUME}={metadata[RESUME][:80]!r} does not match r={config.r}, "
-        f"apply_GS={config.apply_GS} in the configuration. The two files are from different adapters; save it again."
-    )
-
-
-def _split(
-    file: Path, path: str, tensors: Mapping[str, Tensor], resume: Mapping[str, Any]
-) -> tuple[Tensor, Tensor | None]:
-    chain, anchor = tensors[reflection_key(path)], resume["anchor"]
+def _split(file: Path, path: str, tensors: Mapping[str, Tensor], resume: Resume) -> tuple[Tensor, Tensor | None]:
+    chain, anchor = tensors[reflection_key(path)], resume.anchor(path)
     if not anchor:
         return chain, None
-    if not resume["apply_GS"]:
+    if not resume.config.apply_GS:
         return chain[..., anchor:].contiguous(), chain[..., :anchor].contiguous()
     key = vectors_key(path)
     if key not in tensors:
         raise CheckpointError(f"{file}: missing key {key}, the vectors before Gram-Schmidt. Save the adapter again.")
-    _check_shape(file, key, tensors, (*chain.shape[:-1], resume["r"]))
+    _check_shape(file, key, tensors, (*chain.shape[:-1], resume.config.rank_of(path)))
     return tensors[key], chain[..., :anchor].contiguous()
 
 

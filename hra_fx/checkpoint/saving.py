@@ -1,14 +1,13 @@
 """`save_adapter`: write an adapter in PEFT's format, so that PEFT loads it with the same outputs.
 
 PEFT has no anchors, so an adapter with an anchor (`householder.anchor`) is written as a plain chain of reflections,
-with `apply_GS=false` and the rank of that chain. The file's metadata says how to split it again to resume training, and
-a key that PEFT ignores holds the vectors before Gram-Schmidt.
+with `apply_GS=false` and the rank of that chain. The file's metadata says how to split it again to resume training
+(`hra_fx.checkpoint.resume`), and a key that PEFT ignores holds the vectors before Gram-Schmidt.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import warnings
@@ -30,6 +29,7 @@ from hra_fx.checkpoint.keys import (
     vectors_key,
 )
 from hra_fx.checkpoint.model_card import CARD_NAME, write_card
+from hra_fx.checkpoint.resume import Resume
 from hra_fx.compat import non_persistent_buffers
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning
@@ -40,8 +40,6 @@ from hra_fx.model.offload import require_materialized
 from hra_fx.model.state import AdapterState, adapted_layers, names_in, root_of
 from hra_fx.selection.select import resolve_targets, targeted
 
-#: Metadata key in `adapter_model.safetensors`: how to split the chain to resume training.
-RESUME = "hra_fx"
 #: Folder names of the checkpoints of transformers' Trainer.
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
@@ -51,6 +49,10 @@ _Contents: TypeAlias = tuple[HRAConfig, dict[str, Tensor], dict[str, str]]
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> None:
     """Save an adapter to a folder: `adapter_config.json` and `adapter_model.safetensors`, in PEFT's format.
+
+    PEFT opens the folder with the same outputs, unless layers have different ranks (`rank_pattern`): each layer is
+    saved with its own rank, and PEFT's HRA, which has one rank, refuses to load it (size mismatch). `hra-fx convert
+    --to peft` makes a folder for PEFT.
 
     Both files are written atomically. The adapter is saved at full strength (see `set_scale`), with its trained copies
     of `modules_to_save` and biases.
@@ -185,8 +187,7 @@ def _only_adapter(record: AdapterState) -> str:
 def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[str, Tensor]) -> _Contents:
     config, sites = record.configs[name], layers_with(root, record, name)
     tensors: dict[str, Tensor] = {}
-    metadata = {"format": "pt"}
-    rank, apply_GS = config.r, config.apply_GS
+    resume = Resume(config, has_anchors=any(anchor_entry(path, name) in state for path in sites))
     for path in sites:
         vectors, anchor = full_tensor(state[vectors_entry(path, name)]), state.get(anchor_entry(path, name))
         if anchor is None:
@@ -195,15 +196,14 @@ def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[s
         tensors[reflection_key(path)] = plain_chain(vectors, anchor, apply_GS=config.apply_GS)
         if config.apply_GS:
             tensors[vectors_key(path)] = vectors
-        rank, apply_GS = anchor.shape[-1] + config.r, False
-        metadata[RESUME] = json.dumps({"r": config.r, "apply_GS": config.apply_GS, "anchor": anchor.shape[-1]})
     for path, (owner, copies) in all_copies(root).items():
         for entry in copies.copied.get(name, ()):
             if entry not in non_persistent_buffers(owner):
                 in_place = copies.in_place[entry] == name
                 copied = full_tensor(state[copy_entry(path, name, entry, in_place=in_place)])
                 tensors[copy_key(path, entry, adapted=path in sites)] = copied
-    return _inference_config(root, config, rank, apply_GS), {key: t.detach() for key, t in tensors.items()}, metadata
+    detached = {key: tensor.detach() for key, tensor in tensors.items()}
+    return _inference_config(root, resume.chains), detached, {"format": "pt", **resume.metadata()}
 
 
 def layers_with(root: nn.Module, record: AdapterState, name: str) -> list[str]:
@@ -221,7 +221,7 @@ def layers_with(root: nn.Module, record: AdapterState, name: str) -> list[str]:
     return sites
 
 
-def _inference_config(root: nn.Module, config: HRAConfig, rank: int, apply_GS: bool) -> HRAConfig:
+def _inference_config(root: nn.Module, config: HRAConfig) -> HRAConfig:
     """The configuration as PEFT writes it: for inference, with explicit targets and the name of the base model."""
     targets = config.target_modules
     if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
@@ -230,8 +230,6 @@ def _inference_config(root: nn.Module, config: HRAConfig, rank: int, apply_GS: b
         targets = targets if isinstance(resolved, str) and config.layers_to_transform is not None else resolved
     return dataclasses.replace(
         config,
-        r=rank,
-        apply_GS=apply_GS,
         inference_mode=True,
         target_modules=targets,
         base_model_name_or_path=base_model_name(root, config),

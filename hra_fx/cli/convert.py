@@ -74,9 +74,10 @@ def convert(
     Only the weights of adapted layers are read from MODEL. The folder is in PEFT's format, and in that of diffusers if
     MODEL is a UNet or transformer of a pipeline.
 
-    With --to peft and --to hra_fx, outputs do not change. Both libraries also load each other's folders directly. In
-    PEFT's format, an anchored adapter becomes plain reflections, all of which are trainable; in that of hra_fx, copies
-    of base weights are dropped.
+    With --to peft and --to hra_fx, outputs do not change. Without a rank_pattern, both libraries also load each other's
+    folders directly. In
+    PEFT's format, an anchored adapter becomes plain reflections, all of which are trainable, and the ranks of a
+    rank_pattern are filled up to the largest; in that of hra_fx, copies of base weights are dropped.
     """
     if to in (Form.peft, Form.hra_fx):
         _refuse_options(context, to, len(adapters))

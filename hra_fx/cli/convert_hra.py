@@ -2,36 +2,44 @@
 
 Both have the same two files. Files of hra_fx may also contain how a chain splits into an anchor and trained vectors (as
 metadata), and the vectors before Gram-Schmidt; PEFT ignores both. Files of PEFT may contain copies of base weights.
+PEFT has one rank for all layers: other ranks are filled up with pairs of equal reflections, which cancel.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hra_fx.cli.screen import count, show_heading, show_json
+from hra_fx.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from hra_fx.checkpoint.disk.adapter_files import AdapterFiles
+    from hra_fx.config import HRAConfig
 
 
 def convert_hra(source: str, out: Path, *, for_peft: bool, as_json: bool) -> None:
     """Write an adapter in the format of PEFT or hra_fx, and print what was written."""
     from hra_fx.checkpoint.disk.adapter_files import read_adapter
     from hra_fx.checkpoint.folder import write
-    from hra_fx.checkpoint.saving import RESUME
+    from hra_fx.checkpoint.resume import RESUME
 
     files = read_adapter(source)
     kept = _kept(files, for_peft=for_peft)
     config = dataclasses.replace(files.config, extra={}, peft_version=None)
+    if for_peft and config.rank_pattern:
+        rank = max(chain.shape[1] for chain in files.chains.values())
+        config = dataclasses.replace(config, r=rank, rank_pattern={}, apply_GS=False)
+        kept |= _of_one_rank(files, rank)
     splits = {RESUME: files.metadata[RESUME]} if not for_peft and RESUME in files.metadata else {}
     write(out, config.to_json_string(), kept, splits)
     dropped = [key for key in files.tensors if key not in kept]
     fields = [*sorted(files.config.extra), *(["peft_version"] if files.config.peft_version else [])]
-    layers, frozen = len(files.chains), files.resume["anchor"] if for_peft else 0
+    layers, frozen = len(files.chains), max(map(files.resume.anchor, files.chains)) if for_peft else 0
     if as_json:
         done = {"folder": out, "form": "peft" if for_peft else "hra_fx", "layers": layers, "r": config.r}
         show_json({**done, "anchor": frozen, "dropped": dropped, "fields": fields})
@@ -42,10 +50,37 @@ def convert_hra(source: str, out: Path, *, for_peft: bool, as_json: bool) -> Non
     show_heading(
         f"HRA adapter in {out}, in the format of {'PEFT' if for_peft else 'hra_fx'}",
         {
-            "reflections": f"{config.r} in each of {count(layers, 'layer')}{anchor}",
+            "reflections": f"{_ranks(config, files.chains)} in each of {count(layers, 'layer')}{anchor}",
             "dropped": ", ".join(left_out) or "nothing",
         },
     )
+
+
+def _of_one_rank(files: AdapterFiles, rank: int) -> dict[str, Tensor]:
+    """The chains of all layers, filled up to one rank."""
+    import torch
+
+    from hra_fx.checkpoint.keys import reflection_key
+    from hra_fx.functional.chain import padded
+
+    chains = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same files each time
+        for path, chain in files.chains.items():
+            key = reflection_key(path)
+            try:
+                chains[key] = padded(chain, rank).to(files.tensors[key].dtype)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{files.file}: {path}: {error}. PEFT has one rank for all layers, so this adapter has no form for "
+                    "PEFT. Use --to lora, or train with ranks that are all even or all odd."
+                ) from error
+    return chains
+
+
+def _ranks(config: HRAConfig, paths: Iterable[str]) -> str:
+    ranks = {config.rank_of(path) for path in paths}
+    return str(min(ranks)) if len(ranks) == 1 else f"{min(ranks)} to {max(ranks)}"
 
 
 def _kept(files: AdapterFiles, *, for_peft: bool) -> dict[str, Tensor]:
@@ -57,7 +92,7 @@ def _kept(files: AdapterFiles, *, for_peft: bool) -> dict[str, Tensor]:
     for key, tensor in files.tensors.items():
         name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
         last = name.rpartition(".")[2]
-        ours = last == REFLECTION or name in files.full or (last == VECTORS and files.resume["anchor"] > 0)
+        ours = last == REFLECTION or name in files.full or (last == VECTORS and files.resume.has_anchors)
         if (last != VECTORS) if for_peft else ours:
             kept[key] = tensor
     return kept

@@ -62,9 +62,10 @@ def _summarize_adapter(source: str) -> dict[str, Any]:
     from hra_fx.layers.target import REFLECTION
 
     files = read_adapter(source)
-    config, r = files.config, files.resume["r"]
+    config, trained = files.config, files.resume.config
     dtype = next(tensor.dtype for key, tensor in files.tensors.items() if key.endswith(f".{REFLECTION}"))
-    layers = [_adapted_layer(path, files.chains[path], r, dtype) for path in sorted(files.chains, key=natural)]
+    paths = sorted(files.chains, key=natural)
+    layers = [_adapted_layer(path, files.chains[path], trained.rank_of(path), dtype) for path in paths]
     targets = config.target_modules
     return {
         "folder": files.file.parent,
@@ -72,9 +73,10 @@ def _summarize_adapter(source: str) -> dict[str, Any]:
         "written_by": _writer(files.file.with_name(_ADAPTER)),
         "task_type": config.task_type,
         "target_modules": targets if isinstance(targets, str) or targets is None else sorted(targets),
-        "r": r,
-        "gram_schmidt": files.resume["apply_GS"],
-        "anchor": files.resume["anchor"],
+        "r": trained.r,
+        "rank_pattern": trained.rank_pattern,
+        "gram_schmidt": trained.apply_GS,
+        "anchor": max(files.resume.anchor(path) for path in paths),
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": sum(layer["parameters"] for layer in layers),
         "saved": sorted(files.full, key=natural),
@@ -122,7 +124,7 @@ def _show_adapter(summary: dict[str, Any]) -> None:
             "base model": summary["base_model"] or "unknown",
             "task": summary["task_type"] or "",
             "written by": f"{summary['written_by']}, {summary['dtype']}",
-            "vectors": f"r = {summary['r']}{', orthonormalized by Gram-Schmidt' * summary['gram_schmidt']}"
+            "vectors": f"r = {_ranks(layers)}{', orthonormalized by Gram-Schmidt' * summary['gram_schmidt']}"
             + f", and {count(summary['anchor'], 'frozen anchor vector')}" * bool(summary["anchor"]),
             "trainable": f"{count(summary['parameters'], 'parameter')} in {count(len(layers), 'layer')}",
             "also trained": _some(summary["saved"]),
@@ -151,6 +153,11 @@ def _show_adapter(summary: dict[str, Any]) -> None:
         for layer in layers
     ]
     show_table(columns, rows)
+
+
+def _ranks(layers: list[dict[str, Any]]) -> str:
+    ranks = sorted({layer["r"] for layer in layers})
+    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
 
 
 def _summarize_model(path: Path) -> dict[str, Any]:

@@ -13,44 +13,46 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """A layer that can be adapted; `d` is the length of its vectors."""
+    """A layer that can be adapted; `d` is the length of its vectors, `r` their number in a configuration."""
 
     path: str
     site: str
     d: int
     parameters: int
+    r: int | None = None
 
 
 @dataclass(frozen=True)
 class Group:
-    """Layers of one type and shape; `path` has stars instead of numbers."""
+    """Layers of one type, shape and rank; `path` has stars instead of numbers."""
 
     path: str
     site: str
     d: int
     count: int
     parameters: int
+    r: int | None
 
 
-def summarize_layer(path: str, layer: nn.Module) -> LayerSummary:
+def summarize_layer(path: str, layer: nn.Module, r: int | None = None) -> LayerSummary:
     """Describe a layer that can be adapted."""
     from hra_fx.layers.target import describe, find_kind, weight_name, width_of
 
     kind = find_kind(layer)
     weight = layer._parameters[weight_name(kind)] if kind else None
-    return LayerSummary(path, describe(layer), width_of(layer), 0 if weight is None else weight.numel())
+    return LayerSummary(path, describe(layer), width_of(layer), 0 if weight is None else weight.numel(), r)
 
 
 def grouped(layers: Iterable[LayerSummary]) -> list[Group]:
-    """Groups of layers whose paths differ only in a number, by type and shape, in order of first appearance."""
-    groups: dict[tuple[str, str, int], list[LayerSummary]] = {}
+    """Groups of layers whose paths differ only in a number, by type, shape and rank, in order of first appearance."""
+    groups: dict[tuple[str, str, int, int | None], list[LayerSummary]] = {}
     for layer in layers:
         starred = re.sub(r"(?<![^.])\d+(?![^.])", "*", layer.path)
-        groups.setdefault((starred, layer.site, layer.d), []).append(layer)
+        groups.setdefault((starred, layer.site, layer.d, layer.r), []).append(layer)
     return [
         # A single layer keeps its number.
-        Group(path if len(found) > 1 else found[0].path, site, d, len(found), sum(layer.parameters for layer in found))
-        for (path, site, d), found in groups.items()
+        Group(path if len(found) > 1 else found[0].path, site, d, len(found), sum(part.parameters for part in found), r)
+        for (path, site, d, r), found in groups.items()
     ]
 
 

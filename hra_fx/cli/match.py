@@ -44,7 +44,7 @@ class Match:
         model: class of the model.
         library: the library that it is from.
         parameters: number of parameters of the model.
-        r: rank.
+        r: rank, where `rank_pattern` gives no other.
         trained: number of adapter parameters.
         trained_in_full: number of other trainable parameters (biases and modules to save).
         adapted: layers that would be adapted.
@@ -187,7 +187,9 @@ def _match_layers(path: Path, config: HRAConfig) -> Match:
     except SelectionError as error:
         return Match(type(model).__name__, library, total, config.r, error=str(error))
     refused = {name: reason for name, layer in chosen.items() if (reason := _why_not(name, layer, config))}
-    adapted = [summarize_layer(name, layer) for name, layer in chosen.items() if name not in refused]
+    adapted = [
+        summarize_layer(name, layer, config.rank_of(name)) for name, layer in chosen.items() if name not in refused
+    ]
     copies = to_copy(model, config, chosen)
     in_full = {f"{path}.{name}" for path, (_, names) in copies.items() for name in names}
     missed, trained_layers = _not_adapted(model, chosen, config)
@@ -196,7 +198,7 @@ def _match_layers(path: Path, config: HRAConfig) -> Match:
         library,
         total,
         config.r,
-        trained=sum(layer.d * config.r for layer in adapted),
+        trained=sum(layer.d * config.rank_of(layer.path) for layer in adapted),
         trained_in_full=sum(getattr(owner, name).numel() for owner, names in copies.values() for name in names),
         adapted=adapted,
         refused=[SkippedLayer(name, describe(chosen[name]), reason) for name, reason in refused.items()],
@@ -262,7 +264,7 @@ def _show(found: Match) -> None:
     )
     if found.adapted:
         groups = grouped(found.adapted)
-        rows = [(g.path, str(g.count), g.site, str(g.d), str(found.r), f"{g.count * g.d * found.r:,}") for g in groups]
+        rows = [(g.path, str(g.count), g.site, str(g.d), str(g.r), f"{g.count * g.d * (g.r or 0):,}") for g in groups]
         show_table(columns, rows)
     if found.refused:
         show_lines(

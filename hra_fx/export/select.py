@@ -15,7 +15,7 @@ from hra_fx.export.skeleton import build_skeleton
 from hra_fx.export.weight_uses import find_weight_uses
 from hra_fx.functional import householder
 from hra_fx.functional.rotate import as_rows
-from hra_fx.selection.check import check
+from hra_fx.selection.check import check, warn_about_unused_patterns
 from hra_fx.selection.select import is_target, select
 
 
@@ -47,6 +47,7 @@ def select_layers(
     skeleton = build_skeleton(layers, tensors, module_classes(graph), with_output=not all_linear)
     selected = select(skeleton, config)
     check(skeleton, selected, config)
+    warn_about_unused_patterns(config, selected)
     chosen = [layers[path] for path in selected]
     for layer in chosen:
         if layer.refusal:
@@ -120,7 +121,7 @@ def init_adapter(layer: GraphLayer, weight: Tensor, config: HRAConfig) -> tuple[
     with torch.inference_mode(False):
         vectors, anchor = householder.init_vectors(
             as_rows(weight, transposed=layer.transposed).shape[1],
-            config.r,
+            config.rank_of(layer.path),
             apply_GS=config.apply_GS,
             init_weights=config.init_weights,
             dtype=householder.working_dtype(weight.dtype),

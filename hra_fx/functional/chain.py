@@ -46,3 +46,29 @@ def plain_chain(vectors: Tensor, anchor: Tensor | None, *, apply_GS: bool) -> Te
     """
     chain = householder.orthonormalize(vectors) if apply_GS else vectors
     return chain if anchor is None else torch.cat([anchor.to(chain.dtype), chain], dim=-1)
+
+
+def padded(chain: Tensor, rank: int) -> Tensor:
+    """A chain with pairs of equal reflections added, which cancel (`H H = I`).
+
+    Args:
+        chain: `(..., d, k)`.
+        rank: the number of columns of the result, `k` or `k` and an even number.
+
+    Returns:
+        `(..., d, rank)`.
+
+    Raises:
+        ValueError: `rank - k` is odd: an odd number of reflections is never the identity.
+
+    Example:
+        >>> padded(torch.ones(4, 2), 6).shape
+        torch.Size([4, 6])
+    """
+    missing = rank - chain.shape[-1]
+    if missing % 2:
+        raise ValueError(f"{chain.shape[-1]} reflections cannot be filled up to {rank}: the difference must be even")
+    if not missing:
+        return chain
+    pairs, _ = householder.init_vectors(chain.shape[-2], missing, apply_GS=False, init_weights=True, dtype=chain.dtype)
+    return torch.cat([chain, pairs.to(chain.device).expand(*chain.shape[:-2], -1, -1)], dim=-1)

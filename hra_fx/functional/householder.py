@@ -302,4 +302,14 @@ def _anchor(vectors: Tensor, *, apply_GS: bool) -> Tensor | None:
     if apply_GS:
         # torch.export.save warns of tensors that are not contiguous.
         return orthonormalize(vectors).to(vectors.dtype).contiguous()
-    return vectors[:, -1:].clone().contiguous() if vectors.shape[1] % 2 else None
+    return vectors[:, -1:].clone().contiguous() if anchor_rank(vectors.shape[1], apply_GS=False) else None
+
+
+def anchor_rank(r: int, *, apply_GS: bool) -> int:
+    """The number of vectors in the anchor of `init_vectors`; 0 if it needs none.
+
+    Example:
+        >>> anchor_rank(3, apply_GS=False), anchor_rank(4, apply_GS=False), anchor_rank(4, apply_GS=True)
+        (1, 0, 4)
+    """
+    return r if apply_GS else r % 2

@@ -28,11 +28,12 @@ def batched_factors(layers: Sequence[Sequence[ChainPart]], dtype: torch.dtype) -
     """The factors of some layers, whose chains consist of parts of the same signatures.
 
     Args:
-        layers: the parts of the chain of each layer.
+        layers: the parts of the chain of each layer; in a mixed batch `(m, d, r)`, those of `m` adapters.
         dtype: dtype of the result; they are computed in float32 at least.
 
     Returns:
-        `R` and `F: (k, d)` of each layer. In the backward pass, a layer whose factors had no effect gets no gradient.
+        `R` and `F: (k, d)` of each layer, or `(m, k, d)`. In the backward pass, a layer whose factors had no effect
+        gets no gradient.
 
     Example:
         >>> [(rows, down)] = batched_factors([[ChainPart(torch.tensor([[3.0], [0.0]]))]], torch.float32)
@@ -84,7 +85,7 @@ def _gradients_where_reached() -> tuple[Any, Any]:
     Transforms of functorch and forward-mode derivatives need the operators themselves.
     """
     if not torch.is_grad_enabled() or compat.is_functorch_active() or compat.is_forward_ad_active():
-        return torch.stack, lambda factors: factors.flatten(0, 1).unbind()
+        return torch.stack, lambda factors: factors.movedim(-3, 1).flatten(0, 1).unbind()
     reached: set[int] = set()
     return (lambda tensors: _Stack.apply(reached, *tensors)), (lambda factors: _Unbind.apply(reached, factors))  # type: ignore[no-untyped-call]
 
@@ -103,17 +104,18 @@ class _Stack(torch.autograd.Function):
 
 
 class _Unbind(torch.autograd.Function):
-    """`(n, 2, k, d)` to `R` and `F` of each layer in turn; its backward notes which layers it has reached."""
+    """`(n, ..., 2, k, d)` to `R` and `F` of each layer in turn; its backward notes which layers it has reached."""
 
     @staticmethod
     def forward(ctx: Any, reached: set[int], stacked: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.reached, ctx.like = reached, stacked[0, 0].detach()
-        return stacked.flatten(0, 1).unbind()
+        sides = stacked.movedim(-3, 1).flatten(0, 1)
+        ctx.reached, ctx.like = reached, sides[0].detach()
+        return sides.unbind()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, Tensor]:
         ctx.reached.clear()  # of an earlier backward pass
         ctx.reached.update(place // 2 for place, grad in enumerate(grads) if grad is not None)
         filled = [torch.zeros_like(ctx.like) if grad is None else grad for grad in grads]
-        return None, torch.stack(filled).view(-1, 2, *ctx.like.shape)
+        return None, torch.stack(filled).view(-1, 2, *ctx.like.shape).movedim(1, -3)

@@ -18,6 +18,7 @@ from hra_fx.errors import AdapterError
 from hra_fx.functional import geodesic, householder
 from hra_fx.functional.chain import ChainPart, plain_chain
 from hra_fx.functional.rotate import as_rows, rotate_weight
+from hra_fx.layers.mixed import MixedBatch, mixed_batch_of
 from hra_fx.layers.rotated_weight import RotatedWeight
 from hra_fx.layers.sharding import distribute_like, full_tensor
 from hra_fx.layers.target import REFLECTION, LayerKind, weight_name, weight_place
@@ -270,9 +271,10 @@ class HouseholderAdapters(nn.ParameterDict):
             return None
         return chains[0] if len(chains) == 1 else torch.cat(chains, dim=-1)
 
-    def chain_parts(self) -> list[ChainPart]:
-        """The active adapters that do something, in their order, as their chain is computed from them."""
-        return [self._part(name) for name in self.active if not self._is_idle(name)]
+    def chain_parts(self, names: Iterable[str] | None = None) -> list[ChainPart]:
+        """The active adapters, or these, that do something, in their order, as their chain is computed from them."""
+        wanted = self.active if names is None else names
+        return [self._part(name) for name in wanted if not self._is_idle(name)]
 
     def _part(self, name: str) -> ChainPart:
         if name in self.scales:
@@ -309,7 +311,12 @@ class HouseholderAdapters(nn.ParameterDict):
     @property
     def acts(self) -> bool:
         """Whether an adapter is active at a strength other than 0."""
-        return not all(self._is_idle(name) for name in self.active)
+        return bool(self._acting_names(mixed_batch_of(self)))
+
+    def _acting_names(self, batch: MixedBatch | None) -> list[str]:
+        """The active adapters, or those of a mixed batch, that do something."""
+        names = self.active if batch is None else batch.names
+        return [name for name in names if name in self.specs and not self._is_idle(name)]
 
     @contextmanager
     def inactive(self) -> Iterator[None]:
@@ -328,22 +335,30 @@ class HouseholderAdapters(nn.ParameterDict):
         """The vectors of all active adapters for an input `x`, `(d, k)`, of any length; `None` if they do nothing.
 
         Raises:
-            AdapterError: they have no data yet.
+            AdapterError: they have no data yet, or each row of a mixed batch has its own.
         """
+        if (batch := mixed_batch_of(self)) is not None:
+            if names := self._acting_names(batch):
+                batch.refuse_weight(self, names)
+            return None
         vectors = self.joint_vectors(self.active, None)
         if not x.is_meta:
             self.check_data()
         return vectors
 
-    def check_data(self) -> None:
+    def check_data(self, names: Iterable[str] | None = None) -> None:
         """Refuse to compute with vectors on the meta device: operators would mix in memory that nothing has filled.
+
+        Args:
+            names: adapters; `None` for the active ones.
 
         Raises:
             AdapterError: the vectors have no data yet.
         """
-        if any(self._held(name).is_meta for name in self.active):  # from the parameters, as in _is_idle
+        wanted = self.active if names is None else names
+        if empty := [name for name in wanted if self._held(name).is_meta]:  # from the parameters, as in _is_idle
             raise AdapterError(
-                f"hra_u of width {self.width}: the vectors of {', '.join(self.active)} are on the meta device, without "
+                f"hra_u of width {self.width}: the vectors of {', '.join(empty)} are on the meta device, without "
                 "data. Fill them first: hra_fx.load_adapter, or model.load_state_dict(..., assign=True)."
             )
 

@@ -1,7 +1,8 @@
 """The factors of all layers of a model, computed in batches at the start of its forward.
 
 A layer that is called outside of its model's forward, or whose vectors are not there at its start (FSDP2 gathers them
-layer by layer), computes its own factors by the same functions.
+layer by layer), computes its own factors by the same functions. In a mixed batch (`hra_fx.layers.mixed`), a layer has
+the factors of each adapter of the batch.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,20 +22,27 @@ from hra_fx.functional.chain import ChainPart
 from hra_fx.kernels.batch import batched_factors
 from hra_fx.kernels.dispatch import is_compiling, is_plain, is_plain_eager, products_dtype
 from hra_fx.kernels.factors import Factors
+from hra_fx.kernels.mixed import RowFactors, stack_chains
 from hra_fx.layers.adapters import HouseholderAdapters, get_adapters
+from hra_fx.layers.mixed import CURRENT, MixedBatch, mixed_batch_of
+
+#: (dtype, signatures) -> layers with the parts of their chains, which are computed together.
+_Groups: TypeAlias = dict[tuple[torch.dtype, object], list[tuple[HouseholderAdapters, list[ChainPart]]]]
+#: The number of chains that are computed together in a mixed batch; more would not fit into the caches of a CPU.
+_CHAINS_AT_ONCE = 64
 
 
 class Prepared(NamedTuple):
     """The factors of one layer, computed at the start of a forward, and what they were computed for.
 
     Attributes:
-        factors: `R` and `F`.
+        factors: `R` and `F`; in a mixed batch, of each of its adapters.
         active: the adapters that were active.
         has_graph: whether gradients were enabled.
         is_inference: whether inference mode was.
     """
 
-    factors: Factors
+    factors: Factors | RowFactors
     active: tuple[str, ...]
     has_graph: bool
     is_inference: bool
@@ -54,18 +62,18 @@ class _Start(NamedTuple):
 
     Attributes:
         prepared: container -> the factors of its layer.
-        modes: whether gradients and inference mode were enabled.
+        modes: whether gradients and inference mode were enabled, and the mixed batch.
         sources: the tensors from which the factors were computed, with their versions; none if they are not to be used
             again.
     """
 
     prepared: dict[HouseholderAdapters, Prepared]
-    modes: tuple[bool, bool]
+    modes: tuple[object, ...]
     sources: list[tuple[Tensor, int]] | None
 
     def is_current(self, layers: Sequence[nn.Module]) -> bool:
         """Whether the same would be computed now. Writes to `.data` of a tensor have no version, and are not seen."""
-        if self.sources is None or self.modes != _modes():
+        if self.sources is None or self.modes != (*_modes(), CURRENT.batch):
             return False
         now = _sources(layers)
         if len(now) != len(self.sources):
@@ -118,16 +126,41 @@ def factors_in_traced_batches(layers: Sequence[nn.Module]) -> Iterator[None]:
             box.prepared = None
 
 
-def factors_of(box: HouseholderAdapters, dtype: torch.dtype) -> Factors | None:
+@contextmanager
+def batch_of_rows(batch: MixedBatch, layers: Sequence[nn.Module]) -> Iterator[None]:
+    """A block in which the rows of the batch have their own adapters.
+
+    Without gradients, all forwards in it use the same factors, until the vectors change.
+    """
+    outer = CURRENT.batch, _CURRENT.start
+    try:
+        CURRENT.batch, _CURRENT.start = batch, None
+        reuse = not is_compiling() and not torch.is_grad_enabled()
+        with factors_in_batches(layers, reuse=True) if reuse else nullcontext():
+            yield
+    finally:
+        CURRENT.batch, _CURRENT.start = outer
+
+
+def factors_of(box: HouseholderAdapters, dtype: torch.dtype) -> Factors | RowFactors | None:
     """`R` and `F` of the active adapters of a layer, in `dtype`; `None` if they do nothing.
+
+    In a mixed batch, they are those of each of its adapters.
 
     Raises:
         AdapterError: the vectors have no data yet.
     """
     prepared = _prepared(box)
     if prepared is not None and prepared.is_usable(box.active, dtype):
-        rows, down = prepared.factors
-        return prepared.factors if rows.dtype is dtype else Factors(rows.to(dtype), down.to(dtype))
+        factors = prepared.factors
+        if factors.rows.dtype is dtype:
+            return factors
+        return factors._replace(rows=factors.rows.to(dtype), down=factors.down.to(dtype))
+    if (batch := mixed_batch_of(box)) is not None:
+        own = _chains_of_rows(box)
+        box.check_data(own)
+        chains = [own.get(name) for name in batch.names]
+        return _of_rows(batched_factors([[stack_chains(chains)]], dtype)[0], batch) if own else None
     parts = box.chain_parts()
     if not parts:
         return None
@@ -156,11 +189,13 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def _start(layers: Sequence[nn.Module], *, reuse: bool) -> _Start:
-    return _Start(_prepare(layers), _modes(), _sources(layers) if reuse else None)
+    return _Start(_prepare(layers), (*_modes(), CURRENT.batch), _sources(layers) if reuse else None)
 
 
 def _prepare(layers: Sequence[nn.Module]) -> dict[HouseholderAdapters, Prepared]:
-    groups: dict[tuple[torch.dtype, object], list[tuple[HouseholderAdapters, list[ChainPart]]]] = defaultdict(list)
+    if CURRENT.batch is not None:
+        return _prepare_rows(layers, CURRENT.batch)
+    groups: _Groups = defaultdict(list)
     for layer in layers:
         box = get_adapters(layer)  # none in a layer that was folded alone
         parts = box.chain_parts() if box is not None else []
@@ -175,9 +210,42 @@ def _prepare(layers: Sequence[nn.Module]) -> dict[HouseholderAdapters, Prepared]
     return found
 
 
+def _prepare_rows(layers: Sequence[nn.Module], batch: MixedBatch) -> dict[HouseholderAdapters, Prepared]:
+    """As `_prepare`, with the factors of each adapter of a mixed batch."""
+    groups: _Groups = defaultdict(list)
+    for layer in layers:
+        box = get_adapters(layer)
+        own = {} if box is None else _chains_of_rows(box)
+        if box is not None and own and all(_is_here(part.vectors, box.width) for part in own.values()):
+            chains = stack_chains([own.get(name) for name in batch.names])
+            dtype = _expected_dtype(box.weight_of(layer), chains.vectors)
+            groups[dtype, chains.signature()].append((box, [chains]))
+    found: dict[HouseholderAdapters, Prepared] = {}
+    at_once = max(1, _CHAINS_AT_ONCE // len(batch.names))
+    for (dtype, _), group in groups.items():
+        for start in range(0, len(group), at_once):
+            some = group[start : start + at_once]
+            factors = batched_factors([parts for _, parts in some], dtype)
+            for (box, _), one in zip(some, factors, strict=True):
+                found[box] = Prepared(_of_rows(one, batch), box.active, *_modes())
+    return found
+
+
+def _chains_of_rows(box: HouseholderAdapters) -> dict[str, ChainPart]:
+    """The chains of the adapters of a mixed batch that do something in a layer."""
+    batch = mixed_batch_of(box)
+    names = [] if batch is None else [name for name in batch.names if name in box.specs]
+    return {name: part for name in names for part in box.chain_parts([name])}
+
+
+def _of_rows(factors: Factors, batch: MixedBatch) -> RowFactors:
+    return RowFactors(*factors, None if batch.places is None else batch.places.to(factors.rows.device))
+
+
 def _sources(layers: Sequence[nn.Module]) -> list[tuple[Tensor, int]]:
     boxes = [box for layer in layers if (box := get_adapters(layer)) is not None]
-    parts = [part for box in boxes for part in box.chain_parts()]
+    chains = [box.chain_parts() if CURRENT.batch is None else _chains_of_rows(box).values() for box in boxes]
+    parts = [part for own in chains for part in own]
     return [(part.vectors, tensor_version(part.vectors)) for part in parts]
 
 

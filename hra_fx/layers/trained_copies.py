@@ -154,7 +154,12 @@ class Copies(nn.Module):
 
 def all_copies(model: nn.Module) -> dict[str, tuple[nn.Module, Copies]]:
     """Path -> (owner, copies), for every module in `model` with trained copies."""
-    return {path: (owner, copies) for path, owner in model.named_modules() if (copies := get_copies(owner)) is not None}
+    found: dict[str, tuple[nn.Module, Copies]] = {}
+    for path, owner in model.named_modules():  # TorchDynamo does not trace the assignment in a comprehension
+        copies = get_copies(owner)
+        if copies is not None:
+            found[path] = owner, copies
+    return found
 
 
 def get_copies(module: nn.Module) -> Copies | None:

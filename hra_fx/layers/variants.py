@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
@@ -24,11 +25,13 @@ from hra_fx.kernels.conv import (
 from hra_fx.kernels.dispatch import is_compiling, is_plain, is_plain_eager, products_dtype
 from hra_fx.kernels.factors import Factors
 from hra_fx.kernels.linear import linear, reflect_rows
+from hra_fx.kernels.mixed import RowFactors, pick, reflect_mixed
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.batching import factors_of, has_batch
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.experts_adapters import ExpertsAdapters
 from hra_fx.layers.experts_weight import ExpertsWeight
+from hra_fx.layers.mixed import check_rows, mixed_batch_of
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.target import has_columns, kind_of, width_of
 
@@ -128,6 +131,9 @@ class LinearAdapters(HouseholderAdapters):
         """`x: (..., d)` to `(..., d)`, the same dtype."""
         if _uses_factors(self, x):
             factors = factors_of(self, products_dtype(x.device, x.dtype))
+            if isinstance(factors, RowFactors):
+                check_rows(self, x, dims=2)
+                return reflect_mixed(x, factors)
             return x if factors is None else reflect_rows(x, factors)
         vectors = self.vectors_for(x)
         return x if vectors is None else reflected_rows(x, vectors)
@@ -140,6 +146,9 @@ class LinearAdapters(HouseholderAdapters):
         if not _uses_factors(self, x) or _asks(self):
             return None
         factors = factors_of(self, products_dtype(x.device, x.dtype))
+        if isinstance(factors, RowFactors):
+            check_rows(self, x, dims=2)
+            return F.linear(reflect_mixed(x, factors), weight, layer.bias)
         return None if factors is None else linear(x, factors, weight, layer.bias)
 
 
@@ -186,11 +195,15 @@ class ConvAdapters(HouseholderAdapters):
         """
         if not _uses_factors(self, x) or _asks(self):
             return None
-        if not products_dtype(x.device, x.dtype) is x.dtype is weight.dtype:
+        dtype = products_dtype(x.device, x.dtype)
+        if not dtype is x.dtype is weight.dtype and mixed_batch_of(self) is None:
             return None
-        factors = factors_of(self, x.dtype)
+        factors = factors_of(self, dtype)
         if factors is None:
             return None
+        if isinstance(factors, RowFactors):
+            check_rows(self, x, dims=weight.dim())
+            return self._corrected_by_row(layer._conv_forward(x, weight, layer.bias), x, factors, weight)
         if self._has_few_patches(x, factors.rows):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             padded = F.pad(x, self.border, mode=mode)
@@ -225,6 +238,21 @@ class ConvAdapters(HouseholderAdapters):
             return add_up_projection(output, up, coordinates, len(stride))
         image = up.reshape(weight.shape[0], -1, *(1 for _ in stride))
         return output + convolve(coordinates, image, groups=self.groups)
+
+    def _corrected_by_row(self, output: Tensor, x: Tensor, factors: RowFactors, weight: Tensor) -> Tensor:
+        """As `_corrected`, with factors for each row of a mixed batch: one grouped convolution for all rows."""
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self.border, mode=self.padding_mode), (0,) * len(self.stride)
+        rows, down = pick(factors)
+        copies = len(x) // len(rows)
+        kernel = down.repeat_interleave(copies * self.groups, dim=0).reshape(-1, *self.patch)
+        convolve, groups = _CONVOLVE[len(self.stride)], len(x) * self.groups
+        read = convolve(x.reshape(1, -1, *x.shape[2:]), kernel, None, self.stride, padding, self.dilation, groups)
+        read = read.reshape(len(x), self.groups, rows.shape[1], -1)
+        # (n, groups, out / groups, k), for W seen as (groups, out / groups, d).
+        up = torch.einsum("nkd,god->ngok", rows, weight.reshape(self.groups, -1, self.width))
+        return output + (up.repeat_interleave(copies, dim=0) @ read).reshape(output.shape)
 
     def project(self, read: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
         """What the layer subtracts from its output: `patch_image` of the result of `forward`."""

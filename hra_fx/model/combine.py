@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hra_fx.errors import AdapterError
-from hra_fx.functional import householder
+from hra_fx.functional.chain import padded
 from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
 from hra_fx.layers.sharding import first_sharded
 from hra_fx.layers.target import weight_entry
@@ -81,6 +81,7 @@ def _combine(root: nn.Module, record: AdapterState, names: tuple[str, ...], adap
     config = dataclasses.replace(
         record.configs[names[0]],
         r=rank,
+        rank_pattern={},
         apply_GS=False,
         init_weights=True,
         # A pattern: in a list, a path would also match longer paths that end like it.
@@ -99,13 +100,10 @@ def _combine(root: nn.Module, record: AdapterState, names: tuple[str, ...], adap
 
 
 def _fill(path: str, chain: Tensor, rank: int) -> Tensor:
-    missing = rank - chain.shape[-1]
-    if not missing:
-        return chain
-    if missing % 2:
+    try:
+        return padded(chain, rank)
+    except ValueError as error:
         raise AdapterError(
             f"{path}: it has {chain.shape[-1]} reflections of these adapters, and other layers have {rank}. The "
             "difference must be even, because it is filled with pairs that cancel. Combine adapters of even ranks."
-        )
-    pairs, _ = householder.init_vectors(chain.shape[-2], missing, apply_GS=False, init_weights=True, dtype=chain.dtype)
-    return torch.cat([chain, pairs.to(chain.device).expand(*chain.shape[:-2], -1, -1)], dim=-1)
+        ) from error

@@ -20,7 +20,7 @@ from hra_fx.layers.target import REFLECTION
 from hra_fx.layers.variants import adapters_for
 from hra_fx.model.graph_module import rewrite
 from hra_fx.model.state import adapted_layers, check_no_foreign_class
-from hra_fx.selection.check import check, has_class_forward
+from hra_fx.selection.check import check, has_class_forward, warn_about_unused_patterns
 from hra_fx.selection.select import select
 
 #: Adds an adapter to the container of a layer: (path, layer, container).
@@ -63,6 +63,7 @@ def inject_adapter(model: nn.Module, name: str, config: HRAConfig, fill: Fill, u
     """
     layers = select(model, config)
     check(model, layers, config)
+    warn_about_unused_patterns(config, layers)
     present = adapted_layers(model)
     new = {path: layer for path, layer in layers.items() if path not in present}
     if new or config.modules_to_save or config.bias != "none":
@@ -80,8 +81,12 @@ def inject_adapter(model: nn.Module, name: str, config: HRAConfig, fill: Fill, u
 
 def random_init(name: str, config: HRAConfig, *, on_meta: bool) -> Fill:
     """New vectors, initialized as the configuration says."""
-    spec = AdapterSpec(config.r, config.apply_GS, config.init_weights)
-    return lambda path, layer, reflection: reflection.add(name, spec, reflection.weight_of(layer), on_meta=on_meta)
+
+    def fill(path: str, layer: nn.Module, reflection: HouseholderAdapters) -> None:
+        spec = AdapterSpec(config.rank_of(path), config.apply_GS, config.init_weights)
+        reflection.add(name, spec, reflection.weight_of(layer), on_meta=on_meta)
+
+    return fill
 
 
 def remove_adapter_layer(layer: nn.Module) -> None:

@@ -20,9 +20,11 @@ from hra_fx.kernels.dispatch import is_compiling
 from hra_fx.layers.adapters import ANCHOR
 from hra_fx.layers.batching import factors_in_batches, factors_in_traced_batches
 from hra_fx.layers.class_swap import SwapMixin
+from hra_fx.layers.mixed import CURRENT
 from hra_fx.layers.sharding import is_sharded
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import BASE, get_copies
+from hra_fx.model.mixed import copied_rows, mixed_batch
 from hra_fx.model.state import adapted_layers, get_state
 
 
@@ -33,10 +35,16 @@ class AdaptedModel(SwapMixin):
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """`forward` and `generate` of `base`; the factors of all layers are computed at their start."""
+        """`forward` and `generate` of `base`; the factors of all layers are computed at their start.
+
+        Both take `adapter_names`, as in PEFT's LoRA: see `mixed_batch`.
+        """
 
         @functools.wraps(base.forward)
         def forward(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
+            if (names := kwargs.pop("adapter_names", None)) is not None:
+                with mixed_batch(self, names):
+                    return forward(self, *args, **kwargs)
             if is_exporting():  # which records the state that a forward writes
                 return base.forward(self, *args, **kwargs)
             layers = _acting_layers(self)
@@ -51,7 +59,12 @@ class AdaptedModel(SwapMixin):
 
         @functools.wraps(made)
         def generate(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
+            if (names := kwargs.pop("adapter_names", None)) is not None:
+                with mixed_batch(self, names):
+                    return generate(self, *args, **kwargs)
             with ExitStack() as block:
+                if CURRENT.batch is not None:
+                    block.enter_context(copied_rows(self, kwargs))
                 layers = _acting_layers(self)
                 if layers and not is_compiling():
                     # Forwards with gradients, if it has any, do not use what was computed without.
@@ -98,7 +111,9 @@ def _acting_layers(model: AdaptedModel) -> tuple[nn.Module, ...]:
     They cannot in a replica of DataParallel, and where FSDP reduces the gradients of a block before the batch has its.
     """
     record = get_state(model)
-    if record is None or record.disabled or not record.active or is_replica(model) or is_sharded(model):
+    if record is None or record.disabled or is_replica(model) or is_sharded(model):
+        return ()
+    if not record.active and CURRENT.batch is None:
         return ()
     return record.layers
 

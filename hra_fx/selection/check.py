@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from hra_fx.config import HRAConfig
+from hra_fx.config import HRAConfig, rank_regex
 from hra_fx.errors import HRAWarning, UnsupportedLayerError
 from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.quantized.detect import quant_scheme_of
@@ -46,7 +47,7 @@ def check(model: nn.Module, layers: Mapping[str, nn.Module], config: HRAConfig) 
     for path, module in model.named_modules():
         if problem := _module_problem(module):
             raise UnsupportedLayerError(f"{path or 'the model'}: {problem}.")
-    unsupported = {path: problem for path, layer in layers.items() if (problem := _layer_problem(layer, config))}
+    unsupported = {path: problem for path, layer in layers.items() if (problem := _layer_problem(path, layer, config))}
     if unsupported:
         first, *others = unsupported
         also = f" Also unsupported: {', '.join(others)}." if others else ""
@@ -80,9 +81,9 @@ def _module_problem(module: nn.Module) -> str | None:
     return None
 
 
-def _layer_problem(layer: nn.Module, config: HRAConfig) -> str | None:
+def _layer_problem(path: str, layer: nn.Module, config: HRAConfig) -> str | None:
     """Why this layer cannot be adapted; without the full stop."""
-    return _state_problem(layer) or _weight_problem(layer) or _rank_problem(layer, config)
+    return _state_problem(layer) or _weight_problem(layer) or _rank_problem(path, layer, config)
 
 
 def _state_problem(layer: nn.Module) -> str | None:
@@ -149,11 +150,11 @@ def _weight_shape(layer: nn.Module) -> tuple[int, ...] | None:
     return None
 
 
-def _rank_problem(layer: nn.Module, config: HRAConfig) -> str | None:
-    width = width_of(layer)
-    if config.apply_GS and config.r > width:
+def _rank_problem(path: str, layer: nn.Module, config: HRAConfig) -> str | None:
+    width, rank = width_of(layer), config.rank_of(path)
+    if config.apply_GS and rank > width:
         return (
-            f"with `apply_GS=True`, `r` must be at most {width}, the input dimension of the layer, got {config.r}. "
+            f"with `apply_GS=True`, `r` must be at most {width}, the input dimension of the layer, got {rank}. "
             f"Lower `r`, set `apply_GS=False`, or {_EXCLUDE}"
         )
     return None
@@ -174,6 +175,19 @@ def _warn_about_blocked_gradients(model: nn.Module, layers: Iterable[nn.Module])
         warnings.warn(
             f"{path}{others}: {reason}. Adapters before it get gradients only along other paths. Add such layers to "
             "`target_modules`: adapted layers pass gradients.",
+            HRAWarning,
+            stacklevel=2,
+        )
+
+
+def warn_about_unused_patterns(config: HRAConfig, paths: Iterable[str]) -> None:
+    """Warn about entries of `rank_pattern` that match none of the adapted layers."""
+    paths = list(paths)
+    unused = [pattern for pattern in config.rank_pattern if not any(re.match(rank_regex(pattern), p) for p in paths)]
+    if unused:
+        warnings.warn(
+            f"rank_pattern: {', '.join(map(repr, unused))} matches none of the adapted layers, which are "
+            f"{', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''}.",
             HRAWarning,
             stacklevel=2,
         )

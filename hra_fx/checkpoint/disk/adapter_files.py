@@ -7,14 +7,13 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hra_fx.checkpoint.fitting import resume_of
 from hra_fx.checkpoint.folder import WEIGHTS_NAME, find
 from hra_fx.checkpoint.keys import EXTRA_BIASES, PREFIX, VECTORS, reflection_key
+from hra_fx.checkpoint.resume import Resume, read_resume
 from hra_fx.checkpoint.weights import read_prefixed
 from hra_fx.config import CONFIG_NAME, HRAConfig
 from hra_fx.errors import CheckpointError, FoldError
@@ -35,7 +34,7 @@ class AdapterFiles:
         config: the configuration.
         tensors: all tensors, by their keys with PEFT's prefix.
         metadata: of the weights file.
-        resume: see `resume_of`.
+        resume: how the chains split into anchors and trained vectors.
         chains: path of a layer -> `U: (d, k)`, float64, plain reflections.
         full: name of a fully trained tensor -> its value.
         embeddings: name of a copied tensor of the base model -> its value.
@@ -46,7 +45,7 @@ class AdapterFiles:
     config: HRAConfig
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
-    resume: dict[str, Any]
+    resume: Resume
     chains: dict[str, Tensor]
     full: dict[str, Tensor]
     embeddings: dict[str, Tensor]
@@ -60,8 +59,10 @@ class AdapterFiles:
 
     def noise(self, path: str) -> float:
         """How far the `Q` of a fresh adapter may be from the identity; 0 for a layer that it does not adapt."""
-        anchored = self.resume["apply_GS"] and self.resume["anchor"] and path in self.chains
-        return anchor_noise(self.resume["r"], self.tensors[reflection_key(path)].dtype) if anchored else 0.0
+        config = self.resume.config
+        if not (config.apply_GS and self.resume.has_anchors and path in self.chains):
+            return 0.0
+        return anchor_noise(config.rank_of(path), self.tensors[reflection_key(path)].dtype)
 
 
 def read_adapter(source: str | os.PathLike[str]) -> AdapterFiles:
@@ -82,7 +83,7 @@ def read_adapter(source: str | os.PathLike[str]) -> AdapterFiles:
             "and save it with save_pretrained. PEFT's HRA does not support target_parameters."
         )
     tensors, metadata = read_prefixed(file)
-    resume = resume_of(file, metadata, config)
+    resume = read_resume(file, metadata, config)
     chains: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -108,16 +109,17 @@ def read_adapter(source: str | os.PathLike[str]) -> AdapterFiles:
 
 
 def _chain(file: Path, key: str, tensor: Tensor, config: HRAConfig) -> Tensor:
-    if tensor.dim() != 2 or tensor.shape[1] != config.r:
+    r = config.rank_of(key.removeprefix(PREFIX).rpartition(".")[0])
+    if tensor.dim() != 2 or tensor.shape[1] != r:
         raise CheckpointError(
-            f"{file}: {key} must have shape (d, {config.r}), got {tuple(tensor.shape)}: the configuration says "
-            f"r={config.r}. The two files are from different adapters; save it again."
+            f"{file}: {key} must have shape (d, {r}), got {tuple(tensor.shape)}: the configuration says "
+            f"r={r}. The two files are from different adapters; save it again."
         )
     if config.apply_GS:
-        rank = f"{config.r} vectors of length {tensor.shape[0]}"
+        rank = f"{r} vectors of length {tensor.shape[0]}"
         # By the same rule, all vectors in 8 bits would be dependent.
         least = min(8 * torch.finfo(tensor.dtype).eps, 1 / 16)
-        if config.r > tensor.shape[0] or inverse_condition(tensor) < least:
+        if r > tensor.shape[0] or inverse_condition(tensor) < least:
             raise FoldError(
                 f"{file}: {key}: its {rank} are linearly dependent, so Gram-Schmidt is not defined. Train with "
                 "apply_GS=False, or with init_weights=True in hra_fx, which starts from independent vectors."

@@ -1,0 +1,93 @@
+"""Reflections of a batch whose rows have different adapters: two batched products per layer, for any number of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hra_fx.functional import householder
+from hra_fx.functional.chain import ChainPart, plain_chain
+
+
+class RowFactors(NamedTuple):
+    """`R` and `F` of several adapters of one layer, `(m, k, d)`, and which row of the batch has which.
+
+    Attributes:
+        rows: `R` of each adapter.
+        down: `F`, likewise.
+        places: the adapter of each row, `(n,)`; `None` if row `i` has adapter `i`.
+    """
+
+    rows: Tensor
+    down: Tensor
+    places: Tensor | None
+
+
+def stack_chains(parts: Sequence[ChainPart | None]) -> ChainPart:
+    """The chains of several adapters of one layer, for `batched_factors`.
+
+    Adapters of different kinds become plain reflections, and have zeros for missing ones, which are the identity.
+
+    Args:
+        parts: the chain of each adapter, `None` for one that does nothing; at least one does something.
+
+    Returns:
+        `(m, d, r)`, for the `m` adapters in turn.
+
+    Example:
+        >>> stack_chains([None, ChainPart(torch.ones(6, 2)), ChainPart(torch.ones(6, 3))]).vectors.shape
+        torch.Size([3, 6, 3])
+    """
+    present = [part for part in parts if part is not None]
+    first = present[0]
+    if len(present) == len(parts) and len({part.signature() for part in present}) == 1:
+        anchors = [part.anchor for part in present if part.anchor is not None]
+        vectors = torch.stack([part.vectors for part in present])
+        return ChainPart(vectors, torch.stack(anchors) if anchors else None, first.apply_GS)
+    dtype = functools.reduce(torch.promote_types, [part.vectors.dtype for part in present], torch.float32)
+    chains = [None if part is None else _plain(part, dtype) for part in parts]
+    rank = max([chain.shape[1] for chain in chains if chain is not None])
+    nothing = torch.zeros_like(first.vectors[:, :1], dtype=dtype)
+    filled = [nothing if chain is None else chain for chain in chains]
+    return ChainPart(torch.stack([F.pad(chain, (0, rank - chain.shape[1])) for chain in filled]))
+
+
+def _plain(part: ChainPart, dtype: torch.dtype) -> Tensor:
+    with householder.without_autocast(part.vectors):
+        return plain_chain(part.vectors.to(dtype), part.anchor, apply_GS=part.apply_GS)
+
+
+def pick(factors: RowFactors) -> tuple[Tensor, Tensor]:
+    """`R` and `F` of each row of the batch, `(n, k, d)`."""
+    rows, down, places = factors
+    return (rows, down) if places is None else (rows.index_select(0, places), down.index_select(0, places))
+
+
+def reflect_mixed(x: Tensor, factors: RowFactors) -> Tensor:
+    """Apply the chain of each row of the batch: `x Q^T`.
+
+    Args:
+        x: `(n, ..., d)`, or a multiple of `n` rows, where the copies of a row follow each other.
+        factors: of `n` rows; the products run in their dtype.
+
+    Returns:
+        The shape and dtype of `x`.
+
+    Example:
+        >>> from hra_fx.kernels.batch import batched_factors
+        >>> chains = stack_chains([None, ChainPart(torch.tensor([[3.0], [0.0]]))])
+        >>> [factors] = batched_factors([[chains]], torch.float32)
+        >>> reflect_mixed(torch.tensor([[2.0, 5.0], [2.0, 5.0]]), RowFactors(*factors, None))
+        tensor([[ 2.,  5.],
+                [-2.,  5.]])
+    """
+    rows, down = pick(factors)
+    flat = x.reshape(len(rows), -1, x.shape[-1])
+    if x.dtype is rows.dtype:
+        return torch.baddbmm(flat, torch.bmm(flat, down.mT), rows).view(x.shape)
+    return (flat + torch.bmm(torch.bmm(flat.to(rows.dtype), down.mT), rows).to(x.dtype)).view(x.shape)

@@ -1,0 +1,91 @@
+"""The mixed batch that a thread computes: which row has which adapter (`hra_fx.mixed_batch`)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from hra_fx.errors import AdapterError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+#: The name that stands for the base model, as in PEFT.
+BASE_ROW = "__base__"
+
+
+@dataclass(frozen=True, eq=False)
+class MixedBatch:
+    """A batch whose rows have different adapters.
+
+    Attributes:
+        names: the adapters, each once, `BASE_ROW` among them.
+        size: the number of rows.
+        places: the place in `names` of each row; `None` if row `i` has adapter `i`.
+        paths: container -> path of its layer, for all adapted layers of the model.
+        state: that of the model, whose adapters may be disabled.
+    """
+
+    names: tuple[str, ...]
+    size: int
+    places: Tensor | None
+    paths: Mapping[Any, str]
+    state: Any
+
+    def refuse_weight(self, box: nn.Module, names: list[str]) -> NoReturn:
+        """Refuse a computation with the rotated weight, of which a mixed batch has several.
+
+        Raises:
+            AdapterError: always.
+        """
+        raise AdapterError(
+            f"{self.paths[box]}: adapters {names} act on this layer, and its weight is read, or a tracer computes it. "
+            "A mixed batch has no single weight. Run the rows of each adapter in a batch of their own."
+        )
+
+
+class _Current(threading.local):
+    """The mixed batch of this thread.
+
+    Attributes:
+        batch: the batch.
+        copies: how often generation repeats each row, one after the other: for beams and returned sequences.
+    """
+
+    def __init__(self) -> None:
+        self.batch: MixedBatch | None = None
+        self.copies = 1
+
+
+CURRENT = _Current()
+
+
+def mixed_batch_of(box: nn.Module) -> MixedBatch | None:
+    """The mixed batch that the layer of a container is computed for; `None` if its active adapters act on all rows."""
+    batch = CURRENT.batch
+    return None if batch is None or batch.state.disabled or box not in batch.paths else batch
+
+
+def check_rows(box: nn.Module, x: Tensor, *, dims: int) -> None:
+    """Check that the first dimension of a layer's input is the mixed batch.
+
+    Args:
+        box: the container of the layer.
+        x: the input.
+        dims: the number of dimensions that it has at least.
+
+    Raises:
+        AdapterError: it is not.
+    """
+    batch, copies = CURRENT.batch, CURRENT.copies
+    assert batch is not None
+    if x.dim() >= dims and x.shape[0] in (batch.size, batch.size * copies):
+        return
+    expanded = f", or {batch.size * copies} in generation" if copies > 1 else ""
+    raise AdapterError(
+        f"{batch.paths[box]}: adapter_names has {batch.size} names, so the first dimension of the layer's input must "
+        f"be {batch.size}{expanded}, got an input of shape {tuple(x.shape)}. Give one name per row of the batch. "
+        "Layers that see other rows than those of the batch, such as experts, cannot be in a mixed batch."
+    )

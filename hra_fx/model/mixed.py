@@ -1,0 +1,123 @@
+"""`mixed_batch`: many adapters in one batch, one for each row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from hra_fx.errors import AdapterError
+from hra_fx.layers.batching import batch_of_rows
+from hra_fx.layers.mixed import BASE_ROW, CURRENT, MixedBatch
+from hra_fx.layers.sharding import first_sharded
+from hra_fx.layers.trained_copies import BASE, all_copies
+from hra_fx.model.state import AdapterState, adapted_layers, get_state, names_in, root_of
+
+
+@contextmanager
+def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
+    """A block in which each row of the batch has its own adapter, whichever adapters are active.
+
+    `model(..., adapter_names=...)` and `model.generate(..., adapter_names=...)` do the same for one call, as in PEFT's
+    LoRA. Each adapted layer runs two batched products for all rows, however many adapters there are. They may have
+    different layers, ranks, strengths and Gram-Schmidt. In `generate`, a row's adapter follows its beams and returned
+    sequences. Other threads are not affected.
+
+    Args:
+        model: a transformed model, in eval mode.
+        adapter_names: one name per row of the batch; `"__base__"` is the base model. Every adapted layer must see the
+            batch as the first dimension of its input.
+
+    Raises:
+        AdapterError: `adapter_names` is not a list of names, the model has no such adapter, it is in training mode,
+            sharded, or a captured graph, adapters are merged, the rows would need different trained copies
+            (`modules_to_save`, `bias`), or one of the adapters acts on a layer whose weight is read. In a forward: the
+            number of names is not that of the rows that a layer sees.
+
+    Example:
+        >>> from hra_fx import HRAConfig, add_adapter, transform
+        >>> config = HRAConfig(r=2, target_modules=["0"], init_weights=False)
+        >>> model = transform(nn.Sequential(nn.Linear(6, 4)), config, "en").eval()
+        >>> add_adapter(model, "fr", config)
+        >>> with mixed_batch(model, ["en", "fr", "__base__", "en"]):
+        ...     model(torch.ones(4, 6)).shape
+        torch.Size([4, 4])
+    """
+    batch, layers = _checked(model, adapter_names)
+    with batch_of_rows(batch, layers):
+        yield
+
+
+@contextmanager
+def copied_rows(model: Any, options: dict[str, Any]) -> Iterator[None]:
+    """A block of a mixed batch for `generate`, which repeats each row for its beams and returned sequences.
+
+    Args:
+        model: a model with `generate` of transformers.
+        options: the keyword arguments of `generate`.
+    """
+    config = options.get("generation_config") or getattr(model, "generation_config", None)
+    given = [options.get(name) or getattr(config, name, None) for name in ("num_beams", "num_return_sequences")]
+    outer, CURRENT.copies = CURRENT.copies, max(number or 1 for number in given)
+    try:
+        yield
+    finally:
+        CURRENT.copies = outer
+
+
+def _checked(model: nn.Module, adapter_names: Sequence[str]) -> tuple[MixedBatch, tuple[nn.Module, ...]]:
+    """The batch of these names, and the adapted layers; errors as `mixed_batch`."""
+    own = get_state(model) if isinstance(model, nn.Module) else None
+    # TorchDynamo does not trace the search for the root; a compiled forward is that of the root itself.
+    root, state = root_of(model) if own is None else (model, own)
+    is_list = isinstance(adapter_names, Sequence) and not isinstance(adapter_names, str) and bool(adapter_names)
+    if not is_list or not all(isinstance(name, str) for name in adapter_names):
+        raise AdapterError(f"adapter_names must be a list with one name per row of the batch, got {adapter_names!r}.")
+    rows = tuple(adapter_names)
+    used = dict.fromkeys(rows)
+    names_in(state, [name for name in used if name != BASE_ROW])
+    _check_model(root, state)
+    _check_copies(root, tuple(used))
+    layers = adapted_layers(root)
+    for path, layer in layers.items():
+        here = [name for name in used if name in layer.hra_u.specs]
+        if here and not layer.hra_u.is_called:
+            raise AdapterError(
+                f"{path} ({type(layer).__name__}): adapters {here} act on this layer through its weight, and a mixed "
+                "batch has no single weight. Run the rows of each adapter in a batch of their own."
+            )
+    paths = {layer.hra_u: path for path, layer in layers.items()}
+    # If names repeat, in the order of the model: a compiled graph is then that of a set of adapters.
+    names = rows if len(used) == len(rows) else tuple(name for name in (*state.configs, BASE_ROW) if name in used)
+    places = None if len(used) == len(rows) else torch.tensor([names.index(name) for name in rows])
+    return MixedBatch(names, len(rows), places, paths, state), tuple(layers.values())
+
+
+def _check_model(root: nn.Module, state: AdapterState) -> None:
+    if isinstance(root, fx.GraphModule):
+        raise AdapterError("A captured graph cannot run a mixed batch. Transform the model without trace=True.")
+    if root.training:
+        raise AdapterError(
+            "A mixed batch is for inference, and the model is in training mode. Call model.eval() first."
+        )
+    if state.merged:
+        raise AdapterError(f"adapters {list(state.merged)} are merged into the weights. Call unmerge_adapter first.")
+    if sharded := first_sharded(root):
+        raise AdapterError(f"{sharded[0]}: {sharded[1]} has sharded its parameters; a mixed batch needs whole ones.")
+
+
+def _check_copies(root: nn.Module, names: Sequence[str]) -> None:
+    """Refuse rows that need another trained copy than the one in place."""
+    for path, (_, copies) in all_copies(root).items():
+        for entry, present in copies.in_place.items():
+            for name in names:
+                if (name if entry in copies.copied.get(name, ()) else BASE) != present:
+                    owner = "the base model" if present == BASE else f"adapter {present!r}"
+                    raise AdapterError(
+                        f"{path}.{entry}".lstrip(".")
+                        + f": it is that of {owner}, and rows of {name!r} need another one "
+                        "(modules_to_save or bias). All rows of a batch share it: run these in a batch of their own."
+                    )
