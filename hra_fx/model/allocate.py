@@ -42,6 +42,11 @@ def allocate_ranks(
     The ranks are even, at least 2, and at most four times the rank that all layers could have. The gradients of the
     selected weights are held in memory; the model is not changed.
 
+    It helps where few layers have to turn: in networks whose target differs by a rotation of one layer, the loss after
+    training is 0.0 to 0.6 times that of equal ranks. On MiniLM and 20 Newsgroups (640 texts, 36 layers, parameters of
+    r=4, three seeds) it is no better than equal ranks: mean accuracy 64.1 % for both, mean held-out loss 1.170 against
+    1.176. Compare with equal ranks before you rely on it.
+
     Args:
         model: a plain model, in the mode in which the gradients are wanted.
         config: which layers; its `r` and `rank_pattern` are replaced.
