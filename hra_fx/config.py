@@ -19,7 +19,7 @@ from hra_fx.errors import CheckpointError, ConfigError
 from hra_fx.field_hints import field_hint
 from hra_fx.hub import check_options, download
 
-__all__ = ["CONFIG_NAME", "HRAConfig", "layer_index_regex", "rank_regex", "saved_module_regex"]
+__all__ = ["CONFIG_NAME", "HRAConfig", "layer_index_regex", "matches_rank", "rank_regex", "saved_module_regex"]
 
 CONFIG_NAME = "adapter_config.json"
 _TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -119,7 +119,7 @@ class HRAConfig:
 
     def rank_of(self, path: str) -> int:
         """The rank of the layer at `path`: that of the first entry of `rank_pattern` that matches, else `r`."""
-        patterns = (pattern for pattern in self.rank_pattern if re.match(rank_regex(pattern), path))
+        patterns = (pattern for pattern in self.rank_pattern if matches_rank(pattern, path))
         return self.rank_pattern.get(next(patterns, ""), self.r)
 
     def _check_scalars(self) -> None:
@@ -318,6 +318,16 @@ def saved_module_regex(name: str) -> str:
 def rank_regex(pattern: str) -> str:
     """A regular expression for the paths that an entry of `rank_pattern` matches."""
     return rf"(.*\.)?({pattern})$"
+
+
+def matches_rank(pattern: str, path: str) -> bool:
+    """Whether an entry of `rank_pattern` matches a layer; that of a 3-D parameter also goes by the parameter's name.
+
+    >>> matches_rank("experts.up_proj", "mlp.experts.hra_up_proj"), matches_rank("proj", "mlp.up_proj")
+    (True, False)
+    """
+    parameter = re.sub(r"(^|\.)hra_([^.]+)$", r"\1\2", path)
+    return any(re.match(rank_regex(pattern), known) for known in (path, parameter))
 
 
 def _field_names() -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from hra_fx.config import HRAConfig, rank_regex
+from hra_fx.config import HRAConfig, matches_rank
 from hra_fx.errors import HRAWarning, UnsupportedLayerError
 from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.quantized.detect import quant_scheme_of
@@ -183,7 +182,7 @@ def _warn_about_blocked_gradients(model: nn.Module, layers: Iterable[nn.Module])
 def warn_about_unused_patterns(config: HRAConfig, paths: Iterable[str]) -> None:
     """Warn about entries of `rank_pattern` that match none of the adapted layers."""
     paths = list(paths)
-    unused = [pattern for pattern in config.rank_pattern if not any(re.match(rank_regex(pattern), p) for p in paths)]
+    unused = [pattern for pattern in config.rank_pattern if not any(matches_rank(pattern, path) for path in paths)]
     if unused:
         warnings.warn(
             f"rank_pattern: {', '.join(map(repr, unused))} matches none of the adapted layers, which are "

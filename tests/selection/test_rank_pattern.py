@@ -15,6 +15,7 @@ from hypothesis import given, strategies as st
 from oracles import dense_q, dense_weight
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import hra_fx
 from hra_fx.errors import ConfigError, HRAWarning, UnsupportedLayerError
@@ -140,3 +141,16 @@ def test_the_order_is_kept_in_the_file_and_an_empty_pattern_is_not_written(tmp_p
     assert "rank_pattern" not in json.loads(hra_fx.HRAConfig().to_json_string())
     with pytest.warns(UserWarning, match=r"\['rank_pattern'\]"):
         peft.HRAConfig.from_pretrained(str(tmp_path))
+
+
+def test_the_rank_of_experts_goes_by_the_name_of_their_parameter() -> None:
+    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+    model = MixtralForCausalLM(
+        MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=3)
+    )
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    config = HRAConfig(r=4, rank_pattern={"experts.down_proj": 2}, target_modules=["q_proj"], target_parameters=names)
+    hra_fx.transform(model, config)
+    vectors = {name: tuple(value.shape) for name, value in model.named_parameters() if ".hra_u." in name}
+    assert [shape[-1] for name, shape in vectors.items() if "down_proj" in name] == [2]
+    assert [shape[-1] for name, shape in vectors.items() if "down_proj" not in name] == [4, 4]
