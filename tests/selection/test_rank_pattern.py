@@ -149,8 +149,10 @@ def test_the_rank_of_experts_goes_by_the_name_of_their_parameter() -> None:
         MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=3)
     )
     names = ["experts.gate_up_proj", "experts.down_proj"]
-    config = HRAConfig(r=4, rank_pattern={"experts.down_proj": 2}, target_modules=["q_proj"], target_parameters=names)
-    hra_fx.transform(model, config)
+    pattern = {"experts.down_proj": 2}
+    hra_fx.transform(
+        model, hra_fx.HRAConfig(r=4, rank_pattern=pattern, target_modules=["q_proj"], target_parameters=names)
+    )
     vectors = {name: tuple(value.shape) for name, value in model.named_parameters() if ".hra_u." in name}
     assert [shape[-1] for name, shape in vectors.items() if "down_proj" in name] == [2]
     assert [shape[-1] for name, shape in vectors.items() if "down_proj" not in name] == [4, 4]
