@@ -237,9 +237,7 @@ function adapterFacts(row) {
 function trainedInFull(item) {
   if (!item.trained.length) return [];
   const lines = item.trained.map((path) => html("li", {}, ...broken(path)));
-  return [
-    html("section", {}, html("h3", {}, "Trained in full"), html("ul", { class: "plain" }, ...lines)),
-  ];
+  return [html("section", {}, html("h3", {}, "Trained in full"), html("ul", { class: "plain" }, ...lines))];
 }
 
 /** @param {Facts} facts */
