@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -127,17 +127,12 @@ def factors_in_traced_batches(layers: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def batch_of_rows(batch: MixedBatch, layers: Sequence[nn.Module]) -> Iterator[None]:
-    """A block in which the rows of the batch have their own adapters.
-
-    Without gradients, all forwards in it use the same factors, until the vectors change.
-    """
+def batch_of_rows(batch: MixedBatch) -> Iterator[None]:
+    """A block in which the rows of the batch have their own adapters."""
     outer = CURRENT.batch, _CURRENT.start
     try:
         CURRENT.batch, _CURRENT.start = batch, None
-        reuse = not is_compiling() and not torch.is_grad_enabled()
-        with factors_in_batches(layers, reuse=True) if reuse else nullcontext():
-            yield
+        yield
     finally:
         CURRENT.batch, _CURRENT.start = outer
 

@@ -63,9 +63,19 @@ CURRENT = _Current()
 
 
 def mixed_batch_of(box: nn.Module) -> MixedBatch | None:
-    """The mixed batch that the layer of a container is computed for; `None` if its active adapters act on all rows."""
+    """The mixed batch that the layer of a container is computed for; `None` if its active adapters act on all rows.
+
+    Raises:
+        AdapterError: adapters were merged since the batch began.
+    """
     batch = CURRENT.batch
-    return None if batch is None or batch.state.disabled or box not in batch.paths else batch
+    if batch is None or batch.state.disabled or box not in batch.paths:
+        return None
+    if batch.state.merged:
+        raise AdapterError(
+            f"adapters {list(batch.state.merged)} were merged inside of a mixed batch. Call unmerge_adapter first."
+        )
+    return batch
 
 
 def check_rows(box: nn.Module, x: Tensor, *, dims: int) -> None:

@@ -33,9 +33,9 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
 
     Raises:
         AdapterError: `adapter_names` is not a list of names, the model has no such adapter, it is in training mode,
-            sharded, or a captured graph, adapters are merged, the rows would need different trained copies
-            (`modules_to_save`, `bias`), or one of the adapters acts on a layer whose weight is read. In a forward: the
-            number of names is not that of the rows that a layer sees.
+            sharded, or a captured graph, a mixed batch of another model is open, adapters are merged, the rows would
+            need different trained copies (`modules_to_save`, `bias`), or one of the adapters acts on a layer whose
+            weight is read. In a forward: the number of names is not that of the rows that a layer sees.
 
     Example:
         >>> from hra_fx import HRAConfig, add_adapter, transform
@@ -46,8 +46,10 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
         ...     model(torch.ones(4, 6)).shape
         torch.Size([4, 4])
     """
-    batch, layers = _checked(model, adapter_names)
-    with batch_of_rows(batch, layers):
+    batch = _checked(model, adapter_names)
+    if CURRENT.batch is not None and CURRENT.batch.state is not batch.state:
+        raise AdapterError("a mixed batch of another model is open. Close that block first.")
+    with batch_of_rows(batch):
         yield
 
 
@@ -68,8 +70,8 @@ def copied_rows(model: Any, options: dict[str, Any]) -> Iterator[None]:
         CURRENT.copies = outer
 
 
-def _checked(model: nn.Module, adapter_names: Sequence[str]) -> tuple[MixedBatch, tuple[nn.Module, ...]]:
-    """The batch of these names, and the adapted layers; errors as `mixed_batch`."""
+def _checked(model: nn.Module, adapter_names: Sequence[str]) -> MixedBatch:
+    """The batch of these names; errors as `mixed_batch`."""
     own = get_state(model) if isinstance(model, nn.Module) else None
     # TorchDynamo does not trace the search for the root; a compiled forward is that of the root itself.
     root, state = root_of(model) if own is None else (model, own)
@@ -93,7 +95,7 @@ def _checked(model: nn.Module, adapter_names: Sequence[str]) -> tuple[MixedBatch
     # If names repeat, in the order of the model: a compiled graph is then that of a set of adapters.
     names = rows if len(used) == len(rows) else tuple(name for name in (*state.configs, BASE_ROW) if name in used)
     places = None if len(used) == len(rows) else torch.tensor([names.index(name) for name in rows])
-    return MixedBatch(names, len(rows), places, paths, state), tuple(layers.values())
+    return MixedBatch(names, len(rows), places, paths, state)
 
 
 def _check_model(root: nn.Module, state: AdapterState) -> None:

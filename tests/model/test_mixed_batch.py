@@ -300,3 +300,46 @@ def test_vectors_without_data() -> None:
     model = net()
     hra_fx.add_adapter(model, "empty", config(r=2), low_cpu_mem_usage=True)
     assert "the vectors of empty are on the meta device" in refused(model, ["even", "empty"])
+
+
+def small() -> Any:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Linear(6, 6)), nn.Linear(6, 4)).double().eval()
+    hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["0.0", "1"], init_weights=False), "a")
+    return model
+
+
+def test_blocks_of_two_models_are_not_nested() -> None:
+    one, two = small(), small()
+    with hra_fx.mixed_batch(one, ["a", "__base__"]):
+        with hra_fx.mixed_batch(one, ["__base__", "a"]):
+            pass
+        with (
+            pytest.raises(
+                hra_fx.AdapterError, match=r"^a mixed batch of another model is open\. Close that"
+            ),
+            hra_fx.mixed_batch(two, ["a", "__base__"]),
+        ):
+            pass
+
+
+def test_adapters_that_are_merged_inside_of_a_block_are_refused() -> None:
+    model = small()
+    with hra_fx.mixed_batch(model, ["a", "__base__"]):
+        hra_fx.merge_adapter(model)
+        with pytest.raises(
+            hra_fx.AdapterError, match=r"^adapters \['a'\] were merged inside of a mixed batch"
+        ):
+            model(torch.ones(2, 6, dtype=torch.float64))
+
+
+def test_a_submodule_called_in_a_block_sees_what_has_changed() -> None:
+    model, x = small(), torch.ones(2, 6, dtype=torch.float64)
+    with torch.no_grad(), hra_fx.mixed_batch(model, ["a", "__base__"]):
+        before = model[0](x)
+        hra_fx.set_scale(model, "a", 0.5)
+        after = model[0](x)
+    hra_fx.set_adapter(model, "a")
+    with torch.no_grad():
+        assert torch.allclose(after[0], model[0](x)[0], rtol=0, atol=1e-12)
+    assert not torch.allclose(before[0], after[0], rtol=0, atol=1e-3)
