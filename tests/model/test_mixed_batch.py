@@ -315,9 +315,7 @@ def test_blocks_of_two_models_are_not_nested() -> None:
         with hra_fx.mixed_batch(one, ["__base__", "a"]):
             pass
         with (
-            pytest.raises(
-                hra_fx.AdapterError, match=r"^a mixed batch of another model is open\. Close that"
-            ),
+            pytest.raises(hra_fx.AdapterError, match=r"^a mixed batch of another model is open\. Close that"),
             hra_fx.mixed_batch(two, ["a", "__base__"]),
         ):
             pass
@@ -327,9 +325,7 @@ def test_adapters_that_are_merged_inside_of_a_block_are_refused() -> None:
     model = small()
     with hra_fx.mixed_batch(model, ["a", "__base__"]):
         hra_fx.merge_adapter(model)
-        with pytest.raises(
-            hra_fx.AdapterError, match=r"^adapters \['a'\] were merged inside of a mixed batch"
-        ):
+        with pytest.raises(hra_fx.AdapterError, match=r"^adapters \['a'\] were merged inside of a mixed batch"):
             model(torch.ones(2, 6, dtype=torch.float64))
 
 
