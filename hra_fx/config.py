@@ -18,8 +18,9 @@ from typing import Any
 from hra_fx.errors import CheckpointError, ConfigError
 from hra_fx.field_hints import field_hint
 from hra_fx.hub import check_options, download
+from hra_fx.patterns import layer_index_regex, matches_rank, rank_regex, saved_module_regex
 
-__all__ = ["CONFIG_NAME", "HRAConfig", "layer_index_regex", "matches_rank", "rank_regex", "saved_module_regex"]
+__all__ = ["CONFIG_NAME", "HRAConfig"]
 
 CONFIG_NAME = "adapter_config.json"
 _TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -294,40 +295,6 @@ def _local(directory: str | os.PathLike[str], subfolder: str | None, hub: Mappin
         return download(directory, [f"{glob.escape(subfolder)}/{CONFIG_NAME}" if subfolder else CONFIG_NAME], hub)
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
-
-
-def layer_index_regex(pattern: str | None) -> str:
-    """A regular expression whose group `idx` is the first block index in a path after a module list called `pattern`.
-
-    With None, any name matches if there is a component before it, as in PEFT.
-
-    >>> re.match(layer_index_regex("h"), "h.3.mlp")["idx"]
-    '3'
-    >>> re.match(layer_index_regex(None), "h.3.mlp") is None
-    True
-    """
-    head = r".*?\.[^.]*" if pattern is None else rf"(?:^|.*?\.){pattern}"
-    return head + r"\.(?P<idx>\d+)\."
-
-
-def saved_module_regex(name: str) -> str:
-    """A regular expression for the paths that are not adapted because of an entry of `modules_to_save`."""
-    return rf"(^|.*\.){name}($|\..*)"
-
-
-def rank_regex(pattern: str) -> str:
-    """A regular expression for the paths that an entry of `rank_pattern` matches."""
-    return rf"(.*\.)?({pattern})$"
-
-
-def matches_rank(pattern: str, path: str) -> bool:
-    """Whether an entry of `rank_pattern` matches a layer; that of a 3-D parameter also goes by the parameter's name.
-
-    >>> matches_rank("experts.up_proj", "mlp.experts.hra_up_proj"), matches_rank("proj", "mlp.up_proj")
-    (True, False)
-    """
-    parameter = re.sub(r"(^|\.)hra_([^.]+)$", r"\1\2", path)
-    return any(re.match(rank_regex(pattern), known) for known in (path, parameter))
 
 
 def _field_names() -> list[str]:

@@ -44,7 +44,7 @@ def download(source: str | os.PathLike[str], patterns: Sequence[str], options: M
         options: other arguments of `huggingface_hub.snapshot_download`.
 
     Raises:
-        CheckpointError: `source` is no valid name, or the download failed.
+        CheckpointError: `source` is not a valid name, or the download failed.
 
     >>> download("runs/of/mine", ["adapter_config.json"], {})
     Traceback (most recent call last):

@@ -21,6 +21,7 @@ ORDER = (
     "hra_fx.compat",
     "hra_fx.field_hints",
     "hra_fx.hub",
+    "hra_fx.patterns",
     "hra_fx.config",
     "hra_fx.atomic_write",
     "hra_fx.functional",

@@ -17,7 +17,8 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.functional import householder
 from hra_fx.integrations.pretrained import root_class_for
-from hra_fx.layers.adapters import ANCHOR, HouseholderAdapters
+from hra_fx.layers.adapter_names import ANCHOR
+from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.sharding import distribute_like, reshard
 from hra_fx.layers.trained_copies import Copies, all_copies
 from hra_fx.model.add import add_filled_adapter

@@ -84,7 +84,7 @@ def write_card(directory: Path, root: nn.Module, configs: Mapping[str, HRAConfig
         configs: name and configuration of the saved adapters.
 
     Raises:
-        CheckpointError: the file cannot be written, or is no model card.
+        CheckpointError: the file cannot be written, or is not a model card.
     """
     from huggingface_hub import ModelCard, ModelCardData
 

@@ -26,7 +26,7 @@ from hra_fx.export.ops import ROTATE
 from hra_fx.export.select import context_of, init_adapter, select_layers
 from hra_fx.functional.chain import plain_chain
 from hra_fx.functional.rotate import check_finite, check_foldable, rotate_weight
-from hra_fx.layers.adapters import ANCHOR, check_adapter_name
+from hra_fx.layers.adapter_names import ANCHOR, check_adapter_name
 from hra_fx.layers.target import REFLECTION
 
 if TYPE_CHECKING:

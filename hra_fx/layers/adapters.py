@@ -18,20 +18,11 @@ from hra_fx.errors import AdapterError
 from hra_fx.functional import geodesic, householder
 from hra_fx.functional.chain import ChainPart, plain_chain
 from hra_fx.functional.rotate import as_rows, rotate_weight
+from hra_fx.layers.adapter_names import ANCHOR, SCALED, check_adapter_name
 from hra_fx.layers.mixed import MixedBatch, mixed_batch_of
 from hra_fx.layers.rotated_weight import RotatedWeight
 from hra_fx.layers.sharding import distribute_like, full_tensor
 from hra_fx.layers.target import REFLECTION, LayerKind, weight_name, weight_place
-
-#: The suffix of the name of an adapter's anchor.
-ANCHOR = "_anchor"
-_SCALED = "_scaled"
-#: Attributes of the containers of vectors and of trained copies, and the names that stand for the base model.
-_RESERVED = (
-    *("kind", "columns", "weight_name", "is_called", "width", "specs", "active", "scales", "paused", "unmerged"),
-    *("acts", "inactive", "base_layer", "original_module"),
-    *("copied", "in_place", "make", "tensors", "activate_copies", "adopt", "remove", "set_trainable", "would_change"),
-)
 
 
 @dataclass(frozen=True)
@@ -47,30 +38,6 @@ class AdapterSpec:
     r: int
     apply_GS: bool = False
     init_weights: bool = True
-
-
-def check_adapter_name(name: object) -> None:
-    """Refuse a name that cannot be the name of both a parameter and a folder.
-
-    Raises:
-        AdapterError: it cannot.
-
-    Example:
-        >>> check_adapter_name("style-2")
-    """
-    if (
-        not isinstance(name, str)
-        or not name.strip()
-        or name != name.strip()
-        or any(sign in name for sign in "./\\\0")
-        or name.endswith((ANCHOR, _SCALED))
-        or hasattr(nn.ParameterDict, name)
-        or name in _RESERVED
-    ):
-        raise AdapterError(
-            f"`adapter_name` must be a string that can name a parameter and a folder: no dots, slashes or backslashes, "
-            f"no spaces at its ends, not ending in {ANCHOR!r} or {_SCALED!r}, and not a reserved name; got {name!r}."
-        )
 
 
 class HouseholderAdapters(nn.ParameterDict):
@@ -183,7 +150,7 @@ class HouseholderAdapters(nn.ParameterDict):
         del self[name], self.specs[name]
         self.scales.pop(name, None)
         self.paused.pop(name, None)
-        for suffix in (ANCHOR, _SCALED):
+        for suffix in (ANCHOR, SCALED):
             self._drop(name + suffix)
         self.active = tuple(other for other in self.active if other != name)
 
@@ -216,10 +183,10 @@ class HouseholderAdapters(nn.ParameterDict):
         made = self.scaled(name, alpha) if chain is None and alpha != 1 else chain
         trained = self.paused.pop(name, vectors.requires_grad)
         self.scales.pop(name, None)
-        self._drop(name + _SCALED)
+        self._drop(name + SCALED)
         if alpha != 1:
             # Not in the state_dict, because it follows from the vectors and the strength.
-            self.register_buffer(name + _SCALED, made, persistent=False)
+            self.register_buffer(name + SCALED, made, persistent=False)
             self.scales[name] = alpha
             self.paused[name] = trained
         vectors.requires_grad_(trained and alpha == 1)
@@ -247,7 +214,7 @@ class HouseholderAdapters(nn.ParameterDict):
         if name not in self.scales:
             return self.full_chain(name, dtype)
         if dtype is None:
-            scaled: Tensor = getattr(self, name + _SCALED)
+            scaled: Tensor = getattr(self, name + SCALED)
             return scaled
         return self.fraction(self.full_chain(name, dtype), self.scales[name])
 
@@ -278,7 +245,7 @@ class HouseholderAdapters(nn.ParameterDict):
 
     def _part(self, name: str) -> ChainPart:
         if name in self.scales:
-            return ChainPart(getattr(self, name + _SCALED))
+            return ChainPart(getattr(self, name + SCALED))
         return ChainPart(self._held(name), self.anchor(name), self.specs[name].apply_GS)
 
     def _held(self, name: str) -> Tensor:
@@ -305,7 +272,7 @@ class HouseholderAdapters(nn.ParameterDict):
 
     def _is_idle(self, name: str) -> bool:
         """Whether an adapter is at strength 0; read from the buffer, because an fx proxy has no shape."""
-        scaled = self._buffers.get(name + _SCALED) if name in self.scales else None
+        scaled = self._buffers.get(name + SCALED) if name in self.scales else None
         return scaled is not None and not scaled.shape[-1]
 
     @property

@@ -78,7 +78,7 @@ def describe_experts(layer: ExpertsWeight) -> str:
     return f"{type(layer.owner).__name__}.{layer.parameter} {layer.experts}x({layer.width}->{layer.out})"
 
 
-def expert_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+def stacked_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """(path of the module, module, name of the parameter) of every 3-D parameter of a model that is not a kernel."""
     for path, module in model.named_modules():
         if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d, nn.ParameterDict)):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hra_fx.compat import is_exporting, is_replica
 from hra_fx.kernels.dispatch import is_compiling
-from hra_fx.layers.adapters import ANCHOR
+from hra_fx.layers.adapter_names import ANCHOR
 from hra_fx.layers.batching import factors_in_batches, factors_in_traced_batches
 from hra_fx.layers.class_swap import SwapMixin
 from hra_fx.layers.mixed import CURRENT

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, ConfigError
-from hra_fx.layers.adapters import check_adapter_name
+from hra_fx.layers.adapter_names import check_adapter_name
 from hra_fx.layers.class_swap import SwapMixin, swap, unswap
 from hra_fx.model.activate import activate
 from hra_fx.model.example_inputs import Call

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from hra_fx.config import HRAConfig, matches_rank
+from hra_fx.config import HRAConfig
 from hra_fx.errors import HRAWarning, UnsupportedLayerError
 from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.quantized.detect import quant_scheme_of
@@ -18,6 +18,7 @@ from hra_fx.layers.sharding import sharded_by
 from hra_fx.layers.target import REFLECTION, weight_place, width_of
 from hra_fx.layers.trained_copies import get_copies
 from hra_fx.layers.variants import has_own_forward
+from hra_fx.patterns import matches_rank
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _EXCLUDE = "exclude the layer with `exclude_modules`"

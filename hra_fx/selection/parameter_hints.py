@@ -10,7 +10,8 @@ from collections.abc import Collection
 
 from torch import nn
 
-from hra_fx.layers.target import REFLECTION, SAVED, find_kind
+from hra_fx.layers.experts_weight import stacked_parameters
+from hra_fx.layers.target import SAVED
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -25,13 +26,12 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         >>> list(expert_parameters(nn.ModuleDict({"experts": experts, "conv": nn.Conv1d(2, 2, 3)})))
         ['experts.gate_up_proj']
     """
-    return {
-        path: parameter
-        for path, parameter in model.named_parameters()
-        if {REFLECTION, SAVED}.isdisjoint(path.split("."))
-        if parameter.dim() == 3 and min(parameter.shape) > 1
-        if find_kind(owner_of(model, path)) is None
-    }
+    found: dict[str, nn.Parameter] = {}
+    for path, owner, name in stacked_parameters(model):
+        parameter = owner._parameters[name]
+        if parameter is not None and min(parameter.shape) > 1 and SAVED not in path.split("."):
+            found[f"{path}.{name}".lstrip(".")] = parameter
+    return {path: parameter for path, parameter in model.named_parameters() if path in found}
 
 
 def owner_of(model: nn.Module, path: str) -> nn.Module:

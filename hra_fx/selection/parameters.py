@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from hra_fx.config import HRAConfig
-from hra_fx.layers.experts_weight import CHILD, ExpertsWeight, expert_parameters, is_transposed
+from hra_fx.layers.experts_weight import CHILD, ExpertsWeight, is_transposed, stacked_parameters
 from hra_fx.selection.suggestions import format_names, suggestion
 
 
@@ -23,7 +23,7 @@ def targeted_parameters(model: nn.Module, config: HRAConfig) -> dict[str, nn.Mod
     """
     found: dict[str, nn.Module] = {}
     names = config.target_parameters or ()
-    for path, owner, name in expert_parameters(model) if names else ():
+    for path, owner, name in stacked_parameters(model) if names else ():
         if matches_parameter(names, f"{path}.{name}".lstrip(".")):
             present = owner._modules.get(CHILD + name)
             found[f"{path}.{CHILD}{name}".lstrip(".")] = present or ExpertsWeight(owner, name)
@@ -44,7 +44,7 @@ def parameters_problem(model: nn.Module, config: HRAConfig) -> str | None:
     names = config.target_parameters or ()
     if not names:
         return None
-    stacked = {f"{path}.{name}".lstrip("."): owner for path, owner, name in expert_parameters(model)}
+    stacked = {f"{path}.{name}".lstrip("."): owner for path, owner, name in stacked_parameters(model)}
     others = {name: parameter for name, parameter in model.named_parameters() if name not in stacked}
     for name in names:
         if any(matches_parameter([name], known) for known in stacked):

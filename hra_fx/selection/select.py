@@ -16,11 +16,12 @@ from typing import Any
 
 from torch import nn
 
-from hra_fx.config import HRAConfig, layer_index_regex, saved_module_regex
+from hra_fx.config import HRAConfig
 from hra_fx.errors import HRAWarning, SelectionError, UnsupportedLayerError
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.peft_layers import find_peft_layer
 from hra_fx.layers.target import REFLECTION, SAVED, find_kind
+from hra_fx.patterns import layer_index_regex, saved_module_regex
 from hra_fx.selection.parameter_hints import hint_for, hint_inside
 from hra_fx.selection.parameters import parameters_problem, targeted_parameters
 from hra_fx.selection.suggestions import format_names, leaf_names, suffixes, suggestion

@@ -146,8 +146,8 @@ CASES: dict[str, tuple[Callable[[Path], None], type[HRAError], str]] = {
     "missing layer": (
         missing_layer,
         CheckpointError,
-        f"{FILE}: there are no vectors for 2, which the configuration names. Was the adapter trained on another base "
-        f"model than {INDEX}, or its configuration edited?",
+        f"{FILE}: the file has no vectors for 2, which the configuration names. Was the adapter trained on another "
+        f"base model than {INDEX}, or its configuration edited?",
     ),
     "another width": (
         another_width,

@@ -69,7 +69,7 @@ def base_folder(base_dir: Source) -> Path:
     """The folder of a base model, without symbolic links.
 
     Raises:
-        CheckpointError: there is no such folder.
+        CheckpointError: the folder does not exist.
     """
     base = Path(os.path.realpath(base_dir))
     if not base.is_dir():

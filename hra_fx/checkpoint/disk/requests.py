@@ -196,6 +196,6 @@ def check_complete(found: WeightSet, adapter: AdapterFiles, architecture: Archit
         # Files may have layers that the model does not load, such as heads for multi-token prediction.
         if architecture.model is None or architecture.find(path) is not None:
             raise CheckpointError(
-                f"{adapter.file}: there are no vectors for {theirs}, which the configuration names. Was the adapter "
+                f"{adapter.file}: the file has no vectors for {theirs}, which the configuration names. Was the adapter "
                 f"trained on another base model than {found.name}, or its configuration edited?"
             )

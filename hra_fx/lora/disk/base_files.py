@@ -55,7 +55,7 @@ def open_base(base: Source, adapters: Sequence[AdapterFiles]) -> BaseFiles:
     """Find the weights that adapters were trained for; no weight is read.
 
     Raises:
-        CheckpointError: there is no such folder, it has no weights, or several sets of them; or the adapters name
+        CheckpointError: the folder does not exist, or has no weights or several sets of them; or the adapters name
             layers in different ways.
     """
     folder = base_folder(base)

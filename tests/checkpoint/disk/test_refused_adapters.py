@@ -137,7 +137,7 @@ CASES: dict[str, tuple[Callable[[Path], None], type[HRAError], str]] = {
     "missing layer": (
         missing_layer,
         hra_fx.CheckpointError,
-        f"{FILE}: there are no vectors for 2, which the configuration names. {OTHER_BASE} than {INDEX}, or its "
+        f"{FILE}: the file has no vectors for 2, which the configuration names. {OTHER_BASE} than {INDEX}, or its "
         "configuration edited?",
     ),
     "other width": (

@@ -1,0 +1,41 @@
+"""Names of adapters, and of the buffers that belong to one."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from hra_fx.errors import AdapterError
+
+#: The suffix of the name of an adapter's anchor.
+ANCHOR = "_anchor"
+SCALED = "_scaled"
+#: Attributes of the containers of vectors and of trained copies, and the names that stand for the base model.
+_RESERVED = (
+    *("kind", "columns", "weight_name", "is_called", "width", "specs", "active", "scales", "paused", "unmerged"),
+    *("acts", "inactive", "base_layer", "original_module"),
+    *("copied", "in_place", "make", "tensors", "activate_copies", "adopt", "remove", "set_trainable", "would_change"),
+)
+
+
+def check_adapter_name(name: object) -> None:
+    """Refuse a name that cannot be the name of both a parameter and a folder.
+
+    Raises:
+        AdapterError: it cannot.
+
+    Example:
+        >>> check_adapter_name("style-2")
+    """
+    if (
+        not isinstance(name, str)
+        or not name.strip()
+        or name != name.strip()
+        or any(sign in name for sign in "./\\\0")
+        or name.endswith((ANCHOR, SCALED))
+        or hasattr(nn.ParameterDict, name)
+        or name in _RESERVED
+    ):
+        raise AdapterError(
+            f"`adapter_name` must be a string that can name a parameter and a folder: no dots, slashes or backslashes, "
+            f"no spaces at its ends, not ending in {ANCHOR!r} or {SCALED!r}, and not a reserved name; got {name!r}."
+        )
