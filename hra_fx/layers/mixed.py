@@ -66,11 +66,13 @@ def mixed_batch_of(box: nn.Module) -> MixedBatch | None:
     """The mixed batch that the layer of a container is computed for; `None` if its active adapters act on all rows.
 
     Raises:
-        AdapterError: adapters were merged since the batch began.
+        AdapterError: adapters were merged, or the model was set to training mode, since the batch began.
     """
     batch = CURRENT.batch
     if batch is None or batch.state.disabled or box not in batch.paths:
         return None
+    if box.training:
+        raise AdapterError("the model was set to training mode inside of a mixed batch. Call model.eval() first.")
     if batch.state.merged:
         raise AdapterError(
             f"adapters {list(batch.state.merged)} were merged inside of a mixed batch. Call unmerge_adapter first."

@@ -329,6 +329,16 @@ def test_adapters_that_are_merged_inside_of_a_block_are_refused() -> None:
             model(torch.ones(2, 6, dtype=torch.float64))
 
 
+def test_training_mode_inside_of_a_block_is_refused() -> None:
+    model = small()
+    with hra_fx.mixed_batch(model, ["a", "__base__"]):
+        model.train()
+        with pytest.raises(
+            hra_fx.AdapterError, match=r"^the model was set to training mode inside of a mixed batch\. Call"
+        ):
+            model(torch.ones(2, 6, dtype=torch.float64))
+
+
 def test_a_submodule_called_in_a_block_sees_what_has_changed() -> None:
     model, x = small(), torch.ones(2, 6, dtype=torch.float64)
     with torch.no_grad(), hra_fx.mixed_batch(model, ["a", "__base__"]):
