@@ -177,7 +177,13 @@ def orthonormalize(vectors: Tensor) -> Tensor:
         if compat.is_exporting():
             # The basis does not depend on the lengths; the squares of unit vectors are in range.
             return exportable.gram_schmidt(normalize(wide))
-        return cholesky_basis(wide) if wide.is_cuda else positive_qr(wide)[0]
+        if wide.is_cuda:
+            return cholesky_basis(wide)
+        basis, triangle = torch.linalg.qr(wide)
+        signs = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(basis.dtype)
+        # Adding zero turns -0.0 into 0.0 after a sign flip.
+        orthonormal: Tensor = basis * signs.unsqueeze(-2) + 0.0
+    return orthonormal
 
 
 def cholesky_basis(vectors: Tensor) -> Tensor:
@@ -203,53 +209,6 @@ def cholesky_basis(vectors: Tensor) -> Tensor:
         factor = factor.masked_fill(failed[..., None, None] > 0, torch.nan)
         rows = torch.linalg.solve_triangular(factor, rows, upper=False)
     return rows.mT.to(vectors.dtype)
-
-
-def positive_qr(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """The thin QR `U = V R` with a positive diagonal of `R`, which makes it unique.
-
-    Args:
-        vectors: `U: (..., d, r)` with `r <= d`, of full column rank, at least float32.
-
-    Returns:
-        `V: (..., d, r)` and `R: (..., r, r)`.
-
-    Example:
-        >>> positive_qr(torch.tensor([[3.0, 1.0], [0.0, 2.0]]))[1]
-        tensor([[3., 1.],
-                [0., 2.]])
-    """
-    basis, triangle = torch.linalg.qr(vectors)
-    signs = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(basis.dtype)
-    # Adding zero turns -0.0 into 0.0 after a sign flip.
-    return basis * signs.unsqueeze(-2) + 0.0, triangle * signs.unsqueeze(-1) + 0.0
-
-
-def qr_gradient(basis_grad: Tensor, basis: Tensor, triangle: Tensor) -> Tensor:
-    r"""The gradient of `U` from the gradient of the basis `V` of `U = V R`, in differentiable operators.
-
-    With `C` the lower triangle of `dV^T V`, mirrored to the upper one, `dU^T = R^-1 (dV^T - C V^T)` (Walter and
-    Lehmann 2012, https://arxiv.org/abs/1001.1654).
-
-    Args:
-        basis_grad: `dV: (d, r)`.
-        basis: `V: (d, r)`.
-        triangle: `R: (r, r)`; the diagonal may have any signs.
-
-    Returns:
-        `dU: (d, r)`.
-
-    Example:
-        >>> qr_gradient(torch.tensor([[0.0], [4.0]]), torch.tensor([[1.0], [0.0]]), torch.tensor([[2.0]]))
-        tensor([[0.],
-                [2.]])
-    """
-    inner = torch.mm(basis_grad.mT, basis)
-    mirrored = inner.tril() + inner.tril(-1).mT
-    right = torch.addmm(basis_grad.mT, mirrored, basis.mT, alpha=-1)
-    # Solved from the right: LAPACK takes this layout without a copy.
-    solved: Tensor = torch.linalg.solve_triangular(triangle.mT, right.mT, upper=False, left=False)
-    return solved
 
 
 def init_vectors(
