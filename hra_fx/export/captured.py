@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from hra_fx.compat import OpOverload
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, UnsupportedLayerError
-from hra_fx.export.editors import Editor, ModuleEditor, ProgramEditor
+from hra_fx.export.editors import Editor, ModuleEditor, ProgramEditor, replace_weights, set_trainable
 from hra_fx.export.insert import find_rotate_nodes, insert_rotation, remove_rotation, split_shared_uses
 from hra_fx.export.metadata import get_metadata, has_adapter, with_metadata, without_metadata
 from hra_fx.export.ops import ROTATE
@@ -118,9 +118,9 @@ def transform_captured(captured: P, config: HRAConfig, adapter_name: str = "defa
         insert_rotation(editor.graph, layer, weight, vectors_node, anchor_node, apply_GS=config.apply_GS)
     split_shared_uses(layers, editor.weight_node)
     trainable = [name for name, parameter in editor.parameters.items() if parameter.requires_grad]
-    editor.set_trainable(set())
+    set_trainable(editor, set())
     editor.graph_module.meta = with_metadata(editor.graph_module, config, adapter_name, trainable)
-    return editor.build()  # type: ignore[no-any-return]
+    return editor.build()  # type: ignore[return-value]
 
 
 def fold_captured(captured: P) -> P:
@@ -153,15 +153,15 @@ def fold_captured(captured: P) -> P:
     for rotation in rotations:
         name = rotation.weight_name
         folded[name] = _folded(rotation, folded.get(name, rotation.weight))
-    editor.replace_weights(folded)
+    replace_weights(editor, folded)
     for rotation in rotations:
         for leftover in remove_rotation(editor.graph, rotation.node):
             editor.remove_if_unused(leftover)
     metadata = get_metadata(editor.graph_module)
     if metadata is not None:
-        editor.set_trainable(set(metadata["trainable"]))
+        set_trainable(editor, set(metadata["trainable"]))
     editor.graph_module.meta = without_metadata(editor.graph_module)
-    return editor.build()  # type: ignore[no-any-return]
+    return editor.build()  # type: ignore[return-value]
 
 
 class Rotation(NamedTuple):

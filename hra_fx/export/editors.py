@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor, fx, nn
 
@@ -31,87 +30,14 @@ def is_adapter_tensor(name: str) -> bool:
     return REFLECTION in name.split(".")[:-1]
 
 
-class Editor(ABC):
-    """A captured graph that is edited.
+class ProgramEditor:
+    """A copy of a program's graph, input specifications and state, which can be modified; tensors are shared.
 
     Attributes:
-        graph_module: the graph.
+        graph_module: the graph module.
+        graph: its graph.
         weights: name of a parameter -> the nodes that read it.
     """
-
-    graph_module: fx.GraphModule
-    weights: dict[str, list[fx.Node]]
-
-    @property
-    def graph(self) -> fx.Graph:
-        """The graph."""
-        return self.graph_module.graph
-
-    @property
-    @abstractmethod
-    def parameters(self) -> dict[str, Tensor]:
-        """Name -> parameter, without those that were added."""
-
-    @property
-    @abstractmethod
-    def constant_nodes(self) -> dict[fx.Node, str]:
-        """Node -> name of each tensor that no call writes to: parameters, constants, and the buffers of adapters."""
-
-    @abstractmethod
-    def tensor(self, name: str) -> Tensor:
-        """The parameter, buffer or constant of a name."""
-
-    @abstractmethod
-    def has(self, name: str) -> bool:
-        """Whether the graph has a tensor of this name."""
-
-    @abstractmethod
-    def name_of(self, node: fx.Node) -> str:
-        """The name of the tensor of a node."""
-
-    @abstractmethod
-    def weight_node(self, name: str) -> fx.Node:
-        """The first node that reads a parameter."""
-
-    @abstractmethod
-    def add(self, name: str, tensor: Tensor, like: fx.Node) -> fx.Node:
-        """Add a parameter, or a buffer if it is none; returns its node. `like` is a node of another tensor."""
-
-    @abstractmethod
-    def remove_if_unused(self, node: fx.Node) -> None:
-        """Remove the parameter or buffer of a node that has no users."""
-
-    @abstractmethod
-    def build(self) -> Any:
-        """The edited program or module."""
-
-    @abstractmethod
-    def _set(self, name: str, parameter: nn.Parameter) -> None:
-        """Replace a parameter."""
-
-    def replace_weights(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace weights, and also tied names of them that no node reads."""
-        for names in group_tied(self.parameters):
-            new = {name: nn.Parameter(tensors[name]) for name in names if name in tensors}
-            if len(new) == 1:
-                unread = [name for name in names if not any(node.users for node in self.weights.get(name, ()))]
-                new |= {name: weight for weight in new.values() for name in unread}
-            for name, weight in new.items():
-                self._set(name, weight)
-
-    def set_trainable(self, trainable: set[str]) -> None:
-        """Set which of the original parameters require gradients. Changed ones are new objects on the same memory."""
-        parameters = self.parameters
-        for names in group_tied(parameters):
-            tensor, wanted = parameters[names[0]], not trainable.isdisjoint(names)
-            if tensor.requires_grad != wanted:
-                alias = nn.Parameter(tensor.detach(), requires_grad=wanted)
-                for name in names:
-                    self._set(name, alias)
-
-
-class ProgramEditor(Editor):
-    """A copy of a program's graph, input specifications and state, which can be modified; tensors are shared."""
 
     def __init__(self, program: ExportedProgram) -> None:
         """Copy `program`, which is not modified."""
@@ -121,6 +47,7 @@ class ProgramEditor(Editor):
         self.graph_module.meta = {
             key: value for key, value in program.graph_module.meta.items() if key != "unflattened_module"
         }
+        self.graph = self.graph_module.graph
         for node, copied in zip(program.graph.nodes, self.graph.nodes, strict=True):
             copied.name = node.name  # the copy renames nodes with names of Python builtins, such as "input"
         self._specs: list[InputSpec] = list(program.graph_signature.input_specs)
@@ -135,11 +62,13 @@ class ProgramEditor(Editor):
         }
 
     @property
-    def parameters(self) -> dict[str, Tensor]:  # noqa: D102
+    def parameters(self) -> dict[str, Tensor]:
+        """Name -> parameter, without those that were added."""
         return {name: tensor for name, tensor in self._state.items() if name in self.weights}
 
     @property
-    def constant_nodes(self) -> dict[fx.Node, str]:  # noqa: D102
+    def constant_nodes(self) -> dict[fx.Node, str]:
+        """Node -> name of each tensor that no call writes to: parameters, constants, and the buffers of adapters."""
         from torch.export.graph_signature import InputKind
 
         constant_kinds = (InputKind.PARAMETER, InputKind.CONSTANT_TENSOR)
@@ -149,21 +78,26 @@ class ProgramEditor(Editor):
             if spec.target is not None and (spec.kind in constant_kinds or is_adapter_tensor(spec.target))
         }
 
-    def tensor(self, name: str) -> Tensor:  # noqa: D102
+    def tensor(self, name: str) -> Tensor:
+        """The parameter, buffer or constant of a name."""
         found: Tensor = self._state[name] if name in self._state else self._constants[name]
         return found
 
-    def has(self, name: str) -> bool:  # noqa: D102
+    def has(self, name: str) -> bool:
+        """Whether the graph has a tensor of this name."""
         return name in self._state
 
-    def name_of(self, node: fx.Node) -> str:  # noqa: D102
+    def name_of(self, node: fx.Node) -> str:
+        """The name of the tensor of a node."""
         return self._names[node.name]
 
-    def weight_node(self, name: str) -> fx.Node:  # noqa: D102
+    def weight_node(self, name: str) -> fx.Node:
+        """The first node that reads a parameter."""
         node: fx.Node = self.weights[name][0]
         return node
 
-    def add(self, name: str, tensor: Tensor, like: fx.Node) -> fx.Node:  # noqa: D102
+    def add(self, name: str, tensor: Tensor, like: fx.Node) -> fx.Node:
+        """Add a parameter, or a buffer if it is none; returns its node. `like` is a node of another tensor."""
         from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
         is_buffer = not isinstance(tensor, nn.Parameter)
@@ -179,7 +113,8 @@ class ProgramEditor(Editor):
         self._state[name], self._nodes[node.name] = tensor, node
         return node
 
-    def remove_if_unused(self, node: fx.Node) -> None:  # noqa: D102
+    def remove_if_unused(self, node: fx.Node) -> None:
+        """Remove the parameter or buffer of a node that has no users."""
         if node.users:
             return
         for spec in self._specs:
@@ -208,18 +143,22 @@ class ProgramEditor(Editor):
             verifiers=program.verifiers,
         )
 
-    def _set(self, name: str, parameter: nn.Parameter) -> None:
+    def replace(self, name: str, parameter: nn.Parameter) -> None:
+        """Replace a parameter."""
         self._state[name] = parameter
 
 
-class ModuleEditor(Editor):
-    """A captured module, edited in place; its submodules only hold tensors, which the graph reads by `get_attr`."""
+class ModuleEditor:
+    """A captured module, edited in place; its submodules only hold tensors, which the graph reads by `get_attr`.
+
+    It has the attributes and methods of `ProgramEditor`.
+    """
 
     def __init__(self, module: fx.GraphModule) -> None:
         """Edit `module`."""
-        self.graph_module = module
+        self.graph_module, self.graph = module, module.graph
         self._original = set(self._named_parameters())
-        self.weights = {}
+        self.weights: dict[str, list[fx.Node]] = {}
         for node in self.graph.find_nodes(op="get_attr"):
             if node.target in self._original:
                 self.weights.setdefault(str(node.target), []).append(node)
@@ -287,7 +226,7 @@ class ModuleEditor(Editor):
         self.graph_module.recompile()
         return self.graph_module
 
-    def _set(self, name: str, parameter: nn.Parameter) -> None:
+    def replace(self, name: str, parameter: nn.Parameter) -> None:  # noqa: D102
         owner, last = self._locate(name)
         owner._parameters[last] = parameter
 
@@ -302,6 +241,31 @@ class ModuleEditor(Editor):
         """A new node that reads a tensor, at the top of the graph."""
         with self.graph.inserting_before(next(iter(self.graph.nodes))):
             return self.graph.get_attr(name)
+
+
+Editor: TypeAlias = ProgramEditor | ModuleEditor
+
+
+def replace_weights(editor: Editor, tensors: Mapping[str, Tensor]) -> None:
+    """Replace weights, and also tied names of them that no node reads."""
+    for names in group_tied(editor.parameters):
+        new = {name: nn.Parameter(tensors[name]) for name in names if name in tensors}
+        if len(new) == 1:
+            unread = [name for name in names if not any(node.users for node in editor.weights.get(name, ()))]
+            new |= {name: weight for weight in new.values() for name in unread}
+        for name, weight in new.items():
+            editor.replace(name, weight)
+
+
+def set_trainable(editor: Editor, trainable: set[str]) -> None:
+    """Set which of the original parameters require gradients. Changed ones are new objects on the same memory."""
+    parameters = editor.parameters
+    for names in group_tied(parameters):
+        tensor, wanted = parameters[names[0]], not trainable.isdisjoint(names)
+        if tensor.requires_grad != wanted:
+            alias = nn.Parameter(tensor.detach(), requires_grad=wanted)
+            for name in names:
+                editor.replace(name, alias)
 
 
 def _copy_entry(entry: ModuleCallEntry) -> ModuleCallEntry:

@@ -64,7 +64,7 @@ def freeze(program: P) -> P:
     FreezePass(tensors, vectors, add_constant)(editor.graph_module)
     for node in (node for node, name in names.items() if is_adapter_tensor(name)):
         editor.remove_if_unused(node)
-    return editor.build()  # type: ignore[no-any-return]
+    return editor.build()  # type: ignore[return-value]
 
 
 def _vector_nodes(names: Mapping[fx.Node, str], tensors: Mapping[fx.Node, Tensor]) -> list[fx.Node]:

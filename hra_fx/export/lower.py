@@ -53,7 +53,7 @@ def lower(program: P) -> P:
     editor = editor_of(program)
     LowerPass({ROTATE: rotate_decomposition})(editor.graph_module)
     editor.graph_module.meta = without_metadata(editor.graph_module)
-    return editor.build()  # type: ignore[no-any-return]
+    return editor.build()  # type: ignore[return-value]
 
 
 def check_is_captured(program: object, function: str) -> None:
