@@ -8,7 +8,7 @@ from torch import nn
 
 from hra_fx.layers.experts_weight import CHILD
 from hra_fx.layers.target import REFLECTION, SAVED
-from hra_fx.selection.parameter_hints import expert_parameters, owner_of
+from hra_fx.selection.parameters import expert_parameters
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def skipped_parameters(model: nn.Module) -> tuple[SkippedParameter, ...]:
     """
     total = sum(p.numel() for name, p in model.named_parameters() if {REFLECTION, SAVED}.isdisjoint(name.split(".")))
     return tuple(
-        SkippedParameter(path, type(owner_of(model, path)).__name__, tuple(parameter.shape), parameter.numel() / total)
-        for path, parameter in expert_parameters(model).items()
-        if not parameter.requires_grad and CHILD + path.rpartition(".")[2] not in owner_of(model, path)._modules
+        SkippedParameter(path, type(owner).__name__, tuple(parameter.shape), parameter.numel() / total)
+        for path, (owner, parameter) in expert_parameters(model).items()
+        if not parameter.requires_grad and CHILD + path.rpartition(".")[2] not in owner._modules
     )

@@ -22,11 +22,9 @@ from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.peft_layers import find_peft_layer
 from hra_fx.layers.target import REFLECTION, SAVED, find_kind
 from hra_fx.patterns import layer_index_regex, saved_module_regex
-from hra_fx.selection.parameter_hints import hint_for, hint_inside
-from hra_fx.selection.parameters import parameters_problem, targeted_parameters
+from hra_fx.selection.parameters import hint_for, hint_inside, parameters_problem, targeted_parameters
 from hra_fx.selection.suggestions import format_names, leaf_names, suffixes, suggestion
 from hra_fx.selection.target_mapping import DEFAULT_TARGETS
-from hra_fx.selection.unmatched import warn_unmatched
 
 __all__ = [
     "is_target",
@@ -86,8 +84,7 @@ def select(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
         hint = suggestion(config.exclude_modules, list(modules))
         text = f"`exclude_modules={format_names(config.exclude_modules)}` matches no module. {hint}"
         warnings.warn(text, HRAWarning, stacklevel=2)
-    paths = [path for path, _ in _walk(model, remove_duplicate=False)]
-    warn_unmatched(model, config, paths, [path for path, module in modules.items() if _adaptable(module)])
+    _warn_unmatched(model, config, [path for path, module in modules.items() if _adaptable(module)])
     return chosen
 
 
@@ -302,6 +299,19 @@ def _check_saved(model: nn.Module, config: HRAConfig, chosen: Iterable[str]) -> 
                 f"`modules_to_save={config.modules_to_save}` matches {owner!r}. Add exclude_modules=[{path!r}], or use "
                 "a longer name in `modules_to_save`."
             )
+
+
+def _warn_unmatched(model: nn.Module, config: HRAConfig, layers: list[str]) -> None:
+    """Warn of each name in `target_modules` that is the end of no path; a regular expression has one part only."""
+    names = config.target_modules
+    # A saved adapter may list the default names of its architecture, of which models have some.
+    if names is None or isinstance(names, str) or config.inference_mode:
+        return
+    known = {suffix for path, _ in _walk(model, remove_duplicate=False) for suffix in suffixes(path)}
+    for name in sorted(set(names) - known):
+        hint = hint_for(model, [name]) or suggestion([name], layers)
+        text = f"`target_modules`: the entry {name!r} matches no module of {type(model).__name__}. {hint}"
+        warnings.warn(text, HRAWarning, stacklevel=4)
 
 
 def _wrong_type(path: str, module: nn.Module) -> str:
