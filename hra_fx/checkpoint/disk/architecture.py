@@ -15,9 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from hra_fx.checkpoint.disk.libraries import build_empty
 from hra_fx.checkpoint.disk.naming import Names
 from hra_fx.errors import CheckpointError
 
@@ -72,24 +72,15 @@ class Architecture:
         kinds = _values(self.entries, "model_type")
         return [_source(kind) for kind in {kind if isinstance(kind, str) else "" for kind in kinds}]
 
-    @cached_property
+    @property
     def model(self) -> nn.Module | None:
         """The transformers model on the meta device; `None` if transformers cannot build it."""
-        if "model_type" not in self.entries:
-            return None
-        import transformers
+        return self._built if self.entries.get("model_type") else None
 
-        try:
-            config = transformers.AutoConfig.from_pretrained(self.folder, local_files_only=True)
-            names = self.entries.get("architectures") or []
-            kind = next((found for name in names if (found := getattr(transformers, name, None))), None)
-            make: Any = kind or transformers.AutoModel.from_config
-            with torch.device("meta"):
-                built: nn.Module = make(config)
-        # An unusual configuration may raise anything in the constructors of hundreds of models.
-        except Exception:
-            return None
-        return built
+    @cached_property
+    def _built(self) -> nn.Module | None:
+        """The model of any library."""
+        return build_empty(self.folder / CONFIG, self.entries)
 
     def find(self, path: str) -> nn.Module | None:
         """The module of a path, also with the prefix added or removed; `None` if unknown."""
@@ -98,7 +89,7 @@ class Architecture:
 
     @cached_property
     def _modules(self) -> dict[str, nn.Module]:
-        return {} if self.model is None else dict(self.model.named_modules(remove_duplicate=False))
+        return {} if self._built is None else dict(self._built.named_modules(remove_duplicate=False))
 
     @cached_property
     def _names(self) -> Names:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from hra_fx.errors import CheckpointError
@@ -56,3 +58,16 @@ LIBRARIES: Mapping[str, tuple[str, Callable[[Path, Mapping[str, Any], bool], nn.
     "_class_name": ("diffusers", _from_diffusers),
     "architecture": ("timm", _from_timm),
 }
+
+
+def build_empty(file: Path, entries: Mapping[str, Any]) -> nn.Module | None:
+    """The model of a `config.json` on the meta device; `None` if no installed library can build it."""
+    key = next((key for key in LIBRARIES if entries.get(key)), None)
+    if key is None or find_spec(LIBRARIES[key][0]) is None:
+        return None
+    try:
+        with torch.device("meta"):
+            return LIBRARIES[key][1](file, entries, False)
+    # An unusual configuration may raise anything in the constructors of hundreds of models.
+    except Exception:
+        return None

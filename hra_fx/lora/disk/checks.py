@@ -5,15 +5,12 @@ The shape of a convolution's weight does not show its groups, its dilation or it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from importlib.util import find_spec
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
-from hra_fx.checkpoint.disk.architecture import CONFIG, Architecture
-from hra_fx.checkpoint.disk.libraries import LIBRARIES
+from hra_fx.checkpoint.disk.architecture import CONFIG
 from hra_fx.checkpoint.disk.naming import IN_MEMORY
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.target import LayerKind, describe
@@ -34,10 +31,8 @@ def check_layers(opened: BaseFiles, layers: Mapping[str, LayerKind]) -> None:
         parent, _, name = path.rpartition(".")
         if name == "out_proj" and opened.names.find(f"{parent}.in_proj_weight", f"{parent}.q_proj_weight"):
             raise unsupported(path, "this layer", OUTPUT_PROJECTION)
-    convolutions = [path for path, kind in layers.items() if kind.startswith("conv")]
-    modules = _modules(opened.architecture, convolutions) if convolutions else {}
-    for path in convolutions:
-        layer: Any = modules.get(path)
+    for path in (path for path, kind in layers.items() if kind.startswith("conv")):
+        layer: Any = opened.architecture.find(path)
         if layer is None:
             raise CheckpointError(
                 f"{opened.architecture.folder}: there is no {CONFIG} of an installed transformers, diffusers or timm "
@@ -47,19 +42,3 @@ def check_layers(opened: BaseFiles, layers: Mapping[str, LayerKind]) -> None:
         reason = why_not_convolution(layer) or (None if type(layer).forward in _PLAIN else OWN_FORWARD)
         if reason:
             raise unsupported(path, describe(layer), reason)
-
-
-def _modules(architecture: Architecture, paths: Iterable[str]) -> Mapping[str, nn.Module | None]:
-    """Layers of the model of `config.json`, built without weights; none if no installed library knows it."""
-    if "model_type" in architecture.entries:
-        return {path: architecture.find(path) for path in paths}
-    key = next((key for key in LIBRARIES if architecture.entries.get(key)), None)
-    if key is None or find_spec(LIBRARIES[key][0]) is None:
-        return {}
-    try:
-        with torch.device("meta"):
-            model = LIBRARIES[key][1](architecture.folder / CONFIG, architecture.entries, False)
-    # An unusual configuration may raise anything in the constructors of hundreds of models.
-    except Exception:
-        return {}
-    return dict(model.named_modules(remove_duplicate=False))
