@@ -18,8 +18,8 @@ from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import all_copies
 from hra_fx.lora.adapter import LoraAdapter
 from hra_fx.lora.arguments import check_rank, lora_bias
-from hra_fx.lora.layer_form import check_expressible, lora_layer
-from hra_fx.lora.unsupported import check_places
+from hra_fx.lora.layer_form import lora_layer
+from hra_fx.lora.unsupported import check_expressible, check_places
 from hra_fx.model.activate import check_copies
 from hra_fx.model.offload import require_materialized
 from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, names_in, root_of

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-
-from hra_fx.functional.low_rank import rounding_error
-from hra_fx.lora.adapter import LoraAdapter
 
 
 @dataclass(frozen=True)
@@ -65,20 +59,3 @@ class LoraResult:
         if cut.error:
             lines.append(f"  error of the smaller rank up to {cut.error:.1e} of the weight change ({cut.path})")
         return "\n".join([*lines, *(f"  warning: {text}" for text in self.warnings)])
-
-
-def rows_of(adapter: LoraAdapter, dtype: torch.dtype, part: str = "") -> list[LoraRow]:
-    """The rows of an adapter; `part` is written before the paths."""
-    return [
-        LoraRow(f"{part}{layer.path}", layer.rank, layer.error, rounding_error(layer.A, layer.B, dtype))
-        for layer in adapter.layers
-    ]
-
-
-def result_of(
-    path: Path, kind: str, adapters: dict[str, LoraAdapter], dtype: torch.dtype, warnings: Sequence[str] = ()
-) -> LoraResult:
-    """The result of writing adapters, by the part of a pipeline that they are for; "" for a single model."""
-    rows = [row for part, found in adapters.items() for row in rows_of(found, dtype, f"{part}." if part else "")]
-    rank = max(found.rank for found in adapters.values())
-    return LoraResult(path, kind, rank, str(dtype).removeprefix("torch."), tuple(rows), tuple(warnings))

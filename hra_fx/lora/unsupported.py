@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hra_fx.errors import UnsupportedLayerError
+from hra_fx.layers.adapted_layer import AdaptedLayer
+from hra_fx.layers.target import describe
 
 OUTPUT_PROJECTION = "is the output projection of an attention, whose change PEFT's LoRA (0.21) adds twice"
-IN_ENCODER_LAYER = "is in an nn.TransformerEncoderLayer, which reads its weight, so that PEFT's LoRA has no effect"
+_IN_ENCODER_LAYER = "is in an nn.TransformerEncoderLayer, which reads its weight, so that PEFT's LoRA has no effect"
 OWN_FORWARD = "has a forward of its own, to which PEFT's LoRA does not add what it adds to a plain layer"
 
 
@@ -38,6 +43,66 @@ def why_not_convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str | None:
     if layer.padding_mode != "zeros" and layer.padding not in ("valid", (0,) * len(layer.kernel_size)):
         return f"has padding_mode={layer.padding_mode!r}, and the convolutions of PEFT's LoRA pad with zeros"
     return None
+
+
+def check_expressible(path: str, layer: AdaptedLayer, parent: nn.Module) -> None:
+    """Refuse a layer that PEFT's LoRA cannot express, or computes differently.
+
+    Raises:
+        UnsupportedLayerError: naming the layer and the reason.
+    """
+    if reason := _why_not(layer, parent):
+        raise unsupported(path, describe(layer), reason)
+
+
+def _why_not(layer: AdaptedLayer, parent: nn.Module) -> str | None:
+    if layer.hra_u.kind == "experts":
+        return None
+    if isinstance(parent, nn.MultiheadAttention):
+        return OUTPUT_PROJECTION
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        return _IN_ENCODER_LAYER
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and (reason := why_not_convolution(layer)):
+        return reason
+    if not layer.hra_u.is_called and layer.hra_u.kind != "attention" and not _adds_change(layer):
+        return OWN_FORWARD
+    return None
+
+
+@torch.no_grad()
+def _adds_change(layer: AdaptedLayer) -> bool:
+    """Whether another weight changes the output of a layer as PEFT's LoRA does: by a plain layer with the difference.
+
+    A forward of its own may normalize the weight or pad the input first. One random input shows that, in float32.
+    """
+    probe = copy.deepcopy(layer).float().eval()
+    weight, generator = probe.hra_base, torch.Generator().manual_seed(0)
+    change = torch.randn(weight.shape, generator=generator).to(weight)
+    width = (probe.hra_u.width,) if probe.hra_u.kind == "linear" else _image_size(weight)
+    x = torch.randn(1, *width, generator=generator).to(weight)
+    try:
+        with probe.hra_u.inactive():
+            before = probe(x)
+            probe._parameters[probe.hra_u.weight_name] = nn.Parameter(weight + change)
+            actual = probe(x) - before
+        expected = _plain(probe, x, change)
+    except Exception:  # a forward of the user's may raise anything
+        return False
+    return actual.shape == expected.shape and bool((actual - expected).norm() <= 1e-4 * expected.norm())
+
+
+def _image_size(weight: Tensor) -> tuple[int, ...]:
+    """The shape of an image that is larger than the kernel of a convolution."""
+    return (weight.shape[1], *(2 * size + 1 for size in weight.shape[2:]))
+
+
+def _plain(layer: AdaptedLayer, x: Tensor, weight: Tensor) -> Tensor:
+    """A plain layer without a bias, of the same geometry."""
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(layer.kernel_size)]
+        result: Tensor = convolve(x, weight, None, layer.stride, layer.padding)
+        return result
+    return x @ (weight if layer.hra_u.columns else weight.mT)
 
 
 def check_places(root: nn.Module, layers: Mapping[str, nn.Module]) -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from hra_fx.errors import AdapterError
+from hra_fx.functional.low_rank import rounding_error
 from hra_fx.lora.adapter import LoraAdapter
 from hra_fx.lora.arguments import check_path
 from hra_fx.lora.formats.diffusers import check_diffusers, write_diffusers
 from hra_fx.lora.formats.gguf_file import check_gguf, write_gguf
 from hra_fx.lora.formats.peft import write_peft
-from hra_fx.lora.result import LoraResult, result_of
+from hra_fx.lora.result import LoraResult, LoraRow
 from hra_fx.lora.servers import check_for_server
 
 
@@ -37,8 +38,11 @@ class Output:
     check: str | None = None
 
 
-def check_lora(adapters: Mapping[str, LoraAdapter], output: Output) -> None:
+def check_lora(adapters: Mapping[str, LoraAdapter], output: Output) -> list[str]:
     """Check all but the values of the factors, so that a caller can do so before it computes them.
+
+    Returns:
+        What the server does not accept.
 
     Args:
         adapters: the adapter of each part of a pipeline; of a single model, under "".
@@ -56,7 +60,16 @@ def check_lora(adapters: Mapping[str, LoraAdapter], output: Output) -> None:
         check_gguf(adapters[""], output.path)
     elif output.kind == "diffusers":
         check_diffusers(adapters)
-    _server_warnings(adapters, output)
+    if output.check is None:
+        return []
+    texts = [
+        text
+        for adapter in adapters.values()
+        for text in check_for_server(
+            output.check, adapter, adapter.rank, kind=output.kind, rank_pattern=output.rank_pattern
+        )
+    ]
+    return list(dict.fromkeys(texts))
 
 
 def write_lora(adapters: Mapping[str, LoraAdapter], output: Output) -> LoraResult:
@@ -66,27 +79,21 @@ def write_lora(adapters: Mapping[str, LoraAdapter], output: Output) -> LoraResul
         AdapterError: also if a factor is out of the range of the dtype.
         CheckpointError: also if the files cannot be written.
     """
-    check_lora(adapters, output)
+    path, dtype = output.path, output.dtype
+    warnings = [*unchanged(adapters.values()), *check_lora(adapters, output)]
     if output.kind == "diffusers":
-        write_diffusers(adapters, output.path, output.dtype)
+        write_diffusers(adapters, path, dtype)
     elif output.kind == "gguf":
-        write_gguf(adapters[""], output.path, output.dtype)
+        write_gguf(adapters[""], path, dtype)
     else:
-        write_peft(adapters[""], output.path, output.dtype, rank_pattern=output.rank_pattern)
-    warnings = [*unchanged(adapters.values()), *_server_warnings(adapters, output)]
-    return result_of(output.path, output.kind, dict(adapters), output.dtype, warnings)
-
-
-def _server_warnings(adapters: Mapping[str, LoraAdapter], output: Output) -> list[str]:
-    if output.check is None:
-        return []
-    found: dict[str, None] = {}
-    for adapter in adapters.values():
-        texts = check_for_server(
-            output.check, adapter, adapter.rank, kind=output.kind, rank_pattern=output.rank_pattern
-        )
-        found |= dict.fromkeys(texts)
-    return list(found)
+        write_peft(adapters[""], path, dtype, rank_pattern=output.rank_pattern)
+    rows = [
+        LoraRow(f"{part}.{layer.path}".lstrip("."), layer.rank, layer.error, rounding_error(layer.A, layer.B, dtype))
+        for part, adapter in adapters.items()
+        for layer in adapter.layers
+    ]
+    rank = max(adapter.rank for adapter in adapters.values())
+    return LoraResult(path, output.kind, rank, str(dtype).removeprefix("torch."), tuple(rows), tuple(warnings))
 
 
 def unchanged(adapters: Iterable[LoraAdapter]) -> list[str]:

@@ -35,10 +35,8 @@ def write_diffusers(parts: Mapping[str, LoraAdapter], folder: Path, dtype: torch
         dtype: of the factors.
 
     Raises:
-        CheckpointError: an adapter has trained modules or biases, or the file cannot be written.
-        UnsupportedLayerError: an `nn.MultiheadAttention` is adapted.
+        CheckpointError: the file cannot be written.
     """
-    check_diffusers(parts)
     tensors: dict[str, Tensor] = {}
     configs: dict[str, Any] = {}
     for part, adapter in parts.items():
@@ -57,22 +55,23 @@ def _key(part: str, name: str) -> str:
 
 
 def check_diffusers(parts: Mapping[str, LoraAdapter]) -> None:
-    """Check all but the values of the factors; raises the errors of `write_diffusers`."""
+    """Check all but the values of the factors.
+
+    Raises:
+        CheckpointError: an adapter has trained modules or biases.
+        UnsupportedLayerError: an `nn.MultiheadAttention` is adapted.
+    """
     for part, adapter in parts.items():
-        _check(part, adapter)
-
-
-def _check(part: str, adapter: LoraAdapter) -> None:
-    if adapter.copies:
-        names = ", ".join(f"{part}.{key}" for key in list(adapter.copies)[:3])
-        more = f" and {len(adapter.copies) - 3} more" if len(adapter.copies) > 3 else ""
-        raise CheckpointError(
-            f"{names}{more}: diffusers does not load trained modules or biases with a LoRA. Fold {part} instead "
-            "(hra_fx.fold) and save the whole pipeline, or train with bias='none' and without modules_to_save."
-        )
-    for layer in adapter.layers:
-        if layer.kind == "attention":
-            raise UnsupportedLayerError(
-                f"{part}.{layer.path}: diffusers has no keys for an nn.MultiheadAttention. Fold {part} instead "
-                "(hra_fx.fold), or leave the layer out with exclude_modules."
+        if adapter.copies:
+            names = ", ".join(f"{part}.{key}" for key in list(adapter.copies)[:3])
+            more = f" and {len(adapter.copies) - 3} more" if len(adapter.copies) > 3 else ""
+            raise CheckpointError(
+                f"{names}{more}: diffusers does not load trained modules or biases with a LoRA. Fold {part} instead "
+                "(hra_fx.fold) and save the whole pipeline, or train with bias='none' and without modules_to_save."
             )
+        for layer in adapter.layers:
+            if layer.kind == "attention":
+                raise UnsupportedLayerError(
+                    f"{part}.{layer.path}: diffusers has no keys for an nn.MultiheadAttention. Fold {part} instead "
+                    "(hra_fx.fold), or leave the layer out with exclude_modules."
+                )
