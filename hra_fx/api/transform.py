@@ -94,8 +94,8 @@ def transform(
     if is_captured(model):
         if low_cpu_mem_usage or verify or (example_inputs is not None and not trace):
             raise AdapterError(
-                "low_cpu_mem_usage, example_inputs, verify: a captured program has no use for them. Leave them out, or "
-                "transform the model before its capture."
+                "low_cpu_mem_usage, example_inputs, verify: a captured program has no use for them, and trace=True "
+                "makes one where torch.fx cannot trace the call. Leave them out, or transform without trace=True."
             )
         captured: Any = model
         return transform_captured(captured, valid_config(config), adapter_name)  # type: ignore[no-any-return]
@@ -106,18 +106,9 @@ def transform(
         raise AdapterError("verify=True: there is nothing to run. Give example_inputs, the arguments of one call.")
     if trace and not isinstance(module, fx.GraphModule):
         traced: Any = _traced(module, config, example_inputs)
-        if is_captured(traced):
-            _refuse_options(verify=verify, low_cpu_mem_usage=low_cpu_mem_usage)
-            example_inputs = None
-        made: M = transform(
-            traced,
-            config,
-            adapter_name,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            example_inputs=example_inputs,
-            verify=verify,
-        )
-        return made
+        example_inputs = None if is_captured(traced) else example_inputs
+        options: Any = {"low_cpu_mem_usage": low_cpu_mem_usage, "example_inputs": example_inputs, "verify": verify}
+        return transform(traced, config, adapter_name, **options)  # type: ignore[no-any-return]
     if not _is_done(module, config, adapter_name):
         fill = random_init(adapter_name, config, on_meta=low_cpu_mem_usage)
         root_class = root_class_for(module)
@@ -144,17 +135,6 @@ def _traced(model: nn.Module, config: HRAConfig, example_inputs: Any) -> fx.Grap
     if is_captured(traced):
         _refuse_tied(layers)
     return traced
-
-
-def _refuse_options(**options: bool) -> None:
-    """Refuse options that a graph of torch.export does not support."""
-    for option, given in options.items():
-        if given:
-            raise AdapterError(
-                f"{option}=True: this works for graphs that torch.fx traces. torch.export captured this call, because "
-                "torch.fx cannot trace the model, or because the call gives optional arguments. Leave out "
-                f"{option} or trace."
-            )
 
 
 def _refuse_tied(layers: Mapping[str, nn.Module]) -> None:
