@@ -14,27 +14,28 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from hra_fx.api import status
 from hra_fx.api.attribute_names import check_names
 from hra_fx.api.fold import fold
 from hra_fx.api.load import load_adapter
-from hra_fx.api.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from hra_fx.api.transform import transform
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.export.captured import is_program
+from hra_fx.integrations import push
 from hra_fx.integrations.pretrained import save_adapters_or_model
-from hra_fx.integrations.push import create_or_update_model_card, push_to_hub
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.class_swap import SwapMixin, swap
 from hra_fx.layers.sharding import reshard
+from hra_fx.model import merge, switch, trainable
 from hra_fx.model.add import add_adapter
 from hra_fx.model.delete import delete_adapter
 from hra_fx.model.detach import remove_adapters
-from hra_fx.model.merge import merge_adapter, unmerge_adapter
+from hra_fx.model.merge import merge_adapter
 from hra_fx.model.scale import check_strength, set_scale
 from hra_fx.model.state import AdapterState, check_no_foreign_class, collect_parts, get_state, names_in, root_of
-from hra_fx.model.switch import disable_adapters, enable_adapters, set_adapter
-from hra_fx.model.trainable import count_parameters, set_requires_grad
+from hra_fx.model.switch import disable_adapters, set_adapter
+from hra_fx.model.trainable import set_requires_grad
 from hra_fx.selection.target_mapping import DEFAULT_TARGETS
 
 
@@ -72,6 +73,15 @@ class HRAModel(SwapMixin):
     prefix: str = "hra_"
     tuner_layer_cls: type[nn.Module] = AdaptedLayer
     target_module_mapping: Mapping[str, Any] = DEFAULT_TARGETS
+
+    # Functions whose first argument is the model.
+    get_nb_trainable_parameters = trainable.count_parameters
+    get_layer_status = status.get_layer_status
+    get_model_status = status.get_model_status
+    enable_adapter_layers = enable_adapters = switch.enable_adapters
+    unmerge_adapter = merge.unmerge_adapter
+    push_to_hub = push.push_to_hub
+    create_or_update_model_card = push.create_or_update_model_card
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Adapt the given model; on a class that is swapped already (a copy, an unpickled model), make a new object."""
@@ -123,22 +133,10 @@ class HRAModel(SwapMixin):
         """The model itself; `unload` or `merge_and_unload` make it a plain one."""
         return self
 
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """The number of trainable and of all parameters, counted as in PEFT: a trained bias counts once."""
-        return count_parameters(self)
-
     def print_trainable_parameters(self) -> None:
         """Print the number of trainable parameters as PEFT does."""
         trained, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
-
-    def get_layer_status(self) -> list[TunerLayerStatus]:
-        """As `hra_fx.get_layer_status`."""
-        return get_layer_status(self)
-
-    def get_model_status(self) -> TunerModelStatus:
-        """As `hra_fx.get_model_status`."""
-        return get_model_status(self)
 
     def add_adapter(
         self,
@@ -186,17 +184,9 @@ class HRAModel(SwapMixin):
         """Disable all adapters until `enable_adapter_layers`."""
         disable_adapters(self).__enter__()
 
-    def enable_adapter_layers(self) -> None:
-        """Let the active adapters act again."""
-        enable_adapters(self)
-
     def disable_adapters(self) -> None:
         """The name of `disable_adapter_layers` in transformers and diffusers."""
         self.disable_adapter_layers()
-
-    def enable_adapters(self) -> None:
-        """The name of `enable_adapter_layers` in transformers and diffusers."""
-        self.enable_adapter_layers()
 
     def set_adapters(self, adapter_names: str | list[str], weights: float | list[float] | None = None) -> None:
         """The name of `set_adapter` in diffusers, with strengths from 0 to 1 (`hra_fx.set_scale`)."""
@@ -218,10 +208,6 @@ class HRAModel(SwapMixin):
     def merge_adapter(self, adapter_names: Iterable[str] | None = None, safe_merge: bool = False) -> None:
         """As `hra_fx.merge_adapter`, which always checks that the weights stay finite."""
         merge_adapter(self, adapter_names)
-
-    def unmerge_adapter(self) -> None:
-        """As `hra_fx.unmerge_adapter`."""
-        unmerge_adapter(self)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -249,7 +235,7 @@ class HRAModel(SwapMixin):
         """
         record = self._record
         if record.merged:
-            unmerge_adapter(self)
+            merge.unmerge_adapter(self)
         check_no_foreign_class(self)
         remove_adapters(self, record, tuple(record.configs))
         return self
@@ -281,14 +267,6 @@ class HRAModel(SwapMixin):
             "push_to_hub": push_to_hub,
         }
         save_adapters_or_model(self, save_directory, selected_adapters, options, kwargs)
-
-    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> str:
-        """As `hra_fx.push_to_hub`."""
-        return push_to_hub(self, repo_id, *args, **kwargs)
-
-    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
-        """Write the model card of the adapters, or update the metadata of the one in the folder."""
-        create_or_update_model_card(self, output_dir)
 
     @classmethod
     def from_pretrained(cls, model: Any, *args: Any, **kwargs: Any) -> Any:

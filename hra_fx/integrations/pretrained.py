@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hra_fx.checkpoint.keys import adapter_entries
 from hra_fx.checkpoint.saving import save_pretrained
 from hra_fx.errors import AdapterError
-from hra_fx.integrations.push import create_or_update_model_card, push_to_hub
+from hra_fx.integrations import push
 from hra_fx.integrations.resize_embeddings import plain_output_layers
 from hra_fx.layers.class_swap import original_class
 from hra_fx.model.root import AdaptedModel
@@ -24,6 +24,9 @@ class AdaptedPretrainedModel(AdaptedModel):
 
     The base class would write base weights and vectors into one file, and drop the vectors when it loads it.
     """
+
+    # transformers' Trainer calls it when it writes its own.
+    create_or_update_model_card = push.create_or_update_model_card
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
@@ -74,11 +77,7 @@ class AdaptedPretrainedModel(AdaptedModel):
         if get_state(self) is None:  # a new object of this class
             base: Any = super()
             return base.push_to_hub(repo_id, *args, **kwargs)
-        return push_to_hub(self, repo_id, *args, **kwargs)
-
-    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
-        """Write the model card of the adapters; transformers' Trainer calls it when it writes its own."""
-        create_or_update_model_card(self, output_dir)
+        return push.push_to_hub(self, repo_id, *args, **kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Resize as the base class does; the resized output layer keeps its reflections.
