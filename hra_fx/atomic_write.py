@@ -15,6 +15,13 @@ from hra_fx.errors import VisualizeError
 Content: TypeAlias = bytes | Callable[[BinaryIO], object]
 
 
+def write_all(target: BinaryIO, data: bytes | bytearray | memoryview) -> None:
+    """Write all of `data` to an unbuffered file."""
+    view = memoryview(data)
+    while view:
+        view = view[target.write(view) :]
+
+
 @contextlib.contextmanager
 def temporary_file(target: Path, content: Content, temporary: Path | None = None) -> Iterator[Path]:
     """A complete file on disk, to be renamed to `target`; it is removed at the end if it was not renamed.
@@ -32,9 +39,7 @@ def temporary_file(target: Path, content: Content, temporary: Path | None = None
             if callable(content):
                 content(file)
             else:
-                left = memoryview(content)
-                while left:
-                    left = left[file.write(left) :]
+                write_all(file, content)
             os.fsync(file.fileno())
         yield path
     finally:

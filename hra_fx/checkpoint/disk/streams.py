@@ -38,13 +38,6 @@ def read_into(source: BinaryIO, buffer: Any, file: Path) -> None:
         view = view[count:]
 
 
-def write_all(target: BinaryIO, data: bytes | bytearray | memoryview) -> None:
-    """Write all of `data` to an unbuffered file."""
-    view = memoryview(data)
-    while view:
-        view = view[target.write(view) :]
-
-
 def read_bytes(source: BinaryIO, start: int, size: int, file: Path) -> Iterator[bytearray]:
     """Read `size` bytes from `start` on, block by block."""
     source.seek(start)

@@ -14,10 +14,11 @@ from typing import BinaryIO
 
 from torch import Tensor
 
+from hra_fx.atomic_write import write_all
 from hra_fx.checkpoint.disk.edits import Item, Rotation
 from hra_fx.checkpoint.disk.plan import FilePlan
 from hra_fx.checkpoint.disk.rotate_tensor import rotate_weight
-from hra_fx.checkpoint.disk.streams import as_bytes, read_bytes, write_all
+from hra_fx.checkpoint.disk.streams import as_bytes, read_bytes
 
 _THREADS = min(4, os.cpu_count() or 1)
 #: Bytes after which the disk is told to start writing, so that the last `fsync` has little left to do.
