@@ -64,13 +64,7 @@ class RotatedExperts(RotatedWeight):
         return type(self)(copy.deepcopy(self._layer, memo)) if self._is_whole() else self.value().detach().clone()
 
     @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Select experts, or reflect the input of a product; else as every rotated weight."""
         kwargs = kwargs or {}
         if is_plain_eager():

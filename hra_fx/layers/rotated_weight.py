@@ -101,13 +101,7 @@ class RotatedWeight(Tensor):
         return f"RotatedWeight({', '.join(map(str, self.shape))})"
 
     @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answer from the base weight, or compute with `W Q`."""
         kwargs = kwargs or {}
         if func in _METADATA:
@@ -127,13 +121,7 @@ class RotatedWeight(Tensor):
         return func(*compat.pytree.tree_map(_value, args), **compat.pytree.tree_map(_value, kwargs))
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Below autograd, where code in C++ or with torch functions disabled has read the weight."""
         if func is torch.ops.aten.detach.default:  # `w.data` too: whoever writes into it is told
             return DetachedRotatedWeight(args[0])
