@@ -22,19 +22,8 @@ def _augmented(name: str) -> Callable[[Any, Any], Any]:
     return apply
 
 
-iadd = _augmented("iadd")
-isub = _augmented("isub")
-imul = _augmented("imul")
-itruediv = _augmented("itruediv")
-ifloordiv = _augmented("ifloordiv")
-imod = _augmented("imod")
-ipow = _augmented("ipow")
-iand = _augmented("iand")
-ior = _augmented("ior")
-ixor = _augmented("ixor")
-imatmul = _augmented("imatmul")
-
 #: Name of the special method -> the target of the node.
-SPECIAL_METHODS: dict[str, Callable[[Any, Any], Any]] = {
-    f"__{act.__name__}__": act for act in (iadd, isub, imul, itruediv, ifloordiv, imod, ipow, iand, ior, ixor, imatmul)
-}
+SPECIAL_METHODS: dict[str, Callable[[Any, Any], Any]] = {}
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul"):
+    # By name in this module, from which the code of a graph imports it.
+    globals()[f"i{_name}"] = SPECIAL_METHODS[f"__i{_name}__"] = _augmented(f"i{_name}")
