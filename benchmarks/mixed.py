@@ -15,6 +15,7 @@ from typing import Any
 import peft
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from turns import in_turns, ratio
 
 import hra_fx
 
@@ -46,18 +47,6 @@ def lora() -> Any:
     for name in NAMES[1:]:
         model.add_adapter(name, config)
     return model.eval()
-
-
-def times_ms(calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Processor times of all calls: one of each in every round, after an uncounted one."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(ROUNDS + 1):
-        for name, call in calls.items():
-            begin = time.process_time()
-            call()
-            if turn:
-                times[name].append(1e3 * (time.process_time() - begin))
-    return times
 
 
 def calls(run: Callable[..., object]) -> dict[str, Callable[[], object]]:
@@ -93,12 +82,11 @@ MODELS = {OURS: ours(), LORA: lora()}
 def main() -> None:
     print(f"{ROWS} rows, rank {RANK}, float32, torch {torch.__version__}, peft {peft.__version__}")
     for work, run in WORK.items():
-        times = times_ms(calls(run))
+        times = in_turns(calls(run), ROUNDS, time.process_time)
         print(work)
         for name, own in times.items():
             one = times[OURS if name in (OURS, MIXED) else LORA]
-            ratio = statistics.median(mine / theirs for mine, theirs in zip(own, one, strict=True))
-            print(f"  {name:<23} {statistics.median(own):8.1f} ms, {ratio:5.2f} of one adapter")
+            print(f"  {name:<23} {1e3 * statistics.median(own):8.1f} ms, {ratio(own, one):5.2f} of one adapter")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,8 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from speed.memory import SEPARATELY
 from speed.memory_of_one import forget_the_peak, status
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from turns import in_turns, ratio
 
 import hra_fx
 
@@ -115,19 +114,6 @@ def peak(kind: str, implementation: str, method: str) -> float:
     return float(done.stdout.splitlines()[-1])
 
 
-def times(kind: str, implementation: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each method's steps, which take turns."""
-    steps = {method: step_of(kind, implementation, method) for method in METHODS}
-    found: dict[str, list[float]] = {method: [] for method in METHODS}
-    for turn in range(rounds + 1):
-        for method, step in steps.items():
-            begin = time.perf_counter()
-            step()
-            if turn:  # the first step warms up
-                found[method].append(time.perf_counter() - begin)
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--peak", nargs=3)
@@ -142,13 +128,9 @@ def main() -> None:
     for kind in MODELS:
         for implementation in IMPLEMENTATIONS:
             base, lora, hra = (peak(kind, implementation, method) / 1e6 for method in METHODS)
-            own = times(kind, implementation, arguments.rounds)
-            over = {
-                other: statistics.median(a / b for a, b in zip(own["hra"], own[other], strict=True))
-                for other in ("lora", "base")
-            }
+            own = in_turns({method: step_of(kind, implementation, method) for method in METHODS}, arguments.rounds)
             cells = [f"{base:.0f} MB", f"{lora:.0f} MB", f"{hra:.0f} MB", f"{hra / lora:.2f}"]
-            cells += [f"{over['lora']:.2f}", f"{over['base']:.2f}"]
+            cells += [f"{ratio(own['hra'], own[other]):.2f}" for other in ("lora", "base")]
             print(f"| {kind} | {implementation} | {TOKENS[implementation]} | {' | '.join(cells)} |", flush=True)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ import peft
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+from turns import in_turns, ratio
 
 import hra_fx
 
@@ -84,31 +84,15 @@ def inference(model: Any, tokens: Tensor) -> Callable[[], None]:
     return forward
 
 
-def seconds(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """The time of each call, one of each in every round, after one to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            if turn:
-                times[name].append(time.perf_counter() - begin)
-    return times
-
-
-def ratio(times: dict[str, list[float]], name: str, of: str) -> float:
-    return statistics.median(one / other for one, other in zip(times[name], times[of], strict=True))
-
-
 def measure(setting: Setting, make: Callable[[Any, Tensor], Callable[[], None]], rounds: int) -> float:
     """Print the times of one setting; the accelerated time as a share of PEFT HRA's."""
     tokens = torch.randint(VOCABULARY, (1, setting.tokens))
     calls = {name: make(model, tokens) for name, model in adapted(base_model(setting.d)).items()}
-    times = seconds(calls, rounds)
+    times = in_turns(calls, rounds)
     for name, own in times.items():
-        columns = "  ".join(f"{ratio(times, name, of):5.2f} of {of}" for of in (PEFT, LORA))
+        columns = "  ".join(f"{ratio(own, times[of]):5.2f} of {of}" for of in (PEFT, LORA))
         print(f"  {name:<22} {1e3 * statistics.median(own):8.1f} ms  {columns}")
-    return ratio(times, FAST, PEFT)
+    return ratio(times[FAST], times[PEFT])
 
 
 def main() -> None:

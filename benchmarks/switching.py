@@ -8,13 +8,14 @@ Needs peft. The calls take turns, so that whatever else the machine does slows a
 from __future__ import annotations
 
 import copy
+import itertools
 import statistics
-import time
 from collections.abc import Callable
 
 import peft
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from turns import in_turns, ratio
 
 import hra_fx
 
@@ -40,35 +41,28 @@ def with_peft() -> Callable[[str], object]:
     return switch
 
 
-def times_ms(switches: dict[str, Callable[[str], object]]) -> dict[str, list[float]]:
-    """Times of all calls: one of each in every round."""
-    times: dict[str, list[float]] = {name: [] for name in switches}
-    for turn in range(ROUNDS):
-        for name, switch in switches.items():
-            begin = time.perf_counter()
-            switch(list(RANKS)[turn % 2])
-            times[name].append(1e3 * (time.perf_counter() - begin))
-    return times
+def alternating(switch: Callable[[str], object]) -> Callable[[], object]:
+    """A call that sets one adapter, then the other."""
+    names = itertools.cycle(RANKS)
+    return lambda: switch(next(names))
 
 
 def main() -> None:
     model = hra_fx.HRAModel(base_model(), hra_fx.HRAConfig(r=RANKS["first"], target_modules=TARGETS), "first")
     model.add_adapter("second", hra_fx.HRAConfig(r=RANKS["second"], target_modules=TARGETS))
     plain = copy.deepcopy(model)
-    times = times_ms(
-        {
-            PEFT: with_peft(),
-            "HRAModel.set_adapter": model.set_adapter,
-            "hra_fx.set_adapter": lambda name: hra_fx.set_adapter(plain, name),
-        }
-    )
+    switches: dict[str, Callable[[str], object]] = {
+        PEFT: with_peft(),
+        "HRAModel.set_adapter": model.set_adapter,
+        "hra_fx.set_adapter": lambda name: hra_fx.set_adapter(plain, name),
+    }
+    times = in_turns({name: alternating(switch) for name, switch in switches.items()}, ROUNDS)
 
     layers = len({row.path for row in hra_fx.report(model)})
     modules = sum(1 for _ in base_model().modules())
     print(f"{layers} adapted layers, {modules} modules, torch {torch.__version__}, peft {peft.__version__}")
     for name, own in times.items():
-        ratio = statistics.median(one / theirs for one, theirs in zip(own, times[PEFT], strict=True))
-        print(f"{name:<21}  {statistics.median(own):5.2f} ms, {ratio:4.2f} of PEFT's time")
+        print(f"{name:<21}  {1e3 * statistics.median(own):5.2f} ms, {ratio(own, times[PEFT]):4.2f} of PEFT's time")
 
 
 if __name__ == "__main__":
