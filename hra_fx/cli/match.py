@@ -13,7 +13,7 @@ from hra_fx.cli.error_output import CHECK_FAILED, print_message
 from hra_fx.cli.layers import grouped, summarize_layer
 from hra_fx.cli.options import Json
 from hra_fx.cli.screen import count, show_heading, show_json, show_lines, show_table
-from hra_fx.errors import SelectionError, UnsupportedLayerError
+from hra_fx.errors import SelectionError
 from hra_fx.reporting.table import Column
 
 if TYPE_CHECKING:
@@ -177,6 +177,7 @@ def _match_layers(path: Path, config: HRAConfig) -> Match:
     from hra_fx.model.trainable import to_copy
     from hra_fx.reporting.skipped_layers import SkippedLayer
     from hra_fx.reporting.skipped_parameters import skipped_parameters
+    from hra_fx.selection.check import layer_problem
     from hra_fx.selection.select import select, with_head
 
     model, library = build(path)
@@ -186,7 +187,7 @@ def _match_layers(path: Path, config: HRAConfig) -> Match:
         chosen = select(model, config)
     except SelectionError as error:
         return Match(type(model).__name__, library, total, config.r, error=str(error))
-    refused = {name: reason for name, layer in chosen.items() if (reason := _why_not(name, layer, config))}
+    refused = {name: reason for name, layer in chosen.items() if (reason := layer_problem(name, layer, config))}
     adapted = [
         summarize_layer(name, layer, config.rank_of(name)) for name, layer in chosen.items() if name not in refused
     ]
@@ -201,22 +202,11 @@ def _match_layers(path: Path, config: HRAConfig) -> Match:
         trained=sum(layer.d * config.rank_of(layer.path) for layer in adapted),
         trained_in_full=sum(getattr(owner, name).numel() for owner, names in copies.values() for name in names),
         adapted=adapted,
-        refused=[SkippedLayer(name, describe(chosen[name]), reason) for name, reason in refused.items()],
+        refused=[SkippedLayer(name, describe(chosen[name]), f"{reason}.") for name, reason in refused.items()],
         missed=missed,
         trained_layers=trained_layers,
         missed_parameters=[p for p in skipped_parameters(model.requires_grad_(False)) if p.path not in in_full],
     )
-
-
-def _why_not(name: str, layer: nn.Module, config: HRAConfig) -> str | None:
-    """The reason for one layer; a check of the whole model would report only the first."""
-    from hra_fx.selection.check import check
-
-    try:
-        check(layer, {name: layer}, config)
-    except UnsupportedLayerError as error:
-        return str(error).removeprefix(f"{name} ({type(layer).__name__}): ")
-    return None
 
 
 def _not_adapted(

@@ -47,7 +47,7 @@ def check(model: nn.Module, layers: Mapping[str, nn.Module], config: HRAConfig) 
     for path, module in model.named_modules():
         if problem := _module_problem(module):
             raise UnsupportedLayerError(f"{path or 'the model'}: {problem}.")
-    unsupported = {path: problem for path, layer in layers.items() if (problem := _layer_problem(path, layer, config))}
+    unsupported = {path: problem for path, layer in layers.items() if (problem := layer_problem(path, layer, config))}
     if unsupported:
         first, *others = unsupported
         also = f" Also unsupported: {', '.join(others)}." if others else ""
@@ -81,7 +81,7 @@ def _module_problem(module: nn.Module) -> str | None:
     return None
 
 
-def _layer_problem(path: str, layer: nn.Module, config: HRAConfig) -> str | None:
+def layer_problem(path: str, layer: nn.Module, config: HRAConfig) -> str | None:
     """Why this layer cannot be adapted; without the full stop."""
     return _state_problem(layer) or _weight_problem(layer) or _rank_problem(path, layer, config)
 
