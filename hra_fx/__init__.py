@@ -44,18 +44,17 @@ if TYPE_CHECKING:
     from hra_fx.api.graphs import graphs as graphs
     from hra_fx.api.load import load_adapter as load_adapter
     from hra_fx.api.peft_model import HRAModel as HRAModel
-    from hra_fx.api.peft_names import (
-        PeftModel as PeftModel,
-        get_peft_model as get_peft_model,
-        get_peft_model_state_dict as get_peft_model_state_dict,
-    )
+    from hra_fx.api.peft_names import PeftModel as PeftModel, get_peft_model as get_peft_model
     from hra_fx.api.status import get_layer_status as get_layer_status, get_model_status as get_model_status
     from hra_fx.api.transform import transform as transform
     from hra_fx.checkpoint.disk.fold import (
         fold_checkpoint as fold_checkpoint,
         unfold_checkpoint as unfold_checkpoint,
     )
-    from hra_fx.checkpoint.saving import save_adapter as save_adapter
+    from hra_fx.checkpoint.saving import (
+        get_peft_model_state_dict as get_peft_model_state_dict,
+        save_adapter as save_adapter,
+    )
     from hra_fx.config import HRAConfig as HRAConfig
     from hra_fx.export.freeze import freeze as freeze
     from hra_fx.export.lower import lower as lower
@@ -111,7 +110,7 @@ _HOMES = {
     "get_layer_status": "api.status",
     "get_model_status": "api.status",
     "get_peft_model": "api.peft_names",
-    "get_peft_model_state_dict": "api.peft_names",
+    "get_peft_model_state_dict": "checkpoint.saving",
     "graphs": "api.graphs",
     "load_adapter": "api.load",
     "lower": "export.lower",

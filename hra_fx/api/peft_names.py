@@ -1,14 +1,12 @@
-"""Names of PEFT: `get_peft_model`, `PeftModel`, `get_peft_model_state_dict`."""
+"""Names of PEFT: `get_peft_model` and `PeftModel`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from hra_fx.api.peft_model import HRAModel
-from hra_fx.checkpoint.saving import adapter_tensors
 from hra_fx.config import HRAConfig
 
 #: PEFT's name of the class whose `from_pretrained` loads an adapter into a base model.
@@ -50,24 +48,3 @@ def get_peft_model(
     if revision is not None:
         adapted.peft_config[adapter_name].revision = revision
     return adapted
-
-
-def get_peft_model_state_dict(
-    model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default"
-) -> dict[str, Tensor]:
-    """The tensors of an adapter under the keys of its file, as `peft.get_peft_model_state_dict`.
-
-    Args:
-        model: a transformed model.
-        state_dict: that of the model, if a wrapper gathered it.
-        adapter_name: name of the adapter.
-
-    Raises:
-        AdapterError: the model has no such adapter, or is a model of PEFT.
-
-    Example:
-        >>> model = get_peft_model(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"]))
-        >>> list(get_peft_model_state_dict(model))
-        ['base_model.model.0.hra_u']
-    """
-    return adapter_tensors(model, adapter_name, state_dict)

@@ -149,18 +149,24 @@ def save_pretrained(
         warnings.warn(text, HRAWarning, stacklevel=3)
 
 
-def adapter_tensors(
-    model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor] | None = None
+def get_peft_model_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default"
 ) -> dict[str, Tensor]:
-    """The tensors of an adapter under the keys of its file.
+    """The tensors of an adapter under the keys of its file, as `peft.get_peft_model_state_dict`.
 
     Args:
         model: a transformed model.
+        state_dict: that of the model, if a wrapper gathered it.
         adapter_name: name of the adapter.
-        state_dict: the model's, if a wrapper has gathered it.
 
     Raises:
-        AdapterError: the model has no such adapter.
+        AdapterError: the model has no such adapter, or is a model of PEFT.
+
+    Example:
+        >>> from hra_fx import HRAConfig, transform
+        >>> model = transform(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"]))
+        >>> list(get_peft_model_state_dict(model))
+        ['base_model.model.0.hra_u']
     """
     root, record = root_of(model)
     names_in(record, adapter_name)
