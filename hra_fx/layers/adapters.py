@@ -226,11 +226,6 @@ class HouseholderAdapters(nn.ParameterDict):
         vectors: Tensor = self[name] if dtype is None else full_tensor(self[name]).to(dtype)
         return plain_chain(vectors, self.anchor(name), apply_GS=self.specs[name].apply_GS)
 
-    def joint_chain(self, names: Iterable[str], dtype: torch.dtype | None = None) -> Tensor | None:
-        """Some adapters as one chain of unit vectors, in their order; `None` if they do nothing."""
-        vectors = self.joint_vectors(names, dtype)
-        return None if vectors is None else householder.normalize(vectors)
-
     def joint_vectors(self, names: Iterable[str], dtype: torch.dtype | None = None) -> Tensor | None:
         """Some adapters as one chain of vectors of any length, in their order; `None` if they do nothing."""
         chains = [self.chain(name, dtype) for name in names if not self._is_idle(name)]

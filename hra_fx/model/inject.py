@@ -107,12 +107,9 @@ def _attach(path: str, layer: nn.Module, undo: ExitStack) -> None:
     carrier = layer_class_for(layer)
     try:
         swap(layer, carrier)
+        undo.callback(unswap, layer, carrier)
+        if isinstance(layer, ExpertsWeight):
+            attach(layer)
+            undo.callback(detach, layer)
     except UnsupportedLayerError as error:
         raise UnsupportedLayerError(f"{path}: {error}") from error
-    undo.callback(unswap, layer, carrier)
-    if isinstance(layer, ExpertsWeight):
-        try:
-            attach(layer)
-        except UnsupportedLayerError as error:
-            raise UnsupportedLayerError(f"{path}: {error}") from error
-        undo.callback(detach, layer)

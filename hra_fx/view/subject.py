@@ -116,5 +116,5 @@ def _rotation(reflection: HouseholderAdapters, used: tuple[str, ...]) -> float:
     if any(map(is_dtensor, reflection.parameters())):
         return math.nan
     with torch.no_grad():
-        chain = reflection.joint_chain(used)
+        chain = reflection.joint_vectors(used)
     return math.nan if chain is None else rotation_stats(chain).rotation
