@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hra_fx.api.attribute_names import check_names
-from hra_fx.api.peft_model import HRAModel, as_hra_model
+from hra_fx.api.peft_model import HRAModel, as_hra_model, check_names
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.integrations.pretrained import root_class_for

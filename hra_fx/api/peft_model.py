@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from hra_fx.api import status
-from hra_fx.api.attribute_names import check_names
 from hra_fx.api.fold import fold
 from hra_fx.api.load import load_adapter
 from hra_fx.api.transform import transform
@@ -25,7 +24,7 @@ from hra_fx.export.captured import is_program
 from hra_fx.integrations import push
 from hra_fx.integrations.pretrained import save_adapters_or_model
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.class_swap import SwapMixin, swap
+from hra_fx.layers.class_swap import SwapMixin, original_class, swap, swapped_class
 from hra_fx.layers.sharding import reshard
 from hra_fx.model import merge, switch, trainable
 from hra_fx.model.add import add_adapter
@@ -37,6 +36,9 @@ from hra_fx.model.state import AdapterState, check_no_foreign_class, collect_par
 from hra_fx.model.switch import disable_adapters, set_adapter
 from hra_fx.model.trainable import set_requires_grad
 from hra_fx.selection.target_mapping import DEFAULT_TARGETS
+
+#: Packages whose classes have methods of these names, which those of `HRAModel` replace.
+_REPLACED = ("transformers.", "diffusers.", "huggingface_hub.", "hra_fx.")
 
 
 class HRAModel(SwapMixin):
@@ -339,6 +341,29 @@ def _loaded(
         check_names(model, HRAModel)
     load_adapter(model, model_id, adapter_name, is_trainable=is_trainable, **_known_options(kwargs))
     return as_hra_model(model)
+
+
+def check_names(model: nn.Module, mixin: type[SwapMixin]) -> None:
+    """Check that a subclass of the class can be made, and that it hides no attribute of the model.
+
+    Raises:
+        AdapterError: naming the class or the attribute.
+    """
+    kind = original_class(model)
+    try:
+        swapped_class(mixin, kind)
+    except Exception as error:
+        raise AdapterError(f"{kind.__name__} cannot be subclassed ({type(error).__name__}: {error}).") from error
+    for name in vars(mixin):
+        if name.startswith("_"):
+            continue
+        held = any(name in space for space in (model._modules, model._parameters, model._buffers, vars(model)))
+        home = next((base for base in kind.__mro__ if name in vars(base)), None)
+        if held or (home and not f"{home.__module__}.".startswith(_REPLACED)):
+            raise AdapterError(
+                f"{name}: {kind.__name__} has an attribute of this name, which HRAModel would hide. Rename it, or use "
+                "hra_fx.transform and the functions of hra_fx instead."
+            )
 
 
 def as_hra_model(model: nn.Module) -> nn.Module:

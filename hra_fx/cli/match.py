@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
     from hra_fx.cli.layers import LayerSummary
     from hra_fx.config import HRAConfig
-    from hra_fx.reporting.skipped_layers import SkippedLayer
-    from hra_fx.reporting.skipped_parameters import SkippedParameter
+    from hra_fx.reporting.skipped_layers import SkippedLayer, SkippedParameter
 
 EXAMPLES = (
     "hra-fx match my-model",
@@ -175,8 +174,7 @@ def _match_layers(path: Path, config: HRAConfig) -> Match:
     from hra_fx.cli.building import build
     from hra_fx.layers.target import describe
     from hra_fx.model.trainable import to_copy
-    from hra_fx.reporting.skipped_layers import SkippedLayer
-    from hra_fx.reporting.skipped_parameters import skipped_parameters
+    from hra_fx.reporting.skipped_layers import SkippedLayer, skipped_parameters
     from hra_fx.selection.check import layer_problem
     from hra_fx.selection.select import select, with_head
 

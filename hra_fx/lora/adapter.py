@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hra_fx.layers.target import LayerKind
+from hra_fx.selection.suggestions import suffixes
 
 
 @dataclass(frozen=True)
@@ -79,3 +81,27 @@ class LoraAdapter:
     def rank(self) -> int:
         """The one rank of all layers: the largest, at least 1."""
         return max([1, *(layer.rank for layer in self.layers)])
+
+
+def exact_targets(adapted: Collection[str], modules: Collection[str]) -> list[str] | str:
+    """The shortest names that match the adapted layers, and no other module, by PEFT's rules.
+
+    Args:
+        adapted: paths of the adapted layers.
+        modules: paths of all modules of the model.
+
+    Returns:
+        Ends of paths, sorted; or a regular expression, if a path is itself the end of another one.
+
+    Example:
+        >>> exact_targets(["a.q", "b.q", "a.k"], ["a", "b", "a.q", "b.q", "a.k", "b.k"])
+        ['a.k', 'q']
+        >>> exact_targets(["fc"], ["fc", "block", "block.fc"])
+        'fc'
+    """
+    chosen = set(adapted)
+    others = {suffix for path in modules if path not in chosen for suffix in suffixes(path)}
+    short = {path: next((end for end in suffixes(path) if end not in others), None) for path in adapted}
+    if None in short.values():
+        return "|".join(re.escape(path) for path in adapted)
+    return sorted({end for end in short.values() if end is not None})

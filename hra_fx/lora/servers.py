@@ -13,9 +13,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from hra_fx.errors import ConfigError
-from hra_fx.lora.adapter import LoraAdapter
+from hra_fx.lora.adapter import LoraAdapter, exact_targets
 from hra_fx.lora.formats.gguf_names import is_tied
-from hra_fx.lora.targets import exact_targets
 
 __all__ = ["check_for_server"]
 
@@ -117,7 +116,7 @@ def check_for_server(
     Raises:
         ConfigError: the server is not known.
 
-    >>> from hra_fx.lora.adapter import LoraAdapter
+    >>> from hra_fx.lora.adapter import LoraAdapter, exact_targets
     >>> check_for_server("vllm", LoraAdapter(()), rank=24)
     ['vLLM 0.33.0 accepts ranks up to 16 by default, and the adapter has 24: start it with `--max-lora-rank 32`.']
     """

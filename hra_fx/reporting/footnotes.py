@@ -7,8 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from hra_fx.reporting.row import Row
-from hra_fx.reporting.skipped_layers import SkippedLayer
-from hra_fx.reporting.skipped_parameters import SkippedParameter
+from hra_fx.reporting.skipped_layers import SkippedLayer, SkippedParameter
 
 # Limits of a printed report; the data have all reasons and names.
 _REASONS = 6

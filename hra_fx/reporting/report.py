@@ -15,8 +15,7 @@ from hra_fx.model.state import get_state, require_adapted_layers
 from hra_fx.reporting.measuring import chain_of, share_of, turn_of, weight_rows
 from hra_fx.reporting.result import Report
 from hra_fx.reporting.row import Row
-from hra_fx.reporting.skipped_layers import not_adapted, not_adapted_in_graph
-from hra_fx.reporting.skipped_parameters import skipped_parameters
+from hra_fx.reporting.skipped_layers import not_adapted, not_adapted_in_graph, skipped_parameters
 from hra_fx.tracing.capture import capture_layers
 
 if TYPE_CHECKING:

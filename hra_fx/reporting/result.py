@@ -20,8 +20,7 @@ from hra_fx.reporting.notebook import as_html
 from hra_fx.reporting.plots.comparison import draw_comparison
 from hra_fx.reporting.plots.heatmap import draw_heatmap
 from hra_fx.reporting.row import Row
-from hra_fx.reporting.skipped_layers import SkippedLayer
-from hra_fx.reporting.skipped_parameters import SkippedParameter
+from hra_fx.reporting.skipped_layers import SkippedLayer, SkippedParameter
 from hra_fx.reporting.table import as_text, in_terminal
 
 

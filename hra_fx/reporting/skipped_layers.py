@@ -1,4 +1,4 @@
-"""Which layers have no adapter, and why. The reasons come from the same rules that select the layers."""
+"""Which layers and 3-D parameters have no adapter, and why. The reasons come from the rules that select the layers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from torch import fx, nn
 
 from hra_fx.config import HRAConfig
 from hra_fx.export.inspect import unadapted_layers
+from hra_fx.layers.experts_weight import CHILD
 from hra_fx.layers.target import REFLECTION, SAVED, LayerKind, describe, find_kind, weight_name
 from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, get_state
+from hra_fx.selection.parameters import expert_parameters
 from hra_fx.selection.select import is_target, layer_index, resolve_targets, saved_modules
 from hra_fx.selection.suggestions import format_names
 
@@ -42,6 +44,23 @@ class SkippedLayer:
     layer_type: str
     reason: str
     targeted: bool = False
+
+
+@dataclass(frozen=True)
+class SkippedParameter:
+    """A 3-D parameter, such as the weights of the experts of a layer, that has no adapter and is not trained.
+
+    Attributes:
+        path: qualified name of the parameter.
+        owner_type: class of the module that it belongs to.
+        shape: its shape, mostly `(experts, out, in)` or `(experts, in, out)`.
+        share: its share of the parameters of the base model, from 0 to 1.
+    """
+
+    path: str
+    owner_type: str
+    shape: tuple[int, ...]
+    share: float
 
 
 def not_adapted(model: nn.Module) -> tuple[tuple[SkippedLayer, ...], tuple[str, ...]]:
@@ -93,6 +112,24 @@ def not_adapted_in_graph(graph: fx.GraphModule | ExportedProgram) -> tuple[tuple
         reason = reason or "unknown: the graph has no adapter configuration"
         skipped.append(SkippedLayer(path, layer_type, reason, targeted))
     return tuple(skipped), ()
+
+
+def skipped_parameters(model: nn.Module) -> tuple[SkippedParameter, ...]:
+    """The 3-D parameters of a model without an adapter, in model order, a shared one once.
+
+    Example:
+        >>> import torch
+        >>> experts = nn.Module()
+        >>> experts.up_proj = nn.Parameter(torch.zeros(4, 6, 3), requires_grad=False)
+        >>> skipped_parameters(nn.ModuleDict({"experts": experts, "gate": nn.Linear(7, 4)}))
+        (SkippedParameter(path='experts.up_proj', owner_type='Module', shape=(4, 6, 3), share=0.692...),)
+    """
+    total = sum(p.numel() for name, p in model.named_parameters() if {REFLECTION, SAVED}.isdisjoint(name.split(".")))
+    return tuple(
+        SkippedParameter(path, type(owner).__name__, tuple(parameter.shape), parameter.numel() / total)
+        for path, (owner, parameter) in expert_parameters(model).items()
+        if not parameter.requires_grad and CHILD + path.rpartition(".")[2] not in owner._modules
+    )
 
 
 class Selection:
