@@ -51,22 +51,8 @@ def found(lora: LoraAdapter) -> dict[str, LoraLayer]:
     return {layer.path: layer for layer in lora.layers}
 
 
-CASES: dict[str, tuple[Callable[[], Any], list[str], torch.dtype, dict[str, Any]]] = {
-    "Llama": (made.llama, ["q_proj", "v_proj", "down_proj"], torch.bfloat16, {}),
-    "Llama, float32": (made.llama, ["q_proj", "lm_head"], torch.float32, {}),
-    "Llama, Gram-Schmidt": (made.llama, ["q_proj", "down_proj"], torch.bfloat16, {"apply_GS": True}),
-    "BERT": (made.bert, ["query", "value"], torch.float16, {}),
-    "BERT, a classifier": (
-        lambda: made.bert("BertForSequenceClassification"),
-        ["query"],
-        torch.bfloat16,
-        {"task_type": "SEQ_CLS", "bias": "all"},
-    ),
-    "BERT, biases of layers": (made.bert, ["query"], torch.bfloat16, {"bias": "hra_only"}),
-    "GPT-2": (made.gpt2, ["c_attn", "c_proj"], torch.bfloat16, {}),
-    "GPT-2, float64": (made.gpt2, ["c_attn", "c_proj"], torch.float64, {}),
-    "T5": (made.t5, ["q", "v", "wo"], torch.bfloat16, {}),
-}
+CASES = {**made.CASES, "GPT-2, float64": (made.gpt2, ["c_attn", "c_proj"], torch.float64, {})}
+del CASES["Llama, Gram-Schmidt without an anchor"]  # its file has vectors before Gram-Schmidt, see `vectors`
 #: Output layers without a tensor of their own, and the one that they are tied to.
 TIED: dict[str, tuple[Callable[[], Any], str, str]] = {
     "Llama": (lambda: made.llama(tie_word_embeddings=True), "lm_head", "model.embed_tokens.weight"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,32 @@ def gpt2(kind: str = "GPT2LMHeadModel") -> Any:
 def t5(**fields: Any) -> Any:
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": 37}
     return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0, **fields))
+
+
+#: Model, adapted layers, dtype of the checkpoint, fields of the configuration.
+CASES: dict[str, tuple[Callable[[], Any], list[str], torch.dtype, dict[str, Any]]] = {
+    "Llama": (llama, ["q_proj", "v_proj", "down_proj"], torch.bfloat16, {}),
+    "Llama, float32": (llama, ["q_proj", "v_proj", "down_proj"], torch.float32, {}),
+    "Llama, an output layer": (llama, ["q_proj", "lm_head"], torch.bfloat16, {}),
+    "Llama, Gram-Schmidt": (llama, ["q_proj", "down_proj"], torch.bfloat16, {"apply_GS": True}),
+    "Llama, Gram-Schmidt without an anchor": (
+        llama,
+        ["q_proj", "down_proj"],
+        torch.bfloat16,
+        {"apply_GS": True, "init_weights": False},
+    ),
+    "BERT": (bert, ["query", "value"], torch.float16, {}),
+    "BERT, a classifier": (
+        lambda: bert("BertForSequenceClassification"),
+        ["query"],
+        torch.bfloat16,
+        {"task_type": "SEQ_CLS", "bias": "all"},
+    ),
+    "BERT, biases of layers": (bert, ["query"], torch.bfloat16, {"bias": "hra_only"}),
+    "GPT-2": (gpt2, ["c_attn", "c_proj"], torch.bfloat16, {}),
+    "GPT-2, float32": (gpt2, ["c_attn", "c_proj"], torch.float32, {}),
+    "T5": (t5, ["q", "v", "wo"], torch.bfloat16, {}),
+}
 
 
 def base_of(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Path:

@@ -17,29 +17,6 @@ import hra_fx
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*untied.*:hra_fx.HRAWarning")
 
-CASES: dict[str, tuple[Callable[[], Any], list[str], torch.dtype, dict[str, Any]]] = {
-    "Llama": (made.llama, ["q_proj", "v_proj", "down_proj"], torch.bfloat16, {}),
-    "Llama, float32": (made.llama, ["q_proj", "v_proj", "down_proj"], torch.float32, {}),
-    "Llama, an output layer": (made.llama, ["q_proj", "lm_head"], torch.bfloat16, {}),
-    "Llama, Gram-Schmidt": (made.llama, ["q_proj", "down_proj"], torch.bfloat16, {"apply_GS": True}),
-    "Llama, Gram-Schmidt without an anchor": (
-        made.llama,
-        ["q_proj", "down_proj"],
-        torch.bfloat16,
-        {"apply_GS": True, "init_weights": False},
-    ),
-    "BERT": (made.bert, ["query", "value"], torch.float16, {}),
-    "BERT, a classifier": (
-        lambda: made.bert("BertForSequenceClassification"),
-        ["query"],
-        torch.bfloat16,
-        {"task_type": "SEQ_CLS", "bias": "all"},
-    ),
-    "BERT, biases of layers": (made.bert, ["query"], torch.bfloat16, {"bias": "hra_only"}),
-    "GPT-2": (made.gpt2, ["c_attn", "c_proj"], torch.bfloat16, {}),
-    "GPT-2, float32": (made.gpt2, ["c_attn", "c_proj"], torch.float32, {}),
-    "T5": (made.t5, ["q", "v", "wo"], torch.bfloat16, {}),
-}
 TIED: dict[str, tuple[Callable[[], Any], list[str], dict[str, Any], dict[str, str]]] = {
     "Llama": (
         lambda: made.llama(tie_word_embeddings=True),
@@ -76,9 +53,9 @@ def both(tmp_path: Path, build: Callable[[], Any], targets: list[str], dtype: to
     return report, tmp_path / "out", made.folded_in_memory(loaded, tmp_path / "memory", adapter)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", made.CASES)
 def test_a_checkpoint_is_what_the_fold_in_memory_saves(tmp_path: Path, name: str) -> None:
-    build, targets, dtype, fields = CASES[name]
+    build, targets, dtype, fields = made.CASES[name]
     report, out, memory = both(tmp_path, build, targets, dtype, **fields)
     made.equal_but_for_steps(made.tensors(out), made.tensors(memory))
     assert (out / "config.json").read_bytes() == (tmp_path / "base" / "config.json").read_bytes()
