@@ -255,9 +255,12 @@ class HRAModel(SwapMixin):
     ) -> None:
         """Write adapters as PEFT does: "default" into the folder, others into subfolders with their names.
 
+        `push_to_hub=True` uploads them too, to the repository `repo_id`, or that with the name of the folder, with the
+        options of `push_to_hub`.
+
         Raises:
-            AdapterError: `safe_serialization=False` (pickle files are never written), `push_to_hub=True`,
-                `save_embedding_layers=True` (use `modules_to_save`), or the model has no such adapter.
+            AdapterError: `safe_serialization=False` (pickle files are never written), `save_embedding_layers=True` (use
+                `modules_to_save`), or the model has no such adapter.
             CheckpointError: the adapter cannot be written.
         """
         if save_embedding_layers is True:

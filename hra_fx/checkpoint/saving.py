@@ -94,7 +94,6 @@ def save_pretrained(
     *,
     is_main_process: bool = True,
     safe_serialization: bool = True,
-    push_to_hub: bool = False,
 ) -> None:
     """Save several adapters like PEFT's `save_pretrained`: "default" to the folder, others to subfolders.
 
@@ -111,16 +110,13 @@ def save_pretrained(
         is_main_process: only the main process writes. With `fully_shard` and no `state_dict`, all processes have to
             call this, as for `save_adapter`.
         safe_serialization: must be True; pickle files are never written.
-        push_to_hub: must be False.
 
     Raises:
-        AdapterError: there is no such adapter, or one of the last two arguments has another value.
+        AdapterError: there is no such adapter, or `safe_serialization=False`.
         CheckpointError: see `save_adapter`.
     """
     if not safe_serialization:
         raise AdapterError("safe_serialization must be True, got False: pickle files are never written.")
-    if push_to_hub:
-        raise AdapterError("push_to_hub must be False, got True. Save first, then call model.push_to_hub(...).")
     root, record = root_of(model)
     names = names_in(record, record.configs if selected_adapters is None else selected_adapters)
     if not names:

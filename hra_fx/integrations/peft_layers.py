@@ -5,7 +5,9 @@ Everything that is not computed stays PEFT's: parameters and their names, active
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakSet
 
@@ -163,13 +165,18 @@ class AcceleratedLinear(AcceleratedLayer):
 class AcceleratedConv2d(AcceleratedLayer):
     """`peft.tuners.hra.layer.HRAConv2d`, for all groups, kernels, strides, dilations, paddings and padding modes."""
 
-    def update_layer(self, adapter_name: str, r: int, config: Any, **kwargs: Any) -> None:
+    def update_layer(self, adapter_name: str, r: int, *args: Any, **kwargs: Any) -> None:
         """Add an adapter; PEFT refuses groups, and takes every kernel for square."""
         base: Any = self.get_base_layer()
         height, width = base.kernel_size
         if r <= 0 or (base.groups == 1 and height == width):
-            super().update_layer(adapter_name, r, config=config, **kwargs)
+            super().update_layer(adapter_name, r, *args, **kwargs)
             return
+        peft_layer: Any = super(AcceleratedLayer, self)
+        given = inspect.signature(peft_layer.update_layer).bind(adapter_name, r, *args, **kwargs)
+        given.apply_defaults()
+        # PEFT up to 0.19 passes the fields of the configuration one by one.
+        config = given.arguments.get("config", SimpleNamespace(**given.arguments))
         self.hra_r[adapter_name], self.hra_apply_GS[adapter_name] = r, config.apply_GS
         self.hra_u[adapter_name] = nn.Parameter(torch.empty(width_of(base), r))
         draw = self.reset_hra_parameters if config.init_weights else self.reset_hra_parameters_random

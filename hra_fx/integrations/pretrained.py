@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from hra_fx.integrations import push
 from hra_fx.integrations.resize_embeddings import plain_output_layers
 from hra_fx.layers.class_swap import original_class
 from hra_fx.model.root import AdaptedModel
-from hra_fx.model.state import get_state
+from hra_fx.model.state import get_state, names_in
 
 
 class AdaptedPretrainedModel(AdaptedModel):
@@ -57,11 +58,12 @@ class AdaptedPretrainedModel(AdaptedModel):
             state_dict: that of the model, if a wrapper gathered it.
             selected_adapters: names; `None` for all.
             safe_serialization: must be true: pickle files are never written.
-            push_to_hub: must be false; call `model.push_to_hub(...)`.
-            kwargs: other options of the base class (`max_shard_size`, `variant`); they are ignored.
+            push_to_hub: upload the written files too, to the repository `repo_id`, or that with the name of the folder.
+            kwargs: `repo_id` and options of `push_to_hub`, such as `token` and `private`; other options of the base
+                class (`max_shard_size`, `variant`) are ignored.
 
         Raises:
-            AdapterError: `safe_serialization=False` or `push_to_hub=True`, or there is no such adapter.
+            AdapterError: `safe_serialization=False`, or there is no such adapter.
             CheckpointError: the adapter cannot be written.
         """
         options = {
@@ -160,11 +162,17 @@ def save_adapters_or_model(
         model: the model.
         directory: the folder.
         selected_adapters: names; `None` for all.
-        options: for `hra_fx.checkpoint.saving.save_pretrained`.
-        others: options of the base class only.
+        options: for `hra_fx.checkpoint.saving.save_pretrained`, and whether to `push_to_hub`.
+        others: options of the upload, and of the base class.
     """
-    if get_state(model) is not None:
-        save_pretrained(model, directory, selected_adapters, **options)
+    record = get_state(model)
+    if record is not None:
+        saving = dict(options)
+        wants_push = saving.pop("push_to_hub")
+        save_pretrained(model, directory, selected_adapters, **saving)
+        if wants_push and options["is_main_process"]:
+            names = names_in(record, record.configs if selected_adapters is None else selected_adapters)
+            push.upload(Path(directory), others.get("repo_id", Path(directory).name), names, others)
         return
     defaults = {"state_dict": None, "is_main_process": True, "safe_serialization": True, "push_to_hub": False}
     given = {name: value for name, value in options.items() if value is not defaults[name]}

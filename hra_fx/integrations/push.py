@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from hra_fx.checkpoint.folder import WEIGHTS_NAME
 from hra_fx.checkpoint.model_card import CARD_NAME, write_card
 from hra_fx.checkpoint.saving import save_pretrained
+from hra_fx.config import CONFIG_NAME
 from hra_fx.model.state import root_of
+
+_MESSAGE = "Upload HRA adapter"
+_COMMIT = ("commit_message", "commit_description", "revision", "create_pr")
 
 
 def push_to_hub(
     model: nn.Module,
     repo_id: str,
     *,
-    commit_message: str = "Upload HRA adapter",
+    commit_message: str = _MESSAGE,
     commit_description: str | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
@@ -46,23 +51,49 @@ def push_to_hub(
         AdapterError, CheckpointError: as `model.save_pretrained`; nothing is uploaded.
         HfHubHTTPError: the upload failed.
     """
-    from huggingface_hub import HfApi
-
+    options: dict[str, Any] = {
+        "commit_message": commit_message,
+        "commit_description": commit_description,
+        "private": private,
+        "token": token,
+        "revision": revision,
+        "create_pr": create_pr,
+    }
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder, selected_adapters)
-        api = HfApi(token=token)
-        repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if api.file_exists(repository, CARD_NAME, revision=revision):
-            os.remove(os.path.join(folder, CARD_NAME))
-        commit = api.upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            commit_message=commit_message,
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-        )
-    return str(commit)
+        return upload(Path(folder), repo_id, None, options)
+
+
+def upload(folder: Path, repo_id: str, adapter_names: Iterable[str] | None, options: Mapping[str, Any]) -> str:
+    """Upload what `save_pretrained` wrote to a folder, except a model card that the repository has already.
+
+    Args:
+        folder: the folder.
+        repo_id: name of the repository; it is created if needed.
+        adapter_names: upload the files of these adapters and the model card; `None` for the whole folder.
+        options: those of `push_to_hub`; others are ignored.
+
+    Returns:
+        The URL of the commit.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=options.get("token"))
+    repository = api.create_repo(repo_id, private=options.get("private"), exist_ok=True).repo_id
+    files = None
+    if adapter_names is not None:
+        places = ["" if name == "default" else f"{name}/" for name in adapter_names]
+        files = [CARD_NAME, *(place + file for place in places for file in (CONFIG_NAME, WEIGHTS_NAME))]
+    has_card = api.file_exists(repository, CARD_NAME, revision=options.get("revision"))
+    commit = {name: value for name, value in options.items() if name in _COMMIT}
+    url = api.upload_folder(
+        repo_id=repository,
+        folder_path=folder,
+        allow_patterns=files,
+        ignore_patterns=[CARD_NAME] if has_card else None,
+        **{"commit_message": _MESSAGE, **commit},
+    )
+    return str(url)
 
 
 def create_or_update_model_card(model: nn.Module, output_dir: str | os.PathLike[str]) -> None:

@@ -12,9 +12,12 @@ from integrations.peft_parity.test_against_peft import RIGHT_CONVOLUTIONS
 from layers.quantized.bases import FEW, SCHEMES, WIDTH, quantized
 from one_layer import BF16, CONVOLUTIONS, F32, F64, normal
 from oracles import dense_q, relative_error
+from peft.tuners.hra.layer import HRAConv2d
 from torch import Tensor, nn
 
 import hra_fx
+from hra_fx.integrations.peft_layers import AcceleratedConv2d
+from hra_fx.layers.class_swap import swapped_class
 from hra_fx.layers.quantized.detect import quant_scheme_of
 
 TOLERANCE = {F32: 1e-5, F64: 1e-9}
@@ -195,3 +198,24 @@ def test_a_quantized_base(scheme: str) -> None:
     with pytest.raises(hra_fx.UnsupportedLayerError, match=r"Linear 64->128: its weight is quantized \(.*requantize"):
         layer.merge()
     assert not layer.merged
+
+
+class OlderConv2d(HRAConv2d):
+    """With the arguments of PEFT up to 0.19, which axolotl and LLaMA-Factory ask for."""
+
+    def update_layer(
+        self, adapter_name: str, r: int, apply_GS: bool, init_weights: bool, inference_mode: bool = False, **others: Any
+    ) -> None:
+        config = peft.HRAConfig(apply_GS=apply_GS, init_weights=init_weights, inference_mode=inference_mode)
+        super().update_layer(adapter_name, r, config=config, **others)
+
+
+@pytest.mark.parametrize("base", [nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, (1, 3), groups=2)], ids=["square", "oblong"])
+def test_convolutions_of_older_peft_take_adapters(base: nn.Conv2d) -> None:
+    layer = one_layer(base)
+    layer.__class__ = swapped_class(AcceleratedConv2d, OlderConv2d)
+    layer.update_layer("second", r=2, apply_GS=True, init_weights=False)
+    layer.set_adapter("second")
+    assert layer.hra_u["second"].shape == (base.weight[0].numel(), 2) and layer.hra_apply_GS["second"]
+    x = normal(3, 2, base.in_channels, 5, 5, dtype=torch.float32)
+    assert relative_error(layer(x), dense_results(layer, x)[0]) < 1e-5

@@ -200,6 +200,25 @@ def test_push_to_hub_uploads_the_adapter_and_a_card(shape: str, files: dict[str,
     assert files["README.md"] == b"# Mine"
 
 
+@pytest.mark.parametrize("shape", ["transform", "HRAModel"])
+def test_save_pretrained_uploads_what_it_wrote(shape: str, files: dict[str, bytes], tmp_path: Path) -> None:
+    model = adapted("llama", shape)
+    hra_fx.add_adapter(model, "second", hra_fx.HRAConfig(r=2, target_modules=["q_proj"]))
+    folder = tmp_path / "user" / "name"
+    (folder / "checkpoint-1").mkdir(parents=True)
+    (folder / "checkpoint-1" / "adapter_config.json").write_text("of the Trainer")
+    model.save_pretrained(folder, push_to_hub=True, repo_id="user/name", token="hf_x", max_shard_size="1GB")
+    written = [*FILES, "second/adapter_config.json", "second/adapter_model.safetensors"]
+    assert files == {name: (folder / name).read_bytes() for name in written}
+    files.clear()
+    files["README.md"] = b"# Mine"
+    # The repository is named as the folder is; another process uploads nothing.
+    model.save_pretrained(folder, push_to_hub=True, is_main_process=False)
+    assert sorted(files) == ["README.md"]
+    model.save_pretrained(folder, push_to_hub=True, selected_adapters=["default"], token="hf_x")
+    assert sorted(files) == FILES and files["README.md"] == b"# Mine"
+
+
 def test_push_to_hub_of_a_plain_module_and_of_none(files: dict[str, bytes]) -> None:
     model = hra_fx.transform(nn.Sequential(nn.Linear(4, 4)), hra_fx.HRAConfig(r=2, target_modules=["0"]))
     hra_fx.push_to_hub(model, "user/name", token="hf_x", private=True)

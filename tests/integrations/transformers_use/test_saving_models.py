@@ -93,7 +93,6 @@ def test_a_folder_that_names_no_base_is_not_opened_as_a_model_without_its_adapte
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"safe_serialization": False}, "safe_serialization must be True, got False: pickle files are never written."),
-    ({"push_to_hub": True}, "push_to_hub must be False, got True. Save first, then call model.push_to_hub(...)."),
     ({"selected_adapters": ["other"]}, "the model has no adapter 'other'. It has 'default'."),
 ]
 

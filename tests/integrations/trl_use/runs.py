@@ -31,7 +31,7 @@ from trl import (
 
 import hra_fx
 
-PEFT, FAST, OURS = "PEFT", "PEFT, accelerated", "transformed"
+PEFT, FAST, OURS, NAMED = "PEFT", "PEFT, accelerated", "transformed", "get_peft_model"
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 QUESTION = "what color is the sky"
 _WORDS = ["<pad>", "<unk>", "<eos>", "<user>", "<bot>", *QUESTION.split(), "blue", "red", "good", "bad", "no"]
@@ -101,8 +101,9 @@ def trainer(kind: str, method: str, folder: Path, *, steps: int = 3, **options: 
     if method == "GRPO":
         given["reward_funcs"] = _longer_is_better
     with ExitStack() as block:
-        if kind == OURS:
-            model = hra_fx.transform(model, hra_fx.HRAConfig(**fields))
+        if kind in (OURS, NAMED):
+            adapt = hra_fx.transform if kind == OURS else hra_fx.get_peft_model
+            model = adapt(model, hra_fx.HRAConfig(**fields))
         else:
             given["peft_config"] = peft.HRAConfig(**fields)
         if kind == FAST:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from integrations.trl_use.runs import (
     FAST,
+    NAMED,
     OURS,
     PEFT,
     QUESTION,
@@ -43,6 +44,12 @@ def trained_alike(
     """The trainers of PEFT and of `kind`, after the same training."""
     own = (ours or {}) if kind == OURS else {}
     theirs, fast = trainer(PEFT, method, folder, **options), trainer(kind, method, folder, **(options | own))
+    train_alike(theirs, fast, *keys)
+    return theirs, fast
+
+
+def train_alike(theirs: Any, fast: Any, *keys: str) -> None:
+    """Train both; their logs and vectors agree."""
     before = {name: vectors.detach().clone() for name, vectors in vectors_of(fast.model).items()}
     for one in (theirs, fast):
         set_seed(0)  # GRPO samples
@@ -54,7 +61,6 @@ def trained_alike(
         moved, as_theirs = vectors - before[name], wanted[name] - before[name]
         assert float(as_theirs.detach().norm()) > 1e-4, name
         assert relative_error(moved, as_theirs) < 1e-2, name
-    return theirs, fast
 
 
 def assert_close(got: list[list[float]], wanted: list[list[float]]) -> None:
@@ -123,6 +129,15 @@ def test_grpo(kind: str, tmp_path: Path) -> None:
     assert fast.ref_model is None
     if beta:
         assert logs(fast, "kl")[-1][0] > 1e-5
+
+
+def test_grpo_with_the_adapters_off_as_its_reference(tmp_path: Path) -> None:
+    """TRL asks for a second model when it is made with `beta`, and reads the attribute at each step."""
+    theirs, ours = trainer(PEFT, "GRPO", tmp_path, beta=0.5), trainer(NAMED, "GRPO", tmp_path, beta=0.0)
+    ours.beta = 0.5
+    train_alike(theirs, ours, "kl", "reward")
+    assert ours.ref_model is None
+    assert logs(ours, "kl")[-1][0] > 1e-5
 
 
 @KINDS
