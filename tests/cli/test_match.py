@@ -140,7 +140,9 @@ def test_experts_that_a_configuration_names(tmp_path: Path) -> None:
     assert found["trained"] == sum(row.parameters for row in report)
     assert found["missed_parameters"] == json.loads(report.to_json())["skipped_parameters"] != []
     lines = [line.split() for line in answer(*words, columns=200).splitlines()]
-    assert any(line[:2] == ["model.layers.*.mlp.experts.hra_gate_up_proj", "2"] and line[-1] == "2,048" for line in lines)
+    assert any(
+        line[:2] == ["model.layers.*.mlp.experts.hra_gate_up_proj", "2"] and line[-1] == "2,048" for line in lines
+    )
 
 
 def test_a_name_that_matches_nothing_is_a_warning(shelf: Shelf) -> None:
