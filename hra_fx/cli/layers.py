@@ -13,13 +13,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """A layer that can be adapted; `d` is the length of its vectors, `r` their number in a configuration."""
+    """A layer that can be adapted.
+
+    `d` is the length of its vectors, `r` their number in a configuration; experts have that many `chains` of vectors.
+    """
 
     path: str
     site: str
     d: int
     parameters: int
     r: int | None = None
+    chains: int = 1
+
+    @property
+    def trained(self) -> int:
+        """The number of adapter parameters."""
+        return self.chains * self.d * (self.r or 0)
 
 
 @dataclass(frozen=True)
@@ -32,15 +41,18 @@ class Group:
     count: int
     parameters: int
     r: int | None
+    trained: int
 
 
 def summarize_layer(path: str, layer: nn.Module, r: int | None = None) -> LayerSummary:
     """Describe a layer that can be adapted."""
-    from hra_fx.layers.target import describe, find_kind, weight_name, width_of
+    from hra_fx.layers.experts_weight import ExpertsWeight
+    from hra_fx.layers.target import describe, weight_place, width_of
 
-    kind = find_kind(layer)
-    weight = layer._parameters[weight_name(kind)] if kind else None
-    return LayerSummary(path, describe(layer), width_of(layer), 0 if weight is None else weight.numel(), r)
+    owner, name = weight_place(layer)
+    weight = owner._parameters[name]
+    chains = layer.experts if isinstance(layer, ExpertsWeight) else 1
+    return LayerSummary(path, describe(layer), width_of(layer), 0 if weight is None else weight.numel(), r, chains)
 
 
 def grouped(layers: Iterable[LayerSummary]) -> list[Group]:
@@ -51,7 +63,15 @@ def grouped(layers: Iterable[LayerSummary]) -> list[Group]:
         groups.setdefault((starred, layer.site, layer.d, layer.r), []).append(layer)
     return [
         # A single layer keeps its number.
-        Group(path if len(found) > 1 else found[0].path, site, d, len(found), sum(part.parameters for part in found), r)
+        Group(
+            path if len(found) > 1 else found[0].path,
+            site,
+            d,
+            len(found),
+            sum(part.parameters for part in found),
+            r,
+            sum(part.trained for part in found),
+        )
         for (path, site, d, r), found in groups.items()
     ]
 

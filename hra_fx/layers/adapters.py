@@ -141,7 +141,7 @@ class HouseholderAdapters(nn.ParameterDict):
             own.copy_(distribute_like(vectors, own))
         self._drop(name + ANCHOR)
         if anchor is not None:
-            self.register_buffer(name + ANCHOR, anchor.to(own.device, own.dtype))
+            self.register_buffer(name + ANCHOR, anchor.to(self[name].device, own.dtype))
 
     def remove(self, name: str) -> None:
         """Remove an adapter, if it is there."""

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 #: Start of the name of the child of a module that stands for one of its parameters.
 CHILD = "hra_"
 #: Whether experts of these classes of transformers store `(experts, in, out)`; they do not say so themselves.
-_IS_TRANSPOSED = {"Llama4TextExperts": True, "JetMoeParallelExperts": False}
+_IS_TRANSPOSED = {
+    "Llama4TextExperts": True,
+    **dict.fromkeys(("InklingSharedExperts", "JetMoeParallelExperts", "LongcatFlashExperts", "Step3p7Experts"), False),
+}
 
 
 class ExpertsWeight(nn.Module):

@@ -66,10 +66,11 @@ def mixed_batch_of(box: nn.Module) -> MixedBatch | None:
     """The mixed batch that the layer of a container is computed for; `None` if its active adapters act on all rows.
 
     Raises:
-        AdapterError: adapters were merged, or the model was set to training mode, since the batch began.
+        AdapterError: adapters were merged, deleted or folded, or the model was set to training mode, since the batch
+            began.
     """
     batch = CURRENT.batch
-    if batch is None or batch.state.disabled or box not in batch.paths:
+    if batch is None or batch.state.disabled or not (box in batch.paths or _is_new(box, batch)):
         return None
     if box.training:
         raise AdapterError("the model was set to training mode inside of a mixed batch. Call model.eval() first.")
@@ -77,7 +78,14 @@ def mixed_batch_of(box: nn.Module) -> MixedBatch | None:
         raise AdapterError(
             f"adapters {list(batch.state.merged)} were merged inside of a mixed batch. Call unmerge_adapter first."
         )
+    if gone := [name for name in batch.names if name not in batch.state.configs and name != BASE_ROW]:
+        raise AdapterError(f"adapters {gone} were deleted or folded inside of a mixed batch. Open a new block.")
     return batch
+
+
+def _is_new(box: nn.Module, batch: MixedBatch) -> bool:
+    """Whether the layer of a container got its first adapter since the batch began."""
+    return any(box in layer._modules.values() for layer in batch.state.layers)
 
 
 def check_rows(box: nn.Module, x: Tensor, *, dims: int) -> None:

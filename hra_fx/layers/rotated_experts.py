@@ -70,7 +70,7 @@ class RotatedExperts(RotatedWeight):
         if is_plain_eager():
             if (part := _part(func, args, kwargs)) is not None:
                 return part
-            product = _PRODUCTS.get(getattr(func, "__name__", ""))
+            product = _PRODUCTS.get(getattr(func, "__name__", "")) if len(args) > 1 else None  # operands by position
             if product is not None and (output := product(func, args, kwargs)) is not None:
                 return output
         return super().__torch_function__(func, types, args, kwargs)
@@ -125,8 +125,8 @@ def _factors(weight: Any, x: Any, *, last: bool, dtype: torch.dtype | None = Non
 
 def _linear(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """`F.linear(x, weight of one expert, bias)`."""
-    x, weight = (*args, None)[:2]
-    if weight is None or (factors := _factors(weight, x, last=True)) is None or weight.dim() != 2:
+    x, weight = args[:2]
+    if (factors := _factors(weight, x, last=True)) is None or weight.dim() != 2:
         return None
     return func(reflect_each(x, factors), weight.base(), *args[2:], **kwargs)
 

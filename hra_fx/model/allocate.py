@@ -3,7 +3,8 @@ r"""`allocate_ranks`: ranks of layers from a budget of parameters, by the gradie
 At `Q = I`, moving `Q` by `exp(t S)` with a skew-symmetric `S` changes the loss by `t <G, W S>`, with `G` the gradient
 of the weight `W`. So the steepest rotation is along `W^T G - G^T W`. Its singular values come in pairs, one pair for
 each plane: `sigma_i` is the slope of the loss along the angle of the `i`-th steepest plane. A pair of reflections
-rotates one plane, and has `2 d` parameters. Pairs go to the layers with the largest `sigma_i^2 / (2 d)`.
+rotates one plane, and has `2 d` parameters. Pairs go to the layers with the largest `sigma_i^2 / (2 d)`. Experts have
+a pair each, so both their squared slopes and their parameters are summed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +22,9 @@ from torch import Tensor, nn
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, ConfigError, UnsupportedLayerError
 from hra_fx.functional.rotate import as_rows
-from hra_fx.layers.target import has_columns, kind_of, weight_name, width_of
+from hra_fx.layers.experts_weight import ExpertsWeight
+from hra_fx.layers.quantized.detect import quant_scheme_of
+from hra_fx.layers.target import has_columns, weight_place, width_of
 from hra_fx.model.setup import valid_config
 from hra_fx.selection.check import check
 from hra_fx.selection.select import select
@@ -51,7 +55,7 @@ def allocate_ranks(
         model: a plain model, in the mode in which the gradients are wanted.
         config: which layers; its `r` and `rank_pattern` are replaced.
         example_batches: tensors, tuples of positional or dictionaries of keyword arguments.
-        budget: the number of parameters of all reflection vectors, the sum of `d * r`.
+        budget: the number of parameters of all reflection vectors, the sum of `d * r`, over experts too.
         loss: called with the output and the batch, returns a scalar; `None`: the output's `loss`.
 
     Returns:
@@ -59,9 +63,9 @@ def allocate_ranks(
 
     Raises:
         ConfigError: the budget is too small for two vectors in each layer.
-        AdapterError: there are no batches, or no gradient reaches any of the layers.
-        SelectionError, UnsupportedLayerError: as `transform`; weights without values, such as quantized ones, have no
-            gradient.
+        AdapterError: there are no batches, the loss is not a scalar tensor, no gradient reaches any of the layers, or
+            one is not finite.
+        SelectionError, UnsupportedLayerError: as `transform`; quantized weights have no gradient.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
@@ -71,55 +75,93 @@ def allocate_ranks(
         >>> sum(8 * chosen.rank_of(path) for path in ("0", "2"))
         64
     """
-    config = valid_config(config)
+    config = dataclasses.replace(valid_config(config), r=2, rank_pattern={})
     layers = select(model, config)
     check(model, layers, config)
-    widths = {path: width_of(layer) for path, layer in layers.items()}
-    least = 2 * sum(widths.values())
+    costs = {path: width_of(layer) * _experts(layer) for path, layer in layers.items()}
+    least = 2 * sum(costs.values())
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < least:
         raise ConfigError(
             f"`budget` must be an int >= {least}, for two vectors in each of the {len(layers)} layers, got {budget!r}."
         )
-    most = {path: min(width, _MOST * budget // (sum(widths.values())) // 2 * 2) for path, width in widths.items()}
+    highest = _MOST * budget // sum(costs.values()) // 2 * 2
+    most = {path: min(width_of(layer), highest) for path, layer in layers.items()}
     slopes = {
         path: _slopes(layers[path], gradient, most[path])
         for path, gradient in _gradients(model, layers, example_batches, loss).items()
     }
-    ranks = _spend(widths, slopes, most, budget)
+    ranks = _spend(costs, slopes, most, budget)
     # The longer paths first: a path also matches longer ones that end like it.
     pattern = {re.escape(path): ranks[path] for path in sorted(ranks, key=len, reverse=True)}
-    return dataclasses.replace(config, r=2, rank_pattern=pattern)
+    return dataclasses.replace(config, rank_pattern=pattern)
+
+
+def _experts(layer: nn.Module) -> int:
+    """The number of chains of vectors of a layer: one, or one for each expert."""
+    return layer.experts if isinstance(layer, ExpertsWeight) else 1
 
 
 def _gradients(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], loss: Callable[[Any, Any], Tensor] | None
 ) -> dict[str, Tensor]:
     """The sum of the gradients of the weights over the batches."""
-    weights: dict[str, Any] = {path: layer._parameters[weight_name(kind_of(layer))] for path, layer in layers.items()}
-    for path, weight in weights.items():
-        if not weight.is_floating_point():
-            raise UnsupportedLayerError(f"{path}: its weight is quantized, and has no gradient. Set `rank_pattern`.")
-    flags = {path: weight.requires_grad for path, weight in weights.items()}
+    if quantized := next((path for path, layer in layers.items() if quant_scheme_of(layer)), None):
+        raise UnsupportedLayerError(f"{quantized}: its weight is quantized, and has no gradient. Set `rank_pattern`.")
     total: dict[str, Tensor] = {}
     seen = 0
-    try:
-        for weight in weights.values():
-            weight.requires_grad_(True)
+    with torch.enable_grad(), _own_leaves(layers) as leaves:
         for batch in batches:
             seen += 1
-            with torch.enable_grad():
-                output = _call(model, batch)
-                value = output.loss if loss is None else loss(output, batch)
-            found = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
-            for path, gradient in zip(weights, found, strict=True):
+            value = _loss_of(_call(model, batch), batch, loss)
+            if not value.requires_grad:
+                continue
+            found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+            for path, gradient in zip(leaves, found, strict=True):
                 if gradient is not None:
                     total[path] = total[path] + gradient if path in total else gradient
-    finally:
-        for path, weight in weights.items():
-            weight.requires_grad_(flags[path])
     if not total:
-        raise AdapterError(f"no gradient reaches any of the layers in {seen} batches, so ranks cannot be chosen.")
+        raise AdapterError(
+            f"no gradient reaches any of the layers in {seen} batches, so ranks cannot be chosen. Gradient "
+            "checkpointing with use_reentrant=True passes none; turn it off."
+        )
+    if wrong := next((path for path, gradient in total.items() if not gradient.isfinite().all()), None):
+        raise AdapterError(f"{wrong}: the gradient of its weight is not finite. Check the batches, and avoid float16.")
     return total
+
+
+@contextmanager
+def _own_leaves(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """A block in which each layer has a trainable parameter of its own, even where the model shares the weight.
+
+    An adapter acts on its layer alone, so the uses of the weight elsewhere (embeddings) do not count.
+    """
+    places = {path: weight_place(layer) for path, layer in layers.items()}
+    weights: dict[str, Any] = {path: owner._parameters[name] for path, (owner, name) in places.items()}
+    leaves = {path: nn.Parameter(weight.detach()) for path, weight in weights.items()}
+    try:
+        for path, (owner, name) in places.items():
+            owner._parameters[name] = leaves[path]
+        yield dict(leaves)
+    finally:
+        for path, (owner, name) in places.items():
+            owner._parameters[name] = weights[path]
+
+
+def _loss_of(output: Any, batch: Any, loss: Callable[[Any, Any], Tensor] | None) -> Tensor:
+    """The loss of an output.
+
+    Raises:
+        AdapterError: it is not a tensor with one element.
+    """
+    value = getattr(output, "loss", None) if loss is None else loss(output, batch)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        source = f"the attribute `loss` of {type(output).__name__}" if loss is None else "what `loss` returns"
+        raise AdapterError(
+            f"the loss must be a tensor with one element, but {source} is {found}. Put labels into the batches, or "
+            "pass `loss=`, a function of the output and the batch."
+        )
+    return value
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
@@ -129,36 +171,45 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 
 def _slopes(layer: nn.Module, gradient: Tensor, most: int) -> list[float]:
-    """The slopes of the loss along the steepest planes of a layer, the largest first."""
-    columns, weight = has_columns(layer), layer._parameters[weight_name(kind_of(layer))]
-    assert weight is not None
-    rows, slope = (as_rows(tensor.detach(), transposed=columns).float() for tensor in (weight, gradient))
-    inner = rows.mT @ slope
+    """The slopes of the loss along the steepest planes of a layer, the largest first; of experts, along one of each."""
+    owner, name = weight_place(layer)
+    weight: Any = owner._parameters[name]
+    is_experts = isinstance(layer, ExpertsWeight)
+    columns = layer.columns if isinstance(layer, ExpertsWeight) else has_columns(layer)
+    pair = (as_rows(tensor.detach(), transposed=columns, batched=is_experts) for tensor in (weight, gradient))
+    rows, slopes = (tensor if is_experts else tensor.unsqueeze(0) for tensor in pair)
+    squares = sum(_steepest(*one, most).square() for one in zip(rows, slopes, strict=True))
+    return torch.as_tensor(squares).sqrt().tolist()
+
+
+def _steepest(rows: Tensor, slope: Tensor, most: int) -> Tensor:
+    """The slopes along the steepest planes of one weight `(out, d)`."""
+    inner = rows.float().mT @ slope.float()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the same ranks each time
         _, values, _ = torch.svd_lowrank(inner - inner.mT, q=most)
-    return [float(value) for value in values[::2].cpu()]
+    return values[::2].cpu()
 
 
 def _spend(
-    widths: Mapping[str, int], slopes: Mapping[str, list[float]], most: Mapping[str, int], budget: int
+    costs: Mapping[str, int], slopes: Mapping[str, list[float]], most: Mapping[str, int], budget: int
 ) -> dict[str, int]:
     """Pairs of vectors for the largest gain per parameter, after one pair for each layer."""
-    ranks = dict.fromkeys(widths, 2)
-    left = budget - 2 * sum(widths.values())
+    ranks = dict.fromkeys(costs, 2)
+    left = budget - 2 * sum(costs.values())
     queue: list[tuple[float, str]] = []
 
     def offer(path: str) -> None:
         pair = ranks[path] // 2
         if pair < len(slopes.get(path, ())) and ranks[path] + 2 <= most[path]:
-            heapq.heappush(queue, (-(slopes[path][pair] ** 2) / widths[path], path))
+            heapq.heappush(queue, (-(slopes[path][pair] ** 2) / costs[path], path))
 
     for path in ranks:
         offer(path)
     while queue:
         _, path = heapq.heappop(queue)
-        if 2 * widths[path] <= left:
-            left -= 2 * widths[path]
+        if 2 * costs[path] <= left:
+            left -= 2 * costs[path]
             ranks[path] += 2
             offer(path)
     return ranks

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from hra_fx.config import HRAConfig
 from hra_fx.errors import HRAWarning, UnsupportedLayerError
 from hra_fx.layers.adapters import get_adapters
+from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.sharding import sharded_by
 from hra_fx.layers.target import REFLECTION, weight_place, width_of
@@ -23,6 +24,7 @@ from hra_fx.patterns import matches_rank
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _EXCLUDE = "exclude the layer with `exclude_modules`"
 _EXCLUDE_IT = "E" + _EXCLUDE[1:]
+_EXCLUDE_EXPERTS = "use longer names in `target_parameters`, which leave it out"
 
 
 def check(model: nn.Module, layers: Mapping[str, nn.Module], config: HRAConfig) -> None:
@@ -83,7 +85,11 @@ def _module_problem(module: nn.Module) -> str | None:
 
 def layer_problem(path: str, layer: nn.Module, config: HRAConfig) -> str | None:
     """Why this layer cannot be adapted; without the full stop."""
-    return _state_problem(layer) or _weight_problem(layer) or _rank_problem(path, layer, config)
+    problem = _state_problem(layer) or _weight_problem(layer) or _rank_problem(path, layer, config)
+    if problem is not None and isinstance(layer, ExpertsWeight):
+        new = _EXCLUDE_EXPERTS
+        return problem.replace(_EXCLUDE, new).replace(_EXCLUDE_IT, new[0].upper() + new[1:])
+    return problem
 
 
 def _state_problem(layer: nn.Module) -> str | None:

@@ -57,7 +57,7 @@ def parameters_problem(model: nn.Module, config: HRAConfig) -> str | None:
         if other := next((known for known in others if matches_parameter([name], known)), None):
             return (
                 f"{other}: `target_parameters` matches this parameter of shape {tuple(others[other].shape)}, but only "
-                "3-D parameters (experts, out, in) or (experts, in, out) can be adapted. Name its module in "
+                "parameters of experts, (experts, out, in) or (experts, in, out), can be adapted. Name its module in "
                 "`target_modules` instead."
             )
         if not stacked:
@@ -65,7 +65,9 @@ def parameters_problem(model: nn.Module, config: HRAConfig) -> str | None:
                 f"`target_parameters={format_names(names)}`: {type(model).__name__} has no 3-D parameters. Name its "
                 "layers in `target_modules`."
             )
-        return f"`target_parameters`: {name!r} matches no 3-D parameter. {suggestion([name], list(stacked))}"
+        return f"`target_parameters`: {name!r} matches no 3-D parameter. " + suggestion(
+            [name], list(stacked), takes_str=False
+        )
     unknown = {
         known: owner
         for known, owner in stacked.items()

@@ -286,17 +286,20 @@ def _adaptable(module: nn.Module) -> bool:
 # ---- error messages ----
 
 
-def _check_saved(model: nn.Module, config: HRAConfig, chosen: Iterable[str]) -> None:
+def _check_saved(model: nn.Module, config: HRAConfig, chosen: Mapping[str, nn.Module]) -> None:
     saved = saved_modules(model, config)
     for name in config.modules_to_save or ():
         if not any(path.endswith(name) for path in saved):
-            hint = suggestion([name], [path for path, _ in _walk(model)])
+            hint = suggestion([name], [path for path, _ in _walk(model)], takes_str=False)
             raise SelectionError(f"`modules_to_save`: there is no module {name!r}. {hint}")
-    for path in chosen:
+    for path, layer in chosen.items():
         if owner := next((s for s in saved if f"{path}.".startswith(f"{s}.")), None):
+            is_experts = isinstance(layer, ExpertsWeight)  # which `exclude_modules` does not restrict
+            field = "target_parameters" if is_experts else "target_modules"
+            fix = "Use longer names in `target_parameters`" if is_experts else f"Add exclude_modules=[{path!r}]"
             raise SelectionError(
-                f"{path}: a layer cannot be both adapted and saved in full, but `target_modules` matches {path!r} and "
-                f"`modules_to_save={config.modules_to_save}` matches {owner!r}. Add exclude_modules=[{path!r}], or use "
+                f"{path}: a layer cannot be both adapted and saved in full, but `{field}` matches {path!r} and "
+                f"`modules_to_save={config.modules_to_save}` matches {owner!r}. {fix}, or use "
                 "a longer name in `modules_to_save`."
             )
 

@@ -15,8 +15,14 @@ def suffixes(path: str) -> list[str]:
     return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
 
 
-def suggestion(names: Collection[str] | str, paths: list[str]) -> str:
-    """A sentence that helps to correct `names`, which match none of `paths`."""
+def suggestion(names: Collection[str] | str, paths: list[str], *, takes_str: bool = True) -> str:
+    """A sentence that helps to correct `names`, which match none of `paths`.
+
+    Args:
+        names: the value of a field of the configuration, or some of its entries.
+        paths: what they should match.
+        takes_str: whether the field can be a str, which is a regex.
+    """
     known = {suffix for path in paths for suffix in suffixes(path)}
     if isinstance(names, str):
         if names in known:
@@ -25,7 +31,8 @@ def suggestion(names: Collection[str] | str, paths: list[str]) -> str:
             return f"A str must match the full path as a regex, but this one matches only a part of {inside[0]!r}."
     for name in [] if isinstance(names, str) else sorted(names):
         if any(_is_regex_for(name, path) for path in paths):
-            return f"In a list, {name!r} is a name and not a regex. Use the str {name!r} instead of the list."
+            fix = f"Use the str {name!r} instead of the list." if takes_str else "Use the end of a path."
+            return f"In a list, {name!r} is a name and not a regex. {fix}"
     near: dict[str, None] = {}
     for name in [names] if isinstance(names, str) else sorted(names)[:_SHOWN]:
         near |= dict.fromkeys(_close(name, known))

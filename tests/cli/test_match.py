@@ -122,6 +122,29 @@ def test_experts_and_layers_that_are_trained_in_full(tmp_path: Path) -> None:
     assert Answer("match", tmp_path, "-t", "q_proj", "--save", "experts", "--json").json["missed_parameters"] == []
 
 
+def test_experts_that_a_configuration_names(tmp_path: Path) -> None:
+    config = transformers.MixtralConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"architectures": ["MixtralForCausalLM"]}))
+    names = ["experts.gate_up_proj", "1.mlp.experts.down_proj"]
+    fields = hra_fx.HRAConfig(target_modules=["q_proj"], target_parameters=names, rank_pattern={"down_proj": 2})
+    fields.save_pretrained(tmp_path / "adapter")
+    words = ("match", tmp_path, "--config", tmp_path / "adapter")
+    found = Answer(*words, "--json").json
+    report = hra_fx.report(hra_fx.transform(transformers.MixtralForCausalLM(config), fields))
+    # A dry run lists parameters after layers.
+    assert {(layer["path"], layer["d"], layer["r"]) for layer in found["adapted"]} == {
+        (row.path, row.d, row.r) for row in report
+    }
+    assert found["trained"] == sum(row.parameters for row in report)
+    assert found["missed_parameters"] == json.loads(report.to_json())["skipped_parameters"] != []
+    lines = [line.split() for line in answer(*words, columns=200).splitlines()]
+    assert any(
+        line[:2] == ["model.layers.*.mlp.experts.hra_gate_up_proj", "2"] and line[-1] == "2,048" for line in lines
+    )
+
+
 def test_a_name_that_matches_nothing_is_a_warning(shelf: Shelf) -> None:
     done = Answer("match", shelf / "my-model", "-t", "q_proj", "-t", "vproj", "--json")
     assert done.code == 0 and len(done.json["adapted"]) == 2

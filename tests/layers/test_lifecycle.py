@@ -126,10 +126,11 @@ def test_adapter_files(case: Case, fields: dict[str, Any], tmp_path: Path) -> No
 
 
 @every
-def test_low_memory_and_load(case: Case, tmp_path: Path) -> None:
-    base, model = case.pair(r=2)
+@pytest.mark.parametrize("r", [2, 3])
+def test_low_memory_and_load(case: Case, r: int, tmp_path: Path) -> None:
+    base, model = case.pair(r=r)
     hra_fx.save_adapter(model, tmp_path)
-    settings = config(*case.targets, r=2)
+    settings = config(*case.targets, r=r)
     empty = hra_fx.transform(copy.deepcopy(base), settings, low_cpu_mem_usage=True)
     assert all(vectors.is_meta for vectors in vectors_of(empty).values())
     with pytest.raises((hra_fx.AdapterError, RuntimeError), match="meta device"):

@@ -10,9 +10,10 @@ import pytest
 import torch
 from adapting import picture
 from torch import Tensor, nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import hra_fx
-from hra_fx.errors import AdapterError, ConfigError
+from hra_fx.errors import AdapterError, ConfigError, UnsupportedLayerError
 
 WIDTH = 32
 
@@ -97,6 +98,75 @@ def test_slopes_are_those_of_the_loss_along_rotations() -> None:
     torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), wanted, rtol=1e-3, atol=1e-6)
 
 
+class Experts(nn.Module):
+    """Two experts of one parameter, which add up."""
+
+    def __init__(self, is_transposed: bool) -> None:
+        super().__init__()
+        self.is_transposed = is_transposed
+        shape = (2, 6, 4) if is_transposed else (2, 4, 6)
+        self.up = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Any:
+        return sum(torch.tanh(x @ (one if self.is_transposed else one.mT)) for one in self.up)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_experts_have_the_joint_slope_of_a_plane_in_each(is_transposed: bool) -> None:
+    from hra_fx.model.allocate import _gradients, _slopes
+    from hra_fx.selection.parameters import targeted_parameters
+
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"experts": Experts(is_transposed)})
+    fields = hra_fx.HRAConfig(target_parameters=["experts.up"])
+    layers = targeted_parameters(model, fields)
+    x = torch.randn(8, 6, dtype=torch.float64)
+    experts = model["experts"]
+    [gradient] = _gradients(experts, layers, [x], lambda output, _: output.square().mean()).values()
+    found = _slopes(layers["experts.hra_up"], gradient, 6)
+    skew = torch.zeros(2, 6, 6, dtype=torch.float64, requires_grad=True)
+    q, weight = torch.linalg.matrix_exp(skew - skew.mT), experts.up.detach()
+    rotated = q.mT @ weight if is_transposed else weight @ q
+    output = torch.func.functional_call(experts, {"up": rotated}, (x,))
+    (slope,) = torch.autograd.grad(output.square().mean(), skew)
+    wanted = torch.linalg.svdvals(slope)[:, ::2].square().sum(0).sqrt()
+    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), wanted, rtol=1e-3, atol=1e-6)
+
+
+def test_the_budget_counts_every_expert() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6).double(), Experts(False))
+    fields = hra_fx.HRAConfig(target_modules=["0"], target_parameters=["1.up"])
+    with pytest.raises(ConfigError, match="`budget` must be an int >= 36, for two vectors in each of the 2 layers"):
+        hra_fx.allocate_ranks(model, fields, [], 35)
+    x = torch.randn(8, 6, dtype=torch.float64)
+    chosen = hra_fx.allocate_ranks(model, fields, [x], 72, loss=lambda output, _: output.square().mean())
+    adapted = hra_fx.transform(model, chosen)
+    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) in (60, 72)
+
+
+def test_other_uses_of_a_shared_weight_do_not_count() -> None:
+    """As in a model whose layers have equal weights of their own."""
+    from hra_fx.model.allocate import _gradients
+
+    alone: Any = mlp(2)
+    alone[2].weight = nn.Parameter(alone[0].weight.detach().clone())
+    shared: Any = copy.deepcopy(alone)
+    shared[2].weight = weight = shared[0].weight
+    x = torch.randn(16, WIDTH)
+    wanted = torch.autograd.grad(alone(x).square().mean(), [alone[0].weight, alone[2].weight])
+    found = _gradients(shared, {"0": shared[0], "2": shared[2]}, [x], lambda output, _: output.square().mean())
+    torch.testing.assert_close(tuple(found.values()), wanted)
+    assert shared[0].weight is shared[2].weight is weight
+
+
+def test_the_rank_that_is_replaced_does_not_have_to_fit() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(6, 4)
+    fields = hra_fx.HRAConfig(r=8, target_modules=["0"], apply_GS=True, rank_pattern={"1": 3})
+    chosen = hra_fx.allocate_ranks(model, fields, [x], 8, loss=lambda output, _: output.square().mean())
+    assert (chosen.r, chosen.rank_pattern) == (2, {"0": 2})
+
+
 class Model(nn.Module):
     """Returns an output with a loss, as models of transformers do."""
 
@@ -124,3 +194,19 @@ def test_errors() -> None:
         hra_fx.allocate_ranks(mlp(), config(), [], 255)
     with pytest.raises(AdapterError, match="no gradient reaches any of the layers in 0 batches"):
         hra_fx.allocate_ranks(mlp(), config(), [], 256)
+    x = torch.randn(2, WIDTH)
+    with pytest.raises(AdapterError, match=r"but the attribute `loss` of Tensor is None\. Put labels into the batches"):
+        hra_fx.allocate_ranks(mlp(), config(), [x], 256)
+    with pytest.raises(AdapterError, match=r"but what `loss` returns is a tensor of shape \(2, 32\)\. Put labels"):
+        hra_fx.allocate_ranks(mlp(), config(), [x], 256, loss=lambda output, _: output)
+    with pytest.raises(AdapterError, match="no gradient reaches any of the layers in 1 batches"):
+        hra_fx.allocate_ranks(mlp(), config(), [x], 256, loss=lambda *_: torch.ones(()))
+    with pytest.raises(AdapterError, match="0: the gradient of its weight is not finite"):
+        hra_fx.allocate_ranks(mlp(), config(), [x * torch.inf], 256, loss=lambda output, _: output.mean())
+
+
+def test_quantized_weights_are_refused() -> None:
+    model = mlp().eval()
+    quantize_(model, Int8WeightOnlyConfig())
+    with pytest.raises(UnsupportedLayerError, match="0: its weight is quantized, and has no gradient"):
+        hra_fx.allocate_ranks(model, config(), [torch.randn(2, WIDTH)], 256)

@@ -339,6 +339,31 @@ def test_training_mode_inside_of_a_block_is_refused() -> None:
             model(torch.ones(2, 6, dtype=torch.float64))
 
 
+def test_adapters_deleted_or_folded_inside_of_a_block_are_refused() -> None:
+    for remove in (hra_fx.delete_adapter, lambda model, name: hra_fx.fold(model, [name])):
+        model = small()
+        hra_fx.add_adapter(model, "kept", hra_fx.HRAConfig(r=2, target_modules=["1"], init_weights=False))
+        hra_fx.set_adapter(model, ["a", "kept"])
+        with hra_fx.mixed_batch(model, ["a", "__base__"]):
+            remove(model, "a")
+            with pytest.raises(
+                hra_fx.AdapterError, match=r"^adapters \['a'\] were deleted or folded inside of a mixed"
+            ):
+                model(torch.ones(2, 6, dtype=torch.float64))
+
+
+def test_an_adapter_added_and_activated_inside_of_a_block_acts_on_no_row() -> None:
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4)).double().eval(), torch.ones(2, 6, dtype=torch.float64)
+    hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["0"], init_weights=False), "a")
+    with torch.no_grad(), hra_fx.mixed_batch(model, ["a", "__base__"]):
+        before = model(x)
+        hra_fx.add_adapter(model, "new", hra_fx.HRAConfig(r=2, target_modules=["0", "1"], init_weights=False))
+        hra_fx.set_adapter(model, "new")
+        assert torch.allclose(model(x), before, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        assert not torch.allclose(model(x), before, rtol=0, atol=1e-3)
+
+
 def test_a_submodule_called_in_a_block_sees_what_has_changed() -> None:
     model, x = small(), torch.ones(2, 6, dtype=torch.float64)
     with torch.no_grad(), hra_fx.mixed_batch(model, ["a", "__base__"]):

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
+import inspect
+import re
+
 import peft
 import pytest
 import torch
-from moe_models import built, experts_config
+from moe_models import built, dense_experts, experts_config, randomise, vectors_of
 from torch import nn
+from transformers import LongcatFlashConfig
+from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
 
 import hra_fx
+from hra_fx.layers.experts_weight import is_transposed
 
 RULES = [
     ["experts.gate_up_proj"],
@@ -58,7 +66,8 @@ def test_experts_of_a_class_that_does_not_say_its_layout() -> None:
 
 MESSAGES = [
     (["experts.gate_up"], r"`target_parameters`: 'experts.gate_up' matches no 3-D parameter. Did you mean"),
-    (["q_proj.weight"], r"q_proj.weight: `target_parameters` matches this parameter of shape \(16, 16\), but only 3-D"),
+    (["q_proj.weight"], r"q_proj.weight: `target_parameters` matches this parameter of shape \(16, 16\), but only par"),
+    ([".*gate_up_proj"], r"'\.\*gate_up_proj' is a name and not a regex\. Use the end of a path\."),
 ]
 
 
@@ -75,8 +84,55 @@ def test_a_model_without_such_parameters() -> None:
 
 def test_gram_schmidt_needs_no_more_vectors_than_entries() -> None:
     config = hra_fx.HRAConfig(r=17, apply_GS=True, target_parameters=["experts.gate_up_proj"])
-    with pytest.raises(hra_fx.UnsupportedLayerError, match=r"hra_gate_up_proj .*`r` must be at most 16"):
+    message = r"hra_gate_up_proj .*`r` must be at most 16.*, or use longer names in `target_parameters`, which leave it"
+    with pytest.raises(hra_fx.UnsupportedLayerError, match=message):
         hra_fx.transform(built("qwen3_moe"), config)
+
+
+def test_experts_that_are_also_saved_in_full() -> None:
+    message = (
+        r"`target_parameters` matches .*hra_gate_up_proj' .*\. Use longer names in `target_parameters`, or use a l"
+    )
+    with pytest.raises(hra_fx.SelectionError, match=message):
+        hra_fx.transform(built("qwen3_moe"), experts_config(modules_to_save=["experts"]))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "longcat_flash.LongcatFlashExperts",
+        "step3p7.Step3p7Experts",
+        "inkling.InklingSharedExperts",
+        "jetmoe.JetMoeParallelExperts",
+    ],
+)
+def test_layouts_that_transformers_does_not_say(kind: str) -> None:
+    """Their source names the sizes of each parameter: the input is the last one."""
+    folder, _, name = kind.partition(".")
+    source = inspect.getsource(
+        getattr(importlib.import_module(f"transformers.models.{folder}.modeling_{folder}"), name)
+    )
+    sizes = re.findall(r"self\.(\w+) = nn\.Parameter\(\s*torch\.empty\((.*?)\)\s*\)", source)
+    assert sizes
+    inputs = {"down_proj": "intermediate", "weight": "input"}
+    assert all(re.search(inputs.get(own, "hidden"), size.split(",")[-1]) for own, size in sizes)
+    assert is_transposed(type(name, (nn.Module,), {})()) is False
+
+
+def test_longcats_experts_equal_dense_ones() -> None:
+    """Those that return their input have rows in one of the two parameters."""
+    config = LongcatFlashConfig(hidden_size=8, expert_ffn_hidden_size=6, n_routed_experts=3, zero_expert_num=2)
+    experts = LongcatFlashExperts(config).double()
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter)
+    base = copy.deepcopy(experts)
+    model = hra_fx.transform(nn.ModuleDict({"experts": experts}), experts_config())
+    randomise(model)
+    for name, vectors in vectors_of(model).items():
+        weight = base.get_parameter(name.removeprefix("experts."))
+        weight.data = dense_experts(weight, vectors, transposed=False).detach()
+    call = (torch.randn(10, 8).double(), torch.arange(20).view(10, 2) % 5, torch.rand(10, 2).double())
+    torch.testing.assert_close(model["experts"](*call), base(*call), rtol=1e-9, atol=1e-9)
 
 
 def test_the_field() -> None:
