@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,13 +14,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """A layer that can be adapted; `d` is the length of its vectors, `r` their number in a configuration."""
+    """A layer that can be adapted; `d` is the length of its vectors, `r` their number in a configuration.
+
+    `trained` is the number of adapter parameters: `d * r`, for each expert.
+    """
 
     path: str
     site: str
     d: int
     parameters: int
     r: int | None = None
+    trained: int = 0
 
 
 @dataclass(frozen=True)
@@ -32,15 +37,18 @@ class Group:
     count: int
     parameters: int
     r: int | None
+    trained: int
 
 
 def summarize_layer(path: str, layer: nn.Module, r: int | None = None) -> LayerSummary:
     """Describe a layer that can be adapted."""
-    from hra_fx.layers.target import describe, find_kind, weight_name, width_of
+    from hra_fx.layers.target import describe, weight_place, width_of
+    from hra_fx.layers.variants import adapters_for
 
-    kind = find_kind(layer)
-    weight = layer._parameters[weight_name(kind)] if kind else None
-    return LayerSummary(path, describe(layer), width_of(layer), 0 if weight is None else weight.numel(), r)
+    owner, name = weight_place(layer)
+    weight = owner._parameters[name]
+    trained = math.prod(adapters_for(layer).vectors_shape(r)) if r else 0
+    return LayerSummary(path, describe(layer), width_of(layer), 0 if weight is None else weight.numel(), r, trained)
 
 
 def grouped(layers: Iterable[LayerSummary]) -> list[Group]:
@@ -51,7 +59,15 @@ def grouped(layers: Iterable[LayerSummary]) -> list[Group]:
         groups.setdefault((starred, layer.site, layer.d, layer.r), []).append(layer)
     return [
         # A single layer keeps its number.
-        Group(path if len(found) > 1 else found[0].path, site, d, len(found), sum(part.parameters for part in found), r)
+        Group(
+            path=path if len(found) > 1 else found[0].path,
+            site=site,
+            d=d,
+            count=len(found),
+            parameters=sum(part.parameters for part in found),
+            r=r,
+            trained=sum(part.trained for part in found),
+        )
         for (path, site, d, r), found in groups.items()
     ]
 

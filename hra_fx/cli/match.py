@@ -173,7 +173,7 @@ def _configuration(folder: Path | None, fields: dict[str, Any]) -> HRAConfig:
 
 def _match_layers(path: Path, config: HRAConfig) -> Match:
     from hra_fx.cli.building import build
-    from hra_fx.layers.target import describe
+    from hra_fx.layers.target import describe, weight_entry
     from hra_fx.model.trainable import to_copy
     from hra_fx.reporting.skipped_layers import SkippedLayer
     from hra_fx.reporting.skipped_parameters import skipped_parameters
@@ -191,20 +191,21 @@ def _match_layers(path: Path, config: HRAConfig) -> Match:
         summarize_layer(name, layer, config.rank_of(name)) for name, layer in chosen.items() if name not in refused
     ]
     copies = to_copy(model, config, chosen)
-    in_full = {f"{path}.{name}" for path, (_, names) in copies.items() for name in names}
+    reached = {f"{path}.{name}" for path, (_, names) in copies.items() for name in names}
+    reached |= {weight_entry(name, layer) for name, layer in chosen.items()}
     missed, trained_layers = _not_adapted(model, chosen, config)
     return Match(
         type(model).__name__,
         library,
         total,
         config.r,
-        trained=sum(layer.d * config.rank_of(layer.path) for layer in adapted),
+        trained=sum(layer.trained for layer in adapted),
         trained_in_full=sum(getattr(owner, name).numel() for owner, names in copies.values() for name in names),
         adapted=adapted,
         refused=[SkippedLayer(name, describe(chosen[name]), reason) for name, reason in refused.items()],
         missed=missed,
         trained_layers=trained_layers,
-        missed_parameters=[p for p in skipped_parameters(model.requires_grad_(False)) if p.path not in in_full],
+        missed_parameters=[p for p in skipped_parameters(model.requires_grad_(False)) if p.path not in reached],
     )
 
 
@@ -264,7 +265,7 @@ def _show(found: Match) -> None:
     )
     if found.adapted:
         groups = grouped(found.adapted)
-        rows = [(g.path, str(g.count), g.site, str(g.d), str(g.r), f"{g.count * g.d * (g.r or 0):,}") for g in groups]
+        rows = [(g.path, str(g.count), g.site, str(g.d), str(g.r), f"{g.trained:,}") for g in groups]
         show_table(columns, rows)
     if found.refused:
         show_lines(

@@ -122,6 +122,26 @@ def test_experts_and_layers_that_are_trained_in_full(tmp_path: Path) -> None:
     assert Answer("match", tmp_path, "-t", "q_proj", "--save", "experts", "--json").json["missed_parameters"] == []
 
 
+def test_experts_that_would_be_adapted(tmp_path: Path) -> None:
+    config = transformers.MixtralConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"architectures": ["MixtralForCausalLM"]}))
+    fields: dict[str, Any] = {
+        "target_parameters": ["experts.down_proj"],
+        "rank_pattern": {"1.mlp.experts.down_proj": 2},
+    }
+    hra_fx.HRAConfig(r=4, **fields).save_pretrained(tmp_path / "adapter")
+    found = Answer("match", tmp_path, "-c", tmp_path / "adapter", "--json").json
+    model = hra_fx.transform(transformers.MixtralForCausalLM(config), hra_fx.HRAConfig(r=4, **fields))
+    report = hra_fx.report(model)
+    assert [(layer["path"], layer["d"], layer["trained"]) for layer in found["adapted"]] == [
+        (row.path, row.d, row.parameters) for row in report
+    ]
+    assert found["trained"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found["missed_parameters"] == json.loads(report.to_json())["skipped_parameters"] != []
+
+
 def test_a_name_that_matches_nothing_is_a_warning(shelf: Shelf) -> None:
     done = Answer("match", shelf / "my-model", "-t", "q_proj", "-t", "vproj", "--json")
     assert done.code == 0 and len(done.json["adapted"]) == 2
