@@ -26,7 +26,7 @@ from hra_fx.model.example_inputs import normalize_inputs
 from hra_fx.model.offload import require_materialized
 from hra_fx.model.setup import checked, set_up
 from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, get_state, root_of
-from hra_fx.model.trainable import set_requires_grad
+from hra_fx.model.trainable import differ_by_place, set_requires_grad
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -125,12 +125,14 @@ def _replace(root: nn.Module, record: AdapterState, name: str, fitted: Fitted, i
         None,
     )
     held = {
-        (path, entry) for path, (owner, copies) in all_copies(root).items() for entry in _saved(owner, copies, name)
+        (path, entry): copies.get(owner, name, entry)
+        for path, (owner, copies) in all_copies(root).items()
+        for entry in _saved(owner, copies, name)
     }
-    if values is None or held != fitted.copies.keys():
+    if values is None or held.keys() != fitted.copies.keys() or differ_by_place(held, fitted.copies):
         raise AdapterError(
-            f"adapter {name!r} exists in the model, but with other layers, r, apply_GS, bias or modules_to_save than "
-            "in the file. Delete it first (hra_fx.delete_adapter), or load under another adapter_name."
+            f"adapter {name!r} exists in the model, but with other layers, r, apply_GS, bias, modules_to_save or tied "
+            "weights than in the file. Delete it first (hra_fx.delete_adapter), or load under another adapter_name."
         )
     reshard(root.modules())
     with torch.no_grad(), ExitStack() as undo:

@@ -46,13 +46,7 @@ import hra_fx
 model = hra_fx.load_adapter(base, "{place}"{option})
 ```
 
-With PEFT, instead of the last line:
-
-```python
-import peft
-
-model = peft.PeftModel.from_pretrained(base, "{place}"{option})
-```
+{with_peft}
 
 ## How to deploy
 
@@ -73,6 +67,15 @@ model = hra_fx.fold(model)
 - hra_fx {version}
 - PyTorch {torch}
 """
+
+_WITH_PEFT = """With PEFT, instead of the last line:
+
+```python
+import peft
+
+model = peft.PeftModel.from_pretrained(base, "{place}"{option})
+```"""
+_NOT_WITH_PEFT = "PEFT's HRA has no `{field}`. For PEFT, make a LoRA of the adapter as follows."
 
 
 def write_card(directory: Path, root: nn.Module, configs: Mapping[str, HRAConfig]) -> None:
@@ -116,22 +119,36 @@ def _metadata(root: Any, configs: Mapping[str, HRAConfig], tags: list[str]) -> d
 
 
 def _text(root: nn.Module, configs: Mapping[str, HRAConfig]) -> str:
-    base, first = _base(root, configs), next(iter(configs))
-    rows = [
-        f"| {name} | {'.' if name == 'default' else name} | {config.r}{', Gram-Schmidt' * config.apply_GS} | "
-        f"`{format_names(config.target_modules) if config.target_modules else 'default of the model type'}` |"
-        for name, config in configs.items()
-    ]
+    base, first = _base(root, configs), "default" if "default" in configs else next(iter(configs))
+    option = "" if first == "default" else f', subfolder="{first}"'
     return _TEXT.format(
         title=f"HRA adapter of {base or original_class(root).__name__}",
         kind="An adapter" if len(configs) == 1 else "Adapters",
-        rows="\n".join(rows),
+        rows="\n".join(_row(name, config) for name, config in configs.items()),
         base=_loading(root, base),
         place=PLACE,
-        option="" if "default" in configs else f', subfolder="{first}"',
+        option=option,
+        with_peft=_with_peft(configs[first], option),
         version=VERSION,
         torch=torch.__version__,
     )
+
+
+def _row(name: str, config: HRAConfig) -> str:
+    """The line of an adapter in the table."""
+    rank = f"{config.r}{', rank_pattern' * bool(config.rank_pattern)}{', Gram-Schmidt' * config.apply_GS}"
+    given = [names for names in (config.target_modules, config.target_parameters) if names]
+    layers = ", ".join(f"`{format_names(names)}`" for names in given) or "`default of the model type`"
+    cell = layers.replace("|", r"\|")  # a bar ends the cell, also inside of code
+    return f"| {name} | {'.' if name == 'default' else name} | {rank} | {cell} |"
+
+
+def _with_peft(config: HRAConfig, option: str) -> str:
+    """How PEFT loads the adapter, if it can."""
+    for field in ("target_parameters", "rank_pattern"):
+        if getattr(config, field):
+            return _NOT_WITH_PEFT.format(field=field)
+    return _WITH_PEFT.format(place=PLACE, option=option)
 
 
 def _loading(root: nn.Module, base: str | None) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -100,6 +101,7 @@ def make_copies(
     """Make the trained copies of adapter `name` (`config.modules_to_save` and `config.bias`); they are not used yet.
 
     `values`, (path of the module, name of its tensor) -> tensor, replaces the values of the base model.
+    Tensors that are tied in the base model have one copy, unless their values differ: PEFT trains a copy of each.
 
     Raises:
         UnsupportedLayerError: a tensor cannot be copied, or another adapter reflects the layer.
@@ -108,8 +110,10 @@ def make_copies(
     for path, (owner, names) in wanted.items():
         if reason := _why_not_copied(owner, names):
             raise UnsupportedLayerError(f"{path} ({type(owner).__name__}): {reason}.")
-    originals = {f"{path}.{n}".lstrip("."): getattr(owner, n) for path, (owner, names) in wanted.items() for n in names}
+    places = {(path, entry): getattr(owner, entry) for path, (owner, names) in wanted.items() for entry in names}
+    originals = {f"{path}.{entry}".lstrip("."): tensor for (path, entry), tensor in places.items()}
     tied = {other for others in tied_to(model, originals).values() for other in others}
+    parted = differ_by_place(places, values)
     memo: dict[int, nn.Parameter] = {}
     for path, (owner, names) in wanted.items():
         copies = get_copies(owner)
@@ -120,9 +124,18 @@ def make_copies(
             owner.add_module(SAVED, copies)
         undo.callback(copies.remove, owner, name)
         given = {entry: values[path, entry] for entry in names if (path, entry) in values}
-        copies.make(owner, name, names, memo, given)
-    if tied - originals.keys():
+        copies.make(owner, name, names, {} if parted else memo, given)
+    if parted or tied - originals.keys():
         _untie(model, record, {(owner, name) for owner, names in wanted.values() for name in names}, undo)
+
+
+def differ_by_place(tensors: Mapping[tuple[str, str], Tensor], values: Mapping[tuple[str, str], Tensor]) -> bool:
+    """Whether a tensor that is in several places has different values for them."""
+    first: dict[int, Tensor] = {}
+    pairs = [
+        (first.setdefault(id(tensors[place]), value), value) for place, value in values.items() if place in tensors
+    ]
+    return any(one is not other and not torch.equal(one, other.to(one)) for one, other in pairs)
 
 
 def restore_ties(model: nn.Module, record: AdapterState) -> None:

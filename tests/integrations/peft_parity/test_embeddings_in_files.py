@@ -10,6 +10,7 @@ import pytest
 import torch
 from integrations.peft_parity.sides import by_peft, by_us, opened_by_peft, randomise, saved_by_peft
 from integrations.peft_parity.tiny import inputs, tiny
+from integrations.transformers_use import tied
 from model.many import seen
 from oracles import relative_error
 from safetensors.torch import load_file
@@ -144,3 +145,43 @@ def test_embeddings_are_known_by_the_model_and_not_by_their_names(kind: str, tmp
     written(tmp_path / "other", fields, {"save_embedding_layers": True}, changed(kind, *names))
     with pytest.raises(hra_fx.CheckpointError, match="is a copy of the base model's embeddings"):
         hra_fx.load_adapter(tiny(kind), tmp_path / "other")
+
+
+BOTH: dict[str, Any] = {**BODY, "modules_to_save": ["embed_tokens", "lm_head"]}
+
+
+def trained_apart(base: Any) -> Any:
+    """PEFT's model of tied embeddings, of which it trains two copies."""
+    theirs = by_peft(base, **BOTH, init_weights=False)
+    randomise(theirs)
+    return theirs.eval()
+
+
+def test_two_trained_copies_of_tied_embeddings_stay_two(tmp_path: Path) -> None:
+    theirs = trained_apart(tied.case("llama").model)
+    wanted = tied.logits(theirs)
+    saved_by_peft(theirs, tmp_path / "theirs")
+    ours = hra_fx.load_adapter(tied.case("llama").model, tmp_path / "theirs")
+    for model in (ours, hra_fx.from_peft(theirs)):
+        assert relative_error(tied.logits(model), wanted) < 1e-6  # PEFT computes in float32
+        assert model.lm_head.weight is not model.model.embed_tokens.weight
+        model.tie_weights()
+        assert relative_error(tied.logits(model), wanted) < 1e-6
+    hra_fx.save_adapter(ours, tmp_path / "ours")
+    again = hra_fx.load_adapter(tied.case("llama").model, tmp_path / "ours")
+    assert relative_error(tied.logits(again), wanted) < 1e-6
+    with pytest.warns(hra_fx.HRAWarning, match="^embeddings stay untied"):
+        hra_fx.fold(again)
+    assert relative_error(tied.logits(again), wanted) < 1e-6
+    hra_fx.delete_adapter(ours, "default")
+    assert ours.config.tie_word_embeddings
+
+
+def test_two_trained_copies_do_not_load_into_one(tmp_path: Path) -> None:
+    saved_by_peft(trained_apart(tied.case("llama").model), tmp_path)
+    model = hra_fx.transform(tied.case("llama").model, hra_fx.HRAConfig(**BOTH, init_weights=False))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    before = seen(model)
+    with pytest.raises(hra_fx.AdapterError, match="or tied weights than in the file"):
+        hra_fx.load_adapter(model, tmp_path, "default")
+    assert seen(model) == before

@@ -89,6 +89,33 @@ def test_several_adapters_and_a_model_of_no_library(tmp_path: Path) -> None:
     assert card.data.to_dict() == {"library_name": "peft", "tags": ["hra", "hra_fx"]}
 
 
+@pytest.mark.parametrize(
+    ("fields", "cells", "field"),
+    [
+        ({"target_modules": r".*\.(0|1)"}, r"2 | `'.*\\.(0\|1)'`", None),
+        ({"target_modules": ["0"], "rank_pattern": {"0": 3}}, "2, rank_pattern | `['0']`", "rank_pattern"),
+        ({"target_parameters": ["experts.up"]}, "2 | `['experts.up']`", "target_parameters"),
+        (
+            {"target_modules": ["0"], "target_parameters": ["experts.up"]},
+            "2 | `['0']`, `['experts.up']`",
+            "target_parameters",
+        ),
+    ],
+)
+def test_what_is_adapted_and_whether_peft_loads_it(
+    fields: dict[str, Any], cells: str, field: str | None, tmp_path: Path
+) -> None:
+    experts = nn.Module()
+    experts.is_transposed = False
+    experts.up = nn.Parameter(torch.ones(2, 4, 4))
+    model = nn.ModuleDict({"0": nn.Linear(4, 4), "1": nn.ModuleDict({"1": nn.Linear(4, 4)}), "experts": experts})
+    hra_fx.HRAModel(model, hra_fx.HRAConfig(r=2, **fields)).save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert f"| default | . | {cells} |\n" in text
+    assert ("peft.PeftModel" in text) is (field is None)
+    assert (f"PEFT's HRA has no `{field}`." in text) is (field is not None)
+
+
 def test_a_card_of_the_users_keeps_its_text(tmp_path: Path) -> None:
     path = tmp_path / "adapter" / "README.md"
     path.parent.mkdir()
