@@ -120,8 +120,8 @@ def _check_experts(
             count = stored.shape[0] if expert is None else 1 + max(each.expert or 0 for each in places)
             if count != chain.shape[0] or len(stored.shape) != 3 - (expert is not None):
                 raise CheckpointError(
-                    f"{stored.file}: {name} of shape {stored.shape} is one of {count} experts, or has them all, but "
-                    f"the adapter's vectors of {path} are of {chain.shape[0]}. Was {adapter.file} trained on another "
+                    f"{stored.file}: {parameter_of(path)} has {count} experts ({name} has shape {stored.shape}), but "
+                    f"the adapter's vectors of {path} have {chain.shape[0]}. Was {adapter.file} trained on another "
                     "base model?"
                 )
 
