@@ -29,10 +29,15 @@ def convert_hra(source: str, out: Path, *, for_peft: bool, as_json: bool) -> Non
     from hra_fx.checkpoint.resume import RESUME
 
     files = read_adapter(source)
+    if for_peft and files.config.target_parameters:
+        raise CheckpointError(
+            f"{files.file}: the adapter is on parameters of experts (target_parameters="
+            f"{files.config.target_parameters}), which PEFT's HRA does not support. Use --to lora."
+        )
     kept = _kept(files, for_peft=for_peft)
     config = dataclasses.replace(files.config, extra={}, peft_version=None)
     if for_peft and config.rank_pattern:
-        rank = max(chain.shape[1] for chain in files.chains.values())
+        rank = max(chain.shape[-1] for chain in files.chains.values())
         config = dataclasses.replace(config, r=rank, rank_pattern={}, apply_GS=False)
         kept |= _of_one_rank(files, rank)
     splits = {RESUME: files.metadata[RESUME]} if not for_peft and RESUME in files.metadata else {}
@@ -69,7 +74,7 @@ def _of_one_rank(files: AdapterFiles, rank: int) -> dict[str, Tensor]:
         for path, chain in files.chains.items():
             key = reflection_key(path)
             try:
-                chains[key] = padded(chain, rank).to(files.tensors[key].dtype)
+                chains[key] = padded(chain.double(), rank).to(files.tensors[key].dtype)
             except ValueError as error:
                 raise CheckpointError(
                     f"{files.file}: {path}: {error}. PEFT has one rank for all layers, so this adapter has no form for "

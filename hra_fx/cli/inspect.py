@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,16 +89,16 @@ def _summarize_adapter(source: str) -> dict[str, Any]:
 def _adapted_layer(path: str, chain: Tensor, r: int, dtype: torch.dtype) -> dict[str, Any]:
     """A layer with the values of `hra_fx.report`."""
     from hra_fx.functional.householder import working_dtype
-    from hra_fx.functional.statistics import rotation_stats
+    from hra_fx.reporting.measuring import turn_of
 
     # In the file's precision: rounding errors of vectors that cancel each other are not angles.
-    turned = rotation_stats(chain.to(working_dtype(dtype)))
-    d = chain.shape[0]
+    turned = turn_of(chain.to(working_dtype(dtype)))
+    d = chain.shape[-2]
     return {
         "path": path,
         "d": d,
         "r": r,
-        "parameters": d * r,
+        "parameters": math.prod(chain.shape[:-1]) * r,
         "rotation": turned.rotation,
         "angle": turned.angle,
         "mean_angle": turned.mean_angle,

@@ -60,6 +60,21 @@ class ExpertsWeight(nn.Module):
         return describe_experts(self)
 
 
+def stands_for_parameter(path: str) -> bool:
+    """Whether the path of a layer is that of an `ExpertsWeight`."""
+    return path.rpartition(".")[2].startswith(CHILD)
+
+
+def parameter_of(path: str) -> str:
+    """The name of the parameter that the layer of this path stands for.
+
+    >>> parameter_of("mlp.experts.hra_down_proj")
+    'mlp.experts.down_proj'
+    """
+    owner, _, child = path.rpartition(".")
+    return f"{owner}.{child.removeprefix(CHILD)}".lstrip(".")
+
+
 def is_transposed(owner: nn.Module) -> bool | None:
     """Whether the 3-D parameters of a module are `(experts, in, out)`; `None` if the module does not say.
 

@@ -15,6 +15,7 @@ from hra_fx.functional import low_rank
 from hra_fx.functional.rotate import as_rows, check_foldable
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.adapters import HouseholderAdapters
+from hra_fx.layers.experts_weight import is_transposed
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.lora.adapter import LoraLayer
 from hra_fx.model.rotate import base_weight
@@ -50,23 +51,35 @@ def lora_layer(path: str, layer: AdaptedLayer, names: Sequence[str], rank: int |
 
 
 def _experts_layer(path: str, layer: AdaptedLayer, names: Sequence[str], rank: int | None) -> LoraLayer:
-    """The LoRA form of experts, `A: (experts, k, d)` and `B: (experts, out, k)`.
-
-    PEFT takes the parameters of classes without `is_transposed` for `(experts, out, in)`. If they are stored the other
-    way, the two factors change places.
-    """
     box: Any = layer.hra_u
     site: Any = layer
     rows, chain = box.rows(base_weight(layer)), box.joint_vectors(names, torch.float64)
     chain = torch.zeros(box.experts, box.width, 0) if chain is None else chain
     noise = _noise_of(box, names)
     changes = [_change_of(path, *both, noise, rank) for both in zip(rows, chain, strict=True)]
+    return stacked_layer(path, site.owner, site.parameter, changes)
+
+
+def stacked_layer(
+    path: str, owner: nn.Module, parameter: str, changes: Sequence[tuple[Tensor, Tensor, float]]
+) -> LoraLayer:
+    """The LoRA form of the experts in a parameter of a module, `A: (experts, k, d)` and `B: (experts, out, k)`.
+
+    PEFT takes the parameters of classes without `is_transposed` for `(experts, out, in)`. If they are stored the other
+    way, the two factors change places.
+
+    Args:
+        path: the path of the layer that stands for the parameter.
+        owner: the module.
+        parameter: the name in it.
+        changes: `A: (k, d)`, `B: (out, k)` and the error of each expert.
+    """
     longest = max(len(A) for A, _, _ in changes)
     A = torch.stack([F.pad(A, (0, 0, 0, longest - len(A))) for A, _, _ in changes])
     B = torch.stack([F.pad(B, (0, longest - B.shape[1])) for _, B, _ in changes])
-    if box.columns and not getattr(site.owner, "is_transposed", False):
+    if is_transposed(owner) and not getattr(owner, "is_transposed", False):
         A, B = B.mT.contiguous(), A.mT.contiguous()
-    place = list(site.owner._parameters).index(site.parameter)
+    place = list(owner._parameters).index(parameter)
     return LoraLayer(path, "experts", A, B, error=max((error for *_, error in changes), default=math.nan), place=place)
 
 

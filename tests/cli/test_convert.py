@@ -14,6 +14,7 @@ import torch
 from checkpoint.disk import made
 from cli.conftest import Shelf
 from cli.shell import Answer, answer, mistake, picture, usage
+from moe_models import TARGETS, built
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -147,3 +148,13 @@ def test_a_form_that_is_none(shelf: Shelf, tmp_path: Path) -> None:
     said = usage("convert", shelf / "my-adapter", tmp_path, "--to", "dora")
     assert all(f"'{form}'" in said for form in ("lora", "gguf", "peft", "hra_fx"))
     assert "Missing option '--to'" in usage("convert", shelf / "my-adapter", tmp_path)
+
+
+def test_experts_have_no_form_for_peft(tmp_path: Path) -> None:
+    adapter = made.adapter_of(built("qwen3_moe"), tmp_path / "adapter", "q_proj", target_parameters=TARGETS)
+    assert mistake("convert", adapter, tmp_path / "out", "--to", "peft") == (
+        f"{adapter / WEIGHTS}: the adapter is on parameters of experts (target_parameters={TARGETS}), which PEFT's HRA "
+        "does not support. Use --to lora."
+    )
+    answer("convert", adapter, tmp_path / "out", "--to", "hra_fx")
+    assert picture(adapter)[WEIGHTS] == picture(tmp_path / "out")[WEIGHTS]

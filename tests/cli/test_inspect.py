@@ -11,6 +11,7 @@ import torch
 from checkpoint.disk import made
 from cli.conftest import Shelf
 from cli.shell import Answer, answer, mistake
+from moe_models import TARGETS, built
 from safetensors.torch import save_file
 
 import hra_fx
@@ -28,6 +29,17 @@ def test_they_are_those_of_the_report_of_the_model(shelf: Shelf, name: str) -> N
     for row in rows:
         for field in ("d", "r", "parameters", "rotation", "angle", "mean_angle"):
             assert found[row["path"]][field] == pytest.approx(row[field], rel=1e-4), field
+
+
+def test_experts_are_those_of_the_report(tmp_path: Path) -> None:
+    model = built("gpt_oss", torch.float32)
+    adapter = made.adapter_of(model, tmp_path / "adapter", target_parameters=TARGETS, target_modules=None)
+    rows = {row["path"]: row for row in hra_fx.report(hra_fx.load_adapter(model, adapter)).to_dicts()}
+    layers = inspected(adapter)["layers"]
+    assert {layer["path"] for layer in layers} == rows.keys()
+    for layer in layers:
+        for field in ("d", "r", "parameters", "rotation", "angle", "mean_angle"):
+            assert layer[field] == pytest.approx(rows[layer["path"]][field], rel=1e-4), field
 
 
 def test_what_an_adapter_is(shelf: Shelf) -> None:

@@ -16,6 +16,7 @@ import torch
 import transformers
 from checkpoint.disk import made
 from diffusion_models import unet
+from moe_models import NAMES, TARGETS, built, call_of
 from oracles import dense_q, relative_error
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 import hra_fx
 from hra_fx.lora.adapter import LoraAdapter, LoraLayer
+from hra_fx.lora.disk.convert import convert_files
 from hra_fx.lora.disk.read import read_as_lora
 from hra_fx.lora.from_model import lora_adapter
 
@@ -279,6 +281,7 @@ def test_only_the_weights_of_adapted_layers_are_read(tmp_path: Path) -> None:
 
 MEASURE = """
 import sys
+from hra_fx.lora.disk.convert import convert_files
 from hra_fx.lora.disk.read import read_as_lora
 def peak():
     with open("/proc/self/status") as file:
@@ -306,3 +309,34 @@ def test_a_large_weight_is_never_in_memory_as_a_whole(tmp_path: Path, columns: b
     command = [sys.executable, "-W", "ignore", "-c", MEASURE, *(str(tmp_path / name) for name in ("1", "0", "base"))]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert int(done.stdout) < 4 * out * width / 4, "a quarter of the weight in float32"
+
+
+@pytest.mark.parametrize("fields", [{}, {"apply_GS": True, "rank": 3}], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_experts_are_those_of_the_model_in_memory(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    model: Any = built(name, torch.float32)
+    rank = fields.pop("rank", None)
+    base = made.base_of(model, tmp_path / "base", torch.float32)
+    adapter = made.adapter_of(model, tmp_path / "adapter", "o_proj", target_parameters=TARGETS, **fields)
+    loaded = hra_fx.load_adapter(type(model).from_pretrained(base, dtype="auto"), adapter)
+    wanted = found(lora_adapter(loaded, None, rank))
+    lora = found(read_as_lora([adapter], base, rank=rank, progress=False))
+    assert lora.keys() == wanted.keys()
+    for path, layer in lora.items():
+        other = wanted[path]
+        assert (layer.kind, layer.place, layer.rank) == (other.kind, other.place, other.rank), path
+        # The file has orthonormal vectors in float32, and the model computes them in float64.
+        assert relative_error(change(layer), change(other)) < (1e-6 if "apply_GS" in fields else 1e-11), path
+
+
+def test_peft_loads_converted_experts(tmp_path: Path) -> None:
+    model: Any = built("mixtral", torch.float32, "eager")
+    base = made.base_of(model, tmp_path / "base", torch.float32)
+    adapter = made.adapter_of(model, tmp_path / "adapter", target_parameters=TARGETS, target_modules=None)
+    convert_files([adapter], base, tmp_path / "lora", progress=False)
+    adapted = hra_fx.load_adapter(type(model).from_pretrained(base, experts_implementation="eager"), adapter)
+    plain = type(model).from_pretrained(base, experts_implementation="eager")
+    loaded = peft.PeftModel.from_pretrained(plain, tmp_path / "lora")
+    call = call_of("mixtral")
+    with torch.no_grad():
+        assert relative_error(loaded(**call).logits, adapted(**call).logits) <= 1e-5

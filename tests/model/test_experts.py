@@ -239,14 +239,6 @@ def test_saved_in_full_by_another_adapter() -> None:
         hra_fx.add_adapter(model, "full", config)
 
 
-def test_what_works_in_memory_only(tmp_path: Path) -> None:
-    model = model_of("qwen3_moe")
-    hra_fx.save_adapter(model, tmp_path / "adapter")
-    base_of("qwen3_moe").save_pretrained(tmp_path / "base")
-    with pytest.raises(hra_fx.CheckpointError, match=r"on parameters of experts .*only in memory"):
-        hra_fx.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-
-
 def test_a_captured_program_has_no_experts() -> None:
     program = torch.export.export(nn.Sequential(nn.Linear(2, 2)), (torch.ones(1, 2),))
     with pytest.raises(hra_fx.SelectionError, match="has no 3-D parameters"):

@@ -20,6 +20,7 @@ from hra_fx.errors import CheckpointError, FoldError
 from hra_fx.functional.chain import plain_chain
 from hra_fx.functional.low_rank import anchor_noise
 from hra_fx.functional.statistics import inverse_condition
+from hra_fx.layers.experts_weight import stands_for_parameter
 from hra_fx.layers.target import REFLECTION
 
 _BIASES = ("bias", "in_proj_bias")
@@ -35,7 +36,8 @@ class AdapterFiles:
         tensors: all tensors, by their keys with PEFT's prefix.
         metadata: of the weights file.
         resume: how the chains split into anchors and trained vectors.
-        chains: path of a layer -> `U: (d, k)`, float64, plain reflections.
+        chains: path of a layer -> `U: (d, k)`, plain reflections, in the dtype of the file, float64 after Gram-Schmidt;
+            of experts, `(experts, d, k)`.
         full: name of a fully trained tensor -> its value.
         embeddings: name of a copied tensor of the base model -> its value.
         digest: hash of both files.
@@ -69,19 +71,13 @@ def read_adapter(source: str | os.PathLike[str]) -> AdapterFiles:
     """Read an adapter saved by `save_adapter` or PEFT.
 
     Raises:
-        CheckpointError: a file is missing or damaged, the two do not match, or the adapter is on experts.
+        CheckpointError: a file is missing or damaged, or the two do not match.
         ConfigError: the configuration is invalid.
         FoldError: Gram-Schmidt of linearly dependent vectors.
     """
     folder = find(source)
     config = HRAConfig.from_pretrained(folder)
     file = folder / WEIGHTS_NAME
-    if config.target_parameters:
-        raise CheckpointError(
-            f"{file}: the adapter is on parameters of experts (target_parameters={config.target_parameters}), which "
-            "can be folded or converted only in memory. Load the model, then call hra_fx.load_adapter and hra_fx.fold, "
-            "and save it with save_pretrained. PEFT's HRA does not support target_parameters."
-        )
     tensors, metadata = read_prefixed(file)
     resume = read_resume(file, metadata, config)
     chains: dict[str, Tensor] = {}
@@ -109,22 +105,24 @@ def read_adapter(source: str | os.PathLike[str]) -> AdapterFiles:
 
 
 def _chain(file: Path, key: str, tensor: Tensor, config: HRAConfig) -> Tensor:
-    r = config.rank_of(key.removeprefix(PREFIX).rpartition(".")[0])
-    if tensor.dim() != 2 or tensor.shape[1] != r:
+    path = key.removeprefix(PREFIX).rpartition(".")[0]
+    r, of_experts = config.rank_of(path), bool(config.target_parameters) and stands_for_parameter(path)
+    if tensor.dim() != 2 + of_experts or tensor.shape[-1] != r:
+        shape = f"({'experts, ' * of_experts}d, {r})"
         raise CheckpointError(
-            f"{file}: {key} must have shape (d, {r}), got {tuple(tensor.shape)}: the configuration says "
+            f"{file}: {key} must have shape {shape}, got {tuple(tensor.shape)}: the configuration says "
             f"r={r}. The two files are from different adapters; save it again."
         )
     if config.apply_GS:
-        rank = f"{r} vectors of length {tensor.shape[0]}"
+        rank = f"{r} vectors of length {tensor.shape[-2]}"
         # By the same rule, all vectors in 8 bits would be dependent.
         least = min(8 * torch.finfo(tensor.dtype).eps, 1 / 16)
-        if r > tensor.shape[0] or inverse_condition(tensor) < least:
+        if r > tensor.shape[-2] or inverse_condition(tensor) < least:
             raise FoldError(
                 f"{file}: {key}: its {rank} are linearly dependent, so Gram-Schmidt is not defined. Train with "
                 "apply_GS=False, or with init_weights=True in hra_fx, which starts from independent vectors."
             )
-    return plain_chain(tensor.double(), None, apply_GS=config.apply_GS)
+    return plain_chain(tensor.double() if config.apply_GS else tensor, None, apply_GS=config.apply_GS)
 
 
 def _digest(files: Iterable[Path]) -> str:

@@ -32,7 +32,9 @@ def check_file(plan: FilePlan, file: Path) -> None:
             raise FoldError(f"{file}: the size or the header differs from what was written. Check the disk.")
         for item in plan.items:
             if isinstance(item.edit, Rotation) and item.source:
-                _check_rows(item, item.source, item.edit, file, start)
+                for base, rotation in item.edit.matrices(item.source):
+                    place = start + base.start - item.source.start
+                    _check_rows(base, rotation, dataclasses.replace(base, name=item.name, file=file, start=place))
             elif not _equal(_expected(item), read_bytes(written, start, item.size, file)):
                 raise FoldError(f"{file}: {item.name} differs from what was written. Check the disk.")
             start += item.size
@@ -53,12 +55,12 @@ def _equal(expected: Iterable[object], found: Iterable[object]) -> bool:
     return all(one == other for one, other in zip(expected, found, strict=True))
 
 
-def _check_rows(item: Item, base: StoredTensor, rotation: Rotation, file: Path, start: int) -> None:
+def _check_rows(base: StoredTensor, rotation: Rotation, written: StoredTensor) -> None:
     dtype = FLOATS[base.dtype]
     before = _row_norms(base, rotation.columns)
-    after = _row_norms(dataclasses.replace(base, file=file, start=start), rotation.columns)
+    after = _row_norms(written, rotation.columns)
     info = torch.finfo(dtype)
-    width = math.prod(item.shape) / before.numel()
+    width = math.prod(base.shape) / before.numel()
     # Without a wider dtype to compute in, reflections that nearly cancel each other add errors.
     steps = 64 * (1 + rotation.chain.shape[1]) if dtype == torch.float64 else 64
     # Half a unit in the last place of each entry, the smallest number for small ones, and the rounding of float32.
@@ -68,8 +70,9 @@ def _check_rows(item: Item, base: StoredTensor, rotation: Rotation, file: Path, 
     if not bool((off <= 0).all()):
         row = int(off.nan_to_num(nan=math.inf).argmax())
         raise FoldError(
-            f"{file}: row {row} of {item.name} has norm {float(after[row]):.8g}, but {float(before[row]):.8g} in the "
-            "base, and a rotation preserves norms. Check the disk, and whether another process writes to the file."
+            f"{written.file}: row {row} of {written.name} has norm {float(after[row]):.8g}, but "
+            f"{float(before[row]):.8g} in the base, and a rotation preserves norms. Check the disk, and whether "
+            "another process writes to the file."
         )
 
 

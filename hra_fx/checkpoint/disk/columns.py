@@ -10,27 +10,31 @@ from collections.abc import Collection
 
 from hra_fx.checkpoint.disk.architecture import Architecture
 from hra_fx.checkpoint.disk.header import StoredTensor
+from hra_fx.checkpoint.disk.requests import LayerChain
 from hra_fx.errors import CheckpointError
+from hra_fx.layers.experts_weight import parameter_of
 from hra_fx.layers.target import has_columns
 
 
 def in_columns(
-    path: str, weight: StoredTensor, d: int, architecture: Architecture, given: Collection[str] | None
+    chain: LayerChain, weight: StoredTensor, architecture: Architecture, given: Collection[str] | None
 ) -> bool:
     """Whether a layer's weight is `(in, out)`.
 
     Args:
-        path: the layer.
-        weight: its weight, `(out, ...)` or `(in, out)`.
-        d: the length of its reflection vectors.
+        chain: what an adapter does to it.
+        weight: the weight, `(out, ...)` or `(in, out)`; of all experts, with them in front.
         architecture: of the checkpoint.
         given: the user's list of such layers, ends of their paths; `None` to find out.
 
     Raises:
-        CheckpointError: `d` does not fit, the layout is unknown, or the user contradicts `config.json`.
+        CheckpointError: the length of the vectors does not fit, the layout is unknown, or the user contradicts
+            `config.json`.
     """
-    rows, width = weight.shape[0], math.prod(weight.shape[1:])
-    known = _known(path, weight, architecture, given) if len(weight.shape) == 2 else False
+    d = chain.vectors.shape[-2]
+    rows, *others = weight.shape[chain.vectors.dim() - 2 :]
+    width = math.prod(others)
+    known = _known(chain, weight, architecture, given) if len(others) == 1 else False
     if known is None and rows == width == d:
         raise CheckpointError(
             f"{weight.file}: {weight.name} is square, {tuple(weight.shape)}, and there is no config.json of a "
@@ -43,15 +47,21 @@ def in_columns(
     if inputs != d:
         raise CheckpointError(
             f"{weight.file}: {weight.name} of shape {weight.shape} has {inputs} inputs, but the adapter's vectors "
-            f"of {path} have length {d}. Was the adapter trained on another base model?"
+            f"of {chain.path} have length {d}. Was the adapter trained on another base model?"
         )
     return columns
 
 
-def _known(path: str, weight: StoredTensor, architecture: Architecture, given: Collection[str] | None) -> bool | None:
+def _known(
+    chain: LayerChain, weight: StoredTensor, architecture: Architecture, given: Collection[str] | None
+) -> bool | None:
     """The layout according to `config.json` or the user; `None` if unknown."""
-    layer = None if architecture.in_rows else architecture.find(path)
-    by_config = False if architecture.in_rows else None if layer is None else has_columns(layer)
+    path, by_config = chain.path, chain.columns
+    if chain.vectors.dim() == 3 or by_config is not None:
+        path = parameter_of(path)
+    else:
+        layer = None if architecture.in_rows else architecture.find(path)
+        by_config = False if architecture.in_rows else None if layer is None else has_columns(layer)
     if given is None:
         return by_config
     said = any(path == name or path.endswith(f".{name}") for name in given)

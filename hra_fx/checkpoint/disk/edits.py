@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import dataclasses
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -12,9 +13,10 @@ from torch import Tensor
 from hra_fx.checkpoint.disk.adapter_files import AdapterFiles
 from hra_fx.checkpoint.disk.architecture import Architecture
 from hra_fx.checkpoint.disk.columns import in_columns
+from hra_fx.checkpoint.disk.file_names import FileNames
 from hra_fx.checkpoint.disk.header import DTYPES, FLOATS, StoredTensor
-from hra_fx.checkpoint.disk.naming import Names
 from hra_fx.checkpoint.disk.requests import (
+    LayerChain,
     check_complete,
     check_embeddings,
     check_given,
@@ -32,12 +34,23 @@ class Rotation:
     """`W -> W Q`.
 
     Attributes:
-        chain: `U: (d, k)` of `Q`, float64.
+        chain: `U: (d, k)` of `Q`; of a tensor with all experts, `(experts, d, k)`.
         columns: whether the weight is `(in, out)`.
     """
 
     chain: Tensor
     columns: bool
+
+    def matrices(self, stored: StoredTensor) -> Iterator[tuple[StoredTensor, Rotation]]:
+        """The weight itself, or that of each expert in it, with its rotation."""
+        if self.chain.dim() == 2:
+            yield stored, self
+            return
+        size = stored.size // len(self.chain)
+        for i, chain in enumerate(self.chain):
+            start = stored.start + i * size
+            one = dataclasses.replace(stored, shape=stored.shape[1:], start=start, size=size)
+            yield one, dataclasses.replace(self, chain=chain)
 
 
 #: A rotation, or a new value in the checkpoint's dtype.
@@ -89,7 +102,7 @@ def edits_for(
     found: WeightSet,
     adapters: Sequence[AdapterFiles],
     architecture: Architecture,
-    names: Names,
+    names: FileNames,
     columns: Collection[str] | None,
 ) -> Edits:
     """What adapters, applied in order, change in a set of files.
@@ -134,7 +147,7 @@ def edits_for(
 
 def rotation_of(
     stored: StoredTensor,
-    chains: Sequence[tuple[str, Tensor]],
+    chains: Sequence[LayerChain],
     architecture: Architecture,
     columns: Collection[str] | None,
 ) -> Rotation:
@@ -142,7 +155,7 @@ def rotation_of(
 
     Args:
         stored: the weight.
-        chains: (layer, its chain) of each adapter.
+        chains: what each adapter does to it.
         architecture: of the checkpoint.
         columns: see `in_columns`.
 
@@ -154,9 +167,9 @@ def rotation_of(
             f"{stored.file}: {stored.name} must be {', '.join(FLOATS)} with at least two dimensions, got "
             f"{stored.dtype} of shape {stored.shape}. Use a base model that is not quantized."
         )
-    layouts = [in_columns(path, stored, chain.shape[0], architecture, columns) for path, chain in chains]
-    chain = chains[0][1]
-    return Rotation(torch.cat([each for _, each in chains], dim=1) if len(chains) > 1 else chain, layouts[0])
+    layouts = [in_columns(chain, stored, architecture, columns) for chain in chains]
+    vectors = [chain.vectors for chain in chains]
+    return Rotation(torch.cat(vectors, dim=-1) if len(vectors) > 1 else vectors[0], layouts[0])
 
 
 def _new(name: str, tensor: Tensor, found: WeightSet) -> Item:

@@ -28,7 +28,7 @@ def fold_checkpoint(
     All other tensors, metadata, the tokenizer and other files are copied unchanged; dtypes are kept. 16-bit weights are
     rotated in float32, wider ones in float64. Trained `bias` and `modules_to_save` replace the base model's. A weight
     tied to the embeddings gets its own tensor, and `tie_word_embeddings` becomes False in `config.json`, as in
-    `hra_fx.fold`.
+    `hra_fx.fold`. Experts may be stored as 3-D tensors, or as one matrix each, which transformers merges on loading.
 
     Files are written to the hidden folder `.<name>.partial` next to `out_dir`, which is renamed at the end. An
     interrupted run resumes when the call is repeated; `out_dir` is complete or does not exist.
@@ -40,7 +40,7 @@ def fold_checkpoint(
             diffusers pipeline, a mapping from subfolders of `base_dir` to adapters. No mapping is needed if the
             adapters are in subfolders with the names of the pipeline's parts.
         out_dir: the folder to be created, neither inside `base_dir` nor around it.
-        columns: layers that store their weight as `(in, out)`: ends of their paths. `None`: the `Conv1D` layers of
+        columns: layers that store their weight as `(in, out)`: ends of their paths, or of the names of parameters. `None`: the `Conv1D` layers of
             transformers, according to `config.json`. It must not contradict `config.json`.
         overwrite: replace `out_dir` if it exists, once everything is written.
         verify: read the result again: row norms must be preserved up to rounding, and everything else must be equal.

@@ -18,8 +18,8 @@ from hra_fx.checkpoint.disk.adapter_files import AdapterFiles
 from hra_fx.checkpoint.disk.architecture import CONFIG, Architecture
 from hra_fx.checkpoint.disk.arguments import Request
 from hra_fx.checkpoint.disk.edits import Edits, Item, Rotation, edits_for, stored_item
+from hra_fx.checkpoint.disk.file_names import FileNames
 from hra_fx.checkpoint.disk.header import METADATA, Header, StoredTensor
-from hra_fx.checkpoint.disk.naming import Names
 from hra_fx.checkpoint.disk.requests import touches
 from hra_fx.checkpoint.disk.weight_files import WeightSet, foreign, weight_sets
 from hra_fx.config import CONFIG_NAME
@@ -123,7 +123,7 @@ def _reversed(adapter: AdapterFiles) -> AdapterFiles:
             f"{adapter.file}: the adapter replaced {next(iter(adapter.full))} (modules_to_save or bias), whose old "
             "value is lost. Use the base checkpoint."
         )
-    return dataclasses.replace(adapter, chains={path: chain.flip(1) for path, chain in adapter.chains.items()})
+    return dataclasses.replace(adapter, chains={path: chain.flip(-1) for path, chain in adapter.chains.items()})
 
 
 def _plan_part(
@@ -137,7 +137,7 @@ def _plan_part(
         )
     sets = weight_sets(folder)
     architecture = Architecture(folder)
-    named = [(found, Names(found.name, found.tensors.keys(), lambda: architecture.prefix)) for found in sets]
+    named = [(found, FileNames(found, architecture)) for found in sets]
     # If no set has any layer, the first one reports what is missing.
     folded = [pair for pair in named if touches(adapters, pair[1])] or named[:1]
     for found, names in folded:

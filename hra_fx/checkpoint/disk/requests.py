@@ -10,25 +10,41 @@ from torch import Tensor
 
 from hra_fx.checkpoint.disk.adapter_files import AdapterFiles
 from hra_fx.checkpoint.disk.architecture import Architecture
+from hra_fx.checkpoint.disk.file_names import WEIGHTS, FileNames
 from hra_fx.checkpoint.disk.header import DTYPES, StoredTensor
-from hra_fx.checkpoint.disk.naming import IN_MEMORY, Names
+from hra_fx.checkpoint.disk.naming import IN_MEMORY
+from hra_fx.checkpoint.disk.stacked import Place
 from hra_fx.checkpoint.disk.streams import as_bytes, read_into
 from hra_fx.checkpoint.disk.weight_files import WeightSet
 from hra_fx.errors import CheckpointError
+from hra_fx.layers.experts_weight import parameter_of, stands_for_parameter
+from hra_fx.selection.parameters import matches_parameter
 from hra_fx.selection.select import is_target
 
-_WEIGHTS = ("weight", "in_proj_weight")
+
+class LayerChain(NamedTuple):
+    """What one adapter does to a tensor.
+
+    Attributes:
+        path: the layer.
+        vectors: `U: (d, k)`; of a tensor with all experts, `(experts, d, k)`.
+        columns: see `Place`.
+    """
+
+    path: str
+    vectors: Tensor
+    columns: bool | None = None
 
 
 class Requests(NamedTuple):
     """What adapters, applied in order, change. Names are those in the file, or the adapter's if it does not have them.
 
     Attributes:
-        chains: name of a weight -> (layer, its chain) of each adapter, in order.
+        chains: name of a weight -> what each adapter does to it, in order.
         full: name of a tensor -> its new value.
     """
 
-    chains: dict[str, list[tuple[str, Tensor]]]
+    chains: dict[str, list[LayerChain]]
     full: dict[str, Tensor]
 
 
@@ -52,27 +68,27 @@ class Renaming(NamedTuple):
         return f"{self.add}{path.removeprefix(self.remove)}"
 
 
-def weight_of(names: Names, path: str) -> str | None:
-    """Name of a layer's weight in a file."""
-    return names.find(*(f"{path}.{weight}" for weight in _WEIGHTS))
-
-
-def touches(adapters: Iterable[AdapterFiles], names: Names) -> bool:
+def touches(adapters: Iterable[AdapterFiles], names: FileNames) -> bool:
     """Whether a set of files has any layer of any adapter."""
-    return any(weight_of(names, path) for adapter in adapters for path in adapter.chains)
+    return any(names.weights_of(path) for adapter in adapters for path in adapter.chains)
 
 
-def requests_of(adapters: Iterable[AdapterFiles], found: WeightSet, names: Names) -> Requests:
+def requests_of(adapters: Iterable[AdapterFiles], found: WeightSet, names: FileNames) -> Requests:
     """What adapters, applied in order, change in a set of files.
 
     Raises:
-        CheckpointError: two adapters exclude each other, or a tensor shares its memory with another one.
+        CheckpointError: two adapters exclude each other, a tensor shares its memory with another one, or an adapter has
+            another number of experts.
     """
-    chains: dict[str, list[tuple[str, Tensor]]] = {}
+    chains: dict[str, list[LayerChain]] = {}
     full: dict[str, Tensor] = {}
     for adapter in adapters:
         for path, chain in adapter.chains.items():
-            chains.setdefault(weight_of(names, path) or f"{path}.weight", []).append((path, chain))
+            places = names.weights_of(path) or [Place(_weight_name(path))]
+            _check_experts(adapter, path, chain, found, places)
+            for name, expert, columns in places:
+                own = chain if expert is None else chain[expert]
+                chains.setdefault(name, []).append(LayerChain(path, own, columns))
         for given, tensor in adapter.full.items():
             name = names.find(given) or given
             if name in full:
@@ -90,6 +106,26 @@ def requests_of(adapters: Iterable[AdapterFiles], found: WeightSet, names: Names
     return Requests(chains, full)
 
 
+def _weight_name(path: str) -> str:
+    """The name of a layer's weight in most files."""
+    return parameter_of(path) if stands_for_parameter(path) else f"{path}.weight"
+
+
+def _check_experts(
+    adapter: AdapterFiles, path: str, chain: Tensor, found: WeightSet, places: Collection[Place]
+) -> None:
+    for name, expert, _ in places:
+        stored = found.tensors.get(name)
+        if chain.dim() == 3 and stored is not None:
+            count = stored.shape[0] if expert is None else 1 + max(each.expert or 0 for each in places)
+            if count != chain.shape[0] or len(stored.shape) != 3 - (expert is not None):
+                raise CheckpointError(
+                    f"{stored.file}: {parameter_of(path)} has {count} experts ({name} has shape {stored.shape}), but "
+                    f"the adapter's vectors of {path} have {chain.shape[0]}. Was {adapter.file} trained on another "
+                    "base model?"
+                )
+
+
 def _refuse_aliases(found: WeightSet, changed: Iterable[str]) -> None:
     for name in changed:
         also = [alias for alias, kept in found.aliases.items() if name in (alias, kept)]
@@ -100,19 +136,21 @@ def _refuse_aliases(found: WeightSet, changed: Iterable[str]) -> None:
             )
 
 
-def renaming_of(adapter: AdapterFiles, names: Names, architecture: Architecture) -> Renaming:
+def renaming_of(adapter: AdapterFiles, names: FileNames, architecture: Architecture) -> Renaming:
     """How an adapter names the modules of a set of files."""
     for path in adapter.chains:
-        key = weight_of(names, path)
-        if key and not key.startswith(f"{path}."):
+        places = names.weights_of(path)
+        if places and not places[0].name.startswith(f"{path}."):
             prefix = architecture.prefix
+            if places[0].name.startswith(prefix) is path.startswith(prefix) and stands_for_parameter(path):
+                continue  # experts have other names in the file
             return Renaming(add=prefix) if path.startswith(prefix) else Renaming(remove=prefix)
     return Renaming()
 
 
-def unknown_tensor(name: str, found: WeightSet, adapters: Iterable[AdapterFiles], names: Names) -> CheckpointError:
+def unknown_tensor(name: str, found: WeightSet, adapters: Iterable[AdapterFiles], names: FileNames) -> CheckpointError:
     """The error for a tensor that an adapter changes and a set of files does not have."""
-    adapter = next(a for a in adapters if name in a.full or any(name == f"{path}.weight" for path in a.chains))
+    adapter = next(a for a in adapters if name in a.full or any(name == _weight_name(path) for path in a.chains))
     return CheckpointError(
         f"{adapter.file}: the adapter changes {name}, which is not in {found.name}. {names.near(name)} Was it trained "
         f"on another base model, or on one that transformers loads under other names? {IN_MEMORY}"
@@ -140,7 +178,7 @@ def check_given(name: str, tensor: Tensor, stored: StoredTensor) -> torch.dtype:
 
 
 def check_embeddings(
-    found: WeightSet, adapters: Iterable[AdapterFiles], names: Names, stored: Callable[[str], StoredTensor | None]
+    found: WeightSet, adapters: Iterable[AdapterFiles], names: FileNames, stored: Callable[[str], StoredTensor | None]
 ) -> None:
     """Check that the base model's embeddings, which PEFT saves with adapters of output layers, are those of this base.
 
@@ -180,22 +218,31 @@ def _holds(stored: StoredTensor, tensor: Tensor) -> bool:
     return torch.equal(tensor.to(own.dtype), own) or torch.equal(own.to(tensor.dtype), tensor)
 
 
-def check_complete(found: WeightSet, adapter: AdapterFiles, architecture: Architecture, names: Names) -> None:
-    """Check that every target layer that the model loads has vectors.
+def check_complete(found: WeightSet, adapter: AdapterFiles, architecture: Architecture, names: FileNames) -> None:
+    """Check that every target layer and parameter that the model loads has vectors.
 
     Raises:
         CheckpointError: one has none.
     """
-    keys: Collection[str | None] = {weight_of(names, path) for path in adapter.chains}
+    keys = {place.name for path in adapter.chains for place in names.weights_of(path)}
     renaming = renaming_of(adapter, names, architecture)
     for key, stored in found.tensors.items():
         path, _, last = key.rpartition(".")
         theirs = renaming.to_adapter(path)
-        if key in keys or last not in _WEIGHTS or len(stored.shape) < 2 or not is_target(adapter.config, theirs):
+        if key in keys or last not in WEIGHTS or len(stored.shape) < 2 or not is_target(adapter.config, theirs):
             continue
         # Files may have layers that the model does not load, such as heads for multi-token prediction.
         if architecture.model is None or architecture.find(path) is not None:
-            raise CheckpointError(
-                f"{adapter.file}: the file has no vectors for {theirs}, which the configuration names. Was the adapter "
-                f"trained on another base model than {found.name}, or its configuration edited?"
-            )
+            raise _incomplete(adapter, theirs, found)
+    if adapter.config.target_parameters:
+        own = {names.parameter(path) for path in adapter.chains}
+        for parameter in names.stacked:
+            if parameter not in own and matches_parameter(adapter.config.target_parameters, parameter):
+                raise _incomplete(adapter, parameter, found)
+
+
+def _incomplete(adapter: AdapterFiles, name: str, found: WeightSet) -> CheckpointError:
+    return CheckpointError(
+        f"{adapter.file}: the file has no vectors for {name}, which the configuration names. Was the adapter trained "
+        f"on another base model than {found.name}, or its configuration edited?"
+    )

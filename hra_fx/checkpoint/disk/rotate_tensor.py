@@ -34,15 +34,21 @@ def rotate_weight(
     Args:
         source: the open file, unbuffered.
         stored: the weight, of a floating-point dtype.
-        rotation: the rotation.
+        rotation: the rotation, of all experts one after the other.
         write: called with the bytes of each block.
 
     Returns:
-        Relative error `|W'' - W'|_F / |W'|_F` of the cast to the file's dtype, measured on the first rows.
+        Relative error `|W'' - W'|_F / |W'|_F` of the cast to the file's dtype, measured on the first rows; of experts,
+        the largest.
 
     Raises:
         FoldError: the rotated weight is not finite.
     """
+    return max(_rotate(source, *matrix, write) for matrix in rotation.matrices(stored))
+
+
+def _rotate(source: BinaryIO, stored: StoredTensor, rotation: Rotation, write: Callable[[memoryview], object]) -> float:
+    """Write one rotated matrix."""
     dtype = FLOATS[stored.dtype]
     left, right = _factors(rotation, product_dtype(stored))
     projected = project(source, stored, left, columns=True) if rotation.columns else None
@@ -69,7 +75,7 @@ def rotate_weight(
 def _factors(rotation: Rotation, wide: torch.dtype) -> tuple[Tensor, Tensor]:
     """`U^T` and `T U^T`, both `(k, d)`, computed in float64."""
     # Column-major, since every operation below runs along columns.
-    chain = householder.normalize(rotation.chain.mT.contiguous().mT)
+    chain = householder.normalize(rotation.chain.double().mT.contiguous().mT)
     left, right = chain.mT, householder.compact_wy(chain) @ chain.mT
     return left.to(wide).contiguous(), right.to(wide).contiguous()
 

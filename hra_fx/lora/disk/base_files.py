@@ -9,8 +9,8 @@ from pathlib import Path
 from hra_fx.checkpoint.disk.adapter_files import AdapterFiles
 from hra_fx.checkpoint.disk.architecture import Architecture
 from hra_fx.checkpoint.disk.arguments import PIPELINE, Source, base_folder
+from hra_fx.checkpoint.disk.file_names import FileNames
 from hra_fx.checkpoint.disk.header import StoredTensor
-from hra_fx.checkpoint.disk.naming import Names
 from hra_fx.checkpoint.disk.requests import Renaming, renaming_of, touches
 from hra_fx.checkpoint.disk.ties import tied_to
 from hra_fx.checkpoint.disk.weight_files import SAFE, WeightSet, weight_sets
@@ -33,7 +33,7 @@ class BaseFiles:
 
     architecture: Architecture
     found: WeightSet
-    names: Names
+    names: FileNames
     renaming: Renaming
 
     def stored(self, name: str) -> StoredTensor | None:
@@ -86,11 +86,11 @@ def parents(name: str) -> Iterator[str]:
         yield name
 
 
-def _weights_of(folder: Path, architecture: Architecture, adapters: Sequence[AdapterFiles]) -> tuple[WeightSet, Names]:
+def _weights_of(
+    folder: Path, architecture: Architecture, adapters: Sequence[AdapterFiles]
+) -> tuple[WeightSet, FileNames]:
     """The set with the layers of the adapters; of several, the one that libraries load."""
-    sets = [
-        (found, Names(found.name, found.tensors.keys(), lambda: architecture.prefix)) for found in weight_sets(folder)
-    ]
+    sets = [(found, FileNames(found, architecture)) for found in weight_sets(folder)]
     having = [pair for pair in sets if touches(adapters, pair[1])]
     loaded = [pair for pair in having if Path(pair[0].name).name.partition(SAFE)[0] in _LOADED]
     chosen = loaded or having or sets[:1]  # without any layer, the first set reports what is missing

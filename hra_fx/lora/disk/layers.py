@@ -1,4 +1,4 @@
-"""The LoRA form of layers whose weights are on disk: `W V` is computed while a weight is read, block by block."""
+"""The LoRA form of layers whose weights are on disk."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import torch
 from hra_fx.checkpoint.disk.edits import Rotation
 from hra_fx.checkpoint.disk.header import StoredTensor
 from hra_fx.checkpoint.disk.progress_bar import bar
-from hra_fx.checkpoint.disk.project import product_dtype, project
-from hra_fx.errors import CheckpointError
-from hra_fx.functional.low_rank import core, weight_change
 from hra_fx.layers.target import LayerKind
 from hra_fx.lora.adapter import LoraLayer
+from hra_fx.lora.disk.experts import StoredExperts
+from hra_fx.lora.disk.stored_change import stored_change
 
 _THREADS = min(4, os.cpu_count() or 1)
 #: Number of dimensions of a weight -> kind of layer.
@@ -40,6 +39,11 @@ class StoredLayer:
     noise: float
 
     @property
+    def size(self) -> int:
+        """The size of the weight in bytes."""
+        return self.stored.size
+
+    @property
     def kind(self) -> LayerKind:
         """The kind of layer."""
         return "attention" if self.stored.name.endswith("in_proj_weight") else _KINDS[len(self.stored.shape)]
@@ -51,8 +55,15 @@ class StoredLayer:
         A, B = torch.zeros(0, width, dtype=torch.float64), torch.zeros(out, 0, dtype=torch.float64)
         return LoraLayer(self.path, self.kind, A, B, self.stored.shape[2:], self.rotation.columns)
 
+    def convert(self, rank: int | None, advance: Callable[[int], object]) -> LoraLayer:
+        """The layer as LoRA; see `convert_layers`."""
+        A, B, error = stored_change([(self.stored, self.rotation)], self.noise, rank, advance)
+        return LoraLayer(self.path, self.kind, A, B, self.stored.shape[2:], self.rotation.columns, error)
 
-def convert_layers(layers: Sequence[StoredLayer], rank: int | None, *, progress: bool) -> Iterator[LoraLayer]:
+
+def convert_layers(
+    layers: Sequence[StoredLayer | StoredExperts], rank: int | None, *, progress: bool
+) -> Iterator[LoraLayer]:
     """The LoRA form of layers, in their order.
 
     Several are converted at a time, because reading and multiplying block on different parts of the machine.
@@ -65,31 +76,12 @@ def convert_layers(layers: Sequence[StoredLayer], rank: int | None, *, progress:
     Raises:
         CheckpointError: a weight is not finite, or its file is too short.
     """
-    total = sum(layer.stored.size for layer in layers)
+    total = sum(layer.size for layer in layers)
     with bar("reading weights", total, wanted=progress) as advance, ThreadPoolExecutor(_THREADS, "hra_fx-lora") as pool:
-        tasks = [pool.submit(_convert, layer, rank, advance) for layer in layers]
+        tasks = [pool.submit(layer.convert, rank, advance) for layer in layers]
         try:
             for task in tasks:
                 yield task.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _convert(layer: StoredLayer, rank: int | None, advance: Callable[[int], object]) -> LoraLayer:
-    stored, columns = layer.stored, layer.rotation.columns
-    V, K = core(layer.rotation.chain, layer.noise)
-    left = V.mT.to(product_dtype(stored)).contiguous()
-    if len(K):
-        with open(stored.file, "rb", buffering=0) as source:
-            product = project(source, stored, left, columns=columns, advance=advance)
-    else:  # the layer does not change, so its weight is not read
-        product = left.new_zeros(0, stored.shape[1 if columns else 0])
-        advance(stored.size)
-    if not bool(torch.isfinite(product).all()):
-        raise CheckpointError(
-            f"{stored.file}: {stored.name} has values that are infinite, NaN, or too large for products in "
-            f"{product.dtype}. Download the base model again, or store it in a wider dtype."
-        )
-    A, B, error = weight_change(product.mT.double(), V, K, rank)
-    return LoraLayer(layer.path, layer.kind, A, B, stored.shape[2:], columns, error)

@@ -6,11 +6,14 @@ import dataclasses
 import os
 from collections.abc import Callable, Collection, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hra_fx.checkpoint.disk.adapter_files import AdapterFiles, read_adapter
+from hra_fx.checkpoint.disk.architecture import CONFIG
 from hra_fx.checkpoint.disk.arguments import Source
-from hra_fx.checkpoint.disk.edits import rotation_of
+from hra_fx.checkpoint.disk.edits import Rotation, rotation_of
+from hra_fx.checkpoint.disk.header import StoredTensor
+from hra_fx.checkpoint.disk.naming import IN_MEMORY
 from hra_fx.checkpoint.disk.requests import (
     Requests,
     check_complete,
@@ -22,10 +25,12 @@ from hra_fx.checkpoint.disk.requests import (
 )
 from hra_fx.checkpoint.keys import PREFIX, copy_key
 from hra_fx.errors import CheckpointError
+from hra_fx.layers.experts_weight import parameter_of
 from hra_fx.lora.adapter import LoraAdapter
 from hra_fx.lora.arguments import check_rank, lora_bias
 from hra_fx.lora.disk.base_files import BaseFiles, open_base, parents
 from hra_fx.lora.disk.checks import check_layers
+from hra_fx.lora.disk.experts import StoredExperts
 from hra_fx.lora.disk.layers import StoredLayer, convert_layers
 
 
@@ -103,18 +108,36 @@ def read_as_lora(
 
 def _layers_of(
     opened: BaseFiles, requests: Requests, adapters: Sequence[AdapterFiles], columns: Collection[str] | None
-) -> list[StoredLayer]:
+) -> list[StoredLayer | StoredExperts]:
     """The layers, in the order of their numbers."""
-    layers = []
+    weights: dict[str, list[tuple[StoredTensor, Rotation]]] = {}
     for name, chains in requests.chains.items():
         stored = opened.stored(name)
         if stored is None:
             raise unknown_tensor(name, opened.found, adapters, opened.names)
-        path = chains[0][0]
-        noise = sum(adapter.noise(path) for adapter in adapters)
         rotation = rotation_of(stored, chains, opened.architecture, columns)
-        layers.append(StoredLayer(path, stored, rotation, noise))
+        weights.setdefault(chains[0].path, []).extend(rotation.matrices(stored))
+    layers: list[StoredLayer | StoredExperts] = []
+    for path, parts in weights.items():
+        noise = sum(adapter.noise(path) for adapter in adapters)
+        if opened.names.parameter(path) is None:
+            layers.append(StoredLayer(path, *parts[0], noise))
+        else:
+            count = next(len(adapter.chains[path]) for adapter in adapters if path in adapter.chains)
+            experts = [parts[i::count] for i in range(count)]
+            layers.append(StoredExperts(path, _owner(opened, path), experts, noise))
     return sorted(layers, key=lambda layer: _in_order(layer.path))
+
+
+def _owner(opened: BaseFiles, path: str) -> nn.Module:
+    """The module with the parameter that a layer stands for."""
+    owner = opened.architecture.find(path.rpartition(".")[0])
+    if owner is None:
+        raise CheckpointError(
+            f"{opened.architecture.folder}: there is no {CONFIG} of a transformers model with {parameter_of(path)}, so "
+            f"it is unknown how PEFT names the LoRA of its experts. {IN_MEMORY}"
+        )
+    return owner
 
 
 def _in_order(path: str) -> list[tuple[int, str]]:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from hra_fx.checkpoint.folder import write
 from hra_fx.checkpoint.keys import PREFIX
+from hra_fx.layers.experts_weight import parameter_of
 from hra_fx.lora.adapter import LoraAdapter, LoraLayer, exact_targets
-from hra_fx.lora.formats.peft_experts import experts_tensors, parameter_of
+from hra_fx.lora.formats.peft_experts import experts_tensors
 from hra_fx.selection.suggestions import suffixes
 
 

@@ -10,18 +10,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from hra_fx.layers.experts_weight import CHILD
 from hra_fx.lora.adapter import LoraLayer
-
-
-def parameter_of(path: str) -> str:
-    """The name of the parameter that the layer of this path stands for.
-
-    >>> parameter_of("mlp.experts.hra_down_proj")
-    'mlp.experts.down_proj'
-    """
-    owner, _, child = path.rpartition(".")
-    return f"{owner}.{child.removeprefix(CHILD)}".lstrip(".")
 
 
 def experts_tensors(layer: LoraLayer, layers: Iterable[LoraLayer], A: Tensor, B: Tensor) -> dict[str, Tensor]:

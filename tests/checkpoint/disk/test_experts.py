@@ -1,0 +1,263 @@
+"""Adapters of experts, folded on disk: what `fold` in memory saves, and the dense products, for both kinds of files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint.disk import made
+from checkpoint.disk.refusing import refused
+from moe_models import NAMES, TARGETS, built, dense_experts, is_transposed
+from oracles import relative_error
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
+
+import hra_fx
+from hra_fx.lora.disk.read import read_as_lora
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*untied.*:hra_fx.HRAWarning")
+
+#: Models whose experts have other names in files too.
+ALL = (*NAMES, "granitemoe", "jamba", "phimoe", "ernie4_5_moe")
+_MARK = ".hra_u"
+
+
+def adapter_of(model: Any, folder: Path, *targets: str, **fields: Any) -> Path:
+    return made.adapter_of(model, folder, *targets, target_parameters=TARGETS, **fields)
+
+
+def vectors_of(folder: Path) -> dict[str, Tensor]:
+    """The parameter of the model -> the vectors of its experts."""
+    found = {}
+    for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+        owner, _, last = key.removeprefix("base_model.model.").removesuffix(_MARK).rpartition(".")
+        if key.endswith(_MARK) and last.startswith("hra_"):
+            found[f"{owner}.{last.removeprefix('hra_')}"] = tensor
+    return found
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_files_are_those_of_a_fold_in_memory(name: str, tmp_path: Path) -> None:
+    model: Any = built(name, torch.float32)
+    base = made.base_of(model, tmp_path / "base", max_shard_size="6KB")
+    adapter = adapter_of(model, tmp_path / "adapter", "o_proj")
+    report = hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", verify=True)
+    memory = made.folded_in_memory(type(model).from_pretrained(base, dtype="auto"), tmp_path / "memory", adapter)
+    out, wanted = made.tensors(tmp_path / "out"), made.tensors(memory)
+    # transformers loads the tensors of some routers in float32.
+    wanted = {k: tensor if k in report.rotated else tensor.to(out[k].dtype) for k, tensor in wanted.items()}
+    made.equal_but_for_steps(out, wanted)
+    assert len(list(base.glob("*.safetensors"))) > 1 and report.verified
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_loaded_experts_are_the_dense_products(name: str, tmp_path: Path) -> None:
+    model: Any = built(name)
+    base = made.base_of(model, tmp_path / "base", torch.float64)
+    adapter = adapter_of(model, tmp_path / "adapter")
+    hra_fx.fold_checkpoint(base, adapter, tmp_path / "out")
+    before, after = (
+        type(model).from_pretrained(folder, dtype="auto").state_dict() for folder in (base, tmp_path / "out")
+    )
+    vectors = vectors_of(adapter)
+    assert vectors
+    for key, tensor in after.items():
+        if key in vectors:
+            wanted = dense_experts(before[key], vectors[key].double(), is_transposed(model, key))
+            assert relative_error(tensor, wanted) < 1e-13 < relative_error(tensor, before[key]), key
+        else:
+            assert torch.equal(tensor, before[key]), key
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("fields", [{"apply_GS": True}, {"apply_GS": True, "init_weights": False, "r": 2}], ids=str)
+def test_gram_schmidt_and_several_adapters(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    model: Any = built(name, torch.float32)
+    base = made.base_of(model, tmp_path / "base", torch.float32)
+    first = adapter_of(model, tmp_path / "first", **fields)
+    second = made.adapter_of(model, tmp_path / "second", target_parameters=TARGETS[1:], target_modules=None, seed=5)
+    hra_fx.fold_checkpoint(base, [first, second], tmp_path / "out", verify=True)
+    memory = made.folded_in_memory(type(model).from_pretrained(base), tmp_path / "memory", first, second)
+    for key, tensor in made.tensors(memory).items():
+        torch.testing.assert_close(made.tensors(tmp_path / "out")[key], tensor)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "llama4"])
+def test_unfold_restores_the_experts(name: str, tmp_path: Path) -> None:
+    model: Any = built(name)
+    base = made.base_of(model, tmp_path / "base", torch.float64)
+    adapter = adapter_of(model, tmp_path / "adapter")
+    hra_fx.fold_checkpoint(base, adapter, tmp_path / "out")
+    hra_fx.unfold_checkpoint(tmp_path / "out", adapter, tmp_path / "back", verify=True)
+    for key, tensor in made.tensors(base).items():
+        assert relative_error(made.tensors(tmp_path / "back")[key], tensor) < 1e-14, key
+
+
+def transposing(gate_up: Tensor, down: Tensor) -> dict[str, Tensor]:
+    return {"gate_up_proj": gate_up.mT, "down_proj": down.mT}
+
+
+#: What converts the experts of Qwen3-MoE -> the tensors of a checkpoint, made from its two parameters.
+CONVERSIONS: dict[str, tuple[Callable[[], list[Any]], Callable[[Tensor, Tensor], dict[str, Tensor]]]] = {
+    "transposes": (
+        lambda: [
+            _converter([f"experts.{name}"], f"experts.{name}", Transpose(1, 2))
+            for name in ("gate_up_proj", "down_proj")
+        ],
+        transposing,
+    ),
+    "transposes by shape": (
+        lambda: [
+            _converter([f"experts.{name}"], f"experts.{name}", Transpose(1, 2, check_dims=True))
+            for name in ("gate_up_proj", "down_proj")
+        ],
+        # The second is square, which counts as having the right shape.
+        lambda gate_up, down: {"gate_up_proj": gate_up.mT, "down_proj": down},
+    ),
+    "joins": (
+        lambda: [_converter(["experts.gate_proj", "experts.up_proj"], "experts.gate_up_proj", Concatenate(dim=1))],
+        lambda gate_up, down: (
+            dict(zip(("gate_proj", "up_proj"), gate_up.chunk(2, dim=1), strict=True)) | {"down_proj": down}
+        ),
+    ),
+}
+
+
+def _converter(sources: list[str], target: str, *operations: Any) -> Any:
+    return WeightConverter(source_patterns=sources, target_patterns=target, operations=list(operations))
+
+
+def converted(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Path]:
+    """A model, and its checkpoint in a form of `CONVERSIONS`, with an adapter next to it."""
+    conversion_mapping.get_checkpoint_conversion_mapping("qwen3_moe")  # fills the cache
+    make, split = CONVERSIONS[name]
+    monkeypatch.setitem(conversion_mapping._checkpoint_conversion_mapping_cache, "qwen3_moe", make())
+    model: Any = built("qwen3_moe")
+    made.base_of(model, folder / "base", torch.float64)
+    state = {key: tensor for key, tensor in model.state_dict().items() if "experts" not in key}
+    for i, layer in enumerate(model.model.layers):
+        experts = split(layer.mlp.experts.gate_up_proj.detach(), layer.mlp.experts.down_proj.detach())
+        state |= {f"model.layers.{i}.mlp.experts.{key}": tensor.contiguous() for key, tensor in experts.items()}
+    save_file(state, folder / "base" / "model.safetensors", {"format": "pt"})
+    return model, adapter_of(model, folder / "adapter")
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_what_transformers_makes_of_the_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, adapter = converted(name, tmp_path, monkeypatch)
+    hra_fx.fold_checkpoint(tmp_path / "base", adapter, tmp_path / "out", verify=True)
+    loaded = type(model).from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+    state, vectors = model.state_dict(), vectors_of(adapter)
+    for key, own in vectors.items():
+        assert relative_error(loaded[key], dense_experts(state[key], own.double(), transposed=False)) < 1e-13, key
+    rows = {layer.path: layer for layer in read_as_lora([adapter], tmp_path / "base", progress=False).layers}
+    for key, own in vectors.items():
+        owner, _, last = key.rpartition(".")
+        layer = rows[f"{owner}.hra_{last}"]
+        wanted = dense_experts(state[key], own.double(), transposed=False) - state[key]
+        assert relative_error(layer.B @ layer.A, wanted) < 1e-12, key
+
+
+def without_config(folder: Path) -> None:
+    (folder / "base" / "config.json").unlink()
+
+
+def test_parameters_of_an_unknown_model(tmp_path: Path) -> None:
+    model: Any = built("gpt_oss")
+    base = made.base_of(model, tmp_path / "base", torch.float64)
+    adapter = adapter_of(model, tmp_path / "adapter")
+    hra_fx.fold_checkpoint(base, adapter, tmp_path / "known")
+    without_config(tmp_path)
+    hra_fx.fold_checkpoint(base, adapter, tmp_path / "out")
+    known = made.tensors(tmp_path / "known")
+    assert all(torch.equal(tensor, known[key]) for key, tensor in made.tensors(tmp_path / "out").items())
+    with pytest.raises(hra_fx.CheckpointError, match="so it is unknown how PEFT names the LoRA of its experts"):
+        read_as_lora([adapter], base, progress=False)
+
+
+def test_square_experts_of_an_unknown_model(tmp_path: Path) -> None:
+    model: Any = built("qwen3_moe")
+    made.adapter_of(model, tmp_path / "adapter", target_parameters=TARGETS[1:], target_modules=None)
+    (tmp_path / "base").mkdir()
+    save_file(
+        {key: tensor for key, tensor in model.state_dict().items() if "experts" in key},
+        tmp_path / "base" / "model.safetensors",
+    )
+    assert "down_proj is square, (4, 16, 16), and there is no config.json" in refused(tmp_path)
+    hra_fx.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "rows", columns=[])
+    hra_fx.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "columns", columns=["experts.down_proj"])
+    key, own = next(iter(vectors_of(tmp_path / "adapter").items()))
+    for name in ("rows", "columns"):
+        wanted = dense_experts(model.state_dict()[key], own.double(), name == "columns")
+        assert relative_error(made.tensors(tmp_path / name)[key], wanted) < 1e-13
+
+
+def missing_expert(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change(folder / "base", lambda state: state.pop("model.layers.1.mlp.experts.2.up_proj.weight"))
+
+
+def fewer_experts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change(folder / "adapter", lambda state: state.update({key: own[:3].clone() for key, own in state.items()}))
+
+
+def no_vectors_of_a_parameter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change(
+        folder / "adapter", lambda state: state.pop("base_model.model.model.layers.1.mlp.experts.hra_down_proj.hra_u")
+    )
+
+
+def vectors_of_one_expert(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change(folder / "adapter", lambda state: state.update({key: own[0].clone() for key, own in state.items()}))
+
+
+def unknown_conversion(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    converters = [_converter(["experts.*.down_proj.weight"], "experts.down_proj", MergeModulelist(0), Transpose(0, 1))]
+    conversion_mapping.get_checkpoint_conversion_mapping("qwen3_moe")  # fills the cache
+    monkeypatch.setitem(conversion_mapping._checkpoint_conversion_mapping_cache, "qwen3_moe", converters)
+
+
+def no_config(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_config(folder)
+
+
+def change(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    (file,) = folder.glob("*.safetensors")
+    state = load_file(file)
+    edit(state)
+    save_file(state, file, {"format": "pt"})
+
+
+BASE, FILE = "base/model.safetensors", "adapter/adapter_model.safetensors"
+IN_MEMORY = "Load the model instead: hra_fx.load_adapter, then hra_fx.fold or hra_fx.save_as_lora."
+REFUSED: dict[Callable[[Path, pytest.MonkeyPatch], None], str] = {
+    missing_expert: f"{BASE}: model.layers.1.mlp.experts.gate_up_proj is made of 4 tensors of each kind, but the "
+    "checkpoint has 4 for mlp.experts.*.gate_proj.weight, 3 for mlp.experts.*.up_proj.weight. Download it again.",
+    fewer_experts: f"{BASE}: model.layers.0.mlp.experts.down_proj has 4 experts "
+    "(model.layers.0.mlp.experts.0.down_proj.weight has shape (16, 16)), but the adapter's vectors of "
+    f"model.layers.0.mlp.experts.hra_down_proj have 3. Was {FILE} trained on another base model?",
+    no_vectors_of_a_parameter: f"{FILE}: the file has no vectors for model.layers.1.mlp.experts.down_proj, which the "
+    f"configuration names. Was the adapter trained on another base model than {BASE}, or its configuration edited?",
+    vectors_of_one_expert: f"{FILE}: base_model.model.model.layers.0.mlp.experts.hra_down_proj.hra_u must have shape "
+    "(experts, d, 4), got (16, 4): the configuration says r=4. The two files are from different adapters; save it "
+    "again.",
+    unknown_conversion: f"{BASE}: transformers makes model.layers.0.mlp.experts.down_proj from tensors such as "
+    "model.layers.0.mlp.experts.0.down_proj.weight by MergeModulelist, Transpose, and it is not known which of their "
+    f"dimensions are the inputs of the experts. {IN_MEMORY}",
+    no_config: f"{FILE}: the adapter changes model.layers.0.mlp.experts.down_proj, which is not in {BASE}. Similar "
+    f"names: {', '.join(f'model.layers.0.mlp.experts.{i}.down_proj.weight' for i in (3, 2, 1))}. Was it trained on "
+    f"another base model, or on one that transformers loads under other names? {IN_MEMORY}",
+}
+
+
+@pytest.mark.parametrize("spoil", REFUSED, ids=lambda spoil: spoil.__name__)
+def test_refused(spoil: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = built("qwen3_moe", torch.float32)
+    made.base_of(model, tmp_path / "base", torch.float32)
+    adapter_of(model, tmp_path / "adapter")
+    spoil(tmp_path, monkeypatch)
+    assert refused(tmp_path) == REFUSED[spoil]
