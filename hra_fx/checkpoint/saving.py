@@ -114,7 +114,8 @@ def save_pretrained(
         push_to_hub: must be False.
 
     Raises:
-        AdapterError: there is no such adapter, or one of the last two arguments has another value.
+        AdapterError: there is no such adapter, `state_dict` lacks its entries, or one of the last two arguments has
+            another value.
         CheckpointError: see `save_adapter`.
     """
     if not safe_serialization:
@@ -186,6 +187,11 @@ def _only_adapter(record: AdapterState) -> str:
 
 def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[str, Tensor]) -> _Contents:
     config, sites = record.configs[name], layers_with(root, record, name)
+    if missing := [entry for path in sites if (entry := vectors_entry(path, name)) not in state]:
+        raise AdapterError(
+            f"state_dict has no entry {missing[0]!r}. Pass the state of the whole model. With DeepSpeed's ZeRO-3 and "
+            "transformers' Trainer, set `stage3_gather_16bit_weights_on_model_save` to true in DeepSpeed's configuration."
+        )
     tensors: dict[str, Tensor] = {}
     resume = Resume(config, has_anchors=any(anchor_entry(path, name) in state for path in sites))
     for path in sites:
