@@ -53,7 +53,7 @@ demo-vision: $(VENV)/demo.stamp ## The same for a ResNet and handwritten digits.
 test: $(VENV)/test.stamp ## Run the tests and the doctests, without those marked slow (about 6 minutes on 2 cores).
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST_FLAGS)
 
-test-all: test ## Run all tests, the slow ones too.
+test-all: test $(VENV)/deepspeed.stamp ## Run all tests, the slow ones too.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(PYTEST_FLAGS)
 
 test-versions: test-lowest test-newest ## Run a part of the tests with the lowest and the newest supported releases.
@@ -159,6 +159,12 @@ $(PAGE_STAMP): $(PAGE_TOOLS)/package.json $(PAGE_TOOLS)/package-lock.json | $(VE
 $(VENV)/demo.stamp: pyproject.toml $(VENV)/data.stamp | $(BIN)/python
 	@echo "Installing the project and the demos' libraries into $(VENV) ..."
 	$(PIP) install --editable '.[demo]'
+	@touch $@
+
+# Beside the environment: transformers, accelerate and TRL import DeepSpeed wherever they find it.
+$(VENV)/deepspeed.stamp: pyproject.toml $(VENV)/test.stamp
+	@echo "Installing DeepSpeed into $(VENV)/deepspeed ..."
+	$(PIP) install --no-deps --upgrade --target $(VENV)/deepspeed deepspeed hjson py-cpuinfo msgpack einops ninja
 	@touch $@
 
 $(VENV)/data.stamp: pyproject.toml | $(BIN)/python

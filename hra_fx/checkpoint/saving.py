@@ -112,7 +112,7 @@ def save_pretrained(
         safe_serialization: must be True; pickle files are never written.
 
     Raises:
-        AdapterError: there is no such adapter, or `safe_serialization=False`.
+        AdapterError: there is no such adapter, `state_dict` lacks its entries, or `safe_serialization=False`.
         CheckpointError: see `save_adapter`.
     """
     if not safe_serialization:
@@ -188,6 +188,11 @@ def _only_adapter(record: AdapterState) -> str:
 
 def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[str, Tensor]) -> _Contents:
     config, sites = record.configs[name], layers_with(root, record, name)
+    if missing := [entry for path in sites if (entry := vectors_entry(path, name)) not in state]:
+        raise AdapterError(
+            f"state_dict has no entry {missing[0]!r}. Pass the state of the whole model. With DeepSpeed's ZeRO-3 and "
+            "transformers' Trainer, set `stage3_gather_16bit_weights_on_model_save` to true in DeepSpeed's configuration."
+        )
     tensors: dict[str, Tensor] = {}
     resume = Resume(config, has_anchors=any(anchor_entry(path, name) in state for path in sites))
     for path in sites:

@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 from torch import Tensor, nn
 
 from hra_fx.layers.experts_weight import ExpertsWeight, describe_experts
+from hra_fx.layers.sharding import full_shape
 
 LayerKind: TypeAlias = Literal["linear", "conv1d", "conv2d", "conv3d", "attention", "experts"]
 
@@ -139,7 +140,8 @@ def width_of(layer: nn.Module) -> int:
     weight: Tensor = layer._parameters[weight_name(kind_of(layer))]  # type: ignore[assignment]
     if isinstance(layer, nn.Linear) and not weight.is_floating_point():
         return layer.in_features  # the shape of a packed weight says nothing
-    return weight.shape[0] if has_columns(layer) else weight.shape[1:].numel()
+    shape = full_shape(weight)
+    return shape[0] if has_columns(layer) else shape[1:].numel()
 
 
 def describe(layer: nn.Module) -> str:
@@ -153,7 +155,7 @@ def describe(layer: nn.Module) -> str:
         return f"Linear {layer.in_features}->{layer.out_features}"
     if has_columns(layer):
         weight: Tensor = layer._parameters["weight"]  # type: ignore[assignment]
-        return f"Conv1D {weight.shape[0]}->{weight.shape[1]}"
+        return "Conv1D {}->{}".format(*full_shape(weight))
     if isinstance(layer, nn.MultiheadAttention):
         return f"Attention {layer.embed_dim}->3x{layer.embed_dim}"
     if isinstance(layer, ExpertsWeight):

@@ -33,6 +33,7 @@ from hra_fx.layers.experts_adapters import ExpertsAdapters
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.mixed import check_rows, mixed_batch_of
 from hra_fx.layers.quantized.detect import quant_scheme_of
+from hra_fx.layers.sharding import full_shape
 from hra_fx.layers.target import has_columns, kind_of, width_of
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -173,7 +174,7 @@ class ConvAdapters(HouseholderAdapters):
     def __init__(self, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
         """An empty container for a convolution; only the geometry is kept."""
         super().__init__(width_of(conv), kind_of(conv))
-        self.patch = tuple(conv.weight.shape[1:])
+        self.patch = tuple(full_shape(conv.weight)[1:])
         self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups
         self.padding_mode = conv.padding_mode
         self.padding = conv.padding

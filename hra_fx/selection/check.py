@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 
@@ -15,7 +16,7 @@ from hra_fx.errors import HRAWarning, UnsupportedLayerError
 from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.quantized.detect import quant_scheme_of
-from hra_fx.layers.sharding import sharded_by
+from hra_fx.layers.sharding import full_shape, sharded_by
 from hra_fx.layers.target import REFLECTION, weight_place, width_of
 from hra_fx.layers.trained_copies import get_copies
 from hra_fx.layers.variants import has_own_forward
@@ -131,10 +132,11 @@ def _weight_problem(layer: nn.Module) -> str | None:
     if type(weight.data) is not Tensor or weight.dtype not in _DTYPES:
         found = type(weight.data).__name__ if type(weight.data) is not Tensor else str(weight.dtype)
         return f"its weight must be a plain floating-point tensor, got {found}. {_EXCLUDE_IT}"
-    if not weight.numel():
-        return f"its weight is empty, got shape {tuple(weight.shape)}. {_EXCLUDE_IT}"
-    if (expected := _weight_shape(layer)) and tuple(weight.shape) != expected:
-        return f"its weight must have shape {expected}, got {tuple(weight.shape)} (packed?). {_EXCLUDE_IT}"
+    shape = tuple(full_shape(weight))
+    if not math.prod(shape):
+        return f"its weight is empty, got shape {shape}. {_EXCLUDE_IT}"
+    if (expected := _weight_shape(layer)) and shape != expected:
+        return f"its weight must have shape {expected}, got {shape} (packed?). {_EXCLUDE_IT}"
     return None
 
 

@@ -1,0 +1,58 @@
+"""Two processes under DeepSpeed's ZeRO-2 and ZeRO-3 train as one process does.
+
+DeepSpeed is on the path of the processes that are started here only: transformers, accelerate and TRL import it wherever
+they find it. `make test-all` installs it beside the environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+pytestmark = pytest.mark.slow
+
+HERE = Path(__file__).resolve().parent
+DEEPSPEED = Path(sys.prefix, "deepspeed")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, vocab_size=64, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def losses(base: Path, stage: int, steps: int, output: Path, *options: str) -> list[float]:
+    assert (DEEPSPEED / "deepspeed").is_dir(), "DeepSpeed is missing. Run `make test-all`, which installs it."
+    script = [str(HERE / "deepspeed_training.py"), str(base), str(stage), str(steps), str(output), *options]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if stage else []
+    path = os.pathsep.join([*([str(DEEPSPEED)] if stage else []), *sys.path])
+    done = subprocess.run(
+        [sys.executable, *launcher, *script],
+        **{"capture_output": True, "text": True, "timeout": 400},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.rpartition("losses: ")[2])
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_it_trains_saves_and_resumes_as_one_process_does(base: Path, tmp_path: Path, stage: int) -> None:
+    expected = losses(base, 0, 4, tmp_path / "one")
+    assert losses(base, stage, 2, tmp_path / "two") == pytest.approx(expected[:2], abs=1e-5)
+    resumed = losses(base, stage, 4, tmp_path / "two", "--resume")
+    assert resumed == pytest.approx(expected, abs=1e-5)
+    assert max(expected) - min(expected) > 1e-2  # other losses than these would not do
+    saved, wanted = (load_file(tmp_path / name / "final" / "adapter_model.safetensors") for name in ("two", "one"))
+    assert len(wanted) == 14
+    torch.testing.assert_close(saved, wanted, atol=1e-4, rtol=0)
