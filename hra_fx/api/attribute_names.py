@@ -6,6 +6,7 @@ from torch import nn
 
 from hra_fx.errors import AdapterError
 from hra_fx.layers.class_swap import SwapMixin, original_class, swapped_class
+from hra_fx.layers.peft_layers import refuse_peft_layers
 
 #: Packages whose classes have methods of these names, which those of `HRAModel` replace.
 _REPLACED = ("transformers.", "diffusers.", "huggingface_hub.", "hra_fx.")
@@ -16,7 +17,9 @@ def check_names(model: nn.Module, mixin: type[SwapMixin]) -> None:
 
     Raises:
         AdapterError: naming the class or the attribute.
+        UnsupportedLayerError: the model has adapters of PEFT, whose wrapper has attributes of these names.
     """
+    refuse_peft_layers(model)
     kind = original_class(model)
     try:
         swapped_class(mixin, kind)
