@@ -15,7 +15,7 @@ from torch import nn
 
 from hra_fx.atomic_write import atomic_write
 from hra_fx.checkpoint.base_model import base_model_name
-from hra_fx.config import HRAConfig
+from hra_fx.config import NOT_IN_PEFT, HRAConfig
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.class_swap import original_class
 from hra_fx.selection.suggestions import format_names
@@ -46,13 +46,7 @@ import hra_fx
 model = hra_fx.load_adapter(base, "{place}"{option})
 ```
 
-With PEFT, instead of the last line:
-
-```python
-import peft
-
-model = peft.PeftModel.from_pretrained(base, "{place}"{option})
-```
+{peft}
 
 ## How to deploy
 
@@ -73,6 +67,14 @@ model = hra_fx.fold(model)
 - hra_fx {version}
 - PyTorch {torch}
 """
+_WITH_PEFT = """With PEFT, instead of the last line:
+
+```python
+import peft
+
+model = peft.PeftModel.from_pretrained(base, "{place}"{option})
+```"""
+_WITHOUT_PEFT = "PEFT's HRA does not have {fields}. PEFT loads the LoRA that is made below."
 
 
 def write_card(directory: Path, root: nn.Module, configs: Mapping[str, HRAConfig]) -> None:
@@ -118,20 +120,33 @@ def _metadata(root: Any, configs: Mapping[str, HRAConfig], tags: list[str]) -> d
 def _text(root: nn.Module, configs: Mapping[str, HRAConfig]) -> str:
     base, first = _base(root, configs), next(iter(configs))
     rows = [
-        f"| {name} | {'.' if name == 'default' else name} | {config.r}{', Gram-Schmidt' * config.apply_GS} | "
-        f"`{format_names(config.target_modules) if config.target_modules else 'default of the model type'}` |"
+        f"| {name} | {'.' if name == 'default' else name} | {_rank(config)} | `{_targets(config)}` |"
         for name, config in configs.items()
     ]
+    option = "" if "default" in configs else f', subfolder="{first}"'
+    fields = [name for name in NOT_IN_PEFT if any(getattr(config, name) for config in configs.values())]
+    names = " and ".join(f"`{name}`" for name in fields)
     return _TEXT.format(
         title=f"HRA adapter of {base or original_class(root).__name__}",
         kind="An adapter" if len(configs) == 1 else "Adapters",
         rows="\n".join(rows),
         base=_loading(root, base),
         place=PLACE,
-        option="" if "default" in configs else f', subfolder="{first}"',
+        option=option,
+        peft=_WITHOUT_PEFT.format(fields=names) if fields else _WITH_PEFT.format(place=PLACE, option=option),
         version=VERSION,
         torch=torch.__version__,
     )
+
+
+def _rank(config: HRAConfig) -> str:
+    ranks = sorted({config.r, *config.rank_pattern.values()})
+    return (f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else str(config.r)) + ", Gram-Schmidt" * config.apply_GS
+
+
+def _targets(config: HRAConfig) -> str:
+    given = [format_names(names) for names in (config.target_modules, config.target_parameters) if names]
+    return ", ".join(given) or "default of the model type"
 
 
 def _loading(root: nn.Module, base: str | None) -> str:

@@ -59,6 +59,20 @@ def test_its_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert relative_error(logits(names["model"]), logits(model)) < 1e-5
 
 
+def test_what_peft_does_not_open(tmp_path: Path) -> None:
+    experts = nn.Module()
+    experts.is_transposed = False  # type: ignore[assignment]
+    experts.up = nn.Parameter(torch.ones(3, 4, 4))
+    base = nn.ModuleDict({"experts": experts, "gate": nn.Linear(4, 4), "out": nn.Linear(4, 4)})
+    fields = {"target_parameters": ["experts.up"], "rank_pattern": {"gate": 4}}
+    model = hra_fx.HRAModel(base, hra_fx.HRAConfig(r=2, target_modules=["gate", "out"], **fields))
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "| default | . | 2 to 4 | `['gate', 'out'], ['experts.up']` |" in text
+    assert "PEFT's HRA does not have `rank_pattern` and `target_parameters`. PEFT loads the LoRA that is made" in text
+    assert "import peft" not in text
+
+
 def test_its_metadata(tmp_path: Path) -> None:
     model = saved(tmp_path, task_type="CAUSAL_LM")
     data = ModelCard.load(tmp_path / "adapter" / "README.md").data.to_dict()
