@@ -40,8 +40,9 @@ def fold_checkpoint(
             diffusers pipeline, a mapping from subfolders of `base_dir` to adapters. No mapping is needed if the
             adapters are in subfolders with the names of the pipeline's parts.
         out_dir: the folder to be created, neither inside `base_dir` nor around it.
-        columns: layers that store their weight as `(in, out)`: ends of their paths, or of the names of parameters. `None`: the `Conv1D` layers of
-            transformers, according to `config.json`. It must not contradict `config.json`.
+        columns: layers that store their weight as `(in, out)`: ends of their paths, or of the names of
+            parameters. `None`: the `Conv1D` layers of transformers, according to `config.json`, which it must not
+            contradict.
         overwrite: replace `out_dir` if it exists, once everything is written.
         verify: read the result again: row norms must be preserved up to rounding, and everything else must be equal.
         progress: show a progress bar on a terminal.
