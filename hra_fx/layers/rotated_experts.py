@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hra_fx import compat
 from hra_fx.functional.rotate import rotate_weight
 from hra_fx.kernels.dispatch import is_plain, is_plain_eager, products_dtype
-from hra_fx.kernels.experts import reflect_each, reflect_groups
+from hra_fx.kernels.experts import GatheredProduct, reflect_each, reflect_groups
 from hra_fx.layers.rotated_weight import RotatedWeight
 
 _TRANSPOSING = (Tensor.transpose, torch.transpose, Tensor.mT.__get__)  # type: ignore[attr-defined]
@@ -142,11 +142,25 @@ def _matmul(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any
 def _bmm(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """`torch.bmm(x, weight)` or `torch.bmm(weight, x)`, for as many experts as there are matrices."""
     first, second = args
+    if kwargs:
+        return None
     if (factors := _factors(second, first, last=False)) is not None:
-        return func(reflect_each(first, factors), second.base(), **kwargs)
+        return _batched_product(reflect_each(first, factors), second, transposed=False)
     if (factors := _factors(first, second, last=True)) is not None:
-        return func(first.base(), reflect_each(second.mT, factors).mT, **kwargs)
+        return _batched_product(reflect_each(second.mT, factors), first, transposed=True).mT
     return None
+
+
+def _batched_product(x: Tensor, weight: RotatedExperts, *, transposed: bool) -> Tensor:
+    """`X_i W_i`, or `X_i W_i^T`, with the base weights."""
+    matrices = weight.base().mT if transposed else weight.base()
+    whole: Any = weight._layer.hra_base
+    is_gathered = isinstance(weight.index, Tensor) and not torch.is_autocast_enabled(x.device.type)
+    if not is_gathered or whole.requires_grad or x.dtype is not whole.dtype:
+        return torch.bmm(x, matrices)
+    swapped = transposed is not weight.flipped
+    product: Tensor = GatheredProduct.apply(x, matrices, whole, weight.index, swapped)  # type: ignore[no-untyped-call]
+    return product
 
 
 def _grouped_mm(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
