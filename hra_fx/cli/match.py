@@ -79,6 +79,12 @@ def match(
     regex: Annotated[
         str | None, typer.Option("--regex", metavar="REGEX", help="Layers whose full path matches.")
     ] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target-parameter", metavar="NAME", help="Experts in a 3-D parameter, by the end of its path. Repeatable."
+        ),
+    ] = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option("--exclude", "-x", metavar="NAME", help="A layer to exclude. Repeatable."),
@@ -111,6 +117,7 @@ def match(
     """
     fields: dict[str, Any] = {
         "target_modules": _targets(target, regex),
+        "target_parameters": parameter,
         "exclude_modules": exclude,
         "layers_to_transform": None if layers is None else _indices(layers),
         "layers_pattern": pattern,

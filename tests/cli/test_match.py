@@ -138,6 +138,9 @@ def test_experts_that_a_configuration_names(tmp_path: Path) -> None:
         (row.path, row.d, row.r) for row in report
     }
     assert found["trained"] == sum(row.parameters for row in report)
+    options = [word for name in names for word in ("--target-parameter", name)]
+    given = Answer("match", tmp_path, "-t", "q_proj", *options, "--json").json
+    assert [layer["path"] for layer in given["adapted"]] == [layer["path"] for layer in found["adapted"]]
     assert found["missed_parameters"] == json.loads(report.to_json())["skipped_parameters"] != []
     lines = [line.split() for line in answer(*words, columns=200).splitlines()]
     assert any(
