@@ -223,17 +223,14 @@ def _not_adapted(
     from hra_fx.reporting.skipped_layers import Selection, SkippedLayer
 
     selection = Selection(model, config)
-    others = [
-        (name, layer, kind)
-        for name, layer in model.named_modules()
-        if name and name not in chosen and (kind := find_kind(layer))
-    ]
+    others = {name: layer for name, layer in model.named_modules() if name and name not in chosen}
+    trained = [name for name, layer in others.items() if selection.trains_in_full(layer)]
     missed = [
         SkippedLayer(name, describe(layer), selection.reason(name, kind))
-        for name, layer, kind in others
-        if not selection.trains_in_full(layer)
+        for name, layer in others.items()
+        if (kind := find_kind(layer)) and name not in trained
     ]
-    return missed, [name for name, layer, _ in others if selection.trains_in_full(layer)]
+    return missed, trained
 
 
 def _show(found: Match) -> None:
