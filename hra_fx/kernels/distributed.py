@@ -62,7 +62,7 @@ def rotate_distributed(weight: Any, factors: Factors) -> Any:
 
 def _reflect_columns(x: Tensor, factors: Tensor, mesh: Any) -> Tensor:
     """Some columns of `x Q^T`, from those columns of `x`, and of `R` and `F`, stacked."""
-    rows, down = factors
+    rows, down = factors.unbind()
     projected: Tensor = _Sum.apply(x.to(rows.dtype) @ down.mT, mesh)  # type: ignore[no-untyped-call]
     return x + (projected @ rows).to(x.dtype)
 
