@@ -31,15 +31,14 @@ def reflect_distributed(x: Any, factors: Factors) -> Any:
     Returns:
         A `DTensor` `(..., d)` in the dtype of `x`, split as `x` is.
     """
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    from torch.distributed.tensor import Partial, Replicate, Shard
 
     mesh, last = x.device_mesh, x.dim() - 1
-    shared = DTensor.from_local(torch.stack(factors), mesh, [Replicate()] * mesh.ndim, run_check=False)
     if any(placement.is_shard(last) for placement in x.placements):
-        own = shared.redistribute(placements=[Shard(2)]).to_local()
+        own = _replicated(torch.stack(factors), mesh).redistribute(placements=[Shard(2)]).to_local()
         reflected = _reflect_columns(x.to_local(), own, mesh)
     elif any(placement.is_shard() for placement in x.placements):
-        own = shared.to_local(grad_placements=[Partial()])
+        own = _replicated(torch.stack(factors), mesh).to_local(grad_placements=[Partial()])
         reflected = reflect_rows(x.to_local(), Factors(*own))
     else:
         x = x.redistribute(placements=[Replicate()] * mesh.ndim)
@@ -62,27 +61,18 @@ def rotate_distributed(weight: Any, factors: Factors) -> Any:
 
 def _reflect_columns(x: Tensor, factors: Tensor, mesh: Any) -> Tensor:
     """Some columns of `x Q^T`, from those columns of `x`, and of `R` and `F`, stacked."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
     rows, down = factors.unbind()
-    projected: Tensor = _Sum.apply(x.to(rows.dtype) @ down.mT, mesh)  # type: ignore[no-untyped-call]
+    partial: Any = DTensor.from_local(x.to(rows.dtype) @ down.mT, mesh, [Partial()], run_check=False)
+    summed = partial.redistribute(placements=[Replicate()]).to_local()
+    # Each process uses the sum for its own columns, and has a part of its gradient.
+    projected: Tensor = _replicated(summed, mesh).to_local(grad_placements=[Partial()])
     return x + (projected @ rows).to(x.dtype)
 
 
-class _Sum(torch.autograd.Function):
-    """The sum over the processes of a mesh; each uses it, so that its gradient is a sum too."""
+def _replicated(tensor: Tensor, mesh: Any) -> Any:
+    """A tensor that is the same in every process, as a `DTensor`. It gets the sum of the gradients of all."""
+    from torch.distributed.tensor import DTensor, Replicate
 
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, mesh: Any) -> Tensor:
-        ctx.mesh = mesh
-        return _summed(values, mesh)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _summed(grad, ctx.mesh), None
-
-
-def _summed(values: Tensor, mesh: Any) -> Tensor:
-    from torch.distributed.tensor import DTensor, Partial
-
-    partial: Any = DTensor.from_local(values.contiguous(), mesh, [Partial()], run_check=False)
-    summed: Tensor = partial.full_tensor()
-    return summed
+    return DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)

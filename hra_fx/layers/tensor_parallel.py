@@ -14,8 +14,7 @@ from hra_fx.errors import UnsupportedLayerError
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.sharding import distribute_like
 from hra_fx.layers.target import REFLECTION, SAVED, describe
-from hra_fx.layers.trained_copies import Copies
-from hra_fx.layers.transformers_parallel import is_adaptable, parallel_forward
+from hra_fx.layers.transformers_parallel import parallel_forward
 from hra_fx.layers.variants import has_own_forward
 
 #: Where a layer keeps its adapters and copies while `distribute_module` splits its own parameters.
@@ -45,12 +44,10 @@ def put_back(layer: nn.Module) -> None:
     layer._modules.update(held)
     if REFLECTION in held:
         replicate(held[REFLECTION], layer._parameters["weight"])
-    copies = held.get(SAVED)
-    for holder in copies._modules.values() if isinstance(copies, Copies) else ():
-        for name, own in [] if holder is None else list(holder._parameters.items()):
-            if own is not None:
-                split = distribute_like(own.detach(), layer._parameters[name])  # type: ignore[arg-type]
-                holder._parameters[name] = nn.Parameter(split, requires_grad=own.requires_grad)  # type: ignore[union-attr]
+    for holder in held[SAVED].children() if SAVED in held else ():
+        for name, own in list(holder.named_parameters()):
+            in_place: Any = layer._parameters[name]
+            holder.register_parameter(name, nn.Parameter(distribute_like(own.detach(), in_place), own.requires_grad))
 
 
 def is_tensor_parallel(layer: nn.Module, weight: Any) -> bool:
@@ -84,11 +81,8 @@ def why_not_adapted(layer: nn.Module, weight: Any) -> str | None:
     """Why a layer whose weight is a `DTensor` cannot be adapted; without the full stop."""
     if reason := why_not_distributed(layer):
         return reason
-    if weight.device_mesh.ndim != 1:
-        return f"its weight is distributed over a mesh of {weight.device_mesh.ndim} dimensions; adapt the model first"
-    cells = parallel_forward(layer)
-    if cells is not None and not is_adaptable(cells):
-        return f"transformers' {type(cells['self'].cell_contents).__name__} splits it, not a column- or row-wise style"
+    if not is_tensor_parallel(layer, weight):
+        return "its weight is a DTensor that neither parallelize_module nor tp_plan of transformers has split"
     return None
 
 

@@ -20,17 +20,16 @@ _STYLES = ("ColwiseParallel", "RowwiseParallel")
 
 
 def parallel_forward(layer: nn.Module) -> dict[str, CellType] | None:
-    """The variables of the `forward` that transformers set on a layer, by name; `None` if it did not."""
-    forward = vars(layer).get("forward")
+    """The variables of the `forward` that transformers set on a layer, by name.
+
+    `None` if there is no such forward, or its style is neither column- nor row-wise.
+    """
+    forward: Any = vars(layer).get("forward")
     if getattr(forward, "__module__", None) != _MODULE or not getattr(forward, "__closure__", None):
         return None
-    cells = dict(zip(forward.__code__.co_freevars, forward.__closure__, strict=True))  # type: ignore[union-attr]
-    return cells if {"original_forward", "mesh", "self"} <= cells.keys() else None
-
-
-def is_adaptable(cells: dict[str, CellType]) -> bool:
-    """Whether a layer has one of the styles that pass a split or a replicated input to its class."""
-    return type(cells["self"].cell_contents).__name__ in _STYLES
+    cells = dict(zip(forward.__code__.co_freevars, forward.__closure__, strict=True))
+    known = {"original_forward", "mesh", "self"} <= cells.keys()
+    return cells if known and type(cells["self"].cell_contents).__name__ in _STYLES else None
 
 
 def call_adapted_class(layer: nn.Module) -> None:

@@ -75,13 +75,13 @@ class Split:
         whole = init_device_mesh("cpu", (2,)) if mesh is None else mesh
         return parallelize_module(model, whole, {path: style() for path, style in self.plan.items()})
 
-    def after(self) -> nn.Module:
+    def after(self, mesh: DeviceMesh | None = None) -> nn.Module:
         """Adapted, then split."""
-        return self.apply(self.case.model())
+        return self.apply(self.case.model(), mesh)
 
-    def before(self) -> nn.Module:
+    def before(self, mesh: DeviceMesh | None = None) -> nn.Module:
         """Split, then adapted."""
-        base = dataclasses.replace(self.case, make=lambda: self.apply(self.case.make().to(torch.float64)))
+        base = dataclasses.replace(self.case, make=lambda: self.apply(self.case.make().to(torch.float64), mesh))
         return base.model()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,22 @@ from integrations.distributed.adapter_checks import close, turned_away
 from integrations.distributed.spawned import Check
 from integrations.distributed.split import SPLITS, Split
 from integrations.distributed.trained import Case, loss_of, output, same, train, trained
+from layers.quantized.bases import adapted
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, distribute_module
+from torch.distributed.tensor import DTensor, Replicate, distribute_module, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.utils import clip_grad_norm_
+from transformers import LlamaForCausalLM
+from transformers.distributed import DistributedConfig
 
 import hra_fx
 from hra_fx.errors import AdapterError, FoldError, UnsupportedLayerError
 
-MLP, GS = SPLITS["mlp"], SPLITS["Gram-Schmidt"]
+MLP, LLAMA = SPLITS["mlp"], SPLITS["llama"]
 ORDERS = (Split.after, Split.before)
 #: Biases that are split already cannot be copied.
 COPIES = ("biases", "copies")
@@ -59,19 +63,19 @@ def collectives(rank: int, folder: Path) -> None:
         (ColwiseParallel, d, [], [tokens * d], [], []),
         (RowwiseParallel, d // 2, [tokens * out], [], [tokens * k], [tokens * k, 2 * k * d // 2]),
     ):
-        for adapted in (False, True):
+        for has_adapter in (False, True):
             torch.manual_seed(0)
             model = nn.Sequential(nn.Linear(d, out, bias=False).double())
-            if adapted:
+            if has_adapter:
                 hra_fx.transform(model, hra_fx.HRAConfig(r=k, init_weights=False, target_modules=["0"]))
             parallelize_module(model, init_device_mesh("cpu", (2,)), {"0": style()})
             x = torch.randn(tokens, width, dtype=torch.float64, requires_grad=True)
             with Sent() as sent:
                 y = model(x)
-            assert sorted(sent.numbers) == sorted(own_forward + (forward if adapted else []))
+            assert sorted(sent.numbers) == sorted(own_forward + (forward if has_adapter else []))
             with Sent() as sent:
                 y.sum().backward()
-            assert sorted(sent.numbers) == sorted(own_backward + (backward if adapted else []))
+            assert sorted(sent.numbers) == sorted(own_backward + (backward if has_adapter else []))
 
 
 class Sent(CommDebugMode):
@@ -284,6 +288,15 @@ def refused_layers(rank: int, folder: Path) -> None:
     with pytest.raises(UnsupportedLayerError, match=r"^0 \(OwnForward\): tensor parallelism .* Exclude the layer"):
         hra_fx.transform(split, config)
     assert not hasattr(split[0], "hra_u")
+    packed = adapted("ao int8")
+    names = [name for name, _ in packed.named_parameters()]
+    with pytest.raises(UnsupportedLayerError, match=r"^Linear 64->.*: its weight is quantized .* Leave it out"):
+        parallelize_module(packed, mesh, {"0": ColwiseParallel()})
+    assert [name for name, _ in packed.named_parameters()] == names
+    by_hand = nn.Sequential(nn.Linear(8, 4, bias=False))
+    by_hand[0].weight = nn.Parameter(distribute_tensor(by_hand[0].weight.detach(), mesh, [Replicate()]))
+    with pytest.raises(UnsupportedLayerError, match=r"^0 \(Linear\): its weight is a DTensor that neither"):
+        hra_fx.transform(by_hand, config)
     with pytest.raises(UnsupportedLayerError, match=r"^0 \(Linear\): its bias is a DTensor, which cannot be copied"):
         SPLITS["biases"].before()
 
@@ -299,7 +312,9 @@ def interrupted(rank: int, folder: Path) -> None:
 
     with pytest.raises(ValueError, match="out of memory"):
         distribute_module(model[0], init_device_mesh("cpu", (2,)), fail)
-    with pytest.raises(UnsupportedLayerError, match=r"^Linear 8->16: parallelize_module failed.* Build the model again"):
+    with pytest.raises(
+        UnsupportedLayerError, match=r"^Linear 8->16: parallelize_module failed.* Build the model again"
+    ):
         model(MLP.case.data()[0])
 
 
@@ -311,6 +326,55 @@ def compiled(rank: int, folder: Path) -> None:
         assert train(torch.compile(model, backend="aot_eager"), MLP.case) == pytest.approx(losses, abs=1e-12)
 
 
+def loaded(folder: Path, rank: int, plan: str | dict[str, str] = "auto") -> Any:
+    """A Llama that transformers splits while it loads it."""
+    if rank == 0:
+        LLAMA.case.base().save_pretrained(folder / "base")  # type: ignore[operator]
+    torch.distributed.barrier()
+    config = DistributedConfig(tp_size=2, tp_plan=plan)
+    return LlamaForCausalLM.from_pretrained(folder / "base", distributed_config=config, dtype=torch.float64)
+
+
+def transformers_plan(rank: int, folder: Path) -> None:
+    """`tp_plan`: with gradients transformers passes DTensors to a layer, without gradients local tensors."""
+    case, alone = LLAMA.case, LLAMA.case.model()
+    x, _ = case.data()
+    wanted, losses = output(alone, case), train(alone, case)
+    tokens = alone.generate(x, max_new_tokens=5, do_sample=False)  # type: ignore[operator]
+    plan = {
+        "model.layers.*.mlp.down_proj": "rowwise_split_input",
+        "model.layers.*.mlp.up_proj": "colwise_gather_output",
+    }
+    for given in ("auto", {**plan, "model.layers.*.mlp.gate_proj": "colwise_gather_output"}):
+        model = dataclasses.replace(case, make=functools.partial(loaded, folder, rank, given)).model()
+        assert isinstance(model.get_submodule("model.layers.0.mlp.down_proj").hra_base, DTensor)
+        assert close(model, case, wanted)
+        with hra_fx.disable_adapters(model):
+            assert close(model, case, output(case.base(), case))
+        assert train(model, case) == pytest.approx(losses, abs=1e-12)
+        same(trained(alone), trained(model), within=1e-12)
+        assert torch.equal(model.generate(x, max_new_tokens=5, do_sample=False), tokens)  # type: ignore[operator]
+        hra_fx.save_adapter(model, folder / "adapter")
+        torch.distributed.barrier()
+        assert close(hra_fx.load_adapter(case.base(), folder / "adapter"), case, output(alone, case))
+        again = hra_fx.load_adapter(loaded(folder, rank, given), folder / "adapter")
+        assert close(again, case, output(alone, case))
+        hra_fx.delete_adapter(model, "default")
+        assert close(model, case, output(case.base(), case))
+
+
+def transformers_refused(rank: int, folder: Path) -> None:
+    """Styles that split in another way; the model is as it was."""
+    model = loaded(folder, rank, {"model.layers.*.mlp.up_proj": "packed_colwise"})
+    before = model.model.layers[0].mlp.up_proj.forward
+    with pytest.raises(
+        UnsupportedLayerError, match=r"^model\.layers\.0\.mlp\.up_proj \(Linear\): its `forward` is set"
+    ):
+        hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    assert model.model.layers[0].mlp.up_proj.forward is before
+    assert not any(".hra_u" in name for name, _ in model.named_modules())
+
+
 CHECKS: dict[str, Check] = {
     **{f"losses and gradients: {name}": functools.partial(losses_and_gradients, name) for name in SPLITS},
     **{"collectives": collectives, "save and load": save_and_load, "checkpoints": checkpoints},
@@ -318,4 +382,5 @@ CHECKS: dict[str, Check] = {
     **{"vectors of the first": vectors_of_the_first, "merged, then split": merged_then_split},
     **{"other readers": other_readers, "refused": refused, "refused layers": refused_layers},
     **{"interrupted": interrupted, "compiled": compiled},
+    **{"transformers' plan": transformers_plan, "transformers, refused": transformers_refused},
 }
