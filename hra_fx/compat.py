@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import itertools
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, TypeVar
@@ -141,6 +142,15 @@ def conv_border(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
     else:
         sides = [(int(size), int(size)) for size in conv.padding]
     return [size for before_and_after in reversed(sides) for size in before_and_after]
+
+
+def is_called_by_distribute_module() -> bool:
+    """Whether `torch.distributed.tensor.distribute_module` runs the caller of the function that calls this.
+
+    It reads and writes `_distribute_module_applied` of a module. A reader other than it must change nothing.
+    """
+    distribute: Any = getattr(sys.modules.get("torch.distributed.tensor"), "distribute_module", None)
+    return distribute is not None and sys._getframe(2).f_code is distribute.__code__
 
 
 def is_compiled_module(module: nn.Module) -> bool:

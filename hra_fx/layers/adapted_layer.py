@@ -24,6 +24,7 @@ from hra_fx.layers.quantized.straight_through import call_quantized
 from hra_fx.layers.rotated_weight import InferenceRotatedWeight, RotatedWeight, link
 from hra_fx.layers.sharding import is_dtensor
 from hra_fx.layers.target import BASE_WEIGHT, REFLECTION, weight_place
+from hra_fx.layers.tensor_parallel import check_not_aside, is_tensor_parallel, put_back, set_aside
 from hra_fx.layers.variants import ConvAdapters, LinearAdapters, QuantizedAdapters
 
 
@@ -42,6 +43,19 @@ class AdaptedLayer(SwapMixin):
             return self.hra_u.weight_of(self)
         owner, name = weight_place(self)
         return owner._parameters[name]  # type: ignore[return-value]
+
+    @property
+    def _distribute_module_applied(self) -> bool:
+        """torch's mark of a module that `distribute_module` has split; it asks for it first, and sets it last."""
+        applied: bool = vars(self).get("_distribute_module_applied", False)
+        if not applied and compat.is_called_by_distribute_module():
+            set_aside(self)
+        return applied
+
+    @_distribute_module_applied.setter
+    def _distribute_module_applied(self, applied: bool) -> None:
+        vars(self)["_distribute_module_applied"] = applied
+        put_back(self)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Replace a parameter, the base weight as `hra_base`; `nn.Module` calls this for an attribute that is set.
@@ -123,9 +137,14 @@ def read_weight(
     base, adapters = layer.hra_base, layer.hra_u
     if torch.compiler.is_compiling() or compat.is_fx_tracing():  # a tracer needs the operations themselves
         return adapters(weight=base)
-    # Parameters in shards are only read by the tool that shards them; while a module runs, they are whole.
-    if not adapters.acts or is_dtensor(base):
+    if not adapters.acts:
         return base
+    if is_dtensor(base):
+        # FSDP reads what it has sharded; while a module runs, its parameters are whole, or as tensor parallelism has
+        # split them. DTensors know no other subclass: torch functions have to compute W Q first.
+        if not is_tensor_parallel(layer, base):
+            return base
+        return link(layer, RotatedWeight) if torch.is_grad_enabled() else RotatedWeight(layer)
     if not is_plain_eager():
         return RotatedWeight(layer)
     return link(layer, kind) if torch.is_grad_enabled() else without_gradient(layer)
@@ -147,6 +166,7 @@ class AdaptedLinear(AdaptedLayer):
         def forward(self: AdaptedLinear, input: Tensor, reflected: Tensor | None = None) -> Any:
             box: Any = self._modules.get(REFLECTION)
             if box is None:  # a new object of this class
+                check_not_aside(self)
                 return base.forward(self, input)
             weight = box.weight_of(self)
             if reflected is None:

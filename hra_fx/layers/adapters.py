@@ -85,8 +85,10 @@ class HouseholderAdapters(nn.ParameterDict):
             x: the input of the layer.
             weight: the base weight.
         """
-        if weight is None:
-            return self.reflect(x)
+        return self.reflect(x) if weight is None else self.rotate(weight)
+
+    def rotate(self, weight: Tensor) -> Tensor:
+        """`W Q`, for the weight `W` of the layer."""
         vectors = self.vectors_for(weight)
         return weight if vectors is None else rotated_weight(weight, vectors, self.columns)
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hra_fx.layers.target import REFLECTION, SAVED
+
 
 def sharded_by(module: nn.Module) -> str | None:
     """The tool that shards the parameters of a module, or `None`.
@@ -42,7 +44,17 @@ def first_sharded(model: nn.Module) -> tuple[str, str] | None:
     return next(found, None)
 
 
-def is_dtensor(tensor: Tensor) -> bool:
+def first_split(model: nn.Module) -> tuple[str, str] | None:
+    """As `first_sharded`, or path of the first module with adapters or copies that tensor parallelism splits."""
+    found = (
+        (path or "the model", "tensor parallelism")
+        for path, module in model.named_modules()
+        if {REFLECTION, SAVED} & module._modules.keys() and any(map(is_dtensor, module._parameters.values()))
+    )
+    return first_sharded(model) or next(found, None)
+
+
+def is_dtensor(tensor: Tensor | None) -> bool:
     """Whether a tensor is a `DTensor`, of which this process may hold a part only.
 
     Example:
@@ -100,15 +112,16 @@ def on_first_rank(tensors: Iterable[Tensor], act: Callable[[], None]) -> None:
     if not meshes:
         act()
         return
+    mesh = max(meshes, key=lambda mesh: mesh.ndim)  # FSDP2 over tensor parallelism has tensors on a part of it too
     from torch import distributed
 
     outcome: list[Exception | None] = [None]
-    if not any(meshes[0].get_coordinate()):
+    if not any(mesh.get_coordinate()):
         try:
             act()
         except Exception as error:
             outcome[0] = error
-    for group in meshes[0].get_all_groups():  # one for each dimension: first down the first column, then along all rows
+    for group in mesh.get_all_groups():  # one for each dimension: first down the first column, then along all rows
         distributed.broadcast_object_list(outcome, distributed.get_global_rank(group, 0), group)
     if outcome[0] is not None:
         raise outcome[0]

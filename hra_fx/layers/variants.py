@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from hra_fx.compat import conv_border, has_hooks
+from hra_fx.errors import AdapterError
 from hra_fx.functional import householder
 from hra_fx.kernels.conv import (
     MIN_PATCHES_PER_VECTOR,
@@ -23,6 +24,7 @@ from hra_fx.kernels.conv import (
     up_projection,
 )
 from hra_fx.kernels.dispatch import is_compiling, is_plain, is_plain_eager, products_dtype
+from hra_fx.kernels.distributed import reflect_distributed, rotate_distributed
 from hra_fx.kernels.factors import Factors
 from hra_fx.kernels.linear import linear, reflect_rows
 from hra_fx.kernels.mixed import RowFactors, pick, reflect_mixed
@@ -33,7 +35,7 @@ from hra_fx.layers.experts_adapters import ExpertsAdapters
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.mixed import check_rows, mixed_batch_of
 from hra_fx.layers.quantized.detect import quant_scheme_of
-from hra_fx.layers.sharding import full_shape
+from hra_fx.layers.sharding import full_shape, is_dtensor
 from hra_fx.layers.target import has_columns, kind_of, width_of
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -130,6 +132,9 @@ class LinearAdapters(HouseholderAdapters):
 
     def reflect(self, x: Tensor) -> Tensor:
         """`x: (..., d)` to `(..., d)`, the same dtype."""
+        if is_dtensor(x):
+            distributed = self._distributed_factors(x)
+            return x if distributed is None else reflect_distributed(x, distributed)
         if _uses_factors(self, x):
             factors = factors_of(self, products_dtype(x.device, x.dtype))
             if isinstance(factors, RowFactors):
@@ -138,6 +143,20 @@ class LinearAdapters(HouseholderAdapters):
             return x if factors is None else reflect_rows(x, factors)
         vectors = self.vectors_for(x)
         return x if vectors is None else reflected_rows(x, vectors)
+
+    def rotate(self, weight: Tensor) -> Tensor:
+        """As `HouseholderAdapters.rotate`; the weight may be a `DTensor`."""
+        if not is_dtensor(weight):
+            return super().rotate(weight)
+        factors = self._distributed_factors(weight)
+        return weight if factors is None else rotate_distributed(weight, factors)
+
+    def _distributed_factors(self, tensor: Tensor) -> Factors | None:
+        """The factors for a product with a `DTensor`."""
+        factors = factors_of(self, products_dtype(tensor.device, tensor.dtype))
+        if isinstance(factors, RowFactors):
+            raise AdapterError(f"hra_u of width {self.width}: a mixed batch cannot have inputs that are DTensors.")
+        return factors
 
     def through(self, x: Tensor, weight: Tensor, layer: nn.Linear) -> Tensor | None:
         """The output of the layer over reflected rows, `(..., out)`; `None` if the container must be called.

@@ -13,7 +13,7 @@ from hra_fx.checkpoint.saving import layers_with
 from hra_fx.compat import non_persistent_buffers
 from hra_fx.errors import AdapterError
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.sharding import first_sharded
+from hra_fx.layers.sharding import first_split
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import all_copies
 from hra_fx.lora.adapter import LoraAdapter
@@ -68,7 +68,7 @@ def lora_adapter(
 def _checked_layers(root: nn.Module, record: AdapterState, names: tuple[str, ...]) -> dict[str, AdaptedLayer]:
     """The layers with one of the adapters, by path, all of which LoRA can express."""
     require_materialized(root)
-    if sharded := first_sharded(root):
+    if sharded := first_split(root):
         raise AdapterError(
             f"{sharded[0]}: {sharded[1]} shards its parameters, so no process holds a whole weight. Save the adapter "
             "(hra_fx.save_adapter, in every process) and convert the files (hra-fx convert --to lora)."

@@ -16,7 +16,10 @@ from hra_fx.layers.adapted_layer import layer_class_for
 from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
 from hra_fx.layers.class_swap import swap, unswap
 from hra_fx.layers.experts_weight import ExpertsWeight
+from hra_fx.layers.sharding import is_dtensor
 from hra_fx.layers.target import REFLECTION
+from hra_fx.layers.tensor_parallel import replicate
+from hra_fx.layers.transformers_parallel import call_adapted_class
 from hra_fx.layers.variants import adapters_for
 from hra_fx.model.graph_module import rewrite
 from hra_fx.model.state import adapted_layers, check_no_foreign_class
@@ -74,6 +77,8 @@ def inject_adapter(model: nn.Module, name: str, config: HRAConfig, fill: Fill, u
         reflection: Any = layer._modules[REFLECTION]
         undo.callback(reflection.remove, name)
         fill(path, layer, reflection)
+        if is_dtensor(reflection.weight_of(layer)):
+            replicate(reflection, reflection.weight_of(layer))
     if new and isinstance(model, fx.GraphModule):
         rewrite(model, undo)
     return layers
@@ -108,6 +113,7 @@ def _attach(path: str, layer: nn.Module, undo: ExitStack) -> None:
     try:
         swap(layer, carrier)
         undo.callback(unswap, layer, carrier)
+        call_adapted_class(layer)
         if isinstance(layer, ExpertsWeight):
             attach(layer)
             undo.callback(detach, layer)

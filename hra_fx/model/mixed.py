@@ -12,7 +12,7 @@ from torch import fx, nn
 from hra_fx.errors import AdapterError
 from hra_fx.layers.batching import batch_of_rows
 from hra_fx.layers.mixed import BASE_ROW, CURRENT, MixedBatch
-from hra_fx.layers.sharding import first_sharded
+from hra_fx.layers.sharding import first_split
 from hra_fx.layers.trained_copies import BASE, all_copies
 from hra_fx.model.state import AdapterState, adapted_layers, get_state, names_in, root_of
 
@@ -107,7 +107,7 @@ def _check_model(root: nn.Module, state: AdapterState) -> None:
         )
     if state.merged:
         raise AdapterError(f"adapters {list(state.merged)} are merged into the weights. Call unmerge_adapter first.")
-    if sharded := first_sharded(root):
+    if sharded := first_split(root):
         raise AdapterError(f"{sharded[0]}: {sharded[1]} has sharded its parameters; a mixed batch needs whole ones.")
 
 

@@ -17,7 +17,7 @@ from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.class_swap import is_swapped
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.quantized.scheme import QuantScheme
-from hra_fx.layers.sharding import first_sharded
+from hra_fx.layers.sharding import first_split
 from hra_fx.layers.target import weight_entry, weight_place
 from hra_fx.model.offload import offload_reason
 from hra_fx.model.tied import tied_to
@@ -133,7 +133,7 @@ def check_classes(model: nn.Module, sites: Mapping[str, AdaptedLayer]) -> None:
     """
     if reason := offload_reason(model):
         raise FoldError(reason)
-    if sharded := first_sharded(model):
+    if sharded := first_split(model):
         raise FoldError(
             f"{sharded[0]}: {sharded[1]} shards its parameters, so no process holds a whole weight. Save the adapter "
             "(hra_fx.save_adapter, in every process) and fold it into an unsharded model or into the checkpoint "

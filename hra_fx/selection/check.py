@@ -16,9 +16,11 @@ from hra_fx.errors import HRAWarning, UnsupportedLayerError
 from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.quantized.detect import quant_scheme_of
-from hra_fx.layers.sharding import full_shape, sharded_by
+from hra_fx.layers.sharding import full_shape, is_dtensor, sharded_by
 from hra_fx.layers.target import REFLECTION, weight_place, width_of
+from hra_fx.layers.tensor_parallel import why_not_adapted
 from hra_fx.layers.trained_copies import get_copies
+from hra_fx.layers.transformers_parallel import parallel_forward
 from hra_fx.layers.variants import has_own_forward
 from hra_fx.patterns import matches_rank
 
@@ -100,7 +102,7 @@ def _state_problem(layer: nn.Module) -> str | None:
         return "another adapter trains it in full (`modules_to_save`). Fold or delete that adapter first"
     if get_adapters(layer) is not None:
         return None  # It was checked when it got its first adapter.
-    if "forward" in vars(layer) and not has_class_forward(layer):
+    if "forward" in vars(layer) and not has_class_forward(layer) and parallel_forward(layer) is None:
         return f"its `forward` is set on the instance, which would bypass the adapter. Delete it, or {_EXCLUDE}"
     if hasattr(layer, REFLECTION):
         return f"it already has an attribute `{REFLECTION}`. Rename the attribute, or {_EXCLUDE}"
@@ -129,6 +131,9 @@ def _weight_problem(layer: nn.Module) -> str | None:
         return "its weight is on the meta device and has no data. Load the weights first"
     if packing := quant_scheme_of(layer):
         return packing.why_not_adapted(layer) or _quantized_problem(layer, packing.words(layer))
+    if is_dtensor(weight) and weight.dtype in _DTYPES:
+        reason = why_not_adapted(layer, weight)
+        return reason and f"{reason}. {_EXCLUDE_IT}"
     if type(weight.data) is not Tensor or weight.dtype not in _DTYPES:
         found = type(weight.data).__name__ if type(weight.data) is not Tensor else str(weight.dtype)
         return f"its weight must be a plain floating-point tensor, got {found}. {_EXCLUDE_IT}"

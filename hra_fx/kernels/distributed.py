@@ -1,0 +1,78 @@
+r"""Reflected rows of a `DTensor`, for a Linear whose weight is split over the processes of a mesh.
+
+Only the reflection is computed here, on local tensors. The product with the weight, and its collectives, are those of
+the layer without adapters. The vectors are plain tensors, the same in every process, and so are their gradients. With
+`Z = x F^T` and `h = x + Z R`:
+
+- Column-wise, `x` is replicated, and so is `h`. The gradient of `h` is summed over the processes,
+  in place of that of `x`.
+- Row-wise, each process has some columns of `x`, `R` and `F`. `Z`, `k` numbers per token, is summed over the processes,
+  and its gradient too; the gradients of the columns of `R` and `F` are gathered.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hra_fx.kernels.factors import Factors
+from hra_fx.kernels.linear import reflect_rows
+
+
+def reflect_distributed(x: Any, factors: Factors) -> Any:
+    """Apply a chain to the rows of a `DTensor`: `x Q^T`.
+
+    Args:
+        x: a `DTensor` `(..., d)` on a mesh of one dimension: replicated, or split on its last or another dimension.
+        factors: `R` and `F: (k, d)`, plain tensors that are the same in every process.
+
+    Returns:
+        A `DTensor` `(..., d)` in the dtype of `x`, split as `x` is.
+    """
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    mesh, last = x.device_mesh, x.dim() - 1
+    if any(placement.is_shard(last) for placement in x.placements):
+        own = _replicated(torch.stack(factors), mesh).redistribute(placements=[Shard(2)]).to_local()
+        reflected = _reflect_columns(x.to_local(), own, mesh)
+    elif any(placement.is_shard() for placement in x.placements):
+        own = _replicated(torch.stack(factors), mesh).to_local(grad_placements=[Partial()])
+        reflected = reflect_rows(x.to_local(), Factors(*own))
+    else:
+        x = x.redistribute(placements=[Replicate()] * mesh.ndim)
+        reflected = reflect_rows(x.to_local(), factors)
+    return as_dtensor(reflected, mesh, x.placements, x.shape)
+
+
+def as_dtensor(local: Tensor, mesh: Any, placements: Any, shape: Any) -> Any:
+    """The contiguous `DTensor` of this shape of which each process has a part, also if they differ in size."""
+    from torch.distributed.tensor import DTensor
+
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def rotate_distributed(weight: Any, factors: Factors) -> Any:
+    """The rotated weight `W Q` of a `DTensor` `(out, d)`, split as it is: `Q^T` applied to its rows, transposed."""
+    return reflect_distributed(weight, Factors(rows=factors.down, down=factors.rows))
+
+
+def _reflect_columns(x: Tensor, factors: Tensor, mesh: Any) -> Tensor:
+    """Some columns of `x Q^T`, from those columns of `x`, and of `R` and `F`, stacked."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    rows, down = factors.unbind()
+    partial: Any = DTensor.from_local(x.to(rows.dtype) @ down.mT, mesh, [Partial()], run_check=False)
+    summed = partial.redistribute(placements=[Replicate()]).to_local()
+    # Each process uses the sum for its own columns, and has a part of its gradient.
+    projected: Tensor = _replicated(summed, mesh).to_local(grad_placements=[Partial()])
+    return x + (projected @ rows).to(x.dtype)
+
+
+def _replicated(tensor: Tensor, mesh: Any) -> Any:
+    """A tensor that is the same in every process, as a `DTensor`. It gets the sum of the gradients of all."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)

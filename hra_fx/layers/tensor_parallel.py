@@ -1,0 +1,96 @@
+"""Adapted Linear layers under tensor parallelism (`parallelize_module`), which splits their weights over processes.
+
+Vectors stay plain parameters, which are the same in every process (`hra_fx.kernels.distributed`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hra_fx.errors import UnsupportedLayerError
+from hra_fx.layers.quantized.detect import quant_scheme_of
+from hra_fx.layers.sharding import distribute_like
+from hra_fx.layers.target import REFLECTION, SAVED, describe
+from hra_fx.layers.transformers_parallel import parallel_forward
+from hra_fx.layers.variants import has_own_forward
+
+#: Where a layer keeps its adapters and copies while `distribute_module` splits its own parameters.
+_ASIDE = "_hra_aside"
+
+
+def set_aside(layer: nn.Module) -> None:
+    """Take adapters and copies out of a layer, so that `distribute_module` finds a plain one, until `put_back`.
+
+    The styles of torch split each parameter of a Linear and of its children, and cannot register one of a child.
+
+    Raises:
+        UnsupportedLayerError: its adapters need the whole weight. The layer is unchanged.
+    """
+    if reason := why_not_distributed(layer):
+        raise UnsupportedLayerError(f"{describe(layer)}: {reason}. Leave it out of the plan, or exclude it.")
+    names = [name for name in (REFLECTION, SAVED) if name in layer._modules]
+    vars(layer)[_ASIDE] = {name: layer._modules.pop(name) for name in names}
+
+
+def put_back(layer: nn.Module) -> None:
+    """Undo `set_aside` in a layer whose parameters are distributed now.
+
+    As torch does for the weight, all processes get the vectors of the first one.
+    """
+    held: dict[str, nn.Module] = vars(layer).pop(_ASIDE, {})
+    layer._modules.update(held)
+    if REFLECTION in held:
+        replicate(held[REFLECTION], layer._parameters["weight"])
+    for holder in held[SAVED].children() if SAVED in held else ():
+        for name, own in list(holder.named_parameters()):
+            in_place: Any = layer._parameters[name]
+            holder.register_parameter(name, nn.Parameter(distribute_like(own.detach(), in_place), own.requires_grad))
+
+
+def is_tensor_parallel(layer: nn.Module, weight: Any) -> bool:
+    """Whether it is tensor parallelism that has split a distributed weight, and not FSDP, also over it."""
+    applied = "_distribute_module_applied" in vars(layer) or parallel_forward(layer) is not None
+    return applied and weight.device_mesh.ndim == 1
+
+
+def check_not_aside(layer: nn.Module) -> None:
+    """Refuse to run a layer that `distribute_module` left half done.
+
+    Raises:
+        UnsupportedLayerError: it did.
+    """
+    if _ASIDE in vars(layer):
+        raise UnsupportedLayerError(
+            f"{describe(layer)}: parallelize_module failed, and left it without its adapters. Build the model again."
+        )
+
+
+def why_not_distributed(layer: nn.Module) -> str | None:
+    """Why a layer with adapters cannot be split over processes; without the full stop."""
+    if not isinstance(layer, nn.Linear) or has_own_forward(layer):
+        return f"tensor parallelism of adapted layers is for nn.Linear, got {type(layer).__name__}"
+    if packing := quant_scheme_of(layer):
+        return f"its weight is quantized ({packing.words(layer)}), and cannot be split together with adapters"
+    return None
+
+
+def why_not_adapted(layer: nn.Module, weight: Any) -> str | None:
+    """Why a layer whose weight is a `DTensor` cannot be adapted; without the full stop."""
+    if reason := why_not_distributed(layer):
+        return reason
+    if not is_tensor_parallel(layer, weight):
+        return "its weight is a DTensor that neither parallelize_module nor tp_plan of transformers has split"
+    return None
+
+
+@torch.no_grad()
+def replicate(box: nn.Module, weight: Any) -> None:
+    """Give all processes of the mesh of a distributed weight the vectors of the first one."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    mesh = weight.device_mesh
+    for tensor in (*box.parameters(), *box.buffers()):
+        tensor.data = distribute_tensor(tensor.data, mesh, [Replicate()] * mesh.ndim).to_local()
