@@ -11,7 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import nn
 
@@ -55,11 +55,15 @@ class Cost:
 
 
 class _Tensor(NamedTuple):
-    """A trained tensor: its first dimension, which is sharded, the size of the others, and its layer."""
+    """A trained tensor: its first dimension, which is sharded, the size of the others, and its layer.
+
+    `style` is that of tensor parallelism which splits it, if any does.
+    """
 
     rows: int
     columns: int
     path: str
+    style: str = ""
 
     def nbytes(self, parts: int = 1) -> int:
         """The largest of some equal chunks."""
@@ -89,7 +93,8 @@ def costs(model: nn.Module, gpus: int, strategy: Strategy, *, tokens: int = 4096
         (512, 3072, 768, 4608)
     """
     layers = require_adapted_layers(model)
-    vectors = [_Tensor(*_folded(t.shape), path) for path, layer in layers.items() for t in layer.hra_u.parameters()]
+    tensors = [(path, tensor) for path, layer in layers.items() for tensor in layer.hra_u.parameters()]
+    vectors = [_Tensor(len(tensor), tensor[0].numel(), path) for path, tensor in tensors]
     anchors = sum(buffer.nbytes for layer in layers.values() for buffer in layer.hra_u.buffers())
     factors = sum(_factors(layer) for layer in layers.values())
     ranks = {path: max(spec.r for spec in layer.hra_u.specs.values()) for path, layer in layers.items()}
@@ -121,13 +126,15 @@ def _cost(
     anchors: int = 0,
     factors: int = 0,
 ) -> Cost:
-    parts = gpus if strategy in ("fsdp2", "zero3") else 1
-    here = sum(t.nbytes(parts) for t in tensors)
     if strategy == "ddp":
+        here = sum(t.nbytes() for t in tensors)
         collectives, sent = _replicated(tensors, anchors, gpus)
     elif strategy == "tp":
+        style_of = _styles(model)
+        here = sum(t.nbytes() // (gpus if t.style and t.style in style_of(t.path) else 1) for t in tensors)
         collectives, sent = _split(method, ranks, model, gpus, tokens)
     else:
+        here = sum(t.nbytes(gpus) for t in tensors)
         collectives, sent = _sharded(tensors, model, gpus, each_layer=strategy == "zero3")
     parameters = sum(t.rows * t.columns for t in tensors)
     rank = max(ranks.values())
@@ -156,28 +163,36 @@ def _sharded(tensors: list[_Tensor], model: nn.Module, gpus: int, *, each_layer:
 
 
 def _split(method: str, ranks: Mapping[str, int], model: nn.Module, gpus: int, tokens: int) -> tuple[int, int]:
-    """Tensor parallelism: all-reduces of `k` numbers per token, and all-gathers of the gradients of factors."""
+    """Tensor parallelism, beyond the collectives of the base model.
+
+    Row-wise, `k` numbers per token are reduced in the forward and in the backward pass, and the gradients of `R` and
+    `F` are gathered. LoRA reduces `r` numbers per token in the forward pass; column-wise, the gradient of `A`, or that
+    of its output if there are fewer tokens.
+    """
+    style_of = _styles(model)
+    collectives = sent = 0
+    for path, layer in require_adapted_layers(model).items():
+        style = style_of(path)
+        d, k, size = layer.hra_u.width, _length(layer), layer.hra_base.itemsize
+        if method == "HRA":
+            times, width, gathered = 2 * ("rowwise" in style), tokens * k, 2 * d * k if "rowwise" in style else 0
+        else:
+            times, gathered = int("rowwise" in style or "colwise" in style), 0
+            width = (tokens if "rowwise" in style else min(tokens, d)) * ranks[path]
+        collectives += times + bool(gathered)
+        sent += (times * 2 * width + gathered) * size * (gpus - 1) // gpus
+    return collectives, sent
+
+
+def _styles(model: nn.Module) -> Callable[[str], str]:
+    """Path -> style in the plan of a transformers model, whose names end paths, with `*` for the index of a block."""
     plan: Mapping[str, str] = getattr(model, "tp_plan", None) or getattr(model, "_tp_plan", None) or {}
     if not plan:
         raise AdapterError(
             f"{type(model).__name__} has no plan for tensor parallelism (`tp_plan`). Use another strategy."
         )
-    collectives = sent = 0
-    for path, layer in require_adapted_layers(model).items():
-        style = next((style for name, style in plan.items() if re.fullmatch(_pattern(name), path)), "")
-        size = layer.hra_base.itemsize
-        row, column = "rowwise" in style, "colwise" in style
-        reduces = 2 * row if method == "HRA" else int(row or column)
-        width = layer.hra_u.width * 2 if row and method == "HRA" else 0
-        k = _length(layer) if method == "HRA" else ranks[path]
-        collectives += reduces + bool(width)
-        sent += reduces * 2 * tokens * k * size * (gpus - 1) // gpus + width * k * size * (gpus - 1) // gpus
-    return collectives, sent
-
-
-def _pattern(name: str) -> str:
-    """A name of a plan, in which `*` is the index of a block, as a regular expression for the end of a path."""
-    return r"(.*\.)?" + re.escape(name).replace(r"\*", r"\d+")
+    patterns = {r"(.*\.)?" + re.escape(name).replace(r"\*", r"\d+"): style for name, style in plan.items()}
+    return lambda path: next((style for pattern, style in patterns.items() if re.fullmatch(pattern, path)), "")
 
 
 def _blocks(model: nn.Module) -> Callable[[str], str]:
@@ -198,12 +213,9 @@ def _lora(layers: Mapping[str, AdaptedLayer], ranks: Mapping[str, int]) -> list[
     for path, layer in layers.items():
         experts, d = math.prod(layer.hra_u.vectors_shape(1)) // layer.hra_u.width, layer.hra_u.width
         out = layer.hra_base.numel() // d // experts
-        found += [_Tensor(experts * ranks[path], d, path), _Tensor(out, experts * ranks[path], path)]
+        rank = experts * ranks[path]
+        found += [_Tensor(rank, d, path, "rowwise"), _Tensor(out, rank, path, "colwise")]
     return found
-
-
-def _folded(shape: Any) -> tuple[int, int]:
-    return shape[0], math.prod(shape[1:])
 
 
 def _length(layer: AdaptedLayer) -> int:
