@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from hra_fx.model.merge import merge_adapter as merge_adapter, unmerge_adapter as unmerge_adapter
     from hra_fx.model.mixed import mixed_batch as mixed_batch
     from hra_fx.model.orthogonality import orthogonality_loss as orthogonality_loss
+    from hra_fx.model.reset import reset_adapters as reset_adapters
     from hra_fx.model.scale import set_scale as set_scale
     from hra_fx.model.switch import disable_adapters as disable_adapters, set_adapter as set_adapter
     from hra_fx.reporting.report import report as report
@@ -121,6 +122,7 @@ _HOMES = {
     "plan_fold": "model.fold",
     "push_to_hub": "integrations.push",
     "report": "reporting.report",
+    "reset_adapters": "model.reset",
     "save_adapter": "checkpoint.saving",
     "save_as_lora": "lora.save",
     "set_adapter": "model.switch",

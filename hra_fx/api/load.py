@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import torch
@@ -17,15 +16,15 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.functional import householder
 from hra_fx.integrations.pretrained import root_class_for
-from hra_fx.layers.adapter_names import ANCHOR
 from hra_fx.layers.adapters import HouseholderAdapters
-from hra_fx.layers.sharding import distribute_like, reshard
+from hra_fx.layers.sharding import device_of_values
 from hra_fx.layers.trained_copies import Copies, all_copies
 from hra_fx.model.add import add_filled_adapter
 from hra_fx.model.example_inputs import normalize_inputs
 from hra_fx.model.offload import require_materialized
+from hra_fx.model.replace import check_replaceable, layers_of, replace_values
 from hra_fx.model.setup import checked, set_up
-from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, get_state, root_of
+from hra_fx.model.state import AdapterState, collect_parts, get_state, root_of
 from hra_fx.model.trainable import differ_by_place, set_requires_grad
 
 M = TypeVar("M", bound=nn.Module)
@@ -108,11 +107,8 @@ def load_adapter(
 
 def _replace(root: nn.Module, record: AdapterState, name: str, fitted: Fitted, is_trainable: bool) -> None:
     """Copy new values into an adapter's parameters, which an optimizer may hold."""
-    if name in record.merged:
-        raise AdapterError(f"adapter {name!r} is merged into the weights. Call unmerge_adapter first.")
-    if any(name in reflection.scales for reflection in collect_parts(root).reflections):
-        raise AdapterError(f"adapter {name!r} must have strength 1. Call hra_fx.set_scale(model, {name!r}, 1) first.")
-    layers = {path: layer for path, layer in adapted_layers(root).items() if name in layer.hra_u}
+    check_replaceable(root, record, name)
+    layers = layers_of(root, name)
     spec = next(iter(layers.values())).hra_u.specs[name]
     candidates = ((fitted.vectors, fitted.resume.config.apply_GS), (fitted.written, fitted.written_GS))
     shapes = {path: layer.hra_u[name].shape for path, layer in layers.items()}
@@ -134,20 +130,7 @@ def _replace(root: nn.Module, record: AdapterState, name: str, fitted: Fitted, i
             f"adapter {name!r} exists in the model, but with other layers, r, apply_GS, bias, modules_to_save or tied "
             "weights than in the file. Delete it first (hra_fx.delete_adapter), or load under another adapter_name."
         )
-    reshard(root.modules())
-    with torch.no_grad(), ExitStack() as undo:
-        for path, layer in layers.items():
-            adapters, own = layer.hra_u, layer.hra_u[name]
-            if (anchor := adapters._buffers.get(name + ANCHOR)) is not None:
-                undo.callback(adapters.register_buffer, name + ANCHOR, anchor)
-            undo.callback(own.copy_, own.clone())
-            adapters.replace(name, *values[path], layer.hra_base.device)
-        for path, (owner, copies) in all_copies(root).items():
-            for entry in _saved(owner, copies, name):
-                own = copies.get(owner, name, entry)
-                undo.callback(own.copy_, own.clone())
-                own.copy_(distribute_like(fitted.copies[path, entry], own))
-        undo.pop_all()
+    replace_values(root, name, lambda path, _: values[path], fitted.copies)
     record.configs[name].inference_mode = not is_trainable
     set_requires_grad(collect_parts(root), (name,), is_trainable and name in record.active)
 
@@ -159,4 +142,4 @@ def _saved(owner: nn.Module, copies: Copies, name: str) -> list[str]:
 def _like(tensor: Tensor, weight: Tensor) -> Tensor:
     """Cast like PEFT (`autocast_adapter_dtype`): at least float32, and at least the layer's dtype."""
     dtype = torch.float64 if tensor.dtype == torch.float64 else householder.working_dtype(weight.dtype)
-    return tensor.to(weight.device, dtype)
+    return tensor.to(device_of_values(weight), dtype)

@@ -55,8 +55,9 @@ def transform(
             made, with one node `hra_fx::rotate` for each weight.
         config: which layers, how many reflections, and how they start; a `peft.HRAConfig` is converted.
         adapter_name: name of the adapter, a part of its parameters' names.
-        low_cpu_mem_usage: make the vectors on the meta device, for `load_adapter`, or for
-            `load_state_dict(..., assign=True)`, to fill.
+        low_cpu_mem_usage: make the vectors on the meta device, for `load_adapter`, `reset_adapters` or
+            `load_state_dict(..., assign=True)` to fill. Otherwise they are on the device of their layer, which may be
+            the meta device too.
         trace: trace the model, and return a `torch.fx.GraphModule` in which each reflection is a node of its own. It
             shares the modules and parameters of `model`, and replaces it. torch.fx traces without running the model;
             the graph is valid in train and eval mode, and its optional arguments keep their defaults. Where torch.fx

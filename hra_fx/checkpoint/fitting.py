@@ -140,8 +140,10 @@ def _is_embedding(file: Path, model: nn.Module, key: str, tensor: Tensor) -> boo
     own = owner._parameters.get(entry) if owner is not None else None
     if own is None or not (isinstance(owner, nn.Embedding) or _EMBEDDINGS.search(name)):
         return False
-    # One of the two may have a narrower dtype.
-    if own.shape == tensor.shape and (torch.equal(tensor.to(own), own) or torch.equal(own.to(tensor), tensor)):
+    # One of the two may have a narrower dtype. On the meta device there is nothing to compare.
+    if own.shape == tensor.shape and (
+        own.is_meta or torch.equal(tensor.to(own), own) or torch.equal(own.to(tensor), tensor)
+    ):
         return True
     raise CheckpointError(
         f"{file}: {key} of shape {tuple(tensor.shape)} is a copy of the base model's embeddings, but this model's "

@@ -19,6 +19,7 @@ from hra_fx.cli.error_output import ErrorHandlingGroup
 from hra_fx.cli.fold import FOLD_EXAMPLES, FOLD_HELP, UNFOLD_EXAMPLES, UNFOLD_HELP, fold_or_unfold
 from hra_fx.cli.inspect import EXAMPLES as INSPECT_EXAMPLES, inspect
 from hra_fx.cli.match import EXAMPLES as MATCH_EXAMPLES, match
+from hra_fx.cli.scale import EXAMPLES as SCALE_EXAMPLES, scale
 from hra_fx.cli.visualize import EXAMPLES as VISUALIZE_EXAMPLES, visualize
 
 _HELP = "Inspect Householder reflection adapters (HRA), fold them into checkpoints, and draw them."
@@ -31,6 +32,7 @@ _EXIT_CODES = (
 _COMMANDS = (
     ("inspect", inspect, inspect.__doc__, INSPECT_EXAMPLES),
     ("match", match, match.__doc__, MATCH_EXAMPLES),
+    ("scale", scale, scale.__doc__, SCALE_EXAMPLES),
     ("fold", fold_or_unfold, FOLD_HELP, FOLD_EXAMPLES),
     ("unfold", fold_or_unfold, UNFOLD_HELP, UNFOLD_EXAMPLES),
     ("diff", diff, diff.__doc__, DIFF_EXAMPLES),

@@ -1,9 +1,8 @@
-"""Create a model from its `config.json`, with placeholder weights or its own."""
+"""Create a model from its `config.json`, on the meta device or with its weights."""
 
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hra_fx.checkpoint.disk.architecture import CONFIG
 from hra_fx.checkpoint.disk.arguments import PIPELINE
@@ -28,7 +27,7 @@ def build(path: Path, *, weights: bool = False) -> tuple[nn.Module, str]:
 
     Args:
         path: the folder or file.
-        weights: whether to load the weights. Otherwise tensors have a shape and a dtype, but the memory of one value.
+        weights: whether to load the weights. Otherwise the model is on the meta device.
 
     Raises:
         CheckpointError: there is no such file, or no installed library knows the model, or it cannot be loaded.
@@ -52,8 +51,7 @@ def build(path: Path, *, weights: bool = False) -> tuple[nn.Module, str]:
         if weights:
             return create(file, entries, True).eval(), library
         with torch.device("meta"):
-            model = create(file, entries, False)
-        return _use_placeholders(model).eval(), library
+            return create(file, entries, False).eval(), library
     except CheckpointError:
         raise
     # An unusual configuration may raise anything in the constructors of hundreds of models.
@@ -86,26 +84,3 @@ def _warn_if_quantized(file: Path, entries: Mapping[str, Any]) -> None:
             HRAWarning,
             stacklevel=3,
         )
-
-
-def _use_placeholders(model: nn.Module) -> nn.Module:
-    """Replace all parameters and buffers by one value expanded to the shape; shared tensors stay shared.
-
-    `transform` refuses tensors on the meta device. Parameters are NaN, so that anything computed from weights is
-    visibly unknown.
-    """
-    made: dict[int, Tensor] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                new = made.setdefault(id(parameter), nn.Parameter(_expanded(parameter), parameter.requires_grad))
-                module._parameters[name] = new  # type: ignore[assignment]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = made.setdefault(id(buffer), _expanded(buffer))
-    return model
-
-
-def _expanded(tensor: Tensor) -> Tensor:
-    value = math.nan if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() else 0
-    return torch.full((), value, dtype=tensor.dtype, device="cpu").expand(tensor.shape)

@@ -117,7 +117,16 @@ def _why_not(consumers: list[fx.Node]) -> str:
 
 
 def init_adapter(layer: GraphLayer, weight: Tensor, config: HRAConfig) -> tuple[nn.Parameter, Tensor | None]:
-    """Initial vectors `U: (d, r)` and anchor of a layer, at least float32; as for the layer of the model and a seed."""
+    """Initial vectors `U: (d, r)` and anchor of a layer, at least float32; as for the layer of the model and a seed.
+
+    Raises:
+        UnsupportedLayerError: the weight is on the meta device.
+    """
+    if weight.is_meta:
+        raise UnsupportedLayerError(
+            f"{layer.path}: its weight is on the meta device, and the graph would keep vectors without data. Load the "
+            "weights before capturing the model."
+        )
     with torch.inference_mode(False):
         vectors, anchor = householder.init_vectors(
             as_rows(weight, transposed=layer.transposed).shape[1],

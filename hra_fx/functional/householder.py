@@ -218,7 +218,6 @@ def init_vectors(
     apply_GS: bool,
     init_weights: bool,
     dtype: torch.dtype = torch.float32,
-    on_meta: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Initial vectors `U` of an adapter, and the frozen anchor `A` with which training starts at `Q(A) Q(U) = I`.
 
@@ -234,7 +233,6 @@ def init_vectors(
         apply_GS: whether the adapter uses Gram-Schmidt.
         init_weights: start at the identity; if False, at random, without an anchor.
         dtype: dtype of both results.
-        on_meta: create tensors on the meta device, and draw nothing.
 
     Returns:
         `U: (d, r)`, drawn on the CPU from torch's default generator, and `A`: `(d, r)` for Gram-Schmidt, `(d, 1)` for
@@ -245,13 +243,13 @@ def init_vectors(
         >>> bool((U[:, 0] == U[:, 1]).all()), U.shape, A.shape
         (True, torch.Size([5, 3]), torch.Size([5, 1]))
     """
-    vectors = _draw(d, r, dtype, paired=init_weights and not apply_GS, on_meta=on_meta)
+    vectors = _draw(d, r, dtype, paired=init_weights and not apply_GS)
     return vectors, _anchor(vectors, apply_GS=apply_GS) if init_weights else None
 
 
-def _draw(d: int, r: int, dtype: torch.dtype, *, paired: bool, on_meta: bool) -> Tensor:
+def _draw(d: int, r: int, dtype: torch.dtype, *, paired: bool) -> Tensor:
     """The vectors of `init_vectors`; `paired` repeats each of them."""
-    drawn = torch.zeros(d, (r + 1) // 2 if paired else r, dtype=dtype, device="meta" if on_meta else "cpu")
+    drawn = torch.zeros(d, (r + 1) // 2 if paired else r, dtype=dtype, device="cpu")
     nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
     return drawn.repeat_interleave(2, dim=1)[:, :r].contiguous() if paired else drawn
 

@@ -23,6 +23,7 @@ from hra_fx.layers.mixed import MixedBatch, mixed_batch_of
 from hra_fx.layers.rotated_weight import RotatedWeight
 from hra_fx.layers.sharding import distribute_like, full_tensor
 from hra_fx.layers.target import REFLECTION, LayerKind, weight_name, weight_place
+from hra_fx.layers.without_values import nan_for_new_memory
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class HouseholderAdapters(nn.ParameterDict):
     """The adapters of one layer: adapter name -> `U: (d, r)`; calling it reflects the layer's input or its weight.
 
     Attributes:
+        path: name of the layer in its model, for messages.
         kind: the kind of layer.
         columns: whether the weight is `(in, out)`.
         weight_name: the name of the weight in the layer.
@@ -58,6 +60,7 @@ class HouseholderAdapters(nn.ParameterDict):
     """
 
     is_called: ClassVar[bool] = False
+    path: str = "a layer"
     unmerged: Tensor | None
 
     def __init__(self, width: int, kind: LayerKind = "linear", *, columns: bool = False) -> None:
@@ -100,21 +103,27 @@ class HouseholderAdapters(nn.ParameterDict):
         """Add an adapter with fresh vectors; it is not active yet.
 
         The vectors come in the dtype of `like`, float32 at least (as PEFT's `autocast_adapter_dtype=True`), on its
-        device; `on_meta` makes them without data.
+        device. `on_meta` makes them on the meta device, where nothing is drawn.
 
         Raises:
             AdapterError: the name cannot be a parameter's name here.
         """
-        dtype = householder.working_dtype(like.dtype)
-        vectors, anchor = self.initial(spec, dtype, on_meta=on_meta)
+        dtype, on_meta = householder.working_dtype(like.dtype), on_meta or like.is_meta
+        vectors, anchor = self.empty(spec, dtype) if on_meta else self.initial(spec, dtype)
         device = vectors.device if on_meta else like.device
         self.put(name, spec, vectors.to(device), None if anchor is None else anchor.to(device))
 
-    def initial(self, spec: AdapterSpec, dtype: torch.dtype, *, on_meta: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Fresh vectors `U: (d, r)` and their anchor (`householder.init_vectors`)."""
+    def initial(self, spec: AdapterSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Fresh vectors `U: (d, r)` and their anchor (`householder.init_vectors`), on the CPU."""
         return householder.init_vectors(
-            self.width, spec.r, apply_GS=spec.apply_GS, init_weights=spec.init_weights, dtype=dtype, on_meta=on_meta
+            self.width, spec.r, apply_GS=spec.apply_GS, init_weights=spec.init_weights, dtype=dtype
         )
+
+    def empty(self, spec: AdapterSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """As `initial`, on the meta device."""
+        anchored = householder.anchor_rank(spec.r, apply_GS=spec.apply_GS) if spec.init_weights else 0
+        made = [torch.empty(self.vectors_shape(r), dtype=dtype, device="meta") for r in (spec.r, anchored)]
+        return made[0], made[1] if anchored else None
 
     def vectors_shape(self, r: int) -> tuple[int, ...]:
         """The shape of the vectors of an adapter of rank `r`: `(d, r)`."""
@@ -192,6 +201,12 @@ class HouseholderAdapters(nn.ParameterDict):
             self.scales[name] = alpha
             self.paused[name] = trained
         vectors.requires_grad_(trained and alpha == 1)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> HouseholderAdapters:
+        """As any module; vectors that were on the meta device are NaN until something fills them."""
+        with nan_for_new_memory(self):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _drop(self, buffer: str) -> None:
         if buffer in self._buffers:
@@ -320,10 +335,12 @@ class HouseholderAdapters(nn.ParameterDict):
             AdapterError: the vectors have no data yet.
         """
         wanted = self.active if names is None else names
-        if empty := [name for name in wanted if self._held(name).is_meta]:  # from the parameters, as in _is_idle
+        # From the parameters, as in _is_idle.
+        tensors = {name: (self._held(name), self.anchor(name)) for name in wanted}
+        if empty := [name for name, held in tensors.items() if any(t is not None and t.is_meta for t in held)]:
             raise AdapterError(
-                f"hra_u of width {self.width}: the vectors of {', '.join(empty)} are on the meta device, without "
-                "data. Fill them first: hra_fx.load_adapter, or model.load_state_dict(..., assign=True)."
+                f"{self.path}: the vectors of {', '.join(empty)} are on the meta device, without data. Call "
+                "hra_fx.reset_adapters, hra_fx.load_adapter or model.load_state_dict(..., assign=True) first."
             )
 
     def extra_repr(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, TypeAlias
 
@@ -194,7 +194,7 @@ def _prepare(layers: Sequence[nn.Module]) -> dict[HouseholderAdapters, Prepared]
     for layer in layers:
         box = get_adapters(layer)  # none in a layer that was folded alone
         parts = box.chain_parts() if box is not None else []
-        if box is not None and parts and all(_is_here(part.vectors, box.width) for part in parts):
+        if box is not None and parts and _are_here(box, parts):
             dtype = _expected_dtype(box.weight_of(layer), parts[0].vectors)
             groups[dtype, tuple([part.signature() for part in parts])].append((box, parts))
     found: dict[HouseholderAdapters, Prepared] = {}
@@ -211,7 +211,7 @@ def _prepare_rows(layers: Sequence[nn.Module], batch: MixedBatch) -> dict[Househ
     for layer in layers:
         box = get_adapters(layer)
         own = {} if box is None else _chains_of_rows(box)
-        if box is not None and own and all(_is_here(part.vectors, box.width) for part in own.values()):
+        if box is not None and own and _are_here(box, own.values()):
             chains = stack_chains([own.get(name) for name in batch.names])
             dtype = _expected_dtype(box.weight_of(layer), chains.vectors)
             groups[dtype, chains.signature()].append((box, [chains]))
@@ -260,6 +260,10 @@ def _expected_dtype(weight: Tensor, vectors: Tensor) -> torch.dtype:
     dtype: torch.dtype = weight.dtype if packed is None else packed.dtype
     computes = dtype.is_floating_point and dtype.itemsize > 1  # weights in float8 are cast before they are used
     return products_dtype(weight.device, dtype if computes else vectors.dtype)
+
+
+def _are_here(box: HouseholderAdapters, parts: Iterable[ChainPart]) -> bool:
+    return all(_is_here(tensor, box.width) for part in parts for tensor in part.tensors())
 
 
 def _is_here(tensor: Tensor, width: int) -> bool:

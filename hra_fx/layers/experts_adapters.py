@@ -27,9 +27,9 @@ class ExpertsAdapters(HouseholderAdapters):
         super().__init__(layer.width, "experts", columns=layer.columns)
         self.experts = layer.experts
 
-    def initial(self, spec: AdapterSpec, dtype: torch.dtype, *, on_meta: bool = False) -> tuple[Tensor, Tensor | None]:
+    def initial(self, spec: AdapterSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Fresh vectors of every expert, `(experts, d, r)`, and their anchors."""
-        made = [super(ExpertsAdapters, self).initial(spec, dtype, on_meta=on_meta) for _ in range(self.experts)]
+        made = [super(ExpertsAdapters, self).initial(spec, dtype) for _ in range(self.experts)]
         anchors = [anchor for _, anchor in made if anchor is not None]
         return torch.stack([vectors for vectors, _ in made]), torch.stack(anchors) if anchors else None
 

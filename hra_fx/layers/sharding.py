@@ -7,7 +7,8 @@ they are `DTensor`s, or plain tensors that FSDP2 frees later: call `reshard` bef
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -83,6 +84,16 @@ def reshard(modules: Iterable[nn.Module]) -> None:
             module.reshard()
 
 
+def device_of_values(like: Tensor) -> torch.device:
+    """The device for values that belong to a tensor; the CPU if that is on the meta device, where they would be lost.
+
+    Example:
+        >>> device_of_values(torch.empty(2, device="meta"))
+        device(type='cpu')
+    """
+    return torch.device("cpu") if like.is_meta else like.device
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor of a `DTensor`; every process that holds a shard must call this. Differentiable.
 
@@ -92,9 +103,15 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return gathered.full_tensor() if is_dtensor(tensor) else tensor
 
 
+def local_tensor(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: its shard of a `DTensor`, else the tensor itself."""
+    shards: Any = tensor
+    return shards.to_local() if is_dtensor(tensor) else tensor
+
+
 def distribute_like(values: Tensor, like: Tensor) -> Tensor:
-    """Distribute values that every process has like the tensor `like`, without communication."""
-    if not is_dtensor(like):
+    """Distribute values that every process has, or that are distributed, like the tensor `like`; no communication."""
+    if not is_dtensor(like) or is_dtensor(values):
         return values
     from torch.distributed.tensor import distribute_tensor
 
@@ -108,20 +125,54 @@ def on_first_rank(tensors: Iterable[Tensor], act: Callable[[], None]) -> None:
 
     Without shards, every caller acts. An error on the first process is raised on all.
     """
-    meshes: list[Any] = [tensor.device_mesh for tensor in tensors if is_dtensor(tensor)]  # type: ignore[attr-defined]
-    if not meshes:
+    mesh = _mesh_of(tensors)
+    if mesh is None:
         act()
         return
-    mesh = max(meshes, key=lambda mesh: mesh.ndim)  # FSDP2 over tensor parallelism has tensors on a part of it too
-    from torch import distributed
-
-    outcome: list[Exception | None] = [None]
+    outcome: Exception | None = None
     if not any(mesh.get_coordinate()):
         try:
             act()
         except Exception as error:
-            outcome[0] = error
+            outcome = error
+    outcome = _from_first_rank(outcome, mesh)
+    if outcome is not None:
+        raise outcome
+
+
+@contextmanager
+def random_numbers_of_first_rank(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """A block in which the CPU generators of all processes that hold shards of these tensors draw the same.
+
+    The generator of the first process moves on, and so do those that were in the same state; others are left as they
+    were. Without shards, nothing is different.
+    """
+    mesh = _mesh_of(tensors)
+    if mesh is None:
+        yield
+        return
+    own = torch.get_rng_state()
+    first: Tensor = _from_first_rank(own, mesh)
+    torch.set_rng_state(first)
+    try:
+        yield
+    finally:
+        if not torch.equal(own, first):
+            torch.set_rng_state(own)
+
+
+def _mesh_of(tensors: Iterable[Tensor]) -> Any:
+    """The processes that hold shards of these tensors; `None` without shards."""
+    meshes: list[Any] = [tensor.device_mesh for tensor in tensors if is_dtensor(tensor)]  # type: ignore[attr-defined]
+    # FSDP2 over tensor parallelism has tensors on a part of the mesh too.
+    return max(meshes, key=lambda mesh: mesh.ndim, default=None)
+
+
+def _from_first_rank(value: Any, mesh: Any) -> Any:
+    """What the first process of a mesh has."""
+    from torch import distributed
+
+    box = [value]
     for group in mesh.get_all_groups():  # one for each dimension: first down the first column, then along all rows
-        distributed.broadcast_object_list(outcome, distributed.get_global_rank(group, 0), group)
-    if outcome[0] is not None:
-        raise outcome[0]
+        distributed.broadcast_object_list(box, distributed.get_global_rank(group, 0), group)
+    return box[0]

@@ -9,11 +9,14 @@ wrapper, which renames the keys of the base model.)
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 from hra_fx.compat import non_persistent_buffers
+from hra_fx.layers.sharding import device_of_values
 from hra_fx.layers.target import SAVED
+from hra_fx.layers.without_values import nan_for_new_memory
 
 #: Stands for the base model in place of an adapter's name.
 BASE = "base_layer"
@@ -32,6 +35,12 @@ class Copies(nn.Module):
         super().__init__()
         self.copied: dict[str, tuple[str, ...]] = {}
         self.in_place: dict[str, str] = {}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Copies:
+        """As any module; tensors that were on the meta device are NaN until something fills them."""
+        with nan_for_new_memory(self):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def make(
         self,
@@ -52,7 +61,7 @@ class Copies(nn.Module):
         for name in self.copied[adapter]:
             self.in_place.setdefault(name, BASE)
             source = self.get(owner, BASE, name)
-            value = values[name].to(source) if name in values else source.detach()
+            value = values[name].to(device_of_values(source), source.dtype) if name in values else source.detach()
             if isinstance(source, nn.Parameter):
                 floating = source.is_floating_point()
                 if id(source) not in memo:
@@ -69,6 +78,10 @@ class Copies(nn.Module):
         tensor = holder._parameters[name] if name in holder._parameters else holder._buffers[name]
         assert tensor is not None
         return tensor
+
+    def set(self, owner: nn.Module, adapter: str, name: str, tensor: Tensor) -> None:
+        """Replace a tensor of an adapter, in place or not."""
+        setattr(owner if self.in_place[name] == adapter else self._modules[adapter], name, tensor)
 
     def tensors(self, owner: nn.Module, adapter: str) -> dict[str, Tensor]:
         """All copies of an adapter, by name."""

@@ -50,7 +50,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, module in model.named_modules():
         for registered in (module._parameters, module._buffers):
             for name, tensor in registered.items():
-                if tensor is not None and not is_lazy(tensor) and not tensor.is_meta:
+                if tensor is not None and not is_lazy(tensor):
                     yield f"{path}.{name}".lstrip("."), _unwrap(tensor)
 
 
@@ -63,7 +63,8 @@ def _unwrap(tensor: Any) -> Tensor:
 
 
 def _storage(tensor: Tensor) -> object:
-    return tensor.device, tensor.untyped_storage().data_ptr()
+    # On the meta device nothing has an address; tied parameters are one object there.
+    return tensor.device, id(tensor) if tensor.is_meta else tensor.untyped_storage().data_ptr()
 
 
 def _elements(tensor: Tensor) -> range:

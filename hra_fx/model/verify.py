@@ -51,9 +51,15 @@ def check_against_folded(model: nn.Module, call: Call) -> None:
         call: positional and keyword arguments of one call.
 
     Raises:
-        UnsupportedLayerError: the model has quantized layers.
+        UnsupportedLayerError: the model has quantized layers, or tensors on the meta device.
         VerificationError: naming the mode and the first module whose output differs, or the layer.
     """
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_meta:
+            raise UnsupportedLayerError(
+                f"{name}: it is on the meta device, so there is nothing to compare with. Leave verify out, or load the "
+                "weights first."
+            )
     for path, layer in model.named_modules():
         if packing := quant_scheme_of(layer):
             raise UnsupportedLayerError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 
+from hra_fx.checkpoint.disk.report import file_size
 from hra_fx.reporting.row import Row
 from hra_fx.reporting.table import Column
 
@@ -30,13 +31,24 @@ def is_traced(rows: Collection[Row]) -> bool:
 
 
 def heading(rows: Collection[Row]) -> str:
-    """The numbers of adapted layers and parameters, and the names of the adapters."""
+    """The numbers of adapted layers and parameters, their memory, and the names of the adapters."""
     total = sum(row.parameters for row in rows)
     names = adapters_of(rows)
     layers = len({row.path for row in rows})
-    start = f"{layers:,} adapted layer{'s' * (layers != 1)}, {total:,} adapter parameters"
+    start = f"{layers:,} adapted layer{'s' * (layers != 1)}, {total:,} adapter parameters{_memory(rows)}"
     identity = ", no layer is rotated yet" if rows and all(row.angles == () for row in rows) else ""
     return f"{start}, adapter{'s' * (len(names) > 1)} {', '.join(names)}{identity}"
+
+
+def _memory(rows: Collection[Row]) -> str:
+    """The memory of the vectors, and what this process holds of them if they are sharded."""
+    total, here = sum(row.bytes for row in rows), sum(row.bytes_here for row in rows)
+    if not total:
+        return ""
+    if here == total:
+        return f" ({file_size(total)})"
+    parameters = sum(row.parameters * row.bytes_here // row.bytes for row in rows)
+    return f" ({file_size(total)}; {parameters:,} and {file_size(here)} on this rank)"
 
 
 def degrees(angle: float) -> str:

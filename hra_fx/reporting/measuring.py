@@ -45,13 +45,13 @@ def share_of(rows: Tensor | None, chain: Tensor | None) -> float:
 
 
 def chain_of(layer: AdaptedLayer, adapter: str) -> Tensor | None:
-    """The reflection vectors of an adapter at its strength, `(d, k)`; `None` if this process holds only a shard.
+    """The reflection vectors of an adapter at its strength, `(d, k)`; `None` if they have no data, or are shards.
 
     Those of experts are `(experts, d, k)`.
     """
     vectors = layer.hra_u[adapter]
     whole = type(vectors.data) is Tensor and vectors.shape == layer.hra_u.vectors_shape(layer.hra_u.specs[adapter].r)
-    return layer.hra_u.chain(adapter).detach() if whole else None
+    return layer.hra_u.chain(adapter).detach() if whole and not vectors.is_meta else None
 
 
 def weight_rows(layer: AdaptedLayer) -> Tensor | None:
@@ -59,6 +59,8 @@ def weight_rows(layer: AdaptedLayer) -> Tensor | None:
     try:
         weight = layer.hra_base.detach() if layer.hra_u.unmerged is None else layer.hra_u.unmerged
     except AdapterError:  # parametrized or removed since
+        return None
+    if weight.is_meta:
         return None
     packing = quant_scheme_of(layer)
     if packing is None and isinstance(layer.hra_u, ExpertsAdapters):

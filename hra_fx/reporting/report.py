@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hra_fx.export.captured import is_captured
 from hra_fx.export.inspect import adapter_layers
+from hra_fx.layers.sharding import local_tensor
 from hra_fx.layers.target import describe
 from hra_fx.model.state import get_state, require_adapted_layers
 from hra_fx.reporting.measuring import chain_of, share_of, turn_of, weight_rows
@@ -64,9 +65,12 @@ def _rows(model: nn.Module, *, capture: bool) -> tuple[Row, ...]:
             parameters = math.prod(reflection.vectors_shape(r))
             graph, reason = graphs.get(path, (None, ""))
             measured = _measured(chain_of(layer, name), weight)
-            rows.append(
-                Row(path, describe(layer), name, active, d, r, parameters, **measured, graph=graph, graph_reason=reason)
-            )
+            sizes = {
+                "bytes": parameters * reflection[name].itemsize,
+                "bytes_here": local_tensor(reflection[name]).nbytes,
+            }
+            made = Row(path, describe(layer), name, active, d, r, parameters, **measured, **sizes)
+            rows.append(replace(made, graph=graph, graph_reason=reason))
     return tuple(rows)
 
 

@@ -28,6 +28,8 @@ class Row:
         share: share of the weight that `Q` changes: `|W P|_F^2 / |W|_F^2`, with `P` the projector on the directions
             that `Q` does not leave as they are. A quantized weight is dequantized first. NaN if the weight cannot be
             read (no data, sharded, or its library cannot dequantize it here).
+        bytes: memory of the vectors; 0 in a report of a graph.
+        bytes_here: what this process holds of it, which is less if they are sharded.
         graph: path of the traced graph that shows the layer (`""` for the whole model), `None` if there is none or
             `report` was called without `capture=True`.
         graph_reason: why that graph is not larger, `""` for the whole model.
@@ -46,5 +48,7 @@ class Row:
     angles: tuple[float, ...]
     orthogonality: float
     share: float
+    bytes: int = 0
+    bytes_here: int = 0
     graph: str | None = None
     graph_reason: str = ""

@@ -44,10 +44,10 @@ def check(model: nn.Module, layers: Mapping[str, nn.Module], config: HRAConfig) 
     Warns:
         HRAWarning: the model has quantized layers that are not adapted and block gradients.
 
-    >>> model = nn.Sequential(nn.Linear(2, 2, device="meta"))
+    >>> model = nn.Sequential(nn.Linear(2, 2, dtype=torch.complex64))
     >>> check(model, {"0": model[0]}, HRAConfig())
     Traceback (most recent call last):
-    hra_fx.errors.UnsupportedLayerError: 0 (Linear): its weight is on the meta device and has no data. Load the ...
+    hra_fx.errors.UnsupportedLayerError: 0 (Linear): its weight must be a plain floating-point tensor, got torch.c...
     """
     for path, module in model.named_modules():
         if problem := _module_problem(module):
@@ -127,8 +127,6 @@ def _weight_problem(layer: nn.Module) -> str | None:
     weight = owner._parameters[name]
     if weight is None or is_lazy(weight):
         return "its weight is not initialized. Run the model once first"
-    if weight.is_meta:
-        return "its weight is on the meta device and has no data. Load the weights first"
     if packing := quant_scheme_of(layer):
         return packing.why_not_adapted(layer) or _quantized_problem(layer, packing.words(layer))
     if is_dtensor(weight) and weight.dtype in _DTYPES:

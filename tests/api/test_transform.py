@@ -196,7 +196,7 @@ def test_a_model_that_is_itself_a_layer_is_refused() -> None:
 
 
 def test_every_unsupported_layer_is_named_at_once() -> None:
-    model = nn.Sequential(nn.Linear(4, 4, device="meta"), nn.Linear(4, 4), nn.Linear(4, 4, device="meta"))
+    model = nn.Sequential(*(nn.Linear(4, 4, dtype=dtype) for dtype in (torch.complex64, None, torch.complex64)))
     text = r"^0 \(Linear\): .* Also unsupported: 2\.$"
     refused(lambda: hra_fx.transform(model, config("0", "1", "2")), model, text, UnsupportedLayerError)
 

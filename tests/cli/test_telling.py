@@ -25,7 +25,7 @@ from hra_fx.cli.error_output import ErrorHandlingGroup
 from hra_fx.errors import CheckpointError, HRAWarning
 from hra_fx.reporting.table import Column
 
-COMMANDS = ["inspect", "match", "fold", "unfold", "diff", "convert", "visualize"]
+COMMANDS = ["inspect", "match", "scale", "fold", "unfold", "diff", "convert", "visualize"]
 SCRIPT = Path(sys.executable).with_name("hra-fx")
 
 

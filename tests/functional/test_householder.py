@@ -259,11 +259,3 @@ def test_initial_vectors_are_within_the_bound_of_kaiming() -> None:
         vectors, _ = init_vectors(4000, 8, apply_GS=apply_GS, init_weights=True)
         bound = 1 / math.sqrt(drawn)
         assert 0.99 * bound < float(vectors.abs().max()) <= bound
-
-
-def test_initial_vectors_on_meta_draw_nothing() -> None:
-    state = torch.get_rng_state()
-    vectors, anchor = init_vectors(6, 3, apply_GS=False, init_weights=True, on_meta=True)
-    assert vectors.is_meta
-    assert anchor is not None and anchor.is_meta
-    assert torch.equal(torch.get_rng_state(), state)

@@ -34,7 +34,8 @@ def test_adapters_on_the_meta_device_wait_for_their_values() -> None:
     assert_close(model(x), oracle(plain, model, ["a"], x))
     hra_fx.set_adapter(model, "b")
     with pytest.raises(
-        hra_fx.AdapterError, match=r"the vectors of b are on the meta device, without data\. Fill .*assign=True\)"
+        hra_fx.AdapterError,
+        match=r"^first: the vectors of b are on the meta device, without data\. Call .*assign=True\)",
     ):
         model(x)
     state = {f"{path}.hra_u.b": normal(width, 2) for path, width in (("first", 6), ("second", 8))}

@@ -63,7 +63,6 @@ class Marked(Tensor):
 COMPUTED = "its `weight` is computed from other parameters in each call, so it cannot be folded. "
 #: name -> (layer, reason, what to do)
 LAYERS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
-    "meta": (lambda: nn.Linear(6, 6, device="meta"), "on the meta device and has no data", "Load the weights first"),
     "instance forward": (with_instance_forward, "its `forward` is set on the instance", "Delete it, or exclude"),
     "own attribute": (with_attribute, "it already has an attribute `hra_u`", "Rename the attribute"),
     "own call": (lambda: OwnCall(6, 6), "its class overrides `__call__`", "`exclude_modules`"),
@@ -120,7 +119,7 @@ def test_layer_is_refused(make: Callable[[], nn.Module], reason: str, fix: str) 
     assert message.endswith(".")
 
 
-@pytest.mark.parametrize("name", ["meta", "own call", "weight_norm", "int8"])
+@pytest.mark.parametrize("name", ["own call", "weight_norm", "int8"])
 def test_unsupported_layers_that_are_not_selected_are_ignored(name: str) -> None:
     model = with_layer(LAYERS[name][0]())
     hra_fx.transform(model, config("plain"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from integrations.distributed import adapter_checks, training_checks
+from integrations.distributed import adapter_checks, meta_checks, scale_checks, training_checks
 from integrations.distributed.spawned import run
 
 
@@ -15,6 +15,21 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def training_failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return run(training_checks.CHECKS, tmp_path_factory.mktemp("training"))
+
+
+@pytest.fixture(scope="module")
+def meta_failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return run({**meta_checks.CHECKS, **scale_checks.CHECKS}, tmp_path_factory.mktemp("meta"))
+
+
+@pytest.mark.parametrize("name", meta_checks.CHECKS)
+def test_meta_models_in_two_processes(name: str, meta_failures: dict[str, str]) -> None:
+    assert not meta_failures[name], meta_failures[name]
+
+
+@pytest.mark.parametrize("name", scale_checks.CHECKS)
+def test_computed_costs_in_two_processes(name: str, meta_failures: dict[str, str]) -> None:
+    assert not meta_failures[name], meta_failures[name]
 
 
 @pytest.mark.parametrize("name", adapter_checks.CHECKS)

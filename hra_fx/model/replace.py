@@ -1,0 +1,90 @@
+"""New values for the vectors and trained copies of an adapter, in the parameters that an optimizer may hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from hra_fx.errors import AdapterError
+from hra_fx.layers.adapted_layer import AdaptedLayer
+from hra_fx.layers.adapter_names import ANCHOR
+from hra_fx.layers.sharding import device_of_values, distribute_like, is_dtensor, reshard
+from hra_fx.layers.trained_copies import all_copies
+from hra_fx.model.state import AdapterState, adapted_layers
+
+
+def check_replaceable(root: nn.Module, record: AdapterState, name: str) -> None:
+    """Refuse to replace the values of an adapter that are in use elsewhere, or that are shards without data.
+
+    Raises:
+        AdapterError: it is merged, its strength is not 1, or its shards are on the meta device.
+    """
+    if name in record.merged:
+        raise AdapterError(f"adapter {name!r} is merged into the weights. Call unmerge_adapter first.")
+    layers = layers_of(root, name)
+    if any(name in layer.hra_u.scales for layer in layers.values()):
+        raise AdapterError(f"adapter {name!r} must have strength 1. Call hra_fx.set_scale(model, {name!r}, 1) first.")
+    for path, layer in layers.items():
+        if is_dtensor(layer.hra_u[name]) and layer.hra_u[name].is_meta:
+            raise AdapterError(
+                f"{path}: its vectors are sharded and on the meta device. Call model.to_empty(device=...) first, which "
+                "makes the shards of this process."
+            )
+
+
+def layers_of(root: nn.Module, name: str) -> dict[str, AdaptedLayer]:
+    """Path -> layer with this adapter, in the order in which `transform` starts them: 3-D parameters are last."""
+    layers = {path: layer for path, layer in adapted_layers(root).items() if name in layer.hra_u.specs}
+    return dict(sorted(layers.items(), key=lambda item: item[1].hra_u.kind == "experts"))
+
+
+def replace_values(
+    root: nn.Module,
+    name: str,
+    vectors: Callable[[str, AdaptedLayer], tuple[Tensor, Tensor | None]],
+    copies: Mapping[tuple[str, str], Tensor],
+    device: torch.device | str | None = None,
+) -> None:
+    """Replace the values of an adapter in place; tensors on the meta device, which have none, are replaced themselves.
+
+    Args:
+        root: a transformed model that `check_replaceable` accepts; every process that holds shards calls this.
+        name: the adapter.
+        vectors: gives `U: (d, r)` and the anchor of a layer; called once for each, in the order of `layers_of`.
+        copies: (path of a module, name of its tensor) -> value of a trained copy.
+        device: where tensors that are on the meta device are made; `None`: with the base weight, or on the CPU if that
+            is on the meta device too.
+    """
+    reshard(root.modules())
+    owners = all_copies(root)
+    made: dict[int, Tensor] = {}  # a copy that two modules share stays one tensor
+    with torch.no_grad(), ExitStack() as undo:
+        for path, layer in layers_of(root, name).items():
+            adapters, own = layer.hra_u, layer.hra_u[name]
+            if (anchor := adapters.anchor(name)) is not None:
+                undo.callback(adapters.register_buffer, name + ANCHOR, anchor)
+            if own.is_meta:
+                undo.callback(adapters.__setitem__, name, own)
+            else:
+                undo.callback(own.copy_, own.clone())
+            adapters.replace(name, *vectors(path, layer), torch.device(device or device_of_values(layer.hra_base)))
+        for (path, entry), value in copies.items():
+            owner, held = owners[path]
+            own = held.get(owner, name, entry)
+            if own.is_meta:
+                undo.callback(held.set, owner, name, entry, own)
+                made.setdefault(id(own), _like(own, value, device))
+                held.set(owner, name, entry, made[id(own)])
+            else:
+                undo.callback(own.copy_, own.clone())
+                own.copy_(distribute_like(value, own))
+        undo.pop_all()
+
+
+def _like(own: Tensor, value: Tensor, device: torch.device | str | None) -> Tensor:
+    """A tensor with this value in place of one without data."""
+    new = value.detach().to(device or value.device, own.dtype, copy=True)
+    return nn.Parameter(new, own.requires_grad) if isinstance(own, nn.Parameter) else new

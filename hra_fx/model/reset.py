@@ -1,0 +1,112 @@
+"""`reset_adapters`: start adapters again, as `transform` starts them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from hra_fx.errors import AdapterError
+from hra_fx.functional import householder
+from hra_fx.layers.adapted_layer import AdaptedLayer
+from hra_fx.layers.sharding import local_tensor, random_numbers_of_first_rank
+from hra_fx.layers.trained_copies import BASE, all_copies
+from hra_fx.model.offload import require_materialized
+from hra_fx.model.replace import check_replaceable, layers_of, replace_values
+from hra_fx.model.state import AdapterState, names_in, root_of
+
+
+def reset_adapters(
+    model: nn.Module,
+    adapter_names: str | Iterable[str] | None = None,
+    *,
+    device: torch.device | str | None = None,
+) -> None:
+    """Start adapters again as their configuration says: the vectors and anchors, and the trained copies.
+
+    `transform` of a model on the meta device makes vectors without data. Call this once the model has memory and its
+    weights (`to_empty` and `load_state_dict`, or `load_state_dict(assign=True)`). With the same seed, the vectors are
+    bit for bit those of `transform`, and of `add_adapter` for other adapters, on a model with weights. Trained copies
+    (`modules_to_save`, `bias`) get the values of the base model.
+
+    With `fully_shard`, every process calls this after `to_empty`. All of them take the random numbers of the first
+    process, and keep their shard of the vectors.
+
+    Args:
+        model: a transformed model.
+        adapter_names: which adapters; `None` for all, in the order in which they were added.
+        device: where vectors that are still on the meta device are made. `None`: on the device of their layer.
+
+    Raises:
+        AdapterError: the model has no such adapter; one is merged or has a strength other than 1; a layer is on the
+            meta device and no `device` is given, or its vectors are sharded there; or accelerate offloads the model.
+            The model is unchanged.
+
+    Example:
+        >>> from hra_fx import HRAConfig, transform
+        >>> with torch.device("meta"):
+        ...     model = nn.Sequential(nn.Linear(6, 4))
+        >>> model = transform(model, HRAConfig(r=2, target_modules=["0"])).to_empty(device="cpu")
+        >>> missing = model.load_state_dict(nn.Sequential(nn.Linear(6, 4)).state_dict(), strict=False)
+        >>> reset_adapters(model)
+        >>> bool((model[0].hra_u["default"][:, 0] == model[0].hra_u["default"][:, 1]).all())
+        True
+    """
+    root, record = root_of(model)
+    names = names_in(record, record.configs if adapter_names is None else adapter_names)
+    require_materialized(root)
+    base = {name: _base_values(root, name) for name in names}
+    for name in names:
+        check_replaceable(root, record, name)
+        _check_device(root, name, base[name], device)
+    with torch.inference_mode(False), random_numbers_of_first_rank(root.parameters()):
+        _fill_base(root)
+        for name in names:
+            replace_values(root, name, _start_of(record, name), base[name], device)
+
+
+def _start_of(record: AdapterState, name: str) -> Callable[[str, AdaptedLayer], tuple[Tensor, Tensor | None]]:
+    """Draws the vectors of a layer as `transform` does."""
+
+    def draw(path: str, layer: AdaptedLayer) -> tuple[Tensor, Tensor | None]:
+        spec = dataclasses.replace(layer.hra_u.specs[name], init_weights=record.configs[name].init_weights)
+        return layer.hra_u.initial(spec, householder.working_dtype(layer.hra_u[name].dtype))
+
+    return draw
+
+
+def _base_values(root: nn.Module, name: str) -> dict[tuple[str, str], Tensor]:
+    """(path of a module, name of its tensor) -> the base model's value of each trained copy of an adapter."""
+    return {
+        (path, entry): copies.get(owner, BASE, entry)
+        for path, (owner, copies) in all_copies(root).items()
+        for entry in copies.copied.get(name, ())
+    }
+
+
+def _fill_base(root: nn.Module) -> None:
+    """Fill the base model's tensors that `to_empty` has left NaN with those in place, if a trained copy is in place.
+
+    `set_model_state_dict` of torch fills tensors by their names, and a copy in place has the name of the base model's.
+    """
+    with torch.no_grad():
+        for owner, copies in all_copies(root).values():
+            for entry, present in copies.in_place.items():
+                base = copies.get(owner, BASE, entry)
+                if not base.is_meta and bool(local_tensor(base).isnan().all()):
+                    base.copy_(copies.get(owner, present, entry))
+
+
+def _check_device(
+    root: nn.Module, name: str, base: dict[tuple[str, str], Tensor], device: torch.device | str | None
+) -> None:
+    """Refuse vectors and copies on the meta device if it is not known where they belong."""
+    without_data = [path for path, layer in layers_of(root, name).items() if device is None and layer.hra_base.is_meta]
+    without_data += [f"{path}.{entry}" for (path, entry), tensor in base.items() if tensor.is_meta]
+    if without_data:
+        raise AdapterError(
+            f"{without_data[0]}: its weight is on the meta device. Call model.to_empty(device=...) or "
+            "model.load_state_dict(..., assign=True) first; or give `device`, where the vectors are made."
+        )

@@ -1,0 +1,327 @@
+"""Models on the meta device: adapted there, given memory and weights later, and then the same as if adapted at once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from adapting import config, mlp as training_mlp
+from integrations.distributed.trained import CASES, Case, output
+from moe_models import built
+from torch import nn
+
+import hra_fx
+from hra_fx.errors import AdapterError, CheckpointError, FoldError, HRAError, UnsupportedLayerError
+
+F64 = torch.float64
+SEED = 7
+NAMES = [name for name in CASES if name != "llama, checkpointing"]
+
+
+def mlp() -> nn.Sequential:
+    return training_mlp().eval()  # without dropout
+
+
+def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        return make()
+
+
+def settings(case: Case) -> hra_fx.HRAConfig:
+    return hra_fx.HRAConfig(**{"r": 4, **case.config})
+
+
+def with_buffers(model: nn.Module, base: nn.Module) -> nn.Module:
+    """The buffers that no checkpoint has, such as the frequencies of rotary embeddings."""
+    saved = base.state_dict()
+    for name, buffer in base.named_buffers():
+        if name not in saved:
+            path, _, entry = name.rpartition(".")
+            model.get_submodule(path).register_buffer(entry, buffer.clone(), persistent=False)
+    return model
+
+
+def filled(model: nn.Module, base: nn.Module) -> nn.Module:
+    """With memory, in which nothing is, and then the weights of the base model under their own names."""
+    model.to_empty(device="cpu")
+    found = model.load_state_dict(base.state_dict(), strict=False)
+    assert not found.unexpected_keys
+    return with_buffers(model, base)
+
+
+def assigned(model: nn.Module, base: nn.Module) -> nn.Module:
+    """With the tensors of the base model; those of adapters stay on the meta device."""
+    model.load_state_dict(copy.deepcopy(base).state_dict(), strict=False, assign=True)
+    return with_buffers(model, base)
+
+
+def same(model: nn.Module, wanted: nn.Module) -> None:
+    ours, theirs = model.state_dict(), wanted.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert [key for key in ours if ours[key].dtype != theirs[key].dtype] == []
+    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+    flags = [{name: p.requires_grad for name, p in one.named_parameters()} for one in (model, wanted)]
+    assert flags[0] == flags[1]
+
+
+@pytest.mark.parametrize("give_weights", [filled, assigned])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_adapted_on_meta_starts_bit_for_bit_as_one_with_weights(
+    name: str, give_weights: Callable[[nn.Module, nn.Module], nn.Module]
+) -> None:
+    case = CASES[name]
+    base = case.base()
+    torch.manual_seed(SEED)
+    wanted = hra_fx.transform(copy.deepcopy(base), settings(case))
+    drawn = torch.get_rng_state()
+    torch.manual_seed(SEED)
+    before = torch.get_rng_state()
+    model = hra_fx.transform(on_meta(case.make).to(F64), settings(case))
+    assert all(tensor.is_meta for key, tensor in model.state_dict().items() if ".hra_u." in key)
+    assert torch.equal(torch.get_rng_state(), before), "nothing is drawn on the meta device"
+    give_weights(model, base)
+    torch.manual_seed(SEED)
+    hra_fx.reset_adapters(model)
+    assert torch.equal(torch.get_rng_state(), drawn), "as many numbers are drawn as by transform"
+    same(model, wanted)
+    assert torch.equal(output(model.eval(), case), output(wanted.eval(), case))
+
+
+def test_several_adapters_start_in_the_order_in_which_they_were_added() -> None:
+    def adapted(model: nn.Module) -> nn.Module:
+        torch.manual_seed(SEED)
+        hra_fx.transform(model, config("0", "3", r=3))
+        hra_fx.add_adapter(model, "b", config("3", init_weights=False, bias="hra_only"))
+        hra_fx.add_adapter(model, "c", config("0", r=4, apply_GS=True, bias="all"))
+        return model
+
+    base = mlp()
+    wanted, model = adapted(copy.deepcopy(base)), filled(adapted(on_meta(mlp)), base)
+    torch.manual_seed(SEED)
+    hra_fx.reset_adapters(model)
+    same(model, wanted)
+    for name in ("b", "default", "c"):
+        hra_fx.set_adapter(model, name)
+        hra_fx.set_adapter(wanted, name)
+        same(model, wanted)
+
+
+def test_experts_are_started_after_the_layers() -> None:
+    fields: dict[str, Any] = {
+        "target_modules": ["q_proj", "v_proj"],
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+    }
+    base = built("qwen3_moe")
+    torch.manual_seed(SEED)
+    wanted = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(r=3, **fields))
+    model = hra_fx.transform(copy.deepcopy(base).to("meta"), hra_fx.HRAConfig(r=3, **fields))
+    assigned(model, base)
+    torch.manual_seed(SEED)
+    hra_fx.reset_adapters(model)
+    same(model, wanted)
+
+
+def test_a_trained_adapter_starts_again_in_the_same_parameters() -> None:
+    model = mlp()
+    torch.manual_seed(SEED)
+    hra_fx.transform(model, config("0", r=3, modules_to_save=["3"]))
+    hra_fx.add_adapter(model, "other", config("0"))
+    start, parameters = copy.deepcopy(model), dict(model.named_parameters())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+        model[0].hra_u["other"].normal_()
+    other = model[0].hra_u["other"].clone()
+    torch.manual_seed(SEED)
+    hra_fx.reset_adapters(model, "default")
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert torch.equal(model[0].hra_u["other"], other)
+    with torch.no_grad():
+        start[0].hra_u["other"].copy_(other)
+    same(model, start)
+
+
+def test_vectors_without_data_name_their_layer_and_those_without_values_give_nan() -> None:
+    base = mlp()
+    x = torch.randn(2, base[0].in_features)
+    for r, kind in ((2, {}), (3, {}), (2, {"apply_GS": True})):
+        model = assigned(hra_fx.transform(on_meta(mlp), config("0", "3", r=r, **kind)), base)
+        with pytest.raises(
+            AdapterError, match=r"^0: the vectors of default are on the meta device, without data\. Call "
+        ):
+            model(x)
+        empty = filled(hra_fx.transform(on_meta(mlp), config("0", "3", r=r, **kind)), base)
+        assert all(t.isnan().all() for key, t in empty.state_dict().items() if ".hra_u." in key)
+        assert empty(x).isnan().all()
+
+
+def test_an_anchor_without_data_is_refused_too() -> None:
+    model = hra_fx.transform(mlp(), config("0", r=3), low_cpu_mem_usage=True)
+    model.load_state_dict({"0.hra_u.default": torch.ones(model[0].in_features, 3)}, strict=False, assign=True)
+    with pytest.raises(AdapterError, match=r"^0: the vectors of default are on the meta device"):
+        model(torch.randn(2, model[0].in_features))
+
+
+def test_vectors_on_another_device_than_the_weights() -> None:
+    model = hra_fx.transform(on_meta(mlp), config("0", r=3))
+    with pytest.raises(AdapterError, match=r"^0: its weight is on the meta device\. Call model\.to_empty.*`device`"):
+        hra_fx.reset_adapters(model)
+    assert model[0].hra_u["default"].is_meta
+    hra_fx.reset_adapters(model, device="cpu")
+    vectors, anchor = model[0].hra_u["default"], model[0].hra_u.anchor("default")
+    assert torch.equal(vectors[:, -1:], anchor) and model[0].hra_base.is_meta
+    base = mlp()
+    x = torch.randn(2, base[0].in_features)
+    assert torch.allclose(assigned(model, base)(x), base(x), atol=1e-6)
+
+
+def test_copies_of_weights_without_data_are_refused() -> None:
+    model = hra_fx.transform(on_meta(mlp), config("0", modules_to_save=["3"]))
+    with pytest.raises(AdapterError, match=r"^3\.weight: its weight is on the meta device"):
+        hra_fx.reset_adapters(model, device="cpu")
+    assert model[0].hra_u["default"].is_meta
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (hra_fx.merge_adapter, r"is merged into the weights\. Call unmerge_adapter first"),
+        (lambda model: hra_fx.set_scale(model, "default", 0.5), r"must have strength 1\. Call hra_fx\.set_scale"),
+    ],
+)
+def test_values_in_use_elsewhere_are_not_reset(change: Callable[[nn.Module], None], message: str) -> None:
+    model = hra_fx.transform(mlp(), config("0", r=4, init_weights=False))
+    change(model)
+    before = copy.deepcopy(model)
+    with pytest.raises(AdapterError, match=message):
+        hra_fx.reset_adapters(model)
+    same(model, before)
+
+
+def test_unknown_adapters_and_models_without_any() -> None:
+    with pytest.raises(AdapterError, match="the model has no adapter 'b'"):
+        hra_fx.reset_adapters(hra_fx.transform(mlp(), config("0")), ["default", "b"])
+    with pytest.raises(AdapterError, match="has no adapters"):
+        hra_fx.reset_adapters(mlp())
+
+
+LOADED: dict[str, dict[str, Any]] = {
+    "even": {"r": 2},
+    "odd": {"r": 3},
+    "Gram-Schmidt": {"r": 2, "apply_GS": True},
+    "copies": {"r": 2, "modules_to_save": ["3"], "bias": "all"},
+}
+
+
+@pytest.mark.parametrize("fields", LOADED.values(), ids=LOADED)
+def test_an_adapter_is_loaded_before_or_after_the_weights(fields: dict[str, Any], tmp_path: Path) -> None:
+    base = mlp()
+    trained = hra_fx.transform(copy.deepcopy(base), config("0", **fields))
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    hra_fx.save_adapter(trained, tmp_path)
+    x = torch.randn(2, base[0].in_features)
+    wanted = trained(x)
+    made: dict[str, nn.Module] = {
+        "new, weights later": assigned(hra_fx.load_adapter(on_meta(mlp), tmp_path), base),
+        "adapted, weights later": assigned(
+            hra_fx.load_adapter(hra_fx.transform(on_meta(mlp), config("0", **fields)), tmp_path), base
+        ),
+        "assigned, then loaded": hra_fx.load_adapter(
+            assigned(hra_fx.transform(on_meta(mlp), config("0", **fields)), base), tmp_path
+        ),
+        "emptied, then loaded": hra_fx.load_adapter(
+            filled(hra_fx.transform(on_meta(mlp), config("0", **fields)), base), tmp_path
+        ),
+        "low_cpu_mem_usage": hra_fx.load_adapter(
+            hra_fx.transform(copy.deepcopy(base), config("0", **fields), low_cpu_mem_usage=True), tmp_path
+        ),
+    }
+    for way, model in made.items():
+        assert torch.equal(model(x), wanted), way
+        with hra_fx.disable_adapters(model):
+            assert torch.equal(model(x), base(x)), way
+
+
+REFUSED: dict[str, tuple[Callable[[nn.Module, Path], object], type[HRAError], str]] = {
+    "fold": (lambda model, _: hra_fx.fold(model), FoldError, r"^0.*on the meta device"),
+    "plan_fold": (lambda model, _: hra_fx.plan_fold(model), FoldError, r"^0.*on the meta device"),
+    "merge_adapter": (lambda model, _: hra_fx.merge_adapter(model), FoldError, r"^0.*on the meta device"),
+    "save_adapter": (lambda model, path: hra_fx.save_adapter(model, path), CheckpointError, "on the meta device"),
+    "save_as_lora": (lambda model, path: hra_fx.save_as_lora(model, path), FoldError, "on the meta device"),
+    "set_scale": (lambda model, _: hra_fx.set_scale(model, "default", 0.5), AdapterError, r"^0: .*on the meta device"),
+    "verify": (
+        lambda model, _: hra_fx.transform(model, config("0", "3"), example_inputs=torch.ones(2, 6), verify=True),
+        UnsupportedLayerError,
+        r"^0\.weight: it is on the meta device",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_needs_values_is_refused(name: str, tmp_path: Path) -> None:
+    act, kind, message = REFUSED[name]
+    model = hra_fx.transform(on_meta(mlp), config("0", "3"))
+    keys = list(model.state_dict())
+    with pytest.raises(kind, match=message):
+        act(model, tmp_path / "out")
+    assert list(model.state_dict()) == keys and type(model[0]).__name__ == "Linear"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plain_meta_model_is_not_verified() -> None:
+    model = on_meta(mlp)
+    with pytest.raises(UnsupportedLayerError, match=r"^0\.weight: it is on the meta device.*load the weights first"):
+        hra_fx.transform(model, config("0"), example_inputs=torch.ones(2, 6), verify=True)
+    assert list(model.state_dict()) == list(mlp().state_dict())
+
+
+def test_a_program_captured_on_meta_is_refused() -> None:
+    program = torch.export.export(on_meta(mlp), (torch.ones(2, mlp()[0].in_features, device="meta"),))
+    with pytest.raises(UnsupportedLayerError, match=r"^0: its weight is on the meta device"):
+        hra_fx.transform(program, config("0"))
+
+
+def test_a_traced_model_and_a_compiled_one_are_reset_too() -> None:
+    base = mlp()
+    torch.manual_seed(SEED)
+    wanted = hra_fx.transform(copy.deepcopy(base), config("0", "3", r=3), trace=True)
+    model = assigned(hra_fx.transform(on_meta(mlp), config("0", "3", r=3), trace=True), base)
+    torch.manual_seed(SEED)
+    hra_fx.reset_adapters(torch.compile(model))  # type: ignore[arg-type]
+    same(model, wanted)
+
+
+def test_a_copy_of_tied_embeddings_is_untied_on_meta() -> None:
+    def make() -> nn.Module:
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=19, tie_word_embeddings=True))
+
+    model: Any = on_meta(make)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    hra_fx.transform(model, config("q_proj", modules_to_save=["lm_head"]))
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert not model.config.tie_word_embeddings
+
+
+def llama_70b() -> nn.Module:
+    sizes = {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "intermediate_size": 28672}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=8, vocab_size=128256))
+
+
+def test_the_report_of_a_large_model_counts_parameters_and_bytes() -> None:
+    model = hra_fx.transform(on_meta(llama_70b), hra_fx.HRAConfig(r=8, target_modules="all-linear"))
+    found = hra_fx.report(model)
+    total = 80 * 8 * (6 * 8192 + 28672)
+    assert sum(row.parameters for row in found) == total == 49_807_360
+    assert sum(row.bytes for row in found) == sum(row.bytes_here for row in found) == 4 * total
+    assert f"560 adapted layers, {total:,} adapter parameters (199.2 MB), adapter default" in str(found)
+    assert all(vectors.is_meta for name, vectors in model.named_parameters() if ".hra_u." in name)
