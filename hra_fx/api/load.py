@@ -23,7 +23,7 @@ from hra_fx.layers.sharding import distribute_like, reshard
 from hra_fx.layers.trained_copies import Copies, all_copies
 from hra_fx.model.add import add_filled_adapter
 from hra_fx.model.example_inputs import normalize_inputs
-from hra_fx.model.offload import require_materialized
+from hra_fx.model.offload import load_vectors
 from hra_fx.model.setup import checked, set_up
 from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, get_state, root_of
 from hra_fx.model.trainable import set_requires_grad
@@ -85,15 +85,15 @@ def load_adapter(
         plain = isinstance(model, nn.Module) and not any(get_state(part) for part in model.modules())
         root, record = (model, None) if plain else root_of(model)
         if record is not None:
-            require_materialized(root)
+            load_vectors(root)
         fitted = fit(find(directory, subfolder, **hub), root, config)
         config = checked(root, dataclasses.replace(fitted.resume.config, inference_mode=not is_trainable), adapter_name)
 
         def fill(path: str, layer: nn.Module, reflection: HouseholderAdapters) -> None:
             vectors, anchor = fitted.vectors[path]
-            weight = reflection.weight_of(layer)
-            anchored = None if anchor is None else _like(anchor, weight)
-            reflection.put(adapter_name, fitted.spec(path), _like(vectors, weight), anchored)
+            like = reflection.weight_of(layer).dtype, reflection.device_of(layer)
+            anchored = None if anchor is None else _like(anchor, *like)
+            reflection.put(adapter_name, fitted.spec(path), _like(vectors, *like), anchored)
 
         if record is None:
             set_up(root, config, adapter_name, fill, fitted.copies, root_class=root_class_for(root))
@@ -139,7 +139,7 @@ def _replace(root: nn.Module, record: AdapterState, name: str, fitted: Fitted, i
             if (anchor := adapters._buffers.get(name + ANCHOR)) is not None:
                 undo.callback(adapters.register_buffer, name + ANCHOR, anchor)
             undo.callback(own.copy_, own.clone())
-            adapters.replace(name, *values[path], layer.hra_base.device)
+            adapters.replace(name, *values[path], adapters.device_of(layer))
         for path, (owner, copies) in all_copies(root).items():
             for entry in _saved(owner, copies, name):
                 own = copies.get(owner, name, entry)
@@ -154,7 +154,7 @@ def _saved(owner: nn.Module, copies: Copies, name: str) -> list[str]:
     return [entry for entry in copies.copied.get(name, ()) if entry not in non_persistent_buffers(owner)]
 
 
-def _like(tensor: Tensor, weight: Tensor) -> Tensor:
+def _like(tensor: Tensor, weight_dtype: torch.dtype, device: torch.device) -> Tensor:
     """Cast like PEFT (`autocast_adapter_dtype`): at least float32, and at least the layer's dtype."""
-    dtype = torch.float64 if tensor.dtype == torch.float64 else householder.working_dtype(weight.dtype)
-    return tensor.to(weight.device, dtype)
+    dtype = torch.float64 if tensor.dtype == torch.float64 else householder.working_dtype(weight_dtype)
+    return tensor.to(device, dtype)

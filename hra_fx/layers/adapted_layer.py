@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hra_fx import compat
 from hra_fx.errors import AdapterError
 from hra_fx.kernels.dispatch import is_plain_eager
+from hra_fx.layers.accelerate_hooks import reads_parameters
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.class_swap import SwapMixin
 from hra_fx.layers.quantized.straight_through import call_quantized
@@ -124,7 +125,7 @@ def read_weight(
     if torch.compiler.is_compiling() or compat.is_fx_tracing():  # a tracer needs the operations themselves
         return adapters(weight=base)
     # Parameters in shards are only read by the tool that shards them; while a module runs, they are whole.
-    if not adapters.acts or is_dtensor(base):
+    if not adapters.acts or is_dtensor(base) or reads_parameters():
         return base
     if not is_plain_eager():
         return RotatedWeight(layer)

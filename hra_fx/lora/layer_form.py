@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hra_fx.functional.rotate import as_rows, check_foldable
+from hra_fx.layers.accelerate_hooks import loaded, offloading_hook
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.quantized.detect import quant_scheme_of
-from hra_fx.layers.target import describe
+from hra_fx.layers.target import describe, weight_place
 from hra_fx.lora.adapter import LoraLayer
 from hra_fx.lora.change import change_of, noise_of
 from hra_fx.lora.experts import experts_layer
@@ -40,6 +41,11 @@ def lora_layer(path: str, layer: AdaptedLayer, names: Sequence[str], rank: int |
         FoldError: the weight or the vectors are on the meta device, or the vectors of a Gram-Schmidt adapter are
             linearly dependent.
     """
+    with loaded(weight_place(layer)[0]):
+        return _lora_layer(path, layer, names, rank)
+
+
+def _lora_layer(path: str, layer: AdaptedLayer, names: Sequence[str], rank: int | None) -> LoraLayer:
     if layer.hra_u.kind == "experts":
         return experts_layer(path, layer, names, rank)
     packing, box = quant_scheme_of(layer), layer.hra_u
@@ -73,7 +79,8 @@ def _why_not(layer: AdaptedLayer, parent: nn.Module) -> str | None:
         return IN_ENCODER_LAYER
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and (reason := why_not_convolution(layer)):
         return reason
-    if not layer.hra_u.is_called and layer.hra_u.kind != "attention" and not _adds_change(layer):
+    own_forward = not layer.hra_u.is_called and layer.hra_u.kind != "attention"
+    if own_forward and (offloading_hook(layer) is not None or not _adds_change(layer)):  # a hook loads the old weight
         return OWN_FORWARD
     return None
 

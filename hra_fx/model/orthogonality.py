@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hra_fx.functional import householder
 from hra_fx.layers.sharding import full_tensor, reshard
-from hra_fx.model.offload import require_materialized
+from hra_fx.model.offload import load_vectors
 from hra_fx.model.state import require_adapted_layers
 
 
@@ -48,7 +48,7 @@ def orthogonality_loss(model: nn.Module) -> Tensor:
         0.8485
     """
     sites = require_adapted_layers(model)
-    require_materialized(model)
+    load_vectors(model)
     # FSDP2 may keep gathered parameters after a forward and free them before the backward of a separate term.
     reshard(model.modules())
     active = [

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from hra_fx.compat import is_wrapper_subclass
+from hra_fx.layers.accelerate_hooks import stored
 
 
 def tied_to(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, list[str]]:
@@ -50,8 +51,11 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, module in model.named_modules():
         for registered in (module._parameters, module._buffers):
             for name, tensor in registered.items():
-                if tensor is not None and not is_lazy(tensor) and not tensor.is_meta:
-                    yield f"{path}.{name}".lstrip("."), _unwrap(tensor)
+                if tensor is None or is_lazy(tensor):
+                    continue
+                held = stored(module, name, tensor)
+                if not held.is_meta:
+                    yield f"{path}.{name}".lstrip("."), _unwrap(held)
 
 
 def _unwrap(tensor: Any) -> Tensor:
@@ -63,7 +67,10 @@ def _unwrap(tensor: Any) -> Tensor:
 
 
 def _storage(tensor: Tensor) -> object:
-    return tensor.device, tensor.untyped_storage().data_ptr()
+    try:
+        return tensor.device, tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # lazy and XLA tensors have no storage: a tied one is the same object
+        return id(tensor)
 
 
 def _elements(tensor: Tensor) -> range:
