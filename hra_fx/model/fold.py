@@ -277,6 +277,7 @@ def _check_layers(
     root: nn.Module, sites: Mapping[str, AdaptedLayer], names: Mapping[str, tuple[str, ...]], *, requantize: bool
 ) -> dict[str, AdaptedLayer]:
     """Check every layer; returns those whose weights are written."""
+    check_not_on_disk({path: layer for path, layer in sites.items() if names[path]})
     check_classes(root, sites)
     try:
         check_no_foreign_class(root)
@@ -287,7 +288,6 @@ def _check_layers(
     written: dict[str, AdaptedLayer] = {}
     for path, layer in sites.items():
         if names[path]:
-            check_not_on_disk(path, layer)
             with loaded(weight_place(layer)[0]):
                 if check_layer(path, layer, names[path]):
                     written[path] = layer

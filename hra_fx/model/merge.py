@@ -89,8 +89,8 @@ def merge(root: nn.Module, record: AdapterState, names: tuple[str, ...]) -> None
     """Merge adapters whose order was resolved; every layer is checked before the first weight is written."""
     sites = adapted_layers(root)
     check_copies(root, collect_parts(root), dict.fromkeys((*names, *record.active)))
-    check_classes(root, sites)
     _check_in_memory(sites)
+    check_classes(root, sites)
     check_no_ties(root, sites)
     check_floating(sites, names, " Adapters also act without being merged.")
     present = {path: [name for name in names if name in layer.hra_u] for path, layer in sites.items()}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hra_fx.errors import AdapterError, FoldError
 from hra_fx.functional.rotate import as_rows, check_finite, check_foldable, rotate_weight, rows_to_weight
-from hra_fx.layers.accelerate_hooks import is_on_disk, offloading_hook, stored
+from hra_fx.layers.accelerate_hooks import is_on_disk, stored
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.class_swap import is_swapped
 from hra_fx.layers.quantized.detect import quant_scheme_of
@@ -150,19 +150,18 @@ def check_classes(model: nn.Module, sites: Mapping[str, AdaptedLayer]) -> None:
             )
 
 
-def check_not_on_disk(path: str, layer: AdaptedLayer) -> None:
-    """Refuse to fold into a weight that is loaded from the disk, or quantized when it is loaded.
+def check_not_on_disk(sites: Mapping[str, AdaptedLayer]) -> None:
+    """Refuse to fold into weights that accelerate loads from the disk.
 
     Raises:
-        FoldError: it is.
+        FoldError: there is such a weight.
     """
-    owner, name = weight_place(layer)
-    if is_on_disk(owner, name) or (offloading_hook(owner) is not None and quant_scheme_of(layer)):
-        raise FoldError(
-            f"{path}: accelerate offloads its weight to the disk, or quantizes it at each call, so a folded weight "
-            "would be lost. Save the adapter (hra_fx.save_adapter) and fold it into the checkpoint "
-            "(hra_fx.fold_checkpoint)."
-        )
+    for path, layer in sites.items():
+        if is_on_disk(*weight_place(layer)):
+            raise FoldError(
+                f"{path}: accelerate loads its weight from files, which a fold does not change. Save the adapter "
+                "(hra_fx.save_adapter) and fold it into the checkpoint (hra_fx.fold_checkpoint)."
+            )
 
 
 def check_no_ties(model: nn.Module, sites: Mapping[str, AdaptedLayer]) -> None:

@@ -14,7 +14,7 @@ import torch
 import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
 from adapting import config, randomise
-from integrations.distributed.trained import CASES, F64, SIZES, Case, output, train, trained
+from integrations.distributed.trained import CASES, F64, SIZES, Case, adapted, close, output, train, trained
 from refusals import refused
 from safetensors.torch import load_file
 from second_device import LAZY
@@ -47,25 +47,10 @@ def dispatch(model: nn.Module, units: Sequence[str], devices: Sequence[torch.dev
     return accelerate.dispatch_model(model, places, main_device="cpu", force_hooks=True)
 
 
-def adapted(base: nn.Module, case: Case) -> nn.Module:
-    """A base model with the vectors of `case.model()`."""
-    model = hra_fx.transform(base, hra_fx.HRAConfig(**{"r": 4, **case.config}))
-    vectors = dict(case.model().named_parameters())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".hra_u." in name:
-                parameter.copy_(vectors[name])
-    return model
-
-
 WHEN: dict[str, Callable[[Case, Sequence[torch.device]], nn.Module]] = {
     "before": lambda case, devices: adapted(dispatch(case.base(), case.units, devices), case),
     "after": lambda case, devices: dispatch(case.model(), case.units, devices),
 }
-
-
-def close(left: Tensor, right: Tensor, within: float = 1e-9) -> bool:
-    return bool((left.cpu() - right.cpu()).abs().max() < within)
 
 
 @pytest.mark.parametrize("when", WHEN)
