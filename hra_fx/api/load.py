@@ -65,7 +65,7 @@ def load_adapter(
         CheckpointError: a file is missing, damaged, or does not fit the model; the message names the file and the key.
         ConfigError: the configuration is invalid.
         AdapterError: the model has an adapter of this name with another configuration, adapters are merged, or
-            accelerate offloads the model.
+            accelerate offloads trained copies.
         UnsupportedLayerError: see `transform`. After any error the model is unchanged.
 
     Example:

@@ -67,7 +67,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
 
     Raises:
         AdapterError: the model has no such adapter, `None` is ambiguous, parts of the model were folded or replaced, or
-            accelerate offloads them.
+            accelerate offloads trained copies.
         CheckpointError: a tensor is not finite or has no data; or the folder cannot be written.
 
     Example:

@@ -35,7 +35,7 @@ def combine(model: nn.Module, adapters: Sequence[str], adapter_name: str) -> Non
     Raises:
         AdapterError: the model has no such adapter, fewer than two are named, one has trained copies
             (`modules_to_save` or `bias`), a layer would have to be filled with an odd number of reflections, all have
-            strength 0, or the vectors are sharded or offloaded.
+            strength 0, or the vectors are sharded.
 
     Example:
         >>> from hra_fx import HRAConfig, add_adapter, transform

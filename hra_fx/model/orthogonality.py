@@ -36,7 +36,7 @@ def orthogonality_loss(model: nn.Module) -> Tensor:
         `()`, float32 or wider, also under autocast, on the device of the first vectors; zero if no adapter is active.
 
     Raises:
-        AdapterError: the model has no adapters, or accelerate offloads them.
+        AdapterError: the model has no adapters, or vectors cannot be loaded (see docs/large-models.md).
 
     Example:
         >>> from hra_fx.config import HRAConfig

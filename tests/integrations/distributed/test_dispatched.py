@@ -216,6 +216,22 @@ def test_generate(when: str) -> None:
     assert not torch.equal(model.generate(ids, **options), wanted)
 
 
+def test_an_hra_model_over_a_dispatched_model(tmp_path: Path) -> None:
+    case = CASES["llama"]
+    settings = hra_fx.HRAConfig(r=4, init_weights=False, **case.config)
+    plain, model = case.base().eval(), dispatch(case.base().eval(), case.units, (CPU,))
+    models: list[Any] = []
+    for each in (plain, model):
+        torch.manual_seed(3)
+        models.append(hra_fx.HRAModel(each, settings))
+    ids = case.data()[0]
+    assert close(models[1](input_ids=ids).logits, models[0](input_ids=ids).logits)
+    models[1].save_pretrained(tmp_path)
+    again = hra_fx.HRAModel.from_pretrained(dispatch(case.base().eval(), case.units, (CPU,)), tmp_path)
+    assert close(again(input_ids=ids).logits, models[0](input_ids=ids).logits)
+    assert close(models[1].merge_and_unload()(input_ids=ids).logits, models[0](input_ids=ids).logits)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_head_that_is_tied_to_the_embeddings(when: str) -> None:
     def tied() -> Any:

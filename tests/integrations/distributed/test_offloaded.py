@@ -206,6 +206,49 @@ def test_a_model_that_is_moved_as_a_whole() -> None:
             assert close(output(hra_fx.fold(model), case), wanted)
 
 
+class Generator(nn.Sequential):
+    """A model whose `generate` calls it twice."""
+
+    def generate(self, x: Tensor) -> Tensor:
+        return self(x) + self(x)
+
+
+def test_generate_of_a_model_that_its_first_call_moves() -> None:
+    """Factors that were computed at the start of `generate` are on the device of before."""
+    plain, model = Generator(*MLP.base()), Generator(*MLP.base())
+    for each in (plain, model):
+        torch.manual_seed(3)
+        hra_fx.transform(each, hra_fx.HRAConfig(r=2, init_weights=False, target_modules=["0", "2", "4"]))
+    _, hook = accelerate.cpu_offload_with_hook(model, execution_device=LAZY)
+    hook.offload()
+    with torch.no_grad():
+        assert close(model.generate(MLP.data()[0].to(LAZY)), plain.generate(MLP.data()[0]))
+
+
+def test_a_checkpoint_that_is_loaded_from_its_files_in_each_call(tmp_path: Path) -> None:
+    case = CASES["llama"]
+    plain, ids = case.model().eval(), case.data()[0]
+    case.base().save_pretrained(tmp_path / "base")
+    hra_fx.save_adapter(plain, tmp_path / "adapter")
+    files = {path: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    names = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"]
+    model = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "base", device_map=dict.fromkeys(names, "cpu") | {"model.layers.1": "disk"}, dtype=F64
+    )
+    hra_fx.load_adapter(model, tmp_path / "adapter")
+    assert any(parameter.is_meta for parameter in model.parameters())
+    assert close(output(model, case), output(plain, case))
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
+    wanted, found = saved(plain, tmp_path / "plain"), saved(model, tmp_path / "offloaded")
+    assert wanted.keys() == found.keys()
+    assert all(close(wanted[key], found[key], 1e-6) for key in wanted)  # float32 in the files
+    with pytest.raises(FoldError, match=r"^model\.layers\.1\.\S+: accelerate loads its weight from files"):
+        hra_fx.fold(model)
+    assert close(output(model, case), output(plain, case))
+    assert {path: path.read_bytes() for path in files} == files
+
+
 # ---- what is refused ----
 
 
