@@ -19,7 +19,6 @@ from torch.fx.proxy import Attribute
 
 from hra_fx.compat import has_own_hooks
 from hra_fx.errors import CaptureError
-from hra_fx.layers.accelerate_hooks import is_hooked
 from hra_fx.layers.target import find_kind
 from hra_fx.tracing.inplace_ops import SPECIAL_METHODS
 from hra_fx.tracing.recorded_state import GraphState, patched
@@ -275,7 +274,7 @@ class UnpicklingTracer(fx.Tracer):
 
 def _why_not_inlined(module: nn.Module) -> str | None:
     """The reason why the forward of a module cannot be inlined, or `None`."""
-    if has_own_hooks(module) or is_hooked(module):
+    if has_own_hooks(module):
         return "it has hooks, which would not run"
     if type(module).__call__ is not nn.Module.__call__ and getattr(module, "gradient_checkpointing", False):
         return "it checkpoints its activations, which a graph drops"

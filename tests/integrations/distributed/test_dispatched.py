@@ -254,6 +254,15 @@ def test_a_head_that_is_tied_to_the_embeddings(when: str) -> None:
     assert close(model(ids).logits, wanted)
 
 
+def test_graphs_are_of_whole_models_once_hooks_are_removed() -> None:
+    model = WHEN["before"](MLP, (CPU,))
+    assert list(hra_fx.graphs(model)) == ["0", "2", "4"]
+    remove_hook_from_submodules(model)
+    graphs = hra_fx.graphs(model)
+    assert list(graphs) == [""]
+    assert close(output(graphs[""], MLP), output(model, MLP))
+
+
 # ---- what is refused ----
 
 
