@@ -10,7 +10,6 @@ from typing import Any
 from torch import fx, nn
 
 from hra_fx.errors import CaptureError
-from hra_fx.layers.accelerate_hooks import has_class_forward, is_hooked
 from hra_fx.layers.class_swap import original_class
 from hra_fx.model.base_view import base_model_view
 from hra_fx.model.state import adapted_layers
@@ -100,7 +99,7 @@ class _Search:
 
 
 def _trace(path: str, module: nn.Module, layers: list[nn.Module]) -> Traced:
-    if is_hooked(module) or not has_class_forward(module):
+    if "forward" in vars(module):
         raise CaptureError("its forward is set on the instance")
     if isinstance(module, fx.GraphModule) and path:
         raise CaptureError("it is a GraphModule of its own")

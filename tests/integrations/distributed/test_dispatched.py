@@ -21,7 +21,9 @@ from second_device import LAZY
 from torch import Tensor, fx, nn
 
 import hra_fx
+from hra_fx.layers.accelerate_hooks import has_class_forward
 from hra_fx.layers.batching import factors_in_batches, factors_of, has_batch
+from hra_fx.model.base_view import base_model_view
 
 CPU = torch.device("cpu")
 MLP = CASES["mlp, whole"]
@@ -254,13 +256,19 @@ def test_a_head_that_is_tied_to_the_embeddings(when: str) -> None:
     assert close(model(ids).logits, wanted)
 
 
-def test_graphs_are_of_whole_models_once_hooks_are_removed() -> None:
-    model = WHEN["before"](MLP, (CPU,))
-    assert list(hra_fx.graphs(model)) == ["0", "2", "4"]
-    remove_hook_from_submodules(model)
-    graphs = hra_fx.graphs(model)
-    assert list(graphs) == [""]
-    assert close(output(graphs[""], MLP), output(model, MLP))
+def test_a_look_at_the_base_model_does_not_bypass_the_adapters() -> None:
+    """`graphs` and transformers' table of tied weights see the model without adapters, and put them back."""
+    for hooks in (True, False):
+        model = WHEN["before"](MLP, (CPU,))
+        if not hooks:
+            remove_hook_from_submodules(model)
+        wanted = output(model, MLP)
+        assert list(hra_fx.graphs(model)) == ["0", "2", "4"]  # the whole model has a forward of its own
+        with base_model_view(model):
+            assert close(output(model, MLP), output(MLP.base(), MLP))
+        assert all(has_class_forward(layer) for layer in model)
+        assert close(output(model, MLP), wanted)
+        assert not close(wanted, output(MLP.base(), MLP))
 
 
 # ---- what is refused ----
