@@ -17,11 +17,10 @@ from hra_fx.errors import AdapterError
 from hra_fx.functional import householder
 from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.layers.adapters import HouseholderAdapters
-from hra_fx.layers.sharding import device_of_values
 from hra_fx.layers.trained_copies import Copies, all_copies
 from hra_fx.model.add import add_filled_adapter
 from hra_fx.model.example_inputs import normalize_inputs
-from hra_fx.model.offload import require_materialized
+from hra_fx.model.offload import load_vectors
 from hra_fx.model.replace import check_replaceable, layers_of, replace_values
 from hra_fx.model.setup import checked, set_up
 from hra_fx.model.state import AdapterState, collect_parts, get_state, root_of
@@ -64,7 +63,7 @@ def load_adapter(
         CheckpointError: a file is missing, damaged, or does not fit the model; the message names the file and the key.
         ConfigError: the configuration is invalid.
         AdapterError: the model has an adapter of this name with another configuration, adapters are merged, or
-            accelerate offloads the model.
+            accelerate offloads trained copies.
         UnsupportedLayerError: see `transform`. After any error the model is unchanged.
 
     Example:
@@ -84,15 +83,15 @@ def load_adapter(
         plain = isinstance(model, nn.Module) and not any(get_state(part) for part in model.modules())
         root, record = (model, None) if plain else root_of(model)
         if record is not None:
-            require_materialized(root)
+            load_vectors(root)
         fitted = fit(find(directory, subfolder, **hub), root, config)
         config = checked(root, dataclasses.replace(fitted.resume.config, inference_mode=not is_trainable), adapter_name)
 
         def fill(path: str, layer: nn.Module, reflection: HouseholderAdapters) -> None:
             vectors, anchor = fitted.vectors[path]
-            weight = reflection.weight_of(layer)
-            anchored = None if anchor is None else _like(anchor, weight)
-            reflection.put(adapter_name, fitted.spec(path), _like(vectors, weight), anchored)
+            like = reflection.weight_of(layer).dtype, reflection.device_for_values(layer)
+            anchored = None if anchor is None else _like(anchor, *like)
+            reflection.put(adapter_name, fitted.spec(path), _like(vectors, *like), anchored)
 
         if record is None:
             set_up(root, config, adapter_name, fill, fitted.copies, root_class=root_class_for(root))
@@ -139,7 +138,7 @@ def _saved(owner: nn.Module, copies: Copies, name: str) -> list[str]:
     return [entry for entry in copies.copied.get(name, ()) if entry not in non_persistent_buffers(owner)]
 
 
-def _like(tensor: Tensor, weight: Tensor) -> Tensor:
+def _like(tensor: Tensor, weight_dtype: torch.dtype, device: torch.device) -> Tensor:
     """Cast like PEFT (`autocast_adapter_dtype`): at least float32, and at least the layer's dtype."""
-    dtype = torch.float64 if tensor.dtype == torch.float64 else householder.working_dtype(weight.dtype)
-    return tensor.to(device_of_values(weight), dtype)
+    dtype = torch.float64 if tensor.dtype == torch.float64 else householder.working_dtype(weight_dtype)
+    return tensor.to(device, dtype)

@@ -11,6 +11,7 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.export.captured import is_captured, transform_captured
 from hra_fx.integrations.pretrained import root_class_for
+from hra_fx.layers.accelerate_hooks import is_hooked
 from hra_fx.layers.target import kind_of, weight_name
 from hra_fx.model.detach import detach_all
 from hra_fx.model.example_inputs import normalize_inputs
@@ -124,6 +125,11 @@ def _traced(model: nn.Module, config: HRAConfig, example_inputs: Any) -> fx.Grap
         raise AdapterError(
             f"trace=True: {type(model).__name__} has adapters already. Trace it when the first one is added, or call "
             "hra_fx.graphs(model) for a graph to look at."
+        )
+    if hooked := next((path or "the model" for path, part in model.named_modules() if is_hooked(part)), None):
+        raise AdapterError(
+            f"trace=True: accelerate put a hook on {hooked}, which a graph would not run. Leave out trace=True, or "
+            "call accelerate.hooks.remove_hook_from_submodules(model) first."
         )
     layers = select(model, config)
     check(model, layers, config)

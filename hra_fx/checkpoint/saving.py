@@ -36,7 +36,7 @@ from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.functional.chain import plain_chain
 from hra_fx.layers.sharding import full_tensor, is_dtensor, on_first_rank
 from hra_fx.layers.trained_copies import all_copies
-from hra_fx.model.offload import require_materialized
+from hra_fx.model.offload import load_vectors
 from hra_fx.model.state import AdapterState, adapted_layers, names_in, root_of
 from hra_fx.selection.select import resolve_targets, targeted
 
@@ -67,7 +67,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
 
     Raises:
         AdapterError: the model has no such adapter, `None` is ambiguous, parts of the model were folded or replaced, or
-            accelerate offloads them.
+            accelerate offloads trained copies.
         CheckpointError: a tensor is not finite or has no data; or the folder cannot be written.
 
     Example:
@@ -81,7 +81,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     """
     root, record = root_of(model)
     name = _only_adapter(record) if adapter_name is None else names_in(record, adapter_name)[0]
-    require_materialized(root)
+    load_vectors(root)
     config, tensors, metadata = _contents(root, record, name, root.state_dict())
     on_first_rank(root.parameters(), lambda: write(directory, config.to_json_string(), tensors, metadata))
 
@@ -122,7 +122,7 @@ def save_pretrained(
     if not names:
         raise AdapterError("selected_adapters must not be empty. Use None to save all adapters.")
     if state_dict is None:
-        require_materialized(root)
+        load_vectors(root)
     state = root.state_dict() if state_dict is None else state_dict
     shards = [tensor for tensor in state.values() if is_dtensor(tensor)]
     if not (is_main_process or shards):

@@ -18,7 +18,7 @@ from hra_fx.export.match import group_tied
 from hra_fx.export.ops import ROTATE
 from hra_fx.export.weight_uses import module_path
 from hra_fx.layers.adapted_layer import AdaptedLayer, layer_class_for
-from hra_fx.layers.class_swap import unswap
+from hra_fx.layers.class_swap import set_class, unswap
 from hra_fx.layers.target import META, REFLECTION, NodeTag, describe
 from hra_fx.layers.variants import QuantizedAdapters
 from hra_fx.model.example_inputs import Call
@@ -93,7 +93,7 @@ def _plain_layers(model: nn.Module, layers: Collection[AdaptedLayer]) -> Iterato
                 part.graph = copy.deepcopy(part.graph)
                 restore(part)
         for layer in layers:
-            undo.callback(setattr, layer, "__class__", type(layer))
+            undo.callback(set_class, layer, type(layer))
             unswap(layer, layer_class_for(layer))
         model.forward = _with_rotated_weights(model.forward, layers)
         yield

@@ -31,6 +31,6 @@ def is_plain(*tensors: Tensor) -> bool:
 
 def products_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """The dtype of matrix products of tensors of `dtype`: that of autocast, if it is enabled."""
-    if torch.is_autocast_enabled(device.type) and dtype is not torch.float64:
+    if dtype is not torch.float64 and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return dtype

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hra_fx import compat
 from hra_fx.errors import AdapterError
 from hra_fx.kernels.dispatch import is_plain_eager
+from hra_fx.layers.accelerate_hooks import reads_parameters
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.class_swap import SwapMixin
 from hra_fx.layers.quantized.straight_through import call_quantized
@@ -137,7 +138,7 @@ def read_weight(
     base, adapters = layer.hra_base, layer.hra_u
     if torch.compiler.is_compiling() or compat.is_fx_tracing():  # a tracer needs the operations themselves
         return adapters(weight=base)
-    if not adapters.acts:
+    if not adapters.acts or reads_parameters():
         return base
     if is_dtensor(base):
         # FSDP reads what it has sharded; while a module runs, its parameters are whole, or as tensor parallelism has

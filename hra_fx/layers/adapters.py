@@ -18,6 +18,7 @@ from hra_fx.errors import AdapterError
 from hra_fx.functional import geodesic, householder
 from hra_fx.functional.chain import ChainPart, plain_chain
 from hra_fx.functional.rotate import as_rows, rotate_weight
+from hra_fx.layers.accelerate_hooks import device_of
 from hra_fx.layers.adapter_names import ANCHOR, SCALED, check_adapter_name
 from hra_fx.layers.mixed import MixedBatch, mixed_batch_of
 from hra_fx.layers.rotated_weight import RotatedWeight
@@ -99,18 +100,20 @@ class HouseholderAdapters(nn.ParameterDict):
         """What the layer computes of its input; only for layers that are called (`is_called`)."""
         raise NotImplementedError
 
-    def add(self, name: str, spec: AdapterSpec, like: Tensor, *, on_meta: bool = False) -> None:
+    def add(
+        self, name: str, spec: AdapterSpec, dtype: torch.dtype, device: torch.device, *, on_meta: bool = False
+    ) -> None:
         """Add an adapter with fresh vectors; it is not active yet.
 
-        The vectors come in the dtype of `like`, float32 at least (as PEFT's `autocast_adapter_dtype=True`), on its
-        device. `on_meta` makes them on the meta device, where nothing is drawn.
+        The vectors come in `dtype`, float32 at least (as PEFT's `autocast_adapter_dtype=True`); `on_meta`, or the meta
+        device, makes them without data, and nothing is drawn.
 
         Raises:
             AdapterError: the name cannot be a parameter's name here.
         """
-        dtype, on_meta = householder.working_dtype(like.dtype), on_meta or like.is_meta
+        dtype, on_meta = householder.working_dtype(dtype), on_meta or device.type == "meta"
         vectors, anchor = self.empty(spec, dtype) if on_meta else self.initial(spec, dtype)
-        device = vectors.device if on_meta else like.device
+        device = vectors.device if on_meta else device
         self.put(name, spec, vectors.to(device), None if anchor is None else anchor.to(device))
 
     def initial(self, spec: AdapterSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -264,6 +267,15 @@ class HouseholderAdapters(nn.ParameterDict):
         """The vectors of an adapter, not an fx proxy of them; a replica of DataParallel has no parameters."""
         held = self._parameters.get(name)
         return self[name] if held is None else held
+
+    def device_of(self, layer: nn.Module) -> torch.device:
+        """The device on which the layer computes: that of its base weight, which may be offloaded between calls."""
+        return device_of(weight_place(layer)[0], self.weight_of(layer))
+
+    def device_for_values(self, layer: nn.Module) -> torch.device:
+        """As `device_of`; the CPU if that is the meta device, where values would be lost."""
+        device = self.device_of(layer)
+        return torch.device("cpu") if device.type == "meta" else device
 
     def weight_of(self, layer: nn.Module) -> nn.Parameter:
         """The base weight of the layer.

@@ -63,13 +63,13 @@ class _Start(NamedTuple):
     Attributes:
         prepared: container -> the factors of its layer.
         modes: whether gradients and inference mode were enabled, and the mixed batch.
-        sources: the tensors from which the factors were computed, with their versions; none if they are not to be used
-            again.
+        sources: the tensors from which the factors were computed, with their versions and devices; none if they are
+            not to be used again.
     """
 
     prepared: dict[HouseholderAdapters, Prepared]
     modes: tuple[object, ...]
-    sources: list[tuple[Tensor, int]] | None
+    sources: list[tuple[Tensor, tuple[int, torch.device]]] | None
 
     def is_current(self, layers: Sequence[nn.Module]) -> bool:
         """Whether the same would be computed now. Writes to `.data` of a tensor have no version, and are not seen."""
@@ -237,11 +237,11 @@ def _of_rows(factors: Factors, batch: MixedBatch) -> RowFactors:
     return RowFactors(*factors, None if batch.places is None else batch.places.to(factors.rows.device))
 
 
-def _sources(layers: Sequence[nn.Module]) -> list[tuple[Tensor, int]]:
+def _sources(layers: Sequence[nn.Module]) -> list[tuple[Tensor, tuple[int, torch.device]]]:
     boxes = [box for layer in layers if (box := get_adapters(layer)) is not None]
     chains = [box.chain_parts() if CURRENT.batch is None else _chains_of_rows(box).values() for box in boxes]
-    parts = [part for own in chains for part in own]
-    return [(part.vectors, tensor_version(part.vectors)) for part in parts]
+    vectors = [part.vectors for own in chains for part in own]
+    return [(tensor, (tensor_version(tensor), tensor.device)) for tensor in vectors]
 
 
 def _modes() -> tuple[bool, bool]:

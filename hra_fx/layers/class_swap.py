@@ -79,7 +79,7 @@ def swap(module: nn.Module, carrier: type[SwapMixin]) -> None:
         outer, kind = vars(kind)["_hra_mixin"]
         over.insert(0, outer)
     try:
-        module.__class__ = _pile([carrier, *over], kind)
+        set_class(module, _pile([carrier, *over], kind))
     except TypeError as error:
         name = type(module).__name__
         raise UnsupportedLayerError(
@@ -90,7 +90,21 @@ def swap(module: nn.Module, carrier: type[SwapMixin]) -> None:
 def unswap(module: nn.Module, carrier: type[SwapMixin]) -> None:
     """Remove one mixin from the class of a module; keep the others."""
     worn = [other for other in mixins_of(module) if other is not carrier]
-    module.__class__ = _pile(worn, original_class(module))
+    set_class(module, _pile(worn, original_class(module)))
+
+
+def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Set the class of a module. Its `forward`, where the module holds it as a bound method, becomes that of `kind`.
+
+    accelerate's hooks call `_old_forward`, which they bind when they are added, and leave `forward` bound when they are
+    removed. Both would bypass the new class.
+    """
+    before = type(module).forward
+    module.__class__ = kind
+    for name in ("forward", "_old_forward"):
+        held = vars(module).get(name)
+        if getattr(held, "__self__", None) is module and getattr(held, "__func__", None) is before:
+            vars(module)[name] = types.MethodType(kind.forward, module)
 
 
 def mixins_of(module: nn.Module) -> tuple[type[SwapMixin], ...]:

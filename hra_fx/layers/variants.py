@@ -28,6 +28,7 @@ from hra_fx.kernels.distributed import reflect_distributed, rotate_distributed
 from hra_fx.kernels.factors import Factors
 from hra_fx.kernels.linear import linear, reflect_rows
 from hra_fx.kernels.mixed import RowFactors, pick, reflect_mixed
+from hra_fx.layers.accelerate_hooks import calls_class_forward
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.batching import factors_of, has_batch
 from hra_fx.layers.class_swap import original_class
@@ -289,11 +290,9 @@ def _uses_factors(box: HouseholderAdapters, x: Tensor) -> bool:
 
 def _asks(module: nn.Module) -> bool:
     """Whether calling the container does more than to run its forward."""
-    if type(module).forward is not HouseholderAdapters.forward or "forward" in vars(
-        module
-    ):  # as accelerate's offloading has it
+    if type(module).forward is not HouseholderAdapters.forward or has_hooks(module):
         return True
-    return has_hooks(module)
+    return "forward" in vars(module) and not calls_class_forward(module)
 
 
 def adapters_for(layer: nn.Module) -> HouseholderAdapters:
@@ -305,7 +304,7 @@ def adapters_for(layer: nn.Module) -> HouseholderAdapters:
     Example:
         >>> from hra_fx.layers.adapters import AdapterSpec
         >>> box = adapters_for(nn.Linear(6, 4))
-        >>> box.add("default", AdapterSpec(r=2), nn.Linear(6, 4).weight)
+        >>> box.add("default", AdapterSpec(r=2), torch.float32, torch.device("cpu"))
         >>> box
         LinearAdapters(default: d=6, r=2)
     """

@@ -21,7 +21,7 @@ from hra_fx.lora.arguments import check_rank, lora_bias
 from hra_fx.lora.layer_form import lora_layer
 from hra_fx.lora.unsupported import check_expressible, check_places
 from hra_fx.model.activate import check_copies
-from hra_fx.model.offload import require_materialized
+from hra_fx.model.offload import load_vectors
 from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, names_in, root_of
 from hra_fx.model.unwrap import unwrap
 
@@ -67,7 +67,7 @@ def lora_adapter(
 
 def _checked_layers(root: nn.Module, record: AdapterState, names: tuple[str, ...]) -> dict[str, AdaptedLayer]:
     """The layers with one of the adapters, by path, all of which LoRA can express."""
-    require_materialized(root)
+    load_vectors(root)
     if sharded := first_split(root):
         raise AdapterError(
             f"{sharded[0]}: {sharded[1]} shards its parameters, so no process holds a whole weight. Save the adapter "

@@ -13,10 +13,12 @@ from torch.nn import functional as F
 from hra_fx.errors import AdapterError
 from hra_fx.functional import low_rank
 from hra_fx.functional.rotate import as_rows, check_foldable
+from hra_fx.layers.accelerate_hooks import loaded
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.experts_weight import is_transposed
 from hra_fx.layers.quantized.detect import quant_scheme_of
+from hra_fx.layers.target import weight_place
 from hra_fx.lora.adapter import LoraLayer
 from hra_fx.model.rotate import base_weight
 
@@ -35,6 +37,11 @@ def lora_layer(path: str, layer: AdaptedLayer, names: Sequence[str], rank: int |
         FoldError: the weight or the vectors are on the meta device, or the vectors of a Gram-Schmidt adapter are
             linearly dependent.
     """
+    with loaded(weight_place(layer)[0]):
+        return _lora_layer(path, layer, names, rank)
+
+
+def _lora_layer(path: str, layer: AdaptedLayer, names: Sequence[str], rank: int | None) -> LoraLayer:
     box = layer.hra_u
     for name in names:
         check_foldable(path, layer.hra_base, box[name], apply_GS=box.specs[name].apply_GS, adapter=name)

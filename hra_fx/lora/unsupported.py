@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hra_fx.errors import UnsupportedLayerError
+from hra_fx.layers.accelerate_hooks import offloading_hook
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.target import describe
 
@@ -64,7 +65,8 @@ def _why_not(layer: AdaptedLayer, parent: nn.Module) -> str | None:
         return _IN_ENCODER_LAYER
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and (reason := why_not_convolution(layer)):
         return reason
-    if not layer.hra_u.is_called and layer.hra_u.kind != "attention" and not _adds_change(layer):
+    own_forward = not layer.hra_u.is_called and layer.hra_u.kind != "attention"
+    if own_forward and (offloading_hook(layer) is not None or not _adds_change(layer)):  # a hook loads the old weight
         return OWN_FORWARD
     return None
 

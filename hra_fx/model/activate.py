@@ -9,6 +9,7 @@ from torch import nn
 from hra_fx.errors import AdapterError
 from hra_fx.layers.sharding import sharded_by
 from hra_fx.layers.trained_copies import BASE
+from hra_fx.model.offload import offloaded_copy
 from hra_fx.model.state import AdaptedParts, AdapterState
 from hra_fx.model.trainable import train_only
 
@@ -33,7 +34,7 @@ def sync_layers(parts: AdaptedParts, record: AdapterState) -> None:
 
 
 def check_copies_can_switch(root: nn.Module, parts: AdaptedParts, acting: Iterable[str]) -> None:
-    """Refuse to exchange trained copies in a sharded model.
+    """Refuse to exchange trained copies in a sharded or offloaded model.
 
     Args:
         root: the model.
@@ -41,13 +42,16 @@ def check_copies_can_switch(root: nn.Module, parts: AdaptedParts, acting: Iterab
         acting: the adapters that will act.
 
     Raises:
-        AdapterError: a trained copy would have to be exchanged, and the model is sharded.
+        AdapterError: a trained copy would have to be exchanged, and the model is sharded or offloaded.
     """
     tool, names = next(filter(None, map(sharded_by, parts.modules)), None) if parts.copies else None, tuple(acting)
-    if tool is None:
+    reason = offloaded_copy(root) if parts.copies else None
+    if tool is None and reason is None:
         return
     for owner, copies in parts.copies:
         if copies.would_change(next((name for name in names if name in copies.copied), BASE)):
+            if reason is not None:
+                raise AdapterError(reason)
             raise AdapterError(
                 f"{_path_of(root, owner)}: its trained copies (modules_to_save or bias) would have to be exchanged, "
                 f"but {tool} restores the parameters that it sharded. Set the adapters before sharding."

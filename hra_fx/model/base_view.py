@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from torch import nn
 
 from hra_fx.layers.adapted_layer import AdaptedLayer, layer_class_for
-from hra_fx.layers.class_swap import unswap
+from hra_fx.layers.class_swap import set_class, unswap
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.model.state import RECORD
 
@@ -19,7 +19,7 @@ def base_model_view(model: nn.Module) -> Iterator[None]:
     with ExitStack() as restore:
         for module in list(model.modules()):
             if isinstance(module, AdaptedLayer) and REFLECTION in module._modules:
-                restore.callback(setattr, module, "__class__", type(module))
+                restore.callback(set_class, module, type(module))
                 unswap(module, layer_class_for(module))
             if SAVED in module._modules or REFLECTION in module._modules:
                 restore.callback(_refill, module._modules, dict(module._modules))

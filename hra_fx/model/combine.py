@@ -15,7 +15,7 @@ from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
 from hra_fx.layers.sharding import first_sharded
 from hra_fx.layers.target import weight_entry
 from hra_fx.model.add import add_filled_adapter
-from hra_fx.model.offload import require_materialized
+from hra_fx.model.offload import load_vectors
 from hra_fx.model.setup import checked
 from hra_fx.model.state import AdapterState, adapted_layers, names_in, root_of
 
@@ -35,7 +35,7 @@ def combine(model: nn.Module, adapters: Sequence[str], adapter_name: str) -> Non
     Raises:
         AdapterError: the model has no such adapter, fewer than two are named, one has trained copies
             (`modules_to_save` or `bias`), a layer would have to be filled with an odd number of reflections, all have
-            strength 0, or the vectors are sharded or offloaded.
+            strength 0, or the vectors are sharded.
 
     Example:
         >>> from hra_fx import HRAConfig, add_adapter, transform
@@ -60,7 +60,7 @@ def combine(model: nn.Module, adapters: Sequence[str], adapter_name: str) -> Non
             f"{sharded[0]}: {sharded[1]} shards its parameters, and would not know the new vectors. Combine before "
             "sharding."
         )
-    require_materialized(root)
+    load_vectors(root)
     with torch.inference_mode(False):
         _combine(root, record, names, adapter_name)
 

@@ -9,6 +9,7 @@ from torch import nn
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.model.activate import activate, sync_layers
 from hra_fx.model.detach import remove_adapters
+from hra_fx.model.offload import offloaded_copy
 from hra_fx.model.state import check_no_foreign_class, collect_parts, names_in, root_of
 
 
@@ -18,7 +19,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     If it was the only active adapter, the first remaining one becomes active (as in PEFT).
 
     Raises:
-        AdapterError: the model has no such adapter, adapters are merged, or another tool replaced a class.
+        AdapterError: the model has no such adapter, adapters are merged, another tool replaced a class, or accelerate
+            offloads trained copies.
 
     Warns:
         HRAWarning: another adapter becomes active.
@@ -35,6 +37,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     if record.merged:
         raise AdapterError(f"adapters {list(record.merged)} are merged into the weights. Call unmerge_adapter first.")
     check_no_foreign_class(root)
+    if reason := offloaded_copy(root):
+        raise AdapterError(reason)
     was_active = name in record.active
     remove_adapters(root, record, (name,))
     following = next(iter(record.configs)) if was_active and not record.active and record.configs else None

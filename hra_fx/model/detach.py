@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from hra_fx.layers.adapters import HouseholderAdapters
-from hra_fx.layers.class_swap import mixins_of, original_class
+from hra_fx.layers.class_swap import mixins_of, original_class, set_class
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import all_copies, get_copies
@@ -25,7 +25,7 @@ def detach_all(model: nn.Module) -> None:
         if get_copies(part) is not None:
             del part._modules[SAVED]
         if mixins_of(part):
-            part.__class__ = original_class(part)
+            set_class(part, original_class(part))
         if isinstance(part, ExpertsWeight):
             part.owner._modules.pop(part.child, None)
     for part in parts:

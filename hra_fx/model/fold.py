@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hra_fx.compat import tensor_version
 from hra_fx.errors import AdapterError, FoldError, HRAWarning
+from hra_fx.layers.accelerate_hooks import loaded, store
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.target import SAVED, weight_place
@@ -25,6 +26,7 @@ from hra_fx.model.rotate import (
     check_classes,
     check_floating,
     check_layer,
+    check_not_on_disk,
     folded_weight,
     ties_of,
 )
@@ -91,7 +93,8 @@ class FoldJob:
         names, untied = self.names[path], tuple(self.untied.get(path, ()))
         if not names:
             return FoldedLayer(path, 0.0, 0.0, untied, words)
-        weight = folded_weight(layer, names) if weight is None else weight
+        with loaded(weight_place(layer)[0]):
+            weight = folded_weight(layer, names) if weight is None else weight
         return FoldedLayer(path, weight.rounding, weight.change, untied, words)
 
     def run(self) -> None:
@@ -107,7 +110,11 @@ class FoldJob:
             also = untied_copies(self.model, self.ties, places, self.adopted)
             if record and record.merged:
                 unmerge_adapter(self.model)
-            measured = [done for path, layer in sites.items() if (done := self._write(path, layer))]
+            measured = []
+            for path, layer in sites.items():
+                with loaded(weight_place(layer)[0]):
+                    if done := self._write(path, layer):
+                        measured.append(done)
         trained = _adopt(self.model, self.adopted) and record is not None and bool(record.untied)
         for owner, name, parameter in also.values():
             setattr(owner, name, parameter)
@@ -141,6 +148,7 @@ class FoldJob:
                 )
             else:
                 layer.hra_base.copy_(weight.weight)
+            store(*weight_place(layer))
             for name in names:
                 layer.hra_u.remove(name)
 
@@ -269,6 +277,7 @@ def _check_layers(
     root: nn.Module, sites: Mapping[str, AdaptedLayer], names: Mapping[str, tuple[str, ...]], *, requantize: bool
 ) -> dict[str, AdaptedLayer]:
     """Check every layer; returns those whose weights are written."""
+    check_not_on_disk({path: layer for path, layer in sites.items() if names[path]})
     check_classes(root, sites)
     try:
         check_no_foreign_class(root)
@@ -276,8 +285,13 @@ def _check_layers(
         raise FoldError(str(error)) from error
     if not requantize:
         check_floating(sites, {name for here in names.values() for name in here}, _REQUANTIZE)
-    here = {path: layer for path, layer in sites.items() if names[path]}
-    return {path: layer for path, layer in here.items() if check_layer(path, layer, names[path])}
+    written: dict[str, AdaptedLayer] = {}
+    for path, layer in sites.items():
+        if names[path]:
+            with loaded(weight_place(layer)[0]):
+                if check_layer(path, layer, names[path]):
+                    written[path] = layer
+    return written
 
 
 def _untied(

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from hra_fx.config import HRAConfig
 from hra_fx.errors import UnsupportedLayerError
+from hra_fx.layers.accelerate_hooks import keep_loaded
 from hra_fx.layers.adapted_experts import attach, detach
 from hra_fx.layers.adapted_layer import layer_class_for
 from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
@@ -23,7 +24,7 @@ from hra_fx.layers.transformers_parallel import call_adapted_class
 from hra_fx.layers.variants import adapters_for
 from hra_fx.model.graph_module import rewrite
 from hra_fx.model.state import adapted_layers, check_no_foreign_class
-from hra_fx.selection.check import check, has_class_forward, warn_about_unused_patterns
+from hra_fx.selection.check import check, warn_about_unused_patterns
 from hra_fx.selection.select import select
 
 #: Adds an adapter to the container of a layer: (path, layer, container).
@@ -75,6 +76,7 @@ def inject_adapter(model: nn.Module, name: str, config: HRAConfig, fill: Fill, u
         if path in new:
             _attach(path, layer, undo)
         reflection: Any = layer._modules[REFLECTION]
+        keep_loaded(reflection)  # its hook would look for the new vectors among those that it offloaded
         undo.callback(reflection.remove, name)
         fill(path, layer, reflection)
         if is_dtensor(reflection.weight_of(layer)):
@@ -89,7 +91,8 @@ def random_init(name: str, config: HRAConfig, *, on_meta: bool) -> Fill:
 
     def fill(path: str, layer: nn.Module, reflection: HouseholderAdapters) -> None:
         spec = AdapterSpec(config.rank_of(path), config.apply_GS, config.init_weights)
-        reflection.add(name, spec, reflection.weight_of(layer), on_meta=on_meta)
+        weight, device = reflection.weight_of(layer), reflection.device_of(layer)
+        reflection.add(name, spec, weight.dtype, device, on_meta=on_meta)
 
     return fill
 
@@ -108,8 +111,6 @@ def _attach(path: str, layer: nn.Module, undo: ExitStack) -> None:
     reflection.train(layer.training)
     undo.callback(layer._modules.pop, REFLECTION, None)
     layer.add_module(REFLECTION, reflection)
-    if has_class_forward(layer):  # it would hide the forward of the swapped class
-        undo.callback(setattr, layer, "forward", vars(layer).pop("forward"))
     carrier = layer_class_for(layer)
     try:
         swap(layer, carrier)

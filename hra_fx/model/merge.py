@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
-from hra_fx.errors import AdapterError, HRAWarning
+from hra_fx.errors import AdapterError, FoldError, HRAWarning
+from hra_fx.layers.accelerate_hooks import offloading_hook
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.sharding import distribute_like, reshard
+from hra_fx.layers.target import weight_place
 from hra_fx.model.activate import check_copies, sync_layers
 from hra_fx.model.inject import all_or_nothing, complete
 from hra_fx.model.rotate import check_classes, check_floating, check_layer, check_no_ties, folded_weight
@@ -87,6 +89,7 @@ def merge(root: nn.Module, record: AdapterState, names: tuple[str, ...]) -> None
     """Merge adapters whose order was resolved; every layer is checked before the first weight is written."""
     sites = adapted_layers(root)
     check_copies(root, collect_parts(root), dict.fromkeys((*names, *record.active)))
+    _check_in_memory(sites)
     check_classes(root, sites)
     check_no_ties(root, sites)
     check_floating(sites, names, " Adapters also act without being merged.")
@@ -104,6 +107,15 @@ def merge(root: nn.Module, record: AdapterState, names: tuple[str, ...]) -> None
         undo.callback(setattr, record, "active", record.active)
         record.active, record.merged = names + others, names
         sync_layers(collect_parts(root), record)
+
+
+def _check_in_memory(sites: Mapping[str, AdaptedLayer]) -> None:
+    for path, layer in sites.items():
+        if offloading_hook(weight_place(layer)[0]) is not None:
+            raise FoldError(
+                f"{path}: accelerate offloads its weight, and a merge keeps a copy of each weight in memory. Adapters "
+                "also act without being merged; hra_fx.fold writes the folded weights without copies."
+            )
 
 
 def resolve_merge_order(record: AdapterState, adapter_names: str | Iterable[str] | None) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
-"""Detect parameters that are not in memory between calls, so that they cannot be read or written.
+"""Vectors that are not in memory between calls: load them, or say why they cannot be read or written.
 
 accelerate's offloading (`cpu_offload`, `disk_offload`, a device map) puts tensors on the meta device in their place.
-`FullyShardedDataParallel`, the older FSDP, and DeepSpeed's ZeRO-3 leave flat shards, or nothing.
+Vectors are small: once something other than a forward needs them, they stay loaded. `FullyShardedDataParallel`, the
+older FSDP, and DeepSpeed's ZeRO-3 leave flat shards, or nothing.
 """
 
 from __future__ import annotations
@@ -9,16 +10,44 @@ from __future__ import annotations
 from torch import nn
 
 from hra_fx.errors import AdapterError
+from hra_fx.layers.accelerate_hooks import WHOLE, keep_loaded, offloading_hook
+from hra_fx.layers.adapters import HouseholderAdapters
+from hra_fx.layers.trained_copies import all_copies
 from hra_fx.model.state import adapted_layers
 
 
-def offload_reason(model: nn.Module) -> str | None:
-    """Why the weight or the vectors of some layer cannot be read now, and what to do; `None` if all can.
+def load_vectors(model: nn.Module) -> None:
+    """Load the vectors that accelerate offloads, on the device of their layer; they are not offloaded again.
+
+    Raises:
+        AdapterError: vectors or trained copies cannot be read or written now; the message says what to do.
+    """
+    if reason := _flat_shard(model) or _offloaded_as_a_whole(model) or offloaded_copy(model):
+        raise AdapterError(reason)
+    for layer in adapted_layers(model).values():
+        keep_loaded(layer.hra_u)
+
+
+def offloaded_copy(model: nn.Module) -> str | None:
+    """Why trained copies cannot be read or exchanged now, and what to do; `None` if they can.
+
+    A hook loads tensors by their names, whichever copy is in place.
 
     Example:
-        >>> offload_reason(nn.Linear(6, 4)) is None
+        >>> offloaded_copy(nn.Linear(6, 4)) is None
         True
     """
+    for path, (owner, copies) in all_copies(model).items():
+        if any(offloading_hook(part) is not None for part in (owner, *copies.modules())):
+            return (
+                f"{path or 'the model'}: accelerate offloads it, with its trained copies (modules_to_save or bias). "
+                "Call accelerate.hooks.remove_hook_from_submodules(model) first, which loads them, and offload the "
+                "model again afterwards."
+            )
+    return None
+
+
+def _flat_shard(model: nn.Module) -> str | None:
     for path, layer in adapted_layers(model).items():
         if any(
             layer.hra_u[name].shape != layer.hra_u.vectors_shape(spec.r) for name, spec in layer.hra_u.specs.items()
@@ -28,21 +57,13 @@ def offload_reason(model: nn.Module) -> str | None:
                 "Gather them first (FullyShardedDataParallel.summon_full_params, deepspeed.zero.GatheredParameters), "
                 "or shard with torch.distributed.fsdp.fully_shard."
             )
-        for module in (layer, layer.hra_u):
-            if "_hf_hook" in vars(module) and any(tensor.is_meta for tensor in module.parameters(recurse=False)):
-                return (
-                    f"{path}: accelerate offloads its weight or its vectors between calls. Call "
-                    "accelerate.hooks.remove_hook_from_submodules(model) first, which loads them, and dispatch the "
-                    "model again afterwards."
-                )
     return None
 
 
-def require_materialized(model: nn.Module) -> None:
-    """Refuse a model with parameters that are not in memory.
-
-    Raises:
-        AdapterError: naming the layer.
-    """
-    if reason := offload_reason(model):
-        raise AdapterError(reason)
+def _offloaded_as_a_whole(model: nn.Module) -> str | None:
+    for path, module in model.named_modules():
+        hook = offloading_hook(module)
+        whole = hook is not None and hook.place_submodules
+        if whole and any(isinstance(part, HouseholderAdapters) for part in module.modules()):
+            return f"{path or 'the model'}: {WHOLE}."
+    return None

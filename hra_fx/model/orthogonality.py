@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hra_fx.functional import householder
 from hra_fx.layers.sharding import full_tensor, reshard
-from hra_fx.model.offload import require_materialized
+from hra_fx.model.offload import load_vectors
 from hra_fx.model.state import require_adapted_layers
 
 
@@ -36,7 +36,7 @@ def orthogonality_loss(model: nn.Module) -> Tensor:
         `()`, float32 or wider, also under autocast, on the device of the first vectors; zero if no adapter is active.
 
     Raises:
-        AdapterError: the model has no adapters, or accelerate offloads them.
+        AdapterError: the model has no adapters, or vectors cannot be loaded (see docs/large-models.md).
 
     Example:
         >>> from hra_fx.config import HRAConfig
@@ -48,7 +48,7 @@ def orthogonality_loss(model: nn.Module) -> Tensor:
         0.8485
     """
     sites = require_adapted_layers(model)
-    require_materialized(model)
+    load_vectors(model)
     # FSDP2 may keep gathered parameters after a forward and free them before the backward of a separate term.
     reshard(model.modules())
     active = [

@@ -13,7 +13,7 @@ from hra_fx.functional import householder
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.sharding import local_tensor, random_numbers_of_first_rank
 from hra_fx.layers.trained_copies import BASE, all_copies
-from hra_fx.model.offload import require_materialized
+from hra_fx.model.offload import load_vectors
 from hra_fx.model.replace import check_replaceable, layers_of, replace_values
 from hra_fx.model.state import AdapterState, names_in, root_of
 
@@ -56,7 +56,7 @@ def reset_adapters(
     """
     root, record = root_of(model)
     names = names_in(record, record.configs if adapter_names is None else adapter_names)
-    require_materialized(root)
+    load_vectors(root)
     base = {name: _base_values(root, name) for name in names}
     for name in names:
         check_replaceable(root, record, name)

@@ -11,15 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hra_fx.errors import FoldError
+from hra_fx.errors import AdapterError, FoldError
 from hra_fx.functional.rotate import as_rows, check_finite, check_foldable, rotate_weight, rows_to_weight
+from hra_fx.layers.accelerate_hooks import is_on_disk, stored
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.class_swap import is_swapped
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.quantized.scheme import QuantScheme
 from hra_fx.layers.sharding import first_split
 from hra_fx.layers.target import weight_entry, weight_place
-from hra_fx.model.offload import offload_reason
+from hra_fx.model.offload import load_vectors
 from hra_fx.model.tied import tied_to
 
 # A relative change of a quantized weight below this is rounding: the adapter has not been trained.
@@ -131,8 +132,10 @@ def check_classes(model: nn.Module, sites: Mapping[str, AdaptedLayer]) -> None:
     Raises:
         FoldError: a tool moved, sharded or wrapped it.
     """
-    if reason := offload_reason(model):
-        raise FoldError(reason)
+    try:
+        load_vectors(model)
+    except AdapterError as error:
+        raise FoldError(str(error)) from error
     if sharded := first_split(model):
         raise FoldError(
             f"{sharded[0]}: {sharded[1]} shards its parameters, so no process holds a whole weight. Save the adapter "
@@ -144,6 +147,20 @@ def check_classes(model: nn.Module, sites: Mapping[str, AdaptedLayer]) -> None:
             raise FoldError(
                 f"{path or 'the model'}: another tool replaced its class ({type(module).__name__}). Undo that first "
                 "(for FSDP: gather the weights into an unsharded model)."
+            )
+
+
+def check_not_on_disk(sites: Mapping[str, AdaptedLayer]) -> None:
+    """Refuse to fold into weights that accelerate loads from the disk.
+
+    Raises:
+        FoldError: there is such a weight.
+    """
+    for path, layer in sites.items():
+        if is_on_disk(*weight_place(layer)):
+            raise FoldError(
+                f"{path}: accelerate loads its weight from files, which a fold does not change. Save the adapter "
+                "(hra_fx.save_adapter) and fold it into the checkpoint (hra_fx.fold_checkpoint)."
             )
 
 
@@ -191,7 +208,7 @@ def check_floating(sites: Mapping[str, AdaptedLayer], names: Iterable[str], hint
 def ties_of(model: nn.Module, sites: Mapping[str, AdaptedLayer]) -> dict[str, list[str]]:
     """Path -> names of the tensors that share memory with the weight of an adapted layer, where there are any."""
     names = {path: weight_entry(path, layer) for path, layer in sites.items()}
-    found = tied_to(model, {names[path]: layer.hra_base for path, layer in sites.items()})
+    found = tied_to(model, {names[path]: stored(*weight_place(layer), layer.hra_base) for path, layer in sites.items()})
     return {path: found[name] for path, name in names.items() if name in found}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.layers.sharding import reshard
 from hra_fx.layers.trained_copies import all_copies
-from hra_fx.model.offload import require_materialized
+from hra_fx.model.offload import load_vectors
 from hra_fx.model.state import adapted_layers, names_in, root_of
 
 
@@ -47,7 +47,7 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
     check_strength(alpha)
     if name in record.merged:
         raise AdapterError(f"adapter {name!r}: it is merged into the weights. Call unmerge_adapter first.")
-    require_materialized(root)
+    load_vectors(root)
     reshard(model.modules())
     sites = {path: layer.hra_u for path, layer in adapted_layers(root).items() if name in layer.hra_u}
     chains: dict[str, Tensor] = {}

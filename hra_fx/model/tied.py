@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from hra_fx.compat import is_wrapper_subclass
+from hra_fx.layers.accelerate_hooks import stored
 
 
 def tied_to(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, list[str]]:
@@ -51,7 +52,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for registered in (module._parameters, module._buffers):
             for name, tensor in registered.items():
                 if tensor is not None and not is_lazy(tensor):
-                    yield f"{path}.{name}".lstrip("."), _unwrap(tensor)
+                    yield f"{path}.{name}".lstrip("."), _unwrap(stored(module, name, tensor))
 
 
 def _unwrap(tensor: Any) -> Tensor:
@@ -63,8 +64,12 @@ def _unwrap(tensor: Any) -> Tensor:
 
 
 def _storage(tensor: Tensor) -> object:
-    # On the meta device nothing has an address; tied parameters are one object there.
-    return tensor.device, id(tensor) if tensor.is_meta else tensor.untyped_storage().data_ptr()
+    if tensor.is_meta:  # nothing has an address there; tied parameters are one object
+        return tensor.device, id(tensor)
+    try:
+        return tensor.device, tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # lazy and XLA tensors have no storage: a tied one is the same object
+        return id(tensor)
 
 
 def _elements(tensor: Tensor) -> range:

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from hra_fx.config import HRAConfig
 from hra_fx.errors import UnsupportedLayerError
+from hra_fx.layers.accelerate_hooks import offloading_hook
 from hra_fx.layers.adapted_experts import adapted_parameters
 from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.target import REFLECTION, SAVED
@@ -175,6 +176,8 @@ def to_copy(
 
 def _why_not_copied(owner: nn.Module, names: tuple[str, ...]) -> str | None:
     hint = "Name other modules in modules_to_save, or set bias='none'"
+    if offloading_hook(owner) is not None:
+        return f"accelerate offloads it, and would load the tensors of the base model over a trained copy. {hint}"
     if isinstance(owner, _CONTAINERS):
         return f"it is a container with tensors of its own ({', '.join(names)}), which cannot be copied. {hint}"
     reflection = get_adapters(owner)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hra_fx.compat import pytree
 from hra_fx.errors import HRAError, HRAWarning, UnsupportedLayerError, VerificationError
 from hra_fx.functional.rotate import rotate_weight
+from hra_fx.layers.accelerate_hooks import offloading_hook
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.model.example_inputs import Call, clone_inputs, preserve_rng_state, seed_everything
 from hra_fx.model.fold import prepare_fold
@@ -65,6 +66,11 @@ def check_against_folded(model: nn.Module, call: Call) -> None:
             raise UnsupportedLayerError(
                 f"{path}: it is quantized ({packing.words(layer)}), and folding would quantize it again, so there is "
                 "nothing to compare with. Leave verify out, or verify the model before quantization."
+            )
+        if offloading_hook(layer) is not None:
+            raise UnsupportedLayerError(
+                f"{path}: accelerate offloads it, and the comparison needs a copy of the whole model in memory. Leave "
+                "verify out, or verify the model before it is offloaded."
             )
     kind = type(model).__name__
     with preserve_rng_state(), torch.inference_mode(False), torch.enable_grad():

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from hra_fx.export.captured import is_captured
 from hra_fx.export.inspect import adapter_layers
+from hra_fx.layers.accelerate_hooks import loaded
 from hra_fx.layers.sharding import local_tensor
-from hra_fx.layers.target import describe
+from hra_fx.layers.target import describe, weight_place
 from hra_fx.model.state import get_state, require_adapted_layers
 from hra_fx.reporting.measuring import chain_of, share_of, turn_of, weight_rows
 from hra_fx.reporting.result import Report
@@ -58,13 +59,16 @@ def _rows(model: nn.Module, *, capture: bool) -> tuple[Row, ...]:
     graphs = capture_layers(model) if capture else {}
     rows: list[Row] = []
     for path, layer in layers.items():
-        weight, reflection = weight_rows(layer), layer.hra_u
+        reflection = layer.hra_u
+        with loaded(weight_place(layer)[0]):
+            weight = weight_rows(layer)
         for name in reflection:
             active = name in (record.active if record else reflection.active)
             d, r = reflection.width, reflection.specs[name].r
             parameters = math.prod(reflection.vectors_shape(r))
             graph, reason = graphs.get(path, (None, ""))
-            measured = _measured(chain_of(layer, name), weight)
+            with loaded(reflection):
+                measured = _measured(chain_of(layer, name), weight)
             sizes = {
                 "bytes": parameters * reflection[name].itemsize,
                 "bytes_here": local_tensor(reflection[name]).nbytes,

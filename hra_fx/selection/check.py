@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from hra_fx.config import HRAConfig
 from hra_fx.errors import HRAWarning, UnsupportedLayerError
+from hra_fx.layers.accelerate_hooks import WHOLE, has_class_forward, is_hooked, offloading_hook
 from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.quantized.detect import quant_scheme_of
@@ -62,20 +63,15 @@ def check(model: nn.Module, layers: Mapping[str, nn.Module], config: HRAConfig) 
         _warn_about_blocked_gradients(model, layers.values())
 
 
-def has_class_forward(layer: nn.Module) -> bool:
-    """Whether the instance attribute `forward` is just the method of the class. accelerate leaves one behind."""
-    forward = vars(layer).get("forward")
-    own = getattr(forward, "__self__", None) is layer
-    return own and getattr(forward, "__func__", None) is type(layer).forward
-
-
 def _module_problem(module: nn.Module) -> str | None:
     """Why no model that contains this module can be adapted; without the full stop."""
-    if "_hf_hook" in vars(module):
+    if is_hooked(module) and isinstance(module, fx.GraphModule):
         return (
-            "accelerate put a hook on it, which moves its weights around each call, and an adapter cannot follow. Load "
-            "the model without `device_map`, or call accelerate.hooks.remove_hook_from_submodules(model) first"
+            "it is a GraphModule, and accelerate put its hook into the class, which its graph replaces. Call "
+            "accelerate.hooks.remove_hook_from_submodules(model) first, and dispatch the model again afterwards"
         )
+    if (hook := offloading_hook(module)) is not None and hook.place_submodules:
+        return WHOLE
     if tool := sharded_by(module):
         return f"{tool} has already sharded it and ignores parameters that are added later. Adapt the model first"
     if isinstance(module, nn.parallel.DistributedDataParallel):
@@ -102,7 +98,7 @@ def _state_problem(layer: nn.Module) -> str | None:
         return "another adapter trains it in full (`modules_to_save`). Fold or delete that adapter first"
     if get_adapters(layer) is not None:
         return None  # It was checked when it got its first adapter.
-    if "forward" in vars(layer) and not has_class_forward(layer) and parallel_forward(layer) is None:
+    if not has_class_forward(layer) and parallel_forward(layer) is None:
         return f"its `forward` is set on the instance, which would bypass the adapter. Delete it, or {_EXCLUDE}"
     if hasattr(layer, REFLECTION):
         return f"it already has an attribute `{REFLECTION}`. Rename the attribute, or {_EXCLUDE}"
@@ -127,6 +123,8 @@ def _weight_problem(layer: nn.Module) -> str | None:
     weight = owner._parameters[name]
     if weight is None or is_lazy(weight):
         return "its weight is not initialized. Run the model once first"
+    if weight.is_meta and offloading_hook(owner) is not None and quant_scheme_of(layer):
+        return "its weight is on the meta device and has no data. Load the weights first"
     if packing := quant_scheme_of(layer):
         return packing.why_not_adapted(layer) or _quantized_problem(layer, packing.words(layer))
     if is_dtensor(weight) and weight.dtype in _DTYPES:

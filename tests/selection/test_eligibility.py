@@ -6,7 +6,6 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 
-import accelerate
 import peft
 import pytest
 import torch
@@ -139,28 +138,6 @@ def test_more_vectors_than_dimensions(layer: nn.Module, width: int) -> None:
 
 
 # ---- the model ----
-
-
-@pytest.mark.parametrize("way", ["cpu_offload", "dispatch_model", "one hook"])
-def test_accelerate(way: str) -> None:
-    model = mlp()
-    if way == "cpu_offload":
-        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    elif way == "dispatch_model":
-        accelerate.dispatch_model(model, {"0": "cpu", "1": "cpu", "2": "cpu"}, force_hooks=True)
-    else:
-        accelerate.hooks.add_hook_to_module(model[2], accelerate.hooks.ModelHook())
-    message = refused(model, config("0"))
-    assert "accelerate put a hook on it, which moves its weights" in message
-    assert "accelerate.hooks.remove_hook_from_submodules(model)" in message
-    accelerate.hooks.remove_hook_from_submodules(model)
-    hra_fx.transform(model, config("0", "2"))
-
-
-def test_disk_offload(tmp_path: object) -> None:
-    model = mlp()
-    accelerate.disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
-    assert "accelerate" in refused(model, config("0"))
 
 
 def test_peft_adapter_inside() -> None:

@@ -1,19 +1,23 @@
-"""accelerate's offloading after `transform`: a model runs as before, and what the next call would lose is refused.
-
-Before `transform` it is refused in `tests/selection/test_eligibility.py`.
-"""
+"""Models that accelerate offloads, before or after `transform`, against the same model in memory."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import accelerate
+import bitsandbytes
 import pytest
 import torch
-from integrations.distributed.trained import CASES, Case, output
-from torch import nn
+import transformers
+from accelerate.hooks import remove_hook_from_submodules
+from adapting import picture
+from integrations.distributed.trained import CASES, F64, SIZES, Case, adapted, close, output, train, trained
+from safetensors.torch import load_file
+from second_device import LAZY
+from torch import Tensor, nn
 
 import hra_fx
 from hra_fx.errors import AdapterError, FoldError, UnsupportedLayerError
@@ -30,84 +34,329 @@ def dispatched(model: nn.Module, folder: Path) -> nn.Module:
     return model
 
 
+def partly(model: nn.Module, folder: Path) -> nn.Module:
+    """The first part in CPU memory, the others on a device, which executes all of them."""
+    places = {name: LAZY for name, _ in model.named_children()}
+    places[next(iter(places))] = "cpu"  # type: ignore[assignment]
+    return accelerate.dispatch_model(model, places, main_device=LAZY)
+
+
 OFFLOADS: dict[str, Callable[[nn.Module, Path], object]] = {
     "CPU": lambda model, folder: accelerate.cpu_offload(model, execution_device=CPU),
+    "CPU, for another device": lambda model, folder: accelerate.cpu_offload(model, execution_device=LAZY),
+    "CPU, in a device map": partly,
     "disk": lambda model, folder: accelerate.disk_offload(model, str(folder), execution_device=CPU),
     "device map": dispatched,
 }
-MODELS = ["mlp, Gram-Schmidt", "mlp, copies", "convolutions", "llama", "bert"]
-EVERY = [(name, "CPU") for name in MODELS] + [("mlp, whole", "disk"), ("llama", "disk"), ("llama", "device map")]
+WHEN: dict[str, Callable[[Case, str, Path], nn.Module]] = {
+    "before": lambda case, way, folder: adapted(offload(case.base(), way, folder), case),
+    "after": lambda case, way, folder: offload(case.model(), way, folder),
+}
+MODELS = ["mlp, Gram-Schmidt", "convolutions", "llama"]
+EVERY = [(name, "CPU") for name in MODELS] + [("llama", "disk"), ("llama", "device map")]
+EVERY += [("mlp, whole", way) for way in OFFLOADS]
 MLP = CASES["mlp, whole"]
+COPIES = CASES["mlp, copies"]
 
 
-def offloaded(case: Case, way: str, folder: Path) -> nn.Module:
-    model = case.model().eval()
-    OFFLOADS[way](model, folder)
+def offload(model: nn.Module, way: str, folder: Path) -> nn.Module:
+    OFFLOADS[way](model.eval(), folder)
     assert any(parameter.is_meta for parameter in model.parameters())
     return model
 
 
+@pytest.mark.parametrize("when", WHEN)
 @pytest.mark.parametrize(("name", "way"), EVERY)
-def test_a_model_runs_as_before(name: str, way: str, tmp_path: Path) -> None:
+def test_a_model_runs_as_in_memory(name: str, way: str, when: str, tmp_path: Path) -> None:
     case = CASES[name]
     wanted = output(case.model().eval(), case)
-    model = offloaded(case, way, tmp_path)
+    model = WHEN[when](case, way, tmp_path)
     for _ in range(2):
-        assert (output(model, case) - wanted).abs().max() < 1e-13
-    if name != "mlp, copies":
-        with hra_fx.disable_adapters(model):
-            assert (output(model, case) - output(case.base().eval(), case)).abs().max() < 1e-13
-        hra_fx.delete_adapter(model, "default")
-        assert (output(model, case) - output(case.base().eval(), case)).abs().max() < 1e-13
+        assert close(output(model, case), wanted)
+    assert any(parameter.is_meta for parameter in model.parameters())
+    with hra_fx.disable_adapters(model):
+        assert close(output(model, case), output(case.base().eval(), case))
+    hra_fx.delete_adapter(model, "default")
+    assert close(output(model, case), output(case.base().eval(), case))
+
+
+@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("way", OFFLOADS)
+def test_functions_that_need_the_vectors(way: str, when: str, tmp_path: Path) -> None:
+    plain, model = MLP.model().eval(), WHEN[when](MLP, way, tmp_path / "offload")
+    second = hra_fx.transform(MLP.base(), hra_fx.HRAConfig(r=2, init_weights=False, target_modules=["0", "2"]))
+    hra_fx.save_adapter(second, tmp_path / "second")
+    steps: list[Callable[[nn.Module], object]] = [
+        lambda model: hra_fx.add_adapter(model, "c", hra_fx.HRAConfig(r=4, target_modules=["0", "4"])),
+        lambda model: hra_fx.load_adapter(model, tmp_path / "second", "b"),
+        lambda model: hra_fx.set_adapter(model, ["b", "default"]),
+        lambda model: hra_fx.set_scale(model, "b", 0.5),
+        lambda model: hra_fx.set_scale(model, "b", 1),
+        lambda model: hra_fx.load_adapter(model, tmp_path / "second", "b"),
+        lambda model: hra_fx.combine(model, ["b", "default"], "both"),
+        lambda model: hra_fx.set_adapter(model, "both"),
+        lambda model: hra_fx.delete_adapter(model, "c"),
+        lambda model: hra_fx.set_adapter(model, ["default", "b"]),
+    ]
+    for index, step in enumerate(steps):
+        for each in (plain, model):
+            torch.manual_seed(3)  # new vectors are random
+            step(each)
+        assert close(output(model, MLP), output(plain, MLP)), index
+    assert close(hra_fx.orthogonality_loss(model), hra_fx.orthogonality_loss(plain))
+    assert model[0]._parameters["weight"].is_meta
+    ours, theirs = hra_fx.report(model).rows, hra_fx.report(plain).rows
+    assert [row.share for row in ours] == pytest.approx([row.share for row in theirs])
+    wanted, found = saved(plain, tmp_path / "plain"), saved(model, tmp_path / "offloaded")
+    assert wanted.keys() == found.keys()
+    assert all(close(wanted[key], found[key]) for key in wanted)
+    assert close(output(model, MLP), output(plain, MLP))
+
+
+def saved(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    hra_fx.save_adapter(model, folder, "default")
+    hra_fx.save_as_lora(model, folder / "lora")
+    return load_file(folder / "adapter_model.safetensors") | load_file(folder / "lora" / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("way", OFFLOADS)
-def test_what_would_be_lost_is_refused_and_the_way_out_works(way: str, tmp_path: Path) -> None:
-    wanted = output(MLP.model(), MLP)
-    hra_fx.save_adapter(MLP.model(), tmp_path / "adapter")
-    model = offloaded(MLP, way, tmp_path / "offload")
+def test_a_report_of_offloaded_vectors(way: str, tmp_path: Path) -> None:
+    model = WHEN["after"](MLP, way, tmp_path)
+    assert model[0].hra_u["default"].is_meta
+    ours, theirs = hra_fx.report(model).rows, hra_fx.report(MLP.model()).rows
+    for name in ("share", "angle", "orthogonality"):
+        assert [getattr(row, name) for row in ours] == pytest.approx([getattr(row, name) for row in theirs])
+    assert model[0].hra_u["default"].is_meta
+
+
+@pytest.mark.parametrize("way", ["CPU", "CPU, for another device", "disk"])
+def test_vectors_are_trained_while_weights_are_offloaded(way: str, tmp_path: Path) -> None:
+    plain, model = MLP.model(), WHEN["before"](MLP, way, tmp_path)
+    assert train(model, MLP) == pytest.approx(train(plain, MLP), abs=1e-9)
+    found, wanted = trained(model), trained(plain)
+    assert found.keys() == wanted.keys()
+    assert all(close(found[key], wanted[key]) for key in wanted)
+
+
+# ---- folding ----
+
+
+@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("way", ["CPU", "CPU, for another device", "CPU, in a device map"])
+@pytest.mark.parametrize("name", ["mlp, whole", "convolutions"])
+def test_a_fold_goes_layer_by_layer(name: str, way: str, when: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    model, folded = WHEN[when](case, way, tmp_path), hra_fx.fold(case.model())
+    wanted = output(folded, case)
+    hra_fx.fold(model)
+    assert not any("hra_" in key for key in model.state_dict())
+    assert next(model.parameters()).is_meta
+    assert close(output(model, case), wanted)
+    remove_hook_from_submodules(model)
+    found, expected = model.state_dict(), folded.state_dict()
+    assert all(close(found[key], expected[key]) for key in expected)
+
+
+def test_a_fold_of_some_adapters_and_its_plan(tmp_path: Path) -> None:
+    model, plain = WHEN["before"](MLP, "CPU", tmp_path), MLP.model()
+    for each in (model, plain):
+        torch.manual_seed(3)
+        hra_fx.add_adapter(each, "b", hra_fx.HRAConfig(r=2, init_weights=False, target_modules=["0"]))
+        hra_fx.set_adapter(each, ["default", "b"])
+    ours, theirs = hra_fx.plan_fold(model, "default"), hra_fx.plan_fold(plain, "default")
+    assert [layer.change for layer in ours.layers] == pytest.approx([layer.change for layer in theirs.layers])
+    ours.apply()
+    theirs.apply()
+    assert close(output(model, MLP), output(plain, MLP))
+    assert list(model[0].hra_u) == ["b"]
+    assert not hasattr(model[2], "hra_u")
+
+
+@pytest.mark.parametrize("when", WHEN)
+def test_a_fold_into_a_head_that_is_tied_leaves_the_embeddings(when: str) -> None:
+    def tied() -> Any:
+        torch.manual_seed(0)
+        sizes = {**SIZES, "num_key_value_heads": 1, "tie_word_embeddings": True}
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).to(F64)
+
+    plain, model = tied(), tied()
+    head = hra_fx.HRAConfig(r=4, init_weights=False, target_modules=["lm_head"])
+    for step in ["offload", "transform"] if when == "before" else ["transform", "offload"]:
+        torch.manual_seed(1)
+        hra_fx.transform(model, head) if step == "transform" else accelerate.cpu_offload(model, execution_device=CPU)
+    torch.manual_seed(1)
+    ids = torch.arange(5)[None]
+    wanted = hra_fx.transform(plain, head)(ids).logits
+    assert close(model(ids).logits, wanted)
+    with pytest.warns(hra_fx.HRAWarning, match="untied: lm_head"):
+        hra_fx.fold(model)
+    assert not model.config.tie_word_embeddings
+    assert close(model(ids).logits, wanted)
+
+
+def test_a_model_that_is_moved_as_a_whole() -> None:
+    """`cpu_offload_with_hook` moves modules, and leaves no tensor without data."""
+    case = CASES["mlp, Gram-Schmidt"]
+    wanted = output(case.model(), case)
+    for device in (CPU, LAZY):
+        for when in ("before", "after"):
+            model = case.model() if when == "after" else case.base()
+            _, hook = accelerate.cpu_offload_with_hook(model, execution_device=device)
+            if when == "before":
+                adapted(model, case)
+            assert close(output(model, case), wanted)
+            assert model[0].hra_u["default"].device == device
+            for _ in range(2):
+                hook.offload()
+                assert model[0].hra_u["default"].device == CPU
+                assert close(output(model, case), wanted)
+            hook.offload()
+            assert close(output(hra_fx.fold(model), case), wanted)
+
+
+class Generator(nn.Sequential):
+    """A model whose `generate` calls it twice."""
+
+    def generate(self, x: Tensor) -> Tensor:
+        return self(x) + self(x)
+
+
+def test_generate_of_a_model_that_its_first_call_moves() -> None:
+    """Factors that were computed at the start of `generate` are on the device of before, and are not used."""
+    plain, model = Generator(*MLP.base()), Generator(*MLP.base())
+    for each in (plain, model):
+        torch.manual_seed(3)
+        hra_fx.transform(each, hra_fx.HRAConfig(r=2, init_weights=False, target_modules=["0", "2", "4"]))
+    _, hook = accelerate.cpu_offload_with_hook(model, execution_device=LAZY)
+    hook.offload()
+    with torch.no_grad():
+        assert close(model.generate(MLP.data()[0].to(LAZY)), plain.generate(MLP.data()[0]))
+
+
+def test_a_checkpoint_that_is_loaded_from_its_files_in_each_call(tmp_path: Path) -> None:
+    case = CASES["llama"]
+    plain, ids = case.model().eval(), case.data()[0]
+    case.base().save_pretrained(tmp_path / "base")
+    hra_fx.save_adapter(plain, tmp_path / "adapter")
+    files = {path: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    names = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"]
+    model = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "base", device_map=dict.fromkeys(names, "cpu") | {"model.layers.1": "disk"}, dtype=F64
+    )
+    hra_fx.load_adapter(model, tmp_path / "adapter")
+    assert any(parameter.is_meta for parameter in model.parameters())
+    assert close(output(model, case), output(plain, case))
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
+    wanted, found = saved(plain, tmp_path / "plain"), saved(model, tmp_path / "offloaded")
+    assert wanted.keys() == found.keys()
+    assert all(close(wanted[key], found[key], 1e-6) for key in wanted)  # float32 in the files
+    with pytest.raises(FoldError, match=r"^model\.layers\.1\.\S+: accelerate loads its weight from files"):
+        hra_fx.fold(model)
+    assert close(output(model, case), output(plain, case))
+    assert {path: path.read_bytes() for path in files} == files
+
+
+# ---- what is refused ----
+
+
+def refuses(model: nn.Module, kind: type[Exception], message: str, call: Callable[[], object]) -> None:
+    before, values = picture(model), output(model, MLP)
+    found = picture(model)  # a forward replaces the tensors that are offloaded
+    with pytest.raises(kind, match=message):
+        call()
+    after = picture(model)
+    assert after["classes"] == before["classes"]
+    assert after["keys"] == before["keys"]
+    assert after["modes"] == found["modes"]
+    assert [entry[2] for entry in after["parameters"]] == [entry[2] for entry in before["parameters"]]  # type: ignore[attr-defined]
+    assert torch.equal(output(model, MLP), values)
+
+
+@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("way", OFFLOADS)
+def test_merges_and_folds_into_files(way: str, when: str, tmp_path: Path) -> None:
+    model = WHEN[when](MLP, way, tmp_path)
+    message = "^0: accelerate offloads its weight, and a merge keeps a copy of each weight in memory"
+    refuses(model, FoldError, message, lambda: hra_fx.merge_adapter(model))
+    if not way.startswith("CPU"):
+        message = "^0: accelerate loads its weight from files.*fold_checkpoint"
+        refuses(model, FoldError, message, lambda: hra_fx.fold(model))
+        refuses(model, FoldError, message, lambda: hra_fx.plan_fold(model))
+    remove_hook_from_submodules(model)
+    model.to(CPU)  # new vectors are where their layers were executed
+    hra_fx.merge_adapter(model)
+    assert close(output(hra_fx.fold(model), MLP), output(MLP.model(), MLP))
+
+
+def test_a_comparison_with_folded_weights(tmp_path: Path) -> None:
+    model, x = offload(MLP.base(), "CPU", tmp_path), MLP.data()[0]
+    settings = hra_fx.HRAConfig(r=2, target_modules=["0"])
+    message = "^0: accelerate offloads it, and the comparison needs a copy of the whole model"
+    refuses(
+        model,
+        UnsupportedLayerError,
+        message,
+        lambda: hra_fx.transform(model, settings, verify=True, example_inputs=x),
+    )
+    hra_fx.transform(model, settings)
+
+
+@pytest.mark.parametrize("fields", [{"modules_to_save": ["2"]}, {"bias": "all"}])
+def test_new_trained_copies(fields: dict[str, Any], tmp_path: Path) -> None:
+    model = offload(MLP.base(), "CPU", tmp_path)
+    settings = hra_fx.HRAConfig(r=2, target_modules=["0"], **fields)
+    message = "accelerate offloads it, and would load the tensors of the base model over a trained copy"
+    refuses(model, UnsupportedLayerError, message, lambda: hra_fx.transform(model, settings))
+    hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["0"]))
+    refuses(model, UnsupportedLayerError, message, lambda: hra_fx.add_adapter(model, "b", settings))
+
+
+@pytest.mark.parametrize("way", OFFLOADS)
+def test_trained_copies_that_are_offloaded(way: str, tmp_path: Path) -> None:
+    hra_fx.save_adapter(COPIES.model(), tmp_path / "adapter")
+    wanted = output(COPIES.model(), COPIES)
+    model = offload(COPIES.model(), way, tmp_path / "offload")
+    assert close(output(model, COPIES), wanted)
+    message = "accelerate offloads it, with its trained copies|accelerate loads its weight from files"
     calls: list[tuple[type[Exception], Callable[[], object]]] = [
+        (AdapterError, lambda: hra_fx.disable_adapters(model)),
+        (AdapterError, lambda: hra_fx.delete_adapter(model, "default")),
         (AdapterError, lambda: hra_fx.save_adapter(model, tmp_path / "other")),
         (AdapterError, lambda: hra_fx.load_adapter(model, tmp_path / "adapter")),
-        (AdapterError, lambda: hra_fx.set_scale(model, "default", 0.5)),
+        (AdapterError, lambda: hra_fx.save_as_lora(model, tmp_path / "lora")),
+        (FoldError, lambda: hra_fx.fold(model)),
+    ]
+    for kind, call in calls:
+        refuses(model, kind, message, call)
+    hra_fx.set_adapter(model, "default")  # exchanges nothing
+    remove_hook_from_submodules(model)
+    assert close(output(hra_fx.fold(model.to(CPU)), COPIES), wanted)
+
+
+def test_modules_that_are_offloaded_as_a_whole(tmp_path: Path) -> None:
+    blocks = ["Sequential"]
+    base = accelerate.cpu_offload(nn.Sequential(MLP.base()), execution_device=CPU, preload_module_classes=blocks)
+    settings = hra_fx.HRAConfig(r=2, target_modules=["0.0"])
+    message = r"the model: accelerate offloads it as a whole \(preload_module_classes\)"
+    refuses(base, UnsupportedLayerError, message, lambda: hra_fx.transform(base, settings))
+    model = hra_fx.transform(nn.Sequential(MLP.base()), settings)
+    wanted = output(model, MLP)
+    accelerate.cpu_offload(model, execution_device=CPU, preload_module_classes=blocks)
+    assert close(output(model, MLP), wanted)
+    calls: list[tuple[type[Exception], Callable[[], object]]] = [
+        (AdapterError, lambda: hra_fx.save_adapter(model, tmp_path / "other")),
         (AdapterError, lambda: hra_fx.orthogonality_loss(model)),
         (FoldError, lambda: hra_fx.fold(model)),
-        (FoldError, lambda: hra_fx.merge_adapter(model)),
+        (UnsupportedLayerError, lambda: hra_fx.add_adapter(model, "b", settings)),
     ]
-    message = r"^0: accelerate offloads its weight or its vectors between calls.*remove_hook_from_submodules\(model\)"
     for kind, call in calls:
-        with pytest.raises(kind, match=message):
-            call()
-    with pytest.raises(UnsupportedLayerError, match="accelerate put a hook on it, which moves its weights"):
-        hra_fx.add_adapter(model, "b", hra_fx.HRAConfig(r=2, target_modules=["0"]))
-    assert hra_fx.report(model).rows[0].rotation != hra_fx.report(model).rows[0].rotation  # NaN
-    assert (output(model, MLP) - wanted).abs().max() < 1e-13
-    accelerate.hooks.remove_hook_from_submodules(model)
-    hra_fx.save_adapter(model, tmp_path / "other")
-    hra_fx.load_adapter(model, tmp_path / "adapter")
-    assert (output(hra_fx.fold(model), MLP) - wanted).abs().max() < 1e-13
+        refuses(model, kind, message, call)
 
 
-def test_combining_vectors_that_are_elsewhere_is_refused(tmp_path: Path) -> None:
-    model = MLP.model()
-    hra_fx.add_adapter(model, "b", hra_fx.HRAConfig(r=2, target_modules=["0"]))
-    OFFLOADS["CPU"](model, tmp_path)
-    before = list(model.state_dict())
-    with pytest.raises(AdapterError, match=r"^0: accelerate offloads its weight or its vectors between calls"):
-        hra_fx.combine(model, ["default", "b"], "both")
-    assert list(model.state_dict()) == before
-
-
-def test_an_adapter_of_an_offloaded_transformers_model_is_refused_too(tmp_path: Path) -> None:
-    model: object = offloaded(CASES["llama"], "CPU", tmp_path)
-    with pytest.raises(AdapterError, match="accelerate offloads its weight"):
-        model.save_pretrained(tmp_path / "adapter")  # type: ignore[attr-defined]
-
-
-def test_a_model_that_is_moved_as_a_whole_can_be_folded(tmp_path: Path) -> None:
-    """`cpu_offload_with_hook` moves modules, and leaves no tensor without data."""
-    wanted = output(MLP.model(), MLP)
-    model = MLP.model()
-    accelerate.cpu_offload_with_hook(model, execution_device=CPU)
-    assert (output(model, MLP) - wanted).abs().max() < 1e-13
-    assert (output(hra_fx.fold(model), MLP) - wanted).abs().max() < 1e-13
+def test_quantized_weights_without_data() -> None:
+    """accelerate cannot load them again on a CPU, with or without an adapter."""
+    model = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64)).to("cpu")
+    accelerate.cpu_offload(model, execution_device=CPU)
+    with pytest.raises(UnsupportedLayerError, match="its weight is on the meta device and has no data"):
+        hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["0"]))

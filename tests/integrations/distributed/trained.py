@@ -107,6 +107,17 @@ class Case:
         return self.batch(8), torch.randint(0, 3, (8,))
 
 
+def adapted(base: nn.Module, case: Case) -> nn.Module:
+    """A base model with the vectors of `case.model()`."""
+    model = hra_fx.transform(base, hra_fx.HRAConfig(**{"r": 4, **case.config}))
+    vectors = dict(case.model().named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".hra_u." in name:
+                parameter.copy_(vectors[name])
+    return model
+
+
 LAYERS = ("model.layers.0", "model.layers.1")
 PROJECTIONS = {"target_modules": ["q_proj", "v_proj", "up_proj", "gate_proj", "down_proj"]}
 CASES: dict[str, Case] = {
@@ -217,3 +228,7 @@ def output(model: nn.Module, case: Case) -> Tensor:
 def same(left: Mapping[str, Tensor], right: Mapping[str, Tensor], within: float = 1e-13) -> None:
     assert left.keys() == right.keys()
     assert all((left[name] - right[name]).abs().max() < within for name in left)
+
+
+def close(left: Tensor, right: Tensor, within: float = 1e-9) -> bool:
+    return bool((left.cpu() - right.cpu()).abs().max() < within)

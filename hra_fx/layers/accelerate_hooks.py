@@ -1,0 +1,123 @@
+"""accelerate's hooks on the modules of a model: what they mean for an adapter.
+
+`dispatch_model` (a `device_map`), `cpu_offload` and `disk_offload` put a hook on each module with tensors. It moves the
+inputs to the module's device. If it offloads, the tensors are in memory during the module's own forward only, and on
+the meta device otherwise. accelerate is not imported: if it is not loaded, no module has a hook.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: The functions in it move and tie parameters, which they read as attributes of a module.
+_MOVES_PARAMETERS = "accelerate.utils.modeling"
+#: Why a module whose hook offloads the tensors of its children too cannot have adapters inside; without the full stop.
+WHOLE = (
+    "accelerate offloads it as a whole (preload_module_classes), with the tensors that it had when it was offloaded. "
+    "Leave out preload_module_classes, or call accelerate.hooks.remove_hook_from_submodules(model) first"
+)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a module has a hook of accelerate.
+
+    Example:
+        >>> is_hooked(nn.Linear(6, 4))
+        False
+    """
+    return "_hf_hook" in vars(module)
+
+
+def has_class_forward(module: nn.Module) -> bool:
+    """Whether the forward of a module, below a hook of accelerate, is the method of its class."""
+    name = "_old_forward" if is_hooked(module) else "forward"
+    held = vars(module).get(name)
+    bound = getattr(held, "__self__", None) is module and getattr(held, "__func__", None) is type(module).forward
+    return held is None or bound
+
+
+def calls_class_forward(module: nn.Module) -> bool:
+    """Whether calling a module runs the method of its class, with inputs that a hook of accelerate at most moves."""
+    hook = vars(module).get("_hf_hook")
+    moves = hook is None or (type(hook).__name__ == "AlignDevicesHook" and not hook.offload)
+    return moves and has_class_forward(module)
+
+
+def offloading_hook(module: nn.Module) -> Any:
+    """The hook that offloads the tensors of a module, or `None`."""
+    hook = vars(module).get("_hf_hook")
+    hooks = getattr(hook, "hooks", (hook,))  # of a SequentialHook
+    return next((one for one in hooks if getattr(one, "offload", False) is True), None)
+
+
+def device_of(module: nn.Module, tensor: Tensor) -> torch.device:
+    """The device on which a module computes with a tensor of its own, which may be offloaded."""
+    hook = offloading_hook(module)
+    return tensor.device if hook is None else torch.device(hook.execution_device)
+
+
+@contextmanager
+def loaded(module: nn.Module) -> Iterator[None]:
+    """A block in which the offloaded tensors of a module are in memory, as in its forward. Blocks may be nested."""
+    if offloading_hook(module) is None or not any(tensor.is_meta for tensor in module.parameters(recurse=False)):
+        yield
+        return
+    hook: Any = vars(module)["_hf_hook"]
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
+
+
+def keep_loaded(module: nn.Module) -> None:
+    """Load the offloaded tensors of a module on the device where it computes, and do not offload them again."""
+    hook = offloading_hook(module)
+    if hook is None:
+        return
+    hook.pre_forward(module)
+    for name in ("_hf_hook", "_old_forward", "forward"):  # accelerate would move them to the device of before
+        del vars(module)[name]
+
+
+def stored(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """The tensor that a module loads for `name` if it is offloaded to the CPU; else `tensor` itself."""
+    place = _place(module, name)
+    return tensor if place is None or place[1] not in place[0] else place[0][place[1]]
+
+
+def store(module: nn.Module, name: str) -> None:
+    """Inside `loaded`: replace the tensor that a module loads for `name`, on the CPU, by that of now."""
+    if (place := _place(module, name)) is not None:
+        place[0][place[1]] = module._parameters[name].detach().to("cpu", copy=True)  # type: ignore[union-attr]
+
+
+def is_on_disk(module: nn.Module, name: str) -> bool:
+    """Whether a tensor of a module is offloaded to the disk."""
+    place = _place(module, name)
+    return place is not None and place[1] not in place[0]
+
+
+def reads_parameters() -> bool:
+    """Whether accelerate asks for the attribute that the caller of the caller computes.
+
+    It moves a parameter to another device by `getattr`, and stores the result as the parameter.
+    """
+    return sys._getframe(3).f_globals.get("__name__") == _MOVES_PARAMETERS
+
+
+def _place(module: nn.Module, name: str) -> tuple[MutableMapping[str, Tensor], str] | None:
+    """The tensors in memory among which an offloaded tensor is, unless it is on the disk, and its key."""
+    hook = offloading_hook(module)
+    if hook is None:
+        return None
+    tensors = hook.weights_map
+    while hasattr(tensors, "dataset"):  # a PrefixedDataset
+        tensors, name = tensors.dataset, f"{tensors.prefix}{name}"
+    return getattr(tensors, "state_dict", tensors), name  # of an OffloadedWeightsLoader
