@@ -66,16 +66,6 @@ def is_dtensor(tensor: Tensor | None) -> bool:
     return tensors is not None and isinstance(tensor, tensors.DTensor)
 
 
-def full_shape(parameter: Tensor) -> torch.Size:
-    """The shape of a parameter, of which DeepSpeed's ZeRO-3 leaves an empty tensor between the calls of its layer.
-
-    Example:
-        >>> full_shape(nn.Linear(6, 4).weight)
-        torch.Size([4, 6])
-    """
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
 def reshard(modules: Iterable[nn.Module]) -> None:
     """Free the unsharded parameters that modules of FSDP2, among these, still hold after their last forward."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # looked up once, to keep a switch of adapters fast
