@@ -74,14 +74,14 @@ def reshard(modules: Iterable[nn.Module]) -> None:
             module.reshard()
 
 
-def device_of_values(like: Tensor) -> torch.device:
-    """The device for values that belong to a tensor; the CPU if that is on the meta device, where they would be lost.
+def device_of_values(device: torch.device) -> torch.device:
+    """The device for values that belong on a device; the CPU for the meta device, where they would be lost.
 
     Example:
-        >>> device_of_values(torch.empty(2, device="meta"))
+        >>> device_of_values(torch.device("meta"))
         device(type='cpu')
     """
-    return torch.device("cpu") if like.is_meta else like.device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hra_fx.errors import AdapterError
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.adapter_names import ANCHOR
-from hra_fx.layers.sharding import distribute_like, is_dtensor, reshard
+from hra_fx.layers.sharding import device_of_values, distribute_like, is_dtensor, reshard
 from hra_fx.layers.trained_copies import all_copies
 from hra_fx.model.state import AdapterState, adapted_layers
 
@@ -70,7 +70,9 @@ def replace_values(
                 undo.callback(adapters.__setitem__, name, own)
             else:
                 undo.callback(own.copy_, own.clone())
-            adapters.replace(name, *vectors(path, layer), torch.device(device or adapters.device_for_values(layer)))
+            adapters.replace(
+                name, *vectors(path, layer), torch.device(device or device_of_values(adapters.device_of(layer)))
+            )
         for (path, entry), value in copies.items():
             owner, held = owners[path]
             own = held.get(owner, name, entry)
