@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hra_fx.layers.partitioned import is_partitioned
 from hra_fx.layers.target import REFLECTION, SAVED
 
 
@@ -46,13 +47,18 @@ def first_sharded(model: nn.Module) -> tuple[str, str] | None:
 
 
 def first_split(model: nn.Module) -> tuple[str, str] | None:
-    """As `first_sharded`, or path of the first module with adapters or copies that tensor parallelism splits."""
-    found = (
-        (path or "the model", "tensor parallelism")
-        for path, module in model.named_modules()
-        if {REFLECTION, SAVED} & module._modules.keys() and any(map(is_dtensor, module._parameters.values()))
-    )
+    """As `first_sharded`, or path of the first module of which DeepSpeed or tensor parallelism leaves a part here."""
+    found = ((path or "the model", tool) for path, module in model.named_modules() if (tool := _split_by(module)))
     return first_sharded(model) or next(found, None)
+
+
+def _split_by(module: nn.Module) -> str | None:
+    """The tool that leaves a part of a module with adapters or copies."""
+    if not {REFLECTION, SAVED} & module._modules.keys():
+        return None
+    if is_partitioned(module):
+        return "DeepSpeed"
+    return "tensor parallelism" if any(map(is_dtensor, module._parameters.values())) else None
 
 
 def is_dtensor(tensor: Tensor | None) -> bool:

@@ -6,10 +6,10 @@ import sys
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from hra_fx.layers.experts_weight import ExpertsWeight, describe_experts
+from hra_fx.layers.partitioned import full_shape
 
 LayerKind: TypeAlias = Literal["linear", "conv1d", "conv2d", "conv3d", "attention", "experts"]
 
@@ -126,16 +126,6 @@ def weight_entry(path: str, layer: nn.Module) -> str:
     owner, name = weight_place(layer)
     place = path if owner is layer else path.rpartition(".")[0]
     return f"{place}.{name}".lstrip(".")
-
-
-def full_shape(parameter: Tensor) -> torch.Size:
-    """The shape of a parameter, of which DeepSpeed's ZeRO-3 leaves an empty tensor between the calls of its layer.
-
-    Example:
-        >>> full_shape(nn.Linear(6, 4).weight)
-        torch.Size([4, 6])
-    """
-    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def width_of(layer: nn.Module) -> int:
