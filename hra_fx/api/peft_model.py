@@ -25,6 +25,7 @@ from hra_fx.integrations import push
 from hra_fx.integrations.pretrained import save_adapters_or_model
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.class_swap import SwapMixin, original_class, swap, swapped_class
+from hra_fx.layers.peft_layers import refuse_peft_layers
 from hra_fx.layers.sharding import reshard
 from hra_fx.model import merge, switch, trainable
 from hra_fx.model.add import add_adapter
@@ -351,7 +352,9 @@ def check_names(model: nn.Module, mixin: type[SwapMixin]) -> None:
 
     Raises:
         AdapterError: naming the class or the attribute.
+        UnsupportedLayerError: the model has adapters of PEFT, whose wrapper has attributes of these names.
     """
+    refuse_peft_layers(model)
     kind = original_class(model)
     try:
         swapped_class(mixin, kind)

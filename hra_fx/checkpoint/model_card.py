@@ -15,7 +15,7 @@ from torch import nn
 
 from hra_fx.atomic_write import atomic_write
 from hra_fx.checkpoint.base_model import base_model_name
-from hra_fx.config import HRAConfig
+from hra_fx.config import NOT_IN_PEFT, HRAConfig
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.class_swap import original_class
 from hra_fx.selection.suggestions import format_names
@@ -145,7 +145,7 @@ def _row(name: str, config: HRAConfig) -> str:
 
 def _with_peft(config: HRAConfig, option: str) -> str:
     """How PEFT loads the adapter, if it can."""
-    for field in ("target_parameters", "rank_pattern"):
+    for field in NOT_IN_PEFT:
         if getattr(config, field):
             return _NOT_WITH_PEFT.format(field=field)
     return _WITH_PEFT.format(place=PLACE, option=option)

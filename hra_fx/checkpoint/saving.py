@@ -190,8 +190,8 @@ def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[s
     config, sites = record.configs[name], layers_with(root, record, name)
     if missing := [entry for path in sites if (entry := vectors_entry(path, name)) not in state]:
         raise AdapterError(
-            f"state_dict has no entry {missing[0]!r}. Pass the state of the whole model. With DeepSpeed's ZeRO-3 and "
-            "transformers' Trainer, set `stage3_gather_16bit_weights_on_model_save` to true in DeepSpeed's configuration."
+            f"state_dict has no entry {missing[0]!r}. Pass the state of the whole model. With transformers' Trainer "
+            "and ZeRO-3, set `stage3_gather_16bit_weights_on_model_save` to true in DeepSpeed's configuration."
         )
     tensors: dict[str, Tensor] = {}
     resume = Resume(config, has_anchors=any(anchor_entry(path, name) in state for path in sites))

@@ -79,6 +79,12 @@ def match(
     regex: Annotated[
         str | None, typer.Option("--regex", metavar="REGEX", help="Layers whose full path matches.")
     ] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target-parameter", metavar="NAME", help="Experts in a 3-D parameter, by the end of its path. Repeatable."
+        ),
+    ] = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option("--exclude", "-x", metavar="NAME", help="A layer to exclude. Repeatable."),
@@ -111,6 +117,7 @@ def match(
     """
     fields: dict[str, Any] = {
         "target_modules": _targets(target, regex),
+        "target_parameters": parameter,
         "exclude_modules": exclude,
         "layers_to_transform": None if layers is None else _indices(layers),
         "layers_pattern": pattern,
@@ -216,17 +223,14 @@ def _not_adapted(
     from hra_fx.reporting.skipped_layers import Selection, SkippedLayer
 
     selection = Selection(model, config)
-    others = [
-        (name, layer, kind)
-        for name, layer in model.named_modules()
-        if name and name not in chosen and (kind := find_kind(layer))
-    ]
+    others = {name: layer for name, layer in model.named_modules() if name and name not in chosen}
+    trained = [name for name, layer in others.items() if selection.trains_in_full(layer)]
     missed = [
         SkippedLayer(name, describe(layer), selection.reason(name, kind))
-        for name, layer, kind in others
-        if not selection.trains_in_full(layer)
+        for name, layer in others.items()
+        if (kind := find_kind(layer)) and name not in trained
     ]
-    return missed, [name for name, layer, _ in others if selection.trains_in_full(layer)]
+    return missed, trained
 
 
 def _show(found: Match) -> None:

@@ -82,7 +82,8 @@ def accelerate_peft(model: nn.Module | None = None) -> Acceleration:
             are made from now on, also by trainers that are given a `peft.HRAConfig`.
 
     Returns:
-        A handle whose `close()` restores PEFT's code in the layers and for new ones. It is a context manager.
+        A handle whose `close()` restores PEFT's code in the layers and for new ones. It is a context manager. A copy of
+        an accelerated model, also a pickled one, stays accelerated; for it, call `accelerate_peft(copy).close()`.
 
     Raises:
         ImportError: PEFT is not installed.

@@ -1,6 +1,6 @@
 """Products with the rotated weights of experts, `W_e Q_e`: the inputs are reflected, and the weights are not touched.
 
-Each takes the function that multiplies with the weights, so that it computes with whatever kernel its caller chose.
+`reflect_groups` takes the function that multiplies, so that it computes with whatever kernel its caller chose.
 """
 
 from __future__ import annotations
@@ -61,3 +61,24 @@ def reflect_groups(x: Tensor, factors: Factors, multiply: Callable[[Tensor, Tens
     rows, down = (F.pad(factor, (0, 0, 0, missing)) for factor in factors)
     reflected: Tensor = x + multiply(multiply(x, down.mT), rows)
     return reflected
+
+
+class GatheredProduct(torch.autograd.Function):
+    """`X_i W_i`, or `X_i W_i^T`, with frozen weights that were gathered from those of all experts, one for each `X_i`.
+
+    The backward pass gathers them again. A plain product would keep them, which is a copy of a weight for each token.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gathered: Tensor, weight: Tensor, index: Tensor, transposed: bool) -> Tensor:
+        """The product of `X: (n, rows, a)` with `W = weight[index]: (n, a, b)`, or `(n, b, a)` if transposed."""
+        ctx.save_for_backward(weight, index)
+        ctx.transposed = transposed
+        return torch.bmm(x, gathered.mT if transposed else gathered)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """The gradient of `X`."""
+        weight, index = ctx.saved_tensors
+        gathered = weight[index]
+        return torch.bmm(gradients[0], gathered if ctx.transposed else gathered.mT), None, None, None, None

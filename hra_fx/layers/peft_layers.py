@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from hra_fx.errors import UnsupportedLayerError
+
 _HRA = "peft.tuners.hra."
 
 
@@ -32,3 +34,13 @@ def find_peft_layer(model: nn.Module) -> tuple[str, str] | None:
             keep = "Call hra_fx.from_peft(model) to use it with hra_fx, or" if is_peft_hra_layer(module) else "Call"
             return path, f"{keep} `merge_and_unload()` or `unload()` on the PEFT model first."
     return None
+
+
+def refuse_peft_layers(model: nn.Module) -> None:
+    """Check that a model has no layers of PEFT.
+
+    Raises:
+        UnsupportedLayerError: naming the first one, and what to do about it.
+    """
+    if found := find_peft_layer(model):
+        raise UnsupportedLayerError(f"{found[0]}: it already has a PEFT adapter. {found[1]}")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hra_fx import compat
 from hra_fx.functional.rotate import rotate_weight
 from hra_fx.kernels.dispatch import is_plain, is_plain_eager, products_dtype
-from hra_fx.kernels.experts import reflect_each, reflect_groups
+from hra_fx.kernels.experts import GatheredProduct, reflect_each, reflect_groups
 from hra_fx.layers.rotated_weight import RotatedWeight
 
 _TRANSPOSING = (Tensor.transpose, torch.transpose, Tensor.mT.__get__)  # type: ignore[attr-defined]
@@ -143,10 +143,33 @@ def _bmm(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) 
     """`torch.bmm(x, weight)` or `torch.bmm(weight, x)`, for as many experts as there are matrices."""
     first, second = args
     if (factors := _factors(second, first, last=False)) is not None:
-        return func(reflect_each(first, factors), second.base(), **kwargs)
+        x = reflect_each(first, factors)
+        if _gathers_again(second, first):
+            return _gathered_product(x, second, second.flipped)
+        return func(x, second.base(), **kwargs)
     if (factors := _factors(first, second, last=True)) is not None:
-        return func(first.base(), reflect_each(second.mT, factors).mT, **kwargs)
+        x = reflect_each(second.mT, factors)
+        if _gathers_again(first, second):
+            return _gathered_product(x, first, not first.flipped).mT
+        return func(first.base(), x.mT, **kwargs)
     return None
+
+
+def _gathers_again(weight: RotatedExperts, x: Tensor) -> bool:
+    """Whether the backward pass should gather the weights of some experts again, instead of keeping them.
+
+    It takes time, so only where the base model does not keep them: an input without gradient, in the first layers.
+    """
+    whole: Any = weight._layer.hra_base
+    frozen = not x.requires_grad and not whole.requires_grad and x.dtype is whole.dtype
+    return frozen and isinstance(weight.index, Tensor) and not torch.is_autocast_enabled(x.device.type)
+
+
+def _gathered_product(x: Tensor, weight: RotatedExperts, transposed: bool) -> Tensor:
+    """`X_i W_i`, or `X_i W_i^T`, of the base weights that were selected."""
+    whole, chosen = weight._layer.hra_base, weight._selected
+    product: Tensor = GatheredProduct.apply(x, chosen, whole, weight.index, transposed)  # type: ignore[no-untyped-call]
+    return product
 
 
 def _grouped_mm(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

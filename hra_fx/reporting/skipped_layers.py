@@ -79,15 +79,15 @@ def not_adapted(model: nn.Module) -> tuple[tuple[SkippedLayer, ...], tuple[str, 
     skipped, trained = [], []
     for path, layer in model.named_modules():
         kind = find_kind(layer)
-        if not kind or layer in adapted or not path or {REFLECTION, SAVED} & set(path.split(".")):
+        if layer in adapted or not path or {REFLECTION, SAVED} & set(path.split(".")):
             continue
         root = next((root for root in selections if not root or path.startswith(f"{root}.")), None)
         inside, below = {} if root is None else selections[root], path[len(root or "") :].lstrip(".")
         targeted = any(selection.selects(below) for selection in inside.values())
         in_full = any(selection.trains_in_full(layer) for selection in inside.values())
-        if in_full or (selections and not targeted and _requires_grad(layer, kind)):
+        if in_full or (kind and selections and not targeted and _requires_grad(layer, kind)):
             trained.append(path)
-        else:
+        elif kind:
             reason = _why_outside(selections) if root is None else reason_of(inside, below, kind)
             skipped.append(SkippedLayer(path, describe(layer), reason, targeted))
     return tuple(skipped), tuple(trained)
@@ -153,8 +153,8 @@ class Selection:
         return dataclasses.replace(self._unrestricted, **fields)
 
     def trains_in_full(self, layer: nn.Module) -> bool:
-        """Whether the layer is, or is inside of, one of `modules_to_save`."""
-        return layer in self._saved
+        """Whether the layer, an embedding and a norm too, is one of `modules_to_save`, or is inside of one."""
+        return bool(layer._parameters) and layer in self._saved
 
     def selects(self, path: str) -> bool:
         """Whether the layer of this path should have an adapter."""

@@ -17,9 +17,9 @@ from typing import Any
 from torch import nn
 
 from hra_fx.config import HRAConfig
-from hra_fx.errors import HRAWarning, SelectionError, UnsupportedLayerError
+from hra_fx.errors import HRAWarning, SelectionError
 from hra_fx.layers.experts_weight import ExpertsWeight
-from hra_fx.layers.peft_layers import find_peft_layer
+from hra_fx.layers.peft_layers import refuse_peft_layers
 from hra_fx.layers.target import REFLECTION, SAVED, find_kind
 from hra_fx.patterns import layer_index_regex, saved_module_regex
 from hra_fx.selection.parameters import hint_for, hint_inside, parameters_problem, targeted_parameters
@@ -68,8 +68,7 @@ def select(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
     >>> select(model, HRAConfig(target_modules="all-linear", exclude_modules=["2"]))
     {'0': Linear(in_features=2, out_features=2, bias=True)}
     """
-    if found := find_peft_layer(model):
-        raise UnsupportedLayerError(f"{found[0]}: it already has a PEFT adapter. {found[1]}")
+    refuse_peft_layers(model)
     chosen = targeted(model, config)
     modules = dict(_walk(model))
     if problem := parameters_problem(model, config):

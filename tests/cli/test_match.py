@@ -110,15 +110,16 @@ def test_experts_and_layers_that_are_trained_in_full(tmp_path: Path) -> None:
         vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
     )
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"architectures": ["MixtralForCausalLM"]}))
-    words = ("-t", "q_proj", "--save", "lm_head")
+    words = ("-t", "q_proj", "--save", "lm_head", "--save", "embed_tokens", "--save", "model.norm")
     found = Answer("match", tmp_path, *words, "--json").json
     model = transformers.MixtralForCausalLM(config)
-    fields = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    fields = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens", "model.norm"]}
     report = json.loads(hra_fx.report(hra_fx.transform(model, hra_fx.HRAConfig(**fields))).to_json())
     assert found["missed_parameters"] == report["skipped_parameters"] != []
-    assert found["trained_layers"] == report["trained_in_full"] == ["lm_head"]
+    assert found["trained_layers"] == report["trained_in_full"] == ["model.embed_tokens", "model.norm", "lm_head"]
     shown = answer("match", tmp_path, *words, columns=200)
-    assert "Not adapted: 3-D parameters, 75.1%" in shown and "Trained in full:\n  lm_head\n" in shown
+    assert "Not adapted: 3-D parameters, 75.1%" in shown
+    assert "Trained in full:\n  model.embed_tokens, model.norm, lm_head\n" in shown
     assert Answer("match", tmp_path, "-t", "q_proj", "--save", "experts", "--json").json["missed_parameters"] == []
 
 
@@ -138,6 +139,9 @@ def test_experts_that_a_configuration_names(tmp_path: Path) -> None:
         (row.path, row.d, row.r) for row in report
     }
     assert found["trained"] == sum(row.parameters for row in report)
+    options = [word for name in names for word in ("--target-parameter", name)]
+    given = Answer("match", tmp_path, "-t", "q_proj", *options, "--json").json
+    assert [layer["path"] for layer in given["adapted"]] == [layer["path"] for layer in found["adapted"]]
     assert found["missed_parameters"] == json.loads(report.to_json())["skipped_parameters"] != []
     lines = [line.split() for line in answer(*words, columns=200).splitlines()]
     assert any(

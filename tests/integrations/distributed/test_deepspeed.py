@@ -1,7 +1,7 @@
 """Two processes under DeepSpeed's ZeRO-2 and ZeRO-3 train as one process does.
 
-DeepSpeed is on the path of the processes that are started here only: transformers, accelerate and TRL import it wherever
-they find it. `make test-all` installs it beside the environment.
+DeepSpeed is on the path of the processes that are started here only: transformers, accelerate and TRL import it
+wherever they find it. `make test-all` installs it beside the environment.
 """
 
 from __future__ import annotations

@@ -107,13 +107,16 @@ def test_an_error_in_the_block_closes_it() -> None:
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_has_its_own_vectors(copied: Any) -> None:
     model = model_of_peft()
-    hra_fx.accelerate_peft(model)
-    wanted = model(X)
-    other = copied(model)
-    turn(model, seed=5)
-    assert torch.equal(other(X), wanted)
-    turn(other, seed=5)
-    assert torch.equal(other(X), model(X))
+    with hra_fx.accelerate_peft(model):
+        wanted = model(X)
+        other = copied(model)
+        turn(model, seed=5)
+        assert torch.equal(other(X), wanted)
+        turn(other, seed=5)
+        assert torch.equal(other(X), model(X))
+    assert classes(model) == PEFTS != classes(other)
+    hra_fx.accelerate_peft(other).close()
+    assert classes(other) == PEFTS
 
 
 def test_files_are_byte_for_byte_pefts(tmp_path: Path) -> None:

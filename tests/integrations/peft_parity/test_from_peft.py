@@ -175,6 +175,10 @@ def test_functions_of_hra_fx_say_what_to_do_with_a_model_of_peft() -> None:
     for target in ("query", "conv", "absent"):
         with pytest.raises(hra_fx.UnsupportedLayerError, match=rf"query: it already has a PEFT adapter\. {advice}"):
             hra_fx.transform(model, hra_fx.HRAConfig(target_modules=[target]))
+        with pytest.raises(hra_fx.UnsupportedLayerError, match=rf"query: it already has a PEFT adapter\. {advice}"):
+            hra_fx.get_peft_model(model, hra_fx.HRAConfig(target_modules=[target]))
+    with pytest.raises(hra_fx.UnsupportedLayerError, match=rf"query: it already has a PEFT adapter\. {advice}"):
+        hra_fx.PeftModel.from_pretrained(model, "absent")
     with peft_warnings_ignored():
         lora = peft.get_peft_model(net(), peft.LoraConfig(r=2, target_modules=["query"]))
     with pytest.raises(hra_fx.AdapterError, match=r"and none of hra_fx\. Call `merge_and_unload\(\)`"):

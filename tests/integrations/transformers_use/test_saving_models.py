@@ -94,9 +94,9 @@ def test_a_folder_that_names_no_base_is_not_opened_as_a_model_without_its_adapte
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"state_dict": {}},
-        "state_dict has no entry 'model.layers.0.self_attn.q_proj.hra_u.default'. Pass the state of the whole model. With "
-        "DeepSpeed's ZeRO-3 and transformers' Trainer, set `stage3_gather_16bit_weights_on_model_save` to true in "
-        "DeepSpeed's configuration.",
+        "state_dict has no entry 'model.layers.0.self_attn.q_proj.hra_u.default'. Pass the state of the whole model. "
+        "With transformers' Trainer and ZeRO-3, set `stage3_gather_16bit_weights_on_model_save` to true in DeepSpeed's "
+        "configuration.",
     ),
     ({"safe_serialization": False}, "safe_serialization must be True, got False: pickle files are never written."),
     ({"selected_adapters": ["other"]}, "the model has no adapter 'other'. It has 'default'."),

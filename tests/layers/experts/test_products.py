@@ -63,6 +63,7 @@ READS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "bmm": lambda w, x: torch.bmm(w, x.mT.expand(EXPERTS, -1, -1)),
     "bmm, by keyword": lambda w, x: torch.bmm(w, mat2=x.mT.expand(EXPERTS, -1, -1)),
     "bmm, gathered": lambda w, x: torch.bmm(w[IDS], x[: len(IDS)].unsqueeze(-1)),
+    "bmm, gathered and swapped": lambda w, x: torch.bmm(x[: len(IDS)].unsqueeze(1), w[IDS].mT),
     "bmm, rows": lambda w, x: torch.bmm(x.expand(EXPERTS, -1, -1), w.transpose(-2, -1)),
     "matmul, batch": lambda w, x: x.expand(EXPERTS, -1, -1) @ w.mT,
     "matmul, broadcast": lambda w, x: x @ w.mT,
@@ -88,6 +89,40 @@ def test_reads_equal_those_of_dense_weights(read: str, is_transposed: bool) -> N
         assert relative_error(READS[read](experts.up if not is_transposed else experts.up.mT, x), wanted) <= 1e-12
 
 
+def gathered_product(experts: nn.Module, weight: Tensor) -> Tensor:
+    """The products of the batched experts of transformers, for one row for each of `IDS`."""
+    torch.manual_seed(1)
+    x = torch.randn(len(IDS), D, dtype=weight.dtype)
+    return torch.bmm(x.unsqueeze(1), weight[IDS]) if experts.is_transposed else torch.bmm(weight[IDS], x.unsqueeze(-1))
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_weights_gathered_for_each_row_are_not_kept(is_transposed: bool) -> None:
+    experts, leaf, dense = adapted(is_transposed)
+    kept: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = gathered_product(experts, experts.up)
+    assert max(kept) == EXPERTS * D * OUT < len(IDS) * D * OUT
+    output.square().sum().backward()
+    gathered_product(experts, dense).square().sum().backward()
+    assert relative_error(experts.hra_up.hra_u["default"].grad, leaf.grad) <= 1e-12
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_a_base_that_is_trained_too(is_transposed: bool) -> None:
+    experts, leaf, _ = adapted(is_transposed)
+    base = experts.hra_up.hra_base.requires_grad_(True)
+    own = base.detach().clone().requires_grad_()
+    gathered_product(experts, experts.up).square().sum().backward()
+    gathered_product(experts, dense_experts(own, leaf, is_transposed)).square().sum().backward()
+    assert relative_error(base.grad, own.grad) <= 1e-12
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits(dtype: torch.dtype) -> None:
     experts, _, dense = adapted(False)
@@ -104,8 +139,11 @@ def test_autocast_computes_in_its_dtype() -> None:
     experts, x = experts.float(), torch.randn(7, D)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = F.linear(x, experts.up[1])
-    assert output.dtype is torch.bfloat16
+        gathered = gathered_product(experts, experts.up)
+    assert output.dtype is gathered.dtype is torch.bfloat16
     assert relative_error(output, x.double() @ dense[1].T) < 0.03
+    gathered.sum().backward()
+    assert experts.hra_up.hra_u["default"].grad.isfinite().all()
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])
