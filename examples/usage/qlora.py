@@ -80,9 +80,9 @@ def run(base: Path, tokens: list[list[int]], output: Path) -> None:
     del model
 
     model = hra_fx.load_adapter(in_4_bits(base), output / "adapter")
-    print(f"opened over 4 bits, the loss differs by {abs(loss_of(model, tokens) - trained):.1e}")
+    print(f"opened over 4 bits, difference of the loss: {abs(loss_of(model, tokens) - trained):.1e}")
     model = peft.PeftModel.from_pretrained(in_4_bits(base), output / "lora")
-    print(f"as LoRA over 4 bits, the loss differs by {abs(loss_of(model, tokens) - trained):.1e}")
+    print(f"as LoRA over 4 bits, difference of the loss: {abs(loss_of(model, tokens) - trained):.1e}")
     del model
 
     hra_fx.fold_checkpoint(base, output / "adapter", output / "folded", overwrite=True)
