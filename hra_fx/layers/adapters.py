@@ -57,6 +57,7 @@ class HouseholderAdapters(nn.ParameterDict):
         scales: adapter name -> its strength, if that is not 1.
         paused: adapter name -> whether it is trained once its strength is 1 again.
         prepared: the factors of the layer, while TorchDynamo traces its model (`hra_fx.layers.batching.Prepared`).
+        asked_for: the dtype in which the layer last needed factors that were not prepared in it.
         unmerged: the weight before a merge; `None` while nothing is merged.
     """
 
@@ -76,6 +77,7 @@ class HouseholderAdapters(nn.ParameterDict):
         self.scales: dict[str, float] = {}
         self.paused: dict[str, bool] = {}
         self.prepared: Any = None
+        self.asked_for: torch.dtype | None = None
         self.register_buffer("unmerged", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -262,6 +264,10 @@ class HouseholderAdapters(nn.ParameterDict):
         if name in self.scales:
             return ChainPart(getattr(self, name + SCALED))
         return ChainPart(self._held(name), self.anchor(name), self.specs[name].apply_GS)
+
+    def active_vectors(self) -> list[Tensor]:
+        """The vectors of the active adapters, `(d, r)` each."""
+        return [self._held(name) for name in self.active]
 
     def _held(self, name: str) -> Tensor:
         """The vectors of an adapter, not an fx proxy of them; a replica of DataParallel has no parameters."""
