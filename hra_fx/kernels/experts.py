@@ -64,17 +64,17 @@ def reflect_groups(x: Tensor, factors: Factors, multiply: Callable[[Tensor, Tens
 
 
 class GatheredProduct(torch.autograd.Function):
-    """`X_i W_i` with frozen weights that were gathered from those of all experts, one for each `X_i`.
+    """`X_i W_i`, or `X_i W_i^T`, with frozen weights that were gathered from those of all experts, one for each `X_i`.
 
     The backward pass gathers them again. A plain product would keep them, which is a copy of a weight for each token.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gathered: Tensor, weight: Tensor, index: Tensor, transposed: bool) -> Tensor:
-        """The product of `X: (n, rows, a)` with `W: (n, a, b)`, which is `weight[index]`, or `weight[index].mT`."""
+        """The product of `X: (n, rows, a)` with `W = weight[index]: (n, a, b)`, or `(n, b, a)` if transposed."""
         ctx.save_for_backward(weight, index)
         ctx.transposed = transposed
-        return torch.bmm(x, gathered)
+        return torch.bmm(x, gathered.mT if transposed else gathered)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:

@@ -142,24 +142,33 @@ def _matmul(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any
 def _bmm(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """`torch.bmm(x, weight)` or `torch.bmm(weight, x)`, for as many experts as there are matrices."""
     first, second = args
-    if kwargs:
-        return None
     if (factors := _factors(second, first, last=False)) is not None:
-        return _batched_product(reflect_each(first, factors), second, transposed=False)
+        x = reflect_each(first, factors)
+        if _gathers_again(second, first):
+            return _gathered_product(x, second, second.flipped)
+        return func(x, second.base(), **kwargs)
     if (factors := _factors(first, second, last=True)) is not None:
-        return _batched_product(reflect_each(second.mT, factors), first, transposed=True).mT
+        x = reflect_each(second.mT, factors)
+        if _gathers_again(first, second):
+            return _gathered_product(x, first, not first.flipped).mT
+        return func(first.base(), x.mT, **kwargs)
     return None
 
 
-def _batched_product(x: Tensor, weight: RotatedExperts, *, transposed: bool) -> Tensor:
-    """`X_i W_i`, or `X_i W_i^T`, with the base weights."""
-    matrices = weight.base().mT if transposed else weight.base()
+def _gathers_again(weight: RotatedExperts, x: Tensor) -> bool:
+    """Whether the backward pass should gather the weights of some experts again, instead of keeping them.
+
+    It takes time, so only where the base model does not keep them: an input without gradient, in the first layers.
+    """
     whole: Any = weight._layer.hra_base
-    is_gathered = isinstance(weight.index, Tensor) and not torch.is_autocast_enabled(x.device.type)
-    if not is_gathered or whole.requires_grad or x.dtype is not whole.dtype:
-        return torch.bmm(x, matrices)
-    swapped = transposed is not weight.flipped
-    product: Tensor = GatheredProduct.apply(x, matrices, whole, weight.index, swapped)  # type: ignore[no-untyped-call]
+    frozen = not x.requires_grad and not whole.requires_grad and x.dtype is whole.dtype
+    return frozen and isinstance(weight.index, Tensor) and not torch.is_autocast_enabled(x.device.type)
+
+
+def _gathered_product(x: Tensor, weight: RotatedExperts, transposed: bool) -> Tensor:
+    """`X_i W_i`, or `X_i W_i^T`, of the base weights that were selected."""
+    whole, chosen = weight._layer.hra_base, weight._selected
+    product: Tensor = GatheredProduct.apply(x, chosen, whole, weight.index, transposed)  # type: ignore[no-untyped-call]
     return product
 
 
