@@ -265,7 +265,7 @@ def _expected_dtype(box: HouseholderAdapters, layer: nn.Module, vectors: Tensor)
     packed = getattr(weight, "quant_state", None)  # bitsandbytes
     dtype: torch.dtype = weight.dtype if packed is None else box.asked_for or packed.dtype
     computes = dtype.is_floating_point and dtype.itemsize > 1  # weights in float8 are cast before they are used
-    return products_dtype(weight.device, dtype if computes else vectors.dtype)
+    return products_dtype(vectors.device, dtype if computes else vectors.dtype)  # an offloaded weight is on no device
 
 
 def _are_here(box: HouseholderAdapters, parts: Iterable[ChainPart]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,19 @@ def test_a_model_runs_as_in_memory(name: str, way: str, when: str, tmp_path: Pat
         assert close(output(model, case), output(case.base().eval(), case))
     hra_fx.delete_adapter(model, "default")
     assert close(output(model, case), output(case.base().eval(), case))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("way", ["CPU", "disk"])
+def test_a_model_in_the_dtypes_of_users(way: str, when: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Autocast is asked for a device, and has none for a weight that is offloaded."""
+    case = replace(MLP, dtype=dtype)
+    plain, model = case.model(), WHEN[when](case, way, tmp_path)
+    x = case.data()[0].to(dtype)
+    for enabled in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            assert torch.equal(model(x), plain(x))
 
 
 @pytest.mark.parametrize("when", WHEN)
