@@ -10,6 +10,7 @@ from typing import Any
 
 import accelerate
 import bitsandbytes
+import moe_models
 import pytest
 import torch
 import transformers
@@ -92,6 +93,26 @@ def test_a_model_in_the_dtypes_of_users(way: str, when: str, dtype: torch.dtype,
     for enabled in (False, True):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             assert torch.equal(model(x), plain(x))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("way", ["CPU", "disk"])
+def test_experts(way: str, when: str, implementation: str, tmp_path: Path) -> None:
+    """Their vectors are read, by the weight that is read, and not called."""
+    plain = hra_fx.transform(moe_models.built("mixtral", F64, implementation), moe_models.experts_config())
+    moe_models.randomise(plain)
+    hra_fx.save_adapter(plain, tmp_path / "adapter")
+    model = moe_models.built("mixtral", F64, implementation)
+    if when == "after":
+        hra_fx.load_adapter(model, tmp_path / "adapter")
+    offload(model, way, tmp_path / "offload")
+    if when == "before":
+        hra_fx.load_adapter(model, tmp_path / "adapter")
+    call = moe_models.call_of("mixtral")
+    with torch.no_grad():
+        assert close(model(**call).logits, plain(**call).logits)
+        assert not close(plain(**call).logits, moe_models.built("mixtral", F64, implementation)(**call).logits, 1e-3)
 
 
 @pytest.mark.parametrize("when", WHEN)
