@@ -41,8 +41,8 @@ def reset_adapters(
 
     Raises:
         AdapterError: the model has no such adapter; one is merged or has a strength other than 1; a layer is on the
-            meta device and no `device` is given, or its vectors are sharded there; or accelerate offloads the model.
-            The model is unchanged.
+            meta device and no `device` is given, or its vectors are sharded there; or accelerate offloads its
+            trained copies. The model is unchanged.
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -103,7 +103,8 @@ def _check_device(
     root: nn.Module, name: str, base: dict[tuple[str, str], Tensor], device: torch.device | str | None
 ) -> None:
     """Refuse vectors and copies on the meta device if it is not known where they belong."""
-    without_data = [path for path, layer in layers_of(root, name).items() if device is None and layer.hra_base.is_meta]
+    layers = layers_of(root, name) if device is None else {}
+    without_data = [path for path, layer in layers.items() if layer.hra_u.device_of(layer).type == "meta"]
     without_data += [f"{path}.{entry}" for (path, entry), tensor in base.items() if tensor.is_meta]
     if without_data:
         raise AdapterError(

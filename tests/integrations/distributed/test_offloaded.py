@@ -117,6 +117,22 @@ def test_experts(way: str, when: str, implementation: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("when", WHEN)
 @pytest.mark.parametrize("way", OFFLOADS)
+def test_adapters_that_start_again(way: str, when: str, tmp_path: Path) -> None:
+    plain, model = MLP.model().eval(), WHEN[when](MLP, way, tmp_path)
+    for each in (plain, model):
+        torch.manual_seed(3)
+        hra_fx.reset_adapters(each)
+    found, wanted = (vectors_of(each) for each in (model, plain))
+    assert all(torch.equal(found[name].cpu(), wanted[name]) for name in wanted)
+    assert close(output(model, MLP), output(MLP.base(), MLP))
+
+
+def vectors_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters() if ".hra_u." in name}
+
+
+@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("way", OFFLOADS)
 def test_functions_that_need_the_vectors(way: str, when: str, tmp_path: Path) -> None:
     plain, model = MLP.model().eval(), WHEN[when](MLP, way, tmp_path / "offload")
     second = hra_fx.transform(MLP.base(), hra_fx.HRAConfig(r=2, init_weights=False, target_modules=["0", "2"]))
