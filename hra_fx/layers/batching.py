@@ -25,6 +25,7 @@ from hra_fx.kernels.factors import Factors
 from hra_fx.kernels.mixed import RowFactors, stack_chains
 from hra_fx.layers.adapters import HouseholderAdapters, get_adapters
 from hra_fx.layers.mixed import CURRENT, MixedBatch, mixed_batch_of
+from hra_fx.layers.partitioned import comes_and_goes
 
 #: (dtype, signatures) -> layers with the parts of their chains, which are computed together.
 _Groups: TypeAlias = dict[tuple[torch.dtype, object], list[tuple[HouseholderAdapters, list[ChainPart]]]]
@@ -273,7 +274,7 @@ def _are_here(box: HouseholderAdapters, parts: Iterable[ChainPart]) -> bool:
 
 
 def _is_here(tensor: Tensor, width: int) -> bool:
-    """Whether a tensor has its data: FSDP and offloading take it away between the calls of a layer."""
+    """Whether a tensor has its data, and keeps it; FSDP, offloading and ZeRO-3 take it away between calls."""
     if not is_plain(tensor) or tensor.is_meta or tensor.dim() != 2 or tensor.shape[0] != width:
         return False
-    return is_compiling() or tensor.untyped_storage().size() > 0
+    return is_compiling() or (tensor.untyped_storage().size() > 0 and not comes_and_goes(tensor))

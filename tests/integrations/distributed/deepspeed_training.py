@@ -9,6 +9,7 @@ start. Prints the losses.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -42,7 +43,7 @@ def main(model_path: str, stage: str, steps: str, output: str, resume: bool) -> 
     deepspeed = {} if stage == "0" else {"deepspeed": {**DEEPSPEED, "zero_optimization": zero}}
     args = TrainingArguments(
         output,
-        per_device_train_batch_size=BATCH if stage == "0" else BATCH // 2,
+        per_device_train_batch_size=BATCH // int(os.environ.get("WORLD_SIZE", "1")),
         max_steps=int(steps),
         learning_rate=1e-2,
         lr_scheduler_type="constant",

@@ -1,4 +1,4 @@
-"""Two processes under DeepSpeed's ZeRO-2 and ZeRO-3 train as one process does.
+"""One and two processes under DeepSpeed's ZeRO-2 and ZeRO-3 train as one process without it does.
 
 DeepSpeed is on the path of the processes that are started here only: transformers, accelerate and TRL import it
 wherever they find it. `make test-all` installs it beside the environment.
@@ -32,10 +32,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def losses(base: Path, stage: int, steps: int, output: Path, *options: str) -> list[float]:
+def losses(base: Path, stage: int, steps: int, output: Path, *options: str, processes: int = 2) -> list[float]:
     assert (DEEPSPEED / "deepspeed").is_dir(), "DeepSpeed is missing. Run `make test-all`, which installs it."
     script = [str(HERE / "deepspeed_training.py"), str(base), str(stage), str(steps), str(output), *options]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if stage else []
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if stage else []
     path = os.pathsep.join([*([str(DEEPSPEED)] if stage else []), *sys.path])
     done = subprocess.run(
         [sys.executable, *launcher, *script],
@@ -56,3 +56,9 @@ def test_it_trains_saves_and_resumes_as_one_process_does(base: Path, tmp_path: P
     saved, wanted = (load_file(tmp_path / name / "final" / "adapter_model.safetensors") for name in ("two", "one"))
     assert len(wanted) == 14
     torch.testing.assert_close(saved, wanted, atol=1e-4, rtol=0)
+
+
+def test_zero_3_in_one_process(base: Path, tmp_path: Path) -> None:
+    """It makes vectors whole at the start of a step, and partitions them in the middle of the backward pass."""
+    expected = losses(base, 0, 3, tmp_path / "plain")
+    assert losses(base, 3, 3, tmp_path / "one", processes=1) == pytest.approx(expected, abs=1e-5)
