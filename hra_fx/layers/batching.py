@@ -265,7 +265,8 @@ def _expected_dtype(box: HouseholderAdapters, layer: nn.Module, vectors: Tensor)
     packed = getattr(weight, "quant_state", None)  # bitsandbytes
     dtype: torch.dtype = weight.dtype if packed is None else box.asked_for or packed.dtype
     computes = dtype.is_floating_point and dtype.itemsize > 1  # weights in float8 are cast before they are used
-    return products_dtype(weight.device, dtype if computes else vectors.dtype)
+    # Not that of the weight, which accelerate may have offloaded to the meta device: autocast does not know it.
+    return products_dtype(vectors.device, dtype if computes else vectors.dtype)
 
 
 def _are_here(box: HouseholderAdapters, parts: Iterable[ChainPart]) -> bool:

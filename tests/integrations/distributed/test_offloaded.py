@@ -80,6 +80,23 @@ def test_a_model_runs_as_in_memory(name: str, way: str, when: str, tmp_path: Pat
     assert close(output(model, case), output(case.base().eval(), case))
 
 
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_runs_in_other_dtypes_and_under_autocast(dtype: torch.dtype, after: bool) -> None:
+    def model(*, offloaded: bool) -> nn.Module:
+        torch.manual_seed(0)
+        made: nn.Module = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).to(dtype)
+        made = accelerate.cpu_offload(made, CPU) if offloaded and not after else made
+        hra_fx.transform(made, hra_fx.HRAConfig(r=3, init_weights=False, target_modules=["0", "2"]))
+        return accelerate.cpu_offload(made, CPU) if offloaded and after else made
+
+    x = torch.randn(5, 8, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    ours, theirs = model(offloaded=True), model(offloaded=False)
+    assert torch.equal(ours(x), theirs(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ours(x), theirs(x))
+
+
 @pytest.mark.parametrize("when", WHEN)
 @pytest.mark.parametrize("way", OFFLOADS)
 def test_functions_that_need_the_vectors(way: str, when: str, tmp_path: Path) -> None:
