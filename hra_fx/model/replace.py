@@ -95,7 +95,7 @@ def _fill_base(owner: nn.Module, copies: Copies) -> None:
     """
     pairs = [(copies.get(owner, BASE, entry), copies.get(owner, of, entry)) for entry, of in copies.in_place.items()]
     floating = [base for base, _ in pairs if base.is_floating_point() and not base.is_meta]
-    empty = {id(base) for base in floating if bool(local_tensor(base).isnan().all())}
+    empty = {id(base) for base in floating if local_tensor(base).numel() and bool(local_tensor(base).isnan().all())}
     for base, present in pairs:
         # Integers have no NaN: they are filled together with the others.
         if id(base) in empty or (empty and not base.is_floating_point() and not base.is_meta):
