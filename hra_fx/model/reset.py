@@ -89,7 +89,8 @@ def _check_device(
     root: nn.Module, name: str, base: dict[tuple[str, str], Tensor], device: torch.device | str | None
 ) -> None:
     """Refuse vectors and copies on the meta device if it is not known where they belong."""
-    without_data = [path for path, layer in layers_of(root, name).items() if device is None and layer.hra_base.is_meta]
+    layers = layers_of(root, name).items() if device is None else ()
+    without_data = [path for path, layer in layers if layer.hra_u.device_of(layer).type == "meta"]
     without_data += [f"{path}.{entry}" for (path, entry), tensor in base.items() if tensor.is_meta]
     if without_data:
         raise AdapterError(
