@@ -62,6 +62,19 @@ def device_of(module: nn.Module, tensor: Tensor) -> torch.device:
     return tensor.device if hook is None else torch.device(hook.execution_device)
 
 
+def why_on_meta(vectors: nn.Module) -> str:
+    """Why the vectors in a container are on the meta device when they are read; without the full stop."""
+    if offloading_hook(vectors) is None:
+        return (
+            "on the meta device, without data. Call hra_fx.reset_adapters, hra_fx.load_adapter or "
+            "model.load_state_dict(..., assign=True) first"
+        )
+    return (
+        "offloaded by accelerate, which does not load them where this layer reads them. Call "
+        "accelerate.hooks.remove_hook_from_submodules(model) first; or adapt the model after it is offloaded"
+    )
+
+
 @contextmanager
 def loaded(module: nn.Module) -> Iterator[None]:
     """A block in which the offloaded tensors of a module are in memory, as in its forward. Blocks may be nested."""

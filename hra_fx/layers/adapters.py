@@ -18,7 +18,7 @@ from hra_fx.errors import AdapterError
 from hra_fx.functional import geodesic, householder
 from hra_fx.functional.chain import ChainPart, plain_chain
 from hra_fx.functional.rotate import as_rows, rotate_weight
-from hra_fx.layers.accelerate_hooks import device_of
+from hra_fx.layers.accelerate_hooks import device_of, why_on_meta
 from hra_fx.layers.adapter_names import ANCHOR, SCALED, check_adapter_name
 from hra_fx.layers.mixed import MixedBatch, mixed_batch_of
 from hra_fx.layers.rotated_weight import RotatedWeight
@@ -351,10 +351,7 @@ class HouseholderAdapters(nn.ParameterDict):
         # From the parameters, as in _is_idle.
         tensors = {name: (self._held(name), self.anchor(name)) for name in wanted}
         if empty := [name for name, held in tensors.items() if any(t is not None and t.is_meta for t in held)]:
-            raise AdapterError(
-                f"{self.layer_path}: the vectors of {', '.join(empty)} are on the meta device, without data. Call "
-                "hra_fx.reset_adapters, hra_fx.load_adapter or model.load_state_dict(..., assign=True) first."
-            )
+            raise AdapterError(f"{self.layer_path}: the vectors of {', '.join(empty)} are {why_on_meta(self)}.")
 
     def extra_repr(self) -> str:
         """One line for all adapters."""

@@ -15,6 +15,7 @@ import transformers
 from accelerate.hooks import remove_hook_from_submodules
 from adapting import picture
 from integrations.distributed.trained import CASES, F64, SIZES, Case, adapted, close, output, train, trained
+from moe_models import built
 from safetensors.torch import load_file
 from second_device import LAZY
 from torch import Tensor, nn
@@ -97,6 +98,27 @@ def test_a_model_runs_in_other_dtypes_and_under_autocast(dtype: torch.dtype, aft
         assert torch.equal(ours(x), theirs(x))
 
 
+def test_experts_are_adapted_after_offloading() -> None:
+    """The container of their vectors is never called, so that no hook would load these."""
+    config = hra_fx.HRAConfig(r=2, init_weights=False, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    ids = torch.tensor([[1, 2, 3, 4]])
+
+    def base() -> nn.Module:
+        return built("qwen3_moe").eval().float()
+
+    torch.manual_seed(3)
+    plain = hra_fx.transform(base(), config)
+    wanted = plain(input_ids=ids).logits
+    torch.manual_seed(3)
+    model = hra_fx.transform(accelerate.cpu_offload(base(), CPU), config)
+    assert torch.equal(model(input_ids=ids).logits, wanted)
+    accelerate.cpu_offload(plain, CPU)
+    with pytest.raises(AdapterError, match=r"are offloaded by accelerate.*remove_hook_from_submodules\(model\) first"):
+        plain(input_ids=ids)
+    remove_hook_from_submodules(plain)
+    assert torch.equal(plain(input_ids=ids).logits, wanted)
+
+
 @pytest.mark.parametrize("when", WHEN)
 @pytest.mark.parametrize("way", OFFLOADS)
 def test_functions_that_need_the_vectors(way: str, when: str, tmp_path: Path) -> None:
@@ -121,6 +143,10 @@ def test_functions_that_need_the_vectors(way: str, when: str, tmp_path: Path) ->
             step(each)
         assert close(output(model, MLP), output(plain, MLP)), index
     assert close(hra_fx.orthogonality_loss(model), hra_fx.orthogonality_loss(plain))
+    for each in (plain, model):
+        torch.manual_seed(3)
+        hra_fx.reset_adapters(each, "b")
+    assert close(output(model, MLP), output(plain, MLP))
     assert model[0]._parameters["weight"].is_meta
     ours, theirs = hra_fx.report(model).rows, hra_fx.report(plain).rows
     assert [row.share for row in ours] == pytest.approx([row.share for row in theirs])
