@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hra_fx.errors import AdapterError
 from hra_fx.functional import householder
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.sharding import local_tensor, random_numbers_of_first_rank
+from hra_fx.layers.sharding import random_numbers_of_first_rank
 from hra_fx.layers.trained_copies import BASE, all_copies
 from hra_fx.model.offload import load_vectors
 from hra_fx.model.replace import check_replaceable, layers_of, replace_values
@@ -62,7 +62,6 @@ def reset_adapters(
         check_replaceable(root, record, name)
         _check_device(root, name, base[name], device)
     with torch.inference_mode(False), random_numbers_of_first_rank(root.parameters()):
-        _fill_base(root)
         for name in names:
             replace_values(root, name, _start_of(record, name), base[name], device)
 
@@ -84,19 +83,6 @@ def _base_values(root: nn.Module, name: str) -> dict[tuple[str, str], Tensor]:
         for path, (owner, copies) in all_copies(root).items()
         for entry in copies.copied.get(name, ())
     }
-
-
-def _fill_base(root: nn.Module) -> None:
-    """Fill the base model's tensors that `to_empty` has left NaN with those in place, if a trained copy is in place.
-
-    `set_model_state_dict` of torch fills tensors by their names, and a copy in place has the name of the base model's.
-    """
-    with torch.no_grad():
-        for owner, copies in all_copies(root).values():
-            for entry, present in copies.in_place.items():
-                base = copies.get(owner, BASE, entry)
-                if not base.is_meta and bool(local_tensor(base).isnan().all()):
-                    base.copy_(copies.get(owner, present, entry))
 
 
 def _check_device(
