@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hra_fx.layers.target import REFLECTION, SAVED
-
 
 def sharded_by(module: nn.Module) -> str | None:
     """The tool that shards the parameters of a module, or `None`.
@@ -43,16 +41,6 @@ def first_sharded(model: nn.Module) -> tuple[str, str] | None:
     """Path of the first module with sharded parameters, and the tool; `None` if there is none."""
     found = ((path or "the model", tool) for path, module in model.named_modules() if (tool := sharded_by(module)))
     return next(found, None)
-
-
-def first_split(model: nn.Module) -> tuple[str, str] | None:
-    """As `first_sharded`, or path of the first module with adapters or copies that tensor parallelism splits."""
-    found = (
-        (path or "the model", "tensor parallelism")
-        for path, module in model.named_modules()
-        if {REFLECTION, SAVED} & module._modules.keys() and any(map(is_dtensor, module._parameters.values()))
-    )
-    return first_sharded(model) or next(found, None)
 
 
 def is_dtensor(tensor: Tensor | None) -> bool:

@@ -13,7 +13,6 @@ from hra_fx.checkpoint.saving import layers_with
 from hra_fx.compat import non_persistent_buffers
 from hra_fx.errors import AdapterError
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.sharding import first_split
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import all_copies
 from hra_fx.lora.adapter import LoraAdapter
@@ -22,7 +21,7 @@ from hra_fx.lora.layer_form import lora_layer
 from hra_fx.lora.unsupported import check_expressible, check_places
 from hra_fx.model.activate import check_copies
 from hra_fx.model.offload import load_vectors
-from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, names_in, root_of
+from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, first_split, names_in, root_of
 from hra_fx.model.unwrap import unwrap
 
 
