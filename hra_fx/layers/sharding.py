@@ -9,10 +9,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 def sharded_by(module: nn.Module) -> str | None:
@@ -108,24 +110,42 @@ def distribute_like(values: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(values, shards.device_mesh, shards.placements, src_data_rank=None)
 
 
-def on_first_rank(tensors: Iterable[Tensor], act: Callable[[], None]) -> None:
+@contextmanager
+def gathered(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """A block in which modules have full tensors in place of their shards; not so their children.
+
+    Every process that holds a shard must enter it, with the modules in the same order.
+    """
+    found = [(module._parameters, name) for module in modules for name in module._parameters]
+    shards = [(own, name, own[name]) for own, name in found if is_dtensor(own[name])]
+    try:
+        for own, name, shard in shards:
+            own[name] = full_tensor(shard.detach())  # type: ignore[union-attr,assignment]
+        yield
+    finally:
+        for own, name, shard in shards:
+            own[name] = shard
+
+
+def on_first_rank(tensors: Iterable[Tensor], act: Callable[[], T]) -> T:
     """Call `act` on the first of the processes that hold shards of these tensors, while the others wait.
 
-    Without shards, every caller acts. An error on the first process is raised on all.
+    Without shards, every caller acts. The result, or an error, of the first process is that of all.
     """
     mesh = _mesh_of(tensors)
     if mesh is None:
-        act()
-        return
-    outcome: Exception | None = None
+        return act()
+    result: Any = None
+    error: Exception | None = None
     if not any(mesh.get_coordinate()):
         try:
-            act()
-        except Exception as error:
-            outcome = error
-    outcome = _from_first_rank(outcome, mesh)
-    if outcome is not None:
-        raise outcome
+            result = act()
+        except Exception as raised:
+            error = raised
+    result, error = _from_first_rank((result, error), mesh)
+    if error is not None:
+        raise error
+    return cast(T, result)
 
 
 @contextmanager
