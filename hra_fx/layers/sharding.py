@@ -7,7 +7,7 @@ they are `DTensor`s, or plain tensors that FSDP2 frees later: call `reshard` bef
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -72,6 +72,24 @@ def reshard(modules: Iterable[nn.Module]) -> None:
     for module in modules if fsdp else ():
         if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]
             module.reshard()
+
+
+def gather_groups(root: nn.Module, modules: Sequence[nn.Module]) -> bool:
+    """Gather the parameters of modules that `fully_shard` has made groups of their own, until the end of the backward.
+
+    Call it in the forward of the root, which initializes FSDP2. The gradients of a group of which no module is called
+    are reduced at the end of the backward pass, so that all of them may come from one computation.
+
+    Returns:
+        Whether all modules are such groups. If not, nothing is gathered.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not all(isinstance(module, fsdp.FSDPModule) for module in (root, *modules)):
+        return False
+    for group in modules:
+        group.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]
+        group.unshard()  # type: ignore[operator]
+    return True
 
 
 def device_of_values(like: Tensor) -> torch.device:
