@@ -11,7 +11,19 @@ from typing import Any
 import pytest
 import torch
 from integrations.distributed.spawned import Check
-from integrations.distributed.trained import CASES, F64, WAYS, loss_of, output, part_of, same, shard, train, trained
+from integrations.distributed.trained import (
+    CASES,
+    F64,
+    WAYS,
+    Case,
+    loss_of,
+    output,
+    part_of,
+    same,
+    shard,
+    train,
+    trained,
+)
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
@@ -47,6 +59,51 @@ def evaluation_between_steps(rank: int, folder: Path) -> None:
         together = wrap(MLP, MLP.model())
         assert train(together, MLP, part_of(rank), evaluate=True) == pytest.approx(losses, abs=1e-13)
         same(trained(alone), trained(together))
+
+
+def with_vectors_apart(case: Case, model: nn.Module, *, reshard_after_forward: bool = False) -> nn.Module:
+    """FSDP2 with all vectors in one group, which the root gathers at the start of its forward."""
+    boxes = [part for path, part in model.named_modules() if path.endswith(".hra_u")]
+    fully_shard(boxes, reshard_after_forward=reshard_after_forward)
+    return shard(model, case.units)
+
+
+def vectors_apart(rank: int, folder: Path) -> None:
+    """Their factors are computed in batches: as few operators as without shards, and one gather and one reduction."""
+    for name, case in CASES.items():
+        alone = case.model()
+        losses = train(alone, case)
+        for again in (False, True):
+            for evaluate in (False, True):
+                together = with_vectors_apart(case, case.model(), reshard_after_forward=again)
+                found = train(together, case, part_of(rank), evaluate=evaluate)
+                assert found == pytest.approx(losses, abs=1e-13), name
+                same(trained(alone), trained(together))
+        hra_fx.save_adapter(together, folder / name)
+        torch.distributed.barrier()
+        loaded = hra_fx.load_adapter(case.base(), folder / name)
+        assert (output(loaded, case) - output(alone.eval(), case)).abs().max() < 1e-12, name
+
+
+def launched(model: nn.Module, case: Case) -> tuple[int, dict[str, int]]:
+    """Operators of the factors, and collectives, of a step."""
+    x, labels = case.data()
+    for _ in range(2):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            loss_of(model(x), labels).backward()
+    names = [event.name for event in profile.events()]
+    collectives = {name: names.count(f"c10d::_{name}_base_") for name in ("allgather", "reduce_scatter")}
+    return sum(name.startswith("aten::") for name in names), collectives
+
+
+def launches(rank: int, folder: Path) -> None:
+    case = CASES["llama"]
+    alone, _ = launched(case.model(), case)
+    own, by_blocks = launched(shard(case.model(), case.units), case)
+    batched, apart = launched(with_vectors_apart(case, case.model()), case)
+    assert by_blocks == {"allgather": 2 * 2 + 1, "reduce_scatter": 2}
+    assert apart == {"allgather": 2 * 2 + 1 + 1, "reduce_scatter": 1}
+    assert batched - alone < (own - alone) / 2
 
 
 def orthogonality(rank: int, folder: Path) -> None:
@@ -203,6 +260,7 @@ def hra_trainer(rank: int, folder: Path) -> None:
 CHECKS: dict[str, Check] = {
     **{f"losses and vectors: {case}": functools.partial(losses_and_vectors, case) for case in CASES},
     "an evaluation between steps": evaluation_between_steps,
+    **{"vectors in a group of their own": vectors_apart, "launches": launches},
     **{"orthogonality": orthogonality, "orthogonality, a backward of its own": orthogonality_apart},
     **{"several adapters": several_adapters, "an adapter that DDP does not know": unknown_to_ddp},
     **{"what DDP is told to ignore": left_out_on_purpose},
