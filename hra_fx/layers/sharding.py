@@ -92,6 +92,17 @@ def gather_groups(root: nn.Module, modules: Sequence[nn.Module]) -> bool:
     return True
 
 
+def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call a module; without hooks if it is a group of FSDP2 that `gather_groups` has gathered.
+
+    The hooks would reduce its gradients as soon as an input has its own, before a computation shared by layers does.
+    """
+    hooked = bool(module._forward_pre_hooks) and sharded_by(module) == "fully_shard"
+    if hooked and not any(map(is_dtensor, module._parameters.values())):
+        return module.forward(*args, **kwargs)
+    return module(*args, **kwargs)
+
+
 def device_of_values(like: Tensor) -> torch.device:
     """The device for values that belong to a tensor; the CPU if that is on the meta device, where they would be lost.
 

@@ -30,11 +30,14 @@ from integrations.distributed.trained import (
 )
 from safetensors.torch import load_file
 from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 import hra_fx
 
+#: Vectors in a group of FSDP2 before accelerate sees the model.
+APART = "vectors in a group of their own"
 BY_BLOCK = {"auto_wrap_policy": "transformer_based_wrap"}
 
 
@@ -125,6 +128,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "activation checkpointing": ("llama", {**BY_BLOCK, "activation_checkpointing": True}),
     "weights of the first process": ("llama", {**BY_BLOCK, "cpu_ram_efficient_loading": True}),
     "checkpointing of the model": ("llama, checkpointing", BY_BLOCK),
+    APART: ("llama, checkpointing", BY_BLOCK),
     # Its _no_split_modules are nested, which accelerate 1.15 shards twice.
     "BERT": ("bert", {**BY_BLOCK, "transformer_cls_names_to_wrap": ["BertLayer"], "cpu_ram_efficient_loading": True}),
     "whole": ("mlp, odd rank", {"auto_wrap_policy": "NO_WRAP"}),
@@ -140,6 +144,8 @@ def trains(way: str, rank: int, folder: Path) -> None:
         own = case.model()
         if rank and options.get("cpu_ram_efficient_loading"):
             without_values(own)
+        if way == APART:
+            fully_shard([part for path, part in own.named_modules() if path.endswith(".hra_u")])
         accelerator, model, optimizer = prepared(own, **options)
         assert accelerator.is_fsdp2
         assert steps(accelerator, model, optimizer, case, 3) == pytest.approx(losses, abs=1e-12)

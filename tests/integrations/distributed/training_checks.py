@@ -32,6 +32,7 @@ from transformers import TrainingArguments
 
 import hra_fx
 from hra_fx.integrations import HRATrainer
+from hra_fx.layers.sharding import full_tensor
 
 MLP, BERT = CASES["mlp, whole"], CASES["bert"]
 
@@ -85,6 +86,19 @@ def vectors_apart(rank: int, folder: Path) -> None:
         assert (output(loaded, case) - output(alone.eval(), case)).abs().max() < 1e-12, name
 
 
+def gradients_of_inputs(rank: int, folder: Path) -> None:
+    """FSDP2's hooks would reduce the gradients of the group when the input of the first layer has its own."""
+    for name in ("mlp, whole", "convolutions", "attention"):
+        case = CASES[name]
+        found = []
+        for model, part in ((case.model(), slice(None)), (with_vectors_apart(case, case.model()), part_of(rank))):
+            x, labels = case.data()
+            loss_of(model(x[part].requires_grad_()), labels[part]).backward()
+            gradients = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
+            found.append({key: full_tensor(gradient) for key, gradient in gradients.items()})
+        same(*found)
+
+
 def launched(model: nn.Module, case: Case) -> tuple[int, dict[str, int]]:
     """Operators of the factors, and collectives, of a step."""
     x, labels = case.data()
@@ -115,7 +129,7 @@ def orthogonality(rank: int, folder: Path) -> None:
     without = MLP.model()
     train(without, MLP)
     assert (trained(alone)["0.hra_u.default"] - trained(without)["0.hra_u.default"]).abs().max() > 1e-3
-    for wrap in (*WAYS.values(), kept_whole):
+    for wrap in (*WAYS.values(), kept_whole, with_vectors_apart):
         together = wrap(MLP, MLP.model())
         train(together, MLP, part_of(rank), term=term)
         same(trained(alone), trained(together))
@@ -137,7 +151,7 @@ def orthogonality_apart(rank: int, folder: Path) -> None:
         return trained(model)
 
     alone = gradients(MLP.model())
-    for wrap in (WAYS["FSDP2, whole"], WAYS["FSDP2, parts"], kept_whole):
+    for wrap in (WAYS["FSDP2, whole"], WAYS["FSDP2, parts"], kept_whole, with_vectors_apart):
         same(alone, gradients(wrap(MLP, MLP.model())))
 
 
@@ -260,7 +274,11 @@ def hra_trainer(rank: int, folder: Path) -> None:
 CHECKS: dict[str, Check] = {
     **{f"losses and vectors: {case}": functools.partial(losses_and_vectors, case) for case in CASES},
     "an evaluation between steps": evaluation_between_steps,
-    **{"vectors in a group of their own": vectors_apart, "launches": launches},
+    **{
+        "vectors in a group of their own": vectors_apart,
+        "launches": launches,
+        "gradients of inputs": gradients_of_inputs,
+    },
     **{"orthogonality": orthogonality, "orthogonality, a backward of its own": orthogonality_apart},
     **{"several adapters": several_adapters, "an adapter that DDP does not know": unknown_to_ddp},
     **{"what DDP is told to ignore": left_out_on_purpose},
