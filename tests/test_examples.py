@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,12 @@ EXPECTED = {
         f"terse: .* {SMALL}\npolite: .* {SMALL}\nroom: .* up to 0\\.000, .* {SMALL}",
         f"polite, from a file .* {SMALL}",
     ],
+    "qlora": [
+        r"trained over 4 bits, loss [67]\.\d\d -> [0-5]\.\d\d",
+        f"opened over 4 bits, .*: {SMALL}",
+        r"as LoRA over 4 bits, .*: \d\.\de-0[2-9]",
+        r"folded into the 16-bit base, loss [67]\.\d\d -> [0-5]\.\d\d",
+    ],
     "several_adapters": [f"disabled.* {SMALL}", f"at 1.0.* {SMALL}", f"combined.* {SMALL}", f"folded.* {SMALL}"],
     "stable_diffusion": [
         f"not trained.*: {SMALL}",
@@ -40,14 +47,21 @@ EXPECTED = {
     ],
     "trainer": [r"adapter_model\.safetensors: \d kB", r"whole run (\d\.\d{6}), after a resumed run \1"],
 }
+#: What a program is called with.
+ARGUMENTS = {"qlora": ["--tiny"]}
 
 
 def test_every_program_is_run() -> None:
     assert {path.stem for path in FOLDER.glob("*.py")} == set(EXPECTED)
 
 
+# PEFT uses names that transformers means to rename.
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing\\w*` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", EXPECTED)
-def test_a_program_prints_what_is_expected(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_program_prints_what_is_expected(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *ARGUMENTS.get(name, [])])
     runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
     printed = capsys.readouterr().out
     for pattern in EXPECTED[name]:

@@ -99,24 +99,50 @@ class AutoPeftModel:
         return getattr(importlib.import_module(library), kind)
 
 
-_BY_TASK: dict[str, type[AutoPeftModel]] = {}
+# Class statements, because type checkers accept no variables in annotations or as base classes.
+class AutoPeftModelForCausalLM(AutoPeftModel):
+    """`AutoPeftModel` for language models."""
+
+    task_type = "CAUSAL_LM"
+    auto_class = "AutoModelForCausalLM"
 
 
-def _for_task(task_type: str, auto_class: str, ending: str) -> type[AutoPeftModel]:
-    """`AutoPeftModel` for the adapters of one task."""
-    fields = {"task_type": task_type, "auto_class": auto_class, "__module__": __name__}
-    _BY_TASK[task_type] = type(f"AutoPeftModelFor{ending}", (AutoPeftModel,), fields)
-    return _BY_TASK[task_type]
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+    """`AutoPeftModel` for sequence-to-sequence models."""
+
+    task_type = "SEQ_2_SEQ_LM"
+    auto_class = "AutoModelForSeq2SeqLM"
 
 
-AutoPeftModelForCausalLM = _for_task("CAUSAL_LM", "AutoModelForCausalLM", "CausalLM")
-AutoPeftModelForSeq2SeqLM = _for_task("SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM", "Seq2SeqLM")
-AutoPeftModelForSequenceClassification = _for_task(
-    "SEQ_CLS", "AutoModelForSequenceClassification", "SequenceClassification"
-)
-AutoPeftModelForTokenClassification = _for_task("TOKEN_CLS", "AutoModelForTokenClassification", "TokenClassification")
-AutoPeftModelForQuestionAnswering = _for_task("QUESTION_ANS", "AutoModelForQuestionAnswering", "QuestionAnswering")
-AutoPeftModelForFeatureExtraction = _for_task("FEATURE_EXTRACTION", "AutoModel", "FeatureExtraction")
+class AutoPeftModelForSequenceClassification(AutoPeftModel):
+    """`AutoPeftModel` for the classification of texts."""
+
+    task_type = "SEQ_CLS"
+    auto_class = "AutoModelForSequenceClassification"
+
+
+class AutoPeftModelForTokenClassification(AutoPeftModel):
+    """`AutoPeftModel` for the classification of tokens."""
+
+    task_type = "TOKEN_CLS"
+    auto_class = "AutoModelForTokenClassification"
+
+
+class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+    """`AutoPeftModel` for extractive question answering."""
+
+    task_type = "QUESTION_ANS"
+    auto_class = "AutoModelForQuestionAnswering"
+
+
+class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+    """`AutoPeftModel` for models without a head."""
+
+    task_type = "FEATURE_EXTRACTION"
+    auto_class = "AutoModel"
+
+
+_BY_TASK: dict[str | None, type[AutoPeftModel]] = {kind.task_type: kind for kind in AutoPeftModel.__subclasses__()}
 
 
 def _resize_to_tokenizer(model: Any, folder: str | os.PathLike[str], hub: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from hra_fx.errors import AdapterError
 from hra_fx.functional import householder
 from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.layers.adapters import HouseholderAdapters
+from hra_fx.layers.sharding import device_of_values
 from hra_fx.layers.trained_copies import Copies, all_copies
 from hra_fx.model.add import add_filled_adapter
 from hra_fx.model.example_inputs import normalize_inputs
@@ -89,7 +90,7 @@ def load_adapter(
 
         def fill(path: str, layer: nn.Module, reflection: HouseholderAdapters) -> None:
             vectors, anchor = fitted.vectors[path]
-            like = reflection.weight_of(layer).dtype, reflection.device_for_values(layer)
+            like = reflection.weight_of(layer).dtype, device_of_values(reflection.device_of(layer))
             anchored = None if anchor is None else _like(anchor, *like)
             reflection.put(adapter_name, fitted.spec(path), _like(vectors, *like), anchored)
 

@@ -46,7 +46,7 @@ class HouseholderAdapters(nn.ParameterDict):
     """The adapters of one layer: adapter name -> `U: (d, r)`; calling it reflects the layer's input or its weight.
 
     Attributes:
-        path: name of the layer in its model, for messages.
+        layer_path: name of the layer in its model, for messages.
         kind: the kind of layer.
         columns: whether the weight is `(in, out)`.
         weight_name: the name of the weight in the layer.
@@ -57,11 +57,12 @@ class HouseholderAdapters(nn.ParameterDict):
         scales: adapter name -> its strength, if that is not 1.
         paused: adapter name -> whether it is trained once its strength is 1 again.
         prepared: the factors of the layer, while TorchDynamo traces its model (`hra_fx.layers.batching.Prepared`).
+        asked_for: the dtype in which the layer last needed factors that were not prepared in it.
         unmerged: the weight before a merge; `None` while nothing is merged.
     """
 
     is_called: ClassVar[bool] = False
-    path: str = "a layer"
+    layer_path: str = "a layer"
     unmerged: Tensor | None
 
     def __init__(self, width: int, kind: LayerKind = "linear", *, columns: bool = False) -> None:
@@ -76,6 +77,7 @@ class HouseholderAdapters(nn.ParameterDict):
         self.scales: dict[str, float] = {}
         self.paused: dict[str, bool] = {}
         self.prepared: Any = None
+        self.asked_for: torch.dtype | None = None
         self.register_buffer("unmerged", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -112,7 +114,7 @@ class HouseholderAdapters(nn.ParameterDict):
             AdapterError: the name cannot be a parameter's name here.
         """
         dtype, on_meta = householder.working_dtype(dtype), on_meta or device.type == "meta"
-        vectors, anchor = self.empty(spec, dtype) if on_meta else self.initial(spec, dtype)
+        vectors, anchor = self.initial_on_meta(spec, dtype) if on_meta else self.initial(spec, dtype)
         device = vectors.device if on_meta else device
         self.put(name, spec, vectors.to(device), None if anchor is None else anchor.to(device))
 
@@ -122,7 +124,7 @@ class HouseholderAdapters(nn.ParameterDict):
             self.width, spec.r, apply_GS=spec.apply_GS, init_weights=spec.init_weights, dtype=dtype
         )
 
-    def empty(self, spec: AdapterSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    def initial_on_meta(self, spec: AdapterSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """As `initial`, on the meta device."""
         anchored = householder.anchor_rank(spec.r, apply_GS=spec.apply_GS) if spec.init_weights else 0
         made = [torch.empty(self.vectors_shape(r), dtype=dtype, device="meta") for r in (spec.r, anchored)]
@@ -263,6 +265,10 @@ class HouseholderAdapters(nn.ParameterDict):
             return ChainPart(getattr(self, name + SCALED))
         return ChainPart(self._held(name), self.anchor(name), self.specs[name].apply_GS)
 
+    def active_vectors(self) -> list[Tensor]:
+        """The vectors of the active adapters, `(d, r)` each."""
+        return [self._held(name) for name in self.active]
+
     def _held(self, name: str) -> Tensor:
         """The vectors of an adapter, not an fx proxy of them; a replica of DataParallel has no parameters."""
         held = self._parameters.get(name)
@@ -271,11 +277,6 @@ class HouseholderAdapters(nn.ParameterDict):
     def device_of(self, layer: nn.Module) -> torch.device:
         """The device on which the layer computes: that of its base weight, which may be offloaded between calls."""
         return device_of(weight_place(layer)[0], self.weight_of(layer))
-
-    def device_for_values(self, layer: nn.Module) -> torch.device:
-        """As `device_of`; the CPU if that is the meta device, where values would be lost."""
-        device = self.device_of(layer)
-        return torch.device("cpu") if device.type == "meta" else device
 
     def weight_of(self, layer: nn.Module) -> nn.Parameter:
         """The base weight of the layer.
@@ -351,7 +352,7 @@ class HouseholderAdapters(nn.ParameterDict):
         tensors = {name: (self._held(name), self.anchor(name)) for name in wanted}
         if empty := [name for name, held in tensors.items() if any(t is not None and t.is_meta for t in held)]:
             raise AdapterError(
-                f"{self.path}: the vectors of {', '.join(empty)} are on the meta device, without data. Call "
+                f"{self.layer_path}: the vectors of {', '.join(empty)} are on the meta device, without data. Call "
                 "hra_fx.reset_adapters, hra_fx.load_adapter or model.load_state_dict(..., assign=True) first."
             )
 

@@ -151,6 +151,8 @@ def factors_of(box: HouseholderAdapters, dtype: torch.dtype) -> Factors | RowFac
         if factors.rows.dtype is dtype:
             return factors
         return factors._replace(rows=factors.rows.to(dtype), down=factors.down.to(dtype))
+    if prepared is not None and not is_compiling():
+        box.asked_for = dtype
     if (batch := mixed_batch_of(box)) is not None:
         own = _chains_of_rows(box)
         box.check_data(own)
@@ -195,7 +197,7 @@ def _prepare(layers: Sequence[nn.Module]) -> dict[HouseholderAdapters, Prepared]
         box = get_adapters(layer)  # none in a layer that was folded alone
         parts = box.chain_parts() if box is not None else []
         if box is not None and parts and _are_here(box, parts):
-            dtype = _expected_dtype(box.weight_of(layer), parts[0].vectors)
+            dtype = _expected_dtype(box, layer, parts[0].vectors)
             groups[dtype, tuple([part.signature() for part in parts])].append((box, parts))
     found: dict[HouseholderAdapters, Prepared] = {}
     for (dtype, _), group in groups.items():
@@ -213,7 +215,7 @@ def _prepare_rows(layers: Sequence[nn.Module], batch: MixedBatch) -> dict[Househ
         own = {} if box is None else _chains_of_rows(box)
         if box is not None and own and _are_here(box, own.values()):
             chains = stack_chains([own.get(name) for name in batch.names])
-            dtype = _expected_dtype(box.weight_of(layer), chains.vectors)
+            dtype = _expected_dtype(box, layer, chains.vectors)
             groups[dtype, chains.signature()].append((box, [chains]))
     found: dict[HouseholderAdapters, Prepared] = {}
     at_once = max(1, _CHAINS_AT_ONCE // len(batch.names))
@@ -254,12 +256,16 @@ def _is_inference() -> bool:
     return not is_compiling() and torch.is_inference_mode_enabled()
 
 
-def _expected_dtype(weight: Tensor, vectors: Tensor) -> torch.dtype:
-    """The dtype in which a layer will compute, as far as its weight tells."""
+def _expected_dtype(box: HouseholderAdapters, layer: nn.Module, vectors: Tensor) -> torch.dtype:
+    """The dtype in which a layer will compute, as far as its weight tells.
+
+    A 4-bit weight of bitsandbytes does not tell: PEFT's `prepare_model_for_kbit_training` makes the inputs float32.
+    """
+    weight = box.weight_of(layer)
     packed = getattr(weight, "quant_state", None)  # bitsandbytes
-    dtype: torch.dtype = weight.dtype if packed is None else packed.dtype
+    dtype: torch.dtype = weight.dtype if packed is None else box.asked_for or packed.dtype
     computes = dtype.is_floating_point and dtype.itemsize > 1  # weights in float8 are cast before they are used
-    return products_dtype(weight.device, dtype if computes else vectors.dtype)
+    return products_dtype(vectors.device, dtype if computes else vectors.dtype)  # an offloaded weight is on no device
 
 
 def _are_here(box: HouseholderAdapters, parts: Iterable[ChainPart]) -> bool:

@@ -11,6 +11,7 @@ from hra_fx.functional import geodesic, householder
 from hra_fx.functional.chain import ChainPart, plain_chain
 from hra_fx.functional.rotate import as_rows
 from hra_fx.kernels.factors import Factors, wy_factors
+from hra_fx.layers.accelerate_hooks import loaded
 from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
 from hra_fx.layers.experts_weight import ExpertsWeight
 
@@ -56,13 +57,14 @@ class ExpertsAdapters(HouseholderAdapters):
         Raises:
             AdapterError: they have no data yet.
         """
-        parts = self.chain_parts()
-        if not parts:
-            return None
-        self.check_data()
         many = isinstance(index, Tensor) and index.dim() > 0
         early, late = (None, index) if many else (index, None)
-        chains = [_chain(part, early) for part in parts]
+        with loaded(self):  # nothing calls this module, so that a hook that offloads it does not run
+            parts = self.chain_parts()
+            if not parts:
+                return None
+            self.check_data()
+            chains = [_chain(part, early) for part in parts]
         chain = chains[0] if len(chains) == 1 else torch.cat(chains, dim=-1)
         return chain if late is None else chain[late]
 

@@ -14,6 +14,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from hra_fx.layers.partitioned import is_partitioned
+from hra_fx.layers.target import REFLECTION, SAVED
+
 T = TypeVar("T")
 
 
@@ -45,6 +48,21 @@ def first_sharded(model: nn.Module) -> tuple[str, str] | None:
     return next(found, None)
 
 
+def first_split(model: nn.Module) -> tuple[str, str] | None:
+    """As `first_sharded`, or path of the first module of which DeepSpeed or tensor parallelism leaves a part here."""
+    found = ((path or "the model", tool) for path, module in model.named_modules() if (tool := _split_by(module)))
+    return first_sharded(model) or next(found, None)
+
+
+def _split_by(module: nn.Module) -> str | None:
+    """The tool that leaves a part of a module with adapters or copies."""
+    if not {REFLECTION, SAVED} & module._modules.keys():
+        return None
+    if is_partitioned(module):
+        return "DeepSpeed"
+    return "tensor parallelism" if any(map(is_dtensor, module._parameters.values())) else None
+
+
 def is_dtensor(tensor: Tensor | None) -> bool:
     """Whether a tensor is a `DTensor`, of which this process may hold a part only.
 
@@ -54,16 +72,6 @@ def is_dtensor(tensor: Tensor | None) -> bool:
     """
     tensors = sys.modules.get("torch.distributed.tensor")
     return tensors is not None and isinstance(tensor, tensors.DTensor)
-
-
-def full_shape(parameter: Tensor) -> torch.Size:
-    """The shape of a parameter, of which DeepSpeed's ZeRO-3 leaves an empty tensor between the calls of its layer.
-
-    Example:
-        >>> full_shape(nn.Linear(6, 4).weight)
-        torch.Size([4, 6])
-    """
-    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def reshard(modules: Iterable[nn.Module]) -> None:
@@ -103,14 +111,14 @@ def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return module(*args, **kwargs)
 
 
-def device_of_values(like: Tensor) -> torch.device:
-    """The device for values that belong to a tensor; the CPU if that is on the meta device, where they would be lost.
+def device_of_values(device: torch.device) -> torch.device:
+    """The device for values that belong on a device; the CPU for the meta device, where they would be lost.
 
     Example:
-        >>> device_of_values(torch.empty(2, device="meta"))
+        >>> device_of_values(torch.device("meta"))
         device(type='cpu')
     """
-    return torch.device("cpu") if like.is_meta else like.device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 from torch import Tensor, nn
 
 from hra_fx.layers.experts_weight import ExpertsWeight, describe_experts
-from hra_fx.layers.sharding import full_shape
+from hra_fx.layers.partitioned import full_shape
 
 LayerKind: TypeAlias = Literal["linear", "conv1d", "conv2d", "conv3d", "attention", "experts"]
 

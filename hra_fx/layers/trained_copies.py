@@ -61,7 +61,9 @@ class Copies(nn.Module):
         for name in self.copied[adapter]:
             self.in_place.setdefault(name, BASE)
             source = self.get(owner, BASE, name)
-            value = values[name].to(device_of_values(source), source.dtype) if name in values else source.detach()
+            value = (
+                values[name].to(device_of_values(source.device), source.dtype) if name in values else source.detach()
+            )
             if isinstance(source, nn.Parameter):
                 floating = source.is_floating_point()
                 if id(source) not in memo:

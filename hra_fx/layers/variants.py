@@ -35,8 +35,10 @@ from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.experts_adapters import ExpertsAdapters
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.mixed import check_rows, mixed_batch_of
+from hra_fx.layers.partitioned import full_shape
 from hra_fx.layers.quantized.detect import quant_scheme_of
-from hra_fx.layers.sharding import full_shape, is_dtensor
+from hra_fx.layers.quantized.lost_steps import warn_of_lost_steps
+from hra_fx.layers.sharding import is_dtensor
 from hra_fx.layers.target import has_columns, kind_of, width_of
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -178,6 +180,8 @@ class QuantizedAdapters(LinearAdapters):
 
     def forward(self, x: Tensor | None = None, *, weight: Tensor | None = None) -> Any:
         """As `HouseholderAdapters.forward`, with the weight dequantized."""
+        if x is not None:
+            warn_of_lost_steps(x, self.active_vectors())
         return super().forward(x, weight=None if weight is None else weight.dequantize())
 
 

@@ -13,7 +13,7 @@ from hra_fx.checkpoint.saving import layers_with
 from hra_fx.compat import non_persistent_buffers, state_modules
 from hra_fx.errors import AdapterError
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.sharding import first_sharded, full_tensor, reshard
+from hra_fx.layers.sharding import first_split, full_tensor, reshard
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import all_copies
 from hra_fx.lora.adapter import LoraAdapter
@@ -24,6 +24,9 @@ from hra_fx.model.activate import check_copies
 from hra_fx.model.offload import load_vectors
 from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, names_in, root_of
 from hra_fx.model.unwrap import unwrap
+
+#: Tools whose shards are gathered layer by layer.
+_GATHERED = ("fully_shard", "tensor parallelism")
 
 
 def lora_adapter(
@@ -68,7 +71,7 @@ def lora_adapter(
 def _checked_layers(root: nn.Module, record: AdapterState, names: tuple[str, ...]) -> dict[str, AdaptedLayer]:
     """The layers with one of the adapters, by path, all of which LoRA can express."""
     load_vectors(root)
-    if (sharded := first_sharded(root)) and sharded[1] != "fully_shard":
+    if (sharded := first_split(root)) and sharded[1] not in _GATHERED:
         raise AdapterError(
             f"{sharded[0]}: {sharded[1]} shards its parameters, so no process holds a whole weight. Save the adapter "
             "(hra_fx.save_adapter) and convert the files (hra-fx convert --to lora)."

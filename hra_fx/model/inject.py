@@ -107,7 +107,7 @@ def remove_adapter_layer(layer: nn.Module) -> None:
 
 def _attach(path: str, layer: nn.Module, undo: ExitStack) -> None:
     reflection = adapters_for(layer)
-    reflection.path = path
+    reflection.layer_path = path
     reflection.train(layer.training)
     undo.callback(layer._modules.pop, REFLECTION, None)
     layer.add_module(REFLECTION, reflection)

@@ -12,8 +12,9 @@ from torch import fx, nn
 from hra_fx.errors import AdapterError
 from hra_fx.layers.batching import batch_of_rows
 from hra_fx.layers.mixed import BASE_ROW, CURRENT, MixedBatch
+from hra_fx.layers.sharding import first_split
 from hra_fx.layers.trained_copies import BASE, all_copies
-from hra_fx.model.state import AdapterState, adapted_layers, first_split, get_state, names_in, root_of
+from hra_fx.model.state import AdapterState, adapted_layers, get_state, names_in, root_of
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from hra_fx.errors import AdapterError
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.adapter_names import ANCHOR
-from hra_fx.layers.sharding import distribute_like, is_dtensor, reshard
-from hra_fx.layers.trained_copies import all_copies
+from hra_fx.layers.sharding import device_of_values, distribute_like, is_dtensor, local_tensor, reshard
+from hra_fx.layers.trained_copies import BASE, Copies, all_copies
 from hra_fx.model.state import AdapterState, adapted_layers
 
 
@@ -62,6 +62,8 @@ def replace_values(
     owners = all_copies(root)
     made: dict[int, Tensor] = {}  # a copy that two modules share stays one tensor
     with torch.no_grad(), ExitStack() as undo:
+        for owner, held in owners.values():
+            _fill_base(owner, held)
         for path, layer in layers_of(root, name).items():
             adapters, own = layer.hra_u, layer.hra_u[name]
             if (anchor := adapters.anchor(name)) is not None:
@@ -70,7 +72,9 @@ def replace_values(
                 undo.callback(adapters.__setitem__, name, own)
             else:
                 undo.callback(own.copy_, own.clone())
-            adapters.replace(name, *vectors(path, layer), torch.device(device or adapters.device_for_values(layer)))
+            adapters.replace(
+                name, *vectors(path, layer), torch.device(device or device_of_values(adapters.device_of(layer)))
+            )
         for (path, entry), value in copies.items():
             owner, held = owners[path]
             own = held.get(owner, name, entry)
@@ -82,6 +86,20 @@ def replace_values(
                 undo.callback(own.copy_, own.clone())
                 own.copy_(distribute_like(value, own))
         undo.pop_all()
+
+
+def _fill_base(owner: nn.Module, copies: Copies) -> None:
+    """Fill the base model's tensors that `to_empty` has left NaN with those in place, if a trained copy is in place.
+
+    `set_model_state_dict` of torch fills tensors by their names, and a copy in place has the name of the base model's.
+    """
+    pairs = [(copies.get(owner, BASE, entry), copies.get(owner, of, entry)) for entry, of in copies.in_place.items()]
+    floating = [base for base, _ in pairs if base.is_floating_point() and not base.is_meta]
+    empty = {id(base) for base in floating if local_tensor(base).numel() and bool(local_tensor(base).isnan().all())}
+    for base, present in pairs:
+        # Integers have no NaN: they are filled together with the others.
+        if id(base) in empty or (empty and not base.is_floating_point() and not base.is_meta):
+            base.copy_(present)
 
 
 def _like(own: Tensor, value: Tensor, device: torch.device | str | None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hra_fx.errors import AdapterError
 from hra_fx.functional import householder
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.sharding import local_tensor, random_numbers_of_first_rank
+from hra_fx.layers.sharding import random_numbers_of_first_rank
 from hra_fx.layers.trained_copies import BASE, all_copies
 from hra_fx.model.offload import load_vectors
 from hra_fx.model.replace import check_replaceable, layers_of, replace_values
@@ -41,8 +41,8 @@ def reset_adapters(
 
     Raises:
         AdapterError: the model has no such adapter; one is merged or has a strength other than 1; a layer is on the
-            meta device and no `device` is given, or its vectors are sharded there; or accelerate offloads the model.
-            The model is unchanged.
+            meta device and no `device` is given, or its vectors are sharded there; or accelerate offloads its
+            trained copies. The model is unchanged.
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -62,7 +62,6 @@ def reset_adapters(
         check_replaceable(root, record, name)
         _check_device(root, name, base[name], device)
     with torch.inference_mode(False), random_numbers_of_first_rank(root.parameters()):
-        _fill_base(root)
         for name in names:
             replace_values(root, name, _start_of(record, name), base[name], device)
 
@@ -86,24 +85,12 @@ def _base_values(root: nn.Module, name: str) -> dict[tuple[str, str], Tensor]:
     }
 
 
-def _fill_base(root: nn.Module) -> None:
-    """Fill the base model's tensors that `to_empty` has left NaN with those in place, if a trained copy is in place.
-
-    `set_model_state_dict` of torch fills tensors by their names, and a copy in place has the name of the base model's.
-    """
-    with torch.no_grad():
-        for owner, copies in all_copies(root).values():
-            for entry, present in copies.in_place.items():
-                base = copies.get(owner, BASE, entry)
-                if not base.is_meta and bool(local_tensor(base).isnan().all()):
-                    base.copy_(copies.get(owner, present, entry))
-
-
 def _check_device(
     root: nn.Module, name: str, base: dict[tuple[str, str], Tensor], device: torch.device | str | None
 ) -> None:
     """Refuse vectors and copies on the meta device if it is not known where they belong."""
-    without_data = [path for path, layer in layers_of(root, name).items() if device is None and layer.hra_base.is_meta]
+    layers = layers_of(root, name) if device is None else {}
+    without_data = [path for path, layer in layers.items() if layer.hra_u.device_of(layer).type == "meta"]
     without_data += [f"{path}.{entry}" for (path, entry), tensor in base.items() if tensor.is_meta]
     if without_data:
         raise AdapterError(

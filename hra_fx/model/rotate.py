@@ -18,9 +18,9 @@ from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.class_swap import is_swapped
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.quantized.scheme import QuantScheme
+from hra_fx.layers.sharding import first_split
 from hra_fx.layers.target import weight_entry, weight_place
 from hra_fx.model.offload import load_vectors
-from hra_fx.model.state import first_split
 from hra_fx.model.tied import tied_to
 
 # A relative change of a quantized weight below this is rounding: the adapter has not been trained.

@@ -15,8 +15,8 @@ from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.class_swap import is_swapped, mixins_of
 from hra_fx.layers.peft_layers import find_peft_layer
-from hra_fx.layers.sharding import first_sharded, is_dtensor
-from hra_fx.layers.target import REFLECTION, SAVED
+from hra_fx.layers.sharding import first_sharded
+from hra_fx.layers.target import REFLECTION
 from hra_fx.layers.trained_copies import Copies
 
 #: Attribute under which a transformed model keeps its record.
@@ -161,16 +161,6 @@ def check_no_foreign_class(model: nn.Module) -> None:
                 f"{path or 'the model'}: another tool replaced its class ({type(module).__name__}). Undo that first "
                 "(for parametrizations: torch.nn.utils.parametrize.remove_parametrizations)."
             )
-
-
-def first_split(model: nn.Module) -> tuple[str, str] | None:
-    """As `first_sharded`, or path of the first module with adapters or copies that tensor parallelism splits."""
-    found = (
-        (path or "the model", "tensor parallelism")
-        for path, module in model.named_modules()
-        if {REFLECTION, SAVED} & module._modules.keys() and any(map(is_dtensor, module._parameters.values()))
-    )
-    return first_sharded(model) or next(found, None)
 
 
 def names_in(record: AdapterState, names: str | Iterable[str]) -> tuple[str, ...]:

@@ -55,12 +55,6 @@ def check_against_folded(model: nn.Module, call: Call) -> None:
         UnsupportedLayerError: the model has quantized layers, or tensors on the meta device.
         VerificationError: naming the mode and the first module whose output differs, or the layer.
     """
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.is_meta:
-            raise UnsupportedLayerError(
-                f"{name}: it is on the meta device, so there is nothing to compare with. Leave verify out, or load the "
-                "weights first."
-            )
     for path, layer in model.named_modules():
         if packing := quant_scheme_of(layer):
             raise UnsupportedLayerError(
@@ -71,6 +65,12 @@ def check_against_folded(model: nn.Module, call: Call) -> None:
             raise UnsupportedLayerError(
                 f"{path}: accelerate offloads it, and the comparison needs a copy of the whole model in memory. Leave "
                 "verify out, or verify the model before it is offloaded."
+            )
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_meta:
+            raise UnsupportedLayerError(
+                f"{name}: it is on the meta device, so there is nothing to compare with. Leave verify out, or load the "
+                "weights first."
             )
     kind = type(model).__name__
     with preserve_rng_state(), torch.inference_mode(False), torch.enable_grad():

@@ -14,6 +14,7 @@ from adapting import config, mlp as training_mlp
 from integrations.distributed.trained import CASES, Case, output
 from moe_models import built
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 import hra_fx
 from hra_fx.errors import AdapterError, CheckpointError, FoldError, HRAError, UnsupportedLayerError
@@ -249,6 +250,36 @@ def test_an_adapter_is_loaded_before_or_after_the_weights(fields: dict[str, Any]
         assert torch.equal(model(x), wanted), way
         with hra_fx.disable_adapters(model):
             assert torch.equal(model(x), base(x)), way
+
+
+def normalized() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+
+
+@pytest.mark.parametrize("way", ["reset", "load"])
+def test_weights_that_are_filled_by_name_are_those_of_the_base_model_too(way: str, tmp_path: Path) -> None:
+    """`set_model_state_dict` fills the copy in place, which has the base model's name, and not the base model's own."""
+    fields = hra_fx.HRAConfig(r=3, target_modules=["0"], modules_to_save=["1", "2"])
+    base = normalized()
+    x = torch.randn(9, 6)
+    base(x)
+    torch.manual_seed(SEED)
+    wanted = hra_fx.transform(copy.deepcopy(base), fields)
+    if way == "load":
+        with torch.no_grad():
+            wanted[2].weight.add_(1)
+    hra_fx.save_adapter(wanted, tmp_path)
+    model = hra_fx.transform(on_meta(normalized), fields).to_empty(device="cpu")
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(model, copy.deepcopy(base.state_dict()), options=options)
+    torch.manual_seed(SEED)
+    if way == "load":
+        hra_fx.load_adapter(model, tmp_path, is_trainable=True)
+    else:
+        hra_fx.reset_adapters(model)
+    same(model, wanted)
+    with hra_fx.disable_adapters(model.eval()):
+        assert torch.equal(model(x), base.eval()(x))
 
 
 REFUSED: dict[str, tuple[Callable[[nn.Module, Path], object], type[HRAError], str]] = {

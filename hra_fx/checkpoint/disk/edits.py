@@ -136,7 +136,10 @@ def edits_for(
         elif name not in apart.changed.values() and name not in apart.stay_tied:
             if not is_new(name, adapters):
                 raise unknown_tensor(name, found, adapters, names)
-            edits.added.append(_new(name, full[name], found))
+            if (renamed := names.renamed(name)) is None:
+                edits.added.append(_new(name, full[name], found))
+            else:
+                edits.tensors[renamed.name] = edit_of(name, renamed)
     check_embeddings(
         found, adapters, names, lambda name: found.tensors.get(names.find(name) or apart.sources.get(name, ""))
     )

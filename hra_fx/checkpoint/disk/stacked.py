@@ -6,7 +6,7 @@ tensors a parameter is made of. Only conversions that keep the inputs of every e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -29,6 +29,20 @@ class Place(NamedTuple):
     name: str
     expert: int | None = None
     columns: bool | None = None
+
+
+class Source(NamedTuple):
+    """A tensor in a file that a tensor of a model is loaded from.
+
+    Attributes:
+        stored: the tensor in the file.
+        converter: transformers' `WeightConverter` that makes the tensor of the model; `None` if it is the same.
+        pattern: the one of the converter's patterns that the name in the file matches.
+    """
+
+    stored: StoredTensor
+    converter: Any = None
+    pattern: str | None = None
 
 
 @dataclass
@@ -92,37 +106,53 @@ class Stacked:
         )
 
 
-def stacked_in(tensors: Mapping[str, StoredTensor], architecture: Architecture) -> dict[str, Stacked]:
+def sources_in(tensors: Mapping[str, StoredTensor], architecture: Architecture) -> dict[str, list[Source]]:
+    """What each tensor of a model is loaded from, by its name in the model; empty if transformers has no such model."""
+    model: Any = architecture.model
+    if model is None:
+        return {}
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    state: dict[str, Any] = model.state_dict()
+    found: dict[str, list[Source]] = {}
+    # In the order of transformers, which is that of the experts.
+    for key in sorted(tensors, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if name not in state and key in state:
+            name, pattern = key, None
+        converter = None if pattern is None else by_pattern[pattern]
+        first, *others = ("",) if converter is None else converter.target_patterns
+        for target in (first, *others):  # the name is that of the first one
+            found.setdefault(name.replace(first, target, 1), []).append(Source(tensors[key], converter, pattern))
+    return found
+
+
+def stacked_in(
+    tensors: Mapping[str, StoredTensor], sources: Mapping[str, Sequence[Source]], architecture: Architecture
+) -> dict[str, Stacked]:
     """The 3-D parameters of a model that are in some files, by their names in the model.
 
     Without a model that transformers knows, they are the 3-D tensors of the files.
     """
-    model: Any = architecture.model
+    model = architecture.model
     if model is None:
         return {
             name: Stacked(stored.shape, None, None, {None: [stored]})
             for name, stored in tensors.items()
             if len(stored.shape) == 3
         }
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-    owners = {f"{path}.{name}".lstrip("."): owner for path, owner, name in stacked_parameters(model)}
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    state: dict[str, Any] = model.state_dict()
     found: dict[str, Stacked] = {}
-    # In the order of transformers, which is that of the experts.
-    for key in sorted(tensors, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-        if name not in state and key in state:
-            name, pattern = key, None
-        if name in owners:
-            converter = None if pattern is None else by_pattern[pattern]
-            stacked = found.setdefault(name, Stacked(tuple(state[name].shape), is_transposed(owners[name]), converter))
-            stacked.sources.setdefault(pattern, []).append(tensors[key])
+    for path, owner, last in stacked_parameters(model):
+        name = f"{path}.{last}".lstrip(".")
+        for stored, converter, pattern in sources.get(name, ()):
+            shape: tuple[int, ...] = tuple(owner._parameters[last].shape)  # type: ignore[union-attr]
+            stacked = found.setdefault(name, Stacked(shape, is_transposed(owner), converter))
+            stacked.sources.setdefault(pattern, []).append(stored)
     return found
 
 

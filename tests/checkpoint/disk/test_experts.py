@@ -15,7 +15,7 @@ from oracles import relative_error
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
+from transformers.core_model_loading import Chunk, Concatenate, MergeModulelist, Transpose, WeightConverter
 
 import hra_fx
 from hra_fx.lora.disk.read import read_as_lora
@@ -261,3 +261,44 @@ def test_refused(spoil: Callable[..., None], tmp_path: Path, monkeypatch: pytest
     adapter_of(model, tmp_path / "adapter")
     spoil(tmp_path, monkeypatch)
     assert refused(tmp_path) == REFUSED[spoil]
+
+
+def test_a_trained_router_that_has_another_name_in_files(tmp_path: Path) -> None:
+    model: Any = built("mixtral", torch.float32)
+    base = made.base_of(model, tmp_path / "base", torch.float32)
+    adapter = adapter_of(model, tmp_path / "adapter", modules_to_save=["mlp.gate"])
+    report = hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", verify=True)
+    memory = made.folded_in_memory(type(model).from_pretrained(base), tmp_path / "memory", adapter)
+    out = made.tensors(tmp_path / "out")
+    made.equal_but_for_steps(out, made.tensors(memory))
+    routers = [f"model.layers.{i}.block_sparse_moe.gate.weight" for i in range(2)]
+    assert set(routers) <= set(report.given)
+    assert not any(torch.equal(out[key], made.tensors(base)[key]) for key in routers)
+
+
+@pytest.mark.parametrize("saved", ["experts", "mlp"])
+def test_experts_that_are_trained_in_full(saved: str, tmp_path: Path) -> None:
+    model: Any = built("mixtral", torch.float32)
+    made.base_of(model, tmp_path / "base", torch.float32)
+    made.adapter_of(model, tmp_path / "adapter", "o_proj", modules_to_save=[saved])
+    assert refused(tmp_path) == (
+        f"{BASE}: the adapter replaces model.layers.0.mlp.experts.down_proj, which transformers makes from tensors "
+        f"such as model.layers.0.block_sparse_moe.experts.0.w2.weight. {IN_MEMORY}"
+    )
+
+
+@pytest.mark.parametrize("saved", ["gate_proj", "up_proj"])
+def test_a_trained_layer_that_is_a_part_of_a_tensor(
+    saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")  # fills the cache
+    names = [f"mlp.{name}.weight" for name in ("gate_proj", "up_proj")]
+    converter = WeightConverter("mlp.gate_up_proj.weight", names, [Chunk(dim=0)])
+    monkeypatch.setitem(conversion_mapping._checkpoint_conversion_mapping_cache, "llama", [converter])
+    model = made.llama()
+    assert "model.layers.0.mlp.gate_up_proj.weight" in made.tensors(made.base_of(model, tmp_path / "base"))
+    made.adapter_of(model, tmp_path / "adapter", "o_proj", modules_to_save=[saved])
+    assert refused(tmp_path) == (
+        f"{BASE}: the adapter replaces model.layers.0.mlp.{saved}.weight, which transformers makes from tensors such "
+        f"as model.layers.0.mlp.gate_up_proj.weight. {IN_MEMORY}"
+    )

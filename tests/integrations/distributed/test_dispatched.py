@@ -87,6 +87,18 @@ def test_vectors_and_factors_are_on_the_device_of_their_layer(when: str) -> None
             assert factors_of(layer.hra_u, F64).down.device == device  # type: ignore[union-attr]
 
 
+def test_a_map_that_accelerate_infers_for_an_adapted_model() -> None:
+    """It splits a layer with children unless it is told not to; then the vectors are not with the weight."""
+    model = MLP.model()
+    options: dict[str, Any] = {"max_memory": {0: 4400, "cpu": 10**6}}  # bytes; all but the vectors of layer 2
+    assert any(place.endswith(".hra_u") for place in accelerate.infer_auto_device_map(model, **options))
+    places = accelerate.infer_auto_device_map(model, **options, no_split_module_classes=["Linear"])
+    assert not any(place.endswith(".hra_u") for place in places)
+    devices = {name: LAZY if place == 0 else CPU for name, place in places.items()}
+    accelerate.dispatch_model(model, devices, main_device="cpu", force_hooks=True)
+    assert close(output(model, MLP), output(MLP.model(), MLP))
+
+
 def test_a_move_to_another_device_moves_the_base_weight() -> None:
     """accelerate moves `getattr(layer, "weight")`, which is W Q for others."""
     model: Any = MLP.model()

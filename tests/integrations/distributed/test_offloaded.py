@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import accelerate
 import bitsandbytes
+import moe_models
 import pytest
 import torch
 import transformers
@@ -80,6 +82,55 @@ def test_a_model_runs_as_in_memory(name: str, way: str, when: str, tmp_path: Pat
     assert close(output(model, case), output(case.base().eval(), case))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("way", ["CPU", "disk"])
+def test_a_model_in_the_dtypes_of_users(way: str, when: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Autocast is asked for a device, and has none for a weight that is offloaded."""
+    case = replace(MLP, dtype=dtype)
+    plain, model = case.model(), WHEN[when](case, way, tmp_path)
+    x = case.data()[0].to(dtype)
+    for enabled in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            assert torch.equal(model(x), plain(x))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("way", ["CPU", "disk"])
+def test_experts(way: str, when: str, implementation: str, tmp_path: Path) -> None:
+    """Their vectors are read, by the weight that is read, and not called."""
+    plain = hra_fx.transform(moe_models.built("mixtral", F64, implementation), moe_models.experts_config())
+    moe_models.randomise(plain)
+    hra_fx.save_adapter(plain, tmp_path / "adapter")
+    model = moe_models.built("mixtral", F64, implementation)
+    if when == "after":
+        hra_fx.load_adapter(model, tmp_path / "adapter")
+    offload(model, way, tmp_path / "offload")
+    if when == "before":
+        hra_fx.load_adapter(model, tmp_path / "adapter")
+    call = moe_models.call_of("mixtral")
+    with torch.no_grad():
+        assert close(model(**call).logits, plain(**call).logits)
+        assert not close(plain(**call).logits, moe_models.built("mixtral", F64, implementation)(**call).logits, 1e-3)
+
+
+@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("way", OFFLOADS)
+def test_adapters_that_start_again(way: str, when: str, tmp_path: Path) -> None:
+    plain, model = MLP.model().eval(), WHEN[when](MLP, way, tmp_path)
+    for each in (plain, model):
+        torch.manual_seed(3)
+        hra_fx.reset_adapters(each)
+    found, wanted = (vectors_of(each) for each in (model, plain))
+    assert all(torch.equal(found[name].cpu(), wanted[name]) for name in wanted)
+    assert close(output(model, MLP), output(MLP.base(), MLP))
+
+
+def vectors_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters() if ".hra_u." in name}
+
+
 @pytest.mark.parametrize("when", WHEN)
 @pytest.mark.parametrize("way", OFFLOADS)
 def test_functions_that_need_the_vectors(way: str, when: str, tmp_path: Path) -> None:
@@ -104,6 +155,10 @@ def test_functions_that_need_the_vectors(way: str, when: str, tmp_path: Path) ->
             step(each)
         assert close(output(model, MLP), output(plain, MLP)), index
     assert close(hra_fx.orthogonality_loss(model), hra_fx.orthogonality_loss(plain))
+    for each in (plain, model):
+        torch.manual_seed(3)
+        hra_fx.reset_adapters(each, "b")
+    assert close(output(model, MLP), output(plain, MLP))
     assert model[0]._parameters["weight"].is_meta
     ours, theirs = hra_fx.report(model).rows, hra_fx.report(plain).rows
     assert [row.share for row in ours] == pytest.approx([row.share for row in theirs])

@@ -87,10 +87,11 @@ class Case:
     batch: Callable[[int], Tensor]
     config: Mapping[str, Any]
     units: tuple[str, ...]
+    dtype: torch.dtype = F64
 
     def base(self) -> nn.Module:
         torch.manual_seed(0)
-        return self.make().to(F64)
+        return self.make().to(self.dtype)
 
     def model(self) -> nn.Module:
         """With vectors off their start, the same in every process."""

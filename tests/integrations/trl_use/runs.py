@@ -55,8 +55,10 @@ def _chat(answer: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": answer}]}
 
 
+#: Chats to fine-tune on.
+SFT_CHATS = [_chat(answer) for answer in ("blue", "the sky is blue", "good blue", "no red")] * 3
 _DATA: dict[str, list[dict[str, Any]]] = {
-    "SFT": [_chat(answer) for answer in ("blue", "the sky is blue", "good blue", "no red")] * 3,
+    "SFT": SFT_CHATS,
     "DPO": [{"prompt": QUESTION, "chosen": " the sky is blue", "rejected": " bad red"}] * 8,
     "GRPO": [{"prompt": QUESTION}] * 8,
     "reward": [{"chosen": "the sky is blue", "rejected": "bad red no"}] * 8,

@@ -1,0 +1,126 @@
+"""QLoRA with reflections: train over a 4-bit base, export as LoRA, and fold into the 16-bit base.
+
+    python examples/usage/qlora.py meta-llama/Llama-3.1-8B --output qlora    # on a GPU
+    python examples/usage/qlora.py --tiny                                    # a random Llama, on a CPU
+
+It needs bitsandbytes and PEFT. The base is a name on the Hub or a folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import peft
+import torch
+from huggingface_hub import snapshot_download
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
+
+import hra_fx
+
+TEXT = "A reflection keeps the length of every vector. An even number of them in a row is a rotation of the weights. "
+
+
+def in_4_bits(base: Path) -> PreTrainedModel:
+    """The base model in 4 bits, prepared as PEFT's documentation has it."""
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    device = {"": 0} if torch.cuda.is_available() else None
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, device_map=device)
+    return peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def train(model: PreTrainedModel, tokens: list[list[int]], folder: Path) -> list[float]:
+    """Train the vectors; return the losses."""
+    arguments = TrainingArguments(
+        str(folder), max_steps=20, per_device_train_batch_size=4, learning_rate=1e-3, logging_steps=1,
+        bf16=torch.cuda.is_available(), save_strategy="no", report_to=[], disable_tqdm=True, seed=0,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip
+    data = [{"input_ids": torch.tensor(row), "labels": torch.tensor(row)} for row in tokens]
+    trainer = Trainer(model, arguments, train_dataset=data)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@torch.no_grad()
+def loss_of(model: PreTrainedModel, tokens: list[list[int]]) -> float:
+    batch = torch.tensor(tokens[:4], device=model.device)
+    return model(input_ids=batch, labels=batch).loss.item()
+
+
+def run(base: Path, tokens: list[list[int]], output: Path) -> None:
+    # Every Linear: bitsandbytes passes no gradient through others that a CPU with AVX512-BF16 has evaluated.
+    config = hra_fx.HRAConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = hra_fx.transform(in_4_bits(base), config)
+    losses = train(model, tokens, output / "run")
+    print(f"trained over 4 bits, loss {losses[0]:.2f} -> {losses[-1]:.2f}")
+    trained = loss_of(model, tokens)
+    hra_fx.save_adapter(model, output / "adapter")
+    hra_fx.save_as_lora(model, output / "lora")  # of the 4-bit weights, to be served over them
+    del model
+
+    model = hra_fx.load_adapter(in_4_bits(base), output / "adapter")
+    print(f"opened over 4 bits, difference of the loss: {abs(loss_of(model, tokens) - trained):.1e}")
+    model = peft.PeftModel.from_pretrained(in_4_bits(base), output / "lora")
+    print(f"as LoRA over 4 bits, difference of the loss: {abs(loss_of(model, tokens) - trained):.1e}")
+    del model
+
+    hra_fx.fold_checkpoint(base, output / "adapter", output / "folded", overwrite=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    before, after = (
+        loss_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device), tokens)
+        for folder in (base, output / "folded")
+    )
+    print(f"folded into the 16-bit base, loss {before:.2f} -> {after:.2f}")
+
+
+def tiny(folder: Path) -> Path:
+    """A random Llama in bfloat16 on disk, which reads bytes."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=256, initializer_range=0.2, bos_token_id=1, eos_token_id=2, **sizes)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", nargs="?", default="Qwen/Qwen3-8B", help="a name on the Hub or a folder")
+    parser.add_argument("--output", type=Path, default=Path("qlora"))
+    parser.add_argument("--tiny", action="store_true", help="a random Llama, in a temporary folder")
+    given = parser.parse_args()
+    if given.tiny:
+        with tempfile.TemporaryDirectory() as folder:
+            length = 32
+            rows = [list(TEXT.encode()[start : start + length]) for start in range(16)]
+            run(tiny(Path(folder, "base")), rows, Path(folder))
+        return
+    base = Path(given.model)
+    if not base.is_dir():
+        base = Path(snapshot_download(given.model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    words = AutoTokenizer.from_pretrained(base)(TEXT * 20).input_ids
+    run(base, [words[start : start + 128] for start in range(0, 64, 4)], given.output)
+
+
+if __name__ == "__main__":
+    main()

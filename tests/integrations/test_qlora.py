@@ -1,0 +1,318 @@
+"""QLoRA with reflections: a 4-bit base, PEFT's preparation, checkpointing, Trainer and TRL, files, and the ways out.
+
+PEFT's own HRA cannot compute over 4 bits, so it trains over the dequantized weights of the same model.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import datasets
+import peft
+import pytest
+import torch
+from integrations.transformers_use.tiny import batch, llama, tokens_of, trainer_of, turn, vectors_of
+from integrations.trl_use.runs import SFT_CHATS, logs, redraw, tokenizer
+from layers.quantized.bases import rotated, values
+from layers.test_batching import batches
+from oracles import dense_q, relative_error
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer
+from trl import SFTConfig, SFTTrainer
+
+import hra_fx
+from hra_fx.errors import HRAWarning
+
+pytestmark = pytest.mark.filterwarnings(
+    # The names that transformers has had since 5.0; it means to rename them.
+    "ignore:`(is_)?gradient_checkpointing\\w*` is deprecated:FutureWarning",
+)
+
+FIELDS: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+PEFT, FAST, OURS, NAMED = "PEFT", "PEFT, accelerated", "transformed", "get_peft_model"
+KINDS = pytest.mark.parametrize("kind", [FAST, OURS, pytest.param(NAMED, marks=pytest.mark.slow)])
+MODES = pytest.mark.parametrize("mode", [pytest.param("reentrant", marks=pytest.mark.slow), "not reentrant"])
+CHECKPOINTING: dict[str, dict[str, Any]] = {
+    "plain": {"gradient_checkpointing": False},
+    "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    "not reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base")
+    llama(hidden_size=64, intermediate_size=128).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 base: over another, the backward of bitsandbytes rounds the weights and its forward does not."""
+    path = tmp_path_factory.mktemp("exact")
+    llama(hidden_size=64, intermediate_size=128).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file outside of the folder of the test."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+def in_4_bits(folder: Path, compute: torch.dtype = torch.float32) -> Any:
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+
+
+def prepared(folder: Path, mode: str = "plain", compute: torch.dtype = torch.float32) -> Any:
+    """The base model, as the tutorials prepare it."""
+    options = CHECKPOINTING[mode]
+    return peft.prepare_model_for_kbit_training(
+        in_4_bits(folder, compute),
+        use_gradient_checkpointing=options["gradient_checkpointing"],
+        gradient_checkpointing_kwargs=options.get("gradient_checkpointing_kwargs"),
+    )
+
+
+def with_adapter(kind: str, base: Any, **fields: Any) -> Any:
+    """All kinds with the same vectors: pairs, with which the model is the base model."""
+    if kind in (OURS, NAMED):
+        adapt = hra_fx.transform if kind == OURS else hra_fx.get_peft_model
+        model = adapt(base, hra_fx.HRAConfig(**(FIELDS | fields)))
+    else:
+        model = peft.get_peft_model(base, peft.HRAConfig(**(FIELDS | fields)))
+        if kind == FAST:
+            hra_fx.accelerate_peft(model)
+    redraw(model, seed=0)
+    return model
+
+
+def reopened(kind: str, base: Any, adapter: Path) -> Any:
+    """An adapter from its files, to be trained further."""
+    if kind == OURS:
+        return hra_fx.load_adapter(base, adapter, is_trainable=True)
+    if kind == NAMED:
+        return hra_fx.PeftModel.from_pretrained(base, adapter, is_trainable=True)
+    model = peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)
+    hra_fx.accelerate_peft(model)
+    return model
+
+
+def logits(model: Any) -> Tensor:
+    """Without dropout, in train mode: in eval mode, bitsandbytes computes unadapted layers in bfloat16 on some CPUs."""
+    with torch.no_grad():
+        return model.train()(input_ids=tokens_of(2, 8)).logits.float()
+
+
+def losses(trainer: Trainer) -> Tensor:
+    return torch.tensor(logs(trainer, "loss")).flatten()
+
+
+@pytest.fixture(scope="module")
+def losses_of_peft(exact: Path, tmp_path_factory: pytest.TempPathFactory) -> Tensor:
+    model = with_adapter(PEFT, in_4_bits(exact).dequantize().requires_grad_(requires_grad=False))
+    trainer = trainer_of(Trainer, "llama", model, tmp_path_factory.mktemp("peft"))
+    trainer.train()
+    return losses(trainer)
+
+
+@KINDS
+@pytest.mark.parametrize("mode", CHECKPOINTING)
+def test_the_trainer(kind: str, mode: str, exact: Path, losses_of_peft: Tensor, tmp_path: Path) -> None:
+    model = with_adapter(kind, prepared(exact, mode))
+    trainer = trainer_of(Trainer, "llama", model, tmp_path, **CHECKPOINTING[mode])
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0] - 0.2
+    torch.testing.assert_close(losses(trainer), losses_of_peft, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("compute", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)], ids=["f32", "bf16"])
+@pytest.mark.parametrize("mode", ["reentrant", "not reentrant"])
+def test_gradients_are_those_of_the_dense_model(
+    mode: str, compute: torch.dtype, bound: float, folder: Path, exact: Path
+) -> None:
+    """Over the dequantized weights, in float64."""
+    folder = exact if compute is torch.float32 else folder
+    model = with_adapter(OURS, prepared(folder, mode, compute)).train()
+    turn(model)
+    loss = model(**batch("llama")).loss
+    loss.backward()
+    vectors = {name.partition(".hra_u.")[0]: one for name, one in vectors_of(model).items()}
+    assert len(vectors) == 14
+    leaves = {path: one.detach().double().requires_grad_() for path, one in vectors.items()}
+    dense = llama(hidden_size=64, intermediate_size=128).double()
+    dense.load_state_dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).state_dict())
+    weights = {f"{path}.weight": values(model.get_submodule(path)) @ dense_q(leaf) for path, leaf in leaves.items()}
+    wanted = functional_call(dense.train(), weights, kwargs=batch("llama")).loss
+    assert relative_error(loss, wanted) < bound
+    for path, gradient in zip(leaves, torch.autograd.grad(wanted, list(leaves.values())), strict=True):
+        assert relative_error(vectors[path].grad, gradient) < bound, path
+
+
+@KINDS
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_the_factors_are_computed_in_one_batch_for_each_shape(kind: str, compute: torch.dtype, folder: Path) -> None:
+    """The inputs are float32, and the weight was bfloat16: the second forward prepares what the first one asked for."""
+    model = with_adapter(kind, prepared(folder, compute=compute)).train()
+    inputs = {"input_ids": tokens_of(2, 8)}
+    first = model(**inputs).logits
+    again = model(**inputs).logits
+    assert torch.equal(first, again)
+    assert batches(again) == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        assert batches(model(**inputs).logits) == 2
+
+
+@KINDS
+def test_a_run_is_saved_opened_over_4_bits_and_goes_on(kind: str, folder: Path, tmp_path: Path) -> None:
+    mode = "not reentrant"
+    options = {**CHECKPOINTING[mode], "save_strategy": "steps", "save_steps": 3, "seed": 0}
+    whole = trainer_of(Trainer, "llama", with_adapter(kind, prepared(folder, mode)), tmp_path / "run", **options)
+    whole.train()
+    again = trainer_of(Trainer, "llama", with_adapter(kind, prepared(folder, mode)), tmp_path / "run", **options)
+    redraw(again.model)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert torch.equal(logits(again.model), logits(whole.model))
+
+    whole.save_model(str(tmp_path / "adapter"))
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 40_000
+    for opened_by in (FAST, OURS):
+        model = reopened(opened_by, prepared(folder), tmp_path / "adapter")
+        torch.testing.assert_close(logits(model), logits(whole.model), rtol=0, atol=1e-5)
+        assert len(vectors_of(model)) == 14
+        assert all(vectors.requires_grad for vectors in vectors_of(model).values())
+    trainer = trainer_of(Trainer, "llama", reopened(kind, prepared(folder, mode), tmp_path / "adapter"), tmp_path)
+    trainer.train()
+    assert losses(trainer).mean() < losses(whole).mean() - 0.2
+
+
+def sft(kind: str, folder: Path, output: Path, mode: str, **options: Any) -> Any:
+    """TRL's trainer; an accelerated model gets its adapter from TRL."""
+    base, given = prepared(folder, mode), {}
+    args = SFTConfig(
+        output_dir=str(output),
+        max_steps=4,
+        logging_steps=1,
+        max_length=16,
+        per_device_train_batch_size=2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        **({"learning_rate": 1e-2, "bf16": False} | CHECKPOINTING[mode] | options),
+    )
+    with ExitStack() as block:
+        if kind == FAST:
+            block.enter_context(hra_fx.accelerate_peft())
+            given["peft_config"] = peft.HRAConfig(**FIELDS)
+        else:
+            base = with_adapter(kind, base)
+        data = datasets.Dataset.from_list(SFT_CHATS)
+        made = SFTTrainer(base, args=args, train_dataset=data, processing_class=tokenizer(), **given)
+        if kind == FAST:
+            hra_fx.accelerate_peft(made.model)
+    return made
+
+
+def widen(model: nn.Module) -> None:
+    """As docs/large-models.md says it: TRL has made the vectors bfloat16."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype is torch.bfloat16
+            parameter.data = parameter.data.float()
+
+
+@pytest.fixture(scope="module")
+def sft_losses_of_peft(exact: Path, tmp_path_factory: pytest.TempPathFactory) -> Tensor:
+    model = with_adapter(PEFT, in_4_bits(exact).dequantize().requires_grad_(requires_grad=False))
+    args = sft(OURS, exact, tmp_path_factory.mktemp("peft"), "plain").args
+    data = datasets.Dataset.from_list(SFT_CHATS)
+    trainer = SFTTrainer(model, args=args, train_dataset=data, processing_class=tokenizer())
+    widen(trainer.model)  # TRL still takes it for a quantized model
+    redraw(trainer.model, seed=0)
+    trainer.train()
+    return losses(trainer)
+
+
+@KINDS
+@MODES
+def test_sft_of_trl(kind: str, mode: str, exact: Path, sft_losses_of_peft: Tensor, tmp_path: Path) -> None:
+    trainer = sft(kind, exact, tmp_path, mode)
+    widen(trainer.model)
+    redraw(trainer.model, seed=0)
+    trainer.train()
+    torch.testing.assert_close(losses(trainer), sft_losses_of_peft, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("kind", [FAST, OURS])
+def test_vectors_that_trl_leaves_in_bfloat16_hardly_train(kind: str, folder: Path, tmp_path: Path) -> None:
+    moved = {}
+    for wide in (False, True):
+        trainer = sft(kind, folder, tmp_path, "plain", learning_rate=2e-4, bf16=True)
+        if wide:
+            widen(trainer.model)
+            trainer.train()
+        else:
+            before = [vectors.detach().clone() for vectors in vectors_of(trainer.model).values()]
+            with pytest.warns(HRAWarning, match=r"vectors of a quantized model are torch.bfloat16, .*\.float\(\)"):
+                trainer.train()
+        after = list(vectors_of(trainer.model).values())
+        moved[wide] = sum(int((new != old).sum()) for new, old in zip(after, before, strict=True))
+    assert moved[False] < 0.3 * moved[True]
+
+
+def turned(folder: Path, output: Path) -> Path:
+    """An adapter of a 4-bit model, far from its start."""
+    model = with_adapter(OURS, prepared(folder))
+    turn(model)
+    hra_fx.save_adapter(model, output)
+    return output
+
+
+def test_as_lora_over_the_4_bit_base(exact: Path, tmp_path: Path) -> None:
+    """It contains the weights that it was exported from."""
+    adapter = turned(exact, tmp_path / "adapter")
+    model = hra_fx.load_adapter(in_4_bits(exact), adapter)
+    hra_fx.save_as_lora(model, tmp_path / "lora")
+    lora = peft.PeftModel.from_pretrained(prepared(exact), tmp_path / "lora")
+    assert relative_error(logits(lora), logits(hra_fx.load_adapter(prepared(exact), adapter))) < 1e-4
+    assert relative_error(logits(lora), logits(prepared(exact))) > 0.3
+    layer = lora.base_model.model.model.layers[1].mlp.down_proj
+    change = layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
+    ours = model.model.layers[1].mlp.down_proj
+    assert relative_error(change, rotated(ours) - values(ours)) < 1e-5
+
+
+def test_folded_into_the_16_bit_base(folder: Path, tmp_path: Path) -> None:
+    """On disk and in memory; the result is the product in float64, rounded to bfloat16."""
+    adapter = turned(folder, tmp_path / "adapter")
+    hra_fx.fold_checkpoint(folder, adapter, tmp_path / "folded", progress=False)
+    on_disk = AutoModelForCausalLM.from_pretrained(tmp_path / "folded")
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    plain = {name: weight.detach().clone() for name, weight in base.named_parameters()}
+    adapted = hra_fx.load_adapter(base, adapter)
+    vectors = {name.partition(".hra_u.")[0]: one.detach().clone() for name, one in vectors_of(adapted).items()}
+    in_memory = hra_fx.fold(adapted)
+    for model in (on_disk, in_memory):
+        found = dict(model.named_parameters())
+        assert found.keys() == plain.keys()
+        for name, weight in found.items():
+            assert weight.dtype is torch.bfloat16
+            chain = vectors.get(name.removesuffix(".weight"))
+            if chain is None:
+                assert torch.equal(weight, plain[name])
+                continue
+            exact = plain[name].double() @ dense_q(chain)
+            assert relative_error(weight, exact) < 1.01 * relative_error(exact.bfloat16(), exact)
+    # Nearer to the adapted 4-bit model than the base model is.
+    trained = logits(hra_fx.load_adapter(in_4_bits(folder), adapter))
+    assert relative_error(logits(on_disk), trained) < 0.5 * relative_error(logits(in_4_bits(folder)), trained)
