@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -20,6 +20,9 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 T = TypeVar("T", bound=Tensor)
+
+#: The child of the wrapper that `torch.distributed.algorithms._checkpoint.checkpoint_wrapper` puts around a module.
+_CHECKPOINTED = "_checkpoint_wrapped_module"
 
 _new_version = itertools.count(-2, -1)
 
@@ -160,6 +163,18 @@ def is_compiled_module(module: nn.Module) -> bool:
     """
     dynamo = any(kind.__module__.startswith("torch._dynamo") for kind in type(module).__mro__)
     return dynamo and "_orig_mod" in module._modules
+
+
+def state_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """As `model.named_modules()`, with the paths that `state_dict` has.
+
+    They lack the names that torch's activation checkpointing (`checkpoint_wrapper`, FSDP's `activation_checkpointing`)
+    puts between a block and its parts. A module in such a wrapper is found at the path of the wrapper;
+    `get_submodule` finds its parts too.
+    """
+    for path, module in model.named_modules(remove_duplicate=remove_duplicate):
+        if _CHECKPOINTED not in module._modules:
+            yield f".{path}".replace(f".{_CHECKPOINTED}", "")[1:], module
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------

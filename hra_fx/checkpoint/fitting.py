@@ -17,7 +17,7 @@ from hra_fx.checkpoint.folder import WEIGHTS_NAME
 from hra_fx.checkpoint.keys import EXTRA_BIASES, PREFIX, copy_key, reflection_key, vectors_key
 from hra_fx.checkpoint.resume import Resume, read_resume
 from hra_fx.checkpoint.weights import read_prefixed
-from hra_fx.compat import non_persistent_buffers
+from hra_fx.compat import non_persistent_buffers, state_modules
 from hra_fx.config import HRAConfig
 from hra_fx.errors import CheckpointError, HRAWarning, SelectionError
 from hra_fx.layers.adapters import AdapterSpec
@@ -136,7 +136,7 @@ def _is_embedding(file: Path, model: nn.Module, key: str, tensor: Tensor) -> boo
     """Whether a tensor is a copy of the base model's embeddings, which PEFT adds to the file if they are adapted."""
     name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
     path, _, entry = name.rpartition(".")
-    owner = dict(model.named_modules(remove_duplicate=False)).get(path)
+    owner = dict(state_modules(model, remove_duplicate=False)).get(path)
     own = owner._parameters.get(entry) if owner is not None else None
     if own is None or not (isinstance(owner, nn.Embedding) or _EMBEDDINGS.search(name)):
         return False

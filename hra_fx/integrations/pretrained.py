@@ -16,6 +16,7 @@ from hra_fx.errors import AdapterError
 from hra_fx.integrations import push
 from hra_fx.integrations.resize_embeddings import plain_output_layers
 from hra_fx.layers.class_swap import original_class
+from hra_fx.layers.sharding import is_dtensor, on_first_rank
 from hra_fx.model.root import AdaptedModel
 from hra_fx.model.state import get_state, names_in
 
@@ -170,9 +171,11 @@ def save_adapters_or_model(
         saving = dict(options)
         wants_push = saving.pop("push_to_hub")
         save_pretrained(model, directory, selected_adapters, **saving)
-        if wants_push and options["is_main_process"]:
+        shards = [p for p in model.parameters() if is_dtensor(p)] if options["state_dict"] is None else []
+        if wants_push and (options["is_main_process"] or shards):
             names = names_in(record, record.configs if selected_adapters is None else selected_adapters)
-            push.upload(Path(directory), others.get("repo_id", Path(directory).name), names, others)
+            repository = others.get("repo_id", Path(directory).name)
+            on_first_rank(shards, lambda: push.upload(Path(directory), repository, names, others))
         return
     defaults = {"state_dict": None, "is_main_process": True, "safe_serialization": True, "push_to_hub": False}
     given = {name: value for name, value in options.items() if value is not defaults[name]}

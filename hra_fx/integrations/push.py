@@ -14,6 +14,7 @@ from hra_fx.checkpoint.folder import WEIGHTS_NAME
 from hra_fx.checkpoint.model_card import CARD_NAME, write_card
 from hra_fx.checkpoint.saving import save_pretrained
 from hra_fx.config import CONFIG_NAME
+from hra_fx.layers.sharding import on_first_rank
 from hra_fx.model.state import root_of
 
 _MESSAGE = "Upload HRA adapter"
@@ -34,6 +35,8 @@ def push_to_hub(
     **ignored: Any,
 ) -> str:
     """Upload adapters, with a model card if the repository has none. The repository is created if needed.
+
+    With `fully_shard`, all processes have to call this, and the first one uploads.
 
     Args:
         model: a transformed model.
@@ -61,7 +64,7 @@ def push_to_hub(
     }
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder, selected_adapters)
-        return upload(Path(folder), repo_id, None, options)
+        return on_first_rank(model.parameters(), lambda: upload(Path(folder), repo_id, None, options))
 
 
 def upload(folder: Path, repo_id: str, adapter_names: Iterable[str] | None, options: Mapping[str, Any]) -> str:

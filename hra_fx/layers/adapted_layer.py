@@ -23,7 +23,7 @@ from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.class_swap import SwapMixin
 from hra_fx.layers.quantized.straight_through import call_quantized
 from hra_fx.layers.rotated_weight import InferenceRotatedWeight, RotatedWeight, link
-from hra_fx.layers.sharding import is_dtensor
+from hra_fx.layers.sharding import call, is_dtensor
 from hra_fx.layers.target import BASE_WEIGHT, REFLECTION, weight_place
 from hra_fx.layers.tensor_parallel import check_not_aside, is_tensor_parallel, put_back, set_aside
 from hra_fx.layers.variants import ConvAdapters, LinearAdapters, QuantizedAdapters
@@ -175,7 +175,7 @@ class AdaptedLinear(AdaptedLayer):
                     output = box.through(input, weight, self)
                     if output is not None:
                         return output
-                reflected = box(input)
+                reflected = call(box, input)
             return apply(reflected, weight, self.bias)
 
         return {**super().wrap(base), "forward": forward}
@@ -203,7 +203,7 @@ class AdaptedQuantizedLinear(AdaptedLinear):
             if REFLECTION not in self._modules:  # a new object of this class
                 return base.forward(self, input)
             if reflected is None:
-                reflected = self.hra_u(input)
+                reflected = call(self.hra_u, input)
             return call_quantized(self, reflected, functools.partial(run, self))
 
         # The forward of bitsandbytes reads its packed weight itself; nobody else can compute with that.
@@ -231,7 +231,7 @@ class AdaptedConv(AdaptedLayer):
                 output = box.through(input, weight, self)
                 if output is not None:
                     return output
-                read = box(input)
+                read = call(box, input)
             output = self._conv_forward(input, weight, self.bias)
             return output if read is None else output - box.project(read, weight)
 

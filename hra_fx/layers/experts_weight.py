@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from hra_fx.compat import state_modules
+
 #: Start of the name of the child of a module that stands for one of its parameters.
 CHILD = "hra_"
 #: Whether experts of these classes of transformers store `(experts, in, out)`; they do not say so themselves.
@@ -98,7 +100,7 @@ def describe_experts(layer: ExpertsWeight) -> str:
 
 def stacked_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """(path of the module, module, name of the parameter) of every 3-D parameter of a model that is not a kernel."""
-    for path, module in model.named_modules():
+    for path, module in state_modules(model):
         if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d, nn.ParameterDict)):
             continue
         for name, parameter in module._parameters.items():

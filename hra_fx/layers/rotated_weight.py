@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hra_fx import compat
 from hra_fx.errors import AdapterError
+from hra_fx.layers.sharding import call
 from hra_fx.layers.target import REFLECTION, weight_place
 
 #: Answered from the base weight: they say nothing about its values.
@@ -72,7 +73,7 @@ class RotatedWeight(Tensor):
     def value(self) -> Tensor:
         """`W Q`, as a plain tensor."""
         adapters = self._adapters()
-        rotated: Tensor = self.base() if adapters is None else adapters(weight=self.base())
+        rotated: Tensor = self.base() if adapters is None else call(adapters, weight=self.base())
         return rotated
 
     def _adapters(self) -> nn.Module | None:

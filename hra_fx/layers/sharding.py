@@ -7,15 +7,17 @@ they are `DTensor`s, or plain tensors that FSDP2 frees later: call `reshard` bef
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from hra_fx.layers.partitioned import is_partitioned
 from hra_fx.layers.target import REFLECTION, SAVED
+
+T = TypeVar("T")
 
 
 def sharded_by(module: nn.Module) -> str | None:
@@ -80,6 +82,35 @@ def reshard(modules: Iterable[nn.Module]) -> None:
             module.reshard()
 
 
+def gather_groups(root: nn.Module, modules: Sequence[nn.Module]) -> bool:
+    """Gather the parameters of modules that `fully_shard` has made groups of their own, until the end of the backward.
+
+    Call it in the forward of the root, which initializes FSDP2. The gradients of a group of which no module is called
+    are reduced at the end of the backward pass, so that all of them may come from one computation.
+
+    Returns:
+        Whether all modules are such groups. If not, nothing is gathered.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not all(isinstance(module, fsdp.FSDPModule) for module in (root, *modules)):
+        return False
+    for group in modules:
+        group.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]
+        group.unshard()  # type: ignore[operator]
+    return True
+
+
+def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call a module; without hooks if it is a group of FSDP2 that `gather_groups` has gathered.
+
+    The hooks would reduce its gradients as soon as an input has its own, before a computation shared by layers does.
+    """
+    hooked = bool(module._forward_pre_hooks) and sharded_by(module) == "fully_shard"
+    if hooked and not any(map(is_dtensor, module._parameters.values())):
+        return module.forward(*args, **kwargs)
+    return module(*args, **kwargs)
+
+
 def device_of_values(device: torch.device) -> torch.device:
     """The device for values that belong on a device; the CPU for the meta device, where they would be lost.
 
@@ -116,24 +147,42 @@ def distribute_like(values: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(values, shards.device_mesh, shards.placements, src_data_rank=None)
 
 
-def on_first_rank(tensors: Iterable[Tensor], act: Callable[[], None]) -> None:
+@contextmanager
+def gathered(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """A block in which modules have full tensors in place of their shards; not so their children.
+
+    Every process that holds a shard must enter it, with the modules in the same order.
+    """
+    found = [(module._parameters, name) for module in modules for name in module._parameters]
+    shards = [(own, name, own[name]) for own, name in found if is_dtensor(own[name])]
+    try:
+        for own, name, shard in shards:
+            own[name] = full_tensor(shard.detach())  # type: ignore[union-attr,assignment]
+        yield
+    finally:
+        for own, name, shard in shards:
+            own[name] = shard
+
+
+def on_first_rank(tensors: Iterable[Tensor], act: Callable[[], T]) -> T:
     """Call `act` on the first of the processes that hold shards of these tensors, while the others wait.
 
-    Without shards, every caller acts. An error on the first process is raised on all.
+    Without shards, every caller acts. The result, or an error, of the first process is that of all.
     """
     mesh = _mesh_of(tensors)
     if mesh is None:
-        act()
-        return
-    outcome: Exception | None = None
+        return act()
+    result: Any = None
+    error: Exception | None = None
     if not any(mesh.get_coordinate()):
         try:
-            act()
-        except Exception as error:
-            outcome = error
-    outcome = _from_first_rank(outcome, mesh)
-    if outcome is not None:
-        raise outcome
+            result = act()
+        except Exception as raised:
+            error = raised
+    result, error = _from_first_rank((result, error), mesh)
+    if error is not None:
+        raise error
+    return cast(T, result)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hra_fx.compat import non_persistent_buffers
+from hra_fx.compat import non_persistent_buffers, state_modules
 from hra_fx.layers.sharding import device_of_values
 from hra_fx.layers.target import SAVED
 from hra_fx.layers.without_values import nan_for_new_memory
@@ -170,7 +170,7 @@ class Copies(nn.Module):
 def all_copies(model: nn.Module) -> dict[str, tuple[nn.Module, Copies]]:
     """Path -> (owner, copies), for every module in `model` with trained copies."""
     found: dict[str, tuple[nn.Module, Copies]] = {}
-    for path, owner in model.named_modules():  # TorchDynamo does not trace the assignment in a comprehension
+    for path, owner in state_modules(model):  # TorchDynamo does not trace the assignment in a comprehension
         copies = get_copies(owner)
         if copies is not None:
             found[path] = owner, copies

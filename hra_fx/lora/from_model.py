@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from hra_fx.checkpoint.base_model import auto_mapping, base_model_name
 from hra_fx.checkpoint.keys import PREFIX, copy_key
 from hra_fx.checkpoint.saving import layers_with
-from hra_fx.compat import non_persistent_buffers
+from hra_fx.compat import non_persistent_buffers, state_modules
 from hra_fx.errors import AdapterError
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.sharding import first_split
+from hra_fx.layers.sharding import first_split, full_tensor, reshard
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import all_copies
 from hra_fx.lora.adapter import LoraAdapter
@@ -24,6 +24,9 @@ from hra_fx.model.activate import check_copies
 from hra_fx.model.offload import load_vectors
 from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, names_in, root_of
 from hra_fx.model.unwrap import unwrap
+
+#: Tools whose shards are gathered layer by layer.
+_GATHERED = ("fully_shard", "tensor parallelism")
 
 
 def lora_adapter(
@@ -46,7 +49,7 @@ def lora_adapter(
     root, record = root_of(model)
     whole = unwrap(model)
     # Runtimes load the LoRA into the whole model, also where only a part of it was transformed.
-    prefix = "".join(f"{path}." for path, module in whole.named_modules() if module is root and path)
+    prefix = "".join(f"{path}." for path, module in state_modules(whole) if module is root and path)
     names = _names(record, adapter_names)
     sites = _checked_layers(root, record, names)
     present = {path: [name for name in names if name in layer.hra_u] for path, layer in sites.items()}
@@ -55,7 +58,7 @@ def lora_adapter(
     return LoraAdapter(
         layers=tuple(lora_layer(f"{prefix}{path}", layer, present[path], rank) for path, layer in sites.items()),
         copies={f"{prefix}{key}": tensor for key, tensor in _copies(root, names, sites).items()},
-        modules=[path for path, _ in whole.named_modules() if path and not _is_ours(path)],
+        modules=[path for path, _ in state_modules(whole) if path and not _is_ours(path)],
         bias=lora_bias(config.bias for config in configs),
         modules_to_save=tuple(saved),
         task_type=next((config.task_type for config in configs if config.task_type), None),
@@ -68,11 +71,12 @@ def lora_adapter(
 def _checked_layers(root: nn.Module, record: AdapterState, names: tuple[str, ...]) -> dict[str, AdaptedLayer]:
     """The layers with one of the adapters, by path, all of which LoRA can express."""
     load_vectors(root)
-    if sharded := first_split(root):
+    if (sharded := first_split(root)) and sharded[1] not in _GATHERED:
         raise AdapterError(
             f"{sharded[0]}: {sharded[1]} shards its parameters, so no process holds a whole weight. Save the adapter "
-            "(hra_fx.save_adapter, in every process) and convert the files (hra-fx convert --to lora)."
+            "(hra_fx.save_adapter) and convert the files (hra-fx convert --to lora)."
         )
+    reshard(root.modules())
     check_copies(root, collect_parts(root), names)
     paths = {path for name in names for path in layers_with(root, record, name)}
     sites = {path: layer for path, layer in adapted_layers(root).items() if path in paths}
@@ -100,7 +104,7 @@ def _copies(root: nn.Module, names: Iterable[str], sites: Mapping[str, AdaptedLa
             for entry, tensor in copies.tensors(owner, name).items():
                 if entry not in skipped:
                     key = copy_key(path, entry, adapted=path in sites)
-                    found[key.removeprefix(PREFIX)] = tensor.detach().cpu()
+                    found[key.removeprefix(PREFIX)] = full_tensor(tensor.detach()).cpu()
     return found
 
 

@@ -18,6 +18,7 @@ from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.experts_weight import is_transposed
 from hra_fx.layers.quantized.detect import quant_scheme_of
+from hra_fx.layers.sharding import gathered
 from hra_fx.layers.target import weight_place
 from hra_fx.lora.adapter import LoraLayer
 from hra_fx.model.rotate import base_weight
@@ -37,7 +38,8 @@ def lora_layer(path: str, layer: AdaptedLayer, names: Sequence[str], rank: int |
         FoldError: the weight or the vectors are on the meta device, or the vectors of a Gram-Schmidt adapter are
             linearly dependent.
     """
-    with loaded(weight_place(layer)[0]):
+    owner = weight_place(layer)[0]
+    with loaded(owner), gathered(dict.fromkeys((owner, layer, *layer.hra_u.modules()))):
         return _lora_layer(path, layer, names, rank)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hra_fx.errors import AdapterError, HRAWarning
+from hra_fx.layers.sharding import on_first_rank
 from hra_fx.lora.arguments import check_dtype
 from hra_fx.lora.formats.diffusers_parts import adapters_of, parts_of
 from hra_fx.lora.formats.peft import peft_form
@@ -35,7 +36,8 @@ def convert_to_lora(
     zeros.
 
     Args:
-        model: a transformed model; it is not changed. Adapters may be merged.
+        model: a transformed model; it is not changed. Adapters may be merged. With `fully_shard` and tensor
+            parallelism, all processes have to call this.
         adapter_names: the adapters, in the order of the product `W Q_a Q_b`, each at its strength (`set_scale`).
             `None`: the active ones.
         rank: the largest rank of a layer: the best approximation of the weight's change. `None`: exact.
@@ -83,6 +85,9 @@ def save_as_lora(
 ) -> LoraResult:
     """Save adapters as a LoRA that PEFT, vLLM, llama.cpp, diffusers and other runtimes load; see docs/serving.md.
 
+    With `fully_shard` and tensor parallelism, all processes have to call this: they gather one layer at a time, and the
+    first one writes.
+
     Args:
         model_or_pipeline: a transformed model, which becomes a folder in PEFT's format; or a diffusers pipeline with
             transformed parts, a UNet or a transformer of diffusers, which becomes a folder for
@@ -119,11 +124,15 @@ def save_as_lora(
     if kind == "gguf" and not isinstance(model_or_pipeline, nn.Module):
         name = type(model_or_pipeline).__name__
         raise AdapterError(f"GGUF files are for language models, got {name}. Give a folder to save a pipeline.")
-    if kind == "peft" and (parts := parts_of(model_or_pipeline)):
+    parts = parts_of(model_or_pipeline) if kind == "peft" else {}
+    if parts:
         kind, adapters = "diffusers", adapters_of(parts, adapter_names, rank)
     else:
         adapters = {"": lora_adapter(model_or_pipeline, adapter_names, rank)}
-    result = write_lora(adapters, Output(Path(path), kind, chosen, rank_pattern, check))
+        parts = {"": model_or_pipeline}
+    output = Output(Path(path), kind, chosen, rank_pattern, check)
+    tensors = [tensor for part in parts.values() for tensor in part.parameters()]
+    result = on_first_rank(tensors, lambda: write_lora(adapters, output))
     for text in result.warnings:
         warnings.warn(text, HRAWarning, stacklevel=2)
     return result

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from hra_fx.compat import is_exporting, is_replica
 from hra_fx.kernels.dispatch import is_compiling
 from hra_fx.layers.adapter_names import ANCHOR
+from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.batching import factors_in_batches, factors_in_traced_batches
 from hra_fx.layers.class_swap import SwapMixin
 from hra_fx.layers.mixed import CURRENT
-from hra_fx.layers.sharding import is_sharded
+from hra_fx.layers.sharding import gather_groups, is_sharded
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import BASE, get_copies
 from hra_fx.model.mixed import copied_rows, mixed_batch
@@ -47,7 +48,7 @@ class AdaptedModel(SwapMixin):
                     return forward(self, *args, **kwargs)
             if is_exporting():  # which records the state that a forward writes
                 return base.forward(self, *args, **kwargs)
-            layers = _acting_layers(self)
+            layers = _acting_layers(self, in_forward=True)
             if not layers:
                 return base.forward(self, *args, **kwargs)
             with factors_in_traced_batches(layers) if is_compiling() else factors_in_batches(layers):
@@ -105,16 +106,22 @@ class AdaptedModel(SwapMixin):
         state.update({f"{prefix}{key}": own for key, own in self.state_dict().items() if f"{prefix}{key}" in state})
 
 
-def _acting_layers(model: AdaptedModel) -> tuple[nn.Module, ...]:
+def _acting_layers(model: AdaptedModel, *, in_forward: bool = False) -> tuple[nn.Module, ...]:
     """The adapted layers of a model whose adapters are active, if their factors can be computed together.
 
     They cannot in a replica of DataParallel, and where FSDP reduces the gradients of a block before the batch has its.
+    If all vectors are in groups of their own (`fully_shard` of the containers), they are gathered at the start of the
+    forward.
     """
     record = get_state(model)
-    if record is None or record.disabled or is_replica(model) or is_sharded(model):
+    if record is None or record.disabled or is_replica(model):
         return ()
     if not record.active and CURRENT.batch is None:
         return ()
+    if is_sharded(model):
+        boxes = [box for layer in record.layers if (box := get_adapters(layer)) is not None]
+        if not in_forward or is_compiling() or not gather_groups(model, boxes):
+            return ()
     return record.layers
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
+from hra_fx.compat import state_modules
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.layers.adapted_layer import AdaptedLayer
@@ -182,7 +183,7 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """Path -> layer, for every adapted layer in `model`; a shared layer once."""
     return {
         path: module
-        for path, module in model.named_modules()
+        for path, module in state_modules(model)
         if isinstance(module, AdaptedLayer) and REFLECTION in module._modules
     }
 

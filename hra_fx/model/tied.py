@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from hra_fx.compat import is_wrapper_subclass
+from hra_fx.compat import is_wrapper_subclass, state_modules
 from hra_fx.layers.accelerate_hooks import stored
 
 
@@ -48,7 +48,7 @@ def tied_to(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, list[str]
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for path, module in model.named_modules():
+    for path, module in state_modules(model):
         for registered in (module._parameters, module._buffers):
             for name, tensor in registered.items():
                 if tensor is not None and not is_lazy(tensor):

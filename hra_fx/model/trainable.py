@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from hra_fx.compat import state_modules
 from hra_fx.config import HRAConfig
 from hra_fx.errors import UnsupportedLayerError
 from hra_fx.layers.accelerate_hooks import offloading_hook
@@ -163,10 +164,10 @@ def to_copy(
     """Path -> (module, names of its tensors)."""
     found: dict[int, tuple[str, nn.Module, tuple[str, ...]]] = {}
     for root, saved in saved_modules(model, config).items():
-        for below, owner in saved.named_modules():
+        for below, owner in state_modules(saved):
             if names := own_tensors(owner) if _is_base(f"{below}.") else ():
                 found.setdefault(id(owner), (f"{root}.{below}".rstrip("."), owner, names))
-    owners = model.named_modules() if config.bias == "all" else sites.items() if config.bias == "hra_only" else ()
+    owners = state_modules(model) if config.bias == "all" else sites.items() if config.bias == "hra_only" else ()
     for path, owner in owners:
         names = tuple(name for name in _BIASES if owner._parameters.get(name) is not None)
         if _is_base(f"{path}.") and names:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
+from hra_fx.compat import state_modules
 from hra_fx.config import HRAConfig
 from hra_fx.export.inspect import unadapted_layers
 from hra_fx.layers.experts_weight import CHILD
@@ -75,9 +76,9 @@ def not_adapted(model: nn.Module) -> tuple[tuple[SkippedLayer, ...], tuple[str, 
     """
     adapted = set(adapted_layers(model).values())
     roots = set(collect_parts(model).roots)
-    selections = {path: _selections(root) for path, root in model.named_modules() if root in roots}
+    selections = {path: _selections(root) for path, root in state_modules(model) if root in roots}
     skipped, trained = [], []
-    for path, layer in model.named_modules():
+    for path, layer in state_modules(model):
         kind = find_kind(layer)
         if layer in adapted or not path or {REFLECTION, SAVED} & set(path.split(".")):
             continue

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from hra_fx.compat import state_modules
 from hra_fx.config import HRAConfig
 from hra_fx.errors import HRAWarning, SelectionError
 from hra_fx.layers.experts_weight import ExpertsWeight
@@ -186,7 +187,7 @@ def without_unmatched(model: nn.Module, config: HRAConfig) -> HRAConfig:
 
 def _walk(model: nn.Module, *, remove_duplicate: bool = True) -> Iterable[tuple[str, nn.Module]]:
     """Every module except the root and the modules that adapters added."""
-    for path, module in model.named_modules(remove_duplicate=remove_duplicate):
+    for path, module in state_modules(model, remove_duplicate=remove_duplicate):
         if path and _ADAPTER_CHILDREN.isdisjoint(path.split(".")) and not isinstance(module, ExpertsWeight):
             yield path, module
 

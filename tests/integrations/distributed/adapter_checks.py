@@ -11,8 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import transformers
+from huggingface_hub.errors import HFValidationError
 from integrations.distributed.spawned import Check
-from integrations.distributed.trained import CASES, WAYS, Case, output, part_of, shard, train
+from integrations.distributed.trained import CASES, LAYERS, SIZES, WAYS, Case, output, part_of, shard, tokens, train
+from integrations.transformers_use.one_hub import one_hub
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, ShardingStrategy, fully_shard
@@ -23,6 +27,15 @@ from hra_fx.errors import AdapterError, CheckpointError, FoldError, UnsupportedL
 
 MLP, COPIES, ATTENTION = (CASES[name] for name in ("mlp, whole", "mlp, copies", "attention"))
 GS = CASES["mlp, Gram-Schmidt"]
+SHARDED = {name: wrap for name, wrap in WAYS.items() if name != "DDP"}
+
+
+def mixtral() -> nn.Module:
+    sizes = {**SIZES, "num_key_value_heads": 1, "num_local_experts": 2, "experts_implementation": "eager"}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, use_cache=False))
+
+
+EXPERTS = Case(mixtral, tokens, {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}, LAYERS)
 
 
 def every_way() -> list[tuple[str, Case, Callable[[], nn.Module]]]:
@@ -89,6 +102,51 @@ def save_pretrained(rank: int, folder: Path) -> None:
     model.save_pretrained(folder / "given", is_main_process=rank == 0, state_dict=entries)
     torch.distributed.barrier()
     assert close(hra_fx.load_adapter(llama.base(), folder / "given"), llama, output(llama.model(), llama))
+
+
+def as_lora(rank: int, folder: Path) -> None:
+    """Gathered layer by layer; the first process writes, and all get its result and its errors."""
+    cases = {"whole": MLP, "copies": COPIES, "Gram-Schmidt": GS, "convolutions": CASES["resnet"]}
+    for name, case in {**cases, "experts": EXPERTS}.items():
+        alone = hra_fx.save_as_lora(case.model(), folder / f"{name}-alone{rank}")
+        wanted = load_file(alone.path / "adapter_model.safetensors")
+        for way, wrap in SHARDED.items():
+            if (name, way) == ("experts", "FSDP2, every layer"):
+                continue  # the module that stands for a parameter of the experts has none to shard
+            model = wrap(case, case.model())
+            parameters = dict(model.named_parameters())
+            result = hra_fx.save_as_lora(model, folder / f"{name}-{way}-{rank}")
+            assert (result.rows, result.path) == (alone.rows, folder / f"{name}-{way}-0"), (name, way)
+            assert (folder / f"{name}-{way}-{rank}").exists() is (rank == 0)
+            found = load_file(result.path / "adapter_model.safetensors")
+            assert found.keys() == wanted.keys()
+            assert all(torch.equal(found[key], wanted[key]) for key in wanted), (name, way)
+            assert all(p is parameters[key] for key, p in model.named_parameters())
+            assert close(model, case, output(case.model(), case))
+            found = hra_fx.convert_to_lora(model)[1]  # from what FSDP2 has gathered for a forward
+            assert all(torch.equal(found[key], wanted[key]) for key in wanted), (name, way)
+    (folder / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"file: is a file"):
+        hra_fx.save_as_lora(shard(MLP.model()), folder / "file")
+
+
+def uploads(rank: int, folder: Path) -> None:
+    """Each process has a Hub of its own: the first one uploads, and all get the URL and the error."""
+    llama = CASES["llama"]
+    for wrap in SHARDED.values():
+        model: Any = wrap(llama, llama.model())
+        with one_hub() as files:
+            url = hra_fx.push_to_hub(model, "user/name", token="hf_x")
+            assert bool(files) is (rank == 0) and url.endswith("/user/name/commit/1")
+        for options in ({}, {"is_main_process": rank == 0}):
+            with one_hub() as files:
+                name = folder / "user" / "name"
+                model.save_pretrained(name, push_to_hub=True, repo_id="user/name", token="hf_x", **options)
+                assert bool(files) is (rank == 0)
+                names = ("README.md", "adapter_config.json", "adapter_model.safetensors")
+                assert rank or files == {entry: (name / entry).read_bytes() for entry in names}
+    with one_hub(), pytest.raises(HFValidationError):
+        hra_fx.push_to_hub(model, "not/a/name", token="hf_x")
 
 
 def strength_and_disabling(rank: int, folder: Path) -> None:
@@ -270,6 +328,7 @@ def full_state(rank: int, folder: Path) -> None:
 
 CHECKS: dict[str, Check] = {
     **{"save and load": save_and_load, "who writes": who_writes, "save_pretrained": save_pretrained},
+    **{"as LoRA": as_lora, "uploads": uploads},
     **{"strength and disabling": strength_and_disabling, "pictures": pictures},
     **{"fold under DDP": fold_under_ddp, "merged, then sharded": merged_then_sharded, "under DDP": under_ddp},
     **{"refused when sharded": refused_when_sharded, "refused copies": refused_copies},

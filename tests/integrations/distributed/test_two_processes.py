@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from integrations.distributed import adapter_checks, meta_checks, scale_checks, training_checks
+from integrations.distributed import accelerate_checks, adapter_checks, meta_checks, scale_checks, training_checks
 from integrations.distributed.spawned import run
 
 
@@ -20,6 +20,16 @@ def training_failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
 @pytest.fixture(scope="module")
 def meta_failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return run({**meta_checks.CHECKS, **scale_checks.CHECKS}, tmp_path_factory.mktemp("meta"))
+
+
+@pytest.fixture(scope="module")
+def accelerate_failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return run(accelerate_checks.CHECKS, tmp_path_factory.mktemp("accelerate"))
+
+
+@pytest.mark.parametrize("name", accelerate_checks.CHECKS)
+def test_accelerate_and_the_trainer_in_two_processes(name: str, accelerate_failures: dict[str, str]) -> None:
+    assert not accelerate_failures[name], accelerate_failures[name]
 
 
 @pytest.mark.parametrize("name", meta_checks.CHECKS)

@@ -11,7 +11,19 @@ from typing import Any
 import pytest
 import torch
 from integrations.distributed.spawned import Check
-from integrations.distributed.trained import CASES, F64, WAYS, loss_of, output, part_of, same, shard, train, trained
+from integrations.distributed.trained import (
+    CASES,
+    F64,
+    WAYS,
+    Case,
+    loss_of,
+    output,
+    part_of,
+    same,
+    shard,
+    train,
+    trained,
+)
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
@@ -20,6 +32,7 @@ from transformers import TrainingArguments
 
 import hra_fx
 from hra_fx.integrations import HRATrainer
+from hra_fx.layers.sharding import full_tensor
 
 MLP, BERT = CASES["mlp, whole"], CASES["bert"]
 
@@ -49,6 +62,64 @@ def evaluation_between_steps(rank: int, folder: Path) -> None:
         same(trained(alone), trained(together))
 
 
+def with_vectors_apart(case: Case, model: nn.Module, *, reshard_after_forward: bool = False) -> nn.Module:
+    """FSDP2 with all vectors in one group, which the root gathers at the start of its forward."""
+    boxes = [part for path, part in model.named_modules() if path.endswith(".hra_u")]
+    fully_shard(boxes, reshard_after_forward=reshard_after_forward)
+    return shard(model, case.units)
+
+
+def vectors_apart(rank: int, folder: Path) -> None:
+    """Their factors are computed in batches: as few operators as without shards, and one gather and one reduction."""
+    for name, case in CASES.items():
+        alone = case.model()
+        losses = train(alone, case)
+        for again in (False, True):
+            for evaluate in (False, True):
+                together = with_vectors_apart(case, case.model(), reshard_after_forward=again)
+                found = train(together, case, part_of(rank), evaluate=evaluate)
+                assert found == pytest.approx(losses, abs=1e-13), name
+                same(trained(alone), trained(together))
+        hra_fx.save_adapter(together, folder / name)
+        torch.distributed.barrier()
+        loaded = hra_fx.load_adapter(case.base(), folder / name)
+        assert (output(loaded, case) - output(alone.eval(), case)).abs().max() < 1e-12, name
+
+
+def gradients_of_inputs(rank: int, folder: Path) -> None:
+    """FSDP2's hooks would reduce the gradients of the group when the input of the first layer has its own."""
+    for name in ("mlp, whole", "convolutions", "attention"):
+        case = CASES[name]
+        found = []
+        for model, part in ((case.model(), slice(None)), (with_vectors_apart(case, case.model()), part_of(rank))):
+            x, labels = case.data()
+            loss_of(model(x[part].requires_grad_()), labels[part]).backward()
+            gradients = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
+            found.append({key: full_tensor(gradient) for key, gradient in gradients.items()})
+        same(*found)
+
+
+def launched(model: nn.Module, case: Case) -> tuple[int, dict[str, int]]:
+    """Operators of the factors, and collectives, of a step."""
+    x, labels = case.data()
+    for _ in range(2):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            loss_of(model(x), labels).backward()
+    names = [event.name for event in profile.events()]
+    collectives = {name: names.count(f"c10d::_{name}_base_") for name in ("allgather", "reduce_scatter")}
+    return sum(name.startswith("aten::") for name in names), collectives
+
+
+def launches(rank: int, folder: Path) -> None:
+    case = CASES["llama"]
+    alone, _ = launched(case.model(), case)
+    own, by_blocks = launched(shard(case.model(), case.units), case)
+    batched, apart = launched(with_vectors_apart(case, case.model()), case)
+    assert by_blocks == {"allgather": 2 * 2 + 1, "reduce_scatter": 2}
+    assert apart == {"allgather": 2 * 2 + 1 + 1, "reduce_scatter": 1}
+    assert batched - alone < (own - alone) / 2
+
+
 def orthogonality(rank: int, folder: Path) -> None:
     def term(model: nn.Module) -> Any:
         return 0.1 * hra_fx.orthogonality_loss(model)
@@ -58,7 +129,7 @@ def orthogonality(rank: int, folder: Path) -> None:
     without = MLP.model()
     train(without, MLP)
     assert (trained(alone)["0.hra_u.default"] - trained(without)["0.hra_u.default"]).abs().max() > 1e-3
-    for wrap in (*WAYS.values(), kept_whole):
+    for wrap in (*WAYS.values(), kept_whole, with_vectors_apart):
         together = wrap(MLP, MLP.model())
         train(together, MLP, part_of(rank), term=term)
         same(trained(alone), trained(together))
@@ -80,7 +151,7 @@ def orthogonality_apart(rank: int, folder: Path) -> None:
         return trained(model)
 
     alone = gradients(MLP.model())
-    for wrap in (WAYS["FSDP2, whole"], WAYS["FSDP2, parts"], kept_whole):
+    for wrap in (WAYS["FSDP2, whole"], WAYS["FSDP2, parts"], kept_whole, with_vectors_apart):
         same(alone, gradients(wrap(MLP, MLP.model())))
 
 
@@ -129,7 +200,7 @@ def left_out_on_purpose(rank: int, folder: Path) -> None:
 def compiled(rank: int, folder: Path) -> None:
     alone = MLP.model()
     losses = train(alone, MLP)
-    for wrap in (WAYS["DDP"], WAYS["FSDP2, whole"]):
+    for wrap in (WAYS["DDP"], WAYS["FSDP2, whole"], with_vectors_apart):
         together = torch.compile(wrap(MLP, MLP.model()), backend="aot_eager")
         assert train(together, MLP, part_of(rank)) == pytest.approx(losses, abs=1e-13)
 
@@ -203,6 +274,11 @@ def hra_trainer(rank: int, folder: Path) -> None:
 CHECKS: dict[str, Check] = {
     **{f"losses and vectors: {case}": functools.partial(losses_and_vectors, case) for case in CASES},
     "an evaluation between steps": evaluation_between_steps,
+    **{
+        "vectors in a group of their own": vectors_apart,
+        "launches": launches,
+        "gradients of inputs": gradients_of_inputs,
+    },
     **{"orthogonality": orthogonality, "orthogonality, a backward of its own": orthogonality_apart},
     **{"several adapters": several_adapters, "an adapter that DDP does not know": unknown_to_ddp},
     **{"what DDP is told to ignore": left_out_on_purpose},

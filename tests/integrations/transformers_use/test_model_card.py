@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import re
-import threading
 import warnings
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from integrations.transformers_use.one_hub import one_hub
 from integrations.transformers_use.tiny import adapted, batch, llama, trainer_of, turn
 from oracles import relative_error
 from torch import Tensor, nn
@@ -143,72 +139,11 @@ def test_the_trainers_card_gets_the_metadata(shape: str, tmp_path: Path) -> None
     assert "# mine" in card.text and "hra_fx" in card.data.tags and card.data.library_name == "peft"
 
 
-# A server on this machine that takes uploads as the Hub does
-
-
-class Hub(BaseHTTPRequestHandler):
-    """One repository, whose files are kept in `files`."""
-
-    files: dict[str, bytes]
-
-    def do_HEAD(self) -> None:
-        known = self.path.startswith("/user/name/resolve/main/") and self.path.rpartition("/")[2] in self.files
-        headers = {"ETag": '"1"', "X-Repo-Commit": "1"} if known else {"X-Error-Code": "EntryNotFound"}
-        self.answer(200 if known else 404, {}, headers)
-
-    def do_GET(self) -> None:
-        self.answer(404, {}, {"X-Error-Code": "EntryNotFound"})
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.path.endswith("/preupload/main"):
-            files = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
-            ]
-            self.answer(200, {"files": files})
-        elif self.path.endswith("/commit/main"):
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            self.answer(200, {"commitUrl": f"{self.repository}/commit/1", "commitOid": "1"})
-        else:
-            self.answer(200, {"url": self.repository, "id": "user/name", "name": "user/name"})
-
-    @property
-    def repository(self) -> str:
-        return f"http://{self.headers['Host']}/user/name"
-
-    def answer(self, status: int, content: object, headers: dict[str, str] | None = None) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, *args: object) -> None:
-        """Nothing: the output of the tests stays readable."""
-
-
 @pytest.fixture
-def files(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
+def files() -> Iterator[dict[str, bytes]]:
     """The files of the repository `user/name` of a Hub."""
-    held: dict[str, bytes] = {}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("OneHub", (Hub,), {"files": held}))
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    address = f"http://127.0.0.1:{server.server_port}"
-    template = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(
-        huggingface_hub.constants.ENDPOINT, address
-    )
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    yield held
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with one_hub() as held:
+        yield held
 
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]

@@ -1,0 +1,284 @@
+"""FSDP2 by accelerate and by transformers' Trainer, against one process."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from integrations.distributed.spawned import Check
+from integrations.distributed.trained import (
+    CASES,
+    F64,
+    PROJECTIONS,
+    Case,
+    llama,
+    loss_of,
+    part_of,
+    same,
+    trained,
+)
+from safetensors.torch import load_file
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
+
+import hra_fx
+
+#: Vectors in a group of FSDP2 before accelerate sees the model.
+APART = "vectors in a group of their own"
+BY_BLOCK = {"auto_wrap_policy": "transformer_based_wrap"}
+
+
+@contextmanager
+def fsdp_on_cpu() -> Iterator[None]:
+    """A block in which accelerate's FSDP works on CPUs, with all of its own code but the look at the devices.
+
+    `AcceleratorState` turns the kinds of distribution over accelerators into FSDP, and not that over CPUs.
+    """
+    own, environment = AcceleratorState.__init__, dict(os.environ)
+
+    @functools.wraps(own)
+    def __init__(self: Any, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None:
+        own(self, *args, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AcceleratorState, "__init__", __init__)
+        try:
+            yield
+        finally:
+            forget(environment)
+
+
+def forget(environment: dict[str, str]) -> None:
+    """What accelerate keeps in the process: its state, and variables."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def prepared(model: nn.Module, **options: Any) -> tuple[Accelerator, nn.Module, Any]:
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **options)
+    accelerator = Accelerator(fsdp_plugin=plugin, cpu=True)
+    vectors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return accelerator, *accelerator.prepare(model, torch.optim.SGD(vectors, lr=0.5, momentum=0.5))
+
+
+def steps(accelerator: Accelerator, model: nn.Module, optimizer: Any, case: Case, count: int) -> list[float]:
+    x, labels = case.data()
+    part = part_of(accelerator.process_index)
+    losses = []
+    for _ in range(count):
+        loss = loss_of(model(x[part]), labels[part])
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(accelerator.reduce(loss.detach(), "mean")))
+    return losses
+
+
+def alone(case: Case, count: int) -> tuple[list[float], nn.Module]:
+    model = case.model()
+    vectors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(vectors, lr=0.5, momentum=0.5)
+    x, labels = case.data()
+    losses = []
+    for _ in range(count):
+        loss = loss_of(model(x), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses, model
+
+
+def without_values(model: nn.Module) -> nn.Module:
+    """As transformers loads it in all processes but the first, for `cpu_ram_efficient_loading`."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    return model
+
+
+def falls_back(rank: int, folder: Path) -> None:
+    """Without a word; docs/large-models.md says so."""
+    environment = dict(os.environ)
+    accelerator, model, _ = prepared(CASES["llama"].model(), **BY_BLOCK)
+    assert isinstance(model, DistributedDataParallel) and not accelerator.is_fsdp2
+    forget(environment)
+
+
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "blocks": ("llama", BY_BLOCK),
+    "blocks that stay gathered": ("llama", {**BY_BLOCK, "reshard_after_forward": False}),
+    "activation checkpointing": ("llama", {**BY_BLOCK, "activation_checkpointing": True}),
+    "weights of the first process": ("llama", {**BY_BLOCK, "cpu_ram_efficient_loading": True}),
+    "checkpointing of the model": ("llama, checkpointing", BY_BLOCK),
+    APART: ("llama, checkpointing", BY_BLOCK),
+    # Its _no_split_modules are nested, which accelerate 1.15 shards twice.
+    "BERT": ("bert", {**BY_BLOCK, "transformer_cls_names_to_wrap": ["BertLayer"], "cpu_ram_efficient_loading": True}),
+    "whole": ("mlp, odd rank", {"auto_wrap_policy": "NO_WRAP"}),
+    "by size": ("mlp, Gram-Schmidt", {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 100}),
+}
+
+
+def trains(way: str, rank: int, folder: Path) -> None:
+    name, options = WAYS[way]
+    case = CASES[name]
+    losses, wanted = alone(case, 3)
+    with fsdp_on_cpu():
+        own = case.model()
+        if rank and options.get("cpu_ram_efficient_loading"):
+            without_values(own)
+        if way == APART:
+            fully_shard([part for path, part in own.named_modules() if path.endswith(".hra_u")])
+        accelerator, model, optimizer = prepared(own, **options)
+        assert accelerator.is_fsdp2
+        assert steps(accelerator, model, optimizer, case, 3) == pytest.approx(losses, abs=1e-12)
+        found = {key.replace("_checkpoint_wrapped_module.", ""): value for key, value in trained(model).items()}
+        same(trained(wanted), found, within=1e-12)
+        same_files(model, wanted, rank, folder)
+
+
+def same_files(model: nn.Module, wanted: nn.Module, rank: int, folder: Path) -> None:
+    """`save_adapter`, and `save_as_lora`, from shards."""
+    for save in (hra_fx.save_adapter, hra_fx.save_as_lora):
+        own = folder / f"{save.__name__}-{rank}"
+        save(wanted, own)
+        save(model, folder / save.__name__)
+        distributed.barrier()
+        left, right = (load_file(place / "adapter_model.safetensors") for place in (own, folder / save.__name__))
+        same(left, right, within=1e-12 if save is hra_fx.save_adapter else 1e-6)  # LoRA is in float32
+
+
+def states(kind: str, rank: int, folder: Path) -> None:
+    """`save_state` and `load_state`, with the optimizer."""
+    case = CASES["llama"]
+    losses, wanted = alone(case, 4)
+    with fsdp_on_cpu():
+        accelerator, *others = prepared(case.model(), **BY_BLOCK, state_dict_type=kind)
+        assert steps(accelerator, *others, case, 2) == pytest.approx(losses[:2], abs=1e-12)
+        accelerator.save_state(str(folder))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator, model, optimizer = prepared(without_values(case.model()), **BY_BLOCK, state_dict_type=kind)
+        accelerator.load_state(str(folder))
+        assert steps(accelerator, model, optimizer, case, 2) == pytest.approx(losses[2:], abs=1e-12)
+        same(trained(wanted), trained(model), within=1e-12)
+
+
+class Items(torch.utils.data.Dataset[Any]):
+    """Four batches of eight, all of them different."""
+
+    def __init__(self) -> None:
+        self.x = torch.randint(0, 19, (32, 6), generator=torch.Generator().manual_seed(2))
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.x[index], "labels": self.x[index]}
+
+
+def of_peft(base: nn.Module, config: hra_fx.HRAConfig) -> nn.Module:
+    own = peft.HRAConfig(r=config.r, target_modules=config.target_modules)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a name that transformers has renamed
+        model: Any = peft.get_peft_model(base, own)
+    model.to(F64)
+    hra_fx.accelerate_peft(model)
+    return model
+
+
+MAKES: dict[str, Callable[..., nn.Module]] = {
+    "transform": hra_fx.transform,
+    "get_peft_model": hra_fx.get_peft_model,
+    "PEFT's HRA": of_peft,
+}
+
+
+def made(make: str) -> Any:
+    torch.manual_seed(0)
+    base = llama().to(F64)
+    return MAKES[make](base, hra_fx.HRAConfig(r=4, **PROJECTIONS))
+
+
+def trainer_of(make: str, folder: Path, count: int, config: dict[str, Any]) -> Trainer:
+    arguments = TrainingArguments(
+        **{"output_dir": str(folder), "max_steps": count, "per_device_train_batch_size": 4, "learning_rate": 0.01},
+        **{"lr_scheduler_type": "constant", "max_grad_norm": 0.01, "use_cpu": True, "report_to": [], "save_steps": 2},
+        **{"logging_steps": 1, "disable_tqdm": True, "dataloader_pin_memory": False},
+        **{"train_sampling_strategy": "sequential", "fsdp": True, "fsdp_config": {"version": 2, **config}},
+    )
+    return Trainer(made(make), arguments, train_dataset=Items())
+
+
+def by_hand(make: str) -> Any:
+    model = made(make)
+    vectors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(vectors, lr=0.01, weight_decay=0.0)
+    for batch in Items().x.split(8):
+        model(input_ids=batch, labels=batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(vectors, 0.01)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+FULL = {"state_dict_type": "FULL_STATE_DICT"}
+PARTS = {"state_dict_type": "SHARDED_STATE_DICT"}
+FILES = {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def with_trainer(make: str, config: dict[str, Any], rank: int, folder: Path) -> None:
+    """Two steps and a checkpoint, and two more in a new Trainer, are four steps of one process."""
+    wanted = by_hand(make)
+    if rank == 0:
+        wanted.save_pretrained(folder / "wanted")
+    for count in (2, 4):
+        with fsdp_on_cpu(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # those of PEFT and of the Trainer
+            trainer = trainer_of(make, folder / "out", count, config)
+            trainer.train(resume_from_checkpoint=count == 4)
+            assert trainer.accelerator.is_fsdp2
+            trainer.save_model(str(folder / f"final-{count}"))
+            if make != "PEFT's HRA":
+                hra_fx.save_adapter(trainer.model, folder / f"own-{count}")
+            distributed.barrier()
+            # With state_dict_type="SHARDED_STATE_DICT", the Trainer saves shards in checkpoints, and no model.
+            files = {path.name for path in (folder / f"final-{count}").glob("adapter*")}
+            assert files == (FILES if config["state_dict_type"] == "FULL_STATE_DICT" else set())
+            saved = folder / (f"final-{count}" if files else f"own-{count}")
+    same(*(load_file(place / "adapter_model.safetensors") for place in (folder / "wanted", saved)), within=1e-9)
+
+
+CHECKS: dict[str, Check] = {
+    "accelerate falls back to DDP on CPUs": falls_back,
+    **{f"accelerate: {way}": functools.partial(trains, way) for way in WAYS},
+    **{f"accelerate: {kind}": functools.partial(states, kind) for kind in ("SHARDED_STATE_DICT", "FULL_STATE_DICT")},
+    **{
+        f"Trainer: {make}, {', '.join(config.values())}, {also}": functools.partial(
+            with_trainer, make, {**config, also: "true"}
+        )
+        for make, config, also in [
+            ("get_peft_model", FULL, "activation_checkpointing"),
+            ("get_peft_model", PARTS, "cpu_ram_efficient_loading"),
+            ("transform", PARTS, "activation_checkpointing"),
+            ("transform", FULL, "cpu_ram_efficient_loading"),
+            ("PEFT's HRA", FULL, "cpu_ram_efficient_loading"),
+        ]
+    },
+}
