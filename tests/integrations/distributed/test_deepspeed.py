@@ -46,19 +46,32 @@ def losses(base: Path, stage: int, steps: int, output: Path, *options: str, proc
     return json.loads(done.stdout.rpartition("losses: ")[2])
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_it_trains_saves_and_resumes_as_one_process_does(base: Path, tmp_path: Path, stage: int) -> None:
-    expected = losses(base, 0, 4, tmp_path / "one")
-    assert losses(base, stage, 2, tmp_path / "two") == pytest.approx(expected[:2], abs=1e-5)
-    resumed = losses(base, stage, 4, tmp_path / "two", "--resume")
-    assert resumed == pytest.approx(expected, abs=1e-5)
-    assert max(expected) - min(expected) > 1e-2  # other losses than these would not do
-    saved, wanted = (load_file(tmp_path / name / "final" / "adapter_model.safetensors") for name in ("two", "one"))
+@pytest.fixture(scope="module")
+def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], Path]:
+    """Losses of one process without DeepSpeed, and its adapter."""
+    folder = tmp_path_factory.mktemp("plain")
+    found = losses(base, 0, 4, folder)
+    assert max(found) - min(found) > 1e-2  # else other losses would do
+    return found, folder
+
+
+def check_saved(folder: Path, expected: Path) -> None:
+    saved, wanted = (load_file(place / "final" / "adapter_model.safetensors") for place in (folder, expected))
     assert len(wanted) == 14
     torch.testing.assert_close(saved, wanted, atol=1e-4, rtol=0)
 
 
-def test_zero_3_in_one_process(base: Path, tmp_path: Path) -> None:
+def test_zero_2(base: Path, plain: tuple[list[float], Path], tmp_path: Path) -> None:
+    assert losses(base, 2, 4, tmp_path) == pytest.approx(plain[0], abs=1e-5)
+    check_saved(tmp_path, plain[1])
+
+
+def test_zero_3_and_a_restart_from_its_checkpoint(base: Path, plain: tuple[list[float], Path], tmp_path: Path) -> None:
+    assert losses(base, 3, 2, tmp_path) == pytest.approx(plain[0][:2], abs=1e-5)
+    assert losses(base, 3, 4, tmp_path, "--resume") == pytest.approx(plain[0], abs=1e-5)
+    check_saved(tmp_path, plain[1])
+
+
+def test_zero_3_in_one_process(base: Path, plain: tuple[list[float], Path], tmp_path: Path) -> None:
     """It makes vectors whole at the start of a step, and partitions them in the middle of the backward pass."""
-    expected = losses(base, 0, 3, tmp_path / "plain")
-    assert losses(base, 3, 3, tmp_path / "one", processes=1) == pytest.approx(expected, abs=1e-5)
+    assert losses(base, 3, 3, tmp_path, processes=1) == pytest.approx(plain[0][:3], abs=1e-5)
