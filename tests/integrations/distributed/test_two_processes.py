@@ -27,6 +27,7 @@ def accelerate_failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
     return run(accelerate_checks.CHECKS, tmp_path_factory.mktemp("accelerate"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", accelerate_checks.CHECKS)
 def test_accelerate_and_the_trainer_in_two_processes(name: str, accelerate_failures: dict[str, str]) -> None:
     assert not accelerate_failures[name], accelerate_failures[name]
