@@ -388,7 +388,7 @@ CHECKS: dict[str, Check] = {
     **{"collectives": collectives, "save and load": save_and_load, "checkpoints": checkpoints},
     **{"several adapters": several_adapters, "regularizer": regularizer, "reported": reported},
     **{"vectors of the first": vectors_of_the_first, "merged, then split": merged_then_split},
-    **{"other readers": other_readers, "refused": refused, "refused layers": refused_layers},
+    **{"other readers": other_readers, "as LoRA": as_lora, "refused": refused, "refused layers": refused_layers},
     **{"interrupted": interrupted, "compiled": compiled},
     **{"transformers' plan": transformers_plan, "transformers, refused": transformers_refused},
 }
