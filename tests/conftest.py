@@ -13,6 +13,9 @@ import pytest
 import torch
 from browser import NAMES, find_browser
 
+#: It registers operators, which torch refuses a second time: pytest would import it once more, to look for doctests.
+collect_ignore = ["second_device.py"]
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:

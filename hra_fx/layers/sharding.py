@@ -56,7 +56,7 @@ def first_split(model: nn.Module) -> tuple[str, str] | None:
 
 def _split_by(module: nn.Module) -> str | None:
     """The tool that leaves a part of a module with adapters or copies."""
-    if not {REFLECTION, SAVED} & module._modules.keys():
+    if REFLECTION not in module._modules and SAVED not in module._modules:
         return None
     if is_partitioned(module):
         return "DeepSpeed"
