@@ -50,7 +50,7 @@ demo-language: $(VENV)/demo.stamp ## The same for SmolLM2, a language model (a f
 demo-vision: $(VENV)/demo.stamp ## The same for a ResNet and handwritten digits.
 	$(BIN)/python examples/resnet_mnist.py --output $(OUT)/vision
 
-test: $(VENV)/test.stamp ## Run the tests and the doctests, without those marked slow (about 6 minutes on 2 cores).
+test: $(VENV)/test.stamp ## Run the tests and the doctests, without those marked slow (about 12 minutes on 2 cores).
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST_FLAGS)
 
 test-all: test $(VENV)/deepspeed.stamp ## Run all tests, the slow ones too.
