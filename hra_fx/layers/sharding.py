@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from hra_fx.compat import has_own_hooks
 from hra_fx.layers.partitioned import is_partitioned
 from hra_fx.layers.target import REFLECTION, SAVED
 
@@ -105,7 +106,7 @@ def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
     The hooks would reduce its gradients as soon as an input has its own, before a computation shared by layers does.
     """
-    hooked = bool(module._forward_pre_hooks) and sharded_by(module) == "fully_shard"
+    hooked = has_own_hooks(module) and sharded_by(module) == "fully_shard"
     if hooked and not any(map(is_dtensor, module._parameters.values())):
         return module.forward(*args, **kwargs)
     return module(*args, **kwargs)
