@@ -112,7 +112,7 @@ def save_pretrained(
         safe_serialization: must be True; pickle files are never written.
 
     Raises:
-        AdapterError: there is no such adapter, `state_dict` lacks its entries, or `safe_serialization=False`.
+        AdapterError: the adapter does not exist, `state_dict` lacks its entries, or `safe_serialization` is False.
         CheckpointError: see `save_adapter`.
     """
     if not safe_serialization:

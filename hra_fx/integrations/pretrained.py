@@ -64,7 +64,7 @@ class AdaptedPretrainedModel(AdaptedModel):
                 class (`max_shard_size`, `variant`) are ignored.
 
         Raises:
-            AdapterError: `safe_serialization=False`, or there is no such adapter.
+            AdapterError: `safe_serialization` is False, or the adapter does not exist.
             CheckpointError: the adapter cannot be written.
         """
         options = {

@@ -7,13 +7,14 @@ the meta device otherwise. accelerate is not imported: if it is not loaded, no m
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hra_fx.compat import module_of_caller
 
 #: The functions in it move and tie parameters, which they read as attributes of a module.
 _MOVES_PARAMETERS = "accelerate.utils.modeling"
@@ -109,7 +110,7 @@ def reads_parameters() -> bool:
 
     It moves a parameter to another device by `getattr`, and stores the result as the parameter.
     """
-    return sys._getframe(3).f_globals.get("__name__") == _MOVES_PARAMETERS
+    return module_of_caller(3) == _MOVES_PARAMETERS
 
 
 def _place(module: nn.Module, name: str) -> tuple[MutableMapping[str, Tensor], str] | None:

@@ -22,7 +22,7 @@ _STYLES = ("ColwiseParallel", "RowwiseParallel")
 def parallel_forward(layer: nn.Module) -> dict[str, CellType] | None:
     """The variables of the `forward` that transformers set on a layer, by name.
 
-    `None` if there is no such forward, or its style is neither column- nor row-wise.
+    `None` if the layer does not have such a forward, or if its style is not column-wise or row-wise.
     """
     forward: Any = vars(layer).get("forward")
     if getattr(forward, "__module__", None) != _MODULE or not getattr(forward, "__closure__", None):

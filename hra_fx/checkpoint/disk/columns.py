@@ -37,7 +37,7 @@ def in_columns(
     known = _known(chain, weight, architecture, given) if len(others) == 1 else False
     if known is None and rows == width == d:
         raise CheckpointError(
-            f"{weight.file}: {weight.name} is square, {tuple(weight.shape)}, and there is no config.json of a "
+            f"{weight.file}: {weight.name} is square, {tuple(weight.shape)}, and the folder has no config.json of a "
             "transformers, diffusers or timm model, so the layout is ambiguous: (out, in), or (in, out) as in "
             "GPT-2. Pass columns=[] (--rows) if every weight is (out, in), or columns=[names] (--columns NAME) to "
             "name layers that are (in, out)."

@@ -188,7 +188,7 @@ def test_square_experts_of_an_unknown_model(tmp_path: Path) -> None:
         {key: tensor for key, tensor in model.state_dict().items() if "experts" in key},
         tmp_path / "base" / "model.safetensors",
     )
-    assert "down_proj is square, (4, 16, 16), and there is no config.json" in refused(tmp_path)
+    assert "down_proj is square, (4, 16, 16), and the folder has no config.json" in refused(tmp_path)
     hra_fx.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "rows", columns=[])
     hra_fx.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "columns", columns=["experts.down_proj"])
     key, own = next(iter(vectors_of(tmp_path / "adapter").items()))

@@ -248,9 +248,9 @@ def test_a_square_weight_of_an_unknown_model(tmp_path: Path) -> None:
     base(tmp_path, **{"0.weight": nn.Linear(6, 6).weight.detach()})
     made.stack_adapter(tmp_path / "adapter", layers=1)
     assert refused(tmp_path) == (
-        "base/model.safetensors: 0.weight is square, (6, 6), and there is no config.json of a transformers, diffusers "
-        "or timm model, so the layout is ambiguous: (out, in), or (in, out) as in GPT-2. Pass columns=[] (--rows) if "
-        "every weight is (out, in), or columns=[names] (--columns NAME) to name layers that are (in, out)."
+        "base/model.safetensors: 0.weight is square, (6, 6), and the folder has no config.json of a transformers, "
+        "diffusers or timm model, so the layout is ambiguous: (out, in), or (in, out) as in GPT-2. Pass columns=[] "
+        "(--rows) if every weight is (out, in), or columns=[names] (--columns NAME) to name layers that are (in, out)."
     )
     results = {}
     for name, columns in (("rows", []), ("columns", ["0"])):
