@@ -2,69 +2,32 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import accelerate
-import bitsandbytes
 import moe_models
 import pytest
 import torch
 import transformers
 from accelerate.hooks import remove_hook_from_submodules
-from adapting import picture
-from integrations.distributed.trained import CASES, F64, SIZES, Case, adapted, close, output, train, trained
+from integrations.distributed.offloading import (
+    CPU,
+    EVERY,
+    MLP,
+    OFFLOADS,
+    WHEN,
+    offload,
+)
+from integrations.distributed.trained import CASES, F64, SIZES, adapted, close, output, train, trained
 from safetensors.torch import load_file
 from second_device import LAZY
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.errors import AdapterError, FoldError, UnsupportedLayerError
-
-CPU = torch.device("cpu")
-
-
-def dispatched(model: nn.Module, folder: Path) -> nn.Module:
-    """The first part on the disk, the others in place, with hooks all the same."""
-    places = dict.fromkeys((name for name, _ in model.named_children()), "cpu")
-    places[next(iter(places))] = "disk"
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
-    accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(folder), force_hooks=True)
-    return model
-
-
-def partly(model: nn.Module, folder: Path) -> nn.Module:
-    """The first part in CPU memory, the others on a device, which executes all of them."""
-    places = {name: LAZY for name, _ in model.named_children()}
-    places[next(iter(places))] = "cpu"  # type: ignore[assignment]
-    return accelerate.dispatch_model(model, places, main_device=LAZY)
-
-
-OFFLOADS: dict[str, Callable[[nn.Module, Path], object]] = {
-    "CPU": lambda model, folder: accelerate.cpu_offload(model, execution_device=CPU),
-    "CPU, for another device": lambda model, folder: accelerate.cpu_offload(model, execution_device=LAZY),
-    "CPU, in a device map": partly,
-    "disk": lambda model, folder: accelerate.disk_offload(model, str(folder), execution_device=CPU),
-    "device map": dispatched,
-}
-WHEN: dict[str, Callable[[Case, str, Path], nn.Module]] = {
-    "before": lambda case, way, folder: adapted(offload(case.base(), way, folder), case),
-    "after": lambda case, way, folder: offload(case.model(), way, folder),
-}
-MODELS = ["mlp, Gram-Schmidt", "convolutions", "llama"]
-EVERY = [(name, "CPU") for name in MODELS] + [("llama", "disk"), ("llama", "device map")]
-EVERY += [("mlp, whole", way) for way in OFFLOADS]
-MLP = CASES["mlp, whole"]
-COPIES = CASES["mlp, copies"]
-
-
-def offload(model: nn.Module, way: str, folder: Path) -> nn.Module:
-    OFFLOADS[way](model.eval(), folder)
-    assert any(parameter.is_meta for parameter in model.parameters())
-    return model
+from hra_fx.errors import FoldError
 
 
 @pytest.mark.parametrize("when", WHEN)
@@ -310,108 +273,3 @@ def test_a_checkpoint_that_is_loaded_from_its_files_in_each_call(tmp_path: Path)
         hra_fx.fold(model)
     assert close(output(model, case), output(plain, case))
     assert {path: path.read_bytes() for path in files} == files
-
-
-# ---- what is refused ----
-
-
-def refuses(model: nn.Module, kind: type[Exception], message: str, call: Callable[[], object]) -> None:
-    before, values = picture(model), output(model, MLP)
-    found = picture(model)  # a forward replaces the tensors that are offloaded
-    with pytest.raises(kind, match=message):
-        call()
-    after = picture(model)
-    assert after["classes"] == before["classes"]
-    assert after["keys"] == before["keys"]
-    assert after["modes"] == found["modes"]
-    assert [entry[2] for entry in after["parameters"]] == [entry[2] for entry in before["parameters"]]  # type: ignore[attr-defined]
-    assert torch.equal(output(model, MLP), values)
-
-
-@pytest.mark.parametrize("when", WHEN)
-@pytest.mark.parametrize("way", OFFLOADS)
-def test_merges_and_folds_into_files(way: str, when: str, tmp_path: Path) -> None:
-    model = WHEN[when](MLP, way, tmp_path)
-    message = "^0: accelerate offloads its weight, and a merge keeps a copy of each weight in memory"
-    refuses(model, FoldError, message, lambda: hra_fx.merge_adapter(model))
-    if not way.startswith("CPU"):
-        message = "^0: accelerate loads its weight from files.*fold_checkpoint"
-        refuses(model, FoldError, message, lambda: hra_fx.fold(model))
-        refuses(model, FoldError, message, lambda: hra_fx.plan_fold(model))
-    remove_hook_from_submodules(model)
-    model.to(CPU)  # new vectors are where their layers were executed
-    hra_fx.merge_adapter(model)
-    assert close(output(hra_fx.fold(model), MLP), output(MLP.model(), MLP))
-
-
-def test_a_comparison_with_folded_weights(tmp_path: Path) -> None:
-    model, x = offload(MLP.base(), "CPU", tmp_path), MLP.data()[0]
-    settings = hra_fx.HRAConfig(r=2, target_modules=["0"])
-    message = "^0: accelerate offloads it, and the comparison needs a copy of the whole model"
-    refuses(
-        model,
-        UnsupportedLayerError,
-        message,
-        lambda: hra_fx.transform(model, settings, verify=True, example_inputs=x),
-    )
-    hra_fx.transform(model, settings)
-
-
-@pytest.mark.parametrize("fields", [{"modules_to_save": ["2"]}, {"bias": "all"}])
-def test_new_trained_copies(fields: dict[str, Any], tmp_path: Path) -> None:
-    model = offload(MLP.base(), "CPU", tmp_path)
-    settings = hra_fx.HRAConfig(r=2, target_modules=["0"], **fields)
-    message = "accelerate offloads it, and would load the tensors of the base model over a trained copy"
-    refuses(model, UnsupportedLayerError, message, lambda: hra_fx.transform(model, settings))
-    hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["0"]))
-    refuses(model, UnsupportedLayerError, message, lambda: hra_fx.add_adapter(model, "b", settings))
-
-
-@pytest.mark.parametrize("way", OFFLOADS)
-def test_trained_copies_that_are_offloaded(way: str, tmp_path: Path) -> None:
-    hra_fx.save_adapter(COPIES.model(), tmp_path / "adapter")
-    wanted = output(COPIES.model(), COPIES)
-    model = offload(COPIES.model(), way, tmp_path / "offload")
-    assert close(output(model, COPIES), wanted)
-    message = "accelerate offloads it, with its trained copies|accelerate loads its weight from files"
-    calls: list[tuple[type[Exception], Callable[[], object]]] = [
-        (AdapterError, lambda: hra_fx.disable_adapters(model)),
-        (AdapterError, lambda: hra_fx.delete_adapter(model, "default")),
-        (AdapterError, lambda: hra_fx.save_adapter(model, tmp_path / "other")),
-        (AdapterError, lambda: hra_fx.load_adapter(model, tmp_path / "adapter")),
-        (AdapterError, lambda: hra_fx.save_as_lora(model, tmp_path / "lora")),
-        (FoldError, lambda: hra_fx.fold(model)),
-    ]
-    for kind, call in calls:
-        refuses(model, kind, message, call)
-    hra_fx.set_adapter(model, "default")  # exchanges nothing
-    remove_hook_from_submodules(model)
-    assert close(output(hra_fx.fold(model.to(CPU)), COPIES), wanted)
-
-
-def test_modules_that_are_offloaded_as_a_whole(tmp_path: Path) -> None:
-    blocks = ["Sequential"]
-    base = accelerate.cpu_offload(nn.Sequential(MLP.base()), execution_device=CPU, preload_module_classes=blocks)
-    settings = hra_fx.HRAConfig(r=2, target_modules=["0.0"])
-    message = r"the model: accelerate offloads it as a whole \(preload_module_classes\)"
-    refuses(base, UnsupportedLayerError, message, lambda: hra_fx.transform(base, settings))
-    model = hra_fx.transform(nn.Sequential(MLP.base()), settings)
-    wanted = output(model, MLP)
-    accelerate.cpu_offload(model, execution_device=CPU, preload_module_classes=blocks)
-    assert close(output(model, MLP), wanted)
-    calls: list[tuple[type[Exception], Callable[[], object]]] = [
-        (AdapterError, lambda: hra_fx.save_adapter(model, tmp_path / "other")),
-        (AdapterError, lambda: hra_fx.orthogonality_loss(model)),
-        (FoldError, lambda: hra_fx.fold(model)),
-        (UnsupportedLayerError, lambda: hra_fx.add_adapter(model, "b", settings)),
-    ]
-    for kind, call in calls:
-        refuses(model, kind, message, call)
-
-
-def test_quantized_weights_without_data() -> None:
-    """accelerate cannot load them again on a CPU, with or without an adapter."""
-    model = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64)).to("cpu")
-    accelerate.cpu_offload(model, execution_device=CPU)
-    with pytest.raises(UnsupportedLayerError, match="its weight is on the meta device and has no data"):
-        hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["0"]))
