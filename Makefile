@@ -36,7 +36,7 @@ BROWSER   = test -n "$$(which $(BROWSERS))" || { test "$$(id -u)" = 0 && which a
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-language demo-vision test test-all test-versions test-lowest test-newest zoo export-table bench bench-quick bench-launches bench-gpu bench-disk bench-convert bench-frozen bench-quantized bench-switch bench-peft check format clean bench-moe bench-mixed
+.PHONY: help demo demo-language demo-vision test test-all test-versions test-lowest test-newest zoo export-table bench bench-quick bench-launches bench-gpu bench-disk bench-convert bench-frozen bench-quantized bench-switch bench-peft check format clean bench-moe bench-mixed bench-learning
 
 help: ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -111,6 +111,9 @@ bench-moe: $(VENV)/test.stamp ## Print memory and time of a step with adapted ex
 
 bench-mixed: $(VENV)/test.stamp ## Print the time of 64 adapters in one batch compared with one, and with PEFT's LoRA.
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mixed.py
+
+bench-learning: $(VENV)/test.stamp ## Compare how HRA, LoRA, others and full fine-tuning learn: the runs that docs/results.json lacks (hours); write docs/results.md.
+	PYTHONPATH=benchmarks $(BIN)/python -W ignore -m learning $(BENCH_FLAGS)
 
 export-table: $(VENV)/test.stamp ## Print what passes through which exporter (install openvino and executorch for theirs).
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m export.exporting.table $(EXPORT_FLAGS)

@@ -1,0 +1,17 @@
+"""How well HRA learns, compared with LoRA, other adapters and full fine-tuning.
+
+`tasks/` has the data and models, `methods.py` what is compared, `training.py` one run, `records.py` the file of
+results, `plan.py` which runs there are, and `page.py` the tables and plots of docs/results.md.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two runs side by side are faster than one run with two threads
+
+#: The weights and data are those of the demos, which know where they are.
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))

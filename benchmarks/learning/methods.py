@@ -1,0 +1,130 @@
+"""The methods that are compared: how each changes a model, and from which learning rates the best is chosen."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import peft
+from torch import Tensor, nn
+
+import hra_fx
+from learning.tasks.task import Task
+
+#: Adds an adapter of some rank to the layers that a task names.
+Insert = Callable[[nn.Module, Task, int], None]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method.
+
+    Args:
+        label: its name in tables.
+        rates: the learning rates that are tried, in rising order; as many for every method that trains.
+        insert: adds the adapter and freezes all other parameters.
+        rank: the rank whose number of parameters is nearest to that of LoRA, from the shapes `(out, in)` of the
+            layers and LoRA's rank; 0 where a method has no rank.
+        penalty: a term of the loss.
+        weight_decay: that of AdamW, for what is inserted.
+        schedule: the learning rate after the warmup, as transformers names it.
+        after_step: called after each step of the optimizer.
+    """
+
+    label: str
+    rates: Sequence[float]
+    insert: Insert
+    rank: Callable[[Sequence[tuple[int, int]], int], int] = lambda shapes, lora_rank: lora_rank
+    penalty: Callable[[nn.Module], Tensor] | None = None
+    weight_decay: float = 0.0
+    schedule: str = "linear"
+    after_step: Callable[[nn.Module], None] | None = None
+
+
+def layer_shapes(model: nn.Module, targets: Sequence[str]) -> list[tuple[int, int]]:
+    """`(out, in)` of each layer that is named; a convolution's `in` counts the elements of its kernel."""
+    return [
+        (len(module.weight), module.weight[0].numel())
+        for name, module in model.named_modules()
+        if any(name == target or name.endswith(f".{target}") for target in targets)
+    ]
+
+
+def reflections(shapes: Sequence[tuple[int, int]], lora_rank: int) -> int:
+    """The even number of vectors with as many parameters as LoRA."""
+    wanted = lora_rank * sum(out + width for out, width in shapes)
+    return max(2, 2 * round(wanted / sum(width for _, width in shapes) / 2))
+
+
+def block_size(shapes: Sequence[tuple[int, int]], lora_rank: int) -> int:
+    """The size of OFT's blocks, a power of two, with about as many parameters as LoRA: `in (size - 1) / 2`."""
+    wanted = lora_rank * sum(out + width for out, width in shapes) / sum(width for _, width in shapes)
+    return min((2**power for power in range(1, 8)), key=lambda size: abs((size - 1) / 2 - wanted))
+
+
+def of_peft(make: Callable[[Sequence[str], int], peft.PeftConfig]) -> Insert:
+    """Insert with PEFT."""
+
+    def insert(model: nn.Module, task: Task, rank: int) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            peft.inject_adapter_in_model(make(task.targets, rank), model)
+
+    return insert
+
+
+def lora(targets: Sequence[str], rank: int, *, dora: bool = False) -> peft.PeftConfig:
+    """LoRA with `lora_alpha = 2 r`."""
+    return peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets), use_dora=dora)
+
+
+def oft(targets: Sequence[str], size: int) -> peft.PeftConfig:
+    """OFT with blocks of some size."""
+    return peft.OFTConfig(r=0, oft_block_size=size, target_modules=list(targets))
+
+
+def of_hra_fx(**fields: object) -> Insert:
+    """Insert with `hra_fx.transform`."""
+
+    def insert(model: nn.Module, task: Task, rank: int) -> None:
+        hra_fx.transform(model, hra_fx.HRAConfig(r=rank, target_modules=list(task.targets), **fields))
+
+    return insert
+
+
+def freeze(model: nn.Module, task: Task, rank: int) -> None:
+    """Add nothing."""
+    model.requires_grad_(False)
+
+
+def train_all(model: nn.Module, task: Task, rank: int) -> None:
+    """Add nothing, and train everything."""
+    model.requires_grad_(True)
+
+
+def weighted(weight: float) -> Callable[[nn.Module], Tensor]:
+    """The orthogonality regularizer with a weight."""
+    return lambda model: weight * hra_fx.orthogonality_loss(model)
+
+
+SMALL, MIDDLE, LARGE = (3e-5, 1e-4, 3e-4, 1e-3), (3e-4, 1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2, 1e-1)
+
+METHODS = {
+    "base": Method("before training", (), freeze, lambda shapes, rank: 0),
+    "head": Method("head only", (1e-3, 3e-3, 1e-2, 3e-2), freeze, lambda shapes, rank: 0),
+    "lora": Method("LoRA", MIDDLE, of_peft(lora)),
+    "lora-2r": Method("LoRA, 2 r", MIDDLE, of_peft(lora), lambda shapes, rank: 2 * rank),
+    "dora": Method("DoRA", MIDDLE, of_peft(lambda targets, rank: lora(targets, rank, dora=True))),
+    "oft": Method("OFT", MIDDLE, of_peft(oft), block_size),
+    "hra-peft": Method(
+        "HRA of PEFT",
+        LARGE,
+        of_peft(lambda targets, rank: peft.HRAConfig(r=rank, target_modules=list(targets))),
+        reflections,
+    ),
+    "hra": Method("HRA", LARGE, of_hra_fx(), reflections),
+    "hra-gs": Method("HRA, Gram-Schmidt", LARGE, of_hra_fx(apply_GS=True), reflections),
+    "hra-reg": Method("HRA, regularizer 1e-3", LARGE, of_hra_fx(), reflections, penalty=weighted(1e-3)),
+    "full": Method("full fine-tuning", SMALL, train_all, lambda shapes, rank: 0),
+}

@@ -1,0 +1,183 @@
+"""docs/results.md: everything on it comes from docs/results.json."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from learning import plots
+from learning.plan import TASK_NAMES, TRIAL_SEEDS, methods_of
+from learning.rates import chosen
+from learning.records import FILE, Record, final_runs, of
+from learning.summary import Comparison, Difference, compare, difference, gain, scores
+from learning.tasks import TASKS
+from learning.variants import ALL, VARIANTS
+
+INTRODUCTION = """\
+<!-- Written by make bench-learning; do not edit. -->
+# Does HRA learn as well as LoRA?
+
+HRA and LoRA with numbers of trained parameters within 3 % of each other, and full fine-tuning, over five seeds. A seed
+draws the training examples, their order, the new head and the start of the adapter, and all methods share it. "Gain" is
+how much better HRA's test score is than LoRA's, so more is better for every metric; the interval is that of the paired
+differences, at 95 %. "Closed" is the share of the distance between LoRA and full fine-tuning that HRA covers.
+[docs/training.md](training.md) says what follows for a training of yours.
+"""
+
+PROTOCOL = """\
+## How it was measured
+
+- Every method trains on the same examples in the same order, for the same number of steps, with AdamW, no weight decay,
+  a linear schedule with 10 % warmup, and gradients clipped to norm 1. A new head has one learning rate for all methods,
+  except for "head only", which chooses its own.
+- Each method chooses its learning rate from four, by the validation score of seed 0. Where the best of them is the
+  lowest or the highest, the grid is extended by one rate, at most twice. No seed trains on validation examples.
+- The test split is read by the five runs with the chosen rate, and by no others.
+- Ranks: LoRA's is given, and every other method gets the one with the nearest number of parameters. LoRA has
+  `lora_alpha = 2 r`. "HRA" is `HRAConfig()` with its defaults.
+- Time is CPU time on one thread, memory the growth of the process during training. Both contain the base model's
+  forward and backward pass.
+- `newsgroups-5000` uses the learning rates that `newsgroups-1600` chose.
+
+To make one run again and print its record:
+
+```
+PYTHONPATH=benchmarks python -m learning --task digits --method hra --seed 0
+```
+
+`make bench-learning` makes the runs that docs/results.json lacks, two at a time, and writes this page. You can stop it,
+and it continues from the records that are there. To repeat all runs, delete docs/results.json first.
+"""
+
+
+FORGETTING = """\
+## Forgetting
+
+Each curve is one method at rising learning rates, seed 0: how well it learned the new task, and what it retained of
+what the model could do before.
+
+![What is retained over the validation score](results_forgetting.svg)
+"""
+
+TRIALS = """\
+## What helps HRA
+
+The gain over HRA with its defaults on validation data, in points, paired over three seeds, with its 95 % interval and
+the learning rate that was chosen. More is better.
+
+"""
+
+
+def write_page(records: Sequence[Record], folder: Path = FILE.parent) -> None:
+    """Write the page and its plots into a folder."""
+    for name in ("rates", "ranks", "forgetting"):
+        getattr(plots, name)(records, folder / f"results_{name}.svg")
+    (folder / "results.md").write_text(page(records))
+
+
+def page(records: Sequence[Record]) -> str:
+    """The text of the page."""
+    tasks = [task for task in TASK_NAMES if final_runs(records, task, "lora")]
+    parts = [
+        INTRODUCTION,
+        _first_table([found for task in tasks if (found := compare(records, task))]),
+        "![Validation scores over the learning rate](results_rates.svg)\n",
+        *(_of_task(records, task) for task in tasks),
+        "## Parameters\n\nValidation scores at the chosen learning rate, means of three seeds.\n",
+        "![Validation scores over the number of trained parameters](results_ranks.svg)\n",
+        FORGETTING,
+        _trials(records),
+        PROTOCOL,
+        _cost(records),
+    ]
+    return "\n".join(parts)
+
+
+def _first_table(found: Sequence[Comparison]) -> str:
+    rows = [
+        [
+            f"[{row.task}](#{row.task})",
+            TASKS[row.task].metric,
+            _number(row.lora),
+            _number(row.hra),
+            _interval(row.gain),
+            _number(row.full) if row.full is not None else "-",
+            f"{100 * row.closed:.0f} %" if row.closed is not None else "-",
+        ]
+        for row in found
+    ]
+    short = [row.task for row in found if not row.holds]
+    verdict = (
+        f"HRA's mean falls short of LoRA's by more than one standard error on: {', '.join(short)}."
+        if short
+        else "HRA's mean is at least LoRA's minus one standard error on every task."
+    )
+    return _table(["task", "metric", "LoRA", "HRA", "gain", "full fine-tuning", "closed"], rows) + f"\n{verdict}\n"
+
+
+def _of_task(records: Sequence[Record], task: str) -> str:
+    kept = plots.retained(records, task)
+    rows = []
+    for method in methods_of(task):
+        runs = final_runs(records, task, method)
+        if not runs:
+            continue
+        first = runs[0]
+        spread = f" ± {_number(statistics.stdev(scores(runs)))}" if len(runs) > 1 else ""
+        rows.append(
+            [
+                ALL[method].label,
+                str(first.r or "-"),
+                f"{first.trainable:,}",
+                f"{first.lr:g}" if first.lr else "-",
+                f"{_number(statistics.mean(scores(runs)))}{spread}",
+                _interval(gain(records, task, method, "lora")) if method not in ("lora", "base") else "-",
+                *(_number(statistics.mean(run.retention[name] for run in runs)) for name in kept),
+                f"{statistics.mean(run.seconds for run in runs):.1f} s",
+                f"{statistics.mean(run.peak_mb or 0 for run in runs):.0f} MB",
+            ]
+        )
+    columns = ["method", "r", "parameters", "rate", TASKS[task].metric, "gain over LoRA", *kept, "time", "memory"]
+    return f"## {task}\n\n{TASKS[task].about}\n\n{_table(columns, rows)}"
+
+
+def _trials(records: Sequence[Record]) -> str:
+    """Variants of HRA: the gain over HRA on validation data, and the chosen rate."""
+    tasks = [task for task in TASK_NAMES if any(of(records, task, method) for method in VARIANTS)]
+    rows = [[ALL[method].label, *(_trial(records, task, method) for task in tasks)] for method in VARIANTS]
+    return TRIALS + _table(["variant", *tasks], rows)
+
+
+def _trial(records: Sequence[Record], task: str, method: str) -> str:
+    if not of(records, task, method):
+        return "-"
+    sign = 1 if TASKS[task].higher_is_better else -1
+    values = [_validated(records, task, name, sign) for name in (method, "hra")]
+    return f"{_interval(difference(*values))}, {chosen(records, task, method):g}"
+
+
+def _validated(records: Sequence[Record], task: str, method: str, sign: int) -> dict[int, float]:
+    lr = chosen(records, task, method)
+    return {r.seed: sign * r.validation for r in of(records, task, method) if r.lr == lr and r.seed in TRIAL_SEEDS}
+
+
+def _cost(records: Sequence[Record]) -> str:
+    hours = sum(record.seconds for record in records) / 3600
+    return f"The {len(records)} runs trained for {hours:.1f} hours of CPU time in all; evaluations come on top.\n"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---", *["--:"] * (len(columns) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _interval(value: Difference) -> str:
+    mean = _number(value.mean, sign="+")
+    return mean if math.isnan(value.half) else f"{mean} ± {_number(value.half)}"
+
+
+def _number(value: float, sign: str = "") -> str:
+    """One decimal, or two for values below 10, where errors of less than a percent have to show."""
+    return f"{value:{sign}.{1 if abs(value) >= 10 else 2}f}"

@@ -1,0 +1,78 @@
+"""Which runs there are, and which of them the file of results lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from learning.rates import RATES_FROM, below, chosen, missing_rates, searched
+from learning.records import Record, of
+from learning.variants import ALL, VARIANTS
+
+CORE = ("lora", "hra", "hra-gs", "full")
+TEACHERS = ("teacher-rotation", "teacher-low-rank", "teacher-dense")
+#: Tasks and methods in the order of the runs.
+STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    *((task, (*CORE, "lora-2r", "dora", "oft", *VARIANTS)) for task in TEACHERS),
+    ("digits", (*CORE, *(name for name in VARIANTS if name != "hra-gradient"), "hra-reg")),
+    ("newsgroups-1600", ("lora", "hra", "hra-unit", "full")),
+    ("digits", ("head", "lora-2r", "dora", "oft", "hra-peft")),
+    ("language", ("base", "lora", "hra", "full")),
+    ("newsgroups-5000", ("lora", "hra", "full")),
+    ("newsgroups-1600", ("head", "hra-gs", "hra-gradient", "hra-decay-1", "lora-2r", "dora", "oft", "hra-reg")),
+)
+TASK_NAMES = ("newsgroups-1600", "newsgroups-5000", "language", "digits", *TEACHERS)
+SEEDS = range(5)
+#: Variants of HRA have validation scores of so many seeds.
+TRIAL_SEEDS = range(3)
+#: Ranks of LoRA and of HRA in the plots over the number of parameters, with validation scores of three seeds and two
+#: learning rates, because larger ranks may need lower ones.
+RANKS = {"lora": (1, 2, 4, 8, 16), "hra": (2, 4, 8, 16, 32)}
+RANK_TASKS = ("digits", *TEACHERS)
+RANK_SEEDS = range(3)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The arguments of `training.run`."""
+
+    task: str
+    method: str
+    seed: int
+    lr: float
+    r: int | None
+    test: bool
+
+
+def methods_of(task: str) -> list[str]:
+    """The methods that run on a task, in the order of its table: HRA's variants last."""
+    planned = [method for stage, methods in STAGES if stage == task for method in methods]
+    return [method for method in ALL if method in planned]
+
+
+def missing(records: Sequence[Record], tasks: Sequence[str]) -> list[Run]:
+    """The runs that can be made next, from what is known of the learning rates; those over ranks come last."""
+    stages = [(task, method) for task, methods in STAGES if task in tasks for method in methods]
+    planned = [run for task, method in stages for run in missing_of(records, task, method)]
+    return planned or [run for task, method in stages for run in missing_ranks(records, task, method)]
+
+
+def missing_of(records: Sequence[Record], task: str, method: str) -> list[Run]:
+    """Those of one method: the grid of learning rates, and then the seeds."""
+    if rates := missing_rates(records, task, method):
+        return [] if task in RATES_FROM else [Run(task, method, 0, lr, None, test=False) for lr in rates]
+    lr, trial = chosen(records, task, method), method in VARIANTS
+    done = {run.seed for run in of(records, task, method) if run.lr == lr and (trial or run.test is not None)}
+    seeds = TRIAL_SEEDS if trial else SEEDS if ALL[method].rates else range(1)
+    return [Run(task, method, seed, lr, None, test=not trial) for seed in seeds if seed not in done]
+
+
+def missing_ranks(records: Sequence[Record], task: str, method: str) -> list[Run]:
+    """Those with other ranks, at the learning rate that was chosen and at the next lower one."""
+    if method not in RANKS or task not in RANK_TASKS:
+        return []
+    have = {(run.r, run.seed, run.lr) for run in of(records, task, method)}
+    lr = chosen(records, task, method)
+    rates = [rate for rate in (lr, below(lr)) if rate in searched(records, task, method)]
+    planned = [(r, seed, rate) for r in RANKS[method] for seed in RANK_SEEDS for rate in rates]
+    return [Run(task, method, seed, rate, r, test=False) for r, seed, rate in planned if (r, seed, rate) not in have]

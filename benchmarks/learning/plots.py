@@ -1,0 +1,160 @@
+"""The plots of docs/results.md: validation scores over the learning rate and over the size, and what is retained."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hra_fx.reporting.plots.canvas import GRID, INK, QUIET, new_figure, style, write
+from learning.plan import RANK_SEEDS, RANK_TASKS, RANKS, TASK_NAMES, methods_of
+from learning.rates import RATES_FROM, below, chosen, searched
+from learning.records import Record, matched_rank, of
+from learning.tasks import TASKS
+from learning.variants import ALL
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+#: Okabe and Ito's colors, which people with color vision deficiency can tell apart; the markers differ too.
+LOOKS = {
+    "full": ("#000000", "x"),
+    "head": ("#999999", "|"),
+    "oft": ("#E69F00", "^"),
+    "dora": ("#009E73", "s"),
+    "lora": ("#0072B2", "D"),
+    "hra-gs": ("#56B4E9", "v"),
+    "hra": ("#D55E00", "o"),
+}
+# In inches.
+WIDE, HIGH, GAP, ABOVE, BELOW = 2.5, 1.9, 0.6, 0.7, 0.75
+
+Point = tuple[float, float]
+Panel = tuple[str, Callable[["Axes"], None]]
+
+
+def rates(records: Sequence[Record], file: Path) -> Path:
+    """Validation scores over the learning rate, a panel for each task."""
+    tasks = [task for task in TASK_NAMES if task not in RATES_FROM and of(records, task, "lora")]
+    panels = [(task, _rates_panel(records, task)) for task in tasks]
+    return _draw(panels, file, "learning rate")
+
+
+def ranks(records: Sequence[Record], file: Path) -> Path:
+    """Validation scores over the number of trained parameters, a panel for each task."""
+    panels = [(task, _ranks_panel(records, task)) for task in RANK_TASKS]
+    return _draw(panels, file, "trained parameters")
+
+
+def forgetting(records: Sequence[Record], file: Path) -> Path:
+    """What is retained over the validation score, a point for each learning rate."""
+    panels = [
+        (f"{task}: {name}", _forgetting_panel(records, task, name))
+        for task in TASK_NAMES
+        for name in retained(records, task)
+    ]
+    return _draw(panels, file, "validation score")
+
+
+def retained(records: Sequence[Record], task: str) -> list[str]:
+    """The names of what a task's models retain."""
+    return list(next((record.retention for record in of(records, task, "lora")), {}))
+
+
+def _rates_panel(records: Sequence[Record], task: str) -> Callable[[Axes], None]:
+    def draw(axes: Axes) -> None:
+        for method in _drawn(task):
+            _curve(axes, method, list(searched(records, task, method).items()))
+        _logarithmic(axes, sorted({lr for line in axes.get_lines() for lr in line.get_xdata() if f"{lr:e}"[0] == "1"}))
+        axes.set_ylabel(f"validation {TASKS[task].metric}")
+        _limit(axes, records, task)
+
+    return draw
+
+
+def _limit(axes: Axes, records: Sequence[Record], task: str) -> None:
+    """Cut off errors far above the others: those of rates that are much too large."""
+    if not TASKS[task].higher_is_better:
+        firsts = [list(searched(records, task, method).values())[:1] for method in _drawn(task)]
+        axes.set_ylim(top=1.1 * max(first[0] for first in firsts if first))
+
+
+def _ranks_panel(records: Sequence[Record], task: str) -> Callable[[Axes], None]:
+    def draw(axes: Axes) -> None:
+        for method in RANKS:
+            if of(records, task, method):
+                _curve(axes, method, by_size(records, task, method))
+        _logarithmic(axes, [size for line in axes.get_lines()[-1:] for size in line.get_xdata()])
+        axes.set_ylabel(f"validation {TASKS[task].metric}")
+
+    return draw
+
+
+def _logarithmic(axes: Axes, ticks: Sequence[float]) -> None:
+    """A logarithmic axis with plain numbers at some ticks."""
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick / 1000:.3g}k" if tick >= 1000 else f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+
+
+def by_size(records: Sequence[Record], task: str, method: str) -> list[Point]:
+    """Trained parameters, and the mean validation score at the better of two learning rates, in rising order."""
+    sign = 1 if TASKS[task].higher_is_better else -1
+    lr = chosen(records, task, method)
+    found: dict[int, dict[float, dict[int, float]]] = {}
+    for record in of(records, task, method):
+        if record.lr in (lr, below(lr)) and record.seed in RANK_SEEDS:
+            found.setdefault(record.trainable, {}).setdefault(record.lr, {})[record.seed] = record.validation
+    whole = len(RANK_SEEDS)
+    means = {
+        size: [sign * statistics.mean(by_seed.values()) for by_seed in rates.values() if len(by_seed) == whole]
+        for size, rates in found.items()
+    }
+    return [(size, sign * max(values)) for size, values in sorted(means.items()) if values]
+
+
+def _forgetting_panel(records: Sequence[Record], task: str, name: str) -> Callable[[Axes], None]:
+    def draw(axes: Axes) -> None:
+        for method in _drawn(task):
+            rank = matched_rank(records, task, method)
+            runs = [r for r in of(records, task, method) if r.seed == 0 and r.test is None and r.r == rank]
+            points = [(run.validation, run.retention[name]) for run in sorted(runs, key=lambda run: run.lr)]
+            _curve(axes, method, points)
+        axes.set_ylabel(name)
+
+    return draw
+
+
+def _drawn(task: str) -> list[str]:
+    return [method for method in LOOKS if method in methods_of(task)]
+
+
+def _curve(axes: Axes, method: str, points: Sequence[Point]) -> None:
+    if points:
+        color, marker = LOOKS[method]
+        across, up = zip(*points, strict=True)
+        axes.plot(across, up, color=color, marker=marker, markersize=4.5, linewidth=1.4, label=ALL[method].label)
+
+
+def _draw(panels: Sequence[Panel], file: Path, across: str) -> Path:
+    """Panels in rows of three, with one legend below them."""
+    columns = 3
+    rows = -(-len(panels) // columns)
+    width, height = columns * (WIDE + GAP), rows * (HIGH + ABOVE) + BELOW
+    with style():
+        figure = new_figure(width, height)
+        labels = {}
+        for place, (title, draw) in enumerate(panels):
+            row, column = divmod(place, columns)
+            left, bottom = column * (WIDE + GAP), height - (row + 1) * (HIGH + ABOVE) + 0.25
+            axes = figure.add_axes((left / width, bottom / height, WIDE / width, HIGH / height))
+            draw(axes)
+            axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold", color=INK)
+            axes.set_xlabel(across, color=QUIET)
+            axes.grid(color=GRID, linewidth=0.6)
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right"]].set_visible(False)
+            labels |= {line.get_label(): line for line in axes.get_lines()}
+        figure.legend(labels.values(), labels.keys(), loc="lower left", ncols=len(labels), frameon=False)
+        return write(figure, file)

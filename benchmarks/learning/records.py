@@ -1,0 +1,69 @@
+"""The file of results: one record for each run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+FILE = Path(__file__).resolve().parents[2] / "docs" / "results.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one run gave.
+
+    Args:
+        task, method: names of the task and the method.
+        r: the rank, or OFT's block size; 0 without an adapter.
+        seed: draws the training examples, their order, and new weights.
+        lr: the largest learning rate.
+        trainable: trained parameters, without those of a new head.
+        validation: the score on the validation split.
+        test: the score on the test split, or None in runs that choose a learning rate or try a variant.
+        seconds: CPU time of the training on one thread.
+        peak_mb: how far training raises the memory of the process, in MB; None where it cannot be measured.
+        retention: what the model retains of what it could do, by name.
+    """
+
+    task: str
+    method: str
+    r: int
+    seed: int
+    lr: float
+    trainable: int
+    validation: float
+    test: float | None
+    seconds: float
+    peak_mb: float | None
+    retention: dict[str, float] = field(default_factory=dict)
+
+
+def read(file: Path = FILE) -> list[Record]:
+    """All records of a file, in the order of the runs."""
+    return [Record(**entry) for entry in json.loads(file.read_text())] if file.exists() else []
+
+
+def write(records: Iterable[Record], file: Path = FILE) -> None:
+    """Write records, one to a line, over the file at once."""
+    lines = [json.dumps(dataclasses.asdict(entry)) for entry in records]
+    new = file.with_suffix(".new")
+    new.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    new.replace(file)
+
+
+def of(records: Sequence[Record], task: str, method: str) -> list[Record]:
+    """The records of a method on a task."""
+    return [record for record in records if (record.task, record.method) == (task, method)]
+
+
+def final_runs(records: Sequence[Record], task: str, method: str) -> list[Record]:
+    """Those that read the test split, in order of their seeds."""
+    return sorted((record for record in of(records, task, method) if record.test is not None), key=lambda r: r.seed)
+
+
+def matched_rank(records: Sequence[Record], task: str, method: str) -> int | None:
+    """The rank with as many parameters as LoRA: that of the first run."""
+    return next((record.r for record in of(records, task, method)), None)

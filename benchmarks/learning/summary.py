@@ -1,0 +1,93 @@
+"""Statistics of the records: means, paired differences, and how much of the way to full fine-tuning."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from learning.records import Record, final_runs
+from learning.tasks import TASKS
+
+#: The 97.5 % quantile of Student's t distribution, by degrees of freedom.
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean of paired differences, half of its 95 % interval, and its standard error."""
+
+    mean: float
+    half: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """HRA against LoRA on a task. Differences are positive where HRA is better, whatever the metric.
+
+    Args:
+        task: its name.
+        lora, hra, full: means of the test scores; `full` is None where it was not run.
+        gain: HRA's gain over LoRA, over the seeds that both have.
+        lora_error: the standard error of LoRA's mean.
+        closed: the share of the distance from LoRA to full fine-tuning that HRA covers, or None without a distance.
+    """
+
+    task: str
+    lora: float
+    hra: float
+    full: float | None
+    gain: Difference
+    lora_error: float
+    closed: float | None
+
+    @property
+    def holds(self) -> bool:
+        """Whether HRA's mean is at least LoRA's minus one standard error."""
+        return self.gain.mean >= -self.lora_error
+
+
+def scores(records: Sequence[Record]) -> list[float]:
+    """Test scores."""
+    return [record.test for record in records if record.test is not None]
+
+
+def difference(values: dict[int, float], base: dict[int, float]) -> Difference:
+    """The paired difference over the seeds that both have; NaN intervals for a single seed."""
+    pairs = [values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())]
+    if len(pairs) < 2:
+        return Difference(pairs[0] if pairs else math.nan, math.nan, math.nan)
+    error = statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return Difference(statistics.mean(pairs), STUDENT[len(pairs) - 1] * error, error)
+
+
+def gain(records: Sequence[Record], task: str, method: str, base: str) -> Difference:
+    """The gain of a method over another on the test split; positive is better."""
+    sign = 1 if TASKS[task].higher_is_better else -1
+    signed = [
+        {record.seed: sign * record.test for record in final_runs(records, task, name) if record.test is not None}
+        for name in (method, base)
+    ]
+    return difference(*signed)
+
+
+def compare(records: Sequence[Record], task: str, method: str = "hra") -> Comparison | None:
+    """HRA, or a form of it, against LoRA; None while one of them lacks a test."""
+    lora, hra, full = (scores(final_runs(records, task, name)) for name in ("lora", method, "full"))
+    if not lora or not hra:
+        return None
+    won = gain(records, task, method, "lora")
+    error = statistics.stdev(lora) / math.sqrt(len(lora)) if len(lora) > 1 else math.nan
+    distance = gain(records, task, "full", "lora").mean if full else math.nan
+    closed = won.mean / distance if distance > 0 else None
+    return Comparison(
+        task,
+        statistics.mean(lora),
+        statistics.mean(hra),
+        statistics.mean(full) if full else None,
+        won,
+        error,
+        closed,
+    )

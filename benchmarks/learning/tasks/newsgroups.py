@@ -1,0 +1,107 @@
+"""MiniLM as a classifier of 20 Newsgroups."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+from typing import ClassVar
+
+import torch
+import transformers
+from _data import minilm_folder, newsgroups
+from finetune_and_fold import MAX_TOKENS, Classifier, Texts
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from learning.tasks.task import Batch, Task, accuracy
+
+VALIDATION, TEST = 500, 1500
+
+
+class Newsgroups(Task):
+    """MiniLM, 1600 texts of 20 Newsgroups, two passes; percent of held-out texts whose group is found."""
+
+    name: ClassVar[str] = "newsgroups-1600"
+    about: ClassVar[str] = (
+        "MiniLM (22.6 million parameters) with a new head finds the group of a post. 1600 posts, two passes in batches "
+        "of 16, 48 tokens of each post; 500 posts to validate, 1500 to test."
+    )
+    metric: ClassVar[str] = "accuracy, %"
+    higher_is_better: ClassVar[bool] = True
+    targets: ClassVar[list[str]] = [
+        "query",
+        "key",
+        "value",
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+    ]
+    lora_rank: ClassVar[int] = 4
+    head: ClassVar[str | None] = "head"
+    head_lr: ClassVar[float] = 3e-3
+    batch_size: ClassVar[int] = 16
+    epochs: ClassVar[int] = 2
+    texts: ClassVar[int] = 1600
+
+    def __init__(self, seed: int, *, tiny: bool = False) -> None:
+        """Tokenize the texts of this seed, and those held out."""
+        super().__init__(seed, tiny=tiny)
+        held_out, held_out_labels, pool, pool_labels = split_texts()
+        chosen = random.Random(seed).sample(range(len(pool)), 32 if tiny else self.texts)
+        self.examples = tokenize([pool[index] for index in chosen], pool_labels[chosen])
+        few = slice(0, 16) if tiny else slice(None)
+        self.held_out = tokenize(held_out[few], held_out_labels[few])
+
+    @property
+    def size(self) -> int:
+        """The number of training texts."""
+        return len(self.examples.ids)
+
+    def model(self) -> nn.Module:
+        """The encoder with a head, without dropout."""
+        torch.manual_seed(self.seed)
+        return Classifier(20).eval()
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross entropy."""
+        return cross_entropy(model(**self.examples.batch(batch)), self.examples.labels[batch])
+
+    def validate(self, model: nn.Module) -> float:
+        """Accuracy on 500 texts of the training split that no seed trains on."""
+        return score(model, self.held_out)
+
+    def test(self, model: nn.Module) -> float:
+        """Accuracy on 1500 texts of the test split."""
+        texts, labels, _ = newsgroups("test", 16 if self.tiny else TEST)
+        return score(model, tokenize(texts, labels))
+
+
+class MoreNewsgroups(Newsgroups):
+    """The same with 5000 texts and one pass."""
+
+    name: ClassVar[str] = "newsgroups-5000"
+    about: ClassVar[str] = "The same with 5000 posts and one pass."
+    epochs: ClassVar[int] = 1
+    texts: ClassVar[int] = 5000
+
+
+@cache
+def split_texts() -> tuple[list[str], Tensor, list[str], Tensor]:
+    """Texts of the training split and their classes: 500 to validate with, and those to train on."""
+    texts, labels, _ = newsgroups("train", 11_000)
+    return texts[:VALIDATION], labels[:VALIDATION], texts[VALIDATION:], labels[VALIDATION:]
+
+
+def tokenize(texts: list[str], labels: Tensor) -> Texts:
+    """The first tokens of each text."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_folder())
+    ids = tokenizer([text[:2000] for text in texts], truncation=True, max_length=MAX_TOKENS)["input_ids"]
+    return Texts(ids, labels)
+
+
+@torch.no_grad()
+def score(model: nn.Module, texts: Texts) -> float:
+    """Accuracy in percent."""
+    indices = list(range(len(texts.ids)))
+    batches = [indices[start : start + 64] for start in range(0, len(indices), 64)]
+    return accuracy(torch.cat([model(**texts.batch(batch)) for batch in batches]), texts.labels)

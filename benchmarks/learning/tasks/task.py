@@ -1,0 +1,81 @@
+"""What a task gives: data, a pretrained model, a loss, and scores."""
+
+from __future__ import annotations
+
+import abc
+import random
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+Batch = list[int]
+
+
+class Task(abc.ABC):
+    """One task with the training examples, the order of the batches and the new weights of one seed.
+
+    Args:
+        seed: draws the training examples, their order, and the weights that are new.
+        tiny: a few examples and steps, for tests.
+    """
+
+    name: ClassVar[str]
+    #: What docs/results.md says of it.
+    about: ClassVar[str]
+    #: What the score is, and whether a larger one is better.
+    metric: ClassVar[str]
+    higher_is_better: ClassVar[bool]
+    #: The layers that adapters change, as in `target_modules`.
+    targets: ClassVar[list[str]]
+    #: LoRA's rank. Other methods get the rank with the nearest number of parameters.
+    lora_rank: ClassVar[int]
+    #: The module that is new, which every method trains, and its learning rate.
+    head: ClassVar[str | None] = None
+    head_lr: ClassVar[float] = 0.0
+    #: Examples in a batch, and passes over the examples.
+    batch_size: ClassVar[int]
+    epochs: ClassVar[int]
+
+    def __init__(self, seed: int, *, tiny: bool = False) -> None:
+        """Read the data."""
+        self.seed = seed
+        self.tiny = tiny
+
+    @property
+    @abc.abstractmethod
+    def size(self) -> int:
+        """The number of training examples."""
+
+    @abc.abstractmethod
+    def model(self) -> nn.Module:
+        """The pretrained model, with a head that is new."""
+
+    @abc.abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss of some training examples, `()`."""
+
+    @abc.abstractmethod
+    def validate(self, model: nn.Module) -> float:
+        """The score on the validation split, from which learning rates are chosen."""
+
+    @abc.abstractmethod
+    def test(self, model: nn.Module) -> float:
+        """The score on the test split."""
+
+    def retention(self, model: nn.Module) -> dict[str, float]:
+        """Scores on what the pretrained model could do."""
+        return {}
+
+    def batches(self) -> list[Batch]:
+        """The batches of all epochs, in an order that depends on the seed only."""
+        order = random.Random(self.seed)
+        batches = []
+        for _ in range(1 if self.tiny else self.epochs):
+            shuffled = order.sample(range(self.size), self.size)
+            batches += [shuffled[start : start + self.batch_size] for start in range(0, self.size, self.batch_size)]
+        return batches
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Percent of the rows of logits `(n, classes)` whose largest one is that of the label, `(n,)`."""
+    return 100 * float((logits.argmax(dim=1) == labels).double().mean())

@@ -1,0 +1,97 @@
+"""The comparison of HRA with other methods: tiny runs of each task, and that a recorded run can be made again."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+
+import pytest
+import torch
+import transformers
+from learning.methods import METHODS, layer_shapes, reflections
+from learning.plan import TASK_NAMES, methods_of
+from learning.rates import chosen
+from learning.records import final_runs, read
+from learning.tasks import TASKS
+from learning.tasks.language import config
+from learning.tasks.task import Task
+from learning.training import fit, run
+from learning.variants import ALL, to_unit_length, vectors
+from torch import nn
+
+
+@pytest.mark.parametrize("task", TASK_NAMES)
+def test_a_tiny_run_of_each_task(task: str) -> None:
+    record = run(task, "hra", 0, 1e-2, test=True, tiny=True)
+    assert (record.task, record.method, record.seed, record.lr) == (task, "hra", 0, 1e-2)
+    assert record.trainable > 0
+    assert record.validation > 0 or TASKS[task].higher_is_better
+    assert record.test is not None
+    assert run(task, "hra", 0, 1e-2, test=True, tiny=True).test == record.test, "a seed decides everything"
+
+
+@pytest.mark.parametrize("method", [method for method in ALL if method in methods_of("digits")])
+def test_every_method_starts_at_the_base_model_and_moves(method: str) -> None:
+    task = TASKS["teacher-rotation"](0, tiny=True)
+    model = task.model()
+    base, inputs = copy.deepcopy(model), task.inputs[:8]
+    ALL[method].insert(model, task, 4)
+    torch.testing.assert_close(model(inputs), base(inputs), atol=1e-5, rtol=1e-5)
+    fit(model, nn.Module(), task, ALL[method], 1e-2)
+    moved = not torch.allclose(model(inputs), base(inputs), atol=1e-4)
+    assert moved is (method != "head"), "the task has no head, so only that one trains nothing"
+
+
+def targets_and_shapes(task: type[Task]) -> list[tuple[int, int]]:
+    if task.name == "language":
+        with torch.device("meta"):
+            return layer_shapes(transformers.AutoModelForCausalLM.from_config(config()), task.targets)
+    return layer_shapes(task(0).model(), task.targets)
+
+
+@pytest.mark.parametrize("task", [TASKS[name] for name in TASK_NAMES])
+def test_lora_and_hra_have_as_many_parameters(task: type[Task], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("learning.tasks.digits.pretrained", lambda: TASKS["digits"](0, tiny=True).model().state_dict())
+    shapes = targets_and_shapes(task)
+    lora = task.lora_rank * sum(out + width for out, width in shapes)
+    hra = reflections(shapes, task.lora_rank) * sum(width for _, width in shapes)
+    assert abs(hra - lora) <= 0.03 * lora
+
+
+def test_methods_that_train_try_as_many_rates() -> None:
+    assert {len(method.rates) for name, method in ALL.items() if name != "base"} == {4}
+    assert METHODS["base"].rates == ()
+
+
+def test_length_of_vectors_does_not_change_outputs() -> None:
+    task = TASKS["teacher-dense"](0, tiny=True)
+    model = task.model()
+    METHODS["hra"].insert(model, task, 4)
+    with torch.no_grad():
+        for value in vectors(model):
+            value.add_(torch.randn_like(value))
+    before = model(task.inputs)
+    to_unit_length(model)
+    torch.testing.assert_close(model(task.inputs), before)
+
+
+def rerun(task: str, method: str) -> None:
+    records = read()
+    recorded = final_runs(records, task, method)
+    again = run(task, method, 0, chosen(records, task, method), test=True)
+    assert again.trainable == recorded[0].trainable
+    assert again.test is not None
+    assert recorded[0].test is not None
+    spread = statistics.stdev(record.test for record in recorded if record.test is not None)
+    assert abs(again.test - recorded[0].test) <= spread
+
+
+@pytest.mark.parametrize("method", ["lora", "hra"])
+def test_a_recorded_run_can_be_made_again(method: str) -> None:
+    rerun("teacher-dense", method)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "hra"])
+def test_a_recorded_run_of_images_can_be_made_again(method: str) -> None:
+    rerun("digits", method)

@@ -1,0 +1,96 @@
+"""The plan of the learning benchmark: how rates are chosen, what comes next, statistics, and the page."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from learning.page import page
+from learning.plan import RANKS, SEEDS, Run, missing
+from learning.rates import above, below, chosen
+from learning.records import FILE, Record, final_runs, read, write
+from learning.running import run_all
+from learning.summary import compare, difference, gain
+
+TASK = "teacher-dense"
+
+
+def record(planned: Run, validation: float, test: float = 1.0) -> Record:
+    r = 4 if planned.r is None else planned.r
+    return Record(
+        planned.task, planned.method, r, planned.seed, planned.lr, 64, validation, test if planned.test else None, 0, 1
+    )
+
+
+def follow(score: Callable[[Run], float]) -> list[Record]:
+    """Make all runs of a task, one at a time, with made-up scores."""
+    records: list[Record] = []
+    while planned := missing(records, [TASK]):
+        records.append(record(planned[0], score(planned[0])))
+        assert len(records) < 1000
+    return records
+
+
+def test_each_method_tests_five_seeds_at_the_best_rate() -> None:
+    records = follow(lambda planned: abs(planned.lr - 3e-3) + planned.seed)
+    assert chosen(records, TASK, "lora") == 3e-3
+    runs = final_runs(records, TASK, "lora")
+    assert [run.seed for run in runs] == list(SEEDS)
+    assert {run.lr for run in runs} == {3e-3}
+    grid = {run.lr for run in records if (run.method, run.test, run.r) == ("lora", None, 4)}
+    assert grid == {3e-4, 1e-3, 3e-3, 1e-2}
+    assert {run.r for run in records if run.method == "lora"} == set(RANKS["lora"])
+
+
+def test_a_grid_goes_on_twice_where_its_edge_is_best() -> None:
+    records = follow(lambda planned: -planned.lr)
+    assert chosen(records, TASK, "lora") == 1e-1
+    records = follow(lambda planned: planned.lr)
+    assert chosen(records, TASK, "lora") == 3e-5
+
+
+@pytest.mark.parametrize(("lr", "higher"), [(1e-3, 3e-3), (3e-3, 1e-2), (3e-1, 1.0), (1.0, 3.0)])
+def test_rates_go_up_and_down_by_the_same_steps(lr: float, higher: float) -> None:
+    assert above(lr) == higher
+    assert below(higher) == lr
+
+
+def make(planned: Run) -> Record:
+    return record(planned, planned.lr)
+
+
+def test_runs_go_on_from_the_records_that_are_there(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    first = follow(lambda planned: planned.lr)
+    write(first[:10], file)
+    run_all([TASK], 2, file, make)
+    assert read(file)[:10] == first[:10]
+    assert sorted(map(str, read(file))) == sorted(map(str, first))
+
+
+def test_differences_are_paired_by_seed() -> None:
+    found = difference({0: 3.0, 1: 5.0, 2: 7.0, 9: 100.0}, {0: 1.0, 1: 4.0, 2: 4.0})
+    error = statistics.stdev([2.0, 1.0, 3.0]) / 3**0.5
+    assert found.mean == 2.0
+    assert found.error == pytest.approx(error)
+    assert found.half == pytest.approx(4.303 * error), "Student's t with two degrees of freedom"
+
+
+def test_a_smaller_error_is_a_gain() -> None:
+    made = {"lora": (4.0, 6.0), "hra": (3.0, 3.0), "full": (1.0, 1.0)}
+    records = [
+        record(Run(TASK, method, seed, 1e-3, None, test=True), 0.0, score)
+        for method, scores in made.items()
+        for seed, score in enumerate(scores)
+    ]
+    assert gain(records, TASK, "hra", "lora").mean == 2.0
+    found = compare(records, TASK)
+    assert found is not None
+    assert (found.lora, found.hra, found.full, found.closed, found.holds) == (5.0, 3.0, 1.0, 0.5, True)
+
+
+def test_docs_results_md_follows_from_docs_results_json() -> None:
+    text = FILE.with_suffix(".md").read_text()
+    assert text == page(read()), "write it with: PYTHONPATH=benchmarks python -m learning --page"
