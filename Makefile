@@ -41,7 +41,7 @@ BROWSER   = test -n "$$(which $(BROWSERS))" || { test "$$(id -u)" = 0 && which a
 help: ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/demo.stamp ## Adapt MiniLM to 20 Newsgroups, fold it, export it (a few minutes).
+demo: $(VENV)/demo.stamp ## Adapt MiniLM to 20 Newsgroups, compare with LoRA, fold it, export it (a few minutes).
 	$(BIN)/python examples/finetune_and_fold.py --output $(OUT)
 
 demo-language: $(VENV)/demo.stamp ## The same for SmolLM2, a language model (a few minutes).

@@ -43,7 +43,10 @@ def test_minilm_is_trained_folded_and_exported(tmp_path: Path) -> None:
     assert re.search(FOLDED, printed), printed
     assert re.search(f"onnxruntime against PyTorch, batch 7, length 24 +{SMALL}", printed), printed
     head_only = number(r"head only +(\d+\.\d)%", printed)
-    assert number(r"HRA, r = 8 +(\d+\.\d)% +165,888 ", printed) > head_only + 5  # the adapter is far from its start
+    # The adapters are far from their starts.
+    assert number(r"LoRA, r = 4 +(\d+\.\d)% +165,888 ", printed) > head_only + 3
+    assert number(r"HRA, r = 8 +(\d+\.\d)% +165,888 ", printed) > head_only + 5
+    assert "of about a percent between LoRA and HRA is noise; docs/results.md compares them over five seeds." in printed
 
 
 def test_smollm2_is_trained_exported_and_served(tmp_path: Path) -> None:

@@ -6,14 +6,24 @@ Without the regularizer, use the standard Trainer.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from hra_fx.errors import ConfigError
+from hra_fx.errors import ConfigError, HRAWarning
 from hra_fx.model.orthogonality import orthogonality_loss
+from hra_fx.model.state import collect_parts
+
+#: A smaller learning rate is a warning. Good ones are 1e-2 to 3e-2 where those of LoRA are 1e-3 to 3e-3.
+_LEAST_RATE = 1e-3
+_SMALL_RATE = (
+    "`learning_rate` is {0:g}. HRA's vectors start with entries of about 0.3 and only their directions count, so a "
+    "step of AdamW turns them by about {0:g} / 0.3, and a short training hardly changes the model. Try "
+    "learning_rate=1e-2 in the TrainingArguments (docs/training.md)."
+)
 
 
 class HRATrainer(Trainer):
@@ -32,6 +42,10 @@ class HRATrainer(Trainer):
     Raises:
         ConfigError: the weight is not a finite number >= 0.
         AdapterError: the weight is positive and the model has no reflections (raised at the first training step).
+
+    Warns:
+        HRAWarning: the reflections train with `args.learning_rate`, and it is below 1e-3, as the default of
+            `TrainingArguments` is. Rates near 1e-2 are usual.
 
     Example:
         >>> HRATrainer(orthogonality_weight=-1.0)
@@ -54,6 +68,16 @@ class HRATrainer(Trainer):
         self.orthogonality_weight = float(orthogonality_weight)
         self._sum_since_log: Tensor | float = 0.0
         self._terms_since_log = 0
+        if self.args.learning_rate < _LEAST_RATE and self._trains_reflections_with_that_rate():
+            warnings.warn(_SMALL_RATE.format(self.args.learning_rate), HRAWarning, stacklevel=2)
+
+    def _trains_reflections_with_that_rate(self) -> bool:
+        """Whether the Trainer will train vectors, with an optimizer that it makes itself."""
+        if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None or self.train_dataset is None:
+            return False
+        model: Any = self.model
+        vectors = (one for adapters in collect_parts(model).reflections for one in adapters.parameters())
+        return type(self).create_optimizer is Trainer.create_optimizer and any(one.requires_grad for one in vectors)
 
     def compute_loss(
         self,

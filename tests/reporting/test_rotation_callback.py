@@ -165,8 +165,8 @@ def test_it_goes_with_the_regularizer_whose_log_it_leaves_alone(tmp_path: Path) 
     callbacks = [recorder, RotationCallback()]
     model = llama(init_weights=False)
     settings = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=2, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
-        save_strategy="no", dataloader_pin_memory=False,
+        output_dir=str(tmp_path), max_steps=2, learning_rate=0.05, logging_steps=1, report_to=[], use_cpu=True,
+        disable_tqdm=True, save_strategy="no", dataloader_pin_memory=False,
     )  # fmt: skip
     HRATrainer(model=model, args=settings, train_dataset=data(), callbacks=callbacks, orthogonality_weight=1e-3).train()
     training = [entry for entry in recorder.seen if "loss" in entry]
