@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from learning import plots
-from learning.plan import TASK_NAMES, TRIAL_SEEDS, methods_of
+from learning.plan import TASK_NAMES, TRIAL_SEEDS, finished, methods_of
 from learning.rates import chosen
-from learning.records import FILE, Record, final_runs, of
+from learning.records import FILE, Record, final_runs, matched_rank, of
 from learning.summary import Comparison, Difference, compare, difference, gain, scores
 from learning.tasks import TASKS
 from learning.variants import ALL, VARIANTS
@@ -79,7 +79,7 @@ def write_page(records: Sequence[Record], folder: Path = FILE.parent) -> None:
 
 def page(records: Sequence[Record]) -> str:
     """The text of the page."""
-    tasks = [task for task in TASK_NAMES if final_runs(records, task, "lora")]
+    tasks = [task for task in TASK_NAMES if finished(records, task, "lora") and finished(records, task, "hra")]
     parts = [
         INTRODUCTION,
         _first_table([found for task in tasks if (found := compare(records, task))]),
@@ -121,9 +121,9 @@ def _of_task(records: Sequence[Record], task: str) -> str:
     kept = plots.retained(records, task)
     rows = []
     for method in methods_of(task):
-        runs = final_runs(records, task, method)
-        if not runs:
+        if method in VARIANTS or not finished(records, task, method):
             continue
+        runs = final_runs(records, task, method)
         first = runs[0]
         spread = f" ± {_number(statistics.stdev(scores(runs)))}" if len(runs) > 1 else ""
         rows.append(
@@ -145,13 +145,13 @@ def _of_task(records: Sequence[Record], task: str) -> str:
 
 def _trials(records: Sequence[Record]) -> str:
     """Variants of HRA: the gain over HRA on validation data, and the chosen rate."""
-    tasks = [task for task in TASK_NAMES if any(of(records, task, method) for method in VARIANTS)]
+    tasks = [task for task in TASK_NAMES if any(finished(records, task, method) for method in VARIANTS)]
     rows = [[ALL[method].label, *(_trial(records, task, method) for task in tasks)] for method in VARIANTS]
     return TRIALS + _table(["variant", *tasks], rows)
 
 
 def _trial(records: Sequence[Record], task: str, method: str) -> str:
-    if not of(records, task, method):
+    if not finished(records, task, method):
         return "-"
     sign = 1 if TASKS[task].higher_is_better else -1
     values = [_validated(records, task, name, sign) for name in (method, "hra")]
@@ -159,8 +159,9 @@ def _trial(records: Sequence[Record], task: str, method: str) -> str:
 
 
 def _validated(records: Sequence[Record], task: str, method: str, sign: int) -> dict[int, float]:
-    lr = chosen(records, task, method)
-    return {r.seed: sign * r.validation for r in of(records, task, method) if r.lr == lr and r.seed in TRIAL_SEEDS}
+    wanted = chosen(records, task, method), matched_rank(records, task, method)
+    runs = [run for run in of(records, task, method) if (run.lr, run.r) == wanted and run.seed in TRIAL_SEEDS]
+    return {run.seed: sign * run.validation for run in runs}
 
 
 def _cost(records: Sequence[Record]) -> str:

@@ -64,8 +64,19 @@ def missing_of(records: Sequence[Record], task: str, method: str) -> list[Run]:
         return [] if task in RATES_FROM else [Run(task, method, 0, lr, None, test=False) for lr in rates]
     lr, trial = chosen(records, task, method), method in VARIANTS
     done = {run.seed for run in of(records, task, method) if run.lr == lr and (trial or run.test is not None)}
-    seeds = TRIAL_SEEDS if trial else SEEDS if ALL[method].rates else range(1)
-    return [Run(task, method, seed, lr, None, test=not trial) for seed in seeds if seed not in done]
+    return [Run(task, method, seed, lr, None, test=not trial) for seed in seeds_of(method) if seed not in done]
+
+
+def seeds_of(method: str) -> range:
+    """The seeds of a method's last runs."""
+    if method in VARIANTS:
+        return TRIAL_SEEDS
+    return SEEDS if ALL[method].rates else range(1)
+
+
+def finished(records: Sequence[Record], task: str, method: str) -> bool:
+    """Whether all seeds of a method have run on a task."""
+    return bool(of(records, task, method)) and not missing_of(records, task, method)
 
 
 def missing_ranks(records: Sequence[Record], task: str, method: str) -> list[Run]:

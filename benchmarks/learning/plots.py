@@ -74,10 +74,13 @@ def _rates_panel(records: Sequence[Record], task: str) -> Callable[[Axes], None]
 
 
 def _limit(axes: Axes, records: Sequence[Record], task: str) -> None:
-    """Cut off errors far above the others: those of rates that are much too large."""
-    if not TASKS[task].higher_is_better:
-        firsts = [list(searched(records, task, method).values())[:1] for method in _drawn(task)]
-        axes.set_ylim(top=1.1 * max(first[0] for first in firsts if first))
+    """Cut off scores far worse than those of the lowest rates: those of rates that are much too large."""
+    firsts = [list(searched(records, task, method).values())[:1] for method in _drawn(task)]
+    values = [first[0] for first in firsts if first]
+    if TASKS[task].higher_is_better:
+        axes.set_ylim(bottom=min(values) - 2)
+    else:
+        axes.set_ylim(top=1.1 * max(values))
 
 
 def _ranks_panel(records: Sequence[Record], task: str) -> Callable[[Axes], None]:

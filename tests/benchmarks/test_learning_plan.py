@@ -17,6 +17,12 @@ from learning.summary import compare, difference, gain
 TASK = "teacher-dense"
 
 
+@pytest.fixture(autouse=True)
+def few_methods(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    if "docs" not in request.node.name:
+        monkeypatch.setattr("learning.plan.STAGES", ((TASK, ("lora", "hra")),))
+
+
 def record(planned: Run, validation: float, test: float = 1.0) -> Record:
     r = 4 if planned.r is None else planned.r
     return Record(
