@@ -110,9 +110,9 @@ def _first_table(found: Sequence[Comparison]) -> str:
     ]
     short = [row.task for row in found if not row.holds]
     verdict = (
-        f"HRA's mean falls short of LoRA's by more than one standard error on: {', '.join(short)}."
+        f"HRA's mean falls short of LoRA's by more than one standard error of the difference on: {', '.join(short)}."
         if short
-        else "HRA's mean is at least LoRA's minus one standard error on every task."
+        else "HRA's mean is at least LoRA's minus one standard error of the difference on every task."
     )
     return _table(["task", "metric", "LoRA", "HRA", "gain", "full fine-tuning", "closed"], rows) + f"\n{verdict}\n"
 

@@ -14,9 +14,9 @@ TEACHERS = ("teacher-rotation", "teacher-low-rank", "teacher-dense")
 #: Tasks and methods in the order of the runs.
 STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     *((task, (*CORE, "lora-2r", "dora", "oft", *VARIANTS)) for task in TEACHERS),
-    ("newsgroups-1600", ("lora", "hra")),
+    ("newsgroups-1600", ("lora", "hra", "hra-independent", "hra-unit")),
     ("digits", (*CORE, *(name for name in VARIANTS if name != "hra-gradient"), "hra-reg")),
-    ("newsgroups-1600", ("lora", "hra", "full", "hra-independent", "hra-unit")),
+    ("newsgroups-1600", ("full",)),
     ("digits", ("head", "lora-2r", "dora", "oft", "hra-peft")),
     ("language", ("base", "lora", "hra", "full")),
     ("newsgroups-5000", ("lora", "hra", "full")),

@@ -121,7 +121,8 @@ class DenseTeacher(Teacher):
     name: ClassVar[str] = "teacher-dense"
     about: ClassVar[str] = (
         "The same with a teacher whose weights differ by a random matrix of full rank and the same size. No adapter of "
-        "this size can be the answer."
+        "this size can be the answer. LoRA comes closer: a part of a random change stretches the weights, which HRA "
+        "cannot."
     )
 
     def changed(self, weight: Tensor, generator: torch.Generator) -> Tensor:
