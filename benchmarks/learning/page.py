@@ -37,8 +37,9 @@ PROTOCOL = """\
 - The test split is read by the five runs with the chosen rate, and by no others.
 - Ranks: LoRA's is given, and every other method gets the one with the nearest number of parameters. LoRA has
   `lora_alpha = 2 r`. "HRA" is `HRAConfig()` with its defaults.
-- Time is CPU time on one thread, memory the growth of the process during training. Both contain the base model's
-  forward and backward pass.
+- Time is CPU time on one thread of a machine that other programs shared, memory the growth of the process during
+  training. Both contain the base model's forward and backward pass. [benchmarks.md](benchmarks.md) compares speed.
+- In the plot over parameters, each point is the better of the chosen learning rate and the next lower one.
 - `newsgroups-5000` uses the learning rates that `newsgroups-1600` chose.
 
 To make one run again and print its record:
@@ -85,7 +86,7 @@ def page(records: Sequence[Record]) -> str:
         _first_table([found for task in tasks if (found := compare(records, task))]),
         "![Validation scores over the learning rate](results_rates.svg)\n",
         *(_of_task(records, task) for task in tasks),
-        "## Parameters\n\nValidation scores at the chosen learning rate, means of three seeds.\n",
+        "## Parameters\n\nValidation scores, means of three seeds.\n",
         "![Validation scores over the number of trained parameters](results_ranks.svg)\n",
         FORGETTING,
         _trials(records),
