@@ -17,7 +17,7 @@ from hra_fx.errors import ConfigError, HRAWarning
 from hra_fx.model.orthogonality import orthogonality_loss
 from hra_fx.model.state import collect_parts
 
-#: A smaller learning rate is a warning. Good ones are 1e-2 to 3e-2 where those of LoRA are 1e-3 to 3e-3.
+#: A smaller learning rate is a warning. The best ones in docs/results.md are 3e-3 and larger.
 _LEAST_RATE = 1e-3
 _SMALL_RATE = (
     "`learning_rate` is {0:g}. HRA's vectors start with entries of about 0.3 and only their directions count, so a "
