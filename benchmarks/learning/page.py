@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from learning import plots
-from learning.plan import TASK_NAMES, TRIAL_SEEDS, finished, methods_of
+from learning.plan import TASK_NAMES, finished, methods_of, untrained
 from learning.rates import chosen
-from learning.records import FILE, Record, final_runs, matched_rank, of
-from learning.summary import Comparison, Difference, compare, difference, gain, scores
+from learning.records import FILE, Record, final_runs
+from learning.summary import Comparison, Difference, compare, gain, retention_gain, scores, validation_gain
 from learning.tasks import TASKS
 from learning.variants import ALL, VARIANTS
 
@@ -19,10 +19,10 @@ INTRODUCTION = """\
 <!-- Written by make bench-learning; do not edit. -->
 # Does HRA learn as well as LoRA?
 
-HRA and LoRA with numbers of trained parameters within 3 % of each other, and full fine-tuning, over five seeds. A seed
-draws the training examples, their order, the new head and the start of the adapter, and all methods share it. "Gain" is
-how much better HRA's test score is than LoRA's, so more is better for every metric; the interval is that of the paired
-differences, at 95 %. "Closed" is the share of the distance between LoRA and full fine-tuning that HRA covers.
+HRA and LoRA with numbers of trained parameters within 3 % of each other, and full fine-tuning, over several seeds. A
+seed draws the training examples, their order, the new head and the start of the adapter, and all methods share it.
+"Gain" is how much better HRA's test score is than LoRA's, so more is better for every metric; the interval is that of
+the paired differences, at 95 %. "Closed" is the share of the distance from LoRA to full fine-tuning that HRA covers.
 [docs/training.md](training.md) says what follows for a training of yours.
 """
 
@@ -34,7 +34,7 @@ PROTOCOL = """\
   except for "head only", which chooses its own.
 - Each method chooses its learning rate from four, by the validation score of seed 0. Where the best of them is the
   lowest or the highest, the grid is extended by one rate, at most twice. No seed trains on validation examples.
-- The test split is read by the five runs with the chosen rate, and by no others.
+- The test split is read by the runs with the chosen rate, one for each seed, and by no others.
 - Ranks: LoRA's is given, and every other method gets the one with the nearest number of parameters. LoRA has
   `lora_alpha = 2 r`. "HRA" is `HRAConfig()` with its defaults.
 - Time is CPU time on one thread of a machine that other programs shared, memory the growth of the process during
@@ -56,8 +56,13 @@ and it continues from the records that are there. To repeat all runs, delete doc
 FORGETTING = """\
 ## Forgetting
 
-Each curve is one method at rising learning rates, seed 0: how well it learned the new task, and what it retained of
-what the model could do before.
+What the model could do before, and still can after training at the learning rate that was chosen for the new task:
+means over the seeds. "HRA over LoRA" is the paired difference with its 95 % interval; more is better for every metric.
+
+"""
+
+FORGETTING_PLOT = """
+Each curve is one method at rising learning rates, seed 0: how well it learned the new task, and what it retained.
 
 ![What is retained over the validation score](results_forgetting.svg)
 """
@@ -88,7 +93,7 @@ def page(records: Sequence[Record]) -> str:
         *(_of_task(records, task) for task in tasks),
         "## Parameters\n\nValidation scores, means of three seeds.\n",
         "![Validation scores over the number of trained parameters](results_ranks.svg)\n",
-        FORGETTING,
+        _forgetting(records, tasks),
         _trials(records),
         PROTOCOL,
         _cost(records),
@@ -101,6 +106,7 @@ def _first_table(found: Sequence[Comparison]) -> str:
         [
             f"[{row.task}](#{row.task})",
             TASKS[row.task].metric,
+            str(row.seeds),
             _number(row.lora),
             _number(row.hra),
             _interval(row.gain),
@@ -115,7 +121,28 @@ def _first_table(found: Sequence[Comparison]) -> str:
         if short
         else "HRA's mean is at least LoRA's minus one standard error of the difference on every task."
     )
-    return _table(["task", "metric", "LoRA", "HRA", "gain", "full fine-tuning", "closed"], rows) + f"\n{verdict}\n"
+    columns = ["task", "metric", "seeds", "LoRA", "HRA", "gain", "full fine-tuning", "closed"]
+    return f"{_table(columns, rows)}\n{verdict}\n"
+
+
+def readme_table(records: Sequence[Record]) -> str:
+    """The table of README: means and standard deviations of test scores, and HRA's gain over LoRA."""
+    rows = []
+    for task in TASK_NAMES:
+        found = compare(records, task)
+        if found is None:
+            continue
+        means = [_spread(scores(final_runs(records, task, method))) for method in ("lora", "hra", "full")]
+        rows.append([f"[{task}](docs/results.md#{task}), {TASKS[task].metric}", *means, _interval(found.gain)])
+    return _table(["task", "LoRA", "HRA", "full fine-tuning", "gain"], rows)
+
+
+def _spread(values: Sequence[float]) -> str:
+    """The mean and the standard deviation."""
+    if not values:
+        return "-"
+    spread = f" ± {_number(statistics.stdev(values))}" if len(values) > 1 else ""
+    return _number(statistics.mean(values)) + spread
 
 
 def _of_task(records: Sequence[Record], task: str) -> str:
@@ -126,14 +153,13 @@ def _of_task(records: Sequence[Record], task: str) -> str:
             continue
         runs = final_runs(records, task, method)
         first = runs[0]
-        spread = f" ± {_number(statistics.stdev(scores(runs)))}" if len(runs) > 1 else ""
         rows.append(
             [
                 ALL[method].label,
                 str(first.r or "-"),
                 f"{first.trainable:,}",
                 f"{first.lr:g}" if first.lr else "-",
-                f"{_number(statistics.mean(scores(runs)))}{spread}",
+                _spread(scores(runs)),
                 _interval(gain(records, task, method, "lora")) if method not in ("lora", "base") else "-",
                 *(_number(statistics.mean(run.retention[name] for run in runs)) for name in kept),
                 f"{statistics.mean(run.seconds for run in runs):.1f} s",
@@ -142,6 +168,23 @@ def _of_task(records: Sequence[Record], task: str) -> str:
         )
     columns = ["method", "r", "parameters", "rate", TASKS[task].metric, "gain over LoRA", *kept, "time", "memory"]
     return f"## {task}\n\n{TASKS[task].about}\n\n{_table(columns, rows)}"
+
+
+def _forgetting(records: Sequence[Record], tasks: Sequence[str]) -> str:
+    """What is retained, by task and method."""
+    methods = ("lora", "hra", "full")
+    rows = []
+    for task in tasks:
+        for name in plots.retained(records, task):
+            means = [_mean_retained(records, task, method, name) for method in (untrained(task), *methods)]
+            rows.append([task, name, *means, _interval(retention_gain(records, task, "hra", "lora", name))])
+    columns = ["task", "retained", "before", *(ALL[method].label for method in methods), "HRA over LoRA"]
+    return FORGETTING + _table(columns, rows) + FORGETTING_PLOT
+
+
+def _mean_retained(records: Sequence[Record], task: str, method: str, name: str) -> str:
+    runs = final_runs(records, task, method)
+    return _number(statistics.mean(run.retention[name] for run in runs)) if runs else "-"
 
 
 def _trials(records: Sequence[Record]) -> str:
@@ -154,20 +197,15 @@ def _trials(records: Sequence[Record]) -> str:
 def _trial(records: Sequence[Record], task: str, method: str) -> str:
     if not finished(records, task, method):
         return "-"
-    sign = 1 if TASKS[task].higher_is_better else -1
-    values = [_validated(records, task, name, sign) for name in (method, "hra")]
-    return f"{_interval(difference(*values))}, {chosen(records, task, method):g}"
-
-
-def _validated(records: Sequence[Record], task: str, method: str, sign: int) -> dict[int, float]:
-    wanted = chosen(records, task, method), matched_rank(records, task, method)
-    runs = [run for run in of(records, task, method) if (run.lr, run.r) == wanted and run.seed in TRIAL_SEEDS]
-    return {run.seed: sign * run.validation for run in runs}
+    return f"{_interval(validation_gain(records, task, method))}, {chosen(records, task, method):g}"
 
 
 def _cost(records: Sequence[Record]) -> str:
     hours = sum(record.seconds for record in records) / 3600
-    return f"The {len(records)} runs trained for {hours:.1f} hours of CPU time in all; evaluations come on top.\n"
+    return (
+        f"The {len(records)} runs trained for {hours:.1f} hours of CPU time in all, which two cores share; evaluations "
+        "come on top.\n"
+    )
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -17,13 +17,15 @@ STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("newsgroups-1600", ("lora", "hra", "hra-independent", "hra-unit")),
     ("digits", (*CORE, *(name for name in VARIANTS if name != "hra-gradient"), "hra-reg")),
     ("newsgroups-1600", ("full",)),
-    ("digits", ("head", "lora-2r", "dora", "oft", "hra-peft")),
     ("language", ("base", "lora", "hra", "full")),
     ("newsgroups-5000", ("lora", "hra", "full")),
+    ("digits", ("head", "lora-2r", "dora", "oft", "hra-peft")),
     ("newsgroups-1600", ("head", "hra-gs", "hra-gradient", "hra-decay-1", "lora-2r", "dora", "oft", "hra-reg")),
 )
 TASK_NAMES = ("newsgroups-1600", "newsgroups-5000", "language", "digits", *TEACHERS)
 SEEDS = range(5)
+#: Tasks whose runs take minutes have fewer seeds.
+FEWER_SEEDS = {"language": range(3), "newsgroups-5000": range(3)}
 #: Variants of HRA have validation scores of so many seeds.
 TRIAL_SEEDS = range(3)
 #: Ranks of LoRA and of HRA in the plots over the number of parameters, with validation scores of three seeds and two
@@ -64,14 +66,19 @@ def missing_of(records: Sequence[Record], task: str, method: str) -> list[Run]:
         return [] if task in RATES_FROM else [Run(task, method, 0, lr, None, test=False) for lr in rates]
     lr, trial = chosen(records, task, method), method in VARIANTS
     done = {run.seed for run in of(records, task, method) if run.lr == lr and (trial or run.test is not None)}
-    return [Run(task, method, seed, lr, None, test=not trial) for seed in seeds_of(method) if seed not in done]
+    return [Run(task, method, seed, lr, None, test=not trial) for seed in seeds_of(task, method) if seed not in done]
 
 
-def seeds_of(method: str) -> range:
+def seeds_of(task: str, method: str) -> range:
     """The seeds of a method's last runs."""
     if method in VARIANTS:
         return TRIAL_SEEDS
-    return SEEDS if ALL[method].rates else range(1)
+    return FEWER_SEEDS.get(task, SEEDS) if ALL[method].rates else range(1)
+
+
+def untrained(task: str) -> str:
+    """The method that leaves the model as it was, but for a new head."""
+    return next(method for method in methods_of(task) if method in ("base", "head"))
 
 
 def finished(records: Sequence[Record], task: str, method: str) -> bool:

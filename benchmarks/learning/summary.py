@@ -7,7 +7,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from learning.records import Record, final_runs
+from learning.plan import TRIAL_SEEDS
+from learning.rates import chosen
+from learning.records import Record, final_runs, matched_rank, of
 from learning.tasks import TASKS
 
 #: The 97.5 % quantile of Student's t distribution, by degrees of freedom.
@@ -32,6 +34,7 @@ class Comparison:
         lora, hra, full: means of the test scores; `full` is None where it was not run.
         gain: HRA's gain over LoRA, over the seeds that both have.
         closed: the share of the distance from LoRA to full fine-tuning that HRA covers, or None without a distance.
+        seeds: the number of HRA's runs.
     """
 
     task: str
@@ -40,6 +43,7 @@ class Comparison:
     full: float | None
     gain: Difference
     closed: float | None
+    seeds: int
 
     @property
     def holds(self) -> bool:
@@ -71,6 +75,27 @@ def gain(records: Sequence[Record], task: str, method: str, base: str) -> Differ
     return difference(*signed)
 
 
+def validation_gain(records: Sequence[Record], task: str, variant: str) -> Difference:
+    """The gain of a variant of HRA over its defaults on the validation split, each at its own learning rate."""
+    sign = 1 if TASKS[task].higher_is_better else -1
+    values = []
+    for method in (variant, "hra"):
+        wanted = chosen(records, task, method), matched_rank(records, task, method)
+        runs = [run for run in of(records, task, method) if (run.lr, run.r) == wanted and run.seed in TRIAL_SEEDS]
+        values.append({run.seed: sign * run.validation for run in runs})
+    return difference(*values)
+
+
+def retention_gain(records: Sequence[Record], task: str, method: str, base: str, name: str) -> Difference:
+    """How much more of `name` a method retains than another; positive is better."""
+    sign = -1 if name.startswith("perplexity") else 1
+    values = [
+        {record.seed: sign * record.retention[name] for record in final_runs(records, task, other)}
+        for other in (method, base)
+    ]
+    return difference(*values)
+
+
 def compare(records: Sequence[Record], task: str, method: str = "hra") -> Comparison | None:
     """HRA, or a form of it, against LoRA; None while one of them lacks a test."""
     lora, hra, full = (scores(final_runs(records, task, name)) for name in ("lora", method, "full"))
@@ -86,4 +111,5 @@ def compare(records: Sequence[Record], task: str, method: str = "hra") -> Compar
         statistics.mean(full) if full else None,
         won,
         closed,
+        len(hra),
     )
