@@ -17,9 +17,10 @@ STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("newsgroups-1600", ("lora", "hra", "hra-independent", "hra-unit")),
     ("digits", (*CORE, *(name for name in VARIANTS if name != "hra-gradient"), "hra-reg")),
     ("newsgroups-1600", ("full",)),
-    ("language", ("base", "lora", "hra", "full")),
-    ("newsgroups-5000", ("lora", "hra", "full")),
+    ("language", ("base", "lora", "hra")),
     ("digits", ("head", "lora-2r", "dora", "oft", "hra-peft")),
+    ("language", ("full",)),
+    ("newsgroups-5000", ("lora", "hra", "full")),
     ("newsgroups-1600", ("head", "hra-gs", "hra-gradient", "hra-decay-1", "lora-2r", "dora", "oft", "hra-reg")),
 )
 TASK_NAMES = ("newsgroups-1600", "newsgroups-5000", "language", "digits", *TEACHERS)
