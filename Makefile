@@ -36,7 +36,7 @@ BROWSER   = test -n "$$(which $(BROWSERS))" || { test "$$(id -u)" = 0 && which a
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-language demo-vision test test-all test-versions test-lowest test-newest zoo export-table bench bench-quick bench-launches bench-gpu bench-disk bench-convert bench-frozen bench-quantized bench-switch bench-peft check format clean bench-moe bench-mixed bench-learning
+.PHONY: help demo demo-language demo-vision test test-all test-versions test-lowest test-newest zoo export-table bench bench-quick bench-launches bench-gpu bench-disk bench-convert bench-frozen bench-quantized bench-switch bench-peft check format clean bench-moe bench-mixed bench-learning docs
 
 help: ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -130,8 +130,12 @@ format: $(VENV)/test.stamp $(PAGE_STAMP) ## Reformat, and fix what ruff and Biom
 	$(BIN)/ruff format .
 	@$(NPM) run --silent format
 
-clean: ## Remove the environment, caches and what the demos wrote.
-	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(PAGE_TOOLS)/node_modules $(OUT) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+docs: $(VENV)/docs.stamp ## Build the documentation site into site/; a broken link is an error.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "Written to site/. To look at it: $(BIN)/python -m http.server --directory site"
+
+clean: ## Remove the environment, caches, the site and what the demos wrote.
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) site $(PAGE_TOOLS)/node_modules $(OUT) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -146,6 +150,11 @@ $(NEWEST)/bin/python:
 $(LOWEST)/test.stamp: pyproject.toml tests/lowest.txt | $(LOWEST)/bin/python
 	@echo "Installing the lowest supported releases into $(LOWEST) ..."
 	$(LOWEST)/bin/python -m pip $(PIP_FLAGS) install --editable . --requirement tests/lowest.txt
+	@touch $@
+
+$(VENV)/docs.stamp: pyproject.toml | $(BIN)/python
+	@echo "Installing the project and what builds its site into $(VENV) ..."
+	$(PIP) install --editable '.[docs]'
 	@touch $@
 
 $(VENV)/test.stamp: pyproject.toml $(VENV)/data.stamp | $(BIN)/python

@@ -59,7 +59,7 @@ class AutoPeftModel:
         Raises:
             ConfigError: the configuration names no base model, has another `task_type`, or names a class outside of
                 transformers and diffusers.
-            Others as `hra_fx.load_adapter` and `from_pretrained` of the base model.
+            HRAError: others as `hra_fx.load_adapter` and `from_pretrained` of the base model.
         """
         hub = {name: value for name, value in kwargs.items() if name in OPTIONS}
         if revision is not None:

@@ -42,7 +42,7 @@ def from_peft(model: nn.Module) -> Any:
 
     Raises:
         AdapterError: the model has no layers of PEFT's HRA, has those of other methods, or adapters are merged.
-        Others as `hra_fx.transform`. After any error the model is unchanged.
+        HRAError: others as `hra_fx.transform`. After any error the model is unchanged.
 
     Example:
         >>> import peft

@@ -62,7 +62,7 @@ class HRAModel(SwapMixin):
 
     Raises:
         AdapterError: the model has an attribute with one of these names.
-        Others as `hra_fx.transform`. After any error the model is unchanged.
+        HRAError: others as `hra_fx.transform`. After any error the model is unchanged.
 
     Example:
         >>> model = HRAModel(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"]))
@@ -285,7 +285,7 @@ class HRAModel(SwapMixin):
             The base model, adapted, as an `HRAModel`.
 
         Raises:
-            As `hra_fx.load_adapter`.
+            HRAError: as `hra_fx.load_adapter`.
         """
         if cls is not HRAModel:
             own: Any = super()

@@ -37,7 +37,7 @@ def get_peft_model(
         `model`, with PEFT's methods.
 
     Raises:
-        As `HRAModel`.
+        HRAError: as `HRAModel`.
 
     Example:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"]))

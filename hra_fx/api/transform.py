@@ -84,8 +84,8 @@ def transform(
         UnsupportedLayerError: a selected layer cannot be adapted.
         AdapterError: the model has another adapter (see `add_adapter`), or this one with another configuration; or
             `verify` without `example_inputs`; or the model cannot be traced.
-        VerificationError: the rewritten model would not compute what the folded one does.
-        After any error the model is as it was.
+        VerificationError: the rewritten model would not compute what the folded one does. After any error the model is
+            unchanged.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))

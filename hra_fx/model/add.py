@@ -28,8 +28,7 @@ def add_adapter(model: nn.Module, adapter_name: str, config: HRAConfig, *, low_c
 
     Raises:
         AdapterError: the name is taken, or adapters are merged.
-        ConfigError, SelectionError, UnsupportedLayerError: as `transform`.
-        After any error the model is unchanged.
+        ConfigError, SelectionError, UnsupportedLayerError: as `transform`. After any error the model is unchanged.
 
     Example:
         >>> from hra_fx import HRAConfig, transform

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from documents import DOCS, python_blocks, run_blocks
 from export.exporting import exporters
 from export.exporting.cells import LIMIT, error_of, moved
 from export.programs import QUIET
 
 import hra_fx
 
-DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "export.md"
+DOCUMENT = DOCS / "export.md"
 
 
 @QUIET
@@ -24,20 +24,12 @@ def test_onnxruntime_gives_what_pytorch_gives_at_another_batch_and_length(name: 
     assert error_of(name, form, "onnx") <= LIMIT < moved(name) / 1000
 
 
-def blocks() -> list[tuple[bool, str]]:
-    """The programs of the document, each with whether it says to be that of the exporters' file."""
-    found = re.findall(r"(<!-- as in (\S+) -->\n)?```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
-    return [(bool(marked), text) for marked, _, text in found]
-
-
 @QUIET
 @pytest.mark.slow
 def test_the_recipes_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    names: dict[str, Any] = {}
-    for text in (text for marked, text in blocks() if not marked):
-        exec(compile(text, str(DOCUMENT), "exec"), names)
+    names = run_blocks(DOCUMENT)
     check_hot_swap(names)
     check_compiled(names)
 
@@ -66,7 +58,7 @@ def check_compiled(names: dict[str, Any]) -> None:
 
 def test_the_recipes_of_what_is_not_installed_are_those_that_the_table_runs() -> None:
     source = Path(exporters.__file__).read_text(encoding="utf-8")
-    marked = [text for is_marked, text in blocks() if is_marked]
+    marked = [block.text for block in python_blocks(DOCUMENT) if block.marked]
     assert len(marked) == 2
     for line in "".join(marked).splitlines():
         assert line in source, line
