@@ -38,7 +38,7 @@ BROWSER   = test -n "$$(which $(BROWSERS))" || { test "$$(id -u)" = 0 && which a
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-language demo-vision test test-all test-versions test-lowest test-newest zoo export-table bench bench-quick bench-launches bench-gpu bench-disk bench-convert bench-frozen bench-quantized bench-switch bench-peft check format clean bench-moe bench-mixed bench-learning release-check
+.PHONY: help demo demo-language demo-vision test test-all test-versions test-lowest test-newest zoo export-table bench bench-quick bench-launches bench-gpu bench-disk bench-convert bench-frozen bench-quantized bench-switch bench-peft check format clean bench-moe bench-mixed bench-learning
 
 help: ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -132,6 +132,7 @@ format: $(VENV)/test.stamp $(PAGE_STAMP) ## Reformat, and fix what ruff and Biom
 	$(BIN)/ruff format .
 	@$(NPM) run --silent format
 
+.PHONY: release-check
 release-check: ## Build the package, check it, and use it in a new environment, .venv-release (2 GB with torch for CPUs).
 	rm -rf dist $(RELEASE)
 	$(PYTHON) -m venv $(RELEASE)
