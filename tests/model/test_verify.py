@@ -319,4 +319,4 @@ def test_unsuitable_example_inputs_are_refused() -> None:
     assert message.endswith("Give inputs that the base model takes in both modes.")
     verified(model.eval(), IMAGES.float())
     assert not model.training and not model.features[2].training
-    assert refused(Two(), None, AdapterError).startswith("verify=True: there is nothing to run. Give example_inputs")
+    assert refused(Two(), None, AdapterError).startswith("verify=True needs `example_inputs`")

@@ -133,7 +133,7 @@ def test_delete_adapters(names: Any) -> None:
         model.delete_adapters("a")
     assert torch.equal(run(model), run(single("b")))
     before = seen(model)
-    message = "adapter 'b': it is the only one. Call unload() to get the base model."
+    message = "adapter 'b' is the only adapter of the model. Call unload() to get the base model."
     with pytest.raises(hra_fx.AdapterError, match=re.escape(message)):
         model.delete_adapters("b")
     assert seen(model) == before
