@@ -99,7 +99,7 @@ class AdaptedModel(SwapMixin):
         here = any(layer.hra_u.unmerged is not None for layer in adapted_layers(self).values())
         if not given or there is here:
             return
-        side = "state and not in the model" if there else "model and not in the state"
+        side = "state_dict but not in the model" if there else "model but not in the state_dict"
         fix = "Call hra_fx.merge_adapter or hra_fx.unmerge_adapter first."
         errors.append(f"{prefix}: adapters are merged in the {side}. {fix}")
         # The present values, so that a load that is going to fail changes nothing.

@@ -178,7 +178,7 @@ def to_copy(
 def _why_not_copied(owner: nn.Module, names: tuple[str, ...]) -> str | None:
     hint = "Name other modules in modules_to_save, or set bias='none'"
     if offloading_hook(owner) is not None:
-        return f"accelerate offloads it, and would load the tensors of the base model over a trained copy. {hint}"
+        return f"accelerate offloads it, and would overwrite a trained copy with the base model's tensors. {hint}"
     if isinstance(owner, _CONTAINERS):
         return f"it is a container with tensors of its own ({', '.join(names)}), which cannot be copied. {hint}"
     reflection = get_adapters(owner)

@@ -182,12 +182,12 @@ def test_a_configuration_that_was_edited_is_checked_and_compared_again() -> None
 
 def test_arguments_of_another_type_are_refused() -> None:
     for wrong in ("bert-base", nn.Linear, None):
-        with pytest.raises(AdapterError, match=r"^model must be a torch\.nn\.Module, got "):
+        with pytest.raises(AdapterError, match=r"^`model` must be a torch\.nn\.Module, got "):
             hra_fx.transform(wrong, config("0"))
     lora = peft.LoraConfig(target_modules=["0"])
     for wrong, kind in ((None, "builtins.NoneType"), ({"r": 8}, "builtins.dict"), (lora, "peft.tuners.lora.config.Lo")):
         model = mlp()
-        text = f"^config must be an hra_fx.HRAConfig or a peft.HRAConfig, got {kind}"
+        text = f"^`config` must be an hra_fx.HRAConfig or a peft.HRAConfig, got {kind}"
         refused(lambda model=model, wrong=wrong: hra_fx.transform(model, wrong), model, text, ConfigError)
 
 

@@ -262,7 +262,7 @@ def test_names_that_do_not_fit() -> None:
 
 
 def test_models_that_cannot() -> None:
-    text = "A mixed batch is for inference, and the model is in training mode. Call model.eval() first."
+    text = "A mixed batch is for inference, but the model is in training mode. Call model.eval() first."
     assert refused(net().train(), ["even", "odd"]) == text
     model = net()
     hra_fx.merge_adapter(model)
@@ -274,7 +274,9 @@ def test_models_that_cannot() -> None:
         hra_fx.mixed_batch(nn.Linear(3, 3), ["a"]).__enter__()
     encoder: Any = nn.MultiheadAttention(8, 2)
     encoder = hra_fx.transform(nn.ModuleDict({"mix": encoder}), hra_fx.HRAConfig(target_modules=["mix"]), "a").eval()
-    with pytest.raises(AdapterError, match=r"^mix \(MultiheadAttention\): adapters \['a'\] act on this layer through"):
+    with pytest.raises(
+        AdapterError, match=r"^mix \(MultiheadAttention\): adapters \['a'\] change the weight of this layer"
+    ):
         hra_fx.mixed_batch(encoder, ["a", "__base__"]).__enter__()
 
 
@@ -286,13 +288,15 @@ def test_trained_copies(fields: dict[str, Any]) -> None:
     randomise(model)
     entry = "two.weight" if "modules_to_save" in fields else "one.bias"
     assert refused(model, ["own", "plain"]) == (
-        f"{entry}: it is that of adapter 'own', and rows of 'plain' need another one (modules_to_save or bias). All "
-        "rows of a batch share it: run these in a batch of their own."
+        f"{entry}: the copy in use is that of adapter 'own', but rows of 'plain' need another one (modules_to_save or "
+        "bias). All rows of a batch share it: run these rows in a separate batch."
     )
     x = inputs(2)
     torch.testing.assert_close(model(x, adapter_names=["own", "own"]), model(x), rtol=1e-9, atol=1e-9)
     hra_fx.set_adapter(model, "plain")
-    assert refused(model, ["own", "plain"]).startswith(f"{entry}: it is that of the base model, and rows of 'own'")
+    assert refused(model, ["own", "plain"]).startswith(
+        f"{entry}: the copy in use is that of the base model, but rows of 'own'"
+    )
     model(x, adapter_names=["plain", "__base__"])
 
 

@@ -91,7 +91,7 @@ def test_set_adapters_switches_and_sets_strengths() -> None:
     ("names", "weights", "message"),
     [
         (["a", "c"], None, "'c'"),
-        ("a", 2.0, r"alpha must be a number .* got 2\.0"),
+        ("a", 2.0, r"`alpha` must be a number .* got 2\.0"),
         (["a", "b"], 2.0, r"got 2\.0"),
         (["a", "b"], [0.5, 2.0], r"got 2\.0"),
         (["a", "b"], [0.5], "weights|shorter|longer"),

@@ -170,7 +170,7 @@ def test_functions_of_hra_fx_say_what_to_do_with_a_model_of_peft() -> None:
     advice = r"Call hra_fx\.from_peft\(model\) to use it with hra_fx, or `merge_and_unload\(\)` or `unload\(\)` on the"
     model = randomised(**CASES["linear"])
     for step in (hra_fx.report, hra_fx.fold, hra_fx.orthogonality_loss, hra_fx.get_peft_model_state_dict):
-        with pytest.raises(hra_fx.AdapterError, match=rf" has adapters of PEFT \(base_model.*query\), .*{advice}"):
+        with pytest.raises(hra_fx.AdapterError, match=rf" has PEFT adapters \(base_model.*query\), .*{advice}"):
             step(model)
     for target in ("query", "conv", "absent"):
         with pytest.raises(hra_fx.UnsupportedLayerError, match=rf"query: it already has a PEFT adapter\. {advice}"):
@@ -181,5 +181,5 @@ def test_functions_of_hra_fx_say_what_to_do_with_a_model_of_peft() -> None:
         hra_fx.PeftModel.from_pretrained(model, "absent")
     with peft_warnings_ignored():
         lora = peft.get_peft_model(net(), peft.LoraConfig(r=2, target_modules=["query"]))
-    with pytest.raises(hra_fx.AdapterError, match=r"and none of hra_fx\. Call `merge_and_unload\(\)`"):
+    with pytest.raises(hra_fx.AdapterError, match=r"but none of hra_fx\. Call `merge_and_unload\(\)`"):
         hra_fx.report(lora)

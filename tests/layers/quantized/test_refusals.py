@@ -78,7 +78,7 @@ def test_verifying(scheme: str) -> None:
     with pytest.raises(UnsupportedLayerError) as caught:
         hra_fx.transform(model, config(), example_inputs=inputs(), verify=True)
     assert str(caught.value).startswith(
-        f"0: it is quantized ({SCHEMES[scheme].words}), and folding would quantize it again"
+        f"0: it is quantized ({SCHEMES[scheme].words}), so verify=True has no exact folded weight"
     )
     assert "verify the model before quantization" in str(caught.value)
     assert type(model[0]) is type(quantized(scheme)[0])
