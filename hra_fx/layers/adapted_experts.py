@@ -1,4 +1,4 @@
-"""The class of a module that has adapted 3-D parameters: whoever reads one of them gets the rotated experts."""
+"""The class of a module with adapted 3-D parameters: reading one of them gives the rotated experts."""
 
 from __future__ import annotations
 

@@ -131,8 +131,8 @@ class RotatedWeight(Tensor):
         found = [part for part in compat.pytree.tree_leaves((args, kwargs)) if isinstance(part, RotatedWeight)]
         if torch.is_grad_enabled() and any(not weight._is_linked and weight._trained() for weight in found):
             raise AdapterError(
-                f"{func} reads the weight of an adapted layer where autograd does not see it, and the adapters would "
-                "get no gradient. Call it under torch.no_grad(), or exclude the layer with exclude_modules."
+                f"{func} reads the weight of an adapted layer below autograd, so its adapters would not get gradients. "
+                "Call it under torch.no_grad(), or exclude the layer with exclude_modules."
             )
         if _writes_by_schema(func, args, kwargs or {}):
             _refuse(func, args, kwargs)

@@ -158,7 +158,7 @@ class LinearAdapters(HouseholderAdapters):
         """The factors for a product with a `DTensor`."""
         factors = factors_of(self, products_dtype(tensor.device, tensor.dtype))
         if isinstance(factors, RowFactors):
-            raise AdapterError(f"hra_u of width {self.width}: a mixed batch cannot have inputs that are DTensors.")
+            raise AdapterError(f"hra_u of width {self.width}: mixed batches do not support DTensor inputs.")
         return factors
 
     def through(self, x: Tensor, weight: Tensor, layer: nn.Linear) -> Tensor | None:

@@ -105,7 +105,7 @@ def _trace(path: str, module: nn.Module, layers: list[nn.Module]) -> Traced:
         raise CaptureError("it is a GraphModule of its own")
     if path and (optional := _optional_arguments(module)):
         names = ", ".join(optional)
-        raise CaptureError(f"forward has optional arguments ({names}), and how it is called is not known")
+        raise CaptureError(f"forward has optional arguments ({names}), and it is unknown how it is called")
     return trace(module, layers)
 
 

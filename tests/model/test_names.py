@@ -41,7 +41,7 @@ def test_a_name_that_every_module_uses_is_refused(name: str) -> None:
         (model, lambda: hra_fx.add_adapter(model, name, config("first", "second"))),
         (plain, lambda: hra_fx.transform(plain, config("first"), name)),
     ):
-        with refuses(given, rf"^adapter '{name}' exists already\. Choose another name\.$"):
+        with refuses(given, rf"^adapter '{name}' already exists\. Choose another name\.$"):
             act()
 
 

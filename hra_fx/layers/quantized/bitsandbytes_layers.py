@@ -14,7 +14,7 @@ from hra_fx.layers.quantized.scheme import QuantScheme, Requantized
 
 #: Whether a layer may change its layout for the CPU.
 _FAST = "support_avx512bf16_for_cpu"
-_UNPACKED = "its weight is quantized when it first moves to a device, and has not yet been. Call model.to(device) first"
+_UNPACKED = "bitsandbytes quantizes its weight when it is first moved to a device. Call model.to(device) first"
 
 
 class EightBit(QuantScheme):
@@ -32,8 +32,8 @@ class EightBit(QuantScheme):
         """Weights that are kept in floating point are quantized in each forward, from a memory that a fold misses."""
         if layer.state.has_fp16_weights:
             return (
-                "it keeps a floating-point weight (has_fp16_weights=True), which it quantizes behind the back of a "
-                "fold. Make it with has_fp16_weights=False, or leave it out with exclude_modules"
+                "it also keeps a floating-point weight (has_fp16_weights=True), which a fold would not change. Create "
+                "it with has_fp16_weights=False, or leave it out with exclude_modules"
             )
         return None if layer.weight.dtype == torch.int8 else _UNPACKED
 
@@ -80,7 +80,7 @@ class FourBit(QuantScheme):
         """After a forward without gradients, where it changes the layout."""
         if layer.weight.device.type != "cpu" or not getattr(layer, _FAST, False):
             return None
-        return "on this CPU, bitsandbytes lets no gradient pass it once it was called without gradients"
+        return "on this CPU, bitsandbytes does not pass gradients after a call without gradients"
 
     @contextmanager
     def called(self, layer: Any) -> Iterator[None]:

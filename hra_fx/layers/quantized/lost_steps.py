@@ -12,9 +12,9 @@ from hra_fx.errors import HRAWarning
 from hra_fx.kernels.dispatch import is_plain, is_plain_eager
 
 _TEXT = (
-    "the trained vectors of a quantized model are {dtype}, whose rounding undoes most steps of an optimizer at usual "
-    "learning rates. TRL's trainers cast them. After the trainer is made, cast them back: for each parameter of "
-    "trainer.model that requires a gradient, parameter.data = parameter.data.float()."
+    "the trained vectors of a quantized model are {dtype}, so rounding undoes most optimizer steps at usual learning "
+    "rates. TRL's trainers cast them. Cast them back after creating the trainer: for each parameter of trainer.model "
+    "that requires a gradient, parameter.data = parameter.data.float()."
 )
 
 

@@ -91,7 +91,7 @@ def _tensor_names(adapter: LoraAdapter, gguf: Any) -> dict[str, str]:
     """Path of a layer -> name of its weight in llama.cpp."""
     if adapter.copies:
         raise AdapterError(
-            f"{next(iter(adapter.copies))}: a GGUF adapter changes weights of layers, and cannot replace biases and "
+            f"{next(iter(adapter.copies))}: a GGUF adapter can only change weights of layers, not biases or "
             f"modules_to_save. {INSTEAD}."
         )
     architectures = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
