@@ -59,7 +59,7 @@ def adapted_parameters(owner: nn.Module) -> list[Any]:
 
 
 def attach(layer: ExpertsWeight) -> None:
-    """Make a layer the child of its owner, which reads its parameter through it from now on.
+    """Make a layer the child of its owner, which then reads its parameter through it.
 
     Raises:
         UnsupportedLayerError: the class of the owner cannot be subclassed.

@@ -30,9 +30,9 @@ from hra_fx.layers.variants import ConvAdapters, LinearAdapters, QuantizedAdapte
 
 
 class AdaptedLayer(SwapMixin):
-    """An adapted layer; a new object of its class, which has no adapters, is a plain layer.
+    """An adapted layer. A new object of its class has no adapters and is a plain layer.
 
-    By itself it is for layers with a forward of their own, which reads the rotated weight as any other reader does.
+    This base class itself is for layers with their own forward, which reads the rotated weight.
     """
 
     hra_u: HouseholderAdapters

@@ -22,7 +22,7 @@ _ASIDE = "_hra_aside"
 
 
 def set_aside(layer: nn.Module) -> None:
-    """Take adapters and copies out of a layer, so that `distribute_module` finds a plain one, until `put_back`.
+    """Temporarily remove adapters and copies from a layer, so that `distribute_module` sees a plain one.
 
     The styles of torch split each parameter of a Linear and of its children, and cannot register one of a child.
 
@@ -51,7 +51,7 @@ def put_back(layer: nn.Module) -> None:
 
 
 def is_tensor_parallel(layer: nn.Module, weight: Any) -> bool:
-    """Whether it is tensor parallelism that has split a distributed weight, and not FSDP, also over it."""
+    """Whether a distributed weight was split by tensor parallelism only, without FSDP."""
     applied = "_distribute_module_applied" in vars(layer) or parallel_forward(layer) is not None
     return applied and weight.device_mesh.ndim == 1
 

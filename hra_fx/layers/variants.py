@@ -323,9 +323,9 @@ def adapters_for(layer: nn.Module) -> HouseholderAdapters:
 
 
 def has_own_forward(layer: nn.Module) -> bool:
-    """Whether what a layer computes of its input is known to its class alone: it is then adapted by its weight.
+    """Whether a layer has its own forward, so that it can only be adapted through its weight.
 
-    So is an attention, whose weight holds the projections of q, k and v in one.
+    This includes attention, whose weight contains the projections of q, k and v.
 
     Example:
         >>> has_own_forward(nn.Linear(6, 4)), has_own_forward(nn.MultiheadAttention(4, 2))

@@ -57,7 +57,7 @@ def combine(model: nn.Module, adapters: Sequence[str], adapter_name: str) -> Non
             )
     if sharded := first_sharded(root):
         raise AdapterError(
-            f"{sharded[0]}: {sharded[1]} shards its parameters, and would not know the new vectors. Combine before "
+            f"{sharded[0]}: {sharded[1]} shards its parameters and would not manage the new vectors. Combine before "
             "sharding."
         )
     load_vectors(root)

@@ -119,7 +119,7 @@ def _check_in_memory(sites: Mapping[str, AdaptedLayer]) -> None:
 
 
 def resolve_merge_order(record: AdapterState, adapter_names: str | Iterable[str] | None) -> tuple[str, ...]:
-    """The adapters to fold into the weights, in the order of the product; `None` stands for all active ones.
+    """The adapters to fold into the weights, in the order of the product; `None` means all active ones.
 
     Raises:
         AdapterError: the model has no such adapter, none is active, all are disabled, or one that is not named comes

@@ -93,7 +93,7 @@ class AdaptedModel(SwapMixin):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _refuse_across_a_merge(self, state: dict[str, Any], prefix: str, errors: list[str]) -> None:
-        """Merged weights in an unmerged model would be rotated twice, unmerged ones in a merged model not at all."""
+        """Merged weights in an unmerged model would be rotated twice; unmerged ones in a merged model never."""
         given = [key for key in state if key.startswith(prefix)]
         there = any(key.endswith(f".{REFLECTION}.unmerged") for key in given)
         here = any(layer.hra_u.unmerged is not None for layer in adapted_layers(self).values())

@@ -60,7 +60,7 @@ def test_the_largest_parts_and_the_reasons() -> None:
     assert picture(model) == before
     whole = "the model (Host): it branches on a value (if, while, and, or, not, assert)"
     optional = "optional (Optional): forward has optional arguments (mask), and it is unknown how it is called"
-    graph = "graph (Sequential): it is a GraphModule of its own"
+    graph = "graph (Sequential): it is a GraphModule itself"
     patched = "patched (Sequential): its forward is set on the instance"
     assert found == {
         "mlp.0": ("mlp", whole),
