@@ -53,7 +53,7 @@ class HRAModel(SwapMixin):
         config: the configuration, or a dict of adapter names and configurations. PEFT's keyword `peft_config` also
             works.
         adapter_name: name of the adapter.
-        low_cpu_mem_usage: make the vectors on the meta device, to be loaded later.
+        low_cpu_mem_usage: create the vectors on the meta device, to be loaded later.
 
     Attributes:
         prefix: the prefix of the names of adapter parameters.

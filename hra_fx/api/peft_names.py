@@ -30,7 +30,7 @@ def get_peft_model(
         adapter_name: name of the adapter.
         mixed, autocast_adapter_dtype: ignored, because all adapters are HRA and vectors are always at least float32.
         revision: revision of the base model, written into the configuration.
-        low_cpu_mem_usage: make the vectors on the meta device, to be loaded later.
+        low_cpu_mem_usage: create the vectors on the meta device, to be loaded later.
 
     Returns:
         `model`, with PEFT's methods.
