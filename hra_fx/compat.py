@@ -72,7 +72,7 @@ _MODULE_CALL = nn.Module.__call__
 
 
 def is_exporting() -> bool:
-    """Whether `torch.export` runs. In `torch.compile`, torch 2.10 takes the public answer for yes."""
+    """Whether `torch.export` runs. Inside `torch.compile`, the public function of torch 2.10 also returns True."""
     exporting: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
     return torch.compiler.is_exporting() if exporting is None else exporting
 

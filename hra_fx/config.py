@@ -37,24 +37,25 @@ class HRAConfig:
 
     Args:
         r: rank, the number of reflections per layer; a positive int.
-        rank_pattern: ranks of some layers, in place of `r`: name -> rank, as in PEFT's LoRA. A name is a regular
-            expression that matches a layer's path, or the end of it after a dot; the first one that matches counts.
-            PEFT's HRA has no such field, and refuses what is saved with it: see `hra-fx convert --to peft`.
+        rank_pattern: layer name -> rank, for layers whose rank is not `r`, as in PEFT's LoRA. A name is a regular
+            expression that matches a layer's full path, or the end of it after a dot; the first match wins. PEFT's
+            HRA lacks this field and refuses adapters that were saved with it: see `hra-fx convert --to peft`.
         apply_GS: make the vectors of a layer orthonormal (Gram-Schmidt) before they are used as reflections.
         target_modules: the layers to adapt. A collection of names matches a layer if its path equals a name or ends
             with "." + name. A str is a regular expression that must match the full path, or "all-linear" for every
-            linear layer except the output layer. None selects the default of `model.config.model_type`.
+            linear layer except the output layer. None selects the default for `model.config.model_type`.
         exclude_modules: layers to leave out, written like `target_modules`. It overrides `target_modules`.
         init_weights: if True, the adapter starts as the identity; if False, with random reflections.
         layers_to_transform: one or more block indices >= 0. Layers that match by suffix are adapted only in these
             blocks. An empty list means no restriction.
-        layers_pattern: one or more regular expressions for the name of the module list that is indexed, such as "h".
+        layers_pattern: one or more regular expressions for the name of the module list that `layers_to_transform`
+            indexes, such as "h".
         bias: which biases are trained: "none", "all", or "hra_only" for those of the adapted layers.
         modules_to_save: names of modules that are trained and saved in full. Layers inside them are not adapted.
-        target_parameters: names of 3-D parameters, those of experts, to adapt, as PEFT's LoraConfig has it: a parameter
-            matches if its path equals a name or ends with "." + name. `exclude_modules` and `layers_to_transform` do
-            not restrict them. With target_modules=None, only these parameters are adapted. PEFT's HRAConfig does not
-            have this field.
+        target_parameters: names of 3-D parameters (experts) to adapt, as in PEFT's LoraConfig. A parameter matches if
+            its path equals a name or ends with "." + name. `exclude_modules` and `layers_to_transform` do not restrict
+            them. With target_modules=None, only these parameters are adapted. PEFT's HRAConfig does not have this
+            field.
         task_type: None or a PEFT task type, such as "SEQ_CLS".
         peft_type: always "HRA".
         auto_mapping, peft_version, base_model_name_or_path, revision, inference_mode: as in PEFT.
@@ -100,7 +101,7 @@ class HRAConfig:
     def __new__(cls, *args: object, **kwargs: object) -> HRAConfig:
         """Raise a helpful error for unknown keywords, before Python raises its `TypeError`."""
         if args:
-            raise ConfigError(f"HRAConfig takes keyword arguments only, got {args[0]!r}. Use for example r=8.")
+            raise ConfigError(f"HRAConfig takes keyword arguments only, got {args[0]!r}. For example, use r=8.")
         for name in kwargs:
             if name not in cls.__dataclass_fields__:
                 raise ConfigError(f"HRAConfig has no field `{name}`. {field_hint(name, _field_names())}")
@@ -192,10 +193,10 @@ class HRAConfig:
 
     @property
     def is_prompt_learning(self) -> bool:
-        """Not an attribute: functions of PEFT read it first, and take no configuration but PEFT's.
+        """Not supported. PEFT's functions read this attribute first, and only accept PEFT's own configurations.
 
         Raises:
-            AttributeError: always; it says what to call.
+            AttributeError: always; the message says what to call instead.
         """
         raise AttributeError(
             "hra_fx.HRAConfig is not a peft.PeftConfig. Call the function of hra_fx with the same name, such as "
@@ -205,7 +206,7 @@ class HRAConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields and extra entries as a dict for JSON. Sets become sorted lists, and values are copied.
 
-        Fields that PEFT does not have are left out at their default, because PEFT warns about them.
+        Fields that PEFT does not have are omitted at their default value, because PEFT warns about them.
 
         >>> HRAConfig(target_modules={"b", "a"}).to_dict()["target_modules"]
         ['a', 'b']
@@ -289,7 +290,7 @@ class HRAConfig:
 
 
 def _local(directory: str | os.PathLike[str], subfolder: str | None, hub: Mapping[str, Any]) -> Path:
-    """The folder itself, or where the Hub's file is downloaded to."""
+    """The folder itself, or the folder that the file is downloaded to from the Hub."""
     # A path object is never the name of a repository.
     if not isinstance(directory, str) or os.path.isdir(directory):
         return Path(directory)

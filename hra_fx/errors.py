@@ -1,6 +1,6 @@
 """The errors and the warning of hra_fx.
 
-A message names the layer or field, what is wrong with both values, and what to do: "`r` must be a positive int, got 0."
+A message names the layer or field, the expected and the actual value, and a fix: "`r` must be a positive int, got 0."
 Errors about arguments are also `ValueError`, so code that catches the `ValueError` of PEFT keeps working.
 """
 

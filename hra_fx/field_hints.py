@@ -30,7 +30,7 @@ _SYNONYMS = {
     "task": "task_type",
 }
 _NO_ALPHA = (
-    "HRA has no alpha, because Q is orthogonal: hra_fx.set_scale(model, name, strength) sets a strength. Remove it."
+    "HRA has no alpha, because Q is orthogonal. Remove it; hra_fx.set_scale(model, name, strength) sets a strength."
 )
 #: Fields of PEFT's `LoraConfig` without a counterpart.
 _ONLY_IN_LORA = {
@@ -39,8 +39,8 @@ _ONLY_IN_LORA = {
     "use_rslora": _NO_ALPHA,
     "lora_dropout": "HRA has no dropout. Remove it, and set the dropout of the model itself.",
     "lora_bias": "Reflections have no bias. Use bias='hra_only' to train the biases of the adapted layers.",
-    "use_dora": "HRA keeps the length of each row of the weight. Remove it.",
-    "fan_in_fan_out": "The layout of a weight is known from its layer. Remove it.",
+    "use_dora": "HRA preserves the norm of each row of the weight, so DoRA does not apply. Remove it.",
+    "fan_in_fan_out": "The layout of the weight is inferred from the layer type. Remove it.",
     "trainable_token_indices": "Use `modules_to_save` to train embeddings.",
 }
 

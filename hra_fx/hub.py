@@ -9,7 +9,7 @@ from typing import Any
 
 from hra_fx.errors import CheckpointError
 
-#: Arguments of `huggingface_hub.snapshot_download` that loading functions take.
+#: Arguments of `huggingface_hub.snapshot_download` that loading functions accept.
 OPTIONS = (
     "cache_dir",
     "endpoint",

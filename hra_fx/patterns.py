@@ -30,7 +30,7 @@ def rank_regex(pattern: str) -> str:
 
 
 def matches_rank(pattern: str, path: str) -> bool:
-    """Whether an entry of `rank_pattern` matches a layer; that of a 3-D parameter also goes by the parameter's name.
+    """Whether an entry of `rank_pattern` matches a layer. A 3-D parameter also matches by its own name.
 
     >>> matches_rank("experts.up_proj", "mlp.experts.hra_up_proj"), matches_rank("proj", "mlp.up_proj")
     (True, False)

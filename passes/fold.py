@@ -1,4 +1,4 @@
-"""fold: the graph without its reflections, for weights that hold them."""
+"""fold: remove the reflections from a graph, once they are in the weights."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from hra_fx.layers.target import META, NodeTag, weight_name
 
 
 class FoldPass(PassBase):
-    """Takes back what `insert` did: the graph is the base model's again, node for node and without marks."""
+    """Undoes `insert`: the graph is the base model's again, node for node and without marks."""
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite the graph and recompile it."""
         graph = graph_module.graph
         noted = [node for node in graph.nodes if isinstance(node.meta.get(META), NodeTag)]
-        # Backwards, so that every reflection of an input has lost its readers by the time that it is erased.
+        # Backwards, so that a reflection of an input has no readers left when it is erased.
         for node in reversed(noted):
             note: NodeTag = node.meta.pop(META)
             if note.role == "layer":

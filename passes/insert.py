@@ -1,12 +1,12 @@
-r"""insert: the reflection before each marked call, and after each marked read of a weight.
+r"""insert: add a reflection before each marked call, and after each marked read of a weight.
 
     y = layer(x)                    becomes        h = layer.hra_u(x);  y = layer(x, h)
     y = f(x, layer.weight)          becomes        w = layer.hra_u(weight=layer.hra_base);  y = f(x, w)
 
 For a Linear, `h = x Q^T` and the layer computes `h W^T = x (W Q)^T`. For a convolution, `h` holds the coordinates of
 the patches and the layer subtracts their image (`hra_fx.layers.variants.ConvAdapters`). The layer still gets `x`
-as its first argument, so that hooks on it see what they saw before. Of a weight, `hra_base` is the base weight, and `w`
-is `W Q`. A reader, which is a module that is called as a whole, gets `W Q` by itself: nothing is inserted.
+as its first argument, so that hooks on it see what they saw before. For a weight, `hra_base` is the base weight, and
+`w` is `W Q`. A reader (a module that is called as a whole) computes `W Q` itself: nothing is inserted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hra_fx.layers.target import BASE_WEIGHT, META, REFLECTION, NodeTag
 
 
 class InsertPass(PassBase):
-    """Gives everything that `match` marked its reflection, one visible node each; a second run changes nothing."""
+    """Inserts one reflection node for everything that `match` marked; a second run changes nothing."""
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite the graph and recompile it."""
@@ -48,11 +48,11 @@ def _is_bare(node: fx.Node) -> bool:
 
 def _insert_before(graph: fx.Graph, node: fx.Node) -> None:
     note: NodeTag = node.meta[META]
-    # By whatever name the layer's class has for its one argument.
+    # A keyword argument has whatever name the layer's class uses.
     value = node.args[0] if node.args else next(iter(node.kwargs.values()))
     if not isinstance(value, fx.Node):
         raise GraphInvariantError(
-            f"node {node.name!r}: the call of {note.path} has no traced input. Exclude this layer, or report the model."
+            f"node {node.name!r}: the call of {note.path} has no traced input. Exclude this layer, or open an issue."
         )
     with graph.inserting_before(node):
         reflection = _reflection(graph, node, str(node.target), (value,), {})

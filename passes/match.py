@@ -19,13 +19,13 @@ class MatchPass(PassBase):
     """Marks what a graph does with every adapted layer with a `NodeTag`; the graph itself is not changed.
 
     A call of a layer whose input is reflected is a `"layer"`. A read of an adapted weight is a `"weight"`, unless only
-    its dtype, shape or the like is used. The call of a module that has adapted layers inside, or of an adapted layer
-    with a forward of its own, is a `"reader"`.
+    its metadata, such as dtype or shape, is used. The call of a module that contains adapted layers, or of an adapted
+    layer with its own forward, is a `"reader"`.
 
-    Nodes are matched on `node.target`, a path of modules, never on the generated names of nodes.
+    Nodes are matched by `node.target`, a module path, and never by their generated names.
 
     Attributes:
-        calls: path of an adapted layer in the model -> the number of nodes in which it acts.
+        calls: path of an adapted layer in the model -> the number of nodes that use it.
     """
 
     def __init__(self, sites: Mapping[str, LayerTarget], prefix: str = "") -> None:
@@ -33,7 +33,7 @@ class MatchPass(PassBase):
 
         Args:
             sites: each path of a layer in the model -> the adapted layer.
-            prefix: path in the model of the module whose forward the graph is.
+            prefix: path in the model of the module whose forward was traced.
         """
         self._prefix = f"{prefix}." if prefix else ""
         below = {path: site for path, site in sites.items() if path.startswith(self._prefix)}

@@ -1,4 +1,4 @@
-"""verify: the rules that every rewritten graph keeps, checked on the graph alone, naming the node that breaks one."""
+"""verify: check the invariants of a rewritten graph, from the graph alone."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from hra_fx.layers.target import BASE_WEIGHT, META, REFLECTION, NodeTag
 class VerifyPass(PassBase):
     """Checks a graph and changes nothing.
 
-    The rules: the graph is well formed; every marked call reads one reflection, of its own layer and of the very value
-    that the layer reads; every reflection of an input is read by calls of its layer and by nothing else; every marked
-    weight is read by one reflection, that of its own layer, and by nothing else; nothing calls a reflection, or reads a
-    weight past its reflection, without a mark.
+    The invariants: the graph is well formed; every marked call reads one reflection, of its own layer and of the same
+    value that the layer reads; a reflection of an input is read only by calls of its layer; every marked weight is read
+    only by one reflection, of its own layer; nodes that call a reflection, or read a base weight, are marked.
 
     Raises:
-        GraphInvariantError: a rule is broken.
+        GraphInvariantError: an invariant is violated. The message names the node.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -28,9 +27,9 @@ class VerifyPass(PassBase):
             note = node.meta.get(META)
             if not isinstance(note, NodeTag):
                 if node.op == "call_module" and str(node.target).endswith(f".{REFLECTION}"):
-                    raise _broken(node, "calls a reflection, and carries no mark")
+                    raise _broken(node, "calls a reflection but is not marked")
                 if node.op == "get_attr" and str(node.target).endswith(f".{BASE_WEIGHT}"):
-                    raise _broken(node, "reads a weight past its reflection, and carries no mark")
+                    raise _broken(node, "reads a base weight but is not marked")
             elif note.role == "layer":
                 _check_layer(node)
             elif note.role == "weight":
@@ -44,13 +43,13 @@ def _check_layer(node: fx.Node) -> None:
     if len(node.args) != 2 or node.kwargs:
         raise _broken(
             node,
-            f"is the call of an adapted layer with {len(node.args)} arguments, expected the input and its reflection",
+            f"calls an adapted layer with {len(node.args)} arguments, expected the input and its reflection",
         )
     value, reflection = node.args
     if not isinstance(reflection, fx.Node) or reflection.target != f"{node.target}.{REFLECTION}":
-        raise _broken(node, f"is a call of {node.target} over {reflection}, which is not a reflection of that layer")
+        raise _broken(node, f"calls {node.target} with {reflection}, which is not a reflection of that layer")
     if reflection.args != (value,):
-        raise _broken(node, f"reads {value}, while its reflection reads {reflection.args[0]}")
+        raise _broken(node, f"reads {value}, but its reflection reads {reflection.args[0]}")
 
 
 def _check_weight(node: fx.Node) -> None:
@@ -60,19 +59,19 @@ def _check_weight(node: fx.Node) -> None:
     others = [user for user in node.users if user.target != f"{layer}.{REFLECTION}"]
     if others or len(node.users) != 1:
         read = f"is read by {others[0].name!r}" if others else f"has {len(node.users)} reflections"
-        raise _broken(node, f"is the weight of an adapted layer and {read}, expected one reflection")
+        raise _broken(node, f"is the weight of an adapted layer but {read}, expected one reflection")
 
 
 def _check_reflection(node: fx.Node) -> None:
     layer = str(node.target).removesuffix(f".{REFLECTION}")
     if not node.users:
-        raise _broken(node, "is a reflection that nothing reads")
+        raise _broken(node, "is an unused reflection")
     if isinstance(weight := node.kwargs.get("weight"), fx.Node) and weight.target == f"{layer}.{BASE_WEIGHT}":
         return
     for user in node.users:
         if user.target != layer:
-            raise _broken(node, f"is a reflection of {layer} and is read by {user.name!r}")
+            raise _broken(node, f"is a reflection of {layer} but is read by {user.name!r}")
 
 
 def _broken(node: fx.Node, rule: str) -> GraphInvariantError:
-    return GraphInvariantError(f"node {node.name!r}: {rule}. The rewrite is unsafe to run; please report the model.")
+    return GraphInvariantError(f"node {node.name!r}: {rule}. This is a bug in hra_fx; please open an issue.")

@@ -175,7 +175,7 @@ BAD_FIELDS: list[tuple[str, list[Any], str]] = [
     (
         "lora_alpha",
         [16],
-        "HRAConfig has no field `lora_alpha`. HRA has no alpha, because Q is orthogonal: hra_fx.set_scale",
+        "HRAConfig has no field `lora_alpha`. HRA has no alpha, because Q is orthogonal. Remove it; hra_fx.set_scale",
     ),
     ("use_rslora", [True], "HRAConfig has no field `use_rslora`. HRA has no alpha, because Q is orthogonal"),
     ("lora_dropout", [0.1], "HRAConfig has no field `lora_dropout`. HRA has no dropout. Remove it"),
@@ -236,7 +236,7 @@ def test_fields_that_exclude_each_other_say_what_peft_says(kwargs: dict[str, Any
 
 
 def test_positional_arguments_are_refused() -> None:
-    message = "HRAConfig takes keyword arguments only, got 8. Use for example r"
+    message = "HRAConfig takes keyword arguments only, got 8. For example, use r"
     with pytest.raises(ConfigError, match=re.escape(message)):
         HRAConfig(8)  # type: ignore[misc]
 

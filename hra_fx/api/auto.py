@@ -1,4 +1,4 @@
-"""`AutoPeftModelForCausalLM` and the others: the base model that an adapter names, with the adapter.
+"""`AutoPeftModelForCausalLM` and the others: load an adapter together with the base model that it names.
 
 Source of the names and arguments: PEFT 0.21, `peft.auto`.
 """
@@ -15,19 +15,20 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import ConfigError
 from hra_fx.hub import OPTIONS, download
 
-#: Libraries that a configuration may name the class of a base model in.
+#: Libraries that `auto_mapping` may name a class of.
 _LIBRARIES = ("transformers", "diffusers")
 _TOKENIZER = "tokenizer_config.json"
 
 
 class AutoPeftModel:
-    """Load the base model that an adapter's configuration names, and the adapter into it.
+    """Load the base model named in an adapter's configuration, then load the adapter into it.
 
-    The class of the base model is that of `task_type`, or the one in `auto_mapping`.
+    The class of the base model follows from `task_type`, or else from `auto_mapping`.
 
     Attributes:
-        task_type: the task type that an adapter must have, or none; `None` for any.
-        auto_class: class of transformers that loads the base model.
+        task_type: the task type of the adapters that this class loads (an adapter may also leave it out); `None` for
+            any.
+        auto_class: the transformers class that loads the base model.
     """
 
     task_type: ClassVar[str | None] = None
@@ -44,22 +45,25 @@ class AutoPeftModel:
         subfolder: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The base model, adapted, as an `HRAModel`. Embeddings are resized to the tokenizer in the folder, if any.
+        """Load the base model and the adapter. Embeddings are resized if the folder has a tokenizer with more tokens.
 
         Args:
             pretrained_model_name_or_path: the folder of an adapter, or the name of a Hub repository.
             adapter_name: name of the adapter in the model.
             is_trainable: whether the adapter can be trained; otherwise the model is in eval mode.
             config: replaces the configuration in the folder.
-            revision: revision of the adapter; that of the base model is in the configuration.
+            revision: revision of the adapter. The base model's revision is taken from the configuration.
             subfolder: path of the adapter in the folder.
-            kwargs: for `from_pretrained` of the base model (`dtype` and others); `token`, `cache_dir` and other options
-                of downloads are used for both.
+            kwargs: passed to `from_pretrained` of the base model, such as `dtype`. Download options (`token`,
+                `cache_dir` and others) are used for both.
+
+        Returns:
+            The adapted base model, as an `HRAModel`.
 
         Raises:
-            ConfigError: the configuration names no base model, has another `task_type`, or names a class outside of
-                transformers and diffusers.
-            HRAError: others as `hra_fx.load_adapter` and `from_pretrained` of the base model.
+            ConfigError: the configuration does not name a base model, has another `task_type`, or names a class that
+                is not from transformers or diffusers.
+            HRAError: for other errors, see `hra_fx.load_adapter` and `from_pretrained` of the base model.
         """
         hub = {name: value for name, value in kwargs.items() if name in OPTIONS}
         if revision is not None:
@@ -115,14 +119,14 @@ class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
 
 
 class AutoPeftModelForSequenceClassification(AutoPeftModel):
-    """`AutoPeftModel` for the classification of texts."""
+    """`AutoPeftModel` for text classification."""
 
     task_type = "SEQ_CLS"
     auto_class = "AutoModelForSequenceClassification"
 
 
 class AutoPeftModelForTokenClassification(AutoPeftModel):
-    """`AutoPeftModel` for the classification of tokens."""
+    """`AutoPeftModel` for token classification."""
 
     task_type = "TOKEN_CLS"
     auto_class = "AutoModelForTokenClassification"

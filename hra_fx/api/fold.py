@@ -1,4 +1,4 @@
-"""`fold`: adapters are multiplied into the weights, and the model becomes a plain base model."""
+"""`fold`: merge adapters into the weights, so that the model becomes a plain base model."""
 
 from __future__ import annotations
 
@@ -17,36 +17,35 @@ M = TypeVar("M", bound="nn.Module | ExportedProgram")
 
 
 def fold(model: M, adapter_names: str | Sequence[str] | None = None, *, requantize: bool = False) -> M:
-    """Fold adapters into the weights, `W <- W Q`, in place; without adapters left the model is a plain base model.
+    """Fold adapters into the weights in place, `W <- W Q`. The result is a plain base model once all are folded.
 
-    Then classes, graph, `state_dict` keys and `requires_grad` are those from before `transform`. Only weights differ,
-    and the tensors that `bias` and `modules_to_save` trained.
+    It then has the classes, graph, `state_dict` keys and `requires_grad` flags from before `transform`. Only the values
+    of the folded weights, and of tensors trained through `bias` and `modules_to_save`, differ.
 
-    All vectors and weights are checked first. Then the layers are computed, in float64 where the device has it, and
-    written one after another, so that the fold needs memory for a few copies of one layer. If it is interrupted in
-    between, the model computes the same as before, and another `fold` finishes the work. `plan_fold` shows the rounding
-    error of each layer first.
+    All vectors and weights are checked first. Then layers are computed, in float64 if the device supports it, and
+    written one at a time, so folding needs extra memory for only a few copies of one layer. If it is interrupted, the
+    model still computes the same outputs, and another call of `fold` finishes the work. `plan_fold` shows the rounding
+    error of each layer beforehand.
 
-    A weight that shares memory with other tensors (an output layer tied to the embeddings) is untied: the layer gets a
-    parameter of its own, and the others are not changed. If transformers ties them by `config.tie_word_embeddings`,
-    that is set to False, and everything else that it tied gets its own memory too. A part of a model does not know what
-    it is
-    tied to outside: fold the whole model to have its configuration updated.
+    A weight that shares memory with other tensors (an output layer tied to the embeddings) is untied: the layer gets
+    its own parameter, and the others are not changed. If transformers ties them by `config.tie_word_embeddings`, that
+    is set to False, and all other tensors that it tied get their own memory too. Fold the whole model rather than a
+    submodule, which does not know the ties and the configuration outside of it.
 
-    A quantized weight (bitsandbytes, torchao) is folded only with `requantize=True`: dequantized, rotated, and
-    quantized again in the same scheme. The quantization error is often larger than the change by the adapter.
+    A quantized weight (bitsandbytes, torchao) is folded only with `requantize=True`: it is dequantized, rotated, and
+    quantized again in the same scheme. The quantization error is often larger than the effect of the adapter.
 
     Args:
-        model: a transformed model, or an `ExportedProgram` of `transform`, of which a new one is made.
-        adapter_names: the adapters to fold, one name or several in their order; the others stay, and act on the new
-            weights. `None` folds the active ones and removes the others.
+        model: a transformed model, or an `ExportedProgram` from `transform`, for which a new program is returned.
+        adapter_names: one or more adapters to fold, in this order; the others are kept and act on the new weights.
+            `None` folds the active adapters and removes the others.
         requantize: whether quantized weights may be folded.
 
     Returns:
-        `model`.
+        `model`, or the new program.
 
     Raises:
-        AdapterError: the model has no adapters, or not these; or other active ones come before them.
+        AdapterError: the model has no adapters, or lacks one of these, or other active adapters come before them.
         FoldError: a weight cannot be folded: it has no data, is quantized or not finite, has linearly dependent
             Gram-Schmidt vectors, or is tied in a model whose forward depends on that. No weight was changed.
 
@@ -63,8 +62,8 @@ def fold(model: M, adapter_names: str | Sequence[str] | None = None, *, requanti
     if is_captured(model):
         if adapter_names is not None or requantize:
             raise AdapterError(
-                "fold of a captured program takes no adapter_names and no requantize: it has one adapter, and its "
-                "weights are not quantized. Leave them out."
+                "`adapter_names` and `requantize` are not supported for a captured program: it has one adapter, and "
+                "its weights are not quantized. Leave them out."
             )
         captured: Any = model
         return fold_captured(captured)  # type: ignore[no-any-return]

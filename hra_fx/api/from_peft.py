@@ -1,4 +1,4 @@
-"""`from_peft`: a model with PEFT's HRA as a model of hra_fx."""
+"""`from_peft`: convert a model with PEFT's HRA layers to hra_fx."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from hra_fx.selection.select import select, without_unmatched
 
 
 def from_peft(model: nn.Module) -> Any:
-    """Turn a model with PEFT's HRA into a model of hra_fx with the same adapters, in place.
+    """Convert a model with PEFT's HRA layers to hra_fx in place, with the same adapters.
 
-    The layers of PEFT are taken out of the base model, which is adapted by hra_fx: all adapters with their vectors,
-    trained modules and biases, the active ones in their order, which of them are trained, and whether they are
-    disabled. The vectors keep their memory, and are new parameters: make the optimizer after this call.
+    PEFT's layers are replaced by those of hra_fx. All adapters keep their vectors, trained modules and biases, and
+    their state: which are active (and in which order), which are trainable, and whether they are disabled. The vectors
+    keep their memory but become new parameters, so create the optimizer after this call.
 
     Args:
-        model: a `peft.PeftModel`, or a model into which PEFT put layers (`add_adapter` of transformers). Do not use the
-            `PeftModel` afterwards.
+        model: a `peft.PeftModel`, or a model that PEFT has added layers to (`add_adapter` of transformers). Do not use
+            the `PeftModel` afterwards.
 
     Returns:
         The base model, as an `HRAModel`.
 
     Raises:
-        AdapterError: the model has no layers of PEFT's HRA, has those of other methods, or adapters are merged.
-        HRAError: others as `hra_fx.transform`. After any error the model is unchanged.
+        AdapterError: the model has no HRA layers of PEFT, has layers of other PEFT methods, or has merged adapters.
+        HRAError: for other errors, see `hra_fx.transform`. After any error the model is unchanged.
 
     Example:
         >>> import peft
@@ -74,14 +74,14 @@ def from_peft(model: nn.Module) -> Any:
 
 @dataclass(frozen=True)
 class _Found:
-    """What PEFT put into a model.
+    """What PEFT has added to a model.
 
     Attributes:
         configs: adapter name -> configuration.
-        replaced: layer or wrapper of PEFT -> the module of the base model inside of it.
+        replaced: layer or wrapper of PEFT -> the module of the base model inside it.
         vectors: adapter name -> path of the layer -> `U: (d, r)`.
         copies: adapter name -> (path of the module, name of its tensor) -> trained tensor.
-        active: names of the active adapters, in their order.
+        active: names of the active adapters, in order.
         trained: adapter name -> whether it is trained.
         disabled: whether adapters are disabled.
     """
@@ -96,7 +96,7 @@ class _Found:
 
 
 def _base_model(model: Any) -> nn.Module:
-    """The model that the layers of PEFT are in."""
+    """The base model, which contains PEFT's layers."""
     base = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
     if not isinstance(base, nn.Module):
         raise AdapterError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
@@ -130,20 +130,23 @@ def _collect(root: Any) -> _Found:
 
 def _check(root: nn.Module, layers: Mapping[str, Any]) -> None:
     if get_state(root):
-        raise AdapterError(f"{type(root).__name__} has adapters of hra_fx, which PEFT's adapters were added to.")
+        raise AdapterError(
+            f"{type(root).__name__} already has hra_fx adapters. Only models without them can be converted."
+        )
     if not layers:
         raise AdapterError(
-            f"{type(root).__name__} has no adapters of PEFT. Call hra_fx.transform(model, config) to add one of hra_fx."
+            f"{type(root).__name__} has no PEFT adapters. To add one of hra_fx, call hra_fx.transform(model, config)."
         )
     for path, layer in layers.items():
         if not is_peft_hra_layer(layer):
             raise AdapterError(
-                f"{path}: this is a layer of another method of PEFT ({type(layer).__name__}). Only HRA can be taken "
-                "over. Call `merge_and_unload()` or `unload()` on the PEFT model, and hra_fx.transform."
+                f"{path}: this layer is from another PEFT method ({type(layer).__name__}). Only HRA can be converted. "
+                "Call `merge_and_unload()` or `unload()` on the PEFT model, then hra_fx.transform."
             )
         if layer.merged_adapters:
             raise AdapterError(
-                f"{path}: adapters {list(layer.merged_adapters)} are merged. Call unmerge_adapter() on the PEFT model."
+                f"{path}: adapters {list(layer.merged_adapters)} are merged. First call unmerge_adapter() on the PEFT "
+                "model."
             )
 
 
@@ -159,7 +162,7 @@ def _trained_tensors(wrappers: Mapping[str, Any], name: str) -> dict[tuple[str, 
 
 
 def _take_out(root: nn.Module, found: _Found, undo: ExitStack) -> None:
-    """Put the modules of the base model in the place of PEFT's."""
+    """Replace PEFT's modules by those of the base model."""
     for parent in [module for module in root.modules() if module not in found.replaced]:
         for name, child in parent._modules.items():
             if child in found.replaced:
@@ -173,7 +176,9 @@ def _take_out(root: nn.Module, found: _Found, undo: ExitStack) -> None:
 def _add(root: nn.Module, name: str, config: HRAConfig, found: _Found) -> None:
     config, vectors = without_unmatched(root, config), found.vectors[name]
     if odd := sorted(select(root, config).keys() ^ vectors.keys()):
-        raise AdapterError(f"adapter {name!r}: {odd[0]} does not match its configuration. It was changed in PEFT.")
+        raise AdapterError(
+            f"adapter {name!r}: {odd[0]} does not match the adapter's configuration, which was changed in PEFT."
+        )
 
     def fill(path: str, layer: nn.Module, reflection: HouseholderAdapters) -> None:
         spec = AdapterSpec(vectors[path].shape[1], config.apply_GS, init_weights=False)

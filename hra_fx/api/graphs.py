@@ -1,4 +1,4 @@
-"""`graphs`: fx graphs of a transformed model, made when asked for: for pictures, exporters and further passes."""
+"""`graphs`: trace a transformed model into fx graphs, for pictures, exporters and other passes."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ def graphs(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.GraphMo
     """Trace a transformed model, with the reflections of its adapted layers in the graphs.
 
     Without example inputs, torch.fx traces the whole model, or the largest parts that it can trace. These graphs are
-    valid in train and eval mode. With example inputs the result is always one graph, as in graph mode: `torch.export`
-    captures the call where torch.fx cannot trace the whole model, or where the call gives optional arguments.
+    valid in train and eval mode. With example inputs the result is always one graph, as in graph mode: if torch.fx
+    cannot trace the whole model, or if the call passes optional arguments, `torch.export` captures the call.
 
     A graph of `torch.export` consists of ATen operators, with one node `hra_fx::rotate` for each active adapter of a
-    layer, which has a `NodeTag` in `meta["hra"]`. It is called as the model is, and returns what the model returns,
-    with `None` in place of an object that `torch.export` does not know, such as a cache. It is valid for inputs of
-    these shapes and for the mode that the model is in.
+    layer, which has a `NodeTag` in `meta["hra"]`. It takes the model's arguments and returns the model's outputs, with
+    `None` in place of objects that `torch.export` does not support, such as a cache. It is valid for inputs of these
+    shapes, in the current mode of the model (train or eval).
 
     Args:
         model: a transformed model.
         example_inputs: a tuple of positional arguments, a dictionary of keyword arguments, or one tensor.
 
     Returns:
-        Without example inputs: module path -> GraphModule over the model's own modules and parameters; the key is `""`
-        for a model that is traced whole, and the layer's path for a layer in no graph. With them: `""` -> the graph of
-        the whole model, whose parameters are the model's own. Changing a graph does not change the model.
+        Without example inputs: module path -> GraphModule with the model's own modules and parameters. The key is `""`
+        if the whole model was traced; a layer outside of all other graphs has a graph under its own path. With example
+        inputs: `""` -> the graph of the whole model, with the model's own parameters. Changing a graph does not change
+        the model.
 
     Raises:
         AdapterError: the model has no reflections, or `torch.export` cannot capture the call.

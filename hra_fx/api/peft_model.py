@@ -1,7 +1,7 @@
 """`HRAModel`: an adapted model with the methods and names of PEFT's `HRAModel` and `PeftModel`.
 
-It is the model itself, whose class becomes a subclass of its class and `HRAModel`: `isinstance` checks (Trainer,
-pipelines, diffusers) see the model, and no attribute has to be forwarded by a wrapper.
+The model object itself gets a new class, a subclass of its own class and `HRAModel`. So `isinstance` checks (Trainer,
+pipelines, diffusers) still work, and a wrapper that forwards attributes is not needed.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class HRAModel(SwapMixin):
 
     Args:
         model: any module that `hra_fx.transform` accepts, plain or transformed.
-        config: the configuration, or a dict of adapter names and configurations. It may be called `peft_config` as in
-            PEFT.
+        config: the configuration, or a dict of adapter names and configurations. PEFT's keyword `peft_config` also
+            works.
         adapter_name: name of the adapter.
-        low_cpu_mem_usage: make the vectors on the meta device, to be loaded later.
+        low_cpu_mem_usage: create the vectors on the meta device, to be loaded later.
 
     Attributes:
         prefix: the prefix of the names of adapter parameters.
@@ -61,8 +61,8 @@ class HRAModel(SwapMixin):
         target_module_mapping: `model_type` -> default targets.
 
     Raises:
-        AdapterError: the model has an attribute with one of these names.
-        HRAError: others as `hra_fx.transform`. After any error the model is unchanged.
+        AdapterError: the model already has an attribute with the name of one of these methods.
+        HRAError: for other errors, see `hra_fx.transform`. After any error the model is unchanged.
 
     Example:
         >>> model = HRAModel(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"]))
@@ -87,7 +87,7 @@ class HRAModel(SwapMixin):
     create_or_update_model_card = push.create_or_update_model_card
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Adapt the given model; on a class that is swapped already (a copy, an unpickled model), make a new object."""
+        """Adapt the given model. On a class that is already swapped (copies, unpickling), create a new object."""
         return _adapted(*args, **kwargs) if cls is HRAModel else super().__new__(cls)
 
     @classmethod
@@ -109,7 +109,7 @@ class HRAModel(SwapMixin):
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the active adapters, in the order of their product."""
+        """Names of the active adapters, in the order in which they are applied."""
         return list(self._record.active)
 
     @property
@@ -133,7 +133,7 @@ class HRAModel(SwapMixin):
         return root_of(self)[1]
 
     def get_base_model(self) -> nn.Module:
-        """The model itself; `unload` or `merge_and_unload` make it a plain one."""
+        """The model itself. To get a plain model, call `unload` or `merge_and_unload`."""
         return self
 
     def print_trainable_parameters(self) -> None:
@@ -152,35 +152,37 @@ class HRAModel(SwapMixin):
         peft_config: HRAConfig | None = None,
         adapter_config: HRAConfig | None = None,
     ) -> None:
-        """As `hra_fx.add_adapter`: `add_adapter(name, config)` as in PEFT, or `add_adapter(config, name)` as in
-        transformers and diffusers."""
+        """Same as `hra_fx.add_adapter`. Call it as `add_adapter(name, config)` like PEFT, or as
+        `add_adapter(config, name)` like transformers and diffusers."""
         given = (first, second)
         config: Any = peft_config or adapter_config or next((x for x in given if not isinstance(x, str)), None)
         name = adapter_name or next((x for x in given if isinstance(x, str) and x != "default"), "default")
         add_adapter(self, name, config, low_cpu_mem_usage=low_cpu_mem_usage)
 
     def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
-        """As `hra_fx.set_adapter`; adapters disabled by a method stay so until they are enabled, as in PEFT."""
+        """Same as `hra_fx.set_adapter`. Disabled adapters stay disabled until they are enabled again, as in PEFT."""
         set_adapter(self, adapter_name, inference_mode=inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
-        """Train or freeze the vectors and copies of these adapters; others keep their flags."""
+        """Make the vectors and trained copies of these adapters trainable, or freeze them. Others are not changed."""
         parts = collect_parts(self)
         reshard(parts.modules)
         set_requires_grad(parts, names_in(self._record, adapter_names), requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As `hra_fx.delete_adapter`; call `unload` to remove the last one.
+        """Same as `hra_fx.delete_adapter`, except that the last adapter is removed by `unload`.
 
         Raises:
-            AdapterError: the model has no such adapter, adapters are merged, or it is the only one.
+            AdapterError: the model has no such adapter, or no other, or adapters are merged.
         """
         if list(self.peft_config) == [adapter_name]:
-            raise AdapterError(f"adapter {adapter_name!r}: it is the only one. Call unload() to get the base model.")
+            raise AdapterError(
+                f"adapter {adapter_name!r} is the only adapter of the model. Call unload() to get the base model."
+            )
         delete_adapter(self, adapter_name)
 
     def disable_adapter(self) -> disable_adapters:
-        """As `hra_fx.disable_adapters`: `with model.disable_adapter():` runs the base model."""
+        """Same as `hra_fx.disable_adapters`: `with model.disable_adapter():` runs the base model."""
         return disable_adapters(self)
 
     def disable_adapter_layers(self) -> None:
@@ -188,11 +190,11 @@ class HRAModel(SwapMixin):
         disable_adapters(self).__enter__()
 
     def disable_adapters(self) -> None:
-        """The name of `disable_adapter_layers` in transformers and diffusers."""
+        """Same as `disable_adapter_layers`; the name in transformers and diffusers."""
         self.disable_adapter_layers()
 
     def set_adapters(self, adapter_names: str | list[str], weights: float | list[float] | None = None) -> None:
-        """The name of `set_adapter` in diffusers, with strengths from 0 to 1 (`hra_fx.set_scale`)."""
+        """Same as `set_adapter`, with optional strengths from 0 to 1 (`hra_fx.set_scale`); the name in diffusers."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         given = [] if weights is None else weights if isinstance(weights, list) else [weights] * len(names)
         if weights is not None and len(given) != len(names):
@@ -204,18 +206,18 @@ class HRAModel(SwapMixin):
             set_scale(self, name, weight)
 
     def delete_adapters(self, adapter_names: str | list[str]) -> None:
-        """The name of `delete_adapter` in diffusers, for several adapters."""
+        """Same as `delete_adapter`, for one or more adapters; the name in diffusers."""
         for name in [adapter_names] if isinstance(adapter_names, str) else list(adapter_names):
             self.delete_adapter(name)
 
     def merge_adapter(self, adapter_names: Iterable[str] | None = None, safe_merge: bool = False) -> None:
-        """As `hra_fx.merge_adapter`, which always checks that the weights stay finite."""
+        """Same as `hra_fx.merge_adapter`, which always checks that the weights stay finite."""
         merge_adapter(self, adapter_names)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """Fold the active adapters, or these, into the weights and remove the others (`hra_fx.fold`).
+        """Fold the active adapters, or `adapter_names`, into the weights (`hra_fx.fold`), and remove the others.
 
         Returns:
             The model, now a plain base model.
@@ -225,7 +227,7 @@ class HRAModel(SwapMixin):
         """
         fold(self, adapter_names)
         if record := get_state(self):
-            text = f"adapters {list(record.configs)} were not folded and are removed. To keep them, call hra_fx.fold."
+            text = f"adapters {list(record.configs)} are removed without being folded. Use hra_fx.fold to keep them."
             remove_adapters(self, record, tuple(record.configs))
             warnings.warn(text, HRAWarning, stacklevel=2)
         return self
@@ -256,8 +258,8 @@ class HRAModel(SwapMixin):
     ) -> None:
         """Write adapters as PEFT does: "default" into the folder, others into subfolders with their names.
 
-        `push_to_hub=True` uploads them too, to the repository `repo_id`, or that with the name of the folder, with the
-        options of `push_to_hub`.
+        `push_to_hub=True` also uploads them to the repository `repo_id`, by default one with the name of the folder. It
+        takes the options of `push_to_hub`.
 
         Raises:
             AdapterError: `safe_serialization=False` (pickle files are never written), `save_embedding_layers=True` (use
@@ -282,10 +284,10 @@ class HRAModel(SwapMixin):
         model, this is the `from_pretrained` of its base class.
 
         Returns:
-            The base model, adapted, as an `HRAModel`.
+            The adapted base model, as an `HRAModel`.
 
         Raises:
-            HRAError: as `hra_fx.load_adapter`.
+            HRAError: see `hra_fx.load_adapter`.
         """
         if cls is not HRAModel:
             own: Any = super()
@@ -299,7 +301,7 @@ class HRAModel(SwapMixin):
         is_trainable: bool = False,
         **kwargs: Any,
     ) -> None:
-        """As `hra_fx.load_adapter`: add an adapter, or replace the values of the adapter with this name."""
+        """Same as `hra_fx.load_adapter`: add an adapter, or replace the values of the adapter with this name."""
         load_adapter(self, model_id, adapter_name, is_trainable=is_trainable, **_known_options(kwargs))
 
 
@@ -348,7 +350,7 @@ def _loaded(
 
 
 def check_names(model: nn.Module, mixin: type[SwapMixin]) -> None:
-    """Check that a subclass of the class can be made, and that it hides no attribute of the model.
+    """Check that the model's class can be subclassed, and that the new methods do not hide attributes of the model.
 
     Raises:
         AdapterError: naming the class or the attribute.
@@ -380,6 +382,6 @@ def as_hra_model(model: nn.Module) -> nn.Module:
 
 
 def _known_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Without options of PEFT that are always on here: little memory, float32 vectors, new values in place."""
+    """Remove PEFT options that are always on here: low memory, float32 vectors, new values in place."""
     always = ("low_cpu_mem_usage", "autocast_adapter_dtype", "ephemeral_gpu_offload", "torch_device", "hotswap")
     return {name: value for name, value in options.items() if name not in always}

@@ -9,7 +9,7 @@ from torch import nn
 from hra_fx.api.peft_model import HRAModel
 from hra_fx.config import HRAConfig
 
-#: PEFT's name of the class whose `from_pretrained` loads an adapter into a base model.
+#: PEFT's name for the class whose `from_pretrained` loads an adapter into a base model.
 PeftModel = HRAModel
 
 
@@ -28,16 +28,15 @@ def get_peft_model(
         model: any module that `hra_fx.transform` accepts, changed in place.
         peft_config: an `hra_fx.HRAConfig` or a `peft.HRAConfig`.
         adapter_name: name of the adapter.
-        mixed, autocast_adapter_dtype: have no effect: there is one type of adapter, and its vectors are float32 at
-            least.
+        mixed, autocast_adapter_dtype: ignored, because all adapters are HRA and vectors are always at least float32.
         revision: revision of the base model, written into the configuration.
-        low_cpu_mem_usage: make the vectors on the meta device, to be loaded later.
+        low_cpu_mem_usage: create the vectors on the meta device, to be loaded later.
 
     Returns:
         `model`, with PEFT's methods.
 
     Raises:
-        HRAError: as `HRAModel`.
+        HRAError: see `HRAModel`.
 
     Example:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"]))

@@ -29,13 +29,13 @@ class TunerLayerStatus:
     Attributes:
         name: path of the module.
         module_type: `"hra.HRALinear"` and others, or `"ModulesToSaveWrapper"`, as in PEFT.
-        enabled: whether adapters act.
-        active_adapters: names of the active adapters, in the order of their product.
-        merged_adapters: names of the merged ones.
-        requires_grad: adapter name -> whether its parameters here are trained, `"irregular"` for some of them.
+        enabled: whether adapters are enabled.
+        active_adapters: names of the active adapters, in the order in which they are applied.
+        merged_adapters: names of the merged adapters.
+        requires_grad: adapter name -> whether its parameters here are trainable; `"irregular"` if only some are.
         available_adapters: names of the adapters with parameters here.
-        devices: adapter name -> types of the devices of its parameters.
-        quantization_backend: quantization of the base weight, `None` for a plain one.
+        devices: adapter name -> device types of its parameters.
+        quantization_backend: quantization of the base weight, or `None`.
     """
 
     name: str
@@ -51,7 +51,7 @@ class TunerLayerStatus:
 
 @dataclass
 class TunerModelStatus:
-    """The state of a model with adapters; a field is `"irregular"` where its layers differ.
+    """The state of a model with adapters; a field is `"irregular"` if its layers differ.
 
     Attributes:
         base_model_type: class of the base model.

@@ -39,52 +39,54 @@ def transform(
     example_inputs: Any = None,
     verify: bool = False,
 ) -> M:
-    """Adapt a model in place: each selected weight acts as `W Q` from now on.
+    """Adapt a model in place, so that each selected weight `W` acts as `W Q`.
 
     Eager mode swaps the classes of layers; nothing is traced. Graph mode (`trace=True`, or a `GraphModule` or an
     exported program as `model`) rewrites a graph. Both use the same mathematics and passes.
 
-    The model stays the object, and the class, that it was; its `state_dict` keeps every key and gains
+    The model remains the same object and an instance of its class. Its `state_dict` keeps all keys and gains
     `<layer>.hra_u.<adapter>` of shape `(d, r)`, with `d = in_features` or `in_channels // groups * kh * kw` (and
-    `<layer>.hra_u.<adapter>_anchor`, where `init_weights=True` takes one to start at the identity). Its own parameters
-    are shared and frozen; what `config.bias` and `config.modules_to_save` train are copies, which stand in their place
-    while the adapter is active (`<module>.hra_saved` holds what is not in place).
+    `<layer>.hra_u.<adapter>_anchor`, if `init_weights=True` needs frozen vectors to start at the identity). Its own
+    parameters are frozen, and shared by all adapters. Biases and modules trained by `config.bias` and
+    `config.modules_to_save` are copies, which replace the originals while the adapter is active; the tensors that are
+    not in use are in `<module>.hra_saved`.
 
     Args:
-        model: any module with layers that can be adapted (Linear, Conv1d to Conv3d, transformers' Conv1D, attention);
-            a `GraphModule` gets the reflections in its own graph. Of a `torch.export.ExportedProgram` a new one is
-            made, with one node `hra_fx::rotate` for each weight.
-        config: which layers, how many reflections, and how they start; a `peft.HRAConfig` is converted.
-        adapter_name: name of the adapter, a part of its parameters' names.
-        low_cpu_mem_usage: make the vectors on the meta device, for `load_adapter`, `reset_adapters` or
-            `load_state_dict(..., assign=True)` to fill. Otherwise they are on the device of their layer, which may be
-            the meta device too.
-        trace: trace the model, and return a `torch.fx.GraphModule` in which each reflection is a node of its own. It
+        model: any module with layers that can be adapted (Linear, Conv1d to Conv3d, transformers' Conv1D, attention).
+            The graph of a `GraphModule` is rewritten in place. For a `torch.export.ExportedProgram`, a new program is
+            returned, with one node `hra_fx::rotate` per weight.
+        config: the layers to adapt, their rank and initialization. A `peft.HRAConfig` is converted.
+        adapter_name: name of the adapter, used in the names of its parameters.
+        low_cpu_mem_usage: create the vectors on the meta device, to be filled by `load_adapter`, `reset_adapters` or
+            `load_state_dict(..., assign=True)`. Otherwise they are on the device of their layer, which may also be the
+            meta device.
+        trace: trace the model, and return a `torch.fx.GraphModule` in which each reflection is a separate node. It
             shares the modules and parameters of `model`, and replaces it. torch.fx traces without running the model;
-            the graph is valid in train and eval mode, and its optional arguments keep their defaults. Where torch.fx
-            refuses, give `example_inputs`.
-        example_inputs: one tensor, a tuple of positional or a dictionary of keyword arguments: the call for `verify`,
-            and the call that `torch.export` captures for `trace` where torch.fx cannot trace the model, or where the
-            call gives optional arguments. That graph is for inputs of these shapes and the mode that the model is in,
-            each rotated weight is a node, and its parameters share the memory of the model's. Only forward, `report`,
-            `fold`, `freeze`, `lower` and `visualize` work on it. For anything else, such as `save_adapter`, load its
-            `state_dict` (with `strict=False`) into a model that was transformed without `trace`. A model is refused if
-            its graph would train differently: it has backward hooks, its forward adds one to a tensor, calls a custom
-            autograd function or draws from the global generators of Python or NumPy. Draws from other generators of
-            these, and hooks on autograd nodes, are not detected.
-        verify: compare random reflections with folded weights on copies of the model, for `example_inputs`, in train
-            and eval mode, with gradients, before the model is returned.
+            the graph is valid in train and eval mode, and its optional arguments keep their defaults. If torch.fx
+            cannot trace the model, pass `example_inputs`.
+        example_inputs: one tensor, a tuple of positional arguments or a dictionary of keyword arguments. `verify` runs
+            this call. With `trace`, `torch.export` captures it if torch.fx cannot trace the model, or if the call
+            passes optional arguments. The captured graph is for inputs of these shapes and the current mode of the
+            model (train or eval); each rotated weight is a node, and parameters share memory with the model. It
+            supports only forward, `report`, `fold`, `freeze`, `lower` and `visualize`. For anything else, such as
+            `save_adapter`, load its `state_dict` (with `strict=False`) into a model that was transformed without
+            `trace`. A model is refused if its graph would train differently: if it has backward hooks, or if its
+            forward adds a hook to a tensor, calls a custom autograd function, or draws from the global random
+            generators of Python or NumPy. Other generators of Python and NumPy, and hooks on autograd nodes, are not
+            detected.
+        verify: before returning, check on copies of the model that random reflections and folded weights give the same
+            outputs and gradients for `example_inputs`, in train and eval mode.
 
     Returns:
-        `model`, or the `GraphModule` of `trace`. The same call on a model that has the adapter already changes nothing.
+        `model`, or the `GraphModule` created by `trace`. Repeating a call on the transformed model has no effect.
 
     Raises:
         ConfigError: `config` is not an `HRAConfig` of hra_fx or PEFT.
         SelectionError: the configuration does not fit the model.
         UnsupportedLayerError: a selected layer cannot be adapted.
         AdapterError: the model has another adapter (see `add_adapter`), or this one with another configuration; or
-            `verify` without `example_inputs`; or the model cannot be traced.
-        VerificationError: the rewritten model would not compute what the folded one does. After any error the model is
+            `verify` is set without `example_inputs`; or the model cannot be traced.
+        VerificationError: the adapted model and the folded model would differ. After any error the model is
             unchanged.
 
     Example:
@@ -96,8 +98,8 @@ def transform(
     if is_captured(model):
         if low_cpu_mem_usage or verify or (example_inputs is not None and not trace):
             raise AdapterError(
-                "low_cpu_mem_usage, example_inputs, verify: a captured program has no use for them, and trace=True "
-                "makes one where torch.fx cannot trace the call. Leave them out, or transform without trace=True."
+                "`low_cpu_mem_usage`, `example_inputs` and `verify` are not supported for captured programs, which "
+                "trace=True creates if torch.fx cannot trace the call. Leave them out, or transform without trace=True."
             )
         captured: Any = model
         return transform_captured(captured, valid_config(config), adapter_name)  # type: ignore[no-any-return]
@@ -105,7 +107,7 @@ def transform(
     config = with_head(module, checked(module, config, adapter_name))
     call = None if example_inputs is None else normalize_inputs(example_inputs)
     if verify and call is None:
-        raise AdapterError("verify=True: there is nothing to run. Give example_inputs, the arguments of one call.")
+        raise AdapterError("verify=True needs `example_inputs`, the arguments of one call of the model.")
     if trace and not isinstance(module, fx.GraphModule):
         traced: Any = _traced(module, config, example_inputs)
         example_inputs = None if is_captured(traced) else example_inputs
@@ -123,20 +125,20 @@ def transform(
 def _traced(model: nn.Module, config: HRAConfig, example_inputs: Any) -> fx.GraphModule:
     if get_state(model) or adapted_layers(model):
         raise AdapterError(
-            f"trace=True: {type(model).__name__} has adapters already. Trace it when the first one is added, or call "
-            "hra_fx.graphs(model) for a graph to look at."
+            f"trace=True: {type(model).__name__} already has adapters. Use trace=True when you add the first one, or "
+            "call hra_fx.graphs(model) to inspect its graph."
         )
     if hooked := next((path or "the model" for path, part in model.named_modules() if is_hooked(part)), None):
         raise AdapterError(
-            f"trace=True: accelerate put a hook on {hooked}, which a graph would not run. Leave out trace=True, or "
+            f"trace=True: {hooked} has a hook of accelerate, which a graph would not run. Leave out trace=True, or "
             "call accelerate.hooks.remove_hook_from_submodules(model) first."
         )
     layers = select(model, config)
     check(model, layers, config)
     if stacked := next((path for path, layer in layers.items() if kind_of(layer) == "experts"), None):
         raise AdapterError(
-            f"trace=True: {stacked} stands for a parameter of experts, whose reflections a graph cannot have. Leave "
-            "out trace=True, or target_parameters."
+            f"trace=True: {stacked} is a parameter of experts, which cannot be adapted in a graph. Leave out "
+            "trace=True, or target_parameters."
         )
     traced = trace_model(model, list(layers.values()), example_inputs)
     if is_captured(traced):
@@ -151,7 +153,7 @@ def _refuse_tied(layers: Mapping[str, nn.Module]) -> None:
         weight = layer._parameters[weight_name(kind_of(layer))]
         if (other := first.setdefault(id(weight), path)) != path:
             raise AdapterError(
-                f"trace=True: {other} and {path} share a weight, and a graph of torch.export does not tell them apart. "
+                f"trace=True: {other} and {path} share a weight, so a torch.export graph cannot tell them apart. "
                 f"Exclude one of them with exclude_modules=[{path!r}], or leave out trace=True."
             )
 
@@ -166,20 +168,20 @@ def _is_done(model: nn.Module, config: HRAConfig, adapter_name: str) -> bool:
     if present.get(adapter_name) == config:
         if odd := sorted(select(model, config).keys() ^ _layers_with(model, adapter_name)):
             raise AdapterError(
-                f"adapter {adapter_name!r}: the model was transformed and changed since, so that {odd[0]} is not in "
-                "step with its configuration. Fold it (hra_fx.fold) and transform it again."
+                f"adapter {adapter_name!r}: the model was changed after transform, and {odd[0]} does not match the "
+                "configuration. Fold the model (hra_fx.fold) and transform it again."
             )
         return True
     if adapter_name in present:
         raise AdapterError(
-            f"adapter {adapter_name!r}: the model has it already, with another configuration. Fold it first, or choose "
-            "another name."
+            f"adapter {adapter_name!r}: the model already has an adapter of this name, with another configuration. "
+            "Fold it first, or choose another name."
         )
     if carried:
         names = ", ".join(dict.fromkeys(name for layer in carried.values() for name in layer.hra_u))
         raise AdapterError(
-            f"adapter {adapter_name!r}: {next(iter(carried))} carries reflections already, of {names}. For another one "
-            "beside it call hra_fx.add_adapter on the model that was transformed; to build on it fold it first."
+            f"adapter {adapter_name!r}: {next(iter(carried))} already has reflections, of {names}. To add another "
+            "adapter, call hra_fx.add_adapter on the transformed model. To start from the adapted weights, fold first."
         )
     return False
 

@@ -1,4 +1,4 @@
-"""What an adapter's configuration says of the base model, as PEFT writes it."""
+"""The entries about the base model in an adapter's configuration, as PEFT writes them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def base_model_name(root: nn.Module, config: HRAConfig) -> str | None:
 
 
 def auto_mapping(root: nn.Module, config: HRAConfig) -> dict[str, Any] | None:
-    """PEFT's `auto_mapping`: the class of the base model, where no task type tells it."""
+    """PEFT's `auto_mapping`: the class of the base model, if it does not follow from a task type."""
     kind = original_class(root)
     mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     return config.auto_mapping or (None if config.task_type else mapping)

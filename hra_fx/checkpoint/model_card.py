@@ -50,13 +50,13 @@ model = hra_fx.load_adapter(base, "{place}"{option})
 
 ## How to deploy
 
-As a LoRA with the same outputs, for servers of LoRA adapters such as vLLM and llama.cpp:
+As a LoRA with the same outputs, for servers such as vLLM and llama.cpp:
 
 ```python
 hra_fx.save_as_lora(model, "lora")
 ```
 
-Or in the weights, as a plain base model:
+Or folded into the weights, as a plain base model:
 
 ```python
 model = hra_fx.fold(model)
@@ -75,7 +75,7 @@ import peft
 
 model = peft.PeftModel.from_pretrained(base, "{place}"{option})
 ```"""
-_NOT_WITH_PEFT = "PEFT's HRA has no `{field}`. For PEFT, make a LoRA of the adapter as follows."
+_NOT_WITH_PEFT = "PEFT's HRA has no `{field}`. For PEFT, convert the adapter to a LoRA as shown below."
 
 
 def write_card(directory: Path, root: nn.Module, configs: Mapping[str, HRAConfig]) -> None:

@@ -50,9 +50,9 @@ _Contents: TypeAlias = tuple[HRAConfig, dict[str, Tensor], dict[str, str]]
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> None:
     """Save an adapter to a folder: `adapter_config.json` and `adapter_model.safetensors`, in PEFT's format.
 
-    PEFT opens the folder with the same outputs, unless layers have different ranks (`rank_pattern`): each layer is
-    saved with its own rank, and PEFT's HRA, which has one rank, refuses to load it (size mismatch). `hra-fx convert
-    --to peft` makes a folder for PEFT.
+    PEFT loads the folder with the same outputs, unless layers have different ranks (`rank_pattern`): each layer is
+    saved with its own rank, but PEFT's HRA has a single rank and refuses the folder (size mismatch). `hra-fx convert
+    --to peft` writes a folder for PEFT.
 
     Both files are written atomically. The adapter is saved at full strength (see `set_scale`), with its trained copies
     of `modules_to_save` and biases.
@@ -63,7 +63,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     Args:
         model: a transformed model.
         directory: the folder, created if needed.
-        adapter_name: which adapter. `None`: the only one, or the only active one.
+        adapter_name: the adapter. `None`: the only one, or the only active one.
 
     Raises:
         AdapterError: the model has no such adapter, `None` is ambiguous, parts of the model were folded or replaced, or
@@ -148,11 +148,11 @@ def save_pretrained(
 def get_peft_model_state_dict(
     model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default"
 ) -> dict[str, Tensor]:
-    """The tensors of an adapter under the keys of its file, as `peft.get_peft_model_state_dict`.
+    """The tensors of an adapter under the keys of its file, like `peft.get_peft_model_state_dict`.
 
     Args:
         model: a transformed model.
-        state_dict: that of the model, if a wrapper gathered it.
+        state_dict: the model's state, if a wrapper has gathered it.
         adapter_name: name of the adapter.
 
     Raises:

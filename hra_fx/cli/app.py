@@ -22,7 +22,7 @@ from hra_fx.cli.match import EXAMPLES as MATCH_EXAMPLES, match
 from hra_fx.cli.scale import EXAMPLES as SCALE_EXAMPLES, scale
 from hra_fx.cli.visualize import EXAMPLES as VISUALIZE_EXAMPLES, visualize
 
-_HELP = "Inspect Householder reflection adapters (HRA), fold them into checkpoints, and draw them."
+_HELP = "Inspect, fold, convert and draw Householder reflection adapters (HRA)."
 _EXIT_CODES = (
     "Exit codes: 0 success; 1 check failed (the checkpoints differ, or the configuration does not match the model); "
     "2 error, see stderr; 130 interrupted."

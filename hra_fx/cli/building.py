@@ -30,7 +30,7 @@ def build(path: Path, *, weights: bool = False) -> tuple[nn.Module, str]:
         weights: whether to load the weights. Otherwise the model is on the meta device.
 
     Raises:
-        CheckpointError: there is no such file, or no installed library knows the model, or it cannot be loaded.
+        CheckpointError: the file is missing, its model type is unknown, or the model cannot be built or loaded.
     """
     file = path / CONFIG if path.is_dir() else path
     if path.is_dir() and not file.is_file():
@@ -41,7 +41,7 @@ def build(path: Path, *, weights: bool = False) -> tuple[nn.Module, str]:
     entries = _entries(file)
     key = next((key for key in LIBRARIES if entries.get(key)), None)
     if key is None:
-        raise CheckpointError(f"{file}: unknown model type, there is no {', '.join(LIBRARIES)}. {_EXPECTED}")
+        raise CheckpointError(f"{file}: has none of the keys {', '.join(LIBRARIES)}. {_EXPECTED}")
     library, create = LIBRARIES[key]
     if find_spec(library) is None:
         raise CheckpointError(f"{file}: {library} is not installed. Run: pip install {library}.")
@@ -79,7 +79,7 @@ def _warn_if_quantized(file: Path, entries: Mapping[str, Any]) -> None:
     method = given.get("quant_method") if isinstance(given, dict) else None
     if method is not None and method not in _QUANTIZED:
         warnings.warn(
-            f"{file}: the weights are quantized by {method}, and the layers before quantization are shown. "
+            f"{file}: the weights are quantized by {method}, but the layers before quantization are shown. "
             f"hra_fx.transform supports quantized layers of {' and '.join(_QUANTIZED)}.",
             HRAWarning,
             stacklevel=3,

@@ -43,24 +43,24 @@ def convert(
     context: typer.Context,
     adapters: Annotated[
         list[str],
-        typer.Argument(metavar="ADAPTER", help="Folders of adapters, or names on the Hub; for LoRA several, in order."),
+        typer.Argument(metavar="ADAPTER", help="Adapter folders or Hub names; for LoRA also several, in order."),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder; for gguf a file that ends in .gguf.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder; for gguf, a .gguf file.")],
     to: Annotated[Form, typer.Option("--to", help="Target format.")],
     base: Annotated[
         str | None, typer.Option("--base", metavar="MODEL", help="Folder of the base model; LoRA needs its weights.")
     ] = None,
     rank: Annotated[
         int | None,
-        typer.Option("--rank", min=1, help="Largest LoRA rank: the best approximation. The default is exact."),
+        typer.Option("--rank", min=1, help="Limit the LoRA rank (best approximation). Default: exact."),
     ] = None,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Dtype of the LoRA factors.")] = Dtype.float32,
     rank_pattern: Annotated[
-        bool, typer.Option("--rank-pattern", help="A rank for each layer, which few servers read. Only for lora.")
+        bool, typer.Option("--rank-pattern", help="Keep each layer's own rank; few servers support it. Only for lora.")
     ] = False,
     check: Annotated[
         str | None,
-        typer.Option("--check", metavar="SERVER", help="Warn of what a server, such as vllm, does not accept."),
+        typer.Option("--check", metavar="SERVER", help="Warn about what a server, such as vllm, does not accept."),
     ] = None,
     columns: Columns = None,
     rows: Rows = False,
@@ -71,13 +71,12 @@ def convert(
     """Convert adapters to LoRA, for PEFT, vLLM, SGLang or llama.cpp; or one adapter to the format of PEFT or hra_fx.
 
     With --to lora and --to gguf, several adapters become one LoRA, which is exact unless --rank or --dtype limits it.
-    Only the weights of adapted layers are read from MODEL. The folder is in PEFT's format, and in that of diffusers if
-    MODEL is a UNet or transformer of a pipeline.
+    Only the weights of adapted layers are read from MODEL. OUT is in PEFT's format, or in diffusers' format if MODEL is
+    the UNet or transformer of a pipeline.
 
     With --to peft and --to hra_fx, outputs do not change. Without a rank_pattern, both libraries also load each other's
-    folders directly. In
-    PEFT's format, an anchored adapter becomes plain reflections, all of which are trainable, and the ranks of a
-    rank_pattern are filled up to the largest; in that of hra_fx, copies of base weights are dropped.
+    folders directly. In PEFT's format, the frozen anchor becomes ordinary, trainable reflections, and all layers are
+    padded to the largest rank of a rank_pattern. In hra_fx's format, copies of base weights are dropped.
     """
     if to in (Form.peft, Form.hra_fx):
         _refuse_options(context, to, len(adapters))
@@ -89,11 +88,11 @@ def convert(
     if base is None:
         raise typer.BadParameter(f"--to {to.value} needs the folder of the base model", param_hint="--base")
     if (out.suffix.lower() == _GGUF) is not (to is Form.gguf):
-        need = "a file that ends in .gguf" if to is Form.gguf else "a folder, and .gguf files need --to gguf"
+        need = "a .gguf file" if to is Form.gguf else "a folder (.gguf files need --to gguf)"
         raise typer.BadParameter(f"--to {to.value} writes {need}, got {out}", param_hint="OUT")
     if rank_pattern and to is Form.gguf:
         raise typer.BadParameter(
-            "a GGUF adapter has one rank and one alpha. Use --to lora", param_hint="--rank-pattern"
+            "a GGUF adapter has a single rank and alpha. Use --to lora", param_hint="--rank-pattern"
         )
     _check_free(out, overwrite=overwrite)
     from hra_fx.cli.screen import show_json, stdout

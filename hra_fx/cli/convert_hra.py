@@ -2,7 +2,7 @@
 
 Both have the same two files. Files of hra_fx may also contain how a chain splits into an anchor and trained vectors (as
 metadata), and the vectors before Gram-Schmidt; PEFT ignores both. Files of PEFT may contain copies of base weights.
-PEFT has one rank for all layers: other ranks are filled up with pairs of equal reflections, which cancel.
+PEFT has one rank for all layers: smaller ranks are padded with pairs of equal reflections, which cancel.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def convert_hra(source: str, out: Path, *, for_peft: bool, as_json: bool) -> Non
         return
     left_out = [count(len(dropped), "tensor")] if dropped else []
     left_out += [f"configuration fields {', '.join(fields)}"] if fields else []
-    anchor = f", {frozen} of them frozen before" if frozen else ""
+    anchor = f", {frozen} of them previously frozen" if frozen else ""
     show_heading(
         f"HRA adapter in {out}, in the format of {'PEFT' if for_peft else 'hra_fx'}",
         {
@@ -77,8 +77,8 @@ def _of_one_rank(files: AdapterFiles, rank: int) -> dict[str, Tensor]:
                 chains[key] = padded(chain.double(), rank).to(files.tensors[key].dtype)
             except ValueError as error:
                 raise CheckpointError(
-                    f"{files.file}: {path}: {error}. PEFT has one rank for all layers, so this adapter has no form for "
-                    "PEFT. Use --to lora, or train with ranks that are all even or all odd."
+                    f"{files.file}: {path}: {error}. PEFT has one rank for all layers, so it cannot represent this "
+                    "adapter. Use --to lora, or train with ranks that are all even or all odd."
                 ) from error
     return chains
 

@@ -45,7 +45,7 @@ def fold_or_unfold(
     overwrite: Overwrite = False,
     verify: Annotated[
         bool,
-        typer.Option("--verify", help="Read the result again: check row norms, and that everything else is equal."),
+        typer.Option("--verify", help="Re-read the result; check that row norms and all other values are preserved."),
     ] = False,
     quiet: Quiet = False,
     as_json: Json = False,

@@ -52,7 +52,7 @@ def _holds_adapter(folder: Path) -> bool:
         return True
     if not (folder / _MODEL).exists() and not (folder / "model_index.json").exists():
         raise CheckpointError(
-            f"{folder}: contains neither {_ADAPTER} nor {_MODEL}. Give the folder of an adapter or a model."
+            f"{folder}: does not contain {_ADAPTER} or {_MODEL}. Give the folder of an adapter or a model."
         )
     return False
 
@@ -210,7 +210,7 @@ def _show_model(summary: dict[str, Any]) -> None:
         {
             "parameters": f"{summary['parameters']:,}",
             "weights": weights if files else "no safetensors files",
-            "default targets": targets if isinstance(targets, str) else ", ".join(targets or ()) or "none, name some",
+            "default targets": targets if isinstance(targets, str) else ", ".join(targets or ()) or "none",
             "adaptable": count(len(summary["layers"]), "layer"),
         },
     )

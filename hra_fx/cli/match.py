@@ -43,7 +43,7 @@ class Match:
         model: class of the model.
         library: the library that it is from.
         parameters: number of parameters of the model.
-        r: rank, where `rank_pattern` gives no other.
+        r: rank of layers that `rank_pattern` does not match.
         trained: number of adapter parameters.
         trained_in_full: number of other trainable parameters (biases and modules to save).
         adapted: layers that would be adapted.

@@ -1,4 +1,4 @@
-"""`hra-fx scale`: what adapters cost in distributed training, from the model's `config.json` alone."""
+"""`hra-fx scale`: the cost of adapters in distributed training, from the model's `config.json` alone."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def scale(
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens per step and process, for tp.")] = 4096,
     as_json: Json = False,
 ) -> None:
-    """Show memory and communication of adapters per process and training step, next to LoRA's.
+    """Show memory and communication of adapters per process and training step, compared with LoRA.
 
-    The model is built from its config.json, without weights, and nothing is run: these are formulas, which are tested
-    against what two processes hold and send. Vectors are float32, the optimizer is AdamW.
+    The model is built from its config.json, without weights, and is not run. The values come from formulas, which are
+    tested against measurements with two processes. Vectors are float32, the optimizer is AdamW.
     """
     import torch
 
@@ -59,7 +59,7 @@ def scale(
 
     model, library = build(path)
     dtype = getattr(getattr(model, "config", None), "dtype", None)
-    if isinstance(dtype, torch.dtype):  # that of the checkpoint, in which the model computes
+    if isinstance(dtype, torch.dtype):  # the checkpoint's dtype, in which the model computes
         model.to(dtype)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     title = f"{type(model).__name__} ({library}), {parameters:,} parameters"
@@ -76,7 +76,7 @@ def scale(
 def _rows(found: list[Cost]) -> list[list[str]]:
     from hra_fx.checkpoint.disk.report import file_size
 
-    rows = [["trained parameters (all)", *(f"{cost.parameters:,}" for cost in found)]]
+    rows = [["trainable parameters (total)", *(f"{cost.parameters:,}" for cost in found)]]
     for field in ("vectors", "gradients", "optimizer", "factors"):
         rows.append([field, *(file_size(getattr(cost, field)) for cost in found)])
     rows.append(["collectives per step", *(f"{cost.collectives:,}" for cost in found)])

@@ -23,12 +23,12 @@ _FROZEN = "frozen"
 
 
 def freeze(program: P) -> P:
-    """Precompute everything that a captured graph computes from its adapters only: for inference and export.
+    """Precompute everything in a captured graph that depends only on its adapters, for inference and export.
 
-    A Linear becomes `x - (x U) A` followed by the base layer; a convolution gets two thin convolutions beside it; a
-    weight that is rotated becomes `W - (W U) A`. The constants have rank k. They are buffers `<layer>.hra_u.frozen_<n>`
-    in place of the vectors. The weights are those of the base model, so another adapter of the same rank only needs
-    other constants. The result cannot be trained.
+    A Linear becomes `x - (x U) A` followed by the base layer; a convolution gets two thin parallel convolutions; a
+    rotated weight becomes `W - (W U) A`. The constants have rank k, and are buffers `<layer>.hra_u.frozen_<n>` that
+    replace the vectors. The weights are those of the base model, so another adapter of the same rank only needs other
+    constants. The result cannot be trained.
 
     Args:
         program: an `ExportedProgram` of a transformed model in eval mode, or of `hra_fx.transform(program, config)`,
@@ -38,7 +38,7 @@ def freeze(program: P) -> P:
         A new program. For a `GraphModule`, the same object.
 
     Raises:
-        AdapterError: the argument is neither of these, has no reflections, or has vectors on the meta device.
+        AdapterError: the argument has another type, has no reflections, or has vectors on the meta device.
         GraphInvariantError: a reflection depends on more than its vectors and weights.
 
     Example:

@@ -24,9 +24,9 @@ P = TypeVar("P", bound="ExportedProgram | fx.GraphModule")
 def lower(program: P) -> P:
     """Replace the reflections of a captured graph by products, sums and comparisons of core ATen.
 
-    For a program of `hra_fx.transform(program, config)`, whose reflections are operators `hra_fx::rotate`. A model that
-    was transformed before `torch.export` does not need it. The vectors stay trainable parameters. `fold`, `report` and
-    `visualize` do not work on a lowered program, because they look for the operator.
+    For programs from `hra_fx.transform(program, config)`, whose reflections are operators `hra_fx::rotate`. Models that
+    were transformed before `torch.export` do not need it. The vectors remain trainable parameters. `fold`, `report`
+    and `visualize` do not work on a lowered program, because they look for the operator.
 
     Args:
         program: an `ExportedProgram`, which is not modified, or a `GraphModule` of ATen operators, which is modified in
@@ -36,7 +36,7 @@ def lower(program: P) -> P:
         A new program, or `program` itself if it has no such operator. For a `GraphModule`, the same object.
 
     Raises:
-        AdapterError: the argument is neither of these.
+        AdapterError: the argument has another type.
         GraphInvariantError: the nodes of a `GraphModule` have no shapes.
 
     Example:

@@ -44,8 +44,8 @@ def make_swappable(onnx_program: ONNXProgram, model: nn.Module) -> ONNXProgram:
     Args:
         onnx_program: `torch.onnx.export(model, ..., dynamo=True, optimize=False)`; modified in place.
         model: the transformed model that was exported. It must have one active adapter of plain vectors: without
-            trained copies, without Gram-Schmidt, at strength 1, and without an anchor, so of even rank or started with
-            `init_weights=False`.
+            trained copies and Gram-Schmidt, at strength 1, and without an anchor (an even rank, or
+            `init_weights=False`).
 
     Returns:
         `onnx_program`.
@@ -86,7 +86,7 @@ def make_swappable(onnx_program: ONNXProgram, model: nn.Module) -> ONNXProgram:
 def adapter_inputs(
     model: nn.Module, inputs: Iterable[Any], adapter_name: str | None = None
 ) -> dict[str, numpy.ndarray[Any, Any]]:
-    """The inputs with which a graph of `make_swappable` runs an adapter of the model, active or not.
+    """The inputs for a graph from `make_swappable` that make it run an adapter of the model, active or not.
 
     Gram-Schmidt, anchors and strengths are converted to plain vectors, and padded with zeros to the rank of the graph.
     Layers without this adapter get zeros.

@@ -112,7 +112,7 @@ def _why_not(consumers: list[fx.Node]) -> str:
         return f"in this graph its weight is not used; {expected}"
     target = consumers[0].target
     if context := context_of(target):
-        return f"the layer runs under {context}, which torch.export captures as a graph of its own"
+        return f"the layer runs under {context}, which torch.export captures as a separate graph"
     return f"in this graph its weight is used by {target} (node {consumers[0].name!r}); {expected}"
 
 

@@ -67,7 +67,7 @@ def padded(chain: Tensor, rank: int) -> Tensor:
     """
     missing = rank - chain.shape[-1]
     if missing % 2:
-        raise ValueError(f"{chain.shape[-1]} reflections cannot be filled up to {rank}: the difference must be even")
+        raise ValueError(f"{chain.shape[-1]} reflections cannot be padded to {rank}: the difference must be even")
     if not missing:
         return chain
     pairs, _ = householder.init_vectors(chain.shape[-2], missing, apply_GS=False, init_weights=True, dtype=chain.dtype)

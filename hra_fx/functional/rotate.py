@@ -15,7 +15,7 @@ fx.wrap("rotate_weight")
 
 
 def rotate_weight(weight: Tensor, vectors: Tensor, *, transposed: bool = False, exportable_ops: bool = False) -> Tensor:
-    """The rotated weight `W Q = W - (W U) T U^T`, differentiable, not affected by autocast.
+    """The rotated weight `W Q = W - (W U) T U^T`; differentiable, and not affected by autocast.
 
     Args:
         weight: `(out, d)`, the weight of a convolution `(out, ...)` with `d` entries per output channel, or

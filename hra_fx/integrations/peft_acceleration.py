@@ -1,7 +1,7 @@
-"""PEFT's HRA layers compute by the kernels of hra_fx, until a handle is closed.
+"""Run PEFT's HRA layers with the kernels of hra_fx, until a handle is closed.
 
-The class of each layer is swapped for a subclass of the same name. For models that are made later, PEFT's own names of
-the two classes are replaced.
+The class of each layer is swapped for a subclass of the same name. For models that are created later, the two classes
+are also replaced in PEFT's modules.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hra_fx.integrations.peft_root import set_batches
 from hra_fx.layers.class_swap import mixins_of, swap, swapped_class, unswap
 from hra_fx.layers.target import width_of
 
-#: Class of PEFT -> what is mixed into it.
+#: Class of PEFT -> the mixin for it.
 _MIXINS: dict[str, type[AcceleratedLayer]] = {"HRALinear": AcceleratedLinear, "HRAConv2d": AcceleratedConv2d}
 
 
@@ -26,12 +26,12 @@ class Acceleration:
     """The handle of `accelerate_peft`; as a context manager, it is closed at the end of the block.
 
     Attributes:
-        layers: the layers that it has accelerated, or that were made while it was open.
-        collects: whether it accelerates layers that are made.
+        layers: the layers that it has accelerated.
+        collects: whether it also accelerates new layers.
     """
 
     def __init__(self, layers: WeakSet[nn.Module], *, collects: bool) -> None:
-        """Accelerate layers, and those that are made from now on."""
+        """Accelerate layers, and new ones if `collects`."""
         self.layers = layers
         self.collects = collects
         if not _OPEN:
@@ -44,7 +44,7 @@ class Acceleration:
             _name_classes(accelerated=True)
 
     def close(self) -> None:
-        """Give PEFT its code back, except where another open handle holds a layer; again, it does nothing."""
+        """Restore PEFT's code, except in layers of other open handles. Further calls have no effect."""
         if self not in _OPEN:
             return
         _OPEN.remove(self)
@@ -58,7 +58,7 @@ class Acceleration:
             set_batches(enabled=False)
 
     def __enter__(self) -> Acceleration:
-        """Itself; it acts since it was made."""
+        """The handle, which is already open."""
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -70,24 +70,24 @@ _OPEN: list[Acceleration] = []
 
 
 def accelerate_peft(model: nn.Module | None = None) -> Acceleration:
-    """Let PEFT's own HRA layers compute by the kernels of hra_fx.
+    """Run PEFT's own HRA layers with the faster kernels of hra_fx.
 
-    Outputs and gradients are those of `W Q`, in less time and memory. Parameters, their names, files, active adapters,
-    `merge_adapter`, `disable_adapter` and the trainers that look for a `peft.PeftModel` go on as before. What PEFT
-    computes wrongly becomes right: convolutions with dilation, oblong kernels, unequal strides and paddings, groups or
-    padding modes; quantized bases; zero columns.
+    Outputs and gradients are those of `W Q`, computed in less time and memory. Parameters and their names, files,
+    active adapters, `merge_adapter`, `disable_adapter` and trainers that check for a `peft.PeftModel` work as before.
+    Cases that PEFT computes incorrectly become correct: convolutions with dilation, non-square kernels, unequal strides
+    or paddings, groups or padding modes; quantized base weights; zero vectors.
 
     Args:
-        model: a `peft.PeftModel`, or any module with PEFT's HRA layers; its layers are accelerated. `None`: all that
-            are made from now on, also by trainers that are given a `peft.HRAConfig`.
+        model: a `peft.PeftModel`, or any module with PEFT's HRA layers, to accelerate. `None` accelerates all HRA
+            layers that PEFT creates from now on, including those of trainers that take a `peft.HRAConfig`.
 
     Returns:
-        A handle whose `close()` restores PEFT's code in the layers and for new ones. It is a context manager. A copy of
-        an accelerated model, also a pickled one, stays accelerated; for it, call `accelerate_peft(copy).close()`.
+        A handle, also usable as a context manager, whose `close()` restores PEFT's code in these and in new layers. A
+        copy of an accelerated model, even a pickled one, stays accelerated: call `accelerate_peft(copy).close()`.
 
     Raises:
         ImportError: PEFT is not installed.
-        AdapterError: the model has no HRA layers of PEFT, or one whose vectors PEFT has made too long or too short.
+        AdapterError: the model has no HRA layers of PEFT, or PEFT created vectors of the wrong length.
 
     Example:
         >>> import peft, torch
@@ -104,8 +104,8 @@ def accelerate_peft(model: nn.Module | None = None) -> Acceleration:
     layers = {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
     if not layers:
         raise AdapterError(
-            f"{type(model).__name__}: it has no HRA layers of PEFT. Give a model of peft.get_peft_model(model, "
-            "peft.HRAConfig(...)); one of hra_fx.transform uses the kernels already."
+            f"{type(model).__name__} has no HRA layers of PEFT. Pass a model from peft.get_peft_model(model, "
+            "peft.HRAConfig(...)). Models from hra_fx.transform already use these kernels."
         )
     for path, layer in layers.items():
         _check_vectors(path, layer)
@@ -126,7 +126,7 @@ def _peft_classes() -> dict[str, Any]:
 
 
 def _name_classes(*, accelerated: bool) -> None:
-    """Set the names by which PEFT makes its layers."""
+    """Set the classes that PEFT creates its layers from."""
     module = importlib.import_module("peft.tuners.hra.model")
     for name, kind in _peft_classes().items():
         setattr(module, name, swapped_class(_MIXINS[name], kind) if accelerated else kind)
@@ -151,11 +151,11 @@ def _restore(layer: Any) -> None:
 
 
 def _check_vectors(path: str, layer: Any) -> None:
-    """Refuse vectors of another length than a row of the weight, as PEFT makes for oblong kernels."""
+    """Refuse vectors that are not as long as a row of the weight; PEFT creates such vectors for non-square kernels."""
     width = width_of(layer.get_base_layer())
     for name, vectors in layer.hra_u.items():
         if vectors.shape[0] != width:
             raise AdapterError(
-                f"{path}: PEFT has made the vectors of {name!r} with d={vectors.shape[0]}, and a row of the weight has "
-                f"{width} entries. Make the adapter after hra_fx.accelerate_peft()."
+                f"{path}: PEFT created the vectors of {name!r} with length {vectors.shape[0]}, but a row of the weight "
+                f"has {width} entries. Create the adapter after hra_fx.accelerate_peft()."
             )

@@ -1,6 +1,6 @@
-"""HRA layers of PEFT that compute by the kernels of hra_fx.
+"""PEFT's HRA layers with the kernels of hra_fx.
 
-Everything that is not computed stays PEFT's: parameters and their names, active and merged adapters, files.
+Everything else remains PEFT's: parameters and their names, active and merged adapters, files.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from hra_fx.layers.quantized.lost_steps import warn_of_lost_steps
 from hra_fx.layers.quantized.straight_through import call_quantized
 from hra_fx.layers.target import describe, width_of
 
-#: Where new layers are added; one for each open handle of `accelerate_peft()`.
+#: New layers are added to these sets, one for each open handle of `accelerate_peft()`.
 COLLECTING: list[WeakSet[nn.Module]] = []
 _SITE = "_hra_site"
 
 
 class AcceleratedLayer(SwapMixin):
-    """What accelerated layers share: when they act, merging, and Q itself."""
+    """Common base of accelerated layers: when they are used, merging, and Q itself."""
 
-    # Of PEFT's layer, which the class is mixed into.
+    # Attributes of PEFT's layer, which the class is mixed into.
     base_layer: Any
     get_base_layer: Any
     hra_u: Any
@@ -55,8 +55,8 @@ class AcceleratedLayer(SwapMixin):
             layers.add(self)
 
     def read_vectors(self) -> None:
-        """Set what the layer computes with, once its adapters are there."""
-        # Not a child: parameters and states are those of PEFT's layer.
+        """Set up the vectors to compute with, once the layer has its adapters."""
+        # Not a child, so that parameters and states remain those of PEFT's layer.
         vars(self)[_SITE] = Site(self)
 
     def forget_vectors(self) -> None:
@@ -70,7 +70,7 @@ class AcceleratedLayer(SwapMixin):
         self.read_vectors()
 
     def acting(self) -> Site | None:
-        """What the layer computes with, or `None` where PEFT's own code runs."""
+        """The vectors to compute with, or `None` if PEFT's own code runs."""
         # A replica of DataParallel shares the attributes, and so the vectors, of the original.
         if self.disable_adapters or self.merged or _is_tuner_layer(self.base_layer) or is_replica(self):
             return None
@@ -121,7 +121,7 @@ class AcceleratedLayer(SwapMixin):
                 self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Take all merged adapters out of the base weight, `W <- W Q^T`, computed in float64."""
+        """Unmerge all merged adapters from the base weight, `W <- W Q^T`, computed in float64."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -134,7 +134,7 @@ class AcceleratedLayer(SwapMixin):
         base = self.get_base_layer()
         if reason := _why_not_merged(base):
             raise UnsupportedLayerError(
-                f"{describe(base)}: its weight is quantized ({reason}), and a merge would round it. Load the adapter "
+                f"{describe(base)}: its weight is quantized ({reason}), so merging would round it. Load the adapter "
                 "into the base model (hra_fx.load_adapter), and fold it there (hra_fx.fold(model, requantize=True))."
             )
         chain = vars(self)[_SITE].hra_u.unit_chain(name, reverse=reverse).detach()
@@ -168,7 +168,7 @@ class AcceleratedConv2d(AcceleratedLayer):
     """`peft.tuners.hra.layer.HRAConv2d`, for all groups, kernels, strides, dilations, paddings and padding modes."""
 
     def update_layer(self, adapter_name: str, r: int, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter; PEFT refuses groups, and takes every kernel for square."""
+        """Add an adapter. PEFT's own method refuses groups, and assumes square kernels."""
         base: Any = self.get_base_layer()
         height, width = base.kernel_size
         if r <= 0 or (base.groups == 1 and height == width):
@@ -190,7 +190,7 @@ class AcceleratedConv2d(AcceleratedLayer):
     def adapted(self, x: Tensor, box: PeftConvAdapters) -> Tensor:
         """`x: (n, c, height, width)` to `(n, out, ...)`."""
         base = self.base_layer
-        if not _is_plain(base, nn.Conv2d):  # for instance one that standardizes its weight, which is W Q then
+        if not _is_plain(base, nn.Conv2d):  # for example one that standardizes its weight, which then is W Q
             return _with_rotated_weight(base, x, box)
         if (output := box.through(x, base.weight, base)) is not None:
             return output
@@ -213,7 +213,7 @@ def _with_rotated_weight(base: Any, x: Tensor, box: PeftConvAdapters) -> Tensor:
 
 
 def _is_plain(base: nn.Module, kind: type[nn.Linear] | type[nn.Conv2d]) -> bool:
-    """Whether a call of a layer does nothing but the forward of `kind`."""
+    """Whether calling a layer only runs the forward of `kind`."""
     return type(base).forward is kind.forward and "forward" not in vars(base) and not has_hooks(base)
 
 

@@ -1,8 +1,8 @@
 """The factors of all accelerated layers of a `PeftModel`, computed in batches at the start of its forward.
 
-A `PeftModel` enters `_enable_peft_forward_hooks` of the model inside of it around each forward and `generate`, if that
-has the method; PEFT's LoRA does, for its mixed batches. Layers that are injected into a model without a `PeftModel`
-around it compute their own factors.
+Around each forward and `generate`, a `PeftModel` enters `_enable_peft_forward_hooks` of its inner model, if that has
+the method (PEFT's LoRA does, for mixed batches). Layers that are injected into a model without a `PeftModel` compute
+their own factors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _AROUND = "_enable_peft_forward_hooks"
 
 
 def set_batches(*, enabled: bool) -> None:
-    """Let PEFT's models of HRA compute the factors of their layers in batches, or not any more."""
+    """Compute the factors of PEFT's HRA models in batches, or stop doing so."""
     tuner = importlib.import_module("peft.tuners.hra.model").HRAModel
     current = vars(tuner).get(_AROUND)
     if enabled:
@@ -36,7 +36,7 @@ def set_batches(*, enabled: bool) -> None:
 
 
 def _with_batches(own: Any) -> Any:
-    """The method, which also does what PEFT's `own` does."""
+    """The method, which also calls PEFT's `own`."""
 
     @contextmanager
     def around(self: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -52,7 +52,7 @@ def _with_batches(own: Any) -> Any:
 
 
 def _sites(tuner: nn.Module) -> list[nn.Module]:
-    """What acts in a model; nothing where a batch cannot be made (see `hra_fx.model.root`)."""
+    """The active layers of a model; empty if their factors cannot be batched (see `hra_fx.model.root`)."""
     if torch.compiler.is_compiling() or is_replica(tuner) or is_sharded(tuner):
         return []
     layers = (module for module in tuner.modules() if isinstance(module, AcceleratedLayer))

@@ -1,4 +1,4 @@
-"""The vectors of a layer of PEFT as a container of ours, so that the layer computes by the code of adapted layers."""
+"""A PEFT layer's vectors in a container of hra_fx, so that the layer runs the code of adapted layers."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ class PeftConvAdapters(_PeftVectors, ConvAdapters):
 
 
 class Site(nn.Module):
-    """Stands for a layer of PEFT where factors are computed: a module whose child `hra_u` is a container of ours."""
+    """Represents a PEFT layer when factors are computed: a module whose child `hra_u` is a container of hra_fx."""
 
     hra_u: PeftLinearAdapters | PeftConvAdapters
 
     def __init__(self, layer: Any) -> None:
-        """Of an `HRALinear` or `HRAConv2d`, with the adapters that it has now; none is active."""
+        """Represent an `HRALinear` or `HRAConv2d` with its current adapters; none is active."""
         super().__init__()
         base = layer.get_base_layer()
         is_conv = isinstance(base, nn.Conv2d)

@@ -48,18 +48,18 @@ class AdaptedPretrainedModel(AdaptedModel):
         push_to_hub: bool = False,
         **kwargs: object,
     ) -> None:
-        """Write adapters, without base weights: "default" into the folder, others into subfolders of their names.
+        """Write adapters, without base weights: "default" into the folder, others into subfolders with their names.
 
-        Load them with `hra_fx.load_adapter` into the base model, or, with PEFT installed, with `from_pretrained` of
+        Load them into the base model with `hra_fx.load_adapter`, or, if PEFT is installed, with `from_pretrained` of
         transformers. To write a whole model, fold it first.
 
         Args:
             save_directory: the folder.
             is_main_process: only the main process writes.
-            state_dict: that of the model, if a wrapper gathered it.
+            state_dict: the model's state, if a wrapper has gathered it.
             selected_adapters: names; `None` for all.
-            safe_serialization: must be true: pickle files are never written.
-            push_to_hub: upload the written files too, to the repository `repo_id`, or that with the name of the folder.
+            safe_serialization: must be true, because pickle files are never written.
+            push_to_hub: also upload the files to the repository `repo_id`, by default one with the name of the folder.
             kwargs: `repo_id` and options of `push_to_hub`, such as `token` and `private`; other options of the base
                 class (`max_shard_size`, `variant`) are ignored.
 
@@ -76,7 +76,7 @@ class AdaptedPretrainedModel(AdaptedModel):
         save_adapters_or_model(self, save_directory, selected_adapters, options, kwargs)
 
     def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """As `hra_fx.push_to_hub`: upload the adapters, with a model card if the repository has none."""
+        """Same as `hra_fx.push_to_hub`: upload the adapters, with a model card if the repository has none."""
         if get_state(self) is None:  # a new object of this class
             base: Any = super()
             return base.push_to_hub(repo_id, *args, **kwargs)
@@ -85,8 +85,8 @@ class AdaptedPretrainedModel(AdaptedModel):
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Resize as the base class does; the resized output layer keeps its reflections.
 
-        Their vectors are as long as a hidden state, so they fit any number of tokens. They stay the same parameters, so
-        an optimizer that holds them goes on working.
+        Its vectors are as long as a hidden state, so they fit any number of tokens. They remain the same parameters, so
+        an optimizer that holds them keeps working.
 
         Raises:
             AdapterError: the embeddings or the output layer have trained copies, or an adapter is merged into the
@@ -106,7 +106,7 @@ class AdaptedPretrainedModel(AdaptedModel):
         """
         if get_state(self) is not None:
             raise AdapterError(
-                f"{type(self).__name__}: dequantize replaces the adapted layers, which would lose their reflections. "
+                f"{type(self).__name__}: dequantize replaces the adapted layers, so they would lose their reflections. "
                 "Save the adapter (hra_fx.save_adapter), dequantize a model without it, and load it there "
                 "(hra_fx.load_adapter)."
             )
@@ -115,13 +115,13 @@ class AdaptedPretrainedModel(AdaptedModel):
 
     @property
     def _hf_peft_config_loaded(self) -> bool:
-        """True for a quantized model with adapters: the Trainer takes it as trainable then."""
+        """True for a quantized model with adapters, so that the Trainer accepts it as trainable."""
         quantized = get_state(self) is not None and getattr(self, "is_quantized", False)
         return bool(quantized or vars(self).get("_hf_peft_config_loaded", False))
 
     @_hf_peft_config_loaded.setter
     def _hf_peft_config_loaded(self, value: bool) -> None:
-        """transformers sets it when it loads an adapter of PEFT."""
+        """transformers sets it when it loads a PEFT adapter."""
         vars(self)["_hf_peft_config_loaded"] = value
 
     @property

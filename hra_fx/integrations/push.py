@@ -41,17 +41,17 @@ def push_to_hub(
     Args:
         model: a transformed model.
         repo_id: name of the repository, such as `"user/name"`.
-        commit_message, commit_description, revision, create_pr: of the commit.
+        commit_message, commit_description, revision, create_pr: options of the commit.
         private: whether a new repository is private.
         token: token of the Hub; `None` for the stored one.
         selected_adapters: names; `None` for all.
-        ignored: other options of `push_to_hub` of transformers and diffusers.
+        ignored: other options that `push_to_hub` of transformers and diffusers has.
 
     Returns:
         The URL of the commit.
 
     Raises:
-        AdapterError, CheckpointError: as `model.save_pretrained`; nothing is uploaded.
+        AdapterError, CheckpointError: see `model.save_pretrained`; nothing is uploaded.
         HfHubHTTPError: the upload failed.
     """
     options: dict[str, Any] = {

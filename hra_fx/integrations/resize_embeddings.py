@@ -66,7 +66,7 @@ def _check(model: nn.Module, sites: dict[str, AdaptedLayer], ends: list[nn.Modul
             )
         if resizes_more and layer not in ends and layer.hra_u.width == rows:
             raise AdapterError(
-                f"{path}: its vectors have the length {rows}, the number of tokens, and would not fit after "
+                f"{path}: its vectors have length {rows}, the number of tokens, and would not fit after "
                 "resize_token_embeddings. Resize before hra_fx.transform, or fold or unload first."
             )
 
@@ -78,7 +78,7 @@ def _embeddings_and_heads(model: Any) -> list[nn.Module]:
 
 
 def _overrides_resize(model: nn.Module) -> bool:
-    """Whether a class resizes more layers than transformers' base class does, as MobileBERT's."""
+    """Whether a class resizes more layers than transformers' base class does, like MobileBERT."""
     own: Any = original_class(model)
     base: Any = next((kind for kind in own.__mro__ if kind.__name__ == "PreTrainedModel"), None)
     return base is None or own.resize_token_embeddings is not base.resize_token_embeddings

@@ -46,7 +46,7 @@ class RotationCallback(TrainerCallback):
             includes the points in the logs of the training before.
 
     Raises:
-        VisualizeError: the plot cannot be written: unknown ending, missing folder, or no matplotlib.
+        VisualizeError: the plot cannot be written: unknown extension, missing folder, or matplotlib is not installed.
         AdapterError: the model has no reflections (raised when the training begins).
 
     Example:

@@ -17,7 +17,7 @@ from hra_fx.errors import ConfigError, HRAWarning
 from hra_fx.model.orthogonality import orthogonality_loss
 from hra_fx.model.state import collect_parts
 
-#: A smaller learning rate is a warning. The best ones in docs/results.md are 3e-3 and larger.
+#: Smaller learning rates give a warning. The best ones in docs/results.md are 3e-3 and larger.
 _LEAST_RATE = 1e-3
 _SMALL_RATE = (
     "`learning_rate` is {0:g}. HRA's vectors start with entries of about 0.3 and only their directions count, so a "
@@ -44,8 +44,8 @@ class HRATrainer(Trainer):
         AdapterError: the weight is positive and the model has no reflections (raised at the first training step).
 
     Warns:
-        HRAWarning: the reflections train with `args.learning_rate`, and it is below 1e-3, as the default of
-            `TrainingArguments` is. Rates near 1e-2 are usual.
+        HRAWarning: the reflections train with `args.learning_rate`, and it is below 1e-3 (like the default of
+            `TrainingArguments`). Rates near 1e-2 are usual.
 
     Example:
         >>> HRATrainer(orthogonality_weight=-1.0)

@@ -1,4 +1,4 @@
-"""accelerate's hooks on the modules of a model: what they mean for an adapter.
+"""accelerate's hooks on the modules of a model, and how adapters handle them.
 
 `dispatch_model` (a `device_map`), `cpu_offload` and `disk_offload` put a hook on each module with tensors. It moves the
 inputs to the module's device. If it offloads, the tensors are in memory during the module's own forward only, and on
@@ -58,7 +58,7 @@ def offloading_hook(module: nn.Module) -> Any:
 
 
 def device_of(module: nn.Module, tensor: Tensor) -> torch.device:
-    """The device on which a module computes with a tensor of its own, which may be offloaded."""
+    """The device on which a module computes with its own tensor, which may be offloaded."""
     hook = offloading_hook(module)
     return tensor.device if hook is None else torch.device(hook.execution_device)
 
@@ -83,7 +83,7 @@ def keep_loaded(module: nn.Module) -> None:
     if hook is None:
         return
     hook.pre_forward(module)
-    for name in ("_hf_hook", "_old_forward", "forward"):  # accelerate would move them to the device of before
+    for name in ("_hf_hook", "_old_forward", "forward"):  # accelerate would move them to their previous device
         del vars(module)[name]
 
 
@@ -94,7 +94,7 @@ def stored(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 
 def store(module: nn.Module, name: str) -> None:
-    """Inside `loaded`: replace the tensor that a module loads for `name`, on the CPU, by that of now."""
+    """Inside `loaded`: replace the stored CPU tensor that a module loads for `name` by the current one."""
     if (place := _place(module, name)) is not None:
         place[0][place[1]] = module._parameters[name].detach().to("cpu", copy=True)  # type: ignore[union-attr]
 

@@ -1,4 +1,4 @@
-"""The class of a module that has adapted 3-D parameters: whoever reads one of them gets the rotated experts."""
+"""The class of a module with adapted 3-D parameters: reading one of them gives the rotated experts."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def adapted_parameters(owner: nn.Module) -> list[Any]:
 
 
 def attach(layer: ExpertsWeight) -> None:
-    """Make a layer the child of its owner, which reads its parameter through it from now on.
+    """Make a layer the child of its owner, which then reads its parameter through it.
 
     Raises:
         UnsupportedLayerError: the class of the owner cannot be subclassed.

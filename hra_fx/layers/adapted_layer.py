@@ -1,8 +1,8 @@
-"""The classes of adapted layers. A layer applies its own adapters, whoever calls it.
+"""The classes of adapted layers. A layer applies its own adapters, wherever it is called from.
 
-A graph that has already computed the reflection hands it over as the second argument. Any other caller (a method such
-as timm's `forward_features`, `nn.Sequential(*model.children())`, a hook, a second parent) gives the input alone and
-gets the same result. Whoever reads `layer.weight` gets `W Q` (`hra_fx.layers.rotated_weight`); the base weight is
+A graph that has already computed the reflection passes it as the second argument. Any other caller (a method such as
+timm's `forward_features`, `nn.Sequential(*model.children())`, a hook, a second parent) passes only the input and gets
+the same result. Reading `layer.weight` gives `W Q` (`hra_fx.layers.rotated_weight`); the base weight is
 `layer.hra_base`.
 """
 
@@ -30,9 +30,9 @@ from hra_fx.layers.variants import ConvAdapters, LinearAdapters, QuantizedAdapte
 
 
 class AdaptedLayer(SwapMixin):
-    """An adapted layer; a new object of its class, which has no adapters, is a plain layer.
+    """An adapted layer. A new object of its class has no adapters and is a plain layer.
 
-    By itself it is for layers with a forward of their own, which reads the rotated weight as any other reader does.
+    This base class itself is for layers with their own forward, which reads the rotated weight.
     """
 
     hra_u: HouseholderAdapters
@@ -66,8 +66,8 @@ class AdaptedLayer(SwapMixin):
         """
         if isinstance(param, RotatedWeight):
             raise AdapterError(
-                f"{name}: it would be made of a rotated weight, which is computed at each read. Prune or reparametrize "
-                "the model before hra_fx.transform, or call hra_fx.fold(model) first."
+                f"{name}: it would be computed from a rotated weight, which itself is computed at each read. Prune or "
+                "reparametrize the model before hra_fx.transform, or call hra_fx.fold(model) first."
             )
         if name == BASE_WEIGHT:
             owner, own_name = weight_place(self)

@@ -142,7 +142,7 @@ class HouseholderAdapters(nn.ParameterDict):
         """
         check_adapter_name(name)
         if hasattr(self, name):
-            raise AdapterError(f"adapter {name!r} exists already. Choose another name.")
+            raise AdapterError(f"adapter {name!r} already exists. Choose another name.")
         self[name] = nn.Parameter(vectors)
         if anchor is not None:
             self.register_buffer(name + ANCHOR, anchor)
@@ -290,8 +290,8 @@ class HouseholderAdapters(nn.ParameterDict):
             weight = vars(owner).get(name)
         if weight is None:
             raise AdapterError(
-                f"{type(owner).__name__}: its {name} is not a parameter any more, because weight_norm, "
-                "pruning or the like came after hra_fx.transform. Remove that first (remove_weight_norm, prune.remove)."
+                f"{type(owner).__name__}: its {name} is not a parameter anymore, because weight_norm, pruning or "
+                "similar was applied after hra_fx.transform. Undo that first (remove_weight_norm, prune.remove)."
             )
         return weight
 

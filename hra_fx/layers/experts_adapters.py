@@ -1,4 +1,4 @@
-"""The adapters of the experts in one 3-D parameter: every expert has reflections of its own, `U: (experts, d, r)`."""
+"""The adapters of the experts in one 3-D parameter: every expert has its own reflections, `U: (experts, d, r)`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A 3-D parameter that holds the weights of several experts, as a layer that can be adapted.
 
 A mixture of experts keeps the weights of all its experts in one parameter of a module, such as `experts.gate_up_proj`.
-An adapter needs a layer of its own for each of these. It is `ExpertsWeight`, which becomes a child of the module,
-`experts.hra_gate_up_proj`, when it gets its first adapter. The parameter stays where it is.
+An adapter needs a separate layer for each of these: an `ExpertsWeight`, which becomes a child of the module,
+`experts.hra_gate_up_proj`, when it gets its first adapter. The parameter itself is not moved.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hra_fx.compat import state_modules
 
 #: Start of the name of the child of a module that stands for one of its parameters.
 CHILD = "hra_"
-#: Whether experts of these classes of transformers store `(experts, in, out)`; they do not say so themselves.
+#: Whether experts of these transformers classes, which do not set `is_transposed`, store `(experts, in, out)`.
 _IS_TRANSPOSED = {
     "Llama4TextExperts": True,
     **dict.fromkeys(("InklingSharedExperts", "JetMoeParallelExperts", "LongcatFlashExperts", "Step3p7Experts"), False),
@@ -36,7 +36,7 @@ class ExpertsWeight(nn.Module):
     owner: nn.Module
 
     def __init__(self, owner: nn.Module, parameter: str) -> None:
-        """Stand for `owner.<parameter>`."""
+        """Represent `owner.<parameter>`."""
         super().__init__()
         vars(self)["owner"] = owner  # setattr would make it a child
         self.parameter = parameter

@@ -41,8 +41,8 @@ class MixedBatch:
             AdapterError: always.
         """
         raise AdapterError(
-            f"{self.paths[box]}: adapters {names} act on this layer, and its weight is read, or a tracer computes it. "
-            "A mixed batch has no single weight. Run the rows of each adapter in a batch of their own."
+            f"{self.paths[box]}: adapters {names} are on this layer, but its weight is read or traced, and the rows of "
+            "a mixed batch would need different weights. Run the rows of each adapter in a separate batch."
         )
 
 
@@ -73,13 +73,13 @@ def mixed_batch_of(box: nn.Module) -> MixedBatch | None:
     if batch is None or batch.state.disabled or not (box in batch.paths or _is_new(box, batch)):
         return None
     if box.training:
-        raise AdapterError("the model was set to training mode inside of a mixed batch. Call model.eval() first.")
+        raise AdapterError("the model was set to training mode inside a mixed batch. Call model.eval() first.")
     if batch.state.merged:
         raise AdapterError(
-            f"adapters {list(batch.state.merged)} were merged inside of a mixed batch. Call unmerge_adapter first."
+            f"adapters {list(batch.state.merged)} were merged inside a mixed batch. Call unmerge_adapter first."
         )
     if gone := [name for name in batch.names if name not in batch.state.configs and name != BASE_ROW]:
-        raise AdapterError(f"adapters {gone} were deleted or folded inside of a mixed batch. Open a new block.")
+        raise AdapterError(f"adapters {gone} were deleted or folded inside a mixed batch. Open a new block.")
     return batch
 
 
@@ -107,5 +107,5 @@ def check_rows(box: nn.Module, x: Tensor, *, dims: int) -> None:
     raise AdapterError(
         f"{batch.paths[box]}: adapter_names has {batch.size} names, so the first dimension of the layer's input must "
         f"be {batch.size}{expanded}, got an input of shape {tuple(x.shape)}. Give one name per row of the batch. "
-        "Layers that see other rows than those of the batch, such as experts, cannot be in a mixed batch."
+        "Layers that get other rows than those of the batch, such as experts, do not support mixed batches."
     )

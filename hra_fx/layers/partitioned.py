@@ -1,4 +1,4 @@
-"""Parameters that DeepSpeed's ZeRO-3 partitions: an empty tensor is in their place between the calls of their layer."""
+"""Parameters partitioned by DeepSpeed's ZeRO-3, which replaces them by empty tensors between calls of their layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The 3-D parameter of adapted experts, as others read it: the experts that are used, rotated when they are used.
+"""The 3-D parameter of adapted experts, as other code reads it: experts are rotated when they are used.
 
 `weight[i]` is the rotated weight of one expert, and its product with an input reflects the input instead: no rotated
 weight is computed, or kept for the backward pass. So are the products with all experts, by `torch.bmm` and by the
@@ -25,7 +25,7 @@ _INTEGERS = (torch.int32, torch.int64)
 
 
 class RotatedExperts(RotatedWeight):
-    """The weights of experts as others see them: `(experts, out, d)` or `(experts, d, out)`, or those of some experts.
+    """The rotated weights of experts: `(experts, out, d)` or `(experts, d, out)`, or those of some experts.
 
     Attributes:
         index: what has selected experts; `None` for all.
@@ -40,7 +40,7 @@ class RotatedExperts(RotatedWeight):
     def __new__(
         cls, layer: nn.Module, index: Any = None, selected: Tensor | None = None, *, flipped: bool = False
     ) -> RotatedExperts:
-        """Stand for the weight of a layer, or for `selected`, the experts in it that `index` selects."""
+        """Represent the weight of a layer, or `selected`, the experts in it that `index` selects."""
         whole: Any = layer.hra_base if selected is None else selected
         made: RotatedExperts = compat.wrapper_tensor(cls, whole.mT if flipped else whole)
         made._layer, made.index, made._selected, made.flipped = layer, index, selected, flipped

@@ -1,4 +1,4 @@
-"""`layer.weight` of an adapted layer: `W Q` for every reader, computed when it is used."""
+"""`layer.weight` of an adapted layer: reading it gives `W Q`, which is computed when it is used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hra_fx.errors import AdapterError
 from hra_fx.layers.sharding import call
 from hra_fx.layers.target import REFLECTION, weight_place
 
-#: Answered from the base weight: they say nothing about its values.
+#: Answered from the base weight, because they do not depend on its values.
 _METADATA = frozenset(
     [
         *(
@@ -26,7 +26,7 @@ _METADATA = frozenset(
         *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.get_device),
     ]
 )
-#: Read and set on the base weight: whoever freezes a weight, or clears its gradient, means the parameter.
+#: Read and set on the base weight: code that freezes a weight, or clears its gradient, means the parameter.
 _FLAGS = frozenset(
     [
         *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "grad")),
@@ -45,12 +45,12 @@ _DETACHED = frozenset([Tensor.data.__get__, Tensor.detach])  # type: ignore[attr
 
 
 class RotatedWeight(Tensor):
-    """The weight of an adapted layer as others see it: a tensor whose values are `W Q`.
+    """The weight of an adapted layer as other code sees it: a tensor whose values are `W Q`.
 
-    Shape, dtype, device and the like are those of the base weight, and cost nothing. Any other operation computes `W Q`
-    first, with a gradient to the adapters that act then: like a parameter, a weight that is held follows its layer.
+    Its metadata (shape, dtype, device) are those of the base weight. Any other operation first computes `W Q`, with
+    gradients to the adapters that are active at that time: like a parameter, a stored weight follows its layer.
     Multiplying it by a number in place scales `W`. Other writes are refused, because the result would be lost: write to
-    `layer.hra_base`, or fold first. (A write into a view of it, such as `layer.weight[0]`, is lost without an error.)
+    `layer.hra_base`, or fold first. (A write into a view of it, such as `layer.weight[0]`, is silently lost.)
     """
 
     _layer: nn.Module
@@ -58,7 +58,7 @@ class RotatedWeight(Tensor):
 
     @staticmethod
     def __new__(cls, layer: nn.Module) -> RotatedWeight:
-        """Stand for the weight of `layer`, which has an active adapter."""
+        """Represent the weight of `layer`, which has an active adapter."""
         made: RotatedWeight = compat.wrapper_tensor(cls, layer.hra_base)  # type: ignore[arg-type]
         made._layer = layer
         return made
@@ -124,15 +124,15 @@ class RotatedWeight(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Below autograd, where code in C++ or with torch functions disabled has read the weight."""
-        if func is torch.ops.aten.detach.default:  # `w.data` too: whoever writes into it is told
+        if func is torch.ops.aten.detach.default:  # also `w.data`: writing into it raises an error
             return DetachedRotatedWeight(args[0])
         if _scales(func, args, kwargs or {}):
             return _scale(func, *args)
         found = [part for part in compat.pytree.tree_leaves((args, kwargs)) if isinstance(part, RotatedWeight)]
         if torch.is_grad_enabled() and any(not weight._is_linked and weight._trained() for weight in found):
             raise AdapterError(
-                f"{func} reads the weight of an adapted layer where autograd does not see it, and the adapters would "
-                "get no gradient. Call it under torch.no_grad(), or exclude the layer with exclude_modules."
+                f"{func} reads the weight of an adapted layer below autograd, so its adapters would not get gradients. "
+                "Call it under torch.no_grad(), or exclude the layer with exclude_modules."
             )
         if _writes_by_schema(func, args, kwargs or {}):
             _refuse(func, args, kwargs)
@@ -141,7 +141,7 @@ class RotatedWeight(Tensor):
 
 
 class DetachedRotatedWeight(RotatedWeight):
-    """`layer.weight.data` and `layer.weight.detach()`: the values of now, in memory of their own, without a gradient.
+    """`layer.weight.data` and `layer.weight.detach()`: the current values, in separate memory, without a gradient.
 
     Writing into it is refused, as into the weight itself.
     """
@@ -170,7 +170,7 @@ class DetachedRotatedWeight(RotatedWeight):
 
 
 class InferenceRotatedWeight(RotatedWeight):
-    """The same where no gradient is wanted, without overriding torch functions.
+    """The same if no gradient is needed, without overriding torch functions.
 
     torch takes the fast path through `nn.TransformerEncoderLayer` and `nn.MultiheadAttention` only with such weights.
     """

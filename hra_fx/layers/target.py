@@ -1,4 +1,4 @@
-"""What passes and the API know of a layer that can be adapted: its kind, its weight, its names."""
+"""Basic facts about a layer that can be adapted, for passes and the API: its kind, its weight, its names."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CONVOLUTIONS: dict[type[nn.Module], LayerKind] = {nn.Conv1d: "conv1d", nn.Conv2
 
 @dataclass(frozen=True)
 class LayerTarget:
-    """What a pass has to know of an adapted layer.
+    """What a pass needs to know about an adapted layer.
 
     Attributes:
         path: the layer's qualified name in the whole model, the first if it has several.

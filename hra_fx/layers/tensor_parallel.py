@@ -22,7 +22,7 @@ _ASIDE = "_hra_aside"
 
 
 def set_aside(layer: nn.Module) -> None:
-    """Take adapters and copies out of a layer, so that `distribute_module` finds a plain one, until `put_back`.
+    """Temporarily remove adapters and copies from a layer, so that `distribute_module` sees a plain one.
 
     The styles of torch split each parameter of a Linear and of its children, and cannot register one of a child.
 
@@ -51,7 +51,7 @@ def put_back(layer: nn.Module) -> None:
 
 
 def is_tensor_parallel(layer: nn.Module, weight: Any) -> bool:
-    """Whether it is tensor parallelism that has split a distributed weight, and not FSDP, also over it."""
+    """Whether a distributed weight was split by tensor parallelism only, without FSDP."""
     applied = "_distribute_module_applied" in vars(layer) or parallel_forward(layer) is not None
     return applied and weight.device_mesh.ndim == 1
 
@@ -71,7 +71,7 @@ def check_not_aside(layer: nn.Module) -> None:
 def why_not_distributed(layer: nn.Module) -> str | None:
     """Why a layer with adapters cannot be split over processes; without the full stop."""
     if not isinstance(layer, nn.Linear) or has_own_forward(layer):
-        return f"tensor parallelism of adapted layers is for nn.Linear, got {type(layer).__name__}"
+        return f"tensor parallelism supports only adapted nn.Linear layers, got {type(layer).__name__}"
     if packing := quant_scheme_of(layer):
         return f"its weight is quantized ({packing.words(layer)}), and cannot be split together with adapters"
     return None
@@ -82,7 +82,7 @@ def why_not_adapted(layer: nn.Module, weight: Any) -> str | None:
     if reason := why_not_distributed(layer):
         return reason
     if not is_tensor_parallel(layer, weight):
-        return "its weight is a DTensor that neither parallelize_module nor tp_plan of transformers has split"
+        return "its weight is a DTensor that was not split by parallelize_module or by transformers' tp_plan"
     return None
 
 

@@ -1,9 +1,9 @@
 """Trained copies of a module's own tensors: what `modules_to_save` and `bias` train, switched with their adapter.
 
-While an adapter with a copy is active, the copy takes the tensor's own place (`classifier.weight`), so every reader
-gets the trained one. Tensors that are not in place are in the child `<module>.hra_saved.<adapter>`, those of the base
-model in `hra_saved.base_layer`: they move and are saved with the model. (PEFT keeps copies of whole modules in a
-wrapper, which renames the keys of the base model.)
+While an adapter with a copy is active, the copy replaces the tensor itself (`classifier.weight`), so all code reads the
+trained one. Tensors that are not in use are in the child `<module>.hra_saved.<adapter>`, those of the base model in
+`hra_saved.base_layer`: they are moved and saved with the model. (PEFT keeps copies of whole modules in a wrapper, which
+renames the keys of the base model.)
 """
 
 from __future__ import annotations

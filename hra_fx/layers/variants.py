@@ -158,7 +158,7 @@ class LinearAdapters(HouseholderAdapters):
         """The factors for a product with a `DTensor`."""
         factors = factors_of(self, products_dtype(tensor.device, tensor.dtype))
         if isinstance(factors, RowFactors):
-            raise AdapterError(f"hra_u of width {self.width}: a mixed batch cannot have inputs that are DTensors.")
+            raise AdapterError(f"hra_u of width {self.width}: mixed batches do not support DTensor inputs.")
         return factors
 
     def through(self, x: Tensor, weight: Tensor, layer: nn.Linear) -> Tensor | None:
@@ -323,9 +323,9 @@ def adapters_for(layer: nn.Module) -> HouseholderAdapters:
 
 
 def has_own_forward(layer: nn.Module) -> bool:
-    """Whether what a layer computes of its input is known to its class alone: it is then adapted by its weight.
+    """Whether a layer has its own forward, so that it can only be adapted through its weight.
 
-    So is an attention, whose weight holds the projections of q, k and v in one.
+    This includes attention, whose weight contains the projections of q, k and v.
 
     Example:
         >>> has_own_forward(nn.Linear(6, 4)), has_own_forward(nn.MultiheadAttention(4, 2))

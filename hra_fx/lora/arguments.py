@@ -65,8 +65,8 @@ def check_path(path: Path) -> None:
     check_no_model(path)
     if _peft_type(path / CONFIG_NAME) == "HRA":
         raise CheckpointError(
-            f"{path}: contains an HRA adapter, which the LoRA would replace, and which cannot be recovered from it. "
-            "Choose another folder."
+            f"{path}: contains an HRA adapter, which the LoRA would overwrite and cannot restore. Choose another "
+            "folder."
         )
 
 

@@ -1,4 +1,4 @@
-"""What an export as LoRA wrote."""
+"""The result of an export as LoRA."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class LoraRow:
 
 @dataclass(frozen=True)
 class LoraResult:
-    """What `hra_fx.save_as_lora` or `hra-fx convert` wrote.
+    """The result of `hra_fx.save_as_lora` or `hra-fx convert`.
 
     Attributes:
         path: the folder or the file.
         format: "peft", "gguf" or "diffusers".
-        rank: the one rank of all layers in the file.
+        rank: the rank of all layers in the file.
         dtype: of the factors, such as "float32".
         rows: one for each layer.
-        warnings: what a server that was asked for with `check` does not accept.
+        warnings: what the server given by `check` does not accept.
 
     Example:
         >>> print(LoraResult(Path("out"), "peft", 8, "float32", (LoraRow("q_proj", 8, 0.0, 5e-8),)))

@@ -1,4 +1,4 @@
-"""`convert_to_lora` and `save_as_lora`: adapters of a model in memory as LoRA."""
+"""`convert_to_lora` and `save_as_lora`: convert the adapters of a model in memory to LoRA."""
 
 from __future__ import annotations
 
@@ -28,21 +28,20 @@ def convert_to_lora(
     rank: int | None = None,
     rank_pattern: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Adapters as a LoRA in PEFT's format, `W Q = W + B A`, without approximation.
+    """Convert adapters to a LoRA in PEFT's format, without approximation: `W Q = W + B A`.
 
     The factors are computed in float64, at the numerical rank of each layer's change, and balanced: `A` and `B` have
-    the same singular values. The rank is at most `r`, `r + 1` for odd ranks and `2 r` with Gram-Schmidt, whose anchors
-    have as many columns more. An adapter that has not been trained changes nothing; it becomes a LoRA of rank 1 with
-    zeros.
+    the same singular values. The rank is at most `r`, or, with an anchor, `r + 1` for odd ranks and `2 r` for
+    Gram-Schmidt. An untrained adapter does not change the weights and becomes a LoRA of rank 1 with zeros.
 
     Args:
         model: a transformed model; it is not changed. Adapters may be merged. With `fully_shard` and tensor
             parallelism, all processes have to call this.
         adapter_names: the adapters, in the order of the product `W Q_a Q_b`, each at its strength (`set_scale`).
             `None`: the active ones.
-        rank: the largest rank of a layer: the best approximation of the weight's change. `None`: exact.
-        rank_pattern: give each layer its own rank by PEFT's `rank_pattern` and `alpha_pattern`. The default is one rank
-            for all layers, padded with zeros, because servers read one rank and one alpha.
+        rank: limit of each layer's rank, with the best approximation of the weight change. `None`: exact.
+        rank_pattern: keep each layer's own rank, with PEFT's `rank_pattern` and `alpha_pattern`. By default all layers
+            have the same rank, padded with zeros, because servers read a single rank and alpha.
 
     Returns:
         The configuration, fields of `peft.LoraConfig` as a dict, and the tensors of `adapter_model.safetensors`, with
@@ -52,8 +51,8 @@ def convert_to_lora(
         AdapterError: the model has no such adapters, `rank` is not positive, parameters are not in memory, or a tensor
             is not finite.
         FoldError: an adapter has no well-defined `Q` (see `hra_fx.fold`).
-        UnsupportedLayerError: LoRA cannot express a layer: a convolution with groups, a dilation or another padding
-            mode than zeros; a class that does more with its weight than multiply; or a layer shared by modules.
+        UnsupportedLayerError: LoRA cannot express a layer: a convolution with groups, a dilation or a padding mode
+            other than zeros; a class that does more with its weight than multiply; or a layer shared by modules.
 
     Warns:
         HRAWarning: the adapters do not change any weight.
@@ -97,7 +96,7 @@ def save_as_lora(
         rank: as in `convert_to_lora`.
         dtype: float32, float16 or bfloat16, as a torch dtype or its name. `None`: float32.
         rank_pattern: as in `convert_to_lora`; for PEFT's format only.
-        check: the name of a server, such as "vllm": warn of what it does not accept in this adapter.
+        check: the name of a server, such as "vllm", to warn about anything in this adapter that it does not accept.
 
     Returns:
         The rank of each layer, the error of a smaller rank and the rounding error of `dtype`.

@@ -118,7 +118,7 @@ def check_for_server(
 
     >>> from hra_fx.lora.adapter import LoraAdapter, exact_targets
     >>> check_for_server("vllm", LoraAdapter(()), rank=24)
-    ['vLLM 0.33.0 accepts ranks up to 16 by default, and the adapter has 24: start it with `--max-lora-rank 32`.']
+    ['vLLM 0.33.0 accepts ranks up to 16 by default, but the adapter has 24: start it with `--max-lora-rank 32`.']
     """
     if server not in _SERVERS:
         raise ConfigError(f"`check` must be one of {', '.join(map(repr, _SERVERS))}, got {server!r}.")
@@ -133,12 +133,12 @@ def check_for_server(
 
 def _rank(facts: _Server, rank: int) -> list[str]:
     if facts.ranks and rank > facts.ranks[-1]:
-        return [f"accepts ranks up to {facts.ranks[-1]}, and the adapter has {rank}: pass a smaller `rank`, or fold it"]
+        return [f"accepts ranks up to {facts.ranks[-1]}, but the adapter has {rank}: pass a smaller `rank`, or fold it"]
     if not facts.rank_default or rank <= facts.rank_default:
         return []
     value = next((allowed for allowed in facts.ranks if allowed >= rank), rank)
     option = facts.rank_option.format(value)
-    return [f"accepts ranks up to {facts.rank_default} by default, and the adapter has {rank}: {option}"]
+    return [f"accepts ranks up to {facts.rank_default} by default, but the adapter has {rank}: {option}"]
 
 
 def _copies(facts: _Server, adapter: LoraAdapter) -> list[str]:
@@ -168,7 +168,7 @@ def _names(facts: _Server, adapter: LoraAdapter) -> list[str]:
             found.append(f"does not load {_shown(sorted(alone))} without `{needed}` of the same block: adapt both")
     if facts.target_list and isinstance(exact_targets([layer.path for layer in adapter.layers], adapter.modules), str):
         found.append(
-            "needs a list in `target_modules`, and no list of names matches these layers only: fold the adapter"
+            "needs a list in `target_modules`, but no list of names matches only these layers: fold the adapter"
         )
     if facts.all_blocks and (missing := _missing_blocks(known, adapter)):
         found.append(f"ignores a kind of layer unless it is adapted in every block; not adapted: {_shown(missing)}")

@@ -15,8 +15,8 @@ from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.target import describe
 
 OUTPUT_PROJECTION = "is the output projection of an attention, whose change PEFT's LoRA (0.21) adds twice"
-_IN_ENCODER_LAYER = "is in an nn.TransformerEncoderLayer, which reads its weight, so that PEFT's LoRA has no effect"
-OWN_FORWARD = "has a forward of its own, to which PEFT's LoRA does not add what it adds to a plain layer"
+_IN_ENCODER_LAYER = "is in an nn.TransformerEncoderLayer, which reads its weight, so PEFT's LoRA has no effect"
+OWN_FORWARD = "has its own forward, with which PEFT's LoRA would compute something else"
 
 
 def unsupported(path: str, description: str, reason: str) -> UnsupportedLayerError:
@@ -35,14 +35,14 @@ def why_not_convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str | None:
     """Why LoRA cannot express a convolution, as the end of a sentence; `None` if it can.
 
     >>> why_not_convolution(nn.Conv2d(4, 4, 3, groups=2))
-    'has groups, for which the change of the weight is not a LoRA of this rank'
+    'has groups, so the change of its weight is not a LoRA of this rank'
     """
     if layer.groups > 1:
-        return "has groups, for which the change of the weight is not a LoRA of this rank"
+        return "has groups, so the change of its weight is not a LoRA of this rank"
     if any(step > 1 and size > 1 for step, size in zip(layer.dilation, layer.kernel_size, strict=True)):
-        return "is dilated, which the convolutions of PEFT's LoRA are not"
+        return "is dilated, which PEFT's LoRA does not support"
     if layer.padding_mode != "zeros" and layer.padding not in ("valid", (0,) * len(layer.kernel_size)):
-        return f"has padding_mode={layer.padding_mode!r}, and the convolutions of PEFT's LoRA pad with zeros"
+        return f"has padding_mode={layer.padding_mode!r}, but PEFT's LoRA always pads with zeros"
     return None
 
 
@@ -125,5 +125,5 @@ def check_places(root: nn.Module, layers: Mapping[str, nn.Module]) -> None:
                 owners.setdefault(paths[child], []).append(f"{owner}.{name}".lstrip("."))
     for path, places in owners.items():
         if len(places) > 1:
-            reason = f"is also {', '.join(places[1:])}, and PEFT's LoRA would change it in one place only"
+            reason = f"is also {', '.join(places[1:])}, but PEFT's LoRA would change it in one place only"
             raise unsupported(path, "this layer", reason)

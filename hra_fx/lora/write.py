@@ -55,7 +55,7 @@ def check_lora(adapters: Mapping[str, LoraAdapter], output: Output) -> list[str]
     """
     check_path(output.path)
     if output.rank_pattern and output.kind != "peft":
-        raise AdapterError(f"`rank_pattern` is for PEFT's format; the format of {output.kind} has one rank. Omit it.")
+        raise AdapterError(f"`rank_pattern` needs PEFT's format; the {output.kind} format has one rank. Omit it.")
     if output.kind == "gguf":
         check_gguf(adapters[""], output.path)
     elif output.kind == "diffusers":

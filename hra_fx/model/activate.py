@@ -1,4 +1,4 @@
-"""Bring every adapted layer and every trained copy in line with the state of the model: which adapters act."""
+"""Update every adapted layer and every trained copy from the state of the model: which adapters are active."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hra_fx.model.trainable import train_only
 
 
 def activate(parts: AdaptedParts, record: AdapterState, names: tuple[str, ...], *, trainable: bool) -> None:
-    """Activate these adapters, and train them and no others."""
+    """Activate and train these adapters, and only these."""
     record.active = names
     sync_layers(parts, record)
     train_only(parts, names if trainable else ())
@@ -39,7 +39,7 @@ def check_copies_can_switch(root: nn.Module, parts: AdaptedParts, acting: Iterab
     Args:
         root: the model.
         parts: its adapted layers and trained copies.
-        acting: the adapters that will act.
+        acting: the adapters that will be active.
 
     Raises:
         AdapterError: a trained copy would have to be exchanged, and the model is sharded or offloaded.

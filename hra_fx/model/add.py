@@ -24,11 +24,11 @@ def add_adapter(model: nn.Module, adapter_name: str, config: HRAConfig, *, low_c
         model: a transformed model.
         adapter_name: its name.
         config: as for `transform`.
-        low_cpu_mem_usage: make its vectors on the meta device, to be loaded later.
+        low_cpu_mem_usage: create its vectors on the meta device, to be loaded later.
 
     Raises:
         AdapterError: the name is taken, or adapters are merged.
-        ConfigError, SelectionError, UnsupportedLayerError: as `transform`. After any error the model is unchanged.
+        ConfigError, SelectionError, UnsupportedLayerError: see `transform`. After any error the model is unchanged.
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -53,7 +53,7 @@ def add_filled_adapter(
     """Add an adapter with the vectors that `fill` gives and with these trained copies; errors as `add_adapter`."""
     if adapter_name in record.configs:
         raise AdapterError(
-            f"adapter {adapter_name!r} exists already in this model. Delete it first, or choose another name."
+            f"adapter {adapter_name!r} already exists in this model. Delete it first, or choose another name."
         )
     if record.merged:
         raise AdapterError(f"adapters {list(record.merged)} are merged into the weights. Call unmerge_adapter first.")

@@ -1,4 +1,4 @@
-r"""`allocate_ranks`: ranks of layers from a budget of parameters, by the gradient at the base model.
+r"""`allocate_ranks`: choose the ranks of layers for a parameter budget, from gradients at the base model.
 
 At `Q = I`, moving `Q` by `exp(t S)` with a skew-symmetric `S` changes the loss by `t <G, W S>`, with `G` the gradient
 of the weight `W`. So the steepest rotation is along `W^T G - G^T W`. Its singular values come in pairs, one pair for
@@ -41,31 +41,32 @@ def allocate_ranks(
     *,
     loss: Callable[[Any, Any], Tensor] | None = None,
 ) -> HRAConfig:
-    """Choose the ranks of the layers for a number of parameters, from the gradients of one pass over some batches.
+    """Choose the rank of each layer for a parameter budget, from the gradients of one pass over some batches.
 
-    The ranks are even, at least 2, and at most four times the rank that all layers could have. The gradients of the
-    selected weights are held in memory; the model is not changed.
+    Ranks are even, at least 2, and at most four times the rank that all layers would have with equal ranks. The
+    gradients of the selected weights are kept in memory; the model is not changed.
 
-    It helps where few layers have to turn: in networks whose target differs by a rotation of one layer, the loss after
-    training is 0.0 to 0.6 times that of equal ranks. On MiniLM and 20 Newsgroups (640 texts, 36 layers, parameters of
-    r=4, three seeds) it does not improve on equal ranks: mean accuracy 64.1 % for both, mean held-out loss 1.170
-    against 1.176. Compare with equal ranks before you rely on it.
+    It helps if only a few layers need to rotate: in networks whose target differs by a rotation of one layer, the loss
+    after training is 0.0 to 0.6 times that with equal ranks. On MiniLM and 20 Newsgroups (640 texts, 36 layers,
+    parameters of r=4, three seeds) it is not better than equal ranks: mean accuracy 64.1 % for both, mean held-out loss
+    1.170 instead of 1.176. Compare with equal ranks before you rely on it.
 
     Args:
-        model: a plain model, in the mode in which the gradients are wanted.
-        config: which layers; its `r` and `rank_pattern` are replaced.
-        example_batches: tensors, tuples of positional or dictionaries of keyword arguments.
-        budget: the number of parameters of all reflection vectors, the sum of `d * r`, over experts too.
-        loss: called with the output and the batch, returns a scalar; `None`: the output's `loss`.
+        model: a plain model, in train or eval mode as needed for the gradients.
+        config: selects the layers; its `r` and `rank_pattern` are replaced.
+        example_batches: tensors, tuples of positional arguments or dictionaries of keyword arguments.
+        budget: the total number of parameters of all reflection vectors: the sum of `d * r` over layers and experts.
+        loss: a function of the output and the batch that returns a scalar. `None` uses the `loss` of the output.
 
     Returns:
-        A configuration with a `rank_pattern` that uses the budget, less what no layer has use for.
+        A configuration whose `rank_pattern` uses the budget, as far as the layers can use it.
 
     Raises:
         ConfigError: the budget is too small for two vectors in each layer.
-        AdapterError: `example_batches` is empty, the loss is not a scalar tensor, no gradient reaches any of the
-            layers, or one is not finite.
-        SelectionError, UnsupportedLayerError: as `transform`; quantized weights have no gradient.
+        AdapterError: `example_batches` is empty, the loss is not a scalar tensor, the layers do not get gradients, or
+            a gradient is not finite.
+        SelectionError, UnsupportedLayerError: see `transform`; quantized weights are refused, because they do not get
+            gradients.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
@@ -106,7 +107,9 @@ def _gradients(
 ) -> dict[str, Tensor]:
     """The sum of the gradients of the weights over the batches."""
     if quantized := next((path for path, layer in layers.items() if quant_scheme_of(layer)), None):
-        raise UnsupportedLayerError(f"{quantized}: its weight is quantized, and has no gradient. Set `rank_pattern`.")
+        raise UnsupportedLayerError(
+            f"{quantized}: its weight is quantized and does not get a gradient. Set `rank_pattern` yourself."
+        )
     total: dict[str, Tensor] = {}
     seen = 0
     with torch.enable_grad(), _own_leaves(layers) as leaves:
@@ -121,8 +124,8 @@ def _gradients(
                     total[path] = total[path] + gradient if path in total else gradient
     if not total:
         raise AdapterError(
-            f"no gradient reaches any of the layers in {seen} batches, so ranks cannot be chosen. Gradient "
-            "checkpointing with use_reentrant=True passes none; turn it off."
+            f"the layers got no gradients from {seen} batches, so ranks cannot be chosen. If gradient checkpointing "
+            "with use_reentrant=True is on, turn it off."
         )
     if wrong := next((path for path, gradient in total.items() if not gradient.isfinite().all()), None):
         raise AdapterError(f"{wrong}: the gradient of its weight is not finite. Check the batches, and avoid float16.")
@@ -156,7 +159,7 @@ def _loss_of(output: Any, batch: Any, loss: Callable[[Any, Any], Tensor] | None)
     value = getattr(output, "loss", None) if loss is None else loss(output, batch)
     if not isinstance(value, Tensor) or value.numel() != 1:
         found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        source = f"the attribute `loss` of {type(output).__name__}" if loss is None else "what `loss` returns"
+        source = f"the attribute `loss` of {type(output).__name__}" if loss is None else "the result of `loss`"
         raise AdapterError(
             f"the loss must be a tensor with one element, but {source} is {found}. Put labels into the batches, or "
             "pass `loss=`, a function of the output and the batch."

@@ -1,4 +1,4 @@
-"""`combine`: one adapter that is the product of several."""
+"""`combine`: add an adapter that is the product of several others."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from hra_fx.model.state import AdapterState, adapted_layers, names_in, root_of
 
 
 def combine(model: nn.Module, adapters: Sequence[str], adapter_name: str) -> None:
-    """Add an adapter that is exactly the product of several, `Q = Q_a Q_b ...`, with `r_a + r_b + ...` reflections.
+    """Add an adapter that is the exact product of several, `Q = Q_a Q_b ...`, with `r_a + r_b + ...` reflections.
 
     Anchors and the current strengths are included. The new adapter is not active yet, does not use Gram-Schmidt, and is
-    on the layers of all of them. If a layer lacks one of them, its rank is filled with pairs of equal reflections,
-    which cancel.
+    on every layer that has one of the adapters. A layer that lacks some of them is padded with pairs of equal
+    reflections, which cancel.
 
     Args:
         model: a transformed model.
-        adapters: their names, in the order of the product.
+        adapters: names of the adapters, in the order of the product.
         adapter_name: name of the new adapter.
 
     Raises:
         AdapterError: the model has no such adapter, fewer than two are named, one has trained copies
-            (`modules_to_save` or `bias`), a layer would have to be filled with an odd number of reflections, all have
+            (`modules_to_save` or `bias`), a layer would have to be padded with an odd number of reflections, all have
             strength 0, or the vectors are sharded.
 
     Example:
@@ -57,7 +57,7 @@ def combine(model: nn.Module, adapters: Sequence[str], adapter_name: str) -> Non
             )
     if sharded := first_sharded(root):
         raise AdapterError(
-            f"{sharded[0]}: {sharded[1]} shards its parameters, and would not know the new vectors. Combine before "
+            f"{sharded[0]}: {sharded[1]} shards its parameters and would not manage the new vectors. Combine before "
             "sharding."
         )
     load_vectors(root)
@@ -74,7 +74,7 @@ def _combine(root: nn.Module, record: AdapterState, names: tuple[str, ...], adap
     rank = max(sum(chain.shape[-1] for chain in parts) for parts in chains.values())
     if not rank:
         raise AdapterError(
-            f"adapters {list(names)}: all have strength 0, so their product is the identity. Set others first."
+            f"adapters {list(names)}: all have strength 0, so their product is the identity. Call hra_fx.set_scale."
         )
     joint = {path: _fill(path, torch.cat(parts, dim=-1), rank) for path, parts in chains.items()}
     stacked = [path for path, layer in adapted_layers(root).items() if path in chains and layer.hra_u.kind == "experts"]
@@ -104,6 +104,6 @@ def _fill(path: str, chain: Tensor, rank: int) -> Tensor:
         return padded(chain, rank)
     except ValueError as error:
         raise AdapterError(
-            f"{path}: it has {chain.shape[-1]} reflections of these adapters, and other layers have {rank}. The "
-            "difference must be even, because it is filled with pairs that cancel. Combine adapters of even ranks."
+            f"{path}: it has {chain.shape[-1]} reflections of these adapters, but other layers have {rank}. The "
+            "difference must be even, because layers are padded with pairs that cancel. Combine adapters of even ranks."
         ) from error

@@ -1,4 +1,4 @@
-"""`delete_adapter`: remove an adapter; without adapters the model is a plain model again."""
+"""`delete_adapter`: remove an adapter. A model without adapters is a plain model again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hra_fx.model.state import check_no_foreign_class, collect_parts, names_in, 
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Remove an adapter. Layers without another adapter become plain layers; without the last one, so does the model.
+    """Remove an adapter. Layers without other adapters become plain layers, and a model without others a plain model.
 
     If it was the only active adapter, the first remaining one becomes active (as in PEFT).
 

@@ -1,4 +1,4 @@
-"""Example inputs: the arguments of one call of a model; and the state of random number generators around it."""
+"""Example inputs (the arguments of one call of a model), and the state of random number generators around a call."""
 
 from __future__ import annotations
 

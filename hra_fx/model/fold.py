@@ -41,21 +41,21 @@ from hra_fx.model.state import (
 from hra_fx.model.untie import Place, Tie, always_tied, find_ties, set_tied, untied_copies, why_not_untie
 
 _REQUANTIZE = (
-    " To allow that, call hra_fx.fold(model, requantize=True); hra_fx.plan_fold(model, requantize=True) shows the "
-    "error and writes nothing."
+    " To allow that, call hra_fx.fold(model, requantize=True). To see the error first, call "
+    "hra_fx.plan_fold(model, requantize=True), which changes nothing."
 )
 
 
 @dataclass(frozen=True)
 class FoldedLayer:
-    """What a fold does to one layer.
+    """The effect of a fold on one layer.
 
     Attributes:
         path: the layer.
-        rounding: `|W'' - W'|_F / |W'|_F`: the error of the cast from float64 to the dtype of the weight, or of
-            quantizing it again.
-        change: `|W' - W|_F / |W|_F`: how much the adapter changed the weight.
-        untied: names of the tensors that share memory with the old weight; the new one gets its own memory.
+        rounding: `|W'' - W'|_F / |W'|_F`, the error of casting the folded weight `W'` from float64 to the dtype of the
+            weight, or of quantizing it again.
+        change: `|W' - W|_F / |W|_F`, how much the adapter changes the weight.
+        untied: names of the tensors that shared memory with the old weight; the new weight has its own memory.
         quantized: the quantization scheme; empty if the weight is not quantized.
     """
 
@@ -98,7 +98,7 @@ class FoldJob:
         return FoldedLayer(path, weight.rounding, weight.change, untied, words)
 
     def run(self) -> None:
-        """Write the weights, remove the folded adapters, and warn of what else changed.
+        """Write the weights, remove the folded adapters, and warn about everything else that changed.
 
         A layer loses its folded adapters as soon as its weight is written. So if this is interrupted (Ctrl-C, no
         memory), the model still computes the same, and another fold finishes the work.
@@ -166,16 +166,17 @@ class FoldJob:
             text += f", and {setting}." if self.ties else "."
             warnings.warn(text + more, HRAWarning, stacklevel=4)
         elif trained:
-            warnings.warn(f"embeddings stay untied because one was trained; {setting}.{more}", HRAWarning, stacklevel=4)
+            text = f"the embeddings remain untied because one of them was trained; {setting}.{more}"
+            warnings.warn(text, HRAWarning, stacklevel=4)
         if requantized := [layer for layer in measured if layer.rounding]:
             warnings.warn(_requantized(requantized), HRAWarning, stacklevel=4)
         if dropped := [name for name in self.going if name not in self.adopted]:
-            text = f"adapters {dropped} were not active and are removed. To keep them, name the adapters to fold."
+            text = f"adapters {dropped} were not active and are removed. To keep them, pass the names to fold."
             warnings.warn(text, HRAWarning, stacklevel=4)
 
 
 class FoldPlan:
-    """What a fold would do, computed without writing anything and without keeping the new weights.
+    """The effect of a fold, computed without changing the model or keeping the new weights.
 
     Attributes:
         layers: one `FoldedLayer` for each distinct layer.
@@ -188,7 +189,7 @@ class FoldPlan:
         self._versions = _versions(job.model)
 
     def __str__(self) -> str:
-        """One line per layer: the change of the weight, the rounding error, and what the weight is untied from."""
+        """One line per layer: the change of the weight, the rounding error, and the tensors that it is untied from."""
         width = max((len(layer.path) for layer in self.layers), default=5)
         lines = [f"{'layer':<{width}}  {'change':>8}  rounding"]
         for layer in self.layers:
@@ -204,11 +205,11 @@ class FoldPlan:
             The model.
 
         Raises:
-            AdapterError: another tool replaced a class since then.
-            FoldError: weights, vectors or the active adapters changed since the plan was made.
+            AdapterError: another tool has replaced a class since the plan was made.
+            FoldError: weights, vectors or the active adapters have changed since the plan was made.
         """
         if _versions(self._job.model) != self._versions:
-            raise FoldError("the model changed since the fold was planned. Call plan_fold again.")
+            raise FoldError("the model has changed since plan_fold. Call plan_fold again.")
         self._job.run()
         return self._job.model
 
@@ -216,7 +217,7 @@ class FoldPlan:
 def plan_fold(
     model: nn.Module, adapter_names: str | Sequence[str] | None = None, *, requantize: bool = False
 ) -> FoldPlan:
-    """Compute what `fold` would do, and write nothing. Arguments and errors are those of `fold`.
+    """Dry run of `fold`, with the same arguments and errors: compute its effect on each layer, and change nothing.
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -259,13 +260,14 @@ def _prepare_part(model: nn.Module, adapter_names: str | Sequence[str] | None, *
     for path, layer in sites.items():
         if layer.hra_u.unmerged is not None or set(layer.hra_u.active) != set(layer.hra_u):
             raise AdapterError(
-                f"{path}: only {list(layer.hra_u.active)} of its adapters {list(layer.hra_u)} act (the others are "
-                "inactive, disabled or merged), and folding a part of the model would lose them. Fold the whole model."
+                f"{path}: only {list(layer.hra_u.active)} of its adapters {list(layer.hra_u)} are applied (the others "
+                "are inactive, disabled or merged). Folding a part of the model would lose the others. Fold the whole "
+                "model."
             )
     for path in all_copies(model):
         raise AdapterError(
-            f"{path or 'this part'}: it has trained copies (modules_to_save or bias), and a part of the model does not "
-            "know their adapter. Fold the whole model."
+            f"{path or 'this part'}: it has trained copies (modules_to_save or bias), whose adapter is only known to "
+            "the whole model. Fold the whole model."
         )
     names = {path: layer.hra_u.active for path, layer in sites.items()}
     written = _check_layers(model, sites, names, requantize=requantize)

@@ -42,7 +42,7 @@ def insert(module: fx.GraphModule, model: nn.Module, path: str = "") -> None:
         layer: LayerTarget(name, layer.hra_u.kind, layer.hra_u.is_called)
         for name, layer in adapted_layers(model).items()
     }
-    # By every path, for the graph calls a shared layer by one of its own.
+    # All paths, because the graph may call a shared layer by any of them.
     names = model.named_modules(remove_duplicate=False)
     sites = {name: adapted[part] for name, part in names if isinstance(part, AdaptedLayer) and part in adapted}
     for step in (MatchPass(sites, path), InsertPass(), VerifyPass()):

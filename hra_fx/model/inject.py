@@ -1,4 +1,4 @@
-"""Give adapters to the layers of a model; each step can be undone."""
+"""Add adapters to the layers of a model; each step can be undone."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def complete(act: Callable[[], None]) -> None:
 
 
 def inject_adapter(model: nn.Module, name: str, config: HRAConfig, fill: Fill, undo: ExitStack) -> dict[str, nn.Module]:
-    """Give adapter `name` to every layer that `config` selects; it is not active yet.
+    """Add adapter `name` to every layer that `config` selects; it is not active yet.
 
     Returns:
         The layers by path.

@@ -1,4 +1,4 @@
-"""`merge_adapter` and `unmerge_adapter`: fold active adapters into the weights for now, and restore the weights."""
+"""`merge_adapter` and `unmerge_adapter`: fold adapters into the weights temporarily, and restore the weights."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, name
 
 
 def merge_adapter(model: nn.Module, adapter_names: str | Iterable[str] | None = None) -> None:
-    """Fold adapters into the weights, `W <- W Q`, and keep them: a forward then costs what the base model's costs.
+    """Fold adapters into the weights temporarily, `W <- W Q`, so that a forward is as fast as the base model's.
 
     Every merged layer keeps a copy of its base weight in the buffer `hra_u.unmerged`, so that `unmerge_adapter`
     restores it bit for bit in every dtype. Until then the adapted weights take twice their memory, and the `state_dict`
-    contains both. A merged `state_dict` loads into a model with merged adapters only. To keep the folded weights for
-    good without copies, call `fold`.
+    contains both. A merged `state_dict` loads only into a model with merged adapters. To fold permanently, without
+    copies, call `fold`.
 
     Args:
         model: a transformed model.
-        adapter_names: which of the active adapters: the first ones in the order of the product; `None` for all. An
-            adapter that is not active becomes active, before the others.
+        adapter_names: the active adapters to merge, which must be the first ones in the order of the product; `None`
+            for all. An adapter that is not active becomes active, before the others.
 
     Raises:
-        AdapterError: the model has no such adapter, no adapter is active, others are merged already, or an adapter that
+        AdapterError: the model has no such adapter, no adapter is active, others are already merged, or an adapter that
             is not merged comes earlier in the product.
         FoldError: a weight cannot be rotated (see `fold`), for example a quantized one. After any error the model is
             unchanged.
 
     Warns:
-        HRAWarning: the adapters are merged already.
+        HRAWarning: the adapters are already merged.
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -53,16 +53,16 @@ def merge_adapter(model: nn.Module, adapter_names: str | Iterable[str] | None = 
     root, record = root_of(model)
     wanted = record.active if adapter_names is None else names_in(record, adapter_names)
     if record.merged and set(record.merged) >= set(wanted):
-        text = f"adapters {list(record.merged)} are merged already; merge_adapter does nothing."
+        text = f"adapters {list(record.merged)} are already merged; merge_adapter does nothing."
         warnings.warn(text, HRAWarning, stacklevel=2)
         return
     if record.merged:
-        raise AdapterError(f"adapters {list(record.merged)} are merged already. Call unmerge_adapter first.")
+        raise AdapterError(f"adapters {list(record.merged)} are already merged. Call unmerge_adapter first.")
     merge(root, record, resolve_merge_order(record, adapter_names))
 
 
 def unmerge_adapter(model: nn.Module) -> None:
-    """Restore the weights from before `merge_adapter`, bit for bit; the adapters act on activations again.
+    """Restore the weights from before `merge_adapter`, bit for bit. The adapters are computed in the forward again.
 
     Raises:
         AdapterError: the model has no adapters.
@@ -92,7 +92,7 @@ def merge(root: nn.Module, record: AdapterState, names: tuple[str, ...]) -> None
     _check_in_memory(sites)
     check_classes(root, sites)
     check_no_ties(root, sites)
-    check_floating(sites, names, " Adapters also act without being merged.")
+    check_floating(sites, names, " Adapters also work without being merged.")
     present = {path: [name for name in names if name in layer.hra_u] for path, layer in sites.items()}
     for path, here in present.items():
         if here:
@@ -113,13 +113,13 @@ def _check_in_memory(sites: Mapping[str, AdaptedLayer]) -> None:
     for path, layer in sites.items():
         if offloading_hook(weight_place(layer)[0]) is not None:
             raise FoldError(
-                f"{path}: accelerate offloads its weight, and a merge keeps a copy of each weight in memory. Adapters "
-                "also act without being merged; hra_fx.fold writes the folded weights without copies."
+                f"{path}: accelerate offloads its weight, but a merge keeps a copy of each weight in memory. Adapters "
+                "also work without being merged; hra_fx.fold writes the folded weights without copies."
             )
 
 
 def resolve_merge_order(record: AdapterState, adapter_names: str | Iterable[str] | None) -> tuple[str, ...]:
-    """The adapters to fold into the weights, in the order of the product; `None` stands for all active ones.
+    """The adapters to fold into the weights, in the order of the product; `None` means all active ones.
 
     Raises:
         AdapterError: the model has no such adapter, none is active, all are disabled, or one that is not named comes
@@ -136,7 +136,7 @@ def resolve_merge_order(record: AdapterState, adapter_names: str | Iterable[str]
     if inside != record.active[: len(inside)] or inside != tuple(name for name in names if name in inside):
         raise AdapterError(
             f"adapters {list(names)} cannot be folded first: the model computes W Q in the order {list(record.active)}."
-            " Name the first ones in that order, or call hra_fx.set_adapter with another order."
+            " Fold the first ones of that order, or set another order with hra_fx.set_adapter."
         )
     return names
 

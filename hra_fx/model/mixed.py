@@ -1,4 +1,4 @@
-"""`mixed_batch`: many adapters in one batch, one for each row."""
+"""`mixed_batch`: run a batch with a different adapter for each row."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from hra_fx.model.state import AdapterState, adapted_layers, get_state, names_in
 
 @contextmanager
 def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
-    """A block in which each row of the batch has its own adapter, whichever adapters are active.
+    """Context manager in which each row of the batch uses its own adapter, independent of the active adapters.
 
     `model(..., adapter_names=...)` and `model.generate(..., adapter_names=...)` do the same for one call, as in PEFT's
-    LoRA. Each adapted layer runs two batched products for all rows, however many adapters there are. They may have
-    different layers, ranks, strengths and Gram-Schmidt. In `generate`, a row's adapter follows its beams and returned
+    LoRA. Each adapted layer runs two batched products for all rows, for any number of adapters. The adapters may differ
+    in layers, rank, strength and Gram-Schmidt. In `generate`, a row's adapter also applies to its beams and returned
     sequences. Other threads are not affected.
 
     Args:
@@ -32,10 +32,10 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
             batch as the first dimension of its input.
 
     Raises:
-        AdapterError: `adapter_names` is not a list of names, the model has no such adapter, it is in training mode,
-            sharded, or a captured graph, a mixed batch of another model is open, adapters are merged, the rows would
-            need different trained copies (`modules_to_save`, `bias`), or one of the adapters acts on a layer whose
-            weight is read. In a forward: the number of names is not that of the rows that a layer sees.
+        AdapterError: `adapter_names` is not a list of names; the model has no such adapter; the model is in training
+            mode, sharded, or a captured graph; a mixed batch of another model is open; adapters are merged; the rows
+            would need different trained copies (`modules_to_save`, `bias`); or an adapter is on a layer that is
+            adapted through its weight. In a forward: a layer gets another number of rows than there are names.
 
     Example:
         >>> from hra_fx import HRAConfig, add_adapter, transform
@@ -88,8 +88,8 @@ def _checked(model: nn.Module, adapter_names: Sequence[str]) -> MixedBatch:
         here = [name for name in used if name in layer.hra_u.specs]
         if here and not layer.hra_u.is_called:
             raise AdapterError(
-                f"{path} ({type(layer).__name__}): adapters {here} act on this layer through its weight, and a mixed "
-                "batch has no single weight. Run the rows of each adapter in a batch of their own."
+                f"{path} ({type(layer).__name__}): adapters {here} change the weight of this layer, but the rows of a "
+                "mixed batch would need different weights. Run the rows of each adapter in a separate batch."
             )
     paths = {layer.hra_u: path for path, layer in layers.items()}
     # If names repeat, in the order of the model: a compiled graph is then that of a set of adapters.
@@ -103,12 +103,14 @@ def _check_model(root: nn.Module, state: AdapterState) -> None:
         raise AdapterError("A captured graph cannot run a mixed batch. Transform the model without trace=True.")
     if root.training:
         raise AdapterError(
-            "A mixed batch is for inference, and the model is in training mode. Call model.eval() first."
+            "A mixed batch is for inference, but the model is in training mode. Call model.eval() first."
         )
     if state.merged:
         raise AdapterError(f"adapters {list(state.merged)} are merged into the weights. Call unmerge_adapter first.")
     if sharded := first_split(root):
-        raise AdapterError(f"{sharded[0]}: {sharded[1]} has sharded its parameters; a mixed batch needs whole ones.")
+        raise AdapterError(
+            f"{sharded[0]}: {sharded[1]} has sharded its parameters. A mixed batch needs an unsharded model."
+        )
 
 
 def _check_copies(root: nn.Module, names: Sequence[str]) -> None:
@@ -120,6 +122,6 @@ def _check_copies(root: nn.Module, names: Sequence[str]) -> None:
                     owner = "the base model" if present == BASE else f"adapter {present!r}"
                     raise AdapterError(
                         f"{path}.{entry}".lstrip(".")
-                        + f": it is that of {owner}, and rows of {name!r} need another one "
-                        "(modules_to_save or bias). All rows of a batch share it: run these in a batch of their own."
+                        + f": the copy in use is that of {owner}, but rows of {name!r} need another one "
+                        "(modules_to_save or bias). All rows of a batch share it: run these rows in a separate batch."
                     )

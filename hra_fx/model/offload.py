@@ -41,8 +41,8 @@ def offloaded_copy(model: nn.Module) -> str | None:
         if any(offloading_hook(part) is not None for part in (owner, *copies.modules())):
             return (
                 f"{path or 'the model'}: accelerate offloads it, with its trained copies (modules_to_save or bias). "
-                "Call accelerate.hooks.remove_hook_from_submodules(model) first, which loads them, and offload the "
-                "model again afterwards."
+                "First load them with accelerate.hooks.remove_hook_from_submodules(model), and offload the model again "
+                "afterwards."
             )
     return None
 

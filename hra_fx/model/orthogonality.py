@@ -23,17 +23,18 @@ def orthogonality_loss(model: nn.Module) -> Tensor:
     """The sum over adapted layers and active adapters of `|U_n^T U_n - I|_F`; add it to a training loss.
 
     `U: (d, r)` are the trained vectors of an adapter, without its frozen anchor, and `U_n` the same vectors normalized
-    (the normalization is differentiated too). An adapter with Gram-Schmidt has an orthonormal basis and contributes
-    nothing. For two equal vectors, as at the start of `init_weights=True`, the penalty is largest and its gradient
-    zero: the gradient of the task has to separate them first.
+    (gradients include the normalization). Adapters with Gram-Schmidt are orthonormal and contribute zero. For two equal
+    vectors, as at the start with `init_weights=True`, the penalty is largest and its gradient is zero: the gradient of
+    the task has to separate them first.
 
-    Vectors that `fully_shard` sharded are gathered: every process has to call this at the same time.
+    Vectors sharded by `fully_shard` are gathered, so every process has to call this at the same time.
 
     Args:
         model: a transformed model, unwrapped, wrapped (DDP, `torch.compile`) or sharded (FSDP2).
 
     Returns:
-        `()`, float32 or wider, also under autocast, on the device of the first vectors; zero if no adapter is active.
+        A scalar, at least float32 (also under autocast), on the device of the first vectors; zero if no adapter is
+        active.
 
     Raises:
         AdapterError: the model has no adapters, or vectors cannot be loaded (see docs/large-models.md).

@@ -30,8 +30,8 @@ def check_replaceable(root: nn.Module, record: AdapterState, name: str) -> None:
     for path, layer in layers.items():
         if is_dtensor(layer.hra_u[name]) and layer.hra_u[name].is_meta:
             raise AdapterError(
-                f"{path}: its vectors are sharded and on the meta device. Call model.to_empty(device=...) first, which "
-                "makes the shards of this process."
+                f"{path}: its vectors are sharded and on the meta device. Call model.to_empty(device=...) first, to "
+                "create the shards of this process."
             )
 
 

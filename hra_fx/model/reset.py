@@ -1,4 +1,4 @@
-"""`reset_adapters`: start adapters again, as `transform` starts them."""
+"""`reset_adapters`: initialize adapters again, as `transform` does."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ def reset_adapters(
     *,
     device: torch.device | str | None = None,
 ) -> None:
-    """Start adapters again as their configuration says: the vectors and anchors, and the trained copies.
+    """Initialize adapters again as configured: vectors, anchors and trained copies.
 
-    `transform` of a model on the meta device makes vectors without data. Call this once the model has memory and its
-    weights (`to_empty` and `load_state_dict`, or `load_state_dict(assign=True)`). With the same seed, the vectors are
-    bit for bit those of `transform`, and of `add_adapter` for other adapters, on a model with weights. Trained copies
-    (`modules_to_save`, `bias`) get the values of the base model.
+    `transform` of a model on the meta device creates vectors without data. Call this when the model has its weights
+    (after `to_empty` and `load_state_dict`, or `load_state_dict(assign=True)`). With the same seed, the vectors equal
+    those of `transform` and `add_adapter` on a model with weights, bit for bit. Trained copies (`modules_to_save`,
+    `bias`) get the values of the base model.
 
-    With `fully_shard`, every process calls this after `to_empty`. All of them take the random numbers of the first
-    process, and keep their shard of the vectors.
+    With `fully_shard`, call this in every process after `to_empty`. All processes use the random numbers of the first
+    one, and keep their shard of the vectors.
 
     Args:
         model: a transformed model.
-        adapter_names: which adapters; `None` for all, in the order in which they were added.
-        device: where vectors that are still on the meta device are made. `None`: on the device of their layer.
+        adapter_names: the adapters; `None` for all, in the order in which they were added.
+        device: where to create vectors that are still on the meta device. `None` uses the device of their layer.
 
     Raises:
         AdapterError: the model has no such adapter; one is merged or has a strength other than 1; a layer is on the
-            meta device and no `device` is given, or its vectors are sharded there; or accelerate offloads its
-            trained copies. The model is unchanged.
+            meta device and `device` is not given, or its vectors are sharded there; or accelerate offloads its trained
+            copies. The model is unchanged.
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -95,5 +95,5 @@ def _check_device(
     if without_data:
         raise AdapterError(
             f"{without_data[0]}: its weight is on the meta device. Call model.to_empty(device=...) or "
-            "model.load_state_dict(..., assign=True) first; or give `device`, where the vectors are made."
+            "model.load_state_dict(..., assign=True) first, or pass the `device` for the vectors."
         )

@@ -93,13 +93,13 @@ class AdaptedModel(SwapMixin):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _refuse_across_a_merge(self, state: dict[str, Any], prefix: str, errors: list[str]) -> None:
-        """Merged weights in an unmerged model would be rotated twice, unmerged ones in a merged model not at all."""
+        """Merged weights in an unmerged model would be rotated twice; unmerged ones in a merged model never."""
         given = [key for key in state if key.startswith(prefix)]
         there = any(key.endswith(f".{REFLECTION}.unmerged") for key in given)
         here = any(layer.hra_u.unmerged is not None for layer in adapted_layers(self).values())
         if not given or there is here:
             return
-        side = "state and not in the model" if there else "model and not in the state"
+        side = "state_dict but not in the model" if there else "model but not in the state_dict"
         fix = "Call hra_fx.merge_adapter or hra_fx.unmerge_adapter first."
         errors.append(f"{prefix}: adapters are merged in the {side}. {fix}")
         # The present values, so that a load that is going to fail changes nothing.

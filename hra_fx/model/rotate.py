@@ -100,11 +100,11 @@ def check_layer(path: str, layer: AdaptedLayer, names: Collection[str]) -> bool:
     """
     packing = quant_scheme_of(layer)
     if packing is not None and (reason := packing.why_not_requantized(layer)):
-        raise FoldError(f"{path}: {_quantized(layer, packing)}, and {reason}. {WITHOUT_REQUANTIZING}")
+        raise FoldError(f"{path}: {_quantized(layer, packing)}, but {reason}. {WITHOUT_REQUANTIZING}")
     weight = layer.hra_base.detach()
     if packing is None and (layer.hra_base.is_inference() or _is_expanded(weight)):
         raise FoldError(
-            f"{path}: its weight cannot be written, because it was made in inference mode or is an expanded tensor. "
+            f"{path}: its weight cannot be written, because it was created in inference mode or is an expanded tensor. "
             "Replace it first: layer.weight = torch.nn.Parameter(layer.weight.detach().clone())."
         )
     finite = True
@@ -159,7 +159,7 @@ def check_not_on_disk(sites: Mapping[str, AdaptedLayer]) -> None:
     for path, layer in sites.items():
         if is_on_disk(*weight_place(layer)):
             raise FoldError(
-                f"{path}: accelerate loads its weight from files, which a fold does not change. Save the adapter "
+                f"{path}: accelerate loads its weight from files, which fold does not change. Save the adapter "
                 "(hra_fx.save_adapter) and fold it into the checkpoint (hra_fx.fold_checkpoint)."
             )
 

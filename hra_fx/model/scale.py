@@ -15,11 +15,11 @@ from hra_fx.model.state import adapted_layers, names_in, root_of
 
 
 def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
-    """Set the strength of an adapter: `Q` becomes `exp(alpha log Q)`, orthogonal at every step.
+    """Set the strength of an adapter: `Q` becomes `exp(alpha log Q)`, which is orthogonal for every `alpha`.
 
-    At 0 the adapter acts as the identity, at 1 it acts in full. In between it rotates every plane by `alpha` times the
-    angle. (PEFT warns and ignores a scale.) An adapter is trained only at strength 1, and the strength is not saved
-    with it. It does not affect trained copies (`modules_to_save`, `bias`).
+    At 0 the adapter is the identity, at 1 it has its full effect. In between, every rotation angle is multiplied by
+    `alpha`. (PEFT ignores a scale, with a warning.) An adapter is trained only at strength 1, and its strength is not
+    saved. Trained copies (`modules_to_save`, `bias`) are not affected.
 
     Args:
         model: a transformed model.
@@ -28,7 +28,7 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
 
     Raises:
         AdapterError: the model has no such adapter, it is merged, `alpha` is out of range, or the `Q` of some layer is
-            not a rotation: an odd number of reflections has no path from the identity. The model is unchanged.
+            not a rotation: with an odd number of reflections, `Q` has no path to the identity. The model is unchanged.
 
     Warns:
         HRAWarning: the adapter has trained copies.
@@ -46,7 +46,7 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
     (name,) = names_in(record, adapter_name)
     check_strength(alpha)
     if name in record.merged:
-        raise AdapterError(f"adapter {name!r}: it is merged into the weights. Call unmerge_adapter first.")
+        raise AdapterError(f"adapter {name!r} is merged into the weights. Call unmerge_adapter first.")
     load_vectors(root)
     reshard(model.modules())
     sites = {path: layer.hra_u for path, layer in adapted_layers(root).items() if name in layer.hra_u}
@@ -59,7 +59,7 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
     for path, reflection in sites.items():
         reflection.scale(name, float(alpha), chains.get(path))
     if alpha != 1 and any(name in copies.copied for _, copies in all_copies(root).values()):
-        text = f"adapter {name!r}: its strength affects reflections only, not trained modules and biases."
+        text = f"adapter {name!r}: the strength only affects reflections, not trained modules and biases."
         warnings.warn(text, HRAWarning, stacklevel=2)
 
 
@@ -70,4 +70,4 @@ def check_strength(alpha: object) -> None:
         AdapterError: it is not.
     """
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not (math.isfinite(alpha) and 0 <= alpha <= 1):
-        raise AdapterError(f"alpha must be a number from 0 (base model) to 1 (full adapter), got {alpha!r}.")
+        raise AdapterError(f"`alpha` must be a number from 0 (base model) to 1 (full adapter), got {alpha!r}.")

@@ -70,10 +70,10 @@ def checked(model: Any, config: HRAConfig, adapter_name: str) -> HRAConfig:
         ConfigError: `config` is not an `HRAConfig`.
     """
     if not isinstance(model, nn.Module):
-        raise AdapterError(f"model must be a torch.nn.Module, got {model!r}. Pass the model itself.")
+        raise AdapterError(f"`model` must be a torch.nn.Module, got {model!r}.")
     config = valid_config(config)
     if not isinstance(adapter_name, str):
-        raise AdapterError(f"adapter_name must be a string such as 'default', got {adapter_name!r}.")
+        raise AdapterError(f"`adapter_name` must be a string such as 'default', got {adapter_name!r}.")
     check_adapter_name(adapter_name)
     return config
 
@@ -89,7 +89,7 @@ def valid_config(config: HRAConfig) -> HRAConfig:
         return HRAConfig.from_dict(copy.deepcopy(config.to_dict()))
     if not isinstance(config, HRAConfig):
         raise ConfigError(
-            f"config must be an hra_fx.HRAConfig or a peft.HRAConfig, got {kind}. Make one with "
-            "hra_fx.HRAConfig(r=..., target_modules=...), or read a file with hra_fx.HRAConfig.from_pretrained(folder)."
+            f"`config` must be an hra_fx.HRAConfig or a peft.HRAConfig, got {kind}. Create one with "
+            "hra_fx.HRAConfig(r=..., target_modules=...), or read one with hra_fx.HRAConfig.from_pretrained(folder)."
         )
     return copy.deepcopy(dataclasses.replace(config))

@@ -135,7 +135,7 @@ def only_root(model: nn.Module, found: AdaptedParts) -> tuple[nn.Module, Adapter
     """As `root_of`, with the adapted parts of `model` given."""
     kind = type(model).__name__
     if not found.roots and found.reflections:
-        raise AdapterError(f"{kind} is a part of a transformed model. Pass the model that was transformed.")
+        raise AdapterError(f"{kind} is a submodule of a transformed model. Pass the model that was transformed.")
     if not found.roots:
         raise _no_adapters(model)
     if len(found.roots) > 1:
@@ -153,7 +153,7 @@ def check_no_foreign_class(model: nn.Module) -> None:
     """
     if sharded := first_sharded(model):
         raise AdapterError(
-            f"{sharded[0]}: {sharded[1]} has sharded its parameters already. Add and remove adapters before sharding."
+            f"{sharded[0]}: {sharded[1]} has already sharded its parameters. Add and remove adapters before sharding."
         )
     for path, module in model.named_modules():
         if mixins_of(module) and not is_swapped(module):
@@ -209,10 +209,10 @@ def _no_adapters(model: nn.Module) -> AdapterError:
         f".{REFLECTION}." in f".{name}" for name, _ in model.named_parameters()
     ):
         return AdapterError(
-            f"{kind} is a graph of operators: only forward, report, fold, freeze, lower and visualize work on it. For "
+            f"{kind} is a captured graph, which supports only forward, report, fold, freeze, lower and visualize. For "
             "anything else, load its state_dict into a model that was transformed without trace=True: "
             "load_state_dict(graph.state_dict(), strict=False)."
         )
     if found := find_peft_layer(model):
-        return AdapterError(f"{kind} has adapters of PEFT ({found[0]}), and none of hra_fx. {found[1]}")
+        return AdapterError(f"{kind} has PEFT adapters ({found[0]}), but none of hra_fx. {found[1]}")
     return AdapterError(f"{kind} has no adapters. Call hra_fx.transform(model, config) first.")

@@ -1,4 +1,4 @@
-"""`set_adapter` and `disable_adapters`: choose the adapters that act. Only names and flags of layers change."""
+"""`set_adapter` and `disable_adapters`: choose the active adapters. Only names and flags of layers change."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ R = TypeVar("R")
 
 
 def set_adapter(model: nn.Module, adapter_name: str | Iterable[str], *, inference_mode: bool = False) -> None:
-    """Choose the adapters that act and are trained; several act as `W Q_a Q_b ...`, in the order given.
+    """Set the active adapters, which are also trained. Several compute `W Q_a Q_b ...`, in the order given.
 
     A layer that lacks one of them leaves it out of its product. Trained copies (`modules_to_save`, `bias`) are switched
-    with their adapter. Adapters that were disabled act again, except inside of a `with disable_adapters(model)` block.
+    with their adapter. Disabled adapters are enabled again, except inside a `with disable_adapters(model)` block.
 
     `DistributedDataParallel` synchronizes only the gradients of parameters that were trainable when it wrapped the
-    model: wrap the model again after setting adapters that it did not know.
+    model: wrap the model again after setting other adapters.
 
     Args:
         model: a transformed model.
@@ -36,11 +36,11 @@ def set_adapter(model: nn.Module, adapter_name: str | Iterable[str], *, inferenc
         inference_mode: do not train them.
 
     Raises:
-        AdapterError: the model has no such adapter, or two of them save the same module; or the trained copies of a
-            sharded model would have to be exchanged.
+        AdapterError: the model has no such adapter, or two of them have trained copies of the same module; or the
+            trained copies of a sharded model would have to be exchanged.
 
     Warns:
-        HRAWarning: an adapter was merged, and is unmerged first (as PEFT does); or `model` is wrapped in
+        HRAWarning: an adapter was merged, and is unmerged first (as in PEFT); or `model` is wrapped in
             `DistributedDataParallel` and other parameters become trainable.
 
     Example:
@@ -81,9 +81,9 @@ def _trainable(model: nn.Module) -> set[str]:
 class disable_adapters:
     """Disable all adapters of a model: reflections, trained copies and biases; the model computes as the base model.
 
-    It acts when it is called. Without `with`, the adapters stay disabled until `set_adapter` (or, on an `HRAModel`,
-    `enable_adapter_layers`). As a context manager, it restores on exit what was there before, also merged adapters.
-    As a decorator, it disables the adapters during each call of the function.
+    Adapters are disabled when it is called. Without `with`, they stay disabled until `set_adapter` (or, on an
+    `HRAModel`, `enable_adapter_layers`). As a context manager, it restores the previous state on exit, including merged
+    adapters. As a decorator, it disables the adapters during each call of the function.
 
     Args:
         model: a transformed model.
@@ -126,11 +126,11 @@ class disable_adapters:
         return wrapper
 
     def __enter__(self) -> None:
-        """Open a block in which `set_adapter` chooses adapters and does not enable them."""
+        """Open a block in which `set_adapter` chooses adapters but does not enable them."""
         self._set(True, self._record.disabled_blocks + 1)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """Restore what was there before, unless other adapters were set inside."""
+        """Restore the previous state, unless other adapters were set inside."""
         self._set(*self._before)
         record = self._record
         if self._merged and record.active == self._active and not record.merged:
@@ -142,7 +142,7 @@ class disable_adapters:
 
 
 def enable_adapters(model: nn.Module) -> None:
-    """Let the active adapters act again after `disable_adapters`.
+    """Enable the active adapters again after `disable_adapters`.
 
     Raises:
         AdapterError: the model has no adapters, or the trained copies of a sharded model would have to be exchanged.

@@ -178,9 +178,9 @@ def to_copy(
 def _why_not_copied(owner: nn.Module, names: tuple[str, ...]) -> str | None:
     hint = "Name other modules in modules_to_save, or set bias='none'"
     if offloading_hook(owner) is not None:
-        return f"accelerate offloads it, and would load the tensors of the base model over a trained copy. {hint}"
+        return f"accelerate offloads it, and would overwrite a trained copy with the base model's tensors. {hint}"
     if isinstance(owner, _CONTAINERS):
-        return f"it is a container with tensors of its own ({', '.join(names)}), which cannot be copied. {hint}"
+        return f"it is a container with its own tensors ({', '.join(names)}), which cannot be copied. {hint}"
     reflection = get_adapters(owner)
     if reflection is not None and reflection.weight_name in names:
         return "another adapter reflects this layer, so it cannot be saved in full too. Fold or delete that one first"

@@ -43,7 +43,7 @@ def find_ties(model: nn.Module, places: Collection[Place]) -> list[Tie]:
     """What transformers ties by the settings that tie one of these tensors, as far as the settings are on."""
     found = _all_ties(model) if places else []
     touched = [tie for tie in found if any(place_of(model, name) in places for pair in tie.pairs for name in pair)]
-    # BART and the model inside of it have one configuration, and tie by it one after the other.
+    # BART and its inner model share one configuration, and both tie weights by it.
     going = [config for tie in touched for config in tie.configs]
     return [tie for tie in found if any(config is one for config in tie.configs for one in going)]
 

@@ -1,4 +1,4 @@
-"""Remove wrappers that add nothing to the graph of a model."""
+"""Remove wrappers that do not change the graph of a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ M = TypeVar("M")
 
 
 def unwrap(model: M) -> M:
-    """The model inside of `DistributedDataParallel`, `DataParallel` and `torch.compile`; another model itself.
+    """The model inside `DistributedDataParallel`, `DataParallel` or `torch.compile`; any other model is returned as is.
 
     Example:
         >>> layer = nn.Linear(6, 4)

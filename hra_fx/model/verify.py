@@ -29,7 +29,7 @@ from hra_fx.model.state import adapted_layers
 
 _SEED = 20240517
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
-_REPORT = "The model is unchanged. Leave the layers out with exclude_modules, and please report the model."
+_REPORT = "The model is unchanged. Leave the layers out with exclude_modules, and please open an issue."
 
 
 class _Run(NamedTuple):
@@ -58,19 +58,19 @@ def check_against_folded(model: nn.Module, call: Call) -> None:
     for path, layer in model.named_modules():
         if packing := quant_scheme_of(layer):
             raise UnsupportedLayerError(
-                f"{path}: it is quantized ({packing.words(layer)}), and folding would quantize it again, so there is "
-                "nothing to compare with. Leave verify out, or verify the model before quantization."
+                f"{path}: it is quantized ({packing.words(layer)}), so verify=True has no exact folded weight for the "
+                "comparison. Leave verify out, or verify the model before quantization."
             )
         if offloading_hook(layer) is not None:
             raise UnsupportedLayerError(
-                f"{path}: accelerate offloads it, and the comparison needs a copy of the whole model in memory. Leave "
+                f"{path}: accelerate offloads it, but verify=True needs a copy of the whole model in memory. Leave "
                 "verify out, or verify the model before it is offloaded."
             )
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_meta:
             raise UnsupportedLayerError(
-                f"{name}: it is on the meta device, so there is nothing to compare with. Leave verify out, or load the "
-                "weights first."
+                f"{name}: it is on the meta device, so verify=True has no values to compare. Leave verify out, or load "
+                "the weights first."
             )
     kind = type(model).__name__
     with preserve_rng_state(), torch.inference_mode(False), torch.enable_grad():
@@ -83,23 +83,23 @@ def check_against_folded(model: nn.Module, call: Call) -> None:
                 raise our
             if isinstance(their, Exception):
                 raise VerificationError(
-                    f"example_inputs: in {mode} mode {kind} without adapters does not run on them "
-                    f"({type(their).__name__}: {their}). Give inputs that the base model takes in both modes."
+                    f"example_inputs: in {mode} mode, {kind} fails on them without adapters "
+                    f"({type(their).__name__}: {their}). Pass inputs that work with the base model in both modes."
                 ) from their
             if isinstance(our, Exception):
                 raise VerificationError(
-                    f"the model: in {mode} mode it runs with folded weights, but not with adapters "
+                    f"the model: in {mode} mode, it runs with folded weights, but not with adapters "
                     f"({type(our).__name__}: {our}). {_REPORT}"
                 ) from our
             if not their.outputs:
                 raise VerificationError(
-                    f"example_inputs: in {mode} mode {kind} returns no floating-point tensor for them, so there is "
-                    "nothing to compare. Give other inputs, or leave verify out."
+                    f"example_inputs: in {mode} mode, {kind} returns no floating-point tensor to compare. Pass other "
+                    "inputs, or leave verify out."
                 )
             if not _all_close(our.outputs, their.outputs):
                 where = _first_difference(*(runs[mode == "eval"] for runs in _run_both(model, call, dtype, trace=True)))
                 raise VerificationError(
-                    f"{where}: in {mode} mode its output with adapters differs from that with folded weights. {_REPORT}"
+                    f"{where}: in {mode} mode, its outputs with adapters and with folded weights differ. {_REPORT}"
                 )
             _compare_gradients(model, our.gradients, their.gradients, mode)
 
@@ -191,7 +191,7 @@ def _compare_gradients(model: nn.Module, ours: list[Tensor | None], theirs: list
         given = torch.zeros_like(wanted) if mine is None else mine
         if not _close(given, wanted, 1e3 * largest * _noise(wanted.dtype)):
             what = "is missing" if mine is None else "is wrong"
-            raise VerificationError(f"{path}: in {mode} mode the gradient of its vectors {name!r} {what}. {_REPORT}")
+            raise VerificationError(f"{path}: in {mode} mode, the gradient of its vectors {name!r} {what}. {_REPORT}")
 
 
 def _first_difference(ours: _Run | Exception, theirs: _Run | Exception) -> str:

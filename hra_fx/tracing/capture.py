@@ -102,10 +102,10 @@ def _trace(path: str, module: nn.Module, layers: list[nn.Module]) -> Traced:
     if "forward" in vars(module):
         raise CaptureError("its forward is set on the instance")
     if isinstance(module, fx.GraphModule) and path:
-        raise CaptureError("it is a GraphModule of its own")
+        raise CaptureError("it is a GraphModule itself")
     if path and (optional := _optional_arguments(module)):
         names = ", ".join(optional)
-        raise CaptureError(f"forward has optional arguments ({names}), and how it is called is not known")
+        raise CaptureError(f"forward has optional arguments ({names}), and it is unknown how it is called")
     return trace(module, layers)
 
 

@@ -105,7 +105,7 @@ class _Trace:
             if changes := snapshot.changes():
                 self._stack = [self._paths[path] for path, _ in changes]
                 names = ", ".join(f"{path}.{name}".lstrip(".") for path, name in changes[:3])
-                raise CaptureError(f"its forward changes {names}, and a graph does not")
+                raise CaptureError(f"its forward changes {names}, which a graph drops")
         return graph
 
     def _may_differ(self, node: fx.Node) -> bool:
@@ -133,8 +133,8 @@ class _Trace:
                 return
         where = next((path for path in reversed(stacks[0]) if path in stacks[1]), "") or type(self._module).__name__
         if odd := [path for path in stacks[0] if path in self._other_mode]:
-            raise CaptureError(f"{odd[0]} is not in the mode of the model. Call train() or eval() on the whole model")
-        raise CaptureError(f"{where} computes other operations in train mode than in eval mode")
+            raise CaptureError(f"{odd[0]} is in another mode than the model. Call train() or eval() on the whole model")
+        raise CaptureError(f"{where} runs different operations in train mode and in eval mode")
 
 
 def _targets(graph: fx.Graph) -> Iterator[str]:

@@ -181,7 +181,7 @@ class ModelTracer(fx.Tracer):
             with self.internal():
                 return super().iter(obj)
         except fx.proxy.TraceError:
-            self.refuse("it loops over a value, or unpacks one in a way that does not tell how many there are")
+            self.refuse("it loops over a value, or unpacks one into an unknown number of items")
 
     def keys(self, obj: fx.Proxy) -> NoReturn:
         """Refuse a value that is unpacked as keyword arguments."""
@@ -211,7 +211,7 @@ class ModelTracer(fx.Tracer):
         """The reason why the call of a module cannot be a node, or `None`."""
         if all(part.training == self._training for part in module.modules()):
             return None
-        return "its mode is changed for this call, and in a graph it is not"
+        return "its train or eval mode is changed for this call, which a graph drops"
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """A parameter or buffer of a module."""
@@ -232,9 +232,9 @@ class ModelTracer(fx.Tracer):
             return object.__getattribute__(a, "node") if kind is not TracedAttribute else a.node
         container = issubclass(kind, (list, dict)) and kind not in (list, dict)
         if (container or dataclasses.is_dataclass(kind)) and not kind.__module__.startswith("torch.fx"):
-            self.refuse(f"it makes or returns a {kind.__name__}, which would come out as a plain container")
+            self.refuse(f"it creates or returns a {kind.__name__}, which a graph turns into a plain container")
         if issubclass(kind, torch.Tensor) and kind is not nn.Parameter and a not in self.tensor_attrs:
-            self.refuse("it makes a tensor in Python, which would become a constant")
+            self.refuse("it creates a tensor in Python, which would become a constant")
         with self.internal():
             return super().create_arg(a)
 
@@ -251,7 +251,7 @@ class ModelTracer(fx.Tracer):
         variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         names = [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in variadic]
         if not names:
-            self.refuse("its forward has no argument that every call must give")
+            self.refuse("its forward has no required argument")
         proxies = {name: self.create_proxy("placeholder", name, (), {}) for name in names}
         by_place = [p.name for p in parameters if p.name in proxies and p.kind is not inspect.Parameter.KEYWORD_ONLY]
 

@@ -117,7 +117,7 @@ def test_a_layer_that_was_replaced_is_noticed() -> None:
     model = Wrapped()
     hra_fx.transform(model, config("body.0", "head"))
     model.head = nn.Linear(4, 3)
-    with pytest.raises(AdapterError, match=r"so that head is not in step with its configuration\. Fold it"):
+    with pytest.raises(AdapterError, match=r"and head does not match the configuration\. Fold the model"):
         hra_fx.transform(model, config("body.0", "head"))
     hra_fx.transform(hra_fx.fold(model), config("body.0", "head"))
     assert {name.split(".hra_u")[0] for name in keys(model)} == {"body.0", "head"}
@@ -136,12 +136,24 @@ def refused(act: Callable[[], object], model: nn.Module, message: str, kind: typ
 @pytest.mark.parametrize(
     ("part", "target", "fields", "name", "message"),
     [
-        ("", "body.0", {"r": 4}, "default", r"adapter 'default': the model has it already, with another configuration"),
-        ("", "head", {}, "default", r"adapter 'default': the model has it already, with another configuration"),
-        ("", "body.0", {}, "other", r"adapter 'other': body\.0 carries reflections already, of default.*fold it first"),
-        ("", "head", {}, "other", r"adapter 'other': body\.0 carries reflections already"),
-        ("body", "3", {}, "default", r"0 carries reflections already"),
-        ("parent", "last", {}, "default", r"model\.body\.0 carries reflections already, of default"),
+        (
+            "",
+            "body.0",
+            {"r": 4},
+            "default",
+            r"adapter 'default': the model already has an adapter of this name, with another configuration",
+        ),
+        (
+            "",
+            "head",
+            {},
+            "default",
+            r"adapter 'default': the model already has an adapter of this name, with another configuration",
+        ),
+        ("", "body.0", {}, "other", r"adapter 'other': body\.0 already has reflections, of default.*fold first"),
+        ("", "head", {}, "other", r"adapter 'other': body\.0 already has reflections"),
+        ("body", "3", {}, "default", r"0 already has reflections"),
+        ("parent", "last", {}, "default", r"model\.body\.0 already has reflections, of default"),
     ],
 )
 def test_an_adapted_model_its_parts_and_its_parents_are_refused(
@@ -161,17 +173,21 @@ def test_a_configuration_that_was_edited_is_checked_and_compared_again() -> None
     settings.r = 3
     hra_fx.transform(model, settings)
     settings.r = 5
-    refused(lambda: hra_fx.transform(model, settings), model, "has it already, with another configuration")
+    refused(
+        lambda: hra_fx.transform(model, settings),
+        model,
+        "already has an adapter of this name, with another configuration",
+    )
 
 
 def test_arguments_of_another_type_are_refused() -> None:
     for wrong in ("bert-base", nn.Linear, None):
-        with pytest.raises(AdapterError, match=r"^model must be a torch\.nn\.Module, got "):
+        with pytest.raises(AdapterError, match=r"^`model` must be a torch\.nn\.Module, got "):
             hra_fx.transform(wrong, config("0"))
     lora = peft.LoraConfig(target_modules=["0"])
     for wrong, kind in ((None, "builtins.NoneType"), ({"r": 8}, "builtins.dict"), (lora, "peft.tuners.lora.config.Lo")):
         model = mlp()
-        text = f"^config must be an hra_fx.HRAConfig or a peft.HRAConfig, got {kind}"
+        text = f"^`config` must be an hra_fx.HRAConfig or a peft.HRAConfig, got {kind}"
         refused(lambda model=model, wrong=wrong: hra_fx.transform(model, wrong), model, text, ConfigError)
 
 

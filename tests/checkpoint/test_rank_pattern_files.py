@@ -115,7 +115,7 @@ def test_odd_and_even_chains_have_no_form_for_peft(tmp_path: Path) -> None:
     model = hra_fx.transform(base(), hra_fx.HRAConfig(target_modules=["q_proj", "v_proj"], **fields))
     hra_fx.save_adapter(model, tmp_path / "ours")
     text = mistake("convert", tmp_path / "ours", tmp_path / "theirs", "--to", "peft")
-    assert ": model.layers.0.self_attn.q_proj: 2 reflections cannot be filled up to 3: the difference must be" in text
+    assert ": model.layers.0.self_attn.q_proj: 2 reflections cannot be padded to 3: the difference must be" in text
     assert not (tmp_path / "theirs").exists()
 
 

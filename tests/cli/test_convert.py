@@ -59,7 +59,7 @@ def test_peft_computes_the_same_with_plain_reflections(shelf: Shelf, tmp_path: P
 def test_what_is_said_of_an_anchor(shelf: Shelf, tmp_path: Path) -> None:
     text = answer("convert", shelf / "orthonormal", tmp_path, "--to", "peft")
     assert f"HRA adapter in {tmp_path}, in the format of PEFT" in text
-    assert "reflections  4 in each of 4 layers, 2 of them frozen before" in text
+    assert "reflections  4 in each of 4 layers, 2 of them previously frozen" in text
     assert "dropped      4 tensors" in text
     done = Answer("convert", shelf / "orthonormal", tmp_path, "--to", "peft", "--overwrite", "--json").json
     assert (done["form"], done["layers"], done["r"], done["anchor"]) == ("peft", 4, 4, 2)

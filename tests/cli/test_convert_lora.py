@@ -137,7 +137,7 @@ WRONG: dict[tuple[str, ...], str] = {
         "gguf",
         "--base",
         "x",
-    ): "Invalid value for OUT: --to gguf writes a file that ends in .gguf",
+    ): "Invalid value for OUT: --to gguf writes a .gguf file",
     ("out.gguf", "--to", "gguf", "--base", "x", "--rank-pattern"): "Invalid value for --rank-pattern: a GGUF adapter",
     ("out", "--to", "lora", "--base", "x", "--rank", "0"): "Invalid value for '--rank'",
     ("out", "--to", "lora", "--base", "x", "--dtype", "int8"): "Invalid value for '--dtype'",

@@ -110,7 +110,7 @@ def test_narrow_terminals_lose_columns_and_no_letters(shelf: Shelf, name: str, c
 def test_mistakes(shelf: Shelf, tmp_path: Path) -> None:
     message = mistake("inspect", tmp_path)
     assert message == (
-        f"{tmp_path}: contains neither adapter_config.json nor config.json. Give the folder of an adapter or a model."
+        f"{tmp_path}: does not contain adapter_config.json or config.json. Give the folder of an adapter or a model."
     )
     assert "no/such/folder: no such folder, and not a valid Hub" in mistake("inspect", "no/such/folder")
     message = mistake("inspect", shelf.folder)

@@ -213,7 +213,7 @@ def test_a_very_narrow_terminal_keeps_the_names(shelf: Shelf) -> None:
     [
         ("{", "config.json: is not JSON ("),
         ("[]", "config.json: must be a JSON object, got a list."),
-        ("{}", "unknown model type, there is no model_type, _class_name, architecture."),
+        ("{}", "has none of the keys model_type, _class_name, architecture."),
         ('{"model_type": "from-tomorrow"}', "config.json: transformers cannot build the model ("),
         ('{"_class_name": "Nothing"}', "the installed diffusers has no model 'Nothing'."),
         ('{"architecture": "nothing"}', "config.json: timm cannot build the model ("),
@@ -247,7 +247,7 @@ def test_quantized_weights(shelf: Shelf, tmp_path: Path, method: str) -> None:
     done = Answer("match", tmp_path, "-t", "q_proj", "--json")
     assert done.code == 0 and len(done.json["adapted"]) == 2
     said = (
-        f"warning: {tmp_path}/config.json: the weights are quantized by {method}, and the layers before quantization "
+        f"warning: {tmp_path}/config.json: the weights are quantized by {method}, but the layers before quantization "
         "are shown. hra_fx.transform supports quantized layers of bitsandbytes and torchao.\n"
     )
     assert done.err == (said if method in ("gptq", "fp8") else "")

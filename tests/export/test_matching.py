@@ -185,7 +185,7 @@ class Odd(nn.Module):
             "up",
             "up: in this graph its weight is used by aten.conv_transpose1d.default (node 'conv_transpose1d'); expect",
         ),
-        ("guarded", "guarded: the layer runs under torch.autocast, which torch.export captures as a graph of its own"),
+        ("guarded", "guarded: the layer runs under torch.autocast, which torch.export captures as a separate graph"),
         ("unused", "unused: in this graph its weight is not used"),
         ("detached", "detached: in this graph its weight is used by aten.detach"),
     ],

@@ -102,7 +102,7 @@ REFUSED = {
     "a bias": (
         adapter(layer("model.layers.0.mlp.up_proj"), copies={"model.layers.0.mlp.up_proj.bias": torch.zeros(8)}),
         hra_fx.AdapterError,
-        "^model.layers.0.mlp.up_proj.bias: a GGUF adapter changes weights of layers, and cannot replace biases",
+        "^model.layers.0.mlp.up_proj.bias: a GGUF adapter can only change weights of layers, not biases",
     ),
     "heads of another size": (
         adapter(layer("model.layers.0.self_attn.q_proj", out=6)),
@@ -202,9 +202,7 @@ def test_a_gemma3_that_makes_embeddings(tmp_path: Path) -> None:
 
 def test_what_has_no_meaning_for_gguf(tmp_path: Path) -> None:
     model = hra_fx.transform(tiny("llama"), hra_fx.HRAConfig(r=4, target_modules=["q_proj"], init_weights=False))
-    with pytest.raises(
-        hra_fx.AdapterError, match=r"^`rank_pattern` is for PEFT's format; the format of gguf has one rank"
-    ):
+    with pytest.raises(hra_fx.AdapterError, match=r"^`rank_pattern` needs PEFT's format; the gguf format has one rank"):
         hra_fx.save_as_lora(model, tmp_path / "a.gguf", rank_pattern=True)
     with pytest.raises(
         hra_fx.AdapterError, match=r"^GGUF files are for language models, got SimpleNamespace\. Give a fold"

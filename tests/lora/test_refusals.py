@@ -18,14 +18,14 @@ from hra_fx import HRAConfig
 from hra_fx.errors import AdapterError, CheckpointError, FoldError, UnsupportedLayerError
 
 CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), "layer: Conv2d 4->6 3x3, groups 2 has groups, for which the chan"),
-    "dilation": (lambda: nn.Conv1d(4, 6, 3, dilation=2), "layer: Conv1d 4->6 3 is dilated, which the convolutions of"),
+    "groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), "layer: Conv2d 4->6 3x3, groups 2 has groups, so the change"),
+    "dilation": (lambda: nn.Conv1d(4, 6, 3, dilation=2), "layer: Conv1d 4->6 3 is dilated, which PEFT's LoRA does not"),
     "padding mode": (
         lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
-        "layer: Conv2d 4->6 3x3 has padding_mode='reflect', and the convolutions of PEFT's LoRA pad with zeros",
+        "layer: Conv2d 4->6 3x3 has padding_mode='reflect', but PEFT's LoRA always pads with zeros",
     ),
-    "a standardized weight": (lambda: StdConv2d(4, 6, 3), "layer: Conv2d 4->6 3x3 has a forward of its own, to which"),
-    "a padded input": (lambda: Conv2dSame(4, 6, 3, stride=2), "layer: Conv2d 4->6 3x3 has a forward of its own, to"),
+    "a standardized weight": (lambda: StdConv2d(4, 6, 3), "layer: Conv2d 4->6 3x3 has its own forward, with which"),
+    "a padded input": (lambda: Conv2dSame(4, 6, 3, stride=2), "layer: Conv2d 4->6 3x3 has its own forward, with"),
 }
 
 
@@ -75,9 +75,7 @@ class Dropping(nn.Linear):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_forward_of_its_own_is_tried_in_float32_and_eval_mode(dtype: torch.dtype) -> None:
-    with pytest.raises(
-        UnsupportedLayerError, match=r"^layer: Linear 6->4 has a forward of its own, to which PEFT's LoR"
-    ):
+    with pytest.raises(UnsupportedLayerError, match=r"^layer: Linear 6->4 has its own forward, with which PEFT's LoRA"):
         hra_fx.convert_to_lora(one_layer(Scaled(6, 4).to(dtype)))
     model = one_layer(Dropping(6, 4).to(dtype)).train()
     before = model["layer"].hra_base
@@ -122,7 +120,7 @@ def test_the_folder_of_an_hra_adapter(tmp_path: Path) -> None:
     hra_fx.save_as_lora(model, tmp_path / "lora")
     before = (tmp_path / "hra" / "adapter_config.json").read_bytes()
     with pytest.raises(
-        CheckpointError, match=r"hra: contains an HRA adapter, which the LoRA would replace, and which can"
+        CheckpointError, match=r"hra: contains an HRA adapter, which the LoRA would overwrite and cannot"
     ):
         hra_fx.save_as_lora(model, tmp_path / "hra")
     assert (tmp_path / "hra" / "adapter_config.json").read_bytes() == before
@@ -142,7 +140,7 @@ def test_a_layer_of_two_modules() -> None:
     model = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(shared)})
     hra_fx.transform(model, HRAConfig(r=2, target_modules=["0"]))
     with pytest.raises(
-        UnsupportedLayerError, match=r"^a\.0: this layer is also b\.0, and PEFT's LoRA would change it in"
+        UnsupportedLayerError, match=r"^a\.0: this layer is also b\.0, but PEFT's LoRA would change it in"
     ):
         hra_fx.convert_to_lora(model)
 

@@ -199,14 +199,13 @@ CASES: dict[str, tuple[Callable[[Path], None], type[HRAError], str]] = {
     "grouped convolution": (
         convnext("stem.0", "conv_dw"),
         UnsupportedLayerError,
-        "stages.0.blocks.0.conv_dw: Conv2d 8->8 7x7, groups 8 has groups, for which the change of the weight is not a "
-        f"LoRA of this rank. {FOLD}",
+        "stages.0.blocks.0.conv_dw: Conv2d 8->8 7x7, groups 8 has groups, so the change of its weight is not a LoRA of "
+        f"this rank. {FOLD}",
     ),
     "convolution with its own forward": (
         padded_in_its_forward,
         UnsupportedLayerError,
-        "conv_stem: Conv2d 3->16 3x3 has a forward of its own, to which PEFT's LoRA does not add what it "
-        f"adds to a plain layer. {FOLD}",
+        f"conv_stem: Conv2d 3->16 3x3 has its own forward, with which PEFT's LoRA would compute something else. {FOLD}",
     ),
     "convolution without config.json": (
         lambda folder: one_layer(folder, torch.ones(8, 6, 3, 3)),

@@ -76,7 +76,7 @@ def test_vllm_needs_an_option_of_a_fixed_set_of_ranks(rank: int, value: int) -> 
 def test_vllm_has_a_largest_rank() -> None:
     (sentence,) = check_for_server("vllm", _adapter(*LLAMA), 513)
     assert sentence == (
-        "vLLM 0.33.0 accepts ranks up to 512, and the adapter has 513: pass a smaller `rank`, or fold it."
+        "vLLM 0.33.0 accepts ranks up to 512, but the adapter has 513: pass a smaller `rank`, or fold it."
     )
 
 
@@ -218,7 +218,7 @@ def test_a_format_that_the_server_does_not_read(server: str, kind: str, formats:
 def test_save_as_lora_warns_and_writes(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(64, 64))
     model = hra_fx.transform(model, hra_fx.HRAConfig(r=32, target_modules=["0"], init_weights=False))
-    text = "vLLM 0.33.0 accepts ranks up to 16 by default, and the adapter has 32: start it with `--max-lora-rank 32`."
+    text = "vLLM 0.33.0 accepts ranks up to 16 by default, but the adapter has 32: start it with `--max-lora-rank 32`."
     with pytest.warns(hra_fx.HRAWarning, match=f"^{re.escape(text)}$"):
         result = hra_fx.save_as_lora(model, tmp_path / "out", check="vllm")
     assert result.warnings == (text,)

@@ -192,14 +192,14 @@ def test_batches_and_the_loss_of_the_output(kind: type) -> None:
 def test_errors() -> None:
     with pytest.raises(ConfigError, match=r"`budget` must be an int >= 256, for two vectors in each of the 4 layers"):
         hra_fx.allocate_ranks(mlp(), config(), [], 255)
-    with pytest.raises(AdapterError, match="no gradient reaches any of the layers in 0 batches"):
+    with pytest.raises(AdapterError, match="the layers got no gradients from 0 batches"):
         hra_fx.allocate_ranks(mlp(), config(), [], 256)
     x = torch.randn(2, WIDTH)
     with pytest.raises(AdapterError, match=r"but the attribute `loss` of Tensor is None\. Put labels into the batches"):
         hra_fx.allocate_ranks(mlp(), config(), [x], 256)
-    with pytest.raises(AdapterError, match=r"but what `loss` returns is a tensor of shape \(2, 32\)\. Put labels"):
+    with pytest.raises(AdapterError, match=r"but the result of `loss` is a tensor of shape \(2, 32\)\. Put labels"):
         hra_fx.allocate_ranks(mlp(), config(), [x], 256, loss=lambda output, _: output)
-    with pytest.raises(AdapterError, match="no gradient reaches any of the layers in 1 batches"):
+    with pytest.raises(AdapterError, match="the layers got no gradients from 1 batches"):
         hra_fx.allocate_ranks(mlp(), config(), [x], 256, loss=lambda *_: torch.ones(()))
     with pytest.raises(AdapterError, match="0: the gradient of its weight is not finite"):
         hra_fx.allocate_ranks(mlp(), config(), [x * torch.inf], 256, loss=lambda output, _: output.mean())
@@ -208,5 +208,5 @@ def test_errors() -> None:
 def test_quantized_weights_are_refused() -> None:
     model = mlp().eval()
     quantize_(model, Int8WeightOnlyConfig())
-    with pytest.raises(UnsupportedLayerError, match="0: its weight is quantized, and has no gradient"):
+    with pytest.raises(UnsupportedLayerError, match="0: its weight is quantized and does not get a gradient"):
         hra_fx.allocate_ranks(model, config(), [torch.randn(2, WIDTH)], 256)

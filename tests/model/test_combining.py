@@ -67,8 +67,8 @@ def test_an_odd_difference_is_refused_with_its_layer() -> None:
     odd = {"r": 3, "init_weights": False}
     model = adapted(net(), a=config("first", "second"), b=config("first", **odd))[1]
     text = (
-        "second: it has 2 reflections of these adapters, and other layers have 5. The difference must be even, because "
-        "it is filled with pairs that cancel. Combine adapters of even ranks."
+        "second: it has 2 reflections of these adapters, but other layers have 5. The difference must be even, because "
+        "layers are padded with pairs that cancel. Combine adapters of even ranks."
     )
     with refuses(model, f"^{re.escape(text)}$"):
         hra_fx.combine(model, ["a", "b"], "ab")
@@ -89,7 +89,7 @@ def test_fewer_than_two_and_copies_and_only_strengths_of_zero_are_refused() -> N
             hra_fx.combine(model, ["a", name], "new")
     for name in ("a", "b"):
         hra_fx.set_scale(model, name, 0)
-    text = r"^adapters \['a', 'b'\]: all have strength 0, so their product is the identity\. Set others first\.$"
+    text = r"^adapters \['a', 'b'\]: all have strength 0, so their product is the identity\. Call hra_fx\.set_scale\.$"
     with refuses(model, text):
         hra_fx.combine(model, ["a", "b"], "new")
 

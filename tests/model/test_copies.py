@@ -189,7 +189,7 @@ def test_a_container_that_owns_a_parameter_is_refused(add: bool) -> None:
     if add:
         hra_fx.transform(model, config("0"))
         act = lambda: hra_fx.add_adapter(model, "b", config("0", modules_to_save=["1"]))  # noqa: E731
-    text = r"^1 \(Gate\): it is a container with tensors of its own \(gain\), which cannot be copied\. Name other"
+    text = r"^1 \(Gate\): it is a container with its own tensors \(gain\), which cannot be copied\. Name other"
     with refuses(model, text, hra_fx.UnsupportedLayerError):
         act()
 

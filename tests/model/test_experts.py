@@ -216,7 +216,7 @@ def gradients(model: nn.Module, call: Any = None) -> dict[str, Tensor]:
 REFUSED = {
     "trace": (
         lambda: hra_fx.transform(base_of("llama4"), experts_config(), trace=True),
-        r"trace=True: model.layers.0.feed_forward.experts.hra_gate_up_proj stands for a parameter of experts",
+        r"trace=True: model.layers.0.feed_forward.experts.hra_gate_up_proj is a parameter of experts",
     ),
     "graphs": (
         lambda: hra_fx.graphs(model_of("llama4"), example_inputs=call_of("llama4")),

@@ -71,8 +71,8 @@ def test_the_others_can_be_trained_while_some_are_merged() -> None:
 def test_a_subset_out_of_order_is_refused(wrong: list[str], act: Callable[..., Any]) -> None:
     model = three()[1]
     text = (
-        f"adapters {wrong} cannot be folded first: the model computes W Q in the order ['a', 'b', 'c']. Name the first "
-        "ones in that order, or call hra_fx.set_adapter with another order."
+        f"adapters {wrong} cannot be folded first: the model computes W Q in the order ['a', 'b', 'c']. Fold the first "
+        "ones of that order, or set another order with hra_fx.set_adapter."
     )
     with refuses(model, f"^{re.escape(text)}$"):
         act(model, wrong)
@@ -81,9 +81,9 @@ def test_a_subset_out_of_order_is_refused(wrong: list[str], act: Callable[..., A
 def test_states_that_do_not_allow_a_merge_are_refused() -> None:
     model = three()[1]
     hra_fx.merge_adapter(model, "a")
-    with refuses(model, r"^adapters \['a'\] are merged already\. Call unmerge_adapter first"):
+    with refuses(model, r"^adapters \['a'\] are already merged\. Call unmerge_adapter first"):
         hra_fx.merge_adapter(model, ["a", "b"])
-    with refuses(model, r"^adapter 'a': it is merged into the weights\. Call unmerge_adapter"):
+    with refuses(model, r"^adapter 'a' is merged into the weights\. Call unmerge_adapter"):
         hra_fx.set_scale(model, "a", 0.5)
     hra_fx.unmerge_adapter(model)
     hra_fx.set_adapter(model, [])
@@ -121,7 +121,7 @@ def test_a_repeated_merge_or_unmerge_only_warns() -> None:
     before = seen(model)
     for names in (["a", "b"], "b"):
         with pytest.warns(
-            hra_fx.HRAWarning, match=r"^adapters \['a', 'b'\] are merged already; merge_adapter does nothing\.$"
+            hra_fx.HRAWarning, match=r"^adapters \['a', 'b'\] are already merged; merge_adapter does nothing\.$"
         ):
             hra_fx.merge_adapter(model, names)
     assert seen(model) == before

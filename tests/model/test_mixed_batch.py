@@ -227,7 +227,7 @@ def test_a_weight_that_is_read(active: list[str]) -> None:
     hra_fx.add_adapter(model, "b", hra_fx.HRAConfig(target_modules=["two"]))
     hra_fx.set_adapter(model, active)
     x = torch.ones(2, 4)
-    text = r"^one: adapters \['a'\] act on this layer, and its weight is read"
+    text = r"^one: adapters \['a'\] are on this layer, but its weight is read"
     for guard in (torch.no_grad, torch.enable_grad):
         with guard():
             with pytest.raises(AdapterError, match=text):
@@ -262,7 +262,7 @@ def test_names_that_do_not_fit() -> None:
 
 
 def test_models_that_cannot() -> None:
-    text = "A mixed batch is for inference, and the model is in training mode. Call model.eval() first."
+    text = "A mixed batch is for inference, but the model is in training mode. Call model.eval() first."
     assert refused(net().train(), ["even", "odd"]) == text
     model = net()
     hra_fx.merge_adapter(model)
@@ -274,7 +274,9 @@ def test_models_that_cannot() -> None:
         hra_fx.mixed_batch(nn.Linear(3, 3), ["a"]).__enter__()
     encoder: Any = nn.MultiheadAttention(8, 2)
     encoder = hra_fx.transform(nn.ModuleDict({"mix": encoder}), hra_fx.HRAConfig(target_modules=["mix"]), "a").eval()
-    with pytest.raises(AdapterError, match=r"^mix \(MultiheadAttention\): adapters \['a'\] act on this layer through"):
+    with pytest.raises(
+        AdapterError, match=r"^mix \(MultiheadAttention\): adapters \['a'\] change the weight of this layer"
+    ):
         hra_fx.mixed_batch(encoder, ["a", "__base__"]).__enter__()
 
 
@@ -286,13 +288,15 @@ def test_trained_copies(fields: dict[str, Any]) -> None:
     randomise(model)
     entry = "two.weight" if "modules_to_save" in fields else "one.bias"
     assert refused(model, ["own", "plain"]) == (
-        f"{entry}: it is that of adapter 'own', and rows of 'plain' need another one (modules_to_save or bias). All "
-        "rows of a batch share it: run these in a batch of their own."
+        f"{entry}: the copy in use is that of adapter 'own', but rows of 'plain' need another one (modules_to_save or "
+        "bias). All rows of a batch share it: run these rows in a separate batch."
     )
     x = inputs(2)
     torch.testing.assert_close(model(x, adapter_names=["own", "own"]), model(x), rtol=1e-9, atol=1e-9)
     hra_fx.set_adapter(model, "plain")
-    assert refused(model, ["own", "plain"]).startswith(f"{entry}: it is that of the base model, and rows of 'own'")
+    assert refused(model, ["own", "plain"]).startswith(
+        f"{entry}: the copy in use is that of the base model, but rows of 'own'"
+    )
     model(x, adapter_names=["plain", "__base__"])
 
 
@@ -325,7 +329,7 @@ def test_adapters_that_are_merged_inside_of_a_block_are_refused() -> None:
     model = small()
     with hra_fx.mixed_batch(model, ["a", "__base__"]):
         hra_fx.merge_adapter(model)
-        with pytest.raises(hra_fx.AdapterError, match=r"^adapters \['a'\] were merged inside of a mixed batch"):
+        with pytest.raises(hra_fx.AdapterError, match=r"^adapters \['a'\] were merged inside a mixed batch"):
             model(torch.ones(2, 6, dtype=torch.float64))
 
 
@@ -334,7 +338,7 @@ def test_training_mode_inside_of_a_block_is_refused() -> None:
     with hra_fx.mixed_batch(model, ["a", "__base__"]):
         model.train()
         with pytest.raises(
-            hra_fx.AdapterError, match=r"^the model was set to training mode inside of a mixed batch\. Call"
+            hra_fx.AdapterError, match=r"^the model was set to training mode inside a mixed batch\. Call"
         ):
             model(torch.ones(2, 6, dtype=torch.float64))
 
@@ -346,9 +350,7 @@ def test_adapters_deleted_or_folded_inside_of_a_block_are_refused() -> None:
         hra_fx.set_adapter(model, ["a", "kept"])
         with hra_fx.mixed_batch(model, ["a", "__base__"]):
             remove(model, "a")
-            with pytest.raises(
-                hra_fx.AdapterError, match=r"^adapters \['a'\] were deleted or folded inside of a mixed"
-            ):
+            with pytest.raises(hra_fx.AdapterError, match=r"^adapters \['a'\] were deleted or folded inside a mixed"):
                 model(torch.ones(2, 6, dtype=torch.float64))
 
 

@@ -41,13 +41,13 @@ def test_a_name_that_every_module_uses_is_refused(name: str) -> None:
         (model, lambda: hra_fx.add_adapter(model, name, config("first", "second"))),
         (plain, lambda: hra_fx.transform(plain, config("first"), name)),
     ):
-        with refuses(given, rf"^adapter '{name}' exists already\. Choose another name\.$"):
+        with refuses(given, rf"^adapter '{name}' already exists\. Choose another name\.$"):
             act()
 
 
 def test_a_name_that_is_not_a_string_is_refused() -> None:
     model = adapted(net(), a=config("first"))[1]
-    with refuses(model, r"^adapter_name must be a string such as 'default', got 3\.$"):
+    with refuses(model, r"^`adapter_name` must be a string such as 'default', got 3\.$"):
         hra_fx.add_adapter(model, 3, config("first"))  # type: ignore[arg-type]
 
 
@@ -70,7 +70,7 @@ def test_a_taken_name_is_refused() -> None:
         lambda: hra_fx.add_adapter(model, "b", config("second")),
         lambda: hra_fx.combine(model, ["a", "b"], "b"),
     ):
-        text = r"^adapter 'b' exists already in this model\. Delete it first, or choose another name\.$"
+        text = r"^adapter 'b' already exists in this model\. Delete it first, or choose another name\.$"
         with refuses(model, text):
             act()
 

@@ -43,7 +43,7 @@ def test_a_fold_without_names_warns_of_adapters_that_are_not_active() -> None:
     hra_fx.set_adapter(model, "b")
     x = normal(4, 6)
     wanted = oracle(plain, model, ["b"], x)
-    text = r"^adapters \['a', 'c'\] were not active and are removed\. To keep them, name the adapters to fold\.$"
+    text = r"^adapters \['a', 'c'\] were not active and are removed\. To keep them, pass the names to fold\.$"
     with pytest.warns(hra_fx.HRAWarning, match=text) as caught:
         hra_fx.fold(model)
     assert caught[0].filename == __file__

@@ -174,7 +174,7 @@ def test_a_plan_cannot_be_applied_after_a_change(change: str, tmp_path: Path) ->
     with torch.set_grad_enabled(change == "train"):
         CHANGES[change](model, tmp_path)
     output = run(model, x)
-    with refuses(model, r"the model changed since the fold was planned\. Call plan_fold again\.$", hra_fx.FoldError):
+    with refuses(model, r"the model has changed since plan_fold\. Call plan_fold again\.$", hra_fx.FoldError):
         plan.apply()
     assert torch.equal(run(model, x), output)
     if change in ("set another", "load in place"):

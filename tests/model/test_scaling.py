@@ -103,7 +103,7 @@ def test_a_refusal_at_the_second_layer_restores_the_first(scale: float) -> None:
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan"), float("inf"), True, "half", None])
 def test_a_strength_that_is_not_in_the_range_is_refused(alpha: Any) -> None:
     model = one()[1]
-    text = f"alpha must be a number from 0 (base model) to 1 (full adapter), got {alpha!r}."
+    text = f"`alpha` must be a number from 0 (base model) to 1 (full adapter), got {alpha!r}."
     with refuses(model, f"^{re.escape(text)}$"):
         hra_fx.set_scale(model, "a", alpha)
 

@@ -124,7 +124,7 @@ def test_a_merged_state_loads_into_a_merged_model_only(state: str, strict: bool)
     turn(other, seed=5)
     hra_fx.merge_adapter(model if state == "merged" else other)
     given = plain.state_dict() if state == "of the base model" else model.state_dict()
-    side = "state and not in the model" if state == "merged" else "model and not in the state"
+    side = "state_dict but not in the model" if state == "merged" else "model but not in the state_dict"
     text = f"adapters are merged in the {side}\\. Call hra_fx\\.merge_adapter or hra_fx\\.unmerge_adapter first"
     values, x = {key: value.clone() for key, value in other.state_dict().items()}, normal(4, 6)
     wanted = other(x)

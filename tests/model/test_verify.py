@@ -255,8 +255,8 @@ def test_the_first_module_whose_output_differs_is_named(monkeypatch: pytest.Monk
     model = fresh(Blocks())
     wrong(monkeypatch, lambda _, output: output * 1.01, model.get_submodule(layer))
     assert refused(model, X) == (
-        f"{layer}: in train mode its output with adapters differs from that with folded weights. The model is "
-        "unchanged. Leave the layers out with exclude_modules, and please report the model."
+        f"{layer}: in train mode, its outputs with adapters and with folded weights differ. The model is "
+        "unchanged. Leave the layers out with exclude_modules, and please open an issue."
     )
     monkeypatch.undo()
     verified(model, X)
@@ -267,11 +267,11 @@ def test_the_first_module_whose_output_differs_is_named(monkeypatch: pytest.Monk
     [
         (
             lambda _, output: output.detach(),
-            "left.0: in train mode the gradient of its vectors 'default' is missing. ",
+            "left.0: in train mode, the gradient of its vectors 'default' is missing. ",
         ),
         (
             lambda _, output: (output + output.detach()) / 2,
-            "left.0: in train mode the gradient of its vectors 'default' is wrong. ",
+            "left.0: in train mode, the gradient of its vectors 'default' is wrong. ",
         ),
         (crash, "the model: in train mode it runs with folded weights, but not with adapters (ZeroDivision"),
     ],
@@ -292,14 +292,16 @@ def test_wrong_gradients_and_errors_are_reported(
 @pytest.mark.parametrize("training", [True, False])
 def test_both_modes_are_compared(monkeypatch: pytest.MonkeyPatch, mode: str, training: bool) -> None:
     wrong(monkeypatch, lambda part, output: output * (1.01 if part.training is (mode == "train") else 1.0))
-    assert f"in {mode} mode its output with adapters differs" in refused(fresh(Two()).train(training), X)
+    assert f"in {mode} mode, its outputs with adapters and with folded weights differ" in refused(
+        fresh(Two()).train(training), X
+    )
 
 
 @pytest.mark.parametrize("make", [Rounded, Structured])
 def test_float32_and_structured_outputs_are_compared(monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
     torch.manual_seed(0)
     wrong(monkeypatch, lambda _, output: output * 1.01)
-    assert "in train mode its output with adapters differs" in refused(make(), X.float())
+    assert "in train mode, its outputs with adapters and with folded weights differ" in refused(make(), X.float())
 
 
 class NoTensor(Two):
@@ -309,14 +311,14 @@ class NoTensor(Two):
 
 def test_unsuitable_example_inputs_are_refused() -> None:
     assert refused(fresh(NoTensor()), X) == (
-        "example_inputs: in train mode NoTensor returns no floating-point tensor for them, so there is nothing to "
-        "compare. Give other inputs, or leave verify out."
+        "example_inputs: in train mode, NoTensor returns no floating-point tensor to compare. Pass other inputs, or "
+        "leave verify out."
     )
     model = Cnn()
     model.features.append(nn.AdaptiveAvgPool2d(1)).append(nn.BatchNorm2d(8))
     message = refused(model.eval(), IMAGES[:1].float())
-    assert message.startswith("example_inputs: in train mode Cnn without adapters does not run on them (ValueE")
-    assert message.endswith("Give inputs that the base model takes in both modes.")
+    assert message.startswith("example_inputs: in train mode, Cnn fails on them without adapters (ValueE")
+    assert message.endswith("Pass inputs that work with the base model in both modes.")
     verified(model.eval(), IMAGES.float())
     assert not model.training and not model.features[2].training
-    assert refused(Two(), None, AdapterError).startswith("verify=True: there is nothing to run. Give example_inputs")
+    assert refused(Two(), None, AdapterError).startswith("verify=True needs `example_inputs`")

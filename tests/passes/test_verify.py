@@ -105,25 +105,25 @@ def give_the_reflection_two_inputs(graph: fx.GraphModule) -> None:
 
 
 RULES: list[tuple[Callable[[fx.GraphModule], None], str]] = [
-    (drop_the_reflection, "node 'second': is the call of an adapted layer with 1 arguments"),
-    (add_an_argument, "node 'second': is the call of an adapted layer with 3 arguments"),
-    (add_a_keyword, "node 'second': is the call of an adapted layer"),
+    (drop_the_reflection, "node 'second': calls an adapted layer with 1 arguments"),
+    (add_an_argument, "node 'second': calls an adapted layer with 3 arguments"),
+    (add_a_keyword, "node 'second': calls an adapted layer"),
     (read_the_reflection_of_another_layer, "node 'second|node 'first_hra_u'"),
     (
         read_a_value_for_a_reflection,
-        "node 'second': is a call of second over tanh, which is not a reflection of that layer",
+        "node 'second': calls second with tanh, which is not a reflection of that layer",
     ),
     (
         read_a_number_for_a_reflection,
-        "node 'second': is a call of second over 3.0, which is not a reflection of that layer",
+        "node 'second': calls second with 3.0, which is not a reflection of that layer",
     ),
-    (reflect_another_value, "node 'second': reads tanh, while its reflection reads first"),
-    (read_another_value, "node 'second': reads first, while its reflection reads tanh"),
-    (read_the_reflection_elsewhere, "node 'first_hra_u': is a reflection of first and is read by 'output'"),
-    (leave_a_reflection_unread, "node 'second_hra_u_1': is a reflection that nothing reads"),
-    (forget_the_mark_of_a_reflection, "node 'second_hra_u': calls a reflection, and carries no mark"),
-    (put_something_else_for_the_mark, "node 'second_hra_u': calls a reflection, and carries no mark"),
-    (give_the_reflection_two_inputs, "node 'second': reads tanh, while its reflection reads tanh"),
+    (reflect_another_value, "node 'second': reads tanh, but its reflection reads first"),
+    (read_another_value, "node 'second': reads first, but its reflection reads tanh"),
+    (read_the_reflection_elsewhere, "node 'first_hra_u': is a reflection of first but is read by 'output'"),
+    (leave_a_reflection_unread, "node 'second_hra_u_1': is an unused reflection"),
+    (forget_the_mark_of_a_reflection, "node 'second_hra_u': calls a reflection but is not marked"),
+    (put_something_else_for_the_mark, "node 'second_hra_u': calls a reflection but is not marked"),
+    (give_the_reflection_two_inputs, "node 'second': reads tanh, but its reflection reads tanh"),
 ]
 
 
@@ -144,7 +144,7 @@ def test_a_broken_rule_names_the_node(breaks: Callable[[fx.GraphModule], None], 
     breaks(graph)
     with pytest.raises(GraphInvariantError, match=message) as caught:
         VerifyPass()(graph)
-    assert isinstance(caught.value, HRAError) and "please report the model" in str(caught.value)
+    assert isinstance(caught.value, HRAError) and "please open an issue" in str(caught.value)
 
 
 def test_a_graph_that_is_not_well_formed_is_refused() -> None:

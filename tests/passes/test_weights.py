@@ -276,17 +276,17 @@ RULES: list[tuple[Callable[[fx.GraphModule], None], str]] = [
     (read_the_bare_weight, "node 'once_weight': reads once.weight, expected hra_base and its reflection"),
     (
         read_the_weight_beside_its_reflection,
-        "node 'once_weight': is the weight of an adapted layer and is read by 'linear_1'",
+        "node 'once_weight': is the weight of an adapted layer but is read by 'linear_1'",
     ),
     (
         reflect_it_twice,
-        "node 'once_weight': is the weight of an adapted layer and has 2 reflections, expected one reflection",
+        "node 'once_weight': is the weight of an adapted layer but has 2 reflections, expected one reflection",
     ),
-    (reflect_it_by_another_layer, "node 'once_weight': is the weight of an adapted layer and is read by 'once_hra_u'"),
-    (drop_the_reflection, "node 'once_weight': is the weight of an adapted layer and is read by 'linear_1'"),
-    (leave_it_unread, "node 'once_hra_u': is a reflection that nothing reads"),
-    (forget_the_mark, "node 'once_hra_u': calls a reflection, and carries no mark"),
-    (forget_the_mark_of_the_weight, "node 'once_weight': reads a weight past its reflection, and carries no mark"),
+    (reflect_it_by_another_layer, "node 'once_weight': is the weight of an adapted layer but is read by 'once_hra_u'"),
+    (drop_the_reflection, "node 'once_weight': is the weight of an adapted layer but is read by 'linear_1'"),
+    (leave_it_unread, "node 'once_hra_u': is an unused reflection"),
+    (forget_the_mark, "node 'once_hra_u': calls a reflection but is not marked"),
+    (forget_the_mark_of_the_weight, "node 'once_weight': reads a base weight but is not marked"),
 ]
 
 
@@ -298,4 +298,4 @@ def test_a_broken_rule_names_the_node(breaks: Callable[[fx.GraphModule], None], 
     with pytest.raises(GraphInvariantError) as caught:
         VerifyPass()(module)
     assert str(caught.value).startswith(message)
-    assert str(caught.value).endswith("The rewrite is unsafe to run; please report the model.")
+    assert str(caught.value).endswith("This is a bug in hra_fx; please open an issue.")

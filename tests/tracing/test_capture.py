@@ -59,8 +59,8 @@ def test_the_largest_parts_and_the_reasons() -> None:
     found = capture_layers(model)
     assert picture(model) == before
     whole = "the model (Host): it branches on a value (if, while, and, or, not, assert)"
-    optional = "optional (Optional): forward has optional arguments (mask), and how it is called is not known"
-    graph = "graph (Sequential): it is a GraphModule of its own"
+    optional = "optional (Optional): forward has optional arguments (mask), and it is unknown how it is called"
+    graph = "graph (Sequential): it is a GraphModule itself"
     patched = "patched (Sequential): its forward is set on the instance"
     assert found == {
         "mlp.0": ("mlp", whole),

@@ -103,7 +103,7 @@ class Drops(Two):
 def test_a_part_in_another_mode_is_refused() -> None:
     model = Nested()
     model.block.eval()
-    with pytest.raises(CaptureError, match="block is not in the mode of the model"):
+    with pytest.raises(CaptureError, match="block is in another mode than the model"):
         trace(model, list(layers_of(model).values()))
 
 
@@ -232,7 +232,7 @@ BRANCH, TYPE, NUMBER = "it branches on a value", "it asks for the type of a valu
 AUTOCAST, GRAD = "it runs under its own autocast", "it changes grad mode"
 SAVED = "it asks for the type of a value"  # `checkpoint` does, of its arguments
 HOOKS = "it checkpoints activations or changes what is saved for backward"
-RANDOM, OTHER = "it draws random numbers in Python", "computes other operations in train mode"
+RANDOM, OTHER = "it draws random numbers in Python", "runs different operations in train mode"
 REFUSED: dict[str, tuple[type[nn.Module], str]] = {
     "autocast": (under(lambda: torch.autocast("cpu", dtype=torch.bfloat16)), AUTOCAST),
     "autocast off": (under(lambda: torch.amp.autocast("cpu", enabled=False)), AUTOCAST),
@@ -267,13 +267,13 @@ REFUSED: dict[str, tuple[type[nn.Module], str]] = {
     "index assignment": (middle(written), "it writes into a part of a value"),
     "attribute of a value": (middle(data_set), "it sets 'data' of a value"),
     "OrderedDict": (middle(lambda self, hidden: collections.OrderedDict(a=hidden)), "OrderedDict"),
-    "constant tensor": (middle(lambda self, hidden: hidden * torch.tensor(2.0)), "it makes a tensor in Python"),
+    "constant tensor": (middle(lambda self, hidden: hidden * torch.tensor(2.0)), "it creates a tensor in Python"),
     "attribute": (middle(counted), "its forward changes calls"),
     "list": (kept(appended), "its forward changes seen"),
     "cache": (kept(cached), "its forward changes table"),
-    "mode of a part": (kept(mode_changed), "drop: its mode is changed for this call"),
+    "mode of a part": (kept(mode_changed), "drop: its train or eval mode is changed for this call"),
     "hooks": (Hooked, "block: it has hooks"),
-    "no arguments": (NoArguments, "its forward has no argument that every call must give"),
+    "no arguments": (NoArguments, "its forward has no required argument"),
     "modes": (Modes, f"Modes {OTHER}"),
     "outputs": (Outputs, f"Outputs {OTHER}"),
 }

@@ -65,12 +65,17 @@ ERRORS: dict[str, tuple[type[nn.Module], dict[str, Any], type[Exception], str]] 
         AdapterError,
         r"first and second share a weight, .*Exclude one of them with exclude_modules=\['second'\], or leave out trace",
     ),
-    "verify": (Branches, {"example_inputs": X, "verify": True}, AdapterError, "no use for them.*without trace=True"),
+    "verify": (
+        Branches,
+        {"example_inputs": X, "verify": True},
+        AdapterError,
+        "not supported for captured programs.*without trace=True",
+    ),
     "low_cpu_mem_usage": (
         Branches,
         {"example_inputs": X, "low_cpu_mem_usage": True},
         AdapterError,
-        "no use for them.*without trace=True",
+        "not supported for captured programs.*without trace=True",
     ),
     "selection": (Dropout, {"config": config("nowhere")}, SelectionError, "nowhere"),
     "modules_to_save": (Dropout, {"config": config(modules_to_save=["nowhere"])}, SelectionError, "nowhere"),
@@ -100,5 +105,5 @@ def test_a_refusal_of_torch_export_prints_nothing(capfd: pytest.CaptureFixture[s
 
 def test_a_model_with_adapters_is_refused() -> None:
     model = hra_fx.transform(Dropout(), config("first"))
-    with pytest.raises(AdapterError, match=r"trace=True: Dropout has adapters already.*hra_fx\.graphs\(model\)"):
+    with pytest.raises(AdapterError, match=r"trace=True: Dropout already has adapters.*hra_fx\.graphs\(model\)"):
         hra_fx.transform(model, config("second"), "other", trace=True)

@@ -115,7 +115,7 @@ def test_a_captured_graph_says_what_works_on_it(
     monkeypatch.chdir(tmp_path)
     graph = make()
     for function in FOR_LAYERS.values():
-        message = r"GraphModule is a graph of operators: only .*load_state_dict\(graph\.state_dict\(\), strict=False\)"
+        message = r"GraphModule is a captured graph, .*load_state_dict\(graph\.state_dict\(\), strict=False\)"
         with pytest.raises(AdapterError, match=message):
             function(graph)
     with pytest.raises(AdapterError, match=r"GraphModule has no adapters\. Call hra_fx\.transform"):

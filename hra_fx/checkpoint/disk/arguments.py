@@ -148,5 +148,5 @@ def _tree(base: Path, folder: Path, above: tuple[Path, ...]) -> Iterator[tuple[s
             yield entry.relative_to(base).as_posix(), entry
         else:
             raise CheckpointError(
-                f"{entry}: is a broken link, or neither a file nor a folder. Remove it from the base."
+                f"{entry}: is a broken link, or not a regular file or folder. Remove it from the base."
             )

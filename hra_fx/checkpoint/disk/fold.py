@@ -39,7 +39,7 @@ def fold_checkpoint(
         adapter_dir: folder of an adapter (or its Hub name), saved by PEFT or hra_fx; or several, in order; or, for a
             diffusers pipeline, a mapping from subfolders of `base_dir` to adapters. No mapping is needed if the
             adapters are in subfolders with the names of the pipeline's parts.
-        out_dir: the folder to be created, neither inside `base_dir` nor around it.
+        out_dir: the folder to create. It must not be inside `base_dir` or contain it.
         columns: layers that store their weight as `(in, out)`: ends of their paths, or of the names of parameters.
             `None`: the `Conv1D` layers of transformers, according to `config.json`. It must not contradict
             `config.json`.

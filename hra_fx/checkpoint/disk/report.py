@@ -12,7 +12,7 @@ _SHOWN = 4
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """What a fold on disk wrote.
+    """The result of a fold on disk.
 
     Attributes:
         folder: the new checkpoint.

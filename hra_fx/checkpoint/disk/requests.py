@@ -196,7 +196,7 @@ def check_embeddings(
             own = stored(name)
             if own is None:
                 raise CheckpointError(
-                    f"{adapter.file}: unexpected key {name}, which is neither in modules_to_save nor in {found.name}. "
+                    f"{adapter.file}: unexpected key {name}, which is not in modules_to_save or in {found.name}. "
                     f"{names.near(name)} Was the adapter trained on another base model?"
                 )
             if not _holds(own, tensor):

@@ -1,4 +1,4 @@
-"""bitsandbytes' `Linear8bitLt` and `Linear4bit`: their own autograd functions give the gradient of the input."""
+"""bitsandbytes' `Linear8bitLt` and `Linear4bit`, whose own autograd functions compute the gradient of the input."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hra_fx.layers.quantized.scheme import QuantScheme, Requantized
 
 #: Whether a layer may change its layout for the CPU.
 _FAST = "support_avx512bf16_for_cpu"
-_UNPACKED = "its weight is quantized when it first moves to a device, and has not yet been. Call model.to(device) first"
+_UNPACKED = "bitsandbytes quantizes its weight when it is first moved to a device. Call model.to(device) first"
 
 
 class EightBit(QuantScheme):
-    """`Linear8bitLt`: int8 with a scale a row. What the layer keeps goes back and forth between weight and state."""
+    """`Linear8bitLt`: int8 with one scale per row. The layer moves its data between weight and state."""
 
     def __init__(self, kind: type[nn.Module]) -> None:
         """For the class of the library that is loaded."""
@@ -29,11 +29,11 @@ class EightBit(QuantScheme):
         return "bitsandbytes, 8 bit"
 
     def why_not_adapted(self, layer: Any) -> str | None:
-        """Weights that are kept in floating point are quantized in each forward, from a memory that a fold misses."""
+        """Floating-point weights are quantized in each forward, from a copy that a fold does not change."""
         if layer.state.has_fp16_weights:
             return (
-                "it keeps a floating-point weight (has_fp16_weights=True), which it quantizes behind the back of a "
-                "fold. Make it with has_fp16_weights=False, or leave it out with exclude_modules"
+                "it also keeps a floating-point weight (has_fp16_weights=True), which a fold would not change. Create "
+                "it with has_fp16_weights=False, or leave it out with exclude_modules"
             )
         return None if layer.weight.dtype == torch.int8 else _UNPACKED
 
@@ -52,7 +52,7 @@ class EightBit(QuantScheme):
         return Requantized(made, _scaled(made.data, made.SCB))
 
     def put(self, layer: Any, weight: nn.Parameter) -> None:
-        """With the state forgotten, which would go on with the old weight."""
+        """Also reset the state, which would keep using the old weight."""
         layer._parameters["weight"] = weight
         layer.state.reset_grads()
 
@@ -60,8 +60,8 @@ class EightBit(QuantScheme):
 class FourBit(QuantScheme):
     """`Linear4bit`: nf4 or fp4 in blocks, packed into a column of bytes.
 
-    On a CPU with AVX512-BF16, a forward without gradients changes the layout for good. No gradient passes that, and the
-    way back (0.50) leaves the scales rounded, and in another order than the blocks. So it is kept from it.
+    On a CPU with AVX512-BF16, a forward without gradients permanently changes the layout. It then does not pass
+    gradients, and the conversion back (0.50) rounds the scales and reorders them. So this change is prevented.
     """
 
     def __init__(self, kind: type[nn.Module]) -> None:
@@ -73,18 +73,18 @@ class FourBit(QuantScheme):
         return f"bitsandbytes, 4 bit {layer.weight.quant_type}"
 
     def why_not_adapted(self, layer: Any) -> str | None:
-        """A weight that came by other ways than the library's has no scales."""
+        """A weight that was not set by the library has no scales."""
         return None if getattr(layer.weight, "quant_state", None) is not None else _UNPACKED
 
     def why_no_gradient(self, layer: Any) -> str | None:
-        """After a forward without gradients, where it changes the layout."""
+        """After a forward without gradients, if that changed the layout."""
         if layer.weight.device.type != "cpu" or not getattr(layer, _FAST, False):
             return None
-        return "on this CPU, bitsandbytes lets no gradient pass it once it was called without gradients"
+        return "on this CPU, bitsandbytes does not pass gradients after a call without gradients"
 
     @contextmanager
     def called(self, layer: Any) -> Iterator[None]:
-        """In the layout in which it is stored."""
+        """Keep the layout in which the weight is stored."""
         _unpack(layer)
         fast = getattr(layer, _FAST, None)
         if fast:
@@ -96,7 +96,7 @@ class FourBit(QuantScheme):
                 setattr(layer, _FAST, fast)
 
     def values(self, layer: Any) -> Tensor:
-        """In the dtype that the weight once had."""
+        """In the dtype that the weight had before quantization."""
         _unpack(layer)
         return _dequantized(layer.weight)
 

@@ -37,16 +37,16 @@ class TorchAO(QuantScheme):
         """If inputs are quantized."""
         weight = layer._parameters["weight"]
         rounds = any(getattr(weight, name, None) is not None for name in _OF_INPUTS)
-        return "it quantizes its input, and torchao passes no gradient through that" if rounds else None
+        return "its input is quantized, and torchao does not pass gradients through that" if rounds else None
 
     def why_not_requantized(self, layer: Any) -> str | None:
         """Only some classes record how they were made."""
         weight = layer._parameters["weight"]
         name = type(weight).__name__
         if name not in _MADE:
-            return f"its {name} does not record how it was made"
+            return f"its {name} does not record how it was quantized"
         if getattr(weight, "act_pre_scale", None) is not None or getattr(weight, "act_quant_scale", None) is not None:
-            return f"its {name} has scales of inputs that were calibrated for the current weight"
+            return f"its {name} has input scales that were calibrated for the current weight"
         return None
 
     def values(self, layer: Any) -> Tensor:

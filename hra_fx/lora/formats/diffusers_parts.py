@@ -83,7 +83,7 @@ def _adapted_components(pipeline: Any) -> dict[str, nn.Module]:
             where = f"only into {', '.join(loadable)}" if loadable else "into no part of this pipeline"
             raise AdapterError(
                 f"{name}: load_lora_weights of diffusers loads {where} without further arguments. Fold {name} "
-                f"(hra_fx.fold), or save each part by itself (hra_fx.save_as_lora(pipe.{name}, ...))."
+                f"(hra_fx.fold), or save each part separately (hra_fx.save_as_lora(pipe.{name}, ...))."
             )
         _check_root(name, part)
     return adapted
@@ -109,7 +109,7 @@ def adapters_of(
 
     Raises:
         AdapterError: no part has an adapter of this name.
-        Others as `lora_adapter`, naming the part.
+        Other errors: see `lora_adapter`; the message names the part.
     """
     return {part: _adapter_of(part, parts[part], names, rank) for part, names in _names(parts, adapter_names).items()}
 

@@ -1,4 +1,4 @@
-"""An adapter as a GGUF file, which llama.cpp and programs made of it load beside their own file of the base model.
+"""Write an adapter as a GGUF file, which llama.cpp and programs based on it load along with the base model's file.
 
 Source of the format: `convert_lora_to_gguf.py` and `src/llama-adapter.cpp` in https://github.com/ggml-org/llama.cpp.
 """
@@ -45,7 +45,7 @@ def write_gguf(adapter: LoraAdapter, path: Path, dtype: torch.dtype) -> None:
         dtype: `torch.float32`, `float16` or `bfloat16`.
 
     Raises:
-        AdapterError: also if a value is out of the range of `dtype`; others as `check_gguf`.
+        AdapterError: a value is out of the range of `dtype`; otherwise see `check_gguf`.
         CheckpointError: also if the file cannot be written.
     """
     gguf = _package(path)
@@ -91,7 +91,7 @@ def _tensor_names(adapter: LoraAdapter, gguf: Any) -> dict[str, str]:
     """Path of a layer -> name of its weight in llama.cpp."""
     if adapter.copies:
         raise AdapterError(
-            f"{next(iter(adapter.copies))}: a GGUF adapter changes weights of layers, and cannot replace biases and "
+            f"{next(iter(adapter.copies))}: a GGUF adapter can only change weights of layers, not biases or "
             f"modules_to_save. {INSTEAD}."
         )
     architectures = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}

@@ -172,7 +172,7 @@ CASES: dict[str, tuple[Callable[[Path], None], type[HRAError], str]] = {
     "unexpected key": (
         unexpected_key,
         hra_fx.CheckpointError,
-        f"{FILE}: unexpected key 0.scale, which is neither in modules_to_save nor in {INDEX}. No name is similar. "
+        f"{FILE}: unexpected key 0.scale, which is not in modules_to_save or in {INDEX}. No name is similar. "
         f"{OTHER_BASE}?",
     ),
     "tied in an unknown model": (

@@ -174,7 +174,7 @@ def test_broken_and_circular_links(tmp_path: Path) -> None:
     stack(tmp_path)
     link = tmp_path / "base" / "link"
     link.symlink_to(tmp_path / "nothing")
-    broken = "is a broken link, or neither a file nor a folder. Remove it from the base."
+    broken = "is a broken link, or not a regular file or folder. Remove it from the base."
     assert refused(tmp_path) == f"base/link: {broken}"
     link.unlink()
     link.symlink_to(tmp_path / "base")

@@ -91,7 +91,7 @@ def test_set_adapters_switches_and_sets_strengths() -> None:
     ("names", "weights", "message"),
     [
         (["a", "c"], None, "'c'"),
-        ("a", 2.0, r"alpha must be a number .* got 2\.0"),
+        ("a", 2.0, r"`alpha` must be a number .* got 2\.0"),
         (["a", "b"], 2.0, r"got 2\.0"),
         (["a", "b"], [0.5, 2.0], r"got 2\.0"),
         (["a", "b"], [0.5], "weights|shorter|longer"),
@@ -133,7 +133,7 @@ def test_delete_adapters(names: Any) -> None:
         model.delete_adapters("a")
     assert torch.equal(run(model), run(single("b")))
     before = seen(model)
-    message = "adapter 'b': it is the only one. Call unload() to get the base model."
+    message = "adapter 'b' is the only adapter of the model. Call unload() to get the base model."
     with pytest.raises(hra_fx.AdapterError, match=re.escape(message)):
         model.delete_adapters("b")
     assert seen(model) == before

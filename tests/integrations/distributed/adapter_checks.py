@@ -220,7 +220,7 @@ def refused_when_sharded(rank: int, folder: Path) -> None:
         names = {name for name, _ in model.named_parameters()}
         first = "the model" if isinstance(model, FSDPModule) else "4"
         message = (
-            rf"^{first}: fully_shard has sharded its parameters already\. Add and remove adapters before sharding\.$"
+            rf"^{first}: fully_shard has already sharded its parameters\. Add and remove adapters before sharding\.$"
         )
         for when in ("sharded", "gathered"):
             for refused in (hra_fx.fold, hra_fx.merge_adapter) if isinstance(model, FSDPModule) else ():

@@ -266,7 +266,7 @@ def refused(rank: int, folder: Path) -> None:
         for call in (hra_fx.fold, hra_fx.plan_fold, hra_fx.merge_adapter):
             with pytest.raises(FoldError, match=message):
                 call(model)
-        with pytest.raises(AdapterError, match=r"^0: tensor parallelism has sharded .* needs whole ones"):
+        with pytest.raises(AdapterError, match=r"^0: tensor parallelism has sharded .* needs an unsharded model"):
             hra_fx.mixed_batch(model, ["default"] * 8).__enter__()
         assert [name for name, _ in model.named_parameters()] == names
         assert close(model, case, wanted)
@@ -285,7 +285,7 @@ def refused_layers(rank: int, folder: Path) -> None:
     x = torch.randn(5, 8, dtype=torch.float64)
     model = hra_fx.transform(own, config)
     wanted = model(x)
-    message = r"^Linear 8->4: tensor parallelism of adapted layers is for nn\.Linear, got OwnForward\. Leave it out"
+    message = r"^Linear 8->4: tensor parallelism supports only adapted nn\.Linear layers, got OwnForward\. Leave it out"
     with pytest.raises(UnsupportedLayerError, match=message):
         parallelize_module(model, mesh, {"0": ColwiseParallel()})
     assert (model(x) - wanted).abs().max() == 0
@@ -303,7 +303,7 @@ def refused_layers(rank: int, folder: Path) -> None:
     assert [name for name, _ in packed.named_parameters()] == names
     by_hand = nn.Sequential(nn.Linear(8, 4, bias=False))
     by_hand[0].weight = nn.Parameter(distribute_tensor(by_hand[0].weight.detach(), mesh, [Replicate()]))
-    with pytest.raises(UnsupportedLayerError, match=r"^0 \(Linear\): its weight is a DTensor that neither"):
+    with pytest.raises(UnsupportedLayerError, match=r"^0 \(Linear\): its weight is a DTensor that was not split"):
         hra_fx.transform(by_hand, config)
     with pytest.raises(UnsupportedLayerError, match=r"^0 \(Linear\): its bias is a DTensor, which cannot be copied"):
         SPLITS["biases"].before()

@@ -300,7 +300,7 @@ def test_a_graph_module_with_a_hook_is_refused() -> None:
 def test_a_graph_of_a_model_with_hooks_is_refused() -> None:
     model = dispatch(MLP.base(), MLP.units, (CPU,))
     before = output(model, MLP)
-    with pytest.raises(hra_fx.AdapterError, match="trace=True: accelerate put a hook on the model, which a graph"):
+    with pytest.raises(hra_fx.AdapterError, match="trace=True: the model has a hook of accelerate, which a graph"):
         hra_fx.transform(model, config("0"), trace=True)
     assert torch.equal(output(model, MLP), before)
     remove_hook_from_submodules(model)

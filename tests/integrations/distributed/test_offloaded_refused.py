@@ -44,7 +44,7 @@ def refuses(model: nn.Module, kind: type[Exception], message: str, call: Callabl
 @pytest.mark.parametrize("way", OFFLOADS)
 def test_merges_and_folds_into_files(way: str, when: str, tmp_path: Path) -> None:
     model = WHEN[when](MLP, way, tmp_path)
-    message = "^0: accelerate offloads its weight, and a merge keeps a copy of each weight in memory"
+    message = "^0: accelerate offloads its weight, but a merge keeps a copy of each weight in memory"
     refuses(model, FoldError, message, lambda: hra_fx.merge_adapter(model))
     if not way.startswith("CPU"):
         message = "^0: accelerate loads its weight from files.*fold_checkpoint"
@@ -59,7 +59,7 @@ def test_merges_and_folds_into_files(way: str, when: str, tmp_path: Path) -> Non
 def test_a_comparison_with_folded_weights(tmp_path: Path) -> None:
     model, x = offload(MLP.base(), "CPU", tmp_path), MLP.data()[0]
     settings = hra_fx.HRAConfig(r=2, target_modules=["0"])
-    message = "^0: accelerate offloads it, and the comparison needs a copy of the whole model"
+    message = "^0: accelerate offloads it, but verify=True needs a copy of the whole model"
     refuses(
         model,
         UnsupportedLayerError,
@@ -73,7 +73,7 @@ def test_a_comparison_with_folded_weights(tmp_path: Path) -> None:
 def test_new_trained_copies(fields: dict[str, Any], tmp_path: Path) -> None:
     model = offload(MLP.base(), "CPU", tmp_path)
     settings = hra_fx.HRAConfig(r=2, target_modules=["0"], **fields)
-    message = "accelerate offloads it, and would load the tensors of the base model over a trained copy"
+    message = "accelerate offloads it, and would overwrite a trained copy with the base model's tensors"
     refuses(model, UnsupportedLayerError, message, lambda: hra_fx.transform(model, settings))
     hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["0"]))
     refuses(model, UnsupportedLayerError, message, lambda: hra_fx.add_adapter(model, "b", settings))

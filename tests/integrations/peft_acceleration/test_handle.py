@@ -157,7 +157,8 @@ def test_an_oblong_kernel_starts_as_the_base_model() -> None:
 def test_vectors_of_the_wrong_length_are_refused() -> None:
     model = adapted(nn.Sequential(nn.Linear(4, 3), nn.Conv2d(4, 6, (1, 3))), "0", "1")
     with pytest.raises(
-        hra_fx.AdapterError, match=r"base_model.model.1: PEFT has made the vectors of 'default' with d=4.*12 entries"
+        hra_fx.AdapterError,
+        match=r"base_model.model.1: PEFT created the vectors of 'default' with length 4.*12 entries",
     ):
         hra_fx.accelerate_peft(model)
     assert type(model.base_model.model[0]) is HRALinear
@@ -165,7 +166,7 @@ def test_vectors_of_the_wrong_length_are_refused() -> None:
 
 def test_a_model_without_layers_of_peft_is_refused() -> None:
     model = hra_fx.transform(plain(), hra_fx.HRAConfig(r=2, target_modules=["2"]))
-    with pytest.raises(hra_fx.AdapterError, match=r"Sequential: it has no HRA layers of PEFT.*uses the kernels"):
+    with pytest.raises(hra_fx.AdapterError, match=r"Sequential has no HRA layers of PEFT.*use these kernels"):
         hra_fx.accelerate_peft(model)
 
 

@@ -190,7 +190,7 @@ def test_a_strength_warns_of_what_it_does_not_turn(fields: dict[str, Any]) -> No
         name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad and "hra_u" not in name
     }
     assert copies != {}
-    message = "adapter 'default': its strength affects reflections only, not trained modules and biases."
+    message = "adapter 'default': the strength only affects reflections, not trained modules and biases."
     with pytest.warns(hra_fx.HRAWarning, match=f"^{re.escape(message)}$") as caught:
         hra_fx.set_scale(model, "default", 0.0)
     assert len(caught) == 1

@@ -147,21 +147,21 @@ def refused(model: nn.Module, text: str) -> None:
 
 
 def test_what_cannot_be_taken_over_is_refused_and_unchanged() -> None:
-    refused(net(), r"^Net has no adapters of PEFT\. Call hra_fx\.transform\(model, config\)")
+    refused(net(), r"^Net has no PEFT adapters\. To add one of hra_fx, call hra_fx\.transform\(model, config\)")
     with peft_warnings_ignored():
         lora = peft.get_peft_model(net(), peft.LoraConfig(r=2, target_modules=["query"]))
-    refused(lora, r"query: this is a layer of another method of PEFT \(Linear\)\. Only HRA can be taken over\.")
+    refused(lora, r"query: this layer is from another PEFT method \(Linear\)\. Only HRA can be converted\.")
     merged = randomised(**CASES["linear"])
     merged.merge_adapter()
-    refused(merged, r"query: adapters \['default'\] are merged\. Call unmerge_adapter\(\) on the PEFT model\.")
+    refused(merged, r"query: adapters \['default'\] are merged\. First call unmerge_adapter\(\) on the PEFT model\.")
     changed = with_two()
     changed.peft_config["other"].target_modules = ["query"]
     x = tokens()
     wanted = changed(x)
-    refused(changed, r"adapter 'other': body\.layers\.0\.out does not match its configuration\. It was changed in PEFT")
+    refused(changed, r"adapter 'other': body\.layers\.0\.out does not match the adapter's configuration")
     assert torch.equal(changed(x), wanted)
     ours = hra_fx.HRAModel(net(), hra_fx.HRAConfig(r=2, target_modules=["query"]))
-    refused(ours, "^Net has adapters of hra_fx")
+    refused(ours, "^Net already has hra_fx adapters")
     with pytest.raises(hra_fx.AdapterError, match=r"^`model` must be a torch\.nn\.Module, got int\.$"):
         hra_fx.from_peft(3)  # type: ignore[arg-type]
 
@@ -170,7 +170,7 @@ def test_functions_of_hra_fx_say_what_to_do_with_a_model_of_peft() -> None:
     advice = r"Call hra_fx\.from_peft\(model\) to use it with hra_fx, or `merge_and_unload\(\)` or `unload\(\)` on the"
     model = randomised(**CASES["linear"])
     for step in (hra_fx.report, hra_fx.fold, hra_fx.orthogonality_loss, hra_fx.get_peft_model_state_dict):
-        with pytest.raises(hra_fx.AdapterError, match=rf" has adapters of PEFT \(base_model.*query\), .*{advice}"):
+        with pytest.raises(hra_fx.AdapterError, match=rf" has PEFT adapters \(base_model.*query\), .*{advice}"):
             step(model)
     for target in ("query", "conv", "absent"):
         with pytest.raises(hra_fx.UnsupportedLayerError, match=rf"query: it already has a PEFT adapter\. {advice}"):
@@ -181,5 +181,5 @@ def test_functions_of_hra_fx_say_what_to_do_with_a_model_of_peft() -> None:
         hra_fx.PeftModel.from_pretrained(model, "absent")
     with peft_warnings_ignored():
         lora = peft.get_peft_model(net(), peft.LoraConfig(r=2, target_modules=["query"]))
-    with pytest.raises(hra_fx.AdapterError, match=r"and none of hra_fx\. Call `merge_and_unload\(\)`"):
+    with pytest.raises(hra_fx.AdapterError, match=r"but none of hra_fx\. Call `merge_and_unload\(\)`"):
         hra_fx.report(lora)

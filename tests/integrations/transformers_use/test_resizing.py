@@ -232,7 +232,7 @@ def mobilebert(*targets: str) -> Any:
 def test_reflections_over_the_tokens_themselves_are_refused() -> None:
     refused(
         mobilebert("cls.predictions.dense"),
-        r"^cls\.predictions\.dense: its vectors have the length 32, the number of tokens, and would not fit after "
+        r"^cls\.predictions\.dense: its vectors have length 32, the number of tokens, and would not fit after "
         r"resize_token_embeddings\. Resize before hra_fx\.transform, or fold or unload first\.$",
     )
 

@@ -178,7 +178,7 @@ def test_merging_is_refused(scheme: str) -> None:
     before = picture(model)
     with pytest.raises(FoldError) as caught:
         hra_fx.merge_adapter(model)
-    assert "its weight is quantized" in str(caught.value) and "Adapters also act without being merged." in str(
+    assert "its weight is quantized" in str(caught.value) and "Adapters also work without being merged." in str(
         caught.value
     )
     assert picture(model) == before
@@ -226,7 +226,7 @@ def test_a_plan_is_stale_once_a_weight_was_replaced() -> None:
     model = adapted("ao int8")
     plan = hra_fx.plan_fold(model, requantize=True)
     model[0].hra_base = quantized("ao int8")[0].weight
-    with pytest.raises(FoldError, match="the model changed since"):
+    with pytest.raises(FoldError, match="the model has changed since plan_fold"):
         plan.apply()
 
 

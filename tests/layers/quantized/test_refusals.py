@@ -30,15 +30,15 @@ def only(layer: nn.Module) -> nn.Sequential:
 def test_before_it_is_quantized(layer: nn.Module) -> None:
     message = refused(only(layer), config("0"))
     assert message == (
-        f"0 ({type(layer).__name__}): its weight is quantized when it first moves to a device, and has not yet been. "
-        "Call model.to(device) first."
+        f"0 ({type(layer).__name__}): bitsandbytes quantizes its weight when it is first moved to a device. Call "
+        "model.to(device) first."
     )
 
 
 def test_weights_that_are_quantized_in_each_forward() -> None:
     message = refused(only(bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=True).to("cpu")), config("0"))
     assert "floating-point weight (has_fp16_weights=True)" in message
-    assert "Make it with has_fp16_weights=False, or leave it out" in message
+    assert "Create it with has_fp16_weights=False, or leave it out" in message
 
 
 class OwnForward(bitsandbytes.nn.Linear4bit):
@@ -78,7 +78,7 @@ def test_verifying(scheme: str) -> None:
     with pytest.raises(UnsupportedLayerError) as caught:
         hra_fx.transform(model, config(), example_inputs=inputs(), verify=True)
     assert str(caught.value).startswith(
-        f"0: it is quantized ({SCHEMES[scheme].words}), and folding would quantize it again"
+        f"0: it is quantized ({SCHEMES[scheme].words}), so verify=True has no exact folded weight"
     )
     assert "verify the model before quantization" in str(caught.value)
     assert type(model[0]) is type(quantized(scheme)[0])
@@ -107,7 +107,7 @@ def test_layers_beside_that_stop_gradients_are_told(scheme: str) -> None:
     with pytest.warns(HRAWarning) as caught:
         hra_fx.transform(quantized(scheme), config("0"))
     (text,) = (str(one.message) for one in caught)
-    assert text.startswith("2: it quantizes its input, and torchao passes no gradient through that. ")
+    assert text.startswith("2: its input is quantized, and torchao does not pass gradients through that. ")
     assert "Add such layers to `target_modules`" in text
     hra_fx.transform(quantized(scheme), config("0", inference_mode=True))
 
@@ -116,7 +116,7 @@ def test_layers_that_stop_gradients_after_an_evaluation_are_told() -> None:
     model = quantized("bnb nf4")
     model[2].support_avx512bf16_for_cpu = True
     model[0].support_avx512bf16_for_cpu = False
-    with pytest.warns(HRAWarning, match="^2: on this CPU, bitsandbytes lets no gradient pass it once it was called"):
+    with pytest.warns(HRAWarning, match="^2: on this CPU, bitsandbytes does not pass gradients after a call"):
         hra_fx.transform(model, config("0"))
 
 
@@ -125,9 +125,7 @@ def test_scales_of_inputs_are_not_those_of_another_weight() -> None:
         Int8StaticActivationInt8WeightConfig(act_quant_scale=torch.full((1, 1), 0.05), act_quant_zero_point=None)
     )(nn.Sequential(nn.Linear(64, 32)))
     model = hra_fx.transform(base, config("0"))
-    with pytest.raises(
-        FoldError, match="its Int8Tensor has scales of inputs that were calibrated for the current weight"
-    ):
+    with pytest.raises(FoldError, match="its Int8Tensor has input scales that were calibrated for the current weight"):
         hra_fx.fold(model, requantize=True)
 
 
@@ -139,7 +137,9 @@ def test_int4_of_gpus_is_adapted_and_called_with_what_it_reads() -> None:
     assert model[0].hra_u["default"].shape == (64, 4) and model[0].hra_u["default"].dtype == torch.float32
     with pytest.raises(AttributeError, match="mslk"):  # torchao's own kernel, which is not there
         model(torch.randn(2, 64, dtype=torch.bfloat16))
-    with pytest.raises(FoldError, match=r"torchao, Int4Tensor\), and its Int4Tensor does not record how it was made"):
+    with pytest.raises(
+        FoldError, match=r"torchao, Int4Tensor\), but its Int4Tensor does not record how it was quantized"
+    ):
         hra_fx.fold(model)
 
 

@@ -137,7 +137,7 @@ def test_dequantize_is_refused_and_works_before(folder: Path, tmp_path: Path) ->
     model = adapted(folder, "bnb int8")
     turn(model)
     with pytest.raises(
-        AdapterError, match="dequantize replaces the adapted layers, which would lose their reflections"
+        AdapterError, match="dequantize replaces the adapted layers, so they would lose their reflections"
     ):
         model.dequantize()
     model.save_pretrained(tmp_path)
