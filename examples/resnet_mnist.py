@@ -18,23 +18,26 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import _quiet  # noqa: F401
 import torch
 import torchvision
 from _data import mnist
 from _shared import (
     Groups,
     accuracy,
-    bar,
     check_classes,
     check_fold,
     check_onnx,
-    console,
     epochs_of,
     export_onnx,
     fit,
+    introduce,
     onnx_model,
     reflections,
     show,
+    show_checks,
+    show_files,
+    track,
     trainable,
     write_adapters,
 )
@@ -85,7 +88,7 @@ def load(seed: int = 0) -> tuple[Digits, Digits]:
 @torch.no_grad()
 def apply(model: nn.Module, images: Tensor, label: str) -> Tensor:
     """The model's outputs for all images."""
-    return torch.cat([model(part) for part in bar(images.split(128), label)])
+    return torch.cat([model(part) for part in track(images.split(128), label)])
 
 
 def pretrain(model: nn.Module, digits: Digits) -> None:
@@ -118,8 +121,8 @@ def run_baseline(model: nn.Module, digits: Digits, unseen: Tensor, batches: list
     return logits
 
 
-def export_and_check(model: nn.Module, images: Tensor, file: Path) -> tuple[str, str]:
-    """Export with a dynamic batch, and check onnxruntime with another batch size."""
+def export_and_check(model: nn.Module, images: Tensor, file: Path) -> str:
+    """Export with a dynamic batch, and check ONNX Runtime with another batch size."""
     export_onnx(model, {"x": images[:2]}, {"x": {0: torch.export.Dim.DYNAMIC}}, file)
     return check_onnx(onnx_model(file), model, {"x": images[:7]}, "batch 7")
 
@@ -128,6 +131,10 @@ def main(output: Path) -> None:
     """Run the demo, and write the results to `output`."""
     began = time.perf_counter()
     torch.manual_seed(0)
+    introduce(
+        "A ResNet-18 that was trained on the digits 0 to 4 learns 5 to 9",
+        "The images come from a PyPI wheel; the ResNet is trained here first.",
+    )
     first, second = load()
     known, known_unseen = first.split(2000)
     few, unseen = second.split(ADAPT_IMAGES)
@@ -145,13 +152,14 @@ def main(output: Path) -> None:
     groups = [(reflections(model), LR_REFLECTIONS), (model.fc[2].parameters(), LR_HEAD)]
     train(model, few, groups, batches, "train HRA and head")
     adapted = apply(model, unseen.images, "evaluate HRA")
-    write_adapters(model, output)
+    write_adapters(model, {"x": unseen.images[:2]}, output)
 
     model = hra_fx.fold(model)
     folded = apply(model, unseen.images, "evaluate folded")
     check_classes(folded, adapted)
     checks = [
         check_fold(folded, adapted, model, keys),
+        "Folded: the same predictions for all held-out images",
         export_and_check(model, unseen.images, output / "resnet.onnx"),
     ]
     in_head = sum(parameter.numel() for parameter in model.fc[2].parameters())
@@ -164,10 +172,9 @@ def main(output: Path) -> None:
             ("HRA, r = 8", f"{accuracy(adapted, unseen.labels):.1%}", f"{trained - in_head:,}", f"{in_head:,}"),
         ],
     )
-    show("The folded model: the base model's keys, the same predictions", ("check", "figure"), checks)
-    seconds = time.perf_counter() - began
-    written = f"Written to {output}/: report.txt, adapters.html, two pictures, resnet.onnx   ({seconds:.0f} s)"
-    console.print(written, soft_wrap=True)
+    show_checks(checks)
+    files = {"resnet.onnx": "the folded model, for ONNX Runtime"}
+    show_files(output, files, time.perf_counter() - began)
 
 
 if __name__ == "__main__":

@@ -5,36 +5,38 @@
 It uses the weights of SmolLM2-135M-Instruct and takes a few minutes on two cores. Every attention and MLP projection is
 adapted, with about 1% of the parameters, and the model learns to continue posts of 20 Newsgroups. The adapter becomes a
 LoRA for llama.cpp, over the quantized file of the base model; the folded model is a plain transformers model, for
-onnxruntime and others. All of them continue a sentence with the same words.
+ONNX Runtime and others. All of them continue a sentence with the same words.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
+import _quiet  # noqa: F401
 import torch
 import transformers
 from _data import newsgroups, smollm2
 from _llama_cpp import llama_cpp_text
 from _shared import (
-    bar,
+    WHEELS_NOTE,
     check_fold,
     check_onnx,
     console,
     epochs_of,
     export_onnx,
     fit,
+    introduce,
     largest_difference,
     onnx_model,
     reflections,
     require,
     show,
+    show_checks,
+    show_files,
+    track,
     trainable,
     write_adapters,
 )
@@ -88,7 +90,7 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
 @torch.no_grad()
 def perplexity(model: nn.Module, ids: Tensor, label: str) -> float:
     """The perplexity over all posts."""
-    losses = [loss_of(model, part) * len(part) for part in bar(ids.split(BATCH), label)]
+    losses = [loss_of(model, part) * len(part) for part in track(ids.split(BATCH), label)]
     return float((torch.stack(losses).sum() / len(ids)).exp())
 
 
@@ -113,9 +115,11 @@ def main(train_size: int, test_size: int, output: Path) -> None:
     """Run the demo, and write the results to `output`."""
     began = time.perf_counter()
     torch.manual_seed(0)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     output.mkdir(parents=True, exist_ok=True)
+    introduce(
+        f"SmolLM2 learns to continue posts of 20 Newsgroups: {train_size} posts, {test_size} held out",
+        WHEELS_NOTE,
+    )
 
     base, tokenizer = load()
     train_posts, test_posts = posts(tokenizer, "train", train_size), posts(tokenizer, "test", test_size)
@@ -136,7 +140,7 @@ def main(train_size: int, test_size: int, output: Path) -> None:
     with torch.no_grad():
         adapted = model(some)
     texts["adapted"] = continued(model, tokenizer)
-    write_adapters(base, output)
+    write_adapters(base, {"input_ids": some[:2, :24], "use_cache": False}, output)
     before_lora = time.perf_counter()
     lora = hra_fx.save_as_lora(base, output / "adapter.gguf", dtype="float16")
     lora_seconds = time.perf_counter() - before_lora
@@ -149,30 +153,33 @@ def main(train_size: int, test_size: int, output: Path) -> None:
     axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     export_onnx(model, {"input_ids": some[:2, :24]}, {"input_ids": axes}, output / "smollm2.onnx")
     run = onnx_model(output / "smollm2.onnx")
-    texts["folded, in onnxruntime"] = continued(run, tokenizer)
+    texts["folded, in ONNX Runtime"] = continued(run, tokenizer)
     checks = [
-        ("adapted against base, largest difference of a logit", f"{largest_difference(adapted, start):.1f}"),
+        f"Adapted: logits moved by up to {largest_difference(adapted, start):.1f}",
         check_fold(folded, adapted, base, keys),
         check_onnx(run, model, {"input_ids": some}, f"batch {len(some)}, length {LENGTH}"),
     ]
-    same = texts["adapted"] == texts["folded"] == texts["folded, in onnxruntime"]
+    same = texts["adapted"] == texts["folded"] == texts["folded, in ONNX Runtime"]
     require(same, f"all models continue the sentence with the same words: {texts}")
     rough = max(row.rounding for row in lora.rows)
-    made = f"{lora.path.stat().st_size / 1e6:.1f} MB, {lora_seconds:.1f} s"
-    checks.append((f"LoRA in float16 ({made}), largest error of a weight's change", f"{rough:.1e}"))
+    made = f"{lora.path.stat().st_size / 1e6:.1f} MB in {lora_seconds:.1f} s"
+    checks.append(f"LoRA in float16, {made}: largest error of a weight's change {rough:.1e}")
 
     show(
-        f"SmolLM2 ({size:,} parameters), {len(train_posts)} posts of 20 Newsgroups, {len(test_posts)} held out",
+        f"SmolLM2 ({size:,} parameters), {len(train_posts)} posts to train on, {len(test_posts)} held out",
         ("model", "perplexity of held-out posts", "trained parameters"),
         [("base", f"{before:.1f}", "0"), ("HRA, r = 8", f"{after:.1f}", f"{trained:,}")],
     )
-    show("Folded, exported and as LoRA: the same answers", ("check", "figure"), checks)
-    show(f"{SENTENCE!r}, continued", ("model", "text"), [(name, repr(text)) for name, text in texts.items()])
+    show_checks(checks)
+    said = [(name, repr(text.removeprefix(SENTENCE))) for name, text in texts.items()]
+    show(f"{SENTENCE!r}, continued by", ("model", "text"), said)
     if texts["adapted, in llama.cpp"] != texts["adapted"]:
         console.print("  llama.cpp chose another word: it rounds to 8 bits what it multiplies with the 4-bit weights.")
-    seconds = time.perf_counter() - began
-    files = "report.txt, adapters.html, two pictures, adapter.gguf, smollm2.onnx"
-    console.print(f"Written to {output}/: {files}   ({seconds:.0f} s)", soft_wrap=True)
+    files = {
+        "adapter.gguf": "the adapter as a LoRA, for llama.cpp",
+        "smollm2.onnx": "the folded model, for ONNX Runtime",
+    }
+    show_files(output, files, time.perf_counter() - began)
 
 
 if __name__ == "__main__":

