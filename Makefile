@@ -133,7 +133,7 @@ format: $(VENV)/test.stamp $(PAGE_STAMP) ## Reformat, and fix what ruff and Biom
 	@$(NPM) run --silent format
 
 .PHONY: release-check
-release-check: ## Build the package, check it, and use it in a new environment, .venv-release (2 GB with torch for CPUs).
+release-check: ## Build the package, check it, and use it in a new environment, .venv-release (over 1 GB with torch for CPUs).
 	rm -rf dist $(RELEASE)
 	$(PYTHON) -m venv $(RELEASE)
 	$(RELEASE)/bin/python -m pip $(PIP_FLAGS) install build twine
