@@ -152,7 +152,7 @@ zoo: $(VENV)/test.stamp ## check 580 models (an hour); write docs/zoo.md
 export-table: $(VENV)/test.stamp ## which models pass through which exporter
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m export.exporting.table $(EXPORT_FLAGS)
 
-release-check: ## build, check and try the package in a new environment (2 GB)
+release-check: ## build, check and try the package in a new environment (1 GB)
 	rm -rf dist $(RELEASE)
 	$(PYTHON) -m venv $(RELEASE)
 	$(RELEASE)/bin/python -m pip $(PIP_FLAGS) install build twine

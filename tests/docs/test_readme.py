@@ -1,0 +1,99 @@
+"""README.md: its numbers agree with their sources, and its programs run as they stand there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import transformers
+from documents import ROOT, python_blocks
+from learning.page import readme_table
+from learning.records import read
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROGRAMS = [block.text for block in python_blocks(ROOT / "README.md")]
+PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def cells(row: str) -> list[str]:
+    return [cell.replace("\N{NO-BREAK SPACE}", " ").strip() for cell in row.strip("|").split("|")]
+
+
+def speed_rows(text: str) -> dict[str, list[str]]:
+    """The last three columns of each row whose last ones are ratios: over PEFT's LoRA, PEFT's HRA and the base."""
+    rows = [cells(line) for line in text.splitlines() if re.search(r"^\| .*\| \d\.\d+ \|$", line)]
+    return {row[0]: row[-3:] for row in rows}
+
+
+def section(name: str) -> str:
+    return README.split(f"\n## {name}\n")[1].split("\n## ")[0]
+
+
+def test_it_is_short() -> None:
+    assert len(README.splitlines()) <= 160
+
+
+def test_the_results_are_those_of_the_records() -> None:
+    assert readme_table(read()) in README, "write the table of learning.page.readme_table(read())"
+
+
+def test_the_speeds_are_those_of_the_benchmark() -> None:
+    measured = speed_rows((ROOT / "docs" / "benchmarks.md").read_text().split("## Training and inference")[0])
+    told = speed_rows(section("Speed"))
+    assert len(told) >= 5
+    assert told == {name: measured[name] for name in told}
+    steps = [row for name, row in measured.items() if re.fullmatch(r"training step, \d+ tokens", name)]
+    assert len(steps) == 3
+    (lora, hra) = ([float(row[column]) for row in steps] for column in (0, 1))
+    sentence = f"Training takes {min(hra):.3g} to {max(hra):.3g} of the time of PEFT's HRA and {min(lora):.3g} to"
+    assert f"{sentence} {max(lora):.3g} of that of PEFT's LoRA" in README
+
+
+def test_every_other_number_with_a_fraction_is_a_version() -> None:
+    told = PROSE.replace(readme_table(read()), "").replace(section("Speed"), "")
+    told = re.sub(r"^- \*\*Fast\.\*\*.*$", "", told, flags=re.MULTILINE)
+    told = re.sub(r"!?\[[^\]]*\]\([^)]*\)", "", told)
+    assert re.findall(r"\d+\.\d+", told) == []
+
+
+def test_the_number_of_models_and_the_times() -> None:
+    (models_tested,) = re.findall(r"^\| models \| (\d+) \|$", (ROOT / "docs" / "zoo.md").read_text(), re.MULTILINE)
+    assert f"tested on {models_tested} models" in README
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("demo", "test"):
+        (told,) = re.findall(rf"^make {target} .*\((about \d+ minutes on 2 cores)\)$", README, re.MULTILINE)
+        (line,) = re.findall(rf"^{target}: .*## (.*)$", makefile, re.MULTILINE)
+        assert told in line
+
+
+@pytest.fixture
+def small_model(tmp_path: Path) -> Path:
+    """A folder with a tiny Llama and its tokenizer."""
+    words = Tokenizer(models.WordLevel({"Hello": 0, ",": 1, "orthogonal": 2, "world": 3, ".": 4}, unk_token="."))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    config = transformers.LlamaConfig(
+        vocab_size=8, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_the_quickstart_runs(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(small_model)
+    program = PROGRAMS[0].replace("HuggingFaceTB/SmolLM2-135M", ".")
+    assert program != PROGRAMS[0]
+    values: dict[str, object] = {}
+    exec(program, values)
+    written = {path.name for path in small_model.iterdir()}
+    assert written >= {"my-adapter", "my-lora", "adapters.html", "my-model"}
+    assert type(values["model"]) is transformers.LlamaForCausalLM
+
+
+def test_graph_mode_prints_what_the_comments_say(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(PROGRAMS[1], {})
+    expected = re.findall(r"^print.*# (\[.*\])$", PROGRAMS[1], re.MULTILINE)
+    assert len(expected) == 2
+    assert capsys.readouterr().out.splitlines() == expected
