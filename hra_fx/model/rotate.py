@@ -100,7 +100,7 @@ def check_layer(path: str, layer: AdaptedLayer, names: Collection[str]) -> bool:
     """
     packing = quant_scheme_of(layer)
     if packing is not None and (reason := packing.why_not_requantized(layer)):
-        raise FoldError(f"{path}: {_quantized(layer, packing)}, but {reason}. {WITHOUT_REQUANTIZING}")
+        raise FoldError(f"{path}: {_quantized(layer, packing)}, and {reason}. {WITHOUT_REQUANTIZING}")
     weight = layer.hra_base.detach()
     if packing is None and (layer.hra_base.is_inference() or _is_expanded(weight)):
         raise FoldError(

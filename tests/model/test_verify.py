@@ -273,7 +273,7 @@ def test_the_first_module_whose_output_differs_is_named(monkeypatch: pytest.Monk
             lambda _, output: (output + output.detach()) / 2,
             "left.0: in train mode, the gradient of its vectors 'default' is wrong. ",
         ),
-        (crash, "the model: in train mode it runs with folded weights, but not with adapters (ZeroDivision"),
+        (crash, "the model: in train mode, it runs with folded weights, but not with adapters (ZeroDivision"),
     ],
     ids=["missing", "wrong", "crash"],
 )

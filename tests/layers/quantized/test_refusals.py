@@ -138,7 +138,7 @@ def test_int4_of_gpus_is_adapted_and_called_with_what_it_reads() -> None:
     with pytest.raises(AttributeError, match="mslk"):  # torchao's own kernel, which is not there
         model(torch.randn(2, 64, dtype=torch.bfloat16))
     with pytest.raises(
-        FoldError, match=r"torchao, Int4Tensor\), but its Int4Tensor does not record how it was quantized"
+        FoldError, match=r"torchao, Int4Tensor\), and its Int4Tensor does not record how it was quantized"
     ):
         hra_fx.fold(model)
 
