@@ -100,5 +100,5 @@ def test_unknown_names_are_value_errors_as_in_peft() -> None:
     for step in (model.delete_adapter, model.set_adapter):
         with pytest.raises(ValueError, match=r"^the model has no adapter 'absent'\. It has 'default'\.$"):
             step("absent")
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="already exists"):
         model.add_adapter("default", hra_fx.HRAConfig(target_modules=["query"]))
