@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection
 
 from hra_fx.checkpoint.disk.report import file_size
+from hra_fx.reporting.heat import with_unit
 from hra_fx.reporting.row import Row
 from hra_fx.reporting.table import Column
 
@@ -57,7 +58,7 @@ def degrees(angle: float) -> str:
     >>> degrees(0.0), degrees(math.pi / 4), degrees(1e-5)
     ('0°', '45.0°', '0.00057°')
     """
-    return _with_unit(math.degrees(angle), "°")
+    return with_unit(math.degrees(angle), "°")
 
 
 def percent(share: float) -> str:
@@ -66,16 +67,7 @@ def percent(share: float) -> str:
     >>> percent(0.0), percent(0.25), percent(0.0001)
     ('0%', '25.0%', '0.01%')
     """
-    return _with_unit(100 * share, "%")
-
-
-def _with_unit(value: float, unit: str) -> str:
-    if 0 < value < 1e-6:
-        return f"{value:.0e}{unit}"
-    if 0 < value < 0.1:
-        # Without an exponent, which is hard to read in a column.
-        return f"{value:.{1 - math.floor(math.log10(value))}f}".rstrip("0") + unit
-    return f"{value:.1f}{unit}" if value else f"0{unit}"
+    return with_unit(100 * share, "%")
 
 
 def _graph(row: Row) -> str:

@@ -71,13 +71,14 @@ class Report:
         return as_markdown(self.rows, self._footnotes())
 
     def plot_heatmap(
-        self, path: str | os.PathLike[str], heat: str = "mean_angle", *, adapter: str | None = None
+        self, path: str | os.PathLike[str], heat: str | None = None, *, adapter: str | None = None
     ) -> Path:
-        """Plot how far each layer is rotated: one row for each projection, one column for each block.
+        """Plot how much each layer is changed: one row for each projection, one column for each block.
 
         Args:
             path: the file, ending in `.svg`, `.png` or `.pdf`; its folder must exist.
-            heat: the field that is shown: `"mean_angle"`, `"angle"`, `"rotation"` or `"share"`.
+            heat: the field that is shown: `"weight_change"` (the default), `"mean_angle"`, `"angle"`, `"rotation"` or
+                `"share"`.
             adapter: name of the adapter; `None` for the largest value among a layer's adapters.
 
         Returns:

@@ -104,12 +104,10 @@ heats.addEventListener("change", () => {
   showHeat();
 });
 
-const looks = /** @type {HTMLDetailsElement} */ (byId("legend"));
 explainLooks(byId("looks"), drawing);
 for (const choice of /** @type {NodeListOf<HTMLInputElement>} */ (document.querySelectorAll("[name=look]"))) {
   choice.addEventListener("change", () => {
     stage.show(/** @type {Look} */ (choice.value));
-    looks.open = choice.value !== "all"; // no room beside three drawings
     stage.fit();
   });
 }
@@ -156,6 +154,6 @@ listenToKeys(boxes, {
   zoom: (steps) => stage.zoomBy(steps),
   fit: () => stage.fit(),
 });
-listenToPrints(byId("paper"), looks, stage);
+listenToPrints(byId("paper"), stage);
 showHeat();
 performance.mark("drawn");
