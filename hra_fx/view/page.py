@@ -18,7 +18,7 @@ from hra_fx.view.theme import Theme, colored
 
 _MARGIN, _GAP, _INSET = 32.0, 20.0, 24.0
 _TOP = 88.0  # y of the legend
-_NARROWEST, _WIDEST, _ASPECT = 760.0, 1680.0, 1.4
+_NARROWEST, _WIDEST, _ASPECT = 560.0, 1680.0, 1.4
 _NAMES = 40  # characters for the names of blocks above a panel
 
 
@@ -40,7 +40,7 @@ class _Sheet:
 
     @property
     def caption(self) -> float:
-        return 48 + 15.0 * len(self.captions)
+        return (48 if self.title else 18) + 15.0 * len(self.captions)
 
 
 def render(drawing: Drawing, options: Options) -> str:
@@ -101,7 +101,7 @@ def page(panels: Sequence[Panel], drawing: Drawing, heatmap: Heatmap, theme: The
 def _sheet(panel: Panel, heatmap: Heatmap, *, alone: bool) -> _Sheet:
     box = place(panel.block, heatmap, root=True, alone=alone)
     if not panel.letter:
-        return _Sheet(panel, box, "Overview", ())
+        return _Sheet(panel, box, panel.title or ("" if alone else "Overview"), ())
     return _Sheet(panel, box, box.detail, _used(panel.used))
 
 
