@@ -1,5 +1,7 @@
-"""The graph of a ResNet block before and after `insert`, node by node. `hra_fx.visualize` would draw a reflection and its
-layer as one box."""
+"""The graph of a ResNet block before and after `insert`, node by node.
+
+`hra_fx.visualize` would draw a reflection and its layer as one box.
+"""
 
 from __future__ import annotations
 
@@ -66,6 +68,8 @@ def write_insert(folder: Path) -> None:
         Panel("", opened(drawing.tree(), 0).block, title=title)
         for drawing, title in ((before, "Captured graph"), (after, "After insert"))
     ]
-    whole = Drawing("", f"{BLOCK} of ResNet-18", "torch.fx graph before and after the insert pass", after.picture, (), {})
+    whole = Drawing(
+        "", f"{BLOCK} of ResNet-18", "torch.fx graph before and after the insert pass", after.picture, (), {}
+    )
     for theme in THEMES:
         (folder / f"insert-{theme}.svg").write_text(page(panels, whole, Heatmap(), theme), encoding="utf-8")

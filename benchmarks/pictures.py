@@ -1,5 +1,5 @@
-"""The pictures in docs/: the page, the overview and the heatmap of the demo's model, one block of it, and the graph of a
-ResNet block before and after `insert`. The last two are light and dark, for `<picture>` in README.md.
+"""The pictures in docs/: the page, the overview and the heatmap of the demo's model, one block of it, and the graph of
+a ResNet block before and after `insert`. The last two are light and dark, for `<picture>` in README.md.
 
     PYTHONPATH=examples python benchmarks/pictures.py
 
@@ -52,7 +52,9 @@ def main(docs: Path, adapter: Path, size: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder to write to (default docs)")
-    parser.add_argument("--adapter", type=Path, default=ROOT / "build" / "pictures", help="folder of the trained adapter")
+    parser.add_argument(
+        "--adapter", type=Path, default=ROOT / "build" / "pictures", help="folder of the trained adapter"
+    )
     parser.add_argument("--train", type=int, default=960, help="training texts (default 960)")
     arguments = parser.parse_args()
     main(arguments.docs, arguments.adapter, arguments.train)

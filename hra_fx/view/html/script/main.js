@@ -117,6 +117,7 @@ for (const part of /** @type {NodeListOf<HTMLElement>} */ (document.querySelecto
 
 const skipped = byId("skipped");
 skipped.hidden = !drawing.skipped.length;
+skipped.classList.toggle("alarm", drawing.skipped.some(({ refused }) => refused));
 skipped.textContent = `${counted(drawing.skipped.length, "layer")} not adapted`;
 skipped.addEventListener("click", () => panel.showSkipped());
 
