@@ -66,7 +66,7 @@ def without_repeats(count: int = 10_000) -> Drawing:
                 **{**leaf.__dict__, "kind": "adapted_layer", "marks": (Mark(path, 0.1),), "width": index, "rank": 8}
             )
             angles = tuple(0.4 / (plane + 1) for plane in range(4))
-            angle, rotated = 0.1 + index / count, (0.4, 0.2, angles, 1e-7, 0.05)
+            angle, rotated = 0.1 + index / count, (0.4, 0.2, angles, 1e-7, 0.05, 0.1)
             site = f"Linear {index}->{index}"
             rows.append(Row(path, site, "default", True, index, 8, 8 * index, angle, *rotated))
         picture.add_node(path, leaf=leaf)

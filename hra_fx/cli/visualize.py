@@ -15,8 +15,8 @@ EXAMPLES = (
     "hra-fx visualize my-model adapters.svg --adapter my-adapter --heat mean_angle",
     "hra-fx visualize my-model block.png --adapter my-adapter --focus model.layers.0",
 )
-#: The heat value that is computed from weights.
-_NEEDS_WEIGHTS = "share"
+#: The heat values that are computed from weights.
+_NEED_WEIGHTS = ("weight_change", "share")
 
 
 def visualize(
@@ -34,9 +34,15 @@ def visualize(
     focus: Annotated[str | None, typer.Option("--focus", "-f", metavar="MODULE", help="Draw this module only.")] = None,
     heat: Annotated[
         str | None,
-        typer.Option("--heat", metavar="NAME", help="Color layers by mean_angle, angle, rotation or share."),
+        typer.Option(
+            "--heat",
+            metavar="NAME",
+            help="Color layers by weight_change, mean_angle, angle, rotation or share, or off.",
+        ),
     ] = None,
-    weights: Annotated[bool, typer.Option("--weights", help="Load the weights. Implied by --heat share.")] = False,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Load the weights. Implied by --heat weight_change and share.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Draw a model, optionally with an adapter. The extension of OUT selects the format.
@@ -51,7 +57,7 @@ def visualize(
 
     Options(depth, focus, heat)  # checked before the slow step of building the model, like the output file
     picture_file(out)
-    made, _ = build(model, weights=weights or heat == _NEEDS_WEIGHTS)
+    made, _ = build(model, weights=weights or heat in _NEED_WEIGHTS)
     if adapter is not None:
         load_adapter(made, adapter)
     file = draw(made, out, depth=depth, focus=focus, heat=heat)

@@ -1,4 +1,4 @@
-r"""The share of a weight that a chain of reflections changes.
+r"""How much a chain of reflections changes a weight: the share that it rotates, and the relative change.
 
 `Q` rotates some directions and leaves the orthogonal complement as it is. Let `P` be the projector on the rotated
 directions. A row `w` of the weight is `w P + w (I - P)`, and `Q` changes the first part only. `|W P|_F^2 / |W|_F^2` is
@@ -6,12 +6,14 @@ that part of the whole weight: a bound on how much the adapter can change the la
 
 The rotated directions lie in the span of the vectors, `U = V R` (thin QR), where `Q` is the block `B = I - R T R^T`.
 `I - B` is normal with singular values `2 sin(angle / 2)`, so the left singular vectors `G` of the nonzero ones span the
-rotated directions: `P = V G G^T V^T`, and `|W P|_F = |W V G|_F` takes one skinny product.
+rotated directions: `P = V G G^T V^T`, and `|W P|_F = |W V G|_F` takes one skinny product. The change of the weight
+follows from the same product, because `W (Q - I) = -W V (I - B) V^T`, and so `|W Q - W|_F = |(W V G) (G^T (I - B))|_F`.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,30 +26,45 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CHUNK = 1 << 22
 
 
-def rotated_directions(chain: Tensor) -> Tensor:
-    """An orthonormal basis of the directions that a chain of reflections rotates or reflects.
+class WeightChange(NamedTuple):
+    """How much a chain changes a weight `W: (out, d)`.
+
+    Attributes:
+        share: `|W P|_F^2 / |W|_F^2`, the share of the weight in the directions that are rotated, from 0 to 1.
+        change: `|W Q - W|_F / |W|_F`, from 0 to 2.
+    """
+
+    share: float
+    change: float
+
+
+def rotated_directions(chain: Tensor) -> tuple[Tensor, Tensor]:
+    """An orthonormal basis of the directions that a chain of reflections rotates or reflects, and what it does there.
 
     Args:
         chain: `U: (d, k)`, finite and with data.
 
     Returns:
-        `(d, n)` with `n <= min(d, k)`, float64, on the CPU: two columns for each plane, one for a reflected direction.
+        `D: (d, n)` with `n <= min(d, k)`: two columns for each plane, one for a reflected direction. And `M: (n, m)`
+        with `|W Q - W|_F = |W D M|_F`. Both are float64, on the CPU.
 
     Example:
-        >>> rotated_directions(torch.tensor([[0.0, 1.0, 1.0], [2.0, 0.0, 0.0]])).abs().round(decimals=6)
+        >>> directions, _ = rotated_directions(torch.tensor([[0.0, 1.0, 1.0], [2.0, 0.0, 0.0]]))
+        >>> directions.abs().round(decimals=6)
         tensor([[0.],
                 [1.]], dtype=torch.float64)
     """
     vectors = normalize(chain.detach())
     factor = compact_wy(vectors).to("cpu", torch.float64)
     basis, triangle = torch.linalg.qr(vectors.to("cpu", torch.float64))
-    left, sizes, _ = torch.linalg.svd(triangle @ factor @ triangle.mT)
-    directions: Tensor = basis @ left[:, sizes > min_angle(chain)]
-    return directions
+    moved = triangle @ factor @ triangle.mT
+    left, sizes, _ = torch.linalg.svd(moved)
+    left = left[:, sizes > min_angle(chain)]
+    return basis @ left, left.mT @ moved
 
 
-def rotated_energy(rows: Tensor, chain: Tensor) -> float:
-    """`|W P|_F^2 / |W|_F^2`: the share of a weight in the directions that a chain rotates, from 0 to 1.
+def weight_change(rows: Tensor, chain: Tensor) -> WeightChange:
+    """How much a chain of reflections changes a weight.
 
     Makes no `d x d` matrix, and casts the weight piece by piece, to float32 at least.
 
@@ -56,27 +73,30 @@ def rotated_energy(rows: Tensor, chain: Tensor) -> float:
         chain: `U: (d, k)`.
 
     Returns:
-        The share; 0 for a weight of zeros, NaN if the weight or the chain has no data or is not finite.
+        Its share and its change; 0 for a weight of zeros, NaN if the weight or the chain has no data or is not finite.
 
     Example:
-        >>> rotated_energy(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]))
-        0.36
+        >>> weight_change(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]))
+        WeightChange(share=0.36, change=1.2)
     """
     if rows.is_meta or chain.is_meta or not bool(torch.isfinite(chain).all()):
-        return math.nan
+        return WeightChange(math.nan, math.nan)
     if not chain.shape[1]:
-        return 0.0
-    directions = rotated_directions(chain).to(rows.device, working_dtype(rows.dtype))
+        return WeightChange(0.0, 0.0)
+    directions, moved = (part.to(rows.device, working_dtype(rows.dtype)) for part in rotated_directions(chain))
     wide = torch.float32 if rows.device.type == "mps" else torch.float64
-    part, whole = (torch.zeros((), dtype=wide, device=rows.device) for _ in range(2))
+    part, change, whole = (torch.zeros((), dtype=wide, device=rows.device) for _ in range(3))
     for piece in torch.split(rows.detach(), max(1, _CHUNK // max(1, rows.shape[1]))):
         cast = piece.to(directions.dtype)
-        for total, matrix in ((part, cast @ directions), (whole, cast)):
+        inside = cast @ directions
+        for total, matrix in ((part, inside), (change, inside @ moved), (whole, cast)):
             # Row by row: a single float32 sum over millions of elements has only three correct digits.
             total += torch.linalg.vector_norm(matrix, dim=1).to(wide).square().sum()
     size = float(whole)
-    # Rounding can make it slightly more than 1.
-    return min(float(part) / size, 1.0) if size else 0.0
+    if not size:
+        return WeightChange(0.0, 0.0)
+    # Rounding can make the share slightly more than 1.
+    return WeightChange(min(float(part) / size, 1.0), math.sqrt(float(change) / size))
 
 
 def readable_rows(weight: Tensor, width: int, *, columns: bool) -> Tensor | None:

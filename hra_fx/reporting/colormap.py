@@ -1,6 +1,7 @@
-"""The color scale of pictures and plots: a part of matplotlib's magma, reversed, from pale (0) to dark.
+"""The color scales of pictures and plots: parts of matplotlib's magma.
 
-Its order is visible with every kind of color blindness and in black and white prints.
+On light pages it goes from pale (little) to dark (much), on dark pages from purple to pale, so that much stands out on
+both. The order is visible with every kind of color blindness and in black and white prints.
 """
 
 from __future__ import annotations
@@ -10,21 +11,27 @@ from collections.abc import Sequence
 
 #: Colors at equal steps of the scale; between them the channels are interpolated linearly.
 PALETTE = ("#fcf7b9", "#fec88c", "#fd9869", "#f4675c", "#d8456c", "#ae347b", "#842681", "#5c167f", "#331067", "#0e0b2b")
+#: The same for dark pages. Each has a contrast of at least 3:1 with the boxes there.
+DARK_PALETTE = (
+    *("#ca3e72", "#dc4869", "#ec5860", "#f66c5c", "#fb8560"),
+    *("#fd9b6b", "#feb47b", "#feca8d", "#fde2a3", "#fcf7b9"),
+)
 #: The color of a value that could not be computed.
 UNKNOWN = "#c9ced6"
 
 
-def color(value: float, top: float) -> str:
-    """The color of a value on a scale from 0 to `top`.
+def color(value: float, ends: tuple[float, float], palette: Sequence[str] = PALETTE) -> str:
+    """The color of a value on a scale with these ends.
 
-    >>> color(0.0, 10.0), color(10.0, 10.0), color(float("nan"), 10.0)
+    >>> color(5.0, (5.0, 10.0)), color(10.0, (5.0, 10.0)), color(float("nan"), (5.0, 10.0))
     ('#fcf7b9', '#0e0b2b', '#c9ced6')
     """
     if math.isnan(value):
         return UNKNOWN
-    place = min(max(value / top, 0.0), 1.0) * (len(PALETTE) - 1)
-    index = min(int(place), len(PALETTE) - 2)
-    low, high = (_channels(PALETTE[index + end]) for end in (0, 1))
+    share = (value - ends[0]) / (ends[1] - ends[0])
+    place = min(max(share, 0.0), 1.0) * (len(palette) - 1)
+    index = min(int(place), len(palette) - 2)
+    low, high = (_channels(palette[index + end]) for end in (0, 1))
     mixed = (round(a + (b - a) * (place - index)) for a, b in zip(low, high, strict=True))
     return "#" + "".join(f"{channel:02x}" for channel in mixed)
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
+from dataclasses import replace
 
 from hra_fx.checkpoint.disk.report import file_size
+from hra_fx.reporting.grouping import Group, common_parent, grouped, single
+from hra_fx.reporting.heat import is_identity, with_unit
 from hra_fx.reporting.row import Row
 from hra_fx.reporting.table import Column
 
@@ -13,11 +16,27 @@ from hra_fx.reporting.table import Column
 def table_of(rows: Collection[Row]) -> tuple[list[Column], list[list[str]]]:
     """The columns of a report, and the texts of each row. Columns that say nothing are left out: the adapter's name if
     there is only one, and the graph if the model was not traced."""
+    return _table(single(rows), rows)
+
+
+def grouped_table_of(rows: Collection[Row]) -> tuple[list[Column], list[list[str]]]:
+    """The same for a terminal: one line for rows that differ in the indices of their blocks only."""
+    groups = grouped(rows)
+    columns, lines = _table(groups, rows)
+    parent = common_parent([group.name for group in groups])
+    if parent:
+        columns[0] = replace(columns[0], name=f"layer (in {parent})")
+    for group, line in zip(groups, lines, strict=True):
+        line[0] = line[0].removeprefix(f"{parent}.") + f" x{len(group.rows)}" * (len(group.rows) > 1)
+    return columns, lines
+
+
+def _table(groups: Collection[Group], rows: Collection[Row]) -> tuple[list[Column], list[list[str]]]:
     hidden = set() if len(adapters_of(rows)) > 1 else {"adapter"}
     if not is_traced(rows):
         hidden.add("graph")
     shown = [(column, text) for column, text in _COLUMNS if column.name not in hidden]
-    return [column for column, _ in shown], [[text(row) for _, text in shown] for row in rows]
+    return [column for column, _ in shown], [[text(group) for _, text in shown] for group in groups]
 
 
 def adapters_of(rows: Collection[Row]) -> list[str]:
@@ -36,7 +55,7 @@ def heading(rows: Collection[Row]) -> str:
     names = adapters_of(rows)
     layers = len({row.path for row in rows})
     start = f"{layers:,} adapted layer{'s' * (layers != 1)}, {total:,} adapter parameters{_memory(rows)}"
-    identity = ", no layer is rotated yet" if rows and all(row.angles == () for row in rows) else ""
+    identity = ", not trained yet (identity)" * is_identity(rows)
     return f"{start}, adapter{'s' * (len(names) > 1)} {', '.join(names)}{identity}"
 
 
@@ -57,7 +76,7 @@ def degrees(angle: float) -> str:
     >>> degrees(0.0), degrees(math.pi / 4), degrees(1e-5)
     ('0°', '45.0°', '0.00057°')
     """
-    return _with_unit(math.degrees(angle), "°")
+    return with_unit(math.degrees(angle), "°")
 
 
 def percent(share: float) -> str:
@@ -66,35 +85,31 @@ def percent(share: float) -> str:
     >>> percent(0.0), percent(0.25), percent(0.0001)
     ('0%', '25.0%', '0.01%')
     """
-    return _with_unit(100 * share, "%")
+    return with_unit(100 * share, "%")
 
 
-def _with_unit(value: float, unit: str) -> str:
-    if 0 < value < 1e-6:
-        return f"{value:.0e}{unit}"
-    if 0 < value < 0.1:
-        # Without an exponent, which is hard to read in a column.
-        return f"{value:.{1 - math.floor(math.log10(value))}f}".rstrip("0") + unit
-    return f"{value:.1f}{unit}" if value else f"0{unit}"
+def _graph(group: Group) -> str:
+    return ", ".join(dict.fromkeys(map(_graph_of, group.rows)))
 
 
-def _graph(row: Row) -> str:
+def _graph_of(row: Row) -> str:
     if row.graph is None:
         return "none"
     # The root of a graph is a prefix of the layer's own path, which is in the same line.
     return f"…{row.graph.rpartition('.')[2]}" if row.graph else "whole model"
 
 
-_COLUMNS: tuple[tuple[Column, Callable[[Row], str]], ...] = (
-    (Column("layer", is_text=True), lambda row: row.path),
-    (Column("type", is_text=True, priority=7), lambda row: row.layer_type),
+_COLUMNS: tuple[tuple[Column, Callable[[Group], str]], ...] = (
+    (Column("layer", is_text=True), lambda group: group.name),
+    (Column("type", is_text=True, priority=7), lambda group: group.first.layer_type),
     (Column("graph", is_text=True, priority=5), _graph),
-    (Column("adapter", is_text=True), lambda row: row.adapter + ", inactive" * (not row.active)),
-    (Column("d", priority=6), lambda row: str(row.d)),
-    (Column("r", priority=1), lambda row: str(row.r)),
-    (Column("params", priority=2), lambda row: f"{row.parameters:,}"),
-    (Column("|Q - I|", priority=4), lambda row: f"{row.rotation:.3f}"),
-    (Column("mean angle"), lambda row: degrees(row.mean_angle)),
-    (Column("max angle"), lambda row: degrees(row.angle)),
-    (Column("share of W", priority=3), lambda row: percent(row.share)),
+    (Column("adapter", is_text=True), lambda group: group.first.adapter + ", inactive" * (not group.first.active)),
+    (Column("d", priority=6), lambda group: str(group.first.d)),
+    (Column("r"), lambda group: str(group.first.r)),
+    (Column("params"), lambda group: f"{sum(row.parameters for row in group.rows):,}"),
+    (Column("weight change"), lambda group: group.range(lambda row: row.weight_change, percent)),
+    (Column("mean angle", priority=1), lambda group: group.angles(lambda row: row.mean_angle)),
+    (Column("max angle", priority=2), lambda group: group.angles(lambda row: row.angle)),
+    (Column("|Q - I|", priority=4), lambda group: group.range(lambda row: row.rotation, "{:.3f}".format)),
+    (Column("share of W", priority=3), lambda group: group.range(lambda row: row.share, percent)),
 )

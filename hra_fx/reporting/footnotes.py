@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from hra_fx.reporting.grouping import starred
 from hra_fx.reporting.row import Row
 from hra_fx.reporting.skipped_layers import SkippedLayer, SkippedParameter
 
@@ -89,7 +89,7 @@ def _counted(texts: Collection[str]) -> dict[str, int]:
     """Texts and how often they occur. Texts that differ only in the indices of layers are one, with `*` for these."""
     same: dict[str, list[str]] = {}
     for text in texts:
-        same.setdefault(re.sub(r"(?<![^\s.])\d+(?=[. ])|(?<=\.)\d+(?=[. ]|$)", "*", text), []).append(text)
+        same.setdefault(starred(text), []).append(text)
     return {key if len(found) > 1 else found[0]: len(found) for key, found in same.items()}
 
 

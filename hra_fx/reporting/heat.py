@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from hra_fx.errors import VisualizeError
 from hra_fx.reporting.row import Row
 
-_ROUND = (1.0, 1.2, 1.5, 1.8, 2.0, 2.5, 3.0, 4.0, 4.5, 5.0, 6.0, 8.0, 9.0, 10.0)
+#: The ends of a scale are multiples of one of these and a power of ten, and about this many steps apart.
+_ROUND, _STEPS = (1.0, 2.0, 5.0, 10.0), 10
 #: Below this, powers of ten underflow to zero.
-_LEAST = 1e-300
+_LEAST = 1e-290
+#: Values that differ by less, relative to the largest, count as equal.
+_EQUAL = 1e-3
 
 
 @dataclass(frozen=True)
@@ -34,17 +37,54 @@ class Heat:
         """The value of a row in that unit."""
         return float(getattr(row, self.field)) * self.factor
 
+    def text(self, value: float) -> str:
+        """A value in that unit as text, the same in tables, pictures and the page.
+
+        >>> HEATS["weight_change"].text(11.52), HEATS["rotation"].text(0.5), HEATS["angle"].text(math.nan)
+        ('11.5%', '0.500', 'unknown')
+        """
+        if math.isnan(value):
+            return "unknown"
+        return with_unit(value, self.unit) if self.unit else f"{value:.3f}"
+
 
 _DEGREES = 180 / math.pi
 HEATS: Mapping[str, Heat] = {
     heat.field: heat
     for heat in (
+        Heat("weight_change", "weight change", "%", 100.0),
         Heat("mean_angle", "mean angle", "°", _DEGREES),
         Heat("angle", "largest angle", "°", _DEGREES),
         Heat("rotation", "|Q - I|", "", 1.0),
         Heat("share", "share of the weight", "%", 100.0),
     )
 }
+
+
+def with_unit(value: float, unit: str) -> str:
+    """A value with its unit, with one decimal and at least two digits.
+
+    >>> with_unit(45, "°"), with_unit(0.00057, "%"), with_unit(0, "%")
+    ('45.0°', '0.00057%', '0%')
+    """
+    if 0 < value < 1e-6:
+        return f"{value:.0e}{unit}"
+    if 0 < value < 0.1:
+        # Without an exponent, which is hard to read in a column.
+        return f"{value:.{1 - math.floor(math.log10(value))}f}".rstrip("0") + unit
+    return f"{value:.1f}{unit}" if value else f"0{unit}"
+
+
+def default_heat(rows: Iterable[Row]) -> str:
+    """The measure that is shown unless another one is chosen: the change of the weight, or the mean angle if no weight
+    can be read."""
+    return "weight_change" if any(math.isfinite(row.weight_change) for row in rows) else "mean_angle"
+
+
+def is_identity(rows: Iterable[Row]) -> bool:
+    """Whether no adapter of a report rotates anything, as before training."""
+    found = list(rows)
+    return bool(found) and all(row.angles == () for row in found)
 
 
 def largest(values: Iterable[float]) -> float:
@@ -87,16 +127,26 @@ def heat_of(rows: Iterable[Row], name: str) -> dict[str, float]:
     return {path: largest(map(HEATS[name].value, own)) for path, own in used.items()}
 
 
-def scale(values: Iterable[float]) -> float:
-    """The upper end of a legend: a round number that is at least the largest value.
+def scale(values: Iterable[float]) -> tuple[float, float]:
+    """Both ends of a legend: round numbers around the values. Values that are all equal have a scale from 0.
 
-    >>> scale([3.1, 17.4]), scale([0.0]), scale([0.031, float("nan")]), scale([180.0])
-    (18.0, 1.0, 0.04, 180.0)
+    >>> scale([79.2, 111.7]), scale([3.1, 17.4]), scale([0.031, float("nan")]), scale([0.0])
+    ((75.0, 115.0), (2.0, 18.0), (0.0, 0.035), (0.0, 1.0))
     """
-    largest = max((value for value in values if math.isfinite(value)), default=0.0)
-    if largest < _LEAST:
-        return 1.0
-    power = 10.0 ** math.floor(math.log10(largest))
+    known = [value for value in values if math.isfinite(value)]
+    low, high = min(known, default=0.0), max(known, default=0.0)
+    if high < _LEAST:
+        return 0.0, 1.0
+    if high - low <= _EQUAL * high:
+        low = 0.0
+    step = _step((high - low) / _STEPS)
     # Rounding noise must not lift 180 degrees, a reflection, to the next step.
-    step = next((step for step in _ROUND if step * power >= largest * (1 - 1e-6)), 10.0)
-    return float(f"{step * power:.3g}")
+    steps = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
+    bottom, top = (float(f"{count * step:.6g}") for count in steps)
+    return bottom, top
+
+
+def _step(least: float) -> float:
+    """The smallest round number that is not smaller."""
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(step for step in _ROUND if step * power >= least * (1 - 1e-6)) * power

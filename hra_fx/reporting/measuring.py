@@ -1,4 +1,4 @@
-"""Measures one adapter at one layer: its rotation angles, and the share of the weight that they change."""
+"""Measures one adapter at one layer: its rotation angles, and how much they change the weight."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from hra_fx.errors import AdapterError
-from hra_fx.functional.rotated_energy import readable_rows, rotated_energy
+from hra_fx.functional.rotated_energy import WeightChange, readable_rows, weight_change
 from hra_fx.functional.statistics import RotationStats, rotation_stats
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.experts_adapters import ExpertsAdapters
@@ -32,16 +32,20 @@ def _joint(experts: list[RotationStats]) -> RotationStats:
     return RotationStats(rotation, tuple(angles), orthogonality)
 
 
-def share_of(rows: Tensor | None, chain: Tensor | None) -> float:
-    """The share of the weight of `weight_rows` that the reflections change, NaN if one of them is `None`."""
+def change_of(rows: Tensor | None, chain: Tensor | None) -> WeightChange:
+    """How much the reflections change the weight of `weight_rows`, NaN if one of them is `None`."""
     if rows is None or chain is None:
-        return math.nan
+        return WeightChange(math.nan, math.nan)
     if chain.dim() == 2:
-        return rotated_energy(rows, chain)
+        return weight_change(rows, chain)
     sizes = [float(expert.double().square().sum()) for expert in rows]
-    shares = [rotated_energy(expert, own) for expert, own in zip(rows, chain, strict=True)]
+    changes = [weight_change(expert, own) for expert, own in zip(rows, chain, strict=True)]
     total = sum(sizes)
-    return sum(size * share for size, share in zip(sizes, shares, strict=True)) / total if total else 0.0
+    if not total:
+        return WeightChange(0.0, 0.0)
+    share = sum(size * one.share for size, one in zip(sizes, changes, strict=True)) / total
+    change = sum(size * one.change**2 for size, one in zip(sizes, changes, strict=True)) / total
+    return WeightChange(share, math.sqrt(change))
 
 
 def chain_of(layer: AdaptedLayer, adapter: str) -> Tensor | None:

@@ -19,16 +19,16 @@ _MANY = 40
 
 
 def as_html(rows: Collection[Row], footnotes: Collection[Footnote]) -> str:
-    """The table, with a bar behind each mean angle, and the footnotes as sections that open."""
+    """The table, with a bar behind each change of a weight, and the footnotes as sections that open."""
     columns, cells = table_of(rows)
-    top = max((row.mean_angle for row in rows if not math.isnan(row.mean_angle)), default=0.0)
+    top = max((row.weight_change for row in rows if not math.isnan(row.weight_change)), default=0.0)
     scroll = "max-height:40em;overflow:auto" if len(rows) > _MANY else "overflow-x:auto"
     parts = [
         f"<div><p><strong>{escape(heading(rows))}</strong></p>",
         f'<div style="{scroll}"><table style="border-collapse:collapse;font-variant-numeric:tabular-nums">',
         f"<thead><tr>{''.join(_head(column) for column in columns)}</tr></thead><tbody>",
         *(
-            f"<tr>{''.join(_cells(columns, texts, row.mean_angle / top if row.mean_angle > 0 else 0))}</tr>"
+            f"<tr>{''.join(_cells(columns, texts, row.weight_change / top if row.weight_change > 0 else 0))}</tr>"
             for row, texts in zip(rows, cells, strict=True)
         ),
         "</tbody></table></div>",
@@ -43,10 +43,10 @@ def _head(column: Column) -> str:
 
 
 def _cells(columns: Sequence[Column], texts: Sequence[str], share: float) -> Iterator[str]:
-    """The cells of a row; `share` is the length of the bar behind the mean angle."""
+    """The cells of a row; `share` is the length of the bar behind the change of the weight."""
     for column, text in zip(columns, texts, strict=True):
         style = _style(column)
-        if column.name == "mean angle" and share:
+        if column.name == "weight change" and share:
             style += f";background:linear-gradient(to right,{_BAR} {share:.1%},transparent {share:.1%})"
         yield f'<td style="{style}">{escape(text)}</td>'
 

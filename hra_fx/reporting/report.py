@@ -14,7 +14,7 @@ from hra_fx.layers.accelerate_hooks import loaded
 from hra_fx.layers.sharding import local_tensor
 from hra_fx.layers.target import describe, weight_place
 from hra_fx.model.state import get_state, require_adapted_layers
-from hra_fx.reporting.measuring import chain_of, share_of, turn_of, weight_rows
+from hra_fx.reporting.measuring import chain_of, change_of, turn_of, weight_rows
 from hra_fx.reporting.result import Report
 from hra_fx.reporting.row import Row
 from hra_fx.reporting.skipped_layers import not_adapted, not_adapted_in_graph, skipped_parameters
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def report(model: nn.Module | ExportedProgram, *, capture: bool = False) -> Report:
     """Describe what each adapter does at each layer, and list the layers and 3-D parameters without an adapter.
 
-    The angles come from matrices of size `r x r`, and the share of the weight from one product of the weight with at
+    The angles come from matrices of size `r x r`, and the change of the weight from one product of the weight with at
     most `r + 1` columns, so that no `d x d` matrix is made.
 
     Args:
@@ -92,4 +92,5 @@ def _measured(chain: Tensor | None, weight: Tensor | None) -> dict[str, Any]:
     """The fields of a row that are measured."""
     found = turn_of(chain)
     angles = {"angle": found.angle, "mean_angle": found.mean_angle}
-    return {**found._asdict(), **angles, "share": share_of(weight, chain)}
+    changed = change_of(weight, chain)
+    return {**found._asdict(), **angles, "share": changed.share, "weight_change": changed.change}

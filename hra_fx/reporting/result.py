@@ -6,14 +6,16 @@ import dataclasses
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 
-from hra_fx.reporting.columns import heading, table_of
+from hra_fx.reporting.columns import grouped_table_of, heading
 from hra_fx.reporting.footnotes import Footnote, footnotes
 from hra_fx.reporting.markdown import as_markdown
 from hra_fx.reporting.notebook import as_html
@@ -21,12 +23,14 @@ from hra_fx.reporting.plots.comparison import draw_comparison
 from hra_fx.reporting.plots.heatmap import draw_heatmap
 from hra_fx.reporting.row import Row
 from hra_fx.reporting.skipped_layers import SkippedLayer, SkippedParameter
-from hra_fx.reporting.table import as_text, in_terminal
+from hra_fx.reporting.table import UNLIMITED, as_text, in_terminal
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the adapters of a model do. It prints as a table, in a terminal and in a notebook.
+    """What the adapters of a model do. It prints as a table, with one line for layers that repeat in each block.
+
+    The rows of all layers are in `rows`, `to_dicts()`, `to_json()`, `to_markdown()` and the table of a notebook.
 
     Attributes:
         rows: one for each adapter of each layer, in model order.
@@ -67,17 +71,18 @@ class Report:
         return json.dumps(_without_nan(content), indent=indent, allow_nan=False)
 
     def to_markdown(self) -> str:
-        """The table in GitHub's Markdown, with its footnotes below."""
+        """The table of all layers in GitHub's Markdown, with its footnotes below."""
         return as_markdown(self.rows, self._footnotes())
 
     def plot_heatmap(
-        self, path: str | os.PathLike[str], heat: str = "mean_angle", *, adapter: str | None = None
+        self, path: str | os.PathLike[str], heat: str | None = None, *, adapter: str | None = None
     ) -> Path:
-        """Plot how far each layer is rotated: one row for each projection, one column for each block.
+        """Plot how much each layer is changed: one row for each projection, one column for each block.
 
         Args:
             path: the file, ending in `.svg`, `.png` or `.pdf`; its folder must exist.
-            heat: the field that is shown: `"mean_angle"`, `"angle"`, `"rotation"` or `"share"`.
+            heat: the field that is shown: `"weight_change"` (the default), `"mean_angle"`, `"angle"`, `"rotation"` or
+                `"share"`.
             adapter: name of the adapter; `None` for the largest value among a layer's adapters.
 
         Returns:
@@ -106,15 +111,16 @@ class Report:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The table with as many columns as fit, and its footnotes."""
-        yield from in_terminal(*table_of(self.rows), heading(self.rows), self._footnotes(), options.max_width)
+        yield from in_terminal(*grouped_table_of(self.rows), heading(self.rows), self._footnotes(), options.max_width)
 
     def _repr_html_(self) -> str:
-        """The table for notebooks."""
+        """The table of all layers for notebooks."""
         return as_html(self.rows, self._footnotes())
 
     def __str__(self) -> str:
-        """The table as text with all columns, as wide as needed, and its footnotes."""
-        return as_text(*table_of(self.rows), heading(self.rows), self._footnotes())
+        """The table as text, and its footnotes: as many columns as fit if it is printed in a terminal, else all."""
+        width = get_terminal_size().columns if sys.stdout.isatty() else UNLIMITED
+        return as_text(*grouped_table_of(self.rows), heading(self.rows), self._footnotes(), width)
 
     __repr__ = __str__
 

@@ -28,6 +28,7 @@ class Row:
         share: share of the weight that `Q` changes: `|W P|_F^2 / |W|_F^2`, with `P` the projector on the directions
             that `Q` does not leave as they are. A quantized weight is dequantized first. NaN if the weight cannot be
             read (no data, sharded, or its library cannot dequantize it here).
+        weight_change: `|W Q - W|_F / |W|_F`: how much `Q` changes the weight, relative to its size. NaN as for `share`.
         bytes: memory of the vectors; 0 in a report of a graph.
         bytes_here: what this process holds of it, which is less if they are sharded.
         graph: path of the traced graph that shows the layer (`""` for the whole model), `None` if there is none or
@@ -48,6 +49,7 @@ class Row:
     angles: tuple[float, ...]
     orthogonality: float
     share: float
+    weight_change: float
     bytes: int = 0
     bytes_here: int = 0
     graph: str | None = None

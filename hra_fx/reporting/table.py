@@ -86,19 +86,24 @@ def in_terminal(
     width: int,
 ) -> Iterator[RenderableType]:
     """A table that fits a width, and footnotes below it."""
-    yield fit_table(columns, rows, width, title)
+    yield Text(title, style="italic")
+    yield fit_table(columns, rows, width)
     for footnote in footnotes:
         yield Text(footnote.heading, style="bold")
         yield from (Padding(Text(line), (0, 0, 0, 2)) for line in footnote.lines)
 
 
 def as_text(
-    columns: Sequence[Column], rows: Collection[Sequence[str]], title: str, footnotes: Collection[Footnote]
+    columns: Sequence[Column],
+    rows: Collection[Sequence[str]],
+    title: str,
+    footnotes: Collection[Footnote],
+    width: int = UNLIMITED,
 ) -> str:
-    """The same as plain text, with every column and as wide as needed."""
-    console = Console(width=UNLIMITED, no_color=True, highlight=False)
+    """The same as plain text. Footnotes are not wrapped."""
+    console = Console(width=width, no_color=True, highlight=False)
     with console.capture() as capture:
-        console.print(fit_table(columns, rows, UNLIMITED, title))
+        console.print(Text(title), fit_table(columns, rows, width))
     lines = [line.rstrip() for line in capture.get().rstrip().splitlines()]
     for footnote in footnotes:
         lines += ["", footnote.heading, *(f"  {line}" for line in footnote.lines)]

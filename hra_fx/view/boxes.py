@@ -40,6 +40,7 @@ class Box:
         heat: the color of the adapter strip, if a heatmap is shown.
         cells: one cell for each adapted layer, if there are several.
         skipped: number of layers in it without an adapter.
+        refused: whether one of them should have an adapter.
         parts: boxes inside.
         routes: edges between them.
         body: position of the inside.
@@ -57,6 +58,7 @@ class Box:
     heat: str = ""
     cells: Cells = NO_CELLS
     skipped: int = 0
+    refused: bool = False
     x: float = 0.0
     y: float = 0.0
     parts: tuple[Box, ...] = ()
@@ -108,10 +110,7 @@ def _strip(leaf: Leaf, words: str) -> str:
     if leaf.op == "eager":
         return f"r {leaf.rank} · d {leaf.width} · not traced"
     strip = f"r {leaf.rank} · d {leaf.width}" if leaf.rank else "no active adapter"
-    rotations = [mark.rotation for mark in leaf.marks if mark.rotation is not None]
-    if words:
-        return f"{strip} · {words}"
-    return strip + (f" · |Q-I| {sum(rotations) / len(rotations):.2f}" if rotations else "")
+    return f"{strip} · {words}" if words else strip
 
 
 def _leaf(leaf: Leaf, heatmap: Heatmap) -> Box:
@@ -123,7 +122,17 @@ def _leaf(leaf: Leaf, heatmap: Heatmap) -> Box:
     if leaf.kind in ("input", "output"):
         return Box("port", Size(max(wide, 60), 24), name, detail, tip, 0)
     look: Look = "trained" if leaf.trained else "eager" if leaf.kind == "eager" else "plain"
-    return Box(look, Size(max(wide, 70), 29), name, detail, tip, 0, count=count, skipped=len(leaf.skipped))
+    return Box(
+        look,
+        Size(max(wide, 70), 29),
+        name,
+        detail,
+        tip,
+        0,
+        count=count,
+        skipped=len(leaf.skipped),
+        refused=bool(leaf.refused),
+    )
 
 
 def _closed(scope: Scope, letter: str, heatmap: Heatmap) -> Box:
@@ -141,9 +150,8 @@ def _closed(scope: Scope, letter: str, heatmap: Heatmap) -> Box:
     )
     cells = heatmap.cells(scope, wide)
     size = Size(wide + 2 * _PAD, 47 + cells.height)
-    return Box(
-        "closed", size, name, detail, tip, adapted, letter=letter, count=count, cells=cells, skipped=len(skipped)
-    )
+    box = Box("closed", size, name, detail, tip, adapted, letter=letter, count=count, cells=cells)
+    return replace(box, skipped=len(skipped), refused=bool(scope.refused))
 
 
 def _open(scope: Scope, blocks: tuple[Block, ...], heatmap: Heatmap, *, root: bool, alone: bool) -> Box:

@@ -13,8 +13,9 @@ from hra_fx.view.describe import name_of
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.heatmap import Heatmap, heatmap_of
 from hra_fx.view.options import Options
-from hra_fx.view.svg import EDGE, FRAMES, LOOKS, SKIPPED, VIOLET, VIOLET_LINE, VIOLET_PALE
+from hra_fx.view.svg import FRAMES, LOOKS
 from hra_fx.view.text import clean
+from hra_fx.view.theme import light
 from hra_fx.view.tree import Leaf, module_of, notes
 
 #: Limits network simplex and crossing minimization.
@@ -38,7 +39,7 @@ def render(drawing: Drawing, options: Options) -> str:
         f"digraph {quoted(part.title)} {{",
         f"  graph [{_LIMITS}, label={quoted(part.title)}, labelloc=t, fontname={quoted('sans-serif')}]",
         f'  node [shape=box, style="filled,rounded", fontname={quoted("sans-serif")}, fontsize=11, margin="0.12,0.06"]',
-        f'  edge [color="{EDGE}", arrowsize=0.7]',
+        f'  edge [color="{light("edge")}", arrowsize=0.7]',
         *_inside(leaves, heatmap, picture.graph["classes"]),
         *(f"  {names[source]} -> {names[target]}" for source, target in picture.edges),
     ]
@@ -66,7 +67,7 @@ def _inside(
             inner.setdefault(leaf.place[depth], []).append((name, leaf))
         else:
             yield f"{indent}{name} [{_attributes(leaf, heatmap)}]"
-    fill, line, _ = FRAMES["traced"]
+    fill, line = map(light, FRAMES["traced"][:2])
     for call, members in inner.items():
         # Graphviz joins clusters of one name, so each is named after its first box, which is unique at its depth.
         yield f"{indent}subgraph cluster_{depth}_{members[0][0]} {{"
@@ -79,9 +80,13 @@ def _inside(
 def _attributes(leaf: Leaf, heatmap: Heatmap) -> str:
     value, heat = heatmap.strip(leaf)
     look = "trained" if leaf.trained else _LOOKS.get(leaf.kind, "plain")
-    fill, line, ink = LOOKS[look]
+    fill, line, ink = map(light, LOOKS[look])
     if leaf.marks:
-        fill, line, ink = heat or VIOLET_PALE, VIOLET_LINE, ink_on(heat) if heat else VIOLET
+        fill, line, ink = map(light, ("violet-pale", "violet-line", "violet"))
+    if heat:
+        fill, ink = heat, ink_on(heat)
+    if leaf.skipped:
+        line = light("red-line" if leaf.refused else "skipped")
     words = [leaf.name, leaf.detail if leaf.detail != leaf.name else ""]
     if leaf.kind == "adapted_layer":
         words.append(f"r {leaf.rank} · d {leaf.width}" if leaf.marks else "same layer, called again")
@@ -94,7 +99,7 @@ def _attributes(leaf: Leaf, heatmap: Heatmap) -> str:
         "tooltip": quoted(*tip),
         "class": quoted("adapted_layer" if leaf.marks else "again" if leaf.kind == "adapted_layer" else leaf.kind),
         "fillcolor": quoted(fill),
-        "color": quoted(SKIPPED if leaf.skipped else line),
+        "color": quoted(line),
         "fontcolor": quoted(ink),
     }
     return ", ".join(f"{name}={value}" for name, value in shown.items())

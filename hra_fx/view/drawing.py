@@ -9,6 +9,7 @@ from typing import Any
 import networkx as nx
 
 from hra_fx.model.unwrap import unwrap
+from hra_fx.reporting.heat import is_identity
 from hra_fx.reporting.report import report
 from hra_fx.reporting.row import Row
 from hra_fx.view.graph import leaves_of
@@ -29,6 +30,7 @@ class Drawing:
         picture: the leaves, and the flow of values between them; see `graph.leaves_of`.
         rows: the rows of the report; empty for a plain model.
         skipped: path of a layer without an adapter -> the reason; empty for a plain model.
+        refused: the paths of those that should have an adapter: the configuration selects them.
         trained_in_full: paths of the layers that are trained in full.
     """
 
@@ -38,6 +40,7 @@ class Drawing:
     picture: nx.DiGraph[str]
     rows: tuple[Row, ...]
     skipped: Mapping[str, str]
+    refused: frozenset[str] = frozenset()
     trained_in_full: tuple[str, ...] = ()
 
     def tree(self) -> Scope:
@@ -66,12 +69,15 @@ def drawing_of(model: Any, example_inputs: Any = None) -> Drawing:
     if found is None:
         return Drawing(name, name, _facts(subject), picture, (), {})
     skipped = {layer.path: layer.reason for layer in found.skipped}
-    _mark(picture, skipped, found.trained_in_full)
-    title = f"{name} with HRA"
-    return Drawing(name, title, _facts(subject), picture, found.rows, skipped, found.trained_in_full)
+    refused = frozenset(layer.path for layer in found.skipped if layer.targeted)
+    _mark(picture, skipped, refused, found.trained_in_full)
+    facts = _facts(subject) + " · not trained yet (identity)" * is_identity(found.rows)
+    return Drawing(name, f"{name} with HRA", facts, picture, found.rows, skipped, refused, found.trained_in_full)
 
 
-def _mark(picture: nx.DiGraph[str], skipped: Mapping[str, str], trained: Collection[str]) -> None:
+def _mark(
+    picture: nx.DiGraph[str], skipped: Mapping[str, str], refused: Collection[str], trained: Collection[str]
+) -> None:
     """Note at each leaf which layers without an adapter it stands for."""
     layers = {*skipped, *trained}
     below: dict[str, list[str]] = {}  # path of a module -> the layers that it is or contains
@@ -84,8 +90,9 @@ def _mark(picture: nx.DiGraph[str], skipped: Mapping[str, str], trained: Collect
         paths = [path for own in leaf.paths for path in below.get(own, ())]
         paths += [path for path in leaf.readers if path in layers]
         here = {path: skipped[path] for path in paths if path in skipped}
+        lost = tuple(path for path in here if path in refused)
         full = tuple(dict.fromkeys(path for path in paths if path not in skipped))
-        picture.nodes[key]["leaf"] = replace(leaf, skipped=here, trained=full)
+        picture.nodes[key]["leaf"] = replace(leaf, skipped=here, refused=lost, trained=full)
 
 
 def _facts(subject: Subject) -> str:

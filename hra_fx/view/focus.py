@@ -35,14 +35,19 @@ def focused(drawing: Drawing, focus: str | None) -> Drawing:
     rows = tuple(row for row in drawing.rows if _within(row.path, focus))
     skipped = {path: why for path, why in drawing.skipped.items() if _within(path, focus)}
     adapted = {mark.path for leaf in inside.values() for mark in leaf.marks}
-    here = f"{len(adapted)} adapted layer{'' if len(adapted) == 1 else 's'} here" if drawing.rows else "a part"
+    parameters = sum(row.parameters for row in rows)
+    facts = f"a part · whole model: {drawing.facts}"
+    if drawing.rows:
+        total = len({row.path for row in drawing.rows})
+        facts = f"{len(adapted)} of {total} adapted layers · {parameters:,} adapter parameters here"
     return replace(
         drawing,
         title=f"{focus} in {drawing.title}",
-        facts=f"{here} · whole model: {drawing.facts}",
+        facts=facts,
         picture=_cut_out(drawing.picture, focus, inside),
         rows=rows,
         skipped=skipped,
+        refused=drawing.refused & skipped.keys(),
         trained_in_full=tuple(path for path in drawing.trained_in_full if _within(path, focus)),
     )
 

@@ -30,12 +30,14 @@ class Format:
         module: the module with its `render` function.
         library: a package that it requires, `""` for none.
         extra: the extra of hra-fx that installs that package.
+        themed: whether it can be dark.
     """
 
     words: str
     module: str
     library: str = ""
     extra: str = ""
+    themed: bool = False
 
     @property
     def works(self) -> bool:
@@ -44,9 +46,9 @@ class Format:
 
 
 FORMATS: Mapping[str, Format] = {
-    ".svg": Format("picture", "hra_fx.view.page"),
-    ".png": Format("picture", "hra_fx.view.png", "resvg_py", "png"),
-    ".html": Format("interactive page", "hra_fx.view.html.rendering"),
+    ".svg": Format("picture", "hra_fx.view.page", themed=True),
+    ".png": Format("picture", "hra_fx.view.png", "resvg_py", "png", themed=True),
+    ".html": Format("interactive page", "hra_fx.view.html.rendering", themed=True),
     ".mmd": Format("Mermaid, for READMEs", "hra_fx.view.mermaid"),
     ".dot": Format("Graphviz", "hra_fx.view.dot"),
     ".graphml": Format("networkx, Gephi, yEd", "hra_fx.view.graphml"),
@@ -86,8 +88,12 @@ def rendered(file: Path, drawing: Drawing, options: Options) -> bytes:
     Raises:
         VisualizeError: the options do not fit the model.
     """
+    form = FORMATS[file.suffix.lower()]
+    if options.theme and not form.themed:
+        known = ", ".join(ending for ending, other in FORMATS.items() if other.themed)
+        raise VisualizeError(f"`theme` is for {known}, and {file.name!r} is not one of them. Leave it out.")
     part = focused(drawing, options.focus)
     heatmap_of(part, options.heat)  # the same error for all formats
-    render: Render = import_module(FORMATS[file.suffix.lower()].module).render
+    render: Render = import_module(form.module).render
     content = render(part, options)
     return content if isinstance(content, bytes) else content.encode("utf-8")

@@ -11,7 +11,7 @@ from hra_fx.view.collapse import collapsed
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.heatmap import heatmap_of
 from hra_fx.view.network import network
-from hra_fx.view.options import Options
+from hra_fx.view.options import OFF, Options
 from hra_fx.view.text import clean
 
 
@@ -33,7 +33,7 @@ def plain(drawing: Drawing, options: Options) -> nx.DiGraph[str]:
     are left out. The values of `options.heat` are in the attribute `heat_<name>`.
     """
     part = collapsed(drawing, options.depth)
-    graph, heat = network(part), heatmap_of(part, options.heat)
+    graph, heat = network(part), heatmap_of(part, options.heat or OFF)
     for key, leaf in part.picture.nodes(data="leaf"):
         if leaf.marks:
             graph.nodes[key]["adapted_layers"] = "\n".join(mark.path for mark in leaf.marks)

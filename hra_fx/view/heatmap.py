@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import ceil
 
 from hra_fx.errors import VisualizeError
-from hra_fx.reporting.colormap import color
-from hra_fx.reporting.heat import HEATS, heat_of, scale
+from hra_fx.reporting.colormap import DARK_PALETTE, PALETTE, color
+from hra_fx.reporting.heat import HEATS, default_heat, heat_of, is_identity, scale
 from hra_fx.view.drawing import Drawing
+from hra_fx.view.options import OFF
 from hra_fx.view.text import clean
+from hra_fx.view.theme import Theme
 from hra_fx.view.tree import Item
 
 CELL = 8.0  # height of a row of heat cells
@@ -48,12 +50,14 @@ class Heatmap:
     Attributes:
         name: which measure, a key of `HEATS`.
         values: one for each adapted layer, in the unit of the legend.
-        top: the upper end of the legend.
+        ends: the ends of the legend.
+        palette: the colors from one end to the other.
     """
 
-    name: str
-    values: Mapping[str, float]
-    top: float
+    name: str = ""
+    values: Mapping[str, float] = field(default_factory=dict)
+    ends: tuple[float, float] = (0.0, 1.0)
+    palette: Sequence[str] = PALETTE
 
     def mean(self, paths: Iterable[str]) -> float:
         """The mean of some layers; NaN if there are none, or if one is unknown."""
@@ -62,11 +66,11 @@ class Heatmap:
 
     def text(self, value: float) -> str:
         """A value with its unit."""
-        return "unknown" if math.isnan(value) else f"{value:.{_decimals(self.top)}f}{HEATS[self.name].unit}"
+        return HEATS[self.name].text(value)
 
     def color(self, value: float) -> str:
         """The color of a value."""
-        return color(value, self.top)
+        return color(value, self.ends, self.palette)
 
     def line(self, path: str) -> str:
         """A line of a tooltip: an adapted layer with its value."""
@@ -96,27 +100,24 @@ class Heatmap:
         return Cells(colors, tuple(clean(self.line(path)) for path in paths), columns)
 
 
-def heatmap_of(drawing: Drawing, name: str | None) -> Heatmap:
-    """The heatmap of a picture, without values for `None`.
+def heatmap_of(drawing: Drawing, name: str | None, theme: Theme = "light") -> Heatmap:
+    """The heatmap of a picture.
+
+    Args:
+        drawing: the drawing of a model.
+        name: the measure. `None` for `default_heat`, without values if no layer is rotated; `"off"` for no values.
+        theme: which palette is used.
 
     Raises:
         VisualizeError: the model has no adapters.
     """
-    if name is None:
-        return Heatmap("", {}, 1.0)
+    if name == OFF or (name is None and (not drawing.rows or is_identity(drawing.rows))):
+        return Heatmap()
+    name = name or default_heat(drawing.rows)
     if not drawing.rows:
         raise VisualizeError(
             f"`heat` must be None for {drawing.title}, which has no adapters, got {name!r}. "
             "Draw a model that went through hra_fx.transform."
         )
     values = heat_of(drawing.rows, name)
-    return Heatmap(name, values, scale(values.values()))
-
-
-def _decimals(top: float) -> int:
-    """Enough decimals to show about a hundredth of the scale.
-
-    >>> _decimals(45.0), _decimals(4.0), _decimals(0.04)
-    (0, 2, 4)
-    """
-    return 0 if top >= 10 else max(2 - math.floor(math.log10(top)), 0)
+    return Heatmap(name, values, scale(values.values()), DARK_PALETTE if theme == "dark" else PALETTE)

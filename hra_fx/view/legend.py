@@ -11,7 +11,7 @@ from hra_fx.reporting.colormap import UNKNOWN
 from hra_fx.reporting.heat import HEATS
 from hra_fx.view.boxes import Box
 from hra_fx.view.heatmap import Heatmap
-from hra_fx.view.svg import EDGE, FAINT, FRAMES, INK, LOOKS, VIOLET_LINE, VIOLET_PALE, shape, skipped_marker, write
+from hra_fx.view.svg import FRAMES, LOOKS, shape, skipped_marker, write
 from hra_fx.view.text import width
 
 LINE = 22.0  # height of a line
@@ -27,37 +27,39 @@ class Entry:
     draw: Callable[[Element, float, float], None]
 
 
-def entries(boxes: Collection[Box], heatmap: Heatmap, skipped: int) -> list[Entry]:
+def entries(boxes: Collection[Box], heatmap: Heatmap, skipped: int, refused: int) -> list[Entry]:
     """The entries of a picture's legend.
 
     Args:
         boxes: all boxes of the picture.
         heatmap: the colors of adapted layers.
         skipped: number of layers without an adapter.
+        refused: number of those that should have one.
     """
     looks = {box.look for box in boxes}
     found: list[Entry] = []
     if heatmap.values:
         found.append(_color_bar(heatmap))
         if any(math.isnan(value) for value in heatmap.values.values()):
-            found.append(_swatch("unknown", UNKNOWN, EDGE))
+            found.append(_swatch("unknown", UNKNOWN, "edge"))
     elif "adapted_layer" in looks:
-        found.append(_swatch("adapter: r vectors of length d, |Q-I| = size of the rotation", VIOLET_PALE, VIOLET_LINE))
-    if skipped:
-        found.append(_skipped(skipped))
-    closed = "closed module, see the panel with its letter" if any(box.letter for box in boxes) else "closed module"
+        found.append(_swatch("adapter: r vectors of length d", "violet-pale", "violet-line"))
+    if skipped > refused:
+        found.append(_skipped(f"{_layers(skipped - refused)} not targeted", refused=False))
+    if refused:
+        found.append(_skipped(f"{_layers(refused)} targeted, but not adapted", refused=True))
+    letters = " (the panel with its letter shows the inside)" * any(box.letter for box in boxes)
     for look, words in (
         ("adapted_layer", "adapted layer"),
         ("trained", "trained in full"),
         ("plain", "other operation"),
-        ("closed", closed),
     ):
         if look in looks:
             found.append(_swatch(words, *LOOKS[look][:2]))
-    if "traced" in looks:
-        found.append(_swatch("traced module", *FRAMES["traced"]))
+    if looks & {"closed", "traced"}:
+        found.append(_swatch(f"module{letters}", *FRAMES["traced"]))
     if "untraced" in looks:
-        found.append(_swatch("module that is not traced: in order of definition, without edges", *FRAMES["untraced"]))
+        found.append(_swatch("module that is not traced, without edges", *FRAMES["untraced"]))
     if "eager" in looks:
         found.append(_swatch("not traced, without adapters", *LOOKS["eager"][:2], "4 3"))
     return found
@@ -85,34 +87,36 @@ def _swatch(words: str, fill: str, line: str, dashes: str = "") -> Entry:
         swatch = shape(parent, "rect", x=x, y=y, width=24.0, height=15.0, rx=4.0, fill=fill, stroke=line)
         if dashes:
             swatch.set("stroke-dasharray", dashes)
-        write(parent, x + 31, y + 12, words, 12, FAINT)
+        write(parent, x + 31, y + 12, words, 12, "faint")
 
     return Entry(31 + width(words, 12), draw)
 
 
-def _skipped(count: int) -> Entry:
-    words = f"{count} layer{'s' * (count != 1)} not adapted (the tooltip has the reason)"
+def _layers(count: int) -> str:
+    return f"{count} layer{'s' * (count != 1)}"
 
+
+def _skipped(words: str, *, refused: bool) -> Entry:
     def draw(parent: Element, x: float, y: float) -> None:
-        skipped_marker(parent, x + 7, y + 7.5)
-        write(parent, x + 18, y + 12, words, 12, FAINT)
+        skipped_marker(parent, x + 7, y + 7.5, refused=refused)
+        write(parent, x + 18, y + 12, words, 12, "faint")
 
     return Entry(18 + width(words, 12), draw)
 
 
 def _color_bar(heatmap: Heatmap) -> Entry:
     """The color scale, with the values at its ends."""
-    unit = HEATS[heatmap.name].unit
-    words, low, high = f"adapter, {HEATS[heatmap.name].words}:", f"0{unit}", f"{heatmap.top:g}{unit}"
+    unit, (bottom, top) = HEATS[heatmap.name].unit, heatmap.ends
+    words, low, high = f"{HEATS[heatmap.name].words}:", f"{bottom:g}{unit}", f"{top:g}{unit}"
     bar = width(words, 12) + 6 + width(low, 12) + 6
 
     def draw(parent: Element, x: float, y: float) -> None:
-        write(parent, x, y + 12, words, 12, FAINT)
-        write(parent, x + bar - 6, y + 12, low, 12, INK, anchor="end")
+        write(parent, x, y + 12, words, 12, "faint")
+        write(parent, x + bar - 6, y + 12, low, 12, "ink", anchor="end")
         for step in range(_STEPS):
-            fill = heatmap.color(heatmap.top * step / (_STEPS - 1))
+            fill = heatmap.color(bottom + (top - bottom) * step / (_STEPS - 1))
             shape(parent, "rect", x=x + bar + step * _STEP, y=y, width=_STEP, height=15.0, fill=fill, class_="heat")
-        shape(parent, "rect", x=x + bar, y=y, width=_STEPS * _STEP, height=15.0, fill="none", stroke=EDGE)
-        write(parent, x + bar + _STEPS * _STEP + 6, y + 12, high, 12, INK)
+        shape(parent, "rect", x=x + bar, y=y, width=_STEPS * _STEP, height=15.0, fill="none", stroke="edge")
+        write(parent, x + bar + _STEPS * _STEP + 6, y + 12, high, 12, "ink")
 
     return Entry(bar + _STEPS * _STEP + 6 + width(high, 12), draw)

@@ -17,8 +17,9 @@ from hra_fx.view.drawing import Drawing
 from hra_fx.view.heatmap import Heatmap, heatmap_of
 from hra_fx.view.options import Options
 from hra_fx.view.panels import BUDGET, Block, opened
-from hra_fx.view.svg import EDGE, FRAMES, INK, LOOKS, VIOLET, VIOLET_LINE, VIOLET_PALE
+from hra_fx.view.svg import FRAMES, LOOKS
 from hra_fx.view.text import clean, shorten
+from hra_fx.view.theme import light
 from hra_fx.view.tree import Item, Leaf, Scope, span
 
 #: The limits of Mermaid on GitHub.
@@ -155,7 +156,7 @@ class _Flowchart:
     def styles(self) -> Iterator[str]:
         """The colors of boxes, readable on light and dark pages."""
         for look, names in self.classes.items():
-            fill, line, ink = _COLORS[look]
+            fill, line, ink = map(light, _COLORS[look])
             dashes = ",stroke-dasharray:4 3" if look in ("eager", "untraced") else ""
             yield f"  classDef {look} fill:{fill},stroke:{line},color:{ink}{dashes}"
             yield f"  class {','.join(names)} {look}"
@@ -165,9 +166,9 @@ class _Flowchart:
 
 _COLORS = {
     **LOOKS,
-    "adapted_layer": (VIOLET_PALE, VIOLET_LINE, VIOLET),
-    "dot": (EDGE, EDGE, INK),
-    **{look: (fill, line, INK) for look, (fill, line, _) in FRAMES.items()},
+    "adapted_layer": ("violet-pale", "violet-line", "violet"),
+    "dot": ("edge", "edge", "ink"),
+    **{look: (fill, line, "ink") for look, (fill, line, _) in FRAMES.items()},
 }
 
 

@@ -12,19 +12,17 @@ import math
 from typing import Any
 
 from hra_fx.reporting.colormap import PALETTE, ink_on
-from hra_fx.reporting.heat import HEATS
+from hra_fx.reporting.heat import HEATS, default_heat
 from hra_fx.view.collapse import collapsed
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.heatmap import heatmap_of
-from hra_fx.view.options import Options
+from hra_fx.view.options import OFF, Options
 from hra_fx.view.text import clean
 from hra_fx.view.tree import Leaf, module_of, notes
 
-_HEAT = "mean_angle"
-
 
 def render(drawing: Drawing, options: Options) -> str:
-    """The JSON of a model, or of a part of it. Node data show `options.heat`, by default mean angles.
+    """The JSON of a model, or of a part of it. Node data show `options.heat`, by default the change of the weight.
 
     Raises:
         VisualizeError: the options do not fit the model.
@@ -34,8 +32,8 @@ def render(drawing: Drawing, options: Options) -> str:
     nodes = [_node(part, key, data["leaf"]) for key, data in part.picture.nodes(data=True)]
     graph = {"id": name, "nodes": nodes, "groupNodeAttributes": _groups(part)}
     content: dict[str, Any] = {"label": clean(part.title), "graphs": [graph]}
-    if part.rows:
-        content[name] = _node_data(part, options.heat or _HEAT)
+    if part.rows and options.heat != OFF:
+        content[name] = _node_data(part, options.heat or default_heat(part.rows))
     return json.dumps(content, allow_nan=False, separators=(",", ":")) + "\n"
 
 

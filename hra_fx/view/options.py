@@ -1,23 +1,30 @@
-"""The options of a picture: depth, focus and heat."""
+"""The options of a picture: depth, focus, heat and theme."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hra_fx.errors import VisualizeError
-from hra_fx.reporting.heat import heat_named
+from hra_fx.reporting.heat import HEATS
+from hra_fx.view.theme import THEMES, Theme
+
+#: The heat of a picture without colors.
+OFF = "off"
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a picture.
+    r"""The options of a picture.
 
     Attributes:
         depth: number of module levels that are open: with 0 the children of the model are closed, with 1 they show
             their children. `None` leaves it to the format.
         focus: qualified name of the module that is drawn, `None` for the model.
-        heat: the measure that colors adapted layers, a key of `reporting.heat.HEATS`; `None` for no colors.
+        heat: the measure that colors adapted layers, a key of `reporting.heat.HEATS`; `"off"` for no colors, `None` for
+            the change of the weight.
+        theme: `"light"` or `"dark"`; `None` leaves it to the format.
 
     Raises:
         VisualizeError: an option has the wrong type or value.
@@ -25,12 +32,14 @@ class Options:
     >>> Options(heat="color")
     Traceback (most recent call last):
         ...
-    hra_fx.errors.VisualizeError: `heat` must be one of 'mean_angle', 'angle', 'rotation', 'share', got 'color'.
+    hra_fx.errors.VisualizeError: `heat` must be one of 'weight_change', 'mean_angle', 'angle', 'rotation', 'share', \
+'off', got 'color'.
     """
 
     depth: int | None = None
     focus: str | None = None
     heat: str | None = None
+    theme: Theme | None = None
 
     def __post_init__(self) -> None:
         """Check each field."""
@@ -40,8 +49,13 @@ class Options:
             raise VisualizeError(
                 f"`focus` must be a module's name as in model.named_modules(), got {type(self.focus).__name__}."
             )
-        if self.heat is not None:
-            heat_named(self.heat)
+        _choice("heat", self.heat, (*HEATS, OFF))
+        _choice("theme", self.theme, THEMES)
+
+
+def _choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value is not None and (not isinstance(value, str) or value not in choices):
+        raise VisualizeError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
 def _levels(depth: object) -> int:

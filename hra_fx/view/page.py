@@ -12,12 +12,13 @@ from hra_fx.view.heatmap import Heatmap, heatmap_of
 from hra_fx.view.legend import LINE, entries, placed
 from hra_fx.view.options import Options
 from hra_fx.view.panels import Panel, opened, plan
-from hra_fx.view.svg import BLUE, CARD, EDGE, FAINT, FONT, INK, PAPER, RULE, draw, shape, write
+from hra_fx.view.svg import FONT, draw, shape, write
 from hra_fx.view.text import clean, shorten, width
+from hra_fx.view.theme import Theme, colored
 
 _MARGIN, _GAP, _INSET = 32.0, 20.0, 24.0
 _TOP = 88.0  # y of the legend
-_NARROWEST, _WIDEST, _ASPECT = 760.0, 1680.0, 1.4
+_NARROWEST, _WIDEST, _ASPECT = 560.0, 1680.0, 1.4
 _NAMES = 40  # characters for the names of blocks above a panel
 
 
@@ -39,7 +40,7 @@ class _Sheet:
 
     @property
     def caption(self) -> float:
-        return 48 + 15.0 * len(self.captions)
+        return (48 if self.title else 18) + 15.0 * len(self.captions)
 
 
 def render(drawing: Drawing, options: Options) -> str:
@@ -52,22 +53,24 @@ def render(drawing: Drawing, options: Options) -> str:
     """
     tree = drawing.tree()
     panels = plan(tree) if options.depth is None else [opened(tree, options.depth, options.focus or "")]
-    return page(panels, drawing, heatmap_of(drawing, options.heat))
+    theme = options.theme or "light"
+    return page(panels, drawing, heatmap_of(drawing, options.heat, theme), theme)
 
 
-def page(panels: Sequence[Panel], drawing: Drawing, heatmap: Heatmap) -> str:
+def page(panels: Sequence[Panel], drawing: Drawing, heatmap: Heatmap, theme: Theme = "light") -> str:
     """An SVG file, with the same bytes for the same panels.
 
     Args:
         panels: what is drawn, the overview first.
         drawing: what the panels are of, for the words above them.
         heatmap: the colors of adapted layers.
+        theme: the colors of everything else.
     """
     sheets = [_sheet(panel, heatmap, alone=len(panels) == 1) for panel in panels]
     places, wide, high = _packed(sheets)
     wide = max(wide, _NARROWEST, width(drawing.facts, 13) + 2 * _MARGIN)
     boxes = [box for sheet in sheets for box in _all(sheet.box)]
-    legend = placed(entries(boxes, heatmap, len(drawing.skipped)), wide - 2 * _MARGIN)
+    legend = placed(entries(boxes, heatmap, len(drawing.skipped), len(drawing.refused)), wide - 2 * _MARGIN)
     top = _TOP + LINE * (1 + max((line for *_, line in legend), default=-1)) + 14
     high += top + _MARGIN
     root = Element(
@@ -83,21 +86,22 @@ def page(panels: Sequence[Panel], drawing: Drawing, heatmap: Heatmap) -> str:
     SubElement(root, "title").text = clean(drawing.title)
     marker = shape(shape(root, "defs"), "marker", id="arrow", viewBox="0 0 8 8", refX="7", refY="4")
     marker.attrib.update(markerWidth="7", markerHeight="7", orient="auto")
-    shape(marker, "path", d="M0 0.6L8 4L0 7.4z", fill=EDGE)
-    shape(root, "rect", width="100%", height="100%", fill=PAPER)
-    write(root, _MARGIN, 46, clean(drawing.title), 22, INK, bold=True)
-    write(root, _MARGIN, 70, clean(drawing.facts), 13, FAINT)
+    shape(marker, "path", d="M0 0.6L8 4L0 7.4z", fill="edge")
+    shape(root, "rect", width="100%", height="100%", fill="paper")
+    write(root, _MARGIN, 46, clean(drawing.title), 22, "ink", bold=True)
+    write(root, _MARGIN, 70, clean(drawing.facts), 13, "faint")
     for entry, left, line in legend:
         entry.draw(root, _MARGIN + left, _TOP + LINE * line)
     for sheet, (x, y) in zip(sheets, places, strict=True):
         _draw_sheet(root, sheet, x, top + y)
+    colored(root, theme)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + tostring(root, encoding="unicode") + "\n"
 
 
 def _sheet(panel: Panel, heatmap: Heatmap, *, alone: bool) -> _Sheet:
     box = place(panel.block, heatmap, root=True, alone=alone)
     if not panel.letter:
-        return _Sheet(panel, box, "Overview", ())
+        return _Sheet(panel, box, panel.title or ("" if alone else "Overview"), ())
     return _Sheet(panel, box, box.detail, _used(panel.used))
 
 
@@ -134,15 +138,15 @@ def _columns(sheets: Sequence[_Sheet], limit: float) -> tuple[list[tuple[float, 
 
 def _draw_sheet(root: Element, sheet: _Sheet, x: float, y: float) -> None:
     group = shape(root, "g", class_="panel")
-    shape(group, "rect", x=x, y=y, width=sheet.width, height=sheet.height, rx=10.0, fill=CARD, stroke=RULE)
+    shape(group, "rect", x=x, y=y, width=sheet.width, height=sheet.height, rx=10.0, fill="card", stroke="rule")
     left = x + _INSET
     if sheet.panel.letter:
-        shape(group, "circle", cx=left + 11, cy=y + 23, r=11.0, fill=BLUE)
-        write(group, left + 11, y + 27.5, sheet.panel.letter, 12.5, "#ffffff", bold=True, anchor="middle")
+        shape(group, "circle", cx=left + 11, cy=y + 23, r=11.0, fill="ink")
+        write(group, left + 11, y + 27.5, sheet.panel.letter, 12.5, "on-ink", bold=True, anchor="middle")
         left += 30
-    write(group, left, y + 28, sheet.title, 14, INK, bold=True)
+    write(group, left, y + 28, sheet.title, 14, "ink", bold=True)
     for line, note in enumerate(sheet.captions):
-        write(group, x + _INSET, y + 48 + 15 * line, note, 11, FAINT)
+        write(group, x + _INSET, y + 48 + 15 * line, note, 11, "faint")
     middle = x + (sheet.width - sheet.box.size.width) / 2
     draw(group, sheet.box, middle, y + sheet.caption, counted=not sheet.panel.letter)
 

@@ -50,11 +50,19 @@ class Block:
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel. `letter` is empty for the overview; `used` has the names of the blocks whose inside it shows."""
+    """One panel.
+
+    Attributes:
+        letter: empty for the overview.
+        block: what it shows.
+        used: names of the blocks whose inside it shows.
+        title: its heading; `""` for a panel that is alone, or has a letter.
+    """
 
     letter: str
     block: Block
     used: tuple[str, ...] = ()
+    title: str = ""
 
 
 def plan(root: Scope, budget: int = BUDGET) -> list[Panel]:

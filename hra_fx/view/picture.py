@@ -10,6 +10,7 @@ from hra_fx.atomic_write import write_output_file
 from hra_fx.view.drawing import drawing_of
 from hra_fx.view.formats import picture_file, rendered
 from hra_fx.view.options import Options
+from hra_fx.view.theme import Theme
 
 
 def visualize(
@@ -20,6 +21,7 @@ def visualize(
     depth: int | None = None,
     focus: str | None = None,
     heat: str | None = None,
+    theme: Theme | None = None,
 ) -> Path:
     """Write a picture of a model: its adapted layers, how far each is rotated, and which layers were skipped.
 
@@ -36,8 +38,11 @@ def visualize(
         depth: number of module levels that are open: 0 shows the model with its children closed. `None` leaves it to
             the format: pictures fit a page, files for other programs contain everything.
         focus: qualified name of a module, to draw only that module and the values that enter and leave it.
-        heat: color adapted layers by `"mean_angle"`, `"angle"` (the largest), `"rotation"` (`|Q - I|_F`) or `"share"`
-            (of the weight that the adapter changes).
+        heat: color adapted layers by `"weight_change"` (`|W Q - W| / |W|` in percent, the default), `"mean_angle"`,
+            `"angle"` (the largest), `"rotation"` (`|Q - I|_F`) or `"share"` (of the weight that the adapter rotates).
+            The scale fits the values, and the legend shows its ends. `"off"` for no colors.
+        theme: `"light"` (the default) or `"dark"` for `.svg` and `.png`. Without it, a `.html` page has the theme of
+            the reader's system.
 
     Returns:
         The path of the file. The file is written as a whole; if an error is raised, an existing file is unchanged.
@@ -52,9 +57,9 @@ def visualize(
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
         >>> model = hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["0", "2"]))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     hra_fx.visualize(model, folder + "/adapters.svg", heat="mean_angle").read_text()[:38]
+        ...     hra_fx.visualize(model, folder + "/adapters.svg", theme="dark").read_text()[:38]
         '<?xml version="1.0" encoding="UTF-8"?>'
     """
-    file, options = picture_file(path), Options(depth, focus, heat)
+    file, options = picture_file(path), Options(depth, focus, heat, theme)
     write_output_file(file, rendered(file, drawing_of(model, example_inputs), options))
     return file

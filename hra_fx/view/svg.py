@@ -1,4 +1,4 @@
-"""Placed boxes as SVG elements: colors, shapes and text. Pale fills with dark text, with a contrast of at least 6:1."""
+"""Placed boxes as SVG elements: shapes and text. Colors are roles of a theme; see `theme.colored`."""
 
 from __future__ import annotations
 
@@ -12,27 +12,19 @@ from hra_fx.view.layout import Route
 from hra_fx.view.text import width
 
 FONT = "'Segoe UI', Roboto, 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
-INK, FAINT, RULE = "#1f2733", "#505b6b", "#d4dae3"
-PAPER, CARD = "#f6f7fa", "#ffffff"
-VIOLET, VIOLET_PALE, VIOLET_LINE = "#43247a", "#e6dcf9", "#8a68cf"
-AMBER, AMBER_PALE, AMBER_LINE = "#5c430c", "#fdf6e3", "#c9a64f"
-BLUE, BLUE_PALE, BLUE_LINE = "#17406d", "#e3eefb", "#7ba3d0"
-EDGE = "#8893a4"
-SKIPPED = "#7b8696"
-GREEN, GREEN_PALE, GREEN_LINE = "#164a2b", "#e2f3e8", "#6bab82"
 
-#: Fill, border and text color of each look.
+#: Fill, border and text color of each look, as roles of `theme.COLORS`.
 LOOKS = {
-    "port": ("#eceff4", "#b4bdca", INK),
-    "adapted_layer": (CARD, VIOLET_LINE, INK),
-    "plain": (CARD, "#bfc8d4", INK),
-    "eager": (AMBER_PALE, AMBER_LINE, AMBER),
-    "trained": (GREEN_PALE, GREEN_LINE, GREEN),
-    "closed": (BLUE_PALE, BLUE_LINE, BLUE),
+    "port": ("port", "port-line", "ink"),
+    "adapted_layer": ("card", "violet-line", "ink"),
+    "plain": ("card", "box-line", "ink"),
+    "eager": ("amber-pale", "amber-line", "amber"),
+    "trained": ("blue-pale", "blue-line", "blue"),
+    "closed": ("module", "module-line", "ink"),
 }
 
 #: Fill, border and dashes of modules that show their inside.
-FRAMES = {"traced": ("#eff3f8", "#c3cedb", ""), "untraced": ("#fffdf8", AMBER_LINE, "4 3")}
+FRAMES = {"traced": ("module", "module-line", ""), "untraced": ("untraced", "amber-line", "4 3")}
 
 
 def number(value: float) -> str:
@@ -90,12 +82,13 @@ def draw(parent: Element, box: Box, x: float, y: float, *, counted: bool) -> Non
     else:
         _draw_line(group, box, x, y)
     if box.skipped:
-        skipped_marker(group, x, y)
+        skipped_marker(group, x, y, refused=box.refused)
 
 
-def skipped_marker(parent: Element, x: float, y: float) -> None:
-    """The marker of a layer without an adapter."""
-    shape(parent, "circle", cx=x, cy=y, r=5.0, fill=CARD, stroke=SKIPPED, stroke_width=2.0, class_="skipped")
+def skipped_marker(parent: Element, x: float, y: float, *, refused: bool) -> None:
+    """The marker of a layer without an adapter: gray, or red if it should have one."""
+    look = {"stroke": "red-line", "class_": "refused"} if refused else {"stroke": "skipped", "class_": "skipped"}
+    shape(parent, "circle", cx=x, cy=y, r=5.0, fill="card", stroke_width=2.0, **look)
 
 
 def _draw_cells(group: Element, box: Box, x: float, y: float) -> None:
@@ -109,10 +102,10 @@ def _draw_cells(group: Element, box: Box, x: float, y: float) -> None:
         row, column = divmod(index, cells.columns)
         cell = shape(group, "rect", x=x + 8 + column * wide, y=top + row * CELL, width=wide, height=CELL, fill=fill)
         if wide > 6:
-            cell.attrib.update(stroke=CARD)
+            cell.attrib.update(stroke="card")
         SubElement(cell, "title").text = tip
     high = cells.height - 5
-    shape(group, "rect", x=x + 8, y=top, width=box.size.width - 16, height=high, fill="none", stroke=EDGE)
+    shape(group, "rect", x=x + 8, y=top, width=box.size.width - 16, height=high, fill="none", stroke="edge")
 
 
 def _frame(group: Element, box: Box, x: float, y: float, radius: float) -> str:
@@ -138,9 +131,9 @@ def _draw_line(group: Element, box: Box, x: float, y: float) -> None:
     middle = x + (box.size.width - count_width(box.count)) / 2
     line = write(group, middle, base, box.name, NAME, ink, anchor="middle")
     if box.detail:
-        part = shape(line, "tspan", dx=7.0, font_size=DETAIL, fill=FAINT if box.look != "eager" else AMBER)
+        part = shape(line, "tspan", dx=7.0, font_size=DETAIL, fill="faint" if box.look != "eager" else "amber")
         part.text = box.detail
-    _badge(group, box, x + box.size.width - 8, y + 5, VIOLET if box.look == "adapted_layer" else FAINT)
+    _badge(group, box, x + box.size.width - 8, y + 5, "violet" if box.look == "adapted_layer" else "faint")
 
 
 def _draw_adapted(group: Element, box: Box, x: float, y: float) -> None:
@@ -150,13 +143,13 @@ def _draw_adapted(group: Element, box: Box, x: float, y: float) -> None:
     corner = STRIP - 6
     top = f"M{number(x)} {number(y + STRIP)}v{number(-corner)}a6 6 0 0 1 6 -6h{number(wide - 12)}"
     top += f"a6 6 0 0 1 6 6v{number(corner)}z"
-    shape(group, "path", d=top, fill=box.heat or VIOLET_PALE, stroke=VIOLET_LINE)
-    ink = ink_on(box.heat) if box.heat else VIOLET
+    shape(group, "path", d=top, fill=box.heat or "violet-pale", stroke="violet-line")
+    ink = ink_on(box.heat) if box.heat else "violet"
     write(group, x + wide / 2, y + 13.5, box.strip, DETAIL, ink, bold=True, anchor="middle")
     middle = x + (wide - count_width(box.count)) / 2
-    write(group, middle, y + STRIP + 16, box.name, NAME, INK, bold=True, anchor="middle")
-    write(group, x + wide / 2, y + STRIP + 31.5, box.detail, DETAIL, FAINT, anchor="middle")
-    _badge(group, box, x + wide - 8, y + STRIP + 4, VIOLET)
+    write(group, middle, y + STRIP + 16, box.name, NAME, "ink", bold=True, anchor="middle")
+    write(group, x + wide / 2, y + STRIP + 31.5, box.detail, DETAIL, "faint", anchor="middle")
+    _badge(group, box, x + wide - 8, y + STRIP + 4, "violet")
     _draw_cells(group, box, x, y)
 
 
@@ -172,37 +165,37 @@ def _draw_closed(group: Element, box: Box, x: float, y: float) -> None:
         left += 30
     write(group, left, y + 20, box.name, NAME, ink, bold=True)
     write(group, left, y + 36.5, box.detail, DETAIL, ink)
-    _badge(group, box, x + box.size.width - 8, y + 8, BLUE)
+    _badge(group, box, x + box.size.width - 8, y + 8, "ink")
     _draw_cells(group, box, x, y)
 
 
 def _disc(group: Element, letter: str, x: float, y: float) -> None:
-    shape(group, "circle", cx=x, cy=y, r=11.0, fill=BLUE)
-    write(group, x, y + 4.5, letter, 12.5, "#ffffff", bold=True, anchor="middle")
+    shape(group, "circle", cx=x, cy=y, r=11.0, fill="ink")
+    write(group, x, y + 4.5, letter, 12.5, "on-ink", bold=True, anchor="middle")
 
 
 def _badge(group: Element, box: Box, right: float, y: float, color: str) -> None:
     if not box.count:
         return
     wide = width(box.count, DETAIL, bold=True) + 10
-    shape(group, "rect", x=right - wide, y=y, width=wide, height=16.0, rx=8.0, fill=CARD, stroke=color)
+    shape(group, "rect", x=right - wide, y=y, width=wide, height=16.0, rx=8.0, fill="card", stroke=color)
     write(group, right - wide / 2, y + 12, box.count, DETAIL, color, bold=True, anchor="middle")
 
 
 def _draw_open(group: Element, box: Box, x: float, y: float, *, counted: bool) -> None:
     if box.look in FRAMES:
         _outline(group, box, x, y, 8, *FRAMES[box.look])
-        title = write(group, x + 13, y + 18, box.name, NAME, INK, bold=True)
-        part = shape(title, "tspan", dx=8.0, font_size=DETAIL, fill=FAINT, font_weight="400")
+        title = write(group, x + 13, y + 18, box.name, NAME, "ink", bold=True)
+        part = shape(title, "tspan", dx=8.0, font_size=DETAIL, fill="faint", font_weight="400")
         part.text = box.detail
-        _badge(group, box, x + box.size.width - 8, y + 6, BLUE)
+        _badge(group, box, x + box.size.width - 8, y + 6, "ink")
     left, top = x + box.body[0], y + box.body[1]
     drawn: set[str] = set()
     for route in box.routes:
         line = path_of(route, left, top)
         if line not in drawn:
             drawn.add(line)
-            edge = shape(group, "path", d=line, fill="none", stroke=EDGE, stroke_width=1.3, class_="edge")
+            edge = shape(group, "path", d=line, fill="none", stroke="edge", stroke_width=1.3, class_="edge")
             if route.target is not None:
                 edge.set("marker-end", "url(#arrow)")
     for part_box in box.parts:

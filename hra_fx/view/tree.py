@@ -40,6 +40,7 @@ class Leaf:
         paths: qualified names of the modules that the box stands for; empty for an operation.
         readers: qualified names of the modules whose forward contains an operation that reads parameters.
         skipped: path of a layer without an adapter that the box stands for -> the reason.
+        refused: paths of those that should have an adapter: the configuration selects them.
         trained: paths of the layers that it stands for and that are trained in full.
         parameters: number of parameters of these modules, or of the weights that an operation reads, without adapters.
         shape: shape of the value, `"1×64×56×56"`, if known.
@@ -60,6 +61,7 @@ class Leaf:
     paths: tuple[str, ...] = ()
     readers: tuple[str, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
+    refused: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
     parameters: int = 0
     shape: str = ""
@@ -109,6 +111,11 @@ class Scope:
         return {path: reason for item in self.items for path, reason in item.skipped.items()}
 
     @property
+    def refused(self) -> tuple[str, ...]:
+        """Those that should have an adapter."""
+        return tuple(dict.fromkeys(path for item in self.items for path in item.refused))
+
+    @property
     def trained(self) -> tuple[str, ...]:
         """The layers inside that are trained in full."""
         return tuple(dict.fromkeys(path for item in self.items for path in item.trained))
@@ -124,6 +131,7 @@ def joined(leaves: Sequence[Leaf]) -> Leaf:
         marks=tuple(mark for leaf in leaves for mark in leaf.marks),
         paths=tuple(path for leaf in leaves for path in leaf.paths),
         skipped={path: reason for leaf in leaves for path, reason in leaf.skipped.items()},
+        refused=tuple(dict.fromkeys(path for leaf in leaves for path in leaf.refused)),
         trained=tuple(dict.fromkeys(path for leaf in leaves for path in leaf.trained)),
         parameters=sum(leaf.parameters for leaf in leaves),
     )

@@ -25,8 +25,11 @@ def test_an_adapter_without_weights_is_drawn_as_with_them(shelf: Shelf, tmp_path
     assert answer("visualize", shelf / "my-model", out, *words) == f"{out}\n"
     model = hra_fx.load_adapter(copy.deepcopy(shelf.model), shelf / "my-adapter")
     wanted = hra_fx.visualize(model, tmp_path / f"wanted.{ending}", heat="mean_angle")
-    # Which share of a weight is turned is known to who has the weight only.
-    drawn, due = (re.sub(r'"share":(\{[^{}]*\}|\[[^\]]*\]|[^,}\]]*)', "", file.read_text()) for file in (out, wanted))
+    # How much of a weight is rotated, and how much it changes, is known with the weight only.
+    drawn, due = (
+        re.sub(r'"(?:share|weight_change)":(\{[^{}]*\}|\[[^\]]*\]|[^,}\]]*)', "", file.read_text())
+        for file in (out, wanted)
+    )
     assert drawn == due
 
 

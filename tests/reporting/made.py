@@ -31,6 +31,7 @@ _ROW = Row(
     angles=(0.3, 0.1),
     orthogonality=1e-7,
     share=0.25,
+    weight_change=0.1,
 )
 
 

@@ -14,7 +14,7 @@ from hra_fx import report
 from hra_fx.reporting.result import Report
 from hra_fx.reporting.skipped_layers import SkippedLayer
 
-WORDS = ["layer", "type", "d", "r", "params", "|Q - I|", "mean angle", "max angle", "share of W"]
+WORDS = ["layer", "type", "d", "r", "params", "weight change", "mean angle", "max angle", "|Q - I|", "share of W"]
 
 
 def in_terminal(found: Report, width: int) -> str:
@@ -40,7 +40,7 @@ def test_all_columns_and_numbers_are_in_a_wide_terminal() -> None:
     assert "1 adapted layer, 12 adapter parameters (48 B), adapter default" in text
 
 
-def test_a_narrow_terminal_keeps_the_layer_and_its_angles() -> None:
+def test_a_narrow_terminal_keeps_the_layer_and_its_change() -> None:
     found = report_of(*blocks(2, "q_proj", "v_proj"))
     lost: list[str] = []
     for width in range(130, 40, -1):
@@ -50,7 +50,7 @@ def test_a_narrow_terminal_keeps_the_layer_and_its_angles() -> None:
         lost += [name for name in missing if name not in lost]
         assert set(lost) == set(missing), "what is gone does not come back"
         assert all(len(line) <= width for line in text.splitlines())
-    assert lost == ["type", "d", "|Q - I|", "share of W", "params", "r"]
+    assert lost == ["type", "d", "|Q - I|", "share of W", "max angle", "mean angle"]
 
 
 def test_the_adapter_is_a_column_where_there_are_several() -> None:
@@ -202,7 +202,8 @@ def test_a_notebook_is_readable_on_light_and_on_dark() -> None:
 
 
 def test_a_notebook_of_no_angles_and_of_nan() -> None:
-    page = report_of(row(mean_angle=0.0), row(mean_angle=math.nan, angle=math.nan, share=math.nan))._repr_html_()
+    unknown = row(mean_angle=math.nan, angle=math.nan, share=math.nan, weight_change=math.nan)
+    page = report_of(row(mean_angle=0.0, weight_change=0.0), unknown)._repr_html_()
     assert "gradient" not in page
     assert "nan°" in page
 

@@ -37,23 +37,23 @@ def fills(file: Path) -> list[str]:
 
 def test_the_heatmap_has_a_cell_for_each_layer_in_its_color(tmp_path: Path) -> None:
     rows = blocks(4, "q_proj", "v_proj")
-    file = report_of(*rows).plot_heatmap(tmp_path / "heatmap.svg")
+    file = report_of(*rows).plot_heatmap(tmp_path / "heatmap.svg", "mean_angle")
     assert file == tmp_path / "heatmap.svg"
     words = texts(file)
     assert {"q_proj", "v_proj", "0", "1", "2", "3", "model.layers", "Mean angle by layer"} <= set(words)
     angles = [math.degrees(entry.mean_angle) for entry in rows]
     assert words.count(f"{angles[-1]:.0f}") == 1
-    top = 30.0
+    ends = (0.0, 30.0)
     assert {"0°", "15°", "30°"} <= set(words)
-    wanted = [color(angle, top) for angle in angles]
+    wanted = [color(angle, ends) for angle in angles]
     assert [fill for fill in fills(file) if fill in wanted] == wanted
 
 
-@pytest.mark.parametrize("heat", ["mean_angle", "angle", "rotation", "share"])
+@pytest.mark.parametrize("heat", ["weight_change", "mean_angle", "angle", "rotation", "share"])
 def test_each_heat(heat: str, tmp_path: Path) -> None:
     words = texts(report_of(*blocks(2, "q_proj"), row("head")).plot_heatmap(tmp_path / "heatmap.svg", heat))
-    units = {"mean_angle": "°", "angle": "°", "rotation": "", "share": "%"}
-    ends = {"mean_angle": 30, "angle": 60, "rotation": 0.5, "share": 25}
+    units = {"weight_change": "%", "mean_angle": "°", "angle": "°", "rotation": "", "share": "%"}
+    ends = {"weight_change": 10, "mean_angle": 30, "angle": 60, "rotation": 0.5, "share": 25}
     assert f"{ends[heat]}{units[heat]}" in words
 
 
@@ -63,7 +63,8 @@ def test_of_several_adapters_the_largest_is_shown_or_one(tmp_path: Path) -> None
         row("a.0.q", adapter="y", mean_angle=math.radians(3)),
     ]
     found = report_of(*rows, row("a.1.q", adapter="y", mean_angle=math.nan))
-    both, one = found.plot_heatmap(tmp_path / "a.svg"), found.plot_heatmap(tmp_path / "b.svg", adapter="y")
+    both = found.plot_heatmap(tmp_path / "a.svg", "mean_angle")
+    one = found.plot_heatmap(tmp_path / "b.svg", "mean_angle", adapter="y")
     assert {"7.0", "largest of adapters x, y", "unknown"} <= set(texts(both))
     assert {"3.0", "adapter y"} <= set(texts(one))
     assert "7.0" not in texts(one)
@@ -71,7 +72,7 @@ def test_of_several_adapters_the_largest_is_shown_or_one(tmp_path: Path) -> None
 
 def test_what_has_no_adapter_and_no_number_is_told_apart(tmp_path: Path) -> None:
     rows = [row("m.0.q", mean_angle=math.nan), row("m.1.v", mean_angle=0.1)]
-    assert {"no adapter", "unknown"} <= set(texts(report_of(*rows).plot_heatmap(tmp_path / "a.svg")))
+    assert {"no adapter", "unknown"} <= set(texts(report_of(*rows).plot_heatmap(tmp_path / "a.svg", "mean_angle")))
     full = texts(report_of(*blocks(2, "q")).plot_heatmap(tmp_path / "b.svg"))
     assert not {"no adapter", "unknown"} & set(full)
 
@@ -259,7 +260,7 @@ def refusals() -> dict[str, tuple[Any, str]]:
         ),
         "an unknown heat": (
             lambda folder: found.plot_heatmap(folder / "a.svg", "angles"),
-            "`heat` must be one of 'mean_angle', 'angle', 'rotation', 'share', got 'angles'.",
+            "`heat` must be one of 'weight_change', 'mean_angle', 'angle', 'rotation', 'share', got 'angles'.",
         ),
         "an unknown adapter": (
             lambda folder: found.plot_heatmap(folder / "a.svg", adapter="z"),

@@ -113,7 +113,7 @@ def test_a_new_adapter_rotates_nothing(apply_GS: bool, dtype: torch.dtype) -> No
         (row,) = found
         assert max(row.rotation, row.angle, row.orthogonality) < bound
         assert (row.angles, row.mean_angle, row.share) == ((), 0.0, 0.0)
-        assert "adapter default, no layer is rotated yet" in str(found)
+        assert "adapter default, not trained yet (identity)" in str(found)
 
 
 def test_orthogonality_is_that_of_the_forward_precision() -> None:

@@ -12,7 +12,7 @@ from hypothesis import example, given, strategies as st
 from matplotlib import colormaps
 
 import hra_fx
-from hra_fx.reporting.colormap import PALETTE, color
+from hra_fx.reporting.colormap import DARK_PALETTE, PALETTE, color
 from hra_fx.reporting.heat import HEATS, heat_of, scale
 from hra_fx.view.heatmap import heatmap_of
 
@@ -29,38 +29,58 @@ def lightness(fill: str) -> float:
 
 
 def test_the_order_of_colors_is_seen_without_colors() -> None:
-    steps = [lightness(color(step / 60, 1.0)) for step in range(61)]
+    steps = [lightness(color(step / 60, (0.0, 1.0))) for step in range(61)]
     assert all(lighter - darker > 0.5 for lighter, darker in pairwise(steps))
+    dark = [lightness(color(step / 60, (0.0, 1.0), DARK_PALETTE)) for step in range(61)]
+    assert all(lighter - darker > 0.5 for darker, lighter in pairwise(dark))
 
 
 def test_the_colors_are_those_of_a_map_that_was_made_for_every_eye() -> None:
     magma = colormaps["magma"]
     known = [[round(255 * part) for part in magma(step)[:3]] for step in range(256)]
-    for fill in PALETTE:
+    for fill in (*PALETTE, *DARK_PALETTE):
         assert min(math.dist(channels(fill), one) for one in known) <= 1
 
 
-@given(st.floats(0, 1), st.floats(1e-6, 1e6))
-def test_every_color_is_between_its_neighbors(share: float, top: float) -> None:
+@given(st.floats(0, 1), st.floats(0, 1e3), st.floats(1e-2, 1e6))
+def test_every_color_is_between_its_neighbors(share: float, bottom: float, size: float) -> None:
     place = share * (len(PALETTE) - 1)
     low, high = PALETTE[math.floor(place)], PALETTE[math.ceil(place)]
-    for got, a, b in zip(*map(channels, (color(share * top, top), low, high)), strict=True):
+    for got, a, b in zip(
+        *map(channels, (color(bottom + share * size, (bottom, bottom + size)), low, high)), strict=True
+    ):
         assert min(a, b) - 1 <= got <= max(a, b) + 1
 
 
 @given(st.lists(st.floats(0, 1e9), min_size=1))
 @example([5e-324])
 def test_a_scale_is_round_and_holds_all_values(values: list[float]) -> None:
-    top = scale(values)
-    assert top >= max(values) * (1 - 1e-6)
-    assert top <= max(max(values) * 1.34, 1.0)
-    assert len(f"{top:e}".partition("e")[0].rstrip("0.")) <= 3
+    bottom, top = scale(values)
+    low, high = min(values), max(values)
+    assert bottom <= low * (1 + 1e-5) and top >= high * (1 - 1e-5)
+    if high - low > 1e-2 * high and high > 1e-200:
+        assert (top - bottom) <= 1.5 * (high - low), "it fits the values"
+    else:
+        assert bottom <= low <= high * (1 + 1e-6) <= max(top * (1 + 1e-5), 1.0)
+
+
+def test_scales_of_usual_values() -> None:
+    assert scale([79.0, 112.0]) == (75.0, 115.0)
+    assert scale([8.31, 12.2]) == (8.0, 12.5)
+    assert scale([180.0, 180.0]) == (0.0, 180.0)
+    assert scale([]) == scale([math.nan]) == (0.0, 1.0)
 
 
 def test_the_heat_is_that_of_the_report() -> None:
     rows = hra_fx.report(drawn("resnet")).rows
     for name in HEATS:
-        factor = {"mean_angle": 180 / math.pi, "angle": 180 / math.pi, "rotation": 1, "share": 100}[name]
+        factor = {
+            "weight_change": 100,
+            "mean_angle": 180 / math.pi,
+            "angle": 180 / math.pi,
+            "rotation": 1,
+            "share": 100,
+        }[name]
         values = heat_of(rows, name)
         assert values == {row.path: pytest.approx(factor * getattr(row, name)) for row in rows}
 
@@ -76,6 +96,17 @@ def test_of_several_adapters_the_largest_counts_and_what_is_unknown_stays_so() -
 
 def test_the_words_of_a_value_have_its_unit() -> None:
     heat = heatmap_of(drawing("resnet"), "mean_angle")
-    assert heat.text(12.4) == "12°"
+    assert heat.text(12.4) == "12.4°"
     assert heat.text(math.nan) == "unknown"
-    assert not heatmap_of(drawing("resnet"), None).values
+    assert not heatmap_of(drawing("resnet"), "off").values
+
+
+def test_the_default_is_the_change_of_the_weight() -> None:
+    rotated_model = drawing("resnet")
+    row = dataclasses.replace(rotated_model.rows[0], angles=(0.1,), weight_change=0.02, mean_angle=0.1)
+    shown = heatmap_of(dataclasses.replace(rotated_model, rows=(row,)), None)
+    assert (shown.name, shown.values) == ("weight_change", {row.path: pytest.approx(2.0)})
+    without_weight = dataclasses.replace(row, weight_change=math.nan)
+    assert heatmap_of(dataclasses.replace(rotated_model, rows=(without_weight,)), None).name == "mean_angle"
+    fresh = dataclasses.replace(row, angles=())
+    assert not heatmap_of(dataclasses.replace(rotated_model, rows=(fresh,)), None).values

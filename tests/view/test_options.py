@@ -24,7 +24,10 @@ from hra_fx.view.options import Options
             for depth in (-1, 1.0, True, "1", [1])
         ),
         *(
-            ({"heat": heat}, r"`heat` must be one of 'mean_angle', 'angle', 'rotation', 'share', got ")
+            (
+                {"heat": heat},
+                r"`heat` must be one of 'weight_change', 'mean_angle', 'angle', 'rotation', 'share', 'off', got ",
+            )
             for heat in ("", 1)
         ),
         ({"focus": nn.ReLU()}, r"`focus` must be a module's name as in model\.named_modules\(\), got ReLU\."),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from hra_fx.errors import VisualizeError
 from hra_fx.reporting.colormap import PALETTE, UNKNOWN, color, ink_on
 from hra_fx.reporting.columns import adapters_of
-from hra_fx.reporting.heat import Heat, heat_named, heat_of, scale
+from hra_fx.reporting.heat import Heat, default_heat, heat_named, heat_of, scale
 from hra_fx.reporting.plots.block_labels import label_blocks
 from hra_fx.reporting.plots.canvas import INK, check_plot, entitle, new_figure, short_number, shown, style, write
 from hra_fx.reporting.plots.grid import Grid, grid_of
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 _WIDE, _NARROW, _HIGH, _PAGE = 0.42, 0.15, 0.3, 14.0
 
 
-def draw_heatmap(rows: Sequence[Row], path: str | os.PathLike[str], heat: str, adapter: str | None) -> Path:
+def draw_heatmap(rows: Sequence[Row], path: str | os.PathLike[str], heat: str | None, adapter: str | None) -> Path:
     """Write the heatmap of some rows; see `Report.plot_heatmap`.
 
     Raises:
         VisualizeError: unknown file ending, field or adapter, no such folder, or matplotlib is not installed.
     """
     file = check_plot(path)
-    measure = heat_named(heat)
+    measure = heat_named(default_heat(rows) if heat is None else heat)
     known = adapters_of(rows)
     if adapter is not None and adapter not in known:
         raise VisualizeError(f"`adapter` must be one of {', '.join(map(repr, known))}, got {adapter!r}.")
     if not rows:
         raise VisualizeError("The report has no rows to plot.")
     used = [row for row in rows if adapter in (None, row.adapter)]
-    values = heat_of(used, heat)
+    values = heat_of(used, measure.field)
     grid = _Heatmap(grid_of(values), values, scale(values.values()), measure)
     names = adapters_of(used)
     title = f"{measure.words[0].upper()}{measure.words[1:]} by layer"
@@ -49,11 +49,11 @@ def draw_heatmap(rows: Sequence[Row], path: str | os.PathLike[str], heat: str, a
 
 
 class _Heatmap(NamedTuple):
-    """The layers in a grid, their values, and the end of the scale."""
+    """The layers in a grid, their values, and the ends of the scale."""
 
     layout: Grid
     values: dict[str, float]
-    top: float
+    ends: tuple[float, float]
     measure: Heat
 
     @property
@@ -93,7 +93,7 @@ def _cells(axes: Axes, grid: _Heatmap) -> None:
     for path, (row, column) in grid.layout.places.items():
         value = grid.values[path]
         known = math.isfinite(value)
-        fill = color(value, grid.top)
+        fill = color(value, grid.ends)
         box = Rectangle((column, row), 1, 1, facecolor=fill, linewidth=0)
         if not known:
             box.set(hatch="/////", edgecolor="#9aa4ae")
@@ -117,9 +117,10 @@ def _legend(axes: Axes, grid: _Heatmap, depth: float) -> None:
     wide, high = grid.width, grid.height
     colors = LinearSegmentedColormap.from_list("heat", PALETTE)
     ramp = axes.inset_axes((0, -(depth / 72 + 0.3) / high, 2.2 / wide, 0.11 / high))
-    bar = figure.colorbar(ScalarMappable(Normalize(0, grid.top), colors), cax=ramp, orientation="horizontal")
+    bar = figure.colorbar(ScalarMappable(Normalize(*grid.ends), colors), cax=ramp, orientation="horizontal")
     bar.outline.set_visible(False)
-    bar.set_ticks([0, grid.top / 2, grid.top], labels=[_tick(part * grid.top, grid) for part in (0, 0.5, 1)])
+    ticks = [grid.ends[0], sum(grid.ends) / 2, grid.ends[1]]
+    bar.set_ticks(ticks, labels=[f"{tick:.3g}{grid.measure.unit}" for tick in ticks])
     bar.ax.tick_params(length=0, labelsize=8)
     notes = []
     if len(grid.layout.places) < len(grid.layout.projections) * len(grid.layout.blocks):
@@ -132,7 +133,3 @@ def _legend(axes: Axes, grid: _Heatmap, depth: float) -> None:
         box.set(facecolor=fill, edgecolor="#9aa4ae", linewidth=0.6)
         ramp.add_artist(box)
         ramp.text((left + 0.24) / 2.2, 0.6, text, transform=ramp.transAxes, va="center", fontsize=8, color=INK)
-
-
-def _tick(value: float, grid: _Heatmap) -> str:
-    return f"{value:.3g}{grid.measure.unit}"

@@ -8,17 +8,14 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, TypeAlias
 
-from hra_fx.reporting.colormap import PALETTE, UNKNOWN
-from hra_fx.reporting.heat import HEATS, heat_of, scale
+from hra_fx.reporting.colormap import DARK_PALETTE, PALETTE, UNKNOWN
+from hra_fx.reporting.heat import HEATS, default_heat, heat_of, is_identity, scale
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.layering import Layering
 from hra_fx.view.text import clean
 from hra_fx.view.tree import Item, Leaf, Scope, span
 
 _Edges: TypeAlias = tuple[tuple[int, int], ...]
-
-#: The heatmap that is shown at first.
-_FIRST_HEAT = "mean_angle"
 
 
 def page_data(drawing: Drawing, depth: int | None, heat: str | None) -> dict[str, Any]:
@@ -27,7 +24,7 @@ def page_data(drawing: Drawing, depth: int | None, heat: str | None) -> dict[str
     Args:
         drawing: the drawing of a model.
         depth: number of levels that are open at first; `None` for as many as are readable.
-        heat: the heatmap that is shown at first; `None` for the mean angle.
+        heat: the heatmap that is shown at first; `None` for the default one.
     """
     items = items_of(drawing.tree())
     box = {path: index for index, item in reversed([*enumerate(items)]) for path in item["paths"]}
@@ -38,13 +35,15 @@ def page_data(drawing: Drawing, depth: int | None, heat: str | None) -> dict[str
         "items": items,
         "rows": [dataclasses.asdict(row) for row in drawing.rows],
         "heats": _heats(drawing),
-        "heat": heat or _FIRST_HEAT,
-        "palette": PALETTE,
+        "heat": heat or default_heat(drawing.rows),
+        "trained": not is_identity(drawing.rows),
+        "palettes": [PALETTE, DARK_PALETTE],
         "unknown": UNKNOWN,
         "skipped": [
-            {"path": path, "reason": reason, "item": _box(path, box)} for path, reason in drawing.skipped.items()
+            {"path": path, "reason": reason, "refused": path in drawing.refused, "item": _box(path, box)}
+            for path, reason in drawing.skipped.items()
         ],
-        "trained": [{"path": path, "item": _box(path, box)} for path in drawing.trained_in_full],
+        "full": [{"path": path, "item": _box(path, box)} for path in drawing.trained_in_full],
     }
     plain: dict[str, Any] = _plain(data)
     return plain
@@ -110,8 +109,8 @@ def _heats(drawing: Drawing) -> dict[str, Any]:
     heats: dict[str, Any] = {}
     for name, heat in HEATS.items() if drawing.rows else ():
         values = heat_of(drawing.rows, name)
-        top = scale(values.values())
-        heats[name] = {"words": heat.words, "unit": heat.unit, "top": top, "values": list(values.items())}
+        ends = scale(values.values())
+        heats[name] = {"words": heat.words, "unit": heat.unit, "ends": ends, "values": list(values.items())}
     return heats
 
 

@@ -15,6 +15,7 @@ from hra_fx.view.drawing import Drawing
 from hra_fx.view.html.data import page_data
 from hra_fx.view.options import Options
 from hra_fx.view.text import clean
+from hra_fx.view.theme import as_css
 
 #: The files of the style; later ones have priority.
 STYLES = ("colors", "controls", "drawing", "panel", "media")
@@ -47,6 +48,7 @@ def render(drawing: Drawing, options: Options) -> str:
     words = {
         "policy": f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
         "base-uri 'none'; form-action 'none'",
+        "theme": f' data-theme="{options.theme}"' if options.theme else "",
         "title": html.escape(clean(drawing.title)),
         "style": style,
         "data": as_json(page_data(drawing, options.depth, options.heat)),
@@ -75,7 +77,7 @@ def _file(name: str) -> str:
 
 @cache
 def _style() -> str:
-    return "\n" + "\n".join(_file(f"style/{name}.css") for name in STYLES)
+    return "\n".join(["", as_css(), *(_file(f"style/{name}.css") for name in STYLES)])
 
 
 @cache

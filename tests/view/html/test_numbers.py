@@ -10,11 +10,12 @@ from pages import box, facts, page_of, search, strip, trained_net
 from playwright.sync_api import Page
 
 import hra_fx
-from hra_fx.reporting.colormap import color
+from hra_fx.reporting.colormap import DARK_PALETTE, color, ink_on
 from hra_fx.reporting.heat import HEATS, heat_of, scale
 from hra_fx.reporting.row import Row
 
 Open = Callable[..., Page]
+FILL = "element => getComputedStyle(element).fill"
 
 
 def rgb(fill: str) -> str:
@@ -31,10 +32,11 @@ def expected(row: Row) -> dict[str, str]:
         "d": str(row.d),
         "r": str(row.r),
         "parameters": f"{row.parameters:,}",
+        "weight change": f"{row.weight_change:.1%}",
         "mean angle": f"{math.degrees(row.mean_angle):.1f}°",
         "largest angle": f"{math.degrees(row.angle):.1f}°",
         "|Q - I|": f"{row.rotation:.3f}",
-        "share of the weight": f"{row.share:.2%}",
+        "share of the weight": f"{row.share:.1%}",
     }
 
 
@@ -62,9 +64,9 @@ def test_a_repeat_has_a_row_for_each_of_its_layers(open_page: Open) -> None:
         [
             row.path,
             "4",
+            f"{row.weight_change:.1%}",
             f"{math.degrees(row.mean_angle):.1f}°",
             f"{math.degrees(row.angle):.1f}°",
-            f"{row.rotation:.3f}",
         ]
         for row in rows
     ]
@@ -73,6 +75,24 @@ def test_a_repeat_has_a_row_for_each_of_its_layers(open_page: Open) -> None:
     assert page.locator("#panel tr[aria-current]").count() == 1
     box(page, "down").locator(".cell").nth(1).click()
     assert page.locator("#panel h3.instance").inner_text() == "blocks.1.down"
+    assert page.locator("#panel .which").inner_text().startswith("Layer 2 of 3")
+    page.get_by_role("button", name="Next layer").click()
+    assert page.locator("#panel h3.instance").inner_text() == "blocks.2.down"
+    assert page.get_by_role("button", name="Next layer").is_disabled()
+    page.get_by_role("button", name="Previous layer").click()
+    assert page.locator("#panel h3.instance").inner_text() == "blocks.1.down"
+
+
+@pytest.mark.parametrize("name", HEATS)
+def test_the_box_and_the_panel_have_the_same_mean(open_page: Open, name: str) -> None:
+    model = trained_net()
+    page = open_page(page_of(model, heat=name))
+    box(page, "down").click()
+    values = [value for path, value in heat_of(hra_fx.report(model).rows, name).items() if path.endswith("down")]
+    mean = HEATS[name].text(sum(values) / 3)
+    assert strip(page, "down").endswith(f" · mean {mean}")
+    assert page.locator("#panel .means h3").inner_text() == "Mean of 3 layers"
+    assert page.locator(f"#panel .means dt:text-is('{HEATS[name].words}') + dd").inner_text() == mean
 
 
 def test_two_adapters_of_a_layer_are_both_told(open_page: Open) -> None:
@@ -80,7 +100,7 @@ def test_two_adapters_of_a_layer_are_both_told(open_page: Open) -> None:
     hra_fx.add_adapter(model, "second", hra_fx.HRAConfig(r=2, target_modules=["up"]))
     page = open_page(page_of(model))
     choose(page, "blocks.0.up")
-    assert page.locator("#panel h3").all_inner_texts()[1:3] == ["Adapter default", "Adapter second, inactive"]
+    assert page.locator("#panel h3").all_inner_texts()[2:4] == ["Adapter default", "Adapter second, inactive"]
     assert facts(page)["r"] == "2"
 
 
@@ -97,27 +117,37 @@ def test_heat_has_the_colors_of_the_report(open_page: Open, name: str) -> None:
     model = trained_net()
     page = open_page(page_of(model, heat=name))
     values = heat_of(hra_fx.report(model).rows, name)
-    top = scale(values.values())
+    ends = scale(values.values())
     assert page.locator("#heat").input_value() == name
     for layer in ("up", "down"):
-        cells = box(page, layer).locator(".cell").evaluate_all("all => all.map(cell => cell.style.fill)")
+        cells = box(page, layer).locator(".cell").evaluate_all("all => all.map(cell => getComputedStyle(cell).fill)")
         paths = [f"blocks.{index}.{layer}" for index in range(3)]
-        assert cells == [rgb(color(values[path], top)) for path in paths]
+        assert cells == [rgb(color(values[path], ends)) for path in paths]
         mean = sum(values[path] for path in paths) / 3
-        assert box(page, layer).locator(".strip").evaluate("strip => strip.style.fill") == rgb(color(mean, top))
-    assert page.locator("#scale").inner_text().split() == [f"{end:g}{HEATS[name].unit}" for end in (0, top)]
+        assert box(page, layer).locator(".strip").evaluate(FILL) == rgb(color(mean, ends))
+    assert page.locator("#scale").inner_text().split() == [f"{end:g}{HEATS[name].unit}" for end in ends]
 
 
-def test_heat_is_the_mean_angle_unless_chosen_otherwise(open_page: Open) -> None:
+def test_heat_on_dark_has_the_other_palette(open_page: Open) -> None:
+    model = trained_net()
+    page = open_page(page_of(model), color_scheme="dark")
+    values = heat_of(hra_fx.report(model).rows, "weight_change")
+    mean = sum(values[f"blocks.{index}.up"] for index in range(3)) / 3
+    wanted = color(mean, scale(values.values()), DARK_PALETTE)
+    assert box(page, "up").locator(".strip").evaluate(FILL) == rgb(wanted)
+    assert box(page, "up").locator(".strip-words").evaluate(FILL) == rgb(ink_on(wanted))
+
+
+def test_heat_is_the_change_of_the_weight_unless_chosen_otherwise(open_page: Open) -> None:
     model = trained_net()
     page = open_page(page_of(model))
-    assert page.locator("#heat").input_value() == "mean_angle"
+    assert page.locator("#heat").input_value() == "weight_change"
     tinted = box(page, "up").locator(".strip")
     page.select_option("#heat", "angle")
     values = heat_of(hra_fx.report(model).rows, "angle")
     mean = sum(values[f"blocks.{index}.up"] for index in range(3)) / 3
-    assert tinted.evaluate("strip => strip.style.fill") == rgb(color(mean, scale(values.values())))
-    assert strip(page, "up").startswith(f"r 4 · d 12 · mean {mean:.0f}"[:-1])
+    assert tinted.evaluate(FILL) == rgb(color(mean, scale(values.values())))
+    assert strip(page, "up") == f"r 4 · d 12 · mean {HEATS['angle'].text(mean)}"
     page.select_option("#heat", label="off")
     assert tinted.evaluate("strip => strip.style.fill") == ""
     assert strip(page, "up") == "r 4 · d 12"

@@ -94,7 +94,7 @@ def test_a_folded_model_is_a_plain_one(open_page: Open) -> None:
 def test_layers_that_nothing_turned_are_said_to_be_so(open_page: Open) -> None:
     model = hra_fx.transform(Net(), hra_fx.HRAConfig(r=4, target_modules=["up", "down"]))
     page = open_page(page_of(model))
-    assert "no layer is rotated yet" in page.locator("#scale").inner_text()
+    assert "not trained yet (identity)" in page.locator("#scale").inner_text()
     page.get_by_text("Folded").click()
     assert page.locator(".folded .strip-words").all_text_contents()[0].startswith("weight unchanged")
 

@@ -14,6 +14,7 @@ export const CELL = 8; // height of a line of cells
 export const CELLS = 24; // maximum per line
 const EDGE = 12; // space below the title and above the lower border without edges
 const READABLE = 22; // maximum number of boxes that are shown at first, unless there is only one level
+const READABLE_ADAPTED = 48; // the same if only modules with adapted layers are opened
 
 /**
  * A placed box; `x` and `y` are the position of its upper left corner inside its scope.
@@ -75,13 +76,15 @@ export class Boxes {
   /** @param {number | null} depth */
   #openAtFirst(depth) {
     this.of(this.root).open = true;
+    const adapted = this.of(this.root).marks.length > 0 && depth === null;
+    const most = adapted ? READABLE_ADAPTED : READABLE;
     let level = this.root.parts;
     let shown = level.length;
     for (let step = 0; level.length; step++) {
-      const scopes = level.filter((item) => item.isScope);
+      const scopes = level.filter((item) => item.isScope && (!adapted || this.of(item).marks.length));
       const inside = scopes.flatMap((item) => item.parts);
       shown += inside.length - scopes.length;
-      if (depth === null ? shown > READABLE : step >= depth) return;
+      if (depth === null ? shown > most : step >= depth) return;
       for (const item of scopes) this.of(item).open = true;
       level = inside;
     }

@@ -45,6 +45,7 @@
  * @property {boolean} varied whether they differ in size
  * @property {Layers | null} layers
  * @property {string[]} skipped layers without an adapter in it
+ * @property {string[]} refused those that should have an adapter
  * @property {string[]} trained layers in it that are trained in full
  */
 
@@ -64,10 +65,11 @@
  * @property {number} mean_angle
  * @property {number[]} angles
  * @property {number} share
+ * @property {number} weight_change
  */
 
-/** @typedef {{words: string, unit: string, top: number, values: Map<string, number>}} Heat */
-/** @typedef {{path: string, reason: string, item: Item}} SkippedLayer */
+/** @typedef {{words: string, unit: string, ends: [number, number], values: Map<string, number>}} Heat */
+/** @typedef {{path: string, reason: string, refused: boolean, item: Item}} SkippedLayer */
 
 /**
  * @typedef {object} Drawing
@@ -77,14 +79,15 @@
  * @property {Item[]} items
  * @property {Map<string, Row[]>} rows by layer; several adapters are several rows
  * @property {Map<string, Heat>} heats by name
- * @property {string} heat the heatmap that is shown at first
- * @property {string[]} palette
+ * @property {string} heat the heatmap that is shown at first, or "" or "off" for none
+ * @property {boolean} trained whether any layer is rotated
+ * @property {[string[], string[]]} palettes of the heatmap, on light and on dark
  * @property {string} unknown color of a value that could not be computed
  * @property {SkippedLayer[]} skipped
  */
 
 /** The numbers of a row that may be NaN, which is `null` in JSON. */
-const NUMBERS = ["rotation", "angle", "mean_angle", "orthogonality", "share"];
+const NUMBERS = ["rotation", "angle", "mean_angle", "orthogonality", "share", "weight_change"];
 
 /**
  * @param {any[]} records
@@ -94,7 +97,7 @@ function itemsOf(records) {
   /** @type {Item[]} */
   const items = [];
   records.forEach(({ parent, flow, ...record }, index) => {
-    const item = { marks: [], ...record, index, parts: [], skipped: [], trained: [] };
+    const item = { marks: [], ...record, index, parts: [], skipped: [], refused: [], trained: [] };
     item.isScope = item.kind === "traced" || item.kind === "untraced";
     item.layers = flow ? layersOf(flow) : null;
     item.parent = index ? items[parent] : null;
@@ -159,8 +162,11 @@ export function read(json) {
   const heats = new Map(Object.entries(data.heats).map(([name, heat]) => [name, heatOf(heat)]));
   /** @type {SkippedLayer[]} */
   const skipped = data.skipped.map((/** @type {any} */ layer) => ({ ...layer, item: items[layer.item] }));
-  for (const { path, item } of skipped) item.skipped.push(path);
-  for (const { path, item } of data.trained) items[item].trained.push(path);
+  for (const { path, item, refused } of skipped) {
+    item.skipped.push(path);
+    if (refused) item.refused.push(path);
+  }
+  for (const { path, item } of data.full) items[item].trained.push(path);
   return { ...data, items, rows: rowsOf(data.rows), heats, skipped };
 }
 

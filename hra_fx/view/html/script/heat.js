@@ -1,6 +1,7 @@
 // The heatmap: values as colors, interpolated as in hra_fx/reporting/colormap.py.
 
 /** @import { Drawing, Heat } from "./data.js" */
+import { withUnit } from "./text.js";
 
 export class Heatmap {
   /** @param {Drawing} drawing */
@@ -18,49 +19,72 @@ export class Heatmap {
   /**
    * The mean value of some layers, `undefined` if no heatmap is shown.
    * @param {string[]} paths
+   * @param {Heat | undefined} [heat] another heatmap
    */
-  mean(paths) {
-    const heat = this.shown;
+  mean(paths, heat = this.shown) {
     if (!heat || !paths.length) return undefined;
     let sum = 0;
     for (const path of paths) sum += heat.values.get(path) ?? Number.NaN;
     return sum / paths.length;
   }
 
-  /** @param {number} value */
-  text(value) {
-    const heat = this.shown;
+  /**
+   * A value of the heatmap that is shown, or of another one.
+   * @param {number} value
+   * @param {Heat | undefined} [heat]
+   */
+  text(value, heat = this.shown) {
     if (!heat) return "";
-    return Number.isNaN(value) ? "unknown" : value.toFixed(decimals(heat.top)) + heat.unit;
+    if (heat.unit) return withUnit(value, heat.unit);
+    return Number.isNaN(value) ? "unknown" : value.toFixed(3);
   }
 
-  /** @param {number} value */
-  color(value) {
-    const { palette, unknown } = this.drawing;
-    if (!this.shown || Number.isNaN(value)) return unknown;
-    const place = Math.min(Math.max(value / this.shown.top, 0), 1) * (palette.length - 1);
-    const index = Math.min(Math.floor(place), palette.length - 2);
-    const [low, high] = [channels(palette[index]), channels(palette[index + 1])];
-    return `#${low.map((channel, at) => hex(channel + (high[at] - channel) * (place - index))).join("")}`;
+  /**
+   * The fill for a value and the color of text on it. Each is a pair for light and dark pages.
+   * @param {number} value
+   */
+  colors(value) {
+    const { palettes, unknown } = this.drawing;
+    const { ends } = /** @type {Heat} */ (this.shown);
+    const share = Math.min(Math.max((value - ends[0]) / (ends[1] - ends[0]), 0), 1);
+    const fills = palettes.map((palette) => (Number.isNaN(value) ? unknown : between(palette, share)));
+    return { fill: pair(fills), ink: pair(fills.map(inkOn)) };
   }
+
+  /** The whole scale as a background. */
+  get gradient() {
+    const [light, dark] = this.drawing.palettes;
+    return `linear-gradient(to right, ${light.map((fill, step) => pair([fill, dark[step]])).join(", ")})`;
+  }
+}
+
+/** @param {string[]} fills */
+function pair([light, dark]) {
+  return `light-dark(${light}, ${dark})`;
+}
+
+/**
+ * @param {string[]} palette
+ * @param {number} share
+ */
+function between(palette, share) {
+  const place = share * (palette.length - 1);
+  const index = Math.min(Math.floor(place), palette.length - 2);
+  const [low, high] = [channels(palette[index]), channels(palette[index + 1])];
+  return `#${low.map((channel, at) => hex(channel + (high[at] - channel) * (place - index))).join("")}`;
 }
 
 /**
  * Black or white, whichever has the higher contrast on a color.
  * @param {string} fill
  */
-export function inkOn(fill) {
+function inkOn(fill) {
   const [red, green, blue] = channels(fill).map((channel) => {
     const share = channel / 255;
     return share <= 0.04045 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4;
   });
   const luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue;
   return (luminance + 0.05) ** 2 > 0.05 * 1.05 ? "#000000" : "#ffffff";
-}
-
-/** @param {number} top */
-function decimals(top) {
-  return Math.max(0, Math.min(2 - Math.floor(Math.log10(top)), 6));
 }
 
 /** @param {string} color */

@@ -7,13 +7,14 @@ import { html } from "./svg.js";
 /** Looks of boxes, their texts, and whether a drawing has them.
  * @type {[string, string, (drawing: Drawing) => boolean][]} */
 const LOOKS = [
-  ["adapted_layer", "adapted layer, with its adapter on top", ({ rows }) => rows.size > 0],
-  ["traced", "module; click to open", has("traced")],
-  ["untraced", "module that is not traced: no edges inside", has("untraced")],
-  ["module", "other module or operation", (drawing) => has("module")(drawing) || has("op")(drawing)],
-  ["eager", "not traced, without adapters", has("eager")],
-  ["skipped", "layer without an adapter", ({ skipped }) => skipped.length > 0],
+  ["adapted_layer", "adapted layer", ({ rows }) => rows.size > 0],
   ["trained", "trained in full", ({ items }) => items.some(({ trained }) => trained.length)],
+  ["skipped", "not targeted", ({ skipped }) => skipped.some(({ refused }) => !refused)],
+  ["refused", "targeted, but not adapted", ({ skipped }) => skipped.some(({ refused }) => refused)],
+  ["traced", "module; click to open", has("traced")],
+  ["untraced", "module that is not traced, without edges", has("untraced")],
+  ["module", "other operation", (drawing) => has("module")(drawing) || has("op")(drawing)],
+  ["eager", "not traced, without adapters", has("eager")],
 ];
 
 /** @param {string} kind */
@@ -34,21 +35,20 @@ export function explainLooks(element, drawing) {
 }
 
 /**
- * The color scale, from 0 to the largest value.
+ * The color scale with the values at its ends.
  * @param {HTMLElement} element
  * @param {Drawing} drawing
  * @param {Heatmap} heatmap
  */
 export function explainHeat(element, drawing, heatmap) {
   const heat = heatmap.shown;
+  const note = drawing.trained ? [] : [html("span", { class: "note" }, "not trained yet (identity)")];
   if (!heat) {
-    element.replaceChildren();
+    element.replaceChildren(...note);
     return;
   }
   const bar = html("span", { class: "bar" });
-  bar.style.background = `linear-gradient(to right, ${drawing.palette.join(", ")})`;
-  const [low, high] = [0, heat.top].map((value) => `${Number(value.toPrecision(4))}${heat.unit}`);
-  const isRotated = [...heat.values.values()].some((value) => value > 1e-6);
-  const note = isRotated ? [] : [html("span", { class: "note" }, "no layer is rotated yet")];
+  bar.style.background = heatmap.gradient;
+  const [low, high] = heat.ends.map((value) => `${Number(value.toPrecision(6))}${heat.unit}`);
   element.replaceChildren(html("span", { class: "measure" }, heat.words), low, bar, high, ...note);
 }

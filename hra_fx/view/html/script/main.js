@@ -104,12 +104,10 @@ heats.addEventListener("change", () => {
   showHeat();
 });
 
-const looks = /** @type {HTMLDetailsElement} */ (byId("legend"));
 explainLooks(byId("looks"), drawing);
 for (const choice of /** @type {NodeListOf<HTMLInputElement>} */ (document.querySelectorAll("[name=look]"))) {
   choice.addEventListener("change", () => {
     stage.show(/** @type {Look} */ (choice.value));
-    looks.open = choice.value !== "all"; // no room beside three drawings
     stage.fit();
   });
 }
@@ -119,6 +117,7 @@ for (const part of /** @type {NodeListOf<HTMLElement>} */ (document.querySelecto
 
 const skipped = byId("skipped");
 skipped.hidden = !drawing.skipped.length;
+skipped.classList.toggle("alarm", drawing.skipped.some(({ refused }) => refused));
 skipped.textContent = `${counted(drawing.skipped.length, "layer")} not adapted`;
 skipped.addEventListener("click", () => panel.showSkipped());
 
@@ -156,6 +155,6 @@ listenToKeys(boxes, {
   zoom: (steps) => stage.zoomBy(steps),
   fit: () => stage.fit(),
 });
-listenToPrints(byId("paper"), looks, stage);
+listenToPrints(byId("paper"), stage);
 showHeat();
 performance.mark("drawn");

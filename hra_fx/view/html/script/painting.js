@@ -4,7 +4,6 @@
 /** @import { Box, Boxes } from "./boxes.js" */
 /** @import { Heatmap } from "./heat.js" */
 import { badgeWidth, CELL, CELLS, HEADER, PAD, STRIP } from "./boxes.js";
-import { inkOn } from "./heat.js";
 import { svg } from "./svg.js";
 import { DETAIL, NAME, widthOf } from "./text.js";
 
@@ -30,7 +29,7 @@ const MANY = 48; // maximum number of cells in a closed scope; with more layers,
 export function drawn(item, paint) {
   const box = paint.boxes.of(item);
   const classes = ["box", item.kind, item.isScope ? (box.open ? "open" : "closed") : "leaf"];
-  if (item.skipped.length) classes.push("skipped");
+  if (item.skipped.length) classes.push(item.refused.length ? "refused" : "skipped");
   if (item.trained.length) classes.push("trained");
   const group = svg("g", {
     class: classes.join(" "),
@@ -240,26 +239,18 @@ export function color(group, item, paint) {
     line.textContent =
       mode === "adapted" ? box.strip + shown : (changed ? "weight changed" : "weight unchanged") + shown;
     strip.classList.toggle("unchanged", mode === "folded" && !changed);
-    fill(strip, line, value === undefined ? "" : heatmap.color(value));
+    const tint = value === undefined ? { fill: "", ink: "" } : heatmap.colors(value);
+    strip.style.fill = tint.fill;
+    line.style.fill = tint.ink;
   }
   for (const cell of /** @type {NodeListOf<SVGElement>} */ (group.querySelectorAll(":scope > .cell"))) {
     const marks = marksOfCell.get(cell) ?? [];
     const value = heatmap.mean(marks);
-    cell.style.fill = value === undefined ? "" : heatmap.color(value);
+    cell.style.fill = value === undefined ? "" : heatmap.colors(value).fill;
     const names = marks.length > 1 ? `${marks[0]} … ${marks[marks.length - 1]}` : marks[0];
     const shown = value === undefined ? "" : `\n${heatmap.text(value)}`;
     /** @type {Element} */ (cell.firstChild).textContent = names + shown;
   }
-}
-
-/**
- * @param {SVGElement} shape
- * @param {SVGElement} line
- * @param {string} tint
- */
-function fill(shape, line, tint) {
-  shape.style.fill = tint;
-  line.style.fill = tint && inkOn(tint);
 }
 
 /**

@@ -5,7 +5,7 @@
 import { marksOf, skippedIn } from "./data.js";
 import { spectrum } from "./spectrum.js";
 import { html } from "./svg.js";
-import { counted } from "./text.js";
+import { counted, withUnit } from "./text.js";
 
 const LISTED = 200;
 
@@ -64,7 +64,8 @@ export class Panel {
       this.#facts(item, marks),
       ...this.#skipped(item),
       ...trainedInFull(item),
-      ...(one ? this.#layer(one, marks.length > 1) : []),
+      ...(marks.length > 1 ? this.#means(marks) : []),
+      ...(one ? this.#layer(item, marks, one) : []),
       ...(marks.length > 1 || (item.isScope && marks.length) ? this.#layers(item, marks, one) : []),
       ...this.#paths(item, marks),
     ]);
@@ -146,11 +147,52 @@ export class Panel {
   }
 
   /**
-   * The rows of the report for one layer.
-   * @param {string} path
-   * @param {boolean} named whether the box stands for several layers
+   * The means over the layers in a box, one of which is in the box.
+   * @param {string[]} marks
    */
-  #layer(path, named) {
+  #means(marks) {
+    const { heatmap } = this;
+    /** @type {Facts} */
+    const facts = [...this.drawing.heats.values()].map((heat) => [
+      heat.words,
+      heatmap.text(heatmap.mean(marks, heat) ?? Number.NaN, heat),
+    ]);
+    return [html("section", { class: "means" }, html("h3", {}, `Mean of ${marks.length} layers`), list(facts))];
+  }
+
+  /**
+   * Which of the layers that a box stands for is shown, with buttons for its neighbors.
+   * @param {Item} item
+   * @param {string[]} marks
+   * @param {string} path
+   */
+  #instance(item, marks, path) {
+    const place = marks.indexOf(path);
+    const button = (/** @type {string} */ text, /** @type {string} */ label, /** @type {number} */ step) =>
+      html(
+        "button",
+        { "aria-label": label, disabled: !marks[place + step], onclick: () => this.choose(item, marks[place + step]) },
+        text,
+      );
+    const buttons = [button("‹", "Previous layer", -1), button("›", "Next layer", 1)];
+    return [
+      html(
+        "p",
+        { class: "which" },
+        `Layer ${place + 1} of ${marks.length}`,
+        html("span", { class: "group" }, ...buttons),
+      ),
+      html("h3", { class: "instance" }, ...broken(path)),
+    ];
+  }
+
+  /**
+   * The rows of the report for one layer.
+   * @param {Item} item
+   * @param {string[]} marks the layers that the box stands for
+   * @param {string} path
+   */
+  #layer(item, marks, path) {
     const rows = this.drawing.rows.get(path) ?? [];
     const sections = rows.map((row) => {
       const name = rows.length > 1 || row.adapter !== "default" ? `Adapter ${row.adapter}` : "Adapter";
@@ -158,8 +200,7 @@ export class Panel {
       const chart = row.angles.length ? [spectrum(row.angles)] : [];
       return html("section", { class: "adapter" }, title, list(adapterFacts(row)), ...chart);
     });
-    const heading = named ? [html("h3", { class: "instance" }, ...broken(path))] : [];
-    return [...heading, ...sections];
+    return [...(marks.length > 1 ? this.#instance(item, marks, path) : []), ...sections];
   }
 
   /**
@@ -171,12 +212,12 @@ export class Panel {
   #layers(item, marks, chosen) {
     const rows = marks.flatMap((mark) => this.drawing.rows.get(mark) ?? []);
     const several = new Set(rows.map((row) => row.adapter)).size > 1;
-    const named = ["layer", ...(several ? ["adapter"] : []), "r", "mean", "largest", "|Q - I|"];
+    const named = ["layer", ...(several ? ["adapter"] : []), "r", "change", "mean", "largest"];
     const head = html("tr", {}, ...named.map((name) => html("th", { scope: "col" }, name)));
     const body = rows.slice(0, LISTED).map((row) => {
       const tint = html("i", { class: "tint", "aria-hidden": "true" });
       const value = this.heatmap.mean([row.path]);
-      tint.style.background = value === undefined ? "" : this.heatmap.color(value);
+      tint.style.background = value === undefined ? "" : this.heatmap.colors(value).fill;
       const go = () => this.choose(item.isScope ? this.#holder(row.path) : item, row.path);
       const name = html(
         "th",
@@ -184,8 +225,8 @@ export class Panel {
         tint,
         html("button", { class: "link", onclick: go }, ...broken(row.path)),
       );
-      const cells = [...(several ? [row.adapter] : []), String(row.r), degrees(row.mean_angle), degrees(row.angle)];
-      const values = [...cells, row.rotation.toFixed(3)].map((text) => html("td", {}, text));
+      const cells = [...(several ? [row.adapter] : []), String(row.r), percent(row.weight_change)];
+      const values = [...cells, degrees(row.mean_angle), degrees(row.angle)].map((text) => html("td", {}, text));
       return html("tr", row.path === chosen ? { "aria-current": "true" } : {}, name, ...values);
     });
     const more = rows.length > LISTED ? [html("p", {}, `and ${rows.length - LISTED} more`)] : [];
@@ -225,10 +266,11 @@ function adapterFacts(row) {
     ["d", String(row.d)],
     ["r", String(row.r)],
     ["parameters", row.parameters.toLocaleString("en")],
+    ["weight change", percent(row.weight_change), `|WQ - W| / |W| = ${row.weight_change}`],
     ["mean angle", degrees(row.mean_angle), `${row.mean_angle} radians`],
     ["largest angle", degrees(row.angle), `${row.angle} radians`],
     ["|Q - I|", row.rotation.toFixed(3), String(row.rotation)],
-    ["share of the weight", `${(100 * row.share).toFixed(2)}%`, String(row.share)],
+    ["share of the weight", percent(row.share), String(row.share)],
     ["|QᵀQ - I|", row.orthogonality.toExponential(0), String(row.orthogonality)],
   ];
 }
@@ -271,7 +313,12 @@ function nameOf(item) {
 
 /** @param {number} radians */
 function degrees(radians) {
-  return `${((radians * 180) / Math.PI).toFixed(1)}°`;
+  return withUnit((radians * 180) / Math.PI, "°");
+}
+
+/** @param {number} share */
+function percent(share) {
+  return withUnit(100 * share, "%");
 }
 
 /** @param {Row[]} rows */

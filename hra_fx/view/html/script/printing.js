@@ -12,20 +12,11 @@ const GAP = 18;
 /**
  * Lay out the drawing for each print, and remove it afterwards.
  * @param {HTMLElement} paper
- * @param {HTMLDetailsElement} legend it is open on paper
  * @param {Stage} stage
  */
-export function listenToPrints(paper, legend, stage) {
-  let wasOpen = legend.open;
-  addEventListener("beforeprint", () => {
-    wasOpen = legend.open;
-    legend.open = true;
-    paper.replaceChildren(...pieces(stage));
-  });
-  addEventListener("afterprint", () => {
-    legend.open = wasOpen;
-    paper.replaceChildren();
-  });
+export function listenToPrints(paper, stage) {
+  addEventListener("beforeprint", () => paper.replaceChildren(...pieces(stage)));
+  addEventListener("afterprint", () => paper.replaceChildren());
 }
 
 /** @param {Stage} stage */

@@ -94,9 +94,12 @@ export class Stage {
     this.#apply();
     if (!anchor || !before) return;
     const after = boxes.absolute(anchor);
-    const { scrollLeft, scrollTop } = this.panes[0].scroller;
+    const { scrollLeft, scrollTop, clientWidth } = this.panes[0].scroller;
+    const middle = scrollLeft + (after.x + after.width / 2 - before.x - before.width / 2) * this.zoom;
+    // Of a module that is wider than the window, the left edge is shown.
+    const left = (after.x + MARGIN / 2) * this.zoom;
     this.#scroll({
-      left: scrollLeft + (after.x + after.width / 2 - before.x - before.width / 2) * this.zoom,
+      left: after.width * this.zoom > clientWidth ? left : middle,
       top: scrollTop + (after.y - before.y) * this.zoom,
     });
   }
@@ -113,7 +116,7 @@ export class Stage {
   }
 
   /**
-   * The horizontal scroll position that centers the first box.
+   * The horizontal scroll position at first: the left edge, or the first box in the middle if it is not visible there.
    * @param {number} room
    */
   #home(room) {
@@ -121,6 +124,7 @@ export class Stage {
     const [first] = boxes.root.parts;
     if (!first) return 0;
     const { x, width } = boxes.absolute(first);
+    if ((x + width + MARGIN) * this.zoom <= room) return 0;
     return (x + width / 2 + MARGIN) * this.zoom - room / 2;
   }
 

@@ -1,0 +1,67 @@
+"""The colors of pictures and of the page, by role: one for light and one for dark backgrounds.
+
+Text has a contrast of at least 4.5:1 with what is behind it, in both themes; lines and marks of adapters, of layers
+without one, and edges have at least 3:1 in the dark theme.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, TypeAlias, get_args
+from xml.etree.ElementTree import Element
+
+Theme: TypeAlias = Literal["light", "dark"]
+THEMES: tuple[Theme, ...] = get_args(Theme)
+
+#: Role -> the colors on light and on dark. `violet` is an adapter, `blue` a layer that is trained in full, `red` one
+#: that should have an adapter and has none, `amber` what is not traced.
+COLORS: Mapping[str, tuple[str, str]] = {
+    "paper": ("#f6f7fa", "#12161d"),
+    "card": ("#ffffff", "#1b212b"),
+    "ink": ("#1f2733", "#e6eaf1"),
+    "faint": ("#505b6b", "#a9b4c4"),
+    "rule": ("#d4dae3", "#343d4b"),
+    "edge": ("#7b8798", "#7f8b9f"),
+    "box-line": ("#a9b4c3", "#66738a"),
+    "port": ("#eceff4", "#2a323f"),
+    "port-line": ("#b4bdca", "#66738a"),
+    "module": ("#eff3f8", "#161c25"),
+    "module-line": ("#b3c0cf", "#5b6a80"),
+    "violet": ("#43247a", "#dccdfb"),
+    "violet-pale": ("#e6dcf9", "#3a2a5e"),
+    "violet-line": ("#8a68cf", "#9a7fdc"),
+    "amber": ("#5c430c", "#f0d79b"),
+    "amber-pale": ("#fdf6e3", "#2e2818"),
+    "amber-line": ("#c9a64f", "#94793a"),
+    "untraced": ("#fffdf8", "#1c1a15"),
+    "blue": ("#17406d", "#cfe2fa"),
+    "blue-pale": ("#d8e8fb", "#1d3557"),
+    "blue-line": ("#4b86c4", "#5f93cc"),
+    "red": ("#a3241b", "#ffa79e"),
+    "red-pale": ("#fdecea", "#3b1d1c"),
+    "red-line": ("#cc4237", "#e0685d"),
+    "skipped": ("#7b8696", "#8b97a9"),
+    "focus": ("#0b63ce", "#6cb0ff"),
+    "on-ink": ("#ffffff", "#12161d"),
+}
+
+
+def colored(root: Element, theme: Theme) -> None:
+    """Replace the names of roles in the attributes of an SVG by the colors of a theme."""
+    place = THEMES.index(theme)
+    for element in root.iter():
+        for name in ("fill", "stroke"):
+            role = element.get(name, "")
+            if role in COLORS:
+                element.set(name, COLORS[role][place])
+
+
+def light(role: str) -> str:
+    """The color of a role on light."""
+    return COLORS[role][0]
+
+
+def as_css() -> str:
+    """The roles as properties of a style sheet."""
+    lines = (f"  --{role}: light-dark({on_light}, {on_dark});\n" for role, (on_light, on_dark) in COLORS.items())
+    return f":root {{\n{''.join(lines)}}}\n"

@@ -1,0 +1,113 @@
+"""The colors of light and dark pictures: contrast, and that every picture uses them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from drawn_models import drawn
+
+import hra_fx
+from hra_fx.reporting.colormap import DARK_PALETTE, PALETTE, UNKNOWN, color, ink_on
+from hra_fx.view.theme import COLORS, THEMES, as_css
+
+#: What text is written in, and what is behind it.
+TEXT = [
+    *(
+        (ink, paper)
+        for ink in ("ink", "faint")
+        for paper in ("paper", "card", "module", "port", "untraced", "blue-pale")
+    ),
+    *(("violet", paper) for paper in ("violet-pale", "card")),
+    *(("amber", paper) for paper in ("amber-pale", "untraced")),
+    *(("blue", "blue-pale"), ("red", "red-pale"), ("faint", "red-pale"), ("focus", "card"), ("on-ink", "ink")),
+]
+#: Lines and marks that have a meaning, and what is beside them.
+MARKS = [
+    *(
+        (mark, paper)
+        for mark in ("edge", "violet-line", "skipped", "red-line")
+        for paper in ("card", "module", "paper")
+    ),
+    *((mark, "paper") for mark in ("box-line", "port-line", "module-line", "amber-line", "blue-line", "focus")),
+    *((mark, "card") for mark in ("box-line", "blue-line")),
+]
+DARK = THEMES.index("dark")
+
+
+def luminance(fill: str) -> float:
+    linear = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (n / 255 for n in bytes.fromhex(fill[1:]))
+    ]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    """The contrast ratio of https://www.w3.org/TR/WCAG22/#dfn-contrast-ratio."""
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_the_oracle() -> None:
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
+
+
+@pytest.mark.parametrize("place", range(len(THEMES)), ids=THEMES)
+def test_text_can_be_read(place: int) -> None:
+    found = {pair: contrast(*(COLORS[role][place] for role in pair)) for pair in TEXT}
+    assert min(found.values()) >= 4.5, found
+
+
+def test_marks_are_visible_in_the_dark() -> None:
+    found = {pair: contrast(*(COLORS[role][DARK] for role in pair)) for pair in MARKS}
+    assert min(found.values()) >= 3, found
+
+
+def test_every_heat_is_visible_in_the_dark() -> None:
+    fills = [color(step / 60, (0, 1), DARK_PALETTE) for step in range(61)]
+    for behind in ("paper", "card", "module"):
+        assert min(contrast(fill, COLORS[behind][DARK]) for fill in (*fills, UNKNOWN)) >= 3
+
+
+def test_text_on_every_heat_can_be_read() -> None:
+    for palette in (PALETTE, DARK_PALETTE):
+        fills = [color(step / 60, (0, 1), palette) for step in range(61)]
+        assert min(contrast(fill, ink_on(fill)) for fill in fills) >= 4.5
+
+
+def test_pale_heat_has_a_line_around_it_on_light() -> None:
+    """Strips have the line of an adapted layer, cells that of an edge."""
+    assert min(contrast(COLORS[line][0], "#ffffff") for line in ("violet-line", "edge")) >= 3
+
+
+def test_the_page_has_the_same_colors() -> None:
+    for role, pair in COLORS.items():
+        assert f"--{role}: light-dark({', '.join(pair)});" in as_css()
+    styles = Path(hra_fx.__file__).parent / "view" / "html" / "style"
+    used = {role for file in styles.iterdir() for role in re.findall(r"var\(--([a-z-]+)\)", file.read_text("utf-8"))}
+    assert used - {"shadow"} <= set(COLORS)
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_a_picture_has_the_colors_of_its_theme_only(theme: str, tmp_path: Path) -> None:
+    text = hra_fx.visualize(drawn("bert"), tmp_path / "a.svg", theme=theme).read_text("utf-8")  # type: ignore[arg-type]
+    assert set(re.findall(r'(?:fill|stroke)="([^"#]*)"', text)) <= {"none"}, "no role is left"
+    place = THEMES.index(theme)  # type: ignore[arg-type]
+    found = set(re.findall(r'="(#[0-9a-f]{6})"', text))
+    assert COLORS["paper"][place] in found
+    assert COLORS["paper"][1 - place] not in found
+
+
+def test_a_page_can_be_dark(tmp_path: Path) -> None:
+    text = hra_fx.visualize(drawn("one layer"), tmp_path / "a.html", theme="dark").read_text("utf-8")
+    assert '<html lang="en" data-theme="dark">' in text
+    assert "data-theme=" not in hra_fx.visualize(drawn("one layer"), tmp_path / "b.html").read_text("utf-8")[:300]
+
+
+def test_other_formats_have_no_theme(tmp_path: Path) -> None:
+    with pytest.raises(hra_fx.VisualizeError, match=r"^`theme` is for \.svg, \.png, \.html, and 'a\.dot' is not one"):
+        hra_fx.visualize(drawn("one layer"), tmp_path / "a.dot", theme="dark")
+    with pytest.raises(hra_fx.VisualizeError, match=r"^`theme` must be one of 'light', 'dark', got 'sepia'\."):
+        hra_fx.visualize(drawn("one layer"), tmp_path / "a.svg", theme="sepia")  # type: ignore[arg-type]
