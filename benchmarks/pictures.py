@@ -20,14 +20,14 @@ import hra_fx
 from hra_fx.view.theme import THEMES
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCK = "encoder.encoder.layer.0"
+BLOCK = "encoder.encoder.layer.0.attention"
 
 
 def trained(folder: Path, size: int) -> tuple[demo.Classifier, dict[str, torch.Tensor]]:
     """The demo's model after training on `size` texts, and a batch of its inputs."""
     torch.manual_seed(0)
-    texts, held_out, classes = demo.load(size, 1500)
-    model = demo.Classifier(classes).eval()
+    texts, held_out, classes = demo.load(size, 1500, None)
+    model = demo.Classifier(classes, None).eval()
     if folder.exists():
         hra_fx.load_adapter(model, folder)
     else:
