@@ -22,7 +22,8 @@ INTRODUCTION = """\
 HRA and LoRA with numbers of trained parameters within 3 % of each other, and full fine-tuning, over several seeds. A
 seed draws the training examples, their order, the new head and the start of the adapter, and all methods share it.
 "Gain" is how much better HRA's test score is than LoRA's, so more is better for every metric; the interval is that of
-the paired differences, at 95 %. "Closed" is the share of the distance from LoRA to full fine-tuning that HRA covers.
+the paired differences, at 95 %. "Closed" is the share of the distance from LoRA to full fine-tuning that HRA covers,
+where this distance is larger than its interval.
 [docs/training.md](training.md) says what follows for a training of yours.
 """
 
@@ -97,6 +98,7 @@ def page(records: Sequence[Record]) -> str:
         _trials(records),
         PROTOCOL,
         _cost(records),
+        _unfinished(records),
     ]
     return "\n".join(parts)
 
@@ -111,6 +113,7 @@ def _first_table(found: Sequence[Comparison]) -> str:
             _number(row.hra),
             _interval(row.gain),
             _number(row.full) if row.full is not None else "-",
+            _interval(row.distance) if row.distance else "-",
             f"{100 * row.closed:.0f} %" if row.closed is not None else "-",
         ]
         for row in found
@@ -121,7 +124,7 @@ def _first_table(found: Sequence[Comparison]) -> str:
         if short
         else "HRA's mean is at least LoRA's minus one standard error of the difference on every task."
     )
-    columns = ["task", "metric", "seeds", "LoRA", "HRA", "gain", "full fine-tuning", "closed"]
+    columns = ["task", "metric", "seeds", "LoRA", "HRA", "gain", "full fine-tuning", "full over LoRA", "closed"]
     return f"{_table(columns, rows)}\n{verdict}\n"
 
 
@@ -206,6 +209,16 @@ def _cost(records: Sequence[Record]) -> str:
         f"The {len(records)} runs trained for {hours:.1f} hours of CPU time in all, which two cores share; evaluations "
         "come on top.\n"
     )
+
+
+def _unfinished(records: Sequence[Record]) -> str:
+    """The methods that the plan has, and that lack runs."""
+    missing = {
+        task: [ALL[method].label for method in methods_of(task) if not finished(records, task, method)]
+        for task in TASK_NAMES
+    }
+    lines = [f"- `{task}`: {', '.join(labels)}\n" for task, labels in missing.items() if labels]
+    return f"Planned, and not finished yet:\n\n{''.join(lines)}" if lines else ""
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -33,7 +33,8 @@ class Comparison:
         task: its name.
         lora, hra, full: means of the test scores; `full` is None where it was not run.
         gain: HRA's gain over LoRA, over the seeds that both have.
-        closed: the share of the distance from LoRA to full fine-tuning that HRA covers, or None without a distance.
+        distance: the gain of full fine-tuning over LoRA.
+        closed: the share of this distance that HRA covers; None where the distance is within its 95 % interval of zero.
         seeds: the number of HRA's runs.
     """
 
@@ -42,6 +43,7 @@ class Comparison:
     hra: float
     full: float | None
     gain: Difference
+    distance: Difference | None
     closed: float | None
     seeds: int
 
@@ -102,14 +104,15 @@ def compare(records: Sequence[Record], task: str, method: str = "hra") -> Compar
     if not lora or not hra:
         return None
     won = gain(records, task, method, "lora")
-    distance = gain(records, task, "full", "lora").mean if full else math.nan
-    closed = won.mean / distance if distance > 0 else None
+    distance = gain(records, task, "full", "lora") if full else None
+    closed = won.mean / distance.mean if distance and distance.mean > distance.half else None
     return Comparison(
         task,
         statistics.mean(lora),
         statistics.mean(hra),
         statistics.mean(full) if full else None,
         won,
+        distance,
         closed,
         len(hra),
     )

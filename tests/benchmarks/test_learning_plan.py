@@ -84,17 +84,30 @@ def test_differences_are_paired_by_seed() -> None:
     assert found.half == pytest.approx(4.303 * error), "Student's t with two degrees of freedom"
 
 
-def test_a_smaller_error_is_a_gain() -> None:
-    made = {"lora": (4.0, 6.0), "hra": (3.0, 3.0), "full": (1.0, 1.0)}
-    records = [
+def scored(made: dict[str, tuple[float, ...]]) -> list[Record]:
+    """Runs with test scores, by method and seed."""
+    return [
         record(Run(TASK, method, seed, 1e-3, None, test=True), 0.0, score)
         for method, scores in made.items()
         for seed, score in enumerate(scores)
     ]
-    assert gain(records, TASK, "hra", "lora").mean == 2.0
+
+
+def test_a_smaller_error_is_a_gain() -> None:
+    made = {"lora": (4.9, 5.1), "hra": (3.0, 3.0), "full": (1.0, 1.0)}
+    records = scored(made)
+    assert gain(records, TASK, "hra", "lora").mean == pytest.approx(2.0)
     found = compare(records, TASK)
     assert found is not None
-    assert (found.lora, found.hra, found.full, found.closed, found.holds) == (5.0, 3.0, 1.0, 0.5, True)
+    assert (found.lora, found.hra, found.full, found.holds) == (5.0, 3.0, 1.0, True)
+    assert found.closed == pytest.approx(0.5)
+
+
+def test_a_distance_inside_its_interval_cannot_be_closed() -> None:
+    made = {"lora": (4.0, 6.0), "hra": (3.0, 3.0), "full": (1.0, 1.0)}
+    found = compare(scored(made), TASK)
+    assert found is not None
+    assert (found.distance, found.closed) == (gain(scored(made), TASK, "full", "lora"), None)
 
 
 def test_docs_results_md_follows_from_docs_results_json() -> None:
