@@ -54,7 +54,7 @@ def forgetting(records: Sequence[Record], file: Path) -> Path:
         for task in TASK_NAMES
         for name in retained(records, task)
     ]
-    return _draw(panels, file, "validation score")
+    return _draw(panels, file, "validation score of the new task")
 
 
 def retained(records: Sequence[Record], task: str) -> list[str]:
@@ -74,13 +74,20 @@ def _rates_panel(records: Sequence[Record], task: str) -> Callable[[Axes], None]
 
 
 def _limit(axes: Axes, records: Sequence[Record], task: str) -> None:
-    """Cut off scores far worse than those of the lowest rates: those of rates that are much too large."""
+    """Cut off the scores of rates that are much too large."""
+    scores = [score for method in _drawn(task) for score in searched(records, task, method).values()]
+    bound = _bound(records, task)
+    if TASKS[task].higher_is_better:
+        axes.set_ylim(bottom=bound)
+    else:
+        axes.set_ylim(bottom=min(scores) - 0.05 * (bound - min(scores)), top=bound)
+
+
+def _bound(records: Sequence[Record], task: str) -> float:
+    """A score a little worse than that of every method at its lowest rate."""
     firsts = [list(searched(records, task, method).values())[:1] for method in _drawn(task)]
     values = [first[0] for first in firsts if first]
-    if TASKS[task].higher_is_better:
-        axes.set_ylim(bottom=min(values) - 2)
-    else:
-        axes.set_ylim(top=1.1 * max(values))
+    return min(values) - 2 if TASKS[task].higher_is_better else 1.1 * max(values)
 
 
 def _ranks_panel(records: Sequence[Record], task: str) -> Callable[[Axes], None]:
@@ -118,10 +125,14 @@ def by_size(records: Sequence[Record], task: str, method: str) -> list[Point]:
 
 
 def _forgetting_panel(records: Sequence[Record], task: str, name: str) -> Callable[[Axes], None]:
+    sign = 1 if TASKS[task].higher_is_better else -1
+
     def draw(axes: Axes) -> None:
+        bound = _bound(records, task)
         for method in _drawn(task):
             rank = matched_rank(records, task, method)
             runs = [r for r in of(records, task, method) if r.seed == 0 and r.test is None and r.r == rank]
+            runs = [run for run in runs if sign * run.validation >= sign * bound]
             points = [(run.validation, run.retention[name]) for run in sorted(runs, key=lambda run: run.lr)]
             _curve(axes, method, points)
         axes.set_ylabel(name)
