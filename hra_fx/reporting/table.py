@@ -101,7 +101,7 @@ def as_text(
     width: int = UNLIMITED,
 ) -> str:
     """The same as plain text. Footnotes are not wrapped."""
-    console = Console(width=width, no_color=True, highlight=False)
+    console = Console(width=width, no_color=True, force_terminal=False, highlight=False)
     with console.capture() as capture:
         console.print(Text(title), fit_table(columns, rows, width))
     lines = [line.rstrip() for line in capture.get().rstrip().splitlines()]
