@@ -92,7 +92,7 @@ def place(block: Block, heatmap: Heatmap, *, root: bool = False, alone: bool = T
 
 def _adapted(leaf: Leaf, heatmap: Heatmap) -> Box:
     name, detail, count = shorten(clean(span(leaf)), _LETTERS), clean(leaf.detail), _count(leaf)
-    words, heat = heatmap.strip(leaf)
+    words, heat = heatmap.strip(leaf) if leaf.rank else ("", "")  # without an active adapter nothing is rotated
     strip = _strip(leaf, words)
     wide = max(
         width(name, NAME, bold=True) + count_width(count), width(detail, DETAIL), width(strip, DETAIL, bold=True) + 12

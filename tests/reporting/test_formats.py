@@ -43,7 +43,7 @@ def test_all_columns_and_numbers_are_in_a_wide_terminal() -> None:
 def test_a_narrow_terminal_keeps_the_layer_and_its_change() -> None:
     found = report_of(*blocks(2, "q_proj", "v_proj"))
     lost: list[str] = []
-    for width in range(130, 40, -1):
+    for width in range(130, 50, -1):
         text = in_terminal(found, width)
         line = heading_line(text)
         missing = [name for name in WORDS if f" {name} " not in f" {line} "]

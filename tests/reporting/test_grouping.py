@@ -29,7 +29,7 @@ def test_repeated_layers_are_one_line_with_the_ranges_of_their_values() -> None:
         for i in range(3)
         for name in names
     ]
-    text = lines(report_of(*rows, row("head")))
+    text = lines(report_of(*rows, row("head")), width=120)
     wanted = "encoder.layer.*.attention.self.query x3 2 48 5.0 to 7.0% 79 to"
     assert any(" ".join(line.split()).startswith(wanted) for line in text)
     assert any(line.split()[:3] == ["head", "2", "16"] for line in text)

@@ -25,7 +25,7 @@ def test_a_focus_shows_what_enters_and_leaves() -> None:
     part = focused(drawing("resnet"), "layer2")
     assert ports(part) == ["from layer1.1.relu", "to layer3.0.conv1 + 1"]
     assert part.title == "layer2 in ResNet with HRA"
-    assert part.facts.startswith("5 adapted layers here · whole model: 21 adapted layers")
+    assert part.facts.startswith("5 of 21 adapted layers · ")
     assert {row.path for row in part.rows} == {mark.path for leaf in leaves(part).values() for mark in leaf.marks}
     assert nx.is_directed_acyclic_graph(part.picture)
 

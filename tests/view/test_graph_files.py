@@ -199,7 +199,8 @@ def test_a_slash_in_a_name_is_no_level() -> None:
 def test_node_data_are_the_numbers_of_the_report() -> None:
     rows = {row.path: row for row in hra_fx.report(drawn("resnet"))}
     for heat, name, value in (
-        (None, "mean angle (°)", lambda row: math.degrees(row.mean_angle)),
+        (None, "weight change (%)", lambda row: 100 * row.weight_change),
+        ("mean_angle", "mean angle (°)", lambda row: math.degrees(row.mean_angle)),
         ("rotation", "|Q - I|", lambda row: row.rotation),
     ):
         graph, data = loaded(drawing("resnet"), Options(heat=heat))

@@ -47,7 +47,7 @@ def _figure(rows: Sequence[Row], names: tuple[str, str]) -> Figure:
     high, wide = max(0.6, line * len(paths)), 2 * _PANEL + _GAP
     figure = new_figure(wide, high)
     measures = [HEATS[heat] for heat in ("mean_angle", "angle")]
-    top = scale(measure.value(row) for measure in measures for row in used)
+    _, top = scale([0.0, *(measure.value(row) for measure in measures for row in used)])
     for place, measure in enumerate(measures):
         left = place * (_PANEL + _GAP) / wide
         axes = figure.add_axes((left, 0, _PANEL / wide, 1))

@@ -233,7 +233,7 @@ export function color(group, item, paint) {
   const strip = /** @type {SVGElement | null} */ (group.querySelector(":scope > .strip"));
   const line = /** @type {SVGElement | null} */ (group.querySelector(":scope > .strip-words"));
   if (strip && line) {
-    const value = heatmap.mean(box.marks);
+    const value = item.rank ? heatmap.mean(box.marks) : undefined; // without an active adapter nothing is rotated
     const changed = box.marks.some(paint.isRotated);
     const shown = value === undefined ? "" : ` · ${box.marks.length > 1 ? "mean " : ""}${heatmap.text(value)}`;
     line.textContent =
