@@ -34,7 +34,7 @@ def main() -> int:
         return 0
     if options.task is None:
         parser.error("--method needs --task")
-    lr = options.lr or chosen(read(), options.task, options.method)
+    lr = chosen(read(), options.task, options.method) if options.lr is None else options.lr
     record = run(options.task, options.method, options.seed, lr, r=options.r, test=True)
     print(json.dumps(dataclasses.asdict(record)))
     return 0

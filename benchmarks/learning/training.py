@@ -60,7 +60,7 @@ def run(
 
 
 def fit(model: nn.Module, head: nn.Module, task: Task, method: Method, lr: float) -> None:
-    """AdamW with a linear schedule and warmup, and gradients clipped to norm 1: the defaults of the Trainer."""
+    """AdamW with a linear schedule, warmup, and gradients clipped to norm 1."""
     in_head = {id(parameter) for parameter in head.parameters()}
     inserted = [value for value in model.parameters() if value.requires_grad and id(value) not in in_head]
     groups = [

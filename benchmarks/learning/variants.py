@@ -95,7 +95,7 @@ VARIANTS = {
     ),
     "hra-renorm": replace(HRA, label="length kept after each step", after_step=to_starting_length),
     "hra-independent": replace(HRA, label="independent vectors at the start", insert=independent_start),
-    "hra-gradient": replace(HRA, label="vectors from gradients at the start", insert=gradient_start),
+    "hra-gradient": replace(HRA, label="vectors from gradients of 8 batches at the start", insert=gradient_start),
     "hra-decay": replace(HRA, label="weight decay 0.1", weight_decay=0.1),
     "hra-decay-1": replace(HRA, label="weight decay 1", weight_decay=1.0),
     "hra-cosine": replace(HRA, label="cosine schedule", schedule="cosine"),

@@ -20,9 +20,9 @@ from hra_fx.model.state import collect_parts
 #: Smaller learning rates give a warning. The best ones in docs/results.md are 3e-3 and larger.
 _LEAST_RATE = 1e-3
 _SMALL_RATE = (
-    "`learning_rate` is {0:g}. HRA's vectors start with entries of about 0.3 and only their directions count, so a "
-    "step of AdamW turns them by about {0:g} / 0.3, and a short training hardly changes the model. Try "
-    "learning_rate=1e-2 in the TrainingArguments (docs/training.md)."
+    "`learning_rate` is {0:g}. Only the directions of HRA's vectors count, and their entries start at about 0.3 "
+    "(r=8), so a step of AdamW turns them by about {0:g} / 0.3, and a short training hardly changes the model. Try "
+    "learning_rate=3e-3 for language models, 1e-2 for others (docs/training.md)."
 )
 
 
@@ -45,7 +45,7 @@ class HRATrainer(Trainer):
 
     Warns:
         HRAWarning: the reflections train with `args.learning_rate`, and it is below 1e-3 (like the default of
-            `TrainingArguments`). Rates near 1e-2 are usual.
+            `TrainingArguments`). Rates from 3e-3 to 1e-2 are usual.
 
     Example:
         >>> HRATrainer(orthogonality_weight=-1.0)

@@ -107,7 +107,7 @@ def _hardly_rotated(rows: Collection[Row]) -> list[str]:
         return []
     return [
         f"the largest angle of all layers is {max(angles):.1f} degrees. If this adapter is trained, try a larger "
-        "learning rate: HRA's vectors start with entries of about 0.3, and rates near 1e-2 are usual for AdamW "
+        "learning rate: HRA's vectors start with entries of about 0.3, and rates from 3e-3 to 1e-2 are usual for AdamW "
         "(docs/training.md)"
     ]
 

@@ -18,7 +18,7 @@ HEADING = "Hardly rotated:"
 def line_of(degrees: str) -> str:
     return (
         f"the largest angle of all layers is {degrees} degrees. If this adapter is trained, try a larger learning "
-        "rate: HRA's vectors start with entries of about 0.3, and rates near 1e-2 are usual for AdamW "
+        "rate: HRA's vectors start with entries of about 0.3, and rates from 3e-3 to 1e-2 are usual for AdamW "
         "(docs/training.md)"
     )
 

@@ -201,9 +201,9 @@ def warnings_of(maker: Any, model: nn.Module, folder: Path, **arguments: Any) ->
 @pytest.mark.parametrize(("rate", "shown"), [({}, "5e-05"), ({"learning_rate": 2e-4}, "0.0002")], ids=str)
 def test_a_learning_rate_of_lora_is_a_warning(rate: dict[str, float], shown: str, tmp_path: Path) -> None:
     assert warnings_of(HRATrainer, adapted("bert"), tmp_path, **rate) == [
-        f"`learning_rate` is {shown}. HRA's vectors start with entries of about 0.3 and only their directions count, "
-        f"so a step of AdamW turns them by about {shown} / 0.3, and a short training hardly changes the model. Try "
-        "learning_rate=1e-2 in the TrainingArguments (docs/training.md)."
+        f"`learning_rate` is {shown}. Only the directions of HRA's vectors count, and their entries start at about "
+        f"0.3 (r=8), so a step of AdamW turns them by about {shown} / 0.3, and a short training hardly changes the "
+        "model. Try learning_rate=3e-3 for language models, 1e-2 for others (docs/training.md)."
     ]
 
 
