@@ -16,7 +16,7 @@ OFF = "off"
 
 @dataclass(frozen=True)
 class Options:
-    r"""The options of a picture.
+    """The options of a picture.
 
     Attributes:
         depth: number of module levels that are open: with 0 the children of the model are closed, with 1 they show
@@ -29,11 +29,10 @@ class Options:
     Raises:
         VisualizeError: an option has the wrong type or value.
 
-    >>> Options(heat="color")
+    >>> Options(theme="sepia")
     Traceback (most recent call last):
         ...
-    hra_fx.errors.VisualizeError: `heat` must be one of 'weight_change', 'mean_angle', 'angle', 'rotation', 'share', \
-'off', got 'color'.
+    hra_fx.errors.VisualizeError: `theme` must be one of 'light', 'dark', got 'sepia'.
     """
 
     depth: int | None = None

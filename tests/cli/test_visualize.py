@@ -34,7 +34,8 @@ def test_an_adapter_without_weights_is_drawn_as_with_them(shelf: Shelf, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("ending", "options"), [("svg", {"focus": "model.layers.0", "depth": 1}), ("html", {"heat": "share"})]
+    ("ending", "options"),
+    [("svg", {"focus": "model.layers.0", "depth": 1, "heat": "mean_angle"}), ("html", {"heat": "share"})],
 )
 def test_options_are_those_of_the_function(shelf: Shelf, tmp_path: Path, ending: str, options: dict[str, Any]) -> None:
     """`--heat share` reads the weights on disk."""
@@ -79,7 +80,7 @@ def test_a_folder_that_is_not_there_is_named_before_the_model_is_built(tmp_path:
     ("words", "said"),
     [
         (["a.xyz"], "path: unsupported file extension '.xyz' in 'a.xyz'. Use one of .svg"),
-        (["a.svg", "--heat", "hot"], "`heat` must be one of 'mean_angle'"),
+        (["a.svg", "--heat", "hot"], "`heat` must be one of 'weight_change'"),
         (["a.svg", "--depth", "-1"], "`depth` must be a non-negative int or None, got -1."),
         (["a.svg", "--heat", "angle"], "`heat` must be None for LlamaForCausalLM, which has no adapters, got 'angle'."),
     ],

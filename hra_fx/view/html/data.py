@@ -12,6 +12,7 @@ from hra_fx.reporting.colormap import DARK_PALETTE, PALETTE, UNKNOWN
 from hra_fx.reporting.heat import HEATS, default_heat, heat_of, is_identity, scale
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.layering import Layering
+from hra_fx.view.options import OFF
 from hra_fx.view.text import clean
 from hra_fx.view.tree import Item, Leaf, Scope, span
 
@@ -35,7 +36,7 @@ def page_data(drawing: Drawing, depth: int | None, heat: str | None) -> dict[str
         "items": items,
         "rows": [dataclasses.asdict(row) for row in drawing.rows],
         "heats": _heats(drawing),
-        "heat": heat or default_heat(drawing.rows),
+        "heat": heat or (OFF if is_identity(drawing.rows) else default_heat(drawing.rows)),
         "trained": not is_identity(drawing.rows),
         "palettes": [PALETTE, DARK_PALETTE],
         "unknown": UNKNOWN,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from pages import box, page_of, place, search, trained_net
-from playwright.sync_api import Page
+from playwright.sync_api import Page, expect
 from torch import nn
 
 import hra_fx
@@ -65,6 +65,10 @@ def test_a_phone_has_a_small_toolbar_and_the_left_edge_of_the_drawing(open_page:
     assert height <= 140
     assert page.locator(".scroller").evaluate("element => element.scrollLeft") == 0
     assert place(page, "x")["x"] >= 0
+    box(page, "down").click()
+    stage, panel = (page.locator(part).bounding_box() for part in ("#stage", "#panel"))
+    assert stage and panel and stage["height"] + panel["height"] < 800 - height
+    expect(box(page, "down").locator(":scope > .frame")).to_be_in_viewport(ratio=0.9)
 
 
 class Wide(nn.Module):

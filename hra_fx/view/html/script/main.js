@@ -81,7 +81,10 @@ byId("stage").addEventListener("click", (event) => {
   const item = drawing.items[Number(group.dataset.index)];
   if (!item.parent) return;
   if (item.isScope && (!boxes.of(item).open || target.closest(".title"))) toggle(item);
-  else select(item, target.matches(".cell") ? item.marks[cellOf(target)] : "");
+  else {
+    select(item, target.matches(".cell") ? item.marks[cellOf(target)] : "");
+    stage.reveal(item); // the panel takes a part of the window
+  }
 });
 
 /** @param {Element} cell */
@@ -117,7 +120,10 @@ for (const part of /** @type {NodeListOf<HTMLElement>} */ (document.querySelecto
 
 const skipped = byId("skipped");
 skipped.hidden = !drawing.skipped.length;
-skipped.classList.toggle("alarm", drawing.skipped.some(({ refused }) => refused));
+skipped.classList.toggle(
+  "alarm",
+  drawing.skipped.some(({ refused }) => refused),
+);
 skipped.textContent = `${counted(drawing.skipped.length, "layer")} not adapted`;
 skipped.addEventListener("click", () => panel.showSkipped());
 
