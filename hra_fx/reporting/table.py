@@ -96,7 +96,7 @@ def as_text(
     columns: Sequence[Column], rows: Collection[Sequence[str]], title: str, footnotes: Collection[Footnote]
 ) -> str:
     """The same as plain text, with every column and as wide as needed."""
-    console = Console(width=UNLIMITED, no_color=True, highlight=False)
+    console = Console(width=UNLIMITED, no_color=True, highlight=False, force_terminal=False, force_jupyter=False)
     with console.capture() as capture:
         console.print(fit_table(columns, rows, UNLIMITED, title))
     lines = [line.rstrip() for line in capture.get().rstrip().splitlines()]
