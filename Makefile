@@ -1,4 +1,4 @@
-# Everything runs in .venv, which is made on first use with Python 3.10 or later and pip alone.
+# Everything runs in .venv, which is made on first use with Python 3.11 or later and pip alone.
 # A stamp file records each installation; it is redone when pyproject.toml changes.
 
 PYTHON ?= python3

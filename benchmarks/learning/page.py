@@ -24,7 +24,7 @@ seed draws the training examples, their order, the new head and the start of the
 "Gain" is how much better HRA's test score is than LoRA's, so more is better for every metric; the interval is that of
 the paired differences, at 95 %. "Closed" is the share of the distance from LoRA to full fine-tuning that HRA covers,
 where this distance is larger than its interval.
-[docs/training.md](training.md) says what follows for a training of yours.
+[docs/training.md](training.md) says which settings follow from this.
 """
 
 PROTOCOL = """\

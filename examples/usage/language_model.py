@@ -24,7 +24,7 @@ def main() -> None:
     model.print_trainable_parameters()
 
     counting = torch.arange(48).remainder(16).repeat(4, 1) + 1  # 1 2 3 ... 16 1 2 3 ...
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     for step in range(41):
         loss = model(input_ids=counting, labels=counting).loss
         if step % 20 == 0:

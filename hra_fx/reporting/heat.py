@@ -116,15 +116,13 @@ def heat_of(rows: Iterable[Row], name: str) -> dict[str, float]:
     """The value of every adapted layer in the unit of the legend: degrees, percent, or none.
 
     Args:
-        rows: the rows of a report. A layer with several rows gets the largest value of its active adapters, or of all
-            its adapters if none is active.
+        rows: the rows of a report. A layer gets the largest value of its active adapters, and 0 if none is active.
         name: one of `HEATS`.
     """
-    by_layer: dict[str, list[Row]] = {}
+    active: dict[str, list[Row]] = {}
     for row in rows:
-        by_layer.setdefault(row.path, []).append(row)
-    used = {path: [row for row in own if row.active] or own for path, own in by_layer.items()}
-    return {path: largest(map(HEATS[name].value, own)) for path, own in used.items()}
+        active.setdefault(row.path, []).extend([row] if row.active else [])
+    return {path: largest(map(HEATS[name].value, own)) if own else 0.0 for path, own in active.items()}
 
 
 def scale(values: Iterable[float]) -> tuple[float, float]:

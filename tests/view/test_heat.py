@@ -94,6 +94,11 @@ def test_of_several_adapters_the_largest_counts_and_what_is_unknown_stays_so() -
     assert math.isnan(heat_of(unknown[::-1], "rotation")["0"])
 
 
+def test_a_layer_without_an_active_adapter_has_no_heat() -> None:
+    rows = [dataclasses.replace(row, active=False) for row in hra_fx.report(drawn("one layer")).rows]
+    assert all(heat_of(rows, name) == {"0": 0.0} for name in HEATS)
+
+
 def test_the_words_of_a_value_have_its_unit() -> None:
     heat = heatmap_of(drawing("resnet"), "mean_angle")
     assert heat.text(12.4) == "12.4°"
