@@ -98,7 +98,7 @@ def test_what_is_not_one_transformed_model_is_refused() -> None:
     both = nn.ModuleList([model, adapted(net(), a=config("first"))[1]])
     for wrong, text in (
         (both, r"^ModuleList contains several transformed models \('0', '1'\)\. Pass one of them\.$"),
-        (model.first, r"^Linear is a part of a transformed model\. Pass the model that was transformed\.$"),
+        (model.first, r"^Linear is a submodule of a transformed model\. Pass the model that was transformed\.$"),
         (plain, r"^Net has no adapters\. Call hra_fx\.transform\(model, config\) first\.$"),
         ("net", r"^`model` must be a torch\.nn\.Module, got str\.$"),
     ):
