@@ -51,7 +51,8 @@ def test_a_part_with_adapters_that_do_not_act_is_refused(action: str) -> None:
     x = normal(3, 6)
     hra_fx.set_adapter(model, ["a", "b"])
     act(model)
-    text = rf"^0: only {re.escape(str(acting))} of its adapters {re.escape(str(present))} are applied .*Fold the whole model\.$"
+    adapters = f"{re.escape(str(acting))} of its adapters {re.escape(str(present))}"
+    text = rf"^0: only {adapters} are applied .*Fold the whole model\.$"
     for fold in (hra_fx.fold, hra_fx.plan_fold):
         with refuses(model, text):
             fold(model.body)
