@@ -97,5 +97,5 @@ def test_the_quickstart_runs(small_model: Path, monkeypatch: pytest.MonkeyPatch)
 def test_graph_mode_prints_what_the_comments_say(capsys: pytest.CaptureFixture[str]) -> None:
     exec(PROGRAMS[1], {})
     expected = re.findall(r"^# (\[.*\])$", PROGRAMS[1], re.MULTILINE)
-    assert len(expected) == 2
+    assert len(expected) == 3
     assert capsys.readouterr().out.splitlines() == expected
