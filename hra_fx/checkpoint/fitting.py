@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hra_fx.checkpoint.base_row import first_row, read_base_row
 from hra_fx.checkpoint.folder import WEIGHTS_NAME
 from hra_fx.checkpoint.keys import EXTRA_BIASES, PREFIX, copy_key, reflection_key, vectors_key
 from hra_fx.checkpoint.resume import Resume, read_resume
@@ -20,6 +21,7 @@ from hra_fx.checkpoint.weights import read_prefixed
 from hra_fx.compat import non_persistent_buffers, state_modules
 from hra_fx.config import HRAConfig
 from hra_fx.errors import CheckpointError, HRAWarning, SelectionError
+from hra_fx.functional.chain import plain_chain
 from hra_fx.layers.adapters import AdapterSpec
 from hra_fx.layers.variants import adapters_for
 from hra_fx.model.setup import valid_config
@@ -84,6 +86,10 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None = None) -> Fitte
     _check_keys(file, model, layers, tensors, copies, config)
     _check_shapes(file, model, layers, tensors, copies, config)
     _compare_base(file, config, model)
+    row = read_base_row(metadata)
+    if row is not None and row.path in layers:
+        chain = plain_chain(tensors[reflection_key(row.path)], None, apply_GS=config.apply_GS)
+        row.check(file, chain, first_row(layers[row.path]), f"this {type(model).__name__}")
     resume = read_resume(file, metadata if given is None else {}, config)
     vectors = {path: _split(file, path, tensors, resume) for path in layers}
     written: dict[str, tuple[Tensor, Tensor | None]] = {path: (tensors[reflection_key(path)], None) for path in layers}

@@ -18,6 +18,7 @@ from typing import TypeAlias
 from torch import Tensor, nn
 
 from hra_fx.checkpoint.base_model import auto_mapping, base_model_name
+from hra_fx.checkpoint.base_row import write_base_row
 from hra_fx.checkpoint.folder import write, write_weights
 from hra_fx.checkpoint.keys import (
     adapter_entries,
@@ -210,7 +211,9 @@ def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[s
                 copied = full_tensor(state[copy_entry(path, name, entry, in_place=in_place)])
                 tensors[copy_key(path, entry, adapted=path in sites)] = copied
     detached = {key: tensor.detach() for key, tensor in tensors.items()}
-    return _inference_config(root, resume.chains), detached, {"format": "pt", **resume.metadata()}
+    layers = adapted_layers(root)
+    metadata = {"format": "pt", **resume.metadata(), **write_base_row({path: layers[path] for path in sites})}
+    return _inference_config(root, resume.chains), detached, metadata
 
 
 def layers_with(root: nn.Module, record: AdapterState, name: str) -> list[str]:

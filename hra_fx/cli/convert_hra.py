@@ -1,8 +1,9 @@
 """Convert an adapter's folder between the formats of PEFT and `hra_fx.save_adapter`.
 
-Both have the same two files. Files of hra_fx may also contain how a chain splits into an anchor and trained vectors (as
-metadata), and the vectors before Gram-Schmidt; PEFT ignores both. Files of PEFT may contain copies of base weights.
-PEFT has one rank for all layers: smaller ranks are padded with pairs of equal reflections, which cancel.
+Both have the same two files. Files of hra_fx may also contain the vectors before Gram-Schmidt, and metadata: how a
+chain splits into an anchor and trained vectors, and a row of the base model. PEFT ignores these. Files of PEFT may
+contain copies of base weights. PEFT has one rank for all layers: smaller ranks are padded with pairs of equal
+reflections, which cancel.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 def convert_hra(source: str, out: Path, *, for_peft: bool, as_json: bool) -> None:
     """Write an adapter in the format of PEFT or hra_fx, and print what was written."""
+    from hra_fx.checkpoint.base_row import BASE_ROW
     from hra_fx.checkpoint.disk.adapter_files import read_adapter
     from hra_fx.checkpoint.folder import write
     from hra_fx.checkpoint.resume import RESUME
@@ -40,8 +42,8 @@ def convert_hra(source: str, out: Path, *, for_peft: bool, as_json: bool) -> Non
         rank = max(chain.shape[-1] for chain in files.chains.values())
         config = dataclasses.replace(config, r=rank, rank_pattern={}, apply_GS=False)
         kept |= _of_one_rank(files, rank)
-    splits = {RESUME: files.metadata[RESUME]} if not for_peft and RESUME in files.metadata else {}
-    write(out, config.to_json_string(), kept, splits)
+    metadata = {} if for_peft else {key: files.metadata[key] for key in (RESUME, BASE_ROW) if key in files.metadata}
+    write(out, config.to_json_string(), kept, metadata)
     dropped = [key for key in files.tensors if key not in kept]
     fields = [*sorted(files.config.extra), *(["peft_version"] if files.config.peft_version else [])]
     layers, frozen = len(files.chains), max(map(files.resume.anchor, files.chains)) if for_peft else 0

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hra_fx.checkpoint.base_row import BaseRow, read_base_row
 from hra_fx.checkpoint.folder import WEIGHTS_NAME, find
 from hra_fx.checkpoint.keys import EXTRA_BIASES, PREFIX, VECTORS, reflection_key
 from hra_fx.checkpoint.resume import Resume, read_resume
@@ -35,6 +36,7 @@ class AdapterFiles:
         config: the configuration.
         tensors: all tensors, by their keys with PEFT's prefix.
         metadata: of the weights file.
+        base_row: a row of the base model that must not be rotated yet; `None` to skip this check.
         resume: how the chains split into anchors and trained vectors.
         chains: path of a layer -> `U: (d, k)`, plain reflections, in the dtype of the file, float64 after Gram-Schmidt;
             of experts, `(experts, d, k)`.
@@ -47,6 +49,7 @@ class AdapterFiles:
     config: HRAConfig
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
+    base_row: BaseRow | None
     resume: Resume
     chains: dict[str, Tensor]
     full: dict[str, Tensor]
@@ -96,7 +99,7 @@ def read_adapter(source: str | os.PathLike[str]) -> AdapterFiles:
     if not chains:
         raise CheckpointError(f"{file}: no vectors found (keys that end in {REFLECTION!r}). Save the adapter again.")
     digest = _digest([folder / CONFIG_NAME, file])
-    adapter = AdapterFiles(file, config, tensors, metadata, resume, chains, {}, {}, digest)
+    adapter = AdapterFiles(file, config, tensors, metadata, read_base_row(metadata), resume, chains, {}, {}, digest)
     for name, tensor in others.items():
         path, _, last = name.rpartition(".")
         full = adapter.saves(path) or (config.bias != "none" and last in _BIASES)

@@ -123,7 +123,8 @@ def _reversed(adapter: AdapterFiles) -> AdapterFiles:
             f"{adapter.file}: the adapter replaced {next(iter(adapter.full))} (modules_to_save or bias), whose old "
             "value is lost. Use the base checkpoint."
         )
-    return dataclasses.replace(adapter, chains={path: chain.flip(-1) for path, chain in adapter.chains.items()})
+    chains = {path: chain.flip(-1) for path, chain in adapter.chains.items()}
+    return dataclasses.replace(adapter, chains=chains, base_row=None)
 
 
 def _plan_part(

@@ -38,6 +38,19 @@ def read_into(source: BinaryIO, buffer: Any, file: Path) -> None:
         view = view[count:]
 
 
+def read_first(stored: StoredTensor, count: int, dtype: torch.dtype) -> Tensor:
+    """The first `count` values of a tensor, `(count,)`.
+
+    Raises:
+        CheckpointError: the file is too short.
+    """
+    values = torch.empty(count, dtype=dtype)
+    with open(stored.file, "rb", buffering=0) as stream:
+        stream.seek(stored.start)
+        read_into(stream, as_bytes(values), stored.file)
+    return values
+
+
 def read_bytes(source: BinaryIO, start: int, size: int, file: Path) -> Iterator[bytearray]:
     """Read `size` bytes from `start` on, block by block."""
     source.seek(start)

@@ -1,0 +1,120 @@
+"""A base model that already contains an adapter is refused; any other base model is not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import hra_fx
+from hra_fx.errors import CheckpointError
+from hra_fx.lora.disk.convert import convert_files
+
+LAYERS = {"linear": (lambda: nn.Linear(24, 16), "0"), "conv": (lambda: nn.Conv2d(4, 16, 3), "0")}
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return getattr(torch, request.param)
+
+
+@pytest.fixture(params=LAYERS)
+def base(request: pytest.FixtureRequest, dtype: torch.dtype) -> nn.Module:
+    return nn.Sequential(LAYERS[request.param][0]()).to(dtype)
+
+
+@pytest.fixture(params=[{}, {"apply_GS": True}, {"apply_GS": True, "init_weights": False}], ids=str)
+def config(request: pytest.FixtureRequest) -> hra_fx.HRAConfig:
+    return hra_fx.HRAConfig(r=3, target_modules=["0"], **request.param)
+
+
+def adapted(base: nn.Module, config: hra_fx.HRAConfig) -> nn.Module:
+    """A trained adapter that changes the weights by some percent."""
+    model = hra_fx.transform(copy.deepcopy(base), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
+    return model
+
+
+def on_disk(model: nn.Module, folder: Path) -> Path:
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return folder
+
+
+USES: dict[str, Callable[[nn.Module, Path, Path], object]] = {
+    "load_adapter": lambda model, adapter, folder: hra_fx.load_adapter(model, adapter),
+    "fold_checkpoint": lambda model, adapter, folder: hra_fx.fold_checkpoint(
+        on_disk(model, folder / "base"), adapter, folder / "out"
+    ),
+    "convert": lambda model, adapter, folder: convert_files(
+        [adapter], on_disk(model, folder / "base"), folder / "out", check=None
+    ),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_a_folded_base_is_refused(
+    use: Callable[[nn.Module, Path, Path], object], base: nn.Module, config: hra_fx.HRAConfig, tmp_path: Path
+) -> None:
+    model = adapted(base, config)
+    hra_fx.save_adapter(model, tmp_path / "adapter")
+    folded = hra_fx.fold(model)
+    with pytest.raises(CheckpointError, match="already contains this adapter, because it was folded: the weight of 0 "):
+        use(folded, tmp_path / "adapter", tmp_path)
+    assert not (tmp_path / "out").exists()
+    assert [name for name, _ in folded.named_modules()] == ["", "0"]
+
+
+@pytest.mark.parametrize("other", ["the same", "another dtype", "another model", "another adapter folded"])
+def test_other_bases_are_not_refused(other: str, base: nn.Sequential, config: hra_fx.HRAConfig, tmp_path: Path) -> None:
+    hra_fx.save_adapter(adapted(base, config), tmp_path / "adapter")
+    if other == "another dtype":
+        base = base.to(torch.float16)
+    elif other == "another model":
+        base = base.apply(lambda part: part.reset_parameters() if hasattr(part, "reset_parameters") else None)
+    elif other == "another adapter folded":
+        base = hra_fx.fold(adapted(base, config))
+    for name, use in USES.items():
+        if name == "convert" and isinstance(base[0], nn.Conv2d):
+            continue  # needs a config.json to know the padding and groups
+        (tmp_path / name).mkdir()
+        use(copy.deepcopy(base), tmp_path / "adapter", tmp_path / name)
+
+
+def test_a_fresh_adapter_fits_its_own_folded_base(base: nn.Module, tmp_path: Path) -> None:
+    model = hra_fx.transform(base, hra_fx.HRAConfig(r=3, target_modules=["0"]))
+    hra_fx.save_adapter(model, tmp_path)
+    hra_fx.load_adapter(hra_fx.fold(model), tmp_path)
+
+
+def test_the_row_of_a_merged_model_is_that_of_the_base(tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Linear(24, 16))
+    model = adapted(base, hra_fx.HRAConfig(r=3, target_modules=["0"]))
+    hra_fx.merge_adapter(model)
+    hra_fx.save_adapter(model, tmp_path)
+    hra_fx.load_adapter(base, tmp_path)
+    with pytest.raises(CheckpointError, match="this Sequential already contains this adapter"):
+        hra_fx.load_adapter(hra_fx.fold(model), tmp_path)
+
+
+def test_peft_loads_and_folds_the_same_file(tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Linear(24, 16))
+    hra_fx.save_adapter(adapted(base, hra_fx.HRAConfig(r=4, target_modules=["0"])), tmp_path)
+    folded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).merge_and_unload()
+    with pytest.raises(CheckpointError, match="this Sequential already contains this adapter"):
+        hra_fx.load_adapter(folded, tmp_path)
+
+
+def test_unfolding_starts_from_a_folded_base(base: nn.Module, config: hra_fx.HRAConfig, tmp_path: Path) -> None:
+    model = adapted(base, config)
+    hra_fx.save_adapter(model, tmp_path / "adapter")
+    folded = on_disk(hra_fx.fold(model), tmp_path / "folded")
+    hra_fx.unfold_checkpoint(folded, tmp_path / "adapter", tmp_path / "out")
