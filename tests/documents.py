@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,25 +19,30 @@ _NAMED = re.compile(r"<[^>]+ (?:id|name)=\"([^\"]+)\"")
 
 
 class Block(NamedTuple):
-    """A Python program of a document; `marked` if a comment says in which file of the tests its lines are."""
+    """A Python program of a document, and the comment before it that says why it is not run, if it has one.
+
+    The comment is "as in FILE", where FILE of the tests has the same lines, or "not run: REASON".
+    """
 
     text: str
-    marked: bool
+    comment: str
 
 
 def python_blocks(document: Path) -> list[Block]:
     """The Python programs of a document, in their order."""
     found = re.findall(
-        r"^(<!-- as in \S+ -->\n)?```python\n(.*?)^```$", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+        r"^(?:<!-- ((?:as in|not run:) .+) -->\n)?```python\n(.*?)^```$",
+        document.read_text(encoding="utf-8"),
+        re.MULTILINE | re.DOTALL,
     )
-    return [Block(text, bool(marked)) for marked, text in found]
+    return [Block(text, comment) for comment, text in found]
 
 
-def run_blocks(document: Path) -> dict[str, Any]:
-    """Run the unmarked programs of a document one after another as one program; returns its names."""
-    names: dict[str, Any] = {"__name__": "__main__"}
+def run_blocks(document: Path, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Run the programs of a document one after another as one program, with given names; returns all names."""
+    names: dict[str, Any] = {"__name__": "__main__", **(given or {})}
     for block in python_blocks(document):
-        if not block.marked:
+        if not block.comment:
             exec(compile(block.text, str(document), "exec"), names)
     return names
 

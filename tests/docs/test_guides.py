@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from docs.guide_names import GIVEN, save_my_model
 from documents import DOCS, ROOT, python_blocks, run_blocks
+from torch import distributed
+from transformers import training_args
 
 import hra_fx
+from hra_fx.integrations.peft_acceleration import _OPEN
 
 #: The changelog names what was removed.
 DOCUMENTS = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md")), *sorted(DOCS.rglob("*.md"))]
@@ -23,6 +28,8 @@ GUIDES = {
     "folding": {"folded", "my-adapter", "my-model", "restored"},
     "how-it-works": set(),
 }
+#: Documents whose programs other tests run, or that show calls without a model.
+RUN_ELSEWHERE = ("README", "export", "index")
 
 
 @pytest.mark.parametrize("name", GUIDES)
@@ -31,6 +38,37 @@ def test_the_programs_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     torch.manual_seed(0)
     run_blocks(DOCS / f"{name}.md")
     assert {entry.name for entry in tmp_path.iterdir()} == GUIDES[name]
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A process group of this process alone, and no accelerated PEFT afterwards."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+    for handle in list(_OPEN):
+        handle.close()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("name", GIVEN)
+def test_the_programs_run_with_a_tiny_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    # TRL trains in bfloat16, which CPUs can do too, but its configurations only accept on a GPU.
+    monkeypatch.setattr(training_args, "is_torch_bf16_gpu_available", lambda: True)
+    torch.manual_seed(0)
+    save_my_model(tmp_path)
+    run_blocks(DOCS / f"{name}.md", GIVEN[name]())
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.stem)
+def test_programs_compile_and_run_unless_a_comment_says_why(document: Path) -> None:
+    blocks = python_blocks(document)
+    for block in blocks:
+        compile(block.text, str(document), "exec")
+    if any(not block.comment for block in blocks):
+        assert document.stem in {*GUIDES, *GIVEN, *RUN_ELSEWHERE}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.stem)

@@ -1,0 +1,93 @@
+"""What the programs of guides take as given: a tiny Llama in "my-model", data, and models that are already adapted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from diffusion_pipelines import stable_diffusion
+from integrations.trl_use.runs import QUESTION, SFT_CHATS, base_model, tokenizer
+from moe_models import built
+from transformers import TrainingArguments
+
+import hra_fx
+
+Names = Mapping[str, Any]
+CONFIG = hra_fx.HRAConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def adapted() -> Any:
+    """A Llama with an adapter that changes its outputs."""
+    model = hra_fx.transform(base_model("SFT"), CONFIG)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".hra_u." in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval()
+
+
+def training(model: Any) -> Names:
+    """A Trainer's arguments, and tokens to train on."""
+    arguments = TrainingArguments("run", max_steps=2, report_to=[], use_cpu=True, learning_rate=3e-3, disable_tqdm=True)
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 14, (8, 6)).tolist()]
+    return {"model": model, "arguments": arguments, "data": Dataset.from_list(rows)}
+
+
+def large_models() -> Names:
+    return {
+        **training(None),
+        "config": CONFIG,
+        "device": "cpu",
+        "state_dict": base_model("SFT").state_dict(),
+        "texts": Dataset.from_list(SFT_CHATS),
+        "tokenizer": tokenizer(),
+    }
+
+
+def trl() -> Names:
+    pairs = [{"prompt": QUESTION, "chosen": " the sky is blue", "rejected": " bad red"}] * 8
+    return {
+        "data": Dataset.from_list(pairs),
+        "prompts": Dataset.from_list([{"prompt": QUESTION}] * 8),
+        "reward": lambda completions, **others: [float(len(completion)) for completion in completions],
+        "tokenizer": tokenizer(),
+    }
+
+
+def serving() -> Names:
+    """An adapter to export, a pipeline with one, the pipeline without it in "my-pipeline", and another LoRA."""
+    hra_fx.save_adapter(adapted(), "my-adapter")
+    hra_fx.save_as_lora(adapted(), "other-lora")
+    stable_diffusion().save_pretrained("my-pipeline")
+    pipe = stable_diffusion()
+    hra_fx.transform(pipe.unet, hra_fx.HRAConfig(r=2, target_modules=["to_q", "to_v"]))
+    inputs = {"input_ids": torch.randint(0, 14, (3, 5))}
+    return {"model": adapted(), "base": base_model("SFT").eval(), "pipe": pipe, "inputs": inputs}
+
+
+def mixed_batches() -> Names:
+    for name in ("en", "fr"):
+        hra_fx.save_adapter(adapted(), Path("adapters", name))
+    return {"base": base_model("SFT"), "ids": torch.randint(3, 14, (4, 5))}
+
+
+#: Guide -> the names that its programs take as given, made in an empty folder.
+GIVEN: dict[str, Callable[[], Names]] = {
+    "training": lambda: training(adapted()),
+    "trl": trl,
+    "serving": serving,
+    "mixed_batches": mixed_batches,
+    "moe": lambda: {"model": built("mixtral", torch.float32)},
+    "quantized": lambda: training(None),
+    "large-models": large_models,
+    "distributed": lambda: {"config": CONFIG},
+}
+
+
+def save_my_model(folder: Path) -> None:
+    """Write the model and its tokenizer that guides call "my-model"."""
+    base_model("SFT").to(torch.bfloat16).save_pretrained(folder / "my-model")
+    tokenizer().save_pretrained(folder / "my-model")
