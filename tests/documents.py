@@ -31,7 +31,7 @@ class Block(NamedTuple):
 def python_blocks(document: Path) -> list[Block]:
     """The Python programs of a document, in their order."""
     found = re.findall(
-        r"^(?:<!-- ((?:as in|not run:) .+) -->\n)?```python\n(.*?)^```$",
+        r"^(?:<!-- ((?:as in|not run:) [^\n]+) -->\n)?```python\n(.*?)^```$",
         document.read_text(encoding="utf-8"),
         re.MULTILINE | re.DOTALL,
     )
