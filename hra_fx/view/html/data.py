@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from functools import lru_cache
@@ -34,7 +33,7 @@ def page_data(drawing: Drawing, depth: int | None, heat: str | None) -> dict[str
         "facts": drawing.facts,
         "depth": depth,
         "items": items,
-        "rows": [dataclasses.asdict(row) for row in drawing.rows],
+        "rows": [vars(row) for row in drawing.rows],
         "heats": _heats(drawing),
         "heat": heat or (OFF if is_identity(drawing.rows) else default_heat(drawing.rows)),
         "trained": not is_identity(drawing.rows),
@@ -124,10 +123,12 @@ def _box(path: str, box: Mapping[str, int]) -> int:
 
 def _plain(value: Any) -> Any:
     """A value for JSON, which has no NaN, and whose texts a page can show."""
+    if isinstance(value, int):  # nearly all of a page
+        return value
     if isinstance(value, str):
         return clean(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {name: _plain(entry) for name, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
