@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +22,7 @@ _OF_ADAPTERS = ("adapter_config.json", "pytorch_lora_weights.safetensors")
 _GGUF = ".gguf"
 
 
-class Form(str, Enum):
+class Form(StrEnum):
     """The format of the result."""
 
     lora = "lora"
@@ -31,7 +31,7 @@ class Form(str, Enum):
     hra_fx = "hra_fx"
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """The dtype of LoRA factors."""
 
     float32 = "float32"

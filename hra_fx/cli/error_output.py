@@ -46,7 +46,7 @@ class ErrorHandlingGroup(TyperGroup):
             print_message("error", _text(error), "bold red")
             raise typer.Exit(FAILED) from error
         except KeyboardInterrupt as error:
-            notes = " ".join(getattr(error, "__notes__", []))
+            notes = " ".join(getattr(error, "__notes__", ()))
             print_message("interrupted", notes or "nothing was written", "bold yellow")
             raise typer.Exit(INTERRUPTED) from error
 

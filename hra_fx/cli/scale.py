@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,7 +22,7 @@ EXAMPLES = (
 )
 
 
-class StrategyName(str, Enum):
+class StrategyName(StrEnum):
     """How training is distributed."""
 
     ddp = "ddp"

@@ -59,7 +59,7 @@ def test_an_error_is_a_line_and_a_defect_or_debug_a_traceback() -> None:
 
 def test_ctrl_c_says_how_to_go_on() -> None:
     class Noted(KeyboardInterrupt):
-        """As since Python 3.11, where a fold on disk says it so."""
+        """As a fold on disk raises it."""
 
         __notes__ = ("out: nothing is in it. Call again to go on.",)
 

@@ -108,8 +108,7 @@ def _explained_errors(staging: StagingDir) -> Iterator[None]:
         state = _state(staging, " Free some space, check the disk, or choose another output folder.")
         raise CheckpointError(f"{staging.out}: cannot write the result ({reason}). {state}") from error
     except KeyboardInterrupt as error:
-        if hasattr(error, "add_note"):  # Python 3.11
-            error.add_note(f"{staging.out}: {_state(staging)}")
+        error.add_note(f"{staging.out}: {_state(staging)}")
         raise
 
 

@@ -168,9 +168,8 @@ def test_interrupted_once_the_result_is_complete(tmp_path: Path, monkeypatch: py
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
         patch.setattr(StagingDir, "discard", stop)
         hra_fx.fold_checkpoint(base, adapter, out, columns=[])
-    if sys.version_info >= (3, 11):
-        note = f"{out}: The result is complete. Delete the leftover {tmp_path / '.out.partial'}."
-        assert caught.value.__notes__ == [note]
+    note = f"{out}: The result is complete. Delete the leftover {tmp_path / '.out.partial'}."
+    assert caught.value.__notes__ == [note]
     assert made.picture(out) == expected
     assert hra_fx.fold_checkpoint(base, adapter, out, columns=[], overwrite=True).reused == 0
     assert made.picture(out) == expected and not (tmp_path / ".out.partial").exists()
@@ -193,6 +192,5 @@ def test_ctrl_c_says_how_to_resume(tmp_path: Path) -> None:
     process.send_signal(2)
     told = process.communicate(timeout=60)[1]
     assert "KeyboardInterrupt" in told
-    if sys.version_info >= (3, 11):
-        assert f"kept in {tmp_path / '.out.partial'}: repeat the call to resume" in told
+    assert f"kept in {tmp_path / '.out.partial'}: repeat the call to resume" in told
     assert not (tmp_path / "out").exists()
