@@ -101,15 +101,15 @@ def _graph_of(row: Row) -> str:
 
 _COLUMNS: tuple[tuple[Column, Callable[[Group], str]], ...] = (
     (Column("layer", is_text=True), lambda group: group.name),
-    (Column("type", is_text=True, priority=7), lambda group: group.first.layer_type),
-    (Column("graph", is_text=True, priority=5), _graph),
+    (Column("type", is_text=True, priority=8), lambda group: group.first.layer_type),
+    (Column("graph", is_text=True, priority=6), _graph),
     (Column("adapter", is_text=True), lambda group: group.first.adapter + ", inactive" * (not group.first.active)),
-    (Column("d", priority=6), lambda group: str(group.first.d)),
+    (Column("d", priority=7), lambda group: str(group.first.d)),
     (Column("r"), lambda group: str(group.first.r)),
-    (Column("params"), lambda group: f"{sum(row.parameters for row in group.rows):,}"),
+    (Column("params", priority=1), lambda group: f"{sum(row.parameters for row in group.rows):,}"),
     (Column("weight change"), lambda group: group.range(lambda row: row.weight_change, percent)),
-    (Column("mean angle", priority=1), lambda group: group.angles(lambda row: row.mean_angle)),
-    (Column("max angle", priority=2), lambda group: group.angles(lambda row: row.angle)),
-    (Column("|Q - I|", priority=4), lambda group: group.range(lambda row: row.rotation, "{:.3f}".format)),
-    (Column("share of W", priority=3), lambda group: group.range(lambda row: row.share, percent)),
+    (Column("mean angle", priority=2), lambda group: group.angles(lambda row: row.mean_angle)),
+    (Column("max angle", priority=3), lambda group: group.angles(lambda row: row.angle)),
+    (Column("|Q - I|", priority=5), lambda group: group.range(lambda row: row.rotation, "{:.3f}".format)),
+    (Column("share of W", priority=4), lambda group: group.range(lambda row: row.share, percent)),
 )

@@ -21,7 +21,7 @@ from hra_fx.integrations.peft_acceleration import _OPEN
 DOCUMENTS = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md")), *sorted(DOCS.rglob("*.md"))]
 #: Guides whose programs run, and what their folders have afterwards.
 GUIDES = {
-    "quickstart": {"adapters.html", "my-adapter", "my-model"},
+    "quickstart": {"adapters.html", "folded", "my-adapter"},
     "layers": set(),
     "several-adapters": set(),
     "visualize": {"adapters.html", "adapters.mmd", "adapters.svg", "block.svg", "heatmap.svg", "two.svg"},

@@ -50,7 +50,7 @@ def test_a_narrow_terminal_keeps_the_layer_and_its_change() -> None:
         lost += [name for name in missing if name not in lost]
         assert set(lost) == set(missing), "what is gone does not come back"
         assert all(len(line) <= width for line in text.splitlines())
-    assert lost == ["type", "d", "|Q - I|", "share of W", "max angle", "mean angle"]
+    assert lost == ["type", "d", "|Q - I|", "share of W", "max angle", "mean angle", "params"]
 
 
 def test_the_adapter_is_a_column_where_there_are_several() -> None:
@@ -61,7 +61,7 @@ def test_the_adapter_is_a_column_where_there_are_several() -> None:
 
 
 @pytest.mark.parametrize(
-    ("angle", "shown"), [(0.0, " 0° "), (1e-6, "0.000057°"), (1e-9, "6e-08°"), (0.01, "0.6°"), (math.nan, "nan°")]
+    ("angle", "shown"), [(0.0, " 0° "), (1e-6, "0.000057°"), (1e-9, "6e-8°"), (0.01, "0.6°"), (math.nan, "nan°")]
 )
 def test_small_angles_are_not_rounded_away(angle: float, shown: str) -> None:
     assert shown in str(report_of(row(mean_angle=angle))) + " "
