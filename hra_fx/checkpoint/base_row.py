@@ -9,14 +9,13 @@ import base64
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hra_fx.errors import CheckpointError
 from hra_fx.functional.rotate import rotate_weight
-from hra_fx.layers.sharding import is_dtensor
 
 #: Metadata key in `adapter_model.safetensors`.
 BASE_ROW = "hra_fx_base_row"
@@ -82,9 +81,9 @@ def first_row(layer: nn.Module) -> Tensor | None:
     """
     if not isinstance(layer, nn.Linear | nn.Conv2d):
         return None
-    weight = layer._parameters.get("weight")
-    if (unmerged := getattr(getattr(layer, "hra_u", None), "unmerged", None)) is not None:
-        weight = unmerged
-    if weight is None or weight.is_meta or not weight.is_floating_point() or is_dtensor(weight) or weight.numel() == 0:
+    unmerged = getattr(getattr(layer, "hra_u", None), "unmerged", None)
+    weight: Any = layer._parameters.get("weight") if unmerged is None else unmerged
+    # Subclasses of tensors are sharded or quantized.
+    if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or not weight.is_floating_point():
         return None
-    return weight.detach()[0].flatten().cpu()
+    return weight.detach()[0].flatten().cpu() if weight.dim() > 1 else None

@@ -139,7 +139,7 @@ def test_two_batched_products_per_layer_for_any_number_of_adapters() -> None:
     model.eval()
 
     def launched(names: list[str]) -> dict[str, int]:
-        with torch.no_grad(), hra_fx.mixed_batch(model, names), torch.profiler.profile() as profile:
+        with torch.no_grad(), hra_fx.mixed_batch(model, names), torch.profiler.profile(acc_events=True) as profile:
             model(x)
         counts = {event.key: event.count for event in profile.key_averages()}
         return {name: counts.get(f"aten::{name}", 0) for name in ("baddbmm", "addmm", "index_put_", "stack")}
