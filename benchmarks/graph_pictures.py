@@ -13,6 +13,7 @@ import torchvision
 from torch import fx
 
 import hra_fx
+from hra_fx.tracing.trace_model import trace_model
 from hra_fx.view.describe import describe_module
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.heatmap import Heatmap
@@ -61,7 +62,7 @@ def write_insert(folder: Path) -> None:
     """Write `insert-light.svg` and `insert-dark.svg`."""
     torch.manual_seed(0)
     model = torchvision.models.resnet18(weights=None).eval()
-    before = drawing_of_nodes(fx.symbolic_trace(model), BLOCK)
+    before = drawing_of_nodes(trace_model(model, ()), BLOCK)
     config = hra_fx.HRAConfig(r=RANK, target_modules=r"layer\d\.\d\.conv\d")
     after = drawing_of_nodes(hra_fx.transform(model, config, trace=True), BLOCK)
     panels = [

@@ -44,6 +44,7 @@ def entries(boxes: Collection[Box], heatmap: Heatmap, skipped: int, refused: int
             found.append(_swatch("unknown", UNKNOWN, "edge"))
     elif "adapted_layer" in looks:
         found.append(_swatch("adapter: r vectors of length d", "violet-pale", "violet-line"))
+        looks.remove("adapted_layer")  # one entry for the color of its box is enough
     if skipped > refused:
         found.append(_skipped(f"{_layers(skipped - refused)} not targeted", refused=False))
     if refused:
