@@ -39,7 +39,7 @@ class BaseRow(NamedTuple):
             file: the adapter's weights.
             chain: `U: (d, k)` of the layer.
             row: the first row of the layer's weight in the base model; `None` if it cannot be read.
-            base: what to call the base model.
+            base: the base model, for the message.
 
         Raises:
             CheckpointError: it does. Bases that differ in other ways are not refused.
@@ -51,8 +51,8 @@ class BaseRow(NamedTuple):
         # Rounding to 16 bits moves a row less than a trained adapter does.
         if torch.dist(found, rotated) < torch.dist(found, before) / 2:
             raise CheckpointError(
-                f"{file}: {base} already contains this adapter, because it was folded: the weight of {self.path} is "
-                "rotated. Give the base model that the adapter was trained on."
+                f"{base}: already contains the adapter {file}, which was folded into it: the weight of {self.path} is "
+                "rotated. Use the base model that the adapter was trained on, or restore it with hra-fx unfold."
             )
 
 

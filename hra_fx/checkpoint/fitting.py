@@ -89,7 +89,7 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None = None) -> Fitte
     row = read_base_row(metadata)
     if row is not None and row.path in layers:
         chain = plain_chain(tensors[reflection_key(row.path)], None, apply_GS=config.apply_GS)
-        row.check(file, chain, first_row(layers[row.path]), f"this {type(model).__name__}")
+        row.check(file, chain, first_row(layers[row.path]), f"The {type(model).__name__}")
     resume = read_resume(file, metadata if given is None else {}, config)
     vectors = {path: _split(file, path, tensors, resume) for path in layers}
     written: dict[str, tuple[Tensor, Tensor | None]] = {path: (tensors[reflection_key(path)], None) for path in layers}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import hra_fx
-from hra_fx.errors import CheckpointError
+from hra_fx.errors import CheckpointError, HRAWarning
 from hra_fx.lora.disk.convert import convert_files
 
 LAYERS = {"linear": (lambda: nn.Linear(24, 16), "0"), "conv": (lambda: nn.Conv2d(4, 16, 3), "0")}
@@ -67,7 +68,7 @@ def test_a_folded_base_is_refused(
     model = adapted(base, config)
     hra_fx.save_adapter(model, tmp_path / "adapter")
     folded = hra_fx.fold(model)
-    with pytest.raises(CheckpointError, match="already contains this adapter, because it was folded: the weight of 0 "):
+    with pytest.raises(CheckpointError, match=r"already contains the adapter .* folded into it: the weight of 0 is"):
         use(folded, tmp_path / "adapter", tmp_path)
     assert not (tmp_path / "out").exists()
     assert [name for name, _ in folded.named_modules()] == ["", "0"]
@@ -101,7 +102,7 @@ def test_the_row_of_a_merged_model_is_that_of_the_base(tmp_path: Path) -> None:
     hra_fx.merge_adapter(model)
     hra_fx.save_adapter(model, tmp_path)
     hra_fx.load_adapter(base, tmp_path)
-    with pytest.raises(CheckpointError, match="this Sequential already contains this adapter"):
+    with pytest.raises(CheckpointError, match="The Sequential: already contains the adapter"):
         hra_fx.load_adapter(hra_fx.fold(model), tmp_path)
 
 
@@ -109,7 +110,7 @@ def test_peft_loads_and_folds_the_same_file(tmp_path: Path) -> None:
     base = nn.Sequential(nn.Linear(24, 16))
     hra_fx.save_adapter(adapted(base, hra_fx.HRAConfig(r=4, target_modules=["0"])), tmp_path)
     folded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).merge_and_unload()
-    with pytest.raises(CheckpointError, match="this Sequential already contains this adapter"):
+    with pytest.raises(CheckpointError, match="The Sequential: already contains the adapter"):
         hra_fx.load_adapter(folded, tmp_path)
 
 
@@ -118,3 +119,17 @@ def test_unfolding_starts_from_a_folded_base(base: nn.Module, config: hra_fx.HRA
     hra_fx.save_adapter(model, tmp_path / "adapter")
     folded = on_disk(hra_fx.fold(model), tmp_path / "folded")
     hra_fx.unfold_checkpoint(folded, tmp_path / "adapter", tmp_path / "out")
+
+
+@pytest.mark.parametrize("use", ["fold_checkpoint", "convert"])
+def test_files_of_peft_have_the_name_of_the_base_only(use: str, tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Linear(24, 16))
+    for name in ("org/base", "org/other"):
+        config = peft.HRAConfig(r=4, target_modules=["0"])
+        peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path / name)
+        file = tmp_path / name / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": name}))
+    (tmp_path / "same").mkdir()
+    USES[use](base, tmp_path / "org/base", tmp_path / "same")  # the folder is called "base"
+    with pytest.warns(HRAWarning, match=r"the adapter was trained on 'org/other'. Make sure that .*base has the same"):
+        USES[use](base, tmp_path / "org/other", tmp_path)

@@ -248,7 +248,7 @@ def test_no_adapter(tmp_path: Path) -> None:
 def test_a_base_that_is_not_a_folder(tmp_path: Path) -> None:
     stack(tmp_path)
     made.without(tmp_path / "base")
-    assert refused(tmp_path).startswith("base: no such folder. Download a model from the Hub")
+    assert refused(tmp_path).startswith("base: no such folder. Give one with config.json")
 
 
 def test_adapters_that_exclude_each_other(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ class AdapterFiles:
         config: the configuration.
         tensors: all tensors, by their keys with PEFT's prefix.
         metadata: of the weights file.
-        base_row: a row of the base model that must not be rotated yet; `None` to skip this check.
+        base_row: a row of the base model; `None` in files of PEFT.
         resume: how the chains split into anchors and trained vectors.
         chains: path of a layer -> `U: (d, k)`, plain reflections, in the dtype of the file, float64 after Gram-Schmidt;
             of experts, `(experts, d, k)`.

@@ -73,9 +73,10 @@ def base_folder(base_dir: Source) -> Path:
     """
     base = Path(os.path.realpath(base_dir))
     if not base.is_dir():
-        what = "is a file. Give the folder that contains it" if base.is_file() else "no such folder"
+        what = "is a file. Give a folder" if base.is_file() else "no such folder. Give one"
         raise CheckpointError(
-            f"{base_dir}: {what}. Download a model from the Hub with huggingface_hub.snapshot_download(name)."
+            f"{base_dir}: {what} with config.json and safetensors files, such as save_pretrained(folder) or "
+            "`hf download NAME --local-dir FOLDER` writes."
         )
     return base
 

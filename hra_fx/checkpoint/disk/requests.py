@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from hra_fx.checkpoint.disk.adapter_files import AdapterFiles
 from hra_fx.checkpoint.disk.architecture import Architecture
 from hra_fx.checkpoint.disk.file_names import WEIGHTS, FileNames
-from hra_fx.checkpoint.disk.header import DTYPES, FLOATS, StoredTensor
+from hra_fx.checkpoint.disk.header import DTYPES, StoredTensor
 from hra_fx.checkpoint.disk.naming import IN_MEMORY
 from hra_fx.checkpoint.disk.stacked import Place
 from hra_fx.checkpoint.disk.streams import read_first
@@ -84,7 +83,6 @@ def requests_of(adapters: Iterable[AdapterFiles], found: WeightSet, names: FileN
     chains: dict[str, list[LayerChain]] = {}
     full: dict[str, Tensor] = {}
     for adapter in adapters:
-        _refuse_folded(adapter, found, names)
         for path, chain in adapter.chains.items():
             places = names.weights_of(path) or [Place(_weight_name(path))]
             _check_experts(adapter, path, chain, found, places)
@@ -106,15 +104,6 @@ def requests_of(adapters: Iterable[AdapterFiles], found: WeightSet, names: FileN
             "one of them."
         )
     return Requests(chains, full)
-
-
-def _refuse_folded(adapter: AdapterFiles, found: WeightSet, names: FileNames) -> None:
-    row = adapter.base_row
-    if row is not None and row.path in adapter.chains:
-        stored = next((found.tensors[place.name] for place in names.weights_of(row.path)), None)
-        if stored is not None and stored.dtype in FLOATS and math.prod(stored.shape[1:]) == len(row.values):
-            first = read_first(stored, len(row.values), FLOATS[stored.dtype])
-            row.check(adapter.file, adapter.chains[row.path], first, found.name)
 
 
 def _weight_name(path: str) -> str:

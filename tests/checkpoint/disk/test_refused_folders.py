@@ -16,7 +16,10 @@ from checkpoint.disk.refusing import refused, stack
 import hra_fx
 from hra_fx.errors import CheckpointError
 
-HUB = "Download a model from the Hub with huggingface_hub.snapshot_download(name)."
+MODEL = (
+    "with config.json and safetensors files, such as save_pretrained(folder) or `hf download NAME --local-dir FOLDER` "
+    "writes."
+)
 UNCHANGED = "The output folder is unchanged. Free some space, check the disk, or choose another output folder."
 
 
@@ -67,9 +70,9 @@ def test_an_output_folder_that_cannot_be_created(tmp_path: Path) -> None:
 
 def test_a_base_that_does_not_exist_or_is_a_file(tmp_path: Path) -> None:
     stack(tmp_path)
-    assert refused(tmp_path, base_dir=tmp_path / "none") == f"none: no such folder. {HUB}"
+    assert refused(tmp_path, base_dir=tmp_path / "none") == f"none: no such folder. Give one {MODEL}"
     message = refused(tmp_path, base_dir=tmp_path / "base" / "model.safetensors.index.json")
-    assert message == f"base/model.safetensors.index.json: is a file. Give the folder that contains it. {HUB}"
+    assert message == f"base/model.safetensors.index.json: is a file. Give a folder {MODEL}"
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "x.ckpt", "model.gguf", "tf_model.h5"])
