@@ -1,6 +1,6 @@
-"""Recognize a folded base model, which already contains an adapter: adding the adapter again would rotate twice.
+"""Tell a base model from the same model with an adapter folded into it, by one row of a weight.
 
-The metadata of an adapter's file keeps one row of a base weight. In the folded model, this row is rotated.
+The metadata of an adapter's file keeps a row of the base model. In the folded model, this row is rotated.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import base64
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,46 +32,71 @@ class BaseRow(NamedTuple):
     path: str
     values: Tensor
 
-    def check(self, file: Path, chain: Tensor, row: Tensor | None, base: str) -> None:
-        """Check that a base model does not contain the adapter.
+    def state(self, chain: Tensor, row: Tensor | None) -> Literal["base", "folded", "unknown"]:
+        """Whether a model is the base model, or has the adapter folded into it.
 
         Args:
-            file: the adapter's weights.
             chain: `U: (d, k)` of the layer.
-            row: the first row of the layer's weight in the base model; `None` if it cannot be read.
-            base: the base model, for the message.
+            row: the first row of the layer's weight in the model; `None` if it cannot be read.
 
-        Raises:
-            CheckpointError: it does. Bases that differ in other ways are not refused.
+        Returns:
+            `"unknown"` for other models, other adapters folded in, and adapters that hardly rotate the row.
         """
         if row is None or row.shape != self.values.shape or len(chain) != len(row):
-            return
-        before, found = self.values.double(), row.double()
-        rotated = rotate_weight(before[None], chain.double())[0]
-        # Rounding to 16 bits moves a row less than a trained adapter does.
-        if torch.dist(found, rotated) < torch.dist(found, before) / 2:
-            raise CheckpointError(
-                f"{base}: already contains the adapter {file}, which was folded into it: the weight of {self.path} is "
-                "rotated. Use the base model that the adapter was trained on, or restore it with hra-fx unfold."
-            )
+            return "unknown"
+        base, found = self.values.double(), row.double()
+        from_folded, from_base = float(torch.dist(found, _rotated(base, chain))), float(torch.dist(found, base))
+        # A margin, because rounding to 16 bits moves a row, too.
+        return "folded" if from_folded < from_base / 2 else "base" if from_base < from_folded / 2 else "unknown"
+
+    def folded_error(self, file: Path, base: str) -> CheckpointError:
+        """The error for a model that has the adapter folded into it, where the base model is needed."""
+        return CheckpointError(
+            f"{base} already contains the adapter {file} or a very similar one, folded into its weights (seen in "
+            f"{self.path}). Use the base model that the adapter was trained on, or restore it with hra-fx unfold."
+        )
 
 
-def write_base_row(layers: Mapping[str, nn.Module]) -> dict[str, str]:
-    """The metadata entry for the first layer whose weight can be read; none if there is no such layer."""
-    for path, layer in layers.items():
-        row = first_row(layer)
-        if row is not None:
-            data = base64.b64encode(row.float().numpy().tobytes()).decode()
-            return {BASE_ROW: json.dumps({"layer": path, "row": data})}
-    return {}
+def write_base_row(layers: Mapping[str, nn.Module], chains: Mapping[str, Tensor]) -> dict[str, str]:
+    """The metadata entry: the row that is rotated most, of all layers whose weight can be read; may be empty.
+
+    Args:
+        layers: path -> adapted layer.
+        chains: path -> `U: (d, k)`.
+    """
+    rows = {path: row.float() for path, layer in layers.items() if (row := first_row(layer)) is not None}
+    changes = {path: _change(row, chains[path]) for path, row in rows.items() if not chains[path].is_meta}
+    path = max(changes, key=changes.__getitem__, default="")
+    if not changes.get(path):
+        return {}
+    data = base64.b64encode(rows[path].numpy().tobytes()).decode()
+    return {BASE_ROW: json.dumps({"layer": path, "row": data})}
 
 
-def read_base_row(metadata: Mapping[str, str]) -> BaseRow | None:
-    """The row in the metadata of a file; adapters saved by PEFT have none."""
+def _change(row: Tensor, chain: Tensor) -> float:
+    """`|w Q - w| / |w|`; 0 if it is not a number."""
+    change = float(torch.dist(_rotated(row, chain), row) / row.norm())
+    return change if change > 0 else 0.0
+
+
+def _rotated(row: Tensor, chain: Tensor) -> Tensor:
+    return rotate_weight(row[None], chain.detach().cpu().to(row.dtype))[0]
+
+
+def read_base_row(file: Path, metadata: Mapping[str, str]) -> BaseRow | None:
+    """The row in the metadata of a file; adapters saved by PEFT have none.
+
+    Raises:
+        CheckpointError: the entry is damaged.
+    """
     if BASE_ROW not in metadata:
         return None
-    entry = json.loads(metadata[BASE_ROW])
-    return BaseRow(entry["layer"], torch.frombuffer(bytearray(base64.b64decode(entry["row"])), dtype=torch.float32))
+    try:
+        entry = json.loads(metadata[BASE_ROW])
+        values = torch.frombuffer(bytearray(base64.b64decode(entry["row"])), dtype=torch.float32)
+        return BaseRow(str(entry["layer"]), values)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: the metadata {BASE_ROW} is damaged. Save the adapter again.") from error
 
 
 def first_row(layer: nn.Module) -> Tensor | None:

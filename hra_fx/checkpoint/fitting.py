@@ -86,10 +86,7 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None = None) -> Fitte
     _check_keys(file, model, layers, tensors, copies, config)
     _check_shapes(file, model, layers, tensors, copies, config)
     _compare_base(file, config, model)
-    row = read_base_row(metadata)
-    if row is not None and row.path in layers:
-        chain = plain_chain(tensors[reflection_key(row.path)], None, apply_GS=config.apply_GS)
-        row.check(file, chain, first_row(layers[row.path]), f"The {type(model).__name__}")
+    _refuse_folded(file, model, layers, tensors, metadata, config)
     resume = read_resume(file, metadata if given is None else {}, config)
     vectors = {path: _split(file, path, tensors, resume) for path in layers}
     written: dict[str, tuple[Tensor, Tensor | None]] = {path: (tensors[reflection_key(path)], None) for path in layers}
@@ -195,6 +192,21 @@ def _split(file: Path, path: str, tensors: Mapping[str, Tensor], resume: Resume)
         raise CheckpointError(f"{file}: missing key {key}, the vectors before Gram-Schmidt. Save the adapter again.")
     _check_shape(file, key, tensors, (*chain.shape[:-1], resume.config.rank_of(path)))
     return tensors[key], chain[..., :anchor].contiguous()
+
+
+def _refuse_folded(
+    file: Path,
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    config: HRAConfig,
+) -> None:
+    row = read_base_row(file, metadata)
+    if row is not None and row.path in layers:
+        chain = plain_chain(tensors[reflection_key(row.path)], None, apply_GS=config.apply_GS)
+        if row.state(chain, first_row(layers[row.path])) == "folded":
+            raise row.folded_error(file, f"This {type(model).__name__}")
 
 
 def _compare_base(file: Path, config: HRAConfig, model: nn.Module) -> None:

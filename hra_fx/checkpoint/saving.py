@@ -55,7 +55,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     saved with its own rank, but PEFT's HRA has a single rank and refuses the folder (size mismatch). `hra-fx convert
     --to peft` writes a folder for PEFT.
 
-    Both files are written atomically. The adapter is saved at full strength (see `set_scale`), with its trained copies
+    The file's metadata keeps one row of a base weight, by which `load_adapter` and others refuse a base model that
+    already contains the adapter. Both files are written atomically. The adapter is saved at full strength (see `set_scale`), with its trained copies
     of `modules_to_save` and biases.
 
     With DDP, one process calls this. With `fully_shard`, all processes have to call it: they gather the vectors, and
@@ -212,7 +213,11 @@ def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[s
                 tensors[copy_key(path, entry, adapted=path in sites)] = copied
     detached = {key: tensor.detach() for key, tensor in tensors.items()}
     layers = adapted_layers(root)
-    metadata = {"format": "pt", **resume.metadata(), **write_base_row({path: layers[path] for path in sites})}
+    chains = {path: detached[reflection_key(path)] for path in sites}
+    if config.apply_GS and not resume.has_anchors:
+        chains = {path: plain_chain(chain, None, apply_GS=True) for path, chain in chains.items()}
+    row = write_base_row({path: layers[path] for path in sites}, chains)
+    metadata = {"format": "pt", **resume.metadata(), **row}
     return _inference_config(root, resume.chains), detached, metadata
 
 

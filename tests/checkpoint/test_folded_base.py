@@ -10,7 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hra_fx
@@ -68,7 +68,9 @@ def test_a_folded_base_is_refused(
     model = adapted(base, config)
     hra_fx.save_adapter(model, tmp_path / "adapter")
     folded = hra_fx.fold(model)
-    with pytest.raises(CheckpointError, match=r"already contains the adapter .* folded into it: the weight of 0 is"):
+    with pytest.raises(
+        CheckpointError, match=r"already contains the adapter .*very similar one, folded into its weights \(seen in 0\)"
+    ):
         use(folded, tmp_path / "adapter", tmp_path)
     assert not (tmp_path / "out").exists()
     assert [name for name, _ in folded.named_modules()] == ["", "0"]
@@ -102,7 +104,7 @@ def test_the_row_of_a_merged_model_is_that_of_the_base(tmp_path: Path) -> None:
     hra_fx.merge_adapter(model)
     hra_fx.save_adapter(model, tmp_path)
     hra_fx.load_adapter(base, tmp_path)
-    with pytest.raises(CheckpointError, match="The Sequential: already contains the adapter"):
+    with pytest.raises(CheckpointError, match="This Sequential already contains the adapter"):
         hra_fx.load_adapter(hra_fx.fold(model), tmp_path)
 
 
@@ -110,8 +112,37 @@ def test_peft_loads_and_folds_the_same_file(tmp_path: Path) -> None:
     base = nn.Sequential(nn.Linear(24, 16))
     hra_fx.save_adapter(adapted(base, hra_fx.HRAConfig(r=4, target_modules=["0"])), tmp_path)
     folded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).merge_and_unload()
-    with pytest.raises(CheckpointError, match="The Sequential: already contains the adapter"):
+    with pytest.raises(CheckpointError, match="This Sequential already contains the adapter"):
         hra_fx.load_adapter(folded, tmp_path)
+
+
+@pytest.mark.parametrize("use", ["load_adapter", "fold_checkpoint", "convert"])
+@pytest.mark.parametrize("entry", ["nope", "[1]", '{"row": ""}', '{"layer": "0", "row": "AAA="}'])
+def test_damaged_metadata(use: str, entry: str, tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Linear(24, 16))
+    hra_fx.save_adapter(adapted(base, hra_fx.HRAConfig(r=4, target_modules=["0"])), tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(load_file(file), file, {"format": "pt", "hra_fx_base_row": entry})
+    with pytest.raises(CheckpointError, match="the metadata hra_fx_base_row is damaged"):
+        USES[use](base, tmp_path / "adapter", tmp_path)
+
+
+def test_the_row_is_of_the_layer_that_is_rotated_most(tmp_path: Path) -> None:
+    """Layers before it may not have learned anything, or have a first row of zeros."""
+    base = nn.Sequential(*(nn.Linear(24, 24) for _ in range(3)))
+    base[1].weight.data[0] = 0
+    model = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(r=4, target_modules=["0", "1", "2"]))
+    for layer in (model[1], model[2]):
+        layer.hra_u["default"].data.add_(torch.randn(24, 4), alpha=0.05)
+    hra_fx.save_adapter(model, tmp_path)
+    with pytest.raises(CheckpointError, match=r"\(seen in 2\)"):
+        hra_fx.load_adapter(hra_fx.fold(model), tmp_path)
+
+
+def test_unfolding_a_model_that_is_not_folded(base: nn.Module, config: hra_fx.HRAConfig, tmp_path: Path) -> None:
+    hra_fx.save_adapter(adapted(base, config), tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=r"base does not contain the adapter .* \(seen in 0\)\. Use"):
+        hra_fx.unfold_checkpoint(on_disk(base, tmp_path / "base"), tmp_path / "adapter", tmp_path / "out")
 
 
 def test_unfolding_starts_from_a_folded_base(base: nn.Module, config: hra_fx.HRAConfig, tmp_path: Path) -> None:

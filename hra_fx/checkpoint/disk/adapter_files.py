@@ -99,7 +99,9 @@ def read_adapter(source: str | os.PathLike[str]) -> AdapterFiles:
     if not chains:
         raise CheckpointError(f"{file}: no vectors found (keys that end in {REFLECTION!r}). Save the adapter again.")
     digest = _digest([folder / CONFIG_NAME, file])
-    adapter = AdapterFiles(file, config, tensors, metadata, read_base_row(metadata), resume, chains, {}, {}, digest)
+    adapter = AdapterFiles(
+        file, config, tensors, metadata, read_base_row(file, metadata), resume, chains, {}, {}, digest
+    )
     for name, tensor in others.items():
         path, _, last = name.rpartition(".")
         full = adapter.saves(path) or (config.bias != "none" and last in _BIASES)

@@ -17,7 +17,7 @@ from torch import Tensor
 from hra_fx.checkpoint.disk.adapter_files import AdapterFiles
 from hra_fx.checkpoint.disk.architecture import CONFIG, Architecture
 from hra_fx.checkpoint.disk.arguments import Request
-from hra_fx.checkpoint.disk.base_check import check_not_folded
+from hra_fx.checkpoint.disk.base_check import check_base
 from hra_fx.checkpoint.disk.edits import Edits, Item, Rotation, edits_for, stored_item
 from hra_fx.checkpoint.disk.file_names import FileNames
 from hra_fx.checkpoint.disk.header import METADATA, Header, StoredTensor
@@ -92,8 +92,7 @@ def plan_fold(request: Request, columns: Collection[str] | None, *, back: bool) 
     """
     plan = Plan()
     for part, adapters in request.adapters.items():
-        ordered = [_reversed(adapter) for adapter in reversed(adapters)] if back else adapters
-        _plan_part(plan, f"{part}/" if part else "", request.base / part, ordered, columns, back=back)
+        _plan_part(plan, f"{part}/" if part else "", request.base / part, adapters, columns, back=back)
     for path, file in request.files.items():
         if path not in plan.files:
             size = file.stat().st_size
@@ -148,9 +147,9 @@ def _plan_part(
     # If no set has any layer, the first one reports what is missing.
     folded = [pair for pair in named if touches(adapters, pair[1])] or named[:1]
     for found, names in folded:
-        if not back:
-            check_not_folded(adapters, folder, found, names)
-        _plan_set(plan, part, found, edits_for(found, adapters, architecture, names, columns), architecture)
+        check_base(adapters, folder, found, names, folded=back)
+        ordered = [_reversed(adapter) for adapter in reversed(adapters)] if back else adapters
+        _plan_set(plan, part, found, edits_for(found, ordered, architecture, names, columns), architecture)
     taken = {header.file for found, _ in folded for header in found.files}
     plan.kept += [header.file for found in sets for header in found.files if header.file not in taken]
     plan.kept += sorted(foreign(folder))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hra_fx.checkpoint.disk.adapter_files import AdapterFiles, read_adapter
 from hra_fx.checkpoint.disk.architecture import CONFIG
 from hra_fx.checkpoint.disk.arguments import Source
-from hra_fx.checkpoint.disk.base_check import check_not_folded
+from hra_fx.checkpoint.disk.base_check import check_base
 from hra_fx.checkpoint.disk.edits import Rotation, rotation_of
 from hra_fx.checkpoint.disk.header import StoredTensor
 from hra_fx.checkpoint.disk.naming import IN_MEMORY
@@ -83,7 +83,7 @@ def read_as_lora(
         raise CheckpointError("adapters must name at least one adapter. Give a folder, or several in order.")
     files = [read_adapter(source) for source in adapters]
     opened = open_base(base, files)
-    check_not_folded(files, opened.architecture.folder, opened.found, opened.names)
+    check_base(files, opened.architecture.folder, opened.found, opened.names, folded=False)
     requests = requests_of(files, opened.found, opened.names)
     layers = _layers_of(opened, requests, files, columns)
     check_layers(opened, {layer.path: layer.kind for layer in layers})
