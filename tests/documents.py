@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,11 +32,11 @@ class Block(NamedTuple):
 def python_blocks(document: Path) -> list[Block]:
     """The Python programs of a document, in their order."""
     found = re.findall(
-        r"^(?:<!-- ((?:as in|not run:) [^\n]+) -->\n)?```python\n(.*?)^```$",
+        r"^( *)(?:<!-- ((?:as in|not run:) [^\n]+) -->\n *)?```python\n(.*?)^\1```$",
         document.read_text(encoding="utf-8"),
         re.MULTILINE | re.DOTALL,
     )
-    return [Block(text, comment) for comment, text in found]
+    return [Block(textwrap.dedent(text), comment) for _, comment, text in found]
 
 
 def run_blocks(document: Path, given: Mapping[str, Any] | None = None) -> dict[str, Any]:

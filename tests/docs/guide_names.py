@@ -39,7 +39,6 @@ def training(model: Any) -> Names:
 def large_models() -> Names:
     return {
         **training(None),
-        "config": CONFIG,
         "device": "cpu",
         "state_dict": base_model("SFT").state_dict(),
         "texts": Dataset.from_list(SFT_CHATS),
@@ -83,7 +82,7 @@ GIVEN: dict[str, Callable[[], Names]] = {
     "moe": lambda: {"model": built("mixtral", torch.float32)},
     "quantized": lambda: training(None),
     "large-models": large_models,
-    "distributed": lambda: {"config": CONFIG},
+    "distributed": dict,
 }
 
 

@@ -1,8 +1,9 @@
-"""The programs of the guides run as they stand, without warnings."""
+"""The programs of the guides run as they stand: some by themselves, without warnings, and others with given names."""
 
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from docs.guide_names import GIVEN, save_my_model
 from documents import DOCS, ROOT, python_blocks, run_blocks
 from torch import distributed
-from transformers import training_args
+from transformers import AutoModelForCausalLM, training_args
 
 import hra_fx
 from hra_fx.integrations.peft_acceleration import _OPEN
@@ -41,17 +42,23 @@ def test_the_programs_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.fixture
-def one_process() -> Iterator[None]:
-    """A process group of this process alone, and no accelerated PEFT afterwards."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+def under_torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The environment that torchrun gives to a single process; no process group and no accelerated PEFT afterwards."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    given = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    for name, value in given.items():
+        monkeypatch.setenv(name, str(value))
     yield
-    distributed.destroy_process_group()
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
     for handle in list(_OPEN):
         handle.close()
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("one_process")
+@pytest.mark.usefixtures("under_torchrun")
 @pytest.mark.parametrize("name", GIVEN)
 def test_the_programs_run_with_a_tiny_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -62,9 +69,22 @@ def test_the_programs_run_with_a_tiny_model(name: str, tmp_path: Path, monkeypat
     run_blocks(DOCS / f"{name}.md", GIVEN[name]())
 
 
+@pytest.mark.usefixtures("under_torchrun")
+def test_the_meta_program_gives_the_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_my_model(tmp_path)
+    (program,) = (block.text for block in python_blocks(DOCS / "large-models.md") if "to_empty" in block.text)
+    names = {**GIVEN["large-models"](), "hra_fx": hra_fx, "torch": torch, "AutoModelForCausalLM": AutoModelForCausalLM}
+    exec(program, names)
+    ids = torch.arange(3, 9)[None]
+    wanted = AutoModelForCausalLM.from_pretrained("my-model", dtype=torch.float32)(ids).logits
+    torch.testing.assert_close(names["model"].float()(ids).logits, wanted, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.stem)
 def test_programs_compile_and_run_unless_a_comment_says_why(document: Path) -> None:
     blocks = python_blocks(document)
+    assert len(blocks) == len(re.findall("^ *```python", document.read_text(encoding="utf-8"), re.MULTILINE))
     for block in blocks:
         compile(block.text, str(document), "exec")
     if any(not block.comment for block in blocks):
