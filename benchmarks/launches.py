@@ -31,7 +31,7 @@ model, divided by the number of sites. A step is forward and backward; the optim
 operator with a kernel of its own, as torch's profiler records it on a CPU; views, allocations and what such an operator
 calls in turn do not count. In parentheses: how many times the launches of PEFT LoRA. Of a compiled model, a launch is a
 kernel that inductor generated or an operator that it calls. `make bench-gpu` counts kernels on CUDA, where the replay
-of a CUDA graph is one launch. Counts do not depend on widths, and on the number of tokens by less than 3 %.
+of a CUDA graph is one launch. Counts do not depend on widths, and on the number of tokens by less than 3%.
 """
 
 

@@ -19,10 +19,10 @@ INTRODUCTION = """\
 <!-- Written by make bench-learning; do not edit. -->
 # Does HRA learn as well as LoRA?
 
-HRA and LoRA with numbers of trained parameters within 3 % of each other, and full fine-tuning, over several seeds. A
+HRA and LoRA with numbers of trained parameters within 3% of each other, and full fine-tuning, over several seeds. A
 seed draws the training examples, their order, the new head and the start of the adapter, and all methods share it.
 "Gain" is how much better HRA's test score is than LoRA's, so more is better for every metric; the interval is that of
-the paired differences, at 95 %. "Closed" is the share of the distance from LoRA to full fine-tuning that HRA covers,
+the paired differences, at 95%. "Closed" is the share of the distance from LoRA to full fine-tuning that HRA covers,
 where this distance is larger than its interval.
 [docs/training.md](training.md) says which settings follow from this.
 """
@@ -31,7 +31,7 @@ PROTOCOL = """\
 ## How it was measured
 
 - Every method trains on the same examples in the same order, for the same number of steps, with AdamW, no weight decay,
-  a linear schedule with 10 % warmup, and gradients clipped to norm 1. A new head has one learning rate for all methods,
+  a linear schedule with 10% warmup, and gradients clipped to norm 1. A new head has one learning rate for all methods,
   except for "head only", which chooses its own.
 - Each method chooses its learning rate from four, by the validation score of seed 0. Where the best of them is the
   lowest or the highest, the grid is extended by one rate, at most twice; after that, the best rate may still be the
@@ -64,7 +64,7 @@ FORGETTING = """\
 ## Forgetting
 
 What the model could do before, and still can after training at the learning rate that was chosen for the new task:
-means over the seeds. "HRA over LoRA" is the paired difference with its 95 % interval; more is better for every metric.
+means over the seeds. "HRA over LoRA" is the paired difference with its 95% interval; more is better for every metric.
 
 """
 
@@ -78,7 +78,7 @@ the new task, and what it retained.
 TRIALS = """\
 ## What helps HRA
 
-The gain over HRA with its defaults on validation data, in points, paired over three seeds, with its 95 % interval and
+The gain over HRA with its defaults on validation data, in points, paired over three seeds, with its 95% interval and
 the learning rate that was chosen. More is better.
 
 """
@@ -121,7 +121,7 @@ def _first_table(found: Sequence[Comparison]) -> str:
             _interval(row.gain),
             _number(row.full) if row.full is not None else "-",
             _interval(row.distance) if row.distance else "-",
-            f"{100 * row.closed:.0f} %" if row.closed is not None else "-",
+            f"{100 * row.closed:.0f}%" if row.closed is not None else "-",
         ]
         for row in found
     ]

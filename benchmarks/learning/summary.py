@@ -12,13 +12,13 @@ from learning.rates import chosen
 from learning.records import Record, final_runs, matched_rank, of
 from learning.tasks import TASKS
 
-#: The 97.5 % quantile of Student's t distribution, by degrees of freedom.
+#: The 97.5% quantile of Student's t distribution, by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of paired differences, half of its 95 % interval, and its standard error."""
+    """The mean of paired differences, half of its 95% interval, and its standard error."""
 
     mean: float
     half: float
@@ -34,7 +34,7 @@ class Comparison:
         lora, hra, full: means of the test scores; `full` is None where it was not run.
         gain: HRA's gain over LoRA, over the seeds that both have.
         distance: the gain of full fine-tuning over LoRA.
-        closed: the share of this distance that HRA covers; None where the distance is within its 95 % interval of zero.
+        closed: the share of this distance that HRA covers; None where the distance is within its 95% interval of zero.
         seeds: the number of HRA's runs.
     """
 

@@ -58,14 +58,14 @@ def test_rates_of_a_language_model(records: list[Record]) -> None:
 
 
 def test_perplexity_of_a_language_model(records: list[Record]) -> None:
-    assert "HRA ends at a perplexity that is 13 % higher than LoRA's" in GUIDE
+    assert "HRA ends at a perplexity that is 13% higher than LoRA's" in GUIDE
     hra, lora = (statistics.mean(scores(final_runs(records, "language", method))) for method in ("hra", "lora"))
     assert hra / lora == pytest.approx(1.13, abs=0.005)
 
 
 def test_what_a_language_model_forgets(records: list[Record]) -> None:
     assert (
-        "rises on SmolLM2 from 51 to 60 with both methods; HRA still completes 77 % of the facts and LoRA 50 %" in GUIDE
+        "rises on SmolLM2 from 51 to 60 with both methods; HRA still completes 77% of the facts and LoRA 50%" in GUIDE
     )
     for method, percent in (("hra", 77), ("lora", 50)):
         runs = final_runs(records, "language", method)
@@ -73,7 +73,7 @@ def test_what_a_language_model_forgets(records: list[Record]) -> None:
         assert round(statistics.mean(run.retention[TALES] for run in runs)) == 60
     assert round(final_runs(records, "language", "base")[0].retention[TALES]) == 51
     assert (
-        "LoRA at a rate of 1e-3 reaches about the same perplexity on the new task as HRA, and completes 87 %" in GUIDE
+        "LoRA at a rate of 1e-3 reaches about the same perplexity on the new task as HRA, and completes 87%" in GUIDE
     )
     low = one(records, "lora", 1e-3)
     assert low.validation / one(records, "hra", 3e-3).validation == pytest.approx(1, abs=0.06)
@@ -81,10 +81,10 @@ def test_what_a_language_model_forgets(records: list[Record]) -> None:
 
 
 def test_what_the_digits_forget(records: list[Record]) -> None:
-    assert "varies more between seeds (48 to 87 % with LoRA) than between methods" in GUIDE
+    assert "varies more between seeds (48 to 87% with LoRA) than between methods" in GUIDE
     kept = {m: [run.retention[DIGITS] for run in final_runs(records, "digits", m)] for m in ("lora", "hra", "full")}
     assert (round(min(kept["lora"])), round(max(kept["lora"]))) == (48, 87)
-    assert "full fine-tuning has the lowest mean, 55 %" in GUIDE
+    assert "full fine-tuning has the lowest mean, 55%" in GUIDE
     means = {method: statistics.mean(values) for method, values in kept.items()}
     assert min(means, key=lambda method: means[method]) == "full"
     assert round(means["full"]) == 55
@@ -95,8 +95,8 @@ def test_starts_from_gradients(records: list[Record]) -> None:
     assert "make two errors smaller by 0.2 and 0.4 points" in GUIDE
     gains = [validation_gain(records, task, "hra-gradient").mean for task in TEACHERS[1:]]
     assert [round(gain, 1) for gain in gains] == [0.2, 0.4]
-    told = "the perplexity of the new task is 115 (HRA: 122), that of the tales 84 (64), and 54 % of the facts remain"
-    assert f"{told} (85 %)" in GUIDE
+    told = "the perplexity of the new task is 115 (HRA: 122), that of the tales 84 (64), and 54% of the facts remain"
+    assert f"{told} (85%)" in GUIDE
     runs = one(records, "hra-gradient", 1e-3), one(records, "hra", 3e-3)
     assert [round(run.validation) for run in runs] == [115, 122]
     assert [round(run.retention[TALES]) for run in runs] == [84, 64]
@@ -113,7 +113,7 @@ def test_gram_schmidt(records: list[Record]) -> None:
 
 
 def test_variants_on_real_data(records: list[Record]) -> None:
-    assert "On MiniLM (two variants) and the digits (ten), no gain is larger than its 95 % interval" in GUIDE
+    assert "On MiniLM (two variants) and the digits (ten), no gain is larger than its 95% interval" in GUIDE
     found = [
         (task, validation_gain(records, task, name))
         for task in REAL
@@ -144,7 +144,7 @@ def test_variants_on_the_teachers(records: list[Record]) -> None:
 
 def test_the_distance_to_full_fine_tuning(records: list[Record]) -> None:
     assert (
-        "by 0.5 ± 0.5 points on MiniLM and 2.4 ± 3.4 on the digits, where HRA covers 19 % of the mean distance" in GUIDE
+        "by 0.5 ± 0.5 points on MiniLM and 2.4 ± 3.4 on the digits, where HRA covers 19% of the mean distance" in GUIDE
     )
     for task, mean, half in (("newsgroups-1600", 0.5, 0.5), ("digits", 2.4, 3.4)):
         distance = gain(records, task, "full", "lora")
