@@ -34,7 +34,7 @@ def fold_or_unfold(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Folder of the model.")],
     adapters: Annotated[
         list[str],
-        typer.Argument(metavar="ADAPTER", help="Folders of adapters, in the order in which they are folded."),
+        typer.Argument(metavar="ADAPTER", help="Folders of adapters, in the order of folding."),
     ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Output folder.")],
     part: Annotated[
