@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hra_fx.checkpoint.base_model import compare_names
 from hra_fx.checkpoint.base_row import first_row, read_base_row
 from hra_fx.checkpoint.folder import WEIGHTS_NAME
 from hra_fx.checkpoint.keys import EXTRA_BIASES, PREFIX, copy_key, reflection_key, vectors_key
@@ -20,7 +19,7 @@ from hra_fx.checkpoint.resume import Resume, read_resume
 from hra_fx.checkpoint.weights import read_prefixed
 from hra_fx.compat import non_persistent_buffers, state_modules
 from hra_fx.config import HRAConfig
-from hra_fx.errors import CheckpointError, HRAWarning, SelectionError
+from hra_fx.errors import CheckpointError, SelectionError
 from hra_fx.functional.chain import plain_chain
 from hra_fx.layers.adapters import AdapterSpec
 from hra_fx.layers.variants import adapters_for
@@ -71,7 +70,7 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None = None) -> Fitte
         CheckpointError: the weights are damaged, or do not fit the model; missing and unexpected keys are listed.
 
     Warns:
-        HRAWarning: the configuration names another base model.
+        HRAWarning: the configuration names another base model, and nothing shows that it is this one.
     """
     file = folder / WEIGHTS_NAME
     config = without_unmatched(model, HRAConfig.from_pretrained(folder) if given is None else valid_config(given))
@@ -85,8 +84,7 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None = None) -> Fitte
     copies = _copy_keys(model, config, layers, tensors)
     _check_keys(file, model, layers, tensors, copies, config)
     _check_shapes(file, model, layers, tensors, copies, config)
-    _compare_base(file, config, model)
-    _refuse_folded(file, model, layers, tensors, metadata, config)
+    _check_base(file, model, layers, tensors, metadata, config)
     resume = read_resume(file, metadata if given is None else {}, config)
     vectors = {path: _split(file, path, tensors, resume) for path in layers}
     written: dict[str, tuple[Tensor, Tensor | None]] = {path: (tensors[reflection_key(path)], None) for path in layers}
@@ -194,7 +192,7 @@ def _split(file: Path, path: str, tensors: Mapping[str, Tensor], resume: Resume)
     return tensors[key], chain[..., :anchor].contiguous()
 
 
-def _refuse_folded(
+def _check_base(
     file: Path,
     model: nn.Module,
     layers: Mapping[str, nn.Module],
@@ -202,22 +200,16 @@ def _refuse_folded(
     metadata: Mapping[str, str],
     config: HRAConfig,
 ) -> None:
+    """Refuse a model that contains the adapter already, and warn of other names unless it is known to be the base."""
     row = read_base_row(file, metadata)
+    state = "unknown"
     if row is not None and row.path in layers:
         chain = plain_chain(tensors[reflection_key(row.path)], None, apply_GS=config.apply_GS)
-        if row.state(chain, first_row(layers[row.path])) == "folded":
+        state = row.state(chain, first_row(layers[row.path]))
+        if state == "folded":
             raise row.folded_error(file, f"This {type(model).__name__}")
-
-
-def _compare_base(file: Path, config: HRAConfig, model: nn.Module) -> None:
-    """Warn if the base models' names differ in their last parts; folders differ from machine to machine."""
-    theirs, ours = config.base_model_name_or_path, getattr(model, "name_or_path", None)
-    if not theirs or not isinstance(ours, str) or not ours:
-        return
-    last = [os.path.basename(os.path.normpath(os.fspath(name))) for name in (theirs, ours)]
-    if last[0] != last[1]:
-        text = f"{file}: the adapter was trained on {os.fspath(theirs)!r}, but this model is {ours!r}."
-        warnings.warn(text, HRAWarning, stacklevel=4)
+    if state == "unknown":
+        compare_names(file, config, getattr(model, "name_or_path", None))
 
 
 def _some(keys: list[str]) -> str:

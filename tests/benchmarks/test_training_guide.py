@@ -72,9 +72,7 @@ def test_what_a_language_model_forgets(records: list[Record]) -> None:
         assert round(statistics.mean(run.retention[FACTS] for run in runs)) == percent
         assert round(statistics.mean(run.retention[TALES] for run in runs)) == 60
     assert round(final_runs(records, "language", "base")[0].retention[TALES]) == 51
-    assert (
-        "LoRA at a rate of 1e-3 reaches about the same perplexity on the new task as HRA, and completes 87%" in GUIDE
-    )
+    assert "LoRA at a rate of 1e-3 reaches about the same perplexity on the new task as HRA, and completes 87%" in GUIDE
     low = one(records, "lora", 1e-3)
     assert low.validation / one(records, "hra", 3e-3).validation == pytest.approx(1, abs=0.06)
     assert round(low.retention[FACTS]) == 87
