@@ -76,10 +76,10 @@ demo-vision: $(VENV)/demo.stamp $(VENV)/data.stamp ## a ResNet on handwritten di
 
 ##@ Benchmarks (docs/benchmarks.md, docs/results.md)
 
-bench: $(VENV)/test.stamp ## speed and memory: base model, PEFT, hra_fx (40 minutes)
+bench: $(VENV)/test.stamp ## speed and memory: base model, PEFT, hra_fx (40 minutes, or hours on a CPU without bfloat16)
 	PYTHONPATH=benchmarks $(BIN)/python -m speed --docs $(BENCH_FLAGS)
 
-bench-quick: $(VENV)/test.stamp ## the performance targets, met or not (6 minutes)
+bench-quick: $(VENV)/test.stamp ## the performance targets, met or not (6 minutes, or longer)
 	PYTHONPATH=benchmarks $(BIN)/python -m speed --quick $(BENCH_FLAGS)
 
 # Installs nothing: $(PYTHON) if it sees a CUDA device, or else the one of .venv if it is there.
