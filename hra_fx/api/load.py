@@ -26,6 +26,7 @@ from hra_fx.model.replace import check_replaceable, layers_of, replace_values
 from hra_fx.model.setup import checked, set_up
 from hra_fx.model.state import AdapterState, collect_parts, get_state, root_of
 from hra_fx.model.trainable import differ_by_place, set_requires_grad
+from hra_fx.selection.check import check_modules
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -85,6 +86,8 @@ def load_adapter(
         root, record = (model, None) if plain else root_of(model)
         if record is not None:
             load_vectors(root)
+        elif plain:
+            check_modules(root)
         fitted = fit(find(directory, subfolder, **hub), root, config)
         config = checked(root, dataclasses.replace(fitted.resume.config, inference_mode=not is_trainable), adapter_name)
 

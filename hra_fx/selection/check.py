@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from hra_fx.compat import is_compiled_module
 from hra_fx.config import HRAConfig
 from hra_fx.errors import HRAWarning, UnsupportedLayerError
 from hra_fx.layers.accelerate_hooks import WHOLE, has_class_forward, is_hooked, offloading_hook
@@ -51,9 +52,7 @@ def check(model: nn.Module, layers: Mapping[str, nn.Module], config: HRAConfig) 
     Traceback (most recent call last):
     hra_fx.errors.UnsupportedLayerError: 0 (Linear): its weight must be a plain floating-point tensor, got torch.c...
     """
-    for path, module in model.named_modules():
-        if problem := _module_problem(module):
-            raise UnsupportedLayerError(f"{path or 'the model'}: {problem}.")
+    check_modules(model)
     unsupported = {path: problem for path, layer in layers.items() if (problem := layer_problem(path, layer, config))}
     if unsupported:
         first, *others = unsupported
@@ -62,6 +61,17 @@ def check(model: nn.Module, layers: Mapping[str, nn.Module], config: HRAConfig) 
         raise UnsupportedLayerError(f"{first} ({kind}): {unsupported[first]}.{also}")
     if not config.inference_mode:
         _warn_about_blocked_gradients(model, layers.values())
+
+
+def check_modules(model: nn.Module) -> None:
+    """Raise an error if a model cannot be adapted, whatever its layers.
+
+    Raises:
+        UnsupportedLayerError: it names the module, the reason and a fix.
+    """
+    for path, module in model.named_modules():
+        if problem := _module_problem(module):
+            raise UnsupportedLayerError(f"{path or 'the model'}: {problem}.")
 
 
 def _module_problem(module: nn.Module) -> str | None:
@@ -79,6 +89,12 @@ def _module_problem(module: nn.Module) -> str | None:
         return (
             "DistributedDataParallel does not synchronize parameters that are added later. Adapt the model first, then "
             "wrap it"
+        )
+    if isinstance(module, nn.DataParallel) or is_compiled_module(module):
+        wrapper = "DataParallel" if isinstance(module, nn.DataParallel) else "torch.compile"
+        return (
+            f"{wrapper} adds a prefix to the names of parameters, so a saved adapter would not load elsewhere. Adapt "
+            "the model first, then wrap it"
         )
     return None
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import hra_fx
+from hra_fx.errors import UnsupportedLayerError
 
 # ---- the layer itself ----
 
@@ -157,3 +160,14 @@ def test_other_peft_adapters(kind: type) -> None:
     }
     wrapped = peft.get_peft_model(mlp(), kind(target_modules=["0"], **fields[kind]))
     assert "it already has a PEFT adapter" in refused(wrapped, config("2"))
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel], ids=["torch.compile", "DataParallel"])
+@pytest.mark.parametrize("use", ["transform", "get_peft_model", "load_adapter"])
+def test_a_wrapper_that_renames_parameters_comes_after(wrap: Any, use: str, tmp_path: Path) -> None:
+    settings = hra_fx.HRAConfig(r=2, target_modules=["0"])
+    hra_fx.save_adapter(hra_fx.transform(nn.Sequential(nn.Linear(6, 4)), settings), tmp_path)
+    argument = tmp_path if use == "load_adapter" else settings
+    name = "DataParallel" if wrap is nn.DataParallel else r"torch\.compile"
+    with pytest.raises(UnsupportedLayerError, match=f"^the model: {name} adds a prefix .* Adapt the model first, then"):
+        getattr(hra_fx, use)(wrap(nn.Sequential(nn.Linear(6, 4))), argument)
