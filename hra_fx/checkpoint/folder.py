@@ -6,8 +6,10 @@ Source of the layout: PEFT 0.21, `PeftModel.save_pretrained`: `adapter_config.js
 from __future__ import annotations
 
 import glob
+import json
 import os
 import posixpath
+import struct
 from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -17,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hra_fx.atomic_write import atomic_write, temporary_file
+from hra_fx.checkpoint.disk.header import METADATA
 from hra_fx.checkpoint.weights import non_finite
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError
@@ -157,11 +160,21 @@ def _serialize(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
         storages.add(own.untyped_storage().data_ptr())
         plain[key] = own
     try:
-        return save(plain, {**metadata, "format": "pt"})
+        return _sorted_metadata(save(plain, {**metadata, "format": "pt"}))
     except (KeyError, ValueError) as error:
         raise CheckpointError(
             f"{path}: safetensors cannot store this ({error}). Use plain tensors and text."
         ) from error
+
+
+def _sorted_metadata(data: bytes) -> bytes:
+    """A safetensors file with its metadata in order: safetensors writes it in a random one, and hashes would differ."""
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:end])
+    header[METADATA] = dict(sorted(header[METADATA].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data[end:]
 
 
 def _check(path: Path, key: str, tensor: Tensor) -> None:

@@ -169,3 +169,14 @@ def test_an_interrupt_at_any_place_leaves_the_old_adapter_or_the_new_one(tmp_pat
     assert all(outcome in (old, new) for outcome in outcomes)
     assert outcomes[0] == old
     assert outcomes[-1] == new
+
+
+def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:
+    """safetensors itself writes metadata in a random order."""
+    tensors, entries = {"ä.hra_u": normal(6, 2), KEY: normal(5, 1)}, {name: name * 5 for name in ("z", "ü", "a", "b")}
+    for i in range(5):
+        write(tmp_path / str(i), "{}", tensors, entries)
+    assert len({(tmp_path / str(i) / WEIGHTS_NAME).read_bytes() for i in range(5)}) == 1
+    found, metadata = read(tmp_path / "0" / WEIGHTS_NAME)
+    torch.testing.assert_close(found, tensors, rtol=0, atol=0)
+    assert metadata == {**entries, "format": "pt"}

@@ -88,10 +88,8 @@ def test_to_us_an_anchor_stays(shelf: Shelf, tmp_path: Path) -> None:
     answer("convert", shelf / "orthonormal", tmp_path, "--to", "hra_fx")
     source = shelf / "orthonormal"
     assert (tmp_path / "adapter_config.json").read_text() == (source / "adapter_config.json").read_text()
-    # Not byte for byte, for safetensors writes its metadata in any order.
-    assert metadata(tmp_path) == metadata(source) and "hra_fx" in metadata(tmp_path)
-    found, due = load_file(tmp_path / WEIGHTS), load_file(source / WEIGHTS)
-    assert found.keys() == due.keys() and all(torch.equal(found[key], tensor) for key, tensor in due.items())
+    assert (tmp_path / WEIGHTS).read_bytes() == (source / WEIGHTS).read_bytes()
+    assert "hra_fx" in metadata(tmp_path)
 
 
 def test_keys_without_the_prefix_get_it(shelf: Shelf, tmp_path: Path) -> None:
