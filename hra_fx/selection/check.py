@@ -52,7 +52,7 @@ def check(model: nn.Module, layers: Mapping[str, nn.Module], config: HRAConfig) 
     Traceback (most recent call last):
     hra_fx.errors.UnsupportedLayerError: 0 (Linear): its weight must be a plain floating-point tensor, got torch.c...
     """
-    check_modules(model)
+    check_modules(model, layers)
     unsupported = {path: problem for path, layer in layers.items() if (problem := layer_problem(path, layer, config))}
     if unsupported:
         first, *others = unsupported
@@ -63,14 +63,19 @@ def check(model: nn.Module, layers: Mapping[str, nn.Module], config: HRAConfig) 
         _warn_about_blocked_gradients(model, layers.values())
 
 
-def check_modules(model: nn.Module) -> None:
-    """Raise an error if a model cannot be adapted, whatever its layers.
+def check_modules(model: nn.Module, layers: Iterable[str] = ()) -> None:
+    """Raise an error if a module around the layers, or anywhere in the model, rules out adapters.
+
+    Args:
+        model: the model.
+        layers: paths of the selected layers.
 
     Raises:
         UnsupportedLayerError: it names the module, the reason and a fix.
     """
+    around = {"", *(path[:i] for path in layers for i, letter in enumerate(path) if letter == ".")}
     for path, module in model.named_modules():
-        if problem := _module_problem(module):
+        if problem := _module_problem(module) or (_prefix_problem(module) if path in around else None):
             raise UnsupportedLayerError(f"{path or 'the model'}: {problem}.")
 
 
@@ -90,6 +95,11 @@ def _module_problem(module: nn.Module) -> str | None:
             "DistributedDataParallel does not synchronize parameters that are added later. Adapt the model first, then "
             "wrap it"
         )
+    return None
+
+
+def _prefix_problem(module: nn.Module) -> str | None:
+    """Why no layer inside this module can be adapted; without the full stop."""
     if isinstance(module, nn.DataParallel) or is_compiled_module(module):
         wrapper = "DataParallel" if isinstance(module, nn.DataParallel) else "torch.compile"
         return (

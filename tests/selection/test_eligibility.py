@@ -171,3 +171,12 @@ def test_a_wrapper_that_renames_parameters_comes_after(wrap: Any, use: str, tmp_
     name = "DataParallel" if wrap is nn.DataParallel else r"torch\.compile"
     with pytest.raises(UnsupportedLayerError, match=f"^the model: {name} adds a prefix .* Adapt the model first, then"):
         getattr(hra_fx, use)(wrap(nn.Sequential(nn.Linear(6, 4))), argument)
+
+
+def test_a_compiled_part_only_matters_around_adapted_layers() -> None:
+    def model() -> nn.Sequential:
+        return nn.Sequential(torch.compile(nn.Sequential(nn.Linear(6, 6))), nn.Linear(6, 4))
+
+    hra_fx.transform(model(), hra_fx.HRAConfig(r=2, target_modules=["1"]))
+    with pytest.raises(UnsupportedLayerError, match=r"^0: torch\.compile adds a prefix"):
+        hra_fx.transform(model(), hra_fx.HRAConfig(r=2, target_modules=["0._orig_mod.0"]))
