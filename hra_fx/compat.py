@@ -156,14 +156,6 @@ def is_called_by_distribute_module() -> bool:
     return distribute is not None and sys._getframe(2).f_code is distribute.__code__
 
 
-def module_of_caller(depth: int) -> str | None:
-    """Name of the module whose code runs `depth` calls above the function that asks, 1 for its caller."""
-    frame: Any = sys._getframe(1)
-    for _ in range(depth):
-        frame = frame and frame.f_back
-    return None if frame is None else frame.f_globals.get("__name__")
-
-
 def is_compiled_module(module: nn.Module) -> bool:
     """Whether `torch.compile(model)` made this module, which keeps the model as `_orig_mod`.
 

@@ -15,6 +15,7 @@ matrices.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -31,11 +32,32 @@ class Factors(NamedTuple):
     down: Tensor
 
 
-def wy_factors(vectors: Tensor) -> Tensor:
+class Reached:
+    """Which layers of a batch the backward passes have reached.
+
+    Attributes:
+        now: those that the last backward pass has reached.
+        missing: those that none has reached since all of them were.
+    """
+
+    def __init__(self, layers: int) -> None:
+        """No layer yet, of this number."""
+        self.now: set[int] = set()
+        self.missing: set[int] = set()
+        self._all = range(layers)
+
+    def update(self, layers: Iterable[int]) -> None:
+        """A backward pass has reached these layers."""
+        self.now = set(layers)
+        self.missing = (self.missing or set(self._all)) - self.now
+
+
+def wy_factors(vectors: Tensor, reached: Reached | None = None) -> Tensor:
     """The factors of chains of one shape.
 
     Args:
         vectors: `U: (..., d, k)`, of any lengths, at least float32; a zero column is the identity.
+        reached: the layers of the chains, where several backward passes may each reach some of them.
 
     Returns:
         `R` and `F`, stacked: `(..., 2, k, d)` in the dtype of `vectors`.
@@ -48,7 +70,7 @@ def wy_factors(vectors: Tensor) -> Tensor:
     """
     with householder.without_autocast(vectors):
         if not (compat.is_functorch_active() or compat.is_forward_ad_active()):
-            factors: Tensor = _WYFactors.apply(vectors.reshape(-1, *vectors.shape[-2:]))  # type: ignore[no-untyped-call]
+            factors: Tensor = _WYFactors.apply(vectors.reshape(-1, *vectors.shape[-2:]), reached)  # type: ignore[no-untyped-call]
             return factors.view(*vectors.shape[:-2], *factors.shape[1:])
         return _plain_factors(vectors)
 
@@ -66,7 +88,7 @@ class _WYFactors(torch.autograd.Function):
     """`U: (n, d, k) -> [R, F]: (n, 2, k, d)`."""
 
     @staticmethod
-    def forward(ctx: Any, vectors: Tensor) -> Tensor:
+    def forward(ctx: Any, vectors: Tensor, reached: Reached | None) -> Tensor:
         # In float64: squares of float32 can overflow, and TF32, if enabled, is not accurate enough for `T`.
         wide = vectors if vectors.device.type == "mps" else vectors.double()
         gram = wide.mT @ wide
@@ -80,21 +102,23 @@ class _WYFactors(torch.autograd.Function):
         coefficients = (torch.cat([identity, factor.neg()], dim=1) * scale.unsqueeze(1)).to(vectors.dtype)
         k, d = vectors.shape[2], vectors.shape[1]
         factors = (coefficients @ vectors.mT).view(-1, 2, k, d)
-        ctx.save_for_backward(vectors)
-        # Not saved, because the first backward pass frees what is saved, and layers of one batch can be in several
-        # passes: that of each output of a model.
-        ctx.values = factors.detach(), gram, scale, factor, coefficients
+        ctx.save_for_backward(vectors, factors, gram, scale, factor, coefficients)
+        ctx.reached, ctx.values = reached, None
         return factors
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         gradient: Tensor
         if torch.is_grad_enabled():  # create_graph=True
-            (vectors,) = ctx.saved_tensors
+            vectors = ctx.saved_tensors[0]
             own = vectors.view_as(vectors)
             (gradient,) = torch.autograd.grad(_plain_factors(own), own, grad, create_graph=True)
-            return gradient
-        factors, gram, scale, factor, coefficients = ctx.values
+            return gradient, None
+        factors, gram, scale, factor, coefficients = ctx.values or ctx.saved_tensors[1:]
+        # A backward pass frees what is saved. Layers of one batch can be in several passes, such as that of each output
+        # of a model, so the values are kept until each layer has been reached.
+        is_done = ctx.reached is None or not ctx.reached.missing
+        ctx.values = None if is_done else (factors.detach(), gram, scale, factor, coefficients)
         with householder.without_autocast(grad):
             rows, joint = factors[:, 0], grad.reshape(len(factors), -1, factors.shape[-1])
             rows_inner, down_inner = (joint @ rows.mT).to(gram.dtype).chunk(2, dim=1)
@@ -105,4 +129,4 @@ class _WYFactors(torch.autograd.Function):
             along = (rows_inner - through + gram_grad @ gram).diagonal(dim1=1, dim2=2)
             inner = (gram_grad - torch.diag_embed(along)) * scale.unsqueeze(1)
             gradient = torch.baddbmm(joint.mT @ coefficients, rows.mT, inner.to(rows.dtype))
-            return gradient
+            return gradient, None

@@ -14,10 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hra_fx.compat import module_of_caller
-
-#: The functions in it move and tie parameters, which they read as attributes of a module.
-_MOVES_PARAMETERS = "accelerate.utils.modeling"
 #: Why a module whose hook offloads the tensors of its children too cannot have adapters inside; without the full stop.
 WHOLE = (
     "accelerate offloads it as a whole (preload_module_classes), with the tensors that it had when it was offloaded. "
@@ -103,14 +99,6 @@ def is_on_disk(module: nn.Module, name: str) -> bool:
     """Whether a tensor of a module is offloaded to the disk."""
     place = _place(module, name)
     return place is not None and place[1] not in place[0]
-
-
-def reads_parameters() -> bool:
-    """Whether accelerate asks for the attribute that the caller of the caller computes.
-
-    It moves a parameter to another device by `getattr`, and stores the result as the parameter.
-    """
-    return module_of_caller(3) == _MOVES_PARAMETERS
 
 
 def _place(module: nn.Module, name: str) -> tuple[MutableMapping[str, Tensor], str] | None:

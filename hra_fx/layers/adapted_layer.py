@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from hra_fx import compat
 from hra_fx.errors import AdapterError
 from hra_fx.kernels.dispatch import is_plain_eager
-from hra_fx.layers.accelerate_hooks import reads_parameters
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.class_swap import SwapMixin
 from hra_fx.layers.quantized.straight_through import call_quantized
+from hra_fx.layers.rotated_values import RestoringParameters, RotatedValues
 from hra_fx.layers.rotated_weight import InferenceRotatedWeight, RotatedWeight, link
 from hra_fx.layers.sharding import call, is_dtensor
 from hra_fx.layers.target import BASE_WEIGHT, REFLECTION, weight_place
@@ -29,7 +29,7 @@ from hra_fx.layers.tensor_parallel import check_not_aside, is_tensor_parallel, p
 from hra_fx.layers.variants import ConvAdapters, LinearAdapters, QuantizedAdapters
 
 
-class AdaptedLayer(SwapMixin):
+class AdaptedLayer(SwapMixin, RestoringParameters):
     """An adapted layer. A new object of its class has no adapters and is a plain layer.
 
     This base class itself is for layers with their own forward, which reads the rotated weight.
@@ -71,7 +71,8 @@ class AdaptedLayer(SwapMixin):
             )
         if name == BASE_WEIGHT:
             owner, own_name = weight_place(self)
-            owner._parameters[own_name] = param
+            # Copies of W Q are meant as they are, if they are assigned by this name.
+            owner._parameters[own_name] = param.plain() if isinstance(param, RotatedValues) else param
             return
         adapters = self._modules.get(REFLECTION)
         if (
@@ -138,7 +139,7 @@ def read_weight(
     base, adapters = layer.hra_base, layer.hra_u
     if torch.compiler.is_compiling() or compat.is_fx_tracing():  # a tracer needs the operations themselves
         return adapters(weight=base)
-    if not adapters.acts or reads_parameters():
+    if not adapters.acts:
         return base
     if is_dtensor(base):
         # FSDP reads what it has sharded; while a module runs, its parameters are whole, or as tensor parallelism has

@@ -18,8 +18,6 @@ from hra_fx.errors import UnsupportedLayerError
 
 C = TypeVar("C", bound="SwapMixin")
 
-_SWAPPED: dict[tuple[type, type], Any] = {}
-
 
 class SwapMixin(nn.Module):
     """Base class of all mixins: it adds methods to the class of a module, or wraps those that the class has.
@@ -45,11 +43,12 @@ class SwapMixin(nn.Module):
 
 
 def swapped_class(carrier: type[C], base: type[nn.Module]) -> type[C]:
-    """The subclass of `carrier` and `base`; one for each pair."""
-    if (carrier, base) not in _SWAPPED:
-        _SWAPPED[carrier, base] = _make(carrier, base)
-    made: type[C] = _SWAPPED[carrier, base]
-    return made
+    """The subclass of `carrier` and `base`; one for each pair, as long as an object of it exists."""
+    # A class knows its subclasses by weak references. A registry here would keep models' classes alive.
+    for known in type.__subclasses__(base):
+        if vars(known).get("_hra_mixin") == (carrier, base):
+            return known  # type: ignore[return-value]
+    return _make(carrier, base)
 
 
 def _make(carrier: type[C], base: type[nn.Module]) -> type[C]:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from hra_fx import compat
 from hra_fx.errors import AdapterError
+from hra_fx.kernels.dispatch import is_plain_eager
+from hra_fx.layers.rotated_values import MOVES, moved_weight, scales_by_number, views_of, written
 from hra_fx.layers.sharding import call
 from hra_fx.layers.target import REFLECTION, weight_place
 
@@ -34,14 +36,6 @@ _FLAGS = frozenset(
         Tensor.requires_grad_,
     ]
 )
-#: Scaling `W Q` is scaling `W`. RWKV divides weights in place when it changes between train and eval mode.
-_SCALING = frozenset(
-    [
-        *(Tensor.mul_, Tensor.div_, torch.ops.aten.mul_.Tensor, torch.ops.aten.div_.Tensor),
-        *(torch.ops.aten.mul_.Scalar, torch.ops.aten.div_.Scalar),
-    ]
-)
-_DETACHED = frozenset([Tensor.data.__get__, Tensor.detach])  # type: ignore[attr-defined]
 
 
 class RotatedWeight(Tensor):
@@ -49,10 +43,11 @@ class RotatedWeight(Tensor):
 
     Its metadata (shape, dtype, device) are those of the base weight. Any other operation first computes `W Q`, with
     gradients to the adapters that are active at that time: like a parameter, a stored weight follows its layer.
-    Multiplying it by a number in place scales `W`. Other writes are refused, because the result would be lost: write to
-    `layer.hra_base`, or fold first. (A write into a view of it, such as `layer.weight[0]`, is silently lost.)
+    Multiplying it by a number in place scales `W`. Other writes, into a view of it too, are refused, because the result
+    would be lost: write to `layer.hra_base`, or fold first. What moves or copies it gives `RotatedValues`.
     """
 
+    computes_when_used = True
     _layer: nn.Module
     _is_linked: bool = False
 
@@ -76,6 +71,19 @@ class RotatedWeight(Tensor):
         rotated: Tensor = self.base() if adapters is None else call(adapters, weight=self.base())
         return rotated
 
+    def refuse(self, func: Any) -> NoReturn:
+        """Refuse a write into the values.
+
+        Raises:
+            AdapterError: always, naming the function.
+        """
+        owner, name = weight_place(self._layer)
+        raise AdapterError(
+            f"{type(owner).__name__}.{name}: {getattr(func, '__name__', func)} writes into the "
+            "weight of an adapted layer, which is computed as W Q at each read, so the change would be lost. Write to "
+            "`layer.hra_base`, or call hra_fx.fold(model) first."
+        )
+
     def _adapters(self) -> nn.Module | None:
         return self._layer._modules.get(REFLECTION)
 
@@ -87,11 +95,11 @@ class RotatedWeight(Tensor):
 
     def __imul__(self, other: Any) -> NoReturn:  # type: ignore[misc]
         """`layer.weight *= 2` would scale `W` and then assign the result, which is refused."""
-        _refuse(Tensor.__imul__, self)
+        self.refuse(Tensor.__imul__)
 
     def __itruediv__(self, other: Any) -> NoReturn:  # type: ignore[misc]
         """As `*=`."""
-        _refuse(Tensor.__itruediv__, self)
+        self.refuse(Tensor.__itruediv__)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """The rotated weight of the copied layer."""
@@ -109,23 +117,22 @@ class RotatedWeight(Tensor):
             return func(args[0].base(), *args[1:], **kwargs)
         if func in _FLAGS:
             return _answer_flag(func, args, kwargs)
-        if func in _DETACHED:
-            return DetachedRotatedWeight(args[0])
         if func is Tensor.data_ptr:  # by which accelerate knows tied parameters
-            return func(args[0].value() if isinstance(args[0], DetachedRotatedWeight) else args[0].base())
+            return func(args[0].base())
         if func is Tensor.__repr__:
             return args[0].__repr__()
         if _scales(func, args, kwargs):
             return _scale(func, *args)
-        if not torch.compiler.is_compiling() and _writes(func, args, kwargs):  # TorchDynamo does not trace the question
-            _refuse(func, args, kwargs)
-        return func(*compat.pytree.tree_map(_value, args), **compat.pytree.tree_map(_value, kwargs))
+        if not torch.compiler.is_compiling():  # TorchDynamo does not trace these questions
+            for weight in written(func, args, kwargs, RotatedWeight):
+                weight.refuse(func)
+        if func in MOVES and is_plain_eager() and isinstance(args[0], RotatedWeight):
+            return moved_weight(args[0], func, args, kwargs)
+        return _computed(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Below autograd, where code in C++ or with torch functions disabled has read the weight."""
-        if func is torch.ops.aten.detach.default:  # also `w.data`: writing into it raises an error
-            return DetachedRotatedWeight(args[0])
         if _scales(func, args, kwargs or {}):
             return _scale(func, *args)
         found = [part for part in compat.pytree.tree_leaves((args, kwargs)) if isinstance(part, RotatedWeight)]
@@ -134,39 +141,10 @@ class RotatedWeight(Tensor):
                 f"{func} reads the weight of an adapted layer below autograd, so its adapters would not get gradients. "
                 "Call it under torch.no_grad(), or exclude the layer with exclude_modules."
             )
-        if _writes_by_schema(func, args, kwargs or {}):
-            _refuse(func, args, kwargs)
+        for weight in _written_by_schema(func, args, kwargs or {}):
+            weight.refuse(func)
         with torch.no_grad():
-            return func(*compat.pytree.tree_map(_value, args), **compat.pytree.tree_map(_value, kwargs or {}))
-
-
-class DetachedRotatedWeight(RotatedWeight):
-    """`layer.weight.data` and `layer.weight.detach()`: the current values, in separate memory, without a gradient.
-
-    Writing into it is refused, as into the weight itself.
-    """
-
-    _now: Tensor
-
-    @staticmethod
-    def __new__(cls, weight: RotatedWeight) -> DetachedRotatedWeight:
-        """The values of a rotated weight."""
-        with torch.no_grad():
-            values = weight.value().detach()
-        made: DetachedRotatedWeight = compat.subclass_of(cls, values)
-        made._layer, made._now = weight._layer, values
-        return made
-
-    def value(self) -> Tensor:
-        """The values, as a plain tensor."""
-        return self._now
-
-    def _trained(self) -> list[nn.Parameter]:
-        return []
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        """The values, as a plain tensor."""
-        return self._now.clone()
+            return _computed(func, args, kwargs or {})
 
 
 class InferenceRotatedWeight(RotatedWeight):
@@ -186,19 +164,17 @@ def _answer(name: str, func: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
-# These do not reach the dispatcher: without torch functions they would act on the empty tensor that stands for W Q.
+# These do not reach the dispatcher as such: without torch functions they would act on the empty tensor that stands for
+# W Q, or move values of which nobody knows that they are W Q.
 for _name in (
     *("numpy", "tolist", "data_ptr", "untyped_storage", "requires_grad_", "share_memory_", "apply_", "map_"),
     *("__setitem__", "__reduce_ex__", "__dlpack__"),
+    *{_move.__name__ for _move in MOVES if hasattr(Tensor, _move.__name__)} - {"__get__"},
 ):
     setattr(InferenceRotatedWeight, _name, _answer(_name, getattr(Tensor, _name)))
 for _name in ("data", "requires_grad", "grad"):
     _get, _set = (_answer(_name, getattr(getattr(Tensor, _name), side)) for side in ("__get__", "__set__"))
     setattr(InferenceRotatedWeight, _name, property(_get, _set))
-
-
-def _value(value: Any) -> Any:
-    return value.value() if isinstance(value, RotatedWeight) else value
 
 
 def link(layer: nn.Module, kind: type[RotatedWeight] = RotatedWeight) -> RotatedWeight:
@@ -232,65 +208,43 @@ class _Link(torch.autograd.Function):
 
 
 def _answer_flag(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """`requires_grad`, `grad` and `is_leaf` of the base weight; a detached weight has none of them."""
-    weight: RotatedWeight = args[0]
-    if not isinstance(weight, DetachedRotatedWeight):
-        answer = func(weight.base(), *args[1:], **kwargs)
-        return weight if func is Tensor.requires_grad_ else answer
-    if func.__name__ == "__get__":
-        return func(weight.base().detach())
-    raise AdapterError(
-        "The weight of an adapted layer is computed as W Q at each read, so it cannot become a parameter or another "
-        "leaf of autograd. Copy its values first: `layer.weight.detach().clone()`."
-    )
+    """`requires_grad`, `grad` and `is_leaf` of the base weight."""
+    answer = func(args[0].base(), *args[1:], **kwargs)
+    return args[0] if func is Tensor.requires_grad_ else answer
 
 
 def _scales(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a function multiplies or divides a rotated weight by one number, in place."""
-    if func not in _SCALING or len(args) != 2 or kwargs or not isinstance(args[0], RotatedWeight):
-        return False
-    factor = args[1]
-    return not isinstance(factor, Tensor) or (factor.dim() == 0 and type(factor) is Tensor and not factor.requires_grad)
+    return scales_by_number(func, args, kwargs) and isinstance(args[0], RotatedWeight)
 
 
 def _scale(func: Callable[..., Any], weight: RotatedWeight, factor: Any) -> RotatedWeight:
-    """Scale `W`, and the values that have been computed of it."""
     func(weight.base(), factor)
-    if isinstance(weight, DetachedRotatedWeight):
-        func(weight._now, factor)
     return weight
 
 
-def _writes(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a function writes into a rotated weight: `w.add_(...)`, `w[...] = ...`, `w.data = ...`, `out=w`."""
-    first = args[0] if args else next(iter(kwargs.values()), None)  # torch.nn.init passes its tensor by name
-    if isinstance(first, (list, tuple)):  # torch._foreach_add_
-        first = next((part for part in first if isinstance(part, RotatedWeight)), None)
-    if isinstance(kwargs.get("out"), RotatedWeight):
-        return True
-    name = getattr(func, "__name__", "")
-    in_place = name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__"))
-    augmented = name.startswith("__i") and name.endswith("__") and name not in ("__index__", "__int__", "__invert__")
-    return (in_place or augmented or kwargs.get("inplace") is True) and isinstance(first, RotatedWeight)
+def _computed(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The result of a function of the values `W Q`."""
+    found: list[tuple[RotatedWeight, Tensor]] = []
+
+    def value(part: Any) -> Any:
+        if not isinstance(part, RotatedWeight):
+            return part
+        values = part.value()
+        if values is not part.base():
+            found.append((part, values))
+        return values
+
+    result = func(*compat.pytree.tree_map(value, args), **compat.pytree.tree_map(value, kwargs))
+    return views_of(found, result) if is_plain_eager() else result
 
 
-def _writes_by_schema(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether an operator of the dispatcher writes into a rotated weight."""
+def _written_by_schema(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[RotatedWeight]:
+    """The rotated weights that an operator of the dispatcher writes into."""
     schema = compat.schema_of(func)  # operators of higher order have none
     arguments = schema.arguments if schema is not None and schema.is_mutable else ()
-    written = [
+    into = [
         kwargs.get(argument.name, args[place] if place < len(args) else None)
         for place, argument in enumerate(arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
-    return any(isinstance(part, RotatedWeight) for part in compat.pytree.tree_leaves(written))
-
-
-def _refuse(func: Callable[..., Any], *given: Any) -> NoReturn:
-    weight = next(part for part in compat.pytree.tree_leaves(given) if isinstance(part, RotatedWeight))
-    owner, name = weight_place(weight._layer)
-    raise AdapterError(
-        f"{type(owner).__name__}.{name}: {getattr(func, '__name__', func)} writes into the "
-        "weight of an adapted layer, which is computed as W Q at each read, so the change would be lost. Write to "
-        "`layer.hra_base`, or call hra_fx.fold(model) first."
-    )
+    return [part for part in compat.pytree.tree_leaves(into) if isinstance(part, RotatedWeight)]

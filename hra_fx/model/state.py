@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -35,7 +36,6 @@ class AdapterState:
         disabled_blocks: the number of open `with disable_adapters(...)` blocks.
         requires_grad: parameter name -> (before, after), for parameters that `transform` changed.
         untied: configurations of the model whose `tie_word_embeddings` was switched off by a trained copy.
-        layers: all adapted layers, so that a forward does not search for them.
     """
 
     configs: dict[str, HRAConfig] = field(default_factory=dict)
@@ -45,7 +45,26 @@ class AdapterState:
     disabled_blocks: int = 0
     requires_grad: dict[str, tuple[bool, bool]] = field(default_factory=dict)
     untied: tuple[Any, ...] = ()
-    layers: tuple[nn.Module, ...] = ()
+    _layers: list[weakref.ref[nn.Module]] = field(default_factory=list)
+
+    @property
+    def layers(self) -> tuple[nn.Module, ...]:
+        """All adapted layers, so that a forward does not search for them. The model alone keeps them alive."""
+        found = [reference() for reference in self._layers]
+        return tuple([layer for layer in found if layer is not None])
+
+    @layers.setter
+    def layers(self, layers: Iterable[nn.Module]) -> None:
+        self._layers = [weakref.ref(layer) for layer in layers]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The layers themselves, which are copied and pickled with the model."""
+        return {**vars(self), "_layers": self.layers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As `__getstate__` gives it."""
+        vars(self).update(state)
+        self.layers = state["_layers"]
 
 
 def get_state(model: nn.Module) -> AdapterState | None:

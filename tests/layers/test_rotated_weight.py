@@ -53,8 +53,8 @@ def test_the_value_is_the_dense_product(make: Callable[[], nn.Module], fields: d
     assert torch.equal(layer.hra_base, plain)
     assert float((wanted - plain).detach().abs().max()) > 1e-3
     for same in (weight_of(layer).clone(), weight_of(layer).detach().clone(), weight_of(layer).data + 0):
-        assert type(same) is Tensor
         assert_same(same, wanted)
+    assert type(weight_of(layer) + 0) is type(weight_of(layer).data + 0) is Tensor
 
 
 @kinds
@@ -241,6 +241,12 @@ WRITES: dict[str, Callable[[Any], Any]] = {
     "foreach": lambda w: torch._foreach_add_([w], 1),
     "apply_": lambda w: w.apply_(abs),
     "share_memory_": lambda w: w.share_memory_(),
+    "a row": lambda w: w[0].zero_(),
+    "rows of columns": lambda w: w.T[1:, 0].add_(1),
+    "a part": lambda w: w.chunk(2)[1].mul_(2),
+    "a row of data": lambda w: w.data[0].zero_(),
+    "moved nowhere": lambda w: w.cpu().zero_(),
+    "out= a row": lambda w: torch.add(torch.ones(6, dtype=F64), 1, out=w[0]),
 }
 
 
