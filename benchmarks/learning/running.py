@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
-import time
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import cast
 
 from learning.plan import Run, missing
 from learning.records import FILE, Record, read, write
@@ -23,22 +24,34 @@ def run_all(tasks: Sequence[str], jobs: int, file: Path = FILE, make: Callable[[
         jobs: runs side by side.
         file: the file of results.
         make: makes a run; for tests.
+
+    Raises:
+        SystemExit: the process of a run failed or was killed.
     """
-    # A process for each run: its peak memory is its own.
-    with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=1) as pool:
-        running: dict[Run, multiprocessing.pool.AsyncResult[Record]] = {}
-        while True:
-            for done in [planned for planned, result in running.items() if result.ready()]:
-                record = running.pop(done).get()
-                write([*read(file), record], file)
-                print(record, flush=True)
-            todo = [planned for planned in missing(read(file), tasks) if planned not in running]
-            if not todo and not running:
-                return
-            for planned in todo[: jobs - len(running)]:
-                running[planned] = pool.apply_async(make or make_run, (planned,))
-            while not any(result.ready() for result in running.values()):
-                time.sleep(0.02)
+    running: dict[Connection, Run] = {}
+    while True:
+        todo = [planned for planned in missing(read(file), tasks) if planned not in running.values()]
+        for planned in todo[: jobs - len(running)]:
+            running[started(make or make_run, planned)] = planned
+        if not running:
+            return
+        for done in cast(list[Connection], wait(list(running))):
+            planned = running.pop(done)
+            try:
+                record = done.recv()
+            except EOFError:
+                raise SystemExit(f"The process of a run ended without a result: {planned}") from None
+            write([*read(file), record], file)
+            print(record, flush=True)
+
+
+def started(make: Callable[[Run], Record], planned: Run) -> Connection:
+    """Start a run in a process of its own, so that its peak memory is its own; return where its record arrives."""
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+    fork.Process(target=lambda: sender.send(make(planned)), daemon=True).start()
+    sender.close()  # the process has the only other end: if it is killed, `recv` raises EOFError
+    return receiver
 
 
 def make_run(planned: Run) -> Record:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +77,25 @@ def test_runs_go_on_from_the_records_that_are_there(tmp_path: Path) -> None:
     run_all([TASK], 2, file, make)
     assert read(file)[:10] == first[:10]
     assert sorted(map(str, read(file))) == sorted(map(str, first))
+
+
+def killed_at_the_last_rate(planned: Run) -> Record:
+    if planned.lr == 1e-2:
+        os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out
+    return make(planned)
+
+
+def test_a_killed_process_ends_the_benchmark(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "results.json"
+    benchmark = multiprocessing.get_context("fork").Process(
+        target=run_all, args=([TASK], 1, file, killed_at_the_last_rate)
+    )
+    benchmark.start()
+    benchmark.join(timeout=60)
+    benchmark.kill()
+    assert benchmark.exitcode == 1
+    assert f"ended without a result: Run(task='{TASK}', method='lora', seed=0, lr=0.01" in capfd.readouterr().err
+    assert [run.lr for run in read(file)] == [3e-4, 1e-3, 3e-3]
 
 
 def test_differences_are_paired_by_seed() -> None:
