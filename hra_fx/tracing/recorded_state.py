@@ -51,11 +51,11 @@ def patched(refuse: Callable[[str], NoReturn]) -> Iterator[None]:
     """A block in which this thread must not enter autocast, and `torch.jit.is_tracing()` returns True for it.
 
     A block that disables autocast where it is off already would change no state. Models that cache values between calls
-    compute them in each call while TorchScript traces, so the graph computes them too. The caller holds the trace lock.
+    (LeViT, EfficientFormer of timm) compute them in each call while TorchScript traces, so the graph computes them too.
+    The caller holds the trace lock.
     """
     thread = threading.get_ident()
     enter: Any = torch.autocast.__enter__
-    was_tracing: Any = vars(torch.jit)["is_tracing"]
 
     def enter_autocast(context: torch.autocast) -> Any:
         if threading.get_ident() == thread:
@@ -63,11 +63,11 @@ def patched(refuse: Callable[[str], NoReturn]) -> Iterator[None]:
         return enter(context)
 
     def is_tracing() -> bool:
-        return threading.get_ident() == thread or was_tracing()
+        return threading.get_ident() == thread or compat.is_torchscript_tracing()
 
     with (
         mock.patch.object(torch.autocast, "__enter__", enter_autocast),
-        mock.patch.object(torch.jit, "is_tracing", is_tracing),
+        mock.patch.object(torch.jit, "is_tracing", is_tracing, create=True),  # torch will remove it
     ):
         yield
 

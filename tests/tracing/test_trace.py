@@ -313,6 +313,15 @@ def test_a_trace_changes_nothing_either() -> None:
         assert state_of(model) == before and [look() for look in PATCHED] == patched
 
 
+def test_a_torch_without_torchscript(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is deprecated, and models ask `torch.jit.is_tracing()` whether to keep what they compute."""
+    with monkeypatch.context() as without:
+        without.delattr(torch.jit, "is_tracing")
+        base, model = pair(Two)
+        assert not hasattr(torch.jit, "is_tracing")
+    check(base, model, X)
+
+
 def test_a_layer_that_is_not_called_makes_no_trouble() -> None:
     class Unused(Two):
         def forward(self, x: Tensor) -> Tensor:
