@@ -65,14 +65,13 @@ def convert_hra(source: str, out: Path, *, for_peft: bool, as_json: bool) -> Non
 
 def _of_one_rank(files: AdapterFiles, rank: int) -> dict[str, Tensor]:
     """The chains of all layers, filled up to one rank."""
-    import torch
-
     from hra_fx.checkpoint.keys import reflection_key
     from hra_fx.functional.chain import padded
+    from hra_fx.model.example_inputs import preserve_rng_state, seed_everything
 
     chains = {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # the same files each time
+    with preserve_rng_state():
+        seed_everything(0)  # the same files each time
         for path, chain in files.chains.items():
             key = reflection_key(path)
             try:

@@ -25,6 +25,7 @@ from hra_fx.functional.rotate import as_rows
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.target import has_columns, weight_place, width_of
+from hra_fx.model.example_inputs import preserve_rng_state, seed_everything
 from hra_fx.model.setup import valid_config
 from hra_fx.selection.check import check
 from hra_fx.selection.select import select
@@ -188,8 +189,8 @@ def _slopes(layer: nn.Module, gradient: Tensor, most: int) -> list[float]:
 def _steepest(rows: Tensor, slope: Tensor, most: int) -> Tensor:
     """The slopes along the steepest planes of one weight `(out, d)`."""
     inner = rows.float().mT @ slope.float()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # the same ranks each time
+    with preserve_rng_state():
+        seed_everything(0)  # the same ranks each time
         _, values, _ = torch.svd_lowrank(inner - inner.mT, q=most)
     return values[::2].cpu()
 

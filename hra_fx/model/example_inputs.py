@@ -61,7 +61,8 @@ def preserve_rng_state() -> Iterator[None]:
     """Restore the random number generators of torch, Python and numpy after the block."""
     numpy = sys.modules.get("numpy")  # if it is not loaded, no forward uses it
     states = random.getstate(), numpy.random.get_state() if numpy else None
-    with torch.random.fork_rng():
+    kind, devices = _initialized_devices()
+    with torch.random.fork_rng(devices, device_type=kind):
         try:
             yield
         finally:
@@ -72,7 +73,19 @@ def preserve_rng_state() -> Iterator[None]:
 
 def seed_everything(seed: int) -> None:
     """Seed torch, Python and numpy."""
-    torch.manual_seed(seed)
+    # `torch.manual_seed` would leave the seed for the time when devices are initialized.
+    seed_torch = torch.manual_seed if _initialized_devices()[1] else torch.default_generator.manual_seed
+    seed_torch(seed)
     random.seed(seed)
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed(seed)
+
+
+def _initialized_devices() -> tuple[str | None, range]:
+    """The type and the indices of all GPUs, if this process has initialized them, which takes seconds; else none."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return None, range(0)
+    module: Any = torch.get_device_module(accelerator)
+    is_initialized = not hasattr(module, "is_initialized") or module.is_initialized()  # MPS always is
+    return accelerator.type, range(module.device_count() if is_initialized else 0)

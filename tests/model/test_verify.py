@@ -47,6 +47,13 @@ class Two(nn.Module):
         return self.second(torch.tanh(self.first(x))) if float(x.detach().sum()) < 1e9 else x
 
 
+class Optional(Two):
+    """torch.fx refuses it, and torch.export captures it."""
+
+    def forward(self, x: Tensor) -> Any:
+        return self.second(self.first(x) if x.shape[0] > 1 else x)
+
+
 class Cnn(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -133,6 +140,20 @@ def test_a_verified_model_equals_the_oracle() -> None:
     plain, model = adapted(fresh(Two()), default=config)
     hra_fx.transform(model, config, example_inputs=X, verify=True)
     assert_close(model(X), oracle(plain, model, ["default"], X))
+
+
+@pytest.mark.parametrize("use", ["verify", "trace", "allocate_ranks"])
+def test_devices_that_nothing_has_used_stay_so(monkeypatch: pytest.MonkeyPatch, use: str) -> None:
+    """To save their generators initializes them all, and they would keep a seed until their start."""
+    seeds: list[int] = []
+    model, config, x = Optional(), hra_fx.HRAConfig(r=2, target_modules=["first", "second"]), X.float()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    if use == "allocate_ranks":
+        hra_fx.allocate_ranks(model, config, [x], 48, loss=lambda output, _: output.sum())
+    else:
+        hra_fx.transform(model, config, example_inputs=x, **{use: True})
+    assert not seeds and not torch.cuda.is_initialized()
 
 
 class Draws(Two):
