@@ -70,7 +70,7 @@ def untying(architecture: Architecture, names: Names, changed: Mapping[str, Tens
     touched = [group for group in groups if values.keys() & set(group)]
     if all(_same_values(group, values) for group in touched):
         return Untying(stay_tied=[called[name] for group in touched for name in group])
-    if reads_tie_setting(type(model)):
+    if reads_tie_setting(model):
         raise FoldError(
             f"{type(model).__name__}.forward depends on config.{TIE_SETTING}, so the output layer cannot be untied "
             "from the embeddings. Leave it out with exclude_modules."
