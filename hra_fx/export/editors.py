@@ -129,6 +129,11 @@ class ProgramEditor:
         from torch.export import ExportedProgram
 
         program = self._program
+        for spec in self._specs:
+            parameter, node = self._state.get(spec.target or ""), self._nodes[spec.arg.name]
+            if isinstance(parameter, nn.Parameter) and node.meta["val"].requires_grad != parameter.requires_grad:
+                # torch reads there what a joint graph with the backward pass trains. Other programs have the value too.
+                node.meta["val"] = node.meta["val"].detach().requires_grad_(parameter.requires_grad)
         signature: ExportGraphSignature = dataclasses.replace(program.graph_signature, input_specs=self._specs)
         self.graph_module.recompile()
         return ExportedProgram(

@@ -21,8 +21,9 @@ from export.programs import (
     with_dense_weights,
 )
 from oracles import relative_error
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.export.experimental import _export_forward_backward
 
 import hra_fx
 from hra_fx.export.captured import fold_captured, transform_captured
@@ -208,6 +209,42 @@ def test_a_saved_program_is_the_same_when_it_is_loaded() -> None:
     folded = fold_captured(loaded)
     assert torch.equal(folded.module()(ids), fold_captured(program).module()(ids))
     assert all(tensor.requires_grad for tensor in folded.state_dict.values() if isinstance(tensor, nn.Parameter))
+
+
+class WithLoss(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return (self.model(ids) - 1).square().mean()
+
+
+def joint_gradients(program: ExportedProgram, ids: Tensor) -> dict[str, Tensor]:
+    """Name of a parameter -> its gradient, by the joint graph of forward and backward."""
+    joint = _export_forward_backward(program)
+    signature: Any = joint.graph_signature
+    state = [joint.state_dict[spec.target] for spec in signature.input_specs if spec.target]
+    with torch.no_grad():
+        made = fx.Interpreter(joint.graph_module).run(*state, ids)
+    names = signature.backward_signature.gradients_to_parameters
+    outputs = [spec.arg.name for spec in signature.output_specs]
+    return {names[output]: value for output, value in zip(outputs, made, strict=True) if output in names}
+
+
+@QUIET
+def test_a_joint_graph_has_the_gradients_of_what_is_trained_and_no_others() -> None:
+    model, ids = mixed()
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    model.blocks[0].bias.requires_grad_(False)
+    base = torch.export.export(WithLoss(model), (ids,))
+    program = transform_captured(base, config("blocks.0", "conv"))
+    for each in (program, fold_captured(program), base):
+        found, module = joint_gradients(hra_fx.lower(each), ids), each.module()
+        module(ids).backward()
+        wanted = {name: parameter.grad for name, parameter in module.named_parameters() if parameter.requires_grad}
+        assert found.keys() == wanted.keys()
+        assert all(relative_error(found[name], wanted[name]) < 1e-9 for name in wanted)
 
 
 def test_one_compiled_training_step_is_the_plain_one() -> None:
