@@ -21,7 +21,6 @@ from hra_fx.functional.rotate import rotate_weight
 from hra_fx.integrations.peft_vectors import PeftConvAdapters, PeftLinearAdapters, Site
 from hra_fx.layers.class_swap import SwapMixin
 from hra_fx.layers.quantized.detect import quant_scheme_of
-from hra_fx.layers.quantized.lost_steps import warn_of_lost_steps
 from hra_fx.layers.quantized.straight_through import call_quantized
 from hra_fx.layers.target import describe, width_of
 
@@ -75,6 +74,7 @@ class AcceleratedLayer(SwapMixin):
         if self.disable_adapters or self.merged or _is_tuner_layer(self.base_layer) or is_replica(self):
             return None
         site: Site = vars(self)[_SITE]
+        vars(site.hra_u)["training"] = self.training
         active = tuple(name for name in self.active_adapters if name in self.hra_u)
         if site.hra_u.active != active:
             site.hra_u.active = active
@@ -152,7 +152,6 @@ class AcceleratedLinear(AcceleratedLayer):
         """`x: (..., d)` to `(..., out)`."""
         base = self.base_layer
         if quant_scheme_of(base) is not None:
-            warn_of_lost_steps(x, box.active_vectors())
             output: Tensor = call_quantized(base, box.reflect(x), base)
             return output
         if not _is_plain(base, nn.Linear):  # offloaded, hooked, or with a forward of its own

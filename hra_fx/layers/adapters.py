@@ -265,10 +265,6 @@ class HouseholderAdapters(nn.ParameterDict):
             return ChainPart(getattr(self, name + SCALED))
         return ChainPart(self._held(name), self.anchor(name), self.specs[name].apply_GS)
 
-    def active_vectors(self) -> list[Tensor]:
-        """The vectors of the active adapters, `(d, r)` each."""
-        return [self._held(name) for name in self.active]
-
     def _held(self, name: str) -> Tensor:
         """The vectors of an adapter, not an fx proxy of them; a replica of DataParallel has no parameters."""
         held = self._parameters.get(name)

@@ -24,6 +24,7 @@ from hra_fx.kernels.dispatch import is_compiling, is_plain, is_plain_eager, prod
 from hra_fx.kernels.factors import Factors
 from hra_fx.kernels.mixed import RowFactors, stack_chains
 from hra_fx.layers.adapters import HouseholderAdapters, get_adapters
+from hra_fx.layers.low_precision_warning import warn_of_low_precision
 from hra_fx.layers.mixed import CURRENT, MixedBatch, mixed_batch_of
 from hra_fx.layers.partitioned import comes_and_goes
 
@@ -170,6 +171,11 @@ def factors_of(box: HouseholderAdapters, dtype: torch.dtype) -> Factors | RowFac
         return batched_factors([parts], dtype)[0]
 
 
+def is_in_forward() -> bool:
+    """Whether this thread runs a forward, or `generate`, that has computed factors at its start."""
+    return _CURRENT.start is not None
+
+
 def has_batch(box: HouseholderAdapters) -> bool:
     """Whether the factors of a layer were computed at the start of the forward that runs."""
     return _prepared(box) is not None
@@ -200,6 +206,8 @@ def _prepare(layers: Sequence[nn.Module]) -> dict[HouseholderAdapters, Prepared]
         if box is not None and parts and _are_here(box, parts):
             dtype = _expected_dtype(box, layer, parts[0].vectors)
             groups[dtype, tuple([part.signature() for part in parts])].append((box, parts))
+    if torch.is_grad_enabled() and not is_compiling():
+        warn_of_low_precision(groups.values())
     found: dict[HouseholderAdapters, Prepared] = {}
     for (dtype, _), group in groups.items():
         factors = batched_factors([parts for _, parts in group], dtype)

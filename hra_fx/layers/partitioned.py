@@ -1,4 +1,4 @@
-"""Parameters partitioned by DeepSpeed's ZeRO-3, which replaces them by empty tensors between calls of their layer."""
+"""Parameters that DeepSpeed's ZeRO trains; its stage 3 replaces them by empty tensors between calls of their layer."""
 
 from __future__ import annotations
 
@@ -38,3 +38,13 @@ def comes_and_goes(tensor: Tensor) -> bool:
         False
     """
     return not getattr(tensor, "ds_persist", True)
+
+
+def is_trained_by_zero(vectors: Tensor) -> bool:
+    """Whether `deepspeed.initialize` has prepared the vectors of an adapter: stages 1 and 2, or stage 3.
+
+    Example:
+        >>> is_trained_by_zero(nn.Linear(6, 4).weight)
+        False
+    """
+    return hasattr(vectors, "_hp_mapping") or hasattr(vectors, "ds_id")

@@ -37,7 +37,6 @@ from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.mixed import check_rows, mixed_batch_of
 from hra_fx.layers.partitioned import full_shape
 from hra_fx.layers.quantized.detect import quant_scheme_of
-from hra_fx.layers.quantized.lost_steps import warn_of_lost_steps
 from hra_fx.layers.sharding import is_dtensor
 from hra_fx.layers.target import has_columns, kind_of, width_of
 
@@ -178,11 +177,9 @@ class LinearAdapters(HouseholderAdapters):
 class QuantizedAdapters(LinearAdapters):
     """Reflects the input of a Linear whose weight is quantized; only other readers of the weight need its values."""
 
-    def forward(self, x: Tensor | None = None, *, weight: Tensor | None = None) -> Any:
-        """As `HouseholderAdapters.forward`, with the weight dequantized."""
-        if x is not None:
-            warn_of_lost_steps(x, self.active_vectors())
-        return super().forward(x, weight=None if weight is None else weight.dequantize())
+    def rotate(self, weight: Tensor) -> Tensor:
+        """`W Q`, for the quantized weight of the layer."""
+        return super().rotate(weight.dequantize())
 
 
 class ConvAdapters(HouseholderAdapters):

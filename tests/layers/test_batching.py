@@ -20,6 +20,7 @@ import hra_fx
 from hra_fx.layers import batching
 
 both = pytest.mark.parametrize("apply_GS", [False, True])
+narrow = pytest.mark.filterwarnings("ignore:.*its trained vectors are torch.bfloat16:hra_fx.HRAWarning")
 
 
 def assert_right(model: Any, found: Tensor, x: Tensor = X, *, apply_GS: bool = False) -> None:
@@ -128,6 +129,7 @@ def test_training_follows_the_oracle(apply_GS: bool) -> None:
 
 
 @both
+@narrow
 @pytest.mark.parametrize("away", ["no storage", "no shape", "another dtype"])
 def test_vectors_that_a_tool_provides_only_while_a_layer_runs(apply_GS: bool, away: str) -> None:
     """As FSDP, DeepSpeed and layerwise casts do."""
@@ -215,6 +217,7 @@ def test_factors_are_float32_under_autocast(apply_GS: bool) -> None:
 
 
 @both
+@narrow
 @pytest.mark.parametrize("swapped", [False, True])
 def test_another_dtype_from_now_on(apply_GS: bool, swapped: bool) -> None:
     model = adapted(apply_GS=apply_GS, dtype=F32)

@@ -1,0 +1,48 @@
+"""Warn about vectors that are trained in 16 bits, as `model.bfloat16()` and TRL's trainers cast them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from weakref import WeakSet
+
+from hra_fx.errors import HRAWarning
+from hra_fx.functional.chain import ChainPart
+from hra_fx.layers.adapters import HouseholderAdapters
+from hra_fx.layers.partitioned import is_trained_by_zero
+from hra_fx.layers.sharding import sharded_by
+
+_WARNED: WeakSet[HouseholderAdapters] = WeakSet()
+
+
+def warn_of_low_precision(groups: Iterable[Sequence[tuple[HouseholderAdapters, Sequence[ChainPart]]]]) -> None:
+    """Warn, once for each model, if 16-bit vectors are trained.
+
+    For `r=8`, entries start at up to 0.35, where bfloat16 values are 1e-3 apart; AdamW changes them by about the
+    learning rate. ZeRO and FSDP may keep float32 values elsewhere, so their vectors are left out.
+
+    Args:
+        groups: layers with the parts of their chains, of one dtype in each group.
+
+    Warns:
+        HRAWarning: they are.
+    """
+    found = [
+        (box, part.vectors)
+        for group in groups
+        if any(part.vectors.dtype.itemsize < 4 for part in group[0][1])
+        for box, parts in group
+        for part in parts
+        if part.vectors.dtype.itemsize < 4 and part.vectors.requires_grad and box.training
+    ]
+    boxes = [box for box, vectors in found if not is_trained_by_zero(vectors) and sharded_by(box) is None]
+    if boxes and _WARNED.isdisjoint(boxes):
+        _WARNED.update(boxes)
+        warnings.warn(
+            f"{boxes[0].layer_path}: its trained vectors are {found[0][1].dtype}, so rounding undoes most optimizer "
+            "steps at usual learning rates. Train them in float32, also in a 16-bit or quantized model. Before "
+            "training, and after all casts (TRL's trainers cast them), set parameter.data = parameter.data.float() for "
+            "each parameter of the model that requires a gradient.",
+            HRAWarning,
+            stacklevel=2,
+        )
