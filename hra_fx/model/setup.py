@@ -15,6 +15,7 @@ from hra_fx.errors import AdapterError, ConfigError
 from hra_fx.layers.adapter_names import check_adapter_name
 from hra_fx.layers.class_swap import SwapMixin, swap, unswap
 from hra_fx.model.activate import activate
+from hra_fx.model.body import swap_body
 from hra_fx.model.example_inputs import Call
 from hra_fx.model.inject import Fill, all_or_nothing, inject_adapter
 from hra_fx.model.state import AdapterState, attach_state, clear_state, collect_parts
@@ -54,6 +55,7 @@ def set_up(
         if not isinstance(model, fx.GraphModule):
             swap(model, root_class)
             steps.callback(unswap, model, root_class)
+            swap_body(model, steps)
         activate(collect_parts(model), record, (adapter_name,), trainable=not config.inference_mode)
         if call:
             check_against_folded(model, call)
