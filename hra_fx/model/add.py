@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
+from hra_fx.layers.partitioned import is_trained_by_zero
 from hra_fx.model.activate import sync_layers
 from hra_fx.model.inject import Fill, all_or_nothing, inject_adapter, random_init
 from hra_fx.model.setup import checked
-from hra_fx.model.state import AdapterState, collect_parts, root_of
+from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, root_of
 from hra_fx.model.trainable import make_copies, set_requires_grad
 from hra_fx.selection.select import with_head
 
@@ -27,7 +28,7 @@ def add_adapter(model: nn.Module, adapter_name: str, config: HRAConfig, *, low_c
         low_cpu_mem_usage: create its vectors on the meta device, to be loaded later.
 
     Raises:
-        AdapterError: the name is taken, or adapters are merged.
+        AdapterError: the name is taken, adapters are merged, or DeepSpeed's ZeRO trains the model already.
         ConfigError, SelectionError, UnsupportedLayerError: see `transform`. After any error the model is unchanged.
 
     Example:
@@ -57,6 +58,12 @@ def add_filled_adapter(
         )
     if record.merged:
         raise AdapterError(f"adapters {list(record.merged)} are merged into the weights. Call unmerge_adapter first.")
+    for path, layer in adapted_layers(root).items():
+        if any(map(is_trained_by_zero, layer.hra_u.parameters())):
+            raise AdapterError(
+                f"{path}: DeepSpeed trains it already, and would not manage the vectors of adapter {adapter_name!r}. "
+                "Add it before deepspeed.initialize, which Trainer.train calls, or to a new model."
+            )
     with all_or_nothing() as undo:
         layers = inject_adapter(root, adapter_name, config, fill, undo)
         make_copies(root, adapter_name, config, layers, record, undo, copies)

@@ -43,6 +43,15 @@ def test_adapters_on_the_meta_device_wait_for_their_values() -> None:
     assert_close(model(x), oracle(plain, model, ["b"], x))
 
 
+@pytest.mark.parametrize("mark", ["_hp_mapping", "ds_id"])
+def test_a_model_that_deepspeed_trains_takes_no_other_adapter(mark: str) -> None:
+    """The marks of ZeRO 1 and 2, and of ZeRO 3; the slow tests of DeepSpeed have models with its own."""
+    model = adapted(net(), a=config("first"))[1]
+    setattr(model.first.hra_u["a"], mark, None)
+    with refuses(model, r"^first: DeepSpeed trains it already, .* adapter 'b'\. Add it before deepspeed\.initialize"):
+        hra_fx.add_adapter(model, "b", config("second"))
+
+
 def test_an_adapter_has_the_mode_of_its_layer_and_can_be_trained_though_added_in_inference_mode() -> None:
     model = adapted(net(), a=config("first"))[1].train()
     model.second.eval()
