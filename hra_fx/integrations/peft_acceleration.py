@@ -119,7 +119,7 @@ def _peft_classes() -> dict[str, Any]:
         ImportError: PEFT is not installed.
     """
     try:
-        module = importlib.import_module("peft.tuners.hra.layer")
+        module = importlib.import_module("peft.tuners.hra")
     except ModuleNotFoundError as error:
         raise ImportError("accelerate_peft needs PEFT with HRA. Run: pip install peft.") from error
     return {name: getattr(module, name) for name in _MIXINS}

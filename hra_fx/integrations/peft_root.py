@@ -25,7 +25,7 @@ _AROUND = "_enable_peft_forward_hooks"
 
 def set_batches(*, enabled: bool) -> None:
     """Compute the factors of PEFT's HRA models in batches, or stop doing so."""
-    tuner = importlib.import_module("peft.tuners.hra.model").HRAModel
+    tuner = importlib.import_module("peft").HRAModel
     current = vars(tuner).get(_AROUND)
     if enabled:
         setattr(tuner, _AROUND, _with_batches(current))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 from torch import nn
 
 from hra_fx.errors import UnsupportedLayerError
-
-_HRA = "peft.tuners.hra."
 
 
 def is_peft_layer(module: nn.Module) -> bool:
@@ -16,15 +16,14 @@ def is_peft_layer(module: nn.Module) -> bool:
         >>> is_peft_layer(nn.Linear(2, 2))
         False
     """
-    # The children of a scripted module are not a dict.
-    if "base_layer" not in module._modules:
-        return False
-    return any(kind.__module__.startswith("peft.tuners.") for kind in type(module).__mro__)
+    tuners = sys.modules.get("peft.tuners.tuners_utils")  # if it is not loaded, nothing can be of its classes
+    return tuners is not None and isinstance(module, tuners.BaseTunerLayer)
 
 
 def is_peft_hra_layer(module: nn.Module) -> bool:
     """Whether a module is a layer of PEFT's HRA."""
-    return is_peft_layer(module) and any(kind.__module__.startswith(_HRA) for kind in type(module).__mro__)
+    hra = sys.modules.get("peft.tuners.hra")
+    return hra is not None and isinstance(module, hra.HRALayer)
 
 
 def find_peft_layer(model: nn.Module) -> tuple[str, str] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -86,10 +87,11 @@ def valid_config(config: HRAConfig) -> HRAConfig:
     Raises:
         ConfigError: it is neither.
     """
-    kind = f"{type(config).__module__}.{type(config).__qualname__}"
-    if kind == "peft.tuners.hra.config.HRAConfig":
+    theirs = getattr(sys.modules.get("peft"), "HRAConfig", None)  # if PEFT is not loaded, nothing can be of its classes
+    if theirs is not None and isinstance(config, theirs):
         return HRAConfig.from_dict(copy.deepcopy(config.to_dict()))
     if not isinstance(config, HRAConfig):
+        kind = f"{type(config).__module__}.{type(config).__qualname__}"
         raise ConfigError(
             f"`config` must be an hra_fx.HRAConfig or a peft.HRAConfig, got {kind}. Create one with "
             "hra_fx.HRAConfig(r=..., target_modules=...), or read one with hra_fx.HRAConfig.from_pretrained(folder)."
