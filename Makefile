@@ -32,7 +32,7 @@ runnable       = $(shell for p in $$(which -a $(1)) $(PYTHON); do $$p -c 'import
 LOWEST_PYTHON ?= $(call runnable,python3.11 python3.12)
 NEWEST_PYTHON ?= $(call runnable,python3.13)
 VERSION_TESTS := tests/functional tests/kernels tests/layers tests/passes tests/api tests/tracing tests/export \
-	tests/model tests/zoo/test_zoo.py tests/test_versions.py
+	tests/model tests/zoo/test_zoo.py tests/test_versions.py tests/canaries
 
 export HF_HUB_OFFLINE := 1
 

@@ -186,7 +186,7 @@ def _split(method: str, ranks: Mapping[str, int], model: nn.Module, gpus: int, t
 
 def _styles(model: nn.Module) -> Callable[[str], str]:
     """Path -> style in the plan of a transformers model, whose names end paths, with `*` for the index of a block."""
-    plan: Mapping[str, str] = getattr(model, "tp_plan", None) or getattr(model, "_tp_plan", None) or {}
+    plan: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
     if not plan:
         raise AdapterError(
             f"{type(model).__name__} has no plan for tensor parallelism (`tp_plan`). Use another strategy."

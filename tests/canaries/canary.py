@@ -7,14 +7,17 @@ no longer works. Each calls the library itself, without mocks.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+#: Where `make test-all` installs DeepSpeed, beside the environment.
+DEEPSPEED = str(Path(sys.prefix, "deepspeed"))
 
 
 def canary(library: str, structure: str, *, reader: str, breaks: str) -> Callable[[Callable[..., None]], Any]:
@@ -34,8 +37,9 @@ def canary(library: str, structure: str, *, reader: str, breaks: str) -> Callabl
             try:
                 test(*args, **kwargs)
             except (Exception, pytest.fail.Exception) as error:
+                (installed,) = {one.version for one in distributions(name=library, path=[*sys.path, DEEPSPEED])}
                 raise AssertionError(
-                    f"{library} {version(library)} has changed {structure}, which {reader} reads. This breaks: "
+                    f"{library} {installed} has changed {structure}, which {reader} reads. This breaks: "
                     f"{breaks}. Found: {type(error).__name__}: {error}"
                 ) from error
 

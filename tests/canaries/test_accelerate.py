@@ -55,7 +55,9 @@ OFFLOADS: dict[str, Callable[[nn.Module, Path], object]] = {
 
 
 @pytest.mark.parametrize("way", OFFLOADS)
-@hooks("`weights_map`, `PrefixedDataset` or `OffloadedWeightsLoader`", breaks="fold, merge and save of offloaded models")
+@hooks(
+    "`weights_map`, `PrefixedDataset` or `OffloadedWeightsLoader`", breaks="fold, merge and save of offloaded models"
+)
 def test_where_the_offloaded_tensors_are(way: str, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 2))
     weight = model[0].weight.detach().clone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pickle
 import warnings
 from typing import Any
 
@@ -75,6 +76,28 @@ def test_activation_checkpointing() -> None:
 def test_a_compiled_model() -> None:
     model = adapted()
     assert unwrap(torch.compile(model, backend="eager")) is model  # type: ignore[arg-type]
+
+
+@canary(
+    "torch",
+    "`_tracer_cls` of a graph, by which it is traced again when it is unpickled",
+    reader="hra_fx/tracing/tracer.py",
+    breaks="pickles and copies of traced models: the buffers that they read would be constants",
+)
+def test_a_pickled_graph() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+            self.register_buffer("shift", torch.zeros(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            shifted: torch.Tensor = self.layer(x) + self.shift
+            return shifted
+
+    model = hra_fx.transform(Model(), hra_fx.HRAConfig(r=2, target_modules=["layer"]), trace=True)
+    loaded: Any = pickle.loads(pickle.dumps(model))
+    assert "shift" in [node.target for node in loaded.graph.nodes if node.op == "get_attr"]
 
 
 @in_compat("`_is_replica`", breaks="models in nn.DataParallel")
