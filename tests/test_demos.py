@@ -62,6 +62,7 @@ def test_minilm_is_trained_folded_and_exported(tmp_path: Path) -> None:
     check_files(printed, tmp_path)
 
 
+@pytest.mark.slow  # the MiniLM demo has the same steps, and tests/lora/test_llama_cpp.py runs llama.cpp
 def test_smollm2_is_trained_exported_and_served(tmp_path: Path) -> None:
     printed = printed_by("smollm2_newsgroups", tmp_path, train=16, test=8)
     assert number(r"HRA, r = 8 +(\d+\.\d) +1,198,080 ", printed) < 0.9 * number(r"base +(\d+\.\d) +0 ", printed)

@@ -49,6 +49,8 @@ EXPECTED = {
 }
 #: What a program is called with.
 ARGUMENTS = {"qlora": ["--tiny"]}
+#: Tests of distributed training and of adapters as inputs of ONNX graphs run the same code.
+SLOW = ("distributed", "onnx_hot_swap")
 
 
 def test_every_program_is_run() -> None:
@@ -57,7 +59,9 @@ def test_every_program_is_run() -> None:
 
 # PEFT uses names that transformers means to rename.
 @pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing\\w*` is deprecated:FutureWarning")
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in EXPECTED]
+)
 def test_a_program_prints_what_is_expected(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

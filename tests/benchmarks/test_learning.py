@@ -19,8 +19,13 @@ from learning.training import fit, run
 from learning.variants import ALL, to_unit_length, vectors
 from torch import nn
 
+#: Their runs have the same steps as those of the other tasks.
+SLOW = ("language", "newsgroups-5000")
 
-@pytest.mark.parametrize("task", TASK_NAMES)
+
+@pytest.mark.parametrize(
+    "task", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in TASK_NAMES]
+)
 def test_a_tiny_run_of_each_task(task: str) -> None:
     record = run(task, "hra", 0, 1e-2, test=True, tiny=True)
     assert (record.task, record.method, record.seed, record.lr) == (task, "hra", 0, 1e-2)
@@ -45,12 +50,11 @@ def targets_and_shapes(task: type[Task]) -> list[tuple[int, int]]:
     if task.name == "language":
         with torch.device("meta"):
             return layer_shapes(transformers.AutoModelForCausalLM.from_config(config()), task.targets)
-    return layer_shapes(task(0).model(), task.targets)
+    return layer_shapes(task(0, tiny=True).model(), task.targets)
 
 
 @pytest.mark.parametrize("task", [TASKS[name] for name in TASK_NAMES])
-def test_lora_and_hra_have_as_many_parameters(task: type[Task], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("learning.tasks.digits.pretrained", lambda: TASKS["digits"](0, tiny=True).model().state_dict())
+def test_lora_and_hra_have_as_many_parameters(task: type[Task]) -> None:
     shapes = targets_and_shapes(task)
     lora = task.lora_rank * sum(out + width for out, width in shapes)
     hra = reflections(shapes, task.lora_rank) * sum(width for _, width in shapes)
@@ -74,13 +78,13 @@ def test_length_of_vectors_does_not_change_outputs() -> None:
     torch.testing.assert_close(model(task.inputs), before)
 
 
-@pytest.mark.parametrize("task", ["digits", "teacher-rotation"])
+@pytest.mark.parametrize("task", [pytest.param("digits", marks=pytest.mark.slow), "teacher-rotation"])
 def test_a_seed_decides_everything(task: str) -> None:
     first, again = (run(task, "lora", 3, 1e-2, test=True, tiny=True) for _ in range(2))
     assert (again.validation, again.test, again.retention) == (first.validation, first.test, first.retention)
 
 
-@pytest.mark.parametrize("method", ["lora", "hra"])
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "hra"])
 def test_a_recorded_run_can_be_made_again(method: str) -> None:
     records = read()
     recorded = final_runs(records, "teacher-dense", method)
