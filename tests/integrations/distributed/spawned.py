@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import multiprocessing
 import os
 import traceback
 import warnings
@@ -16,17 +17,20 @@ from typing import TypeAlias
 
 import torch
 from torch import distributed
-from torch.multiprocessing.spawn import ProcessException, spawn
+from torch.multiprocessing.spawn import ProcessException, start_processes
 
 WORLD = 2
+#: What takes seconds to import. One process does so once, and each that runs checks is a fork of it.
+IMPORTS = ["torch", "transformers", "peft", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
 #: What every process runs: its rank, and a folder that all of them see.
 Check: TypeAlias = Callable[[int, Path], None]
 
 
 def run(checks: Mapping[str, Check], folder: Path, world: int = WORLD) -> dict[str, str]:
     """Name of a check -> what went wrong in any process; empty where nothing did."""
+    multiprocessing.set_forkserver_preload(IMPORTS)
     try:
-        spawn(_worker, (dict(checks), str(folder), world), nprocs=world)
+        start_processes(_worker, (dict(checks), str(folder), world), world, start_method="forkserver")
         end = "was not run"
     except ProcessException as error:  # a check that failed in one of them alone may keep the other waiting
         end = f"was not run, for a process broke off: {error}"

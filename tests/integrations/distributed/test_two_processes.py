@@ -6,20 +6,17 @@ import pytest
 from integrations.distributed import accelerate_checks, adapter_checks, meta_checks, scale_checks, training_checks
 from integrations.distributed.spawned import run
 
+QUICK = {**adapter_checks.CHECKS, **meta_checks.CHECKS, **scale_checks.CHECKS}
+
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run(adapter_checks.CHECKS, tmp_path_factory.mktemp("adapters"))
+    return run(QUICK, tmp_path_factory.mktemp("quick"))
 
 
 @pytest.fixture(scope="module")
 def training_failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return run(training_checks.CHECKS, tmp_path_factory.mktemp("training"))
-
-
-@pytest.fixture(scope="module")
-def meta_failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run({**meta_checks.CHECKS, **scale_checks.CHECKS}, tmp_path_factory.mktemp("meta"))
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +30,7 @@ def test_accelerate_and_the_trainer_in_two_processes(name: str, accelerate_failu
     assert not accelerate_failures[name], accelerate_failures[name]
 
 
-@pytest.mark.parametrize("name", meta_checks.CHECKS)
-def test_meta_models_in_two_processes(name: str, meta_failures: dict[str, str]) -> None:
-    assert not meta_failures[name], meta_failures[name]
-
-
-@pytest.mark.parametrize("name", scale_checks.CHECKS)
-def test_computed_costs_in_two_processes(name: str, meta_failures: dict[str, str]) -> None:
-    assert not meta_failures[name], meta_failures[name]
-
-
-@pytest.mark.parametrize("name", adapter_checks.CHECKS)
+@pytest.mark.parametrize("name", QUICK)
 def test_adapters_in_two_processes(name: str, failures: dict[str, str]) -> None:
     assert not failures[name], failures[name]
 
