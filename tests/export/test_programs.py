@@ -78,7 +78,7 @@ def test_output_and_gradients_are_those_of_the_dense_weight(kind: str, fields: d
 
 
 @QUIET
-@pytest.mark.parametrize(("early", "late"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(("early", "late"), [(True, False), pytest.param(False, True, marks=pytest.mark.slow)])
 def test_a_whole_program_with_a_tied_head(early: bool, late: bool) -> None:
     model, ids = mixed()
     settings = config(*ALL)

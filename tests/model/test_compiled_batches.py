@@ -31,9 +31,9 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def llama(**fields: Any) -> Any:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=64, **fields)).double()
+def llama(layers: int = 2) -> Any:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers, "num_attention_heads": 4}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=64)).double()
 
 
 def adapted(model: nn.Module, **fields: Any) -> Any:
@@ -83,17 +83,17 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("fields", [{}, {"r": 3}, {"apply_GS": True}], ids=str)
-def test_a_training_step_is_one_graph_with_one_batch(seen: Recorder, fields: dict[str, Any]) -> None:
-    base = llama()
-    model = adapted(copy.deepcopy(base), **fields)
+def test_a_training_step_is_one_graph_with_one_batch(seen: Recorder) -> None:
+    """With anchors and Gram-Schmidt; the tests below have neither."""
+    base = llama(layers=1)
+    model = adapted(copy.deepcopy(base), r=3, apply_GS=True)
     inputs = {"input_ids": ids(2, 7), "labels": ids(2, 7), "use_cache": False}
     model(**inputs).loss.backward()
     eager = gradients(model)
     compiled = torch.compile(model, backend=seen, fullgraph=True)
     output = compiled(**inputs)
     output.loss.backward()
-    assert seen.batches == [[10]]
+    assert seen.batches == [[5]]
     assert relative_error(output.logits, with_dense_weights(base, model)(**inputs).logits) < 1e-11
     found = gradients(model)
     assert found.keys() == eager.keys()
@@ -166,26 +166,6 @@ class Switched(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.q(x) * self.k(x)
-
-
-def test_a_switch_back_is_not_compiled_again(seen: Recorder) -> None:
-    config = hra_fx.HRAConfig(r=2, target_modules=["q", "k"], init_weights=False)
-    base = Switched()
-    model = hra_fx.transform(copy.deepcopy(base), config, "a")
-    hra_fx.add_adapter(model, "b", config)
-    x = normal(1, 3, 6)
-    compiled = torch.compile(model, backend=seen)
-
-    def wanted(name: str) -> Tensor:
-        q, k = (dense_q(getattr(model, layer).hra_u[name].detach()) for layer in ("q", "k"))
-        return base.q(x @ q.mT) * base.k(x @ k.mT)
-
-    for name in ("a", "b", "a", "b"):
-        hra_fx.set_adapter(model, name)
-        assert relative_error(compiled(x), wanted(name)) < 1e-12
-    assert len(seen.batches) == 2
-    with hra_fx.disable_adapters(model):
-        assert torch.allclose(compiled(x), base(x))
 
 
 class Broken(Switched):
@@ -345,7 +325,7 @@ def test_blocks_that_are_compiled_one_by_one_share_a_graph(seen: Recorder) -> No
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # TorchDynamo's own look at it
 def test_a_hook_that_breaks_the_graph(seen: Recorder) -> None:
-    model = adapted(nn.Sequential(*(nn.Linear(6, 6) for _ in range(5))).double(), target_modules=list("01234"))
+    model = adapted(nn.Sequential(*(nn.Linear(6, 6) for _ in range(3))).double(), target_modules=list("012"))
     x = normal(1, 3, 6)
     wanted = model(x)
     wanted.sum().backward()

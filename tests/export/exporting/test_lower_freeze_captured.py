@@ -80,6 +80,7 @@ def test_an_exported_model_has_only_products_and_a_frozen_one_constants(fields: 
     # The original program is unchanged.
     assert [name for name in program.state_dict if name.endswith(".default")]
     assert relative_error(program.module()(image(5)), expected) < 1e-14
+    assert hra_fx.lower(program) is program
 
 
 def test_the_gradient_through_an_exported_model_is_the_models() -> None:
@@ -105,11 +106,17 @@ def test_several_adapters_and_strengths_are_frozen_together() -> None:
     assert not [name for name in (*frozen.state_dict, *frozen.constants) if name.endswith((".b", "_scaled"))]
 
 
-@pytest.mark.parametrize(("fields", "as_module"), [(ANCHORED, True), (GRAM_SCHMIDT, False)])
-def test_a_program_that_was_transformed_is_lowered_and_frozen(fields: dict[str, Any], as_module: bool) -> None:
+@pytest.fixture(scope="module")
+def base() -> torch.export.ExportedProgram:
     torch.manual_seed(0)
-    config = hra_fx.HRAConfig(**({"target_modules": TARGETS} | fields))
-    program = hra_fx.transform(exported(Net().double().eval()), config)
+    return exported(Net().double().eval())
+
+
+@pytest.mark.parametrize(("fields", "as_module"), [(ANCHORED, True), (GRAM_SCHMIDT, False)])
+def test_a_program_that_was_transformed_is_lowered_and_frozen(
+    fields: dict[str, Any], as_module: bool, base: torch.export.ExportedProgram
+) -> None:
+    program = hra_fx.transform(base, hra_fx.HRAConfig(**({"target_modules": TARGETS} | fields)))
     randomise(program.state_dict.items())
     expected = program.module()(image(5))
 
@@ -127,10 +134,8 @@ def test_a_program_that_was_transformed_is_lowered_and_frozen(fields: dict[str, 
     assert [str(node.target) for node in run(hra_fx.freeze)[1].nodes].count("aten.mm.default") == len(TARGETS)
 
 
-def test_a_lowered_program_has_the_gradients_of_the_operator() -> None:
-    torch.manual_seed(0)
-    config = hra_fx.HRAConfig(r=3, apply_GS=True, target_modules=TARGETS)
-    program = hra_fx.transform(exported(Net().double().eval()), config)
+def test_a_lowered_program_has_the_gradients_of_the_operator(base: torch.export.ExportedProgram) -> None:
+    program = hra_fx.transform(base, hra_fx.HRAConfig(r=3, apply_GS=True, target_modules=TARGETS))
     randomise(program.state_dict.items())
     grads = []
     for made in (program, hra_fx.lower(program)):
@@ -140,11 +145,6 @@ def test_a_lowered_program_has_the_gradients_of_the_operator() -> None:
         grads.append(torch.autograd.grad(module(image()).square().sum(), vectors))
     for ours, theirs in zip(*grads, strict=True):
         assert relative_error(ours, theirs) < 1e-11
-
-
-def test_lower_returns_a_program_without_the_operator_unchanged() -> None:
-    program = exported(adapted())
-    assert hra_fx.lower(program) is program
 
 
 def test_a_model_is_refused() -> None:
