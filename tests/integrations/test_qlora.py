@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings(
 FIELDS: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 PEFT, FAST, OURS, NAMED = "PEFT", "PEFT, accelerated", "transformed", "get_peft_model"
 KINDS = pytest.mark.parametrize("kind", [FAST, OURS, pytest.param(NAMED, marks=pytest.mark.slow)])
-MODES = pytest.mark.parametrize("mode", [pytest.param("reentrant", marks=pytest.mark.slow), "not reentrant"])
+SLOW_FAST = pytest.param(FAST, marks=pytest.mark.slow)
 CHECKPOINTING: dict[str, dict[str, Any]] = {
     "plain": {"gradient_checkpointing": False},
     "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
@@ -126,8 +126,14 @@ def losses_of_peft(exact: Path, tmp_path_factory: pytest.TempPathFactory) -> Ten
     return losses(trainer)
 
 
-@KINDS
-@pytest.mark.parametrize("mode", CHECKPOINTING)
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        (FAST, "not reentrant"),
+        pytest.param(NAMED, "plain", marks=pytest.mark.slow),
+        pytest.param(OURS, "reentrant", marks=pytest.mark.slow),
+    ],
+)
 def test_the_trainer(kind: str, mode: str, exact: Path, losses_of_peft: Tensor, tmp_path: Path) -> None:
     model = with_adapter(kind, prepared(exact, mode))
     trainer = trainer_of(Trainer, "llama", model, tmp_path, **CHECKPOINTING[mode])
@@ -136,8 +142,11 @@ def test_the_trainer(kind: str, mode: str, exact: Path, losses_of_peft: Tensor, 
     torch.testing.assert_close(losses(trainer), losses_of_peft, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize(("compute", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)], ids=["f32", "bf16"])
-@pytest.mark.parametrize("mode", ["reentrant", "not reentrant"])
+@pytest.mark.parametrize(
+    ("mode", "compute", "bound"),
+    [("reentrant", torch.float32, 1e-4), ("not reentrant", torch.bfloat16, 5e-2)],
+    ids=["reentrant, f32", "not reentrant, bf16"],
+)
 def test_gradients_are_those_of_the_dense_model(
     mode: str, compute: torch.dtype, bound: float, folder: Path, exact: Path
 ) -> None:
@@ -173,7 +182,7 @@ def test_the_factors_are_computed_in_one_batch_for_each_shape(kind: str, compute
         assert batches(model(**inputs).logits) == 2
 
 
-@KINDS
+@pytest.mark.parametrize("kind", [SLOW_FAST, OURS, pytest.param(NAMED, marks=pytest.mark.slow)])
 def test_a_run_is_saved_opened_over_4_bits_and_goes_on(kind: str, folder: Path, tmp_path: Path) -> None:
     mode = "not reentrant"
     options = {**CHECKPOINTING[mode], "save_strategy": "steps", "save_steps": 3, "seed": 0}
@@ -243,8 +252,9 @@ def sft_losses_of_peft(exact: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return losses(trainer)
 
 
-@KINDS
-@MODES
+@pytest.mark.parametrize(
+    ("kind", "mode"), [(FAST, "not reentrant"), pytest.param(OURS, "reentrant", marks=pytest.mark.slow)]
+)
 def test_sft_of_trl(kind: str, mode: str, exact: Path, sft_losses_of_peft: Tensor, tmp_path: Path) -> None:
     trainer = sft(kind, exact, tmp_path, mode)
     widen(trainer.model)
@@ -253,7 +263,7 @@ def test_sft_of_trl(kind: str, mode: str, exact: Path, sft_losses_of_peft: Tenso
     torch.testing.assert_close(losses(trainer), sft_losses_of_peft, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("kind", [FAST, OURS])
+@pytest.mark.parametrize("kind", [SLOW_FAST, OURS])
 def test_vectors_that_trl_leaves_in_bfloat16_hardly_train(kind: str, folder: Path, tmp_path: Path) -> None:
     moved = {}
     for wide in (False, True):

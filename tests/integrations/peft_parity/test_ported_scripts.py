@@ -49,6 +49,7 @@ def logits(model: Any, kind: str) -> Tensor:
     return found
 
 
+@pytest.mark.slow  # test_trainer.py trains it, test_files_of_tasks.py saves and opens it
 def test_a_classifier_is_trained_by_the_trainer_saved_opened_and_merged(tmp_path: Path) -> None:
     base = bert(**WITHOUT_DROPOUT).double()
     sides = {"theirs": by_peft(base, **CLASSES), "ours": by_us(base, **CLASSES)}
@@ -137,6 +138,7 @@ def dreambooth(model: Any) -> EMAModel:
     return average
 
 
+@pytest.mark.slow  # scripts_use/test_diffusers.py trains one too
 def test_a_unet_is_trained_as_in_dreambooth_with_a_moving_average(tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = unet().double()

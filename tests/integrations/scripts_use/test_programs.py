@@ -75,13 +75,14 @@ def run(program: str, folder: Path, dtype: torch.dtype, use_reentrant: bool, way
     )
 
 
-SETTINGS = pytest.mark.parametrize(
-    ("dtype", "use_reentrant"), [(torch.float32, True), (torch.bfloat16, False)], ids=["float32, reentrant", "bfloat16"]
+@pytest.mark.parametrize(
+    ("program", "dtype", "use_reentrant"),
+    [
+        ("LLaMA-Factory", torch.float32, True),
+        pytest.param("axolotl", torch.bfloat16, False, marks=pytest.mark.slow),
+    ],
+    ids=["LLaMA-Factory, float32, reentrant", "axolotl, bfloat16"],
 )
-
-
-@SETTINGS
-@pytest.mark.parametrize("program", LOADERS)
 def test_accelerated_it_trains_as_with_peft(
     program: str, dtype: torch.dtype, use_reentrant: bool, tmp_path: Path
 ) -> None:

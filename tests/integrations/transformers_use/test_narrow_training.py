@@ -10,7 +10,6 @@ import torch
 from integrations.transformers_use.tiny import (
     BASES,
     adapted,
-    pairs,
     trained_in,
     trainer_of,
     vectors_of,
@@ -19,12 +18,13 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 LONG = {"max_steps": 40, "learning_rate": 3e-2}
-NARROW = {"the model": (torch.bfloat16, {}), "autocast": (torch.float32, {"bf16": True})}
-EACH = [pytest.param(dtype, arguments, id=name) for name, (dtype, arguments) in NARROW.items()]
 
 
-@pytest.mark.parametrize(("dtype", "arguments"), EACH)
-@pairs
+@pytest.mark.parametrize(
+    ("kind", "shape", "dtype", "arguments"),
+    [("bert", "transform", torch.bfloat16, {}), ("llama", "HRAModel", torch.float32, {"bf16": True})],
+    ids=["the model", "autocast"],
+)
 def test_the_loss_falls_the_vectors_stay_in_float32_and_a_run_goes_on_bitwise(
     kind: str, shape: str, dtype: torch.dtype, arguments: dict[str, Any], tmp_path: Path
 ) -> None:

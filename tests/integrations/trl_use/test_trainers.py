@@ -31,7 +31,8 @@ import hra_fx
 # Names that transformers has had since 5.0, and means to rename; PEFT and TRL use them.
 pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing\\w*` is deprecated:FutureWarning")
 
-KINDS = pytest.mark.parametrize("kind", [FAST, OURS])
+SLOW_FAST = pytest.param(FAST, marks=pytest.mark.slow)
+SLOW_OURS = pytest.param(OURS, marks=pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
@@ -70,14 +71,17 @@ def assert_close(got: list[list[float]], wanted: list[list[float]]) -> None:
     torch.testing.assert_close(torch.tensor(got), torch.tensor(wanted), rtol=1e-4, atol=1e-5)
 
 
-@KINDS
 @pytest.mark.parametrize(
-    "options",
+    ("kind", "options"),
     [
-        {},
-        {"assistant_only_loss": True, "packing": True},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        pytest.param(OURS, {}, marks=pytest.mark.slow),
+        (FAST, {"assistant_only_loss": True, "packing": True}),
+        (OURS, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}),
+        pytest.param(
+            FAST,
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["plain", "packed, assistant only", "checkpointed", "checkpointed, reentrant"],
 )
@@ -101,8 +105,11 @@ def test_sft_computes_the_factors_in_one_batch_for_each_shape(kind: str, tmp_pat
 
 @pytest.mark.parametrize(
     ("kind", "method", "options"),
-    [(FAST, "SFT", {}), (OURS, "SFT", {}), (OURS, "DPO", {"precompute_ref_log_probs": True})],
-    ids=["SFT, accelerated", "SFT, transformed", "DPO, transformed"],
+    [
+        (FAST, "SFT", {}),
+        pytest.param(OURS, "DPO", {"precompute_ref_log_probs": True}, marks=pytest.mark.slow),
+    ],
+    ids=["SFT, accelerated", "DPO, transformed"],
 )
 def test_training_resumes(kind: str, method: str, options: dict[str, Any], tmp_path: Path) -> None:
     whole = trainer(kind, method, tmp_path, steps=4, save_steps=2, **options)
@@ -115,7 +122,7 @@ def test_training_resumes(kind: str, method: str, options: dict[str, Any], tmp_p
         assert torch.equal(vectors, vectors_of(whole.model)[name]), name
 
 
-@KINDS
+@pytest.mark.parametrize("kind", [SLOW_FAST, OURS])
 def test_dpo_with_the_base_model_as_its_reference(kind: str, tmp_path: Path) -> None:
     keys = ("rewards/chosen", "rewards/rejected", "logps/chosen")
     _, fast = trained_alike(kind, "DPO", tmp_path, *keys, ours={"precompute_ref_log_probs": True})
@@ -136,7 +143,7 @@ def reference_logps() -> float:
     return float(logits[0, :-1].gather(1, tokens[0, 1:, None])[len(prompt) - 1 :].sum())
 
 
-@KINDS
+@pytest.mark.parametrize("kind", [FAST, SLOW_OURS])
 def test_grpo(kind: str, tmp_path: Path) -> None:
     """With a penalty for the distance from the base model, which TRL knows of a PeftModel only."""
     beta = 0.0 if kind == OURS else 0.5
@@ -146,6 +153,7 @@ def test_grpo(kind: str, tmp_path: Path) -> None:
         assert logs(fast, "kl")[-1][0] > 1e-5
 
 
+@pytest.mark.slow
 def test_grpo_with_the_adapters_off_as_its_reference(tmp_path: Path) -> None:
     """TRL asks for a second model when it is made with `beta`, and reads the attribute at each step."""
     theirs, ours = trainer(PEFT, "GRPO", tmp_path, beta=0.5), trainer(NAMED, "GRPO", tmp_path, beta=0.0)
@@ -155,7 +163,7 @@ def test_grpo_with_the_adapters_off_as_its_reference(tmp_path: Path) -> None:
     assert logs(ours, "kl")[-1][0] > 1e-5
 
 
-@KINDS
+@pytest.mark.parametrize("kind", [FAST, SLOW_OURS])
 def test_reward(kind: str, tmp_path: Path) -> None:
     theirs, fast = trained_alike(kind, "reward", tmp_path, "margin")
     heads = [one.model.get_submodule(path) for one, path in ((theirs, PEFT_HEAD), (fast, head_of(kind)))]
