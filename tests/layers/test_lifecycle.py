@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ import hra_fx
 every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 ARRAYS = {name: case for name, case in CASES.items() if isinstance(case.x, Tensor)}
 arrays = pytest.mark.parametrize("case", ARRAYS.values(), ids=ARRAYS)
-sorts = pytest.mark.parametrize("fields", [{"r": 2}, {"r": 3}, {"r": 2, "apply_GS": True}], ids=["even", "odd", "GS"])
+SORTS: list[dict[str, Any]] = [{"r": 2}, {"r": 3}, {"r": 2, "apply_GS": True}]
+sorts = pytest.mark.parametrize(("case", "fields"), zip(CASES.values(), cycle(SORTS), strict=False), ids=CASES)
 
 
 def other_start(case: Case, **fields: Any) -> nn.Module:
@@ -58,14 +60,12 @@ def test_outputs_gradients_and_folded_weights_are_those_of_the_dense_product(cas
     assert {name: id(p) for name, p in model.named_parameters()} == parameters
 
 
-@every
 @sorts
 def test_the_start_is_the_base_model(case: Case, fields: dict[str, Any]) -> None:
     base, _ = case.pair(**fields)
     assert_same(case.run(other_start(case, **fields)), case.run(base), rtol=1e-11)
 
 
-@every
 @sorts
 def test_state_dict(case: Case, fields: dict[str, Any]) -> None:
     base, model = case.pair(**fields)
@@ -114,7 +114,6 @@ def test_deepcopy_and_torch_save(case: Case) -> None:
         assert [type(part) for part in folded.modules()] == [type(part) for part in base.modules()]
 
 
-@every
 @sorts
 def test_adapter_files(case: Case, fields: dict[str, Any], tmp_path: Path) -> None:
     base, model = case.pair(**fields)
@@ -142,7 +141,6 @@ def test_low_memory_and_load(case: Case, r: int, tmp_path: Path) -> None:
     assert_same(case.run(assigned), case.dense(base, model))
 
 
-@every
 @sorts
 def test_merge_and_unmerge(case: Case, fields: dict[str, Any]) -> None:
     base, model = case.pair(**fields)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -64,10 +65,13 @@ def test_the_start_has_a_gradient(r: int, apply_GS: bool) -> None:
     assert float(model[0].hra_u["default"].grad.norm()) > 1e-3
 
 
-@pytest.mark.parametrize("init_weights", [True, False])
-@pytest.mark.parametrize("apply_GS", [False, True])
-@pytest.mark.parametrize("r", [*RANKS, 33])
-@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize(
+    ("kind", "r", "apply_GS", "init_weights"),
+    [
+        (kind, r, apply_GS, (kind == "conv") ^ apply_GS)
+        for kind, r, apply_GS in itertools.product(["linear", "conv"], [*RANKS, 33], [False, True])
+    ],
+)
 def test_twenty_steps_keep_the_matrix_orthogonal(kind: str, r: int, apply_GS: bool, init_weights: bool) -> None:
     base: Layer = nn.Linear(36, 36, dtype=F64) if kind == "linear" else nn.Conv2d(4, 36, 3, dtype=F64)
     inputs = normal(1, 30, *((36,) if kind == "linear" else (4, 3, 3)))

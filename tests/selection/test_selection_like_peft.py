@@ -29,7 +29,7 @@ from hra_fx.errors import HRAWarning, SelectionError
 from hra_fx.selection.select import select
 
 Fields: TypeAlias = dict[str, Any]
-EXAMPLES = 42
+EXAMPLES = 21
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 # What PEFT raises, and part of its text; the name of that here; what we say of the same configuration.
