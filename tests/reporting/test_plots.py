@@ -154,9 +154,8 @@ def test_two_adapters_have_a_mark_each_at_each_layer(tmp_path: Path) -> None:
     assert sum("#d55e00" in mark for mark in marks) == 2 * 3 + 1
 
 
-@pytest.mark.parametrize("count", [1, 50])
-def test_two_adapters_of_odd_models(count: int, tmp_path: Path) -> None:
-    rows = [line for name in ("a", HOSTILE) for line in blocks(count, LONG, adapter=name)]
+def test_two_adapters_of_odd_models(tmp_path: Path) -> None:
+    rows = [line for name in ("a", HOSTILE) for line in blocks(20, LONG, adapter=name)]
     rows.append(row("nan", adapter="a", mean_angle=math.nan, angle=math.nan))
     rows += [row("zero", adapter=name, mean_angle=0.0, angle=0.0) for name in ("a", HOSTILE)]
     with Image.open(report_of(*rows).plot_comparison(tmp_path / "two.png", "a", HOSTILE)) as image:

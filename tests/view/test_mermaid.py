@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
-from drawn_models import MAKERS, Residual, drawn
+from drawn_models import MAKERS, Residual, drawing, drawn
 from torch import Tensor, nn
 
 import hra_fx
@@ -83,7 +83,7 @@ def text_of(model: nn.Module, **options: object) -> str:
 @pytest.mark.parametrize("options", [{}, {"heat": "angle"}, {"depth": 0}, {"depth": 3}], ids=str)
 @pytest.mark.parametrize("name", MAKERS)
 def test_every_line_is_a_statement_and_every_edge_joins_two_boxes(name: str, options: dict[str, object]) -> None:
-    chart = parsed(text_of(drawn(name), **options))
+    chart = parsed(render(drawing(name), Options(**options)))  # type: ignore[arg-type]
     assert chart.looks.keys() == chart.labels.keys()
     assert max(Counter(chart.edges).values(), default=1) == 1
     for source, target in chart.edges:

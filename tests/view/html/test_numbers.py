@@ -83,18 +83,6 @@ def test_a_repeat_has_a_row_for_each_of_its_layers(open_page: Open) -> None:
     assert page.locator("#panel h3.instance").inner_text() == "blocks.1.down"
 
 
-@pytest.mark.parametrize("name", HEATS)
-def test_the_box_and_the_panel_have_the_same_mean(open_page: Open, name: str) -> None:
-    model = trained_net()
-    page = open_page(page_of(model, heat=name))
-    box(page, "down").click()
-    values = [value for path, value in heat_of(hra_fx.report(model).rows, name).items() if path.endswith("down")]
-    mean = HEATS[name].text(sum(values) / 3)
-    assert strip(page, "down").endswith(f" · mean {mean}")
-    assert page.locator("#panel .means h3").inner_text() == "Mean of 3 layers"
-    assert page.locator(f"#panel .means dt:text-is('{HEATS[name].words}') + dd").inner_text() == mean
-
-
 def test_two_adapters_of_a_layer_are_both_told(open_page: Open) -> None:
     model = trained_net()
     hra_fx.add_adapter(model, "second", hra_fx.HRAConfig(r=2, target_modules=["up"]))
@@ -113,7 +101,7 @@ def test_layers_in_modules_to_save_are_trained_and_not_skipped(open_page: Open) 
 
 
 @pytest.mark.parametrize("name", HEATS)
-def test_heat_has_the_colors_of_the_report(open_page: Open, name: str) -> None:
+def test_heat_has_the_colors_and_means_of_the_report(open_page: Open, name: str) -> None:
     model = trained_net()
     page = open_page(page_of(model, heat=name))
     values = heat_of(hra_fx.report(model).rows, name)
@@ -126,6 +114,11 @@ def test_heat_has_the_colors_of_the_report(open_page: Open, name: str) -> None:
         mean = sum(values[path] for path in paths) / 3
         assert box(page, layer).locator(".strip").evaluate(FILL) == rgb(color(mean, ends))
     assert page.locator("#scale").inner_text().split() == [f"{end:g}{HEATS[name].unit}" for end in ends]
+    box(page, "down").click()
+    said = HEATS[name].text(mean)  # of the layers "down", the last ones above
+    assert strip(page, "down").endswith(f" · mean {said}")
+    assert page.locator("#panel .means h3").inner_text() == "Mean of 3 layers"
+    assert page.locator(f"#panel .means dt:text-is('{HEATS[name].words}') + dd").inner_text() == said
 
 
 def test_heat_on_dark_has_the_other_palette(open_page: Open) -> None:
