@@ -22,7 +22,7 @@ SEED = 7
 SHARDED = {name: wrap for name, wrap in WAYS.items() if name != "DDP"}
 NAMES = [
     *("mlp, whole", "mlp, odd rank", "mlp, Gram-Schmidt", "mlp, Gram-Schmidt without anchor", "mlp, copies"),
-    *("convolutions", "attention", "llama", "bert"),
+    *("convolutions", "attention", "llama"),
 ]
 
 

@@ -18,7 +18,6 @@ from integrations.distributed.trained import (
     Case,
     llama,
     loss_of,
-    mlp,
     shard,
     sites,
     tokens,
@@ -88,8 +87,7 @@ LLAMA = Case(llama, tokens, PROJECTIONS, LAYERS)
 UNEVEN = Case(
     lambda: nn.Sequential(nn.Linear(8, 9), nn.GELU(), nn.Linear(9, 3)), vectors, {"target_modules": ["0", "2"]}, ()
 )
-MLP = Case(mlp, vectors, {"target_modules": ["0", "2", "4"]}, ())
-CASES_OF_SCALE = {"llama": LLAMA, "mlp": MLP, "uneven": UNEVEN}
+CASES_OF_SCALE = {"llama": LLAMA, "uneven": UNEVEN}
 WRAPS: dict[Strategy, Callable[[Case, nn.Module], nn.Module]] = {
     "ddp": lambda case, model: DistributedDataParallel(model),
     "fsdp2": lambda case, model: shard(model, case.units),
