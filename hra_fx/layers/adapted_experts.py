@@ -9,14 +9,14 @@ from torch import nn
 
 from hra_fx.errors import AdapterError
 from hra_fx.layers.adapted_layer import AdaptedLayer, read_weight
-from hra_fx.layers.class_swap import SwapMixin, swap, unswap
+from hra_fx.layers.base_parameters import BaseParameters
+from hra_fx.layers.class_swap import swap, unswap
 from hra_fx.layers.experts_weight import CHILD, ExpertsWeight
 from hra_fx.layers.rotated_experts import RotatedExperts
-from hra_fx.layers.rotated_values import RestoringParameters
 from hra_fx.layers.target import REFLECTION
 
 
-class AdaptedExperts(SwapMixin, RestoringParameters):
+class AdaptedExperts(BaseParameters):
     """A module with adapted 3-D parameters. They stay in `_parameters`, and attribute access gives `W_e Q_e`."""
 
     def __getattr__(self, name: str) -> Any:

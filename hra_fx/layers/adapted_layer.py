@@ -19,9 +19,9 @@ from hra_fx import compat
 from hra_fx.errors import AdapterError
 from hra_fx.kernels.dispatch import is_plain_eager
 from hra_fx.layers.adapters import HouseholderAdapters
-from hra_fx.layers.class_swap import SwapMixin
+from hra_fx.layers.base_parameters import BaseParameters
 from hra_fx.layers.quantized.straight_through import call_quantized
-from hra_fx.layers.rotated_values import RestoringParameters, RotatedValues
+from hra_fx.layers.rotated_values import RotatedValues
 from hra_fx.layers.rotated_weight import InferenceRotatedWeight, RotatedWeight, link
 from hra_fx.layers.sharding import call, is_dtensor
 from hra_fx.layers.target import BASE_WEIGHT, REFLECTION, weight_place
@@ -29,7 +29,7 @@ from hra_fx.layers.tensor_parallel import check_not_aside, is_tensor_parallel, p
 from hra_fx.layers.variants import ConvAdapters, LinearAdapters, QuantizedAdapters
 
 
-class AdaptedLayer(SwapMixin, RestoringParameters):
+class AdaptedLayer(BaseParameters):
     """An adapted layer. A new object of its class has no adapters and is a plain layer.
 
     This base class itself is for layers with their own forward, which reads the rotated weight.

@@ -221,22 +221,3 @@ def written(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any
     into = [first] if in_place or augmented or kwargs.get("inplace") is True else []
     found = compat.pytree.tree_leaves((into, kwargs.get("out")))  # torch._foreach_add_ takes a list
     return [part for part in found if isinstance(part, kind)]
-
-
-class RestoringParameters(nn.Module):
-    """A module with rotated weights: what code that moves its parameters has stored becomes the base weight.
-
-    Code such as accelerate's reads a parameter as an attribute, and writes the moved tensor into `_parameters`.
-    """
-
-    @property
-    def _parameters(self) -> dict[str, nn.Parameter | None]:
-        held: dict[str, Any] = vars(self)["_parameters"]
-        for name, value in held.items():
-            if type(value) is RotatedValues:
-                held[name] = become_base(value)
-        return held
-
-    @_parameters.setter
-    def _parameters(self, parameters: dict[str, nn.Parameter | None]) -> None:
-        vars(self)["_parameters"] = parameters

@@ -15,6 +15,7 @@ from hra_fx.layers.accelerate_hooks import keep_loaded
 from hra_fx.layers.adapted_experts import attach, detach
 from hra_fx.layers.adapted_layer import layer_class_for
 from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
+from hra_fx.layers.base_parameters import swap_tied_modules
 from hra_fx.layers.class_swap import swap, unswap
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.sharding import is_dtensor
@@ -81,6 +82,8 @@ def inject_adapter(model: nn.Module, name: str, config: HRAConfig, fill: Fill, u
         fill(path, layer, reflection)
         if is_dtensor(reflection.weight_of(layer)):
             replicate(reflection, reflection.weight_of(layer))
+    if new:
+        swap_tied_modules(model, new.values(), undo)
     if new and isinstance(model, fx.GraphModule):
         rewrite(model, undo)
     return layers
