@@ -68,8 +68,13 @@ def test_the_way_back_is_rounding_and_a_tolerance_takes_it_for_equal(
     assert (far.code, far.out.partition("\n")[0]) == (1, "4 of 21 tensors differ by more than 1.0%")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize(("rows", "width"), [(40, 8), (1100, 1024)])  # the larger one is compared in several blocks
+@pytest.mark.parametrize(
+    ("dtype", "rows", "width"),
+    [
+        *((dtype, 40, 8) for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)),
+        (torch.bfloat16, 1100, 1024),  # compared in several blocks
+    ],
+)
 def test_rotations_are_told_from_other_changes_of_any_size(dtype: torch.dtype, rows: int, width: int) -> None:
     weight = normal(rows, width).to(dtype)
     q = dense_product(normal(width, 3, seed=1))

@@ -30,7 +30,7 @@ every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 ARRAYS = {name: case for name, case in CASES.items() if isinstance(case.x, Tensor)}
 arrays = pytest.mark.parametrize("case", ARRAYS.values(), ids=ARRAYS)
 SORTS: list[dict[str, Any]] = [{"r": 2}, {"r": 3}, {"r": 2, "apply_GS": True}]
-sorts = pytest.mark.parametrize(("case", "fields"), zip(CASES.values(), cycle(SORTS), strict=False), ids=CASES)
+sorts = pytest.mark.parametrize(("case", "fields"), [*zip(CASES.values(), cycle(SORTS), strict=False)], ids=CASES)
 
 
 def other_start(case: Case, **fields: Any) -> nn.Module:

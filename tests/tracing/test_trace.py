@@ -19,7 +19,7 @@ from layers.checking import assert_same, check, normal, randomise
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 from tracing.graph_mode import Straight
-from tracing.models import TRACED, Augmented, Containers, Metadata, Norms, Optional, Two
+from tracing.models import TRACED, Containers, Norms, Two
 
 import hra_fx
 from hra_fx.errors import CaptureError
@@ -350,7 +350,7 @@ def test_models_are_traced_and_run_in_several_threads_at_once() -> None:
 
     def traced() -> None:
         try:
-            for make in (Two, Norms, Augmented, Metadata, Containers, Optional):
+            for make in (Two, Norms, Containers):
                 base, model = pair(make)
                 check(base, model, X)
         except BaseException as error:
