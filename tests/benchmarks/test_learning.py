@@ -20,7 +20,7 @@ from learning.variants import ALL, to_unit_length, vectors
 from torch import nn
 
 #: Their runs have the same steps as those of the other tasks.
-SLOW = ("language", "newsgroups-5000")
+SLOW = ("language", "newsgroups-5000", "digits")
 
 
 @pytest.mark.parametrize(

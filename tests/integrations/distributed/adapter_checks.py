@@ -40,10 +40,10 @@ EXPERTS = Case(mixtral, tokens, {"target_parameters": ["experts.gate_up_proj", "
 
 def every_way() -> list[tuple[str, Case, Callable[[], nn.Module]]]:
     cases = {"whole": MLP, "copies": COPIES, "Gram-Schmidt": GS, "attention": ATTENTION}
+    pairs = [*zip(cases.items(), WAYS.items(), strict=True), *zip(cases.items(), reversed(WAYS.items()), strict=True)]
     return [
         (f"{name}-{way}", case, lambda case=case, wrap=wrap: wrap(case, case.model()))
-        for name, case in cases.items()
-        for way, wrap in WAYS.items()
+        for (name, case), (way, wrap) in pairs
     ]
 
 
@@ -110,9 +110,9 @@ def as_lora(rank: int, folder: Path) -> None:
     for name, case in {**cases, "experts": EXPERTS}.items():
         alone = hra_fx.save_as_lora(case.model(), folder / f"{name}-alone{rank}")
         wanted = load_file(alone.path / "adapter_model.safetensors")
-        for way, wrap in SHARDED.items():
-            if (name, way) == ("experts", "FSDP2, every layer"):
-                continue  # the module that stands for a parameter of the experts has none to shard
+        # The module that stands for a parameter of the experts has none to shard.
+        for way in ("FSDP2, whole", "FSDP2, parts" if name == "experts" else "FSDP2, every layer"):
+            wrap = SHARDED[way]
             model = wrap(case, case.model())
             parameters = dict(model.named_parameters())
             result = hra_fx.save_as_lora(model, folder / f"{name}-{way}-{rank}")

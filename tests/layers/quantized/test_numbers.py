@@ -187,7 +187,7 @@ def test_no_floating_point_weight_waits_for_the_backward(scheme: str) -> None:
 
 # TorchDynamo makes an object of every custom autograd function that it meets, bitsandbytes' too.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("scheme", ["bnb nf4", "ao int8 dynamic"])
+@pytest.mark.parametrize("scheme", ["bnb nf4", pytest.param("ao int8 dynamic", marks=pytest.mark.slow)])
 def test_one_graph_of_a_compiler_computes_and_trains_the_same(scheme: str) -> None:
     model, x, weights = adapted(scheme), inputs(), weighting()
     torch._dynamo.reset()
