@@ -19,7 +19,7 @@ from hra_fx import compat
 from hra_fx.errors import AdapterError
 from hra_fx.kernels.dispatch import is_plain_eager
 from hra_fx.layers.adapters import HouseholderAdapters
-from hra_fx.layers.base_parameters import BaseParameters
+from hra_fx.layers.base_parameters import BaseParameters, tied_again
 from hra_fx.layers.quantized.straight_through import call_quantized
 from hra_fx.layers.rotated_values import RotatedValues
 from hra_fx.layers.rotated_weight import InferenceRotatedWeight, RotatedWeight, link
@@ -64,6 +64,7 @@ class AdaptedLayer(BaseParameters):
         Raises:
             AdapterError: the parameter is the rotated weight itself, or replaces a weight that is read as `W Q`.
         """
+        param = tied_again(param)
         if isinstance(param, RotatedWeight):
             raise AdapterError(
                 f"{name}: it would be computed from a rotated weight, which itself is computed at each read. Prune or "

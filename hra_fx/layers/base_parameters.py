@@ -14,7 +14,7 @@ from torch import nn
 
 from hra_fx.layers.class_swap import SwapMixin, swap, unswap
 from hra_fx.layers.rotated_values import RotatedValues, become_base
-from hra_fx.layers.rotated_weight import RotatedWeight
+from hra_fx.layers.rotated_weight import TIED, RotatedWeight
 from hra_fx.layers.target import weight_place
 
 
@@ -33,16 +33,27 @@ class BaseParameters(SwapMixin):
     def _parameters(self, parameters: dict[str, nn.Parameter | None]) -> None:
         vars(self)["_parameters"] = parameters
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """As any module; a rotated weight stands for the parameter."""
-        super().__setattr__(name, value.base() if isinstance(value, RotatedWeight) else value)
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As any module; a rotated weight that is tied again stands for the parameter."""
+        super().register_parameter(name, tied_again(param))
+
+
+def tied_again(param: Any) -> Any:
+    """The base weight in place of a tied rotated weight; any other value is returned."""
+    return param.base() if isinstance(param, RotatedWeight) and param._is_param else param
 
 
 def swap_tied_modules(model: nn.Module, layers: Collection[nn.Module], undo: ExitStack) -> None:
     """Let all modules of a model that share a weight with adapted layers keep the base weight too."""
-    places = [weight_place(layer) for layer in layers]
-    weights = {id(owner._parameters.get(name)) for owner, name in places} - {id(None)}
+    places = {layer: weight_place(layer) for layer in layers}
+    weights = {id(owner._parameters.get(name)): layer for layer, (owner, name) in places.items()}
     for module in model.modules():
-        if not isinstance(module, BaseParameters) and not weights.isdisjoint(map(id, module._parameters.values())):
-            swap(module, BaseParameters)
-            undo.callback(unswap, module, BaseParameters)
+        for name, parameter in module._parameters.items():
+            layer = None if parameter is None else weights.get(id(parameter))
+            if layer is None or (module, name) == places[layer]:
+                continue
+            vars(layer)[TIED] = True
+            undo.callback(vars(layer).pop, TIED, None)
+            if not isinstance(module, BaseParameters):
+                swap(module, BaseParameters)
+                undo.callback(unswap, module, BaseParameters)

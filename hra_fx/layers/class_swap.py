@@ -56,11 +56,12 @@ def _make(carrier: type[C], base: type[nn.Module]) -> type[C]:
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
-        "_hra_mixin": (carrier, base),
         **carrier.wrap(base),
     }
     made = types.new_class(base.__name__, (carrier, base), exec_body=lambda body: body.update(names))
     made.__qualname__ = base.__qualname__
+    # Last: a class whose `__init_subclass__` fails is among the subclasses of `base` for a while.
+    made._hra_mixin = (carrier, base)
     return made
 
 

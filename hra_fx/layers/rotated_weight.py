@@ -38,6 +38,10 @@ _FLAGS = frozenset(
 )
 
 
+#: Attribute of an adapted layer that shares its base weight with another module.
+TIED = "_hra_tied"
+
+
 class RotatedWeight(Tensor):
     """The weight of an adapted layer as other code sees it: a tensor whose values are `W Q`.
 
@@ -57,6 +61,14 @@ class RotatedWeight(Tensor):
         made: RotatedWeight = compat.wrapper_tensor(cls, layer.hra_base)  # type: ignore[arg-type]
         made._layer = layer
         return made
+
+    @property
+    def _is_param(self) -> bool:
+        """Whether `isinstance(weight, nn.Parameter)` is true, so that it can be assigned to another module.
+
+        It is if other modules share the base weight: accelerate ties them by assigning what it reads of one of them.
+        """
+        return TIED in vars(self._layer)
 
     def base(self) -> Tensor:
         """The base weight `W`; once the adapters are folded or deleted, the weight of the plain layer."""

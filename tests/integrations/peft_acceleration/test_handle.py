@@ -182,6 +182,6 @@ def test_another_method_of_peft_below_is_left_to_peft() -> None:
 
 
 def test_without_peft_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "peft.tuners.hra.layer", None)
+    monkeypatch.setitem(sys.modules, "peft.tuners.hra", None)
     with pytest.raises(ImportError, match=r"^accelerate_peft needs PEFT with HRA\. Run: pip install peft\.$"):
         hra_fx.accelerate_peft()
