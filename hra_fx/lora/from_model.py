@@ -19,6 +19,7 @@ from hra_fx.layers.trained_copies import all_copies
 from hra_fx.lora.adapter import LoraAdapter
 from hra_fx.lora.arguments import check_rank, lora_bias
 from hra_fx.lora.layer_form import lora_layer
+from hra_fx.lora.peft_names import check_names, model_type_of, renamings_of
 from hra_fx.lora.unsupported import check_expressible, check_places
 from hra_fx.model.activate import check_copies
 from hra_fx.model.offload import load_vectors
@@ -52,6 +53,8 @@ def lora_adapter(
     prefix = "".join(f"{path}." for path, module in state_modules(whole) if module is root and path)
     names = _names(record, adapter_names)
     sites = _checked_layers(root, record, names)
+    placed = {f"{prefix}{path}": layer for path, layer in sites.items()}
+    check_names(placed, model_type_of(whole), renamings_of(whole))
     present = {path: [name for name in names if name in layer.hra_u] for path, layer in sites.items()}
     configs = [record.configs[name] for name in names]
     saved = dict.fromkeys(name for config in configs for name in config.modules_to_save or ())

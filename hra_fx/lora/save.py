@@ -52,7 +52,8 @@ def convert_to_lora(
             is not finite.
         FoldError: an adapter has no well-defined `Q` (see `hra_fx.fold`).
         UnsupportedLayerError: LoRA cannot express a layer: a convolution with groups, a dilation or a padding mode
-            other than zeros; a class that does more with its weight than multiply; or a layer shared by modules.
+            other than zeros; a class that does more with its weight than multiply; a layer shared by modules, or whose
+            weight another module reads (see docs/serving.md); or a layer that PEFT does not find by its name.
 
     Warns:
         HRAWarning: the adapters do not change any weight.

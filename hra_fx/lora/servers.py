@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from hra_fx.errors import ConfigError
 from hra_fx.lora.adapter import LoraAdapter, exact_targets
 from hra_fx.lora.formats.gguf_names import is_tied
+from hra_fx.lora.peft_names import parameter_targets
 
 __all__ = ["check_for_server"]
 
@@ -169,6 +170,10 @@ def _names(facts: _Server, adapter: LoraAdapter) -> list[str]:
     if facts.target_list and isinstance(exact_targets([layer.path for layer in adapter.layers], adapter.modules), str):
         found.append(
             "needs a list in `target_modules`, but no list of names matches only these layers: fold the adapter"
+        )
+    if facts.target_list and (hidden := [path for path in parameter_targets(adapter) if path in paths]):
+        found.append(
+            f"does not load {_shown(hidden)}, which PEFT takes for experts in `target_modules`: fold the adapter"
         )
     if facts.all_blocks and (missing := _missing_blocks(known, adapter)):
         found.append(f"ignores a kind of layer unless it is adapted in every block; not adapted: {_shown(missing)}")

@@ -50,6 +50,15 @@ def test_every_linear_layer_of_a_llama_is_accepted(server: str) -> None:
     assert check_for_server(server, _adapter(*LLAMA), rank=8) == []
 
 
+@pytest.mark.parametrize("server", ["vllm", "sglang"])
+def test_shared_experts_that_peft_finds_by_a_parameter(server: str) -> None:
+    shared = tuple(f"model.layers.1.mlp.shared_experts.{name}" for name in MLP)
+    adapter = _adapter(*shared, modules=(*shared, "model.layers.1.mlp.experts"), model_config={"model_type": "dots1"})
+    names = ", ".join(f"`{path}`" for path in shared)
+    said = f"SGLang 0.5.23 does not load {names}, which PEFT takes for experts in `target_modules`: fold the adapter."
+    assert check_for_server(server, adapter, rank=8) == [said] * (server == "sglang")
+
+
 @pytest.mark.parametrize("server", SERVERS)
 def test_an_adapted_llama_of_transformers(server: str) -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -1,6 +1,7 @@
-"""Refuse layers on disk that LoRA cannot express. The model is only built if a convolution is adapted.
+"""Refuse layers on disk that LoRA cannot express. The model is only built if its files do not say that.
 
-The shape of a convolution's weight does not show its groups, its dilation or its padding; the model does.
+The shape of a convolution's weight does not show its groups, its dilation or its padding; the model does. It also shows
+how PEFT renames layers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from hra_fx.checkpoint.disk.naming import IN_MEMORY
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.target import LayerKind, describe
 from hra_fx.lora.disk.base_files import BaseFiles
+from hra_fx.lora.peft_names import check_names, has_experts, renamings_of
 from hra_fx.lora.unsupported import OUTPUT_PROJECTION, OWN_FORWARD, unsupported, why_not_convolution
 
 _PLAIN = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
@@ -42,3 +44,5 @@ def check_layers(opened: BaseFiles, layers: Mapping[str, LayerKind]) -> None:
         reason = why_not_convolution(layer) or (None if type(layer).forward in _PLAIN else OWN_FORWARD)
         if reason:
             raise unsupported(path, describe(layer), reason)
+    renamings = renamings_of(opened.architecture.model) if has_experts(opened.modules()) else ()
+    check_names(layers, opened.architecture.entries.get("model_type"), renamings)

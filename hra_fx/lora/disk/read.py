@@ -47,8 +47,9 @@ def read_as_lora(
     """The LoRA form of adapters on disk, applied in order.
 
     Only the weights of adapted layers are read, block by block. Products with 16-bit weights are computed in float32,
-    others in float64. A model is built, without weights, only to find out about convolutions, tied output layers and
-    weights stored as `(in, out)`; the classes of linear layers are not checked as in `hra_fx.convert_to_lora`.
+    others in float64. A model is built, without weights, only to find out about convolutions, experts, tied output
+    layers, weights stored as `(in, out)` and weights that other modules may read; the classes of linear layers are not
+    checked as in `hra_fx.convert_to_lora`.
 
     Args:
         adapters: folders of adapters saved by PEFT or hra_fx, or their names on the Hub.

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from hra_fx.checkpoint.folder import write
 from hra_fx.checkpoint.keys import PREFIX
-from hra_fx.layers.experts_weight import parameter_of
 from hra_fx.lora.adapter import LoraAdapter, LoraLayer, exact_targets
 from hra_fx.lora.formats.peft_experts import experts_tensors
+from hra_fx.lora.peft_names import parameter_targets
 from hra_fx.selection.suggestions import suffixes
 
 
@@ -34,7 +34,8 @@ def peft_form(
     """
     layers = {layer.path: layer for layer in adapter.layers}
     common = adapter.rank
-    own = {path for path, layer in layers.items() if rank_pattern and layer.kind != "experts"}
+    parameters = parameter_targets(adapter)
+    own = {path for path in layers if rank_pattern and path not in parameters}  # PEFT warns of ranks of parameters
     ranks = {path: max(1, layer.rank) if path in own else common for path, layer in layers.items()}
     factors: dict[str, Tensor] = {}
     for path, layer in layers.items():
@@ -48,7 +49,7 @@ def peft_form(
         if layer.kind == "attention":
             factors |= _output_projection(path, A.shape[1], ranks[path], dtype)
     copies = {_peft_key(key, layers): tensor for key, tensor in adapter.copies.items()}
-    return _config(adapter, ranks), {f"{PREFIX}{key}": tensor for key, tensor in (factors | copies).items()}
+    return _config(adapter, ranks, parameters), {f"{PREFIX}{key}": tensor for key, tensor in (factors | copies).items()}
 
 
 def write_peft(adapter: LoraAdapter, folder: Path, dtype: torch.dtype, *, rank_pattern: bool = False) -> None:
@@ -61,12 +62,11 @@ def write_peft(adapter: LoraAdapter, folder: Path, dtype: torch.dtype, *, rank_p
     write(folder, json.dumps(config, indent=2, sort_keys=True), tensors, {})
 
 
-def _config(adapter: LoraAdapter, ranks: Mapping[str, int]) -> dict[str, Any]:
+def _config(adapter: LoraAdapter, ranks: Mapping[str, int], parameters: Mapping[str, str]) -> dict[str, Any]:
     """The fields of `peft.LoraConfig` that differ from its defaults, or that servers read."""
     # PEFT compares a key with the end of a path, so a path that is itself the end of another one needs an anchor.
     others = {end for path in ranks for end in suffixes(path) if end != path}
     other = {f"^{path}" if path in others else path: rank for path, rank in ranks.items() if rank != adapter.rank}
-    stacked = {layer.path for layer in adapter.layers if layer.kind == "experts"}
     return {
         "peft_type": "LORA",
         "task_type": adapter.task_type,
@@ -76,8 +76,8 @@ def _config(adapter: LoraAdapter, ranks: Mapping[str, int]) -> dict[str, Any]:
         "r": adapter.rank,
         "lora_alpha": adapter.rank,
         "lora_dropout": 0.0,
-        "target_modules": exact_targets([path for path in ranks if path not in stacked], adapter.modules),
-        "target_parameters": [parameter_of(path) for path in ranks if path in stacked] or None,
+        "target_modules": exact_targets([path for path in ranks if path not in parameters], adapter.modules),
+        "target_parameters": list(parameters.values()) or None,
         "fan_in_fan_out": any(layer.columns for layer in adapter.layers),
         "bias": adapter.bias,
         "modules_to_save": list(adapter.modules_to_save) or None,

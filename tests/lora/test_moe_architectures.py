@@ -1,0 +1,154 @@
+"""Every architecture of transformers with experts: PEFT computes what the adapted model does, or a layer is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from moe_architectures import architecture, architectures, experts_of, tiny
+from oracles import relative_error
+from torch import Tensor, nn
+
+import hra_fx
+from hra_fx.errors import UnsupportedLayerError
+from hra_fx.lora.disk.convert import convert_files
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+#: Shared experts whose names PEFT converts, both layouts of experts, and a router with a forward of its own.
+SOME = ("dots1", "ernie4_5_moe", "hunyuan_v1_moe", "gpt_oss", "llama4_text")
+REASONS = re.compile(
+    "is the output projection of an attention|has its own forward|has groups|that another module reads|"
+    "would not be found by PEFT|has a name that PEFT's LoRA refuses in Mamba models"
+)
+
+
+def made(kind: str) -> nn.Module:
+    return tiny(kind, architecture(kind))
+
+
+def outputs(model: nn.Module) -> Tensor:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        found: Tensor = model(input_ids=torch.arange(3, 21).view(2, 9))[0]
+    return found
+
+
+def adapted(base: nn.Module, **fields: Any) -> nn.Module:
+    """A copy with random adapters, on its experts and all layers if not said otherwise."""
+    targets = {"r": 2, "target_modules": "all-linear", "target_parameters": experts_of(base)}
+    model = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(**targets | fields))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".hra_u." in name:
+                parameter.normal_()
+    return model
+
+
+def expressible(base: nn.Module) -> tuple[nn.Module, Tensor]:
+    """A copy with adapters on all that is not refused, and its outputs."""
+    excluded: list[str] = []
+    experts = experts_of(base)
+    while True:
+        model = adapted(base, target_parameters=experts or None, exclude_modules=excluded)
+        wanted = outputs(model)
+        try:
+            hra_fx.convert_to_lora(model)
+        except UnsupportedLayerError as refusal:
+            path, _, reason = str(refusal).partition(": ")
+            assert REASONS.search(reason), refusal
+            if ".hra_" in path:
+                experts = []
+            else:
+                excluded.append(path)
+        else:
+            return model, wanted
+
+
+def check(base: nn.Module, folder: Path, wanted: Tensor) -> None:
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder)
+    assert relative_error(outputs(loaded), wanted) <= 5e-5
+
+
+@pytest.mark.parametrize("kind", SOME)
+def test_some_architectures_in_memory_and_on_disk(kind: str, tmp_path: Path) -> None:
+    base: Any = made(kind)
+    model, wanted = expressible(base)
+    assert relative_error(wanted, outputs(base)) > 1e-2
+    hra_fx.save_as_lora(model, tmp_path / "lora")
+    check(base, tmp_path / "lora", wanted)
+    hra_fx.save_adapter(model, tmp_path / "adapter")
+    base.save_pretrained(tmp_path / "base")
+    convert_files([tmp_path / "adapter"], tmp_path / "base", tmp_path / "converted", progress=False)
+    check(base, tmp_path / "converted", wanted)
+
+
+@pytest.mark.slow
+def test_every_architecture(tmp_path: Path) -> None:
+    wrong, compared = {}, []
+    for kind, model_class in architectures().items():
+        base = tiny(kind, model_class)
+        if not experts_of(base):
+            continue
+        try:
+            model, wanted = expressible(base)
+            hra_fx.save_as_lora(model, tmp_path / kind)
+            check(base, tmp_path / kind, wanted)
+        except Exception as error:
+            wrong[kind] = f"{type(error).__name__}: {error}"
+        else:
+            compared += [kind] * (relative_error(wanted, outputs(base)) > 1e-2)
+    assert not wrong
+    assert {*SOME} < {*compared} and len(compared) > 70
+
+
+@pytest.mark.parametrize("fields", [{"r": 3, "target_modules": ["q_proj"]}, {"apply_GS": True}], ids=str)
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_other_configurations(kind: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    base = made(kind)
+    model = adapted(base, **fields)
+    hra_fx.save_as_lora(model, tmp_path)
+    check(base, tmp_path, outputs(model))
+
+
+def test_one_of_the_parameters_and_a_smaller_rank(tmp_path: Path) -> None:
+    base = made("qwen3_moe")
+    model = adapted(base, r=4, target_modules=None, target_parameters=["experts.down_proj"])
+    rows = hra_fx.save_as_lora(model, tmp_path / "small", rank=2).rows
+    assert all(row.rank == 2 and 0 < row.error < 1 for row in rows)
+    hra_fx.save_as_lora(model, tmp_path / "lora")
+    check(base, tmp_path / "lora", outputs(model))
+
+
+def test_layers_that_are_named_as_parameters_have_the_common_rank(tmp_path: Path) -> None:
+    base = made("dots1")
+    model = adapted(base, target_parameters=None, rank_pattern={"0.self_attn.q_proj": 4})
+    hra_fx.save_as_lora(model, tmp_path, rank_pattern=True)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert len(config["rank_pattern"]) == 7  # of eight layers in attentions
+    check(base, tmp_path, outputs(model))
+
+
+REFUSED = {
+    "laguna": r"1\.mlp\.shared_experts\.\w+: this layer would not be found by PEFT, which renames it to model\.",
+    "nemotron_h": r"0\.mixer\.out_proj: this layer has a name that PEFT's LoRA refuses in Mamba models",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refusals(kind: str, tmp_path: Path) -> None:
+    base: Any = made(kind)
+    model = adapted(base, target_parameters=None)
+    with pytest.raises(UnsupportedLayerError, match=rf"^model\.layers\.{REFUSED[kind]}"):
+        hra_fx.convert_to_lora(model)
+    hra_fx.save_adapter(model, tmp_path / "adapter")
+    base.save_pretrained(tmp_path / "base", save_original_format=False)
+    with pytest.raises(UnsupportedLayerError, match=rf"^model\.layers\.{REFUSED[kind]}"):
+        convert_files([tmp_path / "adapter"], tmp_path / "base", tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
