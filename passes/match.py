@@ -10,7 +10,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from hra_fx.layers.target import META, LayerTarget, NodeTag, weight_name
 
 #: Attributes and methods that say nothing about the values of a weight.
-_METADATA = frozenset(
+METADATA = frozenset(
     ("dtype", "device", "shape", "ndim", "is_cuda", "requires_grad", "layout", "size", "dim", "numel", "element_size")
 )
 
@@ -77,8 +77,8 @@ class MatchPass(PassBase):
 
 
 def _is_metadata(node: fx.Node) -> bool:
-    return (node.target is getattr and node.args[1] in _METADATA) or (
-        node.op == "call_method" and node.target in _METADATA
+    return (node.target is getattr and node.args[1] in METADATA) or (
+        node.op == "call_method" and node.target in METADATA
     )
 
 

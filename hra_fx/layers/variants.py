@@ -148,6 +148,7 @@ class LinearAdapters(HouseholderAdapters):
 
     def rotate(self, weight: Tensor) -> Tensor:
         """As `HouseholderAdapters.rotate`; the weight may be a `DTensor`."""
+        _note_read(self)
         if not is_dtensor(weight):
             return super().rotate(weight)
         factors = self._distributed_factors(weight)
@@ -209,6 +210,11 @@ class ConvAdapters(HouseholderAdapters):
             return None
         geometry: Any = (self.stride, self.padding, self.dilation, self.groups, self.padding_mode, self.border)
         return patch_coordinates(x, vectors, self.patch, *geometry)
+
+    def rotate(self, weight: Tensor) -> Tensor:
+        """As `HouseholderAdapters.rotate`."""
+        _note_read(self)
+        return super().rotate(weight)
 
     def through(self, x: Tensor, weight: Tensor, layer: Any) -> Tensor | None:
         """The output of the layer for `x`.
@@ -287,6 +293,12 @@ def _uses_factors(box: HouseholderAdapters, x: Tensor) -> bool:
     if not (is_plain_eager() or is_compiling()) or not is_plain(x):
         return False
     return has_batch(box) or all(is_plain(*part.tensors()) for part in box.chain_parts())
+
+
+def _note_read(box: HouseholderAdapters) -> None:
+    """Note that the forward of the model reads a weight itself; anyone may read it at other times."""
+    if not is_compiling() and has_batch(box):
+        box.is_read = True
 
 
 def _asks(module: nn.Module) -> bool:

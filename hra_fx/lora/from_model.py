@@ -21,6 +21,7 @@ from hra_fx.lora.arguments import check_rank, lora_bias
 from hra_fx.lora.layer_form import lora_layer
 from hra_fx.lora.peft_names import check_names, model_type_of, renamings_of
 from hra_fx.lora.unsupported import check_expressible, check_places
+from hra_fx.lora.weight_reads import check_reads
 from hra_fx.model.activate import check_copies
 from hra_fx.model.offload import load_vectors
 from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, names_in, root_of
@@ -55,6 +56,7 @@ def lora_adapter(
     sites = _checked_layers(root, record, names)
     placed = {f"{prefix}{path}": layer for path, layer in sites.items()}
     check_names(placed, model_type_of(whole), renamings_of(whole))
+    check_reads(whole, placed)
     present = {path: [name for name in names if name in layer.hra_u] for path, layer in sites.items()}
     configs = [record.configs[name] for name in names]
     saved = dict.fromkeys(name for config in configs for name in config.modules_to_save or ())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -84,8 +84,17 @@ class Architecture:
 
     def find(self, path: str) -> nn.Module | None:
         """The module of a path, also with the prefix added or removed; `None` if unknown."""
-        found = self._names.find(path)
+        found = self.place(path)
         return None if found is None else self._modules[found]
+
+    def place(self, path: str) -> str | None:
+        """The path in the model, with the prefix added or removed; `None` if unknown."""
+        return self._names.find(path)
+
+    def may_read_weight(self, names: Iterable[str]) -> bool:
+        """Whether the text of the code of transformers reads the weight of a layer with one of these names."""
+        layers = "|".join(map(re.escape, names))
+        return any(re.search(rf"\bself\.(\w+\.)*({layers})\.(in_proj_)?weight\b", text) for text in self._sources)
 
     @cached_property
     def _modules(self) -> dict[str, nn.Module]:

@@ -1,23 +1,24 @@
 """Refuse layers on disk that LoRA cannot express. The model is only built if its files do not say that.
 
 The shape of a convolution's weight does not show its groups, its dilation or its padding; the model does. It also shows
-how PEFT renames layers.
+which weights other modules read, and how PEFT renames layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
 
-from hra_fx.checkpoint.disk.architecture import CONFIG
+from hra_fx.checkpoint.disk.architecture import CONFIG, Architecture
 from hra_fx.checkpoint.disk.naming import IN_MEMORY
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.target import LayerKind, describe
 from hra_fx.lora.disk.base_files import BaseFiles
 from hra_fx.lora.peft_names import check_names, has_experts, renamings_of
 from hra_fx.lora.unsupported import OUTPUT_PROJECTION, OWN_FORWARD, unsupported, why_not_convolution
+from hra_fx.lora.weight_reads import check_reads
 
 _PLAIN = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
@@ -44,5 +45,12 @@ def check_layers(opened: BaseFiles, layers: Mapping[str, LayerKind]) -> None:
         reason = why_not_convolution(layer) or (None if type(layer).forward in _PLAIN else OWN_FORWARD)
         if reason:
             raise unsupported(path, describe(layer), reason)
-    renamings = renamings_of(opened.architecture.model) if has_experts(opened.modules()) else ()
-    check_names(layers, opened.architecture.entries.get("model_type"), renamings)
+    _check_model(opened.architecture, layers, has_experts(opened.modules()))
+
+
+def _check_model(architecture: Architecture, paths: Collection[str], renamed: bool) -> None:
+    """Refuse layers that PEFT's LoRA does not find, or has no effect on; `renamed`: whether PEFT may rename them."""
+    check_names(paths, architecture.entries.get("model_type"), renamings_of(architecture.model) if renamed else ())
+    if architecture.may_read_weight({path.rpartition(".")[2] for path in paths}) and architecture.model is not None:
+        places = [place for path in paths if (place := architecture.place(path)) is not None]
+        check_reads(architecture.model, {place: architecture.model.get_submodule(place) for place in places})
