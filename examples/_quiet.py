@@ -11,6 +11,8 @@ import warnings
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 warnings.filterwarnings("ignore", message="IProgress not found")
+# onnxruntime would send data about its use, and warns where it cannot write an identifier into the home folder.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # The log of all libraries. PEFT and transformers import what is installed, such as bitsandbytes and torchao, which log
 # what the CPU or the GPU lacks. A demo that fails raises an exception, and its traceback is printed.
 logging.disable()

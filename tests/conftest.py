@@ -6,8 +6,9 @@ import os
 import signal
 from collections.abc import Iterator
 
-# huggingface_hub reads it when it is imported.
+# huggingface_hub and onnxruntime read them when they are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 import pytest
 import torch
