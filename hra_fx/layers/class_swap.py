@@ -61,7 +61,7 @@ def _make(carrier: type[C], base: type[nn.Module]) -> type[C]:
     made = types.new_class(base.__name__, (carrier, base), exec_body=lambda body: body.update(names))
     made.__qualname__ = base.__qualname__
     # Last: a class whose `__init_subclass__` fails is among the subclasses of `base` for a while.
-    made._hra_mixin = (carrier, base)
+    made._hra_mixin = (carrier, base)  # type: ignore[attr-defined]
     return made
 
 

@@ -63,7 +63,7 @@ class RotatedWeight(Tensor):
         return made
 
     @property
-    def _is_param(self) -> bool:
+    def _is_param(self) -> bool:  # type: ignore[override]
         """Whether `isinstance(weight, nn.Parameter)` is true, so that it can be assigned to another module.
 
         It is if other modules share the base weight: accelerate ties them by assigning what it reads of one of them.

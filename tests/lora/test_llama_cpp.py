@@ -22,8 +22,8 @@ PROMPT = [1, 50, 77, 120, 9, 20, 33]
 COUNT = 12
 #: Of a log-probability. Everything is computed in float32, whose rounding errors add up to 4e-6 in these models.
 EXACT = 2e-5
-#: llama.cpp rounds the inputs of its GELU to half precision (2^-11), where the last bit of float32 can decide. That bit, and
-#: the random weights, depend on the CPU: 5.7e-4 was seen.
+#: llama.cpp rounds the inputs of its GELU to half precision (2^-11), where the last bit of float32 can decide. That bit
+#: and the random weights depend on the CPU: 5.7e-4 was seen.
 TABULATED = 1e-3
 _WITH_GELU = ("gemma", "gemma2", "gemma3_text", "gpt2", "phi", "starcoder2")
 
