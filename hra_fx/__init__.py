@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from hra_fx.model.merge import merge_adapter as merge_adapter, unmerge_adapter as unmerge_adapter
     from hra_fx.model.mixed import mixed_batch as mixed_batch
     from hra_fx.model.orthogonality import orthogonality_loss as orthogonality_loss
+    from hra_fx.model.pairs import train_pairs as train_pairs
     from hra_fx.model.reset import reset_adapters as reset_adapters
     from hra_fx.model.scale import set_scale as set_scale
     from hra_fx.model.switch import disable_adapters as disable_adapters, set_adapter as set_adapter
@@ -128,6 +129,7 @@ _HOMES = {
     "set_adapter": "model.switch",
     "set_scale": "model.scale",
     "to_networkx": "view.network",
+    "train_pairs": "model.pairs",
     "transform": "api.transform",
     "unfold_checkpoint": "checkpoint.disk.fold",
     "unmerge_adapter": "model.merge",

@@ -250,3 +250,8 @@ def is_higher_order(target: object) -> bool:
 def schema_of(target: object) -> Any:
     """The schema of an operator, with `name`, `arguments` and `is_mutable`; `None` for other functions."""
     return getattr(target, "_schema", None)
+
+
+def copy_all(targets: list[Tensor], values: list[Tensor]) -> None:
+    """Copy tensors of one device into others, in one operator for all. torch's optimizers use the private name."""
+    torch._foreach_copy_(targets, values)

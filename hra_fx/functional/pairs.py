@@ -1,0 +1,75 @@
+r"""Pair coordinates: the sum `m` and the difference `d` of two consecutive vectors of a chain.
+
+With `L` the length of a vector at its start and `c` the weight of differences, columns `2i` and `2i + 1` of `U` are
+
+    u_1 = L (m + c d),    u_2 = L (m - c d).
+
+To first order in `d`, the pair of reflections takes inputs along `m` and sends them along `d`, and back, so `m` selects
+inputs as a row of LoRA's `A` does. At the start `d = 0`, where the gradients of `u_1` and `u_2` are opposite, and that
+of `m` is zero. AdamW divides a gradient by its mean square. In `u_1` and `u_2`, that of `d` dominates it, and `m`
+hardly turns; in `m` and `d`, each is divided by its own.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def start_length(d: int, r: int) -> float:
+    """`L`: the root mean square length of the vectors that `householder.init_vectors` draws in pairs.
+
+    Each entry is uniform up to `sqrt(2 / r)` on both sides of 0.
+
+    Example:
+        >>> start_length(12, 8)
+        1.0
+    """
+    return math.sqrt(2 * d / (3 * r))
+
+
+def to_pairs(vectors: Tensor, length: float, difference: float) -> Tensor:
+    """Vectors in pair coordinates: columns `m_0, d_0, m_1, d_1, ...`.
+
+    Args:
+        vectors: `(..., d, r)`, `r` even.
+        length: `L`.
+        difference: `c`.
+
+    Example:
+        >>> to_pairs(torch.tensor([[3.0, 1.0]]), 2.0, 0.5)
+        tensor([[1., 1.]])
+    """
+    return _sums_and_differences(vectors).mul_(_columns(vectors, 0.5 / length, 0.5 / (length * difference)))
+
+
+def gradients_to_pairs(gradients: Tensor, length: float, difference: float) -> Tensor:
+    """The gradients with respect to pair coordinates, by the transposed map; arguments as `to_pairs`."""
+    return _sums_and_differences(gradients).mul_(_columns(gradients, length, length * difference))
+
+
+def from_pairs(pairs: Tensor, length: float, difference: float) -> Tensor:
+    """The inverse of `to_pairs`.
+
+    Example:
+        >>> from_pairs(torch.tensor([[1.0, 1.0]]), 2.0, 0.5)
+        tensor([[3., 1.]])
+    """
+    return _sums_and_differences(pairs * _columns(pairs, length, length * difference))
+
+
+def _sums_and_differences(values: Tensor) -> Tensor:
+    # Faster than torch.stack, which interleaves columns slowly on CPUs; a product of matrices may round to TF32.
+    made = torch.empty_like(values)
+    torch.add(values[..., 0::2], values[..., 1::2], out=made[..., 0::2])
+    torch.sub(values[..., 0::2], values[..., 1::2], out=made[..., 1::2])
+    return made
+
+
+def _columns(like: Tensor, even: float, odd: float) -> Tensor:
+    """The row `(r,)` of factors for even and odd columns."""
+    row = torch.full(like.shape[-1:], even, dtype=like.dtype, device=like.device)
+    row[1::2] = odd
+    return row
