@@ -1,7 +1,4 @@
-"""The Trainer of transformers, with the orthogonality regularizer of the paper.
-
-Without the regularizer, use the standard Trainer.
-"""
+"""The Trainer of transformers, which trains HRA in pairs, and with the orthogonality regularizer of the paper."""
 
 from __future__ import annotations
 
@@ -15,32 +12,36 @@ from transformers import Trainer
 
 from hra_fx.errors import ConfigError, HRAWarning
 from hra_fx.model.orthogonality import orthogonality_loss
+from hra_fx.model.pairs import can_train_pairs, check_difference, train_pairs
 from hra_fx.model.state import collect_parts
 
 #: Smaller learning rates give a warning. The best ones in docs/results.md are 3e-3 and larger.
 _LEAST_RATE = 1e-3
 _SMALL_RATE = (
-    "`learning_rate` is {0:g}. Only the directions of HRA's vectors count, and their entries start at about 0.3 "
-    "(r=8), so a step of AdamW turns them by about {0:g} / 0.3, and a short training hardly changes the model. Try "
-    "learning_rate=3e-3 for language models, 1e-2 for others (docs/training.md)."
+    "`learning_rate` is {0:g}. Only the directions of HRA's vectors count, and steps of AdamW of this size hardly turn "
+    "them in a short training. Try learning_rate=3e-3 for language models, 1e-2 for others (docs/training.md)."
 )
 
 
 class HRATrainer(Trainer):
-    """The transformers Trainer, with `orthogonality_weight * orthogonality_loss(model)` added to the training loss.
+    """The transformers Trainer, whose optimizer trains pairs of vectors (`hra_fx.train_pairs`).
 
-    The term is added once per optimizer step, for any `gradient_accumulation_steps`, and not in evaluations. Training
-    logs contain its unweighted mean since the last log as `orthogonality`.
+    `orthogonality_weight * orthogonality_loss(model)` is added to the training loss, once per optimizer step, for any
+    `gradient_accumulation_steps`, and not in evaluations. Training logs contain the unweighted mean of the term since
+    the last log as `orthogonality`.
 
     Use weight 0 with sharding that splits the vectors outside of the forward pass (DeepSpeed ZeRO-3, FSDP1). FSDP2
     works.
 
     Args:
         args, kwargs: those of `transformers.Trainer`.
-        orthogonality_weight: the weight, finite and >= 0; 0 gives the standard Trainer.
+        orthogonality_weight: the weight, finite and >= 0; 0 adds no term.
+        pair_difference: `difference` of `train_pairs`, also for an optimizer that you pass, unless that trains pairs
+            already; `None` lets the optimizer step the vectors, as the standard Trainer does. A checkpoint continues
+            with the value that it was trained with.
 
     Raises:
-        ConfigError: the weight is not a finite number >= 0.
+        ConfigError: the weight is not a finite number >= 0, or `pair_difference` neither `None` nor one > 0.
         AdapterError: the weight is positive and the model has no reflections (raised at the first training step).
 
     Warns:
@@ -53,8 +54,10 @@ class HRATrainer(Trainer):
         hra_fx.errors.ConfigError: `orthogonality_weight` must be a finite number >= 0, got -1.0. Use 0.0 to ...
     """
 
-    def __init__(self, *args: Any, orthogonality_weight: float = 0.0, **kwargs: Any) -> None:
-        """Check the weight; other arguments go to the Trainer."""
+    def __init__(
+        self, *args: Any, orthogonality_weight: float = 0.0, pair_difference: float | None = 0.1, **kwargs: Any
+    ) -> None:
+        """Check the two numbers; other arguments go to the Trainer."""
         if (
             isinstance(orthogonality_weight, bool)
             or not isinstance(orthogonality_weight, (int, float))
@@ -64,7 +67,10 @@ class HRATrainer(Trainer):
                 f"`orthogonality_weight` must be a finite number >= 0, got {orthogonality_weight!r}. Use 0.0 to "
                 "disable the term, or a small value such as 1e-6."
             )
+        if pair_difference is not None:
+            check_difference(pair_difference, "pair_difference")
         super().__init__(*args, **kwargs)
+        self.pair_difference = pair_difference
         self.orthogonality_weight = float(orthogonality_weight)
         self._sum_since_log: Tensor | float = 0.0
         self._terms_since_log = 0
@@ -77,7 +83,15 @@ class HRATrainer(Trainer):
             return False
         model: Any = self.model
         vectors = (one for adapters in collect_parts(model).reflections for one in adapters.parameters())
-        return type(self).create_optimizer is Trainer.create_optimizer and any(one.requires_grad for one in vectors)
+        return type(self).create_optimizer is HRATrainer.create_optimizer and any(one.requires_grad for one in vectors)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The optimizer of the Trainer, which trains pairs."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        model: Any = self.model
+        if self.pair_difference is not None and can_train_pairs(optimizer, model):
+            train_pairs(optimizer, model, self.pair_difference)
+        return optimizer
 
     def compute_loss(
         self,

@@ -84,7 +84,7 @@ def train_pairs(optimizer: Any, model: nn.Module, difference: float = 0.1) -> No
         >>> optimizer.step()
     """
     optimizer = _torch_optimizer(optimizer)
-    _check_difference(difference)
+    check_difference(difference)
     known = _KNOWN.get(optimizer)
     pairs = _Pairs(float(difference)) if known is None else known
     if pairs.difference != difference:
@@ -103,6 +103,11 @@ def train_pairs(optimizer: Any, model: nn.Module, difference: float = 0.1) -> No
         _install(optimizer, pairs)
     pairs.layers.update(layers)
     pairs.warn(found)
+
+
+def can_train_pairs(optimizer: Any, model: nn.Module) -> bool:
+    """Whether an optimizer steps vectors of a model, and does not train pairs yet."""
+    return optimizer not in _KNOWN and any(True for _ in _stepped(_adapted_layers(model), optimizer))
 
 
 class _Pairs:
@@ -266,10 +271,15 @@ def _torch_optimizer(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-def _check_difference(difference: Any) -> None:
+def check_difference(difference: Any, field: str = "difference") -> None:
+    """Check `difference`.
+
+    Raises:
+        ConfigError: it is not a finite number > 0.
+    """
     is_number = isinstance(difference, (int, float)) and not isinstance(difference, bool)
     if not is_number or not 0 < difference < math.inf:
-        raise ConfigError(f"`difference` must be a finite number > 0, got {difference!r}. The default is 0.1.")
+        raise ConfigError(f"`{field}` must be a finite number > 0, got {difference!r}. The default is 0.1.")
 
 
 def _check_groups(groups: Iterable[dict[str, Any]], difference: float) -> None:

@@ -28,7 +28,7 @@ ONE_STEP = {
     **{"per_device_train_batch_size": 2, "max_steps": 1, "max_grad_norm": 0.0},
     **{"optim": "sgd", "learning_rate": LR, "lr_scheduler_type": "constant", "logging_strategy": "no"},
 }
-Weighted = partial(HRATrainer, orthogonality_weight=WEIGHT)
+Weighted = partial(HRATrainer, orthogonality_weight=WEIGHT, pair_difference=None)
 
 
 def adapted(kind: str) -> Any:
@@ -140,7 +140,7 @@ def test_compute_loss_adds_the_term_before_training_too(tmp_path: Path) -> None:
 
 def test_without_a_weight_it_is_the_stock_trainer(tmp_path: Path) -> None:
     models, histories = [adapted("bert"), adapted("bert")], []
-    for maker, model in zip((Trainer, HRATrainer), models, strict=True):
+    for maker, model in zip((Trainer, partial(HRATrainer, pair_difference=None)), models, strict=True):
         made = trainer(maker, "bert", model, tmp_path, 8, max_steps=3, logging_strategy="steps")
         made.train()
         histories.append([(entry.keys(), entry.get("loss")) for entry in made.state.log_history])
@@ -199,9 +199,9 @@ def warnings_of(maker: Any, model: nn.Module, folder: Path, **arguments: Any) ->
 @pytest.mark.parametrize(("rate", "shown"), [({}, "5e-05"), ({"learning_rate": 2e-4}, "0.0002")], ids=str)
 def test_a_learning_rate_of_lora_is_a_warning(rate: dict[str, float], shown: str, tmp_path: Path) -> None:
     assert warnings_of(HRATrainer, adapted("bert"), tmp_path, **rate) == [
-        f"`learning_rate` is {shown}. Only the directions of HRA's vectors count, and their entries start at about "
-        f"0.3 (r=8), so a step of AdamW turns them by about {shown} / 0.3, and a short training hardly changes the "
-        "model. Try learning_rate=3e-3 for language models, 1e-2 for others (docs/training.md)."
+        f"`learning_rate` is {shown}. Only the directions of HRA's vectors count, and steps of AdamW of this size "
+        "hardly turn them in a short training. Try learning_rate=3e-3 for language models, 1e-2 for others "
+        "(docs/training.md)."
     ]
 
 
