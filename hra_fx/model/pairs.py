@@ -128,7 +128,6 @@ class _Pairs:
 
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Go to pair coordinates; a closure computes a loss and gradients, so it runs in vectors."""
-        _check_groups(optimizer.param_groups, self.difference)
         self._enter(optimizer)
         held = weakref.ref(optimizer)
 
@@ -154,9 +153,10 @@ class _Pairs:
         if self.batches:  # a step that calls that of its base class
             return
         found = list(_stepped(self.layers, optimizer))
-        self.warn(
-            found or [_Vectors(path, None, "not a parameter of the optimizer now") for path in self.layers.values()]
-        )
+        if found:  # some optimizers load a state without running hooks
+            _check_groups(optimizer.param_groups, self.difference)
+        lost = "not a parameter of the optimizer now"
+        self.warn(found or [_Vectors(path, None, lost) for path in self.layers.values()])
         alike = defaultdict(list)
         for _, tensor, why_not in found:
             if why_not is None and tensor.grad is not None:

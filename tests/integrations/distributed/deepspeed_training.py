@@ -68,7 +68,7 @@ def main(model_path: str, stage: str, steps: str, output: str, resume: bool) -> 
     model = LlamaForCausalLM.from_pretrained(model_path)
     torch.manual_seed(0)
     model = hra_fx.get_peft_model(model, hra_fx.HRAConfig(r=4, target_modules="all-linear"))
-    trainer = HRATrainer(model=model, args=args, train_dataset=texts())
+    trainer = HRATrainer(model=model, args=args, train_dataset=texts(), pair_difference=None)
     trainer.train(resume_from_checkpoint=resume)
     if deepspeed:
         check_refused(model)

@@ -178,6 +178,7 @@ def train(
     steps: int = 3,
     term: Callable[..., Any] | None = None,
     evaluate: bool = False,
+    pairs: bool = False,
 ) -> list[float]:
     """The losses of whole batches.
 
@@ -188,11 +189,14 @@ def train(
         steps: number of steps.
         term: an additional loss, of the model.
         evaluate: whether to call the model without gradients before each step.
+        pairs: whether the optimizer trains pairs.
     """
     x, labels = case.data()
     if isinstance(model, FSDPModule):
         model.reshard()  # after a forward without backward, parameters() gives what is thrown away
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    if pairs:
+        hra_fx.train_pairs(optimizer, model)
     losses = []
     for _ in range(steps):
         if evaluate:

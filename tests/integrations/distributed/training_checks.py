@@ -27,6 +27,7 @@ from integrations.distributed.trained import (
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
@@ -44,6 +45,22 @@ def losses_and_vectors(case: str, rank: int, folder: Path) -> None:
         together = wrap(CASES[case], CASES[case].model())
         assert train(together, CASES[case], part_of(rank)) == pytest.approx(losses, abs=1e-13), way
         same(trained(alone), trained(together))
+
+
+def pairs(rank: int, folder: Path) -> None:
+    """Steps in sums and differences; FSDP2 has some rows of the vectors in each process."""
+    alone = MLP.model()
+    losses = train(alone, MLP, pairs=True)
+    assert losses[1:] != pytest.approx(train(MLP.model(), MLP)[1:], abs=1e-3)
+    for way, wrap in WAYS.items():
+        together = wrap(MLP, MLP.model())
+        assert train(together, MLP, part_of(rank), pairs=True) == pytest.approx(losses, abs=1e-13), way
+        same(trained(alone), trained(together))
+    columns = MLP.model()
+    for path in MLP.units:
+        fully_shard(columns.get_submodule(path), shard_placement_fn=lambda one: Shard(one.dim() - 1))
+    with pytest.warns(hra_fx.HRAWarning, match=r"0.hra_u.default \(sharded by columns\), 2.hra_u"):
+        train(columns, MLP, part_of(rank), pairs=True)
 
 
 def kept_whole(case: Any, model: nn.Module) -> nn.Module:
@@ -259,7 +276,7 @@ def hra_trainer(rank: int, folder: Path) -> None:
         average_tokens_across_devices=False,
         **{"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False},
     )
-    trainer = HRATrainer(model, arguments, train_dataset=Items(), orthogonality_weight=0.1)
+    trainer = HRATrainer(model, arguments, train_dataset=Items(), orthogonality_weight=0.1, pair_difference=None)
     trainer.train()
     assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
     alone: Any = BERT.model()
@@ -275,6 +292,7 @@ def hra_trainer(rank: int, folder: Path) -> None:
 
 CHECKS: dict[str, Check] = {
     **{f"losses and vectors: {case}": functools.partial(losses_and_vectors, case) for case in CASES},
+    "pairs": pairs,
     "an evaluation between steps": evaluation_between_steps,
     **{
         "vectors in a group of their own": vectors_apart,
