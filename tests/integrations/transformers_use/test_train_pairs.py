@@ -117,7 +117,7 @@ def test_trl(tmp_path: Path) -> None:
         trainer.train()
         found.append(torch.cat([one.detach().flatten() for one in runs.vectors_of(trainer.model).values()]))
     assert relative_error(found[2], found[1]) < 1e-4
-    assert relative_error(found[0], found[1]) > 1e-2
+    assert relative_error(found[0], found[1]) > 1e-3
 
 
 @pytest.mark.parametrize("difference", [0.0, float("nan"), True, "0.1"])
