@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import networkx as nx
@@ -65,8 +65,10 @@ def _absolute(name: str, node: ast.ImportFrom) -> str:
     return ".".join([*base, *(node.module or "").split(".")]).rstrip(".")
 
 
-def _imports(name: str) -> Iterator[tuple[str, int]]:
+@cache
+def _imports(name: str) -> list[tuple[str, int]]:
     """Every file of ours that a file imports, anywhere in it, with the line."""
+    found: list[tuple[str, int]] = []
     for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
@@ -76,7 +78,8 @@ def _imports(name: str) -> Iterator[tuple[str, int]]:
             targets = [target if target in FILES else module for target in targets]
         else:
             continue
-        yield from ((target, node.lineno) for target in targets if target.split(".")[0] in PACKAGES)
+        found += [(target, node.lineno) for target in targets if target.split(".")[0] in PACKAGES]
+    return found
 
 
 def _graph() -> nx.DiGraph:
