@@ -164,10 +164,10 @@ def test_under_autocast(scheme: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         output = model(x)
     ours, due = gradients(model, output, weights), gradients(model, dense(model, x), weights)
-    assert relative_error(output, dense(model, x)) < 3e-2
+    assert relative_error(output, dense(model, x)) < max(3e-2, SCHEMES[scheme].tolerance)
     for mine, theirs in zip(ours, due, strict=True):
         assert mine.dtype == torch.float32
-        assert relative_error(mine, theirs) < 5e-2
+        assert relative_error(mine, theirs) < max(5e-2, SCHEMES[scheme].tolerance)
 
 
 @pytest.mark.parametrize("scheme", [name for name in FEW if name.startswith("ao")])
