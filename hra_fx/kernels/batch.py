@@ -11,7 +11,7 @@ have an entry for each part. The result is `R` and `F` of each layer in turn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from hra_fx import compat
 from hra_fx.functional import householder
 from hra_fx.functional.chain import ChainPart, plain_chain
 from hra_fx.kernels.dispatch import is_compiling
-from hra_fx.kernels.factors import Factors, Reached, wy_factors
+from hra_fx.kernels.factors import Factors, wy_factors
 
 
 def batched_factors(layers: Sequence[Sequence[ChainPart]], dtype: torch.dtype) -> list[Factors]:
@@ -56,9 +56,15 @@ def _column(layers: Sequence[Sequence[ChainPart]], place: int) -> list[Tensor]:
 
 
 def _compute(tensors: list[Tensor], apply_GS: list[bool], anchored: list[bool], dtype: torch.dtype) -> list[Tensor]:
+    stack, unbind = _gradients_where_reached()
+    factors = wy_factors(_chains(tensors, apply_GS, anchored, stack), _again(tensors, apply_GS, anchored))
+    return list(unbind(factors.to(dtype)))
+
+
+def _chains(tensors: list[Tensor], apply_GS: list[bool], anchored: list[bool], stack: Callable[..., Tensor]) -> Tensor:
+    """The chains of all layers, `(n, ..., d, k)`; `stack` stacks the vectors of a part."""
     layers = len(tensors) // (len(anchored) + sum(anchored))
     groups = [tensors[start : start + layers] for start in range(0, len(tensors), layers)]
-    stack, unbind, reached = _gradients_where_reached(layers)
     parts = []
     for uses_GS, has_anchor in zip(apply_GS, anchored, strict=True):
         vectors = stack(groups.pop(0))
@@ -66,8 +72,26 @@ def _compute(tensors: list[Tensor], apply_GS: list[bool], anchored: list[bool], 
         with householder.without_autocast(vectors):
             wide = vectors.to(householder.working_dtype(vectors.dtype))
             parts.append(plain_chain(wide, anchors, apply_GS=uses_GS))
-    factors = wy_factors(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1), reached)
-    return list(unbind(factors.to(dtype)))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def _again(tensors: list[Tensor], apply_GS: list[bool], anchored: list[bool]) -> Callable[[], Tensor] | None:
+    """Computes the chains again, for another backward pass, from vectors that must not have changed."""
+    if not torch.is_grad_enabled():
+        return None
+    versions = [compat.tensor_version(tensor) for tensor in tensors]
+
+    def again() -> Tensor:
+        gone = any(tensor.untyped_storage().size() == 0 for tensor in tensors)
+        if gone or versions != [compat.tensor_version(tensor) for tensor in tensors]:
+            raise RuntimeError(
+                "the vectors of an adapter were modified by an in-place operation, such as a step of an optimizer, or "
+                "freed, between two backward passes of one forward. Run the forward again before the second one."
+            )
+        with torch.no_grad():
+            return _chains(tensors, apply_GS, anchored, torch.stack)
+
+    return again
 
 
 _LIBRARY: Any = torch.library.Library("hra_fx", "FRAGMENT")  # type: ignore[no-untyped-call]  # not typed by torch
@@ -78,40 +102,36 @@ _LIBRARY.define(
 _LIBRARY.impl("batched_factors", _compute, "CompositeImplicitAutograd")
 
 
-def _gradients_where_reached(layers: int) -> tuple[Any, Any, Reached | None]:
+def _gradients_where_reached() -> tuple[Any, Any]:
     """Stack and unbind, with a gradient for those layers alone that the backward pass has reached.
 
     An optimizer moves parameters whose gradient is zero (by their momentum), and leaves those without one alone.
     Transforms of functorch and forward-mode derivatives need the operators themselves.
     """
     if not torch.is_grad_enabled() or compat.is_functorch_active() or compat.is_forward_ad_active():
-        return torch.stack, lambda factors: factors.movedim(-3, 1).flatten(0, 1).unbind(), None
-    reached = Reached(layers)
-    return (
-        lambda tensors: _Stack.apply(reached, *tensors),  # type: ignore[no-untyped-call]
-        lambda factors: _Unbind.apply(reached, factors),  # type: ignore[no-untyped-call]
-        reached,
-    )
+        return torch.stack, lambda factors: factors.movedim(-3, 1).flatten(0, 1).unbind()
+    reached: set[int] = set()
+    return (lambda tensors: _Stack.apply(reached, *tensors)), (lambda factors: _Unbind.apply(reached, factors))  # type: ignore[no-untyped-call]
 
 
 class _Stack(torch.autograd.Function):
     """`torch.stack`, with a gradient for those tensors alone whose layer the backward pass has reached."""
 
     @staticmethod
-    def forward(ctx: Any, reached: Reached, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, reached: set[int], *tensors: Tensor) -> Tensor:
         ctx.reached = reached
         return torch.stack(tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(part if index in ctx.reached.now else None for index, part in enumerate(grad.unbind()))
+        return None, *(part if index in ctx.reached else None for index, part in enumerate(grad.unbind()))
 
 
 class _Unbind(torch.autograd.Function):
     """`(n, ..., 2, k, d)` to `R` and `F` of each layer in turn; its backward notes which layers it has reached."""
 
     @staticmethod
-    def forward(ctx: Any, reached: Reached, stacked: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, reached: set[int], stacked: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         sides = stacked.movedim(-3, 1).flatten(0, 1)
         ctx.reached, ctx.shape, ctx.options = reached, sides.shape[1:], {"dtype": sides.dtype, "device": sides.device}
@@ -119,6 +139,7 @@ class _Unbind(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, Tensor]:
+        ctx.reached.clear()  # of an earlier backward pass
         ctx.reached.update(place // 2 for place, grad in enumerate(grads) if grad is not None)
         filled = [torch.zeros(ctx.shape, **ctx.options) if grad is None else grad for grad in grads]
         return None, torch.stack(filled).view(-1, 2, *ctx.shape).movedim(1, -3)

@@ -15,7 +15,7 @@ matrices.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -32,32 +32,13 @@ class Factors(NamedTuple):
     down: Tensor
 
 
-class Reached:
-    """Which layers of a batch the backward passes have reached.
-
-    Attributes:
-        now: those that the last backward pass has reached.
-        missing: those that none has reached since all of them were.
-    """
-
-    def __init__(self, layers: int) -> None:
-        """No layer yet, of this number."""
-        self.now: set[int] = set()
-        self.missing: set[int] = set()
-        self._all = range(layers)
-
-    def update(self, layers: Iterable[int]) -> None:
-        """A backward pass has reached these layers."""
-        self.now = set(layers)
-        self.missing = (self.missing or set(self._all)) - self.now
-
-
-def wy_factors(vectors: Tensor, reached: Reached | None = None) -> Tensor:
+def wy_factors(vectors: Tensor, again: Callable[[], Tensor] | None = None) -> Tensor:
     """The factors of chains of one shape.
 
     Args:
         vectors: `U: (..., d, k)`, of any lengths, at least float32; a zero column is the identity.
-        reached: the layers of the chains, where several backward passes may each reach some of them.
+        again: computes them again, for another backward pass: the first one frees what was saved, and several passes
+            may each reach some of the chains, as those of several outputs of a model do.
 
     Returns:
         `R` and `F`, stacked: `(..., 2, k, d)` in the dtype of `vectors`.
@@ -70,7 +51,7 @@ def wy_factors(vectors: Tensor, reached: Reached | None = None) -> Tensor:
     """
     with householder.without_autocast(vectors):
         if not (compat.is_functorch_active() or compat.is_forward_ad_active()):
-            factors: Tensor = _WYFactors.apply(vectors.reshape(-1, *vectors.shape[-2:]), reached)  # type: ignore[no-untyped-call]
+            factors: Tensor = _WYFactors.apply(vectors.reshape(-1, *vectors.shape[-2:]), again)  # type: ignore[no-untyped-call]
             return factors.view(*vectors.shape[:-2], *factors.shape[1:])
         return _plain_factors(vectors)
 
@@ -88,23 +69,11 @@ class _WYFactors(torch.autograd.Function):
     """`U: (n, d, k) -> [R, F]: (n, 2, k, d)`."""
 
     @staticmethod
-    def forward(ctx: Any, vectors: Tensor, reached: Reached | None) -> Tensor:
-        # In float64: squares of float32 can overflow, and TF32, if enabled, is not accurate enough for `T`.
-        wide = vectors if vectors.device.type == "mps" else vectors.double()
-        gram = wide.mT @ wide
-        squares = gram.diagonal(dim1=1, dim2=2)
-        scale = squares.masked_fill(squares == 0, 1.0).rsqrt_()
-        gram = gram * scale.unsqueeze(1) * scale.unsqueeze(2)
-        inverse = gram.triu(1)
-        inverse.diagonal(dim1=1, dim2=2).fill_(0.5)
-        identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
-        factor = torch.linalg.solve_triangular(inverse, identity, upper=True)
-        coefficients = (torch.cat([identity, factor.neg()], dim=1) * scale.unsqueeze(1)).to(vectors.dtype)
-        k, d = vectors.shape[2], vectors.shape[1]
-        factors = (coefficients @ vectors.mT).view(-1, 2, k, d)
-        ctx.save_for_backward(vectors, factors, gram, scale, factor, coefficients)
-        ctx.reached, ctx.values = reached, None
-        return factors
+    def forward(ctx: Any, vectors: Tensor, again: Callable[[], Tensor] | None) -> Tensor:
+        values = _values(vectors)
+        ctx.save_for_backward(vectors, *values)
+        ctx.again = again
+        return values[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -114,11 +83,7 @@ class _WYFactors(torch.autograd.Function):
             own = vectors.view_as(vectors)
             (gradient,) = torch.autograd.grad(_plain_factors(own), own, grad, create_graph=True)
             return gradient, None
-        factors, gram, scale, factor, coefficients = ctx.values or ctx.saved_tensors[1:]
-        # A backward pass frees what is saved. Layers of one batch can be in several passes, such as that of each output
-        # of a model, so the values are kept until each layer has been reached.
-        is_done = ctx.reached is None or not ctx.reached.missing
-        ctx.values = None if is_done else (factors.detach(), gram, scale, factor, coefficients)
+        factors, gram, scale, factor, coefficients = _saved_values(ctx)
         with householder.without_autocast(grad):
             rows, joint = factors[:, 0], grad.reshape(len(factors), -1, factors.shape[-1])
             rows_inner, down_inner = (joint @ rows.mT).to(gram.dtype).chunk(2, dim=1)
@@ -130,3 +95,32 @@ class _WYFactors(torch.autograd.Function):
             inner = (gram_grad - torch.diag_embed(along)) * scale.unsqueeze(1)
             gradient = torch.baddbmm(joint.mT @ coefficients, rows.mT, inner.to(rows.dtype))
             return gradient, None
+
+
+def _saved_values(ctx: Any) -> tuple[Tensor, ...]:
+    """What the forward saved; computed again if a backward pass has freed it."""
+    try:
+        values: tuple[Tensor, ...] = ctx.saved_tensors[1:]
+    except RuntimeError:
+        if ctx.again is None:
+            raise
+        vectors = ctx.again()
+        values = _values(vectors.reshape(-1, *vectors.shape[-2:]))
+    return values
+
+
+def _values(vectors: Tensor) -> tuple[Tensor, ...]:
+    """The factors of `vectors: (n, d, k)`, and what their gradient needs."""
+    # In float64: squares of float32 can overflow, and TF32, if enabled, is not accurate enough for `T`.
+    wide = vectors if vectors.device.type == "mps" else vectors.double()
+    gram = wide.mT @ wide
+    squares = gram.diagonal(dim1=1, dim2=2)
+    scale = squares.masked_fill(squares == 0, 1.0).rsqrt_()
+    gram = gram * scale.unsqueeze(1) * scale.unsqueeze(2)
+    inverse = gram.triu(1)
+    inverse.diagonal(dim1=1, dim2=2).fill_(0.5)
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+    factor = torch.linalg.solve_triangular(inverse, identity, upper=True)
+    coefficients = (torch.cat([identity, factor.neg()], dim=1) * scale.unsqueeze(1)).to(vectors.dtype)
+    factors = (coefficients @ vectors.mT).view(-1, 2, vectors.shape[2], vectors.shape[1])
+    return factors, gram, scale, factor, coefficients

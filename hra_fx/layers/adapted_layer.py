@@ -21,7 +21,7 @@ from hra_fx.kernels.dispatch import is_plain_eager
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.base_parameters import BaseParameters, tied_again
 from hra_fx.layers.quantized.straight_through import call_quantized
-from hra_fx.layers.rotated_values import RotatedValues
+from hra_fx.layers.rotated_values import MOVED
 from hra_fx.layers.rotated_weight import InferenceRotatedWeight, RotatedWeight, link
 from hra_fx.layers.sharding import call, is_dtensor
 from hra_fx.layers.target import BASE_WEIGHT, REFLECTION, weight_place
@@ -72,8 +72,8 @@ class AdaptedLayer(BaseParameters):
             )
         if name == BASE_WEIGHT:
             owner, own_name = weight_place(self)
-            # Copies of W Q are meant as they are, if they are assigned by this name.
-            owner._parameters[own_name] = param.plain() if isinstance(param, RotatedValues) else param
+            MOVED.pop(param, None)  # a copy of W Q is meant as it is, if it is assigned by this name
+            owner._parameters[own_name] = param
             return
         adapters = self._modules.get(REFLECTION)
         if (

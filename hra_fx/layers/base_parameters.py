@@ -10,10 +10,11 @@ from collections.abc import Collection
 from contextlib import ExitStack
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from hra_fx.layers.class_swap import SwapMixin, swap, unswap
-from hra_fx.layers.rotated_values import RotatedValues, become_base
+from hra_fx.layers.rotated_values import MOVED, Moved, moved_base
 from hra_fx.layers.rotated_weight import TIED, RotatedWeight
 from hra_fx.layers.target import weight_place
 
@@ -24,9 +25,12 @@ class BaseParameters(SwapMixin):
     @property
     def _parameters(self) -> dict[str, nn.Parameter | None]:
         held: dict[str, Any] = vars(self)["_parameters"]
-        for name, value in held.items():
-            if type(value) is RotatedValues:
-                held[name] = become_base(value)
+        if not torch.compiler.is_compiling() and len(MOVED):
+            for name, value in held.items():
+                origin: Any = None if value is None else MOVED.get(value)
+                layer = None if origin is None else origin.layer()
+                if layer is not None and weight_place(layer) == (self, name):
+                    held[name] = _become_base(value, origin)
         return held
 
     @_parameters.setter
@@ -36,6 +40,16 @@ class BaseParameters(SwapMixin):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As any module; a rotated weight that is tied again stands for the parameter."""
         super().register_parameter(name, tied_again(param))
+
+
+def _become_base(parameter: nn.Parameter, origin: Moved) -> Any:
+    """The base weight in place of values of `W Q`: in the same object, unless the base weight is quantized."""
+    base = moved_base(origin)
+    if type(base) is not Tensor:
+        return base
+    parameter.data = base
+    del MOVED[parameter]
+    return parameter
 
 
 def tied_again(param: Any) -> Any:

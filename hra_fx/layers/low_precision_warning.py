@@ -42,7 +42,7 @@ def warn_of_low_precision(groups: Iterable[Sequence[tuple[HouseholderAdapters, S
             f"{boxes[0].layer_path}: its trained vectors are {found[0][1].dtype}, so rounding undoes most optimizer "
             "steps at usual learning rates. Train them in float32, also in a 16-bit or quantized model. Before "
             "training, and after all casts (TRL's trainers cast them), set parameter.data = parameter.data.float() for "
-            "each parameter of the model that requires a gradient.",
+            "each parameter with 'hra_u' in its name.",
             HRAWarning,
             stacklevel=2,
         )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from hra_fx import compat
 from hra_fx.errors import AdapterError
+from hra_fx.layers.target import weight_place
 
 T = TypeVar("T")
 
@@ -30,28 +33,44 @@ MOVES = _DETACHING.union(
     (Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.pin_memory, Tensor.clone, torch.clone, Tensor.contiguous),
     (Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.type, Tensor.type_as),
 )
+#: Functions that moved a tensor, with their other arguments.
+_Moves: TypeAlias = tuple[tuple[Callable[..., Tensor], Sequence[Any], dict[str, Any]], ...]
+
+
+class Moved(NamedTuple):
+    """How a parameter was made of the weight of a layer.
+
+    Attributes:
+        layer: a weak reference to the layer.
+        base: its base weight then.
+        moves: what was done with the rotated weight.
+    """
+
+    layer: weakref.ref[nn.Module]
+    base: Tensor
+    moves: _Moves
+
+
+#: Parameters with values of `W Q`, which become the base weight if they are stored as the weight of their layer.
+MOVED: Any = WeakIdKeyDictionary()
 
 
 class RotatedValues(Tensor):
     """Values of `layer.weight`: moved, copied, detached, or a view of them such as a row.
 
-    Code that moves a model reads a parameter, moves it, and stores the result as the parameter. In the layer that they
-    are from, stored values become the base weight `W`, moved in the same way (`become_base`). Anywhere else they are
-    values of `W Q`.
+    Code that moves a model reads a parameter, moves it, makes it a parameter, and stores that. As the weight of their
+    layer, stored values become the base weight `W`, moved in the same way (`hra_fx.layers.base_parameters`). Anywhere
+    else they are values of `W Q`, and a parameter of them is an ordinary one.
 
     Attributes:
-        weight: the rotated weight that was read.
-        base: the base weight at that time.
-        move: what was done with it since, or `None` if these values are only a part of it.
+        layer: a weak reference to the layer whose weight was read.
+        moves: what was done with it since, or `None` if these values are only a part of it.
         is_copy: whether they can be written. Otherwise a write would be lost, because the layer does not see it.
-        is_moved: whether `move` did more than to detach.
     """
 
-    weight: Any
-    base: Tensor
-    move: Callable[[Tensor], Tensor] | None
+    layer: weakref.ref[nn.Module]
+    moves: _Moves | None
     is_copy: bool
-    is_moved: bool
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -63,21 +82,34 @@ class RotatedValues(Tensor):
             return func(args[0].plain(), *args[1:], **kwargs)
         if func is Tensor.requires_grad_:
             args[0].check_leaf()
-        elif scales_by_number(func, args, kwargs) and args[0].is_detached():
-            func(args[0].base, args[1])
+        elif scales_by_number(func, args, kwargs) and args[0].is_detached() and args[0].layer() is not None:
+            func(args[0].layer().hra_base, args[1])
         elif func not in _FLAGS:
             for part in written(func, args, kwargs, cls):
                 part.release(func)
         result = compat.disabled_torch_function(func, (), args, kwargs)
-        if func in MOVES and type(args[0]) is cls and args[0].move is not None:
+        if func in MOVES and type(args[0]) is cls and args[0].moves is not None:
             return _moved(args[0], func, args, kwargs, result)
-        read_only = [(part.weight, part) for part in args if type(part) is cls and not part.is_copy]
-        return views_of(read_only, result)
+        return views_of([(part.layer, part) for part in args if type(part) is cls and not part.is_copy], result)
 
-    def plain(self) -> Any:
-        """The same values as a plain tensor or parameter."""
+    @property
+    def _is_param(self) -> bool:
+        return False
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:
+        """`nn.Parameter` sets it. The values become an ordinary parameter, whose origin is remembered elsewhere."""
+        layer, moves = self.layer(), self.moves
+        self.__class__ = nn.Parameter  # type: ignore[assignment]
+        if layer is not None and moves:
+            MOVED[self] = Moved(self.layer, layer.hra_base, moves)  # type: ignore[arg-type]
+        for name in RotatedValues.__annotations__:
+            vars(self).pop(name)
+
+    def plain(self) -> Tensor:
+        """The same values as a plain tensor."""
         values: Tensor = compat.disabled_torch_function(Tensor.as_subclass, (), (self, Tensor), {})
-        return nn.Parameter(values.detach(), self.requires_grad) if isinstance(self, nn.Parameter) else values
+        return values
 
     def release(self, func: Any) -> None:
         """Turn this into a plain tensor before something writes into it.
@@ -85,14 +117,13 @@ class RotatedValues(Tensor):
         Raises:
             AdapterError: the write would be lost.
         """
-        is_parameter = isinstance(self, nn.Parameter)
-        if not self.is_copy and not is_parameter:
-            self.weight.refuse(func)
-        self.__class__ = nn.Parameter if is_parameter else Tensor  # type: ignore[assignment]
+        if not self.is_copy and (layer := self.layer()) is not None:
+            refuse_write(layer, func)
+        self.__class__ = Tensor  # type: ignore[assignment]
 
     def is_detached(self) -> bool:
         """Whether these are the values of the weight itself, as `.data` and `detach` give them."""
-        return self.move is not None and not self.is_moved
+        return self.moves is not None and all(func in _DETACHING for func, _, _ in self.moves)
 
     def check_leaf(self) -> None:
         """Refuse to make the weight of a layer, which may be detached, a leaf of autograd.
@@ -106,6 +137,11 @@ class RotatedValues(Tensor):
                 "another leaf of autograd. Copy its values first: `layer.weight.detach().clone()`."
             )
 
+    def set_(self, *args: Any, **kwargs: Any) -> Tensor:
+        """It does not reach `__torch_function__`."""
+        self.release(Tensor.set_)
+        return self.set_(*args, **kwargs)
+
     def __imul__(self, other: Any) -> Tensor:  # type: ignore[misc]
         """`layer.weight.data *= 2` would scale `W` and then assign the result, which is refused."""
         self.release(Tensor.__imul__)
@@ -118,71 +154,78 @@ class RotatedValues(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """A plain copy."""
-        values: Tensor = self.plain()
+        values = self.plain()
         return copy.deepcopy(values, memo) if values.is_leaf else values.clone()
 
 
-def _make(weight: Any, values: Tensor, **attributes: Any) -> RotatedValues:
+def _make(layer: weakref.ref[nn.Module], values: Tensor, moves: _Moves | None, *, is_copy: bool) -> RotatedValues:
     made = values.as_subclass(RotatedValues)
-    vars(made).update(weight=weight, **attributes)
+    made.layer, made.moves, made.is_copy = layer, moves, is_copy
     return made
 
 
 def moved_weight(weight: Any, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
     """What a function of `MOVES` gives for a rotated weight, its first argument."""
-    base = weight.base()
-
-    def move(tensor: Tensor) -> Tensor:
-        moved: Tensor = func(tensor, *args[1:], **kwargs)
-        return moved
-
-    if any(str(value) == "meta" for value in (*args[1:], *kwargs.values())):
-        values = result = move(base.detach())  # no values are needed
+    base, rest = weight.base(), tuple(args[1:])
+    result: Tensor
+    if any(str(value) == "meta" for value in (*rest, *kwargs.values())):
+        values = result = func(base.detach(), *rest, **kwargs)  # no values are needed
     else:
         values = weight.value()
-        result = move(values)
+        result = func(values, *rest, **kwargs)
     if values is base or type(result) is not Tensor:  # no adapter acts anymore; a DTensor
         return result
-    own = func not in _DETACHING and not _shares_memory(result, values)
-    return _make(weight, result, base=base, move=move, is_copy=own, is_moved=func not in _DETACHING)
+    is_copy = func not in _DETACHING and not _shares_memory(result, values)
+    return _make(weakref.ref(weight._layer), result, ((func, rest, kwargs),), is_copy=is_copy)
 
 
 def _moved(before: RotatedValues, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Tensor) -> Tensor:
     """As `moved_weight`, for values that were moved before."""
+    moves = (*(before.moves or ()), (func, tuple(args[1:]), kwargs))
     if result is before:
-        before.is_moved = True
+        before.moves = moves
         return before
-
-    def move(tensor: Tensor) -> Tensor:
-        moved: Tensor = func(before.move(tensor), *args[1:], **kwargs)  # type: ignore[misc]
-        return moved
-
-    own = before.is_copy or (func not in _DETACHING and not _shares_memory(result, before))
-    return _make(
-        before.weight,
-        result,
-        base=before.base,
-        move=move,
-        is_copy=own,
-        is_moved=before.is_moved or func not in _DETACHING,
-    )
+    is_copy = before.is_copy or (func not in _DETACHING and not _shares_memory(result, before))
+    return _make(before.layer, result, moves, is_copy=is_copy)
 
 
-def views_of(values: Sequence[tuple[Any, Tensor]], result: Any) -> Any:
+def moved_base(origin: Moved) -> Tensor:
+    """The base weight, moved as a parameter with values of `W Q` was."""
+    moved = origin.base.detach()
+    for func, rest, kwargs in origin.moves:
+        moved = func(moved, *rest, **kwargs)
+    return moved
+
+
+def views_of(values: Sequence[tuple[weakref.ref[nn.Module], Tensor]], result: Any) -> Any:
     """A result, with its views of computed values marked as such, so that a write into them is not silently lost.
 
     Args:
-        values: rotated weights, with their values.
+        values: layers, with the values of their rotated weights.
         result: a nested container, some of whose tensors may be views of the values.
     """
 
     def mark(part: Any) -> Any:
         if type(part) is not Tensor:
             return part
-        weight = next((weight for weight, own in values if _shares_memory(part, own)), None)
-        return part if weight is None else _make(weight, part, move=None, is_copy=False, is_moved=False)
+        layer = next((layer for layer, own in values if _shares_memory(part, own)), None)
+        return part if layer is None else _make(layer, part, None, is_copy=False)
 
     return compat.pytree.tree_map(mark, result) if values else result
+
+
+def refuse_write(layer: nn.Module, func: Any) -> NoReturn:
+    """Refuse a write into the rotated weight of a layer.
+
+    Raises:
+        AdapterError: always, naming the function.
+    """
+    owner, name = weight_place(layer)
+    raise AdapterError(
+        f"{type(owner).__name__}.{name}: {getattr(func, '__name__', func)} writes into the "
+        "weight of an adapted layer, which is computed as W Q at each read, so the change would be lost. Write to "
+        "`layer.hra_base`, or call hra_fx.fold(model) first."
+    )
 
 
 def scales_by_number(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
@@ -194,22 +237,10 @@ def scales_by_number(func: Callable[..., Any], args: Sequence[Any], kwargs: dict
 
 
 def _shares_memory(one: Tensor, other: Tensor) -> bool:
-    with contextlib.suppress(
-        RuntimeError, NotImplementedError
-    ):  # tensors without memory: meta, lazy, sparse, functorch
+    with contextlib.suppress(RuntimeError, NotImplementedError):  # sparse, and other tensors without memory
         address = one.untyped_storage().data_ptr()
         return address != 0 and address == other.untyped_storage().data_ptr()
     return False
-
-
-def become_base(values: RotatedValues) -> nn.Parameter:
-    """The base weight, moved as these values of `W Q` were: the same object where its class allows it."""
-    base = values.move(values.base.detach())  # type: ignore[misc]
-    if type(base) is not Tensor:
-        return base  # type: ignore[return-value]  # quantized
-    values.__class__ = nn.Parameter  # type: ignore[assignment]
-    values.data = base
-    return values  # type: ignore[return-value]
 
 
 def written(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], kind: type[T]) -> list[T]:

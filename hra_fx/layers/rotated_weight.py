@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from hra_fx import compat
 from hra_fx.errors import AdapterError
 from hra_fx.kernels.dispatch import is_plain_eager
-from hra_fx.layers.rotated_values import MOVES, moved_weight, scales_by_number, views_of, written
+from hra_fx.layers.rotated_values import MOVES, moved_weight, refuse_write, scales_by_number, views_of, written
 from hra_fx.layers.sharding import call
 from hra_fx.layers.target import REFLECTION, weight_place
 
@@ -89,12 +90,7 @@ class RotatedWeight(Tensor):
         Raises:
             AdapterError: always, naming the function.
         """
-        owner, name = weight_place(self._layer)
-        raise AdapterError(
-            f"{type(owner).__name__}.{name}: {getattr(func, '__name__', func)} writes into the "
-            "weight of an adapted layer, which is computed as W Q at each read, so the change would be lost. Write to "
-            "`layer.hra_base`, or call hra_fx.fold(model) first."
-        )
+        refuse_write(self._layer, func)
 
     def _adapters(self) -> nn.Module | None:
         return self._layer._modules.get(REFLECTION)
@@ -236,14 +232,14 @@ def _scale(func: Callable[..., Any], weight: RotatedWeight, factor: Any) -> Rota
 
 def _computed(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """The result of a function of the values `W Q`."""
-    found: list[tuple[RotatedWeight, Tensor]] = []
+    found: list[tuple[weakref.ref[nn.Module], Tensor]] = []
 
     def value(part: Any) -> Any:
         if not isinstance(part, RotatedWeight):
             return part
         values = part.value()
         if values is not part.base():
-            found.append((part, values))
+            found.append((weakref.ref(part._layer), values))
         return values
 
     result = func(*compat.pytree.tree_map(value, args), **compat.pytree.tree_map(value, kwargs))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 
 import moe_models
@@ -147,3 +149,29 @@ def test_a_copy_can_be_written_and_has_a_gradient() -> None:
     clone /= 2
     assert type(clone) is Tensor
     assert_same(clone, torch.cat([torch.zeros(1, 6, dtype=F64), wanted.detach()[1:]]) / 2 + 0.5)
+
+
+def test_a_copy_under_another_name_or_in_another_adapted_layer_is_the_rotated_weight() -> None:
+    base, model = functional()
+    layer, wanted = model.read, dense(base.read, model.read).detach()
+    layer.start = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    model.both._parameters["weight"] = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    assert len(list(model.parameters())) == len(list(base.parameters())) + 4
+    assert_same(layer.start, wanted)
+    assert_same(model.both.hra_base, wanted)
+    assert torch.equal(layer.hra_base, base.read.weight)
+
+
+def test_a_parameter_of_a_copy_is_an_ordinary_one_that_can_be_adapted_and_keeps_no_layer_alive() -> None:
+    base, layer = layer_pair()
+    wanted = dense(base, layer).detach()
+    other = nn.Sequential(nn.Linear(6, 4, bias=False).double())
+    other[0].weight = nn.Parameter(layer.weight.detach().cpu().clone())
+    copied, alive = layer.weight.detach().cpu().clone(), weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert alive() is None
+    assert type(other[0].weight) is nn.Parameter
+    assert_same(copied, wanted)
+    copied.zero_()
+    assert_same(hra_fx.transform(other, hra_fx.HRAConfig(r=2, target_modules=["0"]))(X), X @ wanted.mT)

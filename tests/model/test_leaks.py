@@ -104,3 +104,25 @@ def test_backward_passes_over_parts_of_a_batch() -> None:
                 assert_same(mine, oracle)
     with pytest.raises(RuntimeError, match="second time"):
         right.sum().backward()
+
+
+def test_backward_passes_over_two_calls_of_a_layer() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return self.body(x), self.body(y)
+
+    base, model = pair(Twice, "body")
+    vectors = model.body.hra_u["default"]
+    for output, wanted in zip(model(X, 2 * X), run_dense(base, model, X, 2 * X), strict=True):
+        (found,) = torch.autograd.grad(output.square().sum(), vectors)
+        assert_same(found, torch.autograd.grad(wanted.square().sum(), vectors, retain_graph=True)[0])
+    first, second = model(X, 2 * X)
+    first.sum().backward()
+    with torch.no_grad():
+        vectors.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an in-place operation"):
+        second.sum().backward()
