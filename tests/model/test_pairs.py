@@ -337,6 +337,7 @@ def test_a_saved_state_continues_and_another_one_is_refused(tmp_path: Path) -> N
     train_pairs(loaded, resumed, C)
 
 
+@pytest.mark.filterwarnings("ignore:.*trained vectors are torch.bfloat16:hra_fx.HRAWarning")
 def test_other_vectors_are_stepped_as_they_are_with_one_warning() -> None:
     fields = {"odd": {"r": 3}, "orthonormal": {"apply_GS": True}, "narrow": {}, "even": {}}
     model = adapted(target_modules=["0"])
