@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from accelerate.state import AcceleratorState
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -16,3 +17,4 @@ def mesh_of_one() -> Iterator[DeviceMesh]:
         yield init_device_mesh("cpu", (1,))
     finally:
         distributed.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)  # or later tests would look for the group
