@@ -58,13 +58,12 @@ class HouseholderAdapters(nn.ParameterDict):
         paused: adapter name -> whether it is trained once its strength is 1 again.
         prepared: the factors of the layer, while TorchDynamo traces its model (`hra_fx.layers.batching.Prepared`).
         asked_for: the dtype in which the layer last needed factors that were not prepared in it.
-        is_read: of a layer that is called, whether the forward of its model has read the weight.
         unmerged: the weight before a merge; `None` while nothing is merged.
     """
 
     is_called: ClassVar[bool] = False
     layer_path: str = "a layer"
-    is_read: bool = False
+    is_read: bool = False  # whether the forward of the model has read the weight of a layer that is called
     unmerged: Tensor | None
 
     def __init__(self, width: int, kind: LayerKind = "linear", *, columns: bool = False) -> None:

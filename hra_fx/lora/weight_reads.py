@@ -1,7 +1,7 @@
 """Layers whose weight another module reads: PEFT's LoRA acts where a layer is called, so it has no effect there.
 
 The source of the modules shows which layers they read and never call, since an export has no inputs to run them with.
-Other reads, such as one in a branch beside a call, are known once the adapted model has run (`LinearAdapters.is_read`).
+Other reads, as in a branch beside a call, are known once the adapted model has run (`HouseholderAdapters.is_read`).
 """
 
 from __future__ import annotations
