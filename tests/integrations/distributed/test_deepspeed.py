@@ -40,7 +40,8 @@ def losses(base: Path, stage: int, steps: int, output: Path, *options: str, proc
     done = subprocess.run(
         [sys.executable, *launcher, *script],
         **{"capture_output": True, "text": True, "timeout": 400},
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        # DeepSpeed compiles there. The home folder may not be writable, or have the lock of a build that was killed.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "TORCH_EXTENSIONS_DIR": f"{base}-extensions"},
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.rpartition("losses: ")[2])
