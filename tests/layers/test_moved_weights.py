@@ -51,7 +51,7 @@ def test_a_moved_weight_that_is_stored_in_its_layer_is_the_base_weight(
             weight = layer.weight
             for move in moves:
                 weight = MOVES[move](weight)
-            if {*moves} <= {"data", "detach"}:  # the memory of the weight itself, which is no leaf of autograd
+            if {*moves} <= {"data", "detach"}:  # the weight itself, which cannot be a leaf of autograd
                 with pytest.raises(hra_fx.AdapterError, match=r"layer\.weight\.detach\(\)\.clone\(\)"):
                     stored(weight)
                 continue

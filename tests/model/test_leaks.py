@@ -1,4 +1,4 @@
-"""What a model does not need any more is freed: classes, replaced layers, factors."""
+"""A model frees what it no longer needs: classes, replaced layers, factors."""
 
 from __future__ import annotations
 
