@@ -29,8 +29,11 @@ class BaseParameters(SwapMixin):
             for name, value in held.items():
                 origin: Any = None if value is None else MOVED.get(value)
                 layer = None if origin is None else origin.layer()
-                if layer is not None and weight_place(layer) == (self, name):
-                    held[name] = _become_base(value, origin)
+                if layer is None:
+                    continue
+                owner, own = weight_place(layer)
+                if (theirs := vars(owner)["_parameters"]).get(own) is value:  # a tied module may be asked first
+                    theirs[own] = held[name] = _become_base(value, origin)
         return held
 
     @_parameters.setter
@@ -40,6 +43,16 @@ class BaseParameters(SwapMixin):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As any module; a rotated weight that is tied again stands for the parameter."""
         super().register_parameter(name, tied_again(param))
+
+
+class TiedModule(BaseParameters):
+    """A module that shares its weight with an adapted layer, and reads it as an attribute."""
+
+    def __getattr__(self, name: str) -> Any:
+        """As any module, which reads the dictionary itself, past the property."""
+        if name in vars(self).get("_parameters", ()):
+            return self._parameters[name]
+        return super().__getattr__(name)
 
 
 def _become_base(parameter: nn.Parameter, origin: Moved) -> Any:
@@ -69,5 +82,5 @@ def swap_tied_modules(model: nn.Module, layers: Collection[nn.Module], undo: Exi
             vars(layer)[TIED] = True
             undo.callback(vars(layer).pop, TIED, None)
             if not isinstance(module, BaseParameters):
-                swap(module, BaseParameters)
-                undo.callback(unswap, module, BaseParameters)
+                swap(module, TiedModule)
+                undo.callback(unswap, module, TiedModule)
