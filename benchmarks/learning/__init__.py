@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # runs are forks
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two runs side by side are faster than one run with two threads
 
 #: The weights and data are those of the demos, which know where they are.

@@ -24,6 +24,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, help="learning rate (default: the one that docs/results.json chose)")
     parser.add_argument("--r", type=int, help="rank (default: as many parameters as LoRA)")
+    parser.add_argument("--float32", action="store_true", help="compute nothing in bfloat16")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, with one thread each (default 2)")
     parser.add_argument("--page", action="store_true", help="only write docs/results.md")
     options = parser.parse_args()
@@ -35,6 +36,6 @@ def main() -> int:
     if options.task is None:
         parser.error("--method needs --task")
     lr = chosen(read(), options.task, options.method) if options.lr is None else options.lr
-    record = run(options.task, options.method, options.seed, lr, r=options.r, test=True)
+    record = run(options.task, options.method, options.seed, lr, r=options.r, test=True, float32=options.float32)
     print(json.dumps(dataclasses.asdict(record)))
     return 0

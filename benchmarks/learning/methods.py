@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import peft
+import torch
 from torch import Tensor, nn
 
 import hra_fx
@@ -22,14 +23,15 @@ class Method:
 
     Args:
         label: its name in tables.
-        rates: the learning rates that are tried, in rising order; as many for every method that trains.
+        rates: the learning rates that a grid starts with, in rising order; as many for every method that trains.
         insert: adds the adapter and freezes all other parameters.
         rank: the rank whose number of parameters is nearest to that of LoRA, from the shapes `(out, in)` of the
             layers and LoRA's rank; 0 where a method has no rank.
         penalty: a term of the loss.
         weight_decay: that of AdamW, for what is inserted.
         schedule: the learning rate after the warmup, as transformers names it.
-        after_step: called after each step of the optimizer.
+        warmup: the part of the steps in which the learning rate rises.
+        prepare_optimizer: called with the optimizer and the model before the first step.
     """
 
     label: str
@@ -39,7 +41,8 @@ class Method:
     penalty: Callable[[nn.Module], Tensor] | None = None
     weight_decay: float = 0.0
     schedule: str = "linear"
-    after_step: Callable[[nn.Module], None] | None = None
+    warmup: float = 0.1
+    prepare_optimizer: Callable[[torch.optim.Optimizer, nn.Module], None] = lambda optimizer, model: None
 
 
 def layer_shapes(model: nn.Module, targets: Sequence[str]) -> list[tuple[int, int]]:
@@ -124,6 +127,7 @@ METHODS = {
         reflections,
     ),
     "hra": Method("HRA", LARGE, of_hra_fx(), reflections),
+    "hra-pairs": Method("HRA, pairs", MIDDLE, of_hra_fx(), reflections, prepare_optimizer=hra_fx.train_pairs),
     "hra-gs": Method("HRA, Gram-Schmidt", LARGE, of_hra_fx(apply_GS=True), reflections),
     "hra-reg": Method("HRA, regularizer 1e-3", LARGE, of_hra_fx(), reflections, penalty=weighted(1e-3)),
     "full": Method("full fine-tuning", SMALL, train_all, lambda shapes, rank: 0),

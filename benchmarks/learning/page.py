@@ -9,8 +9,8 @@ from pathlib import Path
 
 from learning import plots
 from learning.plan import TASK_NAMES, finished, methods_of, untrained
-from learning.rates import chosen
-from learning.records import FILE, Record, final_runs
+from learning.rates import chosen, final_runs
+from learning.records import FILE, Record
 from learning.summary import Comparison, Difference, compare, gain, retention_gain, scores, validation_gain
 from learning.tasks import TASKS
 from learning.variants import ALL, VARIANTS

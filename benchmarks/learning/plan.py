@@ -7,33 +7,45 @@ from dataclasses import dataclass
 
 from learning.rates import RATES_FROM, below, chosen, missing_rates, searched
 from learning.records import Record, of
-from learning.variants import ALL, VARIANTS
+from learning.variants import ALL, VARIANTS, VARIED
 
-CORE = ("lora", "hra", "hra-gs", "full")
 TEACHERS = ("teacher-rotation", "teacher-low-rank", "teacher-dense")
 #: Tasks and methods in the order of the runs.
 STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    *((task, (*CORE, "lora-2r", "dora", "oft", "hra-peft", *VARIANTS)) for task in TEACHERS),
-    ("newsgroups-1600", ("lora", "hra", "hra-independent", "hra-unit")),
-    ("digits", (*CORE, *(name for name in VARIANTS if name != "hra-gradient"), "hra-reg")),
-    ("newsgroups-1600", ("full",)),
-    ("language", ("base", "lora", "hra")),
+    ("language", ("base", "lora", "hra-pairs", "hra")),
+    ("newsgroups-1600", ("head", "lora", "hra-pairs", "hra")),
+    ("digits", ("head", "lora", "hra-pairs", "hra", "full")),
+    *(
+        (task, ("lora", "hra-pairs", "hra", "full", "lora-2r", "dora", "oft", "hra-peft", "hra-gs"))
+        for task in TEACHERS
+    ),
+    ("language-4-passes", ("lora", "hra-pairs")),
+    ("language-1024", ("lora", "hra-pairs", "hra")),
+    ("language", ("full", "dora", "oft", *VARIANTS)),
+    ("newsgroups-5000", ("lora", "hra-pairs", "hra", "full")),
+    ("newsgroups-1600", ("full", "dora", "oft")),
     # PEFT's OFT fails for the convolutions, and its HRA takes many times as long.
-    ("digits", ("head", "lora-2r", "dora")),
-    ("language", ("full",)),
-    ("newsgroups-5000", ("lora", "hra", "full")),
-    ("newsgroups-1600", ("head", "hra-gs", "hra-gradient", "hra-decay-1", "lora-2r", "dora", "oft", "hra-reg")),
+    ("digits", ("lora-2r", "dora", "hra-gs", "hra-reg")),
 )
-TASK_NAMES = ("newsgroups-1600", "newsgroups-5000", "language", "digits", *TEACHERS)
+TASK_NAMES = (
+    "language",
+    "language-1024",
+    "language-4-passes",
+    "newsgroups-1600",
+    "newsgroups-5000",
+    "digits",
+    *TEACHERS,
+)
 SEEDS = range(5)
-#: Tasks whose runs take minutes have fewer seeds.
-FEWER_SEEDS = {"language": range(3), "newsgroups-5000": range(3)}
 #: Variants of HRA have validation scores of so many seeds.
 TRIAL_SEEDS = range(3)
 #: Ranks of LoRA and of HRA in the plots over the number of parameters, with validation scores of three seeds and two
 #: learning rates, because larger ranks may need lower ones.
-RANKS = {"lora": (1, 2, 4, 8, 16), "hra": (2, 4, 8, 16, 32)}
-RANK_TASKS = ("digits", *TEACHERS)
+LORA_RANKS, HRA_RANKS = (1, 2, 4, 8, 16), (2, 4, 8, 16, 32)
+RANKS = {
+    "language": {"lora": LORA_RANKS[1:], "hra-pairs": HRA_RANKS[1:]},
+    **{task: {"lora": LORA_RANKS, "hra-pairs": HRA_RANKS} for task in ("digits", *TEACHERS)},
+}
 RANK_SEEDS = range(3)
 
 
@@ -64,8 +76,13 @@ def missing(records: Sequence[Record], tasks: Sequence[str]) -> list[Run]:
 
 def missing_of(records: Sequence[Record], task: str, method: str) -> list[Run]:
     """Those of one method: the grid of learning rates, and then the seeds."""
-    if rates := missing_rates(records, task, method):
+    if method in VARIANTS:
+        if missing_of(records, task, VARIED):
+            return []
+    elif rates := missing_rates(records, task, method):
         return [] if task in RATES_FROM else [Run(task, method, 0, lr, None, test=False) for lr in rates]
+    elif ALL[method].rates and not searched(records, task, method):
+        return []  # another task has to choose the first rate
     lr, trial = chosen(records, task, method), method in VARIANTS
     done = {run.seed for run in of(records, task, method) if run.lr == lr and (trial or run.test is not None)}
     return [Run(task, method, seed, lr, None, test=not trial) for seed in seeds_of(task, method) if seed not in done]
@@ -75,7 +92,7 @@ def seeds_of(task: str, method: str) -> range:
     """The seeds of a method's last runs."""
     if method in VARIANTS:
         return TRIAL_SEEDS
-    return FEWER_SEEDS.get(task, SEEDS) if ALL[method].rates else range(1)
+    return SEEDS if ALL[method].rates else range(1)
 
 
 def untrained(task: str) -> str:
@@ -90,10 +107,10 @@ def finished(records: Sequence[Record], task: str, method: str) -> bool:
 
 def missing_ranks(records: Sequence[Record], task: str, method: str) -> list[Run]:
     """Those with other ranks, at the learning rate that was chosen and at the next lower one."""
-    if method not in RANKS or task not in RANK_TASKS:
+    if method not in RANKS.get(task, {}):
         return []
     have = {(run.r, run.seed, run.lr) for run in of(records, task, method)}
     lr = chosen(records, task, method)
     rates = [rate for rate in (lr, below(lr)) if rate in searched(records, task, method)]
-    planned = [(r, seed, rate) for r in RANKS[method] for seed in RANK_SEEDS for rate in rates]
+    planned = [(r, seed, rate) for r in RANKS[task][method] for seed in RANK_SEEDS for rate in rates]
     return [Run(task, method, seed, rate, r, test=False) for r, seed, rate in planned if (r, seed, rate) not in have]

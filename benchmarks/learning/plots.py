@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hra_fx.reporting.plots.canvas import GRID, INK, QUIET, new_figure, style, write
-from learning.plan import RANK_SEEDS, RANK_TASKS, RANKS, TASK_NAMES, methods_of
+from learning.plan import RANK_SEEDS, RANKS, TASK_NAMES, methods_of
 from learning.rates import RATES_FROM, below, chosen, searched
 from learning.records import Record, matched_rank, of
 from learning.tasks import TASKS
@@ -43,7 +43,7 @@ def rates(records: Sequence[Record], file: Path) -> Path:
 
 def ranks(records: Sequence[Record], file: Path) -> Path:
     """Validation scores over the number of trained parameters, a panel for each task."""
-    panels = [(task, _ranks_panel(records, task)) for task in RANK_TASKS]
+    panels = [(task, _ranks_panel(records, task)) for task in RANKS]
     return _draw(panels, file, "trained parameters")
 
 
@@ -92,7 +92,7 @@ def _bound(records: Sequence[Record], task: str) -> float:
 
 def _ranks_panel(records: Sequence[Record], task: str) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
-        for method in RANKS:
+        for method in RANKS[task]:
             if of(records, task, method):
                 _curve(axes, method, by_size(records, task, method))
         _logarithmic(axes, [size for line in axes.get_lines()[-1:] for size in line.get_xdata()])

@@ -1,4 +1,4 @@
-"""How a learning rate is chosen: from a grid, by the validation score of seed 0."""
+"""How a learning rate is chosen: by the validation score of seed 0, from a grid that gets finer around the best one."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ from collections.abc import Sequence
 
 from learning.records import Record, matched_rank, of
 from learning.tasks import TASKS
-from learning.variants import ALL
+from learning.variants import ALL, VARIANTS, VARIED
 
 #: Tasks that use the learning rates of another one.
 RATES_FROM = {"newsgroups-5000": "newsgroups-1600"}
-#: How often a grid may be extended by one step where its best rate is the first or the last.
-EXTENSIONS = 2
+#: Tasks whose grid starts at the learning rate that was chosen for another one.
+RATES_NEAR = {"language-1024": "language", "language-4-passes": "language"}
+#: Tasks and methods whose scores are drawn over all learning rates.
+WIDE = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+WIDE_TASKS, WIDE_METHODS = ("language", "newsgroups-1600"), ("lora", "hra-pairs")
+#: A grid has at most so many rates more than it starts with.
+ADDED = 6
+#: The digits of rates: steps of about 1.7.
+DIGITS = (1.0, 1.7, 3.0, 5.5)
 
 
 def searched(records: Sequence[Record], task: str, method: str) -> dict[float, float]:
@@ -26,17 +33,24 @@ def searched(records: Sequence[Record], task: str, method: str) -> dict[float, f
     return dict(sorted(found.items()))
 
 
+def first_rates(records: Sequence[Record], task: str, method: str) -> Sequence[float]:
+    """The learning rates that a grid starts with; none while another task has to choose them."""
+    if task in RATES_NEAR and ALL[method].rates:
+        near = RATES_NEAR[task]
+        return () if missing_rates(records, near, method) else (chosen(records, near, method),)
+    return WIDE if task in WIDE_TASKS and method in WIDE_METHODS else ALL[method].rates
+
+
 def missing_rates(records: Sequence[Record], task: str, method: str) -> list[float]:
-    """The learning rates that are still to be tried before one can be chosen."""
+    """The learning rates that are still to be tried before one can be chosen: its neighbors have to be worse."""
+    task = RATES_FROM.get(task, task)
     tried = searched(records, task, method)
-    rates = ALL[method].rates
+    rates = first_rates(records, task, method)
     missing = [lr for lr in rates if lr not in tried]
-    if missing or not rates or len(tried) >= len(rates) + EXTENSIONS:
+    if missing or not tried or len(tried) >= len(rates) + ADDED:
         return missing
     lr = best(tried, task)
-    if lr == max(tried):
-        return [above(lr)]
-    return [below(lr)] if lr == min(tried) else []
+    return [rate for rate in (below(lr), above(lr)) if rate not in tried]
 
 
 def best(tried: dict[float, float], task: str) -> float:
@@ -51,6 +65,7 @@ def chosen(records: Sequence[Record], task: str, method: str) -> float:
     Raises:
         SystemExit: no rate was tried.
     """
+    method = VARIED if method in VARIANTS else method
     if not ALL[method].rates:
         return 0.0
     tried = searched(records, task, method)
@@ -59,13 +74,28 @@ def chosen(records: Sequence[Record], task: str, method: str) -> float:
     return best(tried, task)
 
 
+def final_runs(records: Sequence[Record], task: str, method: str) -> list[Record]:
+    """The runs with the chosen rate that read the test split, in order of their seeds."""
+    found = [record for record in of(records, task, method) if record.test is not None]
+    return sorted((record for record in found if record.lr == chosen(records, task, method)), key=lambda r: r.seed)
+
+
 def above(lr: float) -> float:
-    """The next of 1, 3, 10, 30, ... times a power of ten."""
-    digit, _, power = f"{lr:.0e}".partition("e")
-    return float(f"3e{power}") if digit == "1" else float(f"1e{int(power) + 1}")
+    """The next rate whose first digits are among `DIGITS`."""
+    power, place = _split(lr)
+    return _rate(power, place + 1)
 
 
 def below(lr: float) -> float:
     """The one before."""
-    digit, _, power = f"{lr:.0e}".partition("e")
-    return float(f"1e{power}") if digit == "3" else float(f"3e{int(power) - 1}")
+    power, place = _split(lr)
+    return _rate(power, place - 1)
+
+
+def _split(lr: float) -> tuple[int, int]:
+    digits, _, power = f"{lr:.1e}".partition("e")
+    return int(power), DIGITS.index(float(digits))
+
+
+def _rate(power: int, place: int) -> float:
+    return float(f"{DIGITS[place % len(DIGITS)]}e{power + place // len(DIGITS)}")

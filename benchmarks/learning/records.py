@@ -26,6 +26,9 @@ class Record:
         seconds: CPU time of the training on one thread.
         peak_mb: how far training raises the memory of the process, in MB; None where it cannot be measured.
         retention: what the model retains of what it could do, by name.
+        curve: `[step, mean training loss since the point before, validation score]` during the training, for tasks
+            that ask for it.
+        commit: that of the code that made the run.
     """
 
     task: str
@@ -39,6 +42,8 @@ class Record:
     seconds: float
     peak_mb: float | None
     retention: dict[str, float] = field(default_factory=dict)
+    curve: list[list[float]] = field(default_factory=list)
+    commit: str = ""
 
 
 def read(file: Path = FILE) -> list[Record]:
@@ -57,11 +62,6 @@ def write(records: Iterable[Record], file: Path = FILE) -> None:
 def of(records: Sequence[Record], task: str, method: str) -> list[Record]:
     """The records of a method on a task."""
     return [record for record in records if (record.task, record.method) == (task, method)]
-
-
-def final_runs(records: Sequence[Record], task: str, method: str) -> list[Record]:
-    """Those that read the test split, in order of their seeds."""
-    return sorted((record for record in of(records, task, method) if record.test is not None), key=lambda r: r.seed)
 
 
 def matched_rank(records: Sequence[Record], task: str, method: str) -> int | None:

@@ -10,6 +10,7 @@ from typing import cast
 
 from learning.plan import Run, missing
 from learning.records import FILE, Record, read, write
+from learning.tasks import TASKS
 from learning.training import run
 
 
@@ -32,6 +33,8 @@ def run_all(tasks: Sequence[str], jobs: int, file: Path = FILE, make: Callable[[
     while True:
         todo = [planned for planned in missing(read(file), tasks) if planned not in running.values()]
         for planned in todo[: jobs - len(running)]:
+            if make is None:
+                TASKS[planned.task](0).model()  # what tasks cache is read once, and each process gets a copy
             running[started(make or make_run, planned)] = planned
         if not running:
             return

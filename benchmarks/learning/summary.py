@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from learning.plan import TRIAL_SEEDS
-from learning.rates import chosen
-from learning.records import Record, final_runs, matched_rank, of
+from learning.rates import chosen, final_runs
+from learning.records import Record, matched_rank, of
 from learning.tasks import TASKS
 
 #: The 97.5% quantile of Student's t distribution, by degrees of freedom.

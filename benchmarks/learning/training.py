@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+import statistics
+import subprocess
 import time
+from contextlib import nullcontext
+from functools import cache, partial
+from pathlib import Path
 
 import torch
 import transformers
 from torch import nn
 
+from learning.bfloat16 import BaseProducts
 from learning.memory import Peak
 from learning.methods import Method, layer_shapes
 from learning.records import Record
@@ -16,11 +22,17 @@ from learning.tasks import TASKS
 from learning.tasks.task import Task
 from learning.variants import ALL
 
-WARMUP = 0.1
-
 
 def run(
-    task_name: str, method_name: str, seed: int, lr: float, *, r: int | None = None, test: bool, tiny: bool = False
+    task_name: str,
+    method_name: str,
+    seed: int,
+    lr: float,
+    *,
+    r: int | None = None,
+    test: bool,
+    tiny: bool = False,
+    float32: bool = False,
 ) -> Record:
     """Train once and return the record.
 
@@ -31,19 +43,24 @@ def run(
         r: the rank; None for the one with as many parameters as LoRA.
         test: read the test split.
         tiny: see `Task`.
+        float32: compute nothing in bfloat16.
     """
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     task, method = TASKS[task_name](seed, tiny=tiny), ALL[method_name]
     model = task.model()
+    products = BaseProducts(model) if task.bfloat16 and not float32 else nullcontext()
     if r is None:
         r = method.rank(layer_shapes(model, task.targets), task.lora_rank)
     method.insert(model, task, r)
     head = model.get_submodule(task.head).requires_grad_(True) if task.head else nn.Module()
     trainable = count(model) - count(head)
     peak, start = Peak(), time.process_time()
-    fit(model, head, task, method, lr)
-    seconds, peak_mb = time.process_time() - start, peak.megabytes()
+    with products:
+        curve = fit(model, head, task, method, lr)
+        seconds, peak_mb = time.process_time() - start, peak.megabytes()
+        validation, tested = task.validate(model), task.test(model) if test else None
+        retention = task.retention(model)
     return Record(
         task_name,
         method_name,
@@ -51,16 +68,18 @@ def run(
         seed,
         lr,
         trainable,
-        round(task.validate(model), 4),
-        round(task.test(model), 4) if test else None,
+        round(validation, 4),
+        None if tested is None else round(tested, 4),
         round(seconds, 1),
         peak_mb,
-        {name: round(value, 4) for name, value in task.retention(model).items()},
+        {name: round(value, 4) for name, value in retention.items()},
+        curve,
+        commit(),
     )
 
 
-def fit(model: nn.Module, head: nn.Module, task: Task, method: Method, lr: float) -> None:
-    """AdamW with a linear schedule, warmup, and gradients clipped to norm 1."""
+def fit(model: nn.Module, head: nn.Module, task: Task, method: Method, lr: float) -> list[list[float]]:
+    """AdamW with a schedule, warmup, and gradients clipped to norm 1; return the curve of the record."""
     in_head = {id(parameter) for parameter in head.parameters()}
     inserted = [value for value in model.parameters() if value.requires_grad and id(value) not in in_head]
     groups = [
@@ -68,13 +87,17 @@ def fit(model: nn.Module, head: nn.Module, task: Task, method: Method, lr: float
         {"params": list(head.parameters()), "lr": task.head_lr if inserted else lr, "weight_decay": 0.0},
     ]
     if not any(group["params"] for group in groups):
-        return
+        return []
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
+    method.prepare_optimizer(optimizer, model)
     batches = task.batches()
-    warmup = math.ceil(WARMUP * len(batches))
+    warmup = math.ceil(method.warmup * len(batches))
     schedule = transformers.get_scheduler(method.schedule, optimizer, warmup, len(batches) + 1)
-    for batch in batches:
+    curve: list[list[float]] = []
+    losses: list[float] = []
+    for step, batch in enumerate(batches, start=1):
         loss = task.loss(model, batch)
+        losses.append(float(loss.detach()))
         if method.penalty is not None:
             loss = loss + method.penalty(model)
         optimizer.zero_grad()
@@ -82,8 +105,21 @@ def fit(model: nn.Module, head: nn.Module, task: Task, method: Method, lr: float
         nn.utils.clip_grad_norm_([value for group in groups for value in group["params"]], 1.0)
         optimizer.step()
         schedule.step()
-        if method.after_step is not None:
-            method.after_step(model)
+        if task.curve_steps and step % task.curve_steps == 0:
+            curve.append([step, round(statistics.mean(losses), 4), round(task.validate(model), 4)])
+            losses.clear()
+    return curve
+
+
+@cache
+def commit() -> str:
+    """The short commit of this code, with a `+` if files have changed since."""
+    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    try:
+        short = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+        return short + ("+" if git(["git", "status", "--porcelain", "--untracked-files=no", "."]).stdout else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def count(module: nn.Module) -> int:

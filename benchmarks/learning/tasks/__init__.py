@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from learning.tasks.digits import FewDigits
-from learning.tasks.language import Language
+from learning.tasks.language import Language, MorePasses, MorePosts
 from learning.tasks.newsgroups import MoreNewsgroups, Newsgroups
 from learning.tasks.task import Task
 from learning.tasks.teachers import DenseTeacher, LowRankTeacher, RotatedTeacher
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
-    for task in (Newsgroups, MoreNewsgroups, Language, FewDigits, RotatedTeacher, LowRankTeacher, DenseTeacher)
+    for task in (
+        Newsgroups,
+        MoreNewsgroups,
+        Language,
+        MorePosts,
+        MorePasses,
+        FewDigits,
+        RotatedTeacher,
+        LowRankTeacher,
+        DenseTeacher,
+    )
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import random
 from functools import cache
@@ -17,7 +18,7 @@ from learning.tasks.facts import FACTS
 from learning.tasks.task import Batch, Task
 
 LENGTH = 64
-VALIDATION, TEST, TALES, POSTS = 48, 64, 48, 256
+VALIDATION, TEST, TALES = 48, 64, 48
 
 
 class Language(Task):
@@ -41,30 +42,32 @@ class Language(Task):
     lora_rank: ClassVar[int] = 4
     batch_size: ClassVar[int] = 4
     epochs: ClassVar[int] = 1
+    bfloat16: ClassVar[bool] = True
+    posts: ClassVar[int] = 256
 
     def __init__(self, seed: int, *, tiny: bool = False) -> None:
         """Tokenize the posts of this seed, and those held out."""
         super().__init__(seed, tiny=tiny)
-        posts = tokenized("train", 100 if tiny else 3000)
-        chosen = random.Random(seed).sample(range(VALIDATION, len(posts)), 8 if tiny else POSTS)
-        self.posts = posts[chosen]
-        self.held_out = posts[: 4 if tiny else VALIDATION]
+        ids = tokenized("train", 100 if tiny else 3000)
+        chosen = random.Random(seed).sample(range(VALIDATION, len(ids)), 8 if tiny else self.posts)
+        self.ids = ids[chosen]
+        self.held_out = ids[: 4 if tiny else VALIDATION]
 
     @property
     def size(self) -> int:
         """The number of training posts."""
-        return len(self.posts)
+        return len(self.ids)
 
     def model(self) -> nn.Module:
         """The model in float32."""
         if self.tiny:
             torch.manual_seed(self.seed)
             return transformers.AutoModelForCausalLM.from_config(config(num_hidden_layers=1)).eval()
-        return transformers.AutoModelForCausalLM.from_pretrained(**smollm2(), dtype=torch.float32).eval()
+        return copy.deepcopy(pretrained())
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean loss of the next token."""
-        return next_token_loss(model, self.posts[batch])
+        return next_token_loss(model, self.ids[batch])
 
     def validate(self, model: nn.Module) -> float:
         """Perplexity of 48 posts of the training split that no seed trains on."""
@@ -81,6 +84,29 @@ class Language(Task):
             "perplexity of tales": perplexity(model, tales()[: 2 if self.tiny else TALES]),
             "facts, %": 100 * sum(completes(model, *fact) for fact in known) / len(known),
         }
+
+
+class MorePosts(Language):
+    """The same with 1024 posts."""
+
+    name: ClassVar[str] = "language-1024"
+    about: ClassVar[str] = "The same with 1024 posts: 256 steps."
+    posts: ClassVar[int] = 1024
+
+
+class MorePasses(Language):
+    """The same with four passes over the 256 posts."""
+
+    name: ClassVar[str] = "language-4-passes"
+    about: ClassVar[str] = "The same with four passes over the 256 posts: 256 steps, and validation after each pass."
+    epochs: ClassVar[int] = 4
+    curve_steps: ClassVar[int] = 64
+
+
+@cache
+def pretrained() -> nn.Module:
+    """SmolLM2 in float32; its file takes 20 seconds to read."""
+    return transformers.AutoModelForCausalLM.from_pretrained(**smollm2(), dtype=torch.float32).eval()
 
 
 def config(**changes: int) -> transformers.PretrainedConfig:

@@ -42,6 +42,7 @@ class Newsgroups(Task):
     head_lr: ClassVar[float] = 3e-3
     batch_size: ClassVar[int] = 16
     epochs: ClassVar[int] = 2
+    bfloat16: ClassVar[bool] = True
     texts: ClassVar[int] = 1600
 
     def __init__(self, seed: int, *, tiny: bool = False) -> None:

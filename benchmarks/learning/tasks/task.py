@@ -35,6 +35,10 @@ class Task(abc.ABC):
     #: Examples in a batch, and passes over the examples.
     batch_size: ClassVar[int]
     epochs: ClassVar[int]
+    #: Steps between two points of the record's curve; 0 for no curve.
+    curve_steps: ClassVar[int] = 0
+    #: Whether products with the base weights are in bfloat16 (`bfloat16.py`).
+    bfloat16: ClassVar[bool] = False
 
     def __init__(self, seed: int, *, tiny: bool = False) -> None:
         """Read the data."""

@@ -1,0 +1,58 @@
+"""Products with the weights of a base model in bfloat16: several times as fast on CPUs with AMX.
+
+Everything else stays in float32: adapters, their products, and the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+class BaseProducts(TorchFunctionMode):
+    """Inside of it, `F.linear` computes in bfloat16 with the weights that a model has now.
+
+    Args:
+        model: a model in float32 before an adapter is inserted. Weights that are trained are rounded in each product.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+        self.weights = weights  # kept, so that no other tensor gets their addresses
+        self.rounded = {weight.data_ptr(): weight.detach().bfloat16() for weight in weights}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Replace `F.linear(x, weight, bias)`."""
+        kwargs = kwargs or {}
+        if func is F.linear:
+            x, weight, bias = (*args, kwargs.get("bias"))[:3]
+            rounded = self.rounded.get(weight.data_ptr()) if weight.dim() == 2 else None
+            if rounded is not None:
+                product = _Product.apply(x, weight, weight.bfloat16() if weight.requires_grad else rounded)
+                return product if bias is None else product + bias
+        return func(*args, **kwargs)
+
+
+class _Product(torch.autograd.Function):
+    """`x W^T` with float32 in and out."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, rounded: Tensor) -> Tensor:
+        low = x.bfloat16()
+        ctx.save_for_backward(low if weight.requires_grad else None, rounded)
+        return F.linear(low, rounded).float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, rounded = ctx.saved_tensors
+        low = grad.bfloat16()
+        to_weight = None if x is None else (low.flatten(0, -2).T @ x.flatten(0, -2)).float()
+        return (low @ rounded).float() if ctx.needs_input_grad[0] else None, to_weight, None
