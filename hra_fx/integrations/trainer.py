@@ -1,4 +1,4 @@
-"""The Trainer of transformers, which can train HRA in pairs, and with the orthogonality regularizer of the paper."""
+"""The Trainer of transformers, which trains HRA in pairs, and with the orthogonality regularizer of the paper."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SMALL_RATE = (
 
 
 class HRATrainer(Trainer):
-    """The transformers Trainer, whose optimizer can train pairs of vectors (`hra_fx.train_pairs`).
+    """The transformers Trainer, whose optimizer trains pairs of vectors (`hra_fx.train_pairs`).
 
     `orthogonality_weight * orthogonality_loss(model)` is added to the training loss, once per optimizer step, for any
     `gradient_accumulation_steps`, and not in evaluations. Training logs contain the unweighted mean of the term since
@@ -36,9 +36,9 @@ class HRATrainer(Trainer):
     Args:
         args, kwargs: those of `transformers.Trainer`.
         orthogonality_weight: the weight, finite and >= 0; 0 adds no term.
-        pair_difference: `difference` of `train_pairs`, such as 0.1, also for an optimizer that you pass, unless that
-            trains pairs already; `None` lets the optimizer step the vectors, as the standard Trainer does. A checkpoint
-            continues with the value that it was trained with.
+        pair_difference: `difference` of `train_pairs`, also for an optimizer that you pass, unless that trains pairs
+            already; `None` lets the optimizer step the vectors, as the standard Trainer does. To continue a checkpoint,
+            pass the value that it was trained with, `None` for one of the standard Trainer.
 
     Raises:
         ConfigError: the weight is not a finite number >= 0, or `pair_difference` neither `None` nor one > 0.
@@ -55,7 +55,7 @@ class HRATrainer(Trainer):
     """
 
     def __init__(
-        self, *args: Any, orthogonality_weight: float = 0.0, pair_difference: float | None = None, **kwargs: Any
+        self, *args: Any, orthogonality_weight: float = 0.0, pair_difference: float | None = 0.1, **kwargs: Any
     ) -> None:
         """Check the two numbers; other arguments go to the Trainer."""
         if (
@@ -86,7 +86,7 @@ class HRATrainer(Trainer):
         return type(self).create_optimizer is HRATrainer.create_optimizer and any(one.requires_grad for one in vectors)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The optimizer of the Trainer, which trains pairs if `pair_difference` is set."""
+        """The optimizer of the Trainer, which trains pairs unless `pair_difference` is `None`."""
         optimizer = super().create_optimizer(*args, **kwargs)
         model: Any = self.model
         if self.pair_difference is not None and can_train_pairs(optimizer, model):

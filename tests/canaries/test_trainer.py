@@ -87,7 +87,7 @@ def test_the_loss_of_accumulated_batches(accepts: bool, tmp_path: Path) -> None:
         made = trainer(
             model,
             tmp_path,
-            functools.partial(HRATrainer, orthogonality_weight=weight),
+            functools.partial(HRATrainer, orthogonality_weight=weight, pair_difference=None),
             gradient_accumulation_steps=4,
             seed=1,
         )

@@ -20,8 +20,6 @@ from transformers import Trainer, TrainerCallback
 import hra_fx
 from hra_fx.integrations import HRATrainer
 
-Paired = partial(HRATrainer, pair_difference=0.1)
-
 AdamW = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
 RUN = {"lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 3, "seed": 3}
 
@@ -57,16 +55,16 @@ def test_the_trainers_of_transformers_train_pairs(tmp_path: Path) -> None:
     model = copy.deepcopy(start)
     wanted = trained(partial(Trainer, optimizers=(optimizer_for(model), None)), model, tmp_path)  # type: ignore[arg-type]
     assert not equal(wanted, trained(Trainer, copy.deepcopy(start), tmp_path)), "they differ from steps of vectors"
-    assert equal(wanted, trained(Paired, copy.deepcopy(start), tmp_path))
+    assert equal(wanted, trained(HRATrainer, copy.deepcopy(start), tmp_path))
     assert equal(wanted, trained(Trainer, copy.deepcopy(start), tmp_path, line=True))
     assert equal(wanted, trained(partial(Trainer, callbacks=[Pairs()]), copy.deepcopy(start), tmp_path))
     for pairs in (False, True):  # its own optimizer: not twice
         model = copy.deepcopy(start)
-        maker = partial(Paired, optimizers=(optimizer_for(model, pairs=pairs), None))  # type: ignore[arg-type]
+        maker = partial(HRATrainer, optimizers=(optimizer_for(model, pairs=pairs), None))  # type: ignore[arg-type]
         assert equal(wanted, trained(maker, model, tmp_path))
 
 
-@pytest.mark.parametrize("maker", [Paired, partial(Trainer, callbacks=[Pairs()])])
+@pytest.mark.parametrize("maker", [HRATrainer, partial(Trainer, callbacks=[Pairs()])])
 def test_a_training_continues_in_pairs(maker: Any, tmp_path: Path) -> None:
     start = adapted("llama", "transform")
     wanted = trained(maker, copy.deepcopy(start), tmp_path / "whole", max_steps=4)
@@ -75,7 +73,7 @@ def test_a_training_continues_in_pairs(maker: Any, tmp_path: Path) -> None:
     trainer = trainer_of(maker, "llama", copy.deepcopy(start), folder, **(RUN | {"max_steps": 4} | saving))
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     assert equal(wanted, vectors_of(trainer.model).values())  # type: ignore[arg-type]
-    if maker is Paired:
+    if maker is HRATrainer:
         other = partial(HRATrainer, pair_difference=0.2)
         again = trainer_of(other, "llama", copy.deepcopy(start), folder, **(RUN | {"max_steps": 4} | saving))  # type: ignore[arg-type]
         with pytest.raises(hra_fx.AdapterError, match=r"saved with difference=0.1.*HRATrainer: pair_difference=0.1"):

@@ -16,11 +16,11 @@ from hra_fx.integrations import HRATrainer
 
 pytestmark = pytest.mark.usefixtures("nothing_is_logged")
 
-Weight = dict[str, float]
-TRAINERS: dict[str, tuple[type[Trainer], Weight]] = {
+Settings = dict[str, float | None]
+TRAINERS: dict[str, tuple[type[Trainer], Settings]] = {
     "stock": (Trainer, {}),
-    "ours": (HRATrainer, {}),
-    "ours with the term": (HRATrainer, {"orthogonality_weight": 1e-3}),
+    "ours": (HRATrainer, {"pair_difference": None}),
+    "ours with the term, in pairs": (HRATrainer, {"orthogonality_weight": 1e-3}),
 }
 EVERY_THIRD = {"save_strategy": "steps", "save_steps": 3}
 
@@ -36,9 +36,9 @@ class StopAt(TrainerCallback):
 
 
 def run(trainer: str, kind: str, model: nn.Module, folder: Path, **arguments: Any) -> Trainer:
-    maker, weight = TRAINERS[trainer]
+    maker, settings = TRAINERS[trainer]
     made = trainer_of(maker, kind, model, folder, **arguments)
-    for name, value in weight.items():
+    for name, value in settings.items():
         setattr(made, name, value)
     return made
 
@@ -54,7 +54,8 @@ def assert_same_training(model: nn.Module, other: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trainer", "kind", "shape"), [("stock", "bert", "transform"), ("ours with the term", "llama", "HRAModel")]
+    ("trainer", "kind", "shape"),
+    [("stock", "bert", "transform"), ("ours with the term, in pairs", "llama", "HRAModel")],
 )
 def test_training_lowers_the_loss_and_moves_only_the_adapter(
     trainer: str, kind: str, shape: str, tmp_path: Path
@@ -81,9 +82,14 @@ def test_training_lowers_the_loss_and_moves_only_the_adapter(
         ("stock", True, "bert", "transform"),
         ("stock", False, "llama", "HRAModel"),
         ("ours", False, "bert", "transform"),
-        ("ours with the term", True, "llama", "HRAModel"),
+        ("ours with the term, in pairs", True, "llama", "HRAModel"),
     ],
-    ids=["stock, the latest", "stock, by its folder", "ours, by its folder", "ours with the term, the latest"],
+    ids=[
+        "stock, the latest",
+        "stock, by its folder",
+        "ours, by its folder",
+        "ours with the term, in pairs, the latest",
+    ],
 )
 def test_a_run_that_was_stopped_goes_on_bitwise(
     trainer: str, latest: bool, kind: str, shape: str, tmp_path: Path
