@@ -126,7 +126,7 @@ METHODS = {
         of_peft(lambda targets, rank: peft.HRAConfig(r=rank, target_modules=list(targets))),
         reflections,
     ),
-    "hra": Method("HRA", LARGE, of_hra_fx(), reflections),
+    "hra": Method("HRA, vectors", LARGE, of_hra_fx(), reflections),
     "hra-pairs": Method("HRA, pairs", MIDDLE, of_hra_fx(), reflections, prepare_optimizer=hra_fx.train_pairs),
     "hra-gs": Method("HRA, Gram-Schmidt", LARGE, of_hra_fx(apply_GS=True), reflections),
     "hra-reg": Method("HRA, regularizer 1e-3", LARGE, of_hra_fx(), reflections, penalty=weighted(1e-3)),

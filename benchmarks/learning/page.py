@@ -9,9 +9,9 @@ from pathlib import Path
 
 from learning import plots
 from learning.plan import TASK_NAMES, finished, methods_of, untrained
-from learning.rates import chosen, final_runs
+from learning.rates import final_runs, searched
 from learning.records import FILE, Record
-from learning.summary import Comparison, Difference, compare, gain, retention_gain, scores, validation_gain
+from learning.summary import Difference, compare, gain, retained_at, retention_gain, scores, validation_gain
 from learning.tasks import TASKS
 from learning.variants import ALL, VARIANTS
 
@@ -19,11 +19,11 @@ INTRODUCTION = """\
 <!-- Written by make bench-learning; do not edit. -->
 # Does HRA learn as well as LoRA?
 
-HRA and LoRA with numbers of trained parameters within 3% of each other, and full fine-tuning, over several seeds. A
-seed draws the training examples, their order, the new head and the start of the adapter, and all methods share it.
-"Gain" is how much better HRA's test score is than LoRA's, so more is better for every metric; the interval is that of
-the paired differences, at 95%. "Closed" is the share of the distance from LoRA to full fine-tuning that HRA covers,
-where this distance is larger than its interval.
+HRA and LoRA with numbers of trained parameters within 3% of each other, each at the learning rate that was best on
+validation data. "HRA, pairs" is HRA with `hra_fx.train_pairs`, "HRA, vectors" without it, as PEFT trains it. A seed
+draws the training examples, their order, the new head and the start of the adapter, and all methods share it. Scores
+are those of test data: mean and standard deviation over the seeds. "Gain" is how much better than LoRA a method is, so
+more is better for every metric; the interval is that of the paired differences, at 95%.
 [docs/training.md](training.md) says which settings follow from this.
 """
 
@@ -33,26 +33,27 @@ PROTOCOL = """\
 - Every method trains on the same examples in the same order, for the same number of steps, with AdamW, no weight decay,
   a linear schedule with 10% warmup, and gradients clipped to norm 1. A new head has one learning rate for all methods,
   except for "head only", which chooses its own.
-- Each method chooses its learning rate from four, by the validation score of seed 0. Where the best of them is the
-  lowest or the highest, the grid is extended by one rate, at most twice; after that, the best rate may still be the
-  lowest or the highest. No seed trains on validation examples.
+- Each method chooses its learning rate by the validation score of seed 0: from four rates, for LoRA and pairs on
+  `language` and `newsgroups-1600` from eight, and then from more around the best one, until both of its neighbors in
+  1, 1.7, 3, 5.5, 10, ... are worse. No seed trains on validation examples.
 - Intervals cover the choice of training examples and random starts. All seeds share the test examples: one accuracy on
   1500 texts has a standard error of 1.2 points.
 - The test split is read by the runs with the chosen rate, one for each seed, and by no others.
 - Ranks: LoRA's is given. HRA gets the rank with the nearest number of parameters, OFT the nearest size of blocks, and
-  DoRA has LoRA's rank. LoRA has `lora_alpha = 2 r`. "HRA" is `HRAConfig()` with its defaults.
+  DoRA has LoRA's rank. LoRA has `lora_alpha = 2 r`.
+- On text, products with the weights of the base model are in bfloat16, everything else is in float32: adapters, their
+  products, optimizers. `--float32` makes a run without bfloat16.
 - On the digits, OFT and PEFT's HRA are left out: PEFT's OFT fails for the convolutions, and its HRA takes many times as
   long there. BOFT, PSOFT and ranks that differ by layer were not compared.
 - Time is CPU time on one thread of a machine that other programs shared, memory the growth of the process during
   training. Both contain the base model's forward and backward pass. [benchmarks.md](benchmarks.md) compares speed.
 - In the plot over parameters, each point is the better of the chosen learning rate and the next lower one.
-- Runs repeat bit for bit, except for HRA on `language`: two runs of seed 0 at 3e-3 gave validation perplexities of
-  121.8 and 120.1.
+- Each record in docs/results.json names the commit of the code that made it.
 
 To make one run again and print its record:
 
 ```
-PYTHONPATH=benchmarks python -m learning --task digits --method hra --seed 0
+PYTHONPATH=benchmarks python -m learning --task digits --method hra-pairs --seed 0
 ```
 
 `make bench-learning` makes the runs that docs/results.json lacks, two at a time, and writes this page. You can stop it,
@@ -64,7 +65,7 @@ FORGETTING = """\
 ## Forgetting
 
 What the model could do before, and still can after training at the learning rate that was chosen for the new task:
-means over the seeds. "HRA over LoRA" is the paired difference with its 95% interval; more is better for every metric.
+means over the seeds. The last column is the paired difference with its 95% interval; more is better for every metric.
 
 """
 
@@ -75,30 +76,47 @@ the new task, and what it retained.
 ![What is retained over the validation score](results_forgetting.svg)
 """
 
-TRIALS = """\
-## What helps HRA
+AT_EQUAL_SCORE = """
+LoRA and pairs where their validation scores on the new task are equal, which are those of the one that learned less at
+its best rate: read from these curves between two learning rates, seed 0.
 
-The gain over HRA with its defaults on validation data, in points, paired over three seeds, with its 95% interval and
-the learning rate that was chosen. More is better.
+"""
+
+PASSES = """\
+## Several passes
+
+Validation over training loss on `language-4-passes`: a curve is a method at one learning rate, from its first pass
+over the posts to its fourth. Large marks are means over five seeds, small ones are of seed 0.
+
+![Validation perplexity over the training loss](results_passes.svg)
+"""
+
+TRIALS = """\
+## Settings
+
+What changes if HRA trains in pairs with another setting: the gain on validation data, in points, paired over three
+seeds, with its 95% interval. More is better.
 
 """
 
 
 def write_page(records: Sequence[Record], folder: Path = FILE.parent) -> None:
     """Write the page and its plots into a folder."""
-    for name in ("rates", "ranks", "forgetting"):
+    for name in ("rates", "ranks", "forgetting", "passes"):
         getattr(plots, name)(records, folder / f"results_{name}.svg")
     (folder / "results.md").write_text(page(records))
 
 
 def page(records: Sequence[Record]) -> str:
     """The text of the page."""
-    tasks = [task for task in TASK_NAMES if finished(records, task, "lora") and finished(records, task, "hra")]
+    tasks = [task for task in TASK_NAMES if finished(records, task, "lora") and finished(records, task, "hra-pairs")]
     parts = [
         INTRODUCTION,
-        _first_table([found for task in tasks if (found := compare(records, task))]),
+        _first_table(records, tasks),
+        "## Learning rates\n",
         "![Validation scores over the learning rate](results_rates.svg)\n",
         *(_of_task(records, task) for task in tasks),
+        PASSES,
         "## Parameters\n\nValidation scores, means of three seeds.\n",
         "![Validation scores over the number of trained parameters](results_ranks.svg)\n",
         _forgetting(records, tasks),
@@ -110,42 +128,43 @@ def page(records: Sequence[Record]) -> str:
     return "\n".join(parts)
 
 
-def _first_table(found: Sequence[Comparison]) -> str:
-    rows = [
-        [
-            f"[{row.task}](#{row.task})",
-            TASKS[row.task].metric,
-            str(row.seeds),
-            _number(row.lora),
-            _number(row.hra),
-            _interval(row.gain),
-            _number(row.full) if row.full is not None else "-",
-            _interval(row.distance) if row.distance else "-",
-            f"{100 * row.closed:.0f}%" if row.closed is not None else "-",
-        ]
-        for row in found
-    ]
+def _first_table(records: Sequence[Record], tasks: Sequence[str]) -> str:
+    found = [row for task in tasks if (row := compare(records, task))]
     short = [row.task for row in found if not row.holds]
     verdict = (
-        f"HRA's mean falls short of LoRA's by more than one standard error of the difference on: {', '.join(short)}."
+        f"In pairs, HRA's mean falls short of LoRA's by more than one standard error of the difference on: "
+        f"{', '.join(short)}."
         if short
-        else "HRA's mean is at least LoRA's minus one standard error of the difference on every task."
+        else "In pairs, HRA's mean is at least LoRA's minus one standard error of the difference on every task."
     )
-    columns = ["task", "metric", "seeds", "LoRA", "HRA", "gain", "full fine-tuning", "full over LoRA", "closed"]
-    return f"{_table(columns, rows)}\n{verdict}\n"
+    return f"{results_table(records, tasks, '')}\n{verdict}\n"
 
 
-def readme_table(records: Sequence[Record]) -> str:
-    """The table of README: means and standard deviations of test scores, and HRA's gain over LoRA."""
+def results_table(records: Sequence[Record], tasks: Sequence[str], link: str) -> str:
+    """Test scores and gains over LoRA, a row for each task.
+
+    Args:
+        records: the records.
+        tasks: names of tasks.
+        link: the address of this page.
+    """
     rows = []
-    for task in TASK_NAMES:
-        found = compare(records, task)
-        if found is None:
+    for task in tasks:
+        pairs, vectors = compare(records, task), compare(records, task, "hra")
+        if pairs is None:
             continue
-        metric = TASKS[task].metric + (" ↑" if TASKS[task].higher_is_better else " ↓")
-        means = [_spread(scores(final_runs(records, task, method))) for method in ("lora", "hra", "full")]
-        rows.append([f"[{task}](docs/results.md#{task}), {metric}", *means, _interval(found.gain)])
-    return _table(["task", "LoRA", "HRA", "full fine-tuning", "gain"], rows)
+        rows.append(
+            [
+                f"[{task}]({link}#{task}), {TASKS[task].metric} {'↑' if TASKS[task].higher_is_better else '↓'}",
+                _spread(pairs.lora),
+                _spread(pairs.other),
+                _interval(pairs.gain),
+                _spread(vectors.other) if vectors else "-",
+                _interval(vectors.gain) if vectors else "-",
+                _spread(scores(final_runs(records, task, "full"))),
+            ]
+        )
+    return _table(["task", "LoRA", "HRA, pairs", "gain", "HRA, vectors", "gain", "full fine-tuning"], rows)
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -183,14 +202,30 @@ def _of_task(records: Sequence[Record], task: str) -> str:
 
 def _forgetting(records: Sequence[Record], tasks: Sequence[str]) -> str:
     """What is retained, by task and method."""
-    methods = ("lora", "hra", "full")
-    rows = []
+    methods = ("lora", "hra-pairs", "hra", "full")
+    rows, at_equal_score = [], []
     for task in tasks:
         for name in plots.retained(records, task):
             means = [_mean_retained(records, task, method, name) for method in (untrained(task), *methods)]
-            rows.append([task, name, *means, _interval(retention_gain(records, task, "hra", "lora", name))])
-    columns = ["task", "retained", "before", *(ALL[method].label for method in methods), "HRA over LoRA"]
-    return FORGETTING + _table(columns, rows) + FORGETTING_PLOT
+            rows.append([task, name, *means, _interval(retention_gain(records, task, "hra-pairs", "lora", name))])
+            at_equal_score.append([task, name, *_at_equal_score(records, task, name)])
+    columns = ["task", "retained", "before", *(ALL[method].label for method in methods), "pairs over LoRA"]
+    return (
+        FORGETTING
+        + _table(columns, rows)
+        + FORGETTING_PLOT
+        + AT_EQUAL_SCORE
+        + _table(["task", "retained", "validation score", "LoRA", "HRA, pairs"], at_equal_score)
+    )
+
+
+def _at_equal_score(records: Sequence[Record], task: str, name: str) -> list[str]:
+    """The score, and what LoRA and pairs retain at it."""
+    sign = 1 if TASKS[task].higher_is_better else -1
+    found = (searched(records, task, method).values() for method in ("lora", "hra-pairs"))
+    score = sign * min(max(sign * value for value in values) for values in found)
+    kept = (retained_at(records, task, method, name, score) for method in ("lora", "hra-pairs"))
+    return [_number(score), *("-" if value is None else _number(value) for value in kept)]
 
 
 def _mean_retained(records: Sequence[Record], task: str, method: str, name: str) -> str:
@@ -199,16 +234,14 @@ def _mean_retained(records: Sequence[Record], task: str, method: str, name: str)
 
 
 def _trials(records: Sequence[Record]) -> str:
-    """Variants of HRA: the gain over HRA on validation data, and the chosen rate."""
+    """Variants of the training: the gain over its defaults on validation data."""
     tasks = [task for task in TASK_NAMES if any(finished(records, task, method) for method in VARIANTS)]
     rows = [[ALL[method].label, *(_trial(records, task, method) for task in tasks)] for method in VARIANTS]
-    return TRIALS + _table(["variant", *tasks], rows)
+    return TRIALS + _table(["setting", *tasks], rows)
 
 
 def _trial(records: Sequence[Record], task: str, method: str) -> str:
-    if not finished(records, task, method):
-        return "-"
-    return f"{_interval(validation_gain(records, task, method))}, {chosen(records, task, method):g}"
+    return _interval(validation_gain(records, task, method)) if finished(records, task, method) else "-"
 
 
 def _cost(records: Sequence[Record]) -> str:

@@ -1,4 +1,4 @@
-"""The plots of docs/results.md: validation scores over the learning rate and over the size, and what is retained."""
+"""The plots of docs/results.md: validation scores, and what is retained."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ LOOKS = {
     "dora": ("#009E73", "s"),
     "lora": ("#0072B2", "D"),
     "hra-gs": ("#56B4E9", "v"),
-    "hra": ("#D55E00", "o"),
+    "hra": ("#CC79A7", "P"),
+    "hra-pairs": ("#D55E00", "o"),
 }
+#: The task whose training is drawn pass by pass.
+PASSES = "language-4-passes"
 # In inches.
 WIDE, HIGH, GAP, ABOVE, BELOW = 2.5, 1.9, 0.6, 0.7, 0.75
 
@@ -55,6 +58,29 @@ def forgetting(records: Sequence[Record], file: Path) -> Path:
         for name in retained(records, task)
     ]
     return _draw(panels, file, "validation score of the new task")
+
+
+def passes(records: Sequence[Record], file: Path) -> Path:
+    """Validation scores over the training loss, a curve for each method and learning rate."""
+
+    def draw(axes: Axes) -> None:
+        for method in _drawn(PASSES):
+            rank = matched_rank(records, PASSES, method)
+            for lr in searched(records, PASSES, method):
+                runs = [run for run in of(records, PASSES, method) if (run.lr, run.r) == (lr, rank)]
+                curves = list({run.seed: run.curve for run in runs}.values())
+                means = [
+                    [statistics.mean(column) for column in zip(*points, strict=True)]
+                    for points in zip(*curves, strict=True)
+                ]
+                _curve(axes, method, [(loss, score) for _, loss, score in means], large=len(curves) > 1)
+                axes.annotate(
+                    f"{lr:g}", means[-1][1:], fontsize=7, color=QUIET, xytext=(4, 2), textcoords="offset points"
+                )
+        axes.invert_xaxis()
+        axes.set_ylabel(f"validation {TASKS[PASSES].metric}")
+
+    return _draw([(PASSES, draw)], file, "training loss", columns=1, size=(6.0, 3.4))
 
 
 def retained(records: Sequence[Record], task: str) -> list[str]:
@@ -144,25 +170,28 @@ def _drawn(task: str) -> list[str]:
     return [method for method in LOOKS if method in methods_of(task)]
 
 
-def _curve(axes: Axes, method: str, points: Sequence[Point]) -> None:
+def _curve(axes: Axes, method: str, points: Sequence[Point], *, large: bool = True) -> None:
     if points:
         color, marker = LOOKS[method]
         across, up = zip(*points, strict=True)
-        axes.plot(across, up, color=color, marker=marker, markersize=4.5, linewidth=1.4, label=ALL[method].label)
+        size, width = (4.5, 1.4) if large else (2.5, 0.7)
+        axes.plot(across, up, color=color, marker=marker, markersize=size, linewidth=width, label=ALL[method].label)
 
 
-def _draw(panels: Sequence[Panel], file: Path, across: str) -> Path:
-    """Panels in rows of three, with one legend below them."""
-    columns = 3
+def _draw(
+    panels: Sequence[Panel], file: Path, across: str, columns: int = 3, size: tuple[float, float] = (WIDE, HIGH)
+) -> Path:
+    """Panels in rows, with one legend below them."""
+    wide, high = size
     rows = -(-len(panels) // columns)
-    width, height = columns * (WIDE + GAP), rows * (HIGH + ABOVE) + BELOW
+    width, height = columns * (wide + GAP), rows * (high + ABOVE) + BELOW
     with style():
         figure = new_figure(width, height)
         labels = {}
         for place, (title, draw) in enumerate(panels):
             row, column = divmod(place, columns)
-            left, bottom = column * (WIDE + GAP), height - (row + 1) * (HIGH + ABOVE) + 0.25
-            axes = figure.add_axes((left / width, bottom / height, WIDE / width, HIGH / height))
+            left, bottom = column * (wide + GAP), height - (row + 1) * (high + ABOVE) + 0.25
+            axes = figure.add_axes((left / width, bottom / height, wide / width, high / height))
             draw(axes)
             axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold", color=INK)
             axes.set_xlabel(across, color=QUIET)

@@ -1,16 +1,18 @@
-"""Statistics of the records: means, paired differences, and how much of the way to full fine-tuning."""
+"""Statistics of the records: paired differences, and what is retained at an equal score."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from learning.plan import TRIAL_SEEDS
-from learning.rates import chosen, final_runs
+from learning.rates import chosen, final_runs, searched
 from learning.records import Record, matched_rank, of
 from learning.tasks import TASKS
+from learning.variants import VARIED
 
 #: The 97.5% quantile of Student's t distribution, by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
@@ -27,29 +29,22 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """HRA against LoRA on a task. Differences are positive where HRA is better, whatever the metric.
+    """A method against LoRA on a task.
 
     Args:
         task: its name.
-        lora, hra, full: means of the test scores; `full` is None where it was not run.
-        gain: HRA's gain over LoRA, over the seeds that both have.
-        distance: the gain of full fine-tuning over LoRA.
-        closed: the share of this distance that HRA covers; None where the distance is within its 95% interval of zero.
-        seeds: the number of HRA's runs.
+        lora, other: test scores, by seed.
+        gain: that of the method over LoRA, positive where it is better, whatever the metric.
     """
 
     task: str
-    lora: float
-    hra: float
-    full: float | None
+    lora: list[float]
+    other: list[float]
     gain: Difference
-    distance: Difference | None
-    closed: float | None
-    seeds: int
 
     @property
     def holds(self) -> bool:
-        """Whether HRA's mean is at least LoRA's minus one standard error of the paired difference."""
+        """Whether the method's mean is at least LoRA's minus one standard error of the paired difference."""
         return self.gain.mean >= -self.gain.error
 
 
@@ -78,11 +73,11 @@ def gain(records: Sequence[Record], task: str, method: str, base: str) -> Differ
 
 
 def validation_gain(records: Sequence[Record], task: str, variant: str) -> Difference:
-    """The gain of a variant of HRA over its defaults on the validation split, each at its own learning rate."""
+    """The gain of a variant over what it varies on the validation split, at the same learning rate."""
     sign = 1 if TASKS[task].higher_is_better else -1
+    wanted = chosen(records, task, VARIED), matched_rank(records, task, VARIED)
     values = []
-    for method in (variant, "hra"):
-        wanted = chosen(records, task, method), matched_rank(records, task, method)
+    for method in (variant, VARIED):
         runs = [run for run in of(records, task, method) if (run.lr, run.r) == wanted and run.seed in TRIAL_SEEDS]
         values.append({run.seed: sign * run.validation for run in runs})
     return difference(*values)
@@ -98,21 +93,22 @@ def retention_gain(records: Sequence[Record], task: str, method: str, base: str,
     return difference(*values)
 
 
-def compare(records: Sequence[Record], task: str, method: str = "hra") -> Comparison | None:
-    """HRA, or a form of it, against LoRA; None while one of them lacks a test."""
-    lora, hra, full = (scores(final_runs(records, task, name)) for name in ("lora", method, "full"))
-    if not lora or not hra:
-        return None
-    won = gain(records, task, method, "lora")
-    distance = gain(records, task, "full", "lora") if full else None
-    closed = won.mean / distance.mean if distance and distance.mean > distance.half else None
-    return Comparison(
-        task,
-        statistics.mean(lora),
-        statistics.mean(hra),
-        statistics.mean(full) if full else None,
-        won,
-        distance,
-        closed,
-        len(hra),
-    )
+def compare(records: Sequence[Record], task: str, method: str = "hra-pairs") -> Comparison | None:
+    """A method against LoRA; None while one of them lacks a test."""
+    lora, other = (scores(final_runs(records, task, name)) for name in ("lora", method))
+    return Comparison(task, lora, other, gain(records, task, method, "lora")) if lora and other else None
+
+
+def retained_at(records: Sequence[Record], task: str, method: str, name: str, score: float) -> float | None:
+    """What is retained where a method has a validation score, between two learning rates; None where it has not.
+
+    The curve is that of seed 0, from the lowest learning rate to the best one.
+    """
+    rates = [lr for lr in searched(records, task, method) if lr <= chosen(records, task, method)]
+    rank = matched_rank(records, task, method)
+    runs = {run.lr: run for run in of(records, task, method) if (run.seed, run.test, run.r) == (0, None, rank)}
+    points = [(runs[lr].validation, runs[lr].retention[name]) for lr in rates]
+    for (one, kept), (other, kept_by_other) in itertools.pairwise(points):
+        if min(one, other) <= score <= max(one, other):
+            return kept + (kept_by_other - kept) * (score - one) / ((other - one) or 1.0)
+    return None

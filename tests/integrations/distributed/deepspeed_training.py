@@ -68,9 +68,15 @@ def main(model_path: str, stage: str, steps: str, output: str, resume: bool) -> 
     model = LlamaForCausalLM.from_pretrained(model_path)
     torch.manual_seed(0)
     model = hra_fx.get_peft_model(model, hra_fx.HRAConfig(r=4, target_modules="all-linear"))
-    trainer = HRATrainer(model=model, args=args, train_dataset=texts(), pair_difference=None)
-    trainer.train(resume_from_checkpoint=resume)
+    difference = {} if deepspeed else {"pair_difference": None}
+    trainer = HRATrainer(model=model, args=args, train_dataset=texts(), **difference)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", hra_fx.HRAWarning)
+        trainer.train(resume_from_checkpoint=resume)
     if deepspeed:
+        assert any("does not step these in pairs" in str(one.message) for one in caught), [
+            str(one.message) for one in caught
+        ]
         check_refused(model)
     trainer.save_model(str(Path(output, "final")))
     if args.process_index == 0:

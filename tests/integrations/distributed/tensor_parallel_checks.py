@@ -56,6 +56,17 @@ def losses_and_gradients(name: str, rank: int, folder: Path) -> None:
         same(trained(alone), trained(together), within=1e-12)
 
 
+def pairs(rank: int, folder: Path) -> None:
+    """Steps in sums and differences."""
+    for split in (MLP, LLAMA):
+        alone = split.case.model()
+        losses = train(alone, split.case, pairs=True)
+        for order in ORDERS:
+            together = order(split)
+            assert train(together, split.case, pairs=True) == pytest.approx(losses, abs=1e-12), order
+            same(trained(alone), trained(together), within=1e-12)
+
+
 def collectives(rank: int, folder: Path) -> None:
     """In numbers, of each process: those of the layer itself, and what the adapters add."""
     tokens, k, d, out = 8, 4, 16, 16
@@ -385,7 +396,7 @@ def transformers_refused(rank: int, folder: Path) -> None:
 
 CHECKS: dict[str, Check] = {
     **{f"losses and gradients: {name}": functools.partial(losses_and_gradients, name) for name in SPLITS},
-    **{"collectives": collectives, "save and load": save_and_load, "checkpoints": checkpoints},
+    **{"pairs": pairs, "collectives": collectives, "save and load": save_and_load, "checkpoints": checkpoints},
     **{"several adapters": several_adapters, "regularizer": regularizer, "reported": reported},
     **{"vectors of the first": vectors_of_the_first, "merged, then split": merged_then_split},
     **{"other readers": other_readers, "as LoRA": as_lora, "refused": refused, "refused layers": refused_layers},

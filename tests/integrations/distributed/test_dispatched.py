@@ -78,6 +78,15 @@ def test_outputs_losses_and_trained_vectors(name: str, devices: Sequence[torch.d
 
 
 @pytest.mark.parametrize("when", WHEN)
+def test_pairs(when: str) -> None:
+    plain, model = MLP.model(), WHEN[when](MLP, (CPU, LAZY))
+    wanted, losses = train(plain, MLP, pairs=True), train(model, MLP, pairs=True)
+    assert max(abs(a - b) for a, b in zip(wanted, losses, strict=True)) < 1e-9
+    found, expected = trained(model), trained(plain)
+    assert all(close(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("when", WHEN)
 def test_vectors_and_factors_are_on_the_device_of_their_layer(when: str) -> None:
     model: Any = WHEN[when](MLP, (CPU, LAZY))
     layers = [model[0], model[2], model[4]]
