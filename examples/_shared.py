@@ -77,6 +77,7 @@ def fit(
     groups: Groups,
     batches: list[list[int]],
     label: str,
+    in_pairs: nn.Module | None = None,
 ) -> None:
     """Train with AdamW and a one-cycle learning rate schedule.
 
@@ -85,9 +86,12 @@ def fit(
         groups: parameters, each with its maximal learning rate.
         batches: the batches, in order.
         label: text of the progress bar.
+        in_pairs: a model whose HRA vectors are trained in pairs.
     """
     rates = [rate for _, rate in groups]
     optimizer = torch.optim.AdamW([{"params": list(group)} for group, _ in groups], lr=rates[0], weight_decay=0.0)
+    if in_pairs is not None:
+        hra_fx.train_pairs(optimizer, in_pairs)
     warmup = 0.1 if len(batches) >= 20 else 0.3  # OneCycleLR needs at least one warmup step
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=len(batches), pct_start=warmup)
     with progress() as shown:

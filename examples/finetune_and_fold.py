@@ -123,7 +123,7 @@ def train(model: Classifier, adapter: str, rate: float, texts: Texts, batches: l
     def loss(batch: list[int]) -> Tensor:
         return cross_entropy(model(**texts.batch(batch)), texts.labels[batch])
 
-    fit(loss, groups, batches, f"train {adapter} and head")
+    fit(loss, groups, batches, f"train {adapter} and head", in_pairs=model if adapter == "HRA" else None)
 
 
 def run_head_only(model: Classifier, train_texts: Texts, test_texts: Texts, batches: list[list[int]]) -> Tensor:

@@ -1,7 +1,7 @@
 """Use with transformers, diffusers and their Trainer.
 
-`HRATrainer` and `RotationCallback` are imported on first use, because the Trainer needs accelerate, which is not a
-dependency of hra_fx.
+The Trainer and its callbacks are imported on first use, because they need accelerate, which is not a dependency of
+hra_fx.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hra_fx.integrations.pair_callback import PairCallback as PairCallback
     from hra_fx.integrations.rotation import RotationCallback as RotationCallback
     from hra_fx.integrations.trainer import HRATrainer as HRATrainer
 
-__all__ = ["HRATrainer", "RotationCallback"]
+__all__ = ["HRATrainer", "PairCallback", "RotationCallback"]
 
-_MODULES = {"HRATrainer": "trainer", "RotationCallback": "rotation"}
+_MODULES = {"HRATrainer": "trainer", "PairCallback": "pair_callback", "RotationCallback": "rotation"}
 
 
 def __getattr__(name: str) -> Any:

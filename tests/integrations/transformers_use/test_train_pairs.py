@@ -15,20 +15,13 @@ from integrations.transformers_use.tiny import adapted, samples, trainer_of, vec
 from integrations.trl_use import runs
 from oracles import relative_error
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 import hra_fx
-from hra_fx.integrations import HRATrainer
+from hra_fx.integrations import HRATrainer, PairCallback
 
 AdamW = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
 RUN = {"lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 3, "seed": 3}
-
-
-class Pairs(TrainerCallback):
-    """For programs that take callbacks, and make their Trainer themselves."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        hra_fx.train_pairs(kwargs["optimizer"], kwargs["model"])
 
 
 def optimizer_for(model: nn.Module, *, pairs: bool = True) -> Any:
@@ -57,14 +50,14 @@ def test_the_trainers_of_transformers_train_pairs(tmp_path: Path) -> None:
     assert not equal(wanted, trained(Trainer, copy.deepcopy(start), tmp_path)), "they differ from steps of vectors"
     assert equal(wanted, trained(HRATrainer, copy.deepcopy(start), tmp_path))
     assert equal(wanted, trained(Trainer, copy.deepcopy(start), tmp_path, line=True))
-    assert equal(wanted, trained(partial(Trainer, callbacks=[Pairs()]), copy.deepcopy(start), tmp_path))
+    assert equal(wanted, trained(partial(Trainer, callbacks=[PairCallback()]), copy.deepcopy(start), tmp_path))
     for pairs in (False, True):  # its own optimizer: not twice
         model = copy.deepcopy(start)
         maker = partial(HRATrainer, optimizers=(optimizer_for(model, pairs=pairs), None))  # type: ignore[arg-type]
         assert equal(wanted, trained(maker, model, tmp_path))
 
 
-@pytest.mark.parametrize("maker", [HRATrainer, partial(Trainer, callbacks=[Pairs()])])
+@pytest.mark.parametrize("maker", [HRATrainer, partial(Trainer, callbacks=[PairCallback()])])
 def test_a_training_continues_in_pairs(maker: Any, tmp_path: Path) -> None:
     start = adapted("llama", "transform")
     wanted = trained(maker, copy.deepcopy(start), tmp_path / "whole", max_steps=4)
@@ -110,10 +103,12 @@ def test_accelerate(when: str, scaled: bool) -> None:
 def test_trl(tmp_path: Path) -> None:
     """A transformed model, and PEFT's HRA, which the Trainer makes from a configuration."""
     found = []
-    for kind, pairs in ((runs.OURS, False), (runs.OURS, True), (runs.FAST, True)):
+    for kind, by in ((runs.OURS, None), (runs.OURS, "a line"), (runs.FAST, "a callback")):
         trainer = runs.trainer(kind, "SFT", tmp_path)
-        if pairs:
+        if by == "a line":
             hra_fx.train_pairs(trainer.create_optimizer(), trainer.model)
+        elif by:
+            trainer.add_callback(PairCallback())
         trainer.train()
         found.append(torch.cat([one.detach().flatten() for one in runs.vectors_of(trainer.model).values()]))
     assert relative_error(found[2], found[1]) < 1e-4
@@ -124,3 +119,5 @@ def test_trl(tmp_path: Path) -> None:
 def test_an_invalid_difference_is_refused(difference: Any) -> None:
     with pytest.raises(hra_fx.ConfigError, match="`pair_difference` must be a finite number > 0"):
         HRATrainer(pair_difference=difference)
+    with pytest.raises(hra_fx.ConfigError, match="`difference` must be a finite number > 0"):
+        PairCallback(difference)
