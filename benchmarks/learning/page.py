@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from learning import plots
-from learning.plan import TASK_NAMES, finished, methods_of, untrained
+from learning.plan import TASK_NAMES, TEACHERS, finished, methods_of, untrained
 from learning.rates import final_runs, searched
 from learning.records import FILE, Record
 from learning.summary import Difference, compare, gain, retained_at, retention_gain, scores, validation_gain
 from learning.tasks import TASKS
 from learning.variants import ALL, VARIANTS
+
+README_TASKS = ("language", "newsgroups-1600", "digits", *TEACHERS)
 
 INTRODUCTION = """\
 <!-- Written by make bench-learning; do not edit. -->
@@ -165,6 +167,11 @@ def results_table(records: Sequence[Record], tasks: Sequence[str], link: str) ->
             ]
         )
     return _table(["task", "LoRA", "HRA, pairs", "gain", "HRA, vectors", "gain", "full fine-tuning"], rows)
+
+
+def readme_table(records: Sequence[Record]) -> str:
+    """The table of README."""
+    return results_table(records, README_TASKS, "docs/results.md")
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -47,10 +47,11 @@ def missing_rates(records: Sequence[Record], task: str, method: str) -> list[flo
     tried = searched(records, task, method)
     rates = first_rates(records, task, method)
     missing = [lr for lr in rates if lr not in tried]
-    if missing or not tried or len(tried) >= len(rates) + ADDED:
+    if missing or not tried:
         return missing
     lr = best(tried, task)
-    return [rate for rate in (below(lr), above(lr)) if rate not in tried]
+    added = len(tried) - len(rates)
+    return [rate for rate in (below(lr), above(lr)) if rate not in tried][: max(0, ADDED - added)]
 
 
 def best(tried: dict[float, float], task: str) -> float:

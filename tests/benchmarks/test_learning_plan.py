@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -12,10 +13,10 @@ from pathlib import Path
 import pytest
 from learning.page import page
 from learning.plan import RANKS, SEEDS, Run, missing
-from learning.rates import above, below, chosen
-from learning.records import FILE, Record, final_runs, read, write
+from learning.rates import above, below, chosen, final_runs
+from learning.records import FILE, Record, read, write
 from learning.running import run_all
-from learning.summary import compare, difference, gain
+from learning.summary import compare, difference, gain, retained_at
 
 TASK = "teacher-dense"
 
@@ -23,7 +24,7 @@ TASK = "teacher-dense"
 @pytest.fixture(autouse=True)
 def few_methods(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     if "docs" not in request.node.name:
-        monkeypatch.setattr("learning.plan.STAGES", ((TASK, ("lora", "hra")),))
+        monkeypatch.setattr("learning.plan.STAGES", ((TASK, ("lora", "hra-pairs")),))
 
 
 def record(planned: Run, validation: float, test: float = 1.0) -> Record:
@@ -49,30 +50,30 @@ def test_each_method_tests_five_seeds_at_the_best_rate() -> None:
     assert [run.seed for run in runs] == list(SEEDS)
     assert {run.lr for run in runs} == {3e-3}
     grid = {run.lr for run in records if (run.method, run.test, run.r) == ("lora", None, 4)}
-    assert grid == {3e-4, 1e-3, 3e-3, 1e-2}
-    assert {run.r for run in records if run.method == "lora"} == set(RANKS["lora"])
+    assert grid == {3e-4, 1e-3, 1.7e-3, 3e-3, 5.5e-3, 1e-2}
+    assert {run.r for run in records if run.method == "lora"} == set(RANKS[TASK]["lora"])
 
 
-def test_a_grid_goes_on_twice_where_its_edge_is_best() -> None:
-    records = follow(lambda planned: -planned.lr)
-    assert chosen(records, TASK, "lora") == 1e-1
+def test_a_grid_goes_on_where_its_edge_is_best() -> None:
+    records = follow(lambda planned: abs(planned.lr - 5.5e-2))
+    assert chosen(records, TASK, "lora") == 5.5e-2
     records = follow(lambda planned: planned.lr)
-    assert chosen(records, TASK, "lora") == 3e-5
+    assert chosen(records, TASK, "lora") == 1e-5, "six rates more, at most"
 
 
-@pytest.mark.parametrize(("lr", "higher"), [(1e-3, 3e-3), (3e-3, 1e-2), (3e-1, 1.0), (1.0, 3.0)])
+@pytest.mark.parametrize(("lr", "higher"), [(1e-3, 1.7e-3), (3e-3, 5.5e-3), (5.5e-2, 1e-1), (5.5e-1, 1.0), (1.0, 1.7)])
 def test_rates_go_up_and_down_by_the_same_steps(lr: float, higher: float) -> None:
     assert above(lr) == higher
     assert below(higher) == lr
 
 
 def make(planned: Run) -> Record:
-    return record(planned, planned.lr)
+    return record(planned, abs(planned.lr - 3e-3))
 
 
 def test_runs_go_on_from_the_records_that_are_there(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
-    first = follow(lambda planned: planned.lr)
+    first = follow(lambda planned: make(planned).validation)
     write(first[:10], file)
     run_all([TASK], 2, file, make)
     assert read(file)[:10] == first[:10]
@@ -109,27 +110,29 @@ def test_differences_are_paired_by_seed() -> None:
 def scored(made: dict[str, tuple[float, ...]]) -> list[Record]:
     """Runs with test scores, by method and seed."""
     return [
-        record(Run(TASK, method, seed, 1e-3, None, test=True), 0.0, score)
+        record(Run(TASK, method, seed, 1e-3, None, test=test), 0.0, score)
         for method, scores in made.items()
         for seed, score in enumerate(scores)
+        for test in (False, True)
     ]
 
 
 def test_a_smaller_error_is_a_gain() -> None:
-    made = {"lora": (4.9, 5.1), "hra": (3.0, 3.0), "full": (1.0, 1.0)}
-    records = scored(made)
-    assert gain(records, TASK, "hra", "lora").mean == pytest.approx(2.0)
+    records = scored({"lora": (4.9, 5.1), "hra-pairs": (3.0, 3.0)})
+    assert gain(records, TASK, "hra-pairs", "lora").mean == pytest.approx(2.0)
     found = compare(records, TASK)
     assert found is not None
-    assert (found.lora, found.hra, found.full, found.holds) == (5.0, 3.0, 1.0, True)
-    assert found.closed == pytest.approx(0.5)
+    assert (found.lora, found.other, found.holds) == ([4.9, 5.1], [3.0, 3.0], True)
 
 
-def test_a_distance_inside_its_interval_cannot_be_closed() -> None:
-    made = {"lora": (4.0, 6.0), "hra": (3.0, 3.0), "full": (1.0, 1.0)}
-    found = compare(scored(made), TASK)
-    assert found is not None
-    assert (found.distance, found.closed) == (gain(scored(made), TASK, "full", "lora"), None)
+def test_what_is_retained_between_two_rates() -> None:
+    planned = [Run("digits", "lora", 0, lr, None, test=False) for lr in (1e-3, 3e-3, 1e-2)]
+    scores = {1e-3: (70.0, 90.0), 3e-3: (80.0, 80.0), 1e-2: (60.0, 10.0)}
+    records = [
+        dataclasses.replace(record(one, scores[one.lr][0]), retention={"kept": scores[one.lr][1]}) for one in planned
+    ]
+    assert retained_at(records, "digits", "lora", "kept", 77.5) == pytest.approx(82.5), "up to the best rate"
+    assert retained_at(records, "digits", "lora", "kept", 65.0) is None
 
 
 def test_docs_results_md_follows_from_docs_results_json() -> None:
