@@ -156,6 +156,14 @@ def is_called_by_distribute_module() -> bool:
     return distribute is not None and sys._getframe(2).f_code is distribute.__code__
 
 
+def is_split_by_old_transformers(module: nn.Module) -> bool:
+    """Whether transformers below 5.16 applied its `tp_plan` to a layer, which may have split its weight.
+
+    Such a weight is a plain tensor with the part of this process. Later versions make it a `DTensor`.
+    """
+    return getattr(module, "_hf_tp_plan", None) is not None
+
+
 def is_compiled_module(module: nn.Module) -> bool:
     """Whether `torch.compile(model)` made this module, which keeps the model as `_orig_mod`.
 

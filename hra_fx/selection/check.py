@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from hra_fx.compat import is_compiled_module
+from hra_fx.compat import is_compiled_module, is_split_by_old_transformers
 from hra_fx.config import HRAConfig
 from hra_fx.errors import HRAWarning, UnsupportedLayerError
 from hra_fx.layers.accelerate_hooks import WHOLE, has_class_forward, is_hooked, offloading_hook
@@ -154,6 +154,8 @@ def _weight_problem(layer: nn.Module) -> str | None:
         return "its weight is on the meta device and has no data. Load the weights first"
     if packing := quant_scheme_of(layer):
         return packing.why_not_adapted(layer) or _quantized_problem(layer, packing.words(layer))
+    if not is_dtensor(weight) and is_split_by_old_transformers(layer):
+        return "this version of transformers splits it without DTensor. Use transformers 5.16 or later"
     if is_dtensor(weight) and weight.dtype in _DTYPES:
         reason = why_not_adapted(layer, weight)
         return reason and f"{reason}. {_EXCLUDE_IT}"

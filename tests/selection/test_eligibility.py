@@ -46,6 +46,12 @@ def with_attribute() -> nn.Module:
     return layer
 
 
+def with_old_tp_plan() -> nn.Module:
+    layer: Any = nn.Linear(6, 6)
+    layer._hf_tp_plan = "colwise"  # as transformers 5.0 to 5.15 sets it
+    return layer
+
+
 def with_old_weight_norm() -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -67,6 +73,7 @@ COMPUTED = "its `weight` is computed from other parameters in each call, so it c
 LAYERS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "instance forward": (with_instance_forward, "its `forward` is set on the instance", "Delete it, or exclude"),
     "own attribute": (with_attribute, "it already has an attribute `hra_u`", "Rename the attribute"),
+    "old tp_plan": (with_old_tp_plan, "splits it without DTensor", "Use transformers 5.16 or later"),
     "own call": (lambda: OwnCall(6, 6), "its class overrides `__call__`", "`exclude_modules`"),
     "LazyLinear": (lambda: nn.LazyLinear(6), "not initialized", "Run the model once first"),
     "LazyConv2d": (lambda: nn.LazyConv2d(6, 3), "not initialized", "Run the model once first"),
