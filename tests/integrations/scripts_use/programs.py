@@ -83,7 +83,7 @@ def _checkpoint(through: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
 LOADERS: dict[str, Loader] = {"axolotl": axolotl, "LLaMA-Factory": llama_factory}
 
 
-def trainer(program: str, model: Any, folder: Path, **options: Any) -> Trainer:
+def trainer(program: str, model: Any, folder: Path, *, callbacks: Any = None, **options: Any) -> Trainer:
     """Four steps of AdamW, with a checkpoint after the second."""
     ours = program == "LLaMA-Factory"
     make: Any = Seq2SeqTrainer if ours else Trainer
@@ -102,7 +102,7 @@ def trainer(program: str, model: Any, folder: Path, **options: Any) -> Trainer:
         dataloader_pin_memory=False,
         **options,
     )
-    made: Trainer = make(model=model, args=args, train_dataset=samples("llama", 32))
+    made: Trainer = make(model=model, args=args, train_dataset=samples("llama", 32), callbacks=callbacks)
     return made
 
 
