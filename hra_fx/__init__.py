@@ -64,7 +64,6 @@ if TYPE_CHECKING:
     from hra_fx.lora.result import LoraResult as LoraResult
     from hra_fx.lora.save import convert_to_lora as convert_to_lora, save_as_lora as save_as_lora
     from hra_fx.model.add import add_adapter as add_adapter
-    from hra_fx.model.allocate import allocate_ranks as allocate_ranks
     from hra_fx.model.combine import combine as combine
     from hra_fx.model.delete import delete_adapter as delete_adapter
     from hra_fx.model.fold import FoldPlan as FoldPlan, plan_fold as plan_fold
@@ -100,7 +99,6 @@ _HOMES = {
     "accelerate_peft": "integrations.peft_acceleration",
     "adapter_inputs": "export.onnx_swap",
     "add_adapter": "model.add",
-    "allocate_ranks": "model.allocate",
     "combine": "model.combine",
     "convert_to_lora": "lora.save",
     "delete_adapter": "model.delete",

@@ -209,13 +209,6 @@ def wrapper_tensor(kind: type[T], like: Tensor) -> T:
     return made
 
 
-def subclass_of(kind: type[T], values: Tensor) -> T:
-    """A tensor of a subclass on the memory of `values`; torch's own subclasses are made in this way."""
-    make: Any = Tensor._make_subclass
-    made: T = make(kind, values)
-    return made
-
-
 def _without_overrides(function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
         return function(*args, **(kwargs or {}))

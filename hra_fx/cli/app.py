@@ -14,7 +14,6 @@ import typer
 from rich.markup import escape
 
 from hra_fx.cli.convert import EXAMPLES as CONVERT_EXAMPLES, convert
-from hra_fx.cli.diff import EXAMPLES as DIFF_EXAMPLES, diff
 from hra_fx.cli.error_output import ErrorHandlingGroup
 from hra_fx.cli.fold import FOLD_EXAMPLES, FOLD_HELP, UNFOLD_EXAMPLES, UNFOLD_HELP, fold_or_unfold
 from hra_fx.cli.inspect import EXAMPLES as INSPECT_EXAMPLES, inspect
@@ -24,7 +23,7 @@ from hra_fx.cli.visualize import EXAMPLES as VISUALIZE_EXAMPLES, visualize
 
 _HELP = "Inspect, fold, convert and draw Householder reflection adapters (HRA)."
 _EXIT_CODES = (
-    "Exit codes: 0 success; 1 check failed (the checkpoints differ, or the configuration does not match the model); "
+    "Exit codes: 0 success; 1 the configuration does not match the model; "
     "2 error, see stderr; 130 interrupted."
 )
 
@@ -35,7 +34,6 @@ _COMMANDS = (
     ("scale", scale, scale.__doc__, SCALE_EXAMPLES),
     ("fold", fold_or_unfold, FOLD_HELP, FOLD_EXAMPLES),
     ("unfold", fold_or_unfold, UNFOLD_HELP, UNFOLD_EXAMPLES),
-    ("diff", diff, diff.__doc__, DIFF_EXAMPLES),
     ("convert", convert, convert.__doc__, CONVERT_EXAMPLES),
     ("visualize", visualize, visualize.__doc__, VISUALIZE_EXAMPLES),
 )

@@ -44,4 +44,4 @@ def test_the_page(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         while found and not found[-1]:
             found.pop()
         assert (program, found) == ("hra-fx", lines), command
-    assert seen >= {"inspect", "match", "scale", "fold", "unfold", "diff", "convert", "visualize"}
+    assert seen >= {"inspect", "match", "scale", "fold", "unfold", "convert", "visualize"}

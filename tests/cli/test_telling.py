@@ -25,7 +25,7 @@ from hra_fx.cli.error_output import ErrorHandlingGroup
 from hra_fx.errors import CheckpointError, HRAWarning
 from hra_fx.reporting.table import Column
 
-COMMANDS = ["inspect", "match", "scale", "fold", "unfold", "diff", "convert", "visualize"]
+COMMANDS = ["inspect", "match", "scale", "fold", "unfold", "convert", "visualize"]
 SCRIPT = Path(sys.executable).with_name("hra-fx")
 
 
@@ -96,7 +96,7 @@ def test_every_help_has_examples_and_fits(command: str, columns: int) -> None:
 def test_the_help_lists_all_commands_and_exit_codes() -> None:
     text = answer("--help", columns=100)
     assert all(re.search(rf"^│ {command} ", text, re.MULTILINE) for command in COMMANDS)
-    assert "Exit codes: 0 success; 1 check failed" in text
+    assert "Exit codes: 0 success; 1 the configuration does not match the model" in text
 
 
 def test_a_command_that_is_none() -> None:

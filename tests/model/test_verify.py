@@ -142,17 +142,14 @@ def test_a_verified_model_equals_the_oracle() -> None:
     assert_close(model(X), oracle(plain, model, ["default"], X))
 
 
-@pytest.mark.parametrize("use", ["verify", "trace", "allocate_ranks"])
+@pytest.mark.parametrize("use", ["verify", "trace"])
 def test_devices_that_nothing_has_used_stay_so(monkeypatch: pytest.MonkeyPatch, use: str) -> None:
     """To save their generators initializes them all, and they would keep a seed until their start."""
     seeds: list[int] = []
     model, config, x = Optional(), hra_fx.HRAConfig(r=2, target_modules=["first", "second"]), X.float()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
-    if use == "allocate_ranks":
-        hra_fx.allocate_ranks(model, config, [x], 48, loss=lambda output, _: output.sum())
-    else:
-        hra_fx.transform(model, config, example_inputs=x, **{use: True})
+    hra_fx.transform(model, config, example_inputs=x, **{use: True})
     assert not seeds and not torch.cuda.is_initialized()
 
 
