@@ -13,12 +13,12 @@ TEACHERS = ("teacher-rotation", "teacher-low-rank", "teacher-dense")
 #: Tasks and methods in the order of the runs.
 STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("language", ("base", "lora", "hra-pairs", "hra")),
-    ("newsgroups-1600", ("head", "lora", "hra-pairs", "hra")),
     ("digits", ("head", "lora", "hra-pairs", "hra", "full")),
     *(
         (task, ("lora", "hra-pairs", "hra", "full", "lora-2r", "dora", "oft", "hra-peft", "hra-gs"))
         for task in TEACHERS
     ),
+    ("newsgroups-1600", ("lora", "hra-pairs", "hra", "head")),
     ("language-4-passes", ("lora", "hra-pairs")),
     ("language-1024", ("lora", "hra-pairs", "hra")),
     ("language", ("full", "dora", "oft", *VARIANTS)),
