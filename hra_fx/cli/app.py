@@ -23,8 +23,7 @@ from hra_fx.cli.visualize import EXAMPLES as VISUALIZE_EXAMPLES, visualize
 
 _HELP = "Inspect, fold, convert and draw Householder reflection adapters (HRA)."
 _EXIT_CODES = (
-    "Exit codes: 0 success; 1 the configuration does not match the model; "
-    "2 error, see stderr; 130 interrupted."
+    "Exit codes: 0 success; 1 the configuration does not match the model; 2 error, see stderr; 130 interrupted."
 )
 
 #: Name, function, help and examples.

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from hra_fx.errors import ConfigError, HRAWarning
+from hra_fx.errors import ConfigError
 from hra_fx.model.orthogonality import orthogonality_loss
 from hra_fx.model.pairs import can_train_pairs, check_difference, train_pairs
-from hra_fx.model.state import collect_parts
-
-#: Smaller learning rates give a warning. The best ones in docs/results.md are 3e-3 and larger.
-_LEAST_RATE = 1e-3
-_SMALL_RATE = (
-    "`learning_rate` is {0:g}. Only the directions of HRA's vectors count, and steps of AdamW of this size hardly turn "
-    "them in a short training. Try learning_rate=3e-3 for language models, 1e-2 for others (docs/training.md)."
-)
 
 
 class HRATrainer(Trainer):
@@ -45,8 +36,7 @@ class HRATrainer(Trainer):
         AdapterError: the weight is positive and the model has no reflections (raised at the first training step).
 
     Warns:
-        HRAWarning: the reflections train with `args.learning_rate`, and it is below 1e-3 (like the default of
-            `TrainingArguments`). Rates from 3e-3 to 1e-2 are usual.
+        HRAWarning: see `train_pairs`.
 
     Example:
         >>> HRATrainer(orthogonality_weight=-1.0)
@@ -74,16 +64,6 @@ class HRATrainer(Trainer):
         self.orthogonality_weight = float(orthogonality_weight)
         self._sum_since_log: Tensor | float = 0.0
         self._terms_since_log = 0
-        if self.args.learning_rate < _LEAST_RATE and self._trains_reflections_with_that_rate():
-            warnings.warn(_SMALL_RATE.format(self.args.learning_rate), HRAWarning, stacklevel=2)
-
-    def _trains_reflections_with_that_rate(self) -> bool:
-        """Whether the Trainer will train vectors, with an optimizer that it makes itself."""
-        if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None or self.train_dataset is None:
-            return False
-        model: Any = self.model
-        vectors = (one for adapters in collect_parts(model).reflections for one in adapters.parameters())
-        return type(self).create_optimizer is HRATrainer.create_optimizer and any(one.requires_grad for one in vectors)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The optimizer of the Trainer, which trains pairs unless `pair_difference` is `None`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,9 @@ import torch
 from integrations.transformers_use.tiny import BASES, SHAPES, batch, config_for, samples, trainer_of, vectors_of
 from oracles import relative_error
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 import hra_fx
-from hra_fx.errors import HRAWarning
 from hra_fx.integrations import HRATrainer
 from hra_fx.model.orthogonality import orthogonality_loss
 
@@ -185,51 +183,3 @@ def test_a_model_without_reflections_is_refused_with_a_weight_and_trained_withou
     message = "BertForSequenceClassification has no adapters. Call hra_fx.transform(model, config) first."
     with pytest.raises(hra_fx.AdapterError, match=re.escape(message)):
         trainer(Weighted, "bert", model, tmp_path).train()
-
-
-def warnings_of(maker: Any, model: nn.Module, folder: Path, **arguments: Any) -> list[str]:
-    """The warnings of a trainer's construction; each points at the line that constructs it."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        maker(model, TrainingArguments(str(folder), use_cpu=True, report_to=[], **arguments), train_dataset=[])
-    assert {(warning.category, warning.filename) for warning in caught} <= {(HRAWarning, __file__)}
-    return [str(warning.message) for warning in caught]
-
-
-@pytest.mark.parametrize(("rate", "shown"), [({}, "5e-05"), ({"learning_rate": 2e-4}, "0.0002")], ids=str)
-def test_a_learning_rate_of_lora_is_a_warning(rate: dict[str, float], shown: str, tmp_path: Path) -> None:
-    assert warnings_of(HRATrainer, adapted("bert"), tmp_path, **rate) == [
-        f"`learning_rate` is {shown}. Only the directions of HRA's vectors count, and steps of AdamW of this size "
-        "hardly turn them in a short training. Try learning_rate=3e-3 for language models, 1e-2 for others "
-        "(docs/training.md)."
-    ]
-
-
-class OwnOptimizer(HRATrainer):
-    """A Trainer with a rate for each group, which it does not take from its arguments."""
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.model.parameters(), lr=1e-2)
-
-
-def test_other_learning_rates_give_no_warning(tmp_path: Path) -> None:
-    """Good ones, and those that no reflections are trained with."""
-    model = adapted("bert")
-    for rate in (1e-3, 1e-2):
-        assert warnings_of(HRATrainer, model, tmp_path, learning_rate=rate) == []
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    own: list[Any] = [
-        OwnOptimizer,
-        partial(HRATrainer, optimizers=(optimizer, None)),
-        partial(HRATrainer, optimizer_cls_and_kwargs=(torch.optim.AdamW, {"lr": 1e-2})),
-    ]
-    for maker in own:
-        assert warnings_of(maker, model, tmp_path) == []
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("hra_u" not in name)
-    assert warnings_of(HRATrainer, model, tmp_path) == []  # frozen reflections
-    assert warnings_of(HRATrainer, hra_fx.fold(model), tmp_path) == []
-
-
-def test_a_trainer_that_only_evaluates_gives_no_warning(tmp_path: Path) -> None:
-    HRATrainer(adapted("bert"), TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
