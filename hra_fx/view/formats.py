@@ -52,7 +52,6 @@ FORMATS: Mapping[str, Format] = {
     ".mmd": Format("Mermaid, for READMEs", "hra_fx.view.mermaid"),
     ".dot": Format("Graphviz", "hra_fx.view.dot"),
     ".graphml": Format("networkx, Gephi, yEd", "hra_fx.view.graphml"),
-    ".json": Format("Model Explorer", "hra_fx.view.model_explorer"),
 }
 
 

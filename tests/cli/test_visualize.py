@@ -18,7 +18,7 @@ import hra_fx
 from hra_fx.cli.building import build
 
 
-@pytest.mark.parametrize("ending", ["svg", "html", "mmd", "dot", "graphml", "json"])
+@pytest.mark.parametrize("ending", ["svg", "html", "mmd", "dot", "graphml"])
 def test_an_adapter_without_weights_is_drawn_as_with_them(shelf: Shelf, tmp_path: Path, ending: str) -> None:
     words = ["--adapter", shelf / "my-adapter", "--heat", "mean_angle"]
     out = tmp_path / f"picture.{ending}"

@@ -1,21 +1,18 @@
-"""DOT, GraphML and Model Explorer's JSON: files for other programs."""
+"""DOT and GraphML: files for other programs."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from itertools import pairwise
-from typing import Any
 
 import networkx as nx
 import pytest
-import torch
-from drawn_models import MAKERS, Residual, drawing, drawn
+from drawn_models import MAKERS, drawing, drawn
 from torch import nn
 
 import hra_fx
-from hra_fx.view import dot, graphml, model_explorer
+from hra_fx.view import dot, graphml
 from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.options import Options
 
@@ -112,112 +109,3 @@ def test_graphml_has_the_heat() -> None:
         if "adapted_layers" in data
     }
     assert heats == {path: pytest.approx(math.degrees(row.mean_angle)) for path, row in rows.items()}
-
-
-# The structures of graph_builder.py and node_data_builder.py of ai-edge-model-explorer 0.1: field -> type; a list
-# with one entry is a list of such things, a dict with `str` one from names to such things.
-_PAIR = {"key": str, "value": str}
-_ITEM = {"id": str, "attrs": [_PAIR]}
-_EDGE = {"sourceNodeId": str, "sourceNodeOutputId": str, "targetNodeInputId": str}
-_NODE: dict[str, Any] = {
-    **{"id": str, "label": str, "namespace": str, "attrs": [_PAIR], "incomingEdges": [_EDGE]},
-    **{"outputsMetadata": [_ITEM], "inputsMetadata": [_ITEM], "subgraphIds": [str]},
-}
-_GRAPH = {"id": str, "nodes": [_NODE], "groupNodeAttributes": {str: {str: str}}}
-_RESULT = {"value": (int, float), "bgColor": str, "textColor": str}
-_STOP = {"stop": (int, float), "bgColor": str, "textColor": str}
-_NODE_DATA = {"name": str, "results": {str: _RESULT}, "gradient": [_STOP]}
-_NEEDED = {id(_NODE): {"id", "label"}, id(_GRAPH): {"id"}, id(_PAIR): {"key", "value"}, id(_EDGE): {"sourceNodeId"}} | {
-    id(_NODE_DATA): {"results"},
-    id(_RESULT): {"value"},
-    id(_STOP): {"stop"},
-}
-
-
-def fits(value: Any, structure: Any) -> None:
-    """Fails where a value is not of a structure."""
-    if isinstance(structure, list):
-        assert isinstance(value, list)
-        for entry in value:
-            fits(entry, structure[0])
-    elif isinstance(structure, dict) and str in structure:
-        assert isinstance(value, dict)
-        for name, entry in value.items():
-            fits(name, str)
-            fits(entry, structure[str])
-    elif isinstance(structure, dict):
-        assert isinstance(value, dict)
-        assert value.keys() <= structure.keys()
-        assert value.keys() >= _NEEDED.get(id(structure), set())
-        for name, entry in value.items():
-            fits(entry, structure[name])
-    else:
-        assert isinstance(value, structure)
-        assert not isinstance(value, bool)
-
-
-def loaded(drawing: Drawing, options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The graph, and its node data if there are any."""
-    content = json.loads(model_explorer.render(drawing, options))
-    fits(content.pop("label"), str)
-    (graph,) = content.pop("graphs")
-    assert set(content) <= {graph["id"]}
-    return graph, content.get(graph["id"], {})
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("name", MAKERS)
-def test_json_is_what_model_explorer_documents(name: str, options: Options) -> None:
-    graph, data = loaded(drawing(name), options)
-    fits(graph, _GRAPH)
-    fits(data, _NODE_DATA)
-    ids = [node["id"] for node in graph["nodes"]]
-    assert len(set(ids)) == len(ids)
-    assert {edge["sourceNodeId"] for node in graph["nodes"] for edge in node["incomingEdges"]} <= set(ids)
-    assert data["results"].keys() <= set(ids)
-    assert [data["gradient"][end]["stop"] for end in (0, -1)] == [0, 1]
-    levels = {node["namespace"] for node in graph["nodes"]}
-    assert levels <= graph["groupNodeAttributes"].keys()
-
-
-def test_namespaces_are_the_modules() -> None:
-    graph, _ = loaded(drawing("resnet"), Options())
-    places = {node["namespace"] for node in graph["nodes"]}
-    assert {place for place in places if place.startswith("layer3")} == {"layer3/0", "layer3/1", "layer3/0/downsample"}
-    assert [node["namespace"] for node in graph["nodes"] if node["label"] == "fc"] == [""]
-    assert graph["groupNodeAttributes"]["layer3/1"] == {"module": "layer3.1", "class": "BasicBlock"}
-    assert loaded(drawing("hostile"), Options())[0]["nodes"][0]["namespace"] == ""
-
-
-def test_a_slash_in_a_name_is_no_level() -> None:
-    model = nn.Sequential()
-    model.add_module("a/b", Residual())
-    graph, _ = loaded(drawing_of(model), Options())
-    assert {node["namespace"].count("/") for node in graph["nodes"]} == {0}
-
-
-def test_node_data_are_the_numbers_of_the_report() -> None:
-    rows = {row.path: row for row in hra_fx.report(drawn("resnet"))}
-    for heat, name, value in (
-        (None, "weight change (%)", lambda row: 100 * row.weight_change),
-        ("mean_angle", "mean angle (°)", lambda row: math.degrees(row.mean_angle)),
-        ("rotation", "|Q - I|", lambda row: row.rotation),
-    ):
-        graph, data = loaded(drawing("resnet"), Options(heat=heat))
-        assert data["name"] == name
-        sites = {
-            pair["value"]: node["id"]
-            for node in graph["nodes"]
-            for pair in node["attrs"]
-            if pair["key"] == "adapted layer"
-        }
-        assert sites.keys() == rows.keys()
-        for path, key in sites.items():
-            assert data["results"][key]["value"] == pytest.approx(value(rows[path]), rel=1e-5)
-
-
-def test_shapes_are_told_where_they_are_known() -> None:
-    drawing = drawing_of(drawn("resnet"), (torch.zeros(1, 3, 64, 64),))
-    graph, _ = loaded(drawing, Options())
-    shapes = {node["label"]: node.get("outputsMetadata") for node in graph["nodes"]}
-    assert shapes["fc"] == [{"id": "0", "attrs": [{"key": "tensor_shape", "value": "float32[1,1000]"}]}]
