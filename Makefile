@@ -101,6 +101,9 @@ bench-launches: $(VENV)/test.stamp ## operators per adapted layer and step (4 mi
 bench-frozen: $(VENV)/test.stamp ## the effect of freeze on exported programs (2 minutes)
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/frozen.py
 
+bench-pairs: $(VENV)/test.stamp ## a step in pairs, relative to one of vectors (1 minute)
+	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python -W ignore benchmarks/pairs.py
+
 bench-disk: $(VENV)/test.stamp ## fold_checkpoint, cp and PEFT (minutes, 10 GB of disk)
 	$(BIN)/python benchmarks/disk.py $(BENCH_FLAGS)
 
