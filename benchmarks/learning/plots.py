@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
+
 from hra_fx.reporting.plots.canvas import GRID, INK, QUIET, new_figure, style, write
 from learning.plan import RANK_SEEDS, RANKS, TASK_NAMES, methods_of
 from learning.rates import RATES_FROM, below, chosen, searched
@@ -16,6 +18,7 @@ from learning.variants import ALL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 #: Okabe and Ito's colors, which people with color vision deficiency can tell apart; the markers differ too.
 LOOKS = {
@@ -92,11 +95,23 @@ def _rates_panel(records: Sequence[Record], task: str) -> Callable[[Axes], None]
     def draw(axes: Axes) -> None:
         for method in _drawn(task):
             _curve(axes, method, list(searched(records, task, method).items()))
-        _logarithmic(axes, sorted({lr for line in axes.get_lines() for lr in line.get_xdata() if f"{lr:e}"[0] == "1"}))
+        _logarithmic(
+            axes, sorted({lr for line in axes.get_lines() for lr in line.get_xdata() if f"{lr:.1e}"[:3] == "1.0"})
+        )
         axes.set_ylabel(f"validation {TASKS[task].metric}")
         _limit(axes, records, task)
+        if TASKS[task].metric == "perplexity":
+            axes.set_yscale("log")
+            _plain(axes.yaxis)
 
     return draw
+
+
+def _plain(axis: Axis) -> None:
+    """Perplexities as plain numbers on a logarithmic axis."""
+    axis.set_major_locator(FixedLocator([50, 100, 150, 200, 300, 400]))
+    axis.set_major_formatter(FormatStrFormatter("%d"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _limit(axes: Axes, records: Sequence[Record], task: str) -> None:
@@ -162,6 +177,9 @@ def _forgetting_panel(records: Sequence[Record], task: str, name: str) -> Callab
             points = [(run.validation, run.retention[name]) for run in sorted(runs, key=lambda run: run.lr)]
             _curve(axes, method, points)
         axes.set_ylabel(name)
+        if TASKS[task].metric == "perplexity":
+            axes.set_xscale("log")
+            _plain(axes.xaxis)
 
     return draw
 
