@@ -253,6 +253,15 @@ def schema_of(target: object) -> Any:
     return getattr(target, "_schema", None)
 
 
+def renew_step_of_accelerate(wrapper: Any) -> None:
+    """Let accelerate's wrapper of an optimizer call the present `step`, in place of the one that it took."""
+    if hasattr(wrapper, "_optimizer_original_step_method"):
+        from accelerate.optimizer import patch_optimizer_step
+
+        wrapper._optimizer_original_step_method = wrapper.optimizer.step
+        wrapper._optimizer_patched_step_method = patch_optimizer_step(wrapper, wrapper.optimizer.step)
+
+
 def copy_all(targets: list[Tensor], values: list[Tensor]) -> None:
     """Copy tensors of one device into others, in one operator for all. torch's optimizers use the private name."""
     torch._foreach_copy_(targets, values)

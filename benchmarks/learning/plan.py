@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from learning.rates import RATES_FROM, below, chosen, missing_rates, searched
+from learning.rates import RATES_FROM, RATES_NEAR, below, chosen, missing_rates, searched
 from learning.records import Record, of
 from learning.variants import ALL, VARIANTS, VARIED
 
@@ -79,8 +79,9 @@ def missing_of(records: Sequence[Record], task: str, method: str) -> list[Run]:
     if method in VARIANTS:
         if missing_of(records, task, VARIED):
             return []
-    elif rates := missing_rates(records, task, method):
-        return [] if task in RATES_FROM else [Run(task, method, 0, lr, None, test=False) for lr in rates]
+    elif tries := missing_rates(records, task, method):
+        # A later test of the same run would cost another one: the first of a rate reads the validation split only.
+        return [] if task in RATES_FROM else [Run(task, method, seed, lr, None, test=seed > 0) for lr, seed in tries]
     elif ALL[method].rates and not searched(records, task, method):
         return []  # another task has to choose the first rate
     lr, trial = chosen(records, task, method), method in VARIANTS
@@ -96,8 +97,8 @@ def seeds_of(task: str, method: str) -> range:
 
 
 def untrained(task: str) -> str:
-    """The method that leaves the model as it was, but for a new head."""
-    return next(method for method in methods_of(task) if method in ("base", "head"))
+    """The method that leaves the model as it was, but for a new head, on a task or on the one it is a variation of."""
+    return next(method for method in methods_of(RATES_NEAR.get(task, task)) if method in ("base", "head"))
 
 
 def finished(records: Sequence[Record], task: str, method: str) -> bool:

@@ -1,7 +1,8 @@
-"""How a learning rate is chosen: by the validation score of seed 0, from a grid that gets finer around the best one."""
+"""How a learning rate is chosen: by validation scores, from a grid that gets finer around the best rate."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 from learning.records import Record, matched_rank, of
@@ -14,23 +15,38 @@ RATES_FROM = {"newsgroups-5000": "newsgroups-1600"}
 RATES_NEAR = {"language-1024": "language", "language-4-passes": "language"}
 #: Tasks and methods whose scores are drawn over all learning rates.
 WIDE = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-WIDE_TASKS, WIDE_METHODS = ("language", "newsgroups-1600"), ("lora", "hra-pairs")
+WIDE_TASKS, WIDE_METHODS = ("language",), ("lora", "hra-pairs")
 #: A grid has at most so many rates more than it starts with.
 ADDED = 6
+#: The mean validation score of these seeds decides between the best rate of seed 0 and its neighbors.
+CHOICE_SEEDS = range(3)
 #: The digits of rates: steps of about 1.7.
 DIGITS = (1.0, 1.7, 3.0, 5.5)
 
 
 def searched(records: Sequence[Record], task: str, method: str) -> dict[float, float]:
-    """Validation scores by learning rate, in rising order, from the runs that choose it."""
+    """Validation scores of seed 0 by learning rate, in rising order."""
+    return {lr: by_seed[0] for lr, by_seed in _scores(records, task, method).items() if 0 in by_seed}
+
+
+def _scores(records: Sequence[Record], task: str, method: str) -> dict[float, dict[int, float]]:
+    """Validation scores by learning rate, in rising order, and seed."""
     task = RATES_FROM.get(task, task)
     usual = matched_rank(records, task, method)
-    found = {
-        record.lr: record.validation
-        for record in of(records, task, method)
-        if record.test is None and record.seed == 0 and record.r == usual
-    }
+    found: dict[float, dict[int, float]] = {}
+    for record in of(records, task, method):
+        if record.r == usual:
+            found.setdefault(record.lr, {}).setdefault(record.seed, record.validation)
     return dict(sorted(found.items()))
+
+
+def means(records: Sequence[Record], task: str, method: str) -> dict[float, float]:
+    """The mean validation scores of the learning rates that all of `CHOICE_SEEDS` have tried."""
+    return {
+        lr: statistics.mean(by_seed[seed] for seed in CHOICE_SEEDS)
+        for lr, by_seed in _scores(records, task, method).items()
+        if by_seed.keys() >= set(CHOICE_SEEDS)
+    }
 
 
 def first_rates(records: Sequence[Record], task: str, method: str) -> Sequence[float]:
@@ -41,17 +57,28 @@ def first_rates(records: Sequence[Record], task: str, method: str) -> Sequence[f
     return WIDE if task in WIDE_TASKS and method in WIDE_METHODS else ALL[method].rates
 
 
-def missing_rates(records: Sequence[Record], task: str, method: str) -> list[float]:
-    """The learning rates that are still to be tried before one can be chosen: its neighbors have to be worse."""
+def missing_rates(records: Sequence[Record], task: str, method: str) -> list[tuple[float, int]]:
+    """The learning rates, and seeds, that are still to be tried before a rate can be chosen.
+
+    Seed 0 tries a grid, and then the neighbors of its best rate. `CHOICE_SEEDS` try the best rate and its neighbors,
+    until the best mean has neighbors that are worse.
+    """
     task = RATES_FROM.get(task, task)
     tried = searched(records, task, method)
     rates = first_rates(records, task, method)
-    missing = [lr for lr in rates if lr not in tried]
-    if missing or not tried:
+    missing = [(lr, 0) for lr in rates if lr not in tried]
+    if missing or not tried or not rates:
         return missing
-    lr = best(tried, task)
-    added = len(tried) - len(rates)
-    return [rate for rate in (below(lr), above(lr)) if rate not in tried][: max(0, ADDED - added)]
+    most = max(0, len(rates) + ADDED - len(tried))
+    if missing := [(lr, 0) for lr in _around(best(tried, task)) if lr not in tried][:most]:
+        return missing
+    done = _scores(records, task, method)
+    wanted = [lr for lr in _around(best(means(records, task, method) or tried, task)) if lr in tried or most]
+    return [(lr, seed) for lr in wanted for seed in CHOICE_SEEDS if seed not in done.get(lr, {})]
+
+
+def _around(lr: float) -> tuple[float, float, float]:
+    return below(lr), lr, above(lr)
 
 
 def best(tried: dict[float, float], task: str) -> float:
@@ -72,7 +99,7 @@ def chosen(records: Sequence[Record], task: str, method: str) -> float:
     tried = searched(records, task, method)
     if not tried:
         raise SystemExit(f"docs/results.json has no learning rate for {method} on {task}. Pass --lr.")
-    return best(tried, task)
+    return best(means(records, task, method) or tried, task)
 
 
 def final_runs(records: Sequence[Record], task: str, method: str) -> list[Record]:

@@ -11,7 +11,7 @@ from typing import cast
 from learning.plan import Run, missing
 from learning.records import FILE, Record, read, write
 from learning.tasks import TASKS
-from learning.training import run
+from learning.training import commit, run
 
 
 def run_all(tasks: Sequence[str], jobs: int, file: Path = FILE, make: Callable[[Run], Record] | None = None) -> None:
@@ -29,6 +29,7 @@ def run_all(tasks: Sequence[str], jobs: int, file: Path = FILE, make: Callable[[
     Raises:
         SystemExit: the process of a run failed or was killed.
     """
+    commit()  # of the code that is imported now, which the processes inherit
     running: dict[Connection, Run] = {}
     while True:
         todo = [planned for planned in missing(read(file), tasks) if planned not in running.values()]

@@ -114,10 +114,11 @@ def fit(model: nn.Module, head: nn.Module, task: Task, method: Method, lr: float
 @cache
 def commit() -> str:
     """The short commit of this code, with a `+` if files have changed since."""
-    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    git = partial(subprocess.run, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
     try:
         short = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
-        return short + ("+" if git(["git", "status", "--porcelain", "--untracked-files=no", "."]).stdout else "")
+        changed = git(["git", "status", "--porcelain", "-uno", "hra_fx", "benchmarks", "examples"]).stdout
+        return short + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hra_fx.model.pairs import check_difference, train_pairs
+from hra_fx.model.pairs import check_difference, train_pairs_if_possible
 
 
 class PairCallback(TrainerCallback):
@@ -18,6 +18,9 @@ class PairCallback(TrainerCallback):
     Raises:
         ConfigError: `difference` is not a finite number > 0.
         AdapterError: see `train_pairs` (raised when the training begins).
+
+    Warns:
+        HRAWarning: see `train_pairs`; also if a tool flattened the parameters (FSDP1, DeepSpeed ZeRO).
 
     Example:
         >>> callback = PairCallback()  # Trainer(model, ..., callbacks=[callback])
@@ -34,4 +37,4 @@ class PairCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Let the optimizer train pairs. Its state is loaded by then."""
-        train_pairs(kwargs["optimizer"], kwargs["model"], self.difference)
+        train_pairs_if_possible(kwargs["optimizer"], kwargs["model"], self.difference)

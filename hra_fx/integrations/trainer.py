@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from hra_fx.errors import ConfigError
 from hra_fx.model.orthogonality import orthogonality_loss
-from hra_fx.model.pairs import can_train_pairs, check_difference, train_pairs
+from hra_fx.model.pairs import check_difference, refuse_states_of_pairs, train_pairs_if_possible
 
 
 class HRATrainer(Trainer):
@@ -69,8 +69,10 @@ class HRATrainer(Trainer):
         """The optimizer of the Trainer, which trains pairs unless `pair_difference` is `None`."""
         optimizer = super().create_optimizer(*args, **kwargs)
         model: Any = self.model
-        if self.pair_difference is not None and can_train_pairs(optimizer, model):
-            train_pairs(optimizer, model, self.pair_difference)
+        if self.pair_difference is not None:
+            train_pairs_if_possible(optimizer, model, self.pair_difference)
+        elif isinstance(optimizer, torch.optim.Optimizer):
+            refuse_states_of_pairs(optimizer)
         return optimizer
 
     def compute_loss(

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import ASGD, Optimizer
 
-from hra_fx.compat import copy_all
+from hra_fx.compat import copy_all, renew_step_of_accelerate
 from hra_fx.errors import AdapterError, ConfigError, HRAWarning
 from hra_fx.functional.pairs import from_pairs, gradients_to_pairs, start_length, to_pairs
 from hra_fx.kernels.distributed import as_dtensor
@@ -36,6 +36,8 @@ from hra_fx.layers.sharding import is_dtensor, local_tensor
 KEY = "hra_pair_difference"
 #: A warning names so many vectors.
 _LISTED = 8
+_LOST = "not a parameter of the optimizer now"
+_AVERAGES = "the optimizer averages parameters outside of its step"
 
 
 class _Vectors(NamedTuple):
@@ -56,7 +58,7 @@ def train_pairs(optimizer: Any, model: nn.Module, difference: float = 0.1) -> No
 
     Any optimizer of torch or bitsandbytes works, and with DDP, FSDP2, tensor parallelism, GradScaler and schedulers.
     Decoupled weight decay and that of SGD shrink `m` and `d` alike, so they change the lengths of vectors only, as
-    without pairs.
+    without pairs. Call it again for a copy of the optimizer. Other hooks of `step` may see pair coordinates.
 
     Args:
         optimizer: a `torch.optim.Optimizer`, or accelerate's wrapper of one.
@@ -71,8 +73,9 @@ def train_pairs(optimizer: Any, model: nn.Module, difference: float = 0.1) -> No
             in the same way.
 
     Warns:
-        HRAWarning: some vectors are stepped as they are, and why: odd ranks, Gram-Schmidt, anchors, 16-bit vectors, and
-            flat parameters (FSDP1, DeepSpeed ZeRO).
+        HRAWarning: some vectors are stepped as they are, and why: odd ranks, Gram-Schmidt, anchors, 16-bit vectors,
+            flat parameters (FSDP1, DeepSpeed ZeRO), and optimizers that average the parameters outside of `step`
+            (schedule-free ones, ASGD).
 
     Example:
         >>> from hra_fx.config import HRAConfig
@@ -83,7 +86,7 @@ def train_pairs(optimizer: Any, model: nn.Module, difference: float = 0.1) -> No
         >>> model(torch.ones(1, 6)).sum().backward()
         >>> optimizer.step()
     """
-    optimizer = _torch_optimizer(optimizer)
+    wrapper, optimizer = optimizer, _torch_optimizer(optimizer)
     check_difference(difference)
     known = _KNOWN.get(optimizer)
     pairs = _Pairs(float(difference)) if known is None else known
@@ -101,13 +104,46 @@ def train_pairs(optimizer: Any, model: nn.Module, difference: float = 0.1) -> No
     if known is None:
         _check_state(optimizer, found, pairs.difference)
         _install(optimizer, pairs)
+        renew_step_of_accelerate(wrapper)
     pairs.layers.update(layers)
     pairs.warn(found)
 
 
-def can_train_pairs(optimizer: Any, model: nn.Module) -> bool:
-    """Whether an optimizer steps vectors of a model, and does not train pairs yet."""
-    return optimizer not in _KNOWN and any(True for _ in _stepped(_adapted_layers(model), optimizer))
+def train_pairs_if_possible(optimizer: Any, model: nn.Module, difference: float) -> None:
+    """Call `train_pairs` for the optimizer of a Trainer, unless that trains pairs already.
+
+    Warns:
+        HRAWarning: the optimizer steps no vectors of the model, though some are trained.
+    """
+    layers = _adapted_layers(model)
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    if optimizer in _KNOWN:
+        return
+    if isinstance(optimizer, Optimizer) and any(True for _ in _stepped(layers, optimizer)):
+        train_pairs(optimizer, model, difference)
+        return
+    trained = [
+        _Vectors(f"{path}.hra_u.{name}", tensor, _LOST)
+        for layer, path in layers.items()
+        for name, tensor, _ in _adapters(layer)
+        if tensor.requires_grad
+    ]
+    _Pairs(difference).warn(trained)
+
+
+def refuse_states_of_pairs(optimizer: Optimizer) -> None:
+    """Let an optimizer of vectors raise an `AdapterError` when it loads a state of pairs."""
+
+    def check(_: Any, state_dict: dict[str, Any]) -> None:
+        saved = {group[KEY] for group in state_dict["param_groups"] if KEY in group}
+        if saved:
+            raise AdapterError(
+                f"the state was saved with pairs, difference={min(saved)}, but the optimizer steps vectors. Pass "
+                f"pair_difference={min(saved)}, or start without the state."
+            )
+
+    optimizer.register_load_state_dict_pre_hook(check)
 
 
 class _Pairs:
@@ -117,6 +153,7 @@ class _Pairs:
         difference: `c`.
         layers: adapted layer, which is not kept alive -> its path.
         batches: the vectors that are in pair coordinates now.
+        depth: how many calls of `step` run: one may call that of its base class.
         warned: paths of vectors of which a warning has told that they are not stepped in pairs.
     """
 
@@ -124,16 +161,19 @@ class _Pairs:
         self.difference = difference
         self.layers: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self.batches: list[_Batch] = []
+        self.depth = 0
         self.warned: set[str] = set()
 
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Go to pair coordinates; a closure computes a loss and gradients, so it runs in vectors."""
-        self._enter(optimizer)
+        self.depth += 1
+        if self.depth == 1:
+            self._enter(optimizer)
         held = weakref.ref(optimizer)
 
         def in_vectors(closure: Any) -> Any:
             def called() -> Any:
-                self.leave()
+                self._leave()
                 loss = closure()
                 self._enter(held())
                 return loss
@@ -146,17 +186,21 @@ class _Pairs:
 
     def after_step(self, *_: Any) -> None:
         """Go back to vectors."""
-        self.leave()
+        self.depth -= 1
+        if self.depth == 0:
+            self._leave()
+
+    def end(self) -> None:
+        """Go back to vectors, whatever has happened."""
+        self.depth = 0
+        self._leave()
 
     @torch.no_grad()
     def _enter(self, optimizer: Any) -> None:
-        if self.batches:  # a step that calls that of its base class
-            return
         found = list(_stepped(self.layers, optimizer))
         if found:  # some optimizers load a state without running hooks
             _check_groups(optimizer.param_groups, self.difference)
-        lost = "not a parameter of the optimizer now"
-        self.warn(found or [_Vectors(path, None, lost) for path in self.layers.values()])
+        self.warn(found or [_Vectors(path, None, _LOST) for path in self.layers.values()])
         alike = defaultdict(list)
         for _, tensor, why_not in found:
             if why_not is None and tensor.grad is not None:
@@ -167,7 +211,7 @@ class _Pairs:
             batch.enter()
 
     @torch.no_grad()
-    def leave(self) -> None:
+    def _leave(self) -> None:
         """Make all parameters and gradients vectors again, if they are not."""
         while self.batches:
             self.batches.pop().leave()
@@ -257,7 +301,7 @@ def _guarded(optimizer: Optimizer, pairs: _Pairs) -> Any:
         try:
             return function(held(), *args, **kwargs)
         finally:
-            pairs.leave()
+            pairs.end()
 
     return types.MethodType(step, weakref.proxy(optimizer))
 
@@ -296,13 +340,18 @@ def _check_groups(groups: Iterable[dict[str, Any]], difference: float) -> None:
 
 def _check_state(optimizer: Optimizer, found: list[_Vectors], difference: float) -> None:
     """Refuse an optimizer that has a state, unless that is in these pair coordinates."""
-    saved = [group for group in optimizer.param_groups if KEY in group]
-    _check_groups(saved, difference)
-    if not saved and any(optimizer.state.get(one.tensor) for one in found):
+    if any(KEY in group for group in optimizer.param_groups):
+        _check_groups(optimizer.param_groups, difference)
+    elif any(_has_stepped(optimizer.state.get(one.tensor)) for one in found):
         raise AdapterError(
             "the optimizer has a state of steps without pairs. Call train_pairs before the first step, and before "
             "load_state_dict, or make a new optimizer."
         )
+
+
+def _has_stepped(state: Any) -> bool:
+    """Whether the state of a parameter is that of some steps. Adagrad has one before."""
+    return bool(state) and float(state.get("step", 1)) > 0
 
 
 def _adapted_layers(model: Any) -> dict[nn.Module, str]:
@@ -318,10 +367,11 @@ def _adapted_layers(model: Any) -> dict[nn.Module, str]:
 def _stepped(layers: Any, optimizer: Optimizer) -> Iterator[_Vectors]:
     """The vectors that an optimizer steps; looked up in each step, because FSDP2 and others replace parameters."""
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    averages = isinstance(optimizer, ASGD) or callable(getattr(optimizer, "eval", None))
     for layer, path in layers.items():
         for name, tensor, why_not in _adapters(layer):
             if id(tensor) in stepped:
-                yield _Vectors(f"{path}.hra_u.{name}", tensor, why_not)
+                yield _Vectors(f"{path}.hra_u.{name}", tensor, _AVERAGES if averages else why_not)
 
 
 def _adapters(layer: Any) -> Iterator[tuple[str, Any, str | None]]:

@@ -26,8 +26,8 @@ def visualize(
     """Write a picture of a model: its adapted layers, how far each is rotated, and which layers were skipped.
 
     The file ending selects the format. `.svg`, `.png` and `.mmd` (Mermaid) draw identical blocks once, so that a deep
-    model fits a page. `.html` is an interactive page. `.dot` and `.graphml` contain every box. Every adapted layer is in
-    each of them exactly once.
+    model fits a page. `.html` is an interactive page. `.dot` and `.graphml` contain every box. Every adapted layer is
+    in each of them exactly once.
 
     Args:
         model: a module, transformed, plain or folded, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`.

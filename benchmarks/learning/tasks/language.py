@@ -30,9 +30,8 @@ class Language(Task):
     name: ClassVar[str] = "language"
     about: ClassVar[str] = (
         "SmolLM2-135M-Instruct (4-bit weights, read as float32) learns to continue posts of 20 Newsgroups from 256 "
-        "posts of 64 tokens: 64 steps with batches of 4; 48 posts to validate, 64 to test. HRA is behind LoRA after "
-        "these steps; whether it catches up in longer trainings was not tested. What the model retains is the "
-        "perplexity of 48 passages of Grimm's tales, lower is better, and the percentage of 52 facts that it still "
+        "posts of 64 tokens: 64 steps with batches of 4; 48 posts to validate, 64 to test. What the model retains is "
+        "the perplexity of 48 passages of Grimm's tales, lower is better, and the percentage of 52 facts that it still "
         "completes right. The posts have no capitals, digits or punctuation, so a model that adopts this style also "
         "fails facts whose answer starts with a capital."
     )
