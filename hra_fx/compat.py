@@ -256,7 +256,7 @@ def schema_of(target: object) -> Any:
 def renew_step_of_accelerate(wrapper: Any) -> None:
     """Let accelerate's wrapper of an optimizer call the present `step`, in place of the one that it took."""
     if hasattr(wrapper, "_optimizer_original_step_method"):
-        from accelerate.optimizer import patch_optimizer_step
+        from accelerate.optimizer import patch_optimizer_step  # type: ignore[import-untyped]
 
         wrapper._optimizer_original_step_method = wrapper.optimizer.step
         wrapper._optimizer_patched_step_method = patch_optimizer_step(wrapper, wrapper.optimizer.step)

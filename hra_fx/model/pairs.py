@@ -21,16 +21,15 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import ASGD, Optimizer
 
-from hra_fx.compat import copy_all, renew_step_of_accelerate
+from hra_fx.compat import renew_step_of_accelerate
 from hra_fx.errors import AdapterError, ConfigError, HRAWarning
-from hra_fx.functional.pairs import from_pairs, gradients_to_pairs, start_length, to_pairs
-from hra_fx.kernels.distributed import as_dtensor
 from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.peft_layers import is_peft_hra_layer
 from hra_fx.layers.sharding import is_dtensor, local_tensor
+from hra_fx.model.pair_batch import PairBatch
 
 #: The entry of a parameter group that holds `difference`.
 KEY = "hra_pair_difference"
@@ -101,6 +100,9 @@ def train_pairs(optimizer: Any, model: nn.Module, difference: float = 0.1) -> No
             f"the optimizer steps no vectors of {type(model).__name__}. Adapt the model first, pass trainable vectors "
             "to the optimizer, and call train_pairs before a tool flattens the parameters (FSDP1, DeepSpeed ZeRO)."
         )
+    if isinstance(optimizer, ASGD) or callable(getattr(optimizer, "eval", None)):
+        pairs.warn([one._replace(why_not=_AVERAGES) for one in found])
+        return
     if known is None:
         _check_state(optimizer, found, pairs.difference)
         _install(optimizer, pairs)
@@ -160,7 +162,7 @@ class _Pairs:
     def __init__(self, difference: float) -> None:
         self.difference = difference
         self.layers: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-        self.batches: list[_Batch] = []
+        self.batches: list[PairBatch] = []
         self.depth = 0
         self.warned: set[str] = set()
 
@@ -205,7 +207,7 @@ class _Pairs:
         for _, tensor, why_not in found:
             if why_not is None and tensor.grad is not None:
                 alike[tensor.shape, local_tensor(tensor).shape, tensor.dtype, tensor.device].append(tensor)
-        made = [_Batch(tensors, self.difference) for tensors in alike.values()]
+        made = [PairBatch(tensors, self.difference) for tensors in alike.values()]
         for batch in made:
             self.batches.append(batch)
             batch.enter()
@@ -224,42 +226,6 @@ class _Pairs:
             more = f" and {len(left) - _LISTED} more" if len(left) > _LISTED else ""
             text = f"train_pairs: the optimizer does not step these in pairs: {', '.join(left[:_LISTED])}{more}."
             warnings.warn(text, HRAWarning, stacklevel=3)
-
-
-class _Batch:
-    """Vectors of one shape, converted together: a few operators for any number of layers."""
-
-    def __init__(self, vectors: list[nn.Parameter], difference: float) -> None:
-        """Compute pair coordinates; nothing is changed yet, so that an error here leaves everything as it was."""
-        self.constants = start_length(*vectors[0].shape[-2:]), difference
-        self.vectors, self.gradients = vectors, [one.grad for one in vectors if one.grad is not None]
-        self.values = [local_tensor(one) for one in vectors]
-        self.before = torch.stack(self.values)
-        self.pairs = to_pairs(self.before, *self.constants)
-        made = gradients_to_pairs(torch.stack([local_tensor(one) for one in self.gradients]), *self.constants)
-        self.made = [_like(one, own) for one, own in zip(made.unbind(), self.gradients, strict=True)]
-
-    def enter(self) -> None:
-        """Write pair coordinates into the parameters, and set their gradients."""
-        copy_all(self.values, list(self.pairs.unbind()))
-        for vectors, gradient in zip(self.vectors, self.made, strict=True):
-            vectors.grad = gradient
-
-    def leave(self) -> None:
-        """Add what the step changed to the vectors: unchanged ones keep their bits."""
-        values = self.before
-        try:
-            values = self.before + from_pairs(torch.stack(self.values).sub_(self.pairs), *self.constants)
-        finally:
-            copy_all(self.values, list(values.unbind()))
-            for vectors, made, own in zip(self.vectors, self.made, self.gradients, strict=True):
-                if vectors.grad is made:
-                    vectors.grad = own
-
-
-def _like(values: Tensor, other: Any) -> Any:
-    """What this process holds of a tensor, as a tensor that is distributed like another."""
-    return as_dtensor(values, other.device_mesh, other.placements, other.shape) if is_dtensor(other) else values
 
 
 #: Optimizer -> its conversion.
@@ -367,11 +333,10 @@ def _adapted_layers(model: Any) -> dict[nn.Module, str]:
 def _stepped(layers: Any, optimizer: Optimizer) -> Iterator[_Vectors]:
     """The vectors that an optimizer steps; looked up in each step, because FSDP2 and others replace parameters."""
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    averages = isinstance(optimizer, ASGD) or callable(getattr(optimizer, "eval", None))
     for layer, path in layers.items():
         for name, tensor, why_not in _adapters(layer):
             if id(tensor) in stepped:
-                yield _Vectors(f"{path}.hra_u.{name}", tensor, _AVERAGES if averages else why_not)
+                yield _Vectors(f"{path}.hra_u.{name}", tensor, why_not)
 
 
 def _adapters(layer: Any) -> Iterator[tuple[str, Any, str | None]]:

@@ -33,12 +33,28 @@ from hra_fx.functional.pairs import start_length
 C = 0.3
 F64 = torch.float64
 AdamW = partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1)
+
+
+class HalfStep(torch.optim.RMSprop):
+    """Goes half of the way."""
+
+    def step(self, closure: Any = None) -> Any:
+        (group,) = self.param_groups
+        before = [one.detach().clone() for one in group["params"]]
+        super().step(closure)
+        with torch.no_grad():
+            for one, old in zip(group["params"], before, strict=True):
+                one.lerp_(old, 0.5)
+
+
 OPTIMIZERS: dict[str, Any] = {
     "AdamW": AdamW,
     "AdamW, foreach": partial(AdamW, foreach=True),
     "AdamW, fused": partial(AdamW, fused=True),
     "SGD": partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
     "RMSprop": partial(torch.optim.RMSprop, lr=0.01),
+    "Adagrad, which has a state before its first step": partial(torch.optim.Adagrad, lr=0.02),
+    "a step around that of the base class": partial(HalfStep, lr=0.02),
 }
 #: These see rows and columns, so the oracle is one parameter with the columns m, d, m, d, ...
 BY_ROWS = {
@@ -335,6 +351,32 @@ def test_a_saved_state_continues_and_another_one_is_refused(tmp_path: Path) -> N
     with pytest.raises(AdapterError, match=r"saved with difference=0.3"):
         train_pairs(loaded, resumed, 0.1)
     train_pairs(loaded, resumed, C)
+    partly = AdamW([{"params": [one]} for one in vectors_of(resumed).values()])
+    partly.param_groups[0]["hra_pair_difference"] = C
+    with pytest.raises(AdapterError, match="the state was saved without pairs"):
+        train_pairs(partly, resumed, C)
+
+
+class Averaging(torch.optim.SGD):
+    """As schedule-free optimizers: their state has values of the parameters, which `eval` uses."""
+
+    def eval(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("make", [torch.optim.ASGD, Averaging])
+def test_an_optimizer_that_averages_parameters_steps_vectors(make: Any) -> None:
+    model = adapted()
+    plain = copy.deepcopy(model)
+    for each in (model, plain):
+        optimizer = make(vectors_of(each).values(), lr=0.1)
+        if each is model:
+            with pytest.warns(HRAWarning, match=r"0.hra_u.default \(the optimizer averages parameters outside of its"):
+                train_pairs(optimizer, model)
+        loss_of(each).backward()
+        optimizer.step()
+    same(values_of(model), values_of(plain), 1e-300)
+    assert "hra_pair_difference" not in optimizer.state_dict()["param_groups"][0]
 
 
 @pytest.mark.filterwarnings("ignore:.*trained vectors are torch.bfloat16:hra_fx.HRAWarning")
