@@ -73,8 +73,12 @@ def missing_rates(records: Sequence[Record], task: str, method: str) -> list[tup
     if missing := [(lr, 0) for lr in _around(best(tried, task)) if lr not in tried][:most]:
         return missing
     done = _scores(records, task, method)
-    wanted = [lr for lr in _around(best(means(records, task, method) or tried, task)) if lr in tried or most]
-    return [(lr, seed) for lr in wanted for seed in CHOICE_SEEDS if seed not in done.get(lr, {})]
+    for choose in (searched, means):
+        around = _around(best(choose(records, task, method), task))
+        wanted = [lr for lr in around if lr in tried or most]
+        if missing := [(lr, seed) for lr in wanted for seed in CHOICE_SEEDS if seed not in done.get(lr, {})]:
+            return missing
+    return []
 
 
 def _around(lr: float) -> tuple[float, float, float]:

@@ -54,6 +54,14 @@ def test_each_method_tests_five_seeds_at_the_best_rate() -> None:
     assert {run.r for run in records if run.method == "lora"} == set(RANKS[TASK]["lora"])
 
 
+def test_the_mean_of_three_seeds_decides() -> None:
+    records = follow(lambda planned: abs(planned.lr - (3e-3 if planned.seed == 0 else 1e-2)))
+    assert chosen(records, TASK, "lora") == 1e-2
+    assert [run.seed for run in final_runs(records, TASK, "lora")] == list(SEEDS)
+    tried = {(run.lr, run.seed) for run in records if (run.method, run.r) == ("lora", 4)}
+    assert {lr for lr, seed in tried if seed == 2} == {1.7e-3, 3e-3, 5.5e-3, 1e-2, 1.7e-2}
+
+
 def test_a_grid_goes_on_where_its_edge_is_best() -> None:
     records = follow(lambda planned: abs(planned.lr - 5.5e-2))
     assert chosen(records, TASK, "lora") == 5.5e-2
