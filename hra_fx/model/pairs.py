@@ -117,12 +117,10 @@ def train_pairs_if_possible(optimizer: Any, model: nn.Module, difference: float)
     Warns:
         HRAWarning: the optimizer steps no vectors of the model, though some are trained.
     """
-    layers = _adapted_layers(model)
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    if optimizer in _KNOWN:
+    layers, inner = _adapted_layers(model), _unwrapped(optimizer)
+    if inner in _KNOWN:
         return
-    if isinstance(optimizer, Optimizer) and any(True for _ in _stepped(layers, optimizer)):
+    if isinstance(inner, Optimizer) and any(True for _ in _stepped(layers, inner)):
         train_pairs(optimizer, model, difference)
         return
     trained = [
@@ -273,11 +271,16 @@ def _guarded(optimizer: Optimizer, pairs: _Pairs) -> Any:
 
 
 def _torch_optimizer(optimizer: Any) -> Optimizer:
-    """The optimizer of torch in accelerate's wrapper of it."""
+    inner = _unwrapped(optimizer)
+    if not isinstance(inner, Optimizer):
+        raise AdapterError(f"`optimizer` must be a torch.optim.Optimizer, got {type(inner).__name__}.")
+    return inner
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """What is inside of accelerate's wrappers."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
-    if not isinstance(optimizer, Optimizer):
-        raise AdapterError(f"`optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
     return optimizer
 
 

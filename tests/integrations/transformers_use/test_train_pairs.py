@@ -133,7 +133,7 @@ def test_after_an_error_inside_accelerate_the_parameters_are_vectors() -> None:
     data = {key: torch.stack([one[key] for one in samples("llama", 2)]) for key in ("input_ids", "labels")}
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     wrapped = AcceleratedOptimizer(Failing([one for one in model.parameters() if one.requires_grad]), scaler=scaler)
-    hra_fx.train_pairs(wrapped, model)
+    PairCallback().on_train_begin(None, None, None, optimizer=wrapped, model=model)  # type: ignore[arg-type]
     lengths = []
     for _ in range(2):
         scaler.scale(model(**data).loss).backward()
