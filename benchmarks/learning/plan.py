@@ -12,13 +12,16 @@ from learning.variants import ALL, VARIANTS, VARIED
 TEACHERS = ("teacher-rotation", "teacher-low-rank", "teacher-dense")
 #: Tasks and methods in the order of the runs.
 STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("language", ("base", "lora", "hra-pairs", "hra")),
-    ("digits", ("head", "lora", "hra-pairs", "hra", "full")),
+    ("language", ("base", "lora", "hra-pairs")),
+    ("digits", ("lora", "hra-pairs", "hra")),
+    ("newsgroups-1600", ("lora", "hra-pairs")),
+    ("language", ("hra",)),
     *(
         (task, ("lora", "hra-pairs", "hra", "full", "lora-2r", "dora", "oft", "hra-peft", "hra-gs"))
         for task in TEACHERS
     ),
-    ("newsgroups-1600", ("lora", "hra-pairs", "hra", "head")),
+    ("digits", ("head", "full")),
+    ("newsgroups-1600", ("hra", "head")),
     ("language-4-passes", ("lora", "hra-pairs")),
     ("language-1024", ("lora", "hra-pairs", "hra")),
     ("language", ("full", "dora", "oft", *VARIANTS)),
