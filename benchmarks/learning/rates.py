@@ -30,14 +30,16 @@ def searched(records: Sequence[Record], task: str, method: str) -> dict[float, f
 
 
 def _scores(records: Sequence[Record], task: str, method: str) -> dict[float, dict[int, float]]:
-    """Validation scores by learning rate, in rising order, and seed."""
+    """Validation scores by learning rate, in rising order, and seed; means where a run was repeated."""
     task = RATES_FROM.get(task, task)
     usual = matched_rank(records, task, method)
-    found: dict[float, dict[int, float]] = {}
+    found: dict[float, dict[int, list[float]]] = {}
     for record in of(records, task, method):
         if record.r == usual:
-            found.setdefault(record.lr, {}).setdefault(record.seed, record.validation)
-    return dict(sorted(found.items()))
+            found.setdefault(record.lr, {}).setdefault(record.seed, []).append(record.validation)
+    return {
+        lr: {seed: statistics.mean(scores) for seed, scores in seeds.items()} for lr, seeds in sorted(found.items())
+    }
 
 
 def means(records: Sequence[Record], task: str, method: str) -> dict[float, float]:
