@@ -13,7 +13,7 @@ from learning.rates import RATES_NEAR, final_runs, searched
 from learning.records import FILE, Record
 from learning.summary import Difference, compare, gain, retained_at, retention_gain, scores, validation_gain
 from learning.tasks import TASKS
-from learning.variants import ALL, VARIANTS
+from learning.variants import ALL, VARIANTS, VARIED_TASK
 
 README_TASKS = ("language", "newsgroups-1600", "digits", *TEACHERS)
 
@@ -95,6 +95,14 @@ over the posts to its fourth. Large marks are means over five seeds, small ones 
 ![Validation perplexity over the training loss](results_passes.svg)
 """
 
+PARAMETERS = """\
+## Parameters
+
+Validation scores, means of three seeds.
+
+![Validation scores over the number of trained parameters](results_ranks.svg)
+"""
+
 TRIALS = """\
 ## Settings
 
@@ -106,7 +114,7 @@ points, paired over three seeds, with its 95% interval. More is better.
 
 def write_page(records: Sequence[Record], folder: Path = FILE.parent) -> None:
     """Write the page and its plots into a folder."""
-    for name in ("rates", "ranks", "forgetting", "passes"):
+    for name in ("rates", "forgetting", *(name for name in ("ranks", "passes") if _has(records, name))):
         getattr(plots, name)(records, folder / f"results_{name}.svg")
     (folder / "results.md").write_text(page(records))
 
@@ -120,16 +128,22 @@ def page(records: Sequence[Record]) -> str:
         "## Learning rates\n",
         "![Validation scores over the learning rate](results_rates.svg)\n",
         *(_of_task(records, task) for task in tasks),
-        PASSES,
-        "## Parameters\n\nValidation scores, means of three seeds.\n",
-        "![Validation scores over the number of trained parameters](results_ranks.svg)\n",
+        *([PASSES] if _has(records, "passes") else []),
+        *([PARAMETERS] if _has(records, "ranks") else []),
         _forgetting(records, tasks),
-        _trials(records),
+        *([_trials(records)] if any(finished(records, VARIED_TASK, name) for name in VARIANTS) else []),
         PROTOCOL,
         _cost(records),
         _unfinished(records),
     ]
     return "\n".join(parts)
+
+
+def _has(records: Sequence[Record], plot: str) -> bool:
+    """Whether the runs of a plot are there."""
+    if plot == "passes":
+        return finished(records, plots.PASSES, "lora") and finished(records, plots.PASSES, "hra-pairs")
+    return bool(plots.ranked(records))
 
 
 def _first_table(records: Sequence[Record], tasks: Sequence[str]) -> str:
@@ -247,9 +261,8 @@ def _mean_retained(records: Sequence[Record], task: str, method: str, name: str)
 
 def _trials(records: Sequence[Record]) -> str:
     """Variants of the training: the gain over its defaults on validation data."""
-    tasks = [task for task in TASK_NAMES if any(finished(records, task, method) for method in VARIANTS)]
-    rows = [[ALL[method].label, *(_trial(records, task, method) for task in tasks)] for method in VARIANTS]
-    return TRIALS + _table(["setting", *tasks], rows)
+    rows = [[ALL[method].label, _trial(records, VARIED_TASK, method)] for method in VARIANTS]
+    return TRIALS + _table(["setting", VARIED_TASK], rows)
 
 
 def _trial(records: Sequence[Record], task: str, method: str) -> str:

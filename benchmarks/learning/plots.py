@@ -49,8 +49,18 @@ def rates(records: Sequence[Record], file: Path) -> Path:
 
 def ranks(records: Sequence[Record], file: Path) -> Path:
     """Validation scores over the number of trained parameters, a panel for each task."""
-    panels = [(task, _ranks_panel(records, task)) for task in RANKS]
+    panels = [(task, _ranks_panel(records, task)) for task in ranked(records)]
     return _draw(panels, file, "trained parameters")
+
+
+def ranked(records: Sequence[Record]) -> list[str]:
+    """The tasks whose runs over ranks are there."""
+    return [
+        task
+        for task, methods in RANKS.items()
+        if all(searched(records, task, method) for method in methods)
+        and all(len(by_size(records, task, method)) == len(ranks) for method, ranks in methods.items())
+    ]
 
 
 def forgetting(records: Sequence[Record], file: Path) -> Path:

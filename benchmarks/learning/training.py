@@ -52,6 +52,7 @@ def run(
     products = BaseProducts(model) if task.bfloat16 and not float32 else nullcontext()
     if r is None:
         r = method.rank(layer_shapes(model, task.targets), task.lora_rank)
+    torch.manual_seed(seed)
     method.insert(model, task, r)
     head = model.get_submodule(task.head).requires_grad_(True) if task.head else nn.Module()
     trainable = count(model) - count(head)

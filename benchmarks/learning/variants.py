@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from learning.methods import METHODS
 
-#: The method that is varied.
-VARIED = "hra-pairs"
+#: The method that is varied, and the task.
+VARIED, VARIED_TASK = "hra-pairs", "language"
 VARIANTS = {
     "hra-pairs-decay": replace(METHODS[VARIED], label="weight decay 0.1", weight_decay=0.1),
     "hra-pairs-cosine": replace(METHODS[VARIED], label="cosine schedule", schedule="cosine"),
