@@ -12,16 +12,12 @@ from learning.variants import ALL, VARIANTS, VARIED
 TEACHERS = ("teacher-rotation", "teacher-low-rank", "teacher-dense")
 #: Tasks and methods in the order of the runs.
 STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("language", ("base", "lora", "hra-pairs")),
+    ("language", ("base", "lora", "hra-pairs", "hra")),
     ("digits", ("lora", "hra-pairs", "hra")),
-    ("newsgroups-1600", ("lora", "hra-pairs")),
-    ("language", ("hra",)),
-    *(
-        (task, ("lora", "hra-pairs", "hra", "full", "lora-2r", "dora", "oft", "hra-peft", "hra-gs"))
-        for task in TEACHERS
-    ),
+    *((task, ("lora", "hra-pairs", "hra", "full")) for task in TEACHERS),
+    ("newsgroups-1600", ("lora", "hra-pairs", "hra", "head")),
+    *((task, ("lora-2r", "dora", "oft", "hra-peft", "hra-gs")) for task in TEACHERS),
     ("digits", ("head", "full")),
-    ("newsgroups-1600", ("hra", "head")),
     ("language-4-passes", ("lora", "hra-pairs")),
     ("language-1024", ("lora", "hra-pairs", "hra")),
     ("language", ("full", "dora", "oft", *VARIANTS)),
