@@ -51,7 +51,7 @@ MAX_TOKENS = 48
 BATCH = 32
 LR_HEAD = 3e-3
 LR_LORA = 3e-3
-LR_REFLECTIONS = 1e-2  # entries start at about 0.3, and only the directions matter
+LR_REFLECTIONS = 5.5e-3
 TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 LORA = peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS)
 # LoRA has two vectors per rank, as wide as a layer's input and output; HRA has one, as wide as its input.
