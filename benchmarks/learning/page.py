@@ -9,9 +9,18 @@ from pathlib import Path
 
 from learning import plots
 from learning.plan import TASK_NAMES, TEACHERS, finished, methods_of, untrained
-from learning.rates import RATES_NEAR, final_runs, searched
+from learning.rates import RATES_NEAR, final_runs
 from learning.records import FILE, Record
-from learning.summary import Difference, compare, gain, retained_at, retention_gain, scores, validation_gain
+from learning.summary import (
+    Difference,
+    compare,
+    gain,
+    retained_at,
+    retention_curve,
+    retention_gain,
+    scores,
+    validation_gain,
+)
 from learning.tasks import TASKS
 from learning.variants import ALL, VARIANTS, VARIED_TASK
 
@@ -53,6 +62,8 @@ PROTOCOL = """\
   training. Both contain the base model's forward and backward pass. [benchmarks.md](benchmarks.md) compares speed.
 - In the plot over parameters, each point is the better of the chosen learning rate and the next lower one.
 - Each record in docs/results.json names the commit of the code that made it.
+- On `language`, the seed did not draw the start of the adapter before commit 82669ac: a run of an older record gives
+  other numbers.
 
 To make one run again and print its record:
 
@@ -81,8 +92,8 @@ the new task, and what it retained.
 """
 
 AT_EQUAL_SCORE = """
-LoRA and pairs where their validation scores on the new task are equal, which are those of the one that learned less at
-its best rate: read from these curves between two learning rates, seed 0.
+LoRA and pairs where their validation scores on the new task are equal: that of the one that learned less at its chosen
+rate. The other is read from its curve, between two learning rates; seed 0.
 
 """
 
@@ -248,9 +259,9 @@ def _forgetting(records: Sequence[Record], tasks: Sequence[str]) -> str:
 def _at_equal_score(records: Sequence[Record], task: str, name: str) -> list[str]:
     """The score, and what LoRA and pairs retain at it."""
     sign = 1 if TASKS[task].higher_is_better else -1
-    found = (searched(records, task, method).values() for method in ("lora", "hra-pairs"))
-    score = sign * min(max(sign * value for value in values) for values in found)
-    kept = (retained_at(records, task, method, name, score) for method in ("lora", "hra-pairs"))
+    curves = [retention_curve(records, task, method, name) for method in ("lora", "hra-pairs")]
+    score = sign * min(sign * curve[-1][0] for curve in curves)
+    kept = (retained_at(curve, score) for curve in curves)
     return [_number(score), *("-" if value is None else _number(value) for value in kept)]
 
 

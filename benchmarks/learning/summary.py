@@ -99,16 +99,17 @@ def compare(records: Sequence[Record], task: str, method: str = "hra-pairs") -> 
     return Comparison(task, lora, other, gain(records, task, method, "lora")) if lora and other else None
 
 
-def retained_at(records: Sequence[Record], task: str, method: str, name: str, score: float) -> float | None:
-    """What is retained where a method has a validation score, between two learning rates; None where it has not.
-
-    The curve is that of seed 0, from the lowest learning rate to the best one.
-    """
+def retention_curve(records: Sequence[Record], task: str, method: str, name: str) -> list[tuple[float, float]]:
+    """Validation scores and what is retained, seed 0, from the lowest learning rate to the chosen one."""
     rates = [lr for lr in searched(records, task, method) if lr <= chosen(records, task, method)]
     rank = matched_rank(records, task, method)
     runs = {run.lr: run for run in of(records, task, method) if (run.seed, run.test, run.r) == (0, None, rank)}
-    points = [(runs[lr].validation, runs[lr].retention[name]) for lr in rates]
-    for (one, kept), (other, kept_by_other) in itertools.pairwise(points):
+    return [(runs[lr].validation, runs[lr].retention[name]) for lr in rates if lr in runs]
+
+
+def retained_at(curve: Sequence[tuple[float, float]], score: float) -> float | None:
+    """What is retained at a validation score, between two points of a curve; None where the score is not reached."""
+    for (one, kept), (other, kept_by_other) in itertools.pairwise(curve):
         if min(one, other) <= score <= max(one, other):
             return kept + (kept_by_other - kept) * (score - one) / ((other - one) or 1.0)
     return None

@@ -16,7 +16,7 @@ from learning.plan import RANKS, SEEDS, Run, missing
 from learning.rates import above, below, chosen, final_runs
 from learning.records import FILE, Record, read, write
 from learning.running import run_all
-from learning.summary import compare, difference, gain, retained_at
+from learning.summary import compare, difference, gain, retained_at, retention_curve
 
 TASK = "teacher-dense"
 
@@ -139,8 +139,10 @@ def test_what_is_retained_between_two_rates() -> None:
     records = [
         dataclasses.replace(record(one, scores[one.lr][0]), retention={"kept": scores[one.lr][1]}) for one in planned
     ]
-    assert retained_at(records, "digits", "lora", "kept", 77.5) == pytest.approx(82.5), "up to the best rate"
-    assert retained_at(records, "digits", "lora", "kept", 65.0) is None
+    curve = retention_curve(records, "digits", "lora", "kept")
+    assert curve == [scores[1e-3], scores[3e-3]], "up to the best rate"
+    assert retained_at(curve, 77.5) == pytest.approx(82.5)
+    assert retained_at(curve, 65.0) is None
 
 
 def test_docs_results_md_follows_from_docs_results_json() -> None:
