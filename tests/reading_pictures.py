@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -49,10 +48,4 @@ def _graphml(file: Path) -> list[str]:
     ]
 
 
-def _json(file: Path) -> list[str]:
-    (graph,) = json.loads(file.read_text(encoding="utf-8"))["graphs"]
-    pairs = [pair for node in graph["nodes"] for pair in node["attrs"]]
-    return [pair["value"] for pair in pairs if pair["key"].startswith("adapted layer")]
-
-
-_READERS = {".svg": _svg, ".mmd": _mermaid, ".dot": _dot, ".graphml": _graphml, ".json": _json}
+_READERS = {".svg": _svg, ".mmd": _mermaid, ".dot": _dot, ".graphml": _graphml}

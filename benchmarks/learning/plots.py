@@ -42,7 +42,7 @@ Panel = tuple[str, Callable[["Axes"], None]]
 
 def rates(records: Sequence[Record], file: Path) -> Path:
     """Validation scores over the learning rate, a panel for each task."""
-    tasks = [task for task in TASK_NAMES if task not in RATES_FROM and of(records, task, "lora")]
+    tasks = [task for task in TASK_NAMES if task not in RATES_FROM and of(records, task, "hra-pairs")]
     panels = [(task, _rates_panel(records, task)) for task in tasks]
     return _draw(panels, file, "learning rate")
 

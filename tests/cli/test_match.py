@@ -198,8 +198,8 @@ def test_a_configuration_file_with_another_name(shelf: Shelf, tmp_path: Path) ->
     beside = Answer("inspect", tmp_path / "config.json", "--json").json
     assert len(look["layers"]) == 5 * 7 + 1 and look["files"] == []
     assert len(beside["layers"]) == 2 * 7 + 1 and len(beside["files"]) == 1
-    answer("visualize", tmp_path / "other.json", tmp_path / "a.json", "--depth", "9")
-    assert "model.layers.4" in (tmp_path / "a.json").read_text()
+    answer("visualize", tmp_path / "other.json", tmp_path / "a.dot", "--depth", "9")
+    assert "model.layers.4" in (tmp_path / "a.dot").read_text()
 
 
 def test_a_very_narrow_terminal_keeps_the_names(shelf: Shelf) -> None:

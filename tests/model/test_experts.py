@@ -173,7 +173,7 @@ def test_report_and_pictures(tmp_path: Path) -> None:
     vectors = next(iter(vectors_of(model).values())).detach()
     dense = torch.block_diag(*(dense_product(own) for own in vectors))
     assert abs(row.rotation - float((dense - torch.eye(len(dense))).norm())) < 1e-9
-    for ending in ("html", "svg", "mmd", "dot", "json", "graphml"):
+    for ending in ("html", "svg", "mmd", "dot", "graphml"):
         hra_fx.visualize(model, tmp_path / f"picture.{ending}")
     assert hra_fx.to_networkx(model).number_of_nodes() > 0
     assert len(hra_fx.graphs(model)) == 4

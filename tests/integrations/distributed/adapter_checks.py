@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -167,13 +166,12 @@ def pictures(rank: int, folder: Path) -> None:
     """By one process alone: nothing is gathered for it, so what is sharded has no numbers."""
     bare = MLP.model()
     compiled = torch.compile(bare)
-    hra_fx.visualize(compiled, folder / f"compiled{rank}.json")
+    hra_fx.visualize(compiled, folder / f"compiled{rank}.dot")
     for way, wrap in WAYS.items():
         model = wrap(MLP, MLP.model())
         if rank == 1:
-            hra_fx.visualize(model, folder / "shared.json")
-            (graph,) = json.loads((folder / "shared.json").read_text())["graphs"]
-            assert [node["label"] for node in graph["nodes"][1:6]] == ["0", "1", "2", "3", "4"]
+            hra_fx.visualize(model, folder / "shared.dot")
+            assert (folder / "shared.dot").read_text().count("->") == 6
             rows = hra_fx.report(model).rows
             assert [row.r for row in rows] == [4, 4, 4]
             assert (rows[0].rotation == hra_fx.report(bare).rows[0].rotation) is (way == "DDP")
