@@ -167,8 +167,9 @@ class _Pairs:
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Go to pair coordinates; a closure computes a loss and gradients, so it runs in vectors."""
         self.depth += 1
-        if self.depth == 1:
-            self._enter(optimizer)
+        if self.depth > 1:
+            return args, kwargs
+        self._enter(optimizer)
         held = weakref.ref(optimizer)
 
         def in_vectors(closure: Any) -> Any:

@@ -247,6 +247,30 @@ def test_a_closure_runs_in_vectors() -> None:
     same(values_of(model), now(), 1e-9)
 
 
+def test_a_closure_that_a_step_passes_to_its_base_class() -> None:
+    model = adapted()
+    explicit = copy.deepcopy(model)
+    optimizer = HalfStep(vectors_of(model).values(), lr=0.02)
+    train_pairs(optimizer, model, C)
+    held, now = explicit_pairs(explicit)
+    other = HalfStep(held, lr=0.02)
+    for each, loss in (
+        (optimizer, lambda: loss_of(model)),
+        (other, lambda: loss_of(lambda x: functional_call(explicit, now(), x))),
+    ):
+
+        def closure(each: Any = each, loss: Any = loss) -> Any:
+            each.zero_grad()
+            value = loss()
+            value.backward()
+            return value
+
+        closure()  # vectors without a gradient are not converted
+        for _ in range(2):
+            each.step(closure)
+    same(values_of(model), now())
+
+
 def test_after_an_error_in_a_closure_everything_is_as_before() -> None:
     def closure() -> Any:
         seen.append(values_of(model))
