@@ -14,6 +14,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
+def is_fast() -> bool:
+    """Whether this CPU has AMX. Without it and AVX-512, bfloat16 takes several times as long as float32."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
 class BaseProducts(TorchFunctionMode):
     """Inside of it, `F.linear` computes in bfloat16 with the weights that a model has now.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from learning import plots
 from learning.plan import TASK_NAMES, TEACHERS, finished, methods_of, untrained
-from learning.rates import RATES_NEAR, final_runs
+from learning.rates import RATES_FROM, final_runs
 from learning.records import FILE, Record
 from learning.summary import (
     Difference,
@@ -241,7 +241,7 @@ def _forgetting(records: Sequence[Record], tasks: Sequence[str]) -> str:
     for task in tasks:
         for name in plots.retained(records, task):
             means = [
-                _mean_retained(records, RATES_NEAR.get(task, task), untrained(task), name),
+                _mean_retained(records, RATES_FROM.get(task, task), untrained(task), name),
                 *(_mean_retained(records, task, method, name) for method in methods),
             ]
             rows.append([task, name, *means, _interval(retention_gain(records, task, "hra-pairs", "lora", name))])

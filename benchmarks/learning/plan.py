@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from learning.rates import RATES_FROM, RATES_NEAR, below, chosen, missing_rates, searched
+from learning.rates import RATES_FROM, below, chosen, missing_rates, searched
 from learning.records import Record, of
 from learning.variants import ALL, VARIANTS, VARIED
 
@@ -19,7 +19,8 @@ STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     *((task, ("lora-2r", "dora", "oft", "hra-peft", "hra-gs")) for task in TEACHERS),
     ("digits", ("head", "full")),
     ("language-4-passes", ("lora", "hra-pairs")),
-    ("language-1024", ("lora", "hra-pairs", "hra")),
+    ("language-long", ("lora", "hra-pairs")),
+    ("language-long-4-bit", ("lora", "hra-pairs")),
     ("language", ("full", "dora", "oft", *VARIANTS)),
     ("newsgroups-5000", ("lora", "hra-pairs", "hra", "full")),
     ("newsgroups-1600", ("full", "dora", "oft")),
@@ -28,14 +29,17 @@ STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 TASK_NAMES = (
     "language",
-    "language-1024",
     "language-4-passes",
+    "language-long",
+    "language-long-4-bit",
     "newsgroups-1600",
     "newsgroups-5000",
     "digits",
     *TEACHERS,
 )
 SEEDS = range(5)
+#: Tasks with one seed, because their runs take so long.
+ONE_SEED = ("language-long", "language-long-4-bit")
 #: Variants of HRA have validation scores of so many seeds.
 TRIAL_SEEDS = range(3)
 #: Ranks of LoRA and of HRA in the plots over the number of parameters, with validation scores of three seeds and two
@@ -92,12 +96,12 @@ def seeds_of(task: str, method: str) -> range:
     """The seeds of a method's last runs."""
     if method in VARIANTS:
         return TRIAL_SEEDS
-    return SEEDS if ALL[method].rates else range(1)
+    return SEEDS if ALL[method].rates and task not in ONE_SEED else range(1)
 
 
 def untrained(task: str) -> str:
     """The method that leaves the model as it was, but for a new head, on a task or on the one it is a variation of."""
-    return next(method for method in methods_of(RATES_NEAR.get(task, task)) if method in ("base", "head"))
+    return next(method for method in methods_of(RATES_FROM.get(task, task)) if method in ("base", "head"))
 
 
 def finished(records: Sequence[Record], task: str, method: str) -> bool:

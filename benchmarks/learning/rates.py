@@ -10,12 +10,13 @@ from learning.tasks import TASKS
 from learning.variants import ALL, VARIANTS, VARIED
 
 #: Tasks that use the learning rates of another one.
-RATES_FROM = {"newsgroups-5000": "newsgroups-1600"}
-#: Tasks whose grid starts at the learning rate that was chosen for another one.
-RATES_NEAR = {"language-1024": "language", "language-4-passes": "language"}
+RATES_FROM = {
+    "newsgroups-5000": "newsgroups-1600",
+    **dict.fromkeys(("language-4-passes", "language-long", "language-long-4-bit"), "language"),
+}
 #: Tasks and methods whose scores are drawn over all learning rates.
 WIDE = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-WIDE_TASKS, WIDE_METHODS = ("language",), ("lora", "hra-pairs")
+WIDE_TASKS, WIDE_METHODS = ("language", "newsgroups-1600"), ("lora", "hra-pairs")
 #: A grid has at most so many rates more than it starts with.
 ADDED = 6
 #: The mean validation score of these seeds decides between the best rate of seed 0 and its neighbors.
@@ -51,11 +52,8 @@ def means(records: Sequence[Record], task: str, method: str) -> dict[float, floa
     }
 
 
-def first_rates(records: Sequence[Record], task: str, method: str) -> Sequence[float]:
-    """The learning rates that a grid starts with; none while another task has to choose them."""
-    if task in RATES_NEAR and ALL[method].rates:
-        near = RATES_NEAR[task]
-        return () if missing_rates(records, near, method) else (chosen(records, near, method),)
+def first_rates(task: str, method: str) -> Sequence[float]:
+    """The learning rates that a grid starts with."""
     return WIDE if task in WIDE_TASKS and method in WIDE_METHODS else ALL[method].rates
 
 
@@ -67,7 +65,7 @@ def missing_rates(records: Sequence[Record], task: str, method: str) -> list[tup
     """
     task = RATES_FROM.get(task, task)
     tried = searched(records, task, method)
-    rates = first_rates(records, task, method)
+    rates = first_rates(task, method)
     missing = [(lr, 0) for lr in rates if lr not in tried]
     if missing or not tried or not rates:
         return missing

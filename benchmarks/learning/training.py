@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from learning.bfloat16 import BaseProducts
+from learning.bfloat16 import BaseProducts, is_fast
 from learning.memory import Peak
 from learning.methods import Method, layer_shapes
 from learning.records import Record
@@ -49,7 +49,7 @@ def run(
     torch.set_num_threads(1)
     task, method = TASKS[task_name](seed, tiny=tiny), ALL[method_name]
     model = task.model()
-    products = BaseProducts(model) if task.bfloat16 and not float32 else nullcontext()
+    products = BaseProducts(model) if task.bfloat16 and not float32 and is_fast() else nullcontext()
     if r is None:
         r = method.rank(layer_shapes(model, task.targets), task.lora_rank)
     torch.manual_seed(seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from learning.tasks.digits import FewDigits
-from learning.tasks.language import Language, MorePasses, MorePosts
+from learning.tasks.language import Language, Long, LongFourBit, MorePasses
 from learning.tasks.newsgroups import MoreNewsgroups, Newsgroups
 from learning.tasks.task import Task
 from learning.tasks.teachers import DenseTeacher, LowRankTeacher, RotatedTeacher
@@ -14,8 +14,9 @@ TASKS: dict[str, type[Task]] = {
         Newsgroups,
         MoreNewsgroups,
         Language,
-        MorePosts,
         MorePasses,
+        Long,
+        LongFourBit,
         FewDigits,
         RotatedTeacher,
         LowRankTeacher,
