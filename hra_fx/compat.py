@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -265,3 +266,23 @@ def renew_step_of_accelerate(wrapper: Any) -> None:
 def copy_all(targets: list[Tensor], values: list[Tensor]) -> None:
     """Copy tensors of one device into others, in one operator for all. torch's optimizers use the private name."""
     torch._foreach_copy_(targets, values)
+
+
+# --- torch.export -----------------------------------------------------------------------------------------------------
+
+
+def guards_of(program: Any) -> list[str]:
+    """The conditions that `torch.export` found for the inputs, as Python expressions over `L`, the arguments."""
+    return list(getattr(program, "_guards_code", ()))
+
+
+def guard_function(code: str) -> Callable[..., None]:
+    """The function `check` of some source, whose expressions may be those of `guards_of`.
+
+    TorchDynamo traces it, so that a compiled or exported graph keeps the conditions.
+    """
+    functions = _lookup("torch.fx.experimental.symbolic_shapes.SYMPY_INTERP")
+    namespace: dict[str, Any] = {**functions, "math": math, "inf": math.inf, "torch": torch}
+    exec(code, namespace)
+    check: Callable[..., None] = namespace["check"]
+    return check

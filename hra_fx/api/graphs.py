@@ -6,23 +6,20 @@ from typing import Any
 
 from torch import fx, nn
 
-from hra_fx.export.adapted_call import capture_call
 from hra_fx.model.example_inputs import normalize_inputs
-from hra_fx.tracing.graphs import adapted_graphs
+from hra_fx.tracing.graphs import adapted_graphs, graph_of_call
 from hra_fx.tracing.trace_model import is_graph_of_call
 
 
 def graphs(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.GraphModule]:
     """Trace a transformed model, with the reflections of its adapted layers in the graphs.
 
-    Without example inputs, torch.fx traces the whole model, or the largest parts that it can trace. These graphs are
-    valid in train and eval mode. With example inputs the result is always one graph, as in graph mode: if torch.fx
+    Without example inputs, torch.fx traces the whole model, or the largest parts that it can trace. With example inputs the result is always one graph, as in graph mode: if torch.fx
     cannot trace the whole model, or if the call passes optional arguments, `torch.export` captures the call.
 
-    A graph of `torch.export` consists of ATen operators, with one node `hra_fx::rotate` for each active adapter of a
-    layer, which has a `NodeTag` in `meta["hra"]`. It takes the model's arguments and returns the model's outputs, with
-    `None` in place of objects that `torch.export` does not support, such as a cache. It is valid for inputs of these
-    shapes, in the current mode of the model (train or eval).
+    All graphs call the layers of the model, and have a node for each reflection. A graph from a call takes the
+    arguments of this call, in other sizes too as far as the model allows, and returns the model's outputs, with `None`
+    in place of objects that `torch.export` does not support, such as a cache.
 
     Args:
         model: a transformed model.
@@ -49,4 +46,4 @@ def graphs(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.GraphMo
     call = normalize_inputs(example_inputs)
     if "" in traced and is_graph_of_call(model, traced[""].graph, call):
         return traced
-    return {"": capture_call(model, call)}
+    return {"": graph_of_call(model, call)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import fx, nn
@@ -12,7 +11,6 @@ from hra_fx.errors import AdapterError
 from hra_fx.export.captured import is_captured, transform_captured
 from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.layers.accelerate_hooks import is_hooked
-from hra_fx.layers.target import kind_of, weight_name
 from hra_fx.model.detach import detach_all
 from hra_fx.model.example_inputs import normalize_inputs
 from hra_fx.model.inject import random_init
@@ -20,6 +18,7 @@ from hra_fx.model.setup import checked, set_up, valid_config
 from hra_fx.model.state import adapted_layers, get_state
 from hra_fx.model.verify import check_against_folded
 from hra_fx.selection.check import check
+from hra_fx.selection.origin import keep_origin
 from hra_fx.selection.select import select, with_head
 from hra_fx.tracing.trace_model import trace_model
 
@@ -37,6 +36,7 @@ def transform(
     low_cpu_mem_usage: bool = False,
     trace: bool = False,
     example_inputs: Any = None,
+    dynamic_shapes: Any = None,
     verify: bool = False,
 ) -> M:
     """Adapt a model in place, so that each selected weight `W` acts as `W Q`.
@@ -109,8 +109,7 @@ def transform(
     if verify and call is None:
         raise AdapterError("verify=True needs `example_inputs`, the arguments of one call of the model.")
     if trace and not isinstance(module, fx.GraphModule):
-        traced: Any = _traced(module, config, example_inputs)
-        example_inputs = None if is_captured(traced) else example_inputs
+        traced: Any = _traced(module, config, example_inputs, dynamic_shapes)
         options: Any = {"low_cpu_mem_usage": low_cpu_mem_usage, "example_inputs": example_inputs, "verify": verify}
         return transform(traced, config, adapter_name, **options)  # type: ignore[no-any-return]
     if not _is_done(module, config, adapter_name):
@@ -122,7 +121,7 @@ def transform(
     return model
 
 
-def _traced(model: nn.Module, config: HRAConfig, example_inputs: Any) -> fx.GraphModule:
+def _traced(model: nn.Module, config: HRAConfig, example_inputs: Any, dynamic_shapes: Any) -> fx.GraphModule:
     if get_state(model) or adapted_layers(model):
         raise AdapterError(
             f"trace=True: {type(model).__name__} already has adapters. Use trace=True when you add the first one, or "
@@ -135,27 +134,9 @@ def _traced(model: nn.Module, config: HRAConfig, example_inputs: Any) -> fx.Grap
         )
     layers = select(model, config)
     check(model, layers, config)
-    if stacked := next((path for path, layer in layers.items() if kind_of(layer) == "experts"), None):
-        raise AdapterError(
-            f"trace=True: {stacked} is a parameter of experts, which cannot be adapted in a graph. Leave out "
-            "trace=True, or target_parameters."
-        )
-    traced = trace_model(model, list(layers.values()), example_inputs)
-    if is_captured(traced):
-        _refuse_tied(layers)
+    traced = trace_model(model, list(layers.values()), example_inputs, dynamic_shapes)
+    keep_origin(traced, model)
     return traced
-
-
-def _refuse_tied(layers: Mapping[str, nn.Module]) -> None:
-    """Refuse layers that share a weight: in a graph of operators, they would be one layer with one adapter."""
-    first: dict[int, str] = {}
-    for path, layer in layers.items():
-        weight = layer._parameters[weight_name(kind_of(layer))]
-        if (other := first.setdefault(id(weight), path)) != path:
-            raise AdapterError(
-                f"trace=True: {other} and {path} share a weight, so a torch.export graph cannot tell them apart. "
-                f"Exclude one of them with exclude_modules=[{path!r}], or leave out trace=True."
-            )
 
 
 def _is_done(model: nn.Module, config: HRAConfig, adapter_name: str) -> bool:

@@ -11,19 +11,18 @@ from torch import nn
 
 from hra_fx.config import HRAConfig
 from hra_fx.errors import HRAWarning
-from hra_fx.layers.class_swap import original_class
+from hra_fx.selection.origin import origin_of
 
 
 def base_model_name(root: nn.Module, config: HRAConfig) -> str | None:
     """PEFT's `base_model_name_or_path`: as configured, or as transformers knows it."""
-    base = config.base_model_name_or_path or getattr(root, "name_or_path", None)
-    return base if isinstance(base, str) and base else None
+    return str(config.base_model_name_or_path or origin_of(root).name or "") or None
 
 
 def auto_mapping(root: nn.Module, config: HRAConfig) -> dict[str, Any] | None:
     """PEFT's `auto_mapping`: the class of the base model, if it does not follow from a task type."""
-    kind = original_class(root)
-    mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    origin = origin_of(root)
+    mapping = {"base_model_class": origin.class_name, "parent_library": origin.library}
     return config.auto_mapping or (None if config.task_type else mapping)
 
 

@@ -27,7 +27,7 @@ from hra_fx.export.select import context_of, init_adapter, select_layers
 from hra_fx.functional.chain import plain_chain
 from hra_fx.functional.rotate import check_finite, check_foldable, rotate_weight
 from hra_fx.layers.adapter_names import ANCHOR, check_adapter_name
-from hra_fx.layers.target import REFLECTION
+from hra_fx.layers.target import REFLECTION, find_kind
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -58,6 +58,9 @@ def is_captured(value: object) -> bool:
     """
     if not isinstance(value, fx.GraphModule):
         return is_program(value)
+    called = (value.get_submodule(str(node.target)) for node in value.graph.find_nodes(op="call_module"))
+    if any(find_kind(part) for part in called):
+        return False
     parameters = dict(value.named_parameters(remove_duplicate=False))
     nodes = [node for node in value.graph.find_nodes(op="get_attr") if node.target in parameters]
     users = [user.target for node in nodes for user in node.users]

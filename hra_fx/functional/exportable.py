@@ -20,10 +20,10 @@ def compact_wy(chain: Tensor) -> Tensor:
     shorter `(I - N)(I + N^2)(I + N^4) ...` loses all digits for nearly parallel columns.
 
     Args:
-        chain: `U: (d, k)`, in the dtype to compute in.
+        chain: `U: (..., d, k)`, in the dtype to compute in.
 
     Returns:
-        `T: (k, k)`, as `hra_fx.functional.householder.compact_wy` returns it.
+        `T: (..., k, k)`, as `hra_fx.functional.householder.compact_wy` returns it.
 
     Example:
         >>> U = torch.tensor([[1.0, 1.0], [0.0, 1.0]])
@@ -31,16 +31,16 @@ def compact_wy(chain: Tensor) -> Tensor:
         tensor([[ 2., -2.],
                 [ 0.,  1.]])
     """
-    squares = (chain * chain).sum(dim=0)
+    squares = (chain * chain).sum(dim=-2, keepdim=True)
     halves = torch.where(squares > torch.finfo(chain.dtype).tiny, squares / 2, 1.0)
-    index = torch.arange(chain.shape[1], device=chain.device)
+    index = torch.arange(chain.shape[-1], device=chain.device)
     row, column = index.unsqueeze(1), index.unsqueeze(0)
     upper = torch.where(row < column, chain.mT @ chain, 0.0)
     inverse = torch.where(row == column, halves.reciprocal(), 0.0)
     # An entry belongs to the corner of a block in the step of the highest bit in which row and column differ.
     difference = row ^ column
     size = 1
-    while size < chain.shape[1]:
+    while size < chain.shape[-1]:
         corner = (difference >= size) & (difference < 2 * size)
         inverse = inverse - inverse @ torch.where(corner, upper, 0.0) @ inverse
         size *= 2

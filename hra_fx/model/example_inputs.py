@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hra_fx.compat import pytree
 from hra_fx.errors import AdapterError
@@ -44,6 +45,56 @@ def normalize_inputs(example_inputs: Any) -> Call:
         "example_inputs must be a tensor, a tuple of positional arguments or a dict of keyword arguments, got "
         f"{type(example_inputs).__name__}."
     )
+
+
+def example_call(model: nn.Module) -> Call | None:
+    """A call of a transformers model with random inputs, from its configuration; `None` for other models.
+
+    Two token sequences of length 8 with their mask, two images, or two recordings.
+    """
+    config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    make = _EXAMPLES.get(main)
+    if config is None or make is None:
+        return None
+    device = next(model.parameters()).device
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    main_input: Tensor = make(config)
+    made = {main: main_input.to(device, dtype if main_input.is_floating_point() else None)}
+    accepted = inspect.signature(model.forward).parameters
+    if main == "input_ids" and "attention_mask" in accepted:
+        made["attention_mask"] = torch.ones_like(made[main])
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
+        made["decoder_input_ids"] = _tokens(config).to(device)
+    return (), made
+
+
+def _tokens(config: Any) -> Tensor:
+    sizes = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return torch.randint(min(10, sizes.vocab_size - 1), sizes.vocab_size, (2, 8))
+
+
+def _images(config: Any) -> Tensor:
+    of_images = getattr(config, "vision_config", config)
+    size = getattr(of_images, "image_size", 224)
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    return torch.randn(2, getattr(of_images, "num_channels", 3), height, width)
+
+
+def _recordings(config: Any) -> Tensor:
+    return torch.randn(2, 16000)
+
+
+def _spectra(config: Any) -> Tensor:
+    return torch.randn(2, getattr(config, "num_mel_bins", 80), 2 * getattr(config, "max_source_positions", 1500))
+
+
+#: The main input of a transformers model -> random values for it.
+_EXAMPLES: dict[str | None, Callable[[Any], Tensor]] = {
+    "input_ids": _tokens,
+    "pixel_values": _images,
+    "input_values": _recordings,
+    "input_features": _spectra,
+}
 
 
 def clone_inputs(call: Call) -> Call:

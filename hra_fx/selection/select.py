@@ -12,7 +12,6 @@ import re
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
 
 from torch import nn
 
@@ -23,6 +22,7 @@ from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.peft_layers import refuse_peft_layers
 from hra_fx.layers.target import REFLECTION, SAVED, find_kind
 from hra_fx.patterns import layer_index_regex, saved_module_regex
+from hra_fx.selection.origin import origin_of
 from hra_fx.selection.parameters import hint_for, hint_inside, parameters_problem, targeted_parameters
 from hra_fx.selection.suggestions import format_names, leaf_names, suffixes, suggestion
 from hra_fx.selection.target_mapping import DEFAULT_TARGETS
@@ -245,14 +245,13 @@ def _all_linear(model: nn.Module, config: HRAConfig) -> set[str]:
 
 def _output_layer(model: nn.Module, config: HRAConfig) -> object:
     """The output embedding of a transformers model, or its head for the task SEQ_CLS; None for other models."""
-    pretrained = _transformers_class("modeling_utils", "PreTrainedModel")
-    if pretrained is None or not isinstance(model, pretrained):
+    origin = origin_of(model)
+    if not origin.is_pretrained:
         return None
-    output: object = getattr(model, "get_output_embeddings")()  # noqa: B009  (nn.Module types it as a tensor)
-    if output is None and config.task_type == "SEQ_CLS":
+    if origin.output is None and config.task_type == "SEQ_CLS":
         heads = (getattr(model, name, None) for name in _HEADS)
         return next((head for head in heads if head is not None), None)
-    return output
+    return None if origin.output is None else model.get_submodule(origin.output)
 
 
 def _transformers_class(module: str, name: str) -> type | None:
@@ -272,7 +271,7 @@ def _default_targets(model: nn.Module) -> tuple[str, ...] | str:
 
 def _model_type(model: nn.Module) -> str:
     """`model.config.model_type`, or "". The config may be an object, a mapping, or have a method `to_dict`."""
-    config: Any = getattr(model, "config", None)
+    config = origin_of(model).config
     if not isinstance(config, Mapping) and not hasattr(config, "model_type") and hasattr(config, "to_dict"):
         config = config.to_dict()
     found = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)

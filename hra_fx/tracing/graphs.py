@@ -1,17 +1,23 @@
-"""Graphs of a model by torch.fx, without an example call."""
+"""Graphs of a model: by torch.fx, or from an example call."""
 
 from __future__ import annotations
 
 import copy
 import keyword
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 from torch import fx, nn
 
+from hra_fx.errors import AdapterError, CaptureError
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.target import META, NodeTag, find_kind
-from hra_fx.model.graph_module import insert, tag_adapted_layers
+from hra_fx.model.base_view import base_model_view
+from hra_fx.model.example_inputs import Call
+from hra_fx.model.graph_module import insert, restore, tag_adapted_layers
 from hra_fx.model.state import require_adapted_layers
 from hra_fx.tracing.capture import capture
+from hra_fx.tracing.capture_layers import capture_layers
 from hra_fx.tracing.graph_module import graph_module
 from hra_fx.tracing.trace import Traced
 from passes.insert import InsertPass
@@ -44,6 +50,51 @@ def adapted_graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
     found = {path: _adapted(model, path, traced) for path, traced in captured.parts.items()}
     found |= {path: _alone(path, layers[path]) for path, root in captured.roots.items() if root is None}
     return dict(sorted(found.items()))
+
+
+def graph_of_call(model: nn.Module, call: Call) -> fx.GraphModule:
+    """The graph of a model, adapted or not, with its reflections, captured from one call by `torch.export`.
+
+    Args:
+        model: the model; it is not changed.
+        call: the example call.
+
+    Returns:
+        A GraphModule over the model's own modules and parameters, for train and eval mode.
+
+    Raises:
+        AdapterError: `torch.export` cannot capture the call.
+
+    Example:
+        >>> import torch
+        >>> from hra_fx import HRAConfig, transform
+        >>> model = transform(nn.Sequential(nn.Linear(6, 8)), HRAConfig(r=2, target_modules=["0"]))
+        >>> module = graph_of_call(model, ((torch.ones(1, 6),), {}))
+        >>> [node.target for node in module.graph.nodes if node.op == "call_module"]
+        ['check_inputs', '0.hra_u', '0']
+    """
+    try:
+        with base_model_view(model), _plain_graphs_inside(model):
+            module = capture_layers(model, call, is_trained=False)
+    except CaptureError as error:
+        raise AdapterError(
+            f"torch.export cannot capture {type(model).__name__}: {error.reason}. Without example_inputs, hra_fx.graphs "
+            "and hra_fx.visualize use torch.fx, and show the parts that it can trace."
+        ) from error
+    insert(module, model)
+    return module
+
+
+@contextmanager
+def _plain_graphs_inside(model: nn.Module) -> Iterator[None]:
+    """A block in which the GraphModules in a model do not call reflections."""
+    with ExitStack() as undo:
+        for part in model.modules():
+            if isinstance(part, fx.GraphModule):
+                undo.callback(setattr, part, "graph", part.graph)
+                part.graph = copy.deepcopy(part.graph)
+                restore(part)
+        yield
 
 
 def plain_graphs(model: nn.Module) -> dict[str, fx.GraphModule]:

@@ -73,25 +73,28 @@ def patched(refuse: Callable[[str], NoReturn]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def checked_capture(model: nn.Module) -> Iterator[None]:
+def checked_capture(model: nn.Module) -> Iterator[list[str]]:
     """A block in which `torch.export` captures a call of a model, for a graph that trains as the model does.
 
     `torch.export` records the operators of the forward. Hooks of the backward pass, the backward of a custom autograd
     function and random numbers of Python are not in its graph, and it does not report them.
 
+    Yields:
+        The names of the custom autograd functions that are called in the block.
+
     Raises:
-        CaptureError: the model has backward hooks; or in the block its forward added a hook to a tensor, called a
-            custom autograd function, drew random numbers outside of torch or seeded a generator.
+        CaptureError: the model has backward hooks; or in the block its forward added a hook to a tensor, drew random
+            numbers outside of torch or seeded a generator.
     """
     for path, part in model.named_modules():
         if compat.has_backward_hooks(part):
             name = path or type(part).__name__
             raise CaptureError(f"backward hooks are registered for {name}, which a graph drops")
-    state, dropped = GraphState(), list[str]()
-    with _recorded_backward(dropped.append):
-        yield
-    if dropped:
-        raise CaptureError(dropped[0])
+    state, functions, hooks = GraphState(), list[str](), list[str]()
+    with _recorded_backward(functions.append, hooks.append):
+        yield functions
+    if hooks:
+        raise CaptureError(hooks[0])
     if state.has_drawn():
         raise CaptureError(
             "it draws random numbers of Python or NumPy, or seeds a generator, which happens once in a capture"
@@ -99,7 +102,7 @@ def checked_capture(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _recorded_backward(report: Callable[[str], None]) -> Iterator[None]:
+def _recorded_backward(called: Callable[[str], None], hooked: Callable[[str], None]) -> Iterator[None]:
     """A block that reports what this thread adds to the backward pass and a graph of `torch.export` drops."""
     thread = threading.get_ident()
     apply: Any = vars(torch.autograd.Function)["apply"]  # a class method, in Python or in C
@@ -108,12 +111,12 @@ def _recorded_backward(report: Callable[[str], None]) -> Iterator[None]:
     def reported_apply(kind: type, *args: Any, **kwargs: Any) -> Any:
         # torch runs functions of its own (torch._library, torch._higher_order_ops) for operators that the graph keeps.
         if threading.get_ident() == thread and not kind.__module__.startswith("torch._"):
-            report(f"it calls the custom autograd function {kind.__name__}, whose backward a graph drops")
+            called(kind.__name__)
         return apply.__get__(None, kind)(*args, **kwargs)
 
     def reported_hook(tensor: torch.Tensor, hook: Any) -> Any:
         if threading.get_ident() == thread:
-            report("it registers a backward hook on a tensor, which a graph drops")
+            hooked("it registers a backward hook on a tensor, which a graph drops")
         return register_hook(tensor, hook)
 
     with (

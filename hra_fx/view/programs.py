@@ -1,4 +1,4 @@
-"""The subject of a picture from a graph of ATen operators: a program, a captured module, or a model and one call of it.
+"""The subject of a picture from a graph of ATen operators: a program, or its module.
 
 Such a graph has no modules. They are recovered from the names of weights, the operators and `nn_module_stack`.
 Rotations are removed from a copy of the graph, and the nodes of their layers are tagged.
@@ -11,18 +11,15 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from hra_fx.export.insert import find_rotate_nodes, remove_rotation
 from hra_fx.export.inspect import adapter_layers
 from hra_fx.export.match import GraphLayer, find_layers, group_tied, module_classes, parent_path
 from hra_fx.export.skeleton import build_skeleton
-from hra_fx.export.weight_uses import normalize_path
-from hra_fx.layers.target import META, REFLECTION, LayerKind, NodeTag
-from hra_fx.layers.variants import QuantizedAdapters
-from hra_fx.model.state import adapted_layers
+from hra_fx.layers.target import META, REFLECTION, NodeTag
 from hra_fx.reporting.row import Row
-from hra_fx.view.subject import LayerFacts, Subject, known_rotations, subject_of
+from hra_fx.view.subject import LayerFacts, Subject, known_rotations
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -59,25 +56,6 @@ def subject_of_captured(module: fx.GraphModule, rows: Iterable[Row] = ()) -> Sub
     """
     copied = fx.GraphModule(module, copy.deepcopy(module.graph), type(module).__name__)
     return _subject(copied, dict(module.named_parameters(remove_duplicate=False)), known_rotations(rows))
-
-
-def subject_of_call(model: nn.Module, module: fx.GraphModule, rows: Iterable[Row] = ()) -> Subject:
-    """A model, adapted or not, and the graph of one call of it.
-
-    Args:
-        model: the model.
-        module: the result of `capture_call(model, call)`; its rotations are removed.
-        rows: the rows of the model's report.
-    """
-    subject = subject_of(model, {"": module}, rows)
-    own = _own_tensors(dict(module.named_parameters(remove_duplicate=False)))
-    for path, layer in _remove_rotations(module, own).items():
-        if path in subject.aliases:
-            _tag(subject.aliases[path], layer)
-    for path, adapted in adapted_layers(model).items():
-        if isinstance(adapted.hra_u, QuantizedAdapters):
-            _tag_inside(module.graph, path, adapted.hra_u.kind)
-    return subject
 
 
 def _own_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -136,15 +114,3 @@ def _tag(path: str, layer: GraphLayer) -> None:
     """Tag the operators that read the weight of an adapted layer."""
     for use in layer.uses:
         use.consumer.meta[META] = NodeTag(path, layer.kind, "layer")
-
-
-def _tag_inside(graph: fx.Graph, path: str, kind: LayerKind) -> None:
-    """Tag the operators in the forward of an adapted layer: the last one is the layer."""
-    calls: dict[str, fx.Node] = {}
-    for node in graph.nodes:
-        for call, _ in (node.meta.get("nn_module_stack") or {}).values():
-            if normalize_path(call).partition("@")[0] == path:
-                node.meta[META] = NodeTag(path, kind, "reflection")
-                calls[call] = node
-    for node in calls.values():
-        node.meta[META] = NodeTag(path, kind, "layer")

@@ -8,16 +8,15 @@ from typing import Any
 from torch import fx, nn
 
 from hra_fx.errors import VisualizeError
-from hra_fx.export.adapted_call import capture_call
 from hra_fx.export.captured import is_captured, is_program
 from hra_fx.export.insert import find_rotate_nodes
 from hra_fx.model.example_inputs import normalize_inputs
 from hra_fx.model.graph_module import tag_adapted_layers
 from hra_fx.model.state import adapted_layers
 from hra_fx.reporting.row import Row
-from hra_fx.tracing.graphs import adapted_graphs, plain_graphs
+from hra_fx.tracing.graphs import adapted_graphs, graph_of_call, plain_graphs
 from hra_fx.tracing.trace_model import is_graph_of_call
-from hra_fx.view.programs import subject_of_call, subject_of_captured, subject_of_program
+from hra_fx.view.programs import subject_of_captured, subject_of_program
 from hra_fx.view.shapes import note_shapes
 from hra_fx.view.subject import Subject, subject_of
 
@@ -61,7 +60,7 @@ def find_subject(model: Any, example_inputs: Any = None, rows: Collection[Row] =
     if example_inputs is not None:
         call = normalize_inputs(example_inputs)
         if "" not in found or not is_graph_of_call(model, found[""].graph, call):
-            return subject_of_call(model, capture_call(model, call), rows)
+            found = {"": graph_of_call(model, call)}
         note_shapes(found[""], call)
     return subject_of(model, found, rows)
 

@@ -17,8 +17,8 @@ from hra_fx.layers.target import META, REFLECTION, NodeTag
 #: Attributes and methods whose result is not a tensor; nodes that use it compute shapes.
 _SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad"})
 _SHAPE_METHODS = frozenset({"size", "dim", "numel", "stride", "ndimension", "is_floating_point", "get_device"})
-#: The submodule by which a program checks its inputs.
-_GUARDS = "_guards_fn"
+#: The submodules by which programs and captured models check their inputs.
+_GUARDS = ("_guards_fn", "check_inputs")
 #: Operators that return their input where it has the dtype and device that they are asked for.
 _CASTS = frozenset({"alias", "detach", "to"})
 #: How `torch.export` names the tensors that a forward makes.
@@ -74,7 +74,7 @@ def pass_through(node: fx.Node, values: Mapping[fx.Node, Value], module: nn.Modu
     if node.op == "placeholder" and node.args:
         return Value()  # an optional argument, left at its default
     if module is not None:
-        return read(node, values) if _is_pass_through(module) or node.target == _GUARDS else None
+        return read(node, values) if _is_pass_through(module) or node.target in _GUARDS else None
     if node.op in ("placeholder", "output", "call_module"):
         return None
     if not node.users and not node.all_input_nodes:
@@ -82,7 +82,7 @@ def pass_through(node: fx.Node, values: Mapping[fx.Node, Value], module: nn.Modu
     before = read(node, values)
     if _computes_shape(node, before):
         return Value(is_shape=True)
-    if _returns_its_input(node):
+    if _returns_its_input(node) or isinstance(node.target, type):  # such as the class of a model's outputs
         return before
     picks = node.target is operator.getitem and isinstance(node.args[1], int)
     only_parameters = bool(before.parameters or before.weights) and not before.sources
@@ -93,11 +93,13 @@ def constant_masks(graph: fx.Graph) -> set[fx.Node]:
     """The operators that compute masks from nothing but sizes, as those of causal attention; they get no box."""
     constant: set[fx.Node] = set()
     for node in graph.nodes:
-        if isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded not in node.target.tags:
+        if isinstance(node.meta.get("val"), int | torch.SymInt) or node.target is getattr:
+            constant.add(node)
+        elif isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded not in node.target.tags:
             constant |= {node} if constant.issuperset(node.all_input_nodes) else set()
     masks: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        if node in constant:
+        if node in constant and isinstance(node.meta.get("val"), Tensor):
             is_bool = getattr(node.meta.get("val"), "dtype", None) is torch.bool
             masks |= {node} if is_bool or (node.users and masks.issuperset(node.users)) else set()
     return masks

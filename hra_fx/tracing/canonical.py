@@ -1,0 +1,176 @@
+"""A graph over the modules of a model, from a program that was captured with layers as operators.
+
+Two captures of the same call, in train and in eval mode, differ in names and in the order of reads that mean nothing.
+Here they get one form, so that they can be compared node by node.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from functools import reduce
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from hra_fx.errors import CaptureError
+from hra_fx.tracing.conditions import conditions_of
+from hra_fx.tracing.input_checks import Condition
+from hra_fx.tracing.leaves import CALL_LAYER, is_leaf
+from hra_fx.tracing.signature import argument_names, nest
+from hra_fx.tracing.tracer import UnpicklingTracer
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+#: The name of the module that checks the inputs.
+CHECKS = "check_inputs"
+_SIZE = torch.ops.aten.sym_size.int
+
+
+class Canonical(NamedTuple):
+    """One mode of a model.
+
+    Attributes:
+        graph: it calls the model's layers, and `CHECKS` first.
+        constants: name -> tensor or graph that is not the model's.
+        conditions: those of the inputs.
+    """
+
+    graph: fx.Graph
+    constants: dict[str, Any]
+    conditions: list[Condition]
+
+
+def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
+    """The graph of a program over the modules and tensors of the model that was captured.
+
+    Raises:
+        CaptureError: a layer is called in a block that has a graph of its own.
+    """
+    module: Any = program.module(check_guards=False)
+    graph: fx.Graph = module.graph
+    graph.owning_module = None  # it has no layers to call
+    args, kwargs = program.example_inputs or ((), {})
+    names = argument_names(model, args, kwargs)
+    places = nest(graph, program, names)
+    conditions = conditions_of(program, names, places)
+    _call_layers(graph)
+    constants = _name_constants(graph, module, model)
+    if inside := next((path for part in constants.values() for path in _layers_in(part)), None):
+        raise CaptureError(
+            f"{inside} is called under torch.autocast or another grad mode, or in a branch of torch.cond, which has a "
+            "graph of its own"
+        )
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        graph.erase_node(node)  # it would refuse autocast, and the casts that it is for are nodes
+    _read_by_own_names(graph, model)
+    _hoist_sizes(graph, places)
+    _follow_device(graph, places, model)
+    graph.eliminate_dead_code(_is_kept)
+    if places:
+        with graph.inserting_after(max(places)):
+            graph.call_module(CHECKS, tuple(places))
+    graph._tracer_cls = UnpicklingTracer
+    return Canonical(graph, constants, conditions)
+
+
+def _is_kept(node: fx.Node) -> bool:
+    """Whether a node without users has effects: a batch norm updates its buffers."""
+    return node.op == "call_module" or node.is_impure()
+
+
+def _layers_in(constant: Any) -> Iterator[str]:
+    """The paths of the layers that a nested graph calls."""
+    for part in constant.modules() if isinstance(constant, nn.Module) else ():
+        if isinstance(part, fx.GraphModule):
+            yield from (str(node.args[1]) for node in part.graph.find_nodes(op="call_function", target=CALL_LAYER))
+
+
+def _call_layers(graph: fx.Graph) -> None:
+    for node in graph.find_nodes(op="call_function", target=CALL_LAYER):
+        with graph.inserting_before(node):
+            call = graph.call_module(node.args[1], node.args[:1])
+        call.meta = dict(node.meta)
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
+
+
+def _name_constants(graph: fx.Graph, module: nn.Module, model: nn.Module) -> dict[str, Any]:
+    """Number the tensors and graphs that are not the model's, in the order of their first use."""
+    names: dict[str, str] = {}
+    for node in graph.find_nodes(op="get_attr", sort=True):
+        if _get(model, node.target) is None:
+            node.target = names.setdefault(node.target, f"constant_{len(names)}")
+    return {new: _get(module, old) for old, new in names.items()}
+
+
+def _read_by_own_names(graph: fx.Graph, model: nn.Module) -> None:
+    """Read each tensor where it is used, a tied one by the name that it has in the module around the operator."""
+    tied = _tied_names(model)
+    for node in graph.find_nodes(op="get_attr", sort=True):
+        names = tied.get(node.target, ())
+        if node.users:
+            min(node.users).prepend(node)
+        for user in list(node.users) if names else ():
+            own = f"{_module_path(user)}.{node.target.rpartition('.')[2]}"
+            # A module that adapters may change comes last.
+            free = [name for name in names if not is_leaf(model.get_submodule(name.rpartition(".")[0]))]
+            with graph.inserting_before(user):
+                user.replace_input_with(node, graph.get_attr(own if own in names else [*free, *names][0]))
+
+
+def _tied_names(model: nn.Module) -> dict[str, list[str]]:
+    found = defaultdict(list)
+    for tensors in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        for name, tensor in tensors:
+            found[id(tensor)].append(name)
+    return {name: names for names in found.values() if len(names) > 1 for name in names}
+
+
+def _module_path(node: fx.Node) -> str:
+    stack: Mapping[str, Any] = node.meta.get("nn_module_stack") or {}
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def _hoist_sizes(graph: fx.Graph, places: list[fx.Node]) -> None:
+    """Read each size of an input once, first, from the first input that has it."""
+    first: dict[str, tuple[fx.Node, int]] = {}
+    for place in places:
+        for dimension, size in enumerate(getattr(place.meta.get("val"), "shape", ())):
+            first.setdefault(str(size), (place, dimension))
+    reads = defaultdict(list)
+    for node in graph.find_nodes(op="call_function", target=_SIZE):
+        if node.args[0] in places:
+            reads[str(node.args[0].meta["val"].shape[node.args[1]])].append(node)
+    for size in reversed([size for size in first if size in reads]):  # each goes before those that are there
+        with graph.inserting_after(max(places)):
+            read = graph.call_function(_SIZE, first[size])
+        read.meta = dict(reads[size][0].meta)
+        for node in reads[size]:
+            node.replace_all_uses_with(read)
+            graph.erase_node(node)
+
+
+def _follow_device(graph: fx.Graph, places: list[fx.Node], model: nn.Module) -> None:
+    """Create new tensors on the device of the first input, so that the graph can be moved to another device.
+
+    A model on several devices keeps the devices that were captured.
+    """
+    tensors = [place for place in places if isinstance(place.meta.get("val"), Tensor)]
+    devices = {value.device for value in (*model.parameters(), *model.buffers(), *(x.meta["val"] for x in tensors))}
+    if len(devices) != 1 or not tensors:
+        return
+    with graph.inserting_after(max(places)):
+        device = graph.call_function(getattr, (tensors[0], "device"))
+    for node in graph.nodes:
+        node.args = tuple(device if isinstance(value, torch.device) else value for value in node.args)
+        node.kwargs = {key: device if isinstance(value, torch.device) else value for key, value in node.kwargs.items()}
+    if not device.users:
+        graph.erase_node(device)
+
+
+def _get(owner: Any, path: Any) -> Any:
+    """An attribute by its dotted path, `None` if there is none."""
+    return reduce(lambda part, name: getattr(part, name, None), str(path).split("."), owner)

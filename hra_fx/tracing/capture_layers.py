@@ -1,0 +1,126 @@
+"""Capture a model into one GraphModule that calls its layers, with `torch.export`, from an example call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from hra_fx.compat import pytree
+from hra_fx.errors import CaptureError
+from hra_fx.model.example_inputs import Call, clone_inputs, preserve_rng_state, seed_everything
+from hra_fx.tracing.canonical import canonical
+from hra_fx.tracing.exported import all_dynamic, batch_dynamic, export_call, with_batch_of_two, without_caches
+from hra_fx.tracing.recorded_state import checked_capture
+from hra_fx.tracing.two_modes import in_both_modes
+from hra_fx.tracing.unchanged import Snapshot
+
+_SEED = 20240517
+
+
+def capture_layers(
+    model: nn.Module, call: Call, dynamic_shapes: Any = None, *, is_trained: bool = True
+) -> fx.GraphModule:
+    """Capture one call of a model, for other sizes and both modes.
+
+    Args:
+        model: the model; it is not changed.
+        call: the example call.
+        dynamic_shapes: the sizes that may change, as in `torch.export.export`. By default all may change, but of images
+            only the batch, as far as the model allows it: the graph checks its inputs.
+        is_trained: refuse a graph whose gradients or random numbers would not be those of the model.
+
+    Returns:
+        A graph over the model's own modules and parameters, which is called as the model is with these arguments. It
+        calls layers of torch and those that can be adapted, and has operators for everything else. An output that
+        `torch.export` does not know, such as a cache, is `None`.
+
+    Raises:
+        CaptureError: `torch.export` cannot capture the call, or see `is_trained`.
+    """
+    with _unchanged(model), torch.inference_mode(False):
+        if dynamic_shapes is not None:
+            tries = [(call, dynamic_shapes)]
+        else:
+            two = with_batch_of_two(call)
+            # The last one is for models that allow a single batch size.
+            tries = [(two, all_dynamic(model, two)), (two, batch_dynamic(model, two)), (call, all_dynamic(model, call))]
+        for example, shapes in tries:
+            try:
+                return _captured(model, example, shapes, call, is_trained=is_trained)
+            except CaptureError as error:
+                failure = error
+        raise failure
+
+
+def _captured(model: nn.Module, example: Call, shapes: Any, call: Call, *, is_trained: bool) -> fx.GraphModule:
+    """The graph of an example, compared with the model for a call."""
+    modes, functions = [], list[str]()
+    for training in (True, False):
+        with checked_capture(model) if is_trained else nullcontext(list[str]()) as called:
+            program = export_call(model, example, shapes, training=training)
+        functions += called
+        modes.append(canonical(program, model))
+    made = in_both_modes(model, *modes)
+    for training in (True, False):
+        _compare(model.train(training), made.train(training), call, functions)
+    return made
+
+
+def _compare(model: nn.Module, made: nn.Module, call: Call, functions: list[str]) -> None:
+    """Run a call through the model and its graph, and compare gradients too if there are custom autograd functions.
+
+    Raises:
+        CaptureError: the graph does not run, or gives other values.
+    """
+    with without_caches(model), torch.set_grad_enabled(bool(functions)):
+        wanted = _outputs(model, call)
+        try:
+            found = _outputs(made, call)
+        except AssertionError as error:
+            raise CaptureError(f"its graph does not run on the example: {error}") from error
+        if not all(map(_close, found, wanted)):
+            mode = "train" if model.training else "eval"
+            raise CaptureError(f"in {mode} mode the graph gives other outputs for the example than the model")
+        if functions and not all(map(_close, _gradients(made, found), _gradients(model, wanted))):
+            raise CaptureError(f"it calls the custom autograd function {functions[0]}, whose backward a graph drops")
+
+
+def _outputs(model: nn.Module, call: Call) -> list[Tensor]:
+    seed_everything(_SEED)
+    args, kwargs = clone_inputs(call)
+    return [value for value in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(value, Tensor)]
+
+
+def _gradients(model: nn.Module, outputs: list[Tensor]) -> list[Tensor]:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    losses = [output.pow(2).sum() for output in outputs if output.requires_grad]
+    if not parameters or not losses:
+        return []
+    return list(torch.autograd.grad(torch.stack(losses).sum(), parameters, allow_unused=True, materialize_grads=True))
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal, up to half of the digits of their dtype."""
+    limit = torch.finfo(one.dtype).eps ** 0.5 if one.is_floating_point() or one.is_complex() else 0.0
+    scale = float(other.abs().max()) if limit and other.numel() else 0.0
+    return one.shape == other.shape and torch.allclose(one, other, rtol=limit, atol=limit * scale, equal_nan=True)
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """A block that leaves no trace in the attributes and buffers of a model, nor in random number generators."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with ExitStack() as restore:
+        restore.callback(Snapshot(model).restore)
+        restore.enter_context(preserve_rng_state())
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)

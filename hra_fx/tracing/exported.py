@@ -1,0 +1,167 @@
+"""Capture one call of a model with `torch.export`, in one mode, with layers as operators."""
+
+from __future__ import annotations
+
+import io
+import linecache
+import logging
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from hra_fx.compat import pytree
+from hra_fx.errors import CaptureError
+from hra_fx.model.example_inputs import Call, clone_inputs
+from hra_fx.tracing.leaves import layers_as_operators
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+_OURS = (Path(torch.__file__).parent, Path(__file__).parents[1])
+#: Tensors with more dimensions are images: models branch on their height and width, so only their batch is dynamic.
+_LENGTHS = 3
+
+
+def export_call(model: nn.Module, call: Call, dynamic_shapes: Any, *, training: bool) -> ExportedProgram:
+    """Capture a call in one mode.
+
+    Args:
+        model: the model; its attributes may change.
+        call: the example call.
+        dynamic_shapes: as in `torch.export.export`.
+        training: the mode of all modules.
+
+    Raises:
+        CaptureError: `torch.export` refuses, with the line of the model's code.
+    """
+    args, kwargs = clone_inputs(call)
+    model.train(training)
+    with ExitStack() as stack:
+        for block in (
+            _quiet(),
+            without_caches(model),
+            layers_as_operators(model),
+            _plain_kernels(),
+            torch.enable_grad(),
+        ):
+            stack.enter_context(block)
+        vars(model)["forward"] = _without_unknown(model.forward)
+        try:
+            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        except CaptureError:
+            raise
+        except Exception as error:
+            line = str(error).strip().split("\n")[0]
+            raise CaptureError(f"torch.export fails{_place(error)} ({type(error).__name__}: {line[:200]})") from error
+        finally:
+            vars(model).pop("forward", None)
+
+
+def all_dynamic(model: nn.Module, call: Call) -> Any:
+    """Dynamic shapes in which every size may change, but of images only the batch."""
+    return _dynamic(model, call, lambda x: range(x.dim() if x.dim() <= _LENGTHS else 1))
+
+
+def batch_dynamic(model: nn.Module, call: Call) -> Any:
+    """Dynamic shapes in which only the first size may change."""
+    return _dynamic(model, call, lambda x: range(min(x.dim(), 1)))
+
+
+def _dynamic(model: nn.Module, call: Call, dimensions: Callable[[Tensor], range]) -> Any:
+    shapes = torch.export.ShapesCollection()
+    for value in pytree.tree_leaves(call):
+        if isinstance(value, Tensor):
+            shapes[value] = dict.fromkeys(dimensions(value), torch.export.Dim.AUTO)
+    return shapes.dynamic_shapes(model, *call)
+
+
+def with_batch_of_two(call: Call) -> Call:
+    """A call whose batch of 1 is repeated: `torch.export` makes a size of 1 a constant."""
+    tensors = [value for value in pytree.tree_leaves(call) if isinstance(value, Tensor)]
+    if not tensors or any(x.dim() == 0 or x.shape[0] != 1 for x in tensors):
+        return call
+    doubled: Call = pytree.tree_map(lambda x: x.repeat_interleave(2, 0) if isinstance(x, Tensor) else x, call)
+    return doubled
+
+
+@contextmanager
+def without_caches(model: nn.Module) -> Iterator[None]:
+    """A block in which models of transformers return no cache of keys and values, which a graph cannot return."""
+    configs = {id(value): value for part in model.modules() if (value := getattr(part, "config", None)) is not None}
+    changed = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
+    for config in changed:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in changed:
+            config.use_cache = True
+
+
+def _without_unknown(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward with None in place of outputs that `torch.export` does not know, such as caches."""
+    known = (Tensor, int, float, str, type(None))
+
+    @wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        kept = pytree.tree_map(lambda value: value if isinstance(value, known) else None, output)
+        return output if kept is None else kept
+
+    return run
+
+
+@contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """A block in which the operators do not depend on the mode.
+
+    The fast path of torch's attention has no gradient. `Tensor.contiguous` is recorded only if the kernel before it
+    gives other strides, and the kernel of attention depends on dropout; here it is always recorded.
+    """
+
+    def contiguous(x: Tensor, *, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+        made: Tensor = torch.ops.aten.contiguous.default(x, memory_format=memory_format)
+        return made
+
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with mock.patch.object(Tensor, "contiguous", contiguous):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A block without warnings, and without the graph that `torch.export` prints to stderr where it refuses."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    before, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = before
+
+
+def _place(error: BaseException) -> str:
+    """The line of the model's code in which an error arose."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.lineno and not any(Path(frame.filename).is_relative_to(folder) for folder in _OURS)
+    ]
+    if not frames:
+        return ""
+    last = frames[-1]
+    code = linecache.getline(last.filename, last.lineno or 0).strip()
+    return f" at {Path(last.filename).name}, line {last.lineno}, `{code}`"
