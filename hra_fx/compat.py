@@ -242,6 +242,13 @@ OpOverload: type[Any] = type(torch.ops.aten.add.Tensor)
 _HIGHER_ORDER: type[Any] | None = getattr(torch._ops, "HigherOrderOperator", None)
 
 
+def call_after_deepcopy(graph: Any, hook: Callable[[Any], None]) -> None:
+    """Call a function with each deepcopy of a `GraphModule`. Without the private method, it is not called."""
+    register = getattr(graph, "_register_deepcopy_hook", None)
+    if register is not None:
+        register(hook)
+
+
 def is_higher_order(target: object) -> bool:
     """Whether a node's target takes graphs, as `torch.cond` does. Without the class, its module decides."""
     if _HIGHER_ORDER is None:

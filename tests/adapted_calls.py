@@ -79,10 +79,10 @@ def run(model: nn.Module, inputs: Any) -> Any:
     return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
-def rotations_in(graph: fx.GraphModule) -> Counter[str]:
-    """How many rotations the weight of each layer has."""
-    nodes = graph.graph.find_nodes(op="call_function", target=torch.ops.hra_fx.rotate.default)
-    return Counter(node.meta["hra"].path for node in nodes if node.meta["hra"].role == "reflection")
+def reflections_in(graph: fx.GraphModule) -> Counter[str]:
+    """How many nodes reflect the input or the weight of each layer."""
+    notes = [node.meta["hra"] for node in graph.graph.find_nodes(op="call_module") if "hra" in node.meta]
+    return Counter(note.path for note in notes if note.role == "reflection")
 
 
 def gradients(outputs: list[Tensor], model: nn.Module) -> dict[str, Tensor]:

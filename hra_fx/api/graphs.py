@@ -14,8 +14,9 @@ from hra_fx.tracing.trace_model import is_graph_of_call
 def graphs(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.GraphModule]:
     """Trace a transformed model, with the reflections of its adapted layers in the graphs.
 
-    Without example inputs, torch.fx traces the whole model, or the largest parts that it can trace. With example inputs the result is always one graph, as in graph mode: if torch.fx
-    cannot trace the whole model, or if the call passes optional arguments, `torch.export` captures the call.
+    Without example inputs, torch.fx traces the whole model, or the largest parts that it can trace. With example inputs
+    the result is always one graph, as in graph mode: if torch.fx cannot trace the whole model, or if the call passes
+    optional arguments, `torch.export` captures the call.
 
     All graphs call the layers of the model, and have a node for each reflection. A graph from a call takes the
     arguments of this call, in other sizes too as far as the model allows, and returns the model's outputs, with `None`

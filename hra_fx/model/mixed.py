@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from hra_fx.errors import AdapterError
 from hra_fx.layers.batching import batch_of_rows
@@ -99,8 +99,6 @@ def _checked(model: nn.Module, adapter_names: Sequence[str]) -> MixedBatch:
 
 
 def _check_model(root: nn.Module, state: AdapterState) -> None:
-    if isinstance(root, fx.GraphModule):
-        raise AdapterError("A captured graph cannot run a mixed batch. Transform the model without trace=True.")
     if root.training:
         raise AdapterError(
             "A mixed batch is for inference, but the model is in training mode. Call model.eval() first."

@@ -15,6 +15,7 @@ from hra_fx.errors import AdapterError
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.class_swap import is_swapped, mixins_of
+from hra_fx.layers.graph_notes import read_notes, remove_note, write_note
 from hra_fx.layers.peft_layers import find_peft_layer
 from hra_fx.layers.sharding import first_sharded
 from hra_fx.layers.target import REFLECTION
@@ -69,31 +70,25 @@ class AdapterState:
 
 def get_state(model: nn.Module) -> AdapterState | None:
     """The state of this module, or `None` if it is not the root of a transformed model."""
-    record = _notes(model).get(RECORD)
+    notes = read_notes(model) if isinstance(model, fx.GraphModule) else vars(model)
+    record = notes.get(RECORD)
     return record if isinstance(record, AdapterState) else None
 
 
 def attach_state(model: nn.Module, record: AdapterState) -> None:
     """Attach a state to a model."""
-    vars(model)[RECORD] = _notes(model)[RECORD] = record
+    if isinstance(model, fx.GraphModule):
+        write_note(model, RECORD, record)
+    else:
+        vars(model)[RECORD] = record
 
 
 def clear_state(model: nn.Module) -> None:
     """Remove the state, if there is one."""
-    _notes(model).pop(RECORD, None)
-    vars(model).pop(RECORD, None)
-
-
-def _notes(model: nn.Module) -> dict[str, Any]:
-    """Where the state is kept so that copies have it: in `meta` for a `GraphModule`, else in the attributes.
-
-    `deepcopy` of a `GraphModule` copies its `meta` but no other attributes; a pickle keeps the attributes only.
-    """
-    if not isinstance(model, fx.GraphModule):
-        return vars(model)
-    if RECORD in vars(model):
-        model.meta.setdefault(RECORD, vars(model)[RECORD])
-    return model.meta
+    if isinstance(model, fx.GraphModule):
+        remove_note(model, RECORD)
+    else:
+        vars(model).pop(RECORD, None)
 
 
 class AdaptedParts(NamedTuple):
@@ -160,7 +155,8 @@ def only_root(model: nn.Module, found: AdaptedParts) -> tuple[nn.Module, Adapter
     if len(found.roots) > 1:
         paths = ", ".join(repr(path) for path, part in model.named_modules() if part in found.roots)
         raise AdapterError(f"{kind} contains several transformed models ({paths}). Pass one of them.")
-    record: AdapterState = _notes(found.roots[0])[RECORD]
+    record = get_state(found.roots[0])
+    assert record is not None
     return found.roots[0], record
 
 

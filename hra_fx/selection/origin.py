@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx, nn
 
 from hra_fx.layers.class_swap import original_class
+from hra_fx.layers.graph_notes import read_notes, write_note
 
 _KEY = "_hra_origin"
 
@@ -45,22 +46,25 @@ def origin_of(model: nn.Module) -> Origin:
         'Sequential'
     """
     if isinstance(model, fx.GraphModule):
-        # A deepcopy keeps `meta`, a pickle keeps attributes.
-        known = model.meta.setdefault(_KEY, vars(model).get(_KEY))
-        if known is not None:
-            return known  # type: ignore[no-any-return]
+        known = read_notes(model).get(_KEY)
+        if isinstance(known, Origin):
+            return known
     kind, name = original_class(model), getattr(model, "name_or_path", None)
     # If transformers is not loaded, no object can be of its classes.
     pretrained = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
     is_pretrained = pretrained is not None and isinstance(model, pretrained)
     head = getattr(model, "get_output_embeddings")() if is_pretrained else None  # noqa: B009  (typed as a tensor)
     output = None if head is None else next((path for path, part in model.named_modules() if part is head), None)
-    config = getattr(model, "config", None)
     return Origin(
-        kind.__name__, kind.__module__, is_pretrained, name if isinstance(name, str) else None, config, output
+        kind.__name__,
+        kind.__module__,
+        is_pretrained,
+        name if isinstance(name, str) else None,
+        getattr(model, "config", None),
+        output,
     )
 
 
 def keep_origin(graph: fx.GraphModule, model: nn.Module) -> None:
     """Record the facts about the model of a graph."""
-    graph.meta[_KEY] = vars(graph)[_KEY] = origin_of(model)
+    write_note(graph, _KEY, origin_of(model))

@@ -63,8 +63,7 @@ def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
             f"{inside} is called under torch.autocast or another grad mode, or in a branch of torch.cond, which has a "
             "graph of its own"
         )
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
-        graph.erase_node(node)  # it would refuse autocast, and the casts that it is for are nodes
+    _simplify_casts(graph)
     _read_by_own_names(graph, model)
     _hoist_sizes(graph, places)
     _follow_device(graph, places, model)
@@ -79,6 +78,15 @@ def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
 def _is_kept(node: fx.Node) -> bool:
     """Whether a node without users has effects: a batch norm updates its buffers."""
     return node.op == "call_module" or node.is_impure()
+
+
+def _simplify_casts(graph: fx.Graph) -> None:
+    """Remove the aliases of the capture, and the checks of dtypes, which refuse autocast: all casts are nodes."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        graph.erase_node(node)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default):
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
 
 
 def _layers_in(constant: Any) -> Iterator[str]:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _OURS = (Path(torch.__file__).parent, Path(__file__).parents[1])
 #: Tensors with more dimensions are images: models branch on their height and width, so only their batch is dynamic.
 _LENGTHS = 3
+#: Methods that return the tensor itself if it has the dtype already.
+_CASTS = ("to", "type", "type_as", "float", "double", "half", "bfloat16", "long", "int", "bool")
 
 
 def export_call(model: nn.Module, call: Call, dynamic_shapes: Any, *, training: bool) -> ExportedProgram:
@@ -49,7 +51,7 @@ def export_call(model: nn.Module, call: Call, dynamic_shapes: Any, *, training: 
             _quiet(),
             without_caches(model),
             layers_as_operators(model),
-            _plain_kernels(),
+            _plain_operators(),
             torch.enable_grad(),
         ):
             stack.enter_context(block)
@@ -120,11 +122,14 @@ def _without_unknown(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def _plain_kernels() -> Iterator[None]:
-    """A block in which the operators do not depend on the mode.
+def _plain_operators() -> Iterator[None]:
+    """A block in which what is recorded depends neither on the mode nor on the dtypes of the example.
 
-    The fast path of torch's attention has no gradient. `Tensor.contiguous` is recorded only if the kernel before it
-    gives other strides, and the kernel of attention depends on dropout; here it is always recorded.
+    - The fast path of torch's attention has no gradient.
+    - `Tensor.contiguous` is recorded only if the kernel before it gives other strides, and the kernel of attention
+      depends on dropout; here it is always recorded.
+    - A cast that changes nothing returns its input, which everything after it would read through the cast. Under
+      autocast that would be another value; here a cast gets an alias.
     """
 
     def contiguous(x: Tensor, *, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
@@ -133,11 +138,21 @@ def _plain_kernels() -> Iterator[None]:
 
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with mock.patch.object(Tensor, "contiguous", contiguous):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+    with ExitStack() as stack:
+        stack.callback(torch.backends.mha.set_fastpath_enabled, before)
+        stack.enter_context(mock.patch.object(Tensor, "contiguous", contiguous))
+        for name in _CASTS:
+            stack.enter_context(mock.patch.object(Tensor, name, _of_alias(getattr(Tensor, name))))
+        yield
+
+
+def _of_alias(cast: Any) -> Callable[..., Tensor]:
+    @wraps(cast)
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        made: Tensor = cast(torch.ops.aten.alias.default(x), *args, **kwargs)
+        return made
+
+    return run
 
 
 @contextmanager

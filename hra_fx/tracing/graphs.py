@@ -78,8 +78,8 @@ def graph_of_call(model: nn.Module, call: Call) -> fx.GraphModule:
             module = capture_layers(model, call, is_trained=False)
     except CaptureError as error:
         raise AdapterError(
-            f"torch.export cannot capture {type(model).__name__}: {error.reason}. Without example_inputs, hra_fx.graphs "
-            "and hra_fx.visualize use torch.fx, and show the parts that it can trace."
+            f"torch.export cannot capture {type(model).__name__}: {error.reason}. Without example_inputs, "
+            "hra_fx.graphs and hra_fx.visualize use torch.fx, and show the parts that it can trace."
         ) from error
     insert(module, model)
     return module

@@ -77,10 +77,13 @@ def layers_as_operators(model: nn.Module) -> Iterator[None]:
 
 def _call(path: str, *args: Any, **kwargs: Any) -> Any:
     given = (*args, *kwargs.values())
-    if len(given) == 1:
-        return CALL_LAYER(given[0], path)
     layer = _layers[path]
-    return original_class(layer).forward(layer, *args, **kwargs)
+    if len(given) != 1:
+        return original_class(layer).forward(layer, *args, **kwargs)
+    output = CALL_LAYER(given[0], path)
+    if output.is_floating_point() and any(parameter.requires_grad for parameter in layer.parameters()):
+        output.requires_grad_()  # a model may ask for it, and add hooks
+    return output
 
 
 class _Called(nn.ModuleDict):

@@ -1,100 +1,171 @@
-"""`transform(..., trace=True, example_inputs=...)`: torch.export captures what torch.fx cannot trace."""
+"""`transform(..., trace=True)` of models that torch.fx cannot trace: a graph does what eager mode does."""
 
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from layers.checking import assert_same, gradients, randomise, vectors_of
+from layers.checking import assert_same, randomise
 from torch import Tensor, fx, nn
+from tracing.captured import CASES, Pair, bert, labeled, llama, tokens
 from tracing.graph_mode import Branches, X, config
 
 import hra_fx
 from hra_fx.errors import AdapterError
 
 
-def bert() -> tuple[nn.Module, Any, Any]:
-    from transformers import BertConfig, BertModel
-
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ids, mask = tokens(), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
-    return (
-        BertModel(BertConfig(vocab_size=16, **sizes)),
-        {"input_ids": ids, "attention_mask": mask},
-        ["query", "output.dense"],
-    )
-
-
-def llama() -> tuple[nn.Module, Any, Any]:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=16, use_cache=False, **sizes))
-    return model, {"input_ids": tokens(), "labels": tokens()}, ["q_proj", "v_proj", "down_proj"]
-
-
-def t5() -> tuple[nn.Module, Any, Any]:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    sizes = {"vocab_size": 16, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, use_cache=False))
-    return model, {"input_ids": tokens(), "labels": tokens()}, ["q", "v", "wo"]
-
-
-def tokens() -> Tensor:
-    return torch.tensor([[5, 9, 3, 7], [8, 4, 11, 6]])
+@pytest.mark.parametrize("name", ["llama", "bert", *(pytest.param(n, marks=pytest.mark.slow) for n in CASES)])
+def test_a_graph_does_what_eager_mode_does(name: str, tmp_path: Path) -> None:
+    pair = Pair(CASES[name])
+    assert isinstance(pair.graph, fx.GraphModule)
+    pair.check()
+    for kind, model in (("eager", pair.eager), ("graph", pair.graph)):
+        hra_fx.save_adapter(model, tmp_path / kind)
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "eager" / file).read_bytes() == (tmp_path / "graph" / file).read_bytes()
+    pair.both(lambda model: hra_fx.load_adapter(model, tmp_path / "eager", "second"))
+    pair.both(lambda model: hra_fx.set_adapter(model, "second"))
+    pair.check()
+    pair.both(hra_fx.merge_adapter)
+    pair.check()
+    pair.both(hra_fx.unmerge_adapter)
+    pair.both(lambda model: hra_fx.set_adapter(model, "default"))
+    pair.both(lambda model: hra_fx.delete_adapter(model, "second"))
+    with hra_fx.disable_adapters(pair.eager), hra_fx.disable_adapters(pair.graph):
+        pair.check()
+    assert str(hra_fx.report(pair.graph)) == str(hra_fx.report(pair.eager))
+    torch.testing.assert_close(hra_fx.orthogonality_loss(pair.graph), hra_fx.orthogonality_loss(pair.eager))
+    pair.graph = copy.deepcopy(pair.graph)
+    pair.check()
+    pair.graph = pickle.loads(pickle.dumps(pair.graph))
+    pair.check()
+    pair.both(hra_fx.fold)
+    assert list(pair.graph.state_dict()) == list(CASES[name].make().state_dict())
+    pair.check()
 
 
-@pytest.mark.parametrize("make", [bert, pytest.param(llama, marks=pytest.mark.slow), t5])
-def test_transformers_are_captured_from_an_example_call(make: Callable[[], tuple[nn.Module, Any, Any]]) -> None:
+def test_adapters_are_combined_and_written_as_lora(tmp_path: Path) -> None:
+    pair = Pair(CASES["llama"])
+    pair.both(lambda model: hra_fx.add_adapter(model, "second", hra_fx.HRAConfig(r=2, target_modules=["v_proj"])))
+    randomise(pair.eager)
+    pair.graph.load_state_dict(pair.eager.state_dict())
+    pair.both(lambda model: hra_fx.combine(model, ["default", "second"], "both"))
+    pair.both(lambda model: hra_fx.set_adapter(model, "both"))
+    found, wanted = (model(**pair.inputs[0]).logits for model in (pair.graph, pair.eager))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
+    pair.graph.load_state_dict(pair.eager.state_dict())  # the vectors of a product are not unique
+    pair.both(lambda model: hra_fx.set_adapter(model, ["second", "both"]))
+    pair.both(lambda model: hra_fx.set_scale(model, "second", 0.5))
+    pair.check()
+    for kind, model in (("eager", pair.eager), ("graph", pair.graph)):
+        hra_fx.save_as_lora(model, tmp_path / kind)
+    for file in (tmp_path / "eager").iterdir():
+        assert file.read_bytes() == (tmp_path / "graph" / file.name).read_bytes()
+    found, wanted = (mixed_logits(model, pair.inputs[0]) for model in (pair.graph, pair.eager))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def mixed_logits(model: Any, inputs: dict[str, Any]) -> Tensor:
+    with hra_fx.mixed_batch(model.eval(), ["second", "both", "__base__"]):
+        logits: Tensor = model(**inputs).logits
+    return logits
+
+
+def test_a_graph_is_compiled_and_exported() -> None:
+    pair = Pair(CASES["llama"])
+    for inputs in pair.inputs:
+        wanted = pair.eager.eval()(**inputs).logits
+        compiled = torch.compile(pair.graph.eval(), backend="eager", dynamic=True)
+        torch.testing.assert_close(compiled(**inputs).logits, wanted, rtol=1e-9, atol=1e-10)
+    exported = torch.export.export(pair.graph, (), inputs).module()
+    torch.testing.assert_close(exported(**inputs).logits, wanted, rtol=1e-9, atol=1e-10)
+
+
+def test_a_graph_runs_under_autocast() -> None:
+    pair, inputs = Pair(CASES["llama"], torch.float32), labeled(2, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, wanted = (model(**inputs).logits for model in (pair.graph, pair.eager))
+    assert found.dtype is wanted.dtype is torch.bfloat16
+    torch.testing.assert_close(found, wanted)
+
+
+def test_an_example_is_made_from_the_configuration() -> None:
+    model = bert().eval()
+    plain = copy.deepcopy(model)
+    graph = hra_fx.transform(model, config("query"), trace=True)
+    inputs = tokens(3, 9)
+    torch.testing.assert_close(graph(**inputs).logits, plain(**inputs).logits)
+
+
+def test_sizes_that_do_not_fit_are_named() -> None:
+    shapes = {name: {0: torch.export.Dim("batch")} for name in ("input_ids", "attention_mask")}
+    graph = hra_fx.transform(llama(), config("q_proj"), trace=True, example_inputs=tokens(2, 5), dynamic_shapes=shapes)
+    assert graph(**tokens(3, 5)).logits.shape == (3, 5, 16)
+    message = r"captured for inputs with `input_ids\.size\(\)\[1\] == 5`.*pass them as `example_inputs`"
+    for other in (graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
+        with pytest.raises(AssertionError, match=message):
+            other(**tokens(2, 6))
+
+
+class Modes(nn.Module):
+    """Other operators in each mode, batch norm, and nested inputs and outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, pairs: list[dict[str, Tensor]], bias: Tensor | None = None) -> dict[str, Any]:
+        hidden = self.norm(self.first(pairs[0]["x"])) + pairs[1]["x"]
+        if self.training:
+            return {"out": (self.second(hidden).exp(), [hidden])}
+        return {"out": (self.second(torch.tanh(hidden)) + (0 if bias is None else bias), [hidden])}
+
+
+def test_modes_with_other_operators_are_two_graphs_in_one_module() -> None:
     torch.manual_seed(0)
-    base, example, targets = make()
-    base = base.eval()
-    message = "Pass example_inputs to capture a call with torch.export, or leave out trace=True"
-    with pytest.raises(AdapterError, match=f"torch.fx cannot trace {type(base).__name__}: .*{message}"):
-        hra_fx.transform(base, config(*targets), trace=True)
-    plain = copy.deepcopy(base)
-    eager = hra_fx.transform(copy.deepcopy(base), config(*targets))
-    model = hra_fx.transform(base, config(*targets), trace=True, example_inputs=example)
-    assert isinstance(model, fx.GraphModule)
-    randomise(eager)
-    vectors = {name: value for name, value in eager.state_dict().items() if ".hra_u." in name}
-    assert {name for name in model.state_dict() if ".hra_u." in name} == vectors.keys()
-    model.load_state_dict(vectors, strict=False)
-    found, wanted = model(**example), eager(**example)
-    assert type(found) is type(wanted)
-    name = next(iter(wanted))
-    torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-5)
-    mine, theirs = ([vectors_of(each)[path] for path in vectors_of(eager)] for each in (model, eager))
-    for one, other in zip(gradients(found[name], mine), gradients(wanted[name], theirs), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
-    folded = hra_fx.fold(model)
-    torch.testing.assert_close(folded(**example)[name], wanted[name], rtol=1e-4, atol=1e-5)
-    assert not any("hra_u" in key for key in folded.state_dict())
-    torch.testing.assert_close(base(**example)[name], plain(**example)[name], rtol=0, atol=0)
+    base = Modes().double()
+    eager = hra_fx.transform(copy.deepcopy(base), config(init_weights=False))
+    inputs = [{"x": X}, {"x": X.flip(0)}]
+    graph = hra_fx.transform(base, config(init_weights=False), trace=True, example_inputs={"pairs": inputs})
+    graph.load_state_dict(eager.state_dict())
+    for other in (graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
+        twin = copy.deepcopy(eager)
+        for training in (True, False):
+            found, wanted = (model.train(training)(inputs) for model in (other, twin))
+            torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(dict(other.named_buffers()), dict(twin.named_buffers()))
+        wanted = twin(inputs)
+        torch.testing.assert_close(hra_fx.fold(other)(inputs), wanted, rtol=1e-10, atol=1e-10)
 
 
-def test_a_small_model_is_captured_as_it_is_called() -> None:
+class Tied(Branches):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+
+
+@pytest.mark.parametrize("options", [{}, {"verify": True}, {"low_cpu_mem_usage": True}], ids=str)
+def test_options_and_tied_layers_are_as_in_eager_mode(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    base = Branches().double().eval()
-    model = hra_fx.transform(copy.deepcopy(base), config(), trace=True, example_inputs=X)
-    randomise(model)
-    eager = hra_fx.transform(copy.deepcopy(base), config())
-    assert not any(eager.load_state_dict(model.state_dict(), strict=False))
-    assert_same(model(X), eager(X))
+    base = Tied().double()
+    eager = hra_fx.transform(copy.deepcopy(base), config(init_weights=False))
+    graph = hra_fx.transform(base, config(init_weights=False), trace=True, example_inputs=X, **options)
+    graph.load_state_dict(eager.state_dict(), assign=True)
+    assert_same(graph(X), eager(X))
 
 
 def exported() -> Any:
     program = hra_fx.transform(torch.export.export(Branches().double().eval(), (X,)), config())
     return program.module()
-
-
-def captured() -> Any:
-    return hra_fx.transform(Branches().double().eval(), config(), trace=True, example_inputs=X)
 
 
 FOR_LAYERS: dict[str, Callable[[Any], object]] = {
@@ -108,28 +179,15 @@ FOR_LAYERS: dict[str, Callable[[Any], object]] = {
 }
 
 
-@pytest.mark.parametrize("make", [exported, captured])
-def test_a_captured_graph_says_what_works_on_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]
-) -> None:
+def test_the_module_of_a_program_says_what_works_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    graph = make()
+    graph = exported()
     for function in FOR_LAYERS.values():
         message = r"GraphModule is a captured graph, .*load_state_dict\(graph\.state_dict\(\), strict=False\)"
         with pytest.raises(AdapterError, match=message):
             function(graph)
     with pytest.raises(AdapterError, match=r"GraphModule has no adapters\. Call hra_fx\.transform"):
         hra_fx.set_adapter(hra_fx.fold(graph), "default")
-
-
-def test_the_vectors_of_a_captured_graph_are_saved_from_a_model_without_trace(tmp_path: Path) -> None:
-    base = Branches().double().eval()
-    eager = hra_fx.transform(copy.deepcopy(base), config())
-    graph = hra_fx.transform(copy.deepcopy(base), config(), trace=True, example_inputs=X)
-    randomise(graph)
-    eager.load_state_dict(graph.state_dict(), strict=False)
-    hra_fx.save_adapter(eager, tmp_path)
-    assert_same(hra_fx.load_adapter(base, tmp_path)(X), graph(X))
 
 
 class Optional(nn.Module):

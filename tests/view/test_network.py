@@ -181,7 +181,7 @@ def test_a_call_shows_the_layers_of_adapters_that_do_not_act() -> None:
         graph = hra_fx.to_networkx(model, {"input_ids": IDS})
         assert sites_in(graph) == paths
         rows = [data for _, data in graph.nodes(data=True) if data["kind"] == "adapted_layer"]
-        assert [(data["op"], data["r"]) for data in rows] == [("call_function", sum(map(ranks.get, active)))] * 3
+        assert [(data["op"], data["r"]) for data in rows] == [("call_module", sum(map(ranks.get, active)))] * 3
 
 
 def test_a_call_shows_no_masks_that_are_made_of_sizes_and_no_casts_to_the_same_dtype() -> None:

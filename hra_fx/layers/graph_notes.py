@@ -1,0 +1,45 @@
+"""What a `GraphModule` carries besides its graph, through copies and pickles.
+
+A deepcopy of fx has `meta` but no other attributes, and a pickle has the attributes but not `meta`. So a note is in
+both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from hra_fx.compat import call_after_deepcopy
+
+_PREFIX = "_hra_"
+
+
+def write_note(graph: fx.GraphModule, key: str, value: Any) -> None:
+    """Keep a value under a key that starts with `_hra_`."""
+    if not read_notes(graph):
+        call_after_deepcopy(graph, _renew)
+    graph.meta[key] = vars(graph)[key] = value
+
+
+def read_notes(graph: fx.GraphModule) -> dict[str, Any]:
+    """All notes by key.
+
+    Example:
+        >>> from torch import nn
+        >>> graph = fx.symbolic_trace(nn.Sequential(nn.ReLU()))
+        >>> write_note(graph, "_hra_example", 3)
+        >>> read_notes(graph)
+        {'_hra_example': 3}
+    """
+    return {key: value for key, value in {**graph.meta, **vars(graph)}.items() if str(key).startswith(_PREFIX)}
+
+
+def remove_note(graph: fx.GraphModule, key: str) -> None:
+    """Remove a note, if there is one."""
+    graph.meta.pop(key, None)
+    vars(graph).pop(key, None)
+
+
+def _renew(copied: fx.GraphModule) -> None:
+    vars(copied).update(read_notes(copied))

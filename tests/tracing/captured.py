@@ -1,0 +1,126 @@
+"""Models that torch.fx cannot trace, with calls in several sizes, and the comparison of a graph with eager mode."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from layers.checking import randomise
+from torch import Tensor, nn
+
+import hra_fx
+
+SIZES = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+HEADS = {"num_attention_heads": 2}
+
+
+@dataclass
+class Case:
+    """A model, what is adapted, and the arguments of calls with a batch and another size."""
+
+    make: Callable[[], nn.Module]
+    fields: dict[str, Any]
+    call: Callable[[int, int], dict[str, Any]]
+    example: tuple[int, int] = (2, 5)
+    others: tuple[tuple[int, int], ...] = ((3, 7), (1, 4))
+
+
+def tokens(batch: int, length: int) -> dict[str, Any]:
+    ids = torch.randint(0, 16, (batch, length))
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def labeled(batch: int, length: int) -> dict[str, Any]:
+    return tokens(batch, length) | {"labels": torch.randint(0, 16, (batch, length))}
+
+
+def classified(batch: int, length: int) -> dict[str, Any]:
+    return tokens(batch, length) | {"labels": torch.randint(0, 2, (batch,))}
+
+
+def images(batch: int, _: int) -> dict[str, Any]:
+    return {"pixel_values": torch.randn(batch, 3, 16, 16)}
+
+
+def llama() -> nn.Module:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **HEADS, tie_word_embeddings=True))
+
+
+def bert() -> nn.Module:
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, **HEADS))
+
+
+def t5() -> nn.Module:
+    sizes = {"vocab_size": 16, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
+
+
+def resnet() -> nn.Module:
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    return transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes))
+
+
+def mixtral() -> nn.Module:
+    config = transformers.MixtralConfig(**SIZES, **HEADS, num_key_value_heads=2, num_local_experts=4)
+    return transformers.MixtralForCausalLM(config)
+
+
+CASES = {
+    "llama": Case(llama, {"target_modules": "all-linear", "rank_pattern": {"q_proj": 2}}, labeled, example=(1, 5)),
+    "bert": Case(bert, {"target_modules": "all-linear", "task_type": "SEQ_CLS", "bias": "hra_only"}, classified),
+    "t5": Case(t5, {"target_modules": ["q", "v", "wo"]}, labeled),
+    "resnet": Case(resnet, {"target_modules": ".*convolution", "modules_to_save": ["classifier"]}, images),
+    "mixtral": Case(mixtral, {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}, tokens),
+}
+
+
+class Pair:
+    """The same model in eager and in graph mode, with the same vectors."""
+
+    def __init__(self, case: Case, dtype: torch.dtype = torch.float64) -> None:
+        torch.manual_seed(0)
+        base = case.make().to(dtype)
+        self.inputs = [_cast(case.call(*sizes), dtype) for sizes in case.others]
+        config = hra_fx.HRAConfig(r=4, **case.fields)
+        self.eager: Any = hra_fx.transform(copy.deepcopy(base), config)
+        example = _cast(case.call(*case.example), dtype)
+        self.graph: Any = hra_fx.transform(base, config, trace=True, example_inputs=example)
+        randomise(self.eager)
+        self.graph.load_state_dict(self.eager.state_dict())
+
+    def both(self, act: Callable[[Any], Any]) -> None:
+        """Do the same to both, in place or with a result that replaces the model."""
+        act(self.eager)
+        act(self.graph)
+
+    def check(self) -> None:
+        """Outputs, gradients and buffers are equal, for other sizes, in both modes."""
+        for training in (True, False):
+            for inputs in self.inputs:
+                wanted, found = (run(model.train(training), inputs) for model in (self.eager, self.graph))
+                assert wanted.keys() == found.keys(), wanted.keys() ^ found.keys()
+                for name, value in wanted.items():
+                    torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-10)
+
+
+def run(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The outputs of a call, the gradients of their squares, and the buffers afterwards."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    output = model(**inputs)
+    values = {name: value for name, value in output.items() if isinstance(value, Tensor)}
+    loss = torch.stack([value.square().sum() for value in values.values()]).sum()
+    if loss.requires_grad:
+        loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: value.detach() for name, value in values.items()} | gradients | dict(model.named_buffers())
+
+
+def _cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
