@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from hra_fx.layers.target import META, NodeTag, weight_name
+from hra_fx.layers.target import FACTORS, META, NodeTag, weight_name
 
 
 class FoldPass(PassBase):
@@ -26,6 +26,8 @@ class FoldPass(PassBase):
                 if node.users:  # of a weight
                     node.replace_all_uses_with(node.kwargs["weight"])
                 graph.erase_node(node)
+        for node in graph.find_nodes(op="call_module", target=FACTORS):
+            graph.erase_node(node)
         if noted:
             graph_module.recompile()
         return PassResult(graph_module, bool(noted))

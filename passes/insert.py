@@ -1,12 +1,14 @@
 r"""insert: add a reflection before each marked call, and after each marked read of a weight.
 
-    y = layer(x)                    becomes        h = layer.hra_u(x);  y = layer(x, h)
+    y = layer(x)                    becomes        h = layer.hra_u(x, f);  y = layer(x, h)
     y = f(x, layer.weight)          becomes        w = layer.hra_u(weight=layer.hra_base);  y = f(x, w)
 
 For a Linear, `h = x Q^T` and the layer computes `h W^T = x (W Q)^T`. For a convolution, `h` holds the coordinates of
 the patches and the layer subtracts their image (`hra_fx.layers.variants.ConvAdapters`). The layer still gets `x`
 as its first argument, so that hooks on it see what they saw before. For a weight, `hra_base` is the base weight, and
 `w` is `W Q`. A reader (a module that is called as a whole) computes `W Q` itself: nothing is inserted.
+
+If the graph has the child `hra_factors`, the first node calls it, and `f` is what it computes for all layers.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from hra_fx.errors import GraphInvariantError
-from hra_fx.layers.target import BASE_WEIGHT, META, REFLECTION, NodeTag
+from hra_fx.layers.target import BASE_WEIGHT, FACTORS, META, REFLECTION, NodeTag
 
 
 class InsertPass(PassBase):
@@ -26,8 +28,12 @@ class InsertPass(PassBase):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite the graph and recompile it."""
         marked = [node for node in graph_module.graph.nodes if _is_bare(node)]
+        factors = _factors(graph_module) if marked else ()
         for node in marked:
-            (_insert_after if node.op == "get_attr" else _insert_before)(graph_module.graph, node)
+            if node.op == "get_attr":
+                _insert_after(graph_module.graph, node)
+            else:
+                _insert_before(graph_module.graph, node, factors)
         if marked:
             graph_module.recompile()
         return PassResult(graph_module, bool(marked))
@@ -46,7 +52,19 @@ def _is_bare(node: fx.Node) -> bool:
     return note.role == "layer" and len(node.args) + len(node.kwargs) == 1
 
 
-def _insert_before(graph: fx.Graph, node: fx.Node) -> None:
+def _factors(graph_module: fx.GraphModule) -> tuple[fx.Node, ...]:
+    """The node that computes the factors of all layers, if the graph has the child for it."""
+    graph = graph_module.graph
+    if not hasattr(graph_module, FACTORS):
+        return ()
+    if present := graph.find_nodes(op="call_module", target=FACTORS):
+        return (present[0],)
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(first):
+        return (graph.call_module(FACTORS),)
+
+
+def _insert_before(graph: fx.Graph, node: fx.Node, factors: tuple[fx.Node, ...]) -> None:
     note: NodeTag = node.meta[META]
     # A keyword argument has whatever name the layer's class uses.
     value = node.args[0] if node.args else next(iter(node.kwargs.values()))
@@ -55,7 +73,7 @@ def _insert_before(graph: fx.Graph, node: fx.Node) -> None:
             f"node {node.name!r}: the call of {note.path} has no traced input. Exclude this layer, or open an issue."
         )
     with graph.inserting_before(node):
-        reflection = _reflection(graph, node, str(node.target), (value,), {})
+        reflection = _reflection(graph, node, str(node.target), (value, *factors), {})
     node.args, node.kwargs = (value, reflection), {}
 
 

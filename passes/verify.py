@@ -48,7 +48,7 @@ def _check_layer(node: fx.Node) -> None:
     value, reflection = node.args
     if not isinstance(reflection, fx.Node) or reflection.target != f"{node.target}.{REFLECTION}":
         raise _broken(node, f"calls {node.target} with {reflection}, which is not a reflection of that layer")
-    if reflection.args != (value,):
+    if reflection.args[:1] != (value,):
         raise _broken(node, f"reads {value}, but its reflection reads {reflection.args[0]}")
 
 

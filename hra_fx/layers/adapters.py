@@ -7,7 +7,7 @@ Keys and shapes are PEFT's (`hra_u.<adapter>`, `(d, r)`), so a `state_dict` read
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -85,14 +85,18 @@ class HouseholderAdapters(nn.ParameterDict):
         """Call it as a module: `nn.ParameterDict` refuses to be called."""
         return nn.Module.__call__(self, *args, **kwargs)
 
-    def forward(self, x: Tensor | None = None, *, weight: Tensor | None = None) -> Any:
+    def forward(self, x: Tensor | None = None, start: Any = None, *, weight: Tensor | None = None) -> Any:
         """What the layer computes of its input `x`; or `W Q`, for the weight `W` of the layer.
 
         Args:
             x: the input of the layer.
+            start: in a graph, what was computed for all layers at its start (`StartOfForward`).
             weight: the base weight.
         """
-        return self.reflect(x) if weight is None else self.rotate(weight)
+        if weight is not None:
+            return self.rotate(weight)
+        with nullcontext() if start is None else start.used():
+            return self.reflect(x)
 
     def rotate(self, weight: Tensor) -> Tensor:
         """`W Q`, for the weight `W` of the layer."""

@@ -59,7 +59,7 @@ class Prepared(NamedTuple):
         return own is dtype or torch.promote_types(own, dtype) is own
 
 
-class _Start(NamedTuple):
+class StartOfForward(NamedTuple):
     """What a forward, or `generate`, has computed at its start.
 
     Attributes:
@@ -72,6 +72,15 @@ class _Start(NamedTuple):
     prepared: dict[HouseholderAdapters, Prepared]
     modes: tuple[object, ...]
     sources: list[tuple[Tensor, tuple[int, torch.device]]] | None
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """A block in which `factors_of` returns these factors."""
+        outer, _CURRENT.start = _CURRENT.start, self
+        try:
+            yield
+        finally:
+            _CURRENT.start = outer
 
     def is_current(self, layers: Sequence[nn.Module]) -> bool:
         """Whether the same would be computed now. Writes to `.data` of a tensor have no version, and are not seen."""
@@ -88,7 +97,7 @@ class _Current(threading.local):
     """What the forward that this thread runs has computed at its start."""
 
     def __init__(self) -> None:
-        self.start: _Start | None = None
+        self.start: StartOfForward | None = None
 
 
 _CURRENT = _Current()
@@ -105,7 +114,7 @@ def factors_in_batches(layers: Sequence[nn.Module], *, reuse: bool = False) -> I
     outer = _CURRENT.start
     try:
         if outer is None or not outer.is_current(layers):
-            _CURRENT.start = _start(layers, reuse=reuse) if is_plain_eager() else None
+            _CURRENT.start = start_of_forward(layers, reuse=reuse) if is_plain_eager() else None
         yield
     finally:
         _CURRENT.start = outer
@@ -192,8 +201,9 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _start(layers: Sequence[nn.Module], *, reuse: bool) -> _Start:
-    return _Start(_prepare(layers), (*_modes(), CURRENT.batch), _sources(layers) if reuse else None)
+def start_of_forward(layers: Sequence[nn.Module], *, reuse: bool = False) -> StartOfForward:
+    """The factors of some layers now."""
+    return StartOfForward(_prepare(layers), (*_modes(), CURRENT.batch), _sources(layers) if reuse else None)
 
 
 def _prepare(layers: Sequence[nn.Module]) -> dict[HouseholderAdapters, Prepared]:

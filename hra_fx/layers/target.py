@@ -17,6 +17,8 @@ LayerKind: TypeAlias = Literal["linear", "conv1d", "conv2d", "conv3d", "attentio
 REFLECTION = "hra_u"
 #: Name of the child module that holds an adapter's trained copies of tensors while they are not in place.
 SAVED = "hra_saved"
+#: Name of the child of a graph that computes the factors of all its layers.
+FACTORS = "hra_factors"
 #: Name of the attribute of an adapted layer that is its base weight.
 BASE_WEIGHT = "hra_base"
 #: Key of `torch.fx.Node.meta` under which the passes keep a `NodeTag`.

@@ -12,7 +12,8 @@ from typing import Any
 from torch import fx, nn
 
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.target import META, REFLECTION, LayerTarget, NodeTag
+from hra_fx.layers.target import FACTORS, META, REFLECTION, LayerTarget, NodeTag
+from hra_fx.model.graph_factors import add_factors, connect_factors
 from hra_fx.model.state import adapted_layers
 from passes.fold import FoldPass
 from passes.insert import InsertPass
@@ -26,8 +27,11 @@ def rewrite(module: fx.GraphModule, undo: ExitStack | None = None) -> None:
     if undo is not None:
         undo.callback(setattr, module, "graph", before)
     module.graph = graph
-    restore(module)
+    _restore_tags(module)
+    FoldPass()(module)
+    add_factors(module, undo)
     insert(module, module)
+    connect_factors(module)
 
 
 def insert(module: fx.GraphModule, model: nn.Module, path: str = "") -> None:
@@ -54,6 +58,7 @@ def restore(module: nn.Module) -> None:
     if isinstance(module, fx.GraphModule):
         _restore_tags(module)
         FoldPass()(module)
+        module._modules.pop(FACTORS, None)
 
 
 def tag_adapted_layers(module: nn.Module) -> frozenset[str]:

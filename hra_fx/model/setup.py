@@ -18,6 +18,7 @@ from hra_fx.layers.class_swap import SwapMixin, swap, unswap
 from hra_fx.model.activate import activate
 from hra_fx.model.body import swap_body
 from hra_fx.model.example_inputs import Call
+from hra_fx.model.graph_factors import connect_factors
 from hra_fx.model.inject import Fill, all_or_nothing, inject_adapter
 from hra_fx.model.state import AdapterState, attach_state, clear_state, collect_parts
 from hra_fx.model.trainable import freeze, make_copies
@@ -53,6 +54,7 @@ def set_up(
         make_copies(model, adapter_name, config, layers, record, steps, copies)
         steps.callback(clear_state, model)
         attach_state(model, record)
+        connect_factors(model)
         if not isinstance(model, fx.GraphModule):
             swap(model, root_class)
             steps.callback(unswap, model, root_class)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from hra_fx.compat import OpOverload
-from hra_fx.layers.target import META, REFLECTION, NodeTag
+from hra_fx.layers.target import FACTORS, META, REFLECTION, NodeTag
 
 #: Attributes and methods whose result is not a tensor; nodes that use it compute shapes.
 _SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad"})
 _SHAPE_METHODS = frozenset({"size", "dim", "numel", "stride", "ndimension", "is_floating_point", "get_device"})
-#: The submodules by which programs and captured models check their inputs.
-_GUARDS = ("_guards_fn", "check_inputs")
+#: The submodules by which programs and captured models check their inputs, and that of the factors.
+_UNSEEN = ("_guards_fn", "check_inputs", FACTORS)
 #: Operators that return their input where it has the dtype and device that they are asked for.
 _CASTS = frozenset({"alias", "detach", "to"})
 #: How `torch.export` names the tensors that a forward makes.
@@ -74,7 +74,7 @@ def pass_through(node: fx.Node, values: Mapping[fx.Node, Value], module: nn.Modu
     if node.op == "placeholder" and node.args:
         return Value()  # an optional argument, left at its default
     if module is not None:
-        return read(node, values) if _is_pass_through(module) or node.target in _GUARDS else None
+        return read(node, values) if _is_pass_through(module) or node.target in _UNSEEN else None
     if node.op in ("placeholder", "output", "call_module"):
         return None
     if not node.users and not node.all_input_nodes:

@@ -214,7 +214,7 @@ def gradients(model: nn.Module, call: Any = None) -> dict[str, Tensor]:
 
 
 def test_graphs() -> None:
-    base, call = built("qwen3_moe", implementation="grouped_mm"), call_of("qwen3_moe")
+    base, call = built("qwen3_moe", implementation="batched_mm"), call_of("qwen3_moe")
     model = hra_fx.transform(copy.deepcopy(base), experts_config())
     randomise(model)
     graph = hra_fx.graphs(model, call)[""]
