@@ -32,7 +32,8 @@ def lift(program: ExportedProgram) -> fx.GraphModule:
 
     The code of the model is not needed: the program may come from `torch.export.load`. A linear operator or a
     convolution that reads `<path>.weight` becomes the call of an `nn.Linear` or `nn.Conv1d` to `nn.Conv3d` at `<path>`.
-    All other operators stay as they are, also those that use a weight in another form, such as a transposed one.
+    All other operators stay as they are, also those that use a weight in another form, such as a transposed one, or in
+    a block with a graph of its own. Their layers cannot be adapted, and `target_modules="all-linear"` leaves them out.
 
     The result is called as the program is, and refuses inputs for which the program was not captured. It computes what
     the program does in the mode that the model had when it was exported: `train()` and `eval()` do not change dropout
