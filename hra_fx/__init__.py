@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     )
     from hra_fx.config import HRAConfig as HRAConfig
     from hra_fx.export.freeze import freeze as freeze
+    from hra_fx.export.lift import lift as lift
     from hra_fx.export.lower import lower as lower
     from hra_fx.export.onnx_swap import adapter_inputs as adapter_inputs, make_swappable as make_swappable
     from hra_fx.integrations.peft_acceleration import accelerate_peft as accelerate_peft
@@ -112,6 +113,7 @@ _HOMES = {
     "get_peft_model": "api.peft_names",
     "get_peft_model_state_dict": "checkpoint.saving",
     "graphs": "api.graphs",
+    "lift": "export.lift",
     "load_adapter": "api.load",
     "lower": "export.lower",
     "make_swappable": "export.onnx_swap",

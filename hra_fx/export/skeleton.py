@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from hra_fx.export.match import GraphLayer
 from hra_fx.layers.target import LayerKind, weight_name
 
-# The output layers of transformers' models (get_output_embeddings).
-_OUTPUTS = ("lm_head", "lm_head.decoder", "cls.predictions.decoder", "embed_out", "proj_out", "output_projection")
-_CONVOLUTIONS: dict[LayerKind, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
+#: The output layers of transformers' models (get_output_embeddings).
+OUTPUTS = ("lm_head", "lm_head.decoder", "cls.predictions.decoder", "embed_out", "proj_out", "output_projection")
+CONVOLUTIONS: dict[LayerKind, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
     "conv1d": nn.Conv1d,
     "conv2d": nn.Conv2d,
     "conv3d": nn.Conv3d,
@@ -40,7 +40,7 @@ def build_skeleton(
     first = {alias: path for path, layer in layers.items() for alias in layer.aliases}
     for path in _paths([*tensors, *(f"{path}." for path in classes)]):
         layer = layers.get(path)
-        is_output = path in _OUTPUTS and root_class.startswith("transformers.")
+        is_output = path in OUTPUTS and root_class.startswith("transformers.")
         if path in first:
             modules[path] = modules[first[path]]
         elif layer is None or not layer.is_candidate or (is_output and not with_output):
@@ -50,7 +50,7 @@ def build_skeleton(
         if path:
             parent, _, child = path.rpartition(".")
             modules[parent]._modules[child] = modules[path]
-    if model_type := _model_type(root_class):
+    if model_type := model_type_of(root_class):
         modules[""].config = {"model_type": model_type}  # type: ignore[assignment]
     return modules[""]
 
@@ -75,8 +75,8 @@ def _make_layer(layer: GraphLayer, weight: Tensor) -> nn.Module:
     weight = weight.mT if layer.transposed else weight
     shape: Any = weight.shape
     module: nn.Module
-    if layer.kind in _CONVOLUTIONS:
-        module = _CONVOLUTIONS[layer.kind](shape[1], shape[0], tuple(shape[2:]), bias=False, device="meta")
+    if layer.kind in CONVOLUTIONS:
+        module = CONVOLUTIONS[layer.kind](shape[1], shape[0], tuple(shape[2:]), bias=False, device="meta")
     elif layer.kind == "attention":
         module = nn.MultiheadAttention(shape[1], 1, bias=False, device="meta")
     else:
@@ -85,7 +85,7 @@ def _make_layer(layer: GraphLayer, weight: Tensor) -> nn.Module:
     return module
 
 
-def _model_type(kind: str) -> str | None:
+def model_type_of(kind: str) -> str | None:
     """The `model_type` of a transformers class, if its module is imported."""
     module, _, name = kind.rpartition(".")
     config = getattr(getattr(sys.modules.get(module), name, None), "config_class", None)

@@ -65,6 +65,6 @@ def origin_of(model: nn.Module) -> Origin:
     )
 
 
-def keep_origin(graph: fx.GraphModule, model: nn.Module) -> None:
+def keep_origin(graph: fx.GraphModule, origin: Origin) -> None:
     """Record the facts about the model of a graph."""
-    write_note(graph, _KEY, origin_of(model))
+    write_note(graph, _KEY, origin)

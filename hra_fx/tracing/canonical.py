@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,9 +15,10 @@ from torch import Tensor, fx, nn
 
 from hra_fx.errors import CaptureError
 from hra_fx.tracing.conditions import conditions_of
+from hra_fx.tracing.graph_module import attribute
 from hra_fx.tracing.input_checks import Condition
 from hra_fx.tracing.leaves import CALL_LAYER, is_leaf
-from hra_fx.tracing.signature import argument_names, nest
+from hra_fx.tracing.signature import argument_names, call_of, nest
 from hra_fx.tracing.tracer import UnpicklingTracer
 
 if TYPE_CHECKING:
@@ -52,8 +52,7 @@ def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
     module: Any = program.module(check_guards=False)
     graph: fx.Graph = module.graph
     graph.owning_module = None  # it has no layers to call
-    args, kwargs = program.example_inputs or ((), {})
-    names = argument_names(model, args, kwargs)
+    names = argument_names(model, *call_of(program))
     places = nest(graph, program, names)
     conditions = conditions_of(program, names, places)
     _call_layers(graph)
@@ -63,8 +62,20 @@ def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
             f"{inside} is called under torch.autocast or another grad mode, or in a branch of torch.cond, which has a "
             "graph of its own"
         )
-    _simplify_casts(graph)
+    simplify(graph, places, model)
     _read_by_own_names(graph, model)
+    return Canonical(graph, constants, conditions)
+
+
+def simplify(graph: fx.Graph, places: list[fx.Node], model: nn.Module) -> None:
+    """Make a graph of `torch.export` one that can be moved, copied and pickled, and that checks its inputs, in place.
+
+    Args:
+        graph: the graph, with its arguments and results nested.
+        places: the nodes of its flat inputs.
+        model: the module with its tensors.
+    """
+    _simplify_casts(graph)
     _hoist_sizes(graph, places)
     _follow_device(graph, places, model)
     graph.eliminate_dead_code(_is_kept)
@@ -72,7 +83,6 @@ def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
         with graph.inserting_after(max(places)):
             graph.call_module(CHECKS, tuple(places))
     graph._tracer_cls = UnpicklingTracer
-    return Canonical(graph, constants, conditions)
 
 
 def _is_kept(node: fx.Node) -> bool:
@@ -109,9 +119,9 @@ def _name_constants(graph: fx.Graph, module: nn.Module, model: nn.Module) -> dic
     """Number the tensors and graphs that are not the model's, in the order of their first use."""
     names: dict[str, str] = {}
     for node in graph.find_nodes(op="get_attr", sort=True):
-        if _get(model, node.target) is None:
+        if attribute(model, node.target) is None:
             node.target = names.setdefault(node.target, f"constant_{len(names)}")
-    return {new: _get(module, old) for old, new in names.items()}
+    return {new: attribute(module, old) for old, new in names.items()}
 
 
 def _read_by_own_names(graph: fx.Graph, model: nn.Module) -> None:
@@ -127,6 +137,8 @@ def _read_by_own_names(graph: fx.Graph, model: nn.Module) -> None:
             free = [name for name in names if not is_leaf(model.get_submodule(name.rpartition(".")[0]))]
             with graph.inserting_before(user):
                 user.replace_input_with(node, graph.get_attr(own if own in names else [*free, *names][0]))
+        if not node.users:
+            graph.erase_node(node)
 
 
 def _tied_names(model: nn.Module) -> dict[str, list[str]]:
@@ -177,8 +189,3 @@ def _follow_device(graph: fx.Graph, places: list[fx.Node], model: nn.Module) -> 
         node.kwargs = {key: device if isinstance(value, torch.device) else value for key, value in node.kwargs.items()}
     if not device.users:
         graph.erase_node(device)
-
-
-def _get(owner: Any, path: Any) -> Any:
-    """An attribute by its dotted path, `None` if there is none."""
-    return reduce(lambda part, name: getattr(part, name, None), str(path).split("."), owner)

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from hra_fx.compat import guards_of, pytree
 from hra_fx.tracing.input_checks import Condition
+from hra_fx.tracing.signature import call_of
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -24,7 +25,7 @@ def conditions_of(program: ExportedProgram, names: list[str], places: list[fx.No
         names: the names of its arguments.
         places: the nodes of its flat inputs.
     """
-    args, kwargs = program.example_inputs or ((), {})
+    args, kwargs = call_of(program)
     given = dict(zip(names, (*args, *kwargs.values()), strict=True))
     paths = [path for path, _ in pytree.tree_flatten_with_path(given)[0]]
     sources = {}

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from torch import fx, nn
+from collections.abc import Mapping
+from functools import reduce
+from typing import Any
+
+from torch import Tensor, fx, nn
 
 from hra_fx.compat import non_persistent_buffers
 from hra_fx.tracing.trace import Traced
@@ -27,6 +31,31 @@ def graph_module(root: nn.Module, traced: Traced) -> fx.GraphModule:
         if part not in shared:
             part.training = root.training
     return module
+
+
+def with_parts(model: nn.Module, parts: Mapping[str, Any]) -> nn.Module:
+    """A view of a model, over the same modules and tensors, with some more."""
+    view = nn.Module()
+    own = {name: dict(vars(model)[name]) for name in ("_buffers", "_modules")}
+    unsaved = set(vars(model)["_non_persistent_buffers_set"])
+    vars(view).update({**vars(model), **own, "_non_persistent_buffers_set": unsaved})
+    view.__class__ = type(type(model).__name__, (nn.Module,), {})
+    for name, value in parts.items():
+        if isinstance(value, Tensor):
+            view.register_buffer(name, value, persistent=False)
+        else:
+            view.add_module(name, value)
+    return view
+
+
+def attribute(owner: Any, path: Any) -> Any:
+    """An attribute by its dotted path, `None` if there is none.
+
+    Example:
+        >>> attribute(nn.Sequential(nn.Linear(2, 3)), "0.weight").shape, attribute(nn.Identity(), "0.weight")
+        (torch.Size([3, 2]), None)
+    """
+    return reduce(lambda part, name: getattr(part, name, None), str(path).split("."), owner)
 
 
 def _keep_unused(module: fx.GraphModule, root: nn.Module) -> None:

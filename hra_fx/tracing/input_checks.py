@@ -71,8 +71,9 @@ def _code(conditions: Sequence[Condition]) -> str:
     lines = ["def check(*args):"]
     for condition in conditions:
         message = (
-            f"the graph was captured for inputs with `{condition.text}`. Call the original model, or capture it for "
-            "these inputs: pass them as `example_inputs` to hra_fx.transform(..., trace=True)."
+            f"the graph was captured for inputs with `{condition.text}`. Call the original model, or capture it "
+            "for these inputs: pass them as `example_inputs` to hra_fx.transform(..., trace=True), or to "
+            "torch.export.export."
         )
         lines.append(f"    torch._assert({condition.code}, {message!r})")
     return "\n".join([*lines, "    return None"])

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
+from hra_fx.compat import pytree
 from hra_fx.errors import CaptureError
+from hra_fx.model.example_inputs import Call
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -39,6 +41,19 @@ def argument_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         elif parameter.kind is not inspect.Parameter.KEYWORD_ONLY and len(names) < len(args):
             names.append(parameter.name)
     return [*names, *kwargs]
+
+
+def call_of(program: ExportedProgram) -> Call:
+    """The arguments of a program, with the number of each flat input in its place.
+
+    Example:
+        >>> import torch
+        >>> call_of(torch.export.export(nn.Bilinear(2, 2, 2), (torch.ones(1, 2),), {"input2": torch.ones(1, 2)}))
+        ((0,), {'input2': 1})
+    """
+    spec: Any = program.call_spec.in_spec
+    call: Call = pytree.tree_unflatten(range(spec.num_leaves), spec)
+    return call
 
 
 def nest(graph: fx.Graph, program: ExportedProgram, names: list[str]) -> list[fx.Node]:

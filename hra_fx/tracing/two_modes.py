@@ -12,8 +12,8 @@ from torch import fx, nn
 from hra_fx.compat import OpOverload
 from hra_fx.tracing.by_mode import ModesDifferError, merge_modes
 from hra_fx.tracing.canonical import CHECKS, Canonical
-from hra_fx.tracing.graph_module import graph_module
 from hra_fx.tracing.input_checks import InputChecks
+from hra_fx.tracing.nested_graphs import captured_module
 from hra_fx.tracing.trace import Traced
 from hra_fx.tracing.tracer import UnpicklingTracer
 
@@ -54,7 +54,7 @@ def in_both_modes(model: nn.Module, in_train: Canonical, in_eval: Canonical) -> 
         modules = merge_modes(graph, in_eval.graph)
     except ModesDifferError:
         return _of_two_graphs(model, in_train, in_eval, checks)
-    return graph_module(_with_parts(model, {CHECKS: checks, **in_train.constants}), Traced(graph, modules))
+    return captured_module(model, {CHECKS: checks, **in_train.constants}, Traced(graph, modules))
 
 
 def _same_constants(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
@@ -78,25 +78,10 @@ def _give_defaults(ours: fx.Graph, theirs: fx.Graph) -> None:
 def _of_two_graphs(model: nn.Module, in_train: Canonical, in_eval: Canonical, checks: InputChecks) -> fx.GraphModule:
     """A graph of one call, of the module that has both graphs."""
     parts = [
-        graph_module(_with_parts(model, {CHECKS: checks, **part.constants}), Traced(part.graph, {}))
+        captured_module(model, {CHECKS: checks, **part.constants}, Traced(part.graph, {}))
         for part in (in_train, in_eval)
     ]
     graph = fx.Graph(tracer_cls=UnpicklingTracer)
     places = [graph.placeholder(str(node.target)) for node in in_train.graph.find_nodes(op="placeholder")]
     graph.output(graph.call_module(BY_MODE, tuple(places)))
-    return graph_module(_with_parts(model, {BY_MODE: GraphOfMode(*parts)}), Traced(graph, {}))
-
-
-def _with_parts(model: nn.Module, parts: Mapping[str, Any]) -> nn.Module:
-    """A view of a model, over the same modules and tensors, with some more."""
-    view = nn.Module()
-    own = {name: dict(vars(model)[name]) for name in ("_buffers", "_modules")}
-    unsaved = set(vars(model)["_non_persistent_buffers_set"])
-    vars(view).update({**vars(model), **own, "_non_persistent_buffers_set": unsaved})
-    view.__class__ = type(type(model).__name__, (nn.Module,), {})
-    for name, value in parts.items():
-        if isinstance(value, torch.Tensor):
-            view.register_buffer(name, value, persistent=False)
-        else:
-            view.add_module(name, value)
-    return view
+    return captured_module(model, {BY_MODE: GraphOfMode(*parts)}, Traced(graph, {}))

@@ -27,7 +27,7 @@ GUIDES = {
     "several-adapters": set(),
     "visualize": {"adapters.html", "adapters.mmd", "adapters.svg", "block.svg", "heatmap.svg", "two.svg"},
     "folding": {"folded", "my-adapter", "my-model", "restored"},
-    "how-it-works": set(),
+    "how-it-works": {"adapter"},
 }
 #: Documents whose programs other tests run, or that show calls without a model.
 RUN_ELSEWHERE = ("README", "export", "index")

@@ -1,0 +1,167 @@
+"""`lift`: an exported program as a GraphModule that calls layers, from its names and operators alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx, nn
+
+from hra_fx.errors import AdapterError, CaptureError, UnsupportedLayerError
+from hra_fx.export.captured import is_program
+from hra_fx.export.editors import ModuleEditor, is_adapter_tensor
+from hra_fx.export.layer_calls import call_layers
+from hra_fx.export.match import GraphLayer, find_layers, group_tied, module_classes
+from hra_fx.export.skeleton import OUTPUTS, model_type_of
+from hra_fx.selection.origin import Origin, keep_origin
+from hra_fx.tracing.canonical import CHECKS, simplify
+from hra_fx.tracing.conditions import conditions_of
+from hra_fx.tracing.input_checks import InputChecks
+from hra_fx.tracing.nested_graphs import captured_module
+from hra_fx.tracing.signature import argument_names, call_of, nest
+from hra_fx.tracing.trace import Traced
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+_TRANSFORM = "Pass the program itself to hra_fx.transform(program, config), which finds weights in other operators too"
+
+
+def lift(program: ExportedProgram) -> fx.GraphModule:
+    """Turn an exported program into a `GraphModule` that calls layers, for all functions on models with adapters.
+
+    The code of the model is not needed: the program may come from `torch.export.load`. A linear operator or a
+    convolution that reads `<path>.weight` becomes the call of an `nn.Linear` or `nn.Conv1d` to `nn.Conv3d` at `<path>`.
+    All other operators stay as they are, also those that use a weight in another form, such as a transposed one, or in
+    a block with a graph of its own. Their layers cannot be adapted, and `target_modules="all-linear"` leaves them out.
+
+    The result is called as the program is, and refuses inputs for which the program was not captured. It computes what
+    the program does in the mode that the model had when it was exported: `train()` and `eval()` do not change dropout
+    or batch norm. `state_dict` has the names of the program.
+
+    Parameters and buffers share memory with the program, and with the model that was exported, if it is still there. So
+    after training, `hra_fx.fold(module)` also writes the new weights into the program. Where it replaces a tensor, the
+    program keeps the old one: fold gives tied weights their own memory (with a warning), and copies trained by `bias`
+    and `modules_to_save` take the place of the originals. For a program with those, export the folded module again:
+    `torch.export.export(module, args)`.
+
+    Args:
+        program: a program of `torch.export`. It is not changed. After `run_decompositions`, the layers are those whose
+            decomposition is one product, which is not all of them.
+
+    Returns:
+        A new module, to pass to `transform` or `load_adapter`.
+
+    Raises:
+        AdapterError: it is not an `ExportedProgram`; or it has adapters, no operator that can be the call of a layer,
+            or inputs or outputs of types that a graph cannot take.
+        UnsupportedLayerError: the program contains a backward pass.
+
+    Example:
+        >>> import torch, hra_fx
+        >>> program = torch.export.export(nn.Sequential(nn.Linear(3, 2)), (torch.ones(1, 3),))
+        >>> module = hra_fx.transform(lift(program), hra_fx.HRAConfig(r=2, target_modules=["0"]))
+        >>> list(module.state_dict())
+        ['0.weight', '0.bias', '0.hra_u.default']
+        >>> folded = hra_fx.fold(module)
+        >>> torch.equal(folded(torch.ones(1, 3)), program.module()(torch.ones(1, 3)))
+        True
+    """
+    _check(program)
+    module: Any = program.module(check_guards=False)
+    graph: fx.Graph = module.graph
+    _hold_all(module, program.state_dict)
+    editor = ModuleEditor(module)
+    _use_own_parameters(editor)
+    layers = find_layers(editor.weights, editor.parameters)
+    called = call_layers(module, _unambiguous(layers.values(), editor), editor.parameters)
+    if not called:
+        raise AdapterError(_why_no_layer(layers.values()))
+    origin = _origin_of(graph, called)
+    graph.owning_module = None
+    names = argument_names(module, *call_of(program))
+    try:
+        places = nest(graph, program, names)
+    except CaptureError as error:
+        raise AdapterError(f"the program cannot be lifted: {error.reason}. {_TRANSFORM}.") from error
+    conditions = conditions_of(program, names, places)
+    simplify(graph, places, module)
+    lifted = captured_module(module, {CHECKS: InputChecks(conditions, conditions)}, Traced(graph, {}))
+    type(lifted).__name__ = origin.class_name
+    keep_origin(lifted, origin)
+    return lifted
+
+
+def _check(program: Any) -> None:
+    if not is_program(program):
+        raise AdapterError(
+            f"lift: expected an ExportedProgram, got {type(program).__name__}. Call torch.export.export(model, args) "
+            "or torch.export.load(file) first. hra_fx.transform takes models and GraphModules as they are."
+        )
+    if program.graph_signature.backward_signature is not None:
+        raise UnsupportedLayerError(
+            "the program contains a backward pass, which would not compute gradients of the reflections. Lift it "
+            "before adding the backward pass."
+        )
+    if adapter := next(filter(is_adapter_tensor, program.state_dict), None):
+        raise AdapterError(
+            f"the program already has the adapter {adapter}. Fold it (hra_fx.fold) before lifting, or lift the program "
+            "of the base model and load the adapter with hra_fx.load_adapter."
+        )
+
+
+def _hold_all(module: fx.GraphModule, state: Mapping[str, Tensor]) -> None:
+    """Add the tensors that the graph does not use, such as other names of a tied one."""
+    present = {
+        *dict(module.named_parameters(remove_duplicate=False)),
+        *dict(module.named_buffers(remove_duplicate=False)),
+    }
+    for name in (name for name in state if name not in present):
+        path, _, last = name.rpartition(".")
+        if path not in dict(module.named_modules(remove_duplicate=False)):
+            module.add_submodule(path, nn.Module())
+        owner, tensor = module.get_submodule(path), state[name]
+        if isinstance(tensor, nn.Parameter):
+            owner.register_parameter(last, tensor)
+        else:
+            owner.register_buffer(last, tensor)
+
+
+def _use_own_parameters(editor: ModuleEditor) -> None:
+    """Replace the parameters by new ones on the same memory, so that the flags of the program do not change.
+
+    Names that were tied when the program was saved have one parameter again.
+    """
+    parameters = editor.parameters
+    for names in group_tied(parameters):
+        tensor = parameters[names[0]]
+        own = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+        for name in names:
+            editor.replace(name, own)
+
+
+def _unambiguous(layers: Iterable[GraphLayer], editor: ModuleEditor) -> list[GraphLayer]:
+    """The layers for which the layer that each use of their weight belongs to is known."""
+    tied = {name for names in group_tied(editor.parameters) if len(names) > 1 for name in names}
+    return [layer for layer in layers if layer.is_candidate and (layer.refusal is None or layer.name not in tied)]
+
+
+def _origin_of(graph: fx.Graph, paths: Collection[str]) -> Origin:
+    """What the graph knows of the class of its model."""
+    kind = module_classes(graph).get("", "torch.nn.modules.module.Module")
+    library, _, name = kind.rpartition(".")
+    is_pretrained = library.startswith("transformers.")
+    output = next((path for path in OUTPUTS if path in paths), None) if is_pretrained else None
+    model_type = model_type_of(kind)
+    return Origin(name, library, is_pretrained, config=model_type and {"model_type": model_type}, output=output)
+
+
+def _why_no_layer(layers: Iterable[GraphLayer]) -> str:
+    layer = next(iter(layers), None)
+    found = "no linear layer or convolution has a parameter named '<layer>.weight'"
+    if layer is not None:
+        found = f"{layer.path}.weight is used by {layer.uses[0].consumer.target} in another form"
+    return (
+        f"the program has no operator that can be the call of a layer: {found}. If the program was decomposed "
+        f"(run_decompositions), lift it before. {_TRANSFORM}."
+    )
