@@ -6,7 +6,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from hra_fx.errors import GraphInvariantError
-from hra_fx.layers.target import BASE_WEIGHT, META, REFLECTION, NodeTag
+from hra_fx.layers.target import BASE_WEIGHT, FACTORS, META, REFLECTION, NodeTag
 
 
 class VerifyPass(PassBase):
@@ -48,7 +48,8 @@ def _check_layer(node: fx.Node) -> None:
     value, reflection = node.args
     if not isinstance(reflection, fx.Node) or reflection.target != f"{node.target}.{REFLECTION}":
         raise _broken(node, f"calls {node.target} with {reflection}, which is not a reflection of that layer")
-    if reflection.args[:1] != (value,):
+    first, *factors = reflection.args
+    if first is not value or [node.target for node in factors] not in ([], [FACTORS]):
         raise _broken(node, f"reads {value}, but its reflection reads {reflection.args[0]}")
 
 

@@ -88,7 +88,9 @@ def adapted(make: Callable[[], nn.Module] = Mlp, *targets: str, **fields: Any) -
 
 
 def targets_of(module: fx.GraphModule) -> list[str]:
-    return [str(node.target) for node in module.graph.nodes if node.op == "call_module"]
+    """The modules that a graph calls, without that of the factors."""
+    targets = [str(node.target) for node in module.graph.nodes if node.op == "call_module"]
+    return [target for target in targets if target != "hra_factors"]
 
 
 def saved(model: Any) -> Any:

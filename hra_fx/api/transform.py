@@ -61,19 +61,19 @@ def transform(
             `load_state_dict(..., assign=True)`. Otherwise they are on the device of their layer, which may also be the
             meta device.
         trace: trace the model, and return a `torch.fx.GraphModule` in which each reflection is a separate node. It
-            shares the modules and parameters of `model`, and replaces it. torch.fx traces without running the model;
-            the graph is valid in train and eval mode, and its optional arguments keep their defaults. If torch.fx
-            cannot trace the model, pass `example_inputs`.
+            shares the modules and parameters of `model`, and replaces it: training, and all functions on adapters, work
+            as in eager mode. The graph calls the model's layers, and is valid in train and eval mode. torch.fx makes it
+            where it can, and leaves optional arguments at their defaults; else `torch.export` captures one call, for
+            the arguments of this call and the dtype of the model. A call with `torch.export` is not possible if the
+            forward branches on values, adds backward hooks, or draws random numbers of Python or NumPy; other
+            generators of Python and NumPy, and hooks on autograd nodes, are not detected. Outputs such as caches, which
+            `torch.export` does not know, are `None`.
         example_inputs: one tensor, a tuple of positional arguments or a dictionary of keyword arguments. `verify` runs
-            this call. With `trace`, `torch.export` captures it if torch.fx cannot trace the model, or if the call
-            passes optional arguments. The captured graph is for inputs of these shapes and the current mode of the
-            model (train or eval); each rotated weight is a node, and parameters share memory with the model. It
-            supports only forward, `report`, `fold`, `freeze`, `lower` and `visualize`. For anything else, such as
-            `save_adapter`, load its `state_dict` (with `strict=False`) into a model that was transformed without
-            `trace`. A model is refused if its graph would train differently: if it has backward hooks, or if its
-            forward adds a hook to a tensor, calls a custom autograd function, or draws from the global random
-            generators of Python or NumPy. Other generators of Python and NumPy, and hooks on autograd nodes, are not
-            detected.
+            this call, and `trace` captures it if torch.fx cannot trace the model, or if the call passes optional
+            arguments. By default, it is made from the configuration of a transformers model: token ids and their mask,
+            images, or audio, without labels.
+        dynamic_shapes: the sizes of the captured call that may change, as in `torch.export.export`. By default all may,
+            but of images only the batch, as far as the model allows. A call with other sizes raises an error.
         verify: before returning, check on copies of the model that random reflections and folded weights give the same
             outputs and gradients for `example_inputs`, in train and eval mode.
 

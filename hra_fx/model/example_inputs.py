@@ -53,16 +53,16 @@ def example_call(model: nn.Module) -> Call | None:
     Two token sequences of length 8 with their mask, two images, or two recordings.
     """
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
-    make = _EXAMPLES.get(main)
+    make = _EXAMPLES.get(main) if isinstance(main, str) else None
     if config is None or make is None:
         return None
     device = next(model.parameters()).device
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     main_input: Tensor = make(config)
-    made = {main: main_input.to(device, dtype if main_input.is_floating_point() else None)}
+    made: dict[str, Any] = {str(main): main_input.to(device, dtype if main_input.is_floating_point() else None)}
     accepted = inspect.signature(model.forward).parameters
     if main == "input_ids" and "attention_mask" in accepted:
-        made["attention_mask"] = torch.ones_like(made[main])
+        made["attention_mask"] = torch.ones_like(main_input, device=device)
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
         made["decoder_input_ids"] = _tokens(config).to(device)
     return (), made
@@ -70,7 +70,7 @@ def example_call(model: nn.Module) -> Call | None:
 
 def _tokens(config: Any) -> Tensor:
     sizes = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return torch.randint(min(10, sizes.vocab_size - 1), sizes.vocab_size, (2, 8))
+    return torch.randint(min(10, sizes.vocab_size - 1), sizes.vocab_size, (2, 8))  # the first ones are special tokens
 
 
 def _images(config: Any) -> Tensor:
@@ -89,7 +89,7 @@ def _spectra(config: Any) -> Tensor:
 
 
 #: The main input of a transformers model -> random values for it.
-_EXAMPLES: dict[str | None, Callable[[Any], Tensor]] = {
+_EXAMPLES: dict[str, Callable[[Any], Tensor]] = {
     "input_ids": _tokens,
     "pixel_values": _images,
     "input_values": _recordings,

@@ -27,8 +27,7 @@ def rewrite(module: fx.GraphModule, undo: ExitStack | None = None) -> None:
     if undo is not None:
         undo.callback(setattr, module, "graph", before)
     module.graph = graph
-    _restore_tags(module)
-    FoldPass()(module)
+    remove_reflections(module)
     add_factors(module, undo)
     insert(module, module)
     connect_factors(module)
@@ -54,11 +53,16 @@ def insert(module: fx.GraphModule, model: nn.Module, path: str = "") -> None:
 
 
 def restore(module: nn.Module) -> None:
-    """Remove all reflections from the graph of a `GraphModule`; other modules have none."""
+    """Make a `GraphModule` one without adapters again; other modules have nothing to remove."""
     if isinstance(module, fx.GraphModule):
-        _restore_tags(module)
-        FoldPass()(module)
+        remove_reflections(module)
         module._modules.pop(FACTORS, None)
+
+
+def remove_reflections(module: fx.GraphModule) -> None:
+    """Remove all reflections from a graph."""
+    _restore_tags(module)
+    FoldPass()(module)
 
 
 def tag_adapted_layers(module: nn.Module) -> frozenset[str]:

@@ -78,7 +78,7 @@ def batch_dynamic(model: nn.Module, call: Call) -> Any:
 
 
 def _dynamic(model: nn.Module, call: Call, dimensions: Callable[[Tensor], range]) -> Any:
-    shapes = torch.export.ShapesCollection()
+    shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
     for value in pytree.tree_leaves(call):
         if isinstance(value, Tensor):
             shapes[value] = dict.fromkeys(dimensions(value), torch.export.Dim.AUTO)

@@ -14,7 +14,7 @@ from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.target import META, NodeTag, find_kind
 from hra_fx.model.base_view import base_model_view
 from hra_fx.model.example_inputs import Call
-from hra_fx.model.graph_module import insert, restore, tag_adapted_layers
+from hra_fx.model.graph_module import insert, remove_reflections, tag_adapted_layers
 from hra_fx.model.state import require_adapted_layers
 from hra_fx.tracing.capture import capture
 from hra_fx.tracing.capture_layers import capture_layers
@@ -93,7 +93,7 @@ def _plain_graphs_inside(model: nn.Module) -> Iterator[None]:
             if isinstance(part, fx.GraphModule):
                 undo.callback(setattr, part, "graph", part.graph)
                 part.graph = copy.deepcopy(part.graph)
-                restore(part)
+                remove_reflections(part)
         yield
 
 

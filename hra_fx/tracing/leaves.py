@@ -35,8 +35,10 @@ _MODES = (
 #: Ends of the names of classes that drop whole examples, as torchvision, timm and transformers call them.
 _DROP_PATHS = ("DropPath", "StochasticDepth")
 #: Modules of `torch.nn.modules` with classes that take one tensor and return one.
-_OF_TORCH = ("activation", "channelshuffle", "flatten", "instancenorm", "normalization", "padding", "pixelshuffle")
-_OF_TORCH += ("pooling", "sparse", "upsampling", "fold")
+_OF_TORCH = (
+    *("activation", "channelshuffle", "flatten", "fold", "instancenorm", "normalization", "padding", "pixelshuffle"),
+    *("pooling", "sparse", "upsampling"),
+)
 _SEVERAL = (nn.MultiheadAttention, nn.EmbeddingBag)
 # The layers of the model that is being captured, by path. The lock of the capture is held.
 _layers: dict[str, nn.Module] = {}

@@ -78,7 +78,7 @@ def nest(graph: fx.Graph, program: ExportedProgram, names: list[str]) -> list[fx
         if spec.is_leaf():
             parts[0].target = name
         inputs += parts if spec.is_leaf() else _taken_apart(graph, name, spec, parts)
-    end = graph.output_node()
+    end: Any = graph.output_node()
     results = iter(end.args[0])
     with graph.inserting_before(end):
         end.args = (_nested(graph, program.call_spec.out_spec, results),)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -12,7 +13,7 @@ from zoo.entry import Entry
 from zoo.oracle import Oracle, randomise, stir
 from zoo.outputs import Differs, check_usable, seed
 from zoo.refusing import candidates, transform_most
-from zoo.result import BY_EXAMPLE, CHECKS, NOT_APPLICABLE, OK, REFUSED, YES, Result
+from zoo.result import CHECKS, LEAVES, NOT_APPLICABLE, OK, REFUSED, YES, Result
 from zoo.runs import Runs, short
 
 import hra_fx
@@ -25,12 +26,12 @@ class NotApplicable(Exception):
     """A check that does not apply to a model; the message says why."""
 
 
-def check(entry: Entry, *, by_example: bool = False) -> Result:
-    """Run all checks on one model, also after a failure; `by_example`: see `Trial.check_trace`."""
+def check(entry: Entry) -> Result:
+    """Run all checks on one model, also after a failure."""
     begin = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trial = Trial(entry, by_example=by_example)
+        trial = Trial(entry)
         for name in CHECKS:
             trial.make(name)
             if trial.over:
@@ -53,9 +54,8 @@ class Trial(Runs):
         over: whether no check can follow.
     """
 
-    def __init__(self, entry: Entry, *, by_example: bool = False) -> None:
+    def __init__(self, entry: Entry) -> None:
         super().__init__(entry)
-        self.by_example = by_example
         self.over = False
 
     def make(self, name: str) -> None:
@@ -200,35 +200,45 @@ class Trial(Runs):
         del self._fresh
 
     def check_trace(self) -> None:
-        """The GraphModule of `trace=True` has the same outputs in both modes, or `transform` refuses it.
-
-        With `by_example`, a model that torch.fx refuses is captured from an example call, in eval mode.
-        """
+        """The graph of `trace=True` is the model, in both modes and for another batch, or `transform` refuses it."""
+        plain = copy.deepcopy(self.base)
+        options: Any = {}
         try:
-            traced = hra_fx.transform(copy.deepcopy(self.base), self.config, trace=True)
-            self.result.traced = YES
-        except hra_fx.AdapterError as error:
-            self.result.traced = f"{REFUSED}{error}"
-            if not self.by_example:
-                raise NotApplicable from error
+            traced = hra_fx.transform(plain, self.config, trace=True)
+            self.result.traced = LEAVES if "check_inputs" in traced._modules else YES
+        except hra_fx.AdapterError:
+            options = {"example_inputs": self.example()}
+        if options or self.result.traced == LEAVES:  # the call that is made from a configuration has few arguments
             traced = self._captured()
-        vectors = {name: value for name, value in self.model.state_dict().items() if ".hra_u." in name}
-        traced.load_state_dict(vectors, strict=False)  # a captured call has no layers that it did not run
-        if self.result.traced == YES and (odd := self.model.state_dict().keys() ^ traced.state_dict().keys()):
-            raise Differs(f"keys of the model and of the traced one: {sorted(odd)[:3]} are not in both")
-        if self.result.traced == YES:
-            for training in (False, True) if self._trains() else (False,):
-                self.agree(traced.train(training), self.oracle)
-        else:
-            self._equal(self.run(traced), self.run(self.model.eval()))
+        traced.load_state_dict(self.model.state_dict())
+        if list(self.model.state_dict()) != list(traced.state_dict()):
+            raise Differs("the graph has other names than the model, or another order")
+        for training in (False, True) if self._trains() else (False,):
+            self.agree(traced.train(training), self.oracle)
+            if self.entry.batches[0] != self.entry.batches[1]:
+                self._agree_in_size(traced)
+        self._agree_in_gradients(traced)
 
     def _captured(self) -> nn.Module:
         try:
             made = hra_fx.transform(copy.deepcopy(self.base), self.config, trace=True, example_inputs=self.example())
         except hra_fx.HRAError as error:
+            self.result.traced = f"{REFUSED}{error}"
             raise NotApplicable from error
-        self.result.traced = BY_EXAMPLE
+        self.result.traced = LEAVES
         return made
+
+    def _agree_in_size(self, traced: nn.Module) -> None:
+        """For another batch, if the graph allows it."""
+        try:
+            self.agree(traced, self.oracle, batch=1)
+        except AssertionError as error:
+            self.result.notes.append(f"trace: one batch size only ({str(error).partition('.')[0]})")
+
+    def _agree_in_gradients(self, traced: nn.Module) -> None:
+        """The gradients of the vectors are those of the eager model."""
+        wanted, found = (self.vector_gradients(model.eval()) for model in (self.model, traced))
+        self._equal(found, wanted)
 
     def check_fold(self) -> None:
         """The folded model has the keys and classes of the base model, and the rotated weights."""

@@ -19,7 +19,7 @@ CHECKS = {
     "fold": "fold",
 }
 OK, NOT_APPLICABLE = "ok", "-"
-YES, BY_EXAMPLE = "yes", "by example"
+YES, LEAVES = "torch.fx", "layers"
 #: How the text of a check begins that ended in a refusal, with a reason and without any change.
 REFUSED = "refused: "
 
@@ -31,8 +31,8 @@ class Result:
     Attributes:
         name: `"<library>/<model>"`.
         matched: adapted layers.
-        traced: whether `transform(trace=True)` makes a graph: `YES`, `BY_EXAMPLE` (by torch.export, from an example
-            call) or `REFUSED` with the reason.
+        traced: how `transform(trace=True)` makes a graph: `YES` (by torch.fx), `LEAVES` (by torch.export, with layers
+            as leaves) or `REFUSED` with the reason.
         refused: layer -> why `transform` refused it.
         checks: name -> "ok", "-" (not applicable), "refused: ..." or what went wrong.
         inert: layers whose vectors get no gradient, while those of the oracle do.

@@ -36,14 +36,14 @@ RESULTS = ROOT / "build" / "zoo" / "results.jsonl"
 TABLE = ROOT / "docs" / "zoo.md"
 
 
-def work(name: str, by_example: bool, pipe: Connection) -> None:
+def work(name: str, pipe: Connection) -> None:
     """Check one model, in a process of its own."""
     import torch
     from zoo.checks import check
 
     faulthandler.enable()
     torch.set_num_threads(1)
-    found = check(named([name])[name], by_example=by_example)
+    found = check(named([name])[name])
     found.cpu_s = time.process_time()
     pipe.send(found)
 
@@ -72,7 +72,7 @@ class Job:
         return Result(self.name, checks={"transform": "it took too long, and was stopped"})
 
 
-def run(names: list[str], *, jobs: int, timeout: float, by_example: bool) -> Iterator[Result]:
+def run(names: list[str], *, jobs: int, timeout: float) -> Iterator[Result]:
     """Results as they come."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["zoo.preload"])
@@ -81,7 +81,7 @@ def run(names: list[str], *, jobs: int, timeout: float, by_example: bool) -> Ite
         while waiting and len(running) < jobs:
             name = waiting.pop()
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=work, args=(name, by_example, sender), daemon=True)
+            process = context.Process(target=work, args=(name, sender), daemon=True)
             process.start()
             sender.close()
             running.append(Job(name, process, receiver, time.monotonic() + timeout))
@@ -117,7 +117,6 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="models at a time (default 2)")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one model (default 300)")
     parser.add_argument("--resume", action="store_true", help="keep results that this very code gave before")
-    parser.add_argument("--torch-fx-only", action="store_true", help="do not capture a call where torch.fx refuses")
     parser.add_argument("--results", type=Path, default=RESULTS, help="JSON lines (default build/zoo/results.jsonl)")
     parser.add_argument("--table", type=Path, help="where to write the table (default docs/zoo.md, for a whole run)")
     options = parser.parse_args()
@@ -132,7 +131,7 @@ def main() -> int:
     options.results.parent.mkdir(parents=True, exist_ok=True)
     left = [name for name in names if name not in results]
     with options.results.open("a" if options.resume else "w") as file:
-        found = run(left, jobs=options.jobs, timeout=options.timeout, by_example=not options.torch_fx_only)
+        found = run(left, jobs=options.jobs, timeout=options.timeout)
         for count, result in enumerate(found, 1):
             results[result.name] = result
             file.write(json.dumps({"name": result.name, "code": version, "result": dataclasses.asdict(result)}) + "\n")

@@ -143,6 +143,14 @@ class Runs:
             return actual, {}
         return actual, wanted
 
+    def vector_gradients(self, model: nn.Module) -> dict[str, Tensor]:
+        """The gradients of the vectors of a model for a random loss."""
+        model.zero_grad()
+        _backward(self.run(model, grad=True))
+        found = {path: vectors.grad for path, vectors in vectors_of(model).items() if vectors.grad is not None}
+        model.zero_grad()
+        return found
+
     def _judge_gradients(self, training: bool, actual: dict[str, Tensor | None], wanted: dict[str, Tensor]) -> None:
         if self.result.inert:
             raise Differs(f"none, while that of the weights is not zero: {', '.join(self.result.inert[:4])}")

@@ -6,7 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-from zoo.result import BY_EXAMPLE, CHECKS, NOT_APPLICABLE, OK, REFUSED, YES, Result
+from zoo.result import CHECKS, LEAVES, NOT_APPLICABLE, OK, REFUSED, YES, Result
 
 _NONE = "\u2013"
 _LIBRARIES = ("torchvision", "timm", "transformers", "diffusers")
@@ -20,7 +20,7 @@ def totals(results: list[Result]) -> dict[str, str]:
         "models": f"{len(results)}",
         "layers adapted": f"{matched}",
         "models traced by torch.fx": f"{sum(result.traced == YES for result in results)}",
-        "models captured from an example call": f"{sum(result.traced == BY_EXAMPLE for result in results)}",
+        "models captured by torch.export": f"{sum(result.traced == LEAVES for result in results)}",
         "layers refused": f"{sum(len(result.refused) for result in results)}",
         "models with a wrong result": f"{sum(bool(result.failures) for result in results)}",
         "layers without a gradient": f"{sum(len(result.inert) for result in results)}",
@@ -64,7 +64,7 @@ def markdown(results: list[Result], seconds: float) -> str:
 
 
 def _by_library(groups: dict[str, list[Result]], order: list[str]) -> Iterable[str]:
-    yield "| library | models | correct | traced | by example | layers | refused layers |"
+    yield "| library | models | correct | torch.fx | layers | layers | refused layers |"
     yield "|---|--:|--:|--:|--:|--:|--:|"
     for library in order:
         rows = groups[library]
@@ -72,7 +72,7 @@ def _by_library(groups: dict[str, list[Result]], order: list[str]) -> Iterable[s
             len(rows),
             sum(row.right for row in rows),
             sum(row.traced == YES for row in rows),
-            sum(row.traced == BY_EXAMPLE for row in rows),
+            sum(row.traced == LEAVES for row in rows),
             sum(row.matched for row in rows),
             sum(len(row.refused) for row in rows),
         )
@@ -107,11 +107,11 @@ def _refusals(results: list[Result]) -> Iterable[str]:
 
 
 def _not_traced(results: list[Result]) -> Iterable[str]:
-    """Reason -> models that `trace=True` refuses without example inputs."""
+    """Reason -> models that `trace=True` refuses."""
     found: dict[str, list[str]] = defaultdict(list)
     for result in results:
         if result.traced.startswith(REFUSED):
-            reason = result.traced.removeprefix(REFUSED).partition(" Pass example_inputs")[0]
+            reason = result.traced.removeprefix(REFUSED).partition(" Leave out trace=True")[0]
             found[reason.partition(": ")[2] or reason].append(result.name)
     if found:
         yield from ("## Not traced", "", "| reason | models |", "|---|---|")
@@ -149,13 +149,14 @@ def _legend() -> Iterable[str]:
         "## Columns",
         "",
         "- layers: adapted layers. refused: layers that `transform` refuses, see above.",
-        "- traced: whether `transform(..., trace=True)` returns a graph: yes (by torch.fx), by example (torch.export",
-        "  captures a call with `example_inputs`), or no.",
+        "- graph: how `transform(..., trace=True)` makes a graph: by torch.fx, of layers (torch.export captures a call",
+        "  with the layers as leaves), or not at all.",
         f"- ✓ correct, {_NONE} not applicable (a fixed input size, say), ⊘ refused with a reason, ✗ wrong.",
         "- start: fresh adapters change nothing. random: random adapters give the output of weights `W Q`. train: the",
         "  same in train mode, with dropout and batch norm. grads: gradients of every adapter, in both modes. batch,",
         "  size: another batch size and input size. copy: a deep copy. state: a `state_dict` loaded into a new model.",
-        "  trace: the traced graph gives the same outputs. fold: `fold` gives the same outputs.",
+        "  trace: the graph gives the same outputs and buffers in both modes, for another batch too, and the same",
+        "  gradients. fold: `fold` gives the same outputs.",
         "- time: of the first `transform` (and as a multiple of the time of `symbolic_trace`, where that works).",
         "",
     )
@@ -164,7 +165,7 @@ def _legend() -> Iterable[str]:
 def _section(library: str, results: list[Result]) -> Iterable[str]:
     checks = [name for name in CHECKS if name != "transform"]
     yield from (f"## {library}", "")
-    header = ["model", "layers", "refused", "traced", *(CHECKS[name] for name in checks), "time"]
+    header = ["model", "layers", "refused", "graph", *(CHECKS[name] for name in checks), "time"]
     yield "| " + " | ".join(header) + " |"
     yield "|---" + "|--:" * 2 + "|---" + "|:-:" * len(checks) + "|--:|"
     for row in results:

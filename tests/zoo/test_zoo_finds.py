@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from zoo.checks import check
 from zoo.entry import Call, Entry
-from zoo.result import BY_EXAMPLE, CHECKS, NOT_APPLICABLE, OK, REFUSED, YES, Result
+from zoo.result import CHECKS, LEAVES, NOT_APPLICABLE, OK, REFUSED, YES, Result
 
 import hra_fx
 
@@ -183,14 +183,17 @@ def test_a_wrong_graph_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(check(ENTRY).failures) == ["trace"]
 
 
-def test_a_model_that_is_not_traced_is_correct() -> None:
+def test_a_model_that_torch_fx_does_not_trace_is_captured_or_refused() -> None:
     class Branches(nn.Sequential):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x if x.shape[0] < 9 else x[:9])
 
-    entry = Entry("toy/branches", lambda: Branches(*toy()), images)
-    for by_example, traced in ((False, f"{REFUSED}torch.fx cannot trace Branches"), (True, BY_EXAMPLE)):
-        result = check(entry, by_example=by_example)
+    class Reads(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x if float(x.sum()) < 9e9 else x[:9])
+
+    for kind, traced in ((Branches, LEAVES), (Reads, f"{REFUSED}torch.export cannot capture Reads")):
+        result = check(Entry("toy/branches", lambda kind=kind: kind(*toy()), images))  # type: ignore[misc]
         assert result.right and result.traced.startswith(traced)
 
 

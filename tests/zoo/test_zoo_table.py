@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from zoo.result import BY_EXAMPLE, CHECKS, NOT_APPLICABLE, OK, REFUSED, YES, Result
+from zoo.result import CHECKS, LEAVES, NOT_APPLICABLE, OK, REFUSED, YES, Result
 from zoo.table import markdown, totals
 
 ROOT = Path(__file__).parents[2]
@@ -22,14 +22,14 @@ PARTLY = Result(
     transform_s=0.6,
     trace_s=0.2,
 )
-WRONG = Result("timm/c", matched=1, traced=BY_EXAMPLE, checks={"transform": OK, "eval": "off by 1 | 2"}, inert=["fc"])
+WRONG = Result("timm/c", matched=1, traced=LEAVES, checks={"transform": OK, "eval": "off by 1 | 2"}, inert=["fc"])
 
 
 def test_totals() -> None:
     found = totals([RIGHT, PARTLY, WRONG])
     assert found["models"] == "3"
     assert found["layers adapted"] == "10"
-    assert found["models traced by torch.fx"] == found["models captured from an example call"] == "1"
+    assert found["models traced by torch.fx"] == found["models captured by torch.export"] == "1"
     assert found["layers refused"] == "2"
     assert found["models with a wrong result"] == "1"
     assert found["layers without a gradient"] == "1"
