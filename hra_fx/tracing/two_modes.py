@@ -17,6 +17,7 @@ from hra_fx.tracing.nested_graphs import captured_module
 from hra_fx.tracing.trace import Traced
 from hra_fx.tracing.tracer import UnpicklingTracer
 
+_CONTIGUOUS = torch.ops.aten.contiguous.default
 #: The name of the module that runs the graph of the current mode, where the modes have different nodes.
 BY_MODE = "graph_of_mode"
 
@@ -49,9 +50,10 @@ def in_both_modes(model: nn.Module, in_train: Canonical, in_eval: Canonical) -> 
     try:
         if not _same_constants(in_train.constants, in_eval.constants):
             raise ModesDifferError
-        graph = copy.deepcopy(in_train.graph)
-        _give_defaults(graph, in_eval.graph)
-        modules = merge_modes(graph, in_eval.graph)
+        graph, other = (copy.deepcopy(part.graph) for part in (in_train, in_eval))
+        _drop_single_copies(graph, other)
+        _give_defaults(graph, other)
+        modules = merge_modes(graph, other)
     except ModesDifferError:
         return _of_two_graphs(model, in_train, in_eval, checks)
     return captured_module(model, {CHECKS: checks, **in_train.constants}, Traced(graph, modules))
@@ -64,6 +66,22 @@ def _same_constants(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
         return isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and torch.equal(one, other)
 
     return ours.keys() == theirs.keys() and all(same(ours[name], theirs[name]) for name in ours)
+
+
+def _drop_single_copies(ours: fx.Graph, theirs: fx.Graph) -> None:
+    """Remove each `contiguous` that only one of the graphs has: the other mode shows that it is not needed."""
+    one, other = next(iter(ours.nodes)), next(iter(theirs.nodes))
+    while one.op != "root" and other.op != "root":
+        if one.target is not other.target and _CONTIGUOUS in (one.target, other.target):
+            single = one if one.target is _CONTIGUOUS else other
+            if single is one:
+                one = one.next
+            else:
+                other = other.next
+            single.replace_all_uses_with(single.args[0])  # type: ignore[arg-type]  # the tensor
+            single.graph.erase_node(single)
+        else:
+            one, other = one.next, other.next
 
 
 def _give_defaults(ours: fx.Graph, theirs: fx.Graph) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
+from hra_fx.export.match import module_classes
 from hra_fx.functional.statistics import rotation_stats
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.adapters import HouseholderAdapters
@@ -78,9 +79,18 @@ def subject_of(model: nn.Module, graphs: Mapping[str, fx.GraphModule], rows: Ite
         graphs=graphs,
         layers={path: _facts(layer, known.get(path), record) for path, layer in layers.items()},
         aliases={path: first[part] for path, part in named.items() if part in first},
-        classes={path: type(part).__name__ for path, part in named.items()},
+        classes={path: type(part).__name__ for path, part in named.items()} | _classes_in(model),
         parameters=sum(parameter.numel() for parameter in own_parameters(model)),
     )
+
+
+def _classes_in(model: nn.Module) -> dict[str, str]:
+    """The classes of the modules whose forwards are in a `GraphModule`, which holds plain modules in their places."""
+    if not isinstance(model, fx.GraphModule):
+        return {}
+    found = {path: kind.rpartition(".")[2] for path, kind in module_classes(model.graph).items()}
+    plain = {path for path, part in model.named_modules() if type(part) is nn.Module}
+    return {path: kind for path, kind in found.items() if path in plain}
 
 
 def known_rotations(rows: Iterable[Row]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from hra_fx.compat import OpOverload
 from hra_fx.layers.target import FACTORS, META, REFLECTION, NodeTag
+from hra_fx.tracing.by_mode import ByMode
 
 #: Attributes and methods whose result is not a tensor; nodes that use it compute shapes.
 _SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad"})
@@ -134,7 +135,7 @@ def _tensor(name: str) -> Value:
 
 
 def _is_pass_through(module: nn.Module) -> bool:
-    return isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and module.p == 0)
+    return isinstance(module, nn.Identity | ByMode) or (isinstance(module, nn.Dropout) and module.p == 0)
 
 
 def _returns_its_input(node: fx.Node) -> bool:

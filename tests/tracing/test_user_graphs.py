@@ -120,7 +120,7 @@ def test_interpreter_and_transformer_run_over_it() -> None:
             return super().call_module(target, args, kwargs)
 
     assert_same(Names(model).run(IMAGES), expected)
-    assert Names.seen == targets_of(model)
+    assert Names.seen == ["hra_factors", *targets_of(model)]
 
 
 class Reads(Mlp):

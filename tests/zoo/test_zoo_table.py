@@ -15,7 +15,7 @@ RIGHT = Result("timm/a", matched=4, traced=YES, checks=dict.fromkeys(CHECKS, OK)
 PARTLY = Result(
     "transformers/b",
     matched=5,
-    traced=f"{REFUSED}torch.fx cannot trace B: it branches on a value. Pass example_inputs to capture a call.",
+    traced=f"{REFUSED}torch.export cannot capture B: it branches on a value. Leave out trace=True: it works.",
     checks=dict.fromkeys(CHECKS, OK) | {"fold": f"{REFUSED}head: tied. Wait."},
     refused={"layers.0.x": "it is Tuesday.", "layers.1.x": "it is Tuesday."},
     first_s=0.9,

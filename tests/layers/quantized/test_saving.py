@@ -118,6 +118,10 @@ def test_a_call_is_captured(name: str) -> None:
     model = Branching(adapted(name))
     graph = hra_fx.graphs(model, inputs())[""]
     torch.testing.assert_close(graph(inputs()), model(inputs()), rtol=1e-5, atol=1e-5)
+
+
+def test_a_call_is_drawn() -> None:
+    model = Branching(adapted("ao int8"))
     boxes = [(data["name"], data["kind"]) for _, data in hra_fx.to_networkx(model, inputs()).nodes(data=True)]
     kinds = ["input", "adapted_layer", "module", "adapted_layer", "output"]
     assert boxes == list(zip(["x", "layers.0", "layers.1", "layers.2", "output"], kinds, strict=True))
