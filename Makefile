@@ -104,6 +104,9 @@ bench-frozen: $(VENV)/test.stamp ## the effect of freeze on exported programs (2
 bench-pairs: $(VENV)/test.stamp ## a step in pairs, relative to one of vectors (1 minute)
 	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python -W ignore benchmarks/pairs.py
 
+bench-graphs: $(VENV)/test.stamp ## a step of a captured graph, relative to eager mode (2 minutes)
+	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python -W ignore benchmarks/graphs.py
+
 bench-disk: $(VENV)/test.stamp ## fold_checkpoint, cp and PEFT (minutes, 10 GB of disk)
 	$(BIN)/python benchmarks/disk.py $(BENCH_FLAGS)
 

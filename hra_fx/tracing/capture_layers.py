@@ -14,6 +14,7 @@ from hra_fx.errors import CaptureError
 from hra_fx.model.example_inputs import Call, clone_inputs, preserve_rng_state, seed_everything
 from hra_fx.tracing.canonical import canonical
 from hra_fx.tracing.exported import all_dynamic, batch_dynamic, export_call, with_batch_of_two, without_caches
+from hra_fx.tracing.leaves import is_leaf
 from hra_fx.tracing.recorded_state import checked_capture
 from hra_fx.tracing.two_modes import in_both_modes
 from hra_fx.tracing.unchanged import Snapshot
@@ -41,6 +42,8 @@ def capture_layers(
     Raises:
         CaptureError: `torch.export` cannot capture the call, or see `is_trained`.
     """
+    if is_trained:
+        _refuse_state(model)
     with _unchanged(model), torch.inference_mode(False):
         if dynamic_shapes is not None:
             tries = [(call, dynamic_shapes)]
@@ -54,6 +57,19 @@ def capture_layers(
             except CaptureError as error:
                 failure = error
         raise failure
+
+
+def _refuse_state(model: nn.Module) -> None:
+    """Refuse what a graph would drop.
+
+    Raises:
+        CaptureError: a part is in another mode than the model, or checkpoints its activations.
+    """
+    for path, part in model.named_modules():
+        if part.training != model.training and not is_leaf(part):
+            raise CaptureError(f"{path} is in another mode than the model. Call train() or eval() on the whole model")
+        if getattr(part, "gradient_checkpointing", False) is True:
+            raise CaptureError(f"{path or 'it'} checkpoints its activations, which a graph drops. Disable that first")
 
 
 def _captured(model: nn.Module, example: Call, shapes: Any, call: Call, *, is_trained: bool) -> fx.GraphModule:

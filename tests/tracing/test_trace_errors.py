@@ -10,6 +10,7 @@ import pytest
 import torch
 from adapting import picture
 from torch import Tensor, nn
+from tracing.captured import bert, tokens
 from tracing.graph_mode import Branches, X, config
 from tracing.models import Dropout, Two
 
@@ -54,6 +55,22 @@ ERRORS: dict[str, tuple[type[nn.Module], dict[str, Any], type[Exception], str]] 
     "modules_to_save": (Dropout, {"config": config(modules_to_save=["nowhere"])}, SelectionError, "nowhere"),
     "example_inputs": (Branches, {"example_inputs": 3}, AdapterError, "example_inputs must be a tensor, .*, got int"),
 }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model.train().bert.encoder.eval(), "bert.encoder is in another mode than the model"),
+        (lambda model: model.train().gradient_checkpointing_enable(), "checkpoints its activations, which a graph"),
+    ],
+)
+def test_a_state_that_a_graph_would_drop_is_refused(change: Callable[[Any], object], message: str) -> None:
+    model = bert()
+    change(model)
+    before = picture(model)
+    with pytest.raises(AdapterError, match=message):
+        hra_fx.transform(model, config("query"), trace=True, example_inputs=tokens(2, 5))
+    assert picture(model) == before
 
 
 @pytest.mark.parametrize("name", ERRORS)
