@@ -57,6 +57,7 @@ ERRORS: dict[str, tuple[type[nn.Module], dict[str, Any], type[Exception], str]] 
 }
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")  # a new name in transformers 6
 @pytest.mark.parametrize(
     ("change", "message"),
     [
