@@ -49,7 +49,7 @@ def _check_layer(node: fx.Node) -> None:
     if not isinstance(reflection, fx.Node) or reflection.target != f"{node.target}.{REFLECTION}":
         raise _broken(node, f"calls {node.target} with {reflection}, which is not a reflection of that layer")
     first, *factors = reflection.args
-    if first is not value or [node.target for node in factors] not in ([], [FACTORS]):
+    if first is not value or [getattr(node, "target", None) for node in factors] not in ([], [FACTORS]):
         raise _broken(node, f"reads {value}, but its reflection reads {reflection.args[0]}")
 
 

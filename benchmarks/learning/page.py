@@ -45,9 +45,10 @@ PROTOCOL = """\
   a linear schedule with 10% warmup, and gradients clipped to norm 1. A new head has one learning rate for all methods,
   except for "head only", which chooses its own.
 - Each method chooses its learning rate by validation scores: seed 0 tries four rates, on `language` and
-  `newsgroups-1600` eight for LoRA and pairs, and then more around the best one, in the steps of 1, 1.7, 3, 5.5, 10, at most six. Seeds 1 and 2 try the best
-  rate and its neighbors too, and the mean of the three seeds decides. `language-4-passes` and the long
-  runs have the rates of `language`, and `newsgroups-5000` those of `newsgroups-1600`. No seed trains on validation examples.
+  `newsgroups-1600` eight for LoRA and pairs, and then more around the best one, in the steps of 1, 1.7, 3, 5.5, 10, at
+  most six. Seeds 1 and 2 try the best rate and its neighbors too, and the mean of the three seeds decides.
+  `language-4-passes` and the long runs have the rates of `language`, and `newsgroups-5000` those of `newsgroups-1600`.
+  No seed trains on validation examples.
 - `difference` of pairs is 0.1, which was chosen on validation data of `language`.
 - Intervals cover the choice of training examples and random starts. All seeds share the test examples: one accuracy on
   1500 texts has a standard error of 1.2 points.

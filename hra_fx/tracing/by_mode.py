@@ -29,9 +29,14 @@ class ByMode(nn.Module):
         self.in_train = in_train
         self.in_eval = in_eval
 
+    def follow(self, module: nn.Module) -> None:
+        """Have the mode of another module of the graph from now on, which does not become a child."""
+        vars(self)["followed"] = module
+
     def forward(self) -> Any:
         """The constant of the current mode."""
-        return self.in_train if self.training else self.in_eval
+        module = vars(self).get("followed", self)
+        return self.in_train if module.training else self.in_eval
 
     def extra_repr(self) -> str:
         """Both constants."""

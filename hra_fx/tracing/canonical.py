@@ -36,11 +36,13 @@ class Canonical(NamedTuple):
         graph: it calls the model's layers, and `CHECKS` first.
         constants: name -> tensor or graph that is not the model's.
         conditions: those of the inputs.
+        sizes: for each size that may change: (index of the flat input, its dimension), of all inputs that have it.
     """
 
     graph: fx.Graph
     constants: dict[str, Any]
     conditions: list[Condition]
+    sizes: list[list[tuple[int, int]]]
 
 
 def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
@@ -64,7 +66,16 @@ def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
         )
     simplify(graph, places, model)
     _read_by_own_names(graph, model)
-    return Canonical(graph, constants, conditions)
+    return Canonical(graph, constants, conditions, _sizes(places))
+
+
+def _sizes(places: list[fx.Node]) -> list[list[tuple[int, int]]]:
+    found = defaultdict(list)
+    for index, place in enumerate(places):
+        for dimension, size in enumerate(getattr(place.meta.get("val"), "shape", ())):
+            if str(size).isidentifier():  # a symbol, and no number or expression
+                found[str(size)].append((index, dimension))
+    return list(found.values())
 
 
 def simplify(graph: fx.Graph, places: list[fx.Node], model: nn.Module) -> None:
@@ -113,6 +124,10 @@ def _call_layers(graph: fx.Graph) -> None:
         call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
         graph.erase_node(node)
+        copied = call.next
+        if copied.target is torch.ops.aten.clone.default and list(call.users) == [copied]:
+            copied.replace_all_uses_with(call)
+            graph.erase_node(copied)
 
 
 def _name_constants(graph: fx.Graph, module: nn.Module, model: nn.Module) -> dict[str, Any]:
@@ -132,7 +147,7 @@ def _read_by_own_names(graph: fx.Graph, model: nn.Module) -> None:
         if node.users:
             min(node.users).prepend(node)
         for user in list(node.users) if names else ():
-            own = f"{_module_path(user)}.{node.target.rpartition('.')[2]}"
+            own = f"{module_path(user)}.{node.target.rpartition('.')[2]}"
             # A module that adapters may change comes last.
             free = [name for name in names if not is_leaf(model.get_submodule(name.rpartition(".")[0]))]
             with graph.inserting_before(user):
@@ -149,7 +164,8 @@ def _tied_names(model: nn.Module) -> dict[str, list[str]]:
     return {name: names for names in found.values() if len(names) > 1 for name in names}
 
 
-def _module_path(node: fx.Node) -> str:
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost module in whose forward a node was made; `""` for the model itself."""
     stack: Mapping[str, Any] = node.meta.get("nn_module_stack") or {}
     return str(list(stack.values())[-1][0]) if stack else ""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -13,9 +13,13 @@ from hra_fx.compat import pytree
 from hra_fx.errors import CaptureError
 from hra_fx.model.example_inputs import Call, clone_inputs, preserve_rng_state, seed_everything
 from hra_fx.tracing.canonical import canonical
+from hra_fx.tracing.conditions import more_than_one
 from hra_fx.tracing.exported import all_dynamic, batch_dynamic, export_call, with_batch_of_two, without_caches
+from hra_fx.tracing.input_checks import InputChecks
 from hra_fx.tracing.leaves import is_leaf
 from hra_fx.tracing.recorded_state import checked_capture
+from hra_fx.tracing.signature import argument_names
+from hra_fx.tracing.trace import LOCK
 from hra_fx.tracing.two_modes import in_both_modes
 from hra_fx.tracing.unchanged import Snapshot
 
@@ -42,48 +46,89 @@ def capture_layers(
     Raises:
         CaptureError: `torch.export` cannot capture the call, or see `is_trained`.
     """
-    if is_trained:
-        _refuse_state(model)
-    with _unchanged(model), torch.inference_mode(False):
-        if dynamic_shapes is not None:
-            tries = [(call, dynamic_shapes)]
-        else:
-            two = with_batch_of_two(call)
-            # The last one is for models that allow a single batch size.
-            tries = [(two, all_dynamic(model, two)), (two, batch_dynamic(model, two)), (call, all_dynamic(model, call))]
-        for example, shapes in tries:
+    _refuse_state(model, is_trained=is_trained)
+    modes = {path: part.training for path, part in model.named_modules(remove_duplicate=False)}
+    with LOCK, _unchanged(model), torch.inference_mode(False):
+        makers = [all_dynamic, batch_dynamic] if dynamic_shapes is None else [lambda *_: dynamic_shapes]
+        tries = [(with_batch_of_two(call) if dynamic_shapes is None else call, make) for make in makers]
+        if dynamic_shapes is None:
+            tries.append((call, all_dynamic))  # for models that allow a single batch size
+        for example, make in tries:
             try:
-                return _captured(model, example, shapes, call, is_trained=is_trained)
+                made = _captured(model, example, make, call, is_trained=is_trained)
+                break
             except CaptureError as error:
                 failure = error
-        raise failure
+        else:
+            raise failure
+    for path, part in made.named_modules(remove_duplicate=False):
+        part.training = modes.get(path, model.training)
+    return made
 
 
-def _refuse_state(model: nn.Module) -> None:
-    """Refuse what a graph would drop.
+def _refuse_state(model: nn.Module, *, is_trained: bool) -> None:
+    """Refuse a model without values, and one that checkpoints its activations, which a graph would not.
 
     Raises:
-        CaptureError: a part is in another mode than the model, or checkpoints its activations.
+        CaptureError: see above.
     """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise CaptureError(f"{name} is on the meta device. Load the weights first")
     for path, part in model.named_modules():
-        if part.training != model.training and not is_leaf(part):
-            raise CaptureError(f"{path} is in another mode than the model. Call train() or eval() on the whole model")
-        if getattr(part, "gradient_checkpointing", False) is True:
+        if is_trained and getattr(part, "gradient_checkpointing", False) is True:
             raise CaptureError(f"{path or 'it'} checkpoints its activations, which a graph drops. Disable that first")
 
 
-def _captured(model: nn.Module, example: Call, shapes: Any, call: Call, *, is_trained: bool) -> fx.GraphModule:
+def _captured(
+    model: nn.Module, example: Call, make_shapes: Callable[[nn.Module, Call], Any], call: Call, *, is_trained: bool
+) -> fx.GraphModule:
     """The graph of an example, compared with the model for a call."""
+    parts = ((path, part) for path, part in model.named_modules() if not is_leaf(part))
+    odd = next((path for path, part in parts if part.training != model.training), None)
+    try:
+        shapes = make_shapes(model, example)
+    except TypeError as error:
+        raise CaptureError(f"the example does not fit its forward: {error}") from error
     modes, functions = [], list[str]()
     for training in (True, False):
         with checked_capture(model) if is_trained else nullcontext(list[str]()) as called:
             program = export_call(model, example, shapes, training=training)
         functions += called
         modes.append(canonical(program, model))
-    made = in_both_modes(model, *modes)
+    checks = InputChecks(modes[0].conditions, modes[1].conditions)
+    made = in_both_modes(model, modes[0], modes[1], checks, odd)
     for training in (True, False):
         _compare(model.train(training), made.train(training), call, functions)
+    for places in modes[0].sizes:
+        if not _allows_one(model, made, example, places):
+            checks.add(more_than_one(*places[0], argument_names(model, *example)))
     return made
+
+
+def _allows_one(model: nn.Module, made: nn.Module, call: Call, places: list[tuple[int, int]]) -> bool:
+    """Whether the graph is right where a size is 1; torch.export assumes that it is not.
+
+    Args:
+        model: the model.
+        made: its graph.
+        call: a call.
+        places: (index of the input, dimension) of all inputs with this size.
+    """
+    leaves, spec = pytree.tree_flatten(call)
+    for index, dimension in places:
+        leaves[index] = leaves[index].narrow(dimension, 0, 1)
+    for training in (True, False):
+        try:
+            with torch.no_grad(), without_caches(model):
+                _outputs(model.train(training), pytree.tree_unflatten(leaves, spec))
+        except Exception:  # the model does not allow it, so the graph need not
+            continue
+        try:
+            _compare(model, made.train(training), pytree.tree_unflatten(leaves, spec), [])
+        except Exception:
+            return False
+    return True
 
 
 def _compare(model: nn.Module, made: nn.Module, call: Call, functions: list[str]) -> None:

@@ -31,9 +31,24 @@ def conditions_of(program: ExportedProgram, names: list[str], places: list[fx.No
     sources = {}
     for index, path in enumerate(paths):
         sources[f"L['flat_args'][{index}]"] = sources[f"L{pytree.keystr(path)}"] = index
+        name, _, place = path[0].key.rpartition("_")
+        if place.isdigit():  # one of *args
+            sources[f"L['{name}'][{place}]{pytree.keystr(path[1:])}"] = index
     shown = [f"{path[0].key}{pytree.keystr(path[1:])}" for path in paths]
     found = dict.fromkeys([*_of_shapes(program, places), *guards_of(program)])
     return [_condition(code, sources, shown) for code in found]
+
+
+def more_than_one(index: int, dimension: int, names: list[str]) -> Condition:
+    """That a size of an input is not 1.
+
+    Args:
+        index: that of the flat input.
+        dimension: the dimension of the size.
+        names: the names of the arguments, which are those of the inputs where none is nested.
+    """
+    name = names[index] if index < len(names) else f"input {index}"
+    return Condition(f"args[{index}].size()[{dimension}] != 1", f"{name}.size()[{dimension}] != 1")
 
 
 def _condition(code: str, sources: dict[str, int], names: list[str]) -> Condition:
@@ -55,6 +70,8 @@ def _of_shapes(program: ExportedProgram, places: list[fx.Node]) -> Iterator[str]
             if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
                 yield f"{source} == {value!r}" if value is not None else f"{source} is None"
             continue
+        yield f"{source}.dim() == {value.dim()}"
+        yield _kind(source, value.dtype)
         for dimension, size in enumerate(value.shape):
             here = f"{source}.size()[{dimension}]"
             if isinstance(size, int):
@@ -64,6 +81,13 @@ def _of_shapes(program: ExportedProgram, places: list[fx.Node]) -> Iterator[str]
             else:
                 first[symbol] = here
                 yield from _limits(program, size, here)
+
+
+def _kind(source: str, dtype: torch.dtype) -> str:
+    """Masks of numbers and of booleans mean different things, and a model may ask which one it has."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return f"{source}.dtype.is_floating_point == {dtype.is_floating_point}"
+    return f"({source}.dtype == torch.bool) == {dtype is torch.bool} and not {source}.dtype.is_floating_point"
 
 
 def _limits(program: ExportedProgram, size: Any, source: str) -> Iterator[str]:

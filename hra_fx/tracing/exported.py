@@ -21,10 +21,12 @@ from hra_fx.compat import pytree
 from hra_fx.errors import CaptureError
 from hra_fx.model.example_inputs import Call, clone_inputs
 from hra_fx.tracing.leaves import layers_as_operators
+from hra_fx.tracing.unchanged import Snapshot
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+_LOUD = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor", "torch._export.non_strict_utils")
 _OURS = (Path(torch.__file__).parent, Path(__file__).parents[1])
 #: Tensors with more dimensions are images: models branch on their height and width, so only their batch is dynamic.
 _LENGTHS = 3
@@ -56,8 +58,11 @@ def export_call(model: nn.Module, call: Call, dynamic_shapes: Any, *, training: 
         ):
             stack.enter_context(block)
         vars(model)["forward"] = _without_unknown(model.forward)
+        state = Snapshot(model)
         try:
-            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+            _refuse_changes(state)
+            return program
         except CaptureError:
             raise
         except Exception as error:
@@ -65,6 +70,18 @@ def export_call(model: nn.Module, call: Call, dynamic_shapes: Any, *, training: 
             raise CaptureError(f"torch.export fails{_place(error)} ({type(error).__name__}: {line[:200]})") from error
         finally:
             vars(model).pop("forward", None)
+
+
+def _refuse_changes(state: Snapshot) -> None:
+    """Refuse a forward that counts or remembers in Python, because a graph does not.
+
+    Raises:
+        CaptureError: it changes a number or a string of a module.
+    """
+    for path, name in state.changes():
+        where = f"{path}.{name}".lstrip(".")
+        if state.is_plain(path, name):
+            raise CaptureError(f"its forward changes {where}, which a graph drops")
 
 
 def all_dynamic(model: nn.Module, call: Call) -> Any:
@@ -158,14 +175,17 @@ def _of_alias(cast: Any) -> Callable[..., Tensor]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """A block without warnings, and without the graph that `torch.export` prints to stderr where it refuses."""
-    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    before, logger.disabled = logger.disabled, True
+    loggers = [logging.getLogger(name) for name in _LOUD]
+    before = [logger.disabled for logger in loggers]
     try:
+        for logger in loggers:
+            logger.disabled = True
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.disabled = before
+        for logger, was in zip(loggers, before, strict=True):
+            logger.disabled = was
 
 
 def _place(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from hra_fx.compat import non_persistent_buffers
+from hra_fx.errors import CaptureError
 from hra_fx.tracing.trace import Traced
 
 
@@ -41,6 +42,8 @@ def with_parts(model: nn.Module, parts: Mapping[str, Any]) -> nn.Module:
     vars(view).update({**vars(model), **own, "_non_persistent_buffers_set": unsaved})
     view.__class__ = type(type(model).__name__, (nn.Module,), {})
     for name, value in parts.items():
+        if hasattr(model, name):
+            raise CaptureError(f"its attribute {name!r} has a name that a graph uses for itself. Rename it")
         if isinstance(value, Tensor):
             view.register_buffer(name, value, persistent=False)
         else:

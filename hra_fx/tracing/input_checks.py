@@ -34,6 +34,9 @@ class InputChecks(nn.Module):
         >>> checks(__import__("torch").ones(2, 4))
     """
 
+    #: Keeps the call in `graph.eliminate_dead_code()`, which would drop it because nothing reads its result.
+    _is_impure = True
+
     def __init__(self, in_train: Sequence[Condition], in_eval: Sequence[Condition]) -> None:
         """Store the conditions of both modes."""
         super().__init__()
@@ -48,6 +51,11 @@ class InputChecks(nn.Module):
             AssertionError: an input does not fit; the message says which, and what to do.
         """
         (self._check_train if self.training else self._check_eval)(*args)
+
+    def add(self, condition: Condition) -> None:
+        """Check one more condition, in both modes."""
+        self.in_train, self.in_eval = (*self.in_train, condition), (*self.in_eval, condition)
+        self._make()
 
     def extra_repr(self) -> str:
         """The conditions of the current mode."""

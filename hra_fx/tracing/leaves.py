@@ -84,7 +84,8 @@ def _call(path: str, *args: Any, **kwargs: Any) -> Any:
         return original_class(layer).forward(layer, *args, **kwargs)
     output = CALL_LAYER(given[0], path)
     if output.is_floating_point() and any(parameter.requires_grad for parameter in layer.parameters()):
-        output.requires_grad_()  # a model may ask for it, and add hooks
+        # A model may ask for it, add hooks, and write into the copy, which `canonical` removes.
+        output = torch.ops.aten.clone.default(output.requires_grad_())
     return output
 
 

@@ -16,8 +16,8 @@ from hra_fx.tracing.by_mode import ByMode, ModesDifferError, merge_modes
 from hra_fx.tracing.tracer import ModelTracer
 from hra_fx.tracing.unchanged import Snapshot
 
-# fx patches `nn.Module` for the whole process while it traces.
-_LOCK = threading.RLock()
+#: fx and torch.export patch classes for the whole process while they trace.
+LOCK = threading.RLock()
 #: Another thread may draw random numbers during a trace. After this many such traces, the forward draws them.
 _DRAWS = 5
 
@@ -46,7 +46,7 @@ def trace(module: nn.Module, layers: Collection[nn.Module]) -> Traced:
     Raises:
         CaptureError: fx cannot trace it, or the graph would not compute what the forward does.
     """
-    with _LOCK:
+    with LOCK:
         return _Trace(module, layers).run()
 
 

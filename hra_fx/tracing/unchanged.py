@@ -34,6 +34,11 @@ class Snapshot:
             ]
         return found
 
+    def is_plain(self, path: str, name: str) -> bool:
+        """Whether an attribute is a number or a string now."""
+        part = next(part for where, part, *_ in self._parts if where == path)
+        return isinstance(vars(part).get(name), (bool, int, float, str))
+
     def restore(self) -> None:
         """Restore all attributes."""
         for _, part, attributes, contents in self._parts:

@@ -61,7 +61,7 @@ ERRORS: dict[str, tuple[type[nn.Module], dict[str, Any], type[Exception], str]] 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda model: model.train().bert.encoder.eval(), "bert.encoder is in another mode than the model"),
+        (lambda model: model.to("meta"), "bert.embeddings.word_embeddings.weight is on the meta device"),
         (lambda model: model.train().gradient_checkpointing_enable(), "checkpoints its activations, which a graph"),
     ],
 )
