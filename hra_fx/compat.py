@@ -116,9 +116,13 @@ def has_hooks(module: nn.Module) -> bool:
     return has_own_hooks(module) or has_global_module_hooks()
 
 
+#: The attribute of a module that has the names of such buffers.
+NON_PERSISTENT = "_non_persistent_buffers_set"
+
+
 def non_persistent_buffers(module: nn.Module) -> set[str]:
     """The buffers that a module keeps out of its `state_dict`. Without torch's set, compare with a `state_dict`."""
-    names: set[str] | None = getattr(module, "_non_persistent_buffers_set", None)
+    names: set[str] | None = getattr(module, NON_PERSISTENT, None)
     return set(module._buffers) - set(module.state_dict()) if names is None else names
 
 
@@ -247,6 +251,10 @@ def call_after_deepcopy(graph: Any, hook: Callable[[Any], None]) -> None:
     register = getattr(graph, "_register_deepcopy_hook", None)
     if register is not None:
         register(hook)
+
+
+#: The operator that checks the dtype and device of a tensor before a cast.
+ASSERT_METADATA: Any = torch.ops.aten._assert_tensor_metadata.default
 
 
 def is_higher_order(target: object) -> bool:

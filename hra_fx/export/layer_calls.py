@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from hra_fx.compat import non_persistent_buffers, schema_of
 from hra_fx.export.match import GraphLayer
 from hra_fx.export.skeleton import CONVOLUTIONS
 from hra_fx.export.weight_uses import WeightUse, module_path
@@ -90,7 +91,7 @@ def _call(use: WeightUse) -> _Call | None:
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of an operator by their names, with its defaults."""
-    schema: Any = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     arguments = () if schema is None else schema.arguments
     defaults = {argument.name: argument.default_value for argument in arguments}
     names = [argument.name for argument in arguments]
@@ -123,8 +124,10 @@ def _make_layer(kind: LayerKind, holder: nn.Module, settings: Mapping[str, Any])
 
 
 def _filled(layer: nn.Module, holder: nn.Module) -> nn.Module:
-    for held in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+    for held in ("_parameters", "_buffers", "_modules"):
         vars(layer)[held].update(vars(holder)[held])
+    for name in non_persistent_buffers(holder):
+        layer.register_buffer(name, layer._buffers[name], persistent=False)
     return layer
 
 

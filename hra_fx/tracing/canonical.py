@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from hra_fx.compat import ASSERT_METADATA
 from hra_fx.errors import CaptureError
 from hra_fx.tracing.conditions import conditions_of
 from hra_fx.tracing.graph_module import attribute
@@ -103,7 +104,7 @@ def _is_kept(node: fx.Node) -> bool:
 
 def _simplify_casts(graph: fx.Graph) -> None:
     """Remove the aliases of the capture, and the checks of dtypes, which refuse autocast: all casts are nodes."""
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+    for node in graph.find_nodes(op="call_function", target=ASSERT_METADATA):
         graph.erase_node(node)
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default):
         node.replace_all_uses_with(node.args[0])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import reduce
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from hra_fx.compat import non_persistent_buffers
+from hra_fx.compat import NON_PERSISTENT, non_persistent_buffers
 from hra_fx.errors import CaptureError
 from hra_fx.tracing.trace import Traced
 
@@ -34,12 +35,14 @@ def graph_module(root: nn.Module, traced: Traced) -> fx.GraphModule:
     return module
 
 
+#: The attributes of a module that a view changes.
+_OWN = ("_buffers", "_modules", NON_PERSISTENT)
+
+
 def with_parts(model: nn.Module, parts: Mapping[str, Any]) -> nn.Module:
     """A view of a model, over the same modules and tensors, with some more."""
     view = nn.Module()
-    own = {name: dict(vars(model)[name]) for name in ("_buffers", "_modules")}
-    unsaved = set(vars(model)["_non_persistent_buffers_set"])
-    vars(view).update({**vars(model), **own, "_non_persistent_buffers_set": unsaved})
+    vars(view).update({name: copy.copy(value) if name in _OWN else value for name, value in vars(model).items()})
     view.__class__ = type(type(model).__name__, (nn.Module,), {})
     for name, value in parts.items():
         if hasattr(model, name):

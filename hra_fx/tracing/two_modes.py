@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from hra_fx.compat import OpOverload
+from hra_fx.compat import OpOverload, schema_of
 from hra_fx.errors import CaptureError
 from hra_fx.tracing.by_mode import ByMode, ModesDifferError, merge_modes
 from hra_fx.tracing.canonical import CHECKS, Canonical, module_path
@@ -114,7 +114,7 @@ def _give_defaults(ours: fx.Graph, theirs: fx.Graph) -> None:
     for one, other in zip(ours.nodes, theirs.nodes, strict=False):
         if one.target is other.target and isinstance(one.target, OpOverload) and len(one.args) != len(other.args):
             for node in (one, other):
-                places = [argument for argument in node.target._schema.arguments if not argument.kwarg_only]
+                places = [argument for argument in schema_of(node.target).arguments if not argument.kwarg_only]
                 node.args = (*node.args, *(argument.default_value for argument in places[len(node.args) :]))
 
 

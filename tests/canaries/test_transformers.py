@@ -19,7 +19,7 @@ from torch import nn
 import hra_fx
 from hra_fx.checkpoint.disk.architecture import Architecture
 from hra_fx.checkpoint.disk.ties import _config_tree
-from hra_fx.export.skeleton import _OUTPUTS, _model_type
+from hra_fx.export.skeleton import OUTPUTS, model_type_of
 from hra_fx.layers.experts_weight import _IS_TRANSPOSED, is_transposed
 from hra_fx.layers.target import find_kind
 from hra_fx.model.untie import find_ties, set_tied
@@ -215,7 +215,7 @@ def test_conversions_of_checkpoints(tmp_path: Path) -> None:
 )
 def test_the_type_of_a_model() -> None:
     kind = transformers.LlamaForCausalLM
-    assert _model_type(f"{kind.__module__}.{kind.__qualname__}") == "llama"
+    assert model_type_of(f"{kind.__module__}.{kind.__qualname__}") == "llama"
 
 
 #: Models whose output layers have all the names that there are.
@@ -240,4 +240,4 @@ def test_output_layers() -> None:
         with torch.device("meta"):
             model: Any = getattr(transformers, kind)(config)
         path = next(path for path, module in model.named_modules() if module is model.get_output_embeddings())
-        assert path in _OUTPUTS, name
+        assert path in OUTPUTS, name

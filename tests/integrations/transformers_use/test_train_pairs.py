@@ -41,7 +41,8 @@ def trained(maker: Any, model: nn.Module, folder: Path, *, line: bool = False, *
 
 
 def equal(one: Any, other: Any) -> bool:
-    return all(torch.equal(*both) for both in zip(one, other, strict=True))
+    """Whether vectors are equal but for rounding: the implementations of AdamW differ in it on some CPUs."""
+    return all(torch.allclose(*both, rtol=1e-5, atol=1e-6) for both in zip(one, other, strict=True))
 
 
 def test_the_trainers_of_transformers_train_pairs(tmp_path: Path) -> None:
