@@ -68,6 +68,7 @@ def forgetting(records: Sequence[Record], file: Path) -> Path:
     panels = [
         (f"{task}: {name}", _forgetting_panel(records, task, name))
         for task in TASK_NAMES
+        if task not in RATES_FROM  # they have one learning rate
         for name in retained(records, task)
     ]
     return _draw(panels, file, "validation score of the new task")

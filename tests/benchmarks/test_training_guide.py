@@ -43,6 +43,21 @@ def test_a_classifier_hardly_depends_on_the_rate_in_pairs(records: list[Record])
     assert (min(found), max(found), round(lora[1e-2], 1)) == (73.6, 76.4, 6.0)
 
 
+def test_several_passes(records: list[Record]) -> None:
+    curves = {
+        method: [[round(p[2]) for p in run.curve] for run in of(records, "language-4-passes", method) if run.seed < 2]
+        for method in ("lora", "hra-pairs")
+    }
+    assert "best after the first pass (107 and 108) and ends at 315 and 252" in GUIDE
+    lora = sorted(curves["lora"])
+    assert [(curve[0], curve[-1]) for curve in lora] == [(107, 315), (108, 252)]
+    assert all(min(curve) == curve[0] for curve in lora)
+    assert "That of pairs is best after the second (102 and 99), and ends at 165 and 151" in GUIDE
+    pairs = sorted(curves["hra-pairs"], reverse=True)
+    assert [(curve[1], curve[-1]) for curve in pairs] == [(102, 165), (99, 151)]
+    assert all(min(curve) == curve[1] for curve in pairs)
+
+
 def test_random_starts(records: list[Record]) -> None:
     assert "two runs of pairs with the same examples ended at validation perplexities of 104 and 133" in GUIDE
     runs = of(records, "language", "hra-pairs")
