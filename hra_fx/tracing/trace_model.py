@@ -57,7 +57,7 @@ def trace_model(
         A graph that calls layers.
 
     Raises:
-        AdapterError: the model cannot be traced, or `torch.export` is needed and there are no example inputs.
+        AdapterError: the model cannot be traced; or `torch.export` is needed, and `example_inputs` is missing.
 
     Example:
         >>> model = trace_model(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), [])

@@ -27,7 +27,7 @@ BY_MODE = "graph_of_mode"
 class GraphOfMode(nn.Module):
     """Runs one graph in train mode and another in eval mode, over the same layers.
 
-    The graphs are no children: the model has their layers already, under the same names.
+    The graphs are not registered as children, because the model already has their layers under the same names.
     """
 
     def __init__(self, in_train: fx.GraphModule, in_eval: fx.GraphModule) -> None:
