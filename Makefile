@@ -47,7 +47,7 @@ BROWSER   = test -n "$$(which $(BROWSERS))" || { test "$$(id -u)" = 0 && which a
 
 # Prints "[1/3] what ... done in 38 s" around a command. The demos and the tests count their steps.
 step = @printf '$(STEPS:%=[$(1)/%] )%s ... ' '$(2)'; start=$$(date +%s); $(3) && echo "done in $$(($$(date +%s) - start)) s"
-demo demo-language demo-vision test: STEPS := 3
+demo demo-language demo-vision demo-device test: STEPS := 3
 
 help:
 	@awk -F ':.*## ' '/^##@ /{printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## /{printf "  make %-19s %s\n", $$1, $$2}' Makefile
@@ -78,6 +78,10 @@ demo-language: $(VENV)/demo.stamp $(VENV)/data.stamp ## SmolLM2, a language mode
 demo-vision: $(VENV)/demo.stamp $(VENV)/data.stamp ## a ResNet on handwritten digits (minutes)
 	@echo '[3/3] Train, fold and export a ResNet (a few minutes on 2 cores)'
 	@$(BIN)/python examples/resnet_mnist.py --output $(OUT)/vision
+
+demo-device: $(VENV)/device.stamp $(VENV)/data.stamp ## MiniLM, trained by ExecuTorch and AOTInductor (4 minutes)
+	@echo '[3/3] Train MiniLM without Python (about 4 minutes on 2 cores)'
+	@$(BIN)/python examples/train_on_device.py --output $(OUT)/device
 
 ##@ Benchmarks (docs/benchmarks.md, docs/results.md)
 
@@ -221,6 +225,10 @@ $(PAGE_STAMP): $(PAGE_TOOLS)/package.json $(PAGE_TOOLS)/package-lock.json | $(VE
 
 $(VENV)/demo.stamp: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(call step,1,PyTorch and other libraries in $(VENV),$(INSTALL) --editable '.[demo]')
+	@touch $@
+
+$(VENV)/device.stamp: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(call step,1,PyTorch and ExecuTorch in $(VENV),$(INSTALL) --editable '.[demo,device]')
 	@touch $@
 
 # Beside the environment: transformers, accelerate and TRL import DeepSpeed wherever they find it.

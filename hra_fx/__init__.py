@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from hra_fx.export.lift import lift as lift
     from hra_fx.export.lower import lower as lower
     from hra_fx.export.onnx_swap import adapter_inputs as adapter_inputs, make_swappable as make_swappable
+    from hra_fx.export.training_step import export_training_step as export_training_step
     from hra_fx.integrations.peft_acceleration import accelerate_peft as accelerate_peft
     from hra_fx.integrations.push import push_to_hub as push_to_hub
     from hra_fx.lora.result import LoraResult as LoraResult
@@ -104,6 +105,7 @@ _HOMES = {
     "convert_to_lora": "lora.save",
     "delete_adapter": "model.delete",
     "disable_adapters": "model.switch",
+    "export_training_step": "export.training_step",
     "fold": "api.fold",
     "fold_checkpoint": "checkpoint.disk.fold",
     "freeze": "export.freeze",

@@ -78,6 +78,12 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting() if exporting is None else exporting
 
 
+def export_forward_backward() -> Callable[..., Any]:
+    """torch's function that adds the backward pass to an exported program; experimental, without a public name."""
+    found: Callable[..., Any] = _lookup("torch.export.experimental._export_forward_backward")
+    return found
+
+
 def has_saved_tensors_hooks() -> bool:
     """Whether saved-tensor hooks are active, as in activation checkpointing. It has no public name."""
     top = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)

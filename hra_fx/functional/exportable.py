@@ -54,10 +54,10 @@ def gram_schmidt(vectors: Tensor) -> Tensor:
     error of the first ("twice is enough", Giraud et al. 2005, https://doi.org/10.1007/s00211-005-0615-4).
 
     Args:
-        vectors: `U: (d, r)` of full column rank, in the dtype to compute in; squared lengths must be in range.
+        vectors: `U: (..., d, r)` of full column rank, in the dtype to compute in; squared lengths must be in range.
 
     Returns:
-        `V: (d, r)`, as `hra_fx.functional.householder.orthonormalize` returns it.
+        `V: (..., d, r)`, as `hra_fx.functional.householder.orthonormalize` returns it.
 
     Example:
         >>> gram_schmidt(torch.tensor([[3.0, 1.0], [0.0, 2.0]]))
@@ -65,11 +65,11 @@ def gram_schmidt(vectors: Tensor) -> Tensor:
                 [0., 1.]])
     """
     basis: Tensor | None = None
-    for step in range(vectors.shape[1]):
-        column = vectors[:, step : step + 1]
+    for step in range(vectors.shape[-1]):
+        column = vectors[..., step : step + 1]
         if basis is not None:
             for _ in range(2):
                 column = column - basis @ (basis.mT @ column)
-        column = column / (column * column).sum(dim=0).sqrt()
-        basis = column if basis is None else torch.cat([basis, column], dim=1)
+        column = column / (column * column).sum(dim=-2, keepdim=True).sqrt()
+        basis = column if basis is None else torch.cat([basis, column], dim=-1)
     return vectors if basis is None else basis

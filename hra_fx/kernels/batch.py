@@ -49,6 +49,15 @@ def batched_factors(layers: Sequence[Sequence[ChainPart]], dtype: torch.dtype) -
     return [Factors(*pair) for pair in zip(factors[::2], factors[1::2], strict=True)]
 
 
+def plain_factors(layers: Sequence[Sequence[ChainPart]]) -> list[Factors]:
+    """As `batched_factors`, in operators that `torch.export` records, and in the dtype that they are computed in."""
+    tensors = [tensor for place in range(len(layers[0])) for tensor in _column(layers, place)]
+    chains = _chains(tensors, [p.apply_GS for p in layers[0]], [p.anchor is not None for p in layers[0]], torch.stack)
+    unit = householder.normalize(chains)
+    down = -(householder.compact_wy(unit) @ unit.mT)
+    return [Factors(*pair) for pair in zip(unit.mT.unbind(), down.unbind(), strict=True)]
+
+
 def _column(layers: Sequence[Sequence[ChainPart]], place: int) -> list[Tensor]:
     """The vectors of one part of all layers, then the anchors if there are any."""
     parts = [layer[place] for layer in layers]

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from hra_fx.compat import tensor_version
+from hra_fx.compat import is_exporting, tensor_version
 from hra_fx.functional.chain import ChainPart
-from hra_fx.kernels.batch import batched_factors
+from hra_fx.kernels.batch import batched_factors, plain_factors
 from hra_fx.kernels.dispatch import is_compiling, is_plain, is_plain_eager, products_dtype
 from hra_fx.kernels.factors import Factors
 from hra_fx.kernels.mixed import RowFactors, stack_chains
@@ -135,6 +135,31 @@ def factors_in_traced_batches(layers: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for box in prepared:
             box.prepared = None
+
+
+@contextmanager
+def factors_in_exported_batches(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """As `factors_in_batches`, while `torch.export` records, in plain operators.
+
+    `exported_factors` returns the factors. One layer alone takes some hundred nodes with its backward pass.
+    """
+    groups: dict[tuple[object, ...], list[tuple[HouseholderAdapters, list[ChainPart]]]] = defaultdict(list)
+    for box in filter(None, map(get_adapters, layers)):
+        if box.is_called and box.kind == "linear" and mixed_batch_of(box) is None and (parts := box.chain_parts()):
+            groups[tuple([part.signature() for part in parts])].append((box, parts))
+    found: dict[HouseholderAdapters, Prepared] = {}
+    for group in groups.values():
+        factors = plain_factors([parts for _, parts in group])
+        for (box, _), one in zip(group, factors, strict=True):
+            found[box] = Prepared(one, box.active, *_modes())
+    with StartOfForward(found, _modes(), None).used():
+        yield
+
+
+def exported_factors(box: HouseholderAdapters) -> Factors | None:
+    """`R` and `F` of a layer, from `factors_in_exported_batches`; `None` outside of it."""
+    prepared = _prepared(box) if is_exporting() else None
+    return None if prepared is None else prepared.factors  # type: ignore[return-value]  # no rows of a mixed batch
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from hra_fx.kernels.linear import linear, reflect_rows
 from hra_fx.kernels.mixed import RowFactors, pick, reflect_mixed
 from hra_fx.layers.accelerate_hooks import calls_class_forward
 from hra_fx.layers.adapters import HouseholderAdapters
-from hra_fx.layers.batching import factors_of, has_batch
+from hra_fx.layers.batching import exported_factors, factors_of, has_batch
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.experts_adapters import ExpertsAdapters
 from hra_fx.layers.experts_weight import ExpertsWeight
@@ -143,6 +143,8 @@ class LinearAdapters(HouseholderAdapters):
                 check_rows(self, x, dims=2)
                 return reflect_mixed(x, factors)
             return x if factors is None else reflect_rows(x, factors)
+        if (exported := exported_factors(self)) is not None:
+            return x + (x @ exported.down.to(x.dtype).mT) @ exported.rows.to(x.dtype)
         vectors = self.vectors_for(x)
         return x if vectors is None else reflected_rows(x, vectors)
 

@@ -50,7 +50,7 @@ def export_call(model: nn.Module, call: Call, dynamic_shapes: Any, *, training: 
     model.train(training)
     with ExitStack() as stack:
         for block in (
-            _quiet(),
+            exporting(),
             without_caches(model),
             layers_as_operators(model),
             _plain_operators(),
@@ -58,18 +58,28 @@ def export_call(model: nn.Module, call: Call, dynamic_shapes: Any, *, training: 
         ):
             stack.enter_context(block)
         vars(model)["forward"] = _without_unknown(model.forward)
+        stack.callback(vars(model).pop, "forward", None)
         state = Snapshot(model)
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        _refuse_changes(state)
+        return program
+
+
+@contextmanager
+def exporting() -> Iterator[None]:
+    """A block for `torch.export`, without what it prints.
+
+    Raises:
+        CaptureError: for any error in the block, with the line of the model's code.
+    """
+    with _quiet():
         try:
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-            _refuse_changes(state)
-            return program
+            yield
         except CaptureError:
             raise
         except Exception as error:
             line = str(error).strip().split("\n")[0]
             raise CaptureError(f"torch.export fails{_place(error)} ({type(error).__name__}: {line[:200]})") from error
-        finally:
-            vars(model).pop("forward", None)
 
 
 def _refuse_changes(state: Snapshot) -> None:

@@ -28,6 +28,7 @@ GUIDES = {
     "visualize": {"adapters.html", "adapters.mmd", "adapters.svg", "block.svg", "heatmap.svg", "two.svg"},
     "folding": {"folded", "my-adapter", "my-model", "restored"},
     "how-it-works": {"adapter"},
+    "devices": set(),
 }
 #: Documents whose programs other tests run, or that show calls without a model.
 RUN_ELSEWHERE = ("README", "export", "index")

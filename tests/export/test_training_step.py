@@ -1,0 +1,159 @@
+"""`export_training_step`: the gradients of the program are the model's, at any size; else an error says why not."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from layers.checking import assert_same, randomise
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from tracing.captured import CASES
+
+import hra_fx
+from hra_fx.errors import AdapterError, VerificationError
+
+X, LABELS = torch.randn(5, 6).double(), torch.tensor([0, 1, 2, 3, 0])
+BATCH, LENGTH = Dim("batch", min=2, max=8), Dim("length", min=3, max=16)
+
+
+def mlp(**fields: Any) -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    return adapted(model.double(), **{"target_modules": ["0", "2"], **fields})
+
+
+def adapted(model: nn.Module, **fields: Any) -> nn.Module:
+    model = hra_fx.transform(model.eval(), hra_fx.HRAConfig(**{"r": 4, **fields}))
+    randomise(model)
+    return model
+
+
+def step_of(model: nn.Module, **options: Any) -> ExportedProgram:
+    return hra_fx.export_training_step(model, X, loss=F.cross_entropy, labels=LABELS, **options)
+
+
+def check_same(program: ExportedProgram, model: nn.Module, values: tuple[Tensor, ...], loss: Tensor) -> None:
+    """The program returns the loss, and the gradients of all parameters that have one."""
+    found, by_name = program.module()(*values)
+    assert_same(found, loss)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert by_name.keys() == trained.keys()
+    wanted = torch.autograd.grad(loss, list(trained.values()))
+    # Together: some are zero but for rounding, such as that of the bias of an attention's keys.
+    assert_same(flat([by_name[name] for name in trained]), flat(wanted))
+
+
+def flat(values: Sequence[Tensor]) -> Tensor:
+    return torch.cat([value.flatten() for value in values])
+
+
+def logits_loss(outputs: Any) -> Tensor:
+    """A loss in float64; those of transformers are in float32."""
+    loss: Tensor = outputs.logits.logsumexp(-1).sum()
+    return loss
+
+
+@pytest.mark.parametrize(("name", "traced"), [("llama", False), ("bert", True), ("resnet", True)])
+def test_gradients_at_another_size_are_those_of_the_model(name: str, traced: bool) -> None:
+    case = CASES[name]
+    example, other = (without_labels(case.call(batch, length)) for batch, length in ((2, 5), (3, 7)))
+    model = case.make().double().eval()
+    options = {"trace": True, "example_inputs": example} if traced else {}
+    adapted_model = hra_fx.transform(model, hra_fx.HRAConfig(**{"r": 4, **case.fields}), **options)
+    randomise(adapted_model)
+    shapes = {key: {0: BATCH, 1: LENGTH} if value.dim() == 2 else {0: BATCH} for key, value in example.items()}
+    program = hra_fx.export_training_step(adapted_model, example, loss=logits_loss, dynamic_shapes=shapes)
+    check_same(program, adapted_model, tuple(other.values()), logits_loss(adapted_model(**other)))
+
+
+def without_labels(call: dict[str, Any]) -> dict[str, Any]:
+    doubled = {name: value.double() if value.is_floating_point() else value for name, value in call.items()}
+    return {name: value for name, value in doubled.items() if name != "labels"}
+
+
+@pytest.mark.parametrize("fields", [{"apply_GS": True}, {"bias": "all"}, {"modules_to_save": ["2"]}, {"r": 1}], ids=str)
+def test_what_a_configuration_trains_has_gradients(fields: dict[str, Any]) -> None:
+    targets = ["0"] if "modules_to_save" in fields else ["0", "2"]
+    model = mlp(**fields, target_modules=targets)
+    check_same(step_of(model), model, (X, LABELS), F.cross_entropy(model(X), LABELS))
+
+
+def test_several_adapters_and_batch_norm() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 6), nn.Linear(6, 3))
+    adapted(model.double(), target_modules=["0", "3"])
+    hra_fx.add_adapter(model, "second", hra_fx.HRAConfig(r=3, target_modules=["3", "4"]))
+    hra_fx.set_adapter(model, ["default", "second"])
+    randomise(model)
+    model.train()
+    x, labels = torch.randn(4, 3, 6, 6).double(), torch.tensor([0, 1, 2, 0])
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    program = hra_fx.export_training_step(model, x, loss=F.cross_entropy, labels=labels)
+    assert_same(dict(model.named_buffers()), before)
+    eager = copy.deepcopy(model)  # the program changes the statistics of the model
+    check_same(program, eager, (x, labels), F.cross_entropy(eager(x), labels))
+    hra_fx.set_adapter(model, "second")
+    program = hra_fx.export_training_step(model, x, loss=F.cross_entropy, labels=labels)
+    assert set(program.module()(x, labels)[1]) == {"3.hra_u.second", "4.hra_u.second"}
+    assert not any("default" in name for name in program.state_dict)  # what is not read takes no place in files
+
+
+def test_a_program_goes_through_a_file() -> None:
+    model = mlp()
+    file = io.BytesIO()
+    torch.export.save(step_of(model), file)
+    program = torch.export.load(io.BytesIO(file.getvalue()))
+    check_same(program, model, (X, LABELS), F.cross_entropy(model(X), LABELS))
+
+
+def test_inputs_have_the_names_of_the_model_and_the_model_is_unchanged() -> None:
+    model = mlp()
+    keys, attributes = list(model.state_dict()), set(vars(model))
+    program = step_of(model, dynamic_shapes={"input": {0: BATCH}, "labels": {0: BATCH}})
+    assert list(program.graph_signature.user_inputs) == ["input", "labels"]
+    assert list(model.state_dict()) == keys and set(vars(model)) == attributes
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Doubled(torch.autograd.Function):
+    """The identity with twice the gradient, which torch.export does not record."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * gradient
+
+
+def test_wrong_gradients_are_an_error() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)).double()
+    model[1].register_forward_pre_hook(lambda module, args: (Doubled.apply(args[0]),))
+    adapted(model, target_modules=["0", "1"])
+    with pytest.raises(VerificationError, match=r"gradient of 0\.hra_u\.default in the program differs from PyTorch's"):
+        step_of(model)
+
+
+def test_refusals_say_what_to_do() -> None:
+    with pytest.raises(AdapterError, match=r"no parameter requires gradients\. Call hra_fx.transform"):
+        step_of(nn.Linear(6, 4).double().requires_grad_(False))
+    with pytest.raises(AdapterError, match="`labels` needs `loss`"):
+        hra_fx.export_training_step(mlp(), X, labels=LABELS)
+    with pytest.raises(AdapterError, match=r"must be a tensor with one value, got a tensor of shape \(5, 4\)"):
+        hra_fx.export_training_step(mlp(), X)
+    with pytest.raises(AdapterError, match="example_inputs do not fit Sequential: too many positional arguments"):
+        hra_fx.export_training_step(mlp(), (X, X))
+    with pytest.raises(AdapterError, match=r"got an ExportedProgram\. Turn it into a model first: hra_fx\.transform"):
+        step_of(torch.export.export(nn.Linear(6, 4).double(), (X,)))  # type: ignore[arg-type]
+    random = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 4)).double()
+    with pytest.raises(AdapterError, match=r"gradients are random, .* Call model\.eval\(\) first"):
+        step_of(adapted(random, target_modules=["0"]).train())
+    branching = nn.Linear(6, 4).double()
+    branching.register_forward_pre_hook(lambda module, args: args if args[0].sum() > 0 else None)
+    with pytest.raises(AdapterError, match=r"torch.export fails at test_training_step.py, line \d+, `branching"):
+        step_of(adapted(nn.Sequential(branching), target_modules=["0"]))
