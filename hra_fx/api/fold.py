@@ -66,7 +66,7 @@ def fold(model: M, adapter_names: str | Sequence[str] | None = None, *, requanti
                 "its weights are not quantized. Leave them out."
             )
         captured: Any = model
-        return fold_captured(captured)  # type: ignore[no-any-return]
+        return fold_captured(captured)  # type: ignore[return-value]
     module: Any = model
     prepare_fold(module, adapter_names, requantize=requantize).run()
     return model

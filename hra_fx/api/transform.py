@@ -98,11 +98,11 @@ def transform(
     if is_captured(model):
         if low_cpu_mem_usage or verify or (example_inputs is not None and not trace):
             raise AdapterError(
-                "`low_cpu_mem_usage`, `example_inputs` and `verify` are not supported for captured programs, which "
-                "trace=True creates if torch.fx cannot trace the call. Leave them out, or transform without trace=True."
+                "`low_cpu_mem_usage`, `example_inputs` and `verify` are not supported for programs. Leave them out, or "
+                "transform hra_fx.lift(program)."
             )
         captured: Any = model
-        return transform_captured(captured, valid_config(config), adapter_name)  # type: ignore[no-any-return]
+        return transform_captured(captured, valid_config(config), adapter_name)  # type: ignore[return-value]
     module: Any = model
     config = with_head(module, checked(module, config, adapter_name))
     call = None if example_inputs is None else normalize_inputs(example_inputs)

@@ -1,17 +1,17 @@
-"""`transform` and `fold` of captured graphs: programs of `torch.export`, and `GraphModule`s of ATen operators.
+"""`transform` and `fold` of programs of `torch.export`.
 
 program = hra_fx.transform(torch.export.export(model, args), config)
 module = program.module()                 # shares its parameters with the program: train it as usual
 program = hra_fx.fold(program)            # the original graph, with the trained adapter in its weights
 
-A program is not modified, a module is modified in place. Parameters are replaced by new ones on the same memory, so the
-model that was captured does not change.
+A program is not modified. Parameters are replaced by new ones on the same memory, so the model that was captured does
+not change.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from hra_fx.compat import OpOverload
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, UnsupportedLayerError
-from hra_fx.export.editors import Editor, ModuleEditor, ProgramEditor, replace_weights, set_trainable
+from hra_fx.export.editors import ProgramEditor, replace_weights, set_trainable
 from hra_fx.export.insert import find_rotate_nodes, insert_rotation, remove_rotation, split_shared_uses
 from hra_fx.export.metadata import get_metadata, has_adapter, with_metadata, without_metadata
 from hra_fx.export.ops import ROTATE
@@ -31,8 +31,6 @@ from hra_fx.layers.target import REFLECTION, find_kind
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
-
-P = TypeVar("P", bound="ExportedProgram | fx.GraphModule")
 
 
 def is_program(value: object) -> bool:
@@ -68,33 +66,47 @@ def is_captured(value: object) -> bool:
     return any(isinstance(target, OpOverload) or context_of(target) for target in users)
 
 
-def editor_of(captured: Any) -> Editor:
-    """The editor of a captured graph."""
-    return ProgramEditor(captured) if is_program(captured) else ModuleEditor(captured)
+def check_is_program(value: object, function: str) -> None:
+    """Refuse anything but a program.
+
+    Raises:
+        AdapterError: the value has another type.
+    """
+    if is_program(value):
+        return
+    if isinstance(value, fx.GraphModule) and is_captured(value):
+        raise AdapterError(
+            f"{function}: the GraphModule consists of operators, not of calls of layers. Pass the ExportedProgram that "
+            "it was made from, or turn that into a GraphModule of layers: hra_fx.lift(program). "
+            "torch.export.export(module, args) makes a program of any module."
+        )
+    raise AdapterError(
+        f"{function}: expected an ExportedProgram, got {type(value).__name__}. Export the transformed model first: "
+        f"hra_fx.{function}(torch.export.export(model, args))."
+    )
 
 
-def transform_captured(captured: P, config: HRAConfig, adapter_name: str = "default") -> P:
-    """Add reflections to a captured graph: each selected weight is replaced by `W Q`, one node `hra_fx::rotate`.
+def transform_captured(captured: ExportedProgram, config: HRAConfig, adapter_name: str = "default") -> ExportedProgram:
+    """Add reflections to a program: each selected weight is replaced by `W Q`, one node `hra_fx::rotate`.
 
-    The parameters share memory with those before, and are frozen. The `state_dict` (and the `graph_signature` of a
-    program) has in addition the parameter `<layer>.hra_u.<adapter>` of shape `(d, r)`, and the buffer
+    The parameters share memory with those before, and are frozen. The `state_dict` and the `graph_signature` have in
+    addition the parameter `<layer>.hra_u.<adapter>` of shape `(d, r)`, and the buffer
     `<layer>.hra_u.<adapter>_anchor` if `init_weights=True` needs one. Tied weights are read by separate names, of which
     only those of the selected layers are rotated.
 
     Args:
-        captured: a program of `torch.export.export`, decomposed or not; or a graph of ATen operators, with the
-            parameter names of the model that was captured.
+        captured: a program of `torch.export.export`, decomposed or not.
         config: which layers, by their names in the model, how many reflections, and the initialization.
         adapter_name: name of the adapter, part of its parameters' names.
 
     Returns:
-        A new program, or the module; `captured` itself if it has this adapter already.
+        A new program; `captured` itself if it has this adapter already.
 
     Raises:
         ConfigError: the configuration trains more than reflections.
         SelectionError: the configuration does not fit the graph.
         UnsupportedLayerError: a selected layer does not support reflections.
-        AdapterError: the graph has another adapter. After any error `captured` is unchanged.
+        AdapterError: the graph has another adapter, or it is no program.
 
     Example:
         >>> from torch import nn
@@ -102,16 +114,16 @@ def transform_captured(captured: P, config: HRAConfig, adapter_name: str = "defa
         >>> list(transform_captured(program, HRAConfig(r=2, target_modules=["0"])).state_dict)
         ['0.weight', '0.bias', '0.hra_u.default']
     """
+    check_is_program(captured, "transform")
     check_adapter_name(adapter_name)
-    graph_module: Any = getattr(captured, "graph_module", captured)
-    if has_adapter(graph_module, config, adapter_name):
+    if has_adapter(captured.graph_module, config, adapter_name):
         return captured
-    if is_program(captured) and captured.graph_signature.backward_signature is not None:  # type: ignore[union-attr]
+    if captured.graph_signature.backward_signature is not None:
         raise UnsupportedLayerError(
             "the program contains a backward pass, which would not compute gradients of the reflections. Transform it "
             "before adding the backward pass."
         )
-    editor = editor_of(captured)
+    editor = ProgramEditor(captured)
     layers = select_layers(editor.graph, editor.weights, editor.parameters, config)
     initials = [init_adapter(layer, editor.parameters[layer.name], config) for layer in layers]
     for layer, (vectors, anchor) in zip(layers, initials, strict=True):
@@ -123,23 +135,23 @@ def transform_captured(captured: P, config: HRAConfig, adapter_name: str = "defa
     trainable = [name for name, parameter in editor.parameters.items() if parameter.requires_grad]
     set_trainable(editor, set())
     editor.graph_module.meta = with_metadata(editor.graph_module, config, adapter_name, trainable)
-    return editor.build()  # type: ignore[return-value]
+    return editor.build()
 
 
-def fold_captured(captured: P) -> P:
-    """Fold the reflections of a captured graph into its weights: the original graph, node for node.
+def fold_captured(captured: ExportedProgram) -> ExportedProgram:
+    """Fold the reflections of a program into its weights: the original graph, node for node.
 
     All folded weights are computed and checked before any is written. They are new tensors; other parameters share
     memory. Weights that were tied stay separate if only some of their layers are adapted.
 
     Args:
-        captured: a result of `transform_captured`, possibly decomposed, or saved and loaded; or its `module()`.
+        captured: a result of `transform_captured`, possibly decomposed, or saved and loaded.
 
     Returns:
-        A new program, or the module.
+        A new program.
 
     Raises:
-        AdapterError: the graph has no reflections.
+        AdapterError: the graph has no reflections, or it is no program.
         FoldError: a weight or its vectors are on the meta device, or the folded weight would not be finite, or
             Gram-Schmidt gets linearly dependent vectors. `captured` is unchanged.
 
@@ -150,7 +162,8 @@ def fold_captured(captured: P) -> P:
         >>> [node.name for node in folded.graph.nodes] == [node.name for node in program.graph.nodes]
         True
     """
-    editor = editor_of(captured)
+    check_is_program(captured, "fold")
+    editor = ProgramEditor(captured)
     rotations = rotations_of(editor)
     folded: dict[str, Tensor] = {}
     for rotation in rotations:
@@ -164,7 +177,7 @@ def fold_captured(captured: P) -> P:
     if metadata is not None:
         set_trainable(editor, set(metadata["trainable"]))
     editor.graph_module.meta = without_metadata(editor.graph_module)
-    return editor.build()  # type: ignore[return-value]
+    return editor.build()
 
 
 class Rotation(NamedTuple):
@@ -190,7 +203,7 @@ class Rotation(NamedTuple):
     transposed: bool
 
 
-def rotations_of(editor: Editor) -> list[Rotation]:
+def rotations_of(editor: ProgramEditor) -> list[Rotation]:
     """The rotations of a graph, in its order.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Edit a captured graph by one interface: a copy of a `torch.export.ExportedProgram`, or a `GraphModule` in place.
+"""Edit a copy of a `torch.export.ExportedProgram`.
 
 Parameters are replaced by new objects, never written to.
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from torch import Tensor, fx, nn
 
-from hra_fx.export.match import group_tied, parent_path
+from hra_fx.export.match import group_tied
 from hra_fx.layers.target import REFLECTION
 
 if TYPE_CHECKING:
@@ -153,105 +153,7 @@ class ProgramEditor:
         self._state[name] = parameter
 
 
-class ModuleEditor:
-    """A captured module, edited in place; its submodules only hold tensors, which the graph reads by `get_attr`.
-
-    It has the attributes and methods of `ProgramEditor`.
-    """
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        """Edit `module`."""
-        self.graph_module, self.graph = module, module.graph
-        self._original = set(self._named_parameters())
-        self.weights: dict[str, list[fx.Node]] = {}
-        for node in self.graph.find_nodes(op="get_attr"):
-            if node.target in self._original:
-                self.weights.setdefault(str(node.target), []).append(node)
-
-    @property
-    def parameters(self) -> dict[str, Tensor]:  # noqa: D102
-        return {name: tensor for name, tensor in self._named_parameters().items() if name in self._original}
-
-    @property
-    def constant_nodes(self) -> dict[fx.Node, str]:  # noqa: D102
-        buffers = dict(self.graph_module.named_buffers(remove_duplicate=False))
-        constant = [*self._named_parameters(), *filter(is_adapter_tensor, buffers)]
-        read = {str(node.target) for node in self.graph.find_nodes(op="get_attr")}
-        for name in filter(is_adapter_tensor, constant):
-            if name not in read:  # an adapter that is not active
-                self._read(name)
-        return {node: str(node.target) for node in self.graph.find_nodes(op="get_attr") if node.target in constant}
-
-    def tensor(self, name: str) -> Tensor:  # noqa: D102
-        found: Tensor = getattr(*self._locate(name))
-        return found
-
-    def has(self, name: str) -> bool:  # noqa: D102
-        return hasattr(*self._locate(name))
-
-    def name_of(self, node: fx.Node) -> str:  # noqa: D102
-        return str(node.target)
-
-    def weight_node(self, name: str) -> fx.Node:
-        """The first node that reads a parameter; created if there is none (tied names, dead code elimination)."""
-        if name not in self.weights:
-            self.weights[name] = [self._read(name)]
-        return self.weights[name][0]
-
-    def add(self, name: str, tensor: Tensor, like: fx.Node) -> fx.Node:  # noqa: D102
-        owner = self.graph_module.get_submodule(parent_path(parent_path(name)))
-        if REFLECTION not in owner._modules:
-            owner.add_module(REFLECTION, nn.Module())
-        container, last = self._locate(name)
-        if isinstance(tensor, nn.Parameter):
-            container.register_parameter(last, tensor)
-        else:
-            container.register_buffer(last, tensor)
-        return self._read(name)
-
-    def remove_if_unused(self, node: fx.Node) -> None:
-        """Remove the tensor of a node that has no users, and its container with the last one."""
-        if node.users:
-            return
-        name = str(node.target)
-        container, last = self._locate(name)
-        self.graph.erase_node(node)
-        if last in container._parameters or last in container._buffers:
-            delattr(container, last)
-        if not [*container.parameters(), *container.buffers()]:
-            self.graph_module.get_submodule(parent_path(parent_path(name)))._modules.pop(REFLECTION, None)
-
-    def build(self) -> fx.GraphModule:
-        """The module itself, each `get_attr` node moved before its first user, which may have read another before."""
-        order = {node: index for index, node in enumerate(self.graph.nodes)}
-        for node in self.graph.find_nodes(op="get_attr"):
-            first = min(node.users, key=order.__getitem__, default=node)
-            if order[first] < order[node]:
-                first.prepend(node)
-        self.graph_module.recompile()
-        return self.graph_module
-
-    def replace(self, name: str, parameter: nn.Parameter) -> None:  # noqa: D102
-        owner, last = self._locate(name)
-        owner._parameters[last] = parameter
-
-    def _named_parameters(self) -> dict[str, Tensor]:
-        return dict(self.graph_module.named_parameters(remove_duplicate=False))
-
-    def _locate(self, name: str) -> tuple[nn.Module, str]:
-        path, _, last = name.rpartition(".")
-        return self.graph_module.get_submodule(path), last
-
-    def _read(self, name: str) -> fx.Node:
-        """A new node that reads a tensor, at the top of the graph."""
-        with self.graph.inserting_before(next(iter(self.graph.nodes))):
-            return self.graph.get_attr(name)
-
-
-Editor: TypeAlias = ProgramEditor | ModuleEditor
-
-
-def replace_weights(editor: Editor, tensors: Mapping[str, Tensor]) -> None:
+def replace_weights(editor: ProgramEditor, tensors: Mapping[str, Tensor]) -> None:
     """Replace weights, and also tied names of them that no node reads."""
     for names in group_tied(editor.parameters):
         new = {name: nn.Parameter(tensors[name]) for name in names if name in tensors}
@@ -262,7 +164,7 @@ def replace_weights(editor: Editor, tensors: Mapping[str, Tensor]) -> None:
             editor.replace(name, weight)
 
 
-def set_trainable(editor: Editor, trainable: set[str]) -> None:
+def set_trainable(editor: ProgramEditor, trainable: set[str]) -> None:
     """Set which of the original parameters require gradients. Changed ones are new objects on the same memory."""
     parameters = editor.parameters
     for names in group_tied(parameters):

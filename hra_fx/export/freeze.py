@@ -5,25 +5,24 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from torch import Tensor, fx, nn
 
 from hra_fx.errors import AdapterError
-from hra_fx.export.captured import editor_of
-from hra_fx.export.editors import is_adapter_tensor
-from hra_fx.export.lower import check_is_captured, lower
+from hra_fx.export.captured import check_is_program
+from hra_fx.export.editors import ProgramEditor, is_adapter_tensor
+from hra_fx.export.lower import lower
 from passes.freeze import FreezePass
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-P = TypeVar("P", bound="ExportedProgram | fx.GraphModule")
 _FROZEN = "frozen"
 
 
-def freeze(program: P) -> P:
-    """Precompute everything in a captured graph that depends only on its adapters, for inference and export.
+def freeze(program: ExportedProgram) -> ExportedProgram:
+    """Precompute everything in a program that depends only on its adapters, for inference and export.
 
     A Linear becomes `x - (x U) A` followed by the base layer; a convolution gets two thin parallel convolutions; a
     rotated weight becomes `W - (W U) A`. The constants have rank k, and are buffers `<layer>.hra_u.frozen_<n>` that
@@ -32,10 +31,10 @@ def freeze(program: P) -> P:
 
     Args:
         program: an `ExportedProgram` of a transformed model in eval mode, or of `hra_fx.transform(program, config)`,
-            which is not modified; or a `GraphModule` of ATen operators, which is modified in place.
+            which is not modified.
 
     Returns:
-        A new program. For a `GraphModule`, the same object.
+        A new program.
 
     Raises:
         AdapterError: the argument has another type, has no reflections, or has vectors on the meta device.
@@ -50,8 +49,8 @@ def freeze(program: P) -> P:
         >>> {name: tuple(tensor.shape) for name, tensor in program.state_dict.items() if ".hra_u." in name}
         {'0.hra_u.frozen_0': (3, 2), '0.hra_u.frozen_1': (2, 3)}
     """
-    check_is_captured(program, "freeze")
-    editor = editor_of(lower(program))
+    check_is_program(program, "freeze")
+    editor = ProgramEditor(lower(program))
     names = editor.constant_nodes
     tensors = {node: editor.tensor(name) for node, name in names.items()}
     vectors = _vector_nodes(names, tensors)
@@ -64,7 +63,7 @@ def freeze(program: P) -> P:
     FreezePass(tensors, vectors, add_constant)(editor.graph_module)
     for node in (node for node, name in names.items() if is_adapter_tensor(name)):
         editor.remove_if_unused(node)
-    return editor.build()  # type: ignore[return-value]
+    return editor.build()
 
 
 def _vector_nodes(names: Mapping[fx.Node, str], tensors: Mapping[fx.Node, Tensor]) -> list[fx.Node]:

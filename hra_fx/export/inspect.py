@@ -9,7 +9,8 @@ from torch import Tensor, fx, nn
 
 from hra_fx.compat import schema_of
 from hra_fx.config import HRAConfig
-from hra_fx.export.captured import Rotation, editor_of, rotations_of
+from hra_fx.export.captured import Rotation, rotations_of
+from hra_fx.export.editors import ProgramEditor
 from hra_fx.export.match import WEIGHTS, find_layers, module_classes
 from hra_fx.export.metadata import get_metadata
 from hra_fx.export.skeleton import build_skeleton
@@ -60,8 +61,8 @@ class UnadaptedLayers:
     layers: dict[str, tuple[LayerKind, str, str | None]]
 
 
-def adapter_layers(captured: ExportedProgram | fx.GraphModule) -> list[LayerAdapter]:
-    """The adapter of a captured graph, layer by layer, in the order of the graph.
+def adapter_layers(program: ExportedProgram) -> list[LayerAdapter]:
+    """The adapter of a program, layer by layer, in the order of the graph.
 
     Raises:
         AdapterError: the graph has no reflections.
@@ -69,25 +70,25 @@ def adapter_layers(captured: ExportedProgram | fx.GraphModule) -> list[LayerAdap
     Example:
         >>> import torch
         >>> from hra_fx.export.captured import transform_captured
-        >>> module = torch.export.export(nn.Sequential(nn.Linear(3, 2)), (torch.randn(1, 3),)).module()
-        >>> module = transform_captured(module, HRAConfig(r=2, target_modules=["0"]))
-        >>> [(layer.path, layer.description, layer.adapter) for layer in adapter_layers(module)]
+        >>> program = torch.export.export(nn.Sequential(nn.Linear(3, 2)), (torch.randn(1, 3),))
+        >>> program = transform_captured(program, HRAConfig(r=2, target_modules=["0"]))
+        >>> [(layer.path, layer.description, layer.adapter) for layer in adapter_layers(program)]
         [('0', 'Linear 3->2', 'default')]
     """
-    return [_layer_adapter(rotation) for rotation in rotations_of(editor_of(captured))]
+    return [_layer_adapter(rotation) for rotation in rotations_of(ProgramEditor(program))]
 
 
-def unadapted_layers(captured: ExportedProgram | fx.GraphModule) -> UnadaptedLayers:
-    """The layers of a captured graph without reflections, and the configuration of its adapter.
+def unadapted_layers(program: ExportedProgram) -> UnadaptedLayers:
+    """The layers of a program without reflections, and the configuration of its adapter.
 
     Example:
         >>> import torch
         >>> from hra_fx.export.captured import transform_captured
-        >>> module = torch.export.export(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), (torch.randn(1, 3),)).module()
-        >>> unadapted_layers(transform_captured(module, HRAConfig(r=2, target_modules=["0"]))).layers
+        >>> program = torch.export.export(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), (torch.randn(1, 3),))
+        >>> unadapted_layers(transform_captured(program, HRAConfig(r=2, target_modules=["0"]))).layers
         {'1': ('linear', 'Linear 4->2', None)}
     """
-    editor = editor_of(captured)
+    editor = ProgramEditor(program)
     metadata = get_metadata(editor.graph_module)
     config = None if metadata is None else HRAConfig.from_dict(metadata["config"])
     all_linear = config is not None and str(config.target_modules).lower() == "all-linear"

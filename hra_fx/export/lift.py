@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from hra_fx.errors import AdapterError, CaptureError, UnsupportedLayerError
 from hra_fx.export.captured import is_program
-from hra_fx.export.editors import ModuleEditor, is_adapter_tensor
+from hra_fx.export.editors import is_adapter_tensor
 from hra_fx.export.layer_calls import call_layers
 from hra_fx.export.match import GraphLayer, find_layers, group_tied, module_classes
 from hra_fx.export.skeleton import OUTPUTS, model_type_of
@@ -71,10 +71,13 @@ def lift(program: ExportedProgram) -> fx.GraphModule:
     module: Any = program.module(check_guards=False)
     graph: fx.Graph = module.graph
     _hold_all(module, program.state_dict)
-    editor = ModuleEditor(module)
-    _use_own_parameters(editor)
-    layers = find_layers(editor.weights, editor.parameters)
-    called = call_layers(module, _unambiguous(layers.values(), editor), editor.parameters)
+    parameters = _own_parameters(module)
+    weights: dict[str, list[fx.Node]] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        if node.target in parameters:
+            weights.setdefault(str(node.target), []).append(node)
+    layers = find_layers(weights, parameters)
+    called = call_layers(module, _unambiguous(layers.values(), parameters), parameters)
     if not called:
         raise AdapterError(_why_no_layer(layers.values()))
     origin = _origin_of(graph, called)
@@ -127,22 +130,24 @@ def _hold_all(module: fx.GraphModule, state: Mapping[str, Tensor]) -> None:
             owner.register_buffer(last, tensor)
 
 
-def _use_own_parameters(editor: ModuleEditor) -> None:
+def _own_parameters(module: fx.GraphModule) -> dict[str, Tensor]:
     """Replace the parameters by new ones on the same memory, so that the flags of the program do not change.
 
     Names that were tied when the program was saved have one parameter again.
     """
-    parameters = editor.parameters
+    parameters: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     for names in group_tied(parameters):
         tensor = parameters[names[0]]
         own = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
         for name in names:
-            editor.replace(name, own)
+            owner, _, last = name.rpartition(".")
+            module.get_submodule(owner)._parameters[last] = parameters[name] = own
+    return parameters
 
 
-def _unambiguous(layers: Iterable[GraphLayer], editor: ModuleEditor) -> list[GraphLayer]:
+def _unambiguous(layers: Iterable[GraphLayer], parameters: Mapping[str, Tensor]) -> list[GraphLayer]:
     """The layers for which the layer that each use of their weight belongs to is known."""
-    tied = {name for names in group_tied(editor.parameters) if len(names) > 1 for name in names}
+    tied = {name for names in group_tied(parameters) if len(names) > 1 for name in names}
     return [layer for layer in layers if layer.is_candidate and (layer.refusal is None or layer.name not in tied)]
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from hra_fx.errors import AdapterError
-from hra_fx.export.captured import editor_of, is_program
+from hra_fx.export.captured import check_is_program
+from hra_fx.export.editors import ProgramEditor
 from hra_fx.export.metadata import without_metadata
 from hra_fx.export.ops import ROTATE
 from hra_fx.functional import exportable, householder
@@ -18,26 +18,22 @@ from passes.lower import LowerPass
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-P = TypeVar("P", bound="ExportedProgram | fx.GraphModule")
 
-
-def lower(program: P) -> P:
-    """Replace the reflections of a captured graph by products, sums and comparisons of core ATen.
+def lower(program: ExportedProgram) -> ExportedProgram:
+    """Replace the reflections of a program by products, sums and comparisons of core ATen.
 
     For programs from `hra_fx.transform(program, config)`, whose reflections are operators `hra_fx::rotate`. Models that
     were transformed before `torch.export` do not need it. The vectors remain trainable parameters. `fold`, `report`
     and `visualize` do not work on a lowered program, because they look for the operator.
 
     Args:
-        program: an `ExportedProgram`, which is not modified, or a `GraphModule` of ATen operators, which is modified in
-            place.
+        program: an `ExportedProgram`, which is not modified.
 
     Returns:
-        A new program, or `program` itself if it has no such operator. For a `GraphModule`, the same object.
+        A new program, or `program` itself if it has no such operator.
 
     Raises:
         AdapterError: the argument has another type.
-        GraphInvariantError: the nodes of a `GraphModule` have no shapes.
 
     Example:
         >>> from torch import nn
@@ -47,26 +43,13 @@ def lower(program: P) -> P:
         >>> "hra_fx.rotate" in str(program.graph), "hra_fx.rotate" in str(lower(program).graph)
         (True, False)
     """
-    check_is_captured(program, "lower")
+    check_is_program(program, "lower")
     if not program.graph.find_nodes(op="call_function", target=ROTATE):
         return program
-    editor = editor_of(program)
+    editor = ProgramEditor(program)
     LowerPass({ROTATE: rotate_decomposition})(editor.graph_module)
     editor.graph_module.meta = without_metadata(editor.graph_module)
-    return editor.build()  # type: ignore[return-value]
-
-
-def check_is_captured(program: object, function: str) -> None:
-    """Raise for anything but a captured graph.
-
-    Raises:
-        AdapterError: it is neither an `ExportedProgram` nor a `GraphModule`.
-    """
-    if not is_program(program) and not isinstance(program, fx.GraphModule):
-        raise AdapterError(
-            f"{function}: expected an ExportedProgram or a GraphModule, got {type(program).__name__}. Export the "
-            f"transformed model first: hra_fx.{function}(torch.export.export(model, args))."
-        )
+    return editor.build()
 
 
 def rotate_decomposition(

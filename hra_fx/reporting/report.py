@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from hra_fx.export.captured import is_captured
+from hra_fx.export.captured import check_is_program, is_captured
 from hra_fx.export.inspect import adapter_layers
 from hra_fx.layers.accelerate_hooks import loaded
 from hra_fx.layers.sharding import local_tensor
@@ -17,7 +17,7 @@ from hra_fx.model.state import get_state, require_adapted_layers
 from hra_fx.reporting.measuring import chain_of, change_of, turn_of, weight_rows
 from hra_fx.reporting.result import Report
 from hra_fx.reporting.row import Row
-from hra_fx.reporting.skipped_layers import not_adapted, not_adapted_in_graph, skipped_parameters
+from hra_fx.reporting.skipped_layers import not_adapted, not_adapted_in_program, skipped_parameters
 from hra_fx.tracing.capture import capture_layers
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def report(model: nn.Module | ExportedProgram, *, capture: bool = False) -> Repo
     most `r + 1` columns, so that no `d x d` matrix is made.
 
     Args:
-        model: a transformed model, `ExportedProgram` or captured `GraphModule`.
+        model: a transformed model or `ExportedProgram`.
         capture: also trace the model, and fill `Row.graph` and `Row.graph_reason`.
 
     Returns:
@@ -48,7 +48,8 @@ def report(model: nn.Module | ExportedProgram, *, capture: bool = False) -> Repo
         ('0', 'Linear 6->8', 6, 2, ())
     """
     if is_captured(model):
-        return _report_of_graph(model, capture=capture)
+        check_is_program(model, "report")
+        return _report_of_program(model, capture=capture)
     module: Any = model
     skipped, trained = not_adapted(module)
     return Report(_rows(module, capture=capture), skipped, trained, skipped_parameters(module))
@@ -78,14 +79,14 @@ def _rows(model: nn.Module, *, capture: bool) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def _report_of_graph(graph: Any, *, capture: bool) -> Report:
-    """The report of an `ExportedProgram` or captured `GraphModule`, which is one graph."""
+def _report_of_program(program: Any, *, capture: bool) -> Report:
+    """The report of an `ExportedProgram`, which is one graph."""
     rows = []
-    for layer in adapter_layers(graph):
+    for layer in adapter_layers(program):
         d, measured = layer.chain.shape[0], _measured(layer.chain, layer.rows)
         row = Row(layer.path, layer.description, layer.adapter, True, d, layer.r, d * layer.r, **measured)
         rows.append(replace(row, graph="") if capture else row)
-    return Report(tuple(rows), *not_adapted_in_graph(graph))
+    return Report(tuple(rows), *not_adapted_in_program(program))
 
 
 def _measured(chain: Tensor | None, weight: Tensor | None) -> dict[str, Any]:

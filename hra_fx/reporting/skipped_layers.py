@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import fx, nn
+from torch import nn
 
 from hra_fx.compat import state_modules
 from hra_fx.config import HRAConfig
@@ -100,9 +100,9 @@ def _requires_grad(layer: nn.Module, kind: LayerKind) -> bool:
     return weight is not None and weight.requires_grad
 
 
-def not_adapted_in_graph(graph: fx.GraphModule | ExportedProgram) -> tuple[tuple[SkippedLayer, ...], tuple[str, ...]]:
-    """The same for an `ExportedProgram` or a captured `GraphModule`, which does not train layers in full."""
-    found = unadapted_layers(graph)
+def not_adapted_in_program(program: ExportedProgram) -> tuple[tuple[SkippedLayer, ...], tuple[str, ...]]:
+    """The same for an `ExportedProgram`, which does not train layers in full."""
+    found = unadapted_layers(program)
     selections = {} if found.config is None else {found.adapter: Selection(found.skeleton, found.config)}
     skipped = []
     for path, (kind, layer_type, refusal) in found.layers.items():

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx
 
 from hra_fx.export.insert import find_rotate_nodes, remove_rotation
-from hra_fx.export.inspect import adapter_layers
+from hra_fx.export.inspect import LayerAdapter, adapter_layers
 from hra_fx.export.match import GraphLayer, find_layers, group_tied, module_classes, parent_path
 from hra_fx.export.skeleton import build_skeleton
 from hra_fx.layers.target import META, REFLECTION, NodeTag
@@ -44,18 +44,18 @@ def subject_of_program(program: ExportedProgram, rows: Iterable[Row] = ()) -> Su
     root |= dict(program.graph_module.named_children())  # bodies of control flow
     read = {str(node.target) for node in graph.find_nodes(op="get_attr")}
     tensors = {name: value for name, value in root.items() if name in read}
-    return _subject(fx.GraphModule(tensors, graph), dict(program.named_parameters()), known_rotations(rows))
+    adapted = adapter_layers(program) if find_rotate_nodes(program.graph) else []
+    return _subject(fx.GraphModule(tensors, graph), dict(program.named_parameters()), adapted, known_rotations(rows))
 
 
-def subject_of_captured(module: fx.GraphModule, rows: Iterable[Row] = ()) -> Subject:
-    """A `GraphModule` of ATen operators that reads parameters by name; its graph is copied.
+def subject_of_operators(module: fx.GraphModule) -> Subject:
+    """A `GraphModule` of ATen operators that reads parameters by name, without adapters; its graph is copied.
 
     Args:
         module: the module, one that `hra_fx.export.captured.is_captured` accepts.
-        rows: the rows of its report.
     """
     copied = fx.GraphModule(module, copy.deepcopy(module.graph), type(module).__name__)
-    return _subject(copied, dict(module.named_parameters(remove_duplicate=False)), known_rotations(rows))
+    return _subject(copied, dict(module.named_parameters(remove_duplicate=False)), [], {})
 
 
 def _own_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -75,9 +75,10 @@ def _remove_rotations(module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> 
     return find_layers(weights, tensors)
 
 
-def _subject(module: fx.GraphModule, tensors: Mapping[str, Tensor], known: Mapping[str, float]) -> Subject:
+def _subject(
+    module: fx.GraphModule, tensors: Mapping[str, Tensor], adapted: Iterable[LayerAdapter], known: Mapping[str, float]
+) -> Subject:
     own = _own_tensors(tensors)
-    adapted = adapter_layers(module) if find_rotate_nodes(module.graph) else []
     found = _remove_rotations(module, own)
     classes = module_classes(module.graph)
     skeleton = build_skeleton(found, own, classes, with_output=True)

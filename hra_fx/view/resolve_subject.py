@@ -16,7 +16,7 @@ from hra_fx.model.state import adapted_layers
 from hra_fx.reporting.row import Row
 from hra_fx.tracing.graphs import adapted_graphs, graph_of_call, plain_graphs
 from hra_fx.tracing.trace_model import is_graph_of_call
-from hra_fx.view.programs import subject_of_captured, subject_of_program
+from hra_fx.view.programs import subject_of_operators, subject_of_program
 from hra_fx.view.shapes import note_shapes
 from hra_fx.view.subject import Subject, subject_of
 
@@ -45,7 +45,7 @@ def find_subject(model: Any, example_inputs: Any = None, rows: Collection[Row] =
             raise VisualizeError(
                 f"`example_inputs` must be None for a {type(model).__name__}, which already has the shapes."
             )
-        return subject_of_program(model, rows) if is_program(model) else subject_of_captured(model, rows)
+        return subject_of_program(model, rows) if is_program(model) else subject_of_operators(model)
     if not isinstance(model, nn.Module):
         raise VisualizeError(
             "`model` must be a torch.nn.Module, torch.fx.GraphModule or torch.export.ExportedProgram, "

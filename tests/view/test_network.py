@@ -199,16 +199,18 @@ def test_an_exported_program_shows_its_layers(decomposed: bool) -> None:
     plain = hra_fx.to_networkx(program)
     assert not sites_in(plain)
     adapted = hra_fx.transform(program, hra_fx.HRAConfig(r=3, target_modules=["q_proj", "down_proj"]))
-    for view in (adapted, adapted.module()):
-        graph = hra_fx.to_networkx(view)
-        assert sites_in(graph) == sorted(
-            f"model.layers.{i}.{part}" for i in range(3) for part in ("self_attn.q_proj", "mlp.down_proj")
-        )
-        site = next(
-            data for _, data in graph.nodes(data=True) if data.get("adapted_layers") == "model.layers.1.mlp.down_proj"
-        )
-        assert (site["d"], site["r"], site["adapters"], site["detail"]) == (32, 3, "default", "Linear 32→16")
-    assert nx.utils.graphs_equal(hra_fx.to_networkx(hra_fx.fold(adapted)), plain)
+    graph = hra_fx.to_networkx(adapted)
+    assert sites_in(graph) == sorted(
+        f"model.layers.{i}.{part}" for i in range(3) for part in ("self_attn.q_proj", "mlp.down_proj")
+    )
+    site = next(
+        data for _, data in graph.nodes(data=True) if data.get("adapted_layers") == "model.layers.1.mlp.down_proj"
+    )
+    assert (site["d"], site["r"], site["adapters"], site["detail"]) == (32, 3, "default", "Linear 32→16")
+    for without in (hra_fx.fold(adapted), program.module()):
+        assert nx.utils.graphs_equal(hra_fx.to_networkx(without), plain)
+    with pytest.raises(AdapterError, match=r"consists of operators, .* Pass the ExportedProgram"):
+        hra_fx.to_networkx(adapted.module())
 
 
 def test_a_graph_module_of_the_users_is_drawn_as_it_stands() -> None:

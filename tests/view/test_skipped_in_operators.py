@@ -39,7 +39,7 @@ def skipped_at(model: Any) -> list[str]:
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own, in run_decompositions
 def test_a_program_marks_each_skipped_layer_once() -> None:
     adapted = program()
-    for form in (adapted, adapted.run_decompositions(), adapted.module()):
+    for form in (adapted, adapted.run_decompositions()):
         assert skipped_at(form) == ["b", "c"] == sorted(layer.path for layer in hra_fx.report(form).skipped)
 
 
