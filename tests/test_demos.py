@@ -76,6 +76,17 @@ def test_smollm2_is_trained_exported_and_served(tmp_path: Path) -> None:
     check_files(printed, tmp_path)
 
 
+@pytest.mark.slow  # tests/integrations/test_training_step_runtimes.py has the same steps with tiny weights
+def test_minilm_is_trained_without_python(tmp_path: Path) -> None:
+    printed = printed_by("train_on_device", tmp_path, steps=4)
+    assert re.search(
+        r"✓ Losses: ExecuTorch within \d\.\de-0[5-9] of PyTorch, AOTInductor within \d\.\de-0[5-9]", printed
+    )
+    assert "Gradients for 62,996 of 22,783,912 parameters" in printed
+    assert re.search(rf"✓ PEFT loads the adapter file: logits within {SMALL}", printed), printed
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "folded", "step.pt2", "step.pte"}
+
+
 #: As bitsandbytes on a CPU with AVX512-BF16, and torchao on many machines. onnxruntime writes about its telemetry.
 LOGS = """
 import _quiet, logging, onnxruntime

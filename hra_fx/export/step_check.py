@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hra_fx.errors import AdapterError, VerificationError
 from hra_fx.export.step_module import StepModule
-from hra_fx.model.example_inputs import preserve_rng_state
+from hra_fx.model.example_inputs import preserve_rng_state, seed_everything
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -19,34 +19,51 @@ if TYPE_CHECKING:
 #: The largest relative difference between two computations of one gradient. Rounding in float32 reaches 1e-2, for batch
 #: norm over few values; wrong gradients were off by a third and more.
 _TOLERANCE = 3e-2
-#: The share of the norm of all gradients below which the gradient of one parameter is rounding error.
-_NOISE = 1e-4
+#: What rounding leaves of a gradient that is zero, in units of the rounding of the largest gradient.
+_ROUNDING = 30
 
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """A block after which the buffers of a model and the random number generators are as before."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    before = [
+        (part, name, buffer, buffer.clone())
+        for part in model.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None
+    ]
     with preserve_rng_state():
         try:
             yield
         finally:
             with torch.no_grad():
-                for buffer, value in before:
-                    buffer.copy_(value)
+                for part, name, buffer, value in before:
+                    part._buffers[name] = buffer.copy_(value)
 
 
 def gradients_of(step: StepModule) -> dict[str, Tensor]:
-    """The loss, under the name "", and the gradients of all parameters that require them.
+    """The loss, under the name "", and the gradients of all parameters that require them and have an effect.
 
     Raises:
-        AdapterError: they are random, or none of the parameters has an effect.
+        AdapterError: the loss is not finite, nothing that is trained has an effect on it, or the gradients are random.
     """
-    first, second = _computed(step), _computed(step)
-    if _different(first, second) is not None:
+    with unchanged(step):
+        first = _computed(step)
+        seed = int(torch.randint(2**31, ()))
+    with unchanged(step):
+        seed_everything(seed)  # a run that draws numbers draws others
+        second = _computed(step)
+    if not bool(first[""].isfinite()):
         raise AdapterError(
-            "export_training_step: the gradients are random, so those of the program cannot be checked. Call "
-            "model.eval() first: dropout is off then, and the adapters are trained as before."
+            f"export_training_step: the loss of the example is {float(first[''])}. Pass an example with a finite loss, "
+            "with labels of which some count, for example."
+        )
+    if _different(first, second) is not None:
+        advice = "Call model.eval() first: dropout is off then, and the adapters are trained as before."
+        training = any(part.training for part in step.modules())
+        raise AdapterError(
+            "export_training_step: the gradients are random, so those of the program cannot be checked. "
+            + (advice if training else "The forward draws random numbers in eval mode; pass them as an input.")
         )
     return first
 
@@ -57,15 +74,16 @@ def check_gradients(program: ExportedProgram, step: StepModule, wanted: Mapping[
     Raises:
         VerificationError: the loss or a gradient is different.
     """
-    with torch.no_grad():
+    with unchanged(step), torch.no_grad():
         loss, gradients = program.module()(*step.example())
     if (found := _different({"": loss, **gradients}, wanted)) is not None:
         name, error = found
         what = f"the gradient of {name}" if name else "the loss"
         raise VerificationError(
             f"export_training_step: {what} in the program differs from PyTorch's by {error:.1e} of its norm. The "
-            f"backward pass of exported programs is experimental: torch {torch.__version__} computes it wrong for an "
-            "operator of this model. Try another release, or write the operator in basic ones."
+            f"backward pass of exported programs is experimental: torch {torch.__version__} may compute it wrong for "
+            "an operator of this model, and drops autograd functions of your own and hooks on parameters. Use basic "
+            "operators in their place. Weights in 16 bits round much; try float32."
         )
 
 
@@ -73,6 +91,11 @@ def _computed(step: StepModule) -> dict[str, Tensor]:
     trained = {name: parameter for name, parameter in step.named_parameters() if parameter.requires_grad}
     with torch.enable_grad():
         loss = step(*step.example())
+        if not loss.requires_grad:
+            raise AdapterError(
+                "export_training_step: the loss does not depend on anything that is trained. The adapters are merged "
+                "(hra_fx.unmerge_adapter), disabled, or on layers that the call does not use; or the loss is detached."
+            )
         gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     found = {name: gradient for name, gradient in zip(trained, gradients, strict=True) if gradient is not None}
     return {"": loss.detach(), **found}
@@ -81,9 +104,10 @@ def _computed(step: StepModule) -> dict[str, Tensor]:
 def _different(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[str, float] | None:
     """The first value that differs from the one that is wanted, and by what share of its norm."""
     norms = {name: float(value.double().norm()) for name, value in wanted.items()}
-    noise = _NOISE * max(norm for name, norm in norms.items() if name) if len(norms) > 1 else 0.0
+    largest = max(norms.values())
     for name, value in wanted.items():
+        eps = torch.finfo(torch.float64 if value.dtype == torch.float64 else torch.float32).eps
         difference = float((found[name].double() - value.double()).norm()) if name in found else norms[name]
-        if not difference <= _TOLERANCE * (norms[name] + noise):
+        if not difference <= _TOLERANCE * norms[name] + _ROUNDING * eps * largest:
             return name, difference / (norms[name] or 1.0)
     return None

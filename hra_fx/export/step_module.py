@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hra_fx.compat import NON_PERSISTENT
+from hra_fx.compat import NON_PERSISTENT, pytree
 from hra_fx.errors import AdapterError
 from hra_fx.layers.batching import factors_in_exported_batches
 from hra_fx.model.example_inputs import clone_inputs, normalize_inputs
@@ -21,9 +21,12 @@ class StepModule(nn.Module):
 
     Args:
         model: the model.
-        example_inputs: as in `transform`.
+        example_inputs: as in `transform`. Arguments without a tensor are constants.
         loss: computes the loss; `None` if the model does.
         labels: the second argument of `loss`, if it has one.
+
+    Attributes:
+        inputs: name of each input -> its example.
 
     Raises:
         AdapterError: `example_inputs` are no arguments of the model.
@@ -36,27 +39,34 @@ class StepModule(nn.Module):
         self.training = model.training
         args, kwargs = normalize_inputs(example_inputs)
         names = _names(model, args, kwargs)
+        given = dict(zip(names, (*args, *kwargs.values()), strict=True))
         if labels is not None:
-            if "labels" in names:
+            if "labels" in given:
                 raise AdapterError("export_training_step: labels are in `example_inputs`, and given as `labels` too.")
-            names.append("labels")
-        self._values = (*args, *kwargs.values(), *(() if labels is None else (labels,)))
+            given["labels"] = labels
+        self.inputs = {name: value for name, value in given.items() if _has_tensor(value)}
 
         def forward(*values: Any) -> Tensor:
-            inputs, rest = values[: len(args)], dict(zip(names[len(args) :], values[len(args) :], strict=True))
-            targets = () if labels is None else (rest.pop("labels"),)
+            now = given | dict(zip(self.inputs, values, strict=True))
             with factors_in_exported_batches(model.modules()):
-                outputs = model(*inputs, **rest)
-            return _loss_of(outputs) if loss is None else _scalar(loss(outputs, *targets))
+                positional, keywords = names[: len(args)], names[len(args) :]
+                outputs = model(*(now[name] for name in positional), **{name: now[name] for name in keywords})
+            if loss is None:
+                return _loss_of(outputs)
+            return _scalar(loss(outputs) if labels is None else loss(outputs, now["labels"]))
 
         # torch.export reads the names of inputs there.
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        vars(forward)["__signature__"] = inspect.Signature([inspect.Parameter(name, kind) for name in names])
+        vars(forward)["__signature__"] = inspect.Signature([inspect.Parameter(name, kind) for name in self.inputs])
         vars(self)["forward"] = forward
 
     def example(self) -> tuple[Any, ...]:
-        """A copy of the example: the arguments of the model in their order, then the labels."""
-        return clone_inputs((self._values, {}))[0]
+        """A copy of the example, in the order of the inputs."""
+        return clone_inputs((tuple(self.inputs.values()), {}))[0]
+
+
+def _has_tensor(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
 
 
 def _names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
@@ -74,7 +84,7 @@ def _names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> l
 def _loss_of(outputs: Any) -> Tensor:
     """The loss that a model returns."""
     found = getattr(outputs, "loss", None)
-    if isinstance(outputs, (dict, tuple)):
+    if found is None and isinstance(outputs, (dict, tuple)):
         found = outputs.get("loss") if isinstance(outputs, dict) else next(iter(outputs), None)
     return _scalar(outputs if isinstance(outputs, Tensor) else found)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from hra_fx.errors import AdapterError, CaptureError
 from hra_fx.export.captured import is_program
 from hra_fx.export.step_check import check_gradients, gradients_of, unchanged
 from hra_fx.export.step_module import StepModule
+from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.tracing.exported import exporting, without_caches
 
 if TYPE_CHECKING:
@@ -30,7 +32,8 @@ def export_training_step(
 ) -> ExportedProgram:
     """Export a training step: forward, loss and backward as one program, for runtimes without Python.
 
-    The program takes the tensors of `example_inputs`, then `labels`, as positional arguments. It returns the loss and
+    The program takes the arguments of `example_inputs` that have tensors, then `labels`, as positional arguments; other
+    arguments, such as `None` and flags, are constants. It returns the loss and
     the gradients of the parameters that require them: those of the adapters, and what the configuration trains besides.
     It does not change the parameters; an optimizer outside of it does. Parameters have the names that they have in the
     model.
@@ -53,15 +56,15 @@ def export_training_step(
             model has to return the loss: as a tensor, or as `outputs.loss`, as models of transformers do if
             `example_inputs` has `labels`.
         labels: an example of the second argument of `loss`.
-        dynamic_shapes: as in `torch.export.export`, by the names of the arguments of `model.forward`, and `"labels"`.
-            Without it, the program takes the shapes of the example only.
+        dynamic_shapes: as in `torch.export.export`, a dict by the names of the arguments of `model.forward`, and
+            `"labels"`. Without it, the program takes the shapes of the example only.
 
     Returns:
         The program. Its first output is the loss; the graph signature names the gradients.
 
     Raises:
-        AdapterError: no parameter requires gradients; there is no loss; the gradients are random; or `torch.export`
-            cannot export the step.
+        AdapterError: nothing that is trained has an effect on the loss; there is no loss, or it is not finite; the
+            gradients are random; a layer is quantized; or `torch.export` cannot export the step.
         VerificationError: the gradients of the program differ from those of the model.
 
     Example:
@@ -76,13 +79,13 @@ def export_training_step(
     """
     _check(model, loss, labels)
     step = StepModule(model, example_inputs, loss, labels)
-    with unchanged(model):
-        wanted = gradients_of(step)
+    wanted = gradients_of(step)
+    with unchanged(model), _frozen(parameter for name, parameter in step.named_parameters() if name not in wanted):
         program = _export(step, model, dynamic_shapes)
-        _drop_unread(program)
-        _fill_uninitialized(program)
-        _name_outputs(program)
-        check_gradients(program, step, wanted)
+    _drop_unread(program)
+    _fill_uninitialized(program)
+    _name_outputs(program)
+    check_gradients(program, step, wanted)
     return program
 
 
@@ -99,6 +102,11 @@ def _check(model: Any, loss: Any, labels: Any) -> None:
             "export_training_step: no parameter requires gradients. Call hra_fx.transform(model, config) first, or "
             "activate an adapter with hra_fx.set_adapter."
         )
+    if quantized := next((path for path, part in model.named_modules() if quant_scheme_of(part) is not None), None):
+        raise AdapterError(
+            f"export_training_step: {quantized} is quantized, and torch cannot export a backward pass through it. Load "
+            "the base model in float32, add the adapter with hra_fx.load_adapter, and export that."
+        )
     if labels is not None and loss is None:
         raise AdapterError(
             "export_training_step: `labels` needs `loss`, which is called with the outputs and the labels. If the "
@@ -106,11 +114,39 @@ def _check(model: Any, loss: Any, labels: Any) -> None:
         )
 
 
+@contextmanager
+def _frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """A block in which some parameters require no gradients."""
+    changed = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in changed:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in changed:
+            parameter.requires_grad_(True)
+
+
+def _shapes(step: StepModule, dynamic_shapes: Any) -> dict[str, Any] | None:
+    """The dynamic shapes of all inputs."""
+    if dynamic_shapes is None:
+        return None
+    is_dict = isinstance(dynamic_shapes, Mapping)
+    if not is_dict or not dynamic_shapes.keys() <= step.inputs.keys():
+        got = ", ".join(map(str, dynamic_shapes)) if is_dict else type(dynamic_shapes).__name__
+        raise AdapterError(
+            "export_training_step: `dynamic_shapes` must be a dict by the names of inputs, which are "
+            f"{', '.join(step.inputs)}, got {got}."
+        )
+    return {name: dynamic_shapes.get(name) for name in step.inputs}
+
+
 def _export(step: StepModule, model: nn.Module, dynamic_shapes: Any) -> ExportedProgram:
+    shapes = _shapes(step, dynamic_shapes)
     try:
         # Both calls need the kernels: the first one records attention, the second one takes it apart.
         with exporting(), without_caches(model), sdpa_kernel([SDPBackend.MATH]), torch.enable_grad():
-            forward = torch.export.export(step, step.example(), dynamic_shapes=dynamic_shapes, strict=False)
+            forward = torch.export.export(step, step.example(), dynamic_shapes=shapes, strict=False)
             program: ExportedProgram = export_forward_backward()(forward)
     except CaptureError as error:
         raise AdapterError(f"export_training_step: {error.reason}.") from error
@@ -119,9 +155,11 @@ def _export(step: StepModule, model: nn.Module, dynamic_shapes: Any) -> Exported
 
 def _drop_unread(program: ExportedProgram) -> None:
     """Drop the parameters and buffers that the step does not read, such as those of adapters that are not active."""
-    specs = program.graph_signature.input_specs
+    specs, written = program.graph_signature.input_specs, program.graph_signature.buffers_to_mutate.values()
     nodes = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
-    for spec in [spec for spec in specs if spec.target in program.state_dict and not nodes[spec.arg.name].users]:
+    for spec in [spec for spec in specs if spec.target in program.state_dict and spec.target not in written]:
+        if nodes[spec.arg.name].users:
+            continue
         specs.remove(spec)
         program.graph.erase_node(nodes[spec.arg.name])
         del program.state_dict[str(spec.target)]
@@ -133,7 +171,8 @@ def _fill_uninitialized(program: ExportedProgram) -> None:
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.empty_permuted.default):
         value: Tensor = node.meta["val"]
         with graph.inserting_before(node):
-            filled = graph.call_function(torch.ops.aten.full.default, (node.args[0], 0), {"dtype": value.dtype})
+            options = {"dtype": value.dtype, "device": value.device}
+            filled = graph.call_function(torch.ops.aten.full.default, (node.args[0], 0), options)
         filled.meta = {**node.meta, "val": value.contiguous()}
         node.replace_all_uses_with(filled)
         graph.erase_node(node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import linecache
 import logging
@@ -203,7 +204,10 @@ def _place(error: BaseException) -> str:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if frame.lineno and not any(Path(frame.filename).is_relative_to(folder) for folder in _OURS)
+        if frame.lineno
+        and not any(Path(frame.filename).is_relative_to(folder) for folder in _OURS)
+        and not frame.filename.startswith("<")
+        and Path(frame.filename) != Path(contextlib.__file__)
     ]
     if not frames:
         return ""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from layers.checking import assert_same, randomise
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.utils import parametrizations
 from tracing.captured import CASES
 
 import hra_fx
@@ -119,6 +120,52 @@ def test_inputs_have_the_names_of_the_model_and_the_model_is_unchanged() -> None
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_constants_and_unread_parameters() -> None:
+    model = CASES["bert"].make().double().eval()
+    adapted(model, target_modules=["query", "dense"], layers_to_transform=[0], modules_to_save=["pooler"])
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    ids = torch.randint(0, 16, (2, 5))
+    call = {"input_ids": ids, "attention_mask": None, "output_hidden_states": True}
+    shapes = {"input_ids": {0: BATCH}}
+
+    def loss_of(outputs: Any) -> Tensor:  # without the pooler
+        loss: Tensor = outputs.hidden_states[-1].square().sum()
+        return loss
+
+    program = hra_fx.export_training_step(model, call, loss=loss_of, dynamic_shapes=shapes)
+    assert list(program.graph_signature.user_inputs) == ["input_ids"]
+    assert not any("pooler" in name for name in (*program.state_dict, *program.module()(ids)[1]))
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trained
+    ids = torch.randint(0, 16, (4, 5))
+    found, by_name = program.module()(ids)
+    assert_same(found, loss_of(model(input_ids=ids, output_hidden_states=True)))
+    assert by_name
+
+
+def test_buffers_stay_those_of_the_model() -> None:
+    class Counting(nn.Module):
+        """Its forward writes into one buffer, and makes a new tensor of another."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = parametrizations.spectral_norm(nn.Linear(6, 6))
+            self.layer = nn.Linear(6, 4)
+            self.register_buffer("mean", torch.zeros(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+            out: Tensor = self.layer(self.inner(x) + self.mean)
+            return out
+
+    model = adapted(Counting().double(), target_modules=["layer"]).train()
+    before = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
+    program = step_of(model)
+    for name, buffer in model.named_buffers():
+        assert buffer is before[name][0] and torch.equal(buffer, before[name][1])
+    eager = copy.deepcopy(model)
+    check_same(program, eager, (X, LABELS), F.cross_entropy(eager(X), LABELS))
+
+
 class Doubled(torch.autograd.Function):
     """The identity with twice the gradient, which torch.export does not record."""
 
@@ -146,6 +193,14 @@ def test_refusals_say_what_to_do() -> None:
         hra_fx.export_training_step(mlp(), X, labels=LABELS)
     with pytest.raises(AdapterError, match=r"must be a tensor with one value, got a tensor of shape \(5, 4\)"):
         hra_fx.export_training_step(mlp(), X)
+    with pytest.raises(AdapterError, match="the loss of the example is nan"):
+        hra_fx.export_training_step(mlp(), X, loss=F.cross_entropy, labels=torch.full_like(LABELS, -100))
+    merged = mlp()
+    hra_fx.merge_adapter(merged)
+    with pytest.raises(AdapterError, match=r"does not depend on anything that is trained\. The adapters are merged"):
+        step_of(merged)
+    with pytest.raises(AdapterError, match="must be a dict by the names of inputs, which are input, labels, got x"):
+        step_of(mlp(), dynamic_shapes={"x": {0: BATCH}})
     with pytest.raises(AdapterError, match="example_inputs do not fit Sequential: too many positional arguments"):
         hra_fx.export_training_step(mlp(), (X, X))
     with pytest.raises(AdapterError, match=r"got an ExportedProgram\. Turn it into a model first: hra_fx\.transform"):
