@@ -224,8 +224,8 @@ def _no_adapters(model: nn.Module) -> AdapterError:
         f".{REFLECTION}." in f".{name}" for name, _ in model.named_parameters()
     ):
         return AdapterError(
-            f"{kind} is a captured graph, which supports only forward, report, fold, freeze, lower and visualize. For "
-            "anything else, load its state_dict into a model that was transformed without trace=True: "
+            f"{kind} consists of operators, not of layers with adapters. Load its state_dict into a model, or into "
+            "hra_fx.transform(hra_fx.lift(program), config) of the base program: "
             "load_state_dict(graph.state_dict(), strict=False)."
         )
     if found := find_peft_layer(model):

@@ -183,7 +183,7 @@ def test_the_module_of_a_program_says_what_works_on_it(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     graph = exported()
     for function in FOR_LAYERS.values():
-        message = r"GraphModule is a captured graph, .*load_state_dict\(graph\.state_dict\(\), strict=False\)"
+        message = r"GraphModule consists of operators, .*load_state_dict\(graph\.state_dict\(\), strict=False\)"
         with pytest.raises(AdapterError, match=message):
             function(graph)
     with pytest.raises(AdapterError, match=r"GraphModule has no adapters\. Call hra_fx\.transform"):

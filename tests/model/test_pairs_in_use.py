@@ -1,0 +1,356 @@
+"""`train_pairs` with schedulers, closures, errors, saved states and other optimizers, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import math
+import re
+import warnings
+import weakref
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from model.pair_steps import (
+    AdamW,
+    C,
+    HalfStep,
+    adapted,
+    base,
+    by_oracle,
+    by_pairs,
+    explicit_pairs,
+    loss_of,
+    off_start,
+    same,
+    values_of,
+    vectors_of,
+)
+from torch import nn
+from torch.func import functional_call
+from torch.optim.lr_scheduler import LinearLR
+
+import hra_fx
+from hra_fx import AdapterError, ConfigError, HRAConfig, HRAWarning, train_pairs
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [Stopped, KeyboardInterrupt])
+@pytest.mark.parametrize("scheduler_first", [False, True])
+def test_after_an_error_everything_is_as_before(error: Any, scheduler_first: bool) -> None:
+    class Failing(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            inside.append(self.param_groups[0]["params"][0].clone())
+            raise error
+
+    model, inside = adapted(), []
+    optimizer = Failing(vectors_of(model).values())
+    if scheduler_first:
+        LinearLR(optimizer)
+    train_pairs(optimizer, model)
+    loss_of(model).backward()
+    before = values_of(model)
+    gradients = [(p.grad, p.grad.clone()) for p in vectors_of(model).values()]
+    with pytest.raises(error):
+        optimizer.step()
+    assert not torch.equal(inside[0], next(iter(before.values()))), "it failed in pair coordinates"
+    same(values_of(model), before, 1e-300)
+    for vectors, (own, copied) in zip(vectors_of(model).values(), gradients, strict=True):
+        assert vectors.grad is own
+        assert torch.equal(own, copied)
+
+
+def test_a_closure_runs_in_vectors() -> None:
+    """LBFGS calls it several times a step. Dot products do not depend on the order of coordinates."""
+    lbfgs = partial(torch.optim.LBFGS, lr=0.5, max_iter=4, line_search_fn="strong_wolfe")
+
+    def trained(optimizer: Any, loss: Callable[[], Any]) -> None:
+        def closure() -> Any:
+            optimizer.zero_grad()
+            value = loss()
+            value.backward()
+            return value
+
+        for _ in range(2):
+            optimizer.step(closure)
+
+    model = adapted()
+    explicit = copy.deepcopy(model)
+    optimizer = lbfgs(vectors_of(model).values())
+    train_pairs(optimizer, model, C)
+    trained(optimizer, lambda: loss_of(model))
+    held, now = explicit_pairs(explicit)
+    trained(lbfgs(held), lambda: loss_of(lambda x: functional_call(explicit, now(), x)))
+    same(values_of(model), now(), 1e-9)
+
+
+def test_a_closure_that_a_step_passes_to_its_base_class() -> None:
+    model = adapted()
+    explicit = copy.deepcopy(model)
+    optimizer = HalfStep(vectors_of(model).values(), lr=0.02)
+    train_pairs(optimizer, model, C)
+    held, now = explicit_pairs(explicit)
+    other = HalfStep(held, lr=0.02)
+    for each, loss in (
+        (optimizer, lambda: loss_of(model)),
+        (other, lambda: loss_of(lambda x: functional_call(explicit, now(), x))),
+    ):
+
+        def closure(each: Any = each, loss: Any = loss) -> Any:
+            each.zero_grad()
+            value = loss()
+            value.backward()
+            return value
+
+        closure()  # vectors without a gradient are not converted
+        for _ in range(2):
+            each.step(closure)
+    same(values_of(model), now())
+
+
+def test_after_an_error_in_a_closure_everything_is_as_before() -> None:
+    def closure() -> Any:
+        seen.append(values_of(model))
+        raise Stopped
+
+    model, seen = adapted(), []
+    optimizer = torch.optim.SGD(vectors_of(model).values())
+    train_pairs(optimizer, model)
+    loss_of(model).backward()
+    before = values_of(model)
+    with pytest.raises(Stopped):
+        optimizer.step(closure=closure)
+    same(seen[0], before, 1e-300)
+    same(values_of(model), before, 1e-300)
+
+
+def test_a_step_that_a_scaler_skips_changes_nothing() -> None:
+    """A fused optimizer is called also if a gradient is infinite."""
+    model = adapted(base().float())
+    optimizer = AdamW(vectors_of(model).values(), fused=True)
+    train_pairs(optimizer, model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    plain = copy.deepcopy(model)
+    before = values_of(model)
+    scaler.scale(loss_of(model, dtype=torch.float32) * math.inf).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(before[name], vectors) for name, vectors in vectors_of(model).items())
+    optimizer.zero_grad()
+    scaler.scale(loss_of(model, dtype=torch.float32)).backward()
+    scaler.step(optimizer)
+    unscaled = AdamW(vectors_of(plain).values())
+    train_pairs(unscaled, plain)
+    loss_of(plain, dtype=torch.float32).backward()
+    unscaled.step()
+    same(values_of(model), values_of(plain), 1e-6)
+
+
+@pytest.mark.parametrize("scheduler_first", [False, True])
+def test_schedulers_work_and_an_optimizer_is_freed_at_once(scheduler_first: bool) -> None:
+    """torch warns if `step` is replaced in another way."""
+    model = adapted()
+    optimizer = AdamW(vectors_of(model).values())
+    schedulers = [LinearLR(optimizer)] if scheduler_first else []
+    train_pairs(optimizer, model)
+    schedulers = schedulers or [LinearLR(optimizer)]
+    assert "closure" in inspect.signature(optimizer.step).parameters
+    rate = optimizer.param_groups[0]["lr"]
+    loss_of(model).backward()
+    before = values_of(model)
+    optimizer.step()
+    schedulers[0].step()
+    assert optimizer.param_groups[0]["lr"] > rate
+    assert all(not torch.equal(before[name], vectors) for name, vectors in vectors_of(model).items())
+    held = weakref.ref(optimizer)
+    gc.disable()
+    try:
+        del optimizer, schedulers
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+def test_a_saved_state_continues_and_another_one_is_refused(tmp_path: Path) -> None:
+    model = adapted()
+    optimizer = AdamW(vectors_of(model).values())
+    plain = copy.deepcopy(optimizer.state_dict())
+    train_pairs(optimizer, model, C)
+    train_pairs(optimizer, model, C)  # has no further effect
+    loss_of(model).backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "state")
+    saved = torch.load(tmp_path / "state", weights_only=True)
+
+    resumed = copy.deepcopy(model)
+    after = AdamW(vectors_of(resumed).values(), lr=1.0)
+    train_pairs(after, resumed, C)
+    after.load_state_dict(saved)
+    for each, one in ((model, optimizer), (resumed, after)):
+        one.zero_grad()
+        loss_of(each, 1).backward()
+        one.step()
+    same(values_of(resumed), values_of(model), 1e-15)
+    same(values_of(model), by_oracle(adapted(), AdamW, steps=2))
+
+    with pytest.raises(AdapterError, match=r"difference=0.3, but the state was saved without pairs. Leave train_pairs"):
+        after.load_state_dict(plain)
+    with pytest.raises(AdapterError, match=r"trains pairs with difference=0.3, got 0.1. Make a new optimizer"):
+        train_pairs(after, resumed)
+    other = AdamW(vectors_of(resumed).values())
+    train_pairs(other, resumed, 0.1)
+    with pytest.raises(AdapterError, match=r"saved with difference=0.3. Call train_pairs\(..., difference=0.3\)"):
+        other.load_state_dict(saved)
+    stepped = AdamW(vectors_of(resumed).values())
+    stepped.step()
+    with pytest.raises(
+        AdapterError, match=r"has a state of steps without pairs. Call train_pairs before the first step"
+    ):
+        train_pairs(stepped, resumed)
+    loaded = AdamW(vectors_of(resumed).values())
+    loaded.load_state_dict(saved)
+    with pytest.raises(AdapterError, match=r"saved with difference=0.3"):
+        train_pairs(loaded, resumed, 0.1)
+    train_pairs(loaded, resumed, C)
+    partly = AdamW([{"params": [one]} for one in vectors_of(resumed).values()])
+    partly.param_groups[0]["hra_pair_difference"] = C
+    with pytest.raises(AdapterError, match="the state was saved without pairs"):
+        train_pairs(partly, resumed, C)
+
+
+class Averaging(torch.optim.SGD):
+    """As schedule-free optimizers: their state has values of the parameters, which `eval` uses."""
+
+    def eval(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("make", [torch.optim.ASGD, Averaging])
+def test_an_optimizer_that_averages_parameters_steps_vectors(make: Any) -> None:
+    model = adapted()
+    plain = copy.deepcopy(model)
+    for each in (model, plain):
+        optimizer = make(vectors_of(each).values(), lr=0.1)
+        if each is model:
+            with pytest.warns(HRAWarning, match=r"0.hra_u.default \(the optimizer averages parameters outside of its"):
+                train_pairs(optimizer, model)
+        loss_of(each).backward()
+        optimizer.step()
+    same(values_of(model), values_of(plain), 1e-300)
+    assert "hra_pair_difference" not in optimizer.state_dict()["param_groups"][0]
+
+
+@pytest.mark.filterwarnings("ignore:.*trained vectors are torch.bfloat16:hra_fx.HRAWarning")
+def test_other_vectors_are_stepped_as_they_are_with_one_warning() -> None:
+    fields = {"odd": {"r": 3}, "orthonormal": {"apply_GS": True}, "narrow": {}, "even": {}}
+    model = adapted(target_modules=["0"])
+    for name, more in fields.items():
+        hra_fx.add_adapter(model, name, HRAConfig(**{"r": 2, "target_modules": ["0"]} | more))
+    hra_fx.set_adapter(model, list(fields))
+    model[0].hra_u["narrow"].data = model[0].hra_u["narrow"].data.to(torch.bfloat16)
+    off_start(model)
+    plain = copy.deepcopy(model)
+    for each in (model, plain):
+        optimizer = AdamW(vectors_of(each).values())
+        if each is model:
+            wanted = (
+                "train_pairs: the optimizer does not step these in pairs: 0.hra_u.odd (odd rank 3), "
+                "0.hra_u.orthonormal (Gram-Schmidt), 0.hra_u.narrow (bfloat16)."
+            )
+            with pytest.warns(HRAWarning, match=re.escape(wanted)):
+                train_pairs(optimizer, model)
+        loss_of(each).backward()
+        optimizer.step()
+    equal = {name: torch.equal(model[0].hra_u[name], plain[0].hra_u[name]) for name in ("default", *fields)}
+    assert equal == {"default": True, "odd": True, "orthonormal": True, "narrow": True, "even": False}
+
+
+def test_adapters_of_other_ranks_and_those_that_are_added_later() -> None:
+    model = adapted()
+    hra_fx.add_adapter(model, "second", HRAConfig(r=2, target_modules=["0"]))
+    hra_fx.set_adapter(model, ["default", "second"])
+    optimizer = AdamW(vectors_of(model).values())
+    train_pairs(optimizer, model, C)
+    hra_fx.add_adapter(model, "third", HRAConfig(r=6, target_modules=["2"]))
+    hra_fx.set_adapter(model, ["default", "third"])
+    optimizer.add_param_group({"params": [model[2].hra_u["third"]]})
+    off_start(model)
+    explicit, idle = copy.deepcopy(model), model[0].hra_u["second"].clone()
+    loss_of(model).backward()
+    optimizer.step()
+    same(values_of(model), by_oracle(explicit, AdamW, steps=1))
+    assert torch.equal(model[0].hra_u["second"], idle)
+
+
+def test_a_head_and_frozen_vectors() -> None:
+    """Other parameters of the same optimizer step as before."""
+    model = adapted(target_modules=["0"], modules_to_save=["2"])
+    optimizer = AdamW(p for p in model.parameters() if p.requires_grad)
+    train_pairs(optimizer, model)
+    plain = copy.deepcopy(model)
+    other = AdamW(p for p in plain.parameters() if p.requires_grad)
+    for each, one in ((model, optimizer), (plain, other)):
+        loss_of(each).backward()
+        one.step()
+    for (name, one), two in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one, two) != (".hra_u." in name), name
+
+
+def test_parameters_that_are_replaced_later_give_a_warning() -> None:
+    """As DeepSpeed ZeRO does, which steps flat copies."""
+    model = adapted()
+    optimizer = AdamW(vectors_of(model).values())
+    train_pairs(optimizer, model)
+    optimizer.param_groups[0]["params"] = [nn.Parameter(torch.zeros(3))]
+    with pytest.warns(
+        HRAWarning, match=r"does not step these in pairs: 0 \(not a parameter of the optimizer now\), 2 "
+    ):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+def test_what_is_refused() -> None:
+    model = adapted()
+    optimizer = AdamW(vectors_of(model).values())
+    for difference in (0, -1.0, math.inf, math.nan, True, "0.1"):
+        with pytest.raises(ConfigError, match=r"`difference` must be a finite number > 0, got"):
+            train_pairs(optimizer, model, difference)  # type: ignore[arg-type]
+    with pytest.raises(AdapterError, match=r"`optimizer` must be a torch.optim.Optimizer, got Sequential"):
+        train_pairs(model, model)
+    with pytest.raises(AdapterError, match=r"`model` must be a torch.nn.Module, got AdamW"):
+        train_pairs(optimizer, optimizer)  # type: ignore[arg-type]
+    for wrong in (base(), adapted()):
+        with pytest.raises(AdapterError, match=r"the optimizer steps no vectors of Sequential. Adapt the model first"):
+            train_pairs(optimizer, wrong)
+    assert "hra_pair_difference" not in optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize("smallest", [16, 4096])
+def test_the_8_bit_optimizer_of_bitsandbytes(smallest: int) -> None:
+    """With states of 8 bits, and of 32 bits for small tensors; its blocks mix columns, as those of the oracle do."""
+    make = partial(bitsandbytes.optim.AdamW8bit, lr=0.02, min_8bit_size=smallest)
+    model, loss = adapted(base().float()), partial(loss_of, dtype=torch.float32)
+    wanted = by_oracle(copy.deepcopy(model), make, loss, joint=True)
+    plain = copy.deepcopy(model)
+    same(by_pairs(model, make, loss), wanted, 1e-4)
+    # It does not call torch's hook for loading.
+    optimizer, before = make(vectors_of(plain).values()), values_of(plain)
+    saved = optimizer.state_dict()
+    train_pairs(optimizer, plain)
+    optimizer.load_state_dict(saved)
+    loss(plain).backward()
+    with pytest.raises(AdapterError, match="the state was saved without pairs"):
+        optimizer.step()
+    same(values_of(plain), before, 1e-300)
