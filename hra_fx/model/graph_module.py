@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx, nn
 
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.target import FACTORS, META, REFLECTION, LayerTarget, NodeTag
+from hra_fx.layers.target import BASE_WEIGHT, FACTORS, META, REFLECTION, LayerTarget, NodeTag
 from hra_fx.model.graph_factors import add_factors, connect_factors
 from hra_fx.model.state import adapted_layers
 from passes.fold import FoldPass
@@ -86,7 +86,8 @@ def _restore_tags(module: fx.GraphModule) -> None:
         node.meta[META] = NodeTag(path, kind, "reflection")
         weight = node.kwargs.get("weight")
         if isinstance(weight, fx.Node):
-            weight.meta[META] = NodeTag(path, kind, "weight")
+            if str(weight.target).endswith(f".{BASE_WEIGHT}"):  # a parameter of experts is read by its own name
+                weight.meta[META] = NodeTag(path, kind, "weight")
             continue
         for user in node.users:
             user.meta[META] = NodeTag(path, kind, "layer")

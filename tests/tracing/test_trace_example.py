@@ -186,8 +186,6 @@ def test_the_module_of_a_program_says_what_works_on_it(tmp_path: Path, monkeypat
         message = r"GraphModule consists of operators, .*load_state_dict\(graph\.state_dict\(\), strict=False\)"
         with pytest.raises(AdapterError, match=message):
             function(graph)
-    with pytest.raises(AdapterError, match=r"GraphModule has no adapters\. Call hra_fx\.transform"):
-        hra_fx.set_adapter(hra_fx.fold(graph), "default")
 
 
 class Optional(nn.Module):
