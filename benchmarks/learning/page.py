@@ -10,7 +10,7 @@ from pathlib import Path
 from learning import plots
 from learning.plan import TASK_NAMES, TEACHERS, finished, methods_of, untrained
 from learning.rates import RATES_FROM, final_runs
-from learning.records import FILE, Record
+from learning.records import FILE, Record, of
 from learning.summary import (
     Difference,
     compare,
@@ -103,7 +103,7 @@ PASSES = """\
 ## Several passes
 
 Validation over training loss on `language-4-passes`: a curve is a method at one learning rate, from its first pass
-over the posts to its fourth. Large marks are means over five seeds, small ones are of seed 0.
+over the posts to its fourth. Large marks are means over seeds, small ones are of one seed.
 
 ![Validation perplexity over the training loss](results_passes.svg)
 """
@@ -155,7 +155,7 @@ def page(records: Sequence[Record]) -> str:
 def _has(records: Sequence[Record], plot: str) -> bool:
     """Whether the runs of a plot are there."""
     if plot == "passes":
-        return finished(records, plots.PASSES, "lora") and finished(records, plots.PASSES, "hra-pairs")
+        return all(of(records, plots.PASSES, method) for method in ("lora", "hra-pairs"))
     return bool(plots.ranked(records))
 
 

@@ -80,8 +80,9 @@ def passes(records: Sequence[Record], file: Path) -> Path:
     def draw(axes: Axes) -> None:
         for method in _drawn(PASSES):
             rank = matched_rank(records, PASSES, method)
-            for lr in searched(records, PASSES, method):
-                runs = [run for run in of(records, PASSES, method) if (run.lr, run.r) == (lr, rank)]
+            own = [run for run in of(records, PASSES, method) if run.r == rank]
+            for lr in sorted({run.lr for run in own}):
+                runs = [run for run in own if run.lr == lr]
                 curves = list({run.seed: run.curve for run in runs}.values())
                 means = [
                     [statistics.mean(column) for column in zip(*points, strict=True)]
