@@ -67,7 +67,9 @@ def resnet() -> nn.Module:
 
 
 def mixtral() -> nn.Module:
-    config = transformers.MixtralConfig(**SIZES, **HEADS, num_key_value_heads=2, num_local_experts=4, experts_implementation="batched_mm")
+    config = transformers.MixtralConfig(
+        **SIZES, **HEADS, num_key_value_heads=2, num_local_experts=4, experts_implementation="batched_mm"
+    )
     return transformers.MixtralForCausalLM(config)
 
 
