@@ -35,6 +35,27 @@ class Rounds(Branches):
         return Straight.apply(hidden)  # type: ignore[no-untyped-call]
 
 
+class Softmax(torch.autograd.Function):
+    """Writes into the result of an operator whose own backward needs it, as SEW-D does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        output = torch.softmax(x, -1)
+        output[..., 0] = 0.0
+        ctx.save_for_backward(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (output,) = ctx.saved_tensors
+        return output * (grad - (grad * output).sum(-1, keepdim=True))
+
+
+class WritesInPlace(Branches):
+    def middle(self, hidden: Tensor) -> Any:
+        return Softmax.apply(hidden)  # type: ignore[no-untyped-call]
+
+
 class HooksTensor(Branches):
     def middle(self, hidden: Tensor) -> Tensor:
         hidden.register_hook(lambda grad: grad * 2)
@@ -93,6 +114,7 @@ def graph_of(model: nn.Module) -> nn.Module:
     ("make", "reason"),
     [
         (Rounds, "it calls the custom autograd function Straight, whose backward a graph drops"),
+        (WritesInPlace, "it calls the custom autograd function Softmax, whose backward a graph drops"),
         (HooksTensor, "it registers a backward hook on a tensor, which a graph drops"),
         (HooksModule, "backward hooks are registered for first, which a graph drops"),
         (PreHooksModule, "backward hooks are registered for PreHooksModule, which a graph drops"),
