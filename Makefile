@@ -87,6 +87,7 @@ demo-device: $(VENV)/device.stamp $(VENV)/data.stamp ## MiniLM, trained by Execu
 
 bench: $(VENV)/test.stamp ## speed and memory: base model, PEFT, hra_fx (40 minutes, or hours on a CPU without bfloat16)
 	PYTHONPATH=benchmarks $(BIN)/python -m speed --docs $(BENCH_FLAGS)
+	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python -W ignore benchmarks/graphs.py
 
 bench-quick: $(VENV)/test.stamp ## the performance targets, met or not (6 minutes, or longer)
 	PYTHONPATH=benchmarks $(BIN)/python -m speed --quick $(BENCH_FLAGS)
