@@ -142,8 +142,9 @@ def kept_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def buffers_of(model: nn.Module) -> Mapping[str, Tensor]:
-    """The model's own buffers, copied."""
-    return {name: buffer.clone() for name, buffer in model.named_buffers() if _MARK not in name}
+    """The model's own buffers that are saved, copied; the others are caches."""
+    saved = model.state_dict().keys()
+    return {name: buffer.clone() for name, buffer in model.named_buffers() if name in saved and _MARK not in name}
 
 
 def stir(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
