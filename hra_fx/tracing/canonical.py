@@ -15,6 +15,8 @@ from torch import Tensor, fx, nn
 
 from hra_fx.compat import ASSERT_METADATA
 from hra_fx.errors import CaptureError
+from hra_fx.layers.target import find_kind
+from hra_fx.layers.variants import has_own_forward
 from hra_fx.tracing.conditions import conditions_of
 from hra_fx.tracing.graph_module import attribute
 from hra_fx.tracing.input_checks import Condition
@@ -58,7 +60,7 @@ def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
     names = argument_names(model, *call_of(program))
     places = nest(graph, program, names)
     conditions = conditions_of(program, names, places)
-    _call_layers(graph)
+    _call_layers(graph, model)
     constants = _name_constants(graph, module, model)
     if inside := next((path for part in constants.values() for path in _layers_in(part)), None):
         raise CaptureError(
@@ -118,8 +120,14 @@ def _layers_in(constant: Any) -> Iterator[str]:
             yield from (str(node.args[1]) for node in part.graph.find_nodes(op="call_function", target=CALL_LAYER))
 
 
-def _call_layers(graph: fx.Graph) -> None:
+def _call_layers(graph: fx.Graph, model: nn.Module) -> None:
     for node in graph.find_nodes(op="call_function", target=CALL_LAYER):
+        layer = model.get_submodule(node.args[1])
+        if (
+            not node.users and find_kind(layer) and has_own_forward(layer)
+        ):  # it may return several tensors: see `leaves`
+            graph.erase_node(node)
+            continue
         with graph.inserting_before(node):
             call = graph.call_module(node.args[1], node.args[:1])
         call.meta = dict(node.meta)

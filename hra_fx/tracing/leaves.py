@@ -82,11 +82,18 @@ def _call(path: str, *args: Any, **kwargs: Any) -> Any:
     layer = _layers[path]
     if len(given) != 1:
         return original_class(layer).forward(layer, *args, **kwargs)
-    output = CALL_LAYER(given[0], path)
+    try:
+        output = CALL_LAYER(given[0], path)
+    except _SeveralOutputs:
+        return original_class(layer).forward(layer, *args, **kwargs)
     if output.is_floating_point() and any(parameter.requires_grad for parameter in layer.parameters()):
         # A model may ask for it, add hooks, and write into the copy, which `canonical` removes.
         output = torch.ops.aten.clone.default(output.requires_grad_())
     return output
+
+
+class _SeveralOutputs(Exception):
+    """A layer returns more than one tensor, as routers that are an `nn.Linear` do; its operators are recorded."""
 
 
 class _Called(nn.ModuleDict):
@@ -106,7 +113,9 @@ def _output_of(x: Tensor, path: str) -> Tensor:
     if isinstance(layer, nn.Linear) and not layer.weight.is_floating_point():  # packed, so its shape says nothing
         return x.new_empty((*x.shape[:-1], layer.out_features))
     fake = {f"layer.{name}": x.new_empty(t.shape, dtype=t.dtype) for name, t in tensors.items()}
-    output: Tensor = torch.func.functional_call(_Called({"layer": layer}), fake, (x,))
+    output = torch.func.functional_call(_Called({"layer": layer}), fake, (x,))
+    if not isinstance(output, Tensor):
+        raise _SeveralOutputs
     return output.clone()
 
 

@@ -209,3 +209,34 @@ def test_the_graph_is_called_as_in_the_example(with_scale: bool) -> None:
     eager = hra_fx.transform(copy.deepcopy(base), settings)
     eager.load_state_dict(graph.state_dict())
     torch.testing.assert_close(graph(**inputs), eager(**inputs), rtol=1e-12, atol=1e-13)
+
+
+class Router(nn.Linear):
+    """Returns two tensors, as the routers of Llama 4 and PhiMoE do."""
+
+    def forward(self, input: Tensor) -> Any:
+        return super().forward(input).topk(2)
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.router = nn.Linear(6, 6), Router(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores, places = self.router(self.first(x) if x.shape[0] > 0 else x)
+        gathered: Tensor = torch.gather(self.first(x), 1, places) * scores
+        return gathered
+
+
+@pytest.mark.parametrize("targets", [["first"], ["first", "router"]])
+def test_a_layer_that_returns_several_tensors_is_recorded_by_its_operators(targets: list[str]) -> None:
+    base, settings = Routed().double(), hra_fx.HRAConfig(r=2, target_modules=targets)
+    eager = hra_fx.transform(copy.deepcopy(base), settings)
+    graph = hra_fx.transform(base, settings, trace=True, example_inputs=X)
+    randomise(eager)
+    graph.load_state_dict(eager.state_dict())
+    assert "router" not in {node.target for node in graph.graph.find_nodes(op="call_module")}  # type: ignore[attr-defined]
+    x = torch.randn(9, 6).double()
+    assert_same(graph(x), eager(x))
+    assert_same(hra_fx.fold(graph)(x), eager(x))
