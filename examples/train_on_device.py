@@ -1,4 +1,4 @@
-"""Train Householder reflections where there is no Python: in ExecuTorch, and in a package of AOTInductor.
+"""Train Householder reflections without Python: in ExecuTorch, and in a package of AOTInductor.
 
     python examples/train_on_device.py                   # MiniLM, a classifier, a few minutes
     python examples/train_on_device.py --model smollm2   # SmolLM2, a Llama

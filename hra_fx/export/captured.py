@@ -106,7 +106,7 @@ def transform_captured(captured: ExportedProgram, config: HRAConfig, adapter_nam
         ConfigError: the configuration trains more than reflections.
         SelectionError: the configuration does not fit the graph.
         UnsupportedLayerError: a selected layer does not support reflections.
-        AdapterError: the graph has another adapter, or it is no program.
+        AdapterError: the graph has another adapter, or `captured` is not a program.
 
     Example:
         >>> from torch import nn
@@ -151,7 +151,7 @@ def fold_captured(captured: ExportedProgram) -> ExportedProgram:
         A new program.
 
     Raises:
-        AdapterError: the graph has no reflections, or it is no program.
+        AdapterError: the graph has no reflections, or `captured` is not a program.
         FoldError: a weight or its vectors are on the meta device, or the folded weight would not be finite, or
             Gram-Schmidt gets linearly dependent vectors. `captured` is unchanged.
 

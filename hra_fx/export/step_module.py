@@ -29,7 +29,7 @@ class StepModule(nn.Module):
         inputs: name of each input -> its example.
 
     Raises:
-        AdapterError: `example_inputs` are no arguments of the model.
+        AdapterError: `example_inputs` do not fit the model.
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any, loss: Callable[..., Tensor] | None, labels: Any) -> None:

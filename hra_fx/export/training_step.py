@@ -63,8 +63,8 @@ def export_training_step(
         The program. Its first output is the loss; the graph signature names the gradients.
 
     Raises:
-        AdapterError: nothing that is trained has an effect on the loss; there is no loss, or it is not finite; the
-            gradients are random; a layer is quantized; or `torch.export` cannot export the step.
+        AdapterError: the loss does not depend on a trained parameter; the loss is missing or not finite; the gradients
+            are random; a layer is quantized; or `torch.export` cannot export the step.
         VerificationError: the gradients of the program differ from those of the model.
 
     Example:

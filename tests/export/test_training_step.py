@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.utils import parametrizations
 from tracing.captured import CASES
+from tracing.graph_mode import Straight
 
 import hra_fx
 from hra_fx.errors import AdapterError, VerificationError
@@ -166,21 +167,9 @@ def test_buffers_stay_those_of_the_model() -> None:
     check_same(program, eager, (X, LABELS), F.cross_entropy(eager(X), LABELS))
 
 
-class Doubled(torch.autograd.Function):
-    """The identity with twice the gradient, which torch.export does not record."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return 2 * gradient
-
-
 def test_wrong_gradients_are_an_error() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)).double()
-    model[1].register_forward_pre_hook(lambda module, args: (Doubled.apply(args[0]),))
+    model[1].register_forward_pre_hook(lambda module, args: (Straight.apply(args[0]),))
     adapted(model, target_modules=["0", "1"])
     with pytest.raises(VerificationError, match=r"gradient of 0\.hra_u\.default in the program differs from PyTorch's"):
         step_of(model)
