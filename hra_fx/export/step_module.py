@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
-from hra_fx.compat import NON_PERSISTENT, pytree
+from hra_fx.compat import NON_PERSISTENT, is_exporting, pytree
 from hra_fx.errors import AdapterError
 from hra_fx.layers.batching import factors_in_exported_batches
 from hra_fx.model.example_inputs import clone_inputs, normalize_inputs
@@ -48,7 +49,8 @@ class StepModule(nn.Module):
 
         def forward(*values: Any) -> Tensor:
             now = given | dict(zip(self.inputs, values, strict=True))
-            with factors_in_exported_batches(model.modules()):
+            # The run that the program is compared with computes as the model always does.
+            with factors_in_exported_batches(model.modules()) if is_exporting() else nullcontext():
                 positional, keywords = names[: len(args)], names[len(args) :]
                 outputs = model(*(now[name] for name in positional), **{name: now[name] for name in keywords})
             if loss is None:

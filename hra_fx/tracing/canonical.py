@@ -123,9 +123,8 @@ def _layers_in(constant: Any) -> Iterator[str]:
 def _call_layers(graph: fx.Graph, model: nn.Module) -> None:
     for node in graph.find_nodes(op="call_function", target=CALL_LAYER):
         layer = model.get_submodule(node.args[1])
-        if (
-            not node.users and find_kind(layer) and has_own_forward(layer)
-        ):  # it may return several tensors: see `leaves`
+        # A layer that returns several tensors left its call behind: see `leaves`.
+        if not node.users and find_kind(layer) and has_own_forward(layer):
             graph.erase_node(node)
             continue
         with graph.inserting_before(node):
