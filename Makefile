@@ -103,6 +103,9 @@ bench-learning: $(VENV)/test.stamp $(VENV)/data.stamp ## HRA, LoRA and others in
 bench-launches: $(VENV)/test.stamp ## operators per adapted layer and step (4 minutes)
 	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python benchmarks/launches.py --docs $(BENCH_FLAGS)
 
+bench-host: $(VENV)/test.stamp ## Python and launching time that adapters add (2 minutes)
+	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python -W ignore benchmarks/host.py
+
 bench-frozen: $(VENV)/test.stamp ## the effect of freeze on exported programs (2 minutes)
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/frozen.py
 

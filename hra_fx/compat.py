@@ -11,7 +11,7 @@ import importlib
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -55,6 +55,9 @@ is_functorch_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_tran
 
 #: Truthy while a `TorchDispatchMode`, such as a FakeTensorMode, is active. No public name exists.
 is_dispatch_mode_active: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _yes)
+
+#: Whether autocast is enabled for any device. The public functions ask for one device.
+is_autocast_active: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", _yes)
 
 
 def is_forward_ad_active() -> bool:
@@ -104,11 +107,7 @@ has_global_module_hooks: Callable[[], bool] = getattr(nn_module, "_has_any_globa
 
 def has_own_hooks(module: nn.Module) -> bool:
     """Whether hooks are registered on a module. No public name exists; without the private ones: yes."""
-    try:
-        own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    except AttributeError:
-        return True
-    return any(own)
+    return bool(_with_own_hooks([module]))
 
 
 def has_backward_hooks(module: nn.Module) -> bool:
@@ -120,6 +119,23 @@ def has_backward_hooks(module: nn.Module) -> bool:
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling a module runs hooks, its own or those of all modules."""
     return has_own_hooks(module) or has_global_module_hooks()
+
+
+def modules_with_hooks(modules: Iterable[nn.Module]) -> set[nn.Module]:
+    """Those of some modules that run hooks when they are called, their own or those of all modules."""
+    return set(modules) if has_global_module_hooks() else _with_own_hooks(modules)
+
+
+def _with_own_hooks(modules: Iterable[nn.Module]) -> set[nn.Module]:
+    every = list(modules)
+    try:
+        return {
+            one
+            for one in every
+            if one._forward_hooks or one._forward_pre_hooks or one._backward_hooks or one._backward_pre_hooks
+        }
+    except AttributeError:
+        return set(every)
 
 
 #: The attribute of a module that has the names of such buffers.
@@ -204,10 +220,13 @@ def tensor_version(tensor: Tensor) -> int:
 
     A tensor made in inference mode has none, and gives -1: compare its values.
     """
-    if tensor.is_inference():
-        return -1
-    version: int | None = getattr(tensor, "_version", None)
-    return next(_new_version) if version is None else version
+    return tensor_versions([tensor])[0]
+
+
+def tensor_versions(tensors: Iterable[Tensor]) -> list[int]:
+    """The `tensor_version` of each tensor."""
+    found = [-1 if tensor.is_inference() else getattr(tensor, "_version", None) for tensor in tensors]
+    return [next(_new_version) if version is None else version for version in found]
 
 
 def wrapper_tensor(kind: type[T], like: Tensor) -> T:

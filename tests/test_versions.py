@@ -127,6 +127,7 @@ import torch, torch.fx, torch.nn.modules.module as modules
 removed = []
 for owner, name in [
     (torch._C, "_is_tracing"), (torch._C, "_are_functorch_transforms_active"), (torch._C, "_len_torch_dispatch_stack"),
+    (torch._C, "_is_any_autocast_enabled"),
     (modules, "_has_any_global_hook"), (torch.fx._symbolic_trace, "is_fx_symbolic_tracing"),
     (torch._ops, "HigherOrderOperator"),
 ]:

@@ -88,11 +88,11 @@ def _again(tensors: list[Tensor], apply_GS: list[bool], anchored: list[bool]) ->
     """Computes the chains again, for another backward pass, from vectors that must not have changed."""
     if not torch.is_grad_enabled():
         return None
-    versions = [compat.tensor_version(tensor) for tensor in tensors]
+    versions = compat.tensor_versions(tensors)
 
     def again() -> Tensor:
         gone = any(tensor.untyped_storage().size() == 0 for tensor in tensors)
-        if gone or versions != [compat.tensor_version(tensor) for tensor in tensors]:
+        if gone or versions != compat.tensor_versions(tensors):
             raise RuntimeError(
                 "the vectors of an adapter were modified by an in-place operation, such as a step of an optimizer, or "
                 "freed, between two backward passes of one forward. Run the forward again before the second one."
@@ -133,7 +133,7 @@ class _Stack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(part if index in ctx.reached else None for index, part in enumerate(grad.unbind()))
+        return None, *[part if index in ctx.reached else None for index, part in enumerate(grad.unbind())]
 
 
 class _Unbind(torch.autograd.Function):
@@ -149,6 +149,6 @@ class _Unbind(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, Tensor]:
         ctx.reached.clear()  # of an earlier backward pass
-        ctx.reached.update(place // 2 for place, grad in enumerate(grads) if grad is not None)
+        ctx.reached.update([place // 2 for place, grad in enumerate(grads) if grad is not None])
         filled = [torch.zeros(ctx.shape, **ctx.options) if grad is None else grad for grad in grads]
         return None, torch.stack(filled).view(-1, 2, *ctx.shape).movedim(1, -3)

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from hra_fx import compat
 
-_PLAIN = (Tensor, nn.Parameter)
+#: The classes of ordinary tensors.
+PLAIN = (Tensor, nn.Parameter)
 
 
 def is_compiling() -> bool:
@@ -26,7 +27,7 @@ def is_plain_eager() -> bool:
 
 def is_plain(*tensors: Tensor) -> bool:
     """Whether these are ordinary tensors, of no subclass, with floating-point values."""
-    return all(type(tensor) in _PLAIN and tensor.is_floating_point() for tensor in tensors)
+    return all(type(tensor) in PLAIN and tensor.is_floating_point() for tensor in tensors)
 
 
 def products_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

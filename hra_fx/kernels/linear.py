@@ -54,12 +54,14 @@ def linear(x: Tensor, factors: Factors, weight: Tensor, bias: Tensor | None) -> 
         tensor([[-2.,  5.]])
     """
     rows, down = factors
-    flat = x.reshape(-1, x.shape[-1])
-    if x.dtype is rows.dtype is weight.dtype and prefer_output_side(x, rows, weight):
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    same = x.dtype is rows.dtype
+    if same and rows.requires_grad and not x.requires_grad and _prefers_output_side(x, rows, weight):
         output = torch.addmm(F.linear(flat, weight, bias), torch.mm(flat, down.mT), torch.mm(rows, weight.mT))
     else:
-        output = F.linear(_reflect_flat(flat, factors), weight, bias)
-    return output.view(*x.shape[:-1], weight.shape[0])
+        reflected = torch.addmm(flat, torch.mm(flat, down.mT), rows) if same else _reflect_flat(flat, factors)
+        output = F.linear(reflected, weight, bias)
+    return output if flat is x else output.view(*x.shape[:-1], weight.shape[0])
 
 
 def _reflect_flat(x: Tensor, factors: Factors) -> Tensor:
@@ -70,10 +72,9 @@ def _reflect_flat(x: Tensor, factors: Factors) -> Tensor:
     return x + torch.mm(torch.mm(x.to(rows.dtype), down.mT), rows).to(x.dtype)
 
 
-def prefer_output_side(x: Tensor, rows: Tensor, weight: Tensor) -> bool:
-    """Whether the output side is cheaper: only the vectors need a gradient, and there are many rows."""
-    only_vectors = rows.requires_grad and not x.requires_grad and not weight.requires_grad
-    if not only_vectors or not torch.is_grad_enabled():
+def _prefers_output_side(x: Tensor, rows: Tensor, weight: Tensor) -> bool:
+    """Whether the output side is cheaper, where `rows` needs a gradient and `x` does not: for many rows."""
+    if weight.dtype is not x.dtype or weight.requires_grad or not torch.is_grad_enabled():
         return False
     # A compiler would guard on the number of rows, and compile twice.
     return is_compiling() or x.numel() >= _MIN_ROWS_PER_VECTOR * rows.numel()

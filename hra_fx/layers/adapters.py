@@ -262,13 +262,16 @@ class HouseholderAdapters(nn.ParameterDict):
 
     def chain_parts(self, names: Iterable[str] | None = None) -> list[ChainPart]:
         """The active adapters, or these, that do something, in their order, as their chain is computed from them."""
-        wanted = self.active if names is None else names
-        return [self._part(name) for name in wanted if not self._is_idle(name)]
-
-    def _part(self, name: str) -> ChainPart:
-        if name in self.scales:
-            return ChainPart(getattr(self, name + SCALED))
-        return ChainPart(self._held(name), self.anchor(name), self.specs[name].apply_GS)
+        parts, buffers = [], self._buffers
+        for name in self.active if names is None else names:
+            scaled = buffers.get(name + SCALED) if name in self.scales else None
+            if scaled is None:
+                held = self._parameters.get(name)  # as in _held
+                vectors: Tensor = self[name] if held is None else held
+                parts.append(ChainPart(vectors, buffers.get(name + ANCHOR), self.specs[name].apply_GS))
+            elif scaled.shape[-1]:
+                parts.append(ChainPart(scaled))
+        return parts
 
     def _held(self, name: str) -> Tensor:
         """The vectors of an adapter, not an fx proxy of them; a replica of DataParallel has no parameters."""
@@ -285,6 +288,9 @@ class HouseholderAdapters(nn.ParameterDict):
         Raises:
             AdapterError: another tool has replaced the parameter.
         """
+        held = layer._parameters.get(self.weight_name)
+        if held is not None:
+            return held
         owner, name = weight_place(layer)
         weight = owner._parameters.get(name)
         if weight is None:  # FSDP1 and DataParallel set a plain attribute

@@ -25,7 +25,7 @@ class BaseParameters(SwapMixin):
     @property
     def _parameters(self) -> dict[str, nn.Parameter | None]:
         held: dict[str, Any] = vars(self)["_parameters"]
-        if not torch.compiler.is_compiling() and len(MOVED):
+        if not torch.compiler.is_dynamo_compiling() and MOVED.data:
             for name, value in held.items():
                 origin: Any = None if value is None else MOVED.get(value)
                 layer = None if origin is None else origin.layer()

@@ -1,8 +1,9 @@
 """The factors of all layers of a model, computed in batches at the start of its forward.
 
-A layer that is called outside of its model's forward, or whose vectors are not there at its start (FSDP2 gathers them
-layer by layer), computes its own factors by the same functions. In a mixed batch (`hra_fx.layers.mixed`), a layer has
-the factors of each adapter of the batch.
+What a layer computes with is decided there: dtype, autocast, hooks, which adapters act. A call of the layer asks only
+what may differ inside of a forward. A layer that is called outside of its model's forward, or whose vectors are not
+there at its start (FSDP2 gathers them layer by layer), computes its own factors by the same functions. In a mixed batch
+(`hra_fx.layers.mixed`), a layer has the factors of each adapter of the batch.
 """
 
 from __future__ import annotations
@@ -11,52 +12,33 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from hra_fx.compat import is_exporting, tensor_version
+from hra_fx import compat
 from hra_fx.functional.chain import ChainPart
 from hra_fx.kernels.batch import batched_factors, plain_factors
-from hra_fx.kernels.dispatch import is_compiling, is_plain, is_plain_eager, products_dtype
+from hra_fx.kernels.dispatch import PLAIN, is_compiling, is_plain, is_plain_eager, products_dtype
 from hra_fx.kernels.factors import Factors
 from hra_fx.kernels.mixed import RowFactors, stack_chains
+from hra_fx.layers.accelerate_hooks import calls_class_forward
 from hra_fx.layers.adapters import HouseholderAdapters, get_adapters
 from hra_fx.layers.low_precision_warning import warn_of_low_precision
 from hra_fx.layers.mixed import CURRENT, MixedBatch, mixed_batch_of
 from hra_fx.layers.partitioned import comes_and_goes
+from hra_fx.layers.target import REFLECTION
 
-#: (dtype, signatures) -> layers with the parts of their chains, which are computed together.
-_Groups: TypeAlias = dict[tuple[torch.dtype, object], list[tuple[HouseholderAdapters, list[ChainPart]]]]
+#: A container, its layer, and the parts of its chain; in a mixed batch, the chain of each adapter, or `None`.
+_Chain: TypeAlias = tuple[HouseholderAdapters, nn.Module, list[Any]]
+#: The factors of a layer, the adapters that were active, and whether gradients were enabled.
+_Prepared: TypeAlias = tuple[Factors | RowFactors, tuple[str, ...], bool]
+#: Dtypes in which layers compute.
+_COMPUTING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: The number of chains that are computed together in a mixed batch; more would not fit into the caches of a CPU.
 _CHAINS_AT_ONCE = 64
-
-
-class Prepared(NamedTuple):
-    """The factors of one layer, computed at the start of a forward, and what they were computed for.
-
-    Attributes:
-        factors: `R` and `F`; in a mixed batch, of each of its adapters.
-        active: the adapters that were active.
-        has_graph: whether gradients were enabled.
-        is_inference: whether inference mode was.
-    """
-
-    factors: Factors | RowFactors
-    active: tuple[str, ...]
-    has_graph: bool
-    is_inference: bool
-
-    def is_usable(self, active: tuple[str, ...], dtype: torch.dtype) -> bool:
-        """Whether they can be used for these adapters in the current grad mode, without a loss of precision."""
-        if self.active != active or self.is_inference != _is_inference():
-            return False
-        if torch.is_grad_enabled() and not self.has_graph:
-            return False
-        own = self.factors.rows.dtype
-        return own is dtype or torch.promote_types(own, dtype) is own
 
 
 class StartOfForward(NamedTuple):
@@ -64,14 +46,15 @@ class StartOfForward(NamedTuple):
 
     Attributes:
         prepared: container -> the factors of its layer.
-        modes: whether gradients and inference mode were enabled, and the mixed batch.
-        sources: the tensors from which the factors were computed, with their versions and devices; none if they are
-            not to be used again.
+        direct: those of the containers that a layer need not call, because they have no hooks.
+        facts: what must be the same for them to be used in a forward that starts later.
+        vectors: the tensors from which they were computed, if they are to be used again.
     """
 
-    prepared: dict[HouseholderAdapters, Prepared]
-    modes: tuple[object, ...]
-    sources: list[tuple[Tensor, tuple[int, torch.device]]] | None
+    prepared: dict[HouseholderAdapters, _Prepared]
+    direct: dict[HouseholderAdapters, _Prepared]
+    facts: list[object]
+    vectors: list[Tensor]
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -84,20 +67,18 @@ class StartOfForward(NamedTuple):
 
     def is_current(self, layers: Sequence[nn.Module]) -> bool:
         """Whether the same would be computed now. Writes to `.data` of a tensor have no version, and are not seen."""
-        if self.sources is None or self.modes != (*_modes(), CURRENT.batch):
+        if not self.facts:
             return False
-        now = _sources(layers)
-        if len(now) != len(self.sources):
-            return False
-        pairs = zip(self.sources, now, strict=True)
-        return all(old is new and before == after for (old, before), (new, after) in pairs)
+        facts, vectors = _facts(_chains(layers))
+        return facts == self.facts and all(map(lambda old, new: old is new, self.vectors, vectors))
 
 
 class _Current(threading.local):
-    """What the forward that this thread runs has computed at its start."""
+    """What the forward that this thread runs has computed at its start; for an export, the factors of each layer."""
 
     def __init__(self) -> None:
         self.start: StartOfForward | None = None
+        self.exported: dict[HouseholderAdapters, Factors] = {}
 
 
 _CURRENT = _Current()
@@ -127,7 +108,7 @@ def factors_in_traced_batches(layers: Sequence[nn.Module]) -> Iterator[None]:
     The factors are attributes of the containers: after a graph break, layers with the same code share a compiled graph,
     in which only an attribute of the layer itself is that of the right layer.
     """
-    prepared = _prepare(layers)
+    prepared = _prepare(_chains(layers))
     try:
         for box, one in prepared.items():
             box.prepared = one
@@ -147,19 +128,19 @@ def factors_in_exported_batches(layers: Iterable[nn.Module]) -> Iterator[None]:
     for box in filter(None, map(get_adapters, layers)):
         if box.is_called and box.kind == "linear" and mixed_batch_of(box) is None and (parts := box.chain_parts()):
             groups[tuple([part.signature() for part in parts])].append((box, parts))
-    found: dict[HouseholderAdapters, Prepared] = {}
-    for group in groups.values():
-        factors = plain_factors([parts for _, parts in group])
-        for (box, _), one in zip(group, factors, strict=True):
-            found[box] = Prepared(one, box.active, *_modes())
-    with StartOfForward(found, _modes(), None).used():
+    outer, _CURRENT.exported = _CURRENT.exported, {}
+    try:
+        for group in groups.values():
+            factors = plain_factors([parts for _, parts in group])
+            _CURRENT.exported.update(zip([box for box, _ in group], factors, strict=True))
         yield
+    finally:
+        _CURRENT.exported = outer
 
 
 def exported_factors(box: HouseholderAdapters) -> Factors | None:
     """`R` and `F` of a layer, from `factors_in_exported_batches`; `None` outside of it."""
-    prepared = _prepared(box) if is_exporting() else None
-    return None if prepared is None else prepared.factors  # type: ignore[return-value]  # no rows of a mixed batch
+    return _CURRENT.exported.get(box) if compat.is_exporting() else None
 
 
 @contextmanager
@@ -173,6 +154,35 @@ def batch_of_rows(batch: MixedBatch) -> Iterator[None]:
         CURRENT.batch, _CURRENT.start = outer
 
 
+def factors_for(box: HouseholderAdapters, x: Tensor) -> Factors | RowFactors | None:
+    """`R` and `F` of a layer for its input, in the dtype of their products.
+
+    `None` if the layer must call its container: no adapter acts, it has hooks, or a tracer records the plain formulas.
+    """
+    start = None if torch.compiler.is_dynamo_compiling() else _CURRENT.start
+    if start is not None and (prepared := start.direct.get(box)) is not None and type(x) in PLAIN:
+        factors, active, has_graph = prepared
+        dtype = products_dtype(x.device, x.dtype) if compat.is_autocast_active() else x.dtype
+        if (
+            factors.rows.dtype is dtype
+            and (active is box.active or active == box.active)
+            and (has_graph or not torch.is_grad_enabled())
+            and not compat.is_dispatch_mode_active()
+            and not compat.is_functorch_active()
+        ):
+            return factors
+    if not uses_factors(box, x) or _must_be_called(box):
+        return None
+    return factors_of(box, products_dtype(x.device, x.dtype))
+
+
+def uses_factors(box: HouseholderAdapters, x: Tensor) -> bool:
+    """Whether a layer computes with its factors; tracers and subclasses of tensors get the plain formula."""
+    if not (is_plain_eager() or is_compiling()) or not is_plain(x):
+        return False
+    return has_batch(box) or all(is_plain(*part.tensors()) for part in box.chain_parts())
+
+
 def factors_of(box: HouseholderAdapters, dtype: torch.dtype) -> Factors | RowFactors | None:
     """`R` and `F` of the active adapters of a layer, in `dtype`; `None` if they do nothing.
 
@@ -181,23 +191,23 @@ def factors_of(box: HouseholderAdapters, dtype: torch.dtype) -> Factors | RowFac
     Raises:
         AdapterError: the vectors have no data yet.
     """
-    prepared = _prepared(box)
-    if prepared is not None and prepared.is_usable(box.active, dtype):
-        factors = prepared.factors
-        if factors.rows.dtype is dtype:
-            return factors
-        return factors._replace(rows=factors.rows.to(dtype), down=factors.down.to(dtype))
-    if prepared is not None and not is_compiling():
-        box.asked_for = dtype
-    if (batch := mixed_batch_of(box)) is not None:
-        own = _chains_of_rows(box)
-        box.check_data(own)
-        chains = [own.get(name) for name in batch.names]
-        return _of_rows(batched_factors([[stack_chains(chains)]], dtype)[0], batch) if own else None
-    parts = box.chain_parts()
+    if (prepared := _prepared(box)) is not None:
+        factors, active, has_graph = prepared
+        own = factors.rows.dtype
+        if active == box.active and (has_graph or not torch.is_grad_enabled()):
+            if own is dtype:
+                return factors
+            if torch.promote_types(own, dtype) is own:
+                return factors._replace(rows=factors.rows.to(dtype), down=factors.down.to(dtype))
+        if not is_compiling():
+            box.asked_for = dtype
+    batch = mixed_batch_of(box)
+    parts = _parts(box, batch)
     if not parts:
         return None
-    box.check_data()
+    box.check_data(None if batch is None else [name for name in batch.names if name in box.specs])
+    if batch is not None:
+        return _of_rows(batched_factors([[stack_chains(parts)]], dtype)[0], batch)
     if is_compiling():
         return batched_factors([parts], dtype)[0]
     # A checkpointed block that runs again in the backward must save the tensors of its first run, which had a batch.
@@ -215,11 +225,18 @@ def has_batch(box: HouseholderAdapters) -> bool:
     return _prepared(box) is not None
 
 
-def _prepared(box: HouseholderAdapters) -> Prepared | None:
+def _prepared(box: HouseholderAdapters) -> _Prepared | None:
     if is_compiling():
-        traced: Prepared | None = box.prepared
+        traced: _Prepared | None = box.prepared
         return traced
     return None if _CURRENT.start is None else _CURRENT.start.prepared.get(box)
+
+
+def _must_be_called(box: nn.Module) -> bool:
+    """Whether calling the container does more than to run its forward."""
+    if type(box).forward is not HouseholderAdapters.forward or compat.has_hooks(box):
+        return True
+    return "forward" in vars(box) and not calls_class_forward(box)
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -228,76 +245,96 @@ def _same(tensor: Tensor) -> Tensor:
 
 def start_of_forward(layers: Sequence[nn.Module], *, reuse: bool = False) -> StartOfForward:
     """The factors of some layers now."""
-    return StartOfForward(_prepare(layers), (*_modes(), CURRENT.batch), _sources(layers) if reuse else None)
+    chains = _chains(layers)
+    prepared = _prepare(chains)
+    called = _called(prepared)
+    direct = {box: one for box, one in prepared.items() if box not in called} if called else prepared
+    return StartOfForward(prepared, direct, *(_facts(chains) if reuse else ([], [])))
 
 
-def _prepare(layers: Sequence[nn.Module]) -> dict[HouseholderAdapters, Prepared]:
-    if CURRENT.batch is not None:
-        return _prepare_rows(layers, CURRENT.batch)
-    groups: _Groups = defaultdict(list)
+def _called(boxes: Iterable[HouseholderAdapters]) -> set[nn.Module]:
+    """The containers that may do more than to run their forward when they are called."""
+    forward = HouseholderAdapters.forward
+    replaced = {box for box in boxes if "forward" in vars(box) or type(box).forward is not forward}
+    return compat.modules_with_hooks(boxes) | replaced
+
+
+def _facts(chains: Sequence[_Chain]) -> tuple[list[object], list[Tensor]]:
+    """What the factors of some layers depend on, and their vectors."""
+    vectors = [part.vectors for _, _, parts in chains for part in parts if part is not None]
+    modes = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), CURRENT.batch]
+    called = _called([box for box, _, _ in chains])
+    return [*modes, called, compat.tensor_versions(vectors), [tensor.device for tensor in vectors]], vectors
+
+
+def _chains(layers: Sequence[nn.Module]) -> list[_Chain]:
+    """The layers that compute with factors, and whose adapters do something."""
+    found: list[_Chain] = []
     for layer in layers:
-        box = get_adapters(layer)  # none in a layer that was folded alone
-        parts = box.chain_parts() if box is not None else []
-        if box is not None and parts and _are_here(box, parts):
-            dtype = _expected_dtype(box, layer, parts[0].vectors)
-            groups[dtype, tuple([part.signature() for part in parts])].append((box, parts))
-    if torch.is_grad_enabled() and not is_compiling():
-        warn_of_low_precision(groups.values())
-    found: dict[HouseholderAdapters, Prepared] = {}
-    for (dtype, _), group in groups.items():
-        factors = batched_factors([parts for _, parts in group], dtype)
-        for (box, _), one in zip(group, factors, strict=True):
-            found[box] = Prepared(one, box.active, *_modes())
+        box: Any = layer._modules.get(REFLECTION)  # none in a layer that was folded alone
+        if box is not None and box.is_called:
+            parts = box.chain_parts() if CURRENT.batch is None else _parts(box, mixed_batch_of(box))
+            if parts:
+                found.append((box, layer, parts))
     return found
 
 
-def _prepare_rows(layers: Sequence[nn.Module], batch: MixedBatch) -> dict[HouseholderAdapters, Prepared]:
-    """As `_prepare`, with the factors of each adapter of a mixed batch."""
-    groups: _Groups = defaultdict(list)
-    for layer in layers:
-        box = get_adapters(layer)
-        own = {} if box is None else _chains_of_rows(box)
-        if box is not None and own and _are_here(box, own.values()):
-            chains = stack_chains([own.get(name) for name in batch.names])
-            dtype = _expected_dtype(box, layer, chains.vectors)
-            groups[dtype, chains.signature()].append((box, [chains]))
-    found: dict[HouseholderAdapters, Prepared] = {}
-    at_once = max(1, _CHAINS_AT_ONCE // len(batch.names))
+def _parts(box: HouseholderAdapters, batch: MixedBatch | None) -> list[Any]:
+    """The parts of the chain of a layer, or the chains of all adapters of a mixed batch; empty if they do nothing."""
+    if batch is None:
+        return box.chain_parts()
+    own = {name: part for name in batch.names if name in box.specs for part in box.chain_parts([name])}
+    return [own.get(name) for name in batch.names] if own else []
+
+
+def _prepare(chains: Sequence[_Chain]) -> dict[HouseholderAdapters, _Prepared]:
+    batch, has_graph, compiling = CURRENT.batch, torch.is_grad_enabled(), is_compiling()
+    has_autocast = compiling or compat.is_autocast_active()
+    groups: dict[tuple[Any, ...], list[tuple[HouseholderAdapters, list[ChainPart]]]] = defaultdict(list)
+    for box, layer, parts in chains:
+        signature = _signature(parts, box.width, compiling=compiling)
+        if signature is None:
+            continue
+        if batch is not None:
+            parts = [stack_chains(parts)]
+            signature = parts[0].signature()
+        weight = vars(layer)["_parameters"].get(box.weight_name)
+        is_known = type(weight) is nn.Parameter and weight.dtype in _COMPUTING and not has_autocast
+        dtype = weight.dtype if is_known else _expected_dtype(box, layer, parts[0].vectors)
+        groups[dtype, signature].append((box, parts))
+    if has_graph and not compiling:
+        warn_of_low_precision(groups.values())
+    found: dict[HouseholderAdapters, _Prepared] = {}
     for (dtype, _), group in groups.items():
+        at_once = len(group) if batch is None else max(1, _CHAINS_AT_ONCE // len(batch.names))
         for start in range(0, len(group), at_once):
             some = group[start : start + at_once]
             factors = batched_factors([parts for _, parts in some], dtype)
             for (box, _), one in zip(some, factors, strict=True):
-                found[box] = Prepared(_of_rows(one, batch), box.active, *_modes())
+                found[box] = one if batch is None else _of_rows(one, batch), box.active, has_graph
     return found
 
 
-def _chains_of_rows(box: HouseholderAdapters) -> dict[str, ChainPart]:
-    """The chains of the adapters of a mixed batch that do something in a layer."""
-    batch = mixed_batch_of(box)
-    names = [] if batch is None else [name for name in batch.names if name in box.specs]
-    return {name: part for name in names for part in box.chain_parts([name])}
+def _signature(parts: Sequence[Any], width: int, *, compiling: bool) -> tuple[object, ...] | None:
+    """What must be the same for chains of one batch; `None` if the data of a tensor are not here, or do not stay.
+
+    FSDP, offloading and ZeRO-3 take the data of vectors away between calls of their layer.
+    """
+    found: list[object] = []
+    for vectors, anchor, apply_GS in filter(None, parts):
+        for tensor in (vectors,) if anchor is None else (vectors, anchor):
+            if type(tensor) not in PLAIN or tensor.is_meta or tensor.dim() != 2 or tensor.shape[0] != width:
+                return None
+            if not tensor.is_floating_point() or not (
+                compiling or (tensor.untyped_storage().size() and not comes_and_goes(tensor))
+            ):
+                return None
+        found += (apply_GS, vectors.shape, vectors.dtype, vectors.device, None if anchor is None else anchor.shape)
+    return tuple(found)
 
 
 def _of_rows(factors: Factors, batch: MixedBatch) -> RowFactors:
     return RowFactors(*factors, None if batch.places is None else batch.places.to(factors.rows.device))
-
-
-def _sources(layers: Sequence[nn.Module]) -> list[tuple[Tensor, tuple[int, torch.device]]]:
-    boxes = [box for layer in layers if (box := get_adapters(layer)) is not None]
-    chains = [box.chain_parts() if CURRENT.batch is None else _chains_of_rows(box).values() for box in boxes]
-    vectors = [part.vectors for own in chains for part in own]
-    return [(tensor, (tensor_version(tensor), tensor.device)) for tensor in vectors]
-
-
-def _modes() -> tuple[bool, bool]:
-    """Whether gradients and inference mode are enabled."""
-    return torch.is_grad_enabled(), _is_inference()
-
-
-def _is_inference() -> bool:
-    """Whether inference mode is enabled; a graph of TorchDynamo is in one mode, and cannot ask."""
-    return not is_compiling() and torch.is_inference_mode_enabled()
 
 
 def _expected_dtype(box: HouseholderAdapters, layer: nn.Module, vectors: Tensor) -> torch.dtype:
@@ -308,16 +345,5 @@ def _expected_dtype(box: HouseholderAdapters, layer: nn.Module, vectors: Tensor)
     weight = box.weight_of(layer)
     packed = getattr(weight, "quant_state", None)  # bitsandbytes
     dtype: torch.dtype = weight.dtype if packed is None else box.asked_for or packed.dtype
-    computes = dtype.is_floating_point and dtype.itemsize > 1  # weights in float8 are cast before they are used
-    return products_dtype(vectors.device, dtype if computes else vectors.dtype)  # an offloaded weight is on no device
-
-
-def _are_here(box: HouseholderAdapters, parts: Iterable[ChainPart]) -> bool:
-    return all(_is_here(tensor, box.width) for part in parts for tensor in part.tensors())
-
-
-def _is_here(tensor: Tensor, width: int) -> bool:
-    """Whether a tensor has its data, and keeps it; FSDP, offloading and ZeRO-3 take it away between calls."""
-    if not is_plain(tensor) or tensor.is_meta or tensor.dim() != 2 or tensor.shape[0] != width:
-        return False
-    return is_compiling() or (tensor.untyped_storage().size() > 0 and not comes_and_goes(tensor))
+    # Weights in float8 are cast before they are used, and an offloaded weight is on no device.
+    return products_dtype(vectors.device, dtype if dtype in _COMPUTING else vectors.dtype)

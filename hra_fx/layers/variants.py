@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from hra_fx.compat import conv_border, has_hooks
+from hra_fx.compat import conv_border
 from hra_fx.errors import AdapterError
 from hra_fx.functional import householder
 from hra_fx.kernels.conv import (
@@ -23,18 +23,17 @@ from hra_fx.kernels.conv import (
     positions,
     up_projection,
 )
-from hra_fx.kernels.dispatch import is_compiling, is_plain, is_plain_eager, products_dtype
+from hra_fx.kernels.dispatch import is_compiling, products_dtype
 from hra_fx.kernels.distributed import reflect_distributed, rotate_distributed
 from hra_fx.kernels.factors import Factors
 from hra_fx.kernels.linear import linear, reflect_rows
 from hra_fx.kernels.mixed import RowFactors, pick, reflect_mixed
-from hra_fx.layers.accelerate_hooks import calls_class_forward
 from hra_fx.layers.adapters import HouseholderAdapters
-from hra_fx.layers.batching import exported_factors, factors_of, has_batch
+from hra_fx.layers.batching import exported_factors, factors_for, factors_of, has_batch, uses_factors
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.experts_adapters import ExpertsAdapters
 from hra_fx.layers.experts_weight import ExpertsWeight
-from hra_fx.layers.mixed import check_rows, mixed_batch_of
+from hra_fx.layers.mixed import check_rows
 from hra_fx.layers.partitioned import full_shape
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.sharding import is_dtensor
@@ -137,7 +136,7 @@ class LinearAdapters(HouseholderAdapters):
         if is_dtensor(x):
             distributed = self._distributed_factors(x)
             return x if distributed is None else reflect_distributed(x, distributed)
-        if _uses_factors(self, x):
+        if uses_factors(self, x):
             factors = factors_of(self, products_dtype(x.device, x.dtype))
             if isinstance(factors, RowFactors):
                 check_rows(self, x, dims=2)
@@ -164,13 +163,8 @@ class LinearAdapters(HouseholderAdapters):
         return factors
 
     def through(self, x: Tensor, weight: Tensor, layer: nn.Linear) -> Tensor | None:
-        """The output of the layer over reflected rows, `(..., out)`; `None` if the container must be called.
-
-        It must be called if it has hooks, and by tracers.
-        """
-        if not _uses_factors(self, x) or _asks(self):
-            return None
-        factors = factors_of(self, products_dtype(x.device, x.dtype))
+        """The output of the layer over reflected rows, `(..., out)`; `None` if the container must be called."""
+        factors = factors_for(self, x)
         if isinstance(factors, RowFactors):
             check_rows(self, x, dims=2)
             return F.linear(reflect_mixed(x, factors), weight, layer.bias)
@@ -219,17 +213,11 @@ class ConvAdapters(HouseholderAdapters):
         return super().rotate(weight)
 
     def through(self, x: Tensor, weight: Tensor, layer: Any) -> Tensor | None:
-        """The output of the layer for `x`.
-
-        `None` if the container must be called, as it must if it has hooks, and by tracers.
-        """
-        if not _uses_factors(self, x) or _asks(self):
-            return None
-        dtype = products_dtype(x.device, x.dtype)
-        if not dtype is x.dtype is weight.dtype and mixed_batch_of(self) is None:
-            return None
-        factors = factors_of(self, dtype)
+        """The output of the layer for `x`; `None` if the container must be called."""
+        factors = factors_for(self, x)
         if factors is None:
+            return None
+        if not factors.rows.dtype is x.dtype is weight.dtype and not isinstance(factors, RowFactors):
             return None
         if isinstance(factors, RowFactors):
             check_rows(self, x, dims=weight.dim())
@@ -290,24 +278,10 @@ class ConvAdapters(HouseholderAdapters):
         return patch_image(coordinates, chain, weight, self.groups)
 
 
-def _uses_factors(box: HouseholderAdapters, x: Tensor) -> bool:
-    """Whether a layer computes with its factors; tracers and subclasses of tensors get the plain formula."""
-    if not (is_plain_eager() or is_compiling()) or not is_plain(x):
-        return False
-    return has_batch(box) or all(is_plain(*part.tensors()) for part in box.chain_parts())
-
-
 def _note_read(box: HouseholderAdapters) -> None:
     """Note that the forward of the model reads a weight itself; anyone may read it at other times."""
     if not is_compiling() and has_batch(box):
         box.is_read = True
-
-
-def _asks(module: nn.Module) -> bool:
-    """Whether calling the container does more than to run its forward."""
-    if type(module).forward is not HouseholderAdapters.forward or has_hooks(module):
-        return True
-    return "forward" in vars(module) and not calls_class_forward(module)
 
 
 def adapters_for(layer: nn.Module) -> HouseholderAdapters:

@@ -1,0 +1,118 @@
+"""Host time that adapters add to a tiny Llama with 112 adapted layers, on one thread, relative to PEFT's LoRA.
+
+    PYTHONPATH=benchmarks python benchmarks/host.py        # or: make bench-host
+
+Tensors are so small that the time is that of Python and of launching operators, for which a GPU waits. The time of the
+frozen base model is subtracted. All methods take turns in one run. Frames are calls of Python functions of hra_fx in a
+training step: in an adapted layer, and outside of the layers, for each of them. Needs peft.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from turns import in_turns
+
+import hra_fx
+
+BLOCKS, WIDTH, RANK, NEW_TOKENS = 16, 32, 8, 12
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+IDS = torch.arange(2).unsqueeze(0)
+ROUNDS = {"training step": 60, "forward without gradients": 100, "generate": 20}
+_OURS = str(Path(hra_fx.__file__).parent)
+BASE, LORA, OURS = "base", "PEFT LoRA", "hra_fx"
+
+
+def base_model(blocks: int = BLOCKS) -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=blocks, vocab_size=32)).requires_grad_(False)
+    model.model.layers[0].input_layernorm.weight.requires_grad_(True)  # a backward pass through all layers
+    return model
+
+
+def adapted_model(blocks: int = BLOCKS) -> Any:
+    return hra_fx.transform(base_model(blocks), hra_fx.HRAConfig(r=RANK, target_modules=TARGETS))
+
+
+def models() -> dict[str, Any]:
+    """The base model, and adapted ones."""
+    configs = {
+        LORA: peft.LoraConfig(r=RANK, target_modules=TARGETS),
+        "PEFT DoRA": peft.LoraConfig(r=RANK, target_modules=TARGETS, use_dora=True),
+        "PEFT OFT": peft.OFTConfig(r=0, oft_block_size=RANK, target_modules=TARGETS),
+    }
+    made: dict[str, Any] = {name: peft.get_peft_model(base_model(), config) for name, config in configs.items()}
+    return {BASE: base_model(), OURS: adapted_model(), **made}
+
+
+def train(model: Any) -> None:
+    model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+
+
+def infer(model: Any) -> None:
+    with torch.no_grad():
+        model(input_ids=IDS, use_cache=False)
+
+
+def generate(model: Any) -> None:
+    tokens = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+    model.generate(input_ids=IDS, **tokens, do_sample=False, pad_token_id=0)
+
+
+WORK: dict[str, Callable[[Any], None]] = dict(zip(ROUNDS, (train, infer, generate), strict=True))
+
+
+def frames(model: nn.Module) -> tuple[float, float]:
+    """Frames of hra_fx in a forward and backward: in each adapted layer, and outside of them for each layer."""
+    layers = [layer for layer in model.modules() if "hra_u" in layer._modules]
+    entries = {type(layer).forward.__code__ for layer in layers}
+    depth, inside, outside = 0, 0, 0
+
+    def count(frame: FrameType, event: str, _: object) -> None:
+        nonlocal depth, inside, outside
+        if event not in ("call", "return") or not frame.f_code.co_filename.startswith(_OURS):
+            return
+        if frame.f_code in entries:
+            depth += 1 if event == "call" else -1
+        inside += event == "call" and (depth > 0)
+        outside += event == "call" and not depth
+
+    train(model)
+    sys.setprofile(count)
+    try:
+        train(model)
+    finally:
+        sys.setprofile(None)
+    return inside / len(layers), outside / len(layers)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    made = models()
+    print(f"{BLOCKS * len(TARGETS)} adapted layers, torch {torch.__version__}, peft {peft.__version__}")
+    for what, work in WORK.items():
+        for model in made.values():
+            model.train(work is train)
+        calls = {name: functools.partial(work, model) for name, model in made.items()}
+        times = in_turns(calls, ROUNDS[what], time.process_time)
+        median = {name: statistics.median(own) for name, own in times.items()}
+        added = {name: (own - median[BASE]) / (median[LORA] - median[BASE]) for name, own in median.items()}
+        print(f"{what:<26}" + ", ".join(f"{name} {added[name]:.2f}" for name in made if name != BASE), flush=True)
+    inside, outside = frames(made[OURS].train())
+    print(f"frames of hra_fx per layer: {inside:.1f} in the layer, {outside:.1f} in the batch")
+
+
+if __name__ == "__main__":
+    main()
