@@ -34,16 +34,16 @@ _OURS = str(Path(hra_fx.__file__).parent)
 BASE, LORA, OURS = "base", "PEFT LoRA", "hra_fx"
 
 
-def base_model(blocks: int = BLOCKS) -> Any:
+def base_model() -> Any:
     torch.manual_seed(0)
     sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_attention_heads": 2, "num_key_value_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=blocks, vocab_size=32)).requires_grad_(False)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=BLOCKS, vocab_size=32)).requires_grad_(False)
     model.model.layers[0].input_layernorm.weight.requires_grad_(True)  # a backward pass through all layers
     return model
 
 
-def adapted_model(blocks: int = BLOCKS) -> Any:
-    return hra_fx.transform(base_model(blocks), hra_fx.HRAConfig(r=RANK, target_modules=TARGETS))
+def adapted_model() -> Any:
+    return hra_fx.transform(base_model(), hra_fx.HRAConfig(r=RANK, target_modules=TARGETS))
 
 
 def models() -> dict[str, Any]:

@@ -105,9 +105,20 @@ def _has_global_hooks() -> bool:
 has_global_module_hooks: Callable[[], bool] = getattr(nn_module, "_has_any_global_hook", _has_global_hooks)
 
 
+def with_own_hooks(modules: Iterable[nn.Module]) -> set[nn.Module]:
+    """Those of some modules on which hooks are registered. No public name exists; without the private ones: all."""
+    every = set(modules)
+    try:
+        return {
+            m for m in every if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        }
+    except AttributeError:
+        return every
+
+
 def has_own_hooks(module: nn.Module) -> bool:
-    """Whether hooks are registered on a module. No public name exists; without the private ones: yes."""
-    return bool(_with_own_hooks([module]))
+    """Whether hooks are registered on a module."""
+    return bool(with_own_hooks([module]))
 
 
 def has_backward_hooks(module: nn.Module) -> bool:
@@ -119,23 +130,6 @@ def has_backward_hooks(module: nn.Module) -> bool:
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling a module runs hooks, its own or those of all modules."""
     return has_own_hooks(module) or has_global_module_hooks()
-
-
-def modules_with_hooks(modules: Iterable[nn.Module]) -> set[nn.Module]:
-    """Those of some modules that run hooks when they are called, their own or those of all modules."""
-    return set(modules) if has_global_module_hooks() else _with_own_hooks(modules)
-
-
-def _with_own_hooks(modules: Iterable[nn.Module]) -> set[nn.Module]:
-    every = list(modules)
-    try:
-        return {
-            one
-            for one in every
-            if one._forward_hooks or one._forward_pre_hooks or one._backward_hooks or one._backward_pre_hooks
-        }
-    except AttributeError:
-        return set(every)
 
 
 #: The attribute of a module that has the names of such buffers.

@@ -32,10 +32,6 @@ class _PeftVectors(HouseholderAdapters):
         weight: nn.Parameter = vars(self)["base_layer"].weight
         return weight
 
-    def _held(self, name: str) -> Tensor:
-        vectors: Tensor = self[name]
-        return vectors
-
     def unit_chain(self, name: str, *, reverse: bool = False) -> Tensor:
         """The reflections of an adapter, `(d, r)`, in float64 (float32 on MPS); `reverse` gives those of `Q^T`."""
         vectors = self._held(name)

@@ -33,7 +33,11 @@ def reflect_rows(x: Tensor, factors: Factors) -> Tensor:
         >>> reflect_rows(torch.tensor([[2.0, 5.0]]), Factors(*wy_factors(torch.tensor([[3.0], [0.0]]))))
         tensor([[-2.,  5.]])
     """
-    return _reflect_flat(x.reshape(-1, x.shape[-1]), factors).view(x.shape)
+    rows, down = factors
+    flat = x.reshape(-1, x.shape[-1])
+    if x.dtype is rows.dtype:
+        return torch.addmm(flat, F.linear(flat, down), rows).view(x.shape)
+    return (flat + torch.mm(F.linear(flat.to(rows.dtype), down), rows).to(x.dtype)).view(x.shape)
 
 
 def linear(x: Tensor, factors: Factors, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -57,19 +61,11 @@ def linear(x: Tensor, factors: Factors, weight: Tensor, bias: Tensor | None) -> 
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     same = x.dtype is rows.dtype
     if same and rows.requires_grad and not x.requires_grad and _prefers_output_side(x, rows, weight):
-        output = torch.addmm(F.linear(flat, weight, bias), torch.mm(flat, down.mT), torch.mm(rows, weight.mT))
+        output = torch.addmm(F.linear(flat, weight, bias), F.linear(flat, down), torch.mm(rows, weight.mT))
     else:
-        reflected = torch.addmm(flat, torch.mm(flat, down.mT), rows) if same else _reflect_flat(flat, factors)
+        reflected = torch.addmm(flat, F.linear(flat, down), rows) if same else reflect_rows(flat, factors)
         output = F.linear(reflected, weight, bias)
     return output if flat is x else output.view(*x.shape[:-1], weight.shape[0])
-
-
-def _reflect_flat(x: Tensor, factors: Factors) -> Tensor:
-    """`reflect_rows` for `x: (n, d)`."""
-    rows, down = factors
-    if x.dtype is rows.dtype:
-        return torch.addmm(x, torch.mm(x, down.mT), rows)
-    return x + torch.mm(torch.mm(x.to(rows.dtype), down.mT), rows).to(x.dtype)
 
 
 def _prefers_output_side(x: Tensor, rows: Tensor, weight: Tensor) -> bool:

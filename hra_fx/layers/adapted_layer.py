@@ -163,7 +163,6 @@ class AdaptedLinear(AdaptedLayer):
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
         """The forward of `base` at `x Q^T`, where `reflected` is not given."""
-        apply = _addmm if base.forward is not nn.Linear.forward else F.linear
 
         @functools.wraps(base.forward)
         def forward(self: AdaptedLinear, input: Tensor, reflected: Tensor | None = None) -> Any:
@@ -172,20 +171,16 @@ class AdaptedLinear(AdaptedLayer):
                 check_not_aside(self)
                 return base.forward(self, input)
             weight = box.weight_of(self)
+            if box.columns:  # transformers' `Conv1D`
+                weight = weight.mT
             if reflected is None:
-                if apply is F.linear:
-                    output = box.through(input, weight, self)
-                    if output is not None:
-                        return output
+                output = box.through(input, weight, self)
+                if output is not None:
+                    return output
                 reflected = call(box, input)
-            return apply(reflected, weight, self.bias)
+            return F.linear(reflected, weight, self.bias)
 
         return {**super().wrap(base), "forward": forward}
-
-
-def _addmm(x: Tensor, weight: Tensor, bias: Any) -> Tensor:
-    """The forward of transformers' `Conv1D`, whose weight is `(in, out)`."""
-    return torch.addmm(bias, x.view(-1, x.size(-1)), weight).view(*x.shape[:-1], weight.shape[1])
 
 
 class AdaptedQuantizedLinear(AdaptedLinear):

@@ -160,7 +160,7 @@ class HouseholderAdapters(nn.ParameterDict):
             self[name] = nn.Parameter(vectors.to(device, own.dtype), requires_grad=own.requires_grad)
         else:
             own.copy_(distribute_like(vectors, own))
-        self._drop(name + ANCHOR)
+        self._buffers.pop(name + ANCHOR, None)
         if anchor is not None:
             self.register_buffer(name + ANCHOR, anchor.to(self[name].device, own.dtype))
 
@@ -172,7 +172,7 @@ class HouseholderAdapters(nn.ParameterDict):
         self.scales.pop(name, None)
         self.paused.pop(name, None)
         for suffix in (ANCHOR, SCALED):
-            self._drop(name + suffix)
+            self._buffers.pop(name + suffix, None)
         self.active = tuple(other for other in self.active if other != name)
 
     def set_trainable(self, name: str, wanted: bool) -> None:
@@ -204,7 +204,7 @@ class HouseholderAdapters(nn.ParameterDict):
         made = self.scaled(name, alpha) if chain is None and alpha != 1 else chain
         trained = self.paused.pop(name, vectors.requires_grad)
         self.scales.pop(name, None)
-        self._drop(name + SCALED)
+        self._buffers.pop(name + SCALED, None)
         if alpha != 1:
             # Not in the state_dict, because it follows from the vectors and the strength.
             self.register_buffer(name + SCALED, made, persistent=False)
@@ -217,10 +217,6 @@ class HouseholderAdapters(nn.ParameterDict):
         with nan_for_new_memory(self):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
-
-    def _drop(self, buffer: str) -> None:
-        if buffer in self._buffers:
-            delattr(self, buffer)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         """Load, and update the scaled adapters."""
@@ -262,14 +258,14 @@ class HouseholderAdapters(nn.ParameterDict):
 
     def chain_parts(self, names: Iterable[str] | None = None) -> list[ChainPart]:
         """The active adapters, or these, that do something, in their order, as their chain is computed from them."""
-        parts, buffers = [], self._buffers
+        parts: list[ChainPart] = []
+        buffers: Any = self._buffers
         for name in self.active if names is None else names:
-            scaled = buffers.get(name + SCALED) if name in self.scales else None
-            if scaled is None:
+            if name not in self.scales:
                 held = self._parameters.get(name)  # as in _held
-                vectors: Tensor = self[name] if held is None else held
-                parts.append(ChainPart(vectors, buffers.get(name + ANCHOR), self.specs[name].apply_GS))
-            elif scaled.shape[-1]:
+                anchor, spec = buffers.get(name + ANCHOR), self.specs[name]
+                parts.append(ChainPart(self[name] if held is None else held, anchor, spec.apply_GS))
+            elif (scaled := buffers[name + SCALED]).shape[-1]:
                 parts.append(ChainPart(scaled))
         return parts
 
@@ -288,19 +284,17 @@ class HouseholderAdapters(nn.ParameterDict):
         Raises:
             AdapterError: another tool has replaced the parameter.
         """
-        held = layer._parameters.get(self.weight_name)
-        if held is not None:
-            return held
+        weight = layer._parameters.get(self.weight_name)
+        if weight is not None:
+            return weight
         owner, name = weight_place(layer)
-        weight = owner._parameters.get(name)
-        if weight is None:  # FSDP1 and DataParallel set a plain attribute
-            weight = vars(owner).get(name)
-        if weight is None:
-            raise AdapterError(
-                f"{type(owner).__name__}: its {name} is not a parameter anymore, because weight_norm, pruning or "
-                "similar was applied after hra_fx.transform. Undo that first (remove_weight_norm, prune.remove)."
-            )
-        return weight
+        for held in (owner._parameters, vars(owner)):  # FSDP1 and DataParallel set a plain attribute
+            if (found := held.get(name)) is not None:
+                return found
+        raise AdapterError(
+            f"{type(owner).__name__}: its {name} is not a parameter anymore, because weight_norm, pruning or similar "
+            "was applied after hra_fx.transform. Undo that first (remove_weight_norm, prune.remove)."
+        )
 
     def _is_idle(self, name: str) -> bool:
         """Whether an adapter is at strength 0; read from the buffer, because an fx proxy has no shape."""

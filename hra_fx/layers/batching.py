@@ -1,13 +1,14 @@
 """The factors of all layers of a model, computed in batches at the start of its forward.
 
-What a layer computes with is decided there: dtype, autocast, hooks, which adapters act. A call of the layer asks only
-what may differ inside of a forward. A layer that is called outside of its model's forward, or whose vectors are not
-there at its start (FSDP2 gathers them layer by layer), computes its own factors by the same functions. In a mixed batch
-(`hra_fx.layers.mixed`), a layer has the factors of each adapter of the batch.
+Hooks, dtypes and chains are looked at there; a call of a layer asks only what may differ inside of a forward. A layer
+that is called outside of it, or whose vectors are not there at its start (FSDP2 gathers them layer by layer), computes
+its own factors. In a mixed batch (`hra_fx.layers.mixed`), it has the factors of each adapter of the batch.
 """
 
 from __future__ import annotations
 
+import operator
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.compiler import is_dynamo_compiling
 
 from hra_fx import compat
 from hra_fx.functional.chain import ChainPart
@@ -25,7 +27,7 @@ from hra_fx.kernels.dispatch import PLAIN, is_compiling, is_plain, is_plain_eage
 from hra_fx.kernels.factors import Factors
 from hra_fx.kernels.mixed import RowFactors, stack_chains
 from hra_fx.layers.accelerate_hooks import calls_class_forward
-from hra_fx.layers.adapters import HouseholderAdapters, get_adapters
+from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.low_precision_warning import warn_of_low_precision
 from hra_fx.layers.mixed import CURRENT, MixedBatch, mixed_batch_of
 from hra_fx.layers.partitioned import comes_and_goes
@@ -70,7 +72,7 @@ class StartOfForward(NamedTuple):
         if not self.facts:
             return False
         facts, vectors = _facts(_chains(layers))
-        return facts == self.facts and all(map(lambda old, new: old is new, self.vectors, vectors))
+        return facts == self.facts and all(map(operator.is_, self.vectors, vectors))
 
 
 class _Current(threading.local):
@@ -125,8 +127,8 @@ def factors_in_exported_batches(layers: Iterable[nn.Module]) -> Iterator[None]:
     `exported_factors` returns the factors. One layer alone takes some hundred nodes with its backward pass.
     """
     groups: dict[tuple[object, ...], list[tuple[HouseholderAdapters, list[ChainPart]]]] = defaultdict(list)
-    for box in filter(None, map(get_adapters, layers)):
-        if box.is_called and box.kind == "linear" and mixed_batch_of(box) is None and (parts := box.chain_parts()):
+    for box, _, parts in _chains(layers) if CURRENT.batch is None else ():
+        if box.kind == "linear":
             groups[tuple([part.signature() for part in parts])].append((box, parts))
     outer, _CURRENT.exported = _CURRENT.exported, {}
     try:
@@ -159,7 +161,7 @@ def factors_for(box: HouseholderAdapters, x: Tensor) -> Factors | RowFactors | N
 
     `None` if the layer must call its container: no adapter acts, it has hooks, or a tracer records the plain formulas.
     """
-    start = None if torch.compiler.is_dynamo_compiling() else _CURRENT.start
+    start = None if is_dynamo_compiling() else _CURRENT.start
     if start is not None and (prepared := start.direct.get(box)) is not None and type(x) in PLAIN:
         factors, active, has_graph = prepared
         dtype = products_dtype(x.device, x.dtype) if compat.is_autocast_active() else x.dtype
@@ -211,7 +213,7 @@ def factors_of(box: HouseholderAdapters, dtype: torch.dtype) -> Factors | RowFac
     if is_compiling():
         return batched_factors([parts], dtype)[0]
     # A checkpointed block that runs again in the backward must save the tensors of its first run, which had a batch.
-    with saved_tensors_hooks(_same, _same):
+    with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
         return batched_factors([parts], dtype)[0]
 
 
@@ -239,10 +241,6 @@ def _must_be_called(box: nn.Module) -> bool:
     return "forward" in vars(box) and not calls_class_forward(box)
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 def start_of_forward(layers: Sequence[nn.Module], *, reuse: bool = False) -> StartOfForward:
     """The factors of some layers now."""
     chains = _chains(layers)
@@ -254,9 +252,10 @@ def start_of_forward(layers: Sequence[nn.Module], *, reuse: bool = False) -> Sta
 
 def _called(boxes: Iterable[HouseholderAdapters]) -> set[nn.Module]:
     """The containers that may do more than to run their forward when they are called."""
+    every: set[nn.Module] = set(boxes)
     forward = HouseholderAdapters.forward
-    replaced = {box for box in boxes if "forward" in vars(box) or type(box).forward is not forward}
-    return compat.modules_with_hooks(boxes) | replaced
+    replaced = {box for box in every if "forward" in vars(box) or type(box).forward is not forward}
+    return every if compat.has_global_module_hooks() else compat.with_own_hooks(every) | replaced
 
 
 def _facts(chains: Sequence[_Chain]) -> tuple[list[object], list[Tensor]]:
@@ -267,16 +266,14 @@ def _facts(chains: Sequence[_Chain]) -> tuple[list[object], list[Tensor]]:
     return [*modes, called, compat.tensor_versions(vectors), [tensor.device for tensor in vectors]], vectors
 
 
-def _chains(layers: Sequence[nn.Module]) -> list[_Chain]:
+def _chains(layers: Iterable[nn.Module]) -> list[_Chain]:
     """The layers that compute with factors, and whose adapters do something."""
     found: list[_Chain] = []
     for layer in layers:
         box: Any = layer._modules.get(REFLECTION)  # none in a layer that was folded alone
         if box is not None and box.is_called:
-            parts = box.chain_parts() if CURRENT.batch is None else _parts(box, mixed_batch_of(box))
-            if parts:
-                found.append((box, layer, parts))
-    return found
+            found.append((box, layer, box.chain_parts() if CURRENT.batch is None else _parts(box, mixed_batch_of(box))))
+    return [chain for chain in found if chain[2]]
 
 
 def _parts(box: HouseholderAdapters, batch: MixedBatch | None) -> list[Any]:
@@ -290,9 +287,11 @@ def _parts(box: HouseholderAdapters, batch: MixedBatch | None) -> list[Any]:
 def _prepare(chains: Sequence[_Chain]) -> dict[HouseholderAdapters, _Prepared]:
     batch, has_graph, compiling = CURRENT.batch, torch.is_grad_enabled(), is_compiling()
     has_autocast = compiling or compat.is_autocast_active()
+    has_zero = "deepspeed" in sys.modules  # otherwise, it partitions nothing
     groups: dict[tuple[Any, ...], list[tuple[HouseholderAdapters, list[ChainPart]]]] = defaultdict(list)
     for box, layer, parts in chains:
-        signature = _signature(parts, box.width, compiling=compiling)
+        present = parts if batch is None else [part for part in parts if part is not None]
+        signature = _signature(present, box.width, compiling=compiling, has_zero=has_zero)
         if signature is None:
             continue
         if batch is not None:
@@ -315,22 +314,23 @@ def _prepare(chains: Sequence[_Chain]) -> dict[HouseholderAdapters, _Prepared]:
     return found
 
 
-def _signature(parts: Sequence[Any], width: int, *, compiling: bool) -> tuple[object, ...] | None:
+def _signature(parts: Sequence[Any], width: int, *, compiling: bool, has_zero: bool) -> tuple[object, ...] | None:
     """What must be the same for chains of one batch; `None` if the data of a tensor are not here, or do not stay.
 
     FSDP, offloading and ZeRO-3 take the data of vectors away between calls of their layer.
     """
-    found: list[object] = []
-    for vectors, anchor, apply_GS in filter(None, parts):
+    found: tuple[object, ...] = ()
+    for vectors, anchor, apply_GS in parts:
         for tensor in (vectors,) if anchor is None else (vectors, anchor):
-            if type(tensor) not in PLAIN or tensor.is_meta or tensor.dim() != 2 or tensor.shape[0] != width:
+            shape = tensor.shape
+            if type(tensor) not in PLAIN or tensor.is_meta or len(shape) != 2 or shape[0] != width:
                 return None
-            if not tensor.is_floating_point() or not (
-                compiling or (tensor.untyped_storage().size() and not comes_and_goes(tensor))
-            ):
+            if tensor.dtype not in _COMPUTING or not (compiling or tensor.untyped_storage().size()):
+                return None
+            if has_zero and not compiling and comes_and_goes(tensor):
                 return None
         found += (apply_GS, vectors.shape, vectors.dtype, vectors.device, None if anchor is None else anchor.shape)
-    return tuple(found)
+    return found
 
 
 def _of_rows(factors: Factors, batch: MixedBatch) -> RowFactors:

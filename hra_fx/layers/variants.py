@@ -165,10 +165,11 @@ class LinearAdapters(HouseholderAdapters):
     def through(self, x: Tensor, weight: Tensor, layer: nn.Linear) -> Tensor | None:
         """The output of the layer over reflected rows, `(..., out)`; `None` if the container must be called."""
         factors = factors_for(self, x)
-        if isinstance(factors, RowFactors):
-            check_rows(self, x, dims=2)
-            return F.linear(reflect_mixed(x, factors), weight, layer.bias)
-        return None if factors is None else linear(x, factors, weight, layer.bias)
+        if factors is None or isinstance(factors, RowFactors):
+            return None
+        own = vars(layer)["_parameters"]  # nn.Module.__getattr__ takes as long as a small operator
+        bias = own["bias"] if "bias" in own else layer.bias  # noqa: SIM401  # which `get` would always read
+        return linear(x, factors, weight, bias)
 
 
 class QuantizedAdapters(LinearAdapters):
