@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from hra_fx.view.coordinates import Size
 from hra_fx.view.heatmap import NO_CELLS, Cells, Heatmap
-from hra_fx.view.layout import Arrangement, Route, in_rows, layered
-from hra_fx.view.panels import Block
+from hra_fx.view.layout import Arrangement, Route, Size, in_rows, layered
+from hra_fx.view.opening import Block
 from hra_fx.view.text import clean, shorten, width
 from hra_fx.view.tree import Leaf, Scope, notes, span
 
@@ -17,7 +16,7 @@ NAME, DETAIL = 12.5, 11.0  # font sizes
 STRIP = 19.0  # height of the adapter strip on top of its layer
 HEADER = 27.0  # height of an open scope's title
 _PAD = 14.0
-_ROW, _ROW_OVERVIEW = 1020.0, 240.0  # maximum width of a row in a scope without edges
+_ROW = 1020.0  # maximum width of a row in a scope without edges
 _LETTERS, _PORT = 34, 48
 _LINES = 20  # of a tooltip
 
@@ -35,7 +34,6 @@ class Box:
         name, detail, strip: its texts; `strip` is the text of the adapter.
         tip: its tooltip.
         adapted: number of adapted layers that it stands for.
-        letter: the panel that shows its inside.
         count: `"× 6"`, if it stands for several modules.
         heat: the color of the adapter strip, if a heatmap is shown.
         cells: one cell for each adapted layer, if there are several.
@@ -53,7 +51,6 @@ class Box:
     tip: str
     adapted: int
     strip: str = ""
-    letter: str = ""
     count: str = ""
     heat: str = ""
     cells: Cells = NO_CELLS
@@ -74,20 +71,19 @@ class Box:
             yield self
 
 
-def place(block: Block, heatmap: Heatmap, *, root: bool = False, alone: bool = True) -> Box:
+def place(block: Block, heatmap: Heatmap, *, root: bool = False) -> Box:
     """Compute the size of a block, and place everything inside it.
 
     Args:
         block: the block.
         heatmap: the colors of adapted layers.
-        root: whether it is a whole panel, which has no border and no title.
-        alone: whether it is the only panel; then modules without edges may take the width of a whole page.
+        root: whether it is the whole picture, which has no border and no title.
     """
     if isinstance(block.item, Leaf):
         return _adapted(block.item, heatmap) if block.item.kind == "adapted_layer" else _leaf(block.item, heatmap)
     if block.parts is None:
-        return _closed(block.item, block.letter, heatmap)
-    return _open(block.item, block.parts, heatmap, root=root, alone=alone)
+        return _closed(block.item, heatmap)
+    return _open(block.item, block.parts, heatmap, root=root)
 
 
 def _adapted(leaf: Leaf, heatmap: Heatmap) -> Box:
@@ -98,7 +94,7 @@ def _adapted(leaf: Leaf, heatmap: Heatmap) -> Box:
         width(name, NAME, bold=True) + count_width(count), width(detail, DETAIL), width(strip, DETAIL, bold=True) + 12
     )
     cells = heatmap.cells(leaf, wide) if len(leaf.marks) > 1 else NO_CELLS
-    tip = clean_lines([f"{leaf.target}: {detail}", strip], [heatmap.line(mark.path) for mark in leaf.marks])
+    tip = clean_lines([f"{leaf.target}: {detail}", strip], list(map(heatmap.line, leaf.marks)))
     size = Size(wide + 2 * _PAD, STRIP + 39 + cells.height)
     return Box("adapted_layer", size, name, detail, tip, len(leaf.marks), strip, count=count, heat=heat, cells=cells)
 
@@ -135,32 +131,29 @@ def _leaf(leaf: Leaf, heatmap: Heatmap) -> Box:
     )
 
 
-def _closed(scope: Scope, letter: str, heatmap: Heatmap) -> Box:
+def _closed(scope: Scope, heatmap: Heatmap) -> Box:
     name, count = shorten(clean(span(scope)), _LETTERS), _count(scope)
     detail = shorten(clean(scope.class_name), _LETTERS)
     adapted, skipped = len(scope.marks), scope.skipped
     words, _ = heatmap.strip(scope)
     detail += f" · {adapted} adapted" * bool(adapted) + f" · {words}" * bool(words)
     detail += f" · {len(skipped)} not adapted" * bool(skipped)
-    wide = max(width(name, NAME, bold=True) + count_width(count), width(detail, DETAIL)) + (30 if letter else 0)
+    wide = max(width(name, NAME, bold=True) + count_width(count), width(detail, DETAIL))
     tip = clean_lines(
         [f"{scope.path or scope.name}: {scope.class_name}"],
-        [heatmap.line(mark.path) for mark in scope.marks],
+        list(map(heatmap.line, scope.marks)),
         notes(scope),
     )
     cells = heatmap.cells(scope, wide)
     size = Size(wide + 2 * _PAD, 47 + cells.height)
-    box = Box("closed", size, name, detail, tip, adapted, letter=letter, count=count, cells=cells)
+    box = Box("closed", size, name, detail, tip, adapted, count=count, cells=cells)
     return replace(box, skipped=len(skipped), refused=bool(scope.refused))
 
 
-def _open(scope: Scope, blocks: tuple[Block, ...], heatmap: Heatmap, *, root: bool, alone: bool) -> Box:
+def _open(scope: Scope, blocks: tuple[Block, ...], heatmap: Heatmap, *, root: bool) -> Box:
     parts = [place(block, heatmap) for block in blocks]
     sizes = [part.size for part in parts]
-    if scope.eager:
-        inner = in_rows(sizes, _ROW if scope.path or alone else _ROW_OVERVIEW)
-    else:
-        inner = layered(sizes, scope.edges, scope.inputs, scope.outputs)
+    inner = in_rows(sizes, _ROW) if scope.eager else layered(sizes, scope.edges, scope.inputs, scope.outputs)
     name, detail = shorten(clean(span(scope)), _LETTERS), shorten(clean(scope.class_name), _LETTERS)
     count = _count(scope)
     title = width(name, NAME, bold=True) + 8 + width(detail, DETAIL) + count_width(count) + 2 * _PAD
@@ -191,9 +184,7 @@ def _moved(part: Box, inner: Arrangement, index: int) -> Box:
 
 
 def _count(item: Leaf | Scope) -> str:
-    if item.count == 1:
-        return ""
-    return f"× {item.count}" + (", sizes vary" if isinstance(item, Scope) and item.varied else "")
+    return f"× {item.count}" if item.count > 1 else ""
 
 
 def count_width(count: str) -> float:

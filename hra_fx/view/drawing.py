@@ -63,7 +63,7 @@ def drawing_of(model: Any, example_inputs: Any = None) -> Drawing:
     """
     model = unwrap(model)
     found = report(model) if has_adapters(model) else None
-    subject = find_subject(model, example_inputs, found.rows if found else ())
+    subject = find_subject(model, example_inputs)
     name = subject.classes.get("", type(model).__name__)
     picture = leaves_of(subject)
     if found is None:

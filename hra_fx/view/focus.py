@@ -34,7 +34,7 @@ def focused(drawing: Drawing, focus: str | None) -> Drawing:
         raise VisualizeError(f"`focus`: {_unknown(drawing, focus, leaves.values())}")
     rows = tuple(row for row in drawing.rows if _within(row.path, focus))
     skipped = {path: why for path, why in drawing.skipped.items() if _within(path, focus)}
-    adapted = {mark.path for leaf in inside.values() for mark in leaf.marks}
+    adapted = {path for leaf in inside.values() for path in leaf.marks}
     parameters = sum(row.parameters for row in rows)
     facts = f"a part · whole model: {drawing.facts}"
     if drawing.rows:

@@ -49,7 +49,6 @@ def entries(boxes: Collection[Box], heatmap: Heatmap, skipped: int, refused: int
         found.append(_skipped(f"{_layers(skipped - refused)} not targeted", refused=False))
     if refused:
         found.append(_skipped(f"{_layers(refused)} targeted, but not adapted", refused=True))
-    letters = " (the panel with its letter shows the inside)" * any(box.letter for box in boxes)
     for look, words in (
         ("adapted_layer", "adapted layer"),
         ("trained", "trained in full"),
@@ -58,7 +57,7 @@ def entries(boxes: Collection[Box], heatmap: Heatmap, skipped: int, refused: int
         if look in looks:
             found.append(_swatch(words, *LOOKS[look][:2]))
     if looks & {"closed", "traced"}:
-        found.append(_swatch(f"module{letters}", *FRAMES["traced"]))
+        found.append(_swatch("module", *FRAMES["traced"]))
     if "untraced" in looks:
         found.append(_swatch("module that is not traced, without edges", *FRAMES["untraced"]))
     if "eager" in looks:

@@ -15,8 +15,8 @@ from hra_fx.errors import VisualizeError
 from hra_fx.reporting.colormap import ink_on
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.heatmap import Heatmap, heatmap_of
+from hra_fx.view.opening import Block, opened
 from hra_fx.view.options import Options
-from hra_fx.view.panels import BUDGET, Block, opened
 from hra_fx.view.svg import FRAMES, LOOKS
 from hra_fx.view.text import clean, shorten
 from hra_fx.view.theme import light
@@ -32,22 +32,19 @@ _PLAIN = re.compile(r"[A-Za-z0-9 ._/,()=+-]")
 def render(drawing: Drawing, options: Options) -> str:
     """The Mermaid text of a model, or of a part of it.
 
-    Without a depth, as many levels are open as stay readable.
-
     Raises:
         VisualizeError: the options do not fit the model, or Mermaid's limits are exceeded; the message names the depth
             that would fit.
     """
-    heatmap, tree = heatmap_of(drawing, options.heat), drawing.tree()
-    blocks = [opened(tree, depth, options.focus or "").block for depth in range(_deepest(tree) + 1)]
-    readable = [depth for depth, block in enumerate(blocks) if len(list(block.boxes())) <= BUDGET]
-    chosen = max(readable, default=0) if options.depth is None else min(options.depth, len(blocks) - 1)
-    text, edges = _text(drawing, blocks[chosen], heatmap)
+    heatmap, tree, focus = heatmap_of(drawing, options.heat), drawing.tree(), options.focus or ""
+    text, edges = _text(drawing, opened(tree, options.depth, focus), heatmap)
     if _fits(text, edges):
         return text
-    fitting = [depth for depth in range(chosen) if _fits(*_text(drawing, blocks[depth], heatmap))]
+    levels = max(len(leaf.place) for _, leaf in drawing.picture.nodes(data="leaf"))
+    smaller = reversed(range(min(options.depth or 0, levels)))
+    fitting = next((depth for depth in smaller if _fits(*_text(drawing, opened(tree, depth, focus), heatmap))), None)
+    fix = "Pass the path of a module as `focus`, or write an .svg." if fitting is None else f"`depth={fitting}` fits."
     asked = f"`depth={options.depth}` gives" if options.depth is not None else "The smallest Mermaid text has"
-    fix = f"`depth={max(fitting)}` fits." if fitting else "Pass the path of a module as `focus`, or write an .svg."
     raise VisualizeError(
         f"{asked} {edges:,} edges and {len(text):,} characters; GitHub draws at most {EDGES:,} edges and "
         f"{CHARACTERS:,} characters. {fix}"
@@ -65,13 +62,6 @@ def escape(text: str) -> str:
     ('a#34;b #60;i#62;', '#37;#37;#123;init#125;', '日本')
     """
     return "".join(c if _PLAIN.fullmatch(c) or c >= "\u00a0" else f"#{ord(c)};" for c in clean(text))
-
-
-def _deepest(item: Item) -> int:
-    """How many levels of modules can be opened: the length of the longest path of a scope."""
-    if isinstance(item, Leaf):
-        return 0
-    return max([len(item.path.split(".")) * bool(item.path), *map(_deepest, item.items)])
 
 
 def _text(drawing: Drawing, block: Block, heatmap: Heatmap) -> tuple[str, int]:
@@ -149,7 +139,7 @@ class _Flowchart:
             self.fills[name] = fill
         label = "<br/>".join([_label(item), *map(escape, extra)])
         # One line for all layers of a box, because comments count towards the limits too.
-        layers = " ".join(escape(mark.path).replace(" ", "#32;") for mark in item.marks)
+        layers = " ".join(escape(path).replace(" ", "#32;") for path in item.marks)
         comment = [f"{indent}%% {name}: {layers}"] if layers else []
         return [f'{indent}{name}{opening}"{label}"{closing}', *comment], (name, name)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 from torch import fx, nn
@@ -13,7 +12,6 @@ from hra_fx.export.insert import find_rotate_nodes
 from hra_fx.model.example_inputs import normalize_inputs
 from hra_fx.model.graph_module import tag_adapted_layers
 from hra_fx.model.state import adapted_layers
-from hra_fx.reporting.row import Row
 from hra_fx.tracing.graphs import adapted_graphs, graph_of_call, plain_graphs
 from hra_fx.tracing.trace_model import is_graph_of_call
 from hra_fx.view.programs import subject_of_operators, subject_of_program
@@ -28,13 +26,12 @@ def has_adapters(model: Any) -> bool:
     return isinstance(model, nn.Module) and bool(adapted_layers(model))
 
 
-def find_subject(model: Any, example_inputs: Any = None, rows: Collection[Row] = ()) -> Subject:
+def find_subject(model: Any, example_inputs: Any = None) -> Subject:
     """Collect what is drawn of a model. The model is not changed.
 
     Args:
         model: a module, transformed or not, or a `torch.export.ExportedProgram`.
         example_inputs: inputs of one call, as for `hra_fx.graphs`.
-        rows: the rows of the model's report.
 
     Raises:
         VisualizeError: the model has another type, is a single adapted layer, or does not take example inputs.
@@ -45,7 +42,7 @@ def find_subject(model: Any, example_inputs: Any = None, rows: Collection[Row] =
             raise VisualizeError(
                 f"`example_inputs` must be None for a {type(model).__name__}, which already has the shapes."
             )
-        return subject_of_program(model, rows) if is_program(model) else subject_of_operators(model)
+        return subject_of_program(model) if is_program(model) else subject_of_operators(model)
     if not isinstance(model, nn.Module):
         raise VisualizeError(
             "`model` must be a torch.nn.Module, torch.fx.GraphModule or torch.export.ExportedProgram, "
@@ -62,7 +59,7 @@ def find_subject(model: Any, example_inputs: Any = None, rows: Collection[Row] =
         if "" not in found or not is_graph_of_call(model, found[""].graph, call):
             found = {"": graph_of_call(model, call)}
         note_shapes(found[""], call)
-    return subject_of(model, found, rows)
+    return subject_of(model, found)
 
 
 def _traced(model: nn.Module) -> dict[str, fx.GraphModule]:

@@ -10,12 +10,10 @@ import networkx as nx
 
 from hra_fx.view.describe import name_of
 from hra_fx.view.repeats import merge_repeats, runs_where
-from hra_fx.view.tree import Item, Leaf, Scope, contract, joined, module_of, prefixes, splice
+from hra_fx.view.tree import Item, Leaf, Scope, contract, joined, module_of, prefixes
 
 #: The names of several leaves in one box are listed up to this length.
 _LETTERS_SHOWN = 28
-#: A traced module with this many leaves or fewer is drawn without a frame.
-_SMALL = 3
 #: Operations that only move data or change its view; neighbors of this kind share a box.
 _VIEWS = frozenset(
     {"alias", "chunk", "clone", "contiguous", "expand", "expand_as", "flatten", "float", "getitem", "mT", "movedim"}
@@ -73,7 +71,7 @@ class _Nesting:
             outputs=tuple(sorted({place[groups[key]] for key in leaving})),
             paths=(path,) if path else (),
         )
-        return _open_small(merge_repeats(_gather_plain(_join_operations(scope))))
+        return merge_repeats(_gather_plain(_join_operations(scope)))
 
     def _ports(self, path: str, keys: list[str]) -> tuple[set[str], set[str], list[str]]:
         """Leaves that read from outside, leaves that are read outside, and all leaves but the ports that the border of
@@ -154,17 +152,6 @@ def _gather_plain(scope: Scope) -> Scope:
         return replace(_listing(_leaves(scope, run), ", "), detail=f"{len(run)} modules")
 
     return contract(scope, runs_where(len(scope.items), follows), gather)
-
-
-def _open_small(scope: Scope) -> Scope:
-    """Replace small traced modules by their leaves: a downsample branch of two layers needs no frame."""
-    return scope if scope.eager else splice(scope, _is_small, _below)
-
-
-def _is_small(scope: Scope) -> bool:
-    leaves_only = all(isinstance(item, Leaf) for item in scope.items)
-    one_way = len(scope.inputs) == len(scope.outputs) == 1
-    return leaves_only and one_way and scope.count == 1 and len(scope.items) <= _SMALL and bool(scope.marks)
 
 
 def _leaves(scope: Scope, run: range) -> list[Leaf]:

@@ -58,7 +58,7 @@ def write(
     return element
 
 
-def draw(parent: Element, box: Box, x: float, y: float, *, counted: bool) -> None:
+def draw(parent: Element, box: Box, x: float, y: float) -> None:
     """Draw a box and all inside it.
 
     Args:
@@ -66,15 +66,13 @@ def draw(parent: Element, box: Box, x: float, y: float, *, counted: bool) -> Non
         box: the box.
         x: its left edge.
         y: its upper edge.
-        counted: whether its boxes have the attribute `data-adapted`, as in the overview.
     """
     group = shape(parent, "g", class_=box.look)
     SubElement(group, "title").text = box.tip
     if box.look not in LOOKS:
-        _draw_open(group, box, x, y, counted=counted)
+        _draw_open(group, box, x, y)
         return
-    if counted:
-        group.set("data-adapted", str(box.adapted))
+    group.set("data-adapted", str(box.adapted))
     if box.look == "adapted_layer":
         _draw_adapted(group, box, x, y)
     elif box.look == "closed":
@@ -154,24 +152,15 @@ def _draw_adapted(group: Element, box: Box, x: float, y: float) -> None:
 
 
 def _draw_closed(group: Element, box: Box, x: float, y: float) -> None:
-    """A closed module: a stack if it stands for several, with the letter of the panel that shows its inside."""
+    """A closed module: a stack if it stands for several."""
     fill, line, _ = LOOKS["closed"]
     if box.count:
         _outline(group, box, x + 4, y + 4, 6, fill, line)
     ink = _frame(group, box, x, y, 6)
-    left = x + 13
-    if box.letter:
-        _disc(group, box.letter, x + 22, y + (box.size.height - box.cells.height) / 2)
-        left += 30
-    write(group, left, y + 20, box.name, NAME, ink, bold=True)
-    write(group, left, y + 36.5, box.detail, DETAIL, ink)
+    write(group, x + 13, y + 20, box.name, NAME, ink, bold=True)
+    write(group, x + 13, y + 36.5, box.detail, DETAIL, ink)
     _badge(group, box, x + box.size.width - 8, y + 8, "ink")
     _draw_cells(group, box, x, y)
-
-
-def _disc(group: Element, letter: str, x: float, y: float) -> None:
-    shape(group, "circle", cx=x, cy=y, r=11.0, fill="ink")
-    write(group, x, y + 4.5, letter, 12.5, "on-ink", bold=True, anchor="middle")
 
 
 def _badge(group: Element, box: Box, right: float, y: float, color: str) -> None:
@@ -182,7 +171,7 @@ def _badge(group: Element, box: Box, right: float, y: float, color: str) -> None
     write(group, right - wide / 2, y + 12, box.count, DETAIL, color, bold=True, anchor="middle")
 
 
-def _draw_open(group: Element, box: Box, x: float, y: float, *, counted: bool) -> None:
+def _draw_open(group: Element, box: Box, x: float, y: float) -> None:
     if box.look in FRAMES:
         _outline(group, box, x, y, 8, *FRAMES[box.look])
         title = write(group, x + 13, y + 18, box.name, NAME, "ink", bold=True)
@@ -199,7 +188,7 @@ def _draw_open(group: Element, box: Box, x: float, y: float, *, counted: bool) -
             if route.target is not None:
                 edge.set("marker-end", "url(#arrow)")
     for part_box in box.parts:
-        draw(group, part_box, left + part_box.x, top + part_box.y, counted=counted)
+        draw(group, part_box, left + part_box.x, top + part_box.y)
 
 
 def path_of(route: Route, left: float, top: float) -> str:

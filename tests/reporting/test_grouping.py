@@ -38,7 +38,7 @@ def test_repeated_layers_are_one_line_with_the_ranges_of_their_values() -> None:
 
 def test_every_row_is_in_the_other_formats() -> None:
     found = report_of(*blocks(4, "q_proj"))
-    for text in (found.to_json(), found.to_markdown(), found._repr_html_()):
+    for text in (found.to_json(), found.to_markdown()):
         assert all(entry.path in text for entry in found)
 
 

@@ -42,16 +42,6 @@ def test_the_colors_are_those_of_a_map_that_was_made_for_every_eye() -> None:
         assert min(math.dist(channels(fill), one) for one in known) <= 1
 
 
-@given(st.floats(0, 1), st.floats(0, 1e3), st.floats(1e-2, 1e6))
-def test_every_color_is_between_its_neighbors(share: float, bottom: float, size: float) -> None:
-    place = share * (len(PALETTE) - 1)
-    low, high = PALETTE[math.floor(place)], PALETTE[math.ceil(place)]
-    for got, a, b in zip(
-        *map(channels, (color(bottom + share * size, (bottom, bottom + size)), low, high)), strict=True
-    ):
-        assert min(a, b) - 1 <= got <= max(a, b) + 1
-
-
 @given(st.lists(st.floats(0, 1e9), min_size=1))
 @example([5e-324])
 def test_a_scale_is_round_and_holds_all_values(values: list[float]) -> None:
@@ -64,23 +54,10 @@ def test_a_scale_is_round_and_holds_all_values(values: list[float]) -> None:
         assert bottom <= low <= high * (1 + 1e-6) <= max(top * (1 + 1e-5), 1.0)
 
 
-def test_scales_of_usual_values() -> None:
-    assert scale([79.0, 112.0]) == (75.0, 115.0)
-    assert scale([8.31, 12.2]) == (8.0, 12.5)
-    assert scale([180.0, 180.0]) == (0.0, 180.0)
-    assert scale([]) == scale([math.nan]) == (0.0, 1.0)
-
-
 def test_the_heat_is_that_of_the_report() -> None:
     rows = hra_fx.report(drawn("resnet")).rows
     for name in HEATS:
-        factor = {
-            "weight_change": 100,
-            "mean_angle": 180 / math.pi,
-            "angle": 180 / math.pi,
-            "rotation": 1,
-            "share": 100,
-        }[name]
+        factor = {"mean_angle": 180 / math.pi, "angle": 180 / math.pi, "rotation": 1}.get(name, 100)
         values = heat_of(rows, name)
         assert values == {row.path: pytest.approx(factor * getattr(row, name)) for row in rows}
 
@@ -103,7 +80,6 @@ def test_the_words_of_a_value_have_its_unit() -> None:
     heat = heatmap_of(drawing("resnet"), "mean_angle")
     assert heat.text(12.4) == "12.4°"
     assert heat.text(math.nan) == "unknown"
-    assert not heatmap_of(drawing("resnet"), "off").values
 
 
 def test_the_default_is_the_change_of_the_weight() -> None:

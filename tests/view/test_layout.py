@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from hra_fx.view.coordinates import Size
-from hra_fx.view.layout import Arrangement, Route, in_rows, layered
+from hra_fx.view.layout import Arrangement, Route, Size, in_rows, layered
 
 Graph = tuple[list[Size], list[tuple[int, int]], list[int], list[int]]
 

@@ -26,9 +26,9 @@ from hra_fx.view.options import Options
         *(
             (
                 {"heat": heat},
-                r"`heat` must be one of 'weight_change', 'mean_angle', 'angle', 'rotation', 'share', 'off', got ",
+                r"`heat` must be one of 'weight_change', 'mean_angle', 'angle', 'rotation', 'share', got ",
             )
-            for heat in ("", 1)
+            for heat in ("", 1, "off")
         ),
         ({"focus": nn.ReLU()}, r"`focus` must be a module's name as in model\.named_modules\(\), got ReLU\."),
     ],

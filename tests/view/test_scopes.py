@@ -92,7 +92,7 @@ def test_identical_blocks_are_counted_and_different_ones_are_not() -> None:
 
 def test_a_shared_layer_is_one_site_however_often_it_is_called() -> None:
     drawn = [leaf for leaf in leaves(tree(adapted(Shared()))) if leaf.kind == "adapted_layer"]
-    marks = [mark.path for leaf in drawn for mark in leaf.marks]
+    marks = [path for leaf in drawn for path in leaf.marks]
     assert sorted(marks) == ["block.fc1", "block.fc2", "fc"]
     assert any(not leaf.marks for leaf in drawn)
 

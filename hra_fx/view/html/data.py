@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any
 
 from hra_fx.reporting.colormap import DARK_PALETTE, PALETTE, UNKNOWN
 from hra_fx.reporting.heat import HEATS, default_heat, heat_of, is_identity, scale
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.layering import Layering
-from hra_fx.view.options import OFF
+from hra_fx.view.layout import rows_of
 from hra_fx.view.text import clean
 from hra_fx.view.tree import Item, Leaf, Scope, span
-
-_Edges: TypeAlias = tuple[tuple[int, int], ...]
 
 
 def page_data(drawing: Drawing, depth: int | None, heat: str | None) -> dict[str, Any]:
@@ -35,7 +31,7 @@ def page_data(drawing: Drawing, depth: int | None, heat: str | None) -> dict[str
         "items": items,
         "rows": [vars(row) for row in drawing.rows],
         "heats": _heats(drawing),
-        "heat": heat or (OFF if is_identity(drawing.rows) else default_heat(drawing.rows)),
+        "heat": heat or ("" if is_identity(drawing.rows) else default_heat(drawing.rows)),
         "trained": not is_identity(drawing.rows),
         "palettes": [PALETTE, DARK_PALETTE],
         "unknown": UNKNOWN,
@@ -72,7 +68,7 @@ def _leaf(leaf: Leaf) -> dict[str, Any]:
         "target": leaf.target,
         "shape": leaf.shape,
         "dtype": leaf.dtype,
-        "marks": [mark.path for mark in leaf.marks],
+        "marks": leaf.marks,
         "width": leaf.width,
         "rank": leaf.rank,
         "parameters": leaf.parameters,
@@ -80,27 +76,13 @@ def _leaf(leaf: Leaf) -> dict[str, Any]:
 
 
 def _scope(scope: Scope) -> dict[str, Any]:
-    flow = (len(scope.items), scope.edges, scope.inputs, scope.outputs)
+    flow = {"edges": scope.edges, "inputs": scope.inputs, "outputs": scope.outputs}
+    rows = rows_of(len(scope.items), scope.edges, scope.inputs)
     return {
         "kind": "untraced" if scope.eager else "traced",
         "detail": scope.class_name,
         "target": scope.path,
-        "varied": scope.varied,
-        "flow": None if scope.eager else _flow(*flow),
-    }
-
-
-@lru_cache(maxsize=64)  # blocks that repeat have the same layers
-def _flow(count: int, edges: _Edges, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> dict[str, Any]:
-    """The layers of a scope: its boxes, borders and lanes as numbers from top to bottom, and its edges as chains."""
-    layers = Layering(count, edges, inputs, outputs)
-    number = {node: index for index, node in enumerate(node for row in layers.rows for node in row)}
-    over = {node: number[upper] for node, upper in layers.over.items()}
-    return {
-        "rows": [[[node[0], node[1] >= 0, over.get(node, -1)] for node in row] for row in layers.rows],
-        "chains": [[number[node] for node in layers.chain(*link)] for link in layers.links],
-        "enters": bool(inputs),
-        "leaves": bool(outputs),
+        "flow": None if scope.eager else {"rows": rows, **flow},
     }
 
 

@@ -21,7 +21,7 @@ from hra_fx.view.theme import as_css
 STYLES = ("colors", "controls", "drawing", "panel", "media")
 #: The files of the script, each before those that import it.
 SCRIPTS = (
-    *("data", "text", "svg", "coordinates", "layout", "boxes", "heat", "painting", "pane", "stage"),
+    *("data", "text", "svg", "layout", "boxes", "heat", "painting", "pane", "stage"),
     *("spectrum", "panel", "search", "keyboard", "legend", "printing", "main"),
 )
 _IMPORT = re.compile(r'^import (\{[^}]*\}) from "\./(\w+)\.js";$', re.MULTILINE)

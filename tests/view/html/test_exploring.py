@@ -194,37 +194,12 @@ def test_two_fingers_zoom_and_a_tap_opens(open_page: Open) -> None:
     expect(box(page, "blocks.0 … 2")).to_have_attribute("aria-expanded", "true")
 
 
-# In one go: the browser tells of the zoom's own scrolling only afterwards.
-ZOOM_THEN_SCROLL = """async (part) => {
-  document.body.dispatchEvent(new KeyboardEvent("keydown", { key: "+", bubbles: true }));
-  part.scrollTo(0, 37);
-  await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
-}"""
-
-
-def test_side_by_side_are_three_views_of_one_state(closed: Page) -> None:
-    closed.get_by_text("Side by side").click()
-    assert closed.locator(".pane h2").all_inner_texts() == ["Base model", "Adapted", "Folded"]
-    box(closed, "blocks.0 … 2", "folded").click()
-    assert [boxes(closed, mode).count() for mode in ("base", "adapted", "folded")] == [10, 10, 10]
-    assert closed.locator(".base .strip, .base .cell").count() == 0
-    assert strip(closed, "up").startswith("r 4 · d 12")
-    assert strip(closed, "up", "folded").startswith("weight changed · mean ")
-    tops = {place(closed, "down", mode)["y"] for mode in ("base", "adapted", "folded")}
-    assert len(tops) == 1, "the same layer is at the same height"
-    assert closed.locator(".selected").count() == 3
-    for _ in range(3):
-        closed.keyboard.press("+")  # until there is something to scroll
-    closed.locator(".folded .scroller").evaluate(ZOOM_THEN_SCROLL)
-    assert closed.locator(".base .scroller").evaluate("part => part.scrollTop") == 37
-    assert closed.locator(".folded .scroller").evaluate("part => part.scrollTop") == 37
-
-
 def test_each_view_alone(closed: Page) -> None:
     closed.click("#expand")
     for choice, mode, strips in (("Base", "base", 0), ("Folded", "folded", 2), ("Adapted", "adapted", 2)):
         closed.locator(".choices").get_by_text(choice, exact=True).click()
         assert closed.locator(".pane").count() == 1
+        assert boxes(closed, mode).count() == 10
         assert closed.locator(f".{mode} .strip").count() == strips
 
 

@@ -16,7 +16,7 @@ import hra_fx
 from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.html.rendering import render
 from hra_fx.view.options import Options
-from hra_fx.view.tree import Leaf, Mark
+from hra_fx.view.tree import Leaf
 
 Open = Callable[..., Page]
 HOSTILE = (
@@ -105,9 +105,8 @@ def hostile_drawing() -> Drawing:
     row = hra_fx.report(trained_net()).rows[0]
     rows = []
     for name in HOSTILE:
-        mark = (Mark(name, 0.1),)
         picture.add_node(
-            name, leaf=Leaf(name, name, "adapted_layer", name, name, (), mark, 4, 2, paths=(name,), shape=name)
+            name, leaf=Leaf(name, name, "adapted_layer", name, name, (), (name,), 4, 2, paths=(name,), shape=name)
         )
         rows.append(dataclasses.replace(row, path=name, layer_type=name, adapter=name))
     nx.add_path(picture, HOSTILE)

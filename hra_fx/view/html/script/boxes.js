@@ -2,9 +2,8 @@
 
 /** @import { Drawing, Item } from "./data.js" */
 /** @import { Arrangement } from "./layout.js" */
-import { GAP_X } from "./coordinates.js";
 import { marksOf, skippedIn } from "./data.js";
-import { inRows, layered } from "./layout.js";
+import { GAP_X, inRows, layered } from "./layout.js";
 import { DETAIL, NAME, shorten, widthOf } from "./text.js";
 
 export const STRIP = 19; // height of the adapter strip on top of its layer
@@ -106,7 +105,7 @@ export class Boxes {
   #sizeOpen(item, box) {
     const parts = item.parts.map((part) => this.of(part));
     for (const part of item.parts) if (!this.of(part).width) this.#placeAll(part);
-    const inner = item.layers ? layered(parts, item.layers) : inRows(parts, rowLimit(parts));
+    const inner = item.flow ? layered(parts, item.flow) : inRows(parts, rowLimit(parts));
     parts.forEach((part, index) => void Object.assign(part, inner.corners[index]));
     box.inner = inner;
     if (item === this.root) {
@@ -115,8 +114,8 @@ export class Boxes {
     }
     const title = 18 + widthOf(box.name, NAME, true) + 8 + widthOf(box.detail, DETAIL) + badgeWidth(box) + 2 * PAD;
     box.width = Math.max(title, inner.width + 2 * PAD);
-    box.body = { x: (box.width - inner.width) / 2, y: HEADER + (item.layers?.enters ? 0 : EDGE) };
-    box.height = box.body.y + inner.height + (item.layers?.leaves ? 0 : EDGE);
+    box.body = { x: (box.width - inner.width) / 2, y: HEADER + (item.flow?.inputs.length ? 0 : EDGE) };
+    box.height = box.body.y + inner.height + (item.flow?.outputs.length ? 0 : EDGE);
     box.enter = box.body.x + inner.enter - box.width / 2;
     box.leave = box.body.x + inner.leave - box.width / 2;
   }
@@ -168,7 +167,7 @@ function described(item) {
   const skipped = item.isScope ? skippedIn(item).length : 0;
   if (item.isScope && marks.length) detail += ` · ${marks.length} adapted`;
   if (detail === name) detail = "";
-  const badge = item.count > 1 ? `× ${item.count}${item.varied ? ", sizes vary" : ""}` : "";
+  const badge = item.count > 1 ? `× ${item.count}` : "";
   const nowhere = { x: 0, y: 0, width: 0, height: 0, enter: 0, leave: 0, inner: null, body: { x: 0, y: 0 } };
   const summary = detail + (skipped ? ` · ${skipped} not adapted` : "");
   return { name, detail, summary, strip: stripOf(item), badge, marks, open: false, ...nowhere };
