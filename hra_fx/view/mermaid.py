@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 from hra_fx.errors import VisualizeError
 from hra_fx.reporting.colormap import ink_on
@@ -67,81 +66,56 @@ def escape(text: str) -> str:
 def _text(drawing: Drawing, block: Block, heatmap: Heatmap) -> tuple[str, int]:
     """The text of a block, and its number of edges."""
     flow = _Flowchart(heatmap)
-    lines = [
-        "flowchart TD",
-        f"  %% {escape(drawing.title)}",
-        f"  %% {escape(drawing.facts)}",
-        *flow.inside(block, "  "),
-    ]
-    lines += [f"  {source} --> {target}" for source, target in flow.edges]
-    return "\n".join([*lines, *flow.styles()]) + "\n", len(flow.edges)
-
-
-#: The nodes at which edges enter and leave a part.
-_Ends: TypeAlias = tuple[str, str]
+    flow.inside(block)
+    head = ["flowchart TD", f"  %% {escape(drawing.title)}", f"  %% {escape(drawing.facts)}"]
+    return "\n".join([*head, *flow.lines, *flow.edges, *flow.styles()]) + "\n", len(flow.edges)
 
 
 @dataclass
 class _Flowchart:
     heatmap: Heatmap
-    edges: dict[tuple[str, str], None] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+    edges: dict[str, None] = field(default_factory=dict)
     classes: dict[str, list[str]] = field(default_factory=dict)
     fills: dict[str, str] = field(default_factory=dict)
     count: int = 0
 
-    def inside(self, block: Block, indent: str) -> list[str]:
-        """The lines of the model's parts. Edges are collected for later."""
-        return self._parts(block, indent)[0]
-
-    def _parts(self, block: Block, indent: str) -> tuple[list[str], _Ends]:
-        lines: list[str] = []
-        ends: list[_Ends] = []
-        for part in block.parts or ():
-            more, end = self._part(part, indent)
-            lines += more
-            ends.append(end)
+    def inside(self, block: Block, indent: str = "  ") -> tuple[list[str], list[str]]:
+        """Add the parts of a block; returns the nodes at which edges enter and leave it."""
+        ends = [self._part(part, indent) for part in block.parts or ()]
         if not isinstance(block.item, Scope):
-            return lines, ("", "")
-        self.edges.update(((ends[i][1], ends[j][0]), None) for i, j in block.item.edges)
-        enter = [ends[i][0] for i in block.item.inputs]
-        leave = [ends[i][1] for i in block.item.outputs]
-        into, out = self._port(enter, lines, indent), self._port(leave, lines, indent)
-        self.edges.update(((into, inner), None) for inner in enter if inner != into)
-        self.edges.update(((inner, out), None) for inner in leave if inner != out)
-        return lines, (into, out)
-
-    def _port(self, inner: list[str], lines: list[str], indent: str) -> str:
-        """The node at which edges cross a border: the only one inside that they reach, else a dot."""
-        if len(inner) < 2:
-            return inner[0] if inner else ""
-        name = self._name("p", "dot")
-        lines.append(f"{indent}{name}(( ))")
-        return name
+            return [], []
+        pairs = ((source, target) for i, j in block.item.edges for source in ends[i][1] for target in ends[j][0])
+        self.edges.update(dict.fromkeys(f"  {source} --> {target}" for source, target in pairs))
+        entering = [node for i in block.item.inputs for node in ends[i][0]]
+        return entering, [node for i in block.item.outputs for node in ends[i][1]]
 
     def _name(self, letter: str, look: str) -> str:
         self.count += 1
         self.classes.setdefault(look, []).append(f"{letter}{self.count}")
         return f"{letter}{self.count}"
 
-    def _part(self, part: Block, indent: str) -> tuple[list[str], _Ends]:
-        item, look = part.item, _look(part)
+    def _part(self, part: Block, indent: str) -> tuple[list[str], list[str]]:
+        item, look = part.item, part.look
         if part.parts is not None:
             name = self._name("m", look)
-            lines, (enter, leave) = self._parts(part, indent + "  ")
-            border = (enter or name, leave or name)
-            return [f'{indent}subgraph {name}["{_label(item)}"]', *lines, f"{indent}end"], border
-        trained = look in ("plain", "eager") and item.trained
-        name = self._name("n", "trained" if trained else look)
+            self.lines.append(f'{indent}subgraph {name}["{_label(item)}"]')
+            enter, leave = self.inside(part, indent + "  ")
+            self.lines.append(f"{indent}end")
+            return enter or [name], leave or [name]
+        name = self._name("n", look)
         words, fill = self.heatmap.strip(item)
         extra = [*_facts(item, words), *([f"{len(item.skipped)} not adapted"] if item.skipped else [])]
         opening, closing = {"port": ("([", "])"), "closed": ("[[", "]]")}.get(look, ("[", "]"))
         if fill:
             self.fills[name] = fill
         label = "<br/>".join([_label(item), *map(escape, extra)])
-        # One line for all layers of a box, because comments count towards the limits too.
-        layers = " ".join(escape(path).replace(" ", "#32;") for path in item.marks)
-        comment = [f"{indent}%% {name}: {layers}"] if layers else []
-        return [f'{indent}{name}{opening}"{label}"{closing}', *comment], (name, name)
+        self.lines.append(f'{indent}{name}{opening}"{label}"{closing}')
+        if item.marks:  # one line for all layers of a box, because comments count towards the limits too
+            self.lines.append(
+                f"{indent}%% {name}: {' '.join(escape(path).replace(' ', '#32;') for path in item.marks)}"
+            )
+        return [name], [name]
 
     def styles(self) -> Iterator[str]:
         """The colors of boxes, readable on light and dark pages."""
@@ -157,19 +131,8 @@ class _Flowchart:
 _COLORS = {
     **LOOKS,
     "adapted_layer": ("violet-pale", "violet-line", "violet"),
-    "dot": ("edge", "edge", "ink"),
     **{look: (fill, line, "ink") for look, (fill, line, _) in FRAMES.items()},
 }
-
-
-def _look(part: Block) -> str:
-    """The look of a block, as in the SVG picture."""
-    item = part.item
-    if isinstance(item, Scope):
-        return "closed" if part.parts is None else "untraced" if item.eager else "traced"
-    return {"input": "port", "output": "port", "adapted_layer": "adapted_layer", "eager": "eager"}.get(
-        item.kind, "plain"
-    )
 
 
 def _label(item: Item) -> str:

@@ -26,6 +26,17 @@ class Block:
     item: Item
     parts: tuple[Block, ...] | None = None
 
+    @property
+    def look(self) -> str:
+        """How it is drawn."""
+        if isinstance(self.item, Scope):
+            return "closed" if self.parts is None else "untraced" if self.item.eager else "traced"
+        if self.item.kind in ("input", "output"):
+            return "port"
+        if self.item.kind == "adapted_layer":
+            return "adapted_layer"
+        return "trained" if self.item.trained else "eager" if self.item.kind == "eager" else "plain"
+
     def boxes(self) -> Iterator[Block]:
         """All blocks that are single boxes."""
         if self.parts is None:

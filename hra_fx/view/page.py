@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from xml.etree.ElementTree import Element, SubElement, tostring
 
-from hra_fx.view.boxes import Box, place
+from hra_fx.view.boxes import place
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.heatmap import Heatmap, heatmap_of
 from hra_fx.view.legend import LINE, entries, placed
@@ -42,14 +41,14 @@ def page(block: Block, drawing: Drawing, heatmap: Heatmap, theme: Theme = "light
     """
     box = place(block, heatmap, root=True)
     card = max(box.size.width + 2 * _INSET, _NARROWEST - 2 * _MARGIN, width(drawing.facts, 13))
-    legend = placed(entries(list(_all(box)), heatmap, len(drawing.skipped), len(drawing.refused)), card)
+    legend = placed(entries(_looks(block), heatmap, len(drawing.skipped), len(drawing.refused)), card)
     top = _TOP + LINE * (1 + max((line for *_, line in legend), default=-1)) + 14
     high = box.size.height + 2 * _INSET
     root = _canvas(round(card + 2 * _MARGIN), round(top + high + _MARGIN), drawing)
     for entry, left, line in legend:
         entry.draw(root, _MARGIN + left, _TOP + LINE * line)
     shape(root, "rect", x=_MARGIN, y=top, width=card, height=high, rx=10.0, fill="card", stroke="rule")
-    draw(root, box, _MARGIN + (card - box.size.width) / 2, top + _INSET)
+    draw(root, box, _MARGIN + (card - box.size.width) / 2, top + _INSET, root=True)
     colored(root, theme)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + tostring(root, encoding="unicode") + "\n"
 
@@ -68,7 +67,6 @@ def _canvas(wide: int, high: int, drawing: Drawing) -> Element:
     return root
 
 
-def _all(box: Box) -> Iterator[Box]:
-    yield box
-    for part in box.parts:
-        yield from _all(part)
+def _looks(block: Block) -> set[str]:
+    """The looks of all blocks inside a block."""
+    return {look for part in block.parts or () for look in (part.look, *_looks(part))}
