@@ -100,11 +100,8 @@ def as_text(
     footnotes: Collection[Footnote],
     width: int = UNLIMITED,
 ) -> str:
-    """The same as plain text. Footnotes are not wrapped."""
+    """The same as plain text."""
     console = Console(width=width, no_color=True, highlight=False, force_terminal=False, force_jupyter=False)
     with console.capture() as capture:
-        console.print(Text(title), fit_table(columns, rows, width))
-    lines = [line.rstrip() for line in capture.get().rstrip().splitlines()]
-    for footnote in footnotes:
-        lines += ["", footnote.heading, *(f"  {line}" for line in footnote.lines)]
-    return "\n".join(lines) + "\n"
+        console.print(*in_terminal(columns, rows, title, footnotes, width))
+    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines()) + "\n"

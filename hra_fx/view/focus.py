@@ -115,16 +115,8 @@ def _unknown(drawing: Drawing, focus: str, leaves: Iterable[Leaf]) -> str:
         return f"{focus!r} is inside {around[-1]!r}, which is drawn as one box. Pass {around[-1]!r}."
     if focus in known:
         return f"{focus!r} has no boxes, because it computes nothing that is drawn. Pass another module."
-    near = difflib.get_close_matches(focus, sorted(shown), _SHOWN) or _same_end(focus, shown)
-    if near:
-        return f"the model has no module {focus!r}; did you mean {' or '.join(map(repr, near))}?"
-    children = list(dict.fromkeys(path.partition(".")[0] for path in known if path))
-    more = f" and {len(children) - _SHOWN} more" if len(children) > _SHOWN else ""
-    return f"the model has no module {focus!r}. Its children are {', '.join(map(repr, children[:_SHOWN]))}{more}."
-
-
-def _same_end(focus: str, shown: Iterable[str]) -> list[str]:
-    """Modules with the same last name, outermost first."""
     last = focus.rpartition(".")[2]
-    ends = [path for path in shown if path.rpartition(".")[2] == last]
-    return sorted(ends, key=lambda path: (path.count("."), path))[:_SHOWN]
+    same_end = sorted((path for path in shown if path.rpartition(".")[2] == last), key=lambda path: path.count("."))
+    near = difflib.get_close_matches(focus, sorted(shown), _SHOWN) or same_end[:_SHOWN]
+    similar = f"; did you mean {' or '.join(map(repr, near))}?" if near else ". See model.named_modules()."
+    return f"the model has no module {focus!r}{similar}"

@@ -62,14 +62,6 @@ def test_zero_columns_and_pairs_that_cancel_rotate_nothing() -> None:
     assert rotation_stats(torch.cat([vector, torch.zeros(7, 1)], dim=1)).angles == pytest.approx([math.pi])
 
 
-def test_two_planes_of_the_same_angle_are_two() -> None:
-    chain = torch.zeros(6, 4, dtype=F64)
-    for plane in (0, 1):
-        chain[2 * plane, 2 * plane] = 1
-        chain[2 * plane, 2 * plane + 1], chain[2 * plane + 1, 2 * plane + 1] = math.cos(0.2), math.sin(0.2)
-    assert rotation_stats(chain).angles == pytest.approx([0.4, 0.4])
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounding_at_the_start_is_not_an_angle(dtype: torch.dtype) -> None:
     for r in (2, 8, 32):

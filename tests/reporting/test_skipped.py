@@ -9,8 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -21,7 +19,6 @@ from transformers import (
 
 import hra_fx
 from hra_fx import HRAConfig, report, transform
-from hra_fx.reporting.skipped_layers import SkippedLayer
 
 
 def llama(layers: int = 2) -> Any:
@@ -128,12 +125,6 @@ def test_layers_in_modules_to_save_are_trained_and_not_skipped(targets: Any) -> 
     assert "Trained in full:\n  lm_head\n" in str(found)
 
 
-def test_layers_inside_a_saved_module_and_the_head_of_a_task_are_trained_too() -> None:
-    model = nn.ModuleDict({"body": nn.Linear(4, 4), "classifier": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))})
-    found = report(transform(model, HRAConfig(r=2, target_modules=["body"], task_type="SEQ_CLS")))
-    assert (found.trained_in_full, found.skipped) == (("classifier.0", "classifier.1"), ())
-
-
 def test_several_adapters_give_a_reason_each() -> None:
     model = transform(llama(), HRAConfig(r=2, target_modules=["q_proj"]), "a")
     hra_fx.add_adapter(model, "b", HRAConfig(r=2, target_modules=["v_proj"], exclude_modules=["k_proj"]))
@@ -142,18 +133,6 @@ def test_several_adapters_give_a_reason_each() -> None:
     assert found["model.layers.0.self_attn.o_proj"] == (
         "not in target_modules=['q_proj'] (adapter a); not in target_modules=['v_proj'] (adapter b)"
     )
-
-
-def test_conv1d_layers_of_gpt2_are_listed() -> None:
-    config = GPT2Config(vocab_size=20, n_positions=8, n_embd=16, n_layer=1, n_head=2)
-    found = report(transform(GPT2LMHeadModel(config), HRAConfig(r=2, target_modules=["c_attn"])))
-    assert {layer.path: layer.layer_type for layer in found.skipped}["transformer.h.0.mlp.c_fc"] == "Conv1D 16->64"
-
-
-def test_a_layer_that_was_replaced_after_transform() -> None:
-    model: Any = transform(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), HRAConfig(r=2, target_modules=["0", "1"]))
-    model[1] = nn.Linear(4, 2)
-    assert report(model).skipped == (SkippedLayer("1", "Linear 4->2", "folded or replaced after transform", True),)
 
 
 class Wrapper(nn.Module):

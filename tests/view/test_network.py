@@ -83,17 +83,6 @@ def test_an_adapted_model_has_the_same_nodes_with_its_sites_among_them() -> None
     assert set(skipped) == {target for target in called(resnet()) if "conv2" in target or "downsample.0" in target}
 
 
-def test_the_numbers_of_a_site_are_those_of_the_report() -> None:
-    model = rotated(bert(), r=2, target_modules=["query", "value", "dense"])
-    rows = {row.path: row for row in hra_fx.report(model)}
-    graph = hra_fx.to_networkx(model)
-    assert sites_in(graph) == sorted(rows)
-    for _, data in graph.nodes(data=True):
-        if "adapted_layers" in data:
-            row = rows[data["adapted_layers"]]
-            assert (data["rotation"], data["mean_angle"], data["angle"]) == (row.rotation, row.mean_angle, row.angle)
-
-
 def test_the_numbers_are_of_the_adapter_in_use_and_where_none_is_of_the_others() -> None:
     layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     model = rotated(layers, r=1, target_modules=["0"])
