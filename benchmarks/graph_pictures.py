@@ -68,7 +68,7 @@ def write_insert(folder: Path) -> None:
     after = drawing_of_nodes(hra_fx.transform(model, config, trace=True), BLOCK)
     named = ((before, "Captured graph"), (after, "After insert"))
     blocks = [opened(replace(drawing.tree(), name=name), 0) for drawing, name in named]
-    root = Scope("", "", "", eager=True, items=tuple(block.item for block in blocks))
+    root = Scope("", "", "", eager=False, items=tuple(block.item for block in blocks))
     whole = Drawing(
         "", f"{BLOCK} of ResNet-18", "torch.fx graph before and after the insert pass", after.picture, (), {}
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hra_fx.view.heatmap import NO_CELLS, Cells, Heatmap
-from hra_fx.view.layout import Route, Size, in_rows, layered
+from hra_fx.view.layout import PER_ROW, Route, Size, layered, rows_of
 from hra_fx.view.opening import Block
 from hra_fx.view.text import clean, shorten, width
 from hra_fx.view.tree import Item, Leaf, Scope, notes, span
@@ -16,7 +16,6 @@ HEADER = 27.0  # height of an open scope's title
 #: The looks of single boxes with the detail below the name; it is beside the name in others.
 STACKED = ("adapted_layer", "closed")
 _PAD = 14.0
-_ROW = 1020.0  # maximum width of a row in a scope without edges
 _LETTERS, _PORT = 34, 48
 _LINES = 20  # of notes in a tooltip
 
@@ -110,7 +109,7 @@ def _open(box: Box, blocks: tuple[Block, ...], heatmap: Heatmap, *, root: bool) 
     assert isinstance(scope, Scope)  # only scopes have parts
     parts = [place(block, heatmap) for block in blocks]
     sizes = [part.size for part in parts]
-    inner = in_rows(sizes, _ROW) if scope.eager else layered(sizes, scope.edges, scope.inputs, scope.outputs)
+    inner = layered(sizes, scope.edges, scope.inputs, scope.outputs, scope_rows(scope))
     left, top, wide, high = 0.0, 0.0, inner.width, inner.height
     if not root:
         title = width(box.name, NAME, bold=True) + 8 + width(box.detail, DETAIL) + count_width(box.count)
@@ -124,6 +123,17 @@ def _open(box: Box, blocks: tuple[Block, ...], heatmap: Heatmap, *, root: bool) 
         routes=inner.routes,
         body=(left, top),
     )
+
+
+def scope_rows(scope: Scope) -> list[int]:
+    """The row of every item: by the edges if the scope is traced, else in order, with modules below each other."""
+    if not scope.eager:
+        return rows_of(len(scope.items), scope.edges, scope.inputs)
+    rows = [0]
+    for index in range(1, len(scope.items)):
+        alone = any(isinstance(item, Scope) for item in scope.items[index - 1 : index + 1])
+        rows.append(rows[-1] + (alone or rows.count(rows[-1]) >= PER_ROW))
+    return rows
 
 
 def count_width(count: str) -> float:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 
 import networkx as nx
@@ -68,7 +67,7 @@ def _cut_out(picture: nx.DiGraph[str], focus: str, inside: dict[str, Leaf]) -> n
     below = {path for path in graph["traced"] if path.startswith(f"{focus}.")}
     part.graph.update(graph, traced=frozenset(below | ({""} if traced else set())))
     part.graph["classes"] = {**graph["classes"], "": graph["classes"].get(focus, "")}
-    address = _addresses(picture)
+    address = {key: _address(leaf) for key, leaf in picture.nodes(data="leaf")}
     for source in dict.fromkeys(source for key in inside for source in picture.pred[key] if source not in inside):
         name = f"from {address[source]}"
         part.add_node(f"from:{source}", leaf=Leaf(name, "", "input", "placeholder", name, ()))
@@ -86,18 +85,11 @@ def _cut_out(picture: nx.DiGraph[str], focus: str, inside: dict[str, Leaf]) -> n
     return part
 
 
-def _addresses(picture: nx.DiGraph[str]) -> dict[str, str]:
-    """A name for each leaf: the path of its module, and the operation if it is not the only leaf there."""
-    leaves: dict[str, Leaf] = dict(picture.nodes(data="leaf"))
-    inside = Counter(call for leaf in leaves.values() for call in leaf.place)
-    return {key: _address(leaf, inside) for key, leaf in leaves.items()}
-
-
-def _address(leaf: Leaf, inside: Mapping[str, int]) -> str:
+def _address(leaf: Leaf) -> str:
+    """The path of the module of a leaf, and the operation if it is one."""
     if leaf.paths or not leaf.place:
         return leaf.target
-    call = leaf.place[-1]
-    return call if inside[call] == 1 else f"{call}: {leaf.name}"
+    return f"{leaf.place[-1]}: {leaf.name}"
 
 
 def _below(place: tuple[str, ...], focus: str) -> tuple[str, ...]:

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 GAP_X, GAP_Y = 22.0, 24.0
 LANE = 14.0  # distance of long edges from boxes and from each other
-_PER_ROW = 5
-_UNEVEN = 3.5  # boxes whose heights differ by a larger factor do not share a row
+PER_ROW = 5
 
 
 @dataclass(frozen=True)
@@ -53,21 +52,6 @@ class Arrangement:
     leave: float = 0.0
 
 
-def in_rows(sizes: Sequence[Size], limit: float) -> Arrangement:
-    """Place boxes in rows of width `limit`, in order. Very tall boxes do not share a row with low ones."""
-    corners: list[tuple[float, float]] = []
-    x = y = row = width = 0.0
-    for size in sizes:
-        uneven = max(size.height, row) > _UNEVEN * min(size.height, row)
-        if x and (x + size.width > limit or uneven):
-            x, y, row = 0.0, y + row + GAP_X, 0.0
-        corners.append((x, y))
-        x += size.width + GAP_X
-        row = max(row, size.height)
-        width = max(width, x - GAP_X)
-    return Arrangement(width, y + row, tuple(corners), enter=width / 2, leave=width / 2)
-
-
 def rows_of(count: int, edges: Sequence[tuple[int, int]], inputs: Sequence[int] = ()) -> list[int]:
     """The row of every box: below its sources, not too full; boxes without sources are just above their readers.
 
@@ -85,7 +69,7 @@ def rows_of(count: int, edges: Sequence[tuple[int, int]], inputs: Sequence[int] 
         readers[source].append(reader)
     for box in range(count):
         low = max((rows[source] + 1 for source in sources[box]), default=0)
-        while filled[low] >= _PER_ROW:
+        while filled[low] >= PER_ROW:
             low += 1
         rows.append(low)
         filled[low] += 1
@@ -100,6 +84,7 @@ def layered(
     edges: Sequence[tuple[int, int]],
     inputs: Sequence[int] = (),
     outputs: Sequence[int] = (),
+    rows: Sequence[int] | None = None,
 ) -> Arrangement:
     """Place boxes so that every edge points down.
 
@@ -108,15 +93,22 @@ def layered(
         edges: `(i, j)`, i < j.
         inputs: boxes that get an edge from the upper border.
         outputs: boxes that get an edge to the lower border.
+        rows: the row of every box, if not those of `rows_of`.
     """
-    return _Layout(sizes, edges, inputs, outputs).arrangement()
+    rows = rows_of(len(sizes), edges, inputs) if rows is None else rows
+    return _Layout(sizes, edges, inputs, outputs, rows).arrangement()
 
 
 class _Layout:
     """The positions of all boxes. The borders are boxes without a size in rows of their own, the first and the last."""
 
     def __init__(
-        self, sizes: Sequence[Size], edges: Sequence[tuple[int, int]], inputs: Sequence[int], outputs: Sequence[int]
+        self,
+        sizes: Sequence[Size],
+        edges: Sequence[tuple[int, int]],
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        rows: Sequence[int],
     ) -> None:
         last = len(sizes)
         upper, lower = last, last + 1
@@ -125,7 +117,6 @@ class _Layout:
         self.sources: list[list[int]] = [[] for _ in self.sizes]
         for source, target in self.links:
             self.sources[target].append(source)
-        rows = rows_of(last, edges, inputs)
         self.row = [row + 1 for row in rows] + [0, max(rows, default=-1) + 2]
         self.rows: list[list[int]] = [[] for _ in range(self.row[lower] + 1)]
         for box, row in enumerate(self.row):

@@ -37,28 +37,25 @@ class Block:
             return "adapted_layer"
         return "trained" if self.item.trained else "eager" if self.item.kind == "eager" else "plain"
 
-    def boxes(self) -> Iterator[Block]:
-        """All blocks that are single boxes."""
-        if self.parts is None:
-            yield self
-        else:
-            for part in self.parts:
-                yield from part.boxes()
-
 
 def opened(root: Scope, depth: int | None, focus: str = "") -> Block:
-    """The blocks of a model, or of a module in it.
+    """The blocks of a model, or of a module in it; see `open_scopes`."""
+    return _block(root, open_scopes(root, depth, focus))
+
+
+def open_scopes(root: Scope, depth: int | None, focus: str = "") -> set[int]:
+    """The ids of the scopes that are open at first.
 
     Args:
-        root: its tree.
+        root: the tree of a model, or of a module in it.
         depth: number of levels that are open, 0 for closed children. `None` opens outer modules first, the first one of
             those that differ only in size, and only modules with adapted layers if there are any, up to `BUDGET` boxes.
         focus: path of the module.
     """
     if depth is None:
-        return _block(root, _readable(root))
+        return _readable(root)
     levels = depth + len(focus.split(".")) * bool(focus)
-    return _block(root, {id(scope) for scope in _scopes(root) if not scope.path or scope.path.count(".") < levels})
+    return {id(scope) for scope in _scopes(root) if not scope.path or scope.path.count(".") < levels}
 
 
 def _block(item: Item, is_open: set[int]) -> Block:
@@ -75,7 +72,6 @@ def _scopes(root: Scope) -> Iterator[Scope]:
 
 
 def _readable(root: Scope) -> set[int]:
-    """The ids of the scopes that are open if no depth is given."""
     level, is_open, seen = [root], {id(root)}, set[Hashable]()
     boxes = len(root.items)
     while level:

@@ -9,7 +9,6 @@ from torch import fx, nn
 
 from hra_fx.export.match import module_classes
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.model.state import AdapterState, adapted_layers, get_state
 from hra_fx.view.describe import describe_module, own_parameters
 
@@ -85,16 +84,11 @@ def _classes_in(model: nn.Module) -> dict[str, str]:
 
 
 def _facts(layer: AdaptedLayer, record: AdapterState | None) -> LayerFacts:
-    reflection = layer.hra_u
-    rank = sum(reflection.specs[name].r for name in _in_use(reflection, record))
+    reflection, used = layer.hra_u, layer.hra_u.active
+    if record is not None and reflection.unmerged is not None:  # merged adapters act too
+        held = {*reflection.active, *record.merged}
+        used = tuple(name for name in record.active if name in held and name in reflection)
+    rank = sum(reflection.specs[name].r for name in used)
     parameters = sum(parameter.numel() for parameter in own_parameters(layer))
     vectors = sum(parameter.numel() for parameter in reflection.parameters())
     return LayerFacts(describe_module(layer), reflection.width, rank, parameters, vectors)
-
-
-def _in_use(reflection: HouseholderAdapters, record: AdapterState | None) -> tuple[str, ...]:
-    """The adapters that act on the layer, in its forward or merged into its weight, in the order of their product."""
-    if record is None or reflection.unmerged is None:
-        return reflection.active
-    held = {*reflection.active, *record.merged}
-    return tuple(name for name in record.active if name in held and name in reflection)

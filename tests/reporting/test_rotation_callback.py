@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from named_models import tiny_llama
 from torch import nn
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -25,7 +24,6 @@ import hra_fx
 from hra_fx.integrations import RotationCallback
 
 KEYS = {"angle_mean_degrees", "angle_largest_degrees", "orthogonality_error"}
-VOCABULARY = 20
 
 
 class Recorder(TrainerCallback):
@@ -40,19 +38,7 @@ class Recorder(TrainerCallback):
 
 def llama(*adapters: str, **fields: Any) -> Any:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=8,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    model: Any = LlamaForCausalLM(config)
+    model: Any = tiny_llama()
     hra = hra_fx.HRAConfig(r=4, target_modules=["q_proj", "v_proj"], **fields)
     first, *others = adapters or ("default",)
     model = hra_fx.transform(model, hra, first)
@@ -62,7 +48,7 @@ def llama(*adapters: str, **fields: Any) -> Any:
 
 
 def data(count: int = 8) -> list[dict[str, torch.Tensor]]:
-    tokens = torch.randint(3, VOCABULARY, (count, 6), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(3, 11, (count, 6), generator=torch.Generator().manual_seed(1))
     return [{"input_ids": row, "labels": row} for row in tokens]
 
 

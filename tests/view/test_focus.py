@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import networkx as nx
 import pytest
-import torch
-from drawn_models import drawing, drawn
+from drawn_models import drawing
 
-from hra_fx.view.drawing import Drawing, drawing_of
+from hra_fx.view.drawing import Drawing
 from hra_fx.view.focus import focused
 from hra_fx.view.tree import Leaf, Scope
 
@@ -54,15 +53,6 @@ def test_a_part_that_stays_python_has_no_ports() -> None:
 def test_a_layer_may_be_focused_on() -> None:
     part = focused(drawing("resnet"), "fc")
     assert [leaf.name for leaf in leaves(part).values()] == ["from flatten", "fc", "to output"]
-
-
-@pytest.mark.slow
-def test_a_focus_in_a_recorded_call() -> None:
-    ids = torch.zeros(1, 3, dtype=torch.long)
-    part = focused(drawing_of(drawn("bert"), (ids,)), "encoder.layer.1")
-    assert len({path for leaf in leaves(part).values() for path in leaf.marks}) == 6
-    assert len(part.picture.edges) > 6
-    assert not part.tree().eager
 
 
 @pytest.mark.parametrize("focus", [None, ""])

@@ -97,12 +97,3 @@ def test_errors_leave_the_folder_as_it_was(tmp_path: Path) -> None:
             hra_fx.visualize(drawn("one layer"), path, **options)  # type: ignore[arg-type]
     assert {file.name for file in tmp_path.iterdir()} == {"folder.svg", "a.svg", long.name}
     assert (tmp_path / "a.svg").read_text() == long.read_text() == "before"
-
-
-def test_a_symbolic_link_is_kept(tmp_path: Path) -> None:
-    target, link = tmp_path / "real.svg", tmp_path / "a.svg"
-    target.write_text("before")
-    link.symlink_to(target)
-    hra_fx.visualize(drawn("one layer"), link)
-    assert link.is_symlink()
-    assert target.read_text(encoding="utf-8").startswith("<?xml")

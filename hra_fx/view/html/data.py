@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from hra_fx.reporting.colormap import DARK_PALETTE, PALETTE, UNKNOWN
 from hra_fx.reporting.heat import HEATS, default_heat, heat_of, is_identity, scale
+from hra_fx.view.boxes import scope_rows
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.layout import rows_of
+from hra_fx.view.opening import open_scopes
+from hra_fx.view.options import Options
 from hra_fx.view.text import clean
 from hra_fx.view.tree import Item, Leaf, Scope, span
 
 
-def page_data(drawing: Drawing, depth: int | None, heat: str | None) -> dict[str, Any]:
+def page_data(drawing: Drawing, options: Options) -> dict[str, Any]:
     """The data of the script; `script/data.js` reads it.
 
     Args:
         drawing: the drawing of a model.
-        depth: number of levels that are open at first; `None` for as many as are readable.
-        heat: the heatmap that is shown at first; `None` for the default one.
+        options: what is open and which heatmap is shown at first.
     """
-    items = items_of(drawing.tree())
+    tree = drawing.tree()
+    items = items_of(tree, open_scopes(tree, options.depth, options.focus or ""))
     box = {path: index for index, item in reversed([*enumerate(items)]) for path in item["paths"]}
     data = {
         "title": drawing.title,
         "facts": drawing.facts,
-        "depth": depth,
         "items": items,
         "rows": [vars(row) for row in drawing.rows],
         "heats": _heats(drawing),
-        "heat": heat or ("" if is_identity(drawing.rows) else default_heat(drawing.rows)),
+        "heat": options.heat or ("" if is_identity(drawing.rows) else default_heat(drawing.rows)),
         "trained": not is_identity(drawing.rows),
         "palettes": [PALETTE, DARK_PALETTE],
         "unknown": UNKNOWN,
@@ -45,18 +46,27 @@ def page_data(drawing: Drawing, depth: int | None, heat: str | None) -> dict[str
     return plain
 
 
-def items_of(item: Item, parent: int = 0, index: int = 0) -> list[dict[str, Any]]:
+def items_of(item: Item, is_open: Collection[int] = (), parent: int = 0, index: int = 0) -> list[dict[str, Any]]:
     """A box and all boxes inside it.
 
     Args:
         item: the box.
+        is_open: the ids of the scopes that are open at first.
         parent: the index of the scope around it.
         index: its own index.
     """
-    record = _leaf(item) if isinstance(item, Leaf) else _scope(item)
-    items = [{"parent": parent, "label": span(item), "paths": item.paths, "count": item.count, **record}]
+    record = _leaf(item) if isinstance(item, Leaf) else {"open": id(item) in is_open, **_scope(item)}
+    items = [
+        {
+            "parent": parent,
+            "label": span(item),
+            "paths": item.paths,
+            "count": item.count,
+            **record,
+        }
+    ]
     for part in item.items if isinstance(item, Scope) else ():
-        items += items_of(part, index, index + len(items))
+        items += items_of(part, is_open, index, index + len(items))
     return items
 
 
@@ -77,12 +87,11 @@ def _leaf(leaf: Leaf) -> dict[str, Any]:
 
 def _scope(scope: Scope) -> dict[str, Any]:
     flow = {"edges": scope.edges, "inputs": scope.inputs, "outputs": scope.outputs}
-    rows = rows_of(len(scope.items), scope.edges, scope.inputs)
     return {
         "kind": "untraced" if scope.eager else "traced",
         "detail": scope.class_name,
         "target": scope.path,
-        "flow": None if scope.eager else {"rows": rows, **flow},
+        "flow": {"rows": scope_rows(scope), **flow},
     }
 
 

@@ -51,7 +51,7 @@ def render(drawing: Drawing, options: Options) -> str:
         "theme": f' data-theme="{options.theme}"' if options.theme else "",
         "title": html.escape(clean(drawing.title)),
         "style": style,
-        "data": as_json(page_data(drawing, options.depth, options.heat)),
+        "data": as_json(page_data(drawing, options)),
         "script": script,
     }
     return _SLOT.sub(lambda slot: words[slot[1]], _file("page.html"))

@@ -7,9 +7,7 @@ from collections.abc import Callable
 import pytest
 from pages import box, boxes, facts, page_of, place, search, strip, trained_net
 from playwright.sync_api import Page, expect
-from torch import Tensor, nn
 
-import hra_fx
 from hra_fx.model.state import adapted_layers
 
 Open = Callable[..., Page]
@@ -124,25 +122,6 @@ def test_keys_of_the_page(closed: Page) -> None:
     assert not closed.locator("#help").is_visible()
 
 
-class Branches(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.one(x) + self.two(x)
-
-
-def test_left_and_right_are_for_boxes_side_by_side(open_page: Open) -> None:
-    page = open_page(page_of(hra_fx.transform(Branches(), hra_fx.HRAConfig(r=2, target_modules=["one", "two"]))))
-    left, right = sorted(("one", "two"), key=lambda name: place(page, name)["x"])
-    box(page, left).click()
-    page.keyboard.press("ArrowRight")
-    assert selected(page) == right
-    page.keyboard.press("ArrowLeft")
-    assert selected(page) == left
-
-
 def test_the_mouse_zooms_and_pans(open_page: Open) -> None:
     page = open_page(page_of(trained_net(), depth=2), viewport={"width": 600, "height": 400})
     scroller = page.locator(".scroller")
@@ -162,25 +141,6 @@ def test_the_mouse_zooms_and_pans(open_page: Open) -> None:
     page.mouse.up()
     assert scroller.evaluate("element => element.scrollTop") == top + 100
     assert not page.locator("#panel").is_visible(), "a drag selects nothing"
-
-
-PINCH = """(part) => {
-  const fire = (type, apart) => {
-    const touches = [-1, 1].map((side, identifier) =>
-      new Touch({ identifier, target: part, clientX: 300 + side * apart, clientY: 200 }));
-    part.dispatchEvent(new TouchEvent(type, { touches, cancelable: true }));
-  };
-  fire("touchstart", 50);
-  fire("touchmove", 75);
-}"""
-
-
-def test_two_fingers_zoom_and_a_tap_opens(open_page: Open) -> None:
-    page = open_page(page_of(trained_net(), depth=0), viewport={"width": 600, "height": 800}, has_touch=True)
-    page.locator(".scroller").evaluate(PINCH)
-    expect(page.locator("#zoom")).to_have_text("150%")
-    box(page, "blocks.0 … 2").tap()
-    expect(box(page, "blocks.0 … 2")).to_have_attribute("aria-expanded", "true")
 
 
 def test_each_view_alone(closed: Page) -> None:

@@ -12,6 +12,7 @@
  * @property {Item | null} parent the scope around it
  * @property {Item[]} parts the boxes inside, in order
  * @property {boolean} isScope whether it can be opened
+ * @property {boolean} open whether it is open at first
  * @property {string} label name inside its scope
  * @property {string} kind "traced" or "untraced" for a scope; else "input", "output", "adapted_layer", "module", "op" or
  *   "eager"
@@ -58,7 +59,6 @@
  * @typedef {object} Drawing
  * @property {string} title
  * @property {string} facts
- * @property {number | null} depth
  * @property {Item[]} items
  * @property {Map<string, Row[]>} rows by layer; several adapters are several rows
  * @property {Map<string, Heat>} heats by name
@@ -80,7 +80,8 @@ function itemsOf(records) {
   /** @type {Item[]} */
   const items = [];
   records.forEach(({ parent, ...record }, index) => {
-    const item = { marks: [], flow: null, ...record, index, parts: [], skipped: [], refused: [], trained: [] };
+    const lists = { parts: [], skipped: [], refused: [], trained: [] };
+    const item = { marks: [], flow: null, open: false, ...record, ...lists, index };
     item.isScope = item.kind === "traced" || item.kind === "untraced";
     item.parent = index ? items[parent] : null;
     item.parent?.parts.push(item);

@@ -18,32 +18,10 @@
  * @property {number} leave x of the port below
  */
 
-export const GAP_X = 22;
+const GAP_X = 22;
 const GAP_Y = 24;
 const LANE = 14; // distance of long edges from boxes and from each other
-const UNEVEN = 3.5; // boxes whose heights differ by a larger factor do not share a row
 const BORDER = { width: 0, height: 0, enter: 0, leave: 0 };
-
-/**
- * Boxes without edges in rows of width `limit`, in order.
- * @param {Size[]} sizes
- * @param {number} limit
- * @returns {Arrangement}
- */
-export function inRows(sizes, limit) {
-  /** @type {{x: number, y: number}[]} */
-  const corners = [];
-  let [x, y, row, width] = [0, 0, 0, 0];
-  for (const size of sizes) {
-    const uneven = Math.max(size.height, row) > UNEVEN * Math.min(size.height, row);
-    if (x && (x + size.width > limit || uneven)) [x, y, row] = [0, y + row + GAP_X, 0];
-    corners.push({ x, y });
-    x += size.width + GAP_X;
-    row = Math.max(row, size.height);
-    width = Math.max(width, x - GAP_X);
-  }
-  return { width, height: y + row, corners, routes: [], enter: width / 2, leave: width / 2 };
-}
 
 /**
  * Boxes in the rows of their scope, so that every edge points down.
