@@ -11,12 +11,13 @@ from hra_fx.view.legend import LINE, entries, placed
 from hra_fx.view.opening import Block, opened
 from hra_fx.view.options import Options
 from hra_fx.view.svg import FONT, draw, shape, write
-from hra_fx.view.text import clean, width
+from hra_fx.view.text import clean, shorten, width
 from hra_fx.view.theme import Theme, colored
 
 _MARGIN, _INSET = 32.0, 24.0
 _TOP = 88.0  # y of the legend
 _NARROWEST = 560.0
+_LETTERS = 72  # of the title
 
 
 def render(drawing: Drawing, options: Options) -> str:
@@ -40,11 +41,13 @@ def page(block: Block, drawing: Drawing, heatmap: Heatmap, theme: Theme = "light
         theme: the colors of everything else.
     """
     box = place(block, heatmap, root=True)
-    card = max(box.size.width + 2 * _INSET, _NARROWEST - 2 * _MARGIN, width(drawing.facts, 13))
+    title = shorten(clean(drawing.title), _LETTERS)
+    words = max(width(title, 22, bold=True), width(drawing.facts, 13))
+    card = max(box.size.width + 2 * _INSET, _NARROWEST - 2 * _MARGIN, words)
     legend = placed(entries(_looks(block), heatmap, len(drawing.skipped), len(drawing.refused)), card)
     top = _TOP + LINE * (1 + max((line for *_, line in legend), default=-1)) + 14
     high = box.size.height + 2 * _INSET
-    root = _canvas(round(card + 2 * _MARGIN), round(top + high + _MARGIN), drawing)
+    root = _canvas(round(card + 2 * _MARGIN), round(top + high + _MARGIN), title, drawing.facts)
     for entry, left, line in legend:
         entry.draw(root, _MARGIN + left, _TOP + LINE * line)
     shape(root, "rect", x=_MARGIN, y=top, width=card, height=high, rx=10.0, fill="card", stroke="rule")
@@ -53,17 +56,17 @@ def page(block: Block, drawing: Drawing, heatmap: Heatmap, theme: Theme = "light
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + tostring(root, encoding="unicode") + "\n"
 
 
-def _canvas(wide: int, high: int, drawing: Drawing) -> Element:
+def _canvas(wide: int, high: int, title: str, facts: str) -> Element:
     """An SVG element with a background, the title and the facts."""
     size = {"viewBox": f"0 0 {wide} {high}", "width": str(wide), "height": str(high)}
     root = Element("svg", {"xmlns": "http://www.w3.org/2000/svg", **size, "font-family": FONT})
-    SubElement(root, "title").text = clean(drawing.title)
+    SubElement(root, "title").text = title
     marker = shape(shape(root, "defs"), "marker", id="arrow", viewBox="0 0 8 8", refX="7", refY="4")
     marker.attrib.update(markerWidth="7", markerHeight="7", orient="auto")
     shape(marker, "path", d="M0 0.6L8 4L0 7.4z", fill="edge")
     shape(root, "rect", width="100%", height="100%", fill="paper")
-    write(root, _MARGIN, 46, clean(drawing.title), 22, "ink", bold=True)
-    write(root, _MARGIN, 70, clean(drawing.facts), 13, "faint")
+    write(root, _MARGIN, 46, title, 22, "ink", bold=True)
+    write(root, _MARGIN, 70, clean(facts), 13, "faint")
     return root
 
 

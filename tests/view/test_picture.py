@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from itertools import pairwise
 from typing import Any
@@ -85,6 +86,14 @@ def test_a_very_long_name_does_not_widen_the_page() -> None:
     root = picture(hra_fx.transform(named(name), hra_fx.HRAConfig(r=2, target_modules=[name])))
     assert float(root.get("width", "inf")) < 1000
     assert name in words(root)
+
+
+def test_the_title_fits_the_page() -> None:
+    found = drawing("bert")
+    title = "encoder.layer.0.attention.self in BertModel with HRA"
+    root = ElementTree.fromstring(render(dataclasses.replace(found, title=title), Options(depth=0)))
+    assert title in words(root)
+    assert float(root.get("width", "0")) >= round(64 + width(title, 22, bold=True))
 
 
 def test_a_depth_opens_so_many_levels() -> None:
