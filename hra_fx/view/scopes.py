@@ -21,6 +21,9 @@ _VIEWS = frozenset(
     | {"repeat", "reshape", "roll", "select", "split", "squeeze", "swapaxes", "T", "to", "transpose", "type"}
     | {"type_as", "unbind", "unflatten", "unsqueeze", "view", "view_as"}
 )
+#: A module with more operations shows them in groups, but for these.
+_OPERATIONS_SHOWN = 8
+_LANDMARKS = frozenset({"scaled_dot_product_attention", "softmax", "matmul", "bmm", "baddbmm", "einsum"})
 _Group: TypeAlias = "str | tuple[str, int]"  # a leaf's key, or a call's name and its depth
 
 
@@ -71,7 +74,7 @@ class _Nesting:
             outputs=tuple(sorted({place[groups[key]] for key in leaving})),
             paths=(path,) if path else (),
         )
-        return merge_repeats(_gather_plain(_join_operations(scope)))
+        return merge_repeats(_gather_plain(_gather_operations(_join_operations(scope))))
 
     def _ports(self, path: str, keys: list[str]) -> tuple[set[str], set[str], list[str]]:
         """Leaves that read from outside, leaves that are read outside, and all leaves but the ports that the border of
@@ -140,6 +143,23 @@ def _join_operations(scope: Scope) -> Scope:
         return replace(_listing(leaves, " > "), detail=", ".join(leaf.detail for leaf in leaves if leaf.detail))
 
     return contract(scope, runs_where(len(scope.items), follows), join)
+
+
+def _gather_operations(scope: Scope) -> Scope:
+    """In a module with many operations, such as the rotary positions and masks of language models: join neighbors."""
+
+    def is_small(item: Item) -> bool:
+        return isinstance(item, Leaf) and item.kind == "op" and item.name not in _LANDMARKS
+
+    if sum(map(is_small, scope.items)) <= _OPERATIONS_SHOWN:
+        return scope
+
+    def follows(index: int) -> bool:
+        return is_small(scope.items[index - 1]) and is_small(scope.items[index])
+
+    # The items are in topological order, so that joining neighbors makes no cycle.
+    runs = runs_where(len(scope.items), follows)
+    return contract(scope, runs, lambda scope, run: _listing(_leaves(scope, run), ", "))
 
 
 def _gather_plain(scope: Scope) -> Scope:
