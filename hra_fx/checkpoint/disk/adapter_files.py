@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from hra_fx.checkpoint.folder import WEIGHTS_NAME, find
 from hra_fx.checkpoint.keys import EXTRA_BIASES, PREFIX, VECTORS, reflection_key
 from hra_fx.checkpoint.resume import Resume, read_resume
 from hra_fx.checkpoint.weights import read_prefixed
-from hra_fx.config import CONFIG_NAME, HRAConfig
+from hra_fx.config import HRAConfig
 from hra_fx.errors import CheckpointError, FoldError
 from hra_fx.functional.chain import plain_chain
 from hra_fx.functional.low_rank import anchor_noise
@@ -42,7 +40,6 @@ class AdapterFiles:
             of experts, `(experts, d, k)`.
         full: name of a fully trained tensor -> its value.
         embeddings: name of a copied tensor of the base model -> its value.
-        digest: hash of both files.
     """
 
     file: Path
@@ -54,7 +51,6 @@ class AdapterFiles:
     chains: dict[str, Tensor]
     full: dict[str, Tensor]
     embeddings: dict[str, Tensor]
-    digest: str
 
     def saves(self, path: str) -> bool:
         """Whether a module, or one around it, is in `modules_to_save`; as in PEFT, entries match ends of paths."""
@@ -98,10 +94,7 @@ def read_adapter(source: str | os.PathLike[str]) -> AdapterFiles:
             others[name] = tensor
     if not chains:
         raise CheckpointError(f"{file}: no vectors found (keys that end in {REFLECTION!r}). Save the adapter again.")
-    digest = _digest([folder / CONFIG_NAME, file])
-    adapter = AdapterFiles(
-        file, config, tensors, metadata, read_base_row(file, metadata), resume, chains, {}, {}, digest
-    )
+    adapter = AdapterFiles(file, config, tensors, metadata, read_base_row(file, metadata), resume, chains, {}, {})
     for name, tensor in others.items():
         path, _, last = name.rpartition(".")
         full = adapter.saves(path) or (config.bias != "none" and last in _BIASES)
@@ -128,10 +121,3 @@ def _chain(file: Path, key: str, tensor: Tensor, config: HRAConfig) -> Tensor:
                 "apply_GS=False, or with init_weights=True in hra_fx, which starts from independent vectors."
             )
     return plain_chain(tensor.double() if config.apply_GS else tensor, None, apply_GS=config.apply_GS)
-
-
-def _digest(files: Iterable[Path]) -> str:
-    whole = hashlib.sha256()
-    for file in files:
-        whole.update(hashlib.sha256(file.read_bytes()).digest())
-    return whole.hexdigest()

@@ -11,10 +11,9 @@ from torch import Tensor
 from hra_fx.checkpoint.disk.adapter_files import AdapterFiles
 from hra_fx.checkpoint.disk.architecture import Architecture
 from hra_fx.checkpoint.disk.file_names import WEIGHTS, FileNames
-from hra_fx.checkpoint.disk.header import DTYPES, StoredTensor
 from hra_fx.checkpoint.disk.naming import IN_MEMORY
 from hra_fx.checkpoint.disk.stacked import Place
-from hra_fx.checkpoint.disk.streams import read_first
+from hra_fx.checkpoint.disk.stored import DTYPES, StoredTensor
 from hra_fx.checkpoint.disk.weight_files import WeightSet
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.experts_weight import parameter_of, stands_for_parameter
@@ -140,9 +139,10 @@ def renaming_of(adapter: AdapterFiles, names: FileNames, architecture: Architect
     """How an adapter names the modules of a set of files."""
     for path in adapter.chains:
         places = names.weights_of(path)
-        if places and not places[0].name.startswith(f"{path}."):
+        name = names.loaded.get(places[0].name, places[0].name) if places else f"{path}."
+        if not name.startswith(f"{path}."):
             prefix = architecture.prefix
-            if places[0].name.startswith(prefix) is path.startswith(prefix) and stands_for_parameter(path):
+            if name.startswith(prefix) is path.startswith(prefix) and stands_for_parameter(path):
                 continue  # experts have other names in the file
             return Renaming(add=prefix) if path.startswith(prefix) else Renaming(remove=prefix)
     return Renaming()
@@ -211,7 +211,7 @@ def _holds(stored: StoredTensor, tensor: Tensor) -> bool:
     """Whether the values are equal after rounding the wider dtype to the narrower."""
     if stored.shape != tuple(tensor.shape) or stored.dtype not in DTYPES:
         return False
-    own = read_first(stored, tensor.numel(), DTYPES[stored.dtype]).view(stored.shape)
+    own = stored.read()
     return torch.equal(tensor.to(own.dtype), own) or torch.equal(own.to(tensor.dtype), tensor)
 
 
@@ -224,7 +224,7 @@ def check_complete(found: WeightSet, adapter: AdapterFiles, architecture: Archit
     keys = {place.name for path in adapter.chains for place in names.weights_of(path)}
     renaming = renaming_of(adapter, names, architecture)
     for key, stored in found.tensors.items():
-        path, _, last = key.rpartition(".")
+        path, _, last = names.loaded.get(key, key).rpartition(".")
         theirs = renaming.to_adapter(path)
         if key in keys or last not in WEIGHTS or len(stored.shape) < 2 or not is_target(adapter.config, theirs):
             continue

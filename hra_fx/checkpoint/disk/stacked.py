@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from hra_fx.checkpoint.disk.architecture import Architecture
-from hra_fx.checkpoint.disk.header import StoredTensor
 from hra_fx.checkpoint.disk.naming import IN_MEMORY
+from hra_fx.checkpoint.disk.stored import StoredTensor
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.experts_weight import is_transposed, stacked_parameters
 

@@ -10,8 +10,8 @@ from hra_fx.checkpoint.disk.adapter_files import AdapterFiles
 from hra_fx.checkpoint.disk.architecture import Architecture
 from hra_fx.checkpoint.disk.arguments import PIPELINE, Source, base_folder
 from hra_fx.checkpoint.disk.file_names import FileNames
-from hra_fx.checkpoint.disk.header import StoredTensor
 from hra_fx.checkpoint.disk.requests import Renaming, renaming_of, touches
+from hra_fx.checkpoint.disk.stored import StoredTensor
 from hra_fx.checkpoint.disk.ties import tied_to
 from hra_fx.checkpoint.disk.weight_files import SAFE, WeightSet, weight_sets
 from hra_fx.errors import CheckpointError
@@ -43,7 +43,8 @@ class BaseFiles:
 
     def to_adapter(self, name: str) -> str:
         """The adapters' name of a tensor in the file; any other name is theirs already."""
-        return self.renaming.to_adapter(name) if name in self.found.tensors else name
+        own = self.names.loaded.get(name, name)
+        return self.renaming.to_adapter(own) if name in self.found.tensors else name
 
     def modules(self) -> Iterator[str]:
         """Paths of all modules with tensors and of those around them, as the adapters name them; with repetitions."""

@@ -12,8 +12,7 @@ from hra_fx.checkpoint.disk.adapter_files import AdapterFiles, read_adapter
 from hra_fx.checkpoint.disk.architecture import CONFIG
 from hra_fx.checkpoint.disk.arguments import Source
 from hra_fx.checkpoint.disk.base_check import check_base
-from hra_fx.checkpoint.disk.edits import Rotation, rotation_of
-from hra_fx.checkpoint.disk.header import StoredTensor
+from hra_fx.checkpoint.disk.edits import rotation_of
 from hra_fx.checkpoint.disk.naming import IN_MEMORY
 from hra_fx.checkpoint.disk.requests import (
     Requests,
@@ -24,6 +23,8 @@ from hra_fx.checkpoint.disk.requests import (
     requests_of,
     unknown_tensor,
 )
+from hra_fx.checkpoint.disk.rotation import Rotation
+from hra_fx.checkpoint.disk.stored import StoredTensor
 from hra_fx.checkpoint.keys import PREFIX, copy_key
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.experts_weight import parameter_of
