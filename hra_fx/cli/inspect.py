@@ -59,7 +59,7 @@ def _holds_adapter(folder: Path) -> bool:
 
 def _summarize_adapter(source: str) -> dict[str, Any]:
     """What `--json` prints for an adapter: `r` trained and `anchor` frozen vectors per layer; angles in radians."""
-    from hra_fx.checkpoint.disk.adapter_files import read_adapter
+    from hra_fx.checkpoint.adapter import read_adapter
     from hra_fx.layers.target import REFLECTION
 
     files = read_adapter(source)

@@ -8,17 +8,15 @@ from pathlib import Path
 
 from torch import Tensor
 
+from hra_fx.checkpoint.adapter import Adapter
 from hra_fx.checkpoint.base_model import compare_names
-from hra_fx.checkpoint.disk.adapter_files import AdapterFiles
 from hra_fx.checkpoint.disk.file_names import FileNames
 from hra_fx.checkpoint.disk.stored import FLOATS
 from hra_fx.checkpoint.disk.weight_files import WeightSet
 from hra_fx.errors import CheckpointError
 
 
-def check_base(
-    adapters: Iterable[AdapterFiles], folder: Path, found: WeightSet, names: FileNames, *, folded: bool
-) -> None:
+def check_base(adapters: Iterable[Adapter], folder: Path, found: WeightSet, names: FileNames, *, folded: bool) -> None:
     """Check a model by the row that the files of adapters have of their base model.
 
     Args:

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from hra_fx.checkpoint.disk.adapter_files import AdapterFiles
+from hra_fx.checkpoint.adapter import Adapter
 from hra_fx.checkpoint.disk.architecture import Architecture
 from hra_fx.checkpoint.disk.columns import in_columns
 from hra_fx.checkpoint.disk.file_names import FileNames
@@ -50,7 +50,7 @@ class Edits:
 
 def edits_for(
     found: WeightSet,
-    adapters: Sequence[AdapterFiles],
+    adapters: Sequence[Adapter],
     architecture: Architecture,
     names: FileNames,
     columns: Collection[str] | None,

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hra_fx.checkpoint.disk.adapter_files import AdapterFiles
+from hra_fx.checkpoint.adapter import Adapter
 from hra_fx.checkpoint.disk.architecture import CONFIG, Architecture
 from hra_fx.checkpoint.disk.arguments import Request
 from hra_fx.checkpoint.disk.base_check import check_base
@@ -22,6 +22,7 @@ from hra_fx.checkpoint.disk.requests import touches
 from hra_fx.checkpoint.disk.rotation import Rotation
 from hra_fx.checkpoint.disk.stored import Header, StoredTensor
 from hra_fx.checkpoint.disk.weight_files import WeightSet, foreign, weight_sets
+from hra_fx.checkpoint.keys import reflection_key
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError
 from hra_fx.model.untie import TIE_SETTING
@@ -84,21 +85,23 @@ def plan_fold(request: Request, columns: Collection[str] | None, *, back: bool) 
     return plan
 
 
-def _reversed(adapter: AdapterFiles) -> AdapterFiles:
+def _reversed(adapter: Adapter) -> Adapter:
     """`Q^T`: the same reflections in reverse order."""
     if adapter.full:
         raise CheckpointError(
             f"{adapter.file}: the adapter replaced {next(iter(adapter.full))} (modules_to_save or bias), whose old "
             "value is lost. Use the base checkpoint."
         )
-    return dataclasses.replace(adapter, chains={path: chain.flip(-1) for path, chain in adapter.chains.items()})
+    reversed_chains = {reflection_key(path): chain.flip(-1) for path, chain in adapter.chains.items()}
+    config = dataclasses.replace(adapter.config, apply_GS=False)
+    return dataclasses.replace(adapter, tensors={**adapter.tensors, **reversed_chains}, config=config)
 
 
 def _plan_part(
     plan: Plan,
     part: str,
     folder: Path,
-    adapters: Sequence[AdapterFiles],
+    adapters: Sequence[Adapter],
     columns: Collection[str] | None,
     *,
     back: bool,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hra_fx.checkpoint.disk.adapter_files import AdapterFiles
+from hra_fx.checkpoint.adapter import Adapter
 from hra_fx.checkpoint.disk.architecture import Architecture
 from hra_fx.checkpoint.disk.file_names import WEIGHTS, FileNames
 from hra_fx.checkpoint.disk.naming import IN_MEMORY
@@ -67,12 +67,12 @@ class Renaming(NamedTuple):
         return f"{self.add}{path.removeprefix(self.remove)}"
 
 
-def touches(adapters: Iterable[AdapterFiles], names: FileNames) -> bool:
+def touches(adapters: Iterable[Adapter], names: FileNames) -> bool:
     """Whether a set of files has any layer of any adapter."""
     return any(names.weights_of(path) for adapter in adapters for path in adapter.chains)
 
 
-def requests_of(adapters: Iterable[AdapterFiles], found: WeightSet, names: FileNames) -> Requests:
+def requests_of(adapters: Iterable[Adapter], found: WeightSet, names: FileNames) -> Requests:
     """What adapters, applied in order, change in a set of files.
 
     Raises:
@@ -110,9 +110,7 @@ def _weight_name(path: str) -> str:
     return parameter_of(path) if stands_for_parameter(path) else f"{path}.weight"
 
 
-def _check_experts(
-    adapter: AdapterFiles, path: str, chain: Tensor, found: WeightSet, places: Collection[Place]
-) -> None:
+def _check_experts(adapter: Adapter, path: str, chain: Tensor, found: WeightSet, places: Collection[Place]) -> None:
     for name, expert, _ in places:
         stored = found.tensors.get(name)
         if chain.dim() == 3 and stored is not None:
@@ -135,7 +133,7 @@ def _refuse_aliases(found: WeightSet, changed: Iterable[str]) -> None:
             )
 
 
-def renaming_of(adapter: AdapterFiles, names: FileNames, architecture: Architecture) -> Renaming:
+def renaming_of(adapter: Adapter, names: FileNames, architecture: Architecture) -> Renaming:
     """How an adapter names the modules of a set of files."""
     for path in adapter.chains:
         places = names.weights_of(path)
@@ -148,7 +146,7 @@ def renaming_of(adapter: AdapterFiles, names: FileNames, architecture: Architect
     return Renaming()
 
 
-def unknown_tensor(name: str, found: WeightSet, adapters: Iterable[AdapterFiles], names: FileNames) -> CheckpointError:
+def unknown_tensor(name: str, found: WeightSet, adapters: Iterable[Adapter], names: FileNames) -> CheckpointError:
     """The error for a tensor that an adapter changes and a set of files does not have."""
     adapter = next(a for a in adapters if name in a.full or any(name == _weight_name(path) for path in a.chains))
     return CheckpointError(
@@ -157,7 +155,7 @@ def unknown_tensor(name: str, found: WeightSet, adapters: Iterable[AdapterFiles]
     )
 
 
-def is_new(name: str, adapters: Iterable[AdapterFiles]) -> bool:
+def is_new(name: str, adapters: Iterable[Adapter]) -> bool:
     """Whether a tensor that a set of files does not have may be new: it is in `modules_to_save`, such as a new head."""
     return any(name in adapter.full and adapter.saves(name.rpartition(".")[0]) for adapter in adapters)
 
@@ -178,7 +176,7 @@ def check_given(name: str, tensor: Tensor, stored: StoredTensor) -> torch.dtype:
 
 
 def check_embeddings(
-    found: WeightSet, adapters: Iterable[AdapterFiles], names: FileNames, stored: Callable[[str], StoredTensor | None]
+    found: WeightSet, adapters: Iterable[Adapter], names: FileNames, stored: Callable[[str], StoredTensor | None]
 ) -> None:
     """Check that the base model's embeddings, which PEFT saves with adapters of output layers, are those of this base.
 
@@ -215,7 +213,7 @@ def _holds(stored: StoredTensor, tensor: Tensor) -> bool:
     return torch.equal(tensor.to(own.dtype), own) or torch.equal(own.to(tensor.dtype), tensor)
 
 
-def check_complete(found: WeightSet, adapter: AdapterFiles, architecture: Architecture, names: FileNames) -> None:
+def check_complete(found: WeightSet, adapter: Adapter, architecture: Architecture, names: FileNames) -> None:
     """Check that every target layer and parameter that the model loads has vectors.
 
     Raises:
@@ -238,7 +236,7 @@ def check_complete(found: WeightSet, adapter: AdapterFiles, architecture: Archit
                 raise _incomplete(adapter, parameter, found)
 
 
-def _incomplete(adapter: AdapterFiles, name: str, found: WeightSet) -> CheckpointError:
+def _incomplete(adapter: Adapter, name: str, found: WeightSet) -> CheckpointError:
     return CheckpointError(
         f"{adapter.file}: the file has no vectors for {name}, which the configuration names. Was the adapter trained "
         f"on another base model than {found.name}, or its configuration edited?"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hra_fx.checkpoint.disk.adapter_files import AdapterFiles
+from hra_fx.checkpoint.adapter import Adapter
 from hra_fx.checkpoint.disk.architecture import Architecture
 from hra_fx.checkpoint.disk.arguments import PIPELINE, Source, base_folder
 from hra_fx.checkpoint.disk.file_names import FileNames
@@ -52,7 +52,7 @@ class BaseFiles:
             yield from parents(self.to_adapter(name))
 
 
-def open_base(base: Source, adapters: Sequence[AdapterFiles]) -> BaseFiles:
+def open_base(base: Source, adapters: Sequence[Adapter]) -> BaseFiles:
     """Find the weights that adapters were trained for; no weight is read.
 
     Raises:
@@ -87,9 +87,7 @@ def parents(name: str) -> Iterator[str]:
         yield name
 
 
-def _weights_of(
-    folder: Path, architecture: Architecture, adapters: Sequence[AdapterFiles]
-) -> tuple[WeightSet, FileNames]:
+def _weights_of(folder: Path, architecture: Architecture, adapters: Sequence[Adapter]) -> tuple[WeightSet, FileNames]:
     """The set with the layers of the adapters; of several, the one that libraries load."""
     sets = [(found, FileNames(found, architecture)) for found in weight_sets(folder)]
     having = [pair for pair in sets if touches(adapters, pair[1])]
