@@ -94,17 +94,21 @@ def _staged(out: Path) -> Iterator[Path]:
     """A new folder that becomes the output folder, unless an exception is raised; an old one is replaced."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent) as hidden:
-        content, replaced = Path(hidden, "content"), Path(hidden, "replaced")
-        content.mkdir()
+        (content := Path(hidden, "content")).mkdir()
         yield content
+        _publish(content, out, Path(hidden, "replaced"))
+
+
+def _publish(content: Path, out: Path, replaced: Path) -> None:
+    """Rename the new folder to the output folder; an old one first makes room, and comes back if that fails."""
+    try:
         if out.is_dir():
             out.rename(replaced)
-        try:
-            content.rename(out)
-        except BaseException:
-            if replaced.is_dir() and not out.exists():
-                replaced.rename(out)
-            raise
+        content.rename(out)
+    except BaseException:
+        if replaced.is_dir() and not out.exists():
+            replaced.rename(out)
+        raise
 
 
 def _check_space(out: Path, needed: int) -> None:

@@ -6,12 +6,14 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,6 +77,48 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert "KeyboardInterrupt" in process.communicate(timeout=60)[1]
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+
+
+def interrupted(step: int, base: Path, adapter: Path, out: Path) -> bool:
+    """Whether a fold ended before the `step`-th opcode of the renames, where Ctrl-C arrives."""
+    left = [step]
+
+    def trace(frame: Any, event: str, _: object) -> Any:
+        if frame.f_code.co_name != "_publish":
+            return None
+        frame.f_trace_opcodes = True
+        left[0] -= event == "opcode"
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return trace
+
+    outer = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        hra_fx.fold_checkpoint(base, adapter, out, columns=[], overwrite=True, progress=False)
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(outer)
+    return False
+
+
+@pytest.mark.slow
+def test_ctrl_c_between_the_renames_leaves_the_old_folder_or_the_new_one(tmp_path: Path) -> None:
+    base, adapter = prepared(tmp_path, layers=1)
+    hra_fx.fold_checkpoint(base, adapter, tmp_path / "new", columns=[])
+    old, new = {"old": b"x"}, made.picture(tmp_path / "new")
+    outcomes, out = [], tmp_path / "out"
+    while True:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        (out / "old").write_bytes(b"x")
+        if not interrupted(len(outcomes) + 1, base, adapter, out):
+            break
+        outcomes.append("old" if made.picture(out) == old else made.contents(out))
+        assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "new", "out"}
+    assert outcomes[0] == "old" and outcomes[-1] == made.contents(tmp_path / "new")
+    assert all(outcome in ("old", outcomes[-1]) for outcome in outcomes) and made.picture(tmp_path / "new") == new
 
 
 def test_a_disk_that_refuses_leaves_the_old_folder(tmp_path: Path) -> None:
