@@ -7,7 +7,7 @@ from functools import cached_property
 
 from hra_fx.checkpoint.disk.architecture import Architecture
 from hra_fx.checkpoint.disk.naming import IN_MEMORY, Names
-from hra_fx.checkpoint.disk.stacked import Place, Source, Stacked, sources_in, stacked_in
+from hra_fx.checkpoint.disk.stacked import LoadedFrom, Stacked, TensorRef, sources_in, stacked_in
 from hra_fx.checkpoint.disk.weight_files import WeightSet
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.experts_weight import parameter_of, stands_for_parameter
@@ -31,7 +31,7 @@ class FileNames:
         """Build the model without weights, if there is one, to see what it loads."""
         self.where = found.name
         self._found, self._architecture = found, architecture
-        self._sources: dict[str, list[Source]] = sources_in(found.tensors, architecture)
+        self._sources: dict[str, list[LoadedFrom]] = sources_in(found.tensors, architecture)
         single = {name: sources[0] for name, sources in self._sources.items() if len(sources) == 1}
         self.loaded = {source.stored.name: name for name, source in single.items() if source.converter is None}
         self._stored = dict(zip(found.tensors, found.tensors, strict=True))
@@ -69,16 +69,16 @@ class FileNames:
         """The name in `stacked` of the parameter that an adapter's layer stands for; `None` if it is not there."""
         return self._lookup(self.stacked).find(parameter_of(path)) if stands_for_parameter(path) else None
 
-    def weights_of(self, path: str) -> list[Place]:
+    def weights_of(self, path: str) -> list[TensorRef]:
         """The tensors with the weight of an adapter's layer, of which only experts can have several; empty if none.
 
         Raises:
             CheckpointError: it is not certain which these are.
         """
         if name := self.find(*(f"{path}.{weight}" for weight in WEIGHTS)):
-            return [Place(name)]
+            return [TensorRef(name)]
         parameter = self.parameter(path)
-        return [] if parameter is None else self.stacked[parameter].places(parameter)
+        return [] if parameter is None else self.stacked[parameter].refs(parameter)
 
     def _lookup(self, present: Collection[str]) -> Names:
         return Names(self.where, present, lambda: self._architecture.prefix)

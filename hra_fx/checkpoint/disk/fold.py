@@ -76,7 +76,7 @@ def fold_checkpoint(
         ...     fold_checkpoint(base, adapter, out, verify=True).rotated
         ('0.weight',)
     """
-    return _run(base_dir, adapter_dir, out_dir, columns, overwrite, verify, progress, back=False)
+    return _run(base_dir, adapter_dir, out_dir, columns, overwrite, verify, progress, inverse=False)
 
 
 def unfold_checkpoint(
@@ -102,7 +102,7 @@ def unfold_checkpoint(
         Traceback (most recent call last):
         hra_fx.errors.CheckpointError: nowhere: no such folder. ...
     """
-    return _run(folded_dir, adapter_dir, out_dir, columns, overwrite, verify, progress, back=True)
+    return _run(folded_dir, adapter_dir, out_dir, columns, overwrite, verify, progress, inverse=True)
 
 
 def _run(
@@ -114,11 +114,11 @@ def _run(
     verify: bool,
     progress: bool,
     *,
-    back: bool,
+    inverse: bool,
 ) -> CheckpointReport:
     begin = time.perf_counter()
     request = read_request(base_dir, adapter_dir, out_dir)
-    plan = plan_fold(request, columns, back=back)
+    plan = plan_fold(request, columns, inverse=inverse)
     rounding = write_result(request, plan, overwrite=overwrite, verify=verify, progress=progress)
     roughest = max(rounding, key=lambda name: rounding[name], default="")
     report = CheckpointReport(

@@ -66,13 +66,13 @@ class Plan:
     retied_by: list[str] = field(default_factory=list)
 
 
-def plan_fold(request: Request, columns: Collection[str] | None, *, back: bool) -> Plan:
+def plan_fold(request: Request, columns: Collection[str] | None, *, inverse: bool) -> Plan:
     """Plan every part.
 
     Args:
         request: the arguments.
         columns: see `fold_checkpoint`.
-        back: whether to undo a fold.
+        inverse: whether to undo a fold.
 
     Raises:
         CheckpointError: there is no checkpoint, or an adapter does not fit it; or an adapter replaced values, which
@@ -81,7 +81,7 @@ def plan_fold(request: Request, columns: Collection[str] | None, *, back: bool) 
     """
     plan = Plan()
     for part, adapters in request.adapters.items():
-        _plan_part(plan, f"{part}/" if part else "", request.base / part, adapters, columns, back=back)
+        _plan_part(plan, f"{part}/" if part else "", request.base / part, adapters, columns, inverse=inverse)
     return plan
 
 
@@ -104,9 +104,9 @@ def _plan_part(
     adapters: Sequence[Adapter],
     columns: Collection[str] | None,
     *,
-    back: bool,
+    inverse: bool,
 ) -> None:
-    """Add the fold of adapters, in order, into the checkpoint of a folder; `back` if it undoes a fold."""
+    """Add the fold of adapters, in order, into the checkpoint of a folder; `inverse` if it undoes a fold."""
     if (folder / CONFIG_NAME).exists():
         raise CheckpointError(
             f"{folder / CONFIG_NAME}: there is an adapter in the base model's folder, and from_pretrained would load "
@@ -118,8 +118,8 @@ def _plan_part(
     # If no set has any layer, the first one reports what is missing.
     folded = [pair for pair in named if touches(adapters, pair[1])] or named[:1]
     for found, names in folded:
-        check_base(adapters, folder, found, names, folded=back)
-        ordered = [_reversed(adapter) for adapter in reversed(adapters)] if back else adapters
+        check_base(adapters, folder, found, names, folded=inverse)
+        ordered = [_reversed(adapter) for adapter in reversed(adapters)] if inverse else adapters
         _plan_set(plan, part, found, edits_for(found, ordered, architecture, names, columns), architecture)
     taken = {header.file for found, _ in folded for header in found.files}
     plan.kept += [header.file for found in sets for header in found.files if header.file not in taken]

@@ -12,7 +12,7 @@ from hra_fx.checkpoint.adapter import Adapter
 from hra_fx.checkpoint.disk.architecture import Architecture
 from hra_fx.checkpoint.disk.file_names import WEIGHTS, FileNames
 from hra_fx.checkpoint.disk.naming import IN_MEMORY
-from hra_fx.checkpoint.disk.stacked import Place
+from hra_fx.checkpoint.disk.stacked import TensorRef
 from hra_fx.checkpoint.disk.stored import DTYPES, StoredTensor
 from hra_fx.checkpoint.disk.weight_files import WeightSet
 from hra_fx.errors import CheckpointError
@@ -27,7 +27,7 @@ class LayerChain(NamedTuple):
     Attributes:
         path: the layer.
         vectors: `U: (d, k)`; of a tensor with all experts, `(experts, d, k)`.
-        columns: see `Place`.
+        columns: see `TensorRef`.
     """
 
     path: str
@@ -83,9 +83,9 @@ def requests_of(adapters: Iterable[Adapter], found: WeightSet, names: FileNames)
     full: dict[str, Tensor] = {}
     for adapter in adapters:
         for path, chain in adapter.chains.items():
-            places = names.weights_of(path) or [Place(_weight_name(path))]
-            _check_experts(adapter, path, chain, found, places)
-            for name, expert, columns in places:
+            refs = names.weights_of(path) or [TensorRef(_weight_name(path))]
+            _check_experts(adapter, path, chain, found, refs)
+            for name, expert, columns in refs:
                 own = chain if expert is None else chain[expert]
                 chains.setdefault(name, []).append(LayerChain(path, own, columns))
         for given, tensor in adapter.full.items():
@@ -110,11 +110,11 @@ def _weight_name(path: str) -> str:
     return parameter_of(path) if stands_for_parameter(path) else f"{path}.weight"
 
 
-def _check_experts(adapter: Adapter, path: str, chain: Tensor, found: WeightSet, places: Collection[Place]) -> None:
-    for name, expert, _ in places:
+def _check_experts(adapter: Adapter, path: str, chain: Tensor, found: WeightSet, refs: Collection[TensorRef]) -> None:
+    for name, expert, _ in refs:
         stored = found.tensors.get(name)
         if chain.dim() == 3 and stored is not None:
-            count = stored.shape[0] if expert is None else 1 + max(each.expert or 0 for each in places)
+            count = stored.shape[0] if expert is None else 1 + max(each.expert or 0 for each in refs)
             if count != chain.shape[0] or len(stored.shape) != 3 - (expert is not None):
                 raise CheckpointError(
                     f"{stored.file}: {parameter_of(path)} has {count} experts ({name} has shape {stored.shape}), but "
@@ -136,8 +136,8 @@ def _refuse_aliases(found: WeightSet, changed: Iterable[str]) -> None:
 def renaming_of(adapter: Adapter, names: FileNames, architecture: Architecture) -> Renaming:
     """How an adapter names the modules of a set of files."""
     for path in adapter.chains:
-        places = names.weights_of(path)
-        name = names.loaded.get(places[0].name, places[0].name) if places else f"{path}."
+        refs = names.weights_of(path)
+        name = names.loaded.get(refs[0].name, refs[0].name) if refs else f"{path}."
         if not name.startswith(f"{path}."):
             prefix = architecture.prefix
             if name.startswith(prefix) is path.startswith(prefix) and stands_for_parameter(path):

@@ -25,7 +25,7 @@ def written(tmp_path: Path, *targets: str, gpt2: bool = False) -> tuple[FilePlan
     adapter = made.adapter_of(model, tmp_path / "adapter", *targets, **saved)
     report = hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", verify=True)
     assert report.verified and "verified: row norms are preserved" in str(report)
-    plan = plan_fold(read_request(base, adapter, tmp_path / "elsewhere"), None, back=False)
+    plan = plan_fold(read_request(base, adapter, tmp_path / "elsewhere"), None, inverse=False)
     planned = plan.files["model.safetensors"]
     assert isinstance(planned, FilePlan)
     return planned, tmp_path / "out" / "model.safetensors"
