@@ -73,7 +73,7 @@ def render_dot(drawing: Drawing, options: Options) -> str:
         fill = fill or light("violet-pale" if leaf.marks else "card")
         words = dict.fromkeys((leaf.name, leaf.detail, f"r {leaf.rank}" * bool(leaf.rank), value))
         label = quoted(*filter(None, words))
-        tip = quoted(*([*map(heat.line, leaf.marks), *notes(leaf)] or [leaf.op]))
+        tip = quoted(*([*map(heat.line, leaf.marks), *notes(leaf)] or [leaf.target]))
         return f'label={label}, tooltip={tip}, fillcolor="{fill}", fontcolor="{ink_on(fill)}"'
 
     def inside(leaves: Sequence[tuple[str, Leaf]], depth: int = 0) -> Iterator[str]:
